@@ -1,0 +1,30 @@
+"""negmine: hard negatives at the speed of the matrix product.
+
+Fused kernels for contrastive learning with a queue of negatives. Start with `info_nce`, `MoCoQueue` and `mine_hardest`.
+"""
+
+import torch as _torch  # noqa: F401  the compiled ops take their symbols from its libraries
+
+from negmine.info_nce import InfoNCELoss, InfoNCEStats, info_nce
+from negmine.mining import Mined, mine_hardest, percentile, rank_thresholds
+from negmine.mixing import Mixed, mix_negatives
+from negmine.options import FalseNegatives, Mix, Select, Weight
+from negmine.queue import MoCoQueue
+
+__version__ = "0.1.0"
+__all__ = [
+    "FalseNegatives",
+    "InfoNCELoss",
+    "InfoNCEStats",
+    "Mined",
+    "Mix",
+    "Mixed",
+    "MoCoQueue",
+    "Select",
+    "Weight",
+    "info_nce",
+    "mine_hardest",
+    "mix_negatives",
+    "percentile",
+    "rank_thresholds",
+]

@@ -1,0 +1,140 @@
+"""Which code runs: one table, filled once at import, read by one loop per call.
+
+NEGMINE_BACKEND, read once, insists on a backend for every call that names none. A backend that cannot be used here keeps the
+reason, and `choose` repeats it to whoever asks for that backend.
+"""
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+OPS = (
+    "logsumexp",
+    "logsumexp_grad_keys",
+    "mine_hardest",
+    "rank_thresholds",
+    "count_negatives",
+    "mix_negatives",
+    "mix_logsumexp",
+)
+NAMES = ("cuda", "triton", "cpu", "reference")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORCED = os.environ.get("NEGMINE_BACKEND") or None
+if FORCED is not None and FORCED not in NAMES:
+    raise ValueError(f"NEGMINE_BACKEND must be one of {', '.join(NAMES)}, got {FORCED!r}")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend asked for cannot run this call; the message says why."""
+
+
+@dataclass
+class Backend:
+    """One row of the table."""
+
+    name: str
+    device: str  # the torch device type it is the natural choice for, or "any"
+    launchers: dict[str, Callable] = field(default_factory=dict)
+    refusal: str = ""  # why it cannot be used here
+    also: str = ""  # a further device type it takes when asked for by name
+
+
+def _cuda_ops() -> Backend:
+    from negmine import cpp_ops
+
+    return Backend("cuda", "cuda", cpp_ops.launchers("CUDA"), cpp_ops.CUDA_REFUSAL)
+
+
+def _triton_ops() -> Backend:
+    if not (torch.cuda.is_available() or INTERPRETED):
+        return Backend(
+            "triton", "cuda", refusal="torch sees no CUDA device, and TRITON_INTERPRET=1 was not set at import"
+        )
+    try:
+        module = importlib.import_module("negmine.kernels.triton")
+    except ImportError as error:
+        return Backend("triton", "cuda", refusal=f"its import failed: {error}")
+    return Backend("triton", "cuda", {op: getattr(module, op) for op in OPS}, also="cpu" if INTERPRETED else "")
+
+
+def _cpu_ops() -> Backend:
+    from negmine import cpp_ops
+
+    return Backend("cpu", "cpu", cpp_ops.launchers("CPU"), cpp_ops.CPU_REFUSAL)
+
+
+# In order of preference. The reference has no launchers: the public functions call it by its own, dense signatures.
+BACKENDS = (_cuda_ops(), _triton_ops(), _cpu_ops(), Backend("reference", "any"))
+_warned: set[str] = set()
+
+
+def explain(op: str, device: str) -> str:
+    """One clause per backend: why it does not run `op` on `device`."""
+    reasons = []
+    for backend in BACKENDS[:-1]:
+        if device not in (backend.device, backend.also):
+            reasons.append(f"{backend.name} takes {backend.device} tensors")
+        elif backend.refusal:
+            reasons.append(f"{backend.name}: {backend.refusal}")
+        elif op not in backend.launchers:
+            reasons.append(f"{backend.name} has no kernel for {op}")
+    return "; ".join(reasons)
+
+
+def _runs(backend: Backend, op: str, device: str, by_name: bool) -> bool:
+    fits = backend.device == device or (by_name and backend.also == device)
+    return fits and not backend.refusal and op in backend.launchers
+
+
+def choose(
+    caller: str, ops: tuple[str, ...], backend: str | None, tensors: tuple[Tensor, ...], dense: str = ""
+) -> SimpleNamespace | None:
+    """The launchers of `ops` for these tensors, by name; None = the reference runs the call.
+
+    dense: what in this call only the reference defines; empty where kernels cover it all.
+    Raises ValueError for an unknown backend and BackendUnavailable where the one insisted on cannot run the call.
+    """
+    if backend is not None and backend not in NAMES:
+        raise ValueError(f"{caller}: backend must be None, {', '.join(map(repr, NAMES))}, got {backend!r}")
+    asked = backend or FORCED
+    if asked == "reference":
+        return None
+    device = tensors[0].device.type
+    if not dense:
+        unfit = [str(t.dtype).removeprefix("torch.") for t in tensors if t.dtype not in KERNEL_DTYPES]
+        dense = f"{unfit[0]} input" if unfit else ""
+    if dense:
+        if asked is not None:
+            raise BackendUnavailable(
+                f"{caller}: backend {asked!r} has no kernel for {dense}; only the reference defines it"
+            )
+        _warn_dense(caller, device, dense)
+        return None
+    chosen = {}
+    for op in ops:
+        for row in BACKENDS:
+            if (asked is None or asked == row.name) and _runs(row, op, device, asked is not None):
+                chosen[op] = row.launchers[op]
+                break
+        else:
+            why = explain(op, device)
+            if asked is not None:
+                raise BackendUnavailable(f"{caller}: backend {asked!r} cannot run {op} on {device} tensors ({why})")
+            _warn_dense(caller, device, why)
+            return None
+    return SimpleNamespace(**chosen)
+
+
+def _warn_dense(caller: str, device: str, why: str) -> None:
+    """A GPU call that falls to the dense reference is a thousandfold slower: say so once a reason."""
+    message = f"{caller}: the dense reference runs this call on {device} tensors and stores the score matrix ({why})"
+    if device != "cpu" and not torch.compiler.is_compiling() and message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -1,0 +1,119 @@
+"""Refusals: every public function says in one sentence which argument is wrong, what was wanted and what came."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from negmine.options import FalseNegatives, Mix, Select, Weight, is_int, is_real
+
+OPTION_TYPES = {"select": Select, "mix": Mix, "weight": Weight, "false_negatives": FalseNegatives}
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def describe(value: Any) -> str:
+    """A value in a few words: the dtype and shape of a tensor, shapes joined by 'or', anything else by its repr."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+    if isinstance(value, list):
+        return " or ".join(str(item) for item in dict.fromkeys(value))
+    return repr(value)
+
+
+def refuse(op: str, name: str, wanted: str, came: Any, error: type[Exception] = ValueError) -> Exception:
+    """The exception to raise: `op: name must be wanted, got came`."""
+    return error(f"{op}: {name} must be {wanted}, got {describe(came)}")
+
+
+def require_tensor(op: str, name: str, value: Any, like: Tensor | None = None) -> None:
+    """A tensor, on the device of `like`."""
+    if not isinstance(value, Tensor):
+        raise refuse(op, name, "a tensor", value if value is None else type(value).__name__, TypeError)
+    if like is not None and value.device != like.device:
+        raise refuse(op, name, f"on the device of query ({like.device})", value)
+
+
+def require_vectors(
+    op: str, name: str, value: Any, shapes: str, dims: tuple[int, ...], like: Tensor | None = None
+) -> None:
+    """A floating tensor with one of the numbers of dimensions `dims`, spelled `shapes`, and the D of `like`."""
+    require_tensor(op, name, value, like)
+    if not value.is_floating_point():
+        raise refuse(op, name, "a floating tensor (float64, float32, bfloat16 or float16)", value, TypeError)
+    if value.dim() not in dims or value.shape[-1] == 0:
+        raise refuse(op, name, f"of shape {shapes} with D of 1 or more", value)
+    if like is not None and value.shape[-1] != like.shape[-1]:
+        raise refuse(op, name, f"of shape {shapes} with query's D = {like.shape[-1]}", value)
+
+
+def require_query_and_keys(op: str, query: Any, negative_keys: Any, *, own_keys: bool = False) -> None:
+    """query (B, D) and negative_keys (K, D), or also (B, M, D) where own_keys."""
+    require_vectors(op, "query", query, "(B, D)", (2,))
+    shapes, dims = ("(K, D) or (B, M, D)", (2, 3)) if own_keys else ("(K, D)", (2,))
+    require_vectors(op, "negative_keys", negative_keys, shapes, dims, query)
+    if negative_keys.dim() == 3 and negative_keys.shape[0] != query.shape[0]:
+        raise refuse(op, "negative_keys", f"of shape (B, M, D) with query's B = {query.shape[0]}", negative_keys)
+
+
+def require_positive(op: str, positive_key: Any, query: Tensor) -> None:
+    require_vectors(op, "positive_key", positive_key, "(B, D)", (2,), query)
+    if positive_key.shape != query.shape:
+        raise refuse(op, "positive_key", f"of query's shape {tuple(query.shape)}", positive_key)
+
+
+def require_temperature(op: str, temperature: Any) -> None:
+    """A finite float above 0, or a 0-d floating tensor, whose value is the caller's to keep above 0 (reading it would sync)."""
+    if isinstance(temperature, Tensor):
+        if temperature.dim() != 0 or not temperature.is_floating_point():
+            raise refuse(op, "temperature", "a number above 0 or a 0-d floating tensor", temperature)
+    elif not is_real(temperature) or temperature <= 0:
+        raise refuse(op, "temperature", "a number above 0 or a 0-d floating tensor", temperature)
+
+
+def require_options(op: str, **options: Any) -> None:
+    """Each option an object of its own type, or None."""
+    for name, value in options.items():
+        wanted = OPTION_TYPES[name]
+        if value is not None and not isinstance(value, wanted):
+            raise refuse(op, name, f"a negmine.{wanted.__name__} or None", value, TypeError)
+
+
+def require_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise refuse(op, name, " or ".join(map(repr, choices)), value)
+
+
+def require_count(op: str, name: str, value: Any, least: int = 1) -> None:
+    if not is_int(value) or value < least:
+        raise refuse(op, name, f"an int of {least} or more", value)
+
+
+def require_draw(op: str, seed: Any, step: Any, row_offset: Any) -> None:
+    """The key of the random draws: seed and step are 32-bit words, row_offset the global index of the first query."""
+    for name, value in (("seed", seed), ("step", step)):
+        if not is_int(value) or not 0 <= value < 2**32:
+            raise refuse(op, name, "an int in [0, 2**32)", value)
+    require_count(op, "row_offset", row_offset, 0)
+
+
+def require_bool(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise refuse(op, name, "True or False", value, TypeError)
+
+
+def whole_numbers(op: str, name: str, value: Any, device: torch.device) -> Tensor:
+    """Ranks as (R,) or (B, R) int64 from an int, a sequence of ints or a tensor of whole numbers."""
+    if is_int(value):
+        value = [value]
+    if isinstance(value, (list, tuple)) and value and all(is_int(v) and v >= 0 for v in value):
+        return torch.stack(
+            [torch.full((), v, dtype=torch.int64, device=device) for v in value]
+        )  # fills: no copy, no sync
+    if (
+        isinstance(value, Tensor)
+        and not value.is_floating_point()
+        and value.dtype != torch.bool
+        and value.dim() in (1, 2)
+    ):
+        return value.long()
+    raise refuse(op, name, "0-based ranks: an int, a sequence of ints, or an int tensor of shape (R,) or (B, R)", value)

@@ -1,0 +1,339 @@
+"""info_nce: the contrastive loss over a queue of negatives, with its gradient, without the (B, K) matrix.
+
+Fused path: x_pos is a row-wise product; the negatives enter as log-sum-exps that a kernel returns together with their softmax
+means, so that every gradient is known in the forward pass and the queue may be overwritten before backward. What is left is
+arithmetic on (B,) tensors, differentiated by autograd. The dense definition is negmine/reference.py.
+"""
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from negmine import backends, checks, reference
+from negmine.mining import for_kernels, score_of_positive, working
+from negmine.mixing import MixLogSumExp, draws_of, hard_index
+from negmine.options import FalseNegatives, Mix, Select, Weight
+from negmine.pool import Pool, bounded, check_pool, usable
+
+
+class InfoNCEStats(NamedTuple):
+    """What info_nce returns beside the loss; none carries gradient."""
+
+    logsumexp: Tensor  # (B,) log of the denominator
+    positive_rank: Tensor  # (B,) int64: valid negatives scored above the positive, whatever select keeps
+    num_negatives: Tensor  # (B,) int64: real negatives in the denominator
+    clamped: Tensor  # (B,) bool: Weight's floor is active, the row's negatives get no gradient
+    num_empty: Tensor  # () int64: rows without any negative, whose loss is 0
+
+
+class LogSumExp(torch.autograd.Function):
+    """lse_b (B,) = log sum over b's pool of exp(scale * s_bk), with kept (B,) and above (B,) of the kernel.
+
+    d lse / d query = scale * mean, d lse / d scale = query . mean, both known after the forward pass;
+    d lse / d negative_keys = scale * p_bk query_b is a second kernel, run only for keys that require grad.
+    """
+
+    @staticmethod
+    def forward(ctx, query, negative_keys, scale, pivot, ops, *pool):
+        want_mean = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
+        keys = for_kernels(negative_keys)
+        lse, mean, kept, above = ops.logsumexp(for_kernels(query), keys, scale.detach(), pivot, want_mean, *pool)
+        ctx.ops = ops
+        wants_keys = ctx.needs_input_grad[1]
+        ctx.save_for_backward(query, scale, lse, mean, *((negative_keys, *pool) if wants_keys else ()))
+        ctx.mark_non_differentiable(kept, above)
+        return lse, kept, above
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_lse, _d_kept, _d_above):
+        query, scale, lse, mean, *rest = ctx.saved_tensors
+        d_query = d_keys = d_scale = None
+        if ctx.needs_input_grad[0]:
+            d_query = ((d_lse * scale)[:, None] * mean).to(query.dtype)  # (B, D)
+        if ctx.needs_input_grad[1]:
+            negative_keys, *pool = rest
+            weight = d_lse * scale  # (B,)
+            d_keys = ctx.ops.logsumexp_grad_keys(
+                for_kernels(query), for_kernels(negative_keys), scale, lse, weight, *pool
+            )
+            d_keys = d_keys.to(negative_keys.dtype)  # (K, D)
+        if ctx.needs_input_grad[2]:
+            d_scale = (d_lse * (query.float() * mean).sum(1)).sum()
+        return d_query, d_keys, d_scale, None, None, *([None] * len(Pool._fields))
+
+
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor,
+    *,
+    temperature: float | Tensor = 0.07,
+    select: Select | None = None,
+    mix: Mix | None = None,
+    weight: Weight | None = None,
+    false_negatives: FalseNegatives | None = None,
+    support: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    query_labels: Tensor | None = None,
+    negative_labels: Tensor | None = None,
+    negative_mask: Tensor | None = None,
+    decoupled: bool = False,
+    reduction: str = "mean",
+    seed: int = 0,
+    step: int = 0,
+    row_offset: int = 0,
+    backend: str | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, InfoNCEStats]:
+    """InfoNCE of each query against its positive and a queue of negatives (MoCo, He et al. 2020, moco/builder.py).
+
+        loss_b = -x_b + log(exp(x_b) + sum over kept j of exp(x_bj)),   x = inner product / temperature
+
+    query (B, D): carries gradient. positive_key (B, D): carries gradient where it requires it.
+    negative_keys (K, D) shared by all queries, or (B, M, D) each query's own (dense, by the reference). Keys that require grad
+        get one. Frozen keys may be overwritten between forward and backward: the gradient is computed in the forward pass.
+    temperature: a number above 0, or a 0-d floating tensor that receives gradient. MoCo v1: 0.07, v2: 0.2.
+    select: which negatives stay; mix: which synthetic ones are added; weight: how they weigh; see those classes.
+    false_negatives with support (B, V, D): negatives found by other views of the same image are cancelled or attracted.
+    query_ids (B,) and negative_ids (K,), query_labels (B,) and negative_labels (K,): equal = not a negative.
+    negative_mask (K,) or (B, K) bool: True = usable. Masked negatives leave the pool before ranking, and the denominator.
+    decoupled: the positive leaves the denominator (Yeh et al. 2021, arXiv 2110.06848); the loss may be negative.
+    reduction: "mean" over the B rows, "sum" or "none".
+    seed, step, row_offset: the key of mix's and select.sample's draws and the global index of the first query.
+    backend: None chooses; "cuda", "triton", "cpu" or "reference" insists.
+
+    Vectors are used as given (normalise them for cosine scores). Returns the loss, fp32 (float64 for float64 input), 0-d or
+    (B,); with return_stats also InfoNCEStats. A row without negatives has loss 0 and no gradient, and is counted. Selection,
+    mixing and masks carry no gradient; weights do unless weight.detach. Double backward is refused.
+    Raises ValueError or TypeError for input that does not fit, before any work.
+    """
+    op = "info_nce"
+    checks.require_query_and_keys(op, query, negative_keys, own_keys=True)
+    checks.require_positive(op, positive_key, query)
+    checks.require_temperature(op, temperature)
+    checks.require_options(op, select=select, mix=mix, weight=weight, false_negatives=false_negatives)
+    if (false_negatives is None) != (support is None):
+        given, missing = ("support", "false_negatives") if support is not None else ("false_negatives", "support")
+        raise checks.refuse(op, missing, f"given together with {given}", None)
+    if support is not None:
+        checks.require_vectors(op, "support", support, "(B, V, D)", (3,), query)
+        if support.shape[0] != query.shape[0] or support.shape[1] == 0:
+            raise checks.refuse(
+                op, "support", f"of shape (B, V, D) with query's B = {query.shape[0]} and V of 1 or more", support
+            )
+    checks.require_bool(op, "decoupled", decoupled)
+    checks.require_bool(op, "return_stats", return_stats)
+    checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
+    checks.require_draw(op, seed, step, row_offset)
+    pool = check_pool(
+        op,
+        query,
+        negative_keys,
+        query_ids=query_ids,
+        negative_ids=negative_ids,
+        query_labels=query_labels,
+        negative_labels=negative_labels,
+        negative_mask=negative_mask,
+    )
+    dense = _only_dense(negative_keys, select, mix, false_negatives)
+    ops = backends.choose(op, _ops_for(select, mix), backend, (query, positive_key, negative_keys), dense)
+    draw = (seed, step, row_offset)
+    if ops is None:
+        rows, found = reference.info_nce(
+            working(query),
+            working(positive_key),
+            _without_masked_rows(working(negative_keys), pool),
+            temperature=temperature,
+            usable=usable(pool, query, negative_keys),
+            select=select,
+            mix=mix,
+            weight=weight,
+            false_negatives=false_negatives,
+            support=None if support is None else working(support),
+            decoupled=decoupled,
+            seed=seed,
+            step=step,
+            row_offset=row_offset,
+        )
+        stats = InfoNCEStats(**found)
+    else:
+        rows, stats = _fused(
+            ops,
+            query,
+            positive_key,
+            negative_keys,
+            temperature,
+            pool,
+            select,
+            mix,
+            weight,
+            decoupled,
+            draw,
+            return_stats,
+        )
+    loss = rows
+    if reduction != "none":
+        loss = rows.sum() if reduction == "sum" else rows.sum() / max(len(rows), 1)
+    return (loss, stats) if return_stats else loss
+
+
+def _only_dense(
+    negative_keys: Tensor, select: Select | None, mix: Mix | None, false_negatives: FalseNegatives | None
+) -> str:
+    """What in this call no kernel covers; empty where kernels cover it."""
+    if negative_keys.dim() == 3:
+        return "per-query negative_keys (B, M, D)"
+    if select is not None and select.sample is not None:
+        return "select.sample"
+    if mix is not None and not mix.detach:
+        return "mix.detach=False"
+    return "false_negatives" if false_negatives is not None else ""
+
+
+def _ops_for(select: Select | None, mix: Mix | None) -> tuple[str, ...]:
+    ops = ("logsumexp", "logsumexp_grad_keys")
+    if select is not None:
+        ops += ("rank_thresholds", "count_negatives")
+    return ops + ("mine_hardest", "mix_logsumexp") if mix is not None and mix.total else ops
+
+
+def _without_masked_rows(negative_keys: Tensor, pool: Pool) -> Tensor:
+    """Rows that a (K,) mask takes from every query may hold anything, NaN included: zeros keep them out of the products."""
+    mask = pool.negative_mask
+    if mask is None or mask.dim() != 1:
+        return negative_keys
+    return torch.where(mask[:, None], negative_keys, 0.0)
+
+
+def _fused(
+    ops: SimpleNamespace,
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor,
+    temperature: float | Tensor,
+    masks: Pool,
+    select: Select | None,
+    mix: Mix | None,
+    weight: Weight | None,
+    decoupled: bool,
+    draw: tuple[int, int, int],
+    want_rank: bool,
+) -> tuple[Tensor, InfoNCEStats]:
+    """Loss (B,) and statistics from the kernels `ops`; meaning as reference.info_nce."""
+    if isinstance(temperature, Tensor):
+        scale = temperature.to(device=query.device, dtype=torch.float32).reciprocal()
+    else:
+        scale = torch.full((), 1.0 / temperature, dtype=torch.float32, device=query.device)
+    positive_score = score_of_positive(query, positive_key)  # (B,)
+    x_positive = positive_score * scale  # (B,)
+    q, keys = for_kernels(query), for_kernels(negative_keys)
+    with torch.no_grad():
+        pool = masks if select is None else bounded(ops, q, keys, masks, select, positive_score.detach())
+    pivot = positive_score.detach() if want_rank else None
+
+    sharpness = 1.0 + weight.beta if weight is not None else 1.0
+    lse, kept, above = LogSumExp.apply(query, negative_keys, scale * sharpness, pivot, ops, *pool)
+    some = kept > 0  # (B,)
+    clamped = torch.zeros_like(some)
+    if weight is not None:
+        importance = kept.clamp_min(1).float().log()  # LSE of zeros
+        if weight.beta:
+            importance = LogSumExp.apply(query, negative_keys, scale * weight.beta, None, ops, *pool)[0]
+        log_sum, clamped = reference.log_weighted_sum(
+            lse.masked_fill(~some, 0.0),
+            importance.masked_fill(~some, 0.0),
+            x_positive,
+            kept.clamp_min(1),
+            1.0 / scale,
+            weight,
+        )
+        lse, clamped = log_sum.masked_fill(~some, -torch.inf), clamped & some
+    if mix is not None and mix.total:
+        with torch.no_grad():
+            index = hard_index(ops, q, keys, mix, masks)  # (B, hard)
+            draws = draws_of(mix, query.device, *draw)
+        lse_mixed = MixLogSumExp.apply(query, scale, negative_keys.detach(), index, ops, draws)  # (B,)
+        some = some | (index >= 0).any(1)
+        both = torch.logaddexp(lse.masked_fill(~some, 0.0), lse_mixed.masked_fill(~some, 0.0))
+        lse = both.masked_fill(~some, -torch.inf)
+
+    if decoupled:
+        rows = torch.where(some, lse.masked_fill(~some, 0.0) - x_positive, 0.0 * x_positive)
+        denominator = lse
+    else:
+        rows = -F.logsigmoid(x_positive - lse)  # softplus of the difference: accurate where the loss is tiny
+        denominator = torch.logaddexp(x_positive.detach(), lse.detach())
+    return rows, InfoNCEStats(denominator.detach(), above, kept, clamped, (~some).sum())
+
+
+class InfoNCELoss(nn.Module):
+    """info_nce as a module: the options at construction, tensors and masks in the call.
+
+    Its keywords are info_nce's. Calls in training mode that name no `step` count themselves, so that every one draws new mixes
+    and samples; the count travels in state_dict.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        *,
+        select: Select | None = None,
+        mix: Mix | None = None,
+        weight: Weight | None = None,
+        false_negatives: FalseNegatives | None = None,
+        decoupled: bool = False,
+        reduction: str = "mean",
+        seed: int = 0,
+        backend: str | None = None,
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__()
+        op = "InfoNCELoss"
+        checks.require_temperature(op, temperature)
+        checks.require_options(op, select=select, mix=mix, weight=weight, false_negatives=false_negatives)
+        checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
+        checks.require_draw(op, seed, 0, 0)
+        self.temperature = temperature
+        self.options = {
+            "select": select,
+            "mix": mix,
+            "weight": weight,
+            "false_negatives": false_negatives,
+            "decoupled": decoupled,
+            "reduction": reduction,
+            "seed": seed,
+            "backend": backend,
+            "return_stats": return_stats,
+        }
+        self.step = 0
+
+    def forward(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Tensor,
+        *,
+        step: int | None = None,
+        **masks: Tensor | int,
+    ) -> Tensor | tuple[Tensor, InfoNCEStats]:
+        """masks: query_ids, negative_ids, query_labels, negative_labels, negative_mask, support, row_offset of info_nce."""
+        if step is None:
+            step = self.step
+            self.step += self.training
+        options = {"temperature": self.temperature, **self.options, **masks}
+        return info_nce(query, positive_key, negative_keys, step=step, **options)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.step = int(state["step"])
+
+    def extra_repr(self) -> str:
+        given = {name: value for name, value in self.options.items() if value not in (None, False)}
+        return ", ".join([f"temperature={self.temperature!r}", *(f"{name}={value!r}" for name, value in given.items())])

@@ -1,0 +1,231 @@
+"""What to keep, what to add, how to weigh, what to cancel: the four descriptions that the ops take.
+
+Each is a frozen dataclass that refuses, when it is made, a value that cannot be meant. They hold numbers only: the same
+object serves every batch, device and backend.
+"""
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_int(value: Any) -> bool:
+    """True for a whole number that is no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    """True for a finite int or float that is no bool."""
+    return (is_int(value) or isinstance(value, float)) and math.isfinite(value)
+
+
+def _require(good: bool, name: str, wanted: str, came: Any) -> None:
+    if not good:
+        raise ValueError(f"{name} must be {wanted}, got {came!r}")
+
+
+@dataclass(frozen=True)
+class Select:
+    """What to keep of each query's negatives: score filters, then a window of ranks, then a random sample of it.
+
+        pool    = negatives left by the masks, then by min_score <= s <= max_score, s <= s_pos - absolute_margin,
+                  s <= s_pos - |s_pos| * relative_margin         (s raw inner product, equality keeps)
+        window  = ranks [range_min, range_max) of the pool, hardest first; ties rank by the lower index
+        kept    = window, or `sample` members of it
+
+    range_min, range_max: ranks if int, fractions of the query's own pool if float, both ends rounded down; a window given
+    by a fraction keeps at least one negative of a pool that has any. range_max=None is the end of the pool.
+    min_score, max_score: raw inner products.
+    absolute_margin, relative_margin: distance that a negative must keep below the positive's score; NV-Retriever's
+    MarginPos is absolute_margin=0.05, its PercPos relative_margin=0.05, Qwen3's mask absolute_margin=-0.1
+    (arXiv 2407.15831, 2506.05176). The |s_pos| keeps the threshold below a positive whose score is negative.
+    sample: how many members of the window to draw for each query; replace: draw with replacement, so that a negative drawn
+    twice counts twice. The draw is counter-based: it depends on seed, step and the query's global row only.
+
+    No gradient flows through selection. A NaN score is no candidate.
+    Difficulty ranges: Cai et al. 2020 (arXiv 2010.06682); rings: Wu et al. 2020 (arXiv 2010.02037).
+    Raises ValueError for values that cannot be meant, such as range_max=1.5 or range_min > range_max.
+    """
+
+    range_min: int | float = 0
+    range_max: int | float | None = None
+    _: KW_ONLY
+    min_score: float | None = None
+    max_score: float | None = None
+    absolute_margin: float | None = None
+    relative_margin: float | None = None
+    sample: int | None = None
+    replace: bool = False
+
+    def __post_init__(self) -> None:
+        low, high = self.range_min, self.range_max
+        good = (is_int(low) and low >= 0) or (isinstance(low, float) and 0.0 <= low < 1.0)
+        _require(good, "range_min", "a rank (int, 0 or more) or a fraction (float in [0, 1))", low)
+        good = high is None or (is_int(high) and high >= 1) or (isinstance(high, float) and 0.0 < high <= 1.0)
+        _require(good, "range_max", "a rank (int, 1 or more), a fraction (float in (0, 1]) or None", high)
+        if high is not None and isinstance(low, float) == isinstance(high, float):
+            _require(low < high, "range_min", f"below range_max={high!r}", low)
+        for name in ("min_score", "max_score", "absolute_margin", "relative_margin"):
+            value = getattr(self, name)
+            _require(value is None or is_real(value), name, "a finite number or None", value)
+        if self.min_score is not None and self.max_score is not None:
+            _require(
+                self.min_score <= self.max_score, "min_score", f"at most max_score={self.max_score!r}", self.min_score
+            )
+        _require(
+            self.sample is None or (is_int(self.sample) and self.sample >= 1),
+            "sample",
+            "an int of 1 or more, or None",
+            self.sample,
+        )
+        _require(isinstance(self.replace, bool), "replace", "True or False", self.replace)
+        _require(not self.replace or self.sample is not None, "replace", "False unless sample is given", self.replace)
+
+    @property
+    def has_margin(self) -> bool:
+        """True where the filter needs the positive's score."""
+        return self.absolute_margin is not None or self.relative_margin is not None
+
+    @property
+    def has_filter(self) -> bool:
+        return self.has_margin or self.min_score is not None or self.max_score is not None
+
+    @property
+    def has_window(self) -> bool:
+        return self.range_min != 0 or self.range_max not in (None, 1.0)
+
+    def highest_score(self, positive_score: Tensor) -> Tensor:
+        """positive_score (B,) -> (B,): the largest score that the filters keep, +inf where none limits it."""
+        top = torch.full_like(positive_score, math.inf if self.max_score is None else self.max_score)  # (B,)
+        if self.absolute_margin is not None:
+            top = top.minimum(positive_score - self.absolute_margin)
+        if self.relative_margin is not None:
+            top = top.minimum(positive_score - positive_score.abs() * self.relative_margin)
+        return top
+
+    def window(self, count: Tensor) -> tuple[Tensor, Tensor]:
+        """count (B,) int64, the size of each pool -> first, end (B,) int64: ranks [first, end), end <= count."""
+
+        def rank(bound: int | float) -> Tensor:
+            if isinstance(bound, float):
+                return (count.double() * bound).long()  # floor: both are positive
+            return torch.full_like(count, bound)
+
+        first = rank(self.range_min)
+        end = count if self.range_max is None else rank(self.range_max)
+        if isinstance(self.range_min, float) or isinstance(self.range_max, float):
+            end = end.maximum(first + 1)
+        return first, end.minimum(count)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Synthetic negatives of each query, mixed from its hardest ones (MoCHi, Kalantidis et al. 2020, arXiv 2010.01028).
+
+        pairs        h = m / ||m||,  m = c n_a + (1 - c) n_b,   c in pair_range,   a, b drawn from ranks [skip, skip + hard)
+        with_query   h = m / ||m||,  m = c q + (1 - c) n_b,     c in query_range
+
+    They are added to the negatives of the loss; none is taken away. `pairs` and `with_query` count them per query.
+    concentration: c = low + (high - low) * Beta(concentration, concentration); 1 is uniform.
+    distinct: the two parents of a pair differ wherever the query has two to choose from.
+    detach: h carries no gradient (as in every public implementation); False lets the query and the keys inside h carry it.
+    Parents are mined from the negatives left by the masks, whatever `select` keeps. A query with no negative gets none.
+    """
+
+    hard: int = 1024
+    pairs: int = 1024
+    with_query: int = 128
+    _: KW_ONLY
+    skip: int = 0
+    pair_range: tuple[float, float] = (0.0, 1.0)
+    query_range: tuple[float, float] = (0.0, 0.5)
+    concentration: float = 1.0
+    distinct: bool = True
+    detach: bool = True
+
+    def __post_init__(self) -> None:
+        _require(is_int(self.hard) and self.hard >= 1, "hard", "an int of 1 or more", self.hard)
+        for name in ("pairs", "with_query", "skip"):
+            value = getattr(self, name)
+            _require(is_int(value) and value >= 0, name, "an int of 0 or more", value)
+        for name in ("pair_range", "query_range"):
+            value = getattr(self, name)
+            good = isinstance(value, tuple) and len(value) == 2 and all(is_real(v) for v in value)
+            _require(good and 0.0 <= value[0] <= value[1] <= 1.0, name, "(low, high) with 0 <= low <= high <= 1", value)
+        _require(
+            is_real(self.concentration) and self.concentration > 0,
+            "concentration",
+            "a number above 0",
+            self.concentration,
+        )
+        for name in ("distinct", "detach"):
+            _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+
+    @property
+    def total(self) -> int:
+        """S, the synthetic negatives of each query."""
+        return self.pairs + self.with_query
+
+
+@dataclass(frozen=True)
+class Weight:
+    """How to weigh the negatives: importance exponent and prior of false negatives, over N kept negatives x_j = s_j / T.
+
+        R  = N * sum_j exp((1 + beta) x_j) / sum_j exp(beta x_j)
+        Ng = max((R - tau_plus * N * exp(x_pos)) / (1 - tau_plus), N * exp(-1 / T))      (the floor only where tau_plus > 0)
+        loss = -log(exp(x_pos) / (exp(x_pos) + Ng))
+
+    beta > 0: HCL, Robinson et al. 2020 (arXiv 2010.04592; joshr17/HCL image/main.py: beta multiplies s / T).
+    tau_plus > 0: debiased, Chuang et al. 2020 (arXiv 2007.00224; chingyaoc/DCL main.py). The floor assumes unit vectors. With a
+    queue of near-random vectors a tau_plus of 0.1 clamps nearly every row, whose negatives then get no gradient: watch the
+    `clamped` statistic, and start from 1 / number of classes or less.
+    detach: True keeps the weights exp(beta x) out of the gradient; the official code, and the default, does not.
+    """
+
+    beta: float = 0.0
+    tau_plus: float = 0.0
+    _: KW_ONLY
+    detach: bool = False
+
+    def __post_init__(self) -> None:
+        _require(is_real(self.beta) and self.beta >= 0, "beta", "a number of 0 or more", self.beta)
+        _require(is_real(self.tau_plus) and 0 <= self.tau_plus < 1, "tau_plus", "a number in [0, 1)", self.tau_plus)
+        _require(isinstance(self.detach, bool), "detach", "True or False", self.detach)
+
+
+@dataclass(frozen=True)
+class FalseNegatives:
+    """Negatives that support views of the query's own image give away (Huynh et al., arXiv 2011.11765; google-research/fnc).
+
+        f_j = max (or mean) over views v of support_v . n_j;   F = { j : j among the top_k largest f of the query, and f_j > threshold }
+
+    mode="eliminate": F leaves the pool and the denominator. mode="attract": F leaves the pool and becomes further positives,
+        loss = -(x_pos + sum_F x_f) / (1 + |F|) + LSE(x_pos, x_F, negatives)
+    top_k=None: by threshold alone; threshold=None: by rank alone. f is a raw inner product and carries no gradient; ties in f
+    go to the lower index. The paper's support views come from the key encoder.
+    """
+
+    top_k: int | None = 10
+    threshold: float | None = 0.7
+    _: KW_ONLY
+    mode: str = "eliminate"
+    reduce: str = "max"
+
+    def __post_init__(self) -> None:
+        _require(
+            self.top_k is None or (is_int(self.top_k) and self.top_k >= 1),
+            "top_k",
+            "an int of 1 or more, or None",
+            self.top_k,
+        )
+        _require(
+            self.threshold is None or is_real(self.threshold), "threshold", "a finite number or None", self.threshold
+        )
+        _require(
+            self.top_k is not None or self.threshold is not None, "top_k", "given where threshold is None", self.top_k
+        )
+        _require(self.mode in ("eliminate", "attract"), "mode", "'eliminate' or 'attract'", self.mode)
+        _require(self.reduce in ("max", "mean"), "reduce", "'max' or 'mean'", self.reduce)

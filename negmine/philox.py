@@ -1,0 +1,76 @@
+"""Counter-based random numbers: Philox4x32-10 in PyTorch, and the draws of the package made from it.
+
+A draw is a function of (seed, step) and of a counter (global row, slot, stream), never of the backend, the tile, the batch split
+or the world size. The kernels compute the same integers; kernels/README.md states the layout.
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (the Random123 constants).
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+STREAM_MIX, STREAM_SAMPLE = 0, 1  # the counter's last word: one stream a purpose
+QUANTILES = 4096  # intervals of the tabulated Beta quantile function
+
+
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int, step: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four counter words (...) int64 in [0, 2^32) and the key (seed, step) -> four random words (...) in [0, 2^32)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & MASK, step & MASK
+    for _ in range(10):
+        # The product of two 32-bit words wraps in int64, but its 64 bits are right, and the mask undoes the sign.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
+        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
+    return c0, c1, c2, c3
+
+
+def words(rows: Tensor, slots: Tensor, stream: int, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """rows (B,) int64 global rows, slots (L,) int64 -> four words (B, L)."""
+    row, slot = rows[:, None].broadcast_to(len(rows), len(slots)), slots[None, :].broadcast_to(len(rows), len(slots))
+    return philox((row & MASK, (row >> 32) & MASK, slot, torch.full_like(slot, stream)), seed, step)
+
+
+def below(word: Tensor, bound: Tensor) -> Tensor:
+    """word (...) random, bound (...) int64 below 2^31 -> (...) in [0, bound), or 0 where bound is 0."""
+    return (word * bound) >> 32
+
+
+def unit(word: Tensor, quantiles: Tensor | None) -> Tensor:
+    """word (...) random -> (...) fp32 in [0, 1]: the top 24 bits, through the quantile table where one is given."""
+    top = word >> 8
+    if quantiles is None:
+        return top.float() * 2.0**-24
+    cell, rest = top >> 12, (top & 4095).float() * 2.0**-12
+    return quantiles[cell] + rest * (quantiles[cell + 1] - quantiles[cell])
+
+
+@cache
+def beta_quantiles(concentration: float) -> Tensor | None:
+    """Quantile function of Beta(concentration, concentration) at 0, 1/4096, ..., 1: (4097,) fp32; None for the uniform case.
+
+    Interpolated from the distribution function on a grid that is dense at both ends, where the density may diverge.
+    """
+    if concentration == 1.0:
+        return None
+    # x = t^p / (t^p + (1 - t)^p) with p = max(1, 1 / concentration) makes the integrand bounded at both ends.
+    power = max(1.0, 1.0 / concentration)
+    t = torch.linspace(0.0, 1.0, 400_001, dtype=torch.float64)
+    low, high = t**power, (1.0 - t) ** power
+    x = low / (low + high)
+    mid = (t[1:] + t[:-1]) / 2
+    log_density = concentration * power * (mid.log() + (1.0 - mid).log()) - mid.log() - (1.0 - mid).log()
+    log_density = log_density - 2 * concentration * torch.logaddexp(power * mid.log(), power * (1.0 - mid).log())
+    mass = torch.cat([torch.zeros(1, dtype=torch.float64), (log_density - log_density.max()).exp().cumsum(0)])
+    wanted = torch.linspace(0.0, 1.0, QUANTILES + 1, dtype=torch.float64) * mass[-1]
+    right = torch.searchsorted(mass, wanted).clamp(1, len(mass) - 1)
+    span = (mass[right] - mass[right - 1]).clamp_min(torch.finfo(torch.float64).tiny)
+    part = ((wanted - mass[right - 1]) / span).clamp(0, 1)
+    quantile = x[right - 1] + part * (x[right] - x[right - 1])
+    return (
+        (quantile + 1.0 - quantile.flip(0)) / 2
+    ).float()  # the distribution is symmetric; rounding at the far end is not

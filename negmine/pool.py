@@ -1,0 +1,143 @@
+"""Which negatives each query may see: the masks a caller gives, checked, and what they mean to a kernel and to the reference.
+
+A Pool is the tail of arguments that every kernel takes (kernels/README.md): masks, and the two bounds that `bounded` adds for
+score filters and rank windows.
+"""
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from negmine import order
+from negmine.checks import describe, refuse, require_tensor
+from negmine.options import Select
+
+
+class Pool(NamedTuple):
+    """The seven optional tensors of a kernel's pool, in order."""
+
+    negative_mask: Tensor | None = None  # (K,) or (B, K) bool, True = usable
+    query_ids: Tensor | None = None  # (B,) int64
+    negative_ids: Tensor | None = None  # (K,) int64, equal = not a negative
+    query_labels: Tensor | None = None  # (B,) int64
+    negative_labels: Tensor | None = None  # (K,) int64, equal = not a negative
+    lower: Tensor | None = None  # (B,) int64 order
+    upper: Tensor | None = None  # (B,) int64 order
+
+    @property
+    def is_everything(self) -> bool:
+        return all(part is None for part in self)
+
+
+def _check_tags(
+    op: str,
+    kind: str,
+    query_tags: Any,
+    negative_tags: Any,
+    query: Tensor,
+    own: tuple[int, ...],
+    shared: tuple[int, ...],
+) -> tuple[Tensor | None, Tensor | None]:
+    """A pair of ids or of labels: both or neither, whole numbers, one a query and one a negative."""
+    names = (f"query_{kind}", f"negative_{kind}")
+    if query_tags is None and negative_tags is None:
+        return None, None
+    if query_tags is None or negative_tags is None:
+        given, missing = names if negative_tags is None else names[::-1]
+        raise refuse(op, missing, f"given together with {given}", None)
+    for name, tags, shapes in (
+        (names[0], query_tags, [shared[:0] + own[:1]]),
+        (names[1], negative_tags, [shared, own]),
+    ):
+        require_tensor(op, name, tags, query)
+        if tags.is_floating_point() or tags.is_complex() or tags.dtype == torch.bool:
+            raise refuse(op, name, "a tensor of whole numbers", tags, TypeError)
+        if tuple(tags.shape) not in shapes:
+            raise refuse(op, name, f"of shape {describe(shapes)}", tags)
+    return query_tags.long().contiguous(), negative_tags.long().contiguous()
+
+
+def check_pool(
+    op: str,
+    query: Tensor,
+    negative_keys: Tensor,
+    *,
+    query_ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    query_labels: Tensor | None = None,
+    negative_labels: Tensor | None = None,
+    negative_mask: Tensor | None = None,
+) -> Pool:
+    """The caller's masks as a Pool; raises in a sentence where they do not fit query (B, D) and negative_keys."""
+    own = (query.shape[0], negative_keys.shape[-2])  # (B, K)
+    shared = own[1:]  # (K,)
+    if negative_keys.dim() == 2:
+        tag_shapes = (own[:1], shared)
+    else:
+        tag_shapes = (own, shared)
+    if negative_mask is not None:
+        require_tensor(op, "negative_mask", negative_mask, query)
+        if negative_mask.dtype != torch.bool:
+            raise refuse(op, "negative_mask", "a bool tensor (True = usable)", negative_mask, TypeError)
+        if tuple(negative_mask.shape) not in (shared, own):
+            raise refuse(op, "negative_mask", f"of shape {describe([shared, own])}", negative_mask)
+        negative_mask = negative_mask.contiguous()
+    ids = _check_tags(op, "ids", query_ids, negative_ids, query, *tag_shapes)
+    labels = _check_tags(op, "labels", query_labels, negative_labels, query, *tag_shapes)
+    return Pool(negative_mask, *ids, *labels)
+
+
+def usable(pool: Pool, query: Tensor, negative_keys: Tensor) -> Tensor | None:
+    """The masks of a pool as one dense (B, K) bool for the reference; None where nothing is masked."""
+    shape = (query.shape[0], negative_keys.shape[-2])  # (B, K)
+    dense = None if pool.negative_mask is None else pool.negative_mask.expand(shape)
+    for query_tags, negative_tags in (pool[1:3], pool[3:5]):
+        if query_tags is not None and negative_tags is not None:
+            differs = query_tags[:, None] != negative_tags  # (B, K)
+            dense = differs if dense is None else dense & differs
+    return dense
+
+
+def bounded(
+    ops: ModuleType, query: Tensor, negative_keys: Tensor, pool: Pool, select: Select, positive_score: Tensor | None
+) -> Pool:
+    """The pool narrowed to what `select` keeps: its filters and its rank window as two places of each row.
+
+    positive_score (B,) is needed where select has a margin. The places are exact: columns that tie with a bound are kept or
+    dropped by their index.
+    """
+    B, K = query.shape[0], negative_keys.shape[0]
+    if select.has_filter:
+        anchor = query.new_zeros(B, dtype=torch.float32) if positive_score is None else positive_score
+        lowest = torch.full_like(anchor, -torch.inf if select.min_score is None else select.min_score)
+        pool = pool._replace(
+            lower=order.pack(lowest, order.LAST_INDEX), upper=order.pack(select.highest_score(anchor), 0)
+        )
+    if not select.has_window:
+        return pool
+    # Only fractions need the pool's size: a rank past the end of a pool has no place, and keeps nothing or everything.
+    if isinstance(select.range_min, float) or isinstance(select.range_max, float):
+        count = ops.count_negatives(query, negative_keys, *pool) if not pool.is_everything else None
+    else:
+        count = None
+    if count is None:
+        count = torch.full((B,), K, dtype=torch.int64, device=query.device)
+    first, end = select.window(count)
+    ranks = torch.stack([first, end - 1], 1)  # (B, 2)
+    wanted = [
+        side for side, needed in enumerate((select.range_min != 0, select.range_max not in (None, 1.0))) if needed
+    ]
+    places = ops.rank_thresholds(query, negative_keys, ranks[:, wanted].contiguous(), *pool)  # (B, 1 or 2)
+    bottom = order.pack(torch.full((B,), -torch.inf, device=query.device), order.LAST_INDEX)  # (B,)
+    upper, lower = pool.upper, pool.lower
+    if 0 in wanted:
+        upper = places[:, 0].contiguous()
+    if 1 in wanted:
+        last = places[:, -1]
+        lower = torch.where(last == order.NOWHERE, bottom if lower is None else lower, last)
+    upper = order.pack(torch.full((B,), torch.inf, device=query.device), 0) if upper is None else upper
+    lower = bottom if lower is None else lower
+    # An empty window: no place is at once above and below.
+    return pool._replace(lower=lower, upper=torch.where(first < end, upper, order.NOWHERE))

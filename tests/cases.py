@@ -1,0 +1,68 @@
+"""Shapes and inputs that the tests share: each shape once, with its reason."""
+
+import torch
+import torch.nn.functional as F
+
+# B, K, D, N                      why
+SHAPES = [
+    (1, 1, 1, 1),  # ones everywhere
+    (0, 9, 4, 3),  # no query
+    (3, 5, 7, 9),  # fewer candidates than N, odd D
+    (5, 33, 3, 4),  # K just past a tile
+    (17, 200, 16, 40),  # B past a tile of 16
+    (4, 130, 130, 8),  # D past a power of two
+]
+WIDE_SHAPES = [  # too slow for an interpreter
+    (65, 1000, 8, 100),  # B past a block of 64 queries
+    (3, 300, 1000, 5),  # wide D
+    (2, 20_000, 16, 1024),  # several splits of the queue
+    (130, 700, 128, 700),  # N = K
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def shapes_for(backend: str) -> list[tuple[int, int, int, int]]:
+    """What this backend runs in reasonable time: a Triton kernel on the CPU is interpreted."""
+    slow = backend == "triton" and not torch.cuda.is_available()
+    return SHAPES if slow else SHAPES + WIDE_SHAPES
+
+
+def unit(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> torch.Tensor:
+    """Random unit vectors, rounded to dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator), dim=-1).to(dtype).to(device)
+
+
+def whole(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> torch.Tensor:
+    """Random small integers: products and sums are exact in fp32 from any of the storage dtypes, and ties are many."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-3, 4, shape, generator=generator).to(dtype).to(device)
+
+
+def ids(B: int, K: int, device: str = "cpu", seed: int = 0) -> dict[str, torch.Tensor]:
+    """query_ids and negative_ids that collide often."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "query_ids": torch.randint(0, 4, (B,), generator=generator).to(device),
+        "negative_ids": torch.randint(0, 4, (K,), generator=generator).to(device),
+    }
+
+
+def masks(kind: str, B: int, K: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """The mask keywords of one kind: none, ids, labels, columns, pairs or everything."""
+    generator = torch.Generator().manual_seed(7)
+    columns = {"negative_mask": (torch.rand(K, generator=generator) < 0.7).to(device)}
+    pairs = {"negative_mask": (torch.rand(B, K, generator=generator) < 0.7).to(device)}
+    labels = dict(zip(("query_labels", "negative_labels"), ids(B, K, device, 3).values(), strict=True))
+    return {
+        "none": {},
+        "ids": ids(B, K, device),
+        "labels": labels,
+        "columns": columns,
+        "pairs": pairs,
+        "everything": {**ids(B, K, device), **labels, **pairs},
+        "nothing left": {"negative_mask": torch.zeros(K, dtype=torch.bool, device=device)},
+    }[kind]
+
+
+MASKS = ["none", "ids", "labels", "columns", "pairs", "everything", "nothing left"]

@@ -1,0 +1,64 @@
+"""The tolerance policy: one function per kind of claim. A tolerance here is never raised to make a test pass.
+
+exact     small-integer inputs: bit-equal to the reference, ties included.
+rounded   |kernel - truth| <= 2 |plain - truth| + floor per element, truth = reference in float64 of the same rounded inputs, plain = the
+          reference in the tested dtype, floor = a few eps of the output's scale times the condition of the op.
+selected  no index twice, each score right, nothing left out that beats the worst kept by more than rounding.
+"""
+
+import torch
+from torch import Tensor
+
+
+def exact(name: str, got: Tensor, want: Tensor) -> None:
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(want.shape)}"
+    same = (got == want) | (got.isnan() & want.isnan()) if got.is_floating_point() else got == want
+    if not bool(same.all()):
+        at = tuple((~same).nonzero()[0].tolist())
+        raise AssertionError(
+            f"{name}: {int((~same).sum())} elements differ, first at {at}: {got[at]} instead of {want[at]}"
+        )
+
+
+def rounded(name: str, kernel: Tensor, truth: Tensor, plain: Tensor, condition: float = 1.0) -> None:
+    """condition: how much the op amplifies a rounding of its inputs, e.g. the largest logit for an exponential."""
+    assert kernel.shape == truth.shape, f"{name}: shape {tuple(kernel.shape)}, want {tuple(truth.shape)}"
+    if truth.numel() == 0:
+        return
+    k, t, p = kernel.double().cpu(), truth.double().cpu(), plain.double().cpu()
+    special = ~t.isfinite()
+    exact(f"{name} (non-finite)", k[special], t[special])
+    assert bool(k[~special].isfinite().all()), f"{name}: not finite where the truth is"
+    k, t, p = k[~special], t[~special], p[~special]
+    if t.numel() == 0:
+        return
+    floor = 4 * torch.finfo(kernel.dtype).eps * max(condition, 1.0) * float(t.abs().max().clamp_min(1e-3))
+    allowed = 2 * (p - t).abs().nan_to_num(nan=0.0, posinf=0.0) + floor
+    error = (k - t).abs()
+    worst = int((error - allowed).argmax())
+    assert error[worst] <= allowed[worst], (
+        f"{name}: kernel {k[worst]:.9g}, truth {t[worst]:.9g}, plain {p[worst]:.9g}: "
+        f"error {error[worst]:.3g} over {allowed[worst]:.3g}"
+    )
+
+
+def selected(
+    name: str, scores: Tensor, index: Tensor, truth: Tensor, usable: Tensor | None = None, slack: float = 1e-5
+) -> None:
+    """scores, index (B, N) of a selection against the true scores (B, K) float64."""
+    allowed = torch.ones_like(truth, dtype=torch.bool) if usable is None else usable
+    for b in range(len(truth)):
+        kept = index[b][index[b] >= 0]
+        assert kept.unique().numel() == kept.numel(), f"{name}: row {b} keeps an index twice"
+        assert kept.numel() == min(index.shape[1], int(allowed[b].sum())), f"{name}: row {b} keeps {kept.numel()}"
+        assert bool((index[b][: kept.numel()] >= 0).all()), f"{name}: row {b} pads before its end"
+        if not kept.numel():
+            continue
+        assert bool(allowed[b][kept].all()), f"{name}: row {b} keeps a masked column"
+        error = (scores[b, : kept.numel()].double() - truth[b][kept]).abs().max()
+        assert error <= slack, f"{name}: row {b} scores off by {error:.3g}"
+        left = allowed[b].clone()
+        left[kept] = False
+        if bool(left.any()):
+            worst, best = truth[b][kept].min(), truth[b][left].max()
+            assert best <= worst + slack, f"{name}: row {b} leaves out {best:.9g} and keeps {worst:.9g}"

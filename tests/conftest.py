@@ -1,0 +1,67 @@
+"""What every test runs under: one seed, uninitialised memory filled with NaN, and the list of backends that can run here."""
+
+import os
+
+os.environ.setdefault(
+    "ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"
+)  # oneDNN's AMX kernels trust a CPUID that machines may hide
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels then run on CPU tensors, slowly; read at import
+
+import pytest
+
+from negmine import backends
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _reason_not_here(name: str) -> str:
+    row = next(row for row in backends.BACKENDS if row.name == name)
+    if name == "reference" or (not row.refusal and DEVICE in (row.device, row.also)):
+        return ""
+    return row.refusal or f"backend {name} takes {row.device} tensors"
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """torch.empty returns NaN (or the largest integer), so a kernel that leaves part of an output unwritten is found."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["cpu", "triton", "cuda"])
+def backend(request):
+    """Every backend but the reference; one that cannot run here is skipped with the reason that it gives users."""
+    reason = _reason_not_here(request.param)
+    if reason:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
+def any_backend(request):
+    """Every backend, the reference included."""
+    reason = _reason_not_here(request.param)
+    if reason:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+def device_of(backend: str) -> str:
+    """Where the tensors of a test of this backend live."""
+    return "cpu" if backend == "cpu" else DEVICE
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The last lines say what did not run here."""
+    for name in ("cuda", "triton", "cpu"):
+        reason = _reason_not_here(name)
+        if reason:
+            terminalreporter.write_line(f"not run here: backend {name}: {reason}")
+    if DEVICE == "cpu" and not _reason_not_here("triton"):
+        terminalreporter.write_line("triton: interpreted on small shapes and compiled ahead of time, not run on a GPU")
