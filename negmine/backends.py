@@ -9,26 +9,32 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-OPS = (
-    "logsumexp",
-    "logsumexp_grad_keys",
-    "mine_hardest",
-    "rank_thresholds",
-    "count_negatives",
-    "mix_negatives",
-    "mix_logsumexp",
-)
 NAMES = ("cuda", "triton", "cpu", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORCED = os.environ.get("NEGMINE_BACKEND") or None
 if FORCED is not None and FORCED not in NAMES:
     raise ValueError(f"NEGMINE_BACKEND must be one of {', '.join(NAMES)}, got {FORCED!r}")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Launchers(NamedTuple):
+    """The kernels that run one call, by op name; None where the call does not need the op."""
+
+    logsumexp: Callable | None = None
+    logsumexp_grad_keys: Callable | None = None
+    mine_hardest: Callable | None = None
+    rank_thresholds: Callable | None = None
+    count_negatives: Callable | None = None
+    mix_negatives: Callable | None = None
+    mix_logsumexp: Callable | None = None
+
+
+OPS = Launchers._fields
 
 
 class BackendUnavailable(RuntimeError):
@@ -95,7 +101,7 @@ def _runs(backend: Backend, op: str, device: str, by_name: bool) -> bool:
 
 def choose(
     caller: str, ops: tuple[str, ...], backend: str | None, tensors: tuple[Tensor, ...], dense: str = ""
-) -> SimpleNamespace | None:
+) -> Launchers | None:
     """The launchers of `ops` for these tensors, by name; None = the reference runs the call.
 
     dense: what in this call only the reference defines; empty where kernels cover it all.
@@ -129,7 +135,7 @@ def choose(
                 raise BackendUnavailable(f"{caller}: backend {asked!r} cannot run {op} on {device} tensors ({why})")
             _warn_dense(caller, device, why)
             return None
-    return SimpleNamespace(**chosen)
+    return Launchers(**chosen)
 
 
 def _warn_dense(caller: str, device: str, why: str) -> None:

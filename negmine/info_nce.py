@@ -5,7 +5,6 @@ means, so that every gradient is known in the forward pass and the queue may be 
 arithmetic on (B,) tensors, differentiated by autograd. The dense definition is negmine/reference.py.
 """
 
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -147,7 +146,7 @@ def info_nce(
         rows, found = reference.info_nce(
             working(query),
             working(positive_key),
-            _without_masked_rows(working(negative_keys), pool),
+            _dense_keys(negative_keys, pool),
             temperature=temperature,
             usable=usable(pool, query, negative_keys),
             select=select,
@@ -202,16 +201,19 @@ def _ops_for(select: Select | None, mix: Mix | None) -> tuple[str, ...]:
     return ops + ("mine_hardest", "mix_logsumexp") if mix is not None and mix.total else ops
 
 
-def _without_masked_rows(negative_keys: Tensor, pool: Pool) -> Tensor:
-    """Rows that a (K,) mask takes from every query may hold anything, NaN included: zeros keep them out of the products."""
-    mask = pool.negative_mask
-    if mask is None or mask.dim() != 1:
-        return negative_keys
-    return torch.where(mask[:, None], negative_keys, 0.0)
+def _dense_keys(negative_keys: Tensor, pool: Pool) -> Tensor:
+    """Keys as the dense path saves them for backward: frozen ones are copied, so that the caller may overwrite the queue.
+
+    Rows that a (K,) mask takes from every query may hold anything, NaN included: zeros keep them out of the products.
+    """
+    keys, mask = working(negative_keys), pool.negative_mask
+    if mask is not None and mask.dim() == 1:
+        return torch.where(mask[:, None], keys, 0.0)
+    return keys if negative_keys.requires_grad else keys.clone()
 
 
 def _fused(
-    ops: SimpleNamespace,
+    ops: backends.Launchers,
     query: Tensor,
     positive_key: Tensor,
     negative_keys: Tensor,

@@ -214,7 +214,7 @@ def percentile(
         return torch.lerp(below, above, place.frac().float())
 
 
-def _pool_size(ops: Any, query: Tensor, negative_keys: Tensor, pool: Pool) -> Tensor:
+def _pool_size(ops: backends.Launchers, query: Tensor, negative_keys: Tensor, pool: Pool) -> Tensor:
     """(B,) int64: negatives that the masks leave each query."""
     if pool.is_everything:
         return torch.full((len(query),), len(negative_keys), dtype=torch.int64, device=query.device)

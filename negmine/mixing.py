@@ -1,6 +1,6 @@
 """Synthetic negatives: the vectors themselves, and the log-sum-exp of their logits without the vectors."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def draws_of(mix: Mix, device: torch.device, seed: int, step: int, row_offset: i
     return (mix.pairs, mix.with_query, *mix.pair_range, *mix.query_range, mix.distinct, table, seed, step, row_offset)
 
 
-def hard_index(ops: Any, query: Tensor, negative_keys: Tensor, mix: Mix, pool: Pool) -> Tensor:
+def hard_index(ops: backends.Launchers, query: Tensor, negative_keys: Tensor, mix: Mix, pool: Pool) -> Tensor:
     """The parents to draw from: ranks [skip, skip + hard) of each pool, (B, hard) int64, -1 past its end."""
     deepest = min(mix.skip + mix.hard, max(len(negative_keys), mix.skip + 1))
     return ops.mine_hardest(query, negative_keys, deepest, *pool)[1][:, mix.skip :].contiguous()

@@ -19,7 +19,9 @@ def is_int(value: Any) -> bool:
 
 def is_real(value: Any) -> bool:
     """True for a finite int or float that is no bool."""
-    return (is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    return (
+        is_int(value) or isinstance(value, float)
+    ) and -math.inf < value < math.inf  # no math.isfinite: Dynamo traces this
 
 
 def _require(good: bool, name: str, wanted: str, came: Any) -> None:

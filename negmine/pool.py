@@ -4,13 +4,13 @@ A Pool is the tail of arguments that every kernel takes (kernels/README.md): mas
 score filters and rank windows.
 """
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from negmine import order
+from negmine.backends import Launchers
 from negmine.checks import describe, refuse, require_tensor
 from negmine.options import Select
 
@@ -32,13 +32,7 @@ class Pool(NamedTuple):
 
 
 def _check_tags(
-    op: str,
-    kind: str,
-    query_tags: Any,
-    negative_tags: Any,
-    query: Tensor,
-    own: tuple[int, ...],
-    shared: tuple[int, ...],
+    op: str, kind: str, query_tags: Any, negative_tags: Any, query: Tensor, negative_shape: tuple[int, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
     """A pair of ids or of labels: both or neither, whole numbers, one a query and one a negative."""
     names = (f"query_{kind}", f"negative_{kind}")
@@ -47,15 +41,12 @@ def _check_tags(
     if query_tags is None or negative_tags is None:
         given, missing = names if negative_tags is None else names[::-1]
         raise refuse(op, missing, f"given together with {given}", None)
-    for name, tags, shapes in (
-        (names[0], query_tags, [shared[:0] + own[:1]]),
-        (names[1], negative_tags, [shared, own]),
-    ):
+    for name, tags, shape in ((names[0], query_tags, (len(query),)), (names[1], negative_tags, negative_shape)):
         require_tensor(op, name, tags, query)
         if tags.is_floating_point() or tags.is_complex() or tags.dtype == torch.bool:
             raise refuse(op, name, "a tensor of whole numbers", tags, TypeError)
-        if tuple(tags.shape) not in shapes:
-            raise refuse(op, name, f"of shape {describe(shapes)}", tags)
+        if tuple(tags.shape) != shape:
+            raise refuse(op, name, f"of shape {shape}", tags)
     return query_tags.long().contiguous(), negative_tags.long().contiguous()
 
 
@@ -73,10 +64,7 @@ def check_pool(
     """The caller's masks as a Pool; raises in a sentence where they do not fit query (B, D) and negative_keys."""
     own = (query.shape[0], negative_keys.shape[-2])  # (B, K)
     shared = own[1:]  # (K,)
-    if negative_keys.dim() == 2:
-        tag_shapes = (own[:1], shared)
-    else:
-        tag_shapes = (own, shared)
+    tag_shape = shared if negative_keys.dim() == 2 else own
     if negative_mask is not None:
         require_tensor(op, "negative_mask", negative_mask, query)
         if negative_mask.dtype != torch.bool:
@@ -84,8 +72,8 @@ def check_pool(
         if tuple(negative_mask.shape) not in (shared, own):
             raise refuse(op, "negative_mask", f"of shape {describe([shared, own])}", negative_mask)
         negative_mask = negative_mask.contiguous()
-    ids = _check_tags(op, "ids", query_ids, negative_ids, query, *tag_shapes)
-    labels = _check_tags(op, "labels", query_labels, negative_labels, query, *tag_shapes)
+    ids = _check_tags(op, "ids", query_ids, negative_ids, query, tag_shape)
+    labels = _check_tags(op, "labels", query_labels, negative_labels, query, tag_shape)
     return Pool(negative_mask, *ids, *labels)
 
 
@@ -101,7 +89,7 @@ def usable(pool: Pool, query: Tensor, negative_keys: Tensor) -> Tensor | None:
 
 
 def bounded(
-    ops: ModuleType, query: Tensor, negative_keys: Tensor, pool: Pool, select: Select, positive_score: Tensor | None
+    ops: Launchers, query: Tensor, negative_keys: Tensor, pool: Pool, select: Select, positive_score: Tensor | None
 ) -> Pool:
     """The pool narrowed to what `select` keeps: its filters and its rank window as two places of each row.
 

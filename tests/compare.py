@@ -20,19 +20,25 @@ def exact(name: str, got: Tensor, want: Tensor) -> None:
         )
 
 
-def rounded(name: str, kernel: Tensor, truth: Tensor, plain: Tensor, condition: float = 1.0) -> None:
-    """condition: how much the op amplifies a rounding of its inputs, e.g. the largest logit for an exponential."""
+def rounded(
+    name: str, kernel: Tensor, truth: Tensor, plain: Tensor, condition: float = 1.0, terms: Tensor | None = None
+) -> None:
+    """condition: how much the op amplifies a rounding of its inputs, e.g. the largest logit for an exponential.
+
+    terms: a tensor of the size of the terms that the output is a difference of, where they may cancel.
+    """
     assert kernel.shape == truth.shape, f"{name}: shape {tuple(kernel.shape)}, want {tuple(truth.shape)}"
     if truth.numel() == 0:
         return
-    k, t, p = kernel.double().cpu(), truth.double().cpu(), plain.double().cpu()
+    k, t, p = (x.detach().double().cpu() for x in (kernel, truth, plain))
     special = ~t.isfinite()
     exact(f"{name} (non-finite)", k[special], t[special])
     assert bool(k[~special].isfinite().all()), f"{name}: not finite where the truth is"
     k, t, p = k[~special], t[~special], p[~special]
     if t.numel() == 0:
         return
-    floor = 4 * torch.finfo(kernel.dtype).eps * max(condition, 1.0) * float(t.abs().max().clamp_min(1e-3))
+    scale = max(float(x.detach().abs().max()) for x in (t, terms) if x is not None and x.numel())
+    floor = 4 * torch.finfo(kernel.dtype).eps * max(condition, 1.0) * max(scale, 1e-3)
     allowed = 2 * (p - t).abs().nan_to_num(nan=0.0, posinf=0.0) + floor
     error = (k - t).abs()
     worst = int((error - allowed).argmax())

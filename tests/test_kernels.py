@@ -1,0 +1,211 @@
+"""Every backend against the reference, op by op, through the public functions: the three claims of tests/compare.py."""
+
+import pytest
+import torch
+
+import negmine
+from negmine import Mix, Select, Weight, reference
+from negmine.pool import check_pool, usable
+from tests import compare
+from tests.cases import DTYPES, MASKS, masks, shapes_for, unit, whole
+from tests.conftest import device_of
+
+
+def each_shape(backend):
+    device = device_of(backend)
+    for seed, (B, K, D, N) in enumerate(shapes_for(backend)):
+        yield B, K, D, N, device, seed
+
+
+def dense_mask(q, keys, given):
+    return usable(check_pool("test", q, keys, **given), q, keys)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mining_is_exact_on_integers(backend, dtype):
+    for B, K, D, N, device, seed in each_shape(backend):
+        q, keys = (
+            whole(B, D, dtype=dtype, device=device, seed=seed),
+            whole(K, D, dtype=dtype, device=device, seed=seed + 1),
+        )
+        got = negmine.mine_hardest(q, keys, N, backend=backend)
+        want = reference.mine_hardest(q.float(), keys.float(), N)
+        compare.exact(f"scores {B, K, D, N}", got.scores, want[0])
+        compare.exact(f"index {B, K, D, N}", got.index, want[1])
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks_are_exact_on_integers(backend, kind):
+    for B, K, D, N, device, seed in each_shape(backend):
+        q, keys = whole(B, D, device=device, seed=seed), whole(K, D, device=device, seed=seed + 1)
+        given = masks(kind, B, K, device)
+        allowed = dense_mask(q, keys, given)
+        got = negmine.mine_hardest(q, keys, N, **given, backend=backend)
+        want = reference.mine_hardest(q, keys, N, allowed)
+        compare.exact(f"scores {B, K, D, N}", got.scores, want[0])
+        compare.exact(f"index {B, K, D, N}", got.index, want[1])
+        ranks = [0, K // 2, max(K - 1, 0), K]
+        got_ranks = negmine.rank_thresholds(q, keys, ranks, **given, backend=backend)
+        want_ranks = reference.rank_thresholds(q, keys, torch.tensor([ranks], device=device).expand(B, 4), allowed)
+        compare.exact(f"ranks {B, K, D}", got_ranks, want_ranks)
+
+
+def test_percentile_is_torch_quantile(backend):
+    for B, K, D, _, device, seed in each_shape(backend):
+        q, keys = unit(B, D, device=device, seed=seed), unit(K, D, device=device, seed=seed + 1)
+        for given in ({}, masks("ids", B, K, device), masks("nothing left", B, K, device)):
+            levels = [0.0, 0.25, 0.95, 1.0]
+            got = negmine.percentile(q, keys, levels, **given, backend=backend)
+            wanted = torch.tensor(levels, dtype=torch.float64, device=device)
+            allowed = dense_mask(q, keys, given)
+            truth = reference.percentile(q.double(), keys.double(), wanted, allowed)
+            plain = reference.percentile(q, keys, wanted, allowed)
+            compare.rounded(f"percentile {B, K, D}", got, truth, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mining_real_vectors(backend, dtype):
+    for B, K, D, N, device, seed in each_shape(backend):
+        q, keys = (
+            unit(B, D, dtype=dtype, device=device, seed=seed),
+            unit(K, D, dtype=dtype, device=device, seed=seed + 1),
+        )
+        got = negmine.mine_hardest(q, keys, N, backend=backend)
+        compare.selected(f"{B, K, D, N}", got.scores, got.index, q.double() @ keys.double().T)
+
+
+SELECTS = [
+    Select(0, 0.05),
+    Select(0.001, 0.3),
+    Select(0.05, 1.0),
+    Select(2, 9),
+    Select(500, 600),
+    Select(max_score=3.0, min_score=-5.0),
+    Select(1, 0.5, absolute_margin=1.0),
+    Select(0.1, 0.9, relative_margin=0.3, max_score=6.0),
+]
+
+
+@pytest.mark.parametrize("select", SELECTS, ids=repr)
+def test_windows_keep_exactly_what_they_say(backend, select):
+    """Integer vectors tie all over: a window bound by score alone would keep too many."""
+    for B, K, D, N, device, seed in each_shape(backend):
+        q, pos = whole(B, D, device=device, seed=seed), whole(B, D, device=device, seed=seed + 2)
+        keys = whole(K, D, device=device, seed=seed + 1)
+        given = masks("ids", B, K, device)
+        allowed = dense_mask(q, keys, given)
+        options = {"temperature": 8.0, "select": select}
+        _, stats = negmine.info_nce(q, pos, keys, **options, **given, return_stats=True, backend=backend)
+        _, want = reference.info_nce(q, pos, keys, **options, usable=allowed)
+        for name in ("num_negatives", "positive_rank", "num_empty"):
+            compare.exact(f"{name} {B, K, D}", getattr(stats, name), want[name])
+        mined = negmine.mine_hardest(q, keys, N, select=select, positive_key=pos, **given, backend=backend)
+        times = reference.multiplicity(q @ keys.T, (q * pos).sum(1), select, allowed, 0, 0, 0)
+        scores, index = reference.mine_hardest(q, keys, N, times > 0)
+        compare.exact(f"mined {B, K, D}", mined.index, index)
+        compare.exact(f"mined scores {B, K, D}", mined.scores, scores)
+
+
+LOSSES = [
+    ({}, "none"),
+    ({"temperature": 0.01}, "ids"),
+    ({"select": Select(0, 0.05)}, "ids"),
+    ({"select": Select(0.001, 0.5), "decoupled": True}, "labels"),
+    ({"select": Select(0.05, 1.0)}, "none"),
+    ({"select": Select(0, 7, absolute_margin=0.02)}, "columns"),
+    ({"mix": Mix(6, 9, 5), "seed": 3, "step": 8, "row_offset": 100}, "ids"),
+    ({"mix": Mix(6, 9, 5, skip=2, concentration=0.5, distinct=False), "select": Select(0, 0.2)}, "everything"),
+    ({"weight": Weight(1.0, 0.001), "temperature": 0.5}, "pairs"),
+    ({"weight": Weight(0.5, 0.0, detach=True), "select": Select(0, 0.5)}, "none"),
+    ({"weight": Weight(0.0, 0.01), "mix": Mix(4, 3, 3)}, "none"),
+    ({"weight": Weight(0.0, 0.9)}, "none"),  # most rows clamped
+    ({"decoupled": True}, "nothing left"),
+    ({}, "nothing left"),
+]
+
+
+def debiasing_condition(inputs, options, allowed):
+    """(R + tau N pos) / (R - tau N pos) at its worst: Weight's difference cancels, and rounding grows by this much."""
+    weight = options.get("weight")
+    if weight is None or weight.tau_plus == 0:
+        return 1.0
+    q, pos, keys = (t.double() for t in inputs)
+    T = options["temperature"]
+    x = q @ keys.T / T  # (B, K)
+    x = x if allowed is None else x.masked_fill(~allowed, -torch.inf)
+    count = x.isfinite().sum(1)
+    importance = (weight.beta * x).nan_to_num(nan=0.0).exp() * x.isfinite()
+    R = count * (importance * x.exp()).sum(1) / importance.sum(1)
+    minus = weight.tau_plus * count * ((q * pos).sum(1) / T).exp()
+    unclamped = (R - minus) / (1 - weight.tau_plus) >= count * torch.tensor(-1 / T).double().exp()
+    return float(((R + minus) / (R - minus))[unclamped].max()) if bool(unclamped.any()) else 1.0
+
+
+def gradients(loss, leaves):
+    return torch.autograd.grad(loss.double().sum(), leaves, allow_unused=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options, kind", LOSSES, ids=lambda v: v if isinstance(v, str) else ",".join(v) or "plain")
+def test_loss_and_every_gradient(backend, options, kind, dtype):
+    options = {"temperature": 0.2, **options}
+    keywords = {name: value for name, value in options.items() if name != "temperature"}
+    names = ("query", "positive_key", "negative_keys", "temperature")
+    for B, K, D, _, device, seed in each_shape(backend):
+        inputs = [unit(n, D, dtype=dtype, device=device, seed=seed + i) for i, n in enumerate((B, B, K))]
+        given = masks(kind, B, K, device)
+        allowed = dense_mask(inputs[0], inputs[2], given)
+
+        def run(cast, function, **more):
+            leaves = [t.to(cast).detach().requires_grad_() for t in inputs]
+            temperature = torch.tensor(
+                options["temperature"], dtype=torch.promote_types(cast, torch.float32), device=device
+            )
+            leaves.append(temperature.requires_grad_())
+            rows, stats = function(*leaves[:3], temperature=leaves[3], **keywords, **more)
+            return [rows, *gradients(rows, leaves)], stats
+
+        got, stats = run(dtype, negmine.info_nce, **given, reduction="none", return_stats=True, backend=backend)
+        truth, want = run(torch.float64, reference.info_nce, usable=allowed)
+        plain, _ = run(dtype, reference.info_nce, usable=allowed)
+        condition = debiasing_condition(inputs, options, allowed) / options["temperature"]  # 1 / T: the largest logit
+        for name, k, t, p in zip(("loss", *(f"d_{n}" for n in names)), got, truth, plain, strict=True):
+            pull = truth[2] if name == "d_query" else None  # d_query: the positive's pull less the negatives' push
+            compare.rounded(f"{name} {B, K, D}", k, t, p, condition, pull)
+        compare.exact(f"num_negatives {B, K, D}", stats.num_negatives, want["num_negatives"])
+        compare.exact(f"num_empty {B, K, D}", stats.num_empty, want["num_empty"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "mix", [Mix(6, 9, 5), Mix(3, 4, 2, skip=1, concentration=3.0), Mix(50, 0, 3, distinct=False)], ids=repr
+)
+def test_mixed_vectors_have_the_same_draws_everywhere(backend, mix, dtype):
+    for B, K, D, _, device, seed in each_shape(backend):
+        q, keys = (
+            whole(B, D, dtype=dtype, device=device, seed=seed),
+            whole(K, D, dtype=dtype, device=device, seed=seed + 1),
+        )
+        key = {"seed": 2**32 - 1, "step": 7, "row_offset": 2**33 + 1}
+        for given in ({}, masks("ids", B, K, device), masks("nothing left", B, K, device)):
+            allowed = dense_mask(q, keys, given)
+            got = negmine.mix_negatives(q, keys, mix, **given, **key, backend=backend)
+            truth = reference.mix_negatives(q.double(), keys.double(), mix, allowed, **key)
+            plain = reference.mix_negatives(q, keys, mix, allowed, **key)
+            compare.exact(f"parents {B, K, D}", got.parents, truth[1])
+            compare.rounded(f"coefficients {B, K, D}", got.coefficients, truth[2], truth[2].float())
+            if dtype == torch.float32:  # coefficients rounded to a shorter storage would be another mix
+                compare.rounded(f"vectors {B, K, D}", got.vectors, truth[0], plain[0])
+
+
+def test_mixed_storage(backend):
+    """Queries in fp32 against a queue stored in half the bytes."""
+    device = device_of(backend)
+    q, pos, keys = unit(9, 24, device=device), unit(9, 24, device=device, seed=1), unit(70, 24, device=device, seed=2)
+    for dtype in DTYPES[1:]:
+        stored = keys.to(dtype)
+        want = negmine.info_nce(q, pos, stored.float(), backend="reference")
+        torch.testing.assert_close(negmine.info_nce(q, pos, stored, backend=backend), want, rtol=1e-5, atol=1e-5)
+        whole_q, whole_keys = whole(9, 24, device=device), whole(70, 24, dtype=dtype, device=device, seed=1)
+        got = negmine.mine_hardest(whole_q, whole_keys, 9, backend=backend)
+        compare.exact("index", got.index, reference.mine_hardest(whole_q, whole_keys.float(), 9)[1])

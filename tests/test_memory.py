@@ -1,0 +1,63 @@
+"""Peak memory of the fused CPU ops at MoCo's shape, in a process of its own: the (B, K) matrix alone would be 64 MB."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from negmine import backends
+
+LIMIT_MB = 16
+PROBE = """
+import json, resource, sys, torch
+import torch.nn.functional as F
+import negmine
+from negmine import Mix, Select
+
+B, K, D = 256, 65536, 128
+q, pos, keys = (F.normalize(torch.randn(n, D), dim=1) for n in (B, B, K))
+CALLS = {
+    "info_nce": lambda q: negmine.info_nce(q, pos[: len(q)], keys, backend="cpu").backward(),
+    "info_nce, window": lambda q: negmine.info_nce(q, pos[: len(q)], keys, select=Select(0.001, 0.05), backend="cpu").backward(),
+    "info_nce, easiest 95 %": lambda q: negmine.info_nce(q, pos[: len(q)], keys, select=Select(0.05, 1.0), backend="cpu").backward(),
+    "info_nce, MoCHi": lambda q: negmine.info_nce(q, pos[: len(q)], keys, mix=Mix(), backend="cpu").backward(),
+    "mine_hardest": lambda q: negmine.mine_hardest(q, keys, 1024, backend="cpu"),
+    "rank_thresholds": lambda q: negmine.rank_thresholds(q, keys, [65, 3276, K // 2], backend="cpu"),
+    "dense": lambda q: negmine.info_nce(q, pos[: len(q)], keys, backend="reference").backward(),
+}
+
+def status(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
+
+def run(call, queries):
+    leaf = queries.clone().requires_grad_()
+    call(leaf)
+
+call = CALLS[sys.argv[1]]
+run(call, q[:2])  # code pages, thread stacks
+with open("/proc/self/clear_refs", "w") as f:
+    f.write("5")  # the high-water mark starts anew
+before = status("VmRSS")
+run(call, q)
+print(json.dumps(status("VmHWM") - before))
+"""
+OPS = ["info_nce", "info_nce, window", "info_nce, easiest 95 %", "info_nce, MoCHi", "mine_hardest", "rank_thresholds"]
+
+
+def peak_mb(call: str) -> float:
+    run = subprocess.run([sys.executable, "-c", PROBE, call], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("call", OPS)
+def test_peak_extra_memory(call):
+    row = next(row for row in backends.BACKENDS if row.name == "cpu")
+    if row.refusal:
+        pytest.skip(row.refusal)
+    assert peak_mb(call) <= LIMIT_MB
+
+
+def test_the_probe_sees_a_stored_matrix():
+    assert peak_mb("dense") > 64

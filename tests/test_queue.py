@@ -1,0 +1,124 @@
+"""MoCoQueue as a ring: any batch size, ids and labels beside the keys, checkpoints, ranks."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import negmine
+from negmine import MoCoQueue
+from tests.cases import unit
+
+
+class ListQueue:
+    """The same ring as a Python list."""
+
+    def __init__(self, K):
+        self.rows, self.ptr, self.K = [None] * K, 0, K
+
+    def enqueue(self, rows):
+        for row in rows:
+            self.rows[self.ptr] = row
+            self.ptr = (self.ptr + 1) % self.K
+
+    @property
+    def valid(self):
+        return [row for row in self.rows if row is not None]
+
+
+@pytest.mark.parametrize("K", [1, 7, 16])
+def test_ring_of_any_batch_size(K):
+    queue = MoCoQueue(3, K, with_ids=True, with_labels=True, random_init=False)
+    twin, start = ListQueue(K), 0
+    for batch in (4, 0, 1, K, K + 3, 2, 2 * K, 5):
+        number = torch.arange(start, start + batch)
+        keys = number[:, None].float().expand(batch, 3)
+        queue.enqueue(keys, ids=number, labels=number % 3)
+        twin.enqueue(number.tolist())
+        start += batch
+        assert queue.ids.tolist() == twin.valid and len(queue) == len(twin.valid)
+        assert queue.keys[:, 0].tolist() == twin.valid
+        assert queue.labels.tolist() == [n % 3 for n in twin.valid]
+        assert int(queue.queue_ptr) == twin.ptr and int(queue.queue_len) == len(twin.valid)
+
+
+def test_keys_are_a_view_and_random_rows_are_unit():
+    queue = MoCoQueue(8, 20)
+    assert queue.keys.data_ptr() == queue.queue.data_ptr() and len(queue) == 20
+    torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(20))
+    assert MoCoQueue(8, 20, random_init=False).keys.shape == (0, 8)
+    assert queue.ids is None and queue.labels is None
+
+
+def test_unnamed_ids_are_minus_one():
+    queue = MoCoQueue(2, 4, with_ids=True, random_init=False)
+    queue.enqueue(torch.ones(2, 2), ids=torch.tensor([5, 6]))
+    queue.enqueue(torch.ones(1, 2))
+    assert queue.ids.tolist() == [5, 6, -1]
+
+
+def test_storage_dtype_and_conversion():
+    queue = MoCoQueue(4, 6, dtype=torch.bfloat16, random_init=False)
+    keys = unit(3, 4)
+    queue.enqueue(keys)
+    assert torch.equal(queue.keys, keys.bfloat16())
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_save_and_load_in_mid_run(steps):
+    def fill(queue, seeds):
+        for seed in seeds:
+            queue.enqueue(unit(3, 4, seed=seed), ids=torch.arange(3) + 3 * seed)
+
+    straight = MoCoQueue(4, 10, with_ids=True, random_init=False)
+    fill(straight, range(steps + 4))
+    half = MoCoQueue(4, 10, with_ids=True, random_init=False)
+    fill(half, range(steps))
+    resumed = MoCoQueue(4, 10, with_ids=True)
+    resumed.load_state_dict(half.state_dict())
+    for again in (resumed, copy.deepcopy(half), pickle.loads(pickle.dumps(half))):
+        assert len(again) == len(half)
+        fill(again, range(steps, steps + 4))
+        assert torch.equal(again.keys, straight.keys) and torch.equal(again.ids, straight.ids)
+
+
+def test_the_gradient_survives_enqueue():
+    queue = MoCoQueue(4, 8)
+    q = unit(3, 4).requires_grad_()
+    loss = negmine.info_nce(q, unit(3, 4, seed=1), queue.keys, backend=None)
+    queue.enqueue(unit(8, 4, seed=2))
+    loss.backward()
+    assert bool(q.grad.isfinite().all())
+
+
+def _rank(rank, world, port, out):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    queue = MoCoQueue(2, 9, with_ids=True, random_init=False, gather_distributed=True)
+    for step in range(4):
+        count = 2 + (rank + step) % 2  # ragged batches
+        number = torch.arange(count) + 10 * step + 100 * rank
+        queue.enqueue(number[:, None].float().expand(count, 2), ids=number)
+    out.put((rank, queue.ids.tolist(), queue.keys[:, 0].tolist()))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_queues_are_identical_on_all_ranks_in_rank_order(world):
+    context = mp.get_context("spawn")
+    out = context.SimpleQueue()
+    port = 29500 + torch.randint(0, 2000, (1,), generator=torch.Generator().manual_seed(world)).item()
+    ranks = [context.Process(target=_rank, args=(r, world, port, out)) for r in range(world)]
+    for process in ranks:
+        process.start()
+    got = sorted(out.get() for _ in ranks)
+    for process in ranks:
+        process.join()
+    twin = ListQueue(9)
+    for step in range(4):
+        for rank in range(world):
+            twin.enqueue([n + 10 * step + 100 * rank for n in range(2 + (rank + step) % 2)])
+    for _, ids, keys in got:
+        assert ids == twin.valid and keys == twin.valid
