@@ -1,5 +1,9 @@
-"""kernels/cuda without a GPU: nvcc compiles every file for every target without a warning or a spill, and mix_negatives runs
-on the CPU under tests/emulator, which executes the same source with one fiber per CUDA thread."""
+"""kernels/cuda with and without a GPU.
+
+nvcc compiles every file for every target without a warning or a spill, and mix_negatives runs on the CPU under
+tests/emulator, which executes the same source with one fiber per CUDA thread. The same cases run on a GPU, where there
+is one, and are small enough for compute-sanitizer.
+"""
 
 import ctypes
 import subprocess
@@ -11,7 +15,8 @@ import torch
 from build_tools.cuda_toolkit import find_nvcc, inspect
 from build_tools.extensions import NVCC_FLAGS, PTXAS_FLAGS
 from build_tools.native import SPILL
-from negmine import Mix, philox, reference
+from negmine import Mix, cpp_ops, philox, reference
+from negmine.mixing import draws_of
 from tests.cases import unit
 from tests.compare import exact, rounded
 
@@ -25,46 +30,25 @@ def test_compiles_clean(source, tmp_path):
     if nvcc is None:
         pytest.skip("there is no nvcc (NEGMINE_NVCC, CUDA_HOME, PATH)")
     strict = ["-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror"]
-    command = [nvcc, *NVCC_FLAGS, *PTXAS_FLAGS, *inspect(nvcc).gencode, *strict]
-    done = subprocess.run(
-        [*command, "-c", f"kernels/cuda/{source}", "-o", str(tmp_path / "object.o")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = [nvcc, *NVCC_FLAGS, *PTXAS_FLAGS, *inspect(nvcc).gencode, *strict, "-c", f"kernels/cuda/{source}"]
+    done = subprocess.run([*command, "-o", tmp_path / "object.o"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Used" in done.stderr, "ptxas reported nothing, so the spill gate saw nothing"
     assert not SPILL.search(done.stderr), done.stderr
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
+def emulated_kernel(tmp_path_factory):
     """kernels/cuda/mix_negatives.cu as a C function; undefined behaviour aborts."""
     library = tmp_path_factory.mktemp("emulator") / "mix_negatives.so"
-    flags = [
-        "-O1",
-        "-std=c++20",
-        "-Wall",
-        "-Werror",
-        "-ffp-contract=off",
-        "-fsanitize=undefined",
-        "-fno-sanitize-recover",
-    ]
+    flags = ["-O1", "-std=c++20", "-Wall", "-Werror", "-ffp-contract=off"]
+    flags += ["-fsanitize=undefined", "-fno-sanitize-recover"]
     place = ["-shared", "-fPIC", "-Itests/emulator", "-I.", "tests/emulator/mix_negatives.cpp", "-o", str(library)]
     subprocess.run(["g++", *flags, *place], cwd=ROOT, check=True)
     function = ctypes.CDLL(str(library)).emulated_mix_negatives
     i64, i32, u32, f32, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_uint32, ctypes.c_float, ctypes.c_void_p
-    function.argtypes = [
-        *[i64] * 3,
-        *[pointer] * 3,
-        *[i64] * 3,
-        *[i32] * 2,
-        *[i64] * 2,
-        *[f32] * 4,
-        ctypes.c_bool,
-        pointer,
-    ]
-    function.argtypes += [u32, u32, i64, pointer, pointer, pointer]
+    function.argtypes = [*[i64] * 3, *[pointer] * 3, *[i64] * 3, *[i32] * 2, *[i64] * 2, *[f32] * 4]
+    function.argtypes += [ctypes.c_bool, pointer, u32, u32, i64, pointer, pointer, pointer]
 
     def mix_negatives(query, negative_keys, hard_index, mix, seed, step, row_offset):
         (B, D), S = query.shape, mix.total
@@ -85,10 +69,31 @@ def emulated(tmp_path_factory):
     return mix_negatives
 
 
-def check(emulated, query, keys, mix, usable=None, seed=0, step=0, row_offset=0):
-    """The emulated kernel against the reference: draws exact, vectors within rounding."""
+def on_gpu(tensor):
+    """A copy with the same strides."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda").copy_(tensor)
+
+
+def gpu_op(query, negative_keys, hard_index, mix, seed, step, row_offset):
+    tensors = [on_gpu(tensor) for tensor in (query, negative_keys, hard_index)]
+    draws = draws_of(mix, torch.device("cuda"), seed, step, row_offset)
+    return tuple(out.cpu() for out in torch.ops.negmine.mix_negatives(*tensors, *draws))
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def kernel(request):
+    """mix_negatives on CPU tensors, by the emulator or by the GPU."""
+    if request.param == "emulated":
+        return request.getfixturevalue("emulated_kernel")
+    if cpp_ops.CUDA_REFUSAL:
+        pytest.skip(cpp_ops.CUDA_REFUSAL)
+    return gpu_op
+
+
+def check(kernel, query, keys, mix, usable=None, seed=0, step=0, row_offset=0):
+    """The kernel against the reference: draws exact, vectors within rounding."""
     _, index = reference.mine_hardest(query.double(), keys.double(), mix.skip + mix.hard, usable)
-    got = emulated(query, keys, index[:, mix.skip :], mix, seed, step, row_offset)
+    got = kernel(query, keys, index[:, mix.skip :], mix, seed, step, row_offset)
     draw = {"seed": seed, "step": step, "row_offset": row_offset}
     truth = reference.mix_negatives(query.double(), keys.double(), mix, usable, **draw)
     plain = reference.mix_negatives(query.float(), keys.float(), mix, usable, **draw)
@@ -101,8 +106,8 @@ def check(emulated, query, keys, mix, usable=None, seed=0, step=0, row_offset=0)
 @pytest.mark.parametrize("query_dtype", STORAGE)
 @pytest.mark.parametrize("keys_dtype", STORAGE)
 @pytest.mark.parametrize("D", [4, 130])  # in quads, and one element at a time
-def test_storage(emulated, query_dtype, keys_dtype, D):
-    check(emulated, unit(2, D, dtype=query_dtype), unit(12, D, dtype=keys_dtype, seed=1), Mix(6, 3, 2))
+def test_storage(kernel, query_dtype, keys_dtype, D):
+    check(kernel, unit(2, D, dtype=query_dtype), unit(12, D, dtype=keys_dtype, seed=1), Mix(6, 3, 2))
 
 
 @pytest.mark.parametrize(
@@ -119,33 +124,38 @@ def test_storage(emulated, query_dtype, keys_dtype, D):
     ],
     ids=str,
 )
-def test_shapes_and_draws(emulated, shape, mix):
+def test_shapes_and_draws(kernel, shape, mix):
     B, K, D = shape
-    check(emulated, unit(B, D), unit(K, D, seed=1), mix, seed=2**32 - 1, step=77, row_offset=2**33 + 5)
+    check(kernel, unit(B, D), unit(K, D, seed=1), mix, seed=2**32 - 1, step=77, row_offset=2**33 + 5)
 
 
-def test_row_without_negatives_is_zero(emulated):
+def test_row_without_negatives_is_zero(kernel):
     usable = torch.ones(3, 9, dtype=torch.bool)
     usable[1] = False
-    vectors, parents, coefficients = check(emulated, unit(3, 5), unit(9, 5, seed=1), Mix(4, 2, 2), usable)
+    vectors, parents, coefficients = check(kernel, unit(3, 5), unit(9, 5, seed=1), Mix(4, 2, 2), usable)
     assert (parents[1] == -1).all()
     assert (vectors[1] == 0).all()
     assert (coefficients[1] == 0).all()
 
 
-def test_layout_changes_no_bit(emulated):
+def test_a_mix_of_nothing_is_zero(kernel):
+    vectors, _, _ = check(kernel, torch.zeros(1, 6), torch.zeros(4, 6), Mix(4, 2, 2))
+    assert (vectors == 0).all()
+
+
+def test_layout_changes_no_bit(kernel):
     query, keys, mix = unit(2, 12), unit(30, 12, seed=1), Mix(8, 6, 6)
     padded = torch.full((30, 13), torch.nan)
     padded[:, :12] = keys
-    plain, strided = (check(emulated, query, each, mix) for each in (keys, padded[:, :12]))
+    plain, strided = (check(kernel, query, each, mix) for each in (keys, padded[:, :12]))
     exact("vectors", strided[0], plain[0])
 
 
-def test_nan_stays_in_its_row(emulated):
+def test_nan_stays_in_its_row(kernel):
     query = unit(2, 6)
     _, index = reference.mine_hardest(query, unit(9, 6, seed=1), 4)
     query[1] = torch.nan
-    vectors, _, _ = emulated(query, unit(9, 6, seed=1), index, Mix(4, 2, 3), 0, 0, 0)
+    vectors, _, _ = kernel(query, unit(9, 6, seed=1), index, Mix(4, 2, 3), 0, 0, 0)
     assert vectors[0].isfinite().all()
     assert vectors[1, :2].isfinite().all()
     assert vectors[1, 2:].isnan().all()

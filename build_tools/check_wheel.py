@@ -1,0 +1,48 @@
+"""Check what is in a wheel: python -m build_tools.check_wheel WHEEL...
+
+Exactly negmine and its metadata at the top, exactly the extension modules of its variant, the Triton kernels, and
+neither sources nor files of another build.
+"""
+
+import sys
+import zipfile
+from pathlib import Path, PurePosixPath
+
+BUILD_INFO = "negmine/_build_info.py"
+
+
+def faults(wheel: Path) -> list[str]:
+    """What is wrong with the wheel, a sentence each."""
+    name, version, *_ = wheel.name.split("-")
+    with zipfile.ZipFile(wheel) as archive:
+        files = [PurePosixPath(file) for file in archive.namelist()]
+        build_info = archive.read(BUILD_INFO).decode() if PurePosixPath(BUILD_INFO) in files else ""
+    found = []
+    tops = {file.parts[0] for file in files}
+    if tops != {"negmine", f"{name}-{version}.dist-info"}:
+        found.append(f"its top level is {sorted(tops)}")
+    expected = {"_C", "_ops_cpu"} if version.endswith("+cpu") else {"_C", "_ops_cpu", "_ops_cuda"}
+    modules = sorted(str(file) for file in files if file.suffix == ".so")
+    if {PurePosixPath(module).name.split(".")[0] for module in modules} != expected or len(modules) != len(expected):
+        found.append(f"its extension modules are {modules}, not {sorted(expected)}")
+    if f"VERSION = {version!r}" not in build_info:
+        found.append(f"{BUILD_INFO} does not say version {version}")
+    for file in ("negmine/__init__.py", "negmine/py.typed", "negmine/kernels/triton/__init__.py"):
+        if PurePosixPath(file) not in files:
+            found.append(f"{file} is missing")
+    foreign = [str(file) for file in files if file.suffix in (".cpp", ".h", ".cu", ".cuh", ".o", ".pyc")]
+    if foreign:
+        found.append(f"it holds {foreign}")
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    for argument in arguments:
+        wheel = Path(argument)
+        if wrong := faults(wheel):
+            raise SystemExit(f"{wheel.name}: " + "; ".join(wrong))
+        print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB, contents as they should be")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,144 @@
+"""The three extension modules: which sources, which flags, which libraries.
+
+    negmine._ops_cpu    stable-ABI ops over kernels/cpu; declares every schema
+    negmine._ops_cuda   stable-ABI ops over kernels/cuda; links a stub named libtorch_cuda.so, so it loads where torch
+                        has CUDA and raises ImportError where it has not
+    negmine._C          pybind11; no torch header, no torch library
+
+The stable ABI (torch 2.10) and the limited API (Python 3.10) of the first two let one binary serve every torch from
+2.10 on. Flags belong to folders, not to extensions: kernels/cpu is compiled once and linked into _ops_cpu and _C.
+"""
+
+import importlib.util
+import os
+import platform
+import shlex
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from .cuda_toolkit import Toolkit
+from .native import BuildError, Unit, link
+
+ISA_FLAGS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+}
+CXX_FLAGS = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-fPIC", "-Wall", "-I."]
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-DTORCH_STABLE_ONLY", "-DPy_LIMITED_API=0x030A0000"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-I.", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+PTXAS_FLAGS = ["-Xptxas=-v,-warn-spills,-warn-lmem-usage"]
+
+
+def package_folder(name: str) -> Path:
+    """Where a package is installed, without importing it (torch takes seconds)."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise BuildError(f"The build needs {name}, but this Python has none.")
+    return Path(spec.origin).parent
+
+
+@dataclass
+class Build:
+    """Units and link lines of every extension, for one toolkit or none."""
+
+    toolkit: Toolkit | None
+
+    @cached_property
+    def cxx(self) -> list[str]:
+        return shlex.split(os.environ.get("CXX", "g++"))
+
+    @cached_property
+    def torch(self) -> Path:
+        return package_folder("torch")
+
+    @cached_property
+    def pybind11_include(self) -> Path:
+        # torch carries pybind11's headers: they serve where pip's are absent. Never both in one translation unit.
+        own = importlib.util.find_spec("pybind11")
+        return package_folder("pybind11") / "include" if own else self.torch / "include"
+
+    @property
+    def python_include(self) -> list[str]:
+        return [f"-I{sysconfig.get_path('include')}"]
+
+    def cpu_kernels(self) -> list[Unit]:
+        # Baseline code first: where translation units share an inline function, the linker keeps the first copy, and an
+        # AVX-512 copy must not be the one that every CPU runs.
+        once = [Unit(source, (*self.cxx, *CXX_FLAGS)) for source in glob("kernels/cpu/*.cpp")]
+        isas = ISA_FLAGS if platform.machine() == "x86_64" else {"portable": []}
+        per_isa = [
+            Unit(source, (*self.cxx, *CXX_FLAGS, f"-DNEGMINE_SIMD={isa}", *flags))
+            for isa, flags in isas.items()
+            for source in glob("kernels/cpu/simd/*.cpp")
+        ]
+        return once + per_isa
+
+    def cuda_kernels(self) -> list[Unit]:
+        assert self.toolkit
+        command = (self.toolkit.nvcc, *NVCC_FLAGS, *PTXAS_FLAGS, *self.toolkit.gencode)
+        return [Unit(source, command) for source in glob("kernels/cuda/*.cu")]
+
+    def torch_ops(self, cuda: bool) -> list[Unit]:
+        torch = [f"-isystem{self.torch}/include", f"-isystem{self.torch}/include/torch/csrc/api/include"]
+        command = [*self.cxx, *CXX_FLAGS, *STABLE_ABI, *self.python_include, *torch]
+        if cuda:
+            assert self.toolkit
+            command += ["-DUSE_CUDA", f"-isystem{self.toolkit.include}"]
+        sources = [source for source in glob("csrc/torch/*.cpp") if source.endswith("_cuda.cpp") == cuda]
+        return [Unit(source, tuple(command)) for source in sources]
+
+    def python_module(self) -> list[Unit]:
+        version, arches = ("", "")
+        if self.toolkit:
+            version, arches = ".".join(map(str, self.toolkit.version)), ";".join(self.toolkit.arches)
+        facts = [f'-DNEGMINE_CUDA_VERSION="{version}"', f'-DNEGMINE_CUDA_ARCHES="{arches}"']
+        command = [*self.cxx, *CXX_FLAGS, *facts, *self.python_include, f"-isystem{self.pybind11_include}"]
+        return [Unit(source, tuple(command)) for source in glob("csrc/python/*.cpp")]
+
+    @cached_property
+    def units(self) -> dict[str, list[Unit]]:
+        """Extension name -> the objects it is linked from."""
+        kernels = self.cpu_kernels()
+        units = {"negmine._ops_cpu": self.torch_ops(cuda=False) + kernels, "negmine._C": self.python_module() + kernels}
+        if self.toolkit:
+            units["negmine._ops_cuda"] = self.torch_ops(cuda=True) + self.cuda_kernels()
+        return units
+
+    def link(self, name: str, output: Path) -> None:
+        command = [*self.cxx, "-shared", "-Wl,--exclude-libs,ALL", "-Wl,--no-as-needed"]
+        libraries = []
+        if name != "negmine._C":
+            libraries += [f"-L{self.torch}/lib", "-ltorch_cpu"]
+        if name == "negmine._ops_cuda":
+            assert self.toolkit
+            libraries = [f"-L{self.libtorch_cuda_stub()}", "-ltorch_cuda", *libraries]
+            libraries += [f"-L{self.toolkit.library}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+        link(command, self.units[name], libraries, output)
+
+    def libtorch_cuda_stub(self) -> Path:
+        """An empty library of that name: the loader then finds torch's own, which a CPU torch at build time has not."""
+        folder = Path("build/stub")
+        folder.mkdir(parents=True, exist_ok=True)
+        library = folder / "libtorch_cuda.so"
+        if not library.exists():
+            line = [
+                *self.cxx,
+                "-shared",
+                "-fPIC",
+                f"-Wl,-soname,{library.name}",
+                "-x",
+                "c++",
+                os.devnull,
+                "-o",
+                str(library),
+            ]
+            subprocess.run(line, check=True)
+        return folder
+
+
+def glob(pattern: str) -> list[str]:
+    return sorted(str(path) for path in Path().glob(pattern))

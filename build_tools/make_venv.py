@@ -1,0 +1,56 @@
+"""Make .venv and install what the other make targets need: python3 -m build_tools.make_venv
+
+A machine's own torch is kept: the environment sees it, and nothing that could replace it is installed. Elsewhere the
+pinned torch is installed. Running it again installs only what is missing.
+"""
+
+import importlib.util
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+ENVIRONMENT = Path(".venv")
+PYTHON = ENVIRONMENT / "bin/python"
+BUILD = ["setuptools", "wheel", "pybind11", "build"]
+USE = ["numpy", "pytest", "hypothesis", "tqdm", "matplotlib", "ruff", "mypy", "clang-format"]
+# Not in constraints.txt: CUDA builds of torch bring their own Triton, and a pin there would contradict theirs.
+TRITON = "triton==3.8.0"
+
+
+def run(*arguments: str) -> None:
+    subprocess.run([str(PYTHON), *arguments], check=True)
+
+
+def imports(module: str) -> bool:
+    return subprocess.run([str(PYTHON), "-c", f"import {module}"], capture_output=True).returncode == 0
+
+
+def main() -> None:
+    machine_torch = importlib.util.find_spec("torch")
+    if not PYTHON.exists():
+        print(f"making {ENVIRONMENT} for Python {sysconfig.get_python_version()}", flush=True)
+        venv.create(ENVIRONMENT, with_pip=True, system_site_packages=machine_torch is not None)
+    pins = Path("constraints.txt").read_text().splitlines()
+    if machine_torch and machine_torch.origin:
+        pins = [pin for pin in pins if not pin.startswith(("torch==", "numpy=="))]
+        if not imports("torch"):  # this Python is an environment itself, and environments do not nest
+            site = ENVIRONMENT / f"lib/python{sysconfig.get_python_version()}/site-packages"
+            (site / "machine_torch.pth").write_text(f"{Path(machine_torch.origin).parents[1]}\n")
+    constraints = ENVIRONMENT / "constraints.txt"
+    constraints.write_text("\n".join(pins) + "\n")
+    install = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    torch = [] if machine_torch else ["torch"]
+    print("installing", *torch, *BUILD, *USE, flush=True)
+    run(*install, "--constraint", str(constraints), *torch, *BUILD, *USE)
+    if not imports("triton"):
+        print(f"installing {TRITON}", flush=True)
+        run(*install, "--no-deps", TRITON)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"make venv: {' '.join(error.cmd[1:5])} ... failed; the reason is above.")

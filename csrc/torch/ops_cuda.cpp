@@ -1,0 +1,109 @@
+// The CUDA ops of negmine: tensors -> the params structs of kernels/cuda, on the current stream of the tensors' device.
+//
+// Only torch's stable ABI (2.10) is used. The schemas are declared in ops_cpu.cpp, which Python therefore loads first.
+// Checks here protect memory; the meaning of arguments is checked in negmine/.
+#include <Python.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "csrc/torch/checks.h"
+#include "kernels/cuda/mix_negatives.h"
+
+namespace negmine {
+namespace {
+
+using checks::floats;
+using checks::longs;
+using checks::OptionalTensor;
+using checks::ScalarType;
+using checks::Tensor;
+using torch::stable::new_empty;
+
+void* current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+
+cuda::Storage storage_of(const Tensor& matrix) {
+  const ScalarType dtype = matrix.scalar_type();
+  return dtype == ScalarType::Float      ? cuda::Storage::kFloat32
+         : dtype == ScalarType::BFloat16 ? cuda::Storage::kBFloat16
+                                         : cuda::Storage::kFloat16;
+}
+
+// hard_index must hold rows of negative_keys: a GPU's memory is not read here to see whether it does.
+std::tuple<Tensor, Tensor, Tensor> mix_negatives(const Tensor& query, const Tensor& negative_keys,
+                                                 const Tensor& hard_index, int64_t pairs, int64_t with_query,
+                                                 double pair_low, double pair_high, double query_low, double query_high,
+                                                 bool distinct, const OptionalTensor& quantiles, int64_t seed,
+                                                 int64_t step, int64_t row_offset) {
+  // Checks.
+  const char* op = "mix_negatives";
+  checks::require(query.is_cuda(), op, ": query must be on a CUDA device, where the other tensors are, it is not.");
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  const Tensor q = checks::matrix(op, "query", query, "(B, D)");                     // (B, D)
+  const Tensor keys = checks::matrix(op, "negative_keys", negative_keys, "(K, D)");  // (K, D)
+  checks::same_width(op, q, keys);
+  const Tensor index = checks::index_matrix(op, "hard_index", hard_index, q.size(0), q);  // (B, N)
+  const OptionalTensor table = checks::vector(op, "quantiles", quantiles, ScalarType::Float, 4097, q);
+  checks::require(pairs >= 0 && with_query >= 0, op, ": pairs and with_query must not be negative, got ", pairs,
+                  " and ", with_query, ".");
+  const int64_t B = q.size(0), D = q.size(1), S = pairs + with_query;
+
+  // Outputs.
+  Tensor vectors = new_empty(q, {B, S, D});
+  Tensor parents = new_empty(q, {B, S, 2}, ScalarType::Long);
+  Tensor coefficients = new_empty(q, {B, S}, ScalarType::Float);
+
+  // Params.
+  const cuda::MixNegativesParams params = {
+      .B = B,
+      .N = index.size(1),
+      .D = D,
+      .query = q.data_ptr(),
+      .negative_keys = keys.data_ptr(),
+      .hard_index = longs(index),
+      .query_stride = q.stride(0),
+      .negative_keys_stride = keys.stride(0),
+      .hard_index_stride = index.stride(0),
+      .query_storage = storage_of(q),
+      .negative_keys_storage = storage_of(keys),
+      .pairs = pairs,
+      .with_query = with_query,
+      .pair_low = static_cast<float>(pair_low),
+      .pair_high = static_cast<float>(pair_high),
+      .query_low = static_cast<float>(query_low),
+      .query_high = static_cast<float>(query_high),
+      .distinct = distinct,
+      .quantiles = floats(table),
+      .seed = static_cast<uint32_t>(seed),
+      .step = static_cast<uint32_t>(step),
+      .row_offset = row_offset,
+      .vectors = vectors.mutable_data_ptr(),
+      .parents = static_cast<int64_t*>(parents.mutable_data_ptr()),
+      .coefficients = static_cast<float*>(coefficients.mutable_data_ptr()),
+  };
+
+  // Run. The guard speaks to torch's CUDA runtime; this library is linked with its own, which must agree on the device.
+  checks::require(cudaSetDevice(q.get_device_index()) == cudaSuccess, op, ": cuda:", q.get_device_index(),
+                  " could not be made the current device.");
+  const auto error = static_cast<cudaError_t>(cuda::mix_negatives(params, current_stream(q)));
+  checks::require(error == cudaSuccess, op, ": the launch failed: ", cudaGetErrorString(error), ".");
+  return {vectors, parents, coefficients};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(negmine, CUDA, m) { m.impl("mix_negatives", TORCH_BOX(&mix_negatives)); }
+
+}  // namespace negmine
+
+// Importing negmine._ops_cuda runs the registration above; the module itself is empty.
+PyMODINIT_FUNC PyInit__ops_cuda() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_ops_cuda", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}

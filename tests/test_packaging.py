@@ -1,0 +1,171 @@
+"""What ships, and the walls of the house.
+
+The contents of the wheel and of the sdist, the link negmine/kernels, what each folder may include, the length of files,
+what a build refuses, and negmine._C.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from build_tools.check_wheel import faults
+from build_tools.cuda_toolkit import chosen_toolkit, inspect
+from build_tools.native import BuildError, Unit, compile_all
+
+ROOT = Path(__file__).parents[1]
+LONGEST = 400
+SOURCES = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh", "*.md", "Makefile")
+ROOMS = ("kernels", "csrc", "negmine", "benchmarks", "tests", "build_tools")
+
+
+def own_files(*rooms: str, patterns: tuple[str, ...] = SOURCES) -> list[Path]:
+    files = [path for room in rooms for pattern in patterns for path in (ROOT / room).rglob(pattern)]
+    return [path for path in files if path.name != "_build_info.py" and "kernels/kernels" not in str(path)]
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    flags = ["--no-build-isolation", "--no-deps", "--quiet", "--wheel-dir", str(folder)]
+    environment = {**os.environ, "NEGMINE_CUDA": "cpu"}
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *flags, "."], cwd=ROOT, env=environment, check=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_negmine_and_nothing_else(wheel):
+    assert re.fullmatch(r"negmine-[\d.]+\+cpu-cp3\d+-cp3\d+-linux_\w+\.whl", wheel.name)
+    assert faults(wheel) == []
+
+
+def test_wheel_works_away_from_the_checkout(wheel, tmp_path):
+    site, away = tmp_path / "site", tmp_path / "away"
+    away.mkdir()
+    flags = ["--no-deps", "--quiet", "--target", str(site)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *flags, str(wheel)], check=True)
+    program = """
+        import torch, negmine, negmine._C
+        assert negmine.__file__.startswith(SITE), negmine.__file__
+        scores, index = negmine.mine_hardest(torch.eye(3), torch.eye(3), 1, backend="cpu")
+        assert index.tolist() == [[0], [1], [2]]
+        assert negmine._C.build_info()["cuda_version"] is None
+    """.replace("    ", "")
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    subprocess.run([sys.executable, "-c", f"SITE = {str(site)!r}\n{program}"], cwd=away, env=environment, check=True)
+
+
+def test_sdist_holds_what_a_build_reads(tmp_path):
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run([*command, "sdist", "--dist-dir", str(tmp_path)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    archive = next(tmp_path.glob("*.tar.gz"))
+    with tarfile.open(archive) as sdist:
+        names = {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}
+    wanted = {str(path.relative_to(ROOT)) for path in own_files("kernels", "csrc", "build_tools", "tests")}
+    assert wanted <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "constraints.txt"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc", "_build_info.py"))]
+    assert not [name for name in names if name.startswith("negmine/kernels")], "kernels/ is in the sdist twice"
+
+
+def test_kernels_is_a_link_and_no_package():
+    assert os.readlink(ROOT / "negmine" / "kernels") == "../kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "kernels is the name of another package"
+
+
+def test_the_wall():
+    torch_or_python = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|pybind11|Python\.h)')
+    for path in own_files("kernels/cuda", "kernels/cpu"):
+        assert not torch_or_python.search(path.read_text()), f"{path} must know neither torch nor Python"
+    for path in own_files("csrc/python"):
+        assert not re.search(r'#\s*include\s*[<"](torch|ATen|c10)', path.read_text()), f"{path} must not know torch"
+    for path in own_files("csrc"):
+        assert "__global__" not in path.read_text(), f"{path} must launch nothing"
+
+
+def test_no_file_is_too_long():
+    files = [*own_files(*ROOMS), *ROOT.glob("*.py"), *ROOT.glob("*.md"), ROOT / "Makefile"]
+    long = {str(path.relative_to(ROOT)): n for path in files if (n := len(path.read_text().splitlines())) > LONGEST}
+    assert long == {}, f"a file over {LONGEST} lines is two files"
+
+
+def test_a_cuda_that_is_not_there_is_refused(monkeypatch, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.1'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("NEGMINE_NVCC", str(nvcc))
+    monkeypatch.setenv("NEGMINE_CUDA", "latest")
+    with pytest.raises(BuildError, match="NEGMINE_CUDA must be auto, cpu or a version such as cu130, but is 'latest'"):
+        chosen_toolkit()
+    monkeypatch.setenv("NEGMINE_ARCHES", "90a;hopper")
+    with pytest.raises(BuildError, match=r"NEGMINE_ARCHES must be .* but contains 'hopper'"):
+        inspect(str(nvcc))
+    monkeypatch.setenv("NEGMINE_CUDA", "cpu")
+    assert chosen_toolkit() is None
+    monkeypatch.setenv("NEGMINE_NVCC", str(tmp_path / "none"))
+    monkeypatch.setenv("NEGMINE_CUDA", "cu130")
+    with pytest.raises(BuildError, match="NEGMINE_NVCC must name the CUDA compiler"):
+        chosen_toolkit()
+
+
+def test_an_object_is_rebuilt_when_a_header_changes(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("answer.h").write_text("#define ANSWER 1\n")
+    Path("answer.cpp").write_text('#include "answer.h"\nint answer() { return ANSWER; }\n')
+    unit = Unit("answer.cpp", ("g++", "-I."))
+    compile_all([unit, unit])
+    assert unit.is_current()
+    assert not Unit("answer.cpp", ("g++", "-I.", "-O1")).is_current()
+    later = unit.object.stat().st_mtime + 1
+    os.utime("answer.h", (later, later))
+    assert not unit.is_current()
+
+
+class TestModuleC:
+    """negmine._C: kernels on NumPy arrays."""
+
+    def test_mine_hardest(self):
+        from negmine import _C
+
+        generator = np.random.default_rng(0)
+        query = generator.integers(-3, 4, (65, 7)).astype(np.float32)  # exact, with many ties
+        keys = generator.integers(-3, 4, (300, 7)).astype(np.float16)
+        scores = query @ keys.T.astype(np.float32)  # (B, K)
+        want = np.argsort(-scores, axis=1, kind="stable")[:, :20]  # (B, N)
+        for given in (keys, np.repeat(keys, 2, axis=0)[::2], np.asfortranarray(keys)):
+            for threads in (0, 1, 3):
+                got, index = _C.mine_hardest(query, given, 20, threads=threads)
+                np.testing.assert_array_equal(index, want)
+                np.testing.assert_array_equal(got, np.take_along_axis(scores, want, 1))
+        got, index = _C.mine_hardest(query, keys[:2], 3)
+        assert (index[:, 2] == -1).all()
+        assert np.isneginf(got[:, 2]).all()
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"query": np.zeros((2, 3))}, TypeError, "query must be float32 or float16, got float64"),
+            ({"query": np.zeros(3, np.float32)}, ValueError, "query must have 2 dimensions, got 1"),
+            ({"query": np.zeros((2, 4), np.float32)}, ValueError, "the same number of columns, got 4 and 3"),
+            ({"N": -1}, ValueError, "N must be at least 0, got -1"),
+        ],
+    )
+    def test_bad_input_is_refused_in_words(self, change, error, message):
+        from negmine import _C
+
+        good = {"query": np.zeros((2, 3), np.float32), "negative_keys": np.zeros((5, 3), np.float32), "N": 1}
+        with pytest.raises(error, match=message):
+            _C.mine_hardest(**{**good, **change})
+
+    def test_facts(self):
+        from negmine import _C, _build_info
+
+        info = _C.build_info()
+        assert info["cuda_version"] == _build_info.CUDA_VERSION
+        assert info["cuda_arches"] == _build_info.CUDA_ARCHES
+        assert info["cxx_standard"] >= 202002
+        assert _C.isa() == "portable" or _C.cpu_features()["avx2"]
