@@ -8,6 +8,7 @@ are shared between variants (build_tools/native.py).
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from build_tools.cuda_toolkit import chosen_toolkit  # noqa: E402
 from build_tools.extensions import CXX_FLAGS, NVCC_FLAGS, Build  # noqa: E402
 from build_tools.native import BuildError, compile_all  # noqa: E402
 
-VERSION = "0.1.0"
+VERSION = runpy.run_path("negmine/version.py")["__version__"]
 try:
     TOOLKIT = None if "sdist" in sys.argv else chosen_toolkit()
 except BuildError as refusal:

@@ -10,8 +10,8 @@ from negmine.mining import Mined, mine_hardest, percentile, rank_thresholds
 from negmine.mixing import Mixed, mix_negatives
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.queue import MoCoQueue
+from negmine.version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "FalseNegatives",
     "InfoNCELoss",
@@ -22,6 +22,7 @@ __all__ = [
     "MoCoQueue",
     "Select",
     "Weight",
+    "__version__",
     "info_nce",
     "mine_hardest",
     "mix_negatives",

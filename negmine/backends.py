@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,13 +25,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 class Launchers(NamedTuple):
     """The kernels that run one call, by op name; None where the call does not need the op."""
 
-    logsumexp: Callable | None = None
-    logsumexp_grad_keys: Callable | None = None
-    mine_hardest: Callable | None = None
-    rank_thresholds: Callable | None = None
-    count_negatives: Callable | None = None
-    mix_negatives: Callable | None = None
-    mix_logsumexp: Callable | None = None
+    logsumexp: Any = None
+    logsumexp_grad_keys: Any = None
+    mine_hardest: Any = None
+    rank_thresholds: Any = None
+    count_negatives: Any = None
+    mix_negatives: Any = None
+    mix_logsumexp: Any = None
 
 
 OPS = Launchers._fields

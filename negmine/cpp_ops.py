@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-
 OPS = torch.ops.negmine
 
 
@@ -90,7 +89,7 @@ def _mix_logsumexp(query: Tensor, negative_keys: Tensor, hard_index: Tensor, sca
     return query.new_empty(B, dtype=torch.float32), query.new_empty(B if want_mean else 0, D, dtype=torch.float32)
 
 
-FAKES = {
+FAKES: dict[str, Callable] = {
     "logsumexp": _logsumexp,
     "logsumexp_grad_keys": _logsumexp_grad_keys,
     "mine_hardest": _mine_hardest,

@@ -5,7 +5,7 @@ means, so that every gradient is known in the forward pass and the queue may be 
 arithmetic on (B,) tensors, differentiated by autograd. The dense definition is negmine/reference.py.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -195,10 +195,9 @@ def _only_dense(
 
 
 def _ops_for(select: Select | None, mix: Mix | None) -> tuple[str, ...]:
-    ops = ("logsumexp", "logsumexp_grad_keys")
-    if select is not None:
-        ops += ("rank_thresholds", "count_negatives")
-    return ops + ("mine_hardest", "mix_logsumexp") if mix is not None and mix.total else ops
+    windowed = ("rank_thresholds", "count_negatives") if select is not None else ()
+    mixed = ("mine_hardest", "mix_logsumexp") if mix is not None and mix.total else ()
+    return ("logsumexp", "logsumexp_grad_keys", *windowed, *mixed)
 
 
 def _dense_keys(negative_keys: Tensor, pool: Pool) -> Tensor:
@@ -301,7 +300,7 @@ class InfoNCELoss(nn.Module):
         checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
         checks.require_draw(op, seed, 0, 0)
         self.temperature = temperature
-        self.options = {
+        self.options: dict[str, Any] = {
             "select": select,
             "mix": mix,
             "weight": weight,
@@ -327,7 +326,7 @@ class InfoNCELoss(nn.Module):
         if step is None:
             step = self.step
             self.step += self.training
-        options = {"temperature": self.temperature, **self.options, **masks}
+        options: dict[str, Any] = {"temperature": self.temperature, **self.options, **masks}
         return info_nce(query, positive_key, negative_keys, step=step, **options)
 
     def get_extra_state(self) -> dict[str, int]:

@@ -14,7 +14,7 @@ class Mined(NamedTuple):
     """What mine_hardest returns."""
 
     scores: Tensor  # (B, N) fp32, descending, -inf where fewer candidates exist
-    index: Tensor  # (B, N) int64, -1 where fewer candidates exist
+    index: Tensor  # type: ignore[assignment]  # (B, N) int64, -1 where fewer exist; hides tuple.index
 
 
 def working(vectors: Tensor) -> Tensor:

@@ -202,7 +202,7 @@ class Weight:
 class FalseNegatives:
     """Negatives that support views of the query's own image give away (Huynh et al., arXiv 2011.11765; google-research/fnc).
 
-        f_j = max (or mean) over views v of support_v . n_j;   F = { j : j among the top_k largest f of the query, and f_j > threshold }
+        f_j = max (or mean) over views v of support_v . n_j;   F = { j among the query's top_k largest f : f_j > threshold }
 
     mode="eliminate": F leaves the pool and the denominator. mode="attract": F leaves the pool and becomes further positives,
         loss = -(x_pos + sum_F x_f) / (1 + |F|) + LSE(x_pos, x_F, negatives)

@@ -229,7 +229,7 @@ def info_nce(
     x_positive = positive_score / temperature  # (B,)
     usable = torch.ones_like(scores, dtype=torch.bool) if usable is None else usable
     found = torch.zeros_like(usable)
-    if false_negatives is not None:
+    if false_negatives is not None and support is not None:
         found = false_negatives_found(support, negative_keys, false_negatives, usable)
         usable = usable & ~found
 

@@ -1,8 +1,8 @@
 """The tolerance policy: one function per kind of claim. A tolerance here is never raised to make a test pass.
 
 exact     small-integer inputs: bit-equal to the reference, ties included.
-rounded   |kernel - truth| <= 2 |plain - truth| + floor per element, truth = reference in float64 of the same rounded inputs, plain = the
-          reference in the tested dtype, floor = a few eps of the output's scale times the condition of the op.
+rounded   |kernel - truth| <= 2 |plain - truth| + floor per element, truth = reference in float64 of the same rounded inputs,
+          plain = the reference in the tested dtype, floor = a few eps of the output's scale times the condition of the op.
 selected  no index twice, each score right, nothing left out that beats the worst kept by more than rounding.
 """
 

@@ -156,7 +156,7 @@ def test_loss_and_every_gradient(backend, options, kind, dtype):
         given = masks(kind, B, K, device)
         allowed = dense_mask(inputs[0], inputs[2], given)
 
-        def run(cast, function, **more):
+        def run(cast, function, inputs=inputs, device=device, **more):
             leaves = [t.to(cast).detach().requires_grad_() for t in inputs]
             temperature = torch.tensor(
                 options["temperature"], dtype=torch.promote_types(cast, torch.float32), device=device

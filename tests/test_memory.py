@@ -17,14 +17,18 @@ from negmine import Mix, Select
 
 B, K, D = 256, 65536, 128
 q, pos, keys = (F.normalize(torch.randn(n, D), dim=1) for n in (B, B, K))
+
+def loss(q, backend="cpu", **options):
+    return negmine.info_nce(q, pos[: len(q)], keys, **options, backend=backend)
+
 CALLS = {
-    "info_nce": lambda q: negmine.info_nce(q, pos[: len(q)], keys, backend="cpu").backward(),
-    "info_nce, window": lambda q: negmine.info_nce(q, pos[: len(q)], keys, select=Select(0.001, 0.05), backend="cpu").backward(),
-    "info_nce, easiest 95 %": lambda q: negmine.info_nce(q, pos[: len(q)], keys, select=Select(0.05, 1.0), backend="cpu").backward(),
-    "info_nce, MoCHi": lambda q: negmine.info_nce(q, pos[: len(q)], keys, mix=Mix(), backend="cpu").backward(),
+    "info_nce": lambda q: loss(q).backward(),
+    "info_nce, window": lambda q: loss(q, select=Select(0.001, 0.05)).backward(),
+    "info_nce, easiest 95 %": lambda q: loss(q, select=Select(0.05, 1.0)).backward(),
+    "info_nce, MoCHi": lambda q: loss(q, mix=Mix()).backward(),
     "mine_hardest": lambda q: negmine.mine_hardest(q, keys, 1024, backend="cpu"),
     "rank_thresholds": lambda q: negmine.rank_thresholds(q, keys, [65, 3276, K // 2], backend="cpu"),
-    "dense": lambda q: negmine.info_nce(q, pos[: len(q)], keys, backend="reference").backward(),
+    "dense": lambda q: loss(q, backend="reference").backward(),
 }
 
 def status(field):

@@ -174,7 +174,7 @@ MIX = Mix(5, 7, 4, skip=1, pair_range=(0.2, 0.9), concentration=2.0)
 
 @pytest.mark.parametrize("mix", [MIX, Mix(3, 4, 0, distinct=False), Mix(40, 0, 5, query_range=(0.1, 0.4))], ids=repr)
 def test_mixing_by_hand(mix):
-    q, pos, keys, usable = vectors()
+    q, _, keys, usable = vectors()
     usable[1], usable[2] = False, False
     usable[2, 4] = True  # one parent at most
     got, parents, share = reference.mix_negatives(q, keys, mix, usable, seed=11, step=3, row_offset=2**33 + 5)
@@ -350,9 +350,9 @@ def test_sup_con_by_loop(positives, denominator):
         same = [k for k in e if query_labels[b] >= 0 and key_labels[k] == query_labels[b]]
         others = sum(e[k] for k in e if k not in same)
         total = {
-            "all": lambda k: sum(e.values()),
-            "own_positive": lambda k: others + e[k],
-            "negatives_only": lambda k: others,
+            "all": lambda k, e=e: sum(e.values()),
+            "own_positive": lambda k, e=e, others=others: others + e[k],
+            "negatives_only": lambda k, others=others: others,
         }
         ratios = [e[k] / total[denominator](k) for k in same]
         if not ratios:

@@ -116,7 +116,7 @@ def test_the_table_says_why():
         assert name == "reference" or bool(row.launchers) != bool(row.refusal)
         assert set(row.launchers) <= set(backends.OPS)
     if rows["cuda"].refusal:
-        with pytest.raises(backends.BackendUnavailable, match="has no kernel for|takes cuda tensors"):
+        with pytest.raises(backends.BackendUnavailable, match="takes cuda tensors"):
             negmine.mine_hardest(unit(2, 4), unit(5, 4), 2, backend="cuda")
 
 
