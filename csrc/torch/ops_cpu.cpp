@@ -1,0 +1,332 @@
+// The ops of kernels/README.md as torch operators: every schema of the library `negmine`, and its CPU kernels.
+//
+// Tensors become the structs of kernels/cpu and torch's parallel_for becomes their Parallel; there is no arithmetic
+// here. Only torch's stable ABI is used, so one build serves every torch from 2.10 on. The module itself offers isa()
+// and set_isa(name).
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "csrc/torch/checks.h"
+#include "kernels/cpu/count_negatives.h"
+#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/logsumexp.h"
+#include "kernels/cpu/logsumexp_grad_keys.h"
+#include "kernels/cpu/mine_hardest.h"
+#include "kernels/cpu/mix_logsumexp.h"
+#include "kernels/cpu/mix_negatives.h"
+#include "kernels/cpu/rank_thresholds.h"
+
+namespace negmine {
+namespace {
+
+using checks::floats;
+using checks::longs;
+using checks::OptionalTensor;
+using checks::PoolTensors;
+using checks::ScalarType;
+using checks::Tensor;
+using torch::stable::new_empty;
+
+template <class T>
+T* output(Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+cpu::Parallel torch_threads() {
+  const auto run = [](int64_t begin, int64_t end, int64_t grain, cpu::Parallel::Callback callback, void* context) {
+    torch::stable::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) { callback(from, to, context); });
+  };
+  return {run, static_cast<int64_t>(torch::stable::get_num_threads())};
+}
+
+cpu::Matrix matrix_of(const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  return {t.data_ptr(), t.stride(0),
+          dtype == ScalarType::Float      ? cpu::Dtype::kFloat32
+          : dtype == ScalarType::BFloat16 ? cpu::Dtype::kBFloat16
+                                          : cpu::Dtype::kFloat16};
+}
+
+cpu::Pool pool_of(const PoolTensors& t) {
+  cpu::Pool pool;
+  if (t.negative_mask.has_value()) {
+    pool.negative_mask = static_cast<const uint8_t*>(t.negative_mask->data_ptr());
+    pool.mask_per_query = t.negative_mask->dim() == 2;
+    pool.mask_row_stride = pool.mask_per_query ? t.negative_mask->stride(0) : 0;
+  }
+  pool.query_ids = longs(t.query_ids);
+  pool.negative_ids = longs(t.negative_ids);
+  pool.query_labels = longs(t.query_labels);
+  pool.negative_labels = longs(t.negative_labels);
+  pool.lower = longs(t.lower);
+  pool.upper = longs(t.upper);
+  return pool;
+}
+
+// query (B, D), negative_keys (K, D) and the pool of one call, checked.
+struct Scored {
+  Tensor query, negative_keys;
+  PoolTensors pool;
+  int64_t B, K, D;
+
+  template <class... Pool>
+  Scored(const char* op, const Tensor& q, const Tensor& keys, const Pool&... pool_tensors)
+      : query(checks::matrix(op, "query", q, "(B, D)")),
+        negative_keys(checks::matrix(op, "negative_keys", keys, "(K, D)")),
+        pool(op, query, negative_keys, pool_tensors...),
+        B(query.size(0)),
+        K(negative_keys.size(0)),
+        D(query.size(1)) {
+    checks::same_width(op, query, negative_keys);
+  }
+
+  // The members that every params struct over the queue starts with.
+  template <class Params>
+  Params params() const {
+    Params p;
+    p.query = matrix_of(query);
+    p.negative_keys = matrix_of(negative_keys);
+    p.B = B, p.K = K, p.D = D;
+    p.pool = pool_of(pool);
+    return p;
+  }
+};
+
+#define POOL_ARGUMENTS                                                                                        \
+  const OptionalTensor &negative_mask, const OptionalTensor &query_ids, const OptionalTensor &negative_ids,   \
+      const OptionalTensor &query_labels, const OptionalTensor &negative_labels, const OptionalTensor &lower, \
+      const OptionalTensor &upper
+#define POOL negative_mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> logsumexp(const Tensor& query, const Tensor& negative_keys,
+                                                     const Tensor& scale, const OptionalTensor& pivot, bool want_mean,
+                                                     POOL_ARGUMENTS) {
+  // Checks.
+  const Scored in("logsumexp", query, negative_keys, POOL);
+  const Tensor factor = checks::scalar("logsumexp", "scale", scale, query);
+  const OptionalTensor pivots = checks::vector("logsumexp", "pivot", pivot, ScalarType::Float, in.B, query);
+  // Outputs.
+  Tensor lse = new_empty(query, {in.B}, ScalarType::Float);
+  Tensor mean = new_empty(query, {want_mean ? in.B : 0, in.D}, ScalarType::Float);
+  Tensor kept = new_empty(query, {in.B}, ScalarType::Long);
+  Tensor above = new_empty(query, {in.B}, ScalarType::Long);
+  // Params.
+  auto p = in.params<cpu::LogsumexpParams>();
+  p.scale = floats(factor);
+  p.pivot = floats(pivots);
+  p.lse = output<float>(lse);
+  p.mean = want_mean ? output<float>(mean) : nullptr;
+  p.kept = output<int64_t>(kept);
+  p.above = output<int64_t>(above);
+  // Run.
+  cpu::logsumexp(p, torch_threads());
+  return {lse, mean, kept, above};
+}
+
+Tensor logsumexp_grad_keys(const Tensor& query, const Tensor& negative_keys, const Tensor& scale, const Tensor& lse,
+                           const Tensor& weight, POOL_ARGUMENTS) {
+  // Checks.
+  const Scored in("logsumexp_grad_keys", query, negative_keys, POOL);
+  const Tensor factor = checks::scalar("logsumexp_grad_keys", "scale", scale, query);
+  const Tensor sums = checks::vector("logsumexp_grad_keys", "lse", lse, ScalarType::Float, in.B, query);
+  const Tensor weights = checks::vector("logsumexp_grad_keys", "weight", weight, ScalarType::Float, in.B, query);
+  // Outputs.
+  Tensor grad_keys = new_empty(query, {in.K, in.D}, ScalarType::Float);
+  // Params.
+  auto p = in.params<cpu::LogsumexpGradKeysParams>();
+  p.scale = floats(factor);
+  p.lse = floats(sums);
+  p.weight = floats(weights);
+  p.grad_keys = output<float>(grad_keys);
+  // Run.
+  cpu::logsumexp_grad_keys(p, torch_threads());
+  return grad_keys;
+}
+
+std::tuple<Tensor, Tensor> mine_hardest(const Tensor& query, const Tensor& negative_keys, int64_t N, POOL_ARGUMENTS) {
+  // Checks.
+  const Scored in("mine_hardest", query, negative_keys, POOL);
+  checks::require(N >= 0, "mine_hardest: N must not be negative, got ", N, ".");
+  // Outputs.
+  Tensor scores = new_empty(query, {in.B, N}, ScalarType::Float);
+  Tensor index = new_empty(query, {in.B, N}, ScalarType::Long);
+  // Params.
+  auto p = in.params<cpu::MineHardestParams>();
+  p.N = N;
+  p.scores = output<float>(scores);
+  p.index = output<int64_t>(index);
+  // Run.
+  cpu::mine_hardest(p, torch_threads());
+  return {scores, index};
+}
+
+Tensor rank_thresholds(const Tensor& query, const Tensor& negative_keys, const Tensor& ranks, POOL_ARGUMENTS) {
+  // Checks.
+  const Scored in("rank_thresholds", query, negative_keys, POOL);
+  const Tensor asked = checks::index_matrix("rank_thresholds", "ranks", ranks, in.B, query);
+  // Outputs.
+  Tensor order = new_empty(query, {in.B, asked.size(1)}, ScalarType::Long);
+  // Params.
+  auto p = in.params<cpu::RankThresholdsParams>();
+  p.R = asked.size(1);
+  p.ranks = longs(asked);
+  p.order = output<int64_t>(order);
+  // Run.
+  cpu::rank_thresholds(p, torch_threads());
+  return order;
+}
+
+Tensor count_negatives(const Tensor& query, const Tensor& negative_keys, POOL_ARGUMENTS) {
+  // Checks.
+  const Scored in("count_negatives", query, negative_keys, POOL);
+  // Outputs.
+  Tensor count = new_empty(query, {in.B}, ScalarType::Long);
+  // Params.
+  auto p = in.params<cpu::CountNegativesParams>();
+  p.count = output<int64_t>(count);
+  // Run.
+  cpu::count_negatives(p, torch_threads());
+  return count;
+}
+
+#define DRAW_ARGUMENTS                                                                                       \
+  int64_t pairs, int64_t with_query, double pair_low, double pair_high, double query_low, double query_high, \
+      bool distinct, const OptionalTensor &quantiles, int64_t seed, int64_t step, int64_t row_offset
+#define DRAWS pairs, with_query, pair_low, pair_high, query_low, query_high, distinct, quantiles, seed, step, row_offset
+
+// query (B, D), negative_keys (K, D) and the draws of one call, checked: the parents index the queue.
+struct Mixed {
+  Tensor query, negative_keys, hard_index;
+  OptionalTensor quantile_table;
+  int64_t B, D;
+  cpu::Draws draws;
+
+  Mixed(const char* op, const Tensor& q, const Tensor& keys, const Tensor& hard, DRAW_ARGUMENTS)
+      : query(checks::matrix(op, "query", q, "(B, D)")),
+        negative_keys(checks::matrix(op, "negative_keys", keys, "(K, D)")),
+        hard_index(checks::index_matrix(op, "hard_index", hard, query.size(0), query)),
+        quantile_table(checks::vector(op, "quantiles", quantiles, ScalarType::Float, 4097, query)),
+        B(query.size(0)),
+        D(query.size(1)) {
+    checks::same_width(op, query, negative_keys);
+    checks::require(pairs >= 0 && with_query >= 0, op, ": pairs and with_query must not be negative, got ", pairs,
+                    " and ", with_query, ".");
+    draws = {longs(hard_index),
+             hard_index.size(1),
+             pairs,
+             with_query,
+             pair_low,
+             pair_high,
+             query_low,
+             query_high,
+             distinct,
+             floats(quantile_table),
+             static_cast<uint32_t>(seed),
+             static_cast<uint32_t>(step),
+             row_offset};
+    const int64_t K = negative_keys.size(0);
+    for (int64_t b = 0; b < B; ++b) {
+      const int64_t n_b = cpu::count_hard(draws, b);
+      for (int64_t n = 0; n < n_b; ++n) {
+        const int64_t row = draws.hard_index[b * draws.N + n];
+        checks::require(row >= 0 && row < K, op, ": hard_index must hold rows of negative_keys in [0, ", K,
+                        "), then -1 to the end, got ", row, " at (", b, ", ", n, ").");
+      }
+    }
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> mix_negatives(const Tensor& query, const Tensor& negative_keys,
+                                                 const Tensor& hard_index, DRAW_ARGUMENTS) {
+  // Checks.
+  const Mixed in("mix_negatives", query, negative_keys, hard_index, DRAWS);
+  // Outputs.
+  const int64_t S = in.draws.S();
+  Tensor vectors = new_empty(query, {in.B, S, in.D});
+  Tensor parents = new_empty(query, {in.B, S, 2}, ScalarType::Long);
+  Tensor coefficients = new_empty(query, {in.B, S}, ScalarType::Float);
+  // Params.
+  const cpu::MixNegativesParams p{
+      matrix_of(in.query),      matrix_of(in.negative_keys), in.B, in.D, in.draws, vectors.mutable_data_ptr(),
+      output<int64_t>(parents), output<float>(coefficients)};
+  // Run.
+  cpu::mix_negatives(p, torch_threads());
+  return {vectors, parents, coefficients};
+}
+
+std::tuple<Tensor, Tensor> mix_logsumexp(const Tensor& query, const Tensor& negative_keys, const Tensor& hard_index,
+                                         const Tensor& scale, bool want_mean, DRAW_ARGUMENTS) {
+  // Checks.
+  const Mixed in("mix_logsumexp", query, negative_keys, hard_index, DRAWS);
+  const Tensor factor = checks::scalar("mix_logsumexp", "scale", scale, query);
+  // Outputs.
+  Tensor lse = new_empty(query, {in.B}, ScalarType::Float);
+  Tensor mean = new_empty(query, {want_mean ? in.B : 0, in.D}, ScalarType::Float);
+  // Params.
+  const cpu::MixLogsumexpParams p{matrix_of(in.query),
+                                  matrix_of(in.negative_keys),
+                                  in.B,
+                                  in.D,
+                                  in.draws,
+                                  floats(factor),
+                                  output<float>(lse),
+                                  want_mean ? output<float>(mean) : nullptr};
+  // Run.
+  cpu::mix_logsumexp(p, torch_threads());
+  return {lse, mean};
+}
+
+#define POOL_SCHEMA                                                                                                 \
+  "Tensor? negative_mask, Tensor? query_ids, Tensor? negative_ids, Tensor? query_labels, Tensor? negative_labels, " \
+  "Tensor? lower, Tensor? upper"
+#define DRAW_SCHEMA                                                                                                \
+  "int pairs, int with_query, float pair_low, float pair_high, float query_low, float query_high, bool distinct, " \
+  "Tensor? quantiles, int seed, int step, int row_offset"
+
+STABLE_TORCH_LIBRARY(negmine, m) {
+  m.def("logsumexp(Tensor query, Tensor negative_keys, Tensor scale, Tensor? pivot, bool want_mean, " POOL_SCHEMA
+        ") -> (Tensor lse, Tensor mean, Tensor kept, Tensor above)");
+  m.def("logsumexp_grad_keys(Tensor query, Tensor negative_keys, Tensor scale, Tensor lse, Tensor weight, " POOL_SCHEMA
+        ") -> Tensor");
+  m.def("mine_hardest(Tensor query, Tensor negative_keys, int N, " POOL_SCHEMA ") -> (Tensor scores, Tensor index)");
+  m.def("rank_thresholds(Tensor query, Tensor negative_keys, Tensor ranks, " POOL_SCHEMA ") -> Tensor");
+  m.def("count_negatives(Tensor query, Tensor negative_keys, " POOL_SCHEMA ") -> Tensor");
+  m.def("mix_negatives(Tensor query, Tensor negative_keys, Tensor hard_index, " DRAW_SCHEMA
+        ") -> (Tensor vectors, Tensor parents, Tensor coefficients)");
+  m.def(
+      "mix_logsumexp(Tensor query, Tensor negative_keys, Tensor hard_index, Tensor scale, bool want_mean, " DRAW_SCHEMA
+      ") -> (Tensor lse, Tensor mean)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(negmine, CPU, m) {
+  m.impl("logsumexp", TORCH_BOX(&logsumexp));
+  m.impl("logsumexp_grad_keys", TORCH_BOX(&logsumexp_grad_keys));
+  m.impl("mine_hardest", TORCH_BOX(&mine_hardest));
+  m.impl("rank_thresholds", TORCH_BOX(&rank_thresholds));
+  m.impl("count_negatives", TORCH_BOX(&count_negatives));
+  m.impl("mix_negatives", TORCH_BOX(&mix_negatives));
+  m.impl("mix_logsumexp", TORCH_BOX(&mix_logsumexp));
+}
+
+PyObject* py_isa(PyObject*, PyObject*) { return PyUnicode_FromString(cpu::isa()); }
+
+PyObject* py_set_isa(PyObject*, PyObject* name) {
+  const char* text = PyUnicode_AsUTF8AndSize(name, nullptr);
+  if (text == nullptr) return nullptr;
+  return PyBool_FromLong(cpu::set_isa(text));
+}
+
+PyMethodDef methods[] = {
+    {"isa", py_isa, METH_NOARGS, "The instruction set in use: avx512, avx2 or portable."},
+    {"set_isa", py_set_isa, METH_O, "Use this instruction set; False where this processor or build lacks it."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_ops_cpu", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+}  // namespace negmine
+
+extern "C" PyMODINIT_FUNC PyInit__ops_cpu() { return PyModule_Create(&negmine::module); }

@@ -1,0 +1,35 @@
+// How a synthetic negative is drawn: kernels/README.md, part "Draws".
+//
+// Slots [0, pairs) mix two of a query's hard negatives, slots [pairs, pairs + with_query) mix the query with one. The
+// draw depends on (seed, step, row_offset + b, slot) alone. draw() is compiled once, without fused multiply-add, so
+// that every instruction set and the PyTorch reference give the same coefficient bits.
+#pragma once
+#include <cstdint>
+
+namespace negmine::cpu {
+
+struct Draws {
+  const int64_t* hard_index = nullptr;  // (B, N) mining order, -1 padded at the end
+  int64_t N = 0;
+  int64_t pairs = 0, with_query = 0;
+  double pair_low = 0, pair_high = 1, query_low = 0, query_high = 1;
+  bool distinct = true;
+  const float* quantiles = nullptr;  // (4097,) or absent
+  uint32_t seed = 0, step = 0;
+  int64_t row_offset = 0;
+
+  int64_t S() const { return pairs + with_query; }
+};
+
+struct Draw {
+  int64_t first, second;  // rows of the queue; first = -1: the query itself
+  float coefficient;      // of the first parent
+};
+
+// n_b: entries of query b's row of hard_index that are not -1.
+int64_t count_hard(const Draws& draws, int64_t b);
+
+// Slot `slot` of query b, n_b > 0.
+Draw draw(const Draws& draws, int64_t b, int64_t slot, int64_t n_b);
+
+}  // namespace negmine::cpu

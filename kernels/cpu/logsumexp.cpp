@@ -1,0 +1,130 @@
+// The task grid of logsumexp: blocks of queries by splits of the queue, and the fold of the splits' partial results.
+//
+// Where the queue is split depends on K alone and the partials are folded in order, so the bits of a row depend neither
+// on the number of threads nor on the rows around it. Few blocks: all (block, split) pairs run in parallel and are
+// folded afterwards. Many blocks: each folds its own splits as it goes, so that memory does not grow with B.
+#include "kernels/cpu/logsumexp.h"
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/scratch.h"
+
+namespace negmine::cpu {
+namespace {
+
+constexpr int64_t kSplitRows = 4096;
+constexpr int64_t kMostSplits = 16;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// A LogsumexpState with its memory.
+class OwnedState {
+ public:
+  OwnedState(int64_t D, bool with_mean)
+      : floats_(make_buffer<float>((2 + (with_mean ? D : 0)) * kLanes)), counts_(make_buffer<int64_t>(2 * kLanes)) {
+    float* f = floats_.get();
+    view = {f, f + kLanes, with_mean ? f + 2 * kLanes : nullptr, counts_.get(), counts_.get() + kLanes};
+  }
+
+  void clear(int64_t D) {
+    std::fill_n(view.max, kLanes, -kInfinity);
+    std::fill_n(view.sum, kLanes, 0.0f);
+    std::fill_n(view.kept, 2 * kLanes, 0);
+    if (view.mean != nullptr) std::fill_n(view.mean, D * kLanes, 0.0f);
+  }
+
+  LogsumexpState view;
+
+ private:
+  Buffer<float> floats_;
+  Buffer<int64_t> counts_;
+};
+
+// into = into joined with part, the part that follows it in the queue
+void fold(const LogsumexpState& into, const LogsumexpState& part, int64_t D) {
+  float keep[kLanes], add[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    const float max = std::max(into.max[lane], part.max[lane]);
+    const float shift = max == -kInfinity ? 0.0f : max;
+    keep[lane] = std::exp(into.max[lane] - shift);
+    add[lane] = std::exp(part.max[lane] - shift);
+    into.max[lane] = max;
+    into.sum[lane] = into.sum[lane] * keep[lane] + part.sum[lane] * add[lane];
+    into.kept[lane] += part.kept[lane];
+    into.above[lane] += part.above[lane];
+  }
+  if (into.mean == nullptr) return;
+  for (int64_t d = 0; d < D; ++d) {
+    float* to = into.mean + d * kLanes;          // (kLanes)
+    const float* from = part.mean + d * kLanes;  // (kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) to[lane] = to[lane] * keep[lane] + from[lane] * add[lane];
+  }
+}
+
+void finish(const LogsumexpParams& p, const Block& block, const LogsumexpState& state) {
+  for (int64_t lane = 0; lane < block.lanes; ++lane) {
+    const int64_t b = block.first_query + lane;
+    const float total = state.sum[lane];
+    p.lse[b] = total == 0.0f ? -kInfinity : static_cast<float>(state.max[lane] + std::log(static_cast<double>(total)));
+    p.kept[b] = state.kept[lane];
+    p.above[b] = state.above[lane];
+    if (p.mean == nullptr) continue;
+    for (int64_t d = 0; d < p.D; ++d) {
+      p.mean[b * p.D + d] = total == 0.0f ? 0.0f : state.mean[d * kLanes + lane] / total;
+    }
+  }
+}
+
+}  // namespace
+
+void logsumexp(const LogsumexpParams& p, const Parallel& parallel) {
+  const int64_t split_rows = std::max(kSplitRows, ceil_div(p.K, kMostSplits));
+  const int64_t splits = ceil_div(p.K, split_rows), blocks = ceil_div(p.B, kLanes);
+  const bool with_mean = p.mean != nullptr;
+  const auto block_of = [&](int64_t index) {
+    Block block{.query = p.query, .negative_keys = p.negative_keys, .D = p.D, .pool = p.pool};
+    block.first_query = index * kLanes;
+    block.lanes = std::min(kLanes, p.B - block.first_query);
+    return block;
+  };
+  const auto run_split = [&](Block block, int64_t split, const Workspace& w, const LogsumexpState& state) {
+    block.k_begin = split * split_rows;
+    block.k_end = std::min(p.K, block.k_begin + split_rows);
+    kernels().logsumexp_range(block, w, *p.scale, p.pivot, state);
+  };
+  struct Task {
+    Scratch scratch;
+    OwnedState total, part;
+  };
+  const auto make_task = [&] {
+    return Task{Scratch(p.negative_keys, p.D), OwnedState(p.D, with_mean), OwnedState(p.D, with_mean)};
+  };
+
+  if (blocks >= 4 * parallel.threads) {
+    for_each_task(parallel, blocks, make_task, [&](Task& task, int64_t b) {
+      task.total.clear(p.D);
+      for (int64_t split = 0; split < splits; ++split) {
+        run_split(block_of(b), split, task.scratch.workspace, task.part.view);
+        fold(task.total.view, task.part.view, p.D);
+      }
+      finish(p, block_of(b), task.total.view);
+    });
+    return;
+  }
+  std::vector<OwnedState> parts;  // (splits, blocks): neighbours in time read the same rows
+  for (int64_t i = 0; i < splits * blocks; ++i) parts.emplace_back(p.D, with_mean);
+  const auto make_scratch = [&] { return Scratch(p.negative_keys, p.D); };
+  for_each_task(parallel, splits * blocks, make_scratch, [&](Scratch& scratch, int64_t task) {
+    run_split(block_of(task % blocks), task / blocks, scratch.workspace, parts[task].view);
+  });
+  const auto make_total = [&] { return OwnedState(p.D, with_mean); };
+  for_each_task(parallel, blocks, make_total, [&](OwnedState& total, int64_t b) {
+    total.clear(p.D);
+    for (int64_t split = 0; split < splits; ++split) fold(total.view, parts[split * blocks + b].view, p.D);
+    finish(p, block_of(b), total.view);
+  });
+}
+
+}  // namespace negmine::cpu

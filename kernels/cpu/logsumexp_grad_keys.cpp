@@ -1,0 +1,34 @@
+// The task grid of logsumexp_grad_keys: each task owns some rows of the queue and goes through the queries in order, so
+// that sums need no atomics and their bits do not depend on the grid.
+#include "kernels/cpu/logsumexp_grad_keys.h"
+
+#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/scratch.h"
+
+namespace negmine::cpu {
+
+void logsumexp_grad_keys(const LogsumexpGradKeysParams& p, const Parallel& parallel) {
+  // Long tasks, because each transposes the queries anew; short ones where the queue would not fill the threads.
+  const int64_t wanted = ceil_div(p.K, 8 * std::max<int64_t>(parallel.threads, 1));
+  const int64_t task_rows = std::clamp(ceil_div(wanted, kChunk) * kChunk, kChunk, 8 * kChunk);
+  struct Task {
+    Scratch scratch;
+    Buffer<float> panel;  // (kLanes, D rounded up)
+  };
+  const auto make_task = [&] {
+    return Task{Scratch(p.negative_keys, p.D), make_buffer<float>(kLanes * ceil_div(p.D, kLanes) * kLanes)};
+  };
+  for_each_task(parallel, ceil_div(p.K, task_rows), make_task, [&](Task& task, int64_t index) {
+    Block block{.query = p.query, .negative_keys = p.negative_keys, .D = p.D, .pool = p.pool};
+    block.k_begin = index * task_rows;
+    block.k_end = std::min(p.K, block.k_begin + task_rows);
+    std::fill_n(p.grad_keys + block.k_begin * p.D, (block.k_end - block.k_begin) * p.D, 0.0f);
+    for (; block.first_query < p.B; block.first_query += kLanes) {
+      block.lanes = std::min(kLanes, p.B - block.first_query);
+      kernels().logsumexp_grad_keys_range(block, task.scratch.workspace, *p.scale, p.lse, p.weight, task.panel.get(),
+                                          p.grad_keys);
+    }
+  });
+}
+
+}  // namespace negmine::cpu

@@ -1,0 +1,89 @@
+// The task grid of mine_hardest. Blocks of queries stream the queue and keep about 2 N places each. Where there are
+// fewer blocks than threads the queue is split as well, and the splits' winners compete once more: the answer is exact
+// either way, so the grid may depend on the number of threads.
+#include "kernels/cpu/mine_hardest.h"
+
+#include <functional>
+#include <limits>
+#include <vector>
+
+#include "kernels/cpu/order.h"
+#include "kernels/cpu/selection.h"
+
+namespace negmine::cpu {
+namespace {
+
+constexpr int64_t kLeastSplitRows = 4096;
+constexpr int64_t kPartialBytes = 8 << 20;  // most memory for the winners of splits
+
+// The best N of keys (size), in order, into row b of the outputs.
+void write_row(const MineHardestParams& p, int64_t b, int64_t* keys, int64_t size) {
+  if (size > p.N) std::nth_element(keys, keys + p.N, keys + size, std::greater<int64_t>());
+  const int64_t found = std::min(size, p.N);
+  std::sort(keys, keys + found, std::greater<int64_t>());
+  float* scores = p.scores + b * p.N;  // (N)
+  int64_t* index = p.index + b * p.N;  // (N)
+  for (int64_t n = 0; n < p.N; ++n) {
+    scores[n] = n < found ? order_score(keys[n]) : -std::numeric_limits<float>::infinity();
+    index[n] = n < found ? order_index(keys[n]) : -1;
+  }
+}
+
+}  // namespace
+
+void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
+  if (p.N == 0 || p.B == 0) return;
+  const int64_t least_lanes = 16;  // the outputs are larger than the buffers of so few
+  const int64_t block_lanes = lanes_in_budget(capacity_for(p.N, p.K), least_lanes);
+  const int64_t blocks = ceil_div(p.B, block_lanes);
+  const int64_t wanted = blocks >= 2 * parallel.threads ? 1 : ceil_div(2 * parallel.threads, blocks);
+  const int64_t most = std::min(p.K / std::max(kLeastSplitRows, 4 * p.N), kPartialBytes / (p.B * p.N * 8));
+  const int64_t splits = std::max<int64_t>(1, std::min(wanted, most));
+  const int64_t split_rows = ceil_div(p.K, splits);
+  const bool sampled = worth_sampling(split_rows - splits) && p.N <= split_rows / 8;
+  const int64_t capacity = sampled ? capacity_between(0, p.N - 1, split_rows) : capacity_for(p.N, split_rows);
+  const std::vector<int64_t> first(kLanes, 0), last(kLanes, p.N - 1);
+  const auto partials = make_buffer<int64_t>(splits > 1 ? p.B * splits * p.N : 0);  // (B, splits, N)
+  const auto partial_sizes = make_buffer<int64_t>(p.B * splits);                    // (B, splits)
+
+  struct Task {
+    Scratch scratch;
+    OwnedSelection selection;
+  };
+  const auto make_task = [&] { return Task{Scratch(p.negative_keys, p.D), OwnedSelection(block_lanes, capacity)}; };
+  for_each_task(parallel, blocks * splits, make_task, [&](Task& task, int64_t index) {
+    const int64_t split = index / blocks;
+    Block block{.query = p.query, .negative_keys = p.negative_keys, .D = p.D, .pool = p.pool};
+    block.first_query = index % blocks * block_lanes;
+    block.lanes = std::min(block_lanes, p.B - block.first_query);
+    block.k_begin = split * split_rows;
+    block.k_end = std::min(p.K, block.k_begin + split_rows);
+    const Workspace& w = task.scratch.workspace;
+    const bool found = sampled && select_between(block, w, task.selection, first.data(), last.data());
+    if (!found) select(block, w, task.selection, p.N, false);
+    for (int64_t lane = 0; lane < block.lanes; ++lane) {
+      const int64_t b = block.first_query + lane;
+      if (splits == 1) {
+        write_row(p, b, task.selection.keys(lane), task.selection.view.size[lane]);
+        continue;
+      }
+      task.selection.view.keep = p.N;
+      prune(task.selection.view, lane);
+      partial_sizes[b * splits + split] = task.selection.view.size[lane];
+      std::copy_n(task.selection.keys(lane), task.selection.view.size[lane], &partials[(b * splits + split) * p.N]);
+    }
+  });
+  if (splits == 1) return;
+  const auto make_joined = [&] { return make_buffer<int64_t>(splits * p.N); };
+  for_each_task(parallel, p.B, make_joined, [&](Buffer<int64_t>& joined, int64_t b) {
+    int64_t size = 0;
+    for (int64_t split = 0; split < splits; ++split) {
+      const int64_t count = partial_sizes[b * splits + split];
+      std::copy_n(&partials[(b * splits + split) * p.N], count, &joined[size]);
+      size += count;
+    }
+    write_row(p, b, joined.get(), size);
+  });
+}
+
+}  // namespace negmine::cpu

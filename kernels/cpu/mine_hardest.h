@@ -1,0 +1,21 @@
+// mine_hardest: the N highest places of each query's pool, highest first, ties to the lower index. Meaning:
+// kernels/README.md.
+#pragma once
+#include "kernels/cpu/matrix.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/pool.h"
+
+namespace negmine::cpu {
+
+struct MineHardestParams {
+  Matrix query;          // (B, D)
+  Matrix negative_keys;  // (K, D)
+  int64_t B = 0, K = 0, D = 0, N = 0;
+  Pool pool;
+  float* scores = nullptr;   // (B, N), -inf past the end of the pool
+  int64_t* index = nullptr;  // (B, N), -1 past the end of the pool
+};
+
+void mine_hardest(const MineHardestParams& p, const Parallel& parallel);
+
+}  // namespace negmine::cpu

@@ -1,0 +1,19 @@
+// The task grid of mix_negatives: one query a task.
+#include "kernels/cpu/mix_negatives.h"
+
+#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/scratch.h"
+
+namespace negmine::cpu {
+
+void mix_negatives(const MixNegativesParams& p, const Parallel& parallel) {
+  const int64_t S = p.draws.S(), element = p.query.dtype == Dtype::kFloat32 ? 4 : 2;
+  const auto make_mixed = [&] { return make_buffer<float>(4 * p.D); };  // (4, D)
+  for_each_task(parallel, p.B, make_mixed, [&](Buffer<float>& mixed, int64_t b) {
+    kernels().mix_negatives_row(p.query, p.negative_keys, p.D, p.draws, b, mixed.get(),
+                                static_cast<char*>(p.vectors) + b * S * p.D * element, p.parents + b * S * 2,
+                                p.coefficients + b * S);
+  });
+}
+
+}  // namespace negmine::cpu

@@ -1,0 +1,45 @@
+// How a kernel runs on several threads without knowing whose threads they are: the caller passes a `Parallel`.
+//
+// csrc/torch passes torch's parallel_for, csrc/python a serial loop. Tasks are handed out one by one from a counter, so
+// a slow thread does not hold up the rest. No result depends on which thread ran a task, nor on how many there were.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+namespace negmine::cpu {
+
+struct Parallel {
+  using Callback = void (*)(int64_t begin, int64_t end, void* context);
+  void (*run)(int64_t begin, int64_t end, int64_t grain, Callback callback, void* context);
+  int64_t threads;
+};
+
+inline Parallel serial() {
+  return {[](int64_t begin, int64_t end, int64_t, Parallel::Callback callback, void* context) {
+            callback(begin, end, context);
+          },
+          1};
+}
+
+// body(scratch, task) for every task in [0, tasks); make_scratch() once for each thread that takes part.
+template <class MakeScratch, class Body>
+void for_each_task(const Parallel& parallel, int64_t tasks, const MakeScratch& make_scratch, const Body& body) {
+  struct Context {
+    std::atomic<int64_t> next{0};
+    int64_t tasks;
+    const MakeScratch& make_scratch;
+    const Body& body;
+  } context{.tasks = tasks, .make_scratch = make_scratch, .body = body};
+  const auto drain = [](int64_t, int64_t, void* opaque) {
+    Context& c = *static_cast<Context*>(opaque);
+    int64_t task = c.next.fetch_add(1);
+    if (task >= c.tasks) return;
+    auto scratch = c.make_scratch();
+    for (; task < c.tasks; task = c.next.fetch_add(1)) c.body(scratch, task);
+  };
+  const int64_t workers = std::min(std::max<int64_t>(parallel.threads, 1), tasks);
+  if (workers > 0) parallel.run(0, workers, 1, drain, &context);
+}
+
+}  // namespace negmine::cpu

@@ -1,0 +1,25 @@
+// Which columns a row may see: the seven optional arrays of kernels/README.md, part "Pool". A null pointer is an absent
+// array.
+//
+// A column leaves the pool by the masks (negative_mask, equal ids, equal labels) or by the bounds (lower, upper).
+// Bounds are places in the row's order (order.h), so a window is exact where scores tie.
+#pragma once
+#include <cstdint>
+
+namespace negmine::cpu {
+
+struct Pool {
+  const uint8_t* negative_mask = nullptr;    // (K,) or (B, K), nonzero = usable
+  int64_t mask_row_stride = 0;               // of a (B, K) mask, in elements
+  bool mask_per_query = false;               // true: negative_mask is (B, K)
+  const int64_t* query_ids = nullptr;        // (B,)
+  const int64_t* negative_ids = nullptr;     // (K,)
+  const int64_t* query_labels = nullptr;     // (B,)
+  const int64_t* negative_labels = nullptr;  // (K,)
+  const int64_t* lower = nullptr;            // (B,) order, keep places >= lower
+  const int64_t* upper = nullptr;            // (B,) order, keep places <= upper
+
+  bool bounded() const { return lower != nullptr || upper != nullptr; }
+};
+
+}  // namespace negmine::cpu

@@ -1,0 +1,123 @@
+// The task grid of rank_thresholds: blocks of queries. A block brackets its ranks by a sample and keeps what lies
+// between; where the queue is short, or the sample misled, it keeps all places from the nearer end of its pool to its
+// ranks, for fewer queries at a time where those lie deep. Buffers stay within a few megabytes for each thread, and (B,
+// K) never exists.
+#include "kernels/cpu/rank_thresholds.h"
+
+#include <functional>
+#include <numeric>
+#include <vector>
+
+#include "kernels/cpu/order.h"
+#include "kernels/cpu/selection.h"
+
+namespace negmine::cpu {
+namespace {
+
+struct Ranks {
+  int64_t first, last;  // first > last: none
+};
+
+// The least and the largest of rows [begin, end)'s ranks that a pool of `columns` can have.
+Ranks ranks_of(const RankThresholdsParams& p, int64_t begin, int64_t end, int64_t columns) {
+  Ranks all{columns, -1};
+  for (int64_t i = begin * p.R; i < end * p.R; ++i) {
+    if (p.ranks[i] < 0 || p.ranks[i] >= columns) continue;
+    all.first = std::min(all.first, p.ranks[i]);
+    all.last = std::max(all.last, p.ranks[i]);
+  }
+  return all;
+}
+
+// keys (size) of row b hold the asked ranks among the row's `places`: rank over + i is the i-th key, best first, or,
+// where lowest, the i-th complement from the end of the ranking.
+void write_row(const RankThresholdsParams& p, int64_t b, const Selection& selection, int64_t lane,
+               std::vector<int64_t>& slots) {
+  int64_t* keys = selection.keys + lane * selection.capacity;  // (capacity)
+  const int64_t places = selection.places[lane], over = selection.over[lane], size = selection.size[lane];
+  const int64_t* ranks = p.ranks + b * p.R;  // (R)
+  int64_t* order = p.order + b * p.R;        // (R)
+  const auto position = [&](int64_t r) { return selection.lowest ? places - 1 - ranks[r] : ranks[r] - over; };
+  slots.resize(static_cast<size_t>(p.R));
+  std::iota(slots.begin(), slots.end(), 0);
+  std::sort(slots.begin(), slots.end(), [&](int64_t a, int64_t c) { return position(a) < position(c); });
+  int64_t settled = 0;  // keys before it are the best ones, in whatever order
+  for (const int64_t r : slots) {
+    if (ranks[r] < 0 || ranks[r] >= places) {
+      order[r] = kNowhere;
+      continue;
+    }
+    const int64_t at = position(r);
+    if (at >= settled) {
+      std::nth_element(keys + settled, keys + at, keys + size, std::greater<int64_t>());
+      settled = at + 1;
+    }
+    order[r] = selection.lowest ? ~keys[at] : keys[at];
+  }
+}
+
+// Without a sample: everything from the nearer end, as many queries at a time as memory allows.
+void run_directly(const RankThresholdsParams& p, Block block, int64_t columns, const Workspace& w,
+                  std::vector<int64_t>& slots) {
+  const int64_t end = block.first_query + block.lanes;
+  const Ranks ranks = ranks_of(p, block.first_query, end, columns);
+  const bool lowest = columns - ranks.first < ranks.last + 1;
+  const int64_t keep = lowest ? columns - ranks.first : ranks.last + 1;
+  const int64_t capacity = capacity_for(keep, columns), lanes = lanes_in_budget(capacity, 1);
+  OwnedSelection selection(lanes, capacity);
+  for (; block.first_query < end; block.first_query += lanes) {
+    block.lanes = std::min(lanes, end - block.first_query);
+    select(block, w, selection, keep, lowest);
+    for (int64_t lane = 0; lane < block.lanes; ++lane) {
+      write_row(p, block.first_query + lane, selection.view, lane, slots);
+    }
+  }
+}
+
+}  // namespace
+
+void rank_thresholds(const RankThresholdsParams& p, const Parallel& parallel) {
+  const uint8_t* mask = p.pool.mask_per_query ? nullptr : p.pool.negative_mask;
+  const int64_t columns =
+      mask == nullptr ? p.K : std::count_if(mask, mask + p.K, [](uint8_t usable) { return usable != 0; });
+  const bool sampled = worth_sampling(p.K);
+  int64_t capacity = 1;
+  for (int64_t b = 0; b < p.B && sampled; ++b) {
+    const Ranks ranks = ranks_of(p, b, b + 1, columns);
+    if (ranks.first <= ranks.last) capacity = std::max(capacity, capacity_between(ranks.first, ranks.last, p.K));
+  }
+  const int64_t block_lanes = lanes_in_budget(capacity, 16);
+  struct Task {
+    Scratch scratch;
+    OwnedSelection selection;
+    std::vector<int64_t> slots;
+  };
+  const auto make_task = [&] { return Task{Scratch(p.negative_keys, p.D), OwnedSelection(block_lanes, capacity), {}}; };
+  for_each_task(parallel, ceil_div(p.B, block_lanes), make_task, [&](Task& task, int64_t index) {
+    Block block{.query = p.query, .negative_keys = p.negative_keys, .D = p.D, .pool = p.pool};
+    block.first_query = index * block_lanes;
+    block.lanes = std::min(block_lanes, p.B - block.first_query);
+    block.k_end = p.K;
+    const int64_t end = block.first_query + block.lanes;
+    if (ranks_of(p, block.first_query, end, columns).last < 0) {
+      std::fill_n(p.order + block.first_query * p.R, block.lanes * p.R, kNowhere);
+      return;
+    }
+    int64_t first[kLanes], last[kLanes];
+    for (int64_t lane = 0; lane < block.lanes; ++lane) {
+      const Ranks ranks = ranks_of(p, block.first_query + lane, block.first_query + lane + 1, columns);
+      first[lane] = ranks.first;
+      last[lane] = ranks.last;
+    }
+    const Workspace& w = task.scratch.workspace;
+    if (!sampled || !select_between(block, w, task.selection, first, last)) {
+      run_directly(p, block, columns, w, task.slots);
+      return;
+    }
+    for (int64_t lane = 0; lane < block.lanes; ++lane) {
+      write_row(p, block.first_query + lane, task.selection.view, lane, task.slots);
+    }
+  });
+}
+
+}  // namespace negmine::cpu

@@ -1,0 +1,59 @@
+// The memory one thread works in: every array of a Workspace, cut from one aligned allocation, and room an op asks for
+// besides.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "kernels/cpu/simd/kernels.h"
+
+namespace negmine::cpu {
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+template <class T>
+Buffer<T> make_buffer(int64_t count) {
+  const size_t bytes = (static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64;
+  void* p = std::aligned_alloc(64, bytes);
+  if (p == nullptr) throw std::bad_alloc();
+  return Buffer<T>(static_cast<T*>(p));
+}
+
+class Scratch {
+ public:
+  Scratch(const Matrix& negative_keys, int64_t D) {
+    const int64_t widened = negative_keys.dtype == Dtype::kFloat32 ? 0 : kChunk * D;
+    floats_ = make_buffer<float>(D * kLanes + kChunk * kLanes + widened + D + std::max(D, kLanes));
+    words_ = make_buffer<int32_t>(kLaneWords * kLanes);
+    index_ = make_buffer<int64_t>(kChunk);
+    rows_ = make_buffer<const float*>(kChunk + 6);
+    float* p = floats_.get();
+    workspace.q_t = p;
+    workspace.tile = p += D * kLanes;
+    workspace.widened = p += kChunk * kLanes;
+    workspace.row = p += widened;
+    workspace.zeros = p += D;
+    workspace.rows = rows_.get();
+    workspace.index = index_.get();
+    workspace.lane_words = words_.get();
+  }
+
+  Workspace workspace;
+
+ private:
+  Buffer<float> floats_;
+  Buffer<int32_t> words_;
+  Buffer<int64_t> index_;
+  Buffer<const float*> rows_;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace negmine::cpu

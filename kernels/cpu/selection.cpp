@@ -1,0 +1,131 @@
+// Selection by buffers of packed orders, with or without a sampled bracket: see selection.h and simd/select.cpp.
+#include "kernels/cpu/selection.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+
+#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/order.h"
+
+namespace negmine::cpu {
+namespace {
+
+constexpr int64_t kBudgetBytes = 8 << 20;
+constexpr int64_t kPieces = 8;  // a sample is taken in this many places, evenly spread: queues are ordered by age
+constexpr int64_t kSampleShare = 16, kMostSampled = 8192, kLeastRows = 16384;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+int64_t piece_rows(int64_t rows) { return std::min(rows / kSampleShare, kMostSampled) / kPieces; }
+
+// Where rank r of `rows` may stand in the sample: its expected place, `sign` times five standard deviations and three
+// away.
+int64_t sample_place(int64_t rank, int64_t rows, double sign) {
+  const double sampled = static_cast<double>(kPieces * piece_rows(rows));
+  const double expected = static_cast<double>(rank) * sampled / static_cast<double>(rows);
+  const double deviation = std::sqrt(std::max(expected * (1.0 - expected / sampled), 0.0));
+  return static_cast<int64_t>(std::floor(expected + sign * (5.0 * deviation + 3.0)));
+}
+
+// The score of the key at `place` of keys (size), best first; keys before `settled` are better than all that follow.
+float score_at(int64_t* keys, int64_t settled, int64_t place, int64_t size) {
+  std::nth_element(keys + settled, keys + place, keys + size, std::greater<int64_t>());
+  return order_score(keys[place]);
+}
+
+}  // namespace
+
+bool worth_sampling(int64_t rows) { return rows >= kLeastRows; }
+
+int64_t capacity_for(int64_t keep, int64_t columns) {
+  return std::max<int64_t>(1, std::min(2 * keep + kChunk, columns));
+}
+
+int64_t capacity_between(int64_t first, int64_t last, int64_t rows) {
+  const int64_t sampled = kPieces * piece_rows(rows);
+  const int64_t from = std::max<int64_t>(0, sample_place(first, rows, -1.0));
+  const int64_t to = std::min(sampled, sample_place(last, rows, 1.0) + 1);
+  const int64_t between = (to - from) * ceil_div(rows, sampled);
+  return std::max(capacity_for(std::max(between, last - first + 1), rows), capacity_for(to, sampled));
+}
+
+int64_t lanes_in_budget(int64_t capacity, int64_t least) {
+  const int64_t lanes = std::clamp<int64_t>(kBudgetBytes / (capacity * 8), least, kLanes);
+  return lanes < 16 ? lanes : lanes / 16 * 16;
+}
+
+OwnedSelection::OwnedSelection(int64_t lanes, int64_t capacity)
+    : keys_(make_buffer<int64_t>(lanes * capacity)),
+      counts_(make_buffer<int64_t>(3 * kLanes)),
+      bounds_(make_buffer<float>(2 * kLanes)) {
+  view.keys = keys_.get();
+  view.size = counts_.get();
+  view.places = view.size + kLanes;
+  view.over = view.places + kLanes;
+  view.bound = bounds_.get();
+  view.ceiling = view.bound + kLanes;
+  view.capacity = capacity;
+}
+
+void OwnedSelection::begin(int64_t lanes, int64_t keep, bool lowest) {
+  view.keep = keep;
+  view.lowest = lowest;
+  std::fill_n(view.size, 3 * kLanes, 0);
+  std::fill_n(view.bound, kLanes, std::numeric_limits<float>::quiet_NaN());
+  std::fill_n(view.bound, lanes, -kInfinity);
+  std::fill_n(view.ceiling, kLanes, kInfinity);
+}
+
+void prune(const Selection& selection, int64_t lane) {
+  if (selection.size[lane] <= selection.keep) return;
+  int64_t* keys = selection.keys + lane * selection.capacity;  // (capacity)
+  int64_t* worst = keys + selection.keep - 1;
+  std::nth_element(keys, worst, keys + selection.size[lane], std::greater<int64_t>());
+  selection.size[lane] = selection.keep;
+  selection.bound[lane] = selection.lowest ? -order_score(~*worst) : order_score(*worst);
+}
+
+void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest) {
+  selection.begin(block.lanes, keep, lowest);
+  kernels().select_range(block, w, selection.view);
+}
+
+bool select_between(const Block& block, const Workspace& w, OwnedSelection& selection, const int64_t* first,
+                    const int64_t* last) {
+  const int64_t rows = block.k_end - block.k_begin, piece = piece_rows(rows);
+  const Selection& view = selection.view;
+  const int64_t deepest = std::max<int64_t>(0, *std::max_element(last, last + block.lanes));
+  const int64_t sample_keep = std::min(kPieces * piece, sample_place(deepest, rows, 1.0) + 1);
+  selection.begin(block.lanes, sample_keep, false);
+  for (int64_t i = 0; i < kPieces; ++i) {
+    Block part = block;
+    part.k_begin = block.k_begin + i * rows / kPieces;
+    part.k_end = part.k_begin + piece;
+    kernels().select_range(part, w, view);
+  }
+  float bound[kLanes], ceiling[kLanes];
+  for (int64_t lane = 0; lane < block.lanes; ++lane) {
+    const int64_t size = view.size[lane];
+    const int64_t high = sample_place(first[lane], rows, -1.0), low = sample_place(last[lane], rows, 1.0);
+    ceiling[lane] = kInfinity;
+    bound[lane] = first[lane] > last[lane] ? std::numeric_limits<float>::quiet_NaN() : -kInfinity;
+    if (first[lane] > last[lane]) continue;
+    if (high >= 0 && high < size) ceiling[lane] = score_at(selection.keys(lane), 0, high, size);
+    if (low < size) bound[lane] = score_at(selection.keys(lane), std::clamp<int64_t>(high, 0, low), low, size);
+  }
+  selection.begin(block.lanes, view.capacity >= rows ? view.capacity : view.capacity / 4 * 3, false);
+  std::copy_n(bound, block.lanes, view.bound);
+  std::copy_n(ceiling, block.lanes, view.ceiling);
+  kernels().select_range(block, w, view);
+  for (int64_t lane = 0; lane < block.lanes; ++lane) {
+    if (first[lane] > last[lane] || first[lane] >= view.places[lane]) continue;
+    const bool from = view.over[lane] <= first[lane];
+    const int64_t sure = std::min(view.size[lane], view.keep);  // keys past it may have better ones pruned before them
+    const bool to = view.over[lane] + sure >= std::min(last[lane] + 1, view.places[lane]);
+    if (!from || !to) return false;
+  }
+  return true;
+}
+
+}  // namespace negmine::cpu

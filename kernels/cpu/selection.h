@@ -1,0 +1,51 @@
+// A Selection (simd/kernels.h) with its memory, and two ways to fill it from a range of the queue.
+//
+// select() keeps the best places seen so far. select_between() first scores a sample of the range, brackets each lane's
+// wanted ranks with a bound and a ceiling so that few columns pass, scans once, and checks by counting that the bracket
+// held: what it returns is exact or refused, never a guess.
+#pragma once
+#include "kernels/cpu/scratch.h"
+#include "kernels/cpu/simd/kernels.h"
+
+namespace negmine::cpu {
+
+class OwnedSelection {
+ public:
+  OwnedSelection(int64_t lanes, int64_t capacity);
+
+  // Empties it for a block of `lanes` queries.
+  void begin(int64_t lanes, int64_t keep, bool lowest);
+
+  int64_t* keys(int64_t lane) const { return view.keys + lane * view.capacity; }  // (capacity)
+
+  Selection view;
+
+ private:
+  Buffer<int64_t> keys_, counts_;
+  Buffer<float> bounds_;
+};
+
+// The `keep` best places of the block's range, or the lowest.
+void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest);
+
+// The places of 0-based descending ranks [first, last] (kLanes each) of the block's range, as far as the lane's pool
+// goes; key i of a lane, once sorted, has the rank over + i. A lane with first > last wants nothing. False: the sample
+// misled.
+bool select_between(const Block& block, const Workspace& w, OwnedSelection& selection, const int64_t* first,
+                    const int64_t* last);
+
+// Whether a range of so many rows is worth sampling.
+bool worth_sampling(int64_t rows);
+
+// Keys of buffer space for one query that keeps `keep` of `columns` places: pruning is rare, and never more than the
+// columns.
+int64_t capacity_for(int64_t keep, int64_t columns);
+
+// The same for select_between() with ranks [first, last] out of `rows` rows.
+int64_t capacity_between(int64_t first, int64_t last, int64_t rows);
+
+// Queries in flight so that their buffers stay within a few megabytes: at least `least`, at most kLanes, in sixteens
+// from 16 up.
+int64_t lanes_in_budget(int64_t capacity, int64_t least);
+
+}  // namespace negmine::cpu

@@ -1,0 +1,113 @@
+// What each instruction set provides: a table of functions over one block of queries and one range of the queue.
+//
+// A block is up to kLanes queries, one per vector lane, so that every reduction over the queue is a plain vertical
+// vector operation and no query can disturb another. The queue streams past in chunks; a chunk's scores are a (chunk,
+// kLanes) tile. The score of a pair is one chain of fused multiply-adds over d, the same in every function, tile and
+// split.
+#pragma once
+#include <cstdint>
+
+#include "kernels/cpu/draws.h"
+#include "kernels/cpu/matrix.h"
+#include "kernels/cpu/pool.h"
+
+namespace negmine::cpu {
+
+constexpr int64_t kChunk = 126;  // most rows of the queue in one tile: 21 register tiles of 6
+
+struct Block {
+  Matrix query;          // (B, D)
+  Matrix negative_keys;  // (K, D)
+  int64_t D = 0;
+  Pool pool;
+  int64_t first_query = 0;  // lane i is query first_query + i
+  int64_t lanes = 0;        // queries in this block, at most kLanes
+  int64_t k_begin = 0, k_end = 0;
+};
+
+// Rows of Workspace::lane_words: an id or a label as two words, a bound as its score and its index.
+enum LaneWord {
+  kIdLow,
+  kIdHigh,
+  kLabelLow,
+  kLabelHigh,
+  kLowerScore,
+  kLowerIndex,
+  kUpperScore,
+  kUpperIndex,
+  kLaneWords
+};
+
+// Memory of one thread, laid out by Scratch (kernels/cpu/scratch.h).
+struct Workspace {
+  float* q_t;           // (kLanes / panel, D, panel) the block's queries, transposed
+  float* tile;          // (kChunk, kLanes) scores of a chunk
+  const float** rows;   // (kChunk + 6) the chunk's rows of the queue as fp32, then rows of zeros
+  int64_t* index;       // (kChunk) their places in the queue
+  float* widened;       // (kChunk, D) where the queue is not stored as fp32
+  float* row;           // (D) one query as fp32
+  float* zeros;         // (max(D, kLanes))
+  int32_t* lane_words;  // (kLaneWords, kLanes) ids, labels and bounds of the block's queries
+};
+
+// Running log-sum-exp of a block over a range: sum_k exp(scale s_k) = exp(max) sum, sum_k exp(scale s_k) n_k = exp(max)
+// mean.
+struct LogsumexpState {
+  float* max;      // (kLanes)
+  float* sum;      // (kLanes)
+  float* mean;     // (D, kLanes) or null: no mean wanted
+  int64_t* kept;   // (kLanes)
+  int64_t* above;  // (kLanes)
+};
+
+// The best `keep` places of each lane whose scores lie between a bound and a ceiling, in buffers that are pruned when
+// full. Scores are negated where `lowest`.
+struct Selection {
+  int64_t* keys;    // (kLanes, capacity) packed orders; their complements where lowest
+  int64_t* size;    // (kLanes)
+  int64_t* places;  // (kLanes) columns that were places: in the pool, score not NaN
+  int64_t* over;    // (kLanes) places above the ceiling
+  float* bound;     // (kLanes) a score under it is not wanted; NaN: lane not in use
+  float* ceiling;   // (kLanes) a score above it is counted and not kept
+  int64_t keep;
+  int64_t capacity;  // > keep, or all columns of the range
+  bool lowest;       // select the lowest places
+};
+
+// Drops all but the best `keep` keys of a full lane and raises its bound. In kernels/cpu/selection.cpp, compiled once.
+void prune(const Selection& selection, int64_t lane);
+
+struct Kernels {
+  const char* isa;
+  // The block against its range, from an empty state. pivot (B,) or null.
+  void (*logsumexp_range)(const Block&, const Workspace&, float scale, const float* pivot, const LogsumexpState&);
+  // Adds the block's share to rows [k_begin, k_end) of out (K, D). lse, weight (B,); panel (64, D rounded up to 64).
+  void (*logsumexp_grad_keys_range)(const Block&, const Workspace&, float scale, const float* lse, const float* weight,
+                                    float* panel, float* out);
+  // Offers every place of the block's range to the selection, in the order of the queue.
+  void (*select_range)(const Block&, const Workspace&, const Selection&);
+  // count (kLanes): columns in the pool.
+  void (*count_range)(const Block&, const Workspace&, int64_t* count);
+  // vectors (S, D), parents (S, 2), coefficients (S) of query b. mixed (4, D).
+  void (*mix_negatives_row)(const Matrix& query, const Matrix& negative_keys, int64_t D, const Draws&, int64_t b,
+                            float* mixed, void* vectors, int64_t* parents, float* coefficients);
+  // lse (), mean (D) or null of query b. mixed (kMixChunk + 3, D).
+  void (*mix_logsumexp_row)(const Matrix& query, const Matrix& negative_keys, int64_t D, const Draws&, int64_t b,
+                            float scale, float* mixed, float* lse, float* mean);
+};
+
+constexpr int64_t kMixChunk = 32;  // synthetic negatives in memory at one time
+
+#if defined(__x86_64__)
+namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx2 {
+extern const Kernels kKernels;
+}
+#endif
+namespace portable {
+extern const Kernels kKernels;
+}
+
+}  // namespace negmine::cpu

@@ -1,0 +1,72 @@
+// Rows of the gradient of log-sum-exp with respect to the keys: out_k += sum_b weight_b exp(scale s_bk - lse_b) q_b.
+//
+// The scores' tile, once its scores are probabilities, is itself the left operand of a product with the block's
+// queries, so the second product is the same multiply() with lanes as the contraction and d across the vector.
+#include "kernels/cpu/simd/score.h"
+
+namespace negmine::cpu::NEGMINE_SIMD {
+namespace {
+
+// panel (D / kPanel, lanes, kPanel): the queries as right operand. A query that adds nothing is zeros, whatever it
+// holds.
+void pack_queries(const Block& block, const Workspace& w, const float* lse, const float* weight, float* panel) {
+  for (int64_t lane = 0; lane < block.lanes; ++lane) {
+    const bool silent = weight[lane] == 0.0f || lse[lane] == -__builtin_inff();
+    const float* q = silent ? w.zeros : widen_row(block.query, block.first_query + lane, block.D, w.row);
+    for (int64_t d0 = 0; d0 < block.D; d0 += kPanel) {
+      float* out = panel + d0 * block.lanes + lane * kPanel;
+      for (int64_t d = 0; d < kPanel; ++d) out[d] = d0 + d < block.D ? q[d0 + d] : 0.0f;
+    }
+  }
+}
+
+// Scores of the chunk become weight exp(scale s - lse), 0 outside the pool and for a query that adds nothing.
+void weigh(const Block& block, const Workspace& w, int64_t count, float scale, const float* lse, const float* weight) {
+  const int vectors = vectors_of(block);
+  for (int v = 0; v < vectors; ++v) {
+    const V shift = load(lse + v * kWidth), factor = load(weight + v * kWidth);
+    const VI silent = (factor == 0.0f) | (shift == -__builtin_inff());
+    for (int64_t j = 0; j < count; ++j) {
+      float* cell = w.tile + j * kLanes + v * kWidth;
+      const V score = load(cell);
+      const V g = factor * exp(fma(score, all(scale), -shift));
+      store(cell, (is_excluded(score) | silent) ? all(0.0f) : g);
+    }
+  }
+}
+
+}  // namespace
+
+void logsumexp_grad_keys_range(const Block& block, const Workspace& w, float scale, const float* lse,
+                               const float* weight, float* panel, float* out) {
+  begin_block(block, w);
+  float lane_lse[kLanes], lane_weight[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    lane_lse[lane] = lane < block.lanes ? lse[block.first_query + lane] : 0.0f;
+    lane_weight[lane] = lane < block.lanes ? weight[block.first_query + lane] : 0.0f;
+  }
+  pack_queries(block, w, lane_lse, lane_weight, panel);
+  float product[kRows * kLanes];  // (6, kLanes)
+  for (int64_t k = block.k_begin; k < block.k_end;) {
+    const int64_t count = load_chunk(block, w, &k, true);
+    score_chunk(block, w, count);
+    apply_masks(block, w, count);
+    if (block.pool.bounded()) apply_bounds(block, w, count);
+    weigh(block, w, count, scale, lane_lse, lane_weight);
+    for (int64_t j0 = 0; j0 < count; j0 += kRows) {
+      const int64_t rows = count - j0 < kRows ? count - j0 : kRows;
+      const float* g[kRows];  // (6, lanes)
+      for (int64_t r = 0; r < kRows; ++r) g[r] = r < rows ? w.tile + (j0 + r) * kLanes : w.zeros;
+      for (int64_t d0 = 0; d0 < block.D; d0 += kPanel) {
+        multiply(g, kRows, panel + d0 * block.lanes, block.lanes, kVectors, product);
+        const int64_t width = block.D - d0 < kPanel ? block.D - d0 : kPanel;
+        for (int64_t r = 0; r < rows; ++r) {
+          float* row = out + w.index[j0 + r] * block.D + d0;
+          for (int64_t d = 0; d < width; ++d) row[d] += product[r * kLanes + d];
+        }
+      }
+    }
+  }
+}
+
+}  // namespace negmine::cpu::NEGMINE_SIMD

@@ -1,0 +1,37 @@
+// Shared by the kernels of one instruction set: load a chunk of the queue, score it against the block, apply the pool.
+#pragma once
+#include "kernels/cpu/simd/convert.h"
+#include "kernels/cpu/simd/kernels.h"
+#include "kernels/cpu/simd/vec.h"
+
+namespace negmine::cpu::NEGMINE_SIMD {
+
+// Vectors that hold the block's lanes; the lanes that pad the last one have zero queries.
+NEGMINE_INLINE int vectors_of(const Block& block) { return static_cast<int>((block.lanes + kWidth - 1) / kWidth); }
+
+// Rows of a chunk: fewer where D is large, so that the chunk stays in the second-level cache.
+NEGMINE_INLINE int64_t chunk_rows(int64_t D) { return D <= 256 ? kChunk : D <= 512 ? 60 : 30; }
+
+// out (rows, kLanes) = a (rows, T) x b (T, 16 * vectors): a by row pointers, readable up to a multiple of 6 rows; b in
+// panels
+// (.., T, kPanel). One chain of fused multiply-adds per 256 of T, chains added in order. All scores come from here.
+void multiply(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors, float* out);
+
+// Fills the workspace's q_t and zeros, and its lane_words, for this block.
+void begin_block(const Block& block, const Workspace& w);
+void begin_pool(const Block& block, const Workspace& w);
+
+// The next chunk of rows that the (K,) mask allows, from *k on: w.rows and w.index; *k moves past it. Rows behind a
+// False are never read. Without `widen` only w.index is filled.
+int64_t load_chunk(const Block& block, const Workspace& w, int64_t* k, bool widen);
+
+// w.tile (count, kLanes): the chunk's scores.
+NEGMINE_INLINE void score_chunk(const Block& block, const Workspace& w, int64_t count) {
+  multiply(w.rows, count, w.q_t, block.D, vectors_of(block), w.tile);
+}
+
+// Overwrite the scores of columns outside the pool with excluded(). Bounds are applied after masks, and need scores.
+void apply_masks(const Block& block, const Workspace& w, int64_t count);
+void apply_bounds(const Block& block, const Workspace& w, int64_t count);
+
+}  // namespace negmine::cpu::NEGMINE_SIMD

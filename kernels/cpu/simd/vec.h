@@ -1,0 +1,100 @@
+// One vector of fp32 lanes for each instruction set, in GCC vector extensions, so that a kernel is written once.
+//
+// This folder is compiled several times, with NEGMINE_SIMD = portable, avx2 or avx512 as the namespace. Everything here
+// and in the files beside it is in that namespace or static, and no std template is used: a weak symbol compiled for a
+// wide instruction set could otherwise be linked into code that runs on a narrow one. fma() is explicit: the bits of a
+// score must not depend on what the compiler chooses to contract.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define NEGMINE_INLINE static inline __attribute__((always_inline))
+
+namespace negmine::cpu::NEGMINE_SIMD {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;   // lanes of a vector
+constexpr int kVectors = 4;  // vectors side by side in a register tile: 6 x 4 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+constexpr int kVectors = 2;  // 6 x 2 accumulators of 16 registers
+#else
+constexpr int kWidth = 4;
+constexpr int kVectors = 2;
+#endif
+constexpr int kRows = 6;                         // rows of a register tile
+constexpr int kPanel = kWidth * kVectors;        // columns of a register tile
+constexpr uint32_t kExcludedBits = 0xFFE5ED07u;  // a NaN of our own: the score of a column that is outside the pool
+
+typedef float V __attribute__((vector_size(kWidth * 4)));
+typedef int32_t VI __attribute__((vector_size(kWidth * 4)));
+typedef float UnalignedV __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
+typedef int32_t UnalignedVI __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
+
+NEGMINE_INLINE V load(const float* p) { return *reinterpret_cast<const UnalignedV*>(p); }
+NEGMINE_INLINE VI load(const int32_t* p) { return *reinterpret_cast<const UnalignedVI*>(p); }
+NEGMINE_INLINE void store(float* p, V x) { *reinterpret_cast<UnalignedV*>(p) = x; }
+NEGMINE_INLINE void store(int32_t* p, VI x) { *reinterpret_cast<UnalignedVI*>(p) = x; }
+
+#if defined(__AVX512F__)
+NEGMINE_INLINE V all(float x) { return (V)_mm512_set1_ps(x); }
+NEGMINE_INLINE VI all(int32_t x) { return (VI)_mm512_set1_epi32(x); }
+NEGMINE_INLINE V fma(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+NEGMINE_INLINE uint32_t bits_ge(V a, V b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }
+#elif defined(__AVX2__)
+NEGMINE_INLINE V all(float x) { return (V)_mm256_set1_ps(x); }
+NEGMINE_INLINE VI all(int32_t x) { return (VI)_mm256_set1_epi32(x); }
+NEGMINE_INLINE V fma(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+NEGMINE_INLINE uint32_t bits_ge(V a, V b) { return static_cast<uint32_t>(_mm256_movemask_ps((__m256)(a >= b))); }
+#else
+NEGMINE_INLINE V all(float x) { return V{x, x, x, x}; }
+NEGMINE_INLINE VI all(int32_t x) { return VI{x, x, x, x}; }
+NEGMINE_INLINE V fma(V a, V b, V c) { return a * b + c; }
+NEGMINE_INLINE uint32_t bits_ge(V a, V b) {
+  const VI ge = a >= b;
+#if defined(__SSE2__)
+  return static_cast<uint32_t>(_mm_movemask_ps((__m128)ge));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kWidth; ++i) bits |= static_cast<uint32_t>(ge[i] & 1) << i;
+  return bits;
+#endif
+}
+#endif
+
+NEGMINE_INLINE V max(V a, V b) { return a > b ? a : b; }  // a NaN in a is passed over
+
+NEGMINE_INLINE float sum(V x) {
+  float total = 0;
+  for (int i = 0; i < kWidth; ++i) total += x[i];
+  return total;
+}
+
+NEGMINE_INLINE V excluded() { return (V)all(static_cast<int32_t>(kExcludedBits)); }
+NEGMINE_INLINE VI is_excluded(V score) { return (VI)score == all(static_cast<int32_t>(kExcludedBits)); }
+
+// e^x within 2 ulp; 0 where the result would be subnormal, inf above 88.72, NaN for NaN. Cephes' polynomial on |r| <=
+// ln 2 / 2.
+NEGMINE_INLINE V exp(V x) {
+  const V flushed = all(-87.33654f), lowest = all(-120.0f), highest = all(100.0f), magic = all(0x1.8p23f);
+  const V clamped = x > highest ? highest : (x < lowest ? lowest : x);
+  const V n = fma(clamped, all(1.44269504088896341f), magic) - magic;
+  const V r = fma(n, all(2.12194440e-4f), fma(n, all(-0.693359375f), clamped));
+  V poly = all(1.9875691500e-4f);
+  poly = fma(poly, r, all(1.3981999507e-3f));
+  poly = fma(poly, r, all(8.3334519073e-3f));
+  poly = fma(poly, r, all(4.1665795894e-2f));
+  poly = fma(poly, r, all(1.6666665459e-1f));
+  poly = fma(poly, r, all(5.0000001201e-1f));
+  poly = fma(poly, r * r, r) + 1.0f;
+  // Two factors: 2^128 alone is not representable, and x up to 88.72 needs it.
+  const VI power = __builtin_convertvector(n, VI), half = power >> 1;
+  const V scaled = poly * (V)((half + 127) << 23) * (V)((power - half + 127) << 23);
+  return x < flushed ? all(0.0f) : scaled;
+}
+
+}  // namespace negmine::cpu::NEGMINE_SIMD
