@@ -27,7 +27,7 @@ demo: venv
 	$(PY) -m benchmarks.demo
 
 test: venv
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests -n 2
 	@$(PY) -m build_tools.what_ran
 
 check: venv

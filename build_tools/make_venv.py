@@ -14,7 +14,7 @@ from pathlib import Path
 ENVIRONMENT = Path(".venv")
 PYTHON = ENVIRONMENT / "bin/python"
 BUILD = ["setuptools", "wheel", "pybind11", "build"]
-USE = ["numpy", "pytest", "hypothesis", "tqdm", "matplotlib", "ruff", "mypy", "clang-format"]
+USE = ["numpy", "pytest", "pytest-xdist", "hypothesis", "tqdm", "matplotlib", "ruff", "mypy", "clang-format"]
 # Not in constraints.txt: CUDA builds of torch bring their own Triton, and a pin there would contradict theirs.
 TRITON = "triton==3.8.0"
 

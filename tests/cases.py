@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from tests.conftest import interpreted
+
 # B, K, D, N                      why
 SHAPES = [
     (1, 1, 1, 1),  # ones everywhere
@@ -23,8 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def shapes_for(backend: str) -> list[tuple[int, int, int, int]]:
     """What this backend runs in reasonable time: a Triton kernel on the CPU is interpreted."""
-    slow = backend == "triton" and not torch.cuda.is_available()
-    return SHAPES if slow else SHAPES + WIDE_SHAPES
+    return SHAPES if interpreted(backend) else SHAPES + WIDE_SHAPES
 
 
 def unit(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> torch.Tensor:

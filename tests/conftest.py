@@ -52,6 +52,28 @@ def any_backend(request):
     return request.param
 
 
+def interpreted(backend: str) -> bool:
+    """True where this backend's kernels run in Triton's interpreter, a thousandfold slower than compiled."""
+    return backend == "triton" and DEVICE == "cpu"
+
+
+def skip_what_the_interpreter_repeats(backend: str, dtype: torch.dtype) -> None:
+    """The interpreter widens bf16 and fp16 alike: one of them says what it can say."""
+    if interpreted(backend) and dtype == torch.float16:
+        pytest.skip("triton: interpreted, where fp16 runs as bf16 does")
+
+
+def pytest_collection_modifyitems(items):
+    """Markers by backend: `triton`, and `gpu` for what a sanitizer should see on a GPU: the small rule tests."""
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        backend = params.get("backend", params.get("any_backend"))
+        if backend == "triton":
+            item.add_marker("triton")
+        if backend in ("triton", "cuda") and DEVICE == "cuda" and item.path.name == "test_rules.py":
+            item.add_marker("gpu")
+
+
 def device_of(backend: str) -> str:
     """Where the tensors of a test of this backend live."""
     return "cpu" if backend == "cpu" else DEVICE

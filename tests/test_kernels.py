@@ -8,7 +8,7 @@ from negmine import Mix, Select, Weight, reference
 from negmine.pool import check_pool, usable
 from tests import compare
 from tests.cases import DTYPES, MASKS, masks, shapes_for, unit, whole
-from tests.conftest import device_of
+from tests.conftest import device_of, skip_what_the_interpreter_repeats
 
 
 def each_shape(backend):
@@ -23,6 +23,7 @@ def dense_mask(q, keys, given):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mining_is_exact_on_integers(backend, dtype):
+    skip_what_the_interpreter_repeats(backend, dtype)
     for B, K, D, N, device, seed in each_shape(backend):
         q, keys = (
             whole(B, D, dtype=dtype, device=device, seed=seed),
@@ -65,6 +66,7 @@ def test_percentile_is_torch_quantile(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mining_real_vectors(backend, dtype):
+    skip_what_the_interpreter_repeats(backend, dtype)
     for B, K, D, N, device, seed in each_shape(backend):
         q, keys = (
             unit(B, D, dtype=dtype, device=device, seed=seed),
@@ -148,6 +150,7 @@ def gradients(loss, leaves):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options, kind", LOSSES, ids=lambda v: v if isinstance(v, str) else ",".join(v) or "plain")
 def test_loss_and_every_gradient(backend, options, kind, dtype):
+    skip_what_the_interpreter_repeats(backend, dtype)
     options = {"temperature": 0.2, **options}
     keywords = {name: value for name, value in options.items() if name != "temperature"}
     names = ("query", "positive_key", "negative_keys", "temperature")
@@ -181,6 +184,7 @@ def test_loss_and_every_gradient(backend, options, kind, dtype):
     "mix", [Mix(6, 9, 5), Mix(3, 4, 2, skip=1, concentration=3.0), Mix(50, 0, 3, distinct=False)], ids=repr
 )
 def test_mixed_vectors_have_the_same_draws_everywhere(backend, mix, dtype):
+    skip_what_the_interpreter_repeats(backend, dtype)
     for B, K, D, _, device, seed in each_shape(backend):
         q, keys = (
             whole(B, D, dtype=dtype, device=device, seed=seed),
