@@ -1,0 +1,22 @@
+"""The Triton backend: one launcher per op, each beside its kernel.  __all__ is the list of what it implements.
+
+Signatures and meaning: kernels/README.md.  Under TRITON_INTERPRET=1, set before import, the launchers take CPU tensors.
+"""
+
+from .count_negatives import count_negatives
+from .logsumexp import logsumexp
+from .logsumexp_grad_keys import logsumexp_grad_keys
+from .mine_hardest import mine_hardest
+from .mix_logsumexp import mix_logsumexp
+from .mix_negatives import mix_negatives
+from .rank_thresholds import rank_thresholds
+
+__all__ = [
+    "count_negatives",
+    "logsumexp",
+    "logsumexp_grad_keys",
+    "mine_hardest",
+    "mix_logsumexp",
+    "mix_negatives",
+    "rank_thresholds",
+]

@@ -1,0 +1,193 @@
+"""The exact path for rows whose certificate failed: right for any input, ties, duplicates and clusters included.
+
+rank_kernel    the place at a rank, by bisection on the score with one counting pass over the queue per step, then one
+               pass that walks the ties of that score in index order. Row tiles without a failed row exit at once, so the
+               launch costs next to nothing and no one has to ask the device whether it is needed.
+collect_kernel writes the columns at or above a place to the front of a failed row's buffer.
+
+Scores come from the same score_tile as in the passes that failed, so places mean the same.
+"""
+
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+from . import tiles
+from .launch import score_arguments
+from .order import ordered, pack, unpack
+from .pool import pool_bounds, pool_keys, pool_masks, pool_rows
+from .pull import by_lane, lowest, some_left
+from .score import load_whole_rows, score_tile
+
+
+@triton.jit
+def pool_scores(
+    query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, offs_k, K,
+    ids, labels, lower_score, lower_index, upper_score, upper_index,
+    mask_ptr, stride_mb, negative_ids_ptr, negative_labels_ptr,
+    MASK: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LABELS: tl.constexpr,
+    HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
+    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_B, BLOCK_K) fp32 scores, and bool: whether the column is a candidate of the row."""
+    k_ok = pool_keys(offs_k, K, mask_ptr, MASK, EVEN_K)  # (BLOCK_K,)
+    keys = load_whole_rows(keys_ptr, offs_k, k_ok, stride_kk, D, BLOCK_D, WIDEN)  # (BLOCK_K, BLOCK_D)
+    s = score_tile(
+        query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, keys, offs_k, k_ok, stride_kk,
+        D, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN,
+    )  # (BLOCK_B, BLOCK_K)  # fmt: skip
+    allowed = pool_masks(
+        offs_b, b_ok, offs_k, k_ok, ids, labels, mask_ptr, stride_mb, negative_ids_ptr, negative_labels_ptr,
+        MASK, HAS_IDS, HAS_LABELS,
+    )  # (BLOCK_B, BLOCK_K)  # fmt: skip
+    inside = pool_bounds(
+        s, offs_k, allowed, lower_score, lower_index, upper_score, upper_index, HAS_LOWER, HAS_UPPER
+    )  # (BLOCK_B, BLOCK_K)
+    return s, inside & (s == s)
+
+
+@triton.jit
+def rank_kernel(
+    query_ptr, keys_ptr, ranks_ptr, failed_ptr, out_ptr, stride_qb, stride_kk, B, K, R,
+    mask_ptr, stride_mb, query_ids_ptr, negative_ids_ptr, query_labels_ptr, negative_labels_ptr, lower_ptr, upper_ptr,
+    MASK: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LABELS: tl.constexpr,
+    HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
+    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    LEAST: tl.constexpr = -(2**31)  # below the ordered score of every number
+    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    b_ok = offs_b < B
+    cell = offs_b * R + tl.program_id(1)
+    failed = tl.load(failed_ptr + cell, mask=b_ok, other=0).to(tl.int1)  # (BLOCK_B,)
+    if tl.max(failed.to(tl.int32), 0) == 0:
+        return
+    query = load_whole_rows(query_ptr, offs_b, b_ok, stride_qb, D, BLOCK_D, WIDEN)  # (BLOCK_B, BLOCK_D)
+    ids, labels, lower_score, lower_index, upper_score, upper_index = pool_rows(
+        offs_b, b_ok, query_ids_ptr, query_labels_ptr, lower_ptr, upper_ptr, HAS_IDS, HAS_LABELS, HAS_LOWER, HAS_UPPER
+    )
+    rank = tl.load(ranks_ptr + cell, mask=b_ok, other=-1)  # (BLOCK_B,)
+
+    # The score at the rank lies in [low, high): more than rank columns are >= low, at most rank are >= high. The first
+    # step counts the whole pool; low is always a score of the row.
+    low = tl.full((BLOCK_B,), LEAST, tl.int32)
+    high = tl.full((BLOCK_B,), 2**31 - 1, tl.int32)
+    more = tl.zeros((BLOCK_B,), tl.int32)  # columns >= high
+    middle = tl.full((BLOCK_B,), LEAST + 1, tl.int32)
+    active = failed & (rank >= 0)
+    while tl.max(active.to(tl.int32), 0) > 0:
+        count = tl.zeros((BLOCK_B,), tl.int32)
+        above = tl.full((BLOCK_B,), 2**31 - 1, tl.int32)
+        for k0 in tl.range(0, K, BLOCK_K, num_stages=1):
+            s, ok = pool_scores(
+                query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, k0 + tl.arange(0, BLOCK_K), K,
+                ids, labels, lower_score, lower_index, upper_score, upper_index,
+                mask_ptr, stride_mb, negative_ids_ptr, negative_labels_ptr,
+                MASK, HAS_IDS, HAS_LABELS, HAS_LOWER, HAS_UPPER, EVEN_K, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
+            value = tl.where(ok, ordered(s), LEAST)  # (BLOCK_B, BLOCK_K)
+            hit = value >= middle[:, None]
+            count += tl.sum(hit.to(tl.int32), 1)
+            above = tl.minimum(above, tl.min(tl.where(hit, value, 2**31 - 1), 1))
+        enough = active & (count > rank)
+        short = active & (count <= rank)
+        low = tl.where(enough, above, low)
+        high = tl.where(short, middle, high)
+        more = tl.where(short, count, more)
+        # A pool with no more than rank columns has no such place: its first step comes out short.
+        active = active & (low != LEAST) & (high.to(tl.int64) - low > 1)
+        middle = (low & high) + ((low ^ high) >> 1)
+
+    found = failed & (low != LEAST)
+    ties_before = (rank - more).to(tl.int32)  # how many ties of lower index precede the place
+    seen = tl.zeros((BLOCK_B,), tl.int32)
+    index = tl.zeros((BLOCK_B,), tl.int32)
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=1):
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        s, ok = pool_scores(
+            query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, offs_k, K,
+            ids, labels, lower_score, lower_index, upper_score, upper_index,
+            mask_ptr, stride_mb, negative_ids_ptr, negative_labels_ptr,
+            MASK, HAS_IDS, HAS_LABELS, HAS_LOWER, HAS_UPPER, EVEN_K, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
+        tie = (ok & (ordered(s) == low[:, None])).to(tl.int32)  # (BLOCK_B, BLOCK_K)
+        nth = seen[:, None] + tl.cumsum(tie, 1) - 1  # (BLOCK_B, BLOCK_K)
+        index += tl.sum(tl.where((tie > 0) & (nth == ties_before[:, None]), offs_k[None, :], 0), 1)
+        seen += tl.sum(tie, 1)
+    place = (low.to(tl.int64) << 32) | (0xFFFFFFFF - index.to(tl.int64))  # (BLOCK_B,)
+    tl.store(out_ptr + cell, tl.where(found, place, -(2**63)), mask=failed)
+
+
+@triton.jit
+def collect_kernel(
+    query_ptr, keys_ptr, cut_ptr, failed_ptr, survivors_ptr, stride_qb, stride_kk, B, K, W,
+    mask_ptr, stride_mb, query_ids_ptr, negative_ids_ptr, query_labels_ptr, negative_labels_ptr, lower_ptr, upper_ptr,
+    MASK: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LABELS: tl.constexpr,
+    HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
+    LANES: tl.constexpr, LEVELS: tl.constexpr,
+    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    b_ok = offs_b < B
+    failed = tl.load(failed_ptr + offs_b, mask=b_ok, other=0).to(tl.int1)  # (BLOCK_B,)
+    if tl.max(failed.to(tl.int32), 0) == 0:
+        return
+    query = load_whole_rows(query_ptr, offs_b, b_ok, stride_qb, D, BLOCK_D, WIDEN)  # (BLOCK_B, BLOCK_D)
+    ids, labels, lower_score, lower_index, upper_score, upper_index = pool_rows(
+        offs_b, b_ok, query_ids_ptr, query_labels_ptr, lower_ptr, upper_ptr, HAS_IDS, HAS_LABELS, HAS_LOWER, HAS_UPPER
+    )
+    cut = tl.load(cut_ptr + offs_b, mask=b_ok, other=0)  # (BLOCK_B,)
+    cut_score, cut_index = unpack(cut)
+    everything = cut == -(2**63)
+    seen = tl.zeros((BLOCK_B,), tl.int32)
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=1):
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        s, ok = pool_scores(
+            query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, offs_k, K,
+            ids, labels, lower_score, lower_index, upper_score, upper_index,
+            mask_ptr, stride_mb, negative_ids_ptr, negative_labels_ptr,
+            MASK, HAS_IDS, HAS_LABELS, HAS_LOWER, HAS_UPPER, EVEN_K, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
+        high = pool_bounds(s, offs_k, ok, cut_score, cut_index, cut_score, cut_index, True, False)
+        keep = failed[:, None] & (high | (ok & everything[:, None]))  # (BLOCK_B, BLOCK_K)
+        kept, word = by_lane(keep, s, LANES, LEVELS)  # (BLOCK_B, LANES, BITS), (BLOCK_B, LANES)
+        found = tl.sum((kept == kept).to(tl.int32), 2)  # (BLOCK_B, LANES)
+        slot = seen[:, None] + tl.cumsum(found, 1) - found  # (BLOCK_B, LANES)
+        seen += tl.sum(found, 1)
+        while some_left(word):
+            score, column = lowest(kept, word, LEVELS)  # (BLOCK_B, LANES) each
+            tl.store(survivors_ptr + offs_b[:, None] * W + slot, pack(score, k0 + column), mask=word != 0)
+            slot += 1
+            word = word & (word - 1)
+    for w0 in range(0, W, 16):
+        offs_w = w0 + tl.arange(0, 16)
+        unused = failed[:, None] & (offs_w[None, :] >= seen[:, None]) & (offs_w < W)[None, :]  # (BLOCK_B, 16)
+        ptrs = survivors_ptr + offs_b[:, None] * W + offs_w[None, :]
+        tl.store(ptrs, tl.full((BLOCK_B, 16), -(2**63), tl.int64), mask=unused)
+
+
+def place_at_rank(
+    query: Tensor, negative_keys: Tensor, ranks: Tensor, failed: Tensor, out: Tensor, tile: tiles.ScoreTile, pool: tuple
+) -> None:
+    """Overwrites out (B, R) int64 with the place at ranks (B, R) int64 where failed (B, R) bool."""
+    B, R = ranks.shape
+    rank_kernel[(triton.cdiv(B, tile.BLOCK_B), R)](
+        ranks_ptr=ranks, failed_ptr=failed, out_ptr=out, R=R, **score_arguments(query, negative_keys, tile, pool)
+    )
+
+
+def collect(
+    query: Tensor,
+    negative_keys: Tensor,
+    cut: Tensor,
+    failed: Tensor,
+    survivors: Tensor,
+    tile: tiles.ScoreTile,
+    pool: tuple,
+) -> None:
+    """Refills failed rows of survivors (B, W) int64 with all places >= cut (B,) int64; NOWHERE collects the whole pool."""
+    collect_kernel[(triton.cdiv(query.shape[0], tile.BLOCK_B),)](
+        cut_ptr=cut, failed_ptr=failed, survivors_ptr=survivors, W=survivors.shape[1],
+        LANES=tiles.LANES, LEVELS=tiles.levels(tile),
+        **score_arguments(query, negative_keys, tile, pool),
+    )  # fmt: skip

@@ -1,0 +1,72 @@
+"""What every launcher does first: see which card it runs on, how products are taken, and how arguments are spelled.
+
+Nothing here waits for the device.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import triton
+
+from . import tiles
+from .pool import pool_arguments
+
+INTERPRET = triton.knobs.runtime.interpret
+
+
+def capability(device: torch.device) -> int:
+    if INTERPRET:
+        return tiles.INTERPRETER
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def processors(device: torch.device) -> int:
+    return 4 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launcher(op: Callable) -> Callable:
+    """Runs op on the device of its first tensor: Triton launches on the current one."""
+
+    @functools.wraps(op)
+    def on_its_device(query: Tensor, *args):
+        if INTERPRET or query.device.index == torch.cuda.current_device():
+            return op(query, *args)
+        with torch.cuda.device(query.device):
+            return op(query, *args)
+
+    return on_its_device
+
+
+def widens(query: Tensor, negative_keys: Tensor) -> bool:
+    """Whether tiles become fp32 before the product: types differ, or the interpreter would get bf16 wrong."""
+    return INTERPRET or query.dtype != negative_keys.dtype
+
+
+def score_tile(query: Tensor, negative_keys: Tensor) -> tiles.ScoreTile:
+    itemsize = 4 if query.dtype != negative_keys.dtype else query.element_size()
+    return tiles.score_tile(query.shape[1], itemsize, capability(query.device))
+
+
+def score_arguments(query: Tensor, negative_keys: Tensor, tile: tiles.ScoreTile, pool: tuple) -> dict:
+    """The arguments that every kernel which scores takes alike."""
+    K = negative_keys.shape[0]
+    return {
+        "query_ptr": query,
+        "keys_ptr": negative_keys,
+        "stride_qb": query.stride(0),
+        "stride_kk": negative_keys.stride(0),
+        "B": query.shape[0],
+        "K": K,
+        **pool_arguments(pool, query),
+        "EVEN_K": K % tile.BLOCK_K == 0,
+        "D": query.shape[1],
+        "BLOCK_B": tile.BLOCK_B,
+        "BLOCK_K": tile.BLOCK_K,
+        "BLOCK_D": tile.BLOCK_D,
+        "WIDEN": widens(query, negative_keys),
+        "num_warps": tile.num_warps,
+    }

@@ -1,0 +1,164 @@
+"""logsumexp in Triton: log-sum-exp over each query's pool, and the softmax mean of its keys.
+
+Flash style: a program keeps BLOCK_B queries and walks its part of the queue in tiles, with a running maximum and sums in
+the exp2 domain; the (B, K) scores never exist. The queue is cut into SPLITS parts so that few queries still fill the card;
+logsumexp_merge adds the parts of a row in order, so the bits do not depend on timing. Wide embeddings accumulate their mean
+in slices of D, one program each, and score once per slice.
+
+Meaning of the arguments and results: kernels/README.md. Idea: FlashAttention with keys as values.
+"""
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+from . import tiles
+from .launch import launcher, processors, score_arguments
+from .launch import score_tile as choose_tile
+from .pool import complete, pool_bounds, pool_keys, pool_masks, pool_rows
+from .score import load_rows, load_whole_rows, score_tile
+
+
+@triton.jit
+def finite_shift(m):
+    """The maximum to subtract; 0 where it is infinite, so that inf - inf never happens."""
+    return tl.where(tl.abs(m) == float("inf"), 0.0, m)
+
+
+@triton.jit
+def logsumexp_kernel(
+    query_ptr, keys_ptr, scale_ptr, pivot_ptr, m_ptr, z_ptr, acc_ptr, kept_ptr, above_ptr,
+    stride_qb, stride_kk, B, K, tiles_per_split,
+    mask_ptr, stride_mb, query_ids_ptr, negative_ids_ptr, query_labels_ptr, negative_labels_ptr, lower_ptr, upper_ptr,
+    MASK: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LABELS: tl.constexpr,
+    HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, EVEN_K: tl.constexpr,
+    WANT_MEAN: tl.constexpr, HAS_PIVOT: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(1)
+    d0 = tl.program_id(2) * SLICE
+    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    b_ok = offs_b < B
+    query = load_whole_rows(query_ptr, offs_b, b_ok, stride_qb, D, BLOCK_D, WIDEN)  # (BLOCK_B, BLOCK_D)
+    ids, labels, lower_score, lower_index, upper_score, upper_index = pool_rows(
+        offs_b, b_ok, query_ids_ptr, query_labels_ptr, lower_ptr, upper_ptr, HAS_IDS, HAS_LABELS, HAS_LOWER, HAS_UPPER
+    )
+    scale = tl.load(scale_ptr) * 1.4426950408889634  # log2(e)
+    if HAS_PIVOT:
+        pivot = tl.load(pivot_ptr + offs_b, mask=b_ok, other=0.0)  # (BLOCK_B,)
+
+    m = tl.full((BLOCK_B,), float("-inf"), tl.float32)
+    z = tl.zeros((BLOCK_B,), tl.float32)
+    kept = tl.zeros((BLOCK_B,), tl.int32)
+    above = tl.zeros((BLOCK_B,), tl.int32)
+    acc = tl.zeros((BLOCK_B, SLICE), tl.float32)
+    start = split * tiles_per_split * BLOCK_K
+    stop = tl.minimum(start + tiles_per_split * BLOCK_K, K)
+    for k0 in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        k_ok = pool_keys(offs_k, K, mask_ptr, MASK, EVEN_K)  # (BLOCK_K,)
+        keys = load_whole_rows(keys_ptr, offs_k, k_ok, stride_kk, D, BLOCK_D, WIDEN)  # (BLOCK_K, BLOCK_D)
+        s = score_tile(
+            query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, keys, offs_k, k_ok, stride_kk,
+            D, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN,
+        )  # (BLOCK_B, BLOCK_K)  # fmt: skip
+        allowed = pool_masks(
+            offs_b, b_ok, offs_k, k_ok, ids, labels, mask_ptr, stride_mb, negative_ids_ptr, negative_labels_ptr,
+            MASK, HAS_IDS, HAS_LABELS,
+        )  # (BLOCK_B, BLOCK_K)  # fmt: skip
+        inside = pool_bounds(
+            s, offs_k, allowed, lower_score, lower_index, upper_score, upper_index, HAS_LOWER, HAS_UPPER
+        )  # (BLOCK_B, BLOCK_K)
+        if HAS_PIVOT:
+            above += tl.sum((allowed & (s > pivot[:, None])).to(tl.int32), 1)
+        kept += tl.sum(inside.to(tl.int32), 1)
+        x = tl.where(inside, s * scale, float("-inf"))  # (BLOCK_B, BLOCK_K)
+        m_new = tl.maximum(m, tl.max(x, 1))
+        shift = finite_shift(m_new)
+        decay = tl.math.exp2(m - shift)  # (BLOCK_B,)
+        p = tl.math.exp2(x - shift[:, None])  # (BLOCK_B, BLOCK_K)
+        z = z * decay + tl.sum(p, 1)
+        m = m_new
+        if WANT_MEAN:
+            if D <= SLICE and D <= BLOCK_D:
+                values = keys
+            else:
+                values = load_rows(keys_ptr, offs_k, k_ok, stride_kk, d0, D, SLICE, WIDEN)  # (BLOCK_K, SLICE)
+            acc = tl.dot(p.to(values.dtype), values, acc * decay[:, None], input_precision="ieee")  # (BLOCK_B, SLICE)
+
+    row = split.to(tl.int64) * B + offs_b  # (BLOCK_B,) of (SPLITS, B)
+    if WANT_MEAN:
+        offs_d = d0 + tl.arange(0, SLICE)
+        tl.store(acc_ptr + row[:, None] * D + offs_d[None, :], acc, mask=b_ok[:, None] & (offs_d < D)[None, :])
+    first = b_ok & (d0 == 0)
+    tl.store(m_ptr + row, m, mask=first)
+    tl.store(z_ptr + row, z, mask=first)
+    tl.store(kept_ptr + row, kept, mask=first)
+    if HAS_PIVOT:
+        tl.store(above_ptr + row, above, mask=first)
+
+
+@triton.jit
+def logsumexp_merge(
+    m_ptr, z_ptr, acc_ptr, lse_ptr, mean_ptr, B, SPLITS,
+    WANT_MEAN: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One row's parts into its result: lse = log sum_p 2^m_p z_p, mean = sum_p 2^m_p acc_p over the same sum."""
+    b = tl.program_id(0).to(tl.int64)
+    offs_p = tl.arange(0, BLOCK_P)
+    offs_d = tl.arange(0, BLOCK_D)
+    top = tl.full((), float("-inf"), tl.float32)
+    for p0 in range(0, SPLITS, BLOCK_P):
+        m = tl.load(m_ptr + (p0 + offs_p) * B + b, mask=p0 + offs_p < SPLITS, other=float("-inf"))  # (BLOCK_P,)
+        top = tl.maximum(top, tl.max(m, 0))
+    shift = finite_shift(top)
+    z = tl.zeros((), tl.float32)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for p0 in range(0, SPLITS, BLOCK_P):
+        p_ok = p0 + offs_p < SPLITS
+        row = (p0 + offs_p).to(tl.int64) * B + b  # (BLOCK_P,)
+        weight = tl.math.exp2(tl.load(m_ptr + row, mask=p_ok, other=float("-inf")) - shift)  # (BLOCK_P,)
+        z += tl.sum(weight * tl.load(z_ptr + row, mask=p_ok, other=0.0), 0)
+        if WANT_MEAN:
+            ok = p_ok[:, None] & (offs_d < D)[None, :]
+            part = tl.load(acc_ptr + row[:, None] * D + offs_d[None, :], mask=ok, other=0.0)  # (BLOCK_P, BLOCK_D)
+            acc += tl.sum(weight[:, None] * part, 0)
+    tl.store(lse_ptr + b, (shift + tl.math.log2(z)) * 0.6931471805599453)  # ln(2)
+    if WANT_MEAN:
+        tl.store(mean_ptr + b * D + offs_d, tl.where(z == 0, 0.0, acc / z), mask=offs_d < D)
+
+
+@launcher
+def logsumexp(
+    query: Tensor, negative_keys: Tensor, scale: Tensor, pivot: Tensor | None, want_mean: bool, *pool: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """lse (B,) fp32, mean (B, D) fp32 or (0, D), kept (B,) int64, above (B,) int64."""
+    B, D = query.shape
+    K = negative_keys.shape[0]
+    tile = choose_tile(query, negative_keys)
+    key_tiles = triton.cdiv(K, tile.BLOCK_K)
+    per_split = max(1, triton.cdiv(key_tiles, tiles.splits(B, K, tile, processors(query.device))))
+    parts = max(1, triton.cdiv(key_tiles, per_split))
+
+    lse = query.new_empty(B, dtype=torch.float32)
+    mean = query.new_empty(B if want_mean else 0, D, dtype=torch.float32)
+    m = query.new_empty(parts, B, dtype=torch.float32)
+    z = query.new_empty(parts, B, dtype=torch.float32)
+    acc = query.new_empty(parts if want_mean else 0, B, D, dtype=torch.float32)
+    kept = query.new_empty(parts, B, dtype=torch.int32)
+    above = query.new_zeros(parts if pivot is not None else 1, B, dtype=torch.int32)
+    if B:
+        slices = triton.cdiv(D, tile.SLICE) if want_mean else 1
+        logsumexp_kernel[(triton.cdiv(B, tile.BLOCK_B), parts, slices)](
+            scale_ptr=scale, pivot_ptr=query if pivot is None else pivot.contiguous(),
+            m_ptr=m, z_ptr=z, acc_ptr=acc, kept_ptr=kept, above_ptr=above, tiles_per_split=per_split,
+            WANT_MEAN=want_mean, HAS_PIVOT=pivot is not None, SLICE=tile.SLICE, STAGES=tile.num_stages,
+            **score_arguments(query, negative_keys, tile, complete(pool)),
+        )  # fmt: skip
+        logsumexp_merge[(B,)](
+            m, z, acc, lse, mean, B, parts,
+            WANT_MEAN=want_mean, D=D, BLOCK_P=8, BLOCK_D=triton.next_power_of_2(D), num_warps=1,
+        )  # fmt: skip
+    return lse, mean, kept.sum(0), above.sum(0)

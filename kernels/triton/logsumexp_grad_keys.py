@@ -1,0 +1,83 @@
+"""logsumexp_grad_keys in Triton: the gradient of weighted log-sum-exps with respect to the keys.
+
+A program owns BLOCK_K keys and a slice of D and walks over all queries: scores and probabilities are made again from the saved
+lse, never stored, and every key row has one owner, so there are no atomics and the bits repeat. Wide embeddings take one
+program per slice of D.
+
+    row k = sum_b weight_b p_bk q_b,   p_bk = exp(scale * s_bk - lse_b) inside the pool
+"""
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+from .launch import launcher, score_arguments
+from .launch import score_tile as choose_tile
+from .pool import complete, pool_bounds, pool_keys, pool_masks, pool_rows
+from .score import load_rows, load_whole_rows, score_tile
+
+
+@triton.jit
+def logsumexp_grad_keys_kernel(
+    query_ptr, keys_ptr, scale_ptr, lse_ptr, weight_ptr, grad_ptr, stride_qb, stride_kk, B, K,
+    mask_ptr, stride_mb, query_ids_ptr, negative_ids_ptr, query_labels_ptr, negative_labels_ptr, lower_ptr, upper_ptr,
+    MASK: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LABELS: tl.constexpr,
+    HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    LOG2E: tl.constexpr = 1.4426950408889634
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    d0 = tl.program_id(1) * SLICE
+    k_ok = pool_keys(offs_k, K, mask_ptr, MASK, EVEN_K)  # (BLOCK_K,)
+    keys = load_whole_rows(keys_ptr, offs_k, k_ok, stride_kk, D, BLOCK_D, WIDEN)  # (BLOCK_K, BLOCK_D)
+    scale = tl.load(scale_ptr) * LOG2E
+    acc = tl.zeros((BLOCK_K, SLICE), tl.float32)
+    for b0 in tl.range(0, B, BLOCK_B, num_stages=STAGES):
+        offs_b = tl.arange(0, BLOCK_B).to(tl.int64) + b0
+        b_ok = offs_b < B
+        query = load_whole_rows(query_ptr, offs_b, b_ok, stride_qb, D, BLOCK_D, WIDEN)  # (BLOCK_B, BLOCK_D)
+        ids, labels, lower_score, lower_index, upper_score, upper_index = pool_rows(
+            offs_b, b_ok, query_ids_ptr, query_labels_ptr, lower_ptr, upper_ptr,
+            HAS_IDS, HAS_LABELS, HAS_LOWER, HAS_UPPER,
+        )  # fmt: skip
+        lse = tl.load(lse_ptr + offs_b, mask=b_ok, other=0.0) * LOG2E  # (BLOCK_B,)
+        weight = tl.load(weight_ptr + offs_b, mask=b_ok, other=0.0)  # (BLOCK_B,)
+        s = score_tile(
+            query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, keys, offs_k, k_ok, stride_kk,
+            D, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN,
+        )  # (BLOCK_B, BLOCK_K)  # fmt: skip
+        allowed = pool_masks(
+            offs_b, b_ok, offs_k, k_ok, ids, labels, mask_ptr, stride_mb, negative_ids_ptr, negative_labels_ptr,
+            MASK, HAS_IDS, HAS_LABELS,
+        )  # (BLOCK_B, BLOCK_K)  # fmt: skip
+        inside = pool_bounds(
+            s, offs_k, allowed, lower_score, lower_index, upper_score, upper_index, HAS_LOWER, HAS_UPPER
+        )  # (BLOCK_B, BLOCK_K)
+        p = tl.where(inside, tl.math.exp2(s * scale - lse[:, None]), 0.0) * weight[:, None]  # (BLOCK_B, BLOCK_K)
+        if D <= SLICE and D <= BLOCK_D:
+            values = query
+        else:
+            values = load_rows(query_ptr, offs_b, b_ok, stride_qb, d0, D, SLICE, WIDEN)  # (BLOCK_B, SLICE)
+        acc = tl.dot(tl.trans(p.to(values.dtype)), values, acc, input_precision="ieee")  # (BLOCK_K, SLICE)
+
+    offs_d = d0 + tl.arange(0, SLICE)
+    ptrs = grad_ptr + offs_k.to(tl.int64)[:, None] * D + offs_d[None, :]
+    tl.store(ptrs, acc, mask=(offs_k < K)[:, None] & (offs_d < D)[None, :])
+
+
+@launcher
+def logsumexp_grad_keys(
+    query: Tensor, negative_keys: Tensor, scale: Tensor, lse: Tensor, weight: Tensor, *pool: Tensor | None
+) -> Tensor:
+    """(K, D) fp32."""
+    K, D = negative_keys.shape
+    grad = negative_keys.new_empty(K, D, dtype=torch.float32)
+    if K:
+        tile = choose_tile(query, negative_keys)
+        logsumexp_grad_keys_kernel[(triton.cdiv(K, tile.BLOCK_K), triton.cdiv(D, tile.SLICE))](
+            scale_ptr=scale, lse_ptr=lse.contiguous(), weight_ptr=weight.contiguous(), grad_ptr=grad,
+            SLICE=tile.SLICE, STAGES=tile.num_stages, **score_arguments(query, negative_keys, tile, complete(pool)),
+        )  # fmt: skip
+    return grad

@@ -1,0 +1,78 @@
+"""rank_thresholds in Triton: the place at given ranks of each query's pool, exact, without the (B, K) scores.
+
+    sample   score evenly spaced keys; two of them bracket each rank nearly always                        (scan.sample, cuts)
+    scan     one pass keeps what lies in the brackets, a few percent, and counts what lies above them     (scan.scan)
+    check    the place found lies in its bracket, at or past the columns counted above it
+    finish   the place by its rank among the kept ones; cells that fail are found by the exact fallback
+
+Two ranks share a scan. A short queue is searched in whole rows of places. Ranks stay on the device, so every plan has room
+for the widest bracket, that of a median.
+"""
+
+import torch
+from torch import Tensor
+
+from negmine.order import NOWHERE, unpack
+
+from . import tiles
+from .cuts import cuts
+from .fallback import place_at_rank
+from .launch import capability, launcher, score_tile
+from .pool import complete, of_rows
+from .scan import places, sample, scan
+from .select_place import select_place
+
+RANKS_PER_SCAN = 2
+
+
+def brackets(scores: Tensor, ranks: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """scores (B, size) fp32 of a sample, ranks (B, R) int64 -> cut_lo, cut_hi (B, R) fp32 around the score at each rank of K."""
+    size = scores.shape[1]
+    position = ((ranks + 1).double() * (size / K)).clamp(0, size)  # (B, R)
+    reach = tiles.SIGMAS * (position * (1 - position / size) * (1 - size / K)).sqrt()  # (B, R)
+    below = (position + reach + tiles.PLACES_BELOW).ceil().long() - 1  # (B, R)
+    above = (position - reach + tiles.PLACES_ABOVE).floor().long() - 1  # (B, R)
+    # Near the top the places allowed for skew would bring the upper cut below the rank.
+    above = torch.where(position - reach < 1, -1, above)
+    cut_lo, cut_hi = cuts(scores, torch.cat([below, above], 1)).tensor_split(2, 1)  # (B, R) each
+    return cut_lo.contiguous(), cut_hi.contiguous()
+
+
+def places_at_ranks(query: Tensor, negative_keys: Tensor, ranks: Tensor, tile: tiles.ScoreTile, pool: tuple) -> Tensor:
+    """(B, R) int64 places, R up to RANKS_PER_SCAN, through a sample and a scan."""
+    K, R = negative_keys.shape[0], ranks.shape[1]
+    plan = tiles.ranks_plan(K, R, capability(query.device))
+    scores = sample(query, negative_keys, plan.size, tile, pool)  # (B, size)
+    cut_lo, cut_hi = brackets(scores, ranks, K)
+    survivors = scan(query, negative_keys, cut_lo, cut_hi, plan.capacity, tile, pool)
+    out = select_place(survivors.places, ranks, survivors.above, cut_hi)  # (B, R)
+
+    score = unpack(out)[0]  # -inf past the end of the pool, which only a bracket without a lower end can show
+    sure = survivors.complete[:, None] & (score >= cut_lo) & (score <= cut_hi) & (ranks >= survivors.above)
+    place_at_rank(query, negative_keys, ranks, ~(sure | (ranks < 0)), out, tile, pool)
+    return out
+
+
+@launcher
+def rank_thresholds(query: Tensor, negative_keys: Tensor, ranks: Tensor, *pool: Tensor | None) -> Tensor:
+    """order (B, R) int64."""
+    B, K, R = query.shape[0], negative_keys.shape[0], ranks.shape[1]
+    out = torch.full((B, R), NOWHERE, dtype=torch.int64, device=query.device)
+    if B and K and R:
+        tile = score_tile(query, negative_keys)
+        target = capability(query.device)
+        dense = tiles.is_dense(K, 0, target)
+        plan = None if dense else tiles.ranks_plan(K, min(R, RANKS_PER_SCAN), target)
+        rows = tiles.rows_at_once(B, K, plan, tile)
+        step = R if dense else RANKS_PER_SCAN
+        for start in range(0, B, rows):
+            part = slice(start, min(start + rows, B))
+            own = of_rows(complete(pool), part.start, part.stop)
+            for r in range(0, R, step):
+                wanted = ranks[part, r : r + step].contiguous()
+                if dense:
+                    found = select_place(places(query[part], negative_keys, tile, own), wanted)
+                else:
+                    found = places_at_ranks(query[part], negative_keys, wanted, tile, own)
+                out[part, r : r + step] = found
+    return out

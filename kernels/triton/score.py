@@ -1,0 +1,54 @@
+"""The one way this backend computes a score: s_bk = q_b . n_k in fp32, for a tile of rows and columns.
+
+Every op that compares scores with thresholds found by another pass calls score_tile with the block sizes of
+tiles.score_tile, so the passes agree bit for bit. D is covered by one padded block where it fits (the caller then keeps
+its query tile across columns), otherwise in steps of BLOCK_D.
+
+WIDEN turns storage into fp32 right after the load: for queries and keys of different types, and under Triton's
+interpreter, whose bf16 product is wrong.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(ptr, rows, ok, stride, d0, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr):
+    """Columns [d0, d0 + BLOCK_D) of the given rows; rows where ok is False are not read."""
+    offs_d = d0 + tl.arange(0, BLOCK_D)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
+    if D % BLOCK_D == 0:
+        tile = tl.load(ptrs, mask=ok[:, None], other=0.0)  # (rows, BLOCK_D)
+    else:
+        tile = tl.load(ptrs, mask=ok[:, None] & (offs_d < D)[None, :], other=0.0)  # (rows, BLOCK_D)
+    if WIDEN:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def load_whole_rows(ptr, rows, ok, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr):
+    """The rows in one block where D fits in it; else `rows` back, which score_tile will not look at."""
+    if D <= BLOCK_D:
+        tile = load_rows(ptr, rows, ok, stride, 0, D, BLOCK_D, WIDEN)  # (rows, BLOCK_D)
+    else:
+        tile = rows
+    return tile
+
+
+@triton.jit
+def score_tile(
+    query_ptr, query, offs_b, b_ok, stride_qb,
+    keys_ptr, keys, offs_k, k_ok, stride_kk,
+    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_B, BLOCK_K) fp32; query and keys come from load_whole_rows."""
+    if D <= BLOCK_D:
+        s = tl.dot(query, tl.trans(keys), input_precision="ieee")  # (BLOCK_B, BLOCK_K)
+    else:
+        s = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
+        for d0 in tl.range(0, D, BLOCK_D):
+            q = load_rows(query_ptr, offs_b, b_ok, stride_qb, d0, D, BLOCK_D, WIDEN)  # (BLOCK_B, BLOCK_D)
+            n = load_rows(keys_ptr, offs_k, k_ok, stride_kk, d0, D, BLOCK_D, WIDEN)  # (BLOCK_K, BLOCK_D)
+            s = tl.dot(q, tl.trans(n), s, input_precision="ieee")  # (BLOCK_B, BLOCK_K)
+    return s

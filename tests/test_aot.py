@@ -1,0 +1,190 @@
+"""Triton kernels compiled ahead of time for GPUs that are not here: they compile, they do not spill, their loops stay short.
+
+Launches are recorded by calling the launchers on meta tensors, with torch answering for the card: so what is compiled is what
+tiles.py would choose there, arguments and all. Each case compiles in a process of its own with a time limit, for a tile that
+is too large can keep the assembler busy for minutes. `python tests/test_aot.py 90 bfloat16 128 logsumexp` prints one case; with
+another Triton first in PYTHONPATH it checks that one.
+
+The gates count machine instructions in the main loop, divided by the scores a thread handles in one turn.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+TIME_LIMIT = 120  # seconds for one case
+# Registers parked on the stack around a loop cost nothing that can be measured; one spilled inside a loop does.
+STACK_BYTES = 32
+HEADROOM = 1.25
+INSTRUCTIONS_PER_SCORE = {  # measured for bf16, D = 128; scan_kernel pulls one survivor out of each word
+    (80, "logsumexp_kernel"): 15.5,
+    (90, "logsumexp_kernel"): 8.8,
+    (90, "logsumexp_grad_keys_kernel"): 6.9,
+    (90, "scan_kernel, 1 bracket"): 10.6,
+    (90, "scan_kernel, 2 brackets"): 22.0,
+}
+MINING = ("logsumexp", "mine_hardest")
+CASES = [
+    (90, "bfloat16", 128, ("logsumexp", "logsumexp_grad_keys", "count_negatives")),
+    (90, "bfloat16", 128, ("mine_hardest", "rank_thresholds")),
+    (90, "bfloat16", 128, ("mix_negatives", "mix_logsumexp")),
+    (90, "float32", 128, ("logsumexp",)),
+    (90, "bfloat16", 1024, ("logsumexp",)),
+    (80, "bfloat16", 128, MINING),
+    (100, "bfloat16", 128, MINING),
+]
+B, K, N = 1024, 65536, 1024
+
+
+def call(triton_ops, op: str, dtype: torch.dtype, D: int) -> None:
+    """One launcher on meta tensors of the usual sizes."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    query, keys, scale = empty(B, D, dtype=dtype), empty(K, D, dtype=dtype), empty()
+    places, index = empty(B, 2, dtype=torch.int64), empty(B, N, dtype=torch.int64)
+    window = (None, None, None, None, None, empty(B, dtype=torch.int64), empty(B, dtype=torch.int64))
+    draws = (1024, 128, 0.0, 1.0, 0.0, 0.5, True, empty(4097), 0, 0, 0)
+    arguments = {
+        "logsumexp": (scale, None, True),
+        "logsumexp_grad_keys": (scale, empty(B), empty(B)),
+        "mine_hardest": (N,),
+        "rank_thresholds": (places,),
+        "count_negatives": window,
+        "mix_negatives": (index, *draws),
+        "mix_logsumexp": (index, scale, True, *draws),
+    }
+    getattr(triton_ops, op)(query, keys, *arguments[op])
+
+
+def record(ops: tuple[str, ...], dtype: torch.dtype, D: int, capability: int) -> list:
+    """(kernel, argument values by name, options) of every different launch the ops would make on such a card."""
+    from triton.runtime.jit import JITFunction
+
+    import negmine.kernels.triton as triton_ops
+
+    torch.cuda.get_device_capability = lambda device: divmod(capability, 10)
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+    torch.cuda.current_device = lambda: None
+    launches = {}
+
+    def run(self, *args, grid, warmup, **kwargs):
+        values = dict(zip(self.arg_names, args, strict=False))
+        values |= {name: x for name, x in kwargs.items() if name in self.arg_names}
+        options = {name: x for name, x in kwargs.items() if name not in self.arg_names}
+        constants = tuple((p.name, values[p.name]) for p in self.params if p.is_constexpr)
+        launches.setdefault((self.fn.__name__, constants), (self, values, options))
+
+    JITFunction.run = run
+    for op in ops:
+        call(triton_ops, op, dtype, D)
+    return list(launches.values())
+
+
+def compile_for(kernel, values: dict, options: dict, capability: int):
+    """The compiled kernel, its arguments specialised as the launch would have them; and its constants."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    pointers = {
+        torch.float32: "*fp32",
+        torch.bfloat16: "*bf16",
+        torch.float16: "*fp16",
+        torch.int64: "*i64",
+        torch.int32: "*i32",
+        torch.bool: "*i1",
+    }
+    signature, constants, attributes = {}, {}, {}
+    for i, p in enumerate(kernel.params):
+        x = values[p.name]
+        specialise = not p.do_not_specialize
+        if p.is_constexpr or (isinstance(x, int) and x == 1 and specialise):
+            signature[p.name], constants[p.name] = "constexpr", x
+        elif isinstance(x, torch.Tensor):
+            signature[p.name], attributes[(i,)] = pointers[x.dtype], [["tt.divisibility", 16]]
+        elif isinstance(x, int):
+            signature[p.name] = "i32"
+            if x % 16 == 0 and specialise:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[p.name] = "fp32"
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options), constants
+
+
+def inspect(built, scores_per_thread: float) -> dict:
+    """Registers, stack, spills inside loops, and instructions per score of the longest loop with a matrix product."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(built.asm["cubin"])
+        show = {"capture_output": True, "text": True, "check": True}
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], **show).stdout
+        sass = subprocess.run([tools / "nvdisasm", "-c", cubin], **show).stdout
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups())
+    labels, code = {}, []
+    for line in sass.splitlines():
+        if m := re.match(r"^\s*(\.L_x_\d+):", line):
+            labels[m[1]] = len(code)
+        elif m := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(m[1])
+    jumps = [(i, m[1]) for i, x in enumerate(code) if (m := re.search(r"BRA.*?(\.L_x_\d+)", x))]
+    loops = [code[labels[to] : i + 1] for i, to in jumps if labels.get(to, i) < i]
+    products = [body for body in loops if any(re.search("GMMA|HMMA|UTC.*MMA|FFMA", x) for x in body)]
+    spilled = sum(bool(re.search(r"\b(STL|LDL)\b", x)) for body in loops for x in body)
+    longest = max(map(len, products), default=0)
+    return {
+        "registers": registers, "stack": stack, "local": local, "shared": built.metadata.shared,
+        "spills_in_loops": spilled, "per_score": longest / scores_per_thread,
+    }  # fmt: skip
+
+
+def report(capability: int, dtype: str, D: int, ops: tuple[str, ...]) -> None:
+    """Compiles one case and prints a JSON line per kernel."""
+    for kernel, values, options in record(ops, getattr(torch, dtype), D, capability):
+        built, constants = compile_for(kernel, values, options, capability)
+        tile = constants.get("BLOCK_B", 1) * constants.get("BLOCK_K", 1)
+        line = inspect(built, tile / (32 * options["num_warps"]))
+        name = kernel.fn.__name__
+        if brackets := constants.get("BRACKETS"):
+            name += f", {brackets} bracket{'s' * (brackets > 1)}"
+        print(json.dumps({"kernel": name, **line}), flush=True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "D", "ops"), CASES, ids=lambda x: "+".join(x) if isinstance(x, tuple) else str(x)
+)
+def test_compiles_without_spills(capability, dtype, D, ops):
+    root = Path(__file__).parents[1]
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), str(root)]))
+    command = [sys.executable, __file__, str(capability), dtype, str(D), *ops]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
+    assert lines
+    for line in lines:
+        assert line["local"] == 0, line
+        assert line["stack"] <= STACK_BYTES, line
+        assert line["spills_in_loops"] == 0, line
+        measured = INSTRUCTIONS_PER_SCORE.get((capability, line["kernel"]))
+        if measured and (dtype, D) == ("bfloat16", 128):
+            assert line["per_score"] <= HEADROOM * measured, line
+
+
+if __name__ == "__main__":
+    report(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), tuple(sys.argv[4:]))
