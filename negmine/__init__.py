@@ -5,7 +5,9 @@ Fused kernels for contrastive learning with a queue of negatives. Start with `in
 
 import torch as _torch  # noqa: F401  the compiled ops take their symbols from its libraries
 
-from negmine.info_nce import InfoNCELoss, InfoNCEStats, info_nce
+from negmine import recipes
+from negmine.info_nce import InfoNCEStats, info_nce
+from negmine.losses import InfoNCELoss
 from negmine.mining import Mined, mine_hardest, percentile, rank_thresholds
 from negmine.mixing import Mixed, mix_negatives
 from negmine.options import FalseNegatives, Mix, Select, Weight
@@ -28,4 +30,5 @@ __all__ = [
     "mix_negatives",
     "percentile",
     "rank_thresholds",
+    "recipes",
 ]

@@ -5,11 +5,11 @@ means, so that every gradient is known in the forward pass and the queue may be 
 arithmetic on (B,) tensors, differentiated by autograd. The dense definition is negmine/reference.py.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from negmine import backends, checks, reference
 from negmine.mining import for_kernels, score_of_positive, working
@@ -270,71 +270,3 @@ def _fused(
         rows = -F.logsigmoid(x_positive - lse)  # softplus of the difference: accurate where the loss is tiny
         denominator = torch.logaddexp(x_positive.detach(), lse.detach())
     return rows, InfoNCEStats(denominator.detach(), above, kept, clamped, (~some).sum())
-
-
-class InfoNCELoss(nn.Module):
-    """info_nce as a module: the options at construction, tensors and masks in the call.
-
-    Its keywords are info_nce's. Calls in training mode that name no `step` count themselves, so that every one draws new mixes
-    and samples; the count travels in state_dict.
-    """
-
-    def __init__(
-        self,
-        temperature: float | Tensor = 0.07,
-        *,
-        select: Select | None = None,
-        mix: Mix | None = None,
-        weight: Weight | None = None,
-        false_negatives: FalseNegatives | None = None,
-        decoupled: bool = False,
-        reduction: str = "mean",
-        seed: int = 0,
-        backend: str | None = None,
-        return_stats: bool = False,
-    ) -> None:
-        super().__init__()
-        op = "InfoNCELoss"
-        checks.require_temperature(op, temperature)
-        checks.require_options(op, select=select, mix=mix, weight=weight, false_negatives=false_negatives)
-        checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
-        checks.require_draw(op, seed, 0, 0)
-        self.temperature = temperature
-        self.options: dict[str, Any] = {
-            "select": select,
-            "mix": mix,
-            "weight": weight,
-            "false_negatives": false_negatives,
-            "decoupled": decoupled,
-            "reduction": reduction,
-            "seed": seed,
-            "backend": backend,
-            "return_stats": return_stats,
-        }
-        self.step = 0
-
-    def forward(
-        self,
-        query: Tensor,
-        positive_key: Tensor,
-        negative_keys: Tensor,
-        *,
-        step: int | None = None,
-        **masks: Tensor | int,
-    ) -> Tensor | tuple[Tensor, InfoNCEStats]:
-        """masks: query_ids, negative_ids, query_labels, negative_labels, negative_mask, support, row_offset of info_nce."""
-        if step is None:
-            step = self.step
-            self.step += self.training
-        options: dict[str, Any] = {"temperature": self.temperature, **self.options, **masks}
-        return info_nce(query, positive_key, negative_keys, step=step, **options)
-
-    def get_extra_state(self) -> dict[str, int]:
-        return {"step": self.step}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.step = int(state["step"])
-
-    def extra_repr(self) -> str:
-        given = {name: value for name, value in self.options.items() if value not in (None, False)}
-        return ", ".join([f"temperature={self.temperature!r}", *(f"{name}={value!r}" for name, value in given.items())])

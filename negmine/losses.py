@@ -1,0 +1,83 @@
+"""The losses as modules: the options at construction, tensors and masks in the call."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from negmine import checks
+from negmine.info_nce import InfoNCEStats, info_nce
+from negmine.options import FalseNegatives, Mix, Select, Weight
+
+
+class InfoNCELoss(nn.Module):
+    """info_nce as a module; its keywords are info_nce's.
+
+    temperature, select, mix, weight and false_negatives may be schedules: a callable of the step that returns the value of that
+    step. Calls in training mode that name no `step` count themselves, so that every one draws new mixes and samples; the count
+    travels in state_dict. A temperature given as an nn.Parameter is learned with the rest.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor | Callable[[int], float] = 0.07,
+        *,
+        select: Select | Callable[[int], Select | None] | None = None,
+        mix: Mix | Callable[[int], Mix | None] | None = None,
+        weight: Weight | Callable[[int], Weight | None] | None = None,
+        false_negatives: FalseNegatives | Callable[[int], FalseNegatives | None] | None = None,
+        decoupled: bool = False,
+        reduction: str = "mean",
+        seed: int = 0,
+        backend: str | None = None,
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__()
+        op = "InfoNCELoss"
+        options = {"select": select, "mix": mix, "weight": weight, "false_negatives": false_negatives}
+        if not callable(temperature):
+            checks.require_temperature(op, temperature)
+        checks.require_options(op, **{name: value for name, value in options.items() if not callable(value)})
+        checks.require_bool(op, "decoupled", decoupled)
+        checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
+        checks.require_draw(op, seed, 0, 0)
+        self.temperature = temperature
+        self.options: dict[str, Any] = options
+        self.fixed: dict[str, Any] = {
+            "decoupled": decoupled,
+            "reduction": reduction,
+            "seed": seed,
+            "backend": backend,
+            "return_stats": return_stats,
+        }
+        self.step = 0
+
+    def at(self, step: int) -> dict[str, Any]:
+        """The keywords of info_nce at this step, schedules evaluated."""
+        scheduled = {"temperature": self.temperature, **self.options}
+        return {name: value(step) if callable(value) else value for name, value in scheduled.items()} | self.fixed
+
+    def forward(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Tensor,
+        *,
+        step: int | None = None,
+        **masks: Any,
+    ) -> Tensor | tuple[Tensor, InfoNCEStats]:
+        """masks: query_ids, negative_ids, query_labels, negative_labels, negative_mask, support, row_offset of info_nce."""
+        if step is None:
+            step = self.step
+            self.step += self.training
+        return info_nce(query, positive_key, negative_keys, step=step, **self.at(step), **masks)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.step = int(state["step"])
+
+    def extra_repr(self) -> str:
+        given = {name: value for name, value in (self.options | self.fixed).items() if value not in (None, False)}
+        return ", ".join([f"temperature={self.temperature!r}", *(f"{name}={value!r}" for name, value in given.items())])
