@@ -96,8 +96,14 @@ class Select:
         return self.has_margin or self.min_score is not None or self.max_score is not None
 
     @property
-    def has_window(self) -> bool:
-        return self.range_min != 0 or self.range_max not in (None, 1.0)
+    def starts_late(self) -> bool:
+        """True where the window leaves out the hardest."""
+        return self.range_min != 0
+
+    @property
+    def ends_early(self) -> bool:
+        """True where the window leaves out the easiest; the rank 1 does, the fraction 1.0 does not."""
+        return self.range_max is not None and (is_int(self.range_max) or self.range_max < 1.0)
 
     def highest_score(self, positive_score: Tensor) -> Tensor:
         """positive_score (B,) -> (B,): the largest score that the filters keep, +inf where none limits it."""

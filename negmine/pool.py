@@ -103,7 +103,7 @@ def bounded(
         pool = pool._replace(
             lower=order.pack(lowest, order.LAST_INDEX), upper=order.pack(select.highest_score(anchor), 0)
         )
-    if not select.has_window:
+    if not (select.starts_late or select.ends_early):
         return pool
     # Only fractions need the pool's size: a rank past the end of a pool has no place, and keeps nothing or everything.
     if isinstance(select.range_min, float) or isinstance(select.range_max, float):
@@ -114,9 +114,7 @@ def bounded(
         count = torch.full((B,), K, dtype=torch.int64, device=query.device)
     first, end = select.window(count)
     ranks = torch.stack([first, end - 1], 1)  # (B, 2)
-    wanted = [
-        side for side, needed in enumerate((select.range_min != 0, select.range_max not in (None, 1.0))) if needed
-    ]
+    wanted = [side for side, needed in enumerate((select.starts_late, select.ends_early)) if needed]
     places = ops.rank_thresholds(query, negative_keys, ranks[:, wanted].contiguous(), *pool)  # (B, 1 or 2)
     bottom = order.pack(torch.full((B,), -torch.inf, device=query.device), order.LAST_INDEX)  # (B,)
     upper, lower = pool.upper, pool.lower

@@ -81,6 +81,7 @@ SELECTS = [
     Select(0.001, 0.3),
     Select(0.05, 1.0),
     Select(2, 9),
+    Select(0, 1),  # the rank 1, which equals the fraction 1.0
     Select(500, 600),
     Select(max_score=3.0, min_score=-5.0),
     Select(1, 0.5, absolute_margin=1.0),

@@ -1,0 +1,125 @@
+"""What the hardness of negatives looks like: scores, the loss's attention and kinship, by rank among the queue's keys.
+
+For a sample of held-out queries against the same K corpus rows that the queue starts with:
+
+    scores     density of (score - score of the positive), and where the 0.1 % and 5 % thresholds fall
+    attention  share of the negatives' gradient, softmax(score / T) over the negatives, that the hardest r ranks hold
+    kinship    share of the negatives near rank r that are another sense of the same word, a direct hypernym or hyponym,
+               or from the same lexicographer file: how often "harder" means "closer in meaning", or a false negative
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import negmine
+from benchmarks.peers import MIX
+from benchmarks.train import TEMPERATURE, Head
+from benchmarks.wordnet import Task, Texts
+
+QUERIES = 256
+BINS = torch.linspace(-1.3, 0.5, 181)
+THRESHOLDS = (0.001, 0.05)
+RANKS = torch.tensor([1, 2, 4, 8, 16, 32, 65, 130, 260, 520, 1024, 2048, 3276, 6553, 13107, 26214, 45875, 62259, 65536])
+
+
+@dataclass
+class Hardness:
+    density: Tensor  # (len(BINS) - 1,) of score - positive's score
+    synthetic_density: Tensor  # the same for MoCHi's synthetic negatives
+    thresholds: dict[float, float]  # fraction -> mean of (the score at that rank - the positive's)
+    attention: Tensor  # (len(RANKS),) share of the gradient held by the hardest RANKS
+    kinship: dict[str, Tensor]  # name -> (len(RANKS),) share within (previous rank, this rank]
+
+
+class Kin:
+    """Which corpus rows are related to a given one."""
+
+    def __init__(self, task: Task, texts: Texts) -> None:
+        self.lexname_of = task.lexname_of.tolist()
+        self.texts = texts
+        self.rows_of_lemma: dict[str, set[int]] = {}
+        for row, lemmas in enumerate(texts.lemmas):
+            for lemma in lemmas:
+                self.rows_of_lemma.setdefault(lemma.lower(), set()).add(row)
+        self.broader: dict[int, set[int]] = {}
+        self.narrower: dict[int, set[int]] = {}
+        for child, parent in task.hypernyms.tolist():
+            self.broader.setdefault(child, set()).add(parent)
+            self.narrower.setdefault(parent, set()).add(child)
+
+    def same_word(self, row: int) -> set[int]:
+        return set().union(*(self.rows_of_lemma[lemma.lower()] for lemma in self.texts.lemmas[row])) - {row}
+
+    def next_of_kin(self, row: int) -> set[int]:
+        return self.broader.get(row, set()) | self.narrower.get(row, set())
+
+    def marks(self, answer: int, row: int) -> list[str]:
+        """What makes `row` a doubtful negative for a query whose answer is `answer`."""
+        found = []
+        if self.texts.glosses[row] == self.texts.glosses[answer]:
+            found.append("same gloss")
+        if row in self.same_word(answer):
+            found.append("same word")
+        if row in self.broader.get(answer, set()):
+            found.append("broader")
+        if row in self.narrower.get(answer, set()):
+            found.append("narrower")
+        return found
+
+
+def density(relative: Tensor) -> Tensor:
+    counts = torch.histogram(relative.flatten().float().cpu(), BINS).hist  # (len(BINS) - 1,)
+    return counts / counts.sum() / (BINS[1] - BINS[0])
+
+
+@torch.no_grad()
+def measure_hardness(query_head: Head, key_head: Head, task: Task, rows: Tensor, kin: Kin) -> Hardness:
+    """rows (K,): the corpus rows that serve as negatives."""
+    chosen = task.held_out[:: len(task.held_out) // QUERIES][:QUERIES]  # (B,)
+    answers = task.positives[chosen]  # (B,)
+    query, keys = query_head(task.queries[chosen]), key_head(task.corpus[rows])  # (B, D), (K, D)
+    masks = {"query_ids": answers, "negative_ids": rows}
+    positive = (query * key_head(task.corpus[answers])).sum(dim=1, keepdim=True)  # (B, 1)
+
+    ranks = [int(fraction * len(rows)) for fraction in THRESHOLDS]
+    thresholds = (negmine.rank_thresholds(query, keys, ranks, **masks) - positive).mean(dim=0).tolist()
+    synthetic = negmine.mix_negatives(query, keys, MIX, **masks).vectors  # (B, S, D)
+    synthetic_scores = torch.einsum("bd,bsd->bs", query, synthetic)  # (B, S)
+
+    # The picture shows the whole ranking, which no op returns: here, and only here, the matrix is made and sorted.
+    scores = (query @ keys.T).masked_fill(answers[:, None] == rows, float("-inf"))  # (B, K)
+    ordered, index = scores.sort(dim=1, descending=True)  # (B, K), (B, K)
+    attention = (ordered / TEMPERATURE).softmax(dim=1).cumsum(dim=1).mean(dim=0).cpu()[RANKS - 1]  # (len(RANKS),)
+    relative = (ordered - positive)[ordered > float("-inf")]
+
+    rank_of = torch.empty_like(index).scatter_(1, index, torch.arange(len(rows), device=index.device).expand_as(index))
+    column_of = {row: column for column, row in enumerate(rows.tolist())}
+    width = RANKS.diff(prepend=torch.zeros(1, dtype=torch.long)).double() * len(chosen)  # (len(RANKS),)
+
+    def share(relation: list[list[int]]) -> Tensor:
+        """relation: for each query the related corpus rows -> (len(RANKS),) their share in each span of ranks."""
+        ranks_found = [
+            rank_of[b, column_of[row]].item()
+            for b, related in enumerate(relation)
+            for row in related
+            if row in column_of
+        ]
+        span = torch.bucketize(torch.tensor(ranks_found, dtype=torch.long) + 1, RANKS)
+        return torch.bincount(span, minlength=len(RANKS)).double() / width
+
+    same_file = task.lexname_of[rows[index]] == task.lexname_of[answers][:, None]  # (B, K)
+    in_span = torch.bucketize(torch.arange(1, len(rows) + 1), RANKS)  # (K,)
+    kinship = {
+        "same lexicographer file": torch.bincount(in_span, same_file.sum(dim=0).cpu().double()) / width,
+        "same word, other sense": share([sorted(kin.same_word(answer)) for answer in answers.tolist()]),
+        "direct hypernym or hyponym": share([sorted(kin.next_of_kin(answer)) for answer in answers.tolist()]),
+    }
+    return Hardness(
+        density(relative),
+        density(synthetic_scores - positive),
+        dict(zip(THRESHOLDS, thresholds, strict=True)),
+        attention,
+        kinship,
+    )

@@ -1,0 +1,181 @@
+"""What is timed: each op as negmine runs it and as one would write it plainly in PyTorch.
+
+    OPS[name].fused(inputs, backend)   negmine
+    OPS[name].eager(inputs)            PyTorch, the (B, K) score matrix and all
+    OPS[name].gemms                    matrix products of (B, D) by (D, K) size that no method avoids: the floor
+
+A training op returns (loss (), gradient of the query (B, D)), a mining op (scores (B, N), index (B, N)).
+`disagreement` says in words how two answers differ: a variant that gives another answer is not timed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import negmine
+from benchmarks.cases import Inputs
+
+N = 1024
+WINDOW = negmine.Select(0.001, 0.05)
+MIX = negmine.Mix(hard=1024, pairs=1024, with_query=128)
+# Of the largest entry. negmine keeps scores in fp32 and rounds only what it returns; plain PyTorch rounds every score to the
+# storage dtype before it selects and exponentiates, which costs it far more in the short ones.
+TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+PLAIN_TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 0.15}
+Answer = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Op:
+    title: str
+    fused: Callable[..., Answer]
+    eager: Callable[[Inputs], Answer]
+    gemms: int
+    # The plain version given the fused version's random draws, where there are any; what is timed draws its own.
+    eager_same_draws: Callable[..., Answer] | None = None
+
+
+def loss_and_gradient(inputs: Inputs, loss_of: Callable[[Tensor], Tensor]) -> Answer:
+    query = inputs.query.detach().requires_grad_()  # (B, D)
+    loss = loss_of(query)
+    loss.backward()
+    assert query.grad is not None
+    return loss.detach(), query.grad
+
+
+def fused_loss(**options: object) -> Callable[..., Answer]:
+    """The op that trains with negmine.info_nce and these options."""
+
+    def run(inputs: Inputs, backend: str | None = None) -> Answer:
+        return loss_and_gradient(
+            inputs,
+            lambda query: negmine.info_nce(
+                query,
+                inputs.positive_key,
+                inputs.keys,
+                temperature=inputs.temperature,
+                query_ids=inputs.query_ids,
+                negative_ids=inputs.negative_ids,
+                backend=backend,
+                **options,
+            ),
+        )
+
+    return run
+
+
+def fused_mine(inputs: Inputs, backend: str | None = None) -> Answer:
+    return negmine.mine_hardest(
+        inputs.query, inputs.keys, N, query_ids=inputs.query_ids, negative_ids=inputs.negative_ids, backend=backend
+    )
+
+
+def masked_scores(query: Tensor, inputs: Inputs) -> Tensor:
+    scores = (query @ inputs.keys.T).float()  # (B, K)
+    return scores.masked_fill(inputs.query_ids[:, None] == inputs.negative_ids, float("-inf"))
+
+
+def cross_entropy(query: Tensor, inputs: Inputs, negatives: Tensor) -> Tensor:
+    """negatives (B, M): scores -> the mean InfoNCE loss ()."""
+    positive = (query.float() * inputs.positive_key.float()).sum(dim=1, keepdim=True)  # (B, 1)
+    logits = torch.cat([positive, negatives], dim=1) / inputs.temperature  # (B, 1 + M)
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+
+
+def eager_info_nce(inputs: Inputs) -> Answer:
+    return loss_and_gradient(inputs, lambda query: cross_entropy(query, inputs, masked_scores(query, inputs)))
+
+
+def eager_window(inputs: Inputs) -> Answer:
+    def loss_of(query: Tensor) -> Tensor:
+        scores = masked_scores(query, inputs)  # (B, K)
+        pool = (scores > float("-inf")).sum(dim=1)  # (B,)
+        first, end = WINDOW.window(pool)  # (B,), (B,)
+        longest = int(WINDOW.range_max * scores.shape[1])
+        hardest = scores.topk(longest, dim=1).values  # (B, longest)
+        rank = torch.arange(longest, device=scores.device)
+        outside = (rank < first[:, None]) | (rank >= end[:, None])  # (B, longest)
+        return cross_entropy(query, inputs, hardest.masked_fill(outside, float("-inf")))
+
+    return loss_and_gradient(inputs, loss_of)
+
+
+def eager_mine(inputs: Inputs) -> Answer:
+    scores, index = masked_scores(inputs.query, inputs).topk(N, dim=1)  # (B, N), (B, N)
+    return scores, index
+
+
+def eager_mochi(inputs: Inputs, draws: negmine.Mixed | None = None) -> Answer:
+    """MoCHi with its S = pairs + with_query synthetic vectors in memory; `draws`: parents and coefficients to use."""
+
+    def loss_of(query: Tensor) -> Tensor:
+        scores = masked_scores(query, inputs)  # (B, K)
+        with torch.no_grad():
+            synthetic = mixed(query, scores) if draws is None else drawn(query)  # (B, S, D)
+        extra = torch.einsum("bd,bsd->bs", query, synthetic.to(query.dtype)).float()  # (B, S)
+        return cross_entropy(query, inputs, torch.cat([scores, extra], dim=1))
+
+    def mixed(query: Tensor, scores: Tensor) -> Tensor:
+        hardest = scores.topk(MIX.hard, dim=1).indices  # (B, hard)
+        device, B = query.device, len(query)
+        row = torch.arange(B, device=device)[:, None]
+        one, other = torch.randint(MIX.hard, (2, B, MIX.pairs), device=device)  # (B, pairs) each
+        share = torch.rand(B, MIX.pairs, 1, device=device)
+        pairs = share * inputs.keys[hardest[row, one]] + (1 - share) * inputs.keys[hardest[row, other]]
+        one = torch.randint(MIX.hard, (B, MIX.with_query), device=device)  # (B, with_query)
+        share = 0.5 * torch.rand(B, MIX.with_query, 1, device=device)
+        with_query = share * query[:, None] + (1 - share) * inputs.keys[hardest[row, one]]
+        return F.normalize(torch.cat([pairs, with_query], dim=1), dim=2)  # (B, S, D)
+
+    def drawn(query: Tensor) -> Tensor:
+        first, second = draws.parents.unbind(dim=2)  # (B, S), (B, S)
+        share = draws.coefficients[..., None]  # (B, S, 1)
+        one = torch.where((first < 0)[..., None], query[:, None], inputs.keys[first.clamp(min=0)])  # (B, S, D)
+        return F.normalize(share * one + (1 - share) * inputs.keys[second], dim=2)  # (B, S, D)
+
+    return loss_and_gradient(inputs, loss_of)
+
+
+def eager_mochi_same_draws(inputs: Inputs, backend: str | None = None) -> Answer:
+    draws = negmine.mix_negatives(
+        inputs.query, inputs.keys, MIX, query_ids=inputs.query_ids, negative_ids=inputs.negative_ids, backend=backend
+    )
+    return eager_mochi(inputs, draws)
+
+
+OPS = {
+    "info_nce": Op("InfoNCE, all negatives: loss and gradient", fused_loss(), eager_info_nce, gemms=2),
+    "window": Op("InfoNCE, hardest 0.1 % to 5 %: loss and gradient", fused_loss(select=WINDOW), eager_window, gemms=2),
+    "mine_hardest": Op(f"mine_hardest, N = {N}", fused_mine, eager_mine, gemms=1),
+    "mochi": Op(
+        "MoCHi (1024, 1024, 128): loss and gradient",
+        fused_loss(mix=MIX),
+        eager_mochi,
+        gemms=2,
+        eager_same_draws=eager_mochi_same_draws,
+    ),
+}
+
+
+def disagreement(op: str, answer: Answer, truth: Answer, inputs: Inputs, tolerance: float) -> str:
+    """Empty where the answer is within tolerance of the truth's largest entry; a sentence where it is not."""
+    names = ("scores", "index") if op == "mine_hardest" else ("loss", "gradient")
+    for name, ours, theirs in zip(names, answer, truth, strict=True):
+        if name == "index":
+            # Equal scores may swap places between two ways of adding up: ask what each index is worth instead.
+            worth = masked_scores(inputs.query.float(), in_float32(inputs))  # (B, K)
+            ours, theirs = worth.gather(1, ours), worth.gather(1, theirs)  # (B, N), (B, N)
+        worst = (ours.float() - theirs.float()).abs().max().item()
+        allowed = tolerance * theirs.float().abs().max().item()
+        if not worst <= allowed:
+            return f"{op}: {name} differs from plain PyTorch in fp32 by {worst:.2e}, more than {allowed:.2e}"
+    return ""
+
+
+def in_float32(inputs: Inputs) -> Inputs:
+    return replace(
+        inputs, query=inputs.query.float(), positive_key=inputs.positive_key.float(), keys=inputs.keys.float()
+    )
