@@ -48,7 +48,7 @@ gpu:
 	  { echo 'make gpu needs a GPU that torch of $(PYTHON) can use, and there is none.'; exit 1; }
 	@$(PYTHON) -m build_tools.what_ran --need pytest setuptools
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest tests
+	$(PYTHON) -m build_tools.run_shards
 	@$(PYTHON) -m build_tools.what_ran
 	@if command -v compute-sanitizer; then \
 	  for tool in memcheck racecheck; do \

@@ -1,4 +1,6 @@
-"""Draw every benchmarks/results/<machine>.csv into <machine>.png beside it. Reads rows only, times nothing.
+"""Draw every benchmarks/results/<machine>.csv into <machine>.png beside it, and write the README's table from the rows.
+
+Reads rows only, times nothing.
 
 One row of bars an op, one group a case: the time over the floor (the matrix products that no method avoids), and the
 memory held beyond the inputs. Of equal (case, op, variant) the newest row counts; whiskers are the 20 % and 80 %
@@ -19,6 +21,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from benchmarks.run import RESULTS
 
 COLOURS = ["#1b6ca8", "#d1495b", "#edae49", "#66a182", "#8d6a9f"]
+README = RESULTS.parents[1] / "README.md"
+BEGIN, END = "<!-- made by `make plots` from benchmarks/results -->", "<!-- end -->"
 Row = dict[str, str]
 
 
@@ -70,11 +74,48 @@ def draw(path: Path) -> Path:
     return drawn
 
 
+def table(path: Path) -> str:
+    """The newest rows as Markdown, negmine beside plain PyTorch, shapes where it loses included."""
+    rows = newest(path)
+    found = {(row["case"], row["op"], row["variant"]): row for row in rows}
+    lines = [
+        "| shape (B, K, D) | op | negmine | plain PyTorch | times faster | floor | extra memory |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (_, op, variant), ours in found.items():
+        plain = found.get((ours["case"], op, "eager"))
+        if not variant.startswith("negmine") or plain is None:
+            continue
+        ratio = float(plain["median_ms"]) / float(ours["median_ms"])
+        shape = f"{ours['B']}, {int(ours['K']):,}, {ours['D']} {ours['dtype']}"
+        lines.append(
+            f"| {shape} | {op} | {ours['median_ms']} ms | {plain['median_ms']} ms | {ratio:.1f} | {ours['floor_ms']} ms "
+            f"| {ours['peak_extra_mib']} against {plain['peak_extra_mib']} MiB |"
+        )
+    last = max(rows, key=lambda row: row["date"])
+    source = (
+        f"{path.stem}, {last['threads']} threads, torch {last['torch']}, commit {last['commit']}, {last['date'][:10]}"
+    )
+    return "\n".join([*lines, "", f"Medians of interleaved rounds on {source}; rows in `benchmarks/results/`."])
+
+
+def write_readme(tables: list[str]) -> None:
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    README.write_text("\n".join([before + BEGIN, "", "\n\n".join(tables), "", END + rest.split(END)[1]]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
-    for path in sorted(parser.parse_args().results.glob("*.csv")):
+    results = parser.parse_args().results
+    paths = sorted(results.glob("*.csv"))
+    if not paths:
+        raise SystemExit(f"there are no rows in {results} to draw: run `make bench` first")
+    for path in paths:
         print(draw(path))
+    if results == RESULTS:
+        write_readme([table(path) for path in paths])
 
 
 if __name__ == "__main__":

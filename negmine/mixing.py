@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from negmine import backends, checks, philox, reference
+from negmine import backends, checks, reference
 from negmine.mining import for_kernels, working
 from negmine.options import Mix
 from negmine.pool import Pool, check_pool, usable
@@ -21,8 +21,7 @@ class Mixed(NamedTuple):
 
 def draws_of(mix: Mix, device: torch.device, seed: int, step: int, row_offset: int) -> tuple:
     """The draw arguments that every mixing kernel takes, in the order of kernels/README.md."""
-    quantiles = philox.beta_quantiles(mix.concentration)
-    table = None if quantiles is None else quantiles.to(device)  # (4097,)
+    table = None if mix.quantiles is None else mix.quantiles.to(device)  # (4097,)
     return (mix.pairs, mix.with_query, *mix.pair_range, *mix.query_range, mix.distinct, table, seed, step, row_offset)
 
 

@@ -5,11 +5,13 @@ object serves every batch, device and backend.
 """
 
 import math
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from negmine import philox
 
 
 def is_int(value: Any) -> bool:
@@ -153,6 +155,8 @@ class Mix:
     concentration: float = 1.0
     distinct: bool = True
     detach: bool = True
+    # The quantile table of the coefficients, (4097,) fp32 or None: made once here, so that a compiled step only reads it.
+    quantiles: Tensor | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         _require(is_int(self.hard) and self.hard >= 1, "hard", "an int of 1 or more", self.hard)
@@ -171,6 +175,7 @@ class Mix:
         )
         for name in ("distinct", "detach"):
             _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+        object.__setattr__(self, "quantiles", philox.beta_quantiles(self.concentration))
 
     @property
     def total(self) -> int:

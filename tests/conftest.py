@@ -14,6 +14,8 @@ import pytest
 
 from negmine import backends
 
+# Small tests that together launch every kernel: what a sanitizer, fifty times slower, should see on a GPU.
+SANITIZED = ("test_all_equal", "test_strided", "test_info_nce_mixes", "test_masked_rows", "test_hcl")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -63,14 +65,22 @@ def skip_what_the_interpreter_repeats(backend: str, dtype: torch.dtype) -> None:
         pytest.skip("triton: interpreted, where fp16 runs as bf16 does")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption(
+        "--shard", default="0/1", help="i/n: run every n-th test, from the i-th; GPU kernels compile side by side"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
     """Markers by backend: `triton`, and `gpu` for what a sanitizer should see on a GPU: the small rule tests."""
+    shard, shards = map(int, config.getoption("--shard").split("/"))
+    items[:] = items[shard::shards]
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
         backend = params.get("backend", params.get("any_backend"))
         if backend == "triton":
             item.add_marker("triton")
-        if backend in ("triton", "cuda") and DEVICE == "cuda" and item.path.name == "test_rules.py":
+        if backend in ("triton", "cuda") and DEVICE == "cuda" and item.name.startswith(SANITIZED):
             item.add_marker("gpu")
 
 

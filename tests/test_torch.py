@@ -57,7 +57,13 @@ def test_opcheck():
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"select": Select(0.01, 0.5)}, {"mix": Mix(6, 5, 4)}, {"weight": Weight(1.0, 0.01)}, {"decoupled": True}],
+    [
+        {},
+        {"select": Select(0.01, 0.5)},
+        {"mix": Mix(6, 5, 4, concentration=2.0)},
+        {"weight": Weight(1.0, 0.01)},
+        {"decoupled": True},
+    ],
     ids=lambda o: ",".join(o) or "plain",
 )
 def test_a_loss_step_compiles_into_one_graph(options, dynamic):

@@ -1,0 +1,33 @@
+"""Run the tests in several processes side by side: on a GPU most of their time is the compiler's, which is serial in each.
+
+    python -m build_tools.run_shards [pytest arguments]
+
+pytest-xdist does the same where it is installed; a machine with a GPU and no network may have pytest alone.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+def main(arguments: list[str]) -> None:
+    shards = max(1, min(12, (os.cpu_count() or 1) - 2))
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, f"{shard}.txt") for shard in range(shards)]
+        runs = []
+        for shard, log in enumerate(logs):
+            command = [sys.executable, "-m", "pytest", "tests", f"--shard={shard}/{shards}", *arguments]
+            with log.open("w") as out:
+                runs.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT))
+        codes = [run.wait() for run in runs]
+        for log, code in zip(logs, codes, strict=True):
+            lines = log.read_text().splitlines()
+            print("\n".join(lines[-150:] if code else lines[-1:]))
+    if any(codes):
+        raise SystemExit(f"{sum(map(bool, codes))} of {shards} shards failed")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
