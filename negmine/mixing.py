@@ -21,7 +21,7 @@ class Mixed(NamedTuple):
 
 def draws_of(mix: Mix, device: torch.device, seed: int, step: int, row_offset: int) -> tuple:
     """The draw arguments that every mixing kernel takes, in the order of kernels/README.md."""
-    table = None if mix.quantiles is None else mix.quantiles.to(device)  # (4097,)
+    table = None if mix.quantiles is None else mix.quantiles.to(device, non_blocking=True)  # (4097,)
     return (mix.pairs, mix.with_query, *mix.pair_range, *mix.query_range, mix.distinct, table, seed, step, row_offset)
 
 

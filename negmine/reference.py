@@ -147,7 +147,7 @@ def mix_negatives(
     parents = torch.stack([hard_index.gather(1, first), hard_index.gather(1, second)], 2)  # (B, S, 2)
     parents[:, :, 0] = parents[:, :, 0].masked_fill(~is_pair, -1)
 
-    table = None if mix.quantiles is None else mix.quantiles.to(device)  # (4097,)
+    table = None if mix.quantiles is None else mix.quantiles.to(device, non_blocking=True)  # (4097,)
     fraction = philox.unit(u2, table).to(query.dtype)  # (B, S)
     low, high = (torch.where(is_pair, p, w) for p, w in zip(mix.pair_range, mix.query_range, strict=True))  # (S,) each
     coefficients = (low + (high - low) * fraction).to(query.dtype).masked_fill(count == 0, 0.0)  # (B, S)

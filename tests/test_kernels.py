@@ -64,6 +64,17 @@ def test_percentile_is_torch_quantile(backend):
             compare.rounded(f"percentile {B, K, D}", got, truth, plain)
 
 
+def test_percentile_past_torch_quantiles_limit():
+    """Regression: torch.quantile refuses more than 2^24 elements at once."""
+    q, keys = unit(260, 8), unit(65_536, 8, seed=1)
+    got = negmine.percentile(q, keys, [0.05, 0.95, 0.999])
+    scores = q @ keys.T
+    assert scores.numel() > 2**24
+    for b in (0, 131, 259):
+        want = scores[b].quantile(torch.tensor([0.05, 0.95, 0.999]))
+        torch.testing.assert_close(got[b], want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mining_real_vectors(backend, dtype):
     skip_what_the_interpreter_repeats(backend, dtype)

@@ -1,0 +1,92 @@
+"""What the pages say is true: Python blocks run, the diff of existing MoCo code fits the API, names and targets exist.
+
+The blocks of one page run in order in one namespace, as a reader would type them. A diff is read as the code that it leaves:
+it must parse, its `negmine.` names must exist and its calls must fit their signatures.
+"""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import negmine
+from negmine import MoCoQueue, backends
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ["README.md", "CONTRIBUTING.md"]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+
+
+def side(diff: str, dropped: str) -> ast.Module:
+    """The code before (`dropped` is '+') or after ('-') a diff."""
+    return ast.parse("\n".join(line[1:] for line in diff.splitlines() if not line.startswith(dropped)))
+
+
+def check_names(tree: ast.Module) -> set[str]:
+    """Every negmine.<name> exists, every call of one binds, every self.queue.<name> is a MoCoQueue's; the names seen."""
+    seen = set()
+    for node in ast.walk(tree):
+        called = node.func if isinstance(node, ast.Call) else node
+        if not isinstance(called, ast.Attribute):
+            continue
+        place = ast.unparse(called)
+        if place.startswith("negmine."):
+            found = negmine
+            for name in place.split(".")[1:]:
+                found = getattr(found, name)
+            seen.add(place)
+        elif place.startswith("self.queue."):
+            found = getattr(MoCoQueue, place.split(".")[2])
+            seen.add(place)
+        else:
+            continue
+        if isinstance(node, ast.Call):
+            method = [None] * place.startswith("self.queue.")
+            keywords = {word.arg: word.value for word in node.keywords}
+            inspect.signature(found).bind(*method, *node.args, **keywords)
+    return seen
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(page):
+    namespace: dict = {}
+    for block in blocks(page, "python"):
+        check_names(ast.parse(block))
+        exec(compile(block, page, "exec"), namespace)
+    if page == "README.md":
+        assert namespace["query"].grad.isfinite().all()
+
+
+def test_the_diff_names_what_exists():
+    (diff,) = blocks("README.md", "diff")
+    assert "negmine" not in ast.unparse(side(diff, "+"))
+    assert check_names(side(diff, "-")) >= {"negmine.MoCoQueue", "negmine.info_nce", "self.queue.enqueue"}
+
+
+def test_tables_name_what_exists():
+    text = (ROOT / "README.md").read_text()
+    table = text.split("| call | result |")[1].split("\n\n")[0]
+    for name in re.findall(r"`(\w+)\(", table):
+        assert callable(getattr(negmine, name)), name
+    for example in re.findall(r"`((?:Select|Mix|Weight|FalseNegatives)\([^`]*\))`", text):
+        eval(example, {**vars(negmine)})
+    table = text.split("## Backends")[1].split("\n\n")[1]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.M) == ["cpu", "triton", "cuda", "reference"]
+    assert {"cpu", "triton", "cuda", "reference"} == {row.name for row in backends.BACKENDS}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_targets_and_files_exist(page):
+    text = (ROOT / page).read_text()
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    # A target stands in backticks or begins an indented line.
+    for target in re.findall(r"(?:`|^ {4})make (\w+)", text, re.M):
+        assert target in targets, f"{page}: make {target}"
+    for path in re.findall(r"`((?:negmine|kernels|csrc|tests|benchmarks|build_tools)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), f"{page}: {path}"
