@@ -129,16 +129,8 @@ def info_nce(
     checks.require_bool(op, "return_stats", return_stats)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_draw(op, seed, step, row_offset)
-    pool = check_pool(
-        op,
-        query,
-        negative_keys,
-        query_ids=query_ids,
-        negative_ids=negative_ids,
-        query_labels=query_labels,
-        negative_labels=negative_labels,
-        negative_mask=negative_mask,
-    )
+    masks = (negative_mask, query_ids, negative_ids, query_labels, negative_labels)
+    pool = check_pool(op, query, negative_keys, *masks)
     dense = _only_dense(negative_keys, select, mix, false_negatives)
     ops = backends.choose(op, _ops_for(select, mix), backend, (query, positive_key, negative_keys), dense)
     draw = (seed, step, row_offset)

@@ -76,16 +76,8 @@ def mine_hardest(
         raise checks.refuse(op, "positive_key", "given where select has a margin", None)
     if select is not None and select.replace:
         raise checks.refuse(op, "select", "without replace: an index is mined once", select)
-    pool = check_pool(
-        op,
-        query,
-        negative_keys,
-        query_ids=query_ids,
-        negative_ids=negative_ids,
-        query_labels=query_labels,
-        negative_labels=negative_labels,
-        negative_mask=negative_mask,
-    )
+    masks = (negative_mask, query_ids, negative_ids, query_labels, negative_labels)
+    pool = check_pool(op, query, negative_keys, *masks)
     dense = "select.sample" if select is not None and select.sample is not None else ""
     ops = backends.choose(
         op, ("mine_hardest", "rank_thresholds", "count_negatives"), backend, (query, negative_keys), dense
@@ -136,16 +128,8 @@ def rank_thresholds(
     if wanted.dim() == 2 and wanted.shape[0] != query.shape[0]:
         raise checks.refuse(op, "ranks", f"of shape (R,) or (B, R) with query's B = {query.shape[0]}", wanted)
     wanted = wanted.expand(query.shape[0], wanted.shape[-1]).contiguous()  # (B, R)
-    pool = check_pool(
-        op,
-        query,
-        negative_keys,
-        query_ids=query_ids,
-        negative_ids=negative_ids,
-        query_labels=query_labels,
-        negative_labels=negative_labels,
-        negative_mask=negative_mask,
-    )
+    masks = (negative_mask, query_ids, negative_ids, query_labels, negative_labels)
+    pool = check_pool(op, query, negative_keys, *masks)
     ops = backends.choose(op, ("rank_thresholds",), backend, (query, negative_keys))
     with torch.no_grad():
         if ops is None:
@@ -189,16 +173,8 @@ def percentile(
     checks.require_query_and_keys(op, query, negative_keys)
     wanted = _quantiles(q, query.device)  # (R,)
     checks.require_tensor(op, "q", wanted, query)
-    pool = check_pool(
-        op,
-        query,
-        negative_keys,
-        query_ids=query_ids,
-        negative_ids=negative_ids,
-        query_labels=query_labels,
-        negative_labels=negative_labels,
-        negative_mask=negative_mask,
-    )
+    masks = (negative_mask, query_ids, negative_ids, query_labels, negative_labels)
+    pool = check_pool(op, query, negative_keys, *masks)
     ops = backends.choose(op, ("rank_thresholds", "count_negatives"), backend, (query, negative_keys))
     with torch.no_grad():
         if ops is None:

@@ -89,16 +89,8 @@ def mix_negatives(
         raise checks.refuse(op, "mix", "a negmine.Mix", None, TypeError)
     checks.require_options(op, mix=mix)
     checks.require_draw(op, seed, step, row_offset)
-    pool = check_pool(
-        op,
-        query,
-        negative_keys,
-        query_ids=query_ids,
-        negative_ids=negative_ids,
-        query_labels=query_labels,
-        negative_labels=negative_labels,
-        negative_mask=negative_mask,
-    )
+    masks = (negative_mask, query_ids, negative_ids, query_labels, negative_labels)
+    pool = check_pool(op, query, negative_keys, *masks)
     dense = "" if mix.detach or not (query.requires_grad or negative_keys.requires_grad) else "mix.detach=False"
     ops = backends.choose(op, ("mine_hardest", "mix_negatives"), backend, (query, negative_keys), dense)
     if ops is None:

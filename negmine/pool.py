@@ -54,14 +54,13 @@ def check_pool(
     op: str,
     query: Tensor,
     negative_keys: Tensor,
-    *,
+    negative_mask: Tensor | None = None,
     query_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
     query_labels: Tensor | None = None,
     negative_labels: Tensor | None = None,
-    negative_mask: Tensor | None = None,
 ) -> Pool:
-    """The caller's masks as a Pool; raises in a sentence where they do not fit query (B, D) and negative_keys."""
+    """The caller's masks, in the order of Pool; raises in a sentence where they do not fit query (B, D) and negative_keys."""
     own = (query.shape[0], negative_keys.shape[-2])  # (B, K)
     shared = own[1:]  # (K,)
     tag_shape = shared if negative_keys.dim() == 2 else own
