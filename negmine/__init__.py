@@ -12,6 +12,7 @@ from negmine.mining import Mined, mine_hardest, percentile, rank_thresholds
 from negmine.mixing import Mixed, mix_negatives
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.queue import MoCoQueue
+from negmine.search import MiningResult, mine_hard_negatives
 from negmine.version import __version__
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "InfoNCELoss",
     "InfoNCEStats",
     "Mined",
+    "MiningResult",
     "Mix",
     "Mixed",
     "MoCoQueue",
@@ -26,6 +28,7 @@ __all__ = [
     "Weight",
     "__version__",
     "info_nce",
+    "mine_hard_negatives",
     "mine_hardest",
     "mix_negatives",
     "percentile",

@@ -1,0 +1,57 @@
+"""Which ranks a run needs, and which members of a query's window are kept: the hardest, any, or the harder ones more often.
+
+    window   (B, W) int64 order (negmine/order.py), hardest first, NOWHERE past its end
+    top        the first n
+    random     the n whose Philox words are smallest: every subset of n is as likely
+    weighted   the n largest of  s / temperature + g,  g = -log(-log u): drawn one by one without replacement, each
+               time with probability proportional to exp(s / temperature)     (Gumbel-top-k, Kool et al. 2019)
+
+The word of a member is counted by (global query row, its place in the window), so the draw knows nothing of batches and chunks.
+"""
+
+import torch
+from torch import Tensor
+
+from negmine import order, philox
+from negmine.options import Select
+
+STRATEGIES = ("top", "random", "weighted")
+DRAWN_FROM = 10  # members of an open window for each negative drawn, as sentence-transformers derives its range_max
+
+
+def ranks_needed(select: Select, size: Tensor, n: int, strategy: str, cut: bool) -> tuple[Tensor, Tensor]:
+    """size (B,) int64, of each pool -> first, end (B,) int64: the ranks to look at.
+
+    cut: all of them are candidates, so "top" needs no more than n, and a draw from an open window 10 n.
+    """
+    first, end = select.window(size)
+    if cut and strategy == "top":
+        end = end.minimum(first + n)
+    elif cut and select.range_max is None:
+        end = end.minimum(first + DRAWN_FROM * n)
+    return first, end
+
+
+def window_of(places: Tensor, first: Tensor, end: Tensor) -> Tensor:
+    """places (B, depth), ranks [first, end) of each row -> (B, W) padded with NOWHERE."""
+    width = int((end - first).max().clamp_min(0)) if len(first) else 0
+    rank = first[:, None] + torch.arange(width, device=places.device)  # (B, W)
+    inside = rank < end[:, None]
+    return places.gather(1, rank.masked_fill(~inside, 0)).masked_fill(~inside, order.NOWHERE)
+
+
+def draw(window: Tensor, n: int, strategy: str, rows: Tensor, seed: int, temperature: float) -> Tensor:
+    """window (B, W) order, rows (B,) int64 global -> (B, n) order, hardest first, NOWHERE past the end."""
+    if strategy == "top":
+        kept = window[:, :n]
+    else:
+        slots = torch.arange(window.shape[1])  # (W,)
+        word = philox.words(rows, slots, philox.STREAM_SAMPLE, seed, 0)[0]  # (B, W)
+        key = word.double()
+        if strategy == "weighted":
+            gumbel = -(-((word.double() + 0.5) * 2.0**-32).log()).log()  # (B, W)
+            key = -(order.unpack(window)[0].double() / temperature + gumbel)
+        key = key.masked_fill(window == order.NOWHERE, torch.inf)
+        rank = key.argsort(dim=1, stable=True)[:, :n].sort(1).values  # (B, min(n, W))
+        kept = window.gather(1, rank)
+    return torch.nn.functional.pad(kept, (0, n - kept.shape[1]), value=order.NOWHERE)

@@ -1,0 +1,148 @@
+"""Embeddings as one sequence of rows, whatever holds them: arrays, tensors, .npy files on disk, or a list of those as shards.
+
+    rows = Rows.open("mine_hard_negatives", "corpus_embeddings", ["a.npy", "b.npy"])
+    rows.block(begin, end, device)   (C, D): a view where the holder allows it; never more than asked is read
+    rows.gather(numbers, device)     (M, D)
+
+The global row number is the place in the concatenation of the shards. Files are memory-mapped. Content hashes and the search
+for equal rows see the rows only, so neither depends on where the shards are cut.
+"""
+
+import bisect
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from negmine.checks import refuse
+from negmine.mining import for_kernels
+
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+HASHED_ROWS = 2048  # rows in memory at a time while hashing
+FORMS = "an array, a tensor, the path of a .npy file, or a list of those"
+
+
+def _opened(op: str, name: str, value: Any) -> Tensor | np.ndarray:
+    """One shard: a file becomes a private map of it, which torch may wrap and nothing writes to."""
+    if isinstance(value, (str, os.PathLike)):
+        path = Path(value)
+        if path.suffix != ".npy" or not path.is_file():
+            raise refuse(op, name, "the path of an existing .npy file", str(path))
+        try:
+            value = np.load(path, mmap_mode="c", allow_pickle=False)
+        except Exception as error:  # NumPy's parser of a damaged header raises many kinds
+            raise ValueError(f"{op}: {name} must be a whole .npy file, got {str(path)!r} ({error})") from error
+    if not isinstance(value, (np.ndarray, Tensor)):
+        raise refuse(op, name, FORMS, type(value).__name__, TypeError)
+    return value
+
+
+def _dtype_of(shard: Tensor | np.ndarray) -> str:
+    return DTYPES.get(shard.dtype, str(shard.dtype)) if isinstance(shard, Tensor) else str(shard.dtype)
+
+
+def as_tensor(part: Tensor | np.ndarray) -> Tensor:
+    """Rows of a shard as a tensor that kernels take: no copy where the memory is writable and each row is dense."""
+    if isinstance(part, Tensor):
+        return for_kernels(part)
+    return torch.from_numpy(part if part.flags.writeable and part.flags.c_contiguous else np.array(part, order="C"))
+
+
+class Rows:
+    """(rows, D) in one of the kernels' dtypes, held by one or more shards."""
+
+    def __init__(self, shards: list[Tensor | np.ndarray], dim: int, dtype: str) -> None:
+        self.shards, self.dim, self.dtype = shards, dim, dtype
+        self.starts = [0]  # of each shard, and the end of the last
+        for shard in shards:
+            self.starts.append(self.starts[-1] + len(shard))
+
+    @classmethod
+    def open(cls, op: str, name: str, value: Any) -> "Rows":
+        """Refuses, in a sentence, what is not (rows, D) in one dtype."""
+        if isinstance(value, (list, tuple)) and not value:
+            raise refuse(op, name, FORMS, value)
+        if isinstance(value, (list, tuple)):
+            labels = [f"{name}[{i}]" for i in range(len(value))]
+            shards = [_opened(op, label, shard) for label, shard in zip(labels, value, strict=True)]
+        else:
+            labels, shards = [name], [_opened(op, name, value)]
+        for label, shard in zip(labels, shards, strict=True):
+            if _dtype_of(shard) not in DTYPES.values():
+                raise refuse(
+                    op, label, "float32, float16 or bfloat16 in native byte order", _dtype_of(shard), TypeError
+                )
+            if shard.ndim != 2 or shard.shape[1] == 0:
+                raise refuse(op, label, "of shape (rows, D) with D of 1 or more", tuple(shard.shape))
+            if shard.shape[1] != shards[0].shape[1] or _dtype_of(shard) != _dtype_of(shards[0]):
+                wanted = f"of the D and dtype of the first shard, {shards[0].shape[1]} and {_dtype_of(shards[0])}"
+                raise refuse(op, label, wanted, (shard.shape[1], _dtype_of(shard)))
+        return cls(shards, shards[0].shape[1], _dtype_of(shards[0]))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dim * (4 if self.dtype == "float32" else 2)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the first tensor lives; None where no shard is a tensor."""
+        return next((shard.device for shard in self.shards if isinstance(shard, Tensor)), None)
+
+    def spans(self, size: int) -> Iterator[tuple[int, int]]:
+        """Consecutive (begin, end) of at most `size` rows that cover all rows; none crosses a shard, so none is a copy."""
+        for start, stop in zip(self.starts, self.starts[1:], strict=False):
+            for begin in range(start, stop, size):
+                yield begin, min(begin + size, stop)
+
+    def block(self, begin: int, end: int, device: torch.device) -> Tensor:
+        """Rows of one span: (end - begin, D)."""
+        shard = bisect.bisect_right(self.starts, begin) - 1
+        start = self.starts[shard]
+        return as_tensor(self.shards[shard][begin - start : end - start]).to(device)
+
+    def gather(self, numbers: np.ndarray, device: torch.device) -> Tensor:
+        """numbers (M,) int64 -> (M, D), wherever the rows lie."""
+        shard_of = np.searchsorted(self.starts, numbers, side="right") - 1  # (M,)
+        dtype = next(dtype for dtype, name in DTYPES.items() if name == self.dtype)
+        out = torch.empty(len(numbers), self.dim, dtype=dtype, device=device)  # (M, D)
+        for shard in np.unique(shard_of):
+            at = np.flatnonzero(shard_of == shard)
+            local = numbers[at] - self.starts[shard]
+            held = self.shards[shard]
+            part = held[torch.from_numpy(local).to(held.device)] if isinstance(held, Tensor) else held[local]
+            out[torch.from_numpy(at).to(device)] = as_tensor(part).to(device)
+        return out
+
+    def content_hash(self) -> str:
+        """One hash of dtype, D and all rows in order."""
+        digest = hashlib.blake2b(f"{self.dtype} {self.dim}\n".encode(), digest_size=16)
+        for begin, end in self.spans(HASHED_ROWS):
+            block = self.block(begin, end, torch.device("cpu")).contiguous()  # (C, D)
+            digest.update(block.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def first_equal(self) -> np.ndarray:
+        """(rows,) int64: the lowest row of equal values for each row; 0.0 equals -0.0, and NaN itself.
+
+        Equality is that of a 128-bit hash of each row. Needs about 48 bytes a row while it runs.
+        """
+        digests = np.empty((len(self), 2), np.uint64)  # (rows, 2)
+        for begin, end in self.spans(HASHED_ROWS):
+            block = (self.block(begin, end, torch.device("cpu")).float() + 0.0).numpy()  # (C, D)
+            joined = b"".join(hashlib.blake2b(row, digest_size=16).digest() for row in block)
+            digests[begin:end] = np.frombuffer(joined, np.uint64).reshape(-1, 2)
+        order = np.lexsort((digests[:, 0], digests[:, 1]))  # (rows,), stable: equal rows stay in ascending order
+        ranked = digests[order]
+        is_first = np.ones(len(self), dtype=bool)  # (rows,) in sorted order
+        is_first[1:] = (ranked[1:] != ranked[:-1]).any(1)
+        first = np.empty(len(self), np.int64)
+        first[order] = order[np.flatnonzero(is_first)[np.cumsum(is_first) - 1]]
+        return first
