@@ -11,7 +11,11 @@ NATIVE  := $(filter-out tests/%,$(CXX_ALL)) $(wildcard build_tools/*.py) setup.p
 # oneDNN's AMX kernels trust a CPUID that virtual machines may contradict.
 export ONEDNN_MAX_CPU_ISA = AVX512_CORE_BF16
 
-.PHONY: venv demo test check bench plots gpu wheel clean
+SECONDS ?= 60
+SEED    ?= 0
+SANITIZED := build/sanitize
+
+.PHONY: venv demo test check fuzz sanitize bench plots gpu wheel clean
 
 venv: .venv/built
 
@@ -35,6 +39,24 @@ check: venv
 	$(PY) -m ruff format --check $(PY_ALL)
 	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(CXX_ALL)
 	$(PY) -m mypy
+
+# Random calls of every public op on the CPU, judged by the reference: make fuzz SECONDS=600 SEED=7
+fuzz: venv
+	$(PY) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
+
+# The tests and the fuzzer on CPU kernels built with gcc's address and undefined sanitizers, in a copy of the package. Python is
+# not instrumented: libasan is loaded first, and libstdc++ with it, whose exceptions it wraps. No thread sanitizer: torch's OpenMP
+# is not instrumented either, so that every hand-over of work looks like a race.
+sanitize: venv
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	CXX="g++ -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" NEGMINE_CUDA=cpu \
+	  $(PY) setup.py --quiet build_py --build-lib $(SANITIZED) build_ext --build-lib $(SANITIZED)
+	cp -r tests pyproject.toml $(SANITIZED)
+	cd $(SANITIZED) && \
+	  export LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" && \
+	  export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
+	  ../../$(PY) -m pytest -p no:cacheprovider -k cpu tests/test_kernels.py tests/test_rules.py && \
+	  ../../$(PY) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 bench: venv
 	$(PY) -m benchmarks.run

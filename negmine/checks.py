@@ -26,9 +26,11 @@ def refuse(op: str, name: str, wanted: str, came: Any, error: type[Exception] = 
 
 
 def require_tensor(op: str, name: str, value: Any, like: Tensor | None = None) -> None:
-    """A tensor, on the device of `like`."""
+    """A dense tensor, on the device of `like`."""
     if not isinstance(value, Tensor):
         raise refuse(op, name, "a tensor", value if value is None else type(value).__name__, TypeError)
+    if value.layout != torch.strided or value.is_nested:
+        raise refuse(op, name, "a dense tensor", "nested" if value.is_nested else str(value.layout), TypeError)
     if like is not None and value.device != like.device:
         raise refuse(op, name, f"on the device of query ({like.device})", value)
 

@@ -103,7 +103,11 @@ def bounded(
             lower=order.pack(lowest, order.LAST_INDEX), upper=order.pack(select.highest_score(anchor), 0)
         )
     if not (select.starts_late or select.ends_early):
-        return pool
+        if select.has_filter:
+            return pool
+        # A window of everything is a window: it keeps no NaN score.
+        everything = torch.full((B,), torch.inf, device=query.device)  # (B,)
+        return pool._replace(lower=order.pack(-everything, order.LAST_INDEX), upper=order.pack(everything, 0))
     # Only fractions need the pool's size: a rank past the end of a pool has no place, and keeps nothing or everything.
     if isinstance(select.range_min, float) or isinstance(select.range_max, float):
         count = ops.count_negatives(query, negative_keys, *pool) if not pool.is_everything else None

@@ -92,6 +92,7 @@ def _rank(rank, world, store, out):
         half = Trainer(options, gather=True)
         half.run(2, rows_of, world)
         resumed = Trainer(options, gather=True)
+        resumed.run(2, rows_of, world)  # DDP lays its buckets anew at the second step: their sums must round alike
         resumed.queue.enqueue(unit(3, D, seed=rank))  # what a load must overwrite
         resumed.load(half.state())
         again = resumed.run(STEPS - 2, rows_of, world)

@@ -1,0 +1,108 @@
+"""What works here, and why the rest does not: python -m negmine.doctor
+
+    backends    each row of negmine/backends.py: the reason why it refuses, or what a small call of it really gave
+    build       how the compiled modules were made: version, CUDA, architectures, instruction sets
+    versions    Python, torch, Triton, NumPy, FAISS, the GPUs
+
+It changes nothing and always exits with 0: a backend that cannot run here is a fact, not a failure.
+"""
+
+import importlib
+import importlib.util
+import platform
+
+import torch
+
+from negmine import backends
+from negmine.mining import mine_hardest
+from negmine.version import __version__
+
+Rows = list[tuple[str, str]]
+
+
+def _trial(name: str, device: str) -> str:
+    """'works', or in words what a small call of this backend did instead."""
+    query = torch.tensor([[1.0, 0.0], [0.0, 1.0]], device=device)  # (B, D)
+    keys = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]], device=device)  # (K, D)
+    try:
+        index = mine_hardest(query, keys, 2, backend=name).index.tolist()
+    except Exception as error:  # whatever a driver or a compiler may raise, a report says it
+        first_line, *_ = str(error).splitlines() or [""]
+        return f"no: a small call raised {type(error).__name__}: {first_line}"
+    return "works" if index == [[1, 2], [0, 2]] else f"no: a small call gave {index} instead of [[1, 2], [0, 2]]"
+
+
+def backend_rows() -> list[tuple[str, str, str]]:
+    """Name, device and 'works' or 'no: why', in order of preference."""
+    rows = []
+    for row in backends.BACKENDS:
+        missing = [op for op in backends.OPS if row.launchers and op not in row.launchers]
+        if row.refusal:
+            verdict = f"no: {row.refusal}"
+        elif "mine_hardest" in missing:  # no call can name it
+            verdict = f"loads; runs {', '.join(row.launchers)}, and the next ones the rest"
+        else:
+            on_gpu = row.device == "cuda" and torch.cuda.is_available()
+            verdict = _trial(row.name, "cuda" if on_gpu else "cpu")
+            if missing:
+                verdict += f"; the next ones run {', '.join(missing)}"
+            if row.name == "triton" and backends.INTERPRETED:
+                verdict += "; interpreted (TRITON_INTERPRET=1), a thousandfold slower than compiled"
+        rows.append((row.name, row.device, verdict))
+    return rows
+
+
+def build_rows() -> Rows:
+    """How this copy was built, and the instruction set that its CPU kernels chose here."""
+    try:
+        info = importlib.import_module("negmine._build_info")
+        module = importlib.import_module("negmine._C")
+    except ImportError as error:
+        return [("compiled", f"no: {error}; build it with `make venv` or install a wheel")]
+    has = [name for name, present in module.cpu_features().items() if present]
+    return [
+        ("version", f"{info.VERSION}, commit {info.COMMIT or 'unknown'}"),
+        ("CUDA", info.CUDA_VERSION or "none"),
+        ("architectures", ", ".join(f"sm_{arch}" for arch in info.CUDA_ARCHES) or "none"),
+        ("compiler", f"{module.build_info()['compiler']}, {' '.join(info.CXX_FLAGS)}"),
+        ("CPU kernels", f"{module.isa()}; this machine runs {', '.join(has) or 'portable code only'}"),
+    ]
+
+
+def _version_of(name: str) -> str:
+    """The version of a module, or why there is none."""
+    if importlib.util.find_spec(name) is None:
+        return "not installed"
+    try:
+        return getattr(importlib.import_module(name), "__version__", "installed, version unknown")
+    except Exception as error:  # a broken installation is what a doctor is asked about
+        return f"installed, but its import failed: {error}"
+
+
+def version_rows() -> Rows:
+    """Python, torch, Triton, NumPy, FAISS and the GPUs."""
+    gpus = []
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(i)
+        gpus.append(f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})")
+    return [
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} threads"),
+        *((name, _version_of(name)) for name in ("triton", "numpy", "faiss")),
+        ("GPUs", ", ".join(gpus) or "none that torch sees"),
+    ]
+
+
+def report() -> str:
+    """All of it as text."""
+    lines = [f"negmine {__version__}", "", "backends, in order of preference"]
+    lines += [f"  {name:<10} {device:<5} {verdict}" for name, device, verdict in backend_rows()]
+    if backends.FORCED:
+        lines.append(f"  NEGMINE_BACKEND={backends.FORCED} insists on one")
+    for title, rows in (("build", build_rows()), ("versions", version_rows())):
+        lines += ["", title, *(f"  {name:<16} {value}" for name, value in rows)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,61 @@
+"""The fuzzer in short: a few seconds without a fault, and it sees the faults that it is there for."""
+
+import os
+
+import pytest
+import torch
+
+from negmine import backends
+from tests import fuzz
+from tests.fuzz_case import Case
+
+cpu = next(row for row in backends.BACKENDS if row.name == "cpu")
+pytestmark = pytest.mark.skipif(bool(cpu.refusal), reason=cpu.refusal)
+
+
+def test_five_seconds_without_a_fault():
+    faults, calls = fuzz.fuzz(5, seed=0)
+    assert not faults, "\n".join(faults)
+    assert calls["agrees"] > 20
+
+
+def nudged(kernel, place):
+    """The kernel with one of its results a little wrong."""
+
+    def run(*arguments):
+        results = list(kernel(*arguments))
+        results[place] = results[place] + (1e-2 if results[place].is_floating_point() else 1)
+        return tuple(results)
+
+    return run
+
+
+@pytest.mark.parametrize("op, place", [("logsumexp", 0), ("logsumexp", 1), ("mine_hardest", 0), ("mix_negatives", 0)])
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_kernel_is_seen(monkeypatch, op, place):
+    monkeypatch.setitem(cpu.launchers, op, nudged(cpu.launchers[op], place))
+    faults = 0
+    for number in range(120):
+        try:
+            fuzz.run_case(0, number)
+        except fuzz.Fault:
+            faults += 1
+    assert faults
+
+
+def test_a_case_is_its_number():
+    assert [fuzz.described(3, n) for n in range(20)] == [fuzz.described(3, n) for n in range(20)]
+    call = fuzz.loss(Case(3, 4))[0]
+    again = fuzz.loss(Case(3, 4))[0]
+    assert torch.equal(call["query"].nan_to_num(), again["query"].nan_to_num())
+
+
+def test_a_crash_is_a_fault(monkeypatch):
+    monkeypatch.setattr(fuzz, "run", crashing)
+    faults, _ = fuzz.fuzz(1, seed=5)
+    assert faults == ["--seed 5 --case 17: crashed with exit code -6"]
+
+
+def crashing(seed, first, seconds, only, at, faults):
+    at.value = 17
+    os.abort()
