@@ -288,8 +288,8 @@ def sup_con(
     positives: str = "out",
     denominator: str = "all",
     usable: Tensor | None = None,
-) -> Tensor:
-    """Loss of each row (B,) with P = usable keys of the query's label; a label below 0 is unknown and equals nothing.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of each row (B,) and its statistics, with P = usable keys of the query's label; below 0 it is unknown.
 
         "out"  mean over p in P of -log(e^x_p / den_p)         "in"  -log of the mean over p in P of e^x_p / den_p
         den_p: "all" every usable key; "own_positive" the negatives and p; "negatives_only" the negatives
@@ -301,12 +301,16 @@ def sup_con(
     has_positive = same.any(1)  # (B,)
     columns = usable if denominator == "all" else usable & ~same
     lse = x.masked_fill(~columns, -torch.inf).masked_fill(~columns.any(1, keepdim=True), 0.0).logsumexp(1)
-    lse = lse.masked_fill(~columns.any(1), -torch.inf)[:, None].expand_as(x)  # (B, K)
+    lse = lse.masked_fill(~columns.any(1), -torch.inf)  # (B,)
+    below = lse[:, None].expand_as(x)  # (B, K)
     if denominator == "own_positive":
-        lse = torch.logaddexp(lse, x)
+        below = torch.logaddexp(below, x)
     some = has_positive & (columns.any(1) | (denominator == "own_positive"))  # (B,)
-    log_ratio = (x - lse).masked_fill(~(same & some[:, None]), 0.0 if positives == "out" else -torch.inf)  # (B, K)
+    log_ratio = (x - below).masked_fill(~(same & some[:, None]), 0.0 if positives == "out" else -torch.inf)  # (B, K)
     count = same.sum(1).clamp_min(1)
     if positives == "out":
-        return (-log_ratio.sum(1) / count).masked_fill(~some, 0.0)
-    return (count.to(x.dtype).log() - log_ratio.masked_fill(~some[:, None], 0.0).logsumexp(1)).masked_fill(~some, 0.0)
+        loss = -log_ratio.sum(1) / count
+    else:
+        loss = count.to(x.dtype).log() - log_ratio.masked_fill(~some[:, None], 0.0).logsumexp(1)
+    stats = {"logsumexp": lse.detach(), "num_positives": same.sum(1), "num_without_positive": (~some).sum()}
+    return loss.masked_fill(~some, 0.0), stats
