@@ -7,12 +7,13 @@ import torch as _torch  # noqa: F401  the compiled ops take their symbols from i
 
 from negmine import recipes
 from negmine.info_nce import InfoNCEStats, info_nce
-from negmine.losses import InfoNCELoss
+from negmine.losses import InfoNCELoss, SupConLoss
 from negmine.mining import Mined, mine_hardest, percentile, rank_thresholds
 from negmine.mixing import Mixed, mix_negatives
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.queue import MoCoQueue
 from negmine.search import MiningResult, mine_hard_negatives
+from negmine.sup_con import SupConStats, sup_con
 from negmine.version import __version__
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "Mixed",
     "MoCoQueue",
     "Select",
+    "SupConLoss",
+    "SupConStats",
     "Weight",
     "__version__",
     "info_nce",
@@ -34,4 +37,5 @@ __all__ = [
     "percentile",
     "rank_thresholds",
     "recipes",
+    "sup_con",
 ]

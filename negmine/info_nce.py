@@ -40,9 +40,10 @@ class LogSumExp(torch.autograd.Function):
         want_mean = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
         keys = for_kernels(negative_keys)
         lse, mean, kept, above = ops.logsumexp(for_kernels(query), keys, scale.detach(), pivot, want_mean, *pool)
+        *tensors, ctx.same_label = pool
         ctx.ops = ops
         wants_keys = ctx.needs_input_grad[1]
-        ctx.save_for_backward(query, scale, lse, mean, *((negative_keys, *pool) if wants_keys else ()))
+        ctx.save_for_backward(query, scale, lse, mean, *((negative_keys, *tensors) if wants_keys else ()))
         ctx.mark_non_differentiable(kept, above)
         return lse, kept, above
 
@@ -54,7 +55,8 @@ class LogSumExp(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_query = ((d_lse * scale)[:, None] * mean).to(query.dtype)  # (B, D)
         if ctx.needs_input_grad[1]:
-            negative_keys, *pool = rest
+            negative_keys, *tensors = rest
+            pool = (*tensors, ctx.same_label)
             weight = d_lse * scale  # (B,)
             d_keys = ctx.ops.logsumexp_grad_keys(
                 for_kernels(query), for_kernels(negative_keys), scale, lse, weight, *pool
@@ -203,6 +205,13 @@ def _dense_keys(negative_keys: Tensor, pool: Pool) -> Tensor:
     return keys if negative_keys.requires_grad else keys.clone()
 
 
+def scale_of(temperature: float | Tensor, query: Tensor) -> Tensor:
+    """1 / temperature as the 0-d fp32 tensor that kernels read; carries the temperature's gradient."""
+    if isinstance(temperature, Tensor):
+        return temperature.to(device=query.device, dtype=torch.float32).reciprocal()
+    return torch.full((), 1.0 / temperature, dtype=torch.float32, device=query.device)
+
+
 def _fused(
     ops: backends.Launchers,
     query: Tensor,
@@ -218,10 +227,7 @@ def _fused(
     want_rank: bool,
 ) -> tuple[Tensor, InfoNCEStats]:
     """Loss (B,) and statistics from the kernels `ops`; meaning as reference.info_nce."""
-    if isinstance(temperature, Tensor):
-        scale = temperature.to(device=query.device, dtype=torch.float32).reciprocal()
-    else:
-        scale = torch.full((), 1.0 / temperature, dtype=torch.float32, device=query.device)
+    scale = scale_of(temperature, query)
     positive_score = score_of_positive(query, positive_key)  # (B,)
     x_positive = positive_score * scale  # (B,)
     q, keys = for_kernels(query), for_kernels(negative_keys)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from negmine import checks
 from negmine.info_nce import InfoNCEStats, info_nce
 from negmine.options import FalseNegatives, Mix, Select, Weight
+from negmine.sup_con import SupConStats, sup_con
 
 
 class InfoNCELoss(nn.Module):
@@ -81,3 +82,41 @@ class InfoNCELoss(nn.Module):
     def extra_repr(self) -> str:
         given = {name: value for name, value in (self.options | self.fixed).items() if value not in (None, False)}
         return ", ".join([f"temperature={self.temperature!r}", *(f"{name}={value!r}" for name, value in given.items())])
+
+
+class SupConLoss(nn.Module):
+    """sup_con as a module; its keywords are sup_con's. A temperature given as an nn.Parameter is learned with the rest."""
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        *,
+        positives: str = "out",
+        denominator: str = "all",
+        reduction: str = "mean",
+        backend: str | None = None,
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__()
+        op = "SupConLoss"
+        checks.require_temperature(op, temperature)
+        checks.require_choice(op, "positives", positives, ("out", "in"))
+        checks.require_choice(op, "denominator", denominator, ("all", "own_positive", "negatives_only"))
+        checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
+        self.temperature = temperature
+        self.options: dict[str, Any] = {
+            "positives": positives,
+            "denominator": denominator,
+            "reduction": reduction,
+            "backend": backend,
+            "return_stats": return_stats,
+        }
+
+    def forward(
+        self, query: Tensor, keys: Tensor, query_labels: Tensor, key_labels: Tensor, **masks: Any
+    ) -> Tensor | tuple[Tensor, SupConStats]:
+        """masks: query_ids, key_ids, key_mask of sup_con."""
+        return sup_con(query, keys, query_labels, key_labels, temperature=self.temperature, **self.options, **masks)
+
+    def extra_repr(self) -> str:
+        return ", ".join([f"temperature={self.temperature!r}", *(f"{k}={v!r}" for k, v in self.options.items() if v)])

@@ -167,7 +167,8 @@ def percentile(
 
     query (B, D), negative_keys (K, D), masks: as in mine_hardest. q in [0, 1]: 0.95 is the score that 5 % exceed.
     A tensor q is trusted to lie in [0, 1] (reading it would synchronise).
-    Returns (B, R) fp32; NaN for an empty pool. No gradient. Raises ValueError or TypeError for input that does not fit.
+    Returns (B, R) fp32; NaN for an empty pool, and where a NaN score is reached: it lies below everything. No gradient.
+    Raises ValueError or TypeError for input that does not fit.
     """
     op = "percentile"
     checks.require_query_and_keys(op, query, negative_keys)

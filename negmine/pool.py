@@ -16,7 +16,7 @@ from negmine.options import Select
 
 
 class Pool(NamedTuple):
-    """The seven optional tensors of a kernel's pool, in order."""
+    """What every kernel is told of a row's columns, in order: seven optional tensors and a flag."""
 
     negative_mask: Tensor | None = None  # (K,) or (B, K) bool, True = usable
     query_ids: Tensor | None = None  # (B,) int64
@@ -25,17 +25,17 @@ class Pool(NamedTuple):
     negative_labels: Tensor | None = None  # (K,) int64, equal = not a negative
     lower: Tensor | None = None  # (B,) int64 order
     upper: Tensor | None = None  # (B,) int64 order
+    same_label: bool = False  # True: equal labels are what is kept
 
     @property
     def is_everything(self) -> bool:
-        return all(part is None for part in self)
+        return all(part is None for part in self[:7])
 
 
 def _check_tags(
-    op: str, kind: str, query_tags: Any, negative_tags: Any, query: Tensor, negative_shape: tuple[int, ...]
+    op: str, names: tuple[str, str], query_tags: Any, negative_tags: Any, query: Tensor, negative_shape: tuple[int, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
     """A pair of ids or of labels: both or neither, whole numbers, one a query and one a negative."""
-    names = (f"query_{kind}", f"negative_{kind}")
     if query_tags is None and negative_tags is None:
         return None, None
     if query_tags is None or negative_tags is None:
@@ -59,20 +59,24 @@ def check_pool(
     negative_ids: Tensor | None = None,
     query_labels: Tensor | None = None,
     negative_labels: Tensor | None = None,
+    keys_are: str = "negative",
 ) -> Pool:
-    """The caller's masks, in the order of Pool; raises in a sentence where they do not fit query (B, D) and negative_keys."""
+    """The caller's masks, in the order of Pool; raises in a sentence where they do not fit query (B, D) and negative_keys.
+
+    keys_are: how the caller's arguments name the keys: "negative", or "key".
+    """
     own = (query.shape[0], negative_keys.shape[-2])  # (B, K)
     shared = own[1:]  # (K,)
     tag_shape = shared if negative_keys.dim() == 2 else own
     if negative_mask is not None:
-        require_tensor(op, "negative_mask", negative_mask, query)
+        require_tensor(op, f"{keys_are}_mask", negative_mask, query)
         if negative_mask.dtype != torch.bool:
-            raise refuse(op, "negative_mask", "a bool tensor (True = usable)", negative_mask, TypeError)
+            raise refuse(op, f"{keys_are}_mask", "a bool tensor (True = usable)", negative_mask, TypeError)
         if tuple(negative_mask.shape) not in (shared, own):
-            raise refuse(op, "negative_mask", f"of shape {describe([shared, own])}", negative_mask)
+            raise refuse(op, f"{keys_are}_mask", f"of shape {describe([shared, own])}", negative_mask)
         negative_mask = negative_mask.contiguous()
-    ids = _check_tags(op, "ids", query_ids, negative_ids, query, tag_shape)
-    labels = _check_tags(op, "labels", query_labels, negative_labels, query, tag_shape)
+    ids = _check_tags(op, ("query_ids", f"{keys_are}_ids"), query_ids, negative_ids, query, tag_shape)
+    labels = _check_tags(op, ("query_labels", f"{keys_are}_labels"), query_labels, negative_labels, query, tag_shape)
     return Pool(negative_mask, *ids, *labels)
 
 
@@ -80,10 +84,10 @@ def usable(pool: Pool, query: Tensor, negative_keys: Tensor) -> Tensor | None:
     """The masks of a pool as one dense (B, K) bool for the reference; None where nothing is masked."""
     shape = (query.shape[0], negative_keys.shape[-2])  # (B, K)
     dense = None if pool.negative_mask is None else pool.negative_mask.expand(shape)
-    for query_tags, negative_tags in (pool[1:3], pool[3:5]):
+    for query_tags, negative_tags, same in ((*pool[1:3], False), (*pool[3:5], pool.same_label)):
         if query_tags is not None and negative_tags is not None:
-            differs = query_tags[:, None] != negative_tags  # (B, K)
-            dense = differs if dense is None else dense & differs
+            fits = (query_tags[:, None] == negative_tags) == same  # (B, K)
+            dense = fits if dense is None else dense & fits
     return dense
 
 

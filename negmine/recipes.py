@@ -1,4 +1,4 @@
-"""Published treatments of negatives, each as one function that returns the configured InfoNCELoss.
+"""Published treatments of negatives, each as one function that returns the configured loss module.
 
     loss = negmine.recipes.hardest(0.05)
     loss(query, queue_key, queue.keys, query_ids=ids, negative_ids=queue.ids)
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from negmine.losses import InfoNCELoss
+from negmine.losses import InfoNCELoss, SupConLoss
 from negmine.options import FalseNegatives, Mix, Select, Weight
 
 Temperature = float | Tensor | Callable[[int], float]
@@ -153,6 +153,15 @@ def false_negative_cancellation(
     """
     found = FalseNegatives(top_k, threshold, mode=mode, reduce=reduce)
     return InfoNCELoss(temperature, false_negatives=found, **keywords)
+
+
+def sup_con(positives: str = "out", *, temperature: float | Tensor = 0.07, **keywords: Any) -> SupConLoss:
+    """SupCon (Khosla et al. 2020, arXiv 2004.11362; HobbitLong/SupContrast losses.py): every key of the same label attracts.
+
+    positives="out" takes the mean outside the logarithm, which the paper found far better than "in". Against a queue, give it the
+    current keys and the queue concatenated, as zhangyifei01/MoCo-v2-SupContrast does; label -1 is unknown.
+    """
+    return SupConLoss(temperature, positives=positives, **keywords)
 
 
 def margin_pos(

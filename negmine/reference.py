@@ -10,6 +10,7 @@ candidate; selection is detached.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,19 @@ from negmine import philox
 from negmine.options import FalseNegatives, Mix, Select, Weight
 
 
+def unshortened(device: torch.device) -> AbstractContextManager:
+    """Products in the dtype of their inputs, also where the caller's autocast would shorten them."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def scores_of(query: Tensor, negative_keys: Tensor) -> Tensor:
     """Inner products (B, K) of query (B, D) with shared (K, D) or own (B, K, D) keys."""
-    if negative_keys.dim() == 2:
-        return query @ negative_keys.T
-    return torch.einsum("bd,bkd->bk", query, negative_keys)
+    with unshortened(query.device):
+        if negative_keys.dim() == 2:
+            return query @ negative_keys.T
+        return torch.einsum("bd,bkd->bk", query, negative_keys)
 
 
 def ranking(scores: Tensor, usable: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -56,10 +65,14 @@ def rank_thresholds(query: Tensor, negative_keys: Tensor, ranks: Tensor, usable:
 
 
 def percentile(query: Tensor, negative_keys: Tensor, q: Tensor, usable: Tensor | None = None) -> Tensor:
-    """q (R,) in [0, 1] -> (B, R): torch.quantile's linear interpolation over each row's pool; NaN for an empty pool."""
+    """q (R,) in [0, 1] -> (B, R): torch.quantile's linear interpolation over each row's pool; NaN for an empty pool.
+
+    A NaN score counts in the pool and lies below everything: the low quantiles of its row are NaN.
+    """
     scores, index = mine_hardest(query, negative_keys, negative_keys.shape[-2] + 1, usable)  # (B, K + 1)
     scores = scores.masked_fill(index < 0, torch.nan)
-    count = (index >= 0).sum(1, keepdim=True)  # (B, 1)
+    everything = torch.full_like(scores[:, :1], negative_keys.shape[-2], dtype=torch.long)  # (B, 1)
+    count = everything if usable is None else usable.sum(1, keepdim=True)
     place = (count - 1).clamp_min(0).double() * q.double()  # (B, R) ascending, between two neighbours
     below, above = (count - 1 - place.floor().long()), (count - 1 - place.ceil().long())  # (B, R) descending ranks
     weight = place.frac().to(scores.dtype)
@@ -170,7 +183,8 @@ def false_negatives_found(
 ) -> Tensor:
     """support (B, V, D) -> (B, K) bool: the columns that the support views give away."""
     equation = "bvd,kd->bvk" if negative_keys.dim() == 2 else "bvd,bkd->bvk"
-    by_view = torch.einsum(equation, support.detach(), negative_keys.detach())  # (B, V, K)
+    with unshortened(support.device):
+        by_view = torch.einsum(equation, support.detach(), negative_keys.detach())  # (B, V, K)
     found_score = by_view.amax(1) if options.reduce == "max" else by_view.mean(1)  # (B, K)
     index, count = ranking(found_score, usable)
     top = index.shape[1] if options.top_k is None else options.top_k
@@ -256,7 +270,7 @@ def info_nce(
         vectors, parents, _ = mix_negatives(
             query, negative_keys, mix, usable, seed=seed, step=step, row_offset=row_offset
         )
-        x_mixed = torch.einsum("bd,bsd->bs", query, vectors) / temperature  # (B, S)
+        x_mixed = scores_of(query, vectors) / temperature  # (B, S)
         columns = torch.cat([columns, x_mixed.masked_fill(parents[:, :, 1] < 0, -torch.inf)], 1)
         some = some | (parents[:, :, 1] >= 0).any(1)
 
@@ -288,8 +302,8 @@ def sup_con(
     positives: str = "out",
     denominator: str = "all",
     usable: Tensor | None = None,
-) -> Tensor:
-    """Loss of each row (B,) with P = usable keys of the query's label; a label below 0 is unknown and equals nothing.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of each row (B,) and its statistics, with P = usable keys of the query's label; below 0 it is unknown.
 
         "out"  mean over p in P of -log(e^x_p / den_p)         "in"  -log of the mean over p in P of e^x_p / den_p
         den_p: "all" every usable key; "own_positive" the negatives and p; "negatives_only" the negatives
@@ -301,12 +315,16 @@ def sup_con(
     has_positive = same.any(1)  # (B,)
     columns = usable if denominator == "all" else usable & ~same
     lse = x.masked_fill(~columns, -torch.inf).masked_fill(~columns.any(1, keepdim=True), 0.0).logsumexp(1)
-    lse = lse.masked_fill(~columns.any(1), -torch.inf)[:, None].expand_as(x)  # (B, K)
+    lse = lse.masked_fill(~columns.any(1), -torch.inf)  # (B,)
+    below = lse[:, None].expand_as(x)  # (B, K)
     if denominator == "own_positive":
-        lse = torch.logaddexp(lse, x)
+        below = torch.logaddexp(below, x)
     some = has_positive & (columns.any(1) | (denominator == "own_positive"))  # (B,)
-    log_ratio = (x - lse).masked_fill(~(same & some[:, None]), 0.0 if positives == "out" else -torch.inf)  # (B, K)
+    log_ratio = (x - below).masked_fill(~(same & some[:, None]), 0.0 if positives == "out" else -torch.inf)  # (B, K)
     count = same.sum(1).clamp_min(1)
     if positives == "out":
-        return (-log_ratio.sum(1) / count).masked_fill(~some, 0.0)
-    return (count.to(x.dtype).log() - log_ratio.masked_fill(~some[:, None], 0.0).logsumexp(1)).masked_fill(~some, 0.0)
+        loss = -log_ratio.sum(1) / count
+    else:
+        loss = count.to(x.dtype).log() - log_ratio.masked_fill(~some[:, None], 0.0).logsumexp(1)
+    stats = {"logsumexp": lse.detach(), "num_positives": same.sum(1), "num_without_positive": (~some).sum()}
+    return loss.masked_fill(~some, 0.0), stats

@@ -85,9 +85,7 @@ def rounding(call: dict) -> float:
 
 def mining(case: Case) -> tuple[dict, str]:
     call = {"query": case.vectors(case.B, case.D), "negative_keys": case.vectors(case.K, case.D), **case.masks()}
-    ops = ["mine_hardest", "mine_hardest", "rank_thresholds"]
-    # A percentile's pool counts the columns that the masks leave: with NaN scores among them it is nobody's quantile.
-    op = case.draw.choice(ops if "special" in case.kind else [*ops, "percentile"])
+    op = case.draw.choice(["mine_hardest", "mine_hardest", "rank_thresholds", "percentile"])
     if op == "mine_hardest":
         call["N"] = case.draw.choice([1, 2, case.draw.randrange(1, 500), case.K + 3])
         call["select"] = case.select(margins=True)

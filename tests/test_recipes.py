@@ -92,6 +92,12 @@ def test_false_negative_cancellation_takes_support_views():
     assert stats.num_negatives[0] < K and bool(value.isfinite())
 
 
+def test_sup_con_recipe():
+    (q, _, keys), *_ = logits(0.07)
+    both = torch.arange(B) % 2, torch.arange(K) % 3
+    assert torch.equal(recipes.sup_con("in")(q, keys, *both), negmine.sup_con(q, keys, *both, positives="in"))
+
+
 def test_linear_schedule():
     outer = recipes.linear(1.0, 0.1, 10)
     assert [round(outer(s), 6) for s in (0, 5, 10, 99)] == [1.0, 0.55, 0.1, 0.1]

@@ -54,12 +54,22 @@ def test_autocast_casts_nothing_here(options):
         torch.testing.assert_close(want.double(), negmine.info_nce(*exact, **options), rtol=1e-5, atol=1e-5)
 
 
-def test_mining_under_autocast_is_mining():
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_mining_under_autocast_is_mining(backend):
     q, _, keys = inputs()
-    want = negmine.mine_hardest(q, keys, 9, backend="cpu")
+    want = negmine.mine_hardest(q, keys, 9, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = negmine.mine_hardest(q, keys, 9, backend="cpu")
+        got = negmine.mine_hardest(q, keys, 9, backend=backend)
     assert torch.equal(got.scores, want.scores) and torch.equal(got.index, want.index)
+
+
+def test_what_only_the_reference_does_keeps_its_products_under_autocast():
+    q, pos, keys = inputs()
+    found = {"false_negatives": negmine.FalseNegatives(3, 0.1), "support": pos[:, None]}
+    for options in ({"mix": Mix(4, 3, 2, detach=False)}, {"select": Select(0, 0.5, sample=5)}, found):
+        want = negmine.info_nce(q, pos, keys, **options)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(negmine.info_nce(q, pos, keys, **options), want)
 
 
 @each_option

@@ -119,18 +119,21 @@ inline Tensor scalar(const char* op, const char* name, const Tensor& t, const Te
   return t;
 }
 
-// The seven optional tensors of a pool (kernels/README.md), checked; holds them while a kernel reads their memory.
+// The tensors of a pool (kernels/README.md), checked; holds them while a kernel reads their memory.
 struct PoolTensors {
   OptionalTensor negative_mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper;
+  bool same_label;
 
   PoolTensors(const char* op, const Tensor& query, const Tensor& negative_keys, const OptionalTensor& mask,
               const OptionalTensor& q_ids, const OptionalTensor& n_ids, const OptionalTensor& q_labels,
-              const OptionalTensor& n_labels, const OptionalTensor& low, const OptionalTensor& high) {
+              const OptionalTensor& n_labels, const OptionalTensor& low, const OptionalTensor& high, bool same)
+      : same_label(same) {
     const int64_t B = query.size(0), K = negative_keys.size(0);
     require(K <= INT64_C(0xFFFFFFFF), op, ": negative_keys must have fewer than 2^32 rows, got ", K, ".");
     require(q_ids.has_value() == n_ids.has_value(), op, ": query_ids and negative_ids go together, got one of them.");
     require(q_labels.has_value() == n_labels.has_value(), op,
             ": query_labels and negative_labels go together, got one of them.");
+    require(q_labels.has_value() || !same, op, ": same_label needs query_labels and negative_labels, got none.");
     if (mask.has_value()) {
       const bool shared = mask->dim() == 1 && mask->size(0) == K;
       const bool own = mask->dim() == 2 && mask->size(0) == B && mask->size(1) == K;

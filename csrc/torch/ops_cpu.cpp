@@ -60,6 +60,7 @@ cpu::Pool pool_of(const PoolTensors& t) {
   pool.negative_ids = longs(t.negative_ids);
   pool.query_labels = longs(t.query_labels);
   pool.negative_labels = longs(t.negative_labels);
+  pool.same_label = t.same_label;
   pool.lower = longs(t.lower);
   pool.upper = longs(t.upper);
   return pool;
@@ -97,8 +98,8 @@ struct Scored {
 #define POOL_ARGUMENTS                                                                                        \
   const OptionalTensor &negative_mask, const OptionalTensor &query_ids, const OptionalTensor &negative_ids,   \
       const OptionalTensor &query_labels, const OptionalTensor &negative_labels, const OptionalTensor &lower, \
-      const OptionalTensor &upper
-#define POOL negative_mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper
+      const OptionalTensor &upper, bool same_label
+#define POOL negative_mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, same_label
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> logsumexp(const Tensor& query, const Tensor& negative_keys,
                                                      const Tensor& scale, const OptionalTensor& pivot, bool want_mean,
@@ -280,7 +281,7 @@ std::tuple<Tensor, Tensor> mix_logsumexp(const Tensor& query, const Tensor& nega
 
 #define POOL_SCHEMA                                                                                                 \
   "Tensor? negative_mask, Tensor? query_ids, Tensor? negative_ids, Tensor? query_labels, Tensor? negative_labels, " \
-  "Tensor? lower, Tensor? upper"
+  "Tensor? lower, Tensor? upper, bool same_label=False"
 #define DRAW_SCHEMA                                                                                                \
   "int pairs, int with_query, float pair_low, float pair_high, float query_low, float query_high, bool distinct, " \
   "Tensor? quantiles, int seed, int step, int row_offset"

@@ -1,4 +1,4 @@
-// Which columns a row may see: the seven optional arrays of kernels/README.md, part "Pool". A null pointer is an absent
+// Which columns a row may see: the optional arrays of kernels/README.md, part "Pool". A null pointer is an absent
 // array.
 //
 // A column leaves the pool by the masks (negative_mask, equal ids, equal labels) or by the bounds (lower, upper).
@@ -16,6 +16,7 @@ struct Pool {
   const int64_t* negative_ids = nullptr;     // (K,)
   const int64_t* query_labels = nullptr;     // (B,)
   const int64_t* negative_labels = nullptr;  // (K,)
+  bool same_label = false;                   // true: keep equal labels instead of dropping them
   const int64_t* lower = nullptr;            // (B,) order, keep places >= lower
   const int64_t* upper = nullptr;            // (B,) order, keep places <= upper
 

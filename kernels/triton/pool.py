@@ -1,6 +1,6 @@
-"""Which columns a row may see: the seven optional pool tensors, as kernel arguments and on the device.
+"""Which columns a row may see: the eight parts of a pool, as kernel arguments and on the device.
 
-On the host a pool is the tuple of those tensors; pool_arguments spells it for a kernel, where an absent tensor becomes
+On the host a pool is a tuple of seven tensors and a flag; pool_arguments spells it for a kernel, where an absent tensor becomes
 a dummy pointer and a False flag. On the device there are three steps: pool_rows reads what belongs to the rows once;
 pool_keys says which key rows may be read at all; pool_masks and pool_bounds say, for a tile, which columns are allowed
 and which lie inside the bounds. Meaning: kernels/README.md, "Pool".
@@ -14,11 +14,12 @@ import triton.language as tl
 from .order import unpack
 
 NO_MASK, KEY_MASK, TILE_MASK = 0, 1, 2
+NO_LABELS, OTHER_LABELS, SAME_LABELS = 0, 1, 2  # HAS_LABELS in the kernels
 
 
 def complete(pool: tuple) -> tuple:
-    """The seven pool tensors, None for those a caller left off the end."""
-    return (*pool, *([None] * (7 - len(pool))))
+    """The seven pool tensors and same_label, absent where a caller left them off the end."""
+    return (*pool, *(None, None, None, None, None, None, None, False)[len(pool) :])
 
 
 def is_masked(pool: tuple) -> bool:
@@ -26,23 +27,23 @@ def is_masked(pool: tuple) -> bool:
 
 
 def is_bounded(pool: tuple) -> bool:
-    return any(x is not None for x in pool[5:])
+    return any(x is not None for x in pool[5:7])
 
 
 def of_rows(pool: tuple, start: int, stop: int) -> tuple:
     """The pool of queries [start, stop): what belongs to queries is cut, what belongs to keys stays."""
-    mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper = pool
+    mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, same_label = pool
     if mask is not None and mask.ndim == 2:
         mask = mask[start:stop]
     query_ids, query_labels, lower, upper = (
         None if x is None else x[start:stop] for x in (query_ids, query_labels, lower, upper)
     )
-    return mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper
+    return mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, same_label
 
 
 def pool_arguments(pool: tuple, dummy: Tensor) -> dict:
     """The pool as kernel arguments; `dummy` stands where there is no tensor."""
-    mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper = pool
+    mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, same_label = pool
     if mask is not None and mask.stride(-1) != 1:
         mask = mask.contiguous()
 
@@ -60,7 +61,7 @@ def pool_arguments(pool: tuple, dummy: Tensor) -> dict:
         "upper_ptr": pointer(upper),
         "MASK": NO_MASK if mask is None else (KEY_MASK if mask.ndim == 1 else TILE_MASK),
         "HAS_IDS": query_ids is not None,
-        "HAS_LABELS": query_labels is not None,
+        "HAS_LABELS": NO_LABELS if query_labels is None else SAME_LABELS if same_label else OTHER_LABELS,
         "HAS_LOWER": lower is not None,
         "HAS_UPPER": upper is not None,
     }
@@ -109,7 +110,10 @@ def pool_masks(
     offs_b, b_ok, offs_k, k_ok, ids, labels, mask_ptr, stride_mb, negative_ids_ptr, negative_labels_ptr,
     MASK: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LABELS: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_B, BLOCK_K) bool: columns the masks allow; of rows past B nothing is promised.  MASK == 2 is TILE_MASK."""
+    """(BLOCK_B, BLOCK_K) bool: columns the masks allow; of rows past B nothing is promised.
+
+    MASK == 2 is TILE_MASK, HAS_LABELS == 2 is SAME_LABELS.
+    """
     allowed = tl.broadcast_to(k_ok[None, :], (offs_b.shape[0], offs_k.shape[0]))  # (BLOCK_B, BLOCK_K)
     if MASK == 2:
         ptrs = mask_ptr + offs_b.to(tl.int64)[:, None] * stride_mb + offs_k[None, :]
@@ -119,7 +123,10 @@ def pool_masks(
         allowed = allowed & (ids[:, None] != negative_ids[None, :])
     if HAS_LABELS:
         negative_labels = tl.load(negative_labels_ptr + offs_k, mask=k_ok, other=0)  # (BLOCK_K,)
-        allowed = allowed & (labels[:, None] != negative_labels[None, :])
+        if HAS_LABELS == 2:
+            allowed = allowed & (labels[:, None] == negative_labels[None, :])
+        else:
+            allowed = allowed & (labels[:, None] != negative_labels[None, :])
     return allowed
 
 

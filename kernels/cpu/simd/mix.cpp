@@ -37,6 +37,7 @@ void mix_negatives_row(const Matrix& query, const Matrix& negative_keys, int64_t
                        float* mixed, void* vectors, int64_t* parents, float* coefficients) {
   const int64_t S = draws.S(), n_b = count_hard(draws, b);
   const int64_t row_bytes = D * (query.dtype == Dtype::kFloat32 ? 4 : 2);
+  if (S == 0) return;  // vectors may be null then
   if (n_b == 0) {
     std::memset(vectors, 0, static_cast<size_t>(S * row_bytes));
     for (int64_t s = 0; s < S; ++s) {

@@ -27,9 +27,10 @@ void split_bound(const Block& block, const int64_t* orders, int32_t* score, int3
   }
 }
 
-// Excludes the columns whose value equals the query's.
-void exclude_equal(const Block& block, const Workspace& w, int64_t count, const int64_t* values, LaneWord low_row,
-                   LaneWord high_row) {
+// Excludes the columns whose value equals the query's, or those whose value differs.
+void exclude_where(bool equals, const Block& block, const Workspace& w, int64_t count, const int64_t* values,
+                   LaneWord low_row, LaneWord high_row) {
+  const VI flip = all(equals ? 0 : -1);
   const int vectors = vectors_of(block);
   for (int v = 0; v < vectors; ++v) {
     const VI low = load(w.lane_words + low_row * kLanes + v * kWidth);
@@ -38,7 +39,7 @@ void exclude_equal(const Block& block, const Workspace& w, int64_t count, const 
       const int64_t value = values[w.index[j]];
       float* cell = w.tile + j * kLanes + v * kWidth;
       const VI equal = (low == all(low_word(value))) & (high == all(high_word(value)));
-      store(cell, equal ? excluded() : load(cell));
+      store(cell, (equal ^ flip) ? excluded() : load(cell));
     }
   }
 }
@@ -69,8 +70,10 @@ void apply_masks(const Block& block, const Workspace& w, int64_t count) {
       }
     }
   }
-  if (pool.query_ids != nullptr) exclude_equal(block, w, count, pool.negative_ids, kIdLow, kIdHigh);
-  if (pool.query_labels != nullptr) exclude_equal(block, w, count, pool.negative_labels, kLabelLow, kLabelHigh);
+  if (pool.query_ids != nullptr) exclude_where(true, block, w, count, pool.negative_ids, kIdLow, kIdHigh);
+  if (pool.query_labels != nullptr) {
+    exclude_where(!pool.same_label, block, w, count, pool.negative_labels, kLabelLow, kLabelHigh);
+  }
 }
 
 void apply_bounds(const Block& block, const Workspace& w, int64_t count) {

@@ -1,0 +1,166 @@
+"""sup_con on every backend against the reference: values, every gradient, in-batch and queue forms, refusals."""
+
+import re
+
+import pytest
+import torch
+
+import negmine
+from negmine import reference
+from negmine.backends import BackendUnavailable
+from tests import compare
+from tests.cases import DTYPES, shapes_for, unit
+from tests.conftest import device_of, skip_what_the_interpreter_repeats
+
+T = 0.2
+
+
+def labels(B, K, device, seed):
+    """Labels with unknown ones on both sides, and one query label that no key has."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randint(-1, 4, (B,), generator=generator)
+    q[:1] = 9
+    return q.to(device), torch.randint(-1, 4, (K,), generator=generator).to(device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("positives", ["out", "in"])
+@pytest.mark.parametrize("denominator", ["all", "negatives_only"])
+def test_values_and_gradients(backend, positives, denominator, dtype):
+    skip_what_the_interpreter_repeats(backend, dtype)
+    device = device_of(backend)
+    options = {"positives": positives, "denominator": denominator}
+    for seed, (B, K, D, _) in enumerate(shapes_for(backend)):
+        inputs = [unit(n, D, dtype=dtype, device=device, seed=seed + i) for i, n in enumerate((B, K))]
+        both = labels(B, K, device, seed)
+        mask = torch.rand(K, generator=torch.Generator().manual_seed(seed)).to(device) < 0.8
+
+        def run(cast, function, inputs=inputs, both=both, device=device, **more):
+            leaves = [t.to(cast).detach().requires_grad_() for t in inputs]
+            wide = torch.promote_types(cast, torch.float32)
+            leaves.append(torch.tensor(T, dtype=wide, device=device, requires_grad=True))
+            rows, stats = function(*leaves[:2], *both, temperature=leaves[2], **options, **more)
+            return [rows, *torch.autograd.grad(rows.double().sum(), leaves)], stats
+
+        allowed = mask.expand(B, K)
+        got, stats = run(dtype, negmine.sup_con, key_mask=mask, reduction="none", return_stats=True, backend=backend)
+        truth, want = run(torch.float64, reference.sup_con, usable=allowed)
+        plain, _ = run(dtype, reference.sup_con, usable=allowed)
+        names = ("loss", "d_query", "d_keys", "d_temperature")
+        # Two gradients are differences of pulls and pushes, whose sizes these are: 1 / T, and the logits / T of all rows.
+        logits = inputs[0].double() @ inputs[1].double().T / T  # (B, K)
+        terms = {"d_query": torch.tensor(1 / T), "d_temperature": logits.abs().mean(1).sum() / T}
+        for name, k, t, p in zip(names, got, truth, plain, strict=True):
+            compare.rounded(f"{name} {B, K, D}", k, t, p, 1 / T, terms.get(name))
+        compare.exact(f"num_positives {B, K, D}", stats.num_positives, want["num_positives"])
+        compare.exact(f"num_without_positive {B, K, D}", stats.num_without_positive, want["num_without_positive"])
+
+
+def test_in_is_at_most_out_and_every_denominator_runs(any_backend):
+    device = device_of(any_backend)
+    q, keys = unit(6, 8, device=device), unit(60, 8, device=device, seed=1)
+    both = torch.arange(6, device=device) % 3, torch.arange(60, device=device) % 4 - 1
+    for denominator in ("all", "own_positive", "negatives_only"):
+        backend = "reference" if denominator == "own_positive" else any_backend
+        out, inside = (
+            negmine.sup_con(q, keys, *both, positives=p, denominator=denominator, reduction="none", backend=backend)
+            for p in ("out", "in")
+        )
+        assert bool((inside <= out + 1e-5).all())
+
+
+def test_in_batch_form_excludes_the_sample_itself(any_backend):
+    """HobbitLong's form: both views of every image are queries and keys, the own view excluded by id."""
+    device = device_of(any_backend)
+    views = unit(10, 8, device=device).requires_grad_()
+    classes, own = torch.arange(10, device=device) % 3, torch.arange(10, device=device)
+    loss = negmine.sup_con(
+        views, views, classes, classes, query_ids=own, key_ids=own, temperature=0.5, backend=any_backend
+    )
+    exact = views.detach().double().requires_grad_()
+    x = exact @ exact.T / 0.5
+    others = ~torch.eye(10, dtype=torch.bool, device=device)
+    same = others & (classes[:, None] == classes)
+    log_p = x - x.masked_fill(~others, -torch.inf).logsumexp(1, keepdim=True)
+    want = (-(log_p * same).sum(1) / same.sum(1)).mean()
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+    got = torch.autograd.grad(loss, views)[0]
+    torch.testing.assert_close(got.double(), torch.autograd.grad(want, exact)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_one_positive_is_info_nce(any_backend):
+    device = device_of(any_backend)
+    q, pos, keys = (unit(n, 8, device=device, seed=i) for i, n in enumerate((5, 5, 40)))
+    own = torch.arange(5, device=device)
+    # One key of the own label; the other queries' positives are negatives here, so they are given to info_nce too.
+    columns = torch.cat([pos, keys])
+    key_labels = torch.cat([own, torch.full((40,), -1, device=device)])
+    got = negmine.sup_con(q, columns, own, key_labels, reduction="none", backend=any_backend)
+    want = negmine.info_nce(
+        q, pos, columns, query_labels=own, negative_labels=key_labels, reduction="none", backend=any_backend
+    )
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_module_and_overwriting(any_backend):
+    device = device_of(any_backend)
+    q, keys = unit(4, 8, device=device), unit(30, 8, device=device, seed=1)
+    both = torch.zeros(4, dtype=torch.long, device=device), torch.arange(30, device=device) % 2
+    module = negmine.SupConLoss(T, positives="in", backend=any_backend)
+    grads = []
+    for overwrite in (False, True):
+        leaf, queue = q.clone().requires_grad_(), keys.clone()
+        loss = module(leaf, queue, *both)
+        if overwrite:
+            queue.zero_()
+        loss.backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+def test_it_compiles_into_one_graph():
+    torch._dynamo.reset()
+    q, keys = unit(4, 8), unit(30, 8, seed=1)
+    both = torch.zeros(4, dtype=torch.long), torch.arange(30) % 2
+    compiled = torch.compile(lambda q, k: negmine.sup_con(q, k, *both), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, keys), negmine.sup_con(q, keys, *both))
+
+
+q0, k0, lb, lk = torch.randn(3, 4), torch.randn(7, 4), torch.arange(3), torch.arange(7)
+REFUSALS = [
+    ((q0.long(), k0, lb, lk), {}, TypeError, "sup_con: query must be a floating tensor"),
+    ((q0, k0[:, :2], lb, lk), {}, ValueError, "keys must be of shape (K, D) with query's D = 4"),
+    ((q0, k0, None, lk), {}, TypeError, "query_labels must be a tensor, got None"),
+    ((q0, k0, lb, None), {}, ValueError, "key_labels must be given together with query_labels"),
+    ((q0, k0, lb, lb), {}, ValueError, "key_labels must be of shape (7,)"),
+    ((q0, k0, lb.float(), lk), {}, TypeError, "query_labels must be a tensor of whole numbers"),
+    ((q0, k0, lb, lk), {"positives": "both"}, ValueError, "positives must be 'out' or 'in', got 'both'"),
+    (
+        (q0, k0, lb, lk),
+        {"denominator": "own"},
+        ValueError,
+        "denominator must be 'all' or 'own_positive' or 'negatives_only'",
+    ),
+    ((q0, k0, lb, lk), {"temperature": 0.0}, ValueError, "temperature must be a number above 0"),
+    ((q0, k0, lb, lk), {"reduction": "avg"}, ValueError, "reduction must be"),
+    ((q0, k0, lb, lk), {"return_stats": 1}, TypeError, "return_stats must be True or False"),
+    ((q0, k0, lb, lk), {"query_ids": lb}, ValueError, "key_ids must be given together with query_ids"),
+    ((q0, k0, lb, lk), {"key_mask": torch.ones(7)}, TypeError, "key_mask must be a bool tensor"),
+    (
+        (q0, k0, lb, lk),
+        {"denominator": "own_positive", "backend": "cpu"},
+        BackendUnavailable,
+        "no kernel for denominator=",
+    ),
+]
+
+
+@pytest.mark.parametrize("arguments, options, error, words", REFUSALS, ids=[words[:50] for *_, words in REFUSALS])
+def test_refusal(arguments, options, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        negmine.sup_con(*arguments, **options)
+
+
+def test_module_refusals():
+    with pytest.raises(ValueError, match="SupConLoss: denominator must be"):
+        negmine.SupConLoss(denominator="x")
