@@ -30,7 +30,11 @@ def arguments():
     q, keys, scale = unit(B, D), unit(K, D, seed=1), torch.tensor(5.0)
     tags = ids(B, K)
     bounds = (order.pack(torch.full((B,), -0.5), order.LAST_INDEX), order.pack(torch.full((B,), 0.5), 0))
-    pools = [(None,) * 7, (torch.rand(B, K) < 0.8, *tags.values(), *tags.values(), *bounds)]
+    pools = [
+        (None,) * 7,
+        (torch.rand(B, K) < 0.8, *tags.values(), *tags.values(), *bounds),
+        (None, None, None, *tags.values(), None, None, True),  # the pool of equal labels
+    ]
     index = torch.randint(0, K, (B, 6))
     draws = draws_of(Mix(6, 5, 4, concentration=2.0), q.device, 1, 2, 3)
     for pool in pools:
