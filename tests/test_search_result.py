@@ -166,3 +166,9 @@ def test_damaged_shard_is_refused(tmp_path):
     (tmp_path / "c.npy").write_bytes(b"\x93NUMPY\x01\x00garbage")
     with pytest.raises(ValueError, match=r"corpus_embeddings must be a whole .npy file"):
         call(corpus=tmp_path / "c.npy")()
+
+
+def test_a_corpus_of_more_rows_than_a_place_can_name_is_refused():
+    corpus = np.broadcast_to(np.ones((1, 4), np.float32), (2**32, 4))  # one row of memory
+    with pytest.raises(ValueError, match="corpus_embeddings must be of fewer than 4294967295 rows, got 4294967296"):
+        negmine.mine_hard_negatives(np.ones((1, 4), np.float32), corpus, [0])
