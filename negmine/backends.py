@@ -27,6 +27,8 @@ class Launchers(NamedTuple):
 
     logsumexp: Any = None
     logsumexp_grad_keys: Any = None
+    softplus_sum: Any = None
+    softplus_sum_grad_keys: Any = None
     mine_hardest: Any = None
     rank_thresholds: Any = None
     count_negatives: Any = None

@@ -60,6 +60,14 @@ struct LogsumexpState {
   int64_t* above;  // (kLanes)
 };
 
+// Sums of a block over a range: of log(1 + exp(l_k)), of sigmoid(l_k) and of sigmoid(l_k) n_k, l = scale s + bias.
+struct SoftplusState {
+  float* total;   // (kLanes)
+  float* mass;    // (kLanes)
+  float* pull;    // (D, kLanes) or null: not wanted
+  int64_t* kept;  // (kLanes)
+};
+
 // The best `keep` places of each lane whose scores lie between a bound and a ceiling, in buffers that are pruned when
 // full. Scores are negated where `lowest`.
 struct Selection {
@@ -84,6 +92,11 @@ struct Kernels {
   // Adds the block's share to rows [k_begin, k_end) of out (K, D). lse, weight (B,); panel (64, D rounded up to 64).
   void (*logsumexp_grad_keys_range)(const Block&, const Workspace&, float scale, const float* lse, const float* weight,
                                     float* panel, float* out);
+  // The same with sigmoid(scale s - lse) in the place of exp(scale s - lse).
+  void (*softplus_sum_grad_keys_range)(const Block&, const Workspace&, float scale, const float* lse,
+                                       const float* weight, float* panel, float* out);
+  // The block against its range, from an empty state.
+  void (*softplus_sum_range)(const Block&, const Workspace&, float scale, float bias, const SoftplusState&);
   // Offers every place of the block's range to the selection, in the order of the queue.
   void (*select_range)(const Block&, const Workspace&, const Selection&);
   // keys (size) keep their `keep` < size best, in the order they had; returns the worst of them. Keys differ.

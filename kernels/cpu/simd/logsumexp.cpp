@@ -48,7 +48,8 @@ void mean_panel(const Block& block, const float* const* rows, const float* p, in
   for (; d < block.D; ++d) mean_tile<1, kVec>(rows, d, p, count, correction, mean);
 }
 
-// The probabilities of a chunk are in w.tile (count, kLanes).
+}  // namespace
+
 void add_mean(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean) {
   const int vectors = vectors_of(block);
   for (int v = 0; v < vectors; v += kVectors) {
@@ -70,6 +71,8 @@ void add_mean(const Block& block, const Workspace& w, int64_t count, const float
     }
   }
 }
+
+namespace {
 
 // Scores of the chunk become exp(scale s - max), 0 outside the pool; max, sum and kept move on; correction (kLanes) is
 // what the sums before this chunk are to be multiplied with.

@@ -30,6 +30,10 @@ NEGMINE_INLINE void score_chunk(const Block& block, const Workspace& w, int64_t 
   multiply(w.rows, count, w.q_t, block.D, vectors_of(block), w.tile);
 }
 
+// mean (D, kLanes) = correction * mean + sum of the chunk's rows weighted by w.tile (count, kLanes); correction
+// (kLanes).
+void add_mean(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean);
+
 // Overwrite the scores of columns outside the pool with excluded(). Bounds are applied after masks, and need scores.
 void apply_masks(const Block& block, const Workspace& w, int64_t count);
 void apply_bounds(const Block& block, const Workspace& w, int64_t count);

@@ -115,4 +115,22 @@ NEGMINE_INLINE V exp(V x) {
   return x < flushed ? all(0.0f) : scaled;
 }
 
+// log(1 + e) for e in [0, 1], exact to a few ulp however small e is: 2 artanh(e / (2 + e)) by its series.
+NEGMINE_INLINE V log1p_unit(V e) {
+  const V z = e / (e + 2.0f), square = z * z;
+  V series = all(1.0f / 15);
+  for (int odd = 13; odd >= 1; odd -= 2) series = fma(series, square, all(1.0f / static_cast<float>(odd)));
+  return (z + z) * series;
+}
+
+// 1 / (1 + e^-x), and log(1 + e^x): both from the same exponential, which never overflows.
+struct Logistic {
+  V sigmoid, softplus;
+};
+
+NEGMINE_INLINE Logistic logistic(V x) {
+  const V e = exp(x > 0.0f ? -x : x), zero = all(0.0f);
+  return {(x > 0.0f ? all(1.0f) : e) / (e + 1.0f), max(x, zero) + log1p_unit(e)};
+}
+
 }  // namespace negmine::cpu::NEGMINE_SIMD
