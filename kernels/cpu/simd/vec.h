@@ -1,9 +1,9 @@
 // One vector of fp32 lanes for each instruction set, in GCC vector extensions, so that a kernel is written once.
 //
-// This folder is compiled several times, with NEGMINE_SIMD = portable, avx2 or avx512 as the namespace. Everything here
-// and in the files beside it is in that namespace or static, and no std template is used: a weak symbol compiled for a
-// wide instruction set could otherwise be linked into code that runs on a narrow one. fma() is explicit: the bits of a
-// score must not depend on what the compiler chooses to contract.
+// This folder is compiled several times, with NEGMINE_SIMD = portable, avx2, avx512 or avx512bf16 as the namespace.
+// Everything here and in the files beside it is in that namespace or static, and no std template is used: a weak symbol
+// compiled for a wide instruction set could otherwise be linked into code that runs on a narrow one. fma() is explicit:
+// the bits of a score must not depend on what the compiler chooses to contract.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -64,6 +64,12 @@ NEGMINE_INLINE uint32_t bits_ge(V a, V b) {
   return bits;
 #endif
 }
+#endif
+
+#if defined(__AVX512BF16__)
+// Words hold two bf16: c + a.high * b.high, then + a.low * b.low, each a fused multiply-add to nearest even. Subnormals
+// are read and written as zero.
+NEGMINE_INLINE V fma_pairs(V a, V b, V c) { return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
 #endif
 
 NEGMINE_INLINE VI count_up() {
