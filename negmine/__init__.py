@@ -13,6 +13,7 @@ from negmine.mixing import Mixed, mix_negatives
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.queue import MoCoQueue
 from negmine.search import MiningResult, mine_hard_negatives
+from negmine.sharded import ShardedMoCoQueue
 from negmine.sup_con import SupConStats, sup_con
 from negmine.version import __version__
 
@@ -26,6 +27,7 @@ __all__ = [
     "Mixed",
     "MoCoQueue",
     "Select",
+    "ShardedMoCoQueue",
     "SupConLoss",
     "SupConStats",
     "Weight",
