@@ -15,7 +15,7 @@ SECONDS ?= 60
 SEED    ?= 0
 SANITIZED := build/sanitize
 
-.PHONY: venv demo test check fuzz sanitize bench plots gpu wheel clean
+.PHONY: venv demo test check fuzz sanitize docs bench plots gpu wheel clean
 
 venv: .venv/built
 
@@ -57,6 +57,10 @@ sanitize: venv
 	  export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
 	  ../../$(PY) -m pytest -p no:cacheprovider -k cpu tests/test_kernels.py tests/test_rules.py && \
 	  ../../$(PY) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
+
+# The pages of docs/ and a reference from the docstrings, into out/docs/index.html; a broken link fails.
+docs: venv
+	$(PY) -m build_tools.make_docs
 
 bench: venv
 	$(PY) -m benchmarks.run
