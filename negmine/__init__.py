@@ -14,6 +14,7 @@ from negmine.mixing import Mixed, mix_negatives
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.queue import MoCoQueue
 from negmine.search import MiningResult, mine_hard_negatives
+from negmine.sharded import ShardedMoCoQueue
 from negmine.softplus_sum import SigLIPLoss, siglip, softplus_sum
 from negmine.sup_con import SupConStats, sup_con
 from negmine.triplet_loss import TripletLoss, triplet_loss
@@ -30,6 +31,7 @@ __all__ = [
     "Mixed",
     "MoCoQueue",
     "Select",
+    "ShardedMoCoQueue",
     "SigLIPLoss",
     "SupConLoss",
     "SupConStats",

@@ -35,6 +35,10 @@ class Launchers(NamedTuple):
     mix_negatives: Any = None
     mix_logsumexp: Any = None
 
+    def rows(self, negative_keys: Tensor) -> int:
+        """K of the queue that the ops read."""
+        return negative_keys.shape[0]
+
 
 OPS = Launchers._fields
 
