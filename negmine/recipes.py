@@ -15,6 +15,7 @@ from torch import Tensor
 
 from negmine.losses import InfoNCELoss, SupConLoss
 from negmine.options import FalseNegatives, Mix, Select, Weight
+from negmine.triplet_recipes import batch_hard, ephn, facenet, multi_similarity, simans, vse_plus_plus  # noqa: F401
 
 Temperature = float | Tensor | Callable[[int], float]
 Fraction = float | Callable[[int], float]
