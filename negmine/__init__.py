@@ -11,6 +11,7 @@ from negmine.logsumexp import logsumexp
 from negmine.losses import InfoNCELoss, SupConLoss
 from negmine.mining import Mined, mine_hardest, percentile, rank_thresholds
 from negmine.mixing import Mixed, mix_negatives
+from negmine.multi_similarity import MultiSimilarityLoss, MultiSimilarityStats, multi_similarity
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.queue import MoCoQueue
 from negmine.search import MiningResult, mine_hard_negatives
@@ -30,6 +31,8 @@ __all__ = [
     "Mix",
     "Mixed",
     "MoCoQueue",
+    "MultiSimilarityLoss",
+    "MultiSimilarityStats",
     "Select",
     "ShardedMoCoQueue",
     "SigLIPLoss",
@@ -45,6 +48,7 @@ __all__ = [
     "mine_hardest",
     "mine_triplets",
     "mix_negatives",
+    "multi_similarity",
     "percentile",
     "rank_thresholds",
     "recipes",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
-STREAM_MIX, STREAM_SAMPLE, STREAM_TRIPLETS = 0, 1, 2  # the counter's last word: one stream a purpose
+STREAM_MIX, STREAM_SAMPLE, STREAM_WEIGHTED = 0, 1, 2  # the counter's last word: one stream a purpose
 QUANTILES = 4096  # intervals of the tabulated Beta quantile function
 
 

@@ -13,17 +13,21 @@ from negmine.recipes.positives import false_negative_cancellation, siglip, sup_c
 from negmine.recipes.queue import decoupled, decoupled_weighted, moco_v1, moco_v2
 from negmine.recipes.schedules import cosine, exponential, linear, step
 from negmine.recipes.synthetic import mochi
+from negmine.recipes.triplets import batch_hard, ephn, facenet, multi_similarity, simans, vse_plus_plus
 from negmine.recipes.weights import debiased, dual_temperature, hardness_added, hcl, ifm, rince
 from negmine.recipes.windows import easiest, hardest, margin_pos, perc_pos, ring
 
 __all__ = [
+    "batch_hard",
     "cosine",
     "debiased",
     "decoupled",
     "decoupled_weighted",
     "dual_temperature",
     "easiest",
+    "ephn",
     "exponential",
+    "facenet",
     "false_negative_cancellation",
     "hardest",
     "hardness_added",
@@ -34,10 +38,13 @@ __all__ = [
     "mochi",
     "moco_v1",
     "moco_v2",
+    "multi_similarity",
     "perc_pos",
     "rince",
     "ring",
     "siglip",
+    "simans",
     "step",
     "sup_con",
+    "vse_plus_plus",
 ]
