@@ -14,7 +14,7 @@ from negmine.mixing import Mixed, mix_negatives
 from negmine.multi_similarity import MultiSimilarityLoss, MultiSimilarityStats, multi_similarity
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.queue import MoCoQueue
-from negmine.search import MiningResult, mine_hard_negatives
+from negmine.search import MiningResult, NegativeIndex, mine_hard_negatives
 from negmine.sharded import ShardedMoCoQueue
 from negmine.softplus_sum import SigLIPLoss, siglip, softplus_sum
 from negmine.sup_con import SupConStats, sup_con
@@ -33,6 +33,7 @@ __all__ = [
     "MoCoQueue",
     "MultiSimilarityLoss",
     "MultiSimilarityStats",
+    "NegativeIndex",
     "Select",
     "ShardedMoCoQueue",
     "SigLIPLoss",
