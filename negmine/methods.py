@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from negmine import checks
+from negmine import checks, philox
 from negmine.logsumexp import pooled
 from negmine.mining import score_of_positive, working
 from negmine.options import is_real
@@ -249,6 +249,30 @@ def i_mix(
     pull = share.to(own.dtype) * own + (1 - share).to(own.dtype) * other  # (B,)
     x = Logits(pull / temperature, lse, torch.ones_like(lse, dtype=torch.bool))
     return reduced(op, x.lse - x.positive, x, reduction)
+
+
+def mixed_inputs(
+    inputs: Tensor, *, concentration: float = 1.0, seed: int = 0, step: int = 0, row_offset: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """i-Mix's inputs (B, ...): share x + (1 - share) x[partner], share (B,) fp32, partner (B,) int64, a permutation.
+
+    share = max(l, 1 - l), l ~ Beta(concentration, concentration): the own input always has the larger part. Counter-based draws,
+    keyed by (seed, step) and counted by the global row; the permutation is within this batch.
+    """
+    op = "mixed_inputs"
+    checks.require_tensor(op, "inputs", inputs)
+    if not inputs.is_floating_point() or inputs.dim() == 0:
+        raise checks.refuse(op, "inputs", "a floating tensor of shape (B, ...)", inputs)
+    _require_number(op, "concentration", concentration, "a number above 0", lambda v: v > 0)
+    checks.require_draw(op, seed, step, row_offset)
+    rows = torch.arange(len(inputs), device=inputs.device) + row_offset  # (B,)
+    slot = torch.zeros(1, dtype=torch.int64, device=inputs.device)
+    word, place, *_ = (w[:, 0] for w in philox.words(rows, slot, philox.STREAM_PARTNER, seed, step))  # (B,) each
+    quantiles = philox.beta_quantiles(float(concentration))
+    share = philox.unit(word, None if quantiles is None else quantiles.to(inputs.device))  # (B,)
+    share, partner = share.maximum(1 - share), place.argsort(stable=True)
+    across = share.to(inputs.dtype).view(-1, *[1] * (inputs.dim() - 1))  # (B, 1, ...)
+    return across * inputs + (1 - across) * inputs[partner], share, partner
 
 
 class MethodLoss(Stepped):

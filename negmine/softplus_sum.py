@@ -147,6 +147,7 @@ def siglip(
     No partition function: dropping easy negatives by `select` changes the loss by their own terms only. The sign of the bias
     follows google-research/big_vision trainers/proj/image_text/siglip.py; the paper's printed exponent has it the other way.
     scale, bias: the code starts at 10 and -10 and learns both, the scale as its logarithm: negmine.SigLIPLoss.
+    That start suits a batch: the sum grows with K, so against 65,536 negatives start the bias some 8 lower, or it dominates.
     query, positive_key (B, D), negative_keys (K, D), the rest: as in info_nce. A row without negatives keeps its positive's term.
     Returns the loss, fp32 (float64 for float64 input). Raises ValueError or TypeError for input that does not fit.
     """

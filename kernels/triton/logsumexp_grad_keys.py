@@ -62,8 +62,7 @@ def logsumexp_grad_keys_kernel(
         )  # (BLOCK_B, BLOCK_K)
         x = s * scale - lse[:, None]  # (BLOCK_B, BLOCK_K)
         if SIGMOID:
-            e = tl.math.exp2(-tl.abs(x))  # (BLOCK_B, BLOCK_K)
-            p = tl.where(x > 0, 1.0, e) / (1.0 + e)
+            p = 1.0 / (1.0 + tl.math.exp2(-x))  # exp2 may overflow to inf: then p is 0
         else:
             p = tl.math.exp2(x)
         p = tl.where(inside, p, 0.0) * weight[:, None]  # (BLOCK_B, BLOCK_K)

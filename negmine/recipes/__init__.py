@@ -9,15 +9,18 @@ a queue; a docstring says where they do not. Every recipe takes the other keywor
 that return InfoNCELoss also return_stats).
 """
 
+from negmine.methods import mixed_inputs
 from negmine.recipes.positives import false_negative_cancellation, siglip, sup_con
 from negmine.recipes.queue import decoupled, decoupled_weighted, moco_v1, moco_v2
 from negmine.recipes.schedules import cosine, exponential, linear, step
-from negmine.recipes.synthetic import mochi
+from negmine.recipes.synthetic import i_mix, mochi, synco
 from negmine.recipes.triplets import batch_hard, ephn, facenet, multi_similarity, simans, vse_plus_plus
 from negmine.recipes.weights import debiased, dual_temperature, hardness_added, hcl, ifm, rince
 from negmine.recipes.windows import easiest, hardest, margin_pos, perc_pos, ring
+from negmine.synco import Kinds
 
 __all__ = [
+    "Kinds",
     "batch_hard",
     "cosine",
     "debiased",
@@ -32,9 +35,11 @@ __all__ = [
     "hardest",
     "hardness_added",
     "hcl",
+    "i_mix",
     "ifm",
     "linear",
     "margin_pos",
+    "mixed_inputs",
     "mochi",
     "moco_v1",
     "moco_v2",
@@ -46,5 +51,6 @@ __all__ = [
     "simans",
     "step",
     "sup_con",
+    "synco",
     "vse_plus_plus",
 ]
