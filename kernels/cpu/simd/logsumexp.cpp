@@ -15,8 +15,16 @@ NEGMINE_INLINE void add_to(int64_t* totals, VI counts) {
   for (int i = 0; i < kWidth; ++i) totals[i] += counts[i];
 }
 
+// Entry d of a row that is scored as it is, or as pairs, in all lanes; d is even where kOdd is not set.
+template <bool kPairs, bool kOdd>
+NEGMINE_INLINE V entry(const float* row, int64_t d) {
+  if constexpr (!kPairs) return all(row[d]);
+  const VI word = (VI)all(word_of(row, d / 2));
+  return (V)(kOdd ? word & all(static_cast<int32_t>(0xFFFF0000)) : word << 16);
+}
+
 // mean (kD, kVec * kWidth) = correction * mean + sum over the chunk of n (count, kD) x p (count, kVec * kWidth)
-template <int kD, int kVec>
+template <int kD, int kVec, bool kPairs>
 NEGMINE_INLINE void mean_tile(const float* const* rows, int64_t d, const float* p, int64_t count,
                               const float* correction, float* mean) {
   V acc[kD][kVec];  // (kD, kVec * kWidth)
@@ -24,11 +32,11 @@ NEGMINE_INLINE void mean_tile(const float* const* rows, int64_t d, const float* 
     for (int v = 0; v < kVec; ++v) acc[r][v] = all(0.0f);
   }
   for (int64_t j = 0; j < count; ++j) {
-    const float* n = rows[j] + d;
     V weight[kVec];  // (kVec * kWidth)
     for (int v = 0; v < kVec; ++v) weight[v] = load(p + j * kLanes + v * kWidth);
     for (int r = 0; r < kD; ++r) {
-      for (int v = 0; v < kVec; ++v) acc[r][v] = fma(all(n[r]), weight[v], acc[r][v]);
+      const V n = r % 2 == 0 ? entry<kPairs, false>(rows[j], d + r) : entry<kPairs, true>(rows[j], d + r);
+      for (int v = 0; v < kVec; ++v) acc[r][v] = fma(n, weight[v], acc[r][v]);
     }
   }
   for (int r = 0; r < kD; ++r) {
@@ -39,34 +47,36 @@ NEGMINE_INLINE void mean_tile(const float* const* rows, int64_t d, const float* 
   }
 }
 
-template <int kVec>
-void mean_panel(const Block& block, const float* const* rows, const float* p, int64_t count, const float* correction,
+template <int kVec, bool kPairs>
+void mean_panel(int64_t D, const float* const* rows, const float* p, int64_t count, const float* correction,
                 float* mean) {
   int64_t d = 0;
-  for (; d + kRows <= block.D; d += kRows) mean_tile<kRows, kVec>(rows, d, p, count, correction, mean);
-  for (; d + 2 <= block.D; d += 2) mean_tile<2, kVec>(rows, d, p, count, correction, mean);
-  for (; d < block.D; ++d) mean_tile<1, kVec>(rows, d, p, count, correction, mean);
+  for (; d + kRows <= D; d += kRows) mean_tile<kRows, kVec, kPairs>(rows, d, p, count, correction, mean);
+  for (; d + 2 <= D; d += 2) mean_tile<2, kVec, kPairs>(rows, d, p, count, correction, mean);
+  for (; d < D; ++d) mean_tile<1, kVec, kPairs>(rows, d, p, count, correction, mean);
 }
 
 // The probabilities of a chunk are in w.tile (count, kLanes).
+template <bool kPairs>
 void add_mean(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean) {
   const int vectors = vectors_of(block);
+  const int64_t D = block.D;
   for (int v = 0; v < vectors; v += kVectors) {
     const int64_t lane = v * kWidth;
     switch (vectors - v) {
       case 1:
-        mean_panel<1>(block, w.wide, w.tile + lane, count, correction + lane, mean + lane);
+        mean_panel<1, kPairs>(D, w.rows, w.tile + lane, count, correction + lane, mean + lane);
         break;
 #if defined(__AVX512F__)
       case 2:
-        mean_panel<2>(block, w.wide, w.tile + lane, count, correction + lane, mean + lane);
+        mean_panel<2, kPairs>(D, w.rows, w.tile + lane, count, correction + lane, mean + lane);
         break;
       case 3:
-        mean_panel<3>(block, w.wide, w.tile + lane, count, correction + lane, mean + lane);
+        mean_panel<3, kPairs>(D, w.rows, w.tile + lane, count, correction + lane, mean + lane);
         break;
 #endif
       default:
-        mean_panel<kVectors>(block, w.wide, w.tile + lane, count, correction + lane, mean + lane);
+        mean_panel<kVectors, kPairs>(D, w.rows, w.tile + lane, count, correction + lane, mean + lane);
     }
   }
 }
@@ -129,15 +139,15 @@ void logsumexp_range(const Block& block, const Workspace& w, float scale, const 
   if (state.mean != nullptr) {
     for (int64_t i = 0; i < block.D * kLanes; ++i) state.mean[i] = 0.0f;
   }
-  const Want want = state.mean != nullptr ? Want::kScoresAndRows : Want::kScores;
+  const auto add = in_pairs(block) ? add_mean<true> : add_mean<false>;
   for (int64_t k = block.k_begin; k < block.k_end;) {
-    const int64_t count = load_chunk(block, w, &k, want);
+    const int64_t count = load_chunk(block, w, &k, true);
     score_chunk(block, w, count);
     apply_masks(block, w, count);
     if (pivot != nullptr) count_above(block, w, count, pivots, state.above);
     if (block.pool.bounded()) apply_bounds(block, w, count);
     exponentials(block, w, count, scale, correction, state);
-    if (state.mean != nullptr) add_mean(block, w, count, correction, state.mean);
+    if (state.mean != nullptr) add(block, w, count, correction, state.mean);
   }
 }
 

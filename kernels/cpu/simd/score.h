@@ -21,6 +21,13 @@ NEGMINE_INLINE bool in_pairs([[maybe_unused]] const Block& block) {
 #endif
 }
 
+// Word t of a row, which need not be aligned where it is a pair.
+NEGMINE_INLINE float word_of(const float* row, int64_t t) {
+  float word;
+  std::memcpy(&word, reinterpret_cast<const char*>(row) + t * 4, sizeof word);
+  return word;
+}
+
 // out (rows, kLanes) = a (rows, T) x b (T, 16 * vectors): a by row pointers, readable up to a multiple of 6 rows; b in
 // panels
 // (.., T, kPanel). One chain of fused multiply-adds per 256 of T, chains added in order. All scores come from here: of
@@ -32,9 +39,8 @@ void begin_block(const Block& block, const Workspace& w);
 void begin_pool(const Block& block, const Workspace& w);
 
 // The next chunk of rows that the (K,) mask allows, from *k on: w.rows and w.index; *k moves past it. Rows behind a
-// False are never read. w.wide is filled only where it is wanted; without scores, w.index alone.
-enum class Want { kIndex, kScores, kScoresAndRows };
-int64_t load_chunk(const Block& block, const Workspace& w, int64_t* k, Want want);
+// False are never read. Without `rows` only w.index is filled.
+int64_t load_chunk(const Block& block, const Workspace& w, int64_t* k, bool rows);
 
 // w.tile (count, kLanes): the chunk's scores.
 NEGMINE_INLINE void score_chunk(const Block& block, const Workspace& w, int64_t count) {
