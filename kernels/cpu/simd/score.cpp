@@ -10,15 +10,6 @@ namespace {
 
 constexpr int64_t kChain = 256;  // longest chain of fused multiply-adds; also keeps a panel of b close to the processor
 
-// One step of a chain: a product of floats, or of two pairs of bf16.
-template <bool kPairs>
-NEGMINE_INLINE V step(V a, V b, V c) {
-#if defined(__AVX512BF16__)
-  if constexpr (kPairs) return fma_pairs(a, b, c);
-#endif
-  return fma(a, b, c);
-}
-
 // out (6, kVec * kWidth) [+]= a (6, [t0, t1)) x b ([t0, t1), kPanel)
 template <int kVec, bool kPairs>
 NEGMINE_INLINE void multiply_tile(const float* const* a, const float* b, int64_t t0, int64_t t1, float* out) {

@@ -21,6 +21,15 @@ NEGMINE_INLINE bool in_pairs([[maybe_unused]] const Block& block) {
 #endif
 }
 
+// One step of a chain: a product of floats, or of two pairs of bf16.
+template <bool kPairs>
+NEGMINE_INLINE V step(V a, V b, V c) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) return fma_pairs(a, b, c);
+#endif
+  return fma(a, b, c);
+}
+
 // Word t of a row, which need not be aligned where it is a pair.
 NEGMINE_INLINE float word_of(const float* row, int64_t t) {
   float word;

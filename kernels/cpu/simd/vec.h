@@ -70,6 +70,14 @@ NEGMINE_INLINE uint32_t bits_ge(V a, V b) {
 // Words hold two bf16: c + a.high * b.high, then + a.low * b.low, each a fused multiply-add to nearest even. Subnormals
 // are read and written as zero.
 NEGMINE_INLINE V fma_pairs(V a, V b, V c) { return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+
+typedef uint16_t H __attribute__((vector_size(kWidth * 2)));
+typedef uint16_t UnalignedH __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
+NEGMINE_INLINE H load(const uint16_t* p) { return *reinterpret_cast<const UnalignedH*>(p); }
+NEGMINE_INLINE H to_bfloat16(V x) { return (H)_mm512_cvtneps_pbh((__m512)x); }
+NEGMINE_INLINE V pair_up(H low, H high) {
+  return (V)(__builtin_convertvector(low, VI) | __builtin_convertvector(high, VI) << 16);
+}
 #endif
 
 NEGMINE_INLINE VI count_up() {
