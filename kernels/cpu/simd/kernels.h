@@ -43,7 +43,6 @@ struct Workspace {
   float* q_t;           // (kLanes / panel, D, panel) the block's queries, transposed; or (.., (D + 1) / 2, ..) pairs
   float* tile;          // (kChunk, kLanes) scores of a chunk
   const float** rows;   // (kChunk + 6) the chunk's rows of the queue as they are scored, then rows of zeros
-  const float** wide;   // (kChunk + 6) the same as fp32
   int64_t* index;       // (kChunk) their places in the queue
   float* widened;       // (kChunk, D) where the queue is not stored as fp32
   uint16_t* padded;     // (kChunk, D + 1) where pairs do not come out even
