@@ -2,9 +2,12 @@
 
 import itertools
 import re
+import socket
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 import negmine
 from negmine.adapters import lightly, open_clip
@@ -127,14 +130,47 @@ def test_clip_loss(any_backend, scale):
 
 
 @pytest.mark.parametrize("bias", [None, -10.0])
-def test_sig_lip_loss(bias):
-    theirs, ours = peer_file("open_clip", "loss.py").SigLipLoss(), open_clip.SigLipLoss(dist_impl="gather")
-    inputs = [unit(B, D), unit(B, D, seed=1), torch.tensor(10.0)]
+def test_sig_lip_loss(any_backend, bias):
+    theirs = peer_file("open_clip", "loss.py").SigLipLoss()
+    ours = open_clip.SigLipLoss(dist_impl="gather", backend=any_backend)
+    device = device_of(any_backend)
+    inputs = [*(unit(B, D, seed=i, device=device) for i in (0, 1)), torch.tensor(10.0, device=device)]
     if bias is None:
         same_values_and_gradients(lambda *x: ours(*x, None), lambda *x: theirs(*x, None), inputs, 10)
     else:
-        same_values_and_gradients(ours, theirs, [*inputs, torch.tensor(bias)], 10)
+        same_values_and_gradients(ours, theirs, [*inputs, torch.tensor(bias, device=device)], 10)
     assert set(ours(*inputs, bias, output_dict=True)) == {"contrastive_loss"}
+
+
+CLIP = [{"local_loss": local, "gather_with_grad": grad} for local in (False, True) for grad in (False, True)]
+
+
+def clip_rank(rank, world, port):
+    """One rank: ours and theirs, every combination of flags."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    module, place = peer_file("open_clip", "loss.py"), {"rank": rank, "world_size": world}
+    cases = [(kind.ClipLoss(**place, **flags), ()) for flags in CLIP for kind in (open_clip, module)]
+    for way in ("bidir", "shift", "reduce", "gather"):
+        cases += [(kind.SigLipLoss(**place, dist_impl=way), (torch.tensor(-5.0),)) for kind in (open_clip, module)]
+    for (ours, more), (theirs, _) in zip(cases[::2], cases[1::2], strict=True):
+        outcome = []
+        for loss in (ours, theirs):
+            leaves = [unit(4, D, seed=10 * rank + i).requires_grad_() for i in (0, 1)]
+            leaves += [t.clone().requires_grad_() for t in (torch.tensor(8.0), *more)]
+            value = loss(*leaves)
+            outcome.append([value.detach(), *torch.autograd.grad(value, leaves)])
+        for i, (got, want) in enumerate(zip(*outcome, strict=True)):
+            where = f"rank {rank}: {type(ours).__name__}, part {i}"
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=lambda m, where=where: f"{where}: {m}")
+    dist.destroy_process_group()
+
+
+def test_losses_over_two_ranks_are_theirs():
+    peer_file("open_clip", "loss.py")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(clip_rank, (2, port), nprocs=2)
 
 
 # pytorch-metric-learning ------------------------------------------------------------------------------------------
@@ -306,7 +342,9 @@ REFUSALS = [
     (open_clip.ClipLoss, (), {"world_size": 0}, ValueError, "ClipLoss: world_size must be an int of 1 or more"),
     (open_clip.ClipLoss, (), {"rank": -1}, ValueError, "ClipLoss: rank must be an int of 0 or more"),
     (open_clip.ClipLoss(), (e0, e0[:2], 1.0), {}, ValueError, "text_features must be of image_features' shape (4, 8)"),
-    (open_clip.SigLipLoss, (), {"world_size": 2}, ValueError, "SigLipLoss: world_size must be 1, got 2"),
+    (open_clip.SigLipLoss, (), {"world_size": 0}, ValueError, "SigLipLoss: world_size must be an int of 1 or more"),
+    (open_clip.SigLipLoss, (), {"rank": -1}, ValueError, "SigLipLoss: rank must be an int of 0 or more"),
+    (open_clip.SigLipLoss, (), {"dist_impl": "ring"}, ValueError, "dist_impl must be 'bidir' or 'shift'"),
     (open_clip.SigLipLoss(), (e0, l0, 1.0, 0.0), {}, TypeError, "text_features must be a floating tensor"),
     (NegmineMiner, ("hardest",), {}, ValueError, "NegmineMiner: positive must be 'easy' or 'hard'"),
     (NegmineMiner, (), {"triplets": 1}, TypeError, "NegmineMiner: triplets must be True or False"),

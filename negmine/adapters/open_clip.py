@@ -1,19 +1,20 @@
-"""open_clip's losses by their own signatures: ClipLoss without its (B, B) matrices, and SigLipLoss.
+"""open_clip's losses by their own signatures, without their (B, B) matrices.
 
     from negmine.adapters.open_clip import ClipLoss       instead of   from open_clip import ClipLoss
 
 open_clip itself is not imported. Values and gradients are those of open_clip_torch 3.3.0.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from negmine import checks
 from negmine.info_nce import info_nce
+from negmine.softplus_sum import siglip
 
 
 def _check_pair(op: str, image_features: Any, text_features: Any) -> None:
@@ -23,6 +24,21 @@ def _check_pair(op: str, image_features: Any, text_features: Any) -> None:
         raise checks.refuse(
             op, "text_features", f"of image_features' shape {tuple(image_features.shape)}", text_features
         )
+
+
+def _gathered(features: Tensor, rank: int, world_size: int, with_grad: bool, own_grad: bool) -> Tensor:
+    """features (B, D) of every rank (world_size * B, D); carries gradient to every rank, to this one alone, or to none."""
+    if world_size == 1:
+        return features
+    if with_grad:
+        from torch.distributed.nn.functional import all_gather
+
+        return torch.cat(all_gather(features))
+    parts = [torch.empty_like(features) for _ in range(world_size)]
+    dist.all_gather(parts, features.detach())
+    if own_grad:
+        parts[rank] = features
+    return torch.cat(parts)
 
 
 class ClipLoss(nn.Module):
@@ -58,20 +74,6 @@ class ClipLoss(nn.Module):
         self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
         self.rank, self.world_size, self.backend = rank, world_size, backend
 
-    def _gathered(self, features: Tensor) -> Tensor:
-        """(world_size * B, D) in rank order; carries gradient to every rank, to this one alone, or to none."""
-        if self.world_size == 1:
-            return features
-        if self.gather_with_grad:
-            from torch.distributed.nn.functional import all_gather
-
-            return torch.cat(all_gather(features))
-        parts = [torch.empty_like(features) for _ in range(self.world_size)]
-        dist.all_gather(parts, features.detach())
-        if not self.local_loss:
-            parts[self.rank] = features
-        return torch.cat(parts)
-
     def _one_way(self, query: Tensor, keys: Tensor, first: int, temperature: float | Tensor) -> Tensor:
         """Rows of query against keys, whose rows [first, first + B) are the positives."""
         own = torch.arange(first, first + len(query), device=query.device)  # (B,)
@@ -92,7 +94,14 @@ class ClipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         _check_pair("ClipLoss", image_features, text_features)
         temperature = 1 / logit_scale
-        images, texts = self._gathered(image_features), self._gathered(text_features)
+        gather = partial(
+            _gathered,
+            rank=self.rank,
+            world_size=self.world_size,
+            with_grad=self.gather_with_grad,
+            own_grad=not self.local_loss,
+        )
+        images, texts = gather(image_features), gather(text_features)
         if self.local_loss and self.world_size > 1:
             first = self.rank * len(image_features)
             image_way = self._one_way(image_features, texts, first, temperature)
@@ -107,20 +116,31 @@ class ClipLoss(nn.Module):
 
 
 class SigLipLoss(nn.Module):
-    """open_clip.SigLipLoss on one rank: the pairwise sigmoid loss of a batch (Zhai et al. 2023, arXiv 2303.15343). Dense.
+    """open_clip.SigLipLoss: the pairwise sigmoid loss of a batch (Zhai et al. 2023, arXiv 2303.15343).
 
         loss = mean over b of sum over k of softplus(-z_bk (logit_scale s_bk + logit_bias)),   z = 1 where b = k, else -1
 
-    No kernel covers it: it stores the (B, B) logits. cache_labels, rank and dist_impl: accepted; world_size above 1 is refused.
-    forward(image_features, text_features (B, D), logit_scale, logit_bias, output_dict=False).
+    rank, world_size: each rank's images against every rank's texts, gradients included; ranks hold equally many rows. dist_impl:
+    accepted, texts are gathered at once, whatever way open_clip passes them round. cache_labels: accepted.
+    forward(image_features, text_features (B, D), logit_scale, logit_bias, output_dict=False): logit_scale and logit_bias are
+    numbers, or 0-d tensors that receive gradient; None is no bias.
     """
 
     def __init__(
-        self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        *,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
-        if world_size != 1:
-            raise checks.refuse("SigLipLoss", "world_size", "1", world_size)
+        op = "SigLipLoss"
+        checks.require_count(op, "world_size", world_size)
+        checks.require_count(op, "rank", rank, 0)
+        checks.require_choice(op, "dist_impl", dist_impl or "bidir", ("bidir", "shift", "reduce", "gather"))
+        self.rank, self.world_size, self.backend = rank, world_size, backend
 
     def forward(
         self,
@@ -131,9 +151,17 @@ class SigLipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         _check_pair("SigLipLoss", image_features, text_features)
-        logits = logit_scale * (image_features @ text_features.T)  # (B, B)
-        if logit_bias is not None:
-            logits = logits + logit_bias
-        own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-        loss = F.softplus(torch.where(own, -logits, logits)).sum() / len(logits)
+        texts = _gathered(text_features, self.rank, self.world_size, with_grad=True, own_grad=True)
+        everyone = torch.arange(len(texts), device=texts.device)  # (K,)
+        first = self.rank * len(image_features)
+        loss = siglip(
+            image_features,
+            text_features,
+            texts,
+            scale=logit_scale,
+            bias=0.0 if logit_bias is None else logit_bias,
+            query_ids=everyone[first : first + len(image_features)],
+            negative_ids=everyone,
+            backend=self.backend,
+        )
         return {"contrastive_loss": loss} if output_dict else loss

@@ -16,13 +16,14 @@ from negmine import checks
 from negmine.losses import SupConLoss
 from negmine.multi_similarity import MultiSimilarityLoss
 from negmine.queue import MoCoQueue
+from negmine.stepped import Stepped
 from negmine.triplet_loss import TripletLoss
 from negmine.triplets import check_rule, mine_triplets
 
 LABEL_LOSSES = (TripletLoss, MultiSimilarityLoss, SupConLoss)
 
 
-class NegmineMiner(nn.Module):
+class NegmineMiner(Stepped):
     """miner(embeddings, labels, ref_emb=None, ref_labels=None) -> (a1, p, a2, n), as BaseMiner: 1-D int64 indices of pairs.
 
     positive, negative, margin, distance, max_positives, num_negatives: as in negmine.mine_triplets. Embeddings are normalised,
@@ -66,7 +67,6 @@ class NegmineMiner(nn.Module):
             "seed": seed,
             "backend": backend,
         }
-        self.step = 0
 
     @torch.no_grad()
     def forward(
@@ -85,8 +85,7 @@ class NegmineMiner(nn.Module):
         else:
             keys = F.normalize(ref_emb, dim=1)
         assert ref_labels is not None
-        found = mine_triplets(query, keys, labels, ref_labels, step=self.step, **self.options, **masks)
-        self.step += self.training
+        found = mine_triplets(query, keys, labels, ref_labels, step=self.count(None), **self.options, **masks)
         return found.compact() if self.triplets else found.pairs()
 
 
