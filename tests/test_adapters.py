@@ -20,11 +20,13 @@ from tests.peers import peer, peer_file
 B, K, D = 6, 40, 8
 
 
-def same_values_and_gradients(ours, theirs, inputs, condition):
-    """ours(*fp32) against theirs(*float64), allowed twice the error that theirs(*fp32) makes."""
-    results = []
-    for function, dtype in ((ours, torch.float32), (theirs, torch.float64), (theirs, torch.float32)):
-        leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+def same_values_and_gradients(ours, theirs, inputs, condition, stored=torch.float32):
+    """ours(*stored) against theirs(*float64), allowed twice the error that theirs(*stored) makes."""
+    results, inputs = [], [t.detach().to(stored) if t.dim() else t for t in inputs]
+    for function, dtype in ((ours, stored), (theirs, torch.float64), (theirs, stored)):
+        leaves = [
+            t.detach().to(dtype if t.dim() or dtype == torch.float64 else t.dtype).requires_grad_() for t in inputs
+        ]
         loss = function(*leaves)
         results.append([loss.reshape(1), *torch.autograd.grad(loss, leaves, allow_unused=True)])
     for i, (got, truth, plain) in enumerate(zip(*results, strict=True)):
@@ -114,6 +116,17 @@ def test_lightly_of_one_image():
 # open_clip --------------------------------------------------------------------------------------------------------
 
 
+def test_clip_loss_of_bfloat16(any_backend):
+    """No farther from float64 than theirs is, and the loss itself in fp32."""
+    device = device_of(any_backend)
+    pair = [unit(B, D, seed=i, device=device) for i in (0, 1)]
+    scale = torch.tensor(10.0, device=device)
+    theirs = peer_file("open_clip", "loss.py").ClipLoss()
+    ours = open_clip.ClipLoss(backend=any_backend)
+    same_values_and_gradients(ours, theirs, [*pair, scale], 10, torch.bfloat16)
+    assert ours(*(t.bfloat16() for t in pair), scale).dtype == torch.float32
+
+
 @pytest.mark.parametrize("scale", [1 / 0.07, 100.0])
 def test_clip_loss(any_backend, scale):
     theirs = peer_file("open_clip", "loss.py").ClipLoss()
@@ -201,6 +214,13 @@ def test_batch_easy_hard_miner(any_backend, positive, negative, with_reference):
     assert len(want[0]) > 3
     for mine, other in zip(got, want, strict=True):
         assert torch.equal(mine, other)
+
+
+def test_a_vector_of_norm_0_is_mined_without_nan():
+    embeddings, labels = batch()
+    embeddings[3] = 0.0
+    a1, p, a2, n = NegmineMiner("hard", "hardest")(embeddings, labels)
+    assert 3 in a1 and bool((labels[a1] == labels[p]).all()) and bool((labels[a2] != labels[n]).all())
 
 
 def as_set(*indices):
