@@ -234,11 +234,48 @@ def enqueue(keys, ids, backend):
     return queue
 
 
+RULES = [
+    ("easy", "hardest"),
+    ("easy", "semihard"),
+    ("hard", "semihard_band"),
+    ("hard", "violating"),
+    ("hard", "easiest"),
+]
+RULES += [("semihard", "hardest"), ("all", "semihard_facenet"), ("all", "semihard"), ("multi_similarity",) * 2]
+
+
+def triplets(case: Case) -> tuple[dict, str]:
+    positive, negative = case.draw.choice(RULES)
+    call = {"query": case.vectors(case.B, case.D), "keys": case.vectors(case.K, case.D)}
+    for side, count in (("query", case.B), ("key", case.K)):
+        call[f"{side}_labels"] = torch.randint(-1, case.draw.choice([1, 4, 60]), (count,), generator=case.generator)
+    call |= {name.replace("negative", "key"): t for name, t in case.masks().items() if "labels" not in name}
+    call |= {"positive": positive, "negative": negative, "margin": case.draw.choice([0, 0.25, 3.0])}
+    call["num_negatives"] = case.draw.choice([1, 2, case.draw.randrange(1, 60)])
+    if positive in ("all", "multi_similarity"):
+        call["max_positives"] = case.draw.randrange(1, 5)
+    return call, "mine_triplets"
+
+
+def judge_triplets(case: Case, op: str, call: dict, got) -> None:
+    """Exact where scores are; elsewhere a column near a bound may fall to either side, and only the labels are certain."""
+    anchor, p, n = got.compact()
+    require(len(anchor) == got.num_triplets, "the count of triplets")
+    label = call["query_labels"][anchor]
+    require((label >= 0).all() & (label == call["key_labels"][p]).all(), "a positive of another label")
+    require((label != call["key_labels"][n]).all(), "a negative of the same label")
+    if case.exact:
+        plain = negmine.mine_triplets(**call | {"backend": "reference"})
+        for name, a, b in zip(got._fields, got, plain, strict=True):
+            same(f"{op}.{name}", a, b)
+
+
 KINDS_OF_CALL = [
     (loss, judge_loss),
     (loss, judge_loss),
     (mining, judge_mining),
     (mixing, judge_mixing),
+    (triplets, judge_triplets),
     (ring, judge_ring),
 ]
 
