@@ -35,6 +35,10 @@ class Launchers(NamedTuple):
     mix_negatives: Any = None
     mix_logsumexp: Any = None
 
+    def rows(self, negative_keys: Tensor) -> int:
+        """K of the queue that the ops read."""
+        return negative_keys.shape[0]
+
 
 OPS = Launchers._fields
 
@@ -69,7 +73,11 @@ def _triton_ops() -> Backend:
         module = importlib.import_module("negmine.kernels.triton")
     except ImportError as error:
         return Backend("triton", "cuda", refusal=f"its import failed: {error}")
-    return Backend("triton", "cuda", {op: getattr(module, op) for op in OPS}, also="cpu" if INTERPRETED else "")
+    from negmine import triton_ops
+
+    devices = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+    found = triton_ops.launchers({op: getattr(module, op) for op in OPS}, devices)
+    return Backend("triton", "cuda", found, also="cpu" if INTERPRETED else "")
 
 
 def _cpu_ops() -> Backend:

@@ -30,6 +30,8 @@ INSTRUCTIONS_PER_SCORE = {  # measured for bf16, D = 128; scan_kernel pulls one 
     (80, "logsumexp_kernel"): 15.5,
     (90, "logsumexp_kernel"): 8.8,
     (90, "logsumexp_grad_keys_kernel"): 6.9,
+    (90, "logsumexp_grad_keys_kernel, sigmoid"): 13.0,
+    (90, "softplus_sum_kernel"): 24.3,
     (90, "scan_kernel, 1 bracket"): 10.6,
     (90, "scan_kernel, 2 brackets"): 22.0,
 }
@@ -164,6 +166,8 @@ def report(capability: int, dtype: str, D: int, ops: tuple[str, ...]) -> None:
         tile = constants.get("BLOCK_B", 1) * constants.get("BLOCK_K", 1)
         line = inspect(built, tile / (32 * options["num_warps"]))
         name = kernel.fn.__name__
+        if constants.get("SIGMOID"):
+            name += ", sigmoid"
         if brackets := constants.get("BRACKETS"):
             name += f", {brackets} bracket{'s' * (brackets > 1)}"
         print(json.dumps({"kernel": name, **line}), flush=True)

@@ -2,7 +2,8 @@
 
 The walk of logsumexp without its running maximum, for no term outgrows its score: a program keeps BLOCK_B queries and a slice
 of D, goes through its part of the queue in tiles and sums. The parts of a row are added in order, so the bits do not depend
-on timing. (B, K) never exists. Meaning of the arguments and results: kernels/README.md.
+on timing. (B, K) never exists. Tensor cores take sigmoids in the storage type: as in logsumexp.py, the pull's part along the
+query is summed beside it in fp32 and put right at the end. Meaning of the arguments and results: kernels/README.md.
 """
 
 import torch
@@ -15,31 +16,30 @@ from . import tiles
 from .launch import launcher, processors, score_arguments
 from .launch import score_tile as choose_tile
 from .pool import complete, pool_bounds, pool_keys, pool_masks, pool_rows
-from .score import load_rows, load_whole_rows, score_tile
+from .score import as_stored, load_rows, load_whole_rows, score_tile
 
 
 @triton.jit
 def log1p_unit(e):
-    """log(1 + e) for e in [0, 1] within 2 ulp, however small e is: e times a Chebyshev fit of log(1 + e) / e."""
-    fit = 0.00525345793 * e - 0.0295885075
-    fit = fit * e + 0.0783616677
-    fit = fit * e - 0.136747703
-    fit = fit * e + 0.191114306
-    fit = fit * e - 0.248443693
-    fit = fit * e + 0.333192706
-    fit = fit * e - 0.499995023
-    fit = fit * e + 1.0
-    return e * fit
+    """log(1 + e) for e in [0, 1] to 2 ulp however small e is: e times a polynomial fitted at Chebyshev points."""
+    y = e * 0.005253457929939032 - 0.02958850748836994
+    y = y * e + 0.07836166769266129
+    y = y * e - 0.13674770295619965
+    y = y * e + 0.19111430644989014
+    y = y * e - 0.24844369292259216
+    y = y * e + 0.33319270610809326
+    y = y * e - 0.49999502301216125
+    return e * (y * e + 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "K", "tiles_per_split"])
 def softplus_sum_kernel(
-    query_ptr, keys_ptr, scale_ptr, bias_ptr, total_ptr, mass_ptr, acc_ptr, kept_ptr,
+    query_ptr, keys_ptr, scale_ptr, bias_ptr, total_ptr, mass_ptr, acc_ptr, along_ptr, kept_ptr,
     stride_qb, stride_kk, B, K, tiles_per_split,
     mask_ptr, stride_mb, query_ids_ptr, negative_ids_ptr, query_labels_ptr, negative_labels_ptr, lower_ptr, upper_ptr,
     MASK: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LABELS: tl.constexpr,
     HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, EVEN_K: tl.constexpr,
-    WANT_PULL: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
+    WANT_PULL: tl.constexpr, ALONG: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -56,6 +56,7 @@ def softplus_sum_kernel(
 
     total = tl.zeros((BLOCK_B,), tl.float32)
     mass = tl.zeros((BLOCK_B,), tl.float32)
+    along = tl.zeros((BLOCK_B,), tl.float32)
     kept = tl.zeros((BLOCK_B,), tl.int32)
     acc = tl.zeros((BLOCK_B, SLICE), tl.float32)
     start = split * tiles_per_split * BLOCK_K
@@ -79,15 +80,18 @@ def softplus_sum_kernel(
         x = s * scale + bias  # (BLOCK_B, BLOCK_K)
         e = tl.math.exp2(-tl.abs(x) * LOG2E)  # (BLOCK_B, BLOCK_K)
         total += tl.sum(tl.where(inside, tl.where(x > 0, x, 0.0) + log1p_unit(e), 0.0), 1)
-        inverse = tl.math.rsqrt(1.0 + e)  # its square takes the place of a division, which spills registers
-        sigmoid = tl.where(inside, tl.where(x > 0, 1.0, e) * inverse * inverse, 0.0)  # (BLOCK_B, BLOCK_K)
+        inverse = tl.math.rsqrt(1.0 + tl.math.exp2(-x * LOG2E))  # (BLOCK_B, BLOCK_K); 0 of inf
+        sigmoid = tl.where(inside, inverse * inverse, 0.0)  # (BLOCK_B, BLOCK_K)
         mass += tl.sum(sigmoid, 1)
+        if ALONG:
+            along += tl.sum(sigmoid * s, 1)
         if WANT_PULL:
             if D <= SLICE and D <= BLOCK_D:
                 values = keys
             else:
                 values = load_rows(keys_ptr, offs_k, k_ok, stride_kk, d0, D, SLICE, WIDEN)  # (BLOCK_K, SLICE)
-            acc = tl.dot(sigmoid.to(values.dtype), values, acc, input_precision="ieee")  # (BLOCK_B, SLICE)
+            p = as_stored(sigmoid, query_ptr, keys_ptr).to(values.dtype)
+            acc = tl.dot(p, values, acc, input_precision="ieee")  # (BLOCK_B, SLICE)
 
     row = split.to(tl.int64) * B + offs_b  # (BLOCK_B,) of (SPLITS, B)
     if WANT_PULL:
@@ -96,6 +100,8 @@ def softplus_sum_kernel(
     first = b_ok & (d0 == 0)
     tl.store(total_ptr + row, total, mask=first)
     tl.store(mass_ptr + row, mass, mask=first)
+    if ALONG:
+        tl.store(along_ptr + row, along, mask=first)
     tl.store(kept_ptr + row, kept, mask=first)
 
 
@@ -114,12 +120,20 @@ def softplus_sum(
     total = query.new_empty(parts, B, dtype=torch.float32)
     mass = query.new_empty(parts, B, dtype=torch.float32)
     acc = query.new_empty(parts, B if want_pull else 0, D, dtype=torch.float32)
+    rounds = want_pull and query.dtype == negative_keys.dtype != torch.float32  # sigmoids, for the pull
+    along = query.new_empty(parts if rounds else 0, B, dtype=torch.float32)
     kept = query.new_empty(parts, B, dtype=torch.int32)
     if B:
         slices = triton.cdiv(D, tile.SLICE) if want_pull else 1
         softplus_sum_kernel[(triton.cdiv(B, tile.BLOCK_B), parts, slices)](
-            scale_ptr=scale, bias_ptr=bias, total_ptr=total, mass_ptr=mass, acc_ptr=acc, kept_ptr=kept,
-            tiles_per_split=per_split, WANT_PULL=want_pull, SLICE=tile.SLICE, STAGES=tile.num_stages,
+            scale_ptr=scale, bias_ptr=bias, total_ptr=total, mass_ptr=mass, acc_ptr=acc, along_ptr=along, kept_ptr=kept,
+            tiles_per_split=per_split, WANT_PULL=want_pull, ALONG=rounds, SLICE=tile.SLICE, STAGES=tile.num_stages,
             **score_arguments(query, negative_keys, tile, complete(pool)),
         )  # fmt: skip
-    return total.sum(0), acc.sum(0), mass.sum(0), kept.sum(0)
+    pull = acc.sum(0)  # (B, D)
+    if rounds:
+        wide = query.float()  # (B, D)
+        squares = (wide * wide).sum(1)  # (B,)
+        missing = along.sum(0) - (wide * pull).sum(1)  # (B,)
+        pull += wide * torch.where(squares == 0, 0.0, missing / squares)[:, None]
+    return total.sum(0), pull, mass.sum(0), kept.sum(0)

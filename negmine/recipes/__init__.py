@@ -14,19 +14,23 @@ from negmine.recipes.positives import false_negative_cancellation, siglip, sup_c
 from negmine.recipes.queue import decoupled, decoupled_weighted, moco_v1, moco_v2
 from negmine.recipes.schedules import cosine, exponential, linear, step
 from negmine.recipes.synthetic import i_mix, mochi, synco
+from negmine.recipes.triplets import batch_hard, ephn, facenet, multi_similarity, simans, vse_plus_plus
 from negmine.recipes.weights import debiased, dual_temperature, hardness_added, hcl, ifm, rince
 from negmine.recipes.windows import easiest, hardest, margin_pos, perc_pos, ring
 from negmine.synco import Kinds
 
 __all__ = [
     "Kinds",
+    "batch_hard",
     "cosine",
     "debiased",
     "decoupled",
     "decoupled_weighted",
     "dual_temperature",
     "easiest",
+    "ephn",
     "exponential",
+    "facenet",
     "false_negative_cancellation",
     "hardest",
     "hardness_added",
@@ -39,11 +43,14 @@ __all__ = [
     "mochi",
     "moco_v1",
     "moco_v2",
+    "multi_similarity",
     "perc_pos",
     "rince",
     "ring",
     "siglip",
+    "simans",
     "step",
     "sup_con",
     "synco",
+    "vse_plus_plus",
 ]

@@ -50,7 +50,7 @@ void grad_keys_range(const Block& block, const Workspace& w, float scale, const 
   pack_queries(block, w, lane_lse, lane_weight, panel);
   float product[kRows * kLanes];  // (6, kLanes)
   for (int64_t k = block.k_begin; k < block.k_end;) {
-    const int64_t count = load_chunk(block, w, &k, true);
+    const int64_t count = load_chunk(block, w, &k, Want::kScores);
     score_chunk(block, w, count);
     apply_masks(block, w, count);
     if (block.pool.bounded()) apply_bounds(block, w, count);
@@ -60,7 +60,7 @@ void grad_keys_range(const Block& block, const Workspace& w, float scale, const 
       const float* g[kRows];  // (6, lanes)
       for (int64_t r = 0; r < kRows; ++r) g[r] = r < rows ? w.tile + (j0 + r) * kLanes : w.zeros;
       for (int64_t d0 = 0; d0 < block.D; d0 += kPanel) {
-        multiply(g, kRows, panel + d0 * block.lanes, block.lanes, kVectors, product);
+        multiply(g, kRows, panel + d0 * block.lanes, block.lanes, kVectors, false, product);
         const int64_t width = block.D - d0 < kPanel ? block.D - d0 : kPanel;
         for (int64_t r = 0; r < rows; ++r) {
           float* row = out + w.index[j0 + r] * block.D + d0;

@@ -18,7 +18,7 @@ void softplus_sum_range(const Block& block, const Workspace& w, float scale, flo
   }
   const int vectors = vectors_of(block);
   for (int64_t k = block.k_begin; k < block.k_end;) {
-    const int64_t count = load_chunk(block, w, &k, true);
+    const int64_t count = load_chunk(block, w, &k, state.pull != nullptr ? Want::kScoresAndRows : Want::kScores);
     score_chunk(block, w, count);
     apply_masks(block, w, count);
     if (block.pool.bounded()) apply_bounds(block, w, count);

@@ -11,6 +11,7 @@ void logsumexp_grad_keys_range(const Block&, const Workspace&, float, const floa
 void softplus_sum_grad_keys_range(const Block&, const Workspace&, float, const float*, const float*, float*, float*);
 void softplus_sum_range(const Block&, const Workspace&, float, float, const SoftplusState&);
 void select_range(const Block&, const Workspace&, const Selection&);
+int64_t keep_best(int64_t*, int64_t, int64_t);
 void count_range(const Block&, const Workspace&, int64_t*);
 void mix_negatives_row(const Matrix&, const Matrix&, int64_t, const Draws&, int64_t, float*, void*, int64_t*, float*);
 void mix_logsumexp_row(const Matrix&, const Matrix&, int64_t, const Draws&, int64_t, float, float*, float*, float*);
@@ -22,6 +23,7 @@ extern const Kernels kKernels = {
     softplus_sum_grad_keys_range,
     softplus_sum_range,
     select_range,
+    keep_best,
     count_range,
     mix_negatives_row,
     mix_logsumexp_row,

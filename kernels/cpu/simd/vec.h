@@ -1,9 +1,9 @@
 // One vector of fp32 lanes for each instruction set, in GCC vector extensions, so that a kernel is written once.
 //
-// This folder is compiled several times, with NEGMINE_SIMD = portable, avx2 or avx512 as the namespace. Everything here
-// and in the files beside it is in that namespace or static, and no std template is used: a weak symbol compiled for a
-// wide instruction set could otherwise be linked into code that runs on a narrow one. fma() is explicit: the bits of a
-// score must not depend on what the compiler chooses to contract.
+// This folder is compiled several times, with NEGMINE_SIMD = portable, avx2, avx512 or avx512bf16 as the namespace.
+// Everything here and in the files beside it is in that namespace or static, and no std template is used: a weak symbol
+// compiled for a wide instruction set could otherwise be linked into code that runs on a narrow one. fma() is explicit:
+// the bits of a score must not depend on what the compiler chooses to contract.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -65,6 +65,30 @@ NEGMINE_INLINE uint32_t bits_ge(V a, V b) {
 #endif
 }
 #endif
+
+#if defined(__AVX512BF16__)
+// Words hold two bf16: c + a.high * b.high, then + a.low * b.low, each a fused multiply-add to nearest even. Subnormals
+// are read and written as zero.
+NEGMINE_INLINE V fma_pairs(V a, V b, V c) { return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+#endif
+
+NEGMINE_INLINE VI count_up() {
+  VI x;
+  for (int i = 0; i < kWidth; ++i) x[i] = i;
+  return x;
+}
+
+// Writes the lanes of x that `passed` names side by side from out on, and anything up to kWidth words from there;
+// returns the end of what was written.
+NEGMINE_INLINE int32_t* store_passed(int32_t* out, VI x, uint32_t passed) {
+#if defined(__AVX512F__)
+  store(out, (VI)_mm512_maskz_compress_epi32(static_cast<__mmask16>(passed), (__m512i)x));
+  return out + __builtin_popcount(passed);
+#else
+  for (; passed != 0; passed &= passed - 1) *out++ = x[__builtin_ctz(passed)];
+  return out;
+#endif
+}
 
 NEGMINE_INLINE V max(V a, V b) { return a > b ? a : b; }  // a NaN in a is passed over
 
