@@ -12,7 +12,7 @@ from negmine.mining import Mined, mine_hardest, percentile, rank_thresholds
 from negmine.mixing import Mixed, mix_negatives
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.queue import MoCoQueue
-from negmine.search import MiningResult, NegativeIndex, mine_hard_negatives
+from negmine.search import MiningResult, NegativeIndex, mine_hard_negatives, mining_rounds
 from negmine.sup_con import SupConStats, sup_con
 from negmine.version import __version__
 
@@ -34,6 +34,7 @@ __all__ = [
     "info_nce",
     "mine_hard_negatives",
     "mine_hardest",
+    "mining_rounds",
     "mix_negatives",
     "percentile",
     "rank_thresholds",
