@@ -126,6 +126,7 @@ def mine_hard_negatives(
         "device": device,
     }
     options |= {"backend": backend, "index": "Flat" if use_faiss else "exact", "batch_size": faiss_batch_size}
+    options |= {"count_skipped": verbose}  # what is counted is printed
     found = (query_rows, corpus_rows)
     if cross_encoder is None and not include_positives:
         result = mine(
