@@ -15,6 +15,7 @@ ENVIRONMENT = Path(".venv")
 PYTHON = ENVIRONMENT / "bin/python"
 BUILD = ["setuptools", "wheel", "pybind11", "build"]
 USE = ["numpy", "pytest", "pytest-xdist", "hypothesis", "tqdm", "matplotlib", "ruff", "mypy", "clang-format"]
+SEARCH = ["faiss-cpu", "safetensors", "pyarrow"]  # optional for users; the tests read and search with them
 # Not in constraints.txt: CUDA builds of torch bring their own Triton, and a pin there would contradict theirs.
 TRITON = "triton==3.8.0"
 
@@ -42,8 +43,8 @@ def main() -> None:
     constraints.write_text("\n".join(pins) + "\n")
     install = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     torch = [] if machine_torch else ["torch"]
-    print("installing", *torch, *BUILD, *USE, flush=True)
-    run(*install, "--constraint", str(constraints), *torch, *BUILD, *USE)
+    print("installing", *torch, *BUILD, *USE, *SEARCH, flush=True)
+    run(*install, "--constraint", str(constraints), *torch, *BUILD, *USE, *SEARCH)
     if not imports("triton"):
         print(f"installing {TRITON}", flush=True)
         run(*install, "--no-deps", TRITON)
