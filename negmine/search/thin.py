@@ -78,8 +78,7 @@ class Thinner:
     def _some(self, window: Tensor, rows: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
         G, W = window.shape
         lists = self.positives.take(rows.numpy())
-        known = torch.full((G, int(lists.sizes.max(initial=0))), -1)  # (G, P)
-        known[lists.queries, np.arange(len(lists.rows)) - lists.indptr[lists.queries]] = torch.from_numpy(lists.rows)
+        known = torch.from_numpy(lists.padded())  # (G, P)
         vectors = self._vectors(order.unpack(window)[1])  # (G, W, D)
         like_positive = near(vectors, self._vectors(known.to(window.device)), self.threshold).any(2)  # (G, W)
         like_other = near(vectors, vectors, self.threshold)  # (G, W, W)
