@@ -12,12 +12,14 @@ from negmine.mining import Mined, mine_hardest, percentile, rank_thresholds
 from negmine.mixing import Mixed, mix_negatives
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.queue import MoCoQueue
+from negmine.report import HardnessReport, hardness_report
 from negmine.search import MiningResult, mine_hard_negatives
 from negmine.sup_con import SupConStats, sup_con
 from negmine.version import __version__
 
 __all__ = [
     "FalseNegatives",
+    "HardnessReport",
     "InfoNCELoss",
     "InfoNCEStats",
     "Mined",
@@ -30,6 +32,7 @@ __all__ = [
     "SupConStats",
     "Weight",
     "__version__",
+    "hardness_report",
     "info_nce",
     "mine_hard_negatives",
     "mine_hardest",

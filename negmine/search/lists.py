@@ -36,6 +36,13 @@ class RowLists(NamedTuple):
         low, high = self.indptr[begin], self.indptr[end]
         return np.repeat(np.arange(end - begin), self.sizes[begin:end]), self.rows[low:high]
 
+    def take(self, numbers: np.ndarray) -> "RowLists":
+        """The lists of queries `numbers`, in that order."""
+        parts = [self.rows[self.indptr[n] : self.indptr[n + 1]] for n in numbers]
+        return RowLists(
+            np.r_[0, np.cumsum(self.sizes[numbers])].astype(np.int64), np.concatenate([self.rows[:0], *parts])
+        )
+
     def united(self, other: "RowLists") -> "RowLists":
         """Each query's set of rows in either, ascending."""
         pairs = np.stack([np.r_[self.queries, other.queries], np.r_[self.rows, other.rows]])  # (2, P + P')

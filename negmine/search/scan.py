@@ -95,7 +95,7 @@ class Scan:
         for begin, end in self.corpus.spans(self.chunk_size):
             keys = self.corpus.block(begin, end, self.device)  # (C, D)
             low, high = np.searchsorted(hidden_row, (begin, end))
-            pool = self._pool(B, begin, end, hidden_query[low:high], hidden_row[low:high] - begin)
+            pool = self.pool(B, begin, end, hidden_query[low:high], hidden_row[low:high] - begin)
             for count, select in zip(counts, counted, strict=True):
                 count += kept_by(self.ops, query, keys, pool, select, anchor)
             if depth:
@@ -105,7 +105,7 @@ class Scan:
             self.advance(1)
         return places, counts
 
-    def _pool(self, B: int, begin: int, end: int, queries: np.ndarray, columns: np.ndarray) -> Pool:
+    def pool(self, B: int, begin: int, end: int, queries: np.ndarray, columns: np.ndarray) -> Pool:
         """The masks of one chunk: ids where no query hides two of its rows, else a mask of pairs (B, C)."""
         mask = None if self.distinct is None else torch.from_numpy(self.distinct[begin:end]).to(self.device)  # (C,)
         if not len(queries):
