@@ -13,7 +13,7 @@ from negmine.mixing import Mixed, mix_negatives
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.queue import MoCoQueue
 from negmine.report import HardnessReport, hardness_report
-from negmine.search import MiningResult, mine_hard_negatives
+from negmine.search import MiningResult, NegativeIndex, mine_hard_negatives
 from negmine.sup_con import SupConStats, sup_con
 from negmine.version import __version__
 
@@ -27,6 +27,7 @@ __all__ = [
     "Mix",
     "Mixed",
     "MoCoQueue",
+    "NegativeIndex",
     "Select",
     "SupConLoss",
     "SupConStats",

@@ -32,12 +32,13 @@ from negmine.report.inputs import (
     checked_texts,
     measured,
 )
-from negmine.report.ranking import Ranking, device_for, norms
+from negmine.report.ranking import Ranking, norms
 from negmine.report.result import HardnessReport
 from negmine.report.suspects import TOP, Suspects, near_duplicates, same_text
+from negmine.search.index import device_of, nothing_hidden
 from negmine.search.lists import RowLists, row_lists
-from negmine.search.mine import DEFAULT_MEMORY
 from negmine.search.rows import Rows
+from negmine.search.sizes import DEFAULT_MEMORY
 from negmine.version import __version__
 
 MOST_QUERIES = 1024  # beyond them a batch gains nothing
@@ -300,13 +301,13 @@ def hardness_report(
         if rows == 0:
             raise checks.refuse(OP, name, "of 1 row or more", 0)
     older = _older(previous, Q, K)
-    none = RowLists(np.zeros(Q + 1, np.int64), np.empty(0, np.int64))
+    none = nothing_hidden(Q)
     given = none if positives is None else row_lists(OP, "positives", positives, Q, K)
     hidden = given.united(none if exclude is None else row_lists(OP, "exclude", exclude, Q, K))
     classes = checked_classes(query_labels, corpus_labels, Q, K)
     measures = checked_measures(class_similarity, classes)
     texts = (checked_texts("query_texts", query_texts, Q), checked_texts("corpus_texts", corpus_texts, K))
-    where = device_for(OP, device, queries, corpus)
+    where = device_of(OP, device, queries if queries.device else corpus)
 
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randperm(Q, generator=generator)[: num_queries or Q].sort().values.numpy()  # (Q',)

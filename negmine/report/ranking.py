@@ -4,7 +4,6 @@ A .npy file stays a map of the file on the CPU; shards are joined, and normalize
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +16,9 @@ from negmine.mining import working
 from negmine.options import Select
 from negmine.pool import Pool, usable
 from negmine.search.lists import RowLists
+from negmine.search.ranks import Ranks
 from negmine.search.rows import Rows
-from negmine.search.scan import Scan, hardest, kept_by, pair_scores
+from negmine.search.scan import Corpus, Scan, hardest, kept_by
 
 BLOCK = 16_384  # rows looked at together while norms are taken
 DENSE_BYTES = 64  # of a pair, where the reference stores the matrix
@@ -78,7 +78,8 @@ class Ranking:
         corpus = _whole(op, names[1], embeddings[1], None, normalize, where)
         ops = backends.choose(op, ("mine_hardest", "rank_thresholds", "count_negatives"), backend, (queries, corpus))
         rows = Rows.open(op, names[1], corpus)
-        return cls(ops, queries, corpus, Scan(ops, rows, max(1, len(corpus)), where, None, lambda chunks: None))
+        held = Corpus(rows, where, Ranks(op, None), [len(rows)])
+        return cls(ops, queries, corpus, Scan(ops, held, len(rows), None, lambda chunks: None))
 
     @property
     def pair_bytes(self) -> int:
@@ -87,7 +88,8 @@ class Ranking:
 
     def pool(self, hidden: RowLists, begin: int, end: int) -> Pool:
         """The rows that queries [begin, end) may see."""
-        return self.scan.pool(end - begin, 0, len(self.corpus), *hidden.of(begin, end))
+        own = hidden.take(np.arange(begin, end))
+        return self.scan.pool(end - begin, 0, len(self.corpus), own.queries, own.rows)
 
     def hardest(self, query: Tensor, N: int, pool: Pool) -> tuple[Tensor, Tensor]:
         """query (B, D) -> scores (B, N), rows (B, N): (-inf, -1) past the end."""
@@ -110,19 +112,9 @@ class Ranking:
     def pairs(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """queries, rows (P,) -> (P,) fp32: the score of each pair, bit for bit as the ranking has it."""
         held = Rows.open("pairs", "queries", self.queries)
-        return pair_scores(self.ops, held, self.scan.corpus, queries, rows, self.corpus.device)
+        return self.scan.corpus.pair_scores(self.ops, held, queries, rows)
 
     def near(self, rows: np.ndarray, hidden: RowLists, N: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """The N rows nearest to corpus rows [begin, end) of `rows`, without those that `hidden` hides from each."""
         chosen = torch.from_numpy(rows[begin:end]).to(self.corpus.device)
         return self.hardest(self.corpus[chosen], N, self.pool(hidden, begin, end))
-
-
-def device_for(op: str, device: Any, *embeddings: Rows) -> torch.device:
-    """The device asked for, or where the first tensor lives; raises in a sentence where torch has none such."""
-    try:
-        where = torch.device(device or next((rows.device for rows in embeddings if rows.device), None) or "cpu")
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise checks.refuse(op, "device", f"a device that torch has here ({error})", device) from error
-    return where
