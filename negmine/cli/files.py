@@ -25,8 +25,9 @@ def _existing(name: str) -> Path:
 
 def array(name: str) -> np.ndarray:
     """A .npy file's array."""
+    path = _existing(name)
     try:
-        return np.load(_existing(name), allow_pickle=False)
+        return np.load(path, allow_pickle=False)
     except ValueError as error:
         raise ValueError(f"{name!r} must be a .npy file of numbers or strings ({error})") from error
 

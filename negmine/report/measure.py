@@ -8,6 +8,7 @@ for each batch of sampled queries
 then the rows nearest to the positives           mine_hardest of corpus rows
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -233,7 +234,7 @@ def hardness_report(
     device: str | torch.device | None = None,
     backend: str | None = None,
     show_progress_bar: bool = False,
-    page: Any = None,
+    page: str | os.PathLike | None = None,
     title: str = "How hard are these negatives?",
 ) -> HardnessReport:
     """What the negatives of a dataset are like, by difficulty: the analyses of Cai et al. 2020 (arXiv 2010.06682), and suspects.
