@@ -4,6 +4,7 @@ import argparse
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -305,3 +306,16 @@ def test_progress_tells_what_is_left(capsys, monkeypatch):
     with progress.progress(3, False, "x", "rows"):
         pass
     assert capsys.readouterr().err == ""
+
+
+def test_the_page_of_the_command_runs(tmp_path):
+    """Every sh block of docs/cli.md, in order, in an empty folder; python and negmine are this run's."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", (checkout.ROOT / "docs/cli.md").read_text(), re.M | re.S)
+    assert len(blocks) == 6
+    here = f'python() {{ "{sys.executable}" "$@"; }}\nnegmine() {{ python -m negmine "$@"; }}\nset -e\n'
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *sys.path])}
+    command = ["bash", "-c", here + "\n".join(blocks)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"mined.npz", "mined.jsonl", "train_hn.jsonl", "found.npz", "hardness.html"} <= set(os.listdir(tmp_path))
+    assert "recall 1.0000" in done.stdout and len((tmp_path / "train_hn.jsonl").read_text().splitlines()) == 50
