@@ -13,9 +13,10 @@ export ONEDNN_MAX_CPU_ISA = AVX512_CORE_BF16
 
 SECONDS ?= 60
 SEED    ?= 0
+ROUNDS  ?= 5
 SANITIZED := build/sanitize
 
-.PHONY: venv demo test check fuzz sanitize bench plots gpu wheel clean
+.PHONY: venv demo test check fuzz sanitize threads docs bench plots gpu wheel clean
 
 venv: .venv/built
 
@@ -45,8 +46,8 @@ fuzz: venv
 	$(PY) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 # The tests and the fuzzer on CPU kernels built with gcc's address and undefined sanitizers, in a copy of the package. Python is
-# not instrumented: libasan is loaded first, and libstdc++ with it, whose exceptions it wraps. No thread sanitizer: torch's OpenMP
-# is not instrumented either, so that every hand-over of work looks like a race.
+# not instrumented: libasan is loaded first, and libstdc++ with it, whose exceptions it wraps. Races are
+# for `make threads`.
 sanitize: venv
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	CXX="g++ -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" NEGMINE_CUDA=cpu \
@@ -58,11 +59,23 @@ sanitize: venv
 	  ../../$(PY) -m pytest -p no:cacheprovider -k cpu tests/test_kernels.py tests/test_rules.py && \
 	  ../../$(PY) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
+# Every CPU kernel on std::threads under gcc's thread sanitizer, which torch's OpenMP would swamp: make threads ROUNDS=20
+threads: venv
+	$(PY) -m build_tools.thread_sanitizer $(ROUNDS)
+
+# The pages of docs/ and a reference from the docstrings, into out/docs/index.html; a broken link fails.
+docs: venv
+	$(PY) -m build_tools.make_docs
+
+# Every named shape, the instruction sets forced, then one letter varied at a time; BENCH="--quick" for three minutes' worth.
 bench: venv
-	$(PY) -m benchmarks.run
+	$(PY) -m benchmarks.run $(BENCH)
+	$(if $(BENCH),,$(PY) -m benchmarks.run --no-tests --case moco --op info_nce mine_hardest --isa avx2 portable --compile)
+	$(if $(BENCH),,$(PY) -m benchmarks.run --no-tests --sweep K B D --threads 1 2 --seconds 3)
 
 plots: venv
 	$(PY) -m benchmarks.plot
+	$(PY) -m benchmarks.plan
 
 # With the machine's own Python and no network: torch, setuptools and pytest must be there already.
 gpu:

@@ -15,6 +15,8 @@ ENVIRONMENT = Path(".venv")
 PYTHON = ENVIRONMENT / "bin/python"
 BUILD = ["setuptools", "wheel", "pybind11", "build"]
 USE = ["numpy", "pytest", "pytest-xdist", "hypothesis", "tqdm", "matplotlib", "ruff", "mypy", "clang-format"]
+USE += ["pytest-benchmark", "faiss-cpu", "usearch"]  # what the benchmarks compare with, and one way of running them
+DOCS = ["mkdocs", "mkdocstrings-python"]
 # Not in constraints.txt: CUDA builds of torch bring their own Triton, and a pin there would contradict theirs.
 TRITON = "triton==3.8.0"
 
@@ -42,8 +44,8 @@ def main() -> None:
     constraints.write_text("\n".join(pins) + "\n")
     install = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     torch = [] if machine_torch else ["torch"]
-    print("installing", *torch, *BUILD, *USE, flush=True)
-    run(*install, "--constraint", str(constraints), *torch, *BUILD, *USE)
+    print("installing", *torch, *BUILD, *USE, *DOCS, flush=True)
+    run(*install, "--constraint", str(constraints), *torch, *BUILD, *USE, *DOCS)
     if not imports("triton"):
         print(f"installing {TRITON}", flush=True)
         run(*install, "--no-deps", TRITON)

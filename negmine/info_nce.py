@@ -155,7 +155,7 @@ def info_nce(
         )
         stats = InfoNCEStats(**found)
     else:
-        rows, stats = _fused(
+        rows, stats = fused(
             ops,
             query,
             positive_key,
@@ -212,7 +212,7 @@ def scale_of(temperature: float | Tensor, query: Tensor) -> Tensor:
     return torch.full((), 1.0 / temperature, dtype=torch.float32, device=query.device)
 
 
-def _fused(
+def fused(
     ops: backends.Launchers,
     query: Tensor,
     positive_key: Tensor,

@@ -99,7 +99,7 @@ def bounded(
     positive_score (B,) is needed where select has a margin. The places are exact: columns that tie with a bound are kept or
     dropped by their index.
     """
-    B, K = query.shape[0], negative_keys.shape[0]
+    B, K = query.shape[0], ops.rows(negative_keys)
     if select.has_filter:
         anchor = query.new_zeros(B, dtype=torch.float32) if positive_score is None else positive_score
         lowest = torch.full_like(anchor, -torch.inf if select.min_score is None else select.min_score)

@@ -43,7 +43,7 @@ class MoCoQueue(nn.Module):
         process_group: Any = None,
     ) -> None:
         super().__init__()
-        op = "MoCoQueue"
+        op = type(self).__name__
         checks.require_count(op, "dim", dim)
         checks.require_count(op, "K", K)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -65,21 +65,27 @@ class MoCoQueue(nn.Module):
         self.register_buffer("queue_labels", torch.full((K,), -1, dtype=torch.long) if with_labels else None)
         # The host's own copy of the two counters: reading the buffers would synchronise at every step.
         self._ptr, self._len = 0, K if random_init else 0
+        self._first = 0  # the place in the ring of the first row stored here; a shard's is another
 
     @property
     def keys(self) -> Tensor:
         """The valid rows (len, D), no copy."""
-        return self.queue[: self._len]
+        return self.queue[: self._held]
 
     @property
     def ids(self) -> Tensor | None:
         """Ids of the valid rows (len,), or None without with_ids."""
-        return None if self.queue_ids is None else self.queue_ids[: self._len]
+        return None if self.queue_ids is None else self.queue_ids[: self._held]
 
     @property
     def labels(self) -> Tensor | None:
         """Labels of the valid rows (len,), or None without with_labels."""
-        return None if self.queue_labels is None else self.queue_labels[: self._len]
+        return None if self.queue_labels is None else self.queue_labels[: self._held]
+
+    @property
+    def _held(self) -> int:
+        """Valid rows among those stored here."""
+        return min(max(self._len - self._first, 0), len(self.queue))
 
     def __len__(self) -> int:
         return self._len
@@ -91,7 +97,7 @@ class MoCoQueue(nn.Module):
         ids (B,), labels (B,): whole numbers, with a queue that stores them; -1 is stored where none are given.
         Raises ValueError or TypeError for input that does not fit.
         """
-        op = "MoCoQueue.enqueue"
+        op = f"{type(self).__name__}.enqueue"
         checks.require_vectors(op, "keys", keys, "(B, D)", (2,), self.queue)
         tags = {"ids": (ids, self.queue_ids, "with_ids"), "labels": (labels, self.queue_labels, "with_labels")}
         for name, (given, stored, option) in tags.items():
@@ -108,7 +114,7 @@ class MoCoQueue(nn.Module):
                 fill = torch.full((len(keys),), -1, dtype=torch.long, device=keys.device)
                 columns.append((stored, fill if given is None else given.long()))
         if self.gather_distributed and dist.is_available() and dist.is_initialized():
-            columns = [(stored, _gather(rows, self.process_group)) for stored, rows in columns]
+            columns = [(stored, gather(rows, self.process_group)) for stored, rows in columns]
 
         entering = len(columns[0][1])
         kept = min(entering, self.K)
@@ -116,8 +122,10 @@ class MoCoQueue(nn.Module):
         before_end = min(kept, self.K - start)
         for stored, rows in columns:
             rows = rows[entering - kept :]
-            stored[start : start + before_end] = rows[:before_end]
-            stored[: kept - before_end] = rows[before_end:]
+            for at, part in ((start, rows[:before_end]), (0, rows[before_end:])):
+                low, high = max(at, self._first), min(at + len(part), self._first + len(stored))
+                if low < high:
+                    stored[low - self._first : high - self._first] = part[low - at : high - at]
         self._ptr = (self._ptr + entering) % self.K
         self._len = min(self.K, self._len + entering)
         self.queue_ptr.fill_(self._ptr)
@@ -139,6 +147,12 @@ class MoCoQueue(nn.Module):
             for kind in ("queue_ids", "queue_labels"):
                 if getattr(self, kind) is not None:
                     state_dict.setdefault(prefix + kind, torch.full((self.K,), -1, dtype=torch.long))
+        limits = {"queue_ptr": self.K - 1, "queue_len": self.K}
+        for counter, most in limits.items():
+            value = state_dict.get(prefix + counter)
+            if value is not None and not (value.numel() == 1 and 0 <= int(value) <= most):
+                args[-1].append(f"{prefix}{counter} must be one number from 0 to {most}, got {value.tolist()}")
+                return
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._ptr, self._len = int(self.queue_ptr), int(self.queue_len)
 
@@ -146,13 +160,14 @@ class MoCoQueue(nn.Module):
         return f"dim={self.dim}, K={self.K}, dtype={self.queue.dtype}, len={self._len}"
 
 
-def _gather(rows: Tensor, group: Any) -> Tensor:
-    """The rows of every rank in rank order; ranks may hold different numbers of them."""
+def gather(rows: Tensor, group: Any, counts: list[int] | None = None) -> Tensor:
+    """The rows of every rank in rank order; ranks may hold different numbers of them, `counts` where they are known."""
     world = dist.get_world_size(group)
-    size = torch.tensor([len(rows)], device=rows.device)
-    sizes = [torch.zeros_like(size) for _ in range(world)]
-    dist.all_gather(sizes, size, group=group)
-    counts = [int(s) for s in sizes]
+    if counts is None:
+        size = torch.tensor([len(rows)], device=rows.device)
+        sizes = [torch.zeros_like(size) for _ in range(world)]
+        dist.all_gather(sizes, size, group=group)
+        counts = [int(s) for s in sizes]
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in range(world)]

@@ -38,6 +38,8 @@ CASES = [
     (90, "bfloat16", 128, ("logsumexp", "logsumexp_grad_keys", "count_negatives")),
     (90, "bfloat16", 128, ("mine_hardest", "rank_thresholds")),
     (90, "bfloat16", 128, ("mix_negatives", "mix_logsumexp")),
+    (90, "bfloat16", 128, ("softplus_sum", "softplus_sum_grad_keys")),
+    (80, "bfloat16", 128, ("softplus_sum", "softplus_sum_grad_keys")),
     (90, "float32", 128, ("logsumexp",)),
     (90, "bfloat16", 1024, ("logsumexp",)),
     (80, "bfloat16", 128, MINING),
@@ -59,6 +61,8 @@ def call(triton_ops, op: str, dtype: torch.dtype, D: int) -> None:
     arguments = {
         "logsumexp": (scale, None, True),
         "logsumexp_grad_keys": (scale, empty(B), empty(B)),
+        "softplus_sum": (scale, scale, True),
+        "softplus_sum_grad_keys": (scale, scale, empty(B)),
         "mine_hardest": (N,),
         "rank_thresholds": (places,),
         "count_negatives": window,

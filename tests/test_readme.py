@@ -15,7 +15,7 @@ import negmine
 from negmine import MoCoQueue, backends
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -54,7 +54,8 @@ def check_names(tree: ast.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_python_blocks_run(page):
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     for block in blocks(page, "python"):
         check_names(ast.parse(block))
@@ -84,9 +85,9 @@ def test_tables_name_what_exists():
 @pytest.mark.parametrize("page", PAGES)
 def test_targets_and_files_exist(page):
     text = (ROOT / page).read_text()
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     # A target stands in backticks or begins an indented line.
-    for target in re.findall(r"(?:`|^ {4})make (\w+)", text, re.M):
+    for target in re.findall(r"(?:`|^ {4})make ([\w-]+)", text, re.M):
         assert target in targets, f"{page}: make {target}"
-    for path in re.findall(r"`((?:negmine|kernels|csrc|tests|benchmarks|build_tools)/[\w./]*)`", text):
+    for path in re.findall(r"`((?:negmine|kernels|csrc|tests|benchmarks|build_tools|docs)/[\w./]*)`", text):
         assert (ROOT / path).exists(), f"{page}: {path}"

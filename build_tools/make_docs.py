@@ -1,0 +1,69 @@
+"""Build the documentation: python -m build_tools.make_docs
+
+The pages are README.md as the index, docs/*.md and a reference with one entry for each public name of negmine, whose docstrings
+it shows. They are gathered in build/docs and built into out/docs; a broken link or an undocumented name fails.
+"""
+
+import inspect
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import mkdocs.commands.build
+import mkdocs.config
+
+PAGES = Path("build/docs")
+# In the order of a reader's questions; pages that are not named come after them, by name.
+ORDER = ["methods", "triplets", "mining", "report", "cli", "adapters", "sharded", "backends", "limits", "building"]
+
+
+def public_names() -> list[str]:
+    """negmine's public names as its __all__ lists them, then the recipes."""
+    import negmine
+
+    names = [f"negmine.{name}" for name in negmine.__all__ if not name.startswith("_") and name != "recipes"]
+    recipes = [
+        f"negmine.recipes.{name}"
+        for name, made in vars(negmine.recipes).items()
+        if inspect.isfunction(made) and made.__module__.startswith("negmine.recipes") and not name.startswith("_")
+    ]
+    undocumented = [name for name in names if not getattr(negmine, name.removeprefix("negmine.")).__doc__]
+    if undocumented:
+        raise SystemExit(f"make docs: without a docstring: {', '.join(undocumented)}")
+    return names + recipes
+
+
+def index() -> str:
+    """README.md with its links into docs/ as links between pages, and links to files of the repository as plain names."""
+    text = Path("README.md").read_text()
+    text = re.sub(r"\]\(docs/([\w-]+\.md)", r"](\1", text)
+    return re.sub(r"\[([^\]]+)\]\((?!https?://|#|[\w-]+\.md)[^)]+\)", r"`\1`", text)
+
+
+def gather() -> list[dict[str, str]]:
+    """Write every page into PAGES; the navigation."""
+    shutil.rmtree(PAGES, ignore_errors=True)
+    PAGES.mkdir(parents=True)
+    (PAGES / "index.md").write_text(index())
+    (PAGES / "reference.md").write_text("# Reference\n\n" + "\n".join(f"::: {name}\n" for name in public_names()))
+    shutil.copy("docs/style.css", PAGES)
+    place = {name: at for at, name in enumerate(ORDER)}
+    found = sorted(Path("docs").glob("*.md"), key=lambda page: (place.get(page.stem, len(ORDER)), page.stem))
+    for page in found:
+        (PAGES / page.name).write_text(page.read_text().replace("](../README.md", "](index.md"))
+    titles = [{page.read_text().split("\n", 1)[0].removeprefix("# "): page.name} for page in found]
+    return [{"negmine": "index.md"}, *titles, {"Reference": "reference.md"}]
+
+
+def main() -> None:
+    config = mkdocs.config.load_config("mkdocs.yml", nav=gather())
+    mkdocs.commands.build.build(config)
+    print(f"{config['site_dir']}/index.html: {len(list(Path(config['site_dir']).glob('*.html')))} pages")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except mkdocs.exceptions.Abort as refusal:
+        sys.exit(f"make docs: {refusal}")

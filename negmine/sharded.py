@@ -1,0 +1,279 @@
+"""ShardedMoCoQueue: a MoCoQueue whose rows are spread over the ranks of a process group.
+
+Each rank holds K / W rows, brings its own queries and gets its own losses and negatives, those that one process with the whole
+queue would give it. The arithmetic between is negmine/shards.py.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from negmine import backends, checks
+from negmine.info_nce import InfoNCEStats, fused
+from negmine.mining import Mined, for_kernels, score_of_positive
+from negmine.options import Select, Weight
+from negmine.order import LAST_INDEX
+from negmine.pool import Pool, bounded, check_pool
+from negmine.queue import MoCoQueue
+from negmine.shards import Ranks, Shards
+
+ROWS_AT_ONCE = 4096  # rows of random_init that one generator draws
+
+
+class ShardedMoCoQueue(MoCoQueue):
+    """The last K keys of all ranks, each row on one rank; one ring, one order of rows, whatever the number of ranks.
+
+    dim, K, dtype, with_ids, with_labels: as in MoCoQueue; K of at least the number of ranks.
+    random_init: start full of random unit vectors, drawn from `seed` and the same for any number of ranks; False starts empty.
+    process_group: whose ranks share the queue; without torch.distributed, a world of one.
+
+    Rank r of W holds rows [r K // W, (r + 1) K // W) of the ring. Buffers as MoCoQueue's, of the rows held here, and queue_range
+    (3,) int64: first row, end and K; queue_ptr and queue_len are those of the whole ring, and so is len(). `keys`, `ids` and
+    `labels` are the valid rows held here.
+    enqueue, info_nce and mine_hardest are collective: every rank of the group calls them, in the same order, with the same
+    options. Batches may differ in size, and be empty.
+    """
+
+    queue_range: Tensor
+
+    def __init__(
+        self,
+        dim: int = 128,
+        K: int = 65536,
+        *,
+        dtype: torch.dtype | None = None,
+        with_ids: bool = False,
+        with_labels: bool = False,
+        random_init: bool = True,
+        seed: int = 0,
+        process_group: Any = None,
+    ) -> None:
+        op = type(self).__name__
+        together = dist.is_available() and dist.is_initialized()
+        world = dist.get_world_size(process_group) if together else 1
+        rank = dist.get_rank(process_group) if together else 0
+        checks.require_count(op, "K", K, world)
+        if K > LAST_INDEX:
+            raise checks.refuse(op, "K", f"at most {LAST_INDEX}, the last index that a place can hold", K)
+        checks.require_bool(op, "random_init", random_init)
+        checks.require_draw(op, seed, 0, 0)
+        first, end = rank * K // world, (rank + 1) * K // world
+        super().__init__(
+            dim, end - first, dtype=dtype, with_ids=with_ids, with_labels=with_labels, random_init=False,
+            gather_distributed=True, process_group=process_group,
+        )  # fmt: skip
+        self.K, self._first = K, first
+        self.register_buffer("queue_range", torch.tensor([first, end, K]))
+        if random_init:
+            for block in range(first // ROWS_AT_ONCE, -(-end // ROWS_AT_ONCE)):
+                start = block * ROWS_AT_ONCE
+                generator = torch.Generator().manual_seed(seed * (LAST_INDEX + 1) + block)
+                rows = F.normalize(torch.randn(ROWS_AT_ONCE, dim, generator=generator), dim=1)
+                low, high = max(start, first), min(start + ROWS_AT_ONCE, end)
+                self.queue[low - first : high - first] = rows[low - start : high - start].to(self.queue.dtype)
+            self._len = K
+            self.queue_len.fill_(K)
+
+    def info_nce(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        *,
+        temperature: float | Tensor = 0.07,
+        select: Select | None = None,
+        weight: Weight | None = None,
+        query_ids: Tensor | None = None,
+        query_labels: Tensor | None = None,
+        decoupled: bool = False,
+        reduction: str = "mean",
+        backend: str | None = None,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, InfoNCEStats]:
+        """negmine.info_nce of this rank's queries against the rows of every rank; this rank's loss, with its gradients.
+
+        query (b, D), positive_key (b, D), temperature, select, weight, decoupled, reduction, return_stats: as there. b may differ
+        from rank to rank; "mean" is over own rows.
+        query_ids (b,), query_labels (b,): with a queue that stores ids or labels; equal = not a negative.
+
+        The gradient is known after the forward pass: backward communicates nothing, and the queue may be overwritten before it.
+        Selection is exact, ties to the lower row of the ring; log-sum-exps add up in rank order, so the loss agrees with one
+        process within rounding. Synthetic and false negatives, samples and float64 need the whole queue and are refused.
+        Raises ValueError or TypeError for input that does not fit, on all ranks if on one, and where ranks call differently.
+        """
+        op = f"{type(self).__name__}.info_nce"
+        said = (
+            select,
+            weight,
+            None if isinstance(temperature, Tensor) else temperature,
+            decoupled,
+            return_stats,
+            backend,
+        )
+
+        def check() -> Pool:
+            checks.require_vectors(op, "query", query, "(b, D)", (2,), self.queue)
+            checks.require_positive(op, positive_key, query)
+            checks.require_temperature(op, temperature)
+            checks.require_options(op, select=select, weight=weight)
+            for name, value in (("decoupled", decoupled), ("return_stats", return_stats)):
+                checks.require_bool(op, name, value)
+            checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
+            return self._pool(op, query, query_ids, query_labels)
+
+        wants = isinstance(temperature, Tensor) and temperature.requires_grad
+        windowed = ("rank_thresholds", "count_negatives", "mine_hardest") if select is not None else ()
+        pool, ops = self._shards(op, query, check, ("logsumexp", *windowed), backend, select, said, wants)
+        rows, stats = fused(
+            ops, query, positive_key, self.keys, temperature, pool, select, None, weight, decoupled, (0, 0, 0), return_stats
+        )  # fmt: skip
+        loss = rows
+        if reduction != "none":
+            loss = rows.sum() if reduction == "sum" else rows.sum() / max(len(rows), 1)
+        return (loss, stats) if return_stats else loss
+
+    def mine_hardest(
+        self,
+        query: Tensor,
+        N: int,
+        *,
+        positive_key: Tensor | None = None,
+        select: Select | None = None,
+        query_ids: Tensor | None = None,
+        query_labels: Tensor | None = None,
+        backend: str | None = None,
+    ) -> Mined:
+        """negmine.mine_hardest of this rank's queries (b, D) over the rows of every rank: exact, ties to the lower row.
+
+        Returns Mined(scores (b, N) fp32, index (b, N) int64 in the whole ring, -1 past the end of a pool). Arguments as there and
+        in info_nce. No gradient.
+        """
+        op = f"{type(self).__name__}.mine_hardest"
+
+        def check() -> Pool:
+            checks.require_vectors(op, "query", query, "(b, D)", (2,), self.queue)
+            checks.require_count(op, "N", N)
+            checks.require_options(op, select=select)
+            if positive_key is not None:
+                checks.require_positive(op, positive_key, query)
+            elif select is not None and select.has_margin:
+                raise checks.refuse(op, "positive_key", "given where select has a margin", None)
+            return self._pool(op, query, query_ids, query_labels)
+
+        wanted = ("mine_hardest", "rank_thresholds", "count_negatives")
+        pool, ops = self._shards(op, query, check, wanted, backend, select, (N, select, backend), False)
+        with torch.no_grad():
+            if select is not None:
+                anchor = None if positive_key is None else score_of_positive(query, positive_key)  # (b,)
+                pool = bounded(ops, for_kernels(query), self.keys, pool, select, anchor)
+            return Mined(*ops.mine_hardest(for_kernels(query), self.keys, N, *pool))
+
+    def _pool(self, op: str, query: Tensor, query_ids: Tensor | None, query_labels: Tensor | None) -> Pool:
+        for name, given, stored, option in (
+            ("query_ids", query_ids, self.ids, "with_ids"),
+            ("query_labels", query_labels, self.labels, "with_labels"),
+        ):
+            if given is not None and stored is None:
+                raise checks.refuse(op, name, f"None, for a queue made without {option}=True", given)
+        ids = None if query_ids is None else self.ids
+        labels = None if query_labels is None else self.labels
+        return check_pool(op, query, self.keys, None, query_ids, ids, query_labels, labels)
+
+    def _shards(
+        self, op: str, query: Any, check: Any, wanted: tuple, backend: Any, select: Any, said: tuple, wants_mean: bool
+    ) -> tuple[Pool, Any]:
+        """The checked pool and the ops over all ranks. A refusal here is told to the other ranks, which then refuse too."""
+        try:
+            pool = check()
+            if isinstance(select, Select) and select.sample is not None:
+                raise checks.refuse(op, "select", "without sample: a draw needs the whole queue", select)
+            ops = backends.choose(op, wanted, backend, (query, self.queue), "")
+            if ops is None:
+                raise backends.BackendUnavailable(
+                    f"{op}: a sharded queue runs on kernels, and there is none for this call; the reference needs the whole queue"
+                )
+        except (ValueError, TypeError, backends.BackendUnavailable):
+            Ranks(op, self.process_group, self.queue, "", None)
+            raise
+        call = repr((op, *said, query.dtype, [part is not None for part in pool]))
+        wants_mean = torch.is_grad_enabled() and (wants_mean or query.requires_grad)
+        ranks = Ranks(op, self.process_group, self.queue, call, len(query), wants_mean)
+        return pool, Shards(ops, ranks, for_kernels(query), len(self), self._first)
+
+    def load_shards(self, states: Iterable[Mapping[str, Tensor]], prefix: str = "") -> None:
+        """Load the state_dicts of all ranks of an earlier run, of any number of ranks, in any order.
+
+        states: mappings as state_dict() gives, one a rank; each is read once, so they may come from torch.load(..., mmap=True).
+        prefix: what stands before "queue" in their names. Every rank of this run loads its own rows.
+        Raises ValueError where they do not make up one queue of this K and D, with the ids and labels that this one stores.
+        """
+        op = f"{type(self).__name__}.load_shards"
+        names = [name for name in ("queue", "queue_ids", "queue_labels") if getattr(self, name) is not None]
+        fresh = {name: torch.empty_like(getattr(self, name)) for name in names}
+        counters: tuple[int, int] | None = None
+        covered: list[tuple[int, int]] = []
+        for state in states:
+            missing = [n for n in (*names, "queue_ptr", "queue_len", "queue_range") if prefix + n not in state]
+            if missing:
+                raise ValueError(f"{op}: states must each hold {prefix + missing[0]}, got one with {sorted(state)}")
+            first, end, K = state[prefix + "queue_range"].tolist()
+            if K != self.K or state[prefix + "queue"].shape != (end - first, self.dim):
+                raise ValueError(
+                    f"{op}: states must be of a queue of K={self.K}, D={self.dim}, got rows {first} to {end} of {K}, "
+                    f"shape {tuple(state[prefix + 'queue'].shape)}"
+                )
+            mine = int(state[prefix + "queue_ptr"]), int(state[prefix + "queue_len"])
+            if counters not in (None, mine):
+                raise ValueError(f"{op}: states must be of one step, got (queue_ptr, queue_len) {counters} and {mine}")
+            counters = mine
+            covered.append((first, end))
+            low, high = max(first, self._first), min(end, self._first + len(self.queue))
+            for name in names if low < high else ():
+                fresh[name][low - self._first : high - self._first] = state[prefix + name][low - first : high - first]
+        ends = [0, *(end for _, end in sorted(covered))]
+        if [first for first, _ in sorted(covered)] != ends[:-1] or ends[-1] != self.K or counters is None:
+            raise ValueError(f"{op}: states must cover rows 0 to {self.K} once, got {sorted(covered)}")
+        for name, rows in fresh.items():
+            getattr(self, name).copy_(rows)
+        self._ptr, self._len = counters
+        self.queue_ptr.fill_(self._ptr)
+        self.queue_len.fill_(self._len)
+
+    def moco_state_dict(self) -> dict[str, Tensor]:
+        """Refused: no rank holds the whole queue. Load the shards into a world of one, whose state_dict is MoCoQueue's."""
+        raise ValueError(
+            f"{type(self).__name__}.moco_state_dict: the queue must be whole; load_shards into a queue of one rank first"
+        )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """A shard of the same range, or a whole MoCoQueue, of which this rank takes its rows."""
+        own = [self._first, self._first + len(self.queue), self.K]
+        stored, named = state_dict.get(prefix + "queue"), prefix + "queue_range"
+        if stored is not None and named not in state_dict:
+            if (
+                tuple(stored.shape) == (self.dim, self.K) and prefix + "queue_len" not in state_dict
+            ):  # a MoCo checkpoint
+                state_dict[prefix + "queue"] = stored.T
+                state_dict[prefix + "queue_len"] = torch.full((1,), self.K, dtype=torch.long)
+                for name in ("queue_ids", "queue_labels"):
+                    if getattr(self, name) is not None:
+                        state_dict.setdefault(prefix + name, torch.full((self.K,), -1, dtype=torch.long))
+            for name in ("queue", "queue_ids", "queue_labels"):
+                whole = state_dict.get(prefix + name)
+                if whole is not None and len(whole) == self.K:
+                    state_dict[prefix + name] = whole[own[0] : own[1]]
+            state_dict[named] = torch.tensor(own)
+        elif stored is not None and state_dict[named].tolist() != own:
+            errors = args[-1]
+            errors.append(
+                f"{named}: this rank holds rows {own[0]} to {own[1]} of {own[2]}, and the state "
+                f"{state_dict[named].tolist()}: load_shards takes the states of another number of ranks"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rows={self._first} to {self._first + len(self.queue)}"
