@@ -14,6 +14,7 @@ from negmine.mixing import Mixed, mix_negatives
 from negmine.multi_similarity import MultiSimilarityLoss, MultiSimilarityStats, multi_similarity
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.queue import MoCoQueue
+from negmine.report import HardnessReport, hardness_report
 from negmine.search import MiningResult, NegativeIndex, mine_hard_negatives, mining_rounds
 from negmine.sharded import ShardedMoCoQueue
 from negmine.softplus_sum import SigLIPLoss, siglip, softplus_sum
@@ -24,6 +25,7 @@ from negmine.version import __version__
 
 __all__ = [
     "FalseNegatives",
+    "HardnessReport",
     "InfoNCELoss",
     "InfoNCEStats",
     "Mined",
@@ -43,6 +45,7 @@ __all__ = [
     "Triplets",
     "Weight",
     "__version__",
+    "hardness_report",
     "info_nce",
     "logsumexp",
     "mine_hard_negatives",

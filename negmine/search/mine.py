@@ -13,7 +13,6 @@ import contextlib
 import os
 import platform
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 
 from negmine import backends, checks, order
 from negmine.options import Select
+from negmine.progress import progress
 from negmine.search.approximate import IndexScan
 from negmine.search.arguments import OP, RUN, checked, described
 from negmine.search.draw import draw
@@ -43,22 +43,6 @@ POOR = (
     "min_recall={min_recall}: hard negatives are missing. Search deeper (a NegativeIndex with nprobe or efSearch), "
     "take another kind, or index='exact'"
 )
-
-
-@contextlib.contextmanager
-def _progress(total: int, show: bool) -> Iterator[Any]:
-    """A callable that moves a bar; it does nothing where no bar is wanted or tqdm is not installed."""
-    bar = None
-    if show:
-        with contextlib.suppress(ImportError):
-            from tqdm.auto import tqdm
-
-            bar = tqdm(total=total, desc="mining", unit="chunk")
-    try:
-        yield bar.update if bar is not None else (lambda chunks: None)
-    finally:
-        if bar is not None:
-            bar.close()
 
 
 def mine_hard_negatives(
@@ -128,7 +112,7 @@ def mine_hard_negatives(
         corpus that all ranks' rows make in rank order; positives and exclude number the rows of all. Every rank returns the
         same, which is what one process returns for the whole corpus.
     device: where scores are computed; default: where query_embeddings or corpus_embeddings are.
-    show_progress_bar: a bar, where tqdm is installed.
+    show_progress_bar: a line on stderr, with the time left.
 
     Returns a MiningResult: indices and scores (Q, num_negatives), past the end of a window -1 and -inf. Equal scores: the lower
     row first. A NaN score is no candidate. The same negatives, bit for bit, for any batch_size, corpus_chunk_size, number of
@@ -233,7 +217,9 @@ def mine_hard_negatives(
         batches = run.missing(batch)
         passes = len(batches) * (2 if counts_first(select, raw) else 1)
         advance = stack.enter_context(
-            _progress(passes * (len(list(rows.spans(sizes.chunk))) if exact else 1), show_progress_bar)
+            progress(
+                passes * (len(list(rows.spans(sizes.chunk))) if exact else 1), show_progress_bar, "mining", "chunks"
+            )
         )
         scan = Scan(ops, corpus, sizes.chunk, distinct, advance)
         source: Scan | IndexScan = scan
