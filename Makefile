@@ -67,11 +67,15 @@ threads: venv
 docs: venv
 	$(PY) -m build_tools.make_docs
 
+# Every named shape, the instruction sets forced, then one letter varied at a time; BENCH="--quick" for three minutes' worth.
 bench: venv
-	$(PY) -m benchmarks.run
+	$(PY) -m benchmarks.run $(BENCH)
+	$(if $(BENCH),,$(PY) -m benchmarks.run --no-tests --case moco --op info_nce mine_hardest --isa avx2 portable --compile)
+	$(if $(BENCH),,$(PY) -m benchmarks.run --no-tests --sweep K B D --threads 1 2 --seconds 3)
 
 plots: venv
 	$(PY) -m benchmarks.plot
+	$(PY) -m benchmarks.plan
 
 # With the machine's own Python and no network: torch, setuptools and pytest must be there already.
 gpu:

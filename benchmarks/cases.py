@@ -1,15 +1,18 @@
-"""Named shapes, and inputs that look like embeddings.
+"""Named shapes, sweeps of one letter, and inputs that look like embeddings.
 
-A case is (B, K, D, dtype). Its vectors are unit norm with a decaying spectrum, and each query lies near its positive:
-scores then spread as trained embeddings' do, a few per cent of the keys hard and the rest far: no timing on noise
-alone. Ids are given, and a few keys share a query's id, so that masking is part of every measurement.
+A case is (B, K, D, dtype) and the ops that make sense for it. Its vectors are unit norm with a decaying spectrum, and
+each query lies near its positive: scores then spread as trained embeddings' do, a few per cent of the keys hard and the
+rest far: no timing on noise alone. Ids are given, and a few keys share a query's id, so that masking is part of every
+measurement.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+QUEUE_OPS = ("info_nce", "window", "mine_hardest", "mochi")
 
 
 @dataclass(frozen=True)
@@ -20,21 +23,40 @@ class Case:
     D: int
     dtype: str
     why: str
+    ops: tuple[str, ...] = QUEUE_OPS
 
 
 CASES = {
     case.name: case
     for case in [
         Case("small", 256, 4096, 128, "float32", "a queue for CIFAR-size runs"),
-        Case("moco", 256, 65536, 128, "float32", "MoCo's own shape"),
-        Case("retrieval", 128, 117_659, 384, "float32", "a sentence encoder against a corpus"),
+        Case("moco", 256, 65536, 128, "float32", "MoCo's own shape", (*QUEUE_OPS, "whole_queue")),
         Case("moco-bf16", 256, 65536, 128, "bfloat16", "MoCo under mixed precision"),
+        Case("batch-1", 1, 65536, 128, "float32", "one query: search, or a probe in training"),
+        Case("simclr", 4096, 4096, 128, "float32", "SimCLR's in-batch negatives", ("in_batch",)),
+        Case("clip", 32768, 32768, 512, "bfloat16", "CLIP's batch", ("in_batch",)),
+        Case("retrieval", 128, 117_659, 384, "float32", "a small sentence encoder against a corpus"),
+        Case("retrieval-768", 128, 117_659, 768, "float32", "a base sentence encoder", ("info_nce", "mine_hardest")),
+        Case("retrieval-1024", 128, 117_659, 1024, "float32", "a large sentence encoder", ("info_nce", "mine_hardest")),
+        Case("million", 64, 1_048_576, 128, "float32", "a queue of a million", ("info_nce", "mine_hardest")),
+        Case("labels", 64, 2048, 128, "float32", "what pytorch-metric-learning can hold", ("whole_queue",)),
         Case("large-bf16", 1024, 262_144, 256, "bfloat16", "a large batch, a long queue"),
     ]
 }
 QUICK = ["small", "moco"]
-ON_CPU = ["small", "moco", "retrieval"]
-ON_GPU = ["moco", "retrieval", "moco-bf16", "large-bf16"]
+ON_CPU = [name for name in CASES if name not in ("clip", "large-bf16")]
+ON_GPU = ["moco", "moco-bf16", "batch-1", "simclr", "clip", "retrieval", "million", "large-bf16"]
+SWEEP = Case("", 64, 65536, 128, "float32", "", ("info_nce", "mine_hardest"))
+SWEEPS = {
+    "K": [4096 * 4**power for power in range(6)],  # to 4 M
+    "B": [1, 4, 16, 64, 256, 1024],
+    "D": [32, 64, 128, 256, 512, 1024],
+}
+
+
+def sweep(letter: str) -> list[Case]:
+    """SWEEP's shape with one letter varied; the cases are named K=4096 and so on."""
+    return [replace(SWEEP, name=f"{letter}={value}", **{letter: value}) for value in SWEEPS[letter]]
 
 
 @dataclass

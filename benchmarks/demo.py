@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import negmine
 from benchmarks import figures, report, wordnet
-from benchmarks.cases import Inputs
+from benchmarks.cases import QUEUE_OPS, Inputs
 from benchmarks.hardness import Kin, measure_hardness
 from benchmarks.measure import Measured, measure
 from benchmarks.peers import OPS
@@ -43,7 +43,7 @@ def real_inputs(query_head: Head, key_head: Head, task: wordnet.Task, rows: torc
 
 
 def time_ops(inputs: Inputs, seconds: float) -> dict[str, list[Measured]]:
-    return {name: measure(name, inputs, seconds, [None]) for name in tqdm(OPS, desc="timing one step")}
+    return {name: measure(name, inputs, seconds, [None]) for name in tqdm(QUEUE_OPS, desc="timing one step")}
 
 
 def summary(runs: list[Run], measured: dict[str, list[Measured]]) -> str:

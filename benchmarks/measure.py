@@ -1,7 +1,7 @@
 """Check one op's variants against each other, then time them: what run.py and the demo share.
 
 Every variant first answers the same inputs as plain PyTorch in fp32; where one answer differs nothing is timed. The
-floor is the matrix products that no method avoids, timed in the same rounds as the variants.
+floors are timed in the same rounds as the variants: the matrix products that no method avoids, and a copy of the keys.
 """
 
 from collections.abc import Callable
@@ -10,11 +10,13 @@ from functools import partial
 
 import torch
 
+from benchmarks import libraries
 from benchmarks.cases import Inputs
-from benchmarks.peers import OPS, PLAIN_TOLERANCE, TOLERANCE, Answer, Op, disagreement, in_float32
+from benchmarks.peers import OPS, PLAIN_TOLERANCE, TOLERANCE, Answer, disagreement, in_float32
 from benchmarks.timing import Timing, interleave, peak_extra_bytes
 
-PLAIN = ("eager", "torch.compile")
+Variants = dict[str, Callable[[Inputs], Answer]]
+OURS = "negmine"
 
 
 class Disagreement(Exception):
@@ -26,47 +28,81 @@ class Measured:
     variant: str
     timing: Timing
     floor_ms: float
+    copy_ms: float
     peak_extra_mib: float
 
 
-def variants_of(op: Op, backends: list[str | None], with_compile: bool) -> dict[str, Callable[[Inputs], Answer]]:
-    variants: dict[str, Callable[[Inputs], Answer]] = {
-        f"negmine[{backend}]" if backend else "negmine": partial(op.fused, backend=backend) for backend in backends
+def with_isa(run: Callable[[Inputs], Answer], isa: str) -> Callable[[Inputs], Answer]:
+    """The same call held to one instruction set of the CPU kernels; ValueError where this processor lacks it."""
+    from negmine import _ops_cpu
+
+    def held(inputs: Inputs) -> Answer:
+        chosen = _ops_cpu.isa()
+        if not _ops_cpu.set_isa(isa):
+            raise ValueError(f"the CPU kernels have no {isa} here")
+        try:
+            return run(inputs)
+        finally:
+            _ops_cpu.set_isa(chosen)
+
+    return held
+
+
+def variants_of(
+    name: str, inputs: Inputs, backends: list[str | None], isas: list[str], with_compile: bool, with_libraries: bool
+) -> Variants:
+    op = OPS[name]
+    variants: Variants = {
+        f"{OURS}[{backend}]" if backend else OURS: partial(op.fused, backend=backend) for backend in backends
     }
+    variants |= {f"{OURS} ({isa})": with_isa(op.fused, isa) for isa in isas}
     variants["eager"] = op.eager
+    if inputs.keys.dtype != torch.float32 and not inputs.keys.is_cuda:
+        longer = in_float32(inputs)
+        variants["eager fp32"] = lambda _: op.eager(longer)
     if with_compile:
         variants["torch.compile"] = torch.compile(op.eager)
+    if with_libraries:
+        variants |= libraries.variants(name, inputs)
     return variants
 
 
-def check(name: str, variants: dict[str, Callable[[Inputs], Answer]], inputs: Inputs) -> list[str]:
+def check(name: str, variants: Variants, inputs: Inputs) -> list[str]:
     """Sentences that say which variant answers something else; one that draws at random is checked on given draws."""
     op = OPS[name]
     truth = (op.eager_same_draws or op.eager)(in_float32(inputs))
     complaints = []
     for variant, run in variants.items():
-        is_plain = variant in PLAIN
-        if is_plain and op.eager_same_draws:
+        is_ours = variant.startswith(OURS)
+        if not is_ours and op.eager_same_draws:
             run = op.eager_same_draws
-        tolerance = (PLAIN_TOLERANCE if is_plain else TOLERANCE)[inputs.query.dtype]
+        tolerance = (TOLERANCE if is_ours else PLAIN_TOLERANCE)[inputs.query.dtype]
         if found := disagreement(name, run(inputs), truth, inputs, tolerance):
             complaints.append(f"{variant}: {found}")
     return complaints
 
 
 def measure(
-    name: str, inputs: Inputs, seconds: float, backends: list[str | None], with_compile: bool = False
+    name: str,
+    inputs: Inputs,
+    seconds: float,
+    backends: list[str | None],
+    *,
+    isas: list[str] | None = None,
+    with_compile: bool = False,
+    with_libraries: bool = False,
 ) -> list[Measured]:
     """Time the op `name`; raises Disagreement before any timing where a variant answers something else."""
-    variants = variants_of(OPS[name], backends, with_compile)
+    variants = variants_of(name, inputs, backends, isas or [], with_compile, with_libraries)
     if complaints := check(name, variants, inputs):
         raise Disagreement("not timed, since " + "; ".join(complaints))
     device = inputs.query.device.type
-    calls = {variant: partial(run, inputs) for variant, run in variants.items()}
+    calls: dict[str, Callable[[], object]] = {variant: partial(run, inputs) for variant, run in variants.items()}
     calls["gemm"] = lambda: inputs.query @ inputs.keys.T  # (B, K)
+    calls["copy"] = inputs.keys.clone
     timings = interleave(calls, device, seconds)
-    floor_ms = OPS[name].gemms * timings["gemm"].median
+    floor_ms, copy_ms = OPS[name].gemms * timings["gemm"].median, timings["copy"].median
     return [
-        Measured(variant, timings[variant], floor_ms, peak_extra_bytes(calls[variant], device) / 2**20)
+        Measured(variant, timings[variant], floor_ms, copy_ms, peak_extra_bytes(calls[variant], device) / 2**20)
         for variant in variants
     ]

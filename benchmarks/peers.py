@@ -67,6 +67,58 @@ def fused_loss(**options: object) -> Callable[..., Answer]:
     return run
 
 
+def fused_whole_queue(inputs: Inputs, backend: str | None = None) -> Answer:
+    """No masks, the query normalised inside: what packages with a memory bank compute."""
+    return loss_and_gradient(
+        inputs,
+        lambda query: negmine.info_nce(
+            F.normalize(query, dim=1),
+            inputs.positive_key,
+            inputs.keys,
+            temperature=inputs.temperature,
+            backend=backend,
+        ),
+    )
+
+
+def eager_whole_queue(inputs: Inputs) -> Answer:
+    def loss_of(query: Tensor) -> Tensor:
+        query = F.normalize(query, dim=1)
+        return cross_entropy(query, inputs, (query @ inputs.keys.T).float())
+
+    return loss_and_gradient(inputs, loss_of)
+
+
+def in_batch(inputs: Inputs, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Answer:
+    """Every other query's positive is a negative: the gradients of both sides, one after the other (2, B, D)."""
+    query, keys = (side.detach().requires_grad_() for side in (inputs.query, inputs.positive_key))  # (B, D) each
+    loss = loss_of(query, keys)
+    loss.backward()
+    assert query.grad is not None and keys.grad is not None
+    return loss.detach(), torch.stack([query.grad, keys.grad])
+
+
+def fused_in_batch(inputs: Inputs, backend: str | None = None) -> Answer:
+    own = torch.arange(len(inputs.query), device=inputs.query.device)  # (B,)
+    return in_batch(
+        inputs,
+        lambda query, keys: negmine.info_nce(
+            query,
+            keys,
+            keys,
+            temperature=inputs.temperature,
+            query_ids=own,
+            negative_ids=own,
+            backend=backend,
+        ),
+    )
+
+
+def eager_in_batch(inputs: Inputs) -> Answer:
+    own = torch.arange(len(inputs.query), device=inputs.query.device)  # (B,)
+    return in_batch(inputs, lambda query, keys: F.cross_entropy((query @ keys.T).float() / inputs.temperature, own))
+
+
 def fused_mine(inputs: Inputs, backend: str | None = None) -> Answer:
     return negmine.mine_hardest(
         inputs.query, inputs.keys, N, query_ids=inputs.query_ids, negative_ids=inputs.negative_ids, backend=backend
@@ -149,6 +201,8 @@ def eager_mochi_same_draws(inputs: Inputs, backend: str | None = None) -> Answer
 OPS = {
     "info_nce": Op("InfoNCE, all negatives: loss and gradient", fused_loss(), eager_info_nce, gemms=2),
     "window": Op("InfoNCE, hardest 0.1 % to 5 %: loss and gradient", fused_loss(select=WINDOW), eager_window, gemms=2),
+    "whole_queue": Op("InfoNCE without masks: loss and gradient", fused_whole_queue, eager_whole_queue, gemms=2),
+    "in_batch": Op("InfoNCE in the batch: loss and both gradients", fused_in_batch, eager_in_batch, gemms=3),
     "mine_hardest": Op(f"mine_hardest, N = {N}", fused_mine, eager_mine, gemms=1),
     "mochi": Op(
         "MoCHi (1024, 1024, 128): loss and gradient",

@@ -1,10 +1,10 @@
-"""Draw every benchmarks/results/<machine>.csv into <machine>.png beside it, and write the README's table from the rows.
+"""Draw every benchmarks/results/<machine>.csv, and write the README's table from the rows. Reads rows only, times nothing.
 
-Reads rows only, times nothing.
+    <machine>-speed-up.png   how many times faster than plain PyTorch, one dot an op, a case and a peer
+    <machine>-cases.png      one row of bars an op: the time over the floor, and the memory held beyond the inputs
+    <machine>-scaling.png    time and memory against K, B and D
 
-One row of bars an op, one group a case: the time over the floor (the matrix products that no method avoids), and the
-memory held beyond the inputs. Of equal (case, op, variant) the newest row counts; whiskers are the 20 % and 80 %
-quantiles.
+Of equal (case, op, variant, threads) the newest row counts; whiskers are the 20 % and 80 % quantiles.
 """
 
 import argparse
@@ -18,9 +18,11 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.run import RESULTS
+from benchmarks.cases import SWEEPS
+from benchmarks.run import COLUMNS, RESULTS
 
-COLOURS = ["#1b6ca8", "#d1495b", "#edae49", "#66a182", "#8d6a9f"]
+COLOURS = ["#1b6ca8", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#8a8d91", "#4a4e69", "#b08968", "#2a9d8f"]
+OURS, PLAIN = "negmine", "eager"
 README = RESULTS.parents[1] / "README.md"
 BEGIN, END = "<!-- made by `make plots` from benchmarks/results -->", "<!-- end -->"
 Row = dict[str, str]
@@ -28,7 +30,15 @@ Row = dict[str, str]
 
 def newest(path: Path) -> list[Row]:
     with path.open(newline="") as file:
-        return list({(row["case"], row["op"], row["variant"]): row for row in csv.DictReader(file)}.values())
+        reader = csv.DictReader(file)
+        rows = {(row["case"], row["op"], row["variant"], row["threads"]): row for row in reader}
+    if reader.fieldnames != COLUMNS:
+        raise SystemExit(f"{path}: the header is not benchmarks.run's: measure anew into a new file")
+    return list(rows.values())
+
+
+def is_swept(row: Row) -> bool:
+    return "=" in row["case"]
 
 
 def bars(axes: Axes, rows: list[Row], cases: list[str], variants: list[str], value: str) -> None:
@@ -51,51 +61,134 @@ def bars(axes: Axes, rows: list[Row], cases: list[str], variants: list[str], val
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw(path: Path) -> Path:
-    rows = newest(path)
-    cases, ops, variants = (list(dict.fromkeys(row[name] for row in rows)) for name in ("case", "op", "variant"))
-    figure, grid = plt.subplots(len(ops), 2, figsize=(11, 2.6 * len(ops)), squeeze=False, layout="constrained")
-    for (left, right), op in zip(grid, ops, strict=True):
-        of_op = [row for row in rows if row["op"] == op]
-        bars(left, of_op, cases, variants, "time")
-        left.axhline(1, color="black", linewidth=0.8, linestyle=":")
-        left.set_title(f"{op}: time / floor (labels: ms)", loc="left", fontsize=10)
-        bars(right, of_op, cases, variants, "memory")
-        right.set_title(f"{op}: peak extra memory, MiB", loc="left", fontsize=10)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[turn % len(COLOURS)]) for turn in range(len(variants))]
-    figure.legend(handles, variants, loc="outside upper right", ncols=len(variants), frameon=False)
-    newest_row = max(rows, key=lambda row: row["date"])
-    figure.suptitle(
-        f"{path.stem}   torch {newest_row['torch']}   {newest_row['date'][:10]}", x=0.01, ha="left", fontsize=11
-    )
-    drawn = path.with_suffix(".png")
+def caption(path: Path, rows: list[Row]) -> str:
+    last = max(rows, key=lambda row: row["date"])
+    return f"{path.stem}   torch {last['torch']}   {last['date'][:10]}"
+
+
+def save(figure: plt.Figure, path: Path, rows: list[Row], name: str) -> Path:
+    figure.suptitle(caption(path, rows), x=0.01, ha="left", fontsize=10)
+    drawn = path.with_name(f"{path.stem}-{name}.png")
     figure.savefig(drawn, dpi=130)
     plt.close(figure)
     return drawn
 
 
-def table(path: Path) -> str:
-    """The newest rows as Markdown, negmine beside plain PyTorch, shapes where it loses included."""
+def draw_cases(path: Path, rows: list[Row]) -> Path:
+    cases, ops, variants = (list(dict.fromkeys(row[name] for row in rows)) for name in ("case", "op", "variant"))
+    figure, grid = plt.subplots(len(ops), 2, figsize=(15, 2.6 * len(ops)), squeeze=False, layout="constrained")
+    for (left, right), op in zip(grid, ops, strict=True):
+        of_op = [row for row in rows if row["op"] == op]
+        there = [case for case in cases if any(row["case"] == case for row in of_op)]
+        bars(left, of_op, there, variants, "time")
+        left.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        left.set_title(f"{op}: time / matrix products alone (labels: ms)", loc="left", fontsize=10)
+        bars(right, of_op, there, variants, "memory")
+        right.set_title(f"{op}: peak extra memory, MiB", loc="left", fontsize=10)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[turn % len(COLOURS)]) for turn in range(len(variants))]
+    figure.legend(handles, variants, loc="outside upper right", ncols=len(variants), frameon=False, fontsize=8)
+    return save(figure, path, rows, "cases")
+
+
+def draw_speed_up(path: Path, rows: list[Row]) -> Path:
+    """One line a (case, op): negmine at 1, every peer where it stands; right of 1 = negmine is faster."""
+    ours = {(row["case"], row["op"], row["threads"]): float(row["median_ms"]) for row in rows if row["variant"] == OURS}
+    peers = list(dict.fromkeys(row["variant"] for row in rows if not row["variant"].startswith(OURS)))
+    lines = list(dict.fromkeys((row["op"], row["case"], row["threads"]) for row in rows))
+    lines.sort(key=lambda line: (line[0], rows[0]["threads"] != line[2], line[1]))
+    figure, axes = plt.subplots(figsize=(9, 0.28 * len(lines) + 1.6), layout="constrained")
+    for row in rows:
+        if row["variant"] not in peers or (row["case"], row["op"], row["threads"]) not in ours:
+            continue
+        ratio = float(row["median_ms"]) / ours[row["case"], row["op"], row["threads"]]
+        place = lines.index((row["op"], row["case"], row["threads"]))
+        colour = COLOURS[1 + peers.index(row["variant"]) % (len(COLOURS) - 1)]
+        axes.plot([1, ratio], [place, place], color=colour, linewidth=1, alpha=0.35)
+        axes.plot(ratio, place, "o", color=colour, markersize=6)
+        axes.annotate(f"{ratio:.2g}", (ratio, place), (4, 4), textcoords="offset points", fontsize=7)
+    axes.axvline(1, color=COLOURS[0], linewidth=2)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}x"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks(range(len(lines)), [f"{op}  {case}, {threads} threads" for op, case, threads in lines], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_title("time of the others / time of negmine: right of the line negmine is faster", loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = [
+        plt.Line2D([], [], marker="o", linestyle="", color=COLOURS[1 + turn % (len(COLOURS) - 1)])
+        for turn in range(len(peers))
+    ]
+    axes.legend(handles, peers, frameon=False, fontsize=8, loc="lower right")
+    return save(figure, path, rows, "speed-up")
+
+
+def draw_scaling(path: Path, rows: list[Row]) -> Path:
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    threads = max((row["threads"] for row in rows), key=int)
+    figure, grid = plt.subplots(len(ops), 4, figsize=(15, 3.1 * len(ops)), squeeze=False, layout="constrained")
+    panels = [("K", "median_ms"), ("K", "peak_extra_mib"), ("B", "median_ms"), ("D", "median_ms")]
+    for line, op in zip(grid, ops, strict=True):
+        for axes, (letter, value) in zip(line, panels, strict=True):
+            for turn, variant in enumerate(variants):
+                swept = [
+                    row
+                    for row in rows
+                    if row["op"] == op and row["variant"] == variant and row["case"].startswith(f"{letter}=")
+                ]
+                for count, style in ((threads, "-"), *((("1", ":"),) if threads != "1" and variant == OURS else ())):
+                    points = sorted((int(row[letter]), float(row[value])) for row in swept if row["threads"] == count)
+                    label = f"{variant}, {count} thread{'s' if count != '1' else ''}"
+                    colour = COLOURS[turn % len(COLOURS)]
+                    axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=colour, label=label)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale(
+                "log" if value == "median_ms" else "symlog", **({} if value == "median_ms" else {"linthresh": 1})
+            )
+            axes.set_xticks(SWEEPS[letter], [f"{size:,}" for size in SWEEPS[letter]], fontsize=7)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+            what = "ms" if value == "median_ms" else "peak extra MiB"
+            axes.set_title(f"{op}: {what} against {letter}", loc="left", fontsize=10)
+    grid[0, 0].legend(frameon=False, fontsize=8)
+    return save(figure, path, rows, "scaling")
+
+
+def draw(path: Path) -> list[Path]:
     rows = newest(path)
+    named, swept = [row for row in rows if not is_swept(row)], [row for row in rows if is_swept(row)]
+    drawn = [draw_speed_up(path, named), draw_cases(path, named)] if named else []
+    return drawn + ([draw_scaling(path, swept)] if swept else [])
+
+
+def table(path: Path) -> str:
+    """The newest rows as Markdown, negmine beside the others, shapes where it loses included."""
+    rows = [row for row in newest(path) if not is_swept(row)]
+    threads = max((row["threads"] for row in rows), key=int)
+    rows = [row for row in rows if row["threads"] == threads]
     found = {(row["case"], row["op"], row["variant"]): row for row in rows}
     lines = [
-        "| shape (B, K, D) | op | negmine | plain PyTorch | times faster | floor | extra memory |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| shape (B, K, D) | op | negmine | plain PyTorch | times faster | others, their time over ours | floor | extra memory |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for (_, op, variant), ours in found.items():
-        plain = found.get((ours["case"], op, "eager"))
-        if not variant.startswith("negmine") or plain is None:
+    for (case, op, variant), ours in found.items():
+        plain = found.get((case, op, PLAIN))
+        if variant != OURS or plain is None:
             continue
-        ratio = float(plain["median_ms"]) / float(ours["median_ms"])
+        took = float(ours["median_ms"])
+        others = [
+            f"{row['variant']} {float(row['median_ms']) / took:.2g}"
+            for row in rows
+            if (row["case"], row["op"]) == (case, op) and row["variant"] not in (OURS, PLAIN)
+        ]
         shape = f"{ours['B']}, {int(ours['K']):,}, {ours['D']} {ours['dtype']}"
         lines.append(
-            f"| {shape} | {op} | {ours['median_ms']} ms | {plain['median_ms']} ms | {ratio:.1f} | {ours['floor_ms']} ms "
-            f"| {ours['peak_extra_mib']} against {plain['peak_extra_mib']} MiB |"
+            f"| {shape} | {op} | {ours['median_ms']} ms | {plain['median_ms']} ms | {float(plain['median_ms']) / took:.1f} "
+            f"| {'; '.join(others)} | {ours['floor_ms']} ms | {ours['peak_extra_mib']} against {plain['peak_extra_mib']} MiB |"
         )
     last = max(rows, key=lambda row: row["date"])
-    source = (
-        f"{path.stem}, {last['threads']} threads, torch {last['torch']}, commit {last['commit']}, {last['date'][:10]}"
-    )
+    source = f"{path.stem}, {threads} threads, torch {last['torch']}, commit {last['commit']}, {last['date'][:10]}"
     return "\n".join([*lines, "", f"Medians of interleaved rounds on {source}; rows in `benchmarks/results/`."])
 
 
@@ -113,7 +206,7 @@ def main() -> None:
     if not paths:
         raise SystemExit(f"there are no rows in {results} to draw: run `make bench` first")
     for path in paths:
-        print(draw(path))
+        print(*draw(path), sep="\n")
     if results == RESULTS:
         write_readme([table(path) for path in paths])
 

@@ -16,6 +16,7 @@ PYTHON = ENVIRONMENT / "bin/python"
 BUILD = ["setuptools", "wheel", "pybind11", "build"]
 USE = ["numpy", "pytest", "pytest-xdist", "hypothesis", "tqdm", "matplotlib", "ruff", "mypy", "clang-format"]
 DOCS = ["mkdocs", "mkdocstrings-python"]
+USE += ["pytest-benchmark", "faiss-cpu", "usearch"]  # what the benchmarks compare with, and one way of running them
 # Not in constraints.txt: CUDA builds of torch bring their own Triton, and a pin there would contradict theirs.
 TRITON = "triton==3.8.0"
 

@@ -15,6 +15,8 @@ from negmine.queue import MoCoQueue
 from negmine.search import MiningResult, mine_hard_negatives
 from negmine.sharded import ShardedMoCoQueue
 from negmine.sup_con import SupConStats, sup_con
+from negmine.triplet_loss import TripletLoss, triplet_loss
+from negmine.triplets import Triplets, mine_triplets
 from negmine.version import __version__
 
 __all__ = [
@@ -30,14 +32,18 @@ __all__ = [
     "ShardedMoCoQueue",
     "SupConLoss",
     "SupConStats",
+    "TripletLoss",
+    "Triplets",
     "Weight",
     "__version__",
     "info_nce",
     "mine_hard_negatives",
     "mine_hardest",
+    "mine_triplets",
     "mix_negatives",
     "percentile",
     "rank_thresholds",
     "recipes",
     "sup_con",
+    "triplet_loss",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
-STREAM_MIX, STREAM_SAMPLE = 0, 1  # the counter's last word: one stream a purpose
+STREAM_MIX, STREAM_SAMPLE, STREAM_TRIPLETS = 0, 1, 2  # the counter's last word: one stream a purpose
 QUANTILES = 4096  # intervals of the tabulated Beta quantile function
 
 
@@ -38,6 +38,11 @@ def words(rows: Tensor, slots: Tensor, stream: int, seed: int, step: int) -> tup
 def below(word: Tensor, bound: Tensor) -> Tensor:
     """word (...) random, bound (...) int64 below 2^31 -> (...) in [0, bound), or 0 where bound is 0."""
     return (word * bound) >> 32
+
+
+def gumbel(word: Tensor) -> Tensor:
+    """word (...) random -> (...) float64: -log(-log u), u = (word + 1/2) / 2^32; the largest log p + gumbel is a draw from p."""
+    return -(-((word.double() + 0.5) * 2.0**-32).log()).log()
 
 
 def unit(word: Tensor, quantiles: Tensor | None) -> Tensor:

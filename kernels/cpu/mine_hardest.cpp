@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/order.h"
 #include "kernels/cpu/selection.h"
 
@@ -16,17 +17,46 @@ namespace {
 constexpr int64_t kLeastSplitRows = 4096;
 constexpr int64_t kPartialBytes = 8 << 20;  // most memory for the winners of splits
 
-// The best N of keys (size), in order, into row b of the outputs.
-void write_row(const MineHardestParams& p, int64_t b, int64_t* keys, int64_t size) {
-  if (size > p.N) std::nth_element(keys, keys + p.N, keys + size, std::greater<int64_t>());
+int64_t ordered_score(int64_t order) { return order >> 32; }
+
+// Sorts keys (size), which come in the order of the queue, best first, and returns where: keys or spare (size). A radix
+// sort of the scores alone is stable, so ties stay in the order of the index.
+int64_t* sort_best_first(int64_t* keys, int64_t* spare, int64_t size) {
+  constexpr int64_t kShort = 64, kDigits = 256;
+  if (size < kShort) {
+    std::sort(keys, keys + size, std::greater<int64_t>());
+    return keys;
+  }
+  int64_t best = keys[0], worst = keys[0];
+  for (int64_t i = 1; i < size; ++i) {
+    best = std::max(best, keys[i]);
+    worst = std::min(worst, keys[i]);
+  }
+  const int64_t top = ordered_score(best), span = top - ordered_score(worst);
+  for (int shift = 0; span >> shift != 0; shift += 8) {
+    const auto digit = [&](int64_t key) { return (top - ordered_score(key)) >> shift & (kDigits - 1); };
+    int64_t place[kDigits + 1] = {};
+    for (int64_t i = 0; i < size; ++i) ++place[digit(keys[i]) + 1];
+    for (int64_t d = 1; d < kDigits; ++d) place[d] += place[d - 1];
+    for (int64_t i = 0; i < size; ++i) spare[place[digit(keys[i])]++] = keys[i];
+    std::swap(keys, spare);
+  }
+  return keys;
+}
+
+// The best N of keys (size), which come in the order of the queue, into row b of the outputs. spare (N).
+void write_row(const MineHardestParams& p, int64_t b, int64_t* keys, int64_t size, int64_t* spare) {
+  if (size > p.N) kernels().keep_best(keys, size, p.N);
   const int64_t found = std::min(size, p.N);
-  std::sort(keys, keys + found, std::greater<int64_t>());
+  const int64_t* ranked = sort_best_first(keys, spare, found);
   float* scores = p.scores + b * p.N;  // (N)
   int64_t* index = p.index + b * p.N;  // (N)
-  for (int64_t n = 0; n < p.N; ++n) {
-    scores[n] = n < found ? order_score(keys[n]) : -std::numeric_limits<float>::infinity();
-    index[n] = n < found ? order_index(keys[n]) : -1;
+  for (int64_t n = 0; n < found; ++n) {
+    scores[n] = order_score(ranked[n]);
+    index[n] = order_index(ranked[n]);
   }
+  std::fill(scores + found, scores + p.N, -std::numeric_limits<float>::infinity());
+  std::fill(index + found, index + p.N, -1);
 }
 
 }  // namespace
@@ -49,8 +79,11 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
   struct Task {
     Scratch scratch;
     OwnedSelection selection;
+    Buffer<int64_t> spare;  // (N)
   };
-  const auto make_task = [&] { return Task{Scratch(p.negative_keys, p.D), OwnedSelection(block_lanes, capacity)}; };
+  const auto make_task = [&] {
+    return Task{Scratch(p.negative_keys, p.D), OwnedSelection(block_lanes, capacity), make_buffer<int64_t>(p.N)};
+  };
   for_each_task(parallel, blocks * splits, make_task, [&](Task& task, int64_t index) {
     const int64_t split = index / blocks;
     Block block{.query = p.query, .negative_keys = p.negative_keys, .D = p.D, .pool = p.pool};
@@ -64,7 +97,7 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
     for (int64_t lane = 0; lane < block.lanes; ++lane) {
       const int64_t b = block.first_query + lane;
       if (splits == 1) {
-        write_row(p, b, task.selection.keys(lane), task.selection.view.size[lane]);
+        write_row(p, b, task.selection.keys(lane), task.selection.view.size[lane], task.spare.get());
         continue;
       }
       task.selection.view.keep = p.N;
@@ -74,7 +107,7 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
     }
   });
   if (splits == 1) return;
-  const auto make_joined = [&] { return make_buffer<int64_t>(splits * p.N); };
+  const auto make_joined = [&] { return make_buffer<int64_t>((splits + 1) * p.N); };  // (splits, N) and spare (N)
   for_each_task(parallel, p.B, make_joined, [&](Buffer<int64_t>& joined, int64_t b) {
     int64_t size = 0;
     for (int64_t split = 0; split < splits; ++split) {
@@ -82,7 +115,7 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
       std::copy_n(&partials[(b * splits + split) * p.N], count, &joined[size]);
       size += count;
     }
-    write_row(p, b, joined.get(), size);
+    write_row(p, b, joined.get(), size, &joined[splits * p.N]);
   });
 }
 

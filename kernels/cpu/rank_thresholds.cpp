@@ -4,7 +4,6 @@
 // K) never exists.
 #include "kernels/cpu/rank_thresholds.h"
 
-#include <functional>
 #include <numeric>
 #include <vector>
 
@@ -34,25 +33,22 @@ Ranks ranks_of(const RankThresholdsParams& p, int64_t begin, int64_t end, int64_
 void write_row(const RankThresholdsParams& p, int64_t b, const Selection& selection, int64_t lane,
                std::vector<int64_t>& slots) {
   int64_t* keys = selection.keys + lane * selection.capacity;  // (capacity)
-  const int64_t places = selection.places[lane], over = selection.over[lane], size = selection.size[lane];
+  const int64_t places = selection.places[lane], over = selection.over[lane];
   const int64_t* ranks = p.ranks + b * p.R;  // (R)
   int64_t* order = p.order + b * p.R;        // (R)
   const auto position = [&](int64_t r) { return selection.lowest ? places - 1 - ranks[r] : ranks[r] - over; };
   slots.resize(static_cast<size_t>(p.R));
   std::iota(slots.begin(), slots.end(), 0);
-  std::sort(slots.begin(), slots.end(), [&](int64_t a, int64_t c) { return position(a) < position(c); });
-  int64_t settled = 0;  // keys before it are the best ones, in whatever order
+  std::sort(slots.begin(), slots.end(), [&](int64_t a, int64_t c) { return position(a) > position(c); });
+  int64_t left = selection.size[lane];  // the best keys, down to the last position asked for
   for (const int64_t r : slots) {
     if (ranks[r] < 0 || ranks[r] >= places) {
       order[r] = kNowhere;
       continue;
     }
-    const int64_t at = position(r);
-    if (at >= settled) {
-      std::nth_element(keys + settled, keys + at, keys + size, std::greater<int64_t>());
-      settled = at + 1;
-    }
-    order[r] = selection.lowest ? ~keys[at] : keys[at];
+    const int64_t key = key_at(keys, left, position(r));
+    left = position(r) + 1;
+    order[r] = selection.lowest ? ~key : key;
   }
 }
 

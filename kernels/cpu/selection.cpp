@@ -28,12 +28,6 @@ int64_t sample_place(int64_t rank, int64_t rows, double sign) {
   return static_cast<int64_t>(std::floor(expected + sign * (5.0 * deviation + 3.0)));
 }
 
-// The score of the key at `place` of keys (size), best first; keys before `settled` are better than all that follow.
-float score_at(int64_t* keys, int64_t settled, int64_t place, int64_t size) {
-  std::nth_element(keys + settled, keys + place, keys + size, std::greater<int64_t>());
-  return order_score(keys[place]);
-}
-
 }  // namespace
 
 bool worth_sampling(int64_t rows) { return rows >= kLeastRows; }
@@ -80,10 +74,13 @@ void OwnedSelection::begin(int64_t lanes, int64_t keep, bool lowest) {
 void prune(const Selection& selection, int64_t lane) {
   if (selection.size[lane] <= selection.keep) return;
   int64_t* keys = selection.keys + lane * selection.capacity;  // (capacity)
-  int64_t* worst = keys + selection.keep - 1;
-  std::nth_element(keys, worst, keys + selection.size[lane], std::greater<int64_t>());
+  const int64_t worst = kernels().keep_best(keys, selection.size[lane], selection.keep);
   selection.size[lane] = selection.keep;
-  selection.bound[lane] = selection.lowest ? -order_score(~*worst) : order_score(*worst);
+  selection.bound[lane] = selection.lowest ? -order_score(~worst) : order_score(worst);
+}
+
+int64_t key_at(int64_t* keys, int64_t size, int64_t place) {
+  return place + 1 < size ? kernels().keep_best(keys, size, place + 1) : *std::min_element(keys, keys + size);
 }
 
 void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest) {
@@ -95,9 +92,12 @@ bool select_between(const Block& block, const Workspace& w, OwnedSelection& sele
                     const int64_t* last) {
   const int64_t rows = block.k_end - block.k_begin, piece = piece_rows(rows);
   const Selection& view = selection.view;
+  const int64_t capacity = view.capacity;
   const int64_t deepest = std::max<int64_t>(0, *std::max_element(last, last + block.lanes));
   const int64_t sample_keep = std::min(kPieces * piece, sample_place(deepest, rows, 1.0) + 1);
   selection.begin(block.lanes, sample_keep, false);
+  selection.view.capacity =
+      std::min(capacity, capacity_for(sample_keep, kPieces * piece));  // pruned early: keys are few
   for (int64_t i = 0; i < kPieces; ++i) {
     Block part = block;
     part.k_begin = block.k_begin + i * rows / kPieces;
@@ -111,10 +111,12 @@ bool select_between(const Block& block, const Workspace& w, OwnedSelection& sele
     ceiling[lane] = kInfinity;
     bound[lane] = first[lane] > last[lane] ? std::numeric_limits<float>::quiet_NaN() : -kInfinity;
     if (first[lane] > last[lane]) continue;
-    if (high >= 0 && high < size) ceiling[lane] = score_at(selection.keys(lane), 0, high, size);
-    if (low < size) bound[lane] = score_at(selection.keys(lane), std::clamp<int64_t>(high, 0, low), low, size);
+    bound[lane] = low < size ? order_score(key_at(selection.keys(lane), size, low)) : bound[lane];
+    if (high >= 0 && high < size)
+      ceiling[lane] = order_score(key_at(selection.keys(lane), std::min(size, low + 1), high));
   }
-  selection.begin(block.lanes, view.capacity >= rows ? view.capacity : view.capacity / 4 * 3, false);
+  selection.view.capacity = capacity;
+  selection.begin(block.lanes, capacity >= rows ? capacity : capacity / 4 * 3, false);
   std::copy_n(bound, block.lanes, view.bound);
   std::copy_n(ceiling, block.lanes, view.ceiling);
   kernels().select_range(block, w, view);

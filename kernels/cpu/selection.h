@@ -34,6 +34,9 @@ void select(const Block& block, const Workspace& w, OwnedSelection& selection, i
 bool select_between(const Block& block, const Workspace& w, OwnedSelection& selection, const int64_t* first,
                     const int64_t* last);
 
+// The key at 0-based descending `place` of keys (size); those up to it stay, in their order, the rest may go.
+int64_t key_at(int64_t* keys, int64_t size, int64_t place);
+
 // Whether a range of so many rows is worth sampling.
 bool worth_sampling(int64_t rows);
 

@@ -18,7 +18,7 @@ from .pool import complete, is_bounded, is_masked, pool_bounds, pool_keys, pool_
 from .score import load_whole_rows, score_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "K", "tiles_per_split"])
 def count_negatives_kernel(
     query_ptr, keys_ptr, count_ptr, stride_qb, stride_kk, B, K, tiles_per_split,
     mask_ptr, stride_mb, query_ids_ptr, negative_ids_ptr, query_labels_ptr, negative_labels_ptr, lower_ptr, upper_ptr,

@@ -14,7 +14,7 @@ from . import tiles
 from .launch import capability
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "R"])
 def cuts_kernel(
     scores_ptr, ranks_ptr, cuts_ptr, B, R, W: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip

@@ -45,6 +45,15 @@ def choose(u, n):
 
 
 @triton.jit
+def interpolate(low, high, fraction):
+    """low + (high - low) * fraction in separate roundings, as the reference has it: a fused multiply-add gives other bits.
+
+    The product of two fp32 is exact in fp64, and a rounding between product and sum is one that no compiler may fuse away.
+    """
+    return low + ((high - low).to(tl.float64) * fraction.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
 def draw(
     b, slot, available, seed, step, row_low, row_high, pairs, pair_low, pair_high, query_low, query_high,
     hard_ptr, quantiles_ptr, N, ok, DISTINCT: tl.constexpr, HAS_QUANTILES: tl.constexpr,
@@ -73,13 +82,12 @@ def draw(
     if HAS_QUANTILES:
         i = u24 >> 12
         r = (u24 & 4095).to(tl.float32) * (1.0 / 4096)
-        left = tl.load(quantiles_ptr + i)
-        f = left + r * (tl.load(quantiles_ptr + i + 1) - left)  # (BLOCK_S,)
+        f = interpolate(tl.load(quantiles_ptr + i), tl.load(quantiles_ptr + i + 1), r)  # (BLOCK_S,)
     else:
         f = u24.to(tl.float32) * (1.0 / 16777216)  # (BLOCK_S,)
     low = tl.where(is_pair, pair_low, query_low)
     high = tl.where(is_pair, pair_high, query_high)
-    return first, second, tl.where(ok, low + (high - low) * f, 0.0)
+    return first, second, tl.where(ok, interpolate(low, high, f), 0.0)
 
 
 @triton.jit
@@ -92,6 +100,7 @@ def mix_rows(query, keys_ptr, stride_kk, first, second, coefficient, offs_d, D: 
     ptrs = keys_ptr + second[:, None] * stride_kk + offs_d[None, :]
     other = tl.load(ptrs, mask=(second >= 0)[:, None] & d_ok, other=0.0).to(tl.float32)  # (BLOCK_S, BLOCK_D)
     mixed = coefficient[:, None] * n + (1.0 - coefficient)[:, None] * other  # (BLOCK_S, BLOCK_D)
-    norm = tl.sqrt(tl.sum(mixed * mixed, 1))  # (BLOCK_S,)
-    mixed = mixed / tl.maximum(norm, 1e-12)[:, None]
+    norm = tl.math.sqrt_rn(tl.sum(mixed * mixed, 1))  # (BLOCK_S,)
+    norm = tl.where(norm < 1e-12, 1e-12, norm)  # tl.maximum would lose a NaN
+    mixed = mixed * tl.math.div_rn(tl.full(norm.shape, 1.0, tl.float32), norm)[:, None]
     return tl.where((second >= 0)[:, None], mixed, 0.0)

@@ -47,7 +47,7 @@ def pool_scores(
     return s, inside & (s == s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "K", "R"])
 def rank_kernel(
     query_ptr, keys_ptr, ranks_ptr, failed_ptr, out_ptr, stride_qb, stride_kk, B, K, R,
     mask_ptr, stride_mb, query_ids_ptr, negative_ids_ptr, query_labels_ptr, negative_labels_ptr, lower_ptr, upper_ptr,
@@ -118,7 +118,7 @@ def rank_kernel(
     tl.store(out_ptr + cell, tl.where(found, place, -(2**63)), mask=failed)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "K", "W"])
 def collect_kernel(
     query_ptr, keys_ptr, cut_ptr, failed_ptr, survivors_ptr, stride_qb, stride_kk, B, K, W,
     mask_ptr, stride_mb, query_ids_ptr, negative_ids_ptr, query_labels_ptr, negative_labels_ptr, lower_ptr, upper_ptr,

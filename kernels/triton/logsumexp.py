@@ -5,6 +5,9 @@ the exp2 domain; the (B, K) scores never exist. The queue is cut into SPLITS par
 logsumexp_merge adds the parts of a row in order, so the bits do not depend on timing. Wide embeddings accumulate their mean
 in slices of D, one program each, and score once per slice.
 
+Tensor cores take probabilities in the storage type, with 8 or 11 bits. The mean's part along the query, which is the softmax
+mean of the scores and alone decides the gradient of the scale, is therefore summed beside it in fp32 and put right at the end.
+
 Meaning of the arguments and results: kernels/README.md. Idea: FlashAttention with keys as values.
 """
 
@@ -18,7 +21,7 @@ from . import tiles
 from .launch import launcher, processors, score_arguments
 from .launch import score_tile as choose_tile
 from .pool import complete, pool_bounds, pool_keys, pool_masks, pool_rows
-from .score import load_rows, load_whole_rows, score_tile
+from .score import as_stored, load_rows, load_whole_rows, score_tile
 
 
 @triton.jit
@@ -27,14 +30,14 @@ def finite_shift(m):
     return tl.where(tl.abs(m) == float("inf"), 0.0, m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "K", "tiles_per_split"])
 def logsumexp_kernel(
-    query_ptr, keys_ptr, scale_ptr, pivot_ptr, m_ptr, z_ptr, acc_ptr, kept_ptr, above_ptr,
+    query_ptr, keys_ptr, scale_ptr, pivot_ptr, m_ptr, z_ptr, acc_ptr, along_ptr, kept_ptr, above_ptr,
     stride_qb, stride_kk, B, K, tiles_per_split,
     mask_ptr, stride_mb, query_ids_ptr, negative_ids_ptr, query_labels_ptr, negative_labels_ptr, lower_ptr, upper_ptr,
     MASK: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LABELS: tl.constexpr,
     HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, EVEN_K: tl.constexpr,
-    WANT_MEAN: tl.constexpr, HAS_PIVOT: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
+    WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, HAS_PIVOT: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
@@ -53,6 +56,7 @@ def logsumexp_kernel(
     z = tl.zeros((BLOCK_B,), tl.float32)
     kept = tl.zeros((BLOCK_B,), tl.int32)
     above = tl.zeros((BLOCK_B,), tl.int32)
+    along = tl.zeros((BLOCK_B,), tl.float32)
     acc = tl.zeros((BLOCK_B, SLICE), tl.float32)
     start = split * tiles_per_split * BLOCK_K
     stop = tl.minimum(start + tiles_per_split * BLOCK_K, K)
@@ -81,12 +85,15 @@ def logsumexp_kernel(
         p = tl.math.exp2(x - shift[:, None])  # (BLOCK_B, BLOCK_K)
         z = z * decay + tl.sum(p, 1)
         m = m_new
+        if ALONG:
+            along = along * decay + tl.sum(p * s, 1)
         if WANT_MEAN:
             if D <= SLICE and D <= BLOCK_D:
                 values = keys
             else:
                 values = load_rows(keys_ptr, offs_k, k_ok, stride_kk, d0, D, SLICE, WIDEN)  # (BLOCK_K, SLICE)
-            acc = tl.dot(p.to(values.dtype), values, acc * decay[:, None], input_precision="ieee")  # (BLOCK_B, SLICE)
+            p = as_stored(p, query_ptr, keys_ptr).to(values.dtype)
+            acc = tl.dot(p, values, acc * decay[:, None], input_precision="ieee")  # (BLOCK_B, SLICE)
 
     row = split.to(tl.int64) * B + offs_b  # (BLOCK_B,) of (SPLITS, B)
     if WANT_MEAN:
@@ -95,17 +102,22 @@ def logsumexp_kernel(
     first = b_ok & (d0 == 0)
     tl.store(m_ptr + row, m, mask=first)
     tl.store(z_ptr + row, z, mask=first)
+    if ALONG:
+        tl.store(along_ptr + row, along, mask=first)
     tl.store(kept_ptr + row, kept, mask=first)
     if HAS_PIVOT:
         tl.store(above_ptr + row, above, mask=first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "SPLITS"])
 def logsumexp_merge(
-    m_ptr, z_ptr, acc_ptr, lse_ptr, mean_ptr, B, SPLITS,
-    WANT_MEAN: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    m_ptr, z_ptr, acc_ptr, along_ptr, query_ptr, lse_ptr, mean_ptr, stride_qb, B, SPLITS,
+    WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One row's parts into its result: lse = log sum_p 2^m_p z_p, mean = sum_p 2^m_p acc_p over the same sum."""
+    """One row's parts into its result: lse = log sum_p 2^m_p z_p, mean = sum_p 2^m_p acc_p over the same sum.
+
+    ALONG: then mean += query (sum_p 2^m_p along_p / sum - query . mean) / |query|^2.
+    """
     b = tl.program_id(0).to(tl.int64)
     offs_p = tl.arange(0, BLOCK_P)
     offs_d = tl.arange(0, BLOCK_D)
@@ -115,6 +127,7 @@ def logsumexp_merge(
         top = tl.maximum(top, tl.max(m, 0))
     shift = finite_shift(top)
     z = tl.zeros((), tl.float32)
+    along = tl.zeros((), tl.float32)
     acc = tl.zeros((BLOCK_D,), tl.float32)
     for p0 in range(0, SPLITS, BLOCK_P):
         p_ok = p0 + offs_p < SPLITS
@@ -125,9 +138,17 @@ def logsumexp_merge(
             ok = p_ok[:, None] & (offs_d < D)[None, :]
             part = tl.load(acc_ptr + row[:, None] * D + offs_d[None, :], mask=ok, other=0.0)  # (BLOCK_P, BLOCK_D)
             acc += tl.sum(weight[:, None] * part, 0)
+        if ALONG:
+            along += tl.sum(weight * tl.load(along_ptr + row, mask=p_ok, other=0.0), 0)
     tl.store(lse_ptr + b, (shift + tl.math.log2(z)) * 0.6931471805599453)  # ln(2)
     if WANT_MEAN:
-        tl.store(mean_ptr + b * D + offs_d, tl.where(z == 0, 0.0, acc / z), mask=offs_d < D)
+        mean = tl.where(z == 0, 0.0, acc / z)  # (BLOCK_D,)
+        if ALONG:
+            query = tl.load(query_ptr + b * stride_qb + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)  # (BLOCK_D,)
+            missing = tl.where(z == 0, 0.0, along / z) - tl.sum(query * mean, 0)
+            squares = tl.sum(query * query, 0)
+            mean += query * tl.where(squares == 0, 0.0, missing / squares)
+        tl.store(mean_ptr + b * D + offs_d, mean, mask=offs_d < D)
 
 
 @launcher
@@ -147,18 +168,20 @@ def logsumexp(
     m = query.new_empty(parts, B, dtype=torch.float32)
     z = query.new_empty(parts, B, dtype=torch.float32)
     acc = query.new_empty(parts if want_mean else 0, B, D, dtype=torch.float32)
+    rounds = want_mean and query.dtype == negative_keys.dtype != torch.float32  # probabilities, for the mean
+    along = query.new_empty(parts if rounds else 0, B, dtype=torch.float32)
     kept = query.new_empty(parts, B, dtype=torch.int32)
     above = query.new_zeros(parts if pivot is not None else 1, B, dtype=torch.int32)
     if B:
         slices = triton.cdiv(D, tile.SLICE) if want_mean else 1
         logsumexp_kernel[(triton.cdiv(B, tile.BLOCK_B), parts, slices)](
             scale_ptr=scale, pivot_ptr=query if pivot is None else pivot.contiguous(),
-            m_ptr=m, z_ptr=z, acc_ptr=acc, kept_ptr=kept, above_ptr=above, tiles_per_split=per_split,
-            WANT_MEAN=want_mean, HAS_PIVOT=pivot is not None, SLICE=tile.SLICE, STAGES=tile.num_stages,
+            m_ptr=m, z_ptr=z, acc_ptr=acc, along_ptr=along, kept_ptr=kept, above_ptr=above, tiles_per_split=per_split,
+            WANT_MEAN=want_mean, ALONG=rounds, HAS_PIVOT=pivot is not None, SLICE=tile.SLICE, STAGES=tile.num_stages,
             **score_arguments(query, negative_keys, tile, complete(pool)),
         )  # fmt: skip
         logsumexp_merge[(B,)](
-            m, z, acc, lse, mean, B, parts,
-            WANT_MEAN=want_mean, D=D, BLOCK_P=8, BLOCK_D=triton.next_power_of_2(D), num_warps=1,
+            m, z, acc, along, query, lse, mean, query.stride(0), B, parts,
+            WANT_MEAN=want_mean, ALONG=rounds, D=D, BLOCK_P=8, BLOCK_D=triton.next_power_of_2(D), num_warps=1,
         )  # fmt: skip
     return lse, mean, kept.sum(0), above.sum(0)

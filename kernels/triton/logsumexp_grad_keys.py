@@ -5,6 +5,9 @@ lse, never stored, and every key row has one owner, so there are no atomics and 
 program per slice of D.
 
     row k = sum_b weight_b p_bk q_b,   p_bk = exp(scale * s_bk - lse_b) inside the pool
+
+Tensor cores take weight_b p_bk in the storage type. fp16 reaches neither the size of a gradient scaler's weights nor the
+smallness of one key's share in a long queue, so weights are first brought to 2^15 at most, and the result back.
 """
 
 import torch
@@ -16,12 +19,12 @@ import triton.language as tl
 from .launch import launcher, score_arguments
 from .launch import score_tile as choose_tile
 from .pool import complete, pool_bounds, pool_keys, pool_masks, pool_rows
-from .score import load_rows, load_whole_rows, score_tile
+from .score import as_stored, load_rows, load_whole_rows, score_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "K"])
 def logsumexp_grad_keys_kernel(
-    query_ptr, keys_ptr, scale_ptr, lse_ptr, weight_ptr, grad_ptr, stride_qb, stride_kk, B, K,
+    query_ptr, keys_ptr, scale_ptr, lse_ptr, weight_ptr, gain_ptr, grad_ptr, stride_qb, stride_kk, B, K,
     mask_ptr, stride_mb, query_ids_ptr, negative_ids_ptr, query_labels_ptr, negative_labels_ptr, lower_ptr, upper_ptr,
     MASK: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LABELS: tl.constexpr,
     HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
@@ -33,6 +36,7 @@ def logsumexp_grad_keys_kernel(
     k_ok = pool_keys(offs_k, K, mask_ptr, MASK, EVEN_K)  # (BLOCK_K,)
     keys = load_whole_rows(keys_ptr, offs_k, k_ok, stride_kk, D, BLOCK_D, WIDEN)  # (BLOCK_K, BLOCK_D)
     scale = tl.load(scale_ptr) * LOG2E
+    gain = tl.load(gain_ptr)
     acc = tl.zeros((BLOCK_K, SLICE), tl.float32)
     for b0 in tl.range(0, B, BLOCK_B, num_stages=STAGES):
         offs_b = tl.arange(0, BLOCK_B).to(tl.int64) + b0
@@ -43,7 +47,7 @@ def logsumexp_grad_keys_kernel(
             HAS_IDS, HAS_LABELS, HAS_LOWER, HAS_UPPER,
         )  # fmt: skip
         lse = tl.load(lse_ptr + offs_b, mask=b_ok, other=0.0) * LOG2E  # (BLOCK_B,)
-        weight = tl.load(weight_ptr + offs_b, mask=b_ok, other=0.0)  # (BLOCK_B,)
+        weight = tl.load(weight_ptr + offs_b, mask=b_ok, other=0.0) * gain  # (BLOCK_B,)
         s = score_tile(
             query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, keys, offs_k, k_ok, stride_kk,
             D, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN,
@@ -60,11 +64,12 @@ def logsumexp_grad_keys_kernel(
             values = query
         else:
             values = load_rows(query_ptr, offs_b, b_ok, stride_qb, d0, D, SLICE, WIDEN)  # (BLOCK_B, SLICE)
-        acc = tl.dot(tl.trans(p.to(values.dtype)), values, acc, input_precision="ieee")  # (BLOCK_K, SLICE)
+        p = as_stored(p, query_ptr, keys_ptr).to(values.dtype)
+        acc = tl.dot(tl.trans(p), values, acc, input_precision="ieee")  # (BLOCK_K, SLICE)
 
     offs_d = d0 + tl.arange(0, SLICE)
     ptrs = grad_ptr + offs_k.to(tl.int64)[:, None] * D + offs_d[None, :]
-    tl.store(ptrs, acc, mask=(offs_k < K)[:, None] & (offs_d < D)[None, :])
+    tl.store(ptrs, acc / gain, mask=(offs_k < K)[:, None] & (offs_d < D)[None, :])
 
 
 @launcher
@@ -76,8 +81,10 @@ def logsumexp_grad_keys(
     grad = negative_keys.new_empty(K, D, dtype=torch.float32)
     if K:
         tile = choose_tile(query, negative_keys)
+        largest = torch.cat([weight.abs(), weight.new_full((1,), 2.0**-100)]).amax()  # above 0, whatever the weights
         logsumexp_grad_keys_kernel[(triton.cdiv(K, tile.BLOCK_K), triton.cdiv(D, tile.SLICE))](
-            scale_ptr=scale, lse_ptr=lse.contiguous(), weight_ptr=weight.contiguous(), grad_ptr=grad,
+            scale_ptr=scale, lse_ptr=lse.contiguous(), weight_ptr=weight.contiguous(), gain_ptr=2.0**15 / largest,
+            grad_ptr=grad,
             SLICE=tile.SLICE, STAGES=tile.num_stages, **score_arguments(query, negative_keys, tile, complete(pool)),
         )  # fmt: skip
     return grad

@@ -18,7 +18,7 @@ from .launch import capability, launcher
 from .logsumexp import finite_shift
 
 
-@triton.jit(do_not_specialize=["seed", "step", "row_low", "row_high"])
+@triton.jit(do_not_specialize=["N", "S", "pairs", "seed", "step", "row_low", "row_high"])
 def mix_logsumexp_kernel(
     query_ptr, keys_ptr, scale_ptr, hard_ptr, available_ptr, quantiles_ptr, lse_ptr, mean_ptr,
     stride_qb, stride_kk, N, S, pairs, pair_low, pair_high, query_low, query_high, seed, step, row_low, row_high,

@@ -15,14 +15,15 @@ from .draws import draw, draw_arguments, mix_rows
 from .launch import capability, launcher
 
 
-@triton.jit(do_not_specialize=["seed", "step", "row_low", "row_high"])
+@triton.jit(do_not_specialize=["N", "S", "pairs", "seed", "step", "row_low", "row_high"])
 def mix_negatives_kernel(
     query_ptr, keys_ptr, hard_ptr, available_ptr, quantiles_ptr, vectors_ptr, parents_ptr, coefficients_ptr,
     stride_qb, stride_kk, N, S, pairs, pair_low, pair_high, query_low, query_high, seed, step, row_low, row_high,
     DISTINCT: tl.constexpr, HAS_QUANTILES: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
+    blocks = tl.cdiv(S, BLOCK_S)
+    b = tl.program_id(0).to(tl.int64) // blocks
+    slot = tl.program_id(0) % blocks * BLOCK_S + tl.arange(0, BLOCK_S)
     offs_d = tl.arange(0, BLOCK_D)
     s_ok = slot < S
     available = tl.load(available_ptr + b)
@@ -50,7 +51,7 @@ def mix_negatives(query: Tensor, negative_keys: Tensor, hard_index: Tensor, *dra
     coefficients = query.new_empty(B, S, dtype=torch.float32)
     BLOCK_S, BLOCK_D, num_warps = tiles.mix_block(D, capability(query.device))
     if B and S:
-        mix_negatives_kernel[(B, triton.cdiv(S, BLOCK_S))](
+        mix_negatives_kernel[(B * triton.cdiv(S, BLOCK_S),)](
             query_ptr=query, keys_ptr=negative_keys, vectors_ptr=vectors, parents_ptr=parents,
             coefficients_ptr=coefficients, stride_qb=query.stride(0), stride_kk=negative_keys.stride(0), **arguments,
             D=D, BLOCK_S=BLOCK_S, BLOCK_D=BLOCK_D, num_warps=num_warps,

@@ -25,7 +25,7 @@ from .pull import by_lane, lowest, some_left
 from .score import load_whole_rows, score_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "K"])
 def sample_kernel(
     query_ptr, keys_ptr, out_ptr, stride_qb, stride_kk, B, K, W,
     mask_ptr, stride_mb, query_ids_ptr, negative_ids_ptr, query_labels_ptr, negative_labels_ptr, lower_ptr, upper_ptr,
@@ -33,9 +33,9 @@ def sample_kernel(
     HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     b_ok = offs_b < B
-    offs_w = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_w = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     # Evenly spaced over the ring, so that old and new keys are sampled alike; past W, past K.
     offs_k = tl.where(offs_w < W, offs_w.to(tl.int64) * K // W, K)
     k_ok = pool_keys(offs_k, K, mask_ptr, MASK, False)  # (BLOCK_K,)
@@ -59,7 +59,7 @@ def sample_kernel(
     tl.store(ptrs, tl.where(inside, s, float("nan")), mask=b_ok[:, None] & (offs_w < W)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "K", "SPLITS", "CAPACITY"])
 def scan_kernel(
     query_ptr, keys_ptr, cut_lo_ptr, cut_hi_ptr, survivors_ptr, found_ptr, above_ptr,
     stride_qb, stride_kk, B, K, SPLITS, CAPACITY,
@@ -149,7 +149,7 @@ def sample(query: Tensor, negative_keys: Tensor, W: int, tile: tiles.ScoreTile, 
     out = query.new_empty(B, W, dtype=torch.float32)
     arguments = score_arguments(query, negative_keys, tile, pool)
     arguments["EVEN_K"] = False
-    sample_kernel[(triton.cdiv(B, tile.BLOCK_B), triton.cdiv(W, tile.BLOCK_K))](out_ptr=out, W=W, **arguments)
+    sample_kernel[(triton.cdiv(W, tile.BLOCK_K), triton.cdiv(B, tile.BLOCK_B))](out_ptr=out, W=W, **arguments)
     return out
 
 

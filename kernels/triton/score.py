@@ -37,6 +37,17 @@ def load_whole_rows(ptr, rows, ok, stride, D: tl.constexpr, BLOCK_D: tl.constexp
 
 
 @triton.jit
+def as_stored(p, query_ptr, keys_ptr):
+    """Probabilities rounded to the storage type before they multiply vectors, as the tensor cores take them.
+
+    Under the interpreter, which widens vectors, this alone shows what the rounding does.
+    """
+    if query_ptr.dtype == keys_ptr.dtype:
+        p = p.to(keys_ptr.dtype.element_ty)
+    return p
+
+
+@triton.jit
 def score_tile(
     query_ptr, query, offs_b, b_ok, stride_qb,
     keys_ptr, keys, offs_k, k_ok, stride_kk,

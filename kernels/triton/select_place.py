@@ -35,7 +35,7 @@ def measure(places_ptr, row, ok, W, middle, BLOCK_R: tl.constexpr, BLOCK_W: tl.c
     return count, above, below
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["CELLS", "R"])
 def select_place_kernel(
     places_ptr, ranks_ptr, above_ptr, cut_hi_ptr, out_ptr, CELLS, W, R,
     BRACKETED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,

@@ -123,9 +123,10 @@ def scan_plan(B: int, K: int, capacity: int, tile: ScoreTile, processors: int) -
 
 
 def rows_at_once(B: int, K: int, plan: SamplePlan | None, tile: ScoreTile) -> int:
-    """Rows per chunk, a multiple of the row tile, that keep scratch below SCRATCH_BYTES.  No plan: whole rows of places."""
+    """Rows per chunk, whole row tiles where one fits, that keep scratch below SCRATCH_BYTES.  No plan: whole rows of places."""
     bytes_per_row = 32 * K if plan is None else 4 * plan.size + 16 * plan.capacity
-    return min(B, max(SCRATCH_BYTES // bytes_per_row // tile.BLOCK_B, 1) * tile.BLOCK_B)
+    rows = max(SCRATCH_BYTES // bytes_per_row, 1)
+    return min(B, rows // tile.BLOCK_B * tile.BLOCK_B or rows)
 
 
 def row_block(width: int, capability: int) -> tuple[int, int, int]:

@@ -49,8 +49,7 @@ def draw(window: Tensor, n: int, strategy: str, rows: Tensor, seed: int, tempera
         word = philox.words(rows, slots, philox.STREAM_SAMPLE, seed, 0)[0]  # (B, W)
         key = word.double()
         if strategy == "weighted":
-            gumbel = -(-((word.double() + 0.5) * 2.0**-32).log()).log()  # (B, W)
-            key = -(order.unpack(window)[0].double() / temperature + gumbel)
+            key = -(order.unpack(window)[0].double() / temperature + philox.gumbel(word))
         key = key.masked_fill(window == order.NOWHERE, torch.inf)
         rank = key.argsort(dim=1, stable=True)[:, :n].sort(1).values  # (B, min(n, W))
         kept = window.gather(1, rank)

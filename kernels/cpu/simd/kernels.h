@@ -86,6 +86,8 @@ struct Kernels {
                                     float* panel, float* out);
   // Offers every place of the block's range to the selection, in the order of the queue.
   void (*select_range)(const Block&, const Workspace&, const Selection&);
+  // keys (size) keep their `keep` < size best, in the order they had; returns the worst of them. Keys differ.
+  int64_t (*keep_best)(int64_t* keys, int64_t size, int64_t keep);
   // count (kLanes): columns in the pool.
   void (*count_range)(const Block&, const Workspace&, int64_t* count);
   // vectors (S, D), parents (S, 2), coefficients (S) of query b. mixed (4, D).

@@ -1,17 +1,47 @@
-// Offers the places of a range of the queue to a Selection: one vector comparison turns most columns away.
+// Offers the places of a range of the queue to a Selection, and finds the best of a buffer.
 //
-// A lane's bound is the score of the worst key it would keep, so what passes is a superset of what is kept; exactness,
-// ties included, comes from the packed orders when a full buffer is pruned.
+// Offering is in two steps, so that no branch waits on a score: vector comparisons write down which cells of a few rows
+// of the tile pass, side by side, and a loop over what was written down appends them. A lane's bound is the score of
+// the worst key it would keep, so what passes is a superset of what is kept; exactness, ties included, comes from the
+// packed orders. Keys stay in the order of the queue.
 #include "kernels/cpu/order.h"
 #include "kernels/cpu/simd/score.h"
 
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
 
+constexpr int64_t kBatch = 18;  // rows of a tile whose passing cells are written down together: divides kChunk
+
 NEGMINE_INLINE void offer(const Selection& selection, int64_t lane, int64_t order) {
   int64_t& size = selection.size[lane];
   selection.keys[lane * selection.capacity + size] = selection.lowest ? ~order : order;
   if (++size == selection.capacity) prune(selection, lane);
+}
+
+// What select_range() counts and compares of one vector of lanes over a chunk.
+struct Lanes {
+  VI places, over;
+};
+
+// Writes down the cells of rows [from, to) of the tile that pass, from cells on; returns the end. A NaN never passes.
+NEGMINE_INLINE int32_t* write_passing(const Workspace& w, const Selection& selection, int64_t first_lane, int64_t from,
+                                      int64_t to, VI sign, Lanes& counts, int32_t* cells) {
+  const V bound = load(selection.bound + first_lane), ceiling = load(selection.ceiling + first_lane);
+  VI cell = count_up() + all(static_cast<int32_t>(from * kLanes + first_lane));
+  for (int64_t j = from; j < to; ++j, cell += all(static_cast<int32_t>(kLanes))) {
+    const V score = load(w.tile + j * kLanes + first_lane);
+    counts.places -= score == score;
+    const V signed_score = (V)((VI)score ^ sign);
+    counts.over -= signed_score > ceiling;
+    cells = store_passed(cells, cell, bits_ge(signed_score, bound) & bits_ge(ceiling, signed_score));
+  }
+  return cells;
+}
+
+NEGMINE_INLINE int64_t count_from(const int64_t* keys, int64_t size, int64_t least) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < size; ++i) count += keys[i] >= least;
+  return count;
 }
 
 }  // namespace
@@ -20,33 +50,65 @@ void select_range(const Block& block, const Workspace& w, const Selection& selec
   begin_block(block, w);
   const int vectors = vectors_of(block);
   const VI sign = all(selection.lowest ? INT32_MIN : 0);
+  int32_t cells[kBatch * kLanes + kWidth];
   for (int64_t k = block.k_begin; k < block.k_end;) {
     const int64_t count = load_chunk(block, w, &k, true);
     score_chunk(block, w, count);
     apply_masks(block, w, count);
     if (block.pool.bounded()) apply_bounds(block, w, count);
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t first_lane = v * kWidth;
-      const V ceiling = load(selection.ceiling + first_lane);
-      VI places = all(0), over = all(0);
-      for (int64_t j = 0; j < count; ++j) {
-        const float* cell = w.tile + j * kLanes + first_lane;
-        const V score = load(cell);
-        places -= score == score;
-        const V signed_score = (V)((VI)score ^ sign);
-        over -= signed_score > ceiling;
-        uint32_t passed = bits_ge(signed_score, load(selection.bound + first_lane)) & bits_ge(ceiling, signed_score);
-        for (; passed != 0; passed &= passed - 1) {
-          const int lane = __builtin_ctz(passed);
-          offer(selection, first_lane + lane, pack_order(cell[lane], w.index[j]));
-        }
+    Lanes counts[kLanes / kWidth] = {};
+    for (int64_t from = 0; from < count; from += kBatch) {
+      const int64_t to = count - from < kBatch ? count : from + kBatch;
+      int32_t* end = cells;
+      for (int v = 0; v < vectors; ++v) {
+        end = write_passing(w, selection, v * kWidth, from, to, sign, counts[v], end);
       }
-      for (int i = 0; i < kWidth; ++i) {
-        selection.places[first_lane + i] += places[i];
-        selection.over[first_lane + i] += over[i];
+      for (const int32_t* cell = cells; cell < end; ++cell) {
+        offer(selection, *cell % kLanes, pack_order(w.tile[*cell], w.index[*cell / kLanes]));
       }
     }
+    for (int64_t lane = 0; lane < vectors * kWidth; ++lane) {
+      selection.places[lane] += counts[lane / kWidth].places[lane % kWidth];
+      selection.over[lane] += counts[lane / kWidth].over[lane % kWidth];
+    }
   }
+}
+
+// Halves the interval in which the worst kept key lies until a count hits `keep`: keys differ, so one does.
+int64_t keep_best(int64_t* keys, int64_t size, int64_t keep) {
+  int64_t low = keys[0], high = keys[0];  // at least `keep` keys from low on, fewer above high
+  for (int64_t i = 1; i < size; ++i) {
+    low = keys[i] < low ? keys[i] : low;
+    high = keys[i] > high ? keys[i] : high;
+  }
+  for (int64_t found = size; found != keep;) {
+    const int64_t middle =
+        low + static_cast<int64_t>((static_cast<uint64_t>(high) - static_cast<uint64_t>(low) + 1) / 2);
+    const int64_t count = count_from(keys, size, middle);
+    if (count < keep) {
+      high = middle - 1;
+    } else {
+      low = middle;
+      found = count;
+    }
+  }
+  int64_t kept = 0, i = 0;
+#if defined(__AVX512F__)
+  for (; i + 8 <= size; i += 8) {
+    const __m512i some = _mm512_loadu_si512(keys + i);
+    const __mmask8 best = _mm512_cmpge_epi64_mask(some, _mm512_set1_epi64(low));
+    _mm512_storeu_si512(keys + kept, _mm512_maskz_compress_epi64(best, some));  // reaches no further than what was read
+    kept += __builtin_popcount(best);
+  }
+#endif
+  for (; i < size; ++i) {
+    const int64_t key = keys[i];
+    keys[kept] = key;
+    kept += key >= low;
+  }
+  int64_t worst = keys[0];
+  for (i = 1; i < keep; ++i) worst = keys[i] < worst ? keys[i] : worst;
+  return worst;
 }
 
 }  // namespace negmine::cpu::NEGMINE_SIMD

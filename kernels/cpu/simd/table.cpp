@@ -9,12 +9,13 @@ namespace negmine::cpu::NEGMINE_SIMD {
 void logsumexp_range(const Block&, const Workspace&, float, const float*, const LogsumexpState&);
 void logsumexp_grad_keys_range(const Block&, const Workspace&, float, const float*, const float*, float*, float*);
 void select_range(const Block&, const Workspace&, const Selection&);
+int64_t keep_best(int64_t*, int64_t, int64_t);
 void count_range(const Block&, const Workspace&, int64_t*);
 void mix_negatives_row(const Matrix&, const Matrix&, int64_t, const Draws&, int64_t, float*, void*, int64_t*, float*);
 void mix_logsumexp_row(const Matrix&, const Matrix&, int64_t, const Draws&, int64_t, float, float*, float*, float*);
 
 extern const Kernels kKernels = {
-    NEGMINE_TEXT(NEGMINE_SIMD), logsumexp_range,   logsumexp_grad_keys_range, select_range, count_range,
+    NEGMINE_TEXT(NEGMINE_SIMD), logsumexp_range,   logsumexp_grad_keys_range, select_range, keep_best, count_range,
     mix_negatives_row,          mix_logsumexp_row,
 };
 

@@ -66,6 +66,24 @@ NEGMINE_INLINE uint32_t bits_ge(V a, V b) {
 }
 #endif
 
+NEGMINE_INLINE VI count_up() {
+  VI x;
+  for (int i = 0; i < kWidth; ++i) x[i] = i;
+  return x;
+}
+
+// Writes the lanes of x that `passed` names side by side from out on, and anything up to kWidth words from there;
+// returns the end of what was written.
+NEGMINE_INLINE int32_t* store_passed(int32_t* out, VI x, uint32_t passed) {
+#if defined(__AVX512F__)
+  store(out, (VI)_mm512_maskz_compress_epi32(static_cast<__mmask16>(passed), (__m512i)x));
+  return out + __builtin_popcount(passed);
+#else
+  for (; passed != 0; passed &= passed - 1) *out++ = x[__builtin_ctz(passed)];
+  return out;
+#endif
+}
+
 NEGMINE_INLINE V max(V a, V b) { return a > b ? a : b; }  // a NaN in a is passed over
 
 NEGMINE_INLINE float sum(V x) {

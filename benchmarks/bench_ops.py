@@ -1,0 +1,45 @@
+"""The table of cases under pytest-benchmark, for who wants its statistics, its JSON and its comparisons:
+
+    python -m pytest benchmarks/bench_ops.py --benchmark-only -k "moco and mine_hardest"
+    python -m pytest benchmarks/bench_ops.py --benchmark-only --benchmark-autosave --benchmark-compare
+
+One group an (op, case), its variants side by side; each answers like plain PyTorch in fp32 before it is timed.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+
+from benchmarks.cases import CASES, ON_CPU, ON_GPU, Inputs, make_inputs
+from benchmarks.measure import OURS, Variants, check, variants_of
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ON_GPU if DEVICE == "cuda" else ON_CPU
+
+
+@cache
+def inputs_of(case: str) -> Inputs:
+    return make_inputs(CASES[case], DEVICE)
+
+
+@cache
+def variants(op: str, case: str) -> Variants:
+    return variants_of(op, inputs_of(case), [None], [], with_compile=False, with_libraries=True)
+
+
+@pytest.mark.parametrize("variant", [OURS, "eager", "FAISS IndexFlatIP", "usearch exact"])
+@pytest.mark.parametrize("op, case", [(op, name) for name in NAMES for op in CASES[name].ops])
+def test_op(benchmark, op, case, variant):
+    run = variants(op, case).get(variant)
+    if run is None:
+        pytest.skip(f"{variant} does not do {op}, or is not installed")
+    assert not check(op, {variant: run}, inputs_of(case))
+    benchmark.group = f"{op}: {case}"
+
+    def call() -> None:
+        run(inputs_of(case))
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark(call)

@@ -1,0 +1,169 @@
+"""THE definition of triplet mining, of the triplet loss and of multi-similarity: dense PyTorch, as negmine/reference.py.
+
+    query (B, D), keys (K, D); same (B, K) bool: usable keys of the query's label, other (B, K) bool: usable keys of another
+    positive (B, P), negative (B, P, N) int64, -1 = none
+
+Nothing here is fast and nothing is checked. Nearer = larger score; ties go to the lower index; a NaN score is no candidate.
+"""
+
+import torch
+from torch import Tensor
+
+from negmine import philox
+from negmine.reference import ranking, scores_of
+
+
+def distance_of(score: Tensor, distance: str) -> Tensor:
+    """The distance of two unit vectors by their score: -s, sqrt(2 - 2 s), or 2 - 2 s."""
+    if distance == "cosine":
+        return -score
+    squared = (2 - 2 * score).clamp_min(0)
+    return squared.sqrt() if distance == "euclidean" else squared
+
+
+def score_farther(score: Tensor, margin: float, distance: str) -> Tensor:
+    """The score of what lies `margin` farther than `score` (nearer where margin < 0; +inf past distance 0)."""
+    if distance == "cosine":
+        return score - margin
+    if distance == "squared_euclidean":
+        return score - margin / 2
+    farther = distance_of(score, distance) + margin
+    moved = torch.where(farther < 0, torch.inf, 1 - farther.square() / 2)
+    return torch.where(score.isinf(), score, moved)
+
+
+def log_rarity(score: Tensor, D: int) -> Tensor:
+    """log of 1 / q(d), q the density of distances between random unit vectors; -inf from d = 1.4 on, where no loss is left.
+
+    (2 - D) log d - ((D - 3) / 2) log(1 - d^2 / 4),   d = max(sqrt(2 - 2 s), 0.5)      (Wu et al. 2017, arXiv 1706.07567)
+    """
+    d = distance_of(score, "euclidean").clamp_min(0.5)
+    inverse = (2.0 - D) * d.log() - (D - 3) / 2 * (1 - d.square() / 4).clamp_min(torch.finfo(d.dtype).tiny).log()
+    return inverse.masked_fill(~(d < 1.4), -torch.inf)
+
+
+def chosen(scores: Tensor, allowed: Tensor, count: int, nearest: bool = True) -> tuple[Tensor, Tensor]:
+    """The first `count` allowed columns of each row, nearest or farthest first: scores and index (..., count)."""
+    index, present = ranking(scores if nearest else -scores, allowed)
+    index = torch.nn.functional.pad(index[:, :count], (0, max(0, count - index.shape[1])))
+    absent = torch.arange(count, device=index.device) >= present[:, None]  # (B, count)
+    found = scores.gather(1, index) if scores.shape[1] else scores.new_zeros(index.shape)
+    return found.masked_fill(absent, -torch.inf), index.masked_fill(absent, -1)
+
+
+def mine_triplets(
+    query: Tensor,
+    keys: Tensor,
+    same: Tensor,
+    other: Tensor,
+    *,
+    positive: str,
+    negative: str,
+    margin: float,
+    distance: str = "cosine",
+    max_positives: int = 1,
+    num_negatives: int = 1,
+    seed: int = 0,
+    step: int = 0,
+    row_offset: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scores and index of positives (B, P) and negatives (B, P, N); meaning as negmine.mine_triplets."""
+    scores = scores_of(query, keys).detach()  # (B, K)
+    B, K = scores.shape
+    if positive == "semihard":
+        nearest_other = chosen(scores, other, 1, negative == "hardest")[0]  # (B, 1)
+        pair = chosen(scores, same & (scores > nearest_other), 1, nearest=False)
+    elif positive == "multi_similarity":
+        hardest_other = chosen(scores, other, 1)[0]
+        pair = chosen(scores, same & (scores < score_farther(hardest_other, -margin, distance)), max_positives, False)
+    else:
+        pair = chosen(scores, same, max_positives, nearest=positive != "hard")
+    positive_score, positive_index = pair  # (B, P)
+    P, N = positive_index.shape[1], num_negatives
+
+    s, s_pos = scores[:, None, :].expand(B, P, K), positive_score[:, :, None]  # (B, P, K), (B, P, 1)
+    allowed = other[:, None, :].expand(B, P, K)
+    if negative.startswith("semihard"):
+        allowed = allowed & (s < s_pos)
+    if negative in ("semihard_band", "violating"):
+        allowed = allowed & (s >= score_farther(s_pos, margin, distance))
+    if negative == "multi_similarity":
+        farthest_same = chosen(scores, same, 1, nearest=False)[0][:, :, None]  # (B, 1, 1)
+        allowed = allowed & (s > score_farther(farthest_same, margin, distance))
+    if negative == "distance_weighted":
+        rows = torch.arange(B, device=s.device) + row_offset  # (B,)
+        word = philox.words(rows, torch.arange(K, device=s.device), philox.STREAM_TRIPLETS, seed, step)[0]  # (B, K)
+        drawn = log_rarity(scores.double(), query.shape[1]) + philox.gumbel(word)  # (B, K)
+        kept = chosen(drawn, other & (drawn > -torch.inf), N)[1]  # (B, N)
+        inside = torch.zeros(B, K + 1, dtype=torch.bool, device=s.device).scatter(1, kept % (K + 1), True)[:, :K]
+        allowed = inside[:, None, :].expand(B, P, K)
+    flat = (s.reshape(B * P, K), allowed.reshape(B * P, K))
+    negative_score, negative_index = (t.view(B, P, N) for t in chosen(*flat, N, nearest=negative != "easiest"))
+    if negative == "semihard_facenet":
+        easiest = [t[:, None].expand(B, P, 1) for t in chosen(scores, other, 1, nearest=False)]
+        none = negative_index[:, :, :1] < 0
+        negative_score = torch.cat(
+            [torch.where(none, easiest[0], negative_score[:, :, :1]), negative_score[:, :, 1:]], 2
+        )
+        negative_index = torch.cat(
+            [torch.where(none, easiest[1], negative_index[:, :, :1]), negative_index[:, :, 1:]], 2
+        )
+
+    return positive_score, positive_index, negative_score, negative_index
+
+
+def triplet_loss(
+    query: Tensor,
+    keys: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    margin: float = 0.2,
+    temperature: float | None = None,
+    distance: str = "cosine",
+) -> Tensor:
+    """Loss of each triplet (B, P, N), 0 where there is none.
+
+    v = distance(q, p) - distance(q, n) + margin;   max(0, v), or softplus(v / temperature)
+    """
+
+    def rows_at(index: Tensor) -> Tensor:
+        """(..., D), zeros where there is none: a row left out by a mask may hold anything."""
+        if not len(keys):
+            return query.new_zeros(*index.shape, query.shape[1])
+        return keys[index.clamp_min(0)].to(query.dtype).masked_fill((index < 0)[..., None], 0.0)
+
+    def distances(anchor: Tensor, found: Tensor) -> Tensor:
+        if distance == "cosine":
+            return -(anchor * found).sum(-1)
+        if distance == "squared_euclidean":
+            return (anchor - found).square().sum(-1)
+        return torch.linalg.vector_norm(anchor - found, dim=-1)  # its gradient at distance 0 is 0
+
+    to_positive = distances(query[:, None], rows_at(positive))  # (B, P)
+    to_negative = distances(query[:, None, None], rows_at(negative))  # (B, P, N)
+    violation = to_positive[:, :, None] - to_negative + margin  # (B, P, N)
+    loss = violation.relu() if temperature is None else torch.nn.functional.softplus(violation / temperature)
+    return loss.masked_fill((positive < 0)[:, :, None] | (negative < 0), 0.0)
+
+
+def multi_similarity(
+    query: Tensor, keys: Tensor, same: Tensor, other: Tensor, *, alpha: float, beta: float, base: float, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of each row (B,), and how many positives and negatives the mining kept (B,)."""
+    scores = scores_of(query, keys)  # (B, K)
+    if scores.shape[1] == 0:
+        return scores.sum(1), same.sum(1), other.sum(1)
+    held = scores.detach()
+    lowest = held.masked_fill(~same | held.isnan(), torch.inf).amin(1, keepdim=True)  # (B, 1)
+    highest = held.masked_fill(~other | held.isnan(), -torch.inf).amax(1, keepdim=True)  # (B, 1)
+    positives = same & (held < highest + epsilon)  # (B, K)
+    negatives = other & (held > lowest - epsilon)
+
+    def smooth(x: Tensor, pool: Tensor) -> Tensor:
+        """log(1 + sum over the pool of exp(x)) (B,)."""
+        columns = torch.cat([x.masked_fill(~pool, -torch.inf), torch.zeros_like(x[:, :1])], 1)
+        return columns.logsumexp(1)
+
+    loss = smooth(-alpha * (scores - base), positives) / alpha + smooth(beta * (scores - base), negatives) / beta
+    return loss, positives.sum(1), negatives.sum(1)

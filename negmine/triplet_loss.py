@@ -1,0 +1,146 @@
+"""triplet_loss: a hinge or a soft margin over mined triplets, and its module.
+
+Mining is that of negmine/triplets.py; the loss of the chosen rows is plain differentiable PyTorch, defined in
+negmine/reference_triplets.py.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from negmine import checks, reference_triplets
+from negmine.mining import working
+from negmine.options import is_real
+from negmine.triplets import Triplets, check_rule, label_pool, triplets_of
+
+
+def triplet_loss(
+    query: Tensor,
+    keys: Tensor,
+    query_labels: Tensor,
+    key_labels: Tensor,
+    *,
+    positive: str = "easy",
+    negative: str = "semihard",
+    margin: float = 0.2,
+    temperature: float | None = None,
+    distance: str = "cosine",
+    max_positives: int | None = None,
+    num_negatives: int = 1,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    reduction: str = "mean",
+    seed: int = 0,
+    step: int = 0,
+    row_offset: int = 0,
+    backend: str | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, Triplets]:
+    """The triplet loss over the triplets of mine_triplets, whose keywords it takes.
+
+        v = d(query, p) - d(query, n) + margin
+        loss = max(0, v)                          temperature=None
+               softplus(v / temperature)          a number: the soft margin; 1 is Hermans et al.'s, with margin=0
+
+    distance: "cosine" d = -inner product, "euclidean" d = ||q - k||, "squared_euclidean" d = ||q - k||^2, of the vectors as they
+        are; mining ranks by inner product, which orders the latter two only for keys of equal norm.
+    margin: one value for the rule of mining and for the loss.
+    reduction: "mean" over the triplets that exist (not over those that violate), "sum", or "none": (B, P, N), 0 for the rest.
+
+    Returns the loss, fp32 (float64 for float64 input); with return_stats also the Triplets. Gradient flows to query and, where
+    they require it, to keys through the chosen pairs; frozen keys may be overwritten before backward, since only the (B, P, D)
+    and (B, P, N, D) chosen rows are kept. Without any triplet the loss is 0. A query with NaN has no triplet.
+    Raises ValueError or TypeError for input that does not fit, before any work.
+    """
+    op = "triplet_loss"
+    pool = label_pool(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
+    rule = check_rule(op, positive, negative, margin, distance, max_positives, num_negatives)
+    checks.require_draw(op, seed, step, row_offset)
+    if temperature is not None and (not is_real(temperature) or temperature <= 0):
+        raise checks.refuse(op, "temperature", "a number above 0, or None for the hinge", temperature)
+    checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
+    checks.require_bool(op, "return_stats", return_stats)
+    found = triplets_of(op, query, keys, pool, rule, (seed, step, row_offset), backend)
+    # Frozen keys are gathered first and widened after; learned ones the other way, so that gradients add up in fp32.
+    wide = working(keys) if keys.requires_grad else keys
+    rows = reference_triplets.triplet_loss(
+        working(query),
+        wide,
+        found.positive,
+        found.negative,
+        margin=float(margin),
+        temperature=temperature,
+        distance=distance,
+    )
+    loss = rows
+    if reduction != "none":
+        loss = rows.sum() if reduction == "sum" else rows.sum() / found.num_triplets.clamp_min(1)
+    return (loss, found) if return_stats else loss
+
+
+class TripletLoss(nn.Module):
+    """triplet_loss as a module; its keywords are triplet_loss's.
+
+    Calls in training mode that name no `step` count themselves, so that every one draws anew; the count travels in state_dict.
+    """
+
+    def __init__(
+        self,
+        margin: float = 0.2,
+        *,
+        positive: str = "easy",
+        negative: str = "semihard",
+        temperature: float | None = None,
+        distance: str = "cosine",
+        max_positives: int | None = None,
+        num_negatives: int = 1,
+        reduction: str = "mean",
+        seed: int = 0,
+        backend: str | None = None,
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__()
+        op = "TripletLoss"
+        check_rule(op, positive, negative, margin, distance, max_positives, num_negatives)
+        checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
+        checks.require_draw(op, seed, 0, 0)
+        self.options: dict[str, Any] = {
+            "margin": margin,
+            "positive": positive,
+            "negative": negative,
+            "temperature": temperature,
+            "distance": distance,
+            "max_positives": max_positives,
+            "num_negatives": num_negatives,
+            "reduction": reduction,
+            "seed": seed,
+            "backend": backend,
+            "return_stats": return_stats,
+        }
+        self.step = 0
+
+    def forward(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        query_labels: Tensor,
+        key_labels: Tensor,
+        *,
+        step: int | None = None,
+        **masks: Any,
+    ) -> Tensor | tuple[Tensor, Triplets]:
+        """masks: query_ids, key_ids, key_mask, row_offset of triplet_loss."""
+        if step is None:
+            step = self.step
+            self.step += self.training
+        return triplet_loss(query, keys, query_labels, key_labels, step=step, **self.options, **masks)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.step = int(state["step"])
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value not in (None, False))

@@ -1,0 +1,286 @@
+"""Triplets: for every query a positive and the negatives that a published rule sets against it, without the (B, K) matrix.
+
+The positives are the pool of equal labels; the farthest of a pool is the nearest to -query; "farther than the positive" is a
+bound on a row's places (negmine/order.py). So every rule is a few calls of mine_hardest. The dense definition is
+negmine/reference_triplets.py.
+"""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from negmine import backends, checks, order, reference_triplets
+from negmine.mining import for_kernels, working
+from negmine.options import is_real
+from negmine.pool import Pool, check_pool, usable
+from negmine.reference_triplets import score_farther
+from negmine.sup_con import UNKNOWN
+
+POSITIVES = ("easy", "hard", "semihard", "all", "multi_similarity")
+NEGATIVES = (
+    "hardest",
+    "easiest",
+    "semihard",
+    "semihard_facenet",
+    "semihard_band",
+    "violating",
+    "multi_similarity",
+    "distance_weighted",
+)
+DISTANCES = ("cosine", "euclidean", "squared_euclidean")
+SEVERAL = ("all", "multi_similarity")  # positives of which a query may keep more than one
+
+
+class Triplets(NamedTuple):
+    """What mine_triplets returns; none carries gradient. A triplet (b, p, n) exists where negative[b, p, n] >= 0."""
+
+    positive: Tensor  # (B, P) int64, -1 where there is none
+    negative: Tensor  # (B, P, N) int64, -1 where there is none
+    positive_score: Tensor  # (B, P) fp32, -inf where there is none
+    negative_score: Tensor  # (B, P, N) fp32, -inf where there is none
+    num_triplets: Tensor  # () int64
+    num_without: Tensor  # () int64: queries without any triplet
+
+    def compact(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(anchor, positive, negative), each (T,) int64: the triplets alone. Their number is data: this synchronises."""
+        anchor, p, n = (self.negative >= 0).nonzero(as_tuple=True)
+        return anchor, self.positive[anchor, p], self.negative[anchor, p, n]
+
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(a1, p, a2, n), 1-D int64: the pairs that occur in triplets, each once, sorted. This synchronises."""
+        anchor, p, n = self.compact()
+        positives, negatives = (torch.stack([anchor, other]).unique(dim=1) for other in (p, n))
+        return positives[0], positives[1], negatives[0], negatives[1]
+
+
+def _edge(score: Tensor) -> Tensor:
+    """score (...) fp32 -> order: as the lower bound of a pool it keeps s >= score, as the upper one s < score."""
+    return order.pack(score, order.LAST_INDEX)
+
+
+def _above(score: Tensor) -> Tensor:
+    """score (...) fp32 -> order: as the lower bound of a pool it keeps s > score."""
+    return _edge(torch.nextafter(score, torch.full_like(score, torch.inf)))
+
+
+def _repeated(pool: Pool, P: int) -> Pool:
+    """The pool of queries (B * P) that repeats each query's P times."""
+
+    def repeated(per_query: Tensor | None) -> Tensor | None:
+        return None if per_query is None else per_query.repeat_interleave(P, 0)
+
+    mask = pool.negative_mask
+    return pool._replace(
+        negative_mask=mask if mask is None or mask.dim() == 1 else repeated(mask),
+        query_ids=repeated(pool.query_ids),
+        query_labels=repeated(pool.query_labels),
+    )
+
+
+def _mined(
+    ops: backends.Launchers, query: Tensor, keys: Tensor, others: Pool, rule: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scores and index of positives (B, P) and negatives (B, P or 1, N) from the kernels `ops`, each side by its own rule.
+
+    A rule that does not look at the positive gives every positive the same negatives: (B, 1, N).
+    """
+    positive, negative, N = rule["positive"], rule["negative"], rule["num_negatives"]
+    margin, distance = rule["margin"], rule["distance"]
+    same, flipped = others._replace(same_label=True), -query  # the farthest of a pool is the nearest to -query
+
+    def nearest(pool: Pool, count: int) -> tuple[Tensor, Tensor]:
+        return ops.mine_hardest(query, keys, count, *pool)
+
+    def farthest(pool: Pool, count: int) -> tuple[Tensor, Tensor]:
+        score, index = ops.mine_hardest(flipped, keys, count, *pool)
+        return torch.where(index < 0, score, -score), index
+
+    def between(pool: Pool, like: Tensor, lower: Tensor | None = None, upper: Tensor | None = None) -> Pool:
+        """The pool of rows `like` (B,) between two edges; None is no edge."""
+        infinity = torch.full_like(like, torch.inf)
+        lower = _edge(-infinity) if lower is None else lower
+        return pool._replace(lower=lower, upper=order.pack(infinity, 0) if upper is None else upper)
+
+    if positive in ("easy", "all"):
+        pair = nearest(same, rule["max_positives"])
+    elif positive == "hard":
+        pair = farthest(same, 1)
+    else:
+        find = nearest if positive == "multi_similarity" or negative == "hardest" else farthest
+        limit = find(others, 1)[0][:, 0]  # (B,) score of the nearest or the farthest negative
+        if positive == "semihard":  # the scores of -query that are below -limit
+            pair = farthest(between(same, limit, upper=_edge(-limit)), 1)
+        else:
+            within = _above(-score_farther(limit, -margin, distance))
+            pair = farthest(between(same, limit, lower=within), rule["max_positives"])
+    positive_score, positive_index = pair  # (B, P)
+    B, P = positive_index.shape
+
+    if negative in ("hardest", "easiest"):
+        score, index = (nearest if negative == "hardest" else farthest)(others, N)
+        return positive_score, positive_index, score[:, None], index[:, None]
+    if negative == "multi_similarity":
+        limit = score_farther(farthest(same, 1)[0][:, 0], margin, distance)  # (B,)
+        score, index = nearest(between(others, limit, lower=_above(limit)), N)
+        return positive_score, positive_index, score[:, None], index[:, None]
+    anchor = positive_score.reshape(B * P)
+    band = _edge(score_farther(anchor, margin, distance)) if negative in ("semihard_band", "violating") else None
+    farther = None if negative == "violating" else _edge(anchor)
+    pool = between(_repeated(others, P), anchor, lower=band, upper=farther)
+    score, index = (t.view(B, P, N) for t in ops.mine_hardest(query.repeat_interleave(P, 0), keys, N, *pool))
+    if negative == "semihard_facenet":  # the easiest stands alone where nothing is farther
+        easiest_score, easiest_index = (t[:, None] for t in farthest(others, 1))  # (B, 1, 1)
+        none = (index[:, :, :1] < 0) & (torch.arange(N, device=index.device) == 0)  # (B, P, N)
+        score, index = torch.where(none, easiest_score, score), torch.where(none, easiest_index, index)
+    return positive_score, positive_index, score, index
+
+
+def check_rule(
+    op: str,
+    positive: Any,
+    negative: Any,
+    margin: Any,
+    distance: Any,
+    max_positives: Any,
+    num_negatives: Any,
+) -> dict[str, Any]:
+    """The rule of a call as _mined and the reference take it; raises where it cannot be meant."""
+    checks.require_choice(op, "positive", positive, POSITIVES)
+    checks.require_choice(op, "negative", negative, NEGATIVES)
+    checks.require_choice(op, "distance", distance, DISTANCES)
+    if not is_real(margin) or margin < 0:
+        raise checks.refuse(op, "margin", "a number of 0 or more", margin)
+    if (positive == "multi_similarity") != (negative == "multi_similarity"):
+        name, value = ("negative", negative) if positive == "multi_similarity" else ("positive", positive)
+        raise checks.refuse(op, name, "'multi_similarity' where the other is", value)
+    if positive == "semihard" and negative not in ("hardest", "easiest"):
+        raise checks.refuse(op, "negative", "'hardest' or 'easiest' where positive is 'semihard'", negative)
+    if positive in SEVERAL:
+        checks.require_count(op, "max_positives", max_positives)
+    elif max_positives is not None:
+        raise checks.refuse(op, "max_positives", f"None where positive is {positive!r}", max_positives)
+    checks.require_count(op, "num_negatives", num_negatives)
+    return {
+        "positive": positive,
+        "negative": negative,
+        "margin": float(margin),
+        "distance": distance,
+        "max_positives": max_positives or 1,
+        "num_negatives": num_negatives,
+    }
+
+
+def label_pool(
+    op: str,
+    query: Any,
+    keys: Any,
+    query_labels: Any,
+    key_labels: Any,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    key_mask: Tensor | None,
+) -> Pool:
+    """The pool of keys of another label, checked; with same_label it is that of equal labels. Below 0 a label is unknown."""
+    checks.require_vectors(op, "query", query, "(B, D)", (2,))
+    checks.require_vectors(op, "keys", keys, "(K, D)", (2,), query)
+    checks.require_tensor(op, "query_labels", query_labels, query)
+    pool = check_pool(op, query, keys, key_mask, query_ids, key_ids, query_labels, key_labels, keys_are="key")
+    return pool._replace(query_labels=torch.where(query_labels < 0, UNKNOWN, query_labels.long()))
+
+
+def label_masks(pool: Pool, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The pools of equal and of other labels as dense (B, K) bool for the reference; labels are given, so neither is None."""
+    same, other = (cast(Tensor, usable(pool._replace(same_label=kept), query, keys)) for kept in (True, False))
+    return same, other
+
+
+@torch.no_grad()
+def triplets_of(
+    op: str,
+    query: Tensor,
+    keys: Tensor,
+    pool: Pool,
+    rule: dict[str, Any],
+    draw: tuple[int, int, int],
+    backend: str | None,
+) -> Triplets:
+    """The triplets of a checked call; draw = (seed, step, row_offset)."""
+    dense = "negative='distance_weighted'" if rule["negative"] == "distance_weighted" else ""
+    ops = backends.choose(op, ("mine_hardest",), backend, (query, keys), dense)
+    if ops is None:
+        same, other = label_masks(pool, query, keys)
+        seed, step, row_offset = draw
+        mined = reference_triplets.mine_triplets(
+            working(query), working(keys), same, other, **rule, seed=seed, step=step, row_offset=row_offset
+        )
+    else:
+        mined = _mined(ops, for_kernels(query), for_kernels(keys), pool, rule)
+    positive_score, positive, negative_score, negative = mined
+    alone = (negative < 0).all(2).expand_as(positive)  # (B, P): a triplet needs both
+    unmatched = (positive < 0)[:, :, None]  # (B, P, 1)
+    negative = negative.masked_fill(unmatched, -1)  # (B, P, N)
+    exists = negative >= 0
+    return Triplets(
+        positive.masked_fill(alone, -1),
+        negative,
+        positive_score.float().masked_fill(alone, -torch.inf),
+        negative_score.float().masked_fill(unmatched, -torch.inf),
+        exists.sum(),
+        (~exists.flatten(1).any(1)).sum(),
+    )
+
+
+def mine_triplets(
+    query: Tensor,
+    keys: Tensor,
+    query_labels: Tensor,
+    key_labels: Tensor,
+    *,
+    positive: str = "easy",
+    negative: str = "semihard",
+    margin: float = 0.2,
+    distance: str = "cosine",
+    max_positives: int | None = None,
+    num_negatives: int = 1,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
+    row_offset: int = 0,
+    backend: str | None = None,
+) -> Triplets:
+    """For every query b its positives p, keys of the same label, and against each the negatives n that a rule keeps.
+
+    positive, by score s = inner product (larger = nearer); ties go to the lower index:
+        "easy"  the nearest (Xuan et al. 2020)         "hard"  the farthest (Hermans et al. 2017)
+        "all"   the nearest max_positives              "semihard"  the farthest that is nearer than the chosen negative
+    negative, the num_negatives nearest of
+        "hardest"           all                                     "easiest"  all, the farthest instead
+        "semihard"          s_n < s_p; none: no triplet             (pytorch-metric-learning BatchEasyHardMiner)
+        "semihard_facenet"  s_n < s_p; none: the farthest of all    (FaceNet; tensorflow/addons triplet_semihard_loss)
+        "semihard_band"     0 < d_n - d_p <= margin                 (pytorch-metric-learning TripletMarginMiner, "semihard")
+        "violating"         d_n - d_p <= margin                     (the same, "all"; with margin=0 its "hard")
+        "distance_weighted" a sample, by 1 / density of d           (Wu et al. 2017, arXiv 1706.07567; d in [0.5, 1.4))
+    both "multi_similarity" (Wang et al. 2019, arXiv 1904.06627; margin is its epsilon, published 0.1): positives with
+        d_p + margin > the least d_n, the farthest max_positives; negatives with d_n - margin < the largest d_p.
+
+    query (B, D), keys (K, D): a queue, the batch itself, or both; used as given.
+    query_labels (B,), key_labels (K,): whole numbers; equal = positive. A query label below 0 is unknown and has no positive.
+    margin: in units of distance: "cosine" d = -s, or "euclidean" d = sqrt(2 - 2 s), "squared_euclidean" d = 2 - 2 s, which
+        are distances of unit vectors. Of other vectors only d = -s is a distance that scores can rank.
+    max_positives: P, required where positive is "all" or "multi_similarity"; else P is 1. num_negatives: N.
+    query_ids (B,) and key_ids (K,): equal = the same sample, neither positive nor negative: give both where queries are keys.
+    key_mask (K,) or (B, K) bool: True = usable.
+    seed, step, row_offset: the key of the draw of "distance_weighted" and the global index of the first query. One sample a
+        query, without replacement, shared by its positives.
+
+    Returns Triplets. No gradient, no host synchronisation. A NaN score is no candidate.
+    Raises ValueError or TypeError for input that does not fit, before any work.
+    """
+    op = "mine_triplets"
+    pool = label_pool(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
+    rule = check_rule(op, positive, negative, margin, distance, max_positives, num_negatives)
+    checks.require_draw(op, seed, step, row_offset)
+    return triplets_of(op, query, keys, pool, rule, (seed, step, row_offset), backend)
