@@ -14,9 +14,10 @@ export ONEDNN_MAX_CPU_ISA = AVX512_CORE_BF16
 SECONDS ?= 60
 SEED    ?= 0
 ROUNDS  ?= 5
+STEPS   ?= 10000
 SANITIZED := build/sanitize
 
-.PHONY: venv demo test check fuzz sanitize threads docs bench plots gpu wheel clean
+.PHONY: venv demo test check fuzz sanitize threads soak docs bench plots gpu wheel clean
 
 venv: .venv/built
 
@@ -62,6 +63,10 @@ sanitize: venv
 # Every CPU kernel on std::threads under gcc's thread sanitizer, which torch's OpenMP would swamp: make threads ROUNDS=20
 threads: venv
 	$(PY) -m build_tools.thread_sanitizer $(ROUNDS)
+
+# Training steps in one process that must not grow: make soak STEPS=100000
+soak: venv
+	$(PY) -m tests.soak --steps $(STEPS)
 
 # The pages of docs/ and a reference from the docstrings, into out/docs/index.html; a broken link fails.
 docs: venv

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from negmine import checks
 from negmine.info_nce import InfoNCEStats, info_nce
-from negmine.options import FalseNegatives, Mix, Select, Weight
+from negmine.options import FalseNegatives, Mix, Select, Weight, is_int
 from negmine.sup_con import SupConStats, sup_con
 
 
@@ -77,7 +77,10 @@ class InfoNCELoss(nn.Module):
         return {"step": self.step}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        self.step = int(state["step"])
+        step = state.get("step") if isinstance(state, dict) else None
+        if not is_int(step) or not 0 <= step < 2**32:
+            raise ValueError(f"InfoNCELoss: the saved state must be {{'step': an int in [0, 2**32)}}, got {state!r}")
+        self.step = step
 
     def extra_repr(self) -> str:
         given = {name: value for name, value in (self.options | self.fixed).items() if value not in (None, False)}
