@@ -15,9 +15,10 @@ SECONDS ?= 60
 SEED    ?= 0
 ROUNDS  ?= 5
 STEPS   ?= 10000
+PYTHONS ?=
 SANITIZED := build/sanitize
 
-.PHONY: venv demo test check fuzz sanitize threads soak docs bench plots gpu wheel clean
+.PHONY: venv demo test check fuzz sanitize threads soak docs bench plots gpu wheel check-wheel clean
 
 venv: .venv/built
 
@@ -104,6 +105,10 @@ wheel: venv
 	NEGMINE_CUDA=$(CUDA) $(PY) -m build --wheel --no-isolation --outdir build/wheel .
 	$(PY) -m build_tools.check_wheel build/wheel/*.whl
 	mkdir -p dist && mv build/wheel/*.whl dist/
+
+# An sdist, a wheel from it, its audits, and a fresh environment that runs it; for other Pythons: make check-wheel PYTHONS="..."
+check-wheel: venv
+	NEGMINE_CUDA=$(CUDA) $(PY) -m build_tools.check_install $(PYTHONS)
 
 clean:
 	rm -rf build dist *.egg-info negmine/_*.so negmine/_build_info.py .venv/built

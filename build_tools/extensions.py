@@ -84,6 +84,8 @@ class Build:
 
     def torch_ops(self, cuda: bool) -> list[Unit]:
         torch = [f"-isystem{self.torch}/include", f"-isystem{self.torch}/include/torch/csrc/api/include"]
+        # torch's headers put their own paths into messages: those of a wheel must not name the machine that built it.
+        torch.append(f"-ffile-prefix-map={self.torch}/=torch/")
         command = [*self.cxx, *CXX_FLAGS, *STABLE_ABI, *self.python_include, *torch]
         if cuda:
             assert self.toolkit

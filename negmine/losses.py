@@ -77,7 +77,7 @@ class InfoNCELoss(nn.Module):
         return {"step": self.step}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        step = state.get("step") if isinstance(state, dict) else None
+        step: Any = state.get("step") if isinstance(state, dict) else None
         if not is_int(step) or not 0 <= step < 2**32:
             raise ValueError(f"InfoNCELoss: the saved state must be {{'step': an int in [0, 2**32)}}, got {state!r}")
         self.step = step
