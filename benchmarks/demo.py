@@ -2,6 +2,7 @@
 
     python -m benchmarks.demo                                          six recipes, a few minutes on two cores
     python -m benchmarks.demo --recipes all mochi --steps 500 --out out
+    python -m benchmarks.demo --recipe ring --steps 500                any of benchmarks.train's RECIPES
 
 Leaves in --out: index.html (all in one file), results.csv, results.md, step_time.csv, learning_curves.png,
 hardness.png, step_time.png. Held-out queries ask for dictionary entries that were never training positives.
@@ -22,7 +23,7 @@ from benchmarks.hardness import Kin, measure_hardness
 from benchmarks.measure import Measured, measure
 from benchmarks.peers import OPS
 from benchmarks.run import machine_name
-from benchmarks.train import RECIPES, TEMPERATURE, B, Head, K, Run, evaluate, new_heads, queue_rows, train
+from benchmarks.train import IN_DEMO, RECIPES, TEMPERATURE, B, Head, K, Run, evaluate, new_heads, queue_rows, train
 
 EVALUATIONS = 4
 
@@ -67,7 +68,15 @@ def summary(runs: list[Run], measured: dict[str, list[Measured]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument(
+        "--recipes",
+        "--recipe",
+        nargs="+",
+        choices=RECIPES,
+        default=list(IN_DEMO),
+        metavar="NAME",
+        help=", ".join(RECIPES),
+    )
     parser.add_argument(
         "--show", choices=RECIPES, help="the recipe whose hard negatives are shown (default: the first)"
     )

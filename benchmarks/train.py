@@ -4,15 +4,16 @@
     key tower     f_k: the same shape, an exponential moving average of f_q, without gradient
     negatives     a queue of K = 65,536 past keys, full of real keys from the start; the query's own id is masked
 
-A recipe is an entry of RECIPES: a title, the function that gives the loss of one step, and the window of ranks that
-its negatives lie in. Held-out queries are ranked against the whole corpus by the same kernels: the rank of the answer
-is the number of entries scored above it.
+A recipe is an entry of RECIPES: a title, the function that makes the loss, the window of ranks that its negatives lie in,
+and what it is fed beside keys and ids; IN_DEMO are those that the demo trains unless told otherwise. Held-out queries are
+ranked against the whole corpus by the same kernels: the rank of the answer is the number of entries scored above it.
 """
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import negmine
-from benchmarks.peers import MIX
 from benchmarks.wordnet import Task
 
 TEMPERATURE = 0.05
@@ -28,6 +28,9 @@ K = 65_536
 B = 256
 MOMENTUM = 0.99
 LEARNING_RATE = 1e-3
+SIGLIP_BIAS = (
+    -18.0
+)  # at -10 the 65,536 negatives outweigh the positive a thousandfold, and the heads forget what they knew
 WARM_UP = 0.2  # of the steps, without synthetic negatives
 EVALUATION_BLOCK = 512
 
@@ -51,27 +54,68 @@ class Head(nn.Module):
 @dataclass(frozen=True)
 class Recipe:
     title: str
-    loss: Callable[..., Tensor]  # loss(progress in [0, 1), **what info_nce takes) -> ()
+    make: Callable[[int, int], nn.Module]  # (steps of the run, seed) -> the loss
     window: tuple[float, float] = (0.0, 1.0)  # where its negatives lie, fractions of the ranking, hardest first
     parents: int = 0  # the hardest ranks that synthetic negatives are mixed from
+    # What its loss takes beside keys and ids. "labels": the entries' own numbers, so that every key of the query's entry is a
+    # positive. "support": the positive key as the one further view. "mixed": sentence vectors mixed within the batch.
+    feed: str = ""
 
 
-def windowed(title: str, range_min: float, range_max: float) -> Recipe:
-    select = negmine.Select(range_min, range_max)
-    return Recipe(title, lambda progress, **call: negmine.info_nce(**call, select=select), (range_min, range_max))
+def configured(title: str, name: str, **settings: Any) -> Recipe:
+    """A recipe of negmine.recipes at the demo's temperature, its draws keyed by the run's seed."""
+    parts = ("window", "parents", "feed")
+    described = {part: settings.pop(part) for part in parts if part in settings}
+    options = {"temperature": TEMPERATURE} | settings
+
+    def make(steps: int, seed: int) -> nn.Module:
+        timed = {"warmup_steps": round(WARM_UP * steps)} if described.get("parents") else {}
+        keyed = {} if name == "sup_con" else {"seed": seed}
+        return getattr(negmine.recipes, name)(**options, **timed, **keyed)
+
+    return Recipe(title, make, **described)
 
 
-def mochi_loss(progress: float, **call: object) -> Tensor:
-    return negmine.info_nce(**call, mix=MIX if progress >= WARM_UP else None)
+def annealed_ring(steps: int, seed: int) -> nn.Module:
+    outer = negmine.recipes.linear(1.0, 0.1, max(1, steps // 2))
+    return negmine.recipes.ring(outer, temperature=TEMPERATURE, seed=seed)
 
 
-RECIPES = {
-    "all": Recipe("all negatives", lambda progress, **call: negmine.info_nce(**call)),
-    "drop01": windowed("without the hardest 0.1 %", 0.001, 1.0),
-    "hard5": windowed("hardest 5 %", 0.0, 0.05),
-    "hard5_drop01": windowed("hardest 5 % without the hardest 0.1 %", 0.001, 0.05),
-    "easy95": windowed("easiest 95 % alone", 0.05, 1.0),
-    "mochi": Recipe("MoCHi (1024, 1024, 128)", mochi_loss, parents=MIX.hard),
+IN_DEMO = {
+    "all": configured("all negatives", "moco_v2"),
+    "drop01": configured("all without the hardest 0.1 %", "hardest", fraction=1.0, skip=0.001, window=(0.001, 1.0)),
+    "hard5": configured("hardest 5 %", "hardest", fraction=0.05, window=(0.0, 0.05)),
+    "hard5_drop01": configured(
+        "hardest 5 % without the hardest 0.1 %", "hardest", fraction=0.05, skip=0.001, window=(0.001, 0.05)
+    ),
+    "easy95": configured("easiest 95 % alone", "easiest", fraction=0.95, window=(0.05, 1.0)),
+    "mochi": configured("MoCHi (1024, 1024, 128)", "mochi", parents=1024),
+}
+RECIPES = IN_DEMO | {
+    "moco_v1": configured("MoCo v1, T = 0.07", "moco_v1", temperature=0.07),
+    "moco_v2": configured("MoCo v2, T = 0.2", "moco_v2", temperature=0.2),
+    "ring": configured("Ring (0.1, 0.1)", "ring", window=(0.01, 0.1)),
+    "ring_annealed": Recipe("Ring, outer 1.0 to 0.1 in half the steps", annealed_ring, (0.01, 0.1)),
+    "synco": configured("SynCo, six kinds", "synco", parents=1024),
+    "i_mix": configured("i-Mix", "i_mix", feed="mixed"),
+    "debiased": configured("debiased, prior 0.0001", "debiased", tau_plus=1e-4),
+    "hcl": configured("HCL, beta 0.5", "hcl", beta=0.5, tau_plus=1e-4),
+    "hardness_added": configured("hardness added (LLaVE), alpha 9", "hardness_added"),
+    "decoupled": configured("decoupled", "decoupled"),
+    "decoupled_weighted": configured("decoupled, weighted positives", "decoupled_weighted"),
+    "rince": configured("RINCE, r 0.5, at T = 0.1", "rince", temperature=0.1),
+    "ifm": configured("implicit feature modification", "ifm"),
+    "dual_temperature": configured("dual temperature, 0.05 and 0.5", "dual_temperature"),
+    "siglip": Recipe(
+        "SigLIP, learned scale and bias",
+        lambda steps, seed: negmine.recipes.siglip(1 / TEMPERATURE, SIGLIP_BIAS, seed=seed),
+    ),
+    "sup_con": configured("SupCon, keys of one entry attract", "sup_con", feed="labels"),
+    "false_negative_cancellation": configured(
+        "false negatives above 0.9 cancelled", "false_negative_cancellation", threshold=0.9, feed="support"
+    ),
+    "margin_pos": configured("score at most the positive's less 0.05", "margin_pos"),
+    "perc_pos": configured("score at most 95 % of the positive's", "perc_pos"),
 }
 
 
@@ -135,7 +179,9 @@ def train(name: str, task: Task, steps: int, seed: int, evaluate_at: list[int], 
     device = task.corpus.device
     generator = torch.Generator().manual_seed(seed)
     query_head, key_head = new_heads(task.corpus.shape[1], seed, device)
-    optimizer = torch.optim.AdamW(query_head.parameters(), LEARNING_RATE, weight_decay=1e-4)
+    loss_of = recipe.make(steps, seed).to(device)
+    learned = [*query_head.parameters(), *loss_of.parameters()]
+    optimizer = torch.optim.AdamW(learned, LEARNING_RATE, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
 
     queue = negmine.MoCoQueue(dim=task.corpus.shape[1], K=K, with_ids=True, random_init=False).to(device)
@@ -152,17 +198,17 @@ def train(name: str, task: Task, steps: int, seed: int, evaluate_at: list[int], 
             for slow, fast in zip(key_head.parameters(), query_head.parameters(), strict=True):
                 slow.lerp_(fast, 1 - MOMENTUM)
             positive_key = key_head(task.corpus[answers])  # (B, D)
-        loss = recipe.loss(
-            step / steps,
-            query=query_head(task.queries[batch]),
-            positive_key=positive_key,
-            negative_keys=queue.keys,
-            temperature=TEMPERATURE,
-            query_ids=answers,
-            negative_ids=queue.ids,
-            seed=seed,
-            step=step,
-        )
+        inputs, further = task.queries[batch], {}  # (B, D)
+        if recipe.feed == "mixed":
+            inputs, further["share"], further["partner"] = negmine.recipes.mixed_inputs(inputs, seed=seed, step=step)
+        if recipe.feed == "support":
+            further["support"] = positive_key[:, None]  # (B, 1, D)
+        query = query_head(inputs)  # (B, D)
+        if recipe.feed == "labels":
+            loss = loss_of(query, torch.cat([positive_key, queue.keys]), answers, torch.cat([answers, queue.ids]))
+        else:
+            ids = {"query_ids": answers, "negative_ids": queue.ids}
+            loss = loss_of(query, positive_key, queue.keys, **ids, **further, step=step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

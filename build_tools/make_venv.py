@@ -15,8 +15,8 @@ ENVIRONMENT = Path(".venv")
 PYTHON = ENVIRONMENT / "bin/python"
 BUILD = ["setuptools", "wheel", "pybind11", "build"]
 USE = ["numpy", "pytest", "pytest-xdist", "hypothesis", "tqdm", "matplotlib", "ruff", "mypy", "clang-format"]
-DOCS = ["mkdocs", "mkdocstrings-python"]
 USE += ["pytest-benchmark", "faiss-cpu", "usearch"]  # what the benchmarks compare with, and one way of running them
+DOCS = ["mkdocs", "mkdocstrings-python"]
 # Not in constraints.txt: CUDA builds of torch bring their own Triton, and a pin there would contradict theirs.
 TRITON = "triton==3.8.0"
 

@@ -7,13 +7,16 @@ import torch as _torch  # noqa: F401  the compiled ops take their symbols from i
 
 from negmine import recipes
 from negmine.info_nce import InfoNCEStats, info_nce
+from negmine.logsumexp import logsumexp
 from negmine.losses import InfoNCELoss, SupConLoss
 from negmine.mining import Mined, mine_hardest, percentile, rank_thresholds
 from negmine.mixing import Mixed, mix_negatives
+from negmine.multi_similarity import MultiSimilarityLoss, MultiSimilarityStats, multi_similarity
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.queue import MoCoQueue
-from negmine.search import MiningResult, mine_hard_negatives
+from negmine.search import MiningResult, NegativeIndex, mine_hard_negatives
 from negmine.sharded import ShardedMoCoQueue
+from negmine.softplus_sum import SigLIPLoss, siglip, softplus_sum
 from negmine.sup_con import SupConStats, sup_con
 from negmine.triplet_loss import TripletLoss, triplet_loss
 from negmine.triplets import Triplets, mine_triplets
@@ -28,8 +31,12 @@ __all__ = [
     "Mix",
     "Mixed",
     "MoCoQueue",
+    "MultiSimilarityLoss",
+    "MultiSimilarityStats",
+    "NegativeIndex",
     "Select",
     "ShardedMoCoQueue",
+    "SigLIPLoss",
     "SupConLoss",
     "SupConStats",
     "TripletLoss",
@@ -37,13 +44,17 @@ __all__ = [
     "Weight",
     "__version__",
     "info_nce",
+    "logsumexp",
     "mine_hard_negatives",
     "mine_hardest",
     "mine_triplets",
     "mix_negatives",
+    "multi_similarity",
     "percentile",
     "rank_thresholds",
     "recipes",
+    "siglip",
+    "softplus_sum",
     "sup_con",
     "triplet_loss",
 ]

@@ -27,6 +27,8 @@ class Launchers(NamedTuple):
 
     logsumexp: Any = None
     logsumexp_grad_keys: Any = None
+    softplus_sum: Any = None
+    softplus_sum_grad_keys: Any = None
     mine_hardest: Any = None
     rank_thresholds: Any = None
     count_negatives: Any = None
@@ -71,7 +73,11 @@ def _triton_ops() -> Backend:
         module = importlib.import_module("negmine.kernels.triton")
     except ImportError as error:
         return Backend("triton", "cuda", refusal=f"its import failed: {error}")
-    return Backend("triton", "cuda", {op: getattr(module, op) for op in OPS}, also="cpu" if INTERPRETED else "")
+    from negmine import triton_ops
+
+    devices = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+    found = triton_ops.launchers({op: getattr(module, op) for op in OPS}, devices)
+    return Backend("triton", "cuda", found, also="cpu" if INTERPRETED else "")
 
 
 def _cpu_ops() -> Backend:

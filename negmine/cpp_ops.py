@@ -64,6 +64,21 @@ def _logsumexp_grad_keys(
     return negative_keys.new_empty(negative_keys.shape, dtype=torch.float32)  # (K, D)
 
 
+def _softplus_sum(
+    query: Tensor, negative_keys: Tensor, scale: Tensor, bias: Tensor, want_pull: bool, *pool: Tensor | None
+):
+    B, D = query.shape
+    row = query.new_empty(B, dtype=torch.float32)  # (B,)
+    pull = query.new_empty(B if want_pull else 0, D, dtype=torch.float32)
+    return row, pull, torch.empty_like(row), row.new_empty(B, dtype=torch.int64)
+
+
+def _softplus_sum_grad_keys(
+    query: Tensor, negative_keys: Tensor, scale: Tensor, bias: Tensor, weight: Tensor, *pool: Tensor | None
+):
+    return negative_keys.new_empty(negative_keys.shape, dtype=torch.float32)  # (K, D)
+
+
 def _mine_hardest(query: Tensor, negative_keys: Tensor, N: int, *pool: Tensor | None):
     shape = (query.shape[0], N)
     return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)
@@ -92,6 +107,8 @@ def _mix_logsumexp(query: Tensor, negative_keys: Tensor, hard_index: Tensor, sca
 FAKES: dict[str, Callable] = {
     "logsumexp": _logsumexp,
     "logsumexp_grad_keys": _logsumexp_grad_keys,
+    "softplus_sum": _softplus_sum,
+    "softplus_sum_grad_keys": _softplus_sum_grad_keys,
     "mine_hardest": _mine_hardest,
     "rank_thresholds": _rank_thresholds,
     "count_negatives": _count_negatives,

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from negmine import checks
 from negmine.info_nce import InfoNCEStats, info_nce
-from negmine.options import FalseNegatives, Mix, Select, Weight, is_int
+from negmine.options import FalseNegatives, Mix, Select, Weight
+from negmine.stepped import Stepped, at_step
 from negmine.sup_con import SupConStats, sup_con
 
 
-class InfoNCELoss(nn.Module):
+class InfoNCELoss(Stepped):
     """info_nce as a module; its keywords are info_nce's.
 
     temperature, select, mix, weight and false_negatives may be schedules: a callable of the step that returns the value of that
@@ -51,12 +52,10 @@ class InfoNCELoss(nn.Module):
             "backend": backend,
             "return_stats": return_stats,
         }
-        self.step = 0
 
     def at(self, step: int) -> dict[str, Any]:
         """The keywords of info_nce at this step, schedules evaluated."""
-        scheduled = {"temperature": self.temperature, **self.options}
-        return {name: value(step) if callable(value) else value for name, value in scheduled.items()} | self.fixed
+        return at_step({"temperature": self.temperature, **self.options}, step) | self.fixed
 
     def forward(
         self,
@@ -68,19 +67,8 @@ class InfoNCELoss(nn.Module):
         **masks: Any,
     ) -> Tensor | tuple[Tensor, InfoNCEStats]:
         """masks: query_ids, negative_ids, query_labels, negative_labels, negative_mask, support, row_offset of info_nce."""
-        if step is None:
-            step = self.step
-            self.step += self.training
+        step = self.count(step)
         return info_nce(query, positive_key, negative_keys, step=step, **self.at(step), **masks)
-
-    def get_extra_state(self) -> dict[str, int]:
-        return {"step": self.step}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        step: Any = state.get("step") if isinstance(state, dict) else None
-        if not is_int(step) or not 0 <= step < 2**32:
-            raise ValueError(f"InfoNCELoss: the saved state must be {{'step': an int in [0, 2**32)}}, got {state!r}")
-        self.step = step
 
     def extra_repr(self) -> str:
         given = {name: value for name, value in (self.options | self.fixed).items() if value not in (None, False)}

@@ -1,5 +1,6 @@
 """Synthetic negatives: the vectors themselves, and the log-sum-exp of their logits without the vectors."""
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,17 @@ class Mixed(NamedTuple):
     coefficients: Tensor  # (B, S) fp32, the share of the first parent
 
 
+@cache
+def _on_device(table: Tensor, device: torch.device) -> Tensor:
+    """Copied once: a copy from pageable memory can be neither captured in a CUDA graph nor made without waiting."""
+    return table.to(device)
+
+
 def draws_of(mix: Mix, device: torch.device, seed: int, step: int, row_offset: int) -> tuple:
     """The draw arguments that every mixing kernel takes, in the order of kernels/README.md."""
-    table = None if mix.quantiles is None else mix.quantiles.to(device, non_blocking=True)  # (4097,)
+    table = mix.quantiles  # (4097,) or None
+    if table is not None and table.device != device:
+        table = table.to(device) if torch.compiler.is_compiling() else _on_device(table, device)
     return (mix.pairs, mix.with_query, *mix.pair_range, *mix.query_range, mix.distinct, table, seed, step, row_offset)
 
 

@@ -5,13 +5,15 @@ or the world size. The kernels compute the same integers; kernels/README.md stat
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (the Random123 constants).
 """
 
+import math
 from functools import cache
 
 import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
-STREAM_MIX, STREAM_SAMPLE, STREAM_TRIPLETS = 0, 1, 2  # the counter's last word: one stream a purpose
+# The counter's last word: one stream a purpose.
+STREAM_MIX, STREAM_SAMPLE, STREAM_WEIGHTED, STREAM_NORMAL, STREAM_PARTNER = range(5)
 QUANTILES = 4096  # intervals of the tabulated Beta quantile function
 
 
@@ -52,6 +54,18 @@ def unit(word: Tensor, quantiles: Tensor | None) -> Tensor:
         return top.float() * 2.0**-24
     cell, rest = top >> 12, (top & 4095).float() * 2.0**-12
     return quantiles[cell] + rest * (quantiles[cell + 1] - quantiles[cell])
+
+
+def normals(rows: Tensor, slots: Tensor, D: int, seed: int, step: int) -> Tensor:
+    """rows (B,), slots (S,) int64 -> (B, S, D) fp32 standard normals, by Box and Muller: four words make four of them."""
+    blocks = -(-D // 4)
+    place = (slots[:, None] * blocks + torch.arange(blocks, device=slots.device)).flatten()  # (S * blocks,)
+    uniform = [((w >> 8) + 1).float() * 2.0**-24 for w in words(rows, place, STREAM_NORMAL, seed, step)]  # in (0, 1]
+    made = []
+    for radius, turn in (uniform[:2], uniform[2:]):
+        length = (-2.0 * radius.log()).sqrt()
+        made += [length * (math.tau * turn).cos(), length * (math.tau * turn).sin()]
+    return torch.stack(made, 2).reshape(len(rows), len(slots), 4 * blocks)[:, :, :D]
 
 
 @cache

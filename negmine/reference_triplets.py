@@ -92,7 +92,7 @@ def mine_triplets(
         allowed = allowed & (s > score_farther(farthest_same, margin, distance))
     if negative == "distance_weighted":
         rows = torch.arange(B, device=s.device) + row_offset  # (B,)
-        word = philox.words(rows, torch.arange(K, device=s.device), philox.STREAM_TRIPLETS, seed, step)[0]  # (B, K)
+        word = philox.words(rows, torch.arange(K, device=s.device), philox.STREAM_WEIGHTED, seed, step)[0]  # (B, K)
         drawn = log_rarity(scores.double(), query.shape[1]) + philox.gumbel(word)  # (B, K)
         kept = chosen(drawn, other & (drawn > -torch.inf), N)[1]  # (B, N)
         inside = torch.zeros(B, K + 1, dtype=torch.bool, device=s.device).scatter(1, kept % (K + 1), True)[:, :K]
@@ -112,6 +112,13 @@ def mine_triplets(
     return positive_score, positive_index, negative_score, negative_index
 
 
+def rows_at(keys: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """keys (K, D), index (...) -> (..., D), zeros where index is -1: a row that a mask leaves out may hold anything."""
+    if not len(keys):
+        return keys.new_zeros(*index.shape, keys.shape[1], dtype=dtype)
+    return keys[index.clamp_min(0)].to(dtype).masked_fill((index < 0)[..., None], 0.0)
+
+
 def triplet_loss(
     query: Tensor,
     keys: Tensor,
@@ -127,12 +134,6 @@ def triplet_loss(
     v = distance(q, p) - distance(q, n) + margin;   max(0, v), or softplus(v / temperature)
     """
 
-    def rows_at(index: Tensor) -> Tensor:
-        """(..., D), zeros where there is none: a row left out by a mask may hold anything."""
-        if not len(keys):
-            return query.new_zeros(*index.shape, query.shape[1])
-        return keys[index.clamp_min(0)].to(query.dtype).masked_fill((index < 0)[..., None], 0.0)
-
     def distances(anchor: Tensor, found: Tensor) -> Tensor:
         if distance == "cosine":
             return -(anchor * found).sum(-1)
@@ -140,8 +141,8 @@ def triplet_loss(
             return (anchor - found).square().sum(-1)
         return torch.linalg.vector_norm(anchor - found, dim=-1)  # its gradient at distance 0 is 0
 
-    to_positive = distances(query[:, None], rows_at(positive))  # (B, P)
-    to_negative = distances(query[:, None, None], rows_at(negative))  # (B, P, N)
+    to_positive = distances(query[:, None], rows_at(keys, positive, query.dtype))  # (B, P)
+    to_negative = distances(query[:, None, None], rows_at(keys, negative, query.dtype))  # (B, P, N)
     violation = to_positive[:, :, None] - to_negative + margin  # (B, P, N)
     loss = violation.relu() if temperature is None else torch.nn.functional.softplus(violation / temperature)
     return loss.masked_fill((positive < 0)[:, :, None] | (negative < 0), 0.0)

@@ -14,6 +14,11 @@ from negmine.options import is_real
 from negmine.triplets import Triplets, check_rule, label_pool, triplets_of
 
 
+def _check_temperature(op: str, temperature: Any) -> None:
+    if temperature is not None and (not is_real(temperature) or temperature <= 0):
+        raise checks.refuse(op, "temperature", "a number above 0, or None for the hinge", temperature)
+
+
 def triplet_loss(
     query: Tensor,
     keys: Tensor,
@@ -57,8 +62,7 @@ def triplet_loss(
     pool = label_pool(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
     rule = check_rule(op, positive, negative, margin, distance, max_positives, num_negatives)
     checks.require_draw(op, seed, step, row_offset)
-    if temperature is not None and (not is_real(temperature) or temperature <= 0):
-        raise checks.refuse(op, "temperature", "a number above 0, or None for the hinge", temperature)
+    _check_temperature(op, temperature)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_bool(op, "return_stats", return_stats)
     found = triplets_of(op, query, keys, pool, rule, (seed, step, row_offset), backend)
@@ -104,6 +108,7 @@ class TripletLoss(nn.Module):
         op = "TripletLoss"
         check_rule(op, positive, negative, margin, distance, max_positives, num_negatives)
         checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
+        _check_temperature(op, temperature)
         checks.require_draw(op, seed, 0, 0)
         self.options: dict[str, Any] = {
             "margin": margin,

@@ -54,14 +54,21 @@ class Triplets(NamedTuple):
         return positives[0], positives[1], negatives[0], negatives[1]
 
 
-def _edge(score: Tensor) -> Tensor:
+def edge(score: Tensor) -> Tensor:
     """score (...) fp32 -> order: as the lower bound of a pool it keeps s >= score, as the upper one s < score."""
     return order.pack(score, order.LAST_INDEX)
 
 
-def _above(score: Tensor) -> Tensor:
+def above(score: Tensor) -> Tensor:
     """score (...) fp32 -> order: as the lower bound of a pool it keeps s > score."""
-    return _edge(torch.nextafter(score, torch.full_like(score, torch.inf)))
+    return edge(torch.nextafter(score, torch.full_like(score, torch.inf)))
+
+
+def between(pool: Pool, like: Tensor, lower: Tensor | None = None, upper: Tensor | None = None) -> Pool:
+    """The pool of rows `like` (B,) between two places of each row; None is no bound."""
+    infinity = torch.full_like(like, torch.inf)
+    lower = edge(-infinity) if lower is None else lower
+    return pool._replace(lower=lower, upper=order.pack(infinity, 0) if upper is None else upper)
 
 
 def _repeated(pool: Pool, P: int) -> Pool:
@@ -96,12 +103,6 @@ def _mined(
         score, index = ops.mine_hardest(flipped, keys, count, *pool)
         return torch.where(index < 0, score, -score), index
 
-    def between(pool: Pool, like: Tensor, lower: Tensor | None = None, upper: Tensor | None = None) -> Pool:
-        """The pool of rows `like` (B,) between two edges; None is no edge."""
-        infinity = torch.full_like(like, torch.inf)
-        lower = _edge(-infinity) if lower is None else lower
-        return pool._replace(lower=lower, upper=order.pack(infinity, 0) if upper is None else upper)
-
     if positive in ("easy", "all"):
         pair = nearest(same, rule["max_positives"])
     elif positive == "hard":
@@ -110,9 +111,9 @@ def _mined(
         find = nearest if positive == "multi_similarity" or negative == "hardest" else farthest
         limit = find(others, 1)[0][:, 0]  # (B,) score of the nearest or the farthest negative
         if positive == "semihard":  # the scores of -query that are below -limit
-            pair = farthest(between(same, limit, upper=_edge(-limit)), 1)
+            pair = farthest(between(same, limit, upper=edge(-limit)), 1)
         else:
-            within = _above(-score_farther(limit, -margin, distance))
+            within = above(-score_farther(limit, -margin, distance))
             pair = farthest(between(same, limit, lower=within), rule["max_positives"])
     positive_score, positive_index = pair  # (B, P)
     B, P = positive_index.shape
@@ -122,11 +123,11 @@ def _mined(
         return positive_score, positive_index, score[:, None], index[:, None]
     if negative == "multi_similarity":
         limit = score_farther(farthest(same, 1)[0][:, 0], margin, distance)  # (B,)
-        score, index = nearest(between(others, limit, lower=_above(limit)), N)
+        score, index = nearest(between(others, limit, lower=above(limit)), N)
         return positive_score, positive_index, score[:, None], index[:, None]
     anchor = positive_score.reshape(B * P)
-    band = _edge(score_farther(anchor, margin, distance)) if negative in ("semihard_band", "violating") else None
-    farther = None if negative == "violating" else _edge(anchor)
+    band = edge(score_farther(anchor, margin, distance)) if negative in ("semihard_band", "violating") else None
+    farther = None if negative == "violating" else edge(anchor)
     pool = between(_repeated(others, P), anchor, lower=band, upper=farther)
     score, index = (t.view(B, P, N) for t in ops.mine_hardest(query.repeat_interleave(P, 0), keys, N, *pool))
     if negative == "semihard_facenet":  # the easiest stands alone where nothing is farther

@@ -30,6 +30,8 @@ INSTRUCTIONS_PER_SCORE = {  # measured for bf16, D = 128; scan_kernel pulls one 
     (80, "logsumexp_kernel"): 15.5,
     (90, "logsumexp_kernel"): 8.8,
     (90, "logsumexp_grad_keys_kernel"): 6.9,
+    (90, "logsumexp_grad_keys_kernel, sigmoid"): 13.0,
+    (90, "softplus_sum_kernel"): 24.3,
     (90, "scan_kernel, 1 bracket"): 10.6,
     (90, "scan_kernel, 2 brackets"): 22.0,
 }
@@ -38,6 +40,8 @@ CASES = [
     (90, "bfloat16", 128, ("logsumexp", "logsumexp_grad_keys", "count_negatives")),
     (90, "bfloat16", 128, ("mine_hardest", "rank_thresholds")),
     (90, "bfloat16", 128, ("mix_negatives", "mix_logsumexp")),
+    (90, "bfloat16", 128, ("softplus_sum", "softplus_sum_grad_keys")),
+    (80, "bfloat16", 128, ("softplus_sum", "softplus_sum_grad_keys")),
     (90, "float32", 128, ("logsumexp",)),
     (90, "bfloat16", 1024, ("logsumexp",)),
     (80, "bfloat16", 128, MINING),
@@ -59,6 +63,8 @@ def call(triton_ops, op: str, dtype: torch.dtype, D: int) -> None:
     arguments = {
         "logsumexp": (scale, None, True),
         "logsumexp_grad_keys": (scale, empty(B), empty(B)),
+        "softplus_sum": (scale, scale, True),
+        "softplus_sum_grad_keys": (scale, scale, empty(B)),
         "mine_hardest": (N,),
         "rank_thresholds": (places,),
         "count_negatives": window,
@@ -160,6 +166,8 @@ def report(capability: int, dtype: str, D: int, ops: tuple[str, ...]) -> None:
         tile = constants.get("BLOCK_B", 1) * constants.get("BLOCK_K", 1)
         line = inspect(built, tile / (32 * options["num_warps"]))
         name = kernel.fn.__name__
+        if constants.get("SIGMOID"):
+            name += ", sigmoid"
         if brackets := constants.get("BRACKETS"):
             name += f", {brackets} bracket{'s' * (brackets > 1)}"
         print(json.dumps({"kernel": name, **line}), flush=True)

@@ -103,7 +103,7 @@ REFUSALS = [
     (
         call(query=3),
         TypeError,
-        "query_embeddings must be an array, a tensor, the path of a .npy file, or a list of those",
+        "query_embeddings must be an array, a tensor, the path of a .npy, .safetensors or .parquet file, or a list of those",
     ),
     (call(query=torch.ones(3, 4).double()), TypeError, "query_embeddings must be float32, float16 or bfloat16"),
     (call(query=np.ones((3, 4), ">f4")), TypeError, "native byte order, got '>f4'"),
@@ -122,7 +122,7 @@ REFUSALS = [
     (
         call(corpus="missing.npy"),
         ValueError,
-        "corpus_embeddings must be the path of an existing .npy file, got 'missing.npy'",
+        "corpus_embeddings must be the path of an existing .npy, .safetensors or .parquet file, got 'missing.npy'",
     ),
     (call(positives=[0, 1]), ValueError, "positives must be as long as there are queries (3), got '2 entries'"),
     (
@@ -143,7 +143,7 @@ REFUSALS = [
     (call(range_mode="rank"), ValueError, "range_mode must be 'filtered' or 'raw', got 'rank'"),
     (call(sampling_strategy="tpo"), ValueError, "sampling_strategy must be 'top' or 'random' or 'weighted', got 'tpo'"),
     (call(positive_aggregation="median"), ValueError, "positive_aggregation must be 'min' or 'max' or 'mean'"),
-    (call(deduplicate=True), ValueError, "deduplicate must be 'none' or 'exact', got True"),
+    (call(deduplicate=True), ValueError, "deduplicate must be 'none' or 'exact' or 'near', got True"),
     (call(sampling_temperature=0), ValueError, "sampling_temperature must be a number above 0, got 0"),
     (call(num_negatives=0), ValueError, "num_negatives must be an int of 1 or more, got 0"),
     (call(seed=-1), ValueError, "seed must be an int in [0, 2**32), got -1"),

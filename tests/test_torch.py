@@ -41,6 +41,8 @@ def arguments():
         yield "logsumexp", (q, keys, scale, torch.zeros(B), True, *pool)
         yield "logsumexp", (q, keys.bfloat16(), scale, None, False, *pool)
         yield "logsumexp_grad_keys", (q, keys, scale, torch.ones(B), torch.ones(B), *pool)
+        yield "softplus_sum", (q, keys, scale, -scale, True, *pool)
+        yield "softplus_sum_grad_keys", (q, keys.bfloat16(), scale, -scale, torch.ones(B), *pool)
         yield "mine_hardest", (q, keys, 9, *pool)
         yield "rank_thresholds", (q, keys, torch.tensor([[0, 3, 99]]).repeat(B, 1), *pool)
         yield "count_negatives", (q, keys, *pool)

@@ -17,6 +17,8 @@
 #include "kernels/cpu/mix_logsumexp.h"
 #include "kernels/cpu/mix_negatives.h"
 #include "kernels/cpu/rank_thresholds.h"
+#include "kernels/cpu/softplus_sum.h"
+#include "kernels/cpu/softplus_sum_grad_keys.h"
 
 namespace negmine {
 namespace {
@@ -143,6 +145,50 @@ Tensor logsumexp_grad_keys(const Tensor& query, const Tensor& negative_keys, con
   p.grad_keys = output<float>(grad_keys);
   // Run.
   cpu::logsumexp_grad_keys(p, torch_threads());
+  return grad_keys;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> softplus_sum(const Tensor& query, const Tensor& negative_keys,
+                                                        const Tensor& scale, const Tensor& bias, bool want_pull,
+                                                        POOL_ARGUMENTS) {
+  // Checks.
+  const Scored in("softplus_sum", query, negative_keys, POOL);
+  const Tensor factor = checks::scalar("softplus_sum", "scale", scale, query);
+  const Tensor offset = checks::scalar("softplus_sum", "bias", bias, query);
+  // Outputs.
+  Tensor total = new_empty(query, {in.B}, ScalarType::Float);
+  Tensor pull = new_empty(query, {want_pull ? in.B : 0, in.D}, ScalarType::Float);
+  Tensor mass = new_empty(query, {in.B}, ScalarType::Float);
+  Tensor kept = new_empty(query, {in.B}, ScalarType::Long);
+  // Params.
+  auto p = in.params<cpu::SoftplusSumParams>();
+  p.scale = floats(factor);
+  p.bias = floats(offset);
+  p.total = output<float>(total);
+  p.pull = want_pull ? output<float>(pull) : nullptr;
+  p.mass = output<float>(mass);
+  p.kept = output<int64_t>(kept);
+  // Run.
+  cpu::softplus_sum(p, torch_threads());
+  return {total, pull, mass, kept};
+}
+
+Tensor softplus_sum_grad_keys(const Tensor& query, const Tensor& negative_keys, const Tensor& scale, const Tensor& bias,
+                              const Tensor& weight, POOL_ARGUMENTS) {
+  // Checks.
+  const Scored in("softplus_sum_grad_keys", query, negative_keys, POOL);
+  const Tensor factor = checks::scalar("softplus_sum_grad_keys", "scale", scale, query);
+  const Tensor offset = checks::scalar("softplus_sum_grad_keys", "bias", bias, query);
+  const Tensor weights = checks::vector("softplus_sum_grad_keys", "weight", weight, ScalarType::Float, in.B, query);
+  // Outputs.
+  Tensor grad_keys = new_empty(query, {in.K, in.D}, ScalarType::Float);
+  // Params.
+  auto p = in.params<cpu::LogsumexpGradKeysParams>();
+  p.scale = floats(factor);
+  p.weight = floats(weights);
+  p.grad_keys = output<float>(grad_keys);
+  // Run.
+  cpu::softplus_sum_grad_keys(p, floats(offset), torch_threads());
   return grad_keys;
 }
 
@@ -291,6 +337,11 @@ STABLE_TORCH_LIBRARY(negmine, m) {
         ") -> (Tensor lse, Tensor mean, Tensor kept, Tensor above)");
   m.def("logsumexp_grad_keys(Tensor query, Tensor negative_keys, Tensor scale, Tensor lse, Tensor weight, " POOL_SCHEMA
         ") -> Tensor");
+  m.def("softplus_sum(Tensor query, Tensor negative_keys, Tensor scale, Tensor bias, bool want_pull, " POOL_SCHEMA
+        ") -> (Tensor total, Tensor pull, Tensor mass, Tensor kept)");
+  m.def(
+      "softplus_sum_grad_keys(Tensor query, Tensor negative_keys, Tensor scale, Tensor bias, Tensor "
+      "weight, " POOL_SCHEMA ") -> Tensor");
   m.def("mine_hardest(Tensor query, Tensor negative_keys, int N, " POOL_SCHEMA ") -> (Tensor scores, Tensor index)");
   m.def("rank_thresholds(Tensor query, Tensor negative_keys, Tensor ranks, " POOL_SCHEMA ") -> Tensor");
   m.def("count_negatives(Tensor query, Tensor negative_keys, " POOL_SCHEMA ") -> Tensor");
@@ -304,6 +355,8 @@ STABLE_TORCH_LIBRARY(negmine, m) {
 STABLE_TORCH_LIBRARY_IMPL(negmine, CPU, m) {
   m.impl("logsumexp", TORCH_BOX(&logsumexp));
   m.impl("logsumexp_grad_keys", TORCH_BOX(&logsumexp_grad_keys));
+  m.impl("softplus_sum", TORCH_BOX(&softplus_sum));
+  m.impl("softplus_sum_grad_keys", TORCH_BOX(&softplus_sum_grad_keys));
   m.impl("mine_hardest", TORCH_BOX(&mine_hardest));
   m.impl("rank_thresholds", TORCH_BOX(&rank_thresholds));
   m.impl("count_negatives", TORCH_BOX(&count_negatives));
@@ -320,7 +373,7 @@ PyObject* py_set_isa(PyObject*, PyObject* name) {
 }
 
 PyMethodDef methods[] = {
-    {"isa", py_isa, METH_NOARGS, "The instruction set in use: avx512, avx2 or portable."},
+    {"isa", py_isa, METH_NOARGS, "The instruction set in use: avx512bf16, avx512, avx2 or portable."},
     {"set_isa", py_set_isa, METH_O, "Use this instruction set; False where this processor or build lacks it."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -11,6 +11,7 @@ void logsumexp_grad_keys(const LogsumexpGradKeysParams& p, const Parallel& paral
   // Long tasks, because each transposes the queries anew; short ones where the queue would not fill the threads.
   const int64_t wanted = ceil_div(p.K, 8 * std::max<int64_t>(parallel.threads, 1));
   const int64_t task_rows = std::clamp(ceil_div(wanted, kChunk) * kChunk, kChunk, 8 * kChunk);
+  const auto range = p.sigmoid ? kernels().softplus_sum_grad_keys_range : kernels().logsumexp_grad_keys_range;
   struct Task {
     Scratch scratch;
     Buffer<float> panel;  // (kLanes, D rounded up)
@@ -25,8 +26,7 @@ void logsumexp_grad_keys(const LogsumexpGradKeysParams& p, const Parallel& paral
     std::fill_n(p.grad_keys + block.k_begin * p.D, (block.k_end - block.k_begin) * p.D, 0.0f);
     for (; block.first_query < p.B; block.first_query += kLanes) {
       block.lanes = std::min(kLanes, p.B - block.first_query);
-      kernels().logsumexp_grad_keys_range(block, task.scratch.workspace, *p.scale, p.lse, p.weight, task.panel.get(),
-                                          p.grad_keys);
+      range(block, task.scratch.workspace, *p.scale, p.lse, p.weight, task.panel.get(), p.grad_keys);
     }
   });
 }

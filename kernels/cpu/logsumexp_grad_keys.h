@@ -16,6 +16,7 @@ struct LogsumexpGradKeysParams {
   const float* weight = nullptr;  // (B,)
   Pool pool;
   float* grad_keys = nullptr;  // (K, D)
+  bool sigmoid = false;        // the derivative is sigmoid(scale s - lse), not exp
 };
 
 void logsumexp_grad_keys(const LogsumexpGradKeysParams& p, const Parallel& parallel);

@@ -10,6 +10,8 @@ from .mine_hardest import mine_hardest
 from .mix_logsumexp import mix_logsumexp
 from .mix_negatives import mix_negatives
 from .rank_thresholds import rank_thresholds
+from .softplus_sum import softplus_sum
+from .softplus_sum_grad_keys import softplus_sum_grad_keys
 
 __all__ = [
     "count_negatives",
@@ -19,4 +21,6 @@ __all__ = [
     "mix_logsumexp",
     "mix_negatives",
     "rank_thresholds",
+    "softplus_sum",
+    "softplus_sum_grad_keys",
 ]

@@ -28,6 +28,7 @@ def logsumexp_grad_keys_kernel(
     mask_ptr, stride_mb, query_ids_ptr, negative_ids_ptr, query_labels_ptr, negative_labels_ptr, lower_ptr, upper_ptr,
     MASK: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LABELS: tl.constexpr,
     HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
+    SIGMOID: tl.constexpr,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -59,7 +60,12 @@ def logsumexp_grad_keys_kernel(
         inside = pool_bounds(
             s, offs_k, allowed, lower_score, lower_index, upper_score, upper_index, HAS_LOWER, HAS_UPPER
         )  # (BLOCK_B, BLOCK_K)
-        p = tl.where(inside, tl.math.exp2(s * scale - lse[:, None]), 0.0) * weight[:, None]  # (BLOCK_B, BLOCK_K)
+        x = s * scale - lse[:, None]  # (BLOCK_B, BLOCK_K)
+        if SIGMOID:
+            p = 1.0 / (1.0 + tl.math.exp2(-x))  # exp2 may overflow to inf: then p is 0
+        else:
+            p = tl.math.exp2(x)
+        p = tl.where(inside, p, 0.0) * weight[:, None]  # (BLOCK_B, BLOCK_K)
         if D <= SLICE and D <= BLOCK_D:
             values = query
         else:
@@ -77,6 +83,13 @@ def logsumexp_grad_keys(
     query: Tensor, negative_keys: Tensor, scale: Tensor, lse: Tensor, weight: Tensor, *pool: Tensor | None
 ) -> Tensor:
     """(K, D) fp32."""
+    return launch(query, negative_keys, scale, lse, weight, pool, sigmoid=False)
+
+
+def launch(
+    query: Tensor, negative_keys: Tensor, scale: Tensor, lse: Tensor, weight: Tensor, pool: tuple, sigmoid: bool
+) -> Tensor:
+    """(K, D) fp32; sigmoid: p = sigmoid(scale * s - lse), for softplus_sum_grad_keys."""
     K, D = negative_keys.shape
     grad = negative_keys.new_empty(K, D, dtype=torch.float32)
     if K:
@@ -84,7 +97,7 @@ def logsumexp_grad_keys(
         largest = torch.cat([weight.abs(), weight.new_full((1,), 2.0**-100)]).amax()  # above 0, whatever the weights
         logsumexp_grad_keys_kernel[(triton.cdiv(K, tile.BLOCK_K), triton.cdiv(D, tile.SLICE))](
             scale_ptr=scale, lse_ptr=lse.contiguous(), weight_ptr=weight.contiguous(), gain_ptr=2.0**15 / largest,
-            grad_ptr=grad,
-            SLICE=tile.SLICE, STAGES=tile.num_stages, **score_arguments(query, negative_keys, tile, complete(pool)),
+            grad_ptr=grad, SIGMOID=sigmoid, SLICE=tile.SLICE, STAGES=tile.num_stages,
+            **score_arguments(query, negative_keys, tile, complete(pool)),
         )  # fmt: skip
     return grad

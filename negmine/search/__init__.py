@@ -1,14 +1,20 @@
 """Dataset-scale mining: hard negatives of every query of a training set among millions of rows, streamed, exact.
 
-rows.py    embeddings as one sequence of rows, whatever holds them: arrays, tensors, .npy files, shards
-lists.py   lists of corpus rows for each query: positives and exclusions
-scan.py    a batch of queries against the corpus, chunk by chunk, through the kernels
-draw.py    which members of a window of ranks are kept
-mine.py    mine_hard_negatives: checks, sizes, the loop
-result.py  MiningResult: what came out, saved, summed up and turned into training data
+mine.py         mine_hard_negatives: sizes, the loop; arguments.py checks its options
+rows.py         embeddings as one sequence of rows; shards.py opens the files that hold them
+lists.py        lists of corpus rows for each query: positives and exclusions
+scan.py         a batch of queries against the corpus, chunk by chunk, through the kernels
+ranks.py        a corpus held by several processes
+miner.py        one batch: windows of ranks, counted, filtered, looked at deeper; thin.py drops near duplicates
+draw.py         which members of a window are kept
+index.py        NegativeIndex; engines.py: FAISS and cuVS; approximate.py: candidates of an index in the place of a scan
+resume.py       a run that survives its end; files.py: files that are whole or absent
+result.py       MiningResult: what came out, saved, summed up and turned into training data
+rounds.py       mine, train, mine again
 """
 
+from negmine.search.index import Found, NegativeIndex
 from negmine.search.mine import mine_hard_negatives
 from negmine.search.result import MiningResult
 
-__all__ = ["MiningResult", "mine_hard_negatives"]
+__all__ = ["Found", "MiningResult", "NegativeIndex", "mine_hard_negatives"]

@@ -19,17 +19,11 @@ STRATEGIES = ("top", "random", "weighted")
 DRAWN_FROM = 10  # members of an open window for each negative drawn, as sentence-transformers derives its range_max
 
 
-def ranks_needed(select: Select, size: Tensor, n: int, strategy: str, cut: bool) -> tuple[Tensor, Tensor]:
-    """size (B,) int64, of each pool -> first, end (B,) int64: the ranks to look at.
-
-    cut: all of them are candidates, so "top" needs no more than n, and a draw from an open window 10 n.
-    """
-    first, end = select.window(size)
-    if cut and strategy == "top":
-        end = end.minimum(first + n)
-    elif cut and select.range_max is None:
-        end = end.minimum(first + DRAWN_FROM * n)
-    return first, end
+def wanted_of(select: Select, n: int, strategy: str) -> int | None:
+    """Members of a window that matter: "top" needs no more than n, a draw from an open window 10 n, from a closed one all."""
+    if strategy == "top":
+        return n
+    return DRAWN_FROM * n if select.range_max is None else None
 
 
 def window_of(places: Tensor, first: Tensor, end: Tensor) -> Tensor:

@@ -31,10 +31,12 @@ class RowLists(NamedTuple):
         """(P,) int64: the query of each entry."""
         return np.repeat(np.arange(len(self.indptr) - 1), self.sizes)
 
-    def of(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """The entries of queries [begin, end): query numbers counted from begin, and rows."""
-        low, high = self.indptr[begin], self.indptr[end]
-        return np.repeat(np.arange(end - begin), self.sizes[begin:end]), self.rows[low:high]
+    def take(self, queries: np.ndarray) -> "RowLists":
+        """The lists of some queries, in that order."""
+        sizes = self.sizes[queries]
+        indptr = np.r_[0, np.cumsum(sizes)]
+        at = np.arange(indptr[-1]) - np.repeat(indptr[:-1], sizes) + np.repeat(self.indptr[queries], sizes)
+        return RowLists(indptr, self.rows[at])
 
     def united(self, other: "RowLists") -> "RowLists":
         """Each query's set of rows in either, ascending."""

@@ -42,6 +42,11 @@ class MiningResult:
     skipped: dict[str, int]  # (query, row) pairs that each mask and filter dropped
     config: dict[str, Any]  # arguments, versions, sizes and content hashes
 
+    @property
+    def recall(self) -> float | None:
+        """The share of the hardest rows that the approximate index found, as measured for this run; None for an exact one."""
+        return (self.config.get("index") or {}).get("recall")
+
     def to_triplets(self) -> np.ndarray:
         """(T, 3) int64: query, positive, negative, for every positive and every negative of a query."""
         queries, rows = self._pairs()  # (P,), (P, 1 + n)
@@ -105,7 +110,7 @@ class MiningResult:
         with open(path, "w", encoding="utf-8") as file:
             for query, negatives in enumerate(self.indices):
                 positive, negative = (
-                    passages(self.positives.of(query, query + 1)[1]),
+                    passages(self.positives.take(np.array([query])).rows),
                     passages(negatives[negatives >= 0]),
                 )
                 if not positive or not negative:
@@ -138,6 +143,8 @@ class MiningResult:
         dropped = [f"{name} {count:,}" for name, count in self.skipped.items()]
         where = "in the window" if self.config["arguments"]["range_mode"] == "raw" else "of all"
         lines.append(f"(query, row) pairs dropped, {where}: " + ", ".join(dropped))
+        if self.recall is not None:
+            lines.append(f"recall of the index, measured on this run's queries: {self.recall:.1%}")
         if short:
             lines.append("more negatives: a wider select.range_max, a smaller margin, or a larger corpus")
         return "\n".join(lines)

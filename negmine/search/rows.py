@@ -1,4 +1,4 @@
-"""Embeddings as one sequence of rows, whatever holds them: arrays, tensors, .npy files on disk, or a list of those as shards.
+"""Embeddings as one sequence of rows, whatever holds them: arrays, tensors, files (shards.py), or a list of those as shards.
 
     rows = Rows.open("mine_hard_negatives", "corpus_embeddings", ["a.npy", "b.npy"])
     rows.block(begin, end, device)   (C, D): a view where the holder allows it; never more than asked is read
@@ -10,9 +10,7 @@ for equal rows see the rows only, so neither depends on where the shards are cut
 
 import bisect
 import hashlib
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,25 +19,10 @@ from torch import Tensor
 
 from negmine.checks import refuse
 from negmine.mining import for_kernels
+from negmine.search.shards import FORMS, opened
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 HASHED_ROWS = 2048  # rows in memory at a time while hashing
-FORMS = "an array, a tensor, the path of a .npy file, or a list of those"
-
-
-def _opened(op: str, name: str, value: Any) -> Tensor | np.ndarray:
-    """One shard: a file becomes a private map of it, which torch may wrap and nothing writes to."""
-    if isinstance(value, (str, os.PathLike)):
-        path = Path(value)
-        if path.suffix != ".npy" or not path.is_file():
-            raise refuse(op, name, "the path of an existing .npy file", str(path))
-        try:
-            value = np.load(path, mmap_mode="c", allow_pickle=False)
-        except Exception as error:  # NumPy's parser of a damaged header raises many kinds
-            raise ValueError(f"{op}: {name} must be a whole .npy file, got {str(path)!r} ({error})") from error
-    if not isinstance(value, (np.ndarray, Tensor)):
-        raise refuse(op, name, FORMS, type(value).__name__, TypeError)
-    return value
 
 
 def _dtype_of(shard: Tensor | np.ndarray) -> str:
@@ -69,9 +52,9 @@ class Rows:
             raise refuse(op, name, FORMS, value)
         if isinstance(value, (list, tuple)):
             labels = [f"{name}[{i}]" for i in range(len(value))]
-            shards = [_opened(op, label, shard) for label, shard in zip(labels, value, strict=True)]
+            shards = [opened(op, label, shard) for label, shard in zip(labels, value, strict=True)]
         else:
-            labels, shards = [name], [_opened(op, name, value)]
+            labels, shards = [name], [opened(op, name, value)]
         for label, shard in zip(labels, shards, strict=True):
             if _dtype_of(shard) not in DTYPES.values():
                 raise refuse(
@@ -103,8 +86,10 @@ class Rows:
                 yield begin, min(begin + size, stop)
 
     def block(self, begin: int, end: int, device: torch.device) -> Tensor:
-        """Rows of one span: (end - begin, D)."""
+        """Rows [begin, end): (end - begin, D); a copy only where they cross shards."""
         shard = bisect.bisect_right(self.starts, begin) - 1
+        if end > self.starts[shard + 1]:
+            return self.gather(np.arange(begin, end), device)
         start = self.starts[shard]
         return as_tensor(self.shards[shard][begin - start : end - start]).to(device)
 
@@ -129,20 +114,22 @@ class Rows:
             digest.update(block.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def first_equal(self) -> np.ndarray:
-        """(rows,) int64: the lowest row of equal values for each row; 0.0 equals -0.0, and NaN itself.
-
-        Equality is that of a 128-bit hash of each row. Needs about 48 bytes a row while it runs.
-        """
+    def row_digests(self) -> np.ndarray:
+        """(rows, 2) uint64: a 128-bit hash of each row; 0.0 hashes as -0.0 does, and NaN as itself."""
         digests = np.empty((len(self), 2), np.uint64)  # (rows, 2)
         for begin, end in self.spans(HASHED_ROWS):
             block = (self.block(begin, end, torch.device("cpu")).float() + 0.0).numpy()  # (C, D)
             joined = b"".join(hashlib.blake2b(row, digest_size=16).digest() for row in block)
             digests[begin:end] = np.frombuffer(joined, np.uint64).reshape(-1, 2)
-        order = np.lexsort((digests[:, 0], digests[:, 1]))  # (rows,), stable: equal rows stay in ascending order
-        ranked = digests[order]
-        is_first = np.ones(len(self), dtype=bool)  # (rows,) in sorted order
-        is_first[1:] = (ranked[1:] != ranked[:-1]).any(1)
-        first = np.empty(len(self), np.int64)
-        first[order] = order[np.flatnonzero(is_first)[np.cumsum(is_first) - 1]]
-        return first
+        return digests
+
+
+def first_equal(digests: np.ndarray) -> np.ndarray:
+    """digests (rows, 2) -> (rows,) int64: the lowest row of equal values for each row. About 48 bytes a row while it runs."""
+    order = np.lexsort((digests[:, 0], digests[:, 1]))  # (rows,), stable: equal rows stay in ascending order
+    ranked = digests[order]
+    is_first = np.ones(len(digests), dtype=bool)  # (rows,) in sorted order
+    is_first[1:] = (ranked[1:] != ranked[:-1]).any(1)
+    first = np.empty(len(digests), np.int64)
+    first[order] = order[np.flatnonzero(is_first)[np.cumsum(is_first) - 1]]
+    return first

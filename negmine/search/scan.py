@@ -1,10 +1,11 @@
-"""A batch of queries against the corpus, chunk by chunk: the places of the hardest rows, and counts of what filters keep.
+"""A batch of queries against the corpus, chunk by chunk: the places of the hardest rows, and counts of what filters drop.
 
     places (B, depth) int64 order, hardest first: the depth largest of (score descending, row ascending) over the pool
-    counts (len(counted), B): the rows of the pool that each filter keeps
+    dropped (len(counted), B): the rows of the pool that each filter drops
 
 No (B, K) matrix: a chunk is one kernel call, and its winners compete with those kept so far. A kernel computes one score by one
 sequence of operations (kernels/README.md), and places hold global rows, so the cut into chunks and batches is not seen.
+Where several processes hold the corpus, each scans its own rows, and the places of all compete at the end.
 The positives' scores come from the same kernel, one row allowed to each query: a margin compares like with like.
 """
 
@@ -20,8 +21,11 @@ from negmine.backends import Launchers
 from negmine.mining import working
 from negmine.options import Select
 from negmine.pool import Pool, bounded, usable
-from negmine.search.rows import Rows
+from negmine.search.lists import RowLists
+from negmine.search.ranks import Ranks
+from negmine.search.rows import Rows, first_equal
 
+Gather = Callable[[np.ndarray], Tensor]  # numbers (M,) -> (M, D)
 PAIRS = 64  # pairs scored by one call: its cost grows with their square
 
 
@@ -48,22 +52,71 @@ def kept_by(
 
 def pair_scores(
     ops: Launchers | None,
-    queries: Rows,
-    corpus: Rows,
+    queries: Gather,
+    corpus: Gather,
     query_numbers: np.ndarray,
     row_numbers: np.ndarray,
-    device: torch.device,
 ) -> np.ndarray:
     """query_numbers, row_numbers (P,) -> (P,) fp32: the score of each pair as a scan computes it; NaN where it is NaN."""
     out = np.empty(len(query_numbers), np.float32)  # (P,)
     for begin in range(0, len(out), PAIRS):
         pairs = slice(begin, begin + PAIRS)
-        query = queries.gather(query_numbers[pairs], device)  # (PAIRS, D)
-        keys = corpus.gather(row_numbers[pairs], device)  # (PAIRS, D)
-        own = torch.eye(len(query), dtype=torch.bool, device=device)  # (PAIRS, PAIRS)
+        query, keys = queries(query_numbers[pairs]), corpus(row_numbers[pairs])  # (PAIRS, D) each
+        own = torch.eye(len(query), dtype=torch.bool, device=query.device)  # (PAIRS, PAIRS)
         scores, index = hardest(ops, query, keys, 1, Pool(negative_mask=own), Select(), None)
         out[pairs] = scores.masked_fill(index < 0, torch.nan)[:, 0].cpu().numpy()
     return out
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All rows of a corpus, of which this process holds [first, first + len(rows)) and other ranks the rest."""
+
+    rows: Rows
+    device: torch.device
+    ranks: Ranks
+    held: list[int]  # rows of each rank
+
+    def __len__(self) -> int:
+        return sum(self.held)
+
+    @property
+    def first(self) -> int:
+        return sum(self.held[: self.ranks.rank])
+
+    def _here(self, numbers: np.ndarray) -> np.ndarray:
+        return np.flatnonzero((numbers >= self.first) & (numbers < self.first + len(self.rows)))
+
+    def gather(self, numbers: np.ndarray) -> Tensor:
+        """numbers (M,) int64 -> (M, D), wherever the rows lie; every rank asks for the same."""
+        if self.ranks.size == 1:
+            return self.rows.gather(numbers, self.device)
+        here = self._here(numbers)
+        held = self.rows.gather(numbers[here] - self.first, self.device)  # (H, D)
+        out = torch.zeros(len(numbers), self.rows.dim, device=self.device)  # (M, D)
+        out[torch.from_numpy(here).to(self.device)] = held.float()
+        return self.ranks.sum(out).to(held.dtype)
+
+    def pair_scores(
+        self, ops: Launchers | None, queries: Rows, query_numbers: np.ndarray, row_numbers: np.ndarray
+    ) -> np.ndarray:
+        """query_numbers, row_numbers (P,) -> (P,) fp32: each scored by the rank that holds the row."""
+        here = self._here(row_numbers)
+        bits = torch.zeros(len(row_numbers), dtype=torch.int32)  # (P,)
+        scores = pair_scores(
+            ops,
+            lambda numbers: queries.gather(numbers, self.device),
+            lambda numbers: self.rows.gather(numbers, self.device),
+            query_numbers[here],
+            row_numbers[here] - self.first,
+        )
+        bits[torch.from_numpy(here)] = torch.from_numpy(scores).view(torch.int32)
+        return self.ranks.sum(bits).view(torch.float32).numpy()
+
+    def first_equal(self) -> np.ndarray:
+        """(K,) int64: the lowest row of equal values for each row."""
+        digests = torch.from_numpy(self.rows.row_digests().view(np.int64))  # (rows here, 2)
+        return first_equal(self.ranks.gather_rows(digests, self.held).numpy())
 
 
 @dataclass
@@ -71,51 +124,62 @@ class Scan:
     """What every batch of a run shares."""
 
     ops: Launchers | None
-    corpus: Rows
+    corpus: Corpus
     chunk_size: int
-    device: torch.device
     distinct: np.ndarray | None  # (K,) bool, False = a copy of a lower row; None = all rows stand for themselves
     advance: Callable[[int], object]  # told of each finished chunk
+
+    @property
+    def candidates(self) -> int:
+        """Rows that are no copies."""
+        return len(self.corpus) if self.distinct is None else int(self.distinct.sum())
 
     def run(
         self,
         query: Tensor,
-        excluded: tuple[np.ndarray, np.ndarray],
+        excluded: RowLists,
         anchor: Tensor | None,
         depth: int,
         ranked: Select,
         counted: list[Select],
     ) -> tuple[Tensor, Tensor]:
-        """query (B, D), excluded (queries, rows) pairs, anchor (B,) -> places (B, depth), counts (len(counted), B)."""
-        B = len(query)
-        by_row = np.argsort(excluded[1], kind="stable")
-        hidden_query, hidden_row = excluded[0][by_row], excluded[1][by_row]  # (E,) each, rows ascending
-        places = torch.full((B, depth), order.NOWHERE, dtype=torch.int64, device=self.device)  # (B, depth)
-        counts = torch.zeros(len(counted), B, dtype=torch.int64, device=self.device)
-        for begin, end in self.corpus.spans(self.chunk_size):
-            keys = self.corpus.block(begin, end, self.device)  # (C, D)
+        """query (B, D), excluded rows of each, anchor (B,) -> places (B, depth) of what `ranked` keeps, and (len(counted), B)
+        int64: the rows of each pool that each filter drops."""
+        B, device, first = len(query), self.corpus.device, self.corpus.first
+        by_row = np.argsort(excluded.rows, kind="stable")
+        hidden_query, hidden_row = excluded.queries[by_row], excluded.rows[by_row] - first  # (E,) each, rows ascending
+        places = torch.full((B, depth), order.NOWHERE, dtype=torch.int64, device=device)  # (B, depth)
+        counts = torch.zeros(len(counted), B, dtype=torch.int64, device=device)
+        for begin, end in self.corpus.rows.spans(self.chunk_size):
+            keys = self.corpus.rows.block(begin, end, device)  # (C, D)
             low, high = np.searchsorted(hidden_row, (begin, end))
             pool = self._pool(B, begin, end, hidden_query[low:high], hidden_row[low:high] - begin)
             for count, select in zip(counts, counted, strict=True):
                 count += kept_by(self.ops, query, keys, pool, select, anchor)
             if depth:
                 scores, index = hardest(self.ops, query, keys, min(depth, end - begin), pool, ranked, anchor)
-                found = order.pack(scores, index + begin).masked_fill(index < 0, order.NOWHERE)  # (B, min(depth, C))
-                places = torch.cat([places, found], 1).topk(depth, 1).values
+                found = order.pack(scores, index + begin + first).masked_fill(index < 0, order.NOWHERE)
+                places = torch.cat([places, found], 1).topk(depth, 1).values  # (B, depth)
             self.advance(1)
-        return places, counts
+        if self.corpus.ranks.size > 1 and depth:
+            places = torch.cat(self.corpus.ranks.gather(places), 1).topk(depth, 1).values
+        size = self.candidates - torch.from_numpy(excluded.sizes).to(device)  # (B,)
+        return places, size - self.corpus.ranks.sum(counts)
 
     def _pool(self, B: int, begin: int, end: int, queries: np.ndarray, columns: np.ndarray) -> Pool:
         """The masks of one chunk: ids where no query hides two of its rows, else a mask of pairs (B, C)."""
-        mask = None if self.distinct is None else torch.from_numpy(self.distinct[begin:end]).to(self.device)  # (C,)
+        first, device = self.corpus.first, self.corpus.device
+        mask = None
+        if self.distinct is not None:
+            mask = torch.from_numpy(self.distinct[first + begin : first + end]).to(device)  # (C,)
         if not len(queries):
             return Pool(negative_mask=mask)
-        at_query, at_column = (torch.from_numpy(part).to(self.device) for part in (queries, columns))  # (E,) each
+        at_query, at_column = (torch.from_numpy(part).to(device) for part in (queries, columns))  # (E,) each
         if len(np.unique(queries)) == len(queries):
-            query_ids = torch.full((B,), -1, dtype=torch.int64, device=self.device)
+            query_ids = torch.full((B,), -1, dtype=torch.int64, device=device)
             query_ids[at_query] = at_column
-            return Pool(mask, query_ids, torch.arange(end - begin, device=self.device))
-        pairs = torch.ones(B, end - begin, dtype=torch.bool, device=self.device)  # (B, C)
+            return Pool(mask, query_ids, torch.arange(end - begin, device=device))
+        pairs = torch.ones(B, end - begin, dtype=torch.bool, device=device)  # (B, C)
         if mask is not None:
             pairs &= mask
         pairs[at_query, at_column] = False

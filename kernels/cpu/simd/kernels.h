@@ -3,7 +3,7 @@
 // A block is up to kLanes queries, one per vector lane, so that every reduction over the queue is a plain vertical
 // vector operation and no query can disturb another. The queue streams past in chunks; a chunk's scores are a (chunk,
 // kLanes) tile. The score of a pair is one chain of fused multiply-adds over d, the same in every function, tile and
-// split.
+// split; where both sides are bf16 and the processor multiplies those, a chain over pairs of neighbours in d.
 #pragma once
 #include <cstdint>
 
@@ -40,11 +40,13 @@ enum LaneWord {
 
 // Memory of one thread, laid out by Scratch (kernels/cpu/scratch.h).
 struct Workspace {
-  float* q_t;           // (kLanes / panel, D, panel) the block's queries, transposed
+  float* q_t;           // (kLanes / panel, D, panel) the block's queries, transposed; or (.., (D + 1) / 2, ..) pairs
   float* tile;          // (kChunk, kLanes) scores of a chunk
-  const float** rows;   // (kChunk + 6) the chunk's rows of the queue as fp32, then rows of zeros
+  const float** rows;   // (kChunk + 6) the chunk's rows of the queue as they are scored, then rows of zeros
+  const float** wide;   // (kChunk + 6) the same as fp32
   int64_t* index;       // (kChunk) their places in the queue
   float* widened;       // (kChunk, D) where the queue is not stored as fp32
+  uint16_t* padded;     // (kChunk, D + 1) where pairs do not come out even
   float* row;           // (D) one query as fp32
   float* zeros;         // (max(D, kLanes))
   int32_t* lane_words;  // (kLaneWords, kLanes) ids, labels and bounds of the block's queries
@@ -58,6 +60,14 @@ struct LogsumexpState {
   float* mean;     // (D, kLanes) or null: no mean wanted
   int64_t* kept;   // (kLanes)
   int64_t* above;  // (kLanes)
+};
+
+// Sums of a block over a range: of log(1 + exp(l_k)), of sigmoid(l_k) and of sigmoid(l_k) n_k, l = scale s + bias.
+struct SoftplusState {
+  float* total;   // (kLanes)
+  float* mass;    // (kLanes)
+  float* pull;    // (D, kLanes) or null: not wanted
+  int64_t* kept;  // (kLanes)
 };
 
 // The best `keep` places of each lane whose scores lie between a bound and a ceiling, in buffers that are pruned when
@@ -84,6 +94,11 @@ struct Kernels {
   // Adds the block's share to rows [k_begin, k_end) of out (K, D). lse, weight (B,); panel (64, D rounded up to 64).
   void (*logsumexp_grad_keys_range)(const Block&, const Workspace&, float scale, const float* lse, const float* weight,
                                     float* panel, float* out);
+  // The same with sigmoid(scale s - lse) in the place of exp(scale s - lse).
+  void (*softplus_sum_grad_keys_range)(const Block&, const Workspace&, float scale, const float* lse,
+                                       const float* weight, float* panel, float* out);
+  // The block against its range, from an empty state.
+  void (*softplus_sum_range)(const Block&, const Workspace&, float scale, float bias, const SoftplusState&);
   // Offers every place of the block's range to the selection, in the order of the queue.
   void (*select_range)(const Block&, const Workspace&, const Selection&);
   // keys (size) keep their `keep` < size best, in the order they had; returns the worst of them. Keys differ.
@@ -101,6 +116,9 @@ struct Kernels {
 constexpr int64_t kMixChunk = 32;  // synthetic negatives in memory at one time
 
 #if defined(__x86_64__)
+namespace avx512bf16 {
+extern const Kernels kKernels;
+}
 namespace avx512 {
 extern const Kernels kKernels;
 }

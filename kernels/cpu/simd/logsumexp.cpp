@@ -48,28 +48,31 @@ void mean_panel(const Block& block, const float* const* rows, const float* p, in
   for (; d < block.D; ++d) mean_tile<1, kVec>(rows, d, p, count, correction, mean);
 }
 
-// The probabilities of a chunk are in w.tile (count, kLanes).
+}  // namespace
+
 void add_mean(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean) {
   const int vectors = vectors_of(block);
   for (int v = 0; v < vectors; v += kVectors) {
     const int64_t lane = v * kWidth;
     switch (vectors - v) {
       case 1:
-        mean_panel<1>(block, w.rows, w.tile + lane, count, correction + lane, mean + lane);
+        mean_panel<1>(block, w.wide, w.tile + lane, count, correction + lane, mean + lane);
         break;
 #if defined(__AVX512F__)
       case 2:
-        mean_panel<2>(block, w.rows, w.tile + lane, count, correction + lane, mean + lane);
+        mean_panel<2>(block, w.wide, w.tile + lane, count, correction + lane, mean + lane);
         break;
       case 3:
-        mean_panel<3>(block, w.rows, w.tile + lane, count, correction + lane, mean + lane);
+        mean_panel<3>(block, w.wide, w.tile + lane, count, correction + lane, mean + lane);
         break;
 #endif
       default:
-        mean_panel<kVectors>(block, w.rows, w.tile + lane, count, correction + lane, mean + lane);
+        mean_panel<kVectors>(block, w.wide, w.tile + lane, count, correction + lane, mean + lane);
     }
   }
 }
+
+namespace {
 
 // Scores of the chunk become exp(scale s - max), 0 outside the pool; max, sum and kept move on; correction (kLanes) is
 // what the sums before this chunk are to be multiplied with.
@@ -129,8 +132,9 @@ void logsumexp_range(const Block& block, const Workspace& w, float scale, const 
   if (state.mean != nullptr) {
     for (int64_t i = 0; i < block.D * kLanes; ++i) state.mean[i] = 0.0f;
   }
+  const Want want = state.mean != nullptr ? Want::kScoresAndRows : Want::kScores;
   for (int64_t k = block.k_begin; k < block.k_end;) {
-    const int64_t count = load_chunk(block, w, &k, true);
+    const int64_t count = load_chunk(block, w, &k, want);
     score_chunk(block, w, count);
     apply_masks(block, w, count);
     if (pivot != nullptr) count_above(block, w, count, pivots, state.above);

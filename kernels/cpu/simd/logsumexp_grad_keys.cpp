@@ -2,6 +2,7 @@
 //
 // The scores' tile, once its scores are probabilities, is itself the left operand of a product with the block's
 // queries, so the second product is the same multiply() with lanes as the contraction and d across the vector.
+// softplus_sum_grad_keys is the same with sigmoid(scale s_bk - lse_b), where lse_b = -bias.
 #include "kernels/cpu/simd/score.h"
 
 namespace negmine::cpu::NEGMINE_SIMD {
@@ -20,7 +21,8 @@ void pack_queries(const Block& block, const Workspace& w, const float* lse, cons
   }
 }
 
-// Scores of the chunk become weight exp(scale s - lse), 0 outside the pool and for a query that adds nothing.
+// Scores of the chunk become weight times the derivative, 0 outside the pool and for a query that adds nothing.
+template <bool kSigmoid>
 void weigh(const Block& block, const Workspace& w, int64_t count, float scale, const float* lse, const float* weight) {
   const int vectors = vectors_of(block);
   for (int v = 0; v < vectors; ++v) {
@@ -29,16 +31,16 @@ void weigh(const Block& block, const Workspace& w, int64_t count, float scale, c
     for (int64_t j = 0; j < count; ++j) {
       float* cell = w.tile + j * kLanes + v * kWidth;
       const V score = load(cell);
-      const V g = factor * exp(fma(score, all(scale), -shift));
+      const V x = fma(score, all(scale), -shift);
+      const V g = factor * (kSigmoid ? logistic(x).sigmoid : exp(x));
       store(cell, (is_excluded(score) | silent) ? all(0.0f) : g);
     }
   }
 }
 
-}  // namespace
-
-void logsumexp_grad_keys_range(const Block& block, const Workspace& w, float scale, const float* lse,
-                               const float* weight, float* panel, float* out) {
+template <bool kSigmoid>
+void grad_keys_range(const Block& block, const Workspace& w, float scale, const float* lse, const float* weight,
+                     float* panel, float* out) {
   begin_block(block, w);
   float lane_lse[kLanes], lane_weight[kLanes];
   for (int64_t lane = 0; lane < kLanes; ++lane) {
@@ -48,17 +50,17 @@ void logsumexp_grad_keys_range(const Block& block, const Workspace& w, float sca
   pack_queries(block, w, lane_lse, lane_weight, panel);
   float product[kRows * kLanes];  // (6, kLanes)
   for (int64_t k = block.k_begin; k < block.k_end;) {
-    const int64_t count = load_chunk(block, w, &k, true);
+    const int64_t count = load_chunk(block, w, &k, Want::kScores);
     score_chunk(block, w, count);
     apply_masks(block, w, count);
     if (block.pool.bounded()) apply_bounds(block, w, count);
-    weigh(block, w, count, scale, lane_lse, lane_weight);
+    weigh<kSigmoid>(block, w, count, scale, lane_lse, lane_weight);
     for (int64_t j0 = 0; j0 < count; j0 += kRows) {
       const int64_t rows = count - j0 < kRows ? count - j0 : kRows;
       const float* g[kRows];  // (6, lanes)
       for (int64_t r = 0; r < kRows; ++r) g[r] = r < rows ? w.tile + (j0 + r) * kLanes : w.zeros;
       for (int64_t d0 = 0; d0 < block.D; d0 += kPanel) {
-        multiply(g, kRows, panel + d0 * block.lanes, block.lanes, kVectors, product);
+        multiply(g, kRows, panel + d0 * block.lanes, block.lanes, kVectors, false, product);
         const int64_t width = block.D - d0 < kPanel ? block.D - d0 : kPanel;
         for (int64_t r = 0; r < rows; ++r) {
           float* row = out + w.index[j0 + r] * block.D + d0;
@@ -67,6 +69,18 @@ void logsumexp_grad_keys_range(const Block& block, const Workspace& w, float sca
       }
     }
   }
+}
+
+}  // namespace
+
+void logsumexp_grad_keys_range(const Block& block, const Workspace& w, float scale, const float* lse,
+                               const float* weight, float* panel, float* out) {
+  grad_keys_range<false>(block, w, scale, lse, weight, panel, out);
+}
+
+void softplus_sum_grad_keys_range(const Block& block, const Workspace& w, float scale, const float* lse,
+                                  const float* weight, float* panel, float* out) {
+  grad_keys_range<true>(block, w, scale, lse, weight, panel, out);
 }
 
 }  // namespace negmine::cpu::NEGMINE_SIMD

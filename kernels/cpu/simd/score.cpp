@@ -8,11 +8,26 @@
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
 
-constexpr int64_t kChain =
-    256;  // longest chain of fused multiply-adds; also keeps a panel of b in the first-level cache
+constexpr int64_t kChain = 256;  // longest chain of fused multiply-adds; also keeps a panel of b close to the processor
+
+// One step of a chain: a product of floats, or of two pairs of bf16.
+template <bool kPairs>
+NEGMINE_INLINE V step(V a, V b, V c) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) return fma_pairs(a, b, c);
+#endif
+  return fma(a, b, c);
+}
+
+// Word t of a row, which need not be aligned where it is a pair.
+NEGMINE_INLINE float word_of(const float* row, int64_t t) {
+  float word;
+  std::memcpy(&word, reinterpret_cast<const char*>(row) + t * 4, sizeof word);
+  return word;
+}
 
 // out (6, kVec * kWidth) [+]= a (6, [t0, t1)) x b ([t0, t1), kPanel)
-template <int kVec>
+template <int kVec, bool kPairs>
 NEGMINE_INLINE void multiply_tile(const float* const* a, const float* b, int64_t t0, int64_t t1, float* out) {
   V acc[kRows][kVec];  // (6, kVec * kWidth)
   for (int r = 0; r < kRows; ++r) {
@@ -23,8 +38,8 @@ NEGMINE_INLINE void multiply_tile(const float* const* a, const float* b, int64_t
     V column[kVec];  // (kVec * kWidth)
     for (int v = 0; v < kVec; ++v) column[v] = load(b + t * kPanel + v * kWidth);
     for (int r = 0; r < kRows; ++r) {
-      const V x = all(row[r][t]);  // one broadcast at a time: 24 accumulators leave few registers
-      for (int v = 0; v < kVec; ++v) acc[r][v] = fma(x, column[v], acc[r][v]);
+      const V x = all(word_of(row[r], t));  // one broadcast at a time: 24 accumulators leave few registers
+      for (int v = 0; v < kVec; ++v) acc[r][v] = step<kPairs>(x, column[v], acc[r][v]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -35,43 +50,78 @@ NEGMINE_INLINE void multiply_tile(const float* const* a, const float* b, int64_t
   }
 }
 
-template <int kVec>
+template <int kVec, bool kPairs>
 void multiply_panel(const float* const* a, int64_t rows, const float* b, int64_t T, float* out) {
+  constexpr int64_t kSteps = kPairs ? kChain / 2 : kChain;
   int64_t t0 = 0;
   do {
-    const int64_t t1 = T - t0 > kChain ? t0 + kChain : T;
-    for (int64_t row = 0; row < rows; row += kRows) multiply_tile<kVec>(a + row, b, t0, t1, out + row * kLanes);
+    const int64_t t1 = T - t0 > kSteps ? t0 + kSteps : T;
+    for (int64_t row = 0; row < rows; row += kRows) multiply_tile<kVec, kPairs>(a + row, b, t0, t1, out + row * kLanes);
     t0 = t1;
   } while (t0 < T);
+}
+
+template <bool kPairs>
+NEGMINE_INLINE void multiply_panels(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors,
+                                    float* out) {
+  for (; vectors > 0; vectors -= kVectors, b += T * kPanel, out += kPanel) {
+    switch (vectors) {
+      case 1:
+        multiply_panel<1, kPairs>(a, rows, b, T, out);
+        break;
+#if defined(__AVX512F__)
+      case 2:
+        multiply_panel<2, kPairs>(a, rows, b, T, out);
+        break;
+      case 3:
+        multiply_panel<3, kPairs>(a, rows, b, T, out);
+        break;
+#endif
+      default:
+        multiply_panel<kVectors, kPairs>(a, rows, b, T, out);
+    }
+  }
+}
+
+// Row `row` of the queue as pairs: where it lies, or copied to out (D + 1) with a zero behind it.
+NEGMINE_INLINE const float* pair_row(const Matrix& m, int64_t row, int64_t D, uint16_t* out) {
+  const uint16_t* in = static_cast<const uint16_t*>(m.data) + row * m.row_stride;
+  if (D % 2 == 0) return reinterpret_cast<const float*>(in);
+  std::memcpy(out, in, static_cast<size_t>(D) * sizeof(uint16_t));
+  out[D] = 0;
+  return reinterpret_cast<const float*>(out);
+}
+
+// The block's queries (.., (D + 1) / 2, kPanel) as pairs.
+void transpose_pairs(const Block& block, const Workspace& w, int64_t padded) {
+  const int64_t D = block.D, T = (D + 1) / 2;
+  for (int64_t lane = 0; lane < padded; ++lane) {
+    float* out = w.q_t + (lane / kPanel) * T * kPanel + lane % kPanel;
+    const int64_t row = (block.first_query + lane) * block.query.row_stride;
+    const uint16_t* q = static_cast<const uint16_t*>(block.query.data) + row;
+    for (int64_t t = 0; t < T; ++t) {
+      const uint32_t low = lane < block.lanes ? q[2 * t] : 0;
+      const uint32_t high = lane < block.lanes && 2 * t + 1 < D ? q[2 * t + 1] : 0;
+      out[t * kPanel] = float_of(high << 16 | low);
+    }
+  }
 }
 
 }  // namespace
 
 __attribute__((noinline)) void multiply(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors,
-                                        float* out) {
-  for (; vectors > 0; vectors -= kVectors, b += T * kPanel, out += kPanel) {
-    switch (vectors) {
-      case 1:
-        multiply_panel<1>(a, rows, b, T, out);
-        break;
-#if defined(__AVX512F__)
-      case 2:
-        multiply_panel<2>(a, rows, b, T, out);
-        break;
-      case 3:
-        multiply_panel<3>(a, rows, b, T, out);
-        break;
+                                        [[maybe_unused]] bool pairs, float* out) {
+#if defined(__AVX512BF16__)
+  if (pairs) return multiply_panels<true>(a, rows, b, T, vectors, out);
 #endif
-      default:
-        multiply_panel<kVectors>(a, rows, b, T, out);
-    }
-  }
+  multiply_panels<false>(a, rows, b, T, vectors, out);
 }
 
 void begin_block(const Block& block, const Workspace& w) {
   const int64_t D = block.D, padded = static_cast<int64_t>(vectors_of(block)) * kWidth;
   for (int64_t d = 0; d < (D > kLanes ? D : kLanes); ++d) w.zeros[d] = 0.0f;
-  for (int64_t lane = 0; lane < padded; ++lane) {
+  if (in_pairs(block)) transpose_pairs(block, w, padded);
+  for (int64_t lane = 0; lane < padded && !in_pairs(block); ++lane) {
     float* out = w.q_t + (lane / kPanel) * D * kPanel + lane % kPanel;
     const float* q = lane < block.lanes ? widen_row(block.query, block.first_query + lane, D, w.row) : w.zeros;
     for (int64_t d = 0; d < D; ++d) out[d * kPanel] = q[d];
@@ -79,14 +129,19 @@ void begin_block(const Block& block, const Workspace& w) {
   begin_pool(block, w);
 }
 
-int64_t load_chunk(const Block& block, const Workspace& w, int64_t* k, bool widen) {
+int64_t load_chunk(const Block& block, const Workspace& w, int64_t* k, Want want) {
   const int64_t most = chunk_rows(block.D);
   const uint8_t* mask = block.pool.mask_per_query ? nullptr : block.pool.negative_mask;
+  const bool pairs = in_pairs(block), wide = want == Want::kScoresAndRows || (want == Want::kScores && !pairs);
   int64_t count = 0;
   for (; *k < block.k_end && count < most; ++*k) {
     if (mask != nullptr && mask[*k] == 0) continue;
     w.index[count] = *k;
-    if (widen) w.rows[count] = widen_row(block.negative_keys, *k, block.D, w.widened + count * block.D);
+    if (wide) w.wide[count] = widen_row(block.negative_keys, *k, block.D, w.widened + count * block.D);
+    w.rows[count] = !pairs ? w.wide[count]
+                    : want == Want::kIndex
+                        ? w.zeros
+                        : pair_row(block.negative_keys, *k, block.D, w.padded + count * (block.D + 1));
     ++count;
   }
   for (int64_t row = count; row < count + kRows; ++row) w.rows[row] = w.zeros;

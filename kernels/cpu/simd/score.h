@@ -12,23 +12,39 @@ NEGMINE_INLINE int vectors_of(const Block& block) { return static_cast<int>((blo
 // Rows of a chunk: fewer where D is large, so that the chunk stays in the second-level cache.
 NEGMINE_INLINE int64_t chunk_rows(int64_t D) { return D <= 256 ? kChunk : D <= 512 ? 60 : 30; }
 
+// Whether scores come from pairs of bf16 neighbours in d, a word each: (D + 1) / 2 words a row.
+NEGMINE_INLINE bool in_pairs([[maybe_unused]] const Block& block) {
+#if defined(__AVX512BF16__)
+  return block.query.dtype == Dtype::kBFloat16 && block.negative_keys.dtype == Dtype::kBFloat16;
+#else
+  return false;
+#endif
+}
+
 // out (rows, kLanes) = a (rows, T) x b (T, 16 * vectors): a by row pointers, readable up to a multiple of 6 rows; b in
 // panels
-// (.., T, kPanel). One chain of fused multiply-adds per 256 of T, chains added in order. All scores come from here.
-void multiply(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors, float* out);
+// (.., T, kPanel). One chain of fused multiply-adds per 256 of T, chains added in order. All scores come from here: of
+// words that are pairs of bf16, a chain per 128 of T.
+void multiply(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors, bool pairs, float* out);
 
 // Fills the workspace's q_t and zeros, and its lane_words, for this block.
 void begin_block(const Block& block, const Workspace& w);
 void begin_pool(const Block& block, const Workspace& w);
 
 // The next chunk of rows that the (K,) mask allows, from *k on: w.rows and w.index; *k moves past it. Rows behind a
-// False are never read. Without `widen` only w.index is filled.
-int64_t load_chunk(const Block& block, const Workspace& w, int64_t* k, bool widen);
+// False are never read. w.wide is filled only where it is wanted; without scores, w.index alone.
+enum class Want { kIndex, kScores, kScoresAndRows };
+int64_t load_chunk(const Block& block, const Workspace& w, int64_t* k, Want want);
 
 // w.tile (count, kLanes): the chunk's scores.
 NEGMINE_INLINE void score_chunk(const Block& block, const Workspace& w, int64_t count) {
-  multiply(w.rows, count, w.q_t, block.D, vectors_of(block), w.tile);
+  const bool pairs = in_pairs(block);
+  multiply(w.rows, count, w.q_t, pairs ? (block.D + 1) / 2 : block.D, vectors_of(block), pairs, w.tile);
 }
+
+// mean (D, kLanes) = correction * mean + sum of the chunk's rows weighted by w.tile (count, kLanes); correction
+// (kLanes).
+void add_mean(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean);
 
 // Overwrite the scores of columns outside the pool with excluded(). Bounds are applied after masks, and need scores.
 void apply_masks(const Block& block, const Workspace& w, int64_t count);

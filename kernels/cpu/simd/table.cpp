@@ -8,6 +8,8 @@ namespace negmine::cpu::NEGMINE_SIMD {
 
 void logsumexp_range(const Block&, const Workspace&, float, const float*, const LogsumexpState&);
 void logsumexp_grad_keys_range(const Block&, const Workspace&, float, const float*, const float*, float*, float*);
+void softplus_sum_grad_keys_range(const Block&, const Workspace&, float, const float*, const float*, float*, float*);
+void softplus_sum_range(const Block&, const Workspace&, float, float, const SoftplusState&);
 void select_range(const Block&, const Workspace&, const Selection&);
 int64_t keep_best(int64_t*, int64_t, int64_t);
 void count_range(const Block&, const Workspace&, int64_t*);
@@ -15,8 +17,16 @@ void mix_negatives_row(const Matrix&, const Matrix&, int64_t, const Draws&, int6
 void mix_logsumexp_row(const Matrix&, const Matrix&, int64_t, const Draws&, int64_t, float, float*, float*, float*);
 
 extern const Kernels kKernels = {
-    NEGMINE_TEXT(NEGMINE_SIMD), logsumexp_range,   logsumexp_grad_keys_range, select_range, keep_best, count_range,
-    mix_negatives_row,          mix_logsumexp_row,
+    NEGMINE_TEXT(NEGMINE_SIMD),
+    logsumexp_range,
+    logsumexp_grad_keys_range,
+    softplus_sum_grad_keys_range,
+    softplus_sum_range,
+    select_range,
+    keep_best,
+    count_range,
+    mix_negatives_row,
+    mix_logsumexp_row,
 };
 
 }  // namespace negmine::cpu::NEGMINE_SIMD

@@ -1,9 +1,9 @@
 // One vector of fp32 lanes for each instruction set, in GCC vector extensions, so that a kernel is written once.
 //
-// This folder is compiled several times, with NEGMINE_SIMD = portable, avx2 or avx512 as the namespace. Everything here
-// and in the files beside it is in that namespace or static, and no std template is used: a weak symbol compiled for a
-// wide instruction set could otherwise be linked into code that runs on a narrow one. fma() is explicit: the bits of a
-// score must not depend on what the compiler chooses to contract.
+// This folder is compiled several times, with NEGMINE_SIMD = portable, avx2, avx512 or avx512bf16 as the namespace.
+// Everything here and in the files beside it is in that namespace or static, and no std template is used: a weak symbol
+// compiled for a wide instruction set could otherwise be linked into code that runs on a narrow one. fma() is explicit:
+// the bits of a score must not depend on what the compiler chooses to contract.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -66,6 +66,12 @@ NEGMINE_INLINE uint32_t bits_ge(V a, V b) {
 }
 #endif
 
+#if defined(__AVX512BF16__)
+// Words hold two bf16: c + a.high * b.high, then + a.low * b.low, each a fused multiply-add to nearest even. Subnormals
+// are read and written as zero.
+NEGMINE_INLINE V fma_pairs(V a, V b, V c) { return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+#endif
+
 NEGMINE_INLINE VI count_up() {
   VI x;
   for (int i = 0; i < kWidth; ++i) x[i] = i;
@@ -113,6 +119,30 @@ NEGMINE_INLINE V exp(V x) {
   const VI power = __builtin_convertvector(n, VI), half = power >> 1;
   const V scaled = poly * (V)((half + 127) << 23) * (V)((power - half + 127) << 23);
   return x < flushed ? all(0.0f) : scaled;
+}
+
+// log(1 + e) for e in [0, 1] within 2 ulp, however small e is: e times a Chebyshev fit of log(1 + e) / e.
+NEGMINE_INLINE V log1p_unit(V e) {
+  V fit = all(0.00525345793f);
+  fit = fma(fit, e, all(-0.0295885075f));
+  fit = fma(fit, e, all(0.0783616677f));
+  fit = fma(fit, e, all(-0.136747703f));
+  fit = fma(fit, e, all(0.191114306f));
+  fit = fma(fit, e, all(-0.248443693f));
+  fit = fma(fit, e, all(0.333192706f));
+  fit = fma(fit, e, all(-0.499995023f));
+  fit = fma(fit, e, all(1.0f));
+  return e * fit;
+}
+
+// 1 / (1 + e^-x), and log(1 + e^x): both from the same exponential, which never overflows.
+struct Logistic {
+  V sigmoid, softplus;
+};
+
+NEGMINE_INLINE Logistic logistic(V x) {
+  const V e = exp(x > 0.0f ? -x : x), zero = all(0.0f);
+  return {(x > 0.0f ? all(1.0f) : e) / (e + 1.0f), max(x, zero) + log1p_unit(e)};
 }
 
 }  // namespace negmine::cpu::NEGMINE_SIMD

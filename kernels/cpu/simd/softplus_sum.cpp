@@ -1,0 +1,48 @@
+// Sums of log(1 + exp(scale s + bias)) of a block of queries over a range of the queue, and with them the rows weighted
+// by the sigmoid (the gradient with respect to the query). Per chunk: scores, pool, sigmoids in place of the scores,
+// second product. No term outgrows its score, so there is no running maximum.
+#include "kernels/cpu/simd/score.h"
+
+namespace negmine::cpu::NEGMINE_SIMD {
+
+void softplus_sum_range(const Block& block, const Workspace& w, float scale, float bias, const SoftplusState& state) {
+  begin_block(block, w);
+  float keep[kLanes];  // the earlier sums stay as they are
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    keep[lane] = 1.0f;
+    state.total[lane] = state.mass[lane] = 0.0f;
+    state.kept[lane] = 0;
+  }
+  if (state.pull != nullptr) {
+    for (int64_t i = 0; i < block.D * kLanes; ++i) state.pull[i] = 0.0f;
+  }
+  const int vectors = vectors_of(block);
+  for (int64_t k = block.k_begin; k < block.k_end;) {
+    const int64_t count = load_chunk(block, w, &k, state.pull != nullptr ? Want::kScoresAndRows : Want::kScores);
+    score_chunk(block, w, count);
+    apply_masks(block, w, count);
+    if (block.pool.bounded()) apply_bounds(block, w, count);
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t lane = v * kWidth;
+      V total = all(0.0f), mass = all(0.0f);
+      VI kept = all(0);
+      for (int64_t j = 0; j < count; ++j) {
+        float* cell = w.tile + j * kLanes + lane;
+        const V score = load(cell);
+        const VI outside = is_excluded(score);
+        const Logistic at = logistic(fma(score, all(scale), all(bias)));
+        const V sigmoid = outside ? all(0.0f) : at.sigmoid;
+        store(cell, sigmoid);
+        total += outside ? all(0.0f) : at.softplus;
+        mass += sigmoid;
+        kept += outside + 1;
+      }
+      store(state.total + lane, load(state.total + lane) + total);
+      store(state.mass + lane, load(state.mass + lane) + mass);
+      for (int i = 0; i < kWidth; ++i) state.kept[lane + i] += kept[i];
+    }
+    if (state.pull != nullptr) add_mean(block, w, count, keep, state.pull);
+  }
+}
+
+}  // namespace negmine::cpu::NEGMINE_SIMD

@@ -1,0 +1,64 @@
+// The task grid of softplus_sum: one task a block of queries, which adds the splits of the queue in order, so that the
+// bits of a row depend neither on the number of threads nor on the rows around it.
+#include "kernels/cpu/softplus_sum.h"
+
+#include <algorithm>
+
+#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/scratch.h"
+
+namespace negmine::cpu {
+namespace {
+
+constexpr int64_t kSplitRows = 4096;  // sums of a split start from zero, so no chain of additions is long
+
+struct Task {
+  Task(const SoftplusSumParams& p)
+      : scratch(p.negative_keys, p.D),
+        floats(make_buffer<float>((4 + (p.pull != nullptr ? 2 * p.D : 0)) * kLanes)),
+        counts(make_buffer<int64_t>(2 * kLanes)) {
+    float* f = floats.get();
+    float* pulls = p.pull != nullptr ? f + 4 * kLanes : nullptr;
+    sum = {f, f + kLanes, pulls, counts.get()};
+    part = {f + 2 * kLanes, f + 3 * kLanes, pulls != nullptr ? pulls + p.D * kLanes : nullptr, counts.get() + kLanes};
+  }
+
+  Scratch scratch;
+  Buffer<float> floats;
+  Buffer<int64_t> counts;
+  SoftplusState sum, part;
+};
+
+}  // namespace
+
+void softplus_sum(const SoftplusSumParams& p, const Parallel& parallel) {
+  const auto make_task = [&] { return Task(p); };
+  for_each_task(parallel, ceil_div(p.B, kLanes), make_task, [&](Task& task, int64_t index) {
+    Block block{.query = p.query, .negative_keys = p.negative_keys, .D = p.D, .pool = p.pool};
+    block.first_query = index * kLanes;
+    block.lanes = std::min(kLanes, p.B - block.first_query);
+    const SoftplusState &sum = task.sum, &part = task.part;
+    std::fill_n(sum.total, 2 * kLanes, 0.0f);  // and mass behind it
+    std::fill_n(sum.kept, kLanes, int64_t{0});
+    if (sum.pull != nullptr) std::fill_n(sum.pull, p.D * kLanes, 0.0f);
+    for (int64_t k = 0; k < p.K; k += kSplitRows) {
+      block.k_begin = k;
+      block.k_end = std::min(p.K, k + kSplitRows);
+      kernels().softplus_sum_range(block, task.scratch.workspace, *p.scale, *p.bias, part);
+      for (int64_t i = 0; i < 2 * kLanes; ++i) sum.total[i] += part.total[i];
+      for (int64_t i = 0; i < kLanes; ++i) sum.kept[i] += part.kept[i];
+      if (sum.pull == nullptr) continue;
+      for (int64_t i = 0; i < p.D * kLanes; ++i) sum.pull[i] += part.pull[i];
+    }
+    for (int64_t lane = 0; lane < block.lanes; ++lane) {
+      const int64_t b = block.first_query + lane;
+      p.total[b] = sum.total[lane];
+      p.mass[b] = sum.mass[lane];
+      p.kept[b] = sum.kept[lane];
+      if (p.pull == nullptr) continue;
+      for (int64_t d = 0; d < p.D; ++d) p.pull[b * p.D + d] = sum.pull[d * kLanes + lane];
+    }
+  });
+}
+
+}  // namespace negmine::cpu

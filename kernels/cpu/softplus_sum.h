@@ -1,0 +1,25 @@
+// softplus_sum: the sum of log(1 + exp(scale s + bias)) over each query's pool, and its derivatives. (B, K) is never
+// stored. Meaning: kernels/README.md.
+#pragma once
+#include "kernels/cpu/matrix.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/pool.h"
+
+namespace negmine::cpu {
+
+struct SoftplusSumParams {
+  Matrix query;          // (B, D)
+  Matrix negative_keys;  // (K, D)
+  int64_t B = 0, K = 0, D = 0;
+  const float* scale = nullptr;  // ()
+  const float* bias = nullptr;   // ()
+  Pool pool;
+  float* total = nullptr;   // (B,)
+  float* pull = nullptr;    // (B, D), null where not wanted
+  float* mass = nullptr;    // (B,)
+  int64_t* kept = nullptr;  // (B,)
+};
+
+void softplus_sum(const SoftplusSumParams& p, const Parallel& parallel);
+
+}  // namespace negmine::cpu

@@ -1,0 +1,16 @@
+// The grid of logsumexp_grad_keys, with the sigmoid of scale s - lse where lse_b = -bias.
+#include "kernels/cpu/softplus_sum_grad_keys.h"
+
+#include <vector>
+
+namespace negmine::cpu {
+
+void softplus_sum_grad_keys(const LogsumexpGradKeysParams& p, const float* bias, const Parallel& parallel) {
+  const std::vector<float> shift(p.B, -*bias);  // (B,)
+  LogsumexpGradKeysParams shifted = p;
+  shifted.lse = shift.data();
+  shifted.sigmoid = true;
+  logsumexp_grad_keys(shifted, parallel);
+}
+
+}  // namespace negmine::cpu

@@ -1,0 +1,11 @@
+// softplus_sum_grad_keys: the gradient of sum_b weight_b total_b / scale with respect to the keys, total_b of
+// softplus_sum. Meaning: kernels/README.md.
+#pragma once
+#include "kernels/cpu/logsumexp_grad_keys.h"
+
+namespace negmine::cpu {
+
+// p.lse is not read: `bias` () stands in its place.
+void softplus_sum_grad_keys(const LogsumexpGradKeysParams& p, const float* bias, const Parallel& parallel);
+
+}  // namespace negmine::cpu

@@ -1,0 +1,107 @@
+"""logsumexp: the differentiable sum that most contrastive losses are arithmetic on, without the (B, K) matrix."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from negmine import backends, checks, reference_methods
+from negmine.info_nce import LogSumExp, scale_of
+from negmine.mining import for_kernels, score_of_positive, working
+from negmine.options import Select
+from negmine.pool import Pool, bounded, check_pool, usable
+
+
+def logsumexp(
+    query: Tensor,
+    negative_keys: Tensor,
+    *,
+    temperature: float | Tensor = 0.07,
+    positive_key: Tensor | None = None,
+    select: Select | None = None,
+    query_ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    query_labels: Tensor | None = None,
+    negative_labels: Tensor | None = None,
+    negative_mask: Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
+    row_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Log-sum-exp of each query's logits over its negatives, with gradients to query, negative_keys and temperature.
+
+        lse_b = log sum over kept k of exp(s_bk / temperature),   s = query . negative_key
+
+    query (B, D), negative_keys (K, D), temperature, select, masks, seed, step, row_offset, backend: as in info_nce.
+    positive_key (B, D): needed only where select has a margin; it gets no gradient here.
+
+    Returns (B,) fp32 (float64 for float64 input): -inf, without gradient, where the pool is empty. A loss is then arithmetic on
+    it: InfoNCE is softplus(lse - s_pos / T). The gradient is computed in the forward pass, so frozen keys may be overwritten
+    before backward. Selection and masks carry no gradient. Raises ValueError or TypeError for input that does not fit.
+    """
+    checks.require_temperature("logsumexp", temperature)
+    masks = (negative_mask, query_ids, negative_ids, query_labels, negative_labels)
+    return pooled(
+        "logsumexp", query, negative_keys, temperature, positive_key, select, masks, (seed, step, row_offset), backend
+    )
+
+
+def pooled(
+    op: str,
+    query: Tensor,
+    negative_keys: Tensor,
+    temperature: float | Tensor,
+    positive_key: Tensor | None,
+    select: Select | None,
+    masks: tuple[Tensor | None, ...],
+    draw: tuple[int, int, int],
+    backend: str | None,
+) -> Tensor:
+    """logsumexp under the name of the op that called it."""
+    kernels = ("logsumexp", "logsumexp_grad_keys")
+    ops, pool, dense = columns(op, kernels, query, negative_keys, positive_key, select, masks, draw, backend)
+    if ops is None:
+        return reference_methods.logsumexp(working(query), frozen(negative_keys), temperature, **dense)
+    return LogSumExp.apply(query, negative_keys, scale_of(temperature, query), None, ops, *pool)[0]
+
+
+def frozen(negative_keys: Tensor) -> Tensor:
+    """Keys as the dense path saves them for backward: a copy where they carry no gradient and may be overwritten."""
+    keys = working(negative_keys)
+    return keys if keys.requires_grad else keys.clone()
+
+
+def columns(
+    op: str,
+    kernels: tuple[str, ...],
+    query: Tensor,
+    negative_keys: Tensor,
+    positive_key: Tensor | None,
+    select: Select | None,
+    masks: tuple[Any, ...],
+    draw: tuple[int, int, int],
+    backend: str | None,
+) -> tuple[backends.Launchers | None, Pool, dict[str, Any]]:
+    """Which columns an op over the queue sees, checked: launchers and pool, or None and the reference's keywords."""
+    checks.require_query_and_keys(op, query, negative_keys)
+    checks.require_options(op, select=select)
+    checks.require_draw(op, *draw)
+    tensors: tuple[Tensor, ...] = (query, negative_keys)
+    if positive_key is not None:
+        checks.require_positive(op, positive_key, query)
+        tensors = (query, positive_key, negative_keys)
+    elif select is not None and select.has_margin:
+        raise checks.refuse(op, "positive_key", "given where select has a margin", None)
+    pool = check_pool(op, query, negative_keys, *masks)
+    windowed = ("rank_thresholds", "count_negatives") if select is not None else ()
+    only_dense = "select.sample" if select is not None and select.sample is not None else ""
+    ops = backends.choose(op, (*kernels, *windowed), backend, tensors, only_dense)
+    with torch.no_grad():
+        anchor = None if positive_key is None else score_of_positive(query, positive_key)  # (B,)
+        if ops is None:
+            allowed = usable(pool, query, negative_keys)
+            return None, pool, {"usable": allowed, "positive_score": anchor, "select": select, "draw": draw}
+        if select is not None:
+            pool = bounded(ops, for_kernels(query), for_kernels(negative_keys), pool, select, anchor)
+    return ops, pool, {}

@@ -1,0 +1,305 @@
+"""Published losses that are arithmetic on the positive's logit and the negatives' log-sum-exp, as functions and as a module.
+
+Each takes (query (B, D), positive_key (B, D), negative_keys (K, D)), temperature, its own numbers, reduction, and as **pool
+the further keywords of `negmine.logsumexp`: select, masks, seed, step, row_offset, backend. Each returns the loss, fp32
+(float64 for float64 input), 0-d or (B,); a row without negatives has loss 0 and no gradient. Gradients go to the query, the
+positive key, the negatives where they require it, and a temperature that is a tensor. Bad input raises ValueError or
+TypeError before any work.
+
+    x_b = s_pos / T,   lse_b = log sum over b's kept negatives of exp(s / T),   InfoNCE = log(1 + exp(lse - x))
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from negmine import checks, philox
+from negmine.logsumexp import pooled
+from negmine.mining import score_of_positive, working
+from negmine.options import is_real
+from negmine.stepped import Stepped, at_step
+
+POOL = ("negative_mask", "query_ids", "negative_ids", "query_labels", "negative_labels")
+DRAW = ("seed", "step", "row_offset")
+
+
+class Logits(NamedTuple):
+    """What a row of the loss is made of."""
+
+    positive: Tensor  # (B,) s_pos / T
+    lse: Tensor  # (B,) 0 where there is no negative
+    some: Tensor  # (B,) bool: there is a negative
+
+
+def sum_of(
+    op: str, query: Tensor, negative_keys: Tensor, temperature: float | Tensor, positive_key: Tensor, pool: dict
+) -> Tensor:
+    """negmine.logsumexp in the name of `op`: pool holds its further keywords."""
+    known = (*POOL, *DRAW, "select", "backend")
+    for name in pool:
+        if name not in known:
+            raise TypeError(f"{op}: {name} is no keyword; those of the pool are {', '.join(known)}")
+    masks = tuple(pool.get(name) for name in POOL)
+    draw = tuple(pool.get(name, 0) for name in DRAW)
+    return pooled(
+        op, query, negative_keys, temperature, positive_key, pool.get("select"), masks, draw, pool.get("backend")
+    )
+
+
+def logits(
+    op: str, query: Tensor, positive_key: Tensor, negative_keys: Tensor, temperature: float | Tensor, pool: dict
+) -> Logits:
+    checks.require_temperature(op, temperature)
+    checks.require_query_and_keys(op, query, negative_keys)
+    checks.require_positive(op, positive_key, query)
+    lse = sum_of(op, query, negative_keys, temperature, positive_key, pool)
+    some = lse != -torch.inf  # (B,) NaN stays
+    return Logits(score_of_positive(query, positive_key) / temperature, lse.masked_fill(~some, 0.0), some)
+
+
+def reduced(op: str, rows: Tensor, x: Logits, reduction: str) -> Tensor:
+    """rows (B,), 0 where there is no negative, under the reduction."""
+    checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
+    rows = torch.where(x.some, rows, 0.0 * x.positive)  # NaN in a row stays in that row
+    if reduction == "none":
+        return rows
+    return rows.sum() if reduction == "sum" else rows.sum() / max(len(rows), 1)
+
+
+def _require_number(op: str, name: str, value: Any, wanted: str, good: Callable[[float], bool]) -> None:
+    if not is_real(value) or not good(value):
+        raise checks.refuse(op, name, wanted, value)
+
+
+def with_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
+    """x itself, its gradient multiplied by `factor`."""
+    return x.detach() + (x - x.detach()) * factor
+
+
+def hardness_added(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor,
+    *,
+    temperature: float | Tensor = 0.02,
+    alpha: float = 9.0,
+    reduction: str = "mean",
+    **pool: Any,
+) -> Tensor:
+    """Hardness added to each negative's logit (LLaVE, EmbeddingGemma; sentence-transformers' hardness_mode).
+
+        loss = log(1 + exp(log sum_j exp(s_j / T + alpha sg[s_j]) - x)),   sg = no gradient
+
+    Weights exp(alpha s), not normalised and not divided by T: one log-sum-exp at 1 / T + alpha whose gradient is that of
+    s / T. alpha=9 on in-batch negatives (LLaVE), 5 on explicit hard negatives (EmbeddingGemma). alpha = beta / T gives HCL's
+    sharpened sum without its normaliser.
+    """
+    op = "hardness_added"
+    _require_number(op, "alpha", alpha, "a number of 0 or more", lambda a: a >= 0)
+    checks.require_temperature(op, temperature)
+    sharper = temperature / (1 + alpha * temperature)  # 1 / (1 / T + alpha)
+    share = sharper / temperature  # what s / T is of (1 / T + alpha) s
+    share = share.detach() if isinstance(share, Tensor) else share
+    checks.require_query_and_keys(op, query, negative_keys)
+    keys = with_gradient(working(negative_keys), share) if negative_keys.requires_grad else negative_keys
+    x = logits(op, with_gradient(working(query), share), positive_key, keys, sharper, pool)
+    x = x._replace(positive=score_of_positive(query, positive_key) / temperature)
+    return reduced(op, F.softplus(x.lse - x.positive), x, reduction)
+
+
+def decoupled_weighted(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    sigma: float = 0.5,
+    reduction: str = "mean",
+    **pool: Any,
+) -> Tensor:
+    """DCLW, decoupled with weighted positives (Yeh et al. 2021, arXiv 2110.06848).
+
+        loss_b = -w_b x_b + lse_b,   w_b = 2 - B softmax over the batch of (s_pos / sigma),   no gradient through w
+
+    Queries whose positive is still far weigh more; the weights of a batch add up to B. One log-sum-exp: lightly's DCLLoss adds
+    two, which is another loss, and another public port lets the gradient through w. The loss may be negative.
+    """
+    op = "decoupled_weighted"
+    _require_number(op, "sigma", sigma, "a number above 0", lambda s: s > 0)
+    x = logits(op, query, positive_key, negative_keys, temperature, pool)
+    score = score_of_positive(query, positive_key).detach()  # (B,)
+    weight = 2 - len(score) * F.softmax(score / sigma, dim=0)  # (B,)
+    return reduced(op, x.lse - weight * x.positive, x, reduction)
+
+
+def rince(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor,
+    *,
+    temperature: float | Tensor = 0.5,
+    r: float = 0.5,
+    lam: float = 0.01,
+    reduction: str = "mean",
+    **pool: Any,
+) -> Tensor:
+    """RINCE, robust to false positives (Chuang et al. 2022, arXiv 2201.04309; chingyaoc/RINCE README).
+
+        loss = -exp(r x) / r + (lam (exp(x) + exp(lse)))^r / r
+
+    r in (0, 1]: r -> 0 approaches InfoNCE plus log lam, 1 is the symmetric exponential loss. Values grow as exp(r / T): with unit
+    vectors keep r / T under 88 in fp32.
+    """
+    op = "rince"
+    _require_number(op, "r", r, "a number in (0, 1]", lambda v: 0 < v <= 1)
+    _require_number(op, "lam", lam, "a number above 0", lambda v: v > 0)
+    x = logits(op, query, positive_key, negative_keys, temperature, pool)
+    both = torch.logaddexp(x.positive, x.lse)  # (B,)
+    rows = (lam**r * torch.exp(r * both) - torch.exp(r * x.positive)) / r
+    return reduced(op, rows, x, reduction)
+
+
+def ifm(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor,
+    *,
+    temperature: float | Tensor = 0.2,
+    epsilon: float = 0.1,
+    alpha: float = 1.0,
+    reduction: str = "mean",
+    **pool: Any,
+) -> Tensor:
+    """Implicit feature modification (Robinson et al. 2021, arXiv 2106.11230; joshr17/IFM moco-master/moco/adv_builder.py).
+
+        loss = (nce(0) + alpha nce(epsilon)) / (1 + alpha),   nce(e) = InfoNCE with s_pos - e and s_j + e
+
+    The perturbation moves every score before the temperature, so nce(e) = log(1 + exp(lse - x + 2 e / T)): one log-sum-exp.
+    """
+    op = "ifm"
+    _require_number(op, "epsilon", epsilon, "a finite number", lambda v: True)
+    _require_number(op, "alpha", alpha, "a number of 0 or more", lambda v: v >= 0)
+    x = logits(op, query, positive_key, negative_keys, temperature, pool)
+    gap = x.lse - x.positive  # (B,)
+    rows = (F.softplus(gap) + alpha * F.softplus(gap + 2 * epsilon / temperature)) / (1 + alpha)
+    return reduced(op, rows, x, reduction)
+
+
+def dual_temperature(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    temperature_ratio: float = 10.0,
+    reduction: str = "mean",
+    **pool: Any,
+) -> Tensor:
+    """Dual temperature (Zhang et al. 2022, arXiv 2203.17248): one temperature within a query, another between queries.
+
+        loss = -sg[(1 - p(T_b)) / (1 - p(T_a))] log p(T_a),   p(T) = the positive's share at T,   T_b = temperature_ratio T_a
+
+    A small T_a tells a query's negatives apart; a large T_b keeps the weights of queries close together.
+    """
+    op = "dual_temperature"
+    _require_number(op, "temperature_ratio", temperature_ratio, "a number above 0", lambda v: v > 0)
+    x = logits(op, query, positive_key, negative_keys, temperature, pool)
+    with torch.no_grad():
+        between = logits(op, query, positive_key, negative_keys, temperature * temperature_ratio, pool)
+        weight = torch.exp(F.logsigmoid(between.lse - between.positive) - F.logsigmoid(x.lse - x.positive))  # (B,)
+    return reduced(op, weight * F.softplus(x.lse - x.positive), x, reduction)
+
+
+def i_mix(
+    query: Tensor,
+    positive_keys: Tensor,
+    negative_keys: Tensor,
+    *,
+    share: Tensor,
+    partner: Tensor,
+    temperature: float | Tensor = 0.2,
+    reduction: str = "mean",
+    **pool: Any,
+) -> Tensor:
+    """i-Mix (Lee et al. 2021, arXiv 2010.08887; kibok90/imix builder.py): virtual labels for mixed inputs.
+
+        loss_b = share_b ce_b(b) + (1 - share_b) ce_b(partner_b)
+        ce_b(c) = -s(b, key c) / T + log sum over columns of exp(s / T)
+
+    query (B, D): of the inputs share x + (1 - share) x[partner] (see mixed_inputs). positive_keys (B, D): of the unmixed
+    inputs; all B of them and the kept negatives are columns. share (B,) floating in [0, 1], partner (B,) int64.
+    Masks and select apply to negative_keys. A row always has columns: it is never empty.
+    """
+    op = "i_mix"
+    checks.require_query_and_keys(op, query, negative_keys)
+    checks.require_positive(op, positive_keys, query)
+    checks.require_temperature(op, temperature)
+    for name, value, kind in (("share", share, "floating"), ("partner", partner, "int64")):
+        checks.require_tensor(op, name, value, query)
+        good = value.is_floating_point() if kind == "floating" else value.dtype == torch.int64
+        if not good or tuple(value.shape) != (len(query),):
+            raise checks.refuse(op, name, f"{kind}, of shape ({len(query)},)", value)
+    whole_batch = {name: pool[name] for name in ("backend",) if name in pool}
+    x_batch = sum_of(op, query, positive_keys, temperature, positive_keys, whole_batch)  # (B,)
+    lse = torch.logaddexp(x_batch, sum_of(op, query, negative_keys, temperature, positive_keys, pool))  # (B,)
+    own, other = (score_of_positive(query, k) for k in (positive_keys, positive_keys[partner]))
+    pull = share.to(own.dtype) * own + (1 - share).to(own.dtype) * other  # (B,)
+    x = Logits(pull / temperature, lse, torch.ones_like(lse, dtype=torch.bool))
+    return reduced(op, x.lse - x.positive, x, reduction)
+
+
+def mixed_inputs(
+    inputs: Tensor, *, concentration: float = 1.0, seed: int = 0, step: int = 0, row_offset: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """i-Mix's inputs (B, ...): share x + (1 - share) x[partner], share (B,) fp32, partner (B,) int64, a permutation.
+
+    share = max(l, 1 - l), l ~ Beta(concentration, concentration): the own input always has the larger part. Counter-based draws,
+    keyed by (seed, step) and counted by the global row; the permutation is within this batch.
+    """
+    op = "mixed_inputs"
+    checks.require_tensor(op, "inputs", inputs)
+    if not inputs.is_floating_point() or inputs.dim() == 0:
+        raise checks.refuse(op, "inputs", "a floating tensor of shape (B, ...)", inputs)
+    _require_number(op, "concentration", concentration, "a number above 0", lambda v: v > 0)
+    checks.require_draw(op, seed, step, row_offset)
+    rows = torch.arange(len(inputs), device=inputs.device) + row_offset  # (B,)
+    slot = torch.zeros(1, dtype=torch.int64, device=inputs.device)
+    word, place, *_ = (w[:, 0] for w in philox.words(rows, slot, philox.STREAM_PARTNER, seed, step))  # (B,) each
+    quantiles = philox.beta_quantiles(float(concentration))
+    share = philox.unit(word, None if quantiles is None else quantiles.to(inputs.device))  # (B,)
+    share, partner = share.maximum(1 - share), place.argsort(stable=True)
+    across = share.to(inputs.dtype).view(-1, *[1] * (inputs.dim() - 1))  # (B, 1, ...)
+    return across * inputs + (1 - across) * inputs[partner], share, partner
+
+
+class MethodLoss(Stepped):
+    """A function of this file as a module: its numbers at construction, tensors and masks in the call.
+
+    Any option may be a schedule, a callable of the step (`negmine.recipes.linear` and others). Calls in training mode that name
+    no `step` count themselves. A temperature or another number given as an nn.Parameter is learned with the rest.
+    """
+
+    def __init__(self, method: Callable[..., Tensor], **options: Any) -> None:
+        super().__init__()
+        self.method = method
+        self.options = {name: value for name, value in options.items() if not isinstance(value, nn.Parameter)}
+        for name, value in options.items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+
+    def at(self, step: int) -> dict[str, Any]:
+        """The keywords of the function at this step, schedules evaluated."""
+        return at_step(self.options, step) | dict(self.named_parameters(recurse=False))
+
+    def forward(
+        self, query: Tensor, positive_key: Tensor, negative_keys: Tensor, *, step: int | None = None, **masks: Any
+    ) -> Tensor:
+        """masks: the ids, labels, mask and row_offset of negmine.logsumexp, and what the method asks for."""
+        step = self.count(step)
+        return self.method(query, positive_key, negative_keys, step=step, **self.at(step), **masks)
+
+    def extra_repr(self) -> str:
+        return ", ".join([self.method.__name__, *(f"{name}={value!r}" for name, value in self.options.items())])

@@ -1,0 +1,158 @@
+"""multi_similarity: the multi-similarity loss over mined pairs, with its gradient, without the (B, K) matrix.
+
+Mining keeps a pool of positives and a pool of negatives by one bound each; the two sums of the loss are log-sum-exps of those
+pools, as in info_nce, the positives' of -query. The dense definition is negmine/reference_triplets.py.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from negmine import backends, checks, reference_triplets
+from negmine.info_nce import LogSumExp
+from negmine.mining import for_kernels, working
+from negmine.options import is_real
+from negmine.pool import Pool
+from negmine.triplets import above, between, label_masks, label_pool
+
+
+class MultiSimilarityStats(NamedTuple):
+    """What multi_similarity returns beside the loss; none carries gradient."""
+
+    num_positives: Tensor  # (B,) int64 kept by the mining
+    num_negatives: Tensor  # (B,) int64 kept by the mining
+    num_empty: Tensor  # () int64: rows without any pair, whose loss is 0
+
+
+def _check_numbers(op: str, alpha: Any, beta: Any, base: Any, epsilon: Any) -> None:
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not is_real(value) or value <= 0:
+            raise checks.refuse(op, name, "a number above 0", value)
+    for name, value in (("base", base), ("epsilon", epsilon)):
+        if not is_real(value):
+            raise checks.refuse(op, name, "a finite number", value)
+
+
+def multi_similarity(
+    query: Tensor,
+    keys: Tensor,
+    query_labels: Tensor,
+    key_labels: Tensor,
+    *,
+    alpha: float = 2.0,
+    beta: float = 50.0,
+    base: float = 0.5,
+    epsilon: float = 0.1,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, MultiSimilarityStats]:
+    """Multi-similarity (Wang et al. 2019, arXiv 1904.06627; pytorch-metric-learning MultiSimilarityLoss, MultiSimilarityMiner).
+
+        P = { p of b's label  : s_p - epsilon < max over other labels of s }
+        N = { n of other labels : s_n + epsilon > min over b's label of s }
+        loss_b = log(1 + sum over P of exp(-alpha (s_p - base))) / alpha + log(1 + sum over N of exp(beta (s_n - base))) / beta
+
+    query (B, D), keys (K, D): carry gradient where they require it; unit vectors, for the published constants; frozen keys may
+        be overwritten before backward.
+    query_labels, key_labels, query_ids, key_ids, key_mask: as in mine_triplets.
+    alpha, beta, base, epsilon: pytorch-metric-learning's defaults. The bounds carry no gradient.
+    reduction: "mean" over the B rows, "sum" or "none".
+
+    Returns the loss, fp32 (float64 for float64 input); with return_stats also MultiSimilarityStats. A row without positives or
+    without negatives keeps no pair: loss 0, no gradient, counted, and in the mean. A NaN score is no candidate.
+    Raises ValueError or TypeError for input that does not fit, before any work.
+    """
+    op = "multi_similarity"
+    pool = label_pool(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
+    _check_numbers(op, alpha, beta, base, epsilon)
+    checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
+    checks.require_bool(op, "return_stats", return_stats)
+    ops = backends.choose(op, ("mine_hardest", "logsumexp", "logsumexp_grad_keys"), backend, (query, keys))
+    constants = {"alpha": float(alpha), "beta": float(beta), "base": float(base), "epsilon": float(epsilon)}
+    if ops is None:
+        same, other = label_masks(pool, query, keys)
+        # A copy, so that frozen keys may be overwritten; rows that no query sees may hold anything, NaN included.
+        frozen = torch.where((same | other).any(0)[:, None], working(keys), 0.0)
+        rows, *counts = reference_triplets.multi_similarity(working(query), frozen, same, other, **constants)
+    else:
+        rows, *counts = _fused(ops, query, keys, pool, **constants)
+    loss = rows
+    if reduction != "none":
+        loss = rows.sum() if reduction == "sum" else rows.sum() / max(len(rows), 1)
+    empty = (counts[0] + counts[1] == 0).sum()
+    return (loss, MultiSimilarityStats(counts[0], counts[1], empty)) if return_stats else loss
+
+
+def _fused(
+    ops: backends.Launchers,
+    query: Tensor,
+    keys: Tensor,
+    others: Pool,
+    alpha: float,
+    beta: float,
+    base: float,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and counts (B,) from the kernels `ops`; meaning as reference_triplets.multi_similarity."""
+    same, q, frozen = others._replace(same_label=True), for_kernels(query), for_kernels(keys)
+    with torch.no_grad():
+        highest = ops.mine_hardest(q, frozen, 1, *others)[0][:, 0]  # (B,) of the negatives
+        lowest = -ops.mine_hardest(-q, frozen, 1, *same)[0][:, 0]  # (B,) of the positives, +inf where there is none
+        # Bounds of the scores of -query: s < highest + epsilon is -s > -(highest + epsilon).
+        positives = between(same, highest, lower=above(-(highest + epsilon)))
+        negatives = between(others, lowest, lower=above(lowest - epsilon))
+
+    def smooth(anchor: Tensor, sharpness: float, shift: float, pool: Pool) -> tuple[Tensor, Tensor]:
+        """log(1 + sum over the pool of exp(sharpness (s + shift))) / sharpness (B,), and the size of the pool (B,)."""
+        scale = torch.full((), sharpness, dtype=torch.float32, device=anchor.device)
+        lse, kept, _ = LogSumExp.apply(anchor, keys, scale, None, ops, *pool)
+        raised = F.softplus(lse.masked_fill(kept == 0, 0.0) + sharpness * shift) / sharpness
+        return raised.masked_fill(kept == 0, 0.0), kept
+
+    pull, num_positives = smooth(-query, alpha, base, positives)
+    push, num_negatives = smooth(query, beta, -base, negatives)
+    return pull + push, num_positives, num_negatives
+
+
+class MultiSimilarityLoss(nn.Module):
+    """multi_similarity as a module; its keywords are multi_similarity's."""
+
+    def __init__(
+        self,
+        alpha: float = 2.0,
+        beta: float = 50.0,
+        base: float = 0.5,
+        *,
+        epsilon: float = 0.1,
+        reduction: str = "mean",
+        backend: str | None = None,
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__()
+        op = "MultiSimilarityLoss"
+        _check_numbers(op, alpha, beta, base, epsilon)
+        checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
+        self.options: dict[str, Any] = {
+            "alpha": alpha,
+            "beta": beta,
+            "base": base,
+            "epsilon": epsilon,
+            "reduction": reduction,
+            "backend": backend,
+            "return_stats": return_stats,
+        }
+
+    def forward(
+        self, query: Tensor, keys: Tensor, query_labels: Tensor, key_labels: Tensor, **masks: Any
+    ) -> Tensor | tuple[Tensor, MultiSimilarityStats]:
+        """masks: query_ids, key_ids, key_mask of multi_similarity."""
+        return multi_similarity(query, keys, query_labels, key_labels, **self.options, **masks)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value not in (None, False))

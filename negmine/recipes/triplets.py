@@ -1,0 +1,199 @@
+"""Published losses of triplets and of mined pairs, each as one function that returns the configured loss module.
+
+loss = negmine.recipes.ephn()
+loss(embeddings, embeddings, labels, labels, query_ids=ids, key_ids=ids)      in one batch: ids leave the pair itself out
+loss(query, queue.keys, labels, queue.labels)                                 against a queue with labels
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from negmine import checks, philox, reference
+from negmine.mining import mine_hardest, score_of_positive, working
+from negmine.multi_similarity import MultiSimilarityLoss
+from negmine.options import is_real
+from negmine.reference_triplets import rows_at
+from negmine.triplet_loss import TripletLoss
+
+
+def batch_hard(margin: float = 0.2, *, temperature: float | None = None, **keywords: Any) -> TripletLoss:
+    """Batch hard (Hermans et al. 2017, arXiv 1703.07737; tensorflow/addons triplet_hard_loss): the farthest positive, the nearest
+    negative.
+
+    temperature=1.0 with margin=0.0 is the soft margin log(1 + exp(d_p - d_n)). tensorflow/addons has margin=1.0 and
+    distance="squared_euclidean" by default. The mean is over anchors that have a triplet.
+    """
+    return TripletLoss(margin, positive="hard", negative="hardest", temperature=temperature, **keywords)
+
+
+def facenet(max_positives: int, *, margin: float = 0.2, **keywords: Any) -> TripletLoss:
+    """FaceNet's semi-hard triplets (Schroff et al. 2015, arXiv 1503.03832; tensorflow/addons triplet_semihard_loss).
+
+    Every positive pair against the nearest negative that is farther than the positive, or the farthest of all where none is;
+    squared Euclidean distances, mean over all pairs, zeros included. max_positives: at least the positives of a query.
+    """
+    return TripletLoss(
+        margin,
+        positive="all",
+        negative="semihard_facenet",
+        max_positives=max_positives,
+        distance="squared_euclidean",
+        **keywords,
+    )
+
+
+def ephn(temperature: float = 0.1, *, semihard: bool = False, **keywords: Any) -> TripletLoss:
+    """Easy positive, hard negative, EPHN (Xuan et al. 2020, arXiv 1904.04370; littleredxh/EasyPositiveHardNegative Loss.py).
+
+        loss = -log(exp(s_p / T) / (exp(s_p / T) + exp(s_n / T))) = softplus((s_n - s_p) / T)
+
+    of the nearest positive and the nearest negative; semihard (EPSHN): the nearest negative below the positive. The public code
+    also drops anchors whose best positive or chosen negative is at or below 0, a side effect of its -1 as "none"; here they
+    stay. It takes scores above 0.9999 for the sample itself; give ids instead. Equal scores are not semi-hard here.
+    """
+    rule = "semihard" if semihard else "hardest"
+    return TripletLoss(0.0, positive="easy", negative=rule, temperature=temperature, **keywords)
+
+
+def multi_similarity(
+    alpha: float = 2.0, beta: float = 50.0, base: float = 0.5, *, epsilon: float = 0.1, **keywords: Any
+) -> MultiSimilarityLoss:
+    """Multi-similarity loss with its mining (Wang et al. 2019, arXiv 1904.06627): every kept pair weighs by its exponential."""
+    return MultiSimilarityLoss(alpha, beta, base, epsilon=epsilon, **keywords)
+
+
+class VSEPlusPlusLoss(nn.Module):
+    """The loss of `vse_plus_plus`, called with the two sides of B pairs."""
+
+    def __init__(self, margin: float, reduction: str, backend: str | None) -> None:
+        super().__init__()
+        checks.require_choice("vse_plus_plus", "reduction", reduction, ("mean", "sum"))
+        self.side = TripletLoss(margin, positive="easy", negative="hardest", reduction=reduction, backend=backend)
+
+    def forward(self, image: Tensor, caption: Tensor, labels: Tensor | None = None) -> Tensor:
+        """image, caption (B, D): rows of equal number belong together. labels (B,): another row of the label is no negative."""
+        own = torch.arange(len(image), device=image.device)
+        apart = None if labels is None else (labels[:, None] != labels) | (own[:, None] == own)  # (B, B)
+        return self.side(image, caption, own, own, key_mask=apart) + self.side(caption, image, own, own, key_mask=apart)
+
+
+def vse_plus_plus(margin: float = 0.2, *, reduction: str = "sum", backend: str | None = None) -> VSEPlusPlusLoss:
+    """VSE++ (Faghri et al. 2018, arXiv 1707.05612; fartashf/vsepp model.py with max_violation): loss(image, caption).
+
+        loss = sum_b max(0, margin + max_n s(i_b, c_n) - s(i_b, c_b)) + sum_b max(0, margin + max_n s(i_n, c_b) - s(i_b, c_b))
+
+    A sum over the batch, as in the public code, whose margin defaults to 0 and whose scripts set 0.2.
+    """
+    return VSEPlusPlusLoss(margin, reduction, backend)
+
+
+class SimANSLoss(nn.Module):
+    """The loss of `simans`. Calls in training mode that name no `step` count themselves; the count travels in state_dict."""
+
+    def __init__(
+        self, kernel: Callable[[Tensor], Tensor], candidates: int, num_negatives: int, temperature: float, **fixed: Any
+    ) -> None:
+        super().__init__()
+        self.kernel, self.candidates, self.num_negatives = kernel, candidates, num_negatives
+        self.temperature, self.fixed = temperature, fixed
+        self.step = 0
+
+    def sample(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Tensor,
+        *,
+        step: int,
+        row_offset: int = 0,
+        **masks: Any,
+    ) -> Tensor:
+        """(B, num_negatives) int64: the drawn columns, hardest first, -1 past the end of a pool."""
+        seed, backend = self.fixed["seed"], self.fixed["backend"]
+        checks.require_draw("simans", seed, step, row_offset)
+        mined = mine_hardest(query, negative_keys, self.candidates, backend=backend, **masks)  # (B, C)
+        with torch.no_grad():
+            gap = mined.scores.double() - score_of_positive(query, positive_key).double()[:, None]  # (B, C)
+            rows = torch.arange(len(query), device=query.device) + row_offset  # (B,)
+            places = torch.arange(self.candidates, device=query.device)  # (C,)
+            word = philox.words(rows, places, philox.STREAM_WEIGHTED, seed, step)[0]  # (B, C)
+            drawn = (self.kernel(gap) + philox.gumbel(word)).masked_fill(mined.index < 0, -torch.inf)
+            kept = drawn.argsort(dim=1, descending=True, stable=True)[:, : self.num_negatives].sort(1).values
+            return mined.index.gather(1, kept)
+
+    def forward(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Tensor,
+        *,
+        step: int | None = None,
+        row_offset: int = 0,
+        **masks: Any,
+    ) -> Tensor:
+        """masks: query_ids, negative_ids, query_labels, negative_labels, negative_mask of mine_hardest."""
+        checks.require_query_and_keys("simans", query, negative_keys)
+        checks.require_positive("simans", positive_key, query)
+        if step is None:
+            step = self.step
+            self.step += self.training
+        index = self.sample(query, positive_key, negative_keys, step=step, row_offset=row_offset, **masks)  # (B, n)
+        q = working(query)
+        drawn = rows_at(negative_keys, index, q.dtype)  # (B, n, D)
+        rows, _ = reference.info_nce(q, working(positive_key), drawn, temperature=self.temperature, usable=index >= 0)
+        return rows if self.fixed["reduction"] == "none" else getattr(rows, self.fixed["reduction"])()
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.step = int(state["step"])
+
+
+def simans(
+    num_negatives: int = 15,
+    *,
+    candidates: int = 200,
+    kernel: str = "gaussian",
+    a: float = 1.0,
+    b: float = 0.0,
+    tau: float = 3.0,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    seed: int = 0,
+    backend: str | None = None,
+) -> SimANSLoss:
+    """SimANS (Zhou et al. 2022, arXiv 2210.11773; microsoft/SimXNS SimANS): negatives near the positive's score.
+
+        "gaussian"  p_j ~ exp(-a (s_j - s_pos - b)^2)      the paper
+        "laplace"   p_j ~ exp(-tau |s_j - s_pos|)          the public code, tau = 3 for MS MARCO
+
+    num_negatives are drawn of each query's hardest `candidates`, without replacement (Gumbel-top-k, counter-based), and the loss
+    is info_nce over them. Scores are raw inner products: the published a, b, tau and temperature = 1 are for dot products of
+    tens; cosines differ by less than 2, so that a or tau of tens to hundreds is needed before the draw sees the difference.
+    candidates, num_negatives and a are chosen here. The public code takes the last candidates where s_pos is 0; this does not.
+    """
+    op = "simans"
+    checks.require_count(op, "num_negatives", num_negatives)
+    checks.require_count(op, "candidates", candidates)
+    if candidates < num_negatives:
+        raise checks.refuse(op, "candidates", f"at least num_negatives={num_negatives}", candidates)
+    checks.require_choice(op, "kernel", kernel, ("gaussian", "laplace"))
+    for name, value in (("a", a), ("tau", tau)):
+        if not is_real(value) or value < 0:
+            raise checks.refuse(op, name, "a number of 0 or more", value)
+    if not is_real(b):
+        raise checks.refuse(op, "b", "a finite number", b)
+    checks.require_temperature(op, temperature)
+    checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
+    checks.require_draw(op, seed, 0, 0)
+
+    def log_p(gap: Tensor) -> Tensor:
+        """gap (B, C) = s_j - s_pos -> log p up to a constant."""
+        return -a * (gap - b).square() if kernel == "gaussian" else -tau * gap.abs()
+
+    fixed = {"reduction": reduction, "seed": seed, "backend": backend}
+    return SimANSLoss(log_p, candidates, num_negatives, temperature, **fixed)

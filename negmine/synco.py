@@ -1,0 +1,161 @@
+"""SynCo: six kinds of synthetic negatives. Four are mixes whose logits the mixing kernel sums; two are gathered."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from negmine import backends, checks, philox, reference
+from negmine.info_nce import scale_of
+from negmine.methods import DRAW, POOL, Logits, logits, reduced
+from negmine.mining import for_kernels, working
+from negmine.mixing import MixLogSumExp
+from negmine.options import is_int, is_real
+from negmine.pool import check_pool, usable
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """How many synthetic negatives of each kind, from the `hard` hardest n of each query; every h is scaled to unit length.
+
+        1 interpolated   a q + (1 - a) n          a in [0, 0.5)      MoCHi's mix with the query
+        2 extrapolated   q + b (n - q)            b in [1, 1.5)      easier than n: it lies beyond n, seen from q
+        3 mixed          g n_a + (1 - g) n_b      g in [0, 1)        MoCHi's pair; n_a may be n_b
+        4 noised         n + sigma z              z normal in each of the D directions
+        5 graded         n + delta q              q is the gradient of the score with respect to n
+        6 signed         n + eta sign(q)
+
+    Parents and coefficients are uniform. Kinds 1, 2, 3 and 5 are mixes of two vectors (5 with the fixed share delta / (1 + delta)
+    of q), whose logits are summed without the vectors; 4 and 6 gather (B, noised + signed, D).
+    """
+
+    hard: int = 1024
+    interpolated: int = 256
+    extrapolated: int = 256
+    mixed: int = 256
+    noised: int = 64
+    graded: int = 64
+    signed: int = 64
+    sigma: float = 0.01
+    delta: float = 0.01
+    eta: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in (*COUNTS, "hard"):
+            value, least = getattr(self, name), int(name == "hard")
+            if not is_int(value) or value < least:
+                raise ValueError(f"{name} must be an int of {least} or more, got {value!r}")
+        for name in ("sigma", "delta", "eta"):
+            value = getattr(self, name)
+            if not is_real(value) or value < 0:
+                raise ValueError(f"{name} must be a number of 0 or more, got {value!r}")
+
+    def row_offset(self, name: str, row_offset: int) -> int:
+        """Where the rows of a kind's draws begin: its number in the high bits, so that no two kinds share a draw."""
+        return row_offset + ((COUNTS.index(name) + 1) << 48)
+
+
+COUNTS = ("interpolated", "extrapolated", "mixed", "noised", "graded", "signed")
+PAPER = Kinds()
+
+
+def synco_vectors(
+    query: Tensor, negative_keys: Tensor, index: Tensor, kinds: Kinds, draw: tuple[int, int, int]
+) -> Tensor:
+    """The synthetic negatives (B, S, D) of `kinds` in their order, detached: the definition of every kind.
+
+    index (B, hard) int64: the hard negatives of each query, -1 past the end. A query without any gets zeros.
+    """
+    q, keys = query.detach()[:, None], negative_keys.detach()  # (B, 1, D), (K, D)
+    seed, step, row_offset = draw
+    count = (index >= 0).sum(1, keepdim=True)  # (B, 1)
+    made = []
+    for name in COUNTS:
+        slots = torch.arange(getattr(kinds, name), device=q.device)  # (S,)
+        rows = torch.arange(len(q), device=q.device) + kinds.row_offset(name, row_offset)  # (B,)
+        u0, u1, u2, _ = philox.words(rows, slots, philox.STREAM_MIX, seed, step)  # (B, S) each
+        n, other = (keys[index.gather(1, philox.below(u, count)).clamp_min(0)] for u in (u1, u0))  # (B, S, D) each
+        f = philox.unit(u2, None).to(q.dtype)[:, :, None]  # (B, S, 1)
+        if name == "interpolated":
+            h = 0.5 * f * q + (1 - 0.5 * f) * n
+        elif name == "extrapolated":
+            b = 1.5 - 0.5 * f
+            h = q + b * (n - q)
+        elif name == "mixed":
+            h = f * other + (1 - f) * n
+        elif name == "noised":
+            h = n + kinds.sigma * philox.normals(rows, slots, keys.shape[1], seed, step).to(q.dtype)
+        elif name == "graded":
+            h = n + kinds.delta * q
+        else:
+            h = n + kinds.eta * q.sign()
+        made.append(F.normalize(h, dim=2, eps=1e-12))
+    return torch.cat(made, 1).masked_fill((count == 0)[:, :, None], 0.0)
+
+
+def synco(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor,
+    *,
+    kinds: Kinds | None = PAPER,
+    temperature: float | Tensor = 0.2,
+    reduction: str = "mean",
+    **pool: Any,
+) -> Tensor:
+    """SynCo (Giakoumoglou and Stathaki 2024, arXiv 2410.02401; giakoumoglou/synco synco/builder.py).
+
+        loss = log(1 + exp(log(sum_j exp(x_j) + sum_h exp(q . h / T)) - x))      h: the synthetic negatives of `Kinds`, detached
+
+    They are added; no real negative is taken away. Parents come from the negatives left by the masks, whatever select keeps.
+    Draws are keyed by (seed, step) and counted by (kind, global row, slot): the same whatever the backend, batch split or world.
+    kinds=None: none yet (warm-up). What differs from the public code: its queue is normalised over the wrong dimension, so that
+    rows have norm 0.04 at first; its switches of kinds 4 and 5 are crossed; a stored version of its kinds 5 and 6 steps along
+    noise of 1e-5 in the place of the gradient, which moves nothing.
+    """
+    op = "synco"
+    if kinds is not None and not isinstance(kinds, Kinds):
+        raise checks.refuse(op, "kinds", "a negmine.recipes.Kinds or None", kinds, TypeError)
+    x = logits(op, query, positive_key, negative_keys, temperature, pool)
+    if kinds is None:
+        return reduced(op, F.softplus(x.lse - x.positive), x, reduction)
+    given: tuple[Any, ...] = tuple(pool.get(name) for name in POOL)
+    masks = check_pool(op, query, negative_keys, *given)
+    seed, step, row_offset = draw = tuple(pool.get(name, 0) for name in DRAW)
+    scale = scale_of(temperature, query)
+    with torch.no_grad():
+        kernels = ("mine_hardest", "mix_logsumexp")
+        ops = backends.choose(op, kernels, pool.get("backend"), (query, positive_key, negative_keys))
+        if ops is None:
+            allowed = usable(masks, query, negative_keys)
+            index = reference.mine_hardest(working(query), working(negative_keys), kinds.hard, allowed)[1]
+        else:
+            deepest = min(kinds.hard, max(len(negative_keys), 1))
+            index = ops.mine_hardest(for_kernels(query), for_kernels(negative_keys), deepest, *masks)[1]
+    sums = [x.lse.masked_fill(~x.some, -torch.inf)]
+    gathered = kinds
+    if ops is not None:
+        gathered = replace(kinds, interpolated=0, extrapolated=0, mixed=0, graded=0)
+        share = kinds.delta / (1 + kinds.delta)
+        ranges = {
+            "interpolated": (0.0, 0.5),
+            "extrapolated": (-0.5, 0.0),
+            "mixed": (0.0, 1.0),
+            "graded": (share, share),
+        }
+        for name, low_high in ranges.items():
+            counts = (getattr(kinds, name), 0) if name == "mixed" else (0, getattr(kinds, name))
+            draws = (*counts, *low_high, *low_high, False, None, seed, step, kinds.row_offset(name, row_offset))
+            if sum(counts):
+                sums.append(MixLogSumExp.apply(query, scale, negative_keys.detach(), index, ops, draws))
+    if any(getattr(gathered, name) for name in COUNTS):
+        with torch.no_grad():
+            h = synco_vectors(working(query), working(negative_keys), index, gathered, draw)  # (B, S, D)
+        x_made = reference.scores_of(working(query), h) / temperature  # (B, S)
+        sums.append(x_made.masked_fill((index < 0).all(1, keepdim=True), -torch.inf).logsumexp(1))
+    parts = torch.stack(sums, 1)  # (B, sums)
+    some = ~(parts == -torch.inf).all(1)  # (B,) NaN stays
+    lse = parts.masked_fill(~some[:, None], 0.0).logsumexp(1)
+    return reduced(op, F.softplus(lse - x.positive), Logits(x.positive, lse, some), reduction)

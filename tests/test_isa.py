@@ -1,0 +1,89 @@
+"""Every instruction set that this processor has, forced in turn: exact, rounded, and one score whatever the op and the split."""
+
+import pytest
+import torch
+
+import negmine
+from negmine import Mix, Select, backends, reference
+from tests import compare
+from tests.cases import DTYPES, ids, unit, whole
+
+ISAS = ("avx512bf16", "avx512", "avx2", "portable")
+SHAPES = [(1, 1, 1), (3, 7, 5), (17, 129, 33), (65, 300, 130), (2, 260, 515)]  # (B, K, D)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    row = next(row for row in backends.BACKENDS if row.name == "cpu")
+    if row.refusal:
+        pytest.skip(row.refusal)
+    from negmine import _ops_cpu
+
+    before = _ops_cpu.isa()
+    if not _ops_cpu.set_isa(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    assert _ops_cpu.set_isa(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mining_is_exact_on_integers(isa, dtype):
+    for seed, (B, K, D) in enumerate(SHAPES):
+        q, keys = whole(B, D, dtype=dtype, seed=seed), whole(K, D, dtype=dtype, seed=seed + 1)
+        N = K // 2 + 1
+        got = negmine.mine_hardest(q, keys, N, backend="cpu")
+        scores, index = reference.mine_hardest(q.float(), keys.float(), N)
+        compare.exact(f"scores {B, K, D}", got.scores, scores)
+        compare.exact(f"index {B, K, D}", got.index, index)
+        ranks = torch.tensor([K // 2, 0, K - 1, 0, K, -1]).expand(B, 6)
+        want = reference.rank_thresholds(q.float(), keys.float(), ranks)
+        compare.exact(f"ranks {B, K, D}", negmine.rank_thresholds(q, keys, ranks, backend="cpu"), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"select": Select(0.01, 0.2)}, {"mix": Mix(8, 6, 4)}], ids=lambda o: ",".join(o)
+)
+def test_losses_and_gradients_are_rounded(isa, dtype, options):
+    for seed, (B, K, D) in enumerate(SHAPES):
+        inputs = [unit(n, D, dtype=dtype, seed=seed + i) for i, n in enumerate((B, B, K))]
+
+        def run(cast, function, inputs=inputs, **more):
+            leaves = [t.to(cast).requires_grad_() for t in inputs]
+            rows = function(*leaves, temperature=0.2, **options, **more)
+            rows = rows[0] if isinstance(rows, tuple) else rows
+            return [rows, *torch.autograd.grad(rows.double().sum(), leaves)]
+
+        got = run(dtype, negmine.info_nce, reduction="none", backend="cpu")
+        truth, plain = (run(cast, reference.info_nce) for cast in (torch.float64, dtype))
+        for name, k, t, p in zip(("loss", "d_query", "d_positive", "d_keys"), got, truth, plain, strict=True):
+            compare.rounded(f"{name} {B, K, D}", k, t, p, 5.0, truth[2] if name == "d_query" else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("K, D, N", [(20_000, 9, 300), (5_000, 130, 1024)])
+def test_one_score_whatever_the_op_and_the_split(isa, dtype, K, D, N):
+    """Thresholds, counts and minings meet on the same bits; the sampled scan returns what a full ranking holds."""
+    q, keys = unit(5, D, dtype=dtype), unit(K, D, dtype=dtype, seed=1)
+    ranking = negmine.mine_hardest(q, keys, K, backend="cpu")  # without a sample
+    mined = negmine.mine_hardest(q, keys, N, backend="cpu")
+    compare.exact("index", mined.index, ranking.index[:, :N])
+    compare.exact("scores", mined.scores, ranking.scores[:, :N])
+    compare.exact("alone", negmine.mine_hardest(q[3:4], keys, N, backend="cpu").index[0], mined.index[3])
+    ranks = [N - 1, 3, K // 2]
+    compare.exact("ranks", negmine.rank_thresholds(q, keys, ranks, backend="cpu"), ranking.scores[:, ranks])
+    pool = ids(5, K, q.device)
+    _, stats = negmine.info_nce(q, q, keys, select=Select(3, N), **pool, return_stats=True, backend="cpu")
+    compare.exact("window", stats.num_negatives, torch.full((5,), N - 3))
+
+
+def test_subnormals_of_bf16_cost_no_more_than_their_size(isa):
+    """Multiplying pairs of bf16 reads and writes subnormals as zero: 2^-126 a term at most, where the other side is 1."""
+    q, keys = torch.ones(2, 6, dtype=torch.bfloat16), torch.full((5, 6), 2.0**-130, dtype=torch.bfloat16)
+    keys[1] = 2.0**-120
+    mined = negmine.mine_hardest(q, keys, 5, backend="cpu")
+    assert mined.index[:, 0].tolist() == [1, 1]
+    assert (
+        float((mined.scores.double() - (q.double() @ keys.double().T).gather(1, mined.index)).abs().max())
+        <= 6 * 2.0**-126
+    )

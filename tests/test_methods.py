@@ -1,0 +1,342 @@
+"""Each loss of negmine/methods.py, siglip and synco against its published formula, dense and in float64, on every backend."""
+
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import negmine
+from negmine import Select, methods, recipes, reference
+from negmine.recipes import Kinds
+from negmine.synco import COUNTS, synco, synco_vectors
+from tests import compare
+from tests.cases import masks, unit
+from tests.conftest import device_of, interpreted
+from tests.test_kernels import dense_mask, gradients
+
+B, K, D = 5, 90, 6
+OUT = -torch.inf
+SMALL = Kinds(20, 5, 6, 7, 3, 4, 5, sigma=0.3, delta=0.2, eta=0.1)
+
+
+def nce(x_pos, x):
+    return -torch.cat([x_pos[:, None], x], 1).log_softmax(1)[:, 0]
+
+
+def hardness_added(s_pos, s, T, keep, alpha):
+    return nce(s_pos / T, (s / T + alpha * s.detach()).masked_fill(~keep, OUT))
+
+
+def decoupled_weighted(s_pos, s, T, keep, sigma):
+    w = torch.tensor(
+        [2 - len(s) * float((p / sigma).exp() / (s_pos.detach() / sigma).exp().sum()) for p in s_pos.detach()]
+    )
+    return (s / T).masked_fill(~keep, OUT).exp().sum(1).log() - w.to(s) * s_pos / T
+
+
+def rince(s_pos, s, T, keep, r, lam):
+    pos, neg = (s_pos / T).exp(), ((s / T).exp() * keep).sum(1)
+    return -(pos**r) / r + (lam * (pos + neg)) ** r / r
+
+
+def ifm(s_pos, s, T, keep, epsilon, alpha):
+    moved = nce((s_pos - epsilon) / T, ((s + epsilon) / T).masked_fill(~keep, OUT))
+    return (nce(s_pos / T, (s / T).masked_fill(~keep, OUT)) + alpha * moved) / (1 + alpha)
+
+
+def dual_temperature(s_pos, s, T, keep, temperature_ratio):
+    near, far = (nce(s_pos / t, (s / t).masked_fill(~keep, OUT)) for t in (T, T * temperature_ratio))
+    return ((1 - (-far).exp()) / (1 - (-near).exp())).detach() * near
+
+
+CASES = {
+    "hardness_added": (hardness_added, 0.1, {"alpha": 9.0}),
+    "decoupled_weighted": (decoupled_weighted, 0.1, {"sigma": 0.5}),
+    "rince": (rince, 0.5, {"r": 0.5, "lam": 0.01}),
+    "ifm": (ifm, 0.2, {"epsilon": 0.1, "alpha": 1.0}),
+    "dual_temperature": (dual_temperature, 0.1, {"temperature_ratio": 10.0}),
+}
+
+
+def inputs(dtype=torch.float32, device="cpu"):
+    return [unit(n, D, dtype=dtype, device=device, seed=i) for i, n in enumerate((B, B, K))]
+
+
+def leaves_of(vectors, T, cast):
+    leaves = [v.to(cast).detach().requires_grad_() for v in vectors]
+    wide = torch.promote_types(cast, torch.float32)
+    return leaves, torch.tensor(T, dtype=wide, device=vectors[0].device).requires_grad_()
+
+
+def agree(name, ours, dense, T, vectors, condition):
+    """ours(leaves, T) of a backend against dense(leaves, T) in float64: rows, and gradients to everything."""
+    outputs = []
+    for function, cast in ((ours, vectors[0].dtype), (dense, torch.float64), (dense, vectors[0].dtype)):
+        leaves, temperature = leaves_of(vectors, T, cast)
+        rows = function(leaves, temperature)
+        outputs.append([rows, *gradients(rows, [*leaves, temperature])])
+    for part, k, t, p in zip(("rows", "d_query", "d_positive", "d_keys", "d_T"), *outputs, strict=True):
+        terms = outputs[1][2] if part == "d_query" else None  # the positive's pull less the negatives' push
+        compare.rounded(f"{name} {part}", k, t, p, condition, terms)
+
+
+@pytest.mark.parametrize("kind", ["none", "everything"])
+@pytest.mark.parametrize("name", CASES)
+def test_method_is_its_formula(any_backend, name, kind):
+    formula, T, options = CASES[name]
+    device = device_of(any_backend)
+    for dtype in (torch.float32, torch.bfloat16):
+        if dtype != torch.float32 and (any_backend == "reference" or interpreted(any_backend)):
+            continue  # the reference computes in fp32, and the interpreter widens
+        vectors = inputs(dtype, device)
+        given = masks(kind, B, K, device)
+        keep = dense_mask(vectors[0], vectors[2], given)
+        keep = torch.ones(B, K, dtype=torch.bool, device=device) if keep is None else keep
+
+        def ours(leaves, T, given=given):
+            keywords = {**options, **given, "reduction": "none", "backend": any_backend}
+            return getattr(methods, name)(*leaves, temperature=T, **keywords)
+
+        def dense(leaves, T, keep=keep):
+            q, pos, keys = leaves
+            return formula((q * pos).sum(1), q @ keys.T, T, keep, **options)
+
+        agree(name, ours, dense, T, vectors, 1 / T + options.get("alpha", 0) + 10)
+
+
+def test_i_mix_is_its_formula(any_backend):
+    device = device_of(any_backend)
+    vectors = inputs(device=device)
+    share, partner = torch.rand(B, device=device), torch.randperm(B).to(device)
+
+    def ours(leaves, T):
+        keywords = {"share": share, "partner": partner, "reduction": "none", "backend": any_backend}
+        return methods.i_mix(*leaves, temperature=T, **keywords)
+
+    def dense(leaves, T):
+        q, batch, keys = leaves
+        columns = -(q @ torch.cat([batch, keys]).T / T).log_softmax(1)  # (B, B + K)
+        own, other = columns[range(B), range(B)], columns[range(B), partner]
+        lam = share.to(q.dtype)
+        return lam * own + (1 - lam) * other
+
+    agree("i_mix", ours, dense, 0.2, vectors, 10.0)
+
+
+@pytest.mark.parametrize("kind", ["none", "everything"])
+def test_siglip_is_its_formula(any_backend, kind):
+    device = device_of(any_backend)
+    vectors, bias = inputs(device=device), -2.0
+    given = masks(kind, B, K, device)
+    keep = dense_mask(vectors[0], vectors[2], given)
+
+    def ours(leaves, t):
+        keywords = {"scale": t, "bias": bias, "reduction": "none", "backend": any_backend}
+        return negmine.siglip(*leaves, **keywords, **given)
+
+    def dense(leaves, t):
+        q, pos, keys = leaves
+        each = (1 + (t * (q @ keys.T) + bias).exp()).log()
+        each = each if keep is None else each * keep
+        return (1 + (-(t * (q * pos).sum(1) + bias)).exp()).log() + each.sum(1)
+
+    agree("siglip", ours, dense, 10.0, vectors, 10.0)
+
+
+@pytest.mark.parametrize("kind", ["none", "everything"])
+def test_synco_is_its_formula(any_backend, kind):
+    device = device_of(any_backend)
+    vectors = inputs(device=device)
+    given = masks(kind, B, K, device)
+    allowed = dense_mask(vectors[0], vectors[2], given)
+    keep = torch.ones(B, K, dtype=torch.bool, device=device) if allowed is None else allowed
+    draw = (7, 11, 2**33)
+    _, index = reference.mine_hardest(vectors[0].double(), vectors[2].double(), SMALL.hard, allowed)
+
+    def ours(leaves, T):
+        keyed = dict(zip(("seed", "step", "row_offset"), draw, strict=True))
+        keywords = {"kinds": SMALL, "reduction": "none", "backend": any_backend}
+        return synco(*leaves, temperature=T, **keywords, **keyed, **given)
+
+    def dense(leaves, T):
+        q, pos, keys = leaves
+        h = synco_vectors(q, keys, index, SMALL, draw)  # (B, S, D)
+        made = (torch.einsum("bd,bsd->bs", q, h) / T).masked_fill((index < 0).all(1, keepdim=True), OUT)
+        return nce((q * pos).sum(1) / T, torch.cat([(q @ keys.T / T).masked_fill(~keep, OUT), made], 1))
+
+    agree("synco", ours, dense, 0.2, vectors, 10.0)
+
+
+def test_each_kind_of_synco_has_its_closed_form():
+    """Logits of kinds 1, 2, 5 and 6 from scores alone; kind 2 is easier than its source, kind 1 harder, 5 and 6 harder."""
+    q, _, keys = (v.double() for v in inputs())
+    _, index = reference.mine_hardest(q, keys, SMALL.hard)
+    for number, name in enumerate(COUNTS, 1):
+        only = Kinds(SMALL.hard, **dict.fromkeys(COUNTS, 0) | {name: 400}, sigma=0.3, delta=0.2, eta=0.1)
+        h = synco_vectors(q, keys, index, only, (1, 2, 3))
+        torch.testing.assert_close(h.norm(dim=2), torch.ones(B, 400).double())
+        logit = torch.einsum("bd,bsd->bs", q, h)
+        words = negmine.philox.words(
+            torch.arange(B) + 3 + (number << 48), torch.arange(400), negmine.philox.STREAM_MIX, 1, 2
+        )
+        source = index.gather(1, negmine.philox.below(words[1], torch.full((B, 1), SMALL.hard)))
+        s, f = (q[:, None] * keys[source]).sum(2), negmine.philox.unit(words[2], None).double()
+        share = {"interpolated": 0.5 * f, "extrapolated": 0.5 * f - 0.5, "graded": torch.full_like(f, 0.2 / 1.2)}
+        if name in share:
+            c = share[name]
+            closed = (c + (1 - c) * s) / (c**2 + (1 - c) ** 2 + 2 * c * (1 - c) * s).sqrt()
+            torch.testing.assert_close(logit, closed)
+            assert bool((logit <= s + 1e-12).all() if name == "extrapolated" else (logit >= s - 1e-12).all())
+        if name == "graded":
+            torch.testing.assert_close(logit, (s + 0.2) / (1 + 2 * 0.2 * s + 0.2**2).sqrt())
+        if name == "signed":
+            along = (keys[source] * q.sign()[:, None]).sum(2)
+            norm = (1 + 2 * 0.1 * along + 0.1**2 * D).sqrt()
+            torch.testing.assert_close(logit, (s + 0.1 * q.abs().sum(1, keepdim=True)) / norm)
+        if name == "noised":
+            assert (h - keys[source]).norm(dim=2).median() < 1.0  # near its source
+            assert (logit - s).std() > 0.05
+
+
+def test_the_normal_noise_is_normal():
+    z = negmine.philox.normals(torch.arange(300), torch.arange(50), 7, 5, 6).double().flatten()
+    n = z.numel()
+    assert abs(z.mean()) < 4 / n**0.5 and abs(z.var() - 1) < 4 * (2 / n) ** 0.5
+    assert abs((z**3).mean()) < 4 * (15 / n) ** 0.5 and abs((z**4).mean() - 3) < 4 * (96 / n) ** 0.5
+    first, again = (negmine.philox.normals(torch.arange(2) + 8, torch.arange(3), 7, 5, s) for s in (6, 6))
+    assert torch.equal(first, again)
+    assert torch.equal(first[1:], negmine.philox.normals(torch.arange(1) + 9, torch.arange(3), 7, 5, 6))
+
+
+def test_kinds_do_not_share_draws():
+    """Adding a kind, or members of one, leaves the others' vectors as they are."""
+    q, _, keys = inputs()
+    _, index = reference.mine_hardest(q, keys, 20)
+    whole = synco_vectors(q, keys, index, SMALL, (0, 0, 0))
+    for name, part in zip(COUNTS, whole.split([getattr(SMALL, n) for n in COUNTS], 1), strict=True):
+        alone = Kinds(20, **dict.fromkeys(COUNTS, 0) | {name: part.shape[1]}, sigma=0.3, delta=0.2, eta=0.1)
+        compare.exact(name, synco_vectors(q, keys, index, alone, (0, 0, 0)), part)
+
+
+CALLS = {
+    **{name: (getattr(methods, name), {}) for name in CASES},
+    "siglip": (negmine.siglip, {}),
+    "synco": (synco, {"kinds": SMALL}),
+    "i_mix": (methods.i_mix, {"share": torch.full((B,), 0.7), "partner": torch.arange(B).flip(0)}),
+}
+
+
+@pytest.mark.parametrize("name", ["rince", "ifm", "siglip", "i_mix"])
+def test_finite_differences(name):
+    """Of the methods that detach nothing; the others' gradients are compared with autograd of the dense formula."""
+    function, options = CALLS[name]
+    q, pos, keys = (v.double().requires_grad_() for v in inputs())
+    options = {
+        n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in options.items()
+    }
+    assert torch.autograd.gradcheck(
+        lambda q, p, n: function(q, p, n, reduction="none", backend="reference", **options), (q, pos, keys)
+    )
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_empty_rows_nan_rows_and_reductions(any_backend, name):
+    device = device_of(any_backend)
+    function, options = CALLS[name]
+    options = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in options.items()}
+    q, pos, keys = inputs(device=device)
+    usable = torch.ones(B, K, dtype=torch.bool, device=device)
+    usable[1] = False
+    q = q.requires_grad_()
+    rows = function(q, pos, keys, negative_mask=usable, reduction="none", backend=any_backend, **options)
+    (gradient,) = torch.autograd.grad(rows.sum(), q)
+    assert bool(rows.isfinite().all()) and bool(gradient.isfinite().all())
+    if name not in ("siglip", "i_mix"):  # whose rows keep a term without negatives
+        assert rows[1] == 0 and not gradient[1].any()
+    for reduction, want in (("sum", rows.sum()), ("mean", rows.mean())):
+        got = function(q, pos, keys, negative_mask=usable, reduction=reduction, backend=any_backend, **options)
+        torch.testing.assert_close(got, want)
+    if name not in ("decoupled_weighted", "i_mix"):  # whose rows see each other
+        broken = q.detach().clone()
+        broken[3] = torch.nan
+        spoiled = function(broken, pos, keys, negative_mask=usable, reduction="none", backend=any_backend, **options)
+        assert spoiled.isnan().tolist() == [False, False, False, True, False]
+
+
+def test_limits_and_identities():
+    q, pos, keys = (v.double() for v in inputs())
+    call = {"reduction": "none", "backend": "reference", "temperature": 0.2}
+    plain = negmine.info_nce(q, pos, keys, **call)
+    x_pos, lse = (q * pos).sum(1) / 0.2, negmine.logsumexp(q, keys, temperature=0.2, backend="reference")
+    close = torch.testing.assert_close
+    close(F.softplus(lse - x_pos), plain)
+    close(methods.hardness_added(q, pos, keys, alpha=0.0, **call), plain)
+    close(methods.ifm(q, pos, keys, epsilon=0.0, **call), plain)
+    close(methods.ifm(q, pos, keys, alpha=0.0, **call), plain)
+    close(methods.dual_temperature(q, pos, keys, temperature_ratio=1.0, **call), plain)
+    close(synco(q, pos, keys, kinds=None, **call), plain)
+    close(synco(q, pos, keys, kinds=Kinds(5, 0, 0, 0, 0, 0, 0), **call), plain)
+    # an additive margin of 2 epsilon on the positive
+    moved = 2 * methods.ifm(q, pos, keys, epsilon=0.05, **call) - plain
+    close(moved, F.softplus(lse - x_pos + 2 * 0.05 / 0.2))
+    # r -> 0 is InfoNCE plus log lam; r = 1 is linear in the exponentials
+    close(methods.rince(q, pos, keys, r=1e-6, lam=0.5, **call), plain + math.log(0.5), rtol=1e-4, atol=1e-4)
+    close(methods.rince(q, pos, keys, r=1.0, lam=0.5, **call), 0.5 * lse.exp() - 0.5 * x_pos.exp())
+    # equal positives weigh alike, and weights add up to B
+    exact = F.normalize(q, dim=1)
+    decoupled = negmine.info_nce(exact, exact, keys, decoupled=True, **call)
+    close(methods.decoupled_weighted(exact, exact, keys, **call), decoupled)
+    # alpha = beta / T is HCL's sharpened sum without its normaliser
+    sharper = negmine.logsumexp(q, keys, temperature=0.2 / (1 + 2.0), backend="reference")
+    close(methods.hardness_added(q, pos, keys, alpha=2.0 / 0.2, **call), F.softplus(sharper - x_pos))
+    # MoCHi's two kinds are SynCo's 1 and 3
+    share, partner = torch.ones(B).double(), torch.arange(B)
+    everything = negmine.info_nce(q, pos, torch.cat([pos, keys]), **call, query_ids=torch.arange(B),
+                                  negative_ids=torch.arange(B + K))  # fmt: skip
+    close(methods.i_mix(q, pos, keys, share=share, partner=partner, **call), everything)
+    # the pair alone
+    alone = negmine.siglip(q, pos, keys[:0], scale=3.0, bias=0.5, reduction="none")
+    close(alone, -F.logsigmoid(3.0 * (q * pos).sum(1) + 0.5))
+
+
+def test_mixed_inputs_are_a_permutation_of_the_batch():
+    x = torch.randn(64, 3, 4, 4)
+    mixed, share, partner = recipes.mixed_inputs(x, seed=1, step=2)
+    assert partner.sort().values.tolist() == list(range(64)) and bool((share >= 0.5).all() & (share <= 1).all())
+    torch.testing.assert_close(mixed[5], share[5] * x[5] + (1 - share[5]) * x[partner[5]])
+    again, other = (recipes.mixed_inputs(x, seed=1, step=s)[1] for s in (2, 3))
+    assert torch.equal(again, share) and not torch.equal(other, share)
+    many = recipes.mixed_inputs(torch.zeros(20_000, 1), concentration=0.3)[1].double()
+    top = torch.distributions.Beta(0.3, 0.3).sample((400_000,))
+    want = torch.maximum(top, 1 - top).double().mean()
+    assert abs(many.mean() - want) < 4 * float(many.std()) / 20_000**0.5
+
+
+def test_a_module_learns_its_numbers_counts_and_is_pickled():
+    q, pos, keys = inputs()
+    learned = torch.nn.Parameter(torch.tensor(0.3))
+    loss = recipes.synco(*[20, 5, 6, 7, 3, 4, 5], temperature=learned, warmup_steps=1, seed=4)
+    values = [float(loss(q, pos, keys).detach()) for _ in range(3)]
+    assert len(set(values)) == 3 and values[0] < min(values[1:])
+    loss(q, pos, keys).backward()
+    assert learned.grad.isfinite() and loss.state_dict()["_extra_state"] == {"step": 4}
+    again = pickle.loads(pickle.dumps(loss))
+    assert again(q, pos, keys, step=2) == values[2]
+    siglip = recipes.siglip(select=Select(0, 0.5))
+    siglip(q, pos, keys).backward()
+    assert siglip.log_scale.grad.isfinite() and siglip.bias.grad.isfinite() and siglip.step == 1
+    assert not recipes.siglip(learn=False)(q, pos, keys).requires_grad
+
+
+def test_a_step_compiles_into_one_graph():
+    torch._dynamo.reset()
+    q, pos, keys = inputs()
+
+    def step(q, pos, keys):
+        rows = [getattr(methods, name)(q, pos, keys) for name in CASES]
+        return torch.stack([*rows, synco(q, pos, keys, kinds=SMALL)])
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, pos, keys), step(q, pos, keys))
