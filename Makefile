@@ -14,9 +14,11 @@ export ONEDNN_MAX_CPU_ISA = AVX512_CORE_BF16
 SECONDS ?= 60
 SEED    ?= 0
 ROUNDS  ?= 5
+STEPS   ?= 10000
+PYTHONS ?=
 SANITIZED := build/sanitize
 
-.PHONY: venv demo test check fuzz sanitize threads docs bench plots gpu wheel clean
+.PHONY: venv demo test check fuzz sanitize threads soak docs bench plots gpu wheel check-wheel clean
 
 venv: .venv/built
 
@@ -63,6 +65,10 @@ sanitize: venv
 threads: venv
 	$(PY) -m build_tools.thread_sanitizer $(ROUNDS)
 
+# Training steps in one process that must not grow: make soak STEPS=100000
+soak: venv
+	$(PY) -m tests.soak --steps $(STEPS)
+
 # The pages of docs/ and a reference from the docstrings, into out/docs/index.html; a broken link fails.
 docs: venv
 	$(PY) -m build_tools.make_docs
@@ -99,6 +105,10 @@ wheel: venv
 	NEGMINE_CUDA=$(CUDA) $(PY) -m build --wheel --no-isolation --outdir build/wheel .
 	$(PY) -m build_tools.check_wheel build/wheel/*.whl
 	mkdir -p dist && mv build/wheel/*.whl dist/
+
+# An sdist, a wheel from it, its audits, and a fresh environment that runs it; for other Pythons: make check-wheel PYTHONS="..."
+check-wheel: venv
+	NEGMINE_CUDA=$(CUDA) $(PY) -m build_tools.check_install $(PYTHONS)
 
 clean:
 	rm -rf build dist *.egg-info negmine/_*.so negmine/_build_info.py .venv/built

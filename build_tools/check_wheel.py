@@ -17,7 +17,8 @@ def faults(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         files = [PurePosixPath(file) for file in archive.namelist()]
         build_info = archive.read(BUILD_INFO).decode() if PurePosixPath(BUILD_INFO) in files else ""
-    found = []
+        named = [str(file) for file in files if file.suffix == ".so" and b"-packages/" in archive.read(str(file))]
+    found = [f"{', '.join(named)} name folders of the machine that built them"] if named else []
     tops = {file.parts[0] for file in files}
     if tops != {"negmine", f"{name}-{version}.dist-info"}:
         found.append(f"its top level is {sorted(tops)}")

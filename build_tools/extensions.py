@@ -86,6 +86,8 @@ class Build:
 
     def torch_ops(self, cuda: bool) -> list[Unit]:
         torch = [f"-isystem{self.torch}/include", f"-isystem{self.torch}/include/torch/csrc/api/include"]
+        # Headers put their own paths into messages: those of a wheel must not name the machine that built it.
+        torch.append(f"-ffile-prefix-map={self.torch}/=torch/")
         command = [*self.cxx, *CXX_FLAGS, *STABLE_ABI, *self.python_include, *torch]
         if cuda:
             assert self.toolkit
@@ -98,7 +100,8 @@ class Build:
         if self.toolkit:
             version, arches = ".".join(map(str, self.toolkit.version)), ";".join(self.toolkit.arches)
         facts = [f'-DNEGMINE_CUDA_VERSION="{version}"', f'-DNEGMINE_CUDA_ARCHES="{arches}"']
-        command = [*self.cxx, *CXX_FLAGS, *facts, *self.python_include, f"-isystem{self.pybind11_include}"]
+        own = [f"-isystem{self.pybind11_include}", f"-ffile-prefix-map={self.pybind11_include}/="]
+        command = [*self.cxx, *CXX_FLAGS, *facts, *self.python_include, *own]
         return [Unit(source, tuple(command)) for source in glob("csrc/python/*.cpp")]
 
     @cached_property

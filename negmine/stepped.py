@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from negmine.options import is_int
+
 
 class Stepped(nn.Module):
     """`step` counts the calls in training mode that named none; it travels in state_dict."""
@@ -23,7 +25,11 @@ class Stepped(nn.Module):
         return {"step": self.step}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        self.step = int(state["step"])
+        step: Any = state.get("step") if isinstance(state, dict) else None
+        if not is_int(step) or not 0 <= step < 2**32:
+            wanted = "{'step': an int in [0, 2**32)}"
+            raise ValueError(f"{type(self).__name__}: the saved state must be {wanted}, got {state!r}")
+        self.step = step
 
 
 def at_step(options: dict[str, Any], step: int) -> dict[str, Any]:

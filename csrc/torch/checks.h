@@ -9,10 +9,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace negmine::checks {
 
@@ -27,6 +29,26 @@ void require(bool good, const Parts&... parts) {
   std::ostringstream sentence;
   (sentence << ... << parts);
   throw std::runtime_error(sentence.str());
+}
+
+// An output, or a sentence with the bytes asked for: what torch says of its refusal does not cross the stable ABI.
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape,
+                        std::optional<ScalarType> dtype = std::nullopt) {
+  const std::vector<int64_t> sizes(shape);
+  try {
+    return torch::stable::new_empty(like, sizes, dtype);
+  } catch (const std::exception&) {
+    std::ostringstream sentence;
+    double bytes = dtype == ScalarType::Long ? 8 : dtype == ScalarType::Float ? 4 : like.element_size();
+    sentence << "negmine: out of memory: an output of shape (";
+    for (size_t dim = 0; dim < sizes.size(); ++dim) {
+      sentence << (dim > 0 ? ", " : "") << sizes[dim];
+      bytes *= static_cast<double>(sizes[dim]);
+    }
+    sentence.precision(17);
+    sentence << (sizes.size() == 1 ? ",)" : ")") << " takes " << bytes << " bytes";
+    throw std::runtime_error(sentence.str());
+  }
 }
 
 inline std::string shape_text(const Tensor& t) {

@@ -29,7 +29,7 @@ using checks::OptionalTensor;
 using checks::PoolTensors;
 using checks::ScalarType;
 using checks::Tensor;
-using torch::stable::new_empty;
+using checks::new_empty;
 
 template <class T>
 T* output(Tensor& t) {

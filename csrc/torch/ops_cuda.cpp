@@ -20,7 +20,7 @@ using checks::longs;
 using checks::OptionalTensor;
 using checks::ScalarType;
 using checks::Tensor;
-using torch::stable::new_empty;
+using checks::new_empty;
 
 void* current_stream(const Tensor& tensor) {
   void* stream = nullptr;

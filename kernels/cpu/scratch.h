@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <string>
 
 #include "kernels/cpu/simd/kernels.h"
 
@@ -15,6 +16,16 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(size_t bytes)
+      : sentence_("negmine: out of memory: a thread's working memory takes " + std::to_string(bytes) + " bytes") {}
+  const char* what() const noexcept override { return sentence_.c_str(); }
+
+ private:
+  std::string sentence_;
+};
+
 template <class T>
 using Buffer = std::unique_ptr<T[], Free>;
 
@@ -22,7 +33,7 @@ template <class T>
 Buffer<T> make_buffer(int64_t count) {
   const size_t bytes = (static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64;
   void* p = std::aligned_alloc(64, bytes);
-  if (p == nullptr) throw std::bad_alloc();
+  if (p == nullptr) throw OutOfMemory(bytes);
   return Buffer<T>(static_cast<T*>(p));
 }
 

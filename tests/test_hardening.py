@@ -1,0 +1,163 @@
+"""Long runs, little memory, workers, large offsets, damaged states: what a training run meets sooner or later."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import negmine
+from negmine import InfoNCELoss, Mix, MoCoQueue, Select, backends
+from tests import soak
+from tests.cases import unit
+
+cpu = next(row for row in backends.BACKENDS if row.name == "cpu")
+pytestmark = pytest.mark.skipif(bool(cpu.refusal), reason=cpu.refusal)
+
+# argv: B, K, D, N and the megabytes that may still be mapped once the threads are up.
+STARVED = """
+import resource, sys, torch
+import negmine
+from negmine import _C
+
+B, K, D, N, more = map(int, sys.argv[1:])
+negmine.mine_hardest(torch.randn(300, 8), torch.randn(3000, 8), 3, backend="cpu")
+q, keys = torch.randn(B, D), torch.randn(K, D)
+mapped = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (mapped + more * 2**20,) * 2)
+calls = [
+    lambda: negmine.mine_hardest(q, keys, N, backend="cpu"),
+    lambda: negmine.info_nce(q.clone().requires_grad_(), q, keys, backend="cpu"),
+    lambda: _C.mine_hardest(q.numpy(), keys.numpy(), N, threads=2),
+]
+for call in calls:
+    try:
+        call()
+        print("done")
+    except (RuntimeError, MemoryError) as error:
+        print(type(error).__name__, error)
+"""
+
+
+def starved(*arguments):
+    run = subprocess.run(
+        [sys.executable, "-c", STARVED, *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+def test_an_output_that_does_not_fit_is_told_with_its_bytes():
+    mined, loss, _ = starved(4096, 2000, 64, 1_000_000, 64)
+    assert mined == "RuntimeError negmine: out of memory: an output of shape (4096, 1000000) takes 16384000000 bytes"
+    assert loss == "done", "the process is as good as before"
+
+
+def test_working_memory_that_does_not_fit_is_told_with_its_bytes():
+    """Thrown on a worker thread, caught by the caller."""
+    for said in starved(2, 2, 4_000_000, 1, 300):
+        assert said.startswith("MemoryError negmine: out of memory: a thread's working memory takes 10"), said
+
+
+def test_memory_does_not_grow():
+    assert soak.growth_mb(400) <= soak.LIMIT_MB
+
+
+def test_the_soak_sees_a_leak():
+    kept = []
+
+    def leaking(step, layer, queue):
+        kept.append(np.ones(2**15))  # 256 KiB a step
+
+    assert soak.growth_mb(100, leaking) > soak.LIMIT_MB
+
+
+class Hardest(Dataset):
+    """A data set that mines in its workers."""
+
+    def __init__(self, keys):
+        self.keys = keys
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        query = unit(3, self.keys.shape[1], seed=index)
+        leaf = query.clone().requires_grad_()
+        loss = negmine.info_nce(leaf, query, self.keys, mix=Mix(9, 5, 4), step=index, backend="cpu")
+        return negmine.mine_hardest(query, self.keys, 5, backend="cpu").index, torch.autograd.grad(loss, leaf)[0]
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_data_loader_workers_mine(start):
+    keys = unit(500, 12)
+    negmine.mine_hardest(unit(300, 12), keys, 5, backend="cpu")  # the parent's threads are up
+    data = Hardest(keys)
+    loader = DataLoader(
+        data, batch_size=2, num_workers=2 if start == "fork" else 1, multiprocessing_context=start, timeout=60
+    )
+    made = [torch.cat(column) for column in zip(*loader, strict=True)]
+    want = [torch.stack(column) for column in zip(*(data[i] for i in range(8)), strict=True)]
+    for got, single in zip(made, want, strict=True):
+        assert torch.equal(got, single)
+
+
+def available_gb():
+    with open("/proc/meminfo") as info:
+        return next(int(line.split()[1]) for line in info if line.startswith("MemAvailable")) / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(available_gb() < 8, reason="needs 8 GB of free memory")
+def test_a_queue_of_more_than_two_to_the_31_elements():
+    """bf16, K D = 2^31 + 32,768: rows before, at and after the border are found, read and differentiated."""
+    D, K = 128, 2**24 + 256
+    keys = (
+        torch.from_numpy(np.zeros(K * D, dtype=np.int16)).view(torch.bfloat16).view(K, D)
+    )  # untouched pages cost nothing
+    rows = torch.tensor([5, 2**23 + 1, 2**24 - 1, 2**24, K - 1])
+    keys[rows] = unit(5, D).bfloat16()
+    q = unit(5, D).flip(0)
+    mined = negmine.mine_hardest(q, keys, 2, backend="cpu")
+    assert torch.equal(mined.index[:, 0], rows.flip(0))
+    leaf = q.clone().requires_grad_()
+    loss = negmine.info_nce(leaf, q, keys, select=Select(0, 1), mix=Mix(1, 2, 1), backend="cpu")
+    loss.backward()
+    few = q.clone().requires_grad_()
+    near = negmine.info_nce(few, q, keys[rows], select=Select(0, 1), mix=Mix(1, 2, 1), backend="cpu")
+    near.backward()
+    assert torch.equal(loss.detach(), near.detach()) and torch.equal(leaf.grad, few.grad)
+    first = torch.eye(1, D)  # its scores are a column, exactly
+    column = torch.cat([keys[rows, 0].float(), torch.zeros(9)]).sort(descending=True).values
+    place = negmine.rank_thresholds(first, keys, [0, 3, 6, K - 1], backend="cpu")[0]
+    assert place.tolist() == [*column[[0, 3, 6]].tolist(), float(column[-1])]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"queue_ptr": torch.tensor([9])}, "queue_ptr must be one number from 0 to 8"),
+        ({"queue_ptr": torch.tensor([-1])}, "queue_ptr must be one number"),
+        ({"queue_len": torch.tensor([10])}, "queue_len must be one number from 0 to 9"),
+        ({"queue_len": torch.tensor([1, 2])}, "queue_len must be one number"),
+        ({"queue": torch.zeros(8, 4)}, "size mismatch for queue"),
+        ({"queue_ids": torch.zeros(3, dtype=torch.long)}, "size mismatch for queue_ids"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(change, said, tmp_path):
+    queue = MoCoQueue(4, 9, with_ids=True)
+    torch.save(queue.state_dict() | change, tmp_path / "queue.pt")
+    with pytest.raises(RuntimeError, match=said):
+        queue.load_state_dict(torch.load(tmp_path / "queue.pt"))
+    assert len(queue.enqueue(unit(3, 4)) or queue.keys) == 9
+
+
+@pytest.mark.parametrize("state", [{}, {"step": -1}, {"step": "x"}, {"step": 2**32}, 7, {"step": True}])
+def test_a_damaged_step_count_is_refused(state):
+    loss = InfoNCELoss()
+    with pytest.raises(ValueError, match=r"InfoNCELoss: the saved state must be {'step': an int in"):
+        loss.load_state_dict({"_extra_state": state})
+    assert loss.step == 0
