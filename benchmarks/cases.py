@@ -29,12 +29,14 @@ CASES = {
         Case("moco", 256, 65536, 128, "float32", "MoCo's own shape"),
         Case("retrieval", 128, 117_659, 384, "float32", "a sentence encoder against a corpus"),
         Case("moco-bf16", 256, 65536, 128, "bfloat16", "MoCo under mixed precision"),
-        Case("large-bf16", 1024, 262_144, 256, "bfloat16", "a large batch, a long queue"),
+        Case("moco-bf16-1024", 1024, 65536, 128, "bfloat16", "the same queue for a large batch"),
+        Case("moco-bf16-4096", 4096, 65536, 128, "bfloat16", "and for a very large one"),
+        Case("million-bf16", 1024, 1_048_576, 256, "bfloat16", "a queue of a million"),
     ]
 }
 QUICK = ["small", "moco"]
 ON_CPU = ["small", "moco", "retrieval"]
-ON_GPU = ["moco", "retrieval", "moco-bf16", "large-bf16"]
+ON_GPU = ["moco-bf16", "moco-bf16-1024", "moco-bf16-4096", "million-bf16"]
 
 
 @dataclass

@@ -1,11 +1,12 @@
 """Time negmine against plain PyTorch, and append what was measured to benchmarks/results/<machine>.csv.
 
     python -m benchmarks.run --quick                                    two shapes, under two minutes on two cores
-    python -m benchmarks.run --device cuda --op mine_hardest --case moco --compile
+    python -m benchmarks.run --device cuda                              every case and peer of a GPU
+    python -m benchmarks.run --device cuda --op mine_hardest --case moco-bf16 --compile
 
 Every variant first answers the same inputs as plain PyTorch in fp32; where one answer differs, nothing of that op and
-case is timed, and the exit code is 1. `floor_ms` is the matrix products that no method avoids, timed in the same
-rounds.
+case is timed, and the exit code is 1. So it is where an op fails otherwise; the rest is measured all the same. What each
+column says is in benchmarks/README.md. A short table comes last.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import datetime
 import re
 import subprocess
 import sys
+import traceback
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -43,6 +46,12 @@ COLUMNS = [
     "rounds",
     "floor_ms",
     "peak_extra_mib",
+    "driver",
+    "triton",
+    "timed",
+    "call_ms",
+    "rate_floor_ms",
+    "peak_share",
 ]
 
 
@@ -64,8 +73,27 @@ def commit() -> str:
     return shown.stdout.strip() or "none"
 
 
+def driver() -> str:
+    """The GPU driver's version; empty without one."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip().split("\n")[0]
+    except OSError:
+        return ""
+
+
+def triton_version() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return ""
+
+
 def rows_of(name: str, case: Case, inputs: Inputs, args: argparse.Namespace) -> list[dict[str, object]]:
-    measured = measure(name, inputs, args.seconds, args.backend or [None], args.compile)
+    compiled = args.compile is not None and (not args.compile or case.name in args.compile)
+    on_gpu = args.device == "cuda"
+    measured = measure(name, inputs, args.seconds, args.backend or [None], compiled, with_peers=on_gpu)
+    shortest_scores_mib = 2 * case.B * case.K / 2**20  # a (B, K) matrix of two bytes a score
     return [
         {
             "case": case.name,
@@ -81,19 +109,51 @@ def rows_of(name: str, case: Case, inputs: Inputs, args: argparse.Namespace) -> 
             "rounds": m.timing.rounds,
             "floor_ms": f"{m.floor_ms:.4g}",
             "peak_extra_mib": f"{m.peak_extra_mib:.1f}",
+            "timed": m.timing.timed,
+            "call_ms": f"{m.timing.call:.4g}",
+            "rate_floor_ms": "" if m.rate_floor_ms is None else f"{m.rate_floor_ms:.4g}",
+            "peak_share": f"{m.peak_extra_mib / shortest_scores_mib:.4f}",
         }
         for m in measured
     ]
 
 
 def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    """Adds rows to a file, whose older rows stay and are given the columns that have come since."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
+    old: list[dict[str, object]] = []
+    mode = "a" if path.exists() else "w"
+    if mode == "a":
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != COLUMNS:
+                old, mode = list(reader), "w"
+    with path.open(mode, newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        if mode == "w":
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(old + rows)
+
+
+def summary(rows: list[dict[str, object]]) -> list[str]:
+    """One line a case and op: negmine over its floor, and over the best of the other ways."""
+    lines = [f"{'case':<16}{'op':<16}{'negmine ms':>11}{'/ floor':>9}{'next best':>26}{'faster':>8}{'memory':>9}"]
+    for case, name in dict.fromkeys((row["case"], row["op"]) for row in rows):
+        own = [row for row in rows if (row["case"], row["op"]) == (case, name)]
+        ours = [row for row in own if str(row["variant"]).startswith("negmine")]
+        others = [row for row in own if row not in ours]
+        if not ours:
+            continue
+        best, rival = (min(part, key=lambda row: float(row["median_ms"]), default=None) for part in (ours, others))
+        floor = float(best["rate_floor_ms"] or best["floor_ms"])
+        line = f"{case:<16}{name:<16}{best['median_ms']:>11}{float(best['median_ms']) / floor:>9.2f}"
+        if rival:
+            faster = float(rival["median_ms"]) / float(best["median_ms"])
+            line += f"{rival['variant'] + ' ' + rival['median_ms']:>26}{faster:>8.1f}"
+        else:
+            line += f"{'none ran':>26}{'':>8}"
+        lines.append(line + f"{100 * float(best['peak_share']):>8.1f}%")
+    return lines
 
 
 def main() -> int:
@@ -103,7 +163,9 @@ def main() -> int:
     parser.add_argument("--case", nargs="+", choices=CASES, help="default: those meant for the device")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", nargs="+", help="negmine backends to insist on, one variant each")
-    parser.add_argument("--compile", action="store_true", help="also time torch.compile of the plain version")
+    parser.add_argument(
+        "--compile", nargs="*", choices=CASES, metavar="CASE", help="also time torch.compile of the plain version"
+    )
     parser.add_argument("--seconds", type=float, help="time spent on each op and case (default 10, quick 2)")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
@@ -121,8 +183,11 @@ def main() -> int:
         "device": args.device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "driver": driver() if args.device == "cuda" else "",
+        "triton": triton_version(),
     }
     refused = 0
+    measured: list[dict[str, object]] = []
     for case in (CASES[name] for name in names):
         inputs = make_inputs(case, args.device)
         for name in args.op:
@@ -132,12 +197,20 @@ def main() -> int:
                 refused += 1
                 print(f"REFUSED  {case.name}: {complaint}")
                 rows = []
+            except Exception:  # one op that fails must not cost the others their rows
+                refused += 1
+                print(f"FAILED   {case.name}: {name}")
+                traceback.print_exc()
+                rows = []
             append_rows(args.results / f"{machine}.csv", [stamp | row for row in rows])
+            measured += rows
             for row in rows:
                 print(
-                    f"{case.name:<12}{name:<14}{row['variant']:<20}{row['median_ms']:>8} ms   floor "
-                    f"{row['floor_ms']:>7} ms   +{row['peak_extra_mib']:>7} MiB"
+                    f"{case.name:<16}{name:<16}{row['variant']:<20}{row['median_ms']:>8} ms   floor "
+                    f"{row['floor_ms']:>7} ms   +{row['peak_extra_mib']:>7} MiB",
+                    flush=True,
                 )
+    print("\n".join(summary(measured)))
     print(f"rows appended to {args.results / machine}.csv" + (f"; {refused} refused" if refused else ""))
     return 1 if refused else 0
 
