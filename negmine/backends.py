@@ -32,6 +32,8 @@ class Launchers(NamedTuple):
     count_negatives: Any = None
     mix_negatives: Any = None
     mix_logsumexp: Any = None
+    listed_logsumexp: Any = None
+    listed_grad_keys: Any = None
 
 
 OPS = Launchers._fields

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from negmine import order
+from negmine import order, philox
 from negmine.backends import Launchers
 from negmine.checks import describe, refuse, require_tensor
 from negmine.options import Select
@@ -99,7 +99,7 @@ def bounded(
     positive_score (B,) is needed where select has a margin. The places are exact: columns that tie with a bound are kept or
     dropped by their index.
     """
-    B, K = query.shape[0], negative_keys.shape[0]
+    B, K = query.shape[0], negative_keys.shape[-2]
     if select.has_filter:
         anchor = query.new_zeros(B, dtype=torch.float32) if positive_score is None else positive_score
         lowest = torch.full_like(anchor, -torch.inf if select.min_score is None else select.min_score)
@@ -134,3 +134,23 @@ def bounded(
     lower = bottom if lower is None else lower
     # An empty window: no place is at once above and below.
     return pool._replace(lower=lower, upper=torch.where(first < end, upper, order.NOWHERE))
+
+
+def sampled(
+    ops: Launchers,
+    query: Tensor,
+    negative_keys: Tensor,
+    window: Pool,
+    select: Select,
+    seed: int,
+    step: int,
+    row_offset: int,
+) -> Tensor:
+    """The places (B, sample) int64 order that select.sample draws from a pool that `bounded` made, NOWHERE past its end."""
+    count = ops.count_negatives(query, negative_keys, *window)  # (B,)
+    rows = torch.arange(len(query), device=query.device) + row_offset  # (B,)
+    most = select.widest(negative_keys.shape[-2])
+    ranks = philox.sample(
+        count, most, select.sample or 0, select.replace, rows, seed, step
+    )  # (B, sample) in the window
+    return ops.rank_thresholds(query, negative_keys, ranks, *window)

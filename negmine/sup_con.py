@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from negmine import backends, checks, reference
-from negmine.info_nce import LogSumExp, scale_of
-from negmine.mining import for_kernels, working
+from negmine.logsumexp import LogSumExp, MeanScore, scale_of
+from negmine.mining import working
 from negmine.pool import Pool, check_pool, usable
 
 UNKNOWN = -(2**63)  # stands for a query's unknown label: no key has it
@@ -24,34 +24,6 @@ class SupConStats(NamedTuple):
     logsumexp: Tensor  # (B,) log of the denominator; of "own_positive", which has one a positive, the negatives'
     num_positives: Tensor  # (B,) int64
     num_without_positive: Tensor  # () int64: rows whose loss is 0
-
-
-class MeanScore(torch.autograd.Function):
-    """score_b (B,) = mean over b's pool of s_bk, and kept (B,): what logsumexp returns as its mean at scale 0."""
-
-    @staticmethod
-    def forward(ctx, query, keys, ops, *pool):
-        zero = torch.zeros((), dtype=torch.float32, device=query.device)
-        lse, mean, kept, _ = ops.logsumexp(for_kernels(query), for_kernels(keys), zero, None, True, *pool)
-        *tensors, ctx.same_label = pool
-        ctx.ops = ops
-        ctx.save_for_backward(query, zero, lse, mean, *((keys, *tensors) if ctx.needs_input_grad[1] else ()))
-        ctx.mark_non_differentiable(kept)
-        return (query.float() * mean).sum(1), kept
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_score, _d_kept):
-        query, zero, lse, mean, *rest = ctx.saved_tensors
-        d_query = d_keys = None
-        if ctx.needs_input_grad[0]:
-            d_query = (d_score[:, None] * mean).to(query.dtype)  # (B, D)
-        if ctx.needs_input_grad[1]:
-            keys, *tensors = rest
-            pool = (*tensors, ctx.same_label)
-            d_keys = ctx.ops.logsumexp_grad_keys(for_kernels(query), for_kernels(keys), zero, lse, d_score, *pool)
-            d_keys = d_keys.to(keys.dtype)  # (K, D)
-        return d_query, d_keys, None, *([None] * len(Pool._fields))
 
 
 def sup_con(

@@ -1,4 +1,4 @@
-// The ops of kernels/README.md as torch operators: every schema of the library `negmine`, and its CPU kernels.
+// The CPU kernels of the ops of kernels/README.md as torch operators; csrc/torch/schemas.cpp declares them.
 //
 // Tensors become the structs of kernels/cpu and torch's parallel_for becomes their Parallel; there is no arithmetic
 // here. Only torch's stable ABI is used, so one build serves every torch from 2.10 on. The module itself offers isa()
@@ -11,6 +11,8 @@
 #include "csrc/torch/checks.h"
 #include "kernels/cpu/count_negatives.h"
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/listed_grad_keys.h"
+#include "kernels/cpu/listed_logsumexp.h"
 #include "kernels/cpu/logsumexp.h"
 #include "kernels/cpu/logsumexp_grad_keys.h"
 #include "kernels/cpu/mine_hardest.h"
@@ -279,26 +281,67 @@ std::tuple<Tensor, Tensor> mix_logsumexp(const Tensor& query, const Tensor& nega
   return {lse, mean};
 }
 
-#define POOL_SCHEMA                                                                                                 \
-  "Tensor? negative_mask, Tensor? query_ids, Tensor? negative_ids, Tensor? query_labels, Tensor? negative_labels, " \
-  "Tensor? lower, Tensor? upper, bool same_label=False"
-#define DRAW_SCHEMA                                                                                                \
-  "int pairs, int with_query, float pair_low, float pair_high, float query_low, float query_high, bool distinct, " \
-  "Tensor? quantiles, int seed, int step, int row_offset"
+// A list of columns, each a row of the keys or -1.
+void require_rows(const char* op, const Tensor& index, int64_t K) {
+  const int64_t M = index.size(1), *row = longs(index);
+  for (int64_t i = 0; i < index.numel(); ++i) {
+    checks::require(row[i] >= -1 && row[i] < K, op, ": index must hold rows in [0, ", K, "), or -1, got ", row[i],
+                    " at (", i / M, ", ", i % M, ").");
+  }
+}
 
-STABLE_TORCH_LIBRARY(negmine, m) {
-  m.def("logsumexp(Tensor query, Tensor negative_keys, Tensor scale, Tensor? pivot, bool want_mean, " POOL_SCHEMA
-        ") -> (Tensor lse, Tensor mean, Tensor kept, Tensor above)");
-  m.def("logsumexp_grad_keys(Tensor query, Tensor negative_keys, Tensor scale, Tensor lse, Tensor weight, " POOL_SCHEMA
-        ") -> Tensor");
-  m.def("mine_hardest(Tensor query, Tensor negative_keys, int N, " POOL_SCHEMA ") -> (Tensor scores, Tensor index)");
-  m.def("rank_thresholds(Tensor query, Tensor negative_keys, Tensor ranks, " POOL_SCHEMA ") -> Tensor");
-  m.def("count_negatives(Tensor query, Tensor negative_keys, " POOL_SCHEMA ") -> Tensor");
-  m.def("mix_negatives(Tensor query, Tensor negative_keys, Tensor hard_index, " DRAW_SCHEMA
-        ") -> (Tensor vectors, Tensor parents, Tensor coefficients)");
-  m.def(
-      "mix_logsumexp(Tensor query, Tensor negative_keys, Tensor hard_index, Tensor scale, bool want_mean, " DRAW_SCHEMA
-      ") -> (Tensor lse, Tensor mean)");
+std::tuple<Tensor, Tensor, Tensor> listed_logsumexp(const Tensor& query, const Tensor& negative_keys,
+                                                    const Tensor& index, const Tensor& scale, bool want_mean) {
+  // Checks.
+  const char* op = "listed_logsumexp";
+  const Tensor q = checks::matrix(op, "query", query, "(B, D)");
+  const Tensor keys = checks::matrix(op, "negative_keys", negative_keys, "(K, D)");
+  checks::same_width(op, q, keys);
+  const int64_t B = q.size(0), D = q.size(1);
+  const Tensor listed = checks::index_matrix(op, "index", index, B, q);
+  require_rows(op, listed, keys.size(0));
+  const Tensor factor = checks::scalar(op, "scale", scale, q);
+  // Outputs.
+  const int64_t M = listed.size(1);
+  Tensor scores = new_empty(q, {B, M}, ScalarType::Float);
+  Tensor lse = new_empty(q, {B}, ScalarType::Float);
+  Tensor mean = new_empty(q, {want_mean ? B : 0, D}, ScalarType::Float);
+  // Params.
+  const cpu::ListedLogsumexpParams p{matrix_of(q),
+                                     matrix_of(keys),
+                                     B,
+                                     D,
+                                     M,
+                                     longs(listed),
+                                     floats(factor),
+                                     output<float>(scores),
+                                     output<float>(lse),
+                                     want_mean ? output<float>(mean) : nullptr};
+  // Run.
+  cpu::listed_logsumexp(p, torch_threads());
+  return {scores, lse, mean};
+}
+
+Tensor listed_grad_keys(const Tensor& query, const Tensor& index, const Tensor& weight, int64_t K) {
+  // Checks.
+  const char* op = "listed_grad_keys";
+  const Tensor q = checks::matrix(op, "query", query, "(B, D)");
+  const int64_t B = q.size(0), D = q.size(1);
+  checks::require(K >= 0, op, ": K must not be negative, got ", K, ".");
+  const Tensor listed = checks::index_matrix(op, "index", index, B, q);
+  require_rows(op, listed, K);
+  const int64_t M = listed.size(1);
+  checks::require(weight.dim() == 2 && weight.size(0) == B && weight.size(1) == M, op,
+                  ": weight must have the shape of index, got ", checks::shape_text(weight), ".");
+  const Tensor weights = torch::stable::reshape(weight, {B * M});
+  const Tensor flat = checks::vector(op, "weight", weights, ScalarType::Float, B * M, q);
+  // Outputs.
+  Tensor grad_keys = new_empty(q, {K, D}, ScalarType::Float);
+  // Params.
+  const cpu::ListedGradKeysParams p{matrix_of(q), B, K, D, M, longs(listed), floats(flat), output<float>(grad_keys)};
+  // Run.
+  cpu::listed_grad_keys(p, torch_threads());
+  return grad_keys;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(negmine, CPU, m) {
@@ -309,6 +352,8 @@ STABLE_TORCH_LIBRARY_IMPL(negmine, CPU, m) {
   m.impl("count_negatives", TORCH_BOX(&count_negatives));
   m.impl("mix_negatives", TORCH_BOX(&mix_negatives));
   m.impl("mix_logsumexp", TORCH_BOX(&mix_logsumexp));
+  m.impl("listed_logsumexp", TORCH_BOX(&listed_logsumexp));
+  m.impl("listed_grad_keys", TORCH_BOX(&listed_grad_keys));
 }
 
 PyObject* py_isa(PyObject*, PyObject*) { return PyUnicode_FromString(cpu::isa()); }

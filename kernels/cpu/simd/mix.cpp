@@ -1,23 +1,10 @@
 // Synthetic negatives of one query, h = m / max(||m||, 1e-12) with m = c first + (1 - c) second, in fp32: written out,
 // or reduced to their log-sum-exp and softmax mean a few at a time, so that the (S, D) vectors never exist together.
 #include "kernels/cpu/simd/convert.h"
-#include "kernels/cpu/simd/kernels.h"
-#include "kernels/cpu/simd/vec.h"
+#include "kernels/cpu/simd/running.h"
 
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
-
-NEGMINE_INLINE float dot(const float* a, const float* b, int64_t D) {
-  V total0 = all(0.0f), total1 = all(0.0f);
-  int64_t d = 0;
-  for (; d + 2 * kWidth <= D; d += 2 * kWidth) {
-    total0 = fma(load(a + d), load(b + d), total0);
-    total1 = fma(load(a + d + kWidth), load(b + d + kWidth), total1);
-  }
-  float total = sum(total0 + total1);
-  for (; d < D; ++d) total += a[d] * b[d];
-  return total;
-}
 
 // out (D) = the synthetic negative of `drawn`. first, second (D): room for parents that are not stored as fp32.
 NEGMINE_INLINE void mix_one(const Matrix& negative_keys, const float* q, int64_t D, const Draw& drawn, float* first,
@@ -61,44 +48,21 @@ void mix_negatives_row(const Matrix& query, const Matrix& negative_keys, int64_t
 void mix_logsumexp_row(const Matrix& query, const Matrix& negative_keys, int64_t D, const Draws& draws, int64_t b,
                        float scale, float* mixed, float* lse, float* mean) {
   const int64_t S = draws.S(), n_b = count_hard(draws, b);
-  if (mean != nullptr) {
-    for (int64_t d = 0; d < D; ++d) mean[d] = 0.0f;
-  }
-  *lse = -__builtin_inff();
-  if (n_b == 0 || S == 0) return;
+  RunningLogsumexp state = RunningLogsumexp::begin(mean, D);
   const float* q = widen_row(query, b, D, mixed);  // (D)
-  float* h = mixed + 3 * D;                        // (kMixChunk, D)
-  float max = -__builtin_inff(), total = 0.0f;
-  for (int64_t s0 = 0; s0 < S; s0 += kMixChunk) {
-    const int64_t count = S - s0 < kMixChunk ? S - s0 : kMixChunk;
-    alignas(64) float p[kMixChunk];  // (kMixChunk)
-    float new_max = max;
+  float* h = mixed + 3 * D;                        // (kRowChunk, D)
+  for (int64_t s0 = 0; s0 < S && n_b > 0; s0 += kRowChunk) {
+    const int64_t count = S - s0 < kRowChunk ? S - s0 : kRowChunk;
+    alignas(64) float x[kRowChunk];  // (kRowChunk)
+    const float* rows[kRowChunk];    // (kRowChunk)
     for (int64_t s = 0; s < count; ++s) {
+      rows[s] = h + s * D;
       mix_one(negative_keys, q, D, draw(draws, b, s0 + s, n_b), mixed + D, mixed + 2 * D, h + s * D);
-      p[s] = scale * dot(q, h + s * D, D);
-      new_max = p[s] > new_max ? p[s] : new_max;
+      x[s] = scale * dot(q, rows[s], D);
     }
-    const float shift = new_max == -__builtin_inff() ? 0.0f : new_max;
-    for (int64_t s = 0; s < kMixChunk; s += kWidth) {
-      for (int64_t i = s > count ? s : count; i < s + kWidth; ++i) p[i] = -__builtin_inff();
-      store(p + s, exp(load(p + s) - shift));
-    }
-    const float correction = exp(all(max - shift))[0];
-    float chunk_total = 0.0f;
-    for (int64_t s = 0; s < count; ++s) chunk_total += p[s];
-    total = total * correction + chunk_total;
-    max = new_max;
-    if (mean == nullptr) continue;
-    for (int64_t d = 0; d < D; ++d) mean[d] *= correction;
-    for (int64_t s = 0; s < count; ++s) {
-      const float* row = h + s * D;
-      for (int64_t d = 0; d < D; ++d) mean[d] += p[s] * row[d];
-    }
+    state.add(x, rows, count);
   }
-  *lse = max + __builtin_logf(total);
-  if (mean != nullptr) {
-    for (int64_t d = 0; d < D; ++d) mean[d] /= total;
-  }
+  *lse = state.end();
 }
 
 }  // namespace negmine::cpu::NEGMINE_SIMD
