@@ -15,10 +15,10 @@ from negmine import backends, checks, order, reference
 from negmine.false_negatives import Found, find, without
 from negmine.listed import listed, own
 from negmine.logsumexp import LogSumExp, MeanScore, scale_of
-from negmine.mining import for_kernels, score_of_positive, working
+from negmine.mining import dense_keys, for_kernels, score_of_positive, working
 from negmine.mixing import hard_index, mixed_logsumexp
 from negmine.options import FalseNegatives, Mix, Select, Weight
-from negmine.pool import Pool, bounded, check_pool, sampled, usable
+from negmine.pool import Pool, bounded, check_pool, readable, sampled, usable
 
 
 class InfoNCEStats(NamedTuple):
@@ -104,7 +104,7 @@ def info_nce(
         rows, found = reference.info_nce(
             working(query),
             working(positive_key),
-            _dense_keys(negative_keys, pool),
+            dense_keys(negative_keys, pool),
             temperature=temperature,
             usable=usable(pool, query, negative_keys),
             select=select,
@@ -156,24 +156,6 @@ def _ops_for(
     return tuple(op for op, is_needed in needed.items() if is_needed)
 
 
-def _readable(negative_keys: Tensor, pool: Pool) -> Tensor:
-    """Keys with zeros in the rows that a (K,) mask takes from everybody, which may hold anything, NaN included.
-
-    For what reads every row: the dense products, and kernels under a (B, K) mask.
-    """
-    mask = pool.negative_mask
-    if mask is None or mask.dim() == 2:
-        return negative_keys
-    return torch.where(mask[:, None], negative_keys, 0.0)
-
-
-def _dense_keys(negative_keys: Tensor, pool: Pool) -> Tensor:
-    """Keys as the dense path saves them for backward: frozen ones are copied, so that the caller may overwrite the queue."""
-    keys = working(negative_keys)
-    readable = _readable(keys, pool)
-    return keys.clone() if readable is keys and not negative_keys.requires_grad else readable
-
-
 def _fused(
     ops: backends.Launchers,
     query: Tensor,
@@ -198,7 +180,7 @@ def _fused(
     ops = own(ops) if negative_keys.dim() == 3 else ops
     found: Found | None = None
     if false_negatives is not None and support is not None:
-        negative_keys = _readable(negative_keys, masks)  # the mask less what is found is (B, K)
+        negative_keys = readable(negative_keys, masks)  # the mask less what is found is (B, K)
         with torch.no_grad():
             found = find(ops, support.detach(), negative_keys.detach(), false_negatives, masks)
             masks = without(masks, found.mask)

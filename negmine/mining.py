@@ -7,7 +7,7 @@ from torch import Tensor
 
 from negmine import backends, checks, order, reference
 from negmine.options import Select, is_real
-from negmine.pool import Pool, bounded, check_pool, sampled, usable
+from negmine.pool import Pool, bounded, check_pool, readable, sampled, usable
 
 
 class Mined(NamedTuple):
@@ -26,6 +26,13 @@ def for_kernels(vectors: Tensor) -> Tensor:
     """Detached vectors whose last dimension is contiguous, as kernels take them."""
     vectors = vectors.detach()
     return vectors if vectors.stride(-1) == 1 or vectors.shape[-1] == 1 else vectors.contiguous()
+
+
+def dense_keys(negative_keys: Tensor, pool: Pool) -> Tensor:
+    """Keys as the dense path saves them for backward: frozen ones are copied, so that the caller may overwrite the queue."""
+    keys = working(negative_keys)
+    clean = readable(keys, pool)
+    return keys.clone() if clean is keys and not negative_keys.requires_grad else clean
 
 
 def score_of_positive(query: Tensor, positive_key: Tensor) -> Tensor:

@@ -91,6 +91,25 @@ def usable(pool: Pool, query: Tensor, negative_keys: Tensor) -> Tensor | None:
     return dense
 
 
+def readable(negative_keys: Tensor, pool: Pool) -> Tensor:
+    """Keys with zeros in the rows that a (K,) mask takes from everybody, which may hold anything, NaN included.
+
+    For what reads every row: the dense products, and kernels under a (B, K) mask.
+    """
+    mask = pool.negative_mask
+    if mask is None or mask.dim() == 2:
+        return negative_keys
+    return torch.where(mask[:, None], negative_keys, 0.0)
+
+
+def of_columns(pool: Pool, part: slice) -> Pool:
+    """The masks of a pool over some of the columns."""
+    own, ids, labels = (
+        None if t is None else t[..., part] for t in (pool.negative_mask, pool.negative_ids, pool.negative_labels)
+    )
+    return pool._replace(negative_mask=own, negative_ids=ids, negative_labels=labels)
+
+
 def bounded(
     ops: Launchers, query: Tensor, negative_keys: Tensor, pool: Pool, select: Select, positive_score: Tensor | None
 ) -> Pool:
