@@ -46,6 +46,7 @@ CASES = [
     (90, "bfloat16", 128, ("mix_negatives", "mix_logsumexp")),
     (90, "bfloat16", 128, ("softplus_sum", "softplus_sum_grad_keys")),
     (80, "bfloat16", 128, ("softplus_sum", "softplus_sum_grad_keys")),
+    (90, "bfloat16", 128, ("listed_logsumexp", "listed_grad_keys")),
     (90, "float32", 128, ("logsumexp",)),
     (90, "bfloat16", 1024, ("logsumexp",)),
     (80, "bfloat16", 128, MINING),
@@ -77,8 +78,12 @@ def call(triton_ops, op: str, dtype: torch.dtype, D: int) -> None:
         "count_negatives": window,
         "mix_negatives": (index, *draws),
         "mix_logsumexp": (index, scale, True, *draws),
+        "listed_logsumexp": (index, scale, True),
     }
-    getattr(triton_ops, op)(query, keys, *arguments[op])
+    if op == "listed_grad_keys":
+        triton_ops.listed_grad_keys(query, index, empty(B, N), K)
+    else:
+        getattr(triton_ops, op)(query, keys, *arguments[op])
 
 
 def record(ops: tuple[str, ...], dtype: torch.dtype, D: int, capability: int) -> list:

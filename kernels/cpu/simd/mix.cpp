@@ -1,25 +1,12 @@
 // Synthetic negatives of one query, h = m / max(||m||, 1e-12) with m = c first + (1 - c) second, in fp32: written out,
 // or reduced to their log-sum-exp and softmax mean a few at a time, so that the (S, D) vectors never exist together.
 #include "kernels/cpu/simd/convert.h"
-#include "kernels/cpu/simd/kernels.h"
-#include "kernels/cpu/simd/vec.h"
+#include "kernels/cpu/simd/running.h"
 
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
 
 constexpr int64_t kAhead = 6;  // draws between asking for rows and reading them
-
-NEGMINE_INLINE float dot(const float* a, const float* b, int64_t D) {
-  V total0 = all(0.0f), total1 = all(0.0f);
-  int64_t d = 0;
-  for (; d + 2 * kWidth <= D; d += 2 * kWidth) {
-    total0 = fma(load(a + d), load(b + d), total0);
-    total1 = fma(load(a + d + kWidth), load(b + d + kWidth), total1);
-  }
-  float total = sum(total0 + total1);
-  for (; d < D; ++d) total += a[d] * b[d];
-  return total;
-}
 
 // Asks for the rows of the queue that a draw mixes: they lie anywhere, and the processor cannot foresee them.
 NEGMINE_INLINE void prefetch_parents(const Matrix& negative_keys, int64_t D, const Draw& drawn) {
@@ -28,25 +15,6 @@ NEGMINE_INLINE void prefetch_parents(const Matrix& negative_keys, int64_t D, con
   for (int64_t byte = 0; byte < D * element; byte += 64) {
     if (drawn.first >= 0) __builtin_prefetch(data + drawn.first * negative_keys.row_stride * element + byte);
     __builtin_prefetch(data + drawn.second * negative_keys.row_stride * element + byte);
-  }
-}
-
-// mean (D) = correction * mean + sum over rows (count, D) of share (count)
-NEGMINE_INLINE void add_rows(const float* rows, const float* share, int64_t count, int64_t D, float correction,
-                             float* mean) {
-  constexpr int kTogether = 4;  // vectors of the mean in registers at a time
-  int64_t d = 0;
-  for (; d + kTogether * kWidth <= D; d += kTogether * kWidth) {
-    V acc[kTogether];
-    for (int v = 0; v < kTogether; ++v) acc[v] = load(mean + d + v * kWidth) * correction;
-    for (int64_t s = 0; s < count; ++s) {
-      for (int v = 0; v < kTogether; ++v) acc[v] = fma(all(share[s]), load(rows + s * D + d + v * kWidth), acc[v]);
-    }
-    for (int v = 0; v < kTogether; ++v) store(mean + d + v * kWidth, acc[v]);
-  }
-  for (int64_t e = d; e < D; ++e) mean[e] *= correction;
-  for (int64_t s = 0; s < count; ++s) {
-    for (int64_t e = d; e < D; ++e) mean[e] += share[s] * rows[s * D + e];
   }
 }
 
@@ -93,48 +61,26 @@ void mix_negatives_row(const Matrix& query, const Matrix& negative_keys, int64_t
 void mix_logsumexp_row(const Matrix& query, const Matrix& negative_keys, int64_t D, const Draws& draws, int64_t b,
                        float scale, float* mixed, float* lse, float* mean) {
   const int64_t S = draws.S(), n_b = count_hard(draws, b);
-  if (mean != nullptr) {
-    for (int64_t d = 0; d < D; ++d) mean[d] = 0.0f;
-  }
-  *lse = -__builtin_inff();
-  if (n_b == 0 || S == 0) return;
+  RunningLogsumexp state = RunningLogsumexp::begin(mean, D);
   const float* q = widen_row(query, b, D, mixed);  // (D)
-  float* rows = mixed + 3 * D;                     // (kMixChunk, D) the mixes before they are normalised
-  float max = -__builtin_inff(), total = 0.0f;
-  for (int64_t s0 = 0; s0 < S; s0 += kMixChunk) {
-    const int64_t count = S - s0 < kMixChunk ? S - s0 : kMixChunk;
-    Draw drawn[kMixChunk];
-    alignas(64) float p[kMixChunk];      // (kMixChunk) logits, then probabilities
-    alignas(64) float share[kMixChunk];  // (kMixChunk) 1 / length, then p / length
+  float* rows = mixed + 3 * D;                     // (kRowChunk, D) the mixes before they are normalised
+  for (int64_t s0 = 0; s0 < S && n_b > 0; s0 += kRowChunk) {
+    const int64_t count = S - s0 < kRowChunk ? S - s0 : kRowChunk;
+    Draw drawn[kRowChunk];
+    alignas(64) float x[kRowChunk];  // (kRowChunk) logits
+    float factor[kRowChunk];         // (kRowChunk) 1 / length
+    const float* row[kRowChunk];     // (kRowChunk)
     for (int64_t s = 0; s < count; ++s) drawn[s] = draw(draws, b, s0 + s, n_b);
-    float new_max = max;
     for (int64_t s = 0; s < count; ++s) {
       if (s + kAhead < count) prefetch_parents(negative_keys, D, drawn[s + kAhead]);
       float* m = rows + s * D;
-      const float length = mix_one(negative_keys, q, D, drawn[s], mixed + D, mixed + 2 * D, m);
-      share[s] = 1.0f / length;
-      p[s] = scale * (dot(q, m, D) * share[s]);
-      new_max = p[s] > new_max ? p[s] : new_max;
+      factor[s] = 1.0f / mix_one(negative_keys, q, D, drawn[s], mixed + D, mixed + 2 * D, m);
+      x[s] = scale * (dot(q, m, D) * factor[s]);
+      row[s] = m;
     }
-    const float shift = new_max == -__builtin_inff() ? 0.0f : new_max;
-    for (int64_t s = 0; s < kMixChunk; s += kWidth) {
-      for (int64_t i = s > count ? s : count; i < s + kWidth; ++i) p[i] = -__builtin_inff();
-      store(p + s, exp(load(p + s) - shift));
-    }
-    const float correction = exp(all(max - shift))[0];
-    float chunk_total = 0.0f;
-    for (int64_t s = 0; s < count; ++s) {
-      chunk_total += p[s];
-      share[s] *= p[s];
-    }
-    total = total * correction + chunk_total;
-    max = new_max;
-    if (mean != nullptr) add_rows(rows, share, count, D, correction, mean);
+    state.add(x, row, factor, count);
   }
-  *lse = max + __builtin_logf(total);
-  if (mean != nullptr) {
-    for (int64_t d = 0; d < D; ++d) mean[d] /= total;
-  }
+  *lse = state.end();
 }
 
 }  // namespace negmine::cpu::NEGMINE_SIMD
