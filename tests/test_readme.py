@@ -50,8 +50,8 @@ def check_names(tree: ast.Module) -> set[str]:
             method = [None] * place.startswith("self.queue.")
             keywords = {word.arg: word.value for word in node.keywords if word.arg}
             signature = inspect.signature(found)
-            bind = signature.bind if len(keywords) == len(node.keywords) else signature.bind_partial  # **masks may add more
-            bind(*method, *node.args, **keywords)
+            whole = len(keywords) == len(node.keywords)  # no **masks, which may add more
+            (signature.bind if whole else signature.bind_partial)(*method, *node.args, **keywords)
     return seen
 
 
