@@ -37,6 +37,7 @@ from negmine.search.sizes import sizes_of
 from negmine.search.thin import Thinner
 from negmine.version import __version__
 
+ROOM = 64 << 20  # for near duplicates and for candidates, and no more than a quarter of max_memory_bytes
 AUDIT_K = 100  # ranks of an audit, where the run looks deeper
 POOR = (
     "{}: index {kind!r} finds only {recall:.1%} of the {audit_k} hardest rows of {audit_queries} queries, less than "
@@ -169,17 +170,19 @@ def mine_hard_negatives(
         ops = backends.choose(OP, OPS, backend, (queries.gather(empty, where), rows.gather(empty, where)))
         raw, exact = range_mode == "raw", index == "exact" or getattr(index, "kind", "") == "exact"
         none = nothing_hidden(Q)
+        room = min(ROOM, max_memory_bytes // 4) if max_memory_bytes else ROOM
         plan = Miner(
             Scan(ops, corpus, 0, None, lambda chunks: None),
             *(select, raw, num_negatives, sampling_strategy, count_skipped, none),
-            Thinner(corpus.gather, given, near_duplicate_score, rows.dim) if deduplicate == "near" else None,
+            Thinner(corpus.gather, given, near_duplicate_score, rows.dim, room) if deduplicate == "near" else None,
         )
         if not exact and counts_first(select, raw):
             wanted = "in ranks where select has filters and index is not 'exact', for fractions need every row's score"
             raise checks.refuse(OP, "select's range", wanted, (select.range_min, select.range_max))
         dense_mask = not raw and Q > 0 and bool((given.sizes + further.sizes).max() > 1)
         pair_bytes = 64 if ops is None else 2 * dense_mask
-        limits = (batch_size, corpus_chunk_size, max_memory_bytes)
+        rest = max_memory_bytes and max_memory_bytes - room * (deduplicate == "near" or not exact)
+        limits = (batch_size, corpus_chunk_size, rest)
         sizes = sizes_of(OP, queries, rows, plan.depth(K), pair_bytes, *limits)
     batch = min(int(part) for part in ranks.gather(torch.tensor(sizes.batch)))
     content = {
@@ -192,7 +195,7 @@ def mine_hard_negatives(
     identity |= {"negmine": __version__, "kernels": _kernels(ops, where), "ranks": ranks.size}
     if not exact:
         identity["batch_size"] = batch  # an index may answer a query otherwise in another batch
-    if isinstance(index, NegativeIndex) and not exact and resume_dir is not None:
+    if isinstance(index, NegativeIndex) and not exact:
         content["index"] = index.content_hash()
     ranks.require_same(OP, identity)
 
@@ -231,7 +234,7 @@ def mine_hard_negatives(
             found |= {"min_recall": min_recall}
             if found["recall"] is not None and found["recall"] < min_recall:
                 warnings.warn(POOR.format(OP, **found), RuntimeWarning, stacklevel=2)
-            source = IndexScan(scan, searched)
+            source = IndexScan(scan, searched, room)
         miner = replace(plan, source=source, hidden=hidden)
         for begin, end in batches:
             anchor = torch.from_numpy(positive_scores[begin:end]).to(where) if select.has_margin else None  # (B,)
@@ -279,4 +282,10 @@ def _audited(index: NegativeIndex, scan: Scan, queries: Rows, count: int, k: int
     drawn = drawn_queries(len(queries), count, seed)
     query = queries.gather(drawn, scan.corpus.device)  # (A, D)
     recall = audit(index, scan, query, k) if len(drawn) else None
-    return {"kind": index.kind, "recall": recall, "audit_queries": len(drawn), "audit_k": k}
+    return {
+        "kind": index.kind,
+        "search_options": index.search_options,
+        "recall": recall,
+        "audit_queries": len(drawn),
+        "audit_k": k,
+    }
