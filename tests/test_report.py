@@ -7,7 +7,10 @@ import itertools
 import json
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from negmine.report import figures as fig
 from negmine.report import words
 from tests.cases import unit, whole
 
+ROOT = Path(__file__).resolve().parents[1]
 Q, K, D = 7, 43, 5
 EDGES = (0.0, 0.05, 0.3, 0.8, 1.0)
 
@@ -193,6 +197,33 @@ def test_normalize_gives_cosines():
     given = negmine.hardness_report(*(torch.nn.functional.normalize(v, dim=1) for v in (q, c)), [0, 1, 2, 3])
     np.testing.assert_array_equal(made.figures["score_mean"], given.figures["score_mean"])
     assert words.is_unit(made.facts) and not words.is_unit(raw.facts)
+
+
+MEMORY = """
+import negmine, torch
+from tests.cases import unit
+q, c = unit(1024, 16), unit(65536, 16, seed=1)
+
+def status(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
+
+def run(queries):
+    negmine.hardness_report(queries, c, num_queries=None, max_memory_bytes=16 << 20, samples_per_bin=2)
+
+run(q[:2])  # code pages, thread stacks
+with open("/proc/self/clear_refs", "w") as f:
+    f.write("5")  # the high-water mark starts anew
+before = status("VmRSS")
+run(q)
+print(status("VmHWM") - before)
+"""
+
+
+def test_no_matrix_of_all_pairs():
+    """1,024 queries against 65,536 rows: their scores would be 256 MiB. Beside the budget: kernels' scratch a thread, figures."""
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 128
 
 
 class Reader(HTMLParser):

@@ -23,7 +23,7 @@ main { max-width: 1080px; margin: 0 auto; padding: 44px 24px 88px }
 h1 { font-size: 31px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -.01em } h2 { font-size: 20px; margin: 46px 0 6px }
 h3 { font-size: 15.5px; margin: 0 0 2px } p { max-width: 78ch; margin: 6px 0 } .soft { color: var(--soft); font-size: 14px }
 section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 18px 22px; margin: 14px 0 }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 14px } .two section { margin: 0 }
+.two { display: grid; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); gap: 14px } .two section { margin: 0 }
 @media (max-width: 520px) { .two { grid-template-columns: 1fr } main { padding: 28px 14px 60px } }
 ul.said { margin: 0; padding-left: 20px } ul.said li { margin: 7px 0; max-width: 84ch }
 section.do { border-left: 4px solid var(--main) }
@@ -74,7 +74,7 @@ def _by_difficulty(figures: Figures, facts: Facts) -> str:
     }
     measure = 'Mean over the negatives at that difficulty; <span class="dash">dashed</span>: over the whole pool.'
     for name, title, overall in words.shown(figures, facts):
-        plot = charts.curve(figures["edges"], figures[f"{name}_mean"], figures[f"{name}_error"], overall, title)
+        plot = charts.curve(words.bounds(figures), figures[f"{name}_mean"], figures[f"{name}_error"], overall, title)
         cards += _card(title[0].upper() + title[1:], said.get(name, measure), plot)
     return (
         "<h2>By difficulty</h2><p>Each query ranks its own negatives, hardest first. Bins are narrow at both tails; "
@@ -180,7 +180,7 @@ def _table_of_figures(figures: Figures, facts: Facts) -> str:
     curves = words.shown(figures, facts)
     head = "<th>of the negatives</th>" + "".join(f'<th class="n">{escape.escape(title)}</th>' for _, title, _ in curves)
     rows = [
-        f"<tr><td>{words.bin_name(figures['edges'], i)}</td>"
+        f"<tr><td>{words.bin_name(figures, i)}</td>"
         + "".join(
             f'<td class="n">{figures[f"{name}_mean"][i]:.4f} ± {2 * figures[f"{name}_error"][i]:.4f}</td>'
             for name, _, _ in curves

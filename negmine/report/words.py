@@ -30,8 +30,16 @@ def is_unit(facts: Facts) -> bool:
     return all(abs(norm - 1) <= UNIT for pair in facts["norms"] for norm in pair)
 
 
-def bin_name(edges: np.ndarray, i: int) -> str:
-    return f"{percent(float(edges[i]))} to {percent(float(edges[i + 1]))}"
+def bounds(figures: Figures) -> np.ndarray:
+    """The edges, as they part what was seen: a bin after empty ones begins at 0, since they hold no rank."""
+    edges, known = figures["edges"].copy(), known_bins(figures, "score")
+    edges[: known[0] + 1], edges[known[-1] + 1 :] = 0.0, 1.0
+    return edges
+
+
+def bin_name(figures: Figures, i: int) -> str:
+    first, last = bounds(figures)[i : i + 2]
+    return f"{percent(float(first))} to {percent(float(last))}"
 
 
 def known_bins(figures: Figures, name: str) -> np.ndarray:
@@ -55,7 +63,7 @@ def table(figures: Figures, facts: Facts) -> list[str]:
     lines = [f"{'hardest ... easiest':<20}" + "".join(f"{title[:18]:>20}" for _, title, _ in curves)]
     for i in known_bins(figures, "score"):
         cells = [f"{figures[f'{name}_mean'][i]:>20.4f}" for name, _, _ in curves]
-        lines.append(f"{bin_name(figures['edges'], i):<20}" + "".join(cells))
+        lines.append(f"{bin_name(figures, i):<20}" + "".join(cells))
     return lines
 
 
@@ -64,7 +72,7 @@ def _tails(figures: Figures, name: str, title: str, overall: float) -> list[str]
     known = known_bins(figures, name)
     if len(known) < 2:
         return []
-    mean, error, edges = figures[f"{name}_mean"], figures[f"{name}_error"], figures["edges"]
+    mean, error, edges = figures[f"{name}_mean"], figures[f"{name}_error"], bounds(figures)
     first, last = known[0], known[-1]
     lowest = known[int(mean[known].argmin())]
     values = [percent(v) if name == "same_class" else f"{v:.3g}" for v in (mean[first], overall, mean[last])]
@@ -75,7 +83,7 @@ def _tails(figures: Figures, name: str, title: str, overall: float) -> list[str]
     gap, noise = float(mean[last] - mean[lowest]), 2 * float(np.hypot(error[last], error[lowest]))
     if gap > noise:
         said[0] += (
-            f" The easiest end turns up again, {gap:.2g} above the bin {bin_name(edges, lowest)} (two standard errors are "
+            f" The easiest end turns up again, {gap:.2g} above the bin {bin_name(figures, int(lowest))} (two standard errors are "
             f"{noise:.2g}): opposite directions still hold kin."
         )
     elif np.isfinite(noise):
