@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from negmine import backends, checks, reference
+from negmine.derivatives import first_only
 from negmine.mining import for_kernels, score_of_positive, working
 from negmine.mixing import MixLogSumExp, draws_of, hard_index
 from negmine.options import FalseNegatives, Mix, Select, Weight
@@ -48,7 +49,7 @@ class LogSumExp(torch.autograd.Function):
         return lse, kept, above
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx, d_lse, _d_kept, _d_above):
         query, scale, lse, mean, *rest = ctx.saved_tensors
         d_query = d_keys = d_scale = None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from negmine import backends, checks, reference
+from negmine.derivatives import first_only
 from negmine.mining import for_kernels, working
 from negmine.options import Mix
 from negmine.pool import Pool, check_pool, usable
@@ -55,7 +56,7 @@ class MixLogSumExp(torch.autograd.Function):
         return lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx, d_lse):
         query, scale, mean = ctx.saved_tensors
         d_query = d_scale = None

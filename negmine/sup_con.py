@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from negmine import backends, checks, reference
+from negmine.derivatives import first_only
 from negmine.info_nce import LogSumExp, scale_of
 from negmine.mining import for_kernels, working
 from negmine.pool import Pool, check_pool, usable
@@ -40,7 +41,7 @@ class MeanScore(torch.autograd.Function):
         return (query.float() * mean).sum(1), kept
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx, d_score, _d_kept):
         query, zero, lse, mean, *rest = ctx.saved_tensors
         d_query = d_keys = None
