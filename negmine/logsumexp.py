@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from negmine import backends, checks, reference_methods
+from negmine.derivatives import first_only
 from negmine.mining import for_kernels, score_of_positive, working
 from negmine.options import Select
 from negmine.pool import Pool, bounded, check_pool, usable
@@ -42,7 +43,7 @@ class LogSumExp(torch.autograd.Function):
         return lse, kept, above
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx, d_lse, _d_kept, _d_above):
         query, scale, lse, mean, *rest = ctx.saved_tensors
         d_query = d_keys = d_scale = None
@@ -75,7 +76,7 @@ class MeanScore(torch.autograd.Function):
         return (query.float() * mean).sum(1), kept
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx, d_score, _d_kept):
         query, zero, lse, mean, *rest = ctx.saved_tensors
         d_query = d_keys = None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from negmine import backends, checks, reference
+from negmine.derivatives import first_only
 from negmine.listed import rows_of
 from negmine.mining import for_kernels, working
 from negmine.options import Mix
@@ -58,7 +59,7 @@ class MixLogSumExp(torch.autograd.Function):
         return lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx, d_lse):
         query, scale, mean = ctx.saved_tensors
         d_query = d_scale = None
@@ -118,7 +119,7 @@ class FollowedMixLogSumExp(torch.autograd.Function):
         return lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx, d_lse):
         query, scale, d_query, d_scale, *rest = ctx.saved_tensors
         d_keys = None

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from negmine import checks, reference_methods
+from negmine.derivatives import first_only
 from negmine.logsumexp import columns, frozen
 from negmine.mining import for_kernels, score_of_positive, working
 from negmine.options import Select, is_real
@@ -36,7 +37,7 @@ class SoftplusSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx, d_total):
         query, scale, bias, pull, mass, *rest = ctx.saved_tensors
         d_query = d_keys = d_scale = d_bias = None

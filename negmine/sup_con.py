@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from negmine import backends, checks, reference
+from negmine.derivatives import first_only
 from negmine.logsumexp import LogSumExp, MeanScore, scale_of
 from negmine.mining import dense_keys, working
 from negmine.pool import Pool, check_pool, of_columns, readable, usable
@@ -71,7 +72,7 @@ class OwnPositive(torch.autograd.Function):
         return loss.masked_fill(count == 0, 0.0), count
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only
     def backward(ctx, d_loss, _d_count):
         query, scale, share, mean, *again = ctx.saved_tensors
         d_query = d_keys = d_scale = None

@@ -25,7 +25,7 @@ def problems(draw):
     dtypes = [draw(st.sampled_from(DTYPES)) for _ in range(2)]
     q, keys = whole(B, D, dtype=dtypes[0], seed=seed), whole(K, D, dtype=dtypes[1], seed=seed + 1)
     if K and draw(st.booleans()):  # duplicates and constant rows
-        keys[: K // 2] = keys[0]
+        keys[: K // 2] = keys[0].clone()
     masks = ids(B, K, seed=seed) if draw(st.booleans()) else {}
     if draw(st.booleans()):
         masks["negative_mask"] = torch.rand(K, generator=torch.Generator().manual_seed(seed)) < draw(st.floats(0, 1))

@@ -1,0 +1,190 @@
+"""torch's toolbox on every public op: one graph for any shape, autocast, GradScaler, copies, second derivatives.
+
+tests/test_torch.py and tests/test_torch_more.py do the same for the losses' options; here each op and each module has its turn.
+
+The rule of autocast: our ops cast nothing. What an autocast layer hands over, bf16 or fp16, is scored as it is, with fp32 sums.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import negmine
+from negmine import InfoNCELoss, Mix, MoCoQueue, Select, ShardedMoCoQueue, SupConLoss, TripletLoss, Weight, backends
+from tests.cases import unit
+
+cpu = next(row for row in backends.BACKENDS if row.name == "cpu")
+pytestmark = pytest.mark.skipif(bool(cpu.refusal), reason=cpu.refusal)
+D = 8
+
+
+def labels(n):
+    return torch.arange(n) % 4
+
+
+# Every public op as a function of query (B, D) and keys (K, D); the first half differentiates.
+LOSSES = {
+    "info_nce": lambda q, k: negmine.info_nce(q, k[: len(q)], k),
+    "sup_con": lambda q, k: negmine.sup_con(q, k, labels(len(q)), labels(len(k)), temperature=0.2),
+    "triplet_loss": lambda q, k: negmine.triplet_loss(q, k, labels(len(q)), labels(len(k))),
+}
+MINING = {
+    "mine_hardest": lambda q, k: negmine.mine_hardest(q, k, 4, select=Select(2, 30)).index,
+    "rank_thresholds": lambda q, k: negmine.rank_thresholds(q, k, [0, 5]),
+    "percentile": lambda q, k: negmine.percentile(q, k, [0.5, 0.95]),
+    "mix_negatives": lambda q, k: negmine.mix_negatives(q, k, Mix(8, 5, 3)).vectors,
+    "mine_triplets": lambda q, k: negmine.mine_triplets(q, k, labels(len(q)), labels(len(k))).negative,
+}
+OPS = LOSSES | MINING
+
+
+def value_and_grads(op, function, q, k):
+    leaves = [q.clone().requires_grad_(op in LOSSES), k.clone().requires_grad_(op in LOSSES)]
+    made = function(*leaves)
+    return [made.detach(), *(torch.autograd.grad(made, leaves) if op in LOSSES else ())]
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "mine_triplets"])  # a part of triplet_loss
+def test_one_graph_for_every_shape(op):
+    """Compiled once with dynamic shapes: other numbers of queries and keys find the same graph."""
+    torch._dynamo.reset()
+    compiled = torch.compile(OPS[op], fullgraph=True, dynamic=True, backend="aot_eager")
+    value_and_grads(op, compiled, unit(5, D), unit(40, D, seed=1))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for B, K in ((7, 61), (12, 90)):
+            q, k = unit(B, D, seed=B), unit(K, D, seed=K)
+            for got, want in zip(value_and_grads(op, compiled, q, k), value_and_grads(op, OPS[op], q, k), strict=True):
+                torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_changes_no_bit(op, half):
+    x, k = unit(6, D), unit(50, D, seed=1)
+    layer = nn.Linear(D, D)
+    with torch.autocast("cpu", dtype=half):
+        q = layer(x).detach()
+        inside = value_and_grads(op, OPS[op], q, k)
+    assert q.dtype == half
+    outside = value_and_grads(op, OPS[op], q, k)
+    for got, want in zip(inside, outside, strict=True):
+        assert torch.equal(got, want) and got.dtype == want.dtype
+    if op in LOSSES:
+        assert inside[0].dtype == torch.float32 and inside[1].dtype == half and inside[2].dtype == torch.float32
+
+
+def test_a_grad_scaler_trains_as_without_one():
+    """Scales are powers of two and gradients fp32: the same weights, bit for bit; an overflow skips the step."""
+    trained = []
+    for scaled in (False, True):
+        torch.manual_seed(3)
+        layer, queue = nn.Linear(D, D), MoCoQueue(D, 64)
+        optimiser = torch.optim.SGD(layer.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2, enabled=scaled)
+        for step in range(5):
+            q, key = layer(unit(6, D, seed=step)), unit(6, D, seed=50 + step)
+            loss = negmine.info_nce(q, key, queue.keys, temperature=0.2, select=Select(0, 0.5))
+            queue.enqueue(key)
+            optimiser.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimiser)
+            scaler.update()
+        trained.append(layer.weight.detach().clone())
+    assert torch.equal(*trained)
+    before, scale = layer.weight.detach().clone(), scaler.get_scale()
+    optimiser.zero_grad()
+    scaler.scale(negmine.info_nce(layer(unit(6, D)) * torch.inf, unit(6, D), queue.keys)).backward()
+    scaler.step(optimiser)
+    scaler.update()
+    assert torch.equal(layer.weight, before) and scaler.get_scale() < scale
+
+
+SECOND = {
+    **{name: LOSSES[name] for name in ("info_nce", "sup_con")},
+    "weight": lambda q, k: negmine.info_nce(q, k[: len(q)], k, weight=Weight(1.0)),
+    "mix": lambda q, k: negmine.info_nce(q, k[: len(q)], k, mix=Mix(8, 6, 4)),
+}
+
+
+@pytest.mark.parametrize("op", SECOND)
+def test_a_second_derivative_is_refused_in_words(op):
+    """On every way to ask for it; a gradient that is only looked at, with its graph, is right."""
+    q, k = unit(6, D).requires_grad_(), unit(50, D, seed=1).requires_grad_()
+    grads = torch.autograd.grad(SECOND[op](q, k), (q, k), create_graph=True)
+    for grad, want in zip(grads, torch.autograd.grad(SECOND[op](q, k), (q, k)), strict=True):
+        assert torch.equal(grad, want)
+    for grad in grads:
+        for leaf in (q, k):
+            with pytest.raises(
+                RuntimeError, match="cannot differentiate a gradient; backend='reference' has derivatives"
+            ):
+                torch.autograd.grad(grad.square().sum(), leaf, retain_graph=True)
+        with pytest.raises(RuntimeError, match="cannot differentiate a gradient"):
+            grad.square().sum().backward(retain_graph=True)
+
+
+def test_triplets_have_second_derivatives():
+    """Their scores are plain arithmetic on the mined rows."""
+    k, second = unit(50, D, seed=1), []
+    for backend in ("cpu", "reference"):
+        q = unit(6, D).requires_grad_()
+        made = negmine.triplet_loss(q, k, labels(6), labels(50), backend=backend)
+        grad = torch.autograd.grad(made, q, create_graph=True)[0]
+        second.append(torch.autograd.grad(grad.square().sum(), q)[0])
+    torch.testing.assert_close(*second)
+
+
+@pytest.mark.parametrize("op", SECOND)
+def test_transforms_of_functions_are_refused_in_words(op):
+    q, k = unit(6, D), unit(50, D, seed=1)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda q: SECOND[op](q, k))(q)
+
+
+MODULES = {
+    "InfoNCELoss": lambda: InfoNCELoss(nn.Parameter(torch.tensor(0.3)), mix=Mix(8, 6, 4)),
+    "SupConLoss": lambda: SupConLoss(nn.Parameter(torch.tensor(0.3)), denominator="negatives_only"),
+    "TripletLoss": lambda: TripletLoss(0.3, negative="hardest"),
+}
+
+
+def call(module, q, k):
+    if isinstance(module, InfoNCELoss):
+        return module(q, k[: len(q)], k)
+    return module(q, k, labels(len(q)), labels(len(k)))
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "state_dict", "double and back"])
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_travel(name, way):
+    module, q, k = MODULES[name](), unit(9, D), unit(60, D, seed=1)
+    call(module, q, k)
+    twin = MODULES[name]()
+    if way == "state_dict":
+        twin.load_state_dict(module.state_dict())
+    elif way == "double and back":  # a temperature of 0.3 is a float again
+        twin = copy.deepcopy(module).double().float()
+    else:
+        twin = copy.deepcopy(module) if way == "deepcopy" else pickle.loads(pickle.dumps(module))
+    for _ in range(2):
+        assert torch.equal(call(module, q, k), call(twin, q, k))
+
+
+@pytest.mark.parametrize("make", [MoCoQueue, ShardedMoCoQueue])
+def test_a_queue_travels_over_devices_and_dtypes(make):
+    """Parameters may wait on the meta device, and a half queue's state loads into a float one."""
+    queue = make(D, 20, with_ids=True)
+    queue.enqueue(unit(7, D), ids=torch.arange(7))
+    half = copy.deepcopy(queue).half()
+    other = make(D, 20, with_ids=True)
+    other.load_state_dict(half.state_dict())
+    assert torch.equal(other.keys, queue.keys.half().float()) and torch.equal(other.ids, queue.ids)
+    ghost = make(D, 20, with_ids=True).to("meta")
+    ghost = ghost.to_empty(device="cpu")
+    ghost.load_state_dict(queue.state_dict())
+    ghost.enqueue(unit(3, D, seed=2))
+    queue.enqueue(unit(3, D, seed=2))
+    assert torch.equal(ghost.keys, queue.keys) and torch.equal(ghost.queue_ptr, queue.queue_ptr)
