@@ -83,10 +83,10 @@ def logsumexp_kernel(
         shift = finite_shift(m_new)
         decay = tl.math.exp2(m - shift)  # (BLOCK_B,)
         p = tl.math.exp2(x - shift[:, None])  # (BLOCK_B, BLOCK_K)
+        if ALONG:  # first, so that scores need not outlive the rest
+            along = along * decay + tl.sum(p * s, 1)
         z = z * decay + tl.sum(p, 1)
         m = m_new
-        if ALONG:
-            along = along * decay + tl.sum(p * s, 1)
         if WANT_MEAN:
             if D <= SLICE and D <= BLOCK_D:
                 values = keys
