@@ -227,7 +227,8 @@ class FalseNegatives:
     mode="eliminate": F leaves the pool and the denominator. mode="attract": F leaves the pool and becomes further positives,
         loss = -(x_pos + sum_F x_f) / (1 + |F|) + LSE(x_pos, x_F, negatives)
     top_k=None: by threshold alone; threshold=None: by rank alone. f is a raw inner product and carries no gradient; ties in f
-    go to the lower index. The paper's support views come from the key encoder.
+    go to the lower index; the largest passes a view's NaN over, the mean does not. The paper's views come from the key encoder.
+    F is held as a mask of B K bytes; the scores f are not. top_k=None scores the queue in pieces, outside the kernels.
     """
 
     top_k: int | None = 10

@@ -55,6 +55,29 @@ def test_selection_is_exact(problem, select, N):
     compare.exact("index", got.index, want[1])
 
 
+@settings(max_examples=80, deadline=None)
+@given(problems(), windows(), st.integers(1, 50), st.booleans(), st.integers(0, 2**31))
+def test_samples_are_exact(problem, window, size, replace, seed):
+    q, keys, masks = problem
+    select = Select(window.range_min, window.range_max, sample=size, replace=replace)
+    allowed = usable(check_pool("test", q, keys, **masks), q, keys)
+    scores = q.float() @ keys.float().T  # (B, K)
+    times = reference.multiplicity(scores, None, select, allowed, seed, 1, 2)
+    call = {"select": select, "seed": seed, "step": 1, "row_offset": 2}
+    _, stats = negmine.info_nce(q, q, keys, temperature=4.0, **call, **masks, return_stats=True, backend="cpu")
+    compare.exact("num_negatives", stats.num_negatives, times.sum(1))
+    if not replace:
+        got = negmine.mine_hardest(q, keys, size, **call, **masks, backend="cpu")
+        compare.exact("index", got.index, reference.mine_hardest(q.float(), keys.float(), size, times > 0)[1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(windows(), st.integers(0, 3000))
+def test_no_pool_has_a_wider_window_than_promised(select, K):
+    first, end = select.window(torch.arange(K + 1))
+    assert int((end - first).clamp_min(0).max()) <= select.widest(K)
+
+
 @settings(max_examples=60, deadline=None)
 @given(problems(), st.floats(0.01, 0.99))
 def test_complementary_windows_add_up(problem, cut):

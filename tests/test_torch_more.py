@@ -249,7 +249,7 @@ def test_layouts_that_are_not_dense_are_refused():
         negmine.info_nce(q, pos, torch.nested.nested_tensor([keys[:4], keys[4:]], layout=torch.jagged))
 
 
-def test_what_only_the_reference_runs_differentiates():
+def test_samples_followed_mixes_and_support_views_differentiate():
     q, pos, keys = inputs()
     for options in ({"select": Select(sample=5)}, {"mix": Mix(4, 3, 2, detach=False)}):
         leaf = q.clone().requires_grad_()
