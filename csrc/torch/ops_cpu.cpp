@@ -25,11 +25,11 @@ namespace {
 
 using checks::floats;
 using checks::longs;
+using checks::new_empty;
 using checks::OptionalTensor;
 using checks::PoolTensors;
 using checks::ScalarType;
 using checks::Tensor;
-using checks::new_empty;
 
 template <class T>
 T* output(Tensor& t) {

@@ -17,10 +17,10 @@ namespace {
 
 using checks::floats;
 using checks::longs;
+using checks::new_empty;
 using checks::OptionalTensor;
 using checks::ScalarType;
 using checks::Tensor;
-using checks::new_empty;
 
 void* current_stream(const Tensor& tensor) {
   void* stream = nullptr;
