@@ -61,7 +61,7 @@ sanitize: venv
 	  ../../$(PY) -m pytest -p no:cacheprovider -k cpu tests/test_kernels.py tests/test_rules.py && \
 	  ../../$(PY) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
-# Every CPU kernel on std::threads under gcc's thread sanitizer, which torch's OpenMP would swamp: make threads ROUNDS=20
+# The CPU kernels on std::threads under gcc's thread sanitizer, which torch's OpenMP would swamp: make threads ROUNDS=20
 threads: venv
 	$(PY) -m build_tools.thread_sanitizer $(ROUNDS)
 

@@ -124,16 +124,16 @@ def test_a_queue_of_more_than_two_to_the_31_elements():
     mined = negmine.mine_hardest(q, keys, 2, backend="cpu")
     assert torch.equal(mined.index[:, 0], rows.flip(0))
     leaf = q.clone().requires_grad_()
-    loss = negmine.info_nce(leaf, q, keys, select=Select(0, 1), mix=Mix(1, 2, 1), backend="cpu")
+    loss = negmine.info_nce(leaf, q, keys, select=Select(min_score=0.5), backend="cpu")
     loss.backward()
     few = q.clone().requires_grad_()
-    near = negmine.info_nce(few, q, keys[rows], select=Select(0, 1), mix=Mix(1, 2, 1), backend="cpu")
+    near = negmine.info_nce(few, q, keys[rows], select=Select(min_score=0.5), backend="cpu")
     near.backward()
     assert torch.equal(loss.detach(), near.detach()) and torch.equal(leaf.grad, few.grad)
     first = torch.eye(1, D)  # its scores are a column, exactly
     column = torch.cat([keys[rows, 0].float(), torch.zeros(9)]).sort(descending=True).values
-    place = negmine.rank_thresholds(first, keys, [0, 3, 6, K - 1], backend="cpu")[0]
-    assert place.tolist() == [*column[[0, 3, 6]].tolist(), float(column[-1])]
+    place = negmine.rank_thresholds(first, keys, [0, 3], backend="cpu")[0]
+    assert place.tolist() == column[[0, 3]].tolist()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-// Every CPU kernel on a pool of std::threads, called by several callers at once on the same inputs, each result
+// The CPU kernels on a pool of std::threads, called by several callers at once on the same inputs, each result
 // compared bit for bit with a serial run: for gcc's thread sanitizer, which sees every hand-over here. (Under torch the
 // threads are OpenMP's, which is not instrumented, and every hand-over looks like a race.) Build and run: make threads
 //
@@ -22,6 +22,7 @@
 #include "kernels/cpu/mix_negatives.h"
 #include "kernels/cpu/order.h"
 #include "kernels/cpu/rank_thresholds.h"
+#include "kernels/cpu/softplus_sum.h"
 
 using namespace negmine::cpu;
 
@@ -142,6 +143,19 @@ std::vector<Bytes> run_all(const Inputs& in, const Parallel& parallel, int kind)
   count_negatives(
       {.query = query, .negative_keys = keys, .B = kB, .K = kK, .D = kD, .pool = pool, .count = room<int64_t>(out, kB)},
       parallel);
+  softplus_sum({.query = query,
+                .negative_keys = keys,
+                .B = kB,
+                .K = kK,
+                .D = kD,
+                .scale = &in.scale,
+                .bias = in.weight.data(),
+                .pool = pool,
+                .total = room<float>(out, kB),
+                .pull = room<float>(out, kB * kD),
+                .mass = room<float>(out, kB),
+                .kept = room<int64_t>(out, kB)},
+               parallel);
   mix_negatives({.query = query,
                  .negative_keys = keys,
                  .B = kB,
@@ -202,7 +216,7 @@ int main(int argc, char** argv) {
           callers.emplace_back([&] { wrong += run_all(in, {run_on_threads, kThreads}, kind) != want; });
         }
         for (std::thread& caller : callers) caller.join();
-        calls += 7 * kCallers;
+        calls += 8 * kCallers;
       }
     }
   }
