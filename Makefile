@@ -84,20 +84,12 @@ plots: venv
 	$(PY) -m benchmarks.plan
 
 # With the machine's own Python and no network: torch, setuptools and pytest must be there already.
+# One phase alone: make gpu PHASE=test (build, test, bench, profile, sanitize). Logs and rows go to OUT.
+PHASE ?=
+OUT   ?= build/gpu
 gpu:
-	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || \
-	  { echo 'make gpu needs a GPU that torch of $(PYTHON) can use, and there is none.'; exit 1; }
-	@$(PYTHON) -m build_tools.what_ran --need pytest setuptools
-	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m build_tools.run_shards
-	@$(PYTHON) -m build_tools.what_ran
-	@if command -v compute-sanitizer; then \
-	  for tool in memcheck racecheck; do \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	      $(PYTHON) -m pytest -m 'gpu and not slow' tests || exit 1; \
-	  done; \
-	else echo 'compute-sanitizer is not installed: memory and races were not checked.'; fi
-	$(PYTHON) -m benchmarks.run
+	@$(PYTHON) -m build_tools.what_ran --need torch pytest setuptools
+	$(PYTHON) -m build_tools.gpu $(PHASE) --out $(OUT)
 
 # A wheel reaches dist/ once its contents are right.
 wheel: venv

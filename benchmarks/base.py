@@ -21,7 +21,7 @@ def command_of(arguments: list[str], results: Path) -> list[str]:
     """The same run without --base, its rows going to `results`."""
     at = next(place for place, word in enumerate(arguments) if word.startswith("--base"))
     kept = arguments[:at] + arguments[at + (1 if "=" in arguments[at] else 2) :]
-    return [sys.executable, "-m", "benchmarks.run", *kept, "--no-tests", "--no-libraries", "--results", str(results)]
+    return [sys.executable, "-m", "benchmarks.run", *kept, "--no-tests", "--no-peers", "--results", str(results)]
 
 
 def medians(results: Path) -> dict[Key, float]:

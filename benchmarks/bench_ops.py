@@ -25,7 +25,7 @@ def inputs_of(case: str) -> Inputs:
 
 @cache
 def variants(op: str, case: str) -> Variants:
-    return variants_of(op, inputs_of(case), [None], [], with_compile=False, with_libraries=True)
+    return variants_of(op, inputs_of(case), [None], with_peers=True)
 
 
 @pytest.mark.parametrize("variant", [OURS, "eager", "FAISS IndexFlatIP", "usearch exact"])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QUEUE_OPS = ("info_nce", "window", "mine_hardest", "mochi")
+QUEUE_OPS = ("info_nce", "window", "mine_hardest", "rank_thresholds", "mochi")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ CASES = {
         Case("small", 256, 4096, 128, "float32", "a queue for CIFAR-size runs"),
         Case("moco", 256, 65536, 128, "float32", "MoCo's own shape", (*QUEUE_OPS, "whole_queue")),
         Case("moco-bf16", 256, 65536, 128, "bfloat16", "MoCo under mixed precision"),
+        Case("moco-bf16-1024", 1024, 65536, 128, "bfloat16", "the same queue for a large batch"),
+        Case("moco-bf16-4096", 4096, 65536, 128, "bfloat16", "and for a very large one"),
         Case("batch-1", 1, 65536, 128, "float32", "one query: search, or a probe in training"),
         Case("simclr", 4096, 4096, 128, "float32", "SimCLR's in-batch negatives", ("in_batch",)),
         Case("clip", 32768, 32768, 512, "bfloat16", "CLIP's batch", ("in_batch",)),
@@ -39,13 +41,13 @@ CASES = {
         Case("retrieval-768", 128, 117_659, 768, "float32", "a base sentence encoder", ("info_nce", "mine_hardest")),
         Case("retrieval-1024", 128, 117_659, 1024, "float32", "a large sentence encoder", ("info_nce", "mine_hardest")),
         Case("million", 64, 1_048_576, 128, "float32", "a queue of a million", ("info_nce", "mine_hardest")),
+        Case("million-bf16", 1024, 1_048_576, 256, "bfloat16", "the same for a large batch"),
         Case("labels", 64, 2048, 128, "float32", "what pytorch-metric-learning can hold", ("whole_queue",)),
-        Case("large-bf16", 1024, 262_144, 256, "bfloat16", "a large batch, a long queue"),
     ]
 }
 QUICK = ["small", "moco"]
-ON_CPU = [name for name in CASES if name not in ("clip", "large-bf16")]
-ON_GPU = ["moco", "moco-bf16", "batch-1", "simclr", "clip", "retrieval", "million", "large-bf16"]
+ON_CPU = [name for name, case in CASES.items() if case.B * case.K * case.D <= 1 << 33]
+ON_GPU = ["moco-bf16", "moco-bf16-1024", "moco-bf16-4096", "million-bf16", "clip"]
 SWEEP = Case("", 64, 65536, 128, "float32", "", ("info_nce", "mine_hardest"))
 SWEEPS = {
     "K": [4096 * 4**power for power in range(6)],  # to 4 M

@@ -1,6 +1,9 @@
 """What the hardness of negatives looks like: scores, the loss's attention and kinship, by rank among the queue's keys.
 
-For a sample of held-out queries against the same K corpus rows that the queue starts with:
+    python -m benchmarks.hardness --out out        negmine.hardness_report on WordNet's nouns, with the taxonomy as the judge
+
+`report` is that page. `measure_hardness` is the demo's picture: for a sample of held-out queries against the same K corpus rows
+that the queue starts with:
 
     scores     density of (score - score of the positive), and where the 0.1 % and 5 % thresholds fall
     attention  share of the negatives' gradient, softmax(score / T) over the negatives, that the hardest r ranks hold
@@ -8,7 +11,9 @@ For a sample of held-out queries against the same K corpus rows that the queue s
                or from the same lexicographer file: how often "harder" means "closer in meaning", or a false negative
 """
 
+import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +21,7 @@ from torch import Tensor
 import negmine
 from benchmarks.peers import MIX
 from benchmarks.train import TEMPERATURE, Head
-from benchmarks.wordnet import Task, Texts
+from benchmarks.wordnet import Task, Taxonomy, Texts, load, load_texts
 
 QUERIES = 256
 BINS = torch.linspace(-1.3, 0.5, 181)
@@ -123,3 +128,50 @@ def measure_hardness(query_head: Head, key_head: Head, task: Task, rows: Tensor,
         attention,
         kinship,
     )
+
+
+def report(task: Task, texts: Texts, num_queries: int | None = 512, **options) -> negmine.HardnessReport:
+    """The nouns of the task: held-out examples against every noun entry, compared with the answer's place in the taxonomy.
+
+    Only nouns form one tree, so only they are always comparable. Class: the lexicographer file.
+    """
+    is_noun = torch.tensor([name.startswith("noun.") for name in task.lexnames])[task.lexname_of]  # (K,)
+    rows = is_noun.nonzero()[:, 0]  # (nouns,)
+    asked = task.held_out[is_noun[task.positives[task.held_out]]]  # (Q,)
+    place = torch.full((len(task.corpus),), -1).index_put_((rows,), torch.arange(len(rows)))  # corpus row -> noun
+    answers, files = task.positives[asked], task.lexname_of.numpy()
+    tree = Taxonomy(task.hypernyms, len(task.corpus))
+
+    def judge(which: int):
+        return lambda q, k: tree.compare(answers[q].numpy(), rows[k].numpy())[which]
+
+    return negmine.hardness_report(
+        task.queries[asked],
+        task.corpus[rows],
+        place[answers],
+        query_labels=files[answers],
+        corpus_labels=files[rows],
+        class_similarity={"depth of the common hypernym": judge(0), "path similarity": judge(1)},
+        query_texts=[
+            f"{texts.lemmas[a][0]}: {texts.examples[q]}" for q, a in zip(asked.tolist(), answers, strict=True)
+        ],
+        corpus_texts=[f"{', '.join(texts.lemmas[row])}: {texts.glosses[row]}" for row in rows.tolist()],
+        num_queries=num_queries,
+        title="How hard are WordNet's negatives?",
+        **options,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--queries", type=int, default=512, help="held-out noun examples to look at")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="hardness.html and hardness.json go here")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    made = report(load(), load_texts(), args.queries, show_progress_bar=True, page=args.out / "hardness.html")
+    made.save(args.out / "hardness.json")
+    print(f"{made.summary()}\n\nThe page: {(args.out / 'hardness.html').resolve()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,22 +1,25 @@
 """Check one op's variants against each other, then time them: what run.py and the demo share.
 
-Every variant first answers the same inputs as plain PyTorch in fp32; where one answer differs nothing is timed. The
-floors are timed in the same rounds as the variants: the matrix products that no method avoids, and a copy of the keys.
+Every variant first answers the same inputs as plain PyTorch in fp32; where one answer differs nothing is timed. A way
+that a device cannot run, for want of memory or of a kernel, is left out, and said. The floors are timed in the same
+rounds as the variants: the matrix products that no method avoids, and a copy of the keys; on a GPU also what the
+products take at the rate of a large one.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 
 from benchmarks import libraries
 from benchmarks.cases import Inputs
 from benchmarks.peers import OPS, PLAIN_TOLERANCE, TOLERANCE, Answer, disagreement, in_float32
-from benchmarks.timing import Timing, interleave, peak_extra_bytes
+from benchmarks.timing import Timing, interleave, peak_extra_bytes, product_rate
 
 Variants = dict[str, Callable[[Inputs], Answer]]
 OURS = "negmine"
+PLAIN = ("eager", "eager fp32", "torch.compile")
 
 
 class Disagreement(Exception):
@@ -29,7 +32,13 @@ class Measured:
     timing: Timing
     floor_ms: float
     copy_ms: float
+    rate_floor_ms: float | None
     peak_extra_mib: float
+
+
+@cache
+def rate_of(dtype: torch.dtype, device: str) -> float:
+    return product_rate(dtype, device)
 
 
 def with_isa(run: Callable[[Inputs], Answer], isa: str) -> Callable[[Inputs], Answer]:
@@ -49,8 +58,14 @@ def with_isa(run: Callable[[Inputs], Answer], isa: str) -> Callable[[Inputs], An
 
 
 def variants_of(
-    name: str, inputs: Inputs, backends: list[str | None], isas: list[str], with_compile: bool, with_libraries: bool
+    name: str,
+    inputs: Inputs,
+    backends: list[str | None],
+    isas: tuple[str, ...] = (),
+    with_compile: bool = False,
+    with_peers: bool = False,
 ) -> Variants:
+    """with_peers: on a CPU the packages installed here, on a GPU other ways in PyTorch, which are no match on a CPU."""
     op = OPS[name]
     variants: Variants = {
         f"{OURS}[{backend}]" if backend else OURS: partial(op.fused, backend=backend) for backend in backends
@@ -62,22 +77,33 @@ def variants_of(
         variants["eager fp32"] = lambda _: op.eager(longer)
     if with_compile:
         variants["torch.compile"] = torch.compile(op.eager)
-    if with_libraries:
-        variants |= libraries.variants(name, inputs)
+    if with_peers:
+        variants |= op.peers if inputs.keys.is_cuda else libraries.variants(name, inputs)
     return variants
 
 
 def check(name: str, variants: Variants, inputs: Inputs) -> list[str]:
-    """Sentences that say which variant answers something else; one that draws at random is checked on given draws."""
+    """Sentences that say which variant answers something else; one that draws at random is checked on given draws.
+
+    A variant of another that cannot run here leaves `variants`.
+    """
     op = OPS[name]
     truth = (op.eager_same_draws or op.eager)(in_float32(inputs))
     complaints = []
-    for variant, run in variants.items():
+    for variant, run in list(variants.items()):
         is_ours = variant.startswith(OURS)
-        if not is_ours and op.eager_same_draws:
+        if variant in PLAIN and op.eager_same_draws:
             run = op.eager_same_draws
         tolerance = (TOLERANCE if is_ours else PLAIN_TOLERANCE)[inputs.query.dtype]
-        if found := disagreement(name, run(inputs), truth, inputs, tolerance):
+        try:
+            found = disagreement(name, run(inputs), truth, inputs, tolerance)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if is_ours:
+                raise
+            print(f"left out: {variant} cannot run {name} here: {str(error).splitlines()[0]}")
+            del variants[variant]
+            continue
+        if found:
             complaints.append(f"{variant}: {found}")
     return complaints
 
@@ -88,12 +114,12 @@ def measure(
     seconds: float,
     backends: list[str | None],
     *,
-    isas: list[str] | None = None,
+    isas: tuple[str, ...] = (),
     with_compile: bool = False,
-    with_libraries: bool = False,
+    with_peers: bool = False,
 ) -> list[Measured]:
     """Time the op `name`; raises Disagreement before any timing where a variant answers something else."""
-    variants = variants_of(name, inputs, backends, isas or [], with_compile, with_libraries)
+    variants = variants_of(name, inputs, backends, isas, with_compile, with_peers)
     if complaints := check(name, variants, inputs):
         raise Disagreement("not timed, since " + "; ".join(complaints))
     device = inputs.query.device.type
@@ -101,8 +127,19 @@ def measure(
     calls["gemm"] = lambda: inputs.query @ inputs.keys.T  # (B, K)
     calls["copy"] = inputs.keys.clone
     timings = interleave(calls, device, seconds)
-    floor_ms, copy_ms = OPS[name].gemms * timings["gemm"].median, timings["copy"].median
+    gemms, (K, D) = OPS[name].gemms, inputs.keys.shape
+    floor_ms, copy_ms = gemms * timings["gemm"].median, timings["copy"].median
+    rate_floor_ms = None
+    if device != "cpu":
+        rate_floor_ms = gemms * 2 * len(inputs.query) * K * D / rate_of(inputs.query.dtype, device)
     return [
-        Measured(variant, timings[variant], floor_ms, copy_ms, peak_extra_bytes(calls[variant], device) / 2**20)
+        Measured(
+            variant,
+            timings[variant],
+            floor_ms,
+            copy_ms,
+            rate_floor_ms,
+            peak_extra_bytes(calls[variant], device) / 2**20,
+        )
         for variant in variants
     ]

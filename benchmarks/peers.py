@@ -2,14 +2,16 @@
 
     OPS[name].fused(inputs, backend)   negmine
     OPS[name].eager(inputs)            PyTorch, the (B, K) score matrix and all
+    OPS[name].peers[peer](inputs)      other ways in PyTorch, timed on a GPU
     OPS[name].gemms                    matrix products of (B, D) by (D, K) size that no method avoids: the floor
 
-A training op returns (loss (), gradient of the query (B, D)), a mining op (scores (B, N), index (B, N)).
+A training op returns (loss (), gradient of the query (B, D)), a mining op (scores (B, N), index (B, N)), rank_thresholds its
+scores (B, 2) alone.
 `disagreement` says in words how two answers differ: a variant that gives another answer is not timed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,8 @@ MIX = negmine.Mix(hard=1024, pairs=1024, with_query=128)
 # storage dtype before it selects and exponentiates, which costs it far more in the short ones.
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 PLAIN_TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 0.15}
-Answer = tuple[Tensor, Tensor]
+CHUNK = 2**24  # the most elements that torch.quantile takes
+Answer = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Op:
     fused: Callable[..., Answer]
     eager: Callable[[Inputs], Answer]
     gemms: int
+    returns: tuple[str, ...] = ("loss", "gradient")
+    peers: dict[str, Callable[[Inputs], Answer]] = field(default_factory=dict)
     # The plain version given the fused version's random draws, where there are any; what is timed draws its own.
     eager_same_draws: Callable[..., Answer] | None = None
 
@@ -125,6 +130,16 @@ def fused_mine(inputs: Inputs, backend: str | None = None) -> Answer:
     )
 
 
+def ranks_of(inputs: Inputs) -> list[int]:
+    """The two ends of the window, as ranks of the whole queue."""
+    return [int(share * len(inputs.keys)) for share in (WINDOW.range_min, WINDOW.range_max)]
+
+
+def fused_thresholds(inputs: Inputs, backend: str | None = None) -> Answer:
+    tags = {"query_ids": inputs.query_ids, "negative_ids": inputs.negative_ids}
+    return (negmine.rank_thresholds(inputs.query, inputs.keys, ranks_of(inputs), **tags, backend=backend),)
+
+
 def masked_scores(query: Tensor, inputs: Inputs) -> Tensor:
     scores = (query @ inputs.keys.T).float()  # (B, K)
     return scores.masked_fill(inputs.query_ids[:, None] == inputs.negative_ids, float("-inf"))
@@ -158,6 +173,36 @@ def eager_window(inputs: Inputs) -> Answer:
 def eager_mine(inputs: Inputs) -> Answer:
     scores, index = masked_scores(inputs.query, inputs).topk(N, dim=1)  # (B, N), (B, N)
     return scores, index
+
+
+def eager_thresholds(inputs: Inputs) -> Answer:
+    """kthvalue, once a rank."""
+    scores = masked_scores(inputs.query, inputs)  # (B, K)
+    places = [scores.shape[1] - rank for rank in ranks_of(inputs)]  # from the smallest, from 1
+    return (torch.stack([scores.kthvalue(place, dim=1).values for place in places], dim=1),)
+
+
+def quantile_thresholds(inputs: Inputs) -> Answer:
+    """torch.quantile, as many rows at a time as it takes."""
+    scores = masked_scores(inputs.query, inputs)  # (B, K)
+    last = scores.shape[1] - 1
+    levels = torch.stack([torch.full((), (last - rank) / last, device=scores.device) for rank in ranks_of(inputs)])
+    parts = scores.split(max(1, CHUNK // scores.shape[1]))
+    return (torch.cat([part.quantile(levels, dim=1, interpolation="nearest").T for part in parts]),)
+
+
+def attention_info_nce(inputs: Inputs) -> Answer:
+    """Attention with keys as values: its log-sum-exp and output are the loss and the gradient. It cannot mask by id."""
+    query, keys = inputs.query[None, None], inputs.keys[None, None]  # (1, 1, B, D), (1, 1, K, D)
+    on_gpu = query.is_cuda
+    aten = torch.ops.aten
+    attend = aten._scaled_dot_product_flash_attention if on_gpu else aten._scaled_dot_product_flash_attention_for_cpu
+    mean, lse, *_ = attend(query, keys, keys, scale=1 / inputs.temperature)
+    mean, lse = mean[0, 0].float(), lse.flatten()  # (B, D), (B,)
+    positive = inputs.positive_key.float()
+    x_positive = (inputs.query.float() * positive).sum(dim=1) / inputs.temperature  # (B,)
+    share = torch.sigmoid(lse - x_positive)[:, None] / (inputs.temperature * len(positive))  # (B, 1)
+    return -F.logsigmoid(x_positive - lse).mean(), (share * (mean - positive)).to(inputs.query.dtype)
 
 
 def eager_mochi(inputs: Inputs, draws: negmine.Mixed | None = None) -> Answer:
@@ -199,11 +244,25 @@ def eager_mochi_same_draws(inputs: Inputs, backend: str | None = None) -> Answer
 
 
 OPS = {
-    "info_nce": Op("InfoNCE, all negatives: loss and gradient", fused_loss(), eager_info_nce, gemms=2),
+    "info_nce": Op(
+        "InfoNCE, all negatives: loss and gradient",
+        fused_loss(),
+        eager_info_nce,
+        gemms=2,
+        peers={"attention": attention_info_nce},
+    ),
     "window": Op("InfoNCE, hardest 0.1 % to 5 %: loss and gradient", fused_loss(select=WINDOW), eager_window, gemms=2),
     "whole_queue": Op("InfoNCE without masks: loss and gradient", fused_whole_queue, eager_whole_queue, gemms=2),
     "in_batch": Op("InfoNCE in the batch: loss and both gradients", fused_in_batch, eager_in_batch, gemms=3),
-    "mine_hardest": Op(f"mine_hardest, N = {N}", fused_mine, eager_mine, gemms=1),
+    "mine_hardest": Op(f"mine_hardest, N = {N}", fused_mine, eager_mine, gemms=1, returns=("scores", "index")),
+    "rank_thresholds": Op(
+        "rank_thresholds, two ranks",
+        fused_thresholds,
+        eager_thresholds,
+        gemms=1,
+        returns=("thresholds",),
+        peers={"quantile": quantile_thresholds},
+    ),
     "mochi": Op(
         "MoCHi (1024, 1024, 128): loss and gradient",
         fused_loss(mix=MIX),
@@ -216,8 +275,7 @@ OPS = {
 
 def disagreement(op: str, answer: Answer, truth: Answer, inputs: Inputs, tolerance: float) -> str:
     """Empty where the answer is within tolerance of the truth's largest entry; a sentence where it is not."""
-    names = ("scores", "index") if op == "mine_hardest" else ("loss", "gradient")
-    for name, ours, theirs in zip(names, answer, truth, strict=True):
+    for name, ours, theirs in zip(OPS[op].returns, answer, truth, strict=True):
         if name == "index":
             # Equal scores may swap places between two ways of adding up: ask what each index is worth instead.
             worth = masked_scores(inputs.query.float(), in_float32(inputs))  # (B, K)

@@ -32,7 +32,7 @@ def newest(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         rows = {(row["case"], row["op"], row["variant"], row["threads"]): row for row in reader}
-    if reader.fieldnames != COLUMNS:
+    if set(reader.fieldnames or ()) != set(COLUMNS):
         raise SystemExit(f"{path}: the header is not benchmarks.run's: measure anew into a new file")
     return list(rows.values())
 

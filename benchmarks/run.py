@@ -2,21 +2,26 @@
 
     python -m benchmarks.run --quick                                    two shapes, under three minutes on two cores
     python -m benchmarks.run --sweep K B D --threads 1 2                one letter varied, the rest held
-    python -m benchmarks.run --device cuda --op mine_hardest --case moco --compile
     python -m benchmarks.run --quick --base v0.1                        this tree against another commit, side by side
+    python -m benchmarks.run --device cuda                              every case and peer of a GPU
+    python -m benchmarks.run --device cuda --op mine_hardest --case moco-bf16 --compile
 
 The tests of the kernels run first, and a red one stops everything. Then every variant answers the same inputs as plain
-PyTorch in fp32; where one answer differs, nothing of that op and case is timed, and the exit code is 1. `floor_ms` is the
-matrix products that no method avoids, `copy_ms` one copy of the keys, both timed in the same rounds.
+PyTorch in fp32; where one answer differs, nothing of that op and case is timed, and the exit code is 1. So it is where an
+op fails otherwise; the rest is measured all the same. What each column says is in benchmarks/README.md. A short table
+comes last.
 """
 
 import argparse
 import csv
 import datetime
+import itertools
 import os
 import re
 import subprocess
 import sys
+import traceback
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -49,6 +54,12 @@ COLUMNS = [
     "floor_ms",
     "copy_ms",
     "peak_extra_mib",
+    "driver",
+    "triton",
+    "timed",
+    "call_ms",
+    "rate_floor_ms",
+    "peak_share",
 ]
 
 
@@ -78,16 +89,34 @@ def tests_pass(device: str) -> bool:
     return subprocess.run(command, cwd=RESULTS.parents[1], env=environment).returncode == 0
 
 
+def driver() -> str:
+    """The GPU driver's version; empty without one."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip().split("\n")[0]
+    except OSError:
+        return ""
+
+
+def triton_version() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return ""
+
+
 def rows_of(name: str, case: Case, inputs: Inputs, args: argparse.Namespace) -> list[dict[str, object]]:
+    compiled = args.compile is not None and (not args.compile or case.name in args.compile)
     measured = measure(
         name,
         inputs,
         args.seconds,
         args.backend or [None],
-        isas=args.isa,
-        with_compile=args.compile,
-        with_libraries=not args.no_libraries,
+        isas=tuple(args.isa),
+        with_compile=compiled,
+        with_peers=not args.no_peers,
     )
+    shortest_scores_mib = 2 * case.B * case.K / 2**20  # a (B, K) matrix of two bytes a score
     return [
         {
             "threads": torch.get_num_threads(),
@@ -105,19 +134,51 @@ def rows_of(name: str, case: Case, inputs: Inputs, args: argparse.Namespace) -> 
             "floor_ms": f"{m.floor_ms:.4g}",
             "copy_ms": f"{m.copy_ms:.4g}",
             "peak_extra_mib": f"{m.peak_extra_mib:.1f}",
+            "timed": m.timing.timed,
+            "call_ms": f"{m.timing.call:.4g}",
+            "rate_floor_ms": "" if m.rate_floor_ms is None else f"{m.rate_floor_ms:.4g}",
+            "peak_share": f"{m.peak_extra_mib / shortest_scores_mib:.4f}",
         }
         for m in measured
     ]
 
 
 def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    """Adds rows to a file, whose older rows stay and are given the columns that have come since."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
+    old: list[dict[str, object]] = []
+    mode = "a" if path.exists() else "w"
+    if mode == "a":
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != COLUMNS:
+                old, mode = list(reader), "w"
+    with path.open(mode, newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        if mode == "w":
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(old + rows)
+
+
+def summary(rows: list[dict[str, object]]) -> list[str]:
+    """One line a case and op: negmine over its floor, and over the best of the other ways."""
+    lines = [f"{'case':<16}{'op':<16}{'negmine ms':>11}{'/ floor':>9}{'next best':>26}{'faster':>8}{'memory':>9}"]
+    for case, name in dict.fromkeys((row["case"], row["op"]) for row in rows):
+        own = [row for row in rows if (row["case"], row["op"]) == (case, name)]
+        ours = [row for row in own if str(row["variant"]).startswith("negmine")]
+        others = [row for row in own if row not in ours]
+        if not ours:
+            continue
+        best, rival = (min(part, key=lambda row: float(row["median_ms"]), default=None) for part in (ours, others))
+        floor = float(best["rate_floor_ms"] or best["floor_ms"])
+        line = f"{case:<16}{name:<16}{best['median_ms']:>11}{float(best['median_ms']) / floor:>9.2f}"
+        if rival:
+            faster = float(rival["median_ms"]) / float(best["median_ms"])
+            line += f"{rival['variant'] + ' ' + rival['median_ms']:>26}{faster:>8.1f}"
+        else:
+            line += f"{'none ran':>26}{'':>8}"
+        lines.append(line + f"{100 * float(best['peak_share']):>8.1f}%")
+    return lines
 
 
 def arguments() -> argparse.Namespace:
@@ -129,8 +190,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", nargs="+", help="negmine backends to insist on, one variant each")
     parser.add_argument("--isa", nargs="+", default=[], help="also time the CPU kernels held to these: portable avx2")
-    parser.add_argument("--compile", action="store_true", help="also time torch.compile of the plain version")
-    parser.add_argument("--no-libraries", action="store_true", help="time no other packages")
+    parser.add_argument(
+        "--compile", nargs="*", choices=CASES, metavar="CASE", help="also time torch.compile of the plain version"
+    )
+    parser.add_argument("--no-peers", action="store_true", help="time negmine and plain PyTorch alone")
     parser.add_argument("--no-tests", action="store_true", help="do not run the kernels' tests first")
     parser.add_argument("--seconds", type=float, help="time spent on each op and case (default 10, quick 2)")
     parser.add_argument("--threads", type=int, nargs="+", help="repeat all with these numbers of CPU threads")
@@ -160,26 +223,35 @@ def main() -> int:
         "machine": machine,
         "device": args.device,
         "torch": torch.__version__,
+        "driver": driver() if args.device == "cuda" else "",
+        "triton": triton_version(),
     }
     refused = 0
-    for case in cases:
+    measured: list[dict[str, object]] = []
+    for case, threads in itertools.product(cases, args.threads or [torch.get_num_threads()]):
+        torch.set_num_threads(threads)
         inputs = make_inputs(case, args.device)
-        for threads in args.threads or [torch.get_num_threads()]:
-            torch.set_num_threads(threads)
-            for name in (name for name in args.op if name in case.ops):
-                try:
-                    rows = rows_of(name, case, inputs, args)
-                except Disagreement as complaint:
-                    refused += 1
-                    print(f"REFUSED  {case.name}: {complaint}")
-                    rows = []
-                append_rows(args.results / f"{machine}.csv", [stamp | row for row in rows])
-                for row in rows:
-                    print(
-                        f"{case.name:<15}{name:<14}{row['variant']:<24}{row['median_ms']:>8} ms   floor "
-                        f"{row['floor_ms']:>7} ms   +{row['peak_extra_mib']:>7} MiB   {threads} threads",
-                        flush=True,
-                    )
+        for name in (name for name in args.op if name in case.ops):
+            try:
+                rows = rows_of(name, case, inputs, args)
+            except Disagreement as complaint:
+                refused += 1
+                print(f"REFUSED  {case.name}: {complaint}")
+                rows = []
+            except Exception:  # one op that fails must not cost the others their rows
+                refused += 1
+                print(f"FAILED   {case.name}: {name}")
+                traceback.print_exc()
+                rows = []
+            append_rows(args.results / f"{machine}.csv", [stamp | row for row in rows])
+            measured += rows
+            for row in rows:
+                print(
+                    f"{case.name:<16}{name:<16}{row['variant']:<24}{row['median_ms']:>8} ms   floor "
+                    f"{row['floor_ms']:>7} ms   +{row['peak_extra_mib']:>7} MiB   {threads} threads",
+                    flush=True,
+                )
+    print("\n".join(summary(measured)))
     for package, reason in libraries.ABSENT.items():
         print(f"not timed: {package} ({reason})")
     print(f"rows appended to {args.results / machine}.csv" + (f"; {refused} refused" if refused else ""))

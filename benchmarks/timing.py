@@ -2,11 +2,13 @@
 
 Variants take turns, in an order that rotates every round, so that a clock that drifts or a neighbour that wakes up
 meets all of them alike; medians are compared, and the 20 % and 80 % quantiles say how much to believe them. On a GPU
-each call is timed by events, after the L2 cache was overwritten. Memory is measured in a call of its own, never in a
-timed one.
+a round replays a CUDA graph of as many calls as fill a few milliseconds, so that what is timed is the card and not
+the Python that drives it; the L2 cache holds what the last call left there. A call that cannot be captured is timed by
+events around it. Memory is measured in a call of its own, never in a timed one.
 """
 
 import ctypes
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -17,56 +19,107 @@ import torch
 
 Variant = Callable[[], object]
 PAGE = 4096
-L2_BYTES = 256 << 20  # more than any L2
+GRAPH_MS = 2.0  # a graph holds calls for about this long
+MOST_CALLS = 64
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds."""
+    """Milliseconds of one call."""
 
     median: float
     q20: float
     q80: float
     rounds: int
+    timed: str  # "graph", "events" or "clock"
+    call: float  # one call as Python makes it, launches and all
 
 
-def call_ms(variant: Variant, device: str, flush: torch.Tensor | None) -> float:
+@dataclass(frozen=True)
+class Repeated:
+    """What a round runs, and how many calls of the variant that is."""
+
+    run: Variant
+    calls: int
+    timed: str
+
+
+def elapsed_ms(run: Variant, device: str) -> float:
     if device == "cpu":
         start = time.perf_counter()
-        variant()
+        run()
         return 1e3 * (time.perf_counter() - start)
-    if flush is not None:
-        flush.zero_()
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     before.record()
-    variant()
+    run()
     after.record()
     after.synchronize()
     return before.elapsed_time(after)
 
 
+def captured(variant: Variant, call_ms: float, pool: tuple[int, int]) -> Repeated:
+    """A CUDA graph of several calls; the call itself where it cannot be captured.  Graphs share a pool, so take turns."""
+    calls = min(MOST_CALLS, max(1, math.ceil(GRAPH_MS / call_ms)))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        variant()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            for _ in range(calls):
+                variant()
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        print(f"not captured, timed by events: {str(error).splitlines()[0]}")
+        return Repeated(variant, 1, "events")
+    return Repeated(graph.replay, calls, "graph")
+
+
+def median(values: list[float]) -> float:
+    return torch.tensor(values, dtype=torch.float64).quantile(0.5).item()
+
+
 def interleave(
     variants: dict[str, Variant], device: str, seconds: float, min_rounds: int = 5, max_rounds: int = 200
 ) -> dict[str, Timing]:
-    """Time all variants in turns for about `seconds`, at least `min_rounds` rounds; one round before is not counted."""
-    flush = None if device == "cpu" else torch.empty(L2_BYTES, dtype=torch.uint8, device=device)
+    """Time all variants in turns for about `seconds`, at least `min_rounds` rounds; what comes before is not counted."""
     names = list(variants)
     for name in names:
-        call_ms(variants[name], device, flush)
+        elapsed_ms(variants[name], device)
+    if device == "cpu":
+        called = {}
+        repeated = {name: Repeated(variants[name], 1, "clock") for name in names}
+    else:
+        called = {name: median([elapsed_ms(variants[name], device) for _ in range(5)]) for name in names}
+        pool = torch.cuda.graph_pool_handle()
+        repeated = {name: captured(variants[name], called[name], pool) for name in names}
+        for name in names:
+            elapsed_ms(repeated[name].run, device)
     taken: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < min_rounds or (time.perf_counter() < end and rounds < max_rounds):
         turn = rounds % len(names)
         for name in names[turn:] + names[:turn]:
-            taken[name].append(call_ms(variants[name], device, flush))
+            taken[name].append(elapsed_ms(repeated[name].run, device) / repeated[name].calls)
         rounds += 1
     quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     timings = {}
     for name in names:
-        q20, median, q80 = torch.tensor(taken[name], dtype=torch.float64).quantile(quantiles).tolist()
-        timings[name] = Timing(median, q20, q80, rounds)
+        q20, middle, q80 = torch.tensor(taken[name], dtype=torch.float64).quantile(quantiles).tolist()
+        timings[name] = Timing(middle, q20, q80, rounds, repeated[name].timed, called.get(name, middle))
     return timings
+
+
+def product_rate(dtype: torch.dtype, device: str, size: int = 8192) -> float:
+    """FLOP a millisecond of a large square matrix product: what the card gives to one that stores little."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    return 2 * size**3 / median([elapsed_ms(lambda: a @ b, device) for _ in range(10)])
 
 
 def resident_bytes() -> int:

@@ -46,6 +46,63 @@ class Texts:
     examples: list[str]  # Q of them
 
 
+class Taxonomy:
+    """The tree of hypernyms, and how alike two synsets are by it. Direct and instance hypernyms are both followed.
+
+    depth       edges from the root to the deepest common ancestor, by its longest path: 0 for the root itself
+    similarity  1 / (1 + edges of the shortest path through a common ancestor), as NLTK's path_similarity of nouns
+    NaN where two synsets have no common ancestor.
+    """
+
+    def __init__(self, hypernyms: Tensor, synsets: int) -> None:
+        parents: list[list[int]] = [[] for _ in range(synsets)]
+        for child, parent in hypernyms.tolist():
+            parents[child].append(parent)
+        above: list[dict[int, int] | None] = [None] * synsets  # ancestor -> fewest edges, itself among them
+        deepest = np.zeros(synsets, np.int64)  # (K,) longest path to a root
+        for start in range(synsets):
+            stack = [start]
+            while stack:
+                row = stack[-1]
+                waiting = [parent for parent in parents[row] if above[parent] is None]
+                if waiting:
+                    stack += waiting
+                    continue
+                stack.pop()
+                found = {row: 0}
+                for parent in parents[row]:
+                    for ancestor, edges in above[parent].items():
+                        found[ancestor] = min(edges + 1, found.get(ancestor, edges + 1))
+                    deepest[row] = max(deepest[row], deepest[parent] + 1)
+                above[row] = found
+        self.starts = np.concatenate([[0], np.cumsum([len(found) for found in above])])  # (K + 1,)
+        self.ancestors = np.concatenate([list(found) for found in above]).astype(np.int64)  # (E,)
+        self.edges = np.concatenate([list(found.values()) for found in above]).astype(np.int64)  # (E,)
+        self.deepest = deepest
+
+    def compare(self, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """first, second (M,) synsets -> depth (M,), similarity (M,) float64."""
+        depth, similarity = (np.full(len(first), np.nan) for _ in range(2))
+        edges_to = np.full(len(self.deepest), -1)  # from the one synset to its ancestors
+        order = np.argsort(first, kind="stable")
+        for group in np.split(order, np.flatnonzero(np.diff(first[order])) + 1):
+            if not len(group):
+                continue
+            own = slice(self.starts[first[group[0]]], self.starts[first[group[0]] + 1])
+            edges_to[self.ancestors[own]] = self.edges[own]
+            sizes = np.diff(self.starts)[second[group]]  # (G,), 1 or more
+            ends = np.cumsum(sizes)
+            at = np.repeat(self.starts[second[group]] - (ends - sizes), sizes) + np.arange(ends[-1])  # (sum of sizes,)
+            common = self.ancestors[at]
+            shared = edges_to[common] >= 0
+            path = np.minimum.reduceat(np.where(shared, edges_to[common] + self.edges[at], len(edges_to)), ends - sizes)
+            lowest = np.maximum.reduceat(np.where(shared, self.deepest[common], -1), ends - sizes)
+            kin = lowest >= 0
+            depth[group[kin]], similarity[group[kin]] = lowest[kin], 1 / (1 + path[kin])
+            edges_to[self.ancestors[own]] = -1
+        return depth, similarity
+
+
 def load() -> Task:
     with np.load(FOLDER / "wordnet.npz", allow_pickle=False) as arrays:
         corpus, queries = (F.normalize(torch.from_numpy(arrays[name]).float(), dim=1) for name in ("corpus", "queries"))

@@ -15,10 +15,13 @@ ENVIRONMENT = Path(".venv")
 PYTHON = ENVIRONMENT / "bin/python"
 BUILD = ["setuptools", "wheel", "pybind11", "build"]
 USE = ["numpy", "pytest", "pytest-xdist", "hypothesis", "tqdm", "matplotlib", "ruff", "mypy", "clang-format"]
-USE += ["pytest-benchmark", "faiss-cpu", "usearch"]  # what the benchmarks compare with, and one way of running them
+BENCH = ["pytest-benchmark", "usearch"]
+SEARCH = ["faiss-cpu", "safetensors", "pyarrow"]  # optional for users; the tests read and search with them
 DOCS = ["mkdocs", "mkdocstrings-python"]
 # Not in constraints.txt: CUDA builds of torch bring their own Triton, and a pin there would contradict theirs.
 TRITON = "triton==3.8.0"
+# Packages whose losses tests/test_adapters.py compares with: 2 MB without what they pull in, which tests/peers.py stands in for.
+PEERS = ["pytorch-metric-learning", "lightly", "open_clip_torch"]
 
 
 def run(*arguments: str) -> None:
@@ -44,8 +47,10 @@ def main() -> None:
     constraints.write_text("\n".join(pins) + "\n")
     install = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     torch = [] if machine_torch else ["torch"]
-    print("installing", *torch, *BUILD, *USE, *DOCS, flush=True)
-    run(*install, "--constraint", str(constraints), *torch, *BUILD, *USE, *DOCS)
+    wanted = [*torch, *BUILD, *USE, *BENCH, *SEARCH, *DOCS]
+    print("installing", *wanted, *PEERS, flush=True)
+    run(*install, "--constraint", str(constraints), *wanted)
+    run(*install, "--constraint", str(constraints), "--no-deps", *PEERS)
     if not imports("triton"):
         print(f"installing {TRITON}", flush=True)
         run(*install, "--no-deps", TRITON)

@@ -14,7 +14,8 @@ from negmine.mixing import Mixed, mix_negatives
 from negmine.multi_similarity import MultiSimilarityLoss, MultiSimilarityStats, multi_similarity
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.queue import MoCoQueue
-from negmine.search import MiningResult, NegativeIndex, mine_hard_negatives
+from negmine.report import HardnessReport, hardness_report
+from negmine.search import MiningResult, NegativeIndex, mine_hard_negatives, mining_rounds
 from negmine.sharded import ShardedMoCoQueue
 from negmine.softplus_sum import SigLIPLoss, siglip, softplus_sum
 from negmine.sup_con import SupConStats, sup_con
@@ -24,6 +25,7 @@ from negmine.version import __version__
 
 __all__ = [
     "FalseNegatives",
+    "HardnessReport",
     "InfoNCELoss",
     "InfoNCEStats",
     "Mined",
@@ -43,11 +45,13 @@ __all__ = [
     "Triplets",
     "Weight",
     "__version__",
+    "hardness_report",
     "info_nce",
     "logsumexp",
     "mine_hard_negatives",
     "mine_hardest",
     "mine_triplets",
+    "mining_rounds",
     "mix_negatives",
     "multi_similarity",
     "percentile",

@@ -34,10 +34,12 @@ class Launchers(NamedTuple):
     count_negatives: Any = None
     mix_negatives: Any = None
     mix_logsumexp: Any = None
+    listed_logsumexp: Any = None
+    listed_grad_keys: Any = None
 
     def rows(self, negative_keys: Tensor) -> int:
         """K of the queue that the ops read."""
-        return negative_keys.shape[0]
+        return negative_keys.shape[-2]
 
 
 OPS = Launchers._fields

@@ -104,6 +104,16 @@ def _mix_logsumexp(query: Tensor, negative_keys: Tensor, hard_index: Tensor, sca
     return query.new_empty(B, dtype=torch.float32), query.new_empty(B if want_mean else 0, D, dtype=torch.float32)
 
 
+def _listed_logsumexp(query: Tensor, negative_keys: Tensor, index: Tensor, scale: Tensor, want_mean: bool):
+    B, D = query.shape
+    row = query.new_empty(B, dtype=torch.float32)  # (B,)
+    return row.new_empty(index.shape), row, row.new_empty(B if want_mean else 0, D)
+
+
+def _listed_grad_keys(query: Tensor, index: Tensor, weight: Tensor, K: int):
+    return weight.new_empty(K, query.shape[1])  # (K, D)
+
+
 FAKES: dict[str, Callable] = {
     "logsumexp": _logsumexp,
     "logsumexp_grad_keys": _logsumexp_grad_keys,
@@ -114,6 +124,8 @@ FAKES: dict[str, Callable] = {
     "count_negatives": _count_negatives,
     "mix_negatives": _mix_negatives,
     "mix_logsumexp": _mix_logsumexp,
+    "listed_logsumexp": _listed_logsumexp,
+    "listed_grad_keys": _listed_grad_keys,
 }
 if not CPU_REFUSAL:
     for _name, _fake in FAKES.items():

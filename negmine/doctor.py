@@ -1,6 +1,7 @@
-"""What works here, and why the rest does not: python -m negmine.doctor
+"""What works here, why the rest does not, and what to install: negmine doctor, or python -m negmine.doctor
 
     backends    each row of negmine/backends.py: the reason why it refuses, or what a small call of it really gave
+    features    what other packages add: each tried, or what to install
     build       how the compiled modules were made: version, CUDA, architectures, instruction sets
     versions    Python, torch, Triton, NumPy, FAISS, the GPUs
 
@@ -8,16 +9,22 @@ It changes nothing and always exits with 0: a backend that cannot run here is a 
 """
 
 import importlib
+import importlib.metadata
 import importlib.util
 import platform
+import re
+from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from negmine import backends
 from negmine.mining import mine_hardest
+from negmine.search import NegativeIndex
 from negmine.version import __version__
 
 Rows = list[tuple[str, str]]
+LEAST = {"torch": (2, 10), "triton": (3, 6)}  # as pyproject.toml has them
 
 
 def _trial(name: str, device: str) -> str:
@@ -52,6 +59,59 @@ def backend_rows() -> list[tuple[str, str, str]]:
     return rows
 
 
+def _index_trial(kind: str, device: str) -> str:
+    """'works', or why a small index of this kind does not."""
+    try:
+        index = NegativeIndex.build(np.eye(4, dtype=np.float32), kind, device=device)
+        found = index.search(np.eye(4, dtype=np.float32), 1).indices.ravel().tolist()
+    except Exception as error:  # as above
+        first_line, *_ = str(error).splitlines() or [""]
+        return f"no: a small index raised {type(error).__name__}: {first_line}"
+    return "works" if found == [0, 1, 2, 3] else f"no: a small index found {found} instead of [0, 1, 2, 3]"
+
+
+def _on_gpu(kind: str) -> Callable[[], str]:
+    def trial() -> str:
+        if not torch.cuda.is_available():
+            return "no: torch sees no CUDA device"
+        return _index_trial(kind, "cuda")
+
+    return trial
+
+
+# Feature, what it is for, the module that must be there, what installs it, and a trial of it where an import does not say enough.
+FEATURES: tuple[tuple[str, str, str, str, Callable[[], str] | None], ...] = (
+    ("FAISS, CPU", "approximate indexes", "faiss", "negmine[faiss]", lambda: _index_trial("Flat", "cpu")),
+    ("FAISS, GPU", "the same on a GPU", "faiss", "negmine[faiss-gpu]", _on_gpu("Flat")),
+    ("cuVS", "the index 'cagra'", "cuvs", "cuvs-cu12 or cuvs-cu13", _on_gpu("cagra")),
+    ("safetensors", "embeddings in .safetensors", "safetensors", "safetensors", None),
+    ("pyarrow", "embeddings in .parquet", "pyarrow", "pyarrow", None),
+    ("sentence-transformers", "its adapter", "sentence_transformers", "sentence-transformers", None),
+    ("matplotlib", "make demo, make plots", "matplotlib", "negmine[demo]", None),
+)
+
+
+def _version_without_import(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "version unknown"
+
+
+def feature_rows() -> list[tuple[str, str, str]]:
+    """Name, what it is for, and 'works', 'installed' or 'no: why, and what to install'."""
+    rows = []
+    for name, purpose, module, package, trial in FEATURES:
+        if importlib.util.find_spec(module) is None:
+            verdict = f"no: not installed; pip install {package}"
+        elif trial is not None:
+            verdict = trial()
+        else:  # some of them take seconds to import
+            verdict = f"installed, {_version_without_import(name)}"
+        rows.append((name, purpose, verdict))
+    return rows
+
+
 def build_rows() -> Rows:
     """How this copy was built, and the instruction set that its CPU kernels chose here."""
     try:
@@ -79,6 +139,13 @@ def _version_of(name: str) -> str:
         return f"installed, but its import failed: {error}"
 
 
+def _too_old(name: str, version: str) -> str:
+    """What to say of a version that is older than negmine needs; empty for any other."""
+    found = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    least = LEAST[name]
+    return f"; too old: {least[0]}.{least[1]} or later is needed" if found and found < least else ""
+
+
 def version_rows() -> Rows:
     """Python, torch, Triton, NumPy, FAISS and the GPUs."""
     gpus = []
@@ -87,8 +154,13 @@ def version_rows() -> Rows:
         gpus.append(f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})")
     return [
         ("python", f"{platform.python_version()} on {platform.platform()}"),
-        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} threads"),
-        *((name, _version_of(name)) for name in ("triton", "numpy", "faiss")),
+        (
+            "torch",
+            f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} threads"
+            + _too_old("torch", torch.__version__),
+        ),
+        ("triton", (triton := _version_of("triton")) + _too_old("triton", triton)),
+        *((name, _version_of(name)) for name in ("numpy", "faiss")),
         ("GPUs", ", ".join(gpus) or "none that torch sees"),
     ]
 
@@ -99,6 +171,8 @@ def report() -> str:
     lines += [f"  {name:<10} {device:<5} {verdict}" for name, device, verdict in backend_rows()]
     if backends.FORCED:
         lines.append(f"  NEGMINE_BACKEND={backends.FORCED} insists on one")
+    lines += ["", "features, by packages that are not required"]
+    lines += [f"  {name:<22} {purpose:<27} {verdict}" for name, purpose, verdict in feature_rows()]
     for title, rows in (("build", build_rows()), ("versions", version_rows())):
         lines += ["", title, *(f"  {name:<16} {value}" for name, value in rows)]
     return "\n".join(lines)

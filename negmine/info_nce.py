@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from negmine import backends, checks, reference
-from negmine.derivatives import first_only
-from negmine.mining import for_kernels, score_of_positive, working
-from negmine.mixing import MixLogSumExp, draws_of, hard_index
+from negmine import backends, checks, order, reference
+from negmine.false_negatives import Found, find, without
+from negmine.listed import listed, own
+from negmine.logsumexp import LogSumExp, MeanScore, scale_of
+from negmine.mining import dense_keys, for_kernels, score_of_positive, working
+from negmine.mixing import hard_index, mixed_logsumexp
 from negmine.options import FalseNegatives, Mix, Select, Weight
-from negmine.pool import Pool, bounded, check_pool, usable
+from negmine.pool import Pool, bounded, check_pool, readable, sampled, usable
 
 
 class InfoNCEStats(NamedTuple):
@@ -27,45 +29,6 @@ class InfoNCEStats(NamedTuple):
     num_negatives: Tensor  # (B,) int64: real negatives in the denominator
     clamped: Tensor  # (B,) bool: Weight's floor is active, the row's negatives get no gradient
     num_empty: Tensor  # () int64: rows without any negative, whose loss is 0
-
-
-class LogSumExp(torch.autograd.Function):
-    """lse_b (B,) = log sum over b's pool of exp(scale * s_bk), with kept (B,) and above (B,) of the kernel.
-
-    d lse / d query = scale * mean, d lse / d scale = query . mean, both known after the forward pass;
-    d lse / d negative_keys = scale * p_bk query_b is a second kernel, run only for keys that require grad.
-    """
-
-    @staticmethod
-    def forward(ctx, query, negative_keys, scale, pivot, ops, *pool):
-        want_mean = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
-        keys = for_kernels(negative_keys)
-        lse, mean, kept, above = ops.logsumexp(for_kernels(query), keys, scale.detach(), pivot, want_mean, *pool)
-        *tensors, ctx.same_label = pool
-        ctx.ops = ops
-        wants_keys = ctx.needs_input_grad[1]
-        ctx.save_for_backward(query, scale, lse, mean, *((negative_keys, *tensors) if wants_keys else ()))
-        ctx.mark_non_differentiable(kept, above)
-        return lse, kept, above
-
-    @staticmethod
-    @first_only
-    def backward(ctx, d_lse, _d_kept, _d_above):
-        query, scale, lse, mean, *rest = ctx.saved_tensors
-        d_query = d_keys = d_scale = None
-        if ctx.needs_input_grad[0]:
-            d_query = ((d_lse * scale)[:, None] * mean).to(query.dtype)  # (B, D)
-        if ctx.needs_input_grad[1]:
-            negative_keys, *tensors = rest
-            pool = (*tensors, ctx.same_label)
-            weight = d_lse * scale  # (B,)
-            d_keys = ctx.ops.logsumexp_grad_keys(
-                for_kernels(query), for_kernels(negative_keys), scale, lse, weight, *pool
-            )
-            d_keys = d_keys.to(negative_keys.dtype)  # (K, D)
-        if ctx.needs_input_grad[2]:
-            d_scale = (d_lse * (query.float() * mean).sum(1)).sum()
-        return d_query, d_keys, d_scale, None, None, *([None] * len(Pool._fields))
 
 
 def info_nce(
@@ -97,7 +60,7 @@ def info_nce(
         loss_b = -x_b + log(exp(x_b) + sum over kept j of exp(x_bj)),   x = inner product / temperature
 
     query (B, D): carries gradient. positive_key (B, D): carries gradient where it requires it.
-    negative_keys (K, D) shared by all queries, or (B, M, D) each query's own (dense, by the reference). Keys that require grad
+    negative_keys (K, D) shared by all queries, or (B, M, D) each query's own. Keys that require grad
         get one. Frozen keys may be overwritten between forward and backward: the gradient is computed in the forward pass.
     temperature: a number above 0, or a 0-d floating tensor that receives gradient. MoCo v1: 0.07, v2: 0.2.
     select: which negatives stay; mix: which synthetic ones are added; weight: how they weigh; see those classes.
@@ -134,14 +97,14 @@ def info_nce(
     checks.require_draw(op, seed, step, row_offset)
     masks = (negative_mask, query_ids, negative_ids, query_labels, negative_labels)
     pool = check_pool(op, query, negative_keys, *masks)
-    dense = _only_dense(negative_keys, select, mix, false_negatives)
-    ops = backends.choose(op, _ops_for(select, mix), backend, (query, positive_key, negative_keys), dense)
+    needed = _ops_for(negative_keys, select, mix, false_negatives)
+    ops = backends.choose(op, needed, backend, (query, positive_key, negative_keys))
     draw = (seed, step, row_offset)
     if ops is None:
         rows, found = reference.info_nce(
             working(query),
             working(positive_key),
-            _dense_keys(negative_keys, pool),
+            dense_keys(negative_keys, pool),
             temperature=temperature,
             usable=usable(pool, query, negative_keys),
             select=select,
@@ -166,6 +129,8 @@ def info_nce(
             select,
             mix,
             weight,
+            false_negatives,
+            support,
             decoupled,
             draw,
             return_stats,
@@ -176,41 +141,19 @@ def info_nce(
     return (loss, stats) if return_stats else loss
 
 
-def _only_dense(
+def _ops_for(
     negative_keys: Tensor, select: Select | None, mix: Mix | None, false_negatives: FalseNegatives | None
-) -> str:
-    """What in this call no kernel covers; empty where kernels cover it."""
-    if negative_keys.dim() == 3:
-        return "per-query negative_keys (B, M, D)"
-    if select is not None and select.sample is not None:
-        return "select.sample"
-    if mix is not None and not mix.detach:
-        return "mix.detach=False"
-    return "false_negatives" if false_negatives is not None else ""
-
-
-def _ops_for(select: Select | None, mix: Mix | None) -> tuple[str, ...]:
-    windowed = ("rank_thresholds", "count_negatives") if select is not None else ()
-    mixed = ("mine_hardest", "mix_logsumexp") if mix is not None and mix.total else ()
-    return ("logsumexp", "logsumexp_grad_keys", *windowed, *mixed)
-
-
-def _dense_keys(negative_keys: Tensor, pool: Pool) -> Tensor:
-    """Keys as the dense path saves them for backward: frozen ones are copied, so that the caller may overwrite the queue.
-
-    Rows that a (K,) mask takes from every query may hold anything, NaN included: zeros keep them out of the products.
-    """
-    keys, mask = working(negative_keys), pool.negative_mask
-    if mask is not None and mask.dim() == 1:
-        return torch.where(mask[:, None], keys, 0.0)
-    return keys if negative_keys.requires_grad else keys.clone()
-
-
-def scale_of(temperature: float | Tensor, query: Tensor) -> Tensor:
-    """1 / temperature as the 0-d fp32 tensor that kernels read; carries the temperature's gradient."""
-    if isinstance(temperature, Tensor):
-        return temperature.to(device=query.device, dtype=torch.float32).reciprocal()
-    return torch.full((), 1.0 / temperature, dtype=torch.float32, device=query.device)
+) -> tuple[str, ...]:
+    """The kernels that a call needs."""
+    needed = {"logsumexp": True, "logsumexp_grad_keys": True}
+    mixes, samples = mix is not None and mix.total > 0, select is not None and select.sample is not None
+    needed["rank_thresholds"] = needed["count_negatives"] = select is not None
+    needed["mine_hardest"] = mixes or (false_negatives is not None and false_negatives.top_k is not None)
+    needed["mix_logsumexp"] = mixes
+    attracts = false_negatives is not None and false_negatives.mode == "attract"
+    lists = negative_keys.dim() == 3 or samples or attracts or (mix is not None and mixes and not mix.detach)
+    needed["listed_logsumexp"] = needed["listed_grad_keys"] = lists
+    return tuple(op for op, is_needed in needed.items() if is_needed)
 
 
 def fused(
@@ -223,6 +166,8 @@ def fused(
     select: Select | None,
     mix: Mix | None,
     weight: Weight | None,
+    false_negatives: FalseNegatives | None,
+    support: Tensor | None,
     decoupled: bool,
     draw: tuple[int, int, int],
     want_rank: bool,
@@ -231,19 +176,35 @@ def fused(
     scale = scale_of(temperature, query)
     positive_score = score_of_positive(query, positive_key)  # (B,)
     x_positive = positive_score * scale  # (B,)
+    lists = listed(ops)
+    ops = own(ops) if negative_keys.dim() == 3 else ops
+    found: Found | None = None
+    if false_negatives is not None and support is not None:
+        negative_keys = readable(negative_keys, masks)  # the mask less what is found is (B, K)
+        with torch.no_grad():
+            found = find(ops, support.detach(), negative_keys.detach(), false_negatives, masks)
+            masks = without(masks, found.mask)
     q, keys = for_kernels(query), for_kernels(negative_keys)
-    with torch.no_grad():
-        pool = masks if select is None else bounded(ops, q, keys, masks, select, positive_score.detach())
     pivot = positive_score.detach() if want_rank else None
+    kept_by, columns = ops, tuple(masks)
+    with torch.no_grad():
+        if select is not None:
+            window = bounded(ops, q, keys, masks, select, positive_score.detach())
+            columns = tuple(window)
+            if select.sample is not None:
+                places = sampled(ops, q, keys, window, select, *draw)  # (B, sample)
+                kept_by, columns = lists, (order.unpack(places)[1], False)
 
     sharpness = 1.0 + weight.beta if weight is not None else 1.0
-    lse, kept, above = LogSumExp.apply(query, negative_keys, scale * sharpness, pivot, ops, *pool)
+    lse, kept, above = LogSumExp.apply(query, negative_keys, scale * sharpness, pivot, kept_by, *columns)
+    if want_rank and kept_by is lists:  # the rank is among all valid negatives, not among those drawn
+        above = ops.logsumexp(q, keys, scale.detach(), pivot, False, *masks)[3]
     some = kept > 0  # (B,)
     clamped = torch.zeros_like(some)
     if weight is not None:
         importance = kept.clamp_min(1).float().log()  # LSE of zeros
         if weight.beta:
-            importance = LogSumExp.apply(query, negative_keys, scale * weight.beta, None, ops, *pool)[0]
+            importance = LogSumExp.apply(query, negative_keys, scale * weight.beta, None, kept_by, *columns)[0]
         log_sum, clamped = reference.log_weighted_sum(
             lse.masked_fill(~some, 0.0),
             importance.masked_fill(~some, 0.0),
@@ -256,16 +217,25 @@ def fused(
     if mix is not None and mix.total:
         with torch.no_grad():
             index = hard_index(ops, q, keys, mix, masks)  # (B, hard)
-            draws = draws_of(mix, query.device, *draw)
-        lse_mixed = MixLogSumExp.apply(query, scale, negative_keys.detach(), index, ops, draws)  # (B,)
+        lse_mixed = mixed_logsumexp(ops, query, negative_keys, scale, index, mix, draw)  # (B,)
         some = some | (index >= 0).any(1)
         both = torch.logaddexp(lse.masked_fill(~some, 0.0), lse_mixed.masked_fill(~some, 0.0))
         lse = both.masked_fill(~some, -torch.inf)
 
+    pull, extra = x_positive, None  # (B,) mean of the positive logits; log-sum-exp of the attracted ones
+    if false_negatives is not None and found is not None and false_negatives.mode == "attract":
+        by, them = (ops, tuple(Pool(found.mask))) if found.columns is None else (lists, (found.columns, False))
+        extra, count, _ = LogSumExp.apply(query, negative_keys, scale, None, by, *them)
+        mean_score, _ = MeanScore.apply(query, negative_keys, by, *them)
+        pull = (x_positive + count * mean_score * scale) / (1 + count)
     if decoupled:
-        rows = torch.where(some, lse.masked_fill(~some, 0.0) - x_positive, 0.0 * x_positive)
+        rows = torch.where(some, lse.masked_fill(~some, 0.0) - pull, 0.0 * x_positive)
         denominator = lse
-    else:
+    elif extra is None:
         rows = -F.logsigmoid(x_positive - lse)  # softplus of the difference: accurate where the loss is tiny
         denominator = torch.logaddexp(x_positive.detach(), lse.detach())
+    else:
+        total = torch.logaddexp(torch.logaddexp(x_positive, extra), lse)  # (B,)
+        rows = torch.where(some, total - pull, 0.0 * x_positive)
+        denominator = torch.where(some, total, x_positive).detach()
     return rows, InfoNCEStats(denominator.detach(), above, kept, clamped, (~some).sum())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from negmine import backends, checks, order, reference
 from negmine.options import Select, is_real
-from negmine.pool import Pool, bounded, check_pool, usable
+from negmine.pool import Pool, bounded, check_pool, readable, sampled, usable
 
 
 class Mined(NamedTuple):
@@ -26,6 +26,13 @@ def for_kernels(vectors: Tensor) -> Tensor:
     """Detached vectors whose last dimension is contiguous, as kernels take them."""
     vectors = vectors.detach()
     return vectors if vectors.stride(-1) == 1 or vectors.shape[-1] == 1 else vectors.contiguous()
+
+
+def dense_keys(negative_keys: Tensor, pool: Pool) -> Tensor:
+    """Keys as the dense path saves them for backward: frozen ones are copied, so that the caller may overwrite the queue."""
+    keys = working(negative_keys)
+    clean = readable(keys, pool)
+    return keys.clone() if clean is keys and not negative_keys.requires_grad else clean
 
 
 def score_of_positive(query: Tensor, positive_key: Tensor) -> Tensor:
@@ -78,10 +85,7 @@ def mine_hardest(
         raise checks.refuse(op, "select", "without replace: an index is mined once", select)
     masks = (negative_mask, query_ids, negative_ids, query_labels, negative_labels)
     pool = check_pool(op, query, negative_keys, *masks)
-    dense = "select.sample" if select is not None and select.sample is not None else ""
-    ops = backends.choose(
-        op, ("mine_hardest", "rank_thresholds", "count_negatives"), backend, (query, negative_keys), dense
-    )
+    ops = backends.choose(op, ("mine_hardest", "rank_thresholds", "count_negatives"), backend, (query, negative_keys))
     with torch.no_grad():
         anchor = None if positive_key is None else score_of_positive(query, positive_key)  # (B,)
         if ops is None:
@@ -97,6 +101,10 @@ def mine_hardest(
         q, keys = for_kernels(query), for_kernels(negative_keys)
         if select is not None:
             pool = bounded(ops, q, keys, pool, select, anchor)
+        if select is not None and select.sample is not None:
+            places = sampled(ops, q, keys, pool, select, seed, step, row_offset)  # (B, sample)
+            places = torch.nn.functional.pad(places, (0, max(0, N - select.sample)), value=order.NOWHERE)
+            return Mined(*order.unpack(places.topk(N, dim=1).values))
         return Mined(*ops.mine_hardest(q, keys, N, *pool))
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from negmine import backends, checks, reference_triplets
-from negmine.info_nce import LogSumExp
+from negmine.logsumexp import LogSumExp
 from negmine.mining import for_kernels, working
 from negmine.options import is_real
 from negmine.pool import Pool

@@ -130,6 +130,15 @@ class Select:
             end = end.maximum(first + 1)
         return first, end.minimum(count)
 
+    def widest(self, K: int) -> int:
+        """The most negatives that a window of any pool of up to K can hold."""
+        low, high = self.range_min, 1.0 if self.range_max is None else self.range_max
+        if isinstance(low, float) and isinstance(high, float):
+            return min(K, math.ceil(K * (high - low)) + 2)  # both ends are rounded, and one negative stays
+        first = 0 if isinstance(low, float) else low
+        end = max(math.ceil(K * high), first + 1) if isinstance(high, float) else high
+        return max(0, min(K, end) - first)
+
 
 @dataclass(frozen=True)
 class Mix:

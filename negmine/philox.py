@@ -14,6 +14,7 @@ from torch import Tensor
 MASK = 0xFFFFFFFF
 # The counter's last word: one stream a purpose.
 STREAM_MIX, STREAM_SAMPLE, STREAM_WEIGHTED, STREAM_NORMAL, STREAM_PARTNER = range(5)
+SAMPLE_CHUNK = 4096  # members whose words are in memory at one time
 QUANTILES = 4096  # intervals of the tabulated Beta quantile function
 
 
@@ -45,6 +46,25 @@ def below(word: Tensor, bound: Tensor) -> Tensor:
 def gumbel(word: Tensor) -> Tensor:
     """word (...) random -> (...) float64: -log(-log u), u = (word + 1/2) / 2^32; the largest log p + gumbel is a draw from p."""
     return -(-((word.double() + 0.5) * 2.0**-32).log()).log()
+
+
+def sample(count: Tensor, most: int, size: int, replace: bool, rows: Tensor, seed: int, step: int) -> Tensor:
+    """Draw `size` members of each row's count: count (B,) int64 up to most, rows (B,) -> (B, size) int64, -1 = none.
+
+    With replacement, slot i draws one of [0, count) for itself. Without, every member has a word, counted by its own number, and
+    those with the smallest words are kept (ties: the lower number); a row of no more than `size` keeps all.
+    """
+    if replace:
+        word = words(rows, torch.arange(size, device=rows.device), STREAM_SAMPLE, seed, step)[0]  # (B, size)
+        return below(word, count[:, None]).masked_fill(count[:, None] == 0, -1)
+    nobody = 2**63 - 1
+    best = torch.full((len(rows), size), nobody, device=rows.device)  # (B, size) word and member as one number
+    for start in range(0, most, SAMPLE_CHUNK):
+        member = torch.arange(start, min(start + SAMPLE_CHUNK, most), device=rows.device)
+        word = words(rows, member, STREAM_SAMPLE, seed, step)[0]  # (B, chunk)
+        key = ((word << 31) | member).masked_fill(member >= count[:, None], nobody)  # (B, chunk)
+        best = torch.cat([best, key], 1).topk(size, dim=1, largest=False).values
+    return (best & (MASK >> 1)).masked_fill(best == nobody, -1)
 
 
 def unit(word: Tensor, quantiles: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from negmine import order
+from negmine import order, philox
 from negmine.backends import Launchers
 from negmine.checks import describe, refuse, require_tensor
 from negmine.options import Select
@@ -91,6 +91,25 @@ def usable(pool: Pool, query: Tensor, negative_keys: Tensor) -> Tensor | None:
     return dense
 
 
+def readable(negative_keys: Tensor, pool: Pool) -> Tensor:
+    """Keys with zeros in the rows that a (K,) mask takes from everybody, which may hold anything, NaN included.
+
+    For what reads every row: the dense products, and kernels under a (B, K) mask.
+    """
+    mask = pool.negative_mask
+    if mask is None or mask.dim() == 2:
+        return negative_keys
+    return torch.where(mask[:, None], negative_keys, 0.0)
+
+
+def of_columns(pool: Pool, part: slice) -> Pool:
+    """The masks of a pool over some of the columns."""
+    own, ids, labels = (
+        None if t is None else t[..., part] for t in (pool.negative_mask, pool.negative_ids, pool.negative_labels)
+    )
+    return pool._replace(negative_mask=own, negative_ids=ids, negative_labels=labels)
+
+
 def bounded(
     ops: Launchers, query: Tensor, negative_keys: Tensor, pool: Pool, select: Select, positive_score: Tensor | None
 ) -> Pool:
@@ -134,3 +153,23 @@ def bounded(
     lower = bottom if lower is None else lower
     # An empty window: no place is at once above and below.
     return pool._replace(lower=lower, upper=torch.where(first < end, upper, order.NOWHERE))
+
+
+def sampled(
+    ops: Launchers,
+    query: Tensor,
+    negative_keys: Tensor,
+    window: Pool,
+    select: Select,
+    seed: int,
+    step: int,
+    row_offset: int,
+) -> Tensor:
+    """The places (B, sample) int64 order that select.sample draws from a pool that `bounded` made, NOWHERE past its end."""
+    count = ops.count_negatives(query, negative_keys, *window)  # (B,)
+    rows = torch.arange(len(query), device=query.device) + row_offset  # (B,)
+    most = select.widest(negative_keys.shape[-2])
+    ranks = philox.sample(
+        count, most, select.sample or 0, select.replace, rows, seed, step
+    )  # (B, sample) in the window
+    return ops.rank_thresholds(query, negative_keys, ranks, *window)

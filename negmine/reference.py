@@ -110,23 +110,53 @@ def multiplicity(
     end = end.minimum(candidates)
     rank = torch.arange(K, device=scores.device)  # (K,)
     kept = ((rank >= first[:, None]) & (rank < end[:, None])).long()  # (B, K) in rank order
-    if select.sample is not None:
+    if select.sample is not None and K:
         rows = torch.arange(B, device=scores.device) + row_offset  # (B,)
-        if select.replace:
-            slots = torch.arange(select.sample, device=scores.device)
-            word = philox.words(rows, slots, philox.STREAM_SAMPLE, seed, step)[0]  # (B, sample)
-            drawn = first[:, None] + philox.below(word, (end - first).clamp_min(0)[:, None])  # (B, sample) ranks
-            some = (kept.sum(1, keepdim=True) > 0).long()  # (B, 1)
-            kept = torch.zeros_like(kept).scatter_add(1, drawn.clamp_max(K - 1), some.expand_as(drawn)) if K else kept
-        else:
-            # The `sample` members whose random word is smallest; the slot is the rank within the window.
-            slot = (rank - first[:, None]).clamp_min(0)  # (B, K)
-            counter = ((rows & philox.MASK)[:, None].expand(B, K), (rows >> 32)[:, None].expand(B, K), slot)
-            word = philox.philox((*counter, torch.full_like(slot, philox.STREAM_SAMPLE)), seed, step)[0]  # (B, K)
-            word = word.masked_fill(kept == 0, philox.MASK + 1)
-            chosen = word.argsort(dim=1, stable=True)[:, : select.sample]  # (B, sample) ranks
-            kept = kept * torch.zeros_like(kept).scatter(1, chosen, 1)
+        count = (end - first).clamp_min(0)  # (B,)
+        drawn = philox.sample(
+            count, K, select.sample, select.replace, rows, seed, step
+        )  # (B, sample) members of the window
+        at = (first[:, None] + drawn).clamp(0, K - 1)  # (B, sample) ranks
+        kept = torch.zeros_like(kept).scatter_add(1, at, (drawn >= 0).long())
     return torch.zeros_like(kept).scatter(1, index, kept)
+
+
+def mix_draws(
+    hard_index: Tensor, mix: Mix, dtype: torch.dtype, seed: int, step: int, row_offset: int
+) -> tuple[Tensor, Tensor]:
+    """hard_index (B, hard) -> parents (B, S, 2) int64 (-1 = the query), coefficients (B, S); stated in kernels/README.md."""
+    device = hard_index.device
+    count = (hard_index >= 0).sum(1, keepdim=True)  # (B, 1)
+    slots = torch.arange(mix.total, device=device)  # (S,)
+    rows = torch.arange(len(hard_index), device=device) + row_offset  # (B,)
+    u0, u1, u2, _ = philox.words(rows, slots, philox.STREAM_MIX, seed, step)  # (B, S) each
+    is_pair = slots < mix.pairs  # (S,)
+
+    first = philox.below(u0, count)  # (B, S)
+    apart = mix.distinct & is_pair & (count > 1)  # (B, S)
+    second = philox.below(u1, count - apart.long())
+    second = second + (apart & (second >= first)).long()
+    parents = torch.stack([hard_index.gather(1, first), hard_index.gather(1, second)], 2)  # (B, S, 2)
+    parents[:, :, 0] = parents[:, :, 0].masked_fill(~is_pair, -1)
+
+    table = None if mix.quantiles is None else mix.quantiles.to(device, non_blocking=True)  # (4097,)
+    fraction = philox.unit(u2, table).to(dtype)  # (B, S)
+    low, high = (torch.where(is_pair, p, w) for p, w in zip(mix.pair_range, mix.query_range, strict=True))  # (S,) each
+    return parents, (low + (high - low) * fraction).to(dtype).masked_fill(count == 0, 0.0)
+
+
+def mixed(query: Tensor, negative_keys: Tensor, parents: Tensor, coefficients: Tensor) -> Tensor:
+    """vectors (B, S, D) of the given parents (B, S, 2) and coefficients (B, S); zeros where there is no second parent."""
+    if negative_keys.shape[-2] == 0:
+        return query.new_zeros(*coefficients.shape, query.shape[1])
+    rows = torch.arange(len(query), device=query.device)[:, None]  # (B, 1), used where the keys are each query's own
+    n_a, n_b = (
+        negative_keys[at] if negative_keys.dim() == 2 else negative_keys[rows, at]
+        for at in parents.clamp_min(0).unbind(2)
+    )  # (B, S, D) each
+    n_a = torch.where((parents[:, :, :1] >= 0), n_a, query[:, None, :])
+    vectors = F.normalize(coefficients[:, :, None] * n_a + (1 - coefficients[:, :, None]) * n_b, dim=2, eps=1e-12)
+    return vectors.masked_fill(parents[:, :, 1:] < 0, 0.0)
 
 
 def mix_negatives(
@@ -142,50 +172,47 @@ def mix_negatives(
     """vectors (B, S, D), parents (B, S, 2) int64 (-1 = the query), coefficients (B, S) of the first parent.
 
     Pairs come first, then mixes with the query. A query without negatives has parents -1, coefficients 0 and vectors 0.
-    The draws are stated in kernels/README.md.
     """
-    B, device = len(query), query.device
     _, hard_index = mine_hardest(query.detach(), negative_keys.detach(), mix.skip + mix.hard, usable)
-    hard_index = hard_index[:, mix.skip :]  # (B, hard)
-    count = (hard_index >= 0).sum(1, keepdim=True)  # (B, 1)
-    slots = torch.arange(mix.total, device=device)  # (S,)
-    rows = torch.arange(B, device=device) + row_offset  # (B,)
-    u0, u1, u2, _ = philox.words(rows, slots, philox.STREAM_MIX, seed, step)  # (B, S) each
-    is_pair = slots < mix.pairs  # (S,)
-
-    first = philox.below(u0, count)  # (B, S)
-    apart = mix.distinct & is_pair & (count > 1)  # (B, S)
-    second = philox.below(u1, count - apart.long())
-    second = second + (apart & (second >= first)).long()
-    parents = torch.stack([hard_index.gather(1, first), hard_index.gather(1, second)], 2)  # (B, S, 2)
-    parents[:, :, 0] = parents[:, :, 0].masked_fill(~is_pair, -1)
-
-    table = None if mix.quantiles is None else mix.quantiles.to(device, non_blocking=True)  # (4097,)
-    fraction = philox.unit(u2, table).to(query.dtype)  # (B, S)
-    low, high = (torch.where(is_pair, p, w) for p, w in zip(mix.pair_range, mix.query_range, strict=True))  # (S,) each
-    coefficients = (low + (high - low) * fraction).to(query.dtype).masked_fill(count == 0, 0.0)  # (B, S)
-
-    rows_of = torch.arange(B, device=device)[:, None]  # (B, 1), used where the keys are each query's own
-    at = (parents.clamp_min(0)[:, :, 0], parents.clamp_min(0)[:, :, 1])
-    if negative_keys.shape[-2] == 0:
-        return query.new_zeros(B, mix.total, query.shape[1]), parents, coefficients
-    n_a, n_b = (
-        negative_keys[a] if negative_keys.dim() == 2 else negative_keys[rows_of, a] for a in at
-    )  # (B, S, D) each
-    n_a = torch.where(is_pair[:, None], n_a, query[:, None, :])
-    vectors = F.normalize(coefficients[:, :, None] * n_a + (1 - coefficients[:, :, None]) * n_b, dim=2, eps=1e-12)
-    vectors = vectors.masked_fill((count == 0)[:, :, None], 0.0)
+    parents, coefficients = mix_draws(hard_index[:, mix.skip :], mix, query.dtype, seed, step, row_offset)
+    vectors = mixed(query, negative_keys, parents, coefficients)
     return (vectors.detach() if mix.detach else vectors), parents, coefficients
+
+
+def listed_logsumexp(
+    query: Tensor, negative_keys: Tensor, index: Tensor, scale: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """scores (B, M), log-sum-exp (B,) and softmax mean (B, D) of the columns index (B, M) names; -1 = none, repeats count."""
+    absent = index < 0  # (B, M)
+    rows = negative_keys[index.clamp_min(0)].masked_fill(absent[:, :, None], 0.0)  # (B, M, D)
+    scores = scores_of(query, rows).masked_fill(absent, -torch.inf)  # (B, M)
+    lse = (scale * scores).masked_fill(absent, -torch.inf).logsumexp(1)  # (B,)
+    p = (scale * scores - lse[:, None]).exp().masked_fill(absent, 0.0)  # (B, M)
+    return scores, lse, torch.einsum("bm,bmd->bd", p, rows)
+
+
+def listed_grad_keys(query: Tensor, index: Tensor, weight: Tensor, K: int) -> Tensor:
+    """(K, D): row k = sum of weight_bm query_b over the cells of index (B, M) that name k; weight (B, M)."""
+    named = index[:, :, None] == torch.arange(K, device=index.device)  # (B, M, K)
+    return torch.einsum("bmk,bd->kd", weight[:, :, None].where(named, 0.0), query)
+
+
+def found_scores(support: Tensor, negative_keys: Tensor, reduce: str) -> Tensor:
+    """support (B, V, D) -> (B, K): the largest (a NaN is passed over) or the mean of the views' scores."""
+    equation = "bvd,kd->bvk" if negative_keys.dim() == 2 else "bvd,bkd->bvk"
+    with unshortened(support.device):
+        by_view = torch.einsum(equation, support.detach(), negative_keys.detach())  # (B, V, K)
+    if reduce == "mean":
+        return by_view.mean(1)
+    nothing = by_view.isnan()
+    return by_view.masked_fill(nothing, -torch.inf).amax(1).masked_fill(nothing.all(1), torch.nan)
 
 
 def false_negatives_found(
     support: Tensor, negative_keys: Tensor, options: FalseNegatives, usable: Tensor | None
 ) -> Tensor:
     """support (B, V, D) -> (B, K) bool: the columns that the support views give away."""
-    equation = "bvd,kd->bvk" if negative_keys.dim() == 2 else "bvd,bkd->bvk"
-    with unshortened(support.device):
-        by_view = torch.einsum(equation, support.detach(), negative_keys.detach())  # (B, V, K)
-    found_score = by_view.amax(1) if options.reduce == "max" else by_view.mean(1)  # (B, K)
+    found_score = found_scores(support, negative_keys, options.reduce)  # (B, K)
     index, count = ranking(found_score, usable)
     top = index.shape[1] if options.top_k is None else options.top_k
     among = torch.arange(index.shape[1], device=index.device) < count.clamp_max(top)[:, None]  # (B, K) in rank order

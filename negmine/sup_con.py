@@ -1,20 +1,22 @@
 """sup_con: the supervised contrastive loss over a batch or a queue, with its gradient, without the (B, K) matrix.
 
 The denominator is the log-sum-exp of info_nce over another pool. The positives are a pool too, that of equal labels: their
-log-sum-exp is the "in" form, and the mean of their scores, which is a log-sum-exp at scale 0, the "out" form. The dense
-definition is negmine/reference.py.
+log-sum-exp is the "in" form, and the mean of their scores, which is a log-sum-exp at scale 0, the "out" form. Denominators of
+each positive's own ("own_positive") are no log-sum-exp: the queue passes in pieces there. The dense definition is
+negmine/reference.py.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from negmine import backends, checks, reference
 from negmine.derivatives import first_only
-from negmine.info_nce import LogSumExp, scale_of
-from negmine.mining import for_kernels, working
-from negmine.pool import Pool, check_pool, usable
+from negmine.logsumexp import LogSumExp, MeanScore, scale_of
+from negmine.mining import dense_keys, working
+from negmine.pool import Pool, check_pool, of_columns, readable, usable
 
 UNKNOWN = -(2**63)  # stands for a query's unknown label: no key has it
 
@@ -27,32 +29,85 @@ class SupConStats(NamedTuple):
     num_without_positive: Tensor  # () int64: rows whose loss is 0
 
 
-class MeanScore(torch.autograd.Function):
-    """score_b (B,) = mean over b's pool of s_bk, and kept (B,): what logsumexp returns as its mean at scale 0."""
+class OwnPositive(torch.autograd.Function):
+    """rows (B,) of the loss whose denominators are the negatives and one positive each, and P (B,), from lse_b of the negatives.
+
+        y_bp = -log(1 + exp(lse_b - x_bp));   "out" -mean over p of y_bp;   "in" log P - log sum over p of exp(y_bp)
+
+    The queue passes in pieces of PIECE scores. The sums of v_bp sigmoid(lse_b - x_bp), v = 1 / P or the softmax of y, are
+    the gradient of lse_b, and with n_p that of query_b: both are known after the forward pass. Keys that require grad pass again.
+    """
 
     @staticmethod
-    def forward(ctx, query, keys, ops, *pool):
-        zero = torch.zeros((), dtype=torch.float32, device=query.device)
-        lse, mean, kept, _ = ops.logsumexp(for_kernels(query), for_kernels(keys), zero, None, True, *pool)
+    def forward(ctx, query, keys, scale, lse, positives, *pool):
+        B, D = query.shape
+        q, count = query.float(), torch.zeros(B, dtype=torch.int64, device=query.device)
+        top, total, share = torch.full_like(lse, -torch.inf), torch.zeros_like(lse), torch.zeros_like(lse)  # (B,) each
+        mean = torch.zeros(B, D, dtype=torch.float32, device=query.device)
+        value = torch.zeros_like(lse)  # (B,) sum of y
+        for part in _pieces(query, keys):
+            same, y, pull, rows = _of_piece(q, keys, scale, lse, Pool(*pool), part)
+            count += same.sum(1)
+            if positives == "in":
+                new = torch.maximum(top, y.masked_fill(~same, -torch.inf).amax(1))
+                decay = (top - new).exp().masked_fill(top == -torch.inf, 0.0)  # (B,)
+                weight = (y - new[:, None]).exp().masked_fill(~same, 0.0)  # (B, C)
+                top, total, share, mean = new, total * decay, share * decay, mean * decay[:, None]
+            else:
+                weight = same.float()
+            value += y.masked_fill(~same, 0.0).sum(1)
+            total += weight.sum(1)
+            pull = (weight * pull).masked_fill(~same, 0.0)
+            share += pull.sum(1)
+            with reference.unshortened(query.device):
+                mean += pull @ rows
+        some = count.clamp_min(1)
+        loss = -value / some if positives == "out" else (some / torch.where(count > 0, total, 1.0)).log() - top
+        norm = torch.where(count > 0, total, 1.0)  # (B,)
+        ctx.positives, ctx.width = positives, len(pool)
         *tensors, ctx.same_label = pool
-        ctx.ops = ops
-        ctx.save_for_backward(query, zero, lse, mean, *((keys, *tensors) if ctx.needs_input_grad[1] else ()))
-        ctx.mark_non_differentiable(kept)
-        return (query.float() * mean).sum(1), kept
+        again = (keys, lse, top, norm, *tensors) if ctx.needs_input_grad[1] else ()
+        ctx.save_for_backward(query, scale, share / norm, mean / norm[:, None], *again)
+        ctx.mark_non_differentiable(count)
+        return loss.masked_fill(count == 0, 0.0), count
 
     @staticmethod
     @first_only
-    def backward(ctx, d_score, _d_kept):
-        query, zero, lse, mean, *rest = ctx.saved_tensors
-        d_query = d_keys = None
+    def backward(ctx, d_loss, _d_count):
+        query, scale, share, mean, *again = ctx.saved_tensors
+        d_query = d_keys = d_scale = None
         if ctx.needs_input_grad[0]:
-            d_query = (d_score[:, None] * mean).to(query.dtype)  # (B, D)
+            d_query = (-(d_loss * scale)[:, None] * mean).to(query.dtype)  # (B, D)
         if ctx.needs_input_grad[1]:
-            keys, *tensors = rest
-            pool = (*tensors, ctx.same_label)
-            d_keys = ctx.ops.logsumexp_grad_keys(for_kernels(query), for_kernels(keys), zero, lse, d_score, *pool)
-            d_keys = d_keys.to(keys.dtype)  # (K, D)
-        return d_query, d_keys, None, *([None] * len(Pool._fields))
+            keys, lse, top, norm, *tensors = again
+            q, pool, d_keys = query.float(), Pool(*tensors)._replace(same_label=ctx.same_label), torch.empty_like(keys)
+            for part in _pieces(query, keys):
+                same, y, pull, _ = _of_piece(q, keys, scale, lse, pool, part)
+                weight = (y - top[:, None]).exp() if ctx.positives == "in" else 1.0
+                pull = (weight * pull * (d_loss * scale / norm)[:, None]).masked_fill(~same, 0.0)  # (B, C)
+                with reference.unshortened(query.device):
+                    d_keys[part] = (-pull.T @ q).to(keys.dtype)  # (C, D)
+        if ctx.needs_input_grad[2]:
+            d_scale = -(d_loss * (query.float() * mean).sum(1)).sum()
+        return d_query, d_keys, d_scale, d_loss * share, None, *([None] * ctx.width)
+
+
+PIECE = 1 << 21  # scores in memory at one time where every positive has a denominator of its own
+
+
+def _pieces(query: Tensor, keys: Tensor) -> list[slice]:
+    K, step = len(keys), max(1, PIECE // max(1, len(query)))
+    return [slice(start, min(start + step, K)) for start in range(0, K, step)]
+
+
+def _of_piece(q: Tensor, keys: Tensor, scale: Tensor, lse: Tensor, pool: Pool, part: slice) -> tuple[Tensor, ...]:
+    """Some columns: positives (B, C) bool, y and sigmoid(lse - x) (B, C), and the keys (C, D) as fp32 without what masks hide."""
+    pool = of_columns(pool, part)
+    rows = readable(keys[part].float(), pool)
+    same = usable(pool, q, rows)
+    assert same is not None  # the pool has labels
+    gap = lse[:, None] - scale * reference.scores_of(q, rows)  # (B, C)
+    return same, -F.softplus(gap), gap.sigmoid(), rows
 
 
 def sup_con(
@@ -76,7 +131,7 @@ def sup_con(
         "out"  loss_b = mean over p in P_b of -log(exp(x_bp) / den_bp)      x = inner product / temperature
         "in"   loss_b = -log of the mean over p in P_b of exp(x_bp) / den_bp
         den_bp = sum of exp(x_bk) over   "all"             every usable key (the paper)
-                                         "own_positive"    the negatives and p alone (pytorch-metric-learning's NTXent; dense)
+                                         "own_positive"    the negatives and p alone (pytorch-metric-learning's NTXent)
                                          "negatives_only"  the negatives (decoupled)
 
     query (B, D): carries gradient. keys (K, D): a queue, the batch itself, or both concatenated; keys that require grad get
@@ -103,15 +158,13 @@ def sup_con(
     pool = check_pool(op, query, keys, key_mask, query_ids, key_ids, query_labels, key_labels, keys_are="key")
     query_labels = torch.where(query_labels < 0, UNKNOWN, query_labels.long())
     pool = pool._replace(query_labels=query_labels)
-    dense = "denominator='own_positive'" if denominator == "own_positive" else ""
-    ops = backends.choose(op, ("logsumexp", "logsumexp_grad_keys"), backend, (query, keys), dense)
+    ops = backends.choose(op, ("logsumexp", "logsumexp_grad_keys"), backend, (query, keys))
     everything = pool._replace(query_labels=None, negative_labels=None)
     if ops is None:
-        frozen = working(keys) if keys.requires_grad else working(keys).clone()
         allowed = usable(everything, query, keys)
         rows, found = reference.sup_con(
             working(query),
-            frozen,
+            dense_keys(keys, everything),
             query_labels,
             key_labels,
             temperature=temperature,
@@ -143,6 +196,9 @@ def _fused(
     same = negatives._replace(same_label=True)
     columns = everything if denominator == "all" else negatives
     lse, kept, _ = LogSumExp.apply(query, keys, scale, None, ops, *columns)
+    if denominator == "own_positive":
+        rows, count = OwnPositive.apply(query, keys, scale, lse, positives, *same)
+        return rows, SupConStats(lse.detach(), count, (count == 0).sum())
     if positives == "out":
         score, count = MeanScore.apply(query, keys, ops, *same)
         pull = score * scale  # (B,)

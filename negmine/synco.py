@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from negmine import backends, checks, philox, reference
-from negmine.info_nce import scale_of
+from negmine.logsumexp import scale_of
 from negmine.methods import DRAW, POOL, Logits, logits, reduced
 from negmine.mining import for_kernels, working
 from negmine.mixing import MixLogSumExp

@@ -6,11 +6,12 @@ negmine/reference_triplets.py.
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from negmine import checks, reference_triplets
 from negmine.mining import working
 from negmine.options import is_real
+from negmine.stepped import Stepped
 from negmine.triplets import Triplets, check_rule, label_pool, triplets_of
 
 
@@ -83,7 +84,7 @@ def triplet_loss(
     return (loss, found) if return_stats else loss
 
 
-class TripletLoss(nn.Module):
+class TripletLoss(Stepped):
     """triplet_loss as a module; its keywords are triplet_loss's.
 
     Calls in training mode that name no `step` count themselves, so that every one draws anew; the count travels in state_dict.
@@ -123,7 +124,6 @@ class TripletLoss(nn.Module):
             "backend": backend,
             "return_stats": return_stats,
         }
-        self.step = 0
 
     def forward(
         self,
@@ -136,16 +136,7 @@ class TripletLoss(nn.Module):
         **masks: Any,
     ) -> Tensor | tuple[Tensor, Triplets]:
         """masks: query_ids, key_ids, key_mask, row_offset of triplet_loss."""
-        if step is None:
-            step = self.step
-            self.step += self.training
-        return triplet_loss(query, keys, query_labels, key_labels, step=step, **self.options, **masks)
-
-    def get_extra_state(self) -> dict[str, int]:
-        return {"step": self.step}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.step = int(state["step"])
+        return triplet_loss(query, keys, query_labels, key_labels, step=self.count(step), **self.options, **masks)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value not in (None, False))

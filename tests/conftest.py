@@ -72,7 +72,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Markers by backend: `triton`, and `gpu` for what a sanitizer should see on a GPU: the small rule tests."""
+    """Markers: `triton` by backend, `sanitized` for the small tests that launch every kernel; what needs a GPU waits for one."""
     shard, shards = map(int, config.getoption("--shard").split("/"))
     items[:] = items[shard::shards]
     for item in items:
@@ -81,7 +81,9 @@ def pytest_collection_modifyitems(config, items):
         if backend == "triton":
             item.add_marker("triton")
         if backend in ("triton", "cuda") and DEVICE == "cuda" and item.name.startswith(SANITIZED):
-            item.add_marker("gpu")
+            item.add_marker("sanitized")
+        if item.get_closest_marker("gpu") and DEVICE != "cuda":
+            item.add_marker(pytest.mark.skip(reason="there is no GPU"))
 
 
 def device_of(backend: str) -> str:

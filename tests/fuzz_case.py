@@ -80,7 +80,7 @@ class Case:
             given["negative_mask"] = mask if self.chance(0.7) else mask.mT.contiguous().mT if mask.dim() == 2 else mask
         return given
 
-    def select(self, margins: bool) -> Select | None:
+    def select(self, margins: bool, replaces: bool = False) -> Select | None:
         """Filters only on exact scores: on others a column near the bound may fall to either side."""
         if self.chance(0.4):
             return None
@@ -91,8 +91,9 @@ class Case:
             if margins:
                 options["absolute_margin"] = pick([None, 0.25, -0.5])
                 options["relative_margin"] = pick([None, 0.25, 0.5])
-        if self.chance(0.1):
+        if self.chance(0.2):
             options["sample"] = self.draw.randrange(1, 20)
+            options["replace"] = replaces and self.chance(0.4)
         if self.chance(0.5):
             low = pick([0.0, 0.001, 0.05, self.draw.random()])
             return Select(low, pick([None, 1.0, low + (1 - low) * self.draw.uniform(0.001, 1)]), **options)
@@ -103,7 +104,7 @@ class Case:
         count = self.draw.randrange
         return Mix(
             count(1, 60), count(12), count(12), skip=self.draw.choice([0, 0, 1, count(500)]), distinct=self.chance(0.5),
-            concentration=self.draw.choice([1.0, 1.0, 0.3, 2.0]), detach=not self.chance(0.05),
+            concentration=self.draw.choice([1.0, 1.0, 0.3, 2.0]), detach=not self.chance(0.2),
         )  # fmt: skip
 
     def key(self) -> dict[str, int]:

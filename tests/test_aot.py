@@ -27,14 +27,18 @@ TIME_LIMIT = 120  # seconds for one case
 STACK_BYTES = 32
 HEADROOM = 1.25
 INSTRUCTIONS_PER_SCORE = {  # measured for bf16, D = 128; scan_kernel pulls one survivor out of each word
-    (80, "logsumexp_kernel"): 15.5,
-    (90, "logsumexp_kernel"): 8.8,
+    (80, "logsumexp_kernel"): 17.3,
+    (90, "logsumexp_kernel"): 10.4,
     (90, "logsumexp_grad_keys_kernel"): 6.9,
     (90, "logsumexp_grad_keys_kernel, sigmoid"): 13.0,
     (90, "softplus_sum_kernel"): 24.3,
     (90, "scan_kernel, 1 bracket"): 10.6,
     (90, "scan_kernel, 2 brackets"): 22.0,
 }
+SHARED_BYTES = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # of a block; code for sm_80 also runs on sm_86 and sm_89
+# Scores are compared between passes bit for bit, so all passes must take products by one instruction, which adds up one way.
+# What follows a sum of products in the same kernel takes it too.
+PRODUCT = {80: "HMMA.16816.F32.BF16", 90: "HGMMA.64x16.F32.BF16", 100: "UTCHMMA"}
 MINING = ("logsumexp", "mine_hardest")
 CASES = [
     (90, "bfloat16", 128, ("logsumexp", "logsumexp_grad_keys", "count_negatives")),
@@ -42,10 +46,14 @@ CASES = [
     (90, "bfloat16", 128, ("mix_negatives", "mix_logsumexp")),
     (90, "bfloat16", 128, ("softplus_sum", "softplus_sum_grad_keys")),
     (80, "bfloat16", 128, ("softplus_sum", "softplus_sum_grad_keys")),
+    (90, "bfloat16", 128, ("listed_logsumexp", "listed_grad_keys")),
     (90, "float32", 128, ("logsumexp",)),
     (90, "bfloat16", 1024, ("logsumexp",)),
     (80, "bfloat16", 128, MINING),
     (100, "bfloat16", 128, MINING),
+    (80, "bfloat16", 256, ("logsumexp", "logsumexp_grad_keys")),
+    (90, "bfloat16", 256, ("logsumexp", "logsumexp_grad_keys", "mine_hardest")),
+    (100, "bfloat16", 256, ("logsumexp", "logsumexp_grad_keys")),
 ]
 B, K, N = 1024, 65536, 1024
 
@@ -70,8 +78,12 @@ def call(triton_ops, op: str, dtype: torch.dtype, D: int) -> None:
         "count_negatives": window,
         "mix_negatives": (index, *draws),
         "mix_logsumexp": (index, scale, True, *draws),
+        "listed_logsumexp": (index, scale, True),
     }
-    getattr(triton_ops, op)(query, keys, *arguments[op])
+    if op == "listed_grad_keys":
+        triton_ops.listed_grad_keys(query, index, empty(B, N), K)
+    else:
+        getattr(triton_ops, op)(query, keys, *arguments[op])
 
 
 def record(ops: tuple[str, ...], dtype: torch.dtype, D: int, capability: int) -> list:
@@ -131,7 +143,8 @@ def compile_for(kernel, values: dict, options: dict, capability: int):
 
 
 def inspect(built, scores_per_thread: float) -> dict:
-    """Registers, stack, spills inside loops, and instructions per score of the longest loop with a matrix product."""
+    """Registers, stack, spills inside loops, products by instruction (the width that a tile gives them aside), and instructions
+    per score of the longest loop with a matrix product."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -142,6 +155,7 @@ def inspect(built, scores_per_thread: float) -> dict:
         usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], **show).stdout
         sass = subprocess.run([tools / "nvdisasm", "-c", cubin], **show).stdout
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups())
+    products = {re.sub(r"x\d+x", "x", x) for x in re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)[\w.]*", sass)}
     labels, code = {}, []
     for line in sass.splitlines():
         if m := re.match(r"^\s*(\.L_x_\d+):", line):
@@ -150,12 +164,12 @@ def inspect(built, scores_per_thread: float) -> dict:
             code.append(m[1])
     jumps = [(i, m[1]) for i, x in enumerate(code) if (m := re.search(r"BRA.*?(\.L_x_\d+)", x))]
     loops = [code[labels[to] : i + 1] for i, to in jumps if labels.get(to, i) < i]
-    products = [body for body in loops if any(re.search("GMMA|HMMA|UTC.*MMA|FFMA", x) for x in body)]
+    multiplying = [body for body in loops if any(re.search("GMMA|HMMA|UTC.*MMA|FFMA", x) for x in body)]
     spilled = sum(bool(re.search(r"\b(STL|LDL)\b", x)) for body in loops for x in body)
-    longest = max(map(len, products), default=0)
+    longest = max(map(len, multiplying), default=0)
     return {
         "registers": registers, "stack": stack, "local": local, "shared": built.metadata.shared,
-        "spills_in_loops": spilled, "per_score": longest / scores_per_thread,
+        "spills_in_loops": spilled, "products": sorted(products), "per_score": longest / scores_per_thread,
     }  # fmt: skip
 
 
@@ -189,6 +203,9 @@ def test_compiles_without_spills(capability, dtype, D, ops):
         assert line["local"] == 0, line
         assert line["stack"] <= STACK_BYTES, line
         assert line["spills_in_loops"] == 0, line
+        assert line["shared"] <= SHARED_BYTES[capability], line
+        if dtype == "bfloat16":
+            assert line["products"] in ([], [PRODUCT[capability]]), line
         measured = INSTRUCTIONS_PER_SCORE.get((capability, line["kernel"]))
         if measured and (dtype, D) == ("bfloat16", 128):
             assert line["per_score"] <= HEADROOM * measured, line

@@ -80,7 +80,7 @@ def gpu_op(query, negative_keys, hard_index, mix, seed, step, row_offset):
     return tuple(out.cpu() for out in torch.ops.negmine.mix_negatives(*tensors, *draws))
 
 
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=(pytest.mark.gpu, pytest.mark.sanitized))])
 def kernel(request):
     """mix_negatives on CPU tensors, by the emulator or by the GPU."""
     if request.param == "emulated":

@@ -1,8 +1,11 @@
 """python -m negmine.doctor: one line a backend with the truth about it, the build, the versions; it never fails."""
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +46,44 @@ def test_a_verdict_is_what_the_backend_does():
     for (name, _, verdict), row in zip(doctor.backend_rows(), backends.BACKENDS, strict=True):
         assert name == row.name
         assert verdict == f"no: {row.refusal}" if row.refusal else verdict.startswith(("works", "loads")), verdict
+
+
+def test_features_tell_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    rows = doctor.feature_rows()
+    assert all(verdict.startswith("no: not installed; pip install ") for *_, verdict in rows)
+    extras = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    for extra in re.findall(r"negmine\[([\w-]+)\]", " ".join(verdict for *_, verdict in rows)):
+        assert f"\n{extra} = [" in extras
+
+
+def test_features_are_tried():
+    rows = {name: verdict for name, _, verdict in doctor.feature_rows()}
+    assert rows["matplotlib"].startswith(("installed, ", "no: not installed"))
+    has_faiss = importlib.util.find_spec("faiss") is not None
+    assert rows["FAISS, CPU"] == "works" if has_faiss else rows["FAISS, CPU"].startswith("no: not installed")
+    if not torch.cuda.is_available():
+        assert rows["FAISS, GPU"].startswith("no: ") and doctor._on_gpu("Flat")() == "no: torch sees no CUDA device"
+
+
+def test_a_feature_that_fails_is_told(monkeypatch):
+    assert doctor._index_trial("exact", "cpu") == "works"
+    assert doctor._index_trial("exact", "cuda:77").startswith(
+        "no: a small index raised ValueError: NegativeIndex.build: device"
+    )
+    found = type("Found", (), {"indices": torch.zeros(4, 1).numpy()})
+    monkeypatch.setattr(doctor.NegativeIndex, "search", lambda *_: found)
+    assert doctor._index_trial("exact", "cpu").startswith("no: a small index found [0.0, 0.0")
+
+
+def test_old_versions_are_told():
+    assert doctor._too_old("torch", "2.9.1+cpu") == "; too old: 2.10 or later is needed"
+    for name, version in (("triton", "3.6.0"), ("torch", "2.10.0"), ("triton", "not installed")):
+        assert doctor._too_old(name, version) == ""
+    assert doctor._version_without_import("no-such-package") == "version unknown"
+    needs = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    for name, least in doctor.LEAST.items():
+        assert f'"{name}>={least[0]}.{least[1]}"' in needs
 
 
 def broken(*_):

@@ -5,6 +5,7 @@ import torch
 
 import negmine
 from negmine import Mix, Select, backends, reference
+from negmine.pool import Pool
 from tests import compare
 from tests.cases import DTYPES, ids, unit, whole
 
@@ -87,3 +88,18 @@ def test_subnormals_of_bf16_cost_no_more_than_their_size(isa):
         float((mined.scores.double() - (q.double() @ keys.double().T).gather(1, mined.index)).abs().max())
         <= 6 * 2.0**-126
     )
+
+
+def test_the_temperature_gradient_from_bf16_is_as_exact_as_from_fp32(isa):
+    """Rounding p to bf16 in the mean would cost it four digits: query . mean is restored."""
+    for B, K, D in [(3, 71, 33), (65, 5000, 128)]:
+        q, keys = unit(B, D, dtype=torch.bfloat16), unit(K, D, dtype=torch.bfloat16, seed=1)
+        q[0] = 0
+        lse, mean, *_ = torch.ops.negmine.logsumexp(q, keys, torch.tensor(20.0), None, True, *Pool())
+        x = 20 * (q.double() @ keys.double().T)  # (B, K)
+        truth = x.softmax(1) @ keys.double()  # (B, D)
+        scale = float(x.abs().max()) / 20
+        assert float((lse.double() - x.logsumexp(1)).abs().max()) <= 1e-5
+        assert float((mean.double() - truth).abs().max()) <= 2.0**-8 * float(keys.abs().max())
+        pull = (q.double() * (mean.double() - truth)).sum(1)  # (B,)
+        assert float(pull.abs().max()) <= 16 * torch.finfo(torch.float32).eps * scale

@@ -133,6 +133,8 @@ LOSSES = [
     ({"weight": Weight(0.5, 0.0, detach=True), "select": Select(0, 0.5)}, "none"),
     ({"weight": Weight(0.0, 0.01), "mix": Mix(4, 3, 3)}, "none"),
     ({"weight": Weight(0.0, 0.9)}, "none"),  # most rows clamped
+    ({"select": Select(0.0, 0.5, sample=6), "seed": 5, "step": 2**32 - 1, "row_offset": 2**33 + 7}, "ids"),
+    ({"select": Select(1, 40, sample=70), "decoupled": True}, "labels"),  # more than a window holds
     ({"decoupled": True}, "nothing left"),
     ({}, "nothing left"),
 ]

@@ -17,6 +17,7 @@ from negmine import Mix, Select
 
 B, K, D = 256, 65536, 128
 q, pos, keys = (F.normalize(torch.randn(n, D), dim=1) for n in (B, B, K))
+labels = torch.arange(K) % 100
 
 def loss(q, backend="cpu", **options):
     return negmine.info_nce(q, pos[: len(q)], keys, **options, backend=backend)
@@ -28,6 +29,8 @@ CALLS = {
     "info_nce, MoCHi": lambda q: loss(q, mix=Mix()).backward(),
     "mine_hardest": lambda q: negmine.mine_hardest(q, keys, 1024, backend="cpu"),
     "rank_thresholds": lambda q: negmine.rank_thresholds(q, keys, [65, 3276, K // 2], backend="cpu"),
+    "triplet_loss": lambda q: negmine.triplet_loss(q, keys, labels[:len(q)], labels, backend="cpu").backward(),
+    "multi_similarity": lambda q: negmine.multi_similarity(q, keys, labels[:len(q)], labels, backend="cpu").backward(),
     "dense": lambda q: loss(q, backend="reference").backward(),
 }
 
@@ -47,6 +50,7 @@ run(call, q)
 print(json.dumps(status("VmHWM") - before))
 """
 OPS = ["info_nce", "info_nce, window", "info_nce, easiest 95 %", "info_nce, MoCHi", "mine_hardest", "rank_thresholds"]
+OPS += ["triplet_loss", "multi_similarity"]
 
 
 def peak_mb(call: str) -> float:

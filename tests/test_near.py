@@ -99,3 +99,14 @@ def test_doubtful_cosines_are_settled_by_one_order_of_additions():
         for m, p in itertools.product(range(0, 40, 3), range(40)):
             assert near(a[:, m : m + 1], a[:, p : p + 1], t).item() == together[0, m, p].item()
     torch.testing.assert_close(fixed_sum(a), a.sum(-1))
+
+
+def test_memory_bounds_the_walk_and_not_its_result():
+    q, c = unit(40, 33, seed=1), unit(K, 33, seed=2)
+    options = {"deduplicate": "near", "near_duplicate_score": 0.4, "num_negatives": 6, "sampling_strategy": "random"}
+    want = mine(q, c, list(range(40)), **options)
+    for index in ("exact", "Flat"):
+        if index == "Flat":
+            pytest.importorskip("faiss")
+        got = mine(q, c, list(range(40)), **options, index=index, max_memory_bytes=400_000)
+        np.testing.assert_array_equal(got.indices, want.indices)

@@ -48,8 +48,10 @@ def check_names(tree: ast.Module) -> set[str]:
             continue
         if isinstance(node, ast.Call):
             method = [None] * place.startswith("self.queue.")
-            keywords = {word.arg: word.value for word in node.keywords}
-            inspect.signature(found).bind(*method, *node.args, **keywords)
+            keywords = {word.arg: word.value for word in node.keywords if word.arg}
+            signature = inspect.signature(found)
+            whole = len(keywords) == len(node.keywords)  # no **masks, which may add more
+            (signature.bind if whole else signature.bind_partial)(*method, *node.args, **keywords)
     return seen
 
 

@@ -119,8 +119,6 @@ REFUSALS = [
     # backends
     (loss(backend="gpu"), ValueError, "backend must be None, 'cuda', 'triton', 'cpu', 'reference', got 'gpu'"),
     (loss(backend="cuda"), backends.BackendUnavailable, "backend 'cuda' cannot run logsumexp on cpu tensors (cuda"),
-    (loss(backend="cpu", mix=Mix(detach=False)), backends.BackendUnavailable, "no kernel for mix.detach=False"),
-    (loss(backend="cpu", select=Select(sample=3)), backends.BackendUnavailable, "no kernel for select.sample"),
     (
         loss(query=q.double(), positive=pos.double(), negatives=keys.double(), backend="cpu"),
         backends.BackendUnavailable,

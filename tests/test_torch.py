@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import negmine
-from negmine import Mix, Select, Weight, backends, order
+from negmine import FalseNegatives, Mix, Select, Weight, backends, order
 from negmine.mixing import draws_of
 from tests.cases import ids, unit
 from tests.conftest import device_of
@@ -48,6 +48,9 @@ def arguments():
         yield "count_negatives", (q, keys, *pool)
     yield "mix_negatives", (q, keys, index, *draws)
     yield "mix_logsumexp", (q, keys, index, scale, True, *draws)
+    yield "listed_logsumexp", (q, keys.bfloat16(), index, scale, True)
+    yield "listed_logsumexp", (q, keys, index[:, :0], scale, False)
+    yield "listed_grad_keys", (q, index, torch.ones(index.shape), K)
 
 
 def test_opcheck():
@@ -69,6 +72,11 @@ def test_opcheck():
         {"mix": Mix(6, 5, 4, concentration=2.0)},
         {"weight": Weight(1.0, 0.01)},
         {"decoupled": True},
+        {"select": Select(0.0, 0.5, sample=5)},
+        {"select": Select(1, 9, sample=5, replace=True)},
+        {"mix": Mix(6, 5, 4, detach=False)},
+        {"false_negatives": FalseNegatives(3, 0.1, mode="attract"), "support": unit(B, 2, D, seed=7)},
+        {"false_negatives": FalseNegatives(None, 0.1), "support": unit(B, 2, D, seed=7)},
     ],
     ids=lambda o: ",".join(o) or "plain",
 )
@@ -135,10 +143,10 @@ def test_the_table_says_why():
 def test_a_gpu_call_on_the_reference_warns_once(monkeypatch):
     monkeypatch.setattr(backends, "_warned", set())
     with pytest.warns(RuntimeWarning, match="stores the score matrix"):
-        backends._warn_dense("info_nce", "cuda", "select.sample")
+        backends._warn_dense("info_nce", "cuda", "float64 input")
     import warnings
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        backends._warn_dense("info_nce", "cuda", "select.sample")
-        backends._warn_dense("info_nce", "cpu", "select.sample")
+        backends._warn_dense("info_nce", "cuda", "float64 input")
+        backends._warn_dense("info_nce", "cpu", "float64 input")

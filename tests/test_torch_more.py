@@ -63,7 +63,7 @@ def test_mining_under_autocast_is_mining(backend):
     assert torch.equal(got.scores, want.scores) and torch.equal(got.index, want.index)
 
 
-def test_what_only_the_reference_does_keeps_its_products_under_autocast():
+def test_what_is_scored_outside_kernels_keeps_its_products_under_autocast():
     q, pos, keys = inputs()
     found = {"false_negatives": negmine.FalseNegatives(3, 0.1), "support": pos[:, None]}
     for options in ({"mix": Mix(4, 3, 2, detach=False)}, {"select": Select(0, 0.5, sample=5)}, found):

@@ -1,6 +1,7 @@
 """triplet_loss, multi_similarity and their recipes: loops in float64, gradcheck, every backend, refusals."""
 
 import math
+import pickle
 import re
 
 import pytest
@@ -136,6 +137,36 @@ def test_the_module_counts_its_steps():
     assert loss.state_dict()["_extra_state"] == {"step": 2} and "negative='distance_weighted'" in repr(loss)
     loss.eval()
     assert torch.equal(*(loss(q, keys, *both)[1].negative for _ in range(2)))
+
+
+def test_every_option_changes_the_loss():
+    """An option that is read nowhere would pass every other test of this page that leaves it at its default."""
+    q, keys, both = unit(12, 8), unit(60, 8, seed=1), labels(12, 60)
+    ids = torch.arange(12) % 5, torch.arange(60) % 5
+    base = {"positive": "all", "max_positives": 3, "negative": "violating", "num_negatives": 3, "margin": 0.2}
+    changes = [
+        {"margin": 0.3},
+        {"temperature": 1.0},
+        {"distance": "euclidean"},
+        {"distance": "squared_euclidean"},
+        {"positive": "hard", "max_positives": None},
+        {"negative": "semihard"},
+        {"max_positives": 4},
+        {"num_negatives": 4},
+        {"query_ids": ids[0], "key_ids": ids[1]},
+        {"key_mask": torch.arange(60) % 3 > 0},
+        {"reduction": "sum"},
+        {"negative": "distance_weighted"},
+        {"negative": "distance_weighted", "seed": 1},
+        {"negative": "distance_weighted", "step": 1},
+        {"negative": "distance_weighted", "row_offset": 9},
+    ]
+    values = [float(negmine.triplet_loss(q, keys, *both, **{**base, **change})) for change in ({}, *changes)]
+    assert len(set(values)) == len(values), values
+    numbers = [{}, {"alpha": 3.0}, {"beta": 40.0}, {"base": 0.4}, {"epsilon": 0.0}, {"reduction": "sum"}]
+    numbers += [{"query_ids": ids[0], "key_ids": ids[1]}, {"key_mask": torch.arange(60) % 3 > 0}]
+    values = [float(negmine.multi_similarity(q, keys, *both, **change)) for change in numbers]
+    assert len(set(values)) == len(values), values
 
 
 # Multi-similarity -------------------------------------------------------------------------------------------------
@@ -298,9 +329,8 @@ def test_simans_is_info_nce_over_what_it_drew(any_backend):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(grad, torch.autograd.grad(want, q)[0], rtol=1e-4, atol=1e-5)
     assert loss.state_dict()["_extra_state"] == {"step": 1}
-    fresh = recipes.simans(8, candidates=20)
-    fresh.load_state_dict({"_extra_state": {"step": 5}})
-    assert fresh.step == 5
+    twin = pickle.loads(pickle.dumps(loss))
+    assert twin.step == 1 and torch.equal(twin(q, pos, keys), loss(q, pos, keys))
 
 
 def test_everything_compiles_into_one_graph():

@@ -1,6 +1,8 @@
 """What the Triton backend promises beyond tests/test_kernels.py, on a GPU or interpreted: torch ops for torch.compile, one score
 by one sequence of operations, the reference's draws to the bit, fp16's range, grids that no axis limits."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -82,6 +84,21 @@ def test_a_score_is_the_same_bits_in_every_op(dtype, width):
                                              *(x[:1].contiguous() for x in pool[5:]))  # fmt: skip
             touched = (one != 0).any(1)  # (K,)
             assert int(touched.sum()) == rank + 1
+
+
+def test_ranks_at_both_ends_need_no_fallback(monkeypatch):
+    """Regression: the last rank's bracket was empty, for want of sampled keys beyond it: percentile(0) took the slow way."""
+    module = importlib.import_module(
+        "negmine.kernels.triton.rank_thresholds"
+    )  # the package's attribute is the launcher
+    failed = []
+    monkeypatch.setattr(module, "place_at_rank", lambda q, keys, ranks, rows, *rest: failed.append(int(rows.sum())))
+    q, keys = unit(16, 16, device=DEVICE), unit(1500 if interpreted("triton") else 20_001, 16, device=DEVICE, seed=1)
+    last = len(keys) - 1
+    got = negmine.rank_thresholds(q, keys, [0, 1, last - 20, last - 1, last], backend="triton")
+    ends = torch.stack((q @ keys.T).aminmax(dim=1)[::-1], 1)  # (B, 2)
+    torch.testing.assert_close(got[:, [0, -1]], ends, rtol=0, atol=1e-6)
+    assert failed and sum(failed) == 0
 
 
 @pytest.mark.parametrize("concentration", [1.0, 0.5])

@@ -1,4 +1,5 @@
-// The ops of kernels/README.md as torch operators: every schema of the library `negmine`, and its CPU kernels.
+// The CPU kernels that walk the queue as torch operators; csrc/torch/schemas.cpp declares them, and ops_cpu_rows.cpp
+// has those that walk one query's own vectors.
 //
 // Tensors become the structs of kernels/cpu and torch's parallel_for becomes their Parallel; there is no arithmetic
 // here. Only torch's stable ABI is used, so one build serves every torch from 2.10 on. The module itself offers isa()
@@ -8,14 +9,12 @@
 
 #include <tuple>
 
-#include "csrc/torch/checks.h"
+#include "csrc/torch/cpu_params.h"
 #include "kernels/cpu/count_negatives.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/logsumexp.h"
 #include "kernels/cpu/logsumexp_grad_keys.h"
 #include "kernels/cpu/mine_hardest.h"
-#include "kernels/cpu/mix_logsumexp.h"
-#include "kernels/cpu/mix_negatives.h"
 #include "kernels/cpu/rank_thresholds.h"
 #include "kernels/cpu/softplus_sum.h"
 #include "kernels/cpu/softplus_sum_grad_keys.h"
@@ -30,26 +29,6 @@ using checks::OptionalTensor;
 using checks::PoolTensors;
 using checks::ScalarType;
 using checks::Tensor;
-
-template <class T>
-T* output(Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-cpu::Parallel torch_threads() {
-  const auto run = [](int64_t begin, int64_t end, int64_t grain, cpu::Parallel::Callback callback, void* context) {
-    torch::stable::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) { callback(from, to, context); });
-  };
-  return {run, static_cast<int64_t>(torch::stable::get_num_threads())};
-}
-
-cpu::Matrix matrix_of(const Tensor& t) {
-  const ScalarType dtype = t.scalar_type();
-  return {t.data_ptr(), t.stride(0),
-          dtype == ScalarType::Float      ? cpu::Dtype::kFloat32
-          : dtype == ScalarType::BFloat16 ? cpu::Dtype::kBFloat16
-                                          : cpu::Dtype::kFloat16};
-}
 
 cpu::Pool pool_of(const PoolTensors& t) {
   cpu::Pool pool;
@@ -238,120 +217,6 @@ Tensor count_negatives(const Tensor& query, const Tensor& negative_keys, POOL_AR
   return count;
 }
 
-#define DRAW_ARGUMENTS                                                                                       \
-  int64_t pairs, int64_t with_query, double pair_low, double pair_high, double query_low, double query_high, \
-      bool distinct, const OptionalTensor &quantiles, int64_t seed, int64_t step, int64_t row_offset
-#define DRAWS pairs, with_query, pair_low, pair_high, query_low, query_high, distinct, quantiles, seed, step, row_offset
-
-// query (B, D), negative_keys (K, D) and the draws of one call, checked: the parents index the queue.
-struct Mixed {
-  Tensor query, negative_keys, hard_index;
-  OptionalTensor quantile_table;
-  int64_t B, D;
-  cpu::Draws draws;
-
-  Mixed(const char* op, const Tensor& q, const Tensor& keys, const Tensor& hard, DRAW_ARGUMENTS)
-      : query(checks::matrix(op, "query", q, "(B, D)")),
-        negative_keys(checks::matrix(op, "negative_keys", keys, "(K, D)")),
-        hard_index(checks::index_matrix(op, "hard_index", hard, query.size(0), query)),
-        quantile_table(checks::vector(op, "quantiles", quantiles, ScalarType::Float, 4097, query)),
-        B(query.size(0)),
-        D(query.size(1)) {
-    checks::same_width(op, query, negative_keys);
-    checks::require(pairs >= 0 && with_query >= 0, op, ": pairs and with_query must not be negative, got ", pairs,
-                    " and ", with_query, ".");
-    draws = {longs(hard_index),
-             hard_index.size(1),
-             pairs,
-             with_query,
-             pair_low,
-             pair_high,
-             query_low,
-             query_high,
-             distinct,
-             floats(quantile_table),
-             static_cast<uint32_t>(seed),
-             static_cast<uint32_t>(step),
-             row_offset};
-    const int64_t K = negative_keys.size(0);
-    for (int64_t b = 0; b < B; ++b) {
-      const int64_t n_b = cpu::count_hard(draws, b);
-      for (int64_t n = 0; n < n_b; ++n) {
-        const int64_t row = draws.hard_index[b * draws.N + n];
-        checks::require(row >= 0 && row < K, op, ": hard_index must hold rows of negative_keys in [0, ", K,
-                        "), then -1 to the end, got ", row, " at (", b, ", ", n, ").");
-      }
-    }
-  }
-};
-
-std::tuple<Tensor, Tensor, Tensor> mix_negatives(const Tensor& query, const Tensor& negative_keys,
-                                                 const Tensor& hard_index, DRAW_ARGUMENTS) {
-  // Checks.
-  const Mixed in("mix_negatives", query, negative_keys, hard_index, DRAWS);
-  // Outputs.
-  const int64_t S = in.draws.S();
-  Tensor vectors = new_empty(query, {in.B, S, in.D});
-  Tensor parents = new_empty(query, {in.B, S, 2}, ScalarType::Long);
-  Tensor coefficients = new_empty(query, {in.B, S}, ScalarType::Float);
-  // Params.
-  const cpu::MixNegativesParams p{
-      matrix_of(in.query),      matrix_of(in.negative_keys), in.B, in.D, in.draws, vectors.mutable_data_ptr(),
-      output<int64_t>(parents), output<float>(coefficients)};
-  // Run.
-  cpu::mix_negatives(p, torch_threads());
-  return {vectors, parents, coefficients};
-}
-
-std::tuple<Tensor, Tensor> mix_logsumexp(const Tensor& query, const Tensor& negative_keys, const Tensor& hard_index,
-                                         const Tensor& scale, bool want_mean, DRAW_ARGUMENTS) {
-  // Checks.
-  const Mixed in("mix_logsumexp", query, negative_keys, hard_index, DRAWS);
-  const Tensor factor = checks::scalar("mix_logsumexp", "scale", scale, query);
-  // Outputs.
-  Tensor lse = new_empty(query, {in.B}, ScalarType::Float);
-  Tensor mean = new_empty(query, {want_mean ? in.B : 0, in.D}, ScalarType::Float);
-  // Params.
-  const cpu::MixLogsumexpParams p{matrix_of(in.query),
-                                  matrix_of(in.negative_keys),
-                                  in.B,
-                                  in.D,
-                                  in.draws,
-                                  floats(factor),
-                                  output<float>(lse),
-                                  want_mean ? output<float>(mean) : nullptr};
-  // Run.
-  cpu::mix_logsumexp(p, torch_threads());
-  return {lse, mean};
-}
-
-#define POOL_SCHEMA                                                                                                 \
-  "Tensor? negative_mask, Tensor? query_ids, Tensor? negative_ids, Tensor? query_labels, Tensor? negative_labels, " \
-  "Tensor? lower, Tensor? upper, bool same_label=False"
-#define DRAW_SCHEMA                                                                                                \
-  "int pairs, int with_query, float pair_low, float pair_high, float query_low, float query_high, bool distinct, " \
-  "Tensor? quantiles, int seed, int step, int row_offset"
-
-STABLE_TORCH_LIBRARY(negmine, m) {
-  m.def("logsumexp(Tensor query, Tensor negative_keys, Tensor scale, Tensor? pivot, bool want_mean, " POOL_SCHEMA
-        ") -> (Tensor lse, Tensor mean, Tensor kept, Tensor above)");
-  m.def("logsumexp_grad_keys(Tensor query, Tensor negative_keys, Tensor scale, Tensor lse, Tensor weight, " POOL_SCHEMA
-        ") -> Tensor");
-  m.def("softplus_sum(Tensor query, Tensor negative_keys, Tensor scale, Tensor bias, bool want_pull, " POOL_SCHEMA
-        ") -> (Tensor total, Tensor pull, Tensor mass, Tensor kept)");
-  m.def(
-      "softplus_sum_grad_keys(Tensor query, Tensor negative_keys, Tensor scale, Tensor bias, Tensor "
-      "weight, " POOL_SCHEMA ") -> Tensor");
-  m.def("mine_hardest(Tensor query, Tensor negative_keys, int N, " POOL_SCHEMA ") -> (Tensor scores, Tensor index)");
-  m.def("rank_thresholds(Tensor query, Tensor negative_keys, Tensor ranks, " POOL_SCHEMA ") -> Tensor");
-  m.def("count_negatives(Tensor query, Tensor negative_keys, " POOL_SCHEMA ") -> Tensor");
-  m.def("mix_negatives(Tensor query, Tensor negative_keys, Tensor hard_index, " DRAW_SCHEMA
-        ") -> (Tensor vectors, Tensor parents, Tensor coefficients)");
-  m.def(
-      "mix_logsumexp(Tensor query, Tensor negative_keys, Tensor hard_index, Tensor scale, bool want_mean, " DRAW_SCHEMA
-      ") -> (Tensor lse, Tensor mean)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(negmine, CPU, m) {
   m.impl("logsumexp", TORCH_BOX(&logsumexp));
   m.impl("logsumexp_grad_keys", TORCH_BOX(&logsumexp_grad_keys));
@@ -360,8 +225,6 @@ STABLE_TORCH_LIBRARY_IMPL(negmine, CPU, m) {
   m.impl("mine_hardest", TORCH_BOX(&mine_hardest));
   m.impl("rank_thresholds", TORCH_BOX(&rank_thresholds));
   m.impl("count_negatives", TORCH_BOX(&count_negatives));
-  m.impl("mix_negatives", TORCH_BOX(&mix_negatives));
-  m.impl("mix_logsumexp", TORCH_BOX(&mix_logsumexp));
 }
 
 PyObject* py_isa(PyObject*, PyObject*) { return PyUnicode_FromString(cpu::isa()); }

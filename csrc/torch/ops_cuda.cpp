@@ -1,6 +1,6 @@
 // The CUDA ops of negmine: tensors -> the params structs of kernels/cuda, on the current stream of the tensors' device.
 //
-// Only torch's stable ABI (2.10) is used. The schemas are declared in ops_cpu.cpp, which Python therefore loads first.
+// Only torch's stable ABI (2.10) is used. The ops are declared in schemas.cpp, in the library that Python loads first.
 // Checks here protect memory; the meaning of arguments is checked in negmine/.
 #include <Python.h>
 #include <cuda_runtime.h>

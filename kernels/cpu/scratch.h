@@ -44,7 +44,7 @@ class Scratch {
     floats_ = make_buffer<float>(D * kLanes + kChunk * kLanes + widened + D + std::max(D, kLanes));
     words_ = make_buffer<int32_t>(kLaneWords * kLanes);
     index_ = make_buffer<int64_t>(kChunk);
-    rows_ = make_buffer<const float*>(2 * (kChunk + 6));
+    rows_ = make_buffer<const float*>(kChunk + 6);
     padded_ = make_buffer<uint16_t>(negative_keys.dtype == Dtype::kBFloat16 && D % 2 != 0 ? kChunk * (D + 1) : 0);
     float* p = floats_.get();
     workspace.q_t = p;
@@ -53,7 +53,6 @@ class Scratch {
     workspace.row = p += widened;
     workspace.zeros = p += D;
     workspace.rows = rows_.get();
-    workspace.wide = rows_.get() + kChunk + 6;
     workspace.padded = padded_.get();
     workspace.index = index_.get();
     workspace.lane_words = words_.get();

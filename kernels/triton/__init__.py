@@ -4,6 +4,8 @@ Signatures and meaning: kernels/README.md.  Under TRITON_INTERPRET=1, set before
 """
 
 from .count_negatives import count_negatives
+from .listed_grad_keys import listed_grad_keys
+from .listed_logsumexp import listed_logsumexp
 from .logsumexp import logsumexp
 from .logsumexp_grad_keys import logsumexp_grad_keys
 from .mine_hardest import mine_hardest
@@ -15,6 +17,8 @@ from .softplus_sum_grad_keys import softplus_sum_grad_keys
 
 __all__ = [
     "count_negatives",
+    "listed_grad_keys",
+    "listed_logsumexp",
     "logsumexp",
     "logsumexp_grad_keys",
     "mine_hardest",

@@ -31,7 +31,9 @@ def brackets(scores: Tensor, ranks: Tensor, K: int) -> tuple[Tensor, Tensor]:
     position = ((ranks + 1).double() * (size / K)).clamp(0, size)  # (B, R)
     reach = tiles.SIGMAS * (position * (1 - position / size) * (1 - size / K)).sqrt()  # (B, R)
     below = (position + reach + tiles.PLACES_BELOW).ceil().long() - 1  # (B, R)
-    above = (position - reach + tiles.PLACES_ABOVE).floor().long() - 1  # (B, R)
+    # Few sampled keys above a rank scatter to the safe side, few below it to the other.
+    skew = torch.where(2 * position <= size, tiles.PLACES_ABOVE, -tiles.PLACES_BELOW)  # (B, R)
+    above = (position - reach + skew).floor().long() - 1  # (B, R)
     # Near the top the places allowed for skew would bring the upper cut below the rank.
     above = torch.where(position - reach < 1, -1, above)
     cut_lo, cut_hi = cuts(scores, torch.cat([below, above], 1)).tensor_split(2, 1)  # (B, R) each

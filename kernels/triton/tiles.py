@@ -90,7 +90,7 @@ def mining_plan(K: int, N: int, capability: int) -> tuple[SamplePlan, int]:
 def ranks_plan(K: int, brackets: int, capability: int) -> SamplePlan:
     """The plan for ranks known only on the device: wide enough for a median, the widest bracket there is."""
     size = sample_size(K, 8, capability)
-    kept = 2 * SIGMAS * deviation(size / 2, size, K) + PLACES_BELOW + PLACES_ABOVE + 1
+    kept = 2 * SIGMAS * deviation(size / 2, size, K) + 2 * PLACES_BELOW + 1
     return SamplePlan(size, brackets * _capacity(kept, size, K))
 
 

@@ -6,6 +6,7 @@ loss(query, queue.keys, labels, queue.labels)                                 ag
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from negmine.mining import mine_hardest, score_of_positive, working
 from negmine.multi_similarity import MultiSimilarityLoss
 from negmine.options import is_real
 from negmine.reference_triplets import rows_at
+from negmine.stepped import Stepped
 from negmine.triplet_loss import TripletLoss
 
 
@@ -90,16 +92,15 @@ def vse_plus_plus(margin: float = 0.2, *, reduction: str = "sum", backend: str |
     return VSEPlusPlusLoss(margin, reduction, backend)
 
 
-class SimANSLoss(nn.Module):
+class SimANSLoss(Stepped):
     """The loss of `simans`. Calls in training mode that name no `step` count themselves; the count travels in state_dict."""
 
     def __init__(
-        self, kernel: Callable[[Tensor], Tensor], candidates: int, num_negatives: int, temperature: float, **fixed: Any
+        self, log_p: Callable[[Tensor], Tensor], candidates: int, num_negatives: int, temperature: float, **fixed: Any
     ) -> None:
         super().__init__()
-        self.kernel, self.candidates, self.num_negatives = kernel, candidates, num_negatives
+        self.log_p, self.candidates, self.num_negatives = log_p, candidates, num_negatives
         self.temperature, self.fixed = temperature, fixed
-        self.step = 0
 
     def sample(
         self,
@@ -120,7 +121,7 @@ class SimANSLoss(nn.Module):
             rows = torch.arange(len(query), device=query.device) + row_offset  # (B,)
             places = torch.arange(self.candidates, device=query.device)  # (C,)
             word = philox.words(rows, places, philox.STREAM_WEIGHTED, seed, step)[0]  # (B, C)
-            drawn = (self.kernel(gap) + philox.gumbel(word)).masked_fill(mined.index < 0, -torch.inf)
+            drawn = (self.log_p(gap) + philox.gumbel(word)).masked_fill(mined.index < 0, -torch.inf)
             kept = drawn.argsort(dim=1, descending=True, stable=True)[:, : self.num_negatives].sort(1).values
             return mined.index.gather(1, kept)
 
@@ -137,20 +138,21 @@ class SimANSLoss(nn.Module):
         """masks: query_ids, negative_ids, query_labels, negative_labels, negative_mask of mine_hardest."""
         checks.require_query_and_keys("simans", query, negative_keys)
         checks.require_positive("simans", positive_key, query)
-        if step is None:
-            step = self.step
-            self.step += self.training
-        index = self.sample(query, positive_key, negative_keys, step=step, row_offset=row_offset, **masks)  # (B, n)
+        draw = {"step": self.count(step), "row_offset": row_offset}
+        index = self.sample(query, positive_key, negative_keys, **draw, **masks)  # (B, n)
         q = working(query)
         drawn = rows_at(negative_keys, index, q.dtype)  # (B, n, D)
         rows, _ = reference.info_nce(q, working(positive_key), drawn, temperature=self.temperature, usable=index >= 0)
         return rows if self.fixed["reduction"] == "none" else getattr(rows, self.fixed["reduction"])()
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"step": self.step}
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.step = int(state["step"])
+def _gaussian(gap: Tensor, a: float, b: float) -> Tensor:
+    """gap (B, C) = s_j - s_pos -> log p up to a constant."""
+    return -a * (gap - b).square()
+
+
+def _laplace(gap: Tensor, tau: float) -> Tensor:
+    return -tau * gap.abs()
 
 
 def simans(
@@ -190,10 +192,6 @@ def simans(
     checks.require_temperature(op, temperature)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_draw(op, seed, 0, 0)
-
-    def log_p(gap: Tensor) -> Tensor:
-        """gap (B, C) = s_j - s_pos -> log p up to a constant."""
-        return -a * (gap - b).square() if kernel == "gaussian" else -tau * gap.abs()
-
+    log_p = partial(_gaussian, a=a, b=b) if kernel == "gaussian" else partial(_laplace, tau=tau)
     fixed = {"reduction": reduction, "seed": seed, "backend": backend}
     return SimANSLoss(log_p, candidates, num_negatives, temperature, **fixed)

@@ -16,5 +16,6 @@ rounds.py       mine, train, mine again
 from negmine.search.index import Found, NegativeIndex
 from negmine.search.mine import mine_hard_negatives
 from negmine.search.result import MiningResult
+from negmine.search.rounds import Round, mining_rounds
 
-__all__ = ["Found", "MiningResult", "NegativeIndex", "mine_hard_negatives"]
+__all__ = ["Found", "MiningResult", "NegativeIndex", "Round", "mine_hard_negatives", "mining_rounds"]

@@ -18,7 +18,7 @@ from negmine.search.lists import RowLists
 from negmine.search.scan import Corpus, Scan, pair_scores
 
 MOST_CANDIDATES = 4096  # of a query, unless its window begins deeper
-AT_A_TIME = 1 << 20  # candidates scored and sorted together
+CANDIDATE_BYTES = 160  # of one candidate while it is scored and sorted
 
 
 @dataclass
@@ -27,6 +27,7 @@ class IndexScan:
 
     scan: Scan  # for its kernels, corpus and copies
     index: NegativeIndex
+    room: int  # bytes of candidates at a time
     cut_short: int = 0  # queries whose search ended at MOST_CANDIDATES with fewer rows than wanted
 
     def taken_cut_short(self) -> int:
@@ -64,7 +65,7 @@ class IndexScan:
         todo = torch.arange(B if depth else 0)  # (R,)
         while len(todo):
             short = []
-            for some in todo.split(max(1, AT_A_TIME // k)):
+            for some in todo.split(max(1, self.room // (CANDIDATE_BYTES * k))):
                 at = some.to(query.device)
                 part = (query[at], excluded.take(some.numpy()), None if anchor is None else anchor[at])
                 found, drops, exhausted = self._ranked(*part, k, ranked, counted)

@@ -144,6 +144,10 @@ class NegativeIndex:
     def dim(self) -> int:
         return self._engine.dim
 
+    @property
+    def search_options(self) -> dict:
+        return dict(self._options)
+
     def __len__(self) -> int:
         return len(self._engine)
 

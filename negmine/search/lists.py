@@ -38,6 +38,12 @@ class RowLists(NamedTuple):
         at = np.arange(indptr[-1]) - np.repeat(indptr[:-1], sizes) + np.repeat(self.indptr[queries], sizes)
         return RowLists(indptr, self.rows[at])
 
+    def padded(self) -> np.ndarray:
+        """(Q, longest) int64, -1 past the end of a list."""
+        out = np.full((len(self.sizes), int(self.sizes.max(initial=0))), -1)
+        out[self.queries, np.arange(len(self.rows)) - self.indptr[self.queries]] = self.rows
+        return out
+
     def united(self, other: "RowLists") -> "RowLists":
         """Each query's set of rows in either, ascending."""
         pairs = np.stack([np.r_[self.queries, other.queries], np.r_[self.rows, other.rows]])  # (2, P + P')

@@ -13,7 +13,6 @@ import contextlib
 import os
 import platform
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 
 from negmine import backends, checks, order
 from negmine.options import Select
+from negmine.progress import progress
 from negmine.search.approximate import IndexScan
 from negmine.search.arguments import OP, RUN, checked, described
 from negmine.search.draw import draw
@@ -37,28 +37,13 @@ from negmine.search.sizes import sizes_of
 from negmine.search.thin import Thinner
 from negmine.version import __version__
 
+ROOM = 64 << 20  # for near duplicates and for candidates, and no more than a quarter of max_memory_bytes
 AUDIT_K = 100  # ranks of an audit, where the run looks deeper
 POOR = (
     "{}: index {kind!r} finds only {recall:.1%} of the {audit_k} hardest rows of {audit_queries} queries, less than "
     "min_recall={min_recall}: hard negatives are missing. Search deeper (a NegativeIndex with nprobe or efSearch), "
     "take another kind, or index='exact'"
 )
-
-
-@contextlib.contextmanager
-def _progress(total: int, show: bool) -> Iterator[Any]:
-    """A callable that moves a bar; it does nothing where no bar is wanted or tqdm is not installed."""
-    bar = None
-    if show:
-        with contextlib.suppress(ImportError):
-            from tqdm.auto import tqdm
-
-            bar = tqdm(total=total, desc="mining", unit="chunk")
-    try:
-        yield bar.update if bar is not None else (lambda chunks: None)
-    finally:
-        if bar is not None:
-            bar.close()
 
 
 def mine_hard_negatives(
@@ -128,7 +113,7 @@ def mine_hard_negatives(
         corpus that all ranks' rows make in rank order; positives and exclude number the rows of all. Every rank returns the
         same, which is what one process returns for the whole corpus.
     device: where scores are computed; default: where query_embeddings or corpus_embeddings are.
-    show_progress_bar: a bar, where tqdm is installed.
+    show_progress_bar: a line on stderr, with the time left.
 
     Returns a MiningResult: indices and scores (Q, num_negatives), past the end of a window -1 and -inf. Equal scores: the lower
     row first. A NaN score is no candidate. The same negatives, bit for bit, for any batch_size, corpus_chunk_size, number of
@@ -185,17 +170,19 @@ def mine_hard_negatives(
         ops = backends.choose(OP, OPS, backend, (queries.gather(empty, where), rows.gather(empty, where)))
         raw, exact = range_mode == "raw", index == "exact" or getattr(index, "kind", "") == "exact"
         none = nothing_hidden(Q)
+        room = min(ROOM, max_memory_bytes // 4) if max_memory_bytes else ROOM
         plan = Miner(
             Scan(ops, corpus, 0, None, lambda chunks: None),
             *(select, raw, num_negatives, sampling_strategy, count_skipped, none),
-            Thinner(corpus.gather, given, near_duplicate_score, rows.dim) if deduplicate == "near" else None,
+            Thinner(corpus.gather, given, near_duplicate_score, rows.dim, room) if deduplicate == "near" else None,
         )
         if not exact and counts_first(select, raw):
             wanted = "in ranks where select has filters and index is not 'exact', for fractions need every row's score"
             raise checks.refuse(OP, "select's range", wanted, (select.range_min, select.range_max))
         dense_mask = not raw and Q > 0 and bool((given.sizes + further.sizes).max() > 1)
         pair_bytes = 64 if ops is None else 2 * dense_mask
-        limits = (batch_size, corpus_chunk_size, max_memory_bytes)
+        rest = max_memory_bytes and max_memory_bytes - room * (deduplicate == "near" or not exact)
+        limits = (batch_size, corpus_chunk_size, rest)
         sizes = sizes_of(OP, queries, rows, plan.depth(K), pair_bytes, *limits)
     batch = min(int(part) for part in ranks.gather(torch.tensor(sizes.batch)))
     content = {
@@ -208,7 +195,7 @@ def mine_hard_negatives(
     identity |= {"negmine": __version__, "kernels": _kernels(ops, where), "ranks": ranks.size}
     if not exact:
         identity["batch_size"] = batch  # an index may answer a query otherwise in another batch
-    if isinstance(index, NegativeIndex) and not exact and resume_dir is not None:
+    if isinstance(index, NegativeIndex) and not exact:
         content["index"] = index.content_hash()
     ranks.require_same(OP, identity)
 
@@ -233,7 +220,9 @@ def mine_hard_negatives(
         batches = run.missing(batch)
         passes = len(batches) * (2 if counts_first(select, raw) else 1)
         advance = stack.enter_context(
-            _progress(passes * (len(list(rows.spans(sizes.chunk))) if exact else 1), show_progress_bar)
+            progress(
+                passes * (len(list(rows.spans(sizes.chunk))) if exact else 1), show_progress_bar, "mining", "chunks"
+            )
         )
         scan = Scan(ops, corpus, sizes.chunk, distinct, advance)
         source: Scan | IndexScan = scan
@@ -245,7 +234,7 @@ def mine_hard_negatives(
             found |= {"min_recall": min_recall}
             if found["recall"] is not None and found["recall"] < min_recall:
                 warnings.warn(POOR.format(OP, **found), RuntimeWarning, stacklevel=2)
-            source = IndexScan(scan, searched)
+            source = IndexScan(scan, searched, room)
         miner = replace(plan, source=source, hidden=hidden)
         for begin, end in batches:
             anchor = torch.from_numpy(positive_scores[begin:end]).to(where) if select.has_margin else None  # (B,)
@@ -293,4 +282,10 @@ def _audited(index: NegativeIndex, scan: Scan, queries: Rows, count: int, k: int
     drawn = drawn_queries(len(queries), count, seed)
     query = queries.gather(drawn, scan.corpus.device)  # (A, D)
     recall = audit(index, scan, query, k) if len(drawn) else None
-    return {"kind": index.kind, "recall": recall, "audit_queries": len(drawn), "audit_k": k}
+    return {
+        "kind": index.kind,
+        "search_options": index.search_options,
+        "recall": recall,
+        "audit_queries": len(drawn),
+        "audit_k": k,
+    }

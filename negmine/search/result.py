@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from negmine.checks import refuse, require_choice
+from negmine.search import files
 from negmine.search.lists import RowLists
 
 FORMAT = 1
@@ -150,15 +151,12 @@ class MiningResult:
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one .npz at exactly this path; a reader sees the old file or the whole new one."""
+        """Write one .npz at exactly this path; a reader, and a crash, see the old file or the whole new one."""
         description = json.dumps({"format": FORMAT, "skipped": self.skipped, "config": self.config})
         arrays = {name: getattr(self, name) for name in ("indices", "scores", "positive_scores", "num_valid")}
         arrays |= {"positives_indptr": self.positives.indptr, "positives_rows": self.positives.rows}
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "wb") as file:
+        with files.atomic("MiningResult.save", path) as file:
             np.savez(file, description=np.frombuffer(description.encode(), np.uint8), **arrays)
-        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "MiningResult":

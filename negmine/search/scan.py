@@ -153,7 +153,7 @@ class Scan:
         for begin, end in self.corpus.rows.spans(self.chunk_size):
             keys = self.corpus.rows.block(begin, end, device)  # (C, D)
             low, high = np.searchsorted(hidden_row, (begin, end))
-            pool = self._pool(B, begin, end, hidden_query[low:high], hidden_row[low:high] - begin)
+            pool = self.pool(B, begin, end, hidden_query[low:high], hidden_row[low:high] - begin)
             for count, select in zip(counts, counted, strict=True):
                 count += kept_by(self.ops, query, keys, pool, select, anchor)
             if depth:
@@ -166,7 +166,7 @@ class Scan:
         size = self.candidates - torch.from_numpy(excluded.sizes).to(device)  # (B,)
         return places, size - self.corpus.ranks.sum(counts)
 
-    def _pool(self, B: int, begin: int, end: int, queries: np.ndarray, columns: np.ndarray) -> Pool:
+    def pool(self, B: int, begin: int, end: int, queries: np.ndarray, columns: np.ndarray) -> Pool:
         """The masks of one chunk: ids where no query hides two of its rows, else a mask of pairs (B, C)."""
         first, device = self.corpus.first, self.corpus.device
         mask = None

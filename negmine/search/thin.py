@@ -19,8 +19,6 @@ from torch import Tensor
 from negmine import order
 from negmine.search.lists import RowLists
 
-BYTES = 64 << 20  # of gathered rows at a time
-
 
 def fixed_sum(terms: Tensor) -> Tensor:
     """(..., D) -> (...): halves added until one is left, an order that knows D only."""
@@ -52,6 +50,7 @@ class Thinner:
     positives: RowLists
     threshold: float
     dim: int
+    room: int  # bytes of gathered rows and cosines at a time
 
     def __call__(self, window: Tensor, rows: Tensor, wanted: int | None) -> tuple[Tensor, Tensor]:
         """window (B, W) order of queries rows (B,) -> (B, min(W, wanted)) order packed to the left; and (B, 2) int64, how many
@@ -60,7 +59,7 @@ class Thinner:
         wanted = W if wanted is None else min(W, wanted)
         sizes = self.positives.take(rows.numpy()).sizes
         most = int(sizes.max(initial=0))
-        step = max(1, BYTES // (8 * self.dim * max(1, W + most) + 8 * W * max(1, W + most)))
+        step = max(1, self.room // (8 * self.dim * max(1, W + most) + 8 * W * max(1, W + most)))
         parts = [self._some(window[i : i + step], rows[i : i + step], wanted) for i in range(0, B, step)]
         if not parts:
             return window[:, :wanted], window.new_zeros(0, 2)
@@ -78,8 +77,7 @@ class Thinner:
     def _some(self, window: Tensor, rows: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
         G, W = window.shape
         lists = self.positives.take(rows.numpy())
-        known = torch.full((G, int(lists.sizes.max(initial=0))), -1)  # (G, P)
-        known[lists.queries, np.arange(len(lists.rows)) - lists.indptr[lists.queries]] = torch.from_numpy(lists.rows)
+        known = torch.from_numpy(lists.padded())  # (G, P)
         vectors = self._vectors(order.unpack(window)[1])  # (G, W, D)
         like_positive = near(vectors, self._vectors(known.to(window.device)), self.threshold).any(2)  # (G, W)
         like_other = near(vectors, vectors, self.threshold)  # (G, W, W)

@@ -8,7 +8,7 @@ void count_range(const Block& block, const Workspace& w, int64_t* count) {
   begin_block(block, w);
   for (int64_t lane = 0; lane < kLanes; ++lane) count[lane] = 0;
   for (int64_t k = block.k_begin; k < block.k_end;) {
-    const int64_t columns = load_chunk(block, w, &k, bounded ? Want::kScores : Want::kIndex);
+    const int64_t columns = load_chunk(block, w, &k, bounded);
     if (bounded) {
       score_chunk(block, w, columns);
     } else {

@@ -15,6 +15,8 @@ namespace negmine::cpu {
 
 constexpr int64_t kChunk = 126;  // most rows of the queue in one tile: 21 register tiles of 6
 
+constexpr int64_t kRowChunk = 32;  // rows of one query's own that are scored at one time
+
 struct Block {
   Matrix query;          // (B, D)
   Matrix negative_keys;  // (K, D)
@@ -43,7 +45,6 @@ struct Workspace {
   float* q_t;           // (kLanes / panel, D, panel) the block's queries, transposed; or (.., (D + 1) / 2, ..) pairs
   float* tile;          // (kChunk, kLanes) scores of a chunk
   const float** rows;   // (kChunk + 6) the chunk's rows of the queue as they are scored, then rows of zeros
-  const float** wide;   // (kChunk + 6) the same as fp32
   int64_t* index;       // (kChunk) their places in the queue
   float* widened;       // (kChunk, D) where the queue is not stored as fp32
   uint16_t* padded;     // (kChunk, D + 1) where pairs do not come out even
@@ -108,12 +109,17 @@ struct Kernels {
   // vectors (S, D), parents (S, 2), coefficients (S) of query b. mixed (4, D).
   void (*mix_negatives_row)(const Matrix& query, const Matrix& negative_keys, int64_t D, const Draws&, int64_t b,
                             float* mixed, void* vectors, int64_t* parents, float* coefficients);
-  // lse (), mean (D) or null of query b. mixed (kMixChunk + 3, D).
+  // lse (), mean (D) or null of query b. mixed (kRowChunk + 3, D).
   void (*mix_logsumexp_row)(const Matrix& query, const Matrix& negative_keys, int64_t D, const Draws&, int64_t b,
                             float scale, float* mixed, float* lse, float* mean);
+  // scores (M), lse (), mean (D) or null of query b over the listed rows. index (M), -1 = none; room (kRowChunk + 1,
+  // D).
+  void (*listed_logsumexp_row)(const Matrix& query, const Matrix& negative_keys, int64_t D, const int64_t* index,
+                               int64_t M, int64_t b, float scale, float* room, float* scores, float* lse, float* mean);
+  // out (D) = sum over i of weight_i query_{i / M}, for the `count` cells i of `cells`. room (D).
+  void (*listed_grad_keys_row)(const Matrix& query, int64_t D, const int64_t* cells, int64_t count, int64_t M,
+                               const float* weight, float* room, float* out);
 };
-
-constexpr int64_t kMixChunk = 32;  // synthetic negatives in memory at one time
 
 #if defined(__x86_64__)
 namespace avx512bf16 {

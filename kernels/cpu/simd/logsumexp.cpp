@@ -15,69 +15,11 @@ NEGMINE_INLINE void add_to(int64_t* totals, VI counts) {
   for (int i = 0; i < kWidth; ++i) totals[i] += counts[i];
 }
 
-// mean (kD, kVec * kWidth) = correction * mean + sum over the chunk of n (count, kD) x p (count, kVec * kWidth)
-template <int kD, int kVec>
-NEGMINE_INLINE void mean_tile(const float* const* rows, int64_t d, const float* p, int64_t count,
-                              const float* correction, float* mean) {
-  V acc[kD][kVec];  // (kD, kVec * kWidth)
-  for (int r = 0; r < kD; ++r) {
-    for (int v = 0; v < kVec; ++v) acc[r][v] = all(0.0f);
-  }
-  for (int64_t j = 0; j < count; ++j) {
-    const float* n = rows[j] + d;
-    V weight[kVec];  // (kVec * kWidth)
-    for (int v = 0; v < kVec; ++v) weight[v] = load(p + j * kLanes + v * kWidth);
-    for (int r = 0; r < kD; ++r) {
-      for (int v = 0; v < kVec; ++v) acc[r][v] = fma(all(n[r]), weight[v], acc[r][v]);
-    }
-  }
-  for (int r = 0; r < kD; ++r) {
-    for (int v = 0; v < kVec; ++v) {
-      float* cell = mean + (d + r) * kLanes + v * kWidth;
-      store(cell, fma(load(cell), load(correction + v * kWidth), acc[r][v]));
-    }
-  }
-}
-
-template <int kVec>
-void mean_panel(const Block& block, const float* const* rows, const float* p, int64_t count, const float* correction,
-                float* mean) {
-  int64_t d = 0;
-  for (; d + kRows <= block.D; d += kRows) mean_tile<kRows, kVec>(rows, d, p, count, correction, mean);
-  for (; d + 2 <= block.D; d += 2) mean_tile<2, kVec>(rows, d, p, count, correction, mean);
-  for (; d < block.D; ++d) mean_tile<1, kVec>(rows, d, p, count, correction, mean);
-}
-
-}  // namespace
-
-void add_mean(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean) {
-  const int vectors = vectors_of(block);
-  for (int v = 0; v < vectors; v += kVectors) {
-    const int64_t lane = v * kWidth;
-    switch (vectors - v) {
-      case 1:
-        mean_panel<1>(block, w.wide, w.tile + lane, count, correction + lane, mean + lane);
-        break;
-#if defined(__AVX512F__)
-      case 2:
-        mean_panel<2>(block, w.wide, w.tile + lane, count, correction + lane, mean + lane);
-        break;
-      case 3:
-        mean_panel<3>(block, w.wide, w.tile + lane, count, correction + lane, mean + lane);
-        break;
-#endif
-      default:
-        mean_panel<kVectors>(block, w.wide, w.tile + lane, count, correction + lane, mean + lane);
-    }
-  }
-}
-
-namespace {
-
 // Scores of the chunk become exp(scale s - max), 0 outside the pool; max, sum and kept move on; correction (kLanes) is
-// what the sums before this chunk are to be multiplied with.
+// what the sums before this chunk are to be multiplied with. pulls (kLanes), where kPull: the running sum of exp(..) s.
+template <bool kPull>
 NEGMINE_INLINE void exponentials(const Block& block, const Workspace& w, int64_t count, float scale, float* correction,
-                                 const LogsumexpState& state) {
+                                 float* pulls, const LogsumexpState& state) {
   const int vectors = vectors_of(block);
   for (int v = 0; v < vectors; ++v) {
     const int64_t lane = v * kWidth;
@@ -88,7 +30,7 @@ NEGMINE_INLINE void exponentials(const Block& block, const Workspace& w, int64_t
       new_max = max(score * scale, new_max);  // excluded() is a NaN, which max passes over
     }
     const V shift = finite_or_zero(new_max);
-    V total = all(0.0f);
+    V total = all(0.0f), pull = all(0.0f);
     VI kept = all(0);
     for (int64_t j = 0; j < count; ++j) {
       float* cell = w.tile + j * kLanes + lane;
@@ -97,11 +39,13 @@ NEGMINE_INLINE void exponentials(const Block& block, const Workspace& w, int64_t
       const V p = outside ? all(0.0f) : exp(fma(score, all(scale), -shift));
       store(cell, p);
       total += p;
+      if constexpr (kPull) pull = fma(p, outside ? all(0.0f) : score, pull);
       kept += outside + 1;
     }
     const V factor = exp(old_max - shift);
     store(correction + lane, factor);
     store(state.max + lane, new_max);
+    if constexpr (kPull) store(pulls + lane, fma(load(pulls + lane), factor, pull));
     store(state.sum + lane, fma(load(state.sum + lane), factor, total));
     add_to(state.kept + lane, kept);
   }
@@ -132,16 +76,22 @@ void logsumexp_range(const Block& block, const Workspace& w, float scale, const 
   if (state.mean != nullptr) {
     for (int64_t i = 0; i < block.D * kLanes; ++i) state.mean[i] = 0.0f;
   }
-  const Want want = state.mean != nullptr ? Want::kScoresAndRows : Want::kScores;
+  const bool wants_pull = in_pairs(block) && state.mean != nullptr;
+  float pulls[kLanes] = {};
   for (int64_t k = block.k_begin; k < block.k_end;) {
-    const int64_t count = load_chunk(block, w, &k, want);
+    const int64_t count = load_chunk(block, w, &k, true);
     score_chunk(block, w, count);
     apply_masks(block, w, count);
     if (pivot != nullptr) count_above(block, w, count, pivots, state.above);
     if (block.pool.bounded()) apply_bounds(block, w, count);
-    exponentials(block, w, count, scale, correction, state);
+    if (wants_pull) {
+      exponentials<true>(block, w, count, scale, correction, pulls, state);
+    } else {
+      exponentials<false>(block, w, count, scale, correction, nullptr, state);
+    }
     if (state.mean != nullptr) add_mean(block, w, count, correction, state.mean);
   }
+  if (wants_pull) restore_pull(block, w, pulls, state.mean);
 }
 
 }  // namespace negmine::cpu::NEGMINE_SIMD

@@ -50,7 +50,7 @@ void grad_keys_range(const Block& block, const Workspace& w, float scale, const 
   pack_queries(block, w, lane_lse, lane_weight, panel);
   float product[kRows * kLanes];  // (6, kLanes)
   for (int64_t k = block.k_begin; k < block.k_end;) {
-    const int64_t count = load_chunk(block, w, &k, Want::kScores);
+    const int64_t count = load_chunk(block, w, &k, true);
     score_chunk(block, w, count);
     apply_masks(block, w, count);
     if (block.pool.bounded()) apply_bounds(block, w, count);

@@ -1,34 +1,33 @@
 // Synthetic negatives of one query, h = m / max(||m||, 1e-12) with m = c first + (1 - c) second, in fp32: written out,
 // or reduced to their log-sum-exp and softmax mean a few at a time, so that the (S, D) vectors never exist together.
 #include "kernels/cpu/simd/convert.h"
-#include "kernels/cpu/simd/kernels.h"
-#include "kernels/cpu/simd/vec.h"
+#include "kernels/cpu/simd/running.h"
 
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
 
-NEGMINE_INLINE float dot(const float* a, const float* b, int64_t D) {
-  V total0 = all(0.0f), total1 = all(0.0f);
-  int64_t d = 0;
-  for (; d + 2 * kWidth <= D; d += 2 * kWidth) {
-    total0 = fma(load(a + d), load(b + d), total0);
-    total1 = fma(load(a + d + kWidth), load(b + d + kWidth), total1);
+constexpr int64_t kAhead = 6;  // draws between asking for rows and reading them
+
+// Asks for the rows of the queue that a draw mixes: they lie anywhere, and the processor cannot foresee them.
+NEGMINE_INLINE void prefetch_parents(const Matrix& negative_keys, int64_t D, const Draw& drawn) {
+  const int64_t element = negative_keys.dtype == Dtype::kFloat32 ? 4 : 2;
+  const char* data = static_cast<const char*>(negative_keys.data);
+  for (int64_t byte = 0; byte < D * element; byte += 64) {
+    if (drawn.first >= 0) __builtin_prefetch(data + drawn.first * negative_keys.row_stride * element + byte);
+    __builtin_prefetch(data + drawn.second * negative_keys.row_stride * element + byte);
   }
-  float total = sum(total0 + total1);
-  for (; d < D; ++d) total += a[d] * b[d];
-  return total;
 }
 
-// out (D) = the synthetic negative of `drawn`. first, second (D): room for parents that are not stored as fp32.
-NEGMINE_INLINE void mix_one(const Matrix& negative_keys, const float* q, int64_t D, const Draw& drawn, float* first,
-                            float* second, float* __restrict__ out) {
+// out (D) = the mix that `drawn` names, before it is normalised; returns its length, at least 1e-12. first, second (D):
+// room for parents that are not stored as fp32.
+NEGMINE_INLINE float mix_one(const Matrix& negative_keys, const float* q, int64_t D, const Draw& drawn, float* first,
+                             float* second, float* __restrict__ out) {
   const float* __restrict__ a = drawn.first < 0 ? q : widen_row(negative_keys, drawn.first, D, first);  // (D)
   const float* __restrict__ b = widen_row(negative_keys, drawn.second, D, second);                      // (D)
   const float c = drawn.coefficient, rest = 1.0f - c;
   for (int64_t d = 0; d < D; ++d) out[d] = c * a[d] + rest * b[d];
   const float norm = __builtin_sqrtf(dot(out, out, D));
-  const float length = norm < 1e-12f ? 1e-12f : norm;
-  for (int64_t d = 0; d < D; ++d) out[d] /= length;
+  return norm < 1e-12f ? 1e-12f : norm;
 }
 
 }  // namespace
@@ -53,7 +52,8 @@ void mix_negatives_row(const Matrix& query, const Matrix& negative_keys, int64_t
     parents[2 * s + 1] = drawn.second;
     coefficients[s] = drawn.coefficient;
     float* h = mixed + 3 * D;
-    mix_one(negative_keys, q, D, drawn, mixed + D, mixed + 2 * D, h);
+    const float length = mix_one(negative_keys, q, D, drawn, mixed + D, mixed + 2 * D, h);
+    for (int64_t d = 0; d < D; ++d) h[d] /= length;
     narrow_row(h, D, query.dtype, static_cast<char*>(vectors) + s * row_bytes);
   }
 }
@@ -61,44 +61,26 @@ void mix_negatives_row(const Matrix& query, const Matrix& negative_keys, int64_t
 void mix_logsumexp_row(const Matrix& query, const Matrix& negative_keys, int64_t D, const Draws& draws, int64_t b,
                        float scale, float* mixed, float* lse, float* mean) {
   const int64_t S = draws.S(), n_b = count_hard(draws, b);
-  if (mean != nullptr) {
-    for (int64_t d = 0; d < D; ++d) mean[d] = 0.0f;
-  }
-  *lse = -__builtin_inff();
-  if (n_b == 0 || S == 0) return;
+  RunningLogsumexp state = RunningLogsumexp::begin(mean, D);
   const float* q = widen_row(query, b, D, mixed);  // (D)
-  float* h = mixed + 3 * D;                        // (kMixChunk, D)
-  float max = -__builtin_inff(), total = 0.0f;
-  for (int64_t s0 = 0; s0 < S; s0 += kMixChunk) {
-    const int64_t count = S - s0 < kMixChunk ? S - s0 : kMixChunk;
-    alignas(64) float p[kMixChunk];  // (kMixChunk)
-    float new_max = max;
+  float* rows = mixed + 3 * D;                     // (kRowChunk, D) the mixes before they are normalised
+  for (int64_t s0 = 0; s0 < S && n_b > 0; s0 += kRowChunk) {
+    const int64_t count = S - s0 < kRowChunk ? S - s0 : kRowChunk;
+    Draw drawn[kRowChunk];
+    alignas(64) float x[kRowChunk];  // (kRowChunk) logits
+    float factor[kRowChunk];         // (kRowChunk) 1 / length
+    const float* row[kRowChunk];     // (kRowChunk)
+    for (int64_t s = 0; s < count; ++s) drawn[s] = draw(draws, b, s0 + s, n_b);
     for (int64_t s = 0; s < count; ++s) {
-      mix_one(negative_keys, q, D, draw(draws, b, s0 + s, n_b), mixed + D, mixed + 2 * D, h + s * D);
-      p[s] = scale * dot(q, h + s * D, D);
-      new_max = p[s] > new_max ? p[s] : new_max;
+      if (s + kAhead < count) prefetch_parents(negative_keys, D, drawn[s + kAhead]);
+      float* m = rows + s * D;
+      factor[s] = 1.0f / mix_one(negative_keys, q, D, drawn[s], mixed + D, mixed + 2 * D, m);
+      x[s] = scale * (dot(q, m, D) * factor[s]);
+      row[s] = m;
     }
-    const float shift = new_max == -__builtin_inff() ? 0.0f : new_max;
-    for (int64_t s = 0; s < kMixChunk; s += kWidth) {
-      for (int64_t i = s > count ? s : count; i < s + kWidth; ++i) p[i] = -__builtin_inff();
-      store(p + s, exp(load(p + s) - shift));
-    }
-    const float correction = exp(all(max - shift))[0];
-    float chunk_total = 0.0f;
-    for (int64_t s = 0; s < count; ++s) chunk_total += p[s];
-    total = total * correction + chunk_total;
-    max = new_max;
-    if (mean == nullptr) continue;
-    for (int64_t d = 0; d < D; ++d) mean[d] *= correction;
-    for (int64_t s = 0; s < count; ++s) {
-      const float* row = h + s * D;
-      for (int64_t d = 0; d < D; ++d) mean[d] += p[s] * row[d];
-    }
+    state.add(x, row, factor, count);
   }
-  *lse = max + __builtin_logf(total);
-  if (mean != nullptr) {
-    for (int64_t d = 0; d < D; ++d) mean[d] /= total;
-  }
+  *lse = state.end();
 }
 
 }  // namespace negmine::cpu::NEGMINE_SIMD

@@ -10,22 +10,6 @@ namespace {
 
 constexpr int64_t kChain = 256;  // longest chain of fused multiply-adds; also keeps a panel of b close to the processor
 
-// One step of a chain: a product of floats, or of two pairs of bf16.
-template <bool kPairs>
-NEGMINE_INLINE V step(V a, V b, V c) {
-#if defined(__AVX512BF16__)
-  if constexpr (kPairs) return fma_pairs(a, b, c);
-#endif
-  return fma(a, b, c);
-}
-
-// Word t of a row, which need not be aligned where it is a pair.
-NEGMINE_INLINE float word_of(const float* row, int64_t t) {
-  float word;
-  std::memcpy(&word, reinterpret_cast<const char*>(row) + t * 4, sizeof word);
-  return word;
-}
-
 // out (6, kVec * kWidth) [+]= a (6, [t0, t1)) x b ([t0, t1), kPanel)
 template <int kVec, bool kPairs>
 NEGMINE_INLINE void multiply_tile(const float* const* a, const float* b, int64_t t0, int64_t t1, float* out) {
@@ -129,22 +113,36 @@ void begin_block(const Block& block, const Workspace& w) {
   begin_pool(block, w);
 }
 
-int64_t load_chunk(const Block& block, const Workspace& w, int64_t* k, Want want) {
+namespace {
+
+// Asks for the next rows while these are worked on: a chunk is too short for the processor to foresee.
+void prefetch_rows(const Block& block, int64_t k, int64_t rows) {
+  const int64_t element = block.negative_keys.dtype == Dtype::kFloat32 ? 4 : 2,
+                end = k + rows < block.k_end ? k + rows : block.k_end;
+  for (; k < end; ++k) {
+    const char* row = static_cast<const char*>(block.negative_keys.data) + k * block.negative_keys.row_stride * element;
+    for (int64_t byte = 0; byte < block.D * element; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+  }
+}
+
+}  // namespace
+
+int64_t load_chunk(const Block& block, const Workspace& w, int64_t* k, bool rows) {
   const int64_t most = chunk_rows(block.D);
   const uint8_t* mask = block.pool.mask_per_query ? nullptr : block.pool.negative_mask;
-  const bool pairs = in_pairs(block), wide = want == Want::kScoresAndRows || (want == Want::kScores && !pairs);
+  const bool pairs = in_pairs(block);
   int64_t count = 0;
   for (; *k < block.k_end && count < most; ++*k) {
     if (mask != nullptr && mask[*k] == 0) continue;
     w.index[count] = *k;
-    if (wide) w.wide[count] = widen_row(block.negative_keys, *k, block.D, w.widened + count * block.D);
-    w.rows[count] = !pairs ? w.wide[count]
-                    : want == Want::kIndex
-                        ? w.zeros
-                        : pair_row(block.negative_keys, *k, block.D, w.padded + count * (block.D + 1));
+    if (rows) {
+      w.rows[count] = pairs ? pair_row(block.negative_keys, *k, block.D, w.padded + count * (block.D + 1))
+                            : widen_row(block.negative_keys, *k, block.D, w.widened + count * block.D);
+    }
     ++count;
   }
   for (int64_t row = count; row < count + kRows; ++row) w.rows[row] = w.zeros;
+  if (rows) prefetch_rows(block, *k, most);
   return count;
 }
 

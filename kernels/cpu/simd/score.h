@@ -21,6 +21,22 @@ NEGMINE_INLINE bool in_pairs([[maybe_unused]] const Block& block) {
 #endif
 }
 
+// One step of a chain: a product of floats, or of two pairs of bf16.
+template <bool kPairs>
+NEGMINE_INLINE V step(V a, V b, V c) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) return fma_pairs(a, b, c);
+#endif
+  return fma(a, b, c);
+}
+
+// Word t of a row, which need not be aligned where it is a pair.
+NEGMINE_INLINE float word_of(const float* row, int64_t t) {
+  float word;
+  std::memcpy(&word, reinterpret_cast<const char*>(row) + t * 4, sizeof word);
+  return word;
+}
+
 // out (rows, kLanes) = a (rows, T) x b (T, 16 * vectors): a by row pointers, readable up to a multiple of 6 rows; b in
 // panels
 // (.., T, kPanel). One chain of fused multiply-adds per 256 of T, chains added in order. All scores come from here: of
@@ -32,9 +48,8 @@ void begin_block(const Block& block, const Workspace& w);
 void begin_pool(const Block& block, const Workspace& w);
 
 // The next chunk of rows that the (K,) mask allows, from *k on: w.rows and w.index; *k moves past it. Rows behind a
-// False are never read. w.wide is filled only where it is wanted; without scores, w.index alone.
-enum class Want { kIndex, kScores, kScoresAndRows };
-int64_t load_chunk(const Block& block, const Workspace& w, int64_t* k, Want want);
+// False are never read. Without `rows` only w.index is filled.
+int64_t load_chunk(const Block& block, const Workspace& w, int64_t* k, bool rows);
 
 // w.tile (count, kLanes): the chunk's scores.
 NEGMINE_INLINE void score_chunk(const Block& block, const Workspace& w, int64_t count) {
@@ -42,9 +57,12 @@ NEGMINE_INLINE void score_chunk(const Block& block, const Workspace& w, int64_t 
   multiply(w.rows, count, w.q_t, pairs ? (block.D + 1) / 2 : block.D, vectors_of(block), pairs, w.tile);
 }
 
-// mean (D, kLanes) = correction * mean + sum of the chunk's rows weighted by w.tile (count, kLanes); correction
-// (kLanes).
+// mean (D, kLanes) = correction * mean + sum of the chunk's rows weighted by w.tile (count, kLanes), which is spent;
+// correction (kLanes).
 void add_mean(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean);
+// Where add_mean rounds: moves the mean along the query to where query . mean is pulls (kLanes), which saw no rounding:
+// the gradient of scale is as exact as from fp32. A query of zeros, or a row that is not finite, stays.
+void restore_pull(const Block& block, const Workspace& w, const float* pulls, float* mean);
 
 // Overwrite the scores of columns outside the pool with excluded(). Bounds are applied after masks, and need scores.
 void apply_masks(const Block& block, const Workspace& w, int64_t count);

@@ -52,7 +52,7 @@ void select_range(const Block& block, const Workspace& w, const Selection& selec
   const VI sign = all(selection.lowest ? INT32_MIN : 0);
   int32_t cells[kBatch * kLanes + kWidth];
   for (int64_t k = block.k_begin; k < block.k_end;) {
-    const int64_t count = load_chunk(block, w, &k, Want::kScores);
+    const int64_t count = load_chunk(block, w, &k, true);
     score_chunk(block, w, count);
     apply_masks(block, w, count);
     if (block.pool.bounded()) apply_bounds(block, w, count);

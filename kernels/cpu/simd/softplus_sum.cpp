@@ -17,14 +17,15 @@ void softplus_sum_range(const Block& block, const Workspace& w, float scale, flo
     for (int64_t i = 0; i < block.D * kLanes; ++i) state.pull[i] = 0.0f;
   }
   const int vectors = vectors_of(block);
+  float pulls[kLanes] = {};  // sums of sigmoid times score
   for (int64_t k = block.k_begin; k < block.k_end;) {
-    const int64_t count = load_chunk(block, w, &k, state.pull != nullptr ? Want::kScoresAndRows : Want::kScores);
+    const int64_t count = load_chunk(block, w, &k, true);
     score_chunk(block, w, count);
     apply_masks(block, w, count);
     if (block.pool.bounded()) apply_bounds(block, w, count);
     for (int v = 0; v < vectors; ++v) {
       const int64_t lane = v * kWidth;
-      V total = all(0.0f), mass = all(0.0f);
+      V total = all(0.0f), mass = all(0.0f), pull = all(0.0f);
       VI kept = all(0);
       for (int64_t j = 0; j < count; ++j) {
         float* cell = w.tile + j * kLanes + lane;
@@ -35,14 +36,17 @@ void softplus_sum_range(const Block& block, const Workspace& w, float scale, flo
         store(cell, sigmoid);
         total += outside ? all(0.0f) : at.softplus;
         mass += sigmoid;
+        pull = fma(sigmoid, outside ? all(0.0f) : score, pull);
         kept += outside + 1;
       }
       store(state.total + lane, load(state.total + lane) + total);
       store(state.mass + lane, load(state.mass + lane) + mass);
+      store(pulls + lane, load(pulls + lane) + pull);
       for (int i = 0; i < kWidth; ++i) state.kept[lane + i] += kept[i];
     }
     if (state.pull != nullptr) add_mean(block, w, count, keep, state.pull);
   }
+  if (state.pull != nullptr) restore_pull(block, w, pulls, state.pull);
 }
 
 }  // namespace negmine::cpu::NEGMINE_SIMD

@@ -70,6 +70,14 @@ NEGMINE_INLINE uint32_t bits_ge(V a, V b) {
 // Words hold two bf16: c + a.high * b.high, then + a.low * b.low, each a fused multiply-add to nearest even. Subnormals
 // are read and written as zero.
 NEGMINE_INLINE V fma_pairs(V a, V b, V c) { return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+
+typedef uint16_t H __attribute__((vector_size(kWidth * 2)));
+typedef uint16_t UnalignedH __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
+NEGMINE_INLINE H load(const uint16_t* p) { return *reinterpret_cast<const UnalignedH*>(p); }
+NEGMINE_INLINE H to_bfloat16(V x) { return (H)_mm512_cvtneps_pbh((__m512)x); }
+NEGMINE_INLINE V pair_up(H low, H high) {
+  return (V)(__builtin_convertvector(low, VI) | __builtin_convertvector(high, VI) << 16);
+}
 #endif
 
 NEGMINE_INLINE VI count_up() {
@@ -93,9 +101,12 @@ NEGMINE_INLINE int32_t* store_passed(int32_t* out, VI x, uint32_t passed) {
 NEGMINE_INLINE V max(V a, V b) { return a > b ? a : b; }  // a NaN in a is passed over
 
 NEGMINE_INLINE float sum(V x) {
-  float total = 0;
-  for (int i = 0; i < kWidth; ++i) total += x[i];
-  return total;
+  float part[kWidth];
+  store(part, x);
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  }
+  return part[0];
 }
 
 NEGMINE_INLINE V excluded() { return (V)all(static_cast<int32_t>(kExcludedBits)); }
@@ -104,8 +115,12 @@ NEGMINE_INLINE VI is_excluded(V score) { return (VI)score == all(static_cast<int
 // e^x within 2 ulp; 0 where the result would be subnormal, inf above 88.72, NaN for NaN. Cephes' polynomial on |r| <=
 // ln 2 / 2.
 NEGMINE_INLINE V exp(V x) {
-  const V flushed = all(-87.33654f), lowest = all(-120.0f), highest = all(100.0f), magic = all(0x1.8p23f);
-  const V clamped = x > highest ? highest : (x < lowest ? lowest : x);
+  const V flushed = all(-87.33654f), highest = all(100.0f), magic = all(0x1.8p23f);
+#if defined(__AVX512F__)
+  const V clamped = x > highest ? highest : x;
+#else
+  const V lowest = all(-120.0f), clamped = x > highest ? highest : (x < lowest ? lowest : x);
+#endif
   const V n = fma(clamped, all(1.44269504088896341f), magic) - magic;
   const V r = fma(n, all(2.12194440e-4f), fma(n, all(-0.693359375f), clamped));
   V poly = all(1.9875691500e-4f);
@@ -115,10 +130,15 @@ NEGMINE_INLINE V exp(V x) {
   poly = fma(poly, r, all(1.6666665459e-1f));
   poly = fma(poly, r, all(5.0000001201e-1f));
   poly = fma(poly, r * r, r) + 1.0f;
+#if defined(__AVX512F__)
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)flushed, _CMP_NLT_UQ);
+  return (V)_mm512_maskz_scalef_ps(normal, (__m512)poly, (__m512)n);
+#else
   // Two factors: 2^128 alone is not representable, and x up to 88.72 needs it.
   const VI power = __builtin_convertvector(n, VI), half = power >> 1;
   const V scaled = poly * (V)((half + 127) << 23) * (V)((power - half + 127) << 23);
   return x < flushed ? all(0.0f) : scaled;
+#endif
 }
 
 // log(1 + e) for e in [0, 1] within 2 ulp, however small e is: e times a Chebyshev fit of log(1 + e) / e.

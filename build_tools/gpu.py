@@ -1,0 +1,139 @@
+"""make gpu: on a machine with a GPU, its own Python and no network, everything that needs one, unattended.
+
+    python -m build_tools.gpu [PHASE ...] [--out FOLDER] [--minutes 9]
+
+    build      the extensions, in place
+    test       the whole suite, every backend, in shards side by side
+    bench      benchmarks/run.py, a process a case; rows go to benchmarks/results, and a copy to FOLDER
+    profile    Nsight Compute on the call that is furthest from its floor
+    sanitize   compute-sanitizer's memcheck and racecheck on small tests that together launch every kernel
+
+A phase that fails or takes more than its share of the time loses nothing of the others; the exit code is then 1. What
+each printed is in FOLDER/<phase>.txt, and the last lines say how each went. build comes before any other phase: where it
+is done already, it takes seconds.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .cuda_toolkit import find_nvcc
+
+SHARES = {"build": 0.12, "test": 0.36, "bench": 0.28, "profile": 0.06, "sanitize": 0.18}  # of the minutes
+RESULTS = Path("benchmarks/results")
+TAIL = 25  # lines of a phase's output that are shown where it fails
+Command = list[str]
+
+
+def python(*arguments: str) -> Command:
+    return [sys.executable, *arguments]
+
+
+def commands(phase: str, out: Path) -> list[Command]:
+    """What a phase runs; every command is run, also after one that failed."""
+    if phase == "build":
+        return [python("setup.py", "--quiet", "build_ext", "--inplace")]
+    if phase == "test":
+        return [python("-m", "build_tools.run_shards", "--durations=15")]
+    if phase == "bench":
+        from benchmarks.cases import ON_GPU
+
+        compiled = ("--compile", "moco-bf16-1024")
+        flags = ("--device", "cuda", "--seconds", "2")
+        return [python("-m", "benchmarks.run", "--no-tests", *flags, "--case", case, *compiled) for case in ON_GPU]
+    if phase == "profile":
+        return [python("-m", "benchmarks.profile", "--out", str(out))]
+    tests = python("-m", "pytest", "-m", "sanitized", "tests")
+    return [
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tests] for tool in ("memcheck", "racecheck")
+    ]
+
+
+def settings(phase: str, out: Path) -> dict[str, str]:
+    """The environment of a phase: one cache of compiled Triton kernels for all of its processes."""
+    cache = {"TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR") or str(Path("build/triton").absolute())}
+    return os.environ | cache | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if phase == "sanitize" else {})
+
+
+def run(command: Command, log: Path, environment: dict[str, str], seconds: float) -> str:
+    """Empty where the command succeeds; in words what went wrong.  What it leaves running past its time is ended."""
+    if shutil.which(command[0]) is None:
+        return f"{command[0]} is not installed"
+    with log.open("a") as file:
+        file.write(f"$ {' '.join(command)}\n")
+        file.flush()
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            code = process.wait(max(seconds, 1))
+        except subprocess.TimeoutExpired:
+            code = None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return "" if code == 0 else "ran out of time" if code is None else f"exit code {code}"
+
+
+def run_phase(phase: str, out: Path, seconds: float) -> tuple[str, float]:
+    """What went wrong, empty where nothing did; and the seconds it took."""
+    log = out / f"{phase}.txt"
+    log.write_text("")
+    start = time.monotonic()
+    faults = []
+    for command in commands(phase, out):
+        fault = run(command, log, settings(phase, out), start + seconds - time.monotonic())
+        if fault and fault not in faults:
+            faults.append(fault)
+    return "; ".join(faults), time.monotonic() - start
+
+
+def card() -> str:
+    """The GPU and what drives it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit(f"make gpu needs a GPU that torch of {sys.executable} can use, and there is none.")
+    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if find_nvcc() and "NEGMINE_ARCHES" not in os.environ:  # for this card alone: the other targets only cost time
+        os.environ["NEGMINE_ARCHES"] = f"{major}{minor}" + ("a" if major == 9 else "")
+    return f"{name}, sm_{major}{minor}, torch {torch.__version__}, Python {sys.version.split()[0]}"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phase", nargs="*", help=f"of {', '.join(SHARES)}; default: all")
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder of logs and copies of the rows")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all phases together")
+    args = parser.parse_args(arguments)
+    if unknown := sorted(set(args.phase) - set(SHARES)):
+        parser.error(f"there is no phase {', '.join(unknown)}; there are {', '.join(SHARES)}")
+    print(card(), flush=True)
+    wanted = [phase for phase in SHARES if phase == "build" or not args.phase or phase in args.phase]
+    args.out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * args.minutes
+    lines = []
+    for place, phase in enumerate(wanted):
+        # What a phase leaves unused falls to those after it.
+        share = SHARES[phase] / sum(SHARES[later] for later in wanted[place:])
+        print(f"{phase} ...", flush=True)
+        fault, seconds = run_phase(phase, args.out, share * (deadline - time.monotonic()))
+        lines.append(f"{phase:<10}{seconds:>6.0f} s   {'FAILED: ' + fault if fault else 'done'}")
+        printed = (args.out / f"{phase}.txt").read_text().splitlines()
+        print("\n".join(printed[-TAIL:]) if fault or phase in ("bench", "profile") else "\n".join(printed[-2:]))
+        print(lines[-1], flush=True)
+    for path in RESULTS.glob("nvidia-*.csv"):
+        shutil.copy(path, args.out)
+        print(f"rows: {args.out / path.name}")
+    print("\n".join(["", *lines]))
+    return int(any("FAILED" in line for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,22 @@
+// listed_logsumexp: scores, log-sum-exp and softmax mean of the columns that a list names for each query. Meaning:
+// kernels/README.md.
+#pragma once
+#include "kernels/cpu/matrix.h"
+#include "kernels/cpu/parallel.h"
+
+namespace negmine::cpu {
+
+struct ListedLogsumexpParams {
+  Matrix query;          // (B, D)
+  Matrix negative_keys;  // (K, D)
+  int64_t B = 0, D = 0, M = 0;
+  const int64_t* index = nullptr;  // (B, M), -1 = no column
+  const float* scale = nullptr;    // ()
+  float* scores = nullptr;         // (B, M)
+  float* lse = nullptr;            // (B,)
+  float* mean = nullptr;           // (B, D), null where not wanted
+};
+
+void listed_logsumexp(const ListedLogsumexpParams& p, const Parallel& parallel);
+
+}  // namespace negmine::cpu

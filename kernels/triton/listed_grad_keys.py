@@ -1,0 +1,52 @@
+"""listed_grad_keys in Triton: the gradient that the columns of a list give the keys.
+
+The cells (b, m) are sorted by the key they name, in a stable sort, so that each key finds its own in one run. A program owns a
+key and sums its run, BLOCK_S cells at a time: no atomics, and the bits repeat.
+
+    row k = sum over the cells with index_bm = k of weight_bm q_b
+"""
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+from . import tiles
+from .launch import capability, launcher
+
+
+@triton.jit
+def listed_grad_keys_kernel(
+    query_ptr, weight_ptr, cells_ptr, begin_ptr, grad_ptr, stride_qb, M,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(0).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    d_ok = offs_d < D
+    end = tl.load(begin_ptr + k + 1)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for i0 in range(tl.load(begin_ptr + k), end, BLOCK_S):
+        at = i0 + tl.arange(0, BLOCK_S)
+        cell = tl.load(cells_ptr + at, mask=at < end, other=0)  # (BLOCK_S,)
+        weight = tl.load(weight_ptr + cell, mask=at < end, other=0.0)  # (BLOCK_S,)
+        ptrs = query_ptr + (cell // M)[:, None] * stride_qb + offs_d[None, :]
+        rows = tl.load(ptrs, mask=(at < end)[:, None] & d_ok[None, :], other=0.0).to(tl.float32)  # (BLOCK_S, BLOCK_D)
+        acc += tl.sum(weight[:, None] * rows, 0)
+    tl.store(grad_ptr + k * D + offs_d, acc, mask=d_ok)
+
+
+@launcher
+def listed_grad_keys(query: Tensor, index: Tensor, weight: Tensor, K: int) -> Tensor:
+    """(K, D) fp32."""
+    D, M = query.shape[1], index.shape[1]
+    grad = query.new_zeros(K, D, dtype=torch.float32)
+    if K and index.numel():
+        named, cells = index.flatten().sort(stable=True)  # (B M,) each
+        begin = torch.searchsorted(named, torch.arange(K + 1, device=query.device))  # (K + 1,)
+        BLOCK_S, BLOCK_D, num_warps = tiles.mix_block(D, capability(query.device))
+        listed_grad_keys_kernel[(K,)](
+            query_ptr=query, weight_ptr=weight.contiguous(), cells_ptr=cells, begin_ptr=begin, grad_ptr=grad,
+            stride_qb=query.stride(0), M=M, D=D, BLOCK_S=min(BLOCK_S, 16), BLOCK_D=BLOCK_D, num_warps=num_warps,
+        )  # fmt: skip
+    return grad

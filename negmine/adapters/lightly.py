@@ -1,0 +1,138 @@
+"""lightly's contrastive losses by their own signatures, on fused kernels: no (B, K) or (2B, 2B) matrix, no copy of the bank.
+
+    from negmine.adapters.lightly import NTXentLoss       instead of   from lightly.loss import NTXentLoss
+
+lightly itself is not imported. Values and gradients are those of lightly 1.6.0 but for what each docstring names.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from negmine import checks
+from negmine.info_nce import info_nce
+from negmine.mining import score_of_positive
+from negmine.queue import MoCoQueue
+
+WeightFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def _unit(op: str, out0: Any, out1: Any) -> tuple[Tensor, Tensor]:
+    checks.require_vectors(op, "out0", out0, "(B, D)", (2,))
+    checks.require_vectors(op, "out1", out1, "(B, D)", (2,), out0)
+    if out0.shape != out1.shape:
+        raise checks.refuse(op, "out1", f"of out0's shape {tuple(out0.shape)}", out1)
+    return F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+
+
+def _both_views(out0: Tensor, out1: Tensor, **options: Any) -> Tensor:
+    """info_nce of every view against its other view and all views of other images: (2B,)."""
+    views = torch.cat([out0, out1])  # (2B, D)
+    image = torch.arange(len(out0), device=out0.device).repeat(2)  # (2B,)
+    keywords: dict[str, Any] = {"query_ids": image, "negative_ids": image, "reduction": "none", **options}
+    rows = info_nce(views, torch.cat([out1, out0]), views, **keywords)
+    assert isinstance(rows, Tensor)
+    return rows
+
+
+class NTXentLoss(nn.Module):
+    """lightly.loss.NTXentLoss: SimCLR's loss within a batch, or MoCo's against a memory bank.
+
+    memory_bank_size: 0, or (rows, dim). The bank is `memory_bank`, a MoCoQueue; differences from lightly's, all of them its bugs:
+    it travels in state_dict (lightly's is not persistent), a batch that reaches past its end wraps around (lightly drops the rest
+    and starts over), and it is not copied at every step.
+    gather_distributed: gathers what enters the bank from every rank. Without a bank it is refused: negatives of a batch are not
+    gathered here.
+    forward(out0, out1), each (B, D): normalises, returns the mean loss; the bank takes out1 where out0 requires grad.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        op = "NTXentLoss"
+        checks.require_temperature(op, temperature)
+        size = [memory_bank_size] if isinstance(memory_bank_size, int) else list(memory_bank_size)
+        if size != [0] and (len(size) != 2 or min(size) < 1):
+            raise checks.refuse(op, "memory_bank_size", "0 or (rows, dim)", memory_bank_size)
+        if gather_distributed and size == [0]:
+            raise checks.refuse(op, "gather_distributed", "False without a memory bank", gather_distributed)
+        self.temperature, self.backend = temperature, backend
+        self.memory_bank = None
+        if size != [0]:
+            rows, dim = size
+            self.memory_bank = MoCoQueue(dim, rows, gather_distributed=gather_distributed)
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        out0, out1 = _unit("NTXentLoss", out0, out1)
+        options: dict[str, Any] = {"temperature": self.temperature, "backend": self.backend}
+        if self.memory_bank is None:
+            return _both_views(out0, out1, **options).mean()
+        loss = info_nce(out0, out1, self.memory_bank.keys, **options)
+        if out0.requires_grad:
+            self.memory_bank.enqueue(out1)
+        assert isinstance(loss, Tensor)
+        return loss
+
+
+def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:
+    """w_b (B,) = 2 - B softmax over the batch of (out0_b . out1_b / sigma), detached (Yeh et al. 2021, arXiv 2110.06848)."""
+    return 2 - len(out0) * F.softmax((out0.detach() * out1.detach()).sum(1) / sigma, dim=0)
+
+
+class DCLLoss(nn.Module):
+    """lightly.loss.DCLLoss: decoupled contrastive learning within a batch, both directions (Yeh et al. 2021, arXiv 2110.06848).
+
+        loss = mean over the 2B views of -w x_pos + log sum over the views of other images of exp(x),   x = s / temperature
+
+    weight_fn(out0, out1) -> (B,): w, called once a direction. A batch of one image has no negatives: loss 0, where lightly's is
+    -inf. gather_distributed=True is refused: negatives of a batch are not gathered here.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        weight_fn: WeightFunction | None = None,
+        gather_distributed: bool = False,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        checks.require_temperature(op, temperature)
+        if gather_distributed:
+            raise checks.refuse(op, "gather_distributed", "False", gather_distributed)
+        self.temperature, self.weight_fn, self.backend = temperature, weight_fn, backend
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        out0, out1 = _unit(type(self).__name__, out0, out1)
+        rows = _both_views(out0, out1, temperature=self.temperature, decoupled=True, backend=self.backend)  # (2B,)
+        if self.weight_fn is not None and len(out0) > 1:
+            weight = torch.cat([self.weight_fn(out0, out1), self.weight_fn(out1, out0)])  # (2B,)
+            x_positive = score_of_positive(out0, out1).repeat(2) / self.temperature
+            rows = rows + (1 - weight) * x_positive
+        return rows.mean()
+
+
+class DCLWLoss(DCLLoss):
+    """lightly.loss.DCLWLoss: DCLLoss with negative_mises_fisher_weights of width sigma."""
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        sigma: float = 0.5,
+        gather_distributed: bool = False,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        weight_fn = partial(negative_mises_fisher_weights, sigma=sigma)
+        super().__init__(temperature, weight_fn, gather_distributed, backend=backend)

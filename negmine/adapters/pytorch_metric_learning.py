@@ -1,0 +1,163 @@
+"""pytorch-metric-learning's shapes: a miner for its losses, and its CrossBatchMemory over a MoCoQueue.
+
+    from negmine.adapters.pytorch_metric_learning import NegmineMiner, CrossBatchMemory
+
+pytorch-metric-learning itself is not imported: its losses take what these return. Index tuples have as many entries as there are
+pairs, so returning them synchronises with the host; a negmine loss inside CrossBatchMemory needs none.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from negmine import checks
+from negmine.losses import SupConLoss
+from negmine.multi_similarity import MultiSimilarityLoss
+from negmine.queue import MoCoQueue
+from negmine.stepped import Stepped
+from negmine.triplet_loss import TripletLoss
+from negmine.triplets import check_rule, mine_triplets
+
+LABEL_LOSSES = (TripletLoss, MultiSimilarityLoss, SupConLoss)
+
+
+class NegmineMiner(Stepped):
+    """miner(embeddings, labels, ref_emb=None, ref_labels=None) -> (a1, p, a2, n), as BaseMiner: 1-D int64 indices of pairs.
+
+    positive, negative, margin, distance, max_positives, num_negatives: as in negmine.mine_triplets. Embeddings are normalised,
+    as by pytorch-metric-learning's default distances. Without ref_emb the batch is its own reference, and no sample is its own
+    positive. Anchors without a triplet are left out.
+        BatchEasyHardMiner(pos_strategy, neg_strategy)   positive and negative by the same names, "hard" negatives being
+                                                         "hardest", "easy" ones "easiest"
+        BatchHardMiner                                   positive="hard", negative="hardest"
+        MultiSimilarityMiner(epsilon)                    both "multi_similarity", margin=epsilon, max_positives, num_negatives
+        TripletMarginMiner(margin, "semihard")           positive="all", negative="semihard_band", distance="euclidean",
+                                                         triplets=True, max_positives, num_negatives
+    triplets: return (a, p, n) instead, one entry a triplet: needed where a negative belongs to one of several positives.
+    """
+
+    def __init__(
+        self,
+        positive: str = "easy",
+        negative: str = "semihard",
+        *,
+        margin: float = 0.2,
+        distance: str = "cosine",
+        max_positives: int | None = None,
+        num_negatives: int = 1,
+        triplets: bool = False,
+        seed: int = 0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        op = "NegmineMiner"
+        check_rule(op, positive, negative, margin, distance, max_positives, num_negatives)
+        checks.require_bool(op, "triplets", triplets)
+        checks.require_draw(op, seed, 0, 0)
+        self.triplets = triplets
+        self.options: dict[str, Any] = {
+            "positive": positive,
+            "negative": negative,
+            "margin": margin,
+            "distance": distance,
+            "max_positives": max_positives,
+            "num_negatives": num_negatives,
+            "seed": seed,
+            "backend": backend,
+        }
+
+    @torch.no_grad()
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        op = "NegmineMiner"
+        if (ref_emb is None) != (ref_labels is None):
+            given, missing = ("ref_emb", "ref_labels") if ref_labels is None else ("ref_labels", "ref_emb")
+            raise checks.refuse(op, missing, f"given together with {given}", None)
+        checks.require_vectors(op, "embeddings", embeddings, "(B, D)", (2,))
+        query = F.normalize(embeddings, dim=1)
+        masks: dict[str, Any] = {}
+        if ref_emb is None or ref_emb is embeddings:
+            own = torch.arange(len(query), device=query.device)
+            keys, ref_labels, masks = query, labels, {"query_ids": own, "key_ids": own}
+        else:
+            keys = F.normalize(ref_emb, dim=1)
+        assert ref_labels is not None
+        found = mine_triplets(query, keys, labels, ref_labels, step=self.count(None), **self.options, **masks)
+        return found.compact() if self.triplets else found.pairs()
+
+
+class CrossBatchMemory(nn.Module):
+    """CrossBatchMemory (Wang et al. 2020, arXiv 1912.06798; pytorch-metric-learning): a loss against the last embeddings.
+
+    loss: a negmine loss over labels (TripletLoss, SupConLoss, MultiSimilarityLoss), which needs no index tuples and no
+        synchronisation; or a loss of pytorch-metric-learning, called as loss(embeddings, labels, indices, memory, memory_labels).
+    miner: for the latter alone: miner(embeddings, labels, memory, memory_labels) -> index tuple; None gives all pairs.
+    forward(embeddings (B, D), labels (B,), indices_tuple=None, enqueue_mask=None): stores the batch, then returns the loss of its
+        rows against the memory; a row is never its own positive. enqueue_mask (B,) bool: the rows that are stored; the others
+        are the anchors. indices_tuple is refused: the pairs come from the miner.
+    memory: the MoCoQueue, empty at first, with labels and ids. All of it travels in state_dict: pytorch-metric-learning's pointer
+        and filled flag do not, so that it starts over after loading. Embeddings are stored as given; normalise them for cosine
+        scores with a negmine loss.
+    """
+
+    def __init__(
+        self, loss: nn.Module, embedding_size: int, memory_size: int = 1024, miner: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        op = "CrossBatchMemory"
+        if not isinstance(loss, nn.Module):
+            raise checks.refuse(op, "loss", "a loss module", loss, TypeError)
+        if miner is not None and isinstance(loss, LABEL_LOSSES):
+            raise checks.refuse(op, "miner", "None with a negmine loss, which mines for itself", type(miner).__name__)
+        self.loss, self.miner = loss, miner
+        self.memory = MoCoQueue(embedding_size, memory_size, with_ids=True, with_labels=True, random_init=False)
+        self.seen = 0  # rows ever stored: the id of the next
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: Any = None,
+        enqueue_mask: Tensor | None = None,
+    ) -> Any:
+        op = "CrossBatchMemory"
+        checks.require_vectors(op, "embeddings", embeddings, "(B, D)", (2,), self.memory.queue)
+        if indices_tuple is not None:
+            raise checks.refuse(
+                op, "indices_tuple", "None: the pairs come from the miner", type(indices_tuple).__name__
+            )
+        stored, stored_labels = embeddings, labels
+        if enqueue_mask is not None:
+            checks.require_tensor(op, "enqueue_mask", enqueue_mask, embeddings)
+            if enqueue_mask.dtype != torch.bool or enqueue_mask.shape != labels.shape:
+                raise checks.refuse(op, "enqueue_mask", f"a bool tensor of shape {tuple(labels.shape)}", enqueue_mask)
+            stored, stored_labels = embeddings[enqueue_mask], labels[enqueue_mask]
+            embeddings, labels = embeddings[~enqueue_mask], labels[~enqueue_mask]
+        ids = torch.arange(self.seen, self.seen + len(stored), device=embeddings.device)
+        self.memory.enqueue(stored, ids, stored_labels)
+        self.seen += len(stored)
+        # An anchor that is not stored has an id that no row has.
+        own = ids if enqueue_mask is None else torch.full_like(labels, -1)
+        memory, memory_labels, memory_ids = self.memory.keys, self.memory.labels, self.memory.ids
+        assert memory_labels is not None and memory_ids is not None
+        if isinstance(self.loss, LABEL_LOSSES):
+            return self.loss(embeddings, memory, labels, memory_labels, query_ids=own, key_ids=memory_ids)
+        if self.miner is not None:
+            indices = self.miner(embeddings, labels, memory.to(embeddings.dtype), memory_labels)
+        else:
+            same = labels[:, None] == memory_labels  # (B, K)
+            indices = (*same.nonzero(as_tuple=True), *(~same).nonzero(as_tuple=True))
+        anchor, positive, *rest = indices
+        other = own[anchor] != memory_ids[positive]
+        rest = [t[other] for t in rest] if len(rest) == 1 else rest  # of a triplet the negative goes too
+        indices = (anchor[other], positive[other], *rest)
+        return self.loss(embeddings, labels, indices, memory.to(embeddings.dtype), memory_labels)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.seen = int(state["seen"])

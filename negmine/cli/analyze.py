@@ -1,0 +1,43 @@
+"""negmine analyze: hardness_report from files to a page."""
+
+import argparse
+import sys
+from typing import Any
+
+from negmine.cli import files
+from negmine.cli.options import add_options, given
+from negmine.report import hardness_report
+
+READERS = {
+    "query_embeddings": files.EMBEDDINGS,
+    "corpus_embeddings": files.EMBEDDINGS,
+    "positives": files.LISTS,
+    "exclude": files.LISTS,
+    "query_labels": files.LABELS,
+    "corpus_labels": files.LABELS,
+    "class_similarity": files.SIMILARITIES,
+    "query_texts": files.TEXTS,
+    "corpus_texts": files.TEXTS,
+    "previous": files.PAIR,
+    "edges": files.NUMBERS,
+}
+
+
+def add(commands: Any) -> None:
+    """The subcommand."""
+    parser = commands.add_parser(
+        "analyze",
+        help="what the negatives are like by difficulty, and which may be none",
+        description="hardness_report, from files to a page. Options are its arguments.",
+    )
+    names = add_options(parser, hardness_report, READERS)
+    parser.add_argument("--output", metavar="FILE", help="the figures, as .json or .npz")
+    parser.set_defaults(run=lambda args: run(args, names))
+
+
+def run(args: argparse.Namespace, names: list[str]) -> int:
+    report = hardness_report(**{"show_progress_bar": sys.stderr.isatty(), **given(args, names, READERS)})
+    if args.output:
+        report.save(args.output)
+    print(report.summary())
+    return 0

@@ -1,0 +1,133 @@
+"""What options name, read: nothing in a file is ever executed; a callable is imported only where one is asked for.
+
+lists     .npy of one row number a query; .npz with indptr and indices; .json or .jsonl, a number or a list a query
+labels    .npy of ints or strings; any other file: a line a row
+texts     .jsonl, each line a string or an object with "text" or "query"; any other file: a line a row
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from negmine.cli.options import Reader
+
+
+def _existing(name: str) -> Path:
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"{name!r} is no file")
+    return path
+
+
+def array(name: str) -> np.ndarray:
+    """A .npy file's array."""
+    path = _existing(name)
+    try:
+        return np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{name!r} must be a .npy file of numbers or strings ({error})") from error
+
+
+def records(name: str) -> list[Any]:
+    """Each line of a .jsonl file, parsed; blank lines are none."""
+    found = []
+    for number, line in enumerate(_existing(name).read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} of {name!r} is no JSON ({error})") from error
+    return found
+
+
+def lists(name: str) -> Any:
+    kind = Path(name).suffix
+    if kind == ".npy":
+        return array(name)
+    if kind == ".npz":
+        with np.load(_existing(name), allow_pickle=False) as held:
+            if not {"indptr", "indices"} <= set(held.files):
+                raise ValueError(
+                    f"{name!r} must hold indptr and indices, and holds {', '.join(held.files) or 'nothing'}"
+                )
+            return held["indptr"], held["indices"]
+    if kind == ".jsonl":
+        return records(name)
+    if kind == ".json":
+        try:
+            return json.loads(_existing(name).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name!r} is no JSON ({error})") from error
+    raise ValueError(f"{name!r} must be a .npy, .npz, .json or .jsonl file")
+
+
+def lines(name: str) -> list[str]:
+    return _existing(name).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+
+
+def texts(name: str) -> list[str]:
+    if Path(name).suffix != ".jsonl":
+        return lines(name)
+    found = []
+    for number, record in enumerate(records(name), 1):
+        if isinstance(record, dict):
+            record = record.get("text", record.get("query"))
+        if not isinstance(record, str):
+            raise ValueError(f'record {number} of {name!r} must be a string or an object with "text" or "query"')
+        found.append(record)
+    return found
+
+
+def labels(name: str) -> np.ndarray:
+    return array(name) if Path(name).suffix == ".npy" else np.array(lines(name))
+
+
+def imported(name: str) -> Any:
+    """`module:name`, found as python would find it from this folder."""
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ValueError(f"{name!r} must be module:name, something that Python can import")
+    sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name!r} cannot be imported: {error}") from error
+    finally:
+        sys.path.remove("")
+
+
+def _similarities(words: list[str]) -> dict[str, Any]:
+    """Each word [title=]matrix.npy or [title=]module:function."""
+    found = {}
+    for word in words:
+        title, equals, place = word.rpartition("=")
+        found[title if equals else Path(place).stem] = array(place) if place.endswith(".npy") else imported(place)
+    return found
+
+
+def _one_or_all(names: list[str]) -> Any:
+    return names[0] if len(names) == 1 else names
+
+
+def _options(words: list[str]) -> dict[str, float]:
+    """Each word name=number."""
+    found = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            found[name] = int(value) if value.lstrip("-").isdigit() else float(value)
+        except ValueError:
+            raise ValueError(f"{word!r} must be name=number") from None
+    return found
+
+
+EMBEDDINGS = Reader(_one_or_all, "FILE", "+")
+LISTS, LABELS, TEXTS = (Reader(read, "FILE") for read in (lists, labels, texts))
+SIMILARITIES = Reader(_similarities, "FILE", "+")
+PAIR = Reader(tuple, "FILE", 2)
+NUMBERS = Reader(lambda words: tuple(map(float, words)), "NUMBER", "+")
+OPTIONS = Reader(_options, "NAME=NUMBER", "+")

@@ -1,0 +1,73 @@
+"""negmine index build, search, recall: a NegativeIndex in a file."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from negmine.cli import files
+from negmine.cli.options import add_options, given
+from negmine.search import NegativeIndex
+
+READERS = {
+    "embeddings": files.EMBEDDINGS,
+    "query_embeddings": files.EMBEDDINGS,
+    "corpus_embeddings": files.EMBEDDINGS,
+    "search_options": files.OPTIONS,
+}
+
+
+def add(commands: Any) -> None:
+    """The subcommand and its own."""
+    parser = commands.add_parser("index", help="build, search and judge an index of a corpus")
+    steps = parser.add_subparsers(dest="step", required=True, metavar="step")
+
+    built = steps.add_parser(
+        "build", help="index the rows of a corpus", description="NegativeIndex.build, into a file."
+    )
+    names = add_options(built, NegativeIndex.build, READERS)
+    built.add_argument("--output", metavar="FILE", required=True, help="the index")
+    built.set_defaults(run=lambda args: _build(args, names))
+
+    for name, function, end, said in (
+        ("search", NegativeIndex.search, _search, "the k rows of largest inner product of each query"),
+        ("recall", NegativeIndex.recall, _recall, "the share of the exact answer that the index finds"),
+    ):
+        step = steps.add_parser(name, help=said, description=f"NegativeIndex.{name} of an index in a file.")
+        step.add_argument("--index", metavar="FILE", required=True, help="what `negmine index build` wrote")
+        loaded = add_options(step.add_argument_group("loading"), NegativeIndex.load, READERS, ("path",))
+        asked = add_options(step, function, READERS)
+        if name == "search":
+            step.add_argument(
+                "--output", metavar="FILE", required=True, help=".npz with scores and indices, (Q, k) each"
+            )
+        step.set_defaults(run=_with_index(end, loaded, asked))
+
+
+def _with_index(end: Callable, loaded: list[str], asked: list[str]) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        return end(args, NegativeIndex.load(args.index, **given(args, loaded, READERS)), given(args, asked, READERS))
+
+    return run
+
+
+def _build(args: argparse.Namespace, names: list[str]) -> int:
+    made = NegativeIndex.build(**given(args, names, READERS))
+    made.save(args.output)
+    print(f"{made} in {args.output}, {Path(args.output).stat().st_size:,} bytes")
+    return 0
+
+
+def _search(args: argparse.Namespace, index: NegativeIndex, arguments: dict[str, Any]) -> int:
+    found = index.search(**arguments)
+    with open(args.output, "wb") as file:
+        np.savez(file, scores=found.scores, indices=found.indices)
+    print(f"{found.indices.shape[1]} rows for each of {len(found.indices):,} queries in {args.output}")
+    return 0
+
+
+def _recall(args: argparse.Namespace, index: NegativeIndex, arguments: dict[str, Any]) -> int:
+    print(f"recall {index.recall(**arguments):.4f}")
+    return 0

@@ -1,0 +1,78 @@
+"""The parser of `negmine`, and what its exit codes mean.
+
+0    done
+1    failed: a disk, a missing package or backend, a bug; the sentence is on stderr
+2    cannot be meant: an option, a file or a value; the sentence is on stderr
+130  interrupted by the keyboard
+141  the reader of the output has gone
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from negmine import doctor
+from negmine.cli import analyze, checkout, flagembedding, index, mine
+from negmine.cli.options import spelled
+from negmine.version import __version__
+
+CODES = "0 done, 1 failed, 2 cannot be meant, 130 interrupted, 141 output unread"
+DONE, FAILED, USAGE, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
+
+
+def parser() -> argparse.ArgumentParser:
+    """negmine and its subcommands."""
+    made = argparse.ArgumentParser(
+        prog="negmine", description="Hard negatives for contrastive learning.", epilog="exit codes: " + CODES
+    )
+    made.add_argument("--version", action="version", version=f"negmine {__version__}")
+    made.add_argument("--traceback", action="store_true", help="show where in the code a failure came from")
+    commands = made.add_subparsers(dest="command", required=True, metavar="command")
+    mine.add(commands)
+    index.add(commands)
+    analyze.add(commands)
+    told = commands.add_parser("doctor", help="what works here, why the rest does not, what to install")
+    told.set_defaults(run=_doctor)
+    checkout.add(commands)
+    return made
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    print(doctor.report())
+    return DONE
+
+
+def _told(error: BaseException, code: int, traceback: bool) -> int:
+    if traceback:
+        raise error
+    print(f"negmine: {error or type(error).__name__}", file=sys.stderr)
+    return code
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    given = list(sys.argv[1:] if words is None else words)
+    traceback = given[:1] == ["--traceback"]
+    rest = spelled(given[traceback:])
+    try:
+        if mine.compat_asked(rest):
+            code = flagembedding.run(rest[1:])
+        else:
+            # What follows bench and demo is another program's, spelled its own way.
+            args = parser().parse_args(given[traceback:] if rest[:1] in (["bench"], ["demo"]) else rest)
+            code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except SystemExit as asked:  # argparse has said why
+        return asked.code if isinstance(asked.code, int) else DONE
+    except KeyboardInterrupt:
+        print("negmine: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again as it ends
+        return UNREAD
+    except (ValueError, TypeError) as error:
+        return _told(error, USAGE, traceback)
+    except Exception as error:  # every other end is a failure, told in a line
+        return _told(error, FAILED, traceback)

@@ -1,0 +1,122 @@
+"""Options made from a function: one for each argument, spelled as it is, typed by its annotation, explained by the docstring.
+
+    num_negatives: int = 3     ->  --num-negatives N        (--num_negatives is understood too)
+    count_skipped: bool        ->  --count-skipped, --no-count-skipped
+
+Only what is given on the command line reaches the function: defaults stay Python's own.
+"""
+
+import argparse
+import inspect
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+OPTION = re.compile(r"^--[\w-]+")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How the words after an option become an argument that no plain type describes."""
+
+    read: Callable[[Any], Any]
+    shown: str
+    nargs: int | str | None = None
+
+
+def spelled(words: list[str]) -> list[str]:
+    """Options with dashes, whichever way they came."""
+    return [OPTION.sub(lambda found: found[0].replace("_", "-"), word) for word in words]
+
+
+def explained(docstring: str | None, wanted: Iterable[str]) -> dict[str, str]:
+    """The docstring's paragraphs `name, other: words`, by name; `wanted` names may also begin within a paragraph."""
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in inspect.cleandoc(docstring or "").splitlines():
+        starts = re.match(r"(\w+(?: \([^)]*\))?(?:, \w+(?: \([^)]*\))?)*): (.*)", line)
+        if starts:
+            names = re.findall(r"(\w+)(?: \([^)]*\))?(?:, |$)", starts[1])
+            found |= dict.fromkeys(names, starts[2])
+        elif names and line.startswith("    "):
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+        else:
+            names = []
+    inside = re.compile(rf"\. ({'|'.join(wanted)}): ")
+    for name, text in list(found.items()):  # "device: where. title: its heading."
+        first, *rest = inside.split(text)
+        found[name] = first
+        for other, words in zip(rest[::2], rest[1::2], strict=True):
+            found.setdefault(other, words)
+    return found
+
+
+def number(word: str) -> int | float:
+    """A rank, or a fraction: 50 is an int and 0.05 a float, as Select tells them apart."""
+    return int(word) if re.fullmatch(r"[+-]?\d+", word) else float(word)
+
+
+def none_or(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`read`, with the word "none" for None."""
+
+    def either(word: str) -> Any:
+        return None if word.lower() == "none" else read(word)
+
+    either.__name__ = f"{read.__name__}, or none"  # argparse says it in a refusal
+    return either
+
+
+def _type_of(annotation: Any) -> tuple[Callable[[str], Any], str | None]:
+    """What reads one word of this annotation, and the letter that stands for a number in the usage."""
+    kinds = get_args(annotation) or (annotation,)
+    read: Callable[[str], Any] = str
+    if int in kinds and float in kinds:
+        read = number
+    elif int in kinds or float in kinds:
+        read = int if int in kinds else float
+    letter = None if read is str else "X" if read is float else "N"
+    return (none_or(read) if types.NoneType in kinds and read is not str else read), letter
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    function: Callable,
+    readers: Mapping[str, Reader] | None = None,
+    skip: Iterable[str] = ("self",),
+) -> list[str]:
+    """An option for each argument of `function` but `skip`; returns their names."""
+    parameters = inspect.signature(function).parameters
+    said, added = explained(function.__doc__, parameters), []
+    for name, parameter in parameters.items():
+        if name in skip:
+            continue
+        added.append(name)
+        required = parameter.default is inspect.Parameter.empty
+        words = said.get(name, "").replace("%", "%%")
+        if not required and parameter.default not in (None, ""):
+            words += f" (default: {parameter.default})".replace("%", "%%")
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "required": required, "help": words, "dest": name}
+        reader = (readers or {}).get(name)
+        if reader is not None:
+            options |= {"nargs": reader.nargs, "metavar": reader.shown}
+        elif isinstance(parameter.default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            read, letter = _type_of(parameter.annotation)
+            options |= {"type": read, "metavar": letter or name.rsplit("_", 1)[-1].upper()}
+        parser.add_argument(f"--{name.replace('_', '-')}", **options)
+    return added
+
+
+def given(
+    args: argparse.Namespace, names: Iterable[str], readers: Mapping[str, Reader] | None = None
+) -> dict[str, Any]:
+    """The arguments that the command line gave, read."""
+    found = {}
+    for name in names:
+        if hasattr(args, name):
+            value = getattr(args, name)
+            found[name] = readers[name].read(value) if readers and name in readers else value
+    return found

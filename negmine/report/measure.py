@@ -1,0 +1,398 @@
+"""hardness_report: checks, the loop over batches of queries, and the figures that come of it.
+
+for each batch of sampled queries
+    the rows at sampled ranks of every bin       rank_thresholds
+    the hardest and the easiest tail             mine_hardest of the query, and of its negative
+    the positive's rank                          count_negatives
+    the same against an older snapshot           mine_hardest, and scores of some rows
+then the rows nearest to the positives           mine_hardest of corpus rows
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from negmine import checks
+from negmine.options import is_real
+from negmine.progress import progress
+from negmine.report import figures as fig
+from negmine.report.inputs import (
+    OP,
+    Classes,
+    Measure,
+    checked_classes,
+    checked_edges,
+    checked_fraction,
+    checked_measures,
+    checked_texts,
+    measured,
+)
+from negmine.report.ranking import Ranking, norms
+from negmine.report.result import HardnessReport
+from negmine.report.suspects import TOP, Suspects, near_duplicates, same_text
+from negmine.search.index import device_of, nothing_hidden
+from negmine.search.lists import RowLists, row_lists
+from negmine.search.rows import Rows
+from negmine.search.sizes import DEFAULT_MEMORY
+from negmine.version import __version__
+
+MOST_QUERIES = 1024  # beyond them a batch gains nothing
+COMPARED = 1024  # corpus rows whose order is compared between snapshots
+OVERLAPS = (1, 10, 100)  # sizes of hardest sets compared between snapshots, beside the tail
+
+
+@dataclass
+class _Run:
+    """What every batch shares, and what the batches leave."""
+
+    now: Ranking
+    before: Ranking | None
+    numbers: np.ndarray  # (Q,) global numbers of the sampled queries
+    hidden: RowLists  # of the sampled queries
+    anchor: Tensor  # (Q,) fp32 best positive's score, NaN where there is none
+    edges: tuple[float, ...]
+    tail: float
+    samples: int
+    seed: int
+    classes: Classes | None
+    measures: dict[str, Measure]
+    suspects: Suspects
+    compared: Tensor  # (S,) corpus rows whose order is compared
+    per_query: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    hard_count: np.ndarray = field(default_factory=lambda: np.empty(0))
+    easy_count: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    @property
+    def depth(self) -> int:
+        """The longest tail that a query can have."""
+        return max(1, int(self.tail * len(self.now.corpus)))
+
+    @property
+    def overlap_sizes(self) -> list[int]:
+        return [n for n in OVERLAPS if n < self.depth] + [self.depth]
+
+    def keep(self, name: str, values: Tensor | np.ndarray) -> None:
+        self.per_query.setdefault(name, []).append(np.asarray(values.cpu() if isinstance(values, Tensor) else values))
+
+    def batch(self, begin: int, end: int) -> None:
+        now, K, bins = self.now, len(self.now.corpus), len(self.edges) - 1
+        query, pool = now.queries[begin:end], now.pool(self.hidden, begin, end)
+        size = K - torch.from_numpy(self.hidden.sizes[begin:end])  # (B,)
+        numbers = torch.from_numpy(self.numbers[begin:end])  # (B,)
+
+        bounds = fig.rank_bounds(self.edges, size)  # (B, bins + 1)
+        ranks = fig.sampled_ranks(bounds, self.samples, numbers, self.seed).to(query.device)  # (B, bins * samples)
+        scores, found = (part.cpu().numpy() for part in now.at_ranks(query, ranks, pool))  # (B, bins * samples) each
+        of_query = np.broadcast_to(self.numbers[begin:end, None], found.shape)
+        self.keep("score", fig.bin_means(np.where(found >= 0, scores.astype(np.float64), np.nan), bins))
+        if self.classes is not None:
+            same = self.classes.queries[of_query] == self.classes.corpus[found]
+            self.keep("same_class", fig.bin_means(np.where(found >= 0, same, np.nan), bins))
+        for name, measure in self.measures.items():
+            self.keep(f"similarity/{name}", fig.bin_means(measured(name, measure, of_query, found), bins))
+        self.keep("bin_share", (bounds.diff(dim=1) / size.clamp_min(1)[:, None]).numpy())
+
+        count = (self.tail * size.double()).floor().long().clamp_min(1).minimum(size)  # (B,)
+        self.keep("tail_share", (count / size.clamp_min(1)).numpy())
+        depth = self.depth
+        hard_scores, hard = now.hardest(query, min(max(depth, TOP), K), pool)  # (B, depth or TOP)
+        past = torch.arange(depth, device=hard.device) >= count.to(hard.device)[:, None]  # (B, depth)
+        hard_tail = hard[:, :depth].masked_fill(past, -1)
+        easy_tail = now.hardest(-query, depth, pool)[1].masked_fill(past, -1)
+        for tally, tail in ((self.hard_count, hard_tail), (self.easy_count, easy_tail)):
+            tally += np.bincount(tail[tail >= 0].cpu().numpy(), minlength=K)
+
+        anchor = self.anchor[begin:end]
+        rank = size + 1 - now.not_above(query, anchor, pool).cpu()  # (B,) 1 = first
+        self.keep("positive_rank", torch.where(anchor.isnan().cpu(), 0, rank))
+        self.suspects.batch(begin, hard_scores[:, :TOP].cpu(), hard[:, :TOP].cpu(), anchor.cpu())
+        if self.before is not None:
+            self.drift(begin, end, hard_tail)
+
+    def drift(self, begin: int, end: int, hard_tail: Tensor) -> None:
+        now, before = self.now, self.before
+        assert before is not None
+        old = before.hardest(before.queries[begin:end], self.depth, before.pool(self.hidden, begin, end))[
+            1
+        ]  # (B, depth)
+        old = old.masked_fill(hard_tail < 0, -1)
+        kept = [(fig.shared(hard_tail[:, :n], old[:, :n]) / (old[:, :n] >= 0).sum(1)).cpu() for n in self.overlap_sizes]
+        self.keep("overlap", torch.stack(kept, 1).double())
+        pair = [
+            side.queries[begin:end].double() @ side.corpus[self.compared].double().T for side in (now, before)
+        ]  # (B, S)
+        self.keep("rank_correlation", fig.spearman(*pair))
+
+
+def _best_positive(ranking: Ranking, positives: RowLists) -> Tensor:
+    """(Q,) fp32: the largest score of each query's positives, NaN where it has none."""
+    pairs = ranking.pairs(positives.queries, positives.rows)  # (P,)
+    return torch.from_numpy(positives.reduce(pairs, "max")).to(ranking.queries.device)
+
+
+def _consistency(run: _Run, K: int) -> dict[str, np.ndarray]:
+    """How often each row stands in a tail, against queries that choose by themselves."""
+    Q, chance = len(run.numbers), float(np.concatenate(run.per_query["tail_share"]).mean())
+    out: dict[str, np.ndarray] = {"consistency_chance": np.array(chance)}
+    for side, counts in (("hard", run.hard_count), ("easy", run.easy_count)):
+        most = int(counts.max(initial=0))
+        out[f"{side}_count"] = counts.astype(np.int32)  # (K,)
+        ratio = fig.variance_ratio(counts, Q, chance)
+        out[f"{side}_variance_ratio"], out[f"{side}_agreement"] = np.array(ratio), np.array((ratio - 1) / max(Q - 1, 1))
+        out[f"{side}_histogram"] = np.bincount(counts.astype(np.int64), minlength=most + 1)
+        out[f"{side}_expected"] = fig.binomial(Q, chance, most) * K
+    return out
+
+
+def _figures(run: _Run, classes: Classes | None) -> dict[str, np.ndarray]:
+    joined = {name: np.concatenate(parts) for name, parts in run.per_query.items()}
+    share = joined["bin_share"].mean(0)  # (bins,)
+    out = {"edges": np.array(run.edges), "queries": run.numbers, "bin_share": share}
+    for name in ("score", "same_class", *(f"similarity/{measure}" for measure in run.measures)):
+        if name in joined:
+            out[f"{name}_mean"], out[f"{name}_error"] = fig.over_queries(joined[name])
+    for name in run.measures:
+        mean = out[f"similarity/{name}_mean"]
+        known = np.isfinite(mean) & (share > 0)
+        weight = share[known].sum()
+        out[f"similarity/{name}_overall"] = np.array((mean[known] * share[known]).sum() / weight if weight else np.nan)
+    if classes is not None:
+        kin = np.bincount(
+            run.hidden.queries,
+            classes.corpus[run.hidden.rows] == classes.queries[run.numbers[run.hidden.queries]],
+            minlength=len(run.numbers),
+        )  # hidden rows of the query's own class
+        M = len(classes.corpus) - run.hidden.sizes
+        rate = (classes.sizes[classes.queries[run.numbers]] - kin) / np.maximum(M, 1)
+        out["same_class_chance"] = np.array(rate.mean())
+    out["positive_rank"], out["positive_score"] = joined["positive_rank"], run.anchor.cpu().numpy()
+    for name in ("overlap", "rank_correlation"):
+        if name in joined:
+            out[name] = joined[name]
+    return out
+
+
+def _listed(
+    run: _Run, pairs: list[tuple], texts: tuple[Sequence[str] | None, Sequence[str] | None]
+) -> list[dict[str, Any]]:
+    """(query, positive or -1, row, numbers) as records with their texts, for people."""
+    of_query, of_row = texts
+    out = []
+    for query, positive, row, numbers in pairs:
+        record = {"query": int(run.numbers[query]), "positive": positive, "row": row, **numbers}
+        if of_query is not None:
+            record["query_text"] = str(of_query[record["query"]])
+        if of_row is not None:
+            record |= {"row_text": str(of_row[row])} | (
+                {"positive_text": str(of_row[positive])} if positive >= 0 else {}
+            )
+        if run.classes is not None:
+            record["same_class"] = bool(run.classes.corpus[row] == run.classes.queries[record["query"]])
+        if positive >= 0:
+            record["same_text"] = same_text(of_row, positive, row)
+        out.append(record)
+    return out
+
+
+def _often(counts: np.ndarray, texts: Sequence[str] | None) -> list[dict[str, Any]]:
+    """The rows that stand in a tail of the most queries."""
+    rows = np.lexsort((np.arange(len(counts)), -counts))[:TOP]
+    return [
+        {"row": int(row), "queries": int(counts[row])} | ({"row_text": str(texts[row])} if texts is not None else {})
+        for row in rows
+        if counts[row]
+    ]
+
+
+def hardness_report(
+    query_embeddings: Any,
+    corpus_embeddings: Any,
+    positives: Any = None,
+    *,
+    exclude: Any = None,
+    query_labels: Any = None,
+    corpus_labels: Any = None,
+    class_similarity: Any = None,
+    query_texts: Sequence[str] | None = None,
+    corpus_texts: Sequence[str] | None = None,
+    previous: Any = None,
+    normalize: bool = False,
+    edges: Sequence[float] = fig.EDGES,
+    tail: float = 0.05,
+    num_queries: int | None = 512,
+    samples_per_bin: int = 16,
+    near_duplicate_score: float = 0.95,
+    num_suspects: int = 50,
+    seed: int = 0,
+    max_memory_bytes: int | None = None,
+    device: str | torch.device | None = None,
+    backend: str | None = None,
+    show_progress_bar: bool = False,
+    page: str | os.PathLike | None = None,
+    title: str = "How hard are these negatives?",
+) -> HardnessReport:
+    """What the negatives of a dataset are like, by difficulty: the analyses of Cai et al. 2020 (arXiv 2010.06682), and suspects.
+
+        difficulty of row k for query q = its place among q's pool by (s descending, k ascending), s_qk = query_q . corpus_k,
+        as a fraction of the pool;   pool_q = rows that are neither a positive of q nor excluded for q
+
+    query_embeddings (Q, D), corpus_embeddings (K, D), positives, exclude: as in mine_hard_negatives; positives may be None.
+    query_labels, corpus_labels: a class for each row, ints or strings: the share of negatives of the query's own class.
+    class_similarity: a (C, C) matrix looked up by int labels, a callable (query numbers (M,), corpus rows (M,)) -> (M,), or a
+        dict of those by name. NaN is "not known" and left out.
+    query_texts, corpus_texts: what the suspects are shown with.
+    previous: the pair (query_embeddings, corpus_embeddings) of an older snapshot of the same rows, of any D: drift.
+    normalize: divide every row by its norm first, in a copy; else vectors are used as given, and are cosines if unit rows.
+    edges: fractions of the pool that part the bins of difficulty, both ends rounded down to ranks.
+    tail: the share of the pool called hardest, and easiest, where consistency across queries is measured.
+    num_queries: how many queries to look at, drawn by seed; None = all.
+    samples_per_bin: ranks looked at in each bin of each query, one from each of so many equal parts;
+        a bin of fewer ranks is taken whole.
+    near_duplicate_score: a row that scores this or more with a positive, corpus row with corpus row, is listed.
+    num_suspects: how many suspects of each kind are listed; at most 3 a query.
+    seed: of all draws. max_memory_bytes: for what a batch of queries holds, beside inputs and figures (default 1 GiB).
+    device: where scores are computed. show_progress_bar: a line on stderr, with the time left.
+    page: where to write the HTML page. title: its heading.
+
+    Returns a HardnessReport. Its figures, by name (bins = len(edges) - 1, Q' = queries looked at):
+        score_mean, score_error             (bins,) mean score, and its standard error over queries; signed, both tails
+        same_class_mean, _error, _chance    (bins,) share of the query's class; chance = its share of the whole pool
+        similarity/<name>_mean, _error      (bins,); _overall: the mean over the pool, bins weighed by their size
+        positive_rank (Q',)                 1 = first among the pool, 0 = no positive; positive_score (Q',): the best one's
+        hard_count, easy_count (K,)         queries in whose hardest, easiest tail a row stands
+        hard_variance_ratio, easy_...       Var(c) / (Q' a (1 - a)), a = share of a tail: 1 if queries chose by themselves
+        hard_agreement, easy_agreement      (ratio - 1) / (Q' - 1): how far two queries' choices correlate, whatever Q'
+        hard_histogram, hard_expected, ...  rows by count, and what Binomial(Q', a) expects
+        outscoring_rate, outscoring_mean    share of queries with a negative above every positive; how many of the hardest 10
+        overlap (Q', sizes)                 share of the hardest sets that the snapshots have in common; sizes in overlap_sizes
+        rank_correlation (Q',)              Spearman's, over up to 1024 corpus rows
+    Ties: in the easiest tail equal scores also go to the lower row. No (Q, K) matrix is made, except by "reference".
+    Raises ValueError or TypeError for input that does not fit, before any work; for rows that are not finite as they are read.
+    """
+    for name, count in {
+        "num_queries": num_queries,
+        "samples_per_bin": samples_per_bin,
+        "num_suspects": num_suspects,
+        "max_memory_bytes": max_memory_bytes,
+    }.items():
+        if count is not None or name in ("samples_per_bin", "num_suspects"):
+            checks.require_count(OP, name, count)
+    checks.require_draw(OP, seed, 0, 0)
+    for name, flag in (("normalize", normalize), ("show_progress_bar", show_progress_bar)):
+        checks.require_bool(OP, name, flag)
+    bounds, share = checked_edges(edges), checked_fraction("tail", tail)
+    if not is_real(near_duplicate_score):
+        raise checks.refuse(OP, "near_duplicate_score", "a number", near_duplicate_score)
+    if not isinstance(title, str):
+        raise checks.refuse(OP, "title", "a string", title, TypeError)
+    if page is not None and not Path(page).parent.is_dir():
+        raise checks.refuse(OP, "page", "a path in an existing folder", str(page))
+    queries = Rows.open(OP, "query_embeddings", query_embeddings)
+    corpus = Rows.open(OP, "corpus_embeddings", corpus_embeddings)
+    Q, K = len(queries), len(corpus)
+    if queries.dim != corpus.dim:
+        raise checks.refuse(OP, "corpus_embeddings", f"of query_embeddings' D = {queries.dim}", (K, corpus.dim))
+    for name, rows in (("query_embeddings", Q), ("corpus_embeddings", K)):
+        if rows == 0:
+            raise checks.refuse(OP, name, "of 1 row or more", 0)
+    older = _older(previous, Q, K)
+    none = nothing_hidden(Q)
+    given = none if positives is None else row_lists(OP, "positives", positives, Q, K)
+    hidden = given.united(none if exclude is None else row_lists(OP, "exclude", exclude, Q, K))
+    classes = checked_classes(query_labels, corpus_labels, Q, K)
+    measures = checked_measures(class_similarity, classes)
+    texts = (checked_texts("query_texts", query_texts, Q), checked_texts("corpus_texts", corpus_texts, K))
+    where = device_of(OP, device, queries if queries.device else corpus)
+
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randperm(Q, generator=generator)[: num_queries or Q].sort().values.numpy()  # (Q',)
+    compared = torch.randperm(K, generator=generator)[:COMPARED].sort().values.to(where)  # (S,)
+    named = ("query_embeddings", "corpus_embeddings")
+    now = Ranking.open(OP, named, (queries, corpus), numbers, normalize, where, backend)
+    before = None
+    if older is not None:
+        before = Ranking.open(OP, ("previous[0]", "previous[1]"), older, numbers, normalize, where, backend)
+    kept, seen = given.take(numbers), hidden.take(numbers)
+    deep = max(1, int(share * K), TOP)
+    each = 64 * samples_per_bin * (len(bounds) - 1) + 64 * deep + (now.pair_bytes + 2 * bool(seen.sizes.max() > 1)) * K
+    each += 48 * len(compared) if before is not None else 0
+    batch = min(MOST_QUERIES, (max_memory_bytes or DEFAULT_MEMORY) // each)
+    if batch < 1:
+        raise checks.refuse(OP, "max_memory_bytes", f"at least {each}, what one query holds", max_memory_bytes)
+
+    run = _Run(
+        now, before, numbers, seen, _best_positive(now, kept), bounds, share, samples_per_bin, seed,
+        classes, measures, Suspects(num_suspects), compared,
+        hard_count=np.zeros(K, np.int64), easy_count=np.zeros(K, np.int64),
+    )  # fmt: skip
+    with torch.no_grad(), progress(len(numbers) + len(kept.rows), show_progress_bar, "hardness", "queries") as advance:
+        for begin in range(0, len(numbers), batch):
+            end = min(begin + batch, len(numbers))
+            run.batch(begin, end)
+            advance(end - begin)
+        twins = near_duplicates(now, kept, seen, near_duplicate_score, batch, advance)
+    figures = _figures(run, classes) | _consistency(run, K)
+    figures |= run.suspects.figures() | {"near_duplicates": np.array(len(twins))}
+    if before is not None:
+        figures["overlap_sizes"] = np.array(run.overlap_sizes)
+    closest = [(q, int(now_positive), row, {"score": -score}) for score, q, now_positive, row in twins[:num_suspects]]
+    outscoring = [
+        (q, _closest_positive(now, kept, q, row), row, {"score": score, "positive_score": positive})
+        for _, q, row, score, positive in run.suspects.found
+    ]
+    facts = {
+        "title": title,
+        "version": __version__,
+        "queries": Q,
+        "corpus_rows": K,
+        "dimension": queries.dim,
+        "has_positives": bool(len(kept.rows)),
+        "norms": [list(norms(now.queries)), list(norms(now.corpus))],
+        "arguments": {
+            "normalize": normalize,
+            "tail": share,
+            "num_queries": num_queries,
+            "samples_per_bin": samples_per_bin,
+            "near_duplicate_score": near_duplicate_score,
+            "num_suspects": num_suspects,
+            "seed": seed,
+            "backend": backend,
+        },
+        "similarities": list(measures),
+        "suspects": _listed(run, outscoring, texts),
+        "near_duplicates": _listed(run, closest, texts),
+        "often_hard": _often(run.hard_count, texts[1]),
+        "often_easy": _often(run.easy_count, texts[1]),
+    }
+    report = HardnessReport(figures, facts)
+    if page is not None:
+        report.to_html(page)
+    return report
+
+
+def _older(previous: Any, Q: int, K: int) -> tuple[Rows, Rows] | None:
+    """The embeddings of the older snapshot, checked against the rows of this one."""
+    if previous is None:
+        return None
+    if not isinstance(previous, (tuple, list)) or len(previous) != 2:
+        raise checks.refuse(
+            OP, "previous", "a pair (query_embeddings, corpus_embeddings)", type(previous).__name__, TypeError
+        )
+    older = Rows.open(OP, "previous[0]", previous[0]), Rows.open(OP, "previous[1]", previous[1])
+    if (len(older[0]), len(older[1])) != (Q, K) or older[0].dim != older[1].dim:
+        came = [(len(rows), rows.dim) for rows in older]
+        raise checks.refuse(OP, "previous", f"of {Q} queries and {K} corpus rows, with one D", came)
+    return older
+
+
+def _closest_positive(ranking: Ranking, positives: RowLists, query: int, row: int) -> int:
+    """The positive of a sampled query that lies nearest to a corpus row."""
+    rows = positives.rows[positives.indptr[query] : positives.indptr[query + 1]]
+    near = (ranking.corpus[torch.from_numpy(rows)].float() @ ranking.corpus[row].float()).argmax()
+    return int(rows[int(near)])

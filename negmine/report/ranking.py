@@ -1,0 +1,120 @@
+"""One set of embeddings, ranked: queries against the corpus as one block, through the kernels, no (Q, K) matrix.
+
+A .npy file stays a map of the file on the CPU; shards are joined, and normalize makes a copy.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from negmine import backends, checks, order, reference
+from negmine.backends import Launchers
+from negmine.mining import working
+from negmine.options import Select
+from negmine.pool import Pool, usable
+from negmine.search.lists import RowLists
+from negmine.search.ranks import Ranks
+from negmine.search.rows import Rows
+from negmine.search.scan import Corpus, Scan, hardest, kept_by
+
+BLOCK = 16_384  # rows looked at together while norms are taken
+DENSE_BYTES = 64  # of a pair, where the reference stores the matrix
+
+
+def _whole(op: str, name: str, rows: Rows, numbers: np.ndarray | None, normalize: bool, where: torch.device) -> Tensor:
+    """Rows `numbers`, or all, as one (M, D) block on `where`; raises for one that is not finite."""
+    if numbers is not None:
+        block = rows.gather(numbers, where)
+    elif len(rows.shards) == 1:
+        block = rows.block(0, len(rows), where)
+    else:
+        block = torch.cat([rows.block(begin, end, where) for begin, end in rows.spans(max(1, len(rows)))])
+    made = torch.empty_like(block) if normalize else block
+    for begin in range(0, len(block), BLOCK):
+        part = block[begin : begin + BLOCK].float()  # (BLOCK, D)
+        bad = (~part.isfinite()).any(1).nonzero()
+        if len(bad):
+            row = begin + int(bad[0])
+            raise checks.refuse(
+                op, name, "finite", f"NaN or infinity in row {row if numbers is None else numbers[row]}"
+            )
+        if normalize:
+            made[begin : begin + BLOCK] = F.normalize(part, dim=1).to(block.dtype)
+    return made
+
+
+def norms(vectors: Tensor) -> tuple[float, float]:
+    """The least and the largest norm of the rows of vectors (M, D)."""
+    parts = [vectors[begin : begin + BLOCK].float().norm(dim=1) for begin in range(0, len(vectors), BLOCK)]
+    every = torch.cat(parts)
+    return float(every.min()), float(every.max())
+
+
+@dataclass
+class Ranking:
+    """Queries (Q, D), as sampled, and the corpus (K, D) that they rank."""
+
+    ops: Launchers | None
+    queries: Tensor  # (Q, D)
+    corpus: Tensor  # (K, D)
+    scan: Scan
+
+    @classmethod
+    def open(
+        cls,
+        op: str,
+        names: tuple[str, str],
+        embeddings: tuple[Rows, Rows],
+        numbers: np.ndarray,
+        normalize: bool,
+        where: torch.device,
+        backend: str | None,
+    ) -> "Ranking":
+        """numbers (Q',): the queries to keep."""
+        queries = _whole(op, names[0], embeddings[0], numbers, normalize, where)
+        corpus = _whole(op, names[1], embeddings[1], None, normalize, where)
+        ops = backends.choose(op, ("mine_hardest", "rank_thresholds", "count_negatives"), backend, (queries, corpus))
+        rows = Rows.open(op, names[1], corpus)
+        held = Corpus(rows, where, Ranks(op, None), [len(rows)])
+        return cls(ops, queries, corpus, Scan(ops, held, len(rows), None, lambda chunks: None))
+
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes that one (query, row) pair of a batch costs, beside its mask."""
+        return 0 if self.ops is not None else DENSE_BYTES
+
+    def pool(self, hidden: RowLists, begin: int, end: int) -> Pool:
+        """The rows that queries [begin, end) may see."""
+        own = hidden.take(np.arange(begin, end))
+        return self.scan.pool(end - begin, 0, len(self.corpus), own.queries, own.rows)
+
+    def hardest(self, query: Tensor, N: int, pool: Pool) -> tuple[Tensor, Tensor]:
+        """query (B, D) -> scores (B, N), rows (B, N): (-inf, -1) past the end."""
+        return hardest(self.ops, query, self.corpus, N, pool, Select(), None)
+
+    def at_ranks(self, query: Tensor, ranks: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
+        """query (B, D), ranks (B, R) int64 -> scores (B, R), rows (B, R): what stands there; (-inf, -1) where nothing does."""
+        if self.ops is not None:
+            return order.unpack(self.ops.rank_thresholds(query, self.corpus, ranks, *pool))
+        q, k = working(query), working(self.corpus)
+        scores, rows = reference.mine_hardest(q, k, len(k), usable(pool, query, self.corpus))  # (B, K) each
+        place = ranks.clamp(0, len(k) - 1)
+        outside = ranks < 0
+        return scores.gather(1, place).masked_fill(outside, -torch.inf), rows.gather(1, place).masked_fill(outside, -1)
+
+    def not_above(self, query: Tensor, anchor: Tensor, pool: Pool) -> Tensor:
+        """anchor (B,) fp32 -> (B,) int64: rows of the pool that score the anchor or less."""
+        return kept_by(self.ops, query, self.corpus, pool, Select(absolute_margin=0.0), anchor)
+
+    def pairs(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """queries, rows (P,) -> (P,) fp32: the score of each pair, bit for bit as the ranking has it."""
+        held = Rows.open("pairs", "queries", self.queries)
+        return self.scan.corpus.pair_scores(self.ops, held, queries, rows)
+
+    def near(self, rows: np.ndarray, hidden: RowLists, N: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """The N rows nearest to corpus rows [begin, end) of `rows`, without those that `hidden` hides from each."""
+        chosen = torch.from_numpy(rows[begin:end]).to(self.corpus.device)
+        return self.hardest(self.corpus[chosen], N, self.pool(hidden, begin, end))

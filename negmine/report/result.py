@@ -1,0 +1,106 @@
+"""HardnessReport: the figures as arrays, the facts around them, saved as JSON or .npz, and shown as a page."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from negmine.checks import refuse
+from negmine.report import page, words
+
+FORMAT = 1
+KINDS = (".json", ".npz")
+
+
+def _plain(array: np.ndarray) -> Any:
+    """An array as nested lists; a float that is not finite as null, which JSON can hold."""
+    if array.dtype.kind != "f":
+        return array.tolist()
+    if array.ndim == 0:
+        return float(array) if math.isfinite(array) else None
+    return [_plain(part) for part in array]
+
+
+def _array(value: Any, dtype: str) -> np.ndarray:
+    """The array that _plain wrote; null comes back as NaN."""
+    return np.array(value, dtype=np.float64 if dtype.startswith("float") else dtype).astype(dtype)
+
+
+@dataclass(frozen=True, eq=False)  # == of arrays has no one answer
+class HardnessReport:
+    """What hardness_report returns; its docstring names the figures."""
+
+    figures: dict[str, np.ndarray]
+    facts: dict[str, Any]  # sizes, arguments, suspects with their texts: what JSON can hold
+
+    def findings(self) -> list[str]:
+        """What the figures show, a sentence each."""
+        return words.findings(self.figures, self.facts)
+
+    def advice(self) -> list[str]:
+        """What to do next, a sentence each."""
+        return words.advice(self.figures, self.facts)
+
+    def summary(self) -> str:
+        """Title, table by difficulty, findings and advice, as text."""
+        lines = [self.facts["title"], "", *words.table(self.figures, self.facts), ""]
+        lines += [*self.findings(), "", "What to do next", *(f"- {sentence}" for sentence in self.advice())]
+        return "\n".join(lines)
+
+    def to_html(self, path: str | os.PathLike) -> None:
+        """Write one page that needs nothing else: plots inline, no script, no network."""
+        _write(Path(path), page.html(self.figures, self.facts).encode())
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write figures and facts to a .json or .npz file; a reader sees the old file or the whole new one."""
+        path = _kind("HardnessReport.save", path)
+        head = {"format": FORMAT, "facts": self.facts}
+        if path.suffix == ".npz":
+            partial = path.with_name(path.name + ".partial")
+            with open(partial, "wb") as file:
+                description = np.frombuffer(json.dumps(head).encode(), np.uint8)
+                arrays: dict[str, Any] = {"description": description, **self.figures}
+                np.savez_compressed(file, **arrays)
+            os.replace(partial, path)
+            return
+        written = {name: {"dtype": str(a.dtype), "values": _plain(a)} for name, a in self.figures.items()}
+        _write(path, json.dumps(head | {"figures": written}, allow_nan=False).encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "HardnessReport":
+        """Read what save wrote; raises ValueError, in words, for any other file and for a damaged one."""
+        op = "HardnessReport.load"
+        path = _kind(op, path)
+        if not path.is_file():
+            raise refuse(op, "path", "an existing file", str(path))
+        try:
+            if path.suffix == ".npz":
+                with np.load(path, allow_pickle=False) as file:
+                    figures = {name: file[name] for name in file.files if name != "description"}
+                    head = json.loads(file["description"].tobytes().decode())
+            else:
+                head = json.loads(path.read_text(encoding="utf-8"))
+                figures = {name: _array(a["values"], a["dtype"]) for name, a in head["figures"].items()}
+            found, facts = head["format"], head["facts"]
+        except Exception as error:  # zip, zlib, the header parser and JSON each raise their own kinds
+            raise ValueError(f"{op}: {str(path)!r} is damaged or was not written by save ({error})") from error
+        if found != FORMAT:
+            raise ValueError(f"{op}: {str(path)!r} has format {found!r}, and this version of negmine reads {FORMAT}")
+        return cls(figures, facts)
+
+
+def _kind(op: str, path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if path.suffix not in KINDS:
+        raise refuse(op, "path", "a .json or .npz file", str(path))
+    return path
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)

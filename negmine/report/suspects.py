@@ -1,0 +1,73 @@
+"""Negatives that may be none: those that outscore every positive, and corpus rows that all but repeat a positive."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from negmine.report.ranking import Ranking
+from negmine.search.lists import RowLists
+
+TOP = 10  # hardest negatives of a query that are looked at
+OF_ONE = 3  # at most so many suspects of one query are listed
+
+
+@dataclass
+class Suspects:
+    """The negatives among the hardest TOP of each query that outscore its best positive, worst first."""
+
+    most: int
+    found: list[tuple[float, int, int, float, float]] = field(
+        default_factory=list
+    )  # -gap, query, row, score, positive's
+    outscoring: list[Tensor] = field(default_factory=list)  # (B,) of the TOP hardest, those above the positive
+    margins: list[Tensor] = field(default_factory=list)  # (B, TOP) score - positive's
+
+    def batch(self, begin: int, scores: Tensor, rows: Tensor, anchor: Tensor) -> None:
+        """scores, rows (B, TOP), anchor (B,) NaN where there is no positive."""
+        gap = scores - anchor[:, None]  # (B, TOP)
+        self.margins.append(torch.nn.functional.pad(gap, (0, TOP - gap.shape[1]), value=-torch.inf))
+        self.outscoring.append((gap > 0).sum(1))
+        at, slot = (gap[:, :OF_ONE] > 0).nonzero(as_tuple=True)
+        for b, n in zip(at.tolist(), slot.tolist(), strict=True):
+            score, positive = float(scores[b, n]), float(anchor[b])
+            self.found.append((positive - score, begin + b, int(rows[b, n]), score, positive))
+        self.found = sorted(self.found)[: self.most]
+
+    def figures(self) -> dict[str, np.ndarray]:
+        """Over the queries that have a positive."""
+        margins, above = torch.cat(self.margins), torch.cat(self.outscoring)
+        known = ~margins[:, 0].isnan()  # (Q,)
+        margins, above = margins[known], above[known].double()
+        return {
+            "outscoring_rate": np.array(float((above > 0).double().mean())),
+            "outscoring_mean": np.array(float(above.mean())),
+            "top_margins": margins.numpy(),  # (queries with a positive, TOP)
+        }
+
+
+def near_duplicates(
+    ranking: Ranking, positives: RowLists, hidden: RowLists, least: float, batch: int, advance: Any
+) -> list[tuple[float, int, int, int]]:
+    """(-score, query, positive, row) of the rows, of each positive's nearest TOP, that score `least` with it; nearest first."""
+    found = []
+    of_pair = positives.queries  # (P,)
+    hidden_of_pair = hidden.take(of_pair)
+    for begin in range(0, len(of_pair), batch):
+        end = min(begin + batch, len(of_pair))
+        scores, rows = ranking.near(positives.rows, hidden_of_pair, min(TOP, len(ranking.corpus)), begin, end)
+        at, slot = ((scores >= least) & (rows >= 0)).nonzero(as_tuple=True)
+        for pair, score, row in zip(
+            (begin + at).tolist(), scores[at, slot].tolist(), rows[at, slot].tolist(), strict=True
+        ):
+            found.append((-score, int(of_pair[pair]), int(positives.rows[pair]), row))
+        advance(end - begin)
+    return sorted(found)
+
+
+def same_text(texts: Sequence[str] | None, first: int, second: int) -> bool:
+    """Equal but for case and spaces."""
+    return texts is not None and texts[first].casefold().split() == texts[second].casefold().split()

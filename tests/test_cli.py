@@ -1,0 +1,321 @@
+"""The command: options in step with signatures, files in and out and every exit code."""
+
+import argparse
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+
+import negmine
+from negmine import NegativeIndex, Select, progress
+from negmine.cli import checkout, main, mine, options
+from negmine.cli.main import parser
+from tests.cases import unit
+
+Q, K, D = 6, 40, 8
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Embeddings, positives and texts as files, with the working folder there."""
+    q, c = unit(Q, D, seed=1).numpy(), unit(K, D, seed=2).numpy()
+    np.save(tmp_path / "q.npy", q)
+    np.save(tmp_path / "c.npy", c)
+    np.save(tmp_path / "c0.npy", c[:15])
+    np.save(tmp_path / "c1.npy", c[15:])
+    np.save(tmp_path / "p.npy", np.arange(Q))
+    np.save(tmp_path / "labels.npy", np.arange(K) % 3)
+    (tmp_path / "q.txt").write_text("".join(f"query {i}\n" for i in range(Q)))
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(K)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def commands(made: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Every subcommand by its words."""
+    found = {}
+    for action in made._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, sub in action.choices.items():
+                found |= {f"{name} {rest}".strip(): inner for rest, inner in {"": sub, **commands(sub)}.items()}
+    return found
+
+
+IN_STEP = [
+    ("mine", negmine.mine_hard_negatives, set(mine.NO_OPTION)),
+    ("mine", Select, set(mine.NO_FIELD)),
+    ("analyze", negmine.hardness_report, set()),
+    ("index build", NegativeIndex.build, set()),
+    ("index search", NegativeIndex.search, {"self"}),
+    ("index search", NegativeIndex.load, {"path"}),
+    ("index recall", NegativeIndex.recall, {"self"}),
+]
+
+
+@pytest.mark.parametrize("command, function, left_out", IN_STEP, ids=[f"{c}-{f.__name__}" for c, f, _ in IN_STEP])
+def test_options_are_the_arguments(command, function, left_out):
+    actions = {action.dest: action for action in commands(parser())[command]._actions}
+    parameters = inspect.signature(function).parameters
+    assert left_out <= set(parameters)
+    for name, parameter in parameters.items():
+        if name in left_out:
+            assert name not in actions or name == "path"
+            continue
+        action = actions[name]
+        assert f"--{name.replace('_', '-')}" in action.option_strings
+        assert action.required == (parameter.default is inspect.Parameter.empty)
+        assert action.default is argparse.SUPPRESS, "defaults are Python's own"
+        if action.nargs is None and action.type is not None:
+            kinds = get_args(parameter.annotation) or (parameter.annotation,)
+            assert type(action.type("1")) in kinds
+            assert action.type is str or (types.NoneType in kinds) == action.type.__name__.endswith("or none")
+
+
+def test_words_become_values():
+    assert options.number("50") == 50 and isinstance(options.number("50"), int)
+    assert options.number("0.5") == 0.5 and isinstance(options.number("1e-3"), float)
+    assert options.none_or(int)("None") is None and options.none_or(int)("3") == 3
+    assert options.spelled(["--num_negatives=a_b", "a_b", "--x_y"]) == ["--num-negatives=a_b", "a_b", "--x-y"]
+
+    def documented(first, second, third, fourth):
+        """What it does.
+
+            first = x: a formula
+
+        first, second: said of
+            both. third: inside: colons. Note: no name.
+        fourth (B, D): shaped.
+        """
+
+    said = options.explained(documented.__doc__, ["first", "second", "third", "fourth"])
+    assert said["first"] == said["second"] == "said of both"
+    assert said["third"] == "inside: colons. Note: no name." and said["fourth"] == "shaped."
+
+
+def test_mine_is_the_function(folder, capsys):
+    words = "mine --query-embeddings q.npy --corpus_embeddings c0.npy c1.npy --positives p.npy --num-negatives=4"
+    words += " --range-min 2 --range-max 20 --max_score 0.9 --sampling-strategy random --seed 5 --no-count-skipped"
+    words += " --output out.npz --jsonl out.jsonl --query-texts q.txt --corpus-texts c.jsonl"
+    assert main(words.split()) == 0
+    got = negmine.MiningResult.load("out.npz")
+    wanted = negmine.mine_hard_negatives(
+        "q.npy",
+        "c.npy",
+        np.arange(Q),
+        select=Select(2, 20, max_score=0.9),
+        num_negatives=4,
+        sampling_strategy="random",
+        seed=5,
+        count_skipped=False,
+    )
+    assert (got.indices == wanted.indices).all() and got.skipped == wanted.skipped
+    lines = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert lines[2]["query"] == "query 2" and lines[2]["neg"] == [f"row {k}" for k in wanted.indices[2]]
+    assert wanted.summary() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["npz", "json", "jsonl"])
+def test_positives_of_every_kind(folder, kind):
+    lists = [[i, i + 1] for i in range(Q)]
+    if kind == "npz":
+        np.savez("p.npz", indptr=np.arange(0, 2 * Q + 1, 2), indices=np.concatenate(lists))
+    elif kind == "json":
+        (folder / "p.json").write_text(json.dumps(lists))
+    else:
+        (folder / "p.jsonl").write_text("\n".join(map(json.dumps, lists)) + "\n\n")
+    words = f"mine --query-embeddings q.npy --corpus-embeddings c.npy --positives p.{kind} --output out.npz"
+    assert main(words.split()) == 0
+    got = negmine.MiningResult.load("out.npz")
+    assert (got.indices == negmine.mine_hard_negatives("q.npy", "c.npy", lists).indices).all()
+
+
+def test_index_builds_searches_and_recalls(folder, capsys):
+    assert main(["index", "build", "--embeddings", "c0.npy", "c1.npy", "--output", "c.index"]) == 0
+    assert (
+        main(
+            [
+                "index",
+                "search",
+                "--index",
+                "c.index",
+                "--query-embeddings",
+                "q.npy",
+                "--k",
+                "3",
+                "--output",
+                "found.npz",
+            ]
+        )
+        == 0
+    )
+    scores, rows = (torch.from_numpy(np.load("q.npy")) @ torch.from_numpy(np.load("c.npy")).T).topk(3)
+    with np.load("found.npz") as found:
+        assert found["indices"].tolist() == rows.tolist()
+        np.testing.assert_allclose(found["scores"], scores.numpy(), rtol=1e-5)
+    words = "index recall --index c.index --query-embeddings q.npy --corpus-embeddings c.npy --k 3"
+    assert main(words.split()) == 0
+    assert capsys.readouterr().out.endswith("recall 1.0000\n")
+    assert main(["index", "build", "--embeddings", "c.npy", "--search-options", "nprobe=x", "--output", "d.index"]) == 2
+    assert "'nprobe=x' must be name=number" in capsys.readouterr().err
+
+
+def test_analyze_is_the_function(folder, capsys):
+    (folder / "judges.py").write_text("def equal(queries, rows):\n    return queries == rows\n")
+    np.save("matrix.npy", np.eye(3))
+    (folder / "classes.txt").write_text("\n".join(f"class {i % 2}" for i in range(Q)) + "\n")
+    np.save("q_labels.npy", np.arange(Q) % 3)
+    words = "analyze --query-embeddings q.npy --corpus-embeddings c.npy --positives p.npy --query-labels q_labels.npy"
+    words += " --corpus-labels labels.npy --class-similarity matrix.npy same=judges:equal --query-texts q.txt"
+    words += " --corpus-texts c.jsonl --previous q.npy c.npy --edges 0 0.1 0.5 1 --num-queries none --seed 3"
+    assert main([*words.split(), "--title", "A title", "--page", "p.html", "--output", "f.json"]) == 0
+    wanted = negmine.hardness_report(
+        "q.npy",
+        "c.npy",
+        np.arange(Q),
+        query_labels=np.arange(Q) % 3,
+        corpus_labels=np.arange(K) % 3,
+        class_similarity={"matrix": np.eye(3), "same": lambda q, k: q == k},
+        query_texts=[f"query {i}" for i in range(Q)],
+        corpus_texts=[f"row {i}" for i in range(K)],
+        previous=("q.npy", "c.npy"),
+        edges=(0.0, 0.1, 0.5, 1.0),
+        num_queries=None,
+        seed=3,
+        title="A title",
+    )
+    assert negmine.HardnessReport.load("f.json").facts == wanted.facts
+    assert "<h1>A title</h1>" in (folder / "p.html").read_text() and wanted.summary() in capsys.readouterr().out
+
+
+BASE = "mine --query-embeddings q.npy --corpus-embeddings c.npy"
+LIST = f"{BASE} --output o.npz --positives"
+USAGE = [
+    ("", "the following arguments are required: command"),
+    ("nonsense", "invalid choice: 'nonsense'"),
+    ("mine", "the following arguments are required: --query-embeddings"),
+    (f"{BASE} --positives p.npy", "give --output, --jsonl or both"),
+    (f"{BASE} --positives p.npy --jsonl o.jsonl", "--jsonl needs --query-texts and --corpus-texts"),
+    (f"{LIST} p.npy --num-negatives three", "invalid int value: 'three'"),
+    (f"{LIST} p.npy --batch-size x", "invalid int, or none value: 'x'"),
+    (f"{LIST} p.npy --num-negatives 0", "num_negatives must be an int of 1 or more, got 0"),
+    (f"{LIST} p.npy --range-min 5 --range-max 2", "range_min must be below range_max=2"),
+    (f"{LIST} p.npy --index Q9", "'Q9'"),
+    (f"{LIST} no.npy", "'no.npy' is no file"),
+    (f"{LIST} p.txt", "'p.txt' must be a .npy, .npz, .json or .jsonl file"),
+    (f"{LIST} bad.npz", "must hold indptr and indices, and holds x"),
+    (f"{LIST} bad.json", "'bad.json' is no JSON"),
+    (f"{LIST} bad.jsonl", "line 2 of 'bad.jsonl' is no JSON"),
+    (f"{LIST} bad.npy", "'bad.npy' must be a .npy file of numbers or strings"),
+    (f"{LIST} p.npy --jsonl o.jsonl --query-texts bad_texts.jsonl --corpus-texts c.jsonl", 'an object with "text"'),
+    (f"{LIST} p.npy --jsonl o.jsonl --query-texts q.txt --corpus-texts c.jsonl --form xml", "form must be 'flagembedding'"),
+    ("analyze --query-embeddings q.npy --corpus-embeddings gone.npy", "corpus_embeddings"),
+    ("analyze --query-embeddings q.npy --corpus-embeddings c.npy --class-similarity nothing", "must be module:name"),
+    ("analyze --query-embeddings q.npy --corpus-embeddings c.npy --class-similarity no:where", "cannot be imported"),
+    ("index search --index q.npy --query-embeddings q.npy --k 3 --output o.npz", "NegativeIndex.load"),
+    ("bench --no-such-option", "unrecognized arguments: --no-such-option"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words, said", USAGE, ids=[said[:40] for _, said in USAGE])
+def test_what_cannot_be_meant_ends_with_2(folder, words, said, capfd):
+    np.savez("bad.npz", x=np.zeros(1))
+    (folder / "bad.json").write_text("[1, 2")
+    (folder / "bad.jsonl").write_text("[1]\n[2\n")
+    (folder / "bad.npy").write_bytes(b"nothing")
+    (folder / "bad_texts.jsonl").write_text("3\n")
+    assert main(words.split()) == 2
+    assert said in capfd.readouterr().err
+
+
+def test_a_failure_ends_with_1(folder, capsys, monkeypatch):
+    assert main([*LIST.split(), "p.npy", "--backend", "cuda"]) == 1
+    assert capsys.readouterr().err.startswith("negmine: mine_hard_negatives: backend 'cuda'")
+    with pytest.raises(negmine.backends.BackendUnavailable):
+        main(["--traceback", *LIST.split(), "p.npy", "--backend", "cuda"])
+    assert main([*f"{BASE} --positives p.npy --output no/such/folder.npz".split()]) == 1
+    assert "no/such/folder.npz" in capsys.readouterr().err
+    monkeypatch.setattr(checkout, "ROOT", folder)
+    for name in ("bench", "demo"):
+        assert main([name]) == 1
+        assert f"make {name}" in capsys.readouterr().err
+
+
+def test_bench_and_demo_run_from_a_checkout(capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "--help"]) == 0 and "--quick" in capfd.readouterr().out
+    assert main(["demo", "--help"]) == 0 and "--recipes" in capfd.readouterr().out
+
+
+def test_help_and_version_end_with_0(capsys):
+    assert main(["--version"]) == 0 and capsys.readouterr().out == f"negmine {negmine.__version__}\n"
+    for words in commands(parser()):
+        assert words in ("bench", "demo") or main([*words.split(), "--help"]) == 0, words
+    assert main(["mine", "--compat", "flagembedding", "--help"]) == 0
+    assert "--range-for-sampling" in capsys.readouterr().out
+    assert main(["doctor"]) == 0 and "backends" in capsys.readouterr().out
+
+
+def test_an_interrupt_ends_with_130(folder):
+    (folder / "slow.py").write_text("import time\ndef judge(q, k):\n    print('in', flush=True)\n    time.sleep(60)\n")
+    words = "analyze --query-embeddings q.npy --corpus-embeddings c.npy --class-similarity slow:judge"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *sys.path])}
+    command = [sys.executable, "-m", "negmine", *words.split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        assert run.stdout.readline() == "in\n"
+        run.send_signal(signal.SIGINT)
+        assert run.wait(timeout=30) == 130
+        assert run.stderr.read().endswith("negmine: interrupted\n")
+
+
+def test_an_unread_output_ends_with_141(folder):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *sys.path])}
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "negmine", "doctor"], stdout=writer, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_progress_tells_what_is_left(capsys, monkeypatch):
+    assert progress.clock(7) == "0:07" and progress.clock(3723) == "1:02:03"
+    assert (
+        progress.line("x", 5, 20, "rows", 10.0) == "x [======                  ]  25 %  5 of 20 rows, 0:10, 0:30 left"
+    )
+    assert progress.line("x", 0, 0, "rows", 0.0).endswith("0 of 0 rows, 0:00")
+    now = iter([0.0, 1.0, 1.1, 3.0, 3.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    with progress.progress(3, True, "x", "rows") as advance:
+        for _ in range(3):
+            advance(1)
+    written = capsys.readouterr().err
+    assert "1 of 3 rows, 0:01, 0:02 left" in written and "2 of 3" not in written
+    assert written.count("3 of 3 rows, 0:03") == 2 and written.endswith("\n")
+    now = iter([0.0])
+    with progress.progress(3, False, "x", "rows"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_the_page_of_the_command_runs(tmp_path):
+    """Every sh block of docs/cli.md, in order, in an empty folder; python and negmine are this run's."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", (checkout.ROOT / "docs/cli.md").read_text(), re.M | re.S)
+    assert len(blocks) == 6
+    here = f'python() {{ "{sys.executable}" "$@"; }}\nnegmine() {{ python -m negmine "$@"; }}\nset -e\n'
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *sys.path])}
+    command = ["bash", "-c", here + "\n".join(blocks)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"mined.npz", "mined.jsonl", "train_hn.jsonl", "found.npz", "hardness.html"} <= set(os.listdir(tmp_path))
+    assert "recall 1.0000" in done.stdout and len((tmp_path / "train_hn.jsonl").read_text().splitlines()) == 50

@@ -1,0 +1,81 @@
+"""build_tools/gpu.py without a GPU: no phase costs another one its turn, time runs out for one alone, the code tells."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from build_tools import gpu
+
+FIRST = "import sys; print('was here', *sys.argv[1:]); "
+
+
+def say(code: str = "", *arguments: str) -> list[str]:
+    return [sys.executable, "-c", FIRST + code, *arguments]
+
+
+@pytest.fixture
+def phases(monkeypatch):
+    """Commands by phase, for a test to fill; those it does not name succeed."""
+    table = {}
+    monkeypatch.setattr(gpu, "card", lambda: "a card")
+    monkeypatch.setattr(gpu, "commands", lambda phase, out: table.get(phase, [say("", phase)]))
+    return table
+
+
+def test_a_phase_that_fails_loses_nothing_of_the_others(phases, tmp_path, capsys):
+    phases["test"] = [say("sys.exit(3)"), say("", "after a failure")]
+    phases["profile"] = [["no-such-profiler"]]
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    table = said.split("\n\n")[-1].splitlines()
+    assert [line.split()[0] for line in table] == list(gpu.SHARES)
+    assert table[1].endswith("FAILED: exit code 3") and table[3].endswith("FAILED: no-such-profiler is not installed")
+    assert all(line.endswith("done") for line in (table[0], table[2], table[4]))
+    assert "was here after a failure" in (tmp_path / "test.txt").read_text()
+    assert "was here sanitize" in (tmp_path / "sanitize.txt").read_text()
+
+
+def test_one_phase_alone_comes_after_the_build(phases, tmp_path):
+    assert gpu.main(["bench", "--out", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.txt")) == ["bench.txt", "build.txt"]
+
+
+def test_a_phase_without_end_is_ended_with_all_it_started(phases, tmp_path, capsys):
+    child = "import subprocess; subprocess.Popen(['sleep', '600']); import time; time.sleep(600)"
+    phases["build"] = [say(child)]
+    start = time.monotonic()
+    assert gpu.main(["build", "--out", str(tmp_path), "--minutes", "0.03"]) == 1
+    assert time.monotonic() - start < 30
+    assert "FAILED: ran out of time" in capsys.readouterr().out
+
+
+def test_what_is_asked_must_exist(phases, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["tests", "--out", str(tmp_path)])
+    assert "there is no phase tests; there are build, test, bench, profile, sanitize" in capsys.readouterr().err
+
+
+def test_without_a_gpu_it_says_so():
+    run = subprocess.run(
+        [sys.executable, "-m", "build_tools.gpu"], capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert run.returncode == 1 and "needs a GPU that torch" in run.stderr
+
+
+def test_every_command_names_what_exists(tmp_path):
+    """Their arguments are read by the parsers that a GPU machine would give them to."""
+    bench = gpu.commands("bench", tmp_path)
+    assert len(bench) == 4 and all("--case" in command for command in bench)
+    for command in [*bench, *gpu.commands("profile", tmp_path), *gpu.commands("test", tmp_path)]:
+        assert command[1] == "-m"
+        help_of = (
+            subprocess.run([*command[:3], "--help"], capture_output=True, text=True)
+            if "run_shards" not in command[2]
+            else None
+        )
+        assert help_of is None or all(flag in help_of.stdout for flag in command[3:] if flag.startswith("--"))
+    assert [command[2] for command in gpu.commands("sanitize", tmp_path)] == ["memcheck", "racecheck"]
+    assert gpu.settings("sanitize", tmp_path)["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+    assert "TRITON_CACHE_DIR" in gpu.settings("test", tmp_path)

@@ -1,0 +1,318 @@
+"""Published misprints and traps of public code, one test each: the wrong version written out differs, and ours is the right one.
+
+`right` is the formula in float64, `wrong` what the print or the code does; `told_apart` fails if ours were the wrong one.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import negmine
+from negmine import FalseNegatives, methods, recipes, reference
+from negmine.recipes import Kinds
+from negmine.synco import synco_vectors
+from tests.cases import unit
+from tests.conftest import device_of
+
+B, K, D = 6, 80, 6
+OUT = -torch.inf
+
+
+def told_apart(ours, right, wrong, least=1e-2):
+    """ours agrees with right in fp32's precision, and wrong is at least `least` away, of the largest entry."""
+    ours, right, wrong = (x.detach().double().cpu() for x in (ours, right, wrong))
+    torch.testing.assert_close(ours, right, rtol=2e-4, atol=2e-5)
+    assert (wrong - right).abs().max() > least * right.abs().max(), "the wrong version is not wrong here"
+
+
+@pytest.fixture
+def case(any_backend):
+    device = device_of(any_backend)
+    q, pos, keys = (unit(n, D, seed=i, device=device) for i, n in enumerate((B, B, K)))
+    pos = F.normalize(q + 0.6 * pos, dim=1)
+    return any_backend, q, pos, keys, (q.double() * pos.double()).sum(1), q.double() @ keys.double().T
+
+
+def rows_of(recipe, case, **given):
+    backend, q, pos, keys, *_ = case
+    options = recipe.at(0) | {"reduction": "none", "backend": backend}
+    if isinstance(recipe, negmine.InfoNCELoss):
+        return negmine.info_nce(q, pos, keys, **options, **given)
+    return recipe.method(q, pos, keys, **options, **given)
+
+
+def over(Ng, x_pos):
+    return torch.log1p(Ng / x_pos.exp())
+
+
+def test_debiased_floor_has_the_factor_N(case):
+    """The figure printed with HCL, and copies of it, floor the sum at e^(-1/T); the sum's floor is N e^(-1/T)."""
+    s_pos, s = case[4:]
+    T, tau = 0.2, 0.1  # every row is clamped
+    raw = ((s / T).exp().sum(1) - tau * K * (s_pos / T).exp()) / (1 - tau)
+    right, wrong = (over(raw.clamp_min(floor * math.exp(-1 / T)), s_pos / T) for floor in (K, 1))
+    told_apart(rows_of(recipes.debiased(tau, temperature=T), case), right, wrong)
+
+
+def hcl_parts(case, beta, T):
+    s_pos, s = (v / T for v in case[4:])
+    importance = (beta * s).exp()
+    return s_pos, s, (importance * s.exp()).sum(1) / importance.mean(1)
+
+
+def test_hcl_subtracts_the_positive_once(case):
+    """N tau pos belongs to the sum over negatives; inside that sum it is taken N times."""
+    tau, beta = 1e-3, 1.0
+    x_pos, _, R = hcl_parts(case, beta, 0.5)
+    floor = K * math.exp(-2.0)
+    right = over(((R - tau * K * x_pos.exp()) / (1 - tau)).clamp_min(floor), x_pos)
+    wrong = over(((R - tau * K * K * x_pos.exp()) / (1 - tau)).clamp_min(floor), x_pos)
+    told_apart(rows_of(recipes.hcl(beta, tau), case), right, wrong)
+
+
+def test_hcl_weight_is_an_exponential_over_its_own_mean(case):
+    """Printed: (beta neg) / mean(neg), a linear weight; the code's is exp(beta x) / mean exp(beta x)."""
+    x_pos, x, R = hcl_parts(case, 2.0, 0.5)
+    printed = (2.0 * x.exp() / x.exp().mean(1, keepdim=True) * x.exp()).sum(1)
+    told_apart(rows_of(recipes.hcl(2.0, 0.0), case), over(R, x_pos), over(printed, x_pos))
+
+
+def test_hcl_beta_multiplies_the_logit(case):
+    """The code's beta acts on s / T, not on the cosine."""
+    x_pos, x, R = hcl_parts(case, 1.0, 0.2)
+    raw = (case[5]).exp()
+    wrong = (raw * x.exp()).sum(1) / raw.mean(1)
+    told_apart(rows_of(recipes.hcl(1.0, 0.0, temperature=0.2), case), over(R, x_pos), over(wrong, x_pos))
+
+
+def test_hn_nce_is_hcl_without_a_prior(case):
+    """DiHT's negatives, N e^(beta x) / sum e^(beta x), are HCL's R; without the factor N they are not."""
+    x_pos, x, _ = hcl_parts(case, 0.5, 0.5)
+    share = (0.5 * x).softmax(1)
+    right, wrong = (over(n * (share * x.exp()).sum(1), x_pos) for n in (K, 1))
+    told_apart(rows_of(recipes.hcl(0.5, 0.0), case), right, wrong)
+
+
+def test_mochi_mixes_each_query_with_its_own_hard_set(case):
+    """A public port drops the row's offset, so that every query mixes query 0's hardest."""
+    backend, q, _, keys, _, s = case
+    mix = recipes.mochi(5, 40, 10).at(0)["mix"]
+    mixed = negmine.mix_negatives(q, keys, mix, backend=backend)
+    own = s.topk(5, dim=1).indices  # (B, 5)
+    for b in range(B):
+        parents = mixed.parents[b][mixed.parents[b] >= 0]
+        assert torch.isin(parents, own[b]).all()
+        assert b == 0 or not torch.isin(parents, own[0]).all()
+
+
+def test_mochi_query_has_the_smaller_share(case):
+    """m = c q + (1 - c) n with c below 0.5; a README swaps the two, which lets the query dominate."""
+    backend, q, _, keys, *_ = case
+    mixed = negmine.mix_negatives(q, keys, negmine.Mix(5, 0, 200), backend=backend)
+    n = keys[mixed.parents[:, :, 1]].double()  # (B, S, D)
+    c = mixed.coefficients.double()[:, :, None]
+    assert bool((c < 0.5).all()) and float(c.max()) > 0.45
+    right, wrong = (F.normalize(a * q.double()[:, None] + (1 - a) * n, dim=2) for a in (c, 1 - c))
+    told_apart(mixed.vectors, right, wrong)
+
+
+def test_decoupled_is_one_log_sum_exp(case):
+    """lightly adds a log-sum-exp for each half of the negatives; the paper has one over all."""
+    s_pos, s = (v / 0.1 for v in case[4:])
+    right = s.logsumexp(1) - s_pos
+    wrong = s[:, : K // 2].logsumexp(1) + s[:, K // 2 :].logsumexp(1) - s_pos
+    told_apart(rows_of(recipes.decoupled(), case), right, wrong)
+
+
+def test_info_nce_gradient_is_the_decoupled_one_times_one_less_p(case):
+    backend, q, pos, keys, s_pos, s = case
+    gradients = []
+    for recipe in (recipes.moco_v2(), recipes.decoupled(0.2)):
+        leaf = q.clone().requires_grad_()
+        (g,) = torch.autograd.grad(rows_of(recipe, (backend, leaf, pos, keys)).sum(), leaf)
+        gradients.append(g)
+    p = torch.cat([s_pos[:, None], s], 1).div(0.2).softmax(1)[:, :1]  # (B, 1)
+    told_apart(gradients[0], (1 - p) * gradients[1].double(), gradients[1])
+
+
+def test_a_masked_column_weighs_nothing_at_a_small_temperature(case):
+    """A public port masks by adding log(1e-45) = -103, which at T below 0.01 is less than the masked logit."""
+    s_pos, s = case[4:]
+    keep = torch.ones_like(s, dtype=torch.bool).scatter(1, s.topk(K // 2, dim=1).indices, False)
+    x = s / 0.005
+    right = x.masked_fill(~keep, OUT).logsumexp(1) - s_pos / 0.005
+    wrong = (x + (~keep) * math.log(1e-45)).logsumexp(1) - s_pos / 0.005
+    ours = rows_of(recipes.decoupled(0.005), case, negative_mask=keep)
+    told_apart(ours, right, wrong, least=1e-4)
+
+
+def detached_or_not(case, recipe, formula):
+    """Gradients with respect to the query: ours, of formula(detach) with detach, and of formula without."""
+    backend, q, pos, keys, *_ = case
+    found = []
+    leaf = q.clone().requires_grad_()
+    found.append(torch.autograd.grad(rows_of(recipe, (backend, leaf, pos, keys)).sum(), leaf)[0])
+    for held in (lambda t: t.detach(), lambda t: t):
+        leaf = q.double().requires_grad_()
+        rows = formula((leaf * pos.double()).sum(1), leaf @ keys.double().T, held)
+        found.append(torch.autograd.grad(rows.sum(), leaf)[0])
+    return found
+
+
+def test_decoupled_weights_carry_no_gradient(case):
+    """A public port lets the gradient through w = 2 - B softmax(s_pos / sigma)."""
+
+    def formula(s_pos, s, held):
+        w = 2 - B * held(s_pos / 0.5).softmax(0)
+        return (s / 0.1).logsumexp(1) - w * s_pos / 0.1
+
+    told_apart(*detached_or_not(case, recipes.decoupled_weighted(), formula))
+
+
+def test_decoupled_weights_are_of_the_batch(case):
+    """The softmax runs over the queries, not over a query's columns; and B multiplies it."""
+    s_pos, s = case[4:]
+    lse, x = (s / 0.1).logsumexp(1), s_pos / 0.1
+    right = lse - (2 - B * (s_pos / 0.5).softmax(0)) * x
+    told_apart(rows_of(recipes.decoupled_weighted(), case), right, lse - (2 - (s_pos / 0.5).softmax(0)) * x)
+
+
+def test_hardness_is_added_without_gradient(case):
+    def formula(s_pos, s, held):
+        return F.softplus((s / 0.1 + 9.0 * held(s)).logsumexp(1) - s_pos / 0.1)
+
+    told_apart(*detached_or_not(case, recipes.hardness_added(9.0, temperature=0.1), formula))
+
+
+def test_hardness_is_not_divided_by_the_temperature(case):
+    s_pos, s = case[4:]
+    right, wrong = (F.softplus((s / 0.1 + a * s).logsumexp(1) - s_pos / 0.1) for a in (9.0, 9.0 / 0.1))
+    told_apart(rows_of(recipes.hardness_added(9.0, temperature=0.1), case), right, wrong)
+
+
+def test_dual_temperature_weight_carries_no_gradient(case):
+    def formula(s_pos, s, held):
+        near, far = (F.softplus((s / T).logsumexp(1) - s_pos / T) for T in (0.1, 1.0))
+        return held((1 - (-far).exp()) / (1 - (-near).exp())) * near
+
+    told_apart(*detached_or_not(case, recipes.dual_temperature(), formula))
+
+
+def test_ifm_moves_scores_before_the_temperature(case):
+    s_pos, s = case[4:]
+    gap = s.div(0.2).logsumexp(1) - s_pos / 0.2
+    right, wrong = ((F.softplus(gap) + F.softplus(gap + m)) / 2 for m in (2 * 0.1 / 0.2, 2 * 0.1))
+    told_apart(rows_of(recipes.ifm(), case), right, wrong)
+
+
+def test_rince_lambda_is_inside_the_power(case):
+    s_pos, s = (v / 0.5 for v in case[4:])
+    both = s_pos.exp() + s.exp().sum(1)
+    right, wrong = (-(s_pos.exp() ** 0.5) / 0.5 + term / 0.5 for term in ((0.01 * both) ** 0.5, 0.01 * both**0.5))
+    told_apart(rows_of(recipes.rince(), case), right, wrong)
+
+
+def test_i_mix_has_the_batch_among_its_columns(case):
+    backend, q, pos, keys, _, s = case
+    share, partner = torch.full((B,), 0.7, device=q.device), torch.arange(B, device=q.device).roll(1)
+    x = torch.cat([q.double() @ pos.double().T, s], 1) / 0.2  # (B, B + K)
+    pull = 0.7 * x[range(B), range(B)] + 0.3 * x[range(B), partner.tolist()]
+    ours = methods.i_mix(q, pos, keys, share=share, partner=partner, reduction="none", backend=backend)
+    told_apart(ours, x.logsumexp(1) - pull, x[:, B:].logsumexp(1) - pull)
+
+
+def test_siglip_bias_has_the_sign_of_the_code(case):
+    """Printed: 1 / (1 + exp(z (-t s + b))), which is a logit of t s - b; the code's is t s + b."""
+    backend, q, pos, keys, s_pos, s = case
+    right, wrong = ((-(10 * s_pos + b)).exp().log1p() + (10 * s + b).exp().log1p().sum(1) for b in (-5.0, 5.0))
+    told_apart(negmine.siglip(q, pos, keys, bias=-5.0, reduction="none", backend=backend), right, wrong)
+
+
+def test_perc_pos_of_a_negative_positive(case):
+    """p s_pos lies above a positive whose score is below 0, so that harder negatives than the positive stay."""
+    backend, q, pos, keys, s_pos, s = case
+    far = (backend, q, -pos, keys, -s_pos, s)
+    assert bool((far[4] < 0).all())
+    x = s / 0.02
+    right, wrong = (
+        F.softplus(x.masked_fill(s > limit[:, None], OUT).logsumexp(1) - far[4] / 0.02).nan_to_num(nan=0.0)
+        for limit in (far[4] - far[4].abs() * 0.2, 0.8 * far[4])
+    )
+    told_apart(rows_of(recipes.perc_pos(0.8), far), right, wrong)
+
+
+def test_cancelled_negatives_are_never_masked_ones(case):
+    """With top_k above the number of candidates a masked entry could be taken for a false negative, and attract."""
+    backend, q, pos, keys, *_ = case
+    if backend not in ("reference", "cpu"):
+        pytest.skip(f"{backend}: the search for false negatives is the same code")
+    keep = torch.zeros(K, dtype=torch.bool, device=q.device)
+    keep[:4] = True
+    options = {"support": pos[:, None], "negative_mask": keep, "temperature": 0.1, "reduction": "none"}
+    attract = FalseNegatives(10, None, mode="attract")
+    got = negmine.info_nce(q, pos, keys, false_negatives=attract, **options)
+    only = negmine.info_nce(q, pos, keys[:4], false_negatives=attract, **(options | {"negative_mask": None}))
+    torch.testing.assert_close(got, only)
+
+
+def test_synco_switches_are_not_crossed(case):
+    """In the public code n4 = 0 switches kind 5 off and n5 = 0 kind 4."""
+    _, q, _, keys, *_ = case
+    index = reference.mine_hardest(q, keys, 20)[1]
+    graded = synco_vectors(q, keys, index, Kinds(20, 0, 0, 0, 0, 9, 0, delta=0.5), (0, 0, 0))
+    noised = synco_vectors(q, keys, index, Kinds(20, 0, 0, 0, 9, 0, 0, sigma=0.5), (0, 0, 0))
+    source = keys[index]  # (B, 20, D)
+
+    def along_query(h):
+        """The smallest part of h that leaves the plane of q and any of its possible sources."""
+        n = F.normalize(source + 0.5 * q[:, None], dim=2)  # (B, 20, D)
+        return torch.einsum("bsd,bkd->bsk", h, n).amax(2)
+
+    assert bool((along_query(graded) > 1 - 1e-5).all()) and not bool((along_query(noised) > 1 - 1e-5).any())
+
+
+def test_synco_steps_along_the_gradient(case):
+    """A stored version of the public code steps along noise of 1e-5 in the gradient's place: the negatives stay put."""
+    _, q, _, keys, *_ = case
+    index = reference.mine_hardest(q, keys, 1)[1]
+    n, delta, epsilon = keys[index[:, 0]].double(), 0.01, 1e-5
+    noise = torch.randn(B, D, dtype=torch.float64, device=q.device) * epsilon
+    slope = (2 * (q.double() * noise).sum(1) / (2 * epsilon))[:, None]
+    right = F.normalize(n + delta * q.double(), dim=1)
+    wrong = F.normalize(n + delta * slope * noise, dim=1)
+    ours = synco_vectors(q, keys, index, Kinds(1, 0, 0, 0, 0, 1, 0), (0, 0, 0))[:, 0]
+    told_apart(ours, right, wrong, least=1e-3)
+    assert (wrong - n).abs().max() < 1e-6
+
+
+def test_the_queue_starts_with_unit_rows():
+    """SynCo's public queue is (K, D) and normalised over K: its rows start at a norm of sqrt(D / K)."""
+    queue = negmine.MoCoQueue(dim=16, K=4096)
+    wrong = F.normalize(torch.randn(4096, 16), dim=0).norm(dim=1)
+    torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(4096))
+    assert wrong.mean() < 0.1
+
+
+def test_the_ring_is_of_the_queue_not_of_the_batch(case):
+    """A public Ball takes the batch size for the size of the bank; and a sort over the batch is not one per query."""
+    s_pos, s = (v / 0.07 for v in case[4:])
+    inside = s.sort(1, descending=True).values
+    right, wrong = (F.softplus(inside[:, int(0.05 * n) : int(0.5 * n)].logsumexp(1) - s_pos) for n in (K, B))
+    told_apart(rows_of(recipes.ring(0.5, 0.1), case), right, wrong)
+
+
+def test_sup_con_takes_the_maximum_over_its_own_columns(case):
+    """A row maximum that includes the sample itself makes every other exponential vanish at a small temperature."""
+    backend, _, _, keys, *_ = case
+    vectors, T = keys[:12], 0.002
+    labels, ids = torch.arange(12, device=keys.device) // 2, torch.arange(12, device=keys.device)
+    call = {"query_ids": ids, "key_ids": ids, "temperature": T, "reduction": "none", "backend": backend}
+    ours = negmine.sup_con(vectors, vectors, labels, labels, **call)
+    x = vectors.double() @ vectors.double().T / T
+    right = x.masked_fill(ids[:, None] == ids, OUT).logsumexp(1) - x[ids, ids ^ 1]
+    shifted = (x - x.amax(1, keepdim=True)).float().exp() * (ids[:, None] != ids)
+    wrong = shifted.sum(1).log().double() + x.amax(1) - x[ids, ids ^ 1]
+    torch.testing.assert_close(ours.double(), right, rtol=2e-4, atol=1e-3)
+    assert bool(wrong.isinf().any())

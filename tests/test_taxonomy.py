@@ -1,0 +1,48 @@
+"""The worked example's judge: hypernym depth and path similarity against searches over the tree, written out."""
+
+from collections import deque
+
+import numpy as np
+import torch
+
+from benchmarks.wordnet import Taxonomy
+
+# 0 root; 3 hangs below 1 and, by a longer way, below 2 -> 4; 7 has a tree of its own, 8 is alone.
+EDGES = [(1, 0), (2, 0), (3, 1), (4, 2), (3, 4), (5, 3), (6, 4), (7, 9)]
+SYNSETS = 10
+
+
+def reached(row: int) -> dict[int, int]:
+    """Every ancestor of a row, itself among them, with the fewest edges to it."""
+    found, queue = {row: 0}, deque([row])
+    while queue:
+        at = queue.popleft()
+        for child, parent in EDGES:
+            if child == at and parent not in found:
+                found[parent] = found[at] + 1
+                queue.append(parent)
+    return found
+
+
+def longest(row: int) -> int:
+    return max((longest(parent) + 1 for child, parent in EDGES if child == row), default=0)
+
+
+def test_every_pair_is_the_search():
+    tree = Taxonomy(torch.tensor(EDGES), SYNSETS)
+    first, second = (part.ravel() for part in np.meshgrid(np.arange(SYNSETS), np.arange(SYNSETS), indexing="ij"))
+    shuffled = np.random.default_rng(0).permutation(len(first))
+    depth, similarity = tree.compare(first[shuffled], second[shuffled])
+    for a, b, d, s in zip(first[shuffled], second[shuffled], depth, similarity, strict=True):
+        ours, theirs = reached(int(a)), reached(int(b))
+        common = ours.keys() & theirs.keys()
+        if not common:
+            assert np.isnan(d) and np.isnan(s)
+            continue
+        assert d == max(longest(row) for row in common)
+        assert s == 1 / (1 + min(ours[row] + theirs[row] for row in common))
+
+
+def test_no_pairs_are_no_answers():
+    none = np.empty(0, np.int64)
+    assert [len(part) for part in Taxonomy(torch.tensor(EDGES), SYNSETS).compare(none, none)] == [0, 0]
