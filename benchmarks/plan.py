@@ -110,8 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("machine", nargs="?", help="the CSV file's stem (default: the only one)")
     machine = parser.parse_args().machine
-    paths = [path for path in sorted(RESULTS.glob("*.csv")) if machine in (None, path.stem)]
-    found = [path for path in paths if path.stem != "recipes"]
+    found = [path for path in sorted(RESULTS.glob("*.csv")) if machine in (None, path.stem)]
     if len(found) != 1:
         raise SystemExit(f"name one of {', '.join(path.stem for path in found) or 'no results: run make bench first'}")
     PAGE.parent.mkdir(exist_ok=True)

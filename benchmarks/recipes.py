@@ -4,8 +4,8 @@
     python -m benchmarks.recipes --recipe ring synco --seeds 0    some of them
     python -m benchmarks.recipes --draw                           the picture and the table again, without training
 
-Appends to benchmarks/results/recipes.csv as each run ends, and skips runs whose (recipe, seed, steps) is already there, so that a
-run cut short goes on where it stopped. Leaves recipes.png and recipes.md beside it, drawn from the rows alone.
+Appends to benchmarks/results/recipes/wordnet.csv as each run ends, and skips runs whose (recipe, seed, steps) is already
+there, so that a run cut short goes on where it stopped. Leaves wordnet.png and wordnet.md beside it, drawn from the rows.
 """
 
 import argparse
@@ -46,6 +46,7 @@ def key_of(row: Row) -> tuple[str, int, int]:
 
 def append(path: Path, row: Row) -> None:
     fresh = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if fresh:
@@ -133,7 +134,7 @@ def main() -> None:
     parser.add_argument("--recipes", "--recipe", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--out", type=Path, default=RESULTS / "recipes.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / "recipes" / "wordnet.csv")
     parser.add_argument("--draw", action="store_true", help="train nothing")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

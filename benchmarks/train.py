@@ -28,9 +28,7 @@ K = 65_536
 B = 256
 MOMENTUM = 0.99
 LEARNING_RATE = 1e-3
-SIGLIP_BIAS = (
-    -18.0
-)  # at -10 the 65,536 negatives outweigh the positive a thousandfold, and the heads forget what they knew
+SIGLIP_BIAS = -18.0  # at -10 the negatives outweigh the positive a thousandfold, and the heads forget what they knew
 WARM_UP = 0.2  # of the steps, without synthetic negatives
 EVALUATION_BLOCK = 512
 
@@ -62,6 +60,9 @@ class Recipe:
     feed: str = ""
 
 
+UNSEEDED = ("sup_con", "ephn", "batch_hard")  # nothing in them is drawn
+
+
 def configured(title: str, name: str, **settings: Any) -> Recipe:
     """A recipe of negmine.recipes at the demo's temperature, its draws keyed by the run's seed."""
     parts = ("window", "parents", "feed")
@@ -70,7 +71,7 @@ def configured(title: str, name: str, **settings: Any) -> Recipe:
 
     def make(steps: int, seed: int) -> nn.Module:
         timed = {"warmup_steps": round(WARM_UP * steps)} if described.get("parents") else {}
-        keyed = {} if name == "sup_con" else {"seed": seed}
+        keyed = {} if name in UNSEEDED else {"seed": seed}
         return getattr(negmine.recipes, name)(**options, **timed, **keyed)
 
     return Recipe(title, make, **described)
@@ -114,6 +115,12 @@ RECIPES = IN_DEMO | {
     "false_negative_cancellation": configured(
         "false negatives above 0.9 cancelled", "false_negative_cancellation", threshold=0.9, feed="support"
     ),
+    "ephn": configured("EPHN: easy positive, hardest negative", "ephn", feed="labels"),
+    "batch_hard": configured("batch hard triplets, margin 0.2", "batch_hard", temperature=None, feed="labels"),
+    "multi_similarity": Recipe(
+        "multi-similarity", lambda steps, seed: negmine.recipes.multi_similarity(), feed="labels"
+    ),
+    "simans": configured("SimANS: 15 of 200 near the positive", "simans", a=100.0),
     "margin_pos": configured("score at most the positive's less 0.05", "margin_pos"),
     "perc_pos": configured("score at most 95 % of the positive's", "perc_pos"),
 }
