@@ -53,10 +53,12 @@ def test_masks_are_exact_on_integers(backend, kind):
 
 @pytest.mark.parametrize("kind", MASKS)
 def test_every_rank_has_its_place(backend, kind):
-    """More ranks than are worth a search each, of whole pools and of their ends: places, so ties come by their index."""
+    """More ranks than are worth a search each, of whole pools and of ends: places, so ties come by index; NaN has no rank."""
     find = next(row for row in backends.BACKENDS if row.name == backend).launchers["rank_thresholds"]
     for B, K, D, _, device, seed in each_shape(backend):
         q, keys = whole(B, D, device=device, seed=seed), whole(K, D, device=device, seed=seed + 1)
+        keys[K // 2] = torch.nan
+        keys[K // 3] = -keys[K // 2]  # a NaN whose bits sort below every number
         pool = check_pool("test", q, keys, **masks(kind, B, K, device))
         scores, index = reference.mine_hardest(q, keys, K + 2, usable(pool, q, keys))
         ranking = order.pack(scores, index).masked_fill(index < 0, order.NOWHERE)  # (B, K + 2)
