@@ -3,7 +3,6 @@
 // either way, so the grid may depend on the number of threads.
 #include "kernels/cpu/mine_hardest.h"
 
-#include <functional>
 #include <limits>
 #include <vector>
 
@@ -16,33 +15,6 @@ namespace {
 
 constexpr int64_t kLeastSplitRows = 4096;
 constexpr int64_t kPartialBytes = 8 << 20;  // most memory for the winners of splits
-
-int64_t ordered_score(int64_t order) { return order >> 32; }
-
-// Sorts keys (size), which come in the order of the queue, best first, and returns where: keys or spare (size). A radix
-// sort of the scores alone is stable, so ties stay in the order of the index.
-int64_t* sort_best_first(int64_t* keys, int64_t* spare, int64_t size) {
-  constexpr int64_t kShort = 64, kDigits = 256;
-  if (size < kShort) {
-    std::sort(keys, keys + size, std::greater<int64_t>());
-    return keys;
-  }
-  int64_t best = keys[0], worst = keys[0];
-  for (int64_t i = 1; i < size; ++i) {
-    best = std::max(best, keys[i]);
-    worst = std::min(worst, keys[i]);
-  }
-  const int64_t top = ordered_score(best), span = top - ordered_score(worst);
-  for (int shift = 0; span >> shift != 0; shift += 8) {
-    const auto digit = [&](int64_t key) { return (top - ordered_score(key)) >> shift & (kDigits - 1); };
-    int64_t place[kDigits + 1] = {};
-    for (int64_t i = 0; i < size; ++i) ++place[digit(keys[i]) + 1];
-    for (int64_t d = 1; d < kDigits; ++d) place[d] += place[d - 1];
-    for (int64_t i = 0; i < size; ++i) spare[place[digit(keys[i])]++] = keys[i];
-    std::swap(keys, spare);
-  }
-  return keys;
-}
 
 // The best N of keys (size), which come in the order of the queue, into row b of the outputs. spare (N).
 void write_row(const MineHardestParams& p, int64_t b, int64_t* keys, int64_t size, int64_t* spare) {
