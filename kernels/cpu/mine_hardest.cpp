@@ -42,7 +42,9 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
   const int64_t most = std::min(p.K / std::max(kLeastSplitRows, 4 * p.N), kPartialBytes / (p.B * p.N * 8));
   const int64_t splits = std::max<int64_t>(1, std::min(wanted, most));
   const int64_t split_rows = ceil_div(p.K, splits);
-  const bool sampled = worth_sampling(split_rows - splits) && p.N <= split_rows / 8;
+  // A sample costs products and saves handling of keys: of few keys there is little to save.
+  const int64_t row_bytes = p.D * (p.negative_keys.dtype == Dtype::kFloat32 ? 4 : 2);
+  const bool sampled = worth_sampling(split_rows - splits) && p.N >= row_bytes / 2 && p.N <= split_rows / 8;
   const int64_t capacity = sampled ? capacity_between(0, p.N - 1, split_rows) : capacity_for(p.N, split_rows);
   const std::vector<int64_t> first(kLanes, 0), last(kLanes, p.N - 1);
   const auto partials = make_buffer<int64_t>(splits > 1 ? p.B * splits * p.N : 0);  // (B, splits, N)
