@@ -30,6 +30,8 @@ CALLS = {
     "mine_hardest": lambda q: negmine.mine_hardest(q, keys, 1024, backend="cpu"),
     "rank_thresholds": lambda q: negmine.rank_thresholds(q, keys, [65, 3276, K // 2], backend="cpu"),
     "triplet_loss": lambda q: negmine.triplet_loss(q, keys, labels[:len(q)], labels, backend="cpu").backward(),
+    "distance_weighted": lambda q: negmine.triplet_loss(
+        q, keys, labels[:len(q)], labels, negative="distance_weighted", backend="cpu").backward(),
     "multi_similarity": lambda q: negmine.multi_similarity(q, keys, labels[:len(q)], labels, backend="cpu").backward(),
     "dense": lambda q: loss(q, backend="reference").backward(),
 }
@@ -50,7 +52,7 @@ run(call, q)
 print(json.dumps(status("VmHWM") - before))
 """
 OPS = ["info_nce", "info_nce, window", "info_nce, easiest 95 %", "info_nce, MoCHi", "mine_hardest", "rank_thresholds"]
-OPS += ["triplet_loss", "multi_similarity"]
+OPS += ["triplet_loss", "distance_weighted", "multi_similarity"]
 
 
 def peak_mb(call: str) -> float:
