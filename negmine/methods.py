@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from negmine import checks, philox
+from negmine import checks, philox, reference
 from negmine.logsumexp import pooled
 from negmine.mining import score_of_positive, working
 from negmine.options import is_real
+from negmine.pool import Pool
 from negmine.stepped import Stepped, at_step
 
-POOL = ("negative_mask", "query_ids", "negative_ids", "query_labels", "negative_labels")
+POOL = Pool._fields[:5]  # the masks
 DRAW = ("seed", "step", "row_offset")
 
 
@@ -64,9 +65,7 @@ def reduced(op: str, rows: Tensor, x: Logits, reduction: str) -> Tensor:
     """rows (B,), 0 where there is no negative, under the reduction."""
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     rows = torch.where(x.some, rows, 0.0 * x.positive)  # NaN in a row stays in that row
-    if reduction == "none":
-        return rows
-    return rows.sum() if reduction == "sum" else rows.sum() / max(len(rows), 1)
+    return reference.reduced(rows, reduction)
 
 
 def _require_number(op: str, name: str, value: Any, wanted: str, good: Callable[[float], bool]) -> None:

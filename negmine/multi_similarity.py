@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from negmine import backends, checks, reference_triplets
+from negmine import backends, checks, reference, reference_triplets
 from negmine.logsumexp import LogSumExp
 from negmine.mining import for_kernels, working
 from negmine.options import is_real
@@ -82,9 +82,7 @@ def multi_similarity(
         rows, *counts = reference_triplets.multi_similarity(working(query), frozen, same, other, **constants)
     else:
         rows, *counts = _fused(ops, query, keys, pool, **constants)
-    loss = rows
-    if reduction != "none":
-        loss = rows.sum() if reduction == "sum" else rows.sum() / max(len(rows), 1)
+    loss = reference.reduced(rows, reduction)
     empty = (counts[0] + counts[1] == 0).sum()
     return (loss, MultiSimilarityStats(counts[0], counts[1], empty)) if return_stats else loss
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from negmine import checks, reference_methods
+from negmine import checks, reference, reference_methods
 from negmine.derivatives import first_only
 from negmine.logsumexp import columns, frozen
 from negmine.mining import for_kernels, score_of_positive, working
@@ -160,9 +160,7 @@ def siglip(
     draw = (seed, step, row_offset)
     total = _pooled(op, query, negative_keys, scale, bias, positive_key, select, masks, draw, backend)  # (B,)
     rows = total - F.logsigmoid(scale * score_of_positive(query, positive_key) + bias)
-    if reduction == "none":
-        return rows
-    return rows.sum() if reduction == "sum" else rows.sum() / max(len(rows), 1)
+    return reference.reduced(rows, reduction)
 
 
 class SigLIPLoss(Stepped):

@@ -143,7 +143,7 @@ class SimANSLoss(Stepped):
         q = working(query)
         drawn = rows_at(negative_keys, index, q.dtype)  # (B, n, D)
         rows, _ = reference.info_nce(q, working(positive_key), drawn, temperature=self.temperature, usable=index >= 0)
-        return rows if self.fixed["reduction"] == "none" else getattr(rows, self.fixed["reduction"])()
+        return reference.reduced(rows, self.fixed["reduction"])
 
 
 def _gaussian(gap: Tensor, a: float, b: float) -> Tensor:
