@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from negmine import backends, checks, reference, reference_triplets
-from negmine.logsumexp import LogSumExp
+from negmine.logsumexp import LogSumExp, frozen
 from negmine.mining import for_kernels, working
 from negmine.options import is_real
 from negmine.pool import Pool
@@ -77,9 +77,8 @@ def multi_similarity(
     constants = {"alpha": float(alpha), "beta": float(beta), "base": float(base), "epsilon": float(epsilon)}
     if ops is None:
         same, other = label_masks(pool, query, keys)
-        # A copy, so that frozen keys may be overwritten; rows that no query sees may hold anything, NaN included.
-        frozen = torch.where((same | other).any(0)[:, None], working(keys), 0.0)
-        rows, *counts = reference_triplets.multi_similarity(working(query), frozen, same, other, **constants)
+        saved = frozen(keys, same | other)
+        rows, *counts = reference_triplets.multi_similarity(working(query), saved, same, other, **constants)
     else:
         rows, *counts = _fused(ops, query, keys, pool, **constants)
     loss = reference.reduced(rows, reduction)
@@ -98,10 +97,10 @@ def _fused(
     epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and counts (B,) from the kernels `ops`; meaning as reference_triplets.multi_similarity."""
-    same, q, frozen = others._replace(same_label=True), for_kernels(query), for_kernels(keys)
+    same, q, held = others._replace(same_label=True), for_kernels(query), for_kernels(keys)
     with torch.no_grad():
-        highest = ops.mine_hardest(q, frozen, 1, *others)[0][:, 0]  # (B,) of the negatives
-        lowest = -ops.mine_hardest(-q, frozen, 1, *same)[0][:, 0]  # (B,) of the positives, +inf where there is none
+        highest = ops.mine_hardest(q, held, 1, *others)[0][:, 0]  # (B,) of the negatives
+        lowest = -ops.mine_hardest(-q, held, 1, *same)[0][:, 0]  # (B,) of the positives, +inf where there is none
         # Bounds of the scores of -query: s < highest + epsilon is -s > -(highest + epsilon).
         positives = between(same, highest, lower=above(-(highest + epsilon)))
         negatives = between(others, lowest, lower=above(lowest - epsilon))

@@ -118,7 +118,9 @@ def _pooled(
     kernels = ("softplus_sum", "softplus_sum_grad_keys")
     ops, pool, dense = columns(op, kernels, query, negative_keys, positive_key, select, masks, draw, backend)
     if ops is None:
-        return reference_methods.softplus_sum(working(query), frozen(negative_keys), scale, bias, **dense)
+        return reference_methods.softplus_sum(
+            working(query), frozen(negative_keys, dense["usable"]), scale, bias, **dense
+        )
     return SoftplusSum.apply(query, negative_keys, _as_tensor(scale, query), _as_tensor(bias, query), ops, *pool)
 
 
