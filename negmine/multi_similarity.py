@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from negmine import backends, checks, reference, reference_triplets
 from negmine.logsumexp import LogSumExp, frozen
 from negmine.mining import for_kernels, working
-from negmine.options import is_real
 from negmine.pool import Pool
 from negmine.triplets import above, between, label_masks, label_pool
 
@@ -28,11 +27,9 @@ class MultiSimilarityStats(NamedTuple):
 
 def _check_numbers(op: str, alpha: Any, beta: Any, base: Any, epsilon: Any) -> None:
     for name, value in (("alpha", alpha), ("beta", beta)):
-        if not is_real(value) or value <= 0:
-            raise checks.refuse(op, name, "a number above 0", value)
+        checks.require_number(op, name, value, above=0)
     for name, value in (("base", base), ("epsilon", epsilon)):
-        if not is_real(value):
-            raise checks.refuse(op, name, "a finite number", value)
+        checks.require_number(op, name, value)
 
 
 def multi_similarity(

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from negmine import checks, philox, reference
 from negmine.mining import mine_hardest, score_of_positive, working
 from negmine.multi_similarity import MultiSimilarityLoss
-from negmine.options import is_real
 from negmine.reference_triplets import rows_at
 from negmine.stepped import Stepped
 from negmine.triplet_loss import TripletLoss
@@ -185,10 +184,8 @@ def simans(
         raise checks.refuse(op, "candidates", f"at least num_negatives={num_negatives}", candidates)
     checks.require_choice(op, "kernel", kernel, ("gaussian", "laplace"))
     for name, value in (("a", a), ("tau", tau)):
-        if not is_real(value) or value < 0:
-            raise checks.refuse(op, name, "a number of 0 or more", value)
-    if not is_real(b):
-        raise checks.refuse(op, "b", "a finite number", b)
+        checks.require_number(op, name, value, least=0)
+    checks.require_number(op, "b", b)
     checks.require_temperature(op, temperature)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_draw(op, seed, 0, 0)
