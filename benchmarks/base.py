@@ -4,13 +4,15 @@ A process each, since two builds of one package cannot share one. Turns alternat
 both; the ratio is of the medians over the turns, and the spread between turns stands beside it.
 """
 
-import csv
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+
+from benchmarks.measure import OURS
+from benchmarks.rows import read
 
 ROOT = Path(__file__).resolve().parents[1]
 TURNS = 3
@@ -27,10 +29,9 @@ def command_of(arguments: list[str], results: Path) -> list[str]:
 def medians(results: Path) -> dict[Key, float]:
     rows: dict[Key, float] = {}
     for path in results.glob("*.csv"):
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if row["variant"].startswith("negmine"):
-                    rows[row["case"], row["op"], row["variant"], row["threads"]] = float(row["median_ms"])
+        for row in read(path):
+            if row["variant"].startswith(OURS):
+                rows[row["case"], row["op"], row["variant"], row["threads"]] = float(row["median_ms"])
     return rows
 
 

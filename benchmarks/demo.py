@@ -22,7 +22,7 @@ from benchmarks.cases import QUEUE_OPS, Inputs
 from benchmarks.hardness import Kin, measure_hardness
 from benchmarks.measure import Measured, measure
 from benchmarks.peers import OPS
-from benchmarks.run import machine_name
+from benchmarks.rows import machine_name
 from benchmarks.train import IN_DEMO, RECIPES, TEMPERATURE, B, Head, K, Run, evaluate, new_heads, queue_rows, train
 
 EVALUATIONS = 4

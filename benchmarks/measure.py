@@ -18,8 +18,8 @@ from benchmarks.peers import OPS, PLAIN_TOLERANCE, TOLERANCE, Answer, disagreeme
 from benchmarks.timing import Timing, interleave, peak_extra_bytes, product_rate
 
 Variants = dict[str, Callable[[Inputs], Answer]]
-OURS = "negmine"
-PLAIN = ("eager", "eager fp32", "torch.compile")
+OURS, EAGER = "negmine", "eager"
+PLAIN = (EAGER, "eager fp32", "torch.compile")
 
 
 class Disagreement(Exception):
@@ -71,7 +71,7 @@ def variants_of(
         f"{OURS}[{backend}]" if backend else OURS: partial(op.fused, backend=backend) for backend in backends
     }
     variants |= {f"{OURS} ({isa})": with_isa(op.fused, isa) for isa in isas}
-    variants["eager"] = op.eager
+    variants[EAGER] = op.eager
     if inputs.keys.dtype != torch.float32 and not inputs.keys.is_cuda:
         longer = in_float32(inputs)
         variants["eager fp32"] = lambda _: op.eager(longer)

@@ -12,7 +12,6 @@ The searches (exact, flat_ip) return the 54 hardest rows of each query, which is
 """
 
 import argparse
-import csv
 import datetime
 import json
 import os
@@ -28,7 +27,7 @@ import torch
 
 import negmine
 from benchmarks import wordnet
-from benchmarks.run import RESULTS, commit, machine_name
+from benchmarks.rows import RESULTS, append, commit, machine_name
 from negmine import NegativeIndex, Select
 from negmine.adapters.sentence_transformers import mine_hard_negatives as adapted
 
@@ -154,7 +153,6 @@ def main() -> None:
     stamp = {"date": datetime.datetime.now().isoformat(timespec="seconds"), "commit": commit()}
     stamp |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     path = args.results / f"{machine_name('cpu')}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
     options = [f"--data={args.data}"] * (args.data is not None) + [f"--queries={args.queries}"] * (
         args.queries is not None
     )
@@ -165,12 +163,7 @@ def main() -> None:
             row = stamp | {"variant": variant} | json.loads(run.stdout.splitlines()[-1])
             print(f"{VARIANTS[variant][0]:<50}{row['wall_s']:>8} s{row['cpu_s']:>8} CPU s{row['peak_extra_mib']:>7} MiB"
                   f"{row['given_up']:>8} given up")  # fmt: skip
-            new = not path.exists()
-            with open(path, "a", newline="") as file:
-                writer = csv.DictWriter(file, list(row))
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            append(path, list(row), [row])
 
 
 if __name__ == "__main__":

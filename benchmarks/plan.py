@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.cases import SWEEP
-from benchmarks.plot import OURS, Row, newest
-from benchmarks.run import RESULTS
+from benchmarks.measure import OURS
+from benchmarks.plot import newest
+from benchmarks.rows import RESULTS, Row
 
 PAGE = RESULTS.parents[1] / "docs" / "planning.md"
 FORETELLS = 65536  # the K whose rate is tried on the longer queues

@@ -8,7 +8,6 @@ Of equal (case, op, variant, threads) the newest row counts; whiskers are the 20
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import matplotlib
@@ -18,23 +17,22 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from benchmarks import rows as files
 from benchmarks.cases import SWEEPS
-from benchmarks.run import COLUMNS, RESULTS
+from benchmarks.measure import EAGER, OURS
+from benchmarks.rows import RESULTS, Row
+from benchmarks.run import COLUMNS
 
 COLOURS = ["#1b6ca8", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#8a8d91", "#4a4e69", "#b08968", "#2a9d8f"]
-OURS, PLAIN = "negmine", "eager"
 README = RESULTS.parents[1] / "README.md"
 BEGIN, END = "<!-- made by `make plots` from benchmarks/results -->", "<!-- end -->"
-Row = dict[str, str]
 
 
 def newest(path: Path) -> list[Row]:
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        rows = {(row["case"], row["op"], row["variant"], row["threads"]): row for row in reader}
-    if set(reader.fieldnames or ()) != set(COLUMNS):
+    rows = files.newest(path, "case", "op", "variant", "threads")
+    if any(set(row) != set(COLUMNS) for row in rows[:1]):
         raise SystemExit(f"{path}: the header is not benchmarks.run's: measure anew into a new file")
-    return list(rows.values())
+    return rows
 
 
 def is_swept(row: Row) -> bool:
@@ -173,14 +171,14 @@ def table(path: Path) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (case, op, variant), ours in found.items():
-        plain = found.get((case, op, PLAIN))
+        plain = found.get((case, op, EAGER))
         if variant != OURS or plain is None:
             continue
         took = float(ours["median_ms"])
         others = [
             f"{row['variant']} {float(row['median_ms']) / took:.2g}"
             for row in rows
-            if (row["case"], row["op"]) == (case, op) and row["variant"] not in (OURS, PLAIN)
+            if (row["case"], row["op"]) == (case, op) and row["variant"] not in (OURS, EAGER)
         ]
         shape = f"{ours['B']}, {int(ours['K']):,}, {ours['D']} {ours['dtype']}"
         lines.append(

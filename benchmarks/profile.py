@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import CASES, make_inputs
+from benchmarks.measure import OURS
 from benchmarks.peers import OPS
-from benchmarks.run import RESULTS, machine_name
+from benchmarks.rows import RESULTS, Row, machine_name, read
 
 SECTIONS = [
     "SpeedOfLight", "LaunchStats", "Occupancy", "SchedulerStats", "WarpStateStats", "InstructionStats",
@@ -24,11 +25,9 @@ SECTIONS = [
 DURATION = "gpu__time_duration.sum"
 
 
-def worst(rows: list[dict[str, str]]) -> tuple[str, str]:
+def worst(rows: list[Row]) -> tuple[str, str]:
     """(case, op) of negmine's newest rows that is the most times its floor."""
-    newest = {
-        (row["case"], row["op"]): row for row in rows if row["variant"].startswith("negmine") and row["rate_floor_ms"]
-    }
+    newest = {(row["case"], row["op"]): row for row in rows if row["variant"].startswith(OURS) and row["rate_floor_ms"]}
     if not newest:
         raise SystemExit("there are no rows of this GPU to choose from: run the benchmarks, or name --case and --op")
     return max(newest, key=lambda key: float(newest[key]["median_ms"]) / float(newest[key]["rate_floor_ms"]))
@@ -82,12 +81,7 @@ def main() -> None:
     if (args.case is None) != (args.op is None):
         parser.error("--case and --op go together")
     if args.case is None:
-        path = RESULTS / f"{machine_name('cuda')}.csv"
-        rows = []
-        if path.exists():
-            with path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
-        args.case, args.op = worst(rows)
+        args.case, args.op = worst(read(RESULTS / f"{machine_name('cuda')}.csv"))
     if args.once:
         call_once(args.case, args.op)
         return

@@ -9,49 +9,26 @@ there, so that a run cut short goes on where it stopped. Leaves wordnet.png and 
 """
 
 import argparse
-import csv
 import datetime
 import statistics
 from pathlib import Path
 
-import matplotlib
 import torch
 
 import negmine
 from benchmarks import wordnet
-from benchmarks.run import RESULTS, commit, machine_name
+from benchmarks.figures import AFTER, BEFORE, plt, save
+from benchmarks.rows import RESULTS, Row, append, commit, machine_name, newest
 from benchmarks.train import RECIPES, Metrics, evaluate, new_heads, train
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 METRICS = {"recall_1": "recall@1", "recall_10": "recall@10", "mrr": "MRR"}
-COLUMNS = ["recipe", "seed", "steps", *METRICS, "ms_per_step", "negmine", "commit", "torch", "machine", "date"]
+KEY = ("recipe", "seed", "steps")
+COLUMNS = [*KEY, *METRICS, "ms_per_step", "negmine", "commit", "torch", "machine", "date"]
 START = "before training"
-ACCENT, SPREAD = "#1b6ca8", "#a9b4c2"
-Row = dict[str, str]
-
-
-def read(path: Path) -> list[Row]:
-    """The rows so far; of equal (recipe, seed, steps) the newest."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list({key_of(row): row for row in csv.DictReader(file)}.values())
 
 
 def key_of(row: Row) -> tuple[str, int, int]:
     return row["recipe"], int(row["seed"]), int(row["steps"])
-
-
-def append(path: Path, row: Row) -> None:
-    fresh = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def row_of(name: str, seed: int, steps: int, metrics: Metrics, ms_per_step: float, device: str) -> Row:
@@ -72,17 +49,17 @@ def row_of(name: str, seed: int, steps: int, metrics: Metrics, ms_per_step: floa
 def run_missing(task: wordnet.Task, names: list[str], seeds: list[int], steps: int, path: Path) -> None:
     """Every (recipe, seed) that has no row of this many steps yet."""
     device = task.corpus.device.type
-    done = {key_of(row) for row in read(path)}
+    done = {key_of(row) for row in newest(path, *KEY)}
     for seed in seeds:
         missing = [name for name in names if (name, seed, steps) not in done]
         if not missing:
             continue
         before = evaluate(*new_heads(task.corpus.shape[1], seed, task.corpus.device), task)
         if (START, seed, 0) not in done:
-            append(path, row_of(START, seed, 0, before, 0.0, device))
+            append(path, COLUMNS, [row_of(START, seed, 0, before, 0.0, device)])
         for name in missing:
             run = train(name, task, steps, seed, [steps], before)
-            append(path, row_of(name, seed, steps, run.curve[-1][1], run.ms_per_step, device))
+            append(path, COLUMNS, [row_of(name, seed, steps, run.curve[-1][1], run.ms_per_step, device)])
 
 
 def summary(rows: list[Row], steps: int) -> list[tuple[str, dict[str, list[float]]]]:
@@ -100,19 +77,17 @@ def draw(rows: list[Row], steps: int, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8.5, 1.2 + 0.27 * len(ranking)), layout="constrained")
     for place, (_, values) in enumerate(reversed(ranking)):
         seeds = values["mrr"]
-        axes.plot([min(seeds), max(seeds)], [place, place], color=SPREAD, linewidth=5, solid_capstyle="round")
-        axes.plot(seeds, [place] * len(seeds), "o", markersize=3, color=ACCENT, alpha=0.6)
-        axes.plot(statistics.mean(seeds), place, "o", markersize=7, color=ACCENT)
+        axes.plot([min(seeds), max(seeds)], [place, place], color=BEFORE, linewidth=5, solid_capstyle="round")
+        axes.plot(seeds, [place] * len(seeds), "o", markersize=3, color=AFTER, alpha=0.6)
+        axes.plot(statistics.mean(seeds), place, "o", markersize=7, color=AFTER)
     if start:
         axes.axvline(statistics.mean(start), color="black", linewidth=0.8, linestyle=":", label=START)
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(loc="lower right")
     axes.set_yticks(range(len(ranking)), [RECIPES[name].title for name, _ in reversed(ranking)])
     count = max((len(values["mrr"]) for _, values in ranking), default=0)
     axes.set_xlabel(f"held-out MRR after {steps} steps; small dots are seeds (at most {count}), bars their range")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.25)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def table(rows: list[Row], steps: int) -> str:
@@ -142,7 +117,7 @@ def main() -> None:
         parser.error(f"--steps must be 2 or more, got {args.steps}")
     if not args.draw:
         run_missing(wordnet.load().to(args.device), args.recipes, args.seeds, args.steps, args.out)
-    rows = read(args.out)
+    rows = newest(args.out, *KEY)
     text = table(rows, args.steps)
     draw(rows, args.steps, args.out.with_suffix(".png"))
     args.out.with_suffix(".md").write_text(text)

@@ -5,7 +5,6 @@ whole corpus before and after training, marked where they may be no negatives at
 """
 
 import base64
-import csv
 import html
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ import negmine
 from benchmarks.hardness import Kin
 from benchmarks.measure import Measured
 from benchmarks.peers import OPS
+from benchmarks.rows import Row
+from benchmarks.rows import write as write_rows
 from benchmarks.train import RECIPES, Head, Metrics, Run
 from benchmarks.wordnet import Task, Texts
 
@@ -57,8 +58,8 @@ def mine(query_head: Head, key_head: Head, task: Task, chosen: torch.Tensor) -> 
     ]
 
 
-def result_rows(runs: list[Run]) -> list[dict[str, str]]:
-    def row(name: str, title: str, steps: int, reached: Metrics, ms_per_step: str) -> dict[str, str]:
+def result_rows(runs: list[Run]) -> list[Row]:
+    def row(name: str, title: str, steps: int, reached: Metrics, ms_per_step: str) -> Row:
         return {
             "recipe": name,
             "negatives": title,
@@ -73,7 +74,7 @@ def result_rows(runs: list[Run]) -> list[dict[str, str]]:
     return rows + [row(run.name, RECIPES[run.name].title, *run.curve[-1], f"{run.ms_per_step:.0f}") for run in runs]
 
 
-def time_rows(measured: dict[str, list[Measured]]) -> list[dict[str, str]]:
+def time_rows(measured: dict[str, list[Measured]]) -> list[Row]:
     rows = []
     for name, (fused, eager) in measured.items():
         rows.append(
@@ -90,19 +91,12 @@ def time_rows(measured: dict[str, list[Measured]]) -> list[dict[str, str]]:
     return rows
 
 
-def write_csv(rows: list[dict[str, str]], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def markdown(rows: list[dict[str, str]]) -> str:
+def markdown(rows: list[Row]) -> str:
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def html_table(rows: list[dict[str, str]], best: tuple[str, ...] = ()) -> str:
+def html_table(rows: list[Row], best: tuple[str, ...] = ()) -> str:
     """best: columns whose largest value is set in bold."""
     largest = {name: max(float(row[name]) for row in rows) for name in best}
     head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
@@ -162,8 +156,8 @@ def write(
 ) -> Path:
     """Write every output into `out`, where the pictures already are; returns the path of the page."""
     results, times = result_rows(runs), time_rows(measured)
-    write_csv(results, out / "results.csv")
-    write_csv(times, out / "step_time.csv")
+    write_rows(out / "results.csv", list(results[0]), results)
+    write_rows(out / "step_time.csv", list(times[0]), times)
     (out / "results.md").write_text(f"{conditions}\n\n{markdown(results)}\n\n{markdown(times)}\n")
 
     generator = torch.Generator().manual_seed(seed)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import negmine
 from benchmarks import wordnet
-from benchmarks.train import LEARNING_RATE, MOMENTUM, TEMPERATURE, B, Metrics, evaluate, new_heads
+from benchmarks.train import TEMPERATURE, B, Metrics, evaluate, follow, new_heads, optimizer_of
 from negmine import MiningResult, Select
 
 MINED = 8  # negatives a query
@@ -29,9 +29,7 @@ class Trainer:
     def __init__(self, task: wordnet.Task, queries: Tensor, steps: int, rounds: int, refresh: bool, seed: int) -> None:
         self.task, self.queries, self.steps, self.refresh = task, queries, steps, refresh
         self.query_head, self.key_head = new_heads(task.corpus.shape[1], seed, task.corpus.device)
-        self.optimizer = torch.optim.AdamW(self.query_head.parameters(), LEARNING_RATE, weight_decay=1e-4)
-        schedule = torch.optim.lr_scheduler.OneCycleLR
-        self.schedule = schedule(self.optimizer, LEARNING_RATE, total_steps=steps * rounds)
+        self.optimizer, self.schedule = optimizer_of([*self.query_head.parameters()], steps * rounds)
         self.generator = torch.Generator().manual_seed(seed)
         self.first: tuple[Tensor, Tensor] | None = None
 
@@ -54,8 +52,7 @@ class Trainer:
             mined = negatives[batch].flatten()
             rows = torch.cat([answers, mined[mined >= 0]]).unique()  # (K,)
             with torch.no_grad():
-                for slow, fast in zip(self.key_head.parameters(), self.query_head.parameters(), strict=True):
-                    slow.lerp_(fast, 1 - MOMENTUM)
+                follow(self.key_head, self.query_head)
                 keys, positive = self.key_head(task.corpus[rows]), self.key_head(task.corpus[answers])
             query = self.query_head(task.queries[self.queries[batch]])
             tags = {"query_ids": answers, "negative_ids": rows}

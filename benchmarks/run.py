@@ -13,11 +13,9 @@ comes last.
 """
 
 import argparse
-import csv
 import datetime
 import itertools
 import os
-import re
 import subprocess
 import sys
 import traceback
@@ -28,10 +26,10 @@ import torch
 
 from benchmarks import libraries
 from benchmarks.cases import CASES, ON_CPU, ON_GPU, QUICK, SWEEPS, Case, Inputs, make_inputs, sweep
-from benchmarks.measure import Disagreement, measure
+from benchmarks.measure import OURS, Disagreement, measure
 from benchmarks.peers import OPS
+from benchmarks.rows import RESULTS, append, commit, machine_name
 
-RESULTS = Path(__file__).resolve().parent / "results"
 TESTS = ["tests/test_kernels.py", "tests/test_rules.py"]
 COLUMNS = [
     "date",
@@ -61,24 +59,6 @@ COLUMNS = [
     "rate_floor_ms",
     "peak_share",
 ]
-
-
-def machine_name(device: str) -> str:
-    """The GPU's name, or the CPU's model, as a file name."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        name = found[1] if found else "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def commit() -> str:
-    """The commit of the working tree, with "-dirty" where it has changes."""
-    shown = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, cwd=RESULTS.parent
-    )
-    return shown.stdout.strip() or "none"
 
 
 def tests_pass(device: str) -> bool:
@@ -143,29 +123,12 @@ def rows_of(name: str, case: Case, inputs: Inputs, args: argparse.Namespace) -> 
     ]
 
 
-def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    """Adds rows to a file, whose older rows stay and are given the columns that have come since."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    old: list[dict[str, object]] = []
-    mode = "a" if path.exists() else "w"
-    if mode == "a":
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != COLUMNS:
-                old, mode = list(reader), "w"
-    with path.open(mode, newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        if mode == "w":
-            writer.writeheader()
-        writer.writerows(old + rows)
-
-
 def summary(rows: list[dict[str, object]]) -> list[str]:
     """One line a case and op: negmine over its floor, and over the best of the other ways."""
     lines = [f"{'case':<16}{'op':<16}{'negmine ms':>11}{'/ floor':>9}{'next best':>26}{'faster':>8}{'memory':>9}"]
     for case, name in dict.fromkeys((row["case"], row["op"]) for row in rows):
         own = [row for row in rows if (row["case"], row["op"]) == (case, name)]
-        ours = [row for row in own if str(row["variant"]).startswith("negmine")]
+        ours = [row for row in own if str(row["variant"]).startswith(OURS)]
         others = [row for row in own if row not in ours]
         if not ours:
             continue
@@ -243,7 +206,7 @@ def main() -> int:
                 print(f"FAILED   {case.name}: {name}")
                 traceback.print_exc()
                 rows = []
-            append_rows(args.results / f"{machine}.csv", [stamp | row for row in rows])
+            append(args.results / f"{machine}.csv", COLUMNS, [stamp | row for row in rows])
             measured += rows
             for row in rows:
                 print(

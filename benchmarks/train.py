@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 import negmine
@@ -175,6 +176,19 @@ def new_heads(dim: int, seed: int, device: torch.device) -> tuple[Head, Head]:
     return query_head, key_head.requires_grad_(False)
 
 
+def optimizer_of(learned: list[nn.Parameter], steps: int) -> tuple[torch.optim.AdamW, OneCycleLR]:
+    """The optimiser, and its rate over so many steps."""
+    optimizer = torch.optim.AdamW(learned, LEARNING_RATE, weight_decay=1e-4)
+    return optimizer, OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+
+
+@torch.no_grad()
+def follow(key_head: Head, query_head: Head) -> None:
+    """The key tower comes a little nearer to the query tower (MoCo)."""
+    for slow, fast in zip(key_head.parameters(), query_head.parameters(), strict=True):
+        slow.lerp_(fast, 1 - MOMENTUM)
+
+
 def queue_rows(task: Task, generator: torch.Generator) -> Tensor:
     """The corpus rows that fill the queue at the start: (K,)."""
     return torch.randperm(len(task.corpus), generator=generator)[:K].to(task.corpus.device)
@@ -187,9 +201,7 @@ def train(name: str, task: Task, steps: int, seed: int, evaluate_at: list[int], 
     generator = torch.Generator().manual_seed(seed)
     query_head, key_head = new_heads(task.corpus.shape[1], seed, device)
     loss_of = recipe.make(steps, seed).to(device)
-    learned = [*query_head.parameters(), *loss_of.parameters()]
-    optimizer = torch.optim.AdamW(learned, LEARNING_RATE, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    optimizer, schedule = optimizer_of([*query_head.parameters(), *loss_of.parameters()], steps)
 
     queue = negmine.MoCoQueue(dim=task.corpus.shape[1], K=K, with_ids=True, random_init=False).to(device)
     rows = queue_rows(task, generator)  # (K,)
@@ -202,8 +214,7 @@ def train(name: str, task: Task, steps: int, seed: int, evaluate_at: list[int], 
         batch = task.train[torch.randint(len(task.train), (B,), generator=generator).to(device)]  # (B,)
         answers = task.positives[batch]  # (B,)
         with torch.no_grad():
-            for slow, fast in zip(key_head.parameters(), query_head.parameters(), strict=True):
-                slow.lerp_(fast, 1 - MOMENTUM)
+            follow(key_head, query_head)
             positive_key = key_head(task.corpus[answers])  # (B, D)
         inputs, further = task.queries[batch], {}  # (B, D)
         if recipe.feed == "mixed":

@@ -90,6 +90,14 @@ def require_count(op: str, name: str, value: Any, least: int = 1) -> None:
         raise refuse(op, name, f"an int of {least} or more", value)
 
 
+def require_number(op: str, name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
+    """A finite number; above a bound, or of a least value."""
+    good = is_real(value) and (above is None or value > above) and (least is None or value >= least)
+    if not good:
+        wanted = "a finite number" if above is None else f"a number above {above}"
+        raise refuse(op, name, wanted if least is None else f"a number of {least} or more", value)
+
+
 def require_draw(op: str, seed: Any, step: Any, row_offset: Any) -> None:
     """The key of the random draws: seed and step are 32-bit words, row_offset the global index of the first query."""
     for name, value in (("seed", seed), ("step", step)):

@@ -135,9 +135,7 @@ def info_nce(
             draw,
             return_stats,
         )
-    loss = rows
-    if reduction != "none":
-        loss = rows.sum() if reduction == "sum" else rows.sum() / max(len(rows), 1)
+    loss = reference.reduced(rows, reduction)
     return (loss, stats) if return_stats else loss
 
 

@@ -141,13 +141,18 @@ def pooled(
     kernels = ("logsumexp", "logsumexp_grad_keys")
     ops, pool, dense = columns(op, kernels, query, negative_keys, positive_key, select, masks, draw, backend)
     if ops is None:
-        return reference_methods.logsumexp(working(query), frozen(negative_keys), temperature, **dense)
+        return reference_methods.logsumexp(working(query), frozen(negative_keys, dense["usable"]), temperature, **dense)
     return LogSumExp.apply(query, negative_keys, scale_of(temperature, query), None, ops, *pool)[0]
 
 
-def frozen(negative_keys: Tensor) -> Tensor:
-    """Keys as the dense path saves them for backward: a copy where they carry no gradient and may be overwritten."""
+def frozen(negative_keys: Tensor, seen: Tensor | None) -> Tensor:
+    """Keys as the dense path saves them for backward: a copy where they carry no gradient and may be overwritten.
+
+    seen (B, K): rows that no query sees are zeros, for they may hold anything, NaN included.
+    """
     keys = working(negative_keys)
+    if seen is not None:
+        return torch.where(seen.any(0)[:, None], keys, 0.0)
     return keys if keys.requires_grad else keys.clone()
 
 

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from negmine import checks, philox
+from negmine import checks, philox, reference
 from negmine.logsumexp import pooled
 from negmine.mining import score_of_positive, working
 from negmine.options import is_real
+from negmine.pool import Pool
 from negmine.stepped import Stepped, at_step
 
-POOL = ("negative_mask", "query_ids", "negative_ids", "query_labels", "negative_labels")
+POOL = Pool._fields[:5]  # the masks
 DRAW = ("seed", "step", "row_offset")
 
 
@@ -64,14 +65,7 @@ def reduced(op: str, rows: Tensor, x: Logits, reduction: str) -> Tensor:
     """rows (B,), 0 where there is no negative, under the reduction."""
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     rows = torch.where(x.some, rows, 0.0 * x.positive)  # NaN in a row stays in that row
-    if reduction == "none":
-        return rows
-    return rows.sum() if reduction == "sum" else rows.sum() / max(len(rows), 1)
-
-
-def _require_number(op: str, name: str, value: Any, wanted: str, good: Callable[[float], bool]) -> None:
-    if not is_real(value) or not good(value):
-        raise checks.refuse(op, name, wanted, value)
+    return reference.reduced(rows, reduction)
 
 
 def with_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
@@ -98,7 +92,7 @@ def hardness_added(
     sharpened sum without its normaliser.
     """
     op = "hardness_added"
-    _require_number(op, "alpha", alpha, "a number of 0 or more", lambda a: a >= 0)
+    checks.require_number(op, "alpha", alpha, least=0)
     checks.require_temperature(op, temperature)
     sharper = temperature / (1 + alpha * temperature)  # 1 / (1 / T + alpha)
     share = sharper / temperature  # what s / T is of (1 / T + alpha) s
@@ -128,7 +122,7 @@ def decoupled_weighted(
     two, which is another loss, and another public port lets the gradient through w. The loss may be negative.
     """
     op = "decoupled_weighted"
-    _require_number(op, "sigma", sigma, "a number above 0", lambda s: s > 0)
+    checks.require_number(op, "sigma", sigma, above=0)
     x = logits(op, query, positive_key, negative_keys, temperature, pool)
     score = score_of_positive(query, positive_key).detach()  # (B,)
     weight = 2 - len(score) * F.softmax(score / sigma, dim=0)  # (B,)
@@ -154,8 +148,9 @@ def rince(
     vectors keep r / T under 88 in fp32.
     """
     op = "rince"
-    _require_number(op, "r", r, "a number in (0, 1]", lambda v: 0 < v <= 1)
-    _require_number(op, "lam", lam, "a number above 0", lambda v: v > 0)
+    if not is_real(r) or not 0 < r <= 1:
+        raise checks.refuse(op, "r", "a number in (0, 1]", r)
+    checks.require_number(op, "lam", lam, above=0)
     x = logits(op, query, positive_key, negative_keys, temperature, pool)
     both = torch.logaddexp(x.positive, x.lse)  # (B,)
     rows = (lam**r * torch.exp(r * both) - torch.exp(r * x.positive)) / r
@@ -180,8 +175,8 @@ def ifm(
     The perturbation moves every score before the temperature, so nce(e) = log(1 + exp(lse - x + 2 e / T)): one log-sum-exp.
     """
     op = "ifm"
-    _require_number(op, "epsilon", epsilon, "a finite number", lambda v: True)
-    _require_number(op, "alpha", alpha, "a number of 0 or more", lambda v: v >= 0)
+    checks.require_number(op, "epsilon", epsilon)
+    checks.require_number(op, "alpha", alpha, least=0)
     x = logits(op, query, positive_key, negative_keys, temperature, pool)
     gap = x.lse - x.positive  # (B,)
     rows = (F.softplus(gap) + alpha * F.softplus(gap + 2 * epsilon / temperature)) / (1 + alpha)
@@ -205,7 +200,7 @@ def dual_temperature(
     A small T_a tells a query's negatives apart; a large T_b keeps the weights of queries close together.
     """
     op = "dual_temperature"
-    _require_number(op, "temperature_ratio", temperature_ratio, "a number above 0", lambda v: v > 0)
+    checks.require_number(op, "temperature_ratio", temperature_ratio, above=0)
     x = logits(op, query, positive_key, negative_keys, temperature, pool)
     with torch.no_grad():
         between = logits(op, query, positive_key, negative_keys, temperature * temperature_ratio, pool)
@@ -263,7 +258,7 @@ def mixed_inputs(
     checks.require_tensor(op, "inputs", inputs)
     if not inputs.is_floating_point() or inputs.dim() == 0:
         raise checks.refuse(op, "inputs", "a floating tensor of shape (B, ...)", inputs)
-    _require_number(op, "concentration", concentration, "a number above 0", lambda v: v > 0)
+    checks.require_number(op, "concentration", concentration, above=0)
     checks.require_draw(op, seed, step, row_offset)
     rows = torch.arange(len(inputs), device=inputs.device) + row_offset  # (B,)
     slot = torch.zeros(1, dtype=torch.int64, device=inputs.device)

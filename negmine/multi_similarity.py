@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from negmine import backends, checks, reference_triplets
-from negmine.logsumexp import LogSumExp
+from negmine import backends, checks, reference, reference_triplets
+from negmine.logsumexp import LogSumExp, frozen
 from negmine.mining import for_kernels, working
-from negmine.options import is_real
 from negmine.pool import Pool
 from negmine.triplets import above, between, label_masks, label_pool
 
@@ -28,11 +27,9 @@ class MultiSimilarityStats(NamedTuple):
 
 def _check_numbers(op: str, alpha: Any, beta: Any, base: Any, epsilon: Any) -> None:
     for name, value in (("alpha", alpha), ("beta", beta)):
-        if not is_real(value) or value <= 0:
-            raise checks.refuse(op, name, "a number above 0", value)
+        checks.require_number(op, name, value, above=0)
     for name, value in (("base", base), ("epsilon", epsilon)):
-        if not is_real(value):
-            raise checks.refuse(op, name, "a finite number", value)
+        checks.require_number(op, name, value)
 
 
 def multi_similarity(
@@ -77,14 +74,11 @@ def multi_similarity(
     constants = {"alpha": float(alpha), "beta": float(beta), "base": float(base), "epsilon": float(epsilon)}
     if ops is None:
         same, other = label_masks(pool, query, keys)
-        # A copy, so that frozen keys may be overwritten; rows that no query sees may hold anything, NaN included.
-        frozen = torch.where((same | other).any(0)[:, None], working(keys), 0.0)
-        rows, *counts = reference_triplets.multi_similarity(working(query), frozen, same, other, **constants)
+        saved = frozen(keys, same | other)
+        rows, *counts = reference_triplets.multi_similarity(working(query), saved, same, other, **constants)
     else:
         rows, *counts = _fused(ops, query, keys, pool, **constants)
-    loss = rows
-    if reduction != "none":
-        loss = rows.sum() if reduction == "sum" else rows.sum() / max(len(rows), 1)
+    loss = reference.reduced(rows, reduction)
     empty = (counts[0] + counts[1] == 0).sum()
     return (loss, MultiSimilarityStats(counts[0], counts[1], empty)) if return_stats else loss
 
@@ -100,10 +94,10 @@ def _fused(
     epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and counts (B,) from the kernels `ops`; meaning as reference_triplets.multi_similarity."""
-    same, q, frozen = others._replace(same_label=True), for_kernels(query), for_kernels(keys)
+    same, q, held = others._replace(same_label=True), for_kernels(query), for_kernels(keys)
     with torch.no_grad():
-        highest = ops.mine_hardest(q, frozen, 1, *others)[0][:, 0]  # (B,) of the negatives
-        lowest = -ops.mine_hardest(-q, frozen, 1, *same)[0][:, 0]  # (B,) of the positives, +inf where there is none
+        highest = ops.mine_hardest(q, held, 1, *others)[0][:, 0]  # (B,) of the negatives
+        lowest = -ops.mine_hardest(-q, held, 1, *same)[0][:, 0]  # (B,) of the positives, +inf where there is none
         # Bounds of the scores of -query: s < highest + epsilon is -s > -(highest + epsilon).
         positives = between(same, highest, lower=above(-(highest + epsilon)))
         negatives = between(others, lowest, lower=above(lowest - epsilon))

@@ -355,3 +355,11 @@ def sup_con(
         loss = count.to(x.dtype).log() - log_ratio.masked_fill(~some[:, None], 0.0).logsumexp(1)
     stats = {"logsumexp": lse.detach(), "num_positives": same.sum(1), "num_without_positive": (~some).sum()}
     return loss.masked_fill(~some, 0.0), stats
+
+
+def reduced(rows: Tensor, reduction: str, count: Tensor | int | None = None) -> Tensor:
+    """Losses under a reduction: "mean" divides by `count`, by default of all rows, and is 0 where there are none."""
+    if reduction == "none":
+        return rows
+    total = rows.sum()
+    return total if reduction == "sum" else total / (max(len(rows), 1) if count is None else count)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from negmine import backends, checks
+from negmine import backends, checks, reference
 from negmine.info_nce import InfoNCEStats, fused
 from negmine.mining import Mined, for_kernels, score_of_positive
 from negmine.options import Select, Weight
@@ -131,9 +131,7 @@ class ShardedMoCoQueue(MoCoQueue):
             ops, query, positive_key, self.keys, temperature, pool, select, None, weight, None, None, decoupled,
             (0, 0, 0), return_stats,
         )  # fmt: skip
-        loss = rows
-        if reduction != "none":
-            loss = rows.sum() if reduction == "sum" else rows.sum() / max(len(rows), 1)
+        loss = reference.reduced(rows, reduction)
         return (loss, stats) if return_stats else loss
 
     def mine_hardest(

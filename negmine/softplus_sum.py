@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from negmine import checks, reference_methods
+from negmine import checks, reference, reference_methods
 from negmine.derivatives import first_only
 from negmine.logsumexp import columns, frozen
 from negmine.mining import for_kernels, score_of_positive, working
@@ -117,7 +117,9 @@ def _pooled(
     kernels = ("softplus_sum", "softplus_sum_grad_keys")
     ops, pool, dense = columns(op, kernels, query, negative_keys, positive_key, select, masks, draw, backend)
     if ops is None:
-        return reference_methods.softplus_sum(working(query), frozen(negative_keys), scale, bias, **dense)
+        return reference_methods.softplus_sum(
+            working(query), frozen(negative_keys, dense["usable"]), scale, bias, **dense
+        )
     return SoftplusSum.apply(query, negative_keys, _as_tensor(scale, query), _as_tensor(bias, query), ops, *pool)
 
 
@@ -159,9 +161,7 @@ def siglip(
     draw = (seed, step, row_offset)
     total = _pooled(op, query, negative_keys, scale, bias, positive_key, select, masks, draw, backend)  # (B,)
     rows = total - F.logsigmoid(scale * score_of_positive(query, positive_key) + bias)
-    if reduction == "none":
-        return rows
-    return rows.sum() if reduction == "sum" else rows.sum() / max(len(rows), 1)
+    return reference.reduced(rows, reduction)
 
 
 class SigLIPLoss(Stepped):

@@ -170,9 +170,7 @@ def sup_con(
         stats = SupConStats(**found)
     else:
         rows, stats = _fused(ops, query, keys, temperature, pool, everything, positives, denominator)
-    loss = rows
-    if reduction != "none":
-        loss = rows.sum() if reduction == "sum" else rows.sum() / max(len(rows), 1)
+    loss = reference.reduced(rows, reduction)
     return (loss, stats) if return_stats else loss
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from negmine import checks, reference_triplets
+from negmine import checks, reference, reference_triplets
 from negmine.mining import working
 from negmine.options import is_real
 from negmine.stepped import Stepped
@@ -78,9 +78,7 @@ def triplet_loss(
         temperature=temperature,
         distance=distance,
     )
-    loss = rows
-    if reduction != "none":
-        loss = rows.sum() if reduction == "sum" else rows.sum() / found.num_triplets.clamp_min(1)
+    loss = reference.reduced(rows, reduction, found.num_triplets.clamp_min(1))
     return (loss, found) if return_stats else loss
 
 

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import cases, measure, peers, profile, run, timing
 from benchmarks.cases import Case, make_inputs
+from benchmarks.rows import append, machine_name, newest, read
 from negmine import backends
 
 TINY = Case("tiny", 8, 2000, 16, "float32", "a test")
@@ -53,7 +54,7 @@ def test_a_peer_that_cannot_run_is_left_out_and_said(tiny, capsys):
 
 
 def test_rows_carry_every_column_and_old_rows_stay(tiny, monkeypatch, tmp_path, capsys):
-    name = run.machine_name("cpu")
+    name = machine_name("cpu")
     older = run.COLUMNS[: run.COLUMNS.index("driver")]
     (tmp_path / f"{name}.csv").write_text(",".join(older) + "\n" + ",".join("old" for _ in older) + "\n")
     assert benchmark(monkeypatch, tmp_path, "--op", "mine_hardest", "info_nce") == 0
@@ -67,6 +68,20 @@ def test_rows_carry_every_column_and_old_rows_stay(tiny, monkeypatch, tmp_path, 
         assert float(row["peak_share"]) == pytest.approx(float(row["peak_extra_mib"]) * 2**20 / (2 * 8 * 2000), abs=3.3)
     said = capsys.readouterr().out
     assert str(path) in said and "next best" in said
+
+
+def test_a_column_that_has_gone_stays_with_its_rows(tmp_path):
+    path = tmp_path / "deep" / "rows.csv"
+    append(path, ["a", "old"], [{"a": 1, "old": 2}])
+    append(path, ["a", "new"], [{"a": 1, "new": 3}])
+    append(path, ["a", "new", "old"], [{"a": 4}])
+    assert read(path) == [
+        {"a": "1", "new": "", "old": "2"},
+        {"a": "1", "new": "3", "old": ""},
+        {"a": "4", "new": "", "old": ""},
+    ]
+    assert newest(path, "a") == read(path)[1:]
+    assert read(tmp_path / "none.csv") == []
 
 
 def test_an_op_that_fails_does_not_cost_the_others_their_rows(tiny, monkeypatch, tmp_path, capsys):

@@ -11,6 +11,7 @@ from benchmarks import base, libraries, plan, plot, run
 from benchmarks.cases import CASES, SWEEPS, Case, make_inputs, sweep
 from benchmarks.measure import Disagreement, measure, with_isa
 from benchmarks.peers import OPS, disagreement
+from benchmarks.rows import machine_name
 
 TINY = Case("tiny", 4, 1500, 16, "float32", "", tuple(OPS))
 
@@ -87,7 +88,7 @@ def rows(tmp_path, monkeypatch):
     for extra in (["--op", "info_nce", "mine_hardest"], ["--sweep", "K", "B", "D"]):
         monkeypatch.setattr(sys, "argv", common + extra)
         assert run.main() == 0
-    return tmp_path / f"{run.machine_name('cpu')}.csv"
+    return tmp_path / f"{machine_name('cpu')}.csv"
 
 
 def test_rows_become_pictures_a_table_and_a_plan(rows, capsys):

@@ -70,7 +70,7 @@ def test_the_published_exponential_schedule_is_over_at_once():
 REFUSALS = [
     (lambda: recipes.linear(1.0, 0.1, 0), "linear: steps must be an int of 1 or more, got 0"),
     (lambda: recipes.cosine("1", 0.1, 3), "cosine: start must be a finite number, got '1'"),
-    (lambda: recipes.exponential(1.0, 0.1, -1.0), "exponential: decay must be 0 or more, got -1.0"),
+    (lambda: recipes.exponential(1.0, 0.1, -1.0), "exponential: decay must be a number of 0 or more, got -1.0"),
     (lambda: recipes.exponential(1.0, 0.1, every=0), "exponential: every must be an int of 1 or more"),
     (lambda: recipes.step(1.0, 0.1, 9, 1), "step: levels must be an int of 2 or more, got 1"),
     (lambda: recipes.ring(inner_of="both"), "ring: inner_of must be 'outer' or 'all', got 'both'"),

@@ -317,6 +317,20 @@ def test_files_that_are_none(tmp_path):
         HardnessReport.load(tmp_path / "a.json")
 
 
+def test_files_are_written_whole_or_not_at_all(case, tmp_path):
+    made = report(case)
+    for write, name in ((made.to_html, "a.html"), (made.save, "a.json"), (made.save, "a.npz")):
+        write(tmp_path / name)
+        with pytest.raises(OSError, match=rf"HardnessReport\.\w+: .*{name}' could not be written"):
+            write(tmp_path / "none" / name)
+    good = (tmp_path / "a.json").read_bytes()
+    broken = HardnessReport({"score_mean": np.array([object()])}, made.facts)
+    with pytest.raises(TypeError):
+        broken.save(tmp_path / "a.json")
+    assert (tmp_path / "a.json").read_bytes() == good
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "a.json", "a.npz"]
+
+
 def test_shared_and_spearman_at_their_edges():
     assert fig.shared(torch.tensor([[1, 2, -1]]), torch.tensor([[2, -1, -1]])).tolist() == [1]
     assert fig.spearman(torch.ones(1, 4), torch.rand(1, 4)).isnan().all()

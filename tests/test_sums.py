@@ -1,5 +1,7 @@
 """logsumexp and softplus_sum, the sums that methods are built from: every backend against the reference, and the rules."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -171,3 +173,16 @@ def test_compiles_into_one_graph(dynamic):
     inputs = unit(B, D), unit(B, D, seed=2), unit(K, D, seed=1)
     got = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")(*inputs)
     torch.testing.assert_close(got, step(*inputs))
+
+
+@pytest.mark.parametrize("op", NUMBERS)
+def test_a_row_that_is_masked_for_all_is_never_read(op, any_backend):
+    device = device_of(any_backend)
+    q, keys = unit(B, D, device=device).requires_grad_(), unit(K, D, device=device, seed=1)
+    mask = torch.arange(K, device=device) % 7 != 3
+    call = partial(getattr(negmine, op), q, negative_mask=mask, backend=any_backend, **NUMBERS[op])
+    want = call(keys)
+    got = call(torch.where(mask[:, None], keys, torch.nan))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    d_got, d_want = (torch.autograd.grad(value.sum(), q)[0] for value in (got, want))
+    torch.testing.assert_close(d_got, d_want, rtol=0, atol=0)

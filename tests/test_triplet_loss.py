@@ -331,6 +331,7 @@ def test_simans_is_info_nce_over_what_it_drew(any_backend):
     assert loss.state_dict()["_extra_state"] == {"step": 1}
     twin = pickle.loads(pickle.dumps(loss))
     assert twin.step == 1 and torch.equal(twin(q, pos, keys), loss(q, pos, keys))
+    assert loss(q[:0], pos[:0], keys) == 0  # as every loss of no rows
 
 
 def test_everything_compiles_into_one_graph():

@@ -11,10 +11,8 @@ scripts/hn_mine.py.
 
 import argparse
 import json
-import os
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ import torch.nn.functional as F
 from negmine.cli import files
 from negmine.options import Select
 from negmine.search import mine_hard_negatives
+from negmine.search.files import atomic
 
 NAME = "flagembedding"
 
@@ -158,8 +157,7 @@ def run(words: list[str]) -> int:
         show_progress_bar=sys.stderr.isatty(),
     )
     filled = 0
-    partial = Path(f"{args.output_file}.partial")
-    with open(partial, "w", encoding="utf-8") as out:
+    with atomic(f"negmine mine --compat {NAME}", args.output_file) as out:
         for number, record in enumerate(data):
             found = [row for row in result.indices[number].tolist() if row >= 0]
             taken = {*found, *known[number], *itself[number]}
@@ -169,7 +167,7 @@ def run(words: list[str]) -> int:
                 drawn = np.random.default_rng([args.seed, number]).permutation(left)[:lacking].tolist()
                 found += drawn
                 filled += len(drawn)
-            out.write(json.dumps({**record, "neg": [corpus[row] for row in found]}, ensure_ascii=False) + "\n")
-    os.replace(partial, args.output_file)
+            line = json.dumps({**record, "neg": [corpus[row] for row in found]}, ensure_ascii=False)
+            out.write(f"{line}\n".encode())
     print(f"{len(data):,} lines in {args.output_file}; {filled:,} negatives were drawn from the corpus to fill up")
     return 0

@@ -10,6 +10,7 @@ import numpy as np
 from negmine.cli import files
 from negmine.cli.options import add_options, given
 from negmine.search import NegativeIndex
+from negmine.search.files import atomic
 
 READERS = {
     "embeddings": files.EMBEDDINGS,
@@ -62,7 +63,7 @@ def _build(args: argparse.Namespace, names: list[str]) -> int:
 
 def _search(args: argparse.Namespace, index: NegativeIndex, arguments: dict[str, Any]) -> int:
     found = index.search(**arguments)
-    with open(args.output, "wb") as file:
+    with atomic("negmine index search", args.output) as file:
         np.savez(file, scores=found.scores, indices=found.indices)
     print(f"{found.indices.shape[1]} rows for each of {len(found.indices):,} queries in {args.output}")
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from negmine.options import is_int, is_real
+from negmine import checks
 from negmine.stepped import at_step
 
 Number = float | Callable[[int], float]
@@ -19,11 +19,9 @@ Temperature = float | Tensor | Callable[[int], float]
 
 def _check(name: str, numbers: dict[str, Any], counts: dict[str, Any]) -> None:
     for argument, value in numbers.items():
-        if not is_real(value):
-            raise ValueError(f"{name}: {argument} must be a finite number, got {value!r}")
+        checks.require_number(name, argument, value)
     for argument, value in counts.items():
-        if not is_int(value) or value < 1:
-            raise ValueError(f"{name}: {argument} must be an int of 1 or more, got {value!r}")
+        checks.require_count(name, argument, value)
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,8 @@ class exponential:
     every: int = 1
 
     def __post_init__(self) -> None:
-        _check("exponential", {"start": self.start, "end": self.end, "decay": self.decay}, {"every": self.every})
-        if self.decay < 0:
-            raise ValueError(f"exponential: decay must be 0 or more, got {self.decay!r}")
+        _check("exponential", {"start": self.start, "end": self.end}, {"every": self.every})
+        checks.require_number("exponential", "decay", self.decay, least=0)
 
     def __call__(self, step: int) -> float:
         return self.end + (self.start - self.end) * math.exp(-self.decay * step / self.every)
@@ -91,9 +88,8 @@ class step:
     levels: int = 10
 
     def __post_init__(self) -> None:
-        _check("step", {"start": self.start, "end": self.end}, {"steps": self.steps, "levels": self.levels})
-        if self.levels < 2:
-            raise ValueError(f"step: levels must be an int of 2 or more, got {self.levels!r}")
+        _check("step", {"start": self.start, "end": self.end}, {"steps": self.steps})
+        checks.require_count("step", "levels", self.levels, 2)
 
     def __call__(self, step: int) -> float:
         level = min(step * self.levels // self.steps, self.levels - 1)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from negmine import checks, philox, reference
 from negmine.mining import mine_hardest, score_of_positive, working
 from negmine.multi_similarity import MultiSimilarityLoss
-from negmine.options import is_real
 from negmine.reference_triplets import rows_at
 from negmine.stepped import Stepped
 from negmine.triplet_loss import TripletLoss
@@ -143,7 +142,7 @@ class SimANSLoss(Stepped):
         q = working(query)
         drawn = rows_at(negative_keys, index, q.dtype)  # (B, n, D)
         rows, _ = reference.info_nce(q, working(positive_key), drawn, temperature=self.temperature, usable=index >= 0)
-        return rows if self.fixed["reduction"] == "none" else getattr(rows, self.fixed["reduction"])()
+        return reference.reduced(rows, self.fixed["reduction"])
 
 
 def _gaussian(gap: Tensor, a: float, b: float) -> Tensor:
@@ -185,10 +184,8 @@ def simans(
         raise checks.refuse(op, "candidates", f"at least num_negatives={num_negatives}", candidates)
     checks.require_choice(op, "kernel", kernel, ("gaussian", "laplace"))
     for name, value in (("a", a), ("tau", tau)):
-        if not is_real(value) or value < 0:
-            raise checks.refuse(op, name, "a number of 0 or more", value)
-    if not is_real(b):
-        raise checks.refuse(op, "b", "a finite number", b)
+        checks.require_number(op, name, value, least=0)
+    checks.require_number(op, "b", b)
     checks.require_temperature(op, temperature)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_draw(op, seed, 0, 0)

@@ -11,6 +11,7 @@ import numpy as np
 
 from negmine.checks import refuse
 from negmine.report import page, words
+from negmine.search.files import atomic
 
 FORMAT = 1
 KINDS = (".json", ".npz")
@@ -53,22 +54,22 @@ class HardnessReport:
 
     def to_html(self, path: str | os.PathLike) -> None:
         """Write one page that needs nothing else: plots inline, no script, no network."""
-        _write(Path(path), page.html(self.figures, self.facts).encode())
+        with atomic("HardnessReport.to_html", path) as file:
+            file.write(page.html(self.figures, self.facts).encode())
 
     def save(self, path: str | os.PathLike) -> None:
         """Write figures and facts to a .json or .npz file; a reader sees the old file or the whole new one."""
-        path = _kind("HardnessReport.save", path)
+        op = "HardnessReport.save"
+        path = _kind(op, path)
         head = {"format": FORMAT, "facts": self.facts}
-        if path.suffix == ".npz":
-            partial = path.with_name(path.name + ".partial")
-            with open(partial, "wb") as file:
+        with atomic(op, path) as file:
+            if path.suffix == ".npz":
                 description = np.frombuffer(json.dumps(head).encode(), np.uint8)
                 arrays: dict[str, Any] = {"description": description, **self.figures}
                 np.savez_compressed(file, **arrays)
-            os.replace(partial, path)
-            return
-        written = {name: {"dtype": str(a.dtype), "values": _plain(a)} for name, a in self.figures.items()}
-        _write(path, json.dumps(head | {"figures": written}, allow_nan=False).encode())
+            else:
+                written = {name: {"dtype": str(a.dtype), "values": _plain(a)} for name, a in self.figures.items()}
+                file.write(json.dumps(head | {"figures": written}, allow_nan=False).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "HardnessReport":
@@ -98,9 +99,3 @@ def _kind(op: str, path: str | os.PathLike) -> Path:
     if path.suffix not in KINDS:
         raise refuse(op, "path", "a .json or .npz file", str(path))
     return path
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

@@ -37,8 +37,7 @@ def checked(**options: Any) -> dict[str, Any]:
     temperature, near, least = (
         options[name] for name in ("sampling_temperature", "near_duplicate_score", "min_recall")
     )
-    if not is_real(temperature) or temperature <= 0:
-        raise checks.refuse(OP, "sampling_temperature", "a number above 0", temperature)
+    checks.require_number(OP, "sampling_temperature", temperature, above=0)
     if not is_real(near) or not 0 < near < 1:
         raise checks.refuse(OP, "near_duplicate_score", "a cosine above 0 and below 1", near)
     if not is_real(least) or not 0 <= least <= 1:

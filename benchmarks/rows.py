@@ -1,0 +1,62 @@
+"""Files of rows, one a machine: where they lie, how they are read and added to, and what says where a row comes from."""
+
+import csv
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+Row = dict[str, str]
+
+
+def read(path: Path) -> list[Row]:
+    """The rows, oldest first; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def newest(path: Path, *columns: str) -> list[Row]:
+    """The rows, of those that are equal in these columns the newest."""
+    return list({tuple(row[name] for name in columns): row for row in read(path)}.values())
+
+
+def write(path: Path, columns: list[str], rows: list[dict[str, Any]], mode: str = "w") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open(mode, newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        if mode == "w":
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def append(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    """Adds rows to a file. Older rows stay: they are given the columns that have come since, and keep those that have gone."""
+    old = read(path)
+    if old and list(old[0]) == columns:
+        write(path, columns, rows, "a")
+    else:
+        gone = [name for name in (old[0] if old else ()) if name not in columns]
+        write(path, columns + gone, old + rows)
+
+
+def machine_name(device: str) -> str:
+    """The GPU's name, or the CPU's model, as a file name."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        name = found[1] if found else "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def commit() -> str:
+    """The commit of the working tree, with "-dirty" where it has changes."""
+    shown = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, cwd=RESULTS.parent
+    )
+    return shown.stdout.strip() or "none"
