@@ -67,7 +67,7 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
     block.k_end = std::min(p.K, block.k_begin + split_rows);
     const Workspace& w = task.scratch.workspace;
     const bool found = sampled && select_between(block, w, task.selection, first.data(), last.data());
-    if (!found) select(block, w, task.selection, p.N, false);
+    if (!found) select(block, w, task.selection, p.N, false, false);
     for (int64_t lane = 0; lane < block.lanes; ++lane) {
       const int64_t b = block.first_query + lane;
       if (splits == 1) {

@@ -88,7 +88,7 @@ void run_directly(const RankThresholdsParams& p, Block block, int64_t columns, c
   OwnedSelection selection(lanes, capacity);
   for (; block.first_query < end; block.first_query += lanes) {
     block.lanes = std::min(lanes, end - block.first_query);
-    select(block, w, selection, keep, lowest);
+    select(block, w, selection, keep, lowest, true);
     for (int64_t lane = 0; lane < block.lanes; ++lane) {
       write_row(p, block.first_query + lane, selection.view, lane, room);
     }

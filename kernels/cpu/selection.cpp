@@ -67,6 +67,7 @@ OwnedSelection::OwnedSelection(int64_t lanes, int64_t capacity)
 void OwnedSelection::begin(int64_t lanes, int64_t keep, bool lowest) {
   view.keep = keep;
   view.lowest = lowest;
+  view.counted = true;
   std::fill_n(view.size, 3 * kLanes, 0);
   std::fill_n(view.bound, kLanes, std::numeric_limits<float>::quiet_NaN());
   std::fill_n(view.bound, lanes, -kInfinity);
@@ -111,8 +112,10 @@ int64_t* sort_best_first(int64_t* keys, int64_t* spare, int64_t size) {
   return keys;
 }
 
-void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest) {
+void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest,
+            bool counted) {
   selection.begin(block.lanes, keep, lowest);
+  selection.view.counted = counted;
   kernels().select_range(block, w, selection.view);
 }
 

@@ -25,8 +25,8 @@ class OwnedSelection {
   Buffer<float> bounds_;
 };
 
-// The `keep` best places of the block's range, or the lowest.
-void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest);
+// The `keep` best places of the block's range, or the lowest; places are counted where asked for.
+void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest, bool counted);
 
 // The places of 0-based descending ranks [first, last] (kLanes each) of the block's range, as far as the lane's pool
 // goes; key i of a lane, once sorted, has the rank over + i. A lane with first > last wants nothing. False: the sample

@@ -34,7 +34,10 @@ def hardest(
 ) -> tuple[Tensor, Tensor]:
     """scores (B, N) fp32, index (B, N) of the hardest rows that select's score filters keep; anchor (B,) fp32."""
     if ops is not None:
-        return ops.mine_hardest(query, keys, N, *bounded(ops, query, keys, pool, select, anchor))
+        # Bounds that hold every place would only drop NaN scores, which are no candidates anyway.
+        if select.has_filter or select.starts_late or select.ends_early:
+            pool = bounded(ops, query, keys, pool, select, anchor)
+        return ops.mine_hardest(query, keys, N, *pool)
     q, k = working(query), working(keys)
     allowed = reference.filtered(reference.scores_of(q, k), anchor, select, usable(pool, query, keys))
     return reference.mine_hardest(q, k, N, allowed)

@@ -83,6 +83,7 @@ struct Selection {
   int64_t keep;
   int64_t capacity;  // > keep, or all columns of the range
   bool lowest;       // select the lowest places
+  bool counted;      // places and over are wanted; else no score is compared with the ceiling
 };
 
 // Drops all but the best `keep` keys of a full lane and raises its bound. In kernels/cpu/selection.cpp, compiled once.

@@ -27,6 +27,24 @@ void split_bound(const Block& block, const int64_t* orders, int32_t* score, int3
   }
 }
 
+// Whether a query of the block (lanes) may equal one of the chunk's values: often none does where they are row numbers.
+bool may_equal(const Block& block, const Workspace& w, int64_t count, const int64_t* of_queries,
+               const int64_t* values) {
+  if (count == 0) return false;
+  int64_t low = values[w.index[0]], high = low;
+  for (int64_t j = 1; j < count; ++j) {
+    const int64_t value = values[w.index[j]];
+    low = value < low ? value : low;
+    high = value > high ? value : high;
+  }
+  bool some = false;
+  for (int64_t lane = 0; lane < block.lanes; ++lane) {
+    const int64_t value = of_queries[block.first_query + lane];
+    some |= value >= low && value <= high;
+  }
+  return some;
+}
+
 // Excludes the columns whose value equals the query's, or those whose value differs.
 void exclude_where(bool equals, const Block& block, const Workspace& w, int64_t count, const int64_t* values,
                    LaneWord low_row, LaneWord high_row) {
@@ -70,7 +88,9 @@ void apply_masks(const Block& block, const Workspace& w, int64_t count) {
       }
     }
   }
-  if (pool.query_ids != nullptr) exclude_where(true, block, w, count, pool.negative_ids, kIdLow, kIdHigh);
+  if (pool.query_ids != nullptr && may_equal(block, w, count, pool.query_ids, pool.negative_ids)) {
+    exclude_where(true, block, w, count, pool.negative_ids, kIdLow, kIdHigh);
+  }
   if (pool.query_labels != nullptr) {
     exclude_where(!pool.same_label, block, w, count, pool.negative_labels, kLabelLow, kLabelHigh);
   }

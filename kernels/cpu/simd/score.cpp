@@ -1,5 +1,5 @@
-// Scores of a chunk of the queue against a block of queries: a register tile of 6 rows by kPanel queries, sequential
-// over d.
+// Scores of a chunk of the queue against a block of queries: a register tile of 6 or 12 rows by kPanel queries,
+// sequential over d.
 //
 // The rows are read where they lie (fp32) or widened once per chunk (bf16, fp16); the queries are transposed once per
 // block.
@@ -12,16 +12,18 @@ constexpr int64_t kChain = 256;  // longest chain of fused multiply-adds; also k
 
 constexpr int64_t kLine = 16;  // words of a cache line
 
-// out (6, kVec * kWidth) [+]= a (6, [t0, t1)) x b ([t0, t1), kPanel). Each cache line of 6 rows that is worked on asks
-// for one of 6 rows ahead: in a burst between chunks the processor would wait for the memory instead of multiplying.
-template <int kVec, bool kPairs>
+// out (kTall, kVec * kWidth) [+]= a (kTall, [t0, t1)) x b ([t0, t1), kPanel). Each cache line of the rows that are
+// worked on asks for one of rows ahead: in a burst between chunks the processor would wait for memory instead of
+// multiplying.
+template <int kTall, int kVec, bool kPairs>
 NEGMINE_INLINE void multiply_tile(const float* const* a, const float* b, int64_t t0, int64_t t1, float* out,
                                   const Ahead& ahead) {
-  V acc[kRows][kVec];  // (6, kVec * kWidth)
-  for (int r = 0; r < kRows; ++r) {
+  V acc[kTall][kVec];  // (kTall, kVec * kWidth)
+  const float* row[kTall];
+  for (int r = 0; r < kTall; ++r) {
     for (int v = 0; v < kVec; ++v) acc[r][v] = all(0.0f);
+    row[r] = a[r];
   }
-  const float* row[kRows] = {a[0], a[1], a[2], a[3], a[4], a[5]};
   for (int64_t line = t0; line < t1; line += kLine) {
     const int64_t end = t1 - line < kLine ? t1 : line + kLine;
     if (line * 4 < ahead.bytes) {
@@ -31,13 +33,13 @@ NEGMINE_INLINE void multiply_tile(const float* const* a, const float* b, int64_t
     for (int64_t t = line; t < end; ++t) {
       V column[kVec];  // (kVec * kWidth)
       for (int v = 0; v < kVec; ++v) column[v] = load(b + t * kPanel + v * kWidth);
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kTall; ++r) {
         const V x = all(word_of(row[r], t));  // one broadcast at a time: 24 accumulators leave few registers
         for (int v = 0; v < kVec; ++v) acc[r][v] = step<kPairs>(x, column[v], acc[r][v]);
       }
     }
   }
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kTall; ++r) {
     for (int v = 0; v < kVec; ++v) {
       float* cell = out + r * kLanes + v * kWidth;
       store(cell, t0 == 0 ? acc[r][v] : load(cell) + acc[r][v]);
@@ -45,17 +47,25 @@ NEGMINE_INLINE void multiply_tile(const float* const* a, const float* b, int64_t
   }
 }
 
+// The rows ahead in the place of rows [row, row + tall).
+NEGMINE_INLINE Ahead part_of(const Ahead& ahead, int64_t row, int64_t tall) {
+  const int64_t left = ahead.rows - row;
+  return {ahead.first + row * ahead.stride, left < 0 ? 0 : left < tall ? left : tall, ahead.stride, ahead.bytes};
+}
+
 template <int kVec, bool kPairs>
 void multiply_panel(const float* const* a, int64_t rows, const float* b, int64_t T, float* out, const Ahead& ahead) {
   constexpr int64_t kSteps = kPairs ? kChain / 2 : kChain;
+  constexpr int kTall = kVec == 1 ? 2 * kRows : kRows;  // fewer chains side by side would wait for each other
   int64_t t0 = 0;
   do {
     const int64_t t1 = T - t0 > kSteps ? t0 + kSteps : T;
-    Ahead part = ahead;  // the rows in the place of the tile's
-    for (int64_t row = 0; row < rows; row += kRows, part.first += kRows * ahead.stride) {
-      const int64_t left = ahead.rows - row;
-      part.rows = left < 0 ? 0 : left < kRows ? left : kRows;
-      multiply_tile<kVec, kPairs>(a + row, b, t0, t1, out + row * kLanes, part);
+    int64_t row = 0;
+    for (; row + kTall <= rows; row += kTall) {
+      multiply_tile<kTall, kVec, kPairs>(a + row, b, t0, t1, out + row * kLanes, part_of(ahead, row, kTall));
+    }
+    for (; row < rows; row += kRows) {
+      multiply_tile<kRows, kVec, kPairs>(a + row, b, t0, t1, out + row * kLanes, part_of(ahead, row, kRows));
     }
     t0 = t1;
   } while (t0 < T);

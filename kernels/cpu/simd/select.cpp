@@ -24,16 +24,21 @@ struct Lanes {
 };
 
 // Writes down the cells of rows [from, to) of the tile that pass, from cells on; returns the end. A NaN never passes.
+template <bool kCounted>
 NEGMINE_INLINE int32_t* write_passing(const Workspace& w, const Selection& selection, int64_t first_lane, int64_t from,
                                       int64_t to, VI sign, Lanes& counts, int32_t* cells) {
   const V bound = load(selection.bound + first_lane), ceiling = load(selection.ceiling + first_lane);
   VI cell = count_up() + all(static_cast<int32_t>(from * kLanes + first_lane));
   for (int64_t j = from; j < to; ++j, cell += all(static_cast<int32_t>(kLanes))) {
     const V score = load(w.tile + j * kLanes + first_lane);
-    counts.places -= score == score;
     const V signed_score = (V)((VI)score ^ sign);
-    counts.over -= signed_score > ceiling;
-    cells = store_passed(cells, cell, bits_ge(signed_score, bound) & bits_ge(ceiling, signed_score));
+    uint32_t passed = bits_ge(signed_score, bound);
+    if constexpr (kCounted) {
+      counts.places -= score == score;
+      counts.over -= signed_score > ceiling;
+      passed &= bits_ge(ceiling, signed_score);
+    }
+    cells = store_passed(cells, cell, passed);
   }
   return cells;
 }
@@ -61,7 +66,9 @@ void select_range(const Block& block, const Workspace& w, const Selection& selec
       const int64_t to = count - from < kBatch ? count : from + kBatch;
       int32_t* end = cells;
       for (int v = 0; v < vectors; ++v) {
-        end = write_passing(w, selection, v * kWidth, from, to, sign, counts[v], end);
+        const int64_t lane = v * kWidth;
+        end = selection.counted ? write_passing<true>(w, selection, lane, from, to, sign, counts[v], end)
+                                : write_passing<false>(w, selection, lane, from, to, sign, counts[v], end);
       }
       for (const int32_t* cell = cells; cell < end; ++cell) {
         offer(selection, *cell % kLanes, pack_order(w.tile[*cell], w.index[*cell / kLanes]));
