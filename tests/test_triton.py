@@ -101,6 +101,22 @@ def test_ranks_at_both_ends_need_no_fallback(monkeypatch):
     assert failed and sum(failed) == 0
 
 
+@pytest.mark.parametrize("count", [2, 3, 70], ids=lambda R: f"{R} ranks")
+def test_rows_in_chunks_are_the_rows_at_once(count, monkeypatch):
+    """A row at a time, where scratch memory has room for no more: each path of ranks, and mining."""
+    q, keys, tags = unit(B, D, device=DEVICE), unit(K, D, device=DEVICE, seed=1), ids(B, K, DEVICE)
+    ranks = torch.arange(count).tolist()
+
+    def found():
+        mined = negmine.mine_hardest(q, keys, 6, **tags, backend="triton")
+        return negmine.rank_thresholds(q, keys, ranks, **tags, backend="triton"), mined.scores, mined.index
+
+    want = found()
+    monkeypatch.setattr("negmine.kernels.triton.tiles.SCRATCH_BYTES", 1)
+    for got, at_once in zip(found(), want, strict=True):
+        compare.exact("rows", got, at_once)
+
+
 @pytest.mark.parametrize("concentration", [1.0, 0.5])
 def test_coefficients_are_the_references_bits(concentration):
     mix = Mix(6, 40, 40, pair_range=(0.1, 0.93), query_range=(0.07, 0.5), concentration=concentration)

@@ -111,10 +111,12 @@ def logsumexp_kernel(
 
 @triton.jit(do_not_specialize=["B", "SPLITS"])
 def logsumexp_merge(
-    m_ptr, z_ptr, acc_ptr, along_ptr, query_ptr, lse_ptr, mean_ptr, stride_qb, B, SPLITS,
-    WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    m_ptr, z_ptr, acc_ptr, along_ptr, kept_parts_ptr, above_parts_ptr, query_ptr,
+    lse_ptr, mean_ptr, kept_ptr, above_ptr, stride_qb, B, SPLITS,
+    WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, HAS_PIVOT: tl.constexpr,
+    D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One row's parts into its result: lse = log sum_p 2^m_p z_p, mean = sum_p 2^m_p acc_p over the same sum.
+    """One row's parts into its result: lse = log sum_p 2^m_p z_p, mean = sum_p 2^m_p acc_p over the same sum; counts add up.
 
     ALONG: then mean += query (sum_p 2^m_p along_p / sum - query . mean) / |query|^2.
     """
@@ -128,18 +130,25 @@ def logsumexp_merge(
     shift = finite_shift(top)
     z = tl.zeros((), tl.float32)
     along = tl.zeros((), tl.float32)
+    kept = tl.zeros((), tl.int64)
+    above = tl.zeros((), tl.int64)
     acc = tl.zeros((BLOCK_D,), tl.float32)
     for p0 in range(0, SPLITS, BLOCK_P):
         p_ok = p0 + offs_p < SPLITS
         row = (p0 + offs_p).to(tl.int64) * B + b  # (BLOCK_P,)
         weight = tl.math.exp2(tl.load(m_ptr + row, mask=p_ok, other=float("-inf")) - shift)  # (BLOCK_P,)
         z += tl.sum(weight * tl.load(z_ptr + row, mask=p_ok, other=0.0), 0)
+        kept += tl.sum(tl.load(kept_parts_ptr + row, mask=p_ok, other=0).to(tl.int64), 0)
+        if HAS_PIVOT:
+            above += tl.sum(tl.load(above_parts_ptr + row, mask=p_ok, other=0).to(tl.int64), 0)
         if WANT_MEAN:
             ok = p_ok[:, None] & (offs_d < D)[None, :]
             part = tl.load(acc_ptr + row[:, None] * D + offs_d[None, :], mask=ok, other=0.0)  # (BLOCK_P, BLOCK_D)
             acc += tl.sum(weight[:, None] * part, 0)
         if ALONG:
             along += tl.sum(weight * tl.load(along_ptr + row, mask=p_ok, other=0.0), 0)
+    tl.store(kept_ptr + b, kept)
+    tl.store(above_ptr + b, above)
     tl.store(lse_ptr + b, (shift + tl.math.log2(z)) * 0.6931471805599453)  # ln(2)
     if WANT_MEAN:
         mean = tl.where(z == 0, 0.0, acc / z)  # (BLOCK_D,)
@@ -170,18 +179,21 @@ def logsumexp(
     acc = query.new_empty(parts if want_mean else 0, B, D, dtype=torch.float32)
     rounds = want_mean and query.dtype == negative_keys.dtype != torch.float32  # probabilities, for the mean
     along = query.new_empty(parts if rounds else 0, B, dtype=torch.float32)
-    kept = query.new_empty(parts, B, dtype=torch.int32)
-    above = query.new_zeros(parts if pivot is not None else 1, B, dtype=torch.int32)
+    kept_parts = query.new_empty(parts, B, dtype=torch.int32)
+    above_parts = query.new_empty(parts if pivot is not None else 0, B, dtype=torch.int32)
+    kept, above = query.new_empty(B, dtype=torch.int64), query.new_empty(B, dtype=torch.int64)
     if B:
         slices = triton.cdiv(D, tile.SLICE) if want_mean else 1
         logsumexp_kernel[(triton.cdiv(B, tile.BLOCK_B), parts, slices)](
             scale_ptr=scale, pivot_ptr=query if pivot is None else pivot.contiguous(),
-            m_ptr=m, z_ptr=z, acc_ptr=acc, along_ptr=along, kept_ptr=kept, above_ptr=above, tiles_per_split=per_split,
+            m_ptr=m, z_ptr=z, acc_ptr=acc, along_ptr=along, kept_ptr=kept_parts, above_ptr=above_parts,
+            tiles_per_split=per_split,
             WANT_MEAN=want_mean, ALONG=rounds, HAS_PIVOT=pivot is not None, SLICE=tile.SLICE, STAGES=tile.num_stages,
             **score_arguments(query, negative_keys, tile, complete(pool)),
         )  # fmt: skip
         logsumexp_merge[(B,)](
-            m, z, acc, along, query, lse, mean, query.stride(0), B, parts,
-            WANT_MEAN=want_mean, ALONG=rounds, D=D, BLOCK_P=8, BLOCK_D=triton.next_power_of_2(D), num_warps=1,
+            m, z, acc, along, kept_parts, above_parts, query, lse, mean, kept, above, query.stride(0), B, parts,
+            WANT_MEAN=want_mean, ALONG=rounds, HAS_PIVOT=pivot is not None, D=D,
+            BLOCK_P=8, BLOCK_D=triton.next_power_of_2(D), num_warps=1,
         )  # fmt: skip
-    return lse, mean, kept.sum(0), above.sum(0)
+    return lse, mean, kept, above

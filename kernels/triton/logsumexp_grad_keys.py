@@ -24,7 +24,7 @@ from .score import as_stored, load_rows, load_whole_rows, score_tile
 
 @triton.jit(do_not_specialize=["B", "K"])
 def logsumexp_grad_keys_kernel(
-    query_ptr, keys_ptr, scale_ptr, lse_ptr, weight_ptr, gain_ptr, grad_ptr, stride_qb, stride_kk, B, K,
+    query_ptr, keys_ptr, scale_ptr, lse_ptr, weight_ptr, largest_ptr, grad_ptr, stride_qb, stride_kk, B, K,
     mask_ptr, stride_mb, query_ids_ptr, negative_ids_ptr, query_labels_ptr, negative_labels_ptr, lower_ptr, upper_ptr,
     MASK: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LABELS: tl.constexpr,
     HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
@@ -37,7 +37,7 @@ def logsumexp_grad_keys_kernel(
     k_ok = pool_keys(offs_k, K, mask_ptr, MASK, EVEN_K)  # (BLOCK_K,)
     keys = load_whole_rows(keys_ptr, offs_k, k_ok, stride_kk, D, BLOCK_D, WIDEN)  # (BLOCK_K, BLOCK_D)
     scale = tl.load(scale_ptr) * LOG2E
-    gain = tl.load(gain_ptr)
+    gain = 32768.0 / tl.maximum(tl.load(largest_ptr), 7.888609052210118e-31)  # 2^15 / max(|weight|, 2^-100)
     acc = tl.zeros((BLOCK_K, SLICE), tl.float32)
     for b0 in tl.range(0, B, BLOCK_B, num_stages=STAGES):
         offs_b = tl.arange(0, BLOCK_B).to(tl.int64) + b0
@@ -91,13 +91,15 @@ def launch(
 ) -> Tensor:
     """(K, D) fp32; sigmoid: p = sigmoid(scale * s - lse), for softplus_sum_grad_keys."""
     K, D = negative_keys.shape
+    if not len(query):
+        return negative_keys.new_zeros(K, D, dtype=torch.float32)
     grad = negative_keys.new_empty(K, D, dtype=torch.float32)
     if K:
         tile = choose_tile(query, negative_keys)
-        largest = torch.cat([weight.abs(), weight.new_full((1,), 2.0**-100)]).amax()  # above 0, whatever the weights
         logsumexp_grad_keys_kernel[(triton.cdiv(K, tile.BLOCK_K), triton.cdiv(D, tile.SLICE))](
-            scale_ptr=scale, lse_ptr=lse.contiguous(), weight_ptr=weight.contiguous(), gain_ptr=2.0**15 / largest,
-            grad_ptr=grad, SIGMOID=sigmoid, SLICE=tile.SLICE, STAGES=tile.num_stages,
+            scale_ptr=scale, lse_ptr=lse.contiguous(), weight_ptr=weight.contiguous(),
+            largest_ptr=torch.linalg.vector_norm(weight, torch.inf), grad_ptr=grad,
+            SIGMOID=sigmoid, SLICE=tile.SLICE, STAGES=tile.num_stages,
             **score_arguments(query, negative_keys, tile, complete(pool)),
         )  # fmt: skip
     return grad

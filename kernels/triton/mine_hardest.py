@@ -50,16 +50,19 @@ def hardest_places_dense(query: Tensor, negative_keys: Tensor, N: int, tile: til
 def mine_hardest(query: Tensor, negative_keys: Tensor, N: int, *pool: Tensor | None) -> tuple[Tensor, Tensor]:
     """scores (B, N) fp32, index (B, N) int64."""
     B, K = query.shape[0], negative_keys.shape[0]
-    out = torch.full((B, N), NOWHERE, dtype=torch.int64, device=query.device)
-    if B and K and N:
-        tile = score_tile(query, negative_keys)
-        target = capability(query.device)
-        dense = tiles.is_dense(K, N, target)
-        plan = None if dense else tiles.mining_plan(K, N, target)[0]
-        rows = tiles.rows_at_once(B, K, plan, tile)
-        for start in range(0, B, rows):
-            part = slice(start, min(start + rows, B))
-            own = of_rows(complete(pool), part.start, part.stop)
-            hardest = hardest_places_dense if dense else hardest_places
-            out[part] = hardest(query[part], negative_keys, N, tile, own)
+    if not (B and K and N):
+        return unpack(torch.full((B, N), NOWHERE, dtype=torch.int64, device=query.device))
+    tile = score_tile(query, negative_keys)
+    target = capability(query.device)
+    dense = tiles.is_dense(K, N, target)
+    plan = None if dense else tiles.mining_plan(K, N, target)[0]
+    hardest = hardest_places_dense if dense else hardest_places
+    rows = tiles.rows_at_once(B, K, plan, tile)
+    if rows == B:
+        return unpack(hardest(query, negative_keys, N, tile, complete(pool)))
+    out = torch.empty((B, N), dtype=torch.int64, device=query.device)
+    for start in range(0, B, rows):
+        part = slice(start, min(start + rows, B))
+        own = of_rows(complete(pool), part.start, part.stop)
+        out[part] = hardest(query[part], negative_keys, N, tile, own)
     return unpack(out)

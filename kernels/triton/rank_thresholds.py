@@ -92,6 +92,8 @@ def rank_thresholds(query: Tensor, negative_keys: Tensor, ranks: Tensor, *pool: 
         find, step = places_at_ranks, RANKS_PER_SCAN
         plan = tiles.ranks_plan(K, min(R, step), target)
     rows = tiles.rows_at_once(B, K, plan, tile)
+    if rows == B and step >= R:
+        return find(query, negative_keys, ranks.contiguous(), tile, complete(pool))
     out = torch.empty_like(ranks, memory_format=torch.contiguous_format)
     for start in range(0, B, rows):
         part = slice(start, min(start + rows, B))

@@ -1,0 +1,78 @@
+"""What a call launches on Triton: its own kernels, and PyTorch's around them. Small batches wait for these, not for arithmetic.
+
+Nothing is computed here: launches are counted and left out, which works because no launcher looks at what a kernel wrote.
+"""
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import negmine
+from negmine import Mix, Select
+from tests.cases import unit
+from tests.conftest import _reason_not_here, interpreted
+
+pytestmark = [
+    pytest.mark.skipif(bool(_reason_not_here("triton")), reason=_reason_not_here("triton") or "-"),
+    pytest.mark.skipif(not interpreted("triton"), reason="launches are counted where kernels are interpreted"),
+]
+FREE = ("empty", "empty_like", "new_empty", "empty_strided", "scalar_tensor")  # memory alone, or a number on the host
+B, K, D = 20, 200, 16
+
+
+class Counted(TorchDispatchMode):
+    """Counts the torch ops that run on the device, views and allocations aside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        schema = func._schema
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+        self.count += not views and schema.name.removeprefix("aten::") not in FREE
+        return func(*args, **(kwargs or {}))
+
+
+def training(**options):
+    """One loss and its gradient."""
+    q, pos, keys = (unit(n, D, seed=i) for i, n in enumerate((B, B, K)))
+    q.requires_grad_()
+    return lambda: negmine.info_nce(q, pos, keys, **options, backend="triton").backward()
+
+
+def mining():
+    q, keys = unit(B, D), unit(K, D, seed=1)
+    return lambda: negmine.mine_hardest(q, keys, 10, backend="triton")
+
+
+def launches(call, monkeypatch) -> tuple[int, int]:
+    """(kernels, torch ops) of a call."""
+    from triton.runtime.interpreter import GridExecutor
+
+    call()
+    kernels = []
+    with monkeypatch.context() as patch, Counted() as torch_ops:
+        patch.setattr(GridExecutor, "__call__", lambda self, *args, **kwargs: kernels.append(self.fn))
+        call()
+    return len(kernels), torch_ops.count
+
+
+@pytest.mark.parametrize(
+    ("call", "kernels", "torch_ops"),
+    [
+        (training(), 2, 28),
+        (training(select=Select(0.01, 0.5)), 7, 108),
+        (training(mix=Mix(8, 4, 4)), 8, 79),
+        (mining(), 5, 25),
+    ],
+    ids=["info_nce", "window", "MoCHi", "mine_hardest"],
+)
+def test_a_call_launches_no_more_than_this(call, kernels, torch_ops, monkeypatch):
+    """The numbers are what was counted: a change that launches less lowers them, one that launches more has to say so here."""
+    got = launches(call, monkeypatch)
+    assert got[0] == kernels
+    assert got[1] <= torch_ops
+
+
+def test_a_larger_sample_launches_no_more(monkeypatch):
+    """Regression: every two ranks of select.sample took a scan of the queue and its launches."""
+    few, many = (launches(training(select=Select(0.01, 0.5, sample=n)), monkeypatch) for n in (16, 64))
+    assert many == few
