@@ -26,6 +26,7 @@ class Launchers(NamedTuple):
     """The kernels that run one call, by op name; None where the call does not need the op."""
 
     logsumexp: Any = None
+    logsumexp_pair: Any = None
     logsumexp_grad_keys: Any = None
     softplus_sum: Any = None
     softplus_sum_grad_keys: Any = None
@@ -43,6 +44,18 @@ class Launchers(NamedTuple):
 
 
 OPS = Launchers._fields
+
+
+def in_two(logsumexp: Callable) -> Callable:
+    """logsumexp_pair as two calls of a logsumexp: for what has no pass that serves both scales."""
+
+    def logsumexp_pair(query, negative_keys, scale, pivot, want_mean, *pool):
+        first = logsumexp(query, negative_keys, scale[0], pivot, want_mean, *pool)
+        second = logsumexp(query, negative_keys, scale[1], None, want_mean, *pool)
+        lse, mean = (torch.stack(both) for both in zip(first[:2], second[:2], strict=True))
+        return lse, mean, *first[2:]
+
+    return logsumexp_pair
 
 
 class BackendUnavailable(RuntimeError):
@@ -78,7 +91,8 @@ def _triton_ops() -> Backend:
     from negmine import triton_ops
 
     devices = ("cuda", "cpu") if INTERPRETED else ("cuda",)
-    found = triton_ops.launchers({op: getattr(module, op) for op in OPS}, devices)
+    found = triton_ops.launchers({op: getattr(module, op) for op in module.__all__}, devices)
+    found["logsumexp_pair"] = in_two(found["logsumexp"])
     return Backend("triton", "cuda", found, also="cpu" if INTERPRETED else "")
 
 

@@ -58,6 +58,15 @@ def _logsumexp(
     return row, mean, row.new_empty(B, dtype=torch.int64), row.new_empty(B, dtype=torch.int64)
 
 
+def _logsumexp_pair(
+    query: Tensor, negative_keys: Tensor, scale: Tensor, pivot: Tensor | None, want_mean: bool, *pool: Tensor | None
+):
+    B, D = query.shape
+    kept = query.new_empty(B, dtype=torch.int64)  # (B,)
+    mean = query.new_empty(2, B if want_mean else 0, D, dtype=torch.float32)
+    return mean.new_empty(2, B), mean, kept, torch.empty_like(kept)
+
+
 def _logsumexp_grad_keys(
     query: Tensor, negative_keys: Tensor, scale: Tensor, lse: Tensor, weight: Tensor, *pool: Tensor | None
 ):
@@ -116,6 +125,7 @@ def _listed_grad_keys(query: Tensor, index: Tensor, weight: Tensor, K: int):
 
 FAKES: dict[str, Callable] = {
     "logsumexp": _logsumexp,
+    "logsumexp_pair": _logsumexp_pair,
     "logsumexp_grad_keys": _logsumexp_grad_keys,
     "softplus_sum": _softplus_sum,
     "softplus_sum_grad_keys": _softplus_sum_grad_keys,

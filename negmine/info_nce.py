@@ -14,7 +14,7 @@ from torch import Tensor
 from negmine import backends, checks, order, reference
 from negmine.false_negatives import Found, find, without
 from negmine.listed import listed, own
-from negmine.logsumexp import LogSumExp, MeanScore, scale_of
+from negmine.logsumexp import LogSumExp, LogSumExpPair, MeanScore, scale_of
 from negmine.mining import dense_keys, for_kernels, score_of_positive, working
 from negmine.mixing import hard_index, mixed_logsumexp
 from negmine.options import FalseNegatives, Mix, Select, Weight
@@ -97,7 +97,7 @@ def info_nce(
     checks.require_draw(op, seed, step, row_offset)
     masks = (negative_mask, query_ids, negative_ids, query_labels, negative_labels)
     pool = check_pool(op, query, negative_keys, *masks)
-    needed = _ops_for(negative_keys, select, mix, false_negatives)
+    needed = _ops_for(negative_keys, select, mix, weight, false_negatives)
     ops = backends.choose(op, needed, backend, (query, positive_key, negative_keys))
     draw = (seed, step, row_offset)
     if ops is None:
@@ -140,7 +140,11 @@ def info_nce(
 
 
 def _ops_for(
-    negative_keys: Tensor, select: Select | None, mix: Mix | None, false_negatives: FalseNegatives | None
+    negative_keys: Tensor,
+    select: Select | None,
+    mix: Mix | None,
+    weight: Weight | None,
+    false_negatives: FalseNegatives | None,
 ) -> tuple[str, ...]:
     """The kernels that a call needs."""
     needed = {"logsumexp": True, "logsumexp_grad_keys": True}
@@ -148,6 +152,7 @@ def _ops_for(
     needed["rank_thresholds"] = needed["count_negatives"] = select is not None
     needed["mine_hardest"] = mixes or (false_negatives is not None and false_negatives.top_k is not None)
     needed["mix_logsumexp"] = mixes
+    needed["logsumexp_pair"] = weight is not None and weight.beta > 0
     attracts = false_negatives is not None and false_negatives.mode == "attract"
     lists = negative_keys.dim() == 3 or samples or attracts or (mix is not None and mixes and not mix.detach)
     needed["listed_logsumexp"] = needed["listed_grad_keys"] = lists
@@ -193,16 +198,17 @@ def fused(
                 places = sampled(ops, q, keys, window, select, *draw)  # (B, sample)
                 kept_by, columns = lists, (order.unpack(places)[1], False)
 
-    sharpness = 1.0 + weight.beta if weight is not None else 1.0
-    lse, kept, above = LogSumExp.apply(query, negative_keys, scale * sharpness, pivot, kept_by, *columns)
+    if weight is not None and weight.beta:
+        scales = torch.stack([scale * (1.0 + weight.beta), scale * weight.beta])  # (2,)
+        (lse, importance), kept, above = LogSumExpPair.apply(query, negative_keys, scales, pivot, kept_by, *columns)
+    else:
+        lse, kept, above = LogSumExp.apply(query, negative_keys, scale, pivot, kept_by, *columns)
+        importance = kept.clamp_min(1).float().log()  # LSE of zeros
     if want_rank and kept_by is lists:  # the rank is among all valid negatives, not among those drawn
         above = ops.logsumexp(q, keys, scale.detach(), pivot, False, *masks)[3]
     some = kept > 0  # (B,)
     clamped = torch.zeros_like(some)
     if weight is not None:
-        importance = kept.clamp_min(1).float().log()  # LSE of zeros
-        if weight.beta:
-            importance = LogSumExp.apply(query, negative_keys, scale * weight.beta, None, kept_by, *columns)[0]
         log_sum, clamped = reference.log_weighted_sum(
             lse.masked_fill(~some, 0.0),
             importance.masked_fill(~some, 0.0),

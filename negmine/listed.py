@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from negmine import order
-from negmine.backends import Launchers
+from negmine.backends import Launchers, in_two
 from negmine.pool import Pool, pieces, usable
 from negmine.reference_triplets import rows_at
 
@@ -70,8 +70,10 @@ def _softplus_sum_grad_keys(ops, query, negative_keys, scale, bias, weight, inde
 
 def listed(ops: Launchers) -> Launchers:
     """The sums over the columns in a list."""
+    logsumexp = partial(_logsumexp, ops)
     return Launchers(
-        logsumexp=partial(_logsumexp, ops),
+        logsumexp=logsumexp,
+        logsumexp_pair=in_two(logsumexp),
         logsumexp_grad_keys=partial(_logsumexp_grad_keys, ops),
         softplus_sum=partial(_softplus_sum, ops),
         softplus_sum_grad_keys=partial(_softplus_sum_grad_keys, ops),
@@ -144,8 +146,10 @@ def _own_mix_logsumexp(ops, query, negative_keys, hard_index, scale, want_mean, 
 
 def own(ops: Launchers) -> Launchers:
     """The ops of a loss over keys that are each query's own."""
+    logsumexp = partial(_own_logsumexp, ops)
     return ops._replace(
-        logsumexp=partial(_own_logsumexp, ops),
+        logsumexp=logsumexp,
+        logsumexp_pair=in_two(logsumexp),
         logsumexp_grad_keys=partial(_own_logsumexp_grad_keys, ops),
         mine_hardest=partial(_own_mine_hardest, ops),
         rank_thresholds=partial(_own_rank_thresholds, ops),

@@ -63,6 +63,42 @@ class LogSumExp(torch.autograd.Function):
         return d_query, d_keys, d_scale, None, None, *([None] * ctx.width)
 
 
+class LogSumExpPair(torch.autograd.Function):
+    """lse (2, B): LogSumExp at the two scales (2,) in one pass, with kept (B,) and above (B,)."""
+
+    @staticmethod
+    def forward(ctx, query, negative_keys, scale, pivot, ops, *pool):
+        want_mean = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
+        keys = for_kernels(negative_keys)
+        lse, mean, kept, above = ops.logsumexp_pair(for_kernels(query), keys, scale.detach(), pivot, want_mean, *pool)
+        *tensors, ctx.same_label = pool
+        ctx.ops, ctx.width = ops, len(pool)
+        wants_keys = ctx.needs_input_grad[1]
+        ctx.save_for_backward(query, scale, lse, mean, *((negative_keys, *tensors) if wants_keys else ()))
+        ctx.mark_non_differentiable(kept, above)
+        return lse, kept, above
+
+    @staticmethod
+    @first_only
+    def backward(ctx, d_lse, _d_kept, _d_above):
+        query, scale, lse, mean, *rest = ctx.saved_tensors
+        d_query = d_keys = d_scale = None
+        weight = d_lse * scale[:, None]  # (2, B)
+        if ctx.needs_input_grad[0]:
+            d_query = (weight[:, :, None] * mean).sum(0).to(query.dtype)  # (B, D)
+        if ctx.needs_input_grad[1]:
+            negative_keys, *tensors = rest
+            vectors = for_kernels(query), for_kernels(negative_keys)
+            each = [
+                ctx.ops.logsumexp_grad_keys(*vectors, scale[i], lse[i], weight[i], *tensors, ctx.same_label)
+                for i in range(2)
+            ]
+            d_keys = (each[0] + each[1]).to(negative_keys.dtype)  # (K, D)
+        if ctx.needs_input_grad[2]:
+            d_scale = (d_lse * (query.float() * mean).sum(2)).sum(1)
+        return d_query, d_keys, d_scale, None, None, *([None] * ctx.width)
+
+
 class MeanScore(torch.autograd.Function):
     """score_b (B,) = mean over b's pool of s_bk, and kept (B,): what logsumexp returns as its mean at scale 0."""
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from negmine import order
-from negmine.backends import Launchers
+from negmine.backends import Launchers, in_two
 from negmine.pool import Pool
 from negmine.queue import gather
 
@@ -92,6 +92,7 @@ class Shards:
     def __init__(self, ops: Launchers, ranks: Ranks, query: Tensor, K: int, first: int) -> None:
         self.ops, self.ranks, self.K, self.first = ops, ranks, K, first
         self.query = ranks.all_rows(query)  # (B, D)
+        self.logsumexp_pair = in_two(self.logsumexp)
 
     def rows(self, negative_keys: Tensor) -> int:
         return self.K

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import negmine
-from negmine import Mix, Select, backends, reference
+from negmine import Mix, Select, backends, order, reference
 from negmine.pool import Pool
 from tests import compare
 from tests.cases import DTYPES, ids, unit, whole
@@ -78,6 +78,24 @@ def test_one_score_whatever_the_op_and_the_split(isa, dtype, K, D, N):
     pool = ids(5, K, q.device)
     _, stats = negmine.info_nce(q, q, keys, select=Select(3, N), **pool, return_stats=True, backend="cpu")
     compare.exact("window", stats.num_negatives, torch.full((5,), N - 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B, K, D", [*SHAPES, (600, 5000, 9)])  # the last: a task a block of queries, several splits
+def test_a_pair_is_two_sums_to_the_bit(isa, dtype, B, K, D):
+    q, keys, scale = unit(B, D, dtype=dtype), unit(K, D, dtype=dtype, seed=1), torch.tensor([30.0, 4.0])
+    lower = order.pack(torch.full((B,), -0.3), order.LAST_INDEX)
+    tags, pivot = ids(B, K), torch.linspace(-0.5, 0.5, B)
+    for pool in (Pool(), Pool(torch.rand(K) < 0.8, **tags, lower=lower, upper=order.pack(torch.full((B,), 0.4), 0))):
+        for want_mean in (True, False):
+            got = torch.ops.negmine.logsumexp_pair(q, keys, scale, pivot, want_mean, *pool)
+            for i in range(2):
+                want = torch.ops.negmine.logsumexp(q, keys, scale[i], pivot, want_mean, *pool)
+                for name, k, t in zip(
+                    ("lse", "mean", "kept", "above"), (got[0][i], got[1][i], *got[2:]), want, strict=True
+                ):
+                    compare.exact(f"{name} {i}", k, t)
+            assert K < 100 or int(got[2].max()) > 0
 
 
 def test_subnormals_of_bf16_cost_no_more_than_their_size(isa):

@@ -40,6 +40,8 @@ def arguments():
     for pool in pools:
         yield "logsumexp", (q, keys, scale, torch.zeros(B), True, *pool)
         yield "logsumexp", (q, keys.bfloat16(), scale, None, False, *pool)
+        yield "logsumexp_pair", (q, keys, torch.stack([scale, 2 * scale]), torch.zeros(B), True, *pool)
+        yield "logsumexp_pair", (q, keys.bfloat16(), torch.stack([scale, 2 * scale]), None, False, *pool)
         yield "logsumexp_grad_keys", (q, keys, scale, torch.ones(B), torch.ones(B), *pool)
         yield "softplus_sum", (q, keys, scale, -scale, True, *pool)
         yield "softplus_sum_grad_keys", (q, keys.bfloat16(), scale, -scale, torch.ones(B), *pool)

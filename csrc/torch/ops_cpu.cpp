@@ -107,6 +107,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logsumexp(const Tensor& query, const 
   return {lse, mean, kept, above};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> logsumexp_pair(const Tensor& query, const Tensor& negative_keys,
+                                                          const Tensor& scale, const OptionalTensor& pivot,
+                                                          bool want_mean, POOL_ARGUMENTS) {
+  // Checks.
+  const Scored in("logsumexp_pair", query, negative_keys, POOL);
+  const Tensor factors = checks::vector("logsumexp_pair", "scale", scale, ScalarType::Float, 2, query);
+  const OptionalTensor pivots = checks::vector("logsumexp_pair", "pivot", pivot, ScalarType::Float, in.B, query);
+  // Outputs.
+  Tensor lse = new_empty(query, {2, in.B}, ScalarType::Float);
+  Tensor mean = new_empty(query, {2, want_mean ? in.B : 0, in.D}, ScalarType::Float);
+  Tensor kept = new_empty(query, {in.B}, ScalarType::Long);
+  Tensor above = new_empty(query, {in.B}, ScalarType::Long);
+  // Params.
+  auto p = in.params<cpu::LogsumexpParams>();
+  p.scales = 2;
+  p.scale = floats(factors);
+  p.pivot = floats(pivots);
+  p.lse = output<float>(lse);
+  p.mean = want_mean ? output<float>(mean) : nullptr;
+  p.kept = output<int64_t>(kept);
+  p.above = output<int64_t>(above);
+  // Run.
+  cpu::logsumexp(p, torch_threads());
+  return {lse, mean, kept, above};
+}
+
 Tensor logsumexp_grad_keys(const Tensor& query, const Tensor& negative_keys, const Tensor& scale, const Tensor& lse,
                            const Tensor& weight, POOL_ARGUMENTS) {
   // Checks.
@@ -219,6 +245,7 @@ Tensor count_negatives(const Tensor& query, const Tensor& negative_keys, POOL_AR
 
 STABLE_TORCH_LIBRARY_IMPL(negmine, CPU, m) {
   m.impl("logsumexp", TORCH_BOX(&logsumexp));
+  m.impl("logsumexp_pair", TORCH_BOX(&logsumexp_pair));
   m.impl("logsumexp_grad_keys", TORCH_BOX(&logsumexp_grad_keys));
   m.impl("softplus_sum", TORCH_BOX(&softplus_sum));
   m.impl("softplus_sum_grad_keys", TORCH_BOX(&softplus_sum_grad_keys));

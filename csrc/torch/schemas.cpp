@@ -11,6 +11,8 @@
 STABLE_TORCH_LIBRARY(negmine, m) {
   m.def("logsumexp(Tensor query, Tensor negative_keys, Tensor scale, Tensor? pivot, bool want_mean, " POOL_SCHEMA
         ") -> (Tensor lse, Tensor mean, Tensor kept, Tensor above)");
+  m.def("logsumexp_pair(Tensor query, Tensor negative_keys, Tensor scale, Tensor? pivot, bool want_mean, " POOL_SCHEMA
+        ") -> (Tensor lse, Tensor mean, Tensor kept, Tensor above)");
   m.def("logsumexp_grad_keys(Tensor query, Tensor negative_keys, Tensor scale, Tensor lse, Tensor weight, " POOL_SCHEMA
         ") -> Tensor");
   m.def("softplus_sum(Tensor query, Tensor negative_keys, Tensor scale, Tensor bias, bool want_pull, " POOL_SCHEMA

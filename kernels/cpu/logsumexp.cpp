@@ -28,7 +28,7 @@ class OwnedState {
     view = {f, f + kLanes, with_mean ? f + 2 * kLanes : nullptr, counts_.get(), counts_.get() + kLanes};
   }
 
-  void clear(int64_t D) {
+  void clear(int64_t D) const {
     std::fill_n(view.max, kLanes, -kInfinity);
     std::fill_n(view.sum, kLanes, 0.0f);
     std::fill_n(view.kept, 2 * kLanes, 0);
@@ -63,16 +63,19 @@ void fold(const LogsumexpState& into, const LogsumexpState& part, int64_t D) {
   }
 }
 
-void finish(const LogsumexpParams& p, const Block& block, const LogsumexpState& state) {
+void finish(const LogsumexpParams& p, const Block& block, int64_t scale, const LogsumexpState& state) {
   for (int64_t lane = 0; lane < block.lanes; ++lane) {
-    const int64_t b = block.first_query + lane;
+    const int64_t b = block.first_query + lane, row = scale * p.B + b;
     const float total = state.sum[lane];
-    p.lse[b] = total == 0.0f ? -kInfinity : static_cast<float>(state.max[lane] + std::log(static_cast<double>(total)));
-    p.kept[b] = state.kept[lane];
-    p.above[b] = state.above[lane];
+    p.lse[row] =
+        total == 0.0f ? -kInfinity : static_cast<float>(state.max[lane] + std::log(static_cast<double>(total)));
+    if (scale == 0) {
+      p.kept[b] = state.kept[lane];
+      p.above[b] = state.above[lane];
+    }
     if (p.mean == nullptr) continue;
     for (int64_t d = 0; d < p.D; ++d) {
-      p.mean[b * p.D + d] = total == 0.0f ? 0.0f : state.mean[d * kLanes + lane] / total;
+      p.mean[row * p.D + d] = total == 0.0f ? 0.0f : state.mean[d * kLanes + lane] / total;
     }
   }
 }
@@ -81,7 +84,7 @@ void finish(const LogsumexpParams& p, const Block& block, const LogsumexpState& 
 
 void logsumexp(const LogsumexpParams& p, const Parallel& parallel) {
   const int64_t split_rows = std::max(kSplitRows, ceil_div(p.K, kMostSplits));
-  const int64_t splits = ceil_div(p.K, split_rows), blocks = ceil_div(p.B, kLanes);
+  const int64_t splits = ceil_div(p.K, split_rows), blocks = ceil_div(p.B, kLanes), S = p.scales;
   const bool with_mean = p.mean != nullptr;
   const auto block_of = [&](int64_t index) {
     Block block{.query = p.query, .negative_keys = p.negative_keys, .D = p.D, .pool = p.pool};
@@ -89,41 +92,46 @@ void logsumexp(const LogsumexpParams& p, const Parallel& parallel) {
     block.lanes = std::min(kLanes, p.B - block.first_query);
     return block;
   };
-  const auto run_split = [&](Block block, int64_t split, const Workspace& w, const LogsumexpState& state) {
+  // states (S,)
+  const auto run_split = [&](Block block, int64_t split, const Workspace& w, const OwnedState* states) {
     block.k_begin = split * split_rows;
     block.k_end = std::min(p.K, block.k_begin + split_rows);
-    kernels().logsumexp_range(block, w, *p.scale, p.pivot, state);
+    const LogsumexpState* views[] = {&states[0].view, &states[S - 1].view};
+    kernels().logsumexp_range(block, w, p.scale, S, p.pivot, views);
+  };
+  const auto make_states = [&](int64_t count) {
+    std::vector<OwnedState> states;
+    for (int64_t i = 0; i < count; ++i) states.emplace_back(p.D, with_mean);
+    return states;
   };
   struct Task {
     Scratch scratch;
-    OwnedState total, part;
+    std::vector<OwnedState> total, part;  // (S,) each
   };
-  const auto make_task = [&] {
-    return Task{Scratch(p.negative_keys, p.D), OwnedState(p.D, with_mean), OwnedState(p.D, with_mean)};
-  };
+  const auto make_task = [&] { return Task{Scratch(p.negative_keys, p.D), make_states(S), make_states(S)}; };
 
   if (blocks >= 4 * parallel.threads) {
     for_each_task(parallel, blocks, make_task, [&](Task& task, int64_t b) {
-      task.total.clear(p.D);
+      for (const OwnedState& total : task.total) total.clear(p.D);
       for (int64_t split = 0; split < splits; ++split) {
-        run_split(block_of(b), split, task.scratch.workspace, task.part.view);
-        fold(task.total.view, task.part.view, p.D);
+        run_split(block_of(b), split, task.scratch.workspace, task.part.data());
+        for (int64_t s = 0; s < S; ++s) fold(task.total[s].view, task.part[s].view, p.D);
       }
-      finish(p, block_of(b), task.total.view);
+      for (int64_t s = 0; s < S; ++s) finish(p, block_of(b), s, task.total[s].view);
     });
     return;
   }
-  std::vector<OwnedState> parts;  // (splits, blocks): neighbours in time read the same rows
-  for (int64_t i = 0; i < splits * blocks; ++i) parts.emplace_back(p.D, with_mean);
+  const std::vector<OwnedState> parts = make_states(splits * blocks * S);  // neighbours in time read the same rows
   const auto make_scratch = [&] { return Scratch(p.negative_keys, p.D); };
   for_each_task(parallel, splits * blocks, make_scratch, [&](Scratch& scratch, int64_t task) {
-    run_split(block_of(task % blocks), task / blocks, scratch.workspace, parts[task].view);
+    run_split(block_of(task % blocks), task / blocks, scratch.workspace, &parts[task * S]);
   });
   const auto make_total = [&] { return OwnedState(p.D, with_mean); };
-  for_each_task(parallel, blocks, make_total, [&](OwnedState& total, int64_t b) {
+  for_each_task(parallel, blocks * S, make_total, [&](OwnedState& total, int64_t task) {
+    const int64_t b = task / S, s = task % S;
     total.clear(p.D);
-    for (int64_t split = 0; split < splits; ++split) fold(total.view, parts[split * blocks + b].view, p.D);
-    finish(p, block_of(b), total.view);
+    for (int64_t split = 0; split < splits; ++split) fold(total.view, parts[(split * blocks + b) * S + s].view, p.D);
+    finish(p, block_of(b), s, total.view);
   });
 }
 

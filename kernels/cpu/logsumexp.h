@@ -1,5 +1,5 @@
 // logsumexp: log-sum-exp of each query's scores over its pool, and the softmax mean of the keys, its gradient. (B, K)
-// is never stored. Meaning: kernels/README.md.
+// is never stored. logsumexp_pair is the same at two scales in one pass. Meaning: kernels/README.md.
 #pragma once
 #include "kernels/cpu/matrix.h"
 #include "kernels/cpu/parallel.h"
@@ -11,11 +11,12 @@ struct LogsumexpParams {
   Matrix query;          // (B, D)
   Matrix negative_keys;  // (K, D)
   int64_t B = 0, K = 0, D = 0;
-  const float* scale = nullptr;  // ()
+  int64_t scales = 1;            // S, 1 or 2
+  const float* scale = nullptr;  // (S,)
   const float* pivot = nullptr;  // (B,) or absent
   Pool pool;
-  float* lse = nullptr;      // (B,)
-  float* mean = nullptr;     // (B, D), null where not wanted
+  float* lse = nullptr;      // (S, B)
+  float* mean = nullptr;     // (S, B, D), null where not wanted
   int64_t* kept = nullptr;   // (B,)
   int64_t* above = nullptr;  // (B,)
 };

@@ -41,7 +41,7 @@ class Scratch {
  public:
   Scratch(const Matrix& negative_keys, int64_t D) {
     const int64_t widened = negative_keys.dtype == Dtype::kFloat32 ? 0 : kChunk * D;
-    floats_ = make_buffer<float>(D * kLanes + kChunk * kLanes + widened + D + std::max(D, kLanes));
+    floats_ = make_buffer<float>(D * kLanes + 2 * kChunk * kLanes + widened + D + std::max(D, kLanes));
     words_ = make_buffer<int32_t>(kLaneWords * kLanes);
     index_ = make_buffer<int64_t>(kChunk);
     rows_ = make_buffer<const float*>(kChunk + 6);
@@ -49,6 +49,7 @@ class Scratch {
     float* p = floats_.get();
     workspace.q_t = p;
     workspace.tile = p += D * kLanes;
+    workspace.scores = p += kChunk * kLanes;
     workspace.widened = p += kChunk * kLanes;
     workspace.row = p += widened;
     workspace.zeros = p += D;

@@ -109,6 +109,21 @@ std::vector<Bytes> run_all(const Inputs& in, const Parallel& parallel, int kind)
              .kept = room<int64_t>(out, kB),
              .above = room<int64_t>(out, kB)},
             parallel);
+  const float scales[] = {in.scale, 0.5f * in.scale};
+  logsumexp({.query = query,
+             .negative_keys = keys,
+             .B = kB,
+             .K = kK,
+             .D = kD,
+             .scales = 2,
+             .scale = scales,
+             .pivot = in.lse.data(),
+             .pool = pool,
+             .lse = room<float>(out, 2 * kB),
+             .mean = room<float>(out, 2 * kB * kD),
+             .kept = room<int64_t>(out, kB),
+             .above = room<int64_t>(out, kB)},
+            parallel);
   logsumexp_grad_keys({.query = query,
                        .negative_keys = keys,
                        .B = kB,

@@ -44,6 +44,7 @@ enum LaneWord {
 struct Workspace {
   float* q_t;           // (kLanes / panel, D, panel) the block's queries, transposed; or (.., (D + 1) / 2, ..) pairs
   float* tile;          // (kChunk, kLanes) scores of a chunk
+  float* scores;        // (kChunk, kLanes) the same, where the tile is spent and they are needed again
   const float** rows;   // (kChunk + 6) the chunk's rows of the queue as they are scored, then rows of zeros
   int64_t* index;       // (kChunk) their places in the queue
   float* widened;       // (kChunk, D) where the queue is not stored as fp32
@@ -91,8 +92,10 @@ void prune(const Selection& selection, int64_t lane);
 
 struct Kernels {
   const char* isa;
-  // The block against its range, from an empty state. pivot (B,) or null.
-  void (*logsumexp_range)(const Block&, const Workspace&, float scale, const float* pivot, const LogsumexpState&);
+  // The block against its range, from empty states, one for each of the 1 or 2 scales; kept and above are the first's.
+  // pivot (B,) or null.
+  void (*logsumexp_range)(const Block&, const Workspace&, const float* scale, int64_t scales, const float* pivot,
+                          const LogsumexpState* const* states);
   // Adds the block's share to rows [k_begin, k_end) of out (K, D). lse, weight (B,); panel (64, D rounded up to 64).
   void (*logsumexp_grad_keys_range)(const Block&, const Workspace&, float scale, const float* lse, const float* weight,
                                     float* panel, float* out);
