@@ -2,20 +2,24 @@
 
 `listed(ops)` and `own(ops)` stand in for the kernels `ops`, so that whatever is written for pools serves both:
 
-    listed   logsumexp takes (index, False) in the place of a pool; index (B, M) int64, -1 = no column, repeats count
+    listed   sums take (index, False) in the place of a pool; index (B, M) int64, -1 = no column, repeats count
     own      negative_keys are (B, M, D), each query's own, under a pool of M columns
 
-The scores (B, M) of a list are as small as the list, and the vectors (B, M, D) are never gathered into memory.
+The scores (B, M) of a list are as small as the list, and the vectors (B, M, D) are never all gathered into memory.
 """
 
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from negmine import order
 from negmine.backends import Launchers
-from negmine.pool import Pool, usable
+from negmine.pool import Pool, pieces, usable
+from negmine.reference_triplets import rows_at
+
+PIECE = 1 << 20  # numbers of gathered vectors in memory at one time
 
 
 def rows_of(negative_keys: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,9 +52,30 @@ def _logsumexp_grad_keys(ops, query, negative_keys, scale, lse, weight, index, _
     return ops.listed_grad_keys(query, rows, p * weight[:, None], len(keys)).view(negative_keys.shape)
 
 
+def _softplus_sum(ops, query, negative_keys, scale, bias, want_pull, index, _same_label):
+    absent = index < 0  # (B, M)
+    x = scale * scores_at(ops, query, negative_keys, scale, index).masked_fill(absent, 0.0) + bias  # (B, M)
+    sigmoid = x.sigmoid().masked_fill(absent, 0.0)  # (B, M)
+    pull = x.new_zeros(len(query) if want_pull else 0, query.shape[1])
+    for b in pieces(index.shape[1] * query.shape[1], len(pull), PIECE):
+        pull[b] = torch.einsum("bm,bmd->bd", sigmoid[b], rows_at(negative_keys, index[b], x.dtype))
+    return (-F.logsigmoid(-x)).masked_fill(absent, 0.0).sum(1), pull, sigmoid.sum(1), (~absent).sum(1)
+
+
+def _softplus_sum_grad_keys(ops, query, negative_keys, scale, bias, weight, index, _same_label):
+    scores = scores_at(ops, query, negative_keys, scale, index)  # (B, M)
+    sigmoid = (scale * scores + bias).sigmoid()  # (B, M)
+    return ops.listed_grad_keys(query, index, sigmoid * weight[:, None], len(negative_keys))
+
+
 def listed(ops: Launchers) -> Launchers:
-    """The log-sum-exp of the columns in a list."""
-    return Launchers(logsumexp=partial(_logsumexp, ops), logsumexp_grad_keys=partial(_logsumexp_grad_keys, ops))
+    """The sums over the columns in a list."""
+    return Launchers(
+        logsumexp=partial(_logsumexp, ops),
+        logsumexp_grad_keys=partial(_logsumexp_grad_keys, ops),
+        softplus_sum=partial(_softplus_sum, ops),
+        softplus_sum_grad_keys=partial(_softplus_sum_grad_keys, ops),
+    )
 
 
 def _allowed(query: Tensor, negative_keys: Tensor, pool: Pool) -> Tensor:

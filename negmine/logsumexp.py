@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from negmine import backends, checks, reference_methods
+from negmine import backends, checks, order, reference_methods
 from negmine.derivatives import first_only
+from negmine.listed import listed
 from negmine.mining import for_kernels, score_of_positive, working
 from negmine.options import Select
-from negmine.pool import Pool, bounded, check_pool, usable
+from negmine.pool import bounded, check_pool, sampled, usable
 
 
 def scale_of(temperature: float | Tensor, query: Tensor) -> Tensor:
@@ -165,8 +166,8 @@ def columns(
     masks: tuple[Any, ...],
     draw: tuple[int, int, int],
     backend: str | None,
-) -> tuple[backends.Launchers | None, Pool, dict[str, Any]]:
-    """Which columns an op over the queue sees, checked: launchers and pool, or None and the reference's keywords."""
+) -> tuple[backends.Launchers | None, tuple[Any, ...], dict[str, Any]]:
+    """Which columns an op over the queue sees, checked: launchers with a pool or a list, or None and the reference's keywords."""
     checks.require_query_and_keys(op, query, negative_keys)
     checks.require_options(op, select=select)
     checks.require_draw(op, *draw)
@@ -178,13 +179,19 @@ def columns(
         raise checks.refuse(op, "positive_key", "given where select has a margin", None)
     pool = check_pool(op, query, negative_keys, *masks)
     windowed = ("rank_thresholds", "count_negatives") if select is not None else ()
-    only_dense = "select.sample" if select is not None and select.sample is not None else ""
-    ops = backends.choose(op, (*kernels, *windowed), backend, tensors, only_dense)
+    samples = select is not None and select.sample is not None
+    lists = ("listed_logsumexp", "listed_grad_keys") if samples else ()
+    ops = backends.choose(op, (*kernels, *windowed, *lists), backend, tensors)
     with torch.no_grad():
         anchor = None if positive_key is None else score_of_positive(query, positive_key)  # (B,)
         if ops is None:
             allowed = usable(pool, query, negative_keys)
             return None, pool, {"usable": allowed, "positive_score": anchor, "select": select, "draw": draw}
-        if select is not None:
-            pool = bounded(ops, for_kernels(query), for_kernels(negative_keys), pool, select, anchor)
-    return ops, pool, {}
+        if select is None:
+            return ops, pool, {}
+        q, keys = for_kernels(query), for_kernels(negative_keys)
+        window = bounded(ops, q, keys, pool, select, anchor)
+        if not samples:
+            return ops, window, {}
+        places = sampled(ops, q, keys, window, select, *draw)  # (B, sample)
+    return listed(ops), (order.unpack(places)[1], False), {}

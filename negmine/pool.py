@@ -110,6 +110,12 @@ def of_columns(pool: Pool, part: slice) -> Pool:
     return pool._replace(negative_mask=own, negative_ids=ids, negative_labels=labels)
 
 
+def pieces(B: int, K: int, most: int) -> list[slice]:
+    """The columns [0, K) in pieces of at most `most` scores of B queries, one column at least."""
+    step = max(1, most // max(1, B))
+    return [slice(start, min(start + step, K)) for start in range(0, K, step)]
+
+
 def bounded(
     ops: Launchers, query: Tensor, negative_keys: Tensor, pool: Pool, select: Select, positive_score: Tensor | None
 ) -> Pool:

@@ -12,7 +12,6 @@ from negmine.derivatives import first_only
 from negmine.logsumexp import columns, frozen
 from negmine.mining import for_kernels, score_of_positive, working
 from negmine.options import Select, is_real
-from negmine.pool import Pool
 from negmine.stepped import Stepped, at_step
 
 
@@ -31,7 +30,7 @@ class SoftplusSum(torch.autograd.Function):
             for_kernels(query), for_kernels(negative_keys), *factors, want_pull, *pool
         )
         *tensors, ctx.same_label = pool
-        ctx.ops = ops
+        ctx.ops, ctx.width = ops, len(pool)
         wants_keys = ctx.needs_input_grad[1]
         ctx.save_for_backward(query, *factors, pull, mass, *((negative_keys, *tensors) if wants_keys else ()))
         return total
@@ -54,7 +53,7 @@ class SoftplusSum(torch.autograd.Function):
             d_scale = (d_total * (query.float() * pull).sum(1)).sum()
         if ctx.needs_input_grad[3]:
             d_bias = (d_total * mass).sum()
-        return d_query, d_keys, d_scale, d_bias, None, *([None] * len(Pool._fields))
+        return d_query, d_keys, d_scale, d_bias, None, *([None] * ctx.width)
 
 
 def _require_factor(op: str, name: str, value: Any) -> None:

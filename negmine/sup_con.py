@@ -16,7 +16,7 @@ from negmine import backends, checks, reference
 from negmine.derivatives import first_only
 from negmine.logsumexp import LogSumExp, MeanScore, scale_of
 from negmine.mining import dense_keys, working
-from negmine.pool import Pool, check_pool, of_columns, readable, usable
+from negmine.pool import Pool, check_pool, of_columns, pieces, readable, usable
 
 UNKNOWN = -(2**63)  # stands for a query's unknown label: no key has it
 
@@ -45,7 +45,7 @@ class OwnPositive(torch.autograd.Function):
         top, total, share = torch.full_like(lse, -torch.inf), torch.zeros_like(lse), torch.zeros_like(lse)  # (B,) each
         mean = torch.zeros(B, D, dtype=torch.float32, device=query.device)
         value = torch.zeros_like(lse)  # (B,) sum of y
-        for part in _pieces(query, keys):
+        for part in pieces(len(query), len(keys), PIECE):
             same, y, pull, rows = _of_piece(q, keys, scale, lse, Pool(*pool), part)
             count += same.sum(1)
             if positives == "in":
@@ -81,7 +81,7 @@ class OwnPositive(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             keys, lse, top, norm, *tensors = again
             q, pool, d_keys = query.float(), Pool(*tensors)._replace(same_label=ctx.same_label), torch.empty_like(keys)
-            for part in _pieces(query, keys):
+            for part in pieces(len(query), len(keys), PIECE):
                 same, y, pull, _ = _of_piece(q, keys, scale, lse, pool, part)
                 weight = (y - top[:, None]).exp() if ctx.positives == "in" else 1.0
                 pull = (weight * pull * (d_loss * scale / norm)[:, None]).masked_fill(~same, 0.0)  # (B, C)
@@ -93,11 +93,6 @@ class OwnPositive(torch.autograd.Function):
 
 
 PIECE = 1 << 21  # scores in memory at one time where every positive has a denominator of its own
-
-
-def _pieces(query: Tensor, keys: Tensor) -> list[slice]:
-    K, step = len(keys), max(1, PIECE // max(1, len(query)))
-    return [slice(start, min(start + step, K)) for start in range(0, K, step)]
 
 
 def _of_piece(q: Tensor, keys: Tensor, scale: Tensor, lse: Tensor, pool: Pool, part: slice) -> tuple[Tensor, ...]:

@@ -1,8 +1,8 @@
 """Triplets: for every query a positive and the negatives that a published rule sets against it, without the (B, K) matrix.
 
 The positives are the pool of equal labels; the farthest of a pool is the nearest to -query; "farther than the positive" is a
-bound on a row's places (negmine/order.py). So every rule is a few calls of mine_hardest. The dense definition is
-negmine/reference_triplets.py.
+bound on a row's places (negmine/order.py). So every rule is a few calls of mine_hardest, except the draw of
+negmine/distance_weighted.py. The dense definition is negmine/reference_triplets.py.
 """
 
 from typing import Any, NamedTuple, cast
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from negmine import backends, checks, order, reference_triplets
+from negmine.distance_weighted import distance_weighted
 from negmine.mining import for_kernels, working
 from negmine.options import is_real
 from negmine.pool import Pool, check_pool, usable
@@ -86,7 +87,12 @@ def _repeated(pool: Pool, P: int) -> Pool:
 
 
 def _mined(
-    ops: backends.Launchers, query: Tensor, keys: Tensor, others: Pool, rule: dict[str, Any]
+    ops: backends.Launchers,
+    query: Tensor,
+    keys: Tensor,
+    others: Pool,
+    rule: dict[str, Any],
+    draw: tuple[int, int, int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """scores and index of positives (B, P) and negatives (B, P or 1, N) from the kernels `ops`, each side by its own rule.
 
@@ -120,6 +126,9 @@ def _mined(
 
     if negative in ("hardest", "easiest"):
         score, index = (nearest if negative == "hardest" else farthest)(others, N)
+        return positive_score, positive_index, score[:, None], index[:, None]
+    if negative == "distance_weighted":
+        score, index = distance_weighted(query, keys, others, N, draw)
         return positive_score, positive_index, score[:, None], index[:, None]
     if negative == "multi_similarity":
         limit = score_farther(farthest(same, 1)[0][:, 0], margin, distance)  # (B,)
@@ -207,8 +216,7 @@ def triplets_of(
     backend: str | None,
 ) -> Triplets:
     """The triplets of a checked call; draw = (seed, step, row_offset)."""
-    dense = "negative='distance_weighted'" if rule["negative"] == "distance_weighted" else ""
-    ops = backends.choose(op, ("mine_hardest",), backend, (query, keys), dense)
+    ops = backends.choose(op, ("mine_hardest",), backend, (query, keys))
     if ops is None:
         same, other = label_masks(pool, query, keys)
         seed, step, row_offset = draw
@@ -216,7 +224,7 @@ def triplets_of(
             working(query), working(keys), same, other, **rule, seed=seed, step=step, row_offset=row_offset
         )
     else:
-        mined = _mined(ops, for_kernels(query), for_kernels(keys), pool, rule)
+        mined = _mined(ops, for_kernels(query), for_kernels(keys), pool, rule, draw)
     positive_score, positive, negative_score, negative = mined
     alone = (negative < 0).all(2).expand_as(positive)  # (B, P): a triplet needs both
     unmatched = (positive < 0)[:, :, None]  # (B, P, 1)

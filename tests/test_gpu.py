@@ -240,6 +240,10 @@ def test_selection_is_exact_on_any_queue(make, dtype, monkeypatch):
     ranks = [20, 1000, K // 2, K - 1]
     got = negmine.rank_thresholds(q, keys, ranks, backend="triton")
     compare.exact("thresholds", got, order.unpack(every[:, ranks])[0])
+    many = [*range(0, K, K // 99), 0, K - 1]
+    assert tiles.is_sorted(K, len(many), 90)
+    got = negmine.rank_thresholds(q, keys, many, backend="triton")
+    compare.exact("many thresholds", got, order.unpack(every[:, many])[0])
     print(f"rows that needed the fallback, by pass: {failed} of {B}")
     if make is QUEUES["random"]:
         assert sum(failed) == 0  # one in a million is expected

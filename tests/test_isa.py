@@ -73,6 +73,8 @@ def test_one_score_whatever_the_op_and_the_split(isa, dtype, K, D, N):
     compare.exact("alone", negmine.mine_hardest(q[3:4], keys, N, backend="cpu").index[0], mined.index[3])
     ranks = [N - 1, 3, K // 2]
     compare.exact("ranks", negmine.rank_thresholds(q, keys, ranks, backend="cpu"), ranking.scores[:, ranks])
+    many = [*range(K // 3, K // 3 + 40), *range(K - 9, K), 0]
+    compare.exact("many ranks", negmine.rank_thresholds(q, keys, many, backend="cpu"), ranking.scores[:, many])
     pool = ids(5, K, q.device)
     _, stats = negmine.info_nce(q, q, keys, select=Select(3, N), **pool, return_stats=True, backend="cpu")
     compare.exact("window", stats.num_negatives, torch.full((5,), N - 3))

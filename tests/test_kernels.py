@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import negmine
-from negmine import Mix, Select, Weight, reference
+from negmine import Mix, Select, Weight, backends, order, reference
 from negmine.pool import check_pool, usable
 from tests import compare
 from tests.cases import DTYPES, MASKS, masks, shapes_for, unit, whole
@@ -49,6 +49,24 @@ def test_masks_are_exact_on_integers(backend, kind):
         got_ranks = negmine.rank_thresholds(q, keys, ranks, **given, backend=backend)
         want_ranks = reference.rank_thresholds(q, keys, torch.tensor([ranks], device=device).expand(B, 4), allowed)
         compare.exact(f"ranks {B, K, D}", got_ranks, want_ranks)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_every_rank_has_its_place(backend, kind):
+    """More ranks than are worth a search each, of whole pools and of ends: places, so ties come by index; NaN has no rank."""
+    find = next(row for row in backends.BACKENDS if row.name == backend).launchers["rank_thresholds"]
+    for B, K, D, _, device, seed in each_shape(backend):
+        q, keys = whole(B, D, device=device, seed=seed), whole(K, D, device=device, seed=seed + 1)
+        keys[K // 2] = torch.nan
+        keys[K // 3] = -keys[K // 2]  # a NaN whose bits sort below every number
+        pool = check_pool("test", q, keys, **masks(kind, B, K, device))
+        scores, index = reference.mine_hardest(q, keys, K + 2, usable(pool, q, keys))
+        ranking = order.pack(scores, index).masked_fill(index < 0, order.NOWHERE)  # (B, K + 2)
+        for first in (-1, K // 2, K - 25):
+            shuffled = torch.randperm(K + 2 - first).to(device) + first
+            ranks = torch.cat([shuffled, shuffled[:9]]).repeat(B, 1)  # (B, R), some twice
+            want = ranking.gather(1, ranks.clamp_min(0)).masked_fill(ranks < 0, order.NOWHERE)
+            compare.exact(f"places from {first} of {B, K, D}", find(q, keys, ranks, *pool), want)
 
 
 def test_percentile_is_torch_quantile(backend):

@@ -28,6 +28,8 @@ CALLS = {
     "mine_hardest": lambda q: negmine.mine_hardest(q, keys, 1024, backend="cpu"),
     "rank_thresholds": lambda q: negmine.rank_thresholds(q, keys, [65, 3276, K // 2], backend="cpu"),
     "triplet_loss": lambda q: negmine.triplet_loss(q, keys, labels[:len(q)], labels, backend="cpu").backward(),
+    "distance_weighted": lambda q: negmine.triplet_loss(
+        q, keys, labels[:len(q)], labels, negative="distance_weighted", backend="cpu").backward(),
     "multi_similarity": lambda q: negmine.multi_similarity(q, keys, labels[:len(q)], labels, backend="cpu").backward(),
     "dense": lambda q: loss(q, backend="reference").backward(),
 }
@@ -35,7 +37,7 @@ CALLS = {
 print_peak(lambda queries: CALLS[sys.argv[1]](queries.clone().requires_grad_()), q[:2], q)
 """
 OPS = ["info_nce", "info_nce, window", "info_nce, easiest 95 %", "info_nce, MoCHi", "mine_hardest", "rank_thresholds"]
-OPS += ["triplet_loss", "multi_similarity"]
+OPS += ["triplet_loss", "distance_weighted", "multi_similarity"]
 
 
 @pytest.mark.parametrize("call", OPS)

@@ -82,7 +82,7 @@ def agree(name, ours, dense, T, vectors, condition):
         compare.rounded(f"{name} {part}", k, t, p, condition, terms)
 
 
-@pytest.mark.parametrize("kind", ["none", "everything"])
+@pytest.mark.parametrize("kind", ["none", "everything", "sampled"])
 @pytest.mark.parametrize("name", CASES)
 def test_method_is_its_formula(any_backend, name, kind):
     formula, T, options = CASES[name]
@@ -91,9 +91,14 @@ def test_method_is_its_formula(any_backend, name, kind):
         if dtype != torch.float32 and (any_backend == "reference" or interpreted(any_backend)):
             continue  # the reference computes in fp32, and the interpreter widens
         vectors = inputs(dtype, device)
-        given = masks(kind, B, K, device)
-        keep = dense_mask(vectors[0], vectors[2], given)
-        keep = torch.ones(B, K, dtype=torch.bool, device=device) if keep is None else keep
+        if kind == "sampled":
+            given = {"select": Select(2, 0.5, sample=9), "seed": 4, "step": 2, "row_offset": 7}
+            scores = reference.scores_of(vectors[0].float(), vectors[2].float())
+            keep = reference.multiplicity(scores, None, given["select"], None, 4, 2, 7) > 0
+        else:
+            given = masks(kind, B, K, device)
+            keep = dense_mask(vectors[0], vectors[2], given)
+            keep = torch.ones(B, K, dtype=torch.bool, device=device) if keep is None else keep
 
         def ours(leaves, T, given=given):
             keywords = {**options, **given, "reduction": "none", "backend": any_backend}
@@ -104,6 +109,18 @@ def test_method_is_its_formula(any_backend, name, kind):
             return formula((q * pos).sum(1), q @ keys.T, T, keep, **options)
 
         agree(name, ours, dense, T, vectors, 1 / T + options.get("alpha", 0) + 10)
+
+
+@pytest.mark.parametrize("loss", [synco, negmine.siglip, methods.rince], ids=lambda f: f.__name__)
+def test_a_sample_of_everything_is_everything(any_backend, loss):
+    vectors = inputs(device=device_of(any_backend))
+    given = {"reduction": "none", "backend": any_backend} | ({"kinds": SMALL} if loss is synco else {})
+    results = []
+    for select in (None, Select(sample=K)):
+        leaves = [v.clone().requires_grad_() for v in vectors]
+        rows = loss(*leaves, select=select, **given)
+        results.append([rows, *gradients(rows, leaves)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 def test_i_mix_is_its_formula(any_backend):

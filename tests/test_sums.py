@@ -18,7 +18,10 @@ CASES = [
     ({}, "nothing left"),
     ({"select": Select(0, 0.05)}, "ids"),
     ({"select": Select(1, 0.5, absolute_margin=0.02)}, "columns"),
+    ({"select": Select(0, 0.5, sample=6)}, "ids"),
+    ({"select": Select(1, 40, sample=70, replace=True)}, "columns"),  # more than a window holds
 ]
+KEY = (2**32 - 1, 3, 2**33 + 7)  # seed, step, row_offset of samples
 NUMBERS = {"logsumexp": {"temperature": 0.1}, "softplus_sum": {"scale": 12.0, "bias": -3.0}}
 B, K, D = 4, 60, 6
 
@@ -47,7 +50,8 @@ def test_value_and_every_gradient(backend, op, options, kind, dtype):
             return value, *gradients(finite, [*leaves, *numbers.values()])
 
         dense = {"usable": dense_mask(q, keys, given), "positive_score": (q.float() * pos.float()).sum(1), **options}
-        got = run(dtype, getattr(negmine, op), positive_key=pos, backend=backend, **options, **given)
+        dense["draw"], key = KEY, dict(zip(("seed", "step", "row_offset"), KEY, strict=True))
+        got = run(dtype, getattr(negmine, op), positive_key=pos, backend=backend, **key, **options, **given)
         truth = run(torch.float64, getattr(reference_methods, op), **dense)
         plain = run(dtype, getattr(reference_methods, op), **dense)
         condition = 12.0  # the largest logit

@@ -3,7 +3,6 @@
 // either way, so the grid may depend on the number of threads.
 #include "kernels/cpu/mine_hardest.h"
 
-#include <functional>
 #include <limits>
 #include <vector>
 
@@ -16,33 +15,6 @@ namespace {
 
 constexpr int64_t kLeastSplitRows = 4096;
 constexpr int64_t kPartialBytes = 8 << 20;  // most memory for the winners of splits
-
-int64_t ordered_score(int64_t order) { return order >> 32; }
-
-// Sorts keys (size), which come in the order of the queue, best first, and returns where: keys or spare (size). A radix
-// sort of the scores alone is stable, so ties stay in the order of the index.
-int64_t* sort_best_first(int64_t* keys, int64_t* spare, int64_t size) {
-  constexpr int64_t kShort = 64, kDigits = 256;
-  if (size < kShort) {
-    std::sort(keys, keys + size, std::greater<int64_t>());
-    return keys;
-  }
-  int64_t best = keys[0], worst = keys[0];
-  for (int64_t i = 1; i < size; ++i) {
-    best = std::max(best, keys[i]);
-    worst = std::min(worst, keys[i]);
-  }
-  const int64_t top = ordered_score(best), span = top - ordered_score(worst);
-  for (int shift = 0; span >> shift != 0; shift += 8) {
-    const auto digit = [&](int64_t key) { return (top - ordered_score(key)) >> shift & (kDigits - 1); };
-    int64_t place[kDigits + 1] = {};
-    for (int64_t i = 0; i < size; ++i) ++place[digit(keys[i]) + 1];
-    for (int64_t d = 1; d < kDigits; ++d) place[d] += place[d - 1];
-    for (int64_t i = 0; i < size; ++i) spare[place[digit(keys[i])]++] = keys[i];
-    std::swap(keys, spare);
-  }
-  return keys;
-}
 
 // The best N of keys (size), which come in the order of the queue, into row b of the outputs. spare (N).
 void write_row(const MineHardestParams& p, int64_t b, int64_t* keys, int64_t size, int64_t* spare) {
@@ -70,7 +42,9 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
   const int64_t most = std::min(p.K / std::max(kLeastSplitRows, 4 * p.N), kPartialBytes / (p.B * p.N * 8));
   const int64_t splits = std::max<int64_t>(1, std::min(wanted, most));
   const int64_t split_rows = ceil_div(p.K, splits);
-  const bool sampled = worth_sampling(split_rows - splits) && p.N <= split_rows / 8;
+  // A sample costs products and saves handling of keys: of few keys there is little to save.
+  const int64_t row_bytes = p.D * (p.negative_keys.dtype == Dtype::kFloat32 ? 4 : 2);
+  const bool sampled = worth_sampling(split_rows - splits) && p.N >= row_bytes / 2 && p.N <= split_rows / 8;
   const int64_t capacity = sampled ? capacity_between(0, p.N - 1, split_rows) : capacity_for(p.N, split_rows);
   const std::vector<int64_t> first(kLanes, 0), last(kLanes, p.N - 1);
   const auto partials = make_buffer<int64_t>(splits > 1 ? p.B * splits * p.N : 0);  // (B, splits, N)

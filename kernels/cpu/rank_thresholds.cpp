@@ -1,10 +1,10 @@
 // The task grid of rank_thresholds: blocks of queries. A block brackets its ranks by a sample and keeps what lies
 // between; where the queue is short, or the sample misled, it keeps all places from the nearer end of its pool to its
-// ranks, for fewer queries at a time where those lie deep. Buffers stay within a few megabytes for each thread, and (B,
-// K) never exists.
+// ranks, for fewer queries at a time where those lie deep. Of what a row keeps, few ranks are bisected for, and many
+// are read off a sort. Buffers stay within a few megabytes for each thread, and (B, K) never exists.
 #include "kernels/cpu/rank_thresholds.h"
 
-#include <numeric>
+#include <algorithm>
 #include <vector>
 
 #include "kernels/cpu/order.h"
@@ -12,6 +12,8 @@
 
 namespace negmine::cpu {
 namespace {
+
+constexpr int64_t kFewRanks = 6;  // of a row: bisecting for each costs less than a sort of what was kept
 
 struct Ranks {
   int64_t first, last;  // first > last: none
@@ -28,33 +30,56 @@ Ranks ranks_of(const RankThresholdsParams& p, int64_t begin, int64_t end, int64_
   return all;
 }
 
-// keys (size) of row b hold the asked ranks among the row's `places`: rank over + i is the i-th key, best first, or,
-// where lowest, the i-th complement from the end of the ranking.
-void write_row(const RankThresholdsParams& p, int64_t b, const Selection& selection, int64_t lane,
-               std::vector<int64_t>& slots) {
+// Room to find the ranks of one row in.
+struct Room {
+  std::vector<int64_t> slots;  // (R) columns of `ranks`
+  std::vector<int64_t> spare;  // (capacity), where rows are sorted
+};
+
+// Bisects for one rank after the other. keys (size): rank over + i is the i-th key, best first, or, where lowest, the
+// i-th complement from the end of the ranking.
+void find_each(const RankThresholdsParams& p, int64_t b, const Selection& selection, int64_t lane, Room& room) {
   int64_t* keys = selection.keys + lane * selection.capacity;  // (capacity)
   const int64_t places = selection.places[lane], over = selection.over[lane];
   const int64_t* ranks = p.ranks + b * p.R;  // (R)
-  int64_t* order = p.order + b * p.R;        // (R)
   const auto position = [&](int64_t r) { return selection.lowest ? places - 1 - ranks[r] : ranks[r] - over; };
-  slots.resize(static_cast<size_t>(p.R));
-  std::iota(slots.begin(), slots.end(), 0);
-  std::sort(slots.begin(), slots.end(), [&](int64_t a, int64_t c) { return position(a) > position(c); });
+  std::sort(room.slots.begin(), room.slots.end(), [&](int64_t a, int64_t c) { return position(a) > position(c); });
   int64_t left = selection.size[lane];  // the best keys, down to the last position asked for
-  for (const int64_t r : slots) {
-    if (ranks[r] < 0 || ranks[r] >= places) {
-      order[r] = kNowhere;
-      continue;
-    }
+  for (const int64_t r : room.slots) {
     const int64_t key = key_at(keys, left, position(r));
     left = position(r) + 1;
-    order[r] = selection.lowest ? ~key : key;
+    p.order[b * p.R + r] = selection.lowest ? ~key : key;
   }
 }
 
+// Sorts the row: its cost does not depend on how many ranks there are.
+void find_all(const RankThresholdsParams& p, int64_t b, const Selection& selection, int64_t lane, Room& room) {
+  int64_t* keys = selection.keys + lane * selection.capacity;  // (capacity)
+  const int64_t size = selection.size[lane];
+  if (selection.lowest) std::transform(keys, keys + size, keys, [](int64_t key) { return ~key; });
+  room.spare.resize(static_cast<size_t>(selection.capacity));
+  const int64_t* sorted = sort_best_first(keys, room.spare.data(), size);  // (size)
+  const int64_t before = selection.lowest ? selection.places[lane] - size : selection.over[lane];
+  for (const int64_t r : room.slots) p.order[b * p.R + r] = sorted[p.ranks[b * p.R + r] - before];
+}
+
+// The asked ranks of row b, which lie among the lane's keys or past the end of its pool.
+void write_row(const RankThresholdsParams& p, int64_t b, const Selection& selection, int64_t lane, Room& room) {
+  room.slots.clear();
+  for (int64_t r = 0; r < p.R; ++r) {
+    const int64_t rank = p.ranks[b * p.R + r];
+    if (rank < 0 || rank >= selection.places[lane]) {
+      p.order[b * p.R + r] = kNowhere;
+    } else {
+      room.slots.push_back(r);
+    }
+  }
+  const bool few = static_cast<int64_t>(room.slots.size()) <= kFewRanks;
+  (few ? find_each : find_all)(p, b, selection, lane, room);
+}
+
 // Without a sample: everything from the nearer end, as many queries at a time as memory allows.
-void run_directly(const RankThresholdsParams& p, Block block, int64_t columns, const Workspace& w,
-                  std::vector<int64_t>& slots) {
+void run_directly(const RankThresholdsParams& p, Block block, int64_t columns, const Workspace& w, Room& room) {
   const int64_t end = block.first_query + block.lanes;
   const Ranks ranks = ranks_of(p, block.first_query, end, columns);
   const bool lowest = columns - ranks.first < ranks.last + 1;
@@ -65,7 +90,7 @@ void run_directly(const RankThresholdsParams& p, Block block, int64_t columns, c
     block.lanes = std::min(lanes, end - block.first_query);
     select(block, w, selection, keep, lowest);
     for (int64_t lane = 0; lane < block.lanes; ++lane) {
-      write_row(p, block.first_query + lane, selection.view, lane, slots);
+      write_row(p, block.first_query + lane, selection.view, lane, room);
     }
   }
 }
@@ -86,7 +111,7 @@ void rank_thresholds(const RankThresholdsParams& p, const Parallel& parallel) {
   struct Task {
     Scratch scratch;
     OwnedSelection selection;
-    std::vector<int64_t> slots;
+    Room room;
   };
   const auto make_task = [&] { return Task{Scratch(p.negative_keys, p.D), OwnedSelection(block_lanes, capacity), {}}; };
   for_each_task(parallel, ceil_div(p.B, block_lanes), make_task, [&](Task& task, int64_t index) {
@@ -107,11 +132,11 @@ void rank_thresholds(const RankThresholdsParams& p, const Parallel& parallel) {
     }
     const Workspace& w = task.scratch.workspace;
     if (!sampled || !select_between(block, w, task.selection, first, last)) {
-      run_directly(p, block, columns, w, task.slots);
+      run_directly(p, block, columns, w, task.room);
       return;
     }
     for (int64_t lane = 0; lane < block.lanes; ++lane) {
-      write_row(p, block.first_query + lane, task.selection.view, lane, task.slots);
+      write_row(p, block.first_query + lane, task.selection.view, lane, task.room);
     }
   });
 }

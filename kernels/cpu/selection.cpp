@@ -28,6 +28,8 @@ int64_t sample_place(int64_t rank, int64_t rows, double sign) {
   return static_cast<int64_t>(std::floor(expected + sign * (5.0 * deviation + 3.0)));
 }
 
+int64_t ordered_score(int64_t order) { return order >> 32; }
+
 }  // namespace
 
 bool worth_sampling(int64_t rows) { return rows >= kLeastRows; }
@@ -81,6 +83,32 @@ void prune(const Selection& selection, int64_t lane) {
 
 int64_t key_at(int64_t* keys, int64_t size, int64_t place) {
   return place + 1 < size ? kernels().keep_best(keys, size, place + 1) : *std::min_element(keys, keys + size);
+}
+
+int64_t* sort_best_first(int64_t* keys, int64_t* spare, int64_t size) {
+  constexpr int64_t kShort = 64, kMostDigits = 2048;
+  if (size < kShort) {
+    std::sort(keys, keys + size, std::greater<int64_t>());
+    return keys;
+  }
+  int64_t best = keys[0], worst = keys[0];
+  for (int64_t i = 1; i < size; ++i) {
+    best = std::max(best, keys[i]);
+    worst = std::min(worst, keys[i]);
+  }
+  const int64_t top = ordered_score(best), span = top - ordered_score(worst);
+  const int bits = size < 4 * kMostDigits ? 8 : 11;  // counts of many digits take longer to add up than a few keys
+  const int64_t digits = int64_t{1} << bits;
+  for (int shift = 0; span >> shift != 0; shift += bits) {
+    const auto digit = [&](int64_t key) { return (top - ordered_score(key)) >> shift & (digits - 1); };
+    int64_t place[kMostDigits + 1];
+    std::fill_n(place, digits + 1, 0);
+    for (int64_t i = 0; i < size; ++i) ++place[digit(keys[i]) + 1];
+    for (int64_t d = 1; d < digits; ++d) place[d] += place[d - 1];
+    for (int64_t i = 0; i < size; ++i) spare[place[digit(keys[i])]++] = keys[i];
+    std::swap(keys, spare);
+  }
+  return keys;
 }
 
 void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest) {

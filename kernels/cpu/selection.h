@@ -37,6 +37,10 @@ bool select_between(const Block& block, const Workspace& w, OwnedSelection& sele
 // The key at 0-based descending `place` of keys (size); those up to it stay, in their order, the rest may go.
 int64_t key_at(int64_t* keys, int64_t size, int64_t place);
 
+// Sorts keys (size), which come in the order of the queue, best first, and returns where: keys or spare (size). A radix
+// sort of the scores alone is stable, so ties stay in the order of the index.
+int64_t* sort_best_first(int64_t* keys, int64_t* spare, int64_t size);
+
 // Whether a range of so many rows is worth sampling.
 bool worth_sampling(int64_t rows);
 

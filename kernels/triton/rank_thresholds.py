@@ -5,14 +5,15 @@
     check    the place found lies in its bracket, at or past the columns counted above it
     finish   the place by its rank among the kept ones; cells that fail are found by the exact fallback
 
-Two ranks share a scan. A short queue is searched in whole rows of places. Ranks stay on the device, so every plan has room
-for the widest bracket, that of a median.
+Two ranks share a scan. A short queue is searched in whole rows of places. Many ranks are read off whole rows of scores, sorted,
+which costs the same for any number of them. Ranks stay on the device, so every plan has room for the widest bracket, that of a
+median.
 """
 
 import torch
 from torch import Tensor
 
-from negmine.order import NOWHERE, unpack
+from negmine.order import NOWHERE, pack, unpack
 
 from . import tiles
 from .cuts import cuts
@@ -55,26 +56,47 @@ def places_at_ranks(query: Tensor, negative_keys: Tensor, ranks: Tensor, tile: t
     return out
 
 
+def places_at_ranks_dense(
+    query: Tensor, negative_keys: Tensor, ranks: Tensor, tile: tiles.ScoreTile, pool: tuple
+) -> Tensor:
+    """(B, R) int64 places, from whole rows searched once for each rank."""
+    return select_place(places(query, negative_keys, tile, pool), ranks)
+
+
+def places_at_ranks_sorted(
+    query: Tensor, negative_keys: Tensor, ranks: Tensor, tile: tiles.ScoreTile, pool: tuple
+) -> Tensor:
+    """(B, R) int64 places, from whole rows sorted once; a stable sort leaves ties in the order of their index."""
+    K = negative_keys.shape[0]
+    scores, index = sample(query, negative_keys, K, tile, pool).sort(dim=1, descending=True, stable=True)  # (B, K) each
+    outside = scores.isnan().sum(1, keepdim=True)  # (B, 1), which a sort puts first
+    found = (ranks >= 0) & (ranks < K - outside)  # (B, R)
+    at = torch.where(found, ranks + outside, 0)  # (B, R)
+    return torch.where(found, pack(scores.gather(1, at), index.gather(1, at)), NOWHERE)
+
+
 @launcher
 def rank_thresholds(query: Tensor, negative_keys: Tensor, ranks: Tensor, *pool: Tensor | None) -> Tensor:
     """order (B, R) int64."""
     B, K, R = query.shape[0], negative_keys.shape[0], ranks.shape[1]
-    out = torch.full((B, R), NOWHERE, dtype=torch.int64, device=query.device)
-    if B and K and R:
-        tile = score_tile(query, negative_keys)
-        target = capability(query.device)
-        dense = tiles.is_dense(K, 0, target)
-        plan = None if dense else tiles.ranks_plan(K, min(R, RANKS_PER_SCAN), target)
-        rows = tiles.rows_at_once(B, K, plan, tile)
-        step = R if dense else RANKS_PER_SCAN
-        for start in range(0, B, rows):
-            part = slice(start, min(start + rows, B))
-            own = of_rows(complete(pool), part.start, part.stop)
-            for r in range(0, R, step):
-                wanted = ranks[part, r : r + step].contiguous()
-                if dense:
-                    found = select_place(places(query[part], negative_keys, tile, own), wanted)
-                else:
-                    found = places_at_ranks(query[part], negative_keys, wanted, tile, own)
-                out[part, r : r + step] = found
+    if not (B and K and R):
+        return torch.full((B, R), NOWHERE, dtype=torch.int64, device=query.device)
+    tile = score_tile(query, negative_keys)
+    target = capability(query.device)
+    plan, step = None, R
+    if tiles.is_sorted(K, R, target):
+        find = places_at_ranks_sorted
+    elif tiles.is_dense(K, 0, target):
+        find = places_at_ranks_dense
+    else:
+        find, step = places_at_ranks, RANKS_PER_SCAN
+        plan = tiles.ranks_plan(K, min(R, step), target)
+    rows = tiles.rows_at_once(B, K, plan, tile)
+    out = torch.empty_like(ranks, memory_format=torch.contiguous_format)
+    for start in range(0, B, rows):
+        part = slice(start, min(start + rows, B))
+        own = of_rows(complete(pool), part.start, part.stop)
+        for r in range(0, R, step):
+            wanted = ranks[part, r : r + step].contiguous()
+            out[part, r : r + step] = find(query[part], negative_keys, wanted, tile, own)
     return out

@@ -56,7 +56,9 @@ def sample_kernel(
         s, offs_k, allowed, lower_score, lower_index, upper_score, upper_index, HAS_LOWER, HAS_UPPER
     )  # (BLOCK_B, BLOCK_K)
     ptrs = out_ptr + offs_b[:, None] * W + offs_w[None, :]
-    tl.store(ptrs, tl.where(inside, s, float("nan")), mask=b_ok[:, None] & (offs_w < W)[None, :])
+    # One zero and one NaN, so that a sort by bits and a comparison agree.
+    s = tl.where(inside & (s == s), s + 0.0, float("nan"))  # (BLOCK_B, BLOCK_K)
+    tl.store(ptrs, s, mask=b_ok[:, None] & (offs_w < W)[None, :])
 
 
 @triton.jit(do_not_specialize=["B", "K", "SPLITS", "CAPACITY"])

@@ -100,6 +100,13 @@ def is_dense(K: int, wanted: int, capability: int) -> bool:
     return short >= K or 4 * wanted >= K
 
 
+def is_sorted(K: int, ranks: int, capability: int) -> bool:
+    """Whether so many ranks are read off sorted rows: one sort for a few dozen scans, or for bisecting a short row as often."""
+    if capability == INTERPRETER:
+        return ranks > 8
+    return ranks > (16 if is_dense(K, 0, capability) else 64)
+
+
 class ScanPlan(NamedTuple):
     splits: int
     capacity: int  # of one buffer, private to a row, a split and a lane
@@ -123,7 +130,10 @@ def scan_plan(B: int, K: int, capacity: int, tile: ScoreTile, processors: int) -
 
 
 def rows_at_once(B: int, K: int, plan: SamplePlan | None, tile: ScoreTile) -> int:
-    """Rows per chunk, whole row tiles where one fits, that keep scratch below SCRATCH_BYTES.  No plan: whole rows of places."""
+    """Rows per chunk, whole row tiles where one fits, that keep scratch below SCRATCH_BYTES.
+
+    No plan: whole rows, which take about 32 bytes a column while places are packed, or scores sorted.
+    """
     bytes_per_row = 32 * K if plan is None else 4 * plan.size + 16 * plan.capacity
     rows = max(SCRATCH_BYTES // bytes_per_row, 1)
     return min(B, rows // tile.BLOCK_B * tile.BLOCK_B or rows)

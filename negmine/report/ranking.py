@@ -19,9 +19,9 @@ from negmine.search.lists import RowLists
 from negmine.search.ranks import Ranks
 from negmine.search.rows import Rows
 from negmine.search.scan import Corpus, Scan, hardest, kept_by
+from negmine.search.sizes import DENSE_BYTES
 
 BLOCK = 16_384  # rows looked at together while norms are taken
-DENSE_BYTES = 64  # of a pair, where the reference stores the matrix
 
 
 def _whole(op: str, name: str, rows: Rows, numbers: np.ndarray | None, normalize: bool, where: torch.device) -> Tensor:

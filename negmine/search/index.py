@@ -24,7 +24,7 @@ from negmine.search.lists import RowLists
 from negmine.search.ranks import Ranks
 from negmine.search.rows import Rows
 from negmine.search.scan import Corpus, Scan, pair_scores
-from negmine.search.sizes import sizes_of
+from negmine.search.sizes import DENSE_BYTES, sizes_of
 
 FILE_KIND = "NegativeIndex"
 OPS = ("mine_hardest", "count_negatives")
@@ -58,7 +58,7 @@ class ExactEngine:
     def __init__(self, op: str, rows: Rows, device: torch.device, backend: str | None) -> None:
         self.rows, self._device = rows, device
         empty = rows.gather(np.empty(0, np.int64), device)
-        self._ops = backends.choose(op, OPS, backend, (empty, empty))
+        self.ops = backends.choose(op, OPS, backend, (empty, empty))
         self.chunk = 1 << 16
 
     @property
@@ -76,7 +76,7 @@ class ExactEngine:
 
     def search(self, query: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         ranks = Ranks("NegativeIndex.search", None)
-        scan = Scan(self._ops, Corpus(self.rows, self._device, ranks, [len(self)]), self.chunk, None)
+        scan = Scan(self.ops, Corpus(self.rows, self._device, ranks, [len(self)]), self.chunk, None)
         places, _ = scan.run(query.to(self._device), nothing_hidden(len(query)), None, min(k, len(self)), Select(), [])
         scores, ids = (part.cpu().numpy() for part in order.unpack(places))
         pad = ((0, 0), (0, k - ids.shape[1]))
@@ -173,7 +173,8 @@ class NegativeIndex:
         if most is not None and k > most:
             raise checks.refuse(op, "k", f"at most {most}, FAISS's limit on a GPU, or the index 'exact'", k)
         corpus = self._engine.rows if self.kind == "exact" else queries
-        sizes = sizes_of(op, queries, corpus, min(k, len(self)), 64, None, None, self._memory)
+        pair_bytes = 0 if self.kind == "exact" and self._engine.ops else DENSE_BYTES
+        sizes = sizes_of(op, queries, corpus, min(k, len(self)), pair_bytes, None, None, self._memory)
         if self.kind == "exact":
             self._engine.chunk = sizes.chunk
         scores, indices = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
@@ -214,7 +215,7 @@ class NegativeIndex:
         where = asked.device or rows.device or torch.device("cpu")
         query = asked.gather(drawn_queries(len(asked), queries, seed), where)  # (A, D)
         launchers = backends.choose(op, OPS, None, (query, rows.gather(np.empty(0, np.int64), where)))
-        chunk = sizes_of(op, asked, rows, k, 64, len(query), None, None).chunk
+        chunk = sizes_of(op, asked, rows, k, 0 if launchers else DENSE_BYTES, len(query), None, None).chunk
         corpus = Corpus(rows, where, Ranks(op, None), [len(rows)])
         with torch.no_grad():
             return audit(self, Scan(launchers, corpus, chunk, None), query, k)

@@ -33,7 +33,7 @@ from negmine.search.result import MiningResult
 from negmine.search.resume import Run
 from negmine.search.rows import Rows
 from negmine.search.scan import Corpus, Scan
-from negmine.search.sizes import sizes_of
+from negmine.search.sizes import DENSE_BYTES, sizes_of
 from negmine.search.thin import Thinner
 from negmine.version import __version__
 
@@ -180,7 +180,7 @@ def mine_hard_negatives(
             wanted = "in ranks where select has filters and index is not 'exact', for fractions need every row's score"
             raise checks.refuse(OP, "select's range", wanted, (select.range_min, select.range_max))
         dense_mask = not raw and Q > 0 and bool((given.sizes + further.sizes).max() > 1)
-        pair_bytes = 64 if ops is None else 2 * dense_mask
+        pair_bytes = DENSE_BYTES if ops is None else 2 * dense_mask
         rest = max_memory_bytes and max_memory_bytes - room * (deduplicate == "near" or not exact)
         limits = (batch_size, corpus_chunk_size, rest)
         sizes = sizes_of(OP, queries, rows, plan.depth(K), pair_bytes, *limits)

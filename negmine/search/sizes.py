@@ -7,6 +7,7 @@ from negmine.search.rows import Rows
 
 DEFAULT_MEMORY = 1 << 30
 MOST_QUERIES, MOST_ROWS = 8192, 65_536  # beyond them a batch and a chunk gain nothing
+DENSE_BYTES = 64  # one (query, row) pair of a batch and a chunk, where no kernel runs: the reference stores the matrix
 PLACE_BYTES = 160  # one kept place: twice in the merge, its score, its index, and the words of a draw
 
 

@@ -60,7 +60,7 @@ void grad_keys_range(const Block& block, const Workspace& w, float scale, const 
       const float* g[kRows];  // (6, lanes)
       for (int64_t r = 0; r < kRows; ++r) g[r] = r < rows ? w.tile + (j0 + r) * kLanes : w.zeros;
       for (int64_t d0 = 0; d0 < block.D; d0 += kPanel) {
-        multiply(g, kRows, panel + d0 * block.lanes, block.lanes, kVectors, false, product);
+        multiply(g, kRows, panel + d0 * block.lanes, block.lanes, kVectors, false, product, Ahead{});
         const int64_t width = block.D - d0 < kPanel ? block.D - d0 : kPanel;
         for (int64_t r = 0; r < rows; ++r) {
           float* row = out + w.index[j0 + r] * block.D + d0;

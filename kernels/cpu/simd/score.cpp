@@ -10,20 +10,31 @@ namespace {
 
 constexpr int64_t kChain = 256;  // longest chain of fused multiply-adds; also keeps a panel of b close to the processor
 
-// out (6, kVec * kWidth) [+]= a (6, [t0, t1)) x b ([t0, t1), kPanel)
+constexpr int64_t kLine = 16;  // words of a cache line
+
+// out (6, kVec * kWidth) [+]= a (6, [t0, t1)) x b ([t0, t1), kPanel). Each cache line of 6 rows that is worked on asks
+// for one of 6 rows ahead: in a burst between chunks the processor would wait for the memory instead of multiplying.
 template <int kVec, bool kPairs>
-NEGMINE_INLINE void multiply_tile(const float* const* a, const float* b, int64_t t0, int64_t t1, float* out) {
+NEGMINE_INLINE void multiply_tile(const float* const* a, const float* b, int64_t t0, int64_t t1, float* out,
+                                  const Ahead& ahead) {
   V acc[kRows][kVec];  // (6, kVec * kWidth)
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVec; ++v) acc[r][v] = all(0.0f);
   }
   const float* row[kRows] = {a[0], a[1], a[2], a[3], a[4], a[5]};
-  for (int64_t t = t0; t < t1; ++t) {
-    V column[kVec];  // (kVec * kWidth)
-    for (int v = 0; v < kVec; ++v) column[v] = load(b + t * kPanel + v * kWidth);
-    for (int r = 0; r < kRows; ++r) {
-      const V x = all(word_of(row[r], t));  // one broadcast at a time: 24 accumulators leave few registers
-      for (int v = 0; v < kVec; ++v) acc[r][v] = step<kPairs>(x, column[v], acc[r][v]);
+  for (int64_t line = t0; line < t1; line += kLine) {
+    const int64_t end = t1 - line < kLine ? t1 : line + kLine;
+    if (line * 4 < ahead.bytes) {
+      const char* next = ahead.first + line * 4;
+      for (int64_t r = 0; r < ahead.rows; ++r, next += ahead.stride) __builtin_prefetch(next, 0, 2);
+    }
+    for (int64_t t = line; t < end; ++t) {
+      V column[kVec];  // (kVec * kWidth)
+      for (int v = 0; v < kVec; ++v) column[v] = load(b + t * kPanel + v * kWidth);
+      for (int r = 0; r < kRows; ++r) {
+        const V x = all(word_of(row[r], t));  // one broadcast at a time: 24 accumulators leave few registers
+        for (int v = 0; v < kVec; ++v) acc[r][v] = step<kPairs>(x, column[v], acc[r][v]);
+      }
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -35,34 +46,42 @@ NEGMINE_INLINE void multiply_tile(const float* const* a, const float* b, int64_t
 }
 
 template <int kVec, bool kPairs>
-void multiply_panel(const float* const* a, int64_t rows, const float* b, int64_t T, float* out) {
+void multiply_panel(const float* const* a, int64_t rows, const float* b, int64_t T, float* out, const Ahead& ahead) {
   constexpr int64_t kSteps = kPairs ? kChain / 2 : kChain;
   int64_t t0 = 0;
   do {
     const int64_t t1 = T - t0 > kSteps ? t0 + kSteps : T;
-    for (int64_t row = 0; row < rows; row += kRows) multiply_tile<kVec, kPairs>(a + row, b, t0, t1, out + row * kLanes);
+    Ahead part = ahead;  // the rows in the place of the tile's
+    for (int64_t row = 0; row < rows; row += kRows, part.first += kRows * ahead.stride) {
+      const int64_t left = ahead.rows - row;
+      part.rows = left < 0 ? 0 : left < kRows ? left : kRows;
+      multiply_tile<kVec, kPairs>(a + row, b, t0, t1, out + row * kLanes, part);
+    }
     t0 = t1;
   } while (t0 < T);
 }
 
 template <bool kPairs>
 NEGMINE_INLINE void multiply_panels(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors,
-                                    float* out) {
-  for (; vectors > 0; vectors -= kVectors, b += T * kPanel, out += kPanel) {
+                                    float* out, const Ahead& ahead) {
+  const Ahead none;
+  bool first = true;  // panel
+  for (; vectors > 0; vectors -= kVectors, b += T * kPanel, out += kPanel, first = false) {
+    const Ahead& fetched = first ? ahead : none;
     switch (vectors) {
       case 1:
-        multiply_panel<1, kPairs>(a, rows, b, T, out);
+        multiply_panel<1, kPairs>(a, rows, b, T, out, fetched);
         break;
 #if defined(__AVX512F__)
       case 2:
-        multiply_panel<2, kPairs>(a, rows, b, T, out);
+        multiply_panel<2, kPairs>(a, rows, b, T, out, fetched);
         break;
       case 3:
-        multiply_panel<3, kPairs>(a, rows, b, T, out);
+        multiply_panel<3, kPairs>(a, rows, b, T, out, fetched);
         break;
 #endif
       default:
-        multiply_panel<kVectors, kPairs>(a, rows, b, T, out);
+        multiply_panel<kVectors, kPairs>(a, rows, b, T, out, fetched);
     }
   }
 }
@@ -94,11 +113,24 @@ void transpose_pairs(const Block& block, const Workspace& w, int64_t padded) {
 }  // namespace
 
 __attribute__((noinline)) void multiply(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors,
-                                        [[maybe_unused]] bool pairs, float* out) {
+                                        [[maybe_unused]] bool pairs, float* out, const Ahead& ahead) {
 #if defined(__AVX512BF16__)
-  if (pairs) return multiply_panels<true>(a, rows, b, T, vectors, out);
+  if (pairs) return multiply_panels<true>(a, rows, b, T, vectors, out, ahead);
 #endif
-  multiply_panels<false>(a, rows, b, T, vectors, out);
+  multiply_panels<false>(a, rows, b, T, vectors, out, ahead);
+}
+
+void score_chunk(const Block& block, const Workspace& w, int64_t count) {
+  if (count == 0) return;
+  const bool pairs = in_pairs(block);
+  const Matrix& keys = block.negative_keys;
+  const int64_t element = keys.dtype == Dtype::kFloat32 ? 4 : 2, next = w.index[count - 1] + 1;
+  const int64_t left = block.k_end - next, most = chunk_rows(block.D);
+  const Ahead ahead{.first = static_cast<const char*>(keys.data) + next * keys.row_stride * element,
+                    .rows = left < most ? left : most,
+                    .stride = keys.row_stride * element,
+                    .bytes = block.D * element};
+  multiply(w.rows, count, w.q_t, pairs ? (block.D + 1) / 2 : block.D, vectors_of(block), pairs, w.tile, ahead);
 }
 
 void begin_block(const Block& block, const Workspace& w) {
@@ -112,20 +144,6 @@ void begin_block(const Block& block, const Workspace& w) {
   }
   begin_pool(block, w);
 }
-
-namespace {
-
-// Asks for the next rows while these are worked on: a chunk is too short for the processor to foresee.
-void prefetch_rows(const Block& block, int64_t k, int64_t rows) {
-  const int64_t element = block.negative_keys.dtype == Dtype::kFloat32 ? 4 : 2,
-                end = k + rows < block.k_end ? k + rows : block.k_end;
-  for (; k < end; ++k) {
-    const char* row = static_cast<const char*>(block.negative_keys.data) + k * block.negative_keys.row_stride * element;
-    for (int64_t byte = 0; byte < block.D * element; byte += 64) __builtin_prefetch(row + byte, 0, 2);
-  }
-}
-
-}  // namespace
 
 int64_t load_chunk(const Block& block, const Workspace& w, int64_t* k, bool rows) {
   const int64_t most = chunk_rows(block.D);
@@ -142,7 +160,6 @@ int64_t load_chunk(const Block& block, const Workspace& w, int64_t* k, bool rows
     ++count;
   }
   for (int64_t row = count; row < count + kRows; ++row) w.rows[row] = w.zeros;
-  if (rows) prefetch_rows(block, *k, most);
   return count;
 }
 

@@ -37,11 +37,17 @@ NEGMINE_INLINE float word_of(const float* row, int64_t t) {
   return word;
 }
 
+// Rows of the queue that come next, to be fetched while others are multiplied: none where `rows` is 0.
+struct Ahead {
+  const char* first = nullptr;
+  int64_t rows = 0, stride = 0, bytes = 0;  // from row to row, and of a row
+};
+
 // out (rows, kLanes) = a (rows, T) x b (T, 16 * vectors): a by row pointers, readable up to a multiple of 6 rows; b in
-// panels
-// (.., T, kPanel). One chain of fused multiply-adds per 256 of T, chains added in order. All scores come from here: of
-// words that are pairs of bf16, a chain per 128 of T.
-void multiply(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors, bool pairs, float* out);
+// panels (.., T, kPanel). One chain of fused multiply-adds per 256 of T, chains added in order. All scores come from
+// here: of words that are pairs of bf16, a chain per 128 of T.
+void multiply(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors, bool pairs, float* out,
+              const Ahead& ahead);
 
 // Fills the workspace's q_t and zeros, and its lane_words, for this block.
 void begin_block(const Block& block, const Workspace& w);
@@ -52,10 +58,7 @@ void begin_pool(const Block& block, const Workspace& w);
 int64_t load_chunk(const Block& block, const Workspace& w, int64_t* k, bool rows);
 
 // w.tile (count, kLanes): the chunk's scores.
-NEGMINE_INLINE void score_chunk(const Block& block, const Workspace& w, int64_t count) {
-  const bool pairs = in_pairs(block);
-  multiply(w.rows, count, w.q_t, pairs ? (block.D + 1) / 2 : block.D, vectors_of(block), pairs, w.tile);
-}
+void score_chunk(const Block& block, const Workspace& w, int64_t count);
 
 // mean (D, kLanes) = correction * mean + sum of the chunk's rows weighted by w.tile (count, kLanes), which is spent;
 // correction (kLanes).
