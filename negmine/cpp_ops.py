@@ -58,7 +58,9 @@ def _logsumexp(
     return row, mean, row.new_empty(B, dtype=torch.int64), row.new_empty(B, dtype=torch.int64)
 
 
-def _grad_keys(query: Tensor, negative_keys: Tensor, *more: Tensor | None):
+def _logsumexp_grad_keys(
+    query: Tensor, negative_keys: Tensor, scale: Tensor, lse: Tensor, weight: Tensor, *pool: Tensor | None
+):
     return negative_keys.new_empty(negative_keys.shape, dtype=torch.float32)  # (K, D)
 
 
@@ -69,6 +71,12 @@ def _softplus_sum(
     row = query.new_empty(B, dtype=torch.float32)  # (B,)
     pull = query.new_empty(B if want_pull else 0, D, dtype=torch.float32)
     return row, pull, torch.empty_like(row), row.new_empty(B, dtype=torch.int64)
+
+
+def _softplus_sum_grad_keys(
+    query: Tensor, negative_keys: Tensor, scale: Tensor, bias: Tensor, weight: Tensor, *pool: Tensor | None
+):
+    return negative_keys.new_empty(negative_keys.shape, dtype=torch.float32)  # (K, D)
 
 
 def _mine_hardest(query: Tensor, negative_keys: Tensor, N: int, *pool: Tensor | None):
@@ -108,9 +116,9 @@ def _listed_grad_keys(query: Tensor, index: Tensor, weight: Tensor, K: int):
 
 FAKES: dict[str, Callable] = {
     "logsumexp": _logsumexp,
-    "logsumexp_grad_keys": _grad_keys,
+    "logsumexp_grad_keys": _logsumexp_grad_keys,
     "softplus_sum": _softplus_sum,
-    "softplus_sum_grad_keys": _grad_keys,
+    "softplus_sum_grad_keys": _softplus_sum_grad_keys,
     "mine_hardest": _mine_hardest,
     "rank_thresholds": _rank_thresholds,
     "count_negatives": _count_negatives,
