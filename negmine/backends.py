@@ -125,12 +125,9 @@ def _runs(backend: Backend, op: str, device: str, by_name: bool) -> bool:
     return fits and not backend.refusal and op in backend.launchers
 
 
-def choose(
-    caller: str, ops: tuple[str, ...], backend: str | None, tensors: tuple[Tensor, ...], dense: str = ""
-) -> Launchers | None:
+def choose(caller: str, ops: tuple[str, ...], backend: str | None, tensors: tuple[Tensor, ...]) -> Launchers | None:
     """The launchers of `ops` for these tensors, by name; None = the reference runs the call.
 
-    dense: what in this call only the reference defines; empty where kernels cover it all.
     Raises ValueError for an unknown backend and BackendUnavailable where the one insisted on cannot run the call.
     """
     if backend is not None and backend not in NAMES:
@@ -139,10 +136,9 @@ def choose(
     if asked == "reference":
         return None
     device = tensors[0].device.type
-    if not dense:
-        unfit = [str(t.dtype).removeprefix("torch.") for t in tensors if t.dtype not in KERNEL_DTYPES]
-        dense = f"{unfit[0]} input" if unfit else ""
-    if dense:
+    unfit = [str(t.dtype).removeprefix("torch.") for t in tensors if t.dtype not in KERNEL_DTYPES]
+    if unfit:
+        dense = f"{unfit[0]} input"
         if asked is not None:
             raise BackendUnavailable(
                 f"{caller}: backend {asked!r} has no kernel for {dense}; only the reference defines it"

@@ -124,9 +124,13 @@ def decoupled_weighted(
     op = "decoupled_weighted"
     checks.require_number(op, "sigma", sigma, above=0)
     x = logits(op, query, positive_key, negative_keys, temperature, pool)
-    score = score_of_positive(query, positive_key).detach()  # (B,)
-    weight = 2 - len(score) * F.softmax(score / sigma, dim=0)  # (B,)
+    weight = positive_weights(score_of_positive(query, positive_key), sigma)  # (B,)
     return reduced(op, x.lse - weight * x.positive, x, reduction)
+
+
+def positive_weights(score: Tensor, sigma: float) -> Tensor:
+    """w (B,) of decoupled_weighted from the positives' scores (B,), detached."""
+    return 2 - len(score) * F.softmax(score.detach() / sigma, dim=0)
 
 
 def rince(

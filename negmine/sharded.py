@@ -189,7 +189,7 @@ class ShardedMoCoQueue(MoCoQueue):
             pool = check()
             if isinstance(select, Select) and select.sample is not None:
                 raise checks.refuse(op, "select", "without sample: a draw needs the whole queue", select)
-            ops = backends.choose(op, wanted, backend, (query, self.queue), "")
+            ops = backends.choose(op, wanted, backend, (query, self.queue))
             if ops is None:
                 raise backends.BackendUnavailable(
                     f"{op}: a sharded queue runs on kernels, and there is none for this call; the reference needs the whole queue"

@@ -13,6 +13,7 @@ import torch
 
 import negmine
 from negmine import Mix, MoCoQueue, Select, Weight
+from tests.peak import status_mib
 
 B, K, D = 48, 2048, 32
 LIMIT_MB = 8
@@ -27,8 +28,7 @@ OPTIONS = [
 
 def resident_mb() -> float:
     gc.collect()
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
+    return status_mib("VmRSS")
 
 
 def one_step(step: int, layer: torch.nn.Linear, queue: MoCoQueue) -> None:

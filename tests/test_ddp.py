@@ -12,14 +12,13 @@ import io
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import negmine
 from negmine import Mix, MoCoQueue, Select
 from tests.cases import unit
+from tests.ranks import run_ranks
 
 STEPS, IN, D, K = 5, 6, 8, 40
 BATCHES = [[4, 4, 4], [4, 4, 4], [4, 4, 4], [4, 4, 4], [4, 1, 2]]  # of each rank at each step; the last is ragged
@@ -78,10 +77,7 @@ class Trainer:
         self.optimiser.load_state_dict(optimiser)
 
 
-def _rank(rank, world, store, out):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-
+def work(rank, world):
     def rows_of(counts):
         return slice(sum(counts[:rank]), sum(counts[: rank + 1]))
 
@@ -98,24 +94,12 @@ def _rank(rank, world, store, out):
         again = resumed.run(STEPS - 2, rows_of, world)
         results[name] = {"gradients": seen, "resumed": again, "queue": dict(straight.queue.state_dict())}
         results[name]["queue resumed"] = dict(resumed.queue.state_dict())
-    file = io.BytesIO()
-    torch.save(results, file)
-    out.put((rank, file.getvalue()))
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_do_what_one_process_does(world, tmp_path):
-    context = mp.get_context("spawn")
-    out = context.SimpleQueue()
-    ranks = [context.Process(target=_rank, args=(r, world, tmp_path / "store", out)) for r in range(world)]
-    for process in ranks:
-        process.start()
-    got = [torch.load(io.BytesIO(blob)) for _, blob in sorted(out.get() for _ in ranks)]
-    for process in ranks:
-        process.join()
-        assert process.exitcode == 0
-
+    got = run_ranks(work, world, tmp_path)
     for name, options in OPTIONS.items():
         single = Trainer(copy.deepcopy(options), gather=False)
         want = single.run(STEPS, lambda counts: slice(0, sum(counts)), world)

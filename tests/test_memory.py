@@ -1,19 +1,17 @@
 """Peak memory of the fused CPU ops at MoCo's shape, in a process of its own: the (B, K) matrix alone would be 64 MB."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 from negmine import backends
+from tests.peak import peak_mib
 
-LIMIT_MB = 16
+LIMIT_MIB = 16
 PROBE = """
-import json, resource, sys, torch
+import sys, torch
 import torch.nn.functional as F
 import negmine
 from negmine import Mix, Select
+from tests.peak import print_peak
 
 B, K, D = 256, 65536, 128
 q, pos, keys = (F.normalize(torch.randn(n, D), dim=1) for n in (B, B, K))
@@ -36,29 +34,10 @@ CALLS = {
     "dense": lambda q: loss(q, backend="reference").backward(),
 }
 
-def status(field):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
-
-def run(call, queries):
-    leaf = queries.clone().requires_grad_()
-    call(leaf)
-
-call = CALLS[sys.argv[1]]
-run(call, q[:2])  # code pages, thread stacks
-with open("/proc/self/clear_refs", "w") as f:
-    f.write("5")  # the high-water mark starts anew
-before = status("VmRSS")
-run(call, q)
-print(json.dumps(status("VmHWM") - before))
+print_peak(lambda queries: CALLS[sys.argv[1]](queries.clone().requires_grad_()), q[:2], q)
 """
 OPS = ["info_nce", "info_nce, window", "info_nce, easiest 95 %", "info_nce, MoCHi", "mine_hardest", "rank_thresholds"]
 OPS += ["triplet_loss", "distance_weighted", "multi_similarity"]
-
-
-def peak_mb(call: str) -> float:
-    run = subprocess.run([sys.executable, "-c", PROBE, call], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
 
 
 @pytest.mark.parametrize("call", OPS)
@@ -66,8 +45,8 @@ def test_peak_extra_memory(call):
     row = next(row for row in backends.BACKENDS if row.name == "cpu")
     if row.refusal:
         pytest.skip(row.refusal)
-    assert peak_mb(call) <= LIMIT_MB
+    assert peak_mib(PROBE, call) <= LIMIT_MIB
 
 
 def test_the_probe_sees_a_stored_matrix():
-    assert peak_mb("dense") > 64
+    assert peak_mib(PROBE, "dense") > 64

@@ -5,12 +5,11 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import negmine
 from negmine import MoCoQueue
 from tests.cases import unit
+from tests.ranks import run_ranks
 
 
 class ListQueue:
@@ -94,31 +93,21 @@ def test_the_gradient_survives_enqueue():
     assert bool(q.grad.isfinite().all())
 
 
-def _rank(rank, world, port, out):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+def work(rank, world):
     queue = MoCoQueue(2, 9, with_ids=True, random_init=False, gather_distributed=True)
     for step in range(4):
         count = 2 + (rank + step) % 2  # ragged batches
         number = torch.arange(count) + 10 * step + 100 * rank
         queue.enqueue(number[:, None].float().expand(count, 2), ids=number)
-    out.put((rank, queue.ids.tolist(), queue.keys[:, 0].tolist()))
-    dist.destroy_process_group()
+    return queue.ids.tolist(), queue.keys[:, 0].tolist()
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_queues_are_identical_on_all_ranks_in_rank_order(world):
-    context = mp.get_context("spawn")
-    out = context.SimpleQueue()
-    port = 29500 + torch.randint(0, 2000, (1,), generator=torch.Generator().manual_seed(world)).item()
-    ranks = [context.Process(target=_rank, args=(r, world, port, out)) for r in range(world)]
-    for process in ranks:
-        process.start()
-    got = sorted(out.get() for _ in ranks)
-    for process in ranks:
-        process.join()
+def test_queues_are_identical_on_all_ranks_in_rank_order(world, tmp_path):
+    got = run_ranks(work, world, tmp_path)
     twin = ListQueue(9)
     for step in range(4):
         for rank in range(world):
             twin.enqueue([n + 10 * step + 100 * rank for n in range(2 + (rank + step) % 2)])
-    for _, ids, keys in got:
+    for ids, keys in got:
         assert ids == twin.valid and keys == twin.valid

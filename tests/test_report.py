@@ -7,8 +7,6 @@ import itertools
 import json
 import math
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from negmine import HardnessReport
 from negmine.report import figures as fig
 from negmine.report import words
 from tests.cases import unit, whole
+from tests.peak import peak_mib
 
 ROOT = Path(__file__).resolve().parents[1]
 Q, K, D = 7, 43, 5
@@ -200,30 +199,21 @@ def test_normalize_gives_cosines():
 
 
 MEMORY = """
-import negmine, torch
+import negmine
 from tests.cases import unit
+from tests.peak import print_peak
 q, c = unit(1024, 16), unit(65536, 16, seed=1)
-
-def status(field):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
 
 def run(queries):
     negmine.hardness_report(queries, c, num_queries=None, max_memory_bytes=16 << 20, samples_per_bin=2)
 
-run(q[:2])  # code pages, thread stacks
-with open("/proc/self/clear_refs", "w") as f:
-    f.write("5")  # the high-water mark starts anew
-before = status("VmRSS")
-run(q)
-print(status("VmHWM") - before)
+print_peak(run, q[:2], q)
 """
 
 
 def test_no_matrix_of_all_pairs():
     """1,024 queries against 65,536 rows: their scores would be 256 MiB. Beside the budget: kernels' scratch a thread, figures."""
-    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0, run.stderr
-    assert float(run.stdout) < 128
+    assert peak_mib(MEMORY) < 128
 
 
 class Reader(HTMLParser):

@@ -6,8 +6,6 @@ the same bits however batches, chunks and shards are cut.
 
 import itertools
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from negmine import MiningResult, Select
 from tests.cases import unit, whole
 from tests.compare import selected
 from tests.conftest import device_of, interpreted
+from tests.peak import peak_mib
 
 mine = negmine.mine_hard_negatives
 Q, K, D = 9, 61, 5
@@ -322,22 +321,15 @@ def test_real_embeddings():
 
 MEMORY_PROBE = """
 import torch, negmine
-def status(field):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
+from tests.peak import print_peak
 q, c = torch.randn(4096, 32), torch.randn(150_000, 32)
 options = dict(select=negmine.Select(5, 200, absolute_margin=0.1), sampling_strategy="weighted", num_negatives=20)
 options |= dict(max_memory_bytes=32 << 20, count_skipped=False)
-negmine.mine_hard_negatives(q[:64], c[:5000], list(range(64)), **options)  # code pages, thread stacks
-with open("/proc/self/clear_refs", "w") as f:
-    f.write("5")  # the high-water mark starts anew
-before = status("VmRSS")
-negmine.mine_hard_negatives(q, c, [[b, b + 1] for b in range(4096)], **options)
-print(status("VmHWM") - before)
+small, large = (q[:64], c[:5000], list(range(64))), (q, c, [[b, b + 1] for b in range(4096)])
+print_peak(lambda inputs: negmine.mine_hard_negatives(*inputs, **options), small, large)
 """
 
 
 def test_memory_is_bounded():
     """The scores alone would be 2.4 GB. Beside the 32 MiB: the kernels' buffers for each thread, and the result."""
-    run = subprocess.run([sys.executable, "-c", MEMORY_PROBE], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert float(run.stdout) < 32 + 16
+    assert peak_mib(MEMORY_PROBE) < 32 + 16

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import negmine
 from negmine import Select
 from tests.cases import unit
+from tests.ranks import run_ranks
 from tests.test_search import same
 
 Q, K, D = 40, 600, 20
@@ -36,9 +36,7 @@ def _refused(call):
     return "nothing was refused"
 
 
-def _rank(rank, world, folder, out):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+def work(rank, world, folder):
     group, results = dist.group.WORLD, {}
     for dtype in (torch.float32, torch.bfloat16):
         q, c, positives, exclude = inputs(dtype)
@@ -66,22 +64,12 @@ def _rank(rank, world, folder, out):
         results["other seed"] = _refused(lambda: mine(q, own, positives, seed=rank, process_group=group))
         options["resume_dir"] = f"{folder}/store" if rank == 0 else f"{folder}/run"  # a file, where a folder must be
         results["no folder"] = _refused(lambda: mine(q, own, positives, **options))
-    out.put((rank, results))
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_mine_what_one_process_mines(world, tmp_path):
-    context = mp.get_context("spawn")
-    out = context.Queue()
-    ranks = [context.Process(target=_rank, args=(r, world, tmp_path, out)) for r in range(world)]
-    for process in ranks:
-        process.start()
-    got = dict(out.get(timeout=300) for _ in ranks)
-    for process in ranks:
-        process.join()
-        assert process.exitcode == 0
+    got = run_ranks(work, world, tmp_path, tmp_path)
     q, c, positives, _ = inputs()
     alone = negmine.mine_hard_negatives(q, c, positives)
     for rank in range(world):

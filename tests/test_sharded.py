@@ -5,20 +5,18 @@ log-sum-exps, whose sums run in another order, keep the rounded rule of tests/co
 """
 
 import copy
-import io
 import itertools
 import pickle
 import threading
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import negmine
 from negmine import MoCoQueue, Select, ShardedMoCoQueue, Weight, backends, order, shards
 from tests import compare
 from tests.cases import ids, unit, whole
+from tests.ranks import run_ranks
 
 cpu = next(row for row in backends.BACKENDS if row.name == "cpu")
 pytestmark = pytest.mark.skipif(bool(cpu.refusal), reason=cpu.refusal)
@@ -86,9 +84,7 @@ def losses(queue, q, pos, tags, keys=None, **options):
     return [rows.detach(), *stats[:4], *grads]
 
 
-def _rank(rank, world, store, whole_states, out):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+def work(rank, world, whole_states):
     results = {}
     for fill in FILL:
         queue = ShardedMoCoQueue(D, K, with_ids=True, with_labels=True, random_init=False)
@@ -111,10 +107,7 @@ def _rank(rank, world, store, whole_states, out):
     half.enqueue(unit(3 + rank, D, seed=rank))
     results["states"] = [dict(fresh.state_dict()), dict(half.state_dict())]
     results["refusals"] = refusals(fresh, rank, world)
-    file = io.BytesIO()
-    torch.save(results, file)
-    out.put((rank, file.getvalue()))
-    dist.destroy_process_group()
+    return results
 
 
 def filled_by_ranks(queue, rank, world):
@@ -143,20 +136,6 @@ def refusals(queue, rank, world):
     return said
 
 
-def run_ranks(world, tmp_path):
-    states = {fill: pickle.dumps(single(fill).state_dict()) for fill in FILL}
-    context = mp.get_context("spawn")
-    out = context.SimpleQueue()
-    ranks = [context.Process(target=_rank, args=(r, world, tmp_path / "store", states, out)) for r in range(world)]
-    for process in ranks:
-        process.start()
-    got = [torch.load(io.BytesIO(blob), weights_only=False) for _, blob in sorted(out.get() for _ in ranks)]
-    for process in ranks:
-        process.join()
-        assert process.exitcode == 0
-    return got
-
-
 def concatenated(got, key, place):
     """The results of all ranks, in rank order."""
     columns = zip(*((rank[key][place] if place is not None else rank[key]) for rank in got), strict=True)
@@ -178,7 +157,7 @@ def in_double(queue):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_do_what_one_process_does(world, tmp_path):
-    got = run_ranks(world, tmp_path)
+    got = run_ranks(work, world, tmp_path, {fill: pickle.dumps(single(fill).state_dict()) for fill in FILL})
     for fill in FILL:
         queue = single(fill)
         exact_queue = in_double(queue)

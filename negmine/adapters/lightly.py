@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from negmine import checks
 from negmine.info_nce import info_nce
+from negmine.methods import positive_weights
 from negmine.mining import score_of_positive
 from negmine.queue import MoCoQueue
 
@@ -86,7 +87,7 @@ class NTXentLoss(nn.Module):
 
 def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:
     """w_b (B,) = 2 - B softmax over the batch of (out0_b . out1_b / sigma), detached (Yeh et al. 2021, arXiv 2110.06848)."""
-    return 2 - len(out0) * F.softmax((out0.detach() * out1.detach()).sum(1) / sigma, dim=0)
+    return positive_weights((out0 * out1).sum(1), sigma)
 
 
 class DCLLoss(nn.Module):

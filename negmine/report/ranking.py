@@ -79,7 +79,7 @@ class Ranking:
         ops = backends.choose(op, ("mine_hardest", "rank_thresholds", "count_negatives"), backend, (queries, corpus))
         rows = Rows.open(op, names[1], corpus)
         held = Corpus(rows, where, Ranks(op, None), [len(rows)])
-        return cls(ops, queries, corpus, Scan(ops, held, len(rows), None, lambda chunks: None))
+        return cls(ops, queries, corpus, Scan(ops, held, len(rows), None))
 
     @property
     def pair_bytes(self) -> int:

@@ -76,9 +76,7 @@ class ExactEngine:
 
     def search(self, query: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         ranks = Ranks("NegativeIndex.search", None)
-        scan = Scan(
-            self.ops, Corpus(self.rows, self._device, ranks, [len(self)]), self.chunk, None, lambda chunks: None
-        )
+        scan = Scan(self.ops, Corpus(self.rows, self._device, ranks, [len(self)]), self.chunk, None)
         places, _ = scan.run(query.to(self._device), nothing_hidden(len(query)), None, min(k, len(self)), Select(), [])
         scores, ids = (part.cpu().numpy() for part in order.unpack(places))
         pad = ((0, 0), (0, k - ids.shape[1]))
@@ -220,7 +218,7 @@ class NegativeIndex:
         chunk = sizes_of(op, asked, rows, k, 0 if launchers else DENSE_BYTES, len(query), None, None).chunk
         corpus = Corpus(rows, where, Ranks(op, None), [len(rows)])
         with torch.no_grad():
-            return audit(self, Scan(launchers, corpus, chunk, None, lambda chunks: None), query, k)
+            return audit(self, Scan(launchers, corpus, chunk, None), query, k)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one file at exactly this path; a reader, and a crash, see the old file or the whole new one.

@@ -172,7 +172,7 @@ def mine_hard_negatives(
         none = nothing_hidden(Q)
         room = min(ROOM, max_memory_bytes // 4) if max_memory_bytes else ROOM
         plan = Miner(
-            Scan(ops, corpus, 0, None, lambda chunks: None),
+            Scan(ops, corpus, 0, None),
             *(select, raw, num_negatives, sampling_strategy, count_skipped, none),
             Thinner(corpus.gather, given, near_duplicate_score, rows.dim, room) if deduplicate == "near" else None,
         )

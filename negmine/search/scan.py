@@ -130,7 +130,7 @@ class Scan:
     corpus: Corpus
     chunk_size: int
     distinct: np.ndarray | None  # (K,) bool, False = a copy of a lower row; None = all rows stand for themselves
-    advance: Callable[[int], object]  # told of each finished chunk
+    advance: Callable[[int], object] = lambda chunks: None  # told of each finished chunk
 
     @property
     def candidates(self) -> int:

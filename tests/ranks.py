@@ -1,0 +1,36 @@
+"""Several ranks on this machine, each a process of its own, and what they answer."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _rank(work: Callable, rank: int, world: int, store: Path, arguments: tuple, out: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    # By value: a tensor sent as itself lives in memory that its sender takes along when it ends.
+    out.put((rank, pickle.dumps(work(rank, world, *arguments))))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_ranks(work: Callable, world: int, folder: Path, *arguments: Any) -> list[Any]:
+    """What work(rank, world, *arguments) returns on each rank of a gloo group that meets in a file of `folder`."""
+    context = mp.get_context("spawn")
+    out = context.Queue()
+    ranks = [
+        context.Process(target=_rank, args=(work, rank, world, folder / "store", arguments, out))
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    got = sorted((out.get(timeout=300) for _ in ranks), key=lambda answer: answer[0])
+    for process in ranks:
+        process.join()
+        assert process.exitcode == 0
+    return [pickle.loads(answer) for _, answer in got]
