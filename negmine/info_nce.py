@@ -203,12 +203,14 @@ def fused(
         (lse, importance), kept, above = LogSumExpPair.apply(query, negative_keys, scales, pivot, kept_by, *columns)
     else:
         lse, kept, above = LogSumExp.apply(query, negative_keys, scale, pivot, kept_by, *columns)
-        importance = kept.clamp_min(1).float().log()  # LSE of zeros
+        importance = None
     if want_rank and kept_by is lists:  # the rank is among all valid negatives, not among those drawn
         above = ops.logsumexp(q, keys, scale.detach(), pivot, False, *masks)[3]
     some = kept > 0  # (B,)
     clamped = torch.zeros_like(some)
     if weight is not None:
+        if importance is None:
+            importance = kept.clamp_min(1).float().log()  # LSE of zeros
         log_sum, clamped = reference.log_weighted_sum(
             lse.masked_fill(~some, 0.0),
             importance.masked_fill(~some, 0.0),
