@@ -3,7 +3,7 @@
     python -m pytest benchmarks/bench_ops.py --benchmark-only -k "moco and mine_hardest"
     python -m pytest benchmarks/bench_ops.py --benchmark-only --benchmark-autosave --benchmark-compare
 
-One group an (op, case), its variants side by side; each answers like plain PyTorch in fp32 before it is timed.
+One group an (op, case), its variants side by side; each answers like plain PyTorch in float64 before it is timed.
 """
 
 from functools import cache

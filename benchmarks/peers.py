@@ -89,7 +89,7 @@ def fused_whole_queue(inputs: Inputs, backend: str | None = None) -> Answer:
 def eager_whole_queue(inputs: Inputs) -> Answer:
     def loss_of(query: Tensor) -> Tensor:
         query = F.normalize(query, dim=1)
-        return cross_entropy(query, inputs, (query @ inputs.keys.T).float())
+        return cross_entropy(query, inputs, widened(query @ inputs.keys.T))
 
     return loss_and_gradient(inputs, loss_of)
 
@@ -121,7 +121,7 @@ def fused_in_batch(inputs: Inputs, backend: str | None = None) -> Answer:
 
 def eager_in_batch(inputs: Inputs) -> Answer:
     own = torch.arange(len(inputs.query), device=inputs.query.device)  # (B,)
-    return in_batch(inputs, lambda query, keys: F.cross_entropy((query @ keys.T).float() / inputs.temperature, own))
+    return in_batch(inputs, lambda query, keys: F.cross_entropy(widened(query @ keys.T) / inputs.temperature, own))
 
 
 def fused_mine(inputs: Inputs, backend: str | None = None) -> Answer:
@@ -140,14 +140,19 @@ def fused_thresholds(inputs: Inputs, backend: str | None = None) -> Answer:
     return (negmine.rank_thresholds(inputs.query, inputs.keys, ranks_of(inputs), **tags, backend=backend),)
 
 
+def widened(x: Tensor) -> Tensor:
+    """fp32 of what is shorter."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def masked_scores(query: Tensor, inputs: Inputs) -> Tensor:
-    scores = (query @ inputs.keys.T).float()  # (B, K)
+    scores = widened(query @ inputs.keys.T)  # (B, K)
     return scores.masked_fill(inputs.query_ids[:, None] == inputs.negative_ids, float("-inf"))
 
 
 def cross_entropy(query: Tensor, inputs: Inputs, negatives: Tensor) -> Tensor:
     """negatives (B, M): scores -> the mean InfoNCE loss ()."""
-    positive = (query.float() * inputs.positive_key.float()).sum(dim=1, keepdim=True)  # (B, 1)
+    positive = (widened(query) * widened(inputs.positive_key)).sum(dim=1, keepdim=True)  # (B, 1)
     logits = torch.cat([positive, negatives], dim=1) / inputs.temperature  # (B, 1 + M)
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
@@ -212,7 +217,7 @@ def eager_mochi(inputs: Inputs, draws: negmine.Mixed | None = None) -> Answer:
         scores = masked_scores(query, inputs)  # (B, K)
         with torch.no_grad():
             synthetic = mixed(query, scores) if draws is None else drawn(query)  # (B, S, D)
-        extra = torch.einsum("bd,bsd->bs", query, synthetic.to(query.dtype)).float()  # (B, S)
+        extra = widened(torch.einsum("bd,bsd->bs", query, synthetic.to(query.dtype)))  # (B, S)
         return cross_entropy(query, inputs, torch.cat([scores, extra], dim=1))
 
     def mixed(query: Tensor, scores: Tensor) -> Tensor:
@@ -236,10 +241,10 @@ def eager_mochi(inputs: Inputs, draws: negmine.Mixed | None = None) -> Answer:
     return loss_and_gradient(inputs, loss_of)
 
 
-def eager_mochi_same_draws(inputs: Inputs, backend: str | None = None) -> Answer:
-    draws = negmine.mix_negatives(
-        inputs.query, inputs.keys, MIX, query_ids=inputs.query_ids, negative_ids=inputs.negative_ids, backend=backend
-    )
+def eager_mochi_same_draws(inputs: Inputs, drawn_from: Inputs | None = None) -> Answer:
+    """drawn_from: the inputs whose parents are drawn; the same numbers stored longer may rank near ties differently."""
+    of = drawn_from or inputs
+    draws = negmine.mix_negatives(of.query, of.keys, MIX, query_ids=of.query_ids, negative_ids=of.negative_ids)
     return eager_mochi(inputs, draws)
 
 
@@ -283,11 +288,21 @@ def disagreement(op: str, answer: Answer, truth: Answer, inputs: Inputs, toleran
         worst = (ours.float() - theirs.float()).abs().max().item()
         allowed = tolerance * theirs.float().abs().max().item()
         if not worst <= allowed:
-            return f"{op}: {name} differs from plain PyTorch in fp32 by {worst:.2e}, more than {allowed:.2e}"
+            return f"{op}: {name} differs from plain PyTorch in float64 by {worst:.2e}, more than {allowed:.2e}"
     return ""
 
 
-def in_float32(inputs: Inputs) -> Inputs:
+def stored_as(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     return replace(
-        inputs, query=inputs.query.float(), positive_key=inputs.positive_key.float(), keys=inputs.keys.float()
+        inputs, query=inputs.query.to(dtype), positive_key=inputs.positive_key.to(dtype), keys=inputs.keys.to(dtype)
     )
+
+
+def in_float32(inputs: Inputs) -> Inputs:
+    return stored_as(inputs, torch.float32)
+
+
+def for_truth(inputs: Inputs) -> Inputs:
+    """float64 where a score matrix of it is at most 4 GiB, fp32 beyond: sums over millions of keys lose digits in fp32."""
+    fits = len(inputs.query) * len(inputs.keys) * 8 <= 4 << 30
+    return stored_as(inputs, torch.float64 if fits else torch.float32)

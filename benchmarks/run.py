@@ -7,9 +7,9 @@
     python -m benchmarks.run --device cuda --op mine_hardest --case moco-bf16 --compile
 
 The tests of the kernels run first, and a red one stops everything. Then every variant answers the same inputs as plain
-PyTorch in fp32; where one answer differs, nothing of that op and case is timed, and the exit code is 1. So it is where an
-op fails otherwise; the rest is measured all the same. What each column says is in benchmarks/README.md. A short table
-comes last.
+PyTorch in float64; where an answer of negmine differs, nothing of that op and case is timed, and the exit code is 1. So it
+is where an op fails otherwise; the rest is measured all the same. What each column says is in benchmarks/README.md. A short
+table comes last.
 """
 
 import argparse
