@@ -140,9 +140,11 @@ def draw_scaling(path: Path, rows: list[Row]) -> Path:
                     colour = COLOURS[turn % len(COLOURS)]
                     axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=colour, label=label)
             axes.set_xscale("log", base=2)
-            axes.set_yscale(
-                "log" if value == "median_ms" else "symlog", **({} if value == "median_ms" else {"linthresh": 1})
-            )
+            if value == "median_ms":
+                axes.set_yscale("log")
+            else:  # memory may be 0
+                axes.set_yscale("symlog", linthresh=1)
+                axes.set_ylim(bottom=0)
             axes.set_xticks(SWEEPS[letter], [f"{size:,}" for size in SWEEPS[letter]], fontsize=7)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
             axes.grid(alpha=0.25)

@@ -15,7 +15,7 @@ import mkdocs.config
 
 PAGES = Path("build/docs")
 # In the order of a reader's questions; pages that are not named come after them, by name.
-ORDER = ["methods", "triplets", "mining", "report", "cli", "adapters", "sharded", "backends", "limits", "building"]
+ORDER = ["methods", "triplets", "mining", "report", "cli", "adapters", "sharded", "planning", "building"]
 
 
 def public_names() -> list[str]:
@@ -35,10 +35,13 @@ def public_names() -> list[str]:
 
 
 def index() -> str:
-    """README.md with its links into docs/ as links between pages, and links to files of the repository as plain names."""
+    """README.md with its links into docs/ as links between pages, its pictures beside it, and links to files as plain names."""
     text = Path("README.md").read_text()
+    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+\.png)\)", text):
+        shutil.copy(picture, PAGES)
+        text = text.replace(f"]({picture})", f"]({Path(picture).name})")
     text = re.sub(r"\]\(docs/([\w-]+\.md)", r"](\1", text)
-    return re.sub(r"\[([^\]]+)\]\((?!https?://|#|[\w-]+\.md)[^)]+\)", r"`\1`", text)
+    return re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?://|#|[\w-]+\.md)[^)]+\)", r"`\1`", text)
 
 
 def gather() -> list[dict[str, str]]:
