@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    for name in ("README.md", "mkdocs.yml", "negmine", "kernels"):
+    for name in ("README.md", "mkdocs.yml", "negmine", "kernels", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     monkeypatch.chdir(tmp_path)
@@ -27,6 +27,12 @@ def test_every_page_and_every_name_is_built(checkout):
     make_docs.main()
     made = {page.stem for page in (checkout / "out/docs").glob("*.html")}
     assert made == {"404", "index", "reference"} | {page.stem for page in (ROOT / "docs").glob("*.md")}
+    pictures = {
+        path.name
+        for path in (ROOT / "benchmarks/results").glob("*.png")
+        if path.name in (ROOT / "README.md").read_text()
+    }
+    assert pictures and all((checkout / "out/docs" / name).exists() for name in pictures)
     text = (checkout / "out/docs/reference.html").read_text()
     for name in (*(n for n in negmine.__all__ if not n.startswith("_") and n != "recipes"), "recipes.moco_v2"):
         assert f'id="negmine.{name}"' in text, name
