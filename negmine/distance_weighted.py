@@ -12,7 +12,7 @@ from negmine.pool import Pool, of_columns, pieces, readable, usable
 from negmine.reference_triplets import log_rarity
 
 PIECE = 1 << 21  # scores in memory at one time
-PIECE_ON_CPU = 1 << 16  # which stay in the cache through the ten rounds of Philox
+PIECE_ON_CPU = 1 << 15  # which stay in the cache through the ten rounds of Philox
 
 
 @torch.no_grad()

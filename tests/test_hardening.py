@@ -1,5 +1,6 @@
 """Long runs, little memory, workers, large offsets, damaged states: what a training run meets sooner or later."""
 
+import mmap
 import subprocess
 import sys
 
@@ -69,7 +70,9 @@ def test_the_soak_sees_a_leak():
     kept = []
 
     def leaking(step, layer, queue):
-        kept.append(np.ones(2**15))  # 256 KiB a step
+        pages = mmap.mmap(-1, 2**18, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # no allocator's reuse can hide them
+        pages.write(b"x" * 2**18)
+        kept.append(pages)  # 256 KiB a step
 
     assert soak.growth_mb(100, leaking) > soak.LIMIT_MB
 
