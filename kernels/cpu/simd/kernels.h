@@ -43,11 +43,12 @@ enum LaneWord {
 // Memory of one thread, laid out by Scratch (kernels/cpu/scratch.h).
 struct Workspace {
   float* q_t;           // (kLanes / panel, D, panel) the block's queries, transposed; or (.., (D + 1) / 2, ..) pairs
+                        // and, for tiles, zeros up to a multiple of 16 of those
   float* tile;          // (kChunk, kLanes) scores of a chunk
   float* scores;        // (kChunk, kLanes) the same, where the tile is spent and they are needed again
   const float** rows;   // (kChunk + 6) the chunk's rows of the queue as they are scored, then rows of zeros
   int64_t* index;       // (kChunk) their places in the queue
-  float* widened;       // (kChunk, D) where the queue is not stored as fp32
+  float* widened;       // (kChunk, D + 16) where the queue is not stored as fp32
   uint16_t* padded;     // (kChunk, D + 1) where pairs do not come out even
   float* row;           // (D) one query as fp32
   float* zeros;         // (max(D, kLanes))
@@ -126,6 +127,11 @@ struct Kernels {
 };
 
 #if defined(__x86_64__)
+namespace amxbf16 {
+extern const Kernels kKernels;
+// Whether a product in tiles is what it should be: processor and system have said yes before, and may be wrong.
+bool tiles_are_right();
+}  // namespace amxbf16
 namespace avx512bf16 {
 extern const Kernels kKernels;
 }

@@ -1,9 +1,9 @@
 // One vector of fp32 lanes for each instruction set, in GCC vector extensions, so that a kernel is written once.
 //
-// This folder is compiled several times, with NEGMINE_SIMD = portable, avx2, avx512 or avx512bf16 as the namespace.
-// Everything here and in the files beside it is in that namespace or static, and no std template is used: a weak symbol
-// compiled for a wide instruction set could otherwise be linked into code that runs on a narrow one. fma() is explicit:
-// the bits of a score must not depend on what the compiler chooses to contract.
+// This folder is compiled several times, with NEGMINE_SIMD = portable, avx2, avx512, avx512bf16 or amxbf16 as the
+// namespace. Everything here and in the files beside it is in that namespace or static, and no std template is used: a
+// weak symbol compiled for a wide instruction set could otherwise be linked into code that runs on a narrow one. fma()
+// is explicit: the bits of a score must not depend on what the compiler chooses to contract.
 #pragma once
 #include <cstdint>
 #include <cstring>
