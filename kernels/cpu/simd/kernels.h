@@ -17,6 +17,9 @@ constexpr int64_t kChunk = 126;  // most rows of the queue in one tile: 21 regis
 
 constexpr int64_t kRowChunk = 32;  // rows of one query's own that are scored at one time
 
+// Floats that mixing works in: (kRowChunk + 3, D), where a row is rounded up to the widest vector.
+inline int64_t mixing_room(int64_t D) { return (kRowChunk + 3) * (D + 15); }
+
 struct Block {
   Matrix query;          // (B, D)
   Matrix negative_keys;  // (K, D)
@@ -111,12 +114,12 @@ struct Kernels {
   int64_t (*keep_best)(int64_t* keys, int64_t size, int64_t keep);
   // count (kLanes): columns in the pool.
   void (*count_range)(const Block&, const Workspace&, int64_t* count);
-  // vectors (S, D), parents (S, 2), coefficients (S) of query b. mixed (4, D).
+  // vectors (S, D), parents (S, 2), coefficients (S) of query b. room (mixing_room(D)).
   void (*mix_negatives_row)(const Matrix& query, const Matrix& negative_keys, int64_t D, const Draws&, int64_t b,
-                            float* mixed, void* vectors, int64_t* parents, float* coefficients);
-  // lse (), mean (D) or null of query b. mixed (kRowChunk + 3, D).
+                            float* room, void* vectors, int64_t* parents, float* coefficients);
+  // lse (), mean (D) or null of query b. room (mixing_room(D)).
   void (*mix_logsumexp_row)(const Matrix& query, const Matrix& negative_keys, int64_t D, const Draws&, int64_t b,
-                            float scale, float* mixed, float* lse, float* mean);
+                            float scale, float* room, float* lse, float* mean);
   // scores (M), lse (), mean (D) or null of query b over the listed rows. index (M), -1 = none; room (kRowChunk + 1,
   // D).
   void (*listed_logsumexp_row)(const Matrix& query, const Matrix& negative_keys, int64_t D, const int64_t* index,

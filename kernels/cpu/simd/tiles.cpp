@@ -100,23 +100,6 @@ NEGMINE_INLINE void multiply_strips(const Strip& top, const Strip& bottom, const
   }
 }
 
-// x (16, 16) becomes its transpose: at each step, halves of the rows i and i + step change places.
-NEGMINE_INLINE void transpose(V (&x)[kTile]) {
-  for (int step = 1; step < kTile; step *= 2) {
-    VI low, high;
-    for (int i = 0; i < kTile; ++i) {
-      low[i] = (i & step) != 0 ? kTile + i - step : i;
-      high[i] = (i & step) != 0 ? kTile + i : i + step;
-    }
-    for (int i = 0; i < kTile; ++i) {
-      if ((i & step) != 0) continue;
-      const V first = x[i], second = x[i + step];
-      x[i] = __builtin_shuffle(first, second, low);
-      x[i + step] = __builtin_shuffle(first, second, high);
-    }
-  }
-}
-
 // Elements [d, d + 16) of a row of D, zeros past its end.
 NEGMINE_INLINE H load_part(const float* row, int64_t d, int64_t D) {
   const uint16_t* from = reinterpret_cast<const uint16_t*>(row) + d;
