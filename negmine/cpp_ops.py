@@ -93,6 +93,11 @@ def _mine_hardest(query: Tensor, negative_keys: Tensor, N: int, *pool: Tensor | 
     return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)
 
 
+def _mine_hardest_kept(query: Tensor, negative_keys: Tensor, N: int, *pool: Tensor | None):
+    scores, index = _mine_hardest(query, negative_keys, N)
+    return scores, index, query.new_empty(query.shape[0], dtype=torch.int64)
+
+
 def _rank_thresholds(query: Tensor, negative_keys: Tensor, ranks: Tensor, *pool: Tensor | None):
     return torch.empty_like(ranks)  # (B, R)
 
@@ -130,6 +135,7 @@ FAKES: dict[str, Callable] = {
     "softplus_sum": _softplus_sum,
     "softplus_sum_grad_keys": _softplus_sum_grad_keys,
     "mine_hardest": _mine_hardest,
+    "mine_hardest_kept": _mine_hardest_kept,
     "rank_thresholds": _rank_thresholds,
     "count_negatives": _count_negatives,
     "mix_negatives": _mix_negatives,

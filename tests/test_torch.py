@@ -46,6 +46,7 @@ def arguments():
         yield "softplus_sum", (q, keys, scale, -scale, True, *pool)
         yield "softplus_sum_grad_keys", (q, keys.bfloat16(), scale, -scale, torch.ones(B), *pool)
         yield "mine_hardest", (q, keys, 9, *pool)
+        yield "mine_hardest_kept", (q, keys, 9, *pool)
         yield "rank_thresholds", (q, keys, torch.tensor([[0, 3, 99]]).repeat(B, 1), *pool)
         yield "count_negatives", (q, keys, *pool)
     yield "mix_negatives", (q, keys, index, *draws)

@@ -197,21 +197,36 @@ Tensor softplus_sum_grad_keys(const Tensor& query, const Tensor& negative_keys, 
   return grad_keys;
 }
 
-std::tuple<Tensor, Tensor> mine_hardest(const Tensor& query, const Tensor& negative_keys, int64_t N, POOL_ARGUMENTS) {
+// kept (B,) is filled where it is wanted.
+std::tuple<Tensor, Tensor> run_mine_hardest(const char* op, const Tensor& query, const Tensor& negative_keys, int64_t N,
+                                            int64_t least, Tensor* kept, POOL_ARGUMENTS) {
   // Checks.
-  const Scored in("mine_hardest", query, negative_keys, POOL);
-  checks::require(N >= 0, "mine_hardest: N must not be negative, got ", N, ".");
+  const Scored in(op, query, negative_keys, POOL);
+  checks::require(N >= least, op, ": N must be at least ", least, ", got ", N, ".");
   // Outputs.
   Tensor scores = new_empty(query, {in.B, N}, ScalarType::Float);
   Tensor index = new_empty(query, {in.B, N}, ScalarType::Long);
+  if (kept != nullptr) *kept = new_empty(query, {in.B}, ScalarType::Long);
   // Params.
   auto p = in.params<cpu::MineHardestParams>();
   p.N = N;
   p.scores = output<float>(scores);
   p.index = output<int64_t>(index);
+  if (kept != nullptr) p.kept = output<int64_t>(*kept);
   // Run.
   cpu::mine_hardest(p, torch_threads());
   return {scores, index};
+}
+
+std::tuple<Tensor, Tensor> mine_hardest(const Tensor& query, const Tensor& negative_keys, int64_t N, POOL_ARGUMENTS) {
+  return run_mine_hardest("mine_hardest", query, negative_keys, N, 0, nullptr, POOL);
+}
+
+std::tuple<Tensor, Tensor, Tensor> mine_hardest_kept(const Tensor& query, const Tensor& negative_keys, int64_t N,
+                                                     POOL_ARGUMENTS) {
+  Tensor kept;
+  auto [scores, index] = run_mine_hardest("mine_hardest_kept", query, negative_keys, N, 1, &kept, POOL);
+  return {scores, index, kept};
 }
 
 Tensor rank_thresholds(const Tensor& query, const Tensor& negative_keys, const Tensor& ranks, POOL_ARGUMENTS) {
@@ -250,6 +265,7 @@ STABLE_TORCH_LIBRARY_IMPL(negmine, CPU, m) {
   m.impl("softplus_sum", TORCH_BOX(&softplus_sum));
   m.impl("softplus_sum_grad_keys", TORCH_BOX(&softplus_sum_grad_keys));
   m.impl("mine_hardest", TORCH_BOX(&mine_hardest));
+  m.impl("mine_hardest_kept", TORCH_BOX(&mine_hardest_kept));
   m.impl("rank_thresholds", TORCH_BOX(&rank_thresholds));
   m.impl("count_negatives", TORCH_BOX(&count_negatives));
 }

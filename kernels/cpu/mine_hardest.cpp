@@ -4,6 +4,7 @@
 #include "kernels/cpu/mine_hardest.h"
 
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "kernels/cpu/dispatch.h"
@@ -47,8 +48,9 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
   const bool sampled = worth_sampling(split_rows - splits) && p.N >= row_bytes / 2 && p.N <= split_rows / 8;
   const int64_t capacity = sampled ? capacity_between(0, p.N - 1, split_rows) : capacity_for(p.N, split_rows);
   const std::vector<int64_t> first(kLanes, 0), last(kLanes, p.N - 1);
-  const auto partials = make_buffer<int64_t>(splits > 1 ? p.B * splits * p.N : 0);  // (B, splits, N)
-  const auto partial_sizes = make_buffer<int64_t>(p.B * splits);                    // (B, splits)
+  const auto partials = make_buffer<int64_t>(splits > 1 ? p.B * splits * p.N : 0);       // (B, splits, N)
+  const auto partial_sizes = make_buffer<int64_t>(p.B * splits);                         // (B, splits)
+  const auto partial_kept = make_buffer<int64_t>(p.kept == nullptr ? 0 : p.B * splits);  // (B, splits)
 
   struct Task {
     Scratch scratch;
@@ -67,9 +69,10 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
     block.k_end = std::min(p.K, block.k_begin + split_rows);
     const Workspace& w = task.scratch.workspace;
     const bool found = sampled && select_between(block, w, task.selection, first.data(), last.data());
-    if (!found) select(block, w, task.selection, p.N, false, false);
+    if (!found) select(block, w, task.selection, p.N, false, p.kept != nullptr);
     for (int64_t lane = 0; lane < block.lanes; ++lane) {
       const int64_t b = block.first_query + lane;
+      if (p.kept != nullptr) partial_kept[b * splits + split] = task.selection.view.places[lane];
       if (splits == 1) {
         write_row(p, b, task.selection.keys(lane), task.selection.view.size[lane], task.spare.get());
         continue;
@@ -80,6 +83,9 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
       std::copy_n(task.selection.keys(lane), task.selection.view.size[lane], &partials[(b * splits + split) * p.N]);
     }
   });
+  for (int64_t b = 0; b < p.B && p.kept != nullptr; ++b) {
+    p.kept[b] = std::accumulate(&partial_kept[b * splits], &partial_kept[b * splits] + splits, int64_t{0});
+  }
   if (splits == 1) return;
   const auto make_joined = [&] { return make_buffer<int64_t>((splits + 1) * p.N); };  // (splits, N) and spare (N)
   for_each_task(parallel, p.B, make_joined, [&](Buffer<int64_t>& joined, int64_t b) {
