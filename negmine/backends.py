@@ -34,6 +34,7 @@ class Launchers(NamedTuple):
     softplus_sum_grad_keys: Any = None
     mine_hardest: Any = None
     mine_hardest_kept: Any = None
+    mine_listed: Any = None
     rank_thresholds: Any = None
     count_negatives: Any = None
     mix_negatives: Any = None

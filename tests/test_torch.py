@@ -49,6 +49,8 @@ def arguments():
         yield "mine_hardest_kept", (q, keys, 9, *pool)
         yield "rank_thresholds", (q, keys, torch.tensor([[0, 3, 99]]).repeat(B, 1), *pool)
         yield "count_negatives", (q, keys, *pool)
+    yield "mine_listed", (q, keys.bfloat16(), index.sort(1).values, 3, None)
+    yield "mine_listed", (q, keys, index.sort(1).values, 9, torch.zeros(B))
     yield "mix_negatives", (q, keys, index, *draws)
     yield "mix_logsumexp", (q, keys, index, scale, True, *draws)
     yield "listed_logsumexp", (q, keys.bfloat16(), index, scale, True)

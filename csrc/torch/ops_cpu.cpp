@@ -229,6 +229,35 @@ std::tuple<Tensor, Tensor, Tensor> mine_hardest_kept(const Tensor& query, const 
   return {scores, index, kept};
 }
 
+std::tuple<Tensor, Tensor, Tensor> mine_listed(const Tensor& query, const Tensor& negative_keys, const Tensor& listed,
+                                               int64_t N, const OptionalTensor& most) {
+  // Checks.
+  const OptionalTensor none;
+  const Scored in("mine_listed", query, negative_keys, none, none, none, none, none, none, none, false);
+  const Tensor columns = checks::index_matrix("mine_listed", "index", listed, in.B, query);
+  const OptionalTensor highest = checks::vector("mine_listed", "most", most, ScalarType::Float, in.B, query);
+  const int64_t M = columns.size(1);
+  checks::require(N >= 1, "mine_listed: N must be at least 1, got ", N, ".");
+  for (int64_t i = 0; i < in.B * M; ++i) {
+    const int64_t column = longs(columns)[i];
+    checks::require(column >= -1 && column < in.K, "mine_listed: index must hold rows of negative_keys in [0, ", in.K,
+                    ") or -1, got ", column, ".");
+  }
+  // Outputs.
+  Tensor scores = new_empty(query, {in.B, N}, ScalarType::Float);
+  Tensor index = new_empty(query, {in.B, N}, ScalarType::Long);
+  Tensor kept = new_empty(query, {in.B}, ScalarType::Long);
+  // Params.
+  auto p = in.params<cpu::MineHardestParams>();
+  p.N = N;
+  p.scores = output<float>(scores);
+  p.index = output<int64_t>(index);
+  p.kept = output<int64_t>(kept);
+  // Run.
+  cpu::mine_listed(p, longs(columns), M, floats(highest), torch_threads());
+  return {scores, index, kept};
+}
+
 Tensor rank_thresholds(const Tensor& query, const Tensor& negative_keys, const Tensor& ranks, POOL_ARGUMENTS) {
   // Checks.
   const Scored in("rank_thresholds", query, negative_keys, POOL);
@@ -266,6 +295,7 @@ STABLE_TORCH_LIBRARY_IMPL(negmine, CPU, m) {
   m.impl("softplus_sum_grad_keys", TORCH_BOX(&softplus_sum_grad_keys));
   m.impl("mine_hardest", TORCH_BOX(&mine_hardest));
   m.impl("mine_hardest_kept", TORCH_BOX(&mine_hardest_kept));
+  m.impl("mine_listed", TORCH_BOX(&mine_listed));
   m.impl("rank_thresholds", TORCH_BOX(&rank_thresholds));
   m.impl("count_negatives", TORCH_BOX(&count_negatives));
 }

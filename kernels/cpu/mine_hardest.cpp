@@ -99,4 +99,40 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
   });
 }
 
+// One query a task: its columns side by side are a queue of their own, which select() scans.
+void mine_listed(const MineHardestParams& p, const int64_t* listed, int64_t M, const float* most,
+                 const Parallel& parallel) {
+  const int64_t element = p.negative_keys.dtype == Dtype::kFloat32 ? 4 : 2, row_bytes = p.D * element;
+  const char* first = static_cast<const char*>(p.negative_keys.data);
+  const auto upper = make_buffer<int64_t>(p.B);  // (B,)
+  for (int64_t b = 0; b < p.B && most != nullptr; ++b) upper[b] = pack_order(most[b], 0);
+  struct Task {
+    Scratch scratch;
+    OwnedSelection selection;
+    Buffer<int64_t> spare;   // (N)
+    Buffer<int64_t> column;  // (M)
+    Buffer<char> rows;       // (M, D)
+  };
+  const auto make_task = [&] {
+    return Task{Scratch(p.negative_keys, p.D), OwnedSelection(1, capacity_for(p.N, M)), make_buffer<int64_t>(p.N),
+                make_buffer<int64_t>(M), make_buffer<char>(M * row_bytes)};
+  };
+  for_each_task(parallel, p.B, make_task, [&](Task& task, int64_t b) {
+    Block block{.query = p.query, .D = p.D, .first_query = b, .lanes = 1};
+    block.negative_keys = {task.rows.get(), p.D, p.negative_keys.dtype};
+    block.pool.upper = most == nullptr ? nullptr : upper.get();
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t column = listed[b * M + m];
+      if (column < 0) continue;
+      std::copy_n(first + column * p.negative_keys.row_stride * element, row_bytes,
+                  task.rows.get() + block.k_end * row_bytes);
+      task.column[block.k_end++] = column;
+    }
+    select(block, task.scratch.workspace, task.selection, p.N, false, true);
+    write_row(p, b, task.selection.keys(0), task.selection.view.size[0], task.spare.get());
+    p.kept[b] = task.selection.view.places[0];
+    for (int64_t n = 0; n < std::min(p.N, p.kept[b]); ++n) p.index[b * p.N + n] = task.column[p.index[b * p.N + n]];
+  });
+}
+
 }  // namespace negmine::cpu

@@ -1,5 +1,5 @@
 // mine_hardest: the N highest places of each query's pool, highest first, ties to the lower index. mine_hardest_kept
-// counts the pool in the same pass. Meaning: kernels/README.md.
+// counts the pool in the same pass, mine_listed ranks the columns that a list names. Meaning: kernels/README.md.
 #pragma once
 #include "kernels/cpu/matrix.h"
 #include "kernels/cpu/parallel.h"
@@ -18,5 +18,9 @@ struct MineHardestParams {
 };
 
 void mine_hardest(const MineHardestParams& p, const Parallel& parallel);
+
+// Outputs and shapes as above; no pool.
+void mine_listed(const MineHardestParams& p, const int64_t* listed, int64_t M, const float* most,
+                 const Parallel& parallel);
 
 }  // namespace negmine::cpu

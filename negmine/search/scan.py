@@ -10,7 +10,7 @@ The positives' scores come from the same kernel, one row allowed to each query: 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from negmine.pool import Pool, bounded, usable
 from negmine.search.lists import RowLists
 from negmine.search.ranks import Ranks
 from negmine.search.rows import Rows, first_equal
+from negmine.search.screen import Screen
 
 Gather = Callable[[np.ndarray], Tensor]  # numbers (M,) -> (M, D)
 PAIRS = 64  # pairs scored by one call: its cost grows with their square
@@ -141,6 +142,7 @@ class Scan:
     chunk_size: int
     distinct: np.ndarray | None  # (K,) bool, False = a copy of a lower row; None = all rows stand for themselves
     advance: Callable[[int], object] = lambda chunks: None  # told of each finished chunk
+    screen: Screen = field(default_factory=Screen)
 
     @property
     def candidates(self) -> int:
@@ -169,8 +171,9 @@ class Scan:
             pool = self.pool(B, begin, end, hidden_query[low:high], hidden_row[low:high] - begin)
             kept = None
             if depth:
-                part = (self.ops, query, keys, min(depth, end - begin), pool, ranked, anchor)
-                scores, index, kept = hardest(*part, want_kept=ranked in counted)
+                N = min(depth, end - begin)
+                mine = self.screen if self.screen.pays(self.ops, query, keys, N, ranked) else hardest
+                scores, index, kept = mine(self.ops, query, keys, N, pool, ranked, anchor, ranked in counted)
                 found = order.pack(scores, index + begin + first).masked_fill(index < 0, order.NOWHERE)
                 places = torch.cat([places, found], 1).topk(depth, 1).values  # (B, depth)
             for count, select in zip(counts, counted, strict=True):
