@@ -82,6 +82,7 @@ bench: venv
 plots: venv
 	$(PY) -m benchmarks.plot
 	$(PY) -m benchmarks.plan
+	$(PY) -m benchmarks.mining --table
 
 # With the machine's own Python and no network: torch, setuptools and pytest must be there already.
 # One phase alone: make gpu PHASE=test (build, test, bench, profile, sanitize). Logs and rows go to OUT.

@@ -3,12 +3,13 @@
     python -m benchmarks.mining                                    all variants, 48,339 queries x 117,659 entries, D = 128
     python -m benchmarks.mining --data FOLDER --variants negmine st_torch
                                                                    FOLDER holds corpus.npy, queries.npy, positives.npy
+    python -m benchmarks.mining --table                            docs/mining.md's tables from the newest rows; times nothing
 
 Every variant runs in a process of its own, in turns, on embeddings that lie ready: 5 negatives a query, relative_margin 0.05,
 each miner's default depth. `given_up` counts the queries that come out with fewer than 5. `cpu_s` says more than `wall_s` where
 the machine does other work (`load`). `peak_extra_mib` is the resident high-water mark above what was held before the call.
-
-The searches (exact, flat_ip) return the 54 hardest rows of each query, which is what sentence-transformers asks of FAISS here.
+Where `negmine` runs, every other miner's negatives are compared with its own, and <machine>-differences.csv says for how many
+queries they differ, and why (differences.py). The searches return the 54 or 10 hardest rows of each query.
 """
 
 import argparse
@@ -16,8 +17,10 @@ import datetime
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,11 +30,15 @@ import torch
 
 import negmine
 from benchmarks import wordnet
-from benchmarks.rows import RESULTS, append, commit, machine_name
+from benchmarks.differences import REASONS, explain
+from benchmarks.rows import RESULTS, Row, append, commit, machine_name, read
 from negmine import NegativeIndex, Select
 from negmine.adapters.sentence_transformers import mine_hard_negatives as adapted
 
-N, MARGIN, SEARCHED = 5, 0.05, 54
+N, MARGIN = 5, 0.05
+WINDOW = 10 * N + 2  # rows that sentence-transformers looks at for a query of one positive
+DOCS = RESULTS.parents[1] / "docs/mining.md"
+BEGIN, END = "<!-- made by `python -m benchmarks.mining --table` from benchmarks/results/mining -->", "<!-- end -->"
 
 
 class Model:
@@ -69,7 +76,9 @@ def load(folder: Path | None, limit: int | None) -> tuple[np.ndarray, np.ndarray
     return queries[:limit], corpus, positives[:limit]
 
 
-def by_table(miner: Callable, queries: np.ndarray, corpus: np.ndarray, positives: np.ndarray, **options: object) -> int:
+def by_table(
+    miner: Callable, queries: np.ndarray, corpus: np.ndarray, positives: np.ndarray, **options: object
+) -> np.ndarray:
     from datasets import Dataset
 
     pairs = Dataset.from_dict(
@@ -86,35 +95,40 @@ def by_table(miner: Callable, queries: np.ndarray, corpus: np.ndarray, positives
         verbose=False,
         **options,
     )
-    return len(table)
+    rows = np.full((len(queries), N), -1)
+    numbers = [[int(text[2:]) for text in table[name]] for name in ("query", *(f"negative_{n + 1}" for n in range(N)))]
+    rows[numbers[0]] = np.array(numbers[1:], np.int64).T
+    return rows
 
 
-def peer(*data: np.ndarray, **options: object) -> int:
+def peer(*data: np.ndarray, **options: object) -> np.ndarray:
     from sentence_transformers.util import mine_hard_negatives
 
     return by_table(mine_hard_negatives, *data, **options)
 
 
-def arrays(queries: np.ndarray, corpus: np.ndarray, positives: np.ndarray, **options: object) -> int:
+def arrays(queries: np.ndarray, corpus: np.ndarray, positives: np.ndarray, **options: object) -> np.ndarray:
     select = Select(relative_margin=MARGIN)
-    result = negmine.mine_hard_negatives(queries, corpus, positives, select=select, num_negatives=N, **options)
-    return int((result.num_valid == N).sum())
+    return negmine.mine_hard_negatives(queries, corpus, positives, select=select, num_negatives=N, **options).indices
 
 
-def searched(queries: np.ndarray, corpus: np.ndarray, positives: np.ndarray, kind: str) -> int:
-    found = NegativeIndex.build(corpus, kind).search(queries, SEARCHED)
-    return int((found.indices[:, -1] >= 0).sum())
+def searched(queries: np.ndarray, corpus: np.ndarray, positives: np.ndarray, kind: str, k: int) -> np.ndarray:
+    return NegativeIndex.build(corpus, kind).search(queries, k).indices
 
 
-VARIANTS: dict[str, tuple[str, Callable[..., int]]] = {
-    "negmine": ("mine_hard_negatives, counting what filters drop", arrays),
-    "negmine_uncounted": ("mine_hard_negatives, count_skipped=False", lambda *data: arrays(*data, count_skipped=False)),
-    "adapter": ("negmine's sentence-transformers adapter", lambda *data: by_table(adapted, *data)),
+# Each gives the rows that it finds, (Q, n) int64, all -1 for a query that it gives up.
+VARIANTS: dict[str, tuple[str, Callable[..., np.ndarray]]] = {
+    "negmine": ("`mine_hard_negatives`", arrays),
+    "negmine_uncounted": ("the same, `count_skipped=False`", lambda *data: arrays(*data, count_skipped=False)),
+    "adapter": ("negmine's adapter, texts in and table out", lambda *data: by_table(adapted, *data)),
     "st_torch": ("sentence-transformers, use_faiss=False", lambda *data: peer(*data)),
     "st_faiss": ("sentence-transformers, use_faiss=True", lambda *data: peer(*data, use_faiss=True)),
-    "exact": ("NegativeIndex 'exact', k = 54", lambda *data: searched(*data, kind="exact")),
-    "flat_ip": ("FAISS IndexFlatIP, k = 54", lambda *data: searched(*data, kind="Flat")),
+    "exact": ("search: `NegativeIndex` \"exact\", k = 54", lambda *data: searched(*data, kind="exact", k=54)),
+    "flat_ip": ("search: FAISS `IndexFlatIP`, k = 54", lambda *data: searched(*data, kind="Flat", k=54)),
+    "exact_10": ("search: `NegativeIndex` \"exact\", k = 10", lambda *data: searched(*data, kind="exact", k=10)),
+    "flat_ip_10": ("search: FAISS `IndexFlatIP`, k = 10", lambda *data: searched(*data, kind="Flat", k=10)),
 }  # fmt: skip
+MINERS = ("negmine_uncounted", "adapter", "st_torch", "st_faiss")  # whose negatives are compared with negmine's
 
 
 def status_mib(field: str) -> float:
@@ -122,20 +136,67 @@ def status_mib(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def measured(variant: str, folder: Path | None, limit: int | None) -> dict[str, object]:
+def measured(variant: str, folder: Path | None, limit: int | None, answers: Path) -> dict[str, object]:
     """One call in this process; a small one goes before it, so that imports and thread pools are not its cost."""
     run, data = VARIANTS[variant][1], load(folder, limit)
     run(data[0][:32], data[1][:2000], np.arange(32))
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before, usage = status_mib("VmRSS"), resource.getrusage(resource.RUSAGE_SELF)
     start = time.perf_counter()
-    complete = run(*data)
+    rows = run(*data)
     wall = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - usage.ru_utime - usage.ru_stime
     sizes = {"Q": len(data[0]), "K": len(data[1]), "D": data[0].shape[1]}
     times = {"wall_s": round(wall, 1), "cpu_s": round(cpu, 1), "peak_extra_mib": round(status_mib("VmHWM") - before)}
-    return sizes | times | {"given_up": len(data[0]) - complete, "load": round(os.getloadavg()[0], 1)}
+    np.save(answers, rows)
+    return sizes | times | {"given_up": int((rows < 0).any(1).sum()), "load": round(os.getloadavg()[0], 1)}
+
+
+def tables(path: Path) -> list[str]:
+    """Markdown of a machine's newest run of each size: what each variant costs, and how the miners differ from negmine."""
+    newest: dict[tuple[str, ...], list[Row]] = {}
+    for row in sorted(read(path), key=lambda row: row["date"]):
+        rows = newest.setdefault(tuple(row[name] for name in ("D", "K", "Q", "variant")), [])
+        rows[:] = [other for other in rows if other["date"] == row["date"]] + [row]
+    told = {}
+    for row in read(path.with_name(f"{path.stem}-differences.csv")):
+        told[tuple(row[name] for name in ("D", "K", "Q", "variant"))] = row
+    most = {size: max(int(Q) for *at, Q, _ in newest if (*at,) == size) for size in {key[:2] for key in newest}}
+    lines = []
+    for (D, K), Q in sorted(most.items(), key=lambda item: int(item[0][0])):
+        lines += [f"{Q:,} queries, {int(K):,} entries, D = {D}:", "", "| miner | CPU s | wall s | memory above the inputs | "
+                  "queries given up |", "| --- | --- | --- | --- | --- |"]  # fmt: skip
+        keys = [(D, K, str(Q), variant) for variant in VARIANTS]
+        for key in (key for key in keys if key in newest):
+            rows = newest[key]
+            cpu, wall, peak = (
+                statistics.median(float(row[name]) for row in rows) for name in ("cpu_s", "wall_s", "peak_extra_mib")
+            )
+            given_up = f"{int(rows[0]['given_up']):,}"
+            lines.append(f"| {VARIANTS[key[3]][0]} | {cpu:.1f} | {wall:.1f} | {peak:,.0f} MiB | {given_up} |")
+        compared = [key for key in keys if key in told]
+        lines += ["", "| against `mine_hard_negatives` | " + " | ".join(REASONS) + " |" * bool(compared)] * bool(
+            compared
+        )
+        lines += ["| --- |" + " --- |" * len(REASONS)] * bool(compared)
+        lines += [
+            " | ".join([f"| {VARIANTS[key[3]][0]}", *(f"{int(told[key][name]):,}" for name in REASONS)]) + " |"
+            for key in compared
+        ]
+        last = max((row for key in keys for row in newest.get(key, ())), key=lambda row: row["date"])
+        loads = [float(row["load"]) for key in keys for row in newest.get(key, ())]
+        lines += ["", f"{path.stem}, {last['threads']} threads, torch {last['torch']}, commit {last['commit']}, "
+                  f"{last['date'][:10]}, load {min(loads):.0f} to {max(loads):.0f}.", ""]  # fmt: skip
+    return lines
+
+
+def write_tables() -> None:
+    text = DOCS.read_text()
+    before, rest = text.split(BEGIN)
+    files = sorted(path for path in (RESULTS / "mining").glob("*.csv") if not path.stem.endswith("-differences"))
+    made = [line for path in files for line in tables(path)]
+    DOCS.write_text("\n".join([before + BEGIN, "", *made]) + END + rest.split(END, 1)[1])
 
 
 def main() -> None:
@@ -145,10 +206,16 @@ def main() -> None:
     parser.add_argument("--queries", type=int, help="only the first so many")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS / "mining", help="folder of the CSV files")
-    parser.add_argument("--alone", action="store_true", help="measure the one variant here and print its row as JSON")
+    parser.add_argument(
+        "--alone", type=Path, help="measure the one variant here, print its row, save what it finds there"
+    )
+    parser.add_argument("--table", action="store_true", help="write docs/mining.md's tables from the rows")
     args = parser.parse_args()
+    if args.table:
+        write_tables()
+        return
     if args.alone:
-        print(json.dumps(measured(args.variants[0], args.data, args.queries)))
+        print(json.dumps(measured(args.variants[0], args.data, args.queries, args.alone)))
         return
     stamp = {"date": datetime.datetime.now().isoformat(timespec="seconds"), "commit": commit()}
     stamp |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -156,14 +223,36 @@ def main() -> None:
     options = [f"--data={args.data}"] * (args.data is not None) + [f"--queries={args.queries}"] * (
         args.queries is not None
     )
+    with tempfile.TemporaryDirectory() as folder:
+        answers = {variant: Path(folder) / f"{variant}.npy" for variant in args.variants}
+        time_all(args, path, stamp, options, answers)
+        if "negmine" in answers:
+            compare(path.with_name(f"{path.stem}-differences.csv"), args, stamp, answers)
+
+
+def time_all(
+    args: argparse.Namespace, path: Path, stamp: dict[str, object], options: list[str], answers: dict[str, Path]
+) -> None:
     for _ in range(args.rounds):
         for variant in args.variants:
-            command = [sys.executable, "-m", "benchmarks.mining", "--alone", "--variants", variant, *options]
+            command = [sys.executable, "-m", "benchmarks.mining", f"--alone={answers[variant]}"]
+            command += ["--variants", variant, *options]
             run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             row = stamp | {"variant": variant} | json.loads(run.stdout.splitlines()[-1])
             print(f"{VARIANTS[variant][0]:<50}{row['wall_s']:>8} s{row['cpu_s']:>8} CPU s{row['peak_extra_mib']:>7} MiB"
                   f"{row['given_up']:>8} given up")  # fmt: skip
             append(path, list(row), [row])
+
+
+def compare(path: Path, args: argparse.Namespace, stamp: dict[str, object], answers: dict[str, Path]) -> None:
+    data = load(args.data, args.queries)
+    sizes = {"Q": len(data[0]), "K": len(data[1]), "D": data[0].shape[1]}
+    for variant in (name for name in MINERS if name in answers):
+        ours, theirs = (np.load(answers[name]) for name in ("negmine", variant))
+        reasons = explain(ours, theirs, *data, MARGIN, WINDOW)
+        print(f"{VARIANTS[variant][0]:<50}", ", ".join(f"{count:,} {name}" for name, count in reasons.items()))
+        row = stamp | {"variant": variant} | sizes | reasons
+        append(path, list(row), [row])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from negmine import order
+
 NAMES = ("cuda", "triton", "cpu", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORCED = os.environ.get("NEGMINE_BACKEND") or None
@@ -31,6 +33,8 @@ class Launchers(NamedTuple):
     softplus_sum: Any = None
     softplus_sum_grad_keys: Any = None
     mine_hardest: Any = None
+    mine_hardest_kept: Any = None
+    mine_listed: Any = None
     rank_thresholds: Any = None
     count_negatives: Any = None
     mix_negatives: Any = None
@@ -56,6 +60,18 @@ def in_two(logsumexp: Callable) -> Callable:
         return lse, mean, *first[2:]
 
     return logsumexp_pair
+
+
+def with_count(mine_hardest: Callable, count_negatives: Callable) -> Callable:
+    """mine_hardest_kept as a mining and a count: for what has no pass that serves both."""
+
+    def mine_hardest_kept(query, negative_keys, N, mask, ids, of_ids, labels, of_labels, lower, upper, same=False):
+        if lower is None:  # a bound that holds every score but NaN
+            lower = order.pack(query.new_full((len(query),), -torch.inf, dtype=torch.float32), order.LAST_INDEX)
+        pool = (mask, ids, of_ids, labels, of_labels, lower, upper, same)
+        return *mine_hardest(query, negative_keys, N, *pool), count_negatives(query, negative_keys, *pool)
+
+    return mine_hardest_kept
 
 
 class BackendUnavailable(RuntimeError):
@@ -93,6 +109,7 @@ def _triton_ops() -> Backend:
     devices = ("cuda", "cpu") if INTERPRETED else ("cuda",)
     found = triton_ops.launchers({op: getattr(module, op) for op in module.__all__}, devices)
     found["logsumexp_pair"] = in_two(found["logsumexp"])
+    found["mine_hardest_kept"] = with_count(found["mine_hardest"], found["count_negatives"])
     return Backend("triton", "cuda", found, also="cpu" if INTERPRETED else "")
 
 

@@ -41,6 +41,11 @@ CPU_REFUSAL = _load("negmine._ops_cpu")
 CUDA_REFUSAL = CPU_REFUSAL or _load_cuda()  # the schemas are declared in _ops_cpu
 
 
+def isa() -> str:
+    """The instruction set of the CPU kernels; "" where they did not load."""
+    return "" if CPU_REFUSAL else importlib.import_module("negmine._ops_cpu").isa()
+
+
 def launchers(dispatch_key: str) -> dict[str, Callable]:
     """Op name -> op, for every op that has a kernel under the dispatch key 'CPU' or 'CUDA'."""
     if CPU_REFUSAL or (dispatch_key == "CUDA" and CUDA_REFUSAL):
@@ -93,6 +98,15 @@ def _mine_hardest(query: Tensor, negative_keys: Tensor, N: int, *pool: Tensor | 
     return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)
 
 
+def _mine_hardest_kept(query: Tensor, negative_keys: Tensor, N: int, *pool: Tensor | None):
+    scores, index = _mine_hardest(query, negative_keys, N)
+    return scores, index, query.new_empty(query.shape[0], dtype=torch.int64)
+
+
+def _mine_listed(query: Tensor, negative_keys: Tensor, index: Tensor, N: int, most: Tensor | None):
+    return _mine_hardest_kept(query, negative_keys, N)
+
+
 def _rank_thresholds(query: Tensor, negative_keys: Tensor, ranks: Tensor, *pool: Tensor | None):
     return torch.empty_like(ranks)  # (B, R)
 
@@ -130,6 +144,8 @@ FAKES: dict[str, Callable] = {
     "softplus_sum": _softplus_sum,
     "softplus_sum_grad_keys": _softplus_sum_grad_keys,
     "mine_hardest": _mine_hardest,
+    "mine_hardest_kept": _mine_hardest_kept,
+    "mine_listed": _mine_listed,
     "rank_thresholds": _rank_thresholds,
     "count_negatives": _count_negatives,
     "mix_negatives": _mix_negatives,

@@ -5,6 +5,7 @@ import torch
 
 import negmine
 from negmine import Mix, Select, backends, order, reference
+from negmine.mining import Mined
 from negmine.pool import Pool
 from tests import compare
 from tests.cases import DTYPES, ids, unit, whole
@@ -78,6 +79,29 @@ def test_one_score_whatever_the_op_and_the_split(isa, dtype, K, D, N):
     pool = ids(5, K, q.device)
     _, stats = negmine.info_nce(q, q, keys, select=Select(3, N), **pool, return_stats=True, backend="cpu")
     compare.exact("window", stats.num_negatives, torch.full((5,), N - 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B, K, D", SHAPES)
+def test_listed_columns_rank_as_in_the_whole_queue(isa, dtype, B, K, D):
+    """To the bit, whatever stands beside them; and the pass that mines counts what count_negatives counts."""
+    q, keys = unit(B, D, dtype=dtype), unit(K, D, dtype=dtype, seed=1)
+    keys[K // 2] = torch.nan
+    mask = torch.rand(B, K) < 0.4
+    listed = torch.where(mask, torch.arange(K), -1).sort(1).values  # (B, K)
+    most = torch.linspace(-0.5, 0.5, B)
+    for highest in (None, most):
+        pool = Pool(mask, upper=None if highest is None else order.pack(highest, 0))
+        for N in (3, K + 2):
+            got = torch.ops.negmine.mine_listed(q, keys, listed, N, highest)
+            for name, k, t in zip(Mined._fields, got, torch.ops.negmine.mine_hardest(q, keys, N, *pool), strict=False):
+                compare.exact(name, k, t)
+            everything = pool._replace(lower=order.pack(torch.full((B,), -torch.inf), order.LAST_INDEX))
+            compare.exact("kept", got[2], torch.ops.negmine.count_negatives(q, keys, *everything))
+    deep, everything = unit(20_000, D, dtype=dtype, seed=2), Pool(lower=everything.lower)  # enough rows for a sample
+    _, index, kept = torch.ops.negmine.mine_hardest_kept(q, deep, 1500, *everything)
+    compare.exact("sampled", index, negmine.mine_hardest(q, deep, 1500, backend="cpu").index)
+    compare.exact("all are kept", kept, torch.full((B,), 20_000))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

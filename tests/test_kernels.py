@@ -1,5 +1,7 @@
 """Every backend against the reference, op by op, through the public functions: the three claims of tests/compare.py."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -245,3 +247,22 @@ def test_mixed_storage(backend):
         whole_q, whole_keys = whole(9, 24, device=device), whole(70, 24, dtype=dtype, device=device, seed=1)
         got = negmine.mine_hardest(whole_q, whole_keys, 9, backend=backend)
         compare.exact("index", got.index, reference.mine_hardest(whole_q, whole_keys.float(), 9)[1])
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_the_pass_that_mines_counts_its_pool(backend, kind):
+    """mine_hardest to the bit, and count_negatives of the same pool; a NaN score is counted by neither."""
+    ops = next(row for row in backends.BACKENDS if row.name == backend).launchers
+    for B, K, D, N, device, seed in each_shape(backend):
+        q, keys = whole(B, D, device=device, seed=seed), whole(K, D, device=device, seed=seed + 1)
+        keys[K // 2] = torch.nan
+        pool = check_pool("test", q, keys, **masks(kind, B, K, device))
+        places = [order.pack(torch.full((B,), bound, device=device), K // 4) for bound in (-3.0, 2.0)]
+        for lower, upper in itertools.product((None, places[0]), (None, places[1])):
+            inside = pool._replace(lower=lower, upper=upper)
+            scores, index, kept = ops["mine_hardest_kept"](q, keys, max(N, 1), *inside)
+            want = ops["mine_hardest"](q, keys, max(N, 1), *inside)
+            compare.exact(f"scores {B, K, D, N}", scores, want[0])
+            compare.exact(f"index {B, K, D, N}", index, want[1])
+            everything = ops["mine_hardest"](q, keys, K + 1, *inside)[1]  # (B, K + 1)
+            compare.exact(f"kept {B, K, D, N}", kept, (everything >= 0).sum(1))

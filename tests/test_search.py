@@ -287,6 +287,26 @@ def test_counters():
     }
 
 
+def test_a_lone_filter_is_counted_by_the_pass_that_mines(monkeypatch):
+    """No other op reads the corpus, and the negatives are those of a run that counts nothing."""
+    cpu = next(row for row in negmine.backends.BACKENDS if row.name == "cpu")
+    q, c, positives = unit(200, 24, seed=1), unit(900, 24, seed=2), list(range(200))
+    dropped = (q @ c.T > (q * c[:200]).sum(1, keepdim=True) - 0.1).fill_diagonal_(False).sum()
+
+    def refused(*arguments):
+        raise AssertionError("a pass of its own")
+
+    monkeypatch.setitem(cpu.launchers, "count_negatives", refused)
+    options = {"select": Select(absolute_margin=0.1), "backend": "cpu", "corpus_chunk_size": 333}
+    counted = mine(q, c, positives, **options)
+    uncounted = mine(q, c, positives, **options, count_skipped=False)
+    np.testing.assert_array_equal(counted.indices, uncounted.indices)
+    np.testing.assert_array_equal(counted.scores, uncounted.scores)
+    assert counted.skipped["absolute_margin"] == int(dropped) > 1000
+    with pytest.raises(AssertionError, match="a pass of its own"):  # two filters: one alone says nothing of the other
+        mine(q, c, positives, select=Select(absolute_margin=0.1, max_score=0.5), backend="cpu")
+
+
 def test_counters_of_a_raw_window():
     c = torch.arange(20, 0, -1.0)[:, None]
     got = mine(

@@ -197,21 +197,65 @@ Tensor softplus_sum_grad_keys(const Tensor& query, const Tensor& negative_keys, 
   return grad_keys;
 }
 
-std::tuple<Tensor, Tensor> mine_hardest(const Tensor& query, const Tensor& negative_keys, int64_t N, POOL_ARGUMENTS) {
+// kept (B,) is filled where it is wanted.
+std::tuple<Tensor, Tensor> run_mine_hardest(const char* op, const Tensor& query, const Tensor& negative_keys, int64_t N,
+                                            int64_t least, Tensor* kept, POOL_ARGUMENTS) {
   // Checks.
-  const Scored in("mine_hardest", query, negative_keys, POOL);
-  checks::require(N >= 0, "mine_hardest: N must not be negative, got ", N, ".");
+  const Scored in(op, query, negative_keys, POOL);
+  checks::require(N >= least, op, ": N must be at least ", least, ", got ", N, ".");
   // Outputs.
   Tensor scores = new_empty(query, {in.B, N}, ScalarType::Float);
   Tensor index = new_empty(query, {in.B, N}, ScalarType::Long);
+  if (kept != nullptr) *kept = new_empty(query, {in.B}, ScalarType::Long);
   // Params.
   auto p = in.params<cpu::MineHardestParams>();
   p.N = N;
   p.scores = output<float>(scores);
   p.index = output<int64_t>(index);
+  if (kept != nullptr) p.kept = output<int64_t>(*kept);
   // Run.
   cpu::mine_hardest(p, torch_threads());
   return {scores, index};
+}
+
+std::tuple<Tensor, Tensor> mine_hardest(const Tensor& query, const Tensor& negative_keys, int64_t N, POOL_ARGUMENTS) {
+  return run_mine_hardest("mine_hardest", query, negative_keys, N, 0, nullptr, POOL);
+}
+
+std::tuple<Tensor, Tensor, Tensor> mine_hardest_kept(const Tensor& query, const Tensor& negative_keys, int64_t N,
+                                                     POOL_ARGUMENTS) {
+  Tensor kept;
+  auto [scores, index] = run_mine_hardest("mine_hardest_kept", query, negative_keys, N, 1, &kept, POOL);
+  return {scores, index, kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor> mine_listed(const Tensor& query, const Tensor& negative_keys, const Tensor& listed,
+                                               int64_t N, const OptionalTensor& most) {
+  // Checks.
+  const OptionalTensor none;
+  const Scored in("mine_listed", query, negative_keys, none, none, none, none, none, none, none, false);
+  const Tensor columns = checks::index_matrix("mine_listed", "index", listed, in.B, query);
+  const OptionalTensor highest = checks::vector("mine_listed", "most", most, ScalarType::Float, in.B, query);
+  const int64_t M = columns.size(1);
+  checks::require(N >= 1, "mine_listed: N must be at least 1, got ", N, ".");
+  for (int64_t i = 0; i < in.B * M; ++i) {
+    const int64_t column = longs(columns)[i];
+    checks::require(column >= -1 && column < in.K, "mine_listed: index must hold rows of negative_keys in [0, ", in.K,
+                    ") or -1, got ", column, ".");
+  }
+  // Outputs.
+  Tensor scores = new_empty(query, {in.B, N}, ScalarType::Float);
+  Tensor index = new_empty(query, {in.B, N}, ScalarType::Long);
+  Tensor kept = new_empty(query, {in.B}, ScalarType::Long);
+  // Params.
+  auto p = in.params<cpu::MineHardestParams>();
+  p.N = N;
+  p.scores = output<float>(scores);
+  p.index = output<int64_t>(index);
+  p.kept = output<int64_t>(kept);
+  // Run.
+  cpu::mine_listed(p, longs(columns), M, floats(highest), torch_threads());
+  return {scores, index, kept};
 }
 
 Tensor rank_thresholds(const Tensor& query, const Tensor& negative_keys, const Tensor& ranks, POOL_ARGUMENTS) {
@@ -250,6 +294,8 @@ STABLE_TORCH_LIBRARY_IMPL(negmine, CPU, m) {
   m.impl("softplus_sum", TORCH_BOX(&softplus_sum));
   m.impl("softplus_sum_grad_keys", TORCH_BOX(&softplus_sum_grad_keys));
   m.impl("mine_hardest", TORCH_BOX(&mine_hardest));
+  m.impl("mine_hardest_kept", TORCH_BOX(&mine_hardest_kept));
+  m.impl("mine_listed", TORCH_BOX(&mine_listed));
   m.impl("rank_thresholds", TORCH_BOX(&rank_thresholds));
   m.impl("count_negatives", TORCH_BOX(&count_negatives));
 }

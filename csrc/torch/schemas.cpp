@@ -21,6 +21,11 @@ STABLE_TORCH_LIBRARY(negmine, m) {
       "softplus_sum_grad_keys(Tensor query, Tensor negative_keys, Tensor scale, Tensor bias, Tensor "
       "weight, " POOL_SCHEMA ") -> Tensor");
   m.def("mine_hardest(Tensor query, Tensor negative_keys, int N, " POOL_SCHEMA ") -> (Tensor scores, Tensor index)");
+  m.def("mine_hardest_kept(Tensor query, Tensor negative_keys, int N, " POOL_SCHEMA
+        ") -> (Tensor scores, Tensor index, Tensor kept)");
+  m.def(
+      "mine_listed(Tensor query, Tensor negative_keys, Tensor index, int N, Tensor? most) -> "
+      "(Tensor scores, Tensor index, Tensor kept)");
   m.def("rank_thresholds(Tensor query, Tensor negative_keys, Tensor ranks, " POOL_SCHEMA ") -> Tensor");
   m.def("count_negatives(Tensor query, Tensor negative_keys, " POOL_SCHEMA ") -> Tensor");
   m.def("mix_negatives(Tensor query, Tensor negative_keys, Tensor hard_index, " DRAW_SCHEMA

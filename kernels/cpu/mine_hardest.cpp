@@ -4,6 +4,7 @@
 #include "kernels/cpu/mine_hardest.h"
 
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "kernels/cpu/dispatch.h"
@@ -47,8 +48,9 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
   const bool sampled = worth_sampling(split_rows - splits) && p.N >= row_bytes / 2 && p.N <= split_rows / 8;
   const int64_t capacity = sampled ? capacity_between(0, p.N - 1, split_rows) : capacity_for(p.N, split_rows);
   const std::vector<int64_t> first(kLanes, 0), last(kLanes, p.N - 1);
-  const auto partials = make_buffer<int64_t>(splits > 1 ? p.B * splits * p.N : 0);  // (B, splits, N)
-  const auto partial_sizes = make_buffer<int64_t>(p.B * splits);                    // (B, splits)
+  const auto partials = make_buffer<int64_t>(splits > 1 ? p.B * splits * p.N : 0);       // (B, splits, N)
+  const auto partial_sizes = make_buffer<int64_t>(p.B * splits);                         // (B, splits)
+  const auto partial_kept = make_buffer<int64_t>(p.kept == nullptr ? 0 : p.B * splits);  // (B, splits)
 
   struct Task {
     Scratch scratch;
@@ -67,9 +69,10 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
     block.k_end = std::min(p.K, block.k_begin + split_rows);
     const Workspace& w = task.scratch.workspace;
     const bool found = sampled && select_between(block, w, task.selection, first.data(), last.data());
-    if (!found) select(block, w, task.selection, p.N, false, false);
+    if (!found) select(block, w, task.selection, p.N, false, p.kept != nullptr);
     for (int64_t lane = 0; lane < block.lanes; ++lane) {
       const int64_t b = block.first_query + lane;
+      if (p.kept != nullptr) partial_kept[b * splits + split] = task.selection.view.places[lane];
       if (splits == 1) {
         write_row(p, b, task.selection.keys(lane), task.selection.view.size[lane], task.spare.get());
         continue;
@@ -80,6 +83,9 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
       std::copy_n(task.selection.keys(lane), task.selection.view.size[lane], &partials[(b * splits + split) * p.N]);
     }
   });
+  for (int64_t b = 0; b < p.B && p.kept != nullptr; ++b) {
+    p.kept[b] = std::accumulate(&partial_kept[b * splits], &partial_kept[b * splits] + splits, int64_t{0});
+  }
   if (splits == 1) return;
   const auto make_joined = [&] { return make_buffer<int64_t>((splits + 1) * p.N); };  // (splits, N) and spare (N)
   for_each_task(parallel, p.B, make_joined, [&](Buffer<int64_t>& joined, int64_t b) {
@@ -90,6 +96,42 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
       size += count;
     }
     write_row(p, b, joined.get(), size, &joined[splits * p.N]);
+  });
+}
+
+// One query a task: its columns side by side are a queue of their own, which select() scans.
+void mine_listed(const MineHardestParams& p, const int64_t* listed, int64_t M, const float* most,
+                 const Parallel& parallel) {
+  const int64_t element = p.negative_keys.dtype == Dtype::kFloat32 ? 4 : 2, row_bytes = p.D * element;
+  const char* first = static_cast<const char*>(p.negative_keys.data);
+  const auto upper = make_buffer<int64_t>(p.B);  // (B,)
+  for (int64_t b = 0; b < p.B && most != nullptr; ++b) upper[b] = pack_order(most[b], 0);
+  struct Task {
+    Scratch scratch;
+    OwnedSelection selection;
+    Buffer<int64_t> spare;   // (N)
+    Buffer<int64_t> column;  // (M)
+    Buffer<char> rows;       // (M, D)
+  };
+  const auto make_task = [&] {
+    return Task{Scratch(p.negative_keys, p.D), OwnedSelection(1, capacity_for(p.N, M)), make_buffer<int64_t>(p.N),
+                make_buffer<int64_t>(M), make_buffer<char>(M * row_bytes)};
+  };
+  for_each_task(parallel, p.B, make_task, [&](Task& task, int64_t b) {
+    Block block{.query = p.query, .D = p.D, .first_query = b, .lanes = 1};
+    block.negative_keys = {task.rows.get(), p.D, p.negative_keys.dtype};
+    block.pool.upper = most == nullptr ? nullptr : upper.get();
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t column = listed[b * M + m];
+      if (column < 0) continue;
+      std::copy_n(first + column * p.negative_keys.row_stride * element, row_bytes,
+                  task.rows.get() + block.k_end * row_bytes);
+      task.column[block.k_end++] = column;
+    }
+    select(block, task.scratch.workspace, task.selection, p.N, false, true);
+    write_row(p, b, task.selection.keys(0), task.selection.view.size[0], task.spare.get());
+    p.kept[b] = task.selection.view.places[0];
+    for (int64_t n = 0; n < std::min(p.N, p.kept[b]); ++n) p.index[b * p.N + n] = task.column[p.index[b * p.N + n]];
   });
 }
 

@@ -93,7 +93,8 @@ class Ranking:
 
     def hardest(self, query: Tensor, N: int, pool: Pool) -> tuple[Tensor, Tensor]:
         """query (B, D) -> scores (B, N), rows (B, N): (-inf, -1) past the end."""
-        return hardest(self.ops, query, self.corpus, N, pool, Select(), None)
+        scores, rows, _ = hardest(self.ops, query, self.corpus, N, pool, Select(), None)
+        return scores, rows
 
     def at_ranks(self, query: Tensor, ranks: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
         """query (B, D), ranks (B, R) int64 -> scores (B, R), rows (B, R): what stands there; (-inf, -1) where nothing does."""

@@ -4,6 +4,7 @@ mine.py         mine_hard_negatives: sizes, the loop; arguments.py checks its op
 rows.py         embeddings as one sequence of rows; shards.py opens the files that hold them
 lists.py        lists of corpus rows for each query: positives and exclusions
 scan.py         a batch of queries against the corpus, chunk by chunk, through the kernels
+screen.py       the same answer from products in bf16, where the processor has them
 ranks.py        a corpus held by several processes
 miner.py        one batch: windows of ranks, counted, filtered, looked at deeper; thin.py drops near duplicates
 draw.py         which members of a window are kept

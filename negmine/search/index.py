@@ -27,7 +27,7 @@ from negmine.search.scan import Corpus, Scan, pair_scores
 from negmine.search.sizes import DENSE_BYTES, sizes_of
 
 FILE_KIND = "NegativeIndex"
-OPS = ("mine_hardest", "count_negatives")
+OPS = ("mine_hardest", "mine_hardest_kept", "count_negatives")
 
 
 class Found(NamedTuple):

@@ -102,7 +102,8 @@ def mine_hard_negatives(
         candidates, which are then scored exactly, masked, filtered and asked for again deeper, up to 4,096 a query. What it does
         not propose is not seen: recall is measured on audit_queries of the queries against a scan, stands in
         config["index"], and below min_recall warns.
-    count_skipped: count what each filter drops. One more scoring pass a filter, except where range_mode is "raw".
+    count_skipped: count what each filter drops. On a CPU the pass that mines counts for a lone filter, and so does a "raw"
+        window; else it is one more scoring pass a filter.
     batch_size, corpus_chunk_size: queries and rows at a time; default: what fits max_memory_bytes (default 1 GiB), which
         counts what is held beside the inputs and the result, save a few MiB a thread inside the kernels. A window that
         reaches deep makes batches small.

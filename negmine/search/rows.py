@@ -96,15 +96,22 @@ class Rows:
     def gather(self, numbers: np.ndarray, device: torch.device) -> Tensor:
         """numbers (M,) int64 -> (M, D), wherever the rows lie."""
         shard_of = np.searchsorted(self.starts, numbers, side="right") - 1  # (M,)
+        shards = np.unique(shard_of)
+        if len(shards) == 1:
+            return self._taken(shards[0], numbers, device)
         dtype = next(dtype for dtype, name in DTYPES.items() if name == self.dtype)
         out = torch.empty(len(numbers), self.dim, dtype=dtype, device=device)  # (M, D)
-        for shard in np.unique(shard_of):
+        for shard in shards:
             at = np.flatnonzero(shard_of == shard)
-            local = numbers[at] - self.starts[shard]
-            held = self.shards[shard]
-            part = held[torch.from_numpy(local).to(held.device)] if isinstance(held, Tensor) else held[local]
-            out[torch.from_numpy(at).to(device)] = as_tensor(part).to(device)
+            out.index_copy_(0, torch.from_numpy(at).to(device), self._taken(shard, numbers[at], device))
         return out
+
+    def _taken(self, shard: int, numbers: np.ndarray, device: torch.device) -> Tensor:
+        """numbers (M,) of rows that one shard holds -> (M, D). Torch's own indexing wakes its threads for each few rows."""
+        local, held = numbers - self.starts[shard], self.shards[shard]
+        if isinstance(held, Tensor):
+            return as_tensor(held.index_select(0, torch.from_numpy(local).to(held.device))).to(device)
+        return as_tensor(held[local]).to(device)
 
     def content_hash(self) -> str:
         """One hash of dtype, D and all rows in order."""

@@ -10,7 +10,7 @@ The positives' scores come from the same kernel, one row allowed to each query: 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,23 +24,34 @@ from negmine.pool import Pool, bounded, usable
 from negmine.search.lists import RowLists
 from negmine.search.ranks import Ranks
 from negmine.search.rows import Rows, first_equal
+from negmine.search.screen import Screen
 
 Gather = Callable[[np.ndarray], Tensor]  # numbers (M,) -> (M, D)
 PAIRS = 64  # pairs scored by one call: its cost grows with their square
 
 
 def hardest(
-    ops: Launchers | None, query: Tensor, keys: Tensor, N: int, pool: Pool, select: Select, anchor: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """scores (B, N) fp32, index (B, N) of the hardest rows that select's score filters keep; anchor (B,) fp32."""
+    ops: Launchers | None,
+    query: Tensor,
+    keys: Tensor,
+    N: int,
+    pool: Pool,
+    select: Select,
+    anchor: Tensor | None,
+    want_kept: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """scores (B, N) fp32, index (B, N) of the hardest rows that select's score filters keep; anchor (B,) fp32. And how many
+    rows they keep, (B,) int64, where wanted."""
     if ops is not None:
         # Bounds that hold every place would only drop NaN scores, which are no candidates anyway.
         if select.has_filter or select.starts_late or select.ends_early:
             pool = bounded(ops, query, keys, pool, select, anchor)
-        return ops.mine_hardest(query, keys, N, *pool)
+        if want_kept:
+            return ops.mine_hardest_kept(query, keys, N, *pool)
+        return *ops.mine_hardest(query, keys, N, *pool), None
     q, k = working(query), working(keys)
     allowed = reference.filtered(reference.scores_of(q, k), anchor, select, usable(pool, query, keys))
-    return reference.mine_hardest(q, k, N, allowed)
+    return *reference.mine_hardest(q, k, N, allowed), allowed.sum(1) if want_kept else None
 
 
 def kept_by(
@@ -66,7 +77,7 @@ def pair_scores(
         pairs = slice(begin, begin + PAIRS)
         query, keys = queries(query_numbers[pairs]), corpus(row_numbers[pairs])  # (PAIRS, D) each
         own = torch.eye(len(query), dtype=torch.bool, device=query.device)  # (PAIRS, PAIRS)
-        scores, index = hardest(ops, query, keys, 1, Pool(negative_mask=own), Select(), None)
+        scores, index, _ = hardest(ops, query, keys, 1, Pool(negative_mask=own), Select(), None)
         out[pairs] = scores.masked_fill(index < 0, torch.nan)[:, 0].cpu().numpy()
     return out
 
@@ -131,6 +142,7 @@ class Scan:
     chunk_size: int
     distinct: np.ndarray | None  # (K,) bool, False = a copy of a lower row; None = all rows stand for themselves
     advance: Callable[[int], object] = lambda chunks: None  # told of each finished chunk
+    screen: Screen = field(default_factory=Screen)
 
     @property
     def candidates(self) -> int:
@@ -157,12 +169,16 @@ class Scan:
             keys = self.corpus.rows.block(begin, end, device)  # (C, D)
             low, high = np.searchsorted(hidden_row, (begin, end))
             pool = self.pool(B, begin, end, hidden_query[low:high], hidden_row[low:high] - begin)
-            for count, select in zip(counts, counted, strict=True):
-                count += kept_by(self.ops, query, keys, pool, select, anchor)
+            kept = None
             if depth:
-                scores, index = hardest(self.ops, query, keys, min(depth, end - begin), pool, ranked, anchor)
+                N = min(depth, end - begin)
+                mine = self.screen if self.screen.pays(self.ops, query, keys, N, ranked) else hardest
+                scores, index, kept = mine(self.ops, query, keys, N, pool, ranked, anchor, ranked in counted)
                 found = order.pack(scores, index + begin + first).masked_fill(index < 0, order.NOWHERE)
                 places = torch.cat([places, found], 1).topk(depth, 1).values  # (B, depth)
+            for count, select in zip(counts, counted, strict=True):
+                known = select == ranked and kept is not None  # counted by the pass that mines
+                count += kept if known else kept_by(self.ops, query, keys, pool, select, anchor)
             self.advance(1)
         if self.corpus.ranks.size > 1 and depth:
             places = torch.cat(self.corpus.ranks.gather(places), 1).topk(depth, 1).values

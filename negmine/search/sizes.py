@@ -32,7 +32,7 @@ def sizes_of(
     half = (memory or DEFAULT_MEMORY) // 2
     most = max(1, min(len(queries), MOST_QUERIES, half // query_bytes))
     batch = most if batch is None else min(batch, max(1, len(queries)))
-    row_bytes = corpus.row_bytes + 16 + pair_bytes * batch
+    row_bytes = corpus.row_bytes * 3 // 2 + 16 + pair_bytes * batch  # half of it again where bf16 screens (screen.py)
     most = max(1, min(len(corpus), MOST_ROWS, half // row_bytes))
     chunk = most if chunk is None else min(chunk, max(1, len(corpus)))
     needed = batch * query_bytes + chunk * row_bytes
