@@ -29,6 +29,7 @@ class Launchers(NamedTuple):
 
     logsumexp: Any = None
     logsumexp_pair: Any = None
+    logsumexp_mine: Any = None
     logsumexp_grad_keys: Any = None
     softplus_sum: Any = None
     softplus_sum_grad_keys: Any = None
@@ -60,6 +61,16 @@ def in_two(logsumexp: Callable) -> Callable:
         return lse, mean, *first[2:]
 
     return logsumexp_pair
+
+
+def one_by_one(logsumexp: Callable, mine_hardest: Callable) -> Callable:
+    """logsumexp_mine as a sum and a mining: for what has no pass that serves both."""
+
+    def logsumexp_mine(query, negative_keys, N, scale, pivot, want_mean, *pool):
+        summed = logsumexp(query, negative_keys, scale, pivot, want_mean, *pool)
+        return *summed, *mine_hardest(query, negative_keys, N, *pool)
+
+    return logsumexp_mine
 
 
 def with_count(mine_hardest: Callable, count_negatives: Callable) -> Callable:
@@ -109,6 +120,7 @@ def _triton_ops() -> Backend:
     devices = ("cuda", "cpu") if INTERPRETED else ("cuda",)
     found = triton_ops.launchers({op: getattr(module, op) for op in module.__all__}, devices)
     found["logsumexp_pair"] = in_two(found["logsumexp"])
+    found["logsumexp_mine"] = one_by_one(found["logsumexp"], found["mine_hardest"])
     found["mine_hardest_kept"] = with_count(found["mine_hardest"], found["count_negatives"])
     return Backend("triton", "cuda", found, also="cpu" if INTERPRETED else "")
 

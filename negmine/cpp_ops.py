@@ -72,6 +72,18 @@ def _logsumexp_pair(
     return mean.new_empty(2, B), mean, kept, torch.empty_like(kept)
 
 
+def _logsumexp_mine(
+    query: Tensor,
+    negative_keys: Tensor,
+    N: int,
+    scale: Tensor,
+    pivot: Tensor | None,
+    want_mean: bool,
+    *pool: Tensor | None,
+):
+    return *_logsumexp(query, negative_keys, scale, pivot, want_mean), *_mine_hardest(query, negative_keys, N)
+
+
 def _logsumexp_grad_keys(
     query: Tensor, negative_keys: Tensor, scale: Tensor, lse: Tensor, weight: Tensor, *pool: Tensor | None
 ):
@@ -140,6 +152,7 @@ def _listed_grad_keys(query: Tensor, index: Tensor, weight: Tensor, K: int):
 FAKES: dict[str, Callable] = {
     "logsumexp": _logsumexp,
     "logsumexp_pair": _logsumexp_pair,
+    "logsumexp_mine": _logsumexp_mine,
     "logsumexp_grad_keys": _logsumexp_grad_keys,
     "softplus_sum": _softplus_sum,
     "softplus_sum_grad_keys": _softplus_sum_grad_keys,

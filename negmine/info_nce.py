@@ -16,7 +16,7 @@ from negmine.false_negatives import Found, find, without
 from negmine.listed import listed, own
 from negmine.logsumexp import LogSumExp, LogSumExpPair, MeanScore, scale_of
 from negmine.mining import dense_keys, for_kernels, score_of_positive, working
-from negmine.mixing import hard_index, mixed_logsumexp
+from negmine.mixing import deepest, mixed_logsumexp, parents_of
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.pool import Pool, bounded, check_pool, readable, sampled, usable
 
@@ -151,6 +151,7 @@ def _ops_for(
     mixes, samples = mix is not None and mix.total > 0, select is not None and select.sample is not None
     needed["rank_thresholds"] = needed["count_negatives"] = select is not None
     needed["mine_hardest"] = mixes or (false_negatives is not None and false_negatives.top_k is not None)
+    needed["logsumexp_mine"] = mixes
     needed["mix_logsumexp"] = mixes
     needed["logsumexp_pair"] = weight is not None and weight.beta > 0
     attracts = false_negatives is not None and false_negatives.mode == "attract"
@@ -198,11 +199,14 @@ def fused(
                 places = sampled(ops, q, keys, window, select, *draw)  # (B, sample)
                 kept_by, columns = lists, (order.unpack(places)[1], False)
 
+    mixes = mix is not None and mix.total > 0
+    mined = None  # (B, deepest) index of mine_hardest, where the queue is read for it and for the sum at once
     if weight is not None and weight.beta:
         scales = torch.stack([scale * (1.0 + weight.beta), scale * weight.beta])  # (2,)
         (lse, importance), kept, above = LogSumExpPair.apply(query, negative_keys, scales, pivot, kept_by, *columns)
     else:
-        lse, kept, above = LogSumExp.apply(query, negative_keys, scale, pivot, kept_by, *columns)
+        N = deepest(mix, ops.rows(negative_keys)) if mix is not None and mixes and select is None else None
+        lse, kept, above, mined = LogSumExp.apply(query, negative_keys, scale, pivot, N, kept_by, *columns)
         importance = None
     if want_rank and kept_by is lists:  # the rank is among all valid negatives, not among those drawn
         above = ops.logsumexp(q, keys, scale.detach(), pivot, False, *masks)[3]
@@ -220,9 +224,11 @@ def fused(
             weight,
         )
         lse, clamped = log_sum.masked_fill(~some, -torch.inf), clamped & some
-    if mix is not None and mix.total:
+    if mix is not None and mixes:
         with torch.no_grad():
-            index = hard_index(ops, q, keys, mix, masks)  # (B, hard)
+            if mined is None:
+                mined = ops.mine_hardest(q, keys, deepest(mix, ops.rows(negative_keys)), *masks)[1]
+            index = parents_of(mined, mix)  # (B, hard)
         lse_mixed = mixed_logsumexp(ops, query, negative_keys, scale, index, mix, draw)  # (B,)
         some = some | (index >= 0).any(1)
         both = torch.logaddexp(lse.masked_fill(~some, 0.0), lse_mixed.masked_fill(~some, 0.0))
@@ -231,7 +237,7 @@ def fused(
     pull, extra = x_positive, None  # (B,) mean of the positive logits; log-sum-exp of the attracted ones
     if false_negatives is not None and found is not None and false_negatives.mode == "attract":
         by, them = (ops, tuple(Pool(found.mask))) if found.columns is None else (lists, (found.columns, False))
-        extra, count, _ = LogSumExp.apply(query, negative_keys, scale, None, by, *them)
+        extra, count, *_ = LogSumExp.apply(query, negative_keys, scale, None, None, by, *them)
         mean_score, _ = MeanScore.apply(query, negative_keys, by, *them)
         pull = (x_positive + count * mean_score * scale) / (1 + count)
     if decoupled:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from negmine import order
-from negmine.backends import Launchers, in_two
+from negmine.backends import Launchers, in_two, one_by_one
 from negmine.pool import Pool, pieces, usable
 from negmine.reference_triplets import rows_at
 
@@ -146,12 +146,13 @@ def _own_mix_logsumexp(ops, query, negative_keys, hard_index, scale, want_mean, 
 
 def own(ops: Launchers) -> Launchers:
     """The ops of a loss over keys that are each query's own."""
-    logsumexp = partial(_own_logsumexp, ops)
+    logsumexp, mine_hardest = partial(_own_logsumexp, ops), partial(_own_mine_hardest, ops)
     return ops._replace(
         logsumexp=logsumexp,
         logsumexp_pair=in_two(logsumexp),
+        logsumexp_mine=one_by_one(logsumexp, mine_hardest),
         logsumexp_grad_keys=partial(_own_logsumexp_grad_keys, ops),
-        mine_hardest=partial(_own_mine_hardest, ops),
+        mine_hardest=mine_hardest,
         rank_thresholds=partial(_own_rank_thresholds, ops),
         count_negatives=partial(_own_count_negatives, ops),
         mix_logsumexp=partial(_own_mix_logsumexp, ops),

@@ -27,25 +27,30 @@ def scale_of(temperature: float | Tensor, query: Tensor) -> Tensor:
 class LogSumExp(torch.autograd.Function):
     """lse_b (B,) = log sum over b's pool of exp(scale * s_bk), with kept (B,) and above (B,) of the kernel.
 
+    With N, and index (B, N) of mine_hardest, found in the same pass; else index is None.
     d lse / d query = scale * mean, d lse / d scale = query . mean, both known after the forward pass;
     d lse / d negative_keys = scale * p_bk query_b is a second kernel, run only for keys that require grad.
     """
 
     @staticmethod
-    def forward(ctx, query, negative_keys, scale, pivot, ops, *pool):
+    def forward(ctx, query, negative_keys, scale, pivot, N, ops, *pool):
         want_mean = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
-        keys = for_kernels(negative_keys)
-        lse, mean, kept, above = ops.logsumexp(for_kernels(query), keys, scale.detach(), pivot, want_mean, *pool)
+        q, keys, index = for_kernels(query), for_kernels(negative_keys), None
+        if N is None:
+            lse, mean, kept, above = ops.logsumexp(q, keys, scale.detach(), pivot, want_mean, *pool)
+        else:
+            lse, mean, kept, above, _, index = ops.logsumexp_mine(q, keys, N, scale.detach(), pivot, want_mean, *pool)
+            ctx.mark_non_differentiable(index)
         *tensors, ctx.same_label = pool
         ctx.ops, ctx.width = ops, len(pool)
         wants_keys = ctx.needs_input_grad[1]
         ctx.save_for_backward(query, scale, lse, mean, *((negative_keys, *tensors) if wants_keys else ()))
         ctx.mark_non_differentiable(kept, above)
-        return lse, kept, above
+        return lse, kept, above, index
 
     @staticmethod
     @first_only
-    def backward(ctx, d_lse, _d_kept, _d_above):
+    def backward(ctx, d_lse, _d_kept, _d_above, _d_index):
         query, scale, lse, mean, *rest = ctx.saved_tensors
         d_query = d_keys = d_scale = None
         if ctx.needs_input_grad[0]:
@@ -60,7 +65,7 @@ class LogSumExp(torch.autograd.Function):
             d_keys = d_keys.to(negative_keys.dtype)  # (K, D)
         if ctx.needs_input_grad[2]:
             d_scale = (d_lse * (query.float() * mean).sum(1)).sum()
-        return d_query, d_keys, d_scale, None, None, *([None] * ctx.width)
+        return d_query, d_keys, d_scale, None, None, None, *([None] * ctx.width)
 
 
 class LogSumExpPair(torch.autograd.Function):
@@ -178,7 +183,7 @@ def pooled(
     ops, pool, dense = columns(op, kernels, query, negative_keys, positive_key, select, masks, draw, backend)
     if ops is None:
         return reference_methods.logsumexp(working(query), frozen(negative_keys, dense["usable"]), temperature, **dense)
-    return LogSumExp.apply(query, negative_keys, scale_of(temperature, query), None, ops, *pool)[0]
+    return LogSumExp.apply(query, negative_keys, scale_of(temperature, query), None, None, ops, *pool)[0]
 
 
 def frozen(negative_keys: Tensor, seen: Tensor | None) -> Tensor:

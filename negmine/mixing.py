@@ -11,7 +11,7 @@ from negmine.derivatives import first_only
 from negmine.listed import rows_of
 from negmine.mining import for_kernels, working
 from negmine.options import Mix
-from negmine.pool import Pool, check_pool, usable
+from negmine.pool import check_pool, usable
 
 PIECE = 1 << 22  # numbers of the mixes that are in memory at one time where gradient flows through them
 
@@ -38,10 +38,14 @@ def draws_of(mix: Mix, device: torch.device, seed: int, step: int, row_offset: i
     return (mix.pairs, mix.with_query, *mix.pair_range, *mix.query_range, mix.distinct, table, seed, step, row_offset)
 
 
-def hard_index(ops: backends.Launchers, query: Tensor, negative_keys: Tensor, mix: Mix, pool: Pool) -> Tensor:
-    """The parents to draw from: ranks [skip, skip + hard) of each pool, (B, hard) int64, -1 past its end."""
-    deepest = min(mix.skip + mix.hard, max(negative_keys.shape[-2], mix.skip + 1))
-    return ops.mine_hardest(query, negative_keys, deepest, *pool)[1][:, mix.skip :].contiguous()
+def deepest(mix: Mix, K: int) -> int:
+    """How many places to mine so that ranks [skip, skip + hard) of each pool are among them."""
+    return min(mix.skip + mix.hard, max(K, mix.skip + 1))
+
+
+def parents_of(mined: Tensor, mix: Mix) -> Tensor:
+    """The parents to draw from: index (B, deepest) of mine_hardest -> (B, hard) int64, -1 past the pool's end."""
+    return mined[:, mix.skip :].contiguous()
 
 
 class MixLogSumExp(torch.autograd.Function):
@@ -204,7 +208,7 @@ def mix_negatives(
         return Mixed(vectors.to(query.dtype), parents, coefficients.float())
     with torch.no_grad():
         q, keys = for_kernels(query), for_kernels(negative_keys)
-        index = hard_index(ops, q, keys, mix, pool)
+        index = parents_of(ops.mine_hardest(q, keys, deepest(mix, len(keys)), *pool)[1], mix)
         if mix.detach or not (query.requires_grad or negative_keys.requires_grad):
             return Mixed(*ops.mix_negatives(q, keys, index, *draws_of(mix, query.device, seed, step, row_offset)))
         parents, coefficients = reference.mix_draws(index, mix, torch.float32, seed, step, row_offset)

@@ -105,7 +105,7 @@ def _fused(
     def smooth(anchor: Tensor, sharpness: float, shift: float, pool: Pool) -> tuple[Tensor, Tensor]:
         """log(1 + sum over the pool of exp(sharpness (s + shift))) / sharpness (B,), and the size of the pool (B,)."""
         scale = torch.full((), sharpness, dtype=torch.float32, device=anchor.device)
-        lse, kept, _ = LogSumExp.apply(anchor, keys, scale, None, ops, *pool)
+        lse, kept, *_ = LogSumExp.apply(anchor, keys, scale, None, None, ops, *pool)
         raised = F.softplus(lse.masked_fill(kept == 0, 0.0) + sharpness * shift) / sharpness
         return raised.masked_fill(kept == 0, 0.0), kept
 

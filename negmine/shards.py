@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from negmine import order
-from negmine.backends import Launchers, in_two
+from negmine.backends import Launchers, in_two, one_by_one
 from negmine.pool import Pool
 from negmine.queue import gather
 
@@ -93,6 +93,7 @@ class Shards:
         self.ops, self.ranks, self.K, self.first = ops, ranks, K, first
         self.query = ranks.all_rows(query)  # (B, D)
         self.logsumexp_pair = in_two(self.logsumexp)
+        self.logsumexp_mine = one_by_one(self.logsumexp, self.mine_hardest)
 
     def rows(self, negative_keys: Tensor) -> int:
         return self.K

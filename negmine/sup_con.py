@@ -188,7 +188,7 @@ def _fused(
     scale = scale_of(temperature, query)
     same = negatives._replace(same_label=True)
     columns = everything if denominator == "all" else negatives
-    lse, kept, _ = LogSumExp.apply(query, keys, scale, None, ops, *columns)
+    lse, kept, *_ = LogSumExp.apply(query, keys, scale, None, None, ops, *columns)
     if denominator == "own_positive":
         rows, count = OwnPositive.apply(query, keys, scale, lse, positives, *same)
         return rows, SupConStats(lse.detach(), count, (count == 0).sum())
@@ -196,7 +196,7 @@ def _fused(
         score, count = MeanScore.apply(query, keys, ops, *same)
         pull = score * scale  # (B,)
     else:
-        lse_same, count, _ = LogSumExp.apply(query, keys, scale, None, ops, *same)
+        lse_same, count, *_ = LogSumExp.apply(query, keys, scale, None, None, ops, *same)
         pull = lse_same.masked_fill(count == 0, 0.0) - count.clamp_min(1).float().log()
     some = (count > 0) & (kept > 0)  # (B,)
     rows = torch.where(some, lse.masked_fill(~some, 0.0) - pull, 0.0)

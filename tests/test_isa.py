@@ -122,6 +122,25 @@ def test_a_pair_is_two_sums_to_the_bit(isa, dtype, B, K, D):
             assert K < 100 or int(got[2].max()) > 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "B, K, D, N",
+    [(1, 0, 3, 2), (3, 7, 5, 9), (65, 300, 130, 3), (2, 40_000, 33, 700), (7, 9000, 40, 2000), (600, 5000, 9, 4)],
+)  # few blocks and many, one split and several, with a sample and without
+def test_a_sum_that_mines_is_a_sum_and_a_mining_to_the_bit(isa, dtype, B, K, D, N):
+    q, keys, scale = unit(B, D, dtype=dtype), unit(K, D, dtype=dtype, seed=1), torch.tensor(9.0)
+    lower = order.pack(torch.full((B,), -0.3), order.LAST_INDEX)
+    tags, pivot = ids(B, K), torch.linspace(-0.5, 0.5, B)
+    for pool in (Pool(), Pool(torch.rand(K) < 0.8, **tags, lower=lower, upper=order.pack(torch.full((B,), 0.4), 0))):
+        for want_mean in (True, False):
+            got = torch.ops.negmine.logsumexp_mine(q, keys, N, scale, pivot, want_mean, *pool)
+            want = torch.ops.negmine.logsumexp(q, keys, scale, pivot, want_mean, *pool)
+            mined = torch.ops.negmine.mine_hardest(q, keys, N, *pool)
+            names = ("lse", "mean", "kept", "above", "scores", "index")
+            for name, k, t in zip(names, got, (*want, *mined), strict=True):
+                compare.exact(name, k, t)
+
+
 def test_subnormals_of_bf16_cost_no_more_than_their_size(isa):
     """Multiplying pairs of bf16 reads and writes subnormals as zero: 2^-126 a term at most, where the other side is 1."""
     q, keys = torch.ones(2, 6, dtype=torch.bfloat16), torch.full((5, 6), 2.0**-130, dtype=torch.bfloat16)

@@ -40,6 +40,7 @@ def arguments():
     for pool in pools:
         yield "logsumexp", (q, keys, scale, torch.zeros(B), True, *pool)
         yield "logsumexp", (q, keys.bfloat16(), scale, None, False, *pool)
+        yield "logsumexp_mine", (q, keys, 7, scale, torch.zeros(B), True, *pool)
         yield "logsumexp_pair", (q, keys, torch.stack([scale, 2 * scale]), torch.zeros(B), True, *pool)
         yield "logsumexp_pair", (q, keys.bfloat16(), torch.stack([scale, 2 * scale]), None, False, *pool)
         yield "logsumexp_grad_keys", (q, keys, scale, torch.ones(B), torch.ones(B), *pool)

@@ -107,6 +107,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logsumexp(const Tensor& query, const 
   return {lse, mean, kept, above};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> logsumexp_mine(const Tensor& query,
+                                                                          const Tensor& negative_keys, int64_t N,
+                                                                          const Tensor& scale,
+                                                                          const OptionalTensor& pivot, bool want_mean,
+                                                                          POOL_ARGUMENTS) {
+  // Checks.
+  const Scored in("logsumexp_mine", query, negative_keys, POOL);
+  const Tensor factor = checks::scalar("logsumexp_mine", "scale", scale, query);
+  const OptionalTensor pivots = checks::vector("logsumexp_mine", "pivot", pivot, ScalarType::Float, in.B, query);
+  checks::require(N >= 1, "logsumexp_mine: N must be at least 1, got ", N, ".");
+  // Outputs.
+  Tensor lse = new_empty(query, {in.B}, ScalarType::Float);
+  Tensor mean = new_empty(query, {want_mean ? in.B : 0, in.D}, ScalarType::Float);
+  Tensor kept = new_empty(query, {in.B}, ScalarType::Long);
+  Tensor above = new_empty(query, {in.B}, ScalarType::Long);
+  Tensor scores = new_empty(query, {in.B, N}, ScalarType::Float);
+  Tensor index = new_empty(query, {in.B, N}, ScalarType::Long);
+  // Params.
+  auto p = in.params<cpu::LogsumexpParams>();
+  p.scale = floats(factor);
+  p.pivot = floats(pivots);
+  p.lse = output<float>(lse);
+  p.mean = want_mean ? output<float>(mean) : nullptr;
+  p.kept = output<int64_t>(kept);
+  p.above = output<int64_t>(above);
+  auto mined = in.params<cpu::MineHardestParams>();
+  mined.N = N;
+  mined.scores = output<float>(scores);
+  mined.index = output<int64_t>(index);
+  // Run.
+  cpu::logsumexp_mine(p, mined, torch_threads());
+  return {lse, mean, kept, above, scores, index};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> logsumexp_pair(const Tensor& query, const Tensor& negative_keys,
                                                           const Tensor& scale, const OptionalTensor& pivot,
                                                           bool want_mean, POOL_ARGUMENTS) {
@@ -290,6 +324,7 @@ Tensor count_negatives(const Tensor& query, const Tensor& negative_keys, POOL_AR
 STABLE_TORCH_LIBRARY_IMPL(negmine, CPU, m) {
   m.impl("logsumexp", TORCH_BOX(&logsumexp));
   m.impl("logsumexp_pair", TORCH_BOX(&logsumexp_pair));
+  m.impl("logsumexp_mine", TORCH_BOX(&logsumexp_mine));
   m.impl("logsumexp_grad_keys", TORCH_BOX(&logsumexp_grad_keys));
   m.impl("softplus_sum", TORCH_BOX(&softplus_sum));
   m.impl("softplus_sum_grad_keys", TORCH_BOX(&softplus_sum_grad_keys));

@@ -18,6 +18,10 @@ STABLE_TORCH_LIBRARY(negmine, m) {
   m.def("softplus_sum(Tensor query, Tensor negative_keys, Tensor scale, Tensor bias, bool want_pull, " POOL_SCHEMA
         ") -> (Tensor total, Tensor pull, Tensor mass, Tensor kept)");
   m.def(
+      "logsumexp_mine(Tensor query, Tensor negative_keys, int N, Tensor scale, Tensor? pivot, bool "
+      "want_mean, " POOL_SCHEMA
+      ") -> (Tensor lse, Tensor mean, Tensor kept, Tensor above, Tensor scores, Tensor index)");
+  m.def(
       "softplus_sum_grad_keys(Tensor query, Tensor negative_keys, Tensor scale, Tensor bias, Tensor "
       "weight, " POOL_SCHEMA ") -> Tensor");
   m.def("mine_hardest(Tensor query, Tensor negative_keys, int N, " POOL_SCHEMA ") -> (Tensor scores, Tensor index)");

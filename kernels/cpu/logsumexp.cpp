@@ -19,6 +19,8 @@ constexpr int64_t kSplitRows = 4096;
 constexpr int64_t kMostSplits = 16;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+int64_t split_rows_of(int64_t K) { return std::max(kSplitRows, ceil_div(K, kMostSplits)); }
+
 // A LogsumexpState with its memory.
 class OwnedState {
  public:
@@ -83,7 +85,7 @@ void finish(const LogsumexpParams& p, const Block& block, int64_t scale, const L
 }  // namespace
 
 void logsumexp(const LogsumexpParams& p, const Parallel& parallel) {
-  const int64_t split_rows = std::max(kSplitRows, ceil_div(p.K, kMostSplits));
+  const int64_t split_rows = split_rows_of(p.K);
   const int64_t splits = ceil_div(p.K, split_rows), blocks = ceil_div(p.B, kLanes), S = p.scales;
   const bool with_mean = p.mean != nullptr;
   const auto block_of = [&](int64_t index) {
@@ -97,7 +99,7 @@ void logsumexp(const LogsumexpParams& p, const Parallel& parallel) {
     block.k_begin = split * split_rows;
     block.k_end = std::min(p.K, block.k_begin + split_rows);
     const LogsumexpState* views[] = {&states[0].view, &states[S - 1].view};
-    kernels().logsumexp_range(block, w, p.scale, S, p.pivot, views);
+    kernels().logsumexp_range(block, w, p.scale, S, p.pivot, nullptr, views);
   };
   const auto make_states = [&](int64_t count) {
     std::vector<OwnedState> states;
@@ -132,6 +134,40 @@ void logsumexp(const LogsumexpParams& p, const Parallel& parallel) {
     total.clear(p.D);
     for (int64_t split = 0; split < splits; ++split) fold(total.view, parts[(split * blocks + b) * S + s].view, p.D);
     finish(p, block_of(b), s, total.view);
+  });
+}
+
+void logsumexp_mine(const LogsumexpParams& p, const MineHardestParams& mined, const Parallel& parallel) {
+  if (p.B == 0) return;
+  const int64_t split_rows = split_rows_of(p.K);
+  MiningGrid grid(mined, parallel, split_rows);
+  const bool with_mean = p.mean != nullptr, whole = grid.splits == 1;  // whole: a task sees all that a block sums
+  std::vector<OwnedState> parts;                                       // (splits, blocks) unless whole
+  for (int64_t i = whole ? 0 : ceil_div(p.K, split_rows) * grid.blocks; i > 0; --i) parts.emplace_back(p.D, with_mean);
+  struct Task {
+    MiningGrid::Task mining;
+    OwnedState total, part;
+  };
+  const auto make_task = [&] { return Task{grid.make_task(), OwnedState(p.D, with_mean), OwnedState(p.D, with_mean)}; };
+  for_each_task(parallel, grid.tasks(), make_task, [&](Task& task, int64_t index) {
+    task.total.clear(p.D);
+    grid.run(task.mining, index, [&](Block block, const Workspace& w, const Selection& selection) {
+      for (const int64_t end = block.k_end; block.k_begin < end; block.k_begin = block.k_end) {
+        block.k_end = std::min(end, block.k_begin + split_rows);
+        const int64_t split = block.k_begin / split_rows;
+        const LogsumexpState* part = whole ? &task.part.view : &parts[split * grid.blocks + index % grid.blocks].view;
+        kernels().logsumexp_range(block, w, p.scale, 1, p.pivot, &selection, &part);
+        if (whole) fold(task.total.view, *part, p.D);
+      }
+    });
+    if (whole) finish(p, grid.block_of(index), 0, task.total.view);
+  });
+  grid.join(parallel);
+  const auto make_total = [&] { return OwnedState(p.D, with_mean); };
+  for_each_task(parallel, whole ? 0 : grid.blocks, make_total, [&](OwnedState& total, int64_t b) {
+    total.clear(p.D);
+    for (size_t i = b; i < parts.size(); i += grid.blocks) fold(total.view, parts[i].view, p.D);
+    finish(p, grid.block_of(b), 0, total.view);
   });
 }
 

@@ -1,7 +1,9 @@
 // logsumexp: log-sum-exp of each query's scores over its pool, and the softmax mean of the keys, its gradient. (B, K)
-// is never stored. logsumexp_pair is the same at two scales in one pass. Meaning: kernels/README.md.
+// is never stored. logsumexp_pair is the same at two scales in one pass, logsumexp_mine mines in it. Meaning:
+// kernels/README.md.
 #pragma once
 #include "kernels/cpu/matrix.h"
+#include "kernels/cpu/mine_hardest.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/pool.h"
 
@@ -22,5 +24,8 @@ struct LogsumexpParams {
 };
 
 void logsumexp(const LogsumexpParams& p, const Parallel& parallel);
+
+// Both of one scale over the same queries, queue and pool; N of 1 or more.
+void logsumexp_mine(const LogsumexpParams& p, const MineHardestParams& mined, const Parallel& parallel);
 
 }  // namespace negmine::cpu

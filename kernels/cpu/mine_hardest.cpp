@@ -34,69 +34,84 @@ void write_row(const MineHardestParams& p, int64_t b, int64_t* keys, int64_t siz
 
 }  // namespace
 
-void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
-  if (p.N == 0 || p.B == 0) return;
+MiningGrid::MiningGrid(const MineHardestParams& params, const Parallel& parallel, int64_t unit) : p(params) {
   const int64_t least_lanes = 16;  // the outputs are larger than the buffers of so few
-  const int64_t block_lanes = lanes_in_budget(capacity_for(p.N, p.K), least_lanes);
-  const int64_t blocks = ceil_div(p.B, block_lanes);
+  block_lanes_ = lanes_in_budget(capacity_for(p.N, p.K), least_lanes);
+  blocks = ceil_div(p.B, block_lanes_);
   const int64_t wanted = blocks >= 2 * parallel.threads ? 1 : ceil_div(2 * parallel.threads, blocks);
   const int64_t most = std::min(p.K / std::max(kLeastSplitRows, 4 * p.N), kPartialBytes / (p.B * p.N * 8));
-  const int64_t splits = std::max<int64_t>(1, std::min(wanted, most));
-  const int64_t split_rows = ceil_div(p.K, splits);
+  const int64_t rows = ceil_div(p.K, std::max<int64_t>(1, std::min(wanted, most)));
+  split_rows_ = std::max(unit, ceil_div(rows, unit) * unit);
+  splits = std::max<int64_t>(1, ceil_div(p.K, split_rows_));
   // A sample costs products and saves handling of keys: of few keys there is little to save.
   const int64_t row_bytes = p.D * (p.negative_keys.dtype == Dtype::kFloat32 ? 4 : 2);
-  const bool sampled = worth_sampling(split_rows - splits) && p.N >= row_bytes / 2 && p.N <= split_rows / 8;
-  const int64_t capacity = sampled ? capacity_between(0, p.N - 1, split_rows) : capacity_for(p.N, split_rows);
-  const std::vector<int64_t> first(kLanes, 0), last(kLanes, p.N - 1);
-  const auto partials = make_buffer<int64_t>(splits > 1 ? p.B * splits * p.N : 0);       // (B, splits, N)
-  const auto partial_sizes = make_buffer<int64_t>(p.B * splits);                         // (B, splits)
-  const auto partial_kept = make_buffer<int64_t>(p.kept == nullptr ? 0 : p.B * splits);  // (B, splits)
+  sampled_ = worth_sampling(split_rows_ - splits) && p.N >= row_bytes / 2 && p.N <= split_rows_ / 8;
+  capacity_ = sampled_ ? capacity_between(0, p.N - 1, split_rows_) : capacity_for(p.N, split_rows_);
+  partials_ = make_buffer<int64_t>(splits > 1 ? p.B * splits * p.N : 0);
+  partial_sizes_ = make_buffer<int64_t>(p.B * splits);
+  partial_kept_ = make_buffer<int64_t>(p.kept == nullptr ? 0 : p.B * splits);
+}
 
-  struct Task {
-    Scratch scratch;
-    OwnedSelection selection;
-    Buffer<int64_t> spare;  // (N)
-  };
-  const auto make_task = [&] {
-    return Task{Scratch(p.negative_keys, p.D), OwnedSelection(block_lanes, capacity), make_buffer<int64_t>(p.N)};
-  };
-  for_each_task(parallel, blocks * splits, make_task, [&](Task& task, int64_t index) {
-    const int64_t split = index / blocks;
-    Block block{.query = p.query, .negative_keys = p.negative_keys, .D = p.D, .pool = p.pool};
-    block.first_query = index % blocks * block_lanes;
-    block.lanes = std::min(block_lanes, p.B - block.first_query);
-    block.k_begin = split * split_rows;
-    block.k_end = std::min(p.K, block.k_begin + split_rows);
-    const Workspace& w = task.scratch.workspace;
-    const bool found = sampled && select_between(block, w, task.selection, first.data(), last.data());
-    if (!found) select(block, w, task.selection, p.N, false, p.kept != nullptr);
-    for (int64_t lane = 0; lane < block.lanes; ++lane) {
-      const int64_t b = block.first_query + lane;
-      if (p.kept != nullptr) partial_kept[b * splits + split] = task.selection.view.places[lane];
-      if (splits == 1) {
-        write_row(p, b, task.selection.keys(lane), task.selection.view.size[lane], task.spare.get());
-        continue;
-      }
-      task.selection.view.keep = p.N;
-      prune(task.selection.view, lane);
-      partial_sizes[b * splits + split] = task.selection.view.size[lane];
-      std::copy_n(task.selection.keys(lane), task.selection.view.size[lane], &partials[(b * splits + split) * p.N]);
+MiningGrid::Task MiningGrid::make_task() const {
+  return Task{Scratch(p.negative_keys, p.D), OwnedSelection(block_lanes_, capacity_), make_buffer<int64_t>(p.N)};
+}
+
+Block MiningGrid::block_of(int64_t index) const {
+  Block block{.query = p.query, .negative_keys = p.negative_keys, .D = p.D, .pool = p.pool};
+  block.first_query = index % blocks * block_lanes_;
+  block.lanes = std::min(block_lanes_, p.B - block.first_query);
+  block.k_begin = index / blocks * split_rows_;
+  block.k_end = std::min(p.K, block.k_begin + split_rows_);
+  return block;
+}
+
+void MiningGrid::run(Task& task, int64_t index, const Scan& scan) {
+  const int64_t split = index / blocks;
+  const Block block = block_of(index);
+  const Workspace& w = task.scratch.workspace;
+  const std::vector<int64_t> first(kLanes, 0), last(kLanes, p.N - 1);
+  const bool sampled = sampled_ && worth_sampling(block.k_end - block.k_begin);  // the last split may be short
+  const bool found = sampled && select_between(block, w, task.selection, first.data(), last.data(), scan);
+  // Where the sample misled, the range has been scanned.
+  if (!found) select(block, w, task.selection, p.N, false, p.kept != nullptr, sampled ? kernels().select_range : scan);
+  for (int64_t lane = 0; lane < block.lanes; ++lane) {
+    const int64_t b = block.first_query + lane;
+    if (p.kept != nullptr) partial_kept_[b * splits + split] = task.selection.view.places[lane];
+    if (splits == 1) {
+      write_row(p, b, task.selection.keys(lane), task.selection.view.size[lane], task.spare.get());
+      continue;
     }
-  });
+    task.selection.view.keep = p.N;
+    prune(task.selection.view, lane);
+    partial_sizes_[b * splits + split] = task.selection.view.size[lane];
+    std::copy_n(task.selection.keys(lane), task.selection.view.size[lane], &partials_[(b * splits + split) * p.N]);
+  }
+}
+
+void MiningGrid::join(const Parallel& parallel) {
   for (int64_t b = 0; b < p.B && p.kept != nullptr; ++b) {
-    p.kept[b] = std::accumulate(&partial_kept[b * splits], &partial_kept[b * splits] + splits, int64_t{0});
+    p.kept[b] = std::accumulate(&partial_kept_[b * splits], &partial_kept_[b * splits] + splits, int64_t{0});
   }
   if (splits == 1) return;
   const auto make_joined = [&] { return make_buffer<int64_t>((splits + 1) * p.N); };  // (splits, N) and spare (N)
   for_each_task(parallel, p.B, make_joined, [&](Buffer<int64_t>& joined, int64_t b) {
     int64_t size = 0;
     for (int64_t split = 0; split < splits; ++split) {
-      const int64_t count = partial_sizes[b * splits + split];
-      std::copy_n(&partials[(b * splits + split) * p.N], count, &joined[size]);
+      const int64_t count = partial_sizes_[b * splits + split];
+      std::copy_n(&partials_[(b * splits + split) * p.N], count, &joined[size]);
       size += count;
     }
     write_row(p, b, joined.get(), size, &joined[splits * p.N]);
   });
+}
+
+void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
+  if (p.N == 0 || p.B == 0) return;
+  MiningGrid grid(p, parallel, 1);
+  const auto make_task = [&] { return grid.make_task(); };
+  for_each_task(parallel, grid.tasks(), make_task,
+                [&](MiningGrid::Task& task, int64_t index) { grid.run(task, index, kernels().select_range); });
+  grid.join(parallel);
 }
 
 // One query a task: its columns side by side are a queue of their own, which select() scans.

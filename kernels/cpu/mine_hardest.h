@@ -4,6 +4,7 @@
 #include "kernels/cpu/matrix.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/pool.h"
+#include "kernels/cpu/selection.h"
 
 namespace negmine::cpu {
 
@@ -18,6 +19,37 @@ struct MineHardestParams {
 };
 
 void mine_hardest(const MineHardestParams& p, const Parallel& parallel);
+
+// Its tasks, for an op that does more in the same pass: blocks of queries by splits of the queue. B and N of 1 or more.
+class MiningGrid {
+ public:
+  struct Task {
+    Scratch scratch;
+    OwnedSelection selection;
+    Buffer<int64_t> spare;  // (N)
+  };
+
+  // A split is a multiple of `unit` rows.
+  MiningGrid(const MineHardestParams& params, const Parallel& parallel, int64_t unit);
+
+  int64_t tasks() const { return blocks * splits; }
+  Task make_task() const;
+  Block block_of(int64_t index) const;  // the queries and the split of a task: block index % blocks
+
+  // Task `index` mines its split for its block; `scan` sees the whole of the split once.
+  void run(Task& task, int64_t index, const Scan& scan);
+
+  // Once all tasks have run.
+  void join(const Parallel& parallel);
+
+  const MineHardestParams& p;
+  int64_t blocks, splits;
+
+ private:
+  int64_t block_lanes_, split_rows_, capacity_;
+  bool sampled_;
+  Buffer<int64_t> partials_, partial_sizes_, partial_kept_;  // (B, splits, N) where there are several, (B, splits)
+};
 
 // Outputs and shapes as above; no pool.
 void mine_listed(const MineHardestParams& p, const int64_t* listed, int64_t M, const float* most,

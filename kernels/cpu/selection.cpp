@@ -112,15 +112,15 @@ int64_t* sort_best_first(int64_t* keys, int64_t* spare, int64_t size) {
   return keys;
 }
 
-void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest,
-            bool counted) {
+void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest, bool counted,
+            const Scan& scan) {
   selection.begin(block.lanes, keep, lowest);
   selection.view.counted = counted;
-  kernels().select_range(block, w, selection.view);
+  scan(block, w, selection.view);
 }
 
 bool select_between(const Block& block, const Workspace& w, OwnedSelection& selection, const int64_t* first,
-                    const int64_t* last) {
+                    const int64_t* last, const Scan& scan) {
   const int64_t rows = block.k_end - block.k_begin, piece = piece_rows(rows);
   const Selection& view = selection.view;
   const int64_t capacity = view.capacity;
@@ -150,7 +150,7 @@ bool select_between(const Block& block, const Workspace& w, OwnedSelection& sele
   selection.begin(block.lanes, capacity >= rows ? capacity : capacity / 4 * 3, false);
   std::copy_n(bound, block.lanes, view.bound);
   std::copy_n(ceiling, block.lanes, view.ceiling);
-  kernels().select_range(block, w, view);
+  scan(block, w, view);
   for (int64_t lane = 0; lane < block.lanes; ++lane) {
     if (first[lane] > last[lane] || first[lane] >= view.places[lane]) continue;
     const bool from = view.over[lane] <= first[lane];

@@ -4,6 +4,9 @@
 // wanted ranks with a bound and a ceiling so that few columns pass, scans once, and checks by counting that the bracket
 // held: what it returns is exact or refused, never a guess.
 #pragma once
+#include <functional>
+
+#include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/cpu/simd/kernels.h"
 
@@ -25,14 +28,18 @@ class OwnedSelection {
   Buffer<float> bounds_;
 };
 
+// Offers every place of a block's range to a selection, as Kernels::select_range does.
+using Scan = std::function<void(const Block&, const Workspace&, const Selection&)>;
+
 // The `keep` best places of the block's range, or the lowest; places are counted where asked for.
-void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest, bool counted);
+void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest, bool counted,
+            const Scan& scan = kernels().select_range);
 
 // The places of 0-based descending ranks [first, last] (kLanes each) of the block's range, as far as the lane's pool
 // goes; key i of a lane, once sorted, has the rank over + i. A lane with first > last wants nothing. False: the sample
-// misled.
+// misled. The range is scanned once in either case.
 bool select_between(const Block& block, const Workspace& w, OwnedSelection& selection, const int64_t* first,
-                    const int64_t* last);
+                    const int64_t* last, const Scan& scan = kernels().select_range);
 
 // The key at 0-based descending `place` of keys (size); those up to it stay, in their order, the rest may go.
 int64_t key_at(int64_t* keys, int64_t size, int64_t place);

@@ -97,9 +97,9 @@ void prune(const Selection& selection, int64_t lane);
 struct Kernels {
   const char* isa;
   // The block against its range, from empty states, one for each of the 1 or 2 scales; kept and above are the first's.
-  // pivot (B,) or null.
+  // pivot (B,) or null. Where a selection is given, every place of the range is offered to it besides.
   void (*logsumexp_range)(const Block&, const Workspace&, const float* scale, int64_t scales, const float* pivot,
-                          const LogsumexpState* const* states);
+                          const Selection*, const LogsumexpState* const* states);
   // Adds the block's share to rows [k_begin, k_end) of out (K, D). lse, weight (B,); panel (64, D rounded up to 64).
   void (*logsumexp_grad_keys_range)(const Block&, const Workspace&, float scale, const float* lse, const float* weight,
                                     float* panel, float* out);

@@ -66,7 +66,7 @@ void count_above(const Block& block, const Workspace& w, int64_t count, const fl
 }  // namespace
 
 void logsumexp_range(const Block& block, const Workspace& w, const float* scale, int64_t scales, const float* pivot,
-                     const LogsumexpState* const* states) {
+                     const Selection* selection, const LogsumexpState* const* states) {
   begin_block(block, w);
   float pivots[kLanes], correction[kLanes];
   for (int64_t lane = 0; lane < kLanes; ++lane) {
@@ -90,6 +90,7 @@ void logsumexp_range(const Block& block, const Workspace& w, const float* scale,
     apply_masks(block, w, count);
     if (pivot != nullptr) count_above(block, w, count, pivots, states[0]->above);
     if (block.pool.bounded()) apply_bounds(block, w, count);
+    if (selection != nullptr) offer_chunk(block, w, count, *selection);
     if (scales == 2) {
       std::memcpy(w.scores, w.tile, count * kLanes * sizeof(float));
       std::memcpy(rows, w.rows, count * sizeof(rows[0]));

@@ -82,4 +82,7 @@ void restore_pull(const Block& block, const Workspace& w, const float* pulls, fl
 void apply_masks(const Block& block, const Workspace& w, int64_t count);
 void apply_bounds(const Block& block, const Workspace& w, int64_t count);
 
+// Offers the places of a chunk, whose scores in the pool are w.tile, to the selection.
+void offer_chunk(const Block& block, const Workspace& w, int64_t count, const Selection& selection);
+
 }  // namespace negmine::cpu::NEGMINE_SIMD

@@ -18,7 +18,7 @@ NEGMINE_INLINE void offer(const Selection& selection, int64_t lane, int64_t orde
   if (++size == selection.capacity) prune(selection, lane);
 }
 
-// What select_range() counts and compares of one vector of lanes over a chunk.
+// What offer_chunk() counts and compares of one vector of lanes over a chunk.
 struct Lanes {
   VI places, over;
 };
@@ -51,33 +51,37 @@ NEGMINE_INLINE int64_t count_from(const int64_t* keys, int64_t size, int64_t lea
 
 }  // namespace
 
-void select_range(const Block& block, const Workspace& w, const Selection& selection) {
-  begin_block(block, w);
+void offer_chunk(const Block& block, const Workspace& w, int64_t count, const Selection& selection) {
   const int vectors = vectors_of(block);
   const VI sign = all(selection.lowest ? INT32_MIN : 0);
   int32_t cells[kBatch * kLanes + kWidth];
+  Lanes counts[kLanes / kWidth] = {};
+  for (int64_t from = 0; from < count; from += kBatch) {
+    const int64_t to = count - from < kBatch ? count : from + kBatch;
+    int32_t* end = cells;
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t lane = v * kWidth;
+      end = selection.counted ? write_passing<true>(w, selection, lane, from, to, sign, counts[v], end)
+                              : write_passing<false>(w, selection, lane, from, to, sign, counts[v], end);
+    }
+    for (const int32_t* cell = cells; cell < end; ++cell) {
+      offer(selection, *cell % kLanes, pack_order(w.tile[*cell], w.index[*cell / kLanes]));
+    }
+  }
+  for (int64_t lane = 0; lane < vectors * kWidth; ++lane) {
+    selection.places[lane] += counts[lane / kWidth].places[lane % kWidth];
+    selection.over[lane] += counts[lane / kWidth].over[lane % kWidth];
+  }
+}
+
+void select_range(const Block& block, const Workspace& w, const Selection& selection) {
+  begin_block(block, w);
   for (int64_t k = block.k_begin; k < block.k_end;) {
     const int64_t count = load_chunk(block, w, &k, true);
     score_chunk(block, w, count);
     apply_masks(block, w, count);
     if (block.pool.bounded()) apply_bounds(block, w, count);
-    Lanes counts[kLanes / kWidth] = {};
-    for (int64_t from = 0; from < count; from += kBatch) {
-      const int64_t to = count - from < kBatch ? count : from + kBatch;
-      int32_t* end = cells;
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t lane = v * kWidth;
-        end = selection.counted ? write_passing<true>(w, selection, lane, from, to, sign, counts[v], end)
-                                : write_passing<false>(w, selection, lane, from, to, sign, counts[v], end);
-      }
-      for (const int32_t* cell = cells; cell < end; ++cell) {
-        offer(selection, *cell % kLanes, pack_order(w.tile[*cell], w.index[*cell / kLanes]));
-      }
-    }
-    for (int64_t lane = 0; lane < vectors * kWidth; ++lane) {
-      selection.places[lane] += counts[lane / kWidth].places[lane % kWidth];
-      selection.over[lane] += counts[lane / kWidth].over[lane % kWidth];
-    }
+    offer_chunk(block, w, count, selection);
   }
 }
 

@@ -6,7 +6,8 @@
 
 namespace negmine::cpu::NEGMINE_SIMD {
 
-void logsumexp_range(const Block&, const Workspace&, const float*, int64_t, const float*, const LogsumexpState* const*);
+void logsumexp_range(const Block&, const Workspace&, const float*, int64_t, const float*, const Selection*,
+                     const LogsumexpState* const*);
 void logsumexp_grad_keys_range(const Block&, const Workspace&, float, const float*, const float*, float*, float*);
 void softplus_sum_grad_keys_range(const Block&, const Workspace&, float, const float*, const float*, float*, float*);
 void softplus_sum_range(const Block&, const Workspace&, float, float, const SoftplusState&);
