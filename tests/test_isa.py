@@ -10,7 +10,7 @@ from negmine.pool import Pool
 from tests import compare
 from tests.cases import DTYPES, ids, unit, whole
 
-ISAS = ("avx512bf16", "avx512", "avx2", "portable")
+ISAS = ("amxbf16", "avx512bf16", "avx512", "avx2", "portable")
 SHAPES = [(1, 1, 1), (3, 7, 5), (17, 129, 33), (65, 300, 130), (2, 260, 515)]  # (B, K, D)
 
 

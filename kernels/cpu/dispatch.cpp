@@ -4,6 +4,14 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace negmine::cpu {
 namespace {
 
@@ -17,11 +25,33 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
+
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Tiles are 8 KiB more for the system to save at every switch, so it wants to be asked, once a process. It refuses
+// where it does not know them. Virtual machines may hide the leaves that describe the tiles, which are the same
+// everywhere.
+bool may_use_tiles() {
+#if defined(NEGMINE_EMULATED_TILES)
+  return true;
+#elif defined(__linux__)
+  constexpr unsigned kTiles = 1u << 24, kBFloat16 = 1u << 22;
+  constexpr int kAskPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (~edx & (kTiles | kBFloat16)) != 0) return false;
+  return syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has_amxbf16() { return has_avx512bf16() && may_use_tiles() && amxbf16::tiles_are_right(); }
 #endif
 
 const Entry kTable[] = {
 #if defined(__x86_64__)
-    {&avx512bf16::kKernels, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {&amxbf16::kKernels, has_amxbf16},
+    {&avx512bf16::kKernels, has_avx512bf16},
     {&avx512::kKernels, has_avx512},
     {&avx2::kKernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif

@@ -7,7 +7,7 @@ namespace negmine::cpu {
 
 const Kernels& kernels();
 
-const char* isa();               // "avx512bf16", "avx512", "avx2" or "portable"
+const char* isa();               // "amxbf16", "avx512bf16", "avx512", "avx2", "portable"
 bool set_isa(const char* name);  // for tests; false, and no change, where this processor or build lacks it
 
 }  // namespace negmine::cpu

@@ -1,7 +1,5 @@
-// The parents and the coefficient of one synthetic negative: see draws.h.
+// The parents and the coefficients of synthetic negatives: see draws.h.
 #include "kernels/cpu/draws.h"
-
-#include "kernels/cpu/philox.h"
 
 namespace negmine::cpu {
 namespace {
@@ -23,35 +21,27 @@ int64_t count_hard(const Draws& draws, int64_t b) {
   return n_b;
 }
 
-Draw draw(const Draws& draws, int64_t b, int64_t slot, int64_t n_b) {
-  const uint64_t row = static_cast<uint64_t>(draws.row_offset + b);
-  const Philox u =
-      philox4x32_10({{static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), static_cast<uint32_t>(slot), 0}},
-                    draws.seed, draws.step);
+void draw(const Draws& draws, int64_t b, int64_t slot, int64_t count, int64_t n_b, const uint32_t* const words[3],
+          const Drawn& out) {
   const int64_t* hard = draws.hard_index + b * draws.N;
-  const bool pair = slot < draws.pairs;
-  Draw out;
-  if (pair) {
-    const int64_t first = umulhi(u.word[0], n_b);
-    const bool skip_first = draws.distinct && n_b > 1;
-    int64_t second = umulhi(u.word[1], skip_first ? n_b - 1 : n_b);
-    if (skip_first && second >= first) ++second;
-    out.first = hard[first];
-    out.second = hard[second];
-  } else {
-    out.first = -1;
-    out.second = hard[umulhi(u.word[1], n_b)];
+  const bool skip_first = draws.distinct && n_b > 1;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool pair = slot + i < draws.pairs;
+    const int64_t first = umulhi(words[0][i], n_b);
+    int64_t second = umulhi(words[1][i], pair && skip_first ? n_b - 1 : n_b);
+    if (pair && skip_first && second >= first) ++second;
+    out.first[i] = pair ? hard[first] : -1;
+    out.second[i] = hard[second];
+    const uint32_t bits = words[2][i] >> 8;
+    float fraction = static_cast<float>(bits) * 0x1p-24f;
+    if (draws.quantiles != nullptr) {
+      const float* q = draws.quantiles + (bits >> 12);
+      fraction = interpolate(q[0], q[1] - q[0], static_cast<float>(bits & 4095) * 0x1p-12f);
+    }
+    const float low = static_cast<float>(pair ? draws.pair_low : draws.query_low);
+    const float high = static_cast<float>(pair ? draws.pair_high : draws.query_high);
+    out.coefficient[i] = interpolate(low, high - low, fraction);
   }
-  const uint32_t bits = u.word[2] >> 8;
-  float fraction = static_cast<float>(bits) * 0x1p-24f;
-  if (draws.quantiles != nullptr) {
-    const float* q = draws.quantiles + (bits >> 12);
-    fraction = interpolate(q[0], q[1] - q[0], static_cast<float>(bits & 4095) * 0x1p-12f);
-  }
-  const float low = static_cast<float>(pair ? draws.pair_low : draws.query_low);
-  const float high = static_cast<float>(pair ? draws.pair_high : draws.query_high);
-  out.coefficient = interpolate(low, high - low, fraction);
-  return out;
 }
 
 }  // namespace negmine::cpu

@@ -21,15 +21,18 @@ struct Draws {
   int64_t S() const { return pairs + with_query; }
 };
 
-struct Draw {
-  int64_t first, second;  // rows of the queue; first = -1: the query itself
-  float coefficient;      // of the first parent
+// Draws in arrays, so that vectors write them and none waits for a struct to be put together.
+struct Drawn {
+  int64_t *first, *second;  // rows of the queue; first = -1: the query itself
+  float* coefficient;       // of the first parent
 };
 
 // n_b: entries of query b's row of hard_index that are not -1.
 int64_t count_hard(const Draws& draws, int64_t b);
 
-// Slot `slot` of query b, n_b > 0.
-Draw draw(const Draws& draws, int64_t b, int64_t slot, int64_t n_b);
+// Slots [slot, slot + count) of query b, n_b > 0. words (3, count): what kernels/cpu/philox.h makes of the row
+// row_offset + b and the slots under the key (seed, step).
+void draw(const Draws& draws, int64_t b, int64_t slot, int64_t count, int64_t n_b, const uint32_t* const words[3],
+          const Drawn& out);
 
 }  // namespace negmine::cpu

@@ -7,9 +7,9 @@
 namespace negmine::cpu {
 
 void mix_logsumexp(const MixLogsumexpParams& p, const Parallel& parallel) {
-  const auto make_mixed = [&] { return make_buffer<float>((kRowChunk + 3) * p.D); };  // (kRowChunk + 3, D)
-  for_each_task(parallel, p.B, make_mixed, [&](Buffer<float>& mixed, int64_t b) {
-    kernels().mix_logsumexp_row(p.query, p.negative_keys, p.D, p.draws, b, *p.scale, mixed.get(), p.lse + b,
+  const auto make_room = [&] { return make_buffer<float>(mixing_room(p.D)); };
+  for_each_task(parallel, p.B, make_room, [&](Buffer<float>& room, int64_t b) {
+    kernels().mix_logsumexp_row(p.query, p.negative_keys, p.D, p.draws, b, *p.scale, room.get(), p.lse + b,
                                 p.mean == nullptr ? nullptr : p.mean + b * p.D);
   });
 }

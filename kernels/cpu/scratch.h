@@ -40,15 +40,16 @@ Buffer<T> make_buffer(int64_t count) {
 class Scratch {
  public:
   Scratch(const Matrix& negative_keys, int64_t D) {
-    const int64_t widened = negative_keys.dtype == Dtype::kFloat32 ? 0 : kChunk * D;
-    floats_ = make_buffer<float>(D * kLanes + 2 * kChunk * kLanes + widened + D + std::max(D, kLanes));
+    constexpr int64_t kTile = 16;  // D is rounded up to whole tiles in what tiles read (simd/tiles.h)
+    const int64_t widened = negative_keys.dtype == Dtype::kFloat32 ? 0 : kChunk * (D + kTile);
+    floats_ = make_buffer<float>((D + kTile) * kLanes + 2 * kChunk * kLanes + widened + D + std::max(D, kLanes));
     words_ = make_buffer<int32_t>(kLaneWords * kLanes);
     index_ = make_buffer<int64_t>(kChunk);
     rows_ = make_buffer<const float*>(kChunk + 6);
     padded_ = make_buffer<uint16_t>(negative_keys.dtype == Dtype::kBFloat16 && D % 2 != 0 ? kChunk * (D + 1) : 0);
     float* p = floats_.get();
     workspace.q_t = p;
-    workspace.tile = p += D * kLanes;
+    workspace.tile = p += (D + kTile) * kLanes;
     workspace.scores = p += kChunk * kLanes;
     workspace.widened = p += kChunk * kLanes;
     workspace.row = p += widened;

@@ -59,6 +59,23 @@ NEGMINE_INLINE const float* widen_row(const Matrix& m, int64_t row, int64_t D, f
   return out;
 }
 
+// Elements [d, d + kWidth) of a row that is stored as kStored.
+template <Dtype kStored>
+NEGMINE_INLINE V load_as(const void* row, int64_t d) {
+  if constexpr (kStored == Dtype::kFloat32) return load(static_cast<const float*>(row) + d);
+  const uint16_t* halves = static_cast<const uint16_t*>(row) + d;
+  if constexpr (kStored == Dtype::kBFloat16) return (V)(__builtin_convertvector(load(halves), VI) << 16);
+#if defined(__AVX512F__)
+  return (V)_mm512_maskz_cvtph_ps(0xFFFF, (__m256i)load(halves));  // the plain one warns of its undefined lanes
+#elif defined(__F16C__)
+  return (V)_mm256_cvtph_ps((__m128i)load(halves));
+#else
+  V x;
+  for (int i = 0; i < kWidth; ++i) x[i] = from_half(halves[i]);
+  return x;
+#endif
+}
+
 // x (D) fp32 -> out (D) of the given type.
 NEGMINE_INLINE void narrow_row(const float* __restrict__ x, int64_t D, Dtype dtype, void* __restrict__ out) {
   if (dtype == Dtype::kFloat32) {

@@ -17,6 +17,9 @@ constexpr int64_t kChunk = 126;  // most rows of the queue in one tile: 21 regis
 
 constexpr int64_t kRowChunk = 32;  // rows of one query's own that are scored at one time
 
+// Floats that mixing works in: (kRowChunk + 3, D), where a row is rounded up to the widest vector.
+inline int64_t mixing_room(int64_t D) { return (kRowChunk + 3) * (D + 15); }
+
 struct Block {
   Matrix query;          // (B, D)
   Matrix negative_keys;  // (K, D)
@@ -43,11 +46,12 @@ enum LaneWord {
 // Memory of one thread, laid out by Scratch (kernels/cpu/scratch.h).
 struct Workspace {
   float* q_t;           // (kLanes / panel, D, panel) the block's queries, transposed; or (.., (D + 1) / 2, ..) pairs
+                        // and, for tiles, zeros up to a multiple of 16 of those
   float* tile;          // (kChunk, kLanes) scores of a chunk
   float* scores;        // (kChunk, kLanes) the same, where the tile is spent and they are needed again
   const float** rows;   // (kChunk + 6) the chunk's rows of the queue as they are scored, then rows of zeros
   int64_t* index;       // (kChunk) their places in the queue
-  float* widened;       // (kChunk, D) where the queue is not stored as fp32
+  float* widened;       // (kChunk, D + 16) where the queue is not stored as fp32
   uint16_t* padded;     // (kChunk, D + 1) where pairs do not come out even
   float* row;           // (D) one query as fp32
   float* zeros;         // (max(D, kLanes))
@@ -110,12 +114,12 @@ struct Kernels {
   int64_t (*keep_best)(int64_t* keys, int64_t size, int64_t keep);
   // count (kLanes): columns in the pool.
   void (*count_range)(const Block&, const Workspace&, int64_t* count);
-  // vectors (S, D), parents (S, 2), coefficients (S) of query b. mixed (4, D).
+  // vectors (S, D), parents (S, 2), coefficients (S) of query b. room (mixing_room(D)).
   void (*mix_negatives_row)(const Matrix& query, const Matrix& negative_keys, int64_t D, const Draws&, int64_t b,
-                            float* mixed, void* vectors, int64_t* parents, float* coefficients);
-  // lse (), mean (D) or null of query b. mixed (kRowChunk + 3, D).
+                            float* room, void* vectors, int64_t* parents, float* coefficients);
+  // lse (), mean (D) or null of query b. room (mixing_room(D)).
   void (*mix_logsumexp_row)(const Matrix& query, const Matrix& negative_keys, int64_t D, const Draws&, int64_t b,
-                            float scale, float* mixed, float* lse, float* mean);
+                            float scale, float* room, float* lse, float* mean);
   // scores (M), lse (), mean (D) or null of query b over the listed rows. index (M), -1 = none; room (kRowChunk + 1,
   // D).
   void (*listed_logsumexp_row)(const Matrix& query, const Matrix& negative_keys, int64_t D, const int64_t* index,
@@ -126,6 +130,11 @@ struct Kernels {
 };
 
 #if defined(__x86_64__)
+namespace amxbf16 {
+extern const Kernels kKernels;
+// Whether a product in tiles is what it should be: processor and system have said yes before, and may be wrong.
+bool tiles_are_right();
+}  // namespace amxbf16
 namespace avx512bf16 {
 extern const Kernels kKernels;
 }

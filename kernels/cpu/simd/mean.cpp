@@ -2,7 +2,7 @@
 //
 // Where scores come from pairs of bf16, so does this product: weights are rounded to bf16, and rows lie in pairs of
 // rows. The part of the sum along the query, which is the gradient of a scale, is put right at the end by restore_pull.
-#include "kernels/cpu/simd/score.h"
+#include "kernels/cpu/simd/tiles.h"
 
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
@@ -65,7 +65,7 @@ void add_weighted(const Block& block, const Workspace& w, int64_t count, const f
   }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(NEGMINE_TILES)
 // Of a chunk of pair rows and its probabilities, what a product over pairs of rows takes, the second of an odd last
 // pair zero: w.tile (pairs, kLanes) probabilities rounded to bf16, w.rows (pairs) words (D). Returns the number of
 // pairs.
@@ -93,7 +93,9 @@ int64_t pair_chunk(const Block& block, const Workspace& w, int64_t count) {
 }  // namespace
 
 void add_mean(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean) {
-#if defined(__AVX512BF16__)
+#if defined(NEGMINE_TILES)
+  if (in_pairs(block)) return add_mean_in_tiles(block, w, count, correction, mean);
+#elif defined(__AVX512BF16__)
   if (in_pairs(block)) return add_weighted<true>(block, w, pair_chunk(block, w, count), correction, mean);
 #endif
   add_weighted<false>(block, w, count, correction, mean);

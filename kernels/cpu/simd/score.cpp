@@ -5,6 +5,8 @@
 // block.
 #include "kernels/cpu/simd/score.h"
 
+#include "kernels/cpu/simd/tiles.h"
+
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
 
@@ -45,12 +47,6 @@ NEGMINE_INLINE void multiply_tile(const float* const* a, const float* b, int64_t
       store(cell, t0 == 0 ? acc[r][v] : load(cell) + acc[r][v]);
     }
   }
-}
-
-// The rows ahead in the place of rows [row, row + tall).
-NEGMINE_INLINE Ahead part_of(const Ahead& ahead, int64_t row, int64_t tall) {
-  const int64_t left = ahead.rows - row;
-  return {ahead.first + row * ahead.stride, left < 0 ? 0 : left < tall ? left : tall, ahead.stride, ahead.bytes};
 }
 
 template <int kVec, bool kPairs>
@@ -118,13 +114,18 @@ void transpose_pairs(const Block& block, const Workspace& w, int64_t padded) {
       out[t * kPanel] = float_of(high << 16 | low);
     }
   }
+#if defined(NEGMINE_TILES)
+  for (int64_t i = T * kPanel; i < whole_tiles(T) * kPanel; ++i) w.q_t[i] = 0.0f;
+#endif
 }
 
 }  // namespace
 
 __attribute__((noinline)) void multiply(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors,
                                         [[maybe_unused]] bool pairs, float* out, const Ahead& ahead) {
-#if defined(__AVX512BF16__)
+#if defined(NEGMINE_TILES)
+  if (pairs) return multiply_in_tiles(a, rows, b, T, vectors, out, ahead);
+#elif defined(__AVX512BF16__)
   if (pairs) return multiply_panels<true>(a, rows, b, T, vectors, out, ahead);
 #endif
   multiply_panels<false>(a, rows, b, T, vectors, out, ahead);
@@ -135,7 +136,7 @@ void score_chunk(const Block& block, const Workspace& w, int64_t count) {
   const bool pairs = in_pairs(block);
   const Matrix& keys = block.negative_keys;
   const int64_t element = keys.dtype == Dtype::kFloat32 ? 4 : 2, next = w.index[count - 1] + 1;
-  const int64_t left = block.k_end - next, most = chunk_rows(block.D);
+  const int64_t left = block.k_end - next, most = chunk_rows(block);
   const Ahead ahead{.first = static_cast<const char*>(keys.data) + next * keys.row_stride * element,
                     .rows = left < most ? left : most,
                     .stride = keys.row_stride * element,
@@ -156,7 +157,7 @@ void begin_block(const Block& block, const Workspace& w) {
 }
 
 int64_t load_chunk(const Block& block, const Workspace& w, int64_t* k, bool rows) {
-  const int64_t most = chunk_rows(block.D);
+  const int64_t most = chunk_rows(block);
   const uint8_t* mask = block.pool.mask_per_query ? nullptr : block.pool.negative_mask;
   const bool pairs = in_pairs(block);
   int64_t count = 0;

@@ -9,9 +9,6 @@ namespace negmine::cpu::NEGMINE_SIMD {
 // Vectors that hold the block's lanes; the lanes that pad the last one have zero queries.
 NEGMINE_INLINE int vectors_of(const Block& block) { return static_cast<int>((block.lanes + kWidth - 1) / kWidth); }
 
-// Rows of a chunk: fewer where D is large, so that the chunk stays in the second-level cache.
-NEGMINE_INLINE int64_t chunk_rows(int64_t D) { return D <= 256 ? kChunk : D <= 512 ? 60 : 30; }
-
 // Whether scores come from pairs of bf16 neighbours in d, a word each: (D + 1) / 2 words a row.
 NEGMINE_INLINE bool in_pairs([[maybe_unused]] const Block& block) {
 #if defined(__AVX512BF16__)
@@ -19,6 +16,14 @@ NEGMINE_INLINE bool in_pairs([[maybe_unused]] const Block& block) {
 #else
   return false;
 #endif
+}
+
+// Rows of a chunk: fewer where D is large, so that the chunk stays in the second-level cache.
+NEGMINE_INLINE int64_t chunk_rows(const Block& block) {
+#if defined(__AMX_BF16__)
+  if (in_pairs(block)) return block.D <= 256 ? 96 : block.D <= 512 ? 64 : 32;  // pairs of rows fill tiles of 16
+#endif
+  return block.D <= 256 ? kChunk : block.D <= 512 ? 60 : 30;
 }
 
 // One step of a chain: a product of floats, or of two pairs of bf16.
@@ -43,9 +48,15 @@ struct Ahead {
   int64_t rows = 0, stride = 0, bytes = 0;  // from row to row, and of a row
 };
 
+// The rows ahead in the place of rows [row, row + tall).
+NEGMINE_INLINE Ahead part_of(const Ahead& ahead, int64_t row, int64_t tall) {
+  const int64_t left = ahead.rows - row;
+  return {ahead.first + row * ahead.stride, left < 0 ? 0 : left < tall ? left : tall, ahead.stride, ahead.bytes};
+}
+
 // out (rows, kLanes) = a (rows, T) x b (T, 16 * vectors): a by row pointers, readable up to a multiple of 6 rows; b in
 // panels (.., T, kPanel). One chain of fused multiply-adds per 256 of T, chains added in order. All scores come from
-// here: of words that are pairs of bf16, a chain per 128 of T.
+// here: of words that are pairs of bf16, a chain per 128 of T, or what AMX makes of 16 (simd/tiles.h).
 void multiply(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors, bool pairs, float* out,
               const Ahead& ahead);
 

@@ -1,9 +1,9 @@
 // One vector of fp32 lanes for each instruction set, in GCC vector extensions, so that a kernel is written once.
 //
-// This folder is compiled several times, with NEGMINE_SIMD = portable, avx2, avx512 or avx512bf16 as the namespace.
-// Everything here and in the files beside it is in that namespace or static, and no std template is used: a weak symbol
-// compiled for a wide instruction set could otherwise be linked into code that runs on a narrow one. fma() is explicit:
-// the bits of a score must not depend on what the compiler chooses to contract.
+// This folder is compiled several times, with NEGMINE_SIMD = portable, avx2, avx512, avx512bf16 or amxbf16 as the
+// namespace. Everything here and in the files beside it is in that namespace or static, and no std template is used: a
+// weak symbol compiled for a wide instruction set could otherwise be linked into code that runs on a narrow one. fma()
+// is explicit: the bits of a score must not depend on what the compiler chooses to contract.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -40,6 +40,10 @@ NEGMINE_INLINE VI load(const int32_t* p) { return *reinterpret_cast<const Unalig
 NEGMINE_INLINE void store(float* p, V x) { *reinterpret_cast<UnalignedV*>(p) = x; }
 NEGMINE_INLINE void store(int32_t* p, VI x) { *reinterpret_cast<UnalignedVI*>(p) = x; }
 
+typedef uint16_t H __attribute__((vector_size(kWidth * 2)));
+typedef uint16_t UnalignedH __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
+NEGMINE_INLINE H load(const uint16_t* p) { return *reinterpret_cast<const UnalignedH*>(p); }
+
 #if defined(__AVX512F__)
 NEGMINE_INLINE V all(float x) { return (V)_mm512_set1_ps(x); }
 NEGMINE_INLINE VI all(int32_t x) { return (VI)_mm512_set1_epi32(x); }
@@ -71,9 +75,6 @@ NEGMINE_INLINE uint32_t bits_ge(V a, V b) {
 // are read and written as zero.
 NEGMINE_INLINE V fma_pairs(V a, V b, V c) { return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
 
-typedef uint16_t H __attribute__((vector_size(kWidth * 2)));
-typedef uint16_t UnalignedH __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
-NEGMINE_INLINE H load(const uint16_t* p) { return *reinterpret_cast<const UnalignedH*>(p); }
 NEGMINE_INLINE H to_bfloat16(V x) { return (H)_mm512_cvtneps_pbh((__m512)x); }
 NEGMINE_INLINE V pair_up(H low, H high) {
   return (V)(__builtin_convertvector(low, VI) | __builtin_convertvector(high, VI) << 16);
@@ -100,6 +101,17 @@ NEGMINE_INLINE int32_t* store_passed(int32_t* out, VI x, uint32_t passed) {
 
 NEGMINE_INLINE V max(V a, V b) { return a > b ? a : b; }  // a NaN in a is passed over
 
+NEGMINE_INLINE V root(V x) {
+#if defined(__AVX512F__)
+  return (V)_mm512_maskz_sqrt_ps(0xFFFF, (__m512)x);
+#elif defined(__AVX2__)
+  return (V)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int i = 0; i < kWidth; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
 NEGMINE_INLINE float sum(V x) {
   float part[kWidth];
   store(part, x);
@@ -107,6 +119,23 @@ NEGMINE_INLINE float sum(V x) {
     for (int i = 0; i < half; ++i) part[i] += part[i + half];
   }
   return part[0];
+}
+
+// x (kWidth, kWidth) becomes its transpose: at each step, quarters of all blocks of 2 step rows change places.
+NEGMINE_INLINE void transpose(V (&x)[kWidth]) {
+  for (int step = 1; step < kWidth; step *= 2) {
+    VI low, high;
+    for (int i = 0; i < kWidth; ++i) {
+      low[i] = (i & step) != 0 ? kWidth + i - step : i;
+      high[i] = (i & step) != 0 ? kWidth + i : i + step;
+    }
+    for (int i = 0; i < kWidth; ++i) {
+      if ((i & step) != 0) continue;
+      const V first = x[i], second = x[i + step];
+      x[i] = __builtin_shuffle(first, second, low);
+      x[i + step] = __builtin_shuffle(first, second, high);
+    }
+  }
 }
 
 NEGMINE_INLINE V excluded() { return (V)all(static_cast<int32_t>(kExcludedBits)); }
