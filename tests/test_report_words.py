@@ -20,9 +20,9 @@ def figures_of(mean: list[float], error: float, edges: tuple[float, ...] = EDGES
 
 def test_the_easiest_end_is_told_as_it_is():
     for last, error, said in (
-        (0.30, 0.01, "turns up again, 0.25 above the bin 30 % to 80 %"),
-        (0.06, 0.01, "does not turn up again"),
-        (0.04, 0.01, "does not turn up again"),
+        (0.30, 0.01, "it rises again, 0.25 above the bin 30 % to 80 %"),
+        (0.06, 0.01, "does not rise again"),
+        (0.04, 0.01, "does not rise again"),
     ):
         figures, facts = figures_of([0.5, 0.2, 0.05, last], error)
         (sentence,) = [s for s in words.findings(figures, facts) if s.startswith("Same class")]
@@ -30,7 +30,7 @@ def test_the_easiest_end_is_told_as_it_is():
             "Same class: 50 % among the hardest 5 %, 10 % over the whole pool"
         )
     figures, facts = figures_of([0.5, 0.2, 0.05, 0.3], math.nan)
-    assert not any("turn" in s for s in words.findings(figures, facts)), "one query has no standard error"
+    assert not any("again" in s for s in words.findings(figures, facts)), "one query has no standard error"
 
 
 def test_advice_follows_the_figures():
@@ -40,7 +40,7 @@ def test_advice_follows_the_figures():
     figures["same_class_mean"][:] = 0.1
     assert words.advice(figures, facts) == ["Nothing here asks for a change."]
     figures["hard_agreement"] = np.array(0.5)
-    assert words.advice(figures, facts)[0].startswith("Some rows are hard for nearly everyone")
+    assert words.advice(figures, facts)[0].startswith("Some rows are hard for many queries at once")
     for kept, said in ((0.2, "mine again"), (0.8, "the mined negatives still serve")):
         figures["overlap"] = np.full((4, 1), kept)
         assert words.advice(figures, facts)[-1].endswith(said + ".")

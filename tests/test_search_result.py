@@ -9,6 +9,7 @@ import torch
 
 import negmine
 from negmine import MiningResult, Select
+from negmine.report import mined
 from tests.cases import unit
 from tests.test_search import same
 
@@ -46,6 +47,26 @@ def test_jsonl(result, tmp_path):
         result.to_jsonl(tmp_path / "x", texts, texts[:3])
     with pytest.raises(ValueError, match="to_jsonl: form must be 'flagembedding' or 'tevatron', got 'x'"):
         result.to_jsonl(tmp_path / "x", texts, texts, form="x")
+
+
+def test_the_page_shows_what_was_found_and_dropped(result, tmp_path):
+    path = tmp_path / "mined.html"
+    result.to_html(path)
+    text = path.read_text()
+    assert not re.search(r"<script|https?://(?!www\.w3\.org)", text)
+    assert "exclude: 5 (query, row) pairs dropped." in text and "2 queries have fewer than 2" in text
+    assert mined.shares_found(result) == {"0": 0.25, "1": 0.25, "2": 0.5}
+    assert mined.gaps(result).tolist() == [1.0, 2.0, 2.0]  # the last query has no positive
+    assert mined.shares_of_gaps(np.array([-1.0, 0.5, 0.5, 3.0])) == pytest.approx(
+        {"below 0": 0.25, "from 0": 0.5, "from 1": 0.0, "from 2": 0.25}
+    )
+    assert mined.shares_of_gaps(np.array([2.0, 2.0])) == {"2": 1.0} and mined.shares_of_gaps(np.array([])) == {}
+    many = mine(unit(3, 4), unit(60, 4, seed=1), [[], [], []], num_negatives=50)
+    many.to_html(path)
+    assert sum(mined.shares_found(many).values()) == 1 and list(mined.shares_found(many))[-1] == "45 to 50"
+    assert "Nothing here asks for a change." in path.read_text() and many.summary().splitlines()[0] in path.read_text()
+    with pytest.raises(OSError, match=r"MiningResult.to_html: .* could not be written"):
+        many.to_html(tmp_path / "no folder" / "mined.html")
 
 
 def test_save_and_load(result, tmp_path):

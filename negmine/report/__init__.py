@@ -9,6 +9,7 @@ result.py    HardnessReport: figures and facts, saved, loaded
 words.py     what the figures show, and what to do next, in sentences
 charts.py    plots as inline SVG
 page.py      the HTML page
+mined.py     the page of a MiningResult
 """
 
 from negmine.report.measure import hardness_report

@@ -23,7 +23,8 @@ main { max-width: 1080px; margin: 0 auto; padding: 44px 24px 88px }
 h1 { font-size: 31px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -.01em } h2 { font-size: 20px; margin: 46px 0 6px }
 h3 { font-size: 15.5px; margin: 0 0 2px } p { max-width: 78ch; margin: 6px 0 } .soft { color: var(--soft); font-size: 14px }
 section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 18px 22px; margin: 14px 0 }
-.two { display: grid; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); gap: 14px } .two section { margin: 0 }
+.two { display: grid; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); gap: 14px }
+.two { align-items: start } .two section { margin: 0 }
 @media (max-width: 520px) { .two { grid-template-columns: 1fr } main { padding: 28px 14px 60px } }
 ul.said { margin: 0; padding-left: 20px } ul.said li { margin: 7px 0; max-width: 84ch }
 section.do { border-left: 4px solid var(--main) }

@@ -60,9 +60,12 @@ def shown(figures: Figures, facts: Facts) -> list[tuple[str, str, float]]:
 def table(figures: Figures, facts: Facts) -> list[str]:
     """Lines: a bin of difficulty each, with the mean of every curve."""
     curves = shown(figures, facts)
-    lines = [f"{'hardest ... easiest':<20}" + "".join(f"{title[:18]:>20}" for _, title, _ in curves)]
+    widths = [max(12, len(title)) + 2 for _, title, _ in curves]
+    lines = [f"{'hardest ... easiest':<20}"]
+    lines[0] += "".join(f"{title:>{width}}" for (_, title, _), width in zip(curves, widths, strict=True))
     for i in known_bins(figures, "score"):
-        cells = [f"{figures[f'{name}_mean'][i]:>20.4f}" for name, _, _ in curves]
+        values = [figures[f"{name}_mean"][i] for name, _, _ in curves]
+        cells = [f"{value:>{width}.4f}" for value, width in zip(values, widths, strict=True)]
         lines.append(f"{bin_name(figures, i):<20}" + "".join(cells))
     return lines
 
@@ -83,11 +86,11 @@ def _tails(figures: Figures, name: str, title: str, overall: float) -> list[str]
     gap, noise = float(mean[last] - mean[lowest]), 2 * float(np.hypot(error[last], error[lowest]))
     if gap > noise:
         said[0] += (
-            f" The easiest end turns up again, {gap:.2g} above the bin {bin_name(figures, int(lowest))} (two standard errors are "
-            f"{noise:.2g}): opposite directions still hold kin."
+            f" Towards the easiest it rises again, {gap:.2g} above the bin {bin_name(figures, int(lowest))} (two standard errors "
+            f"are {noise:.2g}): opposite directions still hold kin."
         )
     elif np.isfinite(noise):
-        said[0] += " The easiest end does not turn up again."
+        said[0] += " Towards the easiest it does not rise again."
     return said
 
 
@@ -162,8 +165,8 @@ def advice(figures: Figures, facts: Facts) -> list[str]:
             )
     if figures["hard_agreement"] > CONSISTENT:
         said.append(
-            "Some rows are hard for nearly everyone: read the rows listed as hardest most often. If they are boilerplate, drop "
-            'them from the corpus; else sampling_strategy="random" over a window spreads the choice.'
+            "Some rows are hard for many queries at once: read the rows listed as hardest most often. If they are boilerplate, "
+            'drop them from the corpus; else sampling_strategy="random" over a window spreads the choice.'
         )
     if "overlap" in figures:
         kept = float(np.nanmean(figures["overlap"][:, -1]))

@@ -150,6 +150,13 @@ class MiningResult:
             lines.append("more negatives: a wider select.range_max, a smaller margin, or a larger corpus")
         return "\n".join(lines)
 
+    def to_html(self, path: str | os.PathLike) -> None:
+        """Write one page that needs nothing else: what was found and dropped, plots inline, no script, no network."""
+        from negmine.report import mined  # reports look at indexes and scans, which come with this module
+
+        with files.atomic("MiningResult.to_html", path) as file:
+            file.write(mined.html(self).encode())
+
     def save(self, path: str | os.PathLike) -> None:
         """Write one .npz at exactly this path; a reader, and a crash, see the old file or the whole new one."""
         description = json.dumps({"format": FORMAT, "skipped": self.skipped, "config": self.config})
