@@ -31,14 +31,14 @@ import torch
 import negmine
 from benchmarks import wordnet
 from benchmarks.differences import REASONS, explain
-from benchmarks.rows import RESULTS, Row, append, commit, machine_name, read
+from benchmarks.rows import RESULTS, Row, append, commit, machine_name, read, write_between
 from negmine import NegativeIndex, Select
 from negmine.adapters.sentence_transformers import mine_hard_negatives as adapted
 
 N, MARGIN = 5, 0.05
 WINDOW = 10 * N + 2  # rows that sentence-transformers looks at for a query of one positive
 DOCS = RESULTS.parents[1] / "docs/mining.md"
-BEGIN, END = "<!-- made by `python -m benchmarks.mining --table` from benchmarks/results/mining -->", "<!-- end -->"
+BEGIN = "<!-- made by `python -m benchmarks.mining --table` from benchmarks/results/mining -->"
 
 
 class Model:
@@ -192,11 +192,8 @@ def tables(path: Path) -> list[str]:
 
 
 def write_tables() -> None:
-    text = DOCS.read_text()
-    before, rest = text.split(BEGIN)
     files = sorted(path for path in (RESULTS / "mining").glob("*.csv") if not path.stem.endswith("-differences"))
-    made = [line for path in files for line in tables(path)]
-    DOCS.write_text("\n".join([before + BEGIN, "", *made]) + END + rest.split(END, 1)[1])
+    write_between(DOCS, BEGIN, "\n".join(line for path in files for line in tables(path)))
 
 
 def main() -> None:

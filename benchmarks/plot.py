@@ -20,12 +20,12 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from benchmarks import rows as files
 from benchmarks.cases import SWEEPS
 from benchmarks.measure import EAGER, OURS
-from benchmarks.rows import RESULTS, Row
+from benchmarks.rows import RESULTS, Row, write_between
 from benchmarks.run import COLUMNS
 
 COLOURS = ["#1b6ca8", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#8a8d91", "#4a4e69", "#b08968", "#2a9d8f"]
 README = RESULTS.parents[1] / "README.md"
-BEGIN, END = "<!-- made by `make plots` from benchmarks/results -->", "<!-- end -->"
+BEGIN = "<!-- made by `make plots` from benchmarks/results -->"
 
 
 def newest(path: Path) -> list[Row]:
@@ -192,12 +192,6 @@ def table(path: Path) -> str:
     return "\n".join([*lines, "", f"Medians of interleaved rounds on {source}; rows in `benchmarks/results/`."])
 
 
-def write_readme(tables: list[str]) -> None:
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    README.write_text("\n".join([before + BEGIN, "", "\n\n".join(tables), "", END + rest.split(END)[1]]))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
@@ -208,7 +202,7 @@ def main() -> None:
     for path in paths:
         print(*draw(path), sep="\n")
     if results == RESULTS:
-        write_readme([table(path) for path in paths])
+        write_between(README, BEGIN, "\n\n".join(table(path) for path in paths))
 
 
 if __name__ == "__main__":

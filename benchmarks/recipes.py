@@ -5,7 +5,7 @@
     python -m benchmarks.recipes --draw                           the picture and the table again, without training
 
 Appends to benchmarks/results/recipes/wordnet.csv as each run ends, and skips runs whose (recipe, seed, steps) is already
-there, so that a run cut short goes on where it stopped. Leaves wordnet.png and wordnet.md beside it, drawn from the rows.
+there, so that a run cut short goes on where it stopped. Leaves wordnet.png beside it and the table in docs/comparison.md.
 """
 
 import argparse
@@ -18,13 +18,16 @@ import torch
 import negmine
 from benchmarks import wordnet
 from benchmarks.figures import AFTER, BEFORE, plt, save
-from benchmarks.rows import RESULTS, Row, append, commit, machine_name, newest
+from benchmarks.rows import RESULTS, Row, append, commit, machine_name, newest, write_between
 from benchmarks.train import RECIPES, Metrics, evaluate, new_heads, train
 
 METRICS = {"recall_1": "recall@1", "recall_10": "recall@10", "mrr": "MRR"}
 KEY = ("recipe", "seed", "steps")
 COLUMNS = [*KEY, *METRICS, "ms_per_step", "negmine", "commit", "torch", "machine", "date"]
 START = "before training"
+ROWS = RESULTS / "recipes" / "wordnet.csv"
+PAGE = RESULTS.parent.parent / "docs" / "comparison.md"
+BEGIN = "<!-- made by `python -m benchmarks.recipes` from benchmarks/results/recipes -->"
 
 
 def key_of(row: Row) -> tuple[str, int, int]:
@@ -109,7 +112,7 @@ def main() -> None:
     parser.add_argument("--recipes", "--recipe", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--out", type=Path, default=RESULTS / "recipes" / "wordnet.csv")
+    parser.add_argument("--out", type=Path, default=ROWS)
     parser.add_argument("--draw", action="store_true", help="train nothing")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -120,7 +123,8 @@ def main() -> None:
     rows = newest(args.out, *KEY)
     text = table(rows, args.steps)
     draw(rows, args.steps, args.out.with_suffix(".png"))
-    args.out.with_suffix(".md").write_text(text)
+    if args.out == ROWS:
+        write_between(PAGE, BEGIN, text)
     print(text)
 
 

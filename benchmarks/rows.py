@@ -10,6 +10,7 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, str]
+END = "<!-- end -->"  # of what a command writes into a page
 
 
 def read(path: Path) -> list[Row]:
@@ -42,6 +43,12 @@ def append(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
     else:
         gone = [name for name in (old[0] if old else ()) if name not in columns]
         write(path, columns + gone, old + rows)
+
+
+def write_between(page: Path, begin: str, text: str) -> None:
+    """Puts text between the line `begin` of a page and the next END."""
+    before, rest = page.read_text().split(begin)
+    page.write_text("\n".join([before + begin, "", text.strip("\n"), "", END + rest.split(END, 1)[1]]))
 
 
 def machine_name(device: str) -> str:

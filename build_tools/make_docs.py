@@ -15,7 +15,7 @@ import mkdocs.config
 
 PAGES = Path("build/docs")
 # In the order of a reader's questions; pages that are not named come after them, by name.
-ORDER = ["methods", "triplets", "mining", "report", "cli", "adapters", "sharded", "planning", "building"]
+ORDER = ["methods", "triplets", "comparison", "mining", "report", "cli", "adapters", "sharded", "planning", "building"]
 
 
 def public_names() -> list[str]:
@@ -34,12 +34,18 @@ def public_names() -> list[str]:
     return names + recipes
 
 
-def index() -> str:
-    """README.md with its links into docs/ as links between pages, its pictures beside it, and links to files as plain names."""
-    text = Path("README.md").read_text()
+def read(page: Path) -> str:
+    """The text of a page, with the pictures that it shows copied beside it."""
+    text = page.read_text()
     for picture in re.findall(r"!\[[^\]]*\]\(([^)]+\.png)\)", text):
-        shutil.copy(picture, PAGES)
+        shutil.copy(page.parent / picture, PAGES)
         text = text.replace(f"]({picture})", f"]({Path(picture).name})")
+    return text
+
+
+def index() -> str:
+    """README.md with its links into docs/ as links between pages, and links to files as plain names."""
+    text = read(Path("README.md"))
     text = re.sub(r"\]\(docs/([\w-]+\.md)", r"](\1", text)
     return re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?://|#|[\w-]+\.md)[^)]+\)", r"`\1`", text)
 
@@ -54,7 +60,7 @@ def gather() -> list[dict[str, str]]:
     place = {name: at for at, name in enumerate(ORDER)}
     found = sorted(Path("docs").glob("*.md"), key=lambda page: (place.get(page.stem, len(ORDER)), page.stem))
     for page in found:
-        (PAGES / page.name).write_text(page.read_text().replace("](../README.md", "](index.md"))
+        (PAGES / page.name).write_text(read(page).replace("](../README.md", "](index.md"))
     titles = [{page.read_text().split("\n", 1)[0].removeprefix("# "): page.name} for page in found]
     return [{"negmine": "index.md"}, *titles, {"Reference": "reference.md"}]
 

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import mining
 from benchmarks.differences import REASONS, explain
-from benchmarks.rows import append
+from benchmarks.rows import END, append
 
 WINDOW = 6
 MARGIN = 0.1
@@ -44,7 +44,7 @@ def test_the_tables_are_the_newest_rows(monkeypatch, tmp_path):
     folder, page = tmp_path / "mining", tmp_path / "page.md"
     monkeypatch.setattr(mining, "RESULTS", tmp_path)
     monkeypatch.setattr(mining, "DOCS", page)
-    page.write_text(f"before\n\n{mining.BEGIN}\nstale\n{mining.END}\n\nafter\n")
+    page.write_text(f"before\n\n{mining.BEGIN}\nstale\n{END}\n\nafter\n")
     stamp = {"commit": "abc", "threads": 2, "torch": "2", "K": 20_000, "D": 16, "given_up": 1_234, "load": 0.4}
 
     def row(date, variant, Q, cpu):
@@ -61,11 +61,7 @@ def test_the_tables_are_the_newest_rows(monkeypatch, tmp_path):
     append(folder / "box-differences.csv", list(told), [told])
     mining.write_tables()
     text = page.read_text()
-    assert (
-        text.startswith("before\n\n" + mining.BEGIN)
-        and text.endswith(mining.END + "\n\nafter\n")
-        and "stale" not in text
-    )
+    assert text.startswith("before\n\n" + mining.BEGIN) and text.endswith(END + "\n\nafter\n") and "stale" not in text
     assert "9,000 queries, 20,000 entries, D = 16:" in text and "900 queries" not in text.replace("9,000", "")
     assert "| `mine_hard_negatives` | 2.5 | 2.5 | 2,000 MiB | 1,234 |" in text
     assert "| sentence-transformers, use_faiss=False | 8.0 | 8.0 | 2,000 MiB | 1,234 |" in text
