@@ -14,9 +14,9 @@ from torch import Tensor
 from negmine import backends, checks, reference, reference_triplets
 from negmine.logsumexp import LogSumExp, frozen
 from negmine.mining import for_kernels, working
-from negmine.pool import Pool
+from negmine.pool import Pool, label_pool
 from negmine.stepped import Stepped, at_step
-from negmine.triplets import above, between, label_masks, label_pool
+from negmine.triplets import above, between, label_masks
 
 
 class MultiSimilarityStats(NamedTuple):

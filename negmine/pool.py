@@ -11,8 +11,10 @@ from torch import Tensor
 
 from negmine import order, philox
 from negmine.backends import Launchers
-from negmine.checks import describe, refuse, require_tensor
+from negmine.checks import describe, refuse, require_tensor, require_vectors
 from negmine.options import Select
+
+UNKNOWN = -(2**63)  # stands for a query's unknown label: no key has it
 
 
 class Pool(NamedTuple):
@@ -78,6 +80,24 @@ def check_pool(
     ids = _check_tags(op, ("query_ids", f"{keys_are}_ids"), query_ids, negative_ids, query, tag_shape)
     labels = _check_tags(op, ("query_labels", f"{keys_are}_labels"), query_labels, negative_labels, query, tag_shape)
     return Pool(negative_mask, *ids, *labels)
+
+
+def label_pool(
+    op: str,
+    query: Any,
+    keys: Any,
+    query_labels: Any,
+    key_labels: Any,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    key_mask: Tensor | None,
+) -> Pool:
+    """The pool of keys of another label, checked; with same_label it is that of equal labels. Below 0 a label is unknown."""
+    require_vectors(op, "query", query, "(B, D)", (2,))
+    require_vectors(op, "keys", keys, "(K, D)", (2,), query)
+    require_tensor(op, "query_labels", query_labels, query)
+    pool = check_pool(op, query, keys, key_mask, query_ids, key_ids, query_labels, key_labels, keys_are="key")
+    return pool._replace(query_labels=torch.where(query_labels < 0, UNKNOWN, query_labels.long()))
 
 
 def usable(pool: Pool, query: Tensor, negative_keys: Tensor) -> Tensor | None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from negmine import checks, reference, reference_triplets
 from negmine.mining import working
 from negmine.options import is_real
+from negmine.pool import label_pool
 from negmine.stepped import Stepped, at_step
-from negmine.triplets import Triplets, check_rule, label_pool, triplets_of
+from negmine.triplets import Triplets, check_rule, triplets_of
 
 
 def _check_temperature(op: str, temperature: Any) -> None:
