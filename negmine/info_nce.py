@@ -15,7 +15,7 @@ from negmine import backends, checks, order, reference
 from negmine.false_negatives import Found, find, without
 from negmine.listed import listed, own
 from negmine.logsumexp import LogSumExp, LogSumExpPair, MeanScore, scale_of
-from negmine.mining import dense_keys, for_kernels, score_of_positive, working
+from negmine.mining import for_kernels, frozen, score_of_positive, working
 from negmine.mixing import hard_index, mixed_logsumexp
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.pool import Pool, bounded, check_pool, readable, sampled, usable
@@ -101,12 +101,13 @@ def info_nce(
     ops = backends.choose(op, needed, backend, (query, positive_key, negative_keys))
     draw = (seed, step, row_offset)
     if ops is None:
+        allowed = usable(pool, query, negative_keys)
         rows, found = reference.info_nce(
             working(query),
             working(positive_key),
-            dense_keys(negative_keys, pool),
+            frozen(negative_keys, allowed),
             temperature=temperature,
-            usable=usable(pool, query, negative_keys),
+            usable=allowed,
             select=select,
             mix=mix,
             weight=weight,

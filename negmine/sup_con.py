@@ -15,7 +15,7 @@ from torch import Tensor
 from negmine import backends, checks, reference
 from negmine.derivatives import first_only
 from negmine.logsumexp import LogSumExp, MeanScore, scale_of
-from negmine.mining import dense_keys, working
+from negmine.mining import frozen, working
 from negmine.pool import Pool, label_pool, of_columns, pieces, readable, usable
 
 
@@ -152,7 +152,7 @@ def sup_con(
         allowed = usable(everything, query, keys)
         rows, found = reference.sup_con(
             working(query),
-            dense_keys(keys, everything),
+            frozen(keys, allowed),
             query_labels,
             key_labels,
             temperature=temperature,
