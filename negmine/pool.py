@@ -130,10 +130,10 @@ def of_columns(pool: Pool, part: slice) -> Pool:
     return pool._replace(negative_mask=own, negative_ids=ids, negative_labels=labels)
 
 
-def pieces(B: int, K: int, most: int) -> list[slice]:
-    """The columns [0, K) in pieces of at most `most` scores of B queries, one column at least."""
-    step = max(1, most // max(1, B))
-    return [slice(start, min(start + step, K)) for start in range(0, K, step)]
+def pieces(each: int, count: int, most: int) -> list[slice]:
+    """[0, count) in pieces of at most `most` numbers, `each` an element, one element at least: columns of B scores, say."""
+    step = max(1, most // max(1, each))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def bounded(

@@ -172,8 +172,7 @@ class SigLIPLoss(Stepped):
 
     def __init__(self, scale: float = 10.0, bias: float = -10.0, *, learn: bool = True, **options: Any) -> None:
         super().__init__()
-        if not is_real(scale) or scale <= 0:
-            raise checks.refuse("SigLIPLoss", "scale", "a number above 0", scale)
+        checks.require_number("SigLIPLoss", "scale", scale, above=0)
         _require_factor("SigLIPLoss", "bias", bias)
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn)
         self.bias = nn.Parameter(torch.tensor(float(bias)), requires_grad=learn)

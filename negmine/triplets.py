@@ -13,7 +13,6 @@ from torch import Tensor
 from negmine import backends, checks, order, reference_triplets
 from negmine.distance_weighted import distance_weighted
 from negmine.mining import for_kernels, working
-from negmine.options import is_real
 from negmine.pool import Pool, label_pool, usable
 from negmine.reference_triplets import score_farther
 
@@ -158,8 +157,7 @@ def check_rule(
     checks.require_choice(op, "positive", positive, POSITIVES)
     checks.require_choice(op, "negative", negative, NEGATIVES)
     checks.require_choice(op, "distance", distance, DISTANCES)
-    if not is_real(margin) or margin < 0:
-        raise checks.refuse(op, "margin", "a number of 0 or more", margin)
+    checks.require_number(op, "margin", margin, least=0)
     if (positive == "multi_similarity") != (negative == "multi_similarity"):
         name, value = ("negative", negative) if positive == "multi_similarity" else ("positive", positive)
         raise checks.refuse(op, name, "'multi_similarity' where the other is", value)
