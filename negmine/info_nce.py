@@ -5,7 +5,7 @@ means, so that every gradient is known in the forward pass and the queue may be 
 arithmetic on (B,) tensors, differentiated by autograd. The dense definition is negmine/reference.py.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +99,7 @@ def info_nce(
     pool = check_pool(op, query, negative_keys, *masks)
     needed = _ops_for(negative_keys, select, mix, weight, false_negatives)
     ops = backends.choose(op, needed, backend, (query, positive_key, negative_keys))
-    draw = (seed, step, row_offset)
+    options: dict[str, Any] = {"select": select, "mix": mix, "weight": weight, "false_negatives": false_negatives}
     if ops is None:
         allowed = usable(pool, query, negative_keys)
         rows, found = reference.info_nce(
@@ -108,10 +108,7 @@ def info_nce(
             frozen(negative_keys, allowed),
             temperature=temperature,
             usable=allowed,
-            select=select,
-            mix=mix,
-            weight=weight,
-            false_negatives=false_negatives,
+            **options,
             support=None if support is None else working(support),
             decoupled=decoupled,
             seed=seed,
@@ -127,14 +124,11 @@ def info_nce(
             negative_keys,
             temperature,
             pool,
-            select,
-            mix,
-            weight,
-            false_negatives,
-            support,
-            decoupled,
-            draw,
-            return_stats,
+            **options,
+            support=support,
+            decoupled=decoupled,
+            draw=(seed, step, row_offset),
+            want_rank=return_stats,
         )
     loss = reference.reduced(rows, reduction)
     return (loss, stats) if return_stats else loss
@@ -167,14 +161,15 @@ def fused(
     negative_keys: Tensor,
     temperature: float | Tensor,
     masks: Pool,
-    select: Select | None,
-    mix: Mix | None,
-    weight: Weight | None,
-    false_negatives: FalseNegatives | None,
-    support: Tensor | None,
-    decoupled: bool,
-    draw: tuple[int, int, int],
-    want_rank: bool,
+    *,
+    select: Select | None = None,
+    mix: Mix | None = None,
+    weight: Weight | None = None,
+    false_negatives: FalseNegatives | None = None,
+    support: Tensor | None = None,
+    decoupled: bool = False,
+    draw: tuple[int, int, int] = (0, 0, 0),
+    want_rank: bool = False,
 ) -> tuple[Tensor, InfoNCEStats]:
     """Loss (B,) and statistics from the kernels `ops`; meaning as reference.info_nce."""
     scale = scale_of(temperature, query)
