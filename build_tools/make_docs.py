@@ -15,7 +15,7 @@ import mkdocs.config
 
 PAGES = Path("build/docs")
 # In the order of a reader's questions; pages that are not named come after them, by name.
-ORDER = ["methods", "triplets", "mining", "report", "cli", "adapters", "sharded", "planning", "building"]
+ORDER = ["methods", "triplets", "mining", "report", "cli", "adapters", "torch", "sharded", "planning", "building"]
 
 
 def public_names() -> list[str]:
