@@ -12,13 +12,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.hardness import BINS, RANKS, Hardness
 from benchmarks.measure import Measured
+from benchmarks.palette import BLUE, GREEN, GREY, PURPLE, RED, YELLOW
 from benchmarks.peers import OPS
 from benchmarks.train import IN_DEMO, RECIPES, K, Run
 
-COLOURS = dict(zip(IN_DEMO, ["#1b6ca8", "#66a182", "#d1495b", "#edae49", "#8a8d91", "#7b4ea3"], strict=True))
+COLOURS = dict(zip(IN_DEMO, [BLUE, GREEN, RED, YELLOW, GREY, PURPLE], strict=True))
 FLOOR = "torch's matrix products alone"
 LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-BEFORE, AFTER, ACCENT = "#a9b4c2", "#1b6ca8", "#d1495b"
+BEFORE, AFTER, ACCENT = "#a9b4c2", BLUE, RED
 plt.rcParams.update(
     {
         "font.size": 9.5,

@@ -20,10 +20,10 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from benchmarks import rows as files
 from benchmarks.cases import SWEEPS
 from benchmarks.measure import EAGER, OURS
+from benchmarks.palette import COLOURS
 from benchmarks.rows import RESULTS, Row, write_between
 from benchmarks.run import COLUMNS
 
-COLOURS = ["#1b6ca8", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#8a8d91", "#4a4e69", "#b08968", "#2a9d8f"]
 README = RESULTS.parents[1] / "README.md"
 BEGIN = "<!-- made by `make plots` from benchmarks/results -->"
 

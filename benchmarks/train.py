@@ -57,11 +57,12 @@ class Recipe:
     window: tuple[float, float] = (0.0, 1.0)  # where its negatives lie, fractions of the ranking, hardest first
     parents: int = 0  # the hardest ranks that synthetic negatives are mixed from
     # What its loss takes beside keys and ids. "labels": the entries' own numbers, so that every key of the query's entry is a
-    # positive. "support": the positive key as the one further view. "mixed": sentence vectors mixed within the batch.
+    # positive. "support": the positive key as the one further view. "mixed": sentence vectors mixed within the batch. "pairs":
+    # the batch's positive keys and its entries' numbers, and no queue.
     feed: str = ""
 
 
-UNSEEDED = ("sup_con", "ephn", "batch_hard")  # nothing in them is drawn
+UNSEEDED = ("sup_con", "ephn", "batch_hard", "facenet")  # nothing in them is drawn
 
 
 def configured(title: str, name: str, **settings: Any) -> Recipe:
@@ -96,6 +97,8 @@ IN_DEMO = {
 RECIPES = IN_DEMO | {
     "moco_v1": configured("MoCo v1, T = 0.07", "moco_v1", temperature=0.07),
     "moco_v2": configured("MoCo v2, T = 0.2", "moco_v2", temperature=0.2),
+    "hardest": configured("hardest 1 %", "hardest", fraction=0.01, window=(0.0, 0.01)),
+    "easiest": configured("easiest half alone", "easiest", fraction=0.5, window=(0.5, 1.0)),
     "ring": configured("Ring (0.1, 0.1)", "ring", window=(0.01, 0.1)),
     "ring_annealed": Recipe("Ring, outer 1.0 to 0.1 in half the steps", annealed_ring, (0.01, 0.1)),
     "synco": configured("SynCo, six kinds", "synco", parents=1024),
@@ -118,6 +121,13 @@ RECIPES = IN_DEMO | {
     ),
     "ephn": configured("EPHN: easy positive, hardest negative", "ephn", feed="labels"),
     "batch_hard": configured("batch hard triplets, margin 0.2", "batch_hard", temperature=None, feed="labels"),
+    "facenet": configured(
+        "FaceNet's semi-hard, margin 0.2", "facenet", max_positives=4, temperature=None, feed="labels"
+    ),
+    "distance_weighted": configured(
+        "distance-weighted triplets", "distance_weighted", max_positives=4, temperature=None, feed="labels"
+    ),
+    "vse_plus_plus": Recipe("VSE++, margin 0.2", lambda steps, seed: negmine.recipes.vse_plus_plus(), feed="pairs"),
     "multi_similarity": Recipe(
         "multi-similarity", lambda steps, seed: negmine.recipes.multi_similarity(), feed="labels"
     ),
@@ -224,6 +234,8 @@ def train(name: str, task: Task, steps: int, seed: int, evaluate_at: list[int], 
         query = query_head(inputs)  # (B, D)
         if recipe.feed == "labels":
             loss = loss_of(query, torch.cat([positive_key, queue.keys]), answers, torch.cat([answers, queue.ids]))
+        elif recipe.feed == "pairs":
+            loss = loss_of(query, positive_key, answers)
         else:
             ids = {"query_ids": answers, "negative_ids": queue.ids}
             loss = loss_of(query, positive_key, queue.keys, **ids, **further, step=step)

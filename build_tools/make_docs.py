@@ -4,10 +4,10 @@ The pages are README.md as the index, docs/*.md and a reference with one entry f
 it shows. They are gathered in build/docs and built into out/docs; a broken link or an undocumented name fails.
 """
 
-import inspect
 import re
 import shutil
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import mkdocs.commands.build
@@ -15,7 +15,19 @@ import mkdocs.config
 
 PAGES = Path("build/docs")
 # In the order of a reader's questions; pages that are not named come after them, by name.
-ORDER = ["methods", "triplets", "comparison", "mining", "report", "cli", "adapters", "sharded", "planning", "building"]
+ORDER = [
+    "methods",
+    "triplets",
+    "comparison",
+    "mining",
+    "report",
+    "cli",
+    "adapters",
+    "torch",
+    "sharded",
+    "planning",
+    "building",
+]
 
 
 def public_names() -> list[str]:
@@ -23,15 +35,11 @@ def public_names() -> list[str]:
     import negmine
 
     names = [f"negmine.{name}" for name in negmine.__all__ if not name.startswith("_") and name != "recipes"]
-    recipes = [
-        f"negmine.recipes.{name}"
-        for name, made in vars(negmine.recipes).items()
-        if inspect.isfunction(made) and made.__module__.startswith("negmine.recipes") and not name.startswith("_")
-    ]
-    undocumented = [name for name in names if not getattr(negmine, name.removeprefix("negmine.")).__doc__]
+    names += [f"negmine.recipes.{name}" for name in negmine.recipes.__all__]
+    undocumented = [name for name in names if not attrgetter(name.removeprefix("negmine."))(negmine).__doc__]
     if undocumented:
         raise SystemExit(f"make docs: without a docstring: {', '.join(undocumented)}")
-    return names + recipes
+    return names
 
 
 def read(page: Path) -> str:

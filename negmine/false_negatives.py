@@ -14,7 +14,7 @@ from negmine import order, reference
 from negmine.backends import Launchers
 from negmine.mining import for_kernels, working
 from negmine.options import FalseNegatives
-from negmine.pool import Pool, usable
+from negmine.pool import Pool, pieces, usable
 
 PIECE = 1 << 22  # scores in memory at one time where the threshold stands alone
 
@@ -65,12 +65,12 @@ def _merged(mined: list[tuple[Tensor, Tensor]], N: int) -> Tensor:
 def _past_threshold(support: Tensor, negative_keys: Tensor, options: FalseNegatives, pool: Pool) -> Tensor:
     """(B, K) bool: the columns of the pool whose score passes the threshold."""
     assert options.threshold is not None  # FalseNegatives refuses neither of the two
-    support, step = working(support), max(1, PIECE // max(1, support.shape[0] * support.shape[1]))
-    pieces = [
-        reference.found_scores(support, working(piece), options.reduce) > options.threshold
-        for piece in negative_keys.split(step, dim=-2)
-    ]
-    found, allowed = torch.cat(pieces, 1), usable(pool, support[:, 0], negative_keys)
+    support, (B, V), K = working(support), support.shape[:2], negative_keys.shape[-2]
+    found = torch.zeros(B, K, dtype=torch.bool, device=support.device)
+    for part in pieces(B * V, K, PIECE):
+        keys = working(negative_keys[..., part, :])  # (C, D), or (B, C, D)
+        found[:, part] = reference.found_scores(support, keys, options.reduce) > options.threshold
+    allowed = usable(pool, support[:, 0], negative_keys)
     return found if allowed is None else found & allowed
 
 

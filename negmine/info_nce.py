@@ -5,7 +5,7 @@ means, so that every gradient is known in the forward pass and the queue may be 
 arithmetic on (B,) tensors, differentiated by autograd. The dense definition is negmine/reference.py.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from negmine import backends, checks, order, reference
 from negmine.false_negatives import Found, find, without
 from negmine.listed import listed, own
 from negmine.logsumexp import LogSumExp, LogSumExpPair, MeanScore, scale_of
-from negmine.mining import dense_keys, for_kernels, score_of_positive, working
+from negmine.mining import for_kernels, frozen, score_of_positive, working
 from negmine.mixing import deepest, mixed_logsumexp, parents_of
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.pool import Pool, bounded, check_pool, readable, sampled, usable
@@ -99,18 +99,16 @@ def info_nce(
     pool = check_pool(op, query, negative_keys, *masks)
     needed = _ops_for(negative_keys, select, mix, weight, false_negatives)
     ops = backends.choose(op, needed, backend, (query, positive_key, negative_keys))
-    draw = (seed, step, row_offset)
+    options: dict[str, Any] = {"select": select, "mix": mix, "weight": weight, "false_negatives": false_negatives}
     if ops is None:
+        allowed = usable(pool, query, negative_keys)
         rows, found = reference.info_nce(
             working(query),
             working(positive_key),
-            dense_keys(negative_keys, pool),
+            frozen(negative_keys, allowed),
             temperature=temperature,
-            usable=usable(pool, query, negative_keys),
-            select=select,
-            mix=mix,
-            weight=weight,
-            false_negatives=false_negatives,
+            usable=allowed,
+            **options,
             support=None if support is None else working(support),
             decoupled=decoupled,
             seed=seed,
@@ -126,14 +124,11 @@ def info_nce(
             negative_keys,
             temperature,
             pool,
-            select,
-            mix,
-            weight,
-            false_negatives,
-            support,
-            decoupled,
-            draw,
-            return_stats,
+            **options,
+            support=support,
+            decoupled=decoupled,
+            draw=(seed, step, row_offset),
+            want_rank=return_stats,
         )
     loss = reference.reduced(rows, reduction)
     return (loss, stats) if return_stats else loss
@@ -167,14 +162,15 @@ def fused(
     negative_keys: Tensor,
     temperature: float | Tensor,
     masks: Pool,
-    select: Select | None,
-    mix: Mix | None,
-    weight: Weight | None,
-    false_negatives: FalseNegatives | None,
-    support: Tensor | None,
-    decoupled: bool,
-    draw: tuple[int, int, int],
-    want_rank: bool,
+    *,
+    select: Select | None = None,
+    mix: Mix | None = None,
+    weight: Weight | None = None,
+    false_negatives: FalseNegatives | None = None,
+    support: Tensor | None = None,
+    decoupled: bool = False,
+    draw: tuple[int, int, int] = (0, 0, 0),
+    want_rank: bool = False,
 ) -> tuple[Tensor, InfoNCEStats]:
     """Loss (B,) and statistics from the kernels `ops`; meaning as reference.info_nce."""
     scale = scale_of(temperature, query)

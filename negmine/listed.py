@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from negmine import order
+from negmine import order, reference
 from negmine.backends import Launchers, in_two, one_by_one
 from negmine.pool import Pool, pieces, usable
 from negmine.reference_triplets import rows_at
@@ -49,7 +49,7 @@ def _logsumexp_grad_keys(ops, query, negative_keys, scale, lse, weight, index, _
     keys, rows = rows_of(negative_keys, index)
     scores = ops.listed_logsumexp(query, keys, rows, scale, False)[0]  # (B, M)
     p = (scale * scores - lse[:, None]).exp().masked_fill(index < 0, 0.0)  # (B, M)
-    return ops.listed_grad_keys(query, rows, p * weight[:, None], len(keys)).view(negative_keys.shape)
+    return ops.listed_grad_keys(query, rows, p * weight[:, None], keys.shape[0]).view(negative_keys.shape)
 
 
 def _softplus_sum(ops, query, negative_keys, scale, bias, want_pull, index, _same_label):
@@ -58,14 +58,15 @@ def _softplus_sum(ops, query, negative_keys, scale, bias, want_pull, index, _sam
     sigmoid = x.sigmoid().masked_fill(absent, 0.0)  # (B, M)
     pull = x.new_zeros(len(query) if want_pull else 0, query.shape[1])
     for b in pieces(index.shape[1] * query.shape[1], len(pull), PIECE):
-        pull[b] = torch.einsum("bm,bmd->bd", sigmoid[b], rows_at(negative_keys, index[b], x.dtype))
+        with reference.unshortened(query.device):
+            pull[b] = torch.einsum("bm,bmd->bd", sigmoid[b], rows_at(negative_keys, index[b], x.dtype))
     return (-F.logsigmoid(-x)).masked_fill(absent, 0.0).sum(1), pull, sigmoid.sum(1), (~absent).sum(1)
 
 
 def _softplus_sum_grad_keys(ops, query, negative_keys, scale, bias, weight, index, _same_label):
     scores = scores_at(ops, query, negative_keys, scale, index)  # (B, M)
     sigmoid = (scale * scores + bias).sigmoid()  # (B, M)
-    return ops.listed_grad_keys(query, index, sigmoid * weight[:, None], len(negative_keys))
+    return ops.listed_grad_keys(query, index, sigmoid * weight[:, None], negative_keys.shape[0])
 
 
 def listed(ops: Launchers) -> Launchers:

@@ -12,7 +12,7 @@ from torch import Tensor
 from negmine import backends, checks, order, reference_methods
 from negmine.derivatives import first_only
 from negmine.listed import listed
-from negmine.mining import for_kernels, score_of_positive, working
+from negmine.mining import for_kernels, frozen, score_of_positive, working
 from negmine.options import Select
 from negmine.pool import bounded, check_pool, sampled, usable
 
@@ -184,17 +184,6 @@ def pooled(
     if ops is None:
         return reference_methods.logsumexp(working(query), frozen(negative_keys, dense["usable"]), temperature, **dense)
     return LogSumExp.apply(query, negative_keys, scale_of(temperature, query), None, None, ops, *pool)[0]
-
-
-def frozen(negative_keys: Tensor, seen: Tensor | None) -> Tensor:
-    """Keys as the dense path saves them for backward: a copy where they carry no gradient and may be overwritten.
-
-    seen (B, K): rows that no query sees are zeros, for they may hold anything, NaN included.
-    """
-    keys = working(negative_keys)
-    if seen is not None:
-        return torch.where(seen.any(0)[:, None], keys, 0.0)
-    return keys if keys.requires_grad else keys.clone()
 
 
 def columns(

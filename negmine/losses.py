@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from negmine import checks
 from negmine.info_nce import InfoNCEStats, info_nce
@@ -75,12 +75,16 @@ class InfoNCELoss(Stepped):
         return ", ".join([f"temperature={self.temperature!r}", *(f"{name}={value!r}" for name, value in given.items())])
 
 
-class SupConLoss(nn.Module):
-    """sup_con as a module; its keywords are sup_con's. A temperature given as an nn.Parameter is learned with the rest."""
+class SupConLoss(Stepped):
+    """sup_con as a module; its keywords are sup_con's.
+
+    temperature may be a schedule, a callable of the step; one given as an nn.Parameter is learned with the rest. Calls in
+    training mode that name no `step` count themselves; the count travels in state_dict.
+    """
 
     def __init__(
         self,
-        temperature: float | Tensor = 0.07,
+        temperature: float | Tensor | Callable[[int], float] = 0.07,
         *,
         positives: str = "out",
         denominator: str = "all",
@@ -90,7 +94,8 @@ class SupConLoss(nn.Module):
     ) -> None:
         super().__init__()
         op = "SupConLoss"
-        checks.require_temperature(op, temperature)
+        if not callable(temperature):
+            checks.require_temperature(op, temperature)
         checks.require_choice(op, "positives", positives, ("out", "in"))
         checks.require_choice(op, "denominator", denominator, ("all", "own_positive", "negatives_only"))
         checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
@@ -104,10 +109,18 @@ class SupConLoss(nn.Module):
         }
 
     def forward(
-        self, query: Tensor, keys: Tensor, query_labels: Tensor, key_labels: Tensor, **masks: Any
+        self,
+        query: Tensor,
+        keys: Tensor,
+        query_labels: Tensor,
+        key_labels: Tensor,
+        *,
+        step: int | None = None,
+        **masks: Any,
     ) -> Tensor | tuple[Tensor, SupConStats]:
         """masks: query_ids, key_ids, key_mask of sup_con."""
-        return sup_con(query, keys, query_labels, key_labels, temperature=self.temperature, **self.options, **masks)
+        options = at_step({"temperature": self.temperature, **self.options}, self.count(step))
+        return sup_con(query, keys, query_labels, key_labels, **options, **masks)
 
     def extra_repr(self) -> str:
         return ", ".join([f"temperature={self.temperature!r}", *(f"{k}={v!r}" for k, v in self.options.items() if v)])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from negmine import backends, checks, order, reference
 from negmine.options import Select, is_real
-from negmine.pool import Pool, bounded, check_pool, readable, sampled, usable
+from negmine.pool import Pool, bounded, check_pool, sampled, usable
 
 
 class Mined(NamedTuple):
@@ -28,11 +28,15 @@ def for_kernels(vectors: Tensor) -> Tensor:
     return vectors if vectors.stride(-1) == 1 or vectors.shape[-1] == 1 else vectors.contiguous()
 
 
-def dense_keys(negative_keys: Tensor, pool: Pool) -> Tensor:
-    """Keys as the dense path saves them for backward: frozen ones are copied, so that the caller may overwrite the queue."""
+def frozen(negative_keys: Tensor, seen: Tensor | None) -> Tensor:
+    """Keys (K, D) or (B, M, D) as the dense path saves them for backward: a copy where the caller may overwrite the queue.
+
+    seen (B, K) bool: rows that no query sees are zeros, for they may hold anything, NaN included.
+    """
     keys = working(negative_keys)
-    clean = readable(keys, pool)
-    return keys.clone() if clean is keys and not negative_keys.requires_grad else clean
+    if seen is not None:
+        return torch.where((seen if keys.dim() == 3 else seen.any(0))[..., None], keys, 0.0)
+    return keys if keys.requires_grad else keys.clone()
 
 
 def score_of_positive(query: Tensor, positive_key: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from negmine.derivatives import first_only
 from negmine.listed import rows_of
 from negmine.mining import for_kernels, working
 from negmine.options import Mix
-from negmine.pool import check_pool, usable
+from negmine.pool import check_pool, pieces, usable
 
 PIECE = 1 << 22  # numbers of the mixes that are in memory at one time where gradient flows through them
 
@@ -90,12 +90,6 @@ def _mixed_rows(query: Tensor, keys: Tensor, parents: Tensor, coefficients: Tens
     return h, score, turned / length
 
 
-def _pieces(parents: Tensor, D: int) -> list[slice]:
-    B, S = parents.shape[:2]
-    step = max(1, PIECE // max(1, S * D))
-    return [slice(start, min(start + step, B)) for start in range(0, B, step)]
-
-
 class FollowedMixLogSumExp(torch.autograd.Function):
     """MixLogSumExp with the gradient that flows through the synthetic negatives to the query in them and to the keys.
 
@@ -108,7 +102,7 @@ class FollowedMixLogSumExp(torch.autograd.Function):
         absent = parents[:, :, 1] < 0  # (B, S)
         lse = torch.empty(len(query), dtype=torch.float32, device=query.device)
         d_query, d_scale = torch.empty(query.shape, dtype=torch.float32, device=query.device), torch.empty_like(lse)
-        for part in _pieces(parents, query.shape[1]):
+        for part in pieces(parents.shape[1] * query.shape[1], parents.shape[0], PIECE):
             c = coefficients[part]
             h, score, d_m = _mixed_rows(query[part], negative_keys, parents[part], c)
             x = (scale * score).masked_fill(absent[part], -torch.inf)
@@ -131,7 +125,7 @@ class FollowedMixLogSumExp(torch.autograd.Function):
             negative_keys, parents, coefficients, lse = rest
             K, D = negative_keys.shape
             d_keys = torch.zeros(K, D, dtype=torch.float32, device=query.device)
-            for part in _pieces(parents, D):
+            for part in pieces(parents.shape[1] * D, parents.shape[0], PIECE):
                 c, to = coefficients[part], parents[part]
                 _, score, d_m = _mixed_rows(query[part], negative_keys, to, c)
                 p = (scale * score - lse[part, None]).exp().masked_fill(to[:, :, 1] < 0, 0.0)  # (B, S)

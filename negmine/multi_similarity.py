@@ -4,17 +4,19 @@ Mining keeps a pool of positives and a pool of negatives by one bound each; the 
 pools, as in info_nce, the positives' of -query. The dense definition is negmine/reference_triplets.py.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from negmine import backends, checks, reference, reference_triplets
-from negmine.logsumexp import LogSumExp, frozen
-from negmine.mining import for_kernels, working
-from negmine.pool import Pool
-from negmine.triplets import above, between, label_masks, label_pool
+from negmine.logsumexp import LogSumExp
+from negmine.mining import for_kernels, frozen, working
+from negmine.pool import Pool, label_pool
+from negmine.stepped import Stepped, at_step
+from negmine.triplets import above, between, label_masks
 
 
 class MultiSimilarityStats(NamedTuple):
@@ -114,23 +116,27 @@ def _fused(
     return pull + push, num_positives, num_negatives
 
 
-class MultiSimilarityLoss(nn.Module):
-    """multi_similarity as a module; its keywords are multi_similarity's."""
+class MultiSimilarityLoss(Stepped):
+    """multi_similarity as a module; its keywords are multi_similarity's.
+
+    A number may be a schedule, a callable of the step. Calls in training mode that name no `step` count themselves; the count
+    travels in state_dict.
+    """
 
     def __init__(
         self,
-        alpha: float = 2.0,
-        beta: float = 50.0,
-        base: float = 0.5,
+        alpha: float | Callable[[int], float] = 2.0,
+        beta: float | Callable[[int], float] = 50.0,
+        base: float | Callable[[int], float] = 0.5,
         *,
-        epsilon: float = 0.1,
+        epsilon: float | Callable[[int], float] = 0.1,
         reduction: str = "mean",
         backend: str | None = None,
         return_stats: bool = False,
     ) -> None:
         super().__init__()
         op = "MultiSimilarityLoss"
-        _check_numbers(op, alpha, beta, base, epsilon)
+        _check_numbers(op, **at_step({"alpha": alpha, "beta": beta, "base": base, "epsilon": epsilon}, 0))
         checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
         self.options: dict[str, Any] = {
             "alpha": alpha,
@@ -143,10 +149,18 @@ class MultiSimilarityLoss(nn.Module):
         }
 
     def forward(
-        self, query: Tensor, keys: Tensor, query_labels: Tensor, key_labels: Tensor, **masks: Any
+        self,
+        query: Tensor,
+        keys: Tensor,
+        query_labels: Tensor,
+        key_labels: Tensor,
+        *,
+        step: int | None = None,
+        **masks: Any,
     ) -> Tensor | tuple[Tensor, MultiSimilarityStats]:
         """masks: query_ids, key_ids, key_mask of multi_similarity."""
-        return multi_similarity(query, keys, query_labels, key_labels, **self.options, **masks)
+        options = at_step(self.options, self.count(step))
+        return multi_similarity(query, keys, query_labels, key_labels, **options, **masks)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value not in (None, False))

@@ -15,8 +15,8 @@ from negmine import philox
 
 
 def is_int(value: Any) -> bool:
-    """True for a whole number that is no bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """True for a whole number of 64 bits that is no bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def is_real(value: Any) -> bool:

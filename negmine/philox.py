@@ -79,7 +79,8 @@ def unit(word: Tensor, quantiles: Tensor | None) -> Tensor:
 def normals(rows: Tensor, slots: Tensor, D: int, seed: int, step: int) -> Tensor:
     """rows (B,), slots (S,) int64 -> (B, S, D) fp32 standard normals, by Box and Muller: four words make four of them."""
     blocks = -(-D // 4)
-    if rows.device.type == "cpu" and len(rows) > 8:  # a few rows at a time stay in the cache through the ten rounds
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and len(rows) > 8:
+        # A few rows at a time stay in the cache through the ten rounds; a compiler would be bound to the number of rows.
         return torch.cat([normals(some, slots, D, seed, step) for some in rows.split(8)])
     place = (slots[:, None] * blocks + torch.arange(blocks, device=slots.device)).flatten()  # (S * blocks,)
     uniform = [((w >> 8) + 1).float() * 2.0**-24 for w in words(rows, place, STREAM_NORMAL, seed, step)]  # in (0, 1]

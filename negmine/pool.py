@@ -11,8 +11,10 @@ from torch import Tensor
 
 from negmine import order, philox
 from negmine.backends import Launchers
-from negmine.checks import describe, refuse, require_tensor
+from negmine.checks import describe, refuse, require_tensor, require_vectors
 from negmine.options import Select
+
+UNKNOWN = -(2**63)  # stands for a query's unknown label: no key has it
 
 
 class Pool(NamedTuple):
@@ -80,6 +82,24 @@ def check_pool(
     return Pool(negative_mask, *ids, *labels)
 
 
+def label_pool(
+    op: str,
+    query: Any,
+    keys: Any,
+    query_labels: Any,
+    key_labels: Any,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    key_mask: Tensor | None,
+) -> Pool:
+    """The pool of keys of another label, checked; with same_label it is that of equal labels. Below 0 a label is unknown."""
+    require_vectors(op, "query", query, "(B, D)", (2,))
+    require_vectors(op, "keys", keys, "(K, D)", (2,), query)
+    require_tensor(op, "query_labels", query_labels, query)
+    pool = check_pool(op, query, keys, key_mask, query_ids, key_ids, query_labels, key_labels, keys_are="key")
+    return pool._replace(query_labels=torch.where(query_labels < 0, UNKNOWN, query_labels.long()))
+
+
 def usable(pool: Pool, query: Tensor, negative_keys: Tensor) -> Tensor | None:
     """The masks of a pool as one dense (B, K) bool for the reference; None where nothing is masked."""
     shape = (query.shape[0], negative_keys.shape[-2])  # (B, K)
@@ -110,10 +130,10 @@ def of_columns(pool: Pool, part: slice) -> Pool:
     return pool._replace(negative_mask=own, negative_ids=ids, negative_labels=labels)
 
 
-def pieces(B: int, K: int, most: int) -> list[slice]:
-    """The columns [0, K) in pieces of at most `most` scores of B queries, one column at least."""
-    step = max(1, most // max(1, B))
-    return [slice(start, min(start + step, K)) for start in range(0, K, step)]
+def pieces(each: int, count: int, most: int) -> list[slice]:
+    """[0, count) in pieces of at most `most` numbers, `each` an element, one element at least: columns of B scores, say."""
+    step = max(1, most // max(1, each))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def bounded(

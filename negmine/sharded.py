@@ -128,8 +128,8 @@ class ShardedMoCoQueue(MoCoQueue):
         windowed = ("rank_thresholds", "count_negatives", "mine_hardest") if select is not None else ()
         pool, ops = self._shards(op, query, check, ("logsumexp", *windowed), backend, select, said, wants)
         rows, stats = fused(
-            ops, query, positive_key, self.keys, temperature, pool, select, None, weight, None, None, decoupled,
-            (0, 0, 0), return_stats,
+            ops, query, positive_key, self.keys, temperature, pool,
+            select=select, weight=weight, decoupled=decoupled, want_rank=return_stats,
         )  # fmt: skip
         loss = reference.reduced(rows, reduction)
         return (loss, stats) if return_stats else loss

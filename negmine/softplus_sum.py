@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from negmine import checks, reference, reference_methods
 from negmine.derivatives import first_only
-from negmine.logsumexp import columns, frozen
-from negmine.mining import for_kernels, score_of_positive, working
+from negmine.logsumexp import columns
+from negmine.mining import for_kernels, frozen, score_of_positive, working
 from negmine.options import Select, is_real
 from negmine.stepped import Stepped, at_step
 
@@ -172,8 +172,7 @@ class SigLIPLoss(Stepped):
 
     def __init__(self, scale: float = 10.0, bias: float = -10.0, *, learn: bool = True, **options: Any) -> None:
         super().__init__()
-        if not is_real(scale) or scale <= 0:
-            raise checks.refuse("SigLIPLoss", "scale", "a number above 0", scale)
+        checks.require_number("SigLIPLoss", "scale", scale, above=0)
         _require_factor("SigLIPLoss", "bias", bias)
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn)
         self.bias = nn.Parameter(torch.tensor(float(bias)), requires_grad=learn)

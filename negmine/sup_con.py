@@ -15,10 +15,8 @@ from torch import Tensor
 from negmine import backends, checks, reference
 from negmine.derivatives import first_only
 from negmine.logsumexp import LogSumExp, MeanScore, scale_of
-from negmine.mining import dense_keys, working
-from negmine.pool import Pool, check_pool, of_columns, pieces, readable, usable
-
-UNKNOWN = -(2**63)  # stands for a query's unknown label: no key has it
+from negmine.mining import frozen, working
+from negmine.pool import Pool, label_pool, of_columns, pieces, readable, usable
 
 
 class SupConStats(NamedTuple):
@@ -142,24 +140,19 @@ def sup_con(
     Raises ValueError or TypeError for input that does not fit, before any work.
     """
     op = "sup_con"
-    checks.require_vectors(op, "query", query, "(B, D)", (2,))
-    checks.require_vectors(op, "keys", keys, "(K, D)", (2,), query)
+    pool = label_pool(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
     checks.require_temperature(op, temperature)
     checks.require_choice(op, "positives", positives, ("out", "in"))
     checks.require_choice(op, "denominator", denominator, ("all", "own_positive", "negatives_only"))
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_bool(op, "return_stats", return_stats)
-    checks.require_tensor(op, "query_labels", query_labels, query)
-    pool = check_pool(op, query, keys, key_mask, query_ids, key_ids, query_labels, key_labels, keys_are="key")
-    query_labels = torch.where(query_labels < 0, UNKNOWN, query_labels.long())
-    pool = pool._replace(query_labels=query_labels)
     ops = backends.choose(op, ("logsumexp", "logsumexp_grad_keys"), backend, (query, keys))
     everything = pool._replace(query_labels=None, negative_labels=None)
     if ops is None:
         allowed = usable(everything, query, keys)
         rows, found = reference.sup_con(
             working(query),
-            dense_keys(keys, everything),
+            frozen(keys, allowed),
             query_labels,
             key_labels,
             temperature=temperature,

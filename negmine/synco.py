@@ -153,7 +153,7 @@ def synco(
     if any(getattr(gathered, name) for name in COUNTS):
         with torch.no_grad():
             h = synco_vectors(working(query), working(negative_keys), index, gathered, draw)  # (B, S, D)
-        x_made = reference.scores_of(working(query), h) / temperature  # (B, S)
+        x_made = (working(query)[:, None] * h).sum(2) / temperature  # (B, S) no product that autocast would shorten
         sums.append(x_made.masked_fill((index < 0).all(1, keepdim=True), -torch.inf).logsumexp(1))
     parts = torch.stack(sums, 1)  # (B, sums)
     some = ~(parts == -torch.inf).all(1)  # (B,) NaN stays

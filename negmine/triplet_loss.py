@@ -4,6 +4,7 @@ Mining is that of negmine/triplets.py; the loss of the chosen rows is plain diff
 negmine/reference_triplets.py.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -11,8 +12,9 @@ from torch import Tensor
 from negmine import checks, reference, reference_triplets
 from negmine.mining import working
 from negmine.options import is_real
-from negmine.stepped import Stepped
-from negmine.triplets import Triplets, check_rule, label_pool, triplets_of
+from negmine.pool import label_pool
+from negmine.stepped import Stepped, at_step
+from negmine.triplets import Triplets, check_rule, triplets_of
 
 
 def _check_temperature(op: str, temperature: Any) -> None:
@@ -85,19 +87,20 @@ def triplet_loss(
 class TripletLoss(Stepped):
     """triplet_loss as a module; its keywords are triplet_loss's.
 
+    A number may be a schedule, a callable of the step.
     Calls in training mode that name no `step` count themselves, so that every one draws anew; the count travels in state_dict.
     """
 
     def __init__(
         self,
-        margin: float = 0.2,
+        margin: float | Callable[[int], float] = 0.2,
         *,
         positive: str = "easy",
         negative: str = "semihard",
-        temperature: float | None = None,
+        temperature: float | Callable[[int], float] | None = None,
         distance: str = "cosine",
-        max_positives: int | None = None,
-        num_negatives: int = 1,
+        max_positives: int | Callable[[int], int] | None = None,
+        num_negatives: int | Callable[[int], int] = 1,
         reduction: str = "mean",
         seed: int = 0,
         backend: str | None = None,
@@ -105,9 +108,7 @@ class TripletLoss(Stepped):
     ) -> None:
         super().__init__()
         op = "TripletLoss"
-        check_rule(op, positive, negative, margin, distance, max_positives, num_negatives)
         checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
-        _check_temperature(op, temperature)
         checks.require_draw(op, seed, 0, 0)
         self.options: dict[str, Any] = {
             "margin": margin,
@@ -122,6 +123,10 @@ class TripletLoss(Stepped):
             "backend": backend,
             "return_stats": return_stats,
         }
+        first = at_step(self.options, 0)
+        _check_temperature(op, first["temperature"])
+        rule = ("positive", "negative", "margin", "distance", "max_positives", "num_negatives")
+        check_rule(op, **{name: first[name] for name in rule})
 
     def forward(
         self,
@@ -134,7 +139,9 @@ class TripletLoss(Stepped):
         **masks: Any,
     ) -> Tensor | tuple[Tensor, Triplets]:
         """masks: query_ids, key_ids, key_mask, row_offset of triplet_loss."""
-        return triplet_loss(query, keys, query_labels, key_labels, step=self.count(step), **self.options, **masks)
+        step = self.count(step)
+        options = at_step(self.options, step)
+        return triplet_loss(query, keys, query_labels, key_labels, step=step, **options, **masks)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value not in (None, False))

@@ -13,10 +13,8 @@ from torch import Tensor
 from negmine import backends, checks, order, reference_triplets
 from negmine.distance_weighted import distance_weighted
 from negmine.mining import for_kernels, working
-from negmine.options import is_real
-from negmine.pool import Pool, check_pool, usable
+from negmine.pool import Pool, label_pool, usable
 from negmine.reference_triplets import score_farther
-from negmine.sup_con import UNKNOWN
 
 POSITIVES = ("easy", "hard", "semihard", "all", "multi_similarity")
 NEGATIVES = (
@@ -159,8 +157,7 @@ def check_rule(
     checks.require_choice(op, "positive", positive, POSITIVES)
     checks.require_choice(op, "negative", negative, NEGATIVES)
     checks.require_choice(op, "distance", distance, DISTANCES)
-    if not is_real(margin) or margin < 0:
-        raise checks.refuse(op, "margin", "a number of 0 or more", margin)
+    checks.require_number(op, "margin", margin, least=0)
     if (positive == "multi_similarity") != (negative == "multi_similarity"):
         name, value = ("negative", negative) if positive == "multi_similarity" else ("positive", positive)
         raise checks.refuse(op, name, "'multi_similarity' where the other is", value)
@@ -179,24 +176,6 @@ def check_rule(
         "max_positives": max_positives or 1,
         "num_negatives": num_negatives,
     }
-
-
-def label_pool(
-    op: str,
-    query: Any,
-    keys: Any,
-    query_labels: Any,
-    key_labels: Any,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    key_mask: Tensor | None,
-) -> Pool:
-    """The pool of keys of another label, checked; with same_label it is that of equal labels. Below 0 a label is unknown."""
-    checks.require_vectors(op, "query", query, "(B, D)", (2,))
-    checks.require_vectors(op, "keys", keys, "(K, D)", (2,), query)
-    checks.require_tensor(op, "query_labels", query_labels, query)
-    pool = check_pool(op, query, keys, key_mask, query_ids, key_ids, query_labels, key_labels, keys_are="key")
-    return pool._replace(query_labels=torch.where(query_labels < 0, UNKNOWN, query_labels.long()))
 
 
 def label_masks(pool: Pool, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,4 +66,32 @@ def masks(kind: str, B: int, K: int, device: str = "cpu") -> dict[str, torch.Ten
     }[kind]
 
 
+LABELLED = (
+    "batch_hard",
+    "distance_weighted",
+    "ephn",
+    "facenet",
+    "multi_similarity",
+    "sup_con",
+)  # recipes called with labels
+
+
+def feed(recipe: str, q: torch.Tensor, pos: torch.Tensor, keys: torch.Tensor) -> tuple[list, dict]:
+    """What a training loop brings to the loss that the recipe of this name makes: tensors in order, and keywords."""
+    labels, key_labels = (torch.arange(len(t), device=q.device) % 5 for t in (q, keys))
+    if recipe == "vse_plus_plus":
+        return [q, pos], {}
+    if recipe in LABELLED:
+        return [q, keys, labels, key_labels], {"key_mask": key_labels * 7 % 3 > 0}
+    given = {"query_ids": labels, "negative_ids": torch.arange(len(keys), device=q.device)}
+    if recipe == "false_negative_cancellation":
+        given["support"] = torch.stack([keys.detach()[: len(q)], pos.detach()], 1)  # a row of the queue is such a view
+    if recipe == "i_mix":
+        share = torch.linspace(0.5, 1, len(q), device=q.device)
+        given |= {"share": share, "partner": torch.arange(len(q), device=q.device).flip(0)}
+    if recipe == "mochi":
+        given |= {"query_labels": labels, "negative_labels": key_labels}  # its oracle
+    return [q, pos, keys], given
+
+
 MASKS = ["none", "ids", "labels", "columns", "pairs", "everything", "nothing left"]

@@ -19,68 +19,11 @@ from torch import Tensor
 
 import negmine
 from negmine import FalseNegatives, MoCoQueue, Weight, backends
+from tests import fuzz_more
 from tests.fuzz_case import Case
+from tests.fuzz_judge import EPS, double, near, require, rounding, same, tensors
 
-EPS = torch.finfo(torch.float32).eps
 REFUSED = (ValueError, TypeError, backends.BackendUnavailable)
-
-
-class Fault(AssertionError):
-    """A result that does not agree."""
-
-
-def require(good: bool | Tensor, sentence: str) -> None:
-    if not bool(good):
-        raise Fault(sentence)
-
-
-def double(call: dict) -> dict:
-    """The call in float64 for the reference, leaves anew."""
-    cast = {
-        name: value.detach().double().requires_grad_(value.requires_grad)
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for name, value in call.items()
-    }
-    return cast | {"backend": "reference"}
-
-
-def tensors(result) -> list[Tensor]:
-    flat = result if isinstance(result, tuple) else (result,)
-    return [t for part in flat for t in (tensors(part) if isinstance(part, tuple) else [part])]
-
-
-def same(name: str, got: Tensor, want: Tensor) -> None:
-    require(got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(want.shape)}")
-    want = want.to(got.dtype)
-    equal = (got == want) | (got.isnan() & want.isnan()) if got.is_floating_point() else got == want
-    require(equal.all(), f"{name}: {int((~equal).sum())} of {equal.numel()} differ")
-
-
-def near(name: str, got: Tensor, truth: Tensor, plain: Tensor, slack: Tensor | float, spreads: bool = True) -> None:
-    """Where truth and plain are finite, got is, and within slack of truth; where NaN spreads and both are NaN, got is."""
-    require(got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(truth.shape)}")
-    g, t, p = (x.detach().double() for x in (got, truth, plain))
-    finite = t.isfinite() & p.isfinite()
-    lost = (t.isnan() & p.isnan() & ~g.isnan() & spreads) | (finite & ~g.isfinite())
-    require(~lost.any(), f"{name}: {g[lost][:3].tolist()} instead of {p[lost][:3].tolist()}")
-    error = (g - t).abs() - 2 * (p - t).abs() - slack - 2 * torch.finfo(got.dtype).eps * t.abs()
-    worst = error.masked_fill(~finite, -1.0)
-    if worst.numel() and float(worst.max()) > 0:
-        at = int(worst.argmax())
-        raise Fault(
-            f"{name}: {g.flatten()[at]} truth {t.flatten()[at]} plain {p.flatten()[at]}, past by {worst.max():.3g}"
-        )
-
-
-def rounding(call: dict) -> float:
-    """How far fp32 sums may move a score of this call: a few eps of the largest product of norms."""
-    largest = [
-        float(call[name].detach().double().nan_to_num(posinf=0, neginf=0).norm(dim=-1).max())
-        for name in ("query", "negative_keys", "positive_key")
-        if isinstance(call.get(name), Tensor) and call[name].numel()
-    ]
-    return 4 * EPS * largest[0] * max(largest[1:], default=0.0) * call["query"].shape[-1] ** 0.5 if largest else 0.0
 
 
 def mining(case: Case) -> tuple[dict, str]:
@@ -281,7 +224,9 @@ KINDS_OF_CALL = [
     (mixing, judge_mixing),
     (triplets, judge_triplets),
     (ring, judge_ring),
+    *fuzz_more.KINDS_OF_CALL,
 ]
+CALLED = {"enqueue": enqueue, **fuzz_more.CALLED}  # what is no op of that name
 
 
 def run_case(seed: int, number: int) -> str:
@@ -292,7 +237,7 @@ def run_case(seed: int, number: int) -> str:
     whole_call = dict(call)
     call = case.spoiled(call) | {"backend": "cpu"}
     spoiled = any(call[name] is not value for name, value in whole_call.items())
-    function = enqueue if op == "enqueue" else getattr(negmine, op)
+    function = CALLED[op] if op in CALLED else getattr(negmine, op)
     try:
         result = function(**call)
     except REFUSED as refusal:

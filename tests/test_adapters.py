@@ -104,13 +104,14 @@ def test_lightly_drops_what_passes_the_end_of_its_bank_and_we_wrap():
     assert "memory_bank.queue" in ours.state_dict() and not theirs.state_dict()
 
 
-def test_lightly_of_one_image():
+def test_lightly_of_one_image_and_of_none():
     theirs = peer("lightly.loss.dcl_loss").DCLLoss()
     one = [t.requires_grad_() for t in views(1)]
     assert float(theirs(*one).detach()) == -torch.inf
     loss = lightly.DCLWLoss()(*one)
     loss.backward()
     assert float(loss.detach()) == 0 and not bool(one[0].grad.any())
+    assert lightly.DCLLoss()(*views(0)) == lightly.NTXentLoss()(*views(0)) == 0  # as every loss of no rows here
 
 
 # open_clip --------------------------------------------------------------------------------------------------------

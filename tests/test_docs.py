@@ -34,7 +34,8 @@ def test_every_page_and_every_name_is_built(checkout):
     }
     assert pictures and all((checkout / "out/docs" / name).exists() for name in pictures)
     text = (checkout / "out/docs/reference.html").read_text()
-    for name in (*(n for n in negmine.__all__ if not n.startswith("_") and n != "recipes"), "recipes.moco_v2"):
+    public = [n for n in negmine.__all__ if not n.startswith("_") and n != "recipes"]
+    for name in (*public, *(f"recipes.{n}" for n in negmine.recipes.__all__)):
         assert f'id="negmine.{name}"' in text, name
 
 

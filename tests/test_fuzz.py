@@ -5,9 +5,11 @@ import os
 import pytest
 import torch
 
+import negmine
 from negmine import backends
-from tests import fuzz
+from tests import fuzz, fuzz_more
 from tests.fuzz_case import Case
+from tests.fuzz_judge import Fault
 
 cpu = next(row for row in backends.BACKENDS if row.name == "cpu")
 pytestmark = pytest.mark.skipif(bool(cpu.refusal), reason=cpu.refusal)
@@ -30,17 +32,32 @@ def nudged(kernel, place):
     return run
 
 
-@pytest.mark.parametrize("op, place", [("logsumexp", 0), ("logsumexp", 1), ("mine_hardest", 0), ("mix_negatives", 0)])
+WRONG = [("logsumexp", 0), ("logsumexp", 1), ("mine_hardest", 0), ("mix_negatives", 0), ("softplus_sum", 0)]
+
+
+@pytest.mark.parametrize("op, place", WRONG)
 @pytest.mark.filterwarnings("ignore")
 def test_a_wrong_kernel_is_seen(monkeypatch, op, place):
     monkeypatch.setitem(cpu.launchers, op, nudged(cpu.launchers[op], place))
     faults = 0
-    for number in range(120):
+    for number in range(250):
         try:
             fuzz.run_case(0, number)
-        except fuzz.Fault:
+        except Fault:
             faults += 1
     assert faults
+
+
+def test_everything_public_is_fuzzed_or_excused():
+    assert not fuzz_more.FUZZED & set(fuzz_more.EXCUSED)
+    assert fuzz_more.FUZZED | set(fuzz_more.EXCUSED) == set(negmine.__all__)
+    made = set()
+    for number in range(2000):
+        case = Case(1, number)
+        call, op = case.draw.choice(fuzz.KINDS_OF_CALL)[0](case)
+        made |= {op, call.get("name"), getattr(call.get("kind"), "__name__", None)}
+    other = {"MoCoQueue": "enqueue", "ShardedMoCoQueue": "sharded", "NegativeIndex": "index", "mining_rounds": "rounds"}
+    assert {other.get(name, name) for name in fuzz_more.FUZZED} - {"recipes"} | set(fuzz_more.NAMES) <= made
 
 
 def test_a_case_is_its_number():

@@ -1,7 +1,10 @@
 """NegativeIndex: exact search against loops, FAISS by factory strings, files that may be damaged, recall, and mining with one."""
 
+import os
 import re
+import stat
 import sys
+import threading
 import types
 import warnings
 
@@ -199,6 +202,23 @@ def test_a_faiss_file_that_faiss_cannot_read(tmp_path):
     files.write("x", tmp_path / "index", "NegativeIndex", facts, part)
     with pytest.raises(ValueError, match="holds 400 rows of D = 16, and its table says 401"):
         NegativeIndex.load(tmp_path / "index")
+
+
+def test_what_is_no_regular_file_is_written_to_and_stays(tmp_path, capfd):
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    for path in (pipe, "/dev/null", "/dev/stdout"):
+        before = os.lstat(path)
+        with files.atomic("op", path) as file:
+            file.write(b"lines")
+        assert (
+            stat.S_IFMT(os.lstat(path).st_mode) == stat.S_IFMT(before.st_mode)
+            and os.lstat(path).st_ino == before.st_ino
+        )
+    reader.join(30)
+    assert got == [b"lines"] and capfd.readouterr().out == "lines" and list(tmp_path.iterdir()) == [pipe]
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):

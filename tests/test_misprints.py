@@ -27,12 +27,16 @@ def told_apart(ours, right, wrong, least=1e-2):
     assert (wrong - right).abs().max() > least * right.abs().max(), "the wrong version is not wrong here"
 
 
+def case_of(backend):
+    """backend, query, positive, keys, and in float64 the scores of the positives (B,) and of the keys (B, K)."""
+    q, pos, keys = (unit(n, D, seed=i, device=device_of(backend)) for i, n in enumerate((B, B, K)))
+    pos = F.normalize(q + 0.6 * pos, dim=1)
+    return backend, q, pos, keys, (q.double() * pos.double()).sum(1), q.double() @ keys.double().T
+
+
 @pytest.fixture
 def case(any_backend):
-    device = device_of(any_backend)
-    q, pos, keys = (unit(n, D, seed=i, device=device) for i, n in enumerate((B, B, K)))
-    pos = F.normalize(q + 0.6 * pos, dim=1)
-    return any_backend, q, pos, keys, (q.double() * pos.double()).sum(1), q.double() @ keys.double().T
+    return case_of(any_backend)
 
 
 def rows_of(recipe, case, **given):

@@ -1,6 +1,7 @@
 """Every recipe trains on a task of the demo's shape, and the runner of all of them resumes, sorts and tabulates."""
 
 import csv
+import inspect
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ pytest.importorskip("matplotlib")
 from benchmarks import recipes as runner
 from benchmarks import train
 from benchmarks.wordnet import Task
+from negmine import recipes
 
 DIM, ENTRIES, QUERIES = 16, 400, 300
 
@@ -28,6 +30,11 @@ def task(monkeypatch):
     queries = F.normalize(turned + 0.1 * torch.randn(QUERIES, DIM, generator=generator), dim=1)
     rows = torch.arange(QUERIES)
     return Task(corpus, queries, positives, rows[:250], rows[250:], [], torch.zeros(ENTRIES), torch.zeros(0, 2))
+
+
+def test_every_recipe_is_there_by_its_name():
+    functions = {n for n, made in vars(recipes).items() if inspect.isfunction(made) and n in recipes.__all__}
+    assert functions - {"mixed_inputs"} <= set(train.RECIPES)
 
 
 @pytest.mark.parametrize("name", train.RECIPES)

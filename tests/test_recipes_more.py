@@ -3,6 +3,7 @@
 import inspect
 import math
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,16 +11,12 @@ import torch
 import negmine
 from negmine import Select, recipes
 from negmine.recipes.schedules import after, scheduled
-from tests.cases import unit
+from tests.cases import feed, unit
 
 B, K, D = 4, 200, 8
-SCHEDULES = ("linear", "cosine", "exponential", "step")
+SCHEDULES = ("linear", "cosine", "exponential", "step", "whole")
 NOT_RECIPES = {*SCHEDULES, "Kinds", "mixed_inputs"}
-RECIPES = [  # of losses over a queue; those of triplets are called otherwise, and have their own tests
-    name
-    for name in recipes.__all__
-    if name not in NOT_RECIPES and getattr(recipes, name).__module__ != "negmine.recipes.triplets"
-]
+RECIPES = [name for name in recipes.__all__ if name not in NOT_RECIPES]
 
 
 def inputs():
@@ -28,14 +25,18 @@ def inputs():
 
 def call(loss, name):
     """One call of any recipe's module with what its method asks for."""
-    q, pos, keys = inputs()
-    if name == "sup_con":
-        return loss(q, keys, torch.arange(B) % 2, torch.arange(K) % 3)
-    extra = {
-        "false_negative_cancellation": {"support": pos[:, None]},
-        "i_mix": {"share": torch.full((B,), 0.8), "partner": torch.arange(B).flip(0)},
-    }
-    return loss(q, pos, keys, **extra.get(name, {}))
+    tensors, given = feed(name, *inputs())
+    return loss(*tensors, **given)
+
+
+@dataclass(frozen=True)
+class held:
+    """A schedule that does not move."""
+
+    value: float
+
+    def __call__(self, step):
+        return self.value
 
 
 def test_schedules():
@@ -132,19 +133,53 @@ def test_every_recipe_runs_and_is_pickled_with_its_schedules(name):
         "beta": recipes.step(1.0, 0.0, 8, 2),
         "tau_plus": recipes.linear(0.0, 0.01, 3),
         "temperature": recipes.exponential(0.5, 0.2),
+        "margin": recipes.linear(0.5, 0.3, 3),
+        "alpha": recipes.linear(1.0, 2.0, 3),
         "warmup_steps": 1,
     }
     options = {option: value for option, value in moving.items() if option in takes}
-    if name in ("easiest", "sup_con"):  # whose options are numbers
-        options.pop("fraction", None), options.pop("temperature", None)
+    options |= {"max_positives": 3} if "max_positives" in takes else {}
     loss = make(**options)
     values = [call(loss, name).detach() for _ in range(4)]
     assert all(bool(value.isfinite()) for value in values)
-    if options:
+    if options.keys() & moving.keys():
         assert len(set(map(float, values))) > 1  # the schedule moves the loss
     again = pickle.loads(pickle.dumps(make(**options)))
     for value in values:
         assert torch.equal(call(again, name).detach(), value)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_number_of_a_recipe_may_be_a_schedule(name):
+    """One that does not move changes no bit, whichever option it stands for; counts too."""
+    make = getattr(recipes, name)
+    fixed = {"max_positives": 3} if "max_positives" in inspect.signature(make).parameters else {}
+    want = call(make(**fixed), name)
+    numbers = {
+        option: fixed.get(option, parameter.default)
+        for option, parameter in inspect.signature(make).parameters.items()
+        if isinstance(fixed.get(option, parameter.default), (int, float))
+        and not isinstance(parameter.default, bool)
+        and option not in ("seed", "warmup_steps")
+        and name != "siglip"  # whose numbers are learned
+    }
+    for option, value in numbers.items():
+        assert torch.equal(call(make(**fixed | {option: held(value)}), name), want), option
+    if numbers:
+        everything = make(**{option: held(value) for option, value in numbers.items()})
+        assert torch.equal(call(pickle.loads(pickle.dumps(everything)), name), want)
+
+
+def test_counts_move_in_whole_numbers():
+    steps = recipes.whole(recipes.linear(64, 128, 100))
+    assert [steps(s) for s in (0, 1, 99, 200)] == [64, 65, 127, 128]
+    loss = recipes.mochi(steps, recipes.whole(recipes.linear(0, 8, 4)), 2, warmup_steps=2)
+    assert loss.at(1)["mix"] is None
+    assert loss.at(2)["mix"] == negmine.Mix(65, 4, 2) and loss.at(100)["mix"] == negmine.Mix(128, 8, 2)
+    with pytest.raises(ValueError, match=r"pairs must be an int of 0 or more, got 4\.0"):
+        recipes.mochi(5, recipes.linear(0, 8, 4)).at(2)
+    kinds = recipes.synco(noised=recipes.whole(recipes.linear(0, 64, 4)), sigma=recipes.linear(0.1, 0.0, 4)).at(1)
+    assert kinds["kinds"] == recipes.Kinds(noised=16, sigma=0.1 * 0.75)
 
 
 def test_a_schedule_of_one_keyword_leaves_the_others():

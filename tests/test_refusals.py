@@ -134,6 +134,8 @@ REFUSALS = [
         "range_max must be a rank (int, 1 or more), a fraction (float in (0, 1]) or None, got 1.5",
     ),
     (option(Select, 0, 0), ValueError, "range_max must be a rank"),
+    (option(Select, 0, 2**70), ValueError, "range_max must be a rank"),  # more than any tensor holds
+    (option(Select, max_score=2**70), ValueError, "max_score must be a finite number"),
     (option(Select, 5, 4), ValueError, "range_min must be below range_max=4, got 5"),
     (option(Select, 0.5, 0.1), ValueError, "range_min must be below range_max=0.1"),
     (option(Select, min_score="a"), ValueError, "min_score must be a finite number or None"),

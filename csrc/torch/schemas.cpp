@@ -40,5 +40,5 @@ STABLE_TORCH_LIBRARY(negmine, m) {
   m.def(
       "listed_logsumexp(Tensor query, Tensor negative_keys, Tensor index, Tensor scale, bool want_mean) -> "
       "(Tensor scores, Tensor lse, Tensor mean)");
-  m.def("listed_grad_keys(Tensor query, Tensor index, Tensor weight, int K) -> Tensor");
+  m.def("listed_grad_keys(Tensor query, Tensor index, Tensor weight, SymInt K) -> Tensor");
 }

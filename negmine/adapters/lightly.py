@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from negmine import checks
+from negmine import checks, reference
 from negmine.info_nce import info_nce
 from negmine.methods import positive_weights
 from negmine.mining import score_of_positive
@@ -77,7 +77,7 @@ class NTXentLoss(nn.Module):
         out0, out1 = _unit("NTXentLoss", out0, out1)
         options: dict[str, Any] = {"temperature": self.temperature, "backend": self.backend}
         if self.memory_bank is None:
-            return _both_views(out0, out1, **options).mean()
+            return reference.reduced(_both_views(out0, out1, **options), "mean")
         loss = info_nce(out0, out1, self.memory_bank.keys, **options)
         if out0.requires_grad:
             self.memory_bank.enqueue(out1)
@@ -121,7 +121,7 @@ class DCLLoss(nn.Module):
             weight = torch.cat([self.weight_fn(out0, out1), self.weight_fn(out1, out0)])  # (2B,)
             x_positive = score_of_positive(out0, out1).repeat(2) / self.temperature
             rows = rows + (1 - weight) * x_positive
-        return rows.mean()
+        return reference.reduced(rows, "mean")
 
 
 class DCLWLoss(DCLLoss):

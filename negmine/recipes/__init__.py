@@ -3,18 +3,26 @@
     loss = negmine.recipes.hardest(0.05)
     loss(query, queue_key, queue.keys, query_ids=ids, negative_ids=queue.ids)
 
-Any option may be a schedule: a callable of the step that returns the value, such as linear(1.0, 0.1, steps); the module
-evaluates it at every call. Modules of recipes can be pickled, schedules included. Defaults are the papers' own where they suit
-a queue; a docstring says where they do not. Every recipe takes the other keywords of its loss (reduction, seed, backend; those
-that return InfoNCELoss also return_stats).
+Any number may be a schedule: a callable of the step that returns the value, such as linear(1.0, 0.1, steps); counts and ranks
+take whole(linear(...)). The module evaluates it at every call. Modules of recipes can be pickled, schedules included. Defaults
+are the papers' own where they suit a queue; a docstring says where they do not. Every recipe takes the other keywords of its loss
+(reduction, seed, backend; those that return InfoNCELoss also return_stats).
 """
 
 from negmine.methods import mixed_inputs
 from negmine.recipes.positives import false_negative_cancellation, siglip, sup_con
 from negmine.recipes.queue import decoupled, decoupled_weighted, moco_v1, moco_v2
-from negmine.recipes.schedules import cosine, exponential, linear, step
+from negmine.recipes.schedules import cosine, exponential, linear, step, whole
 from negmine.recipes.synthetic import i_mix, mochi, synco
-from negmine.recipes.triplets import batch_hard, ephn, facenet, multi_similarity, simans, vse_plus_plus
+from negmine.recipes.triplets import (
+    batch_hard,
+    distance_weighted,
+    ephn,
+    facenet,
+    multi_similarity,
+    simans,
+    vse_plus_plus,
+)
 from negmine.recipes.weights import debiased, dual_temperature, hardness_added, hcl, ifm, rince
 from negmine.recipes.windows import easiest, hardest, margin_pos, perc_pos, ring
 from negmine.synco import Kinds
@@ -26,6 +34,7 @@ __all__ = [
     "debiased",
     "decoupled",
     "decoupled_weighted",
+    "distance_weighted",
     "dual_temperature",
     "easiest",
     "ephn",
@@ -53,4 +62,5 @@ __all__ = [
     "sup_con",
     "synco",
     "vse_plus_plus",
+    "whole",
 ]

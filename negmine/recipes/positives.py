@@ -2,15 +2,13 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from negmine.losses import InfoNCELoss, SupConLoss
 from negmine.options import FalseNegatives
-from negmine.recipes.schedules import Temperature
+from negmine.recipes.schedules import Count, Number, Temperature, scheduled
 from negmine.softplus_sum import SigLIPLoss
 
 
-def sup_con(positives: str = "out", *, temperature: float | Tensor = 0.07, **keywords: Any) -> SupConLoss:
+def sup_con(positives: str = "out", *, temperature: Temperature = 0.07, **keywords: Any) -> SupConLoss:
     """SupCon (Khosla et al. 2020, arXiv 2004.11362; HobbitLong/SupContrast losses.py): every key of the same label attracts.
 
     positives="out" takes the mean outside the logarithm, which the paper found far better than "in". Against a queue, give it the
@@ -20,8 +18,8 @@ def sup_con(positives: str = "out", *, temperature: float | Tensor = 0.07, **key
 
 
 def false_negative_cancellation(
-    top_k: int | None = 10,
-    threshold: float | None = 0.7,
+    top_k: Count | None = 10,
+    threshold: Number | None = 0.7,
     *,
     mode: str = "eliminate",
     reduce: str = "max",
@@ -32,7 +30,7 @@ def false_negative_cancellation(
 
     The public code has attraction only; elimination, the default here, is the safer one with one key an image in a queue.
     """
-    found = FalseNegatives(top_k, threshold, mode=mode, reduce=reduce)
+    found = scheduled(FalseNegatives, top_k=top_k, threshold=threshold, mode=mode, reduce=reduce)
     return InfoNCELoss(temperature, false_negatives=found, **keywords)
 
 

@@ -1,6 +1,7 @@
 """Schedules: values that move with the step, as objects that can be compared, printed and pickled.
 
-Any option of a recipe may be one, or any other callable of the step. After its last step a schedule stays at `end`.
+Any number of a recipe may be one, or any other callable of the step. After its last step a schedule stays at `end`. A count of
+negatives, or a rank, takes `whole` of one.
 """
 
 import math
@@ -14,6 +15,7 @@ from negmine import checks
 from negmine.stepped import at_step
 
 Number = float | Callable[[int], float]
+Count = int | Callable[[int], int]
 Temperature = float | Tensor | Callable[[int], float]
 
 
@@ -97,14 +99,26 @@ class step:
 
 
 @dataclass(frozen=True)
+class whole:
+    """The value of another schedule, rounded to the nearest whole number: for counts and ranks, such as mochi's N and S."""
+
+    schedule: Callable[[int], float]
+
+    def __call__(self, step: int) -> int:
+        return round(self.schedule(step))
+
+
+@dataclass(frozen=True)
 class after:
-    """None before the step `first`, then `value`: a warm-up without an option."""
+    """None before the step `first`, then `value`, which may be a schedule itself: a warm-up without an option."""
 
     value: Any
     first: int
 
     def __call__(self, step: int) -> Any:
-        return self.value if step >= self.first else None
+        if step < self.first:
+            return None
+        return self.value(step) if callable(self.value) else self.value
 
 
 @dataclass(frozen=True)

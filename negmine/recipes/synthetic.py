@@ -6,19 +6,19 @@ from negmine import methods
 from negmine.losses import InfoNCELoss
 from negmine.methods import MethodLoss
 from negmine.options import Mix
-from negmine.recipes.schedules import Temperature, after
+from negmine.recipes.schedules import Count, Number, Temperature, after, scheduled
 from negmine.synco import Kinds
 from negmine.synco import synco as synco_loss
 
 
 def mochi(
-    hard: int = 1024,
-    pairs: int = 1024,
-    with_query: int = 128,
+    hard: Count = 1024,
+    pairs: Count = 1024,
+    with_query: Count = 128,
     *,
     warmup_steps: int = 0,
     temperature: Temperature = 0.2,
-    skip: int = 0,
+    skip: Count = 0,
     distinct: bool = True,
     detach: bool = True,
     **keywords: Any,
@@ -28,25 +28,26 @@ def mochi(
     `Mix` states the formulas. warmup_steps: train without them first (10 to 15 epochs in the paper). skip: mix none of the
     hardest `skip`, which are the likeliest false negatives. The paper's class oracle is query_labels and negative_labels in the
     call: labels leave before mining, so synthetic negatives come from true negatives alone, and before the denominator.
+    hard, pairs, with_query and skip may be schedules of whole numbers: whole(linear(64, 1024, steps)).
     No official code exists; one public port indexes every query's mixes into query 0's hard set, which tests/test_rules.py
     would fail.
     """
-    mix = Mix(hard, pairs, with_query, skip=skip, distinct=distinct, detach=detach)
+    mix = scheduled(Mix, hard=hard, pairs=pairs, with_query=with_query, skip=skip, distinct=distinct, detach=detach)
     return InfoNCELoss(temperature, mix=after(mix, warmup_steps) if warmup_steps else mix, **keywords)
 
 
 def synco(
-    hard: int = 1024,
-    interpolated: int = 256,
-    extrapolated: int = 256,
-    mixed: int = 256,
-    noised: int = 64,
-    graded: int = 64,
-    signed: int = 64,
+    hard: Count = 1024,
+    interpolated: Count = 256,
+    extrapolated: Count = 256,
+    mixed: Count = 256,
+    noised: Count = 64,
+    graded: Count = 64,
+    signed: Count = 64,
     *,
-    sigma: float = 0.01,
-    delta: float = 0.01,
-    eta: float = 0.01,
+    sigma: Number = 0.01,
+    delta: Number = 0.01,
+    eta: Number = 0.01,
     warmup_steps: int = 0,
     temperature: Temperature = 0.2,
     **keywords: Any,
@@ -56,7 +57,9 @@ def synco(
     `Kinds` states the formulas, negmine/synco.py what differs from the public code. warmup_steps: train without them first
     (10 epochs there).
     """
-    kinds = Kinds(hard, interpolated, extrapolated, mixed, noised, graded, signed, sigma, delta, eta)
+    counts = {"interpolated": interpolated, "extrapolated": extrapolated, "mixed": mixed}
+    counts |= {"noised": noised, "graded": graded, "signed": signed}
+    kinds = scheduled(Kinds, hard=hard, **counts, sigma=sigma, delta=delta, eta=eta)
     chosen = after(kinds, warmup_steps) if warmup_steps else kinds
     return MethodLoss(synco_loss, temperature=temperature, kinds=chosen, **keywords)
 

@@ -5,22 +5,21 @@ loss(embeddings, embeddings, labels, labels, query_ids=ids, key_ids=ids)      in
 loss(query, queue.keys, labels, queue.labels)                                 against a queue with labels
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from negmine import checks, philox, reference
 from negmine.mining import mine_hardest, score_of_positive, working
 from negmine.multi_similarity import MultiSimilarityLoss
+from negmine.recipes.schedules import Count, Number
 from negmine.reference_triplets import rows_at
-from negmine.stepped import Stepped
+from negmine.stepped import Stepped, at_step
 from negmine.triplet_loss import TripletLoss
 
 
-def batch_hard(margin: float = 0.2, *, temperature: float | None = None, **keywords: Any) -> TripletLoss:
+def batch_hard(margin: Number = 0.2, *, temperature: Number | None = None, **keywords: Any) -> TripletLoss:
     """Batch hard (Hermans et al. 2017, arXiv 1703.07737; tensorflow/addons triplet_hard_loss): the farthest positive, the nearest
     negative.
 
@@ -30,7 +29,7 @@ def batch_hard(margin: float = 0.2, *, temperature: float | None = None, **keywo
     return TripletLoss(margin, positive="hard", negative="hardest", temperature=temperature, **keywords)
 
 
-def facenet(max_positives: int, *, margin: float = 0.2, **keywords: Any) -> TripletLoss:
+def facenet(max_positives: Count, *, margin: Number = 0.2, **keywords: Any) -> TripletLoss:
     """FaceNet's semi-hard triplets (Schroff et al. 2015, arXiv 1503.03832; tensorflow/addons triplet_semihard_loss).
 
     Every positive pair against the nearest negative that is farther than the positive, or the farthest of all where none is;
@@ -46,7 +45,23 @@ def facenet(max_positives: int, *, margin: float = 0.2, **keywords: Any) -> Trip
     )
 
 
-def ephn(temperature: float = 0.1, *, semihard: bool = False, **keywords: Any) -> TripletLoss:
+def distance_weighted(
+    max_positives: Count, *, margin: Number = 0.2, distance: str = "euclidean", **keywords: Any
+) -> TripletLoss:
+    """Distance-weighted negatives (Wu et al. 2017, arXiv 1706.07567; pytorch-metric-learning DistanceWeightedMiner).
+
+        w_j ~ 1 / q(d_j),   log q(d) = (D - 2) log d + (D - 3) / 2 log(1 - d^2 / 4),   d = ||query - n_j||
+
+    Every positive pair against num_negatives=1 drawn by w, which evens out the distances of unit vectors; d is taken as 0.5 at
+    least, and a negative of d >= 1.4 is never drawn. The loss is the hinge on those triplets; the paper also has a margin
+    loss with a learned boundary, which is not here. max_positives: at least the positives of a query. Draws are counter-based.
+    """
+    return TripletLoss(
+        margin, positive="all", negative="distance_weighted", max_positives=max_positives, distance=distance, **keywords
+    )
+
+
+def ephn(temperature: Number = 0.1, *, semihard: bool = False, **keywords: Any) -> TripletLoss:
     """Easy positive, hard negative, EPHN (Xuan et al. 2020, arXiv 1904.04370; littleredxh/EasyPositiveHardNegative Loss.py).
 
         loss = -log(exp(s_p / T) / (exp(s_p / T) + exp(s_n / T))) = softplus((s_n - s_p) / T)
@@ -60,28 +75,31 @@ def ephn(temperature: float = 0.1, *, semihard: bool = False, **keywords: Any) -
 
 
 def multi_similarity(
-    alpha: float = 2.0, beta: float = 50.0, base: float = 0.5, *, epsilon: float = 0.1, **keywords: Any
+    alpha: Number = 2.0, beta: Number = 50.0, base: Number = 0.5, *, epsilon: Number = 0.1, **keywords: Any
 ) -> MultiSimilarityLoss:
     """Multi-similarity loss with its mining (Wang et al. 2019, arXiv 1904.06627): every kept pair weighs by its exponential."""
     return MultiSimilarityLoss(alpha, beta, base, epsilon=epsilon, **keywords)
 
 
-class VSEPlusPlusLoss(nn.Module):
+class VSEPlusPlusLoss(Stepped):
     """The loss of `vse_plus_plus`, called with the two sides of B pairs."""
 
-    def __init__(self, margin: float, reduction: str, backend: str | None) -> None:
+    def __init__(self, margin: Number, reduction: str, backend: str | None) -> None:
         super().__init__()
         checks.require_choice("vse_plus_plus", "reduction", reduction, ("mean", "sum"))
         self.side = TripletLoss(margin, positive="easy", negative="hardest", reduction=reduction, backend=backend)
 
-    def forward(self, image: Tensor, caption: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, image: Tensor, caption: Tensor, labels: Tensor | None = None, *, step: int | None = None
+    ) -> Tensor:
         """image, caption (B, D): rows of equal number belong together. labels (B,): another row of the label is no negative."""
         own = torch.arange(len(image), device=image.device)
         apart = None if labels is None else (labels[:, None] != labels) | (own[:, None] == own)  # (B, B)
-        return self.side(image, caption, own, own, key_mask=apart) + self.side(caption, image, own, own, key_mask=apart)
+        call = {"key_mask": apart, "step": self.count(step)}
+        return self.side(image, caption, own, own, **call) + self.side(caption, image, own, own, **call)
 
 
-def vse_plus_plus(margin: float = 0.2, *, reduction: str = "sum", backend: str | None = None) -> VSEPlusPlusLoss:
+def vse_plus_plus(margin: Number = 0.2, *, reduction: str = "sum", backend: str | None = None) -> VSEPlusPlusLoss:
     """VSE++ (Faghri et al. 2018, arXiv 1707.05612; fartashf/vsepp model.py with max_violation): loss(image, caption).
 
         loss = sum_b max(0, margin + max_n s(i_b, c_n) - s(i_b, c_b)) + sum_b max(0, margin + max_n s(i_n, c_b) - s(i_b, c_b))
@@ -94,12 +112,24 @@ def vse_plus_plus(margin: float = 0.2, *, reduction: str = "sum", backend: str |
 class SimANSLoss(Stepped):
     """The loss of `simans`. Calls in training mode that name no `step` count themselves; the count travels in state_dict."""
 
-    def __init__(
-        self, log_p: Callable[[Tensor], Tensor], candidates: int, num_negatives: int, temperature: float, **fixed: Any
-    ) -> None:
+    def __init__(self, kernel: str, options: dict[str, Any], **fixed: Any) -> None:
         super().__init__()
-        self.log_p, self.candidates, self.num_negatives = log_p, candidates, num_negatives
-        self.temperature, self.fixed = temperature, fixed
+        self.kernel, self.options, self.fixed = kernel, options, fixed
+
+    def at(self, step: int) -> dict[str, Any]:
+        """The numbers of this step, schedules evaluated and checked."""
+        given, op = at_step(self.options, step), "simans"
+        checks.require_count(op, "num_negatives", given["num_negatives"])
+        checks.require_count(op, "candidates", given["candidates"])
+        if given["candidates"] < given["num_negatives"]:
+            raise checks.refuse(
+                op, "candidates", f"at least num_negatives={given['num_negatives']}", given["candidates"]
+            )
+        for name in ("a", "tau"):
+            checks.require_number(op, name, given[name], least=0)
+        checks.require_number(op, "b", given["b"])
+        checks.require_temperature(op, given["temperature"])
+        return given
 
     def sample(
         self,
@@ -112,16 +142,19 @@ class SimANSLoss(Stepped):
         **masks: Any,
     ) -> Tensor:
         """(B, num_negatives) int64: the drawn columns, hardest first, -1 past the end of a pool."""
-        seed, backend = self.fixed["seed"], self.fixed["backend"]
+        seed, backend, given = self.fixed["seed"], self.fixed["backend"], self.at(step)
         checks.require_draw("simans", seed, step, row_offset)
-        mined = mine_hardest(query, negative_keys, self.candidates, backend=backend, **masks)  # (B, C)
+        mined = mine_hardest(query, negative_keys, given["candidates"], backend=backend, **masks)  # (B, C)
         with torch.no_grad():
             gap = mined.scores.double() - score_of_positive(query, positive_key).double()[:, None]  # (B, C)
             rows = torch.arange(len(query), device=query.device) + row_offset  # (B,)
-            places = torch.arange(self.candidates, device=query.device)  # (C,)
+            places = torch.arange(given["candidates"], device=query.device)  # (C,)
             word = philox.words(rows, places, philox.STREAM_WEIGHTED, seed, step)[0]  # (B, C)
-            drawn = (self.log_p(gap) + philox.gumbel(word)).masked_fill(mined.index < 0, -torch.inf)
-            kept = drawn.argsort(dim=1, descending=True, stable=True)[:, : self.num_negatives].sort(1).values
+            log_p = (
+                -given["a"] * (gap - given["b"]).square() if self.kernel == "gaussian" else -given["tau"] * gap.abs()
+            )
+            drawn = (log_p + philox.gumbel(word)).masked_fill(mined.index < 0, -torch.inf)  # log p up to a constant
+            kept = drawn.argsort(dim=1, descending=True, stable=True)[:, : given["num_negatives"]].sort(1).values
             return mined.index.gather(1, kept)
 
     def forward(
@@ -141,28 +174,20 @@ class SimANSLoss(Stepped):
         index = self.sample(query, positive_key, negative_keys, **draw, **masks)  # (B, n)
         q = working(query)
         drawn = rows_at(negative_keys, index, q.dtype)  # (B, n, D)
-        rows, _ = reference.info_nce(q, working(positive_key), drawn, temperature=self.temperature, usable=index >= 0)
+        temperature = self.at(draw["step"])["temperature"]
+        rows, _ = reference.info_nce(q, working(positive_key), drawn, temperature=temperature, usable=index >= 0)
         return reference.reduced(rows, self.fixed["reduction"])
 
 
-def _gaussian(gap: Tensor, a: float, b: float) -> Tensor:
-    """gap (B, C) = s_j - s_pos -> log p up to a constant."""
-    return -a * (gap - b).square()
-
-
-def _laplace(gap: Tensor, tau: float) -> Tensor:
-    return -tau * gap.abs()
-
-
 def simans(
-    num_negatives: int = 15,
+    num_negatives: Count = 15,
     *,
-    candidates: int = 200,
+    candidates: Count = 200,
     kernel: str = "gaussian",
-    a: float = 1.0,
-    b: float = 0.0,
-    tau: float = 3.0,
-    temperature: float = 1.0,
+    a: Number = 1.0,
+    b: Number = 0.0,
+    tau: Number = 3.0,
+    temperature: Number = 1.0,
     reduction: str = "mean",
     seed: int = 0,
     backend: str | None = None,
@@ -178,17 +203,11 @@ def simans(
     candidates, num_negatives and a are chosen here. The public code takes the last candidates where s_pos is 0; this does not.
     """
     op = "simans"
-    checks.require_count(op, "num_negatives", num_negatives)
-    checks.require_count(op, "candidates", candidates)
-    if candidates < num_negatives:
-        raise checks.refuse(op, "candidates", f"at least num_negatives={num_negatives}", candidates)
     checks.require_choice(op, "kernel", kernel, ("gaussian", "laplace"))
-    for name, value in (("a", a), ("tau", tau)):
-        checks.require_number(op, name, value, least=0)
-    checks.require_number(op, "b", b)
-    checks.require_temperature(op, temperature)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_draw(op, seed, 0, 0)
-    log_p = partial(_gaussian, a=a, b=b) if kernel == "gaussian" else partial(_laplace, tau=tau)
+    options = {"num_negatives": num_negatives, "candidates": candidates, "a": a, "b": b, "tau": tau}
     fixed = {"reduction": reduction, "seed": seed, "backend": backend}
-    return SimANSLoss(log_p, candidates, num_negatives, temperature, **fixed)
+    made = SimANSLoss(kernel, options | {"temperature": temperature}, **fixed)
+    made.at(0)  # refuses what cannot be meant
+    return made

@@ -38,9 +38,10 @@ def hcl(
 
 
 def hardness_added(alpha: Number = 9.0, *, temperature: Temperature = 0.02, **keywords: Any) -> MethodLoss:
-    """LLaVE's hardness weighting (sentence-transformers' hardness_mode): alpha sg[s_j] is added to each negative's logit.
+    """LLaVE's hardness weighting (Lan et al. 2025, arXiv 2503.04812; sentence-transformers' hardness_mode).
 
-    alpha 9 on in-batch negatives (LLaVE), 5 on explicit hard ones (EmbeddingGemma); see negmine/methods.py, hardness_added.
+    alpha sg[s_j] is added to each negative's logit: alpha 9 on in-batch negatives (LLaVE), 5 on explicit hard ones
+    (EmbeddingGemma); see negmine/methods.py, hardness_added.
     """
     return MethodLoss(methods.hardness_added, temperature=temperature, alpha=alpha, **keywords)
 

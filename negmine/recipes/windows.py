@@ -4,7 +4,7 @@ from typing import Any
 
 from negmine.losses import InfoNCELoss
 from negmine.options import Select
-from negmine.recipes.schedules import Number, Temperature, scheduled
+from negmine.recipes.schedules import Count, Number, Temperature, scheduled
 
 
 def hardest(
@@ -19,9 +19,14 @@ def hardest(
     return InfoNCELoss(temperature, select=select, **keywords)
 
 
-def easiest(fraction: float = 0.95, *, temperature: Temperature = 0.2, **keywords: Any) -> InfoNCELoss:
+def easiest(fraction: Number = 0.95, *, temperature: Temperature = 0.2, **keywords: Any) -> InfoNCELoss:
     """The easiest `fraction` alone (Cai et al. 2020): the control that shows what the hard negatives are worth."""
-    return InfoNCELoss(temperature, select=Select(1.0 - fraction, 1.0), **keywords)
+    return InfoNCELoss(temperature, select=scheduled(easiest_select, fraction=fraction), **keywords)
+
+
+def easiest_select(fraction: float) -> Select:
+    """The easiest `fraction` of one step."""
+    return Select(1.0 - fraction, 1.0)
 
 
 def ring(
@@ -29,7 +34,7 @@ def ring(
     inner: Number = 0.1,
     *,
     inner_of: str = "outer",
-    sample: int | None = None,
+    sample: Count | None = None,
     replace: bool = False,
     temperature: Temperature = 0.07,
     **keywords: Any,
@@ -55,20 +60,27 @@ def ring_select(outer: float, inner: float, inner_of: str, sample: int | None, r
 
 
 def margin_pos(
-    margin: float = 0.05, hardest: int | float | None = None, *, temperature: Temperature = 0.02, **keywords: Any
+    margin: Number = 0.05, hardest: Number | None = None, *, temperature: Temperature = 0.02, **keywords: Any
 ) -> InfoNCELoss:
     """NV-Retriever's TopK-MarginPos (arXiv 2407.15831): drop s > s_pos - margin, then keep the `hardest` of what is left.
 
     A negative margin is Qwen3-Embedding's mask (arXiv 2506.05176): margin=-0.1 drops what is clearly above the positive.
     """
-    return InfoNCELoss(temperature, select=Select(0, hardest, absolute_margin=margin), **keywords)
+    select = scheduled(Select, range_max=hardest, absolute_margin=margin)
+    return InfoNCELoss(temperature, select=select, **keywords)
 
 
 def perc_pos(
-    percentage: float = 0.95, hardest: int | float | None = None, *, temperature: Temperature = 0.02, **keywords: Any
+    percentage: Number = 0.95, hardest: Number | None = None, *, temperature: Temperature = 0.02, **keywords: Any
 ) -> InfoNCELoss:
     """NV-Retriever's TopK-PercPos (arXiv 2407.15831): drop s above `percentage` of the positive's score.
 
     The threshold is s_pos - |s_pos| (1 - percentage), which stays below a positive whose score is negative.
     """
-    return InfoNCELoss(temperature, select=Select(0, hardest, relative_margin=1.0 - percentage), **keywords)
+    select = scheduled(perc_pos_select, percentage=percentage, hardest=hardest)
+    return InfoNCELoss(temperature, select=select, **keywords)
+
+
+def perc_pos_select(percentage: float, hardest: int | float | None) -> Select:
+    """The window below `percentage` of the positive's score at one step."""
+    return Select(0, hardest, relative_margin=1.0 - percentage)

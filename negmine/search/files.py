@@ -38,8 +38,16 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic(op: str, path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """A file to write that becomes `path` when the block ends: readers, and a crash, see the old file or the whole new one."""
+    """A file to write that becomes `path` when the block ends: readers, and a crash, see the old file or the whole new one.
+
+    A pipe, a device, or a name in /dev or /proc, such as /dev/stdout, is written to as it is: it must not be replaced.
+    """
     path = Path(path)
+    lent = path.absolute().parts[1:2] in (("dev",), ("proc",)) and "shm" not in path.parts  # a link, at times to a file
+    if path.exists() and (lent or not (path.is_file() or path.is_dir())):
+        with open(path, "wb") as file:
+            yield file
+        return
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:

@@ -1,0 +1,64 @@
+"""What the fuzzers judge by: a result agrees with the reference bit for bit, or within the rounding of its scores."""
+
+import torch
+from torch import Tensor
+
+EPS = torch.finfo(torch.float32).eps
+
+
+class Fault(AssertionError):
+    """A result that does not agree."""
+
+
+def require(good: bool | Tensor, sentence: str) -> None:
+    if not bool(good):
+        raise Fault(sentence)
+
+
+def double(call: dict) -> dict:
+    """The call in float64 for the reference, leaves anew."""
+    cast = {
+        name: value.detach().double().requires_grad_(value.requires_grad)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in call.items()
+    }
+    return cast | {"backend": "reference"}
+
+
+def tensors(result) -> list[Tensor]:
+    flat = result if isinstance(result, tuple) else (result,)
+    return [t for part in flat for t in (tensors(part) if isinstance(part, tuple) else [part])]
+
+
+def same(name: str, got: Tensor, want: Tensor) -> None:
+    require(got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(want.shape)}")
+    want = want.to(got.dtype)
+    equal = (got == want) | (got.isnan() & want.isnan()) if got.is_floating_point() else got == want
+    require(equal.all(), f"{name}: {int((~equal).sum())} of {equal.numel()} differ")
+
+
+def near(name: str, got: Tensor, truth: Tensor, plain: Tensor, slack: Tensor | float, spreads: bool = True) -> None:
+    """Where truth and plain are finite, got is, and within slack of truth; where NaN spreads and both are NaN, got is."""
+    require(got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(truth.shape)}")
+    g, t, p = (x.detach().double() for x in (got, truth, plain))
+    finite = t.isfinite() & p.isfinite()
+    lost = (t.isnan() & p.isnan() & ~g.isnan() & spreads) | (finite & ~g.isfinite())
+    require(~lost.any(), f"{name}: {g[lost][:3].tolist()} instead of {p[lost][:3].tolist()}")
+    error = (g - t).abs() - 2 * (p - t).abs() - slack - 2 * torch.finfo(got.dtype).eps * t.abs()
+    worst = error.masked_fill(~finite, -1.0)
+    if worst.numel() and float(worst.max()) > 0:
+        at = int(worst.argmax())
+        raise Fault(
+            f"{name}: {g.flatten()[at]} truth {t.flatten()[at]} plain {p.flatten()[at]}, past by {worst.max():.3g}"
+        )
+
+
+def rounding(call: dict) -> float:
+    """How far fp32 sums may move a score of this call: a few eps of the largest product of norms."""
+    largest = [
+        float(call[name].detach().double().nan_to_num(posinf=0, neginf=0).norm(dim=-1).max())
+        for name in ("query", "negative_keys", "positive_key")
+        if isinstance(call.get(name), Tensor) and call[name].numel()
+    ]
+    return 4 * EPS * largest[0] * max(largest[1:], default=0.0) * call["query"].shape[-1] ** 0.5 if largest else 0.0
