@@ -219,9 +219,9 @@ def test_selection_is_exact_on_any_queue(make, dtype, monkeypatch):
     failed = []
 
     def counting(original):
-        def place_at_rank(query, negative_keys, ranks, rows, *rest):
-            failed.append(int(rows.any(1).sum()))
-            return original(query, negative_keys, ranks, rows, *rest)
+        def place_at_rank(query, negative_keys, missing, *rest):
+            failed.append(int((missing >= 0).any(1).sum()))
+            return original(query, negative_keys, missing, *rest)
 
         return place_at_rank
 

@@ -59,9 +59,9 @@ def launches(call, monkeypatch) -> tuple[int, int]:
     ("call", "kernels", "torch_ops"),
     [
         (training(), 2, 28),
-        (training(select=Select(0.01, 0.5)), 7, 108),
-        (training(mix=Mix(8, 4, 4)), 8, 79),
-        (mining(), 5, 25),
+        (training(select=Select(0.01, 0.5)), 7, 54),
+        (training(mix=Mix(8, 4, 4)), 10, 55),
+        (mining(), 7, 2),
     ],
     ids=["info_nce", "window", "MoCHi", "mine_hardest"],
 )
