@@ -59,7 +59,7 @@ def launches(call, monkeypatch) -> tuple[int, int]:
     ("call", "kernels", "torch_ops"),
     [
         (training(), 2, 28),
-        (training(select=Select(0.01, 0.5)), 7, 54),
+        (training(select=Select(0.01, 0.5)), 7, 33),
         (training(mix=Mix(8, 4, 4)), 10, 55),
         (mining(), 7, 2),
     ],
