@@ -148,6 +148,7 @@ def own(ops: Launchers) -> Launchers:
     """The ops of a loss over keys that are each query's own."""
     logsumexp = partial(_own_logsumexp, ops)
     return ops._replace(
+        info_nce=None,
         logsumexp=logsumexp,
         logsumexp_pair=in_two(logsumexp),
         logsumexp_grad_keys=partial(_own_logsumexp_grad_keys, ops),

@@ -30,7 +30,7 @@ def test_opcheck():
     """Of each op its last call: pools of equal labels, and both ops that mix."""
     torch.use_deterministic_algorithms(False)  # opcheck compares two runs of ops that it calls by reflection
     last = dict(arguments())
-    assert set(last) == set(launchers())
+    assert set(last) == set(launchers()) - set(backends.SPARED)
     del last["logsumexp_pair"]  # on Triton two calls of logsumexp, and no op of its own
     for op, args in last.items():
         torch.library.opcheck(getattr(torch.ops.negmine_triton, op).default, tuple(on_device(args)))
