@@ -9,32 +9,47 @@ Search packages know no mask per query: they are asked for a few more rows than 
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.cases import Inputs
-from benchmarks.peers import Answer, N, loss_and_gradient
+from benchmarks.peers import Answer, N, finished, in_batch, locked, loss_and_gradient
 
 ABSENT: dict[str, str] = {}
+FAISS_GPU_MOST = 2048  # neighbours of one search
 PAIRS_LIMIT = 1 << 26  # entries of the (positives, negative pairs) table that one package builds
+
+
+def said(error: Exception) -> str:
+    """Its first line, or its name."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def load(module: str) -> ModuleType | None:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        ABSENT[module.split(".")[0]] = str(error)
+        ABSENT[module.split(".")[0]] = f"not installed: {said(error)}"
         return None
 
 
-def dropped(scores: np.ndarray, index: np.ndarray, inputs: Inputs) -> Answer:
+def on_gpu(inputs: Inputs) -> bool:
+    return inputs.keys.is_cuda
+
+
+def dropped(scores: Any, index: Any, inputs: Inputs) -> Answer:
     """The first N of each row that do not share the query's id: scores and index (B, N) of (B, N + more), sorted."""
-    found = torch.from_numpy(index.astype(np.int64))  # (B, N + more)
+    if isinstance(index, np.ndarray):
+        index = index.astype(np.int64)  # torch has no arithmetic for some unsigned types
+    device = inputs.keys.device
+    scores, found = torch.as_tensor(scores, device=device), torch.as_tensor(index, device=device).long()
     own = inputs.negative_ids[found] == inputs.query_ids[:, None]  # (B, N + more)
     first = own.byte().argsort(dim=1, stable=True)[:, :N]  # (B, N)
-    return torch.from_numpy(scores).gather(1, first), found.gather(1, first)
+    return scores.gather(1, first), found.gather(1, first)
 
 
 def enough(inputs: Inputs) -> int:
@@ -44,8 +59,10 @@ def enough(inputs: Inputs) -> int:
 
 
 def faiss_flat(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
+    if on_gpu(inputs):
+        return None
     faiss = load("faiss")
-    if faiss is None or inputs.keys.dtype != torch.float32 or inputs.keys.is_cuda:
+    if faiss is None or inputs.keys.dtype != torch.float32:
         return None
     faiss.omp_set_num_threads(torch.get_num_threads())
     index = faiss.IndexFlatIP(inputs.keys.shape[1])
@@ -55,8 +72,10 @@ def faiss_flat(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
 
 
 def usearch_exact(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
+    if on_gpu(inputs):
+        return None
     usearch = load("usearch.index")
-    if usearch is None or inputs.keys.dtype != torch.float32 or inputs.keys.is_cuda:
+    if usearch is None or inputs.keys.dtype != torch.float32:
         return None
     query, keys, k = inputs.query.numpy(), inputs.keys.numpy(), enough(inputs)
 
@@ -68,16 +87,90 @@ def usearch_exact(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
     return run
 
 
+def faiss_gpu(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
+    """faiss.GpuIndexFlatIP over the keys in fp32, which is what it stores."""
+    if not on_gpu(inputs):
+        return None
+    faiss = load("faiss")
+    if faiss is None or load("faiss.contrib.torch_utils") is None:  # torch tensors for its arguments
+        return None
+    if not hasattr(faiss, "GpuIndexFlatIP"):
+        ABSENT["faiss"] = "this build has no GPU part"
+        return None
+    resources = faiss.StandardGpuResources()
+    index = faiss.GpuIndexFlatIP(resources, inputs.keys.shape[1])
+    index.add(inputs.keys.float())
+    query, k = inputs.query.float(), enough(inputs)
+    if k > FAISS_GPU_MOST:
+        ABSENT["faiss GPU"] = f"it finds {FAISS_GPU_MOST} at most, and {k} are wanted"
+        return None
+    return lambda _: dropped(*index.search(query, k), inputs)
+
+
+def cuvs_exact(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
+    """cuVS brute force over the keys in fp32 or fp16; it has no bf16."""
+    if not on_gpu(inputs):
+        return None
+    brute_force = load("cuvs.neighbors.brute_force")
+    if brute_force is None:
+        return None
+    kind = torch.float16 if inputs.keys.dtype == torch.float16 else torch.float32
+    index, query, k = brute_force.build(inputs.keys.to(kind), "inner_product"), inputs.query.to(kind), enough(inputs)
+    return lambda _: dropped(*brute_force.search(index, query, k), inputs)
+
+
+def xformers_attention(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
+    """Attention with the queue as keys and values, which cannot mask by id: see peers.attention_info_nce."""
+    if not on_gpu(inputs):
+        return None
+    fmha = load("xformers.ops.fmha")
+    if fmha is None:
+        return None
+    query, keys = inputs.query[None, :, None], inputs.keys[None, :, None]  # (1, B, 1, D), (1, K, 1, D)
+
+    def run(_: Inputs) -> Answer:
+        mean, lse = fmha.memory_efficient_attention_forward_requires_grad(
+            query, keys, keys, scale=1 / inputs.temperature
+        )
+        return finished(inputs, mean[0, :, 0].float(), lse[0, 0, : len(inputs.query)].float())  # it may pad rows
+
+    return run
+
+
+def inf_cl_loss(inputs: Inputs, way: Callable[..., Answer]) -> Callable[[Inputs], Answer] | None:
+    """Inf-CL's flash loss of the batch's rows; D in heads of at most 256, which must divide it."""
+    if not on_gpu(inputs):
+        return None
+    flash = load("inf_cl.flash")
+    head = min(inputs.keys.shape[1], 256)
+    if flash is None or inputs.keys.shape[1] % head:
+        return None
+    own, scale = torch.arange(len(inputs.query), device=inputs.query.device), 1 / inputs.temperature
+    return lambda _: way(inputs, lambda query, keys: flash.cal_flash_loss(query, keys, own, scale, head).mean())
+
+
+def memeff_lit(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
+    """memeff's LiT loss, its gradient as autograd would have it (stable=False)."""
+    if not on_gpu(inputs):
+        return None
+    memeff = load("memeff")
+    if memeff is None:
+        return None
+    loss = memeff.MemoryEfficientLiTLoss(inputs.temperature, normalized_inputs=True, stable=False)
+    return lambda _: locked(inputs, loss)
+
+
 def metric_learning(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
     """pytorch-metric-learning's NTXentLoss over a reference set, its pairs given: it builds a positives x pairs table."""
     losses = load("pytorch_metric_learning.losses")
     B, K = len(inputs.query), len(inputs.keys)
     if losses is None or B * B * K > PAIRS_LIMIT or inputs.keys.dtype != torch.float32:
         return None
-    own = torch.arange(B)
-    pairs = (own, own, own.repeat_interleave(K), B + torch.arange(K).repeat(B))
+    device = inputs.keys.device
+    own, negatives = torch.arange(B, device=device), torch.arange(B, B + K, device=device)  # (B,), (K,)
+    pairs = (own, own, own.repeat_interleave(K), negatives.repeat(B))
     everything = torch.cat([inputs.positive_key, inputs.keys])  # (B + K, D)
-    labels = torch.arange(B + K)
+    labels = torch.arange(B + K, device=device)
     loss = losses.NTXentLoss(temperature=inputs.temperature)
     return lambda _: loss_and_gradient(
         inputs, lambda query: loss(query, own, pairs, ref_emb=everything, ref_labels=labels)
@@ -94,13 +187,28 @@ def lightly_bank(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
     return lambda _: loss_and_gradient(inputs, lambda query: loss(query, inputs.positive_key))
 
 
-MAKERS = {
-    "mine_hardest": {"FAISS IndexFlatIP": faiss_flat, "usearch exact": usearch_exact},
+MAKERS: dict[str, dict[str, Callable[[Inputs], Callable[[Inputs], Answer] | None]]] = {
+    "mine_hardest": {
+        "FAISS IndexFlatIP": faiss_flat, "usearch exact": usearch_exact,
+        "FAISS GpuIndexFlatIP": faiss_gpu, "cuVS brute force": cuvs_exact,
+    },
+    "info_nce": {"xformers attention": xformers_attention},
+    "in_batch": {"Inf-CL": partial(inf_cl_loss, way=in_batch)},
+    "locked": {"Inf-CL": partial(inf_cl_loss, way=locked), "memeff LiT": memeff_lit},
     "whole_queue": {"pytorch-metric-learning": metric_learning, "lightly": lightly_bank},
-}
+}  # fmt: skip
+# They run on streams of their own, or wait for the device: neither goes into a CUDA graph.
+UNCAPTURED = ("FAISS GpuIndexFlatIP", "cuVS brute force")
 
 
 def variants(op: str, inputs: Inputs) -> dict[str, Callable[[Inputs], Answer]]:
     """The packages that are here and do this op on these inputs."""
-    made = {name: make(inputs) for name, make in MAKERS.get(op, {}).items()}
-    return {name: run for name, run in made.items() if run is not None}
+    made = {}
+    for name, make in MAKERS.get(op, {}).items():
+        try:
+            run = make(inputs)
+        except Exception as error:  # a package that cannot prepare its index loses no one else's row
+            ABSENT[name] = said(error)
+        else:
+            made |= {} if run is None else {name: run}
+    return made

@@ -65,7 +65,7 @@ def variants_of(
     with_compile: bool = False,
     with_peers: bool = False,
 ) -> Variants:
-    """with_peers: on a CPU the packages installed here, on a GPU other ways in PyTorch, which are no match on a CPU."""
+    """with_peers: the packages installed here, and on a GPU other ways in PyTorch, which are no match on a CPU."""
     op = OPS[name]
     variants: Variants = {
         f"{OURS}[{backend}]" if backend else OURS: partial(op.fused, backend=backend) for backend in backends
@@ -78,7 +78,7 @@ def variants_of(
     if with_compile:
         variants["torch.compile"] = torch.compile(op.eager)
     if with_peers:
-        variants |= op.peers if inputs.keys.is_cuda else libraries.variants(name, inputs)
+        variants |= (op.peers if inputs.keys.is_cuda else {}) | libraries.variants(name, inputs)
     return variants
 
 
@@ -98,10 +98,10 @@ def check(name: str, variants: Variants, inputs: Inputs) -> list[str]:
         tolerance = (TOLERANCE if is_ours else PLAIN_TOLERANCE)[inputs.query.dtype]
         try:
             found = disagreement(name, run(inputs), truth, inputs, tolerance)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except Exception as error:  # whatever a package raises, the others keep their rows
             if is_ours:
                 raise
-            print(f"left out: {variant} cannot run {name} here: {str(error).splitlines()[0]}")
+            print(f"left out: {variant} cannot run {name} here: {libraries.said(error)}")
             del variants[variant]
             continue
         if found and is_ours:
@@ -130,7 +130,7 @@ def measure(
     calls: dict[str, Callable[[], object]] = {variant: partial(run, inputs) for variant, run in variants.items()}
     calls["gemm"] = lambda: inputs.query @ inputs.keys.T  # (B, K)
     calls["copy"] = inputs.keys.clone
-    timings = interleave(calls, device, seconds)
+    timings = interleave(calls, device, seconds, uncaptured=libraries.UNCAPTURED)
     gemms, (K, D) = OPS[name].gemms, inputs.keys.shape
     floor_ms, copy_ms = gemms * timings["gemm"].median, timings["copy"].median
     rate_floor_ms = None

@@ -103,25 +103,37 @@ def in_batch(inputs: Inputs, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Ans
     return loss.detach(), torch.stack([query.grad, keys.grad])
 
 
-def fused_in_batch(inputs: Inputs, backend: str | None = None) -> Answer:
+def locked(inputs: Inputs, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Answer:
+    """As in_batch with the positives' encoder frozen: one gradient."""
+    return loss_and_gradient(inputs, lambda query: loss_of(query, inputs.positive_key))
+
+
+def batch_loss(inputs: Inputs, backend: str | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     own = torch.arange(len(inputs.query), device=inputs.query.device)  # (B,)
-    return in_batch(
-        inputs,
-        lambda query, keys: negmine.info_nce(
-            query,
-            keys,
-            keys,
-            temperature=inputs.temperature,
-            query_ids=own,
-            negative_ids=own,
-            backend=backend,
-        ),
+    return lambda query, keys: negmine.info_nce(
+        query, keys, keys, temperature=inputs.temperature, query_ids=own, negative_ids=own, backend=backend
     )
 
 
-def eager_in_batch(inputs: Inputs) -> Answer:
+def eager_batch_loss(inputs: Inputs) -> Callable[[Tensor, Tensor], Tensor]:
     own = torch.arange(len(inputs.query), device=inputs.query.device)  # (B,)
-    return in_batch(inputs, lambda query, keys: F.cross_entropy(widened(query @ keys.T) / inputs.temperature, own))
+    return lambda query, keys: F.cross_entropy(widened(query @ keys.T) / inputs.temperature, own)
+
+
+def fused_in_batch(inputs: Inputs, backend: str | None = None) -> Answer:
+    return in_batch(inputs, batch_loss(inputs, backend))
+
+
+def eager_in_batch(inputs: Inputs) -> Answer:
+    return in_batch(inputs, eager_batch_loss(inputs))
+
+
+def fused_locked(inputs: Inputs, backend: str | None = None) -> Answer:
+    return locked(inputs, batch_loss(inputs, backend))
+
+
+def eager_locked(inputs: Inputs) -> Answer:
+    return locked(inputs, eager_batch_loss(inputs))
 
 
 def fused_mine(inputs: Inputs, backend: str | None = None) -> Answer:
@@ -203,7 +215,11 @@ def attention_info_nce(inputs: Inputs) -> Answer:
     aten = torch.ops.aten
     attend = aten._scaled_dot_product_flash_attention if on_gpu else aten._scaled_dot_product_flash_attention_for_cpu
     mean, lse, *_ = attend(query, keys, keys, scale=1 / inputs.temperature)
-    mean, lse = mean[0, 0].float(), lse.flatten()  # (B, D), (B,)
+    return finished(inputs, mean[0, 0].float(), lse.flatten())
+
+
+def finished(inputs: Inputs, mean: Tensor, lse: Tensor) -> Answer:
+    """The loss and its gradient from what attention returns: mean (B, D) and lse (B,), fp32."""
     positive = inputs.positive_key.float()
     x_positive = (inputs.query.float() * positive).sum(dim=1) / inputs.temperature  # (B,)
     share = torch.sigmoid(lse - x_positive)[:, None] / (inputs.temperature * len(positive))  # (B, 1)
@@ -259,6 +275,7 @@ OPS = {
     "window": Op("InfoNCE, hardest 0.1 % to 5 %: loss and gradient", fused_loss(select=WINDOW), eager_window, gemms=2),
     "whole_queue": Op("InfoNCE without masks: loss and gradient", fused_whole_queue, eager_whole_queue, gemms=2),
     "in_batch": Op("InfoNCE in the batch: loss and both gradients", fused_in_batch, eager_in_batch, gemms=3),
+    "locked": Op("InfoNCE in the batch, its keys frozen: loss and gradient", fused_locked, eager_locked, gemms=2),
     "mine_hardest": Op(f"mine_hardest, N = {N}", fused_mine, eager_mine, gemms=1, returns=("scores", "index")),
     "rank_thresholds": Op(
         "rank_thresholds, two ranks",

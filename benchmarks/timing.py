@@ -83,7 +83,12 @@ def median(values: list[float]) -> float:
 
 
 def interleave(
-    variants: dict[str, Variant], device: str, seconds: float, min_rounds: int = 5, max_rounds: int = 200
+    variants: dict[str, Variant],
+    device: str,
+    seconds: float,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+    uncaptured: tuple[str, ...] = (),
 ) -> dict[str, Timing]:
     """Time all variants in turns for about `seconds`, at least `min_rounds` rounds; what comes before is not counted."""
     names = list(variants)
@@ -95,7 +100,12 @@ def interleave(
     else:
         called = {name: median([elapsed_ms(variants[name], device) for _ in range(5)]) for name in names}
         pool = torch.cuda.graph_pool_handle()
-        repeated = {name: captured(variants[name], called[name], pool) for name in names}
+        repeated = {
+            name: Repeated(variants[name], 1, "events")
+            if name in uncaptured
+            else captured(variants[name], called[name], pool)
+            for name in names
+        }
         for name in names:
             elapsed_ms(repeated[name].run, device)
     taken: dict[str, list[float]] = {name: [] for name in names}

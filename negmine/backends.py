@@ -27,6 +27,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 class Launchers(NamedTuple):
     """The kernels that run one call, by op name; None where the call does not need the op."""
 
+    info_nce: Any = None  # where it is absent, negmine/info_nce.py does its arithmetic in torch
     logsumexp: Any = None
     logsumexp_pair: Any = None
     logsumexp_mine: Any = None
@@ -48,7 +49,8 @@ class Launchers(NamedTuple):
         return negative_keys.shape[-2]
 
 
-OPS = Launchers._fields
+SPARED = ("info_nce",)  # what a call can do without
+OPS = tuple(op for op in Launchers._fields if op not in SPARED)
 
 
 def in_two(logsumexp: Callable) -> Callable:
@@ -154,8 +156,12 @@ def _runs(backend: Backend, op: str, device: str, by_name: bool) -> bool:
     return fits and not backend.refusal and op in backend.launchers
 
 
-def choose(caller: str, ops: tuple[str, ...], backend: str | None, tensors: tuple[Tensor, ...]) -> Launchers | None:
+def choose(
+    caller: str, ops: tuple[str, ...], backend: str | None, tensors: tuple[Tensor, ...], also: tuple[str, ...] = ()
+) -> Launchers | None:
     """The launchers of `ops` for these tensors, by name; None = the reference runs the call.
+
+    also: ops that the call can do without, taken where the backend that runs the first one has them.
 
     Raises ValueError for an unknown backend and BackendUnavailable where the one insisted on cannot run the call.
     """
@@ -174,11 +180,12 @@ def choose(caller: str, ops: tuple[str, ...], backend: str | None, tensors: tupl
             )
         _warn_dense(caller, device, dense)
         return None
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for op in ops:
         for row in BACKENDS:
             if (asked is None or asked == row.name) and _runs(row, op, device, asked is not None):
-                chosen[op] = row.launchers[op]
+                wanted = (op,) if chosen else (op, *also)
+                chosen |= {name: row.launchers[name] for name in wanted if name in row.launchers}
                 break
         else:
             why = explain(op, device)

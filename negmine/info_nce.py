@@ -2,7 +2,8 @@
 
 Fused path: x_pos is a row-wise product; the negatives enter as log-sum-exps that a kernel returns together with their softmax
 means, so that every gradient is known in the forward pass and the queue may be overwritten before backward. What is left is
-arithmetic on (B,) tensors, differentiated by autograd. The dense definition is negmine/reference.py.
+arithmetic on (B,) tensors, differentiated by autograd, or left to the op info_nce where a backend has it. The dense definition
+is negmine/reference.py.
 """
 
 from typing import Any, NamedTuple
@@ -12,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from negmine import backends, checks, order, reference
+from negmine.derivatives import first_only
 from negmine.false_negatives import Found, find, without
 from negmine.listed import listed, own
 from negmine.logsumexp import LogSumExp, LogSumExpPair, MeanScore, scale_of
 from negmine.mining import for_kernels, frozen, score_of_positive, working
-from negmine.mixing import deepest, mixed_logsumexp, parents_of
+from negmine.mixing import deepest, draws_of, hard_index, mixed_logsumexp, parents_of
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.pool import Pool, bounded, check_pool, readable, sampled, usable
 
@@ -98,8 +100,9 @@ def info_nce(
     masks = (negative_mask, query_ids, negative_ids, query_labels, negative_labels)
     pool = check_pool(op, query, negative_keys, *masks)
     needed = _ops_for(negative_keys, select, mix, weight, false_negatives)
-    ops = backends.choose(op, needed, backend, (query, positive_key, negative_keys))
+    ops = backends.choose(op, needed, backend, (query, positive_key, negative_keys), also=backends.SPARED)
     options: dict[str, Any] = {"select": select, "mix": mix, "weight": weight, "false_negatives": false_negatives}
+    stats: InfoNCEStats | None
     if ops is None:
         allowed = usable(pool, query, negative_keys)
         rows, found = reference.info_nce(
@@ -131,7 +134,7 @@ def info_nce(
             want_rank=return_stats,
         )
     loss = reference.reduced(rows, reduction)
-    return (loss, stats) if return_stats else loss
+    return loss if stats is None or not return_stats else (loss, stats)
 
 
 def _ops_for(
@@ -171,11 +174,9 @@ def fused(
     decoupled: bool = False,
     draw: tuple[int, int, int] = (0, 0, 0),
     want_rank: bool = False,
-) -> tuple[Tensor, InfoNCEStats]:
-    """Loss (B,) and statistics from the kernels `ops`; meaning as reference.info_nce."""
+) -> tuple[Tensor, InfoNCEStats | None]:
+    """Loss (B,) and, where the ranks are wanted, statistics from the kernels `ops`; meaning as reference.info_nce."""
     scale = scale_of(temperature, query)
-    positive_score = score_of_positive(query, positive_key)  # (B,)
-    x_positive = positive_score * scale  # (B,)
     lists = listed(ops)
     ops = own(ops) if negative_keys.dim() == 3 else ops
     found: Found | None = None
@@ -184,6 +185,16 @@ def fused(
         with torch.no_grad():
             found = find(ops, support.detach(), negative_keys.detach(), false_negatives, masks)
             masks = without(masks, found.mask)
+    apart = (
+        weight is not None
+        or (select is not None and select.sample is not None)
+        or (mix is not None and not mix.detach)
+        or (false_negatives is not None and false_negatives.mode == "attract")
+    )
+    if ops.info_nce is not None and not apart and not torch.compiler.is_compiling():
+        return finished(ops, query, positive_key, negative_keys, scale, masks, select, mix, decoupled, draw, want_rank)
+    positive_score = score_of_positive(query, positive_key)  # (B,)
+    x_positive = positive_score * scale  # (B,)
     q, keys = for_kernels(query), for_kernels(negative_keys)
     pivot = positive_score.detach() if want_rank else None
     kept_by, columns = ops, tuple(masks)
@@ -222,9 +233,7 @@ def fused(
         lse, clamped = log_sum.masked_fill(~some, -torch.inf), clamped & some
     if mix is not None and mixes:
         with torch.no_grad():
-            if mined is None:
-                mined = ops.mine_hardest(q, keys, deepest(mix, ops.rows(negative_keys)), *masks)[1]
-            index = parents_of(mined, mix)  # (B, hard)
+            index = hard_index(ops, q, keys, mix, masks) if mined is None else parents_of(mined, mix)  # (B, hard)
         lse_mixed = mixed_logsumexp(ops, query, negative_keys, scale, index, mix, draw)  # (B,)
         some = some | (index >= 0).any(1)
         both = torch.logaddexp(lse.masked_fill(~some, 0.0), lse_mixed.masked_fill(~some, 0.0))
@@ -246,4 +255,87 @@ def fused(
         total = torch.logaddexp(torch.logaddexp(x_positive, extra), lse)  # (B,)
         rows = torch.where(some, total - pull, 0.0 * x_positive)
         denominator = torch.where(some, total, x_positive).detach()
+    if not want_rank:
+        return rows, None
     return rows, InfoNCEStats(denominator.detach(), above, kept, clamped, (~some).sum())
+
+
+class Finished(torch.autograd.Function):
+    """Rows (B,) of the loss in one op, with their denominators (B,), kept (B,) and above (B,); every gradient is known at once.
+
+    d row / d query, / d scale come with the rows; d row / d positive = -weight query; the keys' is a second kernel, run only for
+    keys that require grad. mixes: the parents (B, hard) and draws of synthetic negatives, or None.
+    """
+
+    @staticmethod
+    def forward(ctx, query, positive_key, negative_keys, scale, pivot, decoupled, mixes, ops, *pool):
+        wants = ctx.needs_input_grad
+        q, positive, keys = (for_kernels(t) for t in (query, positive_key, negative_keys))
+        factor, want_gradient = scale.detach(), wants[0] or wants[3]
+        mixed = (None, None)
+        if mixes is not None:
+            mixed = ops.mix_logsumexp(q, keys, mixes[0], factor, want_gradient, *mixes[1])
+        rows, d_query, d_scale, weight, lse, *found = ops.info_nce(
+            q, positive, keys, factor, pivot, want_gradient, decoupled, *mixed, *pool
+        )
+        *tensors, ctx.same_label = pool
+        ctx.ops, ctx.width, ctx.positive = ops, len(pool), positive_key.dtype
+        ctx.save_for_backward(
+            query, scale, d_query, d_scale, weight, lse,
+            positive_key if wants[1] else None, *((negative_keys, *tensors) if wants[2] else ()),
+        )  # fmt: skip
+        ctx.mark_non_differentiable(*found)
+        ctx.set_materialize_grads(False)  # three launches of zeros
+        return rows, *found
+
+    @staticmethod
+    @first_only
+    def backward(ctx, d_rows, *_):
+        query, scale, d_query, d_scale, weight, lse, _, *rest = ctx.saved_tensors
+        wants = ctx.needs_input_grad
+        to_query = to_positive = to_keys = to_scale = None
+        if wants[0]:  # written in the query's dtype by the product itself
+            to_query = torch.mul(d_query, d_rows[:, None], out=torch.empty_like(query))  # (B, D)
+        pull = d_rows * weight if wants[1] or wants[2] else weight  # (B,)
+        if wants[1]:
+            to_positive = (-pull[:, None] * query).to(ctx.positive)  # (B, D)
+        if wants[2]:
+            negative_keys, *tensors = rest
+            q, keys = for_kernels(query), for_kernels(negative_keys)
+            to_keys = ctx.ops.logsumexp_grad_keys(q, keys, scale, lse, pull, *tensors, ctx.same_label)
+            to_keys = to_keys.to(negative_keys.dtype)  # (K, D)
+        if wants[3]:
+            to_scale = (d_rows * d_scale).sum()
+        return to_query, to_positive, to_keys, to_scale, None, None, None, None, *([None] * ctx.width)
+
+
+def finished(
+    ops: backends.Launchers,
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor,
+    scale: Tensor,
+    masks: Pool,
+    select: Select | None,
+    mix: Mix | None,
+    decoupled: bool,
+    draw: tuple[int, int, int],
+    want_rank: bool,
+) -> tuple[Tensor, InfoNCEStats | None]:
+    """`fused` by the op info_nce, for what it covers; statistics where the ranks are wanted, too."""
+    q, keys, columns, mixes, score = for_kernels(query), for_kernels(negative_keys), masks, None, None
+    with torch.no_grad():
+        if want_rank or (select is not None and select.has_margin):
+            score = score_of_positive(query, positive_key)  # (B,)
+        if select is not None:
+            columns = bounded(ops, q, keys, masks, select, score)
+        if mix is not None and mix.total:
+            mixes = hard_index(ops, q, keys, mix, masks), draws_of(mix, query.device, *draw)
+    pivot = score if want_rank else None
+    rows, total, kept, above = Finished.apply(
+        query, positive_key, negative_keys, scale, pivot, decoupled, mixes, ops, *columns
+    )
+    if not want_rank:
+        return rows, None
+    some = kept > 0 if mixes is None else (kept > 0) | (mixes[0] >= 0).any(1)  # (B,)
+    return rows, InfoNCEStats(total, above, kept, torch.zeros_like(some), (~some).sum())

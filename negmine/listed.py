@@ -149,6 +149,7 @@ def own(ops: Launchers) -> Launchers:
     """The ops of a loss over keys that are each query's own."""
     logsumexp, mine_hardest = partial(_own_logsumexp, ops), partial(_own_mine_hardest, ops)
     return ops._replace(
+        info_nce=None,
         logsumexp=logsumexp,
         logsumexp_pair=in_two(logsumexp),
         logsumexp_mine=one_by_one(logsumexp, mine_hardest),

@@ -11,7 +11,7 @@ from negmine.derivatives import first_only
 from negmine.listed import rows_of
 from negmine.mining import for_kernels, working
 from negmine.options import Mix
-from negmine.pool import check_pool, pieces, usable
+from negmine.pool import Pool, check_pool, pieces, usable
 
 PIECE = 1 << 22  # numbers of the mixes that are in memory at one time where gradient flows through them
 
@@ -46,6 +46,11 @@ def deepest(mix: Mix, K: int) -> int:
 def parents_of(mined: Tensor, mix: Mix) -> Tensor:
     """The parents to draw from: index (B, deepest) of mine_hardest -> (B, hard) int64, -1 past the pool's end."""
     return mined[:, mix.skip :].contiguous()
+
+
+def hard_index(ops: backends.Launchers, query: Tensor, negative_keys: Tensor, mix: Mix, pool: Pool) -> Tensor:
+    """The parents to draw from, by a mining of their own: (B, hard) int64."""
+    return parents_of(ops.mine_hardest(query, negative_keys, deepest(mix, ops.rows(negative_keys)), *pool)[1], mix)
 
 
 class MixLogSumExp(torch.autograd.Function):
@@ -202,7 +207,7 @@ def mix_negatives(
         return Mixed(vectors.to(query.dtype), parents, coefficients.float())
     with torch.no_grad():
         q, keys = for_kernels(query), for_kernels(negative_keys)
-        index = parents_of(ops.mine_hardest(q, keys, deepest(mix, len(keys)), *pool)[1], mix)
+        index = hard_index(ops, q, keys, mix, pool)
         if mix.detach or not (query.requires_grad or negative_keys.requires_grad):
             return Mixed(*ops.mix_negatives(q, keys, index, *draws_of(mix, query.device, seed, step, row_offset)))
         parents, coefficients = reference.mix_draws(index, mix, torch.float32, seed, step, row_offset)

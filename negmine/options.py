@@ -116,19 +116,24 @@ class Select:
             top = top.minimum(positive_score - positive_score.abs() * self.relative_margin)
         return top
 
-    def window(self, count: Tensor) -> tuple[Tensor, Tensor]:
-        """count (B,) int64, the size of each pool -> first, end (B,) int64: ranks [first, end), end <= count."""
+    def window(self, count: Any) -> tuple[Any, Any]:
+        """count (B,) int64, the size of each pool -> first, end (B,) int64: ranks [first, end), end <= count.
 
-        def rank(bound: int | float) -> Tensor:
+        An int instead, the size of every pool, gives ints.
+        """
+        on_host = not isinstance(count, Tensor)
+        larger, smaller = (max, min) if on_host else (torch.maximum, torch.minimum)
+
+        def rank(bound: int | float) -> Any:
             if isinstance(bound, float):
-                return (count.double() * bound).long()  # floor: both are positive
-            return torch.full_like(count, bound)
+                return int(count * bound) if on_host else (count.double() * bound).long()  # floor: both are positive
+            return bound if on_host else torch.full_like(count, bound)
 
         first = rank(self.range_min)
         end = count if self.range_max is None else rank(self.range_max)
         if isinstance(self.range_min, float) or isinstance(self.range_max, float):
-            end = end.maximum(first + 1)
-        return first, end.minimum(count)
+            end = larger(end, first + 1)
+        return first, smaller(end, count)
 
     def widest(self, K: int) -> int:
         """The most negatives that a window of any pool of up to K can hold."""

@@ -11,6 +11,8 @@ from torch import Tensor
 
 NOWHERE = -(2**63)  # the place past the end of a pool
 LAST_INDEX = 0xFFFFFFFF  # ranks below every real index of the same score
+TOP = 0x7F800000FFFFFFFF  # the highest place: +inf at index 0
+BOTTOM = -0x7F800001 << 32  # the lowest: -inf at LAST_INDEX
 
 
 def pack(score: Tensor, index: Tensor | int) -> Tensor:

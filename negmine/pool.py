@@ -145,40 +145,35 @@ def bounded(
     dropped by their index.
     """
     B, K = query.shape[0], ops.rows(negative_keys)
-    if select.has_filter:
+    if select.min_score is not None:
+        least = torch.full((B,), select.min_score, dtype=torch.float32, device=query.device)
+        pool = pool._replace(lower=order.pack(least, order.LAST_INDEX))
+    if select.has_margin or select.max_score is not None:
         anchor = query.new_zeros(B, dtype=torch.float32) if positive_score is None else positive_score
-        lowest = torch.full_like(anchor, -torch.inf if select.min_score is None else select.min_score)
-        pool = pool._replace(
-            lower=order.pack(lowest, order.LAST_INDEX), upper=order.pack(select.highest_score(anchor), 0)
-        )
+        pool = pool._replace(upper=order.pack(select.highest_score(anchor), 0))
     if not (select.starts_late or select.ends_early):
         if select.has_filter:
             return pool
         # A window of everything is a window: it keeps no NaN score.
-        everything = torch.full((B,), torch.inf, device=query.device)  # (B,)
-        return pool._replace(lower=order.pack(-everything, order.LAST_INDEX), upper=order.pack(everything, 0))
+        return pool._replace(lower=torch.full((B,), order.BOTTOM, device=query.device))
     # Only fractions need the pool's size: a rank past the end of a pool has no place, and keeps nothing or everything.
-    if isinstance(select.range_min, float) or isinstance(select.range_max, float):
-        count = ops.count_negatives(query, negative_keys, *pool) if not pool.is_everything else None
+    by_share = isinstance(select.range_min, float) or isinstance(select.range_max, float)
+    if by_share and not pool.is_everything:
+        first, end = select.window(ops.count_negatives(query, negative_keys, *pool))
+        wanted = [first] * select.starts_late + [end - 1] * select.ends_early  # (B,) each
     else:
-        count = None
-    if count is None:
-        count = torch.full((B,), K, dtype=torch.int64, device=query.device)
-    first, end = select.window(count)
-    ranks = torch.stack([first, end - 1], 1)  # (B, 2)
-    wanted = [side for side, needed in enumerate((select.starts_late, select.ends_early)) if needed]
-    places = ops.rank_thresholds(query, negative_keys, ranks[:, wanted].contiguous(), *pool)  # (B, 1 or 2)
-    bottom = order.pack(torch.full((B,), -torch.inf, device=query.device), order.LAST_INDEX)  # (B,)
-    upper, lower = pool.upper, pool.lower
-    if 0 in wanted:
-        upper = places[:, 0].contiguous()
-    if 1 in wanted:
+        first, end = select.window(K)
+        wanted = [
+            torch.full((B,), rank, dtype=torch.int64, device=query.device)
+            for rank in [first] * select.starts_late + [end - 1] * select.ends_early
+        ]
+    places = ops.rank_thresholds(query, negative_keys, torch.stack(wanted, 1), *pool)  # (B, 1 or 2)
+    # A rank with no place bounds nothing from below and leaves nothing above it: an empty window begins at such a rank.
+    if select.ends_early:
         last = places[:, -1]
-        lower = torch.where(last == order.NOWHERE, bottom if lower is None else lower, last)
-    upper = order.pack(torch.full((B,), torch.inf, device=query.device), 0) if upper is None else upper
-    lower = bottom if lower is None else lower
-    # An empty window: no place is at once above and below.
-    return pool._replace(lower=lower, upper=torch.where(first < end, upper, order.NOWHERE))
+        lower = last.clamp_min(order.BOTTOM) if pool.lower is None else last.maximum(pool.lower)
+        pool = pool._replace(lower=lower)
+    return pool._replace(upper=places[:, 0].contiguous()) if select.starts_late else pool
 
 
 def sampled(

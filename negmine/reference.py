@@ -361,5 +361,6 @@ def reduced(rows: Tensor, reduction: str, count: Tensor | int | None = None) -> 
     """Losses under a reduction: "mean" divides by `count`, by default of all rows, and is 0 where there are none."""
     if reduction == "none":
         return rows
-    total = rows.sum()
-    return total if reduction == "sum" else total / (max(len(rows), 1) if count is None else count)
+    if reduction == "sum" or len(rows) == 0:
+        return rows.sum()
+    return rows.mean() if count is None else rows.sum() / count

@@ -132,7 +132,7 @@ class ShardedMoCoQueue(MoCoQueue):
             select=select, weight=weight, decoupled=decoupled, want_rank=return_stats,
         )  # fmt: skip
         loss = reference.reduced(rows, reduction)
-        return (loss, stats) if return_stats else loss
+        return loss if stats is None else (loss, stats)
 
     def mine_hardest(
         self,

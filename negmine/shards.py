@@ -22,7 +22,6 @@ from negmine.pool import Pool
 from negmine.queue import gather
 
 AT_ONCE = 1024  # places of a shard that rank_thresholds looks at in one round
-TOP = 0x7F800000FFFFFFFF  # the highest place: +inf at index 0
 
 
 class Ranks:
@@ -78,7 +77,7 @@ def upper_in_shard(places: Tensor, first: int) -> Tensor:
     A bound whose index lies before the shard is the end of its score's ties there: the carry into the score says just that,
     except past +inf. A bound whose score is NaN keeps nothing and stays.
     """
-    return torch.where(places > TOP, places, (places + first).clamp_max(TOP))
+    return torch.where(places > order.TOP, places, (places + first).clamp_max(order.TOP))
 
 
 def to_queue(places: Tensor, first: int) -> Tensor:
@@ -88,6 +87,8 @@ def to_queue(places: Tensor, first: int) -> Tensor:
 
 class Shards:
     """negmine.backends.Launchers of one call: `ops` on this rank's rows, merged over the ranks."""
+
+    info_nce = None
 
     def __init__(self, ops: Launchers, ranks: Ranks, query: Tensor, K: int, first: int) -> None:
         self.ops, self.ranks, self.K, self.first = ops, ranks, K, first
@@ -162,7 +163,7 @@ class Shards:
         own = self._pool(pool)
         end = self._counts(negative_keys, own)[:, :, None].repeat(1, 1, R)  # (W, b, R)
         a = torch.zeros_like(end)
-        cut = torch.full_like(ranks, TOP)  # (b, R) inclusive
+        cut = torch.full_like(ranks, order.TOP)  # (b, R) inclusive
         found = torch.full_like(ranks, order.NOWHERE)  # (b, R)
         alive = (ranks >= 0) & (ranks < end.sum(0))  # (b, R)
         while True:

@@ -25,7 +25,10 @@ def _opaque(op: str, launch: Callable, devices: tuple[str, ...]) -> Callable:
 
 
 def launchers(found: dict[str, Callable], devices: tuple[str, ...]) -> dict[str, Callable]:
-    """The launchers by op, each of which a compiled graph calls as a torch op; the schemas come with negmine._ops_cpu."""
+    """The launchers by op, which a compiled graph calls as torch ops; the schemas come with negmine._ops_cpu.
+
+    An op without a schema there is for eager calls alone.
+    """
     if cpp_ops.CPU_REFUSAL:
         return found
 
@@ -38,4 +41,4 @@ def launchers(found: dict[str, Callable], devices: tuple[str, ...]) -> dict[str,
 
         return call
 
-    return {op: compilable(op, launch) for op, launch in found.items()}
+    return {op: compilable(op, launch) if op in cpp_ops.FAKES else launch for op, launch in found.items()}

@@ -41,7 +41,7 @@ SHARED_BYTES = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # of a block; code
 PRODUCT = {80: "HMMA.16816.F32.BF16", 90: "HGMMA.64x16.F32.BF16", 100: "UTCHMMA"}
 MINING = ("logsumexp", "mine_hardest")
 CASES = [
-    (90, "bfloat16", 128, ("logsumexp", "logsumexp_grad_keys", "count_negatives")),
+    (90, "bfloat16", 128, ("info_nce", "logsumexp", "logsumexp_grad_keys", "count_negatives")),
     (90, "bfloat16", 128, ("mine_hardest", "rank_thresholds")),
     (90, "bfloat16", 128, ("mix_negatives", "mix_logsumexp")),
     (90, "bfloat16", 128, ("softplus_sum", "softplus_sum_grad_keys")),
@@ -80,7 +80,10 @@ def call(triton_ops, op: str, dtype: torch.dtype, D: int) -> None:
         "mix_logsumexp": (index, scale, True, *draws),
         "listed_logsumexp": (index, scale, True),
     }
-    if op == "listed_grad_keys":
+    if op == "info_nce":
+        mixed = empty(B), empty(B, D)
+        triton_ops.info_nce(query, query, keys, scale, None, True, False, *mixed)
+    elif op == "listed_grad_keys":
         triton_ops.listed_grad_keys(query, index, empty(B, N), K)
     else:
         getattr(triton_ops, op)(query, keys, *arguments[op])

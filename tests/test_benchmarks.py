@@ -3,9 +3,13 @@
 import csv
 import sys
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
+
+pytest.importorskip("matplotlib")
 
 from benchmarks import base, libraries, plan, plot, run
 from benchmarks.cases import CASES, SWEEPS, Case, make_inputs, sweep
@@ -18,7 +22,7 @@ TINY = Case("tiny", 4, 1500, 16, "float32", "", tuple(OPS))
 
 def tiny_inputs(op, dtype="float32"):
     """In the batch K is B, and B is large enough that the loss is not about 0."""
-    B, K, D = (64, 64, 8) if op == "in_batch" else (4, 1500, 16)
+    B, K, D = (64, 64, 8) if op in ("in_batch", "locked") else (4, 1500, 16)
     return make_inputs(Case("tiny", B, K, D, dtype, ""), "cpu")
 
 
@@ -55,6 +59,96 @@ def test_packages_answer_the_same(name):
     if answer_of is None:
         pytest.skip(f"{name} is not installed")
     assert not disagreement(op, answer_of(inputs), OPS[op].eager(inputs), inputs, 2e-4)
+
+
+class Index:
+    """An exact index with the manners of faiss.GpuIndexFlatIP."""
+
+    def __init__(self, resources, dim):
+        assert dim == 16
+
+    def add(self, keys):
+        self.keys = keys
+
+    def search(self, query, k):
+        return (query @ self.keys.T).topk(k, dim=1)
+
+
+class LiT:
+    def __init__(self, temperature, normalized_inputs, stable):
+        assert normalized_inputs and not stable
+        self.temperature = temperature
+
+    def __call__(self, query, keys):
+        return F.cross_entropy(query @ keys.T / self.temperature, torch.arange(len(query)))
+
+
+def attend(query, keys, values, scale):
+    """(1, rows, 1, D) each -> mean, and lse (1, 1, rows and padding)."""
+    logits = scale * query[0, :, 0] @ keys[0, :, 0].T  # (B, K)
+    return (logits.softmax(1) @ values[0, :, 0])[None, :, None], F.pad(logits.logsumexp(1), (0, 5))[None, None]
+
+
+STANDINS = {
+    "faiss": {"GpuIndexFlatIP": Index, "StandardGpuResources": object},
+    "faiss.contrib.torch_utils": {},
+    "cuvs.neighbors.brute_force": {
+        "build": lambda keys, metric: {"inner_product": keys}[metric],
+        "search": lambda index, query, k: [x.numpy() for x in (query @ index.T).topk(k, dim=1)],
+    },
+    "xformers.ops.fmha": {"memory_efficient_attention_forward_requires_grad": attend},
+    "inf_cl.flash": {
+        "cal_flash_loss": lambda q, k, labels, scale, head: F.cross_entropy(scale * q @ k.T, labels, reduction="none")
+    },
+    "memeff": {"MemoryEfficientLiTLoss": LiT},
+}
+ON_CARDS = {
+    "mine_hardest": ["FAISS GpuIndexFlatIP", "cuVS brute force"],
+    "info_nce": ["xformers attention"],
+    "in_batch": ["Inf-CL"],
+    "locked": ["Inf-CL", "memeff LiT"],
+}
+
+
+@pytest.mark.parametrize("op", ON_CARDS)
+def test_packages_for_cards_are_called_as_they_are_written(op, monkeypatch):
+    """Stand-ins with the signatures of the packages: what is asked of them is right, and so is what is made of their answer."""
+    monkeypatch.setattr(libraries, "on_gpu", lambda inputs: True)
+    for name, content in STANDINS.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setitem(sys.modules, name.split(".")[0], sys.modules.get(name.split(".")[0]) or module)
+    inputs = tiny_inputs(op)
+    if op == "info_nce":  # attention masks nothing
+        inputs = replace(inputs, negative_ids=torch.full_like(inputs.negative_ids, -1))
+    found = libraries.variants(op, inputs)
+    assert list(found) == ON_CARDS[op]
+    for run_package in found.values():
+        assert not disagreement(op, run_package(inputs), OPS[op].eager(inputs), inputs, 2e-4)
+
+
+@pytest.mark.parametrize("op", ON_CARDS)
+def test_packages_that_are_not_here_are_named(op, monkeypatch):
+    monkeypatch.setattr(libraries, "on_gpu", lambda inputs: True)
+    monkeypatch.setattr(libraries, "ABSENT", {})
+    for name in STANDINS:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert libraries.variants(op, tiny_inputs(op)) == {}
+    assert len(libraries.ABSENT) == len(ON_CARDS[op])
+    assert all(reason.startswith("not installed: ") for reason in libraries.ABSENT.values())
+
+
+def test_a_package_that_fails_is_named_and_costs_no_row(monkeypatch):
+    def failing(inputs):
+        raise AssertionError("no such shape")
+
+    makers = {"info_nce": {"unready": failing, "failing": lambda inputs: failing}}
+    monkeypatch.setattr(libraries, "MAKERS", makers)
+    monkeypatch.setattr(libraries, "ABSENT", {})
+    names = [m.variant for m in measure("info_nce", tiny_inputs("info_nce"), 0.0, [None], with_peers=True)]
+    assert names == ["negmine", "eager"]
+    assert libraries.ABSENT == {"unready": "no such shape"}
 
 
 def test_isa_is_given_back():

@@ -105,7 +105,7 @@ def test_inductor_compiles_a_step_into_one_graph(options, dynamic):
 
 @each_option
 def test_nothing_waits_for_the_device(options):
-    queue = MoCoQueue(D, K, dtype=torch.bfloat16, with_ids=True).cuda()
+    queue = MoCoQueue(D, K, dtype=torch.bfloat16, with_ids=True, random_init=True).cuda()  # full: no dense short cuts
     loss_of = InfoNCELoss(0.2, **options, return_stats=True)
     q, pos, keys = tensors()
     tags = torch.arange(B, device="cuda")
@@ -219,9 +219,9 @@ def test_selection_is_exact_on_any_queue(make, dtype, monkeypatch):
     failed = []
 
     def counting(original):
-        def place_at_rank(query, negative_keys, ranks, rows, *rest):
-            failed.append(int(rows.any(1).sum()))
-            return original(query, negative_keys, ranks, rows, *rest)
+        def place_at_rank(query, negative_keys, missing, *rest):
+            failed.append(int((missing >= 0).any(1).sum()))
+            return original(query, negative_keys, missing, *rest)
 
         return place_at_rank
 
@@ -265,9 +265,15 @@ def test_queries_and_scores_past_two_to_the_31():
     again = negmine.mine_hardest(q, keys, 15, negative_mask=mask)
     compare.exact("masked", again.index[-1], mined.index[-1, 1:])
     rows = negmine.info_nce(q, q, keys, reduction="none", negative_mask=mask)
-    compare.exact(
-        "loss", rows[tail], negmine.info_nce(q[tail], q[tail], keys, reduction="none", negative_mask=mask[tail])
-    )
+    # Three queries alone cut the queue into more parts, whose sums round otherwise.
+    truth, plain = (
+        negmine.info_nce(
+            *(x.to(dtype) for x in (q[tail], q[tail], keys)),
+            reduction="none", negative_mask=mask[tail], backend="reference",
+        )
+        for dtype in (torch.float64, torch.float32)
+    )  # fmt: skip
+    compare.rounded("loss", rows[tail], truth, plain, 1 / 0.07)
 
 
 def test_a_million_keys():

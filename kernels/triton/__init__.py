@@ -4,6 +4,7 @@ Signatures and meaning: kernels/README.md.  Under TRITON_INTERPRET=1, set before
 """
 
 from .count_negatives import count_negatives
+from .info_nce import info_nce
 from .listed_grad_keys import listed_grad_keys
 from .listed_logsumexp import listed_logsumexp
 from .logsumexp import logsumexp
@@ -17,6 +18,7 @@ from .softplus_sum_grad_keys import softplus_sum_grad_keys
 
 __all__ = [
     "count_negatives",
+    "info_nce",
     "listed_grad_keys",
     "listed_logsumexp",
     "logsumexp",

@@ -1,6 +1,6 @@
-"""A score at a given rank of each sampled row: where a scan should cut.
+"""Scores at given ranks of each sampled row: where a scan should cut.
 
-The cut needs no exactness, the scan's certificate sees to that. So the row (W,) stays in registers and the cut is found by
+The cuts need no exactness, the scan's certificate sees to that. So the row (W,) stays in registers and a cut is found by
 halving an interval of scores until the count above it is right, or no score lies between its ends.
 """
 
@@ -14,46 +14,85 @@ from . import tiles
 from .launch import capability
 
 
-@triton.jit(do_not_specialize=["B", "R"])
-def cuts_kernel(
-    scores_ptr, ranks_ptr, cuts_ptr, B, R, W: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+@triton.jit
+def sampled_rows(scores_ptr, rows, ok, W: tl.constexpr):
+    """scores (BLOCK_R, W), -inf where there is none; how many there are, the least and the most of them (BLOCK_R,)."""
     HUGE: tl.constexpr = 3.0e38
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    ok = rows < B
     ptrs = scores_ptr + rows[:, None] * W + tl.arange(0, W)[None, :]
     scores = tl.load(ptrs, mask=ok[:, None], other=float("nan"))  # (BLOCK_R, W)
     present = scores == scores
     scores = tl.minimum(tl.maximum(scores, -HUGE), HUGE)
-    scores = tl.where(present, scores, float("-inf"))
-    size = tl.sum(present.to(tl.int32), 1)  # (BLOCK_R,)
     least = tl.min(tl.where(present, scores, HUGE), 1)  # (BLOCK_R,)
     most = tl.max(tl.where(present, scores, -HUGE), 1)  # (BLOCK_R,)
+    return tl.where(present, scores, float("-inf")), tl.sum(present.to(tl.int32), 1), least, most
+
+
+@triton.jit
+def cut_at(scores, size, least, most, rank):
+    """(BLOCK_R,) fp32: inf before the first rank, -inf past the last: such a cut leaves out everything, or nothing."""
+    # More than rank scores are >= low; above high there are too few.
+    low = least
+    high = most
+    middle = 0.5 * low + 0.5 * high
+    going = (rank >= 0) & (rank < size) & (middle > low) & (middle < high)
+    while tl.max(going.to(tl.int32), 0) > 0:
+        count = tl.sum((scores >= middle[:, None]).to(tl.int32), 1)  # (BLOCK_R,)
+        low = tl.where(going & (count > rank), middle, low)
+        high = tl.where(going & (count <= rank), middle, high)
+        middle = 0.5 * low + 0.5 * high
+        going = going & (count != rank + 1) & (middle > low) & (middle < high)
+    return tl.where(rank < 0, float("inf"), tl.where(rank < size, low, float("-inf")))
+
+
+@triton.jit(do_not_specialize=["B", "rank"])
+def cut_kernel(scores_ptr, cut_ptr, B, rank, W: tl.constexpr, BLOCK_R: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    ok = rows < B
+    scores, size, least, most = sampled_rows(scores_ptr, rows, ok, W)
+    ranks = tl.zeros((BLOCK_R,), tl.int32) + rank
+    tl.store(cut_ptr + rows, cut_at(scores, size, least, most, ranks), mask=ok)
+
+
+@triton.jit(do_not_specialize=["B", "R", "K"])
+def brackets_kernel(
+    scores_ptr, ranks_ptr, cut_lo_ptr, cut_hi_ptr, B, R, K,
+    SIGMAS: tl.constexpr, PLACES_BELOW: tl.constexpr, PLACES_ABOVE: tl.constexpr, W: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    ok = rows < B
+    scores, size, least, most = sampled_rows(scores_ptr, rows, ok, W)
+    share = tl.full((), W, tl.float32) / K
     for r in range(0, R):
         rank = tl.load(ranks_ptr + rows * R + r, mask=ok, other=-1)  # (BLOCK_R,)
-        # More than rank scores are >= low; above high there are too few.
-        low = least
-        high = most
-        middle = 0.5 * low + 0.5 * high
-        going = (rank >= 0) & (rank < size) & (middle > low) & (middle < high)
-        while tl.max(going.to(tl.int32), 0) > 0:
-            count = tl.sum((scores >= middle[:, None]).to(tl.int32), 1)  # (BLOCK_R,)
-            low = tl.where(going & (count > rank), middle, low)
-            high = tl.where(going & (count <= rank), middle, high)
-            middle = 0.5 * low + 0.5 * high
-            going = going & (count != rank + 1) & (middle > low) & (middle < high)
-        cut = tl.where(rank < 0, float("inf"), tl.where(rank < size, low, float("-inf")))
-        tl.store(cuts_ptr + rows * R + r, cut, mask=ok)
+        position = tl.minimum(tl.maximum((rank + 1).to(tl.float32) * share, 0.0), W)
+        reach = SIGMAS * tl.sqrt(position * (1 - position / W) * (1 - share))
+        below = tl.ceil(position + reach + PLACES_BELOW).to(tl.int32) - 1
+        # Few sampled keys above a rank scatter to the safe side, few below it to the other.
+        skew = tl.where(2 * position <= W, PLACES_ABOVE, -PLACES_BELOW)
+        above = tl.floor(position - reach + skew).to(tl.int32) - 1
+        # Near the top the places allowed for skew would bring the upper cut below the rank.
+        above = tl.where(position - reach < 1, -1, above)
+        tl.store(cut_lo_ptr + rows * R + r, cut_at(scores, size, least, most, below), mask=ok)
+        tl.store(cut_hi_ptr + rows * R + r, cut_at(scores, size, least, most, above), mask=ok)
 
 
-def cuts(scores: Tensor, ranks: Tensor) -> Tensor:
-    """scores (B, W) fp32 with NaN where there is none, W a power of two; ranks (B, R) int64 from 0 -> (B, R) fp32.
-
-    inf before the first rank, -inf past the last: such a cut leaves nothing out, or everything.
-    """
+def cut(scores: Tensor, rank: int) -> Tensor:
+    """scores (B, W) fp32 with NaN where there is none, W a power of two -> (B, 1) fp32: the score at the rank, from 0."""
     B, W = scores.shape
-    R = ranks.shape[1]
-    out = torch.empty_like(ranks, dtype=torch.float32)
+    out = torch.empty((B, 1), dtype=torch.float32, device=scores.device)
     BLOCK_R, _, num_warps = tiles.row_block(W, capability(scores.device))
-    cuts_kernel[(triton.cdiv(B, BLOCK_R),)](scores, ranks, out, B, R, W=W, BLOCK_R=BLOCK_R, num_warps=num_warps)
+    cut_kernel[(triton.cdiv(B, BLOCK_R),)](scores, out, B, rank, W=W, BLOCK_R=BLOCK_R, num_warps=num_warps)
     return out
+
+
+def brackets(scores: Tensor, ranks: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """scores (B, W) as in cut, ranks (B, R) int64 -> cut_lo, cut_hi (B, R) fp32 around the score at each rank of K."""
+    B, W = scores.shape
+    cut_lo = torch.empty_like(ranks, dtype=torch.float32)
+    cut_hi = torch.empty_like(cut_lo)
+    BLOCK_R, _, num_warps = tiles.row_block(W, capability(scores.device))
+    brackets_kernel[(triton.cdiv(B, BLOCK_R),)](
+        scores, ranks, cut_lo, cut_hi, B, ranks.shape[1], K, SIGMAS=tiles.SIGMAS, PLACES_BELOW=tiles.PLACES_BELOW,
+        PLACES_ABOVE=tiles.PLACES_ABOVE, W=W, BLOCK_R=BLOCK_R, num_warps=num_warps,
+    )  # fmt: skip
+    return cut_lo, cut_hi

@@ -20,7 +20,6 @@ def draw_arguments(query: Tensor, hard_index: Tensor, draws: tuple) -> dict:
     pairs, with_query, pair_low, pair_high, query_low, query_high, distinct, quantiles, seed, step, row_offset = draws
     return {
         "hard_ptr": hard_index,
-        "available_ptr": (hard_index != -1).sum(1),  # (B,)
         "quantiles_ptr": query if quantiles is None else quantiles,
         "N": hard_index.shape[1],
         "S": pairs + with_query,
@@ -36,6 +35,17 @@ def draw_arguments(query: Tensor, hard_index: Tensor, draws: tuple) -> dict:
         "DISTINCT": bool(distinct),
         "HAS_QUANTILES": quantiles is not None,
     }
+
+
+@triton.jit
+def entries(hard_ptr, b, N):
+    """int64: how many entries of row b of hard_index (B, N) are columns; the others are -1, at its end."""
+    count = tl.zeros((), tl.int64)
+    for n0 in range(0, N, 512):
+        offs_n = n0 + tl.arange(0, 512)
+        column = tl.load(hard_ptr + b * N + offs_n, mask=offs_n < N, other=-1)  # (512,)
+        count += tl.sum((column != -1).to(tl.int64), 0)
+    return count
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """The exact path for rows whose certificate failed: right for any input, ties, duplicates and clusters included.
 
-rank_kernel    the place at a rank, by bisection on the score with one counting pass over the queue per step, then one
-               pass that walks the ties of that score in index order. Row tiles without a failed row exit at once, so the
-               launch costs next to nothing and no one has to ask the device whether it is needed.
+rank_kernel    the place at a missing rank, by bisection on the score with one counting pass over the queue per step, then
+               one pass that walks the ties of that score in index order. Row tiles without a failed row exit at once, so
+               the launch costs next to nothing and no one has to ask the device whether it is needed.
 collect_kernel writes the columns at or above a place to the front of a failed row's buffer.
 
 Scores come from the same score_tile as in the passes that failed, so places mean the same.
@@ -49,7 +49,7 @@ def pool_scores(
 
 @triton.jit(do_not_specialize=["B", "K", "R"])
 def rank_kernel(
-    query_ptr, keys_ptr, ranks_ptr, failed_ptr, out_ptr, stride_qb, stride_kk, B, K, R,
+    query_ptr, keys_ptr, missing_ptr, out_ptr, stride_qb, stride_kk, B, K, R,
     mask_ptr, stride_mb, query_ids_ptr, negative_ids_ptr, query_labels_ptr, negative_labels_ptr, lower_ptr, upper_ptr,
     MASK: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LABELS: tl.constexpr,
     HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
@@ -59,14 +59,14 @@ def rank_kernel(
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     b_ok = offs_b < B
     cell = offs_b * R + tl.program_id(1)
-    failed = tl.load(failed_ptr + cell, mask=b_ok, other=0).to(tl.int1)  # (BLOCK_B,)
+    rank = tl.load(missing_ptr + cell, mask=b_ok, other=-1)  # (BLOCK_B,)
+    failed = rank >= 0
     if tl.max(failed.to(tl.int32), 0) == 0:
         return
     query = load_whole_rows(query_ptr, offs_b, b_ok, stride_qb, D, BLOCK_D, WIDEN)  # (BLOCK_B, BLOCK_D)
     ids, labels, lower_score, lower_index, upper_score, upper_index = pool_rows(
         offs_b, b_ok, query_ids_ptr, query_labels_ptr, lower_ptr, upper_ptr, HAS_IDS, HAS_LABELS, HAS_LOWER, HAS_UPPER
     )
-    rank = tl.load(ranks_ptr + cell, mask=b_ok, other=-1)  # (BLOCK_B,)
 
     # The score at the rank lies in [low, high): more than rank columns are >= low, at most rank are >= high. The first
     # step counts the whole pool; low is always a score of the row.
@@ -74,7 +74,7 @@ def rank_kernel(
     high = tl.full((BLOCK_B,), 2**31 - 1, tl.int32)
     more = tl.zeros((BLOCK_B,), tl.int32)  # columns >= high
     middle = tl.full((BLOCK_B,), LEAST + 1, tl.int32)
-    active = failed & (rank >= 0)
+    active = failed
     while tl.max(active.to(tl.int32), 0) > 0:
         count = tl.zeros((BLOCK_B,), tl.int32)
         above = tl.full((BLOCK_B,), 2**31 - 1, tl.int32)
@@ -120,7 +120,7 @@ def rank_kernel(
 
 @triton.jit(do_not_specialize=["B", "K", "W"])
 def collect_kernel(
-    query_ptr, keys_ptr, cut_ptr, failed_ptr, survivors_ptr, stride_qb, stride_kk, B, K, W,
+    query_ptr, keys_ptr, cut_ptr, missing_ptr, survivors_ptr, stride_qb, stride_kk, B, K, W,
     mask_ptr, stride_mb, query_ids_ptr, negative_ids_ptr, query_labels_ptr, negative_labels_ptr, lower_ptr, upper_ptr,
     MASK: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LABELS: tl.constexpr,
     HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
@@ -129,7 +129,7 @@ def collect_kernel(
 ):  # fmt: skip
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     b_ok = offs_b < B
-    failed = tl.load(failed_ptr + offs_b, mask=b_ok, other=0).to(tl.int1)  # (BLOCK_B,)
+    failed = tl.load(missing_ptr + offs_b, mask=b_ok, other=-1) >= 0  # (BLOCK_B,)
     if tl.max(failed.to(tl.int32), 0) == 0:
         return
     query = load_whole_rows(query_ptr, offs_b, b_ok, stride_qb, D, BLOCK_D, WIDEN)  # (BLOCK_B, BLOCK_D)
@@ -167,12 +167,12 @@ def collect_kernel(
 
 
 def place_at_rank(
-    query: Tensor, negative_keys: Tensor, ranks: Tensor, failed: Tensor, out: Tensor, tile: tiles.ScoreTile, pool: tuple
+    query: Tensor, negative_keys: Tensor, missing: Tensor, out: Tensor, tile: tiles.ScoreTile, pool: tuple
 ) -> None:
-    """Overwrites out (B, R) int64 with the place at ranks (B, R) int64 where failed (B, R) bool."""
-    B, R = ranks.shape
+    """Overwrites out (B, R) int64 with the place at each rank in missing (B, R) int64; -1 leaves a cell as it is."""
+    B, R = missing.shape
     rank_kernel[(triton.cdiv(B, tile.BLOCK_B), R)](
-        ranks_ptr=ranks, failed_ptr=failed, out_ptr=out, R=R, **score_arguments(query, negative_keys, tile, pool)
+        missing_ptr=missing, out_ptr=out, R=R, **score_arguments(query, negative_keys, tile, pool)
     )
 
 
@@ -180,14 +180,14 @@ def collect(
     query: Tensor,
     negative_keys: Tensor,
     cut: Tensor,
-    failed: Tensor,
+    missing: Tensor,
     survivors: Tensor,
     tile: tiles.ScoreTile,
     pool: tuple,
 ) -> None:
-    """Refills failed rows of survivors (B, W) int64 with all places >= cut (B,) int64; NOWHERE collects the whole pool."""
+    """Refills survivors (B, W) int64 where missing (B, 1) is a rank: all places >= cut (B, 1) int64, or all at NOWHERE."""
     collect_kernel[(triton.cdiv(query.shape[0], tile.BLOCK_B),)](
-        cut_ptr=cut, failed_ptr=failed, survivors_ptr=survivors, W=survivors.shape[1],
+        cut_ptr=cut, missing_ptr=missing, survivors_ptr=survivors, W=survivors.shape[1],
         LANES=tiles.LANES, LEVELS=tiles.levels(tile),
         **score_arguments(query, negative_keys, tile, pool),
     )  # fmt: skip

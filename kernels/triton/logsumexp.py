@@ -2,7 +2,7 @@
 
 Flash style: a program keeps BLOCK_B queries and walks its part of the queue in tiles, with a running maximum and sums in
 the exp2 domain; the (B, K) scores never exist. The queue is cut into SPLITS parts so that few queries still fill the card;
-logsumexp_merge adds the parts of a row in order, so the bits do not depend on timing. Wide embeddings accumulate their mean
+`merged` adds the parts of a row in order, so the bits do not depend on timing. Wide embeddings accumulate their mean
 in slices of D, one program each, and score once per slice.
 
 Tensor cores take probabilities in the storage type, with 8 or 11 bits. The mean's part along the query, which is the softmax
@@ -109,18 +109,16 @@ def logsumexp_kernel(
         tl.store(above_ptr + row, above, mask=first)
 
 
-@triton.jit(do_not_specialize=["B", "SPLITS"])
-def logsumexp_merge(
-    m_ptr, z_ptr, acc_ptr, along_ptr, kept_parts_ptr, above_parts_ptr, query_ptr,
-    lse_ptr, mean_ptr, kept_ptr, above_ptr, stride_qb, B, SPLITS,
+@triton.jit
+def merged(
+    m_ptr, z_ptr, acc_ptr, along_ptr, kept_ptr, above_ptr, query, b, B, SPLITS,
     WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, HAS_PIVOT: tl.constexpr,
     D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One row's parts into its result: lse = log sum_p 2^m_p z_p, mean = sum_p 2^m_p acc_p over the same sum; counts add up.
+    """The parts of row b as one: log2 sum_p 2^m_p z_p, mean (BLOCK_D,) = sum_p 2^m_p acc_p over the same sum; counts add up.
 
     ALONG: then mean += query (sum_p 2^m_p along_p / sum - query . mean) / |query|^2.
     """
-    b = tl.program_id(0).to(tl.int64)
     offs_p = tl.arange(0, BLOCK_P)
     offs_d = tl.arange(0, BLOCK_D)
     top = tl.full((), float("-inf"), tl.float32)
@@ -138,26 +136,78 @@ def logsumexp_merge(
         row = (p0 + offs_p).to(tl.int64) * B + b  # (BLOCK_P,)
         weight = tl.math.exp2(tl.load(m_ptr + row, mask=p_ok, other=float("-inf")) - shift)  # (BLOCK_P,)
         z += tl.sum(weight * tl.load(z_ptr + row, mask=p_ok, other=0.0), 0)
-        kept += tl.sum(tl.load(kept_parts_ptr + row, mask=p_ok, other=0).to(tl.int64), 0)
+        kept += tl.sum(tl.load(kept_ptr + row, mask=p_ok, other=0).to(tl.int64), 0)
         if HAS_PIVOT:
-            above += tl.sum(tl.load(above_parts_ptr + row, mask=p_ok, other=0).to(tl.int64), 0)
+            above += tl.sum(tl.load(above_ptr + row, mask=p_ok, other=0).to(tl.int64), 0)
         if WANT_MEAN:
             ok = p_ok[:, None] & (offs_d < D)[None, :]
             part = tl.load(acc_ptr + row[:, None] * D + offs_d[None, :], mask=ok, other=0.0)  # (BLOCK_P, BLOCK_D)
             acc += tl.sum(weight[:, None] * part, 0)
         if ALONG:
             along += tl.sum(weight * tl.load(along_ptr + row, mask=p_ok, other=0.0), 0)
+    mean = tl.where(z == 0, 0.0, acc / z)  # (BLOCK_D,)
+    if ALONG:
+        missing = tl.where(z == 0, 0.0, along / z) - tl.sum(query * mean, 0)
+        squares = tl.sum(query * query, 0)
+        mean += query * tl.where(squares == 0, 0.0, missing / squares)
+    return shift + tl.math.log2(z), mean, kept, above
+
+
+@triton.jit(do_not_specialize=["B", "SPLITS"])
+def logsumexp_merge(
+    m_ptr, z_ptr, acc_ptr, along_ptr, kept_parts_ptr, above_parts_ptr, query_ptr, stride_qb,
+    lse_ptr, mean_ptr, kept_ptr, above_ptr, B, SPLITS,
+    WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, HAS_PIVOT: tl.constexpr,
+    D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    query = tl.load(query_ptr + b * stride_qb + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)  # (BLOCK_D,)
+    lse, mean, kept, above = merged(
+        m_ptr, z_ptr, acc_ptr, along_ptr, kept_parts_ptr, above_parts_ptr, query, b, B, SPLITS,
+        WANT_MEAN, ALONG, HAS_PIVOT, D, BLOCK_P, BLOCK_D,
+    )  # fmt: skip
     tl.store(kept_ptr + b, kept)
     tl.store(above_ptr + b, above)
-    tl.store(lse_ptr + b, (shift + tl.math.log2(z)) * 0.6931471805599453)  # ln(2)
+    tl.store(lse_ptr + b, lse * 0.6931471805599453)  # ln(2)
     if WANT_MEAN:
-        mean = tl.where(z == 0, 0.0, acc / z)  # (BLOCK_D,)
-        if ALONG:
-            query = tl.load(query_ptr + b * stride_qb + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)  # (BLOCK_D,)
-            missing = tl.where(z == 0, 0.0, along / z) - tl.sum(query * mean, 0)
-            squares = tl.sum(query * query, 0)
-            mean += query * tl.where(squares == 0, 0.0, missing / squares)
         tl.store(mean_ptr + b * D + offs_d, mean, mask=offs_d < D)
+
+
+def parts(
+    query: Tensor, negative_keys: Tensor, scale: Tensor, pivot: Tensor | None, want_mean: bool, pool: tuple
+) -> dict:
+    """What the parts of the queue say of each row, B > 0, as the arguments that a kernel which merges them takes."""
+    B, D = query.shape
+    K = negative_keys.shape[0]
+    tile = choose_tile(query, negative_keys)
+    key_tiles = triton.cdiv(K, tile.BLOCK_K)
+    per_split = max(1, triton.cdiv(key_tiles, tiles.splits(B, K, tile, processors(query.device))))
+    count = max(1, triton.cdiv(key_tiles, per_split))
+    rounds = want_mean and query.dtype == negative_keys.dtype != torch.float32  # probabilities, for the mean
+
+    def rows(wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
+        return query.new_empty(count if wanted else 0, B, dtype=dtype)
+
+    found = {
+        "m_ptr": rows(),
+        "z_ptr": rows(),
+        "acc_ptr": query.new_empty(count if want_mean else 0, B, D, dtype=torch.float32),
+        "along_ptr": rows(rounds),
+    }
+    counts = {"kept": rows(dtype=torch.int32), "above": rows(pivot is not None, torch.int32)}
+    flags = {"WANT_MEAN": want_mean, "ALONG": rounds, "HAS_PIVOT": pivot is not None}
+    slices = triton.cdiv(D, tile.SLICE) if want_mean else 1
+    logsumexp_kernel[(triton.cdiv(B, tile.BLOCK_B), count, slices)](
+        scale_ptr=scale, pivot_ptr=query if pivot is None else pivot.contiguous(),
+        kept_ptr=counts["kept"], above_ptr=counts["above"], tiles_per_split=per_split, **found, **flags,
+        SLICE=tile.SLICE, STAGES=tile.num_stages, **score_arguments(query, negative_keys, tile, complete(pool)),
+    )  # fmt: skip
+    return {
+        **found, **flags, "kept_parts_ptr": counts["kept"], "above_parts_ptr": counts["above"],
+        "query_ptr": query, "stride_qb": query.stride(0), "B": B, "SPLITS": count,
+        "D": D, "BLOCK_P": 8, "BLOCK_D": triton.next_power_of_2(D), "num_warps": 1,
+    }  # fmt: skip
 
 
 @launcher
@@ -166,34 +216,12 @@ def logsumexp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """lse (B,) fp32, mean (B, D) fp32 or (0, D), kept (B,) int64, above (B,) int64."""
     B, D = query.shape
-    K = negative_keys.shape[0]
-    tile = choose_tile(query, negative_keys)
-    key_tiles = triton.cdiv(K, tile.BLOCK_K)
-    per_split = max(1, triton.cdiv(key_tiles, tiles.splits(B, K, tile, processors(query.device))))
-    parts = max(1, triton.cdiv(key_tiles, per_split))
-
     lse = query.new_empty(B, dtype=torch.float32)
     mean = query.new_empty(B if want_mean else 0, D, dtype=torch.float32)
-    m = query.new_empty(parts, B, dtype=torch.float32)
-    z = query.new_empty(parts, B, dtype=torch.float32)
-    acc = query.new_empty(parts if want_mean else 0, B, D, dtype=torch.float32)
-    rounds = want_mean and query.dtype == negative_keys.dtype != torch.float32  # probabilities, for the mean
-    along = query.new_empty(parts if rounds else 0, B, dtype=torch.float32)
-    kept_parts = query.new_empty(parts, B, dtype=torch.int32)
-    above_parts = query.new_empty(parts if pivot is not None else 0, B, dtype=torch.int32)
-    kept, above = query.new_empty(B, dtype=torch.int64), query.new_empty(B, dtype=torch.int64)
+    kept, above = (query.new_empty(B, dtype=torch.int64) for _ in range(2))
     if B:
-        slices = triton.cdiv(D, tile.SLICE) if want_mean else 1
-        logsumexp_kernel[(triton.cdiv(B, tile.BLOCK_B), parts, slices)](
-            scale_ptr=scale, pivot_ptr=query if pivot is None else pivot.contiguous(),
-            m_ptr=m, z_ptr=z, acc_ptr=acc, along_ptr=along, kept_ptr=kept_parts, above_ptr=above_parts,
-            tiles_per_split=per_split,
-            WANT_MEAN=want_mean, ALONG=rounds, HAS_PIVOT=pivot is not None, SLICE=tile.SLICE, STAGES=tile.num_stages,
-            **score_arguments(query, negative_keys, tile, complete(pool)),
-        )  # fmt: skip
         logsumexp_merge[(B,)](
-            m, z, acc, along, kept_parts, above_parts, query, lse, mean, kept, above, query.stride(0), B, parts,
-            WANT_MEAN=want_mean, ALONG=rounds, HAS_PIVOT=pivot is not None, D=D,
-            BLOCK_P=8, BLOCK_D=triton.next_power_of_2(D), num_warps=1,
+            lse_ptr=lse, mean_ptr=mean, kept_ptr=kept, above_ptr=above,
+            **parts(query, negative_keys, scale, pivot, want_mean, pool),
         )  # fmt: skip
     return lse, mean, kept, above

@@ -12,30 +12,30 @@ int64 (kernels/README.md, "Order"), so ties resolve themselves: lower index firs
 import torch
 from torch import Tensor
 
-from negmine.order import NOWHERE, unpack
+from negmine.order import NOWHERE
 
 from . import tiles
-from .cuts import cuts
+from .certificate import certificate
+from .cuts import cut
 from .fallback import collect, place_at_rank
 from .launch import capability, launcher, score_tile
+from .order import unpacked
 from .pool import complete, of_rows
 from .scan import places, sample, scan
 
 
 def hardest_places(query: Tensor, negative_keys: Tensor, N: int, tile: tiles.ScoreTile, pool: tuple) -> Tensor:
     """(B, N) int64 places, hardest first, through a sample and a scan."""
-    B, K = query.shape[0], negative_keys.shape[0]
+    K = negative_keys.shape[0]
     plan, sample_rank = tiles.mining_plan(K, N, capability(query.device))
     scores = sample(query, negative_keys, plan.size, tile, pool)  # (B, size)
-    ranks = torch.full((B, 1), sample_rank, dtype=torch.int64, device=query.device)
-    cut = cuts(scores, ranks)  # (B, 1), -inf where too little of the pool was sampled to leave anything out
-    survivors = scan(query, negative_keys, cut, None, plan.capacity, tile, pool)
+    least = cut(scores, sample_rank)  # (B, 1), -inf where too little of the pool was sampled to leave anything out
+    survivors = scan(query, negative_keys, least, None, plan.capacity, tile, pool)
 
-    enough = (survivors.found >= N) | (cut[:, 0] == -torch.inf)
-    failed = ~(enough & survivors.complete)  # (B,)
-    last = torch.full_like(ranks, NOWHERE)
-    place_at_rank(query, negative_keys, torch.full_like(ranks, N - 1), failed[:, None], last, tile, pool)
-    collect(query, negative_keys, last, failed, survivors.places, tile, pool)
+    missing = certificate(survivors, least, N)  # (B, 1)
+    last = torch.empty_like(missing)
+    place_at_rank(query, negative_keys, missing, last, tile, pool)
+    collect(query, negative_keys, last, missing, survivors.places, tile, pool)
     return survivors.places.topk(N, dim=1).values
 
 
@@ -51,7 +51,7 @@ def mine_hardest(query: Tensor, negative_keys: Tensor, N: int, *pool: Tensor | N
     """scores (B, N) fp32, index (B, N) int64."""
     B, K = query.shape[0], negative_keys.shape[0]
     if not (B and K and N):
-        return unpack(torch.full((B, N), NOWHERE, dtype=torch.int64, device=query.device))
+        return unpacked(torch.full((B, N), NOWHERE, dtype=torch.int64, device=query.device))
     tile = score_tile(query, negative_keys)
     target = capability(query.device)
     dense = tiles.is_dense(K, N, target)
@@ -59,10 +59,10 @@ def mine_hardest(query: Tensor, negative_keys: Tensor, N: int, *pool: Tensor | N
     hardest = hardest_places_dense if dense else hardest_places
     rows = tiles.rows_at_once(B, K, plan, tile)
     if rows == B:
-        return unpack(hardest(query, negative_keys, N, tile, complete(pool)))
+        return unpacked(hardest(query, negative_keys, N, tile, complete(pool)))
     out = torch.empty((B, N), dtype=torch.int64, device=query.device)
     for start in range(0, B, rows):
         part = slice(start, min(start + rows, B))
         own = of_rows(complete(pool), part.start, part.stop)
         out[part] = hardest(query[part], negative_keys, N, tile, own)
-    return unpack(out)
+    return unpacked(out)

@@ -13,21 +13,21 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .draws import draw, draw_arguments, mix_rows
+from .draws import draw, draw_arguments, entries, mix_rows
 from .launch import capability, launcher
 from .logsumexp import finite_shift
 
 
 @triton.jit(do_not_specialize=["N", "S", "pairs", "seed", "step", "row_low", "row_high"])
 def mix_logsumexp_kernel(
-    query_ptr, keys_ptr, scale_ptr, hard_ptr, available_ptr, quantiles_ptr, lse_ptr, mean_ptr,
+    query_ptr, keys_ptr, scale_ptr, hard_ptr, quantiles_ptr, lse_ptr, mean_ptr,
     stride_qb, stride_kk, N, S, pairs, pair_low, pair_high, query_low, query_high, seed, step, row_low, row_high,
     DISTINCT: tl.constexpr, HAS_QUANTILES: tl.constexpr, WANT_MEAN: tl.constexpr,
     D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
-    available = tl.load(available_ptr + b)
+    available = entries(hard_ptr, b, N)
     query = tl.load(query_ptr + b * stride_qb + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)  # (BLOCK_D,)
     scale = tl.load(scale_ptr) * 1.4426950408889634  # log2(e)
     m = tl.full((), float("-inf"), tl.float32)

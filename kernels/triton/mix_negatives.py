@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .draws import draw, draw_arguments, mix_rows
+from .draws import draw, draw_arguments, entries, mix_rows
 from .launch import capability, launcher
 
 
 @triton.jit(do_not_specialize=["N", "S", "pairs", "seed", "step", "row_low", "row_high"])
 def mix_negatives_kernel(
-    query_ptr, keys_ptr, hard_ptr, available_ptr, quantiles_ptr, vectors_ptr, parents_ptr, coefficients_ptr,
+    query_ptr, keys_ptr, hard_ptr, quantiles_ptr, vectors_ptr, parents_ptr, coefficients_ptr,
     stride_qb, stride_kk, N, S, pairs, pair_low, pair_high, query_low, query_high, seed, step, row_low, row_high,
     DISTINCT: tl.constexpr, HAS_QUANTILES: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -26,7 +26,7 @@ def mix_negatives_kernel(
     slot = tl.program_id(0) % blocks * BLOCK_S + tl.arange(0, BLOCK_S)
     offs_d = tl.arange(0, BLOCK_D)
     s_ok = slot < S
-    available = tl.load(available_ptr + b)
+    available = entries(hard_ptr, b, N)
     query = tl.load(query_ptr + b * stride_qb + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)  # (BLOCK_D,)
     first, second, coefficient = draw(
         b, slot, available, seed, step, row_low, row_high, pairs, pair_low, pair_high, query_low, query_high,

@@ -5,6 +5,9 @@
 Sorts by score, then by index with the lower index first; larger = harder. The rule is stated in kernels/README.md.
 """
 
+import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
 
@@ -32,3 +35,23 @@ def unpack(order):
     score = tl.where(high < 0, high ^ 0x7FFFFFFF, high).to(tl.float32, bitcast=True)
     index = 0xFFFFFFFF - (order & 0xFFFFFFFF)
     return score, tl.minimum(index, 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["COUNT"])
+def unpack_kernel(places_ptr, scores_ptr, index_ptr, COUNT, BLOCK: tl.constexpr):
+    NOWHERE: tl.constexpr = -(2**63)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    places = tl.load(places_ptr + at, mask=at < COUNT, other=NOWHERE)  # (BLOCK,)
+    somewhere = places != NOWHERE
+    tl.store(scores_ptr + at, tl.where(somewhere, unpack(places)[0], float("-inf")), mask=at < COUNT)
+    tl.store(index_ptr + at, tl.where(somewhere, 0xFFFFFFFF - (places & 0xFFFFFFFF), -1), mask=at < COUNT)
+
+
+def unpacked(places: Tensor) -> tuple[Tensor, Tensor]:
+    """places (B, N) int64, dense -> scores fp32 and index int64 of the same shape; (-inf, -1) for NOWHERE."""
+    scores, index = torch.empty_like(places, dtype=torch.float32), torch.empty_like(places)
+    if places.numel():
+        unpack_kernel[(triton.cdiv(places.numel(), 1024),)](
+            places, scores, index, places.numel(), BLOCK=1024, num_warps=4
+        )
+    return scores, index

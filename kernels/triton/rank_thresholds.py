@@ -13,32 +13,17 @@ median.
 import torch
 from torch import Tensor
 
-from negmine.order import NOWHERE, pack, unpack
+from negmine.order import NOWHERE, pack
 
 from . import tiles
-from .cuts import cuts
+from .cuts import brackets
 from .fallback import place_at_rank
 from .launch import capability, launcher, score_tile
 from .pool import complete, of_rows
 from .scan import places, sample, scan
-from .select_place import select_place
+from .select_place import select_certified, select_place
 
 RANKS_PER_SCAN = 2
-
-
-def brackets(scores: Tensor, ranks: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """scores (B, size) fp32 of a sample, ranks (B, R) int64 -> cut_lo, cut_hi (B, R) fp32 around the score at each rank of K."""
-    size = scores.shape[1]
-    position = ((ranks + 1).double() * (size / K)).clamp(0, size)  # (B, R)
-    reach = tiles.SIGMAS * (position * (1 - position / size) * (1 - size / K)).sqrt()  # (B, R)
-    below = (position + reach + tiles.PLACES_BELOW).ceil().long() - 1  # (B, R)
-    # Few sampled keys above a rank scatter to the safe side, few below it to the other.
-    skew = torch.where(2 * position <= size, tiles.PLACES_ABOVE, -tiles.PLACES_BELOW)  # (B, R)
-    above = (position - reach + skew).floor().long() - 1  # (B, R)
-    # Near the top the places allowed for skew would bring the upper cut below the rank.
-    above = torch.where(position - reach < 1, -1, above)
-    cut_lo, cut_hi = cuts(scores, torch.cat([below, above], 1)).tensor_split(2, 1)  # (B, R) each
-    return cut_lo.contiguous(), cut_hi.contiguous()
 
 
 def places_at_ranks(query: Tensor, negative_keys: Tensor, ranks: Tensor, tile: tiles.ScoreTile, pool: tuple) -> Tensor:
@@ -48,11 +33,8 @@ def places_at_ranks(query: Tensor, negative_keys: Tensor, ranks: Tensor, tile: t
     scores = sample(query, negative_keys, plan.size, tile, pool)  # (B, size)
     cut_lo, cut_hi = brackets(scores, ranks, K)
     survivors = scan(query, negative_keys, cut_lo, cut_hi, plan.capacity, tile, pool)
-    out = select_place(survivors.places, ranks, survivors.above, cut_hi)  # (B, R)
-
-    score = unpack(out)[0]  # -inf past the end of the pool, which only a bracket without a lower end can show
-    sure = survivors.complete[:, None] & (score >= cut_lo) & (score <= cut_hi) & (ranks >= survivors.above)
-    place_at_rank(query, negative_keys, ranks, ~(sure | (ranks < 0)), out, tile, pool)
+    out, missing = select_certified(survivors, ranks, cut_lo, cut_hi)  # (B, R) each
+    place_at_rank(query, negative_keys, missing, out, tile, pool)
     return out
 
 

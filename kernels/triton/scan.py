@@ -1,6 +1,6 @@
 """The two passes that mining is made of: scores of some columns, held whole; and places of all that matter, kept compact.
 
-sample_kernel  scores evenly spaced columns, or all columns of a short queue, and stores the scores.
+sample_kernel  scores evenly spaced columns, or all columns of a short queue, and stores the scores, or their places.
 scan_kernel    scores the whole queue once and appends the places of columns whose score lies in a bracket to a buffer
                private to (row, split, lane), so there are no atomics and the contents do not depend on timing. It also
                counts the columns above each bracket. The next key tile is loaded before survivors are pulled out of the
@@ -15,7 +15,6 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from negmine.order import NOWHERE
-from negmine.order import pack as pack_places
 
 from . import tiles
 from .launch import processors, score_arguments
@@ -30,7 +29,7 @@ def sample_kernel(
     query_ptr, keys_ptr, out_ptr, stride_qb, stride_kk, B, K, W,
     mask_ptr, stride_mb, query_ids_ptr, negative_ids_ptr, query_labels_ptr, negative_labels_ptr, lower_ptr, upper_ptr,
     MASK: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LABELS: tl.constexpr,
-    HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
+    HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr, PLACES: tl.constexpr,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     offs_b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -56,9 +55,12 @@ def sample_kernel(
         s, offs_k, allowed, lower_score, lower_index, upper_score, upper_index, HAS_LOWER, HAS_UPPER
     )  # (BLOCK_B, BLOCK_K)
     ptrs = out_ptr + offs_b[:, None] * W + offs_w[None, :]
-    # One zero and one NaN, so that a sort by bits and a comparison agree.
-    s = tl.where(inside & (s == s), s + 0.0, float("nan"))  # (BLOCK_B, BLOCK_K)
-    tl.store(ptrs, s, mask=b_ok[:, None] & (offs_w < W)[None, :])
+    ok = b_ok[:, None] & (offs_w < W)[None, :]
+    inside = inside & (s == s)
+    if PLACES:
+        tl.store(ptrs, tl.where(inside, pack(s, offs_k[None, :]), -(2**63)), mask=ok)
+    else:  # one zero and one NaN, so that a sort by bits and a comparison agree
+        tl.store(ptrs, tl.where(inside, s + 0.0, float("nan")), mask=ok)
 
 
 @triton.jit(do_not_specialize=["B", "K", "SPLITS", "CAPACITY"])
@@ -140,26 +142,30 @@ def scan_kernel(
 
 class Survivors(NamedTuple):
     places: Tensor  # (B, W) int64, NOWHERE in unused entries
-    found: Tensor  # (B,) int64, survivors of each row
-    above: Tensor  # (B, BRACKETS) int64, columns of the pool above each bracket
-    complete: Tensor  # (B,) bool, no buffer of the row was too small
+    found: Tensor  # (B, SPLITS LANES) int32, survivors that each buffer of the row was offered
+    above: Tensor | None  # (SPLITS, B, BRACKETS) int32, columns of the pool above each bracket
+    capacity: int  # of one buffer
 
 
-def sample(query: Tensor, negative_keys: Tensor, W: int, tile: tiles.ScoreTile, pool: tuple) -> Tensor:
-    """(B, W) fp32: scores of W evenly spaced columns, or of all of them where W = K; NaN outside the pool."""
+def sample(
+    query: Tensor, negative_keys: Tensor, W: int, tile: tiles.ScoreTile, pool: tuple, as_places: bool = False
+) -> Tensor:
+    """(B, W) fp32: scores of W evenly spaced columns, or of all of them where W = K; NaN outside the pool.
+
+    as_places: (B, W) int64, their places instead; NOWHERE outside the pool.
+    """
     B = query.shape[0]
-    out = query.new_empty(B, W, dtype=torch.float32)
+    out = query.new_empty(B, W, dtype=torch.int64 if as_places else torch.float32)
     arguments = score_arguments(query, negative_keys, tile, pool)
     arguments["EVEN_K"] = False
-    sample_kernel[(triton.cdiv(W, tile.BLOCK_K), triton.cdiv(B, tile.BLOCK_B))](out_ptr=out, W=W, **arguments)
+    grid = triton.cdiv(W, tile.BLOCK_K), triton.cdiv(B, tile.BLOCK_B)
+    sample_kernel[grid](out_ptr=out, W=W, PLACES=as_places, **arguments)
     return out
 
 
 def places(query: Tensor, negative_keys: Tensor, tile: tiles.ScoreTile, pool: tuple) -> Tensor:
     """(B, K) int64: the place of every column of a short queue, NOWHERE outside the pool."""
-    K = negative_keys.shape[0]
-    scores = sample(query, negative_keys, K, tile, pool)  # (B, K)
-    return torch.where(scores.isnan(), NOWHERE, pack_places(scores, torch.arange(K, device=query.device)))
+    return sample(query, negative_keys, negative_keys.shape[0], tile, pool, as_places=True)
 
 
 def scan(
@@ -172,12 +178,12 @@ def scan(
     plan = tiles.scan_plan(B, K, capacity, tile, processors(query.device))
     kept = torch.full((B, plan.splits * tiles.LANES * plan.capacity), NOWHERE, dtype=torch.int64, device=query.device)
     found = query.new_empty(B, plan.splits * tiles.LANES, dtype=torch.int32)
-    above = query.new_zeros(1 if cut_hi is None else plan.splits, B, BRACKETS, dtype=torch.int32)
+    above = None if cut_hi is None else query.new_empty(plan.splits, B, BRACKETS, dtype=torch.int32)
     scan_kernel[(triton.cdiv(B, tile.BLOCK_B), plan.splits)](
         cut_lo_ptr=cut_lo, cut_hi_ptr=cut_lo if cut_hi is None else cut_hi,
-        survivors_ptr=kept, found_ptr=found, above_ptr=above, SPLITS=plan.splits, CAPACITY=plan.capacity,
-        BRACKETS=BRACKETS, HAS_HI=cut_hi is not None, LANES=tiles.LANES,
+        survivors_ptr=kept, found_ptr=found, above_ptr=found if above is None else above,
+        SPLITS=plan.splits, CAPACITY=plan.capacity, BRACKETS=BRACKETS, HAS_HI=cut_hi is not None, LANES=tiles.LANES,
         LEVELS=tiles.levels(tile),
         **score_arguments(query, negative_keys, tile, pool),
     )  # fmt: skip
-    return Survivors(kept, found.sum(1), above.sum(0), (found <= plan.capacity).all(1))
+    return Survivors(kept, found, above, plan.capacity)

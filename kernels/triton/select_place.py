@@ -1,5 +1,8 @@
 """One place of each row, by rank, from the compact buffer of places that a scan left, or from whole rows of a short queue.
 
+What a scan left answers with its certificate: the place lies in its bracket, at or past the columns counted above it, and no
+buffer was too small.
+
 Places of a row (W,) are distinct int64, and the one at a rank is found by bisection on its value, counting. Every step moves
 both ends onto places of the row, so it ends after about log2(W) steps on smooth scores and never needs more than 64; the row
 comes from cache each time. NOWHERE marks unused entries and is the answer past the end.
@@ -12,8 +15,10 @@ import triton
 import triton.language as tl
 
 from . import tiles
+from .certificate import BLOCK_P, offered
 from .launch import capability
-from .order import ordered
+from .order import ordered, unpack
+from .scan import Survivors
 
 
 @triton.jit
@@ -35,23 +40,10 @@ def measure(places_ptr, row, ok, W, middle, BLOCK_R: tl.constexpr, BLOCK_W: tl.c
     return count, above, below
 
 
-@triton.jit(do_not_specialize=["CELLS", "R"])
-def select_place_kernel(
-    places_ptr, ranks_ptr, above_ptr, cut_hi_ptr, out_ptr, CELLS, W, R,
-    BRACKETED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
+@triton.jit
+def place_at(places_ptr, row, ok, W, rank, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
+    """(BLOCK_R,) int64: the place at the rank of each row, NOWHERE before the first and past the end."""
     NOWHERE: tl.constexpr = -(2**63)
-    cell = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # (BLOCK_R,) of (B, R)
-    ok = cell < CELLS
-    row = cell // R
-    rank = tl.load(ranks_ptr + cell, mask=ok, other=-1)  # (BLOCK_R,)
-    if BRACKETED:
-        # Of the places above this bracket the scan counted all, and another bracket kept some.
-        cut_hi = tl.load(cut_hi_ptr + cell, mask=ok, other=0.0)  # (BLOCK_R,)
-        edge = (ordered(cut_hi).to(tl.int64) << 32) | 0xFFFFFFFF
-        kept_above, _, _ = measure(places_ptr, row, ok, W, edge + 1, BLOCK_R, BLOCK_W)
-        rank = rank - tl.load(above_ptr + cell, mask=ok, other=0) + kept_above
-
     count, low, _ = measure(places_ptr, row, ok, W, tl.full((BLOCK_R,), NOWHERE + 1, tl.int64), BLOCK_R, BLOCK_W)
     found = (rank >= 0) & (rank < count)
     # The place lies in [low, high): more than rank places are >= low, at most rank are >= high.
@@ -65,21 +57,68 @@ def select_place_kernel(
         exact = (count == rank + 1) | (count == rank)
         low = tl.where(enough, above, tl.where(short & exact, below, low))
         high = tl.where(enough & exact, above, tl.where(short, tl.where(exact, below, below + 1), high))
-    tl.store(out_ptr + cell, tl.where(found, low, NOWHERE), mask=ok)
+    return tl.where(found, low, NOWHERE)
 
 
-def select_place(places: Tensor, ranks: Tensor, above: Tensor | None = None, cut_hi: Tensor | None = None) -> Tensor:
-    """places (B, W) int64, ranks (B, R) int64 from 0 -> (B, R) int64.
+@triton.jit(do_not_specialize=["CELLS", "R"])
+def select_place_kernel(
+    places_ptr, ranks_ptr, out_ptr, CELLS, W, R, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    cell = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # (BLOCK_R,) of (B, R)
+    ok = cell < CELLS
+    rank = tl.load(ranks_ptr + cell, mask=ok, other=-1)  # (BLOCK_R,)
+    tl.store(out_ptr + cell, place_at(places_ptr, cell // R, ok, W, rank, BLOCK_R, BLOCK_W), mask=ok)
 
-    With above (B, R) int64 and cut_hi (B, R) fp32, places hold what a scan kept in the brackets of the row, ranks count
-    from the hardest of the whole pool, and above says how many of the pool lie above cut_hi.
-    """
-    B, W = places.shape
-    R = ranks.shape[1]
+
+@triton.jit(do_not_specialize=["CELLS", "R", "SPLITS", "BUFFERS", "CAPACITY"])
+def select_certified_kernel(
+    places_ptr, ranks_ptr, found_ptr, above_ptr, cut_lo_ptr, cut_hi_ptr, out_ptr, missing_ptr,
+    CELLS, W, R, SPLITS, BUFFERS, CAPACITY, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    cell = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # (BLOCK_R,) of (B, R)
+    ok = cell < CELLS
+    row = cell // R
+    rank = tl.load(ranks_ptr + cell, mask=ok, other=-1)  # (BLOCK_R,)
+    lo = tl.load(cut_lo_ptr + cell, mask=ok, other=0.0)  # (BLOCK_R,)
+    hi = tl.load(cut_hi_ptr + cell, mask=ok, other=0.0)  # (BLOCK_R,)
+    above = tl.zeros((BLOCK_R,), tl.int64)
+    for p0 in range(0, SPLITS, BLOCK_P):
+        offs_p = p0 + tl.arange(0, BLOCK_P)
+        ptrs = above_ptr + offs_p.to(tl.int64)[None, :] * CELLS + cell[:, None]  # (BLOCK_R, BLOCK_P)
+        part = tl.load(ptrs, mask=ok[:, None] & (offs_p < SPLITS)[None, :], other=0)
+        above += tl.sum(part.to(tl.int64), 1)
+    # Of the places above this bracket the scan counted all, and another bracket kept some.
+    edge = (ordered(hi).to(tl.int64) << 32) | 0xFFFFFFFF
+    kept_above, _, _ = measure(places_ptr, row, ok, W, edge + 1, BLOCK_R, BLOCK_W)
+    place = place_at(places_ptr, row, ok, W, rank - above + kept_above, BLOCK_R, BLOCK_W)
+    # Past the end of the pool the score is -inf, which only a bracket without a lower end can show.
+    score = tl.where(place == -(2**63), float("-inf"), unpack(place)[0])  # (BLOCK_R,)
+    _, most = offered(found_ptr, row, ok, BUFFERS, BLOCK_R, BLOCK_P)
+    sure = (most <= CAPACITY) & (score >= lo) & (score <= hi) & (rank >= above)
+    tl.store(out_ptr + cell, place, mask=ok)
+    tl.store(missing_ptr + cell, tl.where(sure, -1, rank), mask=ok)
+
+
+def select_place(places: Tensor, ranks: Tensor) -> Tensor:
+    """places (B, W) int64, ranks (B, R) int64 from 0 -> (B, R) int64."""
+    W, R = places.shape[1], ranks.shape[1]
     out = torch.empty_like(ranks)
     BLOCK_R, BLOCK_W, num_warps = tiles.row_block(W, capability(places.device))
-    select_place_kernel[(triton.cdiv(B * R, BLOCK_R),)](
-        places, ranks, ranks if above is None else above, ranks if cut_hi is None else cut_hi, out, B * R, W, R,
-        BRACKETED=above is not None, BLOCK_R=BLOCK_R, BLOCK_W=BLOCK_W, num_warps=num_warps,
-    )  # fmt: skip
+    select_place_kernel[(triton.cdiv(ranks.numel(), BLOCK_R),)](
+        places, ranks, out, ranks.numel(), W, R, BLOCK_R=BLOCK_R, BLOCK_W=BLOCK_W, num_warps=num_warps
+    )
     return out
+
+
+def select_certified(survivors: Survivors, ranks: Tensor, cut_lo: Tensor, cut_hi: Tensor) -> tuple[Tensor, Tensor]:
+    """Of what a scan kept in the brackets [cut_lo, cut_hi] (B, R): the places at ranks (B, R), which count from the hardest of
+    the whole pool; and the ranks that are still to be found, -1 where the place is sure. (B, R) int64 each."""
+    places, found, above, capacity = survivors
+    W, R = places.shape[1], ranks.shape[1]
+    out, missing = torch.empty_like(ranks), torch.empty_like(ranks)
+    BLOCK_R, BLOCK_W, num_warps = tiles.row_block(W, capability(places.device))
+    select_certified_kernel[(triton.cdiv(ranks.numel(), BLOCK_R),)](
+        places, ranks, found, above, cut_lo, cut_hi, out, missing, ranks.numel(), W, R, len(above), found.shape[1],
+        capacity, BLOCK_R=BLOCK_R, BLOCK_W=BLOCK_W, BLOCK_P=BLOCK_P, num_warps=num_warps,
+    )  # fmt: skip
+    return out, missing
