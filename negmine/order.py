@@ -11,6 +11,7 @@ from torch import Tensor
 
 NOWHERE = -(2**63)  # the place past the end of a pool
 LAST_INDEX = 0xFFFFFFFF  # ranks below every real index of the same score
+HIGHEST = 0x7F800000 << 32 | LAST_INDEX  # the place of +inf at index 0; above it is NaN alone
 
 
 def pack(score: Tensor, index: Tensor | int) -> Tensor:
