@@ -98,7 +98,8 @@ def _ranked(ops, query, negative_keys, pool) -> Tensor:
     if pool.lower is not None:
         inside = inside & (place >= pool.lower[:, None]) & (pool.lower != order.NOWHERE)[:, None]
     if pool.upper is not None:
-        inside = inside & (place <= pool.upper[:, None])
+        # A bound of NaN, the margin below a positive that is NaN, lies above every place and keeps none.
+        inside = inside & (place <= pool.upper[:, None]) & (pool.upper <= order.TOP)[:, None]
     return place.masked_fill(~inside, order.NOWHERE)
 
 

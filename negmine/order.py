@@ -11,7 +11,7 @@ from torch import Tensor
 
 NOWHERE = -(2**63)  # the place past the end of a pool
 LAST_INDEX = 0xFFFFFFFF  # ranks below every real index of the same score
-TOP = 0x7F800000FFFFFFFF  # the highest place: +inf at index 0
+TOP = 0x7F800000 << 32 | LAST_INDEX  # the highest place: +inf at index 0; above it is NaN alone
 BOTTOM = -0x7F800001 << 32  # the lowest: -inf at LAST_INDEX
 
 

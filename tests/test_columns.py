@@ -207,6 +207,17 @@ def test_own_negatives_are_the_shared_ones_repeated(backend):
         torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("select", [Select(8, absolute_margin=-0.5), Select(0, 0.5, relative_margin=0.1)], ids=repr)
+def test_a_margin_below_a_positive_that_is_nan_keeps_nothing(any_backend, select):
+    """Found by the fuzzer: keys of each query's own were all kept."""
+    device = device_of(any_backend)
+    q, pos, keys = (unit(n, 5, seed=i, device=device) for i, n in enumerate((3, 3, 16)))
+    pos[1, 2] = torch.nan
+    for negatives in (keys, keys.expand(3, 16, 5)):
+        _, stats = negmine.info_nce(q, pos, negatives, select=select, return_stats=True, backend=any_backend)
+        assert stats.num_negatives[1] == 0
+
+
 def test_elimination_is_the_mask_of_what_is_found(backend):
     device = device_of(backend)
     q, pos, keys = (whole(n, 8, device=device, seed=n) for n in (5, 5, 40))
