@@ -82,29 +82,51 @@ struct Scored {
       const OptionalTensor &upper, bool same_label
 #define POOL negative_mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, same_label
 
+// Log-sum-exps at one scale, or at several, which are then the first dimension: outputs and params.
+struct Sums {
+  Sums(const char* op, const Scored& in, const Tensor& scale, int64_t scales, const OptionalTensor& pivot,
+       bool want_mean)
+      : factor(scales == 1 ? checks::scalar(op, "scale", scale, in.query)
+                           : checks::vector(op, "scale", scale, ScalarType::Float, scales, in.query)),
+        pivots(checks::vector(op, "pivot", pivot, ScalarType::Float, in.B, in.query)),
+        lse(scales == 1 ? new_empty(in.query, {in.B}, ScalarType::Float)
+                        : new_empty(in.query, {scales, in.B}, ScalarType::Float)),
+        mean(scales == 1 ? new_empty(in.query, {want_mean ? in.B : 0, in.D}, ScalarType::Float)
+                         : new_empty(in.query, {scales, want_mean ? in.B : 0, in.D}, ScalarType::Float)),
+        kept(new_empty(in.query, {in.B}, ScalarType::Long)),
+        above(new_empty(in.query, {in.B}, ScalarType::Long)),
+        params(in.params<cpu::LogsumexpParams>()) {
+    params.scales = scales;
+    params.scale = floats(factor);
+    params.pivot = floats(pivots);
+    params.lse = output<float>(lse);
+    params.mean = want_mean ? output<float>(mean) : nullptr;
+    params.kept = output<int64_t>(kept);
+    params.above = output<int64_t>(above);
+  }
+
+  Tensor factor;
+  OptionalTensor pivots;
+  Tensor lse, mean, kept, above;
+  cpu::LogsumexpParams params;
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> logsumexp(const Tensor& query, const Tensor& negative_keys,
                                                      const Tensor& scale, const OptionalTensor& pivot, bool want_mean,
                                                      POOL_ARGUMENTS) {
-  // Checks.
   const Scored in("logsumexp", query, negative_keys, POOL);
-  const Tensor factor = checks::scalar("logsumexp", "scale", scale, query);
-  const OptionalTensor pivots = checks::vector("logsumexp", "pivot", pivot, ScalarType::Float, in.B, query);
-  // Outputs.
-  Tensor lse = new_empty(query, {in.B}, ScalarType::Float);
-  Tensor mean = new_empty(query, {want_mean ? in.B : 0, in.D}, ScalarType::Float);
-  Tensor kept = new_empty(query, {in.B}, ScalarType::Long);
-  Tensor above = new_empty(query, {in.B}, ScalarType::Long);
-  // Params.
-  auto p = in.params<cpu::LogsumexpParams>();
-  p.scale = floats(factor);
-  p.pivot = floats(pivots);
-  p.lse = output<float>(lse);
-  p.mean = want_mean ? output<float>(mean) : nullptr;
-  p.kept = output<int64_t>(kept);
-  p.above = output<int64_t>(above);
-  // Run.
-  cpu::logsumexp(p, torch_threads());
-  return {lse, mean, kept, above};
+  const Sums sums("logsumexp", in, scale, 1, pivot, want_mean);
+  cpu::logsumexp(sums.params, torch_threads());
+  return {sums.lse, sums.mean, sums.kept, sums.above};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> logsumexp_pair(const Tensor& query, const Tensor& negative_keys,
+                                                          const Tensor& scale, const OptionalTensor& pivot,
+                                                          bool want_mean, POOL_ARGUMENTS) {
+  const Scored in("logsumexp_pair", query, negative_keys, POOL);
+  const Sums sums("logsumexp_pair", in, scale, 2, pivot, want_mean);
+  cpu::logsumexp(sums.params, torch_threads());
+  return {sums.lse, sums.mean, sums.kept, sums.above};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> logsumexp_mine(const Tensor& query,
@@ -112,59 +134,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> logsumexp_mine(const 
                                                                           const Tensor& scale,
                                                                           const OptionalTensor& pivot, bool want_mean,
                                                                           POOL_ARGUMENTS) {
-  // Checks.
   const Scored in("logsumexp_mine", query, negative_keys, POOL);
-  const Tensor factor = checks::scalar("logsumexp_mine", "scale", scale, query);
-  const OptionalTensor pivots = checks::vector("logsumexp_mine", "pivot", pivot, ScalarType::Float, in.B, query);
   checks::require(N >= 1, "logsumexp_mine: N must be at least 1, got ", N, ".");
-  // Outputs.
-  Tensor lse = new_empty(query, {in.B}, ScalarType::Float);
-  Tensor mean = new_empty(query, {want_mean ? in.B : 0, in.D}, ScalarType::Float);
-  Tensor kept = new_empty(query, {in.B}, ScalarType::Long);
-  Tensor above = new_empty(query, {in.B}, ScalarType::Long);
+  const Sums sums("logsumexp_mine", in, scale, 1, pivot, want_mean);
   Tensor scores = new_empty(query, {in.B, N}, ScalarType::Float);
   Tensor index = new_empty(query, {in.B, N}, ScalarType::Long);
-  // Params.
-  auto p = in.params<cpu::LogsumexpParams>();
-  p.scale = floats(factor);
-  p.pivot = floats(pivots);
-  p.lse = output<float>(lse);
-  p.mean = want_mean ? output<float>(mean) : nullptr;
-  p.kept = output<int64_t>(kept);
-  p.above = output<int64_t>(above);
   auto mined = in.params<cpu::MineHardestParams>();
   mined.N = N;
   mined.scores = output<float>(scores);
   mined.index = output<int64_t>(index);
-  // Run.
-  cpu::logsumexp_mine(p, mined, torch_threads());
-  return {lse, mean, kept, above, scores, index};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> logsumexp_pair(const Tensor& query, const Tensor& negative_keys,
-                                                          const Tensor& scale, const OptionalTensor& pivot,
-                                                          bool want_mean, POOL_ARGUMENTS) {
-  // Checks.
-  const Scored in("logsumexp_pair", query, negative_keys, POOL);
-  const Tensor factors = checks::vector("logsumexp_pair", "scale", scale, ScalarType::Float, 2, query);
-  const OptionalTensor pivots = checks::vector("logsumexp_pair", "pivot", pivot, ScalarType::Float, in.B, query);
-  // Outputs.
-  Tensor lse = new_empty(query, {2, in.B}, ScalarType::Float);
-  Tensor mean = new_empty(query, {2, want_mean ? in.B : 0, in.D}, ScalarType::Float);
-  Tensor kept = new_empty(query, {in.B}, ScalarType::Long);
-  Tensor above = new_empty(query, {in.B}, ScalarType::Long);
-  // Params.
-  auto p = in.params<cpu::LogsumexpParams>();
-  p.scales = 2;
-  p.scale = floats(factors);
-  p.pivot = floats(pivots);
-  p.lse = output<float>(lse);
-  p.mean = want_mean ? output<float>(mean) : nullptr;
-  p.kept = output<int64_t>(kept);
-  p.above = output<int64_t>(above);
-  // Run.
-  cpu::logsumexp(p, torch_threads());
-  return {lse, mean, kept, above};
+  cpu::logsumexp_mine(sums.params, mined, torch_threads());
+  return {sums.lse, sums.mean, sums.kept, sums.above, scores, index};
 }
 
 Tensor logsumexp_grad_keys(const Tensor& query, const Tensor& negative_keys, const Tensor& scale, const Tensor& lse,
