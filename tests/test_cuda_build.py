@@ -1,4 +1,4 @@
-"""kernels/cuda with and without a GPU.
+"""kernels/cuda with and without a GPU: what each file compiles to, and mix_negatives.
 
 nvcc compiles every file for every target without a warning or a spill, and mix_negatives runs on the CPU under
 tests/emulator, which executes the same source with one fiber per CUDA thread. The same cases run on a GPU, where there
@@ -17,6 +17,7 @@ from build_tools.extensions import NVCC_FLAGS, PTXAS_FLAGS
 from build_tools.native import SPILL
 from negmine import Mix, cpp_ops, philox, reference
 from negmine.mixing import draws_of
+from tests import emulate
 from tests.cases import unit
 from tests.compare import exact, rounded
 
@@ -40,12 +41,7 @@ def test_compiles_clean(source, tmp_path):
 @pytest.fixture(scope="module")
 def emulated_kernel(tmp_path_factory):
     """kernels/cuda/mix_negatives.cu as a C function; undefined behaviour aborts."""
-    library = tmp_path_factory.mktemp("emulator") / "mix_negatives.so"
-    flags = ["-O1", "-std=c++20", "-Wall", "-Werror", "-ffp-contract=off"]
-    flags += ["-fsanitize=undefined", "-fno-sanitize-recover"]
-    place = ["-shared", "-fPIC", "-Itests/emulator", "-I.", "tests/emulator/mix_negatives.cpp", "-o", str(library)]
-    subprocess.run(["g++", *flags, *place], cwd=ROOT, check=True)
-    function = ctypes.CDLL(str(library)).emulated_mix_negatives
+    function = emulate.build("mix_negatives", tmp_path_factory.mktemp("emulator")).emulated_mix_negatives
     i64, i32, u32, f32, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_uint32, ctypes.c_float, ctypes.c_void_p
     function.argtypes = [*[i64] * 3, *[pointer] * 3, *[i64] * 3, *[i32] * 2, *[i64] * 2, *[f32] * 4]
     function.argtypes += [ctypes.c_bool, pointer, u32, u32, i64, pointer, pointer, pointer]
