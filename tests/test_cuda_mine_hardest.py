@@ -132,6 +132,7 @@ def test_one_product_of_fragments(library, dtype):
 SHAPES = [  # B, K, D, N, least sample
     (1, 1, 1, 1, 2048),
     (0, 9, 7, 3, 2048),
+    (2, 0, 7, 3, 2048),
     (3, 5, 7, 9, 2048),  # fewer candidates than N, odd D
     (33, 130, 70, 8, 2048),  # B past a warp, K past two tiles, D past 64
     (3, 300, 200, 5, 32),  # wide D
@@ -154,6 +155,15 @@ def test_is_right_on_real_vectors_without_recovery(kernel, dtype):
     q, keys = unit(20, 64, dtype=dtype), unit(1500, 64, dtype=dtype, seed=1)
     scores, index = kernel(q, keys, 30, pool_of(q, keys), 64)
     selected("real", scores, index, q.double() @ keys.double().T)
+    assert recovered(kernel) in (0, None)
+
+
+def test_buffers_are_cleared_of_what_a_row_does_not_see(kernel):
+    """One column in ten is in the pool: ten times as many reach the cut as there is room for, and no row is recovered."""
+    q, keys = unit(9, 32, dtype=torch.bfloat16), unit(3000, 32, dtype=torch.bfloat16, seed=1)
+    allowed = torch.rand(9, 3000, generator=torch.Generator().manual_seed(2)) < 0.1
+    scores, index = kernel(q, keys, 20, pool_of(q, keys, negative_mask=allowed), 64)
+    selected("masked", scores, index, q.double() @ keys.double().T, allowed)
     assert recovered(kernel) in (0, None)
 
 

@@ -22,7 +22,7 @@ namespace negmine::cuda {
 namespace {
 
 constexpr int kSlack = kChunk / kLanes;  // survivors that a buffer may receive from one chunk
-constexpr int kRecoverDigit = 6;         // bits of a place that one pass of recover decides
+constexpr int kRecoverDigit = 5;         // bits of a place that one pass of recover decides
 constexpr int kRecoverBins = 1 << kRecoverDigit;
 constexpr int kSharedBytes = 99 << 10;          // that a block may have on every card from sm_80 on
 constexpr int kFinishExtra = 4 * (kBins + 8);   // bytes of the finish beside its places
@@ -40,15 +40,13 @@ struct Inputs {
   }
 };
 
-// sampled[row][j] = rank of the score of column j K / sample.
+// sampled[row][j] = rank of the score of column j K / sample, whether or not the row sees it.
 template <Storage kStorage, int kSteps>
-__global__ void __launch_bounds__(kThreads) sample_kernel(Inputs in, Pass p, int log2_sample) {
+__global__ void __launch_bounds__(kThreads) sample_kernel(Inputs in, Pass p) {
   uint32_t query[2][kSteps][4];
   const int64_t first = p.first + blockIdx.x * int64_t{kRows};
   load_queries<kSteps>(query, shared_memory(), in.query, first, p.B);
-  // Evenly spaced over the ring, so that old and new keys are sampled alike.
-  const auto column_of = [&](int j) { return static_cast<int64_t>(j) * in.K >> log2_sample; };
-  const auto find = [&](int j) { return j < p.sample ? in.key(column_of(j)) : int64_t{-1}; };
+  const auto find = [&](int j) { return j < p.sample ? in.key(column_of(p, in.K, j)) : int64_t{-1}; };
   const auto use = [&](int j0, const Scores& s) {
     const int t = threadIdx.x % kLanes;
 #pragma unroll
@@ -60,9 +58,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Inputs in, Pass p, int
         for (int c = 0; c < 2; ++c) {
           const int j = j0 + 8 * n + 2 * t + c;
           const float score = s[i / 2][n][i % 2 * 2 + c];
-          if (row >= p.rows || j >= p.sample) continue;
-          const bool counts = score == score && sees(in.pool, p.first + row, column_of(j), score);
-          p.sampled[row * p.sample + j] = counts ? rank(score) : 0u;
+          if (row < p.rows && j < p.sample) p.sampled[row * p.sample + j] = score == score ? rank(score) : 0u;
         }
       }
     }
@@ -85,21 +81,37 @@ __global__ void __launch_bounds__(kThreads, kSteps <= 8 ? 3 : 2) scan_kernel(Inp
   }
   const uint32_t start = at[0], limit = start + (p.room - kSlack) * 8;  // of row i, 8 i rows further
   const auto find = [&](int column) { return in.key(column); };
+  char* const survivors = reinterpret_cast<char*>(p.survivors);
+  // Drops, of what row i kept so far, what the row does not see. Where to go on.
+  const auto only_seen = [&](int i, uint32_t begin, uint32_t end) {
+    const int64_t b = p.first + blockIdx.x * int64_t{kRows} + row_of(i);
+    uint32_t to = begin;
+#pragma unroll 1
+    for (uint32_t from = begin; from < end; from += 8) {
+      const Survivor survivor = *reinterpret_cast<const Survivor*>(survivors + from);
+      if (!sees(in.pool, b, survivor.y, __uint_as_float(survivor.x))) continue;
+      *reinterpret_cast<Survivor*>(survivors + to) = survivor;
+      to += 8;
+    }
+    return to;
+  };
   const auto use = [&](int column, const Scores& s) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t end = limit + 8 * i * row_size;
-      if (at[i] > end) at[i] = end, lost |= 1u << i;
+      if (at[i] > end) {  // no room for what this chunk may add
+        if (kByPair) at[i] = only_seen(i, start + 8 * i * row_size, at[i]);
+        if (at[i] > end) at[i] = end, lost |= 1u << i;
+      }
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const float score = s[i / 2][n][i % 2 * 2 + c];
-          const int k = column + 8 * n + 2 * t + c;
           if (!(score >= cut[i])) continue;
-          if (kByPair && !sees(in.pool, p.first + blockIdx.x * int64_t{kRows} + row_of(i), k, score)) continue;
-          char* place = reinterpret_cast<char*>(p.survivors) + at[i];
-          *reinterpret_cast<Survivor*>(place) = make_uint2(__float_as_uint(score), static_cast<uint32_t>(k));
+          const int k = column + 8 * n + 2 * t + c;
+          *reinterpret_cast<Survivor*>(survivors + at[i]) =
+              make_uint2(__float_as_uint(score), static_cast<uint32_t>(k));
           at[i] += 8;
         }
       }
@@ -110,7 +122,9 @@ __global__ void __launch_bounds__(kThreads, kSteps <= 8 ? 3 : 2) scan_kernel(Inp
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t row = blockIdx.x * int64_t{kRows} + row_of(i);
-    const int32_t count = (at[i] - (start + 8 * i * row_size)) / 8;
+    const uint32_t begin = start + 8 * i * row_size;
+    if (kByPair) at[i] = only_seen(i, begin, at[i]);
+    const auto count = static_cast<int32_t>((at[i] - begin) / 8);
     if (row < p.rows) p.found[(row * p.splits + blockIdx.y) * kLanes + t] = lost >> i & 1 ? kLost : count;
   }
 }
@@ -133,6 +147,7 @@ struct Recovery {
   uint64_t last[kRows];               // the digits found so far; at the end what is kept is >= last
   int32_t wanted[kRows];              // places to find among those that have these digits; 0: all is decided
   int32_t bins[kRows][kRecoverBins];  // of the next digit
+  float scores[kChunk][kThreads];     // that a thread holds of one chunk
 };
 
 template <Storage kStorage, int kSteps>
@@ -153,19 +168,15 @@ __global__ void __launch_bounds__(kThreads) recover_kernel(Inputs in, Pass p) {
         query, shared_memory(), in.keys, 0, 1, in.K, !in.pool.key_mask, [&](int column) { return in.key(column); },
         [&](int column, const Scores& s) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int row = row_of(i);
-#pragma unroll
-            for (int n = 0; n < 4; ++n) {
-#pragma unroll
-              for (int c = 0; c < 2; ++c) {
-                const float score = s[i / 2][n][i % 2 * 2 + c];
-                const int k = column + 8 * n + 2 * (threadIdx.x % kLanes) + c;
-                if (score != score) continue;
-                const uint64_t at = place(score, k);
-                if (asks(row, at) && sees(in.pool, p.first + first + row, k, score)) use(row, at);
-              }
-            }
+          for (int j = 0; j < kChunk; ++j) books.scores[j][threadIdx.x] = s[j / 16][j / 4 % 4][j % 4];
+#pragma unroll 1
+          for (int j = 0; j < kChunk; ++j) {
+            const float score = books.scores[j][threadIdx.x];
+            const int row = row_of(j / 16 * 2 + j / 2 % 2);
+            const int k = column + 8 * (j / 4 % 4) + 2 * (threadIdx.x % kLanes) + j % 2;
+            if (score != score) continue;
+            const uint64_t at = place(score, k);
+            if (asks(row, at) && sees(in.pool, p.first + first + row, k, score)) use(row, at);
           }
         });
     __syncthreads();
@@ -230,18 +241,18 @@ cudaError_t mine(const Inputs& in, const Pass& p, void* stream) {
   const unsigned row_tiles = (p.rows + kRows - 1) / kRows, splits = p.splits;
   constexpr int kShared = Tiles<kSteps>::kBytes;
   static_assert(kShared + sizeof(Recovery) <= kSharedBytes);
+  const bool by_pair = in.pool.by_pair();
   cudaError_t error = cudaSuccess;
   const auto then = [&](auto... arguments) {
     if (error == cudaSuccess) error = launch(arguments...);
   };
   if (p.sample > 0) {
-    int log2_sample = 0;
-    while (1 << log2_sample < p.sample) ++log2_sample;
     const unsigned parts = std::min<unsigned>(splits, (p.sample + kKeys - 1) / kKeys);
-    then(sample_kernel<kStorage, kSteps>, dim3(row_tiles, parts), kThreads, kShared, stream, in, p, log2_sample);
+    then(sample_kernel<kStorage, kSteps>, dim3(row_tiles, parts), kThreads, kShared, stream, in, p);
   }
-  then(cut_kernel, dim3(p.rows), std::clamp(p.sample / kHeld, kWarp, 1024), 2 * 32 * 4, stream, p);
-  if (in.pool.by_pair()) {
+  then(cut_kernel, dim3(p.rows), std::clamp(p.sample / kHeld, kWarp, 1024), 2 * 32 * 4, stream, in.pool, by_pair, p,
+       in.K);
+  if (by_pair) {
     then(scan_kernel<kStorage, kSteps, true>, dim3(row_tiles, splits), kThreads, kShared, stream, in, p);
   } else {
     then(scan_kernel<kStorage, kSteps, false>, dim3(row_tiles, splits), kThreads, kShared, stream, in, p);

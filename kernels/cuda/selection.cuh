@@ -25,7 +25,7 @@ struct Pass {
   int32_t rows;      // of this chunk
   int32_t N;
   int32_t sample, sample_rank, splits, room, capacity;
-  uint32_t* sampled;    // (rows, sample) ranks of scores, 0 outside the pool; shares its memory with survivors
+  uint32_t* sampled;    // (rows, sample) ranks of scores, 0 where there is none; shares its memory with survivors
   Survivor* survivors;  // (rows, splits, kLanes, room)
   int32_t* found;       // (rows, splits, kLanes) survivors, or kLost
   float* cuts;          // (rows,)
@@ -33,6 +33,11 @@ struct Pass {
   float* scores;        // (B, N)
   int64_t* index;       // (B, N)
 };
+
+// The column at a place of the sample: evenly spaced over the ring, so that old and new keys are sampled alike.
+__device__ __forceinline__ int64_t column_of(const Pass& p, int K, int at) {
+  return static_cast<int64_t>(static_cast<uint64_t>(at) * static_cast<uint32_t>(K) / static_cast<uint32_t>(p.sample));
+}
 
 __device__ __forceinline__ int sum_over_warp(int value) {
 #pragma unroll
@@ -42,10 +47,16 @@ __device__ __forceinline__ int sum_over_warp(int value) {
 
 // cuts[row] = a score that sample_rank + 1 sampled scores reach, or a few more; -inf where there are not so many. It
 // needs no exactness: the certificate sees to that. Block = row; a thread holds kHeld of the row's scores.
-__global__ void __launch_bounds__(1024) cut_kernel(Pass p) {
+__global__ void __launch_bounds__(1024) cut_kernel(Pool pool, bool by_pair, Pass p, int K) {
   int* partial = reinterpret_cast<int*>(shared_memory());  // (2, 32)
   const int row = blockIdx.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const uint32_t* sampled = p.sampled + static_cast<int64_t>(row) * p.sample;
+  uint32_t* sampled = p.sampled + static_cast<int64_t>(row) * p.sample;
+  if (by_pair) {
+    for (int at = threadIdx.x; at < p.sample; at += blockDim.x) {
+      const uint32_t own = sampled[at];
+      if (own && !sees(pool, p.first + row, column_of(p, K, at), score_of(own))) sampled[at] = 0u;
+    }
+  }
   uint32_t held[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
