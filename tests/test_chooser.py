@@ -106,7 +106,9 @@ def test_mixing_takes_what_computes_no_score_from_where_it_is_first(table):
 
 def test_what_was_asked_for_and_cannot_run_is_refused_in_words(table):
     ran = table({"mine_hardest"})
-    with pytest.raises(BackendUnavailable, match=r"mine_hardest: backend 'cuda' cannot run this mine_hardest .*float32"):
+    with pytest.raises(
+        BackendUnavailable, match=r"mine_hardest: backend 'cuda' cannot run this mine_hardest .*float32"
+    ):
         call(dtype=torch.float32, backend="cuda")
     assert not ran
 

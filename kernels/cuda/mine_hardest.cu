@@ -107,12 +107,7 @@ __global__ void __launch_bounds__(kThreads, kSteps <= 8 ? 3 : 2) scan_kernel(Inp
       for (int n = 0; n < 4; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const float score = s[i / 2][n][i % 2 * 2 + c];
-          if (!(score >= cut[i])) continue;
-          const int k = column + 8 * n + 2 * t + c;
-          *reinterpret_cast<Survivor*>(survivors + at[i]) =
-              make_uint2(__float_as_uint(score), static_cast<uint32_t>(k));
-          at[i] += 8;
+          append_where_reaches(cut[i], s[i / 2][n][i % 2 * 2 + c], column + 8 * n + 2 * t + c, survivors, at[i]);
         }
       }
     }
@@ -151,7 +146,7 @@ struct Recovery {
 };
 
 template <Storage kStorage, int kSteps>
-__global__ void __launch_bounds__(kThreads) recover_kernel(Inputs in, Pass p) {
+__global__ void __launch_bounds__(kThreads, 2) recover_kernel(Inputs in, Pass p) {
   const int64_t first = blockIdx.x * int64_t{kRows}, own = first + threadIdx.x;  // a thread keeps one row's books
   const bool failed = own < p.rows && !certain(p, own);
   if (own < p.rows) p.recovered[own] = failed ? 0 : kFromBuffers;

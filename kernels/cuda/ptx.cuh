@@ -70,4 +70,22 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
 }
 
+// Where score >= cut: writes {score, index} at base + at and moves at 8 bytes on. Predicated and in order: left to
+// itself the compiler holds the addresses of many at once, and spills.
+__device__ __forceinline__ void append_where_reaches(float cut, float score, int index, char* base, uint32_t& at) {
+  asm volatile(
+      "{\n"
+      ".reg .pred reaches;\n"
+      ".reg .u64 place;\n"
+      "setp.ge.f32 reaches, %1, %2;\n"
+      "cvt.u64.u32 place, %0;\n"
+      "add.u64 place, place, %4;\n"
+      "@reaches st.global.v2.b32 [place], {%5, %3};\n"
+      "@reaches add.u32 %0, %0, 8;\n"
+      "}"
+      : "+r"(at)
+      : "f"(score), "f"(cut), "r"(index), "l"(base), "r"(__float_as_uint(score))
+      : "memory");
+}
+
 }  // namespace negmine::cuda

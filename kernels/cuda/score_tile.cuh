@@ -206,7 +206,7 @@ __device__ __forceinline__ void stream(const uint32_t (&query)[2][kSteps][4], ch
     __syncthreads();  // the tile is there for all, and all have left the stage that is filled next
     const int free = stage == 0 ? kStages - 1 : stage - 1;
     fetch(tile + (kStages - 1) * stride, free);
-#pragma unroll
+#pragma unroll 1  // two chunks at once would not fit in registers
     for (int chunk = 0; chunk < kKeys; chunk += kChunk) {
       Scores s;
       score<kStorage, kSteps>(s, query, shared_address(memory) + stage * kBytes, chunk, lane);

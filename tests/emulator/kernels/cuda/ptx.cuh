@@ -75,4 +75,10 @@ void wait_for_copies() {
   }
 }
 
+inline void append_where_reaches(float cut, float score, int index, char* base, uint32_t& at) {
+  if (!(score >= cut)) return;
+  *reinterpret_cast<uint2*>(base + at) = make_uint2(__float_as_uint(score), static_cast<uint32_t>(index));
+  at += 8;
+}
+
 }  // namespace negmine::cuda
