@@ -27,8 +27,8 @@ STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 SOURCES = sorted(path.name for path in ROOT.glob("kernels/cuda/*.cu"))
-# Instructions per score in the innermost loop of the scan of mine_hardest, over chunks of keys, for D = 128: 2 are products. Where
-# the pool goes by pairs (True) a buffer that fills is cleared in the same loop, which few turns run.
+# Instructions per score in the innermost loop of the scan of mine_hardest, over chunks of keys, for D = 128; 2 of them are
+# products. Where the pool goes by pairs (True) a buffer that fills is cleared in the same loop, which few turns run.
 SCORES_OF_A_TURN = 32  # of one thread
 INSTRUCTIONS_PER_SCORE = {
     ("80", False): 9.9, ("90a", False): 9.9, ("100", False): 9.7,
