@@ -26,7 +26,7 @@ constexpr int kRecoverDigit = 5;         // bits of a place that one pass of rec
 constexpr int kRecoverBins = 1 << kRecoverDigit;
 constexpr int kSharedBytes = 99 << 10;          // that a block may have on every card from sm_80 on
 constexpr int kFinishExtra = 4 * (kBins + 8);   // bytes of the finish beside its places
-constexpr int64_t kScratchBytes = 32 << 20;     // a workspace below this is never worth a second chunk
+constexpr int64_t kScratchBytes = 40 << 20;     // a workspace below this is never worth a second chunk
 constexpr int64_t kMostScratchBytes = 1 << 30;  // offsets in it are 32 bits
 constexpr double kSigmas = 4.75, kPlacesBelow = 4;
 
@@ -287,36 +287,42 @@ Layout layout_of(const MiningPlan& plan) {
 MiningPlan plan_mining(int64_t B, int64_t K, int64_t N, int64_t processors, int64_t least_sample) {
   MiningPlan plan = {};
   plan.capacity = K;
+  double likely = static_cast<double>(K);  // survivors of a row, with a cut two deviations low
   if (K > 4 * least_sample) {
     const int64_t most = std::max<int64_t>(8 * least_sample, next_power_of_2(K) / 128);
     plan.sample = std::clamp<int64_t>(next_power_of_2(K) / 16, least_sample, most);
-    // Where the N-th lies in the sample is hypergeometric: the cut reaches a few deviations past its mean, and the
-    // buffers hold what that many neighbouring places of the sample stand for, at most. A row fails one time in 1e6.
+    // Where the N-th lies in the sample is hypergeometric: the cut reaches a few deviations past its mean, and a row
+    // may have as many survivors as that many neighbouring places of the sample stand for, at most.
     const double share = static_cast<double>(plan.sample) / static_cast<double>(K);
     const double position = static_cast<double>(N) * share;
     const double deviation = std::sqrt(std::max(position * (1 - position / plan.sample) * (1 - share), 0.0));
     plan.sample_rank = static_cast<int64_t>(position + kSigmas * deviation + kPlacesBelow);
     const double kept = static_cast<double>(plan.sample_rank + 1);
-    const double most_kept = (kept + kSigmas * std::sqrt(kept) + kPlacesBelow) / share;
-    plan.capacity = std::min(K, static_cast<int64_t>(most_kept) + 1);
+    plan.capacity = std::min(K, static_cast<int64_t>((kept + kSigmas * std::sqrt(kept) + kPlacesBelow) / share) + 1);
+    likely = std::min(likely, (kept + 2 * std::sqrt(kept)) / share);
   }
   const int64_t key_tiles = (K + kKeys - 1) / kKeys;
-  const auto cut_rows = [&](int64_t rows) {
-    const int64_t row_tiles = (rows + kRows - 1) / kRows;
-    plan.rows = rows;
-    plan.splits = std::min({2 * processors / row_tiles, key_tiles / 2, plan.capacity / (8 * kLanes)});
+  // `blocks` on each processor. A buffer has room for its likely load and six deviations more.
+  const auto cut_rows = [&](int64_t rows, int64_t blocks) {
+    plan.rows = std::min(std::max<int64_t>(B, 1), (rows + kRows - 1) / kRows * kRows);
+    const int64_t row_tiles = (plan.rows + kRows - 1) / kRows;
+    plan.splits = std::min({blocks * processors / row_tiles, key_tiles / 2, plan.capacity / (8 * kLanes)});
     plan.splits = std::max<int64_t>(plan.splits, 1);
     const int64_t all = (key_tiles + plan.splits - 1) / plan.splits * (kKeys / kLanes);
-    const double share = static_cast<double>(plan.capacity) / static_cast<double>(plan.splits * kLanes);
-    const int64_t most = static_cast<int64_t>(share + 6 * std::sqrt(share) + 6);
+    const double load = likely / static_cast<double>(plan.splits * kLanes);
+    const int64_t most = static_cast<int64_t>(load + 6 * std::sqrt(load) + 6);
     plan.room = (plan.sample == 0 ? all : std::min(all, most)) + kSlack;
     const Layout bytes = layout_of(plan);
     plan.workspace = bytes.survivors + bytes.found + bytes.cuts + bytes.recovered;
   };
-  cut_rows(std::max<int64_t>(B, 1));
+  // Few chunks come before many blocks.
   const int64_t budget = std::clamp(2 * B * K / 100 * 8, kScratchBytes, kMostScratchBytes);  // 8 % of 16-bit scores
-  while (plan.rows > kRows && plan.workspace > budget) {
-    cut_rows(((plan.rows + 1) / 2 + kRows - 1) / kRows * kRows);
+  const int64_t most_chunks = std::max<int64_t>((B + kRows - 1) / kRows, 1);
+  for (int64_t chunks = 1; chunks <= most_chunks; ++chunks) {
+    for (int64_t blocks = 2; blocks >= 1; --blocks) {
+      cut_rows(std::max<int64_t>((B + chunks - 1) / chunks, 1), blocks);
+      if (plan.workspace <= budget) return plan;
+    }
   }
   return plan;
 }
