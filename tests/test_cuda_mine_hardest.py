@@ -302,6 +302,24 @@ def test_buffers_that_overflow_are_found_out(emulated_kernel):
     assert recovered(emulated_kernel) > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(cpp_ops.CUDA_REFUSAL), reason=cpp_ops.CUDA_REFUSAL or "-")
+@pytest.mark.parametrize(
+    ("dtypes", "K", "D", "N", "said"),
+    [
+        ((torch.float32, torch.float32), 9, 8, 2, "both bfloat16 or both float16, got float32 and float32"),
+        ((torch.bfloat16, torch.float16), 9, 8, 2, "got bfloat16 and float16"),
+        ((torch.bfloat16, torch.bfloat16), 9, 300, 2, "D must be at most 256"),
+        ((torch.bfloat16, torch.bfloat16), 9, 8, -1, "N must not be negative, got -1"),
+        ((torch.bfloat16, torch.bfloat16), 20_000, 8, 15_000, "N = 15000 of K = 20000 takes more shared memory"),
+    ],
+)
+def test_the_op_refuses_what_its_kernels_do_not_take(dtypes, K, D, N, said):
+    q, keys = unit(2, D, dtype=dtypes[0], device="cuda"), unit(K, D, dtype=dtypes[1], device="cuda")
+    with pytest.raises(RuntimeError, match=said):
+        torch.ops.negmine.mine_hardest(q, keys, N, *[None] * 7)
+
+
 GOALS = [(256, 65_536), (1024, 65_536), (4096, 65_536), (1024, 1_048_576)]
 
 
