@@ -47,9 +47,9 @@ check: venv
 fuzz: venv
 	$(PY) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
-# The tests and the fuzzer on CPU kernels built with gcc's address and undefined sanitizers, in a copy of the package. Python is
-# not instrumented: libasan is loaded first, and libstdc++ with it, whose exceptions it wraps. Races are
-# for `make threads`.
+# The tests and the fuzzer on CPU kernels built with gcc's address and undefined sanitizers, in a copy of the package; and the
+# CUDA kernels under the emulator, built likewise. Python is not instrumented: libasan is loaded first, and libstdc++ with it,
+# whose exceptions it wraps. Races are for `make threads`.
 sanitize: venv
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	CXX="g++ -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" NEGMINE_CUDA=cpu \
@@ -60,6 +60,9 @@ sanitize: venv
 	  export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
 	  ../../$(PY) -m pytest -p no:cacheprovider -k cpu tests/test_kernels.py tests/test_rules.py && \
 	  ../../$(PY) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
+	  NEGMINE_EMULATOR_SANITIZERS=address,undefined \
+	  $(PY) -m pytest -p no:cacheprovider -k emulated tests/test_cuda_mine_hardest.py tests/test_cuda_build.py
 
 # The CPU kernels on std::threads under gcc's thread sanitizer, which torch's OpenMP would swamp: make threads ROUNDS=20
 threads: venv

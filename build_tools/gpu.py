@@ -42,11 +42,16 @@ def commands(phase: str, out: Path) -> list[Command]:
     if phase == "test":
         return [python("-m", "build_tools.run_shards", "--durations=15", "--continue-on-collection-errors")]
     if phase == "bench":
-        from benchmarks.cases import ON_GPU
+        from benchmarks.cases import CASES, ON_GPU
 
+        time_it = python("-m", "benchmarks.run", "--no-tests", "--device", "cuda", "--seconds", "2")
         compiled = ("--compile", "moco-bf16-1024")
-        flags = ("--device", "cuda", "--seconds", "2")
-        return [python("-m", "benchmarks.run", "--no-tests", *flags, "--case", case, *compiled) for case in ON_GPU]
+        # What two backends have is also timed side by side: negmine/backends.py chooses between them by these rows.
+        both = ("--op", "mine_hardest", "--backend", "triton", "cuda", "--no-peers")
+        mined = [case for case in ON_GPU if "mine_hardest" in CASES[case].ops]
+        return [[*time_it, "--case", case, *compiled] for case in ON_GPU] + [
+            [*time_it, "--case", case, *both] for case in mined
+        ]
     if phase == "profile":
         return [python("-m", "benchmarks.profile", "--out", str(out))]
     tests = python("-m", "pytest", "-m", "sanitized", "--continue-on-collection-errors", "tests")

@@ -1,7 +1,7 @@
 """Which code runs: one table, filled once at import, read by one loop per call.
 
 NEGMINE_BACKEND, read once, insists on a backend for every call that names none. A backend that cannot be used here keeps the
-reason, and `choose` repeats it to whoever asks for that backend.
+reason, and `choose` repeats it to whoever asks for that backend. The ops of a call whose scores meet come from one backend.
 """
 
 import importlib
@@ -52,6 +52,15 @@ class Launchers(NamedTuple):
 SPARED = ("info_nce",)  # what a call can do without
 OPS = tuple(op for op in Launchers._fields if op not in SPARED)
 
+# Ops that compute scores against the queue: one may compare its own with places that another found, and two backends sum in
+# another order. So a call takes all of these from one backend.
+SCORED = frozenset(OPS[: OPS.index("mix_negatives")])
+
+# Ops that the cuda backend runs unasked; its others wait for backend="cuda". An op gets here, and Triton's kernel then runs what
+# mining_limit says, once rows of benchmarks/results from a card show both (benchmarks/run.py --device cuda --backend triton cuda)
+# and cuda is ahead. mix_negatives computes no score and has nothing to be compared with.
+CUDA_UNASKED = frozenset({"mix_negatives"})
+
 
 def in_two(logsumexp: Callable) -> Callable:
     """logsumexp_pair as two calls of a logsumexp: for what has no pass that serves both scales."""
@@ -100,12 +109,41 @@ class Backend:
     launchers: dict[str, Callable] = field(default_factory=dict)
     refusal: str = ""  # why it cannot be used here
     also: str = ""  # a further device type it takes when asked for by name
+    asked_only: frozenset[str] = frozenset()  # ops that it runs only when asked for by name
+    limits: dict[str, Callable[..., str]] = field(default_factory=dict)  # op -> why not these arguments, given `asked`
+
+
+def mining_limit(dtypes: tuple[torch.dtype, ...], K: int, D: int, N: int, capability: int, asked: bool) -> str:
+    """Why the cuda mine_hardest is not what runs such a call, empty where it is; capability is major * 10 + minor.
+
+    Unasked it also leaves short queues to Triton. What it cannot do at all: other storage than one of 16 bits (TF32 would round
+    fp32 input), rows that do not fit in registers, more survivors than fit in a block's shared memory.
+    """
+    if capability < 80:
+        return f"its products need compute capability 8.0 or higher, this card has {capability / 10}"
+    if len(set(dtypes)) != 1 or dtypes[0] not in (torch.bfloat16, torch.float16):
+        got = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"it takes query and negative_keys both bfloat16 or both float16, got {got}"
+    if D > 256:
+        return f"it takes D up to 256, got {D}"
+    if N > 4096 or K > 2**22 or (N > 2048 and K > 2**19):
+        return f"it takes N up to 4096 of K up to {2**19}, or 2048 of {2**22}, got N = {N} of K = {K}"
+    return "" if asked or K > 8192 else f"a queue as short as K = {K} is quicker by whole rows"
+
+
+def _mining_limit(query: Tensor, negative_keys: Tensor, N: int, *, asked: bool) -> str:
+    major, minor = torch.cuda.get_device_capability(query.device)
+    K, D = negative_keys.shape
+    return mining_limit((query.dtype, negative_keys.dtype), K, D, N, 10 * major + minor, asked)
 
 
 def _cuda_ops() -> Backend:
     from negmine import cpp_ops
 
-    return Backend("cuda", "cuda", cpp_ops.launchers("CUDA"), cpp_ops.CUDA_REFUSAL)
+    found = cpp_ops.launchers("CUDA")
+    asked_only = frozenset(found) - CUDA_UNASKED
+    limits = {"mine_hardest": _mining_limit}
+    return Backend("cuda", "cuda", found, cpp_ops.CUDA_REFUSAL, asked_only=asked_only, limits=limits)
 
 
 def _triton_ops() -> Backend:
@@ -148,12 +186,33 @@ def explain(op: str, device: str) -> str:
             reasons.append(f"{backend.name}: {backend.refusal}")
         elif op not in backend.launchers:
             reasons.append(f"{backend.name} has no kernel for {op}")
+        elif op in backend.asked_only:
+            reasons.append(f"{backend.name} runs {op} only where it is asked for by name")
     return "; ".join(reasons)
 
 
-def _runs(backend: Backend, op: str, device: str, by_name: bool) -> bool:
+def _runs(backend: Backend, ops: list[str], device: str, by_name: bool) -> bool:
     fits = backend.device == device or (by_name and backend.also == device)
-    return fits and not backend.refusal and op in backend.launchers
+    # What a limit sends elsewhere would be apart from the ops beside it.
+    free = not backend.asked_only.intersection(ops) and (len(ops) == 1 or not set(backend.limits).intersection(ops))
+    return fits and (by_name or free) and not backend.refusal and all(op in backend.launchers for op in ops)
+
+
+def _launcher(caller: str, op: str, able: list[Backend], asked: str | None) -> Callable:
+    """The op of the first of these rows, or where its limit is against a call's arguments that of the next."""
+    first = able[0].launchers[op]
+    limit = able[0].limits.get(op)
+    if limit is None:
+        return first
+    other = able[1].launchers[op] if asked is None and len(able) > 1 else None
+
+    def launch(query: Tensor, negative_keys: Tensor, N: int, *pool: Any) -> Any:
+        why = limit(query, negative_keys, N, asked=other is None)
+        if why and other is None:
+            raise BackendUnavailable(f"{caller}: backend {able[0].name!r} cannot run this {op} ({why})")
+        return (other if why and other else first)(query, negative_keys, N, *pool)
+
+    return launch
 
 
 def choose(
@@ -180,19 +239,25 @@ def choose(
             )
         _warn_dense(caller, device, dense)
         return None
+    rows = [row for row in BACKENDS if asked in (None, row.name)]
+    scored = [op for op in ops if op in SCORED]
     chosen: dict[str, Any] = {}
     for op in ops:
-        for row in BACKENDS:
-            if (asked is None or asked == row.name) and _runs(row, op, device, asked is not None):
-                wanted = (op,) if chosen else (op, *also)
-                chosen |= {name: row.launchers[name] for name in wanted if name in row.launchers}
-                break
-        else:
-            why = explain(op, device)
-            if asked is not None:
-                raise BackendUnavailable(f"{caller}: backend {asked!r} cannot run {op} on {device} tensors ({why})")
-            _warn_dense(caller, device, why)
-            return None
+        together = scored if op in SCORED else [op]
+        able = [row for row in rows if _runs(row, together, device, asked is not None)]
+        if able:
+            found = able[0].launchers
+            chosen |= {} if chosen else {name: found[name] for name in also if name in found}
+            chosen[op] = _launcher(caller, op, able, asked)
+            continue
+        # An op that none of them runs; or each runs some of these, and none all.
+        lone = (each for each in together if not any(_runs(row, [each], device, asked is not None) for row in rows))
+        lacking = next(lone, op)
+        why = explain(lacking, device)
+        if asked is not None:
+            raise BackendUnavailable(f"{caller}: backend {asked!r} cannot run {lacking} on {device} tensors ({why})")
+        _warn_dense(caller, device, why)
+        return None
     return Launchers(**chosen)
 
 

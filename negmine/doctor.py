@@ -29,8 +29,9 @@ LEAST = {"torch": (2, 10), "triton": (3, 6)}  # as pyproject.toml has them
 
 def _trial(name: str, device: str) -> str:
     """'works', or in words what a small call of this backend did instead."""
-    query = torch.tensor([[1.0, 0.0], [0.0, 1.0]], device=device)  # (B, D)
-    keys = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]], device=device)  # (K, D)
+    # In bf16, which every backend takes.
+    query = torch.tensor([[1.0, 0.0], [0.0, 1.0]], device=device).bfloat16()  # (B, D)
+    keys = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]], device=device).bfloat16()  # (K, D)
     try:
         index = mine_hardest(query, keys, 2, backend=name).index.tolist()
     except Exception as error:  # whatever a driver or a compiler may raise, a report says it

@@ -89,7 +89,8 @@ def mine_hardest(
         raise checks.refuse(op, "select", "without replace: an index is mined once", select)
     masks = (negative_mask, query_ids, negative_ids, query_labels, negative_labels)
     pool = check_pool(op, query, negative_keys, *masks)
-    ops = backends.choose(op, ("mine_hardest", "rank_thresholds", "count_negatives"), backend, (query, negative_keys))
+    needed = ("mine_hardest",) if select is None else ("mine_hardest", "rank_thresholds", "count_negatives")
+    ops = backends.choose(op, needed, backend, (query, negative_keys))
     with torch.no_grad():
         anchor = None if positive_key is None else score_of_positive(query, positive_key)  # (B,)
         if ops is None:

@@ -20,6 +20,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests import sass
+
 pytest.importorskip("triton")
 
 TIME_LIMIT = 120  # seconds for one case
@@ -148,31 +150,17 @@ def compile_for(kernel, values: dict, options: dict, capability: int):
 def inspect(built, scores_per_thread: float) -> dict:
     """Registers, stack, spills inside loops, products by instruction (the width that a tile gives them aside), and instructions
     per score of the longest loop with a matrix product."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(built.asm["cubin"])
-        show = {"capture_output": True, "text": True, "check": True}
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], **show).stdout
-        sass = subprocess.run([tools / "nvdisasm", "-c", cubin], **show).stdout
+        usage, code = sass.show("cuobjdump", "-res-usage", cubin), sass.show("nvdisasm", "-c", cubin)
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups())
-    products = {re.sub(r"x\d+x", "x", x) for x in re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)[\w.]*", sass)}
-    labels, code = {}, []
-    for line in sass.splitlines():
-        if m := re.match(r"^\s*(\.L_x_\d+):", line):
-            labels[m[1]] = len(code)
-        elif m := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            code.append(m[1])
-    jumps = [(i, m[1]) for i, x in enumerate(code) if (m := re.search(r"BRA.*?(\.L_x_\d+)", x))]
-    loops = [code[labels[to] : i + 1] for i, to in jumps if labels.get(to, i) < i]
-    multiplying = [body for body in loops if any(re.search("GMMA|HMMA|UTC.*MMA|FFMA", x) for x in body)]
+    loops = sass.loops(code)
     spilled = sum(bool(re.search(r"\b(STL|LDL)\b", x)) for body in loops for x in body)
-    longest = max(map(len, multiplying), default=0)
     return {
         "registers": registers, "stack": stack, "local": local, "shared": built.metadata.shared,
-        "spills_in_loops": spilled, "products": sorted(products), "per_score": longest / scores_per_thread,
+        "spills_in_loops": spilled, "products": sorted(sass.products(code)),
+        "per_score": max(sass.with_product(loops), default=0) / scores_per_thread,
     }  # fmt: skip
 
 

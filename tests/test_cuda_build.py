@@ -1,4 +1,4 @@
-"""kernels/cuda with and without a GPU.
+"""kernels/cuda with and without a GPU: what each file compiles to, and mix_negatives.
 
 nvcc compiles every file for every target without a warning or a spill, and mix_negatives runs on the CPU under
 tests/emulator, which executes the same source with one fiber per CUDA thread. The same cases run on a GPU, where there
@@ -6,6 +6,7 @@ is one, and are small enough for compute-sanitizer.
 """
 
 import ctypes
+import re
 import subprocess
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from build_tools.extensions import NVCC_FLAGS, PTXAS_FLAGS
 from build_tools.native import SPILL
 from negmine import Mix, cpp_ops, philox, reference
 from negmine.mixing import draws_of
+from tests import emulate, sass
 from tests.cases import unit
 from tests.compare import exact, rounded
 
@@ -24,28 +26,66 @@ ROOT = Path(__file__).parents[1]
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-@pytest.mark.parametrize("source", sorted(path.name for path in ROOT.glob("kernels/cuda/*.cu")))
-def test_compiles_clean(source, tmp_path):
+SOURCES = sorted(path.name for path in ROOT.glob("kernels/cuda/*.cu"))
+# Instructions per score in the innermost loop of the scan of mine_hardest, over chunks of keys, for D = 128; 2 of them are
+# products. Where the pool goes by pairs (True) a buffer that fills is cleared in the same loop, which few turns run.
+SCORES_OF_A_TURN = 32  # of one thread
+INSTRUCTIONS_PER_SCORE = {
+    ("80", False): 9.9, ("90a", False): 9.9, ("100", False): 9.7,
+    ("80", True): 21.9, ("90a", True): 23.4, ("100", True): 67.6,
+}  # fmt: skip
+HEADROOM = 1.1
+
+
+@pytest.fixture(scope="module", params=SOURCES)
+def compiled(request, tmp_path_factory):
+    """(source, object, what nvcc and ptxas said) for every target."""
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("there is no nvcc (NEGMINE_NVCC, CUDA_HOME, PATH)")
     strict = ["-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror"]
-    command = [nvcc, *NVCC_FLAGS, *PTXAS_FLAGS, *inspect(nvcc).gencode, *strict, "-c", f"kernels/cuda/{source}"]
-    done = subprocess.run([*command, "-o", tmp_path / "object.o"], cwd=ROOT, capture_output=True, text=True)
+    command = [nvcc, *NVCC_FLAGS, *PTXAS_FLAGS, *inspect(nvcc).gencode, *strict, "-c", f"kernels/cuda/{request.param}"]
+    target = tmp_path_factory.mktemp("nvcc") / "kernel.o"
+    done = subprocess.run([*command, "-o", target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "Used" in done.stderr, "ptxas reported nothing, so the spill gate saw nothing"
-    assert not SPILL.search(done.stderr), done.stderr
+    return request.param, target, done.stderr
+
+
+def test_compiles_clean(compiled):
+    _, _, said = compiled
+    assert "Used" in said, "ptxas reported nothing, so the spill gate saw nothing"
+    assert not SPILL.search(said), said
+    assert not re.search(r"[1-9]\d* bytes smem", said), (
+        "shared memory is asked for at the launch, where a limit is checked"
+    )
+
+
+def test_scores_cost_few_instructions(compiled):
+    pytest.importorskip("triton")
+    source, target, _ = compiled
+    if source != "mine_hardest.cu":
+        pytest.skip("computes no score")
+    sass.show("cuobjdump", "-xelf", "all", target, folder=target.parent)
+    seen = set()
+    for cubin in target.parent.glob("*.cubin"):
+        capability = re.search(r"sm_(\d+a?)", cubin.name)[1]
+        for name, code in sass.functions(cubin).items():
+            used = sass.products(code)
+            assert len(used) <= 1, f"{name}: passes compare scores, so all products must be of one kind: {used}"
+            if m := re.search(r"scan_kernel\w*E1ELi8ELb([01])E", name):  # bf16, D up to 128
+                by_pair = m[1] == "1"
+                per_score = min(sass.with_product(sass.loops(code))) / SCORES_OF_A_TURN
+                print(f"sm_{capability}, by pairs {by_pair}: {per_score:.1f} instructions per score")
+                assert 0 < per_score <= HEADROOM * INSTRUCTIONS_PER_SCORE[capability, by_pair], (capability, by_pair)
+                assert used == {"HMMA.16816.F32.BF16"}
+                seen.add((capability, by_pair))
+    assert seen, "no scan was found"
 
 
 @pytest.fixture(scope="module")
 def emulated_kernel(tmp_path_factory):
     """kernels/cuda/mix_negatives.cu as a C function; undefined behaviour aborts."""
-    library = tmp_path_factory.mktemp("emulator") / "mix_negatives.so"
-    flags = ["-O1", "-std=c++20", "-Wall", "-Werror", "-ffp-contract=off"]
-    flags += ["-fsanitize=undefined", "-fno-sanitize-recover"]
-    place = ["-shared", "-fPIC", "-Itests/emulator", "-I.", "tests/emulator/mix_negatives.cpp", "-o", str(library)]
-    subprocess.run(["g++", *flags, *place], cwd=ROOT, check=True)
-    function = ctypes.CDLL(str(library)).emulated_mix_negatives
+    function = emulate.build("mix_negatives", tmp_path_factory.mktemp("emulator")).emulated_mix_negatives
     i64, i32, u32, f32, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_uint32, ctypes.c_float, ctypes.c_void_p
     function.argtypes = [*[i64] * 3, *[pointer] * 3, *[i64] * 3, *[i32] * 2, *[i64] * 2, *[f32] * 4]
     function.argtypes += [ctypes.c_bool, pointer, u32, u32, i64, pointer, pointer, pointer]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import negmine
-from negmine import InfoNCELoss, Mix, MoCoQueue, Select, Weight, order, reference
+from negmine import InfoNCELoss, Mix, MoCoQueue, Select, Weight, cpp_ops, order, reference
 from tests import compare
 from tests.cases import ids, unit
 
@@ -25,6 +25,10 @@ OPTIONS = {
     "decoupled": {"decoupled": True},
 }
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+WITHOUT_CUDA = pytest.mark.skipif(bool(cpp_ops.CUDA_REFUSAL), reason=cpp_ops.CUDA_REFUSAL or "-")
+each_miner = pytest.mark.parametrize("miner", ["triton", pytest.param("cuda", marks=WITHOUT_CUDA)])
 
 
 @pytest.fixture(autouse=True)
@@ -75,10 +79,11 @@ def test_a_loss_step_is_captured_and_replayed_on_new_data(options):
             compare.exact(name, got, want)
 
 
-def test_a_captured_step_is_exact_where_the_certificate_fails():
+@each_miner
+def test_a_captured_step_is_exact_where_the_certificate_fails(miner):
     """The fallback is launched always and asks nobody: a graph captured on kind data meets an adversary in replay."""
     q, _, keys = tensors()
-    graph, out = captured(lambda: negmine.mine_hardest(q, keys, 500, backend="triton"))
+    graph, out = captured(lambda: negmine.mine_hardest(q, keys, 500, backend=miner))
     keys.copy_(keys[:1].expand_as(keys))  # all equal: the sample says nothing
     graph.replay()
     compare.exact("index", out.index, torch.arange(500, device="cuda").expand(B, 500))
@@ -116,6 +121,8 @@ def test_nothing_waits_for_the_device(options):
         queue.enqueue(pos, ids=tags)
         loss.backward()
         negmine.mine_hardest(q, keys, 100)
+        if not cpp_ops.CUDA_REFUSAL:
+            negmine.mine_hardest(q, keys, 100, backend="cuda")
         negmine.rank_thresholds(q, keys, [0, 7])
         negmine.percentile(q, keys, [0.05, 0.95])
 
@@ -251,6 +258,31 @@ def test_selection_is_exact_on_any_queue(make, dtype, monkeypatch):
         assert max(failed) == B
 
 
+@WITHOUT_CUDA
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make", QUEUES.values(), ids=QUEUES)
+def test_the_cuda_selection_is_exact_on_any_queue(make, dtype):
+    """Against its own scores of short parts of the queue, all of which it returns, sorted by torch."""
+    q, keys = unit(B, D, dtype=dtype, device="cuda", seed=9), make().to(dtype)
+    q[: B // 2] = unit(1, D, dtype=dtype, device="cuda")  # half of the queries lie where the structure is
+    every = torch.full((B, K), torch.nan, device="cuda")
+    for start in range(0, K, 4096):
+        part = negmine.mine_hardest(q, keys[start : start + 4096], len(keys[start : start + 4096]), backend="cuda")
+        every.scatter_(1, start + part.index, part.scores)
+    truth = q.double() @ keys.double().T
+    torch.testing.assert_close(every.double(), truth, rtol=0, atol=1e-5)
+    places = order.pack(every, torch.arange(K, device="cuda")).sort(dim=1, descending=True).values  # (B, K)
+    for N in (1, 700, 4096):
+        scores, index = order.unpack(places[:, :N])
+        mined = negmine.mine_hardest(q, keys, N, backend="cuda")
+        compare.exact("index", mined.index, index)
+        compare.exact("scores", mined.scores, scores)
+    mined = negmine.mine_hardest(q, keys, 700, **ids(B, K, "cuda"), backend="cuda")
+    hidden = ids(B, K, "cuda")["query_ids"][:, None] == ids(B, K, "cuda")["negative_ids"]
+    wanted = order.pack(every, torch.arange(K, device="cuda")).masked_fill(hidden, order.NOWHERE)
+    compare.exact("index without ids", mined.index, order.unpack(wanted.topk(700, dim=1).values)[1])
+
+
 def test_queries_and_scores_past_two_to_the_31():
     """B * K and B * W pass 2^31: the last rows are as right as the first."""
     q, keys = (
@@ -276,10 +308,11 @@ def test_queries_and_scores_past_two_to_the_31():
     compare.rounded("loss", rows[tail], truth, plain, 1 / 0.07)
 
 
-def test_a_million_keys():
+@each_miner
+def test_a_million_keys(miner):
     """The least of the spec's long queues: what is found is worth what plain products say."""
     q, keys = (unit(n, 256, dtype=torch.bfloat16, device="cuda", seed=i) for i, n in enumerate((64, 1_048_576)))
-    mined = negmine.mine_hardest(q, keys, 1024)
+    mined = negmine.mine_hardest(q, keys, 1024, backend=miner)
     truth = q.float() @ keys.float().T
     want = truth.topk(1024, dim=1).values
     torch.testing.assert_close(mined.scores, want, rtol=0, atol=1e-5)

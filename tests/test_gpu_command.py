@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from benchmarks.cases import ON_GPU
+from benchmarks.cases import CASES, ON_GPU
 from build_tools import gpu
 
 FIRST = "import sys; print('was here', *sys.argv[1:]); "
@@ -68,7 +68,10 @@ def test_without_a_gpu_it_says_so():
 def test_every_command_names_what_exists(tmp_path):
     """Their arguments are read by the parsers that a GPU machine would give them to."""
     bench = gpu.commands("bench", tmp_path)
-    assert [command[command.index("--case") + 1] for command in bench] == ON_GPU
+    chosen = [command for command in bench if "--backend" not in command]
+    assert [command[command.index("--case") + 1] for command in chosen] == ON_GPU
+    side_by_side = {command[command.index("--case") + 1] for command in bench if "--backend" in command}
+    assert side_by_side == {case for case in ON_GPU if "mine_hardest" in CASES[case].ops}
     for command in [*bench, *gpu.commands("profile", tmp_path), *gpu.commands("test", tmp_path)]:
         assert command[1] == "-m"
         help_of = (

@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "csrc/torch/checks.h"
+#include "kernels/cuda/mine_hardest.h"
 #include "kernels/cuda/mix_negatives.h"
 
 namespace negmine {
@@ -33,6 +34,86 @@ cuda::Storage storage_of(const Tensor& matrix) {
   return dtype == ScalarType::Float      ? cuda::Storage::kFloat32
          : dtype == ScalarType::BFloat16 ? cuda::Storage::kBFloat16
                                          : cuda::Storage::kFloat16;
+}
+
+// Makes the device of `tensor` current for launches: a guard of torch speaks to torch's CUDA runtime, and this library
+// is linked with its own, which must agree on the device.
+void set_device(const char* op, const Tensor& tensor) {
+  checks::require(cudaSetDevice(tensor.get_device_index()) == cudaSuccess, op, ": cuda:", tensor.get_device_index(),
+                  " could not be made the current device.");
+}
+
+void require_launched(const char* op, int error) {
+  checks::require(error == cudaSuccess, op,
+                  ": the launch failed: ", cudaGetErrorString(static_cast<cudaError_t>(error)), ".");
+}
+
+// Shapes and storage that the kernel does not take: negmine/backends.py sends them to another backend.
+std::tuple<Tensor, Tensor> mine_hardest(const Tensor& query, const Tensor& negative_keys, int64_t N,
+                                        const OptionalTensor& negative_mask, const OptionalTensor& query_ids,
+                                        const OptionalTensor& negative_ids, const OptionalTensor& query_labels,
+                                        const OptionalTensor& negative_labels, const OptionalTensor& lower,
+                                        const OptionalTensor& upper, bool same_label) {
+  // Checks.
+  const char* op = "mine_hardest";
+  checks::require(query.is_cuda(), op, ": query must be on a CUDA device, where the other tensors are, it is not.");
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  const Tensor q = checks::matrix(op, "query", query, "(B, D)");                     // (B, D)
+  const Tensor keys = checks::matrix(op, "negative_keys", negative_keys, "(K, D)");  // (K, D)
+  checks::same_width(op, q, keys);
+  const checks::PoolTensors pool(op, q, keys, negative_mask, query_ids, negative_ids, query_labels, negative_labels,
+                                 lower, upper, same_label);
+  checks::require(N >= 0, op, ": N must not be negative, got ", N, ".");
+  const int64_t B = q.size(0), K = keys.size(0), D = q.size(1);
+  const cuda::Storage storage = storage_of(q);
+  checks::require(storage != cuda::Storage::kFloat32 && storage == storage_of(keys), op,
+                  ": query and negative_keys must both be bfloat16 or both float16, got ",
+                  checks::dtype_text(q.scalar_type()), " and ", checks::dtype_text(keys.scalar_type()), ".");
+  checks::require(D <= 256 && K <= INT32_MAX - 1024, op, ": D must be at most 256 and K below 2^31 - 1024, got ", D,
+                  " and ", K, ".");
+
+  set_device(op, q);
+  int processors = 0;
+  require_launched(op, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, q.get_device_index()));
+  const cuda::MiningPlan plan = cuda::plan_mining(B, K, N, processors);
+  checks::require(cuda::fits(plan, N), op, ": N = ", N, " of K = ", K, " takes more shared memory than a block has.");
+
+  // Outputs.
+  Tensor scores = new_empty(q, {B, N}, ScalarType::Float);
+  Tensor index = new_empty(q, {B, N}, ScalarType::Long);
+  Tensor workspace = new_empty(q, {plan.workspace}, ScalarType::Byte);
+
+  // Params.
+  const OptionalTensor& mask = pool.negative_mask;
+  const auto* usable = mask.has_value() ? static_cast<const uint8_t*>(mask->data_ptr()) : nullptr;
+  const bool by_pair = mask.has_value() && mask->dim() == 2;
+  const cuda::MineHardestParams params = {
+      .B = B,
+      .K = K,
+      .D = D,
+      .N = N,
+      .query = q.data_ptr(),
+      .negative_keys = keys.data_ptr(),
+      .query_stride = q.stride(0),
+      .negative_keys_stride = keys.stride(0),
+      .storage = storage,
+      .pool = {.key_mask = by_pair ? nullptr : usable,
+               .pair_mask = by_pair ? usable : nullptr,
+               .pair_mask_stride = by_pair ? mask->stride(0) : 0,
+               .query_ids = longs(pool.query_ids),
+               .negative_ids = longs(pool.negative_ids),
+               .query_labels = longs(pool.query_labels),
+               .negative_labels = longs(pool.negative_labels),
+               .same_label = same_label,
+               .lower = longs(pool.lower),
+               .upper = longs(pool.upper)},
+      .plan = plan,
+      .scores = static_cast<float*>(scores.mutable_data_ptr()),
+      .index = static_cast<int64_t*>(index.mutable_data_ptr()),
+      .workspace = workspace.mutable_data_ptr(),
+  };
+  require_launched(op, cuda::mine_hardest(params, current_stream(q)));
+  return {scores, index};
 }
 
 // hard_index must hold rows of negative_keys: a GPU's memory is not read here to see whether it does.
@@ -88,17 +169,17 @@ std::tuple<Tensor, Tensor, Tensor> mix_negatives(const Tensor& query, const Tens
       .coefficients = static_cast<float*>(coefficients.mutable_data_ptr()),
   };
 
-  // Run. The guard speaks to torch's CUDA runtime; this library is linked with its own, which must agree on the device.
-  checks::require(cudaSetDevice(q.get_device_index()) == cudaSuccess, op, ": cuda:", q.get_device_index(),
-                  " could not be made the current device.");
-  const auto error = static_cast<cudaError_t>(cuda::mix_negatives(params, current_stream(q)));
-  checks::require(error == cudaSuccess, op, ": the launch failed: ", cudaGetErrorString(error), ".");
+  set_device(op, q);
+  require_launched(op, cuda::mix_negatives(params, current_stream(q)));
   return {vectors, parents, coefficients};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(negmine, CUDA, m) { m.impl("mix_negatives", TORCH_BOX(&mix_negatives)); }
+STABLE_TORCH_LIBRARY_IMPL(negmine, CUDA, m) {
+  m.impl("mine_hardest", TORCH_BOX(&mine_hardest));
+  m.impl("mix_negatives", TORCH_BOX(&mix_negatives));
+}
 
 }  // namespace negmine
 

@@ -9,9 +9,9 @@
 
 #include <cstdint>
 
-namespace negmine::cuda {
+#include "kernels/cuda/storage.h"
 
-enum class Storage : int32_t { kFloat32, kBFloat16, kFloat16 };
+namespace negmine::cuda {
 
 struct MixNegativesParams {
   int64_t B, N, D;

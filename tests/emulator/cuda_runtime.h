@@ -1,9 +1,9 @@
 // A CUDA runtime for kernels that run on the CPU, in tests: one fiber per thread, one block at a time.
 //
 // Compiling a .cu file with g++ -x c++ and this folder before CUDA's finds wrong indices, lost elements and broken warp
-// exchanges without a GPU. It knows nothing of races, alignment and memory order: compute-sanitizer on a GPU does.
-// It covers what the kernels use, launches through cudaLaunchKernelEx included, and no more; a warp whose lanes do not
-// all meet at an exchange aborts.
+// exchanges without a GPU. It knows nothing of races and memory order: compute-sanitizer on a GPU does. It covers what
+// the kernels use, launches through cudaLaunchKernelEx included, and no more; a warp whose lanes do not all meet at an
+// exchange aborts. kernels/cuda/ptx.cuh has its twin in this folder.
 #pragma once
 
 #include <ucontext.h>
@@ -15,11 +15,14 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #define __global__
 #define __device__
 #define __host__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 
 struct dim3 {
@@ -29,31 +32,52 @@ struct dim3 {
 struct float4 {
   float x, y, z, w;
 };
-struct uint2 {
+struct alignas(8) uint2 {
   uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) int4 {
+  int32_t x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
 constexpr unsigned kWarp = 32;
-constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kStackBytes = 128 * 1024;
+constexpr size_t kSharedBytes = 99 << 10;  // of a block, on every card from sm_80 on
+constexpr size_t kWords = 3;               // of 64 bits that a lane can offer at once
+
+struct Copy {
+  char* shared;
+  const char* global;  // null: zeros
+};
+
+enum class Waits { kNo, kForWarp, kForBlock };
 
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack = std::vector<char>(kStackBytes);
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
   bool done = false;
-  bool waits = false;    // for the other lanes of its warp
-  uint64_t offered = 0;  // what it gives to the exchange under way
+  Waits waits = Waits::kNo;
+  unsigned exchanges = 0;                   // so far; two buffers take turns, so that one meeting each is enough
+  uint64_t offered[2][kWords] = {};         // what it gives to the exchange under way, and gave to the last
+  unsigned ballots = 0;                     // by __syncthreads_or, so far
+  std::vector<std::vector<Copy>> groups{};  // copies under way; the last group is still open
 };
 
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
 inline unsigned current = 0;
 inline std::function<void()> kernel;
+inline std::unique_ptr<char[], decltype(&std::free)> shared{nullptr, &std::free};  // as large as the launch asked for
+inline int votes[3];  // of __syncthreads_or: the last, the one under way and the next
 
 inline void enter() {
   kernel();
@@ -66,99 +90,157 @@ inline void resume(unsigned thread) {
   swapcontext(&scheduler, &fibers[thread].context);
 }
 
-// Returns once every lane of the warp has come here.
-inline void meet() {
+// Returns once every lane of the warp, or every thread of the block, has come here.
+inline void meet(Waits whom) {
   const unsigned self = current;
-  fibers[self].waits = true;
+  fibers[self].waits = whom;
   swapcontext(&fibers[self].context, &scheduler);
 }
 
+[[noreturn]] inline void fail(const char* sentence) {
+  std::fprintf(stderr, "emulator: %s\n", sentence);
+  std::abort();
+}
+
+// Until every lane has returned or waits for the block.
 inline void run_warp(unsigned begin, unsigned end) {
-  for (unsigned finished = 0; finished < end - begin;) {
-    unsigned waiting = 0;
-    finished = 0;
+  while (true) {
+    unsigned stopped = 0, waiting = 0;
     for (unsigned thread = begin; thread < end; ++thread) {
-      if (!fibers[thread].done) resume(thread);
-      finished += fibers[thread].done;
-      waiting += fibers[thread].waits;
-      fibers[thread].waits = false;
+      Fiber& fiber = fibers[thread];
+      if (fiber.waits == Waits::kForWarp) fiber.waits = Waits::kNo;
+      if (!fiber.done && fiber.waits == Waits::kNo) resume(thread);
+      stopped += fiber.done || fiber.waits == Waits::kForBlock;
+      waiting += fiber.waits == Waits::kForWarp;
     }
-    if (waiting != 0 && finished != 0) {
-      std::fprintf(stderr, "emulator: %u lanes of a warp wait for %u that have returned\n", waiting, finished);
-      std::abort();
-    }
+    if (stopped == end - begin) return;
+    if (waiting != end - begin) fail("lanes of a warp wait for others that have returned or wait for the block");
   }
 }
 
-inline void run_block() {
+inline void run_block(size_t shared_bytes) {
+  shared.reset(static_cast<char*>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128)));
+  std::memset(shared.get(), 0xFF, shared_bytes);  // NaN in every storage
+  std::fill(std::begin(votes), std::end(votes), 0);
   for (unsigned thread = 0; thread < fibers.size(); ++thread) {
     Fiber& fiber = fibers[thread];
-    fiber.done = fiber.waits = false;
+    fiber.done = false;
+    fiber.waits = Waits::kNo;
+    fiber.groups = {{}};
+    fiber.exchanges = fiber.ballots = 0;
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, enter, 0);
   }
-  for (unsigned begin = 0; begin < fibers.size(); begin += kWarp) {
-    run_warp(begin, std::min<unsigned>(begin + kWarp, fibers.size()));
+  const auto running = [](const Fiber& fiber) { return !fiber.done; };
+  while (std::any_of(fibers.begin(), fibers.end(), running)) {
+    for (unsigned begin = 0; begin < fibers.size(); begin += kWarp) run_warp(begin, begin + kWarp);
+    for (Fiber& fiber : fibers) fiber.waits = Waits::kNo;  // whoever has not returned is at the barrier
   }
 }
 
-// What every lane of this thread's warp offers: T (32,).
 template <class T>
-std::vector<T> exchange(T value) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
-  std::memcpy(&fibers[current].offered, &value, sizeof value);
-  meet();
-  std::vector<T> all(kWarp);
+struct Offers {
+  T of[kWarp];
+  const T& operator[](unsigned lane) const { return of[lane]; }
+};
+
+// What every lane of this thread's warp offers.
+template <class T>
+Offers<T> exchange(const T& value) {
+  static_assert(sizeof(T) <= sizeof(uint64_t) * kWords);
+  const unsigned turn = fibers[current].exchanges++ % 2;
+  std::memcpy(fibers[current].offered[turn], &value, sizeof value);
+  meet(Waits::kForWarp);
+  Offers<T> all;
   const unsigned begin = current / kWarp * kWarp;
-  for (unsigned lane = 0; lane < kWarp; ++lane) std::memcpy(&all[lane], &fibers[begin + lane].offered, sizeof(T));
-  meet();
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    std::memcpy(&all.of[lane], fibers[begin + lane].offered[turn], sizeof(T));
+  }
   return all;
 }
+
+inline unsigned lane() { return current % kWarp; }
 
 }  // namespace emulator
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
 };
 
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
+  return static_cast<size_t>(value) <= emulator::kSharedBytes ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 template <class... Wanted, class... Given>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(Wanted...), Given... arguments) {
   const unsigned threads = launch->blockDim.x;
-  if (launch->gridDim.x == 0 || threads == 0 || threads % emulator::kWarp != 0 || launch->blockDim.y != 1) {
+  const dim3 grid = launch->gridDim;
+  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || threads == 0 || threads > 1024 ||
+      threads % emulator::kWarp != 0 || launch->blockDim.y != 1 || launch->dynamicSmemBytes > emulator::kSharedBytes) {
     return cudaErrorInvalidConfiguration;
   }
   emulator::kernel = [=] { kernel(arguments...); };
-  gridDim = launch->gridDim;
+  gridDim = grid;
   blockDim = launch->blockDim;
   emulator::fibers.resize(threads);
-  for (unsigned x = 0; x < launch->gridDim.x; ++x) {
-    blockIdx = {x, 0, 0};
-    emulator::run_block();
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blockIdx = {x, y, 0};
+      emulator::run_block(launch->dynamicSmemBytes);
+    }
   }
   return cudaSuccess;
 }
 
+inline void __syncthreads() { emulator::meet(emulator::Waits::kForBlock); }
+
+inline int __syncthreads_or(int vote) {
+  const unsigned turn = emulator::fibers[emulator::current].ballots++;
+  emulator::votes[turn % 3] |= vote != 0;
+  __syncthreads();
+  emulator::votes[(turn + 2) % 3] = 0;  // of the last, which all have read
+  return emulator::votes[turn % 3];
+}
+
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int apart) {
-  const unsigned lane = emulator::current % emulator::kWarp;
-  return emulator::exchange(value)[lane ^ apart];
+  return emulator::exchange(value)[emulator::lane() ^ apart];
+}
+
+template <class T>
+T __shfl_up_sync(unsigned, T value, unsigned apart) {
+  const unsigned lane = emulator::lane();
+  return emulator::exchange(value)[lane < apart ? lane : lane - apart];
+}
+
+template <class T>
+T __shfl_sync(unsigned, T value, int source) {
+  return emulator::exchange(value)[source % emulator::kWarp];
 }
 
 inline unsigned __ballot_sync(unsigned, bool vote) {
-  const std::vector<int> votes = emulator::exchange<int>(vote);
+  const auto votes = emulator::exchange<int>(vote);
   unsigned ballot = 0;
   for (unsigned lane = 0; lane < emulator::kWarp; ++lane) ballot |= static_cast<unsigned>(votes[lane]) << lane;
   return ballot;
 }
 
+// One fiber runs at a time.
+inline int atomicAdd(int* place, int value) { return std::exchange(*place, *place + value); }
+inline unsigned atomicOr(unsigned* place, unsigned value) { return std::exchange(*place, *place | value); }
+
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
+using std::max;
+using std::min;
 
 // The files that use these are compiled with -ffp-contract=off, so that each rounds on its own.
 inline float __fadd_rn(float a, float b) { return a + b; }
@@ -169,4 +251,10 @@ inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
 }

@@ -1,0 +1,366 @@
+// mine_hardest: what may be among the N hardest is found by one pass over the queue, and proved to be enough.
+//
+//   sample   score evenly spaced columns; the cut is a score that nearly always admits at least N columns
+//   scan     one pass keeps the columns that reach the cut, a little more than N, in buffers private to a row, a lane
+//            and a split of the queue: no atomics, and the contents do not depend on timing
+//   recover  a row is certain where at least N reached its cut, or the cut admits everything, and no buffer ran over.
+//            The others, where there are any, are done again exactly: the place of the N-th is found by its digits,
+//            each by one pass over the queue. Blocks without such a row leave at once, so nobody asks the device.
+//   finish   the N first of a row's survivors, sorted
+//
+// Every pass takes its scores from score_tile.cuh, so they agree to the bit.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/cuda/mine_hardest.h"
+#include "kernels/cuda/score_tile.cuh"
+#include "kernels/cuda/selection.cuh"
+
+namespace negmine::cuda {
+namespace {
+
+constexpr int kSlack = kChunk / kLanes;  // survivors that a buffer may receive from one chunk
+constexpr int kRecoverDigit = 5;         // bits of a place that one pass of recover decides
+constexpr int kRecoverBins = 1 << kRecoverDigit;
+constexpr int kSharedBytes = 99 << 10;          // that a block may have on every card from sm_80 on
+constexpr int kFinishExtra = 4 * (kBins + 8);   // bytes of the finish beside its places
+constexpr int64_t kScratchBytes = 40 << 20;     // a workspace below this is never worth a second chunk
+constexpr int64_t kMostScratchBytes = 1 << 30;  // offsets in it are 32 bits
+constexpr double kSigmas = 4.75, kPlacesBelow = 4;
+
+struct Inputs {
+  Rows query, keys;
+  int32_t K;
+  Pool pool;
+
+  __device__ int64_t key(int64_t column) const {
+    return column < K && (!pool.key_mask || pool.key_mask[column]) ? column : -1;
+  }
+};
+
+// sampled[row][j] = rank of the score of column j K / sample, whether or not the row sees it.
+template <Storage kStorage, int kSteps>
+__global__ void __launch_bounds__(kThreads) sample_kernel(Inputs in, Pass p) {
+  uint32_t query[2][kSteps][4];
+  const int64_t first = p.first + blockIdx.x * int64_t{kRows};
+  load_queries<kSteps>(query, shared_memory(), in.query, first, p.B);
+  const auto find = [&](int j) { return j < p.sample ? in.key(column_of(p, in.K, j)) : int64_t{-1}; };
+  const auto use = [&](int j0, const Scores& s) {
+    const int t = threadIdx.x % kLanes;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t row = blockIdx.x * int64_t{kRows} + row_of(i);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int j = j0 + 8 * n + 2 * t + c;
+          const float score = s[i / 2][n][i % 2 * 2 + c];
+          if (row < p.rows && j < p.sample) p.sampled[row * p.sample + j] = score == score ? rank(score) : 0u;
+        }
+      }
+    }
+  };
+  stream<kStorage, kSteps>(query, shared_memory(), in.keys, blockIdx.y, gridDim.y, p.sample, false, find, use);
+}
+
+template <Storage kStorage, int kSteps, bool kByPair>
+__global__ void __launch_bounds__(kThreads, kSteps <= 8 ? 3 : 2) scan_kernel(Inputs in, Pass p) {
+  uint32_t query[2][kSteps][4];
+  load_queries<kSteps>(query, shared_memory(), in.query, p.first + blockIdx.x * int64_t{kRows}, p.B);
+  const int t = threadIdx.x % kLanes, row_size = p.splits * kLanes * p.room * 8;  // bytes
+  float cut[4];
+  uint32_t at[4], lost = 0;  // where the next survivor goes, in bytes
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t row = blockIdx.x * int64_t{kRows} + row_of(i);
+    cut[i] = row < p.rows ? p.cuts[row] : NAN;
+    at[i] = static_cast<uint32_t>(row) * row_size + (blockIdx.y * kLanes + t) * p.room * 8;
+  }
+  const uint32_t start = at[0], limit = start + (p.room - kSlack) * 8;  // of row i, 8 i rows further
+  const auto find = [&](int column) { return in.key(column); };
+  char* const survivors = reinterpret_cast<char*>(p.survivors);
+  // Drops, of what row i kept so far, what the row does not see. Where to go on.
+  const auto only_seen = [&](int i, uint32_t begin, uint32_t end) {
+    const int64_t b = p.first + blockIdx.x * int64_t{kRows} + row_of(i);
+    uint32_t to = begin;
+#pragma unroll 1
+    for (uint32_t from = begin; from < end; from += 8) {
+      const Survivor survivor = *reinterpret_cast<const Survivor*>(survivors + from);
+      if (!sees(in.pool, b, survivor.y, __uint_as_float(survivor.x))) continue;
+      *reinterpret_cast<Survivor*>(survivors + to) = survivor;
+      to += 8;
+    }
+    return to;
+  };
+  const auto use = [&](int column, const Scores& s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t end = limit + 8 * i * row_size;
+      if (at[i] > end) {  // no room for what this chunk may add
+        if (kByPair) at[i] = only_seen(i, start + 8 * i * row_size, at[i]);
+        if (at[i] > end) at[i] = end, lost |= 1u << i;
+      }
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          append_where_reaches(cut[i], s[i / 2][n][i % 2 * 2 + c], column + 8 * n + 2 * t + c, survivors, at[i]);
+        }
+      }
+    }
+  };
+  // Splits take turns at tiles: keys that are close in the ring are often alike, and should not fill one buffer.
+  stream<kStorage, kSteps>(query, shared_memory(), in.keys, blockIdx.y, p.splits, in.K, !in.pool.key_mask, find, use);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t row = blockIdx.x * int64_t{kRows} + row_of(i);
+    const uint32_t begin = start + 8 * i * row_size;
+    if (kByPair) at[i] = only_seen(i, begin, at[i]);
+    const auto count = static_cast<int32_t>((at[i] - begin) / 8);
+    if (row < p.rows) p.found[(row * p.splits + blockIdx.y) * kLanes + t] = lost >> i & 1 ? kLost : count;
+  }
+}
+
+// Whether the survivors of a row are certain to hold its N hardest.
+__device__ bool certain(const Pass& p, int64_t row) {
+  const int4* found = reinterpret_cast<const int4*>(p.found) + row * p.splits;
+  int64_t total = 0;
+  int least = 0;
+  for (int split = 0; split < p.splits; ++split) {
+    const int4 lanes = found[split];
+    total += static_cast<int64_t>(lanes.x) + lanes.y + lanes.z + lanes.w;
+    least = min(least, min(min(lanes.x, lanes.y), min(lanes.z, lanes.w)));
+  }
+  return least != kLost && total <= p.capacity && (total >= p.N || p.cuts[row] == -INFINITY);
+}
+
+// What recover keeps of its rows in shared memory, after the tiles.
+struct Recovery {
+  uint64_t last[kRows];               // the digits found so far; at the end what is kept is >= last
+  int32_t wanted[kRows];              // places to find among those that have these digits; 0: all is decided
+  int32_t bins[kRows][kRecoverBins];  // of the next digit
+  float scores[kChunk][kThreads];     // that a thread holds of one chunk
+};
+
+template <Storage kStorage, int kSteps>
+__global__ void __launch_bounds__(kThreads, 2) recover_kernel(Inputs in, Pass p) {
+  const int64_t first = blockIdx.x * int64_t{kRows}, own = first + threadIdx.x;  // a thread keeps one row's books
+  const bool failed = own < p.rows && !certain(p, own);
+  if (own < p.rows) p.recovered[own] = failed ? 0 : kFromBuffers;
+  if (!__syncthreads_or(failed)) return;
+
+  auto& books = *reinterpret_cast<Recovery*>(shared_memory() + Tiles<kSteps>::kBytes);
+  books.last[threadIdx.x] = failed ? 0 : ~uint64_t{0};  // of a certain row nothing is kept
+  books.wanted[threadIdx.x] = failed ? p.N : 0;
+  uint32_t query[2][kSteps][4];
+  load_queries<kSteps>(query, shared_memory(), in.query, p.first + first, p.B);
+  // use(row, place) for every column in the pool of every row that asks for it.
+  const auto visit = [&](auto asks, auto use) {
+    stream<kStorage, kSteps>(
+        query, shared_memory(), in.keys, 0, 1, in.K, !in.pool.key_mask, [&](int column) { return in.key(column); },
+        [&](int column, const Scores& s) {
+#pragma unroll
+          for (int j = 0; j < kChunk; ++j) books.scores[j][threadIdx.x] = s[j / 16][j / 4 % 4][j % 4];
+#pragma unroll 1
+          for (int j = 0; j < kChunk; ++j) {
+            const float score = books.scores[j][threadIdx.x];
+            const int row = row_of(j / 16 * 2 + j / 2 % 2);
+            const int k = column + 8 * (j / 4 % 4) + 2 * (threadIdx.x % kLanes) + j % 2;
+            if (score != score) continue;
+            const uint64_t at = place(score, k);
+            if (asks(row, at) && sees(in.pool, p.first + first + row, k, score)) use(row, at);
+          }
+        });
+    __syncthreads();
+  };
+  uint64_t decided = 0;
+  for (int shift = 64 - kRecoverDigit; __syncthreads_or(books.wanted[threadIdx.x] > 0); shift -= kRecoverDigit) {
+    shift = max(shift, 0);
+    for (int bin = 0; bin < kRecoverBins; ++bin) books.bins[threadIdx.x][bin] = 0;
+    visit([&](int row, uint64_t at) { return books.wanted[row] > 0 && ((at ^ books.last[row]) & decided) == 0; },
+          [&](int row, uint64_t at) { atomicAdd(&books.bins[row][at >> shift & (kRecoverBins - 1)], 1); });
+    const uint64_t mask = static_cast<uint64_t>(kRecoverBins - 1) << shift;
+    int wanted = books.wanted[threadIdx.x], digit = kRecoverBins - 1;
+    if (wanted > 0) {
+      const int* bins = books.bins[threadIdx.x];
+      for (; digit > 0 && bins[digit] < wanted; --digit) wanted -= bins[digit];
+      uint64_t last = (books.last[threadIdx.x] & ~mask) | static_cast<uint64_t>(digit) << shift;
+      // All of the bin are wanted; or, in the first pass, the pool has no more than N, and they are all.
+      if (bins[digit] <= wanted) wanted = 0;
+      books.last[threadIdx.x] = last;
+      books.wanted[threadIdx.x] = wanted;
+    }
+    decided |= mask;
+  }
+  int32_t* kept = &books.bins[0][0];  // (kRows,)
+  kept[threadIdx.x] = 0;
+  const int64_t row_size = static_cast<int64_t>(p.splits) * kLanes * p.room;
+  visit([&](int row, uint64_t at) { return at >= books.last[row]; },
+        [&](int row, uint64_t at) {
+          const auto score = __float_as_uint(score_of(static_cast<uint32_t>(at >> 32)));
+          p.survivors[(first + row) * row_size + atomicAdd(&kept[row], 1)] =
+              make_uint2(score, static_cast<uint32_t>(index_of(at)));
+        });
+  if (failed) p.recovered[own] = kept[threadIdx.x];
+}
+
+template <class... Wanted, class... Given>
+cudaError_t launch(void (*kernel)(Wanted...), dim3 grid, int threads, int shared, void* stream, Given... arguments) {
+  cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+int next_power_of_2(int64_t n) {
+  int power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
+int finish_bytes(int64_t capacity, int64_t N) {
+  return static_cast<int>(8 * (capacity + next_power_of_2(N)) + kFinishExtra);
+}
+
+// All passes over one chunk of queries.
+template <Storage kStorage, int kSteps>
+cudaError_t mine(const Inputs& in, const Pass& p, void* stream) {
+  const unsigned row_tiles = (p.rows + kRows - 1) / kRows, splits = p.splits;
+  constexpr int kShared = Tiles<kSteps>::kBytes;
+  static_assert(kShared + sizeof(Recovery) <= kSharedBytes);
+  const bool by_pair = in.pool.by_pair();
+  cudaError_t error = cudaSuccess;
+  const auto then = [&](auto... arguments) {
+    if (error == cudaSuccess) error = launch(arguments...);
+  };
+  if (p.sample > 0) {
+    const unsigned parts = std::min<unsigned>(splits, (p.sample + kKeys - 1) / kKeys);
+    then(sample_kernel<kStorage, kSteps>, dim3(row_tiles, parts), kThreads, kShared, stream, in, p);
+  }
+  then(cut_kernel, dim3(p.rows), std::clamp(p.sample / kHeld, kWarp, 1024), 2 * 32 * 4, stream, in.pool, by_pair, p,
+       in.K);
+  if (by_pair) {
+    then(scan_kernel<kStorage, kSteps, true>, dim3(row_tiles, splits), kThreads, kShared, stream, in, p);
+  } else {
+    then(scan_kernel<kStorage, kSteps, false>, dim3(row_tiles, splits), kThreads, kShared, stream, in, p);
+  }
+  const int with_books = kShared + static_cast<int>(sizeof(Recovery));
+  then(recover_kernel<kStorage, kSteps>, dim3(row_tiles), kThreads, with_books, stream, in, p);
+  const int sorted_size = next_power_of_2(p.N);
+  then(finish_kernel, dim3(p.rows), kFinishThreads, finish_bytes(p.capacity, p.N), stream, p, sorted_size);
+  return error;
+}
+
+template <Storage kStorage>
+cudaError_t mine_at_width(const Inputs& in, const Pass& p, void* stream) {
+  if (in.query.D <= 64) return mine<kStorage, 4>(in, p, stream);
+  if (in.query.D <= 128) return mine<kStorage, 8>(in, p, stream);
+  return mine<kStorage, 16>(in, p, stream);
+}
+
+Rows rows_of(const void* base, int64_t stride, int64_t D) {
+  const bool in_pieces = reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride % 8 == 0 && D % 8 == 0;
+  return {static_cast<const char*>(base), 2 * stride, D, in_pieces};
+}
+
+// Bytes of a workspace by its parts, in this order.
+struct Layout {
+  int64_t survivors, found, cuts, recovered;
+};
+
+Layout layout_of(const MiningPlan& plan) {
+  const int64_t buffers = plan.rows * plan.splits * kLanes;
+  return {std::max(8 * buffers * plan.room, (4 * plan.rows * plan.sample + 15) / 16 * 16), 4 * buffers, 4 * plan.rows,
+          4 * plan.rows};
+}
+
+}  // namespace
+
+MiningPlan plan_mining(int64_t B, int64_t K, int64_t N, int64_t processors, int64_t least_sample) {
+  MiningPlan plan = {};
+  plan.capacity = K;
+  double likely = static_cast<double>(K);  // survivors of a row, with a cut two deviations low
+  if (K > 4 * least_sample) {
+    const int64_t most = std::max<int64_t>(8 * least_sample, next_power_of_2(K) / 128);
+    plan.sample = std::clamp<int64_t>(next_power_of_2(K) / 16, least_sample, most);
+    // Where the N-th lies in the sample is hypergeometric: the cut reaches a few deviations past its mean, and a row
+    // may have as many survivors as that many neighbouring places of the sample stand for, at most.
+    const double share = static_cast<double>(plan.sample) / static_cast<double>(K);
+    const double position = static_cast<double>(N) * share;
+    const double deviation = std::sqrt(std::max(position * (1 - position / plan.sample) * (1 - share), 0.0));
+    plan.sample_rank = static_cast<int64_t>(position + kSigmas * deviation + kPlacesBelow);
+    const double kept = static_cast<double>(plan.sample_rank + 1);
+    plan.capacity = std::min(K, static_cast<int64_t>((kept + kSigmas * std::sqrt(kept) + kPlacesBelow) / share) + 1);
+    likely = std::min(likely, (kept + 2 * std::sqrt(kept)) / share);
+  }
+  const int64_t key_tiles = (K + kKeys - 1) / kKeys;
+  // `blocks` on each processor. A buffer has room for its likely load and six deviations more.
+  const auto cut_rows = [&](int64_t rows, int64_t blocks) {
+    plan.rows = std::min(std::max<int64_t>(B, 1), (rows + kRows - 1) / kRows * kRows);
+    const int64_t row_tiles = (plan.rows + kRows - 1) / kRows;
+    plan.splits = std::min({blocks * processors / row_tiles, key_tiles / 2, plan.capacity / (8 * kLanes)});
+    plan.splits = std::max<int64_t>(plan.splits, 1);
+    const int64_t all = (key_tiles + plan.splits - 1) / plan.splits * (kKeys / kLanes);
+    const double load = likely / static_cast<double>(plan.splits * kLanes);
+    const int64_t most = static_cast<int64_t>(load + 6 * std::sqrt(load) + 6);
+    plan.room = (plan.sample == 0 ? all : std::min(all, most)) + kSlack;
+    const Layout bytes = layout_of(plan);
+    plan.workspace = bytes.survivors + bytes.found + bytes.cuts + bytes.recovered;
+  };
+  // Few chunks come before many blocks.
+  const int64_t budget = std::clamp(2 * B * K / 100 * 8, kScratchBytes, kMostScratchBytes);  // 8 % of 16-bit scores
+  const int64_t most_chunks = std::max<int64_t>((B + kRows - 1) / kRows, 1);
+  for (int64_t chunks = 1; chunks <= most_chunks; ++chunks) {
+    for (int64_t blocks = 2; blocks >= 1; --blocks) {
+      cut_rows(std::max<int64_t>((B + chunks - 1) / chunks, 1), blocks);
+      if (plan.workspace <= budget) return plan;
+    }
+  }
+  return plan;
+}
+
+bool fits(const MiningPlan& plan, int64_t N) { return finish_bytes(plan.capacity, N) <= kSharedBytes; }
+
+int mine_hardest(const MineHardestParams& params, void* stream) {
+  const MiningPlan& plan = params.plan;
+  if (params.B == 0 || params.N == 0) return cudaSuccess;
+  const Layout bytes = layout_of(plan);
+  char* workspace = static_cast<char*>(params.workspace);
+  const Inputs in = {rows_of(params.query, params.query_stride, params.D),
+                     rows_of(params.negative_keys, params.negative_keys_stride, params.D),
+                     static_cast<int32_t>(params.K), params.pool};
+  for (int64_t first = 0; first < params.B; first += plan.rows) {
+    const Pass pass = {
+        .first = first,
+        .B = params.B,
+        .rows = static_cast<int32_t>(std::min(plan.rows, params.B - first)),
+        .N = static_cast<int32_t>(params.N),
+        .sample = static_cast<int32_t>(plan.sample),
+        .sample_rank = static_cast<int32_t>(plan.sample_rank),
+        .splits = static_cast<int32_t>(plan.splits),
+        .room = static_cast<int32_t>(plan.room),
+        .capacity = static_cast<int32_t>(plan.capacity),
+        .sampled = reinterpret_cast<uint32_t*>(workspace),
+        .survivors = reinterpret_cast<Survivor*>(workspace),
+        .found = reinterpret_cast<int32_t*>(workspace + bytes.survivors),
+        .cuts = reinterpret_cast<float*>(workspace + bytes.survivors + bytes.found),
+        .recovered = reinterpret_cast<int32_t*>(workspace + bytes.survivors + bytes.found + bytes.cuts),
+        .scores = params.scores,
+        .index = params.index,
+    };
+    const cudaError_t error = params.storage == Storage::kBFloat16 ? mine_at_width<Storage::kBFloat16>(in, pass, stream)
+                                                                   : mine_at_width<Storage::kFloat16>(in, pass, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace negmine::cuda

@@ -1,0 +1,57 @@
+// A place in a row's ranking, inside a kernel: sorts by score, then by index with the lower index first; larger =
+// harder.
+//
+// Here it is one unsigned word, (rank(score) << 32) | (0xFFFFFFFF - index), whose order is that of the int64 of
+// kernels/README.md. 0 is no place: no number has it.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/pool.h"
+
+namespace negmine::cuda {
+
+constexpr uint32_t kRankOfMinusInfinity = 0x007FFFFFu;
+
+// Of a number, never of NaN. -0.0 counts as +0.0.
+__device__ inline uint32_t rank(float score) {
+  const uint32_t bits = __float_as_uint(__fadd_rn(score, 0.0f));
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+__device__ inline float score_of(uint32_t rank) { return __uint_as_float(rank >> 31 ? rank & 0x7FFFFFFFu : ~rank); }
+
+__device__ inline uint64_t place(float score, int32_t index) {
+  return static_cast<uint64_t>(rank(score)) << 32 | (0xFFFFFFFFu - static_cast<uint32_t>(index));
+}
+
+__device__ inline int64_t index_of(uint64_t place) { return 0xFFFFFFFFu - static_cast<uint32_t>(place); }
+
+// A bound of a pool, an order as int64, which may name no place: its score is then NaN, and compares with nothing.
+struct Bound {
+  float score;
+  int64_t index;
+};
+
+__device__ inline Bound bound_of(int64_t order) {
+  const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(order) >> 32);
+  return {__uint_as_float(high >> 31 ? high ^ 0x7FFFFFFFu : high), index_of(static_cast<uint64_t>(order))};
+}
+
+// Whether column k, with score s, is in row b's pool as far as pairs decide; key_mask is the loader's.
+__device__ inline bool sees(const Pool& pool, int64_t b, int64_t k, float s) {
+  if (pool.pair_mask && !pool.pair_mask[b * pool.pair_mask_stride + k]) return false;
+  if (pool.query_ids && pool.query_ids[b] == pool.negative_ids[k]) return false;
+  if (pool.query_labels && (pool.query_labels[b] == pool.negative_labels[k]) != pool.same_label) return false;
+  if (pool.lower) {
+    const Bound bound = bound_of(pool.lower[b]);
+    if (!(s > bound.score || (s == bound.score && k <= bound.index))) return false;
+  }
+  if (pool.upper) {
+    const Bound bound = bound_of(pool.upper[b]);
+    if (!(s < bound.score || (s == bound.score && k >= bound.index))) return false;
+  }
+  return true;
+}
+
+}  // namespace negmine::cuda

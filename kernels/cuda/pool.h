@@ -1,0 +1,25 @@
+// Which columns a row may see: the optional arrays of kernels/README.md, part "Pool". A null pointer is an absent
+// array.
+#pragma once
+
+#include <cstdint>
+
+namespace negmine::cuda {
+
+struct Pool {
+  const uint8_t* key_mask;         // (K,), nonzero = usable: other rows of keys are never read
+  const uint8_t* pair_mask;        // (B, K), nonzero = usable
+  int64_t pair_mask_stride;        // from row to row, in elements
+  const int64_t* query_ids;        // (B,)
+  const int64_t* negative_ids;     // (K,)
+  const int64_t* query_labels;     // (B,)
+  const int64_t* negative_labels;  // (K,)
+  bool same_label;                 // true: keep equal labels instead of dropping them
+  const int64_t* lower;            // (B,) order, keep places >= lower
+  const int64_t* upper;            // (B,) order, keep places <= upper
+
+  // Whether anything but key_mask says who sees whom.
+  bool by_pair() const { return pair_mask || query_ids || query_labels || lower || upper; }
+};
+
+}  // namespace negmine::cuda

@@ -1,0 +1,91 @@
+// Instructions that CUDA C++ has no word for, from sm_80 on: products of matrix fragments, their loads from shared
+// memory, and copies into it that do not wait. tests/emulator has a file of this name that does the same on a CPU.
+//
+// Fragments of D (16, 8) fp32 += A (16, 16) B (16, 8), by lane, with g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix
+// fragments for mma.m16n8k16"); a register holds two neighbours, the lower half first:
+//
+//     a[i]   A[g + 8 * (i % 2)][2t + 8 * (i / 2) + {0, 1}]     i in 0..3
+//     b[i]   B[2t + 8 * i + {0, 1}][g]                         i in 0..1
+//     d[i]   D[g + 8 * (i / 2)][2t + i % 2]                    i in 0..3
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/storage.h"
+
+namespace negmine::cuda {
+
+// The dynamic shared memory of the block.
+__device__ __forceinline__ char* shared_memory() {
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+}
+
+// Where something lies in shared memory, as these instructions take it: numbers of bytes can be added.
+using SharedAddress = uint32_t;
+
+__device__ __forceinline__ SharedAddress shared_address(void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// d += A B.
+template <Storage kStorage>
+__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static_assert(kStorage != Storage::kFloat32);
+  if constexpr (kStorage == Storage::kBFloat16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// Four matrices of 8 rows of 16 bytes: lane l names row l % 8 of matrix l / 8 and gets, of matrix i, the 4 bytes at
+// 4 * (l % 4) of row l / 4 in fragment[i].
+__device__ __forceinline__ void load_matrices(uint32_t (&fragment)[4], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(row));
+}
+
+// 16 aligned bytes, there once wait_for_copies says so; with `present` false nothing is read and zeros are written.
+__device__ __forceinline__ void copy_async(SharedAddress to, const char* global, bool present) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(present ? 16 : 0)
+               : "memory");
+}
+
+// Ends a group of this thread's copies.
+__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until all but the kNewest latest groups of this thread have arrived.
+template <int kNewest>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+}
+
+// Where score >= cut: writes {score, index} at base + at and moves at 8 bytes on. Predicated and in order: left to
+// itself the compiler holds the addresses of many at once, and spills.
+__device__ __forceinline__ void append_where_reaches(float cut, float score, int index, char* base, uint32_t& at) {
+  asm volatile(
+      "{\n"
+      ".reg .pred reaches;\n"
+      ".reg .u64 place;\n"
+      "setp.ge.f32 reaches, %1, %2;\n"
+      "cvt.u64.u32 place, %0;\n"
+      "add.u64 place, place, %4;\n"
+      "@reaches st.global.v2.b32 [place], {%5, %3};\n"
+      "@reaches add.u32 %0, %0, 8;\n"
+      "}"
+      : "+r"(at)
+      : "f"(score), "f"(cut), "r"(index), "l"(base), "r"(__float_as_uint(score))
+      : "memory");
+}
+
+}  // namespace negmine::cuda

@@ -1,0 +1,204 @@
+// Selection within rows: a cut from a sample of scores, and the N first places of the survivors of a scan.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/order.cuh"
+#include "kernels/cuda/score_tile.cuh"
+
+namespace negmine::cuda {
+
+constexpr int kHeld = 32;            // sampled scores that one thread holds
+constexpr int kFinishThreads = 256;  // as many as bins
+constexpr int kDigit = 8;            // bits of a place that one step of the finish decides
+constexpr int kBins = 1 << kDigit;
+constexpr int kLanes = 4;         // that share a row, each with buffers of its own
+constexpr int kLost = -1;         // in place of a count: the buffer was too small
+constexpr int kFromBuffers = -1;  // in place of a count: the row was not recovered
+
+// A survivor: the bits of its score, and its column.
+using Survivor = uint2;
+
+// What the passes over one chunk of queries share.
+struct Pass {
+  int64_t first, B;  // queries [first, B) at most; a row of the workspace is that of query first + row
+  int32_t rows;      // of this chunk
+  int32_t N;
+  int32_t sample, sample_rank, splits, room, capacity;
+  uint32_t* sampled;    // (rows, sample) ranks of scores, 0 where there is none; shares its memory with survivors
+  Survivor* survivors;  // (rows, splits, kLanes, room)
+  int32_t* found;       // (rows, splits, kLanes) survivors, or kLost
+  float* cuts;          // (rows,)
+  int32_t* recovered;   // (rows,) survivors that were written anew, from the row's first on; or kFromBuffers
+  float* scores;        // (B, N)
+  int64_t* index;       // (B, N)
+};
+
+// The column at a place of the sample: evenly spaced over the ring, so that old and new keys are sampled alike.
+__device__ __forceinline__ int64_t column_of(const Pass& p, int K, int at) {
+  return static_cast<int64_t>(static_cast<uint64_t>(at) * static_cast<uint32_t>(K) / static_cast<uint32_t>(p.sample));
+}
+
+__device__ __forceinline__ int sum_over_warp(int value) {
+#pragma unroll
+  for (int apart = kWarp / 2; apart > 0; apart /= 2) value += __shfl_xor_sync(kAllLanes, value, apart);
+  return value;
+}
+
+// cuts[row] = a score that sample_rank + 1 sampled scores reach, or a few more; -inf where there are not so many. It
+// needs no exactness: the certificate sees to that. Block = row; a thread holds kHeld of the row's scores.
+__global__ void __launch_bounds__(1024) cut_kernel(Pool pool, bool by_pair, Pass p, int K) {
+  int* partial = reinterpret_cast<int*>(shared_memory());  // (2, 32)
+  const int row = blockIdx.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  uint32_t* sampled = p.sampled + static_cast<int64_t>(row) * p.sample;
+  if (by_pair) {
+    for (int at = threadIdx.x; at < p.sample; at += blockDim.x) {
+      const uint32_t own = sampled[at];
+      if (own && !sees(pool, p.first + row, column_of(p, K, at), score_of(own))) sampled[at] = 0u;
+    }
+  }
+  uint32_t held[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int at = threadIdx.x + i * blockDim.x;
+    held[i] = at < p.sample ? sampled[at] : 0u;
+  }
+  // At least wanted scores are >= low, fewer are >= high.
+  const int wanted = p.sample_rank + 1;
+  uint32_t low = kRankOfMinusInfinity, high = 0xFFFFFFFFu, middle = low;
+  for (int turn = 0; high - low > 1; turn ^= 1) {
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) count += held[i] >= middle;
+    count = sum_over_warp(count);
+    if (lane == 0) partial[32 * turn + warp] = count;
+    __syncthreads();
+    count = 0;
+    for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) count += partial[32 * turn + w];
+    if (count < wanted) {
+      if (middle == kRankOfMinusInfinity) break;
+      high = middle;
+    } else {
+      low = middle;
+      if (count <= wanted + wanted / 16) break;
+    }
+    middle = low + (high - low) / 2;
+  }
+  if (threadIdx.x == 0) p.cuts[row] = score_of(low);
+}
+
+// The bin, of kBins that count places by a digit, in which the place wanted-th from the top lies; and how many lie in
+// higher bins. One warp.
+struct Bin {
+  int digit, higher;
+};
+
+__device__ __forceinline__ Bin find_bin(const int* bins, int wanted, int lane) {
+  constexpr int kOwn = kBins / kWarp;
+  const int top = kBins - 1 - kOwn * lane;  // lane 0 has the highest bins
+  int own = 0;
+  for (int i = 0; i < kOwn; ++i) own += bins[top - i];
+  int up_to = own;
+#pragma unroll
+  for (int apart = 1; apart < kWarp; apart *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, up_to, apart);
+    if (lane >= apart) up_to += other;
+  }
+  const int owner = __popc(__ballot_sync(kAllLanes, up_to < wanted));  // first lane that reaches it
+  Bin bin = {top, up_to - own};
+  while (lane == owner && bin.higher + bins[bin.digit] < wanted) bin.higher += bins[bin.digit--];
+  return {__shfl_sync(kAllLanes, bin.digit, owner), __shfl_sync(kAllLanes, bin.higher, owner)};
+}
+
+// The N first of a row's survivors, in order, into scores and index. Block = row.
+//
+// Survivors are packed into places; the N-th is found by its digits from the highest bit in which places differ; what
+// reaches it is sorted.
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(Pass p, int sorted_size) {
+  uint64_t* places = reinterpret_cast<uint64_t*>(shared_memory());  // (capacity,)
+  uint64_t* sorted = places + p.capacity;                           // (sorted_size,), a power of two >= N
+  int* bins = reinterpret_cast<int*>(sorted + sorted_size);         // (kBins,)
+  int* filled = bins + kBins;
+  int* chosen = filled + 1;
+  int* bin_found = filled + 2;  // digit, higher
+  unsigned* differing = reinterpret_cast<unsigned*>(filled + 4);
+  const int row = blockIdx.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int buffers = p.splits * kLanes;
+  const Survivor* survivors = p.survivors + static_cast<int64_t>(row) * buffers * p.room;
+  const int recovered = p.recovered[row];
+  if (threadIdx.x == 0) *filled = *chosen = 0, *differing = 0u;
+  for (int i = threadIdx.x; i < sorted_size; i += kFinishThreads) sorted[i] = 0;
+  __syncthreads();
+
+  for (int buffer = warp; buffer < (recovered < 0 ? buffers : 1); buffer += kFinishThreads / kWarp) {
+    const int count = recovered < 0 ? p.found[row * static_cast<int64_t>(buffers) + buffer] : recovered;
+    int start = lane == 0 ? atomicAdd(filled, count) : 0;
+    start = __shfl_sync(kAllLanes, start, 0);
+    for (int i = lane; i < count; i += kWarp) {
+      const Survivor survivor = survivors[static_cast<int64_t>(buffer) * p.room + i];
+      places[start + i] = place(__uint_as_float(survivor.x), static_cast<int32_t>(survivor.y));
+    }
+  }
+  __syncthreads();
+  const int count = *filled;
+
+  uint64_t last = 1;  // what is chosen is >= last
+  if (count > p.N) {
+    const uint64_t any = places[0];
+    unsigned differs = 0;
+    for (int i = threadIdx.x; i < count; i += kFinishThreads) differs |= static_cast<unsigned>((places[i] ^ any) >> 32);
+    if (differs) atomicOr(differing, differs);
+    __syncthreads();
+    const unsigned high = *differing;
+    const int top = high ? 63 - __clz(static_cast<int>(high)) : 31;  // no place differs from another above this bit
+    uint64_t decided = top == 63 ? 0 : ~uint64_t{0} << (top + 1);
+    last = any & decided;
+    int wanted = p.N;
+    for (int shift = top - kDigit + 1; true; shift -= kDigit) {
+      shift = shift < 0 ? 0 : shift;
+      bins[threadIdx.x] = 0;
+      __syncthreads();
+      for (int i = threadIdx.x; i < count; i += kFinishThreads) {
+        if (((places[i] ^ last) & decided) == 0) atomicAdd(&bins[places[i] >> shift & (kBins - 1)], 1);
+      }
+      __syncthreads();
+      if (warp == 0) {
+        const Bin bin = find_bin(bins, wanted, lane);
+        if (lane == 0) bin_found[0] = bin.digit, bin_found[1] = bin.higher;
+      }
+      __syncthreads();
+      const int digit = bin_found[0];
+      wanted -= bin_found[1];
+      const uint64_t mask = static_cast<uint64_t>(kBins - 1) << shift;
+      last = (last & ~mask) | static_cast<uint64_t>(digit) << shift;
+      decided |= mask;
+      const bool done = bins[digit] == wanted;  // places differ, so this comes true
+      __syncthreads();
+      if (done) break;
+    }
+  }
+  for (int i = threadIdx.x; i < count; i += kFinishThreads) {
+    if (places[i] >= last) sorted[atomicAdd(chosen, 1)] = places[i];
+  }
+  __syncthreads();
+
+  // Bitonic, descending; zeros end at the end.
+  for (int run = 2; run <= sorted_size; run *= 2) {
+    for (int apart = run / 2; apart > 0; apart /= 2) {
+      for (int pair = threadIdx.x; pair < sorted_size / 2; pair += kFinishThreads) {
+        const int a = pair / apart * 2 * apart + pair % apart, b = a + apart;
+        const uint64_t x = sorted[a], y = sorted[b];
+        if ((x < y) == ((a & run) == 0)) sorted[a] = y, sorted[b] = x;
+      }
+      __syncthreads();
+    }
+  }
+  const int64_t out = (p.first + row) * p.N;
+  for (int i = threadIdx.x; i < p.N; i += kFinishThreads) {
+    const uint64_t at = sorted[i];
+    p.scores[out + i] = at ? score_of(static_cast<uint32_t>(at >> 32)) : -INFINITY;
+    p.index[out + i] = at ? index_of(at) : -1;
+  }
+}
+
+}  // namespace negmine::cuda

@@ -1,0 +1,10 @@
+// How the elements of a matrix are stored.
+#pragma once
+
+#include <cstdint>
+
+namespace negmine::cuda {
+
+enum class Storage : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+}  // namespace negmine::cuda

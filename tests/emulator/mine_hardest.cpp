@@ -1,0 +1,77 @@
+// kernels/cuda/mine_hardest.cu behind C functions, for ctypes: the arguments of the op in the order of its params
+// struct, its plan, and one product of fragments.
+#include "kernels/cuda/mine_hardest.cu"
+
+using namespace negmine::cuda;
+
+// plan (7,): sample, sample_rank, capacity, rows, splits, room, workspace.
+extern "C" void emulated_plan(int64_t B, int64_t K, int64_t N, int64_t processors, int64_t least_sample,
+                              int64_t* numbers, bool* fitting) {
+  const MiningPlan plan = plan_mining(B, K, N, processors, least_sample);
+  const int64_t all[] = {plan.sample, plan.sample_rank, plan.capacity, plan.rows,
+                         plan.splits, plan.room,        plan.workspace};
+  std::copy(std::begin(all), std::end(all), numbers);
+  *fitting = fits(plan, N);
+}
+
+extern "C" int emulated_mine_hardest(int64_t B, int64_t K, int64_t D, int64_t N, const void* query,
+                                     const void* negative_keys, int64_t query_stride, int64_t negative_keys_stride,
+                                     int32_t storage, const uint8_t* key_mask, const uint8_t* pair_mask,
+                                     int64_t pair_mask_stride, const int64_t* query_ids, const int64_t* negative_ids,
+                                     const int64_t* query_labels, const int64_t* negative_labels, bool same_label,
+                                     const int64_t* lower, const int64_t* upper, const int64_t* plan, float* scores,
+                                     int64_t* index, void* workspace) {
+  const MineHardestParams params = {
+      .B = B,
+      .K = K,
+      .D = D,
+      .N = N,
+      .query = query,
+      .negative_keys = negative_keys,
+      .query_stride = query_stride,
+      .negative_keys_stride = negative_keys_stride,
+      .storage = static_cast<Storage>(storage),
+      .pool = {.key_mask = key_mask,
+               .pair_mask = pair_mask,
+               .pair_mask_stride = pair_mask_stride,
+               .query_ids = query_ids,
+               .negative_ids = negative_ids,
+               .query_labels = query_labels,
+               .negative_labels = negative_labels,
+               .same_label = same_label,
+               .lower = lower,
+               .upper = upper},
+      .plan = {.sample = plan[0],
+               .sample_rank = plan[1],
+               .capacity = plan[2],
+               .rows = plan[3],
+               .splits = plan[4],
+               .room = plan[5],
+               .workspace = plan[6]},
+      .scores = scores,
+      .index = index,
+      .workspace = workspace,
+  };
+  return mine_hardest(params, nullptr);
+}
+
+// product (16, 8) fp32 = left (16, 16) times the transpose of right (8, 16), bf16 or fp16, by one warp: fragments are
+// filled by the formulas of ptx.cuh.
+template <Storage kStorage>
+void one_product(const uint16_t* left, const uint16_t* right, float* product) {
+  const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+  uint32_t a[4], b[2];
+  float d[4] = {};
+  for (int i = 0; i < 4; ++i) std::memcpy(&a[i], left + 16 * (g + 8 * (i % 2)) + 2 * t + 8 * (i / 2), 4);
+  for (int i = 0; i < 2; ++i) std::memcpy(&b[i], right + 16 * g + 2 * t + 8 * i, 4);
+  multiply<kStorage>(d, a, b[0], b[1]);
+  for (int i = 0; i < 4; ++i) product[8 * (g + 8 * (i / 2)) + 2 * t + i % 2] = d[i];
+}
+
+extern "C" int emulated_product(int32_t storage, const uint16_t* left, const uint16_t* right, float* product) {
+  cudaLaunchConfig_t launch = {};
+  launch.blockDim = dim3(32);
+  const bool bf16 = static_cast<Storage>(storage) == Storage::kBFloat16;
+  return cudaLaunchKernelEx(&launch, bf16 ? one_product<Storage::kBFloat16> : one_product<Storage::kFloat16>, left,
+                            right, product);
+}

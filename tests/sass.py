@@ -1,0 +1,41 @@
+"""Machine code of compiled kernels, as the tools inside Triton's package print it: which loops there are, and how long."""
+
+import re
+import subprocess
+from pathlib import Path
+
+
+def show(tool: str, *arguments: object, folder: Path | None = None) -> str:
+    """What cuobjdump or nvdisasm prints."""
+    import triton
+
+    command = [Path(triton.__file__).parent / "backends/nvidia/bin" / tool, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def functions(cubin: Path) -> dict[str, str]:
+    """The machine code of each kernel of a file, by its mangled name."""
+    parts = re.split(r"^//-+ \.text\.(\w+) -+$", show("nvdisasm", "-c", cubin), flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def loops(sass: str) -> list[list[str]]:
+    """The instructions of every loop of one kernel: from where a jump back leads to that jump."""
+    labels, code = {}, []
+    for line in sass.splitlines():
+        if m := re.match(r"^\s*(\.L_x_\d+):", line):
+            labels[m[1]] = len(code)
+        elif m := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(m[1])
+    jumps = [(i, m[1]) for i, x in enumerate(code) if (m := re.search(r"BRA.*?(\.L_x_\d+)", x))]
+    return [code[labels[to] : i + 1] for i, to in jumps if labels.get(to, i) < i]
+
+
+def products(sass: str) -> set[str]:
+    """The matrix instructions, their tile's width aside."""
+    return {re.sub(r"x\d+x", "x", x) for x in re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)[\w.]*", sass)}
+
+
+def with_product(every: list[list[str]]) -> list[int]:
+    """Instructions of each loop that multiplies."""
+    return [len(body) for body in every if any(re.search("GMMA|HMMA|UTC.*MMA|FFMA", x) for x in body)]

@@ -1,0 +1,126 @@
+"""Which backend runs what: the limits of a kernel, and calls whose scores must come from one place. No GPU is asked."""
+
+import pytest
+import torch
+
+import negmine
+from negmine import Mix, Select, backends
+from negmine.backends import Backend, BackendUnavailable, mining_limit
+from tests.cases import unit
+
+BF16, FP16, FP32 = (torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.float32,) * 2
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "K", "D", "N", "capability", "asked", "said"),
+    [
+        (BF16, 65_536, 128, 1024, 80, False, ""),
+        (FP16, 8193, 256, 4096, 120, False, ""),
+        (BF16, 2**19, 128, 4096, 90, False, ""),
+        (BF16, 2**22, 128, 2048, 90, False, ""),
+        (BF16, 100, 7, 9, 86, True, ""),
+        (BF16, 65_536, 128, 1024, 75, True, "compute capability 8.0 or higher, this card has 7.5"),
+        (FP32, 65_536, 128, 1024, 90, True, "got float32 and float32"),
+        ((torch.bfloat16, torch.float16), 65_536, 128, 1024, 90, True, "got bfloat16 and float16"),
+        (BF16, 65_536, 257, 1024, 90, True, "D up to 256, got 257"),
+        (BF16, 65_536, 128, 4097, 90, True, "got N = 4097 of K = 65536"),
+        (BF16, 2**19 + 1, 128, 2049, 90, True, "got N = 2049 of K = 524289"),
+        (BF16, 2**22 + 1, 128, 1, 90, True, "got N = 1 of K = 4194305"),
+        (BF16, 8192, 128, 1024, 90, False, "as short as K = 8192"),
+    ],
+)
+def test_what_the_cuda_mining_takes(dtypes, K, D, N, capability, asked, said):
+    why = mining_limit(dtypes, K, D, N, capability, asked)
+    assert said in why
+    assert bool(said) == bool(why)
+
+
+def short(query, negative_keys, N, *, asked):
+    """A limit that answers on any device."""
+    return mining_limit((query.dtype, negative_keys.dtype), *negative_keys.shape, N, 90, asked)
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """A table of two backends that note who ran; the call installs it, with the ops that cuda runs only by name."""
+    ran = []
+
+    def install(asked_only):
+        cpu = next(row for row in backends.BACKENDS if row.name == "cpu").launchers
+
+        def noted(name, op):
+            def launch(*args):
+                ran.append((name, op))
+                return cpu[op](*args)
+
+            return launch
+
+        mine = {op: noted("cuda", op) for op in ("mine_hardest", "mix_negatives")}
+        rest = {op: noted("triton", op) for op in cpu}
+        rows = (
+            Backend("cuda", "cpu", mine, asked_only=frozenset(asked_only), limits={"mine_hardest": short}),
+            Backend("triton", "cpu", rest),
+        )
+        monkeypatch.setattr(backends, "BACKENDS", rows)
+        return ran
+
+    return install
+
+
+def call(K=9000, dtype=torch.bfloat16, **options):
+    return negmine.mine_hardest(unit(2, 8, dtype=dtype), unit(K, 8, dtype=dtype, seed=1), 5, **options)
+
+
+def test_an_op_that_no_card_has_timed_waits_to_be_asked(table):
+    ran = table({"mine_hardest"})
+    call()
+    call(backend="cuda")
+    assert ran == [("triton", "mine_hardest"), ("cuda", "mine_hardest")]
+
+
+def test_a_timed_op_comes_first_within_its_limits(table):
+    ran = table(())
+    for options in ({}, {"K": 300}, {"dtype": torch.float32}):
+        call(**options)
+    assert [name for name, _ in ran] == ["cuda", "triton", "triton"]
+
+
+@pytest.mark.parametrize("backend", [None, "cuda"])
+def test_scores_that_meet_come_from_one_backend(table, backend):
+    """A window's ends are places among Triton's scores: the mining that is bound by them is Triton's too."""
+    ran = table(())
+    if backend:
+        with pytest.raises(BackendUnavailable, match=r"cannot run rank_thresholds.*cuda has no kernel"):
+            call(select=Select(1, 50), backend=backend)
+        assert not ran
+    else:
+        call(select=Select(1, 50))
+        assert {name for name, _ in ran} == {"triton"}
+
+
+def test_mixing_takes_what_computes_no_score_from_where_it_is_first(table):
+    ran = table({"mine_hardest"})
+    negmine.mix_negatives(unit(2, 8), unit(30, 8, seed=1), Mix(4, 2, 2))
+    assert ran == [("triton", "mine_hardest"), ("cuda", "mix_negatives")]
+
+
+def test_what_was_asked_for_and_cannot_run_is_refused_in_words(table):
+    ran = table({"mine_hardest"})
+    with pytest.raises(
+        BackendUnavailable, match=r"mine_hardest: backend 'cuda' cannot run this mine_hardest .*float32"
+    ):
+        call(dtype=torch.float32, backend="cuda")
+    assert not ran
+
+
+def test_the_reason_names_an_op_that_waits_to_be_asked():
+    cuda = next(row for row in backends.BACKENDS if row.name == "cuda")
+    rows = (
+        Backend("cuda", "cuda", {"mine_hardest": min}, asked_only=frozenset({"mine_hardest"})),
+        *backends.BACKENDS[1:],
+    )
+    assert "mix_negatives" in backends.CUDA_UNASKED
+    assert cuda.asked_only.isdisjoint(backends.CUDA_UNASKED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "BACKENDS", rows)
+        assert "cuda runs mine_hardest only where it is asked for by name" in backends.explain("mine_hardest", "cuda")
