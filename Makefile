@@ -47,18 +47,19 @@ check: venv
 fuzz: venv
 	$(PY) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
-# The tests and the fuzzer on CPU kernels built with gcc's address and undefined sanitizers, in a copy of the package; and the
-# CUDA kernels under the emulator, built likewise. Python is not instrumented: libasan is loaded first, and libstdc++ with it,
-# whose exceptions it wraps. Races are for `make threads`.
+# The tests and the fuzzer on CPU kernels built with gcc's address and undefined sanitizers, AMX's tiles emulated, in a copy of
+# the package; and the CUDA kernels under the emulator, built likewise. Python is not instrumented: libasan is loaded first, and
+# libstdc++ with it, whose exceptions it wraps. Races are for `make threads`.
 sanitize: venv
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
-	CXX="g++ -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" NEGMINE_CUDA=cpu \
+	CXX="g++ -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -DNEGMINE_EMULATED_TILES" \
+	  NEGMINE_CUDA=cpu \
 	  $(PY) setup.py --quiet build_py --build-lib $(SANITIZED) build_ext --build-lib $(SANITIZED)
 	cp -r tests pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && \
 	  export LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" && \
 	  export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
-	  ../../$(PY) -m pytest -p no:cacheprovider -k cpu tests/test_kernels.py tests/test_rules.py && \
+	  ../../$(PY) -m pytest -p no:cacheprovider -k "cpu or bf16" tests/test_kernels.py tests/test_rules.py tests/test_isa.py && \
 	  ../../$(PY) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
 	  NEGMINE_EMULATOR_SANITIZERS=address,undefined \

@@ -207,7 +207,7 @@ def fused(
                 kept_by, columns = lists, (order.unpack(places)[1], False)
 
     mixes = mix is not None and mix.total > 0
-    mined = None  # (B, deepest) index of mine_hardest, where the queue is read for it and for the sum at once
+    N = None  # how deep to mine, where the queue is read for that and for the sum at once: then mined (B, N) is the index
     if weight is not None and weight.beta:
         scales = torch.stack([scale * (1.0 + weight.beta), scale * weight.beta])  # (2,)
         (lse, importance), kept, above = LogSumExpPair.apply(query, negative_keys, scales, pivot, kept_by, *columns)
@@ -233,7 +233,7 @@ def fused(
         lse, clamped = log_sum.masked_fill(~some, -torch.inf), clamped & some
     if mix is not None and mixes:
         with torch.no_grad():
-            index = hard_index(ops, q, keys, mix, masks) if mined is None else parents_of(mined, mix)  # (B, hard)
+            index = hard_index(ops, q, keys, mix, masks) if N is None else parents_of(mined, mix)  # (B, hard)
         lse_mixed = mixed_logsumexp(ops, query, negative_keys, scale, index, mix, draw)  # (B,)
         some = some | (index >= 0).any(1)
         both = torch.logaddexp(lse.masked_fill(~some, 0.0), lse_mixed.masked_fill(~some, 0.0))

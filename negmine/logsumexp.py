@@ -27,7 +27,7 @@ def scale_of(temperature: float | Tensor, query: Tensor) -> Tensor:
 class LogSumExp(torch.autograd.Function):
     """lse_b (B,) = log sum over b's pool of exp(scale * s_bk), with kept (B,) and above (B,) of the kernel.
 
-    With N, and index (B, N) of mine_hardest, found in the same pass; else index is None.
+    With N, and index (B, N) of mine_hardest, found in the same pass; else index is empty.
     d lse / d query = scale * mean, d lse / d scale = query . mean, both known after the forward pass;
     d lse / d negative_keys = scale * p_bk query_b is a second kernel, run only for keys that require grad.
     """
@@ -35,17 +35,17 @@ class LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, negative_keys, scale, pivot, N, ops, *pool):
         want_mean = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
-        q, keys, index = for_kernels(query), for_kernels(negative_keys), None
+        q, keys = for_kernels(query), for_kernels(negative_keys)
         if N is None:
             lse, mean, kept, above = ops.logsumexp(q, keys, scale.detach(), pivot, want_mean, *pool)
+            index = kept.new_empty(0)  # no None: a compiled backward asks every output for its gradient
         else:
             lse, mean, kept, above, _, index = ops.logsumexp_mine(q, keys, N, scale.detach(), pivot, want_mean, *pool)
-            ctx.mark_non_differentiable(index)
         *tensors, ctx.same_label = pool
         ctx.ops, ctx.width = ops, len(pool)
         wants_keys = ctx.needs_input_grad[1]
         ctx.save_for_backward(query, scale, lse, mean, *((negative_keys, *tensors) if wants_keys else ()))
-        ctx.mark_non_differentiable(kept, above)
+        ctx.mark_non_differentiable(kept, above, index)
         return lse, kept, above, index
 
     @staticmethod
