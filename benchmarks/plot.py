@@ -172,7 +172,8 @@ def table(path: Path) -> str:
         "| shape (B, K, D) | op | negmine | plain PyTorch | times faster | others, their time over ours | floor | extra memory |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for (case, op, variant), ours in found.items():
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    for (case, op, variant), ours in sorted(found.items(), key=lambda item: cases.index(item[0][0])):
         plain = found.get((case, op, EAGER))
         if variant != OURS or plain is None:
             continue
