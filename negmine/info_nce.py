@@ -293,6 +293,8 @@ class Finished(torch.autograd.Function):
     def backward(ctx, d_rows, *_):
         query, scale, d_query, d_scale, weight, lse, _, *rest = ctx.saved_tensors
         wants = ctx.needs_input_grad
+        if d_rows is None:  # what came after drops the loss
+            return (None,) * len(wants)
         to_query = to_positive = to_keys = to_scale = None
         if wants[0]:  # written in the query's dtype by the product itself
             to_query = torch.mul(d_query, d_rows[:, None], out=torch.empty_like(query))  # (B, D)

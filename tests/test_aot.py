@@ -51,6 +51,7 @@ CASES = [
     (90, "bfloat16", 128, ("listed_logsumexp", "listed_grad_keys")),
     (90, "float32", 128, ("logsumexp",)),
     (90, "bfloat16", 1024, ("logsumexp",)),
+    (90, "bfloat16", 4096, ("info_nce",)),
     (80, "bfloat16", 128, MINING),
     (100, "bfloat16", 128, MINING),
     (80, "bfloat16", 256, ("logsumexp", "logsumexp_grad_keys")),

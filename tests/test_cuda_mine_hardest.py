@@ -337,6 +337,16 @@ def test_plan_at_the_goal_shapes(library, B, K):
     assert plan["room"] * 4 * plan["splits"] > 2 * expected > 2 * 1024
 
 
+@pytest.mark.parametrize("K", [2**22 + 1, 2**23, 2**30 + 1, 2**31 - 1025])
+def test_a_queue_of_any_length_has_a_plan(library, K):
+    """The sample is never longer than what the threads of a row's cut hold; what fits no block is refused."""
+    for N in (1, 2048):
+        plan, fitting = plan_of(library, 300, K, N, processors=132)
+        assert plan["sample"] == 32_768
+        assert fitting == (8 * (plan["capacity"] + N) + 1056 <= 99 << 10)
+    assert not plan_of(library, 1, K, 2**28)[1]  # whose bytes pass 2^31
+
+
 def test_every_plan_that_the_chooser_admits_fits(library):
     for K in (8193, 10_000, 65_536, 300_000, 2**19, 2**20, 2**22):
         for N in (1, 7, 1024, 2048, 4096):

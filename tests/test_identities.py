@@ -130,3 +130,20 @@ def test_opposite_parents_give_nothing_and_nothing_infinite(any_backend, detach)
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
     for gradient in torch.autograd.grad(loss.sum(), leaves):
         assert bool(gradient.isfinite().all())
+
+
+def test_a_loss_that_is_dropped_on_the_way_back_has_no_gradient(any_backend, vectors):
+    class Drop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, _):
+            return None
+
+    leaves = [v.clone().requires_grad_() for v in (*vectors, torch.tensor(T, device=vectors[0].device))]
+    rows = negmine.info_nce(*leaves[:3], temperature=leaves[3], reduction="none", backend=any_backend)
+    (Drop.apply(rows).sum() + sum(leaf.sum() for leaf in leaves)).backward()
+    for leaf in leaves:
+        assert torch.equal(leaf.grad, torch.ones_like(leaf))

@@ -324,7 +324,7 @@ PyObject* py_set_isa(PyObject*, PyObject* name) {
 }
 
 PyMethodDef methods[] = {
-    {"isa", py_isa, METH_NOARGS, "The instruction set in use: avx512bf16, avx512, avx2 or portable."},
+    {"isa", py_isa, METH_NOARGS, "The instruction set in use: amxbf16, avx512bf16, avx512, avx2 or portable."},
     {"set_isa", py_set_isa, METH_O, "Use this instruction set; False where this processor or build lacks it."},
     {nullptr, nullptr, 0, nullptr},
 };

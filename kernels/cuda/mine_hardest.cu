@@ -220,15 +220,13 @@ cudaError_t launch(void (*kernel)(Wanted...), dim3 grid, int threads, int shared
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-int next_power_of_2(int64_t n) {
-  int power = 1;
+int64_t next_power_of_2(int64_t n) {
+  int64_t power = 1;
   while (power < n) power *= 2;
   return power;
 }
 
-int finish_bytes(int64_t capacity, int64_t N) {
-  return static_cast<int>(8 * (capacity + next_power_of_2(N)) + kFinishExtra);
-}
+int64_t finish_bytes(int64_t capacity, int64_t N) { return 8 * (capacity + next_power_of_2(N)) + kFinishExtra; }
 
 // All passes over one chunk of queries.
 template <Storage kStorage, int kSteps>
@@ -245,8 +243,7 @@ cudaError_t mine(const Inputs& in, const Pass& p, void* stream) {
     const unsigned parts = std::min<unsigned>(splits, (p.sample + kKeys - 1) / kKeys);
     then(sample_kernel<kStorage, kSteps>, dim3(row_tiles, parts), kThreads, kShared, stream, in, p);
   }
-  then(cut_kernel, dim3(p.rows), std::clamp(p.sample / kHeld, kWarp, 1024), 2 * 32 * 4, stream, in.pool, by_pair, p,
-       in.K);
+  then(cut_kernel, dim3(p.rows), std::max(p.sample / kHeld, kWarp), 2 * 32 * 4, stream, in.pool, by_pair, p, in.K);
   if (by_pair) {
     then(scan_kernel<kStorage, kSteps, true>, dim3(row_tiles, splits), kThreads, kShared, stream, in, p);
   } else {
@@ -254,8 +251,9 @@ cudaError_t mine(const Inputs& in, const Pass& p, void* stream) {
   }
   const int with_books = kShared + static_cast<int>(sizeof(Recovery));
   then(recover_kernel<kStorage, kSteps>, dim3(row_tiles), kThreads, with_books, stream, in, p);
-  const int sorted_size = next_power_of_2(p.N);
-  then(finish_kernel, dim3(p.rows), kFinishThreads, finish_bytes(p.capacity, p.N), stream, p, sorted_size);
+  const auto sorted_size = static_cast<int>(next_power_of_2(p.N)),
+             bytes = static_cast<int>(finish_bytes(p.capacity, p.N));
+  then(finish_kernel, dim3(p.rows), kFinishThreads, bytes, stream, p, sorted_size);
   return error;
 }
 
@@ -289,7 +287,7 @@ MiningPlan plan_mining(int64_t B, int64_t K, int64_t N, int64_t processors, int6
   plan.capacity = K;
   double likely = static_cast<double>(K);  // survivors of a row, with a cut two deviations low
   if (K > 4 * least_sample) {
-    const int64_t most = std::max<int64_t>(8 * least_sample, next_power_of_2(K) / 128);
+    const int64_t most = std::clamp<int64_t>(next_power_of_2(K) / 128, 8 * least_sample, kMostSampled);
     plan.sample = std::clamp<int64_t>(next_power_of_2(K) / 16, least_sample, most);
     // Where the N-th lies in the sample is hypergeometric: the cut reaches a few deviations past its mean, and a row
     // may have as many survivors as that many neighbouring places of the sample stand for, at most.

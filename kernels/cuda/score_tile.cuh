@@ -211,6 +211,7 @@ __device__ __forceinline__ void stream(const uint32_t (&query)[2][kSteps][4], ch
       Scores s;
       score<kStorage, kSteps>(s, query, shared_address(memory) + stage * kBytes, chunk, lane);
       use(tile * kKeys + chunk, s);
+      __syncwarp();  // the next products want all lanes of a warp at once, wherever `use` sent them
     }
     stage = stage == kStages - 1 ? 0 : stage + 1;
   }

@@ -8,7 +8,9 @@
 
 namespace negmine::cuda {
 
-constexpr int kHeld = 32;            // sampled scores that one thread holds
+constexpr int kHeld = 32;          // sampled scores that one thread holds
+constexpr int kCutThreads = 1024;  // most threads that look for a cut
+constexpr int kMostSampled = kHeld * kCutThreads;
 constexpr int kFinishThreads = 256;  // as many as bins
 constexpr int kDigit = 8;            // bits of a place that one step of the finish decides
 constexpr int kBins = 1 << kDigit;
@@ -47,7 +49,7 @@ __device__ __forceinline__ int sum_over_warp(int value) {
 
 // cuts[row] = a score that sample_rank + 1 sampled scores reach, or a few more; -inf where there are not so many. It
 // needs no exactness: the certificate sees to that. Block = row; a thread holds kHeld of the row's scores.
-__global__ void __launch_bounds__(1024) cut_kernel(Pool pool, bool by_pair, Pass p, int K) {
+__global__ void __launch_bounds__(kCutThreads) cut_kernel(Pool pool, bool by_pair, Pass p, int K) {
   int* partial = reinterpret_cast<int*>(shared_memory());  // (2, 32)
   const int row = blockIdx.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   uint32_t* sampled = p.sampled + static_cast<int64_t>(row) * p.sample;

@@ -206,7 +206,7 @@ def parts(
     return {
         **found, **flags, "kept_parts_ptr": counts["kept"], "above_parts_ptr": counts["above"],
         "query_ptr": query, "stride_qb": query.stride(0), "B": B, "SPLITS": count,
-        "D": D, "BLOCK_P": 8, "BLOCK_D": triton.next_power_of_2(D), "num_warps": 1,
+        "D": D, **tiles.merge_block(D),
     }  # fmt: skip
 
 

@@ -153,3 +153,9 @@ def mix_block(D: int, capability: int) -> tuple[int, int, int]:
     if capability == INTERPRETER:
         return 8, padded, 4
     return max(1, min(64, 4096 // padded)), padded, 4 if padded <= 1024 else 8
+
+
+def merge_block(D: int) -> dict[str, int]:
+    """Parts of a row that one program adds at once, each over the whole of D, and the warps that hold them."""
+    BLOCK_D = next_power_of_2(D)
+    return {"BLOCK_P": 8, "BLOCK_D": BLOCK_D, "num_warps": max(1, min(BLOCK_D // 256, 16))}

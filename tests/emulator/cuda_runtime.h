@@ -202,6 +202,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(
 
 inline void __syncthreads() { emulator::meet(emulator::Waits::kForBlock); }
 
+inline void __syncwarp() { emulator::meet(emulator::Waits::kForWarp); }
+
 inline int __syncthreads_or(int vote) {
   const unsigned turn = emulator::fibers[emulator::current].ballots++;
   emulator::votes[turn % 3] |= vote != 0;
