@@ -112,8 +112,17 @@ def arrays(queries: np.ndarray, corpus: np.ndarray, positives: np.ndarray, **opt
     return negmine.mine_hard_negatives(queries, corpus, positives, select=select, num_negatives=N, **options).indices
 
 
-def searched(queries: np.ndarray, corpus: np.ndarray, positives: np.ndarray, kind: str, k: int) -> np.ndarray:
+Vectors = np.ndarray | torch.Tensor
+
+
+def searched(queries: Vectors, corpus: Vectors, positives: np.ndarray, kind: str, k: int) -> np.ndarray:
     return NegativeIndex.build(corpus, kind).search(queries, k).indices
+
+
+def searched_bfloat16(queries: np.ndarray, corpus: np.ndarray, positives: np.ndarray, k: int) -> np.ndarray:
+    """Both stored as bf16, whose products are what is ranked."""
+    stored = (torch.from_numpy(x).bfloat16() for x in (queries, corpus))
+    return searched(*stored, positives, kind="exact", k=k)
 
 
 # Each gives the rows that it finds, (Q, n) int64, all -1 for a query that it gives up.
@@ -124,6 +133,7 @@ VARIANTS: dict[str, tuple[str, Callable[..., np.ndarray]]] = {
     "st_torch": ("sentence-transformers, use_faiss=False", lambda *data: peer(*data)),
     "st_faiss": ("sentence-transformers, use_faiss=True", lambda *data: peer(*data, use_faiss=True)),
     "exact": ("search: `NegativeIndex` \"exact\", k = 54", lambda *data: searched(*data, kind="exact", k=54)),
+    "exact_bf16": ("the same, from bf16 storage", lambda *data: searched_bfloat16(*data, k=54)),
     "flat_ip": ("search: FAISS `IndexFlatIP`, k = 54", lambda *data: searched(*data, kind="Flat", k=54)),
     "exact_10": ("search: `NegativeIndex` \"exact\", k = 10", lambda *data: searched(*data, kind="exact", k=10)),
     "flat_ip_10": ("search: FAISS `IndexFlatIP`, k = 10", lambda *data: searched(*data, kind="Flat", k=10)),
