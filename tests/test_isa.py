@@ -1,12 +1,9 @@
 """Every instruction set that this processor has, forced in turn: exact, rounded, and one score whatever the op and the split."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 import negmine
-from build_tools.extensions import ISA_FLAGS
 from negmine import Mix, Select, backends, order, reference
 from negmine.mining import Mined
 from negmine.pool import Pool
@@ -29,15 +26,6 @@ def isa(request):
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
     assert _ops_cpu.set_isa(before)
-
-
-def test_whatever_the_compiler_may_use_is_asked_of_the_processor():
-    """One feature left out runs into an illegal instruction where a virtual machine hides that one."""
-    source = (Path(__file__).parents[1] / "kernels/cpu/dispatch.cpp").read_text()
-    flags = {flag.removeprefix("-m") for flags in ISA_FLAGS.values() for flag in flags if "=" not in flag}
-    asked = {"f16c": "bit_F16C", "amx-tile": "kTiles", "amx-bf16": "kBFloat16"}  # by number
-    for feature in flags:
-        assert asked.get(feature, f'__builtin_cpu_supports("{feature}")') in source, feature
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
