@@ -25,6 +25,13 @@ def refuse(op: str, name: str, wanted: str, came: Any, error: type[Exception] = 
     return error(f"{op}: {name} must be {wanted}, got {describe(came)}")
 
 
+def require_stored(op: str, name: str, value: Tensor) -> None:
+    """A dense tensor whose numbers are somewhere: what a dataset is read from."""
+    require_tensor(op, name, value)
+    if value.is_meta:
+        raise refuse(op, name, "a tensor that holds numbers", "one on the meta device", TypeError)
+
+
 def require_tensor(op: str, name: str, value: Any, like: Tensor | None = None) -> None:
     """A dense tensor, on the device of `like`."""
     if not isinstance(value, Tensor):

@@ -215,6 +215,17 @@ def test_refused_in_words(options, words):
         mine(Q, corpus, positives, **options)
 
 
+@pytest.mark.parametrize("made", [torch.Tensor.to_sparse, lambda t: t.to("meta")], ids=["sparse", "meta"])
+def test_a_tensor_without_rows_in_memory_is_refused(made):
+    words = "must be a dense tensor|must be a tensor that holds numbers"
+    q, c, positives = torch.from_numpy(Q), torch.from_numpy(C), torch.tensor(POSITIVES)
+    for arguments in ((made(q), c, positives), (q, made(c), positives), (q, c, made(positives))):
+        with pytest.raises(TypeError, match=words):
+            mine(*arguments)
+    with pytest.raises(TypeError, match=words):
+        NegativeIndex.build(c).search(made(q), 3)
+
+
 PADDED = [
     ("an empty corpus", {"corpus": C[:0], "positives": [[]] * 6}, [0] * 6),
     ("a corpus smaller than k", {"corpus": C[:4], "positives": [0, 1, 2, 3, 0, 1]}, [3] * 6),

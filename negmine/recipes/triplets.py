@@ -93,6 +93,15 @@ class VSEPlusPlusLoss(Stepped):
         self, image: Tensor, caption: Tensor, labels: Tensor | None = None, *, step: int | None = None
     ) -> Tensor:
         """image, caption (B, D): rows of equal number belong together. labels (B,): another row of the label is no negative."""
+        op = "vse_plus_plus"
+        checks.require_vectors(op, "image", image, "(B, D)", (2,))
+        checks.require_vectors(op, "caption", caption, "(B, D)", (2,), image)
+        if caption.shape != image.shape:
+            raise checks.refuse(op, "caption", f"of image's shape {tuple(image.shape)}", caption)
+        if labels is not None:
+            checks.require_tensor(op, "labels", labels, image)
+            if labels.shape != image.shape[:1]:
+                raise checks.refuse(op, "labels", f"of shape (B,) with image's B = {len(image)}", labels)
         own = torch.arange(len(image), device=image.device)
         apart = None if labels is None else (labels[:, None] != labels) | (own[:, None] == own)  # (B, B)
         call = {"key_mask": apart, "step": self.count(step)}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from negmine.checks import refuse
+from negmine.checks import refuse, require_stored
 
 FORMS = "one row number a query, a list of lists of row numbers, or a tuple (indptr, indices)"
 
@@ -73,6 +73,8 @@ class RowLists(NamedTuple):
 
 def _whole(op: str, name: str, value: Any) -> np.ndarray:
     """A flat sequence of whole numbers as int64."""
+    if isinstance(value, Tensor):
+        require_stored(op, name, value)
     array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise refuse(op, name, "a flat sequence of ints", value, TypeError)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from negmine.checks import refuse
+from negmine.checks import refuse, require_stored
 
 FORMS = "an array, a tensor, the path of a .npy, .safetensors or .parquet file, or a list of those"
 PARQUET_ROWS = 4096  # decoded at a time
@@ -34,6 +34,8 @@ def opened(op: str, name: str, value: Any) -> Tensor | np.ndarray:
         return reader(op, name, path, inner)
     if not isinstance(value, (np.ndarray, Tensor)):
         raise refuse(op, name, FORMS, type(value).__name__, TypeError)
+    if isinstance(value, Tensor):
+        require_stored(op, name, value)
     return value
 
 
