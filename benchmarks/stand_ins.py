@@ -1,0 +1,51 @@
+"""Imports of other packages' losses without the heavy packages that they import and these parts never call.
+
+lightly imports torchvision, and pytorch-metric-learning scipy and scikit-learn, whatever part is used. Within `stand_ins()` a
+package of the list below is a stand-in whose every attribute is an empty class, installed or not, so that every machine
+tests and times the same; it is forgotten afterwards.
+"""
+
+import importlib.machinery
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+HEAVY = ("torchvision", "timm", "scipy", "sklearn", "pytorch_lightning", "hydra", "omegaconf", "lightly_utils", "av")
+
+
+class _StandIn(types.ModuleType):
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+class _Finder:
+    """Makes a stand-in of any module below these packages."""
+
+    def __init__(self, packages: set[str]) -> None:
+        self.packages = packages
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] in self.packages:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)  # so that it has modules below it
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _StandIn(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    finder = _Finder({name for name in HEAVY if name not in sys.modules})
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name, module in sys.modules.items() if isinstance(module, _StandIn)]:
+            del sys.modules[name]
