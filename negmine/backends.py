@@ -31,6 +31,7 @@ class Launchers(NamedTuple):
     logsumexp: Any = None
     logsumexp_pair: Any = None
     logsumexp_mine: Any = None
+    logsumexp_window: Any = None  # where it is absent, the window's places come from rank_thresholds
     logsumexp_grad_keys: Any = None
     softplus_sum: Any = None
     softplus_sum_grad_keys: Any = None
@@ -49,7 +50,7 @@ class Launchers(NamedTuple):
         return negative_keys.shape[-2]
 
 
-SPARED = ("info_nce",)  # what a call can do without
+SPARED = ("info_nce", "logsumexp_window")  # what a call can do without
 OPS = tuple(op for op in Launchers._fields if op not in SPARED)
 
 # Ops that compute scores against the queue: one may compare its own with places that another found, and two backends sum in

@@ -84,6 +84,18 @@ def _logsumexp_mine(
     return *_logsumexp(query, negative_keys, scale, pivot, want_mean), *_mine_hardest(query, negative_keys, N)
 
 
+def _logsumexp_window(
+    query: Tensor,
+    negative_keys: Tensor,
+    ranks: Tensor,
+    scale: Tensor,
+    pivot: Tensor | None,
+    want_mean: bool,
+    *pool: Tensor | None,
+):
+    return *_logsumexp(query, negative_keys, scale, pivot, want_mean), torch.empty_like(ranks)  # (B, 2)
+
+
 def _logsumexp_grad_keys(
     query: Tensor, negative_keys: Tensor, scale: Tensor, lse: Tensor, weight: Tensor, *pool: Tensor | None
 ):
@@ -153,6 +165,7 @@ FAKES: dict[str, Callable] = {
     "logsumexp": _logsumexp,
     "logsumexp_pair": _logsumexp_pair,
     "logsumexp_mine": _logsumexp_mine,
+    "logsumexp_window": _logsumexp_window,
     "logsumexp_grad_keys": _logsumexp_grad_keys,
     "softplus_sum": _softplus_sum,
     "softplus_sum_grad_keys": _softplus_sum_grad_keys,

@@ -20,7 +20,7 @@ from negmine.logsumexp import LogSumExp, LogSumExpPair, MeanScore, scale_of
 from negmine.mining import for_kernels, frozen, score_of_positive, working
 from negmine.mixing import deepest, draws_of, hard_index, mixed_logsumexp, parents_of
 from negmine.options import FalseNegatives, Mix, Select, Weight
-from negmine.pool import Pool, bounded, check_pool, readable, sampled, usable
+from negmine.pool import Pool, bounded, check_pool, readable, sampled, to_sum, usable
 
 
 class InfoNCEStats(NamedTuple):
@@ -197,23 +197,31 @@ def fused(
     x_positive = positive_score * scale  # (B,)
     q, keys = for_kernels(query), for_kernels(negative_keys)
     pivot = positive_score.detach() if want_rank else None
+    mixes, paired = mix is not None and mix.total > 0, weight is not None and weight.beta > 0
     kept_by, columns = ops, tuple(masks)
+    also: int | Tensor | None = (
+        None  # found by the pass that sums: negatives so deep, or the columns between these ranks
+    )
     with torch.no_grad():
         if select is not None:
-            window = bounded(ops, q, keys, masks, select, positive_score.detach())
-            columns = tuple(window)
+            score = positive_score.detach()
             if select.sample is not None:
+                window = bounded(ops, q, keys, masks, select, score)
                 places = sampled(ops, q, keys, window, select, *draw)  # (B, sample)
                 kept_by, columns = lists, (order.unpack(places)[1], False)
+            elif paired:
+                columns = tuple(bounded(ops, q, keys, masks, select, score))
+            else:
+                window, also = to_sum(ops, q, keys, masks, select, score)
+                columns = tuple(window)
+        elif mix is not None and mixes and not paired:
+            also = deepest(mix, ops.rows(negative_keys))
 
-    mixes = mix is not None and mix.total > 0
-    N = None  # how deep to mine, where the queue is read for that and for the sum at once: then mined (B, N) is the index
-    if weight is not None and weight.beta:
+    if weight is not None and paired:
         scales = torch.stack([scale * (1.0 + weight.beta), scale * weight.beta])  # (2,)
         (lse, importance), kept, above = LogSumExpPair.apply(query, negative_keys, scales, pivot, kept_by, *columns)
     else:
-        N = deepest(mix, ops.rows(negative_keys)) if mix is not None and mixes and select is None else None
-        lse, kept, above, mined = LogSumExp.apply(query, negative_keys, scale, pivot, N, kept_by, *columns)
+        lse, kept, above, met = LogSumExp.apply(query, negative_keys, scale, pivot, also, kept_by, *columns)
         importance = None
     if want_rank and kept_by is lists:  # the rank is among all valid negatives, not among those drawn
         above = ops.logsumexp(q, keys, scale.detach(), pivot, False, *masks)[3]
@@ -233,7 +241,8 @@ def fused(
         lse, clamped = log_sum.masked_fill(~some, -torch.inf), clamped & some
     if mix is not None and mixes:
         with torch.no_grad():
-            index = hard_index(ops, q, keys, mix, masks) if N is None else parents_of(mined, mix)  # (B, hard)
+            mined = isinstance(also, int)  # met (B, also) then
+            index = parents_of(met, mix) if mined else hard_index(ops, q, keys, mix, masks)  # (B, hard)
         lse_mixed = mixed_logsumexp(ops, query, negative_keys, scale, index, mix, draw)  # (B,)
         some = some | (index >= 0).any(1)
         both = torch.logaddexp(lse.masked_fill(~some, 0.0), lse_mixed.masked_fill(~some, 0.0))

@@ -151,6 +151,7 @@ def own(ops: Launchers) -> Launchers:
     logsumexp, mine_hardest = partial(_own_logsumexp, ops), partial(_own_mine_hardest, ops)
     return ops._replace(
         info_nce=None,
+        logsumexp_window=None,
         logsumexp=logsumexp,
         logsumexp_pair=in_two(logsumexp),
         logsumexp_mine=one_by_one(logsumexp, mine_hardest),

@@ -14,7 +14,7 @@ from negmine.derivatives import first_only
 from negmine.listed import listed
 from negmine.mining import for_kernels, frozen, score_of_positive, working
 from negmine.options import Select
-from negmine.pool import bounded, check_pool, sampled, usable
+from negmine.pool import Pool, between, bounded, check_pool, sampled, to_sum, usable
 
 
 def scale_of(temperature: float | Tensor, query: Tensor) -> Tensor:
@@ -27,30 +27,35 @@ def scale_of(temperature: float | Tensor, query: Tensor) -> Tensor:
 class LogSumExp(torch.autograd.Function):
     """lse_b (B,) = log sum over b's pool of exp(scale * s_bk), with kept (B,) and above (B,) of the kernel.
 
-    With N, and index (B, N) of mine_hardest, found in the same pass; else index is empty.
+    also: N, and found (B, N) is the index of mine_hardest, from the same pass; or ranks (B, 2), and only the columns between
+    them are summed, whose first and last places are found (B, 2); or None, and found is empty.
     d lse / d query = scale * mean, d lse / d scale = query . mean, both known after the forward pass;
     d lse / d negative_keys = scale * p_bk query_b is a second kernel, run only for keys that require grad.
     """
 
     @staticmethod
-    def forward(ctx, query, negative_keys, scale, pivot, N, ops, *pool):
+    def forward(ctx, query, negative_keys, scale, pivot, also, ops, *pool):
         want_mean = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
         q, keys = for_kernels(query), for_kernels(negative_keys)
-        if N is None:
-            lse, mean, kept, above = ops.logsumexp(q, keys, scale.detach(), pivot, want_mean, *pool)
-            index = kept.new_empty(0)  # no None: a compiled backward asks every output for its gradient
+        rest = (scale.detach(), pivot, want_mean, *pool)
+        if also is None:
+            lse, mean, kept, above = ops.logsumexp(q, keys, *rest)
+            found = kept.new_empty(0)  # no None: a compiled backward asks every output for its gradient
+        elif isinstance(also, Tensor):
+            lse, mean, kept, above, found = ops.logsumexp_window(q, keys, also, *rest)
+            pool = between(Pool(*pool), *found.unbind(1))
         else:
-            lse, mean, kept, above, _, index = ops.logsumexp_mine(q, keys, N, scale.detach(), pivot, want_mean, *pool)
+            lse, mean, kept, above, _, found = ops.logsumexp_mine(q, keys, also, *rest)
         *tensors, ctx.same_label = pool
         ctx.ops, ctx.width = ops, len(pool)
         wants_keys = ctx.needs_input_grad[1]
         ctx.save_for_backward(query, scale, lse, mean, *((negative_keys, *tensors) if wants_keys else ()))
-        ctx.mark_non_differentiable(kept, above, index)
-        return lse, kept, above, index
+        ctx.mark_non_differentiable(kept, above, found)
+        return lse, kept, above, found
 
     @staticmethod
     @first_only
-    def backward(ctx, d_lse, _d_kept, _d_above, _d_index):
+    def backward(ctx, d_lse, _d_kept, _d_above, _d_found):
         query, scale, lse, mean, *rest = ctx.saved_tensors
         d_query = d_keys = d_scale = None
         if ctx.needs_input_grad[0]:
@@ -180,10 +185,11 @@ def pooled(
 ) -> Tensor:
     """logsumexp under the name of the op that called it."""
     kernels = ("logsumexp", "logsumexp_grad_keys")
-    ops, pool, dense = columns(op, kernels, query, negative_keys, positive_key, select, masks, draw, backend)
+    args = (query, negative_keys, positive_key, select, masks, draw, backend)
+    ops, pool, ranks, dense = columns(op, kernels, *args, spared=("logsumexp_window",))
     if ops is None:
         return reference_methods.logsumexp(working(query), frozen(negative_keys, dense["usable"]), temperature, **dense)
-    return LogSumExp.apply(query, negative_keys, scale_of(temperature, query), None, None, ops, *pool)[0]
+    return LogSumExp.apply(query, negative_keys, scale_of(temperature, query), None, ranks, ops, *pool)[0]
 
 
 def columns(
@@ -196,8 +202,12 @@ def columns(
     masks: tuple[Any, ...],
     draw: tuple[int, int, int],
     backend: str | None,
-) -> tuple[backends.Launchers | None, tuple[Any, ...], dict[str, Any]]:
-    """Which columns an op over the queue sees, checked: launchers with a pool or a list, or None and the reference's keywords."""
+    spared: tuple[str, ...] = (),
+) -> tuple[backends.Launchers | None, tuple[Any, ...], Tensor | None, dict[str, Any]]:
+    """Which columns an op over the queue sees, checked: launchers with a pool or a list, or None and the reference's keywords.
+
+    spared: what it can do without. With logsumexp_window among them there may be ranks (B, 2), which narrow the pool further.
+    """
     checks.require_query_and_keys(op, query, negative_keys)
     checks.require_options(op, select=select)
     checks.require_draw(op, *draw)
@@ -211,17 +221,17 @@ def columns(
     windowed = ("rank_thresholds", "count_negatives") if select is not None else ()
     samples = select is not None and select.sample is not None
     lists = ("listed_logsumexp", "listed_grad_keys") if samples else ()
-    ops = backends.choose(op, (*kernels, *windowed, *lists), backend, tensors)
+    ops = backends.choose(op, (*kernels, *windowed, *lists), backend, tensors, also=spared)
     with torch.no_grad():
         anchor = None if positive_key is None else score_of_positive(query, positive_key)  # (B,)
         if ops is None:
             allowed = usable(pool, query, negative_keys)
-            return None, pool, {"usable": allowed, "positive_score": anchor, "select": select, "draw": draw}
+            return None, pool, None, {"usable": allowed, "positive_score": anchor, "select": select, "draw": draw}
         if select is None:
-            return ops, pool, {}
+            return ops, pool, None, {}
         q, keys = for_kernels(query), for_kernels(negative_keys)
-        window = bounded(ops, q, keys, pool, select, anchor)
         if not samples:
-            return ops, window, {}
+            return ops, *to_sum(ops, q, keys, pool, select, anchor), {}
+        window = bounded(ops, q, keys, pool, select, anchor)
         places = sampled(ops, q, keys, window, select, *draw)  # (B, sample)
-    return listed(ops), (order.unpack(places)[1], False), {}
+    return listed(ops), (order.unpack(places)[1], False), None, {}

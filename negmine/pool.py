@@ -136,6 +136,49 @@ def pieces(each: int, count: int, most: int) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
+def filtered(query: Tensor, pool: Pool, select: Select, positive_score: Tensor | None) -> Pool:
+    """The pool narrowed by the score filters of `select`; positive_score (B,) is needed where it has a margin."""
+    B = query.shape[0]
+    if select.min_score is not None:
+        least = torch.full((B,), select.min_score, dtype=torch.float32, device=query.device)
+        pool = pool._replace(lower=order.pack(least, order.LAST_INDEX))
+    if select.has_margin or select.max_score is not None:
+        anchor = query.new_zeros(B, dtype=torch.float32) if positive_score is None else positive_score
+        pool = pool._replace(upper=order.pack(select.highest_score(anchor), 0))
+    return pool
+
+
+def window_of(
+    ops: Launchers, query: Tensor, negative_keys: Tensor, pool: Pool, select: Select
+) -> tuple[Tensor | int, Tensor | int]:
+    """The ranks [first, end) of a filtered pool that `select` keeps, (B,) int64 each or one number for all rows."""
+    # Only fractions need the pool's size: a rank past the end of a pool has no place, and keeps nothing or everything.
+    by_share = isinstance(select.range_min, float) or isinstance(select.range_max, float)
+    if by_share and not pool.is_everything:
+        return select.window(ops.count_negatives(query, negative_keys, *pool))
+    return select.window(ops.rows(negative_keys))
+
+
+def side_by_side(ranks: list[Tensor | int], query: Tensor) -> Tensor:
+    """Ranks, (B,) each or one number for all rows -> (B, R) int64."""
+    each = [
+        rank if isinstance(rank, Tensor) else torch.full((len(query),), rank, dtype=torch.int64, device=query.device)
+        for rank in ranks
+    ]
+    return torch.stack(each, 1)
+
+
+def between(pool: Pool, first: Tensor | None, last: Tensor | None) -> Pool:
+    """A filtered pool narrowed to the places [first, last] (B,) of its ranking.
+
+    A rank with no place bounds nothing from below and leaves nothing above it: an empty window begins at such a rank.
+    """
+    if last is not None:
+        lower = last.clamp_min(order.BOTTOM) if pool.lower is None else last.maximum(pool.lower)
+        pool = pool._replace(lower=lower)
+    return pool if first is None else pool._replace(upper=first.contiguous())
+
+
 def bounded(
     ops: Launchers, query: Tensor, negative_keys: Tensor, pool: Pool, select: Select, positive_score: Tensor | None
 ) -> Pool:
@@ -144,36 +187,32 @@ def bounded(
     positive_score (B,) is needed where select has a margin. The places are exact: columns that tie with a bound are kept or
     dropped by their index.
     """
-    B, K = query.shape[0], ops.rows(negative_keys)
-    if select.min_score is not None:
-        least = torch.full((B,), select.min_score, dtype=torch.float32, device=query.device)
-        pool = pool._replace(lower=order.pack(least, order.LAST_INDEX))
-    if select.has_margin or select.max_score is not None:
-        anchor = query.new_zeros(B, dtype=torch.float32) if positive_score is None else positive_score
-        pool = pool._replace(upper=order.pack(select.highest_score(anchor), 0))
+    pool = filtered(query, pool, select, positive_score)
     if not (select.starts_late or select.ends_early):
         if select.has_filter:
             return pool
         # A window of everything is a window: it keeps no NaN score.
-        return pool._replace(lower=torch.full((B,), order.BOTTOM, device=query.device))
-    # Only fractions need the pool's size: a rank past the end of a pool has no place, and keeps nothing or everything.
-    by_share = isinstance(select.range_min, float) or isinstance(select.range_max, float)
-    if by_share and not pool.is_everything:
-        first, end = select.window(ops.count_negatives(query, negative_keys, *pool))
-        wanted = [first] * select.starts_late + [end - 1] * select.ends_early  # (B,) each
-    else:
-        first, end = select.window(K)
-        wanted = [
-            torch.full((B,), rank, dtype=torch.int64, device=query.device)
-            for rank in [first] * select.starts_late + [end - 1] * select.ends_early
-        ]
-    places = ops.rank_thresholds(query, negative_keys, torch.stack(wanted, 1), *pool)  # (B, 1 or 2)
-    # A rank with no place bounds nothing from below and leaves nothing above it: an empty window begins at such a rank.
-    if select.ends_early:
-        last = places[:, -1]
-        lower = last.clamp_min(order.BOTTOM) if pool.lower is None else last.maximum(pool.lower)
-        pool = pool._replace(lower=lower)
-    return pool._replace(upper=places[:, 0].contiguous()) if select.starts_late else pool
+        return pool._replace(lower=torch.full((len(query),), order.BOTTOM, device=query.device))
+    first, end = window_of(ops, query, negative_keys, pool, select)
+    wanted = side_by_side([first] * select.starts_late + [end - 1] * select.ends_early, query)
+    places = ops.rank_thresholds(query, negative_keys, wanted, *pool)  # (B, 1 or 2)
+    return between(pool, places[:, 0] if select.starts_late else None, places[:, -1] if select.ends_early else None)
+
+
+def to_sum(
+    ops: Launchers, query: Tensor, negative_keys: Tensor, pool: Pool, select: Select, positive_score: Tensor | None
+) -> tuple[Pool, Tensor | None]:
+    """What a log-sum-exp over `select` takes: the bounded pool, or the filtered one and ranks (B, 2), first and last.
+
+    The latter where the backend sums a window in the pass that finds it, and the window is narrow: that sum reads the rows of
+    the window again, one by one, and past an eighth of the queue another pass over all is faster.
+    """
+    narrow = select.ends_early and 8 * select.widest(ops.rows(negative_keys)) <= ops.rows(negative_keys)
+    if ops.logsumexp_window is None or not narrow:
+        return bounded(ops, query, negative_keys, pool, select, positive_score), None
+    pool = filtered(query, pool, select, positive_score)
+    first, end = window_of(ops, query, negative_keys, pool, select)
+    return pool, side_by_side([first, end - 1], query)
 
 
 def sampled(

@@ -88,7 +88,7 @@ def to_queue(places: Tensor, first: int) -> Tensor:
 class Shards:
     """negmine.backends.Launchers of one call: `ops` on this rank's rows, merged over the ranks."""
 
-    info_nce = None
+    info_nce = logsumexp_window = None
 
     def __init__(self, ops: Launchers, ranks: Ranks, query: Tensor, K: int, first: int) -> None:
         self.ops, self.ranks, self.K, self.first = ops, ranks, K, first

@@ -115,7 +115,7 @@ def _pooled(
     _require_factor(op, "scale", scale)
     _require_factor(op, "bias", bias)
     kernels = ("softplus_sum", "softplus_sum_grad_keys")
-    ops, pool, dense = columns(op, kernels, query, negative_keys, positive_key, select, masks, draw, backend)
+    ops, pool, _, dense = columns(op, kernels, query, negative_keys, positive_key, select, masks, draw, backend)
     if ops is None:
         return reference_methods.softplus_sum(
             working(query), frozen(negative_keys, dense["usable"]), scale, bias, **dense

@@ -6,7 +6,7 @@ import torch
 import negmine
 from negmine import Mix, Select, backends, order, reference
 from negmine.mining import Mined
-from negmine.pool import Pool
+from negmine.pool import Pool, between
 from tests import compare
 from tests.cases import DTYPES, ids, unit, whole
 
@@ -139,6 +139,79 @@ def test_a_sum_that_mines_is_a_sum_and_a_mining_to_the_bit(isa, dtype, B, K, D, 
             names = ("lse", "mean", "kept", "above", "scores", "index")
             for name, k, t in zip(names, got, (*want, *mined), strict=True):
                 compare.exact(name, k, t)
+
+
+def window_pools(B, K):
+    """Everything; masks, ids and both bounds; a mask a query."""
+    lower, upper = (order.pack(torch.full((B,), s), i) for s, i in ((-0.3, order.LAST_INDEX), (0.4, 0)))
+    return Pool(), Pool(torch.rand(K) < 0.8, **ids(B, K), lower=lower, upper=upper), Pool(torch.rand(B, K) < 0.5)
+
+
+def summed_apart(q, keys, ranks, scale, pivot, pool):
+    """What logsumexp_window gives, from thresholds and a sum, the sum in float64; and which of the rows are empty windows."""
+    places = torch.ops.negmine.rank_thresholds(q, keys, ranks, *pool)  # (B, 2)
+    empty = (ranks[:, 0] < 0) | (ranks[:, 1] < ranks[:, 0]) | (places[:, 0] == order.NOWHERE)
+    places[empty] = order.NOWHERE
+    scores, index = torch.ops.negmine.mine_hardest(q, keys, max(1, len(keys)), *between(pool, *places.unbind(1)))
+    x = float(scale) * scores.double()  # (B, K), -inf past the window
+    p = torch.where(index >= 0, x, -torch.inf).softmax(1).nan_to_num(0.0)
+    dense = torch.zeros(len(q), max(1, len(keys)), dtype=torch.float64).scatter_add(1, index.clamp_min(0), p)
+    mean = dense[:, : len(keys)] @ keys.double()
+    above = torch.ops.negmine.logsumexp(q, keys, scale, pivot, False, *pool)[3]
+    return x.logsumexp(1), mean, (index >= 0).sum(1), above, places
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B, K, D", [(1, 0, 3), (3, 7, 5), (65, 300, 130), (5, 20_000, 40)])  # the last: with a sample
+def test_a_window_is_thresholds_and_a_sum(isa, dtype, B, K, D):
+    q, keys, scale, pivot = unit(B, D, dtype=dtype), unit(K, D, dtype=dtype, seed=1), torch.tensor(9.0), torch.zeros(B)
+    kinds = [(0, 4), (2, 2), (K // 9, K // 4), (K // 2, K + 5), (K - 1, K - 1), (K, K + 3), (3, 2), (-1, 4), (0, -1)]
+    for pool in window_pools(B, K):
+        for shift in range(len(kinds)):
+            ranks = torch.tensor([kinds[(b + shift) % len(kinds)] for b in range(B)])
+            got = torch.ops.negmine.logsumexp_window(q, keys, ranks, scale, pivot, True, *pool)
+            want = summed_apart(q, keys, ranks, scale, pivot, pool)
+            for name, k, t in zip(("kept", "above", "places"), got[2:], want[2:], strict=True):
+                compare.exact(f"{name} {shift}", k, t)
+            for name, k, t in zip(("lse", "mean"), got, want, strict=False):
+                compare.rounded(f"{name} {shift}", k, t, t.float(), condition=9.0)
+            short = torch.ops.negmine.logsumexp_window(q, keys, ranks, scale, None, False, *pool)
+            compare.exact("lse alone", short[0], got[0])
+            assert short[1].shape == (0, D) and not short[3].any()
+
+
+def test_a_window_where_the_sample_misleads_or_scores_tie_or_are_not_finite(isa):
+    K = 20_000
+    pieces = torch.cat(
+        [torch.arange(i * K // 8, i * K // 8 + K // 16 // 8) for i in range(8)]
+    )  # where samples are taken
+    misled = torch.linspace(-0.5, 0.5, K)[:, None]
+    misled[pieces] += 2.0  # hardest of all
+    ties, broken = whole(K, 1, seed=3).float(), torch.linspace(-1, 1, K)[:, None]
+    broken[7], broken[77], broken[777] = torch.nan, -torch.inf, -torch.inf
+    q, scale = torch.tensor([[1.0], [0.5], [-1.0], [0.0]]), torch.tensor(3.0)
+    for name, keys in (("misled", misled), ("ties", ties), ("not finite", broken)):
+        rows = q if name != "not finite" else q[:2]  # times the others, -inf is inf and NaN
+        for first, last in ((0, 900), (3000, 4000), (19_000, 19_999), (19_990, 30_000)):
+            ranks = torch.tensor([[first, last]]).repeat(len(rows), 1)
+            got = torch.ops.negmine.logsumexp_window(rows, keys, ranks, scale, None, False, *Pool())
+            want = summed_apart(
+                rows, keys.nan_to_num(0.0, neginf=-torch.inf), ranks, scale, None, Pool(keys[:, 0] == keys[:, 0])
+            )
+            compare.exact(f"{name} kept", got[2], want[2])
+            compare.exact(f"{name} places", got[4], want[4])
+            compare.rounded(f"{name} lse", got[0], want[0], want[0].float(), condition=3.0)
+
+
+def test_a_window_has_the_same_bits_alone_and_among_others(isa):
+    q, keys = unit(70, 33), unit(20_000, 33, seed=1)
+    ranks = torch.stack([torch.arange(70) * 9, torch.arange(70) * 30 + 5], 1)
+    together = torch.ops.negmine.logsumexp_window(q, keys, ranks, torch.tensor(7.0), None, True, *Pool())
+    for b in (0, 17, 69):
+        one = slice(b, b + 1)
+        alone = torch.ops.negmine.logsumexp_window(q[one], keys, ranks[one], torch.tensor(7.0), None, True, *Pool())
+        for name, k, t in zip(("lse", "mean", "kept", "above", "places"), alone, together, strict=True):
+            compare.exact(name, k, t[one])
 
 
 def test_subnormals_of_bf16_cost_no_more_than_their_size(isa):

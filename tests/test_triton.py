@@ -30,7 +30,7 @@ def test_opcheck():
     """Of each op its last call: pools of equal labels, and both ops that mix."""
     torch.use_deterministic_algorithms(False)  # opcheck compares two runs of ops that it calls by reflection
     last = dict(arguments())
-    del last["mine_listed"]  # search's, on the CPU
+    del last["mine_listed"], last["logsumexp_window"]  # on the CPU alone
     assert set(last) == set(launchers()) - set(backends.SPARED)
     # On Triton two calls of other ops, and no op of its own.
     for joined in ("logsumexp_pair", "logsumexp_mine", "mine_hardest_kept"):

@@ -14,6 +14,7 @@
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/logsumexp.h"
 #include "kernels/cpu/logsumexp_grad_keys.h"
+#include "kernels/cpu/logsumexp_window.h"
 #include "kernels/cpu/mine_hardest.h"
 #include "kernels/cpu/rank_thresholds.h"
 #include "kernels/cpu/softplus_sum.h"
@@ -145,6 +146,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> logsumexp_mine(const 
   mined.index = output<int64_t>(index);
   cpu::logsumexp_mine(sums.params, mined, torch_threads());
   return {sums.lse, sums.mean, sums.kept, sums.above, scores, index};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logsumexp_window(const Tensor& query, const Tensor& negative_keys,
+                                                                    const Tensor& ranks, const Tensor& scale,
+                                                                    const OptionalTensor& pivot, bool want_mean,
+                                                                    POOL_ARGUMENTS) {
+  const Scored in("logsumexp_window", query, negative_keys, POOL);
+  const Sums sums("logsumexp_window", in, scale, 1, pivot, want_mean);
+  const Tensor asked = checks::index_matrix("logsumexp_window", "ranks", ranks, in.B, query);
+  checks::require(asked.size(1) == 2, "logsumexp_window: ranks must be (B, 2), got ", asked.size(1), " columns.");
+  Tensor places = new_empty(query, {in.B, 2}, ScalarType::Long);
+  cpu::logsumexp_window(sums.params, longs(asked), output<int64_t>(places), torch_threads());
+  return {sums.lse, sums.mean, sums.kept, sums.above, places};
 }
 
 Tensor logsumexp_grad_keys(const Tensor& query, const Tensor& negative_keys, const Tensor& scale, const Tensor& lse,
@@ -305,6 +319,7 @@ STABLE_TORCH_LIBRARY_IMPL(negmine, CPU, m) {
   m.impl("logsumexp", TORCH_BOX(&logsumexp));
   m.impl("logsumexp_pair", TORCH_BOX(&logsumexp_pair));
   m.impl("logsumexp_mine", TORCH_BOX(&logsumexp_mine));
+  m.impl("logsumexp_window", TORCH_BOX(&logsumexp_window));
   m.impl("logsumexp_grad_keys", TORCH_BOX(&logsumexp_grad_keys));
   m.impl("softplus_sum", TORCH_BOX(&softplus_sum));
   m.impl("softplus_sum_grad_keys", TORCH_BOX(&softplus_sum_grad_keys));

@@ -22,6 +22,9 @@ STABLE_TORCH_LIBRARY(negmine, m) {
       "want_mean, " POOL_SCHEMA
       ") -> (Tensor lse, Tensor mean, Tensor kept, Tensor above, Tensor scores, Tensor index)");
   m.def(
+      "logsumexp_window(Tensor query, Tensor negative_keys, Tensor ranks, Tensor scale, Tensor? pivot, bool "
+      "want_mean, " POOL_SCHEMA ") -> (Tensor lse, Tensor mean, Tensor kept, Tensor above, Tensor places)");
+  m.def(
       "softplus_sum_grad_keys(Tensor query, Tensor negative_keys, Tensor scale, Tensor bias, Tensor "
       "weight, " POOL_SCHEMA ") -> Tensor");
   m.def("mine_hardest(Tensor query, Tensor negative_keys, int N, " POOL_SCHEMA ") -> (Tensor scores, Tensor index)");

@@ -78,8 +78,44 @@ void write_row(const RankThresholdsParams& p, int64_t b, const Selection& select
   (few ? find_each : find_all)(p, b, selection, lane, room);
 }
 
+}  // namespace
+
+RankGrid::RankGrid(const RankThresholdsParams& params, const Parallel& parallel)
+    : p(params), columns(params.K), sampled_(worth_sampling(params.K)) {
+  const uint8_t* mask = p.pool.mask_per_query ? nullptr : p.pool.negative_mask;
+  if (mask != nullptr) columns = std::count_if(mask, mask + p.K, [](uint8_t usable) { return usable != 0; });
+  for (int64_t b = 0; b < p.B && sampled_; ++b) {
+    const Ranks ranks = ranks_of(p, b, b + 1, columns);
+    if (ranks.first <= ranks.last) capacity_ = std::max(capacity_, capacity_between(ranks.first, ranks.last, p.K));
+  }
+  // As many queries as share a pass over the queue for little memory, and no more than leave work for every thread.
+  constexpr int64_t kLeastLanes = 16;
+  const int64_t share = ceil_div(ceil_div(p.B, parallel.threads), kLeastLanes) * kLeastLanes;
+  block_lanes_ = std::min(lanes_in_budget(capacity_, kLeastLanes), std::max(share, kLeastLanes));
+}
+
+void RankGrid::run(Task& task, int64_t index, const Finish& finish) const {
+  Block block{.query = p.query, .negative_keys = p.negative_keys, .D = p.D, .pool = p.pool};
+  block.first_query = index * block_lanes_;
+  block.lanes = std::min(block_lanes_, p.B - block.first_query);
+  block.k_end = p.K;
+  if (ranks_of(p, block.first_query, block.first_query + block.lanes, columns).last < 0) {
+    task.selection.begin(block.lanes, 1, false);
+    return finish(block, task.selection.view);
+  }
+  int64_t first[kLanes], last[kLanes];
+  for (int64_t lane = 0; lane < block.lanes; ++lane) {
+    const Ranks ranks = ranks_of(p, block.first_query + lane, block.first_query + lane + 1, columns);
+    first[lane] = ranks.first;
+    last[lane] = ranks.last;
+  }
+  const Workspace& w = task.scratch.workspace;
+  if (!sampled_ || !select_between(block, w, task.selection, first, last)) return run_directly(block, w, finish);
+  finish(block, task.selection.view);
+}
+
 // Without a sample: everything from the nearer end, as many queries at a time as memory allows.
-void run_directly(const RankThresholdsParams& p, Block block, int64_t columns, const Workspace& w, Room& room) {
+void RankGrid::run_directly(Block block, const Workspace& w, const Finish& finish) const {
   const int64_t end = block.first_query + block.lanes;
   const Ranks ranks = ranks_of(p, block.first_query, end, columns);
   const bool lowest = columns - ranks.first < ranks.last + 1;
@@ -89,55 +125,23 @@ void run_directly(const RankThresholdsParams& p, Block block, int64_t columns, c
   for (; block.first_query < end; block.first_query += lanes) {
     block.lanes = std::min(lanes, end - block.first_query);
     select(block, w, selection, keep, lowest, true);
-    for (int64_t lane = 0; lane < block.lanes; ++lane) {
-      write_row(p, block.first_query + lane, selection.view, lane, room);
-    }
+    finish(block, selection.view);
   }
 }
 
-}  // namespace
-
 void rank_thresholds(const RankThresholdsParams& p, const Parallel& parallel) {
-  const uint8_t* mask = p.pool.mask_per_query ? nullptr : p.pool.negative_mask;
-  const int64_t columns =
-      mask == nullptr ? p.K : std::count_if(mask, mask + p.K, [](uint8_t usable) { return usable != 0; });
-  const bool sampled = worth_sampling(p.K);
-  int64_t capacity = 1;
-  for (int64_t b = 0; b < p.B && sampled; ++b) {
-    const Ranks ranks = ranks_of(p, b, b + 1, columns);
-    if (ranks.first <= ranks.last) capacity = std::max(capacity, capacity_between(ranks.first, ranks.last, p.K));
-  }
-  const int64_t block_lanes = lanes_in_budget(capacity, 16);
+  const RankGrid grid(p, parallel);
   struct Task {
-    Scratch scratch;
-    OwnedSelection selection;
+    RankGrid::Task ranks;
     Room room;
   };
-  const auto make_task = [&] { return Task{Scratch(p.negative_keys, p.D), OwnedSelection(block_lanes, capacity), {}}; };
-  for_each_task(parallel, ceil_div(p.B, block_lanes), make_task, [&](Task& task, int64_t index) {
-    Block block{.query = p.query, .negative_keys = p.negative_keys, .D = p.D, .pool = p.pool};
-    block.first_query = index * block_lanes;
-    block.lanes = std::min(block_lanes, p.B - block.first_query);
-    block.k_end = p.K;
-    const int64_t end = block.first_query + block.lanes;
-    if (ranks_of(p, block.first_query, end, columns).last < 0) {
-      std::fill_n(p.order + block.first_query * p.R, block.lanes * p.R, kNowhere);
-      return;
-    }
-    int64_t first[kLanes], last[kLanes];
-    for (int64_t lane = 0; lane < block.lanes; ++lane) {
-      const Ranks ranks = ranks_of(p, block.first_query + lane, block.first_query + lane + 1, columns);
-      first[lane] = ranks.first;
-      last[lane] = ranks.last;
-    }
-    const Workspace& w = task.scratch.workspace;
-    if (!sampled || !select_between(block, w, task.selection, first, last)) {
-      run_directly(p, block, columns, w, task.room);
-      return;
-    }
-    for (int64_t lane = 0; lane < block.lanes; ++lane) {
-      write_row(p, block.first_query + lane, task.selection.view, lane, task.room);
-    }
+  const auto make_task = [&] { return Task{grid.make_task(), {}}; };
+  for_each_task(parallel, grid.tasks(), make_task, [&](Task& task, int64_t index) {
+    grid.run(task.ranks, index, [&](const Block& block, const Selection& selection) {
+      for (int64_t lane = 0; lane < block.lanes; ++lane) {
+        write_row(p, block.first_query + lane, selection, lane, task.room);
+      }
+    });
   });
 }
 

@@ -17,6 +17,7 @@
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/logsumexp.h"
 #include "kernels/cpu/logsumexp_grad_keys.h"
+#include "kernels/cpu/logsumexp_window.h"
 #include "kernels/cpu/mine_hardest.h"
 #include "kernels/cpu/mix_logsumexp.h"
 #include "kernels/cpu/mix_negatives.h"
@@ -167,6 +168,19 @@ std::vector<Bytes> run_all(const Inputs& in, const Parallel& parallel, int kind)
                   .scores = room<float>(out, kB * kN),
                   .index = room<int64_t>(out, kB * kN)},
                  parallel);
+  logsumexp_window({.query = query,
+                    .negative_keys = keys,
+                    .B = kB,
+                    .K = kK,
+                    .D = kD,
+                    .scale = &in.scale,
+                    .pivot = in.lse.data(),
+                    .pool = pool,
+                    .lse = room<float>(out, kB),
+                    .mean = room<float>(out, kB * kD),
+                    .kept = room<int64_t>(out, kB),
+                    .above = room<int64_t>(out, kB)},
+                   in.ranks.data(), room<int64_t>(out, kB * 2), parallel);
   rank_thresholds({.query = query,
                    .negative_keys = keys,
                    .B = kB,

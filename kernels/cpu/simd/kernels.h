@@ -100,6 +100,10 @@ struct Kernels {
   // pivot (B,) or null. Where a selection is given, every place of the range is offered to it besides.
   void (*logsumexp_range)(const Block&, const Workspace&, const float* scale, int64_t scales, const float* pivot,
                           const Selection*, const LogsumexpState* const* states);
+  // The sum of exp(scale s - shift) over the columns of keys (size), packed orders; mean (D), or null, gains their rows
+  // times that. The rows of `ahead` keys that follow are fetched meanwhile.
+  float (*logsumexp_window_row)(const Matrix& negative_keys, int64_t D, const int64_t* keys, int64_t size,
+                                int64_t ahead, float scale, float shift, float* mean);
   // Adds the block's share to rows [k_begin, k_end) of out (K, D). lse, weight (B,); panel (64, D rounded up to 64).
   void (*logsumexp_grad_keys_range)(const Block&, const Workspace&, float scale, const float* lse, const float* weight,
                                     float* panel, float* out);

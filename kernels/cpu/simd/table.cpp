@@ -8,6 +8,7 @@ namespace negmine::cpu::NEGMINE_SIMD {
 
 void logsumexp_range(const Block&, const Workspace&, const float*, int64_t, const float*, const Selection*,
                      const LogsumexpState* const*);
+float logsumexp_window_row(const Matrix&, int64_t, const int64_t*, int64_t, int64_t, float, float, float*);
 void logsumexp_grad_keys_range(const Block&, const Workspace&, float, const float*, const float*, float*, float*);
 void softplus_sum_grad_keys_range(const Block&, const Workspace&, float, const float*, const float*, float*, float*);
 void softplus_sum_range(const Block&, const Workspace&, float, float, const SoftplusState&);
@@ -23,6 +24,7 @@ void listed_grad_keys_row(const Matrix&, int64_t, const int64_t*, int64_t, int64
 extern const Kernels kKernels = {
     NEGMINE_TEXT(NEGMINE_SIMD),
     logsumexp_range,
+    logsumexp_window_row,
     logsumexp_grad_keys_range,
     softplus_sum_grad_keys_range,
     softplus_sum_range,

@@ -1,0 +1,107 @@
+// The task grid of logsumexp_window: that of rank_thresholds, whose keys hold the scores of the window's columns. What
+// is left is a sum over those keys, and for the mean over the rows they name: a few of a hundred, so that reading them
+// again is cheap beside the product of all. Queries of a block take turns at a stretch of the queue, which then comes
+// from memory once. What is summed, and in what order, depends on the row and on K and D alone.
+#include "kernels/cpu/logsumexp_window.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/order.h"
+#include "kernels/cpu/rank_thresholds.h"
+
+namespace negmine::cpu {
+namespace {
+
+constexpr int64_t kStretchBytes = 1 << 18;  // of the queue at a time, for the second-level cache
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// A query's window: keys (size) in the order of the queue.
+struct Window {
+  const int64_t* keys;
+  int64_t size, at = 0, next = 0;  // summed, and with those of the next stretch
+  float shift = 0.0f, total = 0.0f;
+};
+
+// Narrows a lane's keys to ranks [ranks[0], ranks[1]] and writes their places (2).
+Window narrow(const Selection& selection, int64_t lane, const int64_t* ranks, std::vector<int64_t>& spare,
+              int64_t* places) {
+  int64_t* keys = selection.keys + lane * selection.capacity;  // (capacity)
+  const int64_t size = selection.size[lane], pool = selection.places[lane], first = ranks[0];
+  places[0] = places[1] = kNowhere;
+  if (first < 0 || ranks[1] < first || first >= pool) return {keys, 0};
+  if (selection.lowest) std::transform(keys, keys + size, keys, [](int64_t key) { return ~key; });
+  const int64_t before = selection.lowest ? pool - size : selection.over[lane], last = std::min(ranks[1], pool - 1);
+  const int64_t lower = key_at(keys, size, last - before), kept = last - before + 1;
+  spare.assign(keys, keys + kept);
+  places[0] = key_at(spare.data(), kept, first - before);
+  if (ranks[1] < pool) places[1] = lower;
+  return {keys, std::remove_if(keys, keys + kept, [&](int64_t key) { return key > places[0]; }) - keys};
+}
+
+}  // namespace
+
+void logsumexp_window(const LogsumexpParams& p, const int64_t* ranks, int64_t* places, const Parallel& parallel) {
+  if (p.pivot != nullptr) {  // whatever the window, counted among all columns
+    LogsumexpParams counted = p;
+    counted.mean = nullptr;
+    logsumexp(counted, parallel);
+  } else {
+    std::fill_n(p.above, p.B, 0);
+  }
+  RankThresholdsParams wanted{.query = p.query, .negative_keys = p.negative_keys, .B = p.B, .K = p.K, .D = p.D, .R = 2};
+  std::vector<int64_t> asked(ranks, ranks + 2 * p.B);  // (B, 2), the last no further than any pool goes
+  for (int64_t b = 0; b < p.B; ++b) asked[2 * b + 1] = std::min(asked[2 * b + 1], p.K - 1);
+  wanted.ranks = asked.data();
+  wanted.pool = p.pool;
+  const RankGrid grid(wanted, parallel);
+  for (int64_t b = 0; b < p.B; ++b) asked[2 * b + 1] = std::min(asked[2 * b + 1], grid.columns - 1);
+
+  const int64_t row_bytes = p.D * (p.negative_keys.dtype == Dtype::kFloat32 ? 4 : 2);
+  const int64_t stretch = std::max(kRowChunk, kStretchBytes / std::max<int64_t>(row_bytes, 1));
+  struct Task {
+    RankGrid::Task ranks;
+    std::vector<int64_t> spare;
+  };
+  const auto make_task = [&] { return Task{grid.make_task(), {}}; };
+  for_each_task(parallel, grid.tasks(), make_task, [&](Task& task, int64_t index) {
+    grid.run(task.ranks, index, [&](const Block& block, const Selection& selection) {
+      Window windows[kLanes];
+      for (int64_t lane = 0; lane < block.lanes; ++lane) {
+        const int64_t b = block.first_query + lane;
+        Window& window = windows[lane] = narrow(selection, lane, ranks + 2 * b, task.spare, places + 2 * b);
+        for (int64_t i = 0; i < window.size; ++i) {
+          const float x = *p.scale * order_score(window.keys[i]);
+          window.shift = i == 0 || x > window.shift ? x : window.shift;
+        }
+        if (window.shift == -kInfinity) window.shift = 0.0f;
+        if (p.mean != nullptr) std::fill_n(p.mean + b * p.D, p.D, 0.0f);
+      }
+      for (int64_t end = stretch; end < p.K + 2 * stretch; end += stretch) {  // that of the rows ahead
+        for (int64_t lane = 0; lane < block.lanes; ++lane) {
+          Window& window = windows[lane];
+          const int64_t from = std::exchange(window.at, window.next);
+          while (window.next < window.size && order_index(window.keys[window.next]) < end) ++window.next;
+          float* mean = p.mean == nullptr ? nullptr : p.mean + (block.first_query + lane) * p.D;
+          window.total += kernels().logsumexp_window_row(p.negative_keys, p.D, window.keys + from, window.at - from,
+                                                         window.next - window.at, *p.scale, window.shift, mean);
+        }
+      }
+      for (int64_t lane = 0; lane < block.lanes; ++lane) {
+        const Window& window = windows[lane];
+        const int64_t b = block.first_query + lane;
+        const float total = window.total;
+        p.kept[b] = window.size;
+        const double lse = window.shift == kInfinity ? kInfinity : window.shift + std::log(static_cast<double>(total));
+        p.lse[b] = static_cast<float>(lse);  // of nothing, log 0
+        for (int64_t d = 0; d < p.D && p.mean != nullptr && total != 0.0f; ++d) p.mean[b * p.D + d] /= total;
+      }
+    });
+  });
+}
+
+}  // namespace negmine::cpu

@@ -1,0 +1,11 @@
+// logsumexp_window: log-sum-exp and softmax mean of the columns between two ranks of each query's pool, in the pass
+// that finds them. Meaning: kernels/README.md.
+#pragma once
+#include "kernels/cpu/logsumexp.h"
+
+namespace negmine::cpu {
+
+// params: of one scale. ranks (B, 2): the first and the last; places (B, 2) order.
+void logsumexp_window(const LogsumexpParams& params, const int64_t* ranks, int64_t* places, const Parallel& parallel);
+
+}  // namespace negmine::cpu
