@@ -1,5 +1,7 @@
 """Every instruction set that this processor has, forced in turn: exact, rounded, and one score whatever the op and the split."""
 
+import math
+
 import pytest
 import torch
 
@@ -212,6 +214,20 @@ def test_a_window_has_the_same_bits_alone_and_among_others(isa):
         alone = torch.ops.negmine.logsumexp_window(q[one], keys, ranks[one], torch.tensor(7.0), None, True, *Pool())
         for name, k, t in zip(("lse", "mean", "kept", "above", "places"), alone, together, strict=True):
             compare.exact(name, k, t[one])
+
+
+def test_many_equal_terms_are_not_all_rounded_to_one_side(isa):
+    """The mean of half ones and half minus ones is tanh(scale); 0.135 added to a sum of thousands loses the same part each time."""
+    q, K = torch.ones(1, 1), 13_400
+    keys = (1.0 - 2.0 * (torch.arange(K) % 2))[:, None]
+    columns, scale = torch.arange(K)[None], torch.tensor(1.0)
+    means = {
+        "logsumexp": torch.ops.negmine.logsumexp(q, keys, scale, None, True, *Pool())[1],
+        "listed": torch.ops.negmine.listed_logsumexp(q, keys, columns, scale, True)[2],
+        "window": torch.ops.negmine.logsumexp_window(q, keys, torch.tensor([[0, K]]), scale, None, True, *Pool())[1],
+    }
+    for name, mean in means.items():
+        assert abs(float(mean) - math.tanh(1.0)) < 1e-6, name
 
 
 def test_subnormals_of_bf16_cost_no_more_than_their_size(isa):

@@ -13,15 +13,15 @@ NEGMINE_INLINE float element(const char* row, int64_t d) {
   return kStored == Dtype::kBFloat16 ? float_of(static_cast<uint32_t>(half) << 16) : from_half(half);
 }
 
-// Elements [d, d + kVec * kWidth) of mean += x (count) times rows (count).
+// Elements [d, d + kVec * kWidth) of mean += x (count) times rows (count), summed from zero.
 template <Dtype kStored, int kVec>
 NEGMINE_INLINE void add_columns(const char* const* rows, const float* x, int64_t count, int64_t d, float* mean) {
   V acc[kVec];
-  for (int v = 0; v < kVec; ++v) acc[v] = load(mean + d + v * kWidth);
+  for (int v = 0; v < kVec; ++v) acc[v] = all(0.0f);
   for (int64_t s = 0; s < count; ++s) {
     for (int v = 0; v < kVec; ++v) acc[v] = fma(all(x[s]), load_as<kStored>(rows[s], d + v * kWidth), acc[v]);
   }
-  for (int v = 0; v < kVec; ++v) store(mean + d + v * kWidth, acc[v]);
+  for (int v = 0; v < kVec; ++v) store(mean + d + v * kWidth, load(mean + d + v * kWidth) + acc[v]);
 }
 
 template <Dtype kStored>
@@ -33,7 +33,9 @@ void add_rows(const char* const* rows, const float* x, int64_t count, int64_t D,
   }
   for (; d + kWidth <= D; d += kWidth) add_columns<kStored, 1>(rows, x, count, d, mean);
   for (; d < D; ++d) {
-    for (int64_t s = 0; s < count; ++s) mean[d] += x[s] * element<kStored>(rows[s], d);
+    float sum = 0.0f;
+    for (int64_t s = 0; s < count; ++s) sum += x[s] * element<kStored>(rows[s], d);
+    mean[d] += sum;
   }
 }
 

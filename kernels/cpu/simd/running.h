@@ -52,22 +52,27 @@ struct RunningLogsumexp {
     if (mean != nullptr) add_rows(rows, x, count, correction);
   }
 
-  // mean = correction * mean + sum over rows (count) of share (count)
+  // mean = correction * mean + sum over rows (count) of share (count), summed from zero: small terms that are added to
+  // a large sum one by one are all rounded, and equal ones to the same side.
   inline __attribute__((always_inline)) void add_rows(const float* const* rows, const float* share, int64_t count,
                                                       float correction) {
     constexpr int kTogether = 4;  // vectors of the mean in registers at a time
     int64_t d = 0;
     for (; d + kTogether * kWidth <= D; d += kTogether * kWidth) {
       V acc[kTogether];
-      for (int v = 0; v < kTogether; ++v) acc[v] = load(mean + d + v * kWidth) * correction;
+      for (int v = 0; v < kTogether; ++v) acc[v] = all(0.0f);
       for (int64_t s = 0; s < count; ++s) {
         for (int v = 0; v < kTogether; ++v) acc[v] = fma(all(share[s]), load(rows[s] + d + v * kWidth), acc[v]);
       }
-      for (int v = 0; v < kTogether; ++v) store(mean + d + v * kWidth, acc[v]);
+      for (int v = 0; v < kTogether; ++v) {
+        float* cell = mean + d + v * kWidth;
+        store(cell, fma(load(cell), all(correction), acc[v]));
+      }
     }
-    for (int64_t e = d; e < D; ++e) mean[e] *= correction;
-    for (int64_t s = 0; s < count; ++s) {
-      for (int64_t e = d; e < D; ++e) mean[e] += share[s] * rows[s][e];
+    for (; d < D; ++d) {
+      float sum = 0.0f;
+      for (int64_t s = 0; s < count; ++s) sum += share[s] * rows[s][d];
+      mean[d] = mean[d] * correction + sum;
     }
   }
 
