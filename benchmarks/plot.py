@@ -89,28 +89,44 @@ def draw_cases(path: Path, rows: list[Row]) -> Path:
 
 
 def draw_speed_up(path: Path, rows: list[Row]) -> Path:
-    """One line a (case, op): negmine at 1, every peer where it stands; right of 1 = negmine is faster."""
-    ours = {(row["case"], row["op"], row["threads"]): float(row["median_ms"]) for row in rows if row["variant"] == OURS}
+    """Under each op a line a shape: negmine at 1, every peer where it stands; right of 1 = negmine is faster."""
+    ours = {line_of(row): float(row["median_ms"]) for row in rows if row["variant"] == OURS}
     peers = list(dict.fromkeys(row["variant"] for row in rows if not row["variant"].startswith(OURS)))
-    lines = list(dict.fromkeys((row["op"], row["case"], row["threads"]) for row in rows))
-    lines.sort(key=lambda line: (line[0], rows[0]["threads"] != line[2], line[1]))
-    figure, axes = plt.subplots(figsize=(9, 0.28 * len(lines) + 1.6), layout="constrained")
-    for row in rows:
-        if row["variant"] not in peers or (row["case"], row["op"], row["threads"]) not in ours:
-            continue
-        ratio = float(row["median_ms"]) / ours[row["case"], row["op"], row["threads"]]
-        place = lines.index((row["op"], row["case"], row["threads"]))
-        colour = COLOURS[1 + peers.index(row["variant"]) % (len(COLOURS) - 1)]
-        axes.plot([1, ratio], [place, place], color=colour, linewidth=1, alpha=0.35)
-        axes.plot(ratio, place, "o", color=colour, markersize=6)
-        axes.annotate(f"{ratio:.2g}", (ratio, place), (4, 4), textcoords="offset points", fontsize=7)
+    threads = {row["threads"] for row in rows}
+    labels: list[str] = []  # from the top: an op, its shapes, the next op
+    places: dict[tuple[str, ...], int] = {}  # line_of(row) -> index in labels
+    for op in dict.fromkeys(row["op"] for row in rows):
+        labels.append(op)
+        for row in sorted((row for row in rows if row["op"] == op), key=work):
+            if line_of(row) not in places:
+                places[line_of(row)] = len(labels)
+                shape = f"{int(row['B']):,} × {int(row['K']):,} × {row['D']}  {row['dtype']}"
+                labels.append(shape if len(threads) == 1 else f"{shape}, {row['threads']} threads")
+    figure, axes = plt.subplots(figsize=(9, 0.22 * len(labels) + 1.4), layout="constrained")
+    for line, place in places.items():
+        there = [row for row in rows if line_of(row) == line and row["variant"] in peers and line in ours]
+        before, above = 0.0, False
+        for row in sorted(there, key=lambda row: float(row["median_ms"])):
+            ratio = float(row["median_ms"]) / ours[line]
+            colour = COLOURS[1 + peers.index(row["variant"]) % (len(COLOURS) - 1)]
+            axes.plot([1, ratio], [place, place], color=colour, linewidth=1, alpha=0.35)
+            axes.plot(ratio, place, "o", color=colour, markersize=5)
+            above = not above or ratio > 1.25 * before  # the labels of close dots lie above and below
+            offset = (3, 3) if above else (3, -9)
+            axes.annotate(f"{ratio:.2g}", (ratio, place), offset, textcoords="offset points", fontsize=7)
+            before = ratio
     axes.axvline(1, color=COLOURS[0], linewidth=2)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}x"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks(range(len(lines)), [f"{op}  {case}, {threads} threads" for op, case, threads in lines], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_title("time of the others / time of negmine: right of the line negmine is faster", loc="left", fontsize=10)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    for place, tick in enumerate(axes.yaxis.get_major_ticks()):
+        if place not in places.values():
+            tick.label1.set_fontweight("bold")
+            tick.tick1line.set_visible(False)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    held = f", {threads.pop()} threads" if len(threads) == 1 else ""
+    axes.set_title(f"time of the others / time of negmine, queries × keys × width{held}", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     handles = [
         plt.Line2D([], [], marker="o", linestyle="", color=COLOURS[1 + turn % (len(COLOURS) - 1)])
@@ -118,6 +134,14 @@ def draw_speed_up(path: Path, rows: list[Row]) -> Path:
     ]
     axes.legend(handles, peers, frameon=False, fontsize=8, loc="lower right")
     return save(figure, path, rows, "speed-up")
+
+
+def line_of(row: Row) -> tuple[str, ...]:
+    return row["op"], row["case"], row["threads"]
+
+
+def work(row: Row) -> tuple[int, str]:
+    return int(row["B"]) * int(row["K"]) * int(row["D"]), row["dtype"]
 
 
 def draw_scaling(path: Path, rows: list[Row]) -> Path:

@@ -217,7 +217,7 @@ def test_a_window_has_the_same_bits_alone_and_among_others(isa):
 
 
 def test_many_equal_terms_are_not_all_rounded_to_one_side(isa):
-    """The mean of half ones and half minus ones is tanh(scale); what is added to a sum of thousands loses the same part each time."""
+    """The mean of half ones and half minus ones is tanh(scale); a sum of thousands loses the same part of each term."""
     q, K = torch.ones(1, 1), 13_400
     keys = (1.0 - 2.0 * (torch.arange(K) % 2))[:, None]
     columns, scale = torch.arange(K)[None], torch.tensor(1.0)
