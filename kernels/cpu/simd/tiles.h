@@ -91,9 +91,15 @@ NEGMINE_INLINE void product() {
 // Words of a row that tiles read: T and zeros behind.
 NEGMINE_INLINE int64_t whole_tiles(int64_t T) { return (T + kTile - 1) / kTile * kTile; }
 
-// multiply() of score.h over pairs: b (whole_tiles(T), kLanes), its last rows zeros; writes whole tiles of rows of out.
+// How many operands of T words lie one behind the other, whose sum is the left factor, and the right one: see parts.h.
+struct Parts {
+  int left = 1, right = 1;
+};
+
+// multiply() of score.h over pairs: b (parts, whole_tiles(T), kLanes), where rows past T are zeros; writes whole tiles
+// of rows of out. Of left part i and right part j the products with i + j <= 2 are summed, 0 and 0 last.
 void multiply_in_tiles(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors, float* out,
-                       const Ahead& ahead);
+                       const Ahead& ahead, const Parts& parts = {});
 
 // add_mean() of score.h over pairs of rows.
 void add_mean_in_tiles(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean);
