@@ -141,3 +141,40 @@ def test_what_does_not_split_is_a_chain_and_disturbs_no_other(tiles, types, D):
     got, split_ones = scores(q, keys), modelled(*(torch.where(splits(x), x, 0.0) for x in (q, keys)))
     assert tiles.set_isa("avx512")
     compare.exact("scores", got, torch.where(splits(q) & splits(keys).T, split_ones, scores(q, keys)))
+
+
+def half_of(bias):
+    """The weight sigmoid(bias) that softplus_sum gives every row where scale is 0: (1,) fp32."""
+    return torch.ops.negmine.softplus_sum(torch.ones(1, 1), torch.ones(1, 1), torch.tensor(0.0), bias, True, *Pool())[2]
+
+
+@pytest.mark.parametrize("bias", [-0.7, -60.0, -85.0])  # the last of 2^-123: its parts would be subnormal as they are
+@pytest.mark.parametrize("K, D", [(5, 3), (96, 40), (97, 1), (300, 130)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_mean_is_within_its_bound(dtype, K, D, bias):
+    keys, bias = awkward(K, D).to(dtype), torch.tensor(bias)
+    keys[K // 2] = 0.0
+    q, p = torch.ones(70, D), half_of(bias).double()
+    for odd in (0.0, 6e4 if dtype == torch.float16 else 3.38e38):  # and where a row does not split: chains of a chunk
+        keys[K // 3, 0] = odd
+        pull = torch.ops.negmine.softplus_sum(q, keys, torch.tensor(0.0), bias, True, *Pool())[1].double()
+        truth, size = p * keys.double().sum(0), p * keys.double().abs().sum(0)
+        assert bool(((pull - truth).abs() <= ((96 * U if odd else bound(min(K, 96))) + U * -(-K // 96)) * size).all())
+
+
+@pytest.mark.parametrize("B, D", [(2, 3), (64, 40), (65, 130), (200, 1)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gradient_of_keys_is_within_its_bound(tiles, dtype, B, D):
+    q, keys, zero, bias = awkward(B, D).to(dtype), torch.ones(100, D), torch.tensor(0.0), torch.tensor(-0.7)
+    run = torch.ops.negmine.softplus_sum_grad_keys
+    for size, odd in ((1.0, 0.0), (1e-42, 0.0), (1e12, 0.0), (1.0, 6e4 if dtype == torch.float16 else 3.38e38)):
+        weight, q[B // 2, 0] = (awkward(B, seed=2) * size).float(), odd  # subnormal, and too large to split: so is odd
+        got = run(q, keys, zero, bias, weight, *Pool())
+        g = (weight * half_of(bias)).double()
+        truth, terms = g @ q.double(), g.abs() @ q.double().abs()
+        loss = (64 * U if size > 1 or odd else bound(min(B, 64))) + U * -(-B // 64)
+        assert bool(((got.double() - truth).abs() <= loss * terms + B * 2.0**-149).all())
+        if size > 1:
+            assert tiles.set_isa("avx512")
+            compare.exact("large", got, run(q, keys, zero, bias, weight, *Pool()))
+            assert tiles.set_isa("amxbf16")

@@ -42,8 +42,9 @@ class Scratch {
   Scratch(const Matrix& negative_keys, int64_t D) {
     constexpr int64_t kTile = 16;  // D is rounded up to whole tiles in what tiles read (simd/tiles.h)
     const int64_t widened = negative_keys.dtype == Dtype::kFloat32 ? 0 : kChunk * (D + kTile);
-    const int64_t parts = kernels().splits ? 3 * room_for_part(D) : 0;
-    floats_ = make_buffer<float>((D + kTile + parts) * kLanes + (2 * kLanes + parts) * kChunk + widened + D +
+    const int64_t parts = kernels().splits ? 3 * room_for_part(std::max(D, kLanes)) : 0;
+    const int64_t weights = kernels().splits ? 3 * room_for_part(kChunk) * kLanes : 0;
+    floats_ = make_buffer<float>((D + kTile + parts) * kLanes + weights + (2 * kLanes + parts) * kChunk + widened + D +
                                  std::max(D, kLanes));
     words_ = make_buffer<int32_t>(kLaneWords * kLanes + kChunk + kLanes);
     index_ = make_buffer<int64_t>(kChunk);
@@ -53,7 +54,8 @@ class Scratch {
     workspace.q_t = p;
     workspace.query_parts = p += (D + kTile) * kLanes;
     workspace.key_parts = p += parts * kLanes;
-    workspace.tile = p += parts * kChunk;
+    workspace.weight_parts = p += parts * kChunk;
+    workspace.tile = p += weights;
     workspace.scores = p += kChunk * kLanes;
     workspace.widened = p += kChunk * kLanes;
     workspace.row = p += widened;

@@ -49,15 +49,17 @@ enum LaneWord {
 
 // Memory of one thread, laid out by Scratch (kernels/cpu/scratch.h).
 struct Workspace {
-  float* q_t;           // (kLanes / panel, D, panel) the block's queries, transposed; or (.., (D + 1) / 2, ..) pairs
-                        // and, for tiles, zeros up to a multiple of 16 of those
-  float* tile;          // (kChunk, kLanes) scores of a chunk
-  float* scores;        // (kChunk, kLanes) the same, where the tile is spent and they are needed again
-  const float** rows;   // (kChunk + 6) the chunk's rows of the queue as they are scored, then rows of zeros
-  int64_t* index;       // (kChunk) their places in the queue
-  float* widened;       // (kChunk, D + 16) where the queue is not stored as fp32
-  float* key_parts;     // (kChunk, 3, words) the chunk's rows as simd/parts.h splits them, of room_for_part(D) words
-  float* query_parts;   // (3, words, kLanes) the block's queries, transposed
+  float* q_t;          // (kLanes / panel, D, panel) the block's queries, transposed; or (.., (D + 1) / 2, ..) pairs
+                       // and, for tiles, zeros up to a multiple of 16 of those
+  float* tile;         // (kChunk, kLanes) scores of a chunk
+  float* scores;       // (kChunk, kLanes) the same, where the tile is spent and they are needed again
+  const float** rows;  // (kChunk + 6) the chunk's rows of the queue as they are scored, then rows of zeros
+  int64_t* index;      // (kChunk) their places in the queue
+  float* widened;      // (kChunk, D + 16) where the queue is not stored as fp32
+  float* key_parts;    // (kChunk, 3, words) the chunk's rows as simd/parts.h splits them, of room_for_part(D or kLanes)
+                       // words
+  float* query_parts;  // (3, words, kLanes) the block's queries, transposed
+  float* weight_parts;  // (3, words, kLanes) the chunk's weights likewise, room_for_part(kChunk) words
   int32_t* in_parts;    // (kChunk + kLanes) -1: the row, the query may be multiplied in parts; 0: it may not
   uint16_t* padded;     // (kChunk, D + 1) where pairs do not come out even
   float* row;           // (D) one query as fp32
@@ -108,7 +110,8 @@ struct Kernels {
   // pivot (B,) or null. Where a selection is given, every place of the range is offered to it besides.
   void (*logsumexp_range)(const Block&, const Workspace&, const float* scale, int64_t scales, const float* pivot,
                           const Selection*, const LogsumexpState* const* states);
-  // Adds the block's share to rows [k_begin, k_end) of out (K, D). lse, weight (B,); panel (64, D rounded up to 64).
+  // Adds the block's share to rows [k_begin, k_end) of out (K, D). lse, weight (B,); panel (64, D rounded up to 64),
+  // and with parts behind it three halves of that.
   void (*logsumexp_grad_keys_range)(const Block&, const Workspace&, float scale, const float* lse, const float* weight,
                                     float* panel, float* out);
   // The same with sigmoid(scale s - lse) in the place of exp(scale s - lse).

@@ -153,13 +153,13 @@ void pair_weights(const Block& block, const Workspace& w, int64_t count, int64_t
   }
 }
 
-// 16 rows of the mean = correction * mean + a tile of the product.
+// 16 rows of the mean = correction * mean + factor * a tile of the product.
 template <int kIndex>
-NEGMINE_INLINE void add_tile(const float* correction, int64_t rows, float* mean) {
+NEGMINE_INLINE void add_tile(float factor, const float* correction, int64_t rows, float* mean) {
   alignas(64) float sum[kTile][kTile];
   store_tile<kIndex>(sum, sizeof sum[0]);
   for (int64_t r = 0; r < rows && r < kTile; ++r) {
-    store(mean + r * kLanes, fma(load(mean + r * kLanes), load(correction), load(sum[r])));
+    store(mean + r * kLanes, fma(load(mean + r * kLanes), load(correction), load(sum[r]) * factor));
   }
 }
 
@@ -186,27 +186,33 @@ void multiply_in_tiles(const float* const* a, int64_t rows, const float* b, int6
   }
 }
 
-void add_mean_in_tiles(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean) {
-  const int64_t D = block.D, words = whole_tiles((count + 1) / 2);
-  turn_rows(block, w, count, words, w.widened);
-  pair_weights(block, w, count, words);
+void add_turned(const Block& block, const float* turned, int64_t words, const float* weights, const Parts& parts,
+                float factor, const float* correction, float* mean) {
+  const int64_t D = block.D, room = parts.left * words;
   const Tiles tiles;
-  const float* turned[2 * kTile];  // (32) rows of the chunk turned
+  const float* rows[2 * kTile];  // (32) of `turned`
   for (int64_t d = 0; d < D; d += 2 * kTile) {
-    for (int64_t r = 0; r < 2 * kTile; ++r) turned[r] = w.widened + (d + r) * words;
-    const Strip top = Strip::of(turned, kTile, words);
-    const Strip bottom = Strip::of(turned + kTile, D - d > kTile ? kTile : 0, words);
+    for (int64_t r = 0; r < 2 * kTile; ++r) rows[r] = turned + (d + r) * room;
+    const Strip top = Strip::of(rows, kTile, room);
+    const Strip bottom = Strip::of(rows + kTile, D - d > kTile ? kTile : 0, room);
     for (int v = 0; v < vectors_of(block); v += 2) {
       const int wide = vectors_of(block) - v < 2 ? 1 : 2;
-      multiply_strips(top, bottom, w.tile + v * kWidth, wide, Parts{}, Ahead{});
-      const float* factor = correction + v * kWidth;
+      multiply_strips(top, bottom, weights + v * kWidth, wide, parts, Ahead{});
+      const float* by = correction + v * kWidth;
       float* cell = mean + d * kLanes + v * kWidth;
-      add_tile<0>(factor, D - d, cell);
-      if (wide == 2) add_tile<1>(factor + kTile, D - d, cell + kTile);
-      if (bottom.count > 0) add_tile<2>(factor, D - d - kTile, cell + kTile * kLanes);
-      if (bottom.count > 0 && wide == 2) add_tile<3>(factor + kTile, D - d - kTile, cell + kTile * kLanes + kTile);
+      add_tile<0>(factor, by, D - d, cell);
+      if (wide == 2) add_tile<1>(factor, by + kTile, D - d, cell + kTile);
+      if (bottom.count > 0) add_tile<2>(factor, by, D - d - kTile, cell + kTile * kLanes);
+      if (bottom.count > 0 && wide == 2) add_tile<3>(factor, by + kTile, D - d - kTile, cell + kTile * kLanes + kTile);
     }
   }
+}
+
+void add_mean_in_tiles(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean) {
+  const int64_t words = whole_tiles((count + 1) / 2);
+  turn_rows(block, w, count, words, w.widened);
+  pair_weights(block, w, count, words);
+  add_turned(block, w.widened, words, w.tile, Parts{}, 1.0f, correction, mean);
 }
 
 bool tiles_are_right() {
