@@ -59,7 +59,8 @@ sanitize: venv
 	cd $(SANITIZED) && \
 	  export LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" && \
 	  export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
-	  ../../$(PY) -m pytest -p no:cacheprovider -k "cpu or bf16" tests/test_kernels.py tests/test_rules.py tests/test_isa.py && \
+	  ../../$(PY) -m pytest -p no:cacheprovider -k "cpu or bf16 or test_parts" \
+	    tests/test_kernels.py tests/test_rules.py tests/test_isa.py tests/test_parts.py && \
 	  ../../$(PY) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
 	  NEGMINE_EMULATOR_SANITIZERS=address,undefined \

@@ -132,7 +132,7 @@ def draw_speed_up(path: Path, rows: list[Row]) -> Path:
         plt.Line2D([], [], marker="o", linestyle="", color=COLOURS[1 + turn % (len(COLOURS) - 1)])
         for turn in range(len(peers))
     ]
-    axes.legend(handles, peers, frameon=False, fontsize=8, loc="lower right")
+    axes.legend(handles, peers, frameon=False, fontsize=8, loc="upper right")
     return save(figure, path, rows, "speed-up")
 
 

@@ -8,6 +8,7 @@ import torch
 import negmine
 from negmine import Mix, Select, backends, order, reference
 from negmine.mining import Mined
+from negmine.mixing import draws_of
 from negmine.pool import Pool, between
 from tests import compare
 from tests.cases import DTYPES, ids, unit, whole
@@ -255,3 +256,33 @@ def test_the_temperature_gradient_from_bf16_is_as_exact_as_from_fp32(isa):
         assert float((mean.double() - truth).abs().max()) <= 2.0**-8 * float(keys.abs().max())
         pull = (q.double() * (mean.double() - truth)).sum(1)  # (B,)
         assert float(pull.abs().max()) <= 16 * torch.finfo(torch.float32).eps * scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B", [5, 300])  # splits folded afterwards, and as they come
+def test_a_score_of_infinity_sums_to_infinity(isa, dtype, B):
+    """Wherever the queue holds it; a score of -inf adds nothing, a NaN makes a NaN, and a logit may overflow too."""
+    K, D, scale = 9000, 3, torch.tensor(9.0)
+    q, keys = unit(B, D, dtype=dtype).abs() + 0.1, unit(K, D, dtype=dtype, seed=1)
+    q[3] = -q[3]
+    for rows in ([0], [4500], [10, 8000], [K - 1]):
+        keys[rows, 1] = torch.inf
+        listed = torch.arange(K).expand(B, K).contiguous()
+        for nan in (False, True):
+            keys[20, 2] = torch.nan if nan else -1.0
+            truth = (9 * (q.double() @ keys.double().T)).logsumexp(1)
+            assert bool((truth.isnan() if nan else truth.isposinf())[0]) and bool(truth.isnan()[3]) == nan
+            for want_mean in (False, True):
+                got = {
+                    "sum": torch.ops.negmine.logsumexp(q, keys, scale, None, want_mean, *Pool())[0],
+                    "mine": torch.ops.negmine.logsumexp_mine(q, keys, 4, scale, None, want_mean, *Pool())[0],
+                    "pair": torch.ops.negmine.logsumexp_pair(q, keys, scale.repeat(2), None, want_mean, *Pool())[0][1],
+                    "listed": torch.ops.negmine.listed_logsumexp(q, keys, listed, scale, want_mean)[1],
+                }
+                for name, lse in got.items():
+                    compare.rounded(name, lse, truth, truth, 9.0)
+        keys[rows, 1] = 0.5
+    near, steep, total = q.abs() * 99, torch.tensor(3e38), torch.full((B,), torch.inf)  # finite scores, no finite logit
+    compare.exact("steep", torch.ops.negmine.logsumexp(near, near, steep, None, False, *Pool())[0], total)
+    index, draws = torch.zeros(B, 4, dtype=torch.int64), draws_of(Mix(4, 6, 3), q.device, 0, 0, 0)
+    compare.exact("mixed", torch.ops.negmine.mix_logsumexp(near, near, index, steep, False, *draws)[0], total)

@@ -120,6 +120,20 @@ def test_all_equal_and_duplicate_rows_rank_by_index(any_backend):
     )
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, where Triton is interpreted
+@pytest.mark.parametrize("options", [*OPTIONS[:2], {"decoupled": True}], ids=lambda o: ",".join(o) or "plain")
+def test_a_negative_of_infinite_score_makes_the_loss_infinite(any_backend, options):
+    q, pos, keys = inputs(any_backend)
+    keys[70, 4] = torch.inf
+    nearer = q[:, 4] > 0  # (B,) the others' score is -inf
+    rows = negmine.info_nce(q, pos, keys, **options, reduction="none", backend=any_backend)
+    if "select" in options:  # ranks from 2 % on: past the infinite one
+        assert bool(rows.isfinite().all())
+        return
+    assert torch.equal(rows.isposinf(), nearer) and torch.equal(rows.isfinite(), ~nearer)
+    assert torch.equal(negmine.logsumexp(q, keys, temperature=0.1, backend=any_backend).isposinf(), nearer)
+
+
 def test_huge_norms_and_small_temperatures_stay_right(any_backend):
     """Regression: a large common offset at T = 0.01 overflows a plain exponential."""
     q, pos, keys = inputs(any_backend)

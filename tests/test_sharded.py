@@ -368,3 +368,23 @@ def test_ranks_over_shards_are_exact_wherever_the_hard_keys_are(spread, at_once,
         thread.join()
     compare.exact("places", torch.cat(got), want)
     assert len(set(rounds)) == 1 and rounds[0] <= 16, rounds
+
+
+def test_a_shard_of_infinite_score_makes_the_sum_infinite():
+    counts, keys, q = [2, 1], unit(2 * K, D, seed=1), unit(3, D)
+    keys[K + 3] = torch.inf * q[1].sign()  # in the second shard
+    q[0], q[2] = q[1] * 0.5, q[1]  # along it too
+    board, barrier, got = [None] * 2, threading.Barrier(2), [None] * 2
+
+    def work(rank):
+        ranks, own = Together(rank, counts, board, barrier), slice(2 * rank, 2 + rank)
+        ops = shards.Shards(backends.Launchers(**cpu.launchers), ranks, q[own], 2 * K, K * rank)
+        held = keys[K * rank : K * rank + K]
+        got[rank] = ops.logsumexp(q[own], held, torch.tensor(5.0), None, True, *(None,) * 7, False)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert bool(torch.cat([lse for lse, *_ in got]).isposinf().all()), got

@@ -47,10 +47,9 @@ def test_tiles_are_the_best_instruction_set(emulated):
     assert run(emulated, "-c", "import negmine, negmine._ops_cpu as ops; print(ops.isa())").strip() == "amxbf16"
 
 
-def test_every_promise_to_an_instruction_set_holds_in_tiles(emulated):
-    out = run(
-        emulated, "-m", "pytest", "-n0", "-p", "no:cacheprovider", "-r", "s", "tests/test_isa.py", "-k", "amxbf16"
-    )
+@pytest.mark.parametrize("tests", [["tests/test_isa.py", "-k", "amxbf16"], ["tests/test_parts.py"]], ids=" ".join)
+def test_every_promise_to_an_instruction_set_holds_in_tiles(emulated, tests):
+    out = run(emulated, "-m", "pytest", "-n0", "-p", "no:cacheprovider", "-r", "s", *tests)
     passed = re.search(r"(\d+) passed", out) or re.search(r"^(\.+)", out, re.M)
     assert passed, out
     assert "skipped" not in out.lower(), out

@@ -49,7 +49,7 @@ void fold(const LogsumexpState& into, const LogsumexpState& part, int64_t D) {
   float keep[kLanes], add[kLanes];
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     const float max = std::max(into.max[lane], part.max[lane]);
-    const float shift = max == -kInfinity ? 0.0f : max;
+    const float shift = std::isfinite(max) ? max : 0.0f;
     keep[lane] = std::exp(into.max[lane] - shift);
     add[lane] = std::exp(part.max[lane] - shift);
     into.max[lane] = max;

@@ -14,10 +14,11 @@ void logsumexp_grad_keys(const LogsumexpGradKeysParams& p, const Parallel& paral
   const auto range = p.sigmoid ? kernels().softplus_sum_grad_keys_range : kernels().logsumexp_grad_keys_range;
   struct Task {
     Scratch scratch;
-    Buffer<float> panel;  // (kLanes, D rounded up)
+    Buffer<float> panel;  // (kLanes, D rounded up), and its parts
   };
   const auto make_task = [&] {
-    return Task{Scratch(p.negative_keys, p.D), make_buffer<float>(kLanes * ceil_div(p.D, kLanes) * kLanes)};
+    const int64_t panel = kLanes * ceil_div(p.D, kLanes) * kLanes;
+    return Task{Scratch(p.negative_keys, p.D), make_buffer<float>(kernels().splits ? panel / 2 * 5 : panel)};
   };
   for_each_task(parallel, ceil_div(p.K, task_rows), make_task, [&](Task& task, int64_t index) {
     Block block{.query = p.query, .negative_keys = p.negative_keys, .D = p.D, .pool = p.pool};

@@ -8,7 +8,7 @@
 #include <new>
 #include <string>
 
-#include "kernels/cpu/simd/kernels.h"
+#include "kernels/cpu/dispatch.h"
 
 namespace negmine::cpu {
 
@@ -42,14 +42,20 @@ class Scratch {
   Scratch(const Matrix& negative_keys, int64_t D) {
     constexpr int64_t kTile = 16;  // D is rounded up to whole tiles in what tiles read (simd/tiles.h)
     const int64_t widened = negative_keys.dtype == Dtype::kFloat32 ? 0 : kChunk * (D + kTile);
-    floats_ = make_buffer<float>((D + kTile) * kLanes + 2 * kChunk * kLanes + widened + D + std::max(D, kLanes));
-    words_ = make_buffer<int32_t>(kLaneWords * kLanes);
+    const int64_t parts = kernels().splits ? 3 * room_for_part(std::max(D, kLanes)) : 0;
+    const int64_t weights = kernels().splits ? 3 * room_for_part(kChunk) * kLanes : 0;
+    floats_ = make_buffer<float>((D + kTile + parts) * kLanes + weights + (2 * kLanes + parts) * kChunk + widened + D +
+                                 std::max(D, kLanes));
+    words_ = make_buffer<int32_t>(kLaneWords * kLanes + kChunk + kLanes);
     index_ = make_buffer<int64_t>(kChunk);
     rows_ = make_buffer<const float*>(kChunk + 6);
     padded_ = make_buffer<uint16_t>(negative_keys.dtype == Dtype::kBFloat16 && D % 2 != 0 ? kChunk * (D + 1) : 0);
     float* p = floats_.get();
     workspace.q_t = p;
-    workspace.tile = p += (D + kTile) * kLanes;
+    workspace.query_parts = p += (D + kTile) * kLanes;
+    workspace.key_parts = p += parts * kLanes;
+    workspace.weight_parts = p += parts * kChunk;
+    workspace.tile = p += weights;
     workspace.scores = p += kChunk * kLanes;
     workspace.widened = p += kChunk * kLanes;
     workspace.row = p += widened;
@@ -58,6 +64,7 @@ class Scratch {
     workspace.padded = padded_.get();
     workspace.index = index_.get();
     workspace.lane_words = words_.get();
+    workspace.in_parts = words_.get() + kLaneWords * kLanes;
   }
 
   Workspace workspace;

@@ -3,7 +3,8 @@
 // A block is up to kLanes queries, one per vector lane, so that every reduction over the queue is a plain vertical
 // vector operation and no query can disturb another. The queue streams past in chunks; a chunk's scores are a (chunk,
 // kLanes) tile. The score of a pair is one chain of fused multiply-adds over d, the same in every function, tile and
-// split; where both sides are bf16 and the processor multiplies those, a chain over pairs of neighbours in d.
+// split; where both sides are bf16 and the processor multiplies those, a chain over pairs of neighbours in d; and where
+// AMX multiplies other storage, what simd/parts.h says.
 #pragma once
 #include <cstdint>
 
@@ -19,6 +20,9 @@ constexpr int64_t kRowChunk = 32;  // rows of one query's own that are scored at
 
 // Floats that mixing works in: (kRowChunk + 3, D), where a row is rounded up to the widest vector.
 inline int64_t mixing_room(int64_t D) { return (kRowChunk + 3) * (D + 15); }
+
+// Words of one part of a row (simd/parts.h): pairs of 32 elements of D fill a tile.
+inline int64_t room_for_part(int64_t D) { return (D + 31) / 32 * 16; }
 
 struct Block {
   Matrix query;          // (B, D)
@@ -45,13 +49,18 @@ enum LaneWord {
 
 // Memory of one thread, laid out by Scratch (kernels/cpu/scratch.h).
 struct Workspace {
-  float* q_t;           // (kLanes / panel, D, panel) the block's queries, transposed; or (.., (D + 1) / 2, ..) pairs
-                        // and, for tiles, zeros up to a multiple of 16 of those
-  float* tile;          // (kChunk, kLanes) scores of a chunk
-  float* scores;        // (kChunk, kLanes) the same, where the tile is spent and they are needed again
-  const float** rows;   // (kChunk + 6) the chunk's rows of the queue as they are scored, then rows of zeros
-  int64_t* index;       // (kChunk) their places in the queue
-  float* widened;       // (kChunk, D + 16) where the queue is not stored as fp32
+  float* q_t;          // (kLanes / panel, D, panel) the block's queries, transposed; or (.., (D + 1) / 2, ..) pairs
+                       // and, for tiles, zeros up to a multiple of 16 of those
+  float* tile;         // (kChunk, kLanes) scores of a chunk
+  float* scores;       // (kChunk, kLanes) the same, where the tile is spent and they are needed again
+  const float** rows;  // (kChunk + 6) the chunk's rows of the queue as they are scored, then rows of zeros
+  int64_t* index;      // (kChunk) their places in the queue
+  float* widened;      // (kChunk, D + 16) where the queue is not stored as fp32
+  float* key_parts;    // (kChunk, 3, words) the chunk's rows as simd/parts.h splits them, of room_for_part(D or kLanes)
+                       // words
+  float* query_parts;  // (3, words, kLanes) the block's queries, transposed
+  float* weight_parts;  // (3, words, kLanes) the chunk's weights likewise, room_for_part(kChunk) words
+  int32_t* in_parts;    // (kChunk + kLanes) -1: the row, the query may be multiplied in parts; 0: it may not
   uint16_t* padded;     // (kChunk, D + 1) where pairs do not come out even
   float* row;           // (D) one query as fp32
   float* zeros;         // (max(D, kLanes))
@@ -96,6 +105,7 @@ void prune(const Selection& selection, int64_t lane);
 
 struct Kernels {
   const char* isa;
+  bool splits;  // it may multiply in parts: workspaces have the room
   // The block against its range, from empty states, one for each of the 1 or 2 scales; kept and above are the first's.
   // pivot (B,) or null. Where a selection is given, every place of the range is offered to it besides.
   void (*logsumexp_range)(const Block&, const Workspace&, const float* scale, int64_t scales, const float* pivot,
@@ -104,7 +114,8 @@ struct Kernels {
   // times that. The rows of `ahead` keys that follow are fetched meanwhile.
   float (*logsumexp_window_row)(const Matrix& negative_keys, int64_t D, const int64_t* keys, int64_t size,
                                 int64_t ahead, float scale, float shift, float* mean);
-  // Adds the block's share to rows [k_begin, k_end) of out (K, D). lse, weight (B,); panel (64, D rounded up to 64).
+  // Adds the block's share to rows [k_begin, k_end) of out (K, D). lse, weight (B,); panel (64, D rounded up to 64),
+  // and with parts behind it three halves of that.
   void (*logsumexp_grad_keys_range)(const Block&, const Workspace&, float scale, const float* lse, const float* weight,
                                     float* panel, float* out);
   // The same with sigmoid(scale s - lse) in the place of exp(scale s - lse).

@@ -11,7 +11,8 @@
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
 
-NEGMINE_INLINE V finite_or_zero(V max) { return max == -__builtin_inff() ? all(0.0f) : max; }
+// What exponents are taken from: an infinite maximum would make inf - inf of its own score, and nothing of all others.
+NEGMINE_INLINE V finite_or_zero(V max) { return max - max == 0.0f ? max : all(0.0f); }
 
 NEGMINE_INLINE void add_to(int64_t* totals, VI counts) {
   for (int i = 0; i < kWidth; ++i) totals[i] += counts[i];

@@ -1,9 +1,10 @@
 // Rows of the gradient of log-sum-exp with respect to the keys: out_k += sum_b weight_b exp(scale s_bk - lse_b) q_b.
 //
 // The scores' tile, once its scores are probabilities, is itself the left operand of a product with the block's
-// queries, so the second product is the same multiply() with lanes as the contraction and d across the vector.
+// queries, so the second product is the same multiply() with lanes as the contraction and d across the vector, or with
+// AMX its parts.
 // softplus_sum_grad_keys is the same with sigmoid(scale s_bk - lse_b), where lse_b = -bias.
-#include "kernels/cpu/simd/score.h"
+#include "kernels/cpu/simd/parts.h"
 
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
@@ -48,6 +49,10 @@ void grad_keys_range(const Block& block, const Workspace& w, float scale, const 
     lane_weight[lane] = lane < block.lanes ? weight[block.first_query + lane] : 0.0f;
   }
   pack_queries(block, w, lane_lse, lane_weight, panel);
+#if defined(NEGMINE_TILES)
+  float* split = panel + block.lanes * ((block.D + kPanel - 1) / kPanel * kPanel);
+  const bool in_parts = split_panel(block, panel, split);
+#endif
   float product[kRows * kLanes];  // (6, kLanes)
   for (int64_t k = block.k_begin; k < block.k_end;) {
     const int64_t count = load_chunk(block, w, &k, true);
@@ -55,15 +60,20 @@ void grad_keys_range(const Block& block, const Workspace& w, float scale, const 
     apply_masks(block, w, count);
     if (block.pool.bounded()) apply_bounds(block, w, count);
     weigh<kSigmoid>(block, w, count, scale, lane_lse, lane_weight);
-    for (int64_t j0 = 0; j0 < count; j0 += kRows) {
-      const int64_t rows = count - j0 < kRows ? count - j0 : kRows;
+    int64_t rest[kChunk], left = count;  // rows of the chunk
+    for (int64_t j = 0; j < count; ++j) rest[j] = j;
+#if defined(NEGMINE_TILES)
+    if (in_parts) left = add_rows_in_parts(block, w, count, split, out, rest);
+#endif
+    for (int64_t j0 = 0; j0 < left; j0 += kRows) {
+      const int64_t rows = left - j0 < kRows ? left - j0 : kRows;
       const float* g[kRows];  // (6, lanes)
-      for (int64_t r = 0; r < kRows; ++r) g[r] = r < rows ? w.tile + (j0 + r) * kLanes : w.zeros;
+      for (int64_t r = 0; r < kRows; ++r) g[r] = r < rows ? w.tile + rest[j0 + r] * kLanes : w.zeros;
       for (int64_t d0 = 0; d0 < block.D; d0 += kPanel) {
         multiply(g, kRows, panel + d0 * block.lanes, block.lanes, kVectors, false, product, Ahead{});
         const int64_t width = block.D - d0 < kPanel ? block.D - d0 : kPanel;
         for (int64_t r = 0; r < rows; ++r) {
-          float* row = out + w.index[j0 + r] * block.D + d0;
+          float* row = out + w.index[rest[j0 + r]] * block.D + d0;
           for (int64_t d = 0; d < width; ++d) row[d] += product[r * kLanes + d];
         }
       }

@@ -2,7 +2,7 @@
 //
 // Where scores come from pairs of bf16, so does this product: weights are rounded to bf16, and rows lie in pairs of
 // rows. The part of the sum along the query, which is the gradient of a scale, is put right at the end by restore_pull.
-#include "kernels/cpu/simd/tiles.h"
+#include "kernels/cpu/simd/parts.h"
 
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
@@ -95,6 +95,7 @@ int64_t pair_chunk(const Block& block, const Workspace& w, int64_t count) {
 void add_mean(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean) {
 #if defined(NEGMINE_TILES)
   if (in_pairs(block)) return add_mean_in_tiles(block, w, count, correction, mean);
+  if (add_mean_in_parts(block, w, count, correction, mean)) return;
 #elif defined(__AVX512BF16__)
   if (in_pairs(block)) return add_weighted<true>(block, w, pair_chunk(block, w, count), correction, mean);
 #endif

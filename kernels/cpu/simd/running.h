@@ -36,7 +36,7 @@ struct RunningLogsumexp {
                                                  int64_t count) {
     float new_max = max;
     for (int64_t s = 0; s < count; ++s) new_max = x[s] > new_max ? x[s] : new_max;
-    const float shift = new_max == -__builtin_inff() ? 0.0f : new_max;
+    const float shift = new_max - new_max == 0.0f ? new_max : 0.0f;  // 0 where it is infinite
     for (int64_t s = 0; s < kRowChunk; s += kWidth) {
       for (int64_t i = s > count ? s : count; i < s + kWidth; ++i) x[i] = -__builtin_inff();
       store(x + s, exp(load(x + s) - shift));

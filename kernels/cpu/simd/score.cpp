@@ -2,10 +2,10 @@
 // sequential over d.
 //
 // The rows are read where they lie (fp32) or widened once per chunk (bf16, fp16); the queries are transposed once per
-// block.
+// block. With AMX they are multiplied in tiles (tiles.h, parts.h) wherever that is as exact.
 #include "kernels/cpu/simd/score.h"
 
-#include "kernels/cpu/simd/tiles.h"
+#include "kernels/cpu/simd/parts.h"
 
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
@@ -141,6 +141,9 @@ void score_chunk(const Block& block, const Workspace& w, int64_t count) {
                     .rows = left < most ? left : most,
                     .stride = keys.row_stride * element,
                     .bytes = block.D * element};
+#if defined(NEGMINE_TILES)
+  if (!pairs) return score_in_parts(block, w, count, ahead);
+#endif
   multiply(w.rows, count, w.q_t, pairs ? (block.D + 1) / 2 : block.D, vectors_of(block), pairs, w.tile, ahead);
 }
 
@@ -153,6 +156,9 @@ void begin_block(const Block& block, const Workspace& w) {
     const float* q = lane < block.lanes ? widen_row(block.query, block.first_query + lane, D, w.row) : w.zeros;
     for (int64_t d = 0; d < D; ++d) out[d * kPanel] = q[d];
   }
+#if defined(NEGMINE_TILES)
+  if (!in_pairs(block)) split_queries(block, w);
+#endif
   begin_pool(block, w);
 }
 

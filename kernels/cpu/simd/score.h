@@ -21,9 +21,10 @@ NEGMINE_INLINE bool in_pairs([[maybe_unused]] const Block& block) {
 // Rows of a chunk: fewer where D is large, so that the chunk stays in the second-level cache.
 NEGMINE_INLINE int64_t chunk_rows(const Block& block) {
 #if defined(__AMX_BF16__)
-  if (in_pairs(block)) return block.D <= 256 ? 96 : block.D <= 512 ? 64 : 32;  // pairs of rows fill tiles of 16
-#endif
+  return block.D <= 256 ? 96 : block.D <= 512 ? 64 : 32;  // pairs of tiles of 16
+#else
   return block.D <= 256 ? kChunk : block.D <= 512 ? 60 : 30;
+#endif
 }
 
 // One step of a chain: a product of floats, or of two pairs of bf16.
@@ -55,8 +56,9 @@ NEGMINE_INLINE Ahead part_of(const Ahead& ahead, int64_t row, int64_t tall) {
 }
 
 // out (rows, kLanes) = a (rows, T) x b (T, 16 * vectors): a by row pointers, readable up to a multiple of 6 rows; b in
-// panels (.., T, kPanel). One chain of fused multiply-adds per 256 of T, chains added in order. All scores come from
-// here: of words that are pairs of bf16, a chain per 128 of T, or what AMX makes of 16 (simd/tiles.h).
+// panels (.., T, kPanel). One chain of fused multiply-adds per 256 of T, chains added in order; of words that are pairs
+// of bf16, a chain per 128 of T, or what AMX makes of 16 (simd/tiles.h). All scores come from here, but for those that
+// AMX multiplies in parts (simd/parts.h).
 void multiply(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors, bool pairs, float* out,
               const Ahead& ahead);
 

@@ -1,5 +1,5 @@
 // The functions of this instruction set, as kernels/cpu/dispatch.cpp chooses among them at run time.
-#include "kernels/cpu/simd/score.h"
+#include "kernels/cpu/simd/tiles.h"
 
 #define NEGMINE_TEXT_OF(x) #x
 #define NEGMINE_TEXT(x) NEGMINE_TEXT_OF(x)
@@ -23,6 +23,11 @@ void listed_grad_keys_row(const Matrix&, int64_t, const int64_t*, int64_t, int64
 
 extern const Kernels kKernels = {
     NEGMINE_TEXT(NEGMINE_SIMD),
+#if defined(NEGMINE_TILES)
+    true,
+#else
+    false,
+#endif
     logsumexp_range,
     logsumexp_window_row,
     logsumexp_grad_keys_range,

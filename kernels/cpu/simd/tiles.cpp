@@ -1,5 +1,5 @@
 // The two products of the kernels in AMX tiles: 2 by 2 accumulators, two tiles of the left operand and two of the
-// right, so that four products wait for four loads.
+// right, so that four products wait for four loads. Operands in parts go through the same accumulators.
 //
 // The rows of the queue are the left operand as they lie; the block's queries in pairs, as AVX512-BF16 takes them too,
 // are the right one. For the mean the rows are turned: its contraction runs over the queue.
@@ -62,41 +62,56 @@ NEGMINE_INLINE void load_strip(const Strip& strip, int64_t t) {
   load_tile<kIndex>(copy, sizeof copy[0]);
 }
 
-// Tiles 0..3 = (top, bottom) x b (whole_tiles(T), 32 of kLanes columns); the bottom only where kTall is 2, the second
-// 16 columns only where kWide is 2.
+// Tiles 0..3 = (top, bottom) x b (parts, whole_tiles(T), 32 of kLanes columns); the bottom only where kTall is 2, the
+// second 16 columns only where kWide is 2. Rows of the strips hold the parts of T words each.
 template <int kTall, int kWide>
-NEGMINE_INLINE void multiply_strips(const Strip& top, const Strip& bottom, const float* b, const Ahead& ahead) {
+NEGMINE_INLINE void multiply_strips(const Strip& top, const Strip& bottom, const float* b, const Parts& parts,
+                                    const Ahead& ahead) {
   zero_tile<0>();
   zero_tile<1>();
   zero_tile<2>();
   zero_tile<3>();
-  constexpr int64_t kStride = kLanes * sizeof(float);
-  for (int64_t t = 0; t < top.T; t += kTile) {
-    if (t * 4 < ahead.bytes) {
-      const char* next = ahead.first + t * 4;
-      for (int64_t r = 0; r < ahead.rows; ++r, next += ahead.stride) __builtin_prefetch(next, 0, 2);
-    }
-    load_strip<4>(top, t);
-    load_tile<6>(b + t * kLanes, kStride);
-    product<0, 4, 6>();
-    if constexpr (kWide == 2) {
-      load_tile<7>(b + t * kLanes + kTile, kStride);
-      product<1, 4, 7>();
-    }
-    if constexpr (kTall == 2) {
-      load_strip<5>(bottom, t);
-      product<2, 5, 6>();
-      if constexpr (kWide == 2) product<3, 5, 7>();
+  constexpr int64_t kStride = kLanes * sizeof(float), kLine = 64;
+  const int64_t T = top.T / parts.left, T_right = whole_tiles(T);
+  const int64_t per_step = ahead.bytes > T_right / kTile * kLine ? 2 * kLine : kLine;  // bytes of each row ahead
+  const int first_pass = parts.left * parts.right == 1 ? 1 : 0;
+  for (int pass = first_pass; pass < 2; ++pass) {  // the products of the first parts last: the others are small
+    for (int64_t t = 0; t < T; t += kTile) {
+      const int64_t asked = pass == first_pass ? ahead.bytes : 0;
+      for (int64_t at = t / kTile * per_step, end = at + per_step; at < end && at < asked; at += kLine) {
+        const char* next = ahead.first + at;
+        for (int64_t r = 0; r < ahead.rows; ++r, next += ahead.stride) __builtin_prefetch(next, 0, 2);
+      }
+      for (int i = pass == 0 ? parts.left - 1 : 0; i >= 0; --i) {
+        const int last = pass == 1 ? 0 : parts.right - 1 < 2 - i ? parts.right - 1 : 2 - i;
+        const int first = pass == 0 && i == 0 ? 1 : 0;
+        if (last < first) continue;
+        load_strip<4>(top, i * T + t);
+        if constexpr (kTall == 2) load_strip<5>(bottom, i * T + t);
+        for (int j = last; j >= first; --j) {
+          const float* right = b + (j * T_right + t) * kLanes;
+          load_tile<6>(right, kStride);
+          product<0, 4, 6>();
+          if constexpr (kTall == 2) product<2, 5, 6>();
+          if constexpr (kWide == 2) {
+            load_tile<7>(right + kTile, kStride);
+            product<1, 4, 7>();
+            if constexpr (kTall == 2) product<3, 5, 7>();
+          }
+        }
+      }
     }
   }
 }
 
-NEGMINE_INLINE void multiply_strips(const Strip& top, const Strip& bottom, const float* b, int wide,
+NEGMINE_INLINE void multiply_strips(const Strip& top, const Strip& bottom, const float* b, int wide, const Parts& parts,
                                     const Ahead& ahead) {
   if (bottom.count > 0) {
-    wide == 2 ? multiply_strips<2, 2>(top, bottom, b, ahead) : multiply_strips<2, 1>(top, bottom, b, ahead);
+    wide == 2 ? multiply_strips<2, 2>(top, bottom, b, parts, ahead)
+              : multiply_strips<2, 1>(top, bottom, b, parts, ahead);
   } else {
-    wide == 2 ? multiply_strips<1, 2>(top, bottom, b, ahead) : multiply_strips<1, 1>(top, bottom, b, ahead);
+    wide == 2 ? multiply_strips<1, 2>(top, bottom, b, parts, ahead)
+              : multiply_strips<1, 1>(top, bottom, b, parts, ahead);
   }
 }
 
@@ -138,29 +153,30 @@ void pair_weights(const Block& block, const Workspace& w, int64_t count, int64_t
   }
 }
 
-// 16 rows of the mean = correction * mean + a tile of the product.
+// 16 rows of the mean = correction * mean + factor * a tile of the product.
 template <int kIndex>
-NEGMINE_INLINE void add_tile(const float* correction, int64_t rows, float* mean) {
+NEGMINE_INLINE void add_tile(float factor, const float* correction, int64_t rows, float* mean) {
   alignas(64) float sum[kTile][kTile];
   store_tile<kIndex>(sum, sizeof sum[0]);
   for (int64_t r = 0; r < rows && r < kTile; ++r) {
-    store(mean + r * kLanes, fma(load(mean + r * kLanes), load(correction), load(sum[r])));
+    store(mean + r * kLanes, fma(load(mean + r * kLanes), load(correction), load(sum[r]) * factor));
   }
 }
 
 }  // namespace
 
 void multiply_in_tiles(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors, float* out,
-                       const Ahead& ahead) {
+                       const Ahead& ahead, const Parts& parts) {
   const Tiles tiles;
   const Ahead none;
+  const int64_t words = parts.left * T;  // of a row
   constexpr int64_t kStride = kLanes * sizeof(float);
   for (int v = 0; v < vectors; v += 2) {
     const int wide = vectors - v < 2 ? 1 : 2;
     for (int64_t row = 0; row < rows; row += 2 * kTile) {
       const int64_t below = rows - row < kTile ? 0 : rows - row - kTile;
-      const Strip top = Strip::of(a + row, rows - row, T), bottom = Strip::of(a + row + kTile, below, T);
-      multiply_strips(top, bottom, b + v * kWidth, wide, v == 0 ? part_of(ahead, row, 2 * kTile) : none);
+      const Strip top = Strip::of(a + row, rows - row, words), bottom = Strip::of(a + row + kTile, below, words);
+      multiply_strips(top, bottom, b + v * kWidth, wide, parts, v == 0 ? part_of(ahead, row, 2 * kTile) : none);
       float* cell = out + row * kLanes + v * kWidth;
       store_tile<0>(cell, kStride);
       if (wide == 2) store_tile<1>(cell + kTile, kStride);
@@ -170,27 +186,33 @@ void multiply_in_tiles(const float* const* a, int64_t rows, const float* b, int6
   }
 }
 
-void add_mean_in_tiles(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean) {
-  const int64_t D = block.D, words = whole_tiles((count + 1) / 2);
-  turn_rows(block, w, count, words, w.widened);
-  pair_weights(block, w, count, words);
+void add_turned(const Block& block, const float* turned, int64_t words, const float* weights, const Parts& parts,
+                float factor, const float* correction, float* mean) {
+  const int64_t D = block.D, room = parts.left * words;
   const Tiles tiles;
-  const float* turned[2 * kTile];  // (32) rows of the chunk turned
+  const float* rows[2 * kTile];  // (32) of `turned`
   for (int64_t d = 0; d < D; d += 2 * kTile) {
-    for (int64_t r = 0; r < 2 * kTile; ++r) turned[r] = w.widened + (d + r) * words;
-    const Strip top = Strip::of(turned, kTile, words);
-    const Strip bottom = Strip::of(turned + kTile, D - d > kTile ? kTile : 0, words);
+    for (int64_t r = 0; r < 2 * kTile; ++r) rows[r] = turned + (d + r) * room;
+    const Strip top = Strip::of(rows, kTile, room);
+    const Strip bottom = Strip::of(rows + kTile, D - d > kTile ? kTile : 0, room);
     for (int v = 0; v < vectors_of(block); v += 2) {
       const int wide = vectors_of(block) - v < 2 ? 1 : 2;
-      multiply_strips(top, bottom, w.tile + v * kWidth, wide, Ahead{});
-      const float* factor = correction + v * kWidth;
+      multiply_strips(top, bottom, weights + v * kWidth, wide, parts, Ahead{});
+      const float* by = correction + v * kWidth;
       float* cell = mean + d * kLanes + v * kWidth;
-      add_tile<0>(factor, D - d, cell);
-      if (wide == 2) add_tile<1>(factor + kTile, D - d, cell + kTile);
-      if (bottom.count > 0) add_tile<2>(factor, D - d - kTile, cell + kTile * kLanes);
-      if (bottom.count > 0 && wide == 2) add_tile<3>(factor + kTile, D - d - kTile, cell + kTile * kLanes + kTile);
+      add_tile<0>(factor, by, D - d, cell);
+      if (wide == 2) add_tile<1>(factor, by + kTile, D - d, cell + kTile);
+      if (bottom.count > 0) add_tile<2>(factor, by, D - d - kTile, cell + kTile * kLanes);
+      if (bottom.count > 0 && wide == 2) add_tile<3>(factor, by + kTile, D - d - kTile, cell + kTile * kLanes + kTile);
     }
   }
+}
+
+void add_mean_in_tiles(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean) {
+  const int64_t words = whole_tiles((count + 1) / 2);
+  turn_rows(block, w, count, words, w.widened);
+  pair_weights(block, w, count, words);
+  add_turned(block, w.widened, words, w.tile, Parts{}, 1.0f, correction, mean);
 }
 
 bool tiles_are_right() {

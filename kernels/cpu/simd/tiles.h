@@ -2,7 +2,8 @@
 //
 // A word is a float or a pair of bf16 neighbours along the contraction. product() adds to an accumulator (16, 16) the
 // left tile (16 rows, 16 words) times the right one (16 words, 16 columns), as TDPBF16PS does: per cell, the first and
-// the second of the pairs are summed apart over the 16 words, then together, then onto the accumulator.
+// the second of the pairs are summed apart over the 16 words, then together, then onto the accumulator; subnormals are
+// read and written as zero.
 //
 // With NEGMINE_EMULATED_TILES the eight registers are memory and the product is loops: the kernels above them can then
 // be proven right on any processor that has AVX512-BF16.
@@ -52,17 +53,18 @@ NEGMINE_INLINE void store_tile(void* first, int64_t stride) {
 
 template <int kSum, int kLeft, int kRight>
 NEGMINE_INLINE void product() {
-  const auto first = [](V pairs) { return (V)((VI)pairs << 16); };
-  const auto second = [](V pairs) { return (V)((VI)pairs & all(static_cast<int32_t>(0xFFFF0000))); };
+  const auto flushed = [](V x) { return ((VI)x & 0x7F800000) == 0 ? all(0.0f) : x; };
+  const auto first = [&](V pairs) { return flushed((V)((VI)pairs << 16)); };
+  const auto second = [&](V pairs) { return flushed((V)((VI)pairs & all(static_cast<int32_t>(0xFFFF0000)))); };
   for (int r = 0; r < kTile; ++r) {
     V firsts = all(0.0f), seconds = all(0.0f);
     for (int t = 0; t < kTile; ++t) {
       const V left = all(emulated_tiles[kLeft].word[r][t]), right = load(emulated_tiles[kRight].word[t]);
-      firsts = fma(first(left), first(right), firsts);
-      seconds = fma(second(left), second(right), seconds);
+      firsts = flushed(fma(first(left), first(right), firsts));
+      seconds = flushed(fma(second(left), second(right), seconds));
     }
     float* sum = emulated_tiles[kSum].word[r];
-    store(sum, load(sum) + (firsts + seconds));
+    store(sum, flushed(load(sum) + flushed(firsts + seconds)));
   }
 }
 #else
@@ -91,9 +93,20 @@ NEGMINE_INLINE void product() {
 // Words of a row that tiles read: T and zeros behind.
 NEGMINE_INLINE int64_t whole_tiles(int64_t T) { return (T + kTile - 1) / kTile * kTile; }
 
-// multiply() of score.h over pairs: b (whole_tiles(T), kLanes), its last rows zeros; writes whole tiles of rows of out.
+// How many operands of T words lie one behind the other, whose sum is the left factor, and the right one: see parts.h.
+struct Parts {
+  int left = 1, right = 1;
+};
+
+// multiply() of score.h over pairs: b (parts, whole_tiles(T), kLanes), where rows past T are zeros; writes whole tiles
+// of rows of out. Of left part i and right part j the products with i + j <= 2 are summed, 0 and 0 last.
 void multiply_in_tiles(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors, float* out,
-                       const Ahead& ahead);
+                       const Ahead& ahead, const Parts& parts = {});
+
+// mean (D, kLanes) = correction * mean + factor * turned (D rounded up to 16, left parts, words) x weights (right
+// parts, words, kLanes); correction (kLanes).
+void add_turned(const Block& block, const float* turned, int64_t words, const float* weights, const Parts& parts,
+                float factor, const float* correction, float* mean);
 
 // add_mean() of score.h over pairs of rows.
 void add_mean_in_tiles(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean);

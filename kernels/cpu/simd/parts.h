@@ -1,0 +1,147 @@
+// Products of fp32 in AMX tiles, which multiply bf16: a number is split into parts that a bf16 holds.
+//
+//     x = x0 + x1 + x2    x0 = x rounded to 8 bits of significand, x1 = x - x0 likewise, x2 what is left
+//     x y ~ x0 y0 + (x0 y1 + x1 y0) + (x0 y2 + x1 y1 + x2 y0)
+//
+// Let 2^e <= |x| < 2^(e + 1). All three are multiples of 2^(e - 23), |x1| <= 2^(e - 8) and |x2| <= 2^(e - 17), so that
+// 8 bits hold x2 too: the split is exact. The three products left out are at most (2^-24 + 2^-34) |x y|: one rounding
+// of fp32, u = 2^-24. Those kept have 16 bits and are exact. A tile sums up to 16 of them in a chain, two chains to
+// each other, and that to the score, for each 32 of D; x0 y0 comes last, when the sum of the others, 2^-7 of the size,
+// has its roundings behind it. So, to first order in u,
+//
+//     |score - q . n| <= (min(ceil(D / 2), 16) + 1.2 + 1.1 ceil(D / 32)) u sum_d |q_d n_d|
+//
+// where chains of fused multiply-adds have min(D, 256) + floor(D / 256): no less from D = 6 to 7,700.
+// fp16 has 11 bits, so two parts, and bf16 is its own: then the products left out are zero, and so are some kept.
+//
+// A row or a query is split where each element is 0 or in magnitude from 2^-40 to 2^40. Then every part and product is
+// a multiple of 2^-126 or of more, so that no sum has anything to lose to the tiles' way with subnormals, and nothing
+// can overflow. All scores of any other row or query, infinite ones and NaN among them, are chains of fused
+// multiply-adds: the way of a score depends on its own two vectors alone.
+//
+// The products of weights and rows (weighted_parts.cpp) are made likewise, of rows that are split and weights that need
+// not lie in a range below: times 2^48, the least subnormal among them is a multiple of 2^-101, and what the tiles take
+// for zero then is below 2^-174, a rounding of the least subnormal by far.
+#pragma once
+#include "kernels/cpu/simd/tiles.h"
+
+#if defined(NEGMINE_TILES)
+namespace negmine::cpu::NEGMINE_SIMD {
+
+typedef uint32_t VU __attribute__((vector_size(kWidth * 4)));
+
+static_assert(kWidth == kTile && kPanel == kLanes);
+
+NEGMINE_INLINE VU every(uint32_t x) { return (VU)all(static_cast<int32_t>(x)); }
+NEGMINE_INLINE VU min(VU a, VU b) { return (VU)_mm512_maskz_min_epu32(0xFFFF, (__m512i)a, (__m512i)b); }
+NEGMINE_INLINE VU max(VU a, VU b) { return (VU)_mm512_maskz_max_epu32(0xFFFF, (__m512i)a, (__m512i)b); }
+
+// The least magnitude seen that is not 0, and the largest: bits without the sign, of the least less 1, where 0 wraps.
+struct Range {
+  VU least = every(0xFFFFFFFF), most = every(0);
+
+  inline __attribute__((always_inline)) void see(V x) {
+    const VU magnitude = (VU)x + (VU)x;
+    least = min(least, magnitude - 1);
+    most = max(most, magnitude);
+  }
+
+  // -1 where all that a lane has seen is 0 or in magnitude from `from` to `to`; NaN is not.
+  inline __attribute__((always_inline)) VI within(float from, float to) const {
+    return (least >= every(2 * bits_of(from) - 1)) & (most <= every(2 * bits_of(to)));
+  }
+};
+
+constexpr float kLeast = 0x1p-40f, kMost = 0x1p40f;              // of what is split
+constexpr float kWeightFactor = 0x1p48f, kMostWeight = 0x1p80f;  // after that factor
+
+NEGMINE_INLINE bool everywhere(VI lanes) { return _mm512_movepi32_mask((__m512i)lanes) == 0xFFFF; }
+
+// body(Count<parts>) for the parts of what is stored so.
+template <int kCount>
+struct Count {
+  static constexpr int value = kCount;
+};
+
+NEGMINE_INLINE int parts_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 3 : dtype == Dtype::kFloat16 ? 2 : 1; }
+
+template <class Body>
+NEGMINE_INLINE void for_parts(Dtype dtype, const Body& body) {
+  const int parts = parts_of(dtype);
+  parts == 3 ? body(Count<3>{}) : parts == 2 ? body(Count<2>{}) : body(Count<1>{});
+}
+
+// Of 8 bits of significand, the nearest, halves away from zero.
+NEGMINE_INLINE V rounded(V x) { return (V)(((VU)x + 0x8000) & 0xFFFF0000); }
+
+// Word i of part p to out + p * stride, p < kParts: part p of low_i in its lower half, of high_i in its upper one.
+template <int kParts>
+NEGMINE_INLINE void split(V low, V high, int64_t stride, float* out) {
+  for (int p = 0; p < kParts; ++p) {
+    const bool last = p + 1 == kParts;  // a bf16 as it is
+    const V low_part = last ? low : rounded(low), high_part = last ? high : rounded(high);
+    store(out + p * stride, (V)((VU)low_part >> 16 | ((VU)high_part & 0xFFFF0000)));
+    low -= low_part;
+    high -= high_part;
+  }
+}
+
+// Elements [d, d + 16) of a row of D, zeros past its end.
+NEGMINE_INLINE V load_part(const float* row, int64_t d, int64_t D) {
+  if (d + kWidth <= D) return load(row + d);
+  const int64_t left = D - d < 0 ? 0 : D - d;
+  return (V)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << left) - 1), row + d);
+}
+
+// row (D) times the factor -> out (kParts, room_for_part(D)); what it held after the factor. A word pairs element i of
+// a tile's 32 with element 16 + i, on both sides of a product: two vectors of neighbours need no shuffle.
+template <int kParts>
+NEGMINE_INLINE Range split_row(const float* row, int64_t D, float factor, float* out) {
+  const int64_t words = room_for_part(D);
+  Range range;
+  for (int64_t t = 0; t < words; t += kTile) {
+    const V low = load_part(row, 2 * t, D) * factor, high = load_part(row, 2 * t + kTile, D) * factor;
+    range.see(low);
+    range.see(high);
+    split<kParts>(low, high, words, out + t);
+  }
+  return range;
+}
+
+// The same of kWidth columns: rows (D, kLanes) -> out (kParts, room_for_part(D), kLanes).
+template <int kParts>
+NEGMINE_INLINE Range split_columns(const float* rows, int64_t D, float factor, float* out) {
+  const int64_t words = room_for_part(D);
+  Range range;
+  for (int64_t t = 0; t < words; ++t) {
+    const int64_t d = t / kTile * kTile + t;
+    const V low = d < D ? load(rows + d * kLanes) * factor : all(0.0f);
+    const V high = d + kTile < D ? load(rows + (d + kTile) * kLanes) * factor : all(0.0f);
+    range.see(low);
+    range.see(high);
+    split<kParts>(low, high, words * kLanes, out + t * kLanes);
+  }
+  return range;
+}
+
+// Fills query_parts, and in_parts of queries, from q_t.
+void split_queries(const Block& block, const Workspace& w);
+
+// score_chunk() of score.h where words are not pairs.
+void score_in_parts(const Block& block, const Workspace& w, int64_t count, const Ahead& ahead);
+
+// add_mean() of score.h of a chunk that score_in_parts() has seen; false, and nothing done, where it split not all
+// rows.
+bool add_mean_in_parts(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean);
+
+// panel (D / kPanel, lanes, kPanel) -> out (D / kPanel, parts, room_for_part(lanes), kPanel), the block's queries as
+// right operand; false where one of them may not be split.
+bool split_panel(const Block& block, const float* panel, float* out);
+
+// Adds what the weights w.tile (count, kLanes) make of such a panel to rows of out (K, D). Rows of weights that are not
+// split it names in rest (count) instead; returns how many.
+int64_t add_rows_in_parts(const Block& block, const Workspace& w, int64_t count, const float* panel, float* out,
+                          int64_t* rest);
+
+}  // namespace negmine::cpu::NEGMINE_SIMD
+#endif
