@@ -279,10 +279,15 @@ def test_a_score_of_infinity_sums_to_infinity(isa, dtype, B):
                     "pair": torch.ops.negmine.logsumexp_pair(q, keys, scale.repeat(2), None, want_mean, *Pool())[0][1],
                     "listed": torch.ops.negmine.listed_logsumexp(q, keys, listed, scale, want_mean)[1],
                 }
+                if not nan:  # of which a window keeps none
+                    window = torch.tensor([[0, K - 1]]).repeat(B, 1), scale, None, want_mean, *Pool()
+                    got["window"] = torch.ops.negmine.logsumexp_window(q, keys, *window)[0]
                 for name, lse in got.items():
                     compare.rounded(name, lse, truth, truth, 9.0)
         keys[rows, 1] = 0.5
     near, steep, total = q.abs() * 99, torch.tensor(3e38), torch.full((B,), torch.inf)  # finite scores, no finite logit
     compare.exact("steep", torch.ops.negmine.logsumexp(near, near, steep, None, False, *Pool())[0], total)
+    window = torch.tensor([[0, 2]]).repeat(B, 1), steep, None, False, *Pool()
+    compare.exact("steep window", torch.ops.negmine.logsumexp_window(near, near, *window)[0], total)
     index, draws = torch.zeros(B, 4, dtype=torch.int64), draws_of(Mix(4, 6, 3), q.device, 0, 0, 0)
     compare.exact("mixed", torch.ops.negmine.mix_logsumexp(near, near, index, steep, False, *draws)[0], total)
