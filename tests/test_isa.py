@@ -291,3 +291,27 @@ def test_a_score_of_infinity_sums_to_infinity(isa, dtype, B):
     compare.exact("steep window", torch.ops.negmine.logsumexp_window(near, near, *window)[0], total)
     index, draws = torch.zeros(B, 4, dtype=torch.int64), draws_of(Mix(4, 6, 3), q.device, 0, 0, 0)
     compare.exact("mixed", torch.ops.negmine.mix_logsumexp(near, near, index, steep, False, *draws)[0], total)
+
+
+@pytest.mark.parametrize("B, kind", [(1, "random"), (5, "masked"), (17, "ordered"), (40, "ties"), (70, "random")])
+def test_ranks_and_windows_do_not_depend_on_threads(B, kind):
+    """Few blocks of queries are split over the queue; where its hardest lie together, one split finds more than its share."""
+    K, D = 20_000, 24
+    q, keys = unit(B, D), unit(K, D, seed=1)
+    keys = keys[(keys @ q[0]).argsort()] if kind == "ordered" else (keys * 2).round() if kind == "ties" else keys
+    pool = Pool(torch.rand(B, K) < 0.3) if kind == "masked" else Pool()
+    ranks = torch.stack([torch.randint(-1, K // 2, (B,)), torch.randint(K // 2, K + 9, (B,)), torch.arange(B)], 1)
+    window = ranks[:, 2:] + torch.tensor([0, 700]), torch.tensor(5.0), None, True, *pool
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 8):
+            torch.set_num_threads(count)
+            deep, few = (torch.ops.negmine.rank_thresholds(q, keys, r, *pool) for r in (ranks, ranks[:, 2:]))
+            results.append((deep, few, *torch.ops.negmine.logsumexp_window(q, keys, *window)))
+    finally:
+        torch.set_num_threads(threads)
+    for name, *each in zip(("deep", "few", "lse", "mean", "kept", "above", "places"), *results, strict=True):
+        for other in each[1:]:
+            compare.exact(name, other, each[0])
+    ranked = negmine.mine_hardest(q, keys, 800, negative_mask=pool.negative_mask, backend="cpu").index
+    compare.exact("rank", order.unpack(results[0][1])[1][:, 0], ranked.gather(1, ranks[:, 2:])[:, 0])

@@ -53,54 +53,51 @@ void logsumexp_window(const LogsumexpParams& p, const int64_t* ranks, int64_t* p
   } else {
     std::fill_n(p.above, p.B, 0);
   }
-  RankThresholdsParams wanted{.query = p.query, .negative_keys = p.negative_keys, .B = p.B, .K = p.K, .D = p.D, .R = 2};
   std::vector<int64_t> asked(ranks, ranks + 2 * p.B);  // (B, 2), the last no further than any pool goes
-  for (int64_t b = 0; b < p.B; ++b) asked[2 * b + 1] = std::min(asked[2 * b + 1], p.K - 1);
-  wanted.ranks = asked.data();
-  wanted.pool = p.pool;
-  const RankGrid grid(wanted, parallel);
-  for (int64_t b = 0; b < p.B; ++b) asked[2 * b + 1] = std::min(asked[2 * b + 1], grid.columns - 1);
-
+  const int64_t columns = columns_of(p.pool, p.K);
+  for (int64_t b = 0; b < p.B; ++b) asked[2 * b + 1] = std::min(asked[2 * b + 1], columns - 1);
+  const RankThresholdsParams wanted{.query = p.query,
+                                    .negative_keys = p.negative_keys,
+                                    .B = p.B,
+                                    .K = p.K,
+                                    .D = p.D,
+                                    .R = 2,
+                                    .ranks = asked.data(),
+                                    .pool = p.pool};
   const int64_t row_bytes = p.D * (p.negative_keys.dtype == Dtype::kFloat32 ? 4 : 2);
   const int64_t stretch = std::max(kRowChunk, kStretchBytes / std::max<int64_t>(row_bytes, 1));
-  struct Task {
-    RankGrid::Task ranks;
+  each_ranking(wanted, parallel, [&](const Block& block, const Selection& selection) {
     std::vector<int64_t> spare;
-  };
-  const auto make_task = [&] { return Task{grid.make_task(), {}}; };
-  for_each_task(parallel, grid.tasks(), make_task, [&](Task& task, int64_t index) {
-    grid.run(task.ranks, index, [&](const Block& block, const Selection& selection) {
-      Window windows[kLanes];
+    Window windows[kLanes];
+    for (int64_t lane = 0; lane < block.lanes; ++lane) {
+      const int64_t b = block.first_query + lane;
+      Window& window = windows[lane] = narrow(selection, lane, ranks + 2 * b, spare, places + 2 * b);
+      for (int64_t i = 0; i < window.size; ++i) {
+        const float x = *p.scale * order_score(window.keys[i]);
+        window.shift = i == 0 || x > window.shift ? x : window.shift;
+      }
+      if (window.shift == -kInfinity) window.shift = 0.0f;
+      if (p.mean != nullptr) std::fill_n(p.mean + b * p.D, p.D, 0.0f);
+    }
+    for (int64_t end = stretch; end < p.K + 2 * stretch; end += stretch) {  // that of the rows ahead
       for (int64_t lane = 0; lane < block.lanes; ++lane) {
-        const int64_t b = block.first_query + lane;
-        Window& window = windows[lane] = narrow(selection, lane, ranks + 2 * b, task.spare, places + 2 * b);
-        for (int64_t i = 0; i < window.size; ++i) {
-          const float x = *p.scale * order_score(window.keys[i]);
-          window.shift = i == 0 || x > window.shift ? x : window.shift;
-        }
-        if (window.shift == -kInfinity) window.shift = 0.0f;
-        if (p.mean != nullptr) std::fill_n(p.mean + b * p.D, p.D, 0.0f);
+        Window& window = windows[lane];
+        const int64_t from = std::exchange(window.at, window.next);
+        while (window.next < window.size && order_index(window.keys[window.next]) < end) ++window.next;
+        float* mean = p.mean == nullptr ? nullptr : p.mean + (block.first_query + lane) * p.D;
+        window.total += kernels().logsumexp_window_row(p.negative_keys, p.D, window.keys + from, window.at - from,
+                                                       window.next - window.at, *p.scale, window.shift, mean);
       }
-      for (int64_t end = stretch; end < p.K + 2 * stretch; end += stretch) {  // that of the rows ahead
-        for (int64_t lane = 0; lane < block.lanes; ++lane) {
-          Window& window = windows[lane];
-          const int64_t from = std::exchange(window.at, window.next);
-          while (window.next < window.size && order_index(window.keys[window.next]) < end) ++window.next;
-          float* mean = p.mean == nullptr ? nullptr : p.mean + (block.first_query + lane) * p.D;
-          window.total += kernels().logsumexp_window_row(p.negative_keys, p.D, window.keys + from, window.at - from,
-                                                         window.next - window.at, *p.scale, window.shift, mean);
-        }
-      }
-      for (int64_t lane = 0; lane < block.lanes; ++lane) {
-        const Window& window = windows[lane];
-        const int64_t b = block.first_query + lane;
-        const float total = window.total;
-        p.kept[b] = window.size;
-        const double lse = window.shift == kInfinity ? kInfinity : window.shift + std::log(static_cast<double>(total));
-        p.lse[b] = static_cast<float>(lse);  // of nothing, log 0
-        for (int64_t d = 0; d < p.D && p.mean != nullptr && total != 0.0f; ++d) p.mean[b * p.D + d] /= total;
-      }
-    });
+    }
+    for (int64_t lane = 0; lane < block.lanes; ++lane) {
+      const Window& window = windows[lane];
+      const int64_t b = block.first_query + lane;
+      const float total = window.total;
+      p.kept[b] = window.size;
+      const double lse = window.shift == kInfinity ? kInfinity : window.shift + std::log(static_cast<double>(total));
+      p.lse[b] = static_cast<float>(lse);  // of nothing, log 0
+      for (int64_t d = 0; d < p.D && p.mean != nullptr && total != 0.0f; ++d) p.mean[b * p.D + d] /= total;
+    }
   });
 }
 

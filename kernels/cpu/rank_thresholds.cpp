@@ -1,7 +1,9 @@
-// The task grid of rank_thresholds: blocks of queries. A block brackets its ranks by a sample and keeps what lies
-// between; where the queue is short, or the sample misled, it keeps all places from the nearer end of its pool to its
-// ranks, for fewer queries at a time where those lie deep. Of what a row keeps, few ranks are bisected for, and many
-// are read off a sort. Buffers stay within a few megabytes for each thread, and (B, K) never exists.
+// The task grid of rank_thresholds: blocks of queries, by splits of the queue where there are fewer blocks than
+// threads. A block brackets its ranks by a sample and keeps what lies between; where the queue is short, or the sample
+// misled, it keeps all places from the nearer end of its pool to its ranks, for fewer queries at a time where those lie
+// deep. Of what a row keeps, few ranks are bisected for, and many are read off a sort. Buffers stay within a few
+// megabytes for each thread, and (B, K) never exists. What is found is exact, so the grid may depend on the number of
+// threads.
 #include "kernels/cpu/rank_thresholds.h"
 
 #include <algorithm>
@@ -13,6 +15,7 @@
 namespace negmine::cpu {
 namespace {
 
+constexpr int64_t kLeastLanes = 16, kLeastSplitRows = 4096;
 constexpr int64_t kFewRanks = 6;  // of a row: bisecting for each costs less than a sort of what was kept
 
 struct Ranks {
@@ -78,49 +81,57 @@ void write_row(const RankThresholdsParams& p, int64_t b, const Selection& select
   (few ? find_each : find_all)(p, b, selection, lane, room);
 }
 
-}  // namespace
+struct Asked {
+  int64_t first[kLanes], last[kLanes];  // first > last: none
+  bool any = false;
+};
 
-RankGrid::RankGrid(const RankThresholdsParams& params, const Parallel& parallel)
-    : p(params), columns(params.K), sampled_(worth_sampling(params.K)) {
-  const uint8_t* mask = p.pool.mask_per_query ? nullptr : p.pool.negative_mask;
-  if (mask != nullptr) columns = std::count_if(mask, mask + p.K, [](uint8_t usable) { return usable != 0; });
-  for (int64_t b = 0; b < p.B && sampled_; ++b) {
-    const Ranks ranks = ranks_of(p, b, b + 1, columns);
-    if (ranks.first <= ranks.last) capacity_ = std::max(capacity_, capacity_between(ranks.first, ranks.last, p.K));
+struct Grid {
+  Grid(const RankThresholdsParams& params, const Parallel& parallel)
+      : p(params), columns(columns_of(params.pool, params.K)), sampled(worth_sampling(params.K)) {
+    for (int64_t b = 0; b < p.B && sampled; ++b) {
+      const Ranks ranks = ranks_of(p, b, b + 1, columns);
+      if (ranks.first <= ranks.last) capacity = std::max(capacity, capacity_between(ranks.first, ranks.last, p.K));
+    }
+    // As many queries as share a pass over the queue for little memory, and no more than leave work for every thread.
+    const int64_t share = ceil_div(ceil_div(p.B, parallel.threads), kLeastLanes) * kLeastLanes;
+    block_lanes = std::min(lanes_in_budget(capacity, kLeastLanes), std::max(share, kLeastLanes));
+    blocks = ceil_div(p.B, block_lanes);
+    if (!sampled || blocks == 0 || blocks >= 2 * parallel.threads || parallel.threads == 1) return;
+    splits = std::max<int64_t>(1, std::min(ceil_div(2 * parallel.threads, blocks), p.K / kLeastSplitRows));
   }
-  // As many queries as share a pass over the queue for little memory, and no more than leave work for every thread.
-  constexpr int64_t kLeastLanes = 16;
-  const int64_t share = ceil_div(ceil_div(p.B, parallel.threads), kLeastLanes) * kLeastLanes;
-  block_lanes_ = std::min(lanes_in_budget(capacity_, kLeastLanes), std::max(share, kLeastLanes));
-}
 
-void RankGrid::run(Task& task, int64_t index, const Finish& finish) const {
-  Block block{.query = p.query, .negative_keys = p.negative_keys, .D = p.D, .pool = p.pool};
-  block.first_query = index * block_lanes_;
-  block.lanes = std::min(block_lanes_, p.B - block.first_query);
-  block.k_end = p.K;
-  if (ranks_of(p, block.first_query, block.first_query + block.lanes, columns).last < 0) {
-    task.selection.begin(block.lanes, 1, false);
-    return finish(block, task.selection.view);
+  Block block_of(int64_t index) const {
+    Block block{.query = p.query, .negative_keys = p.negative_keys, .D = p.D, .pool = p.pool};
+    block.first_query = index * block_lanes;
+    block.lanes = std::min(block_lanes, p.B - block.first_query);
+    block.k_end = p.K;
+    return block;
   }
-  int64_t first[kLanes], last[kLanes];
-  for (int64_t lane = 0; lane < block.lanes; ++lane) {
-    const Ranks ranks = ranks_of(p, block.first_query + lane, block.first_query + lane + 1, columns);
-    first[lane] = ranks.first;
-    last[lane] = ranks.last;
+
+  Asked asked_of(const Block& block) const {
+    Asked asked;
+    for (int64_t lane = 0; lane < block.lanes; ++lane) {
+      const Ranks ranks = ranks_of(p, block.first_query + lane, block.first_query + lane + 1, columns);
+      asked.first[lane] = ranks.first;
+      asked.last[lane] = ranks.last;
+      asked.any |= ranks.first <= ranks.last;
+    }
+    return asked;
   }
-  const Workspace& w = task.scratch.workspace;
-  if (!sampled_ || !select_between(block, w, task.selection, first, last)) return run_directly(block, w, finish);
-  finish(block, task.selection.view);
-}
+
+  const RankThresholdsParams& p;
+  int64_t columns, capacity = 1, block_lanes, blocks, splits = 1;
+  bool sampled;
+};
 
 // Without a sample: everything from the nearer end, as many queries at a time as memory allows.
-void RankGrid::run_directly(Block block, const Workspace& w, const Finish& finish) const {
+void run_directly(const Grid& grid, Block block, const Workspace& w, const Ranked& finish) {
   const int64_t end = block.first_query + block.lanes;
-  const Ranks ranks = ranks_of(p, block.first_query, end, columns);
-  const bool lowest = columns - ranks.first < ranks.last + 1;
-  const int64_t keep = lowest ? columns - ranks.first : ranks.last + 1;
-  const int64_t capacity = capacity_for(keep, columns), lanes = lanes_in_budget(capacity, 1);
+  const Ranks ranks = ranks_of(grid.p, block.first_query, end, grid.columns);
+  const bool lowest = grid.columns - ranks.first < ranks.last + 1;
+  const int64_t keep = lowest ? grid.columns - ranks.first : ranks.last + 1;
+  const int64_t capacity = capacity_for(keep, grid.columns), lanes = lanes_in_budget(capacity, 1);
   OwnedSelection selection(lanes, capacity);
   for (; block.first_query < end; block.first_query += lanes) {
     block.lanes = std::min(lanes, end - block.first_query);
@@ -129,19 +140,83 @@ void RankGrid::run_directly(Block block, const Workspace& w, const Finish& finis
   }
 }
 
-void rank_thresholds(const RankThresholdsParams& p, const Parallel& parallel) {
-  const RankGrid grid(p, parallel);
-  struct Task {
-    RankGrid::Task ranks;
-    Room room;
-  };
-  const auto make_task = [&] { return Task{grid.make_task(), {}}; };
-  for_each_task(parallel, grid.tasks(), make_task, [&](Task& task, int64_t index) {
-    grid.run(task.ranks, index, [&](const Block& block, const Selection& selection) {
-      for (int64_t lane = 0; lane < block.lanes; ++lane) {
-        write_row(p, block.first_query + lane, selection, lane, task.room);
+// Puts what a split found behind what `all` has; false where that is more than surely holds the best.
+bool join(const Selection& all, const Selection& part, const Block& block) {
+  for (int64_t lane = 0; lane < block.lanes; ++lane) {
+    if (all.size[lane] + part.size[lane] > all.keep) return false;
+    std::copy_n(part.keys + lane * part.capacity, part.size[lane], all.keys + lane * all.capacity + all.size[lane]);
+    all.size[lane] += part.size[lane];
+    all.places[lane] += part.places[lane];
+    all.over[lane] += part.over[lane];
+  }
+  return true;
+}
+
+}  // namespace
+
+int64_t columns_of(const Pool& pool, int64_t K) {
+  const uint8_t* mask = pool.mask_per_query ? nullptr : pool.negative_mask;
+  return mask == nullptr ? K : std::count_if(mask, mask + K, [](uint8_t usable) { return usable != 0; });
+}
+
+void each_ranking(const RankThresholdsParams& p, const Parallel& parallel, const Ranked& finish) {
+  const Grid grid(p, parallel);
+  const auto make_scratch = [&] { return Scratch(p.negative_keys, p.D); };
+  if (grid.splits == 1) {
+    struct Task {
+      Scratch scratch;
+      OwnedSelection selection;
+    };
+    const auto make_task = [&] { return Task{make_scratch(), OwnedSelection(grid.block_lanes, grid.capacity)}; };
+    for_each_task(parallel, grid.blocks, make_task, [&](Task& task, int64_t index) {
+      const Block block = grid.block_of(index);
+      const Asked asked = grid.asked_of(block);
+      const Workspace& w = task.scratch.workspace;
+      if (!asked.any) {
+        task.selection.begin(block.lanes, 1, false);
+      } else if (!grid.sampled || !select_between(block, w, task.selection, asked.first, asked.last)) {
+        return run_directly(grid, block, w, finish);
       }
+      finish(block, task.selection.view);
     });
+    return;
+  }
+  std::vector<OwnedSelection> parts;  // (splits, blocks)
+  for (int64_t i = 0; i < grid.splits * grid.blocks; ++i) parts.emplace_back(grid.block_lanes, grid.capacity);
+  std::vector<Bracket> brackets(grid.blocks);
+  for_each_task(parallel, grid.blocks, make_scratch, [&](Scratch& scratch, int64_t b) {
+    const Block block = grid.block_of(b);
+    const Asked asked = grid.asked_of(block);
+    brackets[b] = bracket(block, scratch.workspace, parts[b], asked.first, asked.last);
+  });
+  for_each_task(parallel, grid.splits * grid.blocks, make_scratch, [&](Scratch& scratch, int64_t index) {
+    Block block = grid.block_of(index % grid.blocks);
+    open(parts[index], brackets[index % grid.blocks], block);
+    block.k_begin = index / grid.blocks * p.K / grid.splits;
+    block.k_end = (index / grid.blocks + 1) * p.K / grid.splits;
+    kernels().select_range(block, scratch.workspace, parts[index].view);
+  });
+  for_each_task(parallel, grid.blocks, make_scratch, [&](Scratch& scratch, int64_t b) {
+    const Block block = grid.block_of(b);
+    const Asked asked = grid.asked_of(block);
+    const Selection& all = parts[b].view;
+    bool joined = true;
+    for (int64_t split = 1; split < grid.splits; ++split) {
+      joined = joined && join(all, parts[split * grid.blocks + b].view, block);
+    }
+    if (asked.any && !(joined && held(all, block, asked.first, asked.last))) {
+      return run_directly(grid, block, scratch.workspace, finish);
+    }
+    finish(block, all);
+  });
+}
+
+void rank_thresholds(const RankThresholdsParams& p, const Parallel& parallel) {
+  each_ranking(p, parallel, [&](const Block& block, const Selection& selection) {
+    Room room;
+    for (int64_t lane = 0; lane < block.lanes; ++lane) {
+      write_row(p, block.first_query + lane, selection, lane, room);
+    }
   });
 }
 

@@ -119,8 +119,8 @@ void select(const Block& block, const Workspace& w, OwnedSelection& selection, i
   scan(block, w, selection.view);
 }
 
-bool select_between(const Block& block, const Workspace& w, OwnedSelection& selection, const int64_t* first,
-                    const int64_t* last, const Scan& scan) {
+Bracket bracket(const Block& block, const Workspace& w, OwnedSelection& selection, const int64_t* first,
+                const int64_t* last) {
   const int64_t rows = block.k_end - block.k_begin, piece = piece_rows(rows);
   const Selection& view = selection.view;
   const int64_t capacity = view.capacity;
@@ -135,22 +135,30 @@ bool select_between(const Block& block, const Workspace& w, OwnedSelection& sele
     part.k_end = part.k_begin + piece;
     kernels().select_range(part, w, view);
   }
-  float bound[kLanes], ceiling[kLanes];
+  Bracket found;
   for (int64_t lane = 0; lane < block.lanes; ++lane) {
     const int64_t size = view.size[lane];
     const int64_t high = sample_place(first[lane], rows, -1.0), low = sample_place(last[lane], rows, 1.0);
-    ceiling[lane] = kInfinity;
-    bound[lane] = first[lane] > last[lane] ? std::numeric_limits<float>::quiet_NaN() : -kInfinity;
+    found.ceiling[lane] = kInfinity;
+    found.bound[lane] = first[lane] > last[lane] ? std::numeric_limits<float>::quiet_NaN() : -kInfinity;
     if (first[lane] > last[lane]) continue;
-    bound[lane] = low < size ? order_score(key_at(selection.keys(lane), size, low)) : bound[lane];
-    if (high >= 0 && high < size)
-      ceiling[lane] = order_score(key_at(selection.keys(lane), std::min(size, low + 1), high));
+    if (low < size) found.bound[lane] = order_score(key_at(selection.keys(lane), size, low));
+    if (high >= 0 && high < size) {
+      found.ceiling[lane] = order_score(key_at(selection.keys(lane), std::min(size, low + 1), high));
+    }
   }
   selection.view.capacity = capacity;
+  return found;
+}
+
+void open(OwnedSelection& selection, const Bracket& bracket, const Block& block) {
+  const int64_t capacity = selection.view.capacity, rows = block.k_end - block.k_begin;
   selection.begin(block.lanes, capacity >= rows ? capacity : capacity / 4 * 3, false);
-  std::copy_n(bound, block.lanes, view.bound);
-  std::copy_n(ceiling, block.lanes, view.ceiling);
-  scan(block, w, view);
+  std::copy_n(bracket.bound, block.lanes, selection.view.bound);
+  std::copy_n(bracket.ceiling, block.lanes, selection.view.ceiling);
+}
+
+bool held(const Selection& view, const Block& block, const int64_t* first, const int64_t* last) {
   for (int64_t lane = 0; lane < block.lanes; ++lane) {
     if (first[lane] > last[lane] || first[lane] >= view.places[lane]) continue;
     const bool from = view.over[lane] <= first[lane];
@@ -159,6 +167,13 @@ bool select_between(const Block& block, const Workspace& w, OwnedSelection& sele
     if (!from || !to) return false;
   }
   return true;
+}
+
+bool select_between(const Block& block, const Workspace& w, OwnedSelection& selection, const int64_t* first,
+                    const int64_t* last, const Scan& scan) {
+  open(selection, bracket(block, w, selection, first, last), block);
+  scan(block, w, selection.view);
+  return held(selection.view, block, first, last);
 }
 
 }  // namespace negmine::cpu

@@ -35,6 +35,19 @@ using Scan = std::function<void(const Block&, const Workspace&, const Selection&
 void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest, bool counted,
             const Scan& scan = kernels().select_range);
 
+// What a lane's wanted ranks lie between, by a sample of the range.
+struct Bracket {
+  float bound[kLanes], ceiling[kLanes];  // as in Selection
+};
+
+// The three steps of select_between(), for scans of parts of the range that are joined before the last: bracket()
+// scores the sample in the selection's memory, open() empties it for a scan within the bracket, held() tells whether
+// what was found is what was wanted.
+Bracket bracket(const Block& block, const Workspace& w, OwnedSelection& selection, const int64_t* first,
+                const int64_t* last);
+void open(OwnedSelection& selection, const Bracket& bracket, const Block& block);
+bool held(const Selection& selection, const Block& block, const int64_t* first, const int64_t* last);
+
 // The places of 0-based descending ranks [first, last] (kLanes each) of the block's range, as far as the lane's pool
 // goes; key i of a lane, once sorted, has the rank over + i. A lane with first > last wants nothing. False: the sample
 // misled. The range is scanned once in either case.

@@ -30,7 +30,7 @@ using namespace negmine::cpu;
 namespace {
 
 constexpr int64_t kThreads = 4, kCallers = 3;
-constexpr int64_t kB = 37, kK = 1500, kD = 12, kN = 20, kR = 2, kPairs = 9, kWithQuery = 4, kS = kPairs + kWithQuery;
+constexpr int64_t kB = 37, kK = 17000, kD = 12, kN = 20, kR = 2, kPairs = 9, kWithQuery = 4, kS = kPairs + kWithQuery;
 
 // Each worker takes one index of [begin, end) as OpenMP's would, with no more order than start and join give.
 void run_on_threads(int64_t begin, int64_t end, int64_t, Parallel::Callback callback, void* context) {
