@@ -187,10 +187,11 @@ void each_ranking(const RankThresholdsParams& p, const Parallel& parallel, const
   for_each_task(parallel, grid.blocks, make_scratch, [&](Scratch& scratch, int64_t b) {
     const Block block = grid.block_of(b);
     const Asked asked = grid.asked_of(block);
-    brackets[b] = bracket(block, scratch.workspace, parts[b], asked.first, asked.last);
+    if (asked.any) brackets[b] = bracket(block, scratch.workspace, parts[b], asked.first, asked.last);
   });
   for_each_task(parallel, grid.splits * grid.blocks, make_scratch, [&](Scratch& scratch, int64_t index) {
     Block block = grid.block_of(index % grid.blocks);
+    if (!grid.asked_of(block).any) return parts[index].begin(block.lanes, 1, false);
     open(parts[index], brackets[index % grid.blocks], block);
     block.k_begin = index / grid.blocks * p.K / grid.splits;
     block.k_end = (index / grid.blocks + 1) * p.K / grid.splits;
