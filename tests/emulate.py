@@ -10,9 +10,9 @@ FLAGS = ["-O1", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-ffp-
 SANITIZERS = os.environ.get("NEGMINE_EMULATOR_SANITIZERS", "undefined")  # what they find aborts
 
 
-def build(source: str, folder: Path) -> ctypes.CDLL:
-    """tests/emulator/<source>.cpp as a library in the folder."""
+def build(source: str, folder: Path, *more: str) -> ctypes.CDLL:
+    """tests/emulator/<source>.cpp as a library in the folder, compiled with more flags where they are given."""
     library = folder / f"{source}.so"
-    flags = [*FLAGS, f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover", "-Itests/emulator", "-I."]
+    flags = [*FLAGS, *more, f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover", "-Itests/emulator", "-I."]
     subprocess.run(["g++", *flags, f"tests/emulator/{source}.cpp", "-o", str(library)], cwd=ROOT, check=True)
     return ctypes.CDLL(str(library))

@@ -39,3 +39,9 @@ def products(sass: str) -> set[str]:
 def with_product(every: list[list[str]]) -> list[int]:
     """Instructions of each loop that multiplies."""
     return [len(body) for body in every if any(re.search("GMMA|HMMA|UTC.*MMA|FFMA", x) for x in body)]
+
+
+def from_products_on(every: list[list[str]]) -> list[int]:
+    """Instructions of each loop that multiplies by warpgroups, without what comes before its products."""
+    starts = [(body, next((i for i, x in enumerate(body) if "WARPGROUP.ARRIVE" in x), None)) for body in every]
+    return [len(body) - start for body, start in starts if start is not None]

@@ -6,6 +6,7 @@ queue the way of a long one: cut, scan, certificate, recovery.
 """
 
 import ctypes
+import functools
 
 import pytest
 import torch
@@ -18,12 +19,22 @@ from tests.compare import exact, selected
 
 STORAGE = {torch.bfloat16: 1, torch.float16: 2}
 PROCESSORS = 6
+PRODUCTS = {
+    "emulated": [],
+    "emulated_sm90a": ["-D__CUDA_ARCH_FEAT_SM90_ALL"],
+}  # how tensor cores are asked, and its flags
 each_dtype = pytest.mark.parametrize("dtype", STORAGE, ids=str)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return emulate.build("mine_hardest", tmp_path_factory.mktemp("emulator"))
+def libraries(tmp_path_factory):
+    """The library of each of PRODUCTS, built when it is asked for."""
+    return functools.cache(lambda name: emulate.build("mine_hardest", tmp_path_factory.mktemp(name), *PRODUCTS[name]))
+
+
+@pytest.fixture
+def library(libraries):
+    return libraries("emulated")
 
 
 def plan_of(library, B, K, N, processors=PROCESSORS, least_sample=2048):
@@ -38,8 +49,14 @@ def pointer(tensor):
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-@pytest.fixture(scope="module")
-def emulated_kernel(library):
+@pytest.fixture(params=PRODUCTS)
+def emulated_kernel(request, libraries):
+    return emulated(libraries(request.param))
+
+
+def emulated(library):
+    """mine_hardest by the emulator; what it recovered is its attribute."""
+
     def mine_hardest(query, negative_keys, N, pool, least_sample=2048, **changed):
         (B, D), K = query.shape, len(negative_keys)
         plan = plan_of(library, B, K, N, least_sample=least_sample)[0] | changed
@@ -81,11 +98,11 @@ def gpu_op(query, negative_keys, N, pool, least_sample=2048, **changed):
     return tuple(x.cpu() for x in torch.ops.negmine.mine_hardest.default(*tensors[:2], N, *tensors[2:]))
 
 
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=(pytest.mark.gpu, pytest.mark.sanitized))])
-def kernel(request):
+@pytest.fixture(params=[*PRODUCTS, pytest.param("gpu", marks=(pytest.mark.gpu, pytest.mark.sanitized))])
+def kernel(request, libraries):
     """mine_hardest on CPU tensors, by the emulator or by the GPU."""
-    if request.param == "emulated":
-        return request.getfixturevalue("emulated_kernel")
+    if request.param in PRODUCTS:
+        return emulated(libraries(request.param))
     if cpp_ops.CUDA_REFUSAL:
         pytest.skip(cpp_ops.CUDA_REFUSAL)
     return gpu_op
@@ -123,10 +140,15 @@ def recovered(kernel):
 
 @each_dtype
 def test_one_product_of_fragments(library, dtype):
-    """The emulation of a product and the layout that ptx.cuh states, against a plain product."""
-    left, right, product = whole(16, 16, dtype=dtype), whole(8, 16, dtype=dtype, seed=1), torch.full((16, 8), torch.nan)
-    assert library.emulated_product(STORAGE[dtype], *map(pointer, (left, right, product))) == 0
-    exact("product", product, left.float() @ right.float().T)
+    """The emulation of each product and the layout that its header states, against a plain product."""
+    for function, rows, columns in [
+        (library.emulated_product, 16, 8),
+        (library.emulated_warpgroup_product, 64, 64),
+    ]:
+        left, right = whole(rows, 16, dtype=dtype), whole(columns, 16, dtype=dtype, seed=1)
+        product = torch.full((rows, columns), torch.nan)
+        assert function(STORAGE[dtype], *map(pointer, (left, right, product))) == 0
+        exact("product", product, left.float() @ right.float().T)
 
 
 SHAPES = [  # B, K, D, N, least sample

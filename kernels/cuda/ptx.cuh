@@ -15,9 +15,9 @@
 
 namespace negmine::cuda {
 
-// The dynamic shared memory of the block.
+// The dynamic shared memory of the block, aligned as the swizzle of ptx_sm90.cuh wants it.
 __device__ __forceinline__ char* shared_memory() {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   return memory;
 }
 

@@ -1,17 +1,20 @@
-// The one way the CUDA backend computes a score: s_bk = q_b . n_k in fp32, by tensor cores.
+// The one way the CUDA backend computes a score: s_bk = q_b . n_k in fp32, by tensor cores: those of a warp, or on
+// sm_90a, whose binary a GPU of that kind alone takes, those of a warpgroup (score_sm90.cuh).
 //
 // A block keeps 128 queries in registers, 32 a warp, and streams key tiles through a ring in shared memory. D is padded
 // with zeros to 16 * kSteps, a function of D alone, and a score is the chain of its kSteps products in order: the same
 // bits in every pass, tile and split. Rows that are not there, and keys that a (K,) mask shuts out, are NaN, so no
 // comparison ever keeps their scores and no pass pays for testing them.
 //
-// A piece is 16 bytes, eight elements. Piece c of row r lies at place c ^ (r % 8): the eight rows that a fragment load
-// reads at once are then in different banks.
+// A piece is 16 bytes, eight elements; a slab is eight pieces of all rows of a tile, 128 bytes to a row. Piece c of row
+// r lies at place c ^ (r % 8) of its row in its slab: the eight rows that a fragment load reads at once are then in
+// different banks, and the products of sm_90a, which read tiles themselves, know the order as a swizzle of 128 bytes.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/score_sm90.cuh"
 #include "kernels/cuda/storage.h"
 
 namespace negmine::cuda {
@@ -22,6 +25,7 @@ constexpr int kRowsPerWarp = 32;
 constexpr int kRows = kThreads / kWarp * kRowsPerWarp;  // queries of a block
 constexpr int kKeys = 64;                               // of a tile
 constexpr int kChunk = 32;                              // keys whose scores a warp holds at once
+constexpr int kSlabRow = 128;                           // bytes of a row in a slab
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr uint32_t kTwoNaNs = 0x7FFF7FFFu;  // in bf16 and in fp16
 
@@ -29,7 +33,8 @@ template <int kSteps>
 struct Tiles {
   static constexpr int kPieces = 2 * kSteps;           // of a row
   static constexpr int kStages = kSteps <= 8 ? 3 : 2;  // key tiles in shared memory
-  static constexpr int kTileBytes = kKeys * 16 * kPieces;
+  static constexpr int kSlabBytes = kKeys * kSlabRow;
+  static constexpr int kTileBytes = kPieces / 8 * kSlabBytes;
   static constexpr int kRowsHeld = kRows > kStages* kKeys ? kRows : kStages * kKeys;
   static constexpr int kBytes = kRowsHeld * 16 * kPieces;  // of shared memory; queries pass through it first
 };
@@ -51,9 +56,11 @@ __device__ __forceinline__ int row_of(int i) {
   return threadIdx.x / kWarp * kRowsPerWarp + 8 * i + threadIdx.x % kWarp / 4;
 }
 
+// Where a piece lies: of one tile of rows after the other.
 template <int kSteps>
 __device__ __forceinline__ int offset_of(int row, int piece) {
-  return 16 * (row * Tiles<kSteps>::kPieces + (piece ^ (row & 7)));
+  return row / kKeys * Tiles<kSteps>::kTileBytes + piece / 8 * Tiles<kSteps>::kSlabBytes + row % kKeys * kSlabRow +
+         16 * ((piece ^ row) & 7);
 }
 
 __device__ __forceinline__ void store_piece(char* shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -104,9 +111,14 @@ __device__ __forceinline__ void load_neighbours(char* tile, const Rows& matrix, 
   const int piece = threadIdx.x % kPieces, row = threadIdx.x / kPieces;
   const bool present = 8 * piece < matrix.D;
   const char* from = matrix.base + (first + row) * matrix.stride + (present ? 16 * piece : 0);
+  constexpr int kTurns = kRowsAtOnce % 8 == 0 ? 1 : 2;  // until r % 8 comes again, and places are a constant away
+  static_assert(kTurns * kRowsAtOnce % 8 == 0);
+  SharedAddress to[kTurns];
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) to[i] = shared_address(tile) + offset_of<kSteps>(row + i * kRowsAtOnce, piece);
 #pragma unroll
   for (int i = 0; i < kKeys / kRowsAtOnce; ++i) {
-    copy_async(shared_address(tile) + offset_of<kSteps>(row + i * kRowsAtOnce, piece), from, present);
+    copy_async(to[i % kTurns] + i / kTurns * kTurns * kRowsAtOnce * kSlabRow, from, present);
     from += kRowsAtOnce * matrix.stride;
   }
 }
@@ -152,7 +164,6 @@ struct Lane {
 template <Storage kStorage, int kSteps>
 __device__ __forceinline__ void score(Scores& s, const uint32_t (&query)[2][kSteps][4], SharedAddress tile, int first,
                                       const Lane<kSteps>& from) {
-  constexpr int kRowBytes = 16 * Tiles<kSteps>::kPieces;
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -166,7 +177,7 @@ __device__ __forceinline__ void score(Scores& s, const uint32_t (&query)[2][kSte
     uint32_t key[2][4];
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
-      const int further = (first + 16 * pair) * kRowBytes + step / 4 * 128;
+      const int further = (first + 16 * pair) * kSlabRow + step / 4 * Tiles<kSteps>::kSlabBytes;
       load_matrices(key[pair], tile + from.kind[step % 4] + further);
     }
 #pragma unroll
@@ -203,15 +214,25 @@ __device__ __forceinline__ void stream(const uint32_t (&query)[2][kSteps][4], ch
   int stage = 0;
   for (int tile = first; tile < tiles; tile += stride) {
     wait_for_copies<kStages - 2>();
+    if constexpr (kHasWarpgroups) show_to_products();
     __syncthreads();  // the tile is there for all, and all have left the stage that is filled next
     const int free = stage == 0 ? kStages - 1 : stage - 1;
     fetch(tile + (kStages - 1) * stride, free);
-#pragma unroll 1  // two chunks at once would not fit in registers
-    for (int chunk = 0; chunk < kKeys; chunk += kChunk) {
-      Scores s;
-      score<kStorage, kSteps>(s, query, shared_address(memory) + stage * kBytes, chunk, lane);
-      use(tile * kKeys + chunk, s);
+    const SharedAddress there = shared_address(memory) + stage * kBytes;
+    if constexpr (kHasWarpgroups) {
+      Scores s[2];
+      score_tile<kStorage, kSteps>(s, query, there, Tiles<kSteps>::kSlabBytes);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) use(tile * kKeys + half * kChunk, s[half]);
       __syncwarp();  // the next products want all lanes of a warp at once, wherever `use` sent them
+    } else {
+#pragma unroll 1  // two chunks at once would not fit in registers
+      for (int chunk = 0; chunk < kKeys; chunk += kChunk) {
+        Scores s;
+        score<kStorage, kSteps>(s, query, there, chunk, lane);
+        use(tile * kKeys + chunk, s);
+        __syncwarp();  // as above
+      }
     }
     stage = stage == kStages - 1 ? 0 : stage + 1;
   }

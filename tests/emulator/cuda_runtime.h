@@ -3,7 +3,7 @@
 // Compiling a .cu file with g++ -x c++ and this folder before CUDA's finds wrong indices, lost elements and broken warp
 // exchanges without a GPU. It knows nothing of races and memory order: compute-sanitizer on a GPU does. It covers what
 // the kernels use, launches through cudaLaunchKernelEx included, and no more; a warp whose lanes do not all meet at an
-// exchange aborts. kernels/cuda/ptx.cuh has its twin in this folder.
+// exchange aborts. kernels/cuda/ptx.cuh and ptx_sm90.cuh have their twins in this folder.
 #pragma once
 
 #include <ucontext.h>
@@ -70,6 +70,7 @@ struct Fiber {
   uint64_t offered[2][kWords] = {};         // what it gives to the exchange under way, and gave to the last
   unsigned ballots = 0;                     // by __syncthreads_or, so far
   std::vector<std::vector<Copy>> groups{};  // copies under way; the last group is still open
+  bool hides = false;                       // its writes to shared memory from what the tensor cores read there
 };
 
 inline std::vector<Fiber> fibers;
@@ -77,6 +78,9 @@ inline ucontext_t scheduler;
 inline unsigned current = 0;
 inline std::function<void()> kernel;
 inline std::unique_ptr<char[], decltype(&std::free)> shared{nullptr, &std::free};  // as large as the launch asked for
+inline size_t shared_bytes = 0;
+inline unsigned hidden = 0;  // threads that hide their writes
+inline void (*at_end_of_block)() = [] {};
 inline int votes[3];  // of __syncthreads_or: the last, the one under way and the next
 
 inline void enter() {
@@ -102,6 +106,11 @@ inline void meet(Waits whom) {
   std::abort();
 }
 
+inline void hide(bool hides) {
+  hidden += hides - fibers[current].hides;
+  fibers[current].hides = hides;
+}
+
 // Until every lane has returned or waits for the block.
 inline void run_warp(unsigned begin, unsigned end) {
   while (true) {
@@ -118,13 +127,14 @@ inline void run_warp(unsigned begin, unsigned end) {
   }
 }
 
-inline void run_block(size_t shared_bytes) {
-  shared.reset(static_cast<char*>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128)));
+inline void run_block(size_t bytes) {
+  shared.reset(static_cast<char*>(std::aligned_alloc(1024, (bytes + 1023) / 1024 * 1024)));
+  shared_bytes = bytes, hidden = 0;
   std::memset(shared.get(), 0xFF, shared_bytes);  // NaN in every storage
   std::fill(std::begin(votes), std::end(votes), 0);
   for (unsigned thread = 0; thread < fibers.size(); ++thread) {
     Fiber& fiber = fibers[thread];
-    fiber.done = false;
+    fiber.done = fiber.hides = false;
     fiber.waits = Waits::kNo;
     fiber.groups = {{}};
     fiber.exchanges = fiber.ballots = 0;
@@ -139,6 +149,7 @@ inline void run_block(size_t shared_bytes) {
     for (unsigned begin = 0; begin < fibers.size(); begin += kWarp) run_warp(begin, begin + kWarp);
     for (Fiber& fiber : fibers) fiber.waits = Waits::kNo;  // whoever has not returned is at the barrier
   }
+  at_end_of_block();
 }
 
 template <class T>

@@ -1,5 +1,5 @@
 // kernels/cuda/mine_hardest.cu behind C functions, for ctypes: the arguments of the op in the order of its params
-// struct, its plan, and one product of fragments.
+// struct, its plan, and one product of fragments of each kind.
 #include "kernels/cuda/mine_hardest.cu"
 
 using namespace negmine::cuda;
@@ -74,4 +74,41 @@ extern "C" int emulated_product(int32_t storage, const uint16_t* left, const uin
   const bool bf16 = static_cast<Storage>(storage) == Storage::kBFloat16;
   return cudaLaunchKernelEx(&launch, bf16 ? one_product<Storage::kBFloat16> : one_product<Storage::kFloat16>, left,
                             right, product);
+}
+
+// product (64, 64) fp32 = left (64, 16) times the transpose of right (64, 16), by one warpgroup: fragments are filled
+// by the formulas of ptx_sm90.cuh, and right lies in shared memory as the first 16 columns of a slab.
+template <Storage kStorage>
+void one_warpgroup_product(const uint16_t* left, const uint16_t* right, float* product) {
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (int i = threadIdx.x; i < 64 * 16; i += 128) {
+    const int row = i / 16, column = i % 16;
+    std::memcpy(shared_memory() + 128 * row + 16 * (column / 8 ^ row % 8) + 2 * (column % 8), right + i, 2);
+  }
+  show_to_products();
+  __syncthreads();
+  uint32_t a[4];
+  for (int i = 0; i < 4; ++i) {
+    std::memcpy(&a[i], left + 16 * (16 * warp + g + 8 * (i % 2)) + 2 * t + 8 * (i / 2), 4);
+  }
+  float d[2][2][4][4];
+  begin_products();
+  multiply_later<kStorage, false>(d[0][0], d[1][0], a, descriptor_of(shared_address(shared_memory())));
+  wait_for_products(d);
+  for (int n = 0; n < 8; ++n) {
+    for (int i = 0; i < 4; ++i) {
+      product[64 * (16 * warp + g + 8 * (i / 2)) + 8 * n + 2 * t + i % 2] = d[n / 4][0][n % 4][i];
+    }
+  }
+}
+
+extern "C" int emulated_warpgroup_product(int32_t storage, const uint16_t* left, const uint16_t* right,
+                                          float* product) {
+  cudaLaunchConfig_t launch = {};
+  launch.blockDim = dim3(128);
+  launch.dynamicSmemBytes = 64 * 128;
+  const bool bf16 = static_cast<Storage>(storage) == Storage::kBFloat16;
+  return cudaLaunchKernelEx(&launch,
+                            bf16 ? one_warpgroup_product<Storage::kBFloat16> : one_warpgroup_product<Storage::kFloat16>,
+                            left, right, product);
 }

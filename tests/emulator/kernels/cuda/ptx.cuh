@@ -64,6 +64,7 @@ template <int kNewest>
 void wait_for_copies() {
   auto& groups = emulator::fibers[emulator::current].groups;
   while (groups.size() > kNewest + 1) {
+    if (!groups.front().empty()) emulator::hide(true);
     for (const emulator::Copy& copy : groups.front()) {
       if (copy.global) {
         std::memcpy(copy.shared, copy.global, 16);
