@@ -7,6 +7,7 @@ queue the way of a long one: cut, scan, certificate, recovery.
 
 import ctypes
 import functools
+import itertools
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from negmine import cpp_ops, order, reference
 from negmine.pool import check_pool, usable
 from tests import emulate
 from tests.cases import MASKS, masks, unit, whole
-from tests.compare import exact, selected
+from tests.compare import exact, rounded, selected
 
 STORAGE = {torch.bfloat16: 1, torch.float16: 2}
 PROCESSORS = 6
@@ -149,6 +150,22 @@ def test_one_product_of_fragments(library, dtype):
         product = torch.full((rows, columns), torch.nan)
         assert function(STORAGE[dtype], *map(pointer, (left, right, product))) == 0
         exact("product", product, left.float() @ right.float().T)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_score_does_not_depend_on_how_a_pass_holds_its_queries(libraries, name):
+    """32 or 16 queries a warp, in registers or in shared memory, the scores of one chunk or of two at once."""
+    q, keys = unit(50, 104, dtype=torch.bfloat16), unit(150, 104, dtype=torch.bfloat16, seed=1)
+    sizes = [ctypes.c_int64(size) for size in (50, 150, 104)]
+    every = []
+    for sixteens, shared, at_once in itertools.product((2, 1), (False, True), (2, 1)):
+        scores = torch.full((50, 150), torch.nan)
+        held = ctypes.c_int32(sixteens), ctypes.c_bool(shared), ctypes.c_int32(at_once)
+        assert libraries(name).emulated_scores(*held, *sizes, *map(pointer, (q, keys, scores))) == 0
+        every.append(scores)
+    rounded("scores", every[0], q.double() @ keys.double().T, q.float() @ keys.float().T)
+    for scores in every[1:]:
+        exact("scores", scores, every[0])
 
 
 SHAPES = [  # B, K, D, N, least sample

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/mine_hardest.h"
 #include "kernels/cuda/score_tile.cuh"
 #include "kernels/cuda/selection.cuh"
@@ -24,21 +25,10 @@ namespace {
 constexpr int kSlack = kChunk / kLanes;  // survivors that a buffer may receive from one chunk
 constexpr int kRecoverDigit = 5;         // bits of a place that one pass of recover decides
 constexpr int kRecoverBins = 1 << kRecoverDigit;
-constexpr int kSharedBytes = 99 << 10;          // that a block may have on every card from sm_80 on
 constexpr int kFinishExtra = 4 * (kBins + 8);   // bytes of the finish beside its places
 constexpr int64_t kScratchBytes = 40 << 20;     // a workspace below this is never worth a second chunk
 constexpr int64_t kMostScratchBytes = 1 << 30;  // offsets in it are 32 bits
 constexpr double kSigmas = 4.75, kPlacesBelow = 4;
-
-struct Inputs {
-  Rows query, keys;
-  int32_t K;
-  Pool pool;
-
-  __device__ int64_t key(int64_t column) const {
-    return column < K && (!pool.key_mask || pool.key_mask[column]) ? column : -1;
-  }
-};
 
 // sampled[row][j] = rank of the score of column j K / sample, whether or not the row sees it.
 template <Storage kStorage, int kSteps>
@@ -47,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Inputs in, Pass p) {
   const int64_t first = p.first + blockIdx.x * int64_t{kRows};
   load_queries<kSteps>(query, shared_memory(), in.query, first, p.B);
   const auto find = [&](int j) { return j < p.sample ? in.key(column_of(p, in.K, j)) : int64_t{-1}; };
-  const auto use = [&](int j0, const Scores& s) {
+  const auto use = [&](int j0, const Scores& s, SharedAddress) {
     const int t = threadIdx.x % kLanes;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -95,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kSteps <= 8 ? 3 : 2) scan_kernel(Inp
     }
     return to;
   };
-  const auto use = [&](int column, const Scores& s) {
+  const auto use = [&](int column, const Scores& s, SharedAddress) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t end = limit + 8 * i * row_size;
@@ -161,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 2) recover_kernel(Inputs in, Pass p)
   const auto visit = [&](auto asks, auto use) {
     stream<kStorage, kSteps>(
         query, shared_memory(), in.keys, 0, 1, in.K, !in.pool.key_mask, [&](int column) { return in.key(column); },
-        [&](int column, const Scores& s) {
+        [&](int column, const Scores& s, SharedAddress) {
 #pragma unroll
           for (int j = 0; j < kChunk; ++j) books.scores[j][threadIdx.x] = s[j / 16][j / 4 % 4][j % 4];
 #pragma unroll 1
@@ -207,19 +197,6 @@ __global__ void __launch_bounds__(kThreads, 2) recover_kernel(Inputs in, Pass p)
   if (failed) p.recovered[own] = kept[threadIdx.x];
 }
 
-template <class... Wanted, class... Given>
-cudaError_t launch(void (*kernel)(Wanted...), dim3 grid, int threads, int shared, void* stream, Given... arguments) {
-  cudaError_t error =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
-  config.stream = static_cast<cudaStream_t>(stream);
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
 int64_t next_power_of_2(int64_t n) {
   int64_t power = 1;
   while (power < n) power *= 2;
@@ -262,11 +239,6 @@ cudaError_t mine_at_width(const Inputs& in, const Pass& p, void* stream) {
   if (in.query.D <= 64) return mine<kStorage, 4>(in, p, stream);
   if (in.query.D <= 128) return mine<kStorage, 8>(in, p, stream);
   return mine<kStorage, 16>(in, p, stream);
-}
-
-Rows rows_of(const void* base, int64_t stride, int64_t D) {
-  const bool in_pieces = reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride % 8 == 0 && D % 8 == 0;
-  return {static_cast<const char*>(base), 2 * stride, D, in_pieces};
 }
 
 // Bytes of a workspace by its parts, in this order.

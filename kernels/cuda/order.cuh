@@ -38,19 +38,21 @@ __device__ inline Bound bound_of(int64_t order) {
   return {__uint_as_float(high >> 31 ? high ^ 0x7FFFFFFFu : high), index_of(static_cast<uint64_t>(order))};
 }
 
+__device__ __forceinline__ bool is_at_least(const Bound& bound, float s, int64_t k) {
+  return s > bound.score || (s == bound.score && k <= bound.index);
+}
+
+__device__ __forceinline__ bool is_at_most(const Bound& bound, float s, int64_t k) {
+  return s < bound.score || (s == bound.score && k >= bound.index);
+}
+
 // Whether column k, with score s, is in row b's pool as far as pairs decide; key_mask is the loader's.
 __device__ inline bool sees(const Pool& pool, int64_t b, int64_t k, float s) {
   if (pool.pair_mask && !pool.pair_mask[b * pool.pair_mask_stride + k]) return false;
   if (pool.query_ids && pool.query_ids[b] == pool.negative_ids[k]) return false;
   if (pool.query_labels && (pool.query_labels[b] == pool.negative_labels[k]) != pool.same_label) return false;
-  if (pool.lower) {
-    const Bound bound = bound_of(pool.lower[b]);
-    if (!(s > bound.score || (s == bound.score && k <= bound.index))) return false;
-  }
-  if (pool.upper) {
-    const Bound bound = bound_of(pool.upper[b]);
-    if (!(s < bound.score || (s == bound.score && k >= bound.index))) return false;
-  }
+  if (pool.lower && !is_at_least(bound_of(pool.lower[b]), s, k)) return false;
+  if (pool.upper && !is_at_most(bound_of(pool.upper[b]), s, k)) return false;
   return true;
 }
 

@@ -4,10 +4,12 @@
 // A block keeps 128 queries in registers, 32 a warp, and streams key tiles through a ring in shared memory. D is padded
 // with zeros to 16 * kSteps, a function of D alone, and a score is the chain of its kSteps products in order: the same
 // bits in every pass, tile and split. Rows that are not there, and keys that a (K,) mask shuts out, are NaN, so no
-// comparison ever keeps their scores and no pass pays for testing them.
+// comparison ever keeps their scores and no pass pays for testing them. A pass that also sums keys asks for zeros
+// there. It may have 16 queries a warp, or leave them in shared memory, where its sums take the registers: no bit
+// depends on it.
 //
-// A piece is 16 bytes, eight elements; a slab is eight pieces of all rows of a tile, 128 bytes to a row. Piece c of row
-// r lies at place c ^ (r % 8) of its row in its slab: the eight rows that a fragment load reads at once are then in
+// A piece is 16 bytes, eight elements; a slab is eight pieces of all 64 rows of a tile, 128 bytes to a row. Piece c of
+// row r lies at place c ^ (r % 8) of its row in its slab: the eight rows that a fragment load reads at once are then in
 // different banks, and the products of sm_90a, which read tiles themselves, know the order as a swizzle of 128 bytes.
 #pragma once
 
@@ -28,6 +30,7 @@ constexpr int kChunk = 32;                              // keys whose scores a w
 constexpr int kSlabRow = 128;                           // bytes of a row in a slab
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr uint32_t kTwoNaNs = 0x7FFF7FFFu;  // in bf16 and in fp16
+constexpr uint32_t kTwoZeros = 0u;
 
 template <int kSteps>
 struct Tiles {
@@ -47,13 +50,16 @@ struct Rows {
   bool in_pieces;  // rows begin at multiples of 16 bytes and D is a multiple of 8
 };
 
-// Scores that a lane holds of its warp's 32 rows and a chunk of 32 keys. Of [m][n][i], with g = lane / 4, t = lane % 4:
-// row 16 m + g + 8 (i / 2), key 8 n + 2 t + i % 2.
-using Scores = float[2][4][4];
+// Scores that a lane holds of its warp's 16 kSixteens rows and a chunk of 32 keys. Of [m][n][i], with g = lane / 4,
+// t = lane % 4: row 16 m + g + 8 (i / 2), key 8 n + 2 t + i % 2.
+template <int kSixteens>
+using ScoresOf = float[kSixteens][4][4];
+using Scores = ScoresOf<kRowsPerWarp / 16>;
 
-// The row of the block, of the four that a lane holds: i = 2 m + half.
+// The row of the block, of those that a lane holds: i = 2 m + half.
+template <int kSixteens = kRowsPerWarp / 16>
 __device__ __forceinline__ int row_of(int i) {
-  return threadIdx.x / kWarp * kRowsPerWarp + 8 * i + threadIdx.x % kWarp / 4;
+  return threadIdx.x / kWarp * (16 * kSixteens) + 8 * i + threadIdx.x % kWarp / 4;
 }
 
 // Where a piece lies: of one tile of rows after the other.
@@ -63,12 +69,19 @@ __device__ __forceinline__ int offset_of(int row, int piece) {
          16 * ((piece ^ row) & 7);
 }
 
+// From a piece to the one of the same place that is `rows` rows, a multiple of 8, and `steps` steps, one of 4, further.
+template <int kSteps>
+__device__ constexpr int further(int rows, int steps) {
+  return rows * kSlabRow + steps / 4 * Tiles<kSteps>::kSlabBytes;
+}
+
 __device__ __forceinline__ void store_piece(char* shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   *reinterpret_cast<uint4*>(shared) = make_uint4(a, b, c, d);
 }
 
-// Begins to copy kCount rows of `matrix` into a tile; find(i) is the row of the matrix that becomes row i, -1 for none.
-template <int kSteps, int kCount, class Find>
+// Begins to copy kCount rows of `matrix` into a tile; find(i) is the row of the matrix that becomes row i, -1 for none,
+// which becomes kAbsent.
+template <int kSteps, int kCount, uint32_t kAbsent = kTwoNaNs, class Find>
 __device__ __forceinline__ void load_rows(char* tile, const Rows& matrix, Find find) {
   constexpr int kPieces = Tiles<kSteps>::kPieces, kRowsAtOnce = kThreads / kPieces, kTogether = 4;
   static_assert(kThreads % kPieces == 0 && kCount % (kRowsAtOnce * kTogether) == 0);
@@ -84,7 +97,7 @@ __device__ __forceinline__ void load_rows(char* tile, const Rows& matrix, Find f
       for (int i = 0; i < kTogether; ++i) {
         char* place = tile + offset_of<kSteps>(row + i * kRowsAtOnce, piece);
         if (source[i] < 0) {
-          store_piece(place, kTwoNaNs, kTwoNaNs, kTwoNaNs, kTwoNaNs);
+          store_piece(place, kAbsent, kAbsent, kAbsent, kAbsent);
         } else {
           copy_async(shared_address(place), matrix.base + source[i] * matrix.stride + (present ? 16 * piece : 0),
                      present);
@@ -96,7 +109,7 @@ __device__ __forceinline__ void load_rows(char* tile, const Rows& matrix, Find f
     for (int i = 0; i < 4 * kTogether; ++i) {  // by words of two elements
       const int64_t from = find(row + i / 4 * kRowsAtOnce), d = 8 * piece + i % 4 * 2;
       const uint16_t* element = reinterpret_cast<const uint16_t*>(matrix.base + from * matrix.stride) + d;
-      uint32_t word = from < 0 ? kTwoNaNs : 0u;
+      uint32_t word = from < 0 ? kAbsent : 0u;
       if (from >= 0 && d < matrix.D) word = element[0];
       if (from >= 0 && d + 1 < matrix.D) word |= static_cast<uint32_t>(element[1]) << 16;
       *reinterpret_cast<uint32_t*>(tile + offset_of<kSteps>(row + i / 4 * kRowsAtOnce, piece) + i % 4 * 4) = word;
@@ -118,28 +131,82 @@ __device__ __forceinline__ void load_neighbours(char* tile, const Rows& matrix, 
   for (int i = 0; i < kTurns; ++i) to[i] = shared_address(tile) + offset_of<kSteps>(row + i * kRowsAtOnce, piece);
 #pragma unroll
   for (int i = 0; i < kKeys / kRowsAtOnce; ++i) {
-    copy_async(to[i % kTurns] + i / kTurns * kTurns * kRowsAtOnce * kSlabRow, from, present);
+    copy_async(to[i % kTurns] + further<kSteps>(i / kTurns * kTurns * kRowsAtOnce, 0), from, present);
     from += kRowsAtOnce * matrix.stride;
   }
 }
 
-// The fragments of this warp's 32 queries, [m][step]; the shared memory is free again.
-template <int kSteps>
-__device__ __forceinline__ void load_queries(uint32_t (&query)[2][kSteps][4], char* memory, const Rows& matrix,
-                                             int64_t first, int64_t B) {
+// The block's queries, from `first` on, in shared memory: tile m has rows m of the warps, 16 of each after the other,
+// which is what one product of a warpgroup takes.
+template <int kSteps, int kSixteens>
+__device__ __forceinline__ void gather_queries(char* memory, const Rows& matrix, int64_t first, int64_t B) {
+  constexpr int kWarps = kThreads / kWarp;
+  static_assert(16 * kWarps == kKeys);
+  const auto find = [&](int place) {
+    const int row = place % kKeys / 16 * (16 * kSixteens) + place / kKeys * 16 + place % 16;
+    return first + row < B ? first + row : int64_t{-1};
+  };
   __syncthreads();
-  load_rows<kSteps, kRows>(memory, matrix, [&](int row) { return first + row < B ? first + row : int64_t{-1}; });
+  load_rows<kSteps, 16 * kWarps * kSixteens>(memory, matrix, find);
   end_copies();
   wait_for_copies<0>();
+  if constexpr (kHasWarpgroups) show_to_products();
   __syncthreads();
-  const int lane = threadIdx.x % kWarp;
-  const int row =
-      threadIdx.x / kWarp * kRowsPerWarp + lane % 16;  // of m = 0: matrices 0 and 1 hold rows, 2 and 3 again
+}
+
+// This warp's queries in shared memory.
+template <int kSteps, int kSixteens>
+struct SharedQueries {
+  SharedAddress tiles;
+  SharedAddress kind[4];  // of the first row and step of each kind, as in Lane
+
+  __device__ explicit SharedQueries(char* memory) : tiles(shared_address(memory)) {
+    const int lane = threadIdx.x % kWarp;
+    const int row = threadIdx.x / kWarp * 16 + lane % 16;  // matrices 0 and 1 hold rows, 2 and 3 again
 #pragma unroll
-  for (int m = 0; m < 2; ++m) {
+    for (int step = 0; step < 4; ++step) kind[step] = tiles + offset_of<kSteps>(row, 2 * step + lane / 16);
+  }
+
+  // Of rows m of all warps, for products of a warpgroup.
+  __device__ uint64_t descriptor(int m, int step) const {
+    return descriptor_of(tiles + m * Tiles<kSteps>::kTileBytes) + advance_of(further<kSteps>(0, step), step);
+  }
+};
+
+// The fragments of one step, from where the queries are.
+template <int kSteps, int kSixteens>
+__device__ __forceinline__ void take(uint32_t (&fragments)[kSixteens][4], const SharedQueries<kSteps, kSixteens>& query,
+                                     int step) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      load_matrices(query[m][step], shared_address(memory) + offset_of<kSteps>(row + 16 * m, 2 * step + lane / 16));
+  for (int m = 0; m < kSixteens; ++m) {
+    load_matrices(fragments[m], query.kind[step % 4] + (m * Tiles<kSteps>::kTileBytes + further<kSteps>(0, step)));
+  }
+}
+
+template <int kSteps, int kSixteens>
+__device__ __forceinline__ void take(uint32_t (&fragments)[kSixteens][4], const uint32_t (&query)[kSixteens][kSteps][4],
+                                     int step) {
+#pragma unroll
+  for (int m = 0; m < kSixteens; ++m) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fragments[m][i] = query[m][step][i];
+  }
+}
+
+// The fragments of this warp's queries, [m][step]; the shared memory is free again.
+template <int kSteps, int kSixteens>
+__device__ __forceinline__ void load_queries(uint32_t (&query)[kSixteens][kSteps][4], char* memory, const Rows& matrix,
+                                             int64_t first, int64_t B) {
+  gather_queries<kSteps, kSixteens>(memory, matrix, first, B);
+  const SharedQueries<kSteps, kSixteens> shared(memory);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    uint32_t fragments[kSixteens][4];
+    take(fragments, shared, step);
+#pragma unroll
+    for (int m = 0; m < kSixteens; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) query[m][step][i] = fragments[m][i];
     }
   }
   __syncthreads();
@@ -160,12 +227,12 @@ struct Lane {
   }
 };
 
-// Scores of the warp's queries and the 32 keys of a tile from `first`, a multiple of 8, on.
-template <Storage kStorage, int kSteps>
-__device__ __forceinline__ void score(Scores& s, const uint32_t (&query)[2][kSteps][4], SharedAddress tile, int first,
+// Scores of the warp's queries and the 32 keys from `keys` on, a multiple of 8 within a tile.
+template <Storage kStorage, int kSteps, int kSixteens, class Queries>
+__device__ __forceinline__ void score(ScoresOf<kSixteens>& s, const Queries& query, SharedAddress keys,
                                       const Lane<kSteps>& from) {
 #pragma unroll
-  for (int m = 0; m < 2; ++m) {
+  for (int m = 0; m < kSixteens; ++m) {
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
 #pragma unroll
@@ -174,28 +241,30 @@ __device__ __forceinline__ void score(Scores& s, const uint32_t (&query)[2][kSte
   }
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    uint32_t key[2][4];
+    uint32_t own[kSixteens][4], key[2][4];
+    take(own, query, step);
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
-      const int further = (first + 16 * pair) * kSlabRow + step / 4 * Tiles<kSteps>::kSlabBytes;
-      load_matrices(key[pair], tile + from.kind[step % 4] + further);
+      load_matrices(key[pair], keys + from.kind[step % 4] + further<kSteps>(16 * pair, step));
     }
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        multiply<kStorage>(s[m][n], query[m][step], key[n / 2][n % 2 * 2], key[n / 2][n % 2 * 2 + 1]);
+      for (int m = 0; m < kSixteens; ++m) {
+        multiply<kStorage>(s[m][n], own[m], key[n / 2][n % 2 * 2], key[n / 2][n % 2 * 2 + 1]);
       }
     }
   }
 }
 
-// Scores of tiles first, first + stride, ... of the columns [0, count): use(column, scores) for every chunk of 32, in
-// order. find(column) is the row of `keys` behind a column, -1 for none; it is asked of columns past `count` too.
-// is_plain says that every column is the row of its number.
-template <Storage kStorage, int kSteps, class Find, class Use>
-__device__ __forceinline__ void stream(const uint32_t (&query)[2][kSteps][4], char* memory, const Rows& keys, int first,
-                                       int stride, int count, bool is_plain, Find find, Use use) {
+// Scores of tiles first, first + stride, ... of the columns [0, count): use(column, scores, keys) for every chunk of
+// 32, in order, with the chunk's keys in shared memory. find(column) is the row of `keys` behind a column, -1 for none;
+// it is asked of columns past `count` too. is_plain says that every column is the row of its number. A warpgroup holds
+// the scores of kAtOnce chunks at once, 1 or 2.
+template <Storage kStorage, int kSteps, int kSixteens = kRowsPerWarp / 16, uint32_t kAbsent = kTwoNaNs, int kAtOnce = 2,
+          class Queries, class Find, class Use>
+__device__ __forceinline__ void stream(const Queries& query, char* memory, const Rows& keys, int first, int stride,
+                                       int count, bool is_plain, Find find, Use use) {
   constexpr int kStages = Tiles<kSteps>::kStages, kBytes = Tiles<kSteps>::kTileBytes;
   const int tiles = count / kKeys + (count % kKeys != 0), plain = is_plain && keys.in_pieces ? count / kKeys : 0;
   const auto fetch = [&](int tile, int stage) {
@@ -203,7 +272,7 @@ __device__ __forceinline__ void stream(const uint32_t (&query)[2][kSteps][4], ch
       load_neighbours<kSteps>(memory + stage * kBytes, keys, tile * int64_t{kKeys});
     } else if (tile < tiles) {
       const int column = tile * kKeys;
-      load_rows<kSteps, kKeys>(memory + stage * kBytes, keys, [&](int row) { return find(column + row); });
+      load_rows<kSteps, kKeys, kAbsent>(memory + stage * kBytes, keys, [&](int row) { return find(column + row); });
     }
     end_copies();  // also where there was nothing to copy: groups are counted
   };
@@ -218,21 +287,21 @@ __device__ __forceinline__ void stream(const uint32_t (&query)[2][kSteps][4], ch
     __syncthreads();  // the tile is there for all, and all have left the stage that is filled next
     const int free = stage == 0 ? kStages - 1 : stage - 1;
     fetch(tile + (kStages - 1) * stride, free);
-    const SharedAddress there = shared_address(memory) + stage * kBytes;
-    if constexpr (kHasWarpgroups) {
-      Scores s[2];
-      score_tile<kStorage, kSteps>(s, query, there, Tiles<kSteps>::kSlabBytes);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) use(tile * kKeys + half * kChunk, s[half]);
-      __syncwarp();  // the next products want all lanes of a warp at once, wherever `use` sent them
-    } else {
-#pragma unroll 1  // two chunks at once would not fit in registers
-      for (int chunk = 0; chunk < kKeys; chunk += kChunk) {
-        Scores s;
-        score<kStorage, kSteps>(s, query, there, chunk, lane);
-        use(tile * kKeys + chunk, s);
-        __syncwarp();  // as above
+    constexpr int kChunks = kHasWarpgroups ? kAtOnce : 1;  // more would not fit in registers
+#pragma unroll 1
+    for (int chunk = 0; chunk < kKeys; chunk += kChunks * kChunk) {
+      ScoresOf<kSixteens> s[kChunks];
+      const SharedAddress chunk_keys = shared_address(memory) + (stage * kBytes + further<kSteps>(chunk, 0));
+      if constexpr (kHasWarpgroups) {
+        score_by_warpgroup<kStorage, kSteps>(s, query, chunk_keys, Tiles<kSteps>::kSlabBytes);
+      } else {
+        score<kStorage, kSteps, kSixteens>(s[0], query, chunk_keys, lane);
       }
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        use(tile * kKeys + chunk + i * kChunk, s[i], chunk_keys + further<kSteps>(i * kChunk, 0));
+      }
+      __syncwarp();  // the next products want all lanes of a warp at once, wherever `use` sent them
     }
     stage = stage == kStages - 1 ? 0 : stage + 1;
   }

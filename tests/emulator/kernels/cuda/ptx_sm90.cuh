@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 #include <map>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/ptx.cuh"
@@ -29,12 +31,12 @@ inline uint32_t window_address(SharedAddress shared) {
 inline void show_to_products() { emulator::hide(false); }
 
 struct Product {
-  float (*left)[4], (*right)[4];
-  bool adds, follows;  // on its own result
-  float before[2][4][4];
-  emulator::Offers<uint32_t[4]> a;
-  uint64_t b;
-  std::vector<uint32_t> found;
+  std::vector<float (*)[4]> results;  // of each chunk
+  bool adds, follows;                 // on its own result
+  std::vector<float> before;
+  std::vector<uint32_t> left;   // of rows 16 w + g + {0, 8}, all 16 elements in words of two
+  uint64_t left_described, b;   // 0: it is in registers
+  std::vector<uint32_t> right;  // of rows 8 j + 2t + {0, 1}
   Storage storage;
 };
 
@@ -45,7 +47,7 @@ struct Products {
 
 // By thread; and what the four warps of a warpgroup began, which must be the same products in the same order.
 inline std::map<unsigned, Products> products;
-inline std::map<unsigned, std::vector<uint64_t>> began;
+inline std::map<unsigned, std::vector<std::pair<uint64_t, uint64_t>>> began;
 inline std::map<unsigned, size_t> began_by;
 
 inline void forget_products() {
@@ -55,24 +57,35 @@ inline void forget_products() {
   products.clear(), began.clear(), began_by.clear();
 }
 
-// Of the rows of B that this lane multiplies, 8 j + 2t + {0, 1}, all 16 elements, in words of two.
-inline std::vector<uint32_t> find_keys(uint64_t b) {
+// Of a row of what a descriptor describes, all 16 elements, in words of two.
+inline void find_row(std::vector<uint32_t>& words, uint64_t described, unsigned row) {
   constexpr uint64_t kKnown = 0x3FFF | uint64_t{0x3FFF} << 16 | uint64_t{0x3FFF} << 32 | uint64_t{1} << 62;
-  if (b & ~kKnown || b >> 62 != 1) emulator::fail("a matrix descriptor is not one of a swizzle of 128 bytes");
-  const uint32_t start = (b & 0x3FFF) << 4, eight_rows = (b >> 32 & 0x3FFF) << 4;
-  std::vector<uint32_t> words;
-  for (unsigned j = 0; j < 16; ++j) {
-    const unsigned row = 8 * (j / 2) + 2 * (emulator::lane() % 4) + j % 2;
-    for (unsigned word = 0; word < 8; ++word) {
-      uint32_t address = start + row / 8 * eight_rows + row % 8 * 128 + 4 * word;
-      address ^= (address >> 7 & 7) << 4;
-      if (address < kWindow || address + 4 > kWindow + emulator::shared_bytes) {
-        emulator::fail("a matrix descriptor leads out of shared memory");
-      }
-      uint32_t found;
-      std::memcpy(&found, emulator::shared.get() + (address - kWindow), 4);
-      words.push_back(found);
+  if (described & ~kKnown || described >> 62 != 1) {
+    emulator::fail("a matrix descriptor is not one of a swizzle of 128 bytes");
+  }
+  const uint32_t start = (described & 0x3FFF) << 4, eight_rows = (described >> 32 & 0x3FFF) << 4;
+  for (unsigned word = 0; word < 8; ++word) {
+    uint32_t address = start + row / 8 * eight_rows + row % 8 * 128 + 4 * word;
+    address ^= (address >> 7 & 7) << 4;
+    if (address < kWindow || address + 4 > kWindow + emulator::shared_bytes) {
+      emulator::fail("a matrix descriptor leads out of shared memory");
     }
+    words.emplace_back();
+    std::memcpy(&words.back(), emulator::shared.get() + (address - kWindow), 4);
+  }
+}
+
+inline std::vector<uint32_t> find_left(uint64_t described) {
+  std::vector<uint32_t> words;
+  const unsigned row = emulator::current % 128 / 32 * 16 + emulator::lane() / 4;
+  for (unsigned half = 0; half < 2; ++half) find_row(words, described, row + 8 * half);
+  return words;
+}
+
+inline std::vector<uint32_t> find_right(uint64_t described, size_t chunks) {
+  std::vector<uint32_t> words;
+  for (unsigned j = 0; j < 8 * chunks; ++j) {
+    find_row(words, described, 8 * (j / 2) + 2 * (emulator::lane() % 4) + j % 2);
   }
   return words;
 }
@@ -82,56 +95,70 @@ inline void begin_products() {
   products[emulator::current].may_begin = true;
 }
 
-template <Storage kStorage, bool kAdds>
-void multiply_later(float (&left)[4][4], float (&right)[4][4], const uint32_t (&a)[4], uint64_t b) {
-  struct Fragment {
-    uint32_t a[4];
-  };
-  const auto lanes = emulator::exchange(Fragment{{a[0], a[1], a[2], a[3]}});
+template <Storage kStorage, bool kAdds, int kChunks, int kSixteens, class A>
+void multiply_later(float (&d)[kChunks][kSixteens][4][4], int m, const A& a, uint64_t b) {
+  Product product = {{}, kAdds, false, {}, {}, 0, b, find_right(b, kChunks), kStorage};
+  if constexpr (std::is_integral_v<A>) {
+    __syncwarp();
+    product.left_described = a;
+    product.left = find_left(a);
+  } else {
+    struct Fragment {
+      uint32_t a[4];
+    };
+    const auto lanes = emulator::exchange(Fragment{{a[0], a[1], a[2], a[3]}});
+    for (unsigned word = 0; word < 16; ++word) {  // of row g + 8 (word / 8), elements 2 (word % 8) and the next
+      product.left.push_back(lanes[emulator::lane() / 4 * 4 + word % 4].a[word / 8 + word % 8 / 4 * 2]);
+    }
+  }
   Products& own = products[emulator::current];
   if (!own.may_begin) emulator::fail("a product begins without begin_products");
   if (emulator::hidden > 0) emulator::fail("a product reads what was written without show_to_products");
   auto& of_group = began[emulator::current / 128];
   const size_t place = began_by[emulator::current]++;
-  if (place == of_group.size()) of_group.push_back(b);
-  if (of_group[place] != b) emulator::fail("the warps of a warpgroup begin different products");
-
-  Product product = {left, right, kAdds, false, {}, {}, b, find_keys(b), kStorage};
-  for (const Product& earlier : own.begun) product.follows |= earlier.left == left;
-  std::memcpy(product.before[0], left, sizeof left);
-  std::memcpy(product.before[1], right, sizeof right);
-  for (unsigned lane = 0; lane < emulator::kWarp; ++lane) std::memcpy(product.a.of[lane], lanes[lane].a, sizeof a);
+  if (place == of_group.size()) of_group.emplace_back(product.left_described, b);
+  if (of_group[place] != std::pair(product.left_described, b)) {
+    emulator::fail("the warps of a warpgroup begin different products");
+  }
+  for (const Product& earlier : own.begun) product.follows |= earlier.results[0] == d[0][m];
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    product.results.push_back(d[chunk][m]);
+    product.before.insert(product.before.end(), &d[chunk][m][0][0], &d[chunk][m][0][0] + 16);
+    std::fill_n(&d[chunk][m][0][0], 16, NAN);
+  }
   own.begun.push_back(product);
-  std::fill_n(&left[0][0], 16, NAN);
-  std::fill_n(&right[0][0], 16, NAN);
 }
 
-inline void wait_for_products(float (&d)[2][2][4][4]) {
-  __syncwarp();
-  Products& own = products[emulator::current];
-  for (const Product& product : own.begun) {
-    if (find_keys(product.b) != product.found) emulator::fail("shared memory changed under a product");
-    const unsigned g = emulator::lane() / 4;
-    for (int half = 0; half < 2; ++half) {
-      float (*result)[4] = half ? product.right : product.left;
-      if (&result[0][0] < &d[0][0][0][0] || &result[0][0] >= &d[0][0][0][0] + 64) {
-        emulator::fail("the result of a product is not waited for");
+inline void compute(const Product& product) {
+  for (size_t chunk = 0; chunk < product.results.size(); ++chunk) {
+    float* result = &product.results[chunk][0][0];
+    if (!product.follows) std::copy_n(&product.before[16 * chunk], 16, result);
+    for (unsigned at = 0; at < 16; ++at) {
+      const unsigned n = at / 4, i = at % 4;
+      const uint32_t *left = &product.left[i / 2 * 8], *right = &product.right[8 * (8 * chunk + 2 * n + i % 2)];
+      float sum = product.adds ? result[at] : 0.0f;
+      for (unsigned k = 0; k < 16; ++k) {
+        sum += half_of(left[k / 2], k % 2, product.storage) * half_of(right[k / 2], k % 2, product.storage);
       }
-      if (!product.follows) std::memcpy(result, product.before[half], sizeof product.before[half]);
-      for (unsigned n = 0; n < 4; ++n) {
-        for (unsigned i = 0; i < 4; ++i) {
-          float sum = product.adds ? result[n][i] : 0.0f;
-          const uint32_t* key = &product.found[8 * (8 * half + 2 * n + i % 2)];
-          for (unsigned k = 0; k < 16; ++k) {
-            const uint32_t of_a = product.a[g * 4 + k / 2 % 4][i / 2 + k / 8 * 2];
-            sum += half_of(of_a, k % 2, product.storage) * half_of(key[k / 2], k % 2, product.storage);
-          }
-          result[n][i] = sum;
-        }
-      }
+      result[at] = sum;
     }
   }
-  own = {};
+}
+
+template <int kChunks, int kSixteens>
+void wait_for_products(float (&d)[kChunks][kSixteens][4][4]) {
+  __syncwarp();
+  const float *first = &d[0][0][0][0], *last = first + sizeof d / sizeof(float);
+  for (const Product& product : products[emulator::current].begun) {
+    for (const auto result : product.results) {
+      if (&result[0][0] < first || &result[0][0] >= last) emulator::fail("the result of a product is not waited for");
+    }
+    const bool same = (product.left_described == 0 || find_left(product.left_described) == product.left) &&
+                      find_right(product.b, product.results.size()) == product.right;
+    if (!same) emulator::fail("shared memory changed under a product");
+    compute(product);
+  }
+  products[emulator::current] = {};
 }
 
 }  // namespace negmine::cuda
