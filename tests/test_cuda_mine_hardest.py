@@ -5,86 +5,26 @@ cases run on a GPU, where there is one, and are small enough for compute-sanitiz
 queue the way of a long one: cut, scan, certificate, recovery.
 """
 
-import ctypes
-import functools
-import itertools
-
 import pytest
 import torch
 
 from negmine import cpp_ops, order, reference
 from negmine.pool import check_pool, usable
-from tests import emulate
 from tests.cases import MASKS, masks, unit, whole
-from tests.compare import exact, rounded, selected
+from tests.compare import exact, selected
+from tests.emulated_mining import PRODUCTS, STORAGE, emulated, mining_library, plan_of, pool_of
 
-STORAGE = {torch.bfloat16: 1, torch.float16: 2}
-PROCESSORS = 6
-PRODUCTS = {
-    "emulated": [],
-    "emulated_sm90a": ["-D__CUDA_ARCH_FEAT_SM90_ALL"],
-}  # how tensor cores are asked, and its flags
 each_dtype = pytest.mark.parametrize("dtype", STORAGE, ids=str)
 
 
-@pytest.fixture(scope="module")
-def libraries(tmp_path_factory):
-    """The library of each of PRODUCTS, built when it is asked for."""
-    return functools.cache(lambda name: emulate.build("mine_hardest", tmp_path_factory.mktemp(name), *PRODUCTS[name]))
+@pytest.fixture(params=PRODUCTS)
+def emulated_kernel(request):
+    return emulated(request.param)
 
 
 @pytest.fixture
-def library(libraries):
-    return libraries("emulated")
-
-
-def plan_of(library, B, K, N, processors=PROCESSORS, least_sample=2048):
-    """The plan as a dict, and whether a row's finish fits in shared memory."""
-    names = ("sample", "sample_rank", "capacity", "rows", "splits", "room", "workspace")
-    numbers, fitting = (ctypes.c_int64 * len(names))(), ctypes.c_bool()
-    library.emulated_plan(*map(ctypes.c_int64, (B, K, N, processors, least_sample)), numbers, ctypes.byref(fitting))
-    return dict(zip(names, numbers, strict=True)), fitting.value
-
-
-def pointer(tensor):
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-@pytest.fixture(params=PRODUCTS)
-def emulated_kernel(request, libraries):
-    return emulated(libraries(request.param))
-
-
-def emulated(library):
-    """mine_hardest by the emulator; what it recovered is its attribute."""
-
-    def mine_hardest(query, negative_keys, N, pool, least_sample=2048, **changed):
-        (B, D), K = query.shape, len(negative_keys)
-        plan = plan_of(library, B, K, N, least_sample=least_sample)[0] | changed
-        mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, same_label = pool
-        key_mask, pair_mask = (mask, None) if mask is None or mask.dim() == 1 else (None, mask)
-        scores, index = torch.full((B, N), torch.nan), torch.full((B, N), -9)
-        workspace = torch.full((plan["workspace"] + 15,), 0xFF, dtype=torch.uint8)
-        workspace = workspace[-workspace.data_ptr() % 16 :][: plan["workspace"]]
-        error = library.emulated_mine_hardest(
-            *map(ctypes.c_int64, (B, K, D, N)), pointer(query), pointer(negative_keys),
-            ctypes.c_int64(query.stride(0)), ctypes.c_int64(negative_keys.stride(0)), STORAGE[query.dtype],
-            pointer(key_mask), pointer(pair_mask), ctypes.c_int64(0 if pair_mask is None else pair_mask.stride(0)),
-            *map(pointer, (query_ids, negative_ids, query_labels, negative_labels)), ctypes.c_bool(same_label),
-            pointer(lower), pointer(upper), (ctypes.c_int64 * len(plan))(*plan.values()),
-            *map(pointer, (scores, index, workspace)),
-        )  # fmt: skip
-        assert error == 0
-        buffers = (
-            4 * plan["rows"] * plan["splits"]
-        )  # what recover says of the rows lies after them, their counts and the cuts
-        begin = max(8 * buffers * plan["room"], -(-4 * plan["rows"] * plan["sample"] // 16) * 16) + 4 * (
-            buffers + plan["rows"]
-        )
-        mine_hardest.recovered = workspace[begin : begin + 4 * min(B, plan["rows"])].view(torch.int32)
-        return scores, index
-
-    return mine_hardest
+def library():
+    return mining_library("emulated")
 
 
 def on_gpu(tensor):
@@ -100,17 +40,13 @@ def gpu_op(query, negative_keys, N, pool, least_sample=2048, **changed):
 
 
 @pytest.fixture(params=[*PRODUCTS, pytest.param("gpu", marks=(pytest.mark.gpu, pytest.mark.sanitized))])
-def kernel(request, libraries):
+def kernel(request):
     """mine_hardest on CPU tensors, by the emulator or by the GPU."""
     if request.param in PRODUCTS:
-        return emulated(libraries(request.param))
+        return emulated(request.param)
     if cpp_ops.CUDA_REFUSAL:
         pytest.skip(cpp_ops.CUDA_REFUSAL)
     return gpu_op
-
-
-def pool_of(query, keys, same_label=False, lower=None, upper=None, **given):
-    return (*check_pool("test", query, keys, **given)[:5], lower, upper, same_label)
 
 
 def check_exact(
@@ -137,35 +73,6 @@ def check_exact(
 def recovered(kernel):
     """Rows of the last call that were done again; None on a GPU, which does not say."""
     return int((kernel.recovered >= 0).sum()) if hasattr(kernel, "recovered") else None
-
-
-@each_dtype
-def test_one_product_of_fragments(library, dtype):
-    """The emulation of each product and the layout that its header states, against a plain product."""
-    for function, rows, columns in [
-        (library.emulated_product, 16, 8),
-        (library.emulated_warpgroup_product, 64, 64),
-    ]:
-        left, right = whole(rows, 16, dtype=dtype), whole(columns, 16, dtype=dtype, seed=1)
-        product = torch.full((rows, columns), torch.nan)
-        assert function(STORAGE[dtype], *map(pointer, (left, right, product))) == 0
-        exact("product", product, left.float() @ right.float().T)
-
-
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_a_score_does_not_depend_on_how_a_pass_holds_its_queries(libraries, name):
-    """32 or 16 queries a warp, in registers or in shared memory, the scores of one chunk or of two at once."""
-    q, keys = unit(50, 104, dtype=torch.bfloat16), unit(150, 104, dtype=torch.bfloat16, seed=1)
-    sizes = [ctypes.c_int64(size) for size in (50, 150, 104)]
-    every = []
-    for sixteens, shared, at_once in itertools.product((2, 1), (False, True), (2, 1)):
-        scores = torch.full((50, 150), torch.nan)
-        held = ctypes.c_int32(sixteens), ctypes.c_bool(shared), ctypes.c_int32(at_once)
-        assert libraries(name).emulated_scores(*held, *sizes, *map(pointer, (q, keys, scores))) == 0
-        every.append(scores)
-    rounded("scores", every[0], q.double() @ keys.double().T, q.float() @ keys.float().T)
-    for scores in every[1:]:
-        exact("scores", scores, every[0])
 
 
 SHAPES = [  # B, K, D, N, least sample

@@ -18,6 +18,7 @@
 #include "kernels/cuda/mine_hardest.h"
 #include "kernels/cuda/score_tile.cuh"
 #include "kernels/cuda/selection.cuh"
+#include "kernels/cuda/tile_map.h"
 
 namespace negmine::cuda {
 namespace {
@@ -57,7 +58,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Inputs in, Pass p) {
 }
 
 template <Storage kStorage, int kSteps, bool kByPair>
-__global__ void __launch_bounds__(kThreads, kSteps <= 8 ? 3 : 2) scan_kernel(Inputs in, Pass p) {
+__global__ void __launch_bounds__(kThreads, kSteps <= 8 ? 3 : 2)
+    scan_kernel(const __grid_constant__ TileMap tiles, Inputs in, Pass p) {
   uint32_t query[2][kSteps][4];
   load_queries<kSteps>(query, shared_memory(), in.query, p.first + blockIdx.x * int64_t{kRows}, p.B);
   const int t = threadIdx.x % kLanes, row_size = p.splits * kLanes * p.room * 8;  // bytes
@@ -103,7 +105,8 @@ __global__ void __launch_bounds__(kThreads, kSteps <= 8 ? 3 : 2) scan_kernel(Inp
     }
   };
   // Splits take turns at tiles: keys that are close in the ring are often alike, and should not fill one buffer.
-  stream<kStorage, kSteps>(query, shared_memory(), in.keys, blockIdx.y, p.splits, in.K, !in.pool.key_mask, find, use);
+  stream<kStorage, kSteps>(query, shared_memory(), in.keys.with(tiles), blockIdx.y, p.splits, in.K, !in.pool.key_mask,
+                           find, use);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t row = blockIdx.x * int64_t{kRows} + row_of(i);
@@ -136,7 +139,8 @@ struct Recovery {
 };
 
 template <Storage kStorage, int kSteps>
-__global__ void __launch_bounds__(kThreads, 2) recover_kernel(Inputs in, Pass p) {
+__global__ void __launch_bounds__(kThreads, 2)
+    recover_kernel(const __grid_constant__ TileMap tiles, Inputs in, Pass p) {
   const int64_t first = blockIdx.x * int64_t{kRows}, own = first + threadIdx.x;  // a thread keeps one row's books
   const bool failed = own < p.rows && !certain(p, own);
   if (own < p.rows) p.recovered[own] = failed ? 0 : kFromBuffers;
@@ -150,7 +154,8 @@ __global__ void __launch_bounds__(kThreads, 2) recover_kernel(Inputs in, Pass p)
   // use(row, place) for every column in the pool of every row that asks for it.
   const auto visit = [&](auto asks, auto use) {
     stream<kStorage, kSteps>(
-        query, shared_memory(), in.keys, 0, 1, in.K, !in.pool.key_mask, [&](int column) { return in.key(column); },
+        query, shared_memory(), in.keys.with(tiles), 0, 1, in.K, !in.pool.key_mask,
+        [&](int column) { return in.key(column); },
         [&](int column, const Scores& s, SharedAddress) {
 #pragma unroll
           for (int j = 0; j < kChunk; ++j) books.scores[j][threadIdx.x] = s[j / 16][j / 4 % 4][j % 4];
@@ -207,7 +212,7 @@ int64_t finish_bytes(int64_t capacity, int64_t N) { return 8 * (capacity + next_
 
 // All passes over one chunk of queries.
 template <Storage kStorage, int kSteps>
-cudaError_t mine(const Inputs& in, const Pass& p, void* stream) {
+cudaError_t mine(const TileMap& tiles, const Inputs& in, const Pass& p, void* stream) {
   const unsigned row_tiles = (p.rows + kRows - 1) / kRows, splits = p.splits;
   constexpr int kShared = Tiles<kSteps>::kBytes;
   static_assert(kShared + sizeof(Recovery) <= kSharedBytes);
@@ -222,12 +227,12 @@ cudaError_t mine(const Inputs& in, const Pass& p, void* stream) {
   }
   then(cut_kernel, dim3(p.rows), std::max(p.sample / kHeld, kWarp), 2 * 32 * 4, stream, in.pool, by_pair, p, in.K);
   if (by_pair) {
-    then(scan_kernel<kStorage, kSteps, true>, dim3(row_tiles, splits), kThreads, kShared, stream, in, p);
+    then(scan_kernel<kStorage, kSteps, true>, dim3(row_tiles, splits), kThreads, kShared, stream, tiles, in, p);
   } else {
-    then(scan_kernel<kStorage, kSteps, false>, dim3(row_tiles, splits), kThreads, kShared, stream, in, p);
+    then(scan_kernel<kStorage, kSteps, false>, dim3(row_tiles, splits), kThreads, kShared, stream, tiles, in, p);
   }
   const int with_books = kShared + static_cast<int>(sizeof(Recovery));
-  then(recover_kernel<kStorage, kSteps>, dim3(row_tiles), kThreads, with_books, stream, in, p);
+  then(recover_kernel<kStorage, kSteps>, dim3(row_tiles), kThreads, with_books, stream, tiles, in, p);
   const auto sorted_size = static_cast<int>(next_power_of_2(p.N)),
              bytes = static_cast<int>(finish_bytes(p.capacity, p.N));
   then(finish_kernel, dim3(p.rows), kFinishThreads, bytes, stream, p, sorted_size);
@@ -235,10 +240,10 @@ cudaError_t mine(const Inputs& in, const Pass& p, void* stream) {
 }
 
 template <Storage kStorage>
-cudaError_t mine_at_width(const Inputs& in, const Pass& p, void* stream) {
-  if (in.query.D <= 64) return mine<kStorage, 4>(in, p, stream);
-  if (in.query.D <= 128) return mine<kStorage, 8>(in, p, stream);
-  return mine<kStorage, 16>(in, p, stream);
+cudaError_t mine_at_width(const TileMap& tiles, const Inputs& in, const Pass& p, void* stream) {
+  if (in.query.D <= 64) return mine<kStorage, 4>(tiles, in, p, stream);
+  if (in.query.D <= 128) return mine<kStorage, 8>(tiles, in, p, stream);
+  return mine<kStorage, 16>(tiles, in, p, stream);
 }
 
 // Bytes of a workspace by its parts, in this order.
@@ -307,6 +312,7 @@ int mine_hardest(const MineHardestParams& params, void* stream) {
   const Inputs in = {rows_of(params.query, params.query_stride, params.D),
                      rows_of(params.negative_keys, params.negative_keys_stride, params.D),
                      static_cast<int32_t>(params.K), params.pool};
+  const TileMap tiles = map_tiles(in.keys, params.K, params.storage);
   for (int64_t first = 0; first < params.B; first += plan.rows) {
     const Pass pass = {
         .first = first,
@@ -326,8 +332,9 @@ int mine_hardest(const MineHardestParams& params, void* stream) {
         .scores = params.scores,
         .index = params.index,
     };
-    const cudaError_t error = params.storage == Storage::kBFloat16 ? mine_at_width<Storage::kBFloat16>(in, pass, stream)
-                                                                   : mine_at_width<Storage::kFloat16>(in, pass, stream);
+    const cudaError_t error = params.storage == Storage::kBFloat16
+                                  ? mine_at_width<Storage::kBFloat16>(tiles, in, pass, stream)
+                                  : mine_at_width<Storage::kFloat16>(tiles, in, pass, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

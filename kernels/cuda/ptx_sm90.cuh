@@ -1,5 +1,6 @@
-// Instructions that only sm_90a has: products by a warpgroup, four warps, whose second factor lies in shared memory and
-// whose result arrives later. tests/emulator has a file of this name that does the same on a CPU.
+// What sm_90a has: products by a warpgroup, four warps, whose second factor lies in shared memory and whose result
+// arrives later; and copies of whole boxes of a matrix, which report to a barrier in shared memory. tests/emulator has
+// a file of this name that does the same on a CPU.
 //
 // A product is D (64, 32 kChunks) fp32 += A (64, 16) times the transpose of B (32 kChunks, 16). Warp w of the warpgroup
 // holds rows 16 w to 16 w + 15 of D and, where A is in registers, of A as in ptx.cuh. Of D, with g = lane / 4 and
@@ -7,6 +8,8 @@
 //
 //     D[g + 8 * (i / 2)][32 * chunk + 8n + 2t + i % 2]
 #pragma once
+
+#include <cuda.h>
 
 #include <cstdint>
 #include <type_traits>
@@ -25,8 +28,49 @@ constexpr bool kHasWarpgroups = false;  // and nothing below is compiled to code
 // An address in the window of shared memory.
 __device__ __forceinline__ uint32_t window_address(SharedAddress shared) { return shared; }
 
-// What this thread wrote to shared memory is what products find there, once a barrier has been passed.
+// What this thread wrote to shared memory is what products find there, once a barrier has been passed, and what it read
+// there was read before a box is copied to it.
 __device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A barrier, 8 bytes of shared memory, for one thread that begins copies. Its rounds are counted from 0.
+__device__ __forceinline__ void start_barrier(SharedAddress barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// The memory may then be used for something else.
+__device__ __forceinline__ void end_barrier(SharedAddress barrier) {
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Of the round under way: it ends when so many bytes have come.
+__device__ __forceinline__ void expect_bytes(SharedAddress barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Begins to copy the box at (row, column); what lies outside of the matrix comes as zeros. Products find it once the
+// barrier's round has ended.
+__device__ __forceinline__ void copy_box(SharedAddress to, const CUtensorMap* map, int row, int column,
+                                         SharedAddress barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+// Until the round has ended; `odd` is whether its number is.
+__device__ __forceinline__ void wait_for_round(SharedAddress barrier, bool odd) {
+  asm volatile(
+      "{\n"
+      ".reg .pred ended;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
+      "@!ended bra again;\n"
+      "}" ::"r"(barrier),
+      "r"(static_cast<uint32_t>(odd))
+      : "memory");
+}
 
 // Before the first product that reads or writes registers which other instructions have written or read.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -13,6 +13,7 @@
 // different banks, and the products of sm_90a, which read tiles themselves, know the order as a swizzle of 128 bytes.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels/cuda/ptx.cuh"
@@ -38,8 +39,16 @@ struct Tiles {
   static constexpr int kStages = kSteps <= 8 ? 3 : 2;  // key tiles in shared memory
   static constexpr int kSlabBytes = kKeys * kSlabRow;
   static constexpr int kTileBytes = kPieces / 8 * kSlabBytes;
-  static constexpr int kRowsHeld = kRows > kStages* kKeys ? kRows : kStages * kKeys;
-  static constexpr int kBytes = kRowsHeld * 16 * kPieces;  // of shared memory; queries pass through it first
+  static constexpr int kRing = kStages * kTileBytes;
+  static constexpr int kBarriers = 64;  // bytes after the ring, of passes that give a TileMap
+  // Of shared memory; queries pass through it first.
+  static constexpr int kBytes = std::max(kRows * 16 * kPieces, kRing + kBarriers);
+};
+
+// Where the copies of sm_90a find the tiles of a matrix (tile_map.h); a parameter of a kernel, __grid_constant__.
+struct TileMap {
+  CUtensorMap map;
+  bool usable;
 };
 
 // A matrix of 16-bit elements, D to a row.
@@ -48,6 +57,9 @@ struct Rows {
   int64_t stride;  // from row to row, in bytes
   int64_t D;
   bool in_pieces;  // rows begin at multiples of 16 bytes and D is a multiple of 8
+  const TileMap* tiles = nullptr;
+
+  __device__ Rows with(const TileMap& map) const { return {base, stride, D, in_pieces, &map}; }
 };
 
 // Scores that a lane holds of its warp's 16 kSixteens rows and a chunk of 32 keys. Of [m][n][i], with g = lane / 4,
@@ -136,6 +148,17 @@ __device__ __forceinline__ void load_neighbours(char* tile, const Rows& matrix, 
   }
 }
 
+// The same by one thread, which leaves it to the copy engine.
+template <int kSteps>
+__device__ __forceinline__ void copy_tile(SharedAddress to, const TileMap& map, int tile, SharedAddress barrier) {
+  if (threadIdx.x != 0) return;
+  expect_bytes(barrier, Tiles<kSteps>::kTileBytes);
+#pragma unroll
+  for (int step = 0; step < kSteps; step += 4) {
+    copy_box(to + further<kSteps>(0, step), &map.map, tile * kKeys, 16 * step, barrier);
+  }
+}
+
 // The block's queries, from `first` on, in shared memory: tile m has rows m of the warps, 16 of each after the other,
 // which is what one product of a warpgroup takes.
 template <int kSteps, int kSixteens>
@@ -150,7 +173,6 @@ __device__ __forceinline__ void gather_queries(char* memory, const Rows& matrix,
   load_rows<kSteps, 16 * kWarps * kSixteens>(memory, matrix, find);
   end_copies();
   wait_for_copies<0>();
-  if constexpr (kHasWarpgroups) show_to_products();
   __syncthreads();
 }
 
@@ -267,8 +289,15 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
                                        int count, bool is_plain, Find find, Use use) {
   constexpr int kStages = Tiles<kSteps>::kStages, kBytes = Tiles<kSteps>::kTileBytes;
   const int tiles = count / kKeys + (count % kKeys != 0), plain = is_plain && keys.in_pieces ? count / kKeys : 0;
+  int whole = 0;  // tiles that are copied as such
+  if constexpr (kHasWarpgroups) whole = keys.tiles && keys.tiles->usable ? plain : 0;
+  const SharedAddress barriers = shared_address(memory) + Tiles<kSteps>::kRing;  // one of each stage
   const auto fetch = [&](int tile, int stage) {
-    if (tile < plain) {
+    if (tile < whole) {
+      if constexpr (kHasWarpgroups) {
+        copy_tile<kSteps>(shared_address(memory) + stage * kBytes, *keys.tiles, tile, barriers + 8 * stage);
+      }
+    } else if (tile < plain) {
       load_neighbours<kSteps>(memory + stage * kBytes, keys, tile * int64_t{kKeys});
     } else if (tile < tiles) {
       const int column = tile * kKeys;
@@ -277,13 +306,18 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
     end_copies();  // also where there was nothing to copy: groups are counted
   };
   const Lane<kSteps> lane;
+  if constexpr (kHasWarpgroups) {
+    for (int i = 0; i < kStages && whole > 0 && threadIdx.x == 0; ++i) start_barrier(barriers + 8 * i);
+    show_to_products();
+  }
   __syncthreads();
 #pragma unroll
   for (int ahead = 0; ahead < kStages - 1; ++ahead) fetch(first + ahead * stride, ahead);
   int stage = 0;
+  bool odd = false;  // whether the round of the stages' barriers is
   for (int tile = first; tile < tiles; tile += stride) {
     wait_for_copies<kStages - 2>();
-    if constexpr (kHasWarpgroups) show_to_products();
+    if constexpr (kHasWarpgroups) tile < whole ? wait_for_round(barriers + 8 * stage, odd) : show_to_products();
     __syncthreads();  // the tile is there for all, and all have left the stage that is filled next
     const int free = stage == 0 ? kStages - 1 : stage - 1;
     fetch(tile + (kStages - 1) * stride, free);
@@ -304,8 +338,13 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
       __syncwarp();  // the next products want all lanes of a warp at once, wherever `use` sent them
     }
     stage = stage == kStages - 1 ? 0 : stage + 1;
+    odd ^= stage == 0;
   }
   wait_for_copies<0>();
+  if constexpr (kHasWarpgroups) {
+    __syncthreads();
+    for (int i = 0; i < kStages && whole > 0 && threadIdx.x == 0; ++i) end_barrier(barriers + 8 * i);
+  }
 }
 
 }  // namespace negmine::cuda

@@ -6,6 +6,7 @@
 // exchange aborts. kernels/cuda/ptx.cuh and ptx_sm90.cuh have their twins in this folder.
 #pragma once
 
+#include <cuda.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -16,6 +17,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -23,6 +25,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 struct dim3 {
@@ -79,9 +82,9 @@ inline unsigned current = 0;
 inline std::function<void()> kernel;
 inline std::unique_ptr<char[], decltype(&std::free)> shared{nullptr, &std::free};  // as large as the launch asked for
 inline size_t shared_bytes = 0;
-inline unsigned hidden = 0;  // threads that hide their writes
-inline void (*at_end_of_block)() = [] {};
-inline int votes[3];  // of __syncthreads_or: the last, the one under way and the next
+inline unsigned hidden = 0;                   // threads that hide their writes
+inline std::set<void (*)()> at_end_of_block;  // checks of what the block leaves
+inline int votes[3];                          // of __syncthreads_or: the last, the one under way and the next
 
 inline void enter() {
   kernel();
@@ -149,7 +152,7 @@ inline void run_block(size_t bytes) {
     for (unsigned begin = 0; begin < fibers.size(); begin += kWarp) run_warp(begin, begin + kWarp);
     for (Fiber& fiber : fibers) fiber.waits = Waits::kNo;  // whoever has not returned is at the barrier
   }
-  at_end_of_block();
+  for (const auto check : at_end_of_block) check();
 }
 
 template <class T>
@@ -208,6 +211,30 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(
       emulator::run_block(launch->dynamicSmemBytes);
     }
   }
+  return cudaSuccess;
+}
+
+#define CUDART_VERSION 13000
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0, cudaDriverEntryPointSymbolNotFound = 1 };
+constexpr unsigned long long cudaEnableDefault = 0;
+
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr int kMajor = 9;
+#else
+  constexpr int kMajor = 8;
+#endif
+  return *value = attribute == cudaDevAttrComputeCapabilityMajor ? kMajor : 0, cudaSuccess;
+}
+
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
+                                                    cudaDriverEntryPointQueryResult* result) {
+  const bool found = std::strcmp(name, "cuTensorMapEncodeTiled") == 0;
+  *function = found ? reinterpret_cast<void*>(&cuTensorMapEncodeTiled) : nullptr;
+  *result = found ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
 

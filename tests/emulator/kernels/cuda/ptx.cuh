@@ -56,6 +56,7 @@ inline void copy_async(SharedAddress to, const char* global, bool present) {
   const uintptr_t places = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(global);
   if (places % 16 != 0) emulator::fail("a copy of 16 bytes is not aligned to 16 bytes");
   emulator::fibers[emulator::current].groups.back().push_back({to, present ? global : nullptr});
+  std::memset(to, 0xFF, 16);  // NaN until it arrives
 }
 
 inline void end_copies() { emulator::fibers[emulator::current].groups.emplace_back(); }

@@ -1,5 +1,6 @@
 // kernels/cuda/ptx_sm90.cuh on the CPU. A product is computed when it is waited for, of what its descriptor then finds
-// in shared memory, and must find what it found when it began; until then its result is NaN.
+// in shared memory, and must find what it found when it began; until then its result is NaN. The boxes of a round
+// arrive when somebody waits for its end; until then their places hold NaN.
 #pragma once
 
 #include <algorithm>
@@ -90,8 +91,89 @@ inline std::vector<uint32_t> find_right(uint64_t described, size_t chunks) {
   return words;
 }
 
+struct Box {
+  SharedAddress to;
+  const CUtensorMap* map;
+  int row, column;
+};
+
+struct Barrier {
+  unsigned round = 0;
+  int64_t expected = -1;  // bytes of this round; -1: nobody has said
+  std::vector<Box> boxes{};
+};
+
+inline std::map<SharedAddress, Barrier> barriers;
+inline int64_t boxes = 0;  // copied so far
+
+inline Barrier& barrier_at(SharedAddress place) {
+  const auto found = barriers.find(place);
+  if (found == barriers.end()) emulator::fail("a barrier is used that was not started");
+  return found->second;
+}
+
+inline void forget_barriers() {
+  if (!barriers.empty()) emulator::fail("a block ends before its barriers");
+}
+
+inline void start_barrier(SharedAddress place) {
+  emulator::at_end_of_block.insert(forget_barriers);
+  if (reinterpret_cast<uintptr_t>(place) % 8 != 0) emulator::fail("a barrier is not aligned to 8 bytes");
+  if (window_address(place) + 8 > kWindow + emulator::shared_bytes) emulator::fail("a barrier is not in shared memory");
+  if (!barriers.emplace(place, Barrier()).second) emulator::fail("a barrier is started that was not ended");
+}
+
+inline void end_barrier(SharedAddress place) {
+  if (barrier_at(place).expected >= 0) emulator::fail("a barrier ends within a round");
+  barriers.erase(place);
+}
+
+inline void expect_bytes(SharedAddress place, int bytes) {
+  Barrier& barrier = barrier_at(place);
+  if (barrier.expected >= 0) emulator::fail("a round of a barrier begins within another");
+  barrier.expected = bytes;
+}
+
+inline size_t bytes_of(const CUtensorMap& map) { return size_t{2} * map.box_width * map.box_height; }
+
+inline void copy_box(SharedAddress to, const CUtensorMap* map, int row, int column, SharedAddress place) {
+  if (window_address(to) % 1024 != 0) emulator::fail("a box is not copied to where its swizzle begins");
+  if (emulator::hidden > 0) emulator::fail("a box is copied over what was written without show_to_products");
+  if (window_address(to) + bytes_of(*map) > kWindow + emulator::shared_bytes) {
+    emulator::fail("a box does not fit in shared memory");
+  }
+  barrier_at(place).boxes.push_back({to, map, row, column});
+  ++boxes;
+  std::memset(to, 0xFF, bytes_of(*map));
+}
+
+inline void arrive(const Box& box) {
+  const CUtensorMap& map = *box.map;
+  for (unsigned r = 0; r < map.box_height; ++r) {
+    for (unsigned c = 0; c < map.box_width; ++c) {
+      const uint64_t row = box.row + r, column = box.column + c;
+      uint16_t element = 0;
+      if (row < map.height && column < map.width) std::memcpy(&element, map.base + row * map.stride + 2 * column, 2);
+      uint32_t address = window_address(box.to) + 128 * r + 2 * c;
+      address ^= (address >> 7 & 7) << 4;
+      std::memcpy(emulator::shared.get() + (address - kWindow), &element, 2);
+    }
+  }
+}
+
+// Fibers run in order, so whoever waits does it after the round has begun, or for ever.
+inline void wait_for_round(SharedAddress place, bool odd) {
+  Barrier& barrier = barrier_at(place);
+  if (barrier.round % 2 != odd) return;
+  int64_t bytes = 0;
+  for (const Box& box : barrier.boxes) bytes += bytes_of(*box.map);
+  if (bytes != barrier.expected) emulator::fail("a round of a barrier does not get the bytes it expects: a deadlock");
+  for (const Box& box : barrier.boxes) arrive(box);
+  barrier = {barrier.round + 1};
+}
+
 inline void begin_products() {
-  emulator::at_end_of_block = forget_products;
+  emulator::at_end_of_block.insert(forget_products);
   products[emulator::current].may_begin = true;
 }
 
