@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(kThreads, kSteps <= 8 ? 3 : 2)
     }
   };
   // Splits take turns at tiles: keys that are close in the ring are often alike, and should not fill one buffer.
-  stream<kStorage, kSteps>(query, shared_memory(), in.keys.with(tiles), blockIdx.y, p.splits, in.K, !in.pool.key_mask,
-                           find, use);
+  stream<kStorage, kSteps>(query, shared_memory(), MappedRows{in.keys, tiles}, blockIdx.y, p.splits, in.K,
+                           !in.pool.key_mask, find, use);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t row = blockIdx.x * int64_t{kRows} + row_of(i);
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   // use(row, place) for every column in the pool of every row that asks for it.
   const auto visit = [&](auto asks, auto use) {
     stream<kStorage, kSteps>(
-        query, shared_memory(), in.keys.with(tiles), 0, 1, in.K, !in.pool.key_mask,
+        query, shared_memory(), MappedRows{in.keys, tiles}, 0, 1, in.K, !in.pool.key_mask,
         [&](int column) { return in.key(column); },
         [&](int column, const Scores& s, SharedAddress) {
 #pragma unroll

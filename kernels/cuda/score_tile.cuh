@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/score_sm90.cuh"
@@ -57,9 +58,10 @@ struct Rows {
   int64_t stride;  // from row to row, in bytes
   int64_t D;
   bool in_pieces;  // rows begin at multiples of 16 bytes and D is a multiple of 8
-  const TileMap* tiles = nullptr;
+};
 
-  __device__ Rows with(const TileMap& map) const { return {base, stride, D, in_pieces, &map}; }
+struct MappedRows : Rows {
+  const TileMap& tiles;
 };
 
 // Scores that a lane holds of its warp's 16 kSixteens rows and a chunk of 32 keys. Of [m][n][i], with g = lane / 4,
@@ -280,22 +282,28 @@ __device__ __forceinline__ void score(ScoresOf<kSixteens>& s, const Queries& que
 }
 
 // Scores of tiles first, first + stride, ... of the columns [0, count): use(column, scores, keys) for every chunk of
-// 32, in order, with the chunk's keys in shared memory. find(column) is the row of `keys` behind a column, -1 for none;
-// it is asked of columns past `count` too. is_plain says that every column is the row of its number. A warpgroup holds
-// the scores of kAtOnce chunks at once, 1 or 2.
+// 32, in order, with the chunk's keys in shared memory, and before(column), while no scores take registers.
+// find(column) is the row of `keys` behind a column, -1 for none; it is asked of columns past `count` too. is_plain
+// says that every column is the row of its number; such keys may come as MappedRows. A warpgroup holds the scores of
+// kAtOnce chunks at once, 1 or 2.
+struct Nothing {
+  __device__ void operator()(int) const {}
+};
+
 template <Storage kStorage, int kSteps, int kSixteens = kRowsPerWarp / 16, uint32_t kAbsent = kTwoNaNs, int kAtOnce = 2,
-          class Queries, class Find, class Use>
-__device__ __forceinline__ void stream(const Queries& query, char* memory, const Rows& keys, int first, int stride,
-                                       int count, bool is_plain, Find find, Use use) {
+          class Queries, class Keys, class Find, class Use, class Before = Nothing>
+__device__ __forceinline__ void stream(const Queries& query, char* memory, const Keys& keys, int first, int stride,
+                                       int count, bool is_plain, Find find, Use use, Before before = {}) {
   constexpr int kStages = Tiles<kSteps>::kStages, kBytes = Tiles<kSteps>::kTileBytes;
   const int tiles = count / kKeys + (count % kKeys != 0), plain = is_plain && keys.in_pieces ? count / kKeys : 0;
+  constexpr bool kMapped = kHasWarpgroups && std::is_same_v<Keys, MappedRows>;
   int whole = 0;  // tiles that are copied as such
-  if constexpr (kHasWarpgroups) whole = keys.tiles && keys.tiles->usable ? plain : 0;
-  const SharedAddress barriers = shared_address(memory) + Tiles<kSteps>::kRing;  // one of each stage
+  if constexpr (kMapped) whole = keys.tiles.usable ? plain : 0;
+  [[maybe_unused]] const SharedAddress barriers = shared_address(memory) + Tiles<kSteps>::kRing;  // one of each stage
   const auto fetch = [&](int tile, int stage) {
-    if (tile < whole) {
-      if constexpr (kHasWarpgroups) {
-        copy_tile<kSteps>(shared_address(memory) + stage * kBytes, *keys.tiles, tile, barriers + 8 * stage);
+    if (kMapped && tile < whole) {
+      if constexpr (kMapped) {
+        copy_tile<kSteps>(shared_address(memory) + stage * kBytes, keys.tiles, tile, barriers + 8 * stage);
       }
     } else if (tile < plain) {
       load_neighbours<kSteps>(memory + stage * kBytes, keys, tile * int64_t{kKeys});
@@ -306,10 +314,10 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
     end_copies();  // also where there was nothing to copy: groups are counted
   };
   const Lane<kSteps> lane;
-  if constexpr (kHasWarpgroups) {
+  if constexpr (kMapped) {
     for (int i = 0; i < kStages && whole > 0 && threadIdx.x == 0; ++i) start_barrier(barriers + 8 * i);
-    show_to_products();
   }
+  if constexpr (kHasWarpgroups) show_to_products();
   __syncthreads();
 #pragma unroll
   for (int ahead = 0; ahead < kStages - 1; ++ahead) fetch(first + ahead * stride, ahead);
@@ -317,13 +325,19 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
   bool odd = false;  // whether the round of the stages' barriers is
   for (int tile = first; tile < tiles; tile += stride) {
     wait_for_copies<kStages - 2>();
-    if constexpr (kHasWarpgroups) tile < whole ? wait_for_round(barriers + 8 * stage, odd) : show_to_products();
+    if (kMapped && tile < whole) {
+      if constexpr (kMapped) wait_for_round(barriers + 8 * stage, odd);
+    } else if constexpr (kHasWarpgroups) {
+      show_to_products();
+    }
     __syncthreads();  // the tile is there for all, and all have left the stage that is filled next
     const int free = stage == 0 ? kStages - 1 : stage - 1;
     fetch(tile + (kStages - 1) * stride, free);
     constexpr int kChunks = kHasWarpgroups ? kAtOnce : 1;  // more would not fit in registers
+    static_assert(kAtOnce == 1 || std::is_same_v<Before, Nothing>);
 #pragma unroll 1
     for (int chunk = 0; chunk < kKeys; chunk += kChunks * kChunk) {
+      before(tile * kKeys + chunk);
       ScoresOf<kSixteens> s[kChunks];
       const SharedAddress chunk_keys = shared_address(memory) + (stage * kBytes + further<kSteps>(chunk, 0));
       if constexpr (kHasWarpgroups) {
@@ -341,7 +355,7 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
     odd ^= stage == 0;
   }
   wait_for_copies<0>();
-  if constexpr (kHasWarpgroups) {
+  if constexpr (kMapped) {
     __syncthreads();
     for (int i = 0; i < kStages && whole > 0 && threadIdx.x == 0; ++i) end_barrier(barriers + 8 * i);
   }
