@@ -21,10 +21,9 @@ from negmine.mixing import draws_of
 from tests import emulate, sass
 from tests.cases import unit
 from tests.compare import exact, rounded
+from tests.emulate import STORAGE, on_gpu
 
 ROOT = Path(__file__).parents[1]
-STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
 
 SOURCES = sorted(path.name for path in ROOT.glob("kernels/cuda/*.cu"))
 # Instructions per score in the innermost loop of the scan of mine_hardest, over chunks of keys, for D = 128; 2 of them are
@@ -107,11 +106,6 @@ def emulated_kernel(tmp_path_factory):
         return vectors, parents, coefficients
 
     return mix_negatives
-
-
-def on_gpu(tensor):
-    """A copy with the same strides."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda").copy_(tensor)
 
 
 def gpu_op(query, negative_keys, hard_index, mix, seed, step, row_offset):

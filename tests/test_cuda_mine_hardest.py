@@ -15,10 +15,10 @@ from negmine.pool import check_pool, usable
 from tests import emulate
 from tests.cases import MASKS, masks, unit, whole
 from tests.compare import exact, selected
+from tests.emulate import STORAGE, on_gpu, pointer, pool_arguments, pool_of
 
-STORAGE = {torch.bfloat16: 1, torch.float16: 2}
 PROCESSORS = 6
-each_dtype = pytest.mark.parametrize("dtype", STORAGE, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
 @pytest.fixture(scope="module")
@@ -34,26 +34,19 @@ def plan_of(library, B, K, N, processors=PROCESSORS, least_sample=2048):
     return dict(zip(names, numbers, strict=True)), fitting.value
 
 
-def pointer(tensor):
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def mining_of(library):
+    """mine_hardest of an emulated library on CPU tensors."""
 
-
-@pytest.fixture(scope="module")
-def emulated_kernel(library):
     def mine_hardest(query, negative_keys, N, pool, least_sample=2048, **changed):
         (B, D), K = query.shape, len(negative_keys)
         plan = plan_of(library, B, K, N, least_sample=least_sample)[0] | changed
-        mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, same_label = pool
-        key_mask, pair_mask = (mask, None) if mask is None or mask.dim() == 1 else (None, mask)
         scores, index = torch.full((B, N), torch.nan), torch.full((B, N), -9)
         workspace = torch.full((plan["workspace"] + 15,), 0xFF, dtype=torch.uint8)
         workspace = workspace[-workspace.data_ptr() % 16 :][: plan["workspace"]]
         error = library.emulated_mine_hardest(
             *map(ctypes.c_int64, (B, K, D, N)), pointer(query), pointer(negative_keys),
             ctypes.c_int64(query.stride(0)), ctypes.c_int64(negative_keys.stride(0)), STORAGE[query.dtype],
-            pointer(key_mask), pointer(pair_mask), ctypes.c_int64(0 if pair_mask is None else pair_mask.stride(0)),
-            *map(pointer, (query_ids, negative_ids, query_labels, negative_labels)), ctypes.c_bool(same_label),
-            pointer(lower), pointer(upper), (ctypes.c_int64 * len(plan))(*plan.values()),
+            *pool_arguments(pool), (ctypes.c_int64 * len(plan))(*plan.values()),
             *map(pointer, (scores, index, workspace)),
         )  # fmt: skip
         assert error == 0
@@ -69,11 +62,9 @@ def emulated_kernel(library):
     return mine_hardest
 
 
-def on_gpu(tensor):
-    """A copy with the same strides."""
-    if tensor is None or isinstance(tensor, bool):
-        return tensor
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda").copy_(tensor)
+@pytest.fixture(scope="module")
+def emulated_kernel(library):
+    return mining_of(library)
 
 
 def gpu_op(query, negative_keys, N, pool, least_sample=2048, **changed):
@@ -89,10 +80,6 @@ def kernel(request):
     if cpp_ops.CUDA_REFUSAL:
         pytest.skip(cpp_ops.CUDA_REFUSAL)
     return gpu_op
-
-
-def pool_of(query, keys, same_label=False, lower=None, upper=None, **given):
-    return (*check_pool("test", query, keys, **given)[:5], lower, upper, same_label)
 
 
 def check_exact(

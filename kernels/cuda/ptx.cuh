@@ -55,6 +55,33 @@ __device__ __forceinline__ void load_matrices(uint32_t (&fragment)[4], SharedAdd
                : "r"(row));
 }
 
+// The same with each matrix transposed: of matrix i, the elements l / 4 of its rows 2 * (l % 4) and the next.
+__device__ __forceinline__ void load_transposed(uint32_t (&fragment)[4], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(row));
+}
+
+// Two numbers rounded to the storage, as a register of a fragment.
+template <Storage kStorage>
+__device__ __forceinline__ uint32_t pair_of(float low, float high) {
+  static_assert(kStorage != Storage::kFloat32);
+  uint32_t pair;
+  if constexpr (kStorage == Storage::kBFloat16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+
+// 2^exponent to two units in the last place, in one instruction; 0 below 2^-126.
+__device__ __forceinline__ float power_of_2(float exponent) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
+  return power;
+}
+
 // 16 aligned bytes, there once wait_for_copies says so; with `present` false nothing is read and zeros are written.
 __device__ __forceinline__ void copy_async(SharedAddress to, const char* global, bool present) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(present ? 16 : 0)

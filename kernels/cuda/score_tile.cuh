@@ -230,12 +230,17 @@ __device__ __forceinline__ void score(ScoresOf<kSixteens>& s, const Queries& que
 }
 
 // Scores of tiles first, first + stride, ... of the columns [0, count): use(column, scores, keys) for every chunk of
-// 32, in order, with the chunk's keys in shared memory. find(column) is the row of `keys` behind a column, -1 for none;
-// it is asked of columns past `count` too. is_plain says that every column is the row of its number.
+// 32, in order, with the chunk's keys in shared memory, and before(column), while no scores take registers.
+// find(column) is the row of `keys` behind a column, -1 for none; it is asked of columns past `count` too. is_plain
+// says that every column is the row of its number.
+struct Nothing {
+  __device__ void operator()(int) const {}
+};
+
 template <Storage kStorage, int kSteps, int kSixteens = kRowsPerWarp / 16, uint32_t kAbsent = kTwoNaNs, class Queries,
-          class Find, class Use>
+          class Find, class Use, class Before = Nothing>
 __device__ __forceinline__ void stream(const Queries& query, char* memory, const Rows& keys, int first, int stride,
-                                       int count, bool is_plain, Find find, Use use) {
+                                       int count, bool is_plain, Find find, Use use, Before before = {}) {
   constexpr int kStages = Tiles<kSteps>::kStages, kBytes = Tiles<kSteps>::kTileBytes;
   const int tiles = count / kKeys + (count % kKeys != 0), plain = is_plain && keys.in_pieces ? count / kKeys : 0;
   const auto fetch = [&](int tile, int stage) {
@@ -259,6 +264,7 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
     fetch(tile + (kStages - 1) * stride, free);
 #pragma unroll 1  // two chunks at once would not fit in registers
     for (int chunk = 0; chunk < kKeys; chunk += kChunk) {
+      before(tile * kKeys + chunk);
       ScoresOf<kSixteens> s;
       const SharedAddress chunk_keys = shared_address(memory) + (stage * kBytes + chunk * 16 * Tiles<kSteps>::kPieces);
       score<kStorage, kSteps, kSixteens>(s, query, chunk_keys, lane);
