@@ -30,7 +30,6 @@ namespace {
 
 constexpr float kHeadroom = 8.0f;  // a power of 2 by which a logit may pass the shift: 2^8 is far from overflow in fp16
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr int kQuad = 4;    // lanes that share a row
 constexpr int kBlocks = 2;  // on a processor
 constexpr int kMergeThreads = 256, kMergeWarps = kMergeThreads / kWarp;
 
@@ -45,10 +44,10 @@ struct Parts {
 };
 
 // How many queries a block has and where they are: what registers are left beside the mean decides.
-template <int kSteps, bool kWantMean, bool kByPair = false>
+template <int kSteps, bool kWantMean>
 struct Cut {
   static constexpr int kSixteens = kWantMean && kSteps > 8 ? 1 : 2;
-  static constexpr bool kShared = kWantMean && (kSteps == 8 || (kSteps == 16 && kByPair));
+  static constexpr bool kShared = kWantMean && kSteps >= 8;
   static constexpr int kRows = kThreads / kWarp * 16 * kSixteens;
   static constexpr int kRing = Tiles<kSteps>::kStages * Tiles<kSteps>::kTileBytes;
   static constexpr int kQueryBytes = kRows * 16 * Tiles<kSteps>::kPieces;
@@ -78,21 +77,21 @@ struct Queries<kSteps, kSixteens, true> {
 template <Storage kStorage, int kSteps, bool kWantMean, bool kByPair>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     sum_kernel(Inputs in, int B, const float* scale_at, const float* pivot, Parts parts) {
-  using Cut = Cut<kSteps, kWantMean, kByPair>;
+  using Cut = Cut<kSteps, kWantMean>;
   constexpr int kSixteens = Cut::kSixteens, kOwn = 2 * kSixteens, kPairs = kWantMean ? kSteps : 0;
   const int first = blockIdx.x * Cut::kRows, row = first + row_of<kSixteens>(0);
   const Queries<kSteps, kSixteens, Cut::kShared> query(shared_memory(), in.query, first, B);
-  const Lane<kSteps> lane;
+  const int lane = lane_of_rows<kSteps>();
   const int t = threadIdx.x % kQuad;
   const float scale = *scale_at;
   const bool negated = scale < 0.0f;
   float factor = fabsf(scale) * kLog2E;
-  if (factor < FLT_MIN) factor = FLT_MIN;  // -inf, which stands for a column that is not there, stays what it is
+  if (factor < FLT_MIN) factor = FLT_MIN;  // the -inf of what is hidden stays what it is
 
-  float shift[kOwn], sum[kOwn] = {}, along[kOwn] = {}, mean[kSixteens][2 * kPairs + 1][4] = {};
-  int32_t kept[kByPair ? kOwn : 1] = {}, above[kOwn] = {};
-#pragma unroll
-  for (int r = 0; r < kOwn; ++r) shift[r] = -FLT_MAX;
+  float mean[kSixteens][2 * kPairs + 1][4] = {};
+  // Each lane of a quad keeps the books of one of their rows, the t-th: registers are few.
+  float shift = -FLT_MAX, sum = 0.0f, along = 0.0f;
+  int32_t kept = 0, above = 0;  // where all rows see the same columns, kept is of the lane's own columns
 
   uint32_t seen = 0;  // of the scores of a chunk, those in the pool
   bool partial = true;
@@ -118,8 +117,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
       for (int r = 0; r < kOwn; ++r) own[r] = of_row(r, pivot);
       each([&](int r, int j, float score) { higher |= score > own[r] ? bit_of(j) << shift_of(r) : 0u; });
-#pragma unroll
-      for (int r = 0; r < kOwn; ++r) above[r] += __popc(higher & seen & kRowBits << shift_of(r));
+      above += count_of_row<kSixteens>(higher & seen);
     }
     if constexpr (kByPair) {
       const auto bounded = [&](const int64_t* bounds, auto is_inside) {
@@ -137,8 +135,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       if (in.pool.lower) bounded(in.pool.lower, is_at_least);
       if (in.pool.upper) bounded(in.pool.upper, is_at_most);
     }
-#pragma unroll
-    for (int r = 0; r < (kByPair ? kOwn : 1); ++r) kept[r] += __popc(seen & kRowBits << shift_of(r));
+    kept += kByPair ? count_of_row<kSixteens>(seen) : __popc(seen & kRowBits);
     if (negated) each([](int, int, float& score) { score = -score; });
     if (partial) {
       each([&](int r, int j, float& score) {
@@ -146,13 +143,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       });
     }
 
-    float most[kOwn];
+    float most[kOwn], shifts[kOwn], sums[kOwn] = {}, alongs[kOwn] = {};
     bool moves = false;
 #pragma unroll
-    for (int r = 0; r < kOwn; ++r) most[r] = -INFINITY;
+    for (int r = 0; r < kOwn; ++r) most[r] = -INFINITY, shifts[r] = __shfl_sync(kAllLanes, shift, r, kQuad);
     each([&](int r, int, float score) { most[r] = fmaxf(most[r], score); });
 #pragma unroll
-    for (int r = 0; r < kOwn; ++r) moves |= most[r] * factor > shift[r] + kHeadroom;
+    for (int r = 0; r < kOwn; ++r) moves |= most[r] * factor > shifts[r] + kHeadroom;
     if (__ballot_sync(kAllLanes, moves)) {
 #pragma unroll
       for (int r = 0; r < kOwn; ++r) {
@@ -160,55 +157,58 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         most[r] = fmaxf(most[r], __shfl_xor_sync(kAllLanes, most[r], 2));
         const float next =
             fminf(most[r] * factor, FLT_MAX);  // past an infinity the sums are infinite, the shift is not
-        const bool moved = next > shift[r] + kHeadroom;
-        const float decay = moved ? power_of_2(shift[r] - next) : 1.0f;
-        shift[r] = moved ? next : shift[r];
-        sum[r] *= decay;
-        along[r] *= decay;
+        const bool moved = next > shifts[r] + kHeadroom;
+        const float decay = moved ? power_of_2(shifts[r] - next) : 1.0f;
+        shifts[r] = moved ? next : shifts[r];
 #pragma unroll
         for (int d = 0; d < 2 * kPairs; ++d) {
           mean[r / 2][d][r % 2 * 2] *= decay;
           mean[r / 2][d][r % 2 * 2 + 1] *= decay;
         }
       }
+      const float next = kSixteens == 2 ? either(t & 2, either(t & 1, shifts[0], shifts[1]),
+                                                 either(t & 1, shifts[kOwn - 2], shifts[kOwn - 1]))
+                                        : either(t & 1, shifts[0], shifts[1]);
+      const float decay = power_of_2(shift - next);
+      shift = next, sum *= decay, along *= decay;
     }
-    const auto exponentiate = [&](auto guarded) {
-      each([&](int r, int, float& score) {
-        const float p = power_of_2(fmaf(score, factor, -shift[r]));
-        sum[r] += p;
-        if (kWantMean && (!decltype(guarded)::value || p != 0.0f)) along[r] = fmaf(p, score, along[r]);
-        score = p;
-      });
-    };
-    if (partial) {
-      exponentiate(std::true_type());
-    } else {
-      exponentiate(std::false_type());
-    }
-    if constexpr (kWantMean) {
-      constexpr int kRowBytes = 16 * Tiles<kSteps>::kPieces;
+    // Half of the keys at a time: products of one may run beside the exponentials of the next.
 #pragma unroll
-      for (int half = 0; half < kChunk / 16; ++half) {
-        uint32_t p[kSixteens][4];  // (16, 16) of the rows and the keys of this half
+    for (int half = 0; half < kChunk / 16; ++half) {
+      uint32_t p[kSixteens][4];  // (16, 16) of the rows and these keys
 #pragma unroll
-        for (int m = 0; m < kSixteens; ++m) {
+      for (int m = 0; m < kSixteens; ++m) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float (&from)[4] = s[m][2 * half + i / 2];
-            p[m][i] = pair_of<kStorage>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
+        for (int i = 0; i < 4; ++i) {
+          const int r = 2 * m + i % 2;
+          float pair[2];
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const float score = s[m][2 * half + i / 2][i % 2 * 2 + c];
+            pair[c] = power_of_2(fmaf(score, factor, -shifts[r]));
+            sums[r] += pair[c];
+            if (kWantMean && pair[c] != 0.0f) alongs[r] = fmaf(pair[c], score, alongs[r]);  // 0 * -inf is no number
           }
-        }
-#pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair) {
-          uint32_t value[4];  // of dims 16 pair + {0, 8} and keys {0, 8}
-          load_transposed(value, keys + lane.kind[pair % 4] + (16 * half * kRowBytes + pair / 4 * 128));
-#pragma unroll
-          for (int m = 0; m < kSixteens; ++m) {
-            multiply<kStorage>(mean[m][2 * pair], p[m], value[0], value[2]);
-            multiply<kStorage>(mean[m][2 * pair + 1], p[m], value[1], value[3]);
-          }
+          p[m][i] = pair_of<kStorage>(pair[0], pair[1]);
         }
       }
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        uint32_t value[4];  // of these keys and 8 dims from 16 pair on, and of the next 8 dims
+        load_transposed(value, at_step(keys + lane, pair) + 16 * half * 16 * Tiles<kSteps>::kPieces);
+#pragma unroll
+        for (int m = 0; m < kSixteens; ++m) {
+          multiply<kStorage>(mean[m][2 * pair], p[m], value[0], value[1]);
+          multiply<kStorage>(mean[m][2 * pair + 1], p[m], value[2], value[3]);
+        }
+      }
+    }
+    if constexpr (kSixteens == 2) {
+      sum += of_own_row(sums[0], sums[1], sums[2], sums[3]);
+      if (kWantMean) along += of_own_row(alongs[0], alongs[1], alongs[2], alongs[3]);
+    } else {
+      sum += of_own_row(sums[0], sums[1]);
+      if (kWantMean) along += of_own_row(alongs[0], alongs[1]);
     }
   };
   const auto find = [&](int column) { return in.key(column); };
@@ -216,23 +216,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                                                  in.keys, blockIdx.y, gridDim.y, in.K, !in.pool.key_mask, find, use,
                                                  before);
 
-  const auto over_quad = [](auto value) {
-    value += __shfl_xor_sync(kAllLanes, value, 1);
-    return value + __shfl_xor_sync(kAllLanes, value, 2);
-  };
+  if constexpr (!kByPair) {
+    kept += __shfl_xor_sync(kAllLanes, kept, 1);
+    kept += __shfl_xor_sync(kAllLanes, kept, 2);
+  }
+  if (t < kOwn && row + 8 * t < B) {
+    const int64_t at = blockIdx.y * int64_t{B} + row + 8 * t;
+    parts.shift[at] = shift;
+    parts.sum[at] = sum;
+    parts.along[at] = negated ? -along : along;
+    parts.kept[at] = kept;
+    parts.above[at] = above;
+  }
 #pragma unroll
-  for (int r = 0; r < kOwn; ++r) {
-    const float total = over_quad(sum[r]), scores = over_quad(along[r]);
-    const int32_t columns = over_quad(kept[kByPair ? r : 0]), higher = over_quad(above[r]);
+  for (int r = 0; r < (kWantMean ? kOwn : 0); ++r) {
     if (row + 8 * r >= B) continue;
     const int64_t at = blockIdx.y * int64_t{B} + row + 8 * r;
-    if (t == 0) {
-      parts.shift[at] = shift[r];
-      parts.sum[at] = total;
-      parts.along[at] = negated ? -scores : scores;
-      parts.kept[at] = columns;
-      parts.above[at] = higher;
-    }
 #pragma unroll
     for (int d = 0; d < 2 * kPairs; ++d) {
       *reinterpret_cast<float2*>(parts.mean + at * (16 * kSteps) + 8 * d + 2 * t) =
@@ -324,7 +323,7 @@ int64_t workspace_of(int64_t splits, int64_t B, int64_t D, bool want_mean) {
 
 template <Storage kStorage, int kSteps, bool kWantMean, bool kByPair>
 cudaError_t sum(const Inputs& in, const LogSumExpParams& params, const Parts& parts, void* stream) {
-  using Cut = Cut<kSteps, kWantMean, kByPair>;
+  using Cut = Cut<kSteps, kWantMean>;
   const dim3 grid(static_cast<unsigned>((params.B + Cut::kRows - 1) / Cut::kRows),
                   static_cast<unsigned>(params.plan.splits));
   return launch(sum_kernel<kStorage, kSteps, kWantMean, kByPair>, grid, kThreads, Cut::kBytes, stream, in,

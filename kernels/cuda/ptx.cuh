@@ -28,6 +28,9 @@ __device__ __forceinline__ SharedAddress shared_address(void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// The address with these bits the other way.
+__device__ __forceinline__ SharedAddress flipped(SharedAddress address, uint32_t bits) { return address ^ bits; }
+
 // d += A B.
 template <Storage kStorage>
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -129,19 +129,34 @@ __device__ __forceinline__ void gather_queries(char* memory, const Rows& matrix,
   __syncthreads();
 }
 
+// Where a lane loads fragments of step 0 from, within rows that begin at a multiple of 128 bytes: of 16 keys, matrices
+// 0 and 1 are of the first 8 rows and 2 and 3 of the next; of 16 queries, or of keys that are summed, 0 and 1 are of
+// all rows and 2 and 3 of these again.
+template <int kSteps>
+__device__ __forceinline__ int lane_of_keys() {
+  const int lane = threadIdx.x % kWarp;
+  return offset_of<kSteps>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+}
+
+template <int kSteps>
+__device__ __forceinline__ int lane_of_rows() {
+  const int lane = threadIdx.x % kWarp;
+  return offset_of<kSteps>(lane % 16, lane / 16);
+}
+
+// The same of another step: a step is two pieces, whose place has its low three bits from the lane and the step.
+__device__ __forceinline__ SharedAddress at_step(SharedAddress first, int step) {
+  return flipped(first, step % 4 * 32) + step / 4 * 128;
+}
+
 // This warp's queries in shared memory.
 template <int kSteps, int kSixteens>
 struct SharedQueries {
-  SharedAddress kind[4];  // of the first row and step of each kind, as in Lane
+  SharedAddress first;  // where this lane loads the fragment of step 0 from
 
-  __device__ explicit SharedQueries(char* memory) {
-    const int lane = threadIdx.x % kWarp;
-    const int row = threadIdx.x / kWarp * (16 * kSixteens) + lane % 16;  // matrices 0 and 1 hold rows, 2 and 3 again
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      kind[step] = shared_address(memory) + offset_of<kSteps>(row, 2 * step + lane / 16);
-    }
-  }
+  __device__ explicit SharedQueries(char* memory)
+      : first(shared_address(memory) + threadIdx.x / kWarp * (16 * kSixteens * 16 * Tiles<kSteps>::kPieces) +
+              lane_of_rows<kSteps>()) {}
 };
 
 // The fragments of one step, from where the queries are.
@@ -150,7 +165,7 @@ __device__ __forceinline__ void take(uint32_t (&fragments)[kSixteens][4], const 
                                      int step) {
 #pragma unroll
   for (int m = 0; m < kSixteens; ++m) {
-    load_matrices(fragments[m], query.kind[step % 4] + (16 * m * 16 * Tiles<kSteps>::kPieces + step / 4 * 128));
+    load_matrices(fragments[m], at_step(query.first, step) + 16 * m * 16 * Tiles<kSteps>::kPieces);
   }
 }
 
@@ -183,25 +198,9 @@ __device__ __forceinline__ void load_queries(uint32_t (&query)[kSixteens][kSteps
   __syncthreads();
 }
 
-// Where this lane loads key fragments from, within a tile: for the first key and step of each kind, of which there are
-// four, since the place of a piece has its low three bits from the lane and the step. Further steps and keys are a
-// constant away.
-template <int kSteps>
-struct Lane {
-  int kind[4];
-
-  __device__ Lane() {
-    const int lane = threadIdx.x % kWarp;
-    const int row = lane / 16 * 8 + lane % 8;  // of key fragments: matrices 0 and 1 are of one n, 2 and 3 of the next
-#pragma unroll
-    for (int step = 0; step < 4; ++step) kind[step] = offset_of<kSteps>(row, 2 * step + lane / 8 % 2);
-  }
-};
-
 // Scores of the warp's queries and the 32 keys from `keys` on, a multiple of 8 within a tile.
 template <Storage kStorage, int kSteps, int kSixteens, class Queries>
-__device__ __forceinline__ void score(ScoresOf<kSixteens>& s, const Queries& query, SharedAddress keys,
-                                      const Lane<kSteps>& from) {
+__device__ __forceinline__ void score(ScoresOf<kSixteens>& s, const Queries& query, SharedAddress keys, int lane) {
   constexpr int kRowBytes = 16 * Tiles<kSteps>::kPieces;
 #pragma unroll
   for (int m = 0; m < kSixteens; ++m) {
@@ -217,7 +216,7 @@ __device__ __forceinline__ void score(ScoresOf<kSixteens>& s, const Queries& que
     take(own, query, step);
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
-      load_matrices(key[pair], keys + from.kind[step % 4] + (16 * pair * kRowBytes + step / 4 * 128));
+      load_matrices(key[pair], at_step(keys + lane, step) + 16 * pair * kRowBytes);
     }
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
@@ -252,7 +251,7 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
     }
     end_copies();  // also where there was nothing to copy: groups are counted
   };
-  const Lane<kSteps> lane;
+  const int lane = lane_of_keys<kSteps>();
   __syncthreads();
 #pragma unroll
   for (int ahead = 0; ahead < kStages - 1; ++ahead) fetch(first + ahead * stride, ahead);

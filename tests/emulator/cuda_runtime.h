@@ -228,8 +228,8 @@ T __shfl_up_sync(unsigned, T value, unsigned apart) {
 }
 
 template <class T>
-T __shfl_sync(unsigned, T value, int source) {
-  return emulator::exchange(value)[source % emulator::kWarp];
+T __shfl_sync(unsigned, T value, int source, int width = emulator::kWarp) {
+  return emulator::exchange(value)[emulator::lane() / width * width + source % width];
 }
 
 inline unsigned __ballot_sync(unsigned, bool vote) {

@@ -19,6 +19,10 @@ using SharedAddress = char*;
 
 inline SharedAddress shared_address(void* shared) { return static_cast<char*>(shared); }
 
+inline SharedAddress flipped(SharedAddress address, uint32_t bits) {
+  return reinterpret_cast<SharedAddress>(reinterpret_cast<uintptr_t>(address) ^ bits);
+}
+
 inline float half_of(uint32_t word, int half, Storage storage) {
   const auto bits = static_cast<unsigned short>(word >> (16 * half));
   return storage == Storage::kBFloat16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16)
