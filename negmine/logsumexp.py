@@ -179,7 +179,7 @@ def pooled(
     backend: str | None,
 ) -> Tensor:
     """logsumexp under the name of the op that called it."""
-    kernels = ("logsumexp", "logsumexp_grad_keys")
+    kernels = backends.summing(negative_keys)
     ops, pool, dense = columns(op, kernels, query, negative_keys, positive_key, select, masks, draw, backend)
     if ops is None:
         return reference_methods.logsumexp(working(query), frozen(negative_keys, dense["usable"]), temperature, **dense)

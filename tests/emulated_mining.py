@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from negmine.pool import check_pool
 from tests import emulate
+from tests.emulate import STORAGE, pointer, pool_arguments
 
-STORAGE = {torch.bfloat16: 1, torch.float16: 2}
 PRODUCTS = {"emulated": [], "emulated_sm90a": ["-D__CUDA_ARCH_FEAT_SM90_ALL"]}  # and what chooses them
 FOLDER = tempfile.TemporaryDirectory(prefix="negmine-")
 PROCESSORS = 6
@@ -31,14 +30,6 @@ def plan_of(library, B, K, N, processors=PROCESSORS, least_sample=2048):
     return dict(zip(names, numbers, strict=True)), fitting.value
 
 
-def pointer(tensor):
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def pool_of(query, keys, same_label=False, lower=None, upper=None, **given):
-    return (*check_pool("test", query, keys, **given)[:5], lower, upper, same_label)
-
-
 def emulated(product):
     """mine_hardest by the emulator; what the last call recovered, and the boxes copied so far, are its attributes."""
     library = mining_library(product)
@@ -46,17 +37,13 @@ def emulated(product):
     def mine_hardest(query, negative_keys, N, pool, least_sample=2048, **changed):
         (B, D), K = query.shape, len(negative_keys)
         plan = plan_of(library, B, K, N, least_sample=least_sample)[0] | changed
-        mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, same_label = pool
-        key_mask, pair_mask = (mask, None) if mask is None or mask.dim() == 1 else (None, mask)
         scores, index = torch.full((B, N), torch.nan), torch.full((B, N), -9)
         workspace = torch.full((plan["workspace"] + 15,), 0xFF, dtype=torch.uint8)
         workspace = workspace[-workspace.data_ptr() % 16 :][: plan["workspace"]]
         error = library.emulated_mine_hardest(
             *map(ctypes.c_int64, (B, K, D, N)), pointer(query), pointer(negative_keys),
             ctypes.c_int64(query.stride(0)), ctypes.c_int64(negative_keys.stride(0)), STORAGE[query.dtype],
-            pointer(key_mask), pointer(pair_mask), ctypes.c_int64(0 if pair_mask is None else pair_mask.stride(0)),
-            *map(pointer, (query_ids, negative_ids, query_labels, negative_labels)), ctypes.c_bool(same_label),
-            pointer(lower), pointer(upper), (ctypes.c_int64 * len(plan))(*plan.values()),
+            *pool_arguments(pool), (ctypes.c_int64 * len(plan))(*plan.values()),
             *map(pointer, (scores, index, workspace)),
         )  # fmt: skip
         assert error == 0

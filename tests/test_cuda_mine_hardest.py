@@ -12,9 +12,10 @@ from negmine import cpp_ops, order, reference
 from negmine.pool import check_pool, usable
 from tests.cases import MASKS, masks, unit, whole
 from tests.compare import exact, selected
-from tests.emulated_mining import PRODUCTS, STORAGE, emulated, mining_library, plan_of, pool_of
+from tests.emulate import on_gpu, pool_of
+from tests.emulated_mining import PRODUCTS, emulated, mining_library, plan_of
 
-each_dtype = pytest.mark.parametrize("dtype", STORAGE, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
 @pytest.fixture(params=PRODUCTS)
@@ -25,13 +26,6 @@ def emulated_kernel(request):
 @pytest.fixture
 def library():
     return mining_library("emulated")
-
-
-def on_gpu(tensor):
-    """A copy with the same strides."""
-    if tensor is None or isinstance(tensor, bool):
-        return tensor
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda").copy_(tensor)
 
 
 def gpu_op(query, negative_keys, N, pool, least_sample=2048, **changed):

@@ -8,10 +8,11 @@ import torch
 
 from tests.cases import masks, unit, whole
 from tests.compare import exact, rounded, selected
-from tests.emulated_mining import PRODUCTS, STORAGE, emulated, mining_library, pointer, pool_of
+from tests.emulate import STORAGE, pointer, pool_of
+from tests.emulated_mining import PRODUCTS, emulated, mining_library
 
 
-@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_one_product_of_fragments(dtype):
     """The emulation of each product and the layout that its header states, against a plain product."""
     library = mining_library("emulated")

@@ -178,18 +178,35 @@ __device__ __forceinline__ void gather_queries(char* memory, const Rows& matrix,
   __syncthreads();
 }
 
+// Where a lane loads fragments of step 0 from, within rows that begin at a multiple of 128 bytes: of 16 keys, matrices
+// 0 and 1 are of the first 8 rows and 2 and 3 of the next; of 16 queries, or of keys that are summed, 0 and 1 are of
+// all rows and 2 and 3 of these again.
+template <int kSteps>
+__device__ __forceinline__ int lane_of_keys() {
+  const int lane = threadIdx.x % kWarp;
+  return offset_of<kSteps>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+}
+
+template <int kSteps>
+__device__ __forceinline__ int lane_of_rows() {
+  const int lane = threadIdx.x % kWarp;
+  return offset_of<kSteps>(lane % 16, lane / 16);
+}
+
+// The same of another step: a step is two pieces, whose place has its low three bits from the lane and the step.
+template <int kSteps>
+__device__ __forceinline__ SharedAddress at_step(SharedAddress first, int step) {
+  return flipped(first, step % 4 * 32) + further<kSteps>(0, step);
+}
+
 // This warp's queries in shared memory.
 template <int kSteps, int kSixteens>
 struct SharedQueries {
   SharedAddress tiles;
-  SharedAddress kind[4];  // of the first row and step of each kind, as in Lane
+  SharedAddress first;  // where this lane loads the fragment of step 0 from
 
-  __device__ explicit SharedQueries(char* memory) : tiles(shared_address(memory)) {
-    const int lane = threadIdx.x % kWarp;
-    const int row = threadIdx.x / kWarp * 16 + lane % 16;  // matrices 0 and 1 hold rows, 2 and 3 again
-#pragma unroll
-    for (int step = 0; step < 4; ++step) kind[step] = tiles + offset_of<kSteps>(row, 2 * step + lane / 16);
-  }
+  __device__ explicit SharedQueries(char* memory)
+      : tiles(shared_address(memory)), first(tiles + threadIdx.x / kWarp * (16 * kSlabRow) + lane_of_rows<kSteps>()) {}
 
   // Of rows m of all warps, for products of a warpgroup.
   __device__ uint64_t descriptor(int m, int step) const {
@@ -203,7 +220,7 @@ __device__ __forceinline__ void take(uint32_t (&fragments)[kSixteens][4], const 
                                      int step) {
 #pragma unroll
   for (int m = 0; m < kSixteens; ++m) {
-    load_matrices(fragments[m], query.kind[step % 4] + (m * Tiles<kSteps>::kTileBytes + further<kSteps>(0, step)));
+    load_matrices(fragments[m], at_step<kSteps>(query.first, step) + m * Tiles<kSteps>::kTileBytes);
   }
 }
 
@@ -236,25 +253,9 @@ __device__ __forceinline__ void load_queries(uint32_t (&query)[kSixteens][kSteps
   __syncthreads();
 }
 
-// Where this lane loads key fragments from, within a tile: for the first key and step of each kind, of which there are
-// four, since the place of a piece has its low three bits from the lane and the step. Further steps and keys are a
-// constant away.
-template <int kSteps>
-struct Lane {
-  int kind[4];
-
-  __device__ Lane() {
-    const int lane = threadIdx.x % kWarp;
-    const int row = lane / 16 * 8 + lane % 8;  // of key fragments: matrices 0 and 1 are of one n, 2 and 3 of the next
-#pragma unroll
-    for (int step = 0; step < 4; ++step) kind[step] = offset_of<kSteps>(row, 2 * step + lane / 8 % 2);
-  }
-};
-
 // Scores of the warp's queries and the 32 keys from `keys` on, a multiple of 8 within a tile.
 template <Storage kStorage, int kSteps, int kSixteens, class Queries>
-__device__ __forceinline__ void score(ScoresOf<kSixteens>& s, const Queries& query, SharedAddress keys,
-                                      const Lane<kSteps>& from) {
+__device__ __forceinline__ void score(ScoresOf<kSixteens>& s, const Queries& query, SharedAddress keys, int lane) {
 #pragma unroll
   for (int m = 0; m < kSixteens; ++m) {
 #pragma unroll
@@ -269,7 +270,7 @@ __device__ __forceinline__ void score(ScoresOf<kSixteens>& s, const Queries& que
     take(own, query, step);
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
-      load_matrices(key[pair], keys + from.kind[step % 4] + further<kSteps>(16 * pair, step));
+      load_matrices(key[pair], at_step<kSteps>(keys + lane, step) + further<kSteps>(16 * pair, 0));
     }
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
@@ -295,17 +296,18 @@ template <Storage kStorage, int kSteps, int kSixteens = kRowsPerWarp / 16, uint3
 __device__ __forceinline__ void stream(const Queries& query, char* memory, const Keys& keys, int first, int stride,
                                        int count, bool is_plain, Find find, Use use, Before before = {}) {
   constexpr int kStages = Tiles<kSteps>::kStages, kBytes = Tiles<kSteps>::kTileBytes;
-  const int tiles = count / kKeys + (count % kKeys != 0), plain = is_plain && keys.in_pieces ? count / kKeys : 0;
+  const int tiles = count / kKeys + (count % kKeys != 0), full = count / kKeys;
+  const auto plain = [&](int tile) { return is_plain && keys.in_pieces && tile < full; };
   constexpr bool kMapped = kHasWarpgroups && std::is_same_v<Keys, MappedRows>;
-  int whole = 0;  // tiles that are copied as such
-  if constexpr (kMapped) whole = keys.tiles.usable ? plain : 0;
+  int whole = 0;                                                            // tiles that are copied as such
+  if constexpr (kMapped) whole = keys.tiles.usable && is_plain ? full : 0;  // and they are in pieces
   [[maybe_unused]] const SharedAddress barriers = shared_address(memory) + Tiles<kSteps>::kRing;  // one of each stage
   const auto fetch = [&](int tile, int stage) {
     if (kMapped && tile < whole) {
       if constexpr (kMapped) {
         copy_tile<kSteps>(shared_address(memory) + stage * kBytes, keys.tiles, tile, barriers + 8 * stage);
       }
-    } else if (tile < plain) {
+    } else if (plain(tile)) {
       load_neighbours<kSteps>(memory + stage * kBytes, keys, tile * int64_t{kKeys});
     } else if (tile < tiles) {
       const int column = tile * kKeys;
@@ -313,7 +315,7 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
     }
     end_copies();  // also where there was nothing to copy: groups are counted
   };
-  const Lane<kSteps> lane;
+  [[maybe_unused]] const int lane = lane_of_keys<kSteps>();
   if constexpr (kMapped) {
     for (int i = 0; i < kStages && whole > 0 && threadIdx.x == 0; ++i) start_barrier(barriers + 8 * i);
   }

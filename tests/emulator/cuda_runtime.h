@@ -32,8 +32,11 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct float4 {
+struct alignas(16) float4 {
   float x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
 };
 struct alignas(8) uint2 {
   uint32_t x, y;
@@ -44,6 +47,7 @@ struct alignas(16) uint4 {
 struct alignas(16) int4 {
   int32_t x, y, z, w;
 };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
@@ -262,8 +266,8 @@ T __shfl_up_sync(unsigned, T value, unsigned apart) {
 }
 
 template <class T>
-T __shfl_sync(unsigned, T value, int source) {
-  return emulator::exchange(value)[source % emulator::kWarp];
+T __shfl_sync(unsigned, T value, int source, int width = emulator::kWarp) {
+  return emulator::exchange(value)[emulator::lane() / width * width + source % width];
 }
 
 inline unsigned __ballot_sync(unsigned, bool vote) {
