@@ -297,11 +297,14 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
                                        int count, bool is_plain, Find find, Use use, Before before = {}) {
   constexpr int kStages = Tiles<kSteps>::kStages, kBytes = Tiles<kSteps>::kTileBytes;
   const int tiles = count / kKeys + (count % kKeys != 0), full = count / kKeys;
-  const auto plain = [&](int tile) { return is_plain && keys.in_pieces && tile < full; };
+  [[maybe_unused]] const int neighbours = is_plain && keys.in_pieces ? full : 0;  // tiles of neighbouring rows
   constexpr bool kMapped = kHasWarpgroups && std::is_same_v<Keys, MappedRows>;
-  int whole = 0;                                                            // tiles that are copied as such
-  if constexpr (kMapped) whole = keys.tiles.usable && is_plain ? full : 0;  // and they are in pieces
+  int whole = 0;  // tiles that are copied as such
+  if constexpr (kMapped) whole = keys.tiles.usable ? neighbours : 0;
   [[maybe_unused]] const SharedAddress barriers = shared_address(memory) + Tiles<kSteps>::kRing;  // one of each stage
+  const auto plain = [&](int tile) {  // a register or three instructions: which of them there is room for
+    return kMapped ? tile < neighbours : is_plain && keys.in_pieces && tile < full;
+  };
   const auto fetch = [&](int tile, int stage) {
     if (kMapped && tile < whole) {
       if constexpr (kMapped) {
