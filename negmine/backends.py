@@ -97,6 +97,11 @@ def with_count(mine_hardest: Callable, count_negatives: Callable) -> Callable:
     return mine_hardest_kept
 
 
+def summing(keys: Tensor) -> tuple[str, ...]:
+    """The ops of a sum over keys; their gradient is a kernel of its own, which only keys that require one ask for."""
+    return ("logsumexp", "logsumexp_grad_keys") if keys.requires_grad else ("logsumexp",)
+
+
 class BackendUnavailable(RuntimeError):
     """The backend asked for cannot run this call; the message says why."""
 
@@ -114,36 +119,57 @@ class Backend:
     limits: dict[str, Callable[..., str]] = field(default_factory=dict)  # op -> why not these arguments, given `asked`
 
 
-def mining_limit(dtypes: tuple[torch.dtype, ...], K: int, D: int, N: int, capability: int, asked: bool) -> str:
-    """Why the cuda mine_hardest is not what runs such a call, empty where it is; capability is major * 10 + minor.
+def scoring_limit(dtypes: tuple[torch.dtype, ...], D: int, capability: int) -> str:
+    """Why the scores of the cuda backend are not what such a call takes, empty where they are; capability is major * 10 + minor.
 
-    Unasked it also leaves short queues to Triton. What it cannot do at all: other storage than one of 16 bits (TF32 would round
-    fp32 input), rows that do not fit in registers, more survivors than fit in a block's shared memory.
+    What its products cannot do at all: other storage than one of 16 bits (TF32 would round fp32 input), rows that do not fit
+    in registers.
     """
     if capability < 80:
         return f"its products need compute capability 8.0 or higher, this card has {capability / 10}"
     if len(set(dtypes)) != 1 or dtypes[0] not in (torch.bfloat16, torch.float16):
         got = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"it takes query and negative_keys both bfloat16 or both float16, got {got}"
-    if D > 256:
-        return f"it takes D up to 256, got {D}"
+    return f"it takes D up to 256, got {D}" if D > 256 else ""
+
+
+def mining_limit(dtypes: tuple[torch.dtype, ...], K: int, D: int, N: int, capability: int, asked: bool) -> str:
+    """Why the cuda mine_hardest is not what runs such a call, empty where it is.
+
+    Unasked it also leaves short queues to Triton. Beside the scores' limits: more survivors than fit in a block's shared memory.
+    """
+    why = scoring_limit(dtypes, D, capability)
+    if why:
+        return why
     if N > 4096 or K > 2**22 or (N > 2048 and K > 2**19):
         return f"it takes N up to 4096 of K up to {2**19}, or 2048 of {2**22}, got N = {N} of K = {K}"
     return "" if asked or K > 8192 else f"a queue as short as K = {K} is quicker by whole rows"
 
 
-def _mining_limit(query: Tensor, negative_keys: Tensor, N: int, *, asked: bool) -> str:
+def _capability(query: Tensor) -> int:
     major, minor = torch.cuda.get_device_capability(query.device)
+    return 10 * major + minor
+
+
+def _scoring_limit(query: Tensor, negative_keys: Tensor, *_: Any, asked: bool) -> str:
+    return scoring_limit((query.dtype, negative_keys.dtype), query.shape[1], _capability(query))
+
+
+def _mining_limit(query: Tensor, negative_keys: Tensor, N: int, *_: Any, asked: bool) -> str:
     K, D = negative_keys.shape
-    return mining_limit((query.dtype, negative_keys.dtype), K, D, N, 10 * major + minor, asked)
+    return mining_limit((query.dtype, negative_keys.dtype), K, D, N, _capability(query), asked)
 
 
 def _cuda_ops() -> Backend:
     from negmine import cpp_ops
 
     found = cpp_ops.launchers("CUDA")
+    if found:
+        found["logsumexp_pair"] = in_two(found["logsumexp"])
+        found["logsumexp_mine"] = one_by_one(found["logsumexp"], found["mine_hardest"])
     asked_only = frozenset(found) - CUDA_UNASKED
-    limits = {"mine_hardest": _mining_limit}
+    mining, summing = ("mine_hardest", "logsumexp_mine"), ("logsumexp", "logsumexp_pair")
+    limits = dict.fromkeys(mining, _mining_limit) | dict.fromkeys(summing, _scoring_limit)
     return Backend("cuda", "cuda", found, cpp_ops.CUDA_REFUSAL, asked_only=asked_only, limits=limits)
 
 
@@ -207,11 +233,11 @@ def _launcher(caller: str, op: str, able: list[Backend], asked: str | None) -> C
         return first
     other = able[1].launchers[op] if asked is None and len(able) > 1 else None
 
-    def launch(query: Tensor, negative_keys: Tensor, N: int, *pool: Any) -> Any:
-        why = limit(query, negative_keys, N, asked=other is None)
+    def launch(*arguments: Any) -> Any:
+        why = limit(*arguments, asked=other is None)
         if why and other is None:
             raise BackendUnavailable(f"{caller}: backend {able[0].name!r} cannot run this {op} ({why})")
-        return (other if why and other else first)(query, negative_keys, N, *pool)
+        return (other if why and other else first)(*arguments)
 
     return launch
 

@@ -145,7 +145,7 @@ def _ops_for(
     false_negatives: FalseNegatives | None,
 ) -> tuple[str, ...]:
     """The kernels that a call needs."""
-    needed = {"logsumexp": True, "logsumexp_grad_keys": True}
+    needed = dict.fromkeys(backends.summing(negative_keys), True)
     mixes, samples = mix is not None and mix.total > 0, select is not None and select.sample is not None
     needed["rank_thresholds"] = needed["count_negatives"] = select is not None
     needed["mine_hardest"] = mixes or (false_negatives is not None and false_negatives.top_k is not None)

@@ -184,9 +184,8 @@ def pooled(
     backend: str | None,
 ) -> Tensor:
     """logsumexp under the name of the op that called it."""
-    kernels = ("logsumexp", "logsumexp_grad_keys")
     args = (query, negative_keys, positive_key, select, masks, draw, backend)
-    ops, pool, ranks, dense = columns(op, kernels, *args, spared=("logsumexp_window",))
+    ops, pool, ranks, dense = columns(op, backends.summing(negative_keys), *args, spared=("logsumexp_window",))
     if ops is None:
         return reference_methods.logsumexp(working(query), frozen(negative_keys, dense["usable"]), temperature, **dense)
     return LogSumExp.apply(query, negative_keys, scale_of(temperature, query), None, ranks, ops, *pool)[0]

@@ -72,7 +72,7 @@ def multi_similarity(
     _check_numbers(op, alpha, beta, base, epsilon)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_bool(op, "return_stats", return_stats)
-    ops = backends.choose(op, ("mine_hardest", "logsumexp", "logsumexp_grad_keys"), backend, (query, keys))
+    ops = backends.choose(op, ("mine_hardest", *backends.summing(keys)), backend, (query, keys))
     constants = {"alpha": float(alpha), "beta": float(beta), "base": float(base), "epsilon": float(epsilon)}
     if ops is None:
         same, other = label_masks(pool, query, keys)

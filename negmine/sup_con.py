@@ -146,7 +146,7 @@ def sup_con(
     checks.require_choice(op, "denominator", denominator, ("all", "own_positive", "negatives_only"))
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_bool(op, "return_stats", return_stats)
-    ops = backends.choose(op, ("logsumexp", "logsumexp_grad_keys"), backend, (query, keys))
+    ops = backends.choose(op, backends.summing(keys), backend, (query, keys))
     everything = pool._replace(query_labels=None, negative_labels=None)
     if ops is None:
         allowed = usable(everything, query, keys)

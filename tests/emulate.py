@@ -5,14 +5,47 @@ import os
 import subprocess
 from pathlib import Path
 
+import torch
+
+from negmine.pool import check_pool
+
 ROOT = Path(__file__).parents[1]
 FLAGS = ["-O1", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
 SANITIZERS = os.environ.get("NEGMINE_EMULATOR_SANITIZERS", "undefined")  # what they find aborts
 
+STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-def build(source: str, folder: Path) -> ctypes.CDLL:
-    """tests/emulator/<source>.cpp as a library in the folder."""
+
+def build(source: str, folder: Path, *more: str) -> ctypes.CDLL:
+    """tests/emulator/<source>.cpp as a library in the folder, compiled with more flags where they are given."""
     library = folder / f"{source}.so"
-    flags = [*FLAGS, f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover", "-Itests/emulator", "-I."]
+    flags = [*FLAGS, *more, f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover", "-Itests/emulator", "-I."]
     subprocess.run(["g++", *flags, f"tests/emulator/{source}.cpp", "-o", str(library)], cwd=ROOT, check=True)
     return ctypes.CDLL(str(library))
+
+
+def pointer(tensor):
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def pool_of(query, keys, same_label=False, lower=None, upper=None, **given):
+    """The pool arguments of an op, from a caller's masks and bounds."""
+    return (*check_pool("test", query, keys, **given)[:5], lower, upper, same_label)
+
+
+def pool_arguments(pool):
+    """The same as the emulated functions take them."""
+    mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, same_label = pool
+    key_mask, pair_mask = (mask, None) if mask is None or mask.dim() == 1 else (None, mask)
+    return [
+        pointer(key_mask), pointer(pair_mask), ctypes.c_int64(0 if pair_mask is None else pair_mask.stride(0)),
+        *map(pointer, (query_ids, negative_ids, query_labels, negative_labels)), ctypes.c_bool(same_label),
+        pointer(lower), pointer(upper),
+    ]  # fmt: skip
+
+
+def on_gpu(tensor):
+    """A copy with the same strides."""
+    if tensor is None or isinstance(tensor, bool):
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda").copy_(tensor)

@@ -19,16 +19,40 @@ def functions(cubin: Path) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def loops(sass: str) -> list[list[str]]:
-    """The instructions of every loop of one kernel: from where a jump back leads to that jump."""
+def parsed(sass: str) -> tuple[list[str], dict[int, int]]:
+    """The instructions of one kernel, and where those that jump lead."""
     labels, code = {}, []
     for line in sass.splitlines():
         if m := re.match(r"^\s*(\.L_x_\d+):", line):
             labels[m[1]] = len(code)
         elif m := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             code.append(m[1])
-    jumps = [(i, m[1]) for i, x in enumerate(code) if (m := re.search(r"BRA.*?(\.L_x_\d+)", x))]
-    return [code[labels[to] : i + 1] for i, to in jumps if labels.get(to, i) < i]
+    jumps = [(i, m[1]) for i, x in enumerate(code) if (m := re.search(r"(?:BRA|CALL.*NOINC).*?(\.L_x_\d+)", x))]
+    return code, {i: labels[to] for i, to in jumps if to in labels}
+
+
+def loops(sass: str) -> list[list[str]]:
+    """The instructions of every loop of one kernel: from where a jump back leads to that jump."""
+    code, jumps = parsed(sass)
+    return [code[to : i + 1] for i, to in jumps.items() if to < i]
+
+
+def turns(sass: str) -> list[int]:
+    """Of every loop that multiplies: the fewest instructions that a turn executes, as jumps over rare work are taken."""
+    code, jumps = parsed(sass)
+    found = []
+    for end, start in jumps.items():
+        if start > end or not any("MMA" in x for x in code[start : end + 1]):
+            continue
+        fewest, ahead = {start: 1}, [start]
+        for i in ahead:
+            goes_on = not re.match(r"((BRA|CALL)(?!.*P\d)|EXIT)", code[i])
+            for j in [i + 1 if goes_on else len(code), jumps.get(i, len(code))]:
+                if j not in fewest and j < len(code):
+                    fewest[j] = fewest[i] + 1
+                    ahead.append(j)
+        found.append(fewest[end])
+    return found
 
 
 def products(sass: str) -> set[str]:
@@ -39,3 +63,9 @@ def products(sass: str) -> set[str]:
 def with_product(every: list[list[str]]) -> list[int]:
     """Instructions of each loop that multiplies."""
     return [len(body) for body in every if any(re.search("GMMA|HMMA|UTC.*MMA|FFMA", x) for x in body)]
+
+
+def from_products_on(every: list[list[str]]) -> list[int]:
+    """Instructions of each loop that multiplies by warpgroups, without what comes before its products."""
+    starts = [(body, next((i for i, x in enumerate(body) if "WARPGROUP.ARRIVE" in x), None)) for body in every]
+    return [len(body) - start for body, start in starts if start is not None]

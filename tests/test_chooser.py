@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import negmine
-from negmine import Mix, Select, backends
-from negmine.backends import Backend, BackendUnavailable, mining_limit
+from negmine import Mix, Select, Weight, backends
+from negmine.backends import Backend, BackendUnavailable, mining_limit, scoring_limit
 from tests.cases import unit
 
 BF16, FP16, FP32 = (torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.float32,) * 2
@@ -35,9 +35,29 @@ def test_what_the_cuda_mining_takes(dtypes, K, D, N, capability, asked, said):
     assert bool(said) == bool(why)
 
 
-def short(query, negative_keys, N, *, asked):
+@pytest.mark.parametrize(
+    ("dtypes", "D", "capability", "said"),
+    [
+        (BF16, 256, 80, ""),
+        (FP16, 1, 121, ""),
+        (BF16, 128, 75, "compute capability 8.0 or higher, this card has 7.5"),
+        (FP32, 128, 90, "got float32 and float32"),
+        (BF16, 257, 90, "D up to 256, got 257"),
+    ],
+)
+def test_what_the_cuda_scores_take(dtypes, D, capability, said):
+    why = scoring_limit(dtypes, D, capability)
+    assert said in why
+    assert bool(said) == bool(why)
+
+
+def short(query, negative_keys, N, *_, asked):
     """A limit that answers on any device."""
     return mining_limit((query.dtype, negative_keys.dtype), *negative_keys.shape, N, 90, asked)
+
+
+def narrow(query, negative_keys, *_, asked):
+    return scoring_limit((query.dtype, negative_keys.dtype), query.shape[1], 90)
 
 
 @pytest.fixture
@@ -55,10 +75,17 @@ def table(monkeypatch):
 
             return launch
 
-        mine = {op: noted("cuda", op) for op in ("mine_hardest", "mix_negatives")}
+        mine = {op: noted("cuda", op) for op in ("mine_hardest", "mix_negatives", "logsumexp")}
+        mine["logsumexp_pair"] = backends.in_two(mine["logsumexp"])
         rest = {op: noted("triton", op) for op in cpu}
         rows = (
-            Backend("cuda", "cpu", mine, asked_only=frozenset(asked_only), limits={"mine_hardest": short}),
+            Backend(
+                "cuda",
+                "cpu",
+                mine,
+                asked_only=frozenset(asked_only),
+                limits={"mine_hardest": short, "logsumexp": narrow},
+            ),
             Backend("triton", "cpu", rest),
         )
         monkeypatch.setattr(backends, "BACKENDS", rows)
@@ -110,6 +137,44 @@ def test_what_was_asked_for_and_cannot_run_is_refused_in_words(table):
         BackendUnavailable, match=r"mine_hardest: backend 'cuda' cannot run this mine_hardest .*float32"
     ):
         call(dtype=torch.float32, backend="cuda")
+    assert not ran
+
+
+WAITING = {"mine_hardest", "logsumexp", "logsumexp_pair"}
+
+
+def loss(dtype=torch.bfloat16, D=8, trained_keys=False, **options):
+    q, pos, keys = (unit(n, D, dtype=dtype, seed=i) for i, n in enumerate((3, 3, 60)))
+    q.requires_grad_()
+    keys.requires_grad_(trained_keys)
+    negmine.info_nce(q, pos, keys, temperature=0.2, **options).backward()
+    return q.grad
+
+
+@pytest.mark.parametrize("options", [{}, {"decoupled": True}, {"weight": Weight(1.0, 0.01)}], ids=str)
+def test_a_loss_over_frozen_keys_runs_where_it_is_asked_to(table, options):
+    ran = table(WAITING)
+    grads = [loss(**options), loss(**options, backend="cuda")]
+    assert {name for name, _ in ran[: len(ran) // 2]} == {"triton"}
+    assert {op for name, op in ran if name == "cuda"} == {"logsumexp"}
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"trained_keys": True}, r"cannot run logsumexp_grad_keys.*cuda has no kernel"),
+        ({"select": Select(1, 50)}, r"cannot run rank_thresholds.*cuda has no kernel"),
+        ({"mix": Mix(4, 2, 2)}, r"cannot run .*cuda has no kernel"),
+        ({"dtype": torch.float32}, r"info_nce: backend 'cuda' cannot run this logsumexp .*got float32 and float32"),
+        ({"D": 300}, r"info_nce: backend 'cuda' cannot run this logsumexp .*D up to 256, got 300"),
+    ],
+    ids=str,
+)
+def test_a_loss_that_the_cuda_backend_lacks_a_kernel_for_is_refused_in_words(table, options, said):
+    ran = table(WAITING)
+    with pytest.raises(BackendUnavailable, match=said):
+        loss(**options, backend="cuda")
     assert not ran
 
 

@@ -21,18 +21,25 @@ from negmine.mixing import draws_of
 from tests import emulate, sass
 from tests.cases import unit
 from tests.compare import exact, rounded
+from tests.emulate import STORAGE, on_gpu
 
 ROOT = Path(__file__).parents[1]
-STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
 
 SOURCES = sorted(path.name for path in ROOT.glob("kernels/cuda/*.cu"))
 # Instructions per score in the innermost loop of the scan of mine_hardest, over chunks of keys, for D = 128; 2 of them are
-# products. Where the pool goes by pairs (True) a buffer that fills is cleared in the same loop, which few turns run.
-SCORES_OF_A_TURN = 32  # of one thread
+# products by warps, or a quarter by warpgroups, whose loop is over tiles: without its fetch, of which a turn takes one of
+# three ways. Where the pool goes by pairs (True) a buffer that fills is cleared in the same loop, which few turns run.
+SCORES_OF_A_TURN = {"80": 32, "90a": 64, "100": 32}  # of one thread
 INSTRUCTIONS_PER_SCORE = {
-    ("80", False): 9.9, ("90a", False): 9.9, ("100", False): 9.7,
+    ("80", False): 9.9, ("90a", False): 7.9, ("100", False): 9.7,
     ("80", True): 21.9, ("90a", True): 23.4, ("100", True): 67.6,
+}  # fmt: skip
+PRODUCTS = {"80": "HMMA.16816.F32.BF16", "90a": "HGMMA.64x16.F32.BF16", "100": "HMMA.16816.F32.BF16"}
+# The same of the sums of logsumexp with their mean, 4 of them products: those of a turn that meets no mask, bound, pivot or new
+# maximum; True: with what asks every score whether it is in the pool.
+INSTRUCTIONS_PER_SUMMED_SCORE = {
+    ("80", False): 15.4, ("90a", False): 15.4, ("100", False): 14.3,
+    ("80", True): 21.3, ("90a", True): 21.1, ("100", True): 17.9,
 }  # fmt: skip
 HEADROOM = 1.1
 
@@ -63,7 +70,7 @@ def test_compiles_clean(compiled):
 def test_scores_cost_few_instructions(compiled):
     pytest.importorskip("triton")
     source, target, _ = compiled
-    if source != "mine_hardest.cu":
+    if source not in ("mine_hardest.cu", "logsumexp.cu"):
         pytest.skip("computes no score")
     sass.show("cuobjdump", "-xelf", "all", target, folder=target.parent)
     seen = set()
@@ -71,15 +78,25 @@ def test_scores_cost_few_instructions(compiled):
         capability = re.search(r"sm_(\d+a?)", cubin.name)[1]
         for name, code in sass.functions(cubin).items():
             used = sass.products(code)
-            assert len(used) <= 1, f"{name}: passes compare scores, so all products must be of one kind: {used}"
+            used = {
+                x for x in used if "HGMMA" in x
+            } or used  # where scores are by warpgroups, sums of keys are still by warps
+            assert len(used) <= 1, f"{name}: passes compare scores, so all their products must be of one kind: {used}"
             if m := re.search(r"scan_kernel\w*E1ELi8ELb([01])E", name):  # bf16, D up to 128
                 by_pair = m[1] == "1"
-                per_score = min(sass.with_product(sass.loops(code))) / SCORES_OF_A_TURN
+                count = sass.from_products_on if capability == "90a" else sass.with_product
+                per_score = min(count(sass.loops(code))) / SCORES_OF_A_TURN[capability]
                 print(f"sm_{capability}, by pairs {by_pair}: {per_score:.1f} instructions per score")
                 assert 0 < per_score <= HEADROOM * INSTRUCTIONS_PER_SCORE[capability, by_pair], (capability, by_pair)
-                assert used == {"HMMA.16816.F32.BF16"}
+                assert used == {PRODUCTS[capability]}
                 seen.add((capability, by_pair))
-    assert seen, "no scan was found"
+            if m := re.search(r"sum_kernel\w*E1ELi8ELb1ELb([01])E", name):  # bf16, D up to 128, with the mean
+                by_pair = m[1] == "1"
+                per_score = min(sass.turns(code)) / 32  # a turn is a chunk, whatever multiplies
+                print(f"sm_{capability}, by pairs {by_pair}: {per_score:.1f} instructions per summed score")
+                assert 0 < per_score <= HEADROOM * INSTRUCTIONS_PER_SUMMED_SCORE[capability, by_pair]
+                seen.add((capability, by_pair))
+    assert len(seen) == 2 * len(list(target.parent.glob("*.cubin"))), f"found {seen}"
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +124,6 @@ def emulated_kernel(tmp_path_factory):
         return vectors, parents, coefficients
 
     return mix_negatives
-
-
-def on_gpu(tensor):
-    """A copy with the same strides."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda").copy_(tensor)
 
 
 def gpu_op(query, negative_keys, hard_index, mix, seed, step, row_offset):

@@ -5,75 +5,27 @@ cases run on a GPU, where there is one, and are small enough for compute-sanitiz
 queue the way of a long one: cut, scan, certificate, recovery.
 """
 
-import ctypes
-
 import pytest
 import torch
 
 from negmine import cpp_ops, order, reference
 from negmine.pool import check_pool, usable
-from tests import emulate
 from tests.cases import MASKS, masks, unit, whole
 from tests.compare import exact, selected
+from tests.emulate import on_gpu, pool_of
+from tests.emulated_mining import PRODUCTS, emulated, mining_library, plan_of
 
-STORAGE = {torch.bfloat16: 1, torch.float16: 2}
-PROCESSORS = 6
-each_dtype = pytest.mark.parametrize("dtype", STORAGE, ids=str)
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return emulate.build("mine_hardest", tmp_path_factory.mktemp("emulator"))
+each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
-def plan_of(library, B, K, N, processors=PROCESSORS, least_sample=2048):
-    """The plan as a dict, and whether a row's finish fits in shared memory."""
-    names = ("sample", "sample_rank", "capacity", "rows", "splits", "room", "workspace")
-    numbers, fitting = (ctypes.c_int64 * len(names))(), ctypes.c_bool()
-    library.emulated_plan(*map(ctypes.c_int64, (B, K, N, processors, least_sample)), numbers, ctypes.byref(fitting))
-    return dict(zip(names, numbers, strict=True)), fitting.value
+@pytest.fixture(params=PRODUCTS)
+def emulated_kernel(request):
+    return emulated(request.param)
 
 
-def pointer(tensor):
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-@pytest.fixture(scope="module")
-def emulated_kernel(library):
-    def mine_hardest(query, negative_keys, N, pool, least_sample=2048, **changed):
-        (B, D), K = query.shape, len(negative_keys)
-        plan = plan_of(library, B, K, N, least_sample=least_sample)[0] | changed
-        mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, same_label = pool
-        key_mask, pair_mask = (mask, None) if mask is None or mask.dim() == 1 else (None, mask)
-        scores, index = torch.full((B, N), torch.nan), torch.full((B, N), -9)
-        workspace = torch.full((plan["workspace"] + 15,), 0xFF, dtype=torch.uint8)
-        workspace = workspace[-workspace.data_ptr() % 16 :][: plan["workspace"]]
-        error = library.emulated_mine_hardest(
-            *map(ctypes.c_int64, (B, K, D, N)), pointer(query), pointer(negative_keys),
-            ctypes.c_int64(query.stride(0)), ctypes.c_int64(negative_keys.stride(0)), STORAGE[query.dtype],
-            pointer(key_mask), pointer(pair_mask), ctypes.c_int64(0 if pair_mask is None else pair_mask.stride(0)),
-            *map(pointer, (query_ids, negative_ids, query_labels, negative_labels)), ctypes.c_bool(same_label),
-            pointer(lower), pointer(upper), (ctypes.c_int64 * len(plan))(*plan.values()),
-            *map(pointer, (scores, index, workspace)),
-        )  # fmt: skip
-        assert error == 0
-        buffers = (
-            4 * plan["rows"] * plan["splits"]
-        )  # what recover says of the rows lies after them, their counts and the cuts
-        begin = max(8 * buffers * plan["room"], -(-4 * plan["rows"] * plan["sample"] // 16) * 16) + 4 * (
-            buffers + plan["rows"]
-        )
-        mine_hardest.recovered = workspace[begin : begin + 4 * min(B, plan["rows"])].view(torch.int32)
-        return scores, index
-
-    return mine_hardest
-
-
-def on_gpu(tensor):
-    """A copy with the same strides."""
-    if tensor is None or isinstance(tensor, bool):
-        return tensor
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda").copy_(tensor)
+@pytest.fixture
+def library():
+    return mining_library("emulated")
 
 
 def gpu_op(query, negative_keys, N, pool, least_sample=2048, **changed):
@@ -81,18 +33,14 @@ def gpu_op(query, negative_keys, N, pool, least_sample=2048, **changed):
     return tuple(x.cpu() for x in torch.ops.negmine.mine_hardest.default(*tensors[:2], N, *tensors[2:]))
 
 
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=(pytest.mark.gpu, pytest.mark.sanitized))])
+@pytest.fixture(params=[*PRODUCTS, pytest.param("gpu", marks=(pytest.mark.gpu, pytest.mark.sanitized))])
 def kernel(request):
     """mine_hardest on CPU tensors, by the emulator or by the GPU."""
-    if request.param == "emulated":
-        return request.getfixturevalue("emulated_kernel")
+    if request.param in PRODUCTS:
+        return emulated(request.param)
     if cpp_ops.CUDA_REFUSAL:
         pytest.skip(cpp_ops.CUDA_REFUSAL)
     return gpu_op
-
-
-def pool_of(query, keys, same_label=False, lower=None, upper=None, **given):
-    return (*check_pool("test", query, keys, **given)[:5], lower, upper, same_label)
 
 
 def check_exact(
@@ -119,14 +67,6 @@ def check_exact(
 def recovered(kernel):
     """Rows of the last call that were done again; None on a GPU, which does not say."""
     return int((kernel.recovered >= 0).sum()) if hasattr(kernel, "recovered") else None
-
-
-@each_dtype
-def test_one_product_of_fragments(library, dtype):
-    """The emulation of a product and the layout that ptx.cuh states, against a plain product."""
-    left, right, product = whole(16, 16, dtype=dtype), whole(8, 16, dtype=dtype, seed=1), torch.full((16, 8), torch.nan)
-    assert library.emulated_product(STORAGE[dtype], *map(pointer, (left, right, product))) == 0
-    exact("product", product, left.float() @ right.float().T)
 
 
 SHAPES = [  # B, K, D, N, least sample

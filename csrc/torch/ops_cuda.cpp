@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "csrc/torch/checks.h"
+#include "kernels/cuda/logsumexp.h"
 #include "kernels/cuda/mine_hardest.h"
 #include "kernels/cuda/mix_negatives.h"
 
@@ -48,72 +49,129 @@ void require_launched(const char* op, int error) {
                   ": the launch failed: ", cudaGetErrorString(static_cast<cudaError_t>(error)), ".");
 }
 
-// Shapes and storage that the kernel does not take: negmine/backends.py sends them to another backend.
-std::tuple<Tensor, Tensor> mine_hardest(const Tensor& query, const Tensor& negative_keys, int64_t N,
-                                        const OptionalTensor& negative_mask, const OptionalTensor& query_ids,
-                                        const OptionalTensor& negative_ids, const OptionalTensor& query_labels,
-                                        const OptionalTensor& negative_labels, const OptionalTensor& lower,
-                                        const OptionalTensor& upper, bool same_label) {
+#define POOL_ARGUMENTS                                                                                        \
+  const OptionalTensor &negative_mask, const OptionalTensor &query_ids, const OptionalTensor &negative_ids,   \
+      const OptionalTensor &query_labels, const OptionalTensor &negative_labels, const OptionalTensor &lower, \
+      const OptionalTensor &upper, bool same_label
+#define POOL negative_mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, same_label
+
+// What every op over the queue is given, checked, and its device made current. Shapes and storage that the kernels do
+// not take: negmine/backends.py sends them to another backend.
+struct Scored {
+  Tensor q, keys;  // (B, D), (K, D)
+  checks::PoolTensors pool;
+  int64_t B, K, D;
+  cuda::Storage storage;
+  int processors = 0;
+
+  Scored(const char* op, const Tensor& query, const Tensor& negative_keys, POOL_ARGUMENTS)
+      : q(checks::matrix(op, "query", query, "(B, D)")),
+        keys(checks::matrix(op, "negative_keys", negative_keys, "(K, D)")),
+        pool(op, q, keys, POOL),
+        B(q.size(0)),
+        K(keys.size(0)),
+        D(q.size(1)),
+        storage(storage_of(q)) {
+    checks::same_width(op, q, keys);
+    checks::require(storage != cuda::Storage::kFloat32 && storage == storage_of(keys), op,
+                    ": query and negative_keys must both be bfloat16 or both float16, got ",
+                    checks::dtype_text(q.scalar_type()), " and ", checks::dtype_text(keys.scalar_type()), ".");
+    checks::require(D <= 256 && K <= INT32_MAX - 1024 && B <= INT32_MAX - 1024, op,
+                    ": D must be at most 256, B and K below 2^31 - 1024, got ", D, ", ", B, " and ", K, ".");
+    set_device(op, q);
+    require_launched(op, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, q.get_device_index()));
+  }
+
+  // The part that the params of these ops share.
+  template <class Params>
+  Params params() const {
+    const OptionalTensor& mask = pool.negative_mask;
+    const auto* usable = mask.has_value() ? static_cast<const uint8_t*>(mask->data_ptr()) : nullptr;
+    const bool by_pair = mask.has_value() && mask->dim() == 2;
+    Params p = {};
+    p.B = B, p.K = K, p.D = D;
+    p.query = q.data_ptr();
+    p.negative_keys = keys.data_ptr();
+    p.query_stride = q.stride(0);
+    p.negative_keys_stride = keys.stride(0);
+    p.storage = storage;
+    p.pool = {.key_mask = by_pair ? nullptr : usable,
+              .pair_mask = by_pair ? usable : nullptr,
+              .pair_mask_stride = by_pair ? mask->stride(0) : 0,
+              .query_ids = longs(pool.query_ids),
+              .negative_ids = longs(pool.negative_ids),
+              .query_labels = longs(pool.query_labels),
+              .negative_labels = longs(pool.negative_labels),
+              .same_label = pool.same_label,
+              .lower = longs(pool.lower),
+              .upper = longs(pool.upper)};
+    return p;
+  }
+};
+
+void require_on_gpu(const char* op, const Tensor& query) {
+  checks::require(query.is_cuda(), op, ": query must be on a CUDA device, where the other tensors are, it is not.");
+}
+
+std::tuple<Tensor, Tensor> mine_hardest(const Tensor& query, const Tensor& negative_keys, int64_t N, POOL_ARGUMENTS) {
   // Checks.
   const char* op = "mine_hardest";
-  checks::require(query.is_cuda(), op, ": query must be on a CUDA device, where the other tensors are, it is not.");
+  require_on_gpu(op, query);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const Tensor q = checks::matrix(op, "query", query, "(B, D)");                     // (B, D)
-  const Tensor keys = checks::matrix(op, "negative_keys", negative_keys, "(K, D)");  // (K, D)
-  checks::same_width(op, q, keys);
-  const checks::PoolTensors pool(op, q, keys, negative_mask, query_ids, negative_ids, query_labels, negative_labels,
-                                 lower, upper, same_label);
+  const Scored in(op, query, negative_keys, POOL);
   checks::require(N >= 0, op, ": N must not be negative, got ", N, ".");
-  const int64_t B = q.size(0), K = keys.size(0), D = q.size(1);
-  const cuda::Storage storage = storage_of(q);
-  checks::require(storage != cuda::Storage::kFloat32 && storage == storage_of(keys), op,
-                  ": query and negative_keys must both be bfloat16 or both float16, got ",
-                  checks::dtype_text(q.scalar_type()), " and ", checks::dtype_text(keys.scalar_type()), ".");
-  checks::require(D <= 256 && K <= INT32_MAX - 1024, op, ": D must be at most 256 and K below 2^31 - 1024, got ", D,
-                  " and ", K, ".");
-
-  set_device(op, q);
-  int processors = 0;
-  require_launched(op, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, q.get_device_index()));
-  const cuda::MiningPlan plan = cuda::plan_mining(B, K, N, processors);
-  checks::require(cuda::fits(plan, N), op, ": N = ", N, " of K = ", K, " takes more shared memory than a block has.");
+  const cuda::MiningPlan plan = cuda::plan_mining(in.B, in.K, N, in.processors);
+  checks::require(cuda::fits(plan, N), op, ": N = ", N, " of K = ", in.K,
+                  " takes more shared memory than a block has.");
 
   // Outputs.
-  Tensor scores = new_empty(q, {B, N}, ScalarType::Float);
-  Tensor index = new_empty(q, {B, N}, ScalarType::Long);
-  Tensor workspace = new_empty(q, {plan.workspace}, ScalarType::Byte);
+  Tensor scores = new_empty(in.q, {in.B, N}, ScalarType::Float);
+  Tensor index = new_empty(in.q, {in.B, N}, ScalarType::Long);
+  Tensor workspace = new_empty(in.q, {plan.workspace}, ScalarType::Byte);
 
   // Params.
-  const OptionalTensor& mask = pool.negative_mask;
-  const auto* usable = mask.has_value() ? static_cast<const uint8_t*>(mask->data_ptr()) : nullptr;
-  const bool by_pair = mask.has_value() && mask->dim() == 2;
-  const cuda::MineHardestParams params = {
-      .B = B,
-      .K = K,
-      .D = D,
-      .N = N,
-      .query = q.data_ptr(),
-      .negative_keys = keys.data_ptr(),
-      .query_stride = q.stride(0),
-      .negative_keys_stride = keys.stride(0),
-      .storage = storage,
-      .pool = {.key_mask = by_pair ? nullptr : usable,
-               .pair_mask = by_pair ? usable : nullptr,
-               .pair_mask_stride = by_pair ? mask->stride(0) : 0,
-               .query_ids = longs(pool.query_ids),
-               .negative_ids = longs(pool.negative_ids),
-               .query_labels = longs(pool.query_labels),
-               .negative_labels = longs(pool.negative_labels),
-               .same_label = same_label,
-               .lower = longs(pool.lower),
-               .upper = longs(pool.upper)},
-      .plan = plan,
-      .scores = static_cast<float*>(scores.mutable_data_ptr()),
-      .index = static_cast<int64_t*>(index.mutable_data_ptr()),
-      .workspace = workspace.mutable_data_ptr(),
-  };
-  require_launched(op, cuda::mine_hardest(params, current_stream(q)));
+  auto p = in.params<cuda::MineHardestParams>();
+  p.N = N;
+  p.plan = plan;
+  p.scores = static_cast<float*>(scores.mutable_data_ptr());
+  p.index = static_cast<int64_t*>(index.mutable_data_ptr());
+  p.workspace = workspace.mutable_data_ptr();
+  require_launched(op, cuda::mine_hardest(p, current_stream(in.q)));
   return {scores, index};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> logsumexp(const Tensor& query, const Tensor& negative_keys,
+                                                     const Tensor& scale, const OptionalTensor& pivot, bool want_mean,
+                                                     POOL_ARGUMENTS) {
+  // Checks.
+  const char* op = "logsumexp";
+  require_on_gpu(op, query);
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  const Scored in(op, query, negative_keys, POOL);
+  const Tensor factor = checks::scalar(op, "scale", scale, in.q);
+  const OptionalTensor pivots = checks::vector(op, "pivot", pivot, ScalarType::Float, in.B, in.q);
+  const cuda::SummingPlan plan = cuda::plan_summing(in.B, in.K, in.D, want_mean, in.processors);
+
+  // Outputs.
+  Tensor lse = new_empty(in.q, {in.B}, ScalarType::Float);
+  Tensor mean = new_empty(in.q, {want_mean ? in.B : 0, in.D}, ScalarType::Float);
+  Tensor kept = new_empty(in.q, {in.B}, ScalarType::Long);
+  Tensor above = new_empty(in.q, {in.B}, ScalarType::Long);
+  Tensor workspace = new_empty(in.q, {plan.workspace}, ScalarType::Byte);
+
+  // Params.
+  auto p = in.params<cuda::LogSumExpParams>();
+  p.scale = floats(factor);
+  p.pivot = floats(pivots);
+  p.want_mean = want_mean;
+  p.plan = plan;
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.mean = static_cast<float*>(mean.mutable_data_ptr());
+  p.kept = static_cast<int64_t*>(kept.mutable_data_ptr());
+  p.above = static_cast<int64_t*>(above.mutable_data_ptr());
+  p.workspace = workspace.mutable_data_ptr();
+  require_launched(op, cuda::logsumexp(p, current_stream(in.q)));
+  return {lse, mean, kept, above};
 }
 
 // hard_index must hold rows of negative_keys: a GPU's memory is not read here to see whether it does.
@@ -124,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> mix_negatives(const Tensor& query, const Tens
                                                  int64_t step, int64_t row_offset) {
   // Checks.
   const char* op = "mix_negatives";
-  checks::require(query.is_cuda(), op, ": query must be on a CUDA device, where the other tensors are, it is not.");
+  require_on_gpu(op, query);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const Tensor q = checks::matrix(op, "query", query, "(B, D)");                     // (B, D)
   const Tensor keys = checks::matrix(op, "negative_keys", negative_keys, "(K, D)");  // (K, D)
@@ -177,6 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> mix_negatives(const Tensor& query, const Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(negmine, CUDA, m) {
+  m.impl("logsumexp", TORCH_BOX(&logsumexp));
   m.impl("mine_hardest", TORCH_BOX(&mine_hardest));
   m.impl("mix_negatives", TORCH_BOX(&mix_negatives));
 }

@@ -14,9 +14,11 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/mine_hardest.h"
 #include "kernels/cuda/score_tile.cuh"
 #include "kernels/cuda/selection.cuh"
+#include "kernels/cuda/tile_map.h"
 
 namespace negmine::cuda {
 namespace {
@@ -24,21 +26,10 @@ namespace {
 constexpr int kSlack = kChunk / kLanes;  // survivors that a buffer may receive from one chunk
 constexpr int kRecoverDigit = 5;         // bits of a place that one pass of recover decides
 constexpr int kRecoverBins = 1 << kRecoverDigit;
-constexpr int kSharedBytes = 99 << 10;          // that a block may have on every card from sm_80 on
 constexpr int kFinishExtra = 4 * (kBins + 8);   // bytes of the finish beside its places
 constexpr int64_t kScratchBytes = 40 << 20;     // a workspace below this is never worth a second chunk
 constexpr int64_t kMostScratchBytes = 1 << 30;  // offsets in it are 32 bits
 constexpr double kSigmas = 4.75, kPlacesBelow = 4;
-
-struct Inputs {
-  Rows query, keys;
-  int32_t K;
-  Pool pool;
-
-  __device__ int64_t key(int64_t column) const {
-    return column < K && (!pool.key_mask || pool.key_mask[column]) ? column : -1;
-  }
-};
 
 // sampled[row][j] = rank of the score of column j K / sample, whether or not the row sees it.
 template <Storage kStorage, int kSteps>
@@ -47,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Inputs in, Pass p) {
   const int64_t first = p.first + blockIdx.x * int64_t{kRows};
   load_queries<kSteps>(query, shared_memory(), in.query, first, p.B);
   const auto find = [&](int j) { return j < p.sample ? in.key(column_of(p, in.K, j)) : int64_t{-1}; };
-  const auto use = [&](int j0, const Scores& s) {
+  const auto use = [&](int j0, const Scores& s, SharedAddress) {
     const int t = threadIdx.x % kLanes;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -67,7 +58,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Inputs in, Pass p) {
 }
 
 template <Storage kStorage, int kSteps, bool kByPair>
-__global__ void __launch_bounds__(kThreads, kSteps <= 8 ? 3 : 2) scan_kernel(Inputs in, Pass p) {
+__global__ void __launch_bounds__(kThreads, kSteps <= 8 ? 3 : 2)
+    scan_kernel(const __grid_constant__ TileMap tiles, Inputs in, Pass p) {
   uint32_t query[2][kSteps][4];
   load_queries<kSteps>(query, shared_memory(), in.query, p.first + blockIdx.x * int64_t{kRows}, p.B);
   const int t = threadIdx.x % kLanes, row_size = p.splits * kLanes * p.room * 8;  // bytes
@@ -95,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, kSteps <= 8 ? 3 : 2) scan_kernel(Inp
     }
     return to;
   };
-  const auto use = [&](int column, const Scores& s) {
+  const auto use = [&](int column, const Scores& s, SharedAddress) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t end = limit + 8 * i * row_size;
@@ -113,7 +105,8 @@ __global__ void __launch_bounds__(kThreads, kSteps <= 8 ? 3 : 2) scan_kernel(Inp
     }
   };
   // Splits take turns at tiles: keys that are close in the ring are often alike, and should not fill one buffer.
-  stream<kStorage, kSteps>(query, shared_memory(), in.keys, blockIdx.y, p.splits, in.K, !in.pool.key_mask, find, use);
+  stream<kStorage, kSteps>(query, shared_memory(), MappedRows{in.keys, tiles}, blockIdx.y, p.splits, in.K,
+                           !in.pool.key_mask, find, use);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t row = blockIdx.x * int64_t{kRows} + row_of(i);
@@ -146,7 +139,8 @@ struct Recovery {
 };
 
 template <Storage kStorage, int kSteps>
-__global__ void __launch_bounds__(kThreads, 2) recover_kernel(Inputs in, Pass p) {
+__global__ void __launch_bounds__(kThreads, 2)
+    recover_kernel(const __grid_constant__ TileMap tiles, Inputs in, Pass p) {
   const int64_t first = blockIdx.x * int64_t{kRows}, own = first + threadIdx.x;  // a thread keeps one row's books
   const bool failed = own < p.rows && !certain(p, own);
   if (own < p.rows) p.recovered[own] = failed ? 0 : kFromBuffers;
@@ -160,8 +154,9 @@ __global__ void __launch_bounds__(kThreads, 2) recover_kernel(Inputs in, Pass p)
   // use(row, place) for every column in the pool of every row that asks for it.
   const auto visit = [&](auto asks, auto use) {
     stream<kStorage, kSteps>(
-        query, shared_memory(), in.keys, 0, 1, in.K, !in.pool.key_mask, [&](int column) { return in.key(column); },
-        [&](int column, const Scores& s) {
+        query, shared_memory(), MappedRows{in.keys, tiles}, 0, 1, in.K, !in.pool.key_mask,
+        [&](int column) { return in.key(column); },
+        [&](int column, const Scores& s, SharedAddress) {
 #pragma unroll
           for (int j = 0; j < kChunk; ++j) books.scores[j][threadIdx.x] = s[j / 16][j / 4 % 4][j % 4];
 #pragma unroll 1
@@ -207,19 +202,6 @@ __global__ void __launch_bounds__(kThreads, 2) recover_kernel(Inputs in, Pass p)
   if (failed) p.recovered[own] = kept[threadIdx.x];
 }
 
-template <class... Wanted, class... Given>
-cudaError_t launch(void (*kernel)(Wanted...), dim3 grid, int threads, int shared, void* stream, Given... arguments) {
-  cudaError_t error =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
-  config.stream = static_cast<cudaStream_t>(stream);
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
 int64_t next_power_of_2(int64_t n) {
   int64_t power = 1;
   while (power < n) power *= 2;
@@ -230,7 +212,7 @@ int64_t finish_bytes(int64_t capacity, int64_t N) { return 8 * (capacity + next_
 
 // All passes over one chunk of queries.
 template <Storage kStorage, int kSteps>
-cudaError_t mine(const Inputs& in, const Pass& p, void* stream) {
+cudaError_t mine(const TileMap& tiles, const Inputs& in, const Pass& p, void* stream) {
   const unsigned row_tiles = (p.rows + kRows - 1) / kRows, splits = p.splits;
   constexpr int kShared = Tiles<kSteps>::kBytes;
   static_assert(kShared + sizeof(Recovery) <= kSharedBytes);
@@ -245,12 +227,12 @@ cudaError_t mine(const Inputs& in, const Pass& p, void* stream) {
   }
   then(cut_kernel, dim3(p.rows), std::max(p.sample / kHeld, kWarp), 2 * 32 * 4, stream, in.pool, by_pair, p, in.K);
   if (by_pair) {
-    then(scan_kernel<kStorage, kSteps, true>, dim3(row_tiles, splits), kThreads, kShared, stream, in, p);
+    then(scan_kernel<kStorage, kSteps, true>, dim3(row_tiles, splits), kThreads, kShared, stream, tiles, in, p);
   } else {
-    then(scan_kernel<kStorage, kSteps, false>, dim3(row_tiles, splits), kThreads, kShared, stream, in, p);
+    then(scan_kernel<kStorage, kSteps, false>, dim3(row_tiles, splits), kThreads, kShared, stream, tiles, in, p);
   }
   const int with_books = kShared + static_cast<int>(sizeof(Recovery));
-  then(recover_kernel<kStorage, kSteps>, dim3(row_tiles), kThreads, with_books, stream, in, p);
+  then(recover_kernel<kStorage, kSteps>, dim3(row_tiles), kThreads, with_books, stream, tiles, in, p);
   const auto sorted_size = static_cast<int>(next_power_of_2(p.N)),
              bytes = static_cast<int>(finish_bytes(p.capacity, p.N));
   then(finish_kernel, dim3(p.rows), kFinishThreads, bytes, stream, p, sorted_size);
@@ -258,15 +240,10 @@ cudaError_t mine(const Inputs& in, const Pass& p, void* stream) {
 }
 
 template <Storage kStorage>
-cudaError_t mine_at_width(const Inputs& in, const Pass& p, void* stream) {
-  if (in.query.D <= 64) return mine<kStorage, 4>(in, p, stream);
-  if (in.query.D <= 128) return mine<kStorage, 8>(in, p, stream);
-  return mine<kStorage, 16>(in, p, stream);
-}
-
-Rows rows_of(const void* base, int64_t stride, int64_t D) {
-  const bool in_pieces = reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride % 8 == 0 && D % 8 == 0;
-  return {static_cast<const char*>(base), 2 * stride, D, in_pieces};
+cudaError_t mine_at_width(const TileMap& tiles, const Inputs& in, const Pass& p, void* stream) {
+  if (in.query.D <= 64) return mine<kStorage, 4>(tiles, in, p, stream);
+  if (in.query.D <= 128) return mine<kStorage, 8>(tiles, in, p, stream);
+  return mine<kStorage, 16>(tiles, in, p, stream);
 }
 
 // Bytes of a workspace by its parts, in this order.
@@ -335,6 +312,7 @@ int mine_hardest(const MineHardestParams& params, void* stream) {
   const Inputs in = {rows_of(params.query, params.query_stride, params.D),
                      rows_of(params.negative_keys, params.negative_keys_stride, params.D),
                      static_cast<int32_t>(params.K), params.pool};
+  const TileMap tiles = map_tiles(in.keys, params.K, params.storage);
   for (int64_t first = 0; first < params.B; first += plan.rows) {
     const Pass pass = {
         .first = first,
@@ -354,8 +332,9 @@ int mine_hardest(const MineHardestParams& params, void* stream) {
         .scores = params.scores,
         .index = params.index,
     };
-    const cudaError_t error = params.storage == Storage::kBFloat16 ? mine_at_width<Storage::kBFloat16>(in, pass, stream)
-                                                                   : mine_at_width<Storage::kFloat16>(in, pass, stream);
+    const cudaError_t error = params.storage == Storage::kBFloat16
+                                  ? mine_at_width<Storage::kBFloat16>(tiles, in, pass, stream)
+                                  : mine_at_width<Storage::kFloat16>(tiles, in, pass, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -27,15 +27,27 @@ __device__ inline uint64_t place(float score, int32_t index) {
 
 __device__ inline int64_t index_of(uint64_t place) { return 0xFFFFFFFFu - static_cast<uint32_t>(place); }
 
-// A bound of a pool, an order as int64, which may name no place: its score is then NaN, and compares with nothing.
+// A bound of a pool, an order as int64, which may name no place: its score is then NaN, and compares with nothing. An
+// index past all columns, of which there are fewer than 2^31, stays one.
 struct Bound {
   float score;
-  int64_t index;
+  int32_t index;
 };
 
 __device__ inline Bound bound_of(int64_t order) {
   const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(order) >> 32);
-  return {__uint_as_float(high >> 31 ? high ^ 0x7FFFFFFFu : high), index_of(static_cast<uint64_t>(order))};
+  const int64_t index = index_of(static_cast<uint64_t>(order));
+  return {__uint_as_float(high >> 31 ? high ^ 0x7FFFFFFFu : high),
+          static_cast<int32_t>(index < INT32_MAX ? index : INT32_MAX)};
+}
+
+// Whether a place is not below, or not above, a bound; without a branch.
+__device__ __forceinline__ bool is_at_least(const Bound& bound, float s, int32_t k) {
+  return (s > bound.score) | ((s == bound.score) & (k <= bound.index));
+}
+
+__device__ __forceinline__ bool is_at_most(const Bound& bound, float s, int32_t k) {
+  return (s < bound.score) | ((s == bound.score) & (k >= bound.index));
 }
 
 // Whether column k, with score s, is in row b's pool as far as pairs decide; key_mask is the loader's.
@@ -43,14 +55,8 @@ __device__ inline bool sees(const Pool& pool, int64_t b, int64_t k, float s) {
   if (pool.pair_mask && !pool.pair_mask[b * pool.pair_mask_stride + k]) return false;
   if (pool.query_ids && pool.query_ids[b] == pool.negative_ids[k]) return false;
   if (pool.query_labels && (pool.query_labels[b] == pool.negative_labels[k]) != pool.same_label) return false;
-  if (pool.lower) {
-    const Bound bound = bound_of(pool.lower[b]);
-    if (!(s > bound.score || (s == bound.score && k <= bound.index))) return false;
-  }
-  if (pool.upper) {
-    const Bound bound = bound_of(pool.upper[b]);
-    if (!(s < bound.score || (s == bound.score && k >= bound.index))) return false;
-  }
+  if (pool.lower && !is_at_least(bound_of(pool.lower[b]), s, static_cast<int32_t>(k))) return false;
+  if (pool.upper && !is_at_most(bound_of(pool.upper[b]), s, static_cast<int32_t>(k))) return false;
   return true;
 }
 

@@ -15,9 +15,9 @@
 
 namespace negmine::cuda {
 
-// The dynamic shared memory of the block.
+// The dynamic shared memory of the block, aligned as the swizzle of ptx_sm90.cuh wants it.
 __device__ __forceinline__ char* shared_memory() {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   return memory;
 }
 
@@ -27,6 +27,9 @@ using SharedAddress = uint32_t;
 __device__ __forceinline__ SharedAddress shared_address(void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
+
+// The address with these bits the other way.
+__device__ __forceinline__ SharedAddress flipped(SharedAddress address, uint32_t bits) { return address ^ bits; }
 
 // d += A B.
 template <Storage kStorage>
@@ -53,6 +56,33 @@ __device__ __forceinline__ void load_matrices(uint32_t (&fragment)[4], SharedAdd
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
                : "r"(row));
+}
+
+// The same with each matrix transposed: of matrix i, the elements l / 4 of its rows 2 * (l % 4) and the next.
+__device__ __forceinline__ void load_transposed(uint32_t (&fragment)[4], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(row));
+}
+
+// Two numbers rounded to the storage, as a register of a fragment.
+template <Storage kStorage>
+__device__ __forceinline__ uint32_t pair_of(float low, float high) {
+  static_assert(kStorage != Storage::kFloat32);
+  uint32_t pair;
+  if constexpr (kStorage == Storage::kBFloat16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+
+// 2^exponent to two units in the last place, in one instruction; 0 below 2^-126.
+__device__ __forceinline__ float power_of_2(float exponent) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
+  return power;
 }
 
 // 16 aligned bytes, there once wait_for_copies says so; with `present` false nothing is read and zeros are written.

@@ -1,17 +1,24 @@
-// The one way the CUDA backend computes a score: s_bk = q_b . n_k in fp32, by tensor cores.
+// The one way the CUDA backend computes a score: s_bk = q_b . n_k in fp32, by tensor cores: those of a warp, or on
+// sm_90a, whose binary a GPU of that kind alone takes, those of a warpgroup (score_sm90.cuh).
 //
 // A block keeps 128 queries in registers, 32 a warp, and streams key tiles through a ring in shared memory. D is padded
 // with zeros to 16 * kSteps, a function of D alone, and a score is the chain of its kSteps products in order: the same
 // bits in every pass, tile and split. Rows that are not there, and keys that a (K,) mask shuts out, are NaN, so no
-// comparison ever keeps their scores and no pass pays for testing them.
+// comparison ever keeps their scores and no pass pays for testing them. A pass that also sums keys asks for zeros
+// there. It may have 16 queries a warp, or leave them in shared memory, where its sums take the registers: no bit
+// depends on it.
 //
-// A piece is 16 bytes, eight elements. Piece c of row r lies at place c ^ (r % 8): the eight rows that a fragment load
-// reads at once are then in different banks.
+// A piece is 16 bytes, eight elements; a slab is eight pieces of all 64 rows of a tile, 128 bytes to a row. Piece c of
+// row r lies at place c ^ (r % 8) of its row in its slab: the eight rows that a fragment load reads at once are then in
+// different banks, and the products of sm_90a, which read tiles themselves, know the order as a swizzle of 128 bytes.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/score_sm90.cuh"
 #include "kernels/cuda/storage.h"
 
 namespace negmine::cuda {
@@ -22,16 +29,27 @@ constexpr int kRowsPerWarp = 32;
 constexpr int kRows = kThreads / kWarp * kRowsPerWarp;  // queries of a block
 constexpr int kKeys = 64;                               // of a tile
 constexpr int kChunk = 32;                              // keys whose scores a warp holds at once
+constexpr int kSlabRow = 128;                           // bytes of a row in a slab
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr uint32_t kTwoNaNs = 0x7FFF7FFFu;  // in bf16 and in fp16
+constexpr uint32_t kTwoZeros = 0u;
 
 template <int kSteps>
 struct Tiles {
   static constexpr int kPieces = 2 * kSteps;           // of a row
   static constexpr int kStages = kSteps <= 8 ? 3 : 2;  // key tiles in shared memory
-  static constexpr int kTileBytes = kKeys * 16 * kPieces;
-  static constexpr int kRowsHeld = kRows > kStages* kKeys ? kRows : kStages * kKeys;
-  static constexpr int kBytes = kRowsHeld * 16 * kPieces;  // of shared memory; queries pass through it first
+  static constexpr int kSlabBytes = kKeys * kSlabRow;
+  static constexpr int kTileBytes = kPieces / 8 * kSlabBytes;
+  static constexpr int kRing = kStages * kTileBytes;
+  static constexpr int kBarriers = 64;  // bytes after the ring, of passes that give a TileMap
+  // Of shared memory; queries pass through it first.
+  static constexpr int kBytes = std::max(kRows * 16 * kPieces, kRing + kBarriers);
+};
+
+// Where the copies of sm_90a find the tiles of a matrix (tile_map.h); a parameter of a kernel, __grid_constant__.
+struct TileMap {
+  CUtensorMap map;
+  bool usable;
 };
 
 // A matrix of 16-bit elements, D to a row.
@@ -42,26 +60,42 @@ struct Rows {
   bool in_pieces;  // rows begin at multiples of 16 bytes and D is a multiple of 8
 };
 
-// Scores that a lane holds of its warp's 32 rows and a chunk of 32 keys. Of [m][n][i], with g = lane / 4, t = lane % 4:
-// row 16 m + g + 8 (i / 2), key 8 n + 2 t + i % 2.
-using Scores = float[2][4][4];
+struct MappedRows : Rows {
+  const TileMap& tiles;
+};
 
-// The row of the block, of the four that a lane holds: i = 2 m + half.
+// Scores that a lane holds of its warp's 16 kSixteens rows and a chunk of 32 keys. Of [m][n][i], with g = lane / 4,
+// t = lane % 4: row 16 m + g + 8 (i / 2), key 8 n + 2 t + i % 2.
+template <int kSixteens>
+using ScoresOf = float[kSixteens][4][4];
+using Scores = ScoresOf<kRowsPerWarp / 16>;
+
+// The row of the block, of those that a lane holds: i = 2 m + half.
+template <int kSixteens = kRowsPerWarp / 16>
 __device__ __forceinline__ int row_of(int i) {
-  return threadIdx.x / kWarp * kRowsPerWarp + 8 * i + threadIdx.x % kWarp / 4;
+  return threadIdx.x / kWarp * (16 * kSixteens) + 8 * i + threadIdx.x % kWarp / 4;
 }
 
+// Where a piece lies: of one tile of rows after the other.
 template <int kSteps>
 __device__ __forceinline__ int offset_of(int row, int piece) {
-  return 16 * (row * Tiles<kSteps>::kPieces + (piece ^ (row & 7)));
+  return row / kKeys * Tiles<kSteps>::kTileBytes + piece / 8 * Tiles<kSteps>::kSlabBytes + row % kKeys * kSlabRow +
+         16 * ((piece ^ row) & 7);
+}
+
+// From a piece to the one of the same place that is `rows` rows, a multiple of 8, and `steps` steps, one of 4, further.
+template <int kSteps>
+__device__ constexpr int further(int rows, int steps) {
+  return rows * kSlabRow + steps / 4 * Tiles<kSteps>::kSlabBytes;
 }
 
 __device__ __forceinline__ void store_piece(char* shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   *reinterpret_cast<uint4*>(shared) = make_uint4(a, b, c, d);
 }
 
-// Begins to copy kCount rows of `matrix` into a tile; find(i) is the row of the matrix that becomes row i, -1 for none.
-template <int kSteps, int kCount, class Find>
+// Begins to copy kCount rows of `matrix` into a tile; find(i) is the row of the matrix that becomes row i, -1 for none,
+// which becomes kAbsent.
+template <int kSteps, int kCount, uint32_t kAbsent = kTwoNaNs, class Find>
 __device__ __forceinline__ void load_rows(char* tile, const Rows& matrix, Find find) {
   constexpr int kPieces = Tiles<kSteps>::kPieces, kRowsAtOnce = kThreads / kPieces, kTogether = 4;
   static_assert(kThreads % kPieces == 0 && kCount % (kRowsAtOnce * kTogether) == 0);
@@ -77,7 +111,7 @@ __device__ __forceinline__ void load_rows(char* tile, const Rows& matrix, Find f
       for (int i = 0; i < kTogether; ++i) {
         char* place = tile + offset_of<kSteps>(row + i * kRowsAtOnce, piece);
         if (source[i] < 0) {
-          store_piece(place, kTwoNaNs, kTwoNaNs, kTwoNaNs, kTwoNaNs);
+          store_piece(place, kAbsent, kAbsent, kAbsent, kAbsent);
         } else {
           copy_async(shared_address(place), matrix.base + source[i] * matrix.stride + (present ? 16 * piece : 0),
                      present);
@@ -89,7 +123,7 @@ __device__ __forceinline__ void load_rows(char* tile, const Rows& matrix, Find f
     for (int i = 0; i < 4 * kTogether; ++i) {  // by words of two elements
       const int64_t from = find(row + i / 4 * kRowsAtOnce), d = 8 * piece + i % 4 * 2;
       const uint16_t* element = reinterpret_cast<const uint16_t*>(matrix.base + from * matrix.stride) + d;
-      uint32_t word = from < 0 ? kTwoNaNs : 0u;
+      uint32_t word = from < 0 ? kAbsent : 0u;
       if (from >= 0 && d < matrix.D) word = element[0];
       if (from >= 0 && d + 1 < matrix.D) word |= static_cast<uint32_t>(element[1]) << 16;
       *reinterpret_cast<uint32_t*>(tile + offset_of<kSteps>(row + i / 4 * kRowsAtOnce, piece) + i % 4 * 4) = word;
@@ -104,57 +138,126 @@ __device__ __forceinline__ void load_neighbours(char* tile, const Rows& matrix, 
   const int piece = threadIdx.x % kPieces, row = threadIdx.x / kPieces;
   const bool present = 8 * piece < matrix.D;
   const char* from = matrix.base + (first + row) * matrix.stride + (present ? 16 * piece : 0);
+  constexpr int kTurns = kRowsAtOnce % 8 == 0 ? 1 : 2;  // until r % 8 comes again, and places are a constant away
+  static_assert(kTurns * kRowsAtOnce % 8 == 0);
+  SharedAddress to[kTurns];
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) to[i] = shared_address(tile) + offset_of<kSteps>(row + i * kRowsAtOnce, piece);
 #pragma unroll
   for (int i = 0; i < kKeys / kRowsAtOnce; ++i) {
-    copy_async(shared_address(tile) + offset_of<kSteps>(row + i * kRowsAtOnce, piece), from, present);
+    copy_async(to[i % kTurns] + further<kSteps>(i / kTurns * kTurns * kRowsAtOnce, 0), from, present);
     from += kRowsAtOnce * matrix.stride;
   }
 }
 
-// The fragments of this warp's 32 queries, [m][step]; the shared memory is free again.
+// The same by one thread, which leaves it to the copy engine.
 template <int kSteps>
-__device__ __forceinline__ void load_queries(uint32_t (&query)[2][kSteps][4], char* memory, const Rows& matrix,
-                                             int64_t first, int64_t B) {
+__device__ __forceinline__ void copy_tile(SharedAddress to, const TileMap& map, int tile, SharedAddress barrier) {
+  if (threadIdx.x != 0) return;
+  expect_bytes(barrier, Tiles<kSteps>::kTileBytes);
+#pragma unroll
+  for (int step = 0; step < kSteps; step += 4) {
+    copy_box(to + further<kSteps>(0, step), &map.map, tile * kKeys, 16 * step, barrier);
+  }
+}
+
+// The block's queries, from `first` on, in shared memory: tile m has rows m of the warps, 16 of each after the other,
+// which is what one product of a warpgroup takes.
+template <int kSteps, int kSixteens>
+__device__ __forceinline__ void gather_queries(char* memory, const Rows& matrix, int64_t first, int64_t B) {
+  constexpr int kWarps = kThreads / kWarp;
+  static_assert(16 * kWarps == kKeys);
+  const auto find = [&](int place) {
+    const int row = place % kKeys / 16 * (16 * kSixteens) + place / kKeys * 16 + place % 16;
+    return first + row < B ? first + row : int64_t{-1};
+  };
   __syncthreads();
-  load_rows<kSteps, kRows>(memory, matrix, [&](int row) { return first + row < B ? first + row : int64_t{-1}; });
+  load_rows<kSteps, 16 * kWarps * kSixteens>(memory, matrix, find);
   end_copies();
   wait_for_copies<0>();
   __syncthreads();
+}
+
+// Where a lane loads fragments of step 0 from, within rows that begin at a multiple of 128 bytes: of 16 keys, matrices
+// 0 and 1 are of the first 8 rows and 2 and 3 of the next; of 16 queries, or of keys that are summed, 0 and 1 are of
+// all rows and 2 and 3 of these again.
+template <int kSteps>
+__device__ __forceinline__ int lane_of_keys() {
   const int lane = threadIdx.x % kWarp;
-  const int row =
-      threadIdx.x / kWarp * kRowsPerWarp + lane % 16;  // of m = 0: matrices 0 and 1 hold rows, 2 and 3 again
+  return offset_of<kSteps>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+}
+
+template <int kSteps>
+__device__ __forceinline__ int lane_of_rows() {
+  const int lane = threadIdx.x % kWarp;
+  return offset_of<kSteps>(lane % 16, lane / 16);
+}
+
+// The same of another step: a step is two pieces, whose place has its low three bits from the lane and the step.
+template <int kSteps>
+__device__ __forceinline__ SharedAddress at_step(SharedAddress first, int step) {
+  return flipped(first, step % 4 * 32) + further<kSteps>(0, step);
+}
+
+// This warp's queries in shared memory.
+template <int kSteps, int kSixteens>
+struct SharedQueries {
+  SharedAddress tiles;
+  SharedAddress first;  // where this lane loads the fragment of step 0 from
+
+  __device__ explicit SharedQueries(char* memory)
+      : tiles(shared_address(memory)), first(tiles + threadIdx.x / kWarp * (16 * kSlabRow) + lane_of_rows<kSteps>()) {}
+
+  // Of rows m of all warps, for products of a warpgroup.
+  __device__ uint64_t descriptor(int m, int step) const {
+    return descriptor_of(tiles + m * Tiles<kSteps>::kTileBytes) + advance_of(further<kSteps>(0, step), step);
+  }
+};
+
+// The fragments of one step, from where the queries are.
+template <int kSteps, int kSixteens>
+__device__ __forceinline__ void take(uint32_t (&fragments)[kSixteens][4], const SharedQueries<kSteps, kSixteens>& query,
+                                     int step) {
 #pragma unroll
-  for (int m = 0; m < 2; ++m) {
+  for (int m = 0; m < kSixteens; ++m) {
+    load_matrices(fragments[m], at_step<kSteps>(query.first, step) + m * Tiles<kSteps>::kTileBytes);
+  }
+}
+
+template <int kSteps, int kSixteens>
+__device__ __forceinline__ void take(uint32_t (&fragments)[kSixteens][4], const uint32_t (&query)[kSixteens][kSteps][4],
+                                     int step) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      load_matrices(query[m][step], shared_address(memory) + offset_of<kSteps>(row + 16 * m, 2 * step + lane / 16));
+  for (int m = 0; m < kSixteens; ++m) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fragments[m][i] = query[m][step][i];
+  }
+}
+
+// The fragments of this warp's queries, [m][step]; the shared memory is free again.
+template <int kSteps, int kSixteens>
+__device__ __forceinline__ void load_queries(uint32_t (&query)[kSixteens][kSteps][4], char* memory, const Rows& matrix,
+                                             int64_t first, int64_t B) {
+  gather_queries<kSteps, kSixteens>(memory, matrix, first, B);
+  const SharedQueries<kSteps, kSixteens> shared(memory);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    uint32_t fragments[kSixteens][4];
+    take(fragments, shared, step);
+#pragma unroll
+    for (int m = 0; m < kSixteens; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) query[m][step][i] = fragments[m][i];
     }
   }
   __syncthreads();
 }
 
-// Where this lane loads key fragments from, within a tile: for the first key and step of each kind, of which there are
-// four, since the place of a piece has its low three bits from the lane and the step. Further steps and keys are a
-// constant away.
-template <int kSteps>
-struct Lane {
-  int kind[4];
-
-  __device__ Lane() {
-    const int lane = threadIdx.x % kWarp;
-    const int row = lane / 16 * 8 + lane % 8;  // of key fragments: matrices 0 and 1 are of one n, 2 and 3 of the next
+// Scores of the warp's queries and the 32 keys from `keys` on, a multiple of 8 within a tile.
+template <Storage kStorage, int kSteps, int kSixteens, class Queries>
+__device__ __forceinline__ void score(ScoresOf<kSixteens>& s, const Queries& query, SharedAddress keys, int lane) {
 #pragma unroll
-    for (int step = 0; step < 4; ++step) kind[step] = offset_of<kSteps>(row, 2 * step + lane / 8 % 2);
-  }
-};
-
-// Scores of the warp's queries and the 32 keys of a tile from `first`, a multiple of 8, on.
-template <Storage kStorage, int kSteps>
-__device__ __forceinline__ void score(Scores& s, const uint32_t (&query)[2][kSteps][4], SharedAddress tile, int first,
-                                      const Lane<kSteps>& from) {
-  constexpr int kRowBytes = 16 * Tiles<kSteps>::kPieces;
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
+  for (int m = 0; m < kSixteens; ++m) {
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
 #pragma unroll
@@ -163,59 +266,104 @@ __device__ __forceinline__ void score(Scores& s, const uint32_t (&query)[2][kSte
   }
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    uint32_t key[2][4];
+    uint32_t own[kSixteens][4], key[2][4];
+    take(own, query, step);
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
-      const int further = (first + 16 * pair) * kRowBytes + step / 4 * 128;
-      load_matrices(key[pair], tile + from.kind[step % 4] + further);
+      load_matrices(key[pair], at_step<kSteps>(keys + lane, step) + further<kSteps>(16 * pair, 0));
     }
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        multiply<kStorage>(s[m][n], query[m][step], key[n / 2][n % 2 * 2], key[n / 2][n % 2 * 2 + 1]);
+      for (int m = 0; m < kSixteens; ++m) {
+        multiply<kStorage>(s[m][n], own[m], key[n / 2][n % 2 * 2], key[n / 2][n % 2 * 2 + 1]);
       }
     }
   }
 }
 
-// Scores of tiles first, first + stride, ... of the columns [0, count): use(column, scores) for every chunk of 32, in
-// order. find(column) is the row of `keys` behind a column, -1 for none; it is asked of columns past `count` too.
-// is_plain says that every column is the row of its number.
-template <Storage kStorage, int kSteps, class Find, class Use>
-__device__ __forceinline__ void stream(const uint32_t (&query)[2][kSteps][4], char* memory, const Rows& keys, int first,
-                                       int stride, int count, bool is_plain, Find find, Use use) {
+// Scores of tiles first, first + stride, ... of the columns [0, count): use(column, scores, keys) for every chunk of
+// 32, in order, with the chunk's keys in shared memory, and before(column), while no scores take registers.
+// find(column) is the row of `keys` behind a column, -1 for none; it is asked of columns past `count` too. is_plain
+// says that every column is the row of its number; such keys may come as MappedRows. A warpgroup holds the scores of
+// kAtOnce chunks at once, 1 or 2.
+struct Nothing {
+  __device__ void operator()(int) const {}
+};
+
+template <Storage kStorage, int kSteps, int kSixteens = kRowsPerWarp / 16, uint32_t kAbsent = kTwoNaNs, int kAtOnce = 2,
+          class Queries, class Keys, class Find, class Use, class Before = Nothing>
+__device__ __forceinline__ void stream(const Queries& query, char* memory, const Keys& keys, int first, int stride,
+                                       int count, bool is_plain, Find find, Use use, Before before = {}) {
   constexpr int kStages = Tiles<kSteps>::kStages, kBytes = Tiles<kSteps>::kTileBytes;
-  const int tiles = count / kKeys + (count % kKeys != 0), plain = is_plain && keys.in_pieces ? count / kKeys : 0;
+  const int tiles = count / kKeys + (count % kKeys != 0), full = count / kKeys;
+  [[maybe_unused]] const int neighbours = is_plain && keys.in_pieces ? full : 0;  // tiles of neighbouring rows
+  constexpr bool kMapped = kHasWarpgroups && std::is_same_v<Keys, MappedRows>;
+  int whole = 0;  // tiles that are copied as such
+  if constexpr (kMapped) whole = keys.tiles.usable ? neighbours : 0;
+  [[maybe_unused]] const SharedAddress barriers = shared_address(memory) + Tiles<kSteps>::kRing;  // one of each stage
+  const auto plain = [&](int tile) {  // a register or three instructions: which of them there is room for
+    return kMapped ? tile < neighbours : is_plain && keys.in_pieces && tile < full;
+  };
   const auto fetch = [&](int tile, int stage) {
-    if (tile < plain) {
+    if (kMapped && tile < whole) {
+      if constexpr (kMapped) {
+        copy_tile<kSteps>(shared_address(memory) + stage * kBytes, keys.tiles, tile, barriers + 8 * stage);
+      }
+    } else if (plain(tile)) {
       load_neighbours<kSteps>(memory + stage * kBytes, keys, tile * int64_t{kKeys});
     } else if (tile < tiles) {
       const int column = tile * kKeys;
-      load_rows<kSteps, kKeys>(memory + stage * kBytes, keys, [&](int row) { return find(column + row); });
+      load_rows<kSteps, kKeys, kAbsent>(memory + stage * kBytes, keys, [&](int row) { return find(column + row); });
     }
     end_copies();  // also where there was nothing to copy: groups are counted
   };
-  const Lane<kSteps> lane;
+  [[maybe_unused]] const int lane = lane_of_keys<kSteps>();
+  if constexpr (kMapped) {
+    for (int i = 0; i < kStages && whole > 0 && threadIdx.x == 0; ++i) start_barrier(barriers + 8 * i);
+  }
+  if constexpr (kHasWarpgroups) show_to_products();
   __syncthreads();
 #pragma unroll
   for (int ahead = 0; ahead < kStages - 1; ++ahead) fetch(first + ahead * stride, ahead);
   int stage = 0;
+  bool odd = false;  // whether the round of the stages' barriers is
   for (int tile = first; tile < tiles; tile += stride) {
     wait_for_copies<kStages - 2>();
+    if (kMapped && tile < whole) {
+      if constexpr (kMapped) wait_for_round(barriers + 8 * stage, odd);
+    } else if constexpr (kHasWarpgroups) {
+      show_to_products();
+    }
     __syncthreads();  // the tile is there for all, and all have left the stage that is filled next
     const int free = stage == 0 ? kStages - 1 : stage - 1;
     fetch(tile + (kStages - 1) * stride, free);
-#pragma unroll 1  // two chunks at once would not fit in registers
-    for (int chunk = 0; chunk < kKeys; chunk += kChunk) {
-      Scores s;
-      score<kStorage, kSteps>(s, query, shared_address(memory) + stage * kBytes, chunk, lane);
-      use(tile * kKeys + chunk, s);
+    constexpr int kChunks = kHasWarpgroups ? kAtOnce : 1;  // more would not fit in registers
+    static_assert(kAtOnce == 1 || std::is_same_v<Before, Nothing>);
+#pragma unroll 1
+    for (int chunk = 0; chunk < kKeys; chunk += kChunks * kChunk) {
+      before(tile * kKeys + chunk);
+      ScoresOf<kSixteens> s[kChunks];
+      const SharedAddress chunk_keys = shared_address(memory) + (stage * kBytes + further<kSteps>(chunk, 0));
+      if constexpr (kHasWarpgroups) {
+        score_by_warpgroup<kStorage, kSteps>(s, query, chunk_keys, Tiles<kSteps>::kSlabBytes);
+      } else {
+        score<kStorage, kSteps, kSixteens>(s[0], query, chunk_keys, lane);
+      }
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        use(tile * kKeys + chunk + i * kChunk, s[i], chunk_keys + further<kSteps>(i * kChunk, 0));
+      }
       __syncwarp();  // the next products want all lanes of a warp at once, wherever `use` sent them
     }
     stage = stage == kStages - 1 ? 0 : stage + 1;
+    odd ^= stage == 0;
   }
   wait_for_copies<0>();
+  if constexpr (kMapped) {
+    __syncthreads();
+    for (int i = 0; i < kStages && whole > 0 && threadIdx.x == 0; ++i) end_barrier(barriers + 8 * i);
+  }
 }
 
 }  // namespace negmine::cuda

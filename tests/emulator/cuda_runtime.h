@@ -3,9 +3,10 @@
 // Compiling a .cu file with g++ -x c++ and this folder before CUDA's finds wrong indices, lost elements and broken warp
 // exchanges without a GPU. It knows nothing of races and memory order: compute-sanitizer on a GPU does. It covers what
 // the kernels use, launches through cudaLaunchKernelEx included, and no more; a warp whose lanes do not all meet at an
-// exchange aborts. kernels/cuda/ptx.cuh has its twin in this folder.
+// exchange aborts. kernels/cuda/ptx.cuh and ptx_sm90.cuh have their twins in this folder.
 #pragma once
 
+#include <cuda.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -16,6 +17,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -23,14 +25,18 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct float4 {
+struct alignas(16) float4 {
   float x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
 };
 struct alignas(8) uint2 {
   uint32_t x, y;
@@ -41,6 +47,7 @@ struct alignas(16) uint4 {
 struct alignas(16) int4 {
   int32_t x, y, z, w;
 };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
@@ -70,6 +77,7 @@ struct Fiber {
   uint64_t offered[2][kWords] = {};         // what it gives to the exchange under way, and gave to the last
   unsigned ballots = 0;                     // by __syncthreads_or, so far
   std::vector<std::vector<Copy>> groups{};  // copies under way; the last group is still open
+  bool hides = false;                       // its writes to shared memory from what the tensor cores read there
 };
 
 inline std::vector<Fiber> fibers;
@@ -77,7 +85,10 @@ inline ucontext_t scheduler;
 inline unsigned current = 0;
 inline std::function<void()> kernel;
 inline std::unique_ptr<char[], decltype(&std::free)> shared{nullptr, &std::free};  // as large as the launch asked for
-inline int votes[3];  // of __syncthreads_or: the last, the one under way and the next
+inline size_t shared_bytes = 0;
+inline unsigned hidden = 0;                   // threads that hide their writes
+inline std::set<void (*)()> at_end_of_block;  // checks of what the block leaves
+inline int votes[3];                          // of __syncthreads_or: the last, the one under way and the next
 
 inline void enter() {
   kernel();
@@ -102,6 +113,11 @@ inline void meet(Waits whom) {
   std::abort();
 }
 
+inline void hide(bool hides) {
+  hidden += hides - fibers[current].hides;
+  fibers[current].hides = hides;
+}
+
 // Until every lane has returned or waits for the block.
 inline void run_warp(unsigned begin, unsigned end) {
   while (true) {
@@ -118,13 +134,14 @@ inline void run_warp(unsigned begin, unsigned end) {
   }
 }
 
-inline void run_block(size_t shared_bytes) {
-  shared.reset(static_cast<char*>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128)));
+inline void run_block(size_t bytes) {
+  shared.reset(static_cast<char*>(std::aligned_alloc(1024, (bytes + 1023) / 1024 * 1024)));
+  shared_bytes = bytes, hidden = 0;
   std::memset(shared.get(), 0xFF, shared_bytes);  // NaN in every storage
   std::fill(std::begin(votes), std::end(votes), 0);
   for (unsigned thread = 0; thread < fibers.size(); ++thread) {
     Fiber& fiber = fibers[thread];
-    fiber.done = false;
+    fiber.done = fiber.hides = false;
     fiber.waits = Waits::kNo;
     fiber.groups = {{}};
     fiber.exchanges = fiber.ballots = 0;
@@ -139,6 +156,7 @@ inline void run_block(size_t shared_bytes) {
     for (unsigned begin = 0; begin < fibers.size(); begin += kWarp) run_warp(begin, begin + kWarp);
     for (Fiber& fiber : fibers) fiber.waits = Waits::kNo;  // whoever has not returned is at the barrier
   }
+  for (const auto check : at_end_of_block) check();
 }
 
 template <class T>
@@ -200,6 +218,30 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(
   return cudaSuccess;
 }
 
+#define CUDART_VERSION 13000
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0, cudaDriverEntryPointSymbolNotFound = 1 };
+constexpr unsigned long long cudaEnableDefault = 0;
+
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr int kMajor = 9;
+#else
+  constexpr int kMajor = 8;
+#endif
+  return *value = attribute == cudaDevAttrComputeCapabilityMajor ? kMajor : 0, cudaSuccess;
+}
+
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
+                                                    cudaDriverEntryPointQueryResult* result) {
+  const bool found = std::strcmp(name, "cuTensorMapEncodeTiled") == 0;
+  *function = found ? reinterpret_cast<void*>(&cuTensorMapEncodeTiled) : nullptr;
+  *result = found ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
+}
+
 inline void __syncthreads() { emulator::meet(emulator::Waits::kForBlock); }
 
 inline void __syncwarp() { emulator::meet(emulator::Waits::kForWarp); }
@@ -224,8 +266,8 @@ T __shfl_up_sync(unsigned, T value, unsigned apart) {
 }
 
 template <class T>
-T __shfl_sync(unsigned, T value, int source) {
-  return emulator::exchange(value)[source % emulator::kWarp];
+T __shfl_sync(unsigned, T value, int source, int width = emulator::kWarp) {
+  return emulator::exchange(value)[emulator::lane() / width * width + source % width];
 }
 
 inline unsigned __ballot_sync(unsigned, bool vote) {

@@ -1,5 +1,5 @@
 // kernels/cuda/mine_hardest.cu behind C functions, for ctypes: the arguments of the op in the order of its params
-// struct, its plan, and one product of fragments.
+// struct, its plan, one product of fragments of each kind, and all scores as a pass may ask for them.
 #include "kernels/cuda/mine_hardest.cu"
 
 using namespace negmine::cuda;
@@ -55,6 +55,8 @@ extern "C" int emulated_mine_hardest(int64_t B, int64_t K, int64_t D, int64_t N,
   return mine_hardest(params, nullptr);
 }
 
+extern "C" int64_t emulated_boxes() { return boxes; }
+
 // product (16, 8) fp32 = left (16, 16) times the transpose of right (8, 16), bf16 or fp16, by one warp: fragments are
 // filled by the formulas of ptx.cuh.
 template <Storage kStorage>
@@ -74,4 +76,84 @@ extern "C" int emulated_product(int32_t storage, const uint16_t* left, const uin
   const bool bf16 = static_cast<Storage>(storage) == Storage::kBFloat16;
   return cudaLaunchKernelEx(&launch, bf16 ? one_product<Storage::kBFloat16> : one_product<Storage::kFloat16>, left,
                             right, product);
+}
+
+// product (64, 64) fp32 = left (64, 16) times the transpose of right (64, 16), by one warpgroup: fragments are filled
+// by the formulas of ptx_sm90.cuh, and right lies in shared memory as the first 16 columns of a slab.
+template <Storage kStorage>
+void one_warpgroup_product(const uint16_t* left, const uint16_t* right, float* product) {
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (int i = threadIdx.x; i < 64 * 16; i += 128) {
+    const int row = i / 16, column = i % 16;
+    std::memcpy(shared_memory() + 128 * row + 16 * (column / 8 ^ row % 8) + 2 * (column % 8), right + i, 2);
+  }
+  show_to_products();
+  __syncthreads();
+  uint32_t a[4];
+  for (int i = 0; i < 4; ++i) {
+    std::memcpy(&a[i], left + 16 * (16 * warp + g + 8 * (i % 2)) + 2 * t + 8 * (i / 2), 4);
+  }
+  float d[2][1][4][4];
+  begin_products();
+  multiply_later<kStorage, false>(d, 0, a, descriptor_of(shared_address(shared_memory())));
+  wait_for_products(d);
+  for (int n = 0; n < 8; ++n) {
+    for (int i = 0; i < 4; ++i) {
+      product[64 * (16 * warp + g + 8 * (i / 2)) + 8 * n + 2 * t + i % 2] = d[n / 4][0][n % 4][i];
+    }
+  }
+}
+
+extern "C" int emulated_warpgroup_product(int32_t storage, const uint16_t* left, const uint16_t* right,
+                                          float* product) {
+  cudaLaunchConfig_t launch = {};
+  launch.blockDim = dim3(128);
+  launch.dynamicSmemBytes = 64 * 128;
+  const bool bf16 = static_cast<Storage>(storage) == Storage::kBFloat16;
+  return cudaLaunchKernelEx(&launch,
+                            bf16 ? one_warpgroup_product<Storage::kBFloat16> : one_warpgroup_product<Storage::kFloat16>,
+                            left, right, product);
+}
+
+// scores (B, K) by one block, for B <= 64 kSixteens: as a pass may hold its queries, and take chunks.
+template <Storage kStorage, int kSixteens, bool kShared, int kAtOnce>
+void all_scores(Rows query, Rows keys, int64_t B, int K, float* scores) {
+  constexpr int kSteps = 8, kQueryBytes = kSixteens * Tiles<kSteps>::kTileBytes;
+  const auto use = [&](int column, const ScoresOf<kSixteens>& s, SharedAddress) {
+    for (int i = 0; i < 2 * kSixteens; ++i) {
+      for (int j = 0; j < 8; ++j) {
+        const int row = row_of<kSixteens>(i), k = column + 8 * (j / 2) + 2 * (threadIdx.x % 4) + j % 2;
+        if (row < B && k < K) scores[row * K + k] = s[i / 2][j / 2][i % 2 * 2 + j % 2];
+      }
+    }
+  };
+  const auto all = [&](const auto& held, char* ring) {
+    const auto find = [&](int column) { return column < K ? int64_t{column} : int64_t{-1}; };
+    stream<kStorage, kSteps, kSixteens, kTwoNaNs, kAtOnce>(held, ring, keys, 0, 1, K, true, find, use);
+  };
+  if constexpr (kShared) {
+    gather_queries<kSteps, kSixteens>(shared_memory(), query, 0, B);
+    all(SharedQueries<kSteps, kSixteens>(shared_memory()), shared_memory() + kQueryBytes);
+  } else {
+    uint32_t fragments[kSixteens][kSteps][4];
+    load_queries<kSteps>(fragments, shared_memory(), query, 0, B);
+    all(fragments, shared_memory());
+  }
+}
+
+extern "C" int emulated_scores(int32_t sixteens, bool shared, int32_t at_once, int64_t B, int64_t K, int64_t D,
+                               const void* query, const void* keys, float* scores) {
+  cudaLaunchConfig_t launch = {};
+  launch.blockDim = dim3(kThreads);
+  launch.dynamicSmemBytes = 2 * Tiles<8>::kTileBytes + Tiles<8>::kBytes;
+  constexpr Storage kStorage = Storage::kBFloat16;
+  auto* kernel = all_scores<kStorage, 2, false, 2>;
+  if (sixteens == 2 && !shared && at_once == 1) kernel = all_scores<kStorage, 2, false, 1>;
+  if (sixteens == 2 && shared && at_once == 2) kernel = all_scores<kStorage, 2, true, 2>;
+  if (sixteens == 2 && shared && at_once == 1) kernel = all_scores<kStorage, 2, true, 1>;
+  if (sixteens == 1 && !shared && at_once == 2) kernel = all_scores<kStorage, 1, false, 2>;
+  if (sixteens == 1 && !shared && at_once == 1) kernel = all_scores<kStorage, 1, false, 1>;
+  if (sixteens == 1 && shared && at_once == 2) kernel = all_scores<kStorage, 1, true, 2>;
+  if (sixteens == 1 && shared && at_once == 1) kernel = all_scores<kStorage, 1, true, 1>;
+  return cudaLaunchKernelEx(&launch, kernel, rows_of(query, D, D), rows_of(keys, D, D), B, static_cast<int>(K), scores);
 }

@@ -19,6 +19,10 @@ using SharedAddress = char*;
 
 inline SharedAddress shared_address(void* shared) { return static_cast<char*>(shared); }
 
+inline SharedAddress flipped(SharedAddress address, uint32_t bits) {
+  return reinterpret_cast<SharedAddress>(reinterpret_cast<uintptr_t>(address) ^ bits);
+}
+
 inline float half_of(uint32_t word, int half, Storage storage) {
   const auto bits = static_cast<unsigned short>(word >> (16 * half));
   return storage == Storage::kBFloat16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16)
@@ -52,10 +56,33 @@ inline void load_matrices(uint32_t (&fragment)[4], SharedAddress row) {
   }
 }
 
+inline void load_transposed(uint32_t (&fragment)[4], SharedAddress row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulator::fail("a matrix row is not aligned to 16 bytes");
+  const auto rows = emulator::exchange(row);
+  const unsigned g = emulator::lane() / 4, t = emulator::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    for (int half = 0; half < 2; ++half) {
+      std::memcpy(reinterpret_cast<char*>(&fragment[i]) + 2 * half, rows[8 * i + 2 * t + half] + 2 * g, 2);
+    }
+  }
+}
+
+template <Storage kStorage>
+uint32_t pair_of(float low, float high) {
+  const auto bits = [](float value) -> uint32_t {
+    return kStorage == Storage::kBFloat16 ? __bfloat16_as_ushort(__float2bfloat16(value))
+                                          : __half_as_ushort(__float2half(value));
+  };
+  return bits(high) << 16 | bits(low);
+}
+
+inline float power_of_2(float exponent) { return std::exp2(exponent); }
+
 inline void copy_async(SharedAddress to, const char* global, bool present) {
   const uintptr_t places = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(global);
   if (places % 16 != 0) emulator::fail("a copy of 16 bytes is not aligned to 16 bytes");
   emulator::fibers[emulator::current].groups.back().push_back({to, present ? global : nullptr});
+  std::memset(to, 0xFF, 16);  // NaN until it arrives
 }
 
 inline void end_copies() { emulator::fibers[emulator::current].groups.emplace_back(); }
@@ -64,6 +91,7 @@ template <int kNewest>
 void wait_for_copies() {
   auto& groups = emulator::fibers[emulator::current].groups;
   while (groups.size() > kNewest + 1) {
+    if (!groups.front().empty()) emulator::hide(true);
     for (const emulator::Copy& copy : groups.front()) {
       if (copy.global) {
         std::memcpy(copy.shared, copy.global, 16);

@@ -1,0 +1,44 @@
+// What every op over the queue gives to its kernels, and how they are launched.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/pool.h"
+#include "kernels/cuda/score_tile.cuh"
+
+namespace negmine::cuda {
+
+constexpr int kSharedBytes = 99 << 10;  // that a block may have on every card from sm_80 on
+
+struct Inputs {
+  Rows query, keys;
+  int32_t K;
+  Pool pool;
+
+  // The row behind a column, -1 where there is none or a (K,) mask shuts it out.
+  __device__ int64_t key(int64_t column) const {
+    return column < K && (!pool.key_mask || pool.key_mask[column]) ? column : -1;
+  }
+};
+
+inline Rows rows_of(const void* base, int64_t stride, int64_t D) {
+  const bool in_pieces = reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride % 8 == 0 && D % 8 == 0;
+  return {static_cast<const char*>(base), 2 * stride, D, in_pieces};
+}
+
+template <class... Wanted, class... Given>
+cudaError_t launch(void (*kernel)(Wanted...), dim3 grid, int threads, int shared, void* stream, Given... arguments) {
+  cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+}  // namespace negmine::cuda

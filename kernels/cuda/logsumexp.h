@@ -1,0 +1,49 @@
+// logsumexp on CUDA: the log-sum-exp of each query's logits over its pool, and the softmax mean of its keys, from bf16
+// or fp16 storage, without the (B, K) scores. sm_80 and newer. The scores are those of mine_hardest, to the bit.
+//
+//   query (B, D), negative_keys (K, D)    of one 16-bit storage; any row stride, in elements; D contiguous, D <= 256
+//   lse (B,), mean (B, D), kept (B,), above (B,)    as kernels/README.md says
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/pool.h"
+#include "kernels/cuda/storage.h"
+
+namespace negmine::cuda {
+
+// How the work is cut and what memory it takes: a function of the shape and the card's processors alone.
+struct SummingPlan {
+  int64_t splits;     // parts of the queue
+  int64_t workspace;  // bytes
+};
+
+SummingPlan plan_summing(int64_t B, int64_t K, int64_t D, bool want_mean, int64_t processors);
+
+struct LogSumExpParams {
+  int64_t B, K, D;
+
+  // Inputs.
+  const void* query;             // (B, D)
+  const void* negative_keys;     // (K, D)
+  int64_t query_stride;          // from row to row, in elements
+  int64_t negative_keys_stride;  // from row to row, in elements
+  Storage storage;               // of both
+  const float* scale;            // one number
+  const float* pivot;            // (B,), or null
+  bool want_mean;
+  Pool pool;
+  SummingPlan plan;
+
+  // Outputs.
+  float* lse;       // (B,)
+  float* mean;      // (B, D), untouched unless want_mean
+  int64_t* kept;    // (B,)
+  int64_t* above;   // (B,), zeros where pivot is null
+  void* workspace;  // plan.workspace bytes, aligned to 16
+};
+
+// Enqueues the kernels on the current device; stream is a cudaStream_t. Returns a cudaError_t.
+int logsumexp(const LogSumExpParams& params, void* stream);
+
+}  // namespace negmine::cuda

@@ -1,0 +1,139 @@
+// What sm_90a has: products by a warpgroup, four warps, whose second factor lies in shared memory and whose result
+// arrives later; and copies of whole boxes of a matrix, which report to a barrier in shared memory. tests/emulator has
+// a file of this name that does the same on a CPU.
+//
+// A product is D (64, 32 kChunks) fp32 += A (64, 16) times the transpose of B (32 kChunks, 16). Warp w of the warpgroup
+// holds rows 16 w to 16 w + 15 of D and, where A is in registers, of A as in ptx.cuh. Of D, with g = lane / 4 and
+// t = lane % 4 (PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16"), which is d[chunk][m][n][i] here:
+//
+//     D[g + 8 * (i / 2)][32 * chunk + 8n + 2t + i % 2]
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/storage.h"
+
+namespace negmine::cuda {
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool kHasWarpgroups = true;
+#else
+constexpr bool kHasWarpgroups = false;  // and nothing below is compiled to code
+#endif
+
+// An address in the window of shared memory.
+__device__ __forceinline__ uint32_t window_address(SharedAddress shared) { return shared; }
+
+// What this thread wrote to shared memory is what products find there, once a barrier has been passed, and what it read
+// there was read before a box is copied to it.
+__device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A barrier, 8 bytes of shared memory, for one thread that begins copies. Its rounds are counted from 0.
+__device__ __forceinline__ void start_barrier(SharedAddress barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// The memory may then be used for something else.
+__device__ __forceinline__ void end_barrier(SharedAddress barrier) {
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Of the round under way: it ends when so many bytes have come.
+__device__ __forceinline__ void expect_bytes(SharedAddress barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Begins to copy the box at (row, column); what lies outside of the matrix comes as zeros. Products find it once the
+// barrier's round has ended.
+__device__ __forceinline__ void copy_box(SharedAddress to, const CUtensorMap* map, int row, int column,
+                                         SharedAddress barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+// Until the round has ended; `odd` is whether its number is.
+__device__ __forceinline__ void wait_for_round(SharedAddress barrier, bool odd) {
+  asm volatile(
+      "{\n"
+      ".reg .pred ended;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
+      "@!ended bra again;\n"
+      "}" ::"r"(barrier),
+      "r"(static_cast<uint32_t>(odd))
+      : "memory");
+}
+
+// Before the first product that reads or writes registers which other instructions have written or read.
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+#define NEGMINE_BLOCK(access, d)                                                                            \
+  access(d[0][0]), access(d[0][1]), access(d[0][2]), access(d[0][3]), access(d[1][0]), access(d[1][1]),     \
+      access(d[1][2]), access(d[1][3]), access(d[2][0]), access(d[2][1]), access(d[2][2]), access(d[2][3]), \
+      access(d[3][0]), access(d[3][1]), access(d[3][2]), access(d[3][3])
+#define NEGMINE_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define NEGMINE_32 NEGMINE_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NEGMINE_PRODUCT(kind, results, factors, adds, transposes, ...)                                             \
+  asm volatile("wgmma.mma_async.sync.aligned." kind " {" results "}, " factors ", " adds ", 1, 1, " transposes ";" \
+               : __VA_ARGS__)
+// By the numbers of chunks, and by where A is: its operands follow those of D.
+#define NEGMINE_PRODUCTS(types, adds, access)                                                                         \
+  if constexpr (kChunks == 1 && kInRegisters) {                                                                       \
+    NEGMINE_PRODUCT("m64n32k16.f32." types, NEGMINE_16, "{%16, %17, %18, %19}, %20", adds, "0",                       \
+                    NEGMINE_BLOCK(access, d[0][m]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));             \
+  } else if constexpr (kChunks == 1) {                                                                                \
+    NEGMINE_PRODUCT("m64n32k16.f32." types, NEGMINE_16, "%16, %17", adds, "0, 0",                                     \
+                    NEGMINE_BLOCK(access, d[0][m]) : "l"(a), "l"(b));                                                 \
+  } else if constexpr (kInRegisters) {                                                                                \
+    NEGMINE_PRODUCT("m64n64k16.f32." types, NEGMINE_32, "{%32, %33, %34, %35}, %36", adds, "0",                       \
+                    NEGMINE_BLOCK(access, d[0][m]), NEGMINE_BLOCK(access, d[1][m]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), \
+                    "r"(a[3]), "l"(b));                                                                               \
+  } else {                                                                                                            \
+    NEGMINE_PRODUCT("m64n64k16.f32." types, NEGMINE_32, "%32, %33", adds, "0, 0", NEGMINE_BLOCK(access, d[0][m]),     \
+                    NEGMINE_BLOCK(access, d[1][m]) : "l"(a), "l"(b));                                                 \
+  }
+
+// Begins D += A B^T, or, unless kAdds, D = A B^T; D is d[.][m]. A is a fragment in registers or described as B is: see
+// descriptor_of. Nothing may touch D before wait_for_products, nor change what a descriptor names.
+template <Storage kStorage, bool kAdds, int kChunks, int kSixteens, class A>
+__device__ __forceinline__ void multiply_later(float (&d)[kChunks][kSixteens][4][4], int m, const A& a, uint64_t b) {
+  static_assert(kStorage != Storage::kFloat32 && (kChunks == 1 || kChunks == 2));
+  constexpr bool kInRegisters = !std::is_integral_v<A>;
+  if constexpr (kStorage == Storage::kBFloat16 && kAdds) {
+    NEGMINE_PRODUCTS("bf16.bf16", "1", "+f")
+  } else if constexpr (kStorage == Storage::kBFloat16) {
+    NEGMINE_PRODUCTS("bf16.bf16", "0", "=f")
+  } else if constexpr (kAdds) {
+    NEGMINE_PRODUCTS("f16.f16", "1", "+f")
+  } else {
+    NEGMINE_PRODUCTS("f16.f16", "0", "=f")
+  }
+}
+
+// Waits for all products that have begun; d are all their results, named here so that no read of them comes earlier.
+template <int kChunks, int kSixteens>
+__device__ __forceinline__ void wait_for_products(float (&d)[kChunks][kSixteens][4][4]) {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+#pragma unroll
+    for (int m = 0; m < kSixteens; ++m) asm volatile("" : NEGMINE_BLOCK("+f", d[chunk][m])::"memory");
+  }
+}
+
+#undef NEGMINE_PRODUCTS
+#undef NEGMINE_PRODUCT
+#undef NEGMINE_32
+#undef NEGMINE_16
+#undef NEGMINE_BLOCK
+
+}  // namespace negmine::cuda

@@ -1,0 +1,47 @@
+// Scores on sm_90a: keys, and queries where they are left in shared memory, are read by the tensor cores themselves.
+//
+// Product m of a warpgroup takes rows m of its four warps, 16 of each, so that fragments of queries and of scores are
+// those of score_tile.cuh. A score is the same chain of products whether it comes with 32 keys or with 64.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels/cuda/ptx_sm90.cuh"
+
+namespace negmine::cuda {
+
+// Rows of 128 bytes, pieces of 16 in the order c ^ (r % 8), at a multiple of 1024: what the PTX ISA's matrix descriptor
+// calls a swizzle of 128 bytes. 8 rows after 8 rows are 1024 bytes further; its other offset is not asked for.
+__device__ __forceinline__ uint64_t descriptor_of(SharedAddress rows) {
+  constexpr uint64_t kEightRows = 8 * 128, kSwizzle128 = 1;
+  return (window_address(rows) & 0x3FFFF) >> 4 | uint64_t{1} << 16 | kEightRows >> 4 << 32 | kSwizzle128 << 62;
+}
+
+// What to add to a descriptor for a step whose slab is slab_offset bytes further: a step is 32 bytes of a row.
+__device__ __forceinline__ uint64_t advance_of(int slab_offset, int step) { return (slab_offset + step % 4 * 32) >> 4; }
+
+// s[chunk][m][n][i]: scores of each 32 keys from `keys` on, a multiple of 32 within a tile.
+template <Storage kStorage, int kSteps, int kChunks, int kSixteens, class Queries>
+__device__ __forceinline__ void score_by_warpgroup(float (&s)[kChunks][kSixteens][4][4], const Queries& query,
+                                                   SharedAddress keys, int slab_bytes) {
+  const uint64_t first = descriptor_of(keys);
+  const auto multiply_step = [&](auto adds, int step) {
+    const uint64_t b = first + advance_of(step / 4 * slab_bytes, step);
+#pragma unroll
+    for (int m = 0; m < kSixteens; ++m) {
+      if constexpr (std::is_array_v<Queries>) {
+        multiply_later<kStorage, decltype(adds)::value>(s, m, query[m][step], b);
+      } else {
+        multiply_later<kStorage, decltype(adds)::value>(s, m, query.descriptor(m, step), b);
+      }
+    }
+  };
+  begin_products();
+  multiply_step(std::false_type(), 0);
+#pragma unroll
+  for (int step = 1; step < kSteps; ++step) multiply_step(std::true_type(), step);
+  wait_for_products(s);
+}
+
+}  // namespace negmine::cuda

@@ -1,0 +1,88 @@
+// Which of the scores that a lane holds are in the pools of their rows: one bit a score, for passes that use every
+// score.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/pool.h"
+
+namespace negmine::cuda {
+
+// Of the scores that a lane holds, the bit of [m][n][i] is 16 m + 4 n + i: that of the row r = 2 m + i / 2 and the
+// column j = 2 n + i % 2 is bit_of(j) moved by shift_of(r).
+__device__ constexpr uint32_t bit_of(int j) { return 1u << (j / 2 * 4 + j % 2); }
+__device__ constexpr int shift_of(int r) { return r / 2 * 16 + r % 2 * 2; }
+constexpr uint32_t kRowBits = 0x3333u;
+constexpr int kQuad = 4;  // lanes that share a row
+
+// One of two, without a branch and without an address.
+__device__ __forceinline__ float either(bool second, float a, float b) { return second ? b : a; }
+
+// The sum over the quad of what its lanes have of the rows 0 to 3, or 0 and 1: of row t, or t % 2, to lane t.
+__device__ __forceinline__ float of_own_row(float a, float b, float c, float d) {
+  const bool upper = threadIdx.x & 2, odd = threadIdx.x & 1;
+  const float even_row = either(upper, a, c) + __shfl_xor_sync(kAllLanes, either(upper, c, a), 2);
+  const float odd_row = either(upper, b, d) + __shfl_xor_sync(kAllLanes, either(upper, d, b), 2);
+  return either(odd, even_row, odd_row) + __shfl_xor_sync(kAllLanes, either(odd, odd_row, even_row), 1);
+}
+
+__device__ __forceinline__ float of_own_row(float a, float b) {
+  const bool odd = threadIdx.x & 1;
+  const float half = either(odd, a, b) + __shfl_xor_sync(kAllLanes, either(odd, b, a), 1);
+  return half + __shfl_xor_sync(kAllLanes, half, 2);
+}
+
+// How many bits the quad has of its row t, to lane t; 0 where there is no such row.
+template <int kSixteens>
+__device__ __forceinline__ int count_of_row(uint32_t bits) {
+  uint32_t counts = 0;  // a byte a row: at most 32
+#pragma unroll
+  for (int r = 0; r < 2 * kSixteens; ++r) counts |= __popc(bits & kRowBits << shift_of(r)) << 8 * r;
+  counts += __shfl_xor_sync(kAllLanes, counts, 1);
+  counts += __shfl_xor_sync(kAllLanes, counts, 2);
+  return counts >> threadIdx.x % kQuad * 8 & 0xFFu;
+}
+
+// Of a lane's scores of a chunk, the bits of those whose rows may see their columns, bounds aside. `row` is the query
+// of the first score, `column` its column. kByPair: more than a (K,) mask says who sees whom.
+template <int kSixteens, bool kByPair>
+__device__ __forceinline__ uint32_t visible(const Inputs& in, int row, int B, int column) {
+  const auto column_of = [&](int j) { return column + j / 2 * 8 + j % 2; };
+  uint32_t there = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    if (in.key(column_of(j)) >= 0) there |= bit_of(j);
+  }
+  uint32_t seen = there | there << shift_of(1);
+  if (kSixteens == 2) seen |= seen << shift_of(2);
+  if constexpr (kByPair) {
+    const Pool& pool = in.pool;
+    const auto key = [&](int j) { return min(column_of(j), in.K - 1); };
+    const auto by_tag = [&](const int64_t* query_tags, const int64_t* key_tags, bool same) {
+      int64_t own[2 * kSixteens];
+#pragma unroll
+      for (int r = 0; r < 2 * kSixteens; ++r) own[r] = row + 8 * r < B ? query_tags[row + 8 * r] : 0;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int64_t tag = key_tags[key(j)];
+#pragma unroll
+        for (int r = 0; r < 2 * kSixteens; ++r) seen &= (own[r] == tag) == same ? ~0u : ~(bit_of(j) << shift_of(r));
+      }
+    };
+    if (pool.pair_mask) {
+#pragma unroll
+      for (int r = 0; r < 2 * kSixteens; ++r) {
+        if (row + 8 * r >= B) continue;
+        const uint8_t* own = pool.pair_mask + pool.pair_mask_stride * (row + 8 * r);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) seen &= own[key(j)] ? ~0u : ~(bit_of(j) << shift_of(r));
+      }
+    }
+    if (pool.query_ids) by_tag(pool.query_ids, pool.negative_ids, false);
+    if (pool.query_labels) by_tag(pool.query_labels, pool.negative_labels, pool.same_label);
+  }
+  return seen;
+}
+
+}  // namespace negmine::cuda
