@@ -113,7 +113,7 @@ def draw_speed_up(path: Path, rows: list[Row]) -> Path:
             axes.plot(ratio, place, "o", color=colour, markersize=5)
             above = not above or ratio > 1.25 * before  # the labels of close dots lie above and below
             offset = (3, 3) if above else (3, -9)
-            axes.annotate(f"{ratio:.2g}", (ratio, place), offset, textcoords="offset points", fontsize=7)
+            axes.annotate(short(ratio), (ratio, place), offset, textcoords="offset points", fontsize=7)
             before = ratio
     axes.axvline(1, color=COLOURS[0], linewidth=2)
     axes.set_xscale("log")
@@ -134,6 +134,10 @@ def draw_speed_up(path: Path, rows: list[Row]) -> Path:
     ]
     axes.legend(handles, peers, frameon=False, fontsize=8, loc="upper right")
     return save(figure, path, rows, "speed-up")
+
+
+def short(ratio: float) -> str:
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
 def line_of(row: Row) -> tuple[str, ...]:
@@ -203,7 +207,7 @@ def table(path: Path) -> str:
             continue
         took = float(ours["median_ms"])
         others = [
-            f"{row['variant']} {float(row['median_ms']) / took:.2g}"
+            f"{row['variant']} {short(float(row['median_ms']) / took)}"
             for row in rows
             if (row["case"], row["op"]) == (case, op) and row["variant"] not in (OURS, EAGER)
         ]
