@@ -97,9 +97,9 @@ def with_count(mine_hardest: Callable, count_negatives: Callable) -> Callable:
     return mine_hardest_kept
 
 
-def summing(keys: Tensor) -> tuple[str, ...]:
-    """The ops of a sum over keys; their gradient is a kernel of its own, which only keys that require one ask for."""
-    return ("logsumexp", "logsumexp_grad_keys") if keys.requires_grad else ("logsumexp",)
+def summing(keys: Any) -> tuple[str, ...]:
+    """The ops of a sum over keys, checked or not; their gradient is a kernel of its own, for keys that require one."""
+    return ("logsumexp", "logsumexp_grad_keys") if getattr(keys, "requires_grad", False) else ("logsumexp",)
 
 
 class BackendUnavailable(RuntimeError):

@@ -119,6 +119,7 @@ REFUSALS = [
     # backends
     (loss(backend="gpu"), ValueError, "backend must be None, 'cuda', 'triton', 'cpu', 'reference', got 'gpu'"),
     (loss(backend="cuda"), backends.BackendUnavailable, "backend 'cuda' cannot run logsumexp on cpu tensors (cuda"),
+    (lambda: negmine.logsumexp(torch.ones(2, 3), True), TypeError, "logsumexp: negative_keys must be a tensor"),
     (
         loss(query=q.double(), positive=pos.double(), negatives=keys.double(), backend="cpu"),
         backends.BackendUnavailable,
