@@ -148,6 +148,8 @@ def judge_loss(case: Case, op: str, call: dict, got) -> None:
             same(name, getattr(got[1], name), getattr(plain[1], name))
     if logit > 1e-3 or "special" in case.kind or (call.get("mix") and not call["mix"].detach):
         return  # a short mix magnifies the rounding of what flows through it
+    if case.kind == "tiny" and call["select"]:
+        return  # products of bf16 may take terms below 2^-126 as zero: those scores tie, and have the ranks of ties
     wants, plains = differentiated(exact, truth), differentiated(call, plain)
     norm = max((float(call[n].detach().double().abs().max()) for n in LEAVES[:3] if call[n].numel()), default=0.0)
     for name, grad in grads.items():
