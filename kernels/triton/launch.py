@@ -16,6 +16,10 @@ from .pool import pool_arguments
 
 INTERPRET = triton.knobs.runtime.interpret
 
+# For kernels that sum products over threads: of a b + c d, one would round a b and fuse c d, its partner the other way:
+# threads that hold one sum would disagree in its last bit, and which of them stores it is left to the hardware.
+UNFUSED = {"enable_fp_fusion": False}
+
 
 def capability(device: torch.device) -> int:
     if INTERPRET:

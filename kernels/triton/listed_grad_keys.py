@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .launch import capability, launcher
+from .launch import UNFUSED, capability, launcher
 
 
 @triton.jit
@@ -47,6 +47,6 @@ def listed_grad_keys(query: Tensor, index: Tensor, weight: Tensor, K: int) -> Te
         BLOCK_S, BLOCK_D, num_warps = tiles.mix_block(D, capability(query.device))
         listed_grad_keys_kernel[(K,)](
             query_ptr=query, weight_ptr=weight.contiguous(), cells_ptr=cells, begin_ptr=begin, grad_ptr=grad,
-            stride_qb=query.stride(0), M=M, D=D, BLOCK_S=min(BLOCK_S, 16), BLOCK_D=BLOCK_D, num_warps=num_warps,
+            stride_qb=query.stride(0), M=M, D=D, BLOCK_S=min(BLOCK_S, 16), BLOCK_D=BLOCK_D, num_warps=num_warps, **UNFUSED,
         )  # fmt: skip
     return grad

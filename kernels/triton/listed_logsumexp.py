@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .launch import capability, launcher
+from .launch import UNFUSED, capability, launcher
 from .logsumexp import finite_shift
 
 
@@ -67,6 +67,6 @@ def listed_logsumexp(
         listed_logsumexp_kernel[(B,)](
             query_ptr=query, keys_ptr=negative_keys, index_ptr=index.contiguous(), scale_ptr=scale, scores_ptr=scores,
             lse_ptr=lse, mean_ptr=mean, stride_qb=query.stride(0), stride_kk=negative_keys.stride(0), M=M,
-            WANT_MEAN=want_mean, D=D, BLOCK_S=BLOCK_S, BLOCK_D=BLOCK_D, num_warps=num_warps,
+            WANT_MEAN=want_mean, D=D, BLOCK_S=BLOCK_S, BLOCK_D=BLOCK_D, num_warps=num_warps, **UNFUSED,
         )  # fmt: skip
     return scores, lse, mean

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .launch import launcher, processors, score_arguments
+from .launch import UNFUSED, launcher, processors, score_arguments
 from .launch import score_tile as choose_tile
 from .pool import complete, pool_bounds, pool_keys, pool_masks, pool_rows
 from .score import as_stored, load_rows, load_whole_rows, score_tile
@@ -206,7 +206,7 @@ def parts(
     return {
         **found, **flags, "kept_parts_ptr": counts["kept"], "above_parts_ptr": counts["above"],
         "query_ptr": query, "stride_qb": query.stride(0), "B": B, "SPLITS": count,
-        "D": D, **tiles.merge_block(D),
+        "D": D, **tiles.merge_block(D), **UNFUSED,
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import tiles
 from .draws import draw, draw_arguments, entries, mix_rows
-from .launch import capability, launcher
+from .launch import UNFUSED, capability, launcher
 from .logsumexp import finite_shift
 
 
@@ -68,6 +68,6 @@ def mix_logsumexp(
             query_ptr=query, keys_ptr=negative_keys, scale_ptr=scale, lse_ptr=lse, mean_ptr=mean,
             stride_qb=query.stride(0), stride_kk=negative_keys.stride(0), WANT_MEAN=want_mean,
             **draw_arguments(query, hard_index.contiguous(), draws),
-            D=D, BLOCK_S=BLOCK_S, BLOCK_D=BLOCK_D, num_warps=num_warps,
+            D=D, BLOCK_S=BLOCK_S, BLOCK_D=BLOCK_D, num_warps=num_warps, **UNFUSED,
         )  # fmt: skip
     return lse, mean

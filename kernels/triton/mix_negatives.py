@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import tiles
 from .draws import draw, draw_arguments, entries, mix_rows
-from .launch import capability, launcher
+from .launch import UNFUSED, capability, launcher
 
 
 @triton.jit(do_not_specialize=["N", "S", "pairs", "seed", "step", "row_low", "row_high"])
@@ -54,6 +54,6 @@ def mix_negatives(query: Tensor, negative_keys: Tensor, hard_index: Tensor, *dra
         mix_negatives_kernel[(B * triton.cdiv(S, BLOCK_S),)](
             query_ptr=query, keys_ptr=negative_keys, vectors_ptr=vectors, parents_ptr=parents,
             coefficients_ptr=coefficients, stride_qb=query.stride(0), stride_kk=negative_keys.stride(0), **arguments,
-            D=D, BLOCK_S=BLOCK_S, BLOCK_D=BLOCK_D, num_warps=num_warps,
+            D=D, BLOCK_S=BLOCK_S, BLOCK_D=BLOCK_D, num_warps=num_warps, **UNFUSED,
         )  # fmt: skip
     return vectors, parents, coefficients
