@@ -131,11 +131,10 @@ def test_offsets_past_two_to_the_31(backend):
         mined = negmine.mine_hardest(q, keys, 9, backend=backend)
         if keys is far:
             want = loss.detach(), leaf.grad, mined
-    assert (
-        torch.equal(want[0], loss.detach())
-        and torch.equal(want[1], leaf.grad)
-        and torch.equal(want[2].index, mined.index)
-    )
+    # A kernel compiled for another row stride may add in another order.
+    torch.testing.assert_close(want[0], loss.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(want[1], leaf.grad, rtol=1e-5, atol=1e-6)
+    assert torch.equal(want[2].index, mined.index)
 
 
 def test_the_table_says_why():
