@@ -17,6 +17,9 @@ from negmine import backends
 # Small tests that together launch every kernel: what a sanitizer, fifty times slower, should see on a GPU.
 SANITIZED = ("test_all_equal", "test_strided", "test_info_nce_mixes", "test_masked_rows", "test_hcl")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PTX = os.environ.get(
+    "NEGMINE_PTX"
+)  # the compute capability for which `python -m tests.ptx` has Triton's kernels compiled
 
 
 def _reason_not_here(name: str) -> str:
@@ -56,7 +59,7 @@ def any_backend(request):
 
 def interpreted(backend: str) -> bool:
     """True where this backend's kernels run in Triton's interpreter, a thousandfold slower than compiled."""
-    return backend == "triton" and DEVICE == "cpu"
+    return backend == "triton" and DEVICE == "cpu" and not PTX
 
 
 def skip_what_the_interpreter_repeats(backend: str, dtype: torch.dtype) -> None:
@@ -109,5 +112,9 @@ def pytest_terminal_summary(terminalreporter):
         reason = _reason_not_here(name)
         if reason:
             terminalreporter.write_line(f"not run here: backend {name}: {reason}")
-    if DEVICE == "cpu" and not _reason_not_here("triton"):
+    if PTX:
+        terminalreporter.write_line(
+            f"triton: as compiled for compute capability {int(PTX) / 10}, run as PTX on the CPU"
+        )
+    elif DEVICE == "cpu" and not _reason_not_here("triton"):
         terminalreporter.write_line("triton: interpreted on small shapes and compiled ahead of time, not run on a GPU")

@@ -8,10 +8,19 @@ from pathlib import Path
 import torch
 
 from negmine.pool import check_pool
+from tests.ptx import cuda_kernels
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ["-O1", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
+FLAGS = ["-O1", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-ffp-contract=off", "-shared", "-fPIC",
+         "-fno-gnu-unique"]  # each library has variables of its own  # fmt: skip
 SANITIZERS = os.environ.get("NEGMINE_EMULATOR_SANITIZERS", "undefined")  # what they find aborts
+
+# How the kernels of a source run in a test, and what chooses it: by fibers that know what is documented of each instruction, or,
+# as PTX, by the machine of tests/ptx; in either of their products.
+SM90A, ELSEWHERE = "-D__CUDA_ARCH_FEAT_SM90_ALL", "-DNEGMINE_LAUNCHES_ELSEWHERE"
+PRODUCTS = {
+    "emulated": (), "emulated_sm90a": (SM90A,), "compiled_sm80": (ELSEWHERE,), "compiled_sm90a": (ELSEWHERE, SM90A),
+}  # fmt: skip
 
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -21,10 +30,15 @@ def build(source: str, folder: Path, *more: str) -> ctypes.CDLL:
     library = folder / f"{source}.so"
     flags = [*FLAGS, *more, f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover", "-Itests/emulator", "-I."]
     subprocess.run(["g++", *flags, f"tests/emulator/{source}.cpp", "-o", str(library)], cwd=ROOT, check=True)
-    return ctypes.CDLL(str(library))
+    built = ctypes.CDLL(str(library))
+    if ELSEWHERE in more:
+        cuda_kernels.attach(built, library, f"kernels/cuda/{source}.cu", "sm_90a" if SM90A in more else "sm_80")
+    return built
 
 
 def pointer(tensor):
+    if tensor is not None:
+        cuda_kernels.allow(tensor)
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 
 from tests import emulate
-from tests.emulate import STORAGE, pointer, pool_arguments
+from tests.emulate import PRODUCTS, STORAGE, pointer, pool_arguments
 
-PRODUCTS = {"emulated": [], "emulated_sm90a": ["-D__CUDA_ARCH_FEAT_SM90_ALL"]}  # and what chooses them
 FOLDER = tempfile.TemporaryDirectory(prefix="negmine-")
 PROCESSORS = 6
 

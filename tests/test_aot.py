@@ -116,34 +116,44 @@ def record(ops: tuple[str, ...], dtype: torch.dtype, D: int, capability: int) ->
     return list(launches.values())
 
 
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+}
+
+
+def specialise(kernel, values: dict) -> tuple[dict, dict, dict]:
+    """Types, constants and divisibilities by which Triton compiles a kernel for these arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for i, p in enumerate(kernel.params):
+        x = values[p.name]
+        specialised = not p.do_not_specialize
+        if p.is_constexpr or (isinstance(x, int) and x == 1 and specialised):
+            signature[p.name], constants[p.name] = "constexpr", x
+        elif isinstance(x, torch.Tensor):
+            signature[p.name] = POINTERS[x.dtype]
+            if x.data_ptr() % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(x, int):
+            signature[p.name] = "i32" if -(2**31) <= x < 2**31 else "i64"
+            if x % 16 == 0 and specialised:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[p.name] = "fp32"
+    return signature, constants, attributes
+
+
 def compile_for(kernel, values: dict, options: dict, capability: int):
     """The compiled kernel, its arguments specialised as the launch would have them; and its constants."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    pointers = {
-        torch.float32: "*fp32",
-        torch.bfloat16: "*bf16",
-        torch.float16: "*fp16",
-        torch.int64: "*i64",
-        torch.int32: "*i32",
-        torch.bool: "*i1",
-    }
-    signature, constants, attributes = {}, {}, {}
-    for i, p in enumerate(kernel.params):
-        x = values[p.name]
-        specialise = not p.do_not_specialize
-        if p.is_constexpr or (isinstance(x, int) and x == 1 and specialise):
-            signature[p.name], constants[p.name] = "constexpr", x
-        elif isinstance(x, torch.Tensor):
-            signature[p.name], attributes[(i,)] = pointers[x.dtype], [["tt.divisibility", 16]]
-        elif isinstance(x, int):
-            signature[p.name] = "i32"
-            if x % 16 == 0 and specialise:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[p.name] = "fp32"
+    signature, constants, attributes = specialise(kernel, values)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options), constants
 

@@ -15,8 +15,8 @@ from negmine.pool import check_pool, usable
 from tests import emulate
 from tests.cases import MASKS, masks, unit, whole
 from tests.compare import exact, rounded
-from tests.emulate import STORAGE, on_gpu, pointer, pool_arguments, pool_of
-from tests.emulated_mining import PRODUCTS, emulated
+from tests.emulate import PRODUCTS, STORAGE, on_gpu, pointer, pool_arguments, pool_of
+from tests.emulated_mining import emulated
 
 PROCESSORS = 6
 DTYPES = [torch.bfloat16, torch.float16]

@@ -13,11 +13,13 @@ enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0 };
 using cuuint32_t = uint32_t;
 using cuuint64_t = uint64_t;
 
-struct alignas(64) CUtensorMap {
+struct alignas(128) CUtensorMap {  // as in CUDA 13
   const char* base;
   uint64_t width, height, stride;  // of the matrix; the last in bytes
   uint32_t box_width, box_height;
+  uint64_t unused[11];  // as large as the driver's
 };
+static_assert(sizeof(CUtensorMap) == 128);
 
 // Refuses what the driver's documentation does not allow.
 inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* base,
@@ -31,6 +33,6 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cu
   if (rank != 2 || !aligned || !sized || !boxed || !swizzled || steps[0] != 1 || steps[1] != 1) {
     return CUDA_ERROR_INVALID_VALUE;
   }
-  *map = {static_cast<const char*>(base), sizes[0], sizes[1], strides[0], box[0], box[1]};
+  *map = {static_cast<const char*>(base), sizes[0], sizes[1], strides[0], box[0], box[1], {}};
   return CUDA_SUCCESS;
 }

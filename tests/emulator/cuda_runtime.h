@@ -3,7 +3,9 @@
 // Compiling a .cu file with g++ -x c++ and this folder before CUDA's finds wrong indices, lost elements and broken warp
 // exchanges without a GPU. It knows nothing of races and memory order: compute-sanitizer on a GPU does. It covers what
 // the kernels use, launches through cudaLaunchKernelEx included, and no more; a warp whose lanes do not all meet at an
-// exchange aborts. kernels/cuda/ptx.cuh and ptx_sm90.cuh have their twins in this folder.
+// exchange aborts. kernels/cuda/ptx.cuh and ptx_sm90.cuh have their twins in this folder. With
+// NEGMINE_LAUNCHES_ELSEWHERE only the host's part runs here, and a launch goes to a function that is given: see
+// tests/ptx/cuda_kernels.py.
 #pragma once
 
 #include <cuda.h>
@@ -84,6 +86,7 @@ inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
 inline unsigned current = 0;
 inline std::function<void()> kernel;
+inline std::vector<char> room;  // for what the caller of a kernel allocates, where that is not Python
 inline std::unique_ptr<char[], decltype(&std::free)> shared{nullptr, &std::free};  // as large as the launch asked for
 inline size_t shared_bytes = 0;
 inline unsigned hidden = 0;                   // threads that hide their writes
@@ -193,6 +196,27 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream = nullptr;
 };
 
+#ifdef NEGMINE_LAUNCHES_ELSEWHERE
+namespace emulator {
+
+// kernel; grid x, grid y, threads, shared bytes, room, its bytes; the parameters as a GPU gets them, and their bytes
+using Launcher = int (*)(const void*, const int64_t*, const char*, int64_t);
+inline Launcher launcher = nullptr;
+
+template <class T>
+void append(std::vector<char>& bytes, const T& value) {
+  bytes.resize((bytes.size() + alignof(T) - 1) / alignof(T) * alignof(T));
+  bytes.insert(bytes.end(), reinterpret_cast<const char*>(&value),
+               reinterpret_cast<const char*>(&value) + sizeof value);
+}
+
+}  // namespace emulator
+
+extern "C" __attribute__((used)) inline void emulated_launch_by(emulator::Launcher launcher) {
+  emulator::launcher = launcher;
+}
+#endif
+
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
   return static_cast<size_t>(value) <= emulator::kSharedBytes ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -205,6 +229,18 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(
       threads % emulator::kWarp != 0 || launch->blockDim.y != 1 || launch->dynamicSmemBytes > emulator::kSharedBytes) {
     return cudaErrorInvalidConfiguration;
   }
+#ifdef NEGMINE_LAUNCHES_ELSEWHERE
+  std::vector<char> bytes;
+  (emulator::append(bytes, static_cast<Wanted>(arguments)), ...);
+  const int64_t numbers[] = {grid.x,
+                             grid.y,
+                             threads,
+                             static_cast<int64_t>(launch->dynamicSmemBytes),
+                             reinterpret_cast<int64_t>(emulator::room.data()),
+                             static_cast<int64_t>(emulator::room.size())};
+  return static_cast<cudaError_t>(
+      emulator::launcher(reinterpret_cast<const void*>(kernel), numbers, bytes.data(), bytes.size()));
+#endif
   emulator::kernel = [=] { kernel(arguments...); };
   gridDim = grid;
   blockDim = launch->blockDim;

@@ -17,7 +17,8 @@ extern "C" int emulated_logsumexp(int64_t B, int64_t K, int64_t D, const void* q
                                   const int64_t* upper, int64_t splits, float* lse, float* mean, int64_t* kept,
                                   int64_t* above) {
   const int64_t bytes = workspace_of(splits, B, D, want_mean);
-  std::vector<char> room(static_cast<size_t>(bytes) + 16, '\xFF');
+  std::vector<char>& room = emulator::room;
+  room.assign(static_cast<size_t>(bytes) + 16, '\xFF');
   char* workspace = room.data() + (16 - reinterpret_cast<uintptr_t>(room.data()) % 16) % 16;
   const LogSumExpParams params = {
       .B = B,

@@ -1,0 +1,68 @@
+"""kernels/cuda as nvcc compiles it, launched by its own host code: that is built against tests/emulator, and its launches come
+here as the address of a kernel and the bytes of its parameters.
+"""
+
+import collections
+import ctypes
+import re
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+from build_tools.cuda_toolkit import find_nvcc
+from build_tools.extensions import NVCC_FLAGS
+from tests import ptx
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p, ctypes.c_int64
+)
+_allowed: collections.deque[tuple[int, int]] = collections.deque(maxlen=40)  # of the tensors that calls were given last
+
+
+def allow(tensor: torch.Tensor) -> None:
+    """Kernels may touch the tensor's memory."""
+    memory = tensor.untyped_storage()
+    _allowed.append((memory.data_ptr(), memory.data_ptr() + memory.nbytes()))
+
+
+def plain(names: list[str]) -> list[str]:
+    """Mangled names as they are written, for g++ and nvcc alike: each has a word of its own for an anonymous namespace."""
+    said = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    return [re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::", "", line) for line in said.splitlines()]
+
+
+def attach(library: ctypes.CDLL, path: Path, source: str, arch: str) -> None:
+    """Launches of the library run the PTX of the source for a GPU of that kind."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("there is no nvcc (NEGMINE_NVCC, CUDA_HOME, PATH)")
+    target = path.with_suffix(".ptx")
+    subprocess.run([nvcc, *NVCC_FLAGS, "-ptx", f"-arch={arch}", source, "-o", str(target)], cwd=ROOT, check=True)
+    texts = ptx.entries(target.read_text())
+    texts = dict(zip(plain(list(texts)), texts.values(), strict=True))
+    said = subprocess.run(["nm", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
+    symbols = [(int(line.split()[0], 16), line.split()[2]) for line in said.splitlines()]
+    own = next(at for at, name in symbols if name == "emulated_launch_by")
+    base = ctypes.cast(library.emulated_launch_by, ctypes.c_void_p).value - own
+    names = dict(zip((base + at for at, _ in symbols), plain([name for _, name in symbols]), strict=True))
+    programs: dict[int, ptx.Program] = {}
+
+    def launch(kernel: int, numbers, parameters: int, size: int) -> int:
+        try:
+            if kernel not in programs:
+                programs[kernel] = ptx.Program(texts[names[kernel]])
+            x, y, threads, shared, room, bytes_ = numbers[:6]
+            ranges = [*_allowed, (room, room + bytes_)]
+            programs[kernel].run((x, y, 1), threads, shared, ctypes.string_at(parameters, size), ranges)
+        except BaseException:  # nothing may pass through C
+            traceback.print_exc(file=sys.stderr)
+            return 1  # cudaErrorInvalidValue
+        return 0
+
+    library.launcher = LAUNCHER(launch)  # which must live as long as the library
+    library.emulated_launch_by(library.launcher)

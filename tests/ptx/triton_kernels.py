@@ -1,0 +1,72 @@
+"""Triton's kernels, compiled for a GPU that is not here, on CPU tensors: every launch runs the PTX that the GPU would get.
+
+`install`, before negmine is imported: a launcher then believes that the tensors are on a card of that compute capability.
+"""
+
+import functools
+import os
+import struct
+import tempfile
+from types import SimpleNamespace
+
+import torch
+
+from tests import ptx
+
+PROCESSORS = 3
+SHARED_BYTES = {80: 99 << 10, 90: 227 << 10}
+SEED = int(os.environ.get("NEGMINE_PTX_SEED", "0"))  # of the order in which warps run
+
+
+def install(capability: int) -> None:
+    """From now on `kernel[grid](...)` runs on the CPU, as compiled for the capability."""
+    os.environ["TRITON_INTERPRET"] = "0"  # what Triton itself is made of is decorated at import
+    os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
+    import triton
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime.jit import JITFunction
+
+    triton.knobs.runtime.interpret = False
+    os.environ["TRITON_INTERPRET"] = "1"  # what negmine reads: Triton takes CPU tensors
+    CUDABackend.make_cubin = lambda *_: b""  # the assembler is slow, and nothing runs its code
+    torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
+    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=PROCESSORS)
+    torch.cuda.current_device = lambda: None
+    JITFunction.run = functools.partialmethod(_run, capability)
+
+
+_programs: dict[tuple, tuple[ptx.Program, int, int]] = {}
+
+
+def _run(kernel, capability: int, *args, grid, warmup=False, **kwargs) -> None:
+    from tests.test_aot import compile_for, specialise
+
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values |= {name: x for name, x in kwargs.items() if name in kernel.arg_names}
+    options = {name: x for name, x in kwargs.items() if name not in kernel.arg_names}
+    signature, constants, attributes = specialise(kernel, values)
+    key = (kernel.fn.__name__, capability, str(signature), str(constants), str(attributes), str(options))
+    if key not in _programs:
+        built, _ = compile_for(kernel, values, options, capability)
+        (text,) = ptx.entries(built.asm["ptx"]).values()
+        if built.metadata.global_scratch_size:
+            raise ptx.Failure(f"{kernel.fn.__name__} asks for scratch memory")
+        _programs[key] = ptx.Program(text), built.metadata.num_warps, built.metadata.shared
+    program, warps, shared = _programs[key]
+    if shared > SHARED_BYTES[capability]:
+        raise ptx.Failure(f"{program.name}: {shared} bytes of shared memory are more than a block has")
+    given = [values[name] for name, kind in signature.items() if kind != "constexpr"]
+    given += [0] * (len(program.parameters) - len(given))  # scratch memories, which nobody asked for
+    parameters, ranges = b"", set()
+    for x, (offset, size, kind) in zip(given, program.parameters.values(), strict=True):
+        if isinstance(x, torch.Tensor):
+            memory = x.untyped_storage()
+            ranges.add((memory.data_ptr(), memory.data_ptr() + memory.nbytes()))
+            x = x.data_ptr()
+        code = {"f32": "f", "u64": "Q", "u32": "I", "s32": "i", "s64": "q", "b64": "Q", "b32": "I"}[kind]
+        value = struct.pack(code, x if kind == "f32" else int(x) & (1 << 8 * size) - 1)
+        parameters = parameters.ljust(offset, b"\0") + value
+    blocks = [*(grid(values) if callable(grid) else grid), 1, 1][:3]
+    if blocks[0] > 2**31 - 1 or max(blocks[1:]) > 65535:
+        raise ptx.Failure(f"{program.name}: a grid of {blocks} is more than a GPU takes")
+    program.run(tuple(blocks), 32 * warps, shared, parameters.ljust(program.bytes, b"\0"), sorted(ranges), SEED)
