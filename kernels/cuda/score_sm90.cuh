@@ -13,10 +13,25 @@ namespace negmine::cuda {
 
 // Rows of 128 bytes, pieces of 16 in the order c ^ (r % 8), at a multiple of 1024: what the PTX ISA's matrix descriptor
 // calls a swizzle of 128 bytes. 8 rows after 8 rows are 1024 bytes further; its other offset is not asked for.
-__device__ __forceinline__ uint64_t descriptor_of(SharedAddress rows) {
+__device__ __forceinline__ uint64_t descriptor_of(SharedAddress rows, uint32_t other_offset = 16) {
   constexpr uint64_t kEightRows = 8 * 128, kSwizzle128 = 1;
-  return (window_address(rows) & 0x3FFFF) >> 4 | uint64_t{1} << 16 | kEightRows >> 4 << 32 | kSwizzle128 << 62;
+  return (window_address(rows) & 0x3FFFF) >> 4 | uint64_t{other_offset >> 4} << 16 | kEightRows >> 4 << 32 |
+         kSwizzle128 << 62;
 }
+
+// The same rows where these are the terms of a sum: 16 keys, each a row of 64 dims in each of the slabs. PTX ISA, part
+// "Canonical layouts", MN-major, swizzle of 128 bytes: ((T, 8, m), (8, k)) : ((1, T, LBO), (8 T, SBO)) with T = 8 of
+// our elements, which CUTLASS (cute, make_gmma_desc) says as well. So element (dim, key), before the swizzle, is
+//
+//     2 (dim % 64) + dim / 64 * LBO + key % 8 * 128 + key / 8 * SBO
+//
+// bytes on, and a slab's distance is the leading offset, eight rows' distance, as ever, the other.
+__device__ __forceinline__ uint64_t rows_descriptor(SharedAddress rows, int slab_bytes) {
+  return descriptor_of(rows, slab_bytes);
+}
+
+// What to add to it for the next 16 keys.
+constexpr uint64_t kSixteenRows = 16 * 128 >> 4;
 
 // What to add to a descriptor for a step whose slab is slab_offset bytes further: a step is 32 bytes of a row.
 __device__ __forceinline__ uint64_t advance_of(int slab_offset, int step) { return (slab_offset + step % 4 * 32) >> 4; }

@@ -286,7 +286,7 @@ __device__ __forceinline__ void score(ScoresOf<kSixteens>& s, const Queries& que
 // 32, in order, with the chunk's keys in shared memory, and before(column), while no scores take registers.
 // find(column) is the row of `keys` behind a column, -1 for none; it is asked of columns past `count` too. is_plain
 // says that every column is the row of its number; such keys may come as MappedRows. A warpgroup holds the scores of
-// kAtOnce chunks at once, 1 or 2.
+// kAtOnce chunks at once, 1 or 2; a `use` that takes ScoresOf[chunks at once] gets them so.
 struct Nothing {
   __device__ void operator()(int) const {}
 };
@@ -339,7 +339,6 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
     const int free = stage == 0 ? kStages - 1 : stage - 1;
     fetch(tile + (kStages - 1) * stride, free);
     constexpr int kChunks = kHasWarpgroups ? kAtOnce : 1;  // more would not fit in registers
-    static_assert(kAtOnce == 1 || std::is_same_v<Before, Nothing>);
 #pragma unroll 1
     for (int chunk = 0; chunk < kKeys; chunk += kChunks * kChunk) {
       before(tile * kKeys + chunk);
@@ -350,9 +349,13 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
       } else {
         score<kStorage, kSteps, kSixteens>(s[0], query, chunk_keys, lane);
       }
+      if constexpr (std::is_invocable_v<Use, int, decltype(s)&, SharedAddress>) {
+        use(tile * kKeys + chunk, s, chunk_keys);
+      } else {
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
-        use(tile * kKeys + chunk + i * kChunk, s[i], chunk_keys + further<kSteps>(i * kChunk, 0));
+        for (int i = 0; i < kChunks; ++i) {
+          use(tile * kKeys + chunk + i * kChunk, s[i], chunk_keys + further<kSteps>(i * kChunk, 0));
+        }
       }
       __syncwarp();  // the next products want all lanes of a warp at once, wherever `use` sent them
     }
