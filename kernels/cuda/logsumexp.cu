@@ -99,61 +99,65 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
   };
   const auto use = [&](int begin, ScoresOf<kSixteens>(&s)[kChunks], SharedAddress keys) {
-    // use(c, r, j, a score) for every score of a lane.
-    const auto each = [&](auto use) {
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-#pragma unroll
-        for (int r = 0; r < kOwn; ++r) {
-#pragma unroll
-          for (int j = 0; j < 8; ++j) use(c, r, j, s[c][r / 2][j / 2][r % 2 * 2 + j % 2]);
-        }
-      }
-    };
     const auto of_row = [&](int r, const auto* values) { return row + 8 * r < B ? values[row + 8 * r] : 0; };
-    if (pivot) {
-      uint32_t higher[kChunks] = {};
-      float own[kOwn];
-#pragma unroll
-      for (int r = 0; r < kOwn; ++r) own[r] = of_row(r, pivot);
-      each([&](int c, int r, int j, float score) { higher[c] |= score > own[r] ? bit_of(j) << shift_of(r) : 0u; });
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) above += count_of_row<kSixteens>(higher[c] & seen[c]);
-    }
-    if constexpr (kByPair) {
-      const auto bounded = [&](const int64_t* bounds, auto is_inside) {
-#pragma unroll
-        for (int r = 0; r < kOwn; ++r) {
-          Bound own = bound_of(of_row(r, bounds));
-          own.index -= begin + 2 * t;  // a lane's columns need no registers
-#pragma unroll
-          for (int c = 0; c < kChunks; ++c) {
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-              const float score = s[c][r / 2][j / 2][r % 2 * 2 + j % 2];
-              if (!is_inside(own, score, c * kChunk + j / 2 * 8 + j % 2)) seen[c] &= ~(bit_of(j) << shift_of(r));
-            }
-          }
-        }
-      };
-      if (in.pool.lower) bounded(in.pool.lower, is_at_least);
-      if (in.pool.upper) bounded(in.pool.upper, is_at_most);
-    }
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      kept += kByPair ? count_of_row<kSixteens>(seen[c]) : __popc(seen[c] & kRowBits);
-    }
-    if (negated) each([](int, int, int, float& score) { score = -score; });
-    if (partial) {
-      each([&](int c, int r, int j, float& score) {
-        if (!(seen[c] & bit_of(j) << shift_of(r))) score = -INFINITY;
-      });
-    }
-
+    uint32_t higher[kChunks] = {};
     float sums[kOwn], alongs[kOwn];
     uint32_t p[kSixteens][2 * kChunks][4];  // (16, 16) of the rows and each 16 keys
 #pragma unroll
     for (int m = 0; m < kSixteens; ++m) {
+      // Scores of 64 rows arrive while those before are weighed.
+      if constexpr (kHasWarpgroups) {
+        if (kSixteens == 2 && (kWantMean || m == 0)) {
+          wait_for_products<1>(s, m);
+        } else {
+          wait_for_products<0>(s, m);
+        }
+      }
+      // use(c, r, j, a score) for every score of a lane.
+      const auto each = [&](auto use) {
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+          for (int r = 2 * m; r < 2 * m + 2; ++r) {
+#pragma unroll
+            for (int j = 0; j < 8; ++j) use(c, r, j, s[c][m][j / 2][r % 2 * 2 + j % 2]);
+          }
+        }
+      };
+      if (pivot) {
+        float own[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) own[r] = of_row(2 * m + r, pivot);
+        each([&](int c, int r, int j, float score) {
+          higher[c] |= score > own[r % 2] ? seen[c] & bit_of(j) << shift_of(r) : 0u;
+        });
+      }
+      if constexpr (kByPair) {
+        const auto bounded = [&](const int64_t* bounds, auto is_inside) {
+#pragma unroll
+          for (int r = 2 * m; r < 2 * m + 2; ++r) {
+            Bound own = bound_of(of_row(r, bounds));
+            own.index -= begin + 2 * t;  // a lane's columns need no registers
+#pragma unroll
+            for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+              for (int j = 0; j < 8; ++j) {
+                const float score = s[c][m][j / 2][r % 2 * 2 + j % 2];
+                if (!is_inside(own, score, c * kChunk + j / 2 * 8 + j % 2)) seen[c] &= ~(bit_of(j) << shift_of(r));
+              }
+            }
+          }
+        };
+        if (in.pool.lower) bounded(in.pool.lower, is_at_least);
+        if (in.pool.upper) bounded(in.pool.upper, is_at_most);
+      }
+      if (negated) each([](int, int, int, float& score) { score = -score; });
+      if (partial) {
+        each([&](int c, int r, int j, float& score) {
+          if (!(seen[c] & bit_of(j) << shift_of(r))) score = -INFINITY;
+        });
+      }
+
       float shifts[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) shifts[r] = __shfl_sync(kAllLanes, shift, 2 * m + r, kQuad);
@@ -191,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           const bool of_quad = __ballot_sync(kAllLanes, passes[r]) >> threadIdx.x % kWarp / kQuad * kQuad & 0xFu;
           float most = -INFINITY;
           each([&](int, int own, int, float score) {
-            if (own == 2 * m + r) most = fmaxf(most, score);
+            if (own % 2 == r) most = fmaxf(most, score);
           });
           most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
           most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
@@ -218,6 +222,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           add_rows_later<kStorage>(mean, m, p[m][k],
                                    rows_descriptor(keys, Tiles<kSteps>::kSlabBytes) + k * kSixteenRows);
         }
+        end_products();
       }
     }
     if constexpr (kWantMean && !kHasWarpgroups) {
@@ -234,6 +239,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           }
         }
       }
+    }
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      if (pivot) above += count_of_row<kSixteens>(higher[c]);
+      kept += kByPair ? count_of_row<kSixteens>(seen[c]) : __popc(seen[c] & kRowBits);
     }
     if constexpr (kSixteens == 2) {
       sum += of_own_row(sums[0], sums[1], sums[2], sums[3]);

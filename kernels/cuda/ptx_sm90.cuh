@@ -157,15 +157,26 @@ __device__ __forceinline__ void add_rows_later(float (&d)[kChunks][kSixteens][4]
   }
 }
 
-// Waits for all products that have begun; d are all their results, named here so that no read of them comes earlier.
+// Ends a group of products: of those that have begun since the last.
+__device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits for all products but those of the kNewest latest groups. d[.][m] are the results, named here so that no read of
+// them comes earlier.
+template <int kNewest, int kChunks, int kSixteens>
+__device__ __forceinline__ void wait_for_products(float (&d)[kChunks][kSixteens][4][4], int m) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kNewest) : "memory");
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) asm volatile("" : NEGMINE_BLOCK("+f", d[chunk][m])::"memory");
+}
+
+// Waits for all products; d are the results.
 template <int kChunks, int kSixteens>
 __device__ __forceinline__ void wait_for_products(float (&d)[kChunks][kSixteens][4][4]) {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  wait_for_products<0>(d, 0);
 #pragma unroll
   for (int chunk = 0; chunk < kChunks; ++chunk) {
 #pragma unroll
-    for (int m = 0; m < kSixteens; ++m) asm volatile("" : NEGMINE_BLOCK("+f", d[chunk][m])::"memory");
+    for (int m = 1; m < kSixteens; ++m) asm volatile("" : NEGMINE_BLOCK("+f", d[chunk][m])::"memory");
   }
 }
 

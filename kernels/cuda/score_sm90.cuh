@@ -36,27 +36,28 @@ constexpr uint64_t kSixteenRows = 16 * 128 >> 4;
 // What to add to a descriptor for a step whose slab is slab_offset bytes further: a step is 32 bytes of a row.
 __device__ __forceinline__ uint64_t advance_of(int slab_offset, int step) { return (slab_offset + step % 4 * 32) >> 4; }
 
-// s[chunk][m][n][i]: scores of each 32 keys from `keys` on, a multiple of 32 within a tile.
+// Begins s[chunk][m][n][i], scores of each 32 keys from `keys` on, a multiple of 32 within a tile: a group of products
+// for each m, in order.
 template <Storage kStorage, int kSteps, int kChunks, int kSixteens, class Queries>
-__device__ __forceinline__ void score_by_warpgroup(float (&s)[kChunks][kSixteens][4][4], const Queries& query,
-                                                   SharedAddress keys, int slab_bytes) {
+__device__ __forceinline__ void begin_scores(float (&s)[kChunks][kSixteens][4][4], const Queries& query,
+                                             SharedAddress keys, int slab_bytes) {
   const uint64_t first = descriptor_of(keys);
-  const auto multiply_step = [&](auto adds, int step) {
+  const auto multiply_step = [&](auto adds, int m, int step) {
     const uint64_t b = first + advance_of(step / 4 * slab_bytes, step);
-#pragma unroll
-    for (int m = 0; m < kSixteens; ++m) {
-      if constexpr (std::is_array_v<Queries>) {
-        multiply_later<kStorage, decltype(adds)::value>(s, m, query[m][step], b);
-      } else {
-        multiply_later<kStorage, decltype(adds)::value>(s, m, query.descriptor(m, step), b);
-      }
+    if constexpr (std::is_array_v<Queries>) {
+      multiply_later<kStorage, decltype(adds)::value>(s, m, query[m][step], b);
+    } else {
+      multiply_later<kStorage, decltype(adds)::value>(s, m, query.descriptor(m, step), b);
     }
   };
   begin_products();
-  multiply_step(std::false_type(), 0);
 #pragma unroll
-  for (int step = 1; step < kSteps; ++step) multiply_step(std::true_type(), step);
-  wait_for_products(s);
+  for (int m = 0; m < kSixteens; ++m) {
+    multiply_step(std::false_type(), m, 0);
+#pragma unroll
+    for (int step = 1; step < kSteps; ++step) multiply_step(std::true_type(), m, step);
+    end_products();
+  }
 }
 
 }  // namespace negmine::cuda

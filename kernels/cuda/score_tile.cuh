@@ -286,7 +286,8 @@ __device__ __forceinline__ void score(ScoresOf<kSixteens>& s, const Queries& que
 // 32, in order, with the chunk's keys in shared memory, and before(column), while no scores take registers.
 // find(column) is the row of `keys` behind a column, -1 for none; it is asked of columns past `count` too. is_plain
 // says that every column is the row of its number; such keys may come as MappedRows. A warpgroup holds the scores of
-// kAtOnce chunks at once, 1 or 2; a `use` that takes ScoresOf[chunks at once] gets them so.
+// kAtOnce chunks at once, 1 or 2; a `use` that takes ScoresOf[chunks at once] gets them so, and by a warpgroup when
+// their products have begun: it waits for them.
 struct Nothing {
   __device__ void operator()(int) const {}
 };
@@ -345,13 +346,14 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
       ScoresOf<kSixteens> s[kChunks];
       const SharedAddress chunk_keys = shared_address(memory) + (stage * kBytes + further<kSteps>(chunk, 0));
       if constexpr (kHasWarpgroups) {
-        score_by_warpgroup<kStorage, kSteps>(s, query, chunk_keys, Tiles<kSteps>::kSlabBytes);
+        begin_scores<kStorage, kSteps>(s, query, chunk_keys, Tiles<kSteps>::kSlabBytes);
       } else {
         score<kStorage, kSteps, kSixteens>(s[0], query, chunk_keys, lane);
       }
       if constexpr (std::is_invocable_v<Use, int, decltype(s)&, SharedAddress>) {
         use(tile * kKeys + chunk, s, chunk_keys);
       } else {
+        if constexpr (kHasWarpgroups) wait_for_products(s);
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
           use(tile * kKeys + chunk + i * kChunk, s[i], chunk_keys + further<kSteps>(i * kChunk, 0));

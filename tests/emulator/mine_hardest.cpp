@@ -96,6 +96,7 @@ void one_warpgroup_product(const uint16_t* left, const uint16_t* right, float* p
   float d[2][1][4][4];
   begin_products();
   multiply_later<kStorage, false>(d, 0, a, descriptor_of(shared_address(shared_memory())));
+  end_products();
   wait_for_products(d);
   for (int n = 0; n < 8; ++n) {
     for (int i = 0; i < 4; ++i) {
@@ -135,6 +136,7 @@ void one_sum_of_rows(const uint16_t* left, const uint16_t* right, int first, int
   float d[kChunks][1][4][4] = {};
   begin_products();
   add_rows_later<kStorage>(d, 0, a, rows_descriptor(shared_address(shared_memory()) + 128 * first, apart));
+  end_products();
   wait_for_products(d);
   for (int n = 0; n < 4 * kChunks; ++n) {
     for (int i = 0; i < 4; ++i) {

@@ -45,7 +45,7 @@ struct Product {
 };
 
 struct Products {
-  std::vector<Product> begun;
+  std::vector<std::vector<Product>> groups{{}};  // the last is open
   bool may_begin = false;
 };
 
@@ -56,7 +56,8 @@ inline std::map<unsigned, size_t> began_by;
 
 inline void forget_products() {
   for (const auto& [thread, own] : products) {
-    if (!own.begun.empty()) emulator::fail("a block ends before its products were waited for");
+    if (own.groups.size() > 1 || !own.groups[0].empty())
+      emulator::fail("a block ends before its products were waited for");
   }
   products.clear(), began.clear(), began_by.clear();
 }
@@ -239,13 +240,15 @@ void begin_product(float (&d)[kChunks][kSixteens][4][4], int m, const A& a, uint
   if (of_group[place] != std::pair(product.left_described, b)) {
     emulator::fail("the warps of a warpgroup begin different products");
   }
-  for (const Product& earlier : own.begun) product.follows |= earlier.results[0] == d[0][m];
+  for (const auto& group : own.groups) {
+    for (const Product& earlier : group) product.follows |= earlier.results[0] == d[0][m];
+  }
   for (int chunk = 0; chunk < kChunks; ++chunk) {
     product.results.push_back(d[chunk][m]);
     product.before.insert(product.before.end(), &d[chunk][m][0][0], &d[chunk][m][0][0] + 16);
     std::fill_n(&d[chunk][m][0][0], 16, NAN);
   }
-  own.begun.push_back(product);
+  own.groups.back().push_back(product);
 }
 
 template <Storage kStorage, bool kAdds, int kChunks, int kSixteens, class A>
@@ -274,23 +277,46 @@ inline void compute(const Product& product) {
   }
 }
 
+inline void end_products() { products[emulator::current].groups.emplace_back(); }
+
+// Of all groups that have ended but the kNewest latest; `named` says whether a result is one of those that the caller
+// names.
+template <class Named>
+void wait_for_groups(size_t newest, Named named) {
+  __syncwarp();
+  products[emulator::current].may_begin = false;
+  auto& groups = products[emulator::current].groups;
+  if (!groups.back().empty()) emulator::fail("products are waited for before their group has ended");
+  while (groups.size() > newest + 1) {
+    for (const Product& product : groups.front()) {
+      for (const auto result : product.results) {
+        if (!named(&result[0][0])) emulator::fail("the result of a product is not waited for");
+      }
+      const bool same = (product.left_described == 0 || find_left(product.left_described) == product.left) &&
+                        find_right(product.b, product.results.size(), product.transposed) == product.right;
+      if (!same) emulator::fail("shared memory changed under a product");
+      if (product.registers && !std::equal(product.of_registers, product.of_registers + 4, product.registers)) {
+        emulator::fail("registers of a product changed before it was waited for");
+      }
+      compute(product);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+template <int kNewest, int kChunks, int kSixteens>
+void wait_for_products(float (&d)[kChunks][kSixteens][4][4], int m) {
+  wait_for_groups(kNewest, [&](const float* result) {
+    bool is = false;
+    for (int chunk = 0; chunk < kChunks; ++chunk) is |= result == &d[chunk][m][0][0];
+    return is;
+  });
+}
+
 template <int kChunks, int kSixteens>
 void wait_for_products(float (&d)[kChunks][kSixteens][4][4]) {
-  __syncwarp();
-  const float *first = &d[0][0][0][0], *last = first + sizeof d / sizeof(float);
-  for (const Product& product : products[emulator::current].begun) {
-    for (const auto result : product.results) {
-      if (&result[0][0] < first || &result[0][0] >= last) emulator::fail("the result of a product is not waited for");
-    }
-    const bool same = (product.left_described == 0 || find_left(product.left_described) == product.left) &&
-                      find_right(product.b, product.results.size(), product.transposed) == product.right;
-    if (!same) emulator::fail("shared memory changed under a product");
-    if (product.registers && !std::equal(product.of_registers, product.of_registers + 4, product.registers)) {
-      emulator::fail("registers of a product changed before it was waited for");
-    }
-    compute(product);
-  }
-  products[emulator::current] = {};
+  const float* first = &d[0][0][0][0];
+  wait_for_groups(0, [&](const float* result) { return result >= first && result < first + sizeof d / sizeof(float); });
 }
 
 }  // namespace negmine::cuda
