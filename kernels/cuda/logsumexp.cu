@@ -42,10 +42,11 @@ struct Cut {
   static constexpr bool kShared = kWantMean && kSteps >= 8;
   static constexpr int kAtOnce = 2;  // chunks whose scores a warpgroup holds
   static constexpr int kRows = kThreads / kWarp * 16 * kSixteens;
+  static constexpr int kLag = kWantMean && kSteps <= 8;  // turns for which a warpgroup's sums read their tile on
   static constexpr int kRing = Tiles<kSteps>::kRing + Tiles<kSteps>::kBarriers;
   static constexpr int kQueryBytes = kRows * 16 * Tiles<kSteps>::kPieces;
   static constexpr int kBytes = kShared ? kQueryBytes + kRing : std::max(kQueryBytes, kRing);
-  static_assert(kBytes <= kSharedBytes);
+  static_assert(kBytes + kLag * Tiles<kSteps>::kTileBytes <= kSharedBytes);
 };
 
 template <int kSteps, int kSixteens, bool kShared>
@@ -73,7 +74,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                Parts parts) {
   using Cut = Cut<kSteps, kWantMean>;
   constexpr int kSixteens = Cut::kSixteens, kOwn = 2 * kSixteens;
-  constexpr int kChunks = kHasWarpgroups ? Cut::kAtOnce : 1;
+  constexpr int kChunks = kHasWarpgroups ? Cut::kAtOnce : 1, kLag = kHasWarpgroups ? Cut::kLag : 0;
+  constexpr bool kSumsLater = kWantMean && kHasWarpgroups;
   const int first = blockIdx.x * Cut::kRows, row = first + row_of<kSixteens>(0);
   const Queries<kSteps, kSixteens, Cut::kShared> query(shared_memory(), in.query, first, B);
   [[maybe_unused]] const int lane = lane_of_rows<kSteps>();
@@ -84,6 +86,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (factor < FLT_MIN) factor = FLT_MIN;  // the -inf of what is hidden stays what it is
 
   float mean[kWantMean ? kSteps / 2 : 1][kSixteens][4][4] = {};  // as the scores of 32 keys each, of 32 dims each
+  uint32_t p[kSixteens][2 * kChunks][4];                         // (16, 16) of the rows and each 16 keys
   // Each lane of a quad keeps the books of one of their rows, the t-th: registers are few.
   float shift = -FLT_MAX, sum = 0.0f, along = 0.0f;
   int32_t kept = 0, above = 0;  // where all rows see the same columns, kept is of the lane's own columns
@@ -97,12 +100,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       seen[c] = kSixteens == 2 ? 0xFFFFFFFFu : 0xFFFFu;
       if (partial) seen[c] = visible<kSixteens, kByPair>(in, row, B, column + c * kChunk + 2 * t);
     }
+    if constexpr (kLag > 0) wait_for_products(mean);  // only now: tensor cores were at it while the next tile came
   };
   const auto use = [&](int begin, ScoresOf<kSixteens>(&s)[kChunks], SharedAddress keys) {
     const auto of_row = [&](int r, const auto* values) { return row + 8 * r < B ? values[row + 8 * r] : 0; };
     uint32_t higher[kChunks] = {};
     float sums[kOwn], alongs[kOwn];
-    uint32_t p[kSixteens][2 * kChunks][4];  // (16, 16) of the rows and each 16 keys
 #pragma unroll
     for (int m = 0; m < kSixteens; ++m) {
       // Scores of 64 rows arrive while those before are weighed.
@@ -215,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         }
         weigh(std::true_type());
       }
-      if constexpr (kWantMean && kHasWarpgroups) {
+      if constexpr (kSumsLater) {
         begin_products();
 #pragma unroll
         for (int k = 0; k < 2 * kChunks; ++k) {
@@ -252,12 +255,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       sum += of_own_row(sums[0], sums[1]);
       if (kWantMean) along += of_own_row(alongs[0], alongs[1]);
     }
-    if constexpr (kWantMean && kHasWarpgroups) wait_for_products(mean);
+    if constexpr (kSumsLater && kLag == 0) wait_for_products(mean);
   };
   const auto find = [&](int column) { return in.key(column); };
-  stream<kStorage, kSteps, kSixteens, kTwoZeros, Cut::kAtOnce>(
+  stream<kStorage, kSteps, kSixteens, kTwoZeros, Cut::kAtOnce, kLag>(
       query.held(), shared_memory() + (Cut::kShared ? Cut::kQueryBytes : 0), MappedRows{in.keys, tiles}, blockIdx.y,
       gridDim.y, in.K, !in.pool.key_mask, find, use, before);
+  if constexpr (kLag > 0) wait_for_products(mean);
 
   if constexpr (!kByPair) {
     kept += __shfl_xor_sync(kAllLanes, kept, 1);
@@ -294,7 +298,8 @@ cudaError_t sum(const Inputs& in, const LogSumExpParams& params, const Parts& pa
   using Cut = Cut<kSteps, kWantMean>;
   const dim3 grid(static_cast<unsigned>((params.B + Cut::kRows - 1) / Cut::kRows),
                   static_cast<unsigned>(params.plan.splits));
-  return launch(sum_kernel<kStorage, kSteps, kWantMean, kByPair>, grid, kThreads, Cut::kBytes, stream,
+  return launch(sum_kernel<kStorage, kSteps, kWantMean, kByPair>, grid, kThreads,
+                Cut::kBytes + (has_compute_capability_9_0() ? Cut::kLag * Tiles<kSteps>::kTileBytes : 0), stream,
                 map_tiles(in.keys, params.K, params.storage), in, static_cast<int>(params.B), params.scale,
                 params.pivot, parts);
 }
