@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         weigh(std::true_type());
       }
       if constexpr (kSumsLater) {
-        begin_products();
+        begin_sums(mean, m, p[m]);
 #pragma unroll
         for (int k = 0; k < 2 * kChunks; ++k) {
           add_rows_later<kStorage>(mean, m, p[m][k],

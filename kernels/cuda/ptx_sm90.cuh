@@ -157,6 +157,17 @@ __device__ __forceinline__ void add_rows_later(float (&d)[kChunks][kSixteens][4]
   }
 }
 
+// begin_products where the first products are sums d[.][m] by a: both named here, so that no write of them comes later.
+template <int kChunks, int kSixteens, int kCount>
+__device__ __forceinline__ void begin_sums(float (&d)[kChunks][kSixteens][4][4], int m, uint32_t (&a)[kCount][4]) {
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) asm volatile("" : NEGMINE_BLOCK("+f", d[chunk][m])::"memory");
+#pragma unroll
+  for (int k = 0; k < kCount; ++k)
+    asm volatile("" : "+r"(a[k][0]), "+r"(a[k][1]), "+r"(a[k][2]), "+r"(a[k][3])::"memory");
+  begin_products();
+}
+
 // Ends a group of products: of those that have begun since the last.
 __device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 

@@ -212,6 +212,11 @@ inline void begin_products() {
   products[emulator::current].may_begin = true;
 }
 
+template <int kChunks, int kSixteens, int kCount>
+void begin_sums(float (&)[kChunks][kSixteens][4][4], int, uint32_t (&)[kCount][4]) {
+  begin_products();
+}
+
 template <Storage kStorage, int kChunks, int kSixteens, class A>
 void begin_product(float (&d)[kChunks][kSixteens][4][4], int m, const A& a, uint64_t b, bool adds, bool transposed) {
   Product product = {{},      adds, false,   {}, {}, 0, b, transposed, find_right(b, kChunks, transposed),
