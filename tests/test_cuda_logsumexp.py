@@ -318,8 +318,12 @@ def test_strides_change_no_bit(kernel, D):
                 exact(name, a, b)
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it(emulated_kernel):
+@pytest.mark.parametrize("rising", [False, True])
+def test_a_row_does_not_depend_on_the_rows_beside_it(emulated_kernel, rising):
+    """Not where scores rise along the queue either, and every row's shift moves at its own columns."""
     q, keys = unit(140, 48, dtype=torch.bfloat16), unit(500, 48, dtype=torch.bfloat16, seed=1)
+    if rising:
+        q[:, 0], keys[:, 0] = torch.linspace(0.1, 1, 140), torch.linspace(-4, 4, 500)
     every = emulated_kernel(q, keys, torch.tensor(20.0), None, True, pool_of(q, keys), splits=3)
     rows = torch.tensor([139, 3, 17])
     some = emulated_kernel(q[rows], keys, torch.tensor(20.0), None, True, pool_of(q[rows], keys), splits=3)
