@@ -3,7 +3,7 @@
 //
 //   sum      a block keeps a tile of queries and walks its part of the queue. A row's logits are taken relative to a
 //            shift, which follows their maximum and moves only where a lane's powers of 2 add up to more than kMost:
-//            so no maximum is looked for before, sums are rescaled a few times a queue, and nothing overflows.
+//            so no maximum is looked for before that, sums are rescaled a few times a queue, and nothing overflows.
 //            Probabilities, rounded to the storage, multiply the same key tile that scored; by a warpgroup while the
 //            next 64 rows' are computed.
 //   merge    the parts of a row added in order, so the bits do not depend on timing
@@ -30,8 +30,7 @@
 namespace negmine::cuda {
 namespace {
 
-constexpr float kMost =
-    256.0f;  // a row's shift moves where a lane's powers of a turn add up to more: far from overflow
+constexpr float kMost = 32768.0f;  // in fp16's range; what a lane's powers of a turn add up to before a shift moves
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kBlocks = 2;  // on a processor
 

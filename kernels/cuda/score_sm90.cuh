@@ -1,7 +1,8 @@
 // Scores on sm_90a: keys, and queries where they are left in shared memory, are read by the tensor cores themselves.
 //
 // Product m of a warpgroup takes rows m of its four warps, 16 of each, so that fragments of queries and of scores are
-// those of score_tile.cuh. A score is the same chain of products whether it comes with 32 keys or with 64.
+// those of score_tile.cuh. A score is the same chain of products whether it comes with 32 keys or with 64. The same
+// tile of keys may be what weights of those queries sum.
 #pragma once
 
 #include <cstdint>
