@@ -95,7 +95,7 @@ def test_scores_cost_few_instructions(compiled):
                 per_score = min(sass.turns(code)) / SCORES_OF_A_TURN[capability]
                 assert sass.products(code) == {PRODUCTS[capability]}, "scores and sums of keys are by the same products"
                 assert ("tnspB" in code) == (capability == "90a"), "who transposes the keys that are summed"
-                halves = code.count("WARPGROUP.DEPBAR.LE gsb0, 0x1")  # waits that leave products of the other half under way
+                halves = code.count("DEPBAR.LE gsb0, 0x1")  # waits that leave the other half's products under way
                 assert halves == (2 if capability == "90a" else 0)
                 print(f"sm_{capability}, by pairs {by_pair}: {per_score:.1f} instructions per summed score")
                 assert 0 < per_score <= HEADROOM * INSTRUCTIONS_PER_SUMMED_SCORE[capability, by_pair]
