@@ -18,7 +18,7 @@ STEPS   ?= 10000
 PYTHONS ?=
 SANITIZED := build/sanitize
 
-.PHONY: venv demo test check fuzz sanitize threads soak docs bench plots gpu wheel check-wheel clean
+.PHONY: venv demo test check fuzz ptx sanitize threads soak docs bench plots gpu wheel check-wheel clean
 
 venv: .venv/built
 
@@ -46,6 +46,12 @@ check: venv
 # Random calls of every public op on the CPU, judged by the reference: make fuzz SECONDS=600 SEED=7
 fuzz: venv
 	$(PY) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
+
+# The triton backend's tests on what Triton compiles for two GPUs, run as PTX on the CPU. `make test` has a part of this, and all
+# of the same for CUDA's kernels.
+ptx: venv
+	$(PY) -m tests.ptx 80 tests/test_kernels.py tests/test_rules.py tests/test_limits.py -k triton
+	$(PY) -m tests.ptx 90 tests/test_kernels.py tests/test_rules.py tests/test_limits.py -k triton
 
 # The tests and the fuzzer on CPU kernels built with gcc's address and undefined sanitizers, AMX's tiles emulated, in a copy of
 # the package; and the CUDA kernels under the emulator, built likewise. Python is not instrumented: libasan is loaded first, and
