@@ -75,7 +75,7 @@ def table(monkeypatch):
 
             return launch
 
-        mine = {op: noted("cuda", op) for op in ("mine_hardest", "mix_negatives", "logsumexp")}
+        mine = {op: noted("cuda", op) for op in ("mine_hardest", "mix_negatives", "logsumexp", "logsumexp_grad_keys")}
         mine["logsumexp_pair"] = backends.in_two(mine["logsumexp"])
         rest = {op: noted("triton", op) for op in cpu}
         rows = (
@@ -84,7 +84,7 @@ def table(monkeypatch):
                 "cpu",
                 mine,
                 asked_only=frozenset(asked_only),
-                limits={"mine_hardest": short, "logsumexp": narrow},
+                limits={"mine_hardest": short, "logsumexp": narrow, "logsumexp_grad_keys": narrow},
             ),
             Backend("triton", "cpu", rest),
         )
@@ -140,7 +140,7 @@ def test_what_was_asked_for_and_cannot_run_is_refused_in_words(table):
     assert not ran
 
 
-WAITING = {"mine_hardest", "logsumexp", "logsumexp_pair"}
+WAITING = {"mine_hardest", "logsumexp", "logsumexp_pair", "logsumexp_grad_keys"}
 
 
 def loss(dtype=torch.bfloat16, D=8, trained_keys=False, **options):
@@ -148,22 +148,30 @@ def loss(dtype=torch.bfloat16, D=8, trained_keys=False, **options):
     q.requires_grad_()
     keys.requires_grad_(trained_keys)
     negmine.info_nce(q, pos, keys, temperature=0.2, **options).backward()
-    return q.grad
+    return q.grad, keys.grad
 
 
+@pytest.mark.parametrize("trained_keys", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("options", [{}, {"decoupled": True}, {"weight": Weight(1.0, 0.01)}], ids=str)
-def test_a_loss_over_frozen_keys_runs_where_it_is_asked_to(table, options):
+def test_a_loss_runs_where_it_is_asked_to(table, options, trained_keys):
     ran = table(WAITING)
-    grads = [loss(**options), loss(**options, backend="cuda")]
+    grads = [loss(**options, trained_keys=trained_keys, **where) for where in ({}, {"backend": "cuda"})]
     assert {name for name, _ in ran[: len(ran) // 2]} == {"triton"}
-    assert {op for name, op in ran if name == "cuda"} == {"logsumexp"}
-    torch.testing.assert_close(grads[1], grads[0])
+    assert {op for name, op in ran if name == "cuda"} == {"logsumexp"} | (
+        {"logsumexp_grad_keys"} & {op for _, op in ran}
+    )
+    assert (grads[1][1] is not None) == trained_keys == (("cuda", "logsumexp_grad_keys") in ran)
+    for asked, unasked in zip(*grads, strict=True):
+        torch.testing.assert_close(asked, unasked)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"trained_keys": True}, r"cannot run logsumexp_grad_keys.*cuda has no kernel"),
+        (
+            {"trained_keys": True, "D": 300},
+            r"info_nce: backend 'cuda' cannot run this logsumexp .*D up to 256, got 300",
+        ),
         ({"select": Select(1, 50)}, r"cannot run rank_thresholds.*cuda has no kernel"),
         ({"mix": Mix(4, 2, 2)}, r"cannot run .*cuda has no kernel"),
         ({"dtype": torch.float32}, r"info_nce: backend 'cuda' cannot run this logsumexp .*got float32 and float32"),

@@ -41,6 +41,11 @@ INSTRUCTIONS_PER_SUMMED_SCORE = {
     ("80", False): 15.4, ("90a", False): 15.4, ("100", False): 14.3,
     ("80", True): 21.3, ("90a", True): 21.1, ("100", True): 17.9,
 }  # fmt: skip
+# The same of logsumexp_grad_keys.
+INSTRUCTIONS_PER_GRADED_SCORE = {
+    ("80", False): 10.8, ("90a", False): 9.4, ("100", False): 10.0,
+    ("80", True): 17.9, ("90a", True): 16.5, ("100", True): 15.1,
+}  # fmt: skip
 HEADROOM = 1.1
 
 
@@ -70,7 +75,7 @@ def test_compiles_clean(compiled):
 def test_scores_cost_few_instructions(compiled):
     pytest.importorskip("triton")
     source, target, _ = compiled
-    if source not in ("mine_hardest.cu", "logsumexp.cu"):
+    if source not in ("mine_hardest.cu", "logsumexp.cu", "logsumexp_grad_keys.cu"):
         pytest.skip("computes no score")
     sass.show("cuobjdump", "-xelf", "all", target, folder=target.parent)
     seen = set()
@@ -90,12 +95,16 @@ def test_scores_cost_few_instructions(compiled):
                 assert 0 < per_score <= HEADROOM * INSTRUCTIONS_PER_SCORE[capability, by_pair], (capability, by_pair)
                 assert used == {PRODUCTS[capability]}
                 seen.add((capability, by_pair))
-            if m := re.search(r"sum_kernel\w*E1ELi8ELb1ELb([01])E", name):  # bf16, D up to 128, with the mean
-                by_pair = m[1] == "1"
-                per_score = min(sass.turns(code)) / 32  # a turn is a chunk, whatever multiplies
-                print(f"sm_{capability}, by pairs {by_pair}: {per_score:.1f} instructions per summed score")
-                assert 0 < per_score <= HEADROOM * INSTRUCTIONS_PER_SUMMED_SCORE[capability, by_pair]
-                seen.add((capability, by_pair))
+            for kernel, of_which, most in [
+                ("sum", "ELb1", INSTRUCTIONS_PER_SUMMED_SCORE),  # with the mean
+                ("grad", "", INSTRUCTIONS_PER_GRADED_SCORE),
+            ]:
+                if m := re.search(rf"{kernel}_kernel\w*E1ELi8{of_which}ELb([01])E", name):  # bf16, D up to 128
+                    by_pair = m[1] == "1"
+                    per_score = min(sass.turns(code)) / 32  # a turn is a chunk, whatever multiplies
+                    print(f"sm_{capability}, by pairs {by_pair}: {per_score:.1f} instructions per score of {kernel}")
+                    assert 0 < per_score <= HEADROOM * most[capability, by_pair]
+                    seen.add((capability, by_pair))
     assert len(seen) == 2 * len(list(target.parent.glob("*.cubin"))), f"found {seen}"
 
 

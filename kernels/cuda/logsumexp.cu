@@ -23,14 +23,14 @@
 #include "kernels/cuda/logsumexp.h"
 #include "kernels/cuda/order.cuh"
 #include "kernels/cuda/score_tile.cuh"
+#include "kernels/cuda/sums.cuh"
 #include "kernels/cuda/visible.cuh"
 
 namespace negmine::cuda {
 namespace {
 
 constexpr float kHeadroom = 8.0f;  // a power of 2 by which a logit may pass the shift: 2^8 is far from overflow in fp16
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr int kBlocks = 2;  // on a processor
+constexpr int kBlocks = 2;         // on a processor
 constexpr int kMergeThreads = 256, kMergeWarps = kMergeThreads / kWarp;
 
 // What the parts of the queue say of each row: logits in powers of 2.
@@ -245,13 +245,6 @@ __device__ __forceinline__ float element(const char* row, int d) {
   const uint16_t bits = reinterpret_cast<const uint16_t*>(row)[d];
   return kStorage == Storage::kBFloat16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16)
                                         : __half2float(__ushort_as_half(bits));
-}
-
-template <class T>
-__device__ __forceinline__ T over_warp(T value) {
-#pragma unroll
-  for (int apart = kWarp / 2; apart > 0; apart /= 2) value += __shfl_xor_sync(kAllLanes, value, apart);
-  return value;
 }
 
 // Block = row; shared memory holds the weights of the parts and, of each warp, the sum of those means that it adds.

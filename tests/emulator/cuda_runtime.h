@@ -87,6 +87,7 @@ inline std::function<void()> kernel;
 inline std::unique_ptr<char[], decltype(&std::free)> shared{nullptr, &std::free};  // as large as the launch asked for
 inline size_t shared_bytes = 0;
 inline unsigned hidden = 0;                   // threads that hide their writes
+inline bool backwards = false;                // the order in which blocks run
 inline std::set<void (*)()> at_end_of_block;  // checks of what the block leaves
 inline int votes[3];                          // of __syncthreads_or: the last, the one under way and the next
 
@@ -209,11 +210,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(
   gridDim = grid;
   blockDim = launch->blockDim;
   emulator::fibers.resize(threads);
-  for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) {
-      blockIdx = {x, y, 0};
-      emulator::run_block(launch->dynamicSmemBytes);
-    }
+  const unsigned blocks = grid.x * grid.y;
+  for (unsigned i = 0; i < blocks; ++i) {
+    const unsigned block = emulator::backwards ? blocks - 1 - i : i;
+    blockIdx = {block % grid.x, block / grid.x, 0};
+    emulator::run_block(launch->dynamicSmemBytes);
   }
   return cudaSuccess;
 }
