@@ -23,8 +23,8 @@
 #include "kernels/cuda/logsumexp.h"
 #include "kernels/cuda/order.cuh"
 #include "kernels/cuda/score_tile.cuh"
-#include "kernels/cuda/sums.cuh"
 #include "kernels/cuda/visible.cuh"
+#include "kernels/cuda/warp.cuh"
 
 namespace negmine::cuda {
 namespace {

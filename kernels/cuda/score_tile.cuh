@@ -20,18 +20,17 @@
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/score_sm90.cuh"
 #include "kernels/cuda/storage.h"
+#include "kernels/cuda/warp.cuh"
 
 namespace negmine::cuda {
 
-constexpr int kWarp = 32;
 constexpr int kThreads = 128;
 constexpr int kRowsPerWarp = 32;
 constexpr int kRows = kThreads / kWarp * kRowsPerWarp;  // queries of a block
 constexpr int kKeys = 64;                               // of a tile
 constexpr int kChunk = 32;                              // keys whose scores a warp holds at once
 constexpr int kSlabRow = 128;                           // bytes of a row in a slab
-constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-constexpr uint32_t kTwoNaNs = 0x7FFF7FFFu;  // in bf16 and in fp16
+constexpr uint32_t kTwoNaNs = 0x7FFF7FFFu;              // in bf16 and in fp16
 constexpr uint32_t kTwoZeros = 0u;
 
 template <int kSteps>

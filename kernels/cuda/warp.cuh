@@ -1,10 +1,10 @@
-// What the ops that sum exponentials share.
+// What kernels share that may know nothing of scores: a warp, sums over it, and powers of e as powers of 2.
 #pragma once
-
-#include "kernels/cuda/score_tile.cuh"
 
 namespace negmine::cuda {
 
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 template <class T>
