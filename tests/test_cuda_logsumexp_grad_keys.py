@@ -231,9 +231,10 @@ def test_queries_that_add_nothing_may_hold_anything(kernel):
     exact("no weight at all", nothing, torch.zeros(K, D))
 
 
-def test_nan_and_infinity(kernel):
+@each_dtype
+def test_nan_and_infinity(kernel, dtype):
     B, K, D = 70, 90, 24
-    q, keys = whole(B, D, dtype=torch.bfloat16).abs() + 1, whole(K, D, dtype=torch.bfloat16, seed=1)
+    q, keys = whole(B, D, dtype=dtype).abs() + 1, whole(K, D, dtype=dtype, seed=1)
     scale, weight, plain = torch.tensor(0.1), torch.ones(B), pool_of(q, keys)
     lse = torch.logsumexp(0.1 * q.float() @ keys.float().T, 1)
     want = kernel(q, keys, scale, lse, weight, plain)
@@ -249,17 +250,14 @@ def test_nan_and_infinity(kernel):
     bad[77] = -torch.inf
     got = kernel(q, bad, scale, lse, weight, plain)
     exact("no weight", got, want.masked_fill(rows[:, None], 0.0))
-    broken = weight.clone()
-    broken[5] = torch.nan
     blind = torch.ones(B, K, dtype=torch.bool)
     blind[5, :40] = False
-    got = kernel(q, keys, scale, lse, broken, pool_of(q, keys, negative_mask=blind))  # stays where its query sees
-    assert got[40:].isnan().all()
-    assert got[:40].isfinite().all()
-    broken[5] = torch.inf
-    got = kernel(q, keys, scale, lse, broken, pool_of(q, keys, negative_mask=blind))
-    exact("infinity", got[40:], torch.full((50, D), torch.inf))
-    assert got[:40].isfinite().all()
+    fifth, seeing = torch.arange(B) == 5, pool_of(q, keys, negative_mask=blind)
+    rest = kernel(q, keys, scale, lse, weight.masked_fill(fifth, 0.0), plain)
+    for broken in (torch.nan, torch.inf):  # a weight of this kind stays where its query sees
+        got = kernel(q, keys, scale, lse, weight.masked_fill(fifth, broken), seeing)
+        exact("seen", got[40:], torch.full((50, D), broken))
+        exact("not seen", got[:40], rest[:40])
     assert kernel(q, keys, torch.tensor(torch.nan), lse, weight, plain).isnan().all()
     exact("all the weight elsewhere", kernel(q, keys, scale, torch.full((B,), torch.inf), weight, plain), 0 * want)
 

@@ -177,6 +177,14 @@ def test_scales(kernels, scale):
     check(kernels, unit(3, 20), unit(40, 20, seed=1), Mix(30, 40, 20), scale=scale)
 
 
+def test_a_score_past_all_numbers_makes_an_infinite_sum(kernels):
+    query, keys = torch.full((2, 4), 1e37), torch.ones(3, 4)
+    query[1] = -1e37
+    index = torch.tensor([[0, 1, 2]] * 2)
+    lse, _ = kernels.mix_logsumexp(query, keys, index, torch.tensor(100.0), True, Mix(3, 5, 0), 0, 0, 0)
+    exact("lse", lse, torch.tensor([torch.inf, -torch.inf]))
+
+
 def test_a_sum_that_starts_low_and_one_that_starts_high(kernels):
     """The shift follows scores that rise by more than an exponent holds, and stays where they fall."""
     query, mix, place = torch.ones(1, 4), Mix(2, 0, 300, query_range=(0.0, 1.0)), (0, 0, 0)
@@ -224,12 +232,14 @@ def test_a_mix_of_nothing_is_zero(kernels):
 
 def test_layout_changes_no_bit(kernels):
     query, keys, mix = unit(2, 12), unit(30, 12, seed=1), Mix(8, 6, 6)
-    padded = torch.full((30, 13), torch.nan)
-    padded[:, :12] = keys
-    plain, strided = (check(kernels, query, each, mix) for each in (keys, padded[:, :12]))
-    for made in range(2):
-        for got, want in zip(strided[made], plain[made], strict=True):
-            exact("layout", got, want)
+    both = torch.full((32, 13), torch.nan)
+    both[:2, :12], both[2:, :12] = query, keys
+    plain = check(kernels, query, keys, mix)
+    for views in ((query, both[2:, :12]), (both[:2, :12], keys), (both[:2, :12], both[2:, :12])):
+        strided = check(kernels, *views, mix)
+        for made in range(2):
+            for got, want in zip(strided[made], plain[made], strict=True):
+                exact("layout", got, want)
 
 
 def test_nan_stays_in_its_row(kernels):
