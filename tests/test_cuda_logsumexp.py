@@ -68,7 +68,7 @@ def emulated_sum(product, library):
         assert error == 0
         return lse, mean, kept, above
 
-    logsumexp.product = product
+    logsumexp.product, logsumexp.boxes = product, library.emulated_boxes
     return logsumexp
 
 
@@ -278,6 +278,32 @@ def test_nan_and_infinite_scores(kernel, want_mean):
     assert kernel(q, keys, torch.tensor(torch.nan), None, want_mean, pool)[0].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+def test_a_score_of_minus_infinity_leaves_the_mean(kernel, dtype):
+    """Of finite keys. Such a row's mean is as near along the query as its products, whose p are rounded, are elsewhere."""
+    q, keys = whole(6, 12, dtype=dtype).abs() + 1, whole(150, 12, dtype=dtype, seed=1)
+    scale, pool = torch.tensor(0.1), pool_of(q, keys)
+    q[2, 0], keys[77, 0] = 3e38, -3e38
+    keys[torch.arange(150) != 77, 0] = 0
+    lse, mean, kept, _ = kernel(q, keys, scale, None, True, pool)
+    exact("kept", kept, torch.full((6,), 150))
+    scores = 0.1 * (q.double() @ keys.double().T)  # (B, K)
+    scores[2, 77] = -torch.inf
+    torch.testing.assert_close(lse, scores.logsumexp(1).float(), rtol=1e-5, atol=1e-5)
+    p = scores.softmax(1)[[2]]
+    assert ((mean[2] - p @ keys.double()).abs() <= torch.finfo(dtype).eps * (p @ keys.double().abs()) + 1e-6).all()
+
+
+@pytest.mark.parametrize(("start", "masked", "tiles"), [(0, False, 4), (8, False, 4), (1, False, 0), (0, True, 0)])
+@pytest.mark.parametrize("want_mean", [True, False], ids=["mean", "lse alone"])
+def test_sm90a_copies_whole_tiles_where_rows_allow(libraries, start, masked, tiles, want_mean):
+    kernel = emulated_sum("emulated_sm90a", libraries("emulated_sm90a"))
+    q, wide = unit(3, 72, dtype=torch.bfloat16), torch.empty(300, 88, dtype=torch.bfloat16)
+    keys, before = wide[:, start : start + 72].copy_(unit(300, 72, seed=1)), kernel.boxes()
+    check(kernel, q, keys, 14.0, want_mean, splits=2, **(masks("columns", 3, 300) if masked else {}))
+    assert kernel.boxes() - before == 2 * tiles  # slabs
+
+
 @pytest.mark.parametrize("D", [24, 27, 100])
 def test_strides_change_no_bit(kernel, D):
     q, keys = unit(9, D, dtype=torch.bfloat16), unit(200, D, dtype=torch.bfloat16, seed=1)
@@ -292,8 +318,12 @@ def test_strides_change_no_bit(kernel, D):
                 exact(name, a, b)
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it(emulated_kernel):
+@pytest.mark.parametrize("rising", [False, True])
+def test_a_row_does_not_depend_on_the_rows_beside_it(emulated_kernel, rising):
+    """Not where scores rise along the queue either, and every row's shift moves at its own columns."""
     q, keys = unit(140, 48, dtype=torch.bfloat16), unit(500, 48, dtype=torch.bfloat16, seed=1)
+    if rising:
+        q[:, 0], keys[:, 0] = torch.linspace(0.1, 1, 140), torch.linspace(-4, 4, 500)
     every = emulated_kernel(q, keys, torch.tensor(20.0), None, True, pool_of(q, keys), splits=3)
     rows = torch.tensor([139, 3, 17])
     some = emulated_kernel(q[rows], keys, torch.tensor(20.0), None, True, pool_of(q[rows], keys), splits=3)

@@ -2,6 +2,8 @@
 
 import ctypes
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -24,6 +26,45 @@ def test_one_product_of_fragments(dtype):
         product = torch.full((rows, columns), torch.nan)
         assert function(STORAGE[dtype], *map(pointer, (left, right, product))) == 0
         exact("product", product, left.float() @ right.float().T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("width", "first"), [(64, 0), (64, 48), (128, 16), (256, 32)])
+def test_one_product_that_sums_rows(width, first, dtype):
+    """Rows that the tensor cores transpose: their descriptor's offsets, and a lane's share of the result."""
+    left, right = whole(64, 16, dtype=dtype), whole(16, width, dtype=dtype, seed=1)
+    product = torch.full((64, width), torch.nan)
+    places = map(ctypes.c_int32, (width, first, 64 * 128))
+    function = mining_library("emulated").emulated_sum_of_rows
+    assert function(STORAGE[dtype], pointer(left), pointer(right), *places, pointer(product)) == 0
+    exact("sum", product, left.float() @ right.float())
+
+
+SUM_OF_ROWS = """
+import ctypes, sys
+library, first, apart = sys.argv[1:]
+left, right = (ctypes.c_uint16 * 64 * 16)(), (ctypes.c_uint16 * 64 * 16)()
+product = (ctypes.c_float * 64 * 64)()
+ctypes.CDLL(library).emulated_sum_of_rows(1, left, right, 64, int(first), int(apart), product)
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "apart", "said"),
+    [
+        (8, 64 * 128, ""),
+        (4, 64 * 128, "begins within the pattern of its swizzle"),
+        (0, 64 * 128 + 512, "is not one of whole patterns of its swizzle"),
+        (0, 0, "is not one of whole patterns of its swizzle"),
+        (56, 64 * 128, "leads out of shared memory"),
+    ],
+)
+def test_rows_that_no_descriptor_names(first, apart, said):
+    """What is no canonical layout of the PTX ISA dies in words."""
+    call = [sys.executable, "-c", SUM_OF_ROWS, mining_library("emulated")._name, str(first), str(apart)]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert (done.returncode == 0) == (said == ""), done.stderr
+    assert said in done.stderr
 
 
 @pytest.mark.parametrize("name", PRODUCTS)

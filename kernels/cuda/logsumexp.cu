@@ -2,16 +2,16 @@
 // alone.
 //
 //   sum      a block keeps a tile of queries and walks its part of the queue. A row's logits are taken relative to a
-//            shift, which follows their maximum and moves only where one passes it by kHeadroom: so sums are rescaled
-//            a few times a queue, and nothing overflows. Probabilities, rounded to the storage, multiply the same key
-//            tile that scored.
+//            shift, which follows their maximum and moves only where a lane's powers of 2 add up to more than kMost:
+//            so no maximum is looked for before that, sums are rescaled a few times a queue, and nothing overflows.
+//            Probabilities, rounded to the storage, multiply the same key tile that scored; by a warpgroup while the
+//            next 64 rows' are computed.
 //   merge    the parts of a row added in order, so the bits do not depend on timing
 //
 // A probability of 8 or 11 bits is enough for the mean but for its part along the query, which is the softmax mean of
 // the scores and alone decides the gradient of the scale: that is summed beside it in fp32 and put right at the end.
 //
 // Idea: FlashAttention (Dao et al. 2022) with keys as values; the shift that stays: FlashAttention-4.
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -21,38 +21,31 @@
 
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/logsumexp.h"
+#include "kernels/cuda/logsumexp_parts.cuh"
 #include "kernels/cuda/order.cuh"
 #include "kernels/cuda/score_tile.cuh"
+#include "kernels/cuda/tile_map.h"
 #include "kernels/cuda/visible.cuh"
 #include "kernels/cuda/warp.cuh"
 
 namespace negmine::cuda {
 namespace {
 
-constexpr float kHeadroom = 8.0f;  // a power of 2 by which a logit may pass the shift: 2^8 is far from overflow in fp16
+constexpr float kMost = 32768.0f;  // in fp16's range; what a lane's powers of a turn add up to before a shift moves
 constexpr int kBlocks = 2;         // on a processor
-constexpr int kMergeThreads = 256, kMergeWarps = kMergeThreads / kWarp;
-
-// What the parts of the queue say of each row: logits in powers of 2.
-struct Parts {
-  float* shift;    // (splits, B)
-  float* sum;      // (splits, B) of 2^(logit - shift)
-  float* along;    // (splits, B) of the same times the score
-  int32_t* kept;   // (splits, B)
-  int32_t* above;  // (splits, B)
-  float* mean;     // (splits, B, 16 kSteps) of 2^(logit - shift) times the key
-};
 
 // How many queries a block has and where they are: what registers are left beside the mean decides.
 template <int kSteps, bool kWantMean>
 struct Cut {
   static constexpr int kSixteens = kWantMean && kSteps > 8 ? 1 : 2;
   static constexpr bool kShared = kWantMean && kSteps >= 8;
+  static constexpr int kAtOnce = 2;  // chunks whose scores a warpgroup holds
   static constexpr int kRows = kThreads / kWarp * 16 * kSixteens;
-  static constexpr int kRing = Tiles<kSteps>::kStages * Tiles<kSteps>::kTileBytes;
+  static constexpr int kLag = kWantMean && kSteps <= 8;  // turns for which a warpgroup's sums read their tile on
+  static constexpr int kRing = Tiles<kSteps>::kRing + Tiles<kSteps>::kBarriers;
   static constexpr int kQueryBytes = kRows * 16 * Tiles<kSteps>::kPieces;
   static constexpr int kBytes = kShared ? kQueryBytes + kRing : std::max(kQueryBytes, kRing);
-  static_assert(kBytes <= kSharedBytes);
+  static_assert(kBytes + kLag * Tiles<kSteps>::kTileBytes <= kSharedBytes);
 };
 
 template <int kSteps, int kSixteens, bool kShared>
@@ -76,132 +69,183 @@ struct Queries<kSteps, kSixteens, true> {
 
 template <Storage kStorage, int kSteps, bool kWantMean, bool kByPair>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    sum_kernel(Inputs in, int B, const float* scale_at, const float* pivot, Parts parts) {
+    sum_kernel(const __grid_constant__ TileMap tiles, Inputs in, int B, const float* scale_at, const float* pivot,
+               Parts parts) {
   using Cut = Cut<kSteps, kWantMean>;
-  constexpr int kSixteens = Cut::kSixteens, kOwn = 2 * kSixteens, kPairs = kWantMean ? kSteps : 0;
+  constexpr int kSixteens = Cut::kSixteens, kOwn = 2 * kSixteens;
+  constexpr int kChunks = kHasWarpgroups ? Cut::kAtOnce : 1, kLag = kHasWarpgroups ? Cut::kLag : 0;
+  constexpr bool kSumsLater = kWantMean && kHasWarpgroups;
   const int first = blockIdx.x * Cut::kRows, row = first + row_of<kSixteens>(0);
   const Queries<kSteps, kSixteens, Cut::kShared> query(shared_memory(), in.query, first, B);
-  const int lane = lane_of_rows<kSteps>();
+  [[maybe_unused]] const int lane = lane_of_rows<kSteps>();
   const int t = threadIdx.x % kQuad;
   const float scale = *scale_at;
   const bool negated = scale < 0.0f;
   float factor = fabsf(scale) * kLog2E;
   if (factor < FLT_MIN) factor = FLT_MIN;  // the -inf of what is hidden stays what it is
 
-  float mean[kSixteens][2 * kPairs + 1][4] = {};
+  float mean[kWantMean ? kSteps / 2 : 1][kSixteens][4][4] = {};  // as the scores of 32 keys each, of 32 dims each
+  uint32_t p[kSixteens][2 * kChunks][4];                         // (16, 16) of the rows and each 16 keys
   // Each lane of a quad keeps the books of one of their rows, the t-th: registers are few.
   float shift = -FLT_MAX, sum = 0.0f, along = 0.0f;
   int32_t kept = 0, above = 0;  // where all rows see the same columns, kept is of the lane's own columns
 
-  uint32_t seen = 0;  // of the scores of a chunk, those in the pool
+  uint32_t seen[kChunks] = {};  // of the scores of a chunk, those in the pool
   bool partial = true;
-  const auto before = [&](int chunk) {
-    partial = kByPair || chunk + kChunk > in.K || in.pool.key_mask;
-    seen = kSixteens == 2 ? 0xFFFFFFFFu : 0xFFFFu;
-    if (partial) seen = visible<kSixteens, kByPair>(in, row, B, chunk + 2 * t);
-  };
-  const auto use = [&](int chunk, ScoresOf<kSixteens>& s, SharedAddress keys) {
-    const int column = chunk + 2 * t;
-    // use(r, j, a score) for every score of a lane.
-    const auto each = [&](auto use) {
+  const auto before = [&](int column) {
+    partial = kByPair || column + kChunks * kChunk > in.K || in.pool.key_mask;
 #pragma unroll
-      for (int r = 0; r < kOwn; ++r) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) use(r, j, s[r / 2][j / 2][r % 2 * 2 + j % 2]);
-      }
-    };
-    const auto of_row = [&](int r, const auto* values) { return row + 8 * r < B ? values[row + 8 * r] : 0; };
-    if (pivot) {
-      uint32_t higher = 0;
-      float own[kOwn];
-#pragma unroll
-      for (int r = 0; r < kOwn; ++r) own[r] = of_row(r, pivot);
-      each([&](int r, int j, float score) { higher |= score > own[r] ? bit_of(j) << shift_of(r) : 0u; });
-      above += count_of_row<kSixteens>(higher & seen);
+    for (int c = 0; c < kChunks; ++c) {
+      seen[c] = kSixteens == 2 ? 0xFFFFFFFFu : 0xFFFFu;
+      if (partial) seen[c] = visible<kSixteens, kByPair>(in, row, B, column + c * kChunk + 2 * t);
     }
-    if constexpr (kByPair) {
-      const auto bounded = [&](const int64_t* bounds, auto is_inside) {
+    if constexpr (kLag > 0) wait_for_products(mean);  // only now: tensor cores were at it while the next tile came
+  };
+  const auto use = [&](int begin, ScoresOf<kSixteens>(&s)[kChunks], SharedAddress keys) {
+    const auto of_row = [&](int r, const auto* values) { return row + 8 * r < B ? values[row + 8 * r] : 0; };
+    uint32_t higher[kChunks] = {};
+    float sums[kOwn], alongs[kOwn];
 #pragma unroll
-        for (int r = 0; r < kOwn; ++r) {
-          Bound own = bound_of(of_row(r, bounds));
-          own.index -= column;  // 8 columns need no registers
+    for (int m = 0; m < kSixteens; ++m) {
+      // Scores of 64 rows arrive while those before are weighed.
+      if constexpr (kHasWarpgroups) {
+        if (kSixteens == 2 && (kWantMean || m == 0)) {
+          wait_for_products<1>(s, m);
+        } else {
+          wait_for_products<0>(s, m);
+        }
+      }
+      // use(c, r, j, a score) for every score of a lane.
+      const auto each = [&](auto use) {
 #pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            const float score = s[r / 2][j / 2][r % 2 * 2 + j % 2];
-            if (!is_inside(own, score, j / 2 * 8 + j % 2)) seen &= ~(bit_of(j) << shift_of(r));
+        for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+          for (int r = 2 * m; r < 2 * m + 2; ++r) {
+#pragma unroll
+            for (int j = 0; j < 8; ++j) use(c, r, j, s[c][m][j / 2][r % 2 * 2 + j % 2]);
           }
         }
       };
-      if (in.pool.lower) bounded(in.pool.lower, is_at_least);
-      if (in.pool.upper) bounded(in.pool.upper, is_at_most);
-    }
-    kept += kByPair ? count_of_row<kSixteens>(seen) : __popc(seen & kRowBits);
-    if (negated) each([](int, int, float& score) { score = -score; });
-    if (partial) {
-      each([&](int r, int j, float& score) {
-        if (!(seen & bit_of(j) << shift_of(r))) score = -INFINITY;
-      });
-    }
-
-    float most[kOwn], shifts[kOwn], sums[kOwn] = {}, alongs[kOwn] = {};
-    bool moves = false;
+      if (pivot) {
+        float own[2];
 #pragma unroll
-    for (int r = 0; r < kOwn; ++r) most[r] = -INFINITY, shifts[r] = __shfl_sync(kAllLanes, shift, r, kQuad);
-    each([&](int r, int, float score) { most[r] = fmaxf(most[r], score); });
-#pragma unroll
-    for (int r = 0; r < kOwn; ++r) moves |= most[r] * factor > shifts[r] + kHeadroom;
-    if (__ballot_sync(kAllLanes, moves)) {
-#pragma unroll
-      for (int r = 0; r < kOwn; ++r) {
-        most[r] = fmaxf(most[r], __shfl_xor_sync(kAllLanes, most[r], 1));
-        most[r] = fmaxf(most[r], __shfl_xor_sync(kAllLanes, most[r], 2));
-        const float next =
-            fminf(most[r] * factor, FLT_MAX);  // past an infinity the sums are infinite, the shift is not
-        const bool moved = next > shifts[r] + kHeadroom;
-        const float decay = moved ? power_of_2(shifts[r] - next) : 1.0f;
-        shifts[r] = moved ? next : shifts[r];
-#pragma unroll
-        for (int d = 0; d < 2 * kPairs; ++d) {
-          mean[r / 2][d][r % 2 * 2] *= decay;
-          mean[r / 2][d][r % 2 * 2 + 1] *= decay;
-        }
+        for (int r = 0; r < 2; ++r) own[r] = of_row(2 * m + r, pivot);
+        each([&](int c, int r, int j, float score) {
+          higher[c] |= score > own[r % 2] ? seen[c] & bit_of(j) << shift_of(r) : 0u;
+        });
       }
-      const float next = kSixteens == 2 ? either(t & 2, either(t & 1, shifts[0], shifts[1]),
-                                                 either(t & 1, shifts[kOwn - 2], shifts[kOwn - 1]))
-                                        : either(t & 1, shifts[0], shifts[1]);
-      const float decay = power_of_2(shift - next);
-      shift = next, sum *= decay, along *= decay;
-    }
-    // Half of the keys at a time: products of one may run beside the exponentials of the next.
+      if constexpr (kByPair) {
+        const auto bounded = [&](const int64_t* bounds, auto is_inside) {
 #pragma unroll
-    for (int half = 0; half < kChunk / 16; ++half) {
-      uint32_t p[kSixteens][4];  // (16, 16) of the rows and these keys
+          for (int r = 2 * m; r < 2 * m + 2; ++r) {
+            Bound own = bound_of(of_row(r, bounds));
+            own.index -= begin + 2 * t;  // a lane's columns need no registers
 #pragma unroll
-      for (int m = 0; m < kSixteens; ++m) {
+            for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int r = 2 * m + i % 2;
-          float pair[2];
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const float score = s[m][2 * half + i / 2][i % 2 * 2 + c];
-            pair[c] = power_of_2(fmaf(score, factor, -shifts[r]));
-            sums[r] += pair[c];
-            if (kWantMean && pair[c] != 0.0f) alongs[r] = fmaf(pair[c], score, alongs[r]);  // 0 * -inf is no number
+              for (int j = 0; j < 8; ++j) {
+                const float score = s[c][m][j / 2][r % 2 * 2 + j % 2];
+                if (!is_inside(own, score, c * kChunk + j / 2 * 8 + j % 2)) seen[c] &= ~(bit_of(j) << shift_of(r));
+              }
+            }
           }
-          p[m][i] = pair_of<kStorage>(pair[0], pair[1]);
+        };
+        if (in.pool.lower) bounded(in.pool.lower, is_at_least);
+        if (in.pool.upper) bounded(in.pool.upper, is_at_most);
+      }
+      if (negated) each([](int, int, int, float& score) { score = -score; });
+      if (partial) {
+        each([&](int c, int r, int j, float& score) {
+          if (!(seen[c] & bit_of(j) << shift_of(r))) score = -INFINITY;
+        });
+      }
+
+      float shifts[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) shifts[r] = __shfl_sync(kAllLanes, shift, 2 * m + r, kQuad);
+      const auto weigh = [&](auto some_are_hidden) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) sums[2 * m + r] = alongs[2 * m + r] = 0.0f;
+#pragma unroll
+        for (int k = 0; k < 2 * kChunks; ++k) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int r = i % 2;
+            float pair[2];
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+              const float score = s[k / 2][m][k % 2 * 2 + i / 2][2 * r + c];
+              pair[c] = power_of_2(fmaf(score, factor, -shifts[r]));
+              sums[2 * m + r] += pair[c];
+              if (!kWantMean || (decltype(some_are_hidden)::value && pair[c] == 0.0f)) continue;  // 0 * -inf: no number
+              alongs[2 * m + r] = fmaf(pair[c], score, alongs[2 * m + r]);
+            }
+            p[m][k][i] = pair_of<kStorage>(pair[0], pair[1]);
+          }
+        }
+      };
+      if (partial) {
+        weigh(std::true_type());
+      } else {
+        weigh(std::false_type());
+      }
+      // No power is larger than the sum of them all.
+      const bool passes[] = {sums[2 * m] > kMost, sums[2 * m + 1] > kMost};
+      if (__ballot_sync(kAllLanes, passes[0] || passes[1])) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const bool of_quad = __ballot_sync(kAllLanes, passes[r]) >> threadIdx.x % kWarp / kQuad * kQuad & 0xFu;
+          float most = -INFINITY;
+          each([&](int, int own, int, float score) {
+            if (own % 2 == r) most = fmaxf(most, score);
+          });
+          most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
+          most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
+          const float next = fminf(most * factor, FLT_MAX);  // past an infinity the sums are infinite, the shift is not
+          const bool moves = of_quad && next > shifts[r];
+          const float decay = moves ? power_of_2(shifts[r] - next) : 1.0f;
+          shifts[r] = moves ? next : shifts[r];
+#pragma unroll
+          for (int d = 0; d < (kWantMean ? 2 * kSteps : 0); ++d) {
+            mean[d / 4][m][d % 4][2 * r] *= decay;
+            mean[d / 4][m][d % 4][2 * r + 1] *= decay;
+          }
+        }
+        if (kSixteens == 1 || t / 2 == m) {
+          const float next = either(t & 1, shifts[0], shifts[1]), decay = power_of_2(shift - next);
+          shift = next, sum *= decay, along *= decay;
+        }
+        weigh(std::true_type());
+      }
+      if constexpr (kSumsLater) {
+        begin_sums(mean, m, p[m]);
+#pragma unroll
+        for (int k = 0; k < 2 * kChunks; ++k) {
+          add_rows_later<kStorage>(mean, m, p[m][k],
+                                   rows_descriptor(keys, Tiles<kSteps>::kSlabBytes) + k * kSixteenRows);
+        }
+        end_products();
+      }
+    }
+    if constexpr (kWantMean && !kHasWarpgroups) {
+#pragma unroll
+      for (int k = 0; k < 2 * kChunks; ++k) {
+#pragma unroll
+        for (int pair = 0; pair < kSteps; ++pair) {
+          uint32_t value[4];  // of these keys and 8 dims from 16 pair on, and of the next 8 dims
+          load_transposed(value, at_step<kSteps>(keys + lane, pair) + further<kSteps>(16 * k, 0));
+#pragma unroll
+          for (int m = 0; m < kSixteens; ++m) {
+            multiply<kStorage>(mean[pair / 2][m][pair % 2 * 2], p[m][k], value[0], value[1]);
+            multiply<kStorage>(mean[pair / 2][m][pair % 2 * 2 + 1], p[m][k], value[2], value[3]);
+          }
         }
       }
+    }
 #pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) {
-        uint32_t value[4];  // of these keys and 8 dims from 16 pair on, and of the next 8 dims
-        load_transposed(value, at_step<kSteps>(keys + lane, pair) + further<kSteps>(16 * half, 0));
-#pragma unroll
-        for (int m = 0; m < kSixteens; ++m) {
-          multiply<kStorage>(mean[m][2 * pair], p[m], value[0], value[1]);
-          multiply<kStorage>(mean[m][2 * pair + 1], p[m], value[2], value[3]);
-        }
-      }
+    for (int c = 0; c < kChunks; ++c) {
+      if (pivot) above += count_of_row<kSixteens>(higher[c]);
+      kept += kByPair ? count_of_row<kSixteens>(seen[c]) : __popc(seen[c] & kRowBits);
     }
     if constexpr (kSixteens == 2) {
       sum += of_own_row(sums[0], sums[1], sums[2], sums[3]);
@@ -210,11 +254,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       sum += of_own_row(sums[0], sums[1]);
       if (kWantMean) along += of_own_row(alongs[0], alongs[1]);
     }
+    if constexpr (kSumsLater && kLag == 0) wait_for_products(mean);
   };
   const auto find = [&](int column) { return in.key(column); };
-  stream<kStorage, kSteps, kSixteens, kTwoZeros, 1>(query.held(),
-                                                    shared_memory() + (Cut::kShared ? Cut::kQueryBytes : 0), in.keys,
-                                                    blockIdx.y, gridDim.y, in.K, !in.pool.key_mask, find, use, before);
+  stream<kStorage, kSteps, kSixteens, kTwoZeros, Cut::kAtOnce, kLag>(
+      query.held(), shared_memory() + (Cut::kShared ? Cut::kQueryBytes : 0), MappedRows{in.keys, tiles}, blockIdx.y,
+      gridDim.y, in.K, !in.pool.key_mask, find, use, before);
+  if constexpr (kLag > 0) wait_for_products(mean);
 
   if constexpr (!kByPair) {
     kept += __shfl_xor_sync(kAllLanes, kept, 1);
@@ -233,78 +279,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if (row + 8 * r >= B) continue;
     const int64_t at = blockIdx.y * int64_t{B} + row + 8 * r;
 #pragma unroll
-    for (int d = 0; d < 2 * kPairs; ++d) {
+    for (int d = 0; d < 2 * kSteps; ++d) {
       *reinterpret_cast<float2*>(parts.mean + at * (16 * kSteps) + 8 * d + 2 * t) =
-          make_float2(mean[r / 2][d][r % 2 * 2], mean[r / 2][d][r % 2 * 2 + 1]);
+          make_float2(mean[d / 4][r / 2][d % 4][r % 2 * 2], mean[d / 4][r / 2][d % 4][r % 2 * 2 + 1]);
     }
-  }
-}
-
-template <Storage kStorage>
-__device__ __forceinline__ float element(const char* row, int d) {
-  const uint16_t bits = reinterpret_cast<const uint16_t*>(row)[d];
-  return kStorage == Storage::kBFloat16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16)
-                                        : __half2float(__ushort_as_half(bits));
-}
-
-// Block = row; shared memory holds the weights of the parts and, of each warp, the sum of those means that it adds.
-template <Storage kStorage>
-__global__ void __launch_bounds__(kMergeThreads)
-    merge_kernel(Rows query, Parts parts, int splits, int width, LogSumExpParams out) {
-  float* weights = reinterpret_cast<float*>(shared_memory());  // (splits,)
-  float* means = weights + (splits + 3) / 4 * 4;               // (kMergeWarps, width)
-  const int64_t b = blockIdx.x, B = gridDim.x;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  float top = -FLT_MAX, sum = 0.0f, along = 0.0f;
-  int64_t kept = 0, above = 0;
-  for (int part = lane; part < splits; part += kWarp) top = fmaxf(top, parts.shift[part * B + b]);
-#pragma unroll
-  for (int apart = kWarp / 2; apart > 0; apart /= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, apart));
-  for (int part = lane; part < splits; part += kWarp) {
-    const int64_t at = part * B + b;
-    const float weight = power_of_2(parts.shift[at] - top);
-    if (warp == 0) weights[part] = weight;
-    sum += weight * parts.sum[at];
-    along += weight * parts.along[at];
-    kept += parts.kept[at];
-    above += parts.above[at];
-  }
-  sum = over_warp(sum), along = over_warp(along);
-  kept = over_warp(kept), above = over_warp(above);
-  if (threadIdx.x == 0) {
-    out.lse[b] = (top + log2f(sum)) * kLn2;
-    out.kept[b] = kept;
-    out.above[b] = above;
-  }
-  if (!out.want_mean) return;
-  __syncthreads();
-  for (int d = 4 * lane; d < width; d += 4 * kWarp) {
-    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-    for (int part = warp; part < splits; part += kMergeWarps) {
-      const float4 own = *reinterpret_cast<const float4*>(parts.mean + (part * B + b) * width + d);
-      const float weight = weights[part];
-      total = make_float4(fmaf(weight, own.x, total.x), fmaf(weight, own.y, total.y), fmaf(weight, own.z, total.z),
-                          fmaf(weight, own.w, total.w));
-    }
-    *reinterpret_cast<float4*>(means + warp * width + d) = total;
-  }
-  __syncthreads();
-  if (warp > 0) return;
-  const char* own = query.base + b * query.stride;
-  float dot = 0.0f, squares = 0.0f;  // of the query and the mean, and of the query
-  for (int d = lane; d < query.D; d += kWarp) {
-    float total = 0.0f;
-    for (int of = 0; of < kMergeWarps; ++of) total += means[of * width + d];
-    total = sum == 0.0f ? 0.0f : total / sum;
-    means[d] = total;  // no other lane reads it
-    const float q = element<kStorage>(own, d);
-    dot = fmaf(q, total, dot), squares = fmaf(q, q, squares);
-  }
-  dot = over_warp(dot), squares = over_warp(squares);
-  const float missing = (sum == 0.0f ? 0.0f : along / sum) - dot, more = squares == 0.0f ? 0.0f : missing / squares;
-  for (int d = lane; d < query.D; d += kWarp) {
-    out.mean[b * query.D + d] = fmaf(element<kStorage>(own, d), more, means[d]);
   }
 }
 
@@ -319,8 +297,10 @@ cudaError_t sum(const Inputs& in, const LogSumExpParams& params, const Parts& pa
   using Cut = Cut<kSteps, kWantMean>;
   const dim3 grid(static_cast<unsigned>((params.B + Cut::kRows - 1) / Cut::kRows),
                   static_cast<unsigned>(params.plan.splits));
-  return launch(sum_kernel<kStorage, kSteps, kWantMean, kByPair>, grid, kThreads, Cut::kBytes, stream, in,
-                static_cast<int>(params.B), params.scale, params.pivot, parts);
+  return launch(sum_kernel<kStorage, kSteps, kWantMean, kByPair>, grid, kThreads,
+                Cut::kBytes + (has_compute_capability_9_0() ? Cut::kLag * Tiles<kSteps>::kTileBytes : 0), stream,
+                map_tiles(in.keys, params.K, params.storage), in, static_cast<int>(params.B), params.scale,
+                params.pivot, parts);
 }
 
 template <Storage kStorage, bool kWantMean, bool kByPair>

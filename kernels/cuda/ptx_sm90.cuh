@@ -7,6 +7,9 @@
 // t = lane % 4 (PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16"), which is d[chunk][m][n][i] here:
 //
 //     D[g + 8 * (i / 2)][32 * chunk + 8n + 2t + i % 2]
+//
+// A sum is D (64, 32 kChunks) fp32 += A (64, 16) B (16, 32 kChunks), A in registers, of the same fragments: what weighs
+// 16 rows of a matrix that lie in shared memory as rows, so that the tensor cores transpose them on their way.
 #pragma once
 
 #include <cuda.h>
@@ -81,6 +84,16 @@ __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.syn
       access(d[3][0]), access(d[3][1]), access(d[3][2]), access(d[3][3])
 #define NEGMINE_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define NEGMINE_32 NEGMINE_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NEGMINE_64                                                                                         \
+  NEGMINE_32                                                                                               \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+  "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NEGMINE_128                                                                                          \
+  NEGMINE_64                                                                                                 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "   \
+  "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, " \
+  "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, "   \
+  "%121, %122, %123, %124, %125, %126, %127"
 #define NEGMINE_PRODUCT(kind, results, factors, adds, transposes, ...)                                             \
   asm volatile("wgmma.mma_async.sync.aligned." kind " {" results "}, " factors ", " adds ", 1, 1, " transposes ";" \
                : __VA_ARGS__)
@@ -118,20 +131,72 @@ __device__ __forceinline__ void multiply_later(float (&d)[kChunks][kSixteens][4]
   }
 }
 
-// Waits for all products that have begun; d are all their results, named here so that no read of them comes earlier.
-template <int kChunks, int kSixteens>
-__device__ __forceinline__ void wait_for_products(float (&d)[kChunks][kSixteens][4][4]) {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
-#pragma unroll
-    for (int m = 0; m < kSixteens; ++m) asm volatile("" : NEGMINE_BLOCK("+f", d[chunk][m])::"memory");
+#define NEGMINE_TWO(c) NEGMINE_BLOCK("+f", d[c][m]), NEGMINE_BLOCK("+f", d[c + 1][m])
+#define NEGMINE_SUM(types)                                                                                            \
+  if constexpr (kChunks == 2) {                                                                                       \
+    NEGMINE_PRODUCT("m64n64k16.f32." types, NEGMINE_32, "{%32, %33, %34, %35}, %36", "1", "1",                        \
+                    NEGMINE_TWO(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                             \
+  } else if constexpr (kChunks == 4) {                                                                                \
+    NEGMINE_PRODUCT("m64n128k16.f32." types, NEGMINE_64, "{%64, %65, %66, %67}, %68", "1", "1", NEGMINE_TWO(0),       \
+                    NEGMINE_TWO(2) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                             \
+  } else {                                                                                                            \
+    NEGMINE_PRODUCT("m64n256k16.f32." types, NEGMINE_128, "{%128, %129, %130, %131}, %132", "1", "1", NEGMINE_TWO(0), \
+                    NEGMINE_TWO(2), NEGMINE_TWO(4), NEGMINE_TWO(6) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),      \
+                    "l"(b));                                                                                          \
+  }
+
+// Begins D += A B, where B is described as rows_descriptor does; else as multiply_later. Nothing may change A either.
+template <Storage kStorage, int kChunks, int kSixteens>
+__device__ __forceinline__ void add_rows_later(float (&d)[kChunks][kSixteens][4][4], int m, const uint32_t (&a)[4],
+                                               uint64_t b) {
+  static_assert(kStorage != Storage::kFloat32 && (kChunks == 2 || kChunks == 4 || kChunks == 8));
+  if constexpr (kStorage == Storage::kBFloat16) {
+    NEGMINE_SUM("bf16.bf16")
+  } else {
+    NEGMINE_SUM("f16.f16")
   }
 }
 
+// begin_products where the first products are sums d[.][m] by a: both named here, so that no write of them comes later.
+template <int kChunks, int kSixteens, int kCount>
+__device__ __forceinline__ void begin_sums(float (&d)[kChunks][kSixteens][4][4], int m, uint32_t (&a)[kCount][4]) {
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) asm volatile("" : NEGMINE_BLOCK("+f", d[chunk][m])::"memory");
+#pragma unroll
+  for (int k = 0; k < kCount; ++k)
+    asm volatile("" : "+r"(a[k][0]), "+r"(a[k][1]), "+r"(a[k][2]), "+r"(a[k][3])::"memory");
+  begin_products();
+}
+
+// Ends a group of products: of those that have begun since the last.
+__device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits for all products but those of the kNewest latest groups. d[.][m] are the results, named here so that no read of
+// them comes earlier.
+template <int kNewest, int kChunks, int kSixteens>
+__device__ __forceinline__ void wait_for_products(float (&d)[kChunks][kSixteens][4][4], int m) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kNewest) : "memory");
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) asm volatile("" : NEGMINE_BLOCK("+f", d[chunk][m])::"memory");
+}
+
+// Waits for all products; d are the results.
+template <int kChunks, int kSixteens>
+__device__ __forceinline__ void wait_for_products(float (&d)[kChunks][kSixteens][4][4]) {
+  wait_for_products<0>(d, 0);
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+#pragma unroll
+    for (int m = 1; m < kSixteens; ++m) asm volatile("" : NEGMINE_BLOCK("+f", d[chunk][m])::"memory");
+  }
+}
+
+#undef NEGMINE_SUM
+#undef NEGMINE_TWO
 #undef NEGMINE_PRODUCTS
 #undef NEGMINE_PRODUCT
+#undef NEGMINE_128
+#undef NEGMINE_64
 #undef NEGMINE_32
 #undef NEGMINE_16
 #undef NEGMINE_BLOCK

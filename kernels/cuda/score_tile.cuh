@@ -290,22 +290,23 @@ __device__ __forceinline__ void score(ScoresOf<kSixteens>& s, const Queries& que
 // 32, in order, with the chunk's keys in shared memory, and before(column), while no scores take registers.
 // find(column) is the row of `keys` behind a column, -1 for none; it is asked of columns past `count` too. is_plain
 // says that every column is the row of its number; such keys may come as MappedRows. A warpgroup holds the scores of
-// kAtOnce chunks at once, 1 or 2.
+// kAtOnce chunks at once, 1 or 2; a `use` that takes ScoresOf[chunks at once] gets them so, and by a warpgroup when
+// their products have begun: it waits for them. Its own products may read a tile for kLag turns more.
 struct Nothing {
   __device__ void operator()(int) const {}
 };
 
 template <Storage kStorage, int kSteps, int kSixteens = kRowsPerWarp / 16, uint32_t kAbsent = kTwoNaNs, int kAtOnce = 2,
-          class Queries, class Keys, class Find, class Use, class Before = Nothing>
+          int kLag = 0, class Queries, class Keys, class Find, class Use, class Before = Nothing>
 __device__ __forceinline__ void stream(const Queries& query, char* memory, const Keys& keys, int first, int stride,
                                        int count, bool is_plain, Find find, Use use, Before before = {}) {
-  constexpr int kStages = Tiles<kSteps>::kStages, kBytes = Tiles<kSteps>::kTileBytes;
+  constexpr int kAhead = Tiles<kSteps>::kStages - 1, kStages = kAhead + 1 + kLag, kBytes = Tiles<kSteps>::kTileBytes;
   const int tiles = count / kKeys + (count % kKeys != 0), full = count / kKeys;
   [[maybe_unused]] const int neighbours = is_plain && keys.in_pieces ? full : 0;  // tiles of neighbouring rows
   constexpr bool kMapped = kHasWarpgroups && std::is_same_v<Keys, MappedRows>;
   int whole = 0;  // tiles that are copied as such
   if constexpr (kMapped) whole = keys.tiles.usable ? neighbours : 0;
-  [[maybe_unused]] const SharedAddress barriers = shared_address(memory) + Tiles<kSteps>::kRing;  // one of each stage
+  [[maybe_unused]] const SharedAddress barriers = shared_address(memory) + kStages * kBytes;  // one of each stage
   const auto plain = [&](int tile) {  // a register or three instructions: which of them there is room for
     return kMapped ? tile < neighbours : is_plain && keys.in_pieces && tile < full;
   };
@@ -329,34 +330,37 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
   if constexpr (kHasWarpgroups) show_to_products();
   __syncthreads();
 #pragma unroll
-  for (int ahead = 0; ahead < kStages - 1; ++ahead) fetch(first + ahead * stride, ahead);
+  for (int ahead = 0; ahead < kAhead; ++ahead) fetch(first + ahead * stride, ahead);
   int stage = 0;
   bool odd = false;  // whether the round of the stages' barriers is
   for (int tile = first; tile < tiles; tile += stride) {
-    wait_for_copies<kStages - 2>();
+    wait_for_copies<kAhead - 1>();
     if (kMapped && tile < whole) {
       if constexpr (kMapped) wait_for_round(barriers + 8 * stage, odd);
     } else if constexpr (kHasWarpgroups) {
       show_to_products();
     }
     __syncthreads();  // the tile is there for all, and all have left the stage that is filled next
-    const int free = stage == 0 ? kStages - 1 : stage - 1;
-    fetch(tile + (kStages - 1) * stride, free);
+    fetch(tile + kAhead * stride, stage <= kLag ? stage + kAhead : stage - 1 - kLag);
     constexpr int kChunks = kHasWarpgroups ? kAtOnce : 1;  // more would not fit in registers
-    static_assert(kAtOnce == 1 || std::is_same_v<Before, Nothing>);
 #pragma unroll 1
     for (int chunk = 0; chunk < kKeys; chunk += kChunks * kChunk) {
       before(tile * kKeys + chunk);
       ScoresOf<kSixteens> s[kChunks];
       const SharedAddress chunk_keys = shared_address(memory) + (stage * kBytes + further<kSteps>(chunk, 0));
       if constexpr (kHasWarpgroups) {
-        score_by_warpgroup<kStorage, kSteps>(s, query, chunk_keys, Tiles<kSteps>::kSlabBytes);
+        begin_scores<kStorage, kSteps>(s, query, chunk_keys, Tiles<kSteps>::kSlabBytes);
       } else {
         score<kStorage, kSteps, kSixteens>(s[0], query, chunk_keys, lane);
       }
+      if constexpr (std::is_invocable_v<Use, int, decltype(s)&, SharedAddress>) {
+        use(tile * kKeys + chunk, s, chunk_keys);
+      } else {
+        if constexpr (kHasWarpgroups) wait_for_products(s);
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
-        use(tile * kKeys + chunk + i * kChunk, s[i], chunk_keys + further<kSteps>(i * kChunk, 0));
+        for (int i = 0; i < kChunks; ++i) {
+          use(tile * kKeys + chunk + i * kChunk, s[i], chunk_keys + further<kSteps>(i * kChunk, 0));
+        }
       }
       __syncwarp();  // the next products want all lanes of a warp at once, wherever `use` sent them
     }

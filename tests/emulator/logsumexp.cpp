@@ -8,6 +8,8 @@ extern "C" int64_t emulated_splits(int64_t B, int64_t K, int64_t D, bool want_me
   return plan_summing(B, K, D, want_mean, processors).splits;
 }
 
+extern "C" int64_t emulated_boxes() { return boxes; }
+
 extern "C" int emulated_logsumexp(int64_t B, int64_t K, int64_t D, const void* query, const void* negative_keys,
                                   int64_t query_stride, int64_t negative_keys_stride, int32_t storage,
                                   const float* scale, const float* pivot, bool want_mean, const uint8_t* key_mask,

@@ -96,6 +96,7 @@ void one_warpgroup_product(const uint16_t* left, const uint16_t* right, float* p
   float d[2][1][4][4];
   begin_products();
   multiply_later<kStorage, false>(d, 0, a, descriptor_of(shared_address(shared_memory())));
+  end_products();
   wait_for_products(d);
   for (int n = 0; n < 8; ++n) {
     for (int i = 0; i < 4; ++i) {
@@ -113,6 +114,52 @@ extern "C" int emulated_warpgroup_product(int32_t storage, const uint16_t* left,
   return cudaLaunchKernelEx(&launch,
                             bf16 ? one_warpgroup_product<Storage::kBFloat16> : one_warpgroup_product<Storage::kFloat16>,
                             left, right, product);
+}
+
+// product (64, 32 kChunks) fp32 = left (64, 16) times right (16, 32 kChunks), by one warpgroup: right lies in shared
+// memory as rows `first` to first + 15 of a tile, whose slabs are `apart` bytes apart.
+template <Storage kStorage, int kChunks>
+void one_sum_of_rows(const uint16_t* left, const uint16_t* right, int first, int apart, float* product) {
+  constexpr int kWidth = 32 * kChunks;
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (int i = threadIdx.x; i < 16 * kWidth; i += 128) {
+    const int row = first + i / kWidth, column = i % kWidth;
+    const int place = column / 64 * apart + 128 * row + 16 * (column % 64 / 8 ^ row % 8) + 2 * (column % 8);
+    if (row < 64) std::memcpy(shared_memory() + place, right + i, 2);  // past the tile is where products may not read
+  }
+  show_to_products();
+  __syncthreads();
+  uint32_t a[4];
+  for (int i = 0; i < 4; ++i) {
+    std::memcpy(&a[i], left + 16 * (16 * warp + g + 8 * (i % 2)) + 2 * t + 8 * (i / 2), 4);
+  }
+  float d[kChunks][1][4][4] = {};
+  begin_products();
+  add_rows_later<kStorage>(d, 0, a, rows_descriptor(shared_address(shared_memory()) + 128 * first, apart));
+  end_products();
+  wait_for_products(d);
+  for (int n = 0; n < 4 * kChunks; ++n) {
+    for (int i = 0; i < 4; ++i) {
+      product[kWidth * (16 * warp + g + 8 * (i / 2)) + 8 * n + 2 * t + i % 2] = d[n / 4][0][n % 4][i];
+    }
+  }
+}
+
+extern "C" int emulated_sum_of_rows(int32_t storage, const uint16_t* left, const uint16_t* right, int32_t width,
+                                    int32_t first, int32_t apart, float* product) {
+  cudaLaunchConfig_t launch = {};
+  launch.blockDim = dim3(128);
+  launch.dynamicSmemBytes = width / 64 * 64 * 128;
+  const auto start = [&](auto of) {
+    constexpr Storage kOf = decltype(of)::value;
+    auto* kernel = width == 64    ? one_sum_of_rows<kOf, 2>
+                   : width == 128 ? one_sum_of_rows<kOf, 4>
+                                  : one_sum_of_rows<kOf, 8>;
+    return cudaLaunchKernelEx(&launch, kernel, left, right, first, apart, product);
+  };
+  return static_cast<Storage>(storage) == Storage::kBFloat16
+             ? start(std::integral_constant<Storage, Storage::kBFloat16>())
+             : start(std::integral_constant<Storage, Storage::kFloat16>());
 }
 
 // scores (B, K) by one block, for B <= 64 kSixteens: as a pass may hold its queries, and take chunks.

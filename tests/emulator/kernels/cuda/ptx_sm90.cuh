@@ -1,6 +1,6 @@
 // kernels/cuda/ptx_sm90.cuh on the CPU. A product is computed when it is waited for, of what its descriptor then finds
-// in shared memory, and must find what it found when it began; until then its result is NaN. The boxes of a round
-// arrive when somebody waits for its end; until then their places hold NaN.
+// in shared memory, and must find what it found when it began, there and in its registers; until then its result is
+// NaN. The boxes of a round arrive when somebody waits for its end; until then their places hold NaN.
 #pragma once
 
 #include <algorithm>
@@ -37,12 +37,15 @@ struct Product {
   std::vector<float> before;
   std::vector<uint32_t> left;   // of rows 16 w + g + {0, 8}, all 16 elements in words of two
   uint64_t left_described, b;   // 0: it is in registers
-  std::vector<uint32_t> right;  // of rows 8 j + 2t + {0, 1}
+  bool transposed;              // b describes rows of the sum's terms
+  std::vector<uint32_t> right;  // of rows, or if transposed columns, 8 j + 2t + {0, 1}
+  const uint32_t* registers;    // of the left, if they are
+  uint32_t of_registers[4] = {};
   Storage storage;
 };
 
 struct Products {
-  std::vector<Product> begun;
+  std::vector<std::vector<Product>> groups{{}};  // the last is open
   bool may_begin = false;
 };
 
@@ -53,40 +56,72 @@ inline std::map<unsigned, size_t> began_by;
 
 inline void forget_products() {
   for (const auto& [thread, own] : products) {
-    if (!own.begun.empty()) emulator::fail("a block ends before its products were waited for");
+    if (own.groups.size() > 1 || !own.groups[0].empty())
+      emulator::fail("a block ends before its products were waited for");
   }
   products.clear(), began.clear(), began_by.clear();
 }
 
-// Of a row of what a descriptor describes, all 16 elements, in words of two.
-inline void find_row(std::vector<uint32_t>& words, uint64_t described, unsigned row) {
-  constexpr uint64_t kKnown = 0x3FFF | uint64_t{0x3FFF} << 16 | uint64_t{0x3FFF} << 32 | uint64_t{1} << 62;
-  if (described & ~kKnown || described >> 62 != 1) {
-    emulator::fail("a matrix descriptor is not one of a swizzle of 128 bytes");
+// What a descriptor says, byte offsets decoded; canonical layouts of a swizzle of 128 bytes alone, from where its
+// pattern of 8 rows of 128 bytes begins.
+struct Described {
+  uint32_t start, leading, stride;
+
+  explicit Described(uint64_t bits)
+      : start((bits & 0x3FFF) << 4), leading((bits >> 16 & 0x3FFF) << 4), stride((bits >> 32 & 0x3FFF) << 4) {
+    constexpr uint64_t kKnown = 0x3FFF | uint64_t{0x3FFF} << 16 | uint64_t{0x3FFF} << 32 | uint64_t{1} << 62;
+    if (bits & ~kKnown || bits >> 62 != 1) emulator::fail("a matrix descriptor is not one of a swizzle of 128 bytes");
+    if (start & 0x380) emulator::fail("a matrix descriptor begins within the pattern of its swizzle");
   }
-  const uint32_t start = (described & 0x3FFF) << 4, eight_rows = (described >> 32 & 0x3FFF) << 4;
-  for (unsigned word = 0; word < 8; ++word) {
-    uint32_t address = start + row / 8 * eight_rows + row % 8 * 128 + 4 * word;
+
+  // The element at such an offset from the start, before the swizzle.
+  uint16_t element(uint32_t offset) const {
+    uint32_t address = start + offset;
     address ^= (address >> 7 & 7) << 4;
-    if (address < kWindow || address + 4 > kWindow + emulator::shared_bytes) {
+    if (address < kWindow || address + 2 > kWindow + emulator::shared_bytes) {
       emulator::fail("a matrix descriptor leads out of shared memory");
     }
-    words.emplace_back();
-    std::memcpy(&words.back(), emulator::shared.get() + (address - kWindow), 4);
+    uint16_t bits;
+    std::memcpy(&bits, emulator::shared.get() + (address - kWindow), 2);
+    return bits;
+  }
+};
+
+// All 16 elements of a row, in words of two: K-major, ((8, m), (T, 2k)) : ((8 T, SBO), (1, T)).
+inline void find_row(std::vector<uint32_t>& words, const Described& matrix, unsigned row) {
+  if (matrix.leading != 16) emulator::fail("a matrix descriptor has a leading offset that is not used");
+  const uint32_t first = row / 8 * matrix.stride + row % 8 * 128;
+  for (unsigned k = 0; k < 16; k += 2) {
+    words.push_back(matrix.element(first + 2 * k) | uint32_t{matrix.element(first + 2 * k + 2)} << 16);
+  }
+}
+
+// The same of a column: MN-major, ((T, 8, m), (8, k)) : ((1, T, LBO), (8 T, SBO)).
+inline void find_column(std::vector<uint32_t>& words, const Described& matrix, unsigned column) {
+  const bool whole = matrix.start % 1024 == 0 && matrix.stride % 1024 == 0 && matrix.leading % 1024 == 0;
+  if (!whole || matrix.stride == 0 || matrix.leading == 0) {
+    emulator::fail("a descriptor of rows is not one of whole patterns of its swizzle");
+  }
+  const auto offset = [&](unsigned k) {
+    return column % 64 * 2 + column / 64 * matrix.leading + k % 8 * 128 + k / 8 * matrix.stride;
+  };
+  for (unsigned k = 0; k < 16; k += 2) {
+    words.push_back(matrix.element(offset(k)) | uint32_t{matrix.element(offset(k + 1))} << 16);
   }
 }
 
 inline std::vector<uint32_t> find_left(uint64_t described) {
   std::vector<uint32_t> words;
   const unsigned row = emulator::current % 128 / 32 * 16 + emulator::lane() / 4;
-  for (unsigned half = 0; half < 2; ++half) find_row(words, described, row + 8 * half);
+  for (unsigned half = 0; half < 2; ++half) find_row(words, Described(described), row + 8 * half);
   return words;
 }
 
-inline std::vector<uint32_t> find_right(uint64_t described, size_t chunks) {
+inline std::vector<uint32_t> find_right(uint64_t described, size_t chunks, bool transposed) {
   std::vector<uint32_t> words;
   for (unsigned j = 0; j < 8 * chunks; ++j) {
-    find_row(words, described, 8 * (j / 2) + 2 * (emulator::lane() % 4) + j % 2);
+    const auto find = transposed ? find_column : find_row;
+    find(words, Described(described), 8 * (j / 2) + 2 * (emulator::lane() % 4) + j % 2);
   }
   return words;
 }
@@ -177,9 +212,15 @@ inline void begin_products() {
   products[emulator::current].may_begin = true;
 }
 
-template <Storage kStorage, bool kAdds, int kChunks, int kSixteens, class A>
-void multiply_later(float (&d)[kChunks][kSixteens][4][4], int m, const A& a, uint64_t b) {
-  Product product = {{}, kAdds, false, {}, {}, 0, b, find_right(b, kChunks), kStorage};
+template <int kChunks, int kSixteens, int kCount>
+void begin_sums(float (&)[kChunks][kSixteens][4][4], int, uint32_t (&)[kCount][4]) {
+  begin_products();
+}
+
+template <Storage kStorage, int kChunks, int kSixteens, class A>
+void begin_product(float (&d)[kChunks][kSixteens][4][4], int m, const A& a, uint64_t b, bool adds, bool transposed) {
+  Product product = {{},      adds, false,   {}, {}, 0, b, transposed, find_right(b, kChunks, transposed),
+                     nullptr, {},   kStorage};
   if constexpr (std::is_integral_v<A>) {
     __syncwarp();
     product.left_described = a;
@@ -188,6 +229,8 @@ void multiply_later(float (&d)[kChunks][kSixteens][4][4], int m, const A& a, uin
     struct Fragment {
       uint32_t a[4];
     };
+    product.registers = a;
+    std::copy_n(a, 4, product.of_registers);
     const auto lanes = emulator::exchange(Fragment{{a[0], a[1], a[2], a[3]}});
     for (unsigned word = 0; word < 16; ++word) {  // of row g + 8 (word / 8), elements 2 (word % 8) and the next
       product.left.push_back(lanes[emulator::lane() / 4 * 4 + word % 4].a[word / 8 + word % 8 / 4 * 2]);
@@ -202,13 +245,25 @@ void multiply_later(float (&d)[kChunks][kSixteens][4][4], int m, const A& a, uin
   if (of_group[place] != std::pair(product.left_described, b)) {
     emulator::fail("the warps of a warpgroup begin different products");
   }
-  for (const Product& earlier : own.begun) product.follows |= earlier.results[0] == d[0][m];
+  for (const auto& group : own.groups) {
+    for (const Product& earlier : group) product.follows |= earlier.results[0] == d[0][m];
+  }
   for (int chunk = 0; chunk < kChunks; ++chunk) {
     product.results.push_back(d[chunk][m]);
     product.before.insert(product.before.end(), &d[chunk][m][0][0], &d[chunk][m][0][0] + 16);
     std::fill_n(&d[chunk][m][0][0], 16, NAN);
   }
-  own.begun.push_back(product);
+  own.groups.back().push_back(product);
+}
+
+template <Storage kStorage, bool kAdds, int kChunks, int kSixteens, class A>
+void multiply_later(float (&d)[kChunks][kSixteens][4][4], int m, const A& a, uint64_t b) {
+  begin_product<kStorage>(d, m, a, b, kAdds, false);
+}
+
+template <Storage kStorage, int kChunks, int kSixteens>
+void add_rows_later(float (&d)[kChunks][kSixteens][4][4], int m, const uint32_t (&a)[4], uint64_t b) {
+  begin_product<kStorage>(d, m, a, b, true, true);
 }
 
 inline void compute(const Product& product) {
@@ -227,20 +282,46 @@ inline void compute(const Product& product) {
   }
 }
 
+inline void end_products() { products[emulator::current].groups.emplace_back(); }
+
+// Of all groups that have ended but the kNewest latest; `named` says whether a result is one of those that the caller
+// names.
+template <class Named>
+void wait_for_groups(size_t newest, Named named) {
+  __syncwarp();
+  products[emulator::current].may_begin = false;
+  auto& groups = products[emulator::current].groups;
+  if (!groups.back().empty()) emulator::fail("products are waited for before their group has ended");
+  while (groups.size() > newest + 1) {
+    for (const Product& product : groups.front()) {
+      for (const auto result : product.results) {
+        if (!named(&result[0][0])) emulator::fail("the result of a product is not waited for");
+      }
+      const bool same = (product.left_described == 0 || find_left(product.left_described) == product.left) &&
+                        find_right(product.b, product.results.size(), product.transposed) == product.right;
+      if (!same) emulator::fail("shared memory changed under a product");
+      if (product.registers && !std::equal(product.of_registers, product.of_registers + 4, product.registers)) {
+        emulator::fail("registers of a product changed before it was waited for");
+      }
+      compute(product);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+template <int kNewest, int kChunks, int kSixteens>
+void wait_for_products(float (&d)[kChunks][kSixteens][4][4], int m) {
+  wait_for_groups(kNewest, [&](const float* result) {
+    bool is = false;
+    for (int chunk = 0; chunk < kChunks; ++chunk) is |= result == &d[chunk][m][0][0];
+    return is;
+  });
+}
+
 template <int kChunks, int kSixteens>
 void wait_for_products(float (&d)[kChunks][kSixteens][4][4]) {
-  __syncwarp();
-  const float *first = &d[0][0][0][0], *last = first + sizeof d / sizeof(float);
-  for (const Product& product : products[emulator::current].begun) {
-    for (const auto result : product.results) {
-      if (&result[0][0] < first || &result[0][0] >= last) emulator::fail("the result of a product is not waited for");
-    }
-    const bool same = (product.left_described == 0 || find_left(product.left_described) == product.left) &&
-                      find_right(product.b, product.results.size()) == product.right;
-    if (!same) emulator::fail("shared memory changed under a product");
-    compute(product);
-  }
-  products[emulator::current] = {};
+  const float* first = &d[0][0][0][0];
+  wait_for_groups(0, [&](const float* result) { return result >= first && result < first + sizeof d / sizeof(float); });
 }
 
 }  // namespace negmine::cuda
