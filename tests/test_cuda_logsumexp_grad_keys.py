@@ -300,6 +300,22 @@ def test_scores_are_the_bits_of_mine_hardest(emulated_kernel, D, dtype):
         exact("seen", got[:, -1], index[:, first : last + 1].flatten().bincount(minlength=K).float())
 
 
+@pytest.mark.parametrize(
+    ("D", "start", "silent", "tiles"),
+    [(72, 0, False, 3), (72, 8, False, 3), (72, 1, False, 0), (71, 0, False, 0), (72, 0, True, 0)],
+    ids=["plain", "aligned", "not aligned", "odd D", "a silent query"],
+)
+def test_sm90a_copies_whole_tiles_where_rows_allow(libraries, D, start, silent, tiles):
+    library = libraries("emulated_sm90a")
+    wide, keys = torch.empty(200, 88, dtype=torch.bfloat16), whole(20, D, dtype=torch.bfloat16, seed=1)
+    q = wide[:, start : start + D].copy_(whole(200, D))
+    before = library.emulated_boxes()
+    weight = torch.ones(200)
+    weight[7] -= float(silent)
+    seen_by(emulated_grad("emulated_sm90a", library), q, keys, torch.ones(200, 20), weight=weight)
+    assert library.emulated_boxes() - before == 2 * tiles  # slabs
+
+
 OPTIONS = [{}, {"decoupled": True}, {"negative_mask": masks("pairs", 40, 90)["negative_mask"]}]
 
 

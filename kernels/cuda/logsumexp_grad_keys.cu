@@ -21,12 +21,14 @@
 #include <array>
 #include <cfloat>
 #include <cmath>
+#include <type_traits>
 #include <utility>
 
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/logsumexp_grad_keys.h"
 #include "kernels/cuda/order.cuh"
 #include "kernels/cuda/score_tile.cuh"
+#include "kernels/cuda/tile_map.h"
 #include "kernels/cuda/visible.cuh"
 #include "kernels/cuda/warp.cuh"
 
@@ -56,8 +58,9 @@ struct Cut {
   static constexpr int kSixteens = kSteps > 8 ? 1 : 2;  // what registers are left beside the sums decides
   static constexpr int kRows = kThreads / kWarp * 16 * kSixteens;
   static constexpr int kKeyBytes = kRows * 16 * Tiles<kSteps>::kPieces;
-  static constexpr int kBytes = kKeyBytes + Tiles<kSteps>::kRing;
-  static_assert(kBytes <= kSharedBytes);
+  static constexpr int kLag = kSteps <= 8;  // turns for which a warpgroup's sums read their tile on
+  static constexpr int kBytes = kKeyBytes + Tiles<kSteps>::kRing + Tiles<kSteps>::kBarriers;
+  static_assert(kBytes + kLag * Tiles<kSteps>::kTileBytes <= kSharedBytes);
 };
 
 // One block.
@@ -96,83 +99,137 @@ __global__ void __launch_bounds__(kPrepareThreads)
 // in: rows are keys and columns are queries, its pool's tags, too. key_mask (K,) or null. grad: (gridDim.y, K, D).
 template <Storage kStorage, int kSteps, bool kByPair>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    grad_kernel(Inputs in, int K, const uint8_t* key_mask, const float* scale_at, Terms terms, float* grad) {
+    grad_kernel(const __grid_constant__ TileMap tiles, Inputs in, int K, const uint8_t* key_mask, const float* scale_at,
+                Terms terms, float* grad) {
   using Cut = Cut<kSteps>;
   constexpr int kSixteens = Cut::kSixteens, kOwn = 2 * kSixteens;
+  constexpr int kAtOnce = kByPair ? 1 : 2, kChunks = kHasWarpgroups ? kAtOnce : 1,
+                kLag = kHasWarpgroups ? Cut::kLag : 0;
   const int first = blockIdx.x * Cut::kRows, row = first + row_of<kSixteens>(0);
   const auto usable = [&](int k) { return k < K && (!key_mask || key_mask[k]); };
   gather_queries<kSteps, kSixteens>(shared_memory(), in.query,
                                     [&](int own) { return usable(first + own) ? int64_t{first + own} : int64_t{-1}; });
   const SharedQueries<kSteps, kSixteens> keys(shared_memory());
   if (*terms.every) in.pool.key_mask = nullptr;
-  const int lane = lane_of_rows<kSteps>();
+  [[maybe_unused]] const int lane = lane_of_rows<kSteps>();
   const int t = threadIdx.x % kQuad;
   const float factor = *scale_at * kLog2E;
 
-  float sums[kSixteens][2 * kSteps][4] = {};
-  uint32_t seen = 0;  // of the scores of a chunk, those in the pool
+  float sums[kSteps / 2][kSixteens][4][4] = {};  // as the scores of 32 queries each, of 32 dims each
+  uint32_t p[kSixteens][2 * kChunks][4];         // (16, 16) of the rows and each 16 queries
+  uint32_t seen[kChunks] = {};                   // of the scores of a chunk, those in the pool
   bool partial = true;
-  const auto before = [&](int chunk) {
-    partial = kByPair || chunk + kChunk > in.K || in.pool.key_mask;
-    if (partial) seen = visible<kSixteens, kByPair, true>(in, row, K, chunk + 2 * t);
-  };
-  const auto use = [&](int chunk, ScoresOf<kSixteens>& s, SharedAddress queries) {
-    const int column = chunk + 2 * t;
-    if constexpr (kByPair) {
-      const auto bounded = [&](const int64_t* bounds, auto is_inside) {
+  const auto before = [&](int column) {
+    partial = kByPair || column + kChunks * kChunk > in.K || in.pool.key_mask;
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const Bound own = bound_of(bounds[min(column + j / 2 * 8 + j % 2, in.K - 1)]);
-#pragma unroll
-          for (int r = 0; r < kOwn; ++r) {
-            const float score = s[r / 2][j / 2][r % 2 * 2 + j % 2];
-            if (!is_inside(own, score, row + 8 * r)) seen &= ~(bit_of(j) << shift_of(r));
-          }
-        }
-      };
-      if (in.pool.lower) bounded(in.pool.lower, is_at_least);
-      if (in.pool.upper) bounded(in.pool.upper, is_at_most);
+    for (int c = 0; c < kChunks && partial; ++c) {
+      seen[c] = visible<kSixteens, kByPair, true>(in, row, K, column + c * kChunk + 2 * t);
     }
-    // Half of the queries at a time: products of one may run beside the exponentials of the next.
-#pragma unroll
-    for (int half = 0; half < kChunk / 16; ++half) {
-      uint32_t p[kSixteens][4];  // (16, 16) of the rows and these queries
+    if constexpr (kLag > 0) wait_for_products(sums);  // only now: tensor cores were at it while the next tile came
+  };
+  const auto use = [&](int begin, ScoresOf<kSixteens>(&s)[kChunks], SharedAddress queries) {
+    const int column = begin + 2 * t;
+    // Of 64 rows and 16 queries.
+    const auto weigh = [&](int m, int k, auto some_are_hidden) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int n = 2 * half + i / 2;
-        const float4 two = *reinterpret_cast<const float4*>(terms.of + column + 8 * n);  // neighbours
-#pragma unroll
-        for (int m = 0; m < kSixteens; ++m) {
-          const float low = power_of_2(fmaf(s[m][n][i % 2 * 2], factor, two.x)) * two.y;
-          const float high = power_of_2(fmaf(s[m][n][i % 2 * 2 + 1], factor, two.z)) * two.w;
-          p[m][i] = pair_of<kStorage>(low, high);
+        const int n = k % 2 * 2 + i / 2, bit = shift_of(2 * m + i % 2) + 4 * n;
+        const float4 two = *reinterpret_cast<const float4*>(terms.of + column + 16 * k + i / 2 * 8);  // neighbours
+        const float* score = s[k / 2][m][n] + i % 2 * 2;
+        float low = power_of_2(fmaf(score[0], factor, two.x)) * two.y;
+        float high = power_of_2(fmaf(score[1], factor, two.z)) * two.w;
+        if (decltype(some_are_hidden)::value) {
+          low = seen[k / 2] >> bit & 1 ? low : 0.0f;
+          high = seen[k / 2] >> bit & 2 ? high : 0.0f;
         }
+        p[m][k][i] = pair_of<kStorage>(low, high);
       }
-      if (partial) {
+    };
+    const auto weigh_all = [&](int m, auto some_are_hidden) {
+#pragma unroll
+      for (int k = 0; k < 2 * kChunks; ++k) weigh(m, k, some_are_hidden);
+    };
+    const auto bound = [&](int m) {
+      if constexpr (kByPair) {
+        const auto bounded = [&](const int64_t* bounds, auto is_inside) {
+#pragma unroll
+          for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+              const Bound own = bound_of(bounds[min(column + c * kChunk + j / 2 * 8 + j % 2, in.K - 1)]);
+#pragma unroll
+              for (int r = 2 * m; r < 2 * m + 2; ++r) {
+                const float score = s[c][m][j / 2][r % 2 * 2 + j % 2];
+                if (!is_inside(own, score, row + 8 * r)) seen[c] &= ~(bit_of(j) << shift_of(r));
+              }
+            }
+          }
+        };
+        if (in.pool.lower) bounded(in.pool.lower, is_at_least);
+        if (in.pool.upper) bounded(in.pool.upper, is_at_most);
+      }
+    };
+    if constexpr (kHasWarpgroups) {
+      const auto sum_up = [&](int m) {
+        begin_sums(sums, m, p[m]);
+#pragma unroll
+        for (int k = 0; k < 2 * kChunks; ++k) {
+          add_rows_later<kStorage>(sums, m, p[m][k],
+                                   rows_descriptor(queries, Tiles<kSteps>::kSlabBytes) + k * kSixteenRows);
+        }
+        end_products();
+      };
+#pragma unroll
+      for (int m = 0; m < kSixteens; ++m) {
+        // Scores of 64 rows arrive, and sums of 64 go on, while others are weighed; by pair, for which there are fewer
+        // registers, sums come last.
+        if (kByPair && m == kSixteens - 1) {
+          wait_for_products<0>(s, m);
+        } else {
+          wait_for_products<kSixteens - 1>(s, m);
+        }
+        bound(m);
+        if (partial) {
+          weigh_all(m, std::true_type());
+        } else {
+          weigh_all(m, std::false_type());
+        }
+        if constexpr (!kByPair) sum_up(m);
+      }
+#pragma unroll
+      for (int m = 0; m < (kByPair ? kSixteens : 0); ++m) sum_up(m);
+    } else {
+#pragma unroll
+      for (int m = 0; m < kSixteens; ++m) bound(m);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
 #pragma unroll
         for (int m = 0; m < kSixteens; ++m) {
+          if (partial) {
+            weigh(m, k, std::true_type());
+          } else {
+            weigh(m, k, std::false_type());
+          }
+        }
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const uint32_t both = seen >> (shift_of(2 * m + i % 2) + 4 * (2 * half + i / 2));
-            p[m][i] &= (both & 1 ? 0x0000FFFFu : 0u) | (both & 2 ? 0xFFFF0000u : 0u);
+        for (int pair = 0; pair < kSteps; ++pair) {
+          uint32_t value[4];  // of these queries and 8 dims from 16 pair on, and of the next 8 dims
+          load_transposed(value, at_step<kSteps>(queries + lane, pair) + further<kSteps>(16 * k, 0));
+#pragma unroll
+          for (int m = 0; m < kSixteens; ++m) {
+            multiply<kStorage>(sums[pair / 2][m][pair % 2 * 2], p[m][k], value[0], value[1]);
+            multiply<kStorage>(sums[pair / 2][m][pair % 2 * 2 + 1], p[m][k], value[2], value[3]);
           }
         }
       }
-#pragma unroll
-      for (int pair = 0; pair < kSteps; ++pair) {
-        uint32_t value[4];  // of these queries and 8 dims from 16 pair on, and of the next 8 dims
-        load_transposed(value, at_step<kSteps>(queries + lane, pair) + further<kSteps>(16 * half, 0));
-#pragma unroll
-        for (int m = 0; m < kSixteens; ++m) {
-          multiply<kStorage>(sums[m][2 * pair], p[m], value[0], value[1]);
-          multiply<kStorage>(sums[m][2 * pair + 1], p[m], value[2], value[3]);
-        }
-      }
     }
+    if constexpr (kHasWarpgroups && kLag == 0) wait_for_products(sums);
   };
   const auto find = [&](int query) { return in.key(query); };
-  stream<kStorage, kSteps, kSixteens, kTwoZeros, 1>(keys, shared_memory() + Cut::kKeyBytes, in.keys, blockIdx.y,
-                                                    gridDim.y, in.K, !in.pool.key_mask, find, use, before);
+  stream<kStorage, kSteps, kSixteens, kTwoZeros, kAtOnce, kLag>(keys, shared_memory() + Cut::kKeyBytes,
+                                                                MappedRows{in.keys, tiles}, blockIdx.y, gridDim.y, in.K,
+                                                                !in.pool.key_mask, find, use, before);
+  if constexpr (kLag > 0) wait_for_products(sums);
 
   const float back = *terms.back;
   const int D = static_cast<int>(in.keys.D);
@@ -185,8 +242,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
     for (int n = 0; n < 2 * kSteps; ++n) {
       const int d = 8 * n + 2 * t;
-      const float low = shut_out ? 0.0f : sums[r / 2][n][r % 2 * 2] * back;
-      const float high = shut_out ? 0.0f : sums[r / 2][n][r % 2 * 2 + 1] * back;
+      const float low = shut_out ? 0.0f : sums[n / 4][r / 2][n % 4][r % 2 * 2] * back;
+      const float high = shut_out ? 0.0f : sums[n / 4][r / 2][n % 4][r % 2 * 2 + 1] * back;
       if (D % 2 == 0 && d < D) {
         *reinterpret_cast<float2*>(own + d) = make_float2(low, high);
       } else {
@@ -211,8 +268,10 @@ cudaError_t grad(const Inputs& in, const LogSumExpGradKeysParams& params, const 
   using Cut = Cut<kSteps>;
   const dim3 grid(static_cast<unsigned>((params.K + Cut::kRows - 1) / Cut::kRows),
                   static_cast<unsigned>(params.plan.splits));
-  return launch(grad_kernel<kStorage, kSteps, kByPair>, grid, kThreads, Cut::kBytes, stream, in,
-                static_cast<int>(params.K), params.pool.key_mask, params.scale, terms, to);
+  return launch(grad_kernel<kStorage, kSteps, kByPair>, grid, kThreads,
+                Cut::kBytes + (has_compute_capability_9_0() ? Cut::kLag * Tiles<kSteps>::kTileBytes : 0), stream,
+                map_tiles(in.keys, params.B, params.storage), in, static_cast<int>(params.K), params.pool.key_mask,
+                params.scale, terms, to);
 }
 
 template <Storage kStorage, bool kByPair>

@@ -12,6 +12,8 @@ extern "C" int64_t emulated_workspace(int64_t B, int64_t K, int64_t D, int64_t p
   return plan_grad_keys(B, K, D, processors).workspace;
 }
 
+extern "C" int64_t emulated_boxes() { return boxes; }
+
 extern "C" int emulated_logsumexp_grad_keys(
     int64_t B, int64_t K, int64_t D, const void* query, const void* negative_keys, int64_t query_stride,
     int64_t negative_keys_stride, int32_t storage, const float* scale, const float* lse, const float* weight,
