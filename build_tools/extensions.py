@@ -93,7 +93,7 @@ class Build:
         if cuda:
             assert self.toolkit
             command += ["-DUSE_CUDA", f"-isystem{self.toolkit.include}"]
-        sources = [source for source in glob("csrc/torch/*.cpp") if source.endswith("_cuda.cpp") == cuda]
+        sources = [source for source in glob("csrc/torch/*.cpp") if ("/ops_cuda" in source) == cuda]
         return [Unit(source, tuple(command)) for source in sources]
 
     def python_module(self) -> list[Unit]:

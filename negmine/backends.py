@@ -168,7 +168,7 @@ def _cuda_ops() -> Backend:
         found["logsumexp_pair"] = in_two(found["logsumexp"])
         found["logsumexp_mine"] = one_by_one(found["logsumexp"], found["mine_hardest"])
     asked_only = frozenset(found) - CUDA_UNASKED
-    mining, summing = ("mine_hardest", "logsumexp_mine"), ("logsumexp", "logsumexp_pair")
+    mining, summing = ("mine_hardest", "logsumexp_mine"), ("logsumexp", "logsumexp_pair", "logsumexp_grad_keys")
     limits = dict.fromkeys(mining, _mining_limit) | dict.fromkeys(summing, _scoring_limit)
     return Backend("cuda", "cuda", found, cpp_ops.CUDA_REFUSAL, asked_only=asked_only, limits=limits)
 

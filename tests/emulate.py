@@ -32,7 +32,9 @@ def build(source: str, folder: Path, *more: str) -> ctypes.CDLL:
     subprocess.run(["g++", *flags, f"tests/emulator/{source}.cpp", "-o", str(library)], cwd=ROOT, check=True)
     built = ctypes.CDLL(str(library))
     if ELSEWHERE in more:
-        cuda_kernels.attach(built, library, f"kernels/cuda/{source}.cu", "sm_90a" if SM90A in more else "sm_80")
+        cuda_kernels.attach(
+            built, library, ROOT / f"tests/emulator/{source}.cpp", "sm_90a" if SM90A in more else "sm_80"
+        )
     return built
 
 

@@ -75,8 +75,10 @@ def table(monkeypatch):
 
             return launch
 
-        mine = {op: noted("cuda", op) for op in ("mine_hardest", "mix_negatives", "logsumexp")}
+        own = ("mine_hardest", "logsumexp", "logsumexp_grad_keys", "mix_negatives", "mix_logsumexp")
+        mine = {op: noted("cuda", op) for op in own}
         mine["logsumexp_pair"] = backends.in_two(mine["logsumexp"])
+        mine["logsumexp_mine"] = backends.one_by_one(mine["logsumexp"], mine["mine_hardest"])
         rest = {op: noted("triton", op) for op in cpu}
         rows = (
             Backend(
@@ -84,7 +86,7 @@ def table(monkeypatch):
                 "cpu",
                 mine,
                 asked_only=frozenset(asked_only),
-                limits={"mine_hardest": short, "logsumexp": narrow},
+                limits={"mine_hardest": short, "logsumexp": narrow, "logsumexp_grad_keys": narrow},
             ),
             Backend("triton", "cpu", rest),
         )
@@ -140,7 +142,7 @@ def test_what_was_asked_for_and_cannot_run_is_refused_in_words(table):
     assert not ran
 
 
-WAITING = {"mine_hardest", "logsumexp", "logsumexp_pair"}
+WAITING = {"mine_hardest", "logsumexp", "logsumexp_pair", "logsumexp_mine", "logsumexp_grad_keys", "mix_logsumexp"}
 
 
 def loss(dtype=torch.bfloat16, D=8, trained_keys=False, **options):
@@ -148,24 +150,38 @@ def loss(dtype=torch.bfloat16, D=8, trained_keys=False, **options):
     q.requires_grad_()
     keys.requires_grad_(trained_keys)
     negmine.info_nce(q, pos, keys, temperature=0.2, **options).backward()
-    return q.grad
+    return q.grad, keys.grad
 
 
-@pytest.mark.parametrize("options", [{}, {"decoupled": True}, {"weight": Weight(1.0, 0.01)}], ids=str)
-def test_a_loss_over_frozen_keys_runs_where_it_is_asked_to(table, options):
+MIXED = {"mine_hardest", "mix_logsumexp"}
+
+
+@pytest.mark.parametrize("trained_keys", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize(
+    "options", [{}, {"decoupled": True}, {"weight": Weight(1.0, 0.01)}, {"mix": Mix(4, 2, 2)}], ids=str
+)
+def test_a_loss_runs_where_it_is_asked_to(table, options, trained_keys):
     ran = table(WAITING)
-    grads = [loss(**options), loss(**options, backend="cuda")]
-    assert {name for name, _ in ran[: len(ran) // 2]} == {"triton"}
-    assert {op for name, op in ran if name == "cuda"} == {"logsumexp"}
-    torch.testing.assert_close(grads[1], grads[0])
+    unasked = loss(**options, trained_keys=trained_keys)
+    assert {name for name, _ in ran} == {"triton"}
+    ran.clear()
+    asked = loss(**options, trained_keys=trained_keys, backend="cuda")
+    wanted = {"logsumexp", *(MIXED if "mix" in options else ()), *(["logsumexp_grad_keys"] if trained_keys else ())}
+    assert set(ran) == {("cuda", op) for op in wanted}
+    assert (asked[1] is not None) == trained_keys
+    for got, want in zip(asked, unasked, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"trained_keys": True}, r"cannot run logsumexp_grad_keys.*cuda has no kernel"),
+        (
+            {"trained_keys": True, "D": 300},
+            r"info_nce: backend 'cuda' cannot run this logsumexp .*D up to 256, got 300",
+        ),
         ({"select": Select(1, 50)}, r"cannot run rank_thresholds.*cuda has no kernel"),
-        ({"mix": Mix(4, 2, 2)}, r"cannot run .*cuda has no kernel"),
+        ({"mix": Mix(4, 2, 2, detach=False)}, r"cannot run listed_logsumexp.*cuda has no kernel"),
         ({"dtype": torch.float32}, r"info_nce: backend 'cuda' cannot run this logsumexp .*got float32 and float32"),
         ({"D": 300}, r"info_nce: backend 'cuda' cannot run this logsumexp .*D up to 256, got 300"),
     ],

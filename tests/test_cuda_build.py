@@ -1,27 +1,15 @@
-"""kernels/cuda with and without a GPU: what each file compiles to, and mix_negatives.
+"""What kernels/cuda compiles to: every file for every target, without a warning or a spill, into few instructions a score."""
 
-nvcc compiles every file for every target without a warning or a spill, and mix_negatives runs on the CPU under
-tests/emulator, which executes the same source with one fiber per CUDA thread. The same cases run on a GPU, where there
-is one, and are small enough for compute-sanitizer.
-"""
-
-import ctypes
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 from build_tools.cuda_toolkit import find_nvcc, inspect
 from build_tools.extensions import NVCC_FLAGS, PTXAS_FLAGS
 from build_tools.native import SPILL
-from negmine import Mix, cpp_ops, philox, reference
-from negmine.mixing import draws_of
-from tests import emulate, sass
-from tests.cases import unit
-from tests.compare import exact, rounded
-from tests.emulate import STORAGE, on_gpu
+from tests import sass
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +28,11 @@ PRODUCTS = {"80": "HMMA.16816.F32.BF16", "90a": "HGMMA.64x16.F32.BF16", "100": "
 INSTRUCTIONS_PER_SUMMED_SCORE = {
     ("80", False): 13.8, ("90a", False): 8.2, ("100", False): 13.2,
     ("80", True): 20.6, ("90a", True): 14.7, ("100", True): 17.7,
+}  # fmt: skip
+# The same of logsumexp_grad_keys, which by pairs takes 32 scores a turn on every card.
+INSTRUCTIONS_PER_GRADED_SCORE = {
+    ("80", False): 11.1, ("90a", False): 6.1, ("100", False): 10.3,
+    ("80", True): 15.8, ("90a", True): 12.0, ("100", True): 12.6,
 }  # fmt: skip
 HEADROOM = 1.1
 
@@ -70,7 +63,7 @@ def test_compiles_clean(compiled):
 def test_scores_cost_few_instructions(compiled):
     pytest.importorskip("triton")
     source, target, _ = compiled
-    if source not in ("mine_hardest.cu", "logsumexp.cu"):
+    if source not in ("mine_hardest.cu", "logsumexp.cu", "logsumexp_grad_keys.cu"):
         pytest.skip("computes no score")
     sass.show("cuobjdump", "-xelf", "all", target, folder=target.parent)
     seen = set()
@@ -90,128 +83,21 @@ def test_scores_cost_few_instructions(compiled):
                 assert 0 < per_score <= HEADROOM * INSTRUCTIONS_PER_SCORE[capability, by_pair], (capability, by_pair)
                 assert used == {PRODUCTS[capability]}
                 seen.add((capability, by_pair))
-            if m := re.search(r"sum_kernel\w*E1ELi8ELb1ELb([01])E", name):  # bf16, D up to 128, with the mean
-                by_pair = m[1] == "1"
-                per_score = min(sass.turns(code)) / SCORES_OF_A_TURN[capability]
-                assert sass.products(code) == {PRODUCTS[capability]}, "scores and sums of keys are by the same products"
-                assert ("tnspB" in code) == (capability == "90a"), "who transposes the keys that are summed"
-                halves = code.count("DEPBAR.LE gsb0, 0x1")  # waits that leave the other half's products under way
-                assert halves == (2 if capability == "90a" else 0)
-                print(f"sm_{capability}, by pairs {by_pair}: {per_score:.1f} instructions per summed score")
-                assert 0 < per_score <= HEADROOM * INSTRUCTIONS_PER_SUMMED_SCORE[capability, by_pair]
-                seen.add((capability, by_pair))
+            for kernel, of_which, most in [
+                ("sum", "ELb1", INSTRUCTIONS_PER_SUMMED_SCORE),  # with the mean
+                ("grad", "", INSTRUCTIONS_PER_GRADED_SCORE),
+            ]:
+                if m := re.search(rf"{kernel}_kernel\w*E1ELi8{of_which}ELb([01])E", name):  # bf16, D up to 128
+                    by_pair = m[1] == "1"
+                    scores = 32 if by_pair and kernel == "grad" else SCORES_OF_A_TURN[capability]
+                    per_score = min(sass.turns(code)) / scores
+                    assert sass.products(code) == {PRODUCTS[capability]}, (
+                        "scores and sums of rows are by the same products"
+                    )
+                    assert ("tnspB" in code) == (capability == "90a"), "who transposes the rows that are summed"
+                    halves = code.count("DEPBAR.LE gsb0, 0x1")  # waits that leave the other half's products under way
+                    assert halves == (0 if capability != "90a" else 1 if by_pair and kernel == "grad" else 2)
+                    print(f"sm_{capability}, by pairs {by_pair}: {per_score:.1f} instructions per score of {kernel}")
+                    assert 0 < per_score <= HEADROOM * most[capability, by_pair]
+                    seen.add((capability, by_pair))
     assert len(seen) == 2 * len(list(target.parent.glob("*.cubin"))), f"found {seen}"
-
-
-@pytest.fixture(scope="module")
-def emulated_kernel(tmp_path_factory):
-    """kernels/cuda/mix_negatives.cu as a C function; undefined behaviour aborts."""
-    function = emulate.build("mix_negatives", tmp_path_factory.mktemp("emulator")).emulated_mix_negatives
-    i64, i32, u32, f32, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_uint32, ctypes.c_float, ctypes.c_void_p
-    function.argtypes = [*[i64] * 3, *[pointer] * 3, *[i64] * 3, *[i32] * 2, *[i64] * 2, *[f32] * 4]
-    function.argtypes += [ctypes.c_bool, pointer, u32, u32, i64, pointer, pointer, pointer]
-
-    def mix_negatives(query, negative_keys, hard_index, mix, seed, step, row_offset):
-        (B, D), S = query.shape, mix.total
-        vectors = torch.full((B, S, D), torch.nan, dtype=query.dtype)
-        parents = torch.full((B, S, 2), -9)
-        coefficients = torch.full((B, S), torch.nan)
-        quantiles = philox.beta_quantiles(mix.concentration)
-        error = function(
-            *(B, hard_index.shape[1], D, query.data_ptr(), negative_keys.data_ptr(), hard_index.data_ptr()),
-            *(query.stride(0), negative_keys.stride(0), hard_index.stride(0)),
-            *(STORAGE[query.dtype], STORAGE[negative_keys.dtype], mix.pairs, mix.with_query),
-            *(*mix.pair_range, *mix.query_range, mix.distinct, None if quantiles is None else quantiles.data_ptr()),
-            *(seed, step, row_offset, vectors.data_ptr(), parents.data_ptr(), coefficients.data_ptr()),
-        )
-        assert error == 0
-        return vectors, parents, coefficients
-
-    return mix_negatives
-
-
-def gpu_op(query, negative_keys, hard_index, mix, seed, step, row_offset):
-    tensors = [on_gpu(tensor) for tensor in (query, negative_keys, hard_index)]
-    draws = draws_of(mix, torch.device("cuda"), seed, step, row_offset)
-    return tuple(out.cpu() for out in torch.ops.negmine.mix_negatives(*tensors, *draws))
-
-
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=(pytest.mark.gpu, pytest.mark.sanitized))])
-def kernel(request):
-    """mix_negatives on CPU tensors, by the emulator or by the GPU."""
-    if request.param == "emulated":
-        return request.getfixturevalue("emulated_kernel")
-    if cpp_ops.CUDA_REFUSAL:
-        pytest.skip(cpp_ops.CUDA_REFUSAL)
-    return gpu_op
-
-
-def check(kernel, query, keys, mix, usable=None, seed=0, step=0, row_offset=0):
-    """The kernel against the reference: draws exact, vectors within rounding."""
-    _, index = reference.mine_hardest(query.double(), keys.double(), mix.skip + mix.hard, usable)
-    got = kernel(query, keys, index[:, mix.skip :], mix, seed, step, row_offset)
-    draw = {"seed": seed, "step": step, "row_offset": row_offset}
-    truth = reference.mix_negatives(query.double(), keys.double(), mix, usable, **draw)
-    plain = reference.mix_negatives(query.float(), keys.float(), mix, usable, **draw)
-    exact("parents", got[1], truth[1])
-    exact("coefficients", got[2], plain[2])
-    rounded("vectors", got[0], truth[0], plain[0].to(query.dtype))
-    return got
-
-
-@pytest.mark.parametrize("query_dtype", STORAGE)
-@pytest.mark.parametrize("keys_dtype", STORAGE)
-@pytest.mark.parametrize("D", [4, 130])  # in quads, and one element at a time
-def test_storage(kernel, query_dtype, keys_dtype, D):
-    check(kernel, unit(2, D, dtype=query_dtype), unit(12, D, dtype=keys_dtype, seed=1), Mix(6, 3, 2))
-
-
-@pytest.mark.parametrize(
-    ("shape", "mix"),
-    [  # B, K, D
-        ((1, 1, 1), Mix(1, 1, 1)),
-        ((0, 3, 4), Mix(2, 1, 1)),
-        ((2, 5, 7), Mix(9, 3, 2)),  # fewer negatives than Mix.hard: -1 at the end
-        ((3, 70, 3), Mix(64, 5, 0, skip=3)),
-        ((2, 40, 128), Mix(33, 0, 5, query_range=(0.1, 0.9))),
-        ((1, 1100, 8), Mix(1100, 16, 16, concentration=0.4)),
-        ((1, 2, 1000), Mix(2, 16, 1, distinct=True)),
-        ((1, 3, 2), Mix(3, 16, 1, distinct=False, pair_range=(0.25, 0.5))),
-    ],
-    ids=str,
-)
-def test_shapes_and_draws(kernel, shape, mix):
-    B, K, D = shape
-    check(kernel, unit(B, D), unit(K, D, seed=1), mix, seed=2**32 - 1, step=77, row_offset=2**33 + 5)
-
-
-def test_row_without_negatives_is_zero(kernel):
-    usable = torch.ones(3, 9, dtype=torch.bool)
-    usable[1] = False
-    vectors, parents, coefficients = check(kernel, unit(3, 5), unit(9, 5, seed=1), Mix(4, 2, 2), usable)
-    assert (parents[1] == -1).all()
-    assert (vectors[1] == 0).all()
-    assert (coefficients[1] == 0).all()
-
-
-def test_a_mix_of_nothing_is_zero(kernel):
-    vectors, _, _ = check(kernel, torch.zeros(1, 6), torch.zeros(4, 6), Mix(4, 2, 2))
-    assert (vectors == 0).all()
-
-
-def test_layout_changes_no_bit(kernel):
-    query, keys, mix = unit(2, 12), unit(30, 12, seed=1), Mix(8, 6, 6)
-    padded = torch.full((30, 13), torch.nan)
-    padded[:, :12] = keys
-    plain, strided = (check(kernel, query, each, mix) for each in (keys, padded[:, :12]))
-    exact("vectors", strided[0], plain[0])
-
-
-def test_nan_stays_in_its_row(kernel):
-    query = unit(2, 6)
-    _, index = reference.mine_hardest(query, unit(9, 6, seed=1), 4)
-    query[1] = torch.nan
-    vectors, _, _ = kernel(query, unit(9, 6, seed=1), index, Mix(4, 2, 3), 0, 0, 0)
-    assert vectors[0].isfinite().all()
-    assert vectors[1, :2].isfinite().all()
-    assert vectors[1, 2:].isnan().all()

@@ -12,8 +12,8 @@ from negmine import cpp_ops, order, reference
 from negmine.pool import check_pool, usable
 from tests.cases import MASKS, masks, unit, whole
 from tests.compare import exact, selected
-from tests.emulate import on_gpu, pool_of
-from tests.emulated_mining import PRODUCTS, emulated, mining_library, plan_of
+from tests.emulate import PRODUCTS, on_gpu, pool_of
+from tests.emulated_mining import emulated, mining_library, plan_of
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 

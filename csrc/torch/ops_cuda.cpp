@@ -1,4 +1,5 @@
-// The CUDA ops of negmine: tensors -> the params structs of kernels/cuda, on the current stream of the tensors' device.
+// The CUDA ops over the queue: tensors -> the params structs of kernels/cuda, on the current stream of the tensors'
+// device. The ops that walk one query's own vectors: ops_cuda_rows.cpp.
 //
 // Only torch's stable ABI (2.10) is used. The ops are declared in schemas.cpp, in the library that Python loads first.
 // Checks here protect memory; the meaning of arguments is checked in negmine/.
@@ -10,9 +11,10 @@
 #include <tuple>
 
 #include "csrc/torch/checks.h"
+#include "csrc/torch/cuda_params.h"
 #include "kernels/cuda/logsumexp.h"
+#include "kernels/cuda/logsumexp_grad_keys.h"
 #include "kernels/cuda/mine_hardest.h"
-#include "kernels/cuda/mix_negatives.h"
 
 namespace negmine {
 namespace {
@@ -23,31 +25,6 @@ using checks::new_empty;
 using checks::OptionalTensor;
 using checks::ScalarType;
 using checks::Tensor;
-
-void* current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return stream;
-}
-
-cuda::Storage storage_of(const Tensor& matrix) {
-  const ScalarType dtype = matrix.scalar_type();
-  return dtype == ScalarType::Float      ? cuda::Storage::kFloat32
-         : dtype == ScalarType::BFloat16 ? cuda::Storage::kBFloat16
-                                         : cuda::Storage::kFloat16;
-}
-
-// Makes the device of `tensor` current for launches: a guard of torch speaks to torch's CUDA runtime, and this library
-// is linked with its own, which must agree on the device.
-void set_device(const char* op, const Tensor& tensor) {
-  checks::require(cudaSetDevice(tensor.get_device_index()) == cudaSuccess, op, ": cuda:", tensor.get_device_index(),
-                  " could not be made the current device.");
-}
-
-void require_launched(const char* op, int error) {
-  checks::require(error == cudaSuccess, op,
-                  ": the launch failed: ", cudaGetErrorString(static_cast<cudaError_t>(error)), ".");
-}
 
 #define POOL_ARGUMENTS                                                                                        \
   const OptionalTensor &negative_mask, const OptionalTensor &query_ids, const OptionalTensor &negative_ids,   \
@@ -108,10 +85,6 @@ struct Scored {
     return p;
   }
 };
-
-void require_on_gpu(const char* op, const Tensor& query) {
-  checks::require(query.is_cuda(), op, ": query must be on a CUDA device, where the other tensors are, it is not.");
-}
 
 std::tuple<Tensor, Tensor> mine_hardest(const Tensor& query, const Tensor& negative_keys, int64_t N, POOL_ARGUMENTS) {
   // Checks.
@@ -174,70 +147,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logsumexp(const Tensor& query, const 
   return {lse, mean, kept, above};
 }
 
-// hard_index must hold rows of negative_keys: a GPU's memory is not read here to see whether it does.
-std::tuple<Tensor, Tensor, Tensor> mix_negatives(const Tensor& query, const Tensor& negative_keys,
-                                                 const Tensor& hard_index, int64_t pairs, int64_t with_query,
-                                                 double pair_low, double pair_high, double query_low, double query_high,
-                                                 bool distinct, const OptionalTensor& quantiles, int64_t seed,
-                                                 int64_t step, int64_t row_offset) {
+Tensor logsumexp_grad_keys(const Tensor& query, const Tensor& negative_keys, const Tensor& scale, const Tensor& lse,
+                           const Tensor& weight, POOL_ARGUMENTS) {
   // Checks.
-  const char* op = "mix_negatives";
+  const char* op = "logsumexp_grad_keys";
   require_on_gpu(op, query);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const Tensor q = checks::matrix(op, "query", query, "(B, D)");                     // (B, D)
-  const Tensor keys = checks::matrix(op, "negative_keys", negative_keys, "(K, D)");  // (K, D)
-  checks::same_width(op, q, keys);
-  const Tensor index = checks::index_matrix(op, "hard_index", hard_index, q.size(0), q);  // (B, N)
-  const OptionalTensor table = checks::vector(op, "quantiles", quantiles, ScalarType::Float, 4097, q);
-  checks::require(pairs >= 0 && with_query >= 0, op, ": pairs and with_query must not be negative, got ", pairs,
-                  " and ", with_query, ".");
-  const int64_t B = q.size(0), D = q.size(1), S = pairs + with_query;
+  const Scored in(op, query, negative_keys, POOL);
+  const Tensor factor = checks::scalar(op, "scale", scale, in.q);
+  const Tensor sums = checks::vector(op, "lse", lse, ScalarType::Float, in.B, in.q);
+  const Tensor weights = checks::vector(op, "weight", weight, ScalarType::Float, in.B, in.q);
+  const cuda::KeysGradPlan plan = cuda::plan_grad_keys(in.B, in.K, in.D, in.processors);
 
   // Outputs.
-  Tensor vectors = new_empty(q, {B, S, D});
-  Tensor parents = new_empty(q, {B, S, 2}, ScalarType::Long);
-  Tensor coefficients = new_empty(q, {B, S}, ScalarType::Float);
+  Tensor grad_keys = new_empty(in.q, {in.K, in.D}, ScalarType::Float);
+  Tensor workspace = new_empty(in.q, {plan.workspace}, ScalarType::Byte);
 
   // Params.
-  const cuda::MixNegativesParams params = {
-      .B = B,
-      .N = index.size(1),
-      .D = D,
-      .query = q.data_ptr(),
-      .negative_keys = keys.data_ptr(),
-      .hard_index = longs(index),
-      .query_stride = q.stride(0),
-      .negative_keys_stride = keys.stride(0),
-      .hard_index_stride = index.stride(0),
-      .query_storage = storage_of(q),
-      .negative_keys_storage = storage_of(keys),
-      .pairs = pairs,
-      .with_query = with_query,
-      .pair_low = static_cast<float>(pair_low),
-      .pair_high = static_cast<float>(pair_high),
-      .query_low = static_cast<float>(query_low),
-      .query_high = static_cast<float>(query_high),
-      .distinct = distinct,
-      .quantiles = floats(table),
-      .seed = static_cast<uint32_t>(seed),
-      .step = static_cast<uint32_t>(step),
-      .row_offset = row_offset,
-      .vectors = vectors.mutable_data_ptr(),
-      .parents = static_cast<int64_t*>(parents.mutable_data_ptr()),
-      .coefficients = static_cast<float*>(coefficients.mutable_data_ptr()),
-  };
-
-  set_device(op, q);
-  require_launched(op, cuda::mix_negatives(params, current_stream(q)));
-  return {vectors, parents, coefficients};
+  auto p = in.params<cuda::LogSumExpGradKeysParams>();
+  p.scale = floats(factor);
+  p.lse = floats(sums);
+  p.weight = floats(weights);
+  p.plan = plan;
+  p.grad_keys = static_cast<float*>(grad_keys.mutable_data_ptr());
+  p.workspace = workspace.mutable_data_ptr();
+  require_launched(op, cuda::logsumexp_grad_keys(p, current_stream(in.q)));
+  return grad_keys;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(negmine, CUDA, m) {
   m.impl("logsumexp", TORCH_BOX(&logsumexp));
+  m.impl("logsumexp_grad_keys", TORCH_BOX(&logsumexp_grad_keys));
   m.impl("mine_hardest", TORCH_BOX(&mine_hardest));
-  m.impl("mix_negatives", TORCH_BOX(&mix_negatives));
 }
 
 }  // namespace negmine

@@ -26,13 +26,13 @@
 #include "kernels/cuda/score_tile.cuh"
 #include "kernels/cuda/tile_map.h"
 #include "kernels/cuda/visible.cuh"
+#include "kernels/cuda/warp.cuh"
 
 namespace negmine::cuda {
 namespace {
 
 constexpr float kMost = 32768.0f;  // in fp16's range; what a lane's powers of a turn add up to before a shift moves
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr int kBlocks = 2;  // on a processor
+constexpr int kBlocks = 2;         // on a processor
 
 // How many queries a block has and where they are: what registers are left beside the mean decides.
 template <int kSteps, bool kWantMean>

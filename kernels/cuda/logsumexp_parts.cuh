@@ -10,10 +10,10 @@
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/logsumexp.h"
 #include "kernels/cuda/score_tile.cuh"
+#include "kernels/cuda/warp.cuh"
 
 namespace negmine::cuda {
 
-constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kMergeThreads = 256, kMergeWarps = kMergeThreads / kWarp;
 
 // What the parts of the queue say of each row: logits in powers of 2.
@@ -31,13 +31,6 @@ __device__ __forceinline__ float element(const char* row, int d) {
   const uint16_t bits = reinterpret_cast<const uint16_t*>(row)[d];
   return kStorage == Storage::kBFloat16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16)
                                         : __half2float(__ushort_as_half(bits));
-}
-
-template <class T>
-__device__ __forceinline__ T over_warp(T value) {
-#pragma unroll
-  for (int apart = kWarp / 2; apart > 0; apart /= 2) value += __shfl_xor_sync(kAllLanes, value, apart);
-  return value;
 }
 
 // Block = row; shared memory holds the weights of the parts and, of each warp, the sum of those means that it adds.

@@ -20,18 +20,17 @@
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/score_sm90.cuh"
 #include "kernels/cuda/storage.h"
+#include "kernels/cuda/warp.cuh"
 
 namespace negmine::cuda {
 
-constexpr int kWarp = 32;
 constexpr int kThreads = 128;
 constexpr int kRowsPerWarp = 32;
 constexpr int kRows = kThreads / kWarp * kRowsPerWarp;  // queries of a block
 constexpr int kKeys = 64;                               // of a tile
 constexpr int kChunk = 32;                              // keys whose scores a warp holds at once
 constexpr int kSlabRow = 128;                           // bytes of a row in a slab
-constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-constexpr uint32_t kTwoNaNs = 0x7FFF7FFFu;  // in bf16 and in fp16
+constexpr uint32_t kTwoNaNs = 0x7FFF7FFFu;              // in bf16 and in fp16
 constexpr uint32_t kTwoZeros = 0u;
 
 template <int kSteps>
@@ -161,21 +160,26 @@ __device__ __forceinline__ void copy_tile(SharedAddress to, const TileMap& map, 
   }
 }
 
-// The block's queries, from `first` on, in shared memory: tile m has rows m of the warps, 16 of each after the other,
-// which is what one product of a warpgroup takes.
-template <int kSteps, int kSixteens>
-__device__ __forceinline__ void gather_queries(char* memory, const Rows& matrix, int64_t first, int64_t B) {
+// The block's queries in shared memory: tile m has rows m of the warps, 16 of each after the other, which is what one
+// product of a warpgroup takes. find(row) is the row of `matrix` that becomes a row of the block, -1 for none.
+template <int kSteps, int kSixteens, class Find>
+__device__ __forceinline__ void gather_queries(char* memory, const Rows& matrix, Find find) {
   constexpr int kWarps = kThreads / kWarp;
   static_assert(16 * kWarps == kKeys);
-  const auto find = [&](int place) {
-    const int row = place % kKeys / 16 * (16 * kSixteens) + place / kKeys * 16 + place % 16;
-    return first + row < B ? first + row : int64_t{-1};
-  };
   __syncthreads();
-  load_rows<kSteps, 16 * kWarps * kSixteens>(memory, matrix, find);
+  load_rows<kSteps, 16 * kWarps * kSixteens>(memory, matrix, [&](int place) {
+    return find(place % kKeys / 16 * (16 * kSixteens) + place / kKeys * 16 + place % 16);
+  });
   end_copies();
   wait_for_copies<0>();
   __syncthreads();
+}
+
+// The same from `first` on.
+template <int kSteps, int kSixteens>
+__device__ __forceinline__ void gather_queries(char* memory, const Rows& matrix, int64_t first, int64_t B) {
+  gather_queries<kSteps, kSixteens>(memory, matrix,
+                                    [&](int row) { return first + row < B ? first + row : int64_t{-1}; });
 }
 
 // Where a lane loads fragments of step 0 from, within rows that begin at a multiple of 128 bytes: of 16 keys, matrices

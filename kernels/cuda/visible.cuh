@@ -45,8 +45,9 @@ __device__ __forceinline__ int count_of_row(uint32_t bits) {
 }
 
 // Of a lane's scores of a chunk, the bits of those whose rows may see their columns, bounds aside. `row` is the query
-// of the first score, `column` its column. kByPair: more than a (K,) mask says who sees whom.
-template <int kSixteens, bool kByPair>
+// of the first score, `column` its column. kByPair: more than a (K,) mask says who sees whom. kOfKeys: rows are keys
+// and columns are queries, as in the tags of `in`; its pair_mask stays (B, K).
+template <int kSixteens, bool kByPair, bool kOfKeys = false>
 __device__ __forceinline__ uint32_t visible(const Inputs& in, int row, int B, int column) {
   const auto column_of = [&](int j) { return column + j / 2 * 8 + j % 2; };
   uint32_t there = 0;
@@ -74,9 +75,11 @@ __device__ __forceinline__ uint32_t visible(const Inputs& in, int row, int B, in
 #pragma unroll
       for (int r = 0; r < 2 * kSixteens; ++r) {
         if (row + 8 * r >= B) continue;
-        const uint8_t* own = pool.pair_mask + pool.pair_mask_stride * (row + 8 * r);
+        const uint8_t* own = pool.pair_mask + (kOfKeys ? 1 : pool.pair_mask_stride) * (row + 8 * r);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) seen &= own[key(j)] ? ~0u : ~(bit_of(j) << shift_of(r));
+        for (int j = 0; j < 8; ++j) {
+          seen &= own[(kOfKeys ? pool.pair_mask_stride : 1) * key(j)] ? ~0u : ~(bit_of(j) << shift_of(r));
+        }
       }
     }
     if (pool.query_ids) by_tag(pool.query_ids, pool.negative_ids, false);

@@ -90,6 +90,7 @@ inline std::vector<char> room;  // for what the caller of a kernel allocates, wh
 inline std::unique_ptr<char[], decltype(&std::free)> shared{nullptr, &std::free};  // as large as the launch asked for
 inline size_t shared_bytes = 0;
 inline unsigned hidden = 0;                   // threads that hide their writes
+inline bool backwards = false;                // the order in which blocks run
 inline std::set<void (*)()> at_end_of_block;  // checks of what the block leaves
 inline int votes[3];                          // of __syncthreads_or: the last, the one under way and the next
 
@@ -199,7 +200,7 @@ struct cudaLaunchConfig_t {
 #ifdef NEGMINE_LAUNCHES_ELSEWHERE
 namespace emulator {
 
-// kernel; grid x, grid y, threads, shared bytes, room, its bytes; the parameters as a GPU gets them, and their bytes
+// kernel; grid x, grid y, threads, shared bytes, room, its bytes, backwards; the parameters as a GPU gets them, and their bytes
 using Launcher = int (*)(const void*, const int64_t*, const char*, int64_t);
 inline Launcher launcher = nullptr;
 
@@ -237,7 +238,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(
                              threads,
                              static_cast<int64_t>(launch->dynamicSmemBytes),
                              reinterpret_cast<int64_t>(emulator::room.data()),
-                             static_cast<int64_t>(emulator::room.size())};
+                             static_cast<int64_t>(emulator::room.size()), emulator::backwards};
   return static_cast<cudaError_t>(
       emulator::launcher(reinterpret_cast<const void*>(kernel), numbers, bytes.data(), bytes.size()));
 #endif
@@ -245,11 +246,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(
   gridDim = grid;
   blockDim = launch->blockDim;
   emulator::fibers.resize(threads);
-  for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) {
-      blockIdx = {x, y, 0};
-      emulator::run_block(launch->dynamicSmemBytes);
-    }
+  const unsigned blocks = grid.x * grid.y;
+  for (unsigned i = 0; i < blocks; ++i) {
+    const unsigned block = emulator::backwards ? blocks - 1 - i : i;
+    blockIdx = {block % grid.x, block / grid.x, 0};
+    emulator::run_block(launch->dynamicSmemBytes);
   }
   return cudaSuccess;
 }

@@ -252,9 +252,19 @@ class Program:
             raise Failure(f"{self.name}: {failure}, at {at}: {self.text[at] if at < len(self.text) else ''}")
 
     def run(
-        self, grid: tuple, threads: int, shared: int, parameters: bytes, ranges: list[tuple[int, int]], seed: int = 0
+        self,
+        grid: tuple,
+        threads: int,
+        shared: int,
+        parameters: bytes,
+        ranges: list,
+        seed: int = 0,
+        backwards: bool = False,
     ) -> None:
-        """One launch. ranges: (first, past the last) address of what the kernel may touch in global memory."""
+        """One launch. ranges: (first, past the last) address of what the kernel may touch in global memory.
+
+        seed: of the order in which warps run; 0 = one after another, as far as a barrier lets each. backwards: so blocks run.
+        """
         if len(parameters) != self.bytes:
             raise Failure(f"{self.name} takes {self.bytes} bytes of parameters, not {len(parameters)}")
         blocks = (ctypes.c_int64 * 3)(*grid)
@@ -262,7 +272,7 @@ class Program:
         allowed = (ctypes.c_uint64 * max(len(flat), 1))(*flat)
         at = machine().ptx_run(
             self.handle, blocks, ctypes.c_int64(threads), ctypes.c_int64(shared), parameters, allowed,
-            ctypes.c_int64(len(ranges)), ctypes.c_int64(seed),
+            ctypes.c_int64(len(ranges)), ctypes.c_int64(seed), backwards,
         )  # fmt: skip
         if at >= 0:
             self._require_none(at)

@@ -36,15 +36,17 @@ def plain(names: list[str]) -> list[str]:
     return [re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::", "", line) for line in said.splitlines()]
 
 
-def attach(library: ctypes.CDLL, path: Path, source: str, arch: str) -> None:
-    """Launches of the library run the PTX of the source for a GPU of that kind."""
+def attach(library: ctypes.CDLL, path: Path, source: Path, arch: str) -> None:
+    """Launches of the library, built from `source`, run the PTX of the .cu files that this includes, for a GPU of that kind."""
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("there is no nvcc (NEGMINE_NVCC, CUDA_HOME, PATH)")
-    target = path.with_suffix(".ptx")
-    subprocess.run([nvcc, *NVCC_FLAGS, "-ptx", f"-arch={arch}", source, "-o", str(target)], cwd=ROOT, check=True)
-    texts = ptx.entries(target.read_text())
-    texts = dict(zip(plain(list(texts)), texts.values(), strict=True))
+    texts = {}
+    for number, kernels in enumerate(re.findall(r'#include "(kernels/cuda/\w+\.cu)"', source.read_text())):
+        target = path.with_suffix(f".{number}.ptx")
+        subprocess.run([nvcc, *NVCC_FLAGS, "-ptx", f"-arch={arch}", kernels, "-o", str(target)], cwd=ROOT, check=True)
+        found = ptx.entries(target.read_text())
+        texts |= zip(plain(list(found)), found.values(), strict=True)
     said = subprocess.run(["nm", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
     symbols = [(int(line.split()[0], 16), line.split()[2]) for line in said.splitlines()]
     own = next(at for at, name in symbols if name == "emulated_launch_by")
@@ -56,9 +58,10 @@ def attach(library: ctypes.CDLL, path: Path, source: str, arch: str) -> None:
         try:
             if kernel not in programs:
                 programs[kernel] = ptx.Program(texts[names[kernel]])
-            x, y, threads, shared, room, bytes_ = numbers[:6]
+            x, y, threads, shared, room, bytes_, backwards = numbers[:7]
             ranges = [*_allowed, (room, room + bytes_)]
-            programs[kernel].run((x, y, 1), threads, shared, ctypes.string_at(parameters, size), ranges)
+            grid, given = (x, y, 1), ctypes.string_at(parameters, size)
+            programs[kernel].run(grid, threads, shared, given, ranges, backwards=bool(backwards))
         except BaseException:  # nothing may pass through C
             traceback.print_exc(file=sys.stderr)
             return 1  # cudaErrorInvalidValue

@@ -252,7 +252,7 @@ extern "C" void ptx_free(void* machine) { delete static_cast<Machine*>(machine);
 
 // The number of the instruction that failed, -1 where none did. seed 0: warps in order; else in an order drawn from it.
 extern "C" int64_t ptx_run(void* handle, const int64_t* grid, int64_t threads, int64_t shared, const char* parameters,
-                           const int64_t* ranges, int64_t range_count, int64_t seed) {
+                           const int64_t* ranges, int64_t range_count, int64_t seed, bool backwards) {
   auto& machine = *static_cast<Machine*>(handle);
   Block block;
   block.shared.resize(shared);
@@ -266,12 +266,11 @@ extern "C" int64_t ptx_run(void* handle, const int64_t* grid, int64_t threads, i
   uint32_t at[6] = {
       0, 0, 0, static_cast<uint32_t>(grid[0]), static_cast<uint32_t>(grid[1]), static_cast<uint32_t>(grid[2])};
   try {
-    for (at[2] = 0; at[2] < at[5]; ++at[2]) {
-      for (at[1] = 0; at[1] < at[4]; ++at[1]) {
-        for (at[0] = 0; at[0] < at[3]; ++at[0]) {
-          run_block(machine, block, static_cast<int>(threads), at, seed ? &random : nullptr);
-        }
-      }
+    const int64_t blocks = grid[0] * grid[1] * grid[2];
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t own = backwards ? blocks - 1 - i : i;
+      at[0] = own % grid[0], at[1] = own / grid[0] % grid[1], at[2] = own / grid[0] / grid[1];
+      run_block(machine, block, static_cast<int>(threads), at, seed ? &random : nullptr);
     }
   } catch (const Failed& failed) {
     machine.failure = failed.what;

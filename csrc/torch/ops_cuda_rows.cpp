@@ -1,0 +1,125 @@
+// The CUDA ops that walk one query's own vectors: synthetic negatives.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "csrc/torch/cuda_params.h"
+#include "kernels/cuda/mix_logsumexp.h"
+#include "kernels/cuda/mix_negatives.h"
+
+namespace negmine {
+namespace {
+
+using checks::floats;
+using checks::longs;
+using checks::new_empty;
+using checks::OptionalTensor;
+using checks::ScalarType;
+using checks::Tensor;
+
+#define DRAW_ARGUMENTS                                                                                       \
+  int64_t pairs, int64_t with_query, double pair_low, double pair_high, double query_low, double query_high, \
+      bool distinct, const OptionalTensor &quantiles, int64_t seed, int64_t step, int64_t row_offset
+#define DRAWS pairs, with_query, pair_low, pair_high, query_low, query_high, distinct, quantiles, seed, step, row_offset
+
+// query (B, D), negative_keys (K, D) and the draws of one call, checked, and its device made current. hard_index must
+// hold rows of negative_keys: a GPU's memory is not read here to see whether it does.
+struct Mixed {
+  Tensor query, negative_keys, hard_index;
+  OptionalTensor quantile_table;
+  cuda::Mixing mixing;
+
+  Mixed(const char* op, const Tensor& q, const Tensor& keys, const Tensor& hard, DRAW_ARGUMENTS)
+      : query(checks::matrix(op, "query", q, "(B, D)")),
+        negative_keys(checks::matrix(op, "negative_keys", keys, "(K, D)")),
+        hard_index(checks::index_matrix(op, "hard_index", hard, query.size(0), query)),
+        quantile_table(checks::vector(op, "quantiles", quantiles, ScalarType::Float, 4097, query)) {
+    checks::same_width(op, query, negative_keys);
+    checks::require(pairs >= 0 && with_query >= 0, op, ": pairs and with_query must not be negative, got ", pairs,
+                    " and ", with_query, ".");
+    mixing = {
+        .B = query.size(0),
+        .N = hard_index.size(1),
+        .D = query.size(1),
+        .query = query.data_ptr(),
+        .negative_keys = negative_keys.data_ptr(),
+        .hard_index = longs(hard_index),
+        .query_stride = query.stride(0),
+        .negative_keys_stride = negative_keys.stride(0),
+        .hard_index_stride = hard_index.stride(0),
+        .query_storage = storage_of(query),
+        .negative_keys_storage = storage_of(negative_keys),
+        .pairs = pairs,
+        .with_query = with_query,
+        .pair_low = static_cast<float>(pair_low),
+        .pair_high = static_cast<float>(pair_high),
+        .query_low = static_cast<float>(query_low),
+        .query_high = static_cast<float>(query_high),
+        .distinct = distinct,
+        .quantiles = floats(quantile_table),
+        .seed = static_cast<uint32_t>(seed),
+        .step = static_cast<uint32_t>(step),
+        .row_offset = row_offset,
+    };
+    set_device(op, query);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> mix_negatives(const Tensor& query, const Tensor& negative_keys,
+                                                 const Tensor& hard_index, DRAW_ARGUMENTS) {
+  // Checks.
+  const char* op = "mix_negatives";
+  require_on_gpu(op, query);
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  const Mixed in(op, query, negative_keys, hard_index, DRAWS);
+
+  // Outputs.
+  const int64_t B = in.mixing.B, S = pairs + with_query;
+  Tensor vectors = new_empty(in.query, {B, S, in.mixing.D});
+  Tensor parents = new_empty(in.query, {B, S, 2}, ScalarType::Long);
+  Tensor coefficients = new_empty(in.query, {B, S}, ScalarType::Float);
+
+  // Params.
+  const cuda::MixNegativesParams params = {
+      .mixing = in.mixing,
+      .vectors = vectors.mutable_data_ptr(),
+      .parents = static_cast<int64_t*>(parents.mutable_data_ptr()),
+      .coefficients = static_cast<float*>(coefficients.mutable_data_ptr()),
+  };
+  require_launched(op, cuda::mix_negatives(params, current_stream(in.query)));
+  return {vectors, parents, coefficients};
+}
+
+std::tuple<Tensor, Tensor> mix_logsumexp(const Tensor& query, const Tensor& negative_keys, const Tensor& hard_index,
+                                         const Tensor& scale, bool want_mean, DRAW_ARGUMENTS) {
+  // Checks.
+  const char* op = "mix_logsumexp";
+  require_on_gpu(op, query);
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  const Mixed in(op, query, negative_keys, hard_index, DRAWS);
+  const Tensor factor = checks::scalar(op, "scale", scale, in.query);
+
+  // Outputs.
+  const int64_t B = in.mixing.B;
+  Tensor lse = new_empty(in.query, {B}, ScalarType::Float);
+  Tensor mean = new_empty(in.query, {want_mean ? B : 0, in.mixing.D}, ScalarType::Float);
+
+  // Params.
+  const cuda::MixLogSumExpParams params = {
+      .mixing = in.mixing,
+      .scale = floats(factor),
+      .want_mean = want_mean,
+      .lse = static_cast<float*>(lse.mutable_data_ptr()),
+      .mean = static_cast<float*>(mean.mutable_data_ptr()),
+  };
+  require_launched(op, cuda::mix_logsumexp(params, current_stream(in.query)));
+  return {lse, mean};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(negmine, CUDA, m) {
+  m.impl("mix_negatives", TORCH_BOX(&mix_negatives));
+  m.impl("mix_logsumexp", TORCH_BOX(&mix_logsumexp));
+}
+
+}  // namespace
+}  // namespace negmine
