@@ -119,22 +119,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       each([&](int r, int j, float score) { higher |= score > own[r] ? bit_of(j) << shift_of(r) : 0u; });
       above += count_of_row<kSixteens>(higher & seen);
     }
-    if constexpr (kByPair) {
-      const auto bounded = [&](const int64_t* bounds, auto is_inside) {
-#pragma unroll
-        for (int r = 0; r < kOwn; ++r) {
-          Bound own = bound_of(of_row(r, bounds));
-          own.index -= column;  // 8 columns need no registers
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            const float score = s[r / 2][j / 2][r % 2 * 2 + j % 2];
-            if (!is_inside(own, score, j / 2 * 8 + j % 2)) seen &= ~(bit_of(j) << shift_of(r));
-          }
-        }
-      };
-      if (in.pool.lower) bounded(in.pool.lower, is_at_least);
-      if (in.pool.upper) bounded(in.pool.upper, is_at_most);
-    }
+    if constexpr (kByPair) seen = inside_bounds<kSixteens>(seen, in.pool, s, row, B, column);
     kept += kByPair ? count_of_row<kSixteens>(seen) : __popc(seen & kRowBits);
     if (negated) each([](int, int, float& score) { score = -score; });
     if (partial) {
