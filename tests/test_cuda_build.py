@@ -41,6 +41,13 @@ INSTRUCTIONS_PER_SUMMED_SCORE = {
     ("80", False): 15.4, ("90a", False): 15.4, ("100", False): 14.3,
     ("80", True): 21.3, ("90a", True): 21.1, ("100", True): 17.9,
 }  # fmt: skip
+# The same of the scan of rank_thresholds, by its brackets, for a turn in which no cut moves among columns that tie.
+INSTRUCTIONS_PER_RANKED_SCORE = {
+    ("80", False, 1): 12.6, ("90a", False, 1): 10.6, ("100", False, 1): 12.3,
+    ("80", False, 2): 15.3, ("90a", False, 2): 13.9, ("100", False, 2): 15.7,
+    ("80", True, 1): 17.2, ("90a", True, 1): 16.3, ("100", True, 1): 14.8,
+    ("80", True, 2): 20.3, ("90a", True, 2): 20.5, ("100", True, 2): 17.7,
+}  # fmt: skip
 HEADROOM = 1.1
 
 
@@ -70,8 +77,8 @@ def test_compiles_clean(compiled):
 def test_scores_cost_few_instructions(compiled):
     pytest.importorskip("triton")
     source, target, _ = compiled
-    if source not in ("mine_hardest.cu", "logsumexp.cu"):
-        pytest.skip("computes no score")
+    if source not in ("mine_hardest.cu", "logsumexp.cu", "rank_thresholds.cu"):
+        pytest.skip("computes no score, or only to count")
     sass.show("cuobjdump", "-xelf", "all", target, folder=target.parent)
     seen = set()
     for cubin in target.parent.glob("*.cubin"):
@@ -82,7 +89,15 @@ def test_scores_cost_few_instructions(compiled):
                 x for x in used if "HGMMA" in x
             } or used  # where scores are by warpgroups, sums of keys are still by warps
             assert len(used) <= 1, f"{name}: passes compare scores, so all their products must be of one kind: {used}"
-            if m := re.search(r"scan_kernel\w*E1ELi8ELb([01])E", name):  # bf16, D up to 128
+            if m := re.search(r"scan_kernel\w*E1ELi8ELb([01])ELi([12])E", name):  # bf16, D up to 128
+                by_pair, brackets = m[1] == "1", int(m[2])
+                per_score = min(sass.turns(code)) / SCORES_OF_A_TURN[capability]
+                print(
+                    f"sm_{capability}, by pairs {by_pair}: {per_score:.1f} instructions per score, {brackets} brackets"
+                )
+                assert 0 < per_score <= HEADROOM * INSTRUCTIONS_PER_RANKED_SCORE[capability, by_pair, brackets]
+                seen.add((capability, by_pair, brackets))
+            elif m := re.search(r"scan_kernel\w*E1ELi8ELb([01])E", name):  # bf16, D up to 128
                 by_pair = m[1] == "1"
                 count = sass.from_products_on if capability == "90a" else sass.with_product
                 per_score = min(count(sass.loops(code))) / SCORES_OF_A_TURN[capability]
@@ -96,7 +111,8 @@ def test_scores_cost_few_instructions(compiled):
                 print(f"sm_{capability}, by pairs {by_pair}: {per_score:.1f} instructions per summed score")
                 assert 0 < per_score <= HEADROOM * INSTRUCTIONS_PER_SUMMED_SCORE[capability, by_pair]
                 seen.add((capability, by_pair))
-    assert len(seen) == 2 * len(list(target.parent.glob("*.cubin"))), f"found {seen}"
+    kernels = 4 if source == "rank_thresholds.cu" else 2
+    assert len(seen) == kernels * len(list(target.parent.glob("*.cubin"))), f"found {seen}"
 
 
 @pytest.fixture(scope="module")

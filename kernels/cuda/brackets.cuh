@@ -70,7 +70,6 @@ struct Grid {
     per_step = half > 0.0f ? fminf(kCells / half, FLT_MAX) : 0.0f;
   }
   static __device__ float number(uint32_t rank) { return fminf(fmaxf(score_of(rank), -FLT_MAX), FLT_MAX); }
-  __device__ bool has(uint32_t rank) const { return rank >= low && rank <= high; }
   __device__ int cell_of(uint32_t rank) const {
     return min(static_cast<int>((0.5f * number(rank) - 0.5f * least) * per_step), kCells - 1);
   }
@@ -106,20 +105,29 @@ struct RowRanks {
   }
 };
 
+// use(rank, at) for what there is of the sample of the block's row.
+template <class Use>
+__device__ __forceinline__ void each_sampled(const Sample& sample, Use use) {
+  const uint32_t* ranks = sample.ranks + static_cast<int64_t>(blockIdx.x) * sample.size;
+#pragma unroll 4
+  for (int at = threadIdx.x; at < sample.size; at += blockDim.x) {
+    if (const uint32_t rank = ranks[at]) use(rank, at);
+  }
+}
+
 // The cut at the `wanted`-th sampled place from the top, from 1: with is_low the cut has that place, else it has not,
 // and in both cases it may err by a few more places to that side. `found` is its cell of `grid`. All threads.
-__device__ __forceinline__ Cut cut_at(Search& shared, const uint32_t (&held)[kHeld], const Sample& sample, int K,
-                                      Grid grid, Cell found, int wanted, bool is_low) {
+__device__ __forceinline__ Cut cut_at(Search& shared, const Sample& sample, int K, Grid grid, Cell found, int wanted,
+                                      bool is_low) {
   const int lane = threadIdx.x % kWarp, group = max(sample.size / kCells, 1);
   int* cells = shared.cells[1];
-  // Counts those held that has(i) in the cell cell_of(i), and finds the wanted-th.
-  const auto find = [&](auto has, auto cell_of) {
+  // Counts those of the ranks low to high in the cell cell_of(rank, at), and finds the wanted-th.
+  const auto find = [&](uint32_t low, uint32_t high, auto cell_of) {
     for (int i = threadIdx.x; i < kCellInts; i += blockDim.x) cells[i] = 0;
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if (has(i)) atomicAdd(&cells[at_cell(cell_of(i))], 1);
-    }
+    each_sampled(sample, [&](uint32_t rank, int at) {
+      if (rank >= low && rank <= high) atomicAdd(&cells[at_cell(cell_of(rank, at))], 1);
+    });
     __syncthreads();
     if (threadIdx.x < kWarp) {
       const Cell narrower = find_cell(cells, wanted, lane);
@@ -134,17 +142,16 @@ __device__ __forceinline__ Cut cut_at(Search& shared, const uint32_t (&held)[kHe
     if (threadIdx.x == 0) shared.low = 0xFFFFFFFFu, shared.high = 0u;
     __syncthreads();
     unsigned low = 0xFFFFFFFFu, high = 0u;
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if (grid.has(held[i]) && grid.cell_of(held[i]) == found.cell) low = min(low, held[i]), high = max(high, held[i]);
-    }
+    each_sampled(sample, [&](uint32_t rank, int) {
+      if (rank < grid.low || rank > grid.high || grid.cell_of(rank) != found.cell) return;
+      low = min(low, rank), high = max(high, rank);
+    });
     low = __reduce_min_sync(kAllLanes, low), high = __reduce_max_sync(kAllLanes, high);
     if (lane == 0) atomicMin(&shared.low, low), atomicMax(&shared.high, high);
     __syncthreads();
     low = shared.low, high = shared.high;
     if (low == high) {  // equal scores: the cut lies among their columns
-      found = find([&](int i) { return held[i] == low; },
-                   [&](int i) { return kCells - 1 - static_cast<int>(threadIdx.x + i * blockDim.x) / group; });
+      found = find(low, high, [&](uint32_t, int at) { return kCells - 1 - at / group; });
       const int at = (kCells - 1 - found.cell) * group;
       if (!is_low) return {score_of(low), static_cast<int32_t>(sample.column_of(K, at) / kChunk * kChunk)};
       if (at + group >= sample.size) return {score_of(low), kAllColumns};
@@ -152,7 +159,7 @@ __device__ __forceinline__ Cut cut_at(Search& shared, const uint32_t (&held)[kHe
     }
     if (low == grid.low && high == grid.high) break;  // as narrow as cells become
     grid = Grid(low, high);
-    found = find([&](int i) { return grid.has(held[i]); }, [&](int i) { return grid.cell_of(held[i]); });
+    found = find(low, high, [&](uint32_t rank, int) { return grid.cell_of(rank); });
   }
   return is_low ? Cut{grid.below(found.cell), kAllColumns} : Cut{grid.above(found.cell), 0};
 }
@@ -169,27 +176,20 @@ __global__ void __launch_bounds__(kCutThreads)
     for (int c = threadIdx.x; c < count; c += blockDim.x) cuts[c] = c == 0 ? nothing : c == 1 ? everything : none;
     return;
   }
-  uint32_t held[kHeld];
-  hold(held, sample, pool, by_pair, K);
+  if (by_pair) hide(sample, pool, K);
   for (int i = threadIdx.x; i < kCellInts; i += blockDim.x) shared.cells[0][i] = 0;
   if (threadIdx.x == 0) shared.low = 0xFFFFFFFFu, shared.high = 0u, shared.size = 0;
   __syncthreads();
   unsigned low = 0xFFFFFFFFu, high = 0u;
   int size = 0;
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    if (held[i]) low = min(low, held[i]), high = max(high, held[i]), ++size;
-  }
+  each_sampled(sample, [&](uint32_t rank, int) { low = min(low, rank), high = max(high, rank), ++size; });
   low = __reduce_min_sync(kAllLanes, low), high = __reduce_max_sync(kAllLanes, high);
   size = sum_over_warp(size);
   if (lane == 0) atomicMin(&shared.low, low), atomicMax(&shared.high, high), atomicAdd(&shared.size, size);
   __syncthreads();
   size = shared.size;
   const Grid grid(shared.low, shared.high);
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    if (held[i]) atomicAdd(&shared.cells[0][at_cell(grid.cell_of(held[i]))], 1);
-  }
+  each_sampled(sample, [&](uint32_t rank, int) { atomicAdd(&shared.cells[0][at_cell(grid.cell_of(rank))], 1); });
   __syncthreads();
   // The sampled place, from 1, of a cut; 0 for none and size + 1 for all.
   const auto place_of = [&](int c) {
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kCutThreads)
     const int place = place_of(c);
     Cut own = place < 1 ? nothing : everything;
     if (place >= 1 && place <= size) {
-      own = cut_at(shared, held, sample, K, grid, shared.found[c], place, c % 2 == 1);
+      own = cut_at(shared, sample, K, grid, shared.found[c], place, c % 2 == 1);
     }
     if (threadIdx.x == 0) shared.cuts[c] = own;
   }

@@ -146,7 +146,7 @@ __device__ __forceinline__ int shift_of(uint64_t span) {
 
 // The place at each rank of a row, or that it is missing. Block = row.
 template <int kBrackets>
-__global__ void __launch_bounds__(kSelectThreads) finish_kernel(Pass p) {
+__global__ void __launch_bounds__(kSelectThreads, 4) finish_kernel(Pass p) {
   auto& shared = *reinterpret_cast<Selection*>(shared_memory());
   const int row = blockIdx.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   constexpr int kWarps = kSelectThreads / kWarp;

@@ -10,7 +10,7 @@
 
 namespace negmine::cuda {
 
-constexpr int kHeld = 32;          // sampled scores that one thread holds
+constexpr int kHeld = 32;          // sampled scores of one thread
 constexpr int kCutThreads = 1024;  // most threads that look for a cut
 constexpr int kMostSampled = kHeld * kCutThreads;
 
@@ -55,20 +55,14 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Inputs in, Sample p) {
   stream<kStorage, kSteps>(query, shared_memory(), in.keys, blockIdx.y, gridDim.y, p.size, false, find, use);
 }
 
-// What a thread holds of a row's sample: ranks, 0 where there is none or the row does not see the column. Block = row.
-__device__ __forceinline__ void hold(uint32_t (&held)[kHeld], const Sample& p, const Pool& pool, bool by_pair, int K) {
+// Forgets, of the sample of the block's row, the scores that the row does not see. All threads.
+__device__ __forceinline__ void hide(const Sample& p, const Pool& pool, int K) {
   uint32_t* ranks = p.ranks + static_cast<int64_t>(blockIdx.x) * p.size;
-  if (by_pair) {
-    for (int at = threadIdx.x; at < p.size; at += blockDim.x) {
-      const uint32_t own = ranks[at];
-      if (own && !sees(pool, p.first + blockIdx.x, p.column_of(K, at), score_of(own))) ranks[at] = 0u;
-    }
+  for (int at = threadIdx.x; at < p.size; at += blockDim.x) {
+    const uint32_t own = ranks[at];
+    if (own && !sees(pool, p.first + blockIdx.x, p.column_of(K, at), score_of(own))) ranks[at] = 0u;
   }
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int at = threadIdx.x + i * blockDim.x;
-    held[i] = at < p.size ? ranks[at] : 0u;
-  }
+  __syncthreads();
 }
 
 }  // namespace negmine::cuda

@@ -33,8 +33,14 @@ struct Pass {
 __global__ void __launch_bounds__(kCutThreads) cut_kernel(Pool pool, bool by_pair, Sample sample, Pass p, int K) {
   int* partial = reinterpret_cast<int*>(shared_memory());  // (2, 32)
   const int row = blockIdx.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  if (by_pair) hide(sample, pool, K);
+  const uint32_t* ranks = sample.ranks + static_cast<int64_t>(row) * sample.size;
   uint32_t held[kHeld];
-  hold(held, sample, pool, by_pair, K);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int at = threadIdx.x + i * blockDim.x;
+    held[i] = at < sample.size ? ranks[at] : 0u;
+  }
   // At least wanted scores are >= low, fewer are >= high.
   const int wanted = p.sample_rank + 1;
   uint32_t low = kRankOfMinusInfinity, high = 0xFFFFFFFFu, middle = low;
