@@ -45,9 +45,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const uint32_t seen = visible<2, true>(in, row, rows, column + 2 * t);
     count += count_of_row<2>(inside_bounds<2>(seen, in.pool, s, row, rows, column + 2 * t));
   };
-  constexpr int kAtOnce = kSteps > 8 ? 1 : 2;
-  stream<kStorage, kSteps, 2, kTwoNaNs, kAtOnce>(query, shared_memory(), MappedRows{in.keys, tiles}, blockIdx.y,
-                                                 gridDim.y, in.K, !in.pool.key_mask, find, use);
+  stream<kStorage, kSteps, 2, kTwoNaNs, 1>(query, shared_memory(), MappedRows{in.keys, tiles}, blockIdx.y, gridDim.y,
+                                           in.K, !in.pool.key_mask, find, use);
   store(parts, rows, row, count);
 }
 

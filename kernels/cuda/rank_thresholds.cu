@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 2) scan_kernel(const __grid_constant
     }
   };
   // Splits take turns at tiles: keys that are close in the ring are often alike, and should not fill one buffer.
-  constexpr int kAtOnce = kByPair && kSteps > 8 ? 1 : 2;
+  constexpr int kAtOnce = kByPair ? 1 : 2;
   stream<kStorage, kSteps, 2, kTwoNaNs, kAtOnce>(query, shared_memory(), MappedRows{in.keys, tiles}, blockIdx.y,
                                                  p.splits, in.K, !in.pool.key_mask, find, use);
 #pragma unroll
