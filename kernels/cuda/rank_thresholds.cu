@@ -19,6 +19,7 @@
 #include "kernels/cuda/brackets.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/rank_thresholds.h"
+#include "kernels/cuda/ranking.cuh"
 #include "kernels/cuda/recovery.cuh"
 #include "kernels/cuda/sample.cuh"
 #include "kernels/cuda/score_tile.cuh"
@@ -29,25 +30,8 @@
 namespace negmine::cuda {
 namespace {
 
-constexpr int64_t kNowhere = INT64_MIN;
-constexpr int kSelectThreads = 256;
-constexpr int kFew = 512;                       // places of which the one at a rank is found by comparing all
-constexpr int64_t kScratchBytes = 40 << 20;     // a workspace below this is never worth a second chunk
+constexpr int64_t kScratchBytes = 128 << 20;    // a workspace below this is never worth a second chunk
 constexpr int64_t kMostScratchBytes = 1 << 30;  // of several row tiles
-
-// What the passes over one chunk of queries and their ranks share.
-struct Pass {
-  int64_t first, B;  // queries [first, B) at most; a row of the workspace is that of query first + row
-  int32_t rows;      // of this chunk
-  int32_t splits, room;
-  RowRanks ranks;
-  Survivor* survivors;  // (rows, splits, kLanes, room); its memory is the sample's first
-  int32_t* found;       // (rows, splits, kLanes) survivors, or kLost
-  int32_t* counted;     // (rows, splits, brackets), as append_where_odd counts
-  Cut* cuts;            // (rows, 2 brackets)
-  int32_t* missing;     // (rows, brackets) ranks that are to be recovered, in the order of their columns, or -1
-  int64_t* order;       // (B, R), from the first of these columns on
-};
 
 // The least score at which column k is of a cut: its score, or the next one.
 __device__ __forceinline__ float least_of(const Cut& cut, int column) {
@@ -58,7 +42,8 @@ __device__ __forceinline__ float least_of(const Cut& cut, int column) {
 }
 
 template <Storage kStorage, int kSteps, bool kByPair, int kBrackets>
-__global__ void __launch_bounds__(kThreads, 2) scan_kernel(const __grid_constant__ TileMap tiles, Inputs in, Pass p) {
+__global__ void __launch_bounds__(kThreads, 2)
+    scan_kernel(const __grid_constant__ TileMap tiles, Inputs in, Ranking p) {
   uint32_t query[2][kSteps][4];
   load_queries<kSteps>(query, shared_memory(), in.query, p.first + blockIdx.x * int64_t{kRows}, p.B);
   const int t = threadIdx.x % kLanes, row_size = p.splits * kLanes * p.room * 8;  // bytes
@@ -127,160 +112,9 @@ __global__ void __launch_bounds__(kThreads, 2) scan_kernel(const __grid_constant
   }
 }
 
-// What the threads of a row share while they select. Of each rank, the places [low, low + span) that may be at it.
-struct Selection {
-  int cells[2][kCellInts];
-  uint64_t low[2], span[2];
-  int64_t wanted[2];  // from 1, counted from the highest of these places
-  int few[2];         // these places, once all of them are
-  int total[2], counted[2];
-  unsigned lost;
-  uint64_t places[2][kFew];
-};
-
-// By how many bits offsets below a span are too long for the number of a cell.
-__device__ __forceinline__ int shift_of(uint64_t span) {
-  static_assert(kCells == 1 << 10);
-  return max(64 - 10 - __clzll(static_cast<int64_t>(span - 1)), 0);
-}
-
-// The place at each rank of a row, or that it is missing. Block = row.
-template <int kBrackets>
-__global__ void __launch_bounds__(kSelectThreads, 4) finish_kernel(Pass p) {
-  auto& shared = *reinterpret_cast<Selection*>(shared_memory());
-  const int row = blockIdx.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  constexpr int kWarps = kSelectThreads / kWarp;
-  const int4* found = reinterpret_cast<const int4*>(p.found) + static_cast<int64_t>(row) * p.splits;
-  const Cut* cuts = p.cuts + row * int64_t{2 * kBrackets};
-  const auto own_cut = [&](int r, int c) {
-    const bool merged = kBrackets == 2 && r == 1 && cuts[2 * r].score != cuts[2 * r].score;
-    return cuts[merged ? c : 2 * r + c];
-  };
-  if (threadIdx.x == 0) shared.lost = 0, shared.counted[0] = shared.counted[1] = 0;
-  if (threadIdx.x < kBrackets) {
-    const int r = threadIdx.x;
-    shared.low[r] = own_cut(r, 1).floor();
-    shared.span[r] = own_cut(r, 0).floor() - shared.low[r];
-    shared.few[r] = -1;
-    shared.total[r] = 0;
-  }
-  __syncthreads();
-  const int32_t* counted = p.counted + static_cast<int64_t>(row) * p.splits * kBrackets;
-  for (int i = threadIdx.x; i < p.splits * kBrackets; i += kSelectThreads) {
-    atomicAdd(&shared.counted[i % kBrackets], counted[i]);
-  }
-  // use(place) for every survivor; four loads are under way at once.
-  const auto each = [&](auto use) {
-    for (int split = warp; split < p.splits; split += kWarps) {
-      const int4 n = found[split];
-      const int counts[kLanes] = {n.x, n.y, n.z, n.w};
-      const Survivor* from = p.survivors + (static_cast<int64_t>(row) * p.splits + split) * kLanes * p.room;
-      const int most = max(max(n.x, n.y), max(n.z, n.w));
-      for (int i = lane; i < most; i += kWarp) {
-        Survivor own[kLanes] = {};
-#pragma unroll
-        for (int l = 0; l < kLanes; ++l) {
-          if (i < counts[l]) own[l] = from[l * p.room + i];
-        }
-#pragma unroll
-        for (int l = 0; l < kLanes; ++l) {
-          if (i < counts[l]) use(place(__uint_as_float(own[l].x), static_cast<int32_t>(own[l].y)));
-        }
-      }
-    }
-  };
-  for (int split = threadIdx.x; split < p.splits; split += kSelectThreads) {
-    const int4 n = found[split];
-    if (min(min(n.x, n.y), min(n.z, n.w)) == kLost) atomicOr(&shared.lost, 1u);
-  }
-  for (bool is_first = true; true; is_first = false) {
-    for (int i = threadIdx.x; i < kBrackets * kCellInts; i += kSelectThreads)
-      shared.cells[i / kCellInts][i % kCellInts] = 0;
-    __syncthreads();
-    each([&](uint64_t at) {
-#pragma unroll
-      for (int r = 0; r < kBrackets; ++r) {
-        const uint64_t offset = at - shared.low[r];
-        if (offset < shared.span[r] && shared.few[r] < 0) {
-          atomicAdd(&shared.cells[r][at_cell(static_cast<int>(offset >> shift_of(shared.span[r])))], 1);
-        }
-      }
-    });
-    __syncthreads();
-    if (is_first) {
-      if (warp < kBrackets) {
-        int own = 0;
-        for (int i = lane; i < kCells; i += kWarp) own += shared.cells[warp][at_cell(i)];
-        own = sum_over_warp(own);
-        if (lane == 0) shared.total[warp] = own;
-      }
-      __syncthreads();
-      if (threadIdx.x < kBrackets) {
-        const int r = threadIdx.x;
-        const auto [rank, column] = p.ranks.of(p.first + row, r);
-        const bool merged = kBrackets == 2 && r == 1 && cuts[2 * r].score != cuts[2 * r].score;
-        int64_t above = shared.counted[merged ? 0 : r];
-        if (r == 1 && !merged) above += shared.total[0];  // append_where_odd
-        const Cut below = own_cut(r, 1);
-        const bool to_the_end = below.score == -INFINITY && below.columns == kAllColumns;
-        const bool inside = !shared.lost && rank >= above && rank < above + shared.total[r];
-        const bool past = !shared.lost && to_the_end && rank >= above + shared.total[r];
-        const bool is_missing = rank >= 0 && !inside && !past;
-        // A rank past INT32_MAX is past all columns, of which there are fewer.
-        p.missing[row * int64_t{kBrackets} + column] =
-            is_missing ? static_cast<int32_t>(min(rank, int64_t{INT32_MAX - 1})) : -1;
-        if (!inside || rank < 0) {
-          if (!is_missing) p.order[(p.first + row) * p.ranks.stride + column] = kNowhere;
-          shared.few[r] = 0;
-        }
-        shared.wanted[r] = rank - above + 1;
-      }
-      __syncthreads();
-    }
-    if (warp < kBrackets && shared.few[warp] < 0) {
-      const int r = warp, shift = shift_of(shared.span[r]);
-      const Cell cell = find_cell(shared.cells[r], static_cast<int>(shared.wanted[r]), lane);
-      if (lane == 0) {
-        const uint64_t begin = static_cast<uint64_t>(cell.cell) << shift;
-        shared.wanted[r] -= cell.higher;
-        shared.low[r] += begin;
-        shared.span[r] = min(uint64_t{1} << shift, shared.span[r] - begin);
-        if (cell.count <= kFew) shared.few[r] = cell.count;
-      }
-    }
-    __syncthreads();
-    if (shared.few[0] >= 0 && (kBrackets == 1 || shared.few[1] >= 0)) break;
-    __syncthreads();
-  }
-
-  if (threadIdx.x < kBrackets) shared.total[threadIdx.x] = 0;
-  __syncthreads();
-  each([&](uint64_t at) {
-#pragma unroll
-    for (int r = 0; r < kBrackets; ++r) {
-      if (at - shared.low[r] < shared.span[r] && shared.few[r] > 0) {
-        shared.places[r][atomicAdd(&shared.total[r], 1)] = at;
-      }
-    }
-  });
-  __syncthreads();
-#pragma unroll
-  for (int r = 0; r < kBrackets; ++r) {
-    const int few = shared.few[r];
-    for (int i = threadIdx.x; i < few; i += kSelectThreads) {
-      const uint64_t own = shared.places[r][i];
-      int place = 1;
-      for (int j = 0; j < few; ++j) place += shared.places[r][j] > own;
-      if (place != shared.wanted[r]) continue;
-      const int column = p.ranks.of(p.first + row, r).column;
-      p.order[(p.first + row) * p.ranks.stride + column] = static_cast<int64_t>(own ^ uint64_t{1} << 63);
-    }
-  }
-}
-
 template <Storage kStorage, int kSteps>
 __global__ void __launch_bounds__(kThreads, 2)
-    recover_kernel(const __grid_constant__ TileMap tiles, Inputs in, Pass p) {
+    recover_kernel(const __grid_constant__ TileMap tiles, Inputs in, Ranking p) {
   const int64_t first = blockIdx.x * int64_t{kRows}, own = first + threadIdx.x;  // a thread keeps one row's books
   const int32_t missing = own < p.rows ? p.missing[own * p.ranks.count + blockIdx.y] : -1;
   if (!__syncthreads_or(missing >= 0)) return;
@@ -305,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // All passes over one chunk of queries and at most two ranks of each.
 template <Storage kStorage, int kSteps, int kBrackets>
-cudaError_t find_places(const TileMap& tiles, const Inputs& in, const Sample& sample, const Pass& p, void* stream) {
+cudaError_t find_places(const TileMap& tiles, const Inputs& in, const Sample& sample, const Ranking& p, void* stream) {
   const unsigned row_tiles = (p.rows + kRows - 1) / kRows, splits = p.splits;
   constexpr int kShared = Tiles<kSteps>::kBytes;
   static_assert(kShared + sizeof(Recovery) <= kSharedBytes);
@@ -334,13 +168,15 @@ cudaError_t find_places(const TileMap& tiles, const Inputs& in, const Sample& sa
 }
 
 template <Storage kStorage, int kSteps>
-cudaError_t find_one_or_two(const TileMap& tiles, const Inputs& in, const Sample& sample, const Pass& p, void* stream) {
+cudaError_t find_one_or_two(const TileMap& tiles, const Inputs& in, const Sample& sample, const Ranking& p,
+                            void* stream) {
   return p.ranks.count == 1 ? find_places<kStorage, kSteps, 1>(tiles, in, sample, p, stream)
                             : find_places<kStorage, kSteps, 2>(tiles, in, sample, p, stream);
 }
 
 template <Storage kStorage>
-cudaError_t find_at_width(const TileMap& tiles, const Inputs& in, const Sample& sample, const Pass& p, void* stream) {
+cudaError_t find_at_width(const TileMap& tiles, const Inputs& in, const Sample& sample, const Ranking& p,
+                          void* stream) {
   if (in.query.D <= 64) return find_one_or_two<kStorage, 4>(tiles, in, sample, p, stream);
   if (in.query.D <= 128) return find_one_or_two<kStorage, 8>(tiles, in, sample, p, stream);
   return find_one_or_two<kStorage, 16>(tiles, in, sample, p, stream);
@@ -389,7 +225,7 @@ RankingPlan plan_ranking(int64_t B, int64_t K, int64_t R, int64_t processors, in
     plan.workspace = bytes.survivors + bytes.found + bytes.cuts + bytes.counted + bytes.missing;
   };
   // Few chunks come before many blocks.
-  const int64_t budget = std::clamp(2 * B * K / 100 * 8, kScratchBytes, kMostScratchBytes);  // 8 % of 16-bit scores
+  const int64_t budget = std::clamp(B * K / 2, kScratchBytes, kMostScratchBytes);  // a quarter of 16-bit scores
   const int64_t most_chunks = std::max<int64_t>((B + kRows - 1) / kRows, 1);
   for (int64_t chunks = 1; chunks <= most_chunks; ++chunks) {
     for (int64_t blocks = 2; blocks >= 1; --blocks) {
@@ -417,7 +253,7 @@ int rank_thresholds(const RankThresholdsParams& params, void* stream) {
     const Sample sample = {first, params.B, rows, static_cast<int32_t>(plan.sample),
                            reinterpret_cast<uint32_t*>(workspace)};
     for (int64_t r = 0; r < params.R; r += 2) {
-      const Pass pass = {
+      const Ranking pass = {
           .first = first,
           .B = params.B,
           .rows = rows,
