@@ -71,8 +71,8 @@ sanitize: venv
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
 	  NEGMINE_EMULATOR_SANITIZERS=address,undefined \
 	  $(PY) -m pytest -p no:cacheprovider -k "emulated or products" tests/test_cuda_mine_hardest.py tests/test_cuda_products.py \
-	  tests/test_cuda_logsumexp.py tests/test_cuda_logsumexp_grad_keys.py \
-	  tests/test_cuda_mixing.py
+	  tests/test_cuda_logsumexp.py tests/test_cuda_logsumexp_grad_keys.py tests/test_cuda_mixing.py \
+	  tests/test_cuda_rank_thresholds.py tests/test_cuda_count_negatives.py
 
 # The CPU kernels on std::threads under gcc's thread sanitizer, which torch's OpenMP would swamp: make threads ROUNDS=20
 threads: venv

@@ -146,6 +146,15 @@ def mining_limit(dtypes: tuple[torch.dtype, ...], K: int, D: int, N: int, capabi
     return "" if asked or K > 8192 else f"a queue as short as K = {K} is quicker by whole rows"
 
 
+def ranking_limit(dtypes: tuple[torch.dtype, ...], K: int, D: int, capability: int) -> str:
+    """Why the cuda rank_thresholds does not take such a call, empty where it does: beside the scores' limits, too long a queue.
+
+    Its ranks are known on the device alone, so it has memory for those of a median: of K columns, a few in a hundred.
+    """
+    why = scoring_limit(dtypes, D, capability)
+    return why or (f"it takes K up to {2**24}, got {K}" if K > 2**24 else "")
+
+
 def _capability(query: Tensor) -> int:
     major, minor = torch.cuda.get_device_capability(query.device)
     return 10 * major + minor
@@ -160,16 +169,24 @@ def _mining_limit(query: Tensor, negative_keys: Tensor, N: int, *_: Any, asked: 
     return mining_limit((query.dtype, negative_keys.dtype), K, D, N, _capability(query), asked)
 
 
+def _ranking_limit(query: Tensor, negative_keys: Tensor, *_: Any, asked: bool) -> str:
+    K, D = negative_keys.shape
+    return ranking_limit((query.dtype, negative_keys.dtype), K, D, _capability(query))
+
+
 def _cuda_ops() -> Backend:
     from negmine import cpp_ops
 
     found = cpp_ops.launchers("CUDA")
     if found:
+        found["mine_hardest_kept"] = with_count(found["mine_hardest"], found["count_negatives"])
         found["logsumexp_pair"] = in_two(found["logsumexp"])
         found["logsumexp_mine"] = one_by_one(found["logsumexp"], found["mine_hardest"])
     asked_only = frozenset(found) - CUDA_UNASKED
-    mining, summing = ("mine_hardest", "logsumexp_mine"), ("logsumexp", "logsumexp_pair", "logsumexp_grad_keys")
+    mining = ("mine_hardest", "mine_hardest_kept", "logsumexp_mine")
+    summing = ("logsumexp", "logsumexp_pair", "logsumexp_grad_keys", "count_negatives")
     limits = dict.fromkeys(mining, _mining_limit) | dict.fromkeys(summing, _scoring_limit)
+    limits["rank_thresholds"] = _ranking_limit
     return Backend("cuda", "cuda", found, cpp_ops.CUDA_REFUSAL, asked_only=asked_only, limits=limits)
 
 

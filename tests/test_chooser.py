@@ -5,7 +5,7 @@ import torch
 
 import negmine
 from negmine import Mix, Select, Weight, backends
-from negmine.backends import Backend, BackendUnavailable, mining_limit, scoring_limit
+from negmine.backends import Backend, BackendUnavailable, mining_limit, ranking_limit, scoring_limit
 from tests.cases import unit
 
 BF16, FP16, FP32 = (torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.float32,) * 2
@@ -51,6 +51,13 @@ def test_what_the_cuda_scores_take(dtypes, D, capability, said):
     assert bool(said) == bool(why)
 
 
+def test_what_the_cuda_ranking_takes():
+    assert ranking_limit(BF16, 2**24, 256, 80) == ""
+    assert "K up to 16777216, got 16777217" in ranking_limit(BF16, 2**24 + 1, 256, 80)
+    assert "got float32 and float32" in ranking_limit(FP32, 100, 8, 90)
+    assert "D up to 256, got 257" in ranking_limit(BF16, 100, 257, 90)
+
+
 def short(query, negative_keys, N, *_, asked):
     """A limit that answers on any device."""
     return mining_limit((query.dtype, negative_keys.dtype), *negative_keys.shape, N, 90, asked)
@@ -58,6 +65,11 @@ def short(query, negative_keys, N, *_, asked):
 
 def narrow(query, negative_keys, *_, asked):
     return scoring_limit((query.dtype, negative_keys.dtype), query.shape[1], 90)
+
+
+HELD = (
+    "mine_hardest", "mix_negatives", "logsumexp", "logsumexp_grad_keys", "rank_thresholds", "count_negatives", "mix_logsumexp",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -75,10 +87,10 @@ def table(monkeypatch):
 
             return launch
 
-        own = ("mine_hardest", "logsumexp", "logsumexp_grad_keys", "mix_negatives", "mix_logsumexp")
-        mine = {op: noted("cuda", op) for op in own}
+        mine = {op: noted("cuda", op) for op in HELD}
         mine["logsumexp_pair"] = backends.in_two(mine["logsumexp"])
         mine["logsumexp_mine"] = backends.one_by_one(mine["logsumexp"], mine["mine_hardest"])
+        mine["mine_hardest_kept"] = backends.with_count(mine["mine_hardest"], mine["count_negatives"])
         rest = {op: noted("triton", op) for op in cpu}
         rows = (
             Backend(
@@ -116,15 +128,34 @@ def test_a_timed_op_comes_first_within_its_limits(table):
 
 @pytest.mark.parametrize("backend", [None, "cuda"])
 def test_scores_that_meet_come_from_one_backend(table, backend):
-    """A window's ends are places among Triton's scores: the mining that is bound by them is Triton's too."""
+    """A window's ends are places among a backend's scores: the mining that is bound by them is that backend's too."""
+    ran = table(HELD)
+    call(select=Select(1, 50), backend=backend)
+    assert ran == [(backend or "triton", op) for op in ("rank_thresholds", "mine_hardest")]
+    ran.clear()
+    call(select=Select(0.01, 0.5), negative_mask=torch.arange(9000) % 2 == 0, backend=backend)
+    assert ran == [(backend or "triton", op) for op in ("count_negatives", "rank_thresholds", "mine_hardest")]
+
+
+def test_an_op_with_a_limit_does_not_leave_those_beside_it(table):
+    """Unasked, mining may go to the next backend, so a window's ends are not found by this one."""
     ran = table(())
-    if backend:
-        with pytest.raises(BackendUnavailable, match=r"cannot run rank_thresholds.*cuda has no kernel"):
-            call(select=Select(1, 50), backend=backend)
-        assert not ran
-    else:
-        call(select=Select(1, 50))
-        assert {name for name, _ in ran} == {"triton"}
+    call(select=Select(1, 50))
+    assert {name for name, _ in ran} == {"triton"}
+
+
+def test_percentiles_and_thresholds_run_where_they_are_asked_to(table):
+    ran = table(HELD)
+    q, keys = unit(3, 8, dtype=torch.bfloat16), unit(60, 8, dtype=torch.bfloat16, seed=1)
+    mask = torch.arange(60) % 3 > 0
+    for ask, ops in (
+        (lambda **o: negmine.rank_thresholds(q, keys, [0, 5], **o), ["rank_thresholds"]),
+        (lambda **o: negmine.percentile(q, keys, [0.1, 0.9], **o), ["rank_thresholds"]),
+        (lambda **o: negmine.percentile(q, keys, 0.5, negative_mask=mask, **o), ["count_negatives", "rank_thresholds"]),
+    ):
+        ran.clear()
+        torch.testing.assert_close(ask(backend="cuda"), ask())
+        assert ran == [(name, op) for name in ("cuda", "triton") for op in ops]
 
 
 def test_mixing_takes_what_computes_no_score_from_where_it_is_first(table):
@@ -142,7 +173,7 @@ def test_what_was_asked_for_and_cannot_run_is_refused_in_words(table):
     assert not ran
 
 
-WAITING = {"mine_hardest", "logsumexp", "logsumexp_pair", "logsumexp_mine", "logsumexp_grad_keys", "mix_logsumexp"}
+WAITING = {*HELD, "logsumexp_pair", "logsumexp_mine", "mine_hardest_kept"} - {"mix_negatives"}
 
 
 def loss(dtype=torch.bfloat16, D=8, trained_keys=False, **options):
@@ -173,6 +204,15 @@ def test_a_loss_runs_where_it_is_asked_to(table, options, trained_keys):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("select", [Select(1, 50), Select(0.1, 0.5)], ids=str)
+def test_a_loss_over_a_window_runs_where_it_is_asked_to(table, select):
+    ran = table(WAITING)
+    grads = [loss(select=select), loss(select=select, backend="cuda")]
+    assert {name for name, _ in ran[: len(ran) // 2]} == {"triton"}
+    assert {op for name, op in ran if name == "cuda"} >= {"rank_thresholds", "logsumexp"}
+    torch.testing.assert_close(grads[1], grads[0])
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -180,7 +220,7 @@ def test_a_loss_runs_where_it_is_asked_to(table, options, trained_keys):
             {"trained_keys": True, "D": 300},
             r"info_nce: backend 'cuda' cannot run this logsumexp .*D up to 256, got 300",
         ),
-        ({"select": Select(1, 50)}, r"cannot run rank_thresholds.*cuda has no kernel"),
+        ({"select": Select(sample=20)}, r"cannot run listed_logsumexp.*cuda has no kernel"),
         ({"mix": Mix(4, 2, 2, detach=False)}, r"cannot run listed_logsumexp.*cuda has no kernel"),
         ({"dtype": torch.float32}, r"info_nce: backend 'cuda' cannot run this logsumexp .*got float32 and float32"),
         ({"D": 300}, r"info_nce: backend 'cuda' cannot run this logsumexp .*D up to 256, got 300"),

@@ -34,6 +34,14 @@ INSTRUCTIONS_PER_GRADED_SCORE = {
     ("80", False): 11.1, ("90a", False): 6.1, ("100", False): 10.3,
     ("80", True): 15.8, ("90a", True): 12.0, ("100", True): 12.6,
 }  # fmt: skip
+# The same of the scan of rank_thresholds, by its brackets, for a turn in which no cut moves among columns that tie;
+# by pairs a turn is 32 scores, whatever multiplies.
+INSTRUCTIONS_PER_RANKED_SCORE = {
+    ("80", False, 1): 12.6, ("90a", False, 1): 10.6, ("100", False, 1): 12.3,
+    ("80", False, 2): 15.3, ("90a", False, 2): 13.9, ("100", False, 2): 15.7,
+    ("80", True, 1): 17.2, ("90a", True, 1): 15.5, ("100", True, 1): 14.8,
+    ("80", True, 2): 20.3, ("90a", True, 2): 18.7, ("100", True, 2): 17.7,
+}  # fmt: skip
 HEADROOM = 1.1
 
 
@@ -63,19 +71,24 @@ def test_compiles_clean(compiled):
 def test_scores_cost_few_instructions(compiled):
     pytest.importorskip("triton")
     source, target, _ = compiled
-    if source not in ("mine_hardest.cu", "logsumexp.cu", "logsumexp_grad_keys.cu"):
-        pytest.skip("computes no score")
+    if source not in ("mine_hardest.cu", "logsumexp.cu", "logsumexp_grad_keys.cu", "rank_thresholds.cu"):
+        pytest.skip("computes no score, or only to count")
     sass.show("cuobjdump", "-xelf", "all", target, folder=target.parent)
     seen = set()
     for cubin in target.parent.glob("*.cubin"):
         capability = re.search(r"sm_(\d+a?)", cubin.name)[1]
         for name, code in sass.functions(cubin).items():
             used = sass.products(code)
-            used = {
-                x for x in used if "HGMMA" in x
-            } or used  # where scores are by warpgroups, sums of keys are still by warps
             assert len(used) <= 1, f"{name}: passes compare scores, so all their products must be of one kind: {used}"
-            if m := re.search(r"scan_kernel\w*E1ELi8ELb([01])E", name):  # bf16, D up to 128
+            if m := re.search(r"scan_kernel\w*E1ELi8ELb([01])ELi([12])E", name):  # bf16, D up to 128
+                by_pair, brackets = m[1] == "1", int(m[2])
+                per_score = min(sass.turns(code)) / (32 if by_pair else SCORES_OF_A_TURN[capability])
+                print(
+                    f"sm_{capability}, by pairs {by_pair}: {per_score:.1f} instructions per score, {brackets} brackets"
+                )
+                assert 0 < per_score <= HEADROOM * INSTRUCTIONS_PER_RANKED_SCORE[capability, by_pair, brackets]
+                seen.add((capability, by_pair, brackets))
+            elif m := re.search(r"scan_kernel\w*E1ELi8ELb([01])E", name):  # bf16, D up to 128
                 by_pair = m[1] == "1"
                 count = sass.from_products_on if capability == "90a" else sass.with_product
                 per_score = min(count(sass.loops(code))) / SCORES_OF_A_TURN[capability]
@@ -100,4 +113,5 @@ def test_scores_cost_few_instructions(compiled):
                     print(f"sm_{capability}, by pairs {by_pair}: {per_score:.1f} instructions per score of {kernel}")
                     assert 0 < per_score <= HEADROOM * most[capability, by_pair]
                     seen.add((capability, by_pair))
-    assert len(seen) == 2 * len(list(target.parent.glob("*.cubin"))), f"found {seen}"
+    kernels = 4 if source == "rank_thresholds.cu" else 2
+    assert len(seen) == kernels * len(list(target.parent.glob("*.cubin"))), f"found {seen}"

@@ -123,6 +123,8 @@ def test_nothing_waits_for_the_device(options):
         negmine.mine_hardest(q, keys, 100)
         if not cpp_ops.CUDA_REFUSAL:
             negmine.mine_hardest(q, keys, 100, backend="cuda")
+            negmine.rank_thresholds(q, keys, [0, 7], backend="cuda")
+            negmine.info_nce(q, pos, keys, temperature=0.2, select=Select(0.01, 0.5), backend="cuda")
         negmine.rank_thresholds(q, keys, [0, 7])
         negmine.percentile(q, keys, [0.05, 0.95])
 

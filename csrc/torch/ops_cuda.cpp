@@ -12,9 +12,11 @@
 
 #include "csrc/torch/checks.h"
 #include "csrc/torch/cuda_params.h"
+#include "kernels/cuda/count_negatives.h"
 #include "kernels/cuda/logsumexp.h"
 #include "kernels/cuda/logsumexp_grad_keys.h"
 #include "kernels/cuda/mine_hardest.h"
+#include "kernels/cuda/rank_thresholds.h"
 
 namespace negmine {
 namespace {
@@ -113,6 +115,53 @@ std::tuple<Tensor, Tensor> mine_hardest(const Tensor& query, const Tensor& negat
   return {scores, index};
 }
 
+Tensor rank_thresholds(const Tensor& query, const Tensor& negative_keys, const Tensor& ranks, POOL_ARGUMENTS) {
+  // Checks.
+  const char* op = "rank_thresholds";
+  require_on_gpu(op, query);
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  const Scored in(op, query, negative_keys, POOL);
+  const Tensor asked = checks::index_matrix(op, "ranks", ranks, in.B, in.q);  // (B, R)
+  const int64_t R = asked.size(1);
+  const cuda::RankingPlan plan = cuda::plan_ranking(in.B, in.K, R, in.processors);
+  checks::require(cuda::fits(plan), op, ": K = ", in.K, " takes a workspace of more than 4 GiB.");
+
+  // Outputs.
+  Tensor order = new_empty(in.q, {in.B, R}, ScalarType::Long);
+  Tensor workspace = new_empty(in.q, {plan.workspace}, ScalarType::Byte);
+
+  // Params.
+  auto p = in.params<cuda::RankThresholdsParams>();
+  p.R = R;
+  p.ranks = longs(asked);
+  p.plan = plan;
+  p.order = static_cast<int64_t*>(order.mutable_data_ptr());
+  p.workspace = workspace.mutable_data_ptr();
+  require_launched(op, cuda::rank_thresholds(p, current_stream(in.q)));
+  return order;
+}
+
+Tensor count_negatives(const Tensor& query, const Tensor& negative_keys, POOL_ARGUMENTS) {
+  // Checks.
+  const char* op = "count_negatives";
+  require_on_gpu(op, query);
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  const Scored in(op, query, negative_keys, POOL);
+  const cuda::CountingPlan plan = cuda::plan_counting(in.B, in.K, in.processors);
+
+  // Outputs.
+  Tensor count = new_empty(in.q, {in.B}, ScalarType::Long);
+  Tensor workspace = new_empty(in.q, {plan.workspace}, ScalarType::Byte);
+
+  // Params.
+  auto p = in.params<cuda::CountNegativesParams>();
+  p.plan = plan;
+  p.count = static_cast<int64_t*>(count.mutable_data_ptr());
+  p.workspace = workspace.mutable_data_ptr();
+  require_launched(op, cuda::count_negatives(p, current_stream(in.q)));
+  return count;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> logsumexp(const Tensor& query, const Tensor& negative_keys,
                                                      const Tensor& scale, const OptionalTensor& pivot, bool want_mean,
                                                      POOL_ARGUMENTS) {
@@ -178,9 +227,11 @@ Tensor logsumexp_grad_keys(const Tensor& query, const Tensor& negative_keys, con
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(negmine, CUDA, m) {
+  m.impl("count_negatives", TORCH_BOX(&count_negatives));
   m.impl("logsumexp", TORCH_BOX(&logsumexp));
   m.impl("logsumexp_grad_keys", TORCH_BOX(&logsumexp_grad_keys));
   m.impl("mine_hardest", TORCH_BOX(&mine_hardest));
+  m.impl("rank_thresholds", TORCH_BOX(&rank_thresholds));
 }
 
 }  // namespace negmine

@@ -16,6 +16,8 @@
 
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/mine_hardest.h"
+#include "kernels/cuda/recovery.cuh"
+#include "kernels/cuda/sample.cuh"
 #include "kernels/cuda/score_tile.cuh"
 #include "kernels/cuda/selection.cuh"
 #include "kernels/cuda/tile_map.h"
@@ -23,39 +25,10 @@
 namespace negmine::cuda {
 namespace {
 
-constexpr int kSlack = kChunk / kLanes;  // survivors that a buffer may receive from one chunk
-constexpr int kRecoverDigit = 5;         // bits of a place that one pass of recover decides
-constexpr int kRecoverBins = 1 << kRecoverDigit;
 constexpr int kFinishExtra = 4 * (kBins + 8);   // bytes of the finish beside its places
 constexpr int64_t kScratchBytes = 40 << 20;     // a workspace below this is never worth a second chunk
 constexpr int64_t kMostScratchBytes = 1 << 30;  // offsets in it are 32 bits
 constexpr double kSigmas = 4.75, kPlacesBelow = 4;
-
-// sampled[row][j] = rank of the score of column j K / sample, whether or not the row sees it.
-template <Storage kStorage, int kSteps>
-__global__ void __launch_bounds__(kThreads) sample_kernel(Inputs in, Pass p) {
-  uint32_t query[2][kSteps][4];
-  const int64_t first = p.first + blockIdx.x * int64_t{kRows};
-  load_queries<kSteps>(query, shared_memory(), in.query, first, p.B);
-  const auto find = [&](int j) { return j < p.sample ? in.key(column_of(p, in.K, j)) : int64_t{-1}; };
-  const auto use = [&](int j0, const Scores& s, SharedAddress) {
-    const int t = threadIdx.x % kLanes;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int64_t row = blockIdx.x * int64_t{kRows} + row_of(i);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int j = j0 + 8 * n + 2 * t + c;
-          const float score = s[i / 2][n][i % 2 * 2 + c];
-          if (row < p.rows && j < p.sample) p.sampled[row * p.sample + j] = score == score ? rank(score) : 0u;
-        }
-      }
-    }
-  };
-  stream<kStorage, kSteps>(query, shared_memory(), in.keys, blockIdx.y, gridDim.y, p.sample, false, find, use);
-}
 
 template <Storage kStorage, int kSteps, bool kByPair>
 __global__ void __launch_bounds__(kThreads, kSteps <= 8 ? 3 : 2)
@@ -130,14 +103,6 @@ __device__ bool certain(const Pass& p, int64_t row) {
   return least != kLost && total <= p.capacity && (total >= p.N || p.cuts[row] == -INFINITY);
 }
 
-// What recover keeps of its rows in shared memory, after the tiles.
-struct Recovery {
-  uint64_t last[kRows];               // the digits found so far; at the end what is kept is >= last
-  int32_t wanted[kRows];              // places to find among those that have these digits; 0: all is decided
-  int32_t bins[kRows][kRecoverBins];  // of the next digit
-  float scores[kChunk][kThreads];     // that a thread holds of one chunk
-};
-
 template <Storage kStorage, int kSteps>
 __global__ void __launch_bounds__(kThreads, 2)
     recover_kernel(const __grid_constant__ TileMap tiles, Inputs in, Pass p) {
@@ -147,58 +112,20 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (!__syncthreads_or(failed)) return;
 
   auto& books = *reinterpret_cast<Recovery*>(shared_memory() + Tiles<kSteps>::kBytes);
-  books.last[threadIdx.x] = failed ? 0 : ~uint64_t{0};  // of a certain row nothing is kept
-  books.wanted[threadIdx.x] = failed ? p.N : 0;
+  books.want(failed ? p.N : 0);
   uint32_t query[2][kSteps][4];
   load_queries<kSteps>(query, shared_memory(), in.query, p.first + first, p.B);
-  // use(row, place) for every column in the pool of every row that asks for it.
-  const auto visit = [&](auto asks, auto use) {
-    stream<kStorage, kSteps>(
-        query, shared_memory(), MappedRows{in.keys, tiles}, 0, 1, in.K, !in.pool.key_mask,
-        [&](int column) { return in.key(column); },
-        [&](int column, const Scores& s, SharedAddress) {
-#pragma unroll
-          for (int j = 0; j < kChunk; ++j) books.scores[j][threadIdx.x] = s[j / 16][j / 4 % 4][j % 4];
-#pragma unroll 1
-          for (int j = 0; j < kChunk; ++j) {
-            const float score = books.scores[j][threadIdx.x];
-            const int row = row_of(j / 16 * 2 + j / 2 % 2);
-            const int k = column + 8 * (j / 4 % 4) + 2 * (threadIdx.x % kLanes) + j % 2;
-            if (score != score) continue;
-            const uint64_t at = place(score, k);
-            if (asks(row, at) && sees(in.pool, p.first + first + row, k, score)) use(row, at);
-          }
-        });
-    __syncthreads();
-  };
-  uint64_t decided = 0;
-  for (int shift = 64 - kRecoverDigit; __syncthreads_or(books.wanted[threadIdx.x] > 0); shift -= kRecoverDigit) {
-    shift = max(shift, 0);
-    for (int bin = 0; bin < kRecoverBins; ++bin) books.bins[threadIdx.x][bin] = 0;
-    visit([&](int row, uint64_t at) { return books.wanted[row] > 0 && ((at ^ books.last[row]) & decided) == 0; },
-          [&](int row, uint64_t at) { atomicAdd(&books.bins[row][at >> shift & (kRecoverBins - 1)], 1); });
-    const uint64_t mask = static_cast<uint64_t>(kRecoverBins - 1) << shift;
-    int wanted = books.wanted[threadIdx.x], digit = kRecoverBins - 1;
-    if (wanted > 0) {
-      const int* bins = books.bins[threadIdx.x];
-      for (; digit > 0 && bins[digit] < wanted; --digit) wanted -= bins[digit];
-      uint64_t last = (books.last[threadIdx.x] & ~mask) | static_cast<uint64_t>(digit) << shift;
-      // All of the bin are wanted; or, in the first pass, the pool has no more than N, and they are all.
-      if (bins[digit] <= wanted) wanted = 0;
-      books.last[threadIdx.x] = last;
-      books.wanted[threadIdx.x] = wanted;
-    }
-    decided |= mask;
-  }
+  find_last<kStorage, kSteps>(books, query, tiles, in, p.first + first);
   int32_t* kept = &books.bins[0][0];  // (kRows,)
   kept[threadIdx.x] = 0;
   const int64_t row_size = static_cast<int64_t>(p.splits) * kLanes * p.room;
-  visit([&](int row, uint64_t at) { return at >= books.last[row]; },
-        [&](int row, uint64_t at) {
-          const auto score = __float_as_uint(score_of(static_cast<uint32_t>(at >> 32)));
-          p.survivors[(first + row) * row_size + atomicAdd(&kept[row], 1)] =
-              make_uint2(score, static_cast<uint32_t>(index_of(at)));
-        });
+  visit<kStorage, kSteps>(
+      books, query, tiles, in, p.first + first, [&](int row, uint64_t at) { return at >= books.last[row]; },
+      [&](int row, uint64_t at) {
+        const auto score = __float_as_uint(score_of(static_cast<uint32_t>(at >> 32)));
+        p.survivors[(first + row) * row_size + atomicAdd(&kept[row], 1)] =
+            make_uint2(score, static_cast<uint32_t>(index_of(at)));
+      });
   if (failed) p.recovered[own] = kept[threadIdx.x];
 }
 
@@ -212,7 +139,7 @@ int64_t finish_bytes(int64_t capacity, int64_t N) { return 8 * (capacity + next_
 
 // All passes over one chunk of queries.
 template <Storage kStorage, int kSteps>
-cudaError_t mine(const TileMap& tiles, const Inputs& in, const Pass& p, void* stream) {
+cudaError_t mine(const TileMap& tiles, const Inputs& in, const Sample& sample, const Pass& p, void* stream) {
   const unsigned row_tiles = (p.rows + kRows - 1) / kRows, splits = p.splits;
   constexpr int kShared = Tiles<kSteps>::kBytes;
   static_assert(kShared + sizeof(Recovery) <= kSharedBytes);
@@ -221,11 +148,12 @@ cudaError_t mine(const TileMap& tiles, const Inputs& in, const Pass& p, void* st
   const auto then = [&](auto... arguments) {
     if (error == cudaSuccess) error = launch(arguments...);
   };
-  if (p.sample > 0) {
-    const unsigned parts = std::min<unsigned>(splits, (p.sample + kKeys - 1) / kKeys);
-    then(sample_kernel<kStorage, kSteps>, dim3(row_tiles, parts), kThreads, kShared, stream, in, p);
+  if (sample.size > 0) {
+    const unsigned parts = std::min<unsigned>(splits, (sample.size + kKeys - 1) / kKeys);
+    then(sample_kernel<kStorage, kSteps>, dim3(row_tiles, parts), kThreads, kShared, stream, in, sample);
   }
-  then(cut_kernel, dim3(p.rows), std::max(p.sample / kHeld, kWarp), 2 * 32 * 4, stream, in.pool, by_pair, p, in.K);
+  const int cutters = std::max(sample.size / kHeld, kWarp);
+  then(cut_kernel, dim3(p.rows), cutters, 2 * 32 * 4, stream, in.pool, by_pair, sample, p, in.K);
   if (by_pair) {
     then(scan_kernel<kStorage, kSteps, true>, dim3(row_tiles, splits), kThreads, kShared, stream, tiles, in, p);
   } else {
@@ -240,10 +168,10 @@ cudaError_t mine(const TileMap& tiles, const Inputs& in, const Pass& p, void* st
 }
 
 template <Storage kStorage>
-cudaError_t mine_at_width(const TileMap& tiles, const Inputs& in, const Pass& p, void* stream) {
-  if (in.query.D <= 64) return mine<kStorage, 4>(tiles, in, p, stream);
-  if (in.query.D <= 128) return mine<kStorage, 8>(tiles, in, p, stream);
-  return mine<kStorage, 16>(tiles, in, p, stream);
+cudaError_t mine_at_width(const TileMap& tiles, const Inputs& in, const Sample& sample, const Pass& p, void* stream) {
+  if (in.query.D <= 64) return mine<kStorage, 4>(tiles, in, sample, p, stream);
+  if (in.query.D <= 128) return mine<kStorage, 8>(tiles, in, sample, p, stream);
+  return mine<kStorage, 16>(tiles, in, sample, p, stream);
 }
 
 // Bytes of a workspace by its parts, in this order.
@@ -314,17 +242,18 @@ int mine_hardest(const MineHardestParams& params, void* stream) {
                      static_cast<int32_t>(params.K), params.pool};
   const TileMap tiles = map_tiles(in.keys, params.K, params.storage);
   for (int64_t first = 0; first < params.B; first += plan.rows) {
+    const auto rows = static_cast<int32_t>(std::min(plan.rows, params.B - first));
+    const Sample sample = {first, params.B, rows, static_cast<int32_t>(plan.sample),
+                           reinterpret_cast<uint32_t*>(workspace)};
     const Pass pass = {
         .first = first,
         .B = params.B,
-        .rows = static_cast<int32_t>(std::min(plan.rows, params.B - first)),
+        .rows = rows,
         .N = static_cast<int32_t>(params.N),
-        .sample = static_cast<int32_t>(plan.sample),
         .sample_rank = static_cast<int32_t>(plan.sample_rank),
         .splits = static_cast<int32_t>(plan.splits),
         .room = static_cast<int32_t>(plan.room),
         .capacity = static_cast<int32_t>(plan.capacity),
-        .sampled = reinterpret_cast<uint32_t*>(workspace),
         .survivors = reinterpret_cast<Survivor*>(workspace),
         .found = reinterpret_cast<int32_t*>(workspace + bytes.survivors),
         .cuts = reinterpret_cast<float*>(workspace + bytes.survivors + bytes.found),
@@ -333,8 +262,8 @@ int mine_hardest(const MineHardestParams& params, void* stream) {
         .index = params.index,
     };
     const cudaError_t error = params.storage == Storage::kBFloat16
-                                  ? mine_at_width<Storage::kBFloat16>(tiles, in, pass, stream)
-                                  : mine_at_width<Storage::kFloat16>(tiles, in, pass, stream);
+                                  ? mine_at_width<Storage::kBFloat16>(tiles, in, sample, pass, stream)
+                                  : mine_at_width<Storage::kFloat16>(tiles, in, sample, pass, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

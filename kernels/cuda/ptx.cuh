@@ -118,4 +118,50 @@ __device__ __forceinline__ void append_where_reaches(float cut, float score, int
       : "memory");
 }
 
+// The same where score reaches an odd number of cuts: of four cuts, each below the one before, or NaN, those are the
+// two intervals [cut[1], cut[0]) and [cut[3], cut[2]). counted[0] counts what reaches cut[0], and counted[1] what
+// reaches cut[2], less what reaches cut[1] and not cut[0].
+template <int kCuts>
+__device__ __forceinline__ void append_where_odd(const float (&cut)[kCuts], float score, int index, char* base,
+                                                 uint32_t& at, int (&counted)[kCuts / 2]) {
+  static_assert(kCuts == 2 || kCuts == 4);
+  if constexpr (kCuts == 2) {
+    asm volatile(
+        "{\n"
+        ".reg .pred odd;\n"
+        ".reg .u64 place;\n"
+        "setp.ge.f32 odd, %2, %3;\n"
+        "@odd add.s32 %1, %1, 1;\n"
+        "setp.ge.xor.f32 odd, %2, %4, odd;\n"
+        "cvt.u64.u32 place, %0;\n"
+        "add.u64 place, place, %6;\n"
+        "@odd st.global.v2.b32 [place], {%7, %5};\n"
+        "@odd add.u32 %0, %0, 8;\n"
+        "}"
+        : "+r"(at), "+r"(counted[0])
+        : "f"(score), "f"(cut[0]), "f"(cut[1]), "r"(index), "l"(base), "r"(__float_as_uint(score))
+        : "memory");
+  } else {
+    asm volatile(
+        "{\n"
+        ".reg .pred odd;\n"
+        ".reg .u64 place;\n"
+        "setp.ge.f32 odd, %3, %4;\n"
+        "@odd add.s32 %1, %1, 1;\n"
+        "setp.ge.xor.f32 odd, %3, %5, odd;\n"
+        "setp.ge.xor.f32 odd, %3, %6, odd;\n"
+        "@odd add.s32 %2, %2, 1;\n"
+        "setp.ge.xor.f32 odd, %3, %7, odd;\n"
+        "cvt.u64.u32 place, %0;\n"
+        "add.u64 place, place, %9;\n"
+        "@odd st.global.v2.b32 [place], {%10, %8};\n"
+        "@odd add.u32 %0, %0, 8;\n"
+        "}"
+        : "+r"(at), "+r"(counted[0]), "+r"(counted[1])
+        : "f"(score), "f"(cut[0]), "f"(cut[1]), "f"(cut[2]), "f"(cut[3]), "r"(index), "l"(base),
+          "r"(__float_as_uint(score))
+        : "memory");
+  }
+}
+
 }  // namespace negmine::cuda

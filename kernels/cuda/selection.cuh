@@ -4,31 +4,23 @@
 #include <cstdint>
 
 #include "kernels/cuda/order.cuh"
+#include "kernels/cuda/sample.cuh"
 #include "kernels/cuda/score_tile.cuh"
 
 namespace negmine::cuda {
 
-constexpr int kHeld = 32;          // sampled scores that one thread holds
-constexpr int kCutThreads = 1024;  // most threads that look for a cut
-constexpr int kMostSampled = kHeld * kCutThreads;
 constexpr int kFinishThreads = 256;  // as many as bins
 constexpr int kDigit = 8;            // bits of a place that one step of the finish decides
 constexpr int kBins = 1 << kDigit;
-constexpr int kLanes = 4;         // that share a row, each with buffers of its own
-constexpr int kLost = -1;         // in place of a count: the buffer was too small
 constexpr int kFromBuffers = -1;  // in place of a count: the row was not recovered
-
-// A survivor: the bits of its score, and its column.
-using Survivor = uint2;
 
 // What the passes over one chunk of queries share.
 struct Pass {
   int64_t first, B;  // queries [first, B) at most; a row of the workspace is that of query first + row
   int32_t rows;      // of this chunk
   int32_t N;
-  int32_t sample, sample_rank, splits, room, capacity;
-  uint32_t* sampled;    // (rows, sample) ranks of scores, 0 where there is none; shares its memory with survivors
-  Survivor* survivors;  // (rows, splits, kLanes, room)
+  int32_t sample_rank, splits, room, capacity;
+  Survivor* survivors;  // (rows, splits, kLanes, room); its memory is the sample's first
   int32_t* found;       // (rows, splits, kLanes) survivors, or kLost
   float* cuts;          // (rows,)
   int32_t* recovered;   // (rows,) survivors that were written anew, from the row's first on; or kFromBuffers
@@ -36,34 +28,18 @@ struct Pass {
   int64_t* index;       // (B, N)
 };
 
-// The column at a place of the sample: evenly spaced over the ring, so that old and new keys are sampled alike.
-__device__ __forceinline__ int64_t column_of(const Pass& p, int K, int at) {
-  return static_cast<int64_t>(static_cast<uint64_t>(at) * static_cast<uint32_t>(K) / static_cast<uint32_t>(p.sample));
-}
-
-__device__ __forceinline__ int sum_over_warp(int value) {
-#pragma unroll
-  for (int apart = kWarp / 2; apart > 0; apart /= 2) value += __shfl_xor_sync(kAllLanes, value, apart);
-  return value;
-}
-
 // cuts[row] = a score that sample_rank + 1 sampled scores reach, or a few more; -inf where there are not so many. It
 // needs no exactness: the certificate sees to that. Block = row; a thread holds kHeld of the row's scores.
-__global__ void __launch_bounds__(kCutThreads) cut_kernel(Pool pool, bool by_pair, Pass p, int K) {
+__global__ void __launch_bounds__(kCutThreads) cut_kernel(Pool pool, bool by_pair, Sample sample, Pass p, int K) {
   int* partial = reinterpret_cast<int*>(shared_memory());  // (2, 32)
   const int row = blockIdx.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  uint32_t* sampled = p.sampled + static_cast<int64_t>(row) * p.sample;
-  if (by_pair) {
-    for (int at = threadIdx.x; at < p.sample; at += blockDim.x) {
-      const uint32_t own = sampled[at];
-      if (own && !sees(pool, p.first + row, column_of(p, K, at), score_of(own))) sampled[at] = 0u;
-    }
-  }
+  if (by_pair) hide(sample, pool, K);
+  const uint32_t* ranks = sample.ranks + static_cast<int64_t>(row) * sample.size;
   uint32_t held[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int at = threadIdx.x + i * blockDim.x;
-    held[i] = at < p.sample ? sampled[at] : 0u;
+    held[i] = at < sample.size ? ranks[at] : 0u;
   }
   // At least wanted scores are >= low, fewer are >= high.
   const int wanted = p.sample_rank + 1;

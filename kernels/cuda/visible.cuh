@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/order.cuh"
 #include "kernels/cuda/pool.h"
 
 namespace negmine::cuda {
@@ -85,6 +86,27 @@ __device__ __forceinline__ uint32_t visible(const Inputs& in, int row, int B, in
     if (pool.query_ids) by_tag(pool.query_ids, pool.negative_ids, false);
     if (pool.query_labels) by_tag(pool.query_labels, pool.negative_labels, pool.same_label);
   }
+  return seen;
+}
+
+// Of the bits `seen`, those of scores inside the bounds of their rows.
+template <int kSixteens>
+__device__ __forceinline__ uint32_t inside_bounds(uint32_t seen, const Pool& pool, const ScoresOf<kSixteens>& s,
+                                                  int row, int B, int column) {
+  const auto bounded = [&](const int64_t* bounds, auto is_inside) {
+#pragma unroll
+    for (int r = 0; r < 2 * kSixteens; ++r) {
+      Bound own = bound_of(row + 8 * r < B ? bounds[row + 8 * r] : 0);
+      own.index -= column;  // 8 columns need no registers
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float score = s[r / 2][j / 2][r % 2 * 2 + j % 2];
+        if (!is_inside(own, score, j / 2 * 8 + j % 2)) seen &= ~(bit_of(j) << shift_of(r));
+      }
+    }
+  };
+  if (pool.lower) bounded(pool.lower, is_at_least);
+  if (pool.upper) bounded(pool.upper, is_at_most);
   return seen;
 }
 

@@ -314,11 +314,30 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   return ballot;
 }
 
+inline unsigned __reduce_min_sync(unsigned, unsigned value) {
+  const auto all = emulator::exchange(value);
+  return *std::min_element(all.of, all.of + emulator::kWarp);
+}
+
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  const auto all = emulator::exchange(value);
+  return *std::max_element(all.of, all.of + emulator::kWarp);
+}
+
 // One fiber runs at a time.
+template <class T>
+T atomicMin(T* place, T value) {
+  return std::exchange(*place, std::min(*place, value));
+}
+template <class T>
+T atomicMax(T* place, T value) {
+  return std::exchange(*place, std::max(*place, value));
+}
 inline int atomicAdd(int* place, int value) { return std::exchange(*place, *place + value); }
 inline unsigned atomicOr(unsigned* place, unsigned value) { return std::exchange(*place, *place | value); }
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __clzll(int64_t bits) { return bits == 0 ? 64 : __builtin_clzll(static_cast<uint64_t>(bits)); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
 using std::max;
 using std::min;

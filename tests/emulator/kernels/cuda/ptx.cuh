@@ -109,4 +109,15 @@ inline void append_where_reaches(float cut, float score, int index, char* base, 
   at += 8;
 }
 
+template <int kCuts>
+void append_where_odd(const float (&cut)[kCuts], float score, int index, char* base, uint32_t& at,
+                      int (&counted)[kCuts / 2]) {
+  bool odd = false;
+  for (int i = 0; i < kCuts; ++i) {
+    odd ^= score >= cut[i];
+    if (i % 2 == 0) counted[i / 2] += odd;
+  }
+  append_where_reaches(odd ? score : NAN, score, index, base, at);
+}
+
 }  // namespace negmine::cuda

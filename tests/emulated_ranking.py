@@ -1,0 +1,52 @@
+"""kernels/cuda/rank_thresholds.cu under the emulator, called with tensors; by each of the products that its GPUs have."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+from tests import emulate
+from tests.emulate import STORAGE, pointer, pool_arguments
+from tests.emulated_mining import FOLDER, PROCESSORS, PRODUCTS
+
+
+@functools.cache
+def ranking_library(product):
+    folder = Path(FOLDER.name) / f"ranking_{product}"
+    folder.mkdir()
+    built = emulate.build("rank_thresholds", folder, *PRODUCTS[product])
+    built.emulated_missing_at.restype = ctypes.c_int64
+    return built
+
+
+def plan_of(library, B, K, R, processors=PROCESSORS, least_sample=2048):
+    """The plan as a dict, and whether offsets in its workspace fit."""
+    names = ("sample", "rows", "splits", "room", "workspace")
+    numbers, fitting = (ctypes.c_int64 * len(names))(), ctypes.c_bool()
+    library.emulated_plan(*map(ctypes.c_int64, (B, K, R, processors, least_sample)), numbers, ctypes.byref(fitting))
+    return dict(zip(names, numbers, strict=True)), fitting.value
+
+
+def emulated(product):
+    """rank_thresholds by the emulator; `recovered` is which of the last call's last two ranks were, of the last chunk of rows."""
+    library = ranking_library(product)
+
+    def rank_thresholds(query, negative_keys, ranks, pool, least_sample=2048, **changed):
+        (B, D), K, R = query.shape, len(negative_keys), ranks.shape[1]
+        plan = plan_of(library, B, K, R, least_sample=least_sample)[0] | changed
+        numbers = (ctypes.c_int64 * len(plan))(*plan.values())
+        places = torch.full((B, R), -9)
+        workspace = torch.full((plan["workspace"] + 15,), 0xFF, dtype=torch.uint8)
+        workspace = workspace[-workspace.data_ptr() % 16 :][: plan["workspace"]]
+        error = library.emulated_rank_thresholds(
+            *map(ctypes.c_int64, (B, K, D, R)), pointer(query), pointer(negative_keys),
+            ctypes.c_int64(query.stride(0)), ctypes.c_int64(negative_keys.stride(0)), STORAGE[query.dtype],
+            pointer(ranks), *pool_arguments(pool), numbers, *map(pointer, (places, workspace)),
+        )  # fmt: skip
+        assert error == 0
+        begin, cells = library.emulated_missing_at(numbers), ((B - 1) % plan["rows"] + 1) * ((R - 1) % 2 + 1)
+        rank_thresholds.recovered = workspace[begin : begin + 4 * cells].view(torch.int32) >= 0
+        return places
+
+    return rank_thresholds

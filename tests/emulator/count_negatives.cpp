@@ -1,0 +1,40 @@
+// kernels/cuda/count_negatives.cu behind a C function, for ctypes: the arguments of the op in the order of its params
+// struct, planned for so many processors.
+#include "kernels/cuda/count_negatives.cu"
+
+using namespace negmine::cuda;
+
+extern "C" int emulated_count_negatives(int64_t B, int64_t K, int64_t D, const void* query, const void* negative_keys,
+                                        int64_t query_stride, int64_t negative_keys_stride, int32_t storage,
+                                        const uint8_t* key_mask, const uint8_t* pair_mask, int64_t pair_mask_stride,
+                                        const int64_t* query_ids, const int64_t* negative_ids,
+                                        const int64_t* query_labels, const int64_t* negative_labels, bool same_label,
+                                        const int64_t* lower, const int64_t* upper, int64_t processors,
+                                        int64_t* count) {
+  const CountingPlan plan = plan_counting(B, K, processors);
+  std::vector<int32_t> workspace(static_cast<size_t>(plan.workspace) / 4, -9);
+  const CountNegativesParams params = {
+      .B = B,
+      .K = K,
+      .D = D,
+      .query = query,
+      .negative_keys = negative_keys,
+      .query_stride = query_stride,
+      .negative_keys_stride = negative_keys_stride,
+      .storage = static_cast<Storage>(storage),
+      .pool = {.key_mask = key_mask,
+               .pair_mask = pair_mask,
+               .pair_mask_stride = pair_mask_stride,
+               .query_ids = query_ids,
+               .negative_ids = negative_ids,
+               .query_labels = query_labels,
+               .negative_labels = negative_labels,
+               .same_label = same_label,
+               .lower = lower,
+               .upper = upper},
+      .plan = plan,
+      .count = count,
+      .workspace = workspace.data(),
+  };
+  return count_negatives(params, nullptr);
+}
