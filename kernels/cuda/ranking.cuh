@@ -140,13 +140,17 @@ __global__ void __launch_bounds__(kSelectThreads, 4) finish_kernel(Ranking p) {
       __syncthreads();
     }
     if (warp < kBrackets && shared.few[warp] < 0) {
-      const int r = warp, shift = shift_of(shared.span[r]);
-      const Cell cell = find_cell(shared.cells[r], static_cast<int>(shared.wanted[r]), lane);
+      const int r = warp;
+      const uint64_t low = shared.low[r], span = shared.span[r];
+      const int64_t wanted = shared.wanted[r];
+      const int shift = shift_of(span);
+      const Cell cell = find_cell(shared.cells[r], static_cast<int>(wanted), lane);
+      __syncwarp();  // all lanes have read what the first is to change
       if (lane == 0) {
         const uint64_t begin = static_cast<uint64_t>(cell.cell) << shift;
-        shared.wanted[r] -= cell.higher;
-        shared.low[r] += begin;
-        shared.span[r] = min(uint64_t{1} << shift, shared.span[r] - begin);
+        shared.wanted[r] = wanted - cell.higher;
+        shared.low[r] = low + begin;
+        shared.span[r] = min(uint64_t{1} << shift, span - begin);
         if (cell.count <= kFew) shared.few[r] = cell.count;
       }
     }

@@ -12,7 +12,7 @@ extern "C" int emulated_count_negatives(int64_t B, int64_t K, int64_t D, const v
                                         const int64_t* lower, const int64_t* upper, int64_t processors,
                                         int64_t* count) {
   const CountingPlan plan = plan_counting(B, K, processors);
-  std::vector<int32_t> workspace(static_cast<size_t>(plan.workspace) / 4, -9);
+  emulator::room.assign(static_cast<size_t>(plan.workspace), '\xF7');
   const CountNegativesParams params = {
       .B = B,
       .K = K,
@@ -34,7 +34,7 @@ extern "C" int emulated_count_negatives(int64_t B, int64_t K, int64_t D, const v
                .upper = upper},
       .plan = plan,
       .count = count,
-      .workspace = workspace.data(),
+      .workspace = emulator::room.data(),
   };
   return count_negatives(params, nullptr);
 }

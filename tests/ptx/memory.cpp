@@ -81,19 +81,32 @@ void find_generic(Warp& w, const Instruction& i, Mask mask) {
   }
 }
 
-// d, base, b: in shared memory, on 32 bits. No race with another of its kind.
-template <bool kAdds>
+enum Change { kAdd, kOr, kAnd, kXor, kMin, kMax };
+
+template <class U>
+U changed(U a, U b, int32_t how, bool is_signed) {
+  using S = std::make_signed_t<U>;
+  const bool less = is_signed ? static_cast<S>(a) < static_cast<S>(b) : a < b;
+  return how == kAdd             ? a + b
+         : how == kOr            ? a | b
+         : how == kAnd           ? a & b
+         : how == kXor           ? a ^ b
+         : (how == kMin) == less ? a
+                                 : b;
+}
+
+// d, base, b: in shared memory. No race with another of its kind.
+template <class U>
 void change(Warp& w, const Instruction& i, Mask mask) {
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!(mask >> lane & 1)) continue;
     const auto address = static_cast<uint32_t>(address_of(w, i, i.registers[1], lane));
-    char* place = w.block->shared_at(address, 4, 4);
-    uint32_t value = 0;
-    std::memcpy(&value, place, 4);
-    w.of<uint32_t>(i.registers[0])[lane] = value;
-    const uint32_t b = w.of<uint32_t>(i.registers[2])[lane];
-    value = kAdds ? value + b : value | b;
-    std::memcpy(place, &value, 4);
+    char* place = w.block->shared_at(address, sizeof(U), sizeof(U));
+    U value = 0;
+    std::memcpy(&value, place, sizeof value);
+    if (i.registers[0].bytes != 0) w.of<U>(i.registers[0])[lane] = value;
+    value = changed(value, w.of<U>(i.registers[2])[lane], i.kind, i.is_signed);
+    std::memcpy(place, &value, sizeof value);
   }
 }
 
@@ -254,8 +267,6 @@ bool find_memory(const std::string& name, Instruction& instruction, std::vector<
   const std::map<std::string, std::pair<Run, std::vector<uint32_t>>> named = {
       {"cvta.local.u64", {find_generic<false>, {8, 8}}},
       {"cvta.param.u64", {find_generic<true>, {8, 8}}},
-      {"atom.shared.add.u32", {change<true>, {4, 4, 4}}},
-      {"atom.shared.or.b32", {change<false>, {4, 4, 4}}},
       {"cp.async.cg.shared.global", {copy_later, {4, 8, 4, 4}}},
       {"cp.async.ca.shared.global", {copy_later, {4, 8, 4, 4}}},
       {"cp.async.commit_group", {close_copies, {}}},
@@ -274,6 +285,18 @@ bool find_memory(const std::string& name, Instruction& instruction, std::vector<
     return true;
   }
   const auto parts = parts_of(name);
+  const std::vector<std::string> changes = {"add", "or", "and", "xor", "min", "max"};
+  if (parts.size() == 4 && parts[0] == "atom" && parts[1] == "shared") {
+    const bool is_wide = parts[3].ends_with("64");
+    if (!is_wide && !parts[3].ends_with("32")) return false;
+    const auto found = std::find(changes.begin(), changes.end(), parts[2]);
+    if (found == changes.end()) return false;
+    instruction.run = is_wide ? change<uint64_t> : change<uint32_t>;
+    instruction.kind = static_cast<int32_t>(found - changes.begin());
+    instruction.is_signed = parts[3][0] == 's';
+    widths = {0, 0, is_wide ? 8u : 4u};
+    return true;
+  }
   if (parts[0] != "ld" && parts[0] != "st") return false;
   instruction.run = parts[0] == "ld" ? load : store;
   instruction.kind = kGeneric;
