@@ -59,6 +59,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   const uint32_t start = at[0], limit = start + (p.room - kSlack) * 8;  // of row i, 8 i rows further
   const auto find = [&](int column) { return in.key(column); };
   char* const survivors = reinterpret_cast<char*>(p.survivors);
+  const int query_row = static_cast<int>(p.first) + blockIdx.x * kRows + row_of(0), B = static_cast<int>(p.B);
+  uint32_t seen = 0xFFFFFFFFu;
+  const auto before = [&](int column) {  // while there are no scores: registers are few
+    if constexpr (kByPair) seen = visible<2, true>(in, query_row, B, column + 2 * t);
+  };
   const auto use = [&](int column, const Scores& s, SharedAddress) {
     if (column >= turn) {
       turn = INT32_MAX;
@@ -73,12 +78,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
     }
-    uint32_t seen = 0xFFFFFFFFu;
-    if constexpr (kByPair) {
-      const int row = static_cast<int>(p.first) + blockIdx.x * kRows + row_of(0), B = static_cast<int>(p.B);
-      seen = visible<2, true>(in, row, B, column + 2 * t);
-      seen = inside_bounds<2>(seen, in.pool, s, row, B, column + 2 * t);
-    }
+    if constexpr (kByPair) seen = inside_bounds<2>(seen, in.pool, s, query_row, B, column + 2 * t);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t end = limit + 8 * i * row_size;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   // Splits take turns at tiles: keys that are close in the ring are often alike, and should not fill one buffer.
   constexpr int kAtOnce = kByPair ? 1 : 2;
   stream<kStorage, kSteps, 2, kTwoNaNs, kAtOnce>(query, shared_memory(), MappedRows{in.keys, tiles}, blockIdx.y,
-                                                 p.splits, in.K, !in.pool.key_mask, find, use);
+                                                 p.splits, in.K, !in.pool.key_mask, find, use, before);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t row = blockIdx.x * int64_t{kRows} + row_of(i);

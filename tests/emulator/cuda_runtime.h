@@ -200,7 +200,8 @@ struct cudaLaunchConfig_t {
 #ifdef NEGMINE_LAUNCHES_ELSEWHERE
 namespace emulator {
 
-// kernel; grid x, grid y, threads, shared bytes, room, its bytes, backwards; the parameters as a GPU gets them, and their bytes
+// kernel; grid x, grid y, threads, shared bytes, room, its bytes, backwards; the parameters as a GPU gets them, and
+// their bytes
 using Launcher = int (*)(const void*, const int64_t*, const char*, int64_t);
 inline Launcher launcher = nullptr;
 
@@ -238,7 +239,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(
                              threads,
                              static_cast<int64_t>(launch->dynamicSmemBytes),
                              reinterpret_cast<int64_t>(emulator::room.data()),
-                             static_cast<int64_t>(emulator::room.size()), emulator::backwards};
+                             static_cast<int64_t>(emulator::room.size()),
+                             emulator::backwards};
   return static_cast<cudaError_t>(
       emulator::launcher(reinterpret_cast<const void*>(kernel), numbers, bytes.data(), bytes.size()));
 #endif
