@@ -93,11 +93,13 @@ def emulated(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled_sm80(tmp_path_factory):
     return Emulated(emulate.build("mixing", tmp_path_factory.mktemp("compiled"), *PRODUCTS["compiled_sm80"]))
 
 
-@pytest.fixture(params=["emulated", "compiled", pytest.param("gpu", marks=(pytest.mark.gpu, pytest.mark.sanitized))])
+@pytest.fixture(
+    params=["emulated", "compiled_sm80", pytest.param("gpu", marks=(pytest.mark.gpu, pytest.mark.sanitized))]
+)
 def kernels(request):
     """The ops on CPU tensors, by the emulator, as compiled or by the GPU."""
     if request.param != "gpu":
