@@ -47,12 +47,12 @@ def commands(phase: str, out: Path) -> list[Command]:
             python("-m", "build_tools.run_shards", "--durations=15", "--continue-on-collection-errors", "-k", elsewhere)
         ]
     if phase == "bench":
-        from benchmarks.cases import CASES, ON_GPU
+        from benchmarks.cases import CASES, ON_GPU, QUEUE_OPS
 
         time_it = python("-m", "benchmarks.run", "--no-tests", "--device", "cuda", "--seconds", "2")
         compiled = ("--compile", "moco-bf16-1024")
         # What two backends have is also timed side by side: negmine/backends.py chooses between them by these rows.
-        both = ("--op", "mine_hardest", "info_nce", "--backend", "triton", "cuda", "--no-peers")
+        both = ("--op", *QUEUE_OPS, "--backend", "triton", "cuda", "--no-peers", "--seconds", "1")
         mined = [case for case in ON_GPU if "mine_hardest" in CASES[case].ops]
         return [[*time_it, "--case", case, *compiled] for case in ON_GPU] + [
             [*time_it, "--case", case, *both] for case in mined
