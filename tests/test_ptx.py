@@ -138,6 +138,19 @@ def product(between: str, fence: str, meanwhile: str, stored: str = "fence.proxy
     """
 
 
+def apart(instruction: str) -> str:
+    """The first 7 lanes wait for the others at one place, and these for them at another."""
+    return f"""
+      setp.lt.u32 %p0, %r0, 7;
+      @%p0 bra $few;
+      {instruction}
+      bra $all;
+    $few:
+      bar.warp.sync -1;
+    $all:
+    """
+
+
 FENCE = "wgmma.fence.sync.aligned;"
 REFUSED = {
     "a race": reversed_within("bar.warp.sync -1;"),
@@ -145,8 +158,8 @@ REFUSED = {
     "outside of every argument": "ld.global.b32 %r4, [%rd3+65536];",
     "outside of the 8192 bytes": "ld.shared.b32 %r4, [%r3+8192];",
     "is not aligned": "ld.global.v2.b32 {%r4, %r5}, [%rd3+4];",
-    "takes part in a shuffle is elsewhere": "setp.lt.u32 %p0, %r0, 7; @%p0 bra $on; shfl.sync.bfly.b32 %r5, %r0, 1, 31, -1; $on:",
-    "are not together": "setp.lt.u32 %p0, %r0, 7; @%p0 bra $on; bar.sync 0; $on:",
+    "takes part in a shuffle is elsewhere": apart("shfl.sync.bfly.b32 %r5, %r0, 1, 31, -1;"),
+    "are not together": apart("bar.sync 0;"),
     "before its copies were waited for": copied("", ""),
     "without a fence.proxy.async": product("", FENCE, "", stored=""),
     "begins without wgmma.fence": product("", "", ""),
