@@ -169,6 +169,8 @@ READ_AGAIN = {
     "hard between samples": 8,
     "easy between samples": 8,
     "few at the end": 8,
+    "clustered": 2,
+    "shuffled clusters": 2,
 }
 
 
