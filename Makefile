@@ -50,8 +50,8 @@ fuzz: venv
 # The triton backend's tests on what Triton compiles for two GPUs, run as PTX on the CPU. `make test` has a part of this, and all
 # of the same for CUDA's kernels.
 ptx: venv
-	$(PY) -m tests.ptx 80 tests/test_kernels.py tests/test_rules.py tests/test_limits.py -k triton
-	$(PY) -m tests.ptx 90 tests/test_kernels.py tests/test_rules.py tests/test_limits.py -k triton
+	$(PY) -m tests.ptx 80 tests/test_kernels.py tests/test_rules.py tests/test_columns.py -k triton
+	$(PY) -m tests.ptx 90 tests/test_kernels.py tests/test_rules.py tests/test_columns.py -k triton
 
 # The tests and the fuzzer on CPU kernels built with gcc's address and undefined sanitizers, AMX's tiles emulated, in a copy of
 # the package; and the CUDA kernels under the emulator, built likewise. Python is not instrumented: libasan is loaded first, and
