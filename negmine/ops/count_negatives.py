@@ -1,0 +1,8 @@
+"""The op count_negatives: the size of each query's pool."""
+
+from negmine.ops.registry import declare
+
+COUNT_NEGATIVES = declare(
+    "count_negatives(query: vectors[B, D], negative_keys: vectors[K, D], *pool) -> count: int64[B]",
+    """Columns in the pool. Without bounds no score is computed, and NaN scores count; with bounds a NaN score does not count.""",
+)

@@ -1,0 +1,149 @@
+"""One declaration per kernel op: name, arguments with their shapes, results with theirs.
+
+Each file negmine/ops/<op>.py declares its op once, in one string:
+
+    declare("listed_grad_keys(query: vectors[B, D], index: int64[B, M], weight: fp32[B, M], K: int) -> grad_keys: fp32[K, D]", ...)
+
+From it come the schema that torch knows the op by, the function that tells torch.compile the shapes of its results, and the
+table of ops in kernels/README.md. Implementations are registered elsewhere, one namespace per backend (`negmine_cpu::`,
+`negmine_cuda::`, `negmine_triton::`), so that none can replace another: csrc/torch in C++, kernels/triton in Python.
+
+    vectors     fp32, bf16 or fp16; the last dimension is contiguous, rows may have any stride
+    fp32, int64, bool, query     the dtype of a tensor; `query` is the dtype of the argument query
+    [B, D]      the shape: letters, or for results a Python expression of letters and of arguments
+    name?       the tensor may be None
+    [K | B, K]  either shape
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACES = ("negmine_cpu", "negmine_cuda", "negmine_triton")
+DTYPES = {"fp32": torch.float32, "int64": torch.int64, "bool": torch.bool}
+SCALARS = ("int", "float", "bool")
+
+# The arguments that end the list of every op that reads a queue: negmine/ops/pool.py.
+POOL = (
+    "negative_mask?: bool[K | B, K], query_ids?: int64[B], negative_ids?: int64[K], query_labels?: int64[B], "
+    "negative_labels?: int64[K], lower?: int64[B], upper?: int64[B], num_rows?: int64[], bias?: fp32[K], "
+    "guide_query?: vectors[B, G], guide_keys?: vectors[K, G], guide_limit?: fp32[B], same_label: bool"
+)
+# How synthetic negatives are drawn: kernels/README.md, part "Draws".
+DRAWS = (
+    "pairs: int, with_query: int, pair_low: float, pair_high: float, query_low: float, query_high: float, distinct: bool, "
+    "quantiles?: fp32[4097], seed: int, step?: int64[], row_offset?: int64[]"
+)
+
+
+@dataclass(frozen=True)
+class Value:
+    """One argument or one result of an op."""
+
+    name: str
+    kind: str  # vectors, query or a key of DTYPES for tensors, int, float or bool for numbers
+    dims: str | None  # the shape as it is written, None for a number
+    optional: bool = False
+
+    @property
+    def schema(self) -> str:
+        """The argument as torch spells it. An int may come from a shape, and so be symbolic."""
+        if self.dims is None:
+            return f"{'SymInt' if self.kind == 'int' and self.name in ('K', 'N') else self.kind} {self.name}"
+        return f"Tensor{'?' if self.optional else ''} {self.name}"
+
+    def __str__(self) -> str:
+        kind = self.kind if self.dims is None else f"{self.kind}[{self.dims}]"
+        return f"{self.name}{'?' if self.optional else ''}: {kind}"
+
+
+@dataclass(frozen=True)
+class Op:
+    """A declared op: what every backend that has it takes and returns."""
+
+    name: str
+    arguments: tuple[Value, ...]
+    results: tuple[Value, ...]
+    meaning: str  # what it computes, as kernels/README.md says it
+    sizes: tuple[tuple[CodeType, ...], ...]  # of each result, expressions of letters and arguments
+    takes_pool: bool
+    takes_draws: bool
+
+    @property
+    def schema(self) -> str:
+        """The schema that torch.library takes."""
+        results = ", ".join(f"Tensor {value.name}" for value in self.results)
+        results = f"({results})" if len(self.results) > 1 else "Tensor"
+        return f"{self.name}({', '.join(value.schema for value in self.arguments)}) -> {results}"
+
+    def fake(self, *args: Any) -> Any:
+        """Empty results of the right shapes: what torch.compile runs in the place of a kernel."""
+        known: dict[str, Any] = {}
+        for value, given in zip(self.arguments, args, strict=True):
+            known[value.name] = given
+            if value.dims and isinstance(given, Tensor) and "|" not in value.dims:
+                known.update(zip(_split(value.dims), given.shape, strict=True))
+        like = args[0]
+        made = [
+            like.new_empty([eval(size, {}, known) for size in sizes], dtype=DTYPES.get(value.kind, like.dtype))
+            for value, sizes in zip(self.results, self.sizes, strict=True)
+        ]
+        return tuple(made) if len(made) > 1 else made[0]
+
+
+OPS: dict[str, Op] = {}
+_LIBRARIES = {namespace: torch.library.Library(namespace, "DEF") for namespace in NAMESPACES}
+
+
+def declare(signature: str, meaning: str) -> Op:
+    """The op of a signature, known to torch in every namespace from now on."""
+    match = re.fullmatch(r"(\w+)\((.*)\) -> (.*)", signature)
+    if match is None:
+        raise ValueError(f"declare: signature must be 'name(arguments) -> results', got {signature!r}")
+    name, inside, results = match.groups()
+    expanded = inside.replace("*pool", POOL).replace("*draws", DRAWS)
+    made = _values(results)
+    op = Op(
+        name,
+        _values(expanded),
+        made,
+        meaning,
+        tuple(tuple(compile(size, name, "eval") for size in _split(value.dims or "")) for value in made),
+        "*pool" in inside,
+        "*draws" in inside,
+    )
+    OPS[name] = op
+    for namespace, library in _LIBRARIES.items():
+        library.define(op.schema)
+        torch.library.register_fake(f"{namespace}::{name}", op.fake, lib=library)
+    return op
+
+
+def implement(namespace: str, name: str, function: Callable[..., Any], device: str) -> None:
+    """Register a Python implementation of a declared op for tensors of a device type."""
+    _LIBRARIES[namespace].impl(name, function, device.upper())
+
+
+def overload(namespace: str, name: str) -> Callable[..., Any]:
+    """The op as a function that torch dispatches."""
+    return getattr(getattr(torch.ops, namespace), name).default
+
+
+def _values(text: str) -> tuple[Value, ...]:
+    made = []
+    for part in _split(text):
+        match = re.fullmatch(r"(\w+)(\??): (\w+)(?:\[(.*)\])?", part)
+        if match is None or (match[4] is None) != (match[3] in SCALARS and "[" not in part):
+            raise ValueError(f"declare: an argument must be 'name: kind' or 'name: kind[dims]', got {part!r}")
+        made.append(Value(match[1], match[3], match[4], bool(match[2])))
+    return tuple(made)
+
+
+def _split(text: str) -> Sequence[str]:
+    """The parts between commas that stand outside of brackets."""
+    return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
