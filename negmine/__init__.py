@@ -5,44 +5,31 @@ Fused kernels for contrastive learning with a queue of negatives. Start with `in
 
 import torch as _torch  # noqa: F401  the compiled ops take their symbols from its libraries
 
-from negmine import recipes
-from negmine.info_nce import InfoNCEStats, info_nce
-from negmine.logsumexp import logsumexp
-from negmine.losses import InfoNCELoss, SupConLoss
-from negmine.mining import Mined, mine_hardest, percentile, rank_thresholds
-from negmine.mixing import Mixed, mix_negatives
-from negmine.multi_similarity import MultiSimilarityLoss, MultiSimilarityStats, multi_similarity
-from negmine.options import FalseNegatives, Mix, Select, Weight
-from negmine.queue import MoCoQueue
-from negmine.report import HardnessReport, hardness_report
-from negmine.search import MiningResult, NegativeIndex, mine_hard_negatives, mining_rounds
-from negmine.sharded import ShardedMoCoQueue
-from negmine.softplus_sum import SigLIPLoss, siglip, softplus_sum
-from negmine.sup_con import SupConStats, sup_con
-from negmine.triplet_loss import TripletLoss, triplet_loss
-from negmine.triplets import Triplets, mine_triplets
+from negmine import mining, recipes
+from negmine.losses.info_nce import InfoNCELoss, info_nce
+from negmine.losses.mined_pairs import MultiSimilarityLoss
+from negmine.losses.siglip import SigLIPLoss, siglip
+from negmine.losses.sup_con import SupConLoss, sup_con
+from negmine.losses.triplet import TripletLoss, triplet_loss
+from negmine.mining import NegativeIndex, mine_hard_negatives
+from negmine.options import FalseNegatives, Mix, Negatives, Select, Weight
+from negmine.queues.moco import MoCoQueue
+from negmine.report import hardness_report
+from negmine.selection import logsumexp, mine_hardest, mix_negatives, quantile, rank_thresholds
 from negmine.version import __version__
 
 __all__ = [
     "FalseNegatives",
-    "HardnessReport",
     "InfoNCELoss",
-    "InfoNCEStats",
-    "Mined",
-    "MiningResult",
     "Mix",
-    "Mixed",
     "MoCoQueue",
     "MultiSimilarityLoss",
-    "MultiSimilarityStats",
     "NegativeIndex",
+    "Negatives",
     "Select",
-    "ShardedMoCoQueue",
     "SigLIPLoss",
     "SupConLoss",
-    "SupConStats",
     "TripletLoss",
-    "Triplets",
     "Weight",
     "__version__",
     "hardness_report",
@@ -50,15 +37,12 @@ __all__ = [
     "logsumexp",
     "mine_hard_negatives",
     "mine_hardest",
-    "mine_triplets",
-    "mining_rounds",
+    "mining",
     "mix_negatives",
-    "multi_similarity",
-    "percentile",
+    "quantile",
     "rank_thresholds",
     "recipes",
     "siglip",
-    "softplus_sum",
     "sup_con",
     "triplet_loss",
 ]

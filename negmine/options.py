@@ -1,17 +1,16 @@
-"""What to keep, what to add, how to weigh, what to cancel: the four descriptions that the ops take.
+"""The option objects: Select, Mix, Weight and FalseNegatives say how negatives are treated, Negatives says which ones there are.
 
-Each is a frozen dataclass that refuses, when it is made, a value that cannot be meant. They hold numbers only: the same
-object serves every batch, device and backend.
+The first four are frozen dataclasses that hold numbers only, so that the same object serves every batch, device and backend; each
+refuses an invalid value when it is made. Negatives holds the tensors of one call.
 """
 
 import math
 from dataclasses import KW_ONLY, dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from negmine import philox
 
 
 def is_int(value: Any) -> bool:
@@ -29,6 +28,36 @@ def is_real(value: Any) -> bool:
 def _require(good: bool, name: str, wanted: str, came: Any) -> None:
     if not good:
         raise ValueError(f"{name} must be {wanted}, got {came!r}")
+
+
+QUANTILES = 4096  # intervals of the tabulated Beta quantile function
+
+
+@cache
+def beta_quantiles(concentration: float) -> Tensor | None:
+    """Quantile function of Beta(concentration, concentration) at 0, 1/4096, ..., 1: (4097,) fp32; None for the uniform case.
+
+    Interpolated from the distribution function on a grid that is dense at both ends, where the density may diverge.
+    """
+    if concentration == 1.0:
+        return None
+    # x = t^p / (t^p + (1 - t)^p) with p = max(1, 1 / concentration) makes the integrand bounded at both ends.
+    power = max(1.0, 1.0 / concentration)
+    t = torch.linspace(0.0, 1.0, 400_001, dtype=torch.float64)
+    low, high = t**power, (1.0 - t) ** power
+    x = low / (low + high)
+    mid = (t[1:] + t[:-1]) / 2
+    log_density = concentration * power * (mid.log() + (1.0 - mid).log()) - mid.log() - (1.0 - mid).log()
+    log_density = log_density - 2 * concentration * torch.logaddexp(power * mid.log(), power * (1.0 - mid).log())
+    mass = torch.cat([torch.zeros(1, dtype=torch.float64), (log_density - log_density.max()).exp().cumsum(0)])
+    wanted = torch.linspace(0.0, 1.0, QUANTILES + 1, dtype=torch.float64) * mass[-1]
+    right = torch.searchsorted(mass, wanted).clamp(1, len(mass) - 1)
+    span = (mass[right] - mass[right - 1]).clamp_min(torch.finfo(torch.float64).tiny)
+    part = ((wanted - mass[right - 1]) / span).clamp(0, 1)
+    quantile = x[right - 1] + part * (x[right] - x[right - 1])
+    return (
+        (quantile + 1.0 - quantile.flip(0)) / 2
+    ).float()  # the distribution is symmetric; rounding at the far end is not
 
 
 @dataclass(frozen=True)
@@ -189,7 +218,7 @@ class Mix:
         )
         for name in ("distinct", "detach"):
             _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
-        object.__setattr__(self, "quantiles", philox.beta_quantiles(self.concentration))
+        object.__setattr__(self, "quantiles", beta_quantiles(self.concentration))
 
     @property
     def total(self) -> int:
@@ -257,3 +286,34 @@ class FalseNegatives:
         )
         _require(self.mode in ("eliminate", "attract"), "mode", "'eliminate' or 'attract'", self.mode)
         _require(self.reduce in ("max", "mean"), "reduce", "'max' or 'mean'", self.reduce)
+
+
+@dataclass(frozen=True, eq=False)
+class Negatives:
+    """The keys that serve as negatives, with their ids, labels and mask.
+
+    keys (K, D), shared by all queries; or (B, M, D), each query's own; or None for in-batch negatives: the positives of the other
+        rows. fp32, bf16, fp16 or float64.
+    ids (K,) or (B, M): whole numbers; a key whose id equals the query's (`query_ids` of the loss) is ignored as a negative.
+    labels (K,) or (B, M): whole numbers; likewise with `query_labels`. An id or label of -1 is unknown and equals nothing.
+    mask (K,) or (B, K) bool: True = usable. With own keys (B, M). A masked key leaves the ranking and the denominator.
+
+    A plain tensor of keys stands for Negatives(keys). The losses check shapes and dtypes, which depend on the query.
+    Raises TypeError for anything but tensors or None.
+    """
+
+    keys: Any
+    _: KW_ONLY
+    ids: Tensor | None = None
+    labels: Tensor | None = None
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ids", "labels", "mask"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"Negatives: {name} must be a tensor or None, got {type(value).__name__}")
+        if self.keys is None and (self.ids is not None or self.labels is not None):
+            raise ValueError(
+                "Negatives: ids and labels must be None for in-batch negatives, which have the queries' own"
+            )

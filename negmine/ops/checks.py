@@ -9,6 +9,7 @@ from negmine.options import FalseNegatives, Mix, Select, Weight, is_int, is_real
 
 OPTION_TYPES = {"select": Select, "mix": Mix, "weight": Weight, "false_negatives": FalseNegatives}
 REDUCTIONS = ("mean", "sum", "none")
+COMMON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def describe(value: Any) -> str:
@@ -46,6 +47,10 @@ def require_vectors(
     op: str, name: str, value: Any, shapes: str, dims: tuple[int, ...], like: Tensor | None = None
 ) -> None:
     """A floating tensor with one of the numbers of dimensions `dims`, spelled `shapes`, and the D of `like`."""
+    if type(value) is Tensor and value.dim() in dims and value.dtype in COMMON_DTYPES and value.layout == torch.strided:
+        D = value.shape[-1]  # the good case in few steps: small calls are bound by the host
+        if D and (like is None or (like.shape[-1] == D and value.device == like.device)) and not value.is_nested:
+            return
     require_tensor(op, name, value, like)
     if not value.is_floating_point():
         raise refuse(op, name, "a floating tensor (float64, float32, bfloat16 or float16)", value, TypeError)
@@ -53,15 +58,6 @@ def require_vectors(
         raise refuse(op, name, f"of shape {shapes} with D of 1 or more", value)
     if like is not None and value.shape[-1] != like.shape[-1]:
         raise refuse(op, name, f"of shape {shapes} with query's D = {like.shape[-1]}", value)
-
-
-def require_query_and_keys(op: str, query: Any, negative_keys: Any, *, own_keys: bool = False) -> None:
-    """query (B, D) and negative_keys (K, D), or also (B, M, D) where own_keys."""
-    require_vectors(op, "query", query, "(B, D)", (2,))
-    shapes, dims = ("(K, D) or (B, M, D)", (2, 3)) if own_keys else ("(K, D)", (2,))
-    require_vectors(op, "negative_keys", negative_keys, shapes, dims, query)
-    if negative_keys.dim() == 3 and negative_keys.shape[0] != query.shape[0]:
-        raise refuse(op, "negative_keys", f"of shape (B, M, D) with query's B = {query.shape[0]}", negative_keys)
 
 
 def require_positive(op: str, positive_key: Any, query: Tensor) -> None:
@@ -106,11 +102,18 @@ def require_number(op: str, name: str, value: Any, *, above: float | None = None
 
 
 def require_draw(op: str, seed: Any, step: Any, row_offset: Any) -> None:
-    """The key of the random draws: seed and step are 32-bit words, row_offset the global index of the first query."""
-    for name, value in (("seed", seed), ("step", step)):
-        if not is_int(value) or not 0 <= value < 2**32:
-            raise refuse(op, name, "an int in [0, 2**32)", value)
-    require_count(op, "row_offset", row_offset, 0)
+    """The key of the random draws: seed and step are 32-bit words, row_offset the global index of the first query.
+
+    step and row_offset may be 0-d int64 tensors, whose values are the caller's to keep in range (reading them would synchronise).
+    """
+    if not is_int(seed) or not 0 <= seed < 2**32:
+        raise refuse(op, "seed", "an int in [0, 2**32)", seed)
+    for name, value, most in (("step", step, 2**32), ("row_offset", row_offset, 2**63)):
+        if isinstance(value, Tensor):
+            if value.dim() != 0 or value.dtype != torch.int64:
+                raise refuse(op, name, f"an int in [0, 2**{most.bit_length() - 1}) or a 0-d int64 tensor", value)
+        elif not is_int(value) or not 0 <= value < most:
+            raise refuse(op, name, f"an int in [0, 2**{most.bit_length() - 1}) or a 0-d int64 tensor", value)
 
 
 def require_bool(op: str, name: str, value: Any) -> None:

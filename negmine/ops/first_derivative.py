@@ -1,4 +1,4 @@
-"""first_only: the backward of a fused op, which has first derivatives and refuses second ones in words.
+"""first_derivative_only: the backward of a fused op, which has first derivatives and refuses second ones in words.
 
 torch's once_differentiable refuses only where the engine comes by: torch.autograd.grad(..., inputs) leaves out what leads to no
 input, and would return a second derivative that lacks the kernels' part. Here the refusal stands on the way to every input.
@@ -27,7 +27,7 @@ class _Once(torch.autograd.Function):
         )
 
 
-def first_only(backward: Callable) -> Callable:
+def first_derivative_only(backward: Callable) -> Callable:
     """Decorates the backward of a torch.autograd.Function, as torch.autograd.function.once_differentiable does."""
 
     @wraps(backward)

@@ -1,6 +1,11 @@
 """The op info_nce, a whole step of the InfoNCE loss, and the autograd function over it."""
 
+import torch
+
+from negmine.ops.first_derivative import first_derivative_only
+from negmine.ops.pool import Pool, narrow
 from negmine.ops.registry import declare
+from negmine.ops.vectors import for_kernels
 
 INFO_NCE = declare(
     "info_nce(query: vectors[B, D], positive_key: vectors[B, D], negative_keys: vectors[K, D], scale: fp32[], pivot?: fp32[B], "
@@ -18,3 +23,54 @@ INFO_NCE = declare(
     weight_b = scale * d rows_b / d lse_b: what logsumexp_grad_keys takes; the positive's gradient is -weight_b q_b.
     total_b = log(exp(x_b) + exp(lse_b)), or lse_b where decoupled; x_b where there is no negative.""",
 )
+
+
+class InfoNCE(torch.autograd.Function):
+    """The op info_nce: loss of each row (B,), with total, num_kept, num_above and num_mixed (B,), which carry no gradient.
+
+    d rows / d query and / d scale come with the rows, d rows / d positive_key = -weight query; the keys' is a second kernel, run
+    only for keys that require grad. arguments: pivot, decoupled, ranks, hard, skip and the draws, as the op takes them.
+    """
+
+    @staticmethod
+    def forward(ctx, query, positive_key, negative_keys, scale, kernels, arguments, *pool):
+        wants_query, wants_positive, wants_keys, wants_scale, *_ = ctx.needs_input_grad
+        pivot, *rest = arguments
+        q, positive, keys = for_kernels(query), for_kernels(positive_key), for_kernels(negative_keys)
+        rows, d_query, d_scale, weight, lse, *counts, sort_keys = kernels.info_nce(
+            q, positive, keys, scale.detach(), pivot, wants_query or wants_scale, *rest, *pool
+        )
+        ctx.kernels, ctx.positive_dtype, ctx.width = kernels, positive_key.dtype, len(pool)
+        saved = [query, scale, d_query, d_scale, weight, lse]
+        if wants_keys:
+            if sort_keys.shape[1]:
+                pool = narrow(Pool(*pool), *sort_keys.unbind(1))
+            *tensors, ctx.same_label = pool
+            saved += [negative_keys, *tensors]
+        ctx.save_for_backward(*saved)
+        ctx.mark_non_differentiable(*counts)
+        ctx.set_materialize_grads(False)  # no zeros for the outputs that nothing differentiates
+        return rows, *counts
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, d_rows, *_):
+        query, scale, d_query, d_scale, weight, lse, *rest = ctx.saved_tensors
+        wants_query, wants_positive, wants_keys, wants_scale, *_ = ctx.needs_input_grad
+        if d_rows is None:  # what came after drops the loss
+            return (None,) * (6 + ctx.width)
+        to_query = to_positive = to_keys = to_scale = None
+        if wants_query:  # written in the query's dtype by the product itself
+            to_query = torch.mul(d_query, d_rows[:, None], out=torch.empty_like(query))  # (B, D)
+        if wants_positive or wants_keys:
+            factor = d_rows * weight  # (B,)
+        if wants_positive:
+            to_positive = (-factor[:, None] * query).to(ctx.positive_dtype)  # (B, D)
+        if wants_keys:
+            negative_keys, *tensors = rest
+            q, keys = for_kernels(query), for_kernels(negative_keys)
+            to_keys = ctx.kernels.logsumexp_grad_keys(q, keys, scale, lse, factor, *tensors, ctx.same_label)
+            to_keys = to_keys.to(negative_keys.dtype)  # (K, D)
+        if wants_scale:
+            to_scale = (d_rows * d_scale).sum()
+        return to_query, to_positive, to_keys, to_scale, None, None, *([None] * ctx.width)

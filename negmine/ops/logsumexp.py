@@ -1,6 +1,14 @@
 """The op logsumexp, and the autograd functions over it."""
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from negmine.ops.first_derivative import first_derivative_only
+from negmine.ops.pool import Pool, narrow
 from negmine.ops.registry import declare
+from negmine.ops.vectors import for_kernels
 
 LOGSUMEXP = declare(
     "logsumexp(query: vectors[B, D], negative_keys: vectors[K, D], scales: fp32[S], pivot?: fp32[B], want_mean: bool, N: int, "
@@ -17,3 +25,81 @@ LOGSUMEXP = declare(
     below the first, or the first is negative or past the end. Not together with N > 0.
     A NaN score in a pool without bounds makes lse NaN; else a score of +inf makes lse +inf, and the mean may be NaN.""",
 )
+
+
+class LogSumExp(torch.autograd.Function):
+    """lse (S, B) = log sum over each pool of exp(scale_s * s_bk), with num_kept (B,), num_above (B,) and index (B, N) of the op.
+
+    d lse / d query = scale * mean, d lse / d scale = query . mean, both known after the forward pass;
+    d lse / d negative_keys = scale * p_bk query_b is a second kernel, run only for keys that require grad.
+    pool: a Pool, or (index, False) with kernels over lists.
+    """
+
+    @staticmethod
+    def forward(ctx, query, negative_keys, scales, pivot, N, ranks, kernels, *pool):
+        want_mean = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
+        lse, mean, num_kept, num_above, _, index, sort_keys = kernels.logsumexp(
+            for_kernels(query), for_kernels(negative_keys), scales.detach(), pivot, want_mean, N, ranks, *pool
+        )
+        if ranks is not None:
+            pool = narrow(Pool(*pool), *sort_keys.unbind(1))
+        *tensors, ctx.same_label = pool
+        ctx.kernels, ctx.width = kernels, len(pool)
+        wants_keys = ctx.needs_input_grad[1]
+        ctx.save_for_backward(query, scales, lse, mean, *((negative_keys, *tensors) if wants_keys else ()))
+        ctx.mark_non_differentiable(num_kept, num_above, index)
+        return lse, num_kept, num_above, index
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, d_lse, *_):
+        query, scales, lse, mean, *rest = ctx.saved_tensors
+        d_query = d_keys = d_scales = None
+        weight = d_lse * scales[:, None]  # (S, B)
+        if ctx.needs_input_grad[0]:
+            d_query = (weight[:, :, None] * mean).sum(0).to(query.dtype)  # (B, D)
+        if ctx.needs_input_grad[1]:
+            negative_keys, *tensors = rest
+            d_keys = grad_keys(ctx.kernels, query, negative_keys, scales, lse, weight, (*tensors, ctx.same_label))
+        if ctx.needs_input_grad[2]:
+            d_scales = (d_lse * (query.float() * mean).sum(2)).sum(1)  # (S,)
+        return d_query, d_keys, d_scales, None, None, None, None, *([None] * ctx.width)
+
+
+def grad_keys(
+    kernels: Any, query: Tensor, negative_keys: Tensor, scales: Tensor, lse: Tensor, weight: Tensor, pool: tuple
+) -> Tensor:
+    """The gradient (K, D) of log-sum-exps at several scales, in the dtype of the keys: weight and lse (S, B)."""
+    q, keys = for_kernels(query), for_kernels(negative_keys)
+    parts = zip(scales.unbind(0), lse.unbind(0), weight.unbind(0), strict=True)
+    each = [kernels.logsumexp_grad_keys(q, keys, scale, sums, factor, *pool) for scale, sums, factor in parts]
+    total = each[0] if len(each) == 1 else torch.stack(each).sum(0)
+    return total.to(negative_keys.dtype)
+
+
+class MeanScore(torch.autograd.Function):
+    """score_b (B,) = mean over b's pool of s_bk, and num_kept (B,): what logsumexp returns as its mean at scale 0."""
+
+    @staticmethod
+    def forward(ctx, query, keys, kernels, *pool):
+        zero = torch.zeros(1, dtype=torch.float32, device=query.device)
+        lse, mean, num_kept, *_ = kernels.logsumexp(
+            for_kernels(query), for_kernels(keys), zero, None, True, 0, None, *pool
+        )
+        *tensors, ctx.same_label = pool
+        ctx.kernels, ctx.width = kernels, len(pool)
+        ctx.save_for_backward(query, zero, lse, mean[0], *((keys, *tensors) if ctx.needs_input_grad[1] else ()))
+        ctx.mark_non_differentiable(num_kept)
+        return (query.float() * mean[0]).sum(1), num_kept
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, d_score, _d_kept):
+        query, zero, lse, mean, *rest = ctx.saved_tensors
+        d_query = d_keys = None
+        if ctx.needs_input_grad[0]:
+            d_query = (d_score[:, None] * mean).to(query.dtype)  # (B, D)
+        if ctx.needs_input_grad[1]:
+            keys, *tensors = rest
+            d_keys = grad_keys(ctx.kernels, query, keys, zero, lse, d_score[None], (*tensors, ctx.same_label))
+        return d_query, d_keys, None, *([None] * ctx.width)

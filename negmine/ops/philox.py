@@ -6,7 +6,6 @@ Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (the R
 """
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,11 +14,10 @@ MASK = 0xFFFFFFFF
 # The counter's last word: one stream a purpose.
 STREAM_MIX, STREAM_SAMPLE, STREAM_WEIGHTED, STREAM_NORMAL, STREAM_PARTNER = range(5)
 SAMPLE_CHUNK = 4096  # members whose words are in memory at one time
-QUANTILES = 4096  # intervals of the tabulated Beta quantile function
 
 
 def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int, step: int
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int, step: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four counter words (...) int64 in [0, 2^32) and the key (seed, step) -> four random words (...) in [0, 2^32)."""
     c0, c1, c2, c3 = counter
@@ -32,7 +30,9 @@ def philox(
     return c0, c1, c2, c3
 
 
-def words(rows: Tensor, slots: Tensor, stream: int, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def words(
+    rows: Tensor, slots: Tensor, stream: int, seed: int, step: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """rows (B,) int64 global rows, slots (L,) int64 -> four words (B, L)."""
     row, slot = rows[:, None].broadcast_to(len(rows), len(slots)), slots[None, :].broadcast_to(len(rows), len(slots))
     return philox((row & MASK, (row >> 32) & MASK, slot, torch.full_like(slot, stream)), seed, step)
@@ -48,7 +48,7 @@ def gumbel(word: Tensor) -> Tensor:
     return -(-((word.double() + 0.5) * 2.0**-32).log()).log()
 
 
-def sample(count: Tensor, most: int, size: int, replace: bool, rows: Tensor, seed: int, step: int) -> Tensor:
+def sample(count: Tensor, most: int, size: int, replace: bool, rows: Tensor, seed: int, step: int | Tensor) -> Tensor:
     """Draw `size` members of each row's count: count (B,) int64 up to most, rows (B,) -> (B, size) int64, -1 = none.
 
     With replacement, slot i draws one of [0, count) for itself. Without, every member has a word, counted by its own number, and
@@ -76,7 +76,7 @@ def unit(word: Tensor, quantiles: Tensor | None) -> Tensor:
     return quantiles[cell] + rest * (quantiles[cell + 1] - quantiles[cell])
 
 
-def normals(rows: Tensor, slots: Tensor, D: int, seed: int, step: int) -> Tensor:
+def normals(rows: Tensor, slots: Tensor, D: int, seed: int, step: int | Tensor) -> Tensor:
     """rows (B,), slots (S,) int64 -> (B, S, D) fp32 standard normals, by Box and Muller: four words make four of them."""
     blocks = -(-D // 4)
     if rows.device.type == "cpu" and not torch.compiler.is_compiling() and len(rows) > 8:
@@ -89,30 +89,3 @@ def normals(rows: Tensor, slots: Tensor, D: int, seed: int, step: int) -> Tensor
         length = (-2.0 * radius.log()).sqrt()
         made += [length * (math.tau * turn).cos(), length * (math.tau * turn).sin()]
     return torch.stack(made, 2).reshape(len(rows), len(slots), 4 * blocks)[:, :, :D]
-
-
-@cache
-def beta_quantiles(concentration: float) -> Tensor | None:
-    """Quantile function of Beta(concentration, concentration) at 0, 1/4096, ..., 1: (4097,) fp32; None for the uniform case.
-
-    Interpolated from the distribution function on a grid that is dense at both ends, where the density may diverge.
-    """
-    if concentration == 1.0:
-        return None
-    # x = t^p / (t^p + (1 - t)^p) with p = max(1, 1 / concentration) makes the integrand bounded at both ends.
-    power = max(1.0, 1.0 / concentration)
-    t = torch.linspace(0.0, 1.0, 400_001, dtype=torch.float64)
-    low, high = t**power, (1.0 - t) ** power
-    x = low / (low + high)
-    mid = (t[1:] + t[:-1]) / 2
-    log_density = concentration * power * (mid.log() + (1.0 - mid).log()) - mid.log() - (1.0 - mid).log()
-    log_density = log_density - 2 * concentration * torch.logaddexp(power * mid.log(), power * (1.0 - mid).log())
-    mass = torch.cat([torch.zeros(1, dtype=torch.float64), (log_density - log_density.max()).exp().cumsum(0)])
-    wanted = torch.linspace(0.0, 1.0, QUANTILES + 1, dtype=torch.float64) * mass[-1]
-    right = torch.searchsorted(mass, wanted).clamp(1, len(mass) - 1)
-    span = (mass[right] - mass[right - 1]).clamp_min(torch.finfo(torch.float64).tiny)
-    part = ((wanted - mass[right - 1]) / span).clamp(0, 1)
-    quantile = x[right - 1] + part * (x[right] - x[right - 1])
-    return (
-        (quantile + 1.0 - quantile.flip(0)) / 2
-    ).float()  # the distribution is symmetric; rounding at the far end is not

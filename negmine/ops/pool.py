@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from negmine.ops import sort_key
+
 
 class Pool(NamedTuple):
     """The arguments that end the list of every op that reads a queue, in this order."""
@@ -61,14 +63,24 @@ def hide_masked_rows(negative_keys: Tensor, pool: Pool) -> Tensor:
 
 def pool_of_columns(pool: Pool, part: slice) -> Pool:
     """The pool of the columns `part` of the queue, as a queue of their own."""
-    mask, ids, labels, bias, guide_keys = (
-        None if t is None else t[..., part] for t in (pool.negative_mask, pool.negative_ids, pool.negative_labels, pool.bias, None)
-    )
+    per_column = pool.negative_mask, pool.negative_ids, pool.negative_labels, pool.bias
+    mask, ids, labels, bias = (None if t is None else t[..., part] for t in per_column)
     num_rows = None if pool.num_rows is None else (pool.num_rows - part.start).clamp_min(0)
     return pool._replace(
         negative_mask=mask, negative_ids=ids, negative_labels=labels, num_rows=num_rows, bias=bias,
         guide_keys=None if pool.guide_keys is None else pool.guide_keys[part],
     )  # fmt: skip
+
+
+def narrow(pool: Pool, first: Tensor | None, last: Tensor | None) -> Pool:
+    """A filtered pool narrowed to the columns between two sort keys (B,) of its ranking, `first` the harder one.
+
+    A rank with no column bounds nothing from below and leaves nothing above it: an empty window begins at such a rank.
+    """
+    if last is not None:
+        lower = last.clamp_min(sort_key.BOTTOM) if pool.lower is None else last.maximum(pool.lower)
+        pool = pool._replace(lower=lower)
+    return pool if first is None else pool._replace(upper=first.contiguous())
 
 
 def pieces(each: int, count: int, most: int) -> list[slice]:

@@ -1,6 +1,10 @@
 """The op softplus_sum, and the autograd function over it."""
 
+import torch
+
+from negmine.ops.first_derivative import first_derivative_only
 from negmine.ops.registry import declare
+from negmine.ops.vectors import for_kernels
 
 SOFTPLUS_SUM = declare(
     "softplus_sum(query: vectors[B, D], negative_keys: vectors[K, D], scale: fp32[], offset: fp32[], want_sigmoid_keys: bool, "
@@ -10,3 +14,44 @@ SOFTPLUS_SUM = declare(
     num_kept_b = columns in the pool. Small terms are summed to fp32's relative precision: log(1 + e^l) is about e^l for the
     many l far below 0.""",
 )
+
+
+class SoftplusSum(torch.autograd.Function):
+    """total_b (B,) = sum over b's pool of log(1 + exp(scale s_bk + offset)).
+
+    d total / d query = scale * sigmoid_keys, d total / d scale = query . sigmoid_keys, d total / d offset = sigmoid_sum, all known
+    after the forward pass; d total / d negative_keys is a second kernel, run only for keys that require grad.
+    """
+
+    @staticmethod
+    def forward(ctx, query, negative_keys, scale, offset, kernels, *pool):
+        want_sigmoid_keys = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
+        numbers = scale.detach(), offset.detach()
+        total, sigmoid_keys, sigmoid_sum, _ = kernels.softplus_sum(
+            for_kernels(query), for_kernels(negative_keys), *numbers, want_sigmoid_keys, *pool
+        )
+        *tensors, ctx.same_label = pool
+        ctx.kernels, ctx.width = kernels, len(pool)
+        keys = (negative_keys, *tensors) if ctx.needs_input_grad[1] else ()
+        ctx.save_for_backward(query, *numbers, sigmoid_keys, sigmoid_sum, *keys)
+        return total
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, d_total):
+        query, scale, offset, sigmoid_keys, sigmoid_sum, *rest = ctx.saved_tensors
+        d_query = d_keys = d_scale = d_offset = None
+        if ctx.needs_input_grad[0]:
+            d_query = ((d_total * scale)[:, None] * sigmoid_keys).to(query.dtype)  # (B, D)
+        if ctx.needs_input_grad[1]:
+            keys, *tensors = rest
+            pool = (*tensors, ctx.same_label)
+            d_keys = ctx.kernels.softplus_sum_grad_keys(
+                for_kernels(query), for_kernels(keys), scale, offset, d_total * scale, *pool
+            )
+            d_keys = d_keys.to(keys.dtype)  # (K, D)
+        if ctx.needs_input_grad[2]:
+            d_scale = (d_total * (query.float() * sigmoid_keys).sum(1)).sum()
+        if ctx.needs_input_grad[3]:
+            d_offset = (d_total * sigmoid_sum).sum()
+        return d_query, d_keys, d_scale, d_offset, None, *([None] * ctx.width)

@@ -1,7 +1,7 @@
 """multi_similarity: the multi-similarity loss over mined pairs, with its gradient, without the (B, K) matrix.
 
 Mining keeps a pool of positives and a pool of negatives by one bound each; the two sums of the loss are log-sum-exps of those
-pools, as in info_nce, the positives' of -query. The dense definition is negmine/reference_triplets.py.
+pools, as in info_nce, the positives' of -query. The dense definition is negmine/reference/triplets.py.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from negmine import backends, checks, reference, reference_triplets
-from negmine.logsumexp import LogSumExp
-from negmine.mining import for_kernels, frozen, working
-from negmine.pool import Pool, label_pool
-from negmine.stepped import Stepped, at_step
-from negmine.triplets import above, between, label_masks
+from negmine import reference
+from negmine.losses.schedules import ScheduledLoss, at_step
+from negmine.losses.triplet_mining import above_score, label_masks, with_bounds
+from negmine.ops import backends, checks
+from negmine.ops.backends import Kernels
+from negmine.ops.logsumexp import LogSumExp
+from negmine.ops.negatives import check_labelled_keys
+from negmine.ops.pool import Pool
+from negmine.ops.vectors import for_kernels, frozen, scalar, widened
+from negmine.selection import summing_ops
 
 
 class MultiSimilarityStats(NamedTuple):
@@ -50,7 +54,7 @@ def multi_similarity(
     reduction: str = "mean",
     backend: str | None = None,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, MultiSimilarityStats]:
+) -> Any:
     """Multi-similarity (Wang et al. 2019, arXiv 1904.06627; pytorch-metric-learning MultiSimilarityLoss, MultiSimilarityMiner).
 
         P = { p of b's label  : s_p - epsilon < max over other labels of s }
@@ -68,25 +72,25 @@ def multi_similarity(
     Raises ValueError or TypeError for input that does not fit, before any work.
     """
     op = "multi_similarity"
-    pool = label_pool(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
+    pool = check_labelled_keys(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
     _check_numbers(op, alpha, beta, base, epsilon)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_bool(op, "return_stats", return_stats)
-    ops = backends.choose(op, ("mine_hardest", *backends.summing(keys)), backend, (query, keys))
+    kernels = backends.choose(op, ("mine_hardest", *summing_ops("logsumexp", keys)), backend, (query, keys))
     constants = {"alpha": float(alpha), "beta": float(beta), "base": float(base), "epsilon": float(epsilon)}
-    if ops is None:
+    if kernels is None:
         same, other = label_masks(pool, query, keys)
         saved = frozen(keys, same | other)
-        rows, *counts = reference_triplets.multi_similarity(working(query), saved, same, other, **constants)
+        rows, *counts = reference.multi_similarity(widened(query), saved, same, other, **constants)
     else:
-        rows, *counts = _fused(ops, query, keys, pool, **constants)
+        rows, *counts = _from_kernels(kernels, query, keys, pool, **constants)
     loss = reference.reduced(rows, reduction)
     empty = (counts[0] + counts[1] == 0).sum()
     return (loss, MultiSimilarityStats(counts[0], counts[1], empty)) if return_stats else loss
 
 
-def _fused(
-    ops: backends.Launchers,
+def _from_kernels(
+    kernels: Kernels,
     query: Tensor,
     keys: Tensor,
     others: Pool,
@@ -95,28 +99,30 @@ def _fused(
     base: float,
     epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and counts (B,) from the kernels `ops`; meaning as reference_triplets.multi_similarity."""
+    """Loss and counts (B,) from the kernels; meaning as reference.multi_similarity."""
     same, q, held = others._replace(same_label=True), for_kernels(query), for_kernels(keys)
     with torch.no_grad():
-        highest = ops.mine_hardest(q, held, 1, *others)[0][:, 0]  # (B,) of the negatives
-        lowest = -ops.mine_hardest(-q, held, 1, *same)[0][:, 0]  # (B,) of the positives, +inf where there is none
+        highest = kernels.mine_hardest(q, held, 1, False, *others)[0][:, 0]  # (B,) of the negatives
+        lowest = -kernels.mine_hardest(-q, held, 1, False, *same)[0][
+            :, 0
+        ]  # (B,) of the positives, +inf where there is none
         # Bounds of the scores of -query: s < highest + epsilon is -s > -(highest + epsilon).
-        positives = between(same, highest, lower=above(-(highest + epsilon)))
-        negatives = between(others, lowest, lower=above(lowest - epsilon))
+        positives = with_bounds(same, highest, lower=above_score(-(highest + epsilon)))
+        negatives = with_bounds(others, lowest, lower=above_score(lowest - epsilon))
 
     def smooth(anchor: Tensor, sharpness: float, shift: float, pool: Pool) -> tuple[Tensor, Tensor]:
         """log(1 + sum over the pool of exp(sharpness (s + shift))) / sharpness (B,), and the size of the pool (B,)."""
-        scale = torch.full((), sharpness, dtype=torch.float32, device=anchor.device)
-        lse, kept, *_ = LogSumExp.apply(anchor, keys, scale, None, None, ops, *pool)
-        raised = F.softplus(lse.masked_fill(kept == 0, 0.0) + sharpness * shift) / sharpness
-        return raised.masked_fill(kept == 0, 0.0), kept
+        scales = scalar(sharpness, anchor)[None]  # (1,)
+        lse, num_kept, *_ = LogSumExp.apply(anchor, keys, scales, None, 0, None, kernels, *pool)
+        raised = F.softplus(lse[0].masked_fill(num_kept == 0, 0.0) + sharpness * shift) / sharpness
+        return raised.masked_fill(num_kept == 0, 0.0), num_kept
 
     pull, num_positives = smooth(-query, alpha, base, positives)
     push, num_negatives = smooth(query, beta, -base, negatives)
     return pull + push, num_positives, num_negatives
 
 
-class MultiSimilarityLoss(Stepped):
+class MultiSimilarityLoss(ScheduledLoss):
     """multi_similarity as a module; its keywords are multi_similarity's.
 
     A number may be a schedule, a callable of the step. Calls in training mode that name no `step` count themselves; the count
@@ -157,7 +163,7 @@ class MultiSimilarityLoss(Stepped):
         *,
         step: int | None = None,
         **masks: Any,
-    ) -> Tensor | tuple[Tensor, MultiSimilarityStats]:
+    ) -> Any:
         """masks: query_ids, key_ids, key_mask of multi_similarity."""
         options = at_step(self.options, self.count(step))
         return multi_similarity(query, keys, query_labels, key_labels, **options, **masks)

@@ -7,7 +7,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from negmine import checks
+from negmine.ops import checks
+from negmine.ops.negatives import StoredColumns
+from negmine.queues.collectives import gather
 
 
 class MoCoQueue(nn.Module):
@@ -18,9 +20,11 @@ class MoCoQueue(nn.Module):
     random_init: start full of random unit vectors, as MoCo does; False starts empty and grows.
     gather_distributed: enqueue the keys of every rank of process_group, in rank order, so that the queues stay identical.
 
-    Buffers, all in state_dict: queue (K, D), queue_ptr (1,), queue_len (1,), queue_ids (K,), queue_labels (K,).
-    `keys`, `ids`, `labels` are views of the valid rows: no copy, no host synchronisation. Enqueueing overwrites them in place,
-    which is safe between forward and backward of negmine's losses as long as the keys are frozen, as they are here.
+    Buffers, all in state_dict: queue (K, D), queue_ptr (1,), queue_len (1,), queue_ids (K,), queue_labels (K,). They are the whole
+    state, so that copying them copies the queue. The losses take the queue itself as negative_keys and read its length on the
+    device. `keys`, `ids`, `labels` (views of the valid rows, no copy) and len() read it on the host, which waits for the device.
+    Enqueueing overwrites rows in place, which is safe between forward and backward of negmine's losses as long as the keys are
+    frozen, as they are here.
     load_state_dict takes a MoCo checkpoint too, whose queue is (D, K) and always full; `moco_state_dict` makes one.
     """
 
@@ -63,9 +67,6 @@ class MoCoQueue(nn.Module):
         self.register_buffer("queue_len", torch.full((1,), K if random_init else 0, dtype=torch.long))
         self.register_buffer("queue_ids", torch.full((K,), -1, dtype=torch.long) if with_ids else None)
         self.register_buffer("queue_labels", torch.full((K,), -1, dtype=torch.long) if with_labels else None)
-        # The host's own copy of the two counters: reading the buffers would synchronise at every step.
-        self._ptr, self._len = 0, K if random_init else 0
-        self._first = 0  # the place in the ring of the first row stored here; a shard's is another
 
     @property
     def keys(self) -> Tensor:
@@ -85,10 +86,14 @@ class MoCoQueue(nn.Module):
     @property
     def _held(self) -> int:
         """Valid rows among those stored here."""
-        return min(max(self._len - self._first, 0), len(self.queue))
+        return len(self)
 
     def __len__(self) -> int:
-        return self._len
+        return int(self.queue_len)
+
+    def stored_columns(self) -> StoredColumns:
+        """All rows of the queue with their ids and labels, and how many are valid, as the losses take them."""
+        return StoredColumns(self.queue, self.queue_ids, self.queue_labels, self.queue_len[0])
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, ids: Tensor | None = None, labels: Tensor | None = None) -> None:
@@ -116,25 +121,23 @@ class MoCoQueue(nn.Module):
         if self.gather_distributed and dist.is_available() and dist.is_initialized():
             columns = [(stored, gather(rows, self.process_group)) for stored, rows in columns]
 
+        self._write(columns)
+
+    def _write(self, columns: list[tuple[Tensor, Tensor]]) -> None:
+        """Write rows over the oldest ones: pairs of a buffer (K, ...) and what enters it, as many rows in each pair."""
         entering = len(columns[0][1])
         kept = min(entering, self.K)
-        start = (self._ptr + entering - kept) % self.K
-        before_end = min(kept, self.K - start)
+        row = torch.arange(entering - kept, entering, device=self.queue.device)  # (kept,)
+        at = (self.queue_ptr + row) % self.K
         for stored, rows in columns:
-            rows = rows[entering - kept :]
-            for at, part in ((start, rows[:before_end]), (0, rows[before_end:])):
-                low, high = max(at, self._first), min(at + len(part), self._first + len(stored))
-                if low < high:
-                    stored[low - self._first : high - self._first] = part[low - at : high - at]
-        self._ptr = (self._ptr + entering) % self.K
-        self._len = min(self.K, self._len + entering)
-        self.queue_ptr.fill_(self._ptr)
-        self.queue_len.fill_(self._len)
+            stored.index_copy_(0, at, rows[entering - kept :])
+        self.queue_ptr.add_(entering).remainder_(self.K)
+        self.queue_len.add_(entering).clamp_max_(self.K)
 
     def moco_state_dict(self) -> dict[str, Tensor]:
         """The queue as MoCo's builder stores it: queue (D, K), queue_ptr (1,). The queue must be full, as MoCo's always is."""
-        if self._len < self.K:
-            raise ValueError(f"MoCoQueue.moco_state_dict: the queue must be full, got {self._len} of {self.K} rows")
+        if len(self) < self.K:
+            raise ValueError(f"MoCoQueue.moco_state_dict: the queue must be full, got {len(self)} of {self.K} rows")
         return {"queue": self.queue.T.clone(), "queue_ptr": self.queue_ptr.clone()}
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -154,22 +157,6 @@ class MoCoQueue(nn.Module):
                 args[-1].append(f"{prefix}{counter} must be one number from 0 to {most}, got {value.tolist()}")
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._ptr, self._len = int(self.queue_ptr), int(self.queue_len)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, K={self.K}, dtype={self.queue.dtype}, len={self._len}"
-
-
-def gather(rows: Tensor, group: Any, counts: list[int] | None = None) -> Tensor:
-    """The rows of every rank in rank order; ranks may hold different numbers of them, `counts` where they are known."""
-    world = dist.get_world_size(group)
-    if counts is None:
-        size = torch.tensor([len(rows)], device=rows.device)
-        sizes = [torch.zeros_like(size) for _ in range(world)]
-        dist.all_gather(sizes, size, group=group)
-        counts = [int(s) for s in sizes]
-    padded = rows.new_zeros(max(counts), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        return f"dim={self.dim}, K={self.K}, dtype={self.queue.dtype}, len={len(self)}"

@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from negmine import backends, checks, philox, reference
-from negmine.logsumexp import scale_of
-from negmine.methods import DRAW, POOL, Logits, logits, reduced
-from negmine.mining import for_kernels, working
-from negmine.mixing import MixLogSumExp
+from negmine import reference
+from negmine.losses.methods import TAGS, Logits, draw_of, logits, reduced
+from negmine.ops import backends, checks, philox
+from negmine.ops.mix_logsumexp import MixLogSumExp
+from negmine.ops.negatives import check_negatives
+from negmine.ops.pool import usable
+from negmine.ops.vectors import for_kernels, scale_of, widened
+from negmine.ops.windows import Draw
 from negmine.options import is_int, is_real
-from negmine.pool import check_pool, usable
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Kinds:
             if not is_real(value) or value < 0:
                 raise ValueError(f"{name} must be a number of 0 or more, got {value!r}")
 
-    def row_offset(self, name: str, row_offset: int) -> int:
+    def row_offset(self, name: str, row_offset: int | Tensor) -> int | Tensor:
         """Where the rows of a kind's draws begin: its number in the high bits, so that no two kinds share a draw."""
         return row_offset + ((COUNTS.index(name) + 1) << 48)
 
@@ -61,9 +63,7 @@ COUNTS = ("interpolated", "extrapolated", "mixed", "noised", "graded", "signed")
 PAPER = Kinds()
 
 
-def synco_vectors(
-    query: Tensor, negative_keys: Tensor, index: Tensor, kinds: Kinds, draw: tuple[int, int, int]
-) -> Tensor:
+def synco_vectors(query: Tensor, negative_keys: Tensor, index: Tensor, kinds: Kinds, draw: Draw) -> Tensor:
     """The synthetic negatives (B, S, D) of `kinds` in their order, detached: the definition of every kind.
 
     index (B, hard) int64: the hard negatives of each query, -1 past the end. A query without any gets zeros.
@@ -98,7 +98,7 @@ def synco_vectors(
 def synco(
     query: Tensor,
     positive_key: Tensor,
-    negative_keys: Tensor,
+    negative_keys: Any,
     *,
     kinds: Kinds | None = PAPER,
     temperature: float | Tensor = 0.2,
@@ -121,22 +121,22 @@ def synco(
     x = logits(op, query, positive_key, negative_keys, temperature, pool)
     if kinds is None:
         return reduced(op, F.softplus(x.lse - x.positive), x, reduction)
-    given: tuple[Any, ...] = tuple(pool.get(name) for name in POOL)
-    masks = check_pool(op, query, negative_keys, *given)
-    seed, step, row_offset = draw = tuple(pool.get(name, 0) for name in DRAW)
+    negative_keys, masks = check_negatives(op, query, positive_key, negative_keys, *(pool.get(name) for name in TAGS))
+    draw = draw_of(pool)
     scale = scale_of(temperature, query)
     with torch.no_grad():
         kernels = ("mine_hardest", "mix_logsumexp")
-        ops = backends.choose(op, kernels, pool.get("backend"), (query, positive_key, negative_keys))
-        if ops is None:
+        chosen = backends.choose(op, kernels, pool.get("backend"), (query, positive_key, negative_keys))
+        if chosen is None:
             allowed = usable(masks, query, negative_keys)
-            index = reference.mine_hardest(working(query), working(negative_keys), kinds.hard, allowed)[1]
+            index = reference.mine_hardest(widened(query), widened(negative_keys), kinds.hard, allowed)[1]
         else:
-            deepest = min(kinds.hard, max(len(negative_keys), 1))
-            index = ops.mine_hardest(for_kernels(query), for_kernels(negative_keys), deepest, *masks)[1]
+            N = min(kinds.hard, max(len(negative_keys), 1))
+            q, n = for_kernels(query), for_kernels(negative_keys)
+            index = chosen.mine_hardest(q, n, N, False, *masks)[1]
     sums = [x.lse.masked_fill(~x.some, -torch.inf)]
     gathered = kinds
-    if ops is not None:
+    if chosen is not None:
         gathered = replace(kinds, interpolated=0, extrapolated=0, mixed=0, graded=0)
         share = kinds.delta / (1 + kinds.delta)
         ranges = {
@@ -147,13 +147,14 @@ def synco(
         }
         for name, low_high in ranges.items():
             counts = (getattr(kinds, name), 0) if name == "mixed" else (0, getattr(kinds, name))
-            draws = (*counts, *low_high, *low_high, False, None, seed, step, kinds.row_offset(name, row_offset))
+            key = Draw(draw.seed, draw.step, kinds.row_offset(name, draw.row_offset)).on_device(query)
+            draws = (*counts, *low_high, *low_high, False, None, *key)
             if sum(counts):
-                sums.append(MixLogSumExp.apply(query, scale, negative_keys.detach(), index, ops, draws))
+                sums.append(MixLogSumExp.apply(query, scale, negative_keys.detach(), index, chosen, draws))
     if any(getattr(gathered, name) for name in COUNTS):
         with torch.no_grad():
-            h = synco_vectors(working(query), working(negative_keys), index, gathered, draw)  # (B, S, D)
-        x_made = (working(query)[:, None] * h).sum(2) / temperature  # (B, S) no product that autocast would shorten
+            h = synco_vectors(widened(query), widened(negative_keys), index, gathered, draw)  # (B, S, D)
+        x_made = (widened(query)[:, None] * h).sum(2) / temperature  # (B, S) no product that autocast would shorten
         sums.append(x_made.masked_fill((index < 0).all(1, keepdim=True), -torch.inf).logsumexp(1))
     parts = torch.stack(sums, 1)  # (B, sums)
     some = ~(parts == -torch.inf).all(1)  # (B,) NaN stays

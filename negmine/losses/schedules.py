@@ -1,4 +1,4 @@
-"""A module that counts its own steps, for losses whose options are schedules and whose draws are counted by step."""
+"""ScheduledLoss: a module that counts its own steps, for losses with schedules as options and draws counted by step."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import nn
 from negmine.options import is_int
 
 
-class Stepped(nn.Module):
+class ScheduledLoss(nn.Module):
     """`step` counts the calls in training mode that named none; it travels in state_dict."""
 
     def __init__(self) -> None:

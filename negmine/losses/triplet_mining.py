@@ -1,8 +1,8 @@
 """Triplets: for every query a positive and the negatives that a published rule sets against it, without the (B, K) matrix.
 
 The positives are the pool of equal labels; the farthest of a pool is the nearest to -query; "farther than the positive" is a
-bound on a row's places (negmine/order.py). So every rule is a few calls of mine_hardest, except the draw of
-negmine/distance_weighted.py. The dense definition is negmine/reference_triplets.py.
+bound by sort key (negmine/ops/sort_key.py). So every rule is a few calls of mine_hardest, except the draw of
+negmine/losses/distance_weighted.py. The dense definition is negmine/reference/triplets.py.
 """
 
 from typing import Any, NamedTuple, cast
@@ -10,11 +10,15 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from negmine import backends, checks, order, reference_triplets
-from negmine.distance_weighted import distance_weighted
-from negmine.mining import for_kernels, working
-from negmine.pool import Pool, label_pool, usable
-from negmine.reference_triplets import score_farther
+from negmine import reference
+from negmine.losses.distance_weighted import distance_weighted
+from negmine.ops import backends, checks, sort_key
+from negmine.ops.backends import Kernels
+from negmine.ops.negatives import check_labelled_keys
+from negmine.ops.pool import Pool, usable
+from negmine.ops.vectors import for_kernels, widened
+from negmine.ops.windows import Draw
+from negmine.reference.triplets import score_farther
 
 POSITIVES = ("easy", "hard", "semihard", "all", "multi_similarity")
 NEGATIVES = (
@@ -53,21 +57,21 @@ class Triplets(NamedTuple):
         return positives[0], positives[1], negatives[0], negatives[1]
 
 
-def edge(score: Tensor) -> Tensor:
-    """score (...) fp32 -> order: as the lower bound of a pool it keeps s >= score, as the upper one s < score."""
-    return order.pack(score, order.LAST_INDEX)
+def at_score(score: Tensor) -> Tensor:
+    """score (...) fp32 -> sort key: as the lower bound of a pool it keeps s >= score, as the upper one s < score."""
+    return sort_key.pack(score, sort_key.LAST_INDEX)
 
 
-def above(score: Tensor) -> Tensor:
-    """score (...) fp32 -> order: as the lower bound of a pool it keeps s > score."""
-    return edge(torch.nextafter(score, torch.full_like(score, torch.inf)))
+def above_score(score: Tensor) -> Tensor:
+    """score (...) fp32 -> sort key: as the lower bound of a pool it keeps s > score."""
+    return at_score(torch.nextafter(score, torch.full_like(score, torch.inf)))
 
 
-def between(pool: Pool, like: Tensor, lower: Tensor | None = None, upper: Tensor | None = None) -> Pool:
-    """The pool of rows `like` (B,) between two places of each row; None is no bound."""
+def with_bounds(pool: Pool, like: Tensor, lower: Tensor | None = None, upper: Tensor | None = None) -> Pool:
+    """The pool of rows `like` (B,) between two sort keys of each row; None is no bound."""
     infinity = torch.full_like(like, torch.inf)
-    lower = edge(-infinity) if lower is None else lower
-    return pool._replace(lower=lower, upper=order.pack(infinity, 0) if upper is None else upper)
+    lower = at_score(-infinity) if lower is None else lower
+    return pool._replace(lower=lower, upper=sort_key.pack(infinity, 0) if upper is None else upper)
 
 
 def _repeated(pool: Pool, P: int) -> Pool:
@@ -85,14 +89,14 @@ def _repeated(pool: Pool, P: int) -> Pool:
 
 
 def _mined(
-    ops: backends.Launchers,
+    kernels: Kernels,
     query: Tensor,
     keys: Tensor,
     others: Pool,
     rule: dict[str, Any],
-    draw: tuple[int, int, int],
+    draw: Draw,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scores and index of positives (B, P) and negatives (B, P or 1, N) from the kernels `ops`, each side by its own rule.
+    """scores and index of positives (B, P) and negatives (B, P or 1, N) from the kernels, each side by its own rule.
 
     A rule that does not look at the positive gives every positive the same negatives: (B, 1, N).
     """
@@ -101,10 +105,10 @@ def _mined(
     same, flipped = others._replace(same_label=True), -query  # the farthest of a pool is the nearest to -query
 
     def nearest(pool: Pool, count: int) -> tuple[Tensor, Tensor]:
-        return ops.mine_hardest(query, keys, count, *pool)
+        return kernels.mine_hardest(query, keys, count, False, *pool)[:2]
 
     def farthest(pool: Pool, count: int) -> tuple[Tensor, Tensor]:
-        score, index = ops.mine_hardest(flipped, keys, count, *pool)
+        score, index, _ = kernels.mine_hardest(flipped, keys, count, False, *pool)
         return torch.where(index < 0, score, -score), index
 
     if positive in ("easy", "all"):
@@ -115,10 +119,10 @@ def _mined(
         find = nearest if positive == "multi_similarity" or negative == "hardest" else farthest
         limit = find(others, 1)[0][:, 0]  # (B,) score of the nearest or the farthest negative
         if positive == "semihard":  # the scores of -query that are below -limit
-            pair = farthest(between(same, limit, upper=edge(-limit)), 1)
+            pair = farthest(with_bounds(same, limit, upper=at_score(-limit)), 1)
         else:
-            within = above(-score_farther(limit, -margin, distance))
-            pair = farthest(between(same, limit, lower=within), rule["max_positives"])
+            within = above_score(-score_farther(limit, -margin, distance))
+            pair = farthest(with_bounds(same, limit, lower=within), rule["max_positives"])
     positive_score, positive_index = pair  # (B, P)
     B, P = positive_index.shape
 
@@ -130,13 +134,14 @@ def _mined(
         return positive_score, positive_index, score[:, None], index[:, None]
     if negative == "multi_similarity":
         limit = score_farther(farthest(same, 1)[0][:, 0], margin, distance)  # (B,)
-        score, index = nearest(between(others, limit, lower=above(limit)), N)
+        score, index = nearest(with_bounds(others, limit, lower=above_score(limit)), N)
         return positive_score, positive_index, score[:, None], index[:, None]
     anchor = positive_score.reshape(B * P)
-    band = edge(score_farther(anchor, margin, distance)) if negative in ("semihard_band", "violating") else None
-    farther = None if negative == "violating" else edge(anchor)
-    pool = between(_repeated(others, P), anchor, lower=band, upper=farther)
-    score, index = (t.view(B, P, N) for t in ops.mine_hardest(query.repeat_interleave(P, 0), keys, N, *pool))
+    band = at_score(score_farther(anchor, margin, distance)) if negative in ("semihard_band", "violating") else None
+    farther = None if negative == "violating" else at_score(anchor)
+    pool = with_bounds(_repeated(others, P), anchor, lower=band, upper=farther)
+    mined = kernels.mine_hardest(query.repeat_interleave(P, 0), keys, N, False, *pool)
+    score, index = (t.view(B, P, N) for t in mined[:2])
     if negative == "semihard_facenet":  # the easiest stands alone where nothing is farther
         easiest_score, easiest_index = (t[:, None] for t in farthest(others, 1))  # (B, 1, 1)
         none = (index[:, :, :1] < 0) & (torch.arange(N, device=index.device) == 0)  # (B, P, N)
@@ -191,19 +196,16 @@ def triplets_of(
     keys: Tensor,
     pool: Pool,
     rule: dict[str, Any],
-    draw: tuple[int, int, int],
+    draw: Draw,
     backend: str | None,
 ) -> Triplets:
-    """The triplets of a checked call; draw = (seed, step, row_offset)."""
-    ops = backends.choose(op, ("mine_hardest",), backend, (query, keys))
-    if ops is None:
+    """The triplets of a checked call."""
+    kernels = backends.choose(op, ("mine_hardest",), backend, (query, keys))
+    if kernels is None:
         same, other = label_masks(pool, query, keys)
-        seed, step, row_offset = draw
-        mined = reference_triplets.mine_triplets(
-            working(query), working(keys), same, other, **rule, seed=seed, step=step, row_offset=row_offset
-        )
+        mined = reference.mine_triplets(widened(query), widened(keys), same, other, **rule, **draw._asdict())
     else:
-        mined = _mined(ops, for_kernels(query), for_kernels(keys), pool, rule, draw)
+        mined = _mined(kernels, for_kernels(query), for_kernels(keys), pool, rule, draw)
     positive_score, positive, negative_score, negative = mined
     alone = (negative < 0).all(2).expand_as(positive)  # (B, P): a triplet needs both
     unmatched = (positive < 0)[:, :, None]  # (B, P, 1)
@@ -235,8 +237,8 @@ def mine_triplets(
     key_ids: Tensor | None = None,
     key_mask: Tensor | None = None,
     seed: int = 0,
-    step: int = 0,
-    row_offset: int = 0,
+    step: int | Tensor = 0,
+    row_offset: int | Tensor = 0,
     backend: str | None = None,
 ) -> Triplets:
     """For every query b its positives p, keys of the same label, and against each the negatives n that a rule keeps.
@@ -255,7 +257,7 @@ def mine_triplets(
         d_p + margin > the least d_n, the farthest max_positives; negatives with d_n - margin < the largest d_p.
 
     query (B, D), keys (K, D): a queue, the batch itself, or both; used as given.
-    query_labels (B,), key_labels (K,): whole numbers; equal = positive. A query label below 0 is unknown and has no positive.
+    query_labels (B,), key_labels (K,): whole numbers; equal = positive. A label of -1 is unknown and equals nothing.
     margin: in units of distance: "cosine" d = -s, or "euclidean" d = sqrt(2 - 2 s), "squared_euclidean" d = 2 - 2 s, which
         are distances of unit vectors. Of other vectors only d = -s is a distance that scores can rank.
     max_positives: P, required where positive is "all" or "multi_similarity"; else P is 1. num_negatives: N.
@@ -268,7 +270,7 @@ def mine_triplets(
     Raises ValueError or TypeError for input that does not fit, before any work.
     """
     op = "mine_triplets"
-    pool = label_pool(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
+    pool = check_labelled_keys(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
     rule = check_rule(op, positive, negative, margin, distance, max_positives, num_negatives)
     checks.require_draw(op, seed, step, row_offset)
-    return triplets_of(op, query, keys, pool, rule, (seed, step, row_offset), backend)
+    return triplets_of(op, query, keys, pool, rule, Draw(seed, step, row_offset), backend)

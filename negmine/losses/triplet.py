@@ -1,7 +1,7 @@
 """triplet_loss: a hinge or a soft margin over mined triplets, and its module.
 
-Mining is that of negmine/triplets.py; the loss of the chosen rows is plain differentiable PyTorch, defined in
-negmine/reference_triplets.py.
+Mining is that of negmine/losses/triplet_mining.py; the loss of the chosen rows is plain differentiable PyTorch, defined in
+negmine/reference/triplets.py.
 """
 
 from collections.abc import Callable
@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from negmine import checks, reference, reference_triplets
-from negmine.mining import working
+from negmine import reference
+from negmine.losses.schedules import ScheduledLoss, at_step
+from negmine.losses.triplet_mining import check_rule, triplets_of
+from negmine.ops import checks
+from negmine.ops.negatives import check_labelled_keys
+from negmine.ops.vectors import widened
+from negmine.ops.windows import Draw
 from negmine.options import is_real
-from negmine.pool import label_pool
-from negmine.stepped import Stepped, at_step
-from negmine.triplets import Triplets, check_rule, triplets_of
 
 
 def _check_temperature(op: str, temperature: Any) -> None:
@@ -40,11 +42,11 @@ def triplet_loss(
     key_mask: Tensor | None = None,
     reduction: str = "mean",
     seed: int = 0,
-    step: int = 0,
-    row_offset: int = 0,
+    step: int | Tensor = 0,
+    row_offset: int | Tensor = 0,
     backend: str | None = None,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, Triplets]:
+) -> Any:
     """The triplet loss over the triplets of mine_triplets, whose keywords it takes.
 
         v = d(query, p) - d(query, n) + margin
@@ -62,17 +64,17 @@ def triplet_loss(
     Raises ValueError or TypeError for input that does not fit, before any work.
     """
     op = "triplet_loss"
-    pool = label_pool(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
+    pool = check_labelled_keys(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
     rule = check_rule(op, positive, negative, margin, distance, max_positives, num_negatives)
     checks.require_draw(op, seed, step, row_offset)
     _check_temperature(op, temperature)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_bool(op, "return_stats", return_stats)
-    found = triplets_of(op, query, keys, pool, rule, (seed, step, row_offset), backend)
+    found = triplets_of(op, query, keys, pool, rule, Draw(seed, step, row_offset), backend)
     # Frozen keys are gathered first and widened after; learned ones the other way, so that gradients add up in fp32.
-    wide = working(keys) if keys.requires_grad else keys
-    rows = reference_triplets.triplet_loss(
-        working(query),
+    wide = widened(keys) if keys.requires_grad else keys
+    rows = reference.triplet_loss(
+        widened(query),
         wide,
         found.positive,
         found.negative,
@@ -84,7 +86,7 @@ def triplet_loss(
     return (loss, found) if return_stats else loss
 
 
-class TripletLoss(Stepped):
+class TripletLoss(ScheduledLoss):
     """triplet_loss as a module; its keywords are triplet_loss's.
 
     A number may be a schedule, a callable of the step.
@@ -137,7 +139,7 @@ class TripletLoss(Stepped):
         *,
         step: int | None = None,
         **masks: Any,
-    ) -> Tensor | tuple[Tensor, Triplets]:
+    ) -> Any:
         """masks: query_ids, key_ids, key_mask, row_offset of triplet_loss."""
         step = self.count(step)
         options = at_step(self.options, step)

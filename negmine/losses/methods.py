@@ -1,7 +1,7 @@
 """Published losses that are arithmetic on the positive's logit and the negatives' log-sum-exp, as functions and as a module.
 
-Each takes (query (B, D), positive_key (B, D), negative_keys (K, D)), temperature, its own numbers, reduction, and as **pool
-the further keywords of `negmine.logsumexp`: select, masks, seed, step, row_offset, backend. Each returns the loss, fp32
+Each takes (query (B, D), positive_key (B, D), negative_keys), temperature, its own numbers, reduction, and as **pool
+the further keywords of `negmine.logsumexp`: select, query_ids, query_labels, seed, step, row_offset, backend. Each returns the loss, fp32
 (float64 for float64 input), 0-d or (B,); a row without negatives has loss 0 and no gradient. Gradients go to the query, the
 positive key, the negatives where they require it, and a temperature that is a tensor. Bad input raises ValueError or
 TypeError before any work.
@@ -9,6 +9,7 @@ TypeError before any work.
     x_b = s_pos / T,   lse_b = log sum over b's kept negatives of exp(s / T),   InfoNCE = log(1 + exp(lse - x))
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from negmine import checks, philox, reference
-from negmine.logsumexp import pooled
-from negmine.mining import score_of_positive, working
-from negmine.options import is_real
-from negmine.pool import Pool
-from negmine.stepped import Stepped, at_step
+from negmine import reference
+from negmine.losses.schedules import ScheduledLoss, at_step
+from negmine.ops import checks, philox
+from negmine.ops.vectors import score_of_positive, widened
+from negmine.ops.windows import Draw
+from negmine.options import Negatives, beta_quantiles, is_real
+from negmine.selection import summed_columns
 
-POOL = Pool._fields[:5]  # the masks
-DRAW = ("seed", "step", "row_offset")
+TAGS = ("query_ids", "query_labels")
 
 
 class Logits(NamedTuple):
@@ -35,26 +36,31 @@ class Logits(NamedTuple):
     some: Tensor  # (B,) bool: there is a negative
 
 
+def draw_of(pool: dict) -> Draw:
+    """The key of the draws among the keywords of a method."""
+    return Draw(**{name: pool[name] for name in Draw._fields if name in pool})
+
+
 def sum_of(
-    op: str, query: Tensor, negative_keys: Tensor, temperature: float | Tensor, positive_key: Tensor, pool: dict
+    op: str, query: Tensor, negative_keys: Any, temperature: float | Tensor, positive_key: Tensor, pool: dict
 ) -> Tensor:
     """negmine.logsumexp in the name of `op`: pool holds its further keywords."""
-    known = (*POOL, *DRAW, "select", "backend")
+    known = (*TAGS, *Draw._fields, "select", "backend")
     for name in pool:
         if name not in known:
-            raise TypeError(f"{op}: {name} is no keyword; those of the pool are {', '.join(known)}")
-    masks = tuple(pool.get(name) for name in POOL)
-    draw = tuple(pool.get(name, 0) for name in DRAW)
-    return pooled(
-        op, query, negative_keys, temperature, positive_key, pool.get("select"), masks, draw, pool.get("backend")
-    )
+            raise TypeError(f"{op}: {name} is not a keyword; those of the pool are {', '.join(known)}")
+    columns = summed_columns(
+        op, ("logsumexp",), query, positive_key, negative_keys, pool.get("select"), *(pool.get(name) for name in TAGS),
+        draw_of(pool), pool.get("backend"),
+    )  # fmt: skip
+    return columns.logsumexp(query, temperature)
 
 
 def logits(
-    op: str, query: Tensor, positive_key: Tensor, negative_keys: Tensor, temperature: float | Tensor, pool: dict
+    op: str, query: Tensor, positive_key: Tensor, negative_keys: Any, temperature: float | Tensor, pool: dict
 ) -> Logits:
     checks.require_temperature(op, temperature)
-    checks.require_query_and_keys(op, query, negative_keys)
+    checks.require_vectors(op, "query", query, "(B, D)", (2,))
     checks.require_positive(op, positive_key, query)
     lse = sum_of(op, query, negative_keys, temperature, positive_key, pool)
     some = lse != -torch.inf  # (B,) NaN stays
@@ -73,10 +79,19 @@ def with_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
     return x.detach() + (x - x.detach()) * factor
 
 
+def _scaled_gradient_of_keys(negative_keys: Any, factor: Tensor | float) -> Any:
+    """negative_keys of any form, the gradient of its keys multiplied by `factor`."""
+    if isinstance(negative_keys, Negatives):
+        return dataclasses.replace(negative_keys, keys=_scaled_gradient_of_keys(negative_keys.keys, factor))
+    if isinstance(negative_keys, Tensor) and negative_keys.requires_grad:
+        return with_gradient(widened(negative_keys), factor)
+    return negative_keys
+
+
 def hardness_added(
     query: Tensor,
     positive_key: Tensor,
-    negative_keys: Tensor,
+    negative_keys: Any,
     *,
     temperature: float | Tensor = 0.02,
     alpha: float = 9.0,
@@ -97,9 +112,9 @@ def hardness_added(
     sharper = temperature / (1 + alpha * temperature)  # 1 / (1 / T + alpha)
     share = sharper / temperature  # what s / T is of (1 / T + alpha) s
     share = share.detach() if isinstance(share, Tensor) else share
-    checks.require_query_and_keys(op, query, negative_keys)
-    keys = with_gradient(working(negative_keys), share) if negative_keys.requires_grad else negative_keys
-    x = logits(op, with_gradient(working(query), share), positive_key, keys, sharper, pool)
+    checks.require_vectors(op, "query", query, "(B, D)", (2,))
+    keys = _scaled_gradient_of_keys(negative_keys, share)
+    x = logits(op, with_gradient(widened(query), share), positive_key, keys, sharper, pool)
     x = x._replace(positive=score_of_positive(query, positive_key) / temperature)
     return reduced(op, F.softplus(x.lse - x.positive), x, reduction)
 
@@ -107,7 +122,7 @@ def hardness_added(
 def decoupled_weighted(
     query: Tensor,
     positive_key: Tensor,
-    negative_keys: Tensor,
+    negative_keys: Any,
     *,
     temperature: float | Tensor = 0.1,
     sigma: float = 0.5,
@@ -136,7 +151,7 @@ def positive_weights(score: Tensor, sigma: float) -> Tensor:
 def rince(
     query: Tensor,
     positive_key: Tensor,
-    negative_keys: Tensor,
+    negative_keys: Any,
     *,
     temperature: float | Tensor = 0.5,
     r: float = 0.5,
@@ -164,7 +179,7 @@ def rince(
 def ifm(
     query: Tensor,
     positive_key: Tensor,
-    negative_keys: Tensor,
+    negative_keys: Any,
     *,
     temperature: float | Tensor = 0.2,
     epsilon: float = 0.1,
@@ -190,7 +205,7 @@ def ifm(
 def dual_temperature(
     query: Tensor,
     positive_key: Tensor,
-    negative_keys: Tensor,
+    negative_keys: Any,
     *,
     temperature: float | Tensor = 0.1,
     temperature_ratio: float = 10.0,
@@ -215,7 +230,7 @@ def dual_temperature(
 def i_mix(
     query: Tensor,
     positive_keys: Tensor,
-    negative_keys: Tensor,
+    negative_keys: Any,
     *,
     share: Tensor,
     partner: Tensor,
@@ -233,7 +248,7 @@ def i_mix(
     Masks and select apply to negative_keys. A row always has columns: it is never empty.
     """
     op = "i_mix"
-    checks.require_query_and_keys(op, query, negative_keys)
+    checks.require_vectors(op, "query", query, "(B, D)", (2,))
     checks.require_positive(op, positive_keys, query)
     checks.require_temperature(op, temperature)
     for name, value, kind in (("share", share, "floating"), ("partner", partner, "int64")):
@@ -267,14 +282,14 @@ def mixed_inputs(
     rows = torch.arange(len(inputs), device=inputs.device) + row_offset  # (B,)
     slot = torch.zeros(1, dtype=torch.int64, device=inputs.device)
     word, place, *_ = (w[:, 0] for w in philox.words(rows, slot, philox.STREAM_PARTNER, seed, step))  # (B,) each
-    quantiles = philox.beta_quantiles(float(concentration))
+    quantiles = beta_quantiles(float(concentration))
     share = philox.unit(word, None if quantiles is None else quantiles.to(inputs.device))  # (B,)
     share, partner = share.maximum(1 - share), place.argsort(stable=True)
     across = share.to(inputs.dtype).view(-1, *[1] * (inputs.dim() - 1))  # (B, 1, ...)
     return across * inputs + (1 - across) * inputs[partner], share, partner
 
 
-class MethodLoss(Stepped):
+class MethodLoss(ScheduledLoss):
     """A function of this file as a module: its numbers at construction, tensors and masks in the call.
 
     Any option may be a schedule, a callable of the step (`negmine.recipes.linear` and others). Calls in training mode that name
@@ -294,9 +309,9 @@ class MethodLoss(Stepped):
         return at_step(self.options, step) | dict(self.named_parameters(recurse=False))
 
     def forward(
-        self, query: Tensor, positive_key: Tensor, negative_keys: Tensor, *, step: int | None = None, **masks: Any
+        self, query: Tensor, positive_key: Tensor, negative_keys: Any = None, *, step: int | None = None, **masks: Any
     ) -> Tensor:
-        """masks: the ids, labels, mask and row_offset of negmine.logsumexp, and what the method asks for."""
+        """masks: query_ids, query_labels and row_offset of negmine.logsumexp, and what the method asks for."""
         step = self.count(step)
         return self.method(query, positive_key, negative_keys, step=step, **self.at(step), **masks)
 

@@ -1,7 +1,8 @@
-"""Which code runs: one table, filled once at import, read by one loop per call.
+"""Which backend runs a call: one table, filled at import.
 
 NEGMINE_BACKEND, read once, insists on a backend for every call that names none. A backend that cannot be used here keeps the
-reason, and `choose` repeats it to whoever asks for that backend. The ops of a call whose scores meet come from one backend.
+reason, and `choose` repeats it to whoever asks for that backend. All ops of one call that compare scores come from one backend,
+for two backends sum in different orders.
 """
 
 import importlib
@@ -9,12 +10,28 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from negmine import order
+from negmine.ops import (  # noqa: F401  each declares its op
+    compiled,
+    count_negatives,
+    info_nce,
+    listed_grad_keys,
+    listed_logsumexp,
+    logsumexp,
+    logsumexp_grad_keys,
+    mine_hardest,
+    mine_listed,
+    mix_logsumexp,
+    mix_negatives,
+    rank_thresholds,
+    softplus_sum,
+    softplus_sum_grad_keys,
+)
+from negmine.ops.registry import OPS
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,83 +40,27 @@ if FORCED is not None and FORCED not in NAMES:
     raise ValueError(f"NEGMINE_BACKEND must be one of {', '.join(NAMES)}, got {FORCED!r}")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-
-class Launchers(NamedTuple):
-    """The kernels that run one call, by op name; None where the call does not need the op."""
-
-    info_nce: Any = None  # where it is absent, negmine/info_nce.py does its arithmetic in torch
-    logsumexp: Any = None
-    logsumexp_pair: Any = None
-    logsumexp_mine: Any = None
-    logsumexp_window: Any = None  # where it is absent, the window's places come from rank_thresholds
-    logsumexp_grad_keys: Any = None
-    softplus_sum: Any = None
-    softplus_sum_grad_keys: Any = None
-    mine_hardest: Any = None
-    mine_hardest_kept: Any = None
-    mine_listed: Any = None
-    rank_thresholds: Any = None
-    count_negatives: Any = None
-    mix_negatives: Any = None
-    mix_logsumexp: Any = None
-    listed_logsumexp: Any = None
-    listed_grad_keys: Any = None
-
-    def rows(self, negative_keys: Tensor) -> int:
-        """K of the queue that the ops read."""
-        return negative_keys.shape[-2]
-
-
-SPARED = ("info_nce", "logsumexp_window")  # what a call can do without
-OPS = tuple(op for op in Launchers._fields if op not in SPARED)
-
-# Ops that compute scores against the queue: one may compare its own with places that another found, and two backends sum in
-# another order. So a call takes all of these from one backend.
-SCORED = frozenset(OPS[: OPS.index("mix_negatives")])
-
 # Ops that the cuda backend runs unasked; its others wait for backend="cuda". An op gets here, and Triton's kernel then runs what
 # mining_limit says, once rows of benchmarks/results from a card show both (benchmarks/run.py --device cuda --backend triton cuda)
 # and cuda is ahead. mix_negatives computes no score and has nothing to be compared with.
 CUDA_UNASKED = frozenset({"mix_negatives"})
 
 
-def in_two(logsumexp: Callable) -> Callable:
-    """logsumexp_pair as two calls of a logsumexp: for what has no pass that serves both scales."""
+class Kernels:
+    """The functions that run one call, as attributes by op name; `has` says which ones there are."""
 
-    def logsumexp_pair(query, negative_keys, scale, pivot, want_mean, *pool):
-        first = logsumexp(query, negative_keys, scale[0], pivot, want_mean, *pool)
-        second = logsumexp(query, negative_keys, scale[1], None, want_mean, *pool)
-        lse, mean = (torch.stack(both) for both in zip(first[:2], second[:2], strict=True))
-        return lse, mean, *first[2:]
+    def __init__(self, **functions: Callable) -> None:
+        self.__dict__.update(functions)
 
-    return logsumexp_pair
+    def __getattr__(self, op: str) -> Callable:
+        raise AttributeError(f"this call was not given the kernel {op}")
 
+    def has(self, op: str) -> bool:
+        return op in self.__dict__
 
-def one_by_one(logsumexp: Callable, mine_hardest: Callable) -> Callable:
-    """logsumexp_mine as a sum and a mining: for what has no pass that serves both."""
-
-    def logsumexp_mine(query, negative_keys, N, scale, pivot, want_mean, *pool):
-        summed = logsumexp(query, negative_keys, scale, pivot, want_mean, *pool)
-        return *summed, *mine_hardest(query, negative_keys, N, *pool)
-
-    return logsumexp_mine
-
-
-def with_count(mine_hardest: Callable, count_negatives: Callable) -> Callable:
-    """mine_hardest_kept as a mining and a count: for what has no pass that serves both."""
-
-    def mine_hardest_kept(query, negative_keys, N, mask, ids, of_ids, labels, of_labels, lower, upper, same=False):
-        if lower is None:  # a bound that holds every score but NaN
-            lower = order.pack(query.new_full((len(query),), -torch.inf, dtype=torch.float32), order.LAST_INDEX)
-        pool = (mask, ids, of_ids, labels, of_labels, lower, upper, same)
-        return *mine_hardest(query, negative_keys, N, *pool), count_negatives(query, negative_keys, *pool)
-
-    return mine_hardest_kept
-
-
-def summing(keys: Any) -> tuple[str, ...]:
-    """The ops of a sum over keys, checked or not; their gradient is a kernel of its own, for keys that require one."""
-    return ("logsumexp", "logsumexp_grad_keys") if getattr(keys, "requires_grad", False) else ("logsumexp",)
+    def queue_size(self, negative_keys: Tensor) -> int:
+        """K of the queue that the ops read."""
+        return negative_keys.shape[-2]
 
 
 class BackendUnavailable(RuntimeError):
@@ -112,18 +73,17 @@ class Backend:
 
     name: str
     device: str  # the torch device type it is the natural choice for, or "any"
-    launchers: dict[str, Callable] = field(default_factory=dict)
+    functions: dict[str, Callable] = field(default_factory=dict)  # by op name
     refusal: str = ""  # why it cannot be used here
-    also: str = ""  # a further device type it takes when asked for by name
+    second_device: str = ""  # a further device type it takes when asked for by name
     asked_only: frozenset[str] = frozenset()  # ops that it runs only when asked for by name
     limits: dict[str, Callable[..., str]] = field(default_factory=dict)  # op -> why not these arguments, given `asked`
 
 
 def scoring_limit(dtypes: tuple[torch.dtype, ...], D: int, capability: int) -> str:
-    """Why the scores of the cuda backend are not what such a call takes, empty where they are; capability is major * 10 + minor.
+    """Why the cuda backend cannot compute the scores of such a call, empty where it can; capability is major * 10 + minor.
 
-    What its products cannot do at all: other storage than one of 16 bits (TF32 would round fp32 input), rows that do not fit
-    in registers.
+    It takes storage of 16 bits only (TF32 would round fp32 input), and rows that fit in registers.
     """
     if capability < 80:
         return f"its products need compute capability 8.0 or higher, this card has {capability / 10}"
@@ -174,49 +134,56 @@ def _ranking_limit(query: Tensor, negative_keys: Tensor, *_: Any, asked: bool) -
     return ranking_limit((query.dtype, negative_keys.dtype), K, D, _capability(query))
 
 
-def _cuda_ops() -> Backend:
-    from negmine import cpp_ops
+def _summing_limit(
+    query: Tensor,
+    negative_keys: Tensor,
+    scales: Tensor,
+    pivot: Any,
+    want_mean: bool,
+    N: int,
+    ranks: Any,
+    *_: Any,
+    asked: bool,
+) -> str:
+    if N:
+        return _mining_limit(query, negative_keys, N, asked=asked)
+    return (_scoring_limit if ranks is None else _ranking_limit)(query, negative_keys, asked=asked)
 
-    found = cpp_ops.launchers("CUDA")
-    if found:
-        found["mine_hardest_kept"] = with_count(found["mine_hardest"], found["count_negatives"])
-        found["logsumexp_pair"] = in_two(found["logsumexp"])
-        found["logsumexp_mine"] = one_by_one(found["logsumexp"], found["mine_hardest"])
+
+def _cuda_backend() -> Backend:
+    found = {} if compiled.CUDA_REFUSAL else compiled.functions("negmine_cuda", "CUDA")
+    limits: dict[str, Callable[..., str]] = {
+        "mine_hardest": _mining_limit,
+        "logsumexp": _summing_limit,
+        "rank_thresholds": _ranking_limit,
+        "logsumexp_grad_keys": _scoring_limit,
+        "count_negatives": _scoring_limit,
+    }
     asked_only = frozenset(found) - CUDA_UNASKED
-    mining = ("mine_hardest", "mine_hardest_kept", "logsumexp_mine")
-    summing = ("logsumexp", "logsumexp_pair", "logsumexp_grad_keys", "count_negatives")
-    limits = dict.fromkeys(mining, _mining_limit) | dict.fromkeys(summing, _scoring_limit)
-    limits["rank_thresholds"] = _ranking_limit
-    return Backend("cuda", "cuda", found, cpp_ops.CUDA_REFUSAL, asked_only=asked_only, limits=limits)
+    return Backend("cuda", "cuda", found, compiled.CUDA_REFUSAL, asked_only=asked_only, limits=limits)
 
 
-def _triton_ops() -> Backend:
+def _triton_backend() -> Backend:
     if not (torch.cuda.is_available() or INTERPRETED):
         return Backend(
             "triton", "cuda", refusal="torch sees no CUDA device, and TRITON_INTERPRET=1 was not set at import"
         )
     try:
-        module = importlib.import_module("negmine.kernels.triton")
+        module = importlib.import_module("negmine.ops.triton_ops")
     except ImportError as error:
         return Backend("triton", "cuda", refusal=f"its import failed: {error}")
-    from negmine import triton_ops
-
-    devices = ("cuda", "cpu") if INTERPRETED else ("cuda",)
-    found = triton_ops.launchers({op: getattr(module, op) for op in module.__all__}, devices)
-    found["logsumexp_pair"] = in_two(found["logsumexp"])
-    found["logsumexp_mine"] = one_by_one(found["logsumexp"], found["mine_hardest"])
-    found["mine_hardest_kept"] = with_count(found["mine_hardest"], found["count_negatives"])
-    return Backend("triton", "cuda", found, also="cpu" if INTERPRETED else "")
+    found = module.launchers(("cuda", "cpu") if INTERPRETED else ("cuda",))
+    return Backend("triton", "cuda", found, second_device="cpu" if INTERPRETED else "")
 
 
-def _cpu_ops() -> Backend:
-    from negmine import cpp_ops
+def _cpu_backend() -> Backend:
+    found = {} if compiled.CPU_REFUSAL else compiled.functions("negmine_cpu", "CPU")
+    return Backend("cpu", "cpu", found, compiled.CPU_REFUSAL)
 
-    return Backend("cpu", "cpu", cpp_ops.launchers("CPU"), cpp_ops.CPU_REFUSAL)
 
-
-# In order of preference. The reference has no launchers: the public functions call it by its own, dense signatures.
-BACKENDS = (_cuda_ops(), _triton_ops(), _cpu_ops(), Backend("reference", "any"))
+# In order of preference. The reference has no kernels: the public functions call it by its own, dense signatures.
+BACKENDS = (_cuda_backend(), _triton_backend(), _cpu_backend(), Backend("reference", "any"))
+_chosen: dict[tuple, Kernels | None] = {}  # the answer of every kind of call that has been chosen for
 _warned: set[str] = set()
 
 
@@ -224,11 +191,11 @@ def explain(op: str, device: str) -> str:
     """One clause per backend: why it does not run `op` on `device`."""
     reasons = []
     for backend in BACKENDS[:-1]:
-        if device not in (backend.device, backend.also):
+        if device not in (backend.device, backend.second_device):
             reasons.append(f"{backend.name} takes {backend.device} tensors")
         elif backend.refusal:
             reasons.append(f"{backend.name}: {backend.refusal}")
-        elif op not in backend.launchers:
+        elif op not in backend.functions:
             reasons.append(f"{backend.name} has no kernel for {op}")
         elif op in backend.asked_only:
             reasons.append(f"{backend.name} runs {op} only where it is asked for by name")
@@ -236,19 +203,19 @@ def explain(op: str, device: str) -> str:
 
 
 def _runs(backend: Backend, ops: list[str], device: str, by_name: bool) -> bool:
-    fits = backend.device == device or (by_name and backend.also == device)
-    # What a limit sends elsewhere would be apart from the ops beside it.
+    fits = backend.device == device or (by_name and backend.second_device == device)
+    # An op that a limit sends to another backend would be apart from the ops whose scores it is compared with.
     free = not backend.asked_only.intersection(ops) and (len(ops) == 1 or not set(backend.limits).intersection(ops))
-    return fits and (by_name or free) and not backend.refusal and all(op in backend.launchers for op in ops)
+    return fits and (by_name or free) and not backend.refusal and all(op in backend.functions for op in ops)
 
 
-def _launcher(caller: str, op: str, able: list[Backend], asked: str | None) -> Callable:
-    """The op of the first of these rows, or where its limit is against a call's arguments that of the next."""
-    first = able[0].launchers[op]
+def _function(caller: str, op: str, able: list[Backend], asked: str | None) -> Callable:
+    """The op of the first of these rows, or of the next where the first one's limit is against a call's arguments."""
+    first = able[0].functions[op]
     limit = able[0].limits.get(op)
     if limit is None:
         return first
-    other = able[1].launchers[op] if asked is None and len(able) > 1 else None
+    other = able[1].functions[op] if asked is None and len(able) > 1 else None
 
     def launch(*arguments: Any) -> Any:
         why = limit(*arguments, asked=other is None)
@@ -260,21 +227,35 @@ def _launcher(caller: str, op: str, able: list[Backend], asked: str | None) -> C
 
 
 def choose(
-    caller: str, ops: tuple[str, ...], backend: str | None, tensors: tuple[Tensor, ...], also: tuple[str, ...] = ()
-) -> Launchers | None:
-    """The launchers of `ops` for these tensors, by name; None = the reference runs the call.
+    caller: str, ops: tuple[str, ...], backend: str | None, tensors: tuple[Tensor, ...], optional: str = ""
+) -> Kernels | None:
+    """The kernels of `ops` for these tensors; None = the reference runs the call.
 
-    also: ops that the call can do without, taken where the backend that runs the first one has them.
+    optional: an op that the call can do without, taken where the backend of the first of `ops` has it.
 
     Raises ValueError for an unknown backend and BackendUnavailable where the one insisted on cannot run the call.
     """
+    device = tensors[0].device.type
+    if torch.compiler.is_compiling():
+        return _choose(caller, ops, backend, device, [t.dtype for t in tensors], optional)
+    kind = (caller, ops, backend, device, *(t.dtype for t in tensors), optional)
+    try:
+        return _chosen[kind]
+    except (KeyError, TypeError):  # a backend that cannot be hashed is refused below
+        made = _choose(caller, ops, backend, device, [t.dtype for t in tensors], optional)
+        _chosen[kind] = made
+        return made
+
+
+def _choose(
+    caller: str, ops: tuple[str, ...], backend: str | None, device: str, dtypes: list[torch.dtype], optional: str
+) -> Kernels | None:
     if backend is not None and backend not in NAMES:
         raise ValueError(f"{caller}: backend must be None, {', '.join(map(repr, NAMES))}, got {backend!r}")
     asked = backend or FORCED
     if asked == "reference":
         return None
-    device = tensors[0].device.type
-    unfit = [str(t.dtype).removeprefix("torch.") for t in tensors if t.dtype not in KERNEL_DTYPES]
+    unfit = [str(dtype).removeprefix("torch.") for dtype in dtypes if dtype not in KERNEL_DTYPES]
     if unfit:
         dense = f"{unfit[0]} input"
         if asked is not None:
@@ -284,17 +265,17 @@ def choose(
         _warn_dense(caller, device, dense)
         return None
     rows = [row for row in BACKENDS if asked in (None, row.name)]
-    scored = [op for op in ops if op in SCORED]
-    chosen: dict[str, Any] = {}
+    scored = [op for op in ops if OPS[op].takes_pool]
+    chosen: dict[str, Callable] = {}
     for op in ops:
-        together = scored if op in SCORED else [op]
+        together = scored if OPS[op].takes_pool else [op]
         able = [row for row in rows if _runs(row, together, device, asked is not None)]
         if able:
-            found = able[0].launchers
-            chosen |= {} if chosen else {name: found[name] for name in also if name in found}
-            chosen[op] = _launcher(caller, op, able, asked)
+            if not chosen and optional in able[0].functions:
+                chosen[optional] = able[0].functions[optional]
+            chosen[op] = _function(caller, op, able, asked)
             continue
-        # An op that none of them runs; or each runs some of these, and none all.
+        # Either no backend runs this op, or each runs some of `together` and none runs all.
         lone = (each for each in together if not any(_runs(row, [each], device, asked is not None) for row in rows))
         lacking = next(lone, op)
         why = explain(lacking, device)
@@ -302,7 +283,7 @@ def choose(
             raise BackendUnavailable(f"{caller}: backend {asked!r} cannot run {lacking} on {device} tensors ({why})")
         _warn_dense(caller, device, why)
         return None
-    return Launchers(**chosen)
+    return Kernels(**chosen)
 
 
 def _warn_dense(caller: str, device: str, why: str) -> None:
@@ -310,4 +291,4 @@ def _warn_dense(caller: str, device: str, why: str) -> None:
     message = f"{caller}: the dense reference runs this call on {device} tensors and stores the score matrix ({why})"
     if device != "cpu" and not torch.compiler.is_compiling() and message not in _warned:
         _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=5)

@@ -1,37 +1,33 @@
 """Distance-weighted negatives (Wu et al. 2017, arXiv 1706.07567), drawn from a queue that passes in pieces of bounded size.
 
 The largest log p + Gumbel are a sample without replacement, so the best N of each row are all that a piece leaves behind. The
-words belong to (global row, column), so that no cut of the queue changes a draw. The definition is reference_triplets.py.
+words belong to (global row, column), so that no cut of the queue changes a draw. The definition is negmine/reference/triplets.py.
 """
 
 import torch
 from torch import Tensor
 
-from negmine import order, philox, reference
-from negmine.pool import Pool, of_columns, pieces, readable, usable
-from negmine.reference_triplets import log_rarity
+from negmine import reference
+from negmine.ops import philox, sort_key
+from negmine.ops.pool import Pool, hide_masked_rows, pieces, pool_of_columns, usable
+from negmine.ops.windows import Draw
+from negmine.reference.triplets import log_rarity
 
 PIECE = 1 << 21  # scores in memory at one time
 PIECE_ON_CPU = 1 << 15  # which stay in the cache through the ten rounds of Philox
 
 
 @torch.no_grad()
-def distance_weighted(
-    query: Tensor, keys: Tensor, others: Pool, N: int, draw: tuple[int, int, int]
-) -> tuple[Tensor, Tensor]:
-    """scores (B, N) fp32 and index (B, N) int64 of the columns drawn from `others`, nearest first; (-inf, -1) past their end.
-
-    draw = (seed, step, row_offset).
-    """
-    q, (seed, step, row_offset) = query.float(), draw
-    rows = torch.arange(len(q), device=q.device) + row_offset  # (B,)
+def distance_weighted(query: Tensor, keys: Tensor, others: Pool, N: int, draw: Draw) -> tuple[Tensor, Tensor]:
+    """scores (B, N) fp32 and index (B, N) int64 of the columns drawn from `others`, nearest first; (-inf, -1) past their end."""
+    q, rows = query.float(), draw.rows(query)  # (B, D), (B,)
     best = torch.full((len(q), N), -torch.inf, dtype=torch.float64, device=q.device)  # (B, N) log p + Gumbel
     scores, index = best.float(), torch.zeros_like(best, dtype=torch.int64)  # (B, N) each
     for part in pieces(len(q), len(keys), PIECE_ON_CPU if q.device.type == "cpu" else PIECE):
-        pool = of_columns(others, part)
-        n = readable(keys[part].float(), pool)  # (C, D)
+        pool = pool_of_columns(others, part)
+        n = hide_masked_rows(keys[part].float(), pool)  # (C, D)
         s, columns = reference.scores_of(q, n), torch.arange(part.start, part.stop, device=q.device)  # (B, C), (C,)
-        word = philox.words(rows, columns, philox.STREAM_WEIGHTED, seed, step)[0]  # (B, C)
+        word = philox.words(rows, columns, philox.STREAM_WEIGHTED, draw.seed, draw.step)[0]  # (B, C)
         drawn = log_rarity(s.double(), q.shape[1]) + philox.gumbel(word)  # (B, C)
         allowed = usable(pool, q, n)
         assert allowed is not None  # the pool has labels
@@ -41,5 +37,5 @@ def distance_weighted(
         best, at = best[:, :N], at[:, :N]
         scores = torch.cat([scores, s], 1).gather(1, at)
         index = torch.cat([index, columns.expand_as(s)], 1).gather(1, at)
-    places = order.pack(scores, index).masked_fill(best == -torch.inf, order.NOWHERE)
-    return order.unpack(places.sort(dim=1, descending=True).values)
+    keys_kept = sort_key.pack(scores, index).masked_fill(best == -torch.inf, sort_key.NOWHERE)
+    return sort_key.unpack(keys_kept.sort(dim=1, descending=True).values)

@@ -1,7 +1,7 @@
 """ShardedMoCoQueue: a MoCoQueue whose rows are spread over the ranks of a process group.
 
 Each rank holds K / W rows, brings its own queries and gets its own losses and negatives, those that one process with the whole
-queue would give it. The arithmetic between is negmine/shards.py.
+queue would give it. The arithmetic between is negmine/queues/sharded_ops.py.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,14 +12,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from negmine import backends, checks, reference
-from negmine.info_nce import InfoNCEStats, fused
-from negmine.mining import Mined, for_kernels, score_of_positive
-from negmine.options import Select, Weight
-from negmine.order import LAST_INDEX
-from negmine.pool import Pool, bounded, check_pool
-from negmine.queue import MoCoQueue
-from negmine.shards import Ranks, Shards
+from negmine import reference
+from negmine.losses.info_nce import Plan
+from negmine.ops import backends, checks
+from negmine.ops.negatives import check_negatives
+from negmine.ops.pool import Pool
+from negmine.ops.sort_key import LAST_INDEX
+from negmine.ops.vectors import for_kernels, scale_of, score_of_positive
+from negmine.ops.windows import bounded
+from negmine.options import Negatives, Select, Weight
+from negmine.queues.moco import MoCoQueue
+from negmine.queues.sharded_ops import Ranks, ShardedKernels
+from negmine.selection import Mined
 
 ROWS_AT_ONCE = 4096  # rows of random_init that one generator draws
 
@@ -66,7 +70,8 @@ class ShardedMoCoQueue(MoCoQueue):
             dim, end - first, dtype=dtype, with_ids=with_ids, with_labels=with_labels, random_init=False,
             gather_distributed=True, process_group=process_group,
         )  # fmt: skip
-        self.K, self._first = K, first
+        self.K = K
+        self._first = first  # the row of the ring that the first row stored here is
         self.register_buffer("queue_range", torch.tensor([first, end, K]))
         if random_init:
             for block in range(first // ROWS_AT_ONCE, -(-end // ROWS_AT_ONCE)):
@@ -75,8 +80,29 @@ class ShardedMoCoQueue(MoCoQueue):
                 rows = F.normalize(torch.randn(ROWS_AT_ONCE, dim, generator=generator), dim=1)
                 low, high = max(start, first), min(start + ROWS_AT_ONCE, end)
                 self.queue[low - first : high - first] = rows[low - start : high - start].to(self.queue.dtype)
-            self._len = K
             self.queue_len.fill_(K)
+
+    @property
+    def _held(self) -> int:
+        return min(max(len(self) - self._first, 0), len(self.queue))
+
+    def stored_columns(self) -> Any:
+        raise TypeError(f"{type(self).__name__}: no rank holds the whole queue; call its own info_nce and mine_hardest")
+
+    def _write(self, columns: list[tuple[Tensor, Tensor]]) -> None:
+        entering = len(columns[0][1])
+        kept = min(entering, self.K)
+        ptr = int(self.queue_ptr)
+        start = (ptr + entering - kept) % self.K
+        before_end = min(kept, self.K - start)
+        for stored, rows in columns:
+            rows = rows[entering - kept :]
+            for at, part in ((start, rows[:before_end]), (0, rows[before_end:])):
+                low, high = max(at, self._first), min(at + len(part), self._first + len(stored))
+                if low < high:
+                    stored[low - self._first : high - self._first] = part[low - at : high - at]
+        self.queue_ptr.fill_((ptr + entering) % self.K)
+        self.queue_len.add_(entering).clamp_max_(self.K)
 
     def info_nce(
         self,
@@ -92,7 +118,7 @@ class ShardedMoCoQueue(MoCoQueue):
         reduction: str = "mean",
         backend: str | None = None,
         return_stats: bool = False,
-    ) -> Tensor | tuple[Tensor, InfoNCEStats]:
+    ) -> Any:
         """negmine.info_nce of this rank's queries against the rows of every rank; this rank's loss, with its gradients.
 
         query (b, D), positive_key (b, D), temperature, select, weight, decoupled, reduction, return_stats: as there. b may differ
@@ -105,7 +131,7 @@ class ShardedMoCoQueue(MoCoQueue):
         Raises ValueError or TypeError for input that does not fit, on all ranks if on one, and where ranks call differently.
         """
         op = f"{type(self).__name__}.info_nce"
-        said = (
+        settings = (
             select,
             weight,
             None if isinstance(temperature, Tensor) else temperature,
@@ -126,11 +152,9 @@ class ShardedMoCoQueue(MoCoQueue):
 
         wants = isinstance(temperature, Tensor) and temperature.requires_grad
         windowed = ("rank_thresholds", "count_negatives", "mine_hardest") if select is not None else ()
-        pool, ops = self._shards(op, query, check, ("logsumexp", *windowed), backend, select, said, wants)
-        rows, stats = fused(
-            ops, query, positive_key, self.keys, temperature, pool,
-            select=select, weight=weight, decoupled=decoupled, want_rank=return_stats,
-        )  # fmt: skip
+        pool, kernels = self._shards(op, query, check, ("logsumexp", *windowed), backend, select, settings, wants)
+        plan = Plan(select=select, weight=weight, decoupled=decoupled, want_stats=return_stats)
+        rows, stats = plan.run(kernels, query, positive_key, self.keys, pool, scale_of(temperature, query))
         loss = reference.reduced(rows, reduction)
         return loss if stats is None else (loss, stats)
 
@@ -163,12 +187,13 @@ class ShardedMoCoQueue(MoCoQueue):
             return self._pool(op, query, query_ids, query_labels)
 
         wanted = ("mine_hardest", "rank_thresholds", "count_negatives")
-        pool, ops = self._shards(op, query, check, wanted, backend, select, (N, select, backend), False)
+        pool, kernels = self._shards(op, query, check, wanted, backend, select, (N, select, backend), False)
         with torch.no_grad():
             if select is not None:
                 anchor = None if positive_key is None else score_of_positive(query, positive_key)  # (b,)
-                pool = bounded(ops, for_kernels(query), self.keys, pool, select, anchor)
-            return Mined(*ops.mine_hardest(for_kernels(query), self.keys, N, *pool))
+                pool = bounded(kernels, for_kernels(query), self.keys, pool, select, anchor)
+            scores, index, _ = kernels.mine_hardest(for_kernels(query), self.keys, N, False, *pool)
+            return Mined(scores, index)
 
     def _pool(self, op: str, query: Tensor, query_ids: Tensor | None, query_labels: Tensor | None) -> Pool:
         for name, given, stored, option in (
@@ -179,28 +204,38 @@ class ShardedMoCoQueue(MoCoQueue):
                 raise checks.refuse(op, name, f"None, for a queue made without {option}=True", given)
         ids = None if query_ids is None else self.ids
         labels = None if query_labels is None else self.labels
-        return check_pool(op, query, self.keys, None, query_ids, ids, query_labels, labels)
+        return check_negatives(op, query, None, Negatives(self.keys, ids=ids, labels=labels), query_ids, query_labels)[
+            1
+        ]
 
     def _shards(
-        self, op: str, query: Any, check: Any, wanted: tuple, backend: Any, select: Any, said: tuple, wants_mean: bool
+        self,
+        op: str,
+        query: Any,
+        check: Any,
+        wanted: tuple,
+        backend: Any,
+        select: Any,
+        settings: tuple,
+        wants_mean: bool,
     ) -> tuple[Pool, Any]:
         """The checked pool and the ops over all ranks. A refusal here is told to the other ranks, which then refuse too."""
         try:
             pool = check()
             if isinstance(select, Select) and select.sample is not None:
                 raise checks.refuse(op, "select", "without sample: a draw needs the whole queue", select)
-            ops = backends.choose(op, wanted, backend, (query, self.queue))
-            if ops is None:
+            kernels = backends.choose(op, wanted, backend, (query, self.queue))
+            if kernels is None:
                 raise backends.BackendUnavailable(
                     f"{op}: a sharded queue runs on kernels, and there is none for this call; the reference needs the whole queue"
                 )
         except (ValueError, TypeError, backends.BackendUnavailable):
             Ranks(op, self.process_group, self.queue, "", None)
             raise
-        call = repr((op, *said, query.dtype, [part is not None for part in pool]))
+        call = repr((op, *settings, query.dtype, [part is not None for part in pool]))
         wants_mean = torch.is_grad_enabled() and (wants_mean or query.requires_grad)
         ranks = Ranks(op, self.process_group, self.queue, call, len(query), wants_mean)
-        return pool, Shards(ops, ranks, for_kernels(query), len(self), self._first)
+        return pool, ShardedKernels(kernels, ranks, for_kernels(query), len(self), self._first)
 
     def load_shards(self, states: Iterable[Mapping[str, Tensor]], prefix: str = "") -> None:
         """Load the state_dicts of all ranks of an earlier run, of any number of ranks, in any order.
@@ -237,9 +272,8 @@ class ShardedMoCoQueue(MoCoQueue):
             raise ValueError(f"{op}: states must cover rows 0 to {self.K} once, got {sorted(covered)}")
         for name, rows in fresh.items():
             getattr(self, name).copy_(rows)
-        self._ptr, self._len = counters
-        self.queue_ptr.fill_(self._ptr)
-        self.queue_len.fill_(self._len)
+        self.queue_ptr.fill_(counters[0])
+        self.queue_len.fill_(counters[1])
 
     def moco_state_dict(self) -> dict[str, Tensor]:
         """Refused: no rank holds the whole queue. Load the shards into a world of one, whose state_dict is MoCoQueue's."""

@@ -1,16 +1,17 @@
-"""THE definition of triplet mining, of the triplet loss and of multi-similarity: dense PyTorch, as negmine/reference.py.
+"""Triplet mining, the triplet loss and multi-similarity.
 
     query (B, D), keys (K, D); same (B, K) bool: usable keys of the query's label, other (B, K) bool: usable keys of another
     positive (B, P), negative (B, P, N) int64, -1 = none
 
-Nothing here is fast and nothing is checked. Nearer = larger score; ties go to the lower index; a NaN score is no candidate.
+Nearer = larger score; ties go to the lower index; a NaN score is no candidate.
 """
 
 import torch
 from torch import Tensor
 
-from negmine import philox
-from negmine.reference import ranking, scores_of
+from negmine.ops import philox
+from negmine.ops.column_lists import gather_rows
+from negmine.reference.selection import ranking, scores_of
 
 
 def distance_of(score: Tensor, distance: str) -> Tensor:
@@ -64,8 +65,8 @@ def mine_triplets(
     max_positives: int = 1,
     num_negatives: int = 1,
     seed: int = 0,
-    step: int = 0,
-    row_offset: int = 0,
+    step: int | Tensor = 0,
+    row_offset: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """scores and index of positives (B, P) and negatives (B, P, N); meaning as negmine.mine_triplets."""
     scores = scores_of(query, keys).detach()  # (B, K)
@@ -112,13 +113,6 @@ def mine_triplets(
     return positive_score, positive_index, negative_score, negative_index
 
 
-def rows_at(keys: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """keys (K, D), index (...) -> (..., D), zeros where index is -1: a row that a mask leaves out may hold anything."""
-    if not len(keys):
-        return keys.new_zeros(*index.shape, keys.shape[1], dtype=dtype)
-    return keys[index.clamp_min(0)].to(dtype).masked_fill((index < 0)[..., None], 0.0)
-
-
 def triplet_loss(
     query: Tensor,
     keys: Tensor,
@@ -141,8 +135,8 @@ def triplet_loss(
             return (anchor - found).square().sum(-1)
         return torch.linalg.vector_norm(anchor - found, dim=-1)  # its gradient at distance 0 is 0
 
-    to_positive = distances(query[:, None], rows_at(keys, positive, query.dtype))  # (B, P)
-    to_negative = distances(query[:, None, None], rows_at(keys, negative, query.dtype))  # (B, P, N)
+    to_positive = distances(query[:, None], gather_rows(keys, positive, query.dtype))  # (B, P)
+    to_negative = distances(query[:, None, None], gather_rows(keys, negative, query.dtype))  # (B, P, N)
     violation = to_positive[:, :, None] - to_negative + margin  # (B, P, N)
     loss = violation.relu() if temperature is None else torch.nn.functional.softplus(violation / temperature)
     return loss.masked_fill((positive < 0)[:, :, None] | (negative < 0), 0.0)

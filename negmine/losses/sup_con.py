@@ -6,17 +6,23 @@ each positive's own ("own_positive") are no log-sum-exp: the queue passes in pie
 negmine/reference.py.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from negmine import backends, checks, reference
-from negmine.derivatives import first_only
-from negmine.logsumexp import LogSumExp, MeanScore, scale_of
-from negmine.mining import frozen, working
-from negmine.pool import Pool, label_pool, of_columns, pieces, readable, usable
+from negmine import reference
+from negmine.losses.schedules import ScheduledLoss, at_step
+from negmine.ops import backends, checks
+from negmine.ops.backends import Kernels
+from negmine.ops.first_derivative import first_derivative_only
+from negmine.ops.logsumexp import LogSumExp, MeanScore
+from negmine.ops.negatives import check_labelled_keys
+from negmine.ops.pool import Pool, hide_masked_rows, pieces, pool_of_columns, usable
+from negmine.ops.vectors import disable_autocast, frozen, scale_of, widened
+from negmine.selection import summing_ops
 
 
 class SupConStats(NamedTuple):
@@ -57,7 +63,7 @@ class OwnPositive(torch.autograd.Function):
             total += weight.sum(1)
             pull = (weight * pull).masked_fill(~same, 0.0)
             share += pull.sum(1)
-            with reference.unshortened(query.device):
+            with disable_autocast(query.device):
                 mean += pull @ rows
         some = count.clamp_min(1)
         loss = -value / some if positives == "out" else (some / torch.where(count > 0, total, 1.0)).log() - top
@@ -70,7 +76,7 @@ class OwnPositive(torch.autograd.Function):
         return loss.masked_fill(count == 0, 0.0), count
 
     @staticmethod
-    @first_only
+    @first_derivative_only
     def backward(ctx, d_loss, _d_count):
         query, scale, share, mean, *again = ctx.saved_tensors
         d_query = d_keys = d_scale = None
@@ -83,7 +89,7 @@ class OwnPositive(torch.autograd.Function):
                 same, y, pull, _ = _of_piece(q, keys, scale, lse, pool, part)
                 weight = (y - top[:, None]).exp() if ctx.positives == "in" else 1.0
                 pull = (weight * pull * (d_loss * scale / norm)[:, None]).masked_fill(~same, 0.0)  # (B, C)
-                with reference.unshortened(query.device):
+                with disable_autocast(query.device):
                     d_keys[part] = (-pull.T @ q).to(keys.dtype)  # (C, D)
         if ctx.needs_input_grad[2]:
             d_scale = -(d_loss * (query.float() * mean).sum(1)).sum()
@@ -95,8 +101,8 @@ PIECE = 1 << 21  # scores in memory at one time where every positive has a denom
 
 def _of_piece(q: Tensor, keys: Tensor, scale: Tensor, lse: Tensor, pool: Pool, part: slice) -> tuple[Tensor, ...]:
     """Some columns: positives (B, C) bool, y and sigmoid(lse - x) (B, C), and the keys (C, D) as fp32 without what masks hide."""
-    pool = of_columns(pool, part)
-    rows = readable(keys[part].float(), pool)
+    pool = pool_of_columns(pool, part)
+    rows = hide_masked_rows(keys[part].float(), pool)
     same = usable(pool, q, rows)
     assert same is not None  # the pool has labels
     gap = lse[:, None] - scale * reference.scores_of(q, rows)  # (B, C)
@@ -118,7 +124,7 @@ def sup_con(
     reduction: str = "mean",
     backend: str | None = None,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, SupConStats]:
+) -> Any:
     """SupCon (Khosla et al. 2020, arXiv 2004.11362; HobbitLong/SupContrast losses.py): keys of the query's label attract.
 
         "out"  loss_b = mean over p in P_b of -log(exp(x_bp) / den_bp)      x = inner product / temperature
@@ -129,7 +135,7 @@ def sup_con(
 
     query (B, D): carries gradient. keys (K, D): a queue, the batch itself, or both concatenated; keys that require grad get
         one, frozen keys may be overwritten before backward.
-    query_labels (B,), key_labels (K,): whole numbers; equal = positive. A label below 0 is unknown and equals nothing: such a
+    query_labels (B,), key_labels (K,): whole numbers; equal = positive. A label of -1 is unknown and equals nothing: such a
         key is a negative of every query (the label queue of MoCo forms starts at -1).
     query_ids (B,) and key_ids (K,): equal = the same sample, neither positive nor negative.
     key_mask (K,) or (B, K) bool: True = usable.
@@ -140,18 +146,18 @@ def sup_con(
     Raises ValueError or TypeError for input that does not fit, before any work.
     """
     op = "sup_con"
-    pool = label_pool(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
+    pool = check_labelled_keys(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
     checks.require_temperature(op, temperature)
     checks.require_choice(op, "positives", positives, ("out", "in"))
     checks.require_choice(op, "denominator", denominator, ("all", "own_positive", "negatives_only"))
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_bool(op, "return_stats", return_stats)
-    ops = backends.choose(op, backends.summing(keys), backend, (query, keys))
+    kernels = backends.choose(op, summing_ops("logsumexp", keys), backend, (query, keys))
     everything = pool._replace(query_labels=None, negative_labels=None)
-    if ops is None:
+    if kernels is None:
         allowed = usable(everything, query, keys)
         rows, found = reference.sup_con(
-            working(query),
+            widened(query),
             frozen(keys, allowed),
             query_labels,
             key_labels,
@@ -162,13 +168,13 @@ def sup_con(
         )
         stats = SupConStats(**found)
     else:
-        rows, stats = _fused(ops, query, keys, temperature, pool, everything, positives, denominator)
+        rows, stats = _from_kernels(kernels, query, keys, temperature, pool, everything, positives, denominator)
     loss = reference.reduced(rows, reduction)
     return (loss, stats) if return_stats else loss
 
 
-def _fused(
-    ops: backends.Launchers,
+def _from_kernels(
+    kernels: Kernels,
     query: Tensor,
     keys: Tensor,
     temperature: float | Tensor,
@@ -177,20 +183,72 @@ def _fused(
     positives: str,
     denominator: str,
 ) -> tuple[Tensor, SupConStats]:
-    """Loss (B,) and statistics from the kernels `ops`; meaning as reference.sup_con."""
+    """Loss (B,) and statistics from the kernels; meaning as reference.sup_con."""
     scale = scale_of(temperature, query)
     same = negatives._replace(same_label=True)
     columns = everything if denominator == "all" else negatives
-    lse, kept, *_ = LogSumExp.apply(query, keys, scale, None, None, ops, *columns)
+    sums, num_kept, *_ = LogSumExp.apply(query, keys, scale[None], None, 0, None, kernels, *columns)
+    lse = sums[0]  # (B,)
     if denominator == "own_positive":
         rows, count = OwnPositive.apply(query, keys, scale, lse, positives, *same)
         return rows, SupConStats(lse.detach(), count, (count == 0).sum())
     if positives == "out":
-        score, count = MeanScore.apply(query, keys, ops, *same)
+        score, count = MeanScore.apply(query, keys, kernels, *same)
         pull = score * scale  # (B,)
     else:
-        lse_same, count, *_ = LogSumExp.apply(query, keys, scale, None, None, ops, *same)
-        pull = lse_same.masked_fill(count == 0, 0.0) - count.clamp_min(1).float().log()
-    some = (count > 0) & (kept > 0)  # (B,)
+        sums_same, count, *_ = LogSumExp.apply(query, keys, scale[None], None, 0, None, kernels, *same)
+        pull = sums_same[0].masked_fill(count == 0, 0.0) - count.clamp_min(1).float().log()
+    some = (count > 0) & (num_kept > 0)  # (B,)
     rows = torch.where(some, lse.masked_fill(~some, 0.0) - pull, 0.0)
     return rows, SupConStats(lse.detach(), count, (~some).sum())
+
+
+class SupConLoss(ScheduledLoss):
+    """sup_con as a module; its keywords are sup_con's.
+
+    temperature may be a schedule, a callable of the step; one given as an nn.Parameter is learned with the rest. Calls in
+    training mode that name no `step` count themselves; the count travels in state_dict.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor | Callable[[int], float] = 0.07,
+        *,
+        positives: str = "out",
+        denominator: str = "all",
+        reduction: str = "mean",
+        backend: str | None = None,
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__()
+        op = "SupConLoss"
+        if not callable(temperature):
+            checks.require_temperature(op, temperature)
+        checks.require_choice(op, "positives", positives, ("out", "in"))
+        checks.require_choice(op, "denominator", denominator, ("all", "own_positive", "negatives_only"))
+        checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
+        self.temperature = temperature
+        self.options: dict[str, Any] = {
+            "positives": positives,
+            "denominator": denominator,
+            "reduction": reduction,
+            "backend": backend,
+            "return_stats": return_stats,
+        }
+
+    def forward(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        query_labels: Tensor,
+        key_labels: Tensor,
+        *,
+        step: int | None = None,
+        **masks: Any,
+    ) -> Any:
+        """masks: query_ids, key_ids, key_mask of sup_con."""
+        options = at_step({"temperature": self.temperature, **self.options}, self.count(step))
+        return sup_con(query, keys, query_labels, key_labels, **options, **masks)
+
+    def extra_repr(self) -> str:
+        return ", ".join([f"temperature={self.temperature!r}", *(f"{k}={v!r}" for k, v in self.options.items() if v)])

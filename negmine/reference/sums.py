@@ -1,4 +1,4 @@
-"""Definitions that methods are built from, in the manner of negmine/reference.py: dense, differentiable, unchecked.
+"""Sums over each query's pool: log-sum-exp and the sum of softplus; and over the columns in a list.
 
 query (B, D), negative_keys (K, D); usable (B, K) bool or None; positive_score (B,) where select has a margin
 """
@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from negmine import reference
 from negmine.options import Select
+from negmine.reference.selection import multiplicity, scores_of
+
+Draw = tuple[int, int | Tensor, int | Tensor]  # seed, step, row_offset
 
 
 def kept_scores(
@@ -17,12 +19,12 @@ def kept_scores(
     usable: Tensor | None,
     positive_score: Tensor | None,
     select: Select | None,
-    draw: tuple[int, int, int],
+    draw: Draw,
 ) -> tuple[Tensor, Tensor]:
     """scores (B, K) and how often each column is kept (B, K) int64; draw = seed, step, row_offset of select.sample."""
-    scores = reference.scores_of(query, negative_keys)  # (B, K)
+    scores = scores_of(query, negative_keys)  # (B, K)
     if select is not None:
-        return scores, reference.multiplicity(scores, positive_score, select, usable, *draw)
+        return scores, multiplicity(scores, positive_score, select, usable, *draw)
     times = torch.ones_like(scores, dtype=torch.int64) if usable is None else usable.long()
     return scores, times
 
@@ -34,7 +36,7 @@ def logsumexp(
     usable: Tensor | None = None,
     positive_score: Tensor | None = None,
     select: Select | None = None,
-    draw: tuple[int, int, int] = (0, 0, 0),
+    draw: Draw = (0, 0, 0),
 ) -> Tensor:
     """(B,): log of the sum over each pool of exp(s / temperature); -inf, without gradient, where the pool is empty."""
     scores, times = kept_scores(query, negative_keys, usable, positive_score, select, draw)
@@ -52,9 +54,27 @@ def softplus_sum(
     usable: Tensor | None = None,
     positive_score: Tensor | None = None,
     select: Select | None = None,
-    draw: tuple[int, int, int] = (0, 0, 0),
+    draw: Draw = (0, 0, 0),
 ) -> Tensor:
     """(B,): sum over each pool of log(1 + exp(scale s + bias)); 0 where the pool is empty."""
     scores, times = kept_scores(query, negative_keys, usable, positive_score, select, draw)
     each = -F.logsigmoid(-(scale * scores + bias))  # (B, K)
     return (each.masked_fill(times == 0, 0.0) * times).sum(1)
+
+
+def listed_logsumexp(
+    query: Tensor, negative_keys: Tensor, index: Tensor, scale: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """scores (B, M), log-sum-exp (B,) and softmax mean (B, D) of the columns index (B, M) names; -1 = none, repeats count."""
+    absent = index < 0  # (B, M)
+    rows = negative_keys[index.clamp_min(0)].masked_fill(absent[:, :, None], 0.0)  # (B, M, D)
+    scores = scores_of(query, rows).masked_fill(absent, -torch.inf)  # (B, M)
+    lse = (scale * scores).masked_fill(absent, -torch.inf).logsumexp(1)  # (B,)
+    p = (scale * scores - lse[:, None]).exp().masked_fill(absent, 0.0)  # (B, M)
+    return scores, lse, torch.einsum("bm,bmd->bd", p, rows)
+
+
+def listed_grad_keys(query: Tensor, index: Tensor, weight: Tensor, K: int) -> Tensor:
+    """(K, D): row k = sum of weight_bm query_b over the cells of index (B, M) that name k; weight (B, M)."""
+    named = index[:, :, None] == torch.arange(K, device=index.device)  # (B, M, K)
+    return torch.einsum("bmk,bd->kd", weight[:, :, None].where(named, 0.0), query)

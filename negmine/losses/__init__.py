@@ -1,0 +1,24 @@
+"""The losses: each a function and its module, in one file. The published methods built on them are configured by negmine.recipes."""
+
+from negmine.losses.info_nce import InfoNCELoss, InfoNCEStats
+from negmine.losses.mined_pairs import MultiSimilarityLoss, MultiSimilarityStats, multi_similarity
+from negmine.losses.siglip import SigLIPLoss, softplus_sum
+from negmine.losses.sup_con import SupConLoss, SupConStats
+from negmine.losses.triplet import TripletLoss, triplet_loss
+from negmine.losses.triplet_mining import Triplets, mine_triplets
+
+__all__ = [
+    "InfoNCELoss",
+    "InfoNCEStats",
+    "MultiSimilarityLoss",
+    "MultiSimilarityStats",
+    "SigLIPLoss",
+    "SupConLoss",
+    "SupConStats",
+    "TripletLoss",
+    "Triplets",
+    "mine_triplets",
+    "multi_similarity",
+    "softplus_sum",
+    "triplet_loss",
+]

@@ -1,0 +1,414 @@
+"""InfoNCE over a queue of negatives, with its gradient, without the (B, K) matrix: the function and its module.
+
+`info_nce` checks its input, makes a plan of the options, and runs the plan in one of three ways: dense, by the reference; whole, by
+the kernel op info_nce; or composed of the ops for log-sum-exps, where an option needs more than that op does. In each the gradient
+of the negatives is known after the forward pass, so the queue may be overwritten before backward.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from negmine import reference
+from negmine.losses.false_negatives import FoundNegatives, find_false_negatives, without
+from negmine.losses.schedules import ScheduledLoss, at_step
+from negmine.ops import checks, sort_key
+from negmine.ops.backends import Kernels
+from negmine.ops.column_lists import flat_rows, over_lists
+from negmine.ops.info_nce import InfoNCE
+from negmine.ops.logsumexp import LogSumExp, MeanScore
+from negmine.ops.mix_logsumexp import DifferentiatedMixLogSumExp, MixLogSumExp
+from negmine.ops.negatives import check_negatives
+from negmine.ops.own_keys import choose_for_keys
+from negmine.ops.pool import Pool, hide_masked_rows, usable
+from negmine.ops.vectors import for_kernels, frozen, scale_of, score_of_positive, widened
+from negmine.ops.windows import Draw, bounded, mixing_draws, ranks_to_sum, sample
+from negmine.options import FalseNegatives, Mix, Select, Weight
+from negmine.selection import mine_parents, mined_depth, summing_ops
+
+NO_DRAWS = (
+    0,
+    0,
+    0.0,
+    0.0,
+    0.0,
+    0.0,
+    False,
+    None,
+    0,
+    None,
+    None,
+)  # draw arguments of a call without synthetic negatives
+
+
+class InfoNCEStats(NamedTuple):
+    """What info_nce returns beside the loss; none carries gradient."""
+
+    logsumexp: Tensor  # (B,) log of the denominator
+    positive_rank: Tensor  # (B,) int64: valid negatives scored above the positive, whatever select keeps; 0 = top-1
+    num_negatives: Tensor  # (B,) int64: real negatives in the denominator
+    clamped: Tensor  # (B,) bool: the floor of Weight is active, the row's negatives get no gradient
+    num_empty: Tensor  # () int64: rows without any negative, whose loss is 0
+
+
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Any = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    select: Select | None = None,
+    mix: Mix | None = None,
+    weight: Weight | None = None,
+    false_negatives: FalseNegatives | None = None,
+    support: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    query_labels: Tensor | None = None,
+    decoupled: bool = False,
+    reduction: str = "mean",
+    seed: int = 0,
+    step: int | Tensor = 0,
+    row_offset: int | Tensor = 0,
+    backend: str | None = None,
+    return_stats: bool = False,
+) -> Any:
+    """InfoNCE of each query against its positive and a queue of negatives (MoCo, He et al. 2020, moco/builder.py).
+
+        loss_b = -x_b + log(exp(x_b) + sum over kept j of exp(x_bj)),   x = inner product / temperature
+
+    query (B, D): carries gradient. positive_key (B, D): carries gradient where it requires it.
+    negative_keys: the negatives, in one of these forms. Keys that require grad get one. Frozen keys may be overwritten between
+        forward and backward: the gradient is computed in the forward pass.
+        Tensor (K, D) shared by all queries, or (B, M, D) each query's own;
+        MoCoQueue: its valid rows; its ids and labels count where query_ids or query_labels are given;
+        Negatives: keys with ids, labels or a mask;
+        None: in-batch negatives, the positives of the other rows.
+    temperature: a number above 0, or a 0-d floating tensor that receives gradient. MoCo v1: 0.07, v2: 0.2.
+    select: which negatives stay; mix: which synthetic ones are added; weight: how they weigh; see those classes.
+    false_negatives with support (B, V, D): negatives found by other views of the same image are removed or attracted.
+    query_ids (B,), query_labels (B,): a key whose id or label is equal is ignored as a negative. -1 is unknown and equals nothing.
+    decoupled: the positive leaves the denominator (Yeh et al. 2021, arXiv 2110.06848); the loss may be negative.
+    reduction: "mean" over the B rows, "sum" or "none".
+    seed, step, row_offset: the key of mix's and select.sample's draws and the global index of the first query. step and row_offset
+        may be 0-d int64 tensors on the device of query.
+    backend: None chooses; "cuda", "triton", "cpu" or "reference" insists.
+
+    Vectors are used as given (normalise them for cosine scores). Returns the loss, fp32 (float64 for float64 input), 0-d or
+    (B,); with return_stats also InfoNCEStats. A row without negatives has loss 0 and no gradient, and is counted. Selection,
+    mixing and masks carry no gradient; weights do unless weight.detach. Double backward is refused.
+    Raises ValueError or TypeError for input that does not fit, before any work.
+    """
+    op = "info_nce"
+    keys, pool = check_negatives(op, query, positive_key, negative_keys, query_ids, query_labels, own_keys=True)
+    checks.require_positive(op, positive_key, query)
+    checks.require_temperature(op, temperature)
+    checks.require_options(op, select=select, mix=mix, weight=weight, false_negatives=false_negatives)
+    _check_support(op, query, false_negatives, support)
+    checks.require_bool(op, "decoupled", decoupled)
+    checks.require_bool(op, "return_stats", return_stats)
+    checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
+    checks.require_draw(op, seed, step, row_offset)
+    plan = Plan(select, mix, weight, false_negatives, decoupled, Draw(seed, step, row_offset), return_stats)
+    vectors = query, positive_key, keys
+    kernels = choose_for_keys(op, plan.ops(keys), backend, vectors, keys, "info_nce" if plan.is_one_op else "")
+    if kernels is None:
+        rows, stats = plan.run_dense(*vectors, pool, temperature, support)
+    else:
+        rows, stats = plan.run(kernels, *vectors, pool, scale_of(temperature, query), support)
+    loss = reference.reduced(rows, reduction)
+    return (loss, stats) if return_stats else loss
+
+
+def _check_support(op: str, query: Tensor, false_negatives: FalseNegatives | None, support: Tensor | None) -> None:
+    if false_negatives is None and support is None:
+        return
+    if false_negatives is None or support is None:
+        given, missing = ("support", "false_negatives") if support is not None else ("false_negatives", "support")
+        raise checks.refuse(op, missing, f"given together with {given}", None)
+    checks.require_vectors(op, "support", support, "(B, V, D)", (3,), query)
+    if support.shape[0] != query.shape[0] or support.shape[1] == 0:
+        wanted = f"of shape (B, V, D) with query's B = {query.shape[0]} and V of 1 or more"
+        raise checks.refuse(op, "support", wanted, support)
+
+
+class _Sum(NamedTuple):
+    """Which columns the log-sum-exp of a composed call runs over, and what the same pass mines."""
+
+    kernels: Kernels  # over the queue, or over lists
+    pool: tuple  # a Pool, or (index, False) for lists
+    ranks: Tensor | None = None  # (B, 2): the pool is narrowed to these ranks
+    num_mined: int = 0  # columns that the pass also mines, for synthetic negatives
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one call of info_nce does beside its vectors and masks."""
+
+    select: Select | None = None
+    mix: Mix | None = None
+    weight: Weight | None = None
+    false_negatives: FalseNegatives | None = None
+    decoupled: bool = False
+    draw: Draw = Draw()  # noqa: RUF009  an immutable tuple
+    want_stats: bool = False
+
+    @property
+    def mixes(self) -> bool:
+        return self.mix is not None and self.mix.total > 0
+
+    @property
+    def samples(self) -> bool:
+        return self.select is not None and self.select.sample is not None
+
+    @property
+    def attracts(self) -> bool:
+        return self.false_negatives is not None and self.false_negatives.mode == "attract"
+
+    @property
+    def is_one_op(self) -> bool:
+        """True where the kernel op info_nce does all of it: a window or synthetic negatives, but not both."""
+        windowed_mix = self.mixes and (self.select is not None or not (self.mix is None or self.mix.detach))
+        return self.weight is None and not (self.samples or self.attracts or windowed_mix)
+
+    def ops(self, keys: Tensor) -> tuple[str, ...]:
+        """The kernels that the call needs where no op does all of it."""
+        if self == PLAIN_PLAN:
+            return summing_ops("logsumexp", keys)
+        needed = list(summing_ops("logsumexp", keys))
+        if self.select is not None:
+            needed += ["rank_thresholds", "count_negatives"]
+        if self.mixes:
+            needed += ["mine_hardest", "mix_logsumexp"]
+        elif self.false_negatives is not None and self.false_negatives.top_k is not None:
+            needed.append("mine_hardest")
+        if self.samples or self.attracts or (self.mixes and self.mix is not None and not self.mix.detach):
+            needed += ["listed_logsumexp", "listed_grad_keys"]
+        return tuple(needed)
+
+    def run_dense(
+        self, query: Tensor, positive_key: Tensor, keys: Tensor, pool: Pool, temperature: float | Tensor, support: Any
+    ) -> tuple[Tensor, InfoNCEStats]:
+        """Loss (B,) and statistics from the reference."""
+        allowed = usable(pool, query, keys)
+        rows, found = reference.info_nce(
+            widened(query), widened(positive_key), frozen(keys, allowed), temperature=temperature, usable=allowed,
+            select=self.select, mix=self.mix, weight=self.weight, false_negatives=self.false_negatives,
+            support=None if support is None else widened(support), decoupled=self.decoupled, **self.draw._asdict(),
+        )  # fmt: skip
+        return rows, InfoNCEStats(**found)
+
+    def run(
+        self,
+        kernels: Kernels,
+        query: Tensor,
+        positive_key: Tensor,
+        keys: Tensor,
+        pool: Pool,
+        scale: Tensor,
+        support: Any = None,
+    ) -> tuple[Tensor, InfoNCEStats | None]:
+        """Loss (B,) and, where they are wanted, statistics from the kernels; meaning as reference.info_nce."""
+        found = None
+        if self.false_negatives is not None:
+            keys = hide_masked_rows(keys, pool)  # what is left of the mask is (B, K)
+            with torch.no_grad():
+                found = find_false_negatives(kernels, support.detach(), keys.detach(), self.false_negatives, pool)
+                pool = without(pool, found.mask)
+        run = self._run_one_op if kernels.has("info_nce") else self._run_composed
+        return run(kernels, query, positive_key, keys, pool, scale, found)
+
+    def _run_one_op(
+        self,
+        kernels: Kernels,
+        query: Tensor,
+        positive_key: Tensor,
+        keys: Tensor,
+        pool: Pool,
+        scale: Tensor,
+        _found: Any,
+    ) -> tuple[Tensor, InfoNCEStats | None]:
+        pivot = ranks = None
+        hard, skip, draws = 0, 0, NO_DRAWS
+        if self.want_stats or self.select is not None:
+            with torch.no_grad():
+                pivot = score_of_positive(query, positive_key)  # (B,)
+                if self.select is not None:
+                    q, n = for_kernels(query), for_kernels(keys)
+                    pool, ranks = ranks_to_sum(kernels, q, n, pool, self.select, pivot)
+        if self.mix is not None and self.mixes:
+            hard, skip, draws = self.mix.hard, self.mix.skip, mixing_draws(self.mix, query, self.draw)
+        arguments = (pivot if self.want_stats else None, self.decoupled, ranks, hard, skip, *draws)
+        rows, total, num_kept, num_above, num_mixed = InfoNCE.apply(
+            query, positive_key, keys, scale, kernels, arguments, *pool
+        )
+        if not self.want_stats:
+            return rows, None
+        empty = (num_kept + num_mixed) == 0  # (B,)
+        return rows, InfoNCEStats(total, num_above, num_kept, torch.zeros_like(empty), empty.sum())
+
+    def _run_composed(
+        self, kernels: Kernels, query: Tensor, positive_key: Tensor, keys: Tensor, pool: Pool, scale: Tensor,
+        found: FoundNegatives | None,
+    ) -> tuple[Tensor, InfoNCEStats | None]:  # fmt: skip
+        positive_score = score_of_positive(query, positive_key)  # (B,)
+        x_positive = positive_score * scale  # (B,)
+        pivot = positive_score.detach() if self.want_stats else None
+        columns = self._columns(kernels, query, keys, pool, positive_score)
+        lse, num_kept, num_above, mined, clamped = self._log_sum(columns, query, keys, scale, pivot, x_positive)
+        if self.samples and self.want_stats:  # the rank is among all valid negatives, not among those drawn
+            q, n = for_kernels(query), for_kernels(keys)
+            num_above = kernels.logsumexp(q, n, scale.detach()[None], pivot, False, 0, None, *pool)[3]
+        some = num_kept > 0  # (B,)
+        if self.mix is not None and self.mixes:
+            with torch.no_grad():
+                if columns.num_mined:
+                    parents = mined[:, self.mix.skip :].contiguous()
+                else:
+                    parents = mine_parents(kernels, for_kernels(query), for_kernels(keys), self.mix, pool)  # (B, hard)
+            mixed = mixed_logsumexp(kernels, query, keys, scale, parents, self.mix, self.draw)  # (B,)
+            some = some | (parents >= 0).any(1)
+            lse = torch.logaddexp(lse.masked_fill(~some, 0.0), mixed.masked_fill(~some, 0.0))
+            lse = lse.masked_fill(~some, -torch.inf)
+
+        attracted = None  # (B,) log-sum-exp of the attracted false negatives
+        pull = x_positive  # (B,) mean of the positive logits
+        if found is not None and self.attracts:
+            by, members = (
+                (kernels, Pool(found.mask)) if found.columns is None else (over_lists(kernels), (found.columns, False))
+            )
+            sums, count, *_ = LogSumExp.apply(query, keys, scale[None], None, 0, None, by, *members)
+            mean_score, _ = MeanScore.apply(query, keys, by, *members)
+            attracted, pull = sums[0], (x_positive + count * mean_score * scale) / (1 + count)
+        if self.decoupled:
+            rows = torch.where(some, lse.masked_fill(~some, 0.0) - pull, 0.0 * x_positive)
+            total = lse
+        elif attracted is None:
+            rows = -F.logsigmoid(x_positive - lse)  # softplus of the difference: accurate where the loss is tiny
+            total = torch.logaddexp(x_positive.detach(), lse.detach())
+        else:
+            everything = torch.logaddexp(torch.logaddexp(x_positive, attracted), lse)  # (B,)
+            rows = torch.where(some, everything - pull, 0.0 * x_positive)
+            total = torch.where(some, everything, x_positive)
+        if not self.want_stats:
+            return rows, None
+        return rows, InfoNCEStats(total.detach(), num_above, num_kept, clamped, (~some).sum())
+
+    @torch.no_grad()
+    def _columns(self, kernels: Kernels, query: Tensor, keys: Tensor, pool: Pool, positive_score: Tensor) -> _Sum:
+        """The columns that `select` keeps, as the sum takes them."""
+        if self.select is None:
+            mined_here = self.mix is not None and self.mixes and not self._is_sharpened
+            return _Sum(kernels, pool, None, mined_depth(self.mix, kernels.queue_size(keys)) if mined_here else 0)
+        q, n, score = for_kernels(query), for_kernels(keys), positive_score.detach()
+        if not self.samples:
+            return _Sum(kernels, *ranks_to_sum(kernels, q, n, pool, self.select, score))
+        window = bounded(kernels, q, n, pool, self.select, score)
+        index = sort_key.unpack(sample(kernels, q, n, window, self.select, self.draw))[1]  # (B, sample)
+        return _Sum(over_lists(kernels), (index, False))
+
+    @property
+    def _is_sharpened(self) -> bool:
+        """True where Weight needs a second log-sum-exp, at a scale of its own."""
+        return self.weight is not None and self.weight.beta > 0
+
+    def _log_sum(
+        self, columns: _Sum, query: Tensor, keys: Tensor, scale: Tensor, pivot: Tensor | None, x_positive: Tensor
+    ) -> tuple[Tensor, ...]:
+        """lse (B,) of the negatives as `weight` has it, num_kept, num_above (B,), what was mined (B, N), clamped (B,) bool."""
+        weight = self.weight
+        scales = scale[None]  # (1,)
+        if weight is not None and self._is_sharpened:
+            scales = torch.stack([scale * (1.0 + weight.beta), scale * weight.beta])  # (2,)
+        sums, num_kept, num_above, mined = LogSumExp.apply(
+            query, keys, scales, pivot, columns.num_mined, columns.ranks, columns.kernels, *columns.pool
+        )
+        some = num_kept > 0  # (B,)
+        if weight is None:
+            return sums[0], num_kept, num_above, mined, torch.zeros_like(some)
+        importance = sums[1] if self._is_sharpened else num_kept.clamp_min(1).float().log()  # of beta x; LSE of zeros
+        lse, clamped = reference.log_weighted_sum(
+            sums[0].masked_fill(~some, 0.0), importance.masked_fill(~some, 0.0), x_positive, num_kept.clamp_min(1),
+            1.0 / scale, weight,
+        )  # fmt: skip
+        return lse.masked_fill(~some, -torch.inf), num_kept, num_above, mined, clamped & some
+
+
+PLAIN_PLAN = Plan()
+
+
+def mixed_logsumexp(
+    kernels: Kernels, query: Tensor, keys: Tensor, scale: Tensor, parents: Tensor, mix: Mix, draw: Draw
+) -> Tensor:
+    """lse (B,) of the synthetic negatives mixed from parents (B, hard)."""
+    if mix.detach:
+        return MixLogSumExp.apply(query, scale, keys.detach(), parents, kernels, mixing_draws(mix, query, draw))
+    flat, rows = flat_rows(keys, parents)
+    pairs, coefficients = reference.mix_draws(rows, mix, torch.float32, *draw)
+    return DifferentiatedMixLogSumExp.apply(query, scale, flat, pairs, coefficients, kernels)
+
+
+class InfoNCELoss(ScheduledLoss):
+    """info_nce as a module; its keywords are info_nce's.
+
+    temperature, select, mix, weight and false_negatives may be schedules: a callable of the step that returns the value of that
+    step. Calls in training mode that name no `step` count themselves, so that every one draws new mixes and samples; the count
+    travels in state_dict. A temperature given as an nn.Parameter is learned with the rest.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor | Callable[[int], float] = 0.07,
+        *,
+        select: Select | Callable[[int], Select | None] | None = None,
+        mix: Mix | Callable[[int], Mix | None] | None = None,
+        weight: Weight | Callable[[int], Weight | None] | None = None,
+        false_negatives: FalseNegatives | Callable[[int], FalseNegatives | None] | None = None,
+        decoupled: bool = False,
+        reduction: str = "mean",
+        seed: int = 0,
+        backend: str | None = None,
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__()
+        op = "InfoNCELoss"
+        options = {"select": select, "mix": mix, "weight": weight, "false_negatives": false_negatives}
+        if not callable(temperature):
+            checks.require_temperature(op, temperature)
+        checks.require_options(op, **{name: value for name, value in options.items() if not callable(value)})
+        checks.require_bool(op, "decoupled", decoupled)
+        checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
+        checks.require_draw(op, seed, 0, 0)
+        self.temperature = temperature
+        self.options: dict[str, Any] = options
+        self.fixed: dict[str, Any] = {
+            "decoupled": decoupled,
+            "reduction": reduction,
+            "seed": seed,
+            "backend": backend,
+            "return_stats": return_stats,
+        }
+
+    def at(self, step: int) -> dict[str, Any]:
+        """The keywords of info_nce at this step, schedules evaluated."""
+        return at_step({"temperature": self.temperature, **self.options}, step) | self.fixed
+
+    def forward(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Any = None,
+        *,
+        step: int | None = None,
+        **masks: Any,
+    ) -> Any:
+        """masks: query_ids, query_labels, support, row_offset of info_nce."""
+        step = self.count(step)
+        return info_nce(query, positive_key, negative_keys, step=step, **self.at(step), **masks)
+
+    def extra_repr(self) -> str:
+        given = {name: value for name, value in (self.options | self.fixed).items() if value not in (None, False)}
+        return ", ".join([f"temperature={self.temperature!r}", *(f"{name}={value!r}" for name, value in given.items())])

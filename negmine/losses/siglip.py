@@ -1,0 +1,136 @@
+"""softplus_sum and siglip: the sigmoid loss over a queue, with its gradients, without the (B, K) matrix."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from negmine import reference
+from negmine.losses.schedules import ScheduledLoss, at_step
+from negmine.ops import checks
+from negmine.ops.softplus_sum import SoftplusSum
+from negmine.ops.vectors import frozen, scalar, score_of_positive, widened
+from negmine.ops.windows import Draw
+from negmine.options import Select, is_real
+from negmine.selection import summed_columns
+
+
+def _require_factor(op: str, name: str, value: Any) -> None:
+    good = value.dim() == 0 and value.is_floating_point() if isinstance(value, Tensor) else is_real(value)
+    if not good:
+        raise checks.refuse(op, name, "a finite number or a 0-d floating tensor", value)
+
+
+def softplus_sum(
+    query: Tensor,
+    negative_keys: Any,
+    *,
+    scale: float | Tensor = 10.0,
+    bias: float | Tensor = -10.0,
+    positive_key: Tensor | None = None,
+    select: Select | None = None,
+    query_ids: Tensor | None = None,
+    query_labels: Tensor | None = None,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    row_offset: int | Tensor = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Sum of softplus over each query's negatives, with gradients to query, negative_keys, scale and bias.
+
+        total_b = sum over kept k of log(1 + exp(scale s_bk + bias)),   s = query . negative_key
+
+    scale, bias: numbers, or 0-d floating tensors that receive gradient. The rest as in negmine.logsumexp.
+    Returns (B,) fp32 (float64 for float64 input), 0 where the pool is empty. The gradient is computed in the forward pass, so
+    frozen keys may be overwritten before backward. Raises ValueError or TypeError for input that does not fit.
+    """
+    draw = Draw(seed, step, row_offset)
+    options = (scale, bias, select, query_ids, query_labels, draw, backend)
+    return _pooled("softplus_sum", query, positive_key, negative_keys, *options)
+
+
+def _pooled(
+    op: str,
+    query: Tensor,
+    positive_key: Tensor | None,
+    negative_keys: Any,
+    scale: float | Tensor,
+    bias: float | Tensor,
+    select: Select | None,
+    query_ids: Tensor | None,
+    query_labels: Tensor | None,
+    draw: Draw,
+    backend: str | None,
+) -> Tensor:
+    _require_factor(op, "scale", scale)
+    _require_factor(op, "bias", bias)
+    kernels, keys, pool, _, dense = summed_columns(
+        op, ("softplus_sum",), query, positive_key, negative_keys, select, query_ids, query_labels, draw, backend
+    )
+    if kernels is None:
+        return reference.softplus_sum(widened(query), frozen(keys, dense["usable"]), scale, bias, **dense)
+    return SoftplusSum.apply(query, keys, scalar(scale, query), scalar(bias, query), kernels, *pool)
+
+
+def siglip(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Any = None,
+    *,
+    scale: float | Tensor = 10.0,
+    bias: float | Tensor = -10.0,
+    select: Select | None = None,
+    query_ids: Tensor | None = None,
+    query_labels: Tensor | None = None,
+    reduction: str = "mean",
+    seed: int = 0,
+    step: int | Tensor = 0,
+    row_offset: int | Tensor = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """The sigmoid loss of each query's positive and a queue of negatives (SigLIP, Zhai et al. 2023, arXiv 2303.15343).
+
+        loss_b = log(1 + exp(-l_pos)) + sum over kept k of log(1 + exp(l_bk)),   l = scale s + bias
+
+    No partition function: dropping easy negatives by `select` changes the loss by their own terms only. The sign of the bias
+    follows google-research/big_vision trainers/proj/image_text/siglip.py; the paper's printed exponent has it the other way.
+    scale, bias: the code starts at 10 and -10 and learns both, the scale as its logarithm: negmine.SigLIPLoss.
+    That start suits a batch: the sum grows with K, so against 65,536 negatives start the bias some 8 lower, or it dominates.
+    query, positive_key (B, D), negative_keys and the rest: as in info_nce. A row without negatives keeps its positive's term.
+    Returns the loss, fp32 (float64 for float64 input). Raises ValueError or TypeError for input that does not fit.
+    """
+    op = "siglip"
+    checks.require_vectors(op, "query", query, "(B, D)", (2,))
+    checks.require_positive(op, positive_key, query)
+    checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
+    options = (scale, bias, select, query_ids, query_labels, Draw(seed, step, row_offset), backend)
+    total = _pooled(op, query, positive_key, negative_keys, *options)  # (B,)
+    rows = total - F.logsigmoid(scale * score_of_positive(query, positive_key) + bias)
+    return reference.reduced(rows, reduction)
+
+
+class SigLIPLoss(ScheduledLoss):
+    """siglip as a module that learns its scale, kept as a logarithm so that it stays positive, and its bias.
+
+    learn=False holds both. select may be a schedule, a callable of the step. The other keywords are siglip's.
+    """
+
+    def __init__(self, scale: float = 10.0, bias: float = -10.0, *, learn: bool = True, **options: Any) -> None:
+        super().__init__()
+        checks.require_number("SigLIPLoss", "scale", scale, above=0)
+        _require_factor("SigLIPLoss", "bias", bias)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn)
+        self.bias = nn.Parameter(torch.tensor(float(bias)), requires_grad=learn)
+        self.options = options
+
+    def forward(
+        self, query: Tensor, positive_key: Tensor, negative_keys: Any = None, *, step: int | None = None, **masks: Any
+    ) -> Tensor:
+        """masks: query_ids, query_labels, row_offset of siglip."""
+        step = self.count(step)
+        options = at_step(self.options, step) | masks
+        return siglip(
+            query, positive_key, negative_keys, scale=self.log_scale.exp(), bias=self.bias, step=step, **options
+        )

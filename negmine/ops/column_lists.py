@@ -1,0 +1,102 @@
+"""Columns named by a list (B, M) for each query, where a pool describes them by masks and bounds.
+
+`over_lists(kernels)` gives kernels whose sums take a list (index, False) in the place of a pool; index (B, M) int64, -1 = no
+column, a column named twice counts twice. The scores (B, M) are as small as the list, and the vectors (B, M, D) are never all
+gathered into memory.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from negmine.ops.backends import Kernels
+from negmine.ops.pool import pieces
+from negmine.ops.vectors import disable_autocast
+
+PIECE = 1 << 20  # numbers of gathered vectors in memory at one time
+
+
+def flat_rows(negative_keys: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys as one matrix and the list in its rows: (K, D) as they are, (B, M, D) as (B M, D)."""
+    if negative_keys.dim() == 2:
+        return negative_keys, index
+    B, M, D = negative_keys.shape
+    first = torch.arange(B, device=index.device)[:, None] * M  # (B, 1)
+    return negative_keys.reshape(B * M, D), torch.where(index < 0, -1, index + first)
+
+
+def gather_rows(keys: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """keys (K, D), index (...) int64 -> (..., D) in dtype; zeros where index is -1."""
+    if not len(keys):
+        return keys.new_zeros(*index.shape, keys.shape[1], dtype=dtype)
+    return keys[index.clamp_min(0)].to(dtype).masked_fill((index < 0)[..., None], 0.0)
+
+
+def listed_scores(kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, index: Tensor) -> Tensor:
+    """(B, M) fp32, -inf where the list names no column."""
+    keys, rows = flat_rows(negative_keys, index)
+    return kernels.listed_logsumexp(query, keys, rows, scale, False)[0]
+
+
+def list_logsumexp(
+    kernels: Kernels, query: Tensor, negative_keys: Tensor, scales: Tensor, pivot: Tensor | None, want_mean: bool,
+    N: int, ranks: Tensor | None, index: Tensor, _same_label: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The op logsumexp over lists, without its mining and its ranks."""
+    keys, rows = flat_rows(negative_keys, index)
+    made = [kernels.listed_logsumexp(query, keys, rows, scale, want_mean) for scale in scales.unbind(0)]
+    scores, present = made[0][0], index >= 0  # (B, M) each
+    above = torch.zeros_like(present) if pivot is None else present & (scores > pivot[:, None])
+    lse, mean = (torch.stack([each[part] for each in made]) for part in (1, 2))
+    none = scores.new_empty(len(query), 0)
+    return lse, mean, present.sum(1), above.sum(1), none, none.long(), none.long()
+
+
+def list_logsumexp_grad_keys(
+    kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, lse: Tensor, weight: Tensor, index: Tensor,
+    _same_label: bool,
+) -> Tensor:  # fmt: skip
+    keys, rows = flat_rows(negative_keys, index)
+    scores = kernels.listed_logsumexp(query, keys, rows, scale, False)[0]  # (B, M)
+    p = (scale * scores - lse[:, None]).exp().masked_fill(index < 0, 0.0)  # (B, M)
+    return kernels.listed_grad_keys(query, rows, p * weight[:, None], keys.shape[0]).view(negative_keys.shape)
+
+
+def list_softplus_sum(
+    kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, offset: Tensor, want_sigmoid_keys: bool,
+    index: Tensor, _same_label: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    keys, rows = flat_rows(negative_keys, index)
+    absent = index < 0  # (B, M)
+    scores = kernels.listed_logsumexp(query, keys, rows, scale, False)[0].masked_fill(absent, 0.0)  # (B, M)
+    x = scale * scores + offset  # (B, M)
+    sigmoid = x.sigmoid().masked_fill(absent, 0.0)  # (B, M)
+    sigmoid_keys = x.new_zeros(len(query) if want_sigmoid_keys else 0, query.shape[1])
+    for b in pieces(index.shape[1] * query.shape[1], len(sigmoid_keys), PIECE):
+        with disable_autocast(query.device):
+            sigmoid_keys[b] = torch.einsum("bm,bmd->bd", sigmoid[b], gather_rows(keys, rows[b], x.dtype))
+    return (-F.logsigmoid(-x)).masked_fill(absent, 0.0).sum(1), sigmoid_keys, sigmoid.sum(1), (~absent).sum(1)
+
+
+def list_softplus_sum_grad_keys(
+    kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, offset: Tensor, weight: Tensor, index: Tensor,
+    _same_label: bool,
+) -> Tensor:  # fmt: skip
+    keys, rows = flat_rows(negative_keys, index)
+    scores = kernels.listed_logsumexp(query, keys, rows, scale, False)[0]  # (B, M)
+    sigmoid = (scale * scores + offset).sigmoid()  # (B, M)
+    return kernels.listed_grad_keys(query, rows, sigmoid * weight[:, None], keys.shape[0]).view(negative_keys.shape)
+
+
+def over_lists(kernels: Kernels) -> Kernels:
+    """The sums of `kernels` over the columns in a list."""
+    functions: dict[str, Any] = {
+        "logsumexp": list_logsumexp,
+        "logsumexp_grad_keys": list_logsumexp_grad_keys,
+        "softplus_sum": list_softplus_sum,
+        "softplus_sum_grad_keys": list_softplus_sum_grad_keys,
+    }
+    return Kernels(**{op: partial(function, kernels) for op, function in functions.items()})

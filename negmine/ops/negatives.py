@@ -1,0 +1,146 @@
+"""From what a caller gives as negatives to what kernels take: keys and a Pool, checked in words."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from negmine.ops.checks import describe, refuse, require_tensor, require_vectors
+from negmine.ops.pool import Pool
+from negmine.options import Negatives
+
+UNKNOWN = -1  # an id or label that equals nothing
+UNEQUAL = -(2**63)  # stands for the unknown tag of a query in kernels: no key has it
+
+
+class StoredColumns(NamedTuple):
+    """What a queue offers as negatives: all its rows, and how many of them are valid."""
+
+    keys: Tensor  # (K, D)
+    ids: Tensor | None  # (K,) int64
+    labels: Tensor | None  # (K,) int64
+    num_rows: Tensor | None  # () int64 on the device, None = all
+
+
+def check_negatives(
+    op: str,
+    query: Any,
+    positive_key: Tensor | None,
+    negative_keys: Any,
+    query_ids: Tensor | None = None,
+    query_labels: Tensor | None = None,
+    *,
+    own_keys: bool = False,
+) -> tuple[Tensor, Pool]:
+    """query (B, D) and negatives of any form -> keys (K, D), or (B, M, D) where own_keys, and the pool of the caller's masks.
+
+    negative_keys: a tensor, a queue (an object with stored_columns()), a Negatives, or None for the other rows' positives.
+    Raises in a sentence where the masks do not fit.
+    """
+    require_vectors(op, "query", query, "(B, D)", (2,))
+    if type(negative_keys) is Tensor and query_ids is None and query_labels is None:
+        _require_keys(op, negative_keys, query, own_keys)
+        return negative_keys, NO_MASK
+    given = negative_keys if isinstance(negative_keys, Negatives) else Negatives(_as_keys(op, negative_keys))
+    keys, ids, labels, num_rows = given.keys, given.ids, given.labels, None
+    if keys is None:
+        return _in_batch(op, query, positive_key, given.mask, query_ids, query_labels)
+    if not isinstance(keys, Tensor):
+        stored = _as_keys(op, keys).stored_columns()
+        keys, num_rows = stored.keys, stored.num_rows
+        # The queue's own tags count only where the query has some; what Negatives says beside a queue comes first.
+        ids = ids if ids is not None or query_ids is None else stored.ids
+        labels = labels if labels is not None or query_labels is None else stored.labels
+        for name, tags, found, option in (
+            ("query_ids", query_ids, ids, "with_ids"),
+            ("query_labels", query_labels, labels, "with_labels"),
+        ):
+            if tags is not None and found is None:
+                raise refuse(op, name, f"None, for a queue made without {option}=True", tags)
+    _require_keys(op, keys, query, own_keys)
+    return keys, _pool(op, query, keys, given.mask, query_ids, ids, query_labels, labels, num_rows)
+
+
+NO_MASK = Pool()
+
+
+def _as_keys(op: str, value: Any) -> Any:
+    if value is None or isinstance(value, Tensor) or hasattr(value, "stored_columns"):
+        return value
+    wanted = "a tensor, a MoCoQueue, a Negatives, or None for in-batch negatives"
+    raise refuse(op, "negative_keys", wanted, type(value).__name__, TypeError)
+
+
+def _require_keys(op: str, keys: Tensor, query: Tensor, own_keys: bool) -> None:
+    shapes, dims = ("(K, D) or (B, M, D)", (2, 3)) if own_keys else ("(K, D)", (2,))
+    require_vectors(op, "negative_keys", keys, shapes, dims, query)
+    if keys.dim() == 3 and keys.shape[0] != query.shape[0]:
+        raise refuse(op, "negative_keys", f"of shape (B, M, D) with query's B = {query.shape[0]}", keys)
+
+
+def _in_batch(
+    op: str, query: Tensor, positive_key: Tensor | None, mask: Tensor | None, query_ids: Any, query_labels: Any
+) -> tuple[Tensor, Pool]:
+    """The batch's positives as keys; the own one, and rows of equal ids or labels, are no negatives."""
+    if positive_key is None:
+        raise refuse(op, "negative_keys", "given where there is no positive_key", None)
+    require_vectors(op, "positive_key", positive_key, "(B, D)", (2,), query)
+    own = torch.arange(len(query), device=query.device)  # (B,)
+    if query_ids is not None:
+        query_ids = _tags(op, "query_ids", query_ids, query, (len(query),))
+        query_ids = torch.where(query_ids == UNKNOWN, UNEQUAL + 1 + own, query_ids)
+    ids = own if query_ids is None else query_ids
+    return positive_key, _pool(op, query, positive_key, mask, ids, ids, query_labels, query_labels, None)
+
+
+def _tags(op: str, name: str, tags: Any, query: Tensor, shape: tuple[int, ...]) -> Tensor:
+    require_tensor(op, name, tags, query)
+    if tags.is_floating_point() or tags.is_complex() or tags.dtype == torch.bool:
+        raise refuse(op, name, "a tensor of whole numbers", tags, TypeError)
+    if tuple(tags.shape) != shape:
+        raise refuse(op, name, f"of shape {shape}", tags)
+    return tags.long().contiguous()
+
+
+def _tag_pair(
+    op: str, names: tuple[str, str], query_tags: Any, key_tags: Any, query: Tensor, key_shape: tuple[int, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """A pair of ids or of labels: both or neither, whole numbers, one a query and one a key."""
+    if query_tags is None and key_tags is None:
+        return None, None
+    if query_tags is None or key_tags is None:
+        given, missing = names if key_tags is None else names[::-1]
+        raise refuse(op, missing, f"given together with {given}", None)
+    query_tags = _tags(op, names[0], query_tags, query, (len(query),))
+    return query_tags.masked_fill(query_tags == UNKNOWN, UNEQUAL), _tags(op, names[1], key_tags, query, key_shape)
+
+
+def _pool(
+    op: str, query: Tensor, keys: Tensor, mask: Any, query_ids: Any, ids: Any, query_labels: Any, labels: Any,
+    num_rows: Tensor | None, names: tuple[str, str, str] = ("negative_keys.mask", "negative_keys.ids", "negative_keys.labels"),
+) -> Pool:  # fmt: skip
+    own = (query.shape[0], keys.shape[-2])  # (B, K)
+    shared = own[1:]  # (K,)
+    tag_shape = shared if keys.dim() == 2 else own
+    if mask is not None:
+        require_tensor(op, names[0], mask, query)
+        if mask.dtype != torch.bool:
+            raise refuse(op, names[0], "a bool tensor (True = usable)", mask, TypeError)
+        if tuple(mask.shape) not in (shared, own):
+            raise refuse(op, names[0], f"of shape {describe([shared, own])}", mask)
+        mask = mask.contiguous()
+    pair_of_ids = _tag_pair(op, ("query_ids", names[1]), query_ids, ids, query, tag_shape)
+    pair_of_labels = _tag_pair(op, ("query_labels", names[2]), query_labels, labels, query, tag_shape)
+    return Pool(mask, *pair_of_ids, *pair_of_labels, num_rows=num_rows)
+
+
+def check_labelled_keys(
+    op: str, query: Any, keys: Any, query_labels: Any, key_labels: Any, query_ids: Any, key_ids: Any, key_mask: Any
+) -> Pool:
+    """The pool of keys (K, D) of another label than the query's, checked; with same_label=True it is that of equal labels."""
+    require_vectors(op, "query", query, "(B, D)", (2,))
+    require_vectors(op, "keys", keys, "(K, D)", (2,), query)
+    for name, labels in (("query_labels", query_labels), ("key_labels", key_labels)):
+        require_tensor(op, name, labels, query)
+    names = ("key_mask", "key_ids", "key_labels")
+    return _pool(op, query, keys, key_mask, query_ids, key_ids, query_labels, key_labels, None, names)

@@ -1,0 +1,161 @@
+"""Keys (B, M, D) that are each query's own: `over_own_keys(kernels)` gives kernels that take them in the place of a queue (K, D)."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from negmine.ops import sort_key
+from negmine.ops.backends import Kernels, choose
+from negmine.ops.column_lists import (
+    flat_rows,
+    list_logsumexp,
+    list_logsumexp_grad_keys,
+    list_softplus_sum,
+    list_softplus_sum_grad_keys,
+    listed_scores,
+)
+from negmine.ops.pool import Pool, narrow, usable
+
+
+def _allowed(query: Tensor, negative_keys: Tensor, pool: Pool) -> Tensor:
+    """(B, M) int64: every column that the masks leave, under its own number; -1 elsewhere."""
+    column = torch.arange(negative_keys.shape[1], device=query.device)  # (M,)
+    mask = usable(pool, query, negative_keys)
+    return column.expand(negative_keys.shape[:2]) if mask is None else torch.where(mask, column, -1)
+
+
+def _sort_keys(kernels: Kernels, query: Tensor, negative_keys: Tensor, pool: Pool) -> Tensor:
+    """(B, M) int64: the sort key of every column of the pool, NOWHERE elsewhere."""
+    index = _allowed(query, negative_keys, pool)
+    one = torch.ones((), dtype=torch.float32, device=query.device)
+    scores = listed_scores(kernels, query, negative_keys, one, index)  # (B, M)
+    keys = sort_key.pack(scores, index.clamp_min(0))  # (B, M)
+    inside = (index >= 0) & ~scores.isnan()
+    if pool.lower is not None:
+        inside = inside & (keys >= pool.lower[:, None]) & (pool.lower != sort_key.NOWHERE)[:, None]
+    if pool.upper is not None:
+        # A bound of NaN, the margin below a positive that is NaN, lies above every key and keeps none.
+        inside = inside & (keys <= pool.upper[:, None]) & (pool.upper <= sort_key.TOP)[:, None]
+    return keys.masked_fill(~inside, sort_key.NOWHERE)
+
+
+def _columns(kernels: Kernels, query: Tensor, negative_keys: Tensor, pool: Pool) -> Tensor:
+    """(B, M) int64: the columns of the pool, -1 elsewhere; without bounds no score is computed and NaN scores stay."""
+    if not pool.is_bounded:
+        return _allowed(query, negative_keys, pool)
+    return sort_key.unpack(_sort_keys(kernels, query, negative_keys, pool))[1]
+
+
+def _logsumexp(
+    kernels: Kernels, query: Tensor, negative_keys: Tensor, scales: Tensor, pivot: Tensor | None, want_mean: bool,
+    N: int, ranks: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    pool = Pool(*rest)
+    found: tuple[Tensor, ...] = ()
+    if N:
+        found = _mine_hardest(kernels, query, negative_keys, N, False, *pool)[:2]
+    bounds = ()
+    if ranks is not None:
+        keys = _rank_thresholds(kernels, query, negative_keys, ranks, *pool)  # (B, 2)
+        empty = (ranks[:, 1] < ranks[:, 0]) | (keys[:, 0] == sort_key.NOWHERE)  # (B,)
+        bounds = (keys.masked_fill(empty[:, None], sort_key.NOWHERE),)
+        pool = narrow(pool, *bounds[0].unbind(1))
+    index = _columns(kernels, query, negative_keys, pool)
+    lse, mean, num_kept, num_above, scores, column, sort_keys = list_logsumexp(
+        kernels, query, negative_keys, scales, pivot, want_mean, 0, None, index, False
+    )
+    if pivot is not None and pool.is_bounded:  # num_above looks past the bounds
+        allowed = _allowed(query, negative_keys, pool)
+        above = listed_scores(kernels, query, negative_keys, scales[0], allowed) > pivot[:, None]  # (B, M)
+        num_above = ((allowed >= 0) & above).sum(1)
+    return lse, mean, num_kept, num_above, *(found or (scores, column)), *(bounds or (sort_keys,))
+
+
+def _logsumexp_grad_keys(
+    kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, lse: Tensor, weight: Tensor, *pool: Any
+) -> Tensor:
+    index = _columns(kernels, query, negative_keys, Pool(*pool))
+    return list_logsumexp_grad_keys(kernels, query, negative_keys, scale, lse, weight, index, False)
+
+
+def _mine_hardest(
+    kernels: Kernels, query: Tensor, negative_keys: Tensor, N: int, want_count: bool, *pool: Any
+) -> tuple[Tensor, ...]:
+    keys = _sort_keys(kernels, query, negative_keys, Pool(*pool))  # (B, M)
+    count = (keys != sort_key.NOWHERE).sum(1)[: len(query) if want_count else 0]
+    keys = torch.nn.functional.pad(keys, (0, max(0, N - keys.shape[1])), value=sort_key.NOWHERE)
+    return *sort_key.unpack(keys.topk(N, dim=1).values), count
+
+
+def _rank_thresholds(kernels: Kernels, query: Tensor, negative_keys: Tensor, ranks: Tensor, *pool: Any) -> Tensor:
+    keys = _sort_keys(kernels, query, negative_keys, Pool(*pool)).sort(dim=1, descending=True).values  # (B, M)
+    keys = torch.nn.functional.pad(keys, (0, 1), value=sort_key.NOWHERE)  # (B, M + 1)
+    return keys.gather(1, ranks.clamp(0, keys.shape[1] - 1)).masked_fill(ranks < 0, sort_key.NOWHERE)
+
+
+def _count_negatives(kernels: Kernels, query: Tensor, negative_keys: Tensor, *pool: Any) -> Tensor:
+    return (_columns(kernels, query, negative_keys, Pool(*pool)) >= 0).sum(1)
+
+
+def _softplus_sum(
+    kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, offset: Tensor, want_keys: bool, *pool: Any
+) -> tuple[Tensor, ...]:
+    index = _columns(kernels, query, negative_keys, Pool(*pool))
+    return list_softplus_sum(kernels, query, negative_keys, scale, offset, want_keys, index, False)
+
+
+def _softplus_sum_grad_keys(
+    kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, offset: Tensor, weight: Tensor, *pool: Any
+) -> Tensor:
+    index = _columns(kernels, query, negative_keys, Pool(*pool))
+    return list_softplus_sum_grad_keys(kernels, query, negative_keys, scale, offset, weight, index, False)
+
+
+def _mix_logsumexp(
+    kernels: Kernels,
+    query: Tensor,
+    negative_keys: Tensor,
+    hard_index: Tensor,
+    scale: Tensor,
+    want_mean: bool,
+    *draws: Any,
+) -> tuple[Tensor, Tensor]:
+    keys, rows = flat_rows(negative_keys, hard_index)
+    return kernels.mix_logsumexp(query, keys, rows, scale, want_mean, *draws)
+
+
+def over_own_keys(kernels: Kernels) -> Kernels:
+    """The kernels of a loss over keys that are each query's own; listed_* stay as they are."""
+    functions: dict[str, Any] = {
+        "logsumexp": _logsumexp,
+        "logsumexp_grad_keys": _logsumexp_grad_keys,
+        "softplus_sum": _softplus_sum,
+        "softplus_sum_grad_keys": _softplus_sum_grad_keys,
+        "mine_hardest": _mine_hardest,
+        "rank_thresholds": _rank_thresholds,
+        "count_negatives": _count_negatives,
+        "mix_logsumexp": _mix_logsumexp,
+    }
+    own = {op: partial(function, kernels) for op, function in functions.items()}
+    lists = {op: getattr(kernels, op) for op in LIST_OPS if kernels.has(op)}
+    return Kernels(**own, **lists)
+
+
+LIST_OPS = ("listed_logsumexp", "listed_grad_keys")
+
+
+def choose_for_keys(
+    caller: str,
+    ops: tuple[str, ...],
+    backend: str | None,
+    tensors: tuple[Tensor, ...],
+    keys: Tensor,
+    optional: str = "",
+) -> Kernels | None:
+    """backends.choose, for keys (K, D), or (B, M, D) that are each query's own."""
+    if keys.dim() == 2:
+        return choose(caller, ops, backend, tensors, optional)
+    kernels = choose(caller, tuple(dict.fromkeys((*ops, *LIST_OPS))), backend, tensors)
+    return None if kernels is None else over_own_keys(kernels)

@@ -1,0 +1,69 @@
+"""How vectors reach the kernels and the reference: storage, layout, and the score of a positive."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def disable_autocast(device: torch.device) -> AbstractContextManager:
+    """Products in the dtype of their inputs, where the caller's autocast would shorten them."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def widened(vectors: Tensor) -> Tensor:
+    """Vectors in the dtype that the reference computes in: float64 stays, everything else is fp32."""
+    return vectors if vectors.dtype == torch.float64 else vectors.float()
+
+
+def for_kernels(vectors: Tensor) -> Tensor:
+    """Detached vectors whose last dimension is contiguous, as kernels take them."""
+    vectors = vectors.detach()
+    return vectors if vectors.stride(-1) == 1 or vectors.shape[-1] == 1 else vectors.contiguous()
+
+
+def frozen(negative_keys: Tensor, usable: Tensor | None) -> Tensor:
+    """Keys (K, D) or (B, M, D) as the dense path saves them for backward: a copy where the caller may overwrite the queue.
+
+    usable (B, K) bool: rows that no query sees are zeros, for they may hold anything, NaN included.
+    """
+    keys = widened(negative_keys)
+    if usable is not None:
+        return torch.where((usable if keys.dim() == 3 else usable.any(0))[..., None], keys, 0.0)
+    return keys if keys.requires_grad else keys.clone()
+
+
+def score_of_positive(query: Tensor, positive_key: Tensor) -> Tensor:
+    """Inner product of each query with its positive: (B,) fp32, or float64 where both are."""
+    return (widened(query) * widened(positive_key)).sum(1)
+
+
+_constants: dict[tuple[float, torch.device], Tensor] = {}
+
+
+def scalar(value: float | Tensor, query: Tensor) -> Tensor:
+    """A 0-d fp32 tensor on the device of query; carries the gradient of a tensor. One tensor serves every call with a number."""
+    if isinstance(value, Tensor):
+        return value.to(device=query.device, dtype=torch.float32)
+    if torch.compiler.is_compiling():
+        return torch.full((), value, dtype=torch.float32, device=query.device)
+    key = value, query.device
+    made = _constants.get(key)
+    if made is None:
+        with torch.inference_mode(False):
+            made = torch.full((), value, dtype=torch.float32, device=query.device)
+        captured = query.is_cuda and torch.cuda.is_current_stream_capturing()  # its memory is filled by replays alone
+        if type(made) is Tensor and not captured:
+            if len(_constants) >= 256:  # a temperature that moves with the step
+                _constants.clear()
+            _constants[key] = made
+    return made
+
+
+def scale_of(temperature: float | Tensor, query: Tensor) -> Tensor:
+    """1 / temperature as the 0-d fp32 tensor that kernels read; carries the temperature's gradient."""
+    if isinstance(temperature, Tensor):
+        return temperature.to(device=query.device, dtype=torch.float32).reciprocal()
+    return scalar(1.0 / temperature, query)

@@ -1,0 +1,148 @@
+"""What `Select` keeps of each query's pool, as kernels take it: score filters and rank windows as bounds, samples as lists.
+
+A bound is a sort key (negmine/ops/sort_key.py), so a window is exact where scores tie: columns that tie with a bound are kept or
+dropped by their index.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from negmine.ops import philox, sort_key
+from negmine.ops.backends import Kernels
+from negmine.ops.pool import Pool, narrow
+from negmine.options import Select
+
+
+class Draw(NamedTuple):
+    """The key of random draws: seed and step, and the global index of the first query. step and row_offset may be () int64 tensors."""
+
+    seed: int = 0
+    step: int | Tensor = 0
+    row_offset: int | Tensor = 0
+
+    def rows(self, query: Tensor) -> Tensor:
+        """(B,) int64: the global index of each query."""
+        return torch.arange(len(query), device=query.device) + self.row_offset
+
+    def on_device(self, query: Tensor) -> tuple[int, Tensor | None, Tensor | None]:
+        """seed, step and row_offset as kernels take them: () int64 tensors on the device of query, None for 0."""
+        return self.seed, _on_device(self.step, query), _on_device(self.row_offset, query)
+
+
+def _on_device(value: int | Tensor, query: Tensor) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, int) and value == 0 and not torch.compiler.is_compiling():
+        return None
+    return torch.full((), value, dtype=torch.int64, device=query.device)
+
+
+def apply_filters(query: Tensor, pool: Pool, select: Select, positive_score: Tensor | None) -> Pool:
+    """The pool narrowed by the score filters of `select`; positive_score (B,) is needed where it has a margin."""
+    B = query.shape[0]
+    if select.min_score is not None:
+        least = torch.full((B,), select.min_score, dtype=torch.float32, device=query.device)
+        pool = pool._replace(lower=sort_key.pack(least, sort_key.LAST_INDEX))
+    if select.has_margin or select.max_score is not None:
+        anchor = query.new_zeros(B, dtype=torch.float32) if positive_score is None else positive_score
+        pool = pool._replace(upper=sort_key.pack(select.highest_score(anchor), 0))
+    return pool
+
+
+def pool_size(kernels: Kernels, query: Tensor, negative_keys: Tensor, pool: Pool) -> Tensor | int:
+    """Columns in each query's pool: (B,) int64, or one int where every row of the queue is in every pool."""
+    if pool.is_everything:
+        return kernels.queue_size(negative_keys)
+    if pool._replace(num_rows=None).is_everything and not torch.compiler.is_compiling():
+        assert pool.num_rows is not None
+        return pool.num_rows.expand(len(query))
+    return kernels.count_negatives(query, negative_keys, *pool)
+
+
+def window_ranks(
+    kernels: Kernels, query: Tensor, negative_keys: Tensor, pool: Pool, select: Select
+) -> tuple[Tensor | int, Tensor | int]:
+    """The ranks [first, end) of a filtered pool that `select` keeps, (B,) int64 each or one int for all rows."""
+    # Only fractions need the pool's size: a rank past the end of a pool has no column, and keeps nothing or everything.
+    by_fraction = isinstance(select.range_min, float) or isinstance(select.range_max, float)
+    if by_fraction:
+        return select.window(pool_size(kernels, query, negative_keys, pool))
+    return select.window(kernels.queue_size(negative_keys))
+
+
+def stack_ranks(ranks: list[Tensor | int], query: Tensor) -> Tensor:
+    """Ranks, (B,) each or one int for all rows -> (B, R) int64."""
+    if all(isinstance(rank, int) for rank in ranks) and not torch.compiler.is_compiling():
+        made = torch.empty(len(query), len(ranks), dtype=torch.int64, device=query.device)
+        for column, rank in enumerate(ranks):
+            made[:, column] = rank
+        return made
+    each = [
+        rank if isinstance(rank, Tensor) else torch.full((len(query),), rank, dtype=torch.int64, device=query.device)
+        for rank in ranks
+    ]
+    return torch.stack(each, 1)
+
+
+def ranks_to_sum(
+    kernels: Kernels, query: Tensor, negative_keys: Tensor, pool: Pool, select: Select, positive_score: Tensor | None
+) -> tuple[Pool, Tensor | None]:
+    """What the op logsumexp takes for `select`: the filtered pool, and the first and last rank (B, 2) of a window, or None."""
+    pool = apply_filters(query, pool, select, positive_score)
+    if not (select.starts_late or select.ends_early):
+        return _without_nan(query, pool, select), None
+    first, end = window_ranks(kernels, query, negative_keys, pool, select)
+    return pool, stack_ranks([first, end - 1], query)
+
+
+def bounded(
+    kernels: Kernels, query: Tensor, negative_keys: Tensor, pool: Pool, select: Select, positive_score: Tensor | None
+) -> Pool:
+    """The pool narrowed to what `select` keeps: its filters and its rank window as two bounds of each row.
+
+    positive_score (B,) is needed where select has a margin.
+    """
+    pool = apply_filters(query, pool, select, positive_score)
+    if not (select.starts_late or select.ends_early):
+        return _without_nan(query, pool, select)
+    first, end = window_ranks(kernels, query, negative_keys, pool, select)
+    wanted = stack_ranks([first] * select.starts_late + [end - 1] * select.ends_early, query)
+    keys = kernels.rank_thresholds(query, negative_keys, wanted, *pool)  # (B, 1 or 2)
+    return narrow(pool, keys[:, 0] if select.starts_late else None, keys[:, -1] if select.ends_early else None)
+
+
+def _without_nan(query: Tensor, pool: Pool, select: Select) -> Pool:
+    """A filtered pool without bounds by rank: a window of everything keeps no NaN score."""
+    if select.has_filter:
+        return pool
+    return pool._replace(lower=torch.full((len(query),), sort_key.BOTTOM, device=query.device))
+
+
+def sample(kernels: Kernels, query: Tensor, negative_keys: Tensor, window: Pool, select: Select, draw: Draw) -> Tensor:
+    """The sort keys (B, sample) int64 of what select.sample draws from a pool that `bounded` made, NOWHERE past its end."""
+    count = kernels.count_negatives(query, negative_keys, *window)  # (B,)
+    most, size = select.widest(negative_keys.shape[-2]), select.sample or 0
+    ranks = philox.sample(count, most, size, select.replace, draw.rows(query), draw.seed, draw.step)  # (B, sample)
+    return kernels.rank_thresholds(query, negative_keys, ranks, *window)
+
+
+def mixing_draws(mix: Any, query: Tensor, draw: Draw) -> tuple:
+    """The draw arguments that every mixing kernel takes, in the order of kernels/README.md."""
+    table = mix.quantiles  # (4097,) or None
+    if table is not None and table.device != query.device:
+        table = table.to(query.device) if torch.compiler.is_compiling() else _table_on_device(table, query.device)
+    ranges = (*mix.pair_range, *mix.query_range)
+    return (mix.pairs, mix.with_query, *ranges, mix.distinct, table, *draw.on_device(query))
+
+
+_tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+
+def _table_on_device(table: Tensor, device: torch.device) -> Tensor:
+    """Copied once: a copy from pageable memory can be neither captured in a CUDA graph nor made without waiting."""
+    key = id(table), device
+    if key not in _tables:
+        _tables[key] = table, table.to(device)
+    return _tables[key][1]

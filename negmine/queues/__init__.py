@@ -1,0 +1,6 @@
+"""The queue of past keys: in one process, and with its rows spread over the ranks of a process group."""
+
+from negmine.queues.moco import MoCoQueue
+from negmine.queues.sharded import ShardedMoCoQueue
+
+__all__ = ["MoCoQueue", "ShardedMoCoQueue"]

@@ -1,0 +1,55 @@
+"""The definition of every op and loss: dense PyTorch, differentiable by plain autograd, in the dtype of its inputs.
+
+Nothing here is fast and nothing is checked: the public functions of the package check their input, and the kernels must agree
+with these lines. Options (Select, Mix, ...) are those of negmine/options.py, where the formulas of selection stand.
+Rules: ties go to the lower index; masks apply before filters, filters before ranks, ranks before sampling; a NaN score is no
+candidate; selection is detached.
+"""
+
+from negmine.reference.contrastive import (
+    false_negatives_found,
+    found_scores,
+    info_nce,
+    log_weighted_sum,
+    reduced,
+    sup_con,
+)
+from negmine.reference.mixing import mix_draws, mix_negatives, mixed
+from negmine.reference.selection import (
+    filtered,
+    mine_hardest,
+    multiplicity,
+    quantile,
+    rank_thresholds,
+    ranking,
+    scores_of,
+)
+from negmine.reference.sums import kept_scores, listed_grad_keys, listed_logsumexp, logsumexp, softplus_sum
+from negmine.reference.triplets import mine_triplets, multi_similarity, triplet_loss
+
+__all__ = [
+    "false_negatives_found",
+    "filtered",
+    "found_scores",
+    "info_nce",
+    "kept_scores",
+    "listed_grad_keys",
+    "listed_logsumexp",
+    "log_weighted_sum",
+    "logsumexp",
+    "mine_hardest",
+    "mine_triplets",
+    "mix_draws",
+    "mix_negatives",
+    "mixed",
+    "multi_similarity",
+    "multiplicity",
+    "quantile",
+    "rank_thresholds",
+    "ranking",
+    "reduced",
+    "scores_of",
+    "softplus_sum",
+    "sup_con",
+    "triplet_loss",
+]

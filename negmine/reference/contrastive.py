@@ -1,0 +1,184 @@
+"""The contrastive losses: info_nce and sup_con, and the false negatives that support views find.
+
+query (B, D), positive_key (B, D), negative_keys (K, D) shared by all queries or (B, M, D) each query's own
+usable (B, K) bool: what the masks leave (negmine/ops/pool.py makes it); None = everything
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from negmine.ops.vectors import disable_autocast
+from negmine.options import FalseNegatives, Mix, Select, Weight
+from negmine.reference.mixing import mix_negatives
+from negmine.reference.selection import multiplicity, ranking, scores_of
+
+
+def found_scores(support: Tensor, negative_keys: Tensor, reduce: str) -> Tensor:
+    """support (B, V, D) -> (B, K): the largest (a NaN is passed over) or the mean of the views' scores."""
+    equation = "bvd,kd->bvk" if negative_keys.dim() == 2 else "bvd,bkd->bvk"
+    with disable_autocast(support.device):
+        by_view = torch.einsum(equation, support.detach(), negative_keys.detach())  # (B, V, K)
+    if reduce == "mean":
+        return by_view.mean(1)
+    nothing = by_view.isnan()
+    return by_view.masked_fill(nothing, -torch.inf).amax(1).masked_fill(nothing.all(1), torch.nan)
+
+
+def false_negatives_found(
+    support: Tensor, negative_keys: Tensor, options: FalseNegatives, usable: Tensor | None
+) -> Tensor:
+    """support (B, V, D) -> (B, K) bool: the columns that the support views give away."""
+    found_score = found_scores(support, negative_keys, options.reduce)  # (B, K)
+    index, count = ranking(found_score, usable)
+    top = index.shape[1] if options.top_k is None else options.top_k
+    among = torch.arange(index.shape[1], device=index.device) < count.clamp_max(top)[:, None]  # (B, K) in rank order
+    found = torch.zeros_like(among).scatter(1, index, among)
+    return found if options.threshold is None else found & (found_score > options.threshold)
+
+
+def log_weighted_sum(
+    lse: Tensor, lse_importance: Tensor, x_positive: Tensor, count: Tensor, temperature: Tensor | float, weight: Weight
+) -> tuple[Tensor, Tensor]:
+    """log Ng (B,) of Weight's docstring and clamped (B,) bool, for rows that have negatives.
+
+    lse (B,): LSE of (1 + beta) x; lse_importance (B,): LSE of beta x; count (B,): negatives N.
+    """
+    log_count = count.to(lse.dtype).log()
+    if weight.detach and weight.beta:  # the value as it is, the gradient of sum_j w_j exp(x_j) with w held
+        log_r = log_count + lse.detach() - lse_importance.detach() + (lse - lse.detach()) / (1 + weight.beta)
+    else:
+        log_r = log_count + lse - lse_importance
+    if weight.tau_plus == 0:
+        return log_r, torch.zeros_like(count, dtype=torch.bool)
+    log_floor = log_count - 1 / temperature
+    shift = torch.maximum(log_r, x_positive + log_count).detach()
+    excess = (log_r - shift).exp() - weight.tau_plus * (x_positive + log_count - shift).exp()
+    log_raw = excess.clamp_min(torch.finfo(lse.dtype).tiny).log() + shift - math.log1p(-weight.tau_plus)
+    clamped = (excess <= 0) | (log_raw < log_floor)
+    return torch.where(clamped, log_floor, log_raw), clamped
+
+
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor,
+    *,
+    temperature: Tensor | float = 0.07,
+    usable: Tensor | None = None,
+    select: Select | None = None,
+    mix: Mix | None = None,
+    weight: Weight | None = None,
+    false_negatives: FalseNegatives | None = None,
+    support: Tensor | None = None,
+    decoupled: bool = False,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    row_offset: int | Tensor = 0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of each row (B,) and its statistics.
+
+        loss = LSE over {positive unless decoupled, attracted false negatives, kept negatives, synthetic negatives} of x + log w
+               - mean of the positive logits,   x = s / temperature
+    A row without kept or synthetic negatives has loss 0 and no gradient.
+    """
+    scores = scores_of(query, negative_keys)  # (B, K)
+    positive_score = (query * positive_key).sum(1)  # (B,)
+    x_positive = positive_score / temperature  # (B,)
+    usable = torch.ones_like(scores, dtype=torch.bool) if usable is None else usable
+    found = torch.zeros_like(usable)
+    if false_negatives is not None and support is not None:
+        found = false_negatives_found(support, negative_keys, false_negatives, usable)
+        usable = usable & ~found
+
+    times = usable.long()  # (B, K)
+    if select is not None:
+        times = multiplicity(scores, positive_score, select, usable, seed, step, row_offset)
+    x = (scores / temperature + times.to(scores.dtype).log()).masked_fill(times == 0, -torch.inf)  # (B, K)
+    count = times.sum(1)  # (B,)
+    columns, some = x, count > 0
+    clamped = torch.zeros_like(some)
+
+    if weight is not None:
+        safe = x.masked_fill(~some[:, None], 0.0)
+        importance = (weight.beta * scores / temperature + times.to(scores.dtype).log()).masked_fill(
+            times == 0, -torch.inf
+        )
+        importance = importance.masked_fill(~some[:, None], 0.0)
+        sharpened = safe + importance - times.clamp_min(1).to(scores.dtype).log() if weight.beta else safe
+        log_sum, clamped = log_weighted_sum(
+            sharpened.logsumexp(1), importance.logsumexp(1), x_positive, count.clamp_min(1), temperature, weight
+        )
+        columns, clamped = log_sum.masked_fill(~some, -torch.inf)[:, None], clamped & some  # (B, 1)
+    if mix is not None and mix.total:
+        vectors, parents, _ = mix_negatives(
+            query, negative_keys, mix, usable, seed=seed, step=step, row_offset=row_offset
+        )
+        x_mixed = scores_of(query, vectors) / temperature  # (B, S)
+        columns = torch.cat([columns, x_mixed.masked_fill(parents[:, :, 1] < 0, -torch.inf)], 1)
+        some = some | (parents[:, :, 1] >= 0).any(1)
+
+    attracted = found if false_negatives is not None and false_negatives.mode == "attract" else torch.zeros_like(found)
+    x_attracted = (scores / temperature).masked_fill(~attracted, 0.0)  # (B, K)
+    positives = (x_positive + x_attracted.sum(1)) / (1 + attracted.sum(1))  # (B,)
+    if not decoupled:
+        columns = torch.cat([x_positive[:, None], x_attracted.masked_fill(~attracted, -torch.inf), columns], 1)
+    finite = columns.masked_fill(~some[:, None], 0.0)  # an empty row must not differentiate LSE of nothing
+    logsumexp = finite.logsumexp(1) if finite.shape[1] else torch.zeros_like(x_positive)
+    loss = torch.where(some, logsumexp - positives, 0.0 * x_positive)  # NaN in a row stays in that row
+    stats = {
+        "logsumexp": torch.where(some, logsumexp, -torch.inf if decoupled else x_positive).detach(),
+        "positive_rank": (usable & (scores > positive_score[:, None])).sum(1),
+        "num_negatives": count,
+        "clamped": clamped,
+        "num_empty": (~some).sum(),
+    }
+    return loss, stats
+
+
+def sup_con(
+    query: Tensor,
+    keys: Tensor,
+    query_labels: Tensor,
+    key_labels: Tensor,
+    *,
+    temperature: Tensor | float = 0.07,
+    positives: str = "out",
+    denominator: str = "all",
+    usable: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of each row (B,) and its statistics, with P = usable keys of the query's label; -1 is unknown.
+
+        "out"  mean over p in P of -log(e^x_p / den_p)         "in"  -log of the mean over p in P of e^x_p / den_p
+        den_p: "all" every usable key; "own_positive" the negatives and p; "negatives_only" the negatives
+    A row without positives has loss 0 and no gradient (Khosla et al. 2020, HobbitLong/SupContrast losses.py).
+    """
+    x = scores_of(query, keys) / temperature  # (B, K)
+    usable = torch.ones_like(x, dtype=torch.bool) if usable is None else usable
+    same = usable & (query_labels[:, None] == key_labels) & (query_labels != -1)[:, None]  # (B, K)
+    has_positive = same.any(1)  # (B,)
+    columns = usable if denominator == "all" else usable & ~same
+    lse = x.masked_fill(~columns, -torch.inf).masked_fill(~columns.any(1, keepdim=True), 0.0).logsumexp(1)
+    lse = lse.masked_fill(~columns.any(1), -torch.inf)  # (B,)
+    below = lse[:, None].expand_as(x)  # (B, K)
+    if denominator == "own_positive":
+        below = torch.logaddexp(below, x)
+    some = has_positive & (columns.any(1) | (denominator == "own_positive"))  # (B,)
+    log_ratio = (x - below).masked_fill(~(same & some[:, None]), 0.0 if positives == "out" else -torch.inf)  # (B, K)
+    count = same.sum(1).clamp_min(1)
+    if positives == "out":
+        loss = -log_ratio.sum(1) / count
+    else:
+        loss = count.to(x.dtype).log() - log_ratio.masked_fill(~some[:, None], 0.0).logsumexp(1)
+    stats = {"logsumexp": lse.detach(), "num_positives": same.sum(1), "num_without_positive": (~some).sum()}
+    return loss.masked_fill(~some, 0.0), stats
+
+
+def reduced(rows: Tensor, reduction: str, count: Tensor | int | None = None) -> Tensor:
+    """Losses under a reduction: "mean" divides by `count`, by default of all rows, and is 0 where there are none."""
+    if reduction == "none":
+        return rows
+    if reduction == "sum" or len(rows) == 0:
+        return rows.sum()
+    return rows.mean() if count is None else rows.sum() / count

@@ -1,0 +1,349 @@
+"""What the loss is made of, as functions: the hardest negatives, scores at ranks and quantiles, synthetic negatives, log-sum-exp.
+
+None of them stores the (B, K) score matrix.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from negmine import reference
+from negmine.ops import backends, checks, sort_key
+from negmine.ops.backends import Kernels
+from negmine.ops.column_lists import over_lists
+from negmine.ops.logsumexp import LogSumExp
+from negmine.ops.negatives import check_negatives
+from negmine.ops.own_keys import choose_for_keys
+from negmine.ops.pool import Pool, usable
+from negmine.ops.vectors import for_kernels, frozen, scale_of, score_of_positive, widened
+from negmine.ops.windows import Draw, bounded, mixing_draws, pool_size, ranks_to_sum, sample
+from negmine.options import Mix, Select, is_real
+
+
+class Mined(NamedTuple):
+    """What mine_hardest returns."""
+
+    scores: Tensor  # (B, N) fp32, descending, -inf where fewer candidates exist
+    index: Tensor  # type: ignore[assignment]  # (B, N) int64, -1 where fewer exist; hides tuple.index
+
+
+class Mixed(NamedTuple):
+    """What mix_negatives returns; pairs come first, then the mixes with the query."""
+
+    vectors: Tensor  # (B, S, D)
+    parents: Tensor  # (B, S, 2) int64, -1 = the query itself, or no parent where the pool is empty
+    coefficients: Tensor  # (B, S) fp32, the share of the first parent
+
+
+def check_select(op: str, select: Any, positive_key: Tensor | None, query: Tensor) -> None:
+    """select is a Select or None, and the positive that its margins need is there."""
+    checks.require_options(op, select=select)
+    if positive_key is not None:
+        checks.require_positive(op, positive_key, query)
+    elif select is not None and select.has_margin:
+        raise checks.refuse(op, "positive_key", "given where select has a margin", None)
+
+
+def mine_hardest(
+    query: Tensor,
+    negative_keys: Any,
+    N: int,
+    *,
+    positive_key: Tensor | None = None,
+    select: Select | None = None,
+    query_ids: Tensor | None = None,
+    query_labels: Tensor | None = None,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    row_offset: int | Tensor = 0,
+    backend: str | None = None,
+) -> Mined:
+    """The N hardest negatives of each query: the largest inner products, exactly, hardest first.
+
+        s_bk = query_b . negative_keys_k;   index_b = the first N columns by (s descending, k ascending) of b's pool
+
+    query (B, D): fp32, bf16 or fp16 (float64 runs on the reference), used as given.
+    negative_keys: keys (K, D) or (B, M, D) each query's own, a MoCoQueue, a Negatives with ids, labels or a mask, or None for the batch's positive_key.
+    positive_key (B, D): needed where select has a margin, and for in-batch negatives.
+    select: which negatives are candidates; with a window that starts at rank r the result starts there, with sample it holds the
+        N hardest of the sample.
+    query_ids (B,), query_labels (B,): a key of equal id or label is ignored. -1 is unknown and equals nothing.
+    seed, step, row_offset: the key of select.sample's draw and the global index of the first query.
+
+    Returns Mined(scores (B, N) fp32, index (B, N) int64); past the end of a pool (-inf, -1). No gradient. Ties go to the lower
+    index. A NaN score is no candidate. Raises ValueError or TypeError for input that does not fit, before any work.
+    """
+    op = "mine_hardest"
+    keys, pool = check_negatives(op, query, positive_key, negative_keys, query_ids, query_labels, own_keys=True)
+    checks.require_count(op, "N", N)
+    check_select(op, select, positive_key, query)
+    checks.require_draw(op, seed, step, row_offset)
+    if select is not None and select.replace:
+        raise checks.refuse(op, "select", "without replace: an index is mined once", select)
+    needed = ("mine_hardest",) if select is None else ("mine_hardest", "rank_thresholds", "count_negatives")
+    kernels = choose_for_keys(op, needed, backend, (query, keys), keys)
+    draw = Draw(seed, step, row_offset)
+    with torch.no_grad():
+        anchor = None if positive_key is None else score_of_positive(query, positive_key)  # (B,)
+        if kernels is None:
+            q, n = widened(query.detach()), widened(keys.detach())
+            allowed = usable(pool, query, keys)
+            if select is not None:
+                allowed = reference.multiplicity(reference.scores_of(q, n), anchor, select, allowed, *draw) > 0
+            scores, index = reference.mine_hardest(q, n, N, allowed)
+            return Mined(scores.float(), index)
+        q, n = for_kernels(query), for_kernels(keys)
+        if select is not None:
+            pool = bounded(kernels, q, n, pool, select, anchor)
+        if select is not None and select.sample is not None:
+            sampled = sample(kernels, q, n, pool, select, draw)  # (B, sample)
+            sampled = torch.nn.functional.pad(sampled, (0, max(0, N - select.sample)), value=sort_key.NOWHERE)
+            return Mined(*sort_key.unpack(sampled.topk(N, dim=1).values))
+        scores, index, _ = kernels.mine_hardest(q, n, N, False, *pool)
+        return Mined(scores, index)
+
+
+def rank_thresholds(
+    query: Tensor,
+    negative_keys: Any,
+    ranks: int | list[int] | Tensor,
+    *,
+    positive_key: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    query_labels: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The score at each 0-based descending rank of each query's negatives: rank 0 is the hardest.
+
+        threshold_br = the (ranks_r)-th entry, from 0, of sorted(s_b over b's pool, descending)
+
+    query (B, D), negative_keys, query_ids, query_labels: as in mine_hardest; positive_key (B, D) for in-batch negatives.
+    ranks: an int, a sequence of ints, or int tensor (R,) for all queries or (B, R) each query's own.
+    Returns (B, R) fp32, -inf where the rank is negative or past the end of the pool. No gradient. NaN scores have no rank.
+    Raises ValueError or TypeError for input that does not fit.
+    """
+    op = "rank_thresholds"
+    keys, pool = check_negatives(op, query, positive_key, negative_keys, query_ids, query_labels, own_keys=True)
+    wanted = checks.whole_numbers(op, "ranks", ranks, query.device)
+    checks.require_tensor(op, "ranks", wanted, query)
+    if wanted.dim() == 2 and wanted.shape[0] != query.shape[0]:
+        raise checks.refuse(op, "ranks", f"of shape (R,) or (B, R) with query's B = {query.shape[0]}", wanted)
+    wanted = wanted.expand(query.shape[0], wanted.shape[-1]).contiguous()  # (B, R)
+    kernels = choose_for_keys(op, ("rank_thresholds",), backend, (query, keys), keys)
+    with torch.no_grad():
+        if kernels is None:
+            allowed = usable(pool, query, keys)
+            return reference.rank_thresholds(widened(query), widened(keys), wanted, allowed).float()
+        return sort_key.unpack(kernels.rank_thresholds(for_kernels(query), for_kernels(keys), wanted, *pool))[0]
+
+
+def _levels(q: Any, device: torch.device) -> Tensor:
+    """q as (R,) float64 from a number, a sequence of numbers or a floating (R,) tensor, all in [0, 1]."""
+    if is_real(q):
+        q = [q]
+    if isinstance(q, (list, tuple)) and q and all(is_real(v) and 0 <= v <= 1 for v in q):
+        return torch.stack([torch.full((), float(v), dtype=torch.float64, device=device) for v in q])
+    if isinstance(q, Tensor) and q.is_floating_point() and q.dim() == 1:
+        return q.double()
+    raise checks.refuse("quantile", "q", "in [0, 1]: a number, a sequence of numbers or a floating (R,) tensor", q)
+
+
+def quantile(
+    query: Tensor,
+    negative_keys: Any,
+    q: float | list[float] | Tensor,
+    *,
+    positive_key: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    query_labels: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Quantiles of each query's scores, as torch.quantile's linear interpolation gives them, for any K.
+
+        position = q * (M - 1) in the ascending order of b's pool of M;  value = lerp of its two neighbours
+
+    query (B, D), negative_keys, query_ids, query_labels: as in mine_hardest; positive_key (B, D) for in-batch negatives.
+    q: in [0, 1]; 0.95 is the score that 5 % exceed. A tensor q is trusted to lie in [0, 1] (reading it would synchronise).
+    Returns (B, R) fp32; NaN for an empty pool, and where a NaN score is reached: it lies below everything. No gradient.
+    Raises ValueError or TypeError for input that does not fit.
+    """
+    op = "quantile"
+    keys, pool = check_negatives(op, query, positive_key, negative_keys, query_ids, query_labels, own_keys=True)
+    wanted = _levels(q, query.device)  # (R,)
+    checks.require_tensor(op, "q", wanted, query)
+    kernels = choose_for_keys(op, ("rank_thresholds", "count_negatives"), backend, (query, keys), keys)
+    with torch.no_grad():
+        if kernels is None:
+            allowed = usable(pool, query, keys)
+            return reference.quantile(widened(query), widened(keys), wanted, allowed).float()
+        vectors = for_kernels(query), for_kernels(keys)
+        size = pool_size(kernels, *vectors, pool)
+        if not isinstance(size, Tensor):
+            size = torch.full((len(query),), size, dtype=torch.int64, device=query.device)
+        last = size[:, None] - 1  # (B, 1)
+        position = last * wanted  # (B, R) float64
+        ranks = torch.cat([last - position.floor().long(), last - position.ceil().long()], 1)  # (B, 2R)
+        found = kernels.rank_thresholds(*vectors, ranks, *pool)
+        scores = sort_key.unpack(found)[0].masked_fill(found == sort_key.NOWHERE, torch.nan)  # (B, 2R)
+        below, above = scores.chunk(2, 1)
+        return torch.lerp(below, above, position.frac().float())
+
+
+def mined_depth(mix: Mix, K: int) -> int:
+    """How many columns to mine so that ranks [skip, skip + hard) of each pool are among them."""
+    return min(mix.skip + mix.hard, max(K, mix.skip + 1))
+
+
+def mine_parents(kernels: Kernels, query: Tensor, negative_keys: Tensor, mix: Mix, pool: Pool) -> Tensor:
+    """The columns that synthetic negatives are mixed from: (B, hard) int64, -1 past the pool's end."""
+    N = mined_depth(mix, kernels.queue_size(negative_keys))
+    return kernels.mine_hardest(query, negative_keys, N, False, *pool)[1][:, mix.skip :].contiguous()
+
+
+def mix_negatives(
+    query: Tensor,
+    negative_keys: Any,
+    mix: Mix,
+    *,
+    positive_key: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    query_labels: Tensor | None = None,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    row_offset: int | Tensor = 0,
+    backend: str | None = None,
+) -> Mixed:
+    """Mix new negatives for each query from its hardest ones (MoCHi, Kalantidis et al. 2020); `Mix` states the formulas.
+
+    query (B, D), query_ids, query_labels: as in mine_hardest; so is negative_keys, but for each query's own, which are refused.
+    positive_key (B, D) for in-batch negatives. `info_nce(mix=..., seed=..., step=...)` uses exactly these draws. They are counter-based: a function of (seed, step), the global
+    row (row_offset + b) and the slot, whatever the backend, batch split or world size.
+    seed: an int in [0, 2**32). step, row_offset: ints, or 0-d int64 tensors on the device of query; row_offset is the global index
+        of the first query, rank * B in data-parallel training.
+
+    Returns Mixed(vectors (B, S, D) in query's dtype, parents (B, S, 2) int64, coefficients (B, S) fp32). With mix.detach=False
+    the vectors carry gradient to query and negative_keys. A query without negatives gets zero vectors and
+    parents -1. Raises ValueError or TypeError for input that does not fit.
+    """
+    op = "mix_negatives"
+    keys, pool = check_negatives(op, query, positive_key, negative_keys, query_ids, query_labels)
+    if mix is None:
+        raise checks.refuse(op, "mix", "a negmine.Mix", None, TypeError)
+    checks.require_options(op, mix=mix)
+    checks.require_draw(op, seed, step, row_offset)
+    draw = Draw(seed, step, row_offset)
+    kernels = backends.choose(op, ("mine_hardest", "mix_negatives"), backend, (query, keys))
+    if kernels is None:
+        vectors, parents, coefficients = reference.mix_negatives(
+            widened(query), widened(keys), mix, usable(pool, query, keys), seed=seed, step=step, row_offset=row_offset
+        )
+        return Mixed(vectors.to(query.dtype), parents, coefficients.float())
+    with torch.no_grad():
+        q, n = for_kernels(query), for_kernels(keys)
+        index = mine_parents(kernels, q, n, mix, pool)
+        if mix.detach or not (query.requires_grad or keys.requires_grad):
+            return Mixed(*kernels.mix_negatives(q, n, index, *mixing_draws(mix, query, draw)))
+        parents, coefficients = reference.mix_draws(index, mix, torch.float32, *draw)
+    vectors = reference.mixed(widened(query), keys, parents, coefficients)
+    return Mixed(vectors.to(query.dtype), parents, coefficients)
+
+
+def logsumexp(
+    query: Tensor,
+    negative_keys: Any,
+    *,
+    temperature: float | Tensor = 0.07,
+    positive_key: Tensor | None = None,
+    select: Select | None = None,
+    query_ids: Tensor | None = None,
+    query_labels: Tensor | None = None,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    row_offset: int | Tensor = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Log-sum-exp of each query's logits over its negatives, with gradients to query, negative_keys and temperature.
+
+        lse_b = log sum over kept k of exp(s_bk / temperature),   s = query . negative_key
+
+    query (B, D), negative_keys, temperature, select, query_ids, query_labels, seed, step, row_offset, backend: as in info_nce.
+    positive_key (B, D): needed where select has a margin, and for in-batch negatives; as the former it gets no gradient here.
+
+    Returns (B,) fp32 (float64 for float64 input): -inf, without gradient, where the pool is empty. A loss is then arithmetic on
+    it: InfoNCE is softplus(lse - s_pos / T). The gradient is computed in the forward pass, so frozen keys may be overwritten
+    before backward. Selection and masks carry no gradient. Raises ValueError or TypeError for input that does not fit.
+    """
+    checks.require_temperature("logsumexp", temperature)
+    columns = summed_columns(
+        "logsumexp", ("logsumexp",), query, positive_key, negative_keys, select, query_ids, query_labels,
+        Draw(seed, step, row_offset), backend,
+    )  # fmt: skip
+    return columns.logsumexp(query, temperature)
+
+
+class SummedColumns(NamedTuple):
+    """Which columns a sum over the queue sees: kernels with a pool or a list, or None and the keywords of the reference."""
+
+    kernels: Kernels | None
+    keys: Tensor  # (K, D)
+    pool: tuple[Any, ...]  # a Pool, or (index, False) with kernels over lists
+    ranks: Tensor | None  # (B, 2): the op logsumexp narrows the pool to these ranks
+    dense: dict[str, Any]
+
+    def logsumexp(self, query: Tensor, temperature: float | Tensor) -> Tensor:
+        """(B,): the log-sum-exp of s / temperature over the columns."""
+        if self.kernels is None:
+            keys = frozen(self.keys, self.dense["usable"])
+            return reference.logsumexp(widened(query), keys, temperature, **self.dense)
+        scales = scale_of(temperature, query)[None]  # (1,)
+        return LogSumExp.apply(query, self.keys, scales, None, 0, self.ranks, self.kernels, *self.pool)[0][0]
+
+
+def summing_ops(op: str, keys: Any) -> tuple[str, ...]:
+    """The kernels of a sum over keys; their gradient is a kernel of its own, for keys that require one."""
+    return (op, f"{op}_grad_keys") if keys.requires_grad else (op,)
+
+
+def summed_columns(
+    caller: str,
+    sums: tuple[str, ...],
+    query: Tensor,
+    positive_key: Tensor | None,
+    negative_keys: Any,
+    select: Select | None,
+    query_ids: Tensor | None,
+    query_labels: Tensor | None,
+    draw: Draw,
+    backend: str | None,
+) -> SummedColumns:
+    """The checked columns of one of the ops `sums`: logsumexp or softplus_sum.
+
+    Of these, logsumexp alone narrows a pool to ranks by itself.
+    """
+    keys, pool = check_negatives(caller, query, positive_key, negative_keys, query_ids, query_labels, own_keys=True)
+    checks.require_draw(caller, *draw)
+    check_select(caller, select, positive_key, query)
+    tensors = (query, keys) if positive_key is None else (query, positive_key, keys)
+    needed = [name for op in sums for name in summing_ops(op, keys)]
+    if select is not None:
+        needed += ["rank_thresholds", "count_negatives"]
+        if select.sample is not None:
+            needed += ["listed_logsumexp", "listed_grad_keys"]
+    kernels = choose_for_keys(caller, tuple(needed), backend, tensors, keys)
+    with torch.no_grad():
+        anchor = None if positive_key is None else score_of_positive(query, positive_key)  # (B,)
+        if kernels is None:
+            allowed = usable(pool, query, keys)
+            dense = {"usable": allowed, "positive_score": anchor, "select": select, "draw": draw}
+            return SummedColumns(None, keys, pool, None, dense)
+        if select is None:
+            return SummedColumns(kernels, keys, pool, None, {})
+        q, n = for_kernels(query), for_kernels(keys)
+        if select.sample is None and sums == ("logsumexp",):
+            return SummedColumns(kernels, keys, *ranks_to_sum(kernels, q, n, pool, select, anchor), {})
+        window = bounded(kernels, q, n, pool, select, anchor)
+        if select.sample is None:
+            return SummedColumns(kernels, keys, window, None, {})
+        index = sort_key.unpack(sample(kernels, q, n, window, select, draw))[1]  # (B, sample)
+    return SummedColumns(over_lists(kernels), keys, (index, False), None, {})
