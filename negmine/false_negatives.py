@@ -12,9 +12,9 @@ from torch import Tensor
 
 from negmine import order, reference
 from negmine.backends import Launchers
-from negmine.mining import for_kernels, working
 from negmine.options import FalseNegatives
 from negmine.pool import Pool, pieces, usable
+from negmine.selection import for_kernels, working
 
 PIECE = 1 << 22  # scores in memory at one time where the threshold stands alone
 

@@ -17,10 +17,10 @@ from negmine.derivatives import first_only
 from negmine.false_negatives import Found, find, without
 from negmine.listed import listed, own
 from negmine.logsumexp import LogSumExp, LogSumExpPair, MeanScore, scale_of
-from negmine.mining import for_kernels, frozen, score_of_positive, working
 from negmine.mixing import deepest, draws_of, hard_index, mixed_logsumexp, parents_of
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.pool import Pool, bounded, check_pool, readable, sampled, to_sum, usable
+from negmine.selection import for_kernels, frozen, score_of_positive, working
 
 
 class InfoNCEStats(NamedTuple):

@@ -12,9 +12,9 @@ from torch import Tensor
 from negmine import backends, checks, order, reference_methods
 from negmine.derivatives import first_only
 from negmine.listed import listed
-from negmine.mining import for_kernels, frozen, score_of_positive, working
 from negmine.options import Select
 from negmine.pool import Pool, between, bounded, check_pool, sampled, to_sum, usable
+from negmine.selection import for_kernels, frozen, score_of_positive, working
 
 
 def scale_of(temperature: float | Tensor, query: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from negmine import checks, philox, reference
 from negmine.logsumexp import pooled
-from negmine.mining import score_of_positive, working
 from negmine.options import is_real
 from negmine.pool import Pool
+from negmine.selection import score_of_positive, working
 from negmine.stepped import Stepped, at_step
 
 POOL = Pool._fields[:5]  # the masks

@@ -9,9 +9,9 @@ from torch import Tensor
 from negmine import backends, checks, reference
 from negmine.derivatives import first_only
 from negmine.listed import rows_of
-from negmine.mining import for_kernels, working
 from negmine.options import Mix
 from negmine.pool import Pool, check_pool, pieces, usable
+from negmine.selection import for_kernels, working
 
 PIECE = 1 << 22  # numbers of the mixes that are in memory at one time where gradient flows through them
 

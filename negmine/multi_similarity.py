@@ -13,8 +13,8 @@ from torch import Tensor
 
 from negmine import backends, checks, reference, reference_triplets
 from negmine.logsumexp import LogSumExp
-from negmine.mining import for_kernels, frozen, working
 from negmine.pool import Pool, label_pool
+from negmine.selection import for_kernels, frozen, working
 from negmine.stepped import Stepped, at_step
 from negmine.triplets import above, between, label_masks
 

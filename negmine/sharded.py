@@ -14,11 +14,11 @@ from torch import Tensor
 
 from negmine import backends, checks, reference
 from negmine.info_nce import InfoNCEStats, fused
-from negmine.mining import Mined, for_kernels, score_of_positive
 from negmine.options import Select, Weight
 from negmine.order import LAST_INDEX
 from negmine.pool import Pool, bounded, check_pool
 from negmine.queue import MoCoQueue
+from negmine.selection import Mined, for_kernels, score_of_positive
 from negmine.shards import Ranks, Shards
 
 ROWS_AT_ONCE = 4096  # rows of random_init that one generator draws

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from negmine import checks, reference, reference_methods
 from negmine.derivatives import first_only
 from negmine.logsumexp import columns
-from negmine.mining import for_kernels, frozen, score_of_positive, working
 from negmine.options import Select, is_real
+from negmine.selection import for_kernels, frozen, score_of_positive, working
 from negmine.stepped import Stepped, at_step
 
 

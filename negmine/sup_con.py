@@ -15,8 +15,8 @@ from torch import Tensor
 from negmine import backends, checks, reference
 from negmine.derivatives import first_only
 from negmine.logsumexp import LogSumExp, MeanScore, scale_of
-from negmine.mining import frozen, working
 from negmine.pool import Pool, label_pool, of_columns, pieces, readable, usable
+from negmine.selection import frozen, working
 
 
 class SupConStats(NamedTuple):

@@ -10,10 +10,10 @@ from torch import Tensor
 from negmine import backends, checks, philox, reference
 from negmine.logsumexp import scale_of
 from negmine.methods import DRAW, POOL, Logits, logits, reduced
-from negmine.mining import for_kernels, working
 from negmine.mixing import MixLogSumExp
 from negmine.options import is_int, is_real
 from negmine.pool import check_pool, usable
+from negmine.selection import for_kernels, working
 
 
 @dataclass(frozen=True)

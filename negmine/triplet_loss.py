@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from negmine import checks, reference, reference_triplets
-from negmine.mining import working
 from negmine.options import is_real
 from negmine.pool import label_pool
+from negmine.selection import working
 from negmine.stepped import Stepped, at_step
 from negmine.triplets import Triplets, check_rule, triplets_of
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from negmine import backends, checks, order, reference_triplets
 from negmine.distance_weighted import distance_weighted
-from negmine.mining import for_kernels, working
 from negmine.pool import Pool, label_pool, usable
 from negmine.reference_triplets import score_farther
+from negmine.selection import for_kernels, working
 
 POSITIVES = ("easy", "hard", "semihard", "all", "multi_similarity")
 NEGATIVES = (

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from negmine import backends, checks, order, reference
 from negmine.backends import Launchers
-from negmine.mining import working
 from negmine.options import Select
 from negmine.pool import Pool, usable
 from negmine.search.lists import RowLists
@@ -20,6 +19,7 @@ from negmine.search.ranks import Ranks
 from negmine.search.rows import Rows
 from negmine.search.scan import Corpus, Scan, hardest, kept_by
 from negmine.search.sizes import DENSE_BYTES
+from negmine.selection import working
 
 BLOCK = 16_384  # rows looked at together while norms are taken
 

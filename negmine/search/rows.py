@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from negmine.checks import refuse
-from negmine.mining import for_kernels
 from negmine.search.shards import FORMS, opened
+from negmine.selection import for_kernels
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 HASHED_ROWS = 2048  # rows in memory at a time while hashing

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from negmine import order, reference
 from negmine.backends import Launchers
-from negmine.mining import working
 from negmine.options import Select
 from negmine.pool import Pool, bounded, usable
 from negmine.search.lists import RowLists
 from negmine.search.ranks import Ranks
 from negmine.search.rows import Rows, first_equal
 from negmine.search.screen import Screen
+from negmine.selection import working
 
 Gather = Callable[[np.ndarray], Tensor]  # numbers (M,) -> (M, D)
 PAIRS = 64  # pairs scored by one call: its cost grows with their square
