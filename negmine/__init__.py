@@ -9,12 +9,12 @@ from negmine import recipes
 from negmine.info_nce import InfoNCEStats, info_nce
 from negmine.logsumexp import logsumexp
 from negmine.losses import InfoNCELoss, SupConLoss
+from negmine.mining import MiningResult, NegativeIndex, mine_hard_negatives, mining_rounds
 from negmine.mixing import Mixed, mix_negatives
 from negmine.multi_similarity import MultiSimilarityLoss, MultiSimilarityStats, multi_similarity
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.queue import MoCoQueue
 from negmine.report import HardnessReport, hardness_report
-from negmine.search import MiningResult, NegativeIndex, mine_hard_negatives, mining_rounds
 from negmine.selection import Mined, mine_hardest, percentile, rank_thresholds
 from negmine.sharded import ShardedMoCoQueue
 from negmine.softplus_sum import SigLIPLoss, siglip, softplus_sum

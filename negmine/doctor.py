@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from negmine import backends
-from negmine.search import NegativeIndex
+from negmine.mining import NegativeIndex
 from negmine.selection import mine_hardest
 from negmine.version import __version__
 
