@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from negmine import backends
-from negmine.mining import mine_hardest
-from negmine.search import NegativeIndex
+from negmine.mining import NegativeIndex
+from negmine.selection import mine_hardest
 from negmine.version import __version__
 
 Rows = list[tuple[str, str]]

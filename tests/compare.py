@@ -6,8 +6,11 @@ rounded   |kernel - truth| <= 2 |plain - truth| + floor per element, truth = ref
 selected  no index twice, each score right, nothing left out that beats the worst kept by more than rounding.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from negmine import MiningResult
 
 
 def exact(name: str, got: Tensor, want: Tensor) -> None:
@@ -68,3 +71,10 @@ def selected(
         if bool(left.any()):
             worst, best = truth[b][kept].min(), truth[b][left].max()
             assert best <= worst + slack, f"{name}: row {b} leaves out {best:.9g} and keeps {worst:.9g}"
+
+
+def same_result(got: MiningResult, want: MiningResult) -> None:
+    """Two runs of mine_hard_negatives with one answer, to the bit."""
+    for name in ("indices", "scores", "positive_scores", "num_valid"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), name)
+    assert got.skipped == want.skipped

@@ -17,9 +17,10 @@ import pytest
 import torch
 
 import negmine
-from negmine import NegativeIndex, Select, progress
+from negmine import NegativeIndex, Select
 from negmine.cli import checkout, main, mine, options
 from negmine.cli.main import parser
+from negmine.mining import progress
 from tests.cases import unit
 
 Q, K, D = 6, 40, 8

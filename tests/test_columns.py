@@ -5,8 +5,8 @@ import torch
 
 import negmine
 from negmine import FalseNegatives, Mix, Select, Weight, backends, reference
-from negmine.mining import for_kernels
 from negmine.pool import check_pool, usable
+from negmine.selection import for_kernels
 from tests import compare
 from tests.cases import DTYPES, ids, masks, unit, whole
 from tests.conftest import device_of, interpreted, skip_what_the_interpreter_repeats

@@ -7,7 +7,7 @@ import torch
 
 import negmine
 from negmine import backends
-from tests import fuzz, fuzz_more
+from tests import fuzz, fuzz_calls
 from tests.fuzz_case import Case
 from tests.fuzz_judge import Fault
 
@@ -49,21 +49,21 @@ def test_a_wrong_kernel_is_seen(monkeypatch, op, place):
 
 
 def test_everything_public_is_fuzzed_or_excused():
-    assert not fuzz_more.FUZZED & set(fuzz_more.EXCUSED)
-    assert fuzz_more.FUZZED | set(fuzz_more.EXCUSED) == set(negmine.__all__)
+    assert not fuzz_calls.FUZZED & set(fuzz_calls.EXCUSED)
+    assert fuzz_calls.FUZZED | set(fuzz_calls.EXCUSED) == set(negmine.__all__)
     made = set()
     for number in range(2000):
         case = Case(1, number)
-        call, op = case.draw.choice(fuzz.KINDS_OF_CALL)[0](case)
+        call, op = case.draw.choice(fuzz_calls.KINDS_OF_CALL)[0](case)
         made |= {op, call.get("name"), getattr(call.get("kind"), "__name__", None)}
     other = {"MoCoQueue": "enqueue", "ShardedMoCoQueue": "sharded", "NegativeIndex": "index", "mining_rounds": "rounds"}
-    assert {other.get(name, name) for name in fuzz_more.FUZZED} - {"recipes"} | set(fuzz_more.NAMES) <= made
+    assert {other.get(name, name) for name in fuzz_calls.FUZZED} - {"recipes"} | set(fuzz_calls.NAMES) <= made
 
 
 def test_a_case_is_its_number():
     assert [fuzz.described(3, n) for n in range(20)] == [fuzz.described(3, n) for n in range(20)]
-    call = fuzz.loss(Case(3, 4))[0]
-    again = fuzz.loss(Case(3, 4))[0]
+    call = fuzz_calls.loss(Case(3, 4))[0]
+    again = fuzz_calls.loss(Case(3, 4))[0]
     assert torch.equal(call["query"].nan_to_num(), again["query"].nan_to_num())
 
 

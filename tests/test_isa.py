@@ -7,9 +7,9 @@ import torch
 
 import negmine
 from negmine import Mix, Select, backends, order, reference
-from negmine.mining import Mined
 from negmine.mixing import draws_of
 from negmine.pool import Pool, between
+from negmine.selection import Mined
 from tests import compare
 from tests.cases import DTYPES, ids, unit, whole
 

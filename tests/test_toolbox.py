@@ -1,6 +1,6 @@
 """torch's toolbox on every public op: one graph for any shape, autocast, GradScaler, copies, second derivatives.
 
-tests/test_torch.py and tests/test_torch_more.py do the same for the losses' options; here each op and each module has its turn.
+tests/test_torch.py does the same for the losses' options; here each op and each module has its turn.
 
 The rule of autocast: our ops cast nothing. What an autocast layer hands over, bf16 or fp16, is scored as it is, with fp32 sums.
 """

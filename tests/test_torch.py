@@ -1,16 +1,31 @@
-"""torch's own toolbox on our ops: opcheck, torch.compile(fullgraph=True), offsets past 2^31, the table of backends."""
+"""The ops under torch's own tools: opcheck, torch.compile(fullgraph=True), offsets past 2^31, autocast, loss scaling, copies,
+dtypes, functorch, aliases, threads, fork, and the table of backends.
+
+Autocast: vectors are used as they arrive. A bf16 query from an autocast layer is scored exactly (fp32 sums of bf16 values), the
+loss is fp32 and the query's gradient is bf16, as every op of torch returns it. Nothing else is cast, with or without autocast.
+Fork: a child of a process that has used several threads hangs in torch's own matrix product too (GNU OpenMP), so a child
+sets one thread, as a DataLoader's workers do, or is spawned.
+"""
+
+import copy
+import multiprocessing
+import pickle
+import threading
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import negmine
-from negmine import FalseNegatives, Mix, Select, Weight, backends, order
+from negmine import FalseNegatives, InfoNCELoss, Mix, MoCoQueue, Select, Weight, backends, order, recipes
 from negmine.mixing import draws_of
-from tests.cases import ids, unit
+from tests.cases import DTYPES, ids, unit
 from tests.conftest import device_of
 
-B, K, D = 5, 70, 8
+cpu = next(row for row in backends.BACKENDS if row.name == "cpu")
+needs_cpu = pytest.mark.skipif(bool(cpu.refusal), reason=cpu.refusal)
+B, K, D = 6, 90, 12
 
 
 @pytest.fixture(autouse=True)
@@ -19,10 +34,9 @@ def _cold_compiler():
 
 
 def cpp_ops():
-    row = next(row for row in backends.BACKENDS if row.name == "cpu")
-    if row.refusal:
-        pytest.skip(row.refusal)
-    return row.launchers
+    if cpu.refusal:
+        pytest.skip(cpu.refusal)
+    return cpu.launchers
 
 
 def arguments():
@@ -157,3 +171,250 @@ def test_a_gpu_call_on_the_reference_warns_once(monkeypatch):
         warnings.simplefilter("error")
         backends._warn_dense("info_nce", "cuda", "float64 input")
         backends._warn_dense("info_nce", "cpu", "float64 input")
+
+
+OPTIONS = [{}, {"select": Select(0.02, 0.4)}, {"mix": Mix(8, 6, 4, concentration=2.0)}, {"weight": Weight(1.0, 0.001)}]
+each_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(o) or "plain")
+
+
+def inputs():
+    return [unit(n, D, seed=i) for i, n in enumerate((B, B, K))]
+
+
+def loss_and_grad(q, *keys, **options):
+    leaf = q.clone().requires_grad_()
+    loss = negmine.info_nce(leaf, *keys, backend="cpu", **options)
+    return loss.detach(), *torch.autograd.grad(loss, leaf)
+
+
+@needs_cpu
+@each_option
+def test_autocast_casts_nothing_here(options):
+    x, pos, keys = inputs()
+    layer = nn.Linear(D, D)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        q = layer(x)
+        q.retain_grad()
+        loss = negmine.info_nce(q, pos, keys, **options, backend="cpu")
+    loss.backward()
+    assert q.dtype == torch.bfloat16 == q.grad.dtype and loss.dtype == torch.float32
+    assert layer.weight.grad.dtype == torch.float32 and bool(layer.weight.grad.abs().sum() > 0)
+    want, grad = loss_and_grad(q.detach(), pos, keys, **options)
+    assert torch.equal(loss.detach(), want) and torch.equal(q.grad, grad)
+    exact = q.detach().double(), pos.double(), keys.double()
+    if "mix" not in options:  # the parents would be others
+        torch.testing.assert_close(want.double(), negmine.info_nce(*exact, **options), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_mining_under_autocast_is_mining(backend):
+    q, _, keys = inputs()
+    want = negmine.mine_hardest(q, keys, 9, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = negmine.mine_hardest(q, keys, 9, backend=backend)
+    assert torch.equal(got.scores, want.scores) and torch.equal(got.index, want.index)
+
+
+def test_what_is_scored_outside_kernels_keeps_its_products_under_autocast():
+    q, pos, keys = inputs()
+    found = {"false_negatives": negmine.FalseNegatives(3, 0.1), "support": pos[:, None]}
+    for options in ({"mix": Mix(4, 3, 2, detach=False)}, {"select": Select(0, 0.5, sample=5)}, found):
+        want = negmine.info_nce(q, pos, keys, **options)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(negmine.info_nce(q, pos, keys, **options), want)
+
+
+@needs_cpu
+@each_option
+def test_a_scaled_loss_scales_its_gradient(options):
+    """As GradScaler does: powers of two change no bit of an fp32 gradient, and keep a small fp16 one."""
+    q, pos, keys = inputs()
+    for scale in (2.0**16, 2.0**-16):
+        leaf = q.clone().requires_grad_()
+        (negmine.info_nce(leaf, pos, keys, **options, backend="cpu") * scale).backward()
+        torch.testing.assert_close(leaf.grad / scale, loss_and_grad(q, pos, keys, **options)[1], rtol=1e-6, atol=1e-9)
+    half = unit(1, D).half()
+    unscaled = loss_and_grad(half, half, -half.repeat(5, 1), temperature=0.1)[1]
+    leaf = half.clone().requires_grad_()
+    (negmine.info_nce(leaf, half, -half.repeat(5, 1), temperature=0.1, backend="cpu") * 2.0**16).backward()
+    exact = half.double().requires_grad_()
+    negmine.info_nce(exact, half.double(), -half.double().repeat(5, 1), temperature=0.1).backward()
+    assert float(unscaled.abs().max()) < 1e-6  # below what fp16 holds without loss
+    torch.testing.assert_close(leaf.grad.double() / 2.0**16, exact.grad, rtol=2e-3, atol=1e-9)
+
+
+def same_losses(module, twin):
+    tensors = inputs()
+    for _ in range(3):  # the step counts in both
+        assert torch.equal(module(*tensors), twin(*tensors))
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copied_loss_goes_on_alike(make):
+    learned = nn.Parameter(torch.tensor(0.2))
+    for loss in (InfoNCELoss(learned, mix=Mix(8, 6, 4, concentration=2.0)), recipes.hardest(0.3), recipes.hcl()):
+        loss(*inputs())
+        same_losses(loss, make(loss))
+    twin = make(InfoNCELoss(learned))
+    assert twin.temperature is not learned and [name for name, _ in twin.named_parameters()] == ["temperature"]
+
+
+def test_a_loaded_loss_goes_on_alike():
+    loss, twin = (InfoNCELoss(0.1, mix=Mix(8, 6, 4)) for _ in range(2))
+    loss(*inputs())
+    twin.load_state_dict(loss.state_dict())
+    same_losses(loss, twin)
+
+
+@pytest.mark.parametrize("stored", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("loaded", DTYPES, ids=str)
+def test_queue_state_across_dtypes(stored, loaded):
+    queue, other = MoCoQueue(D, 9, dtype=stored, with_ids=True), MoCoQueue(D, 9, dtype=loaded, with_ids=True)
+    queue.enqueue(unit(5, D), ids=torch.arange(5))
+    other.load_state_dict(queue.state_dict())
+    assert other.queue.dtype == loaded and torch.equal(other.queue, queue.queue.to(loaded))
+    assert torch.equal(other.ids, queue.ids) and torch.equal(other.queue_ptr, queue.queue_ptr)
+    cast = copy.deepcopy(queue).to(loaded)
+    assert cast.keys.dtype == loaded and cast.queue_ptr.dtype == cast.queue_ids.dtype == torch.int64
+    cast.enqueue(unit(6, D), ids=torch.arange(6))
+    assert int(cast.queue_ptr) == 2
+
+
+@needs_cpu
+def test_functorch_is_refused_or_right():
+    """The fused loss is for backward(); torch says so of its transforms, and the reference takes them."""
+    q, pos, keys = inputs()
+
+    def fused(q):
+        return negmine.info_nce(q, pos, keys, backend="cpu")
+
+    def dense(q):
+        return negmine.info_nce(q, pos, keys, backend="reference")
+
+    for transform in (torch.func.grad, torch.vmap, torch.func.jacrev):
+        with pytest.raises(RuntimeError, match="functorch"):
+            transform(fused)(q[None] if transform is torch.vmap else q)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
+        fused(torch.autograd.forward_ad.make_dual(q, q))
+    torch.testing.assert_close(torch.func.grad(dense)(q), loss_and_grad(q, pos, keys)[1], rtol=1e-5, atol=1e-6)
+
+
+@needs_cpu
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_over_mining_is_a_loop():
+    q, _, keys = inputs()
+    both = torch.vmap(lambda q: negmine.mine_hardest(q, keys, 4, backend="cpu").index)(torch.stack([q, q.flip(0)]))
+    for got, one in zip(both, (q, q.flip(0)), strict=True):
+        assert torch.equal(got, negmine.mine_hardest(one, keys, 4, backend="cpu").index)
+
+
+@needs_cpu
+@each_option
+def test_deterministic_algorithms_have_nothing_to_say(options, recwarn):
+    torch.use_deterministic_algorithms(True)
+    tensors = inputs()
+    first, second = (loss_and_grad(*tensors, **options) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not [w for w in recwarn if "deterministic" in str(w.message)]
+
+
+@needs_cpu
+@each_option
+def test_inference_mode(options):
+    tensors = inputs()
+    with torch.inference_mode():
+        inside = negmine.info_nce(*tensors, **options, backend="cpu")
+    assert torch.equal(inside, negmine.info_nce(*tensors, **options, backend="cpu"))
+
+
+@needs_cpu
+@each_option
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_tensor_in_every_place(options, dtype):
+    """In-batch negatives at their barest: query, positive and negatives are one tensor, and all of it is differentiated."""
+    x = unit(20, D).to(dtype)
+    options = {"temperature": 0.3, **options, **{name: torch.arange(20) for name in ("query_ids", "negative_ids")}}
+    grads = []
+    for cast, backend in ((dtype, "cpu"), (torch.float64, "reference")):
+        leaf = x.to(cast).clone().requires_grad_()
+        negmine.info_nce(leaf, leaf, leaf, **options, reduction="sum", backend=backend).backward()
+        grads.append(leaf.grad.double())
+    eps = torch.finfo(dtype).eps
+    # Three terms of size 1 / T, each rounded to the storage, are added in it.
+    torch.testing.assert_close(*grads, rtol=4 * eps, atol=16 * eps / 0.3)
+    detached = x.clone().requires_grad_()
+    negmine.info_nce(detached, x, x, **options, backend="cpu").backward()
+    assert torch.equal(detached.grad, loss_and_grad(x, x, x, **options)[1])
+
+
+@needs_cpu
+def test_inputs_are_left_as_they_are():
+    q, pos, keys = inputs()
+    tags, mask = ids(B, K), torch.rand(B, K) < 0.8
+    before = [t.clone() for t in (q, pos, keys, mask, *tags.values())]
+    for options in OPTIONS:
+        loss_and_grad(q, pos, keys, **options, **tags, negative_mask=mask)
+    for a, b in zip((q, pos, keys, mask, *tags.values()), before, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_cpu
+def test_two_python_threads_get_the_same_bits():
+    q, pos, keys = unit(70, 24), unit(70, 24, seed=1), unit(3000, 24, seed=2)
+
+    def work():
+        return [
+            *loss_and_grad(q, pos, keys, select=Select(3, 0.2), mix=Mix(9, 8, 7)),
+            *negmine.mine_hardest(q, keys, 100, backend="cpu"),
+            negmine.percentile(q, keys, [0.5, 0.95], backend="cpu"),
+        ]
+
+    want, got = work(), {}
+
+    def run(name):
+        got[name] = [work() for _ in range(8)]
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for results in got.values():
+        for result in results:
+            assert all(torch.equal(a, b) for a, b in zip(result, want, strict=True))
+    assert len(got) == 3
+
+
+def _forked(out):
+    torch.set_num_threads(1)
+    out.put([t.tolist() for t in loss_and_grad(*inputs(), **OPTIONS[2])])
+
+
+@needs_cpu
+def test_a_forked_child_with_one_thread_works():
+    loss_and_grad(unit(70, D), unit(70, D), unit(20_000, D))  # the parent's threads are up
+    context = multiprocessing.get_context("fork")
+    out = context.SimpleQueue()
+    child = context.Process(target=_forked, args=(out,), daemon=True)
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0, "the child hangs or died"
+    assert out.get() == [t.tolist() for t in loss_and_grad(*inputs(), **OPTIONS[2])]
+
+
+def test_layouts_that_are_not_dense_are_refused():
+    q, pos, keys = inputs()
+    with pytest.raises(TypeError, match="query must be a dense tensor, got 'torch"):
+        negmine.info_nce(q.to_sparse(), pos, keys)
+    with pytest.raises(TypeError, match="negative_keys must be a dense tensor"):
+        negmine.info_nce(q, pos, torch.nested.nested_tensor([keys[:4], keys[4:]], layout=torch.jagged))
+
+
+def test_samples_followed_mixes_and_support_views_differentiate():
+    q, pos, keys = inputs()
+    for options in ({"select": Select(sample=5)}, {"mix": Mix(4, 3, 2, detach=False)}):
+        leaf = q.clone().requires_grad_()
+        negmine.info_nce(leaf, pos, keys, **options).backward()
+        assert bool(leaf.grad.isfinite().all())
+    loss = negmine.info_nce(q, pos, keys, false_negatives=FalseNegatives(3, 0.1), support=q[:, None])
+    assert bool(loss.isfinite())

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from negmine import checks, reference
 from negmine.info_nce import info_nce
 from negmine.methods import positive_weights
-from negmine.mining import score_of_positive
 from negmine.queue import MoCoQueue
+from negmine.selection import score_of_positive
 
 WeightFunction = Callable[[Tensor, Tensor], Tensor]
 

@@ -27,11 +27,12 @@ import numpy as np
 import torch
 
 from negmine import checks, order, reference
+from negmine.mining import MiningResult
+from negmine.mining import mine_hard_negatives as mine
+from negmine.mining.atomic_file import atomic_write
+from negmine.mining.row_lists import RowLists
+from negmine.mining.sampling import candidates_needed, sample, slice_window
 from negmine.options import Select
-from negmine.search import MiningResult, files
-from negmine.search import mine_hard_negatives as mine
-from negmine.search.draw import draw, wanted_of, window_of
-from negmine.search.lists import RowLists
 
 OP = "mine_hard_negatives"
 FORMATS = ("triplet", "n-tuple", "labeled-pair", "labeled-list")
@@ -142,8 +143,8 @@ def mine_hard_negatives(
         spread = max(Counter(anchors).values())
         derived = range_min + num_negatives * (10 if select.has_filter or cross_encoder is not None else 1) + spread
         deep = min((derived if range_max is None else range_max) + spread, max(1, len(documents)))
-        none = RowLists(np.zeros(len(queries) + 1, np.int64), lists.rows[:0]) if include_positives else lists
-        result = mine(*found, none[:2], select=Select(0, deep), range_mode="raw", num_negatives=deep, **options)
+        hidden = RowLists.empty(len(queries)) if include_positives else lists
+        result = mine(*found, hidden[:2], select=Select(0, deep), range_mode="raw", num_negatives=deep, **options)
         if cross_encoder is not None:
             result, positive_scores = _rescored(cross_encoder, result, lists, queries, documents, batch_size)
         lowest = lists.reduce(positive_scores.astype(np.float32), "min")  # (Q,)
@@ -193,7 +194,7 @@ class _Encoder:
         key = hashlib.sha256(json.dumps([prompt_name, prompt, texts]).encode() + probe).hexdigest()
         path = self.folder / f"negmine_{kind}_{key}.npy"
         if not path.exists():
-            with files.atomic(OP, path) as file:
+            with atomic_write(OP, path) as file:
                 np.save(file, self._encoded(kind, texts, options, pooled=True))
         return np.load(path, mmap_mode="c", allow_pickle=False)
 
@@ -241,11 +242,13 @@ def _chosen(result: MiningResult, select: Select, lowest: np.ndarray, n: int, st
     kept = reference.filtered(
         scores, torch.from_numpy(lowest), replace(select, range_min=0, range_max=None), indices >= 0
     )
-    places = order.pack(scores, indices.clamp_min(0)).masked_fill(~kept, order.NOWHERE).sort(1, descending=True).values
+    sort_keys = (
+        order.pack(scores, indices.clamp_min(0)).masked_fill(~kept, order.NOWHERE).sort(1, descending=True).values
+    )
     first, end = select.window(kept.sum(1))
-    wanted = wanted_of(select, n, strategy)
-    window = window_of(places, first, end if wanted is None else end.minimum(first + wanted))
-    drawn = draw(window, n, strategy, torch.arange(len(window)), seed, 1.0)
+    limit = candidates_needed(select, n, strategy)
+    window = slice_window(sort_keys, first, end if limit is None else end.minimum(first + limit))
+    drawn = sample(window, n, strategy, torch.arange(len(window)), seed, 1.0)
     some, rows = order.unpack(drawn)
     return replace(result, indices=rows.numpy(), scores=some.numpy(), num_valid=(rows >= 0).sum(1).numpy())
 

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from negmine.cli import files
+from negmine.mining import mine_hard_negatives
+from negmine.mining.atomic_file import atomic_write
 from negmine.options import Select
-from negmine.search import mine_hard_negatives
-from negmine.search.files import atomic
 
 NAME = "flagembedding"
 
@@ -157,7 +157,7 @@ def run(words: list[str]) -> int:
         show_progress_bar=sys.stderr.isatty(),
     )
     filled = 0
-    with atomic(f"negmine mine --compat {NAME}", args.output_file) as out:
+    with atomic_write(f"negmine mine --compat {NAME}", args.output_file) as out:
         for number, record in enumerate(data):
             found = [row for row in result.indices[number].tolist() if row >= 0]
             taken = {*found, *known[number], *itself[number]}

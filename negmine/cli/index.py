@@ -9,8 +9,8 @@ import numpy as np
 
 from negmine.cli import files
 from negmine.cli.options import add_options, given
-from negmine.search import NegativeIndex
-from negmine.search.files import atomic
+from negmine.mining import NegativeIndex
+from negmine.mining.atomic_file import atomic_write
 
 READERS = {
     "embeddings": files.EMBEDDINGS,
@@ -63,7 +63,7 @@ def _build(args: argparse.Namespace, names: list[str]) -> int:
 
 def _search(args: argparse.Namespace, index: NegativeIndex, arguments: dict[str, Any]) -> int:
     found = index.search(**arguments)
-    with atomic("negmine index search", args.output) as file:
+    with atomic_write("negmine index search", args.output) as file:
         np.savez(file, scores=found.scores, indices=found.indices)
     print(f"{found.indices.shape[1]} rows for each of {len(found.indices):,} queries in {args.output}")
     return 0

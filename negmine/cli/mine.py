@@ -7,8 +7,8 @@ from typing import Any
 
 from negmine.cli import files, flagembedding
 from negmine.cli.options import Reader, add_options, given
+from negmine.mining import NegativeIndex, mine_hard_negatives
 from negmine.options import Select
-from negmine.search import NegativeIndex, mine_hard_negatives
 
 READERS = {
     "query_embeddings": files.EMBEDDINGS,

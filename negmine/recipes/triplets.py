@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from negmine import checks, philox, reference
-from negmine.mining import mine_hardest, score_of_positive, working
 from negmine.multi_similarity import MultiSimilarityLoss
 from negmine.recipes.schedules import Count, Number
 from negmine.reference_triplets import rows_at
+from negmine.selection import mine_hardest, score_of_positive, working
 from negmine.stepped import Stepped, at_step
 from negmine.triplet_loss import TripletLoss
 

@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from negmine import checks
+from negmine.mining.memory_budget import DEFAULT_MEMORY
+from negmine.mining.progress import progress
+from negmine.mining.row_lists import RowLists, parse
+from negmine.mining.sources import Rows, resolve_device
 from negmine.options import is_real
-from negmine.progress import progress
 from negmine.report import figures as fig
 from negmine.report.inputs import (
     OP,
@@ -36,10 +39,6 @@ from negmine.report.inputs import (
 from negmine.report.ranking import Ranking, norms
 from negmine.report.result import HardnessReport
 from negmine.report.suspects import TOP, Suspects, near_duplicates, same_text
-from negmine.search.index import device_of, nothing_hidden
-from negmine.search.lists import RowLists, row_lists
-from negmine.search.rows import Rows
-from negmine.search.sizes import DEFAULT_MEMORY
 from negmine.version import __version__
 
 MOST_QUERIES = 1024  # beyond them a batch gains nothing
@@ -302,13 +301,13 @@ def hardness_report(
         if rows == 0:
             raise checks.refuse(OP, name, "of 1 row or more", 0)
     older = _older(previous, Q, K)
-    none = nothing_hidden(Q)
-    given = none if positives is None else row_lists(OP, "positives", positives, Q, K)
-    hidden = given.united(none if exclude is None else row_lists(OP, "exclude", exclude, Q, K))
+    none = RowLists.empty(Q)
+    given = none if positives is None else parse(OP, "positives", positives, Q, K)
+    hidden = given.union(none if exclude is None else parse(OP, "exclude", exclude, Q, K))
     classes = checked_classes(query_labels, corpus_labels, Q, K)
     measures = checked_measures(class_similarity, classes)
     texts = (checked_texts("query_texts", query_texts, Q), checked_texts("corpus_texts", corpus_texts, K))
-    where = device_of(OP, device, queries if queries.device else corpus)
+    where = resolve_device(OP, device, queries if queries.device else corpus)
 
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randperm(Q, generator=generator)[: num_queries or Q].sort().values.numpy()  # (Q',)

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from negmine import backends, checks, order, reference
 from negmine.backends import Launchers
-from negmine.mining import working
+from negmine.mining.memory_budget import DENSE_BYTES
+from negmine.mining.process_ranks import ProcessRanks
+from negmine.mining.row_lists import RowLists
+from negmine.mining.scan import Corpus, Scan, count_kept, hardest_rows
+from negmine.mining.sources import Rows
 from negmine.options import Select
 from negmine.pool import Pool, usable
-from negmine.search.lists import RowLists
-from negmine.search.ranks import Ranks
-from negmine.search.rows import Rows
-from negmine.search.scan import Corpus, Scan, hardest, kept_by
-from negmine.search.sizes import DENSE_BYTES
+from negmine.selection import working
 
 BLOCK = 16_384  # rows looked at together while norms are taken
 
@@ -78,7 +78,7 @@ class Ranking:
         corpus = _whole(op, names[1], embeddings[1], None, normalize, where)
         ops = backends.choose(op, ("mine_hardest", "rank_thresholds", "count_negatives"), backend, (queries, corpus))
         rows = Rows.open(op, names[1], corpus)
-        held = Corpus(rows, where, Ranks(op, None), [len(rows)])
+        held = Corpus(rows, where, ProcessRanks(op, None), [len(rows)])
         return cls(ops, queries, corpus, Scan(ops, held, len(rows), None))
 
     @property
@@ -93,7 +93,7 @@ class Ranking:
 
     def hardest(self, query: Tensor, N: int, pool: Pool) -> tuple[Tensor, Tensor]:
         """query (B, D) -> scores (B, N), rows (B, N): (-inf, -1) past the end."""
-        scores, rows, _ = hardest(self.ops, query, self.corpus, N, pool, Select(), None)
+        scores, rows, _ = hardest_rows(self.ops, query, self.corpus, N, pool, Select(), None)
         return scores, rows
 
     def at_ranks(self, query: Tensor, ranks: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ class Ranking:
 
     def not_above(self, query: Tensor, anchor: Tensor, pool: Pool) -> Tensor:
         """anchor (B,) fp32 -> (B,) int64: rows of the pool that score the anchor or less."""
-        return kept_by(self.ops, query, self.corpus, pool, Select(absolute_margin=0.0), anchor)
+        return count_kept(self.ops, query, self.corpus, pool, Select(absolute_margin=0.0), anchor)
 
     def pairs(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """queries, rows (P,) -> (P,) fp32: the score of each pair, bit for bit as the ranking has it."""

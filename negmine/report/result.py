@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from negmine.checks import refuse
+from negmine.mining.atomic_file import atomic_write
 from negmine.report import page, words
-from negmine.search.files import atomic
 
 FORMAT = 1
 KINDS = (".json", ".npz")
@@ -54,15 +54,15 @@ class HardnessReport:
 
     def to_html(self, path: str | os.PathLike) -> None:
         """Write one page that needs nothing else: plots inline, no script, no network."""
-        with atomic("HardnessReport.to_html", path) as file:
-            file.write(page.html(self.figures, self.facts).encode())
+        with atomic_write("HardnessReport.to_html", path) as file:
+            file.write(page.render(self.figures, self.facts).encode())
 
     def save(self, path: str | os.PathLike) -> None:
         """Write figures and facts to a .json or .npz file; a reader sees the old file or the whole new one."""
         op = "HardnessReport.save"
         path = _kind(op, path)
         head = {"format": FORMAT, "facts": self.facts}
-        with atomic(op, path) as file:
+        with atomic_write(op, path) as file:
             if path.suffix == ".npz":
                 description = np.frombuffer(json.dumps(head).encode(), np.uint8)
                 arrays: dict[str, Any] = {"description": description, **self.figures}

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from negmine.mining.row_lists import RowLists
 from negmine.report.ranking import Ranking
-from negmine.search.lists import RowLists
 
 TOP = 10  # hardest negatives of a query that are looked at
 OF_ONE = 3  # at most so many suspects of one query are listed

@@ -1,0 +1,30 @@
+"""Mining a dataset: hard negatives of every query among millions of rows, exact, streamed, in bounded memory.
+
+hard_negatives.py     mine_hard_negatives: options, plan, loop over batches
+batch_miner.py        one batch: windows of ranks, filters, near duplicates
+scan.py               an exact scan of the corpus through the kernels, chunk by chunk
+bf16_prefilter.py     the same result by way of bf16 products, on processors that have them
+index_scan.py         candidates of an approximate index instead of a scan
+sampling.py           which candidates of a window become negatives
+dedup.py              equal rows and near duplicates
+sources.py            embeddings in arrays, tensors and files as one sequence of rows
+row_lists.py          lists of corpus rows per query: positives and exclusions
+memory_budget.py      how many queries and rows to process at a time
+process_ranks.py      communication where several processes hold the corpus
+index.py              NegativeIndex
+engines.py            what an index searches with: a scan, FAISS, cuVS
+result.py             MiningResult: saved, summarised, turned into training data
+result_page.py        its HTML page
+resume.py             resuming interrupted runs
+rounds.py             mining_rounds: mine, train, mine again
+atomic_file.py        files that are written completely or not at all
+array_file.py         the file format of indexes and resumed runs
+progress.py           a progress bar on stderr
+"""
+
+from negmine.mining.hard_negatives import mine_hard_negatives
+from negmine.mining.index import Found, NegativeIndex
+from negmine.mining.result import MiningResult
+from negmine.mining.rounds import Round, mining_rounds
+
+__all__ = ["Found", "MiningResult", "NegativeIndex", "Round", "mine_hard_negatives", "mining_rounds"]

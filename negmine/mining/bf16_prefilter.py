@@ -1,0 +1,111 @@
+"""A faster fp32 scan on processors that multiply bf16 faster: candidates by bf16 scores, then exact fp32 scores of these only.
+
+The result is bit for bit that of the fp32 scan.
+
+    q', k'      query and row rounded to bf16;  s: the kernel's score of q and k;  a: its score of q' and k'
+    |s - a| <= |q - q'| |k| + |q'| |k - k'| + g (|q| |k| + |q'| |k'|),  g = (D + 16) 2^-23
+                the effect of rounding the vectors (Cauchy-Schwarz), plus twice the error of D fp32 additions in any order
+    bound_b     the right side with the largest |k| and |k - k'| of the chunk
+    max_score   the largest score that the filters keep
+
+The candidates are the N + EXTRA columns with the largest a, among those with a <= max_score + bound. They are scored in fp32,
+and the N hardest with s <= max_score are returned. Every other column has s <= bound + the smallest a of the candidates. Where
+that is less than the N-th score found, no column was missed; and since it is then less than max_score as well, every column
+with a <= max_score + bound but s > max_score is a candidate, so the count of kept rows is exact too. Queries whose scores are
+too close to decide are scanned again in fp32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from negmine import cpp_ops, order
+from negmine.backends import Launchers
+from negmine.options import Select
+from negmine.pool import Pool, bounded
+
+LAUNCHERS = cpp_ops.launchers("CPU")
+EXTRA = 48  # candidates beyond N, for scores that are nearly equal
+MIN_QUERIES, MIN_ROWS, MIN_DIM = 1024, 16384, 64  # below these, rounding the rows takes as long as it saves
+MAX_RESCANNED = 0.25  # share of the queries; above it the two scans take longer than one
+ROUNDED_ROWS = 2048  # at a time, so that they stay in the cache
+TINY = 2.0**-50  # added to each norm, because its squares may underflow
+SLACK = 1.01  # for the rounding errors of the norms and of the bound itself
+
+
+def round_to_bf16(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """rows (M, D) fp32 -> x' (M, D) bf16 and the norms of x and of x - x' (M,); NaN where a row holds one."""
+    half = torch.empty(rows.shape, dtype=torch.bfloat16)
+    norms = torch.empty(2, len(rows))
+    for begin in range(0, len(rows), ROUNDED_ROWS):
+        part = slice(begin, begin + ROUNDED_ROWS)
+        half[part] = rows[part]
+        for norm, vectors in zip(norms, (rows[part], rows[part] - half[part]), strict=True):
+            norm[part] = torch.linalg.vector_norm(vectors, dim=1) + TINY
+    return half, *norms
+
+
+def error_bound(D: int, query_norms: tuple[Tensor, ...], key_norms: tuple[Tensor, ...]) -> Tensor:
+    """The bound on |s - a| for each query and any key; keys that hold NaN have no score and are left out."""
+    q, q_error = query_norms
+    k, k_error = (torch.where(key_norms[0].isnan(), 0.0, norm).max() for norm in key_norms)
+    q_half, k_half = q + q_error, k + k_error  # no less than the norms of q' and k'
+    return SLACK * (q_error * k + q_half * k_error + (D + 16) * 2.0**-23 * (q * k + q_half * k_half))
+
+
+@dataclass
+class Bf16Prefilter:
+    """Finds the hardest rows by bf16 candidates; counts the queries it served, and how many of them were scanned again."""
+
+    num_queries: int = 0
+    num_rescanned: int = 0
+
+    def is_faster(self, ops: Launchers | None, query: Tensor, keys: Tensor, N: int, select: Select) -> bool:
+        if ops is None or ops.mine_hardest is not LAUNCHERS.get("mine_hardest"):
+            return False
+        fast = cpp_ops.isa().endswith("bf16") and query.dtype == keys.dtype == torch.float32
+        large = len(query) >= MIN_QUERIES and len(keys) >= MIN_ROWS and query.shape[1] >= MIN_DIM
+        plain = select.min_score is None and not (select.starts_late or select.ends_early)
+        return (
+            fast and large and plain and len(keys) >= 64 * N and self.num_rescanned <= MAX_RESCANNED * self.num_queries
+        )
+
+    def __call__(
+        self,
+        ops: Launchers | None,
+        query: Tensor,
+        keys: Tensor,
+        N: int,
+        pool: Pool,
+        select: Select,
+        anchor: Tensor | None,
+        want_num_kept: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The result of scan.hardest_rows. For pools without bounds, where `is_faster` is true."""
+        assert ops is not None
+        half_query, *query_norms = round_to_bf16(query)
+        half_keys, *key_norms = round_to_bf16(keys)
+        bound = error_bound(query.shape[1], (*query_norms,), (*key_norms,))  # (B,)
+        max_score, candidate_pool = None, pool
+        if select.has_filter:
+            max_score = select.highest_score(torch.zeros(len(query)) if anchor is None else anchor)  # (B,)
+            candidate_pool = pool._replace(upper=order.pack(max_score + bound, 0))
+        approximate = ops.mine_hardest_kept(half_query, half_keys, N + EXTRA, *candidate_pool)
+        columns = approximate[1].sort(1).values  # (B, N + EXTRA), -1 first
+        scores, index, num_kept = LAUNCHERS["mine_listed"](query, keys, columns, N, max_score)
+        complete, highest_missed = columns[:, 0] < 0, approximate[0][:, -1] + bound  # (B,) each
+        num_kept = approximate[2] - (columns >= 0).sum(1) + num_kept
+        undecided = (~(complete | (highest_missed < scores[:, -1])) | ~bound.isfinite()).nonzero()[:, 0]  # (U,)
+        self.num_queries, self.num_rescanned = self.num_queries + len(query), self.num_rescanned + len(undecided)
+        if len(undecided):
+            query_ids, anchor = (None if part is None else part[undecided] for part in (pool.query_ids, anchor))
+            mask = pool.negative_mask
+            if mask is not None and mask.dim() == 2:
+                mask = mask[undecided]
+            pool = pool._replace(negative_mask=mask, query_ids=query_ids)
+            if select.has_filter:
+                pool = bounded(ops, query[undecided], keys, pool, select, anchor)
+            exact = ops.mine_hardest_kept(query[undecided], keys, N, *pool)
+            scores[undecided], index[undecided], num_kept[undecided] = exact
+        return scores, index, num_kept if want_num_kept else None

@@ -1,0 +1,430 @@
+"""mine_hard_negatives: the hardest negatives of each query of a dataset, exact, streamed, in bounded memory.
+
+    check    the options and the inputs
+    plan     the kernels, and the numbers of queries and corpus rows to process at a time
+    run      for each batch of queries
+                 count what the filters keep         only where a window is given by fractions and there are filters
+                 scan the corpus, chunk by chunk     masks, filters, ranks (scan.py)
+                 window, near duplicates, sampling   num_negatives rows, hardest first (batch_miner.py, dedup.py, sampling.py)
+                 write the batch to resume_dir       where one is given (resume.py)
+
+Neither the (Q, K) scores nor more than one chunk of the corpus are ever in memory.
+"""
+
+import contextlib
+import os
+import platform
+import warnings
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from negmine import backends, checks, order
+from negmine.backends import Launchers
+from negmine.mining.batch_miner import BatchMiner, needs_count, single_filters
+from negmine.mining.dedup import Deduplicator
+from negmine.mining.index import NegativeIndex, measure_recall, require_same_rows, sample_queries
+from negmine.mining.index_scan import IndexScan
+from negmine.mining.memory_budget import DENSE_BYTES, BatchSizes, plan_batches
+from negmine.mining.process_ranks import ProcessRanks
+from negmine.mining.progress import progress
+from negmine.mining.result import MiningResult
+from negmine.mining.resume import RunState
+from negmine.mining.row_lists import RowLists, parse
+from negmine.mining.sampling import STRATEGIES, sample
+from negmine.mining.scan import OPS, Corpus, Scan
+from negmine.mining.sources import Rows, resolve_device
+from negmine.options import Select, is_real
+from negmine.version import __version__
+
+OP = "mine_hard_negatives"
+# The options that decide which negatives are returned; sizes and recall measurements do not.
+DECISIVE = (
+    "select", "range_mode", "positive_aggregation", "num_negatives", "sampling_strategy", "sampling_temperature", "seed",
+    "deduplicate", "near_duplicate_score", "index", "count_skipped",
+)  # fmt: skip
+DESCRIBED = (*DECISIVE, "audit_queries", "min_recall", "max_memory_bytes", "backend")
+SCRATCH_BYTES = 64 << 20  # for near duplicates and for candidates of an index; at most a quarter of max_memory_bytes
+AUDIT_K = 100  # the largest k at which recall is measured
+LOW_RECALL = (
+    "{}: index {kind!r} finds only {recall:.1%} of the {audit_k} hardest rows of {audit_queries} queries, less than "
+    "min_recall={min_recall}: hard negatives are missing. Search deeper (a NegativeIndex with nprobe or efSearch), "
+    "take another kind, or index='exact'"
+)
+
+
+def mine_hard_negatives(
+    query_embeddings: Any,
+    corpus_embeddings: Any,
+    positives: Any,
+    *,
+    select: Select | None = None,
+    range_mode: str = "filtered",
+    positive_aggregation: str = "min",
+    num_negatives: int = 3,
+    sampling_strategy: str = "top",
+    sampling_temperature: float = 0.05,
+    seed: int = 0,
+    exclude: Any = None,
+    deduplicate: str = "none",
+    near_duplicate_score: float = 0.95,
+    index: str | NegativeIndex = "exact",
+    audit_queries: int = 256,
+    min_recall: float = 0.9,
+    count_skipped: bool = True,
+    batch_size: int | None = None,
+    corpus_chunk_size: int | None = None,
+    max_memory_bytes: int | None = None,
+    resume_dir: str | os.PathLike | None = None,
+    process_group: Any = None,
+    device: str | torch.device | None = None,
+    backend: str | None = None,
+    show_progress_bar: bool = False,
+) -> MiningResult:
+    """The hardest negatives of each query among all rows of a corpus: exact, streamed, in bounded memory.
+
+        s_qk   = query_q . corpus_k                                      (raw inner product in fp32, vectors as given)
+        pool_q = rows k that are neither a positive of q nor excluded for q, and pass select's filters against
+                 s_pos = min (max, mean) over q's positives p of s_qp
+        kept_q = num_negatives of ranks [range_min, range_max) of pool_q by (s descending, k ascending)
+
+    query_embeddings (Q, D), corpus_embeddings (K, D): NumPy arrays, tensors, paths of .npy, .safetensors ("file::tensor") or
+        .parquet ("file::column") files, memory-mapped, or a list of those as shards; float32, float16, or bfloat16 tensors.
+        Nothing is normalised: give unit rows for cosine.
+    positives: the corpus rows that answer each query: one int a query, a list of int lists, or a tuple (indptr, indices).
+    exclude: further rows that must not come out, in the same forms (a query's own row, known false negatives).
+    select: filters and window of ranks (not sample); default: everything. Equality with a threshold keeps.
+    range_mode: "filtered": the window counts the ranks of what masks and filters leave (sentence-transformers' range_min);
+        "raw": it counts the ranks of all rows, positives among them, and masks and filters then thin it (FlagEmbedding).
+    positive_aggregation: "min", "max" or "mean" of a query's positives, the score that margins are measured from.
+    sampling_strategy: "top": the hardest of the window; "random": any members of it; "weighted": members drawn one by one
+        with probability proportional to exp(s / sampling_temperature). The last two draw from the first 10 num_negatives
+        ranks of the window where range_max is None, as sentence-transformers does. A draw depends on seed and the query's
+        row only.
+    deduplicate: "exact" takes rows of equal values for one row, the lowest: no negative comes out twice, and none equal to a
+        positive or to an excluded row. One more pass over the corpus, and 48 bytes a row while it runs.
+        "near" walks a query's window, hardest first, and drops a row whose cosine to a positive of the query, or to a row that
+        the walk has kept, is near_duplicate_score or more; it looks deeper until enough are kept or the window ends.
+    index: "exact" scans all rows; a FAISS factory string or a NegativeIndex of the same rows (kind other than "exact") proposes
+        candidates, which are then scored exactly, masked, filtered and asked for again deeper, up to 4,096 a query. What it does
+        not propose is not seen: recall is measured on audit_queries of the queries against a scan, stands in
+        config["index"], and below min_recall warns.
+    count_skipped: count what each filter drops. On a CPU the pass that mines counts for a lone filter, and so does a "raw"
+        window; else it is one more scoring pass a filter.
+    batch_size, corpus_chunk_size: queries and rows at a time; default: what fits max_memory_bytes (default 1 GiB), which
+        counts what is held beside the inputs and the result, save a few MiB a thread inside the kernels. A window that
+        reaches deep makes batches small.
+    resume_dir: a folder where each finished batch is written down, whole or not at all. The same call with the same folder goes
+        on where it was killed and gives the same bits, in other batches too; with other inputs it is refused. One process at a
+        time. The folder stays: delete it when it has served.
+    process_group: of torch.distributed. Every rank calls with the same arguments, save corpus_embeddings: its own rows, of the
+        corpus that all ranks' rows make in rank order; positives and exclude number the rows of all. Every rank returns the
+        same, which is what one process returns for the whole corpus.
+    device: where scores are computed; default: where query_embeddings or corpus_embeddings are.
+    show_progress_bar: a line on stderr, with the time left.
+
+    Returns a MiningResult: indices and scores (Q, num_negatives), past the end of a window -1 and -inf. Equal scores: the lower
+    row first. A NaN score is no candidate. The same negatives, bit for bit, for any batch_size, corpus_chunk_size, number of
+    ranks and cut into shards; on the "reference" backend only where sums are exact, and with an approximate index only for one
+    batch_size. Raises ValueError or TypeError for input that does not fit, before any work; ImportError for a missing package;
+    OSError where a disk is full.
+    """
+    options = _check_options(
+        select=Select() if select is None else select,
+        range_mode=range_mode,
+        positive_aggregation=positive_aggregation,
+        num_negatives=num_negatives,
+        sampling_strategy=sampling_strategy,
+        sampling_temperature=sampling_temperature,
+        seed=seed,
+        deduplicate=deduplicate,
+        near_duplicate_score=near_duplicate_score,
+        index=index,
+        audit_queries=audit_queries,
+        min_recall=min_recall,
+        count_skipped=count_skipped,
+        batch_size=batch_size,
+        corpus_chunk_size=corpus_chunk_size,
+        max_memory_bytes=max_memory_bytes,
+        resume_dir=resume_dir,
+        process_group=process_group,
+        device=device,
+        backend=backend,
+        show_progress_bar=show_progress_bar,
+    )
+    inputs = _open_inputs(options, query_embeddings, corpus_embeddings)
+    plan = _make_plan(options, inputs, positives, exclude)
+    return _run(options, inputs, plan)
+
+
+def _check_options(**options: Any) -> dict[str, Any]:
+    """The options; raises ValueError or TypeError for the first that is invalid."""
+    select, index = options["select"], options["index"]
+    checks.require_options(OP, select=select)
+    checks.require_choice(OP, "range_mode", options["range_mode"], ("filtered", "raw"))
+    checks.require_choice(OP, "sampling_strategy", options["sampling_strategy"], STRATEGIES)
+    checks.require_choice(OP, "positive_aggregation", options["positive_aggregation"], ("min", "max", "mean"))
+    checks.require_choice(OP, "deduplicate", options["deduplicate"], ("none", "exact", "near"))
+    checks.require_count(OP, "num_negatives", options["num_negatives"])
+    checks.require_count(OP, "audit_queries", options["audit_queries"])
+    checks.require_draw(OP, options["seed"], 0, 0)
+    for name in ("count_skipped", "show_progress_bar"):
+        checks.require_bool(OP, name, options[name])
+    for name in ("batch_size", "corpus_chunk_size", "max_memory_bytes"):
+        if options[name] is not None:
+            checks.require_count(OP, name, options[name])
+    temperature, near, min_recall = (
+        options[name] for name in ("sampling_temperature", "near_duplicate_score", "min_recall")
+    )
+    checks.require_number(OP, "sampling_temperature", temperature, above=0)
+    if not is_real(near) or not 0 < near < 1:
+        raise checks.refuse(OP, "near_duplicate_score", "a cosine above 0 and below 1", near)
+    if not is_real(min_recall) or not 0 <= min_recall <= 1:
+        raise checks.refuse(OP, "min_recall", "a share in [0, 1]", min_recall)
+    if select.sample is not None:
+        raise checks.refuse(OP, "select", "without sample: num_negatives and sampling_strategy draw", select)
+    if options["range_mode"] == "raw" and select.range_max is None:
+        raise checks.refuse(OP, "select.range_max", "given where range_mode is 'raw'", None)
+    if not isinstance(index, (str, NegativeIndex)) or index == "":
+        raise checks.refuse(OP, "index", "'exact', a FAISS factory string, or a NegativeIndex", index, TypeError)
+    if options["process_group"] is not None and getattr(index, "kind", index) != "exact":
+        raise checks.refuse(OP, "index", "'exact' where process_group is given", index)
+    if options["resume_dir"] is not None and not isinstance(options["resume_dir"], (str, os.PathLike)):
+        raise checks.refuse(OP, "resume_dir", "the path of a folder", options["resume_dir"], TypeError)
+    return options
+
+
+def _describe(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The named options as values that JSON can hold."""
+    given = {"select": asdict(options["select"]), "index": getattr(options["index"], "kind", options["index"])}
+    return {name: given.get(name, options[name]) for name in names}
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The embeddings, opened and checked."""
+
+    queries: Rows
+    corpus: Corpus
+
+    @property
+    def ranks(self) -> ProcessRanks:
+        return self.corpus.ranks
+
+
+def _open_inputs(options: dict[str, Any], query_embeddings: Any, corpus_embeddings: Any) -> _Inputs:
+    ranks = ProcessRanks(OP, options["process_group"])
+    with ranks.fail_together(OP, "refused its input"):
+        queries = Rows.open(OP, "query_embeddings", query_embeddings)
+        rows = Rows.open(OP, "corpus_embeddings", corpus_embeddings)
+        if queries.dim != rows.dim:
+            wanted = f"of query_embeddings' D = {queries.dim}"
+            raise checks.refuse(OP, "corpus_embeddings", wanted, (len(rows), rows.dim))
+        device = resolve_device(OP, options["device"], queries if queries.device else rows)
+    rows_per_rank = [int(part) for part in ranks.gather(torch.tensor(len(rows)))]
+    return _Inputs(queries, Corpus(rows, device, ranks, rows_per_rank))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is run on the inputs."""
+
+    positives: RowLists  # as given
+    exclude: RowLists
+    ops: Launchers | None
+    exact: bool  # False: an approximate index proposes candidates
+    sizes: BatchSizes
+    scratch_bytes: int
+    miner: BatchMiner  # without its source and excluded rows, which the run adds
+
+    @property
+    def needs_count(self) -> bool:
+        return needs_count(self.miner.select, self.miner.raw)
+
+
+def _make_plan(options: dict[str, Any], inputs: _Inputs, positives: Any, exclude: Any) -> _Plan:
+    queries, corpus, ranks = inputs.queries, inputs.corpus, inputs.ranks
+    rows, Q, K = corpus.rows, len(queries), len(corpus)
+    select, index, memory = options["select"], options["index"], options["max_memory_bytes"]
+    with ranks.fail_together(OP, "refused its input"):
+        if order.LAST_INDEX <= K:
+            raise checks.refuse(OP, "corpus_embeddings", f"of fewer than {order.LAST_INDEX} rows", K)
+        positives = parse(OP, "positives", positives, Q, K)
+        exclude = RowLists.empty(Q) if exclude is None else parse(OP, "exclude", exclude, Q, K)
+        if select.has_margin and (positives.sizes == 0).any():
+            came = f"none for query {int(np.flatnonzero(positives.sizes == 0)[0])}"
+            raise checks.refuse(OP, "positives", "at least one a query where select has a margin", came)
+        if isinstance(index, NegativeIndex):
+            require_same_rows(OP, "corpus_embeddings", index, rows)
+        empty = np.empty(0, np.int64)
+        examples = (queries.gather(empty, corpus.device), rows.gather(empty, corpus.device))
+        ops = backends.choose(OP, OPS, options["backend"], examples)
+        exact = getattr(index, "kind", index) == "exact"
+        near = options["deduplicate"] == "near"
+        scratch_bytes = min(SCRATCH_BYTES, memory // 4) if memory else SCRATCH_BYTES
+        deduplicator = None
+        if near:
+            deduplicator = Deduplicator(
+                corpus.gather, positives, options["near_duplicate_score"], rows.dim, scratch_bytes
+            )
+        miner = BatchMiner(
+            source=Scan(ops, corpus, 0, None),
+            select=select,
+            raw=options["range_mode"] == "raw",
+            num_negatives=options["num_negatives"],
+            strategy=options["sampling_strategy"],
+            count_skipped=options["count_skipped"],
+            excluded=RowLists.empty(Q),
+            deduplicator=deduplicator,
+        )
+        if not exact and needs_count(select, miner.raw):
+            wanted = "in ranks where select has filters and index is not 'exact', for fractions need every row's score"
+            raise checks.refuse(OP, "select's range", wanted, (select.range_min, select.range_max))
+        dense_mask = not miner.raw and Q > 0 and bool((positives.sizes + exclude.sizes).max() > 1)
+        pair_bytes = DENSE_BYTES if ops is None else 2 * dense_mask
+        remaining = memory and memory - scratch_bytes * (near or not exact)
+        limits = (options["batch_size"], options["corpus_chunk_size"], remaining)
+        sizes = plan_batches(OP, queries, rows, miner.depth(K), pair_bytes, *limits)
+    batch = min(int(part) for part in ranks.gather(torch.tensor(sizes.batch)))
+    return _Plan(positives, exclude, ops, exact, replace(sizes, batch=batch), scratch_bytes, miner)
+
+
+def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan) -> MiningResult:
+    queries, corpus, ranks, sizes, miner = inputs.queries, inputs.corpus, inputs.ranks, plan.sizes, plan.miner
+    Q, K, device = len(queries), len(corpus), corpus.device
+    select, index, seed = options["select"], options["index"], options["seed"]
+    content = _content_hashes(inputs, plan, index)
+    identity = _identity(options, inputs, plan, content)
+    ranks.require_same(OP, identity)
+
+    first_equal = corpus.first_equal() if options["deduplicate"] == "exact" else None  # (K,)
+    distinct = None if first_equal is None else first_equal == np.arange(K)  # (K,) bool
+    positives, exclude = plan.positives, plan.exclude
+    if first_equal is not None:
+        positives, exclude = (lists._replace(rows=first_equal[lists.rows]) for lists in (positives, exclude))
+    known = positives.union(RowLists.empty(Q))
+    excluded = known.union(exclude)
+    scores_of_pairs = corpus.pair_scores(plan.ops, queries, plan.positives.queries, plan.positives.rows)  # (P,)
+    positive_scores = plan.positives.reduce(scores_of_pairs, options["positive_aggregation"])  # (Q,)
+
+    counters = list(single_filters(select)) if options["count_skipped"] else []
+    counters += [] if miner.deduplicator is None else ["near_positive", "near_negative"]
+    counters += [] if plan.exact else ["cut_short"]
+    resume_dir = options["resume_dir"]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        state = RunState(OP, ranks, Q, miner.num_negatives, K, counters)
+        with ranks.fail_together(OP, "could not open resume_dir"):
+            if resume_dir is not None and ranks.rank == 0:
+                stack.callback(state.open(resume_dir, identity).close)
+        if resume_dir is not None:
+            state.broadcast()
+        batches = state.unfinished(sizes.batch)
+        chunks = len(list(corpus.rows.spans(sizes.chunk))) if plan.exact else 1
+        passes = len(batches) * (2 if plan.needs_count else 1)
+        advance = stack.enter_context(progress(passes * chunks, options["show_progress_bar"], "mining", "chunks"))
+        scan = Scan(plan.ops, corpus, sizes.chunk, distinct, advance)
+        source: Scan | IndexScan = scan
+        index_facts = None
+        if not plan.exact:
+            approximate = (
+                index if isinstance(index, NegativeIndex) else state.build_index(corpus.rows, index, seed, device)
+            )
+            k = min(AUDIT_K, max(1, miner.depth(K)))
+            index_facts = _audit_index(options, approximate, replace(scan, advance=lambda chunks: None), queries, k)
+            source = IndexScan(scan, approximate, plan.scratch_bytes)
+        miner = replace(miner, source=source, excluded=excluded)
+        for begin, end in batches:
+            anchor = torch.from_numpy(positive_scores[begin:end]).to(device) if select.has_margin else None  # (B,)
+            numbers = torch.arange(begin, end)  # (B,)
+            window, dropped = miner.window(queries.block(begin, end, device), numbers, anchor)  # (B, W)
+            strategy, temperature = options["sampling_strategy"], options["sampling_temperature"]
+            sort_keys = sample(window.cpu(), miner.num_negatives, strategy, numbers, seed, temperature)  # (B, n)
+            if isinstance(source, IndexScan):
+                dropped["cut_short"] = source.pop_cut_short()
+            state.record(begin, *order.unpack(sort_keys), dropped)
+    if index_facts is not None:
+        index_facts["cut_short"] = state.skipped.pop("cut_short")
+    skipped = {
+        "positives": len(known.rows),
+        "exclude": len(excluded.rows) - len(known.rows),
+        "duplicates": Q * (K - scan.num_candidates),
+    } | state.skipped
+    config = {
+        "arguments": _describe(options, DESCRIBED),
+        "sizes": {
+            "batch_size": sizes.batch,
+            "corpus_chunk_size": sizes.chunk,
+            "device": str(device),
+            "ranks": ranks.size,
+        },
+        "index": index_facts,
+        "queries": Q,
+        "corpus_rows": K,
+        "dimension": queries.dim,
+        "content": content,
+        "versions": {
+            "negmine": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    num_valid = (state.indices >= 0).sum(1)
+    return MiningResult(state.indices, state.scores, positive_scores, num_valid, plan.positives, skipped, config)
+
+
+def _content_hashes(inputs: _Inputs, plan: _Plan, index: str | NegativeIndex) -> dict[str, str]:
+    content = {
+        "query_embeddings": inputs.queries.content_hash(),
+        "corpus_embeddings": inputs.ranks.combined_hash(inputs.corpus.rows.content_hash()),
+        "positives": plan.positives.content_hash(),
+        "exclude": plan.exclude.content_hash(),
+    }
+    if isinstance(index, NegativeIndex) and not plan.exact:
+        content["index"] = index.content_hash()
+    return content
+
+
+def _identity(options: dict[str, Any], inputs: _Inputs, plan: _Plan, content: dict[str, str]) -> dict[str, Any]:
+    """What decides the bits of the result: the same on all ranks, and for a run that is resumed."""
+    identity: dict[str, Any] = {
+        "arguments": _describe(options, DECISIVE),
+        "content": content,
+        "queries": len(inputs.queries),
+        "corpus_rows": len(inputs.corpus),
+        "negmine": __version__,
+        "kernels": _describe_kernels(plan.ops, inputs.corpus.device),
+        "ranks": inputs.ranks.size,
+    }
+    if not plan.exact:
+        identity["batch_size"] = plan.sizes.batch  # the answers of an index may depend on the batch
+    return identity
+
+
+def _describe_kernels(ops: Launchers | None, device: torch.device) -> str:
+    """The kernels that compute scores, as far as their rounding may differ elsewhere."""
+    if ops is None:
+        return f"reference on {device.type}"
+    cpu = f" {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else ""
+    return f"{ops.mine_hardest.__module__} on {device.type}{cpu}"
+
+
+def _audit_index(options: dict[str, Any], index: NegativeIndex, scan: Scan, queries: Rows, k: int) -> dict[str, Any]:
+    """The recall of an index for a sample of the queries; warns where it is below min_recall."""
+    sampled = sample_queries(len(queries), options["audit_queries"], options["seed"])
+    query = queries.gather(sampled, scan.corpus.device)  # (A, D)
+    recall = measure_recall(index, scan, query, k) if len(sampled) else None
+    facts = {
+        "kind": index.kind,
+        "search_options": index.search_options,
+        "recall": recall,
+        "audit_queries": len(sampled),
+        "audit_k": k,
+        "min_recall": options["min_recall"],
+    }
+    if recall is not None and recall < options["min_recall"]:
+        warnings.warn(LOW_RECALL.format(OP, **facts), RuntimeWarning, stacklevel=4)
+    return facts

@@ -1,0 +1,285 @@
+"""NegativeIndex: rows that can be searched by inner product, exactly or by an approximate index, saved and loaded.
+
+    "exact"             negmine's kernels over the rows themselves: streamed, ties by row number, no limit on k
+    "IVF64,PQ16", ...   any FAISS factory string;  "cagra": the graph index of cuVS, on a GPU
+
+The recall of an approximate index depends on the data, so it is measured: by `recall`, and by mine_hard_negatives in every run.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from negmine import backends, checks, order
+from negmine.mining import array_file
+from negmine.mining.engines import CagraEngine, ExactEngine, FaissEngine
+from negmine.mining.memory_budget import DENSE_BYTES, plan_batches
+from negmine.mining.process_ranks import ProcessRanks
+from negmine.mining.row_lists import RowLists
+from negmine.mining.scan import OPS, Corpus, Scan, pair_scores
+from negmine.mining.sources import Rows, resolve_device
+from negmine.options import Select, is_real
+
+FILE_KIND = "NegativeIndex"
+
+
+class Found(NamedTuple):
+    """What NegativeIndex.search returns."""
+
+    scores: np.ndarray  # (Q, k) fp32, descending, -inf past the end
+    indices: np.ndarray  # (Q, k) int64, -1 past the end
+
+
+class NegativeIndex:
+    """Rows that can be searched by inner product. Made by `build` or `load`."""
+
+    def __init__(self, engine: Any, dtype: str, options: dict, max_memory_bytes: int | None) -> None:
+        self._engine, self._dtype, self._options, self._memory = engine, dtype, options, max_memory_bytes
+
+    @classmethod
+    def build(
+        cls,
+        embeddings: Any,
+        kind: str = "exact",
+        *,
+        train_rows: int | None = None,
+        seed: int = 0,
+        search_options: dict | None = None,
+        device: str | torch.device | None = None,
+        backend: str | None = None,
+        max_memory_bytes: int | None = None,
+    ) -> "NegativeIndex":
+        """An index of all rows of `embeddings` (rows, D), in any form that mine_hard_negatives takes.
+
+        kind: "exact", a FAISS factory string ("Flat", "IVF4096,Flat", "IVF64,PQ16", "HNSW32"), or "cagra".
+        train_rows: rows drawn, by `seed`, to train an index that needs it; default: all, or 262,144 of more.
+        search_options: an index's own, by name: {"nprobe": 32}, {"efSearch": 128}, cuVS's {"itopk_size": 256}.
+        device, backend: where and by which kernels it searches; a FAISS index on "cuda" needs faiss-gpu.
+        max_memory_bytes: what one search of an exact index may hold beside the rows, queries and result (default 1 GiB).
+
+        An exact index keeps the rows where they are, in the caller's arrays or files; an approximate one holds its own copy in
+        memory, as FAISS and cuVS do. Raises ValueError or TypeError for what does not fit, ImportError for a missing package.
+        """
+        op = "NegativeIndex.build"
+        rows = Rows.open(op, "embeddings", embeddings)
+        _check_arguments(op, kind, train_rows, seed, search_options, max_memory_bytes)
+        options = dict(search_options or {})
+        where = resolve_device(op, device, rows)
+        if not len(rows):
+            raise checks.refuse(op, "embeddings", "of 1 row or more", (0, rows.dim))
+        engine: Any
+        if kind == "exact":
+            engine = ExactEngine(op, rows, where, backend)
+        elif kind == "cagra":
+            engine = CagraEngine.build(op, rows, options, where)
+        else:
+            engine = FaissEngine.build(op, kind, rows, train_rows, seed, options, where)
+        return cls(engine, rows.dtype, options, max_memory_bytes)
+
+    @property
+    def kind(self) -> str:
+        return self._engine.kind
+
+    @property
+    def dim(self) -> int:
+        return self._engine.dim
+
+    @property
+    def search_options(self) -> dict:
+        return dict(self._options)
+
+    def __len__(self) -> int:
+        return len(self._engine)
+
+    def __repr__(self) -> str:
+        return f"NegativeIndex({self.kind!r}, {len(self)} rows, D = {self.dim})"
+
+    def add(self, embeddings: Any) -> None:
+        """Append rows: they get the numbers that follow."""
+        rows = Rows.open("NegativeIndex.add", "embeddings", embeddings)
+        if rows.dim != self.dim:
+            raise checks.refuse("NegativeIndex.add", "embeddings", f"of the index's D = {self.dim}", rows.dim)
+        self._engine.add(rows)
+
+    def search(self, query_embeddings: Any, k: int) -> Found:
+        """The k rows of largest inner product of each query (Q, D), hardest first; past the end -1 and -inf.
+
+        "exact": all of them, equal scores by the lower row, any k. Else: what the index finds, by the index's own scores.
+        """
+        op = "NegativeIndex.search"
+        queries = Rows.open(op, "query_embeddings", query_embeddings)
+        checks.require_count(op, "k", k)
+        if queries.dim != self.dim:
+            raise checks.refuse(op, "query_embeddings", f"of the index's D = {self.dim}", queries.dim)
+        max_k = self._engine.max_k
+        if max_k is not None and k > max_k:
+            raise checks.refuse(op, "k", f"at most {max_k}, FAISS's limit on a GPU, or the index 'exact'", k)
+        corpus = self._engine.rows if self.kind == "exact" else queries
+        pair_bytes = 0 if self.kind == "exact" and self._engine.ops else DENSE_BYTES
+        sizes = plan_batches(op, queries, corpus, min(k, len(self)), pair_bytes, None, None, self._memory)
+        if self.kind == "exact":
+            self._engine.chunk = sizes.chunk
+        scores, indices = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        device = queries.device or torch.device("cpu")
+        with torch.no_grad():
+            for begin, end in queries.spans(sizes.batch):
+                scores[begin:end], indices[begin:end] = self._engine.search(queries.block(begin, end, device), k)
+        return Found(scores, indices)
+
+    def candidates(self, query: Tensor, k: int) -> np.ndarray:
+        """query (B, D) -> (B, k) int64 row numbers, no row twice, -1 where the index returns fewer."""
+        _, ids = self._engine.search(query, min(k, self._engine.max_k or k))
+        by_id = np.argsort(ids, axis=1, kind="stable")
+        ranked = np.take_along_axis(ids, by_id, 1)
+        repeated = np.zeros(ids.shape, bool)
+        np.put_along_axis(repeated, by_id[:, 1:], ranked[:, 1:] == ranked[:, :-1], 1)
+        ids = np.where(repeated, -1, ids)
+        return np.pad(ids, ((0, 0), (0, k - ids.shape[1])), constant_values=-1)
+
+    def recall(
+        self, query_embeddings: Any, corpus_embeddings: Any, *, k: int = 10, queries: int = 256, seed: int = 0
+    ) -> float:
+        """The share of each query's k hardest rows, found by an exact scan of corpus_embeddings, that `search` finds.
+
+        corpus_embeddings: what the index was built from. queries: how many are drawn, by `seed`. A found row whose score ties
+        with the k-th counts as found; scores are computed anew from the rows, not taken from the index.
+        """
+        op = "NegativeIndex.recall"
+        query_rows = Rows.open(op, "query_embeddings", query_embeddings)
+        rows = Rows.open(op, "corpus_embeddings", corpus_embeddings)
+        for name, count in {"k": k, "queries": queries}.items():
+            checks.require_count(op, name, count)
+        checks.require_draw(op, seed, 0, 0)
+        require_same_rows(op, "corpus_embeddings", self, rows)
+        if query_rows.dim != self.dim:
+            raise checks.refuse(op, "query_embeddings", f"of the index's D = {self.dim}", query_rows.dim)
+        where = query_rows.device or rows.device or torch.device("cpu")
+        query = query_rows.gather(sample_queries(len(query_rows), queries, seed), where)  # (A, D)
+        launchers = backends.choose(op, OPS, None, (query, rows.gather(np.empty(0, np.int64), where)))
+        chunk = plan_batches(op, query_rows, rows, k, 0 if launchers else DENSE_BYTES, len(query), None, None).chunk
+        corpus = Corpus(rows, where, ProcessRanks(op, None), [len(rows)])
+        with torch.no_grad():
+            return measure_recall(self, Scan(launchers, corpus, chunk, None), query, k)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one file at exactly this path; a reader, and a crash, see the old file or the whole new one.
+
+        Holds the index's bytes and their hash, no code. Raises OSError, in words, where the disk is full.
+        """
+        facts = {"kind": self.kind, "dim": self.dim, "rows": len(self), "dtype": self._dtype, "options": self._options}
+        if self.kind == "exact":
+            stored = "uint16" if self._dtype == "bfloat16" else self._dtype
+            part: tuple = (stored, (len(self), self.dim), self._engine.serialize)
+        else:
+            part = ("uint8", None, self._engine.serialize)
+        array_file.write("NegativeIndex.save", path, FILE_KIND, facts, {"index": part})
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        *,
+        search_options: dict | None = None,
+        device: str | torch.device | None = None,
+        backend: str | None = None,
+        max_memory_bytes: int | None = None,
+    ) -> "NegativeIndex":
+        """Read what `save` wrote. Raises ValueError, in words, for any other file and for a damaged one.
+
+        Sizes are checked against the file's before anything is allocated, then hashes. An exact index maps its rows. A hash finds
+        damage, not malice: FAISS's own reader then runs on the bytes, so load approximate indexes only from whom you trust.
+        """
+        op = "NegativeIndex.load"
+        facts, parts = array_file.read(op, path, FILE_KIND)
+        try:
+            kind, dim, rows, dtype = facts["kind"], facts["dim"], facts["rows"], facts["dtype"]
+            options = dict(facts["options"]) if search_options is None else search_options
+            part = parts["index"]
+            _check_arguments(op, kind, None, 0, options, max_memory_bytes)
+            if kind == "exact" and (part.shape != (rows, dim) or part.dtype not in (dtype, "uint16")):
+                raise ValueError(f"its rows are {part.dtype} {part.shape}, not {dtype} {(rows, dim)}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{op}: {str(path)!r} is no NegativeIndex that this version reads ({error})") from error
+        array = array_file.map_array(path, part)
+        engine: Any
+        if kind == "exact":
+            tensor = torch.from_numpy(array)
+            held = Rows.open(op, "path", tensor.view(torch.bfloat16) if part.dtype == "uint16" else tensor)
+            engine = ExactEngine(op, held, resolve_device(op, device, held), backend)
+        else:
+            read = sequential_reader(array)
+            where = torch.device(device or ("cuda" if kind == "cagra" else "cpu"))
+            engine = (
+                CagraEngine.deserialize(op, read, rows, dim, options, where)
+                if kind == "cagra"
+                else FaissEngine.deserialize(op, kind, read, options, where)
+            )
+        if (len(engine), engine.dim) != (rows, dim):
+            came = f"{len(engine)} rows of D = {engine.dim}"
+            raise ValueError(f"{op}: {str(path)!r} holds {came}, and its table says {rows} of D = {dim}")
+        return cls(engine, dtype, dict(options), max_memory_bytes)
+
+    def content_hash(self) -> str:
+        """A hash of what `save` would store."""
+        digest = hashlib.blake2b(digest_size=16)
+        self._engine.serialize(digest.update)
+        return digest.hexdigest()
+
+
+def sequential_reader(array: np.ndarray) -> Callable[[int], bytes]:
+    """A function that returns the next bytes of an array, without a copy of the whole."""
+    view, at = array.data, 0
+
+    def read(count: int) -> bytes:
+        nonlocal at
+        piece = bytes(view[at : at + count])
+        at += len(piece)
+        return piece
+
+    return read
+
+
+def _check_arguments(op: str, kind: Any, train_rows: Any, seed: Any, options: Any, memory: Any) -> None:
+    if not isinstance(kind, str) or not kind:
+        raise checks.refuse(op, "kind", "'exact', 'cagra', or a FAISS factory string", kind, TypeError)
+    for name, value in {"train_rows": train_rows, "max_memory_bytes": memory}.items():
+        if value is not None:
+            checks.require_count(op, name, value)
+    checks.require_draw(op, seed, 0, 0)
+    good = options is None or isinstance(options, dict)
+    if not good or not all(isinstance(name, str) and is_real(value) for name, value in (options or {}).items()):
+        raise checks.refuse(op, "search_options", "a dict of names and numbers", options, TypeError)
+    if options and kind == "exact":
+        raise checks.refuse(op, "search_options", "left out where kind is 'exact'", options)
+
+
+def require_same_rows(op: str, name: str, index: NegativeIndex, rows: Rows) -> None:
+    if (len(rows), rows.dim) != (len(index), index.dim):
+        wanted = f"the rows that the index holds, {len(index)} of D = {index.dim}"
+        raise checks.refuse(op, name, wanted, (len(rows), rows.dim))
+
+
+def sample_queries(Q: int, count: int, seed: int) -> np.ndarray:
+    return np.sort(np.random.default_rng(seed).choice(Q, min(Q, count), replace=False))
+
+
+def measure_recall(index: NegativeIndex, scan: Scan, query: Tensor, k: int) -> float:
+    """The recall of an index for query (A, D), with the kernels and the corpus of an exact scan."""
+    k = min(k, len(index))
+    best, _ = scan.run(query, RowLists.empty(len(query)), None, k, Select(), [])
+    ids = index.candidates(query, k)  # (A, k)
+    at, slot = np.nonzero(ids >= 0)
+    found = np.full(ids.shape, -np.inf, np.float32)
+    take: Callable = lambda numbers: query[torch.from_numpy(numbers).to(query.device)]  # noqa: E731
+    found[at, slot] = np.nan_to_num(
+        pair_scores(scan.ops, take, scan.corpus.gather, at, ids[at, slot]), nan=-np.inf, posinf=np.inf, neginf=-np.inf
+    )
+    wanted = order.unpack(best)[0].cpu().numpy()  # (A, k), -inf past the end
+    real = wanted > -np.inf
+    threshold = np.where(real, wanted, np.inf).min(1, keepdims=True, initial=np.inf)  # (A, 1)
+    return float((found >= threshold).sum() / real.sum()) if real.any() else 1.0

@@ -1,0 +1,217 @@
+"""MiningResult: the mined negatives with their scores, the positives and all settings.
+
+    indices (Q, n) int64 rows of the corpus, hardest first, -1 past the end;   scores (Q, n) fp32, -inf there
+
+A result is saved as one .npz file with a description in JSON; nothing in it is ever executed. Training data is returned as index
+arrays, because the texts, images or tokens of the rows belong to the caller.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from negmine.checks import refuse, require_choice
+from negmine.mining import result_page
+from negmine.mining.atomic_file import atomic_write
+from negmine.mining.row_lists import RowLists
+
+FORMAT = 1
+DTYPES = {
+    "indices": np.int64,
+    "scores": np.float32,
+    "positive_scores": np.float32,
+    "num_valid": np.int64,
+    "positives_indptr": np.int64,
+    "positives_rows": np.int64,
+}
+QUARTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "max": 1.0}
+
+
+@dataclass(frozen=True, eq=False)  # == of arrays has no one answer
+class MiningResult:
+    """What mine_hard_negatives returns. Q queries, n = num_negatives."""
+
+    indices: np.ndarray  # (Q, n) int64
+    scores: np.ndarray  # (Q, n) fp32
+    positive_scores: np.ndarray  # (Q,) fp32, aggregated over each query's positives; NaN where it has none
+    num_valid: np.ndarray  # (Q,) int64, entries of indices that are not -1
+    positives: RowLists  # as given
+    skipped: dict[str, int]  # (query, row) pairs that each mask and filter dropped
+    config: dict[str, Any]  # arguments, versions, sizes and content hashes
+
+    @property
+    def recall(self) -> float | None:
+        """The share of the hardest rows that the approximate index found, as measured for this run; None for an exact one."""
+        return (self.config.get("index") or {}).get("recall")
+
+    def to_triplets(self) -> np.ndarray:
+        """(T, 3) int64: query, positive, negative, for every positive and every negative of a query."""
+        queries, rows = self._pairs()  # (P,), (P, 1 + n)
+        at, slot = np.nonzero(rows[:, 1:] >= 0)  # (T,) each
+        return np.stack([queries[at], rows[at, 0], rows[at, slot + 1]], 1)
+
+    def to_n_tuples(self) -> np.ndarray:
+        """(M, 2 + n) int64: query, positive, n negatives; a query with fewer than n is left out."""
+        queries, rows = self._pairs()
+        full = (rows >= 0).all(1)  # (P,)
+        return np.concatenate([queries[full, None], rows[full]], 1)
+
+    def to_labeled_pairs(self) -> np.ndarray:
+        """(L, 3) int64: query, row, label; label 1 for its positives, 0 for its negatives, each once."""
+        some = self.indices >= 0  # (Q, n)
+        at, _ = np.nonzero(some)
+        pairs = [
+            np.stack([self.positives.queries, self.positives.rows, np.ones_like(self.positives.rows)], 1),
+            np.stack([at, self.indices[some], np.zeros_like(at)], 1),
+        ]
+        joined = np.concatenate(pairs)
+        return joined[np.argsort(joined[:, 0], kind="stable")]
+
+    def to_labeled_lists(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """queries (M,), rows (M, 1 + n) and labels (M, 1 + n) int64, one list for each positive: it first, labelled 1, then
+        negatives, labelled 0. Past the end of the negatives both are -1. A query without negatives has no list."""
+        queries, rows = self._pairs()
+        some = (rows[:, 1:] >= 0).any(1)  # (P,)
+        labels = np.where(rows >= 0, 0, -1)
+        labels[:, 0] = 1
+        return queries[some], rows[some], labels[some]
+
+    def to_jsonl(
+        self,
+        path: str | os.PathLike,
+        query_texts: Sequence[str],
+        corpus_texts: Sequence[str],
+        *,
+        form: str = "flagembedding",
+    ) -> int:
+        """Write one line for each query that has positives and negatives; returns how many lines.
+
+        form="flagembedding": {"query", "pos": [texts], "neg": [texts]}
+        form="tevatron": {"query_id", "query", "positive_passages": [{"docid", "title", "text"}], "negative_passages": [...]}
+        """
+        op = "to_jsonl"
+        require_choice(op, "form", form, ("flagembedding", "tevatron"))
+        for name, texts, wanted in (
+            ("query_texts", query_texts, len(self.indices)),
+            ("corpus_texts", corpus_texts, self.config["corpus_rows"]),
+        ):
+            if isinstance(texts, str) or len(texts) != wanted:
+                raise refuse(op, name, f"{wanted} texts, one a row", f"{len(texts)} in a {type(texts).__name__}")
+
+        def passages(rows: np.ndarray) -> list:
+            if form == "flagembedding":
+                return [corpus_texts[row] for row in rows.tolist()]
+            return [{"docid": str(row), "title": "", "text": corpus_texts[row]} for row in rows.tolist()]
+
+        lines = 0
+        with open(path, "w", encoding="utf-8") as file:
+            for query, negatives in enumerate(self.indices):
+                positive, negative = (
+                    passages(self.positives.take(np.array([query])).rows),
+                    passages(negatives[negatives >= 0]),
+                )
+                if not positive or not negative:
+                    continue
+                if form == "flagembedding":
+                    line = {"query": query_texts[query], "pos": positive, "neg": negative}
+                else:
+                    line = {"query_id": str(query), "query": query_texts[query]}
+                    line |= {"positive_passages": positive, "negative_passages": negative}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                lines += 1
+        return lines
+
+    def summary(self) -> str:
+        """A text table: scores of positives and negatives, their difference, what was dropped and what came short."""
+        Q, n = self.indices.shape
+        some = self.indices >= 0  # (Q, n)
+        gap = (self.positive_scores[:, None].astype(np.float64) - np.where(some, self.scores, np.nan))[some]
+        columns = {"positive": self.positive_scores, "negative": self.scores[some], "difference": gap}
+        lines = [f"{'':<12}" + "".join(f"{name:>12}" for name in ("count", "mean", "std", *QUARTILES))]
+        for name, values in columns.items():
+            finite = values[np.isfinite(values)].astype(np.float64)
+            cells = f"{name:<12}{len(finite):>12,}"
+            if len(finite):
+                numbers = [finite.mean(), finite.std(), *np.quantile(finite, list(QUARTILES.values()))]
+                cells += "".join(f"{number:>12.4f}" for number in numbers)
+            lines.append(cells)
+        short, none = int((self.num_valid < n).sum()), int((self.num_valid == 0).sum())
+        lines.append(f"{Q:,} queries, {n} negatives asked for each: {short:,} have fewer, {none:,} of them none")
+        dropped = [f"{name} {count:,}" for name, count in self.skipped.items()]
+        where = "in the window" if self.config["arguments"]["range_mode"] == "raw" else "of all"
+        lines.append(f"(query, row) pairs dropped, {where}: " + ", ".join(dropped))
+        if self.recall is not None:
+            lines.append(f"recall of the index, measured on this run's queries: {self.recall:.1%}")
+        if short:
+            lines.append("more negatives: a wider select.range_max, a smaller margin, or a larger corpus")
+        return "\n".join(lines)
+
+    def to_html(self, path: str | os.PathLike) -> None:
+        """Write one page that needs nothing else: what was found and dropped, plots inline, no script, no network."""
+        page = result_page.render(
+            self.scores, self.positive_scores, self.num_valid, self.skipped, self.config, self.summary()
+        )
+        with atomic_write("MiningResult.to_html", path) as file:
+            file.write(page.encode())
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one .npz at exactly this path; a reader, and a crash, see the old file or the whole new one."""
+        description = json.dumps({"format": FORMAT, "skipped": self.skipped, "config": self.config})
+        arrays = {name: getattr(self, name) for name in ("indices", "scores", "positive_scores", "num_valid")}
+        arrays |= {"positives_indptr": self.positives.indptr, "positives_rows": self.positives.rows}
+        with atomic_write("MiningResult.save", path) as file:
+            np.savez(file, description=np.frombuffer(description.encode(), np.uint8), **arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "MiningResult":
+        """Read what save wrote; raises ValueError, in words, for any other file and for a damaged one."""
+        if not Path(path).is_file():
+            raise refuse("MiningResult.load", "path", "an existing file", str(path))
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in DTYPES}
+                description = json.loads(file["description"].tobytes().decode())
+            skipped, config = description["skipped"], description["config"]
+            problem = _problem(arrays, description)
+        except Exception as error:  # zip, zlib, the header parser and JSON each raise their own kinds
+            raise ValueError(
+                f"MiningResult.load: {str(path)!r} is damaged or was not written by save ({error})"
+            ) from error
+        if problem:
+            raise ValueError(f"MiningResult.load: {str(path)!r} cannot be read: {problem}")
+        positives = RowLists(arrays.pop("positives_indptr"), arrays.pop("positives_rows"))
+        return cls(**arrays, positives=positives, skipped=skipped, config=config)
+
+    def _pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Every (query, positive): queries (P,), and (P, 1 + n) the positive followed by the query's negatives."""
+        queries = self.positives.queries  # (P,)
+        return queries, np.concatenate([self.positives.rows[:, None], self.indices[queries]], 1)
+
+
+def _problem(arrays: dict[str, np.ndarray], description: dict[str, Any]) -> str:
+    """What does not fit in a file that could be read; empty where all does."""
+    if description["format"] != FORMAT:
+        return f"its format is {description['format']!r}, and this version of negmine reads format {FORMAT}"
+    for name, dtype in DTYPES.items():
+        if arrays[name].dtype != dtype:
+            return f"its {name} are {arrays[name].dtype}, not {np.dtype(dtype)}"
+    indices, indptr, rows = arrays["indices"], arrays["positives_indptr"], arrays["positives_rows"]
+    if indices.ndim != 2:
+        return f"its indices have {indices.ndim} dimensions, not 2"
+    Q, K = len(indices), description["config"]["corpus_rows"]
+    shapes = {"scores": indices.shape, "positive_scores": (Q,), "num_valid": (Q,), "positives_indptr": (Q + 1,)}
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape:
+            return f"its {name} have shape {arrays[name].shape}, not {shape}"
+    if indptr[0] != 0 or (np.diff(indptr) < 0).any() or rows.shape != (indptr[-1],):
+        return "its positives_indptr does not fit its positives_rows"
+    if ((indices < -1) | (indices >= K)).any() or ((rows < 0) | (rows >= K)).any():
+        return f"it names rows outside its corpus of {K}"
+    if not np.array_equal((indices >= 0).sum(1), arrays["num_valid"]):
+        return "its num_valid does not count its indices"
+    return ""

@@ -1,0 +1,143 @@
+"""Rounds of mining and training: a model learns little from negatives that it no longer confuses with the positives.
+
+The method is that of ANCE (Xiong et al. 2021, arXiv 2007.00808), but synchronous: embed with the current model, mine, train,
+repeat. The model, the data and the devices belong to the two callables.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from negmine import backends, checks, order, reference
+from negmine.mining.hard_negatives import mine_hard_negatives
+from negmine.mining.result import MiningResult
+from negmine.mining.row_lists import parse
+from negmine.mining.scan import OPS, pair_scores
+from negmine.mining.sources import Rows, resolve_device
+from negmine.options import Select, is_real
+
+OP = "mining_rounds"
+REFUSED_OPTIONS = ("resume_dir", "process_group")  # a folder holds one run; one process scores the old negatives
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of mining_rounds."""
+
+    number: int  # from 0
+    result: MiningResult  # what was handed to train_round
+    new: float  # share of its negatives that the round before did not have; 1.0 in round 0
+    outcome: Any  # what train_round returned
+
+
+def mining_rounds(
+    embed: Callable[[int], tuple[Any, Any]],
+    train_round: Callable[[int, MiningResult], Any],
+    positives: Any,
+    *,
+    rounds: int = 3,
+    keep_old: int = 0,
+    min_new: float = 0.0,
+    **mining: Any,
+) -> list[Round]:
+    """Alternate mining and training, `rounds` times.
+
+        for r = 0 .. rounds - 1:
+            queries, corpus = embed(r);   result = mine_hard_negatives(queries, corpus, positives, **mining)
+            stop, before training, where less than min_new of result's negatives are new and r > 0
+            train_round(r, result)
+
+    embed(r): the (Q, D) and (K, D) embeddings as the model now makes them, in any form that mine_hard_negatives takes.
+    train_round(r, result): trains; what it returns is kept as Round.outcome.
+    keep_old: up to so many negatives of the round before that are not among the new ones join them, hardest by today's scores
+        first: a negative learnt and dropped may be forgotten. They pass today's filters, never the window. result then has
+        num_negatives + keep_old columns, hardest first.
+    min_new: share of new negatives below which another round would teach the same again; 0 never stops.
+    mining: mine_hard_negatives' own arguments, save resume_dir and process_group. seed grows by 1 a round.
+
+    Returns the rounds that were trained. Raises ValueError or TypeError for what does not fit.
+    """
+    checks.require_count(OP, "rounds", rounds)
+    checks.require_count(OP, "keep_old", keep_old, 0)
+    if not is_real(min_new) or not 0 <= min_new <= 1:
+        raise checks.refuse(OP, "min_new", "a share in [0, 1]", min_new)
+    for name, function in {"embed": embed, "train_round": train_round}.items():
+        if not callable(function):
+            raise checks.refuse(OP, name, "a callable", function, TypeError)
+    for name in REFUSED_OPTIONS:
+        if mining.get(name) is not None:
+            raise checks.refuse(OP, name, "left out: a round is mined by one process, in one go", mining[name])
+    done: list[Round] = []
+    for number in range(rounds):
+        queries, corpus = embed(number)
+        result = mine_hard_negatives(queries, corpus, positives, **{**mining, "seed": mining.get("seed", 0) + number})
+        old = done[-1].result.indices if done else None
+        new = 1.0 if old is None else new_share(result.indices, old)
+        if new < min_new and number:
+            break
+        if keep_old:
+            result = _add_old_negatives(result, old, keep_old, queries, corpus, mining)
+        done.append(Round(number, result, new, train_round(number, result)))
+    return done
+
+
+def _is_in(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """rows (Q, n), others (Q, m) -> (Q, n) bool: the entry is in the same query's others."""
+    queries = np.arange(len(rows))[:, None]
+    step = max(rows.max(initial=0), others.max(initial=0)) + 2  # so that -1 is no row of the previous query
+    return np.isin(queries * step + rows, queries * step + others)
+
+
+def new_share(now: np.ndarray, before: np.ndarray) -> float:
+    """The share of the negatives `now` (Q, n) that are not among `before` (Q, m); 0 where there are none."""
+    some = now >= 0
+    return float((some & ~_is_in(now, before)).sum() / max(1, some.sum()))
+
+
+def _add_old_negatives(
+    result: MiningResult, old: np.ndarray | None, keep: int, queries: Any, corpus: Any, mining: dict
+) -> MiningResult:
+    """The result with up to `keep` old negatives (Q, m) of each query, rescored, filtered and ranked among the new."""
+    Q = len(result.indices)
+    kept_rows, kept_scores = np.full((Q, keep), -1), np.full((Q, keep), -np.inf, np.float32)
+    if old is not None:
+        query_rows, rows = Rows.open(OP, "query_embeddings", queries), Rows.open(OP, "corpus_embeddings", corpus)
+        where = resolve_device(OP, mining.get("device"), query_rows if query_rows.device else rows)
+        empty = np.empty(0, np.int64)
+        ops = backends.choose(
+            OP, OPS, mining.get("backend"), (query_rows.gather(empty, where), rows.gather(empty, where))
+        )
+        given = mining.get("exclude")
+        excluded = None if given is None else parse(OP, "exclude", given, Q, len(rows))
+        usable = (old >= 0) & ~_is_in(old, result.indices)
+        for lists in (result.positives, excluded):
+            if lists is not None:
+                usable &= ~_is_in(old, lists.padded())
+        at, slot = np.nonzero(usable)
+        scores = np.full(old.shape, np.nan, np.float32)
+        with torch.no_grad():
+            scores[at, slot] = pair_scores(
+                ops,
+                lambda some: query_rows.gather(some, where),
+                lambda some: rows.gather(some, where),
+                at,
+                old[at, slot],
+            )
+        select = mining.get("select") or Select()
+        filters = replace(select, range_min=0, range_max=None)
+        current = torch.from_numpy(scores)
+        kept = reference.filtered(
+            current, torch.from_numpy(result.positive_scores), filters, torch.from_numpy(usable) & ~current.isnan()
+        )
+        sort_keys = order.pack(current, torch.from_numpy(old).clamp_min(0)).masked_fill(~kept, order.NOWHERE)
+        best = sort_keys.sort(dim=1, descending=True).values[:, :keep]
+        width = best.shape[1]
+        kept_scores[:, :width], kept_rows[:, :width] = (part.numpy() for part in order.unpack(best))
+    indices, scores = np.c_[result.indices, kept_rows], np.c_[result.scores, kept_scores]
+    sort_keys = order.pack(torch.from_numpy(scores), torch.from_numpy(indices).clamp_min(0))
+    sort_keys = sort_keys.masked_fill(torch.from_numpy(indices < 0), order.NOWHERE).sort(dim=1, descending=True).values
+    scores, indices = (part.numpy() for part in order.unpack(sort_keys))
+    return replace(result, indices=indices, scores=scores, num_valid=(indices >= 0).sum(1))

@@ -1,0 +1,265 @@
+"""Embeddings as one sequence of rows, whatever holds them: arrays, tensors, files, or a list of those as shards.
+
+    rows = Rows.open("mine_hard_negatives", "corpus_embeddings", ["a.npy", "b.npy"])
+    rows.block(begin, end, device)   (C, D): a view where the storage allows it; nothing outside the block is read
+    rows.gather(numbers, device)     (M, D)
+
+    "rows.npy"                 memory-mapped
+    "rows.safetensors::name"   a tensor of the file, memory-mapped; the name may be omitted if only one tensor has two dimensions
+    "rows.parquet::column"     a column of lists of D floats; the name may be omitted if there is only one such column
+
+The row number is the position in the concatenation of the shards. Content hashes and the detection of equal rows read the rows
+only, so neither depends on where the shards are cut.
+
+Parquet files are compressed, so their rows cannot be memory-mapped directly: the column is decoded once, batch by batch, into an
+unnamed temporary file, which is memory-mapped and disappears when the process ends.
+"""
+
+import bisect
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from negmine.checks import refuse, require_stored
+from negmine.selection import for_kernels
+
+FORMS = "an array, a tensor, the path of a .npy, .safetensors or .parquet file, or a list of those"
+PARQUET_ROWS = 4096  # decoded at a time
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+HASHED_ROWS = 2048  # rows in memory at a time while hashing
+
+
+def open_shard(op: str, name: str, value: Any) -> Tensor | np.ndarray:
+    """A file as a private memory map, which torch can wrap; an array or a tensor as it is."""
+    if isinstance(value, (str, os.PathLike)):
+        text, _, inner = str(value).partition("::")
+        path = Path(text)
+        reader = READERS.get(path.suffix)
+        if reader is None or not path.is_file() or (inner and path.suffix == ".npy"):
+            raise refuse(op, name, "the path of an existing .npy, .safetensors or .parquet file", str(value))
+        return reader(op, name, path, inner)
+    if not isinstance(value, (np.ndarray, Tensor)):
+        raise refuse(op, name, FORMS, type(value).__name__, TypeError)
+    if isinstance(value, Tensor):
+        require_stored(op, name, value)
+    return value
+
+
+def _damaged(op: str, name: str, path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{op}: {name} must be a whole {path.suffix} file, got {str(path)!r} ({error})")
+
+
+def _missing_package(op: str, name: str, path: Path, package: str) -> ImportError:
+    return ImportError(f"{op}: {name} is {str(path)!r}, and reading it needs {package}: pip install {package}")
+
+
+def _open_npy(op: str, name: str, path: Path, inner: str) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="c", allow_pickle=False)
+    except Exception as error:  # NumPy's parser of a damaged header raises many kinds
+        raise _damaged(op, name, path, error) from error
+
+
+def _choose_name(op: str, name: str, path: Path, inner: str, fitting: list[str], what: str) -> str:
+    """The name asked for, or the only fitting one."""
+    if inner and inner not in fitting:
+        raise refuse(op, name, f"the name of {what} of {str(path)!r}: {', '.join(fitting) or 'it has none'}", inner)
+    if not inner and len(fitting) != 1:
+        raise refuse(op, name, f"'path::name' where a file holds {what} of other than one name", f"{path}: {fitting}")
+    return inner or fitting[0]
+
+
+def _open_safetensors(op: str, name: str, path: Path, inner: str) -> Tensor:
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise _missing_package(op, name, path, "safetensors") from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            fitting = [key for key in file.keys() if len(file.get_slice(key).get_shape()) == 2]  # noqa: SIM118
+            chosen = _choose_name(op, name, path, inner, fitting, "a tensor (rows, D)")
+            return file.get_tensor(chosen)
+    except ValueError:
+        raise
+    except Exception as error:  # SafetensorError is a plain Exception
+        raise _damaged(op, name, path, error) from error
+
+
+def _open_parquet(op: str, name: str, path: Path, inner: str) -> np.ndarray:
+    try:
+        import pyarrow as arrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise _missing_package(op, name, path, "pyarrow") from error
+
+    def is_vector(kind: Any) -> bool:
+        lists = (arrow.types.is_list, arrow.types.is_large_list, arrow.types.is_fixed_size_list)
+        return any(test(kind) for test in lists) and arrow.types.is_floating(kind.value_type)
+
+    try:
+        file = parquet.ParquetFile(path)
+        schema = file.schema_arrow
+        fitting = [field.name for field in schema if is_vector(field.type)]
+    except (arrow.ArrowException, OSError) as error:
+        raise _damaged(op, name, path, error) from error
+    column = _choose_name(op, name, path, inner, fitting, "a column of lists of floats")
+    dtype = np.dtype(schema.field(column).type.value_type.to_pandas_dtype())
+    rows, dim = 0, 0
+    with file, tempfile.TemporaryFile(prefix="negmine-") as decoded:
+        batches = file.iter_batches(PARQUET_ROWS, columns=[column])
+        while True:
+            try:
+                batch = next(batches, None)
+            except (arrow.ArrowException, OSError) as error:
+                raise _damaged(op, name, path, error) from error
+            if batch is None:
+                break
+            lists = batch.column(0)
+            values = lists.flatten()
+            if not dim and len(lists):
+                dim = len(values) // len(lists)
+            even = lists.null_count == 0 and values.null_count == 0 and len(values) == dim * len(lists)
+            if even and not arrow.types.is_fixed_size_list(lists.type):
+                even = bool((np.diff(lists.offsets.to_numpy()) == dim).all())
+            if not even:
+                raise refuse(
+                    op, name, f"lists of one length without gaps in column {column!r}", f"{path} near row {rows}"
+                )
+            try:
+                decoded.write(np.ascontiguousarray(values.to_numpy(zero_copy_only=False), dtype).data)
+            except OSError as error:
+                where = f"{op}: {name}: no room in {tempfile.gettempdir()!r} for the rows of {str(path)!r}"
+                raise OSError(error.errno, f"{where} ({error.strerror}); TMPDIR names another folder") from error
+            rows += len(lists)
+        decoded.flush()
+        return np.memmap(decoded, dtype, "c", 0, (rows, dim)) if rows and dim else np.empty((rows, dim), dtype)
+
+
+READERS: dict[str, Callable[[str, str, Path, str], Tensor | np.ndarray]] = {
+    ".npy": _open_npy,
+    ".safetensors": _open_safetensors,
+    ".parquet": _open_parquet,
+}
+
+
+def _dtype_of(shard: Tensor | np.ndarray) -> str:
+    return DTYPES.get(shard.dtype, str(shard.dtype)) if isinstance(shard, Tensor) else str(shard.dtype)
+
+
+def as_tensor(part: Tensor | np.ndarray) -> Tensor:
+    """Rows of a shard as a tensor that kernels take: no copy where the memory is writable and each row is dense."""
+    if isinstance(part, Tensor):
+        return for_kernels(part)
+    return torch.from_numpy(part if part.flags.writeable and part.flags.c_contiguous else np.array(part, order="C"))
+
+
+class Rows:
+    """(rows, D) in one of the kernels' dtypes, held by one or more shards."""
+
+    def __init__(self, shards: list[Tensor | np.ndarray], dim: int, dtype: str) -> None:
+        self.shards, self.dim, self.dtype = shards, dim, dtype
+        self.starts = [0]  # of each shard, and the end of the last
+        for shard in shards:
+            self.starts.append(self.starts[-1] + len(shard))
+
+    @classmethod
+    def open(cls, op: str, name: str, value: Any) -> "Rows":
+        """Refuses, in a sentence, what is not (rows, D) in one dtype."""
+        if isinstance(value, (list, tuple)) and not value:
+            raise refuse(op, name, FORMS, value)
+        if isinstance(value, (list, tuple)):
+            labels = [f"{name}[{i}]" for i in range(len(value))]
+            shards = [open_shard(op, label, shard) for label, shard in zip(labels, value, strict=True)]
+        else:
+            labels, shards = [name], [open_shard(op, name, value)]
+        for label, shard in zip(labels, shards, strict=True):
+            if _dtype_of(shard) not in DTYPES.values():
+                raise refuse(
+                    op, label, "float32, float16 or bfloat16 in native byte order", _dtype_of(shard), TypeError
+                )
+            if shard.ndim != 2 or shard.shape[1] == 0:
+                raise refuse(op, label, "of shape (rows, D) with D of 1 or more", tuple(shard.shape))
+            if shard.shape[1] != shards[0].shape[1] or _dtype_of(shard) != _dtype_of(shards[0]):
+                wanted = f"of the D and dtype of the first shard, {shards[0].shape[1]} and {_dtype_of(shards[0])}"
+                raise refuse(op, label, wanted, (shard.shape[1], _dtype_of(shard)))
+        return cls(shards, shards[0].shape[1], _dtype_of(shards[0]))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dim * (4 if self.dtype == "float32" else 2)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the first tensor lives; None where no shard is a tensor."""
+        return next((shard.device for shard in self.shards if isinstance(shard, Tensor)), None)
+
+    def spans(self, size: int) -> Iterator[tuple[int, int]]:
+        """Consecutive (begin, end) of at most `size` rows that cover all rows; none crosses a shard, so none is a copy."""
+        for start, stop in zip(self.starts, self.starts[1:], strict=False):
+            for begin in range(start, stop, size):
+                yield begin, min(begin + size, stop)
+
+    def block(self, begin: int, end: int, device: torch.device) -> Tensor:
+        """Rows [begin, end): (end - begin, D); a copy only where they cross shards."""
+        shard = bisect.bisect_right(self.starts, begin) - 1
+        if end > self.starts[shard + 1]:
+            return self.gather(np.arange(begin, end), device)
+        start = self.starts[shard]
+        return as_tensor(self.shards[shard][begin - start : end - start]).to(device)
+
+    def gather(self, numbers: np.ndarray, device: torch.device) -> Tensor:
+        """numbers (M,) int64 -> (M, D), wherever the rows lie."""
+        shard_of = np.searchsorted(self.starts, numbers, side="right") - 1  # (M,)
+        shards = np.unique(shard_of)
+        if len(shards) == 1:
+            return self._gather_from(shards[0], numbers, device)
+        dtype = next(dtype for dtype, name in DTYPES.items() if name == self.dtype)
+        out = torch.empty(len(numbers), self.dim, dtype=dtype, device=device)  # (M, D)
+        for shard in shards:
+            at = np.flatnonzero(shard_of == shard)
+            out.index_copy_(0, torch.from_numpy(at).to(device), self._gather_from(shard, numbers[at], device))
+        return out
+
+    def _gather_from(self, shard: int, numbers: np.ndarray, device: torch.device) -> Tensor:
+        """numbers (M,) of rows that one shard holds -> (M, D). Torch's own indexing wakes its threads for each few rows."""
+        local, held = numbers - self.starts[shard], self.shards[shard]
+        if isinstance(held, Tensor):
+            return as_tensor(held.index_select(0, torch.from_numpy(local).to(held.device))).to(device)
+        return as_tensor(held[local]).to(device)
+
+    def content_hash(self) -> str:
+        """One hash of dtype, D and all rows in order."""
+        digest = hashlib.blake2b(f"{self.dtype} {self.dim}\n".encode(), digest_size=16)
+        for begin, end in self.spans(HASHED_ROWS):
+            block = self.block(begin, end, torch.device("cpu")).contiguous()  # (C, D)
+            digest.update(block.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def row_digests(self) -> np.ndarray:
+        """(rows, 2) uint64: a 128-bit hash of each row; 0.0 hashes as -0.0 does, and NaN as itself."""
+        digests = np.empty((len(self), 2), np.uint64)  # (rows, 2)
+        for begin, end in self.spans(HASHED_ROWS):
+            block = (self.block(begin, end, torch.device("cpu")).float() + 0.0).numpy()  # (C, D)
+            joined = b"".join(hashlib.blake2b(row, digest_size=16).digest() for row in block)
+            digests[begin:end] = np.frombuffer(joined, np.uint64).reshape(-1, 2)
+        return digests
+
+
+def resolve_device(op: str, device: Any, rows: Rows) -> torch.device:
+    """The device asked for, else the one that holds the rows."""
+    try:
+        where = torch.device(device or rows.device or "cpu")
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise refuse(op, "device", f"a device that torch has here ({error})", device) from error
+    return where

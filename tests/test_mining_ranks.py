@@ -1,0 +1,100 @@
+"""A corpus held by 1, 2 and 3 processes on gloo: every rank returns, bit for bit, what one process returns for all of it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import negmine
+from negmine import Select
+from tests.cases import unit
+from tests.compare import same_result
+from tests.ranks import run_ranks
+
+Q, K, D = 40, 600, 20
+CUTS = {1: [0, K], 2: [0, 37, K], 3: [0, 250, 250, K]}  # the second of three ranks holds nothing
+RUNS = {
+    "plain": {"num_negatives": 7},
+    "margins": {"select": Select(2, 40, absolute_margin=0.02), "sampling_strategy": "random", "seed": 3},
+    "fractions": {"select": Select(0.01, 0.3, max_score=0.6), "sampling_strategy": "weighted"},
+    "raw": {"select": Select(1, 400, relative_margin=0.05), "range_mode": "raw", "positive_aggregation": "mean"},
+    "exact": {"deduplicate": "exact", "num_negatives": 30},
+    "near": {"deduplicate": "near", "near_duplicate_score": 0.4, "num_negatives": 5, "select": Select(3)},
+}
+
+
+def inputs(dtype=torch.float32):
+    q, c = unit(Q, D, dtype=dtype, seed=1), unit(K, D, dtype=dtype, seed=2)
+    c[300:340] = c[:40]  # copies on other ranks
+    return q, c, [[b, b + 400] for b in range(Q)], [[500 + b] for b in range(Q)]
+
+
+def _refused(call):
+    try:
+        call()
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was refused"
+
+
+def work(rank, world, folder):
+    group, results = dist.group.WORLD, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        q, c, positives, exclude = inputs(dtype)
+        own = c[CUTS[world][rank] : CUTS[world][rank + 1]]
+        for name, options in RUNS.items():
+            if dtype == torch.float32 or name in ("plain", "near"):
+                got = negmine.mine_hard_negatives(
+                    *(q, own, positives), exclude=exclude, process_group=group, batch_size=9 + rank, **options
+                )
+                results[name, dtype] = got
+    q, c, positives, _ = inputs()
+    own = c[CUTS[world][rank] : CUTS[world][rank + 1]]
+    options = {"process_group": group, "resume_dir": f"{folder}/run", "batch_size": 8}
+    results["resumed"] = negmine.mine_hard_negatives(q, own, positives, **options)
+    dist.barrier()
+    if rank == 0:
+        for path in sorted((folder / "run").glob("queries-*"))[1:3]:
+            path.unlink()
+    dist.barrier()
+    results["again"] = negmine.mine_hard_negatives(q, own, positives, **options)
+    mine = negmine.mine_hard_negatives
+    if world > 1:
+        wrong = unit(5, D + 1) if rank == 1 else own
+        results["own refusal"] = _refused(lambda: mine(q, wrong, positives, process_group=group))
+        results["other seed"] = _refused(lambda: mine(q, own, positives, seed=rank, process_group=group))
+        options["resume_dir"] = f"{folder}/store" if rank == 0 else f"{folder}/run"  # a file, where a folder must be
+        results["no folder"] = _refused(lambda: mine(q, own, positives, **options))
+    return results
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_mine_what_one_process_mines(world, tmp_path):
+    got = run_ranks(work, world, tmp_path, tmp_path)
+    q, c, positives, _ = inputs()
+    alone = negmine.mine_hard_negatives(q, c, positives)
+    for rank in range(world):
+        for dtype in (torch.float32, torch.bfloat16):
+            q, c, positives, exclude = inputs(dtype)
+            for name, options in RUNS.items():
+                if (name, dtype) in got[rank]:
+                    want = negmine.mine_hard_negatives(q, c, positives, exclude=exclude, **options)
+                    assert (want.indices >= 0).any(), name
+                    same_result(got[rank][name, dtype], want)
+        same_result(got[rank]["resumed"], alone)
+        same_result(got[rank]["again"], alone)
+        assert got[rank]["again"].config["sizes"]["ranks"] == world
+        if world > 1:
+            own = "ValueError: mine_hard_negatives: corpus_embeddings must be of query_embeddings' D = 20"
+            others = "RuntimeError: mine_hard_negatives: rank 1 refused its input; its own error says why"
+            assert got[rank]["own refusal"].startswith(own if rank == 1 else others)
+            assert "rank 1 was called with other queries, positives or options than rank 0" in got[rank]["other seed"]
+            words = "FileExistsError" if rank == 0 else "rank 0 could not open resume_dir; its own error says why"
+            assert words in got[rank]["no folder"]
+
+
+def test_refusals():
+    q, c, positives, _ = inputs()
+    with pytest.raises(TypeError, match=r"process_group must be a process group of torch.distributed, such as"):
+        negmine.mine_hard_negatives(q, c, positives, process_group="world")
+    with pytest.raises(ValueError, match="index must be 'exact' where process_group is given, got 'Flat'"):
+        negmine.mine_hard_negatives(q, c, positives, process_group="world", index="Flat")

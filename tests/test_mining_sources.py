@@ -1,0 +1,191 @@
+"""Sources of embeddings: .npy, .safetensors and .parquet files, shards, tensors, and files that cannot be read."""
+
+import itertools
+import re
+import sys
+import tempfile
+
+import numpy as np
+import pytest
+import torch
+
+import negmine
+from negmine import NegativeIndex
+from negmine.mining import sources
+from tests.cases import unit
+from tests.compare import same_result
+
+mine = negmine.mine_hard_negatives
+Q, C = unit(6, 8, seed=1).numpy(), unit(40, 8, seed=2).numpy()
+POSITIVES = [3, 4, 5, 6, 7, 8]
+
+
+def to_parquet(path, kind="fixed", dtype="float32", rows=C, name="embedding", group=7):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    value = {"float16": arrow.float16(), "float32": arrow.float32(), "float64": arrow.float64()}[dtype]
+    flat = arrow.array(np.ascontiguousarray(rows, dtype).reshape(-1), value)
+    if kind == "fixed":
+        column = arrow.FixedSizeListArray.from_arrays(flat, rows.shape[1])
+    else:
+        ends = np.arange(len(rows) + 1) * rows.shape[1]
+        lists = arrow.LargeListArray if kind == "large" else arrow.ListArray
+        column = lists.from_arrays(arrow.array(ends, arrow.int64() if kind == "large" else arrow.int32()), flat)
+    table = arrow.table({"id": list(range(len(rows))), name: column})
+    parquet.write_table(table, path, row_group_size=group)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "list", "large"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_parquet_columns(kind, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PARQUET_ROWS", 6)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spool"))
+    (tmp_path / "spool").mkdir()
+    path, rows = tmp_path / "c.parquet", C.astype(dtype)
+    to_parquet(path, kind, dtype)
+    want = mine(Q.astype(dtype), rows, POSITIVES)
+    same_result(mine(Q.astype(dtype), path, POSITIVES, corpus_chunk_size=9), want)
+    got = mine(Q.astype(dtype), [f"{path}::embedding", rows[:5]], POSITIVES)
+    same_result(got, mine(Q.astype(dtype), [rows, rows[:5]], POSITIVES))
+    assert not list((tmp_path / "spool").iterdir()), "the decoded rows have no name"
+
+
+def test_safetensors(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    for dtype in (torch.float32, torch.bfloat16):
+        q, c = torch.from_numpy(Q).to(dtype), torch.from_numpy(C).to(dtype)
+        save_file({"rows": c, "norms": torch.ones(40)}, tmp_path / "one.safetensors")
+        save_file({"a": c[:11].clone(), "b": c[11:].clone()}, tmp_path / "two.safetensors")
+        want = mine(q, c, POSITIVES)
+        same_result(mine(q, tmp_path / "one.safetensors", POSITIVES), want)
+        same_result(mine(q, [f"{tmp_path}/two.safetensors::{name}" for name in "ab"], POSITIVES), want)
+
+
+def test_files_of_every_kind_make_one_corpus(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    np.save(tmp_path / "0.npy", C[:10])
+    save_file({"rows": torch.from_numpy(C[10:20].copy())}, tmp_path / "1.safetensors")
+    to_parquet(tmp_path / "2.parquet", rows=C[20:33])
+    files = [tmp_path / name for name in ("0.npy", "1.safetensors", "2.parquet")]
+    everything = [*files, C[33:36], torch.from_numpy(C[36:])]
+    for order in itertools.islice(itertools.permutations(everything[:3]), 3):
+        mine(Q, list(order), POSITIVES)
+    got = mine(Q, everything, POSITIVES, batch_size=4, corpus_chunk_size=11, deduplicate="exact")
+    same_result(got, mine(Q, C, POSITIVES, deduplicate="exact"))
+    index = NegativeIndex.build(everything)
+    np.testing.assert_array_equal(index.search(Q, 40).indices, NegativeIndex.build(C).search(Q, 40).indices)
+
+
+def broken(tmp_path, name):
+    """The path of a file that cannot be a shard."""
+    path = tmp_path / name.partition("::")[0]
+    if name.startswith("garbage"):
+        path.write_bytes(b"\x93NUMPY\x01\x00PAR1 not what its name says")
+    elif name.startswith("half."):
+        to_parquet(path)
+        path.write_bytes(path.read_bytes()[:200])
+    elif name == "gap.parquet":
+        arrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        rows = arrow.array([[1.0, 2.0], None, [3.0, 4.0]], arrow.list_(arrow.float32()))
+        parquet.write_table(arrow.table({"embedding": rows}), path)
+    elif name == "ragged.parquet":
+        arrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        rows = arrow.array([[1.0] * 7, [1.0] * 9], arrow.list_(arrow.float32()))
+        parquet.write_table(arrow.table({"embedding": rows}), path)
+    elif name == "double.parquet":
+        to_parquet(path, dtype="float64")
+    elif name == "page.parquet":
+        to_parquet(path)
+        text = bytearray(path.read_bytes())
+        text[400:460] = bytes(60)
+        path.write_bytes(text)
+    elif name.startswith("two."):
+        pytest.importorskip("safetensors.torch").save_file({"a": torch.ones(3, 8), "b": torch.ones(3, 8)}, path)
+    elif name.startswith("scalars."):
+        to_parquet(path, name="x")
+    return str(tmp_path / name)
+
+
+UNREADABLE = [
+    ("missing.npy", ValueError, "must be the path of an existing .npy, .safetensors or .parquet file"),
+    ("rows.csv", ValueError, "must be the path of an existing .npy, .safetensors or .parquet file"),
+    ("garbage.npy", ValueError, "must be a whole .npy file"),
+    ("garbage.npy::x", ValueError, "must be the path of an existing"),
+    ("garbage.safetensors", ValueError, "must be a whole .safetensors file"),
+    ("garbage.parquet", ValueError, "must be a whole .parquet file"),
+    ("half.parquet", ValueError, "must be a whole .parquet file"),
+    ("page.parquet", ValueError, "must be a whole .parquet file"),
+    ("gap.parquet", ValueError, "must be lists of one length without gaps in column 'embedding'"),
+    ("ragged.parquet", ValueError, "must be lists of one length without gaps in column 'embedding'"),
+    ("double.parquet", TypeError, "must be float32, float16 or bfloat16 in native byte order, got 'float64'"),
+    (
+        "two.safetensors",
+        ValueError,
+        "must be 'path::name' where a file holds a tensor (rows, D) of other than one name",
+    ),
+    ("two.safetensors::c", ValueError, "must be the name of a tensor (rows, D) of"),
+    ("scalars.parquet::id", ValueError, "must be the name of a column of lists of floats of"),
+]
+
+
+@pytest.mark.parametrize("name,error,words", UNREADABLE, ids=[name for name, _, _ in UNREADABLE])
+def test_unreadable_shards(name, error, words, tmp_path):
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("safetensors")
+    path = broken(tmp_path, name)
+    with pytest.raises(error, match=r"^mine_hard_negatives: corpus_embeddings\[1\] " + re.escape(words)):
+        mine(Q, [C, path], POSITIVES)
+
+
+def test_missing_readers_are_named(tmp_path, monkeypatch):
+    for package, suffix in (("safetensors", ".safetensors"), ("pyarrow", ".parquet")):
+        (tmp_path / f"c{suffix}").write_bytes(b"")
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ImportError, match=f"reading it needs {package}: pip install {package}"):
+            mine(Q, tmp_path / f"c{suffix}", POSITIVES)
+
+
+def test_no_room_to_decode(tmp_path, monkeypatch):
+    to_parquet(tmp_path / "c.parquet")
+    real = tempfile.TemporaryFile
+
+    def full(**options):
+        file = real(**options)
+
+        class Full:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error):
+                file.close()
+
+            def write(self, piece):
+                raise OSError(28, "No space left on device")
+
+        return Full()
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(OSError, match=r"no room in .* \(No space left on device\); TMPDIR names another folder"):
+        mine(Q, tmp_path / "c.parquet", POSITIVES)
+
+
+@pytest.mark.parametrize("made", [torch.Tensor.to_sparse, lambda t: t.to("meta")], ids=["sparse", "meta"])
+def test_a_tensor_without_rows_in_memory_is_refused(made):
+    words = "must be a dense tensor|must be a tensor that holds numbers"
+    q, c, positives = torch.from_numpy(Q), torch.from_numpy(C), torch.tensor(POSITIVES)
+    for arguments in ((made(q), c, positives), (q, made(c), positives), (q, c, made(positives))):
+        with pytest.raises(TypeError, match=words):
+            mine(*arguments)
+    with pytest.raises(TypeError, match=words):
+        NegativeIndex.build(c).search(made(q), 3)
+
+
+def test_damaged_shard_is_refused(tmp_path):
+    (tmp_path / "c.npy").write_bytes(b"\x93NUMPY\x01\x00garbage")
+    with pytest.raises(ValueError, match=r"corpus_embeddings must be a whole .npy file"):
+        mine(Q, tmp_path / "c.npy", POSITIVES)
