@@ -18,8 +18,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from negmine import backends
 from negmine.mining import NegativeIndex
+from negmine.ops import backends
 from negmine.selection import mine_hardest
 from negmine.version import __version__
 
@@ -44,11 +44,11 @@ def backend_rows() -> list[tuple[str, str, str]]:
     """Name, device and 'works' or 'no: why', in order of preference."""
     rows = []
     for row in backends.BACKENDS:
-        missing = [op for op in backends.OPS if row.launchers and op not in row.launchers]
+        missing = [op for op in backends.OPS if row.functions and op not in row.functions]
         if row.refusal:
             verdict = f"no: {row.refusal}"
         elif "mine_hardest" in missing:  # no call can name it
-            verdict = f"loads; runs {', '.join(row.launchers)}, and the next ones the rest"
+            verdict = f"loads; runs {', '.join(row.functions)}, and the next ones the rest"
         else:
             on_gpu = row.device == "cuda" and torch.cuda.is_available()
             verdict = _trial(row.name, "cuda" if on_gpu else "cpu")

@@ -64,7 +64,8 @@ def mine_hardest(
         s_bk = query_b . negative_keys_k;   index_b = the first N columns by (s descending, k ascending) of b's pool
 
     query (B, D): fp32, bf16 or fp16 (float64 runs on the reference), used as given.
-    negative_keys: keys (K, D) or (B, M, D) each query's own, a MoCoQueue, a Negatives with ids, labels or a mask, or None for the batch's positive_key.
+    negative_keys: keys (K, D) or (B, M, D) each query's own, a MoCoQueue, a Negatives with ids, labels or a mask, or None for
+        the batch's positive_key.
     positive_key (B, D): needed where select has a margin, and for in-batch negatives.
     select: which negatives are candidates; with a window that starts at rank r the result starts there, with sample it holds the
         N hardest of the sample.
@@ -217,10 +218,11 @@ def mix_negatives(
     """Mix new negatives for each query from its hardest ones (MoCHi, Kalantidis et al. 2020); `Mix` states the formulas.
 
     query (B, D), query_ids, query_labels: as in mine_hardest; so is negative_keys, but for each query's own, which are refused.
-    positive_key (B, D) for in-batch negatives. `info_nce(mix=..., seed=..., step=...)` uses exactly these draws. They are counter-based: a function of (seed, step), the global
-    row (row_offset + b) and the slot, whatever the backend, batch split or world size.
-    seed: an int in [0, 2**32). step, row_offset: ints, or 0-d int64 tensors on the device of query; row_offset is the global index
-        of the first query, rank * B in data-parallel training.
+    positive_key (B, D) for in-batch negatives. `info_nce(mix=..., seed=..., step=...)` uses exactly these draws. They are
+    counter-based: a function of (seed, step), the global row (row_offset + b) and the slot, whatever the backend, batch split
+    or world size.
+    seed: an int in [0, 2**32). step, row_offset: ints, or 0-d int64 tensors on the device of query; row_offset is the global
+        index of the first query, rank * B in data-parallel training.
 
     Returns Mixed(vectors (B, S, D) in query's dtype, parents (B, S, 2) int64, coefficients (B, S) fp32). With mix.detach=False
     the vectors carry gradient to query and negative_keys. A query without negatives gets zero vectors and

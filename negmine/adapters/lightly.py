@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from negmine import checks, reference
-from negmine.info_nce import info_nce
-from negmine.methods import positive_weights
-from negmine.queue import MoCoQueue
-from negmine.selection import score_of_positive
+from negmine import reference
+from negmine.losses.info_nce import info_nce
+from negmine.losses.methods import positive_weights
+from negmine.ops import checks
+from negmine.ops.vectors import score_of_positive
+from negmine.options import Negatives
+from negmine.queues.moco import MoCoQueue
 
 WeightFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -34,10 +36,8 @@ def _both_views(out0: Tensor, out1: Tensor, **options: Any) -> Tensor:
     """info_nce of every view against its other view and all views of other images: (2B,)."""
     views = torch.cat([out0, out1])  # (2B, D)
     image = torch.arange(len(out0), device=out0.device).repeat(2)  # (2B,)
-    keywords: dict[str, Any] = {"query_ids": image, "negative_ids": image, "reduction": "none", **options}
-    rows = info_nce(views, torch.cat([out1, out0]), views, **keywords)
-    assert isinstance(rows, Tensor)
-    return rows
+    negatives = Negatives(views, ids=image)
+    return info_nce(views, torch.cat([out1, out0]), negatives, query_ids=image, reduction="none", **options)
 
 
 class NTXentLoss(nn.Module):
@@ -78,10 +78,9 @@ class NTXentLoss(nn.Module):
         options: dict[str, Any] = {"temperature": self.temperature, "backend": self.backend}
         if self.memory_bank is None:
             return reference.reduced(_both_views(out0, out1, **options), "mean")
-        loss = info_nce(out0, out1, self.memory_bank.keys, **options)
+        loss = info_nce(out0, out1, self.memory_bank, **options)
         if out0.requires_grad:
             self.memory_bank.enqueue(out1)
-        assert isinstance(loss, Tensor)
         return loss
 
 

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from negmine import checks
-from negmine.info_nce import info_nce
-from negmine.softplus_sum import siglip
+from negmine.losses.info_nce import info_nce
+from negmine.losses.siglip import siglip
+from negmine.ops import checks
+from negmine.options import Negatives
 
 
 def _check_pair(op: str, image_features: Any, text_features: Any) -> None:
@@ -79,10 +80,8 @@ class ClipLoss(nn.Module):
         own = torch.arange(first, first + len(query), device=query.device)  # (B,)
         everyone = torch.arange(len(keys), device=query.device)  # (K,)
         positive_key = keys[first : first + len(query)]
-        options: dict[str, Any] = {"temperature": temperature, "query_ids": own, "negative_ids": everyone}
-        loss = info_nce(query, positive_key, keys, **options, backend=self.backend)
-        assert isinstance(loss, Tensor)
-        return loss
+        negatives = Negatives(keys, ids=everyone)
+        return info_nce(query, positive_key, negatives, temperature=temperature, query_ids=own, backend=self.backend)
 
     def forward(
         self,
@@ -157,11 +156,10 @@ class SigLipLoss(nn.Module):
         loss = siglip(
             image_features,
             text_features,
-            texts,
+            Negatives(texts, ids=everyone),
             scale=logit_scale,
             bias=0.0 if logit_bias is None else logit_bias,
             query_ids=everyone[first : first + len(image_features)],
-            negative_ids=everyone,
             backend=self.backend,
         )
         return {"contrastive_loss": loss} if output_dict else loss

@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from negmine import checks
 from negmine.losses import SupConLoss
-from negmine.multi_similarity import MultiSimilarityLoss
-from negmine.queue import MoCoQueue
-from negmine.stepped import Stepped
-from negmine.triplet_loss import TripletLoss
-from negmine.triplets import check_rule, mine_triplets
+from negmine.losses.mined_pairs import MultiSimilarityLoss
+from negmine.losses.schedules import ScheduledLoss
+from negmine.losses.triplet import TripletLoss
+from negmine.losses.triplet_mining import check_rule, mine_triplets
+from negmine.ops import checks
+from negmine.queues.moco import MoCoQueue
 
 LABEL_LOSSES = (TripletLoss, MultiSimilarityLoss, SupConLoss)
 
 
-class NegmineMiner(Stepped):
+class NegmineMiner(ScheduledLoss):
     """miner(embeddings, labels, ref_emb=None, ref_labels=None) -> (a1, p, a2, n), as BaseMiner: 1-D int64 indices of pairs.
 
     positive, negative, margin, distance, max_positives, num_negatives: as in negmine.mine_triplets. Embeddings are normalised,

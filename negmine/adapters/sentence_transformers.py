@@ -26,12 +26,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from negmine import checks, order, reference
+from negmine import reference
 from negmine.mining import MiningResult
 from negmine.mining import mine_hard_negatives as mine
 from negmine.mining.atomic_file import atomic_write
 from negmine.mining.row_lists import RowLists
 from negmine.mining.sampling import candidates_needed, sample, slice_window
+from negmine.ops import checks, sort_key
 from negmine.options import Select
 
 OP = "mine_hard_negatives"
@@ -243,13 +244,13 @@ def _chosen(result: MiningResult, select: Select, lowest: np.ndarray, n: int, st
         scores, torch.from_numpy(lowest), replace(select, range_min=0, range_max=None), indices >= 0
     )
     sort_keys = (
-        order.pack(scores, indices.clamp_min(0)).masked_fill(~kept, order.NOWHERE).sort(1, descending=True).values
+        sort_key.pack(scores, indices.clamp_min(0)).masked_fill(~kept, sort_key.NOWHERE).sort(1, descending=True).values
     )
     first, end = select.window(kept.sum(1))
     limit = candidates_needed(select, n, strategy)
     window = slice_window(sort_keys, first, end if limit is None else end.minimum(first + limit))
     drawn = sample(window, n, strategy, torch.arange(len(window)), seed, 1.0)
-    some, rows = order.unpack(drawn)
+    some, rows = sort_key.unpack(drawn)
     return replace(result, indices=rows.numpy(), scores=some.numpy(), num_valid=(rows >= 0).sum(1).numpy())
 
 

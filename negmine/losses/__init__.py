@@ -1,4 +1,4 @@
-"""The losses: each a function and its module, in one file. The published methods built on them are configured by negmine.recipes."""
+"""The losses, each a function and its module in one file. negmine.recipes configures them as published methods."""
 
 from negmine.losses.info_nce import InfoNCELoss, InfoNCEStats
 from negmine.losses.mined_pairs import MultiSimilarityLoss, MultiSimilarityStats, multi_similarity

@@ -1,7 +1,8 @@
 """False negatives: the columns that support views of a query's own image find, without a score matrix.
 
 With top_k, each view mines its own hardest columns and the lists are merged, which is exact: a column among the top_k of the
-largest view is among the top_k of that view. With a threshold alone, the queue passes in pieces. The result is a (B, K) bool mask.
+largest view is among the top_k of that view. With a threshold alone, the queue passes in pieces. The result is a (B, K) bool
+mask.
 """
 
 from typing import NamedTuple

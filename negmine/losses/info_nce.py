@@ -1,8 +1,8 @@
 """InfoNCE over a queue of negatives, with its gradient, without the (B, K) matrix: the function and its module.
 
-`info_nce` checks its input, makes a plan of the options, and runs the plan in one of three ways: dense, by the reference; whole, by
-the kernel op info_nce; or composed of the ops for log-sum-exps, where an option needs more than that op does. In each the gradient
-of the negatives is known after the forward pass, so the queue may be overwritten before backward.
+`info_nce` checks its input, makes a plan of the options, and runs the plan in one of three ways: dense, by the reference;
+whole, by the kernel op info_nce; or composed of the ops for log-sum-exps, where an option needs more than that op does. In each
+the gradient of the negatives is known after the forward pass, so the queue may be overwritten before backward.
 """
 
 from collections.abc import Callable
@@ -90,11 +90,12 @@ def info_nce(
     temperature: a number above 0, or a 0-d floating tensor that receives gradient. MoCo v1: 0.07, v2: 0.2.
     select: which negatives stay; mix: which synthetic ones are added; weight: how they weigh; see those classes.
     false_negatives with support (B, V, D): negatives found by other views of the same image are removed or attracted.
-    query_ids (B,), query_labels (B,): a key whose id or label is equal is ignored as a negative. -1 is unknown and equals nothing.
+    query_ids (B,), query_labels (B,): a key whose id or label is equal is ignored as a negative. -1 is unknown and equals
+        nothing.
     decoupled: the positive leaves the denominator (Yeh et al. 2021, arXiv 2110.06848); the loss may be negative.
     reduction: "mean" over the B rows, "sum" or "none".
-    seed, step, row_offset: the key of mix's and select.sample's draws and the global index of the first query. step and row_offset
-        may be 0-d int64 tensors on the device of query.
+    seed, step, row_offset: the key of mix's and select.sample's draws and the global index of the first query. step and
+        row_offset may be 0-d int64 tensors on the device of query.
     backend: None chooses; "cuda", "triton", "cpu" or "reference" insists.
 
     Vectors are used as given (normalise them for cosine scores). Returns the loss, fp32 (float64 for float64 input), 0-d or
@@ -115,6 +116,7 @@ def info_nce(
     plan = Plan(select, mix, weight, false_negatives, decoupled, Draw(seed, step, row_offset), return_stats)
     vectors = query, positive_key, keys
     kernels = choose_for_keys(op, plan.ops(keys), backend, vectors, keys, "info_nce" if plan.is_one_op else "")
+    stats: InfoNCEStats | None
     if kernels is None:
         rows, stats = plan.run_dense(*vectors, pool, temperature, support)
     else:
@@ -301,8 +303,9 @@ class Plan:
     def _columns(self, kernels: Kernels, query: Tensor, keys: Tensor, pool: Pool, positive_score: Tensor) -> _Sum:
         """The columns that `select` keeps, as the sum takes them."""
         if self.select is None:
-            mined_here = self.mix is not None and self.mixes and not self._is_sharpened
-            return _Sum(kernels, pool, None, mined_depth(self.mix, kernels.queue_size(keys)) if mined_here else 0)
+            if self.mix is None or not self.mixes or self._is_sharpened:
+                return _Sum(kernels, pool)
+            return _Sum(kernels, pool, None, mined_depth(self.mix, kernels.queue_size(keys)))
         q, n, score = for_kernels(query), for_kernels(keys), positive_score.detach()
         if not self.samples:
             return _Sum(kernels, *ranks_to_sum(kernels, q, n, pool, self.select, score))

@@ -1,9 +1,9 @@
 """Published losses that are arithmetic on the positive's logit and the negatives' log-sum-exp, as functions and as a module.
 
 Each takes (query (B, D), positive_key (B, D), negative_keys), temperature, its own numbers, reduction, and as **pool
-the further keywords of `negmine.logsumexp`: select, query_ids, query_labels, seed, step, row_offset, backend. Each returns the loss, fp32
-(float64 for float64 input), 0-d or (B,); a row without negatives has loss 0 and no gradient. Gradients go to the query, the
-positive key, the negatives where they require it, and a temperature that is a tensor. Bad input raises ValueError or
+the further keywords of `negmine.logsumexp`: select, query_ids, query_labels, seed, step, row_offset, backend. Each returns the
+loss, fp32 (float64 for float64 input), 0-d or (B,); a row without negatives has loss 0 and no gradient. Gradients go to the
+query, the positive key, the negatives where they require it, and a temperature that is a tensor. Bad input raises ValueError or
 TypeError before any work.
 
     x_b = s_pos / T,   lse_b = log sum over b's kept negatives of exp(s / T),   InfoNCE = log(1 + exp(lse - x))
@@ -50,7 +50,7 @@ def sum_of(
         if name not in known:
             raise TypeError(f"{op}: {name} is not a keyword; those of the pool are {', '.join(known)}")
     columns = summed_columns(
-        op, ("logsumexp",), query, positive_key, negative_keys, pool.get("select"), *(pool.get(name) for name in TAGS),
+        op, ("logsumexp",), query, positive_key, negative_keys, pool.get("select"), pool.get("query_ids"), pool.get("query_labels"),
         draw_of(pool), pool.get("backend"),
     )  # fmt: skip
     return columns.logsumexp(query, temperature)

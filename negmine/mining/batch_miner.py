@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from negmine import order, reference
+from negmine import reference
 from negmine.mining.dedup import Deduplicator
 from negmine.mining.index_scan import IndexScan
 from negmine.mining.row_lists import RowLists
 from negmine.mining.sampling import candidates_needed, slice_window
 from negmine.mining.scan import Scan
+from negmine.ops import sort_key
 from negmine.options import Select
 
 FILTERS = ("min_score", "max_score", "absolute_margin", "relative_margin")
@@ -110,11 +111,11 @@ class BatchMiner:
         window = slice_window(sort_keys, first, end)
         if self.deduplicator is None:
             return window, drops, None
-        has_more = (window != order.NOWHERE).sum(1) == end - first  # (B,) bool: the pool may hold more rows
+        has_more = (window != sort_key.NOWHERE).sum(1) == end - first  # (B,) bool: the pool may hold more rows
         window, near = self.deduplicator(window, rows, self.max_candidates)  # (B, W), (B, 2)
         if self.max_candidates is None or max_ranks is None:
             return window, drops, near
-        short = ((window != order.NOWHERE).sum(1) < self.max_candidates) & has_more & (end < last)  # (B,)
+        short = ((window != sort_key.NOWHERE).sum(1) < self.max_candidates) & has_more & (end < last)  # (B,)
         if not short.any():
             return window, drops, near
         at = short.nonzero()[:, 0].cpu()
@@ -131,7 +132,8 @@ class BatchMiner:
         )
         width = max(window.shape[1], deeper.shape[1])
         window, deeper = (
-            torch.nn.functional.pad(part, (0, width - part.shape[1]), value=order.NOWHERE) for part in (window, deeper)
+            torch.nn.functional.pad(part, (0, width - part.shape[1]), value=sort_key.NOWHERE)
+            for part in (window, deeper)
         )
         assert near_deeper is not None  # since there is a deduplicator
         window[at_device], near[at_device] = deeper, near_deeper
@@ -146,12 +148,12 @@ class BatchMiner:
         first, last = self.select.window(size)
         sort_keys, _ = self.source.run(query, RowLists.empty(B), None, int(last.max()) if B else 0, Select(), [])
         window = slice_window(sort_keys, first, last)  # (B, W)
-        scores, index = order.unpack(window)  # (B, W) each
+        scores, index = sort_key.unpack(window)  # (B, W) each
         excluded_pairs = torch.from_numpy(excluded.queries * K + excluded.rows).to(window.device)  # (E,)
         pair_numbers = torch.arange(B, device=window.device)[:, None] * K + index  # (B, W)
-        pool = (window != order.NOWHERE) & ~torch.isin(pair_numbers, excluded_pairs)
+        pool = (window != sort_key.NOWHERE) & ~torch.isin(pair_numbers, excluded_pairs)
         drops = torch.zeros(len(counted_filters), B, dtype=torch.int64, device=window.device)
         for drop, each in zip(drops, counted_filters, strict=True):
             drop += (pool & ~reference.filtered(scores, anchor, each, pool)).sum(1)
         kept = reference.filtered(scores, anchor, self.filters, pool)  # (B, W)
-        return window.masked_fill(~kept, order.NOWHERE).sort(dim=1, descending=True).values, drops
+        return window.masked_fill(~kept, sort_key.NOWHERE).sort(dim=1, descending=True).values, drops

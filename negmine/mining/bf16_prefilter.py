@@ -20,12 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from negmine import cpp_ops, order
-from negmine.backends import Launchers
+from negmine.ops import compiled, sort_key
+from negmine.ops.backends import Kernels
+from negmine.ops.pool import Pool
+from negmine.ops.windows import bounded
 from negmine.options import Select
-from negmine.pool import Pool, bounded
 
-LAUNCHERS = cpp_ops.launchers("CPU")
+CPU_OPS = {} if compiled.CPU_REFUSAL else compiled.functions("negmine_cpu", "CPU")
 EXTRA = 48  # candidates beyond N, for scores that are nearly equal
 MIN_QUERIES, MIN_ROWS, MIN_DIM = 1024, 16384, 64  # below these, rounding the rows takes as long as it saves
 MAX_RESCANNED = 0.25  # share of the queries; above it the two scans take longer than one
@@ -61,10 +62,10 @@ class Bf16Prefilter:
     num_queries: int = 0
     num_rescanned: int = 0
 
-    def is_faster(self, ops: Launchers | None, query: Tensor, keys: Tensor, N: int, select: Select) -> bool:
-        if ops is None or ops.mine_hardest is not LAUNCHERS.get("mine_hardest"):
+    def is_faster(self, ops: Kernels | None, query: Tensor, keys: Tensor, N: int, select: Select) -> bool:
+        if ops is None or ops.mine_hardest is not CPU_OPS.get("mine_hardest"):
             return False
-        fast = cpp_ops.isa().endswith("bf16") and query.dtype == keys.dtype == torch.float32
+        fast = compiled.isa().endswith("bf16") and query.dtype == keys.dtype == torch.float32
         large = len(query) >= MIN_QUERIES and len(keys) >= MIN_ROWS and query.shape[1] >= MIN_DIM
         plain = select.min_score is None and not (select.starts_late or select.ends_early)
         return (
@@ -73,7 +74,7 @@ class Bf16Prefilter:
 
     def __call__(
         self,
-        ops: Launchers | None,
+        ops: Kernels | None,
         query: Tensor,
         keys: Tensor,
         N: int,
@@ -90,10 +91,10 @@ class Bf16Prefilter:
         max_score, candidate_pool = None, pool
         if select.has_filter:
             max_score = select.highest_score(torch.zeros(len(query)) if anchor is None else anchor)  # (B,)
-            candidate_pool = pool._replace(upper=order.pack(max_score + bound, 0))
-        approximate = ops.mine_hardest_kept(half_query, half_keys, N + EXTRA, *candidate_pool)
+            candidate_pool = pool._replace(upper=sort_key.pack(max_score + bound, 0))
+        approximate = ops.mine_hardest(half_query, half_keys, N + EXTRA, True, *candidate_pool)
         columns = approximate[1].sort(1).values  # (B, N + EXTRA), -1 first
-        scores, index, num_kept = LAUNCHERS["mine_listed"](query, keys, columns, N, max_score)
+        scores, index, num_kept = CPU_OPS["mine_listed"](query, keys, columns, N, max_score)
         complete, highest_missed = columns[:, 0] < 0, approximate[0][:, -1] + bound  # (B,) each
         num_kept = approximate[2] - (columns >= 0).sum(1) + num_kept
         undecided = (~(complete | (highest_missed < scores[:, -1])) | ~bound.isfinite()).nonzero()[:, 0]  # (U,)
@@ -106,6 +107,6 @@ class Bf16Prefilter:
             pool = pool._replace(negative_mask=mask, query_ids=query_ids)
             if select.has_filter:
                 pool = bounded(ops, query[undecided], keys, pool, select, anchor)
-            exact = ops.mine_hardest_kept(query[undecided], keys, N, *pool)
+            exact = ops.mine_hardest(query[undecided], keys, N, True, *pool)
             scores[undecided], index[undecided], num_kept[undecided] = exact
         return scores, index, num_kept if want_num_kept else None

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from negmine import order
 from negmine.mining.row_lists import RowLists
+from negmine.ops import sort_key
 
 
 def first_equal(digests: np.ndarray) -> np.ndarray:
@@ -93,10 +93,10 @@ class Deduplicator:
         G, W = window.shape
         lists = self.positives.take(rows.numpy())
         known = torch.from_numpy(lists.padded())  # (G, P)
-        vectors = self._vectors(order.unpack(window)[1])  # (G, W, D)
+        vectors = self._vectors(sort_key.unpack(window)[1])  # (G, W, D)
         near_positive = near_pairs(vectors, self._vectors(known.to(window.device)), self.threshold).any(2)  # (G, W)
         near_other = near_pairs(vectors, vectors, self.threshold)  # (G, W, W)
-        some = window != order.NOWHERE  # (G, W)
+        some = window != sort_key.NOWHERE  # (G, W)
         kept = torch.zeros_like(some)
         dropped = torch.zeros(G, 2, dtype=torch.int64, device=window.device)
         count = dropped.new_zeros(G)
@@ -106,5 +106,5 @@ class Deduplicator:
             kept[:, w] = visited & ~near_positive[:, w] & ~near_kept
             count += kept[:, w]
             dropped += torch.stack([visited & near_positive[:, w], visited & near_kept], 1)
-        remaining = window.masked_fill(~kept, order.NOWHERE).sort(dim=1, descending=True).values
+        remaining = window.masked_fill(~kept, sort_key.NOWHERE).sort(dim=1, descending=True).values
         return remaining[:, :max_kept], dropped

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from negmine import backends, order
-from negmine.checks import refuse
 from negmine.mining.array_file import Write
 from negmine.mining.process_ranks import ProcessRanks
 from negmine.mining.row_lists import RowLists
 from negmine.mining.scan import OPS, Corpus, Scan
 from negmine.mining.sources import Rows
+from negmine.ops import backends, sort_key
+from negmine.ops.checks import refuse
 from negmine.options import Select
 
 TRAIN_ROWS = 1 << 18  # sampled from the corpus by default
@@ -81,7 +81,7 @@ class ExactEngine:
         sort_keys, _ = scan.run(
             query.to(self._device), RowLists.empty(len(query)), None, min(k, len(self)), Select(), []
         )
-        scores, ids = (part.cpu().numpy() for part in order.unpack(sort_keys))
+        scores, ids = (part.cpu().numpy() for part in sort_key.unpack(sort_keys))
         pad = ((0, 0), (0, k - ids.shape[1]))
         return np.pad(scores, pad, constant_values=-np.inf), np.pad(ids, pad, constant_values=-1)
 

@@ -21,8 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from negmine import backends, checks, order
-from negmine.backends import Launchers
 from negmine.mining.batch_miner import BatchMiner, needs_count, single_filters
 from negmine.mining.dedup import Deduplicator
 from negmine.mining.index import NegativeIndex, measure_recall, require_same_rows, sample_queries
@@ -36,6 +34,8 @@ from negmine.mining.row_lists import RowLists, parse
 from negmine.mining.sampling import STRATEGIES, sample
 from negmine.mining.scan import OPS, Corpus, Scan
 from negmine.mining.sources import Rows, resolve_device
+from negmine.ops import backends, checks, sort_key
+from negmine.ops.backends import Kernels
 from negmine.options import Select, is_real
 from negmine.version import __version__
 
@@ -233,7 +233,7 @@ class _Plan:
 
     positives: RowLists  # as given
     exclude: RowLists
-    ops: Launchers | None
+    ops: Kernels | None
     exact: bool  # False: an approximate index proposes candidates
     sizes: BatchSizes
     scratch_bytes: int
@@ -249,8 +249,8 @@ def _make_plan(options: dict[str, Any], inputs: _Inputs, positives: Any, exclude
     rows, Q, K = corpus.rows, len(queries), len(corpus)
     select, index, memory = options["select"], options["index"], options["max_memory_bytes"]
     with ranks.fail_together(OP, "refused its input"):
-        if order.LAST_INDEX <= K:
-            raise checks.refuse(OP, "corpus_embeddings", f"of fewer than {order.LAST_INDEX} rows", K)
+        if sort_key.LAST_INDEX <= K:
+            raise checks.refuse(OP, "corpus_embeddings", f"of fewer than {sort_key.LAST_INDEX} rows", K)
         positives = parse(OP, "positives", positives, Q, K)
         exclude = RowLists.empty(Q) if exclude is None else parse(OP, "exclude", exclude, Q, K)
         if select.has_margin and (positives.sizes == 0).any():
@@ -344,7 +344,7 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan) -> MiningResult:
             sort_keys = sample(window.cpu(), miner.num_negatives, strategy, numbers, seed, temperature)  # (B, n)
             if isinstance(source, IndexScan):
                 dropped["cut_short"] = source.pop_cut_short()
-            state.record(begin, *order.unpack(sort_keys), dropped)
+            state.record(begin, *sort_key.unpack(sort_keys), dropped)
     if index_facts is not None:
         index_facts["cut_short"] = state.skipped.pop("cut_short")
     skipped = {
@@ -404,7 +404,7 @@ def _identity(options: dict[str, Any], inputs: _Inputs, plan: _Plan, content: di
     return identity
 
 
-def _describe_kernels(ops: Launchers | None, device: torch.device) -> str:
+def _describe_kernels(ops: Kernels | None, device: torch.device) -> str:
     """The kernels that compute scores, as far as their rounding may differ elsewhere."""
     if ops is None:
         return f"reference on {device.type}"

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from negmine import backends, checks, order
 from negmine.mining import array_file
 from negmine.mining.engines import CagraEngine, ExactEngine, FaissEngine
 from negmine.mining.memory_budget import DENSE_BYTES, plan_batches
@@ -23,6 +22,7 @@ from negmine.mining.process_ranks import ProcessRanks
 from negmine.mining.row_lists import RowLists
 from negmine.mining.scan import OPS, Corpus, Scan, pair_scores
 from negmine.mining.sources import Rows, resolve_device
+from negmine.ops import backends, checks, sort_key
 from negmine.options import Select, is_real
 
 FILE_KIND = "NegativeIndex"
@@ -279,7 +279,7 @@ def measure_recall(index: NegativeIndex, scan: Scan, query: Tensor, k: int) -> f
     found[at, slot] = np.nan_to_num(
         pair_scores(scan.ops, take, scan.corpus.gather, at, ids[at, slot]), nan=-np.inf, posinf=np.inf, neginf=-np.inf
     )
-    wanted = order.unpack(best)[0].cpu().numpy()  # (A, k), -inf past the end
+    wanted = sort_key.unpack(best)[0].cpu().numpy()  # (A, k), -inf past the end
     real = wanted > -np.inf
     threshold = np.where(real, wanted, np.inf).min(1, keepdims=True, initial=np.inf)  # (A, 1)
     return float((found >= threshold).sum() / real.sum()) if real.any() else 1.0

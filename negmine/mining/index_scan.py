@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from negmine import order, reference
+from negmine import reference
 from negmine.mining.index import NegativeIndex
 from negmine.mining.row_lists import RowLists
 from negmine.mining.scan import Corpus, Scan, pair_scores
+from negmine.ops import sort_key
 from negmine.options import Select
 
 MAX_CANDIDATES = 4096  # of a query, unless its window begins deeper
@@ -59,7 +60,7 @@ class IndexScan:
     ) -> tuple[Tensor, Tensor]:
         """As Scan.run; `dropped` counts only the candidates of the index."""
         B, K = len(query), len(self.corpus)
-        sort_keys = torch.full((B, depth), order.NOWHERE, dtype=torch.int64, device=query.device)  # (B, depth)
+        sort_keys = torch.full((B, depth), sort_key.NOWHERE, dtype=torch.int64, device=query.device)  # (B, depth)
         dropped = torch.zeros(len(counted_filters), B, dtype=torch.int64, device=query.device)
         k = min(K, depth + int(excluded.sizes.max(initial=0)))
         max_k = min(K, max(MAX_CANDIDATES, k))
@@ -72,7 +73,7 @@ class IndexScan:
                 found, drops, exhausted = self._rank_candidates(*part, k, filters, counted_filters)
                 width = min(depth, found.shape[1])
                 sort_keys[at, :width], dropped[:, at] = found[:, :width], drops
-                unfinished.append(chunk[((sort_keys[at] == order.NOWHERE).any(1) & ~exhausted).cpu()])
+                unfinished.append(chunk[((sort_keys[at] == sort_key.NOWHERE).any(1) & ~exhausted).cpu()])
             pending = torch.cat(unfinished)
             if k == max_k:
                 self.cut_short += len(pending) if max_k < K else 0
@@ -116,7 +117,7 @@ class IndexScan:
             or [torch.zeros(B, dtype=torch.int64, device=device)]
         )[: len(counted_filters)]
         kept = reference.filtered(scores, anchor, filters, pool)
-        sort_keys = order.pack(scores, ids.clamp_min(0)).masked_fill(~kept, order.NOWHERE)
+        sort_keys = sort_key.pack(scores, ids.clamp_min(0)).masked_fill(~kept, sort_key.NOWHERE)
         exhausted = ~known[:, -1]
         if filters.min_score is not None:
             exhausted |= scores[:, -1] < filters.min_score

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from negmine import checks
 from negmine.mining.sources import Rows
+from negmine.ops import checks
 
 DEFAULT_MEMORY = 1 << 30
 MAX_QUERIES, MAX_ROWS = 8192, 262_144  # a larger batch or chunk is not faster

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from negmine.checks import refuse
+from negmine.ops.checks import refuse
 
 
 class ProcessRanks:

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from negmine.checks import refuse, require_choice
 from negmine.mining import result_page
 from negmine.mining.atomic_file import atomic_write
 from negmine.mining.row_lists import RowLists
+from negmine.ops.checks import refuse, require_choice
 
 FORMAT = 1
 DTYPES = {

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from negmine.checks import refuse
 from negmine.mining import array_file
 from negmine.mining.atomic_file import atomic_write
 from negmine.mining.index import NegativeIndex
 from negmine.mining.process_ranks import ProcessRanks
 from negmine.mining.sources import Rows
+from negmine.ops.checks import refuse
 
 FILE_KIND = "mined queries"
 

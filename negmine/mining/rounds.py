@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from negmine import backends, checks, order, reference
+from negmine import reference
 from negmine.mining.hard_negatives import mine_hard_negatives
 from negmine.mining.result import MiningResult
 from negmine.mining.row_lists import parse
 from negmine.mining.scan import OPS, pair_scores
 from negmine.mining.sources import Rows, resolve_device
+from negmine.ops import backends, checks, sort_key
 from negmine.options import Select, is_real
 
 OP = "mining_rounds"
@@ -132,12 +133,14 @@ def _add_old_negatives(
         kept = reference.filtered(
             current, torch.from_numpy(result.positive_scores), filters, torch.from_numpy(usable) & ~current.isnan()
         )
-        sort_keys = order.pack(current, torch.from_numpy(old).clamp_min(0)).masked_fill(~kept, order.NOWHERE)
+        sort_keys = sort_key.pack(current, torch.from_numpy(old).clamp_min(0)).masked_fill(~kept, sort_key.NOWHERE)
         best = sort_keys.sort(dim=1, descending=True).values[:, :keep]
         width = best.shape[1]
-        kept_scores[:, :width], kept_rows[:, :width] = (part.numpy() for part in order.unpack(best))
+        kept_scores[:, :width], kept_rows[:, :width] = (part.numpy() for part in sort_key.unpack(best))
     indices, scores = np.c_[result.indices, kept_rows], np.c_[result.scores, kept_scores]
-    sort_keys = order.pack(torch.from_numpy(scores), torch.from_numpy(indices).clamp_min(0))
-    sort_keys = sort_keys.masked_fill(torch.from_numpy(indices < 0), order.NOWHERE).sort(dim=1, descending=True).values
-    scores, indices = (part.numpy() for part in order.unpack(sort_keys))
+    sort_keys = sort_key.pack(torch.from_numpy(scores), torch.from_numpy(indices).clamp_min(0))
+    sort_keys = (
+        sort_keys.masked_fill(torch.from_numpy(indices < 0), sort_key.NOWHERE).sort(dim=1, descending=True).values
+    )
+    scores, indices = (part.numpy() for part in sort_key.unpack(sort_keys))
     return replace(result, indices=indices, scores=scores, num_valid=(indices >= 0).sum(1))

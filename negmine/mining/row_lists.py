@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from negmine.checks import refuse, require_stored
+from negmine.ops.checks import refuse, require_stored
 
 FORMS = "one row number a query, a list of lists of row numbers, or a tuple (indptr, indices)"
 

@@ -12,7 +12,7 @@ Philox words are counted by (global query row, position in the window), so a dra
 import torch
 from torch import Tensor
 
-from negmine import order, philox
+from negmine.ops import philox, sort_key
 from negmine.options import Select
 
 STRATEGIES = ("top", "random", "weighted")
@@ -31,7 +31,7 @@ def slice_window(sort_keys: Tensor, first: Tensor, end: Tensor) -> Tensor:
     width = int((end - first).max().clamp_min(0)) if len(first) else 0
     rank = first[:, None] + torch.arange(width, device=sort_keys.device)  # (B, W)
     inside = rank < end[:, None]
-    return sort_keys.gather(1, rank.masked_fill(~inside, 0)).masked_fill(~inside, order.NOWHERE)
+    return sort_keys.gather(1, rank.masked_fill(~inside, 0)).masked_fill(~inside, sort_key.NOWHERE)
 
 
 def sample(window: Tensor, n: int, strategy: str, rows: Tensor, seed: int, temperature: float) -> Tensor:
@@ -43,8 +43,8 @@ def sample(window: Tensor, n: int, strategy: str, rows: Tensor, seed: int, tempe
         word = philox.words(rows, slots, philox.STREAM_SAMPLE, seed, 0)[0]  # (B, W)
         key = word.double()
         if strategy == "weighted":
-            key = -(order.unpack(window)[0].double() / temperature + philox.gumbel(word))
-        key = key.masked_fill(window == order.NOWHERE, torch.inf)
+            key = -(sort_key.unpack(window)[0].double() / temperature + philox.gumbel(word))
+        key = key.masked_fill(window == sort_key.NOWHERE, torch.inf)
         rank = key.argsort(dim=1, stable=True)[:, :n].sort(1).values  # (B, min(n, W))
         sampled = window.gather(1, rank)
-    return torch.nn.functional.pad(sampled, (0, n - sampled.shape[1]), value=order.NOWHERE)
+    return torch.nn.functional.pad(sampled, (0, n - sampled.shape[1]), value=sort_key.NOWHERE)

@@ -17,24 +17,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from negmine import order, reference
-from negmine.backends import Launchers
+from negmine import reference
 from negmine.mining.bf16_prefilter import Bf16Prefilter
 from negmine.mining.dedup import first_equal
 from negmine.mining.process_ranks import ProcessRanks
 from negmine.mining.row_lists import RowLists
 from negmine.mining.sources import Rows
+from negmine.ops import sort_key
+from negmine.ops.backends import Kernels
+from negmine.ops.pool import Pool, usable
+from negmine.ops.vectors import widened
+from negmine.ops.windows import bounded
 from negmine.options import Select
-from negmine.pool import Pool, bounded, usable
-from negmine.selection import working
 
-OPS = ("mine_hardest", "mine_hardest_kept", "count_negatives")  # that a scan calls
+OPS = ("mine_hardest", "count_negatives")  # that a scan calls
 GatherRows = Callable[[np.ndarray], Tensor]  # numbers (M,) -> (M, D)
 PAIRS = 64  # pairs scored by one call, whose cost grows with the square of their number
 
 
 def hardest_rows(
-    ops: Launchers | None,
+    ops: Kernels | None,
     query: Tensor,
     keys: Tensor,
     N: int,
@@ -50,25 +52,25 @@ def hardest_rows(
         if select.has_filter or select.starts_late or select.ends_early:
             pool = bounded(ops, query, keys, pool, select, anchor)
         if want_num_kept:
-            return ops.mine_hardest_kept(query, keys, N, *pool)
-        return *ops.mine_hardest(query, keys, N, *pool), None
-    q, k = working(query), working(keys)
+            return ops.mine_hardest(query, keys, N, True, *pool)
+        return *ops.mine_hardest(query, keys, N, False, *pool)[:2], None
+    q, k = widened(query), widened(keys)
     allowed = reference.filtered(reference.scores_of(q, k), anchor, select, usable(pool, query, keys))
     return *reference.mine_hardest(q, k, N, allowed), allowed.sum(1) if want_num_kept else None
 
 
 def count_kept(
-    ops: Launchers | None, query: Tensor, keys: Tensor, pool: Pool, select: Select, anchor: Tensor | None
+    ops: Kernels | None, query: Tensor, keys: Tensor, pool: Pool, select: Select, anchor: Tensor | None
 ) -> Tensor:
     """(B,) int64: the number of rows of the pool that select's score filters keep."""
     if ops is not None:
         return ops.count_negatives(query, keys, *bounded(ops, query, keys, pool, select, anchor))
-    scores = reference.scores_of(working(query), working(keys))  # (B, C)
+    scores = reference.scores_of(widened(query), widened(keys))  # (B, C)
     return reference.filtered(scores, anchor, select, usable(pool, query, keys)).sum(1)
 
 
 def pair_scores(
-    ops: Launchers | None,
+    ops: Kernels | None,
     gather_queries: GatherRows,
     gather_corpus: GatherRows,
     query_numbers: np.ndarray,
@@ -115,7 +117,7 @@ class Corpus:
         return self.ranks.sum(out).to(held.dtype)
 
     def pair_scores(
-        self, ops: Launchers | None, queries: Rows, query_numbers: np.ndarray, row_numbers: np.ndarray
+        self, ops: Kernels | None, queries: Rows, query_numbers: np.ndarray, row_numbers: np.ndarray
     ) -> np.ndarray:
         """query_numbers, row_numbers (P,) -> (P,) fp32: each pair scored by the rank that holds the row."""
         here = self._local(row_numbers)
@@ -140,7 +142,7 @@ class Corpus:
 class Scan:
     """The exact scan of a corpus; every batch of a run uses the same one."""
 
-    ops: Launchers | None
+    ops: Kernels | None
     corpus: Corpus
     chunk_size: int
     distinct: np.ndarray | None  # (K,) bool, False = equal to a row with a lower number; None = duplicates are kept
@@ -166,7 +168,7 @@ class Scan:
         B, device, first = len(query), self.corpus.device, self.corpus.first_row
         by_row = np.argsort(excluded.rows, kind="stable")
         hidden_query, hidden_row = excluded.queries[by_row], excluded.rows[by_row] - first  # (E,) each, rows ascending
-        sort_keys = torch.full((B, depth), order.NOWHERE, dtype=torch.int64, device=device)  # (B, depth)
+        sort_keys = torch.full((B, depth), sort_key.NOWHERE, dtype=torch.int64, device=device)  # (B, depth)
         counts = torch.zeros(len(counted_filters), B, dtype=torch.int64, device=device)
         for begin, end in self.corpus.rows.spans(self.chunk_size):
             keys = self.corpus.rows.block(begin, end, device)  # (C, D)
@@ -178,7 +180,7 @@ class Scan:
                 mine = self.prefilter if self.prefilter.is_faster(self.ops, query, keys, N, filters) else hardest_rows
                 want_num_kept = filters in counted_filters
                 scores, index, num_kept = mine(self.ops, query, keys, N, pool, filters, anchor, want_num_kept)
-                found = order.pack(scores, index + begin + first).masked_fill(index < 0, order.NOWHERE)
+                found = sort_key.pack(scores, index + begin + first).masked_fill(index < 0, sort_key.NOWHERE)
                 sort_keys = torch.cat([sort_keys, found], 1).topk(depth, 1).values  # (B, depth)
             for count, select in zip(counts, counted_filters, strict=True):
                 counted_by_mining = select == filters and num_kept is not None

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from negmine.checks import refuse, require_stored
-from negmine.selection import for_kernels
+from negmine.ops.checks import refuse, require_stored
+from negmine.ops.vectors import for_kernels
 
 FORMS = "an array, a tensor, the path of a .npy, .safetensors or .parquet file, or a list of those"
 PARQUET_ROWS = 4096  # decoded at a time

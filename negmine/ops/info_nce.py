@@ -34,7 +34,7 @@ class InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, positive_key, negative_keys, scale, kernels, arguments, *pool):
-        wants_query, wants_positive, wants_keys, wants_scale, *_ = ctx.needs_input_grad
+        wants_query, _, wants_keys, wants_scale, *_ = ctx.needs_input_grad
         pivot, *rest = arguments
         q, positive, keys = for_kernels(query), for_kernels(positive_key), for_kernels(negative_keys)
         rows, d_query, d_scale, weight, lse, *counts, sort_keys = kernels.info_nce(

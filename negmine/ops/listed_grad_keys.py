@@ -4,5 +4,6 @@ from negmine.ops.registry import declare
 
 LISTED_GRAD_KEYS = declare(
     "listed_grad_keys(query: vectors[B, D], index: int64[B, M], weight: fp32[B, M], K: int) -> grad_keys: fp32[K, D]",
-    """Row k = sum over the cells with index_bm = k, in the order of (b, m), of weight_bm q_b. weight is not read where index is -1.""",
+    """Row k = sum over the cells with index_bm = k, in the order of (b, m), of weight_bm q_b. weight is not read where index is
+    -1.""",
 )

@@ -1,4 +1,4 @@
-"""Keys (B, M, D) that are each query's own: `over_own_keys(kernels)` gives kernels that take them in the place of a queue (K, D)."""
+"""Keys (B, M, D) that are each query's own: `over_own_keys(kernels)` gives kernels that take them in place of a queue (K, D)."""
 
 from functools import partial
 from typing import Any
@@ -56,7 +56,7 @@ def _logsumexp(
     found: tuple[Tensor, ...] = ()
     if N:
         found = _mine_hardest(kernels, query, negative_keys, N, False, *pool)[:2]
-    bounds = ()
+    bounds: tuple[Tensor, ...] = ()
     if ranks is not None:
         keys = _rank_thresholds(kernels, query, negative_keys, ranks, *pool)  # (B, 2)
         empty = (ranks[:, 1] < ranks[:, 0]) | (keys[:, 0] == sort_key.NOWHERE)  # (B,)

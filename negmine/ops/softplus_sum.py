@@ -19,8 +19,8 @@ SOFTPLUS_SUM = declare(
 class SoftplusSum(torch.autograd.Function):
     """total_b (B,) = sum over b's pool of log(1 + exp(scale s_bk + offset)).
 
-    d total / d query = scale * sigmoid_keys, d total / d scale = query . sigmoid_keys, d total / d offset = sigmoid_sum, all known
-    after the forward pass; d total / d negative_keys is a second kernel, run only for keys that require grad.
+    d total / d query = scale * sigmoid_keys, d total / d scale = query . sigmoid_keys, d total / d offset = sigmoid_sum, all
+    known after the forward pass; d total / d negative_keys is a second kernel, run only for keys that require grad.
     """
 
     @staticmethod

@@ -16,7 +16,7 @@ from negmine.options import Select
 
 
 class Draw(NamedTuple):
-    """The key of random draws: seed and step, and the global index of the first query. step and row_offset may be () int64 tensors."""
+    """The key of random draws: seed and step, and the global index of the first query; the latter two may be () int64 tensors."""
 
     seed: int = 0
     step: int | Tensor = 0

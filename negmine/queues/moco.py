@@ -20,11 +20,11 @@ class MoCoQueue(nn.Module):
     random_init: start full of random unit vectors, as MoCo does; False starts empty and grows.
     gather_distributed: enqueue the keys of every rank of process_group, in rank order, so that the queues stay identical.
 
-    Buffers, all in state_dict: queue (K, D), queue_ptr (1,), queue_len (1,), queue_ids (K,), queue_labels (K,). They are the whole
-    state, so that copying them copies the queue. The losses take the queue itself as negative_keys and read its length on the
-    device. `keys`, `ids`, `labels` (views of the valid rows, no copy) and len() read it on the host, which waits for the device.
-    Enqueueing overwrites rows in place, which is safe between forward and backward of negmine's losses as long as the keys are
-    frozen, as they are here.
+    Buffers, all in state_dict: queue (K, D), queue_ptr (1,), queue_len (1,), queue_ids (K,), queue_labels (K,). They are the
+    whole state, so that copying them copies the queue. The losses take the queue itself as negative_keys and read its length on
+    the device. `keys`, `ids`, `labels` (views of the valid rows, no copy) and len() read it on the host, which waits for the
+    device. Enqueueing overwrites rows in place, which is safe between forward and backward of negmine's losses as long as the
+    keys are frozen, as they are here.
     load_state_dict takes a MoCo checkpoint too, whose queue is (D, K) and always full; `moco_state_dict` makes one.
     """
 

@@ -1,7 +1,7 @@
 """Published treatments of negatives, each as one function that returns the configured loss module.
 
     loss = negmine.recipes.hardest(0.05)
-    loss(query, queue_key, queue.keys, query_ids=ids, negative_ids=queue.ids)
+    loss(query, positive_key, queue, query_ids=ids)
 
 Any number may be a schedule: a callable of the step that returns the value, such as linear(1.0, 0.1, steps); counts and ranks
 take whole(linear(...)). The module evaluates it at every call. Modules of recipes can be pickled, schedules included. Defaults
@@ -9,7 +9,8 @@ are the papers' own where they suit a queue; a docstring says where they do not.
 (reduction, seed, backend; those that return InfoNCELoss also return_stats).
 """
 
-from negmine.methods import mixed_inputs
+from negmine.losses.methods import mixed_inputs
+from negmine.losses.synco import Kinds
 from negmine.recipes.positives import false_negative_cancellation, siglip, sup_con
 from negmine.recipes.queue import decoupled, decoupled_weighted, moco_v1, moco_v2
 from negmine.recipes.schedules import cosine, exponential, linear, step, whole
@@ -25,7 +26,6 @@ from negmine.recipes.triplets import (
 )
 from negmine.recipes.weights import debiased, dual_temperature, hardness_added, hcl, ifm, rince
 from negmine.recipes.windows import easiest, hardest, margin_pos, perc_pos, ring
-from negmine.synco import Kinds
 
 __all__ = [
     "Kinds",

@@ -3,9 +3,9 @@
 from typing import Any
 
 from negmine.losses import InfoNCELoss, SupConLoss
+from negmine.losses.siglip import SigLIPLoss
 from negmine.options import FalseNegatives
 from negmine.recipes.schedules import Count, Number, Temperature, scheduled
-from negmine.softplus_sum import SigLIPLoss
 
 
 def sup_con(positives: str = "out", *, temperature: Temperature = 0.07, **keywords: Any) -> SupConLoss:

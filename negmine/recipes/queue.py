@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from negmine import methods
-from negmine.losses import InfoNCELoss
-from negmine.methods import MethodLoss
+from negmine.losses import InfoNCELoss, methods
+from negmine.losses.methods import MethodLoss
 from negmine.recipes.schedules import Number, Temperature
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from negmine import checks
-from negmine.stepped import at_step
+from negmine.losses.schedules import at_step
+from negmine.ops import checks
 
 Number = float | Callable[[int], float]
 Count = int | Callable[[int], int]

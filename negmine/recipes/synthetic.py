@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from negmine import methods
-from negmine.losses import InfoNCELoss
-from negmine.methods import MethodLoss
+from negmine.losses import InfoNCELoss, methods
+from negmine.losses.methods import MethodLoss
+from negmine.losses.synco import Kinds
+from negmine.losses.synco import synco as synco_loss
 from negmine.options import Mix
 from negmine.recipes.schedules import Count, Number, Temperature, after, scheduled
-from negmine.synco import Kinds
-from negmine.synco import synco as synco_loss
 
 
 def mochi(
@@ -26,8 +25,8 @@ def mochi(
     """MoCHi (Kalantidis et al. 2020, arXiv 2010.01028): MoCo v2 plus `pairs` and `with_query` synthetic negatives a query.
 
     `Mix` states the formulas. warmup_steps: train without them first (10 to 15 epochs in the paper). skip: mix none of the
-    hardest `skip`, which are the likeliest false negatives. The paper's class oracle is query_labels and negative_labels in the
-    call: labels leave before mining, so synthetic negatives come from true negatives alone, and before the denominator.
+    hardest `skip`, which are the likeliest false negatives. The paper's class oracle is query_labels and the labels of the
+    negatives in the call: labels leave before mining, so synthetic negatives come from true negatives alone, and before the denominator.
     hard, pairs, with_query and skip may be schedules of whole numbers: whole(linear(64, 1024, steps)).
     No official code exists; one public port indexes every query's mixes into query 0's hard set, which tests/test_rules.py
     would fail.

@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from negmine import checks, philox, reference
-from negmine.multi_similarity import MultiSimilarityLoss
+from negmine import reference
+from negmine.losses.mined_pairs import MultiSimilarityLoss
+from negmine.losses.schedules import ScheduledLoss, at_step
+from negmine.losses.triplet import TripletLoss
+from negmine.ops import checks, philox
+from negmine.ops.column_lists import gather_rows
+from negmine.ops.negatives import check_negatives
+from negmine.ops.vectors import score_of_positive, widened
 from negmine.recipes.schedules import Count, Number
-from negmine.reference_triplets import rows_at
-from negmine.selection import mine_hardest, score_of_positive, working
-from negmine.stepped import Stepped, at_step
-from negmine.triplet_loss import TripletLoss
+from negmine.selection import mine_hardest
 
 
 def batch_hard(margin: Number = 0.2, *, temperature: Number | None = None, **keywords: Any) -> TripletLoss:
@@ -81,7 +84,7 @@ def multi_similarity(
     return MultiSimilarityLoss(alpha, beta, base, epsilon=epsilon, **keywords)
 
 
-class VSEPlusPlusLoss(Stepped):
+class VSEPlusPlusLoss(ScheduledLoss):
     """The loss of `vse_plus_plus`, called with the two sides of B pairs."""
 
     def __init__(self, margin: Number, reduction: str, backend: str | None) -> None:
@@ -118,7 +121,7 @@ def vse_plus_plus(margin: Number = 0.2, *, reduction: str = "sum", backend: str 
     return VSEPlusPlusLoss(margin, reduction, backend)
 
 
-class SimANSLoss(Stepped):
+class SimANSLoss(ScheduledLoss):
     """The loss of `simans`. Calls in training mode that name no `step` count themselves; the count travels in state_dict."""
 
     def __init__(self, kernel: str, options: dict[str, Any], **fixed: Any) -> None:
@@ -144,7 +147,7 @@ class SimANSLoss(Stepped):
         self,
         query: Tensor,
         positive_key: Tensor,
-        negative_keys: Tensor,
+        negative_keys: Any,
         *,
         step: int,
         row_offset: int = 0,
@@ -153,7 +156,8 @@ class SimANSLoss(Stepped):
         """(B, num_negatives) int64: the drawn columns, hardest first, -1 past the end of a pool."""
         seed, backend, given = self.fixed["seed"], self.fixed["backend"], self.at(step)
         checks.require_draw("simans", seed, step, row_offset)
-        mined = mine_hardest(query, negative_keys, given["candidates"], backend=backend, **masks)  # (B, C)
+        masks |= {"positive_key": positive_key, "backend": backend}
+        mined = mine_hardest(query, negative_keys, given["candidates"], **masks)  # (B, C)
         with torch.no_grad():
             gap = mined.scores.double() - score_of_positive(query, positive_key).double()[:, None]  # (B, C)
             rows = torch.arange(len(query), device=query.device) + row_offset  # (B,)
@@ -170,21 +174,22 @@ class SimANSLoss(Stepped):
         self,
         query: Tensor,
         positive_key: Tensor,
-        negative_keys: Tensor,
+        negative_keys: Any,
         *,
         step: int | None = None,
         row_offset: int = 0,
         **masks: Any,
     ) -> Tensor:
-        """masks: query_ids, negative_ids, query_labels, negative_labels, negative_mask of mine_hardest."""
-        checks.require_query_and_keys("simans", query, negative_keys)
+        """masks: query_ids and query_labels of mine_hardest."""
+        tags = masks.get("query_ids"), masks.get("query_labels")
+        keys, _ = check_negatives("simans", query, positive_key, negative_keys, *tags)
         checks.require_positive("simans", positive_key, query)
         draw = {"step": self.count(step), "row_offset": row_offset}
         index = self.sample(query, positive_key, negative_keys, **draw, **masks)  # (B, n)
-        q = working(query)
-        drawn = rows_at(negative_keys, index, q.dtype)  # (B, n, D)
+        q = widened(query)
+        drawn = gather_rows(keys, index, q.dtype)  # (B, n, D)
         temperature = self.at(draw["step"])["temperature"]
-        rows, _ = reference.info_nce(q, working(positive_key), drawn, temperature=temperature, usable=index >= 0)
+        rows, _ = reference.info_nce(q, widened(positive_key), drawn, temperature=temperature, usable=index >= 0)
         return reference.reduced(rows, self.fixed["reduction"])
 
 

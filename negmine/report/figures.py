@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from negmine import philox
+from negmine.ops import philox
 
 EDGES = (0.0, 1e-5, 1e-4, 1e-3, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99, 0.999, 1.0)  # fine at both tails
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from negmine.checks import describe, refuse
+from negmine.ops.checks import describe, refuse
 from negmine.options import is_real
 
 OP = "hardness_report"

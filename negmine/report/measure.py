@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from negmine import checks
 from negmine.mining.memory_budget import DEFAULT_MEMORY
 from negmine.mining.progress import progress
 from negmine.mining.row_lists import RowLists, parse
 from negmine.mining.sources import Rows, resolve_device
+from negmine.ops import checks
 from negmine.options import is_real
 from negmine.report import figures as fig
 from negmine.report.inputs import (

@@ -10,16 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from negmine import backends, checks, order, reference
-from negmine.backends import Launchers
+from negmine import reference
 from negmine.mining.memory_budget import DENSE_BYTES
 from negmine.mining.process_ranks import ProcessRanks
 from negmine.mining.row_lists import RowLists
 from negmine.mining.scan import Corpus, Scan, count_kept, hardest_rows
 from negmine.mining.sources import Rows
+from negmine.ops import backends, checks, sort_key
+from negmine.ops.backends import Kernels
+from negmine.ops.pool import Pool, usable
+from negmine.ops.vectors import widened
 from negmine.options import Select
-from negmine.pool import Pool, usable
-from negmine.selection import working
 
 BLOCK = 16_384  # rows looked at together while norms are taken
 
@@ -57,7 +58,7 @@ def norms(vectors: Tensor) -> tuple[float, float]:
 class Ranking:
     """Queries (Q, D), as sampled, and the corpus (K, D) that they rank."""
 
-    ops: Launchers | None
+    ops: Kernels | None
     queries: Tensor  # (Q, D)
     corpus: Tensor  # (K, D)
     scan: Scan
@@ -99,8 +100,8 @@ class Ranking:
     def at_ranks(self, query: Tensor, ranks: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
         """query (B, D), ranks (B, R) int64 -> scores (B, R), rows (B, R): what stands there; (-inf, -1) where nothing does."""
         if self.ops is not None:
-            return order.unpack(self.ops.rank_thresholds(query, self.corpus, ranks, *pool))
-        q, k = working(query), working(self.corpus)
+            return sort_key.unpack(self.ops.rank_thresholds(query, self.corpus, ranks, *pool))
+        q, k = widened(query), widened(self.corpus)
         scores, rows = reference.mine_hardest(q, k, len(k), usable(pool, query, self.corpus))  # (B, K) each
         place = ranks.clamp(0, len(k) - 1)
         outside = ranks < 0

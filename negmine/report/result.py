@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from negmine.checks import refuse
 from negmine.mining.atomic_file import atomic_write
+from negmine.ops.checks import refuse
 from negmine.report import page, words
 
 FORMAT = 1
