@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import negmine
-
-ROOT = Path(negmine.__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = {"bench": "benchmarks.run", "demo": "benchmarks.demo"}
 
 
