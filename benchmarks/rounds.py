@@ -16,7 +16,8 @@ from torch import Tensor
 import negmine
 from benchmarks import wordnet
 from benchmarks.train import TEMPERATURE, B, Metrics, evaluate, follow, new_heads, optimizer_of
-from negmine import MiningResult, Select
+from negmine import Select
+from negmine.mining import MiningResult
 
 MINED = 8  # negatives a query
 SKIPPED = 1  # the hardest rank is the one most often unlabelled truth

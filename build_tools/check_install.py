@@ -22,7 +22,8 @@ NEEDED = ("torch", "numpy", "setuptools", "wheel", "pybind11")
 SITES = "import sys; print(*(p for p in sys.path if p.endswith('-packages')), sep='\\n')"
 PROGRAM = """
 import torch, negmine, negmine._C
-from negmine import backends, doctor
+from negmine import doctor
+from negmine.ops import backends
 assert SITE in negmine.__file__, negmine.__file__
 query, keys = torch.randint(-3, 4, (5, 8)).float(), torch.randint(-3, 4, (400, 8)).bfloat16()
 mined = [negmine.mine_hardest(query, keys, 9, backend=b) for b in ("cpu", "reference")]

@@ -9,7 +9,7 @@ from .cuda_toolkit import find_nvcc
 def summary() -> str:
     import torch
 
-    from negmine import backends
+    from negmine.ops import backends
 
     if torch.cuda.is_available():
         refusals = [f"{row.name}: {row.refusal}" for row in backends.BACKENDS if row.refusal]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from negmine import MiningResult
+from negmine.mining import MiningResult
 
 
 def exact(name: str, got: Tensor, want: Tensor) -> None:

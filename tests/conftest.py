@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from negmine import backends
+from negmine.ops import backends
 
 # Small tests that together launch every kernel: what a sanitizer, fifty times slower, should see on a GPU.
 SANITIZED = ("test_all_equal", "test_strided", "test_info_nce_mixes", "test_masked_rows", "test_hcl")
@@ -24,7 +24,7 @@ PTX = os.environ.get(
 
 def _reason_not_here(name: str) -> str:
     row = next(row for row in backends.BACKENDS if row.name == name)
-    if name == "reference" or (not row.refusal and DEVICE in (row.device, row.also)):
+    if name == "reference" or (not row.refusal and DEVICE in (row.device, row.second_device)):
         return ""
     return row.refusal or f"backend {name} takes {row.device} tensors"
 

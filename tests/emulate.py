@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from negmine.pool import check_pool
+from negmine.ops.pool import check_pool
 from tests.ptx import cuda_kernels
 
 ROOT = Path(__file__).parents[1]

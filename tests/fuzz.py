@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import negmine
-from negmine import backends
+from negmine.ops import backends
 from tests.fuzz_calls import CALLED, KINDS_OF_CALL
 from tests.fuzz_case import Case
 from tests.fuzz_judge import require

@@ -2,8 +2,8 @@
 
 import torch
 
-from negmine import order
-from negmine.pool import check_pool, usable
+from negmine.ops import sort_key
+from negmine.ops.pool import check_pool, usable
 
 LAST = 2**63 - 1
 
@@ -13,7 +13,7 @@ def inside_of(places, lower=None, upper=None):
     inside = torch.ones_like(places, dtype=torch.bool)
     for bound, sign in ((lower, 1), (upper, -1)):
         if bound is not None:
-            inside &= (sign * places >= sign * bound[:, None]) & ~((bound == order.NOWHERE) | (bound == LAST))[:, None]
+            inside &= (sign * places >= sign * bound[:, None]) & ~((bound == sort_key.NOWHERE) | (bound == LAST))[:, None]
     return inside
 
 
@@ -22,18 +22,18 @@ def ranking(q, keys, same_label=False, lower=None, upper=None, **given):
     scores = q.float() @ keys.float().T  # (B, K), of small integers exact in any order
     allowed = usable(check_pool("test", q, keys, **given)._replace(same_label=same_label), q, keys)
     allowed = torch.ones_like(scores, dtype=torch.bool) if allowed is None else allowed
-    places = order.pack(scores, torch.arange(len(keys)))
+    places = sort_key.pack(scores, torch.arange(len(keys)))
     inside = allowed & inside_of(places, lower, upper)
     if lower is not None or upper is not None:
         inside &= ~scores.isnan()
-    sorted_ = places.masked_fill(~inside | scores.isnan(), order.NOWHERE).sort(1, descending=True).values
-    return torch.nn.functional.pad(sorted_, (0, 1), value=order.NOWHERE), inside.sum(1)
+    sorted_ = places.masked_fill(~inside | scores.isnan(), sort_key.NOWHERE).sort(1, descending=True).values
+    return torch.nn.functional.pad(sorted_, (0, 1), value=sort_key.NOWHERE), inside.sum(1)
 
 
 def some_bounds(q, keys):
     """lower, upper (B,): ties lie on both sides of each; some name no place, which keeps nothing, some no column."""
     table, _ = ranking(q, keys)
     upper, lower = table[:, 7].contiguous(), table[:, 130].contiguous()
-    upper[0], lower[1], upper[2], lower[3] = order.NOWHERE, LAST, lower[2] - 1, order.NOWHERE
-    upper[4] = order.pack(torch.tensor(torch.inf), 0)
+    upper[0], lower[1], upper[2], lower[3] = sort_key.NOWHERE, LAST, lower[2] - 1, sort_key.NOWHERE
+    upper[4] = sort_key.pack(torch.tensor(torch.inf), 0)
     return lower, upper

@@ -49,7 +49,7 @@ def one_step(step: int, layer: torch.nn.Linear, queue: MoCoQueue) -> None:
     loss.backward()
     if step % 7 == 0:
         negmine.mine_hardest(query, queue.keys, 20)
-        negmine.percentile(query, queue.keys, [0.5, 0.99])
+        negmine.quantile(query, queue.keys, [0.5, 0.99])
     if step % 50 == 0:  # a refusal leaves nothing behind
         with contextlib.suppress(ValueError):
             negmine.info_nce(query, key, queue.keys[:, 1:])

@@ -9,7 +9,7 @@ import torch
 from benchmarks import cases, measure, peers, profile, run, timing
 from benchmarks.cases import Case, make_inputs
 from benchmarks.rows import append, machine_name, newest, read
-from negmine import backends
+from negmine.ops import backends
 
 TINY = Case("tiny", 8, 2000, 16, "float32", "a test")
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import negmine
-from negmine import Mix, Select, Weight, backends
-from negmine.backends import Backend, BackendUnavailable, mining_limit, ranking_limit, scoring_limit
+from negmine import Mix, Select, Weight
+from negmine.ops import backends
+from negmine.ops.backends import Backend, BackendUnavailable, mining_limit, ranking_limit, scoring_limit
 from tests.cases import unit
 
 BF16, FP16, FP32 = (torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.float32,) * 2
@@ -78,7 +79,7 @@ def table(monkeypatch):
     ran = []
 
     def install(asked_only):
-        cpu = next(row for row in backends.BACKENDS if row.name == "cpu").launchers
+        cpu = next(row for row in backends.BACKENDS if row.name == "cpu").functions
 
         def noted(name, op):
             def launch(*args):
@@ -150,8 +151,8 @@ def test_percentiles_and_thresholds_run_where_they_are_asked_to(table):
     mask = torch.arange(60) % 3 > 0
     for ask, ops in (
         (lambda **o: negmine.rank_thresholds(q, keys, [0, 5], **o), ["rank_thresholds"]),
-        (lambda **o: negmine.percentile(q, keys, [0.1, 0.9], **o), ["rank_thresholds"]),
-        (lambda **o: negmine.percentile(q, keys, 0.5, negative_mask=mask, **o), ["count_negatives", "rank_thresholds"]),
+        (lambda **o: negmine.quantile(q, keys, [0.1, 0.9], **o), ["rank_thresholds"]),
+        (lambda **o: negmine.quantile(q, keys, 0.5, negative_mask=mask, **o), ["count_negatives", "rank_thresholds"]),
     ):
         ran.clear()
         torch.testing.assert_close(ask(backend="cuda"), ask())

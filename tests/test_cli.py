@@ -241,7 +241,7 @@ def test_what_cannot_be_meant_ends_with_2(folder, words, said, capfd):
 def test_a_failure_ends_with_1(folder, capsys, monkeypatch):
     assert main([*LIST.split(), "p.npy", "--backend", "cuda"]) == 1
     assert capsys.readouterr().err.startswith("negmine: mine_hard_negatives: backend 'cuda'")
-    with pytest.raises(negmine.backends.BackendUnavailable):
+    with pytest.raises(backends.BackendUnavailable):
         main(["--traceback", *LIST.split(), "p.npy", "--backend", "cuda"])
     assert main([*f"{BASE} --positives p.npy --output no/such/folder.npz".split()]) == 1
     assert "no/such/folder.npz" in capsys.readouterr().err

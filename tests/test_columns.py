@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import negmine
-from negmine import FalseNegatives, Mix, Select, Weight, backends, reference
-from negmine.pool import check_pool, usable
-from negmine.selection import for_kernels
+from negmine import FalseNegatives, Mix, Select, Weight, reference
+from negmine.ops import backends
+from negmine.ops.pool import check_pool, usable
+from negmine.ops.vectors import for_kernels
 from tests import compare
 from tests.cases import DTYPES, ids, masks, unit, whole
 from tests.conftest import device_of, interpreted, skip_what_the_interpreter_repeats
@@ -16,7 +17,7 @@ SHAPES = [(1, 1, 1, 1), (0, 4, 3, 2), (3, 5, 7, 9), (5, 3, 0, 8), (4, 50, 40, 24
 
 
 def launcher(backend, op):
-    return next(row for row in backends.BACKENDS if row.name == backend).launchers.get(op) or pytest.skip(
+    return next(row for row in backends.BACKENDS if row.name == backend).functions.get(op) or pytest.skip(
         f"{backend} has no {op}"
     )
 

@@ -9,7 +9,7 @@ import functools
 import pytest
 import torch
 
-from negmine import cpp_ops, order
+from negmine.ops import compiled, sort_key
 from tests import emulate
 from tests.cases import MASKS, masks, whole
 from tests.compare import exact
@@ -47,8 +47,8 @@ def count(request, counting_libraries):
 
     if request.param in PRODUCTS:
         return emulated_count
-    if cpp_ops.CUDA_REFUSAL:
-        pytest.skip(cpp_ops.CUDA_REFUSAL)
+    if compiled.CUDA_REFUSAL:
+        pytest.skip(compiled.CUDA_REFUSAL)
     return gpu_count
 
 
@@ -59,10 +59,10 @@ def count(request, counting_libraries):
 def test_counts_pools(count, shape, dtype):
     B, K, D = shape
     q, keys = whole(B, D, dtype=dtype), whole(K, D, dtype=dtype, seed=1)
-    bottom = torch.full((B,), order.BOTTOM)
+    bottom = torch.full((B,), sort_key.BOTTOM)
     for kind in MASKS:
         given = masks(kind, B, K)
-        for bounds in ({}, {"lower": bottom}, {"upper": order.pack(torch.zeros(B), 0)}):
+        for bounds in ({}, {"lower": bottom}, {"upper": sort_key.pack(torch.zeros(B), 0)}):
             pool = pool_of(q, keys, **bounds, **given)
             processors = 40 if bounds else 1
             exact(f"{kind} {bounds}", count(q, keys, pool, processors), ranking(q, keys, **bounds, **given)[1])
@@ -87,5 +87,5 @@ def test_a_nan_score_counts_where_nothing_bounds(count):
     mask = torch.arange(70) % 2 == 0
     exact("all", count(q, keys, pool_of(q, keys)), torch.tensor([70] * 3))
     exact("masked", count(q, keys, pool_of(q, keys, negative_mask=mask)), torch.tensor([35] * 3))
-    bottom = torch.full((3,), order.BOTTOM)
+    bottom = torch.full((3,), sort_key.BOTTOM)
     exact("bounded", count(q, keys, pool_of(q, keys, lower=bottom)), torch.tensor([60, 0, 60]))

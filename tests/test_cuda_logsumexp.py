@@ -10,8 +10,9 @@ import functools
 import pytest
 import torch
 
-from negmine import cpp_ops, order, reference_methods
-from negmine.pool import check_pool, usable
+from negmine import reference
+from negmine.ops import compiled, sort_key
+from negmine.ops.pool import check_pool, usable
 from tests import emulate
 from tests.cases import MASKS, masks, unit, whole
 from tests.compare import exact, rounded
@@ -82,8 +83,8 @@ def kernel(request, libraries):
     """logsumexp on CPU tensors, by the emulator or by the GPU."""
     if request.param in PRODUCTS:
         return emulated_sum(request.param, libraries(request.param))
-    if cpp_ops.CUDA_REFUSAL:
-        pytest.skip(cpp_ops.CUDA_REFUSAL)
+    if compiled.CUDA_REFUSAL:
+        pytest.skip(compiled.CUDA_REFUSAL)
     return gpu_op
 
 
@@ -96,9 +97,9 @@ def allowed_of(q, keys, pool, given):
     inside = masked.clone()
     for bound, sign in ((lower, 1), (upper, -1)):
         if bound is not None:
-            score, index = (x[:, None] for x in order.unpack(bound))
+            score, index = (x[:, None] for x in sort_key.unpack(bound))
             inside &= (sign * scores > sign * score) | ((scores == score) & (sign * columns <= sign * index))
-            inside &= (bound != order.NOWHERE)[:, None]
+            inside &= (bound != sort_key.NOWHERE)[:, None]
     return masked, inside
 
 
@@ -130,7 +131,7 @@ def check(
     exact("above", above, higher.sum(1))
     temperature = torch.tensor(scale).double().reciprocal()
     truth, plain = (
-        reference_methods.logsumexp(q.to(dtype), keys.to(dtype), temperature.to(dtype), inside)
+        reference.logsumexp(q.to(dtype), keys.to(dtype), temperature.to(dtype), inside)
         for dtype in (torch.float64, torch.float32)
     )
     largest = float((scale * (q.double() @ keys.double().T)).abs().max()) if keys.numel() and q.numel() else 0.0
@@ -198,12 +199,12 @@ def test_same_labels_and_bounds(kernel, D):
     B, K = 9, 300
     q, keys = whole(B, D, dtype=torch.bfloat16), whole(K, D, dtype=torch.bfloat16, seed=1)
     check(kernel, q, keys, 0.1, same_label=True, **masks("labels", B, K))
-    places = order.pack(q.float() @ keys.float().T, torch.arange(K)).sort(1, descending=True).values  # (B, K)
+    places = sort_key.pack(q.float() @ keys.float().T, torch.arange(K)).sort(1, descending=True).values  # (B, K)
     upper, lower = places[:, 7].contiguous(), places[:, 30].contiguous()  # ties lie on both sides of each
-    upper[0], lower[1], upper[2], lower[3] = order.NOWHERE, 2**63 - 1, lower[2] - 1, order.NOWHERE
-    upper[4] = order.pack(torch.tensor(torch.inf), 0)
-    lower[5] = order.pack(torch.tensor(-torch.inf), order.LAST_INDEX)
-    pivot = order.unpack(places[:, 15])[0].contiguous()
+    upper[0], lower[1], upper[2], lower[3] = sort_key.NOWHERE, 2**63 - 1, lower[2] - 1, sort_key.NOWHERE
+    upper[4] = sort_key.pack(torch.tensor(torch.inf), 0)
+    lower[5] = sort_key.pack(torch.tensor(-torch.inf), sort_key.LAST_INDEX)
+    pivot = sort_key.unpack(places[:, 15])[0].contiguous()
     for bounds in ({"upper": upper}, {"lower": lower}, {"lower": lower, "upper": upper}):
         check(kernel, q, keys, 0.1, pivot=pivot, **bounds)  # a bound that is no place keeps nothing: its score is NaN
     check(kernel, q, keys, 0.1, pivot=pivot, lower=lower, upper=upper, **masks("everything", B, K))
@@ -263,7 +264,7 @@ def test_nan_and_infinite_scores(kernel, want_mean):
     lse, _, kept, _ = kernel(q, bad, scale, torch.zeros(6), want_mean, pool)
     assert lse.isnan().all()
     exact("kept", kept, torch.full((6,), 150))
-    least = order.pack(torch.full((6,), -torch.inf), order.LAST_INDEX)
+    least = sort_key.pack(torch.full((6,), -torch.inf), sort_key.LAST_INDEX)
     lse, _, kept, _ = kernel(q, bad, scale, None, want_mean, (*pool[:5], least, None, False))
     rest = (torch.arange(150) != 77).expand(6, 150)
     exact("kept", kept, rest.sum(1))
@@ -336,7 +337,7 @@ def test_scores_are_the_bits_of_mine_hardest(emulated_kernel, D, dtype):
     """A window that ends at a place which mining found keeps exactly what is ranked before it."""
     q, keys = unit(9, D, dtype=dtype), unit(300, D, dtype=dtype, seed=1)
     pool = pool_of(q, keys)
-    places = order.pack(*emulated(emulated_kernel.product)(q, keys, 200, pool))  # (B, 200)
+    places = sort_key.pack(*emulated(emulated_kernel.product)(q, keys, 200, pool))  # (B, 200)
     for rank in (0, 17, 199):
         window = (*pool[:5], places[:, rank].contiguous(), places[:, 0].contiguous(), False)
         for want_mean in (True, False):
@@ -358,7 +359,7 @@ def test_plan_at_the_goal_shapes(library, B, K, D):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(cpp_ops.CUDA_REFUSAL), reason=cpp_ops.CUDA_REFUSAL or "-")
+@pytest.mark.skipif(bool(compiled.CUDA_REFUSAL), reason=compiled.CUDA_REFUSAL or "-")
 @pytest.mark.parametrize(
     ("dtypes", "D", "said"),
     [

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import negmine
-from negmine import backends, cpp_ops, order
+from negmine.ops import backends, compiled, sort_key
 from tests import emulate
 from tests.cases import MASKS, masks, unit, whole
 from tests.compare import exact, rounded
@@ -82,8 +82,8 @@ def kernel(request, libraries):
     """logsumexp_grad_keys on CPU tensors, by the emulator or by the GPU."""
     if request.param in PRODUCTS:
         return emulated_grad(request.param, libraries(request.param))
-    if cpp_ops.CUDA_REFUSAL:
-        pytest.skip(cpp_ops.CUDA_REFUSAL)
+    if compiled.CUDA_REFUSAL:
+        pytest.skip(compiled.CUDA_REFUSAL)
     return gpu_op
 
 
@@ -163,11 +163,11 @@ def test_same_labels_and_bounds(kernel, D):
     B, K = 70, 90
     q, keys = whole(B, D, dtype=torch.bfloat16), whole(K, D, dtype=torch.bfloat16, seed=1)
     check(kernel, q, keys, 0.1, same_label=True, **masks("labels", B, K))
-    places = order.pack(q.float() @ keys.float().T, torch.arange(K)).sort(1, descending=True).values  # (B, K)
+    places = sort_key.pack(q.float() @ keys.float().T, torch.arange(K)).sort(1, descending=True).values  # (B, K)
     upper, lower = places[:, 7].contiguous(), places[:, 30].contiguous()  # ties lie on both sides of each
-    upper[0], lower[1], upper[2], lower[3] = order.NOWHERE, 2**63 - 1, lower[2] - 1, order.NOWHERE
-    upper[4] = order.pack(torch.tensor(torch.inf), 0)
-    lower[5] = order.pack(torch.tensor(-torch.inf), order.LAST_INDEX)
+    upper[0], lower[1], upper[2], lower[3] = sort_key.NOWHERE, 2**63 - 1, lower[2] - 1, sort_key.NOWHERE
+    upper[4] = sort_key.pack(torch.tensor(torch.inf), 0)
+    lower[5] = sort_key.pack(torch.tensor(-torch.inf), sort_key.LAST_INDEX)
     for bounds in ({"upper": upper}, {"lower": lower}, {"lower": lower, "upper": upper}):
         pool = pool_of(q, keys, **bounds)
         seen_by(kernel, q, keys, allowed_of(q, keys, pool, {})[1], **bounds)
@@ -244,7 +244,7 @@ def test_nan_and_infinity(kernel, dtype):
     got = kernel(q, bad, scale, lse, weight, plain)  # a NaN score stays in its key's row
     assert got[77].isnan().all()
     exact("the other keys", got[~rows], want[~rows])
-    least = order.pack(torch.full((B,), -torch.inf), order.LAST_INDEX)
+    least = sort_key.pack(torch.full((B,), -torch.inf), sort_key.LAST_INDEX)
     got = kernel(q, bad, scale, lse, weight, pool_of(q, bad, lower=least))  # which no bound keeps
     exact("a bound", got, want.masked_fill(rows[:, None], 0.0))
     bad[77] = -torch.inf
@@ -293,7 +293,7 @@ def test_scores_are_the_bits_of_mine_hardest(emulated_kernel, D, dtype):
     q[:, -1], keys[:, -1] = 1, 0  # a last element that counts and is in no score
     pool = pool_of(q, keys)
     scores, index = emulated(emulated_kernel.product)(q, keys, 150, pool)  # (B, 150)
-    places = order.pack(scores, index)
+    places = sort_key.pack(scores, index)
     for first, last in ((0, 0), (3, 90), (20, 149)):
         window = (*pool[:5], places[:, last].contiguous(), places[:, first].contiguous(), False)
         got = emulated_kernel(q, keys, torch.tensor(0.0), torch.zeros(B), torch.ones(B), window)

@@ -8,8 +8,9 @@ queue the way of a long one: cut, scan, certificate, recovery.
 import pytest
 import torch
 
-from negmine import cpp_ops, order, reference
-from negmine.pool import check_pool, usable
+from negmine import reference
+from negmine.ops import compiled, sort_key
+from negmine.ops.pool import check_pool, usable
 from tests.cases import MASKS, masks, unit, whole
 from tests.compare import exact, selected
 from tests.emulate import PRODUCTS, on_gpu, pool_of
@@ -39,8 +40,8 @@ def kernel(request):
     """mine_hardest on CPU tensors, by the emulator or by the GPU."""
     if request.param in PRODUCTS:
         return emulated(request.param)
-    if cpp_ops.CUDA_REFUSAL:
-        pytest.skip(cpp_ops.CUDA_REFUSAL)
+    if compiled.CUDA_REFUSAL:
+        pytest.skip(compiled.CUDA_REFUSAL)
     return gpu_op
 
 
@@ -54,7 +55,7 @@ def check_exact(
     if same_label:
         allowed = given["query_labels"][:, None] == given["negative_labels"][None, :]
     if lower is not None or upper is not None:
-        places = order.pack(query.float() @ keys.float().T, torch.arange(len(keys)))
+        places = sort_key.pack(query.float() @ keys.float().T, torch.arange(len(keys)))
         inside = torch.ones_like(places, dtype=torch.bool)
         inside &= True if lower is None else places >= lower[:, None]
         inside &= True if upper is None else places <= upper[:, None]
@@ -131,10 +132,10 @@ def test_same_labels_and_bounds(kernel, least_sample):
     q, keys = whole(B, 20, dtype=torch.bfloat16), whole(K, 20, dtype=torch.bfloat16, seed=1)
     labels = masks("labels", B, K)
     check_exact(kernel, q, keys, N, least_sample, same_label=True, **labels)
-    places = order.pack(q.float() @ keys.float().T, torch.arange(K)).sort(1, descending=True).values  # (B, K)
+    places = sort_key.pack(q.float() @ keys.float().T, torch.arange(K)).sort(1, descending=True).values  # (B, K)
     upper, lower = places[:, 7].contiguous(), places[:, 30].contiguous()  # ties lie on both sides of each
-    upper[0], lower[1], upper[2], lower[3] = order.NOWHERE, 2**63 - 1, lower[2] - 1, order.NOWHERE
-    upper[4] = order.pack(torch.tensor(torch.inf), 0)
+    upper[0], lower[1], upper[2], lower[3] = sort_key.NOWHERE, 2**63 - 1, lower[2] - 1, sort_key.NOWHERE
+    upper[4] = sort_key.pack(torch.tensor(torch.inf), 0)
     # A bound that is no place keeps nothing: its score is NaN.
     for bounds in ({"upper": upper}, {"lower": lower}, {"lower": lower, "upper": upper}):
         pool = pool_of(q, keys, **bounds)
@@ -142,9 +143,9 @@ def test_same_labels_and_bounds(kernel, least_sample):
         for b in range(B):
             limits = {name: int(x[b]) for name, x in bounds.items()}
             kept = [p for p in places[b].tolist() if limits.get("lower", p) <= p <= limits.get("upper", p)]
-            if {order.NOWHERE, 2**63 - 1} & set(limits.values()):
+            if {sort_key.NOWHERE, 2**63 - 1} & set(limits.values()):
                 kept = []
-            want = order.unpack(torch.tensor((kept + [order.NOWHERE] * N)[:N]))
+            want = sort_key.unpack(torch.tensor((kept + [sort_key.NOWHERE] * N)[:N]))
             exact(f"scores {b}", scores[b], want[0])
             exact(f"index {b}", index[b], want[1])
     check_exact(kernel, q[4:], keys, N, least_sample, lower=lower[4:], upper=upper[4:], **masks("ids", B - 4, K))
@@ -245,7 +246,7 @@ def test_buffers_that_overflow_are_found_out(emulated_kernel):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(cpp_ops.CUDA_REFUSAL), reason=cpp_ops.CUDA_REFUSAL or "-")
+@pytest.mark.skipif(bool(compiled.CUDA_REFUSAL), reason=compiled.CUDA_REFUSAL or "-")
 @pytest.mark.parametrize(
     ("dtypes", "K", "D", "N", "said"),
     [

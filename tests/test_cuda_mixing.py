@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import negmine
-from negmine import Mix, backends, cpp_ops, philox, reference
-from negmine.mixing import draws_of
+from negmine import Mix, reference
+from negmine.ops import backends, compiled, philox
+from negmine.selection import draws_of
 from tests import emulate
 from tests.cases import unit
 from tests.compare import exact, rounded
@@ -104,8 +105,8 @@ def kernels(request):
     """The ops on CPU tensors, by the emulator, as compiled or by the GPU."""
     if request.param != "gpu":
         return request.getfixturevalue(request.param)
-    if cpp_ops.CUDA_REFUSAL:
-        pytest.skip(cpp_ops.CUDA_REFUSAL)
+    if compiled.CUDA_REFUSAL:
+        pytest.skip(compiled.CUDA_REFUSAL)
     return OnGPU()
 
 

@@ -7,7 +7,7 @@ there is one, and are small enough for compute-sanitizer. On the CPU a smaller s
 import pytest
 import torch
 
-from negmine import cpp_ops, order
+from negmine.ops import compiled, sort_key
 from tests.cases import MASKS, masks, unit, whole
 from tests.compare import exact
 from tests.emulate import PRODUCTS, on_gpu, pool_of
@@ -38,8 +38,8 @@ def kernel(request):
     """rank_thresholds on CPU tensors, by the emulator or by the GPU."""
     if request.param in PRODUCTS:
         return emulated(request.param)
-    if cpp_ops.CUDA_REFUSAL:
-        pytest.skip(cpp_ops.CUDA_REFUSAL)
+    if compiled.CUDA_REFUSAL:
+        pytest.skip(compiled.CUDA_REFUSAL)
     return gpu_ranks
 
 
@@ -55,7 +55,7 @@ def check(kernel, q, keys, ranks, least_sample=2048, changed=None, **given):
     pool = pool_of(q, keys, same_label, **bounds, **given)
     got = kernel(q, keys, ranks, pool, least_sample, **(changed or {}))
     table, _ = ranking(q, keys, same_label, **bounds, **given)
-    want = table.gather(1, ranks.clamp(0, len(keys))).masked_fill(ranks < 0, order.NOWHERE)
+    want = table.gather(1, ranks.clamp(0, len(keys))).masked_fill(ranks < 0, sort_key.NOWHERE)
     exact("places", got, want)
 
 
@@ -100,7 +100,7 @@ def test_brackets_hold_the_ranks_of_real_vectors(kernel, dtype):
     q, keys = unit(24, 64, dtype=dtype), unit(4000, 64, dtype=dtype, seed=1)
     for ranks in ([0, 39], [200, 399], [1999, 2000], [3960, 3999], [0, 3999], [1200, 2800]):
         got = kernel(q, keys, torch.tensor([ranks] * 24), pool_of(q, keys), 256)
-        scores, index = order.unpack(got)
+        scores, index = sort_key.unpack(got)
         exact_scores = q.double() @ keys.double().T  # (B, K)
         torch.testing.assert_close(scores.double(), exact_scores.gather(1, index), rtol=0, atol=1e-6)
         for r, rank in enumerate(ranks):
@@ -115,7 +115,7 @@ def test_brackets_are_of_the_columns_that_a_row_sees(emulated_kernel):
     q, keys = unit(9, 32, dtype=torch.bfloat16), unit(3000, 32, dtype=torch.bfloat16, seed=1)
     scores = q.float() @ keys.float().T
     allowed = (torch.rand(9, 3000, generator=torch.Generator().manual_seed(2)) < 0.3) & (scores < 0.1)
-    upper = order.pack(torch.full((9,), 0.1), 0)
+    upper = sort_key.pack(torch.full((9,), 0.1), 0)
     for pool in (pool_of(q, keys, negative_mask=allowed), pool_of(q, keys, upper=upper), pool_of(q, keys, lower=upper)):
         for ranks in ([0, 30], [200, 300], [2000, 2999]):
             emulated_kernel(q, keys, torch.tensor([ranks] * 9), pool, 256)
@@ -127,7 +127,7 @@ def test_places_are_those_that_mining_finds():
     q, keys = unit(7, 48, dtype=torch.bfloat16), unit(900, 48, dtype=torch.bfloat16, seed=1)
     for product in PRODUCTS:
         pool = pool_of(q, keys)
-        mined = order.pack(*emulated_mining(product)(q, keys, 60, pool))[:, ::10].contiguous()
+        mined = sort_key.pack(*emulated_mining(product)(q, keys, 60, pool))[:, ::10].contiguous()
         exact("places", emulated(product)(q, keys, torch.arange(0, 60, 10).repeat(7, 1), pool, 128), mined)
 
 
@@ -283,7 +283,7 @@ def test_a_queue_of_any_length_has_a_plan():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(cpp_ops.CUDA_REFUSAL), reason=cpp_ops.CUDA_REFUSAL or "-")
+@pytest.mark.skipif(bool(compiled.CUDA_REFUSAL), reason=compiled.CUDA_REFUSAL or "-")
 def test_the_ops_refuse_what_their_kernels_do_not_take():
     q, keys = unit(2, 8, dtype=torch.bfloat16, device="cuda"), unit(9, 8, device="cuda", seed=1)
     ranks = torch.zeros(2, 1, dtype=torch.int64, device="cuda")

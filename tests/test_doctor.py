@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from negmine import backends, doctor
+from negmine import doctor
+from negmine.ops import backends
 
 
 def doctor_says(**environment: str) -> str:
@@ -102,7 +103,7 @@ def test_a_backend_that_loads_and_fails_is_told(monkeypatch, kernel, words):
     row = next(row for row in backends.BACKENDS if row.name == "cpu")
     if row.refusal:
         pytest.skip(row.refusal)
-    monkeypatch.setitem(row.launchers, "mine_hardest", kernel)
+    monkeypatch.setitem(row.functions, "mine_hardest", kernel)
     assert words in doctor.report()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import negmine
-from negmine import backends
+from negmine.ops import backends
 from tests import fuzz, fuzz_calls
 from tests.fuzz_case import Case
 from tests.fuzz_judge import Fault
@@ -38,7 +38,7 @@ WRONG = [("logsumexp", 0), ("logsumexp", 1), ("mine_hardest", 0), ("mix_negative
 @pytest.mark.parametrize("op, place", WRONG)
 @pytest.mark.filterwarnings("ignore")
 def test_a_wrong_kernel_is_seen(monkeypatch, op, place):
-    monkeypatch.setitem(cpu.launchers, op, nudged(cpu.launchers[op], place))
+    monkeypatch.setitem(cpu.functions, op, nudged(cpu.functions[op], place))
     faults = 0
     for number in range(250):
         try:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import negmine
-from negmine import InfoNCELoss, Mix, MoCoQueue, Select, Weight, cpp_ops, order, reference
+from negmine import InfoNCELoss, Mix, MoCoQueue, Select, Weight, reference
+from negmine.ops import compiled, sort_key
 from tests import compare
 from tests.cases import ids, unit
 
@@ -27,7 +28,7 @@ OPTIONS = {
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
-WITHOUT_CUDA = pytest.mark.skipif(bool(cpp_ops.CUDA_REFUSAL), reason=cpp_ops.CUDA_REFUSAL or "-")
+WITHOUT_CUDA = pytest.mark.skipif(bool(compiled.CUDA_REFUSAL), reason=compiled.CUDA_REFUSAL or "-")
 each_miner = pytest.mark.parametrize("miner", ["triton", pytest.param("cuda", marks=WITHOUT_CUDA)])
 
 
@@ -121,12 +122,12 @@ def test_nothing_waits_for_the_device(options):
         queue.enqueue(pos, ids=tags)
         loss.backward()
         negmine.mine_hardest(q, keys, 100)
-        if not cpp_ops.CUDA_REFUSAL:
+        if not compiled.CUDA_REFUSAL:
             negmine.mine_hardest(q, keys, 100, backend="cuda")
             negmine.rank_thresholds(q, keys, [0, 7], backend="cuda")
             negmine.info_nce(q, pos, keys, temperature=0.2, select=Select(0.01, 0.5), backend="cuda")
         negmine.rank_thresholds(q, keys, [0, 7])
-        negmine.percentile(q, keys, [0.05, 0.95])
+        negmine.quantile(q, keys, [0.05, 0.95])
 
     train()
     torch.cuda.synchronize()
@@ -243,16 +244,16 @@ def test_selection_is_exact_on_any_queue(make, dtype, monkeypatch):
     every = places(q, keys, score_tile(q, keys), complete(())).sort(dim=1, descending=True).values  # (B, K)
     assert not tiles.is_dense(K, N, 90)
     mined = negmine.mine_hardest(q, keys, N, backend="triton")
-    scores, index = order.unpack(every[:, :N])
+    scores, index = sort_key.unpack(every[:, :N])
     compare.exact("index", mined.index, index)
     compare.exact("scores", mined.scores, scores)
     ranks = [20, 1000, K // 2, K - 1]
     got = negmine.rank_thresholds(q, keys, ranks, backend="triton")
-    compare.exact("thresholds", got, order.unpack(every[:, ranks])[0])
+    compare.exact("thresholds", got, sort_key.unpack(every[:, ranks])[0])
     many = [*range(0, K, K // 99), 0, K - 1]
     assert tiles.is_sorted(K, len(many), 90)
     got = negmine.rank_thresholds(q, keys, many, backend="triton")
-    compare.exact("many thresholds", got, order.unpack(every[:, many])[0])
+    compare.exact("many thresholds", got, sort_key.unpack(every[:, many])[0])
     print(f"rows that needed the fallback, by pass: {failed} of {B}")
     if make is QUEUES["random"]:
         assert sum(failed) == 0  # one in a million is expected
@@ -273,16 +274,16 @@ def test_the_cuda_selection_is_exact_on_any_queue(make, dtype):
         every.scatter_(1, start + part.index, part.scores)
     truth = q.double() @ keys.double().T
     torch.testing.assert_close(every.double(), truth, rtol=0, atol=1e-5)
-    places = order.pack(every, torch.arange(K, device="cuda")).sort(dim=1, descending=True).values  # (B, K)
+    places = sort_key.pack(every, torch.arange(K, device="cuda")).sort(dim=1, descending=True).values  # (B, K)
     for N in (1, 700, 4096):
-        scores, index = order.unpack(places[:, :N])
+        scores, index = sort_key.unpack(places[:, :N])
         mined = negmine.mine_hardest(q, keys, N, backend="cuda")
         compare.exact("index", mined.index, index)
         compare.exact("scores", mined.scores, scores)
     mined = negmine.mine_hardest(q, keys, 700, **ids(B, K, "cuda"), backend="cuda")
     hidden = ids(B, K, "cuda")["query_ids"][:, None] == ids(B, K, "cuda")["negative_ids"]
-    wanted = order.pack(every, torch.arange(K, device="cuda")).masked_fill(hidden, order.NOWHERE)
-    compare.exact("index without ids", mined.index, order.unpack(wanted.topk(700, dim=1).values)[1])
+    wanted = sort_key.pack(every, torch.arange(K, device="cuda")).masked_fill(hidden, sort_key.NOWHERE)
+    compare.exact("index without ids", mined.index, sort_key.unpack(wanted.topk(700, dim=1).values)[1])
 
 
 def test_queries_and_scores_past_two_to_the_31():
@@ -319,7 +320,7 @@ def test_a_million_keys(miner):
     want = truth.topk(1024, dim=1).values
     torch.testing.assert_close(mined.scores, want, rtol=0, atol=1e-5)
     torch.testing.assert_close(truth.gather(1, mined.index), mined.scores, rtol=0, atol=1e-5)
-    got = negmine.percentile(q, keys, [0.95, 0.999])
+    got = negmine.quantile(q, keys, [0.95, 0.999])
     level = torch.tensor([0.95, 0.999], dtype=torch.float64, device="cuda")
-    wanted = reference.percentile(q[:2].float(), keys.float(), level, None)
+    wanted = reference.quantile(q[:2].float(), keys.float(), level, None)
     torch.testing.assert_close(got[:2], wanted.float(), rtol=0, atol=1e-5)

@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import negmine
-from negmine import InfoNCELoss, Mix, MoCoQueue, Select, backends
+from negmine import InfoNCELoss, Mix, MoCoQueue, Select
+from negmine.ops import backends
 from tests import soak
 from tests.cases import unit
 

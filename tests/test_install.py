@@ -12,7 +12,7 @@ from build_tools import check_install
 from build_tools.check_wheel import faults
 from build_tools.cuda_toolkit import chosen_toolkit
 from build_tools.native import BuildError
-from negmine import cpp_ops
+from negmine.ops import compiled
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,7 +57,7 @@ def test_a_torch_of_another_cuda_is_refused_in_words(monkeypatch, built, found, 
     info = pytest.importorskip("negmine._build_info")
     monkeypatch.setattr(info, "CUDA_VERSION", built)
     monkeypatch.setattr(torch.version, "cuda", found)
-    assert re.search(said, cpp_ops._load_cuda())
+    assert re.search(said, compiled._load_cuda())
 
 
 def test_a_compiler_of_another_cuda_is_refused_in_words(monkeypatch, tmp_path):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import negmine
-from negmine import Mix, Select, backends, order, reference
-from negmine.mixing import draws_of
-from negmine.pool import Pool, between
-from negmine.selection import Mined
+from negmine import Mix, Select, reference
+from negmine.ops import backends, sort_key
+from negmine.ops.pool import Pool, between
+from negmine.selection import Mined, draws_of
 from tests import compare
 from tests.cases import DTYPES, ids, unit, whole
 
@@ -94,12 +94,12 @@ def test_listed_columns_rank_as_in_the_whole_queue(isa, dtype, B, K, D):
     listed = torch.where(mask, torch.arange(K), -1).sort(1).values  # (B, K)
     most = torch.linspace(-0.5, 0.5, B)
     for highest in (None, most):
-        pool = Pool(mask, upper=None if highest is None else order.pack(highest, 0))
+        pool = Pool(mask, upper=None if highest is None else sort_key.pack(highest, 0))
         for N in (3, K + 2):
             got = torch.ops.negmine.mine_listed(q, keys, listed, N, highest)
             for name, k, t in zip(Mined._fields, got, torch.ops.negmine.mine_hardest(q, keys, N, *pool), strict=False):
                 compare.exact(name, k, t)
-            everything = pool._replace(lower=order.pack(torch.full((B,), -torch.inf), order.LAST_INDEX))
+            everything = pool._replace(lower=sort_key.pack(torch.full((B,), -torch.inf), sort_key.LAST_INDEX))
             compare.exact("kept", got[2], torch.ops.negmine.count_negatives(q, keys, *everything))
     deep, everything = unit(20_000, D, dtype=dtype, seed=2), Pool(lower=everything.lower)  # enough rows for a sample
     _, index, kept = torch.ops.negmine.mine_hardest_kept(q, deep, 1500, *everything)
@@ -111,9 +111,9 @@ def test_listed_columns_rank_as_in_the_whole_queue(isa, dtype, B, K, D):
 @pytest.mark.parametrize("B, K, D", [*SHAPES, (600, 5000, 9)])  # the last: a task a block of queries, several splits
 def test_a_pair_is_two_sums_to_the_bit(isa, dtype, B, K, D):
     q, keys, scale = unit(B, D, dtype=dtype), unit(K, D, dtype=dtype, seed=1), torch.tensor([30.0, 4.0])
-    lower = order.pack(torch.full((B,), -0.3), order.LAST_INDEX)
+    lower = sort_key.pack(torch.full((B,), -0.3), sort_key.LAST_INDEX)
     tags, pivot = ids(B, K), torch.linspace(-0.5, 0.5, B)
-    for pool in (Pool(), Pool(torch.rand(K) < 0.8, **tags, lower=lower, upper=order.pack(torch.full((B,), 0.4), 0))):
+    for pool in (Pool(), Pool(torch.rand(K) < 0.8, **tags, lower=lower, upper=sort_key.pack(torch.full((B,), 0.4), 0))):
         for want_mean in (True, False):
             got = torch.ops.negmine.logsumexp_pair(q, keys, scale, pivot, want_mean, *pool)
             for i in range(2):
@@ -132,9 +132,9 @@ def test_a_pair_is_two_sums_to_the_bit(isa, dtype, B, K, D):
 )  # few blocks and many, one split and several, with a sample and without
 def test_a_sum_that_mines_is_a_sum_and_a_mining_to_the_bit(isa, dtype, B, K, D, N):
     q, keys, scale = unit(B, D, dtype=dtype), unit(K, D, dtype=dtype, seed=1), torch.tensor(9.0)
-    lower = order.pack(torch.full((B,), -0.3), order.LAST_INDEX)
+    lower = sort_key.pack(torch.full((B,), -0.3), sort_key.LAST_INDEX)
     tags, pivot = ids(B, K), torch.linspace(-0.5, 0.5, B)
-    for pool in (Pool(), Pool(torch.rand(K) < 0.8, **tags, lower=lower, upper=order.pack(torch.full((B,), 0.4), 0))):
+    for pool in (Pool(), Pool(torch.rand(K) < 0.8, **tags, lower=lower, upper=sort_key.pack(torch.full((B,), 0.4), 0))):
         for want_mean in (True, False):
             got = torch.ops.negmine.logsumexp_mine(q, keys, N, scale, pivot, want_mean, *pool)
             want = torch.ops.negmine.logsumexp(q, keys, scale, pivot, want_mean, *pool)
@@ -146,15 +146,15 @@ def test_a_sum_that_mines_is_a_sum_and_a_mining_to_the_bit(isa, dtype, B, K, D, 
 
 def window_pools(B, K):
     """Everything; masks, ids and both bounds; a mask a query."""
-    lower, upper = (order.pack(torch.full((B,), s), i) for s, i in ((-0.3, order.LAST_INDEX), (0.4, 0)))
+    lower, upper = (sort_key.pack(torch.full((B,), s), i) for s, i in ((-0.3, sort_key.LAST_INDEX), (0.4, 0)))
     return Pool(), Pool(torch.rand(K) < 0.8, **ids(B, K), lower=lower, upper=upper), Pool(torch.rand(B, K) < 0.5)
 
 
 def summed_apart(q, keys, ranks, scale, pivot, pool):
     """What logsumexp_window gives, from thresholds and a sum, the sum in float64; and which of the rows are empty windows."""
     places = torch.ops.negmine.rank_thresholds(q, keys, ranks, *pool)  # (B, 2)
-    empty = (ranks[:, 0] < 0) | (ranks[:, 1] < ranks[:, 0]) | (places[:, 0] == order.NOWHERE)
-    places[empty] = order.NOWHERE
+    empty = (ranks[:, 0] < 0) | (ranks[:, 1] < ranks[:, 0]) | (places[:, 0] == sort_key.NOWHERE)
+    places[empty] = sort_key.NOWHERE
     scores, index = torch.ops.negmine.mine_hardest(q, keys, max(1, len(keys)), *between(pool, *places.unbind(1)))
     x = float(scale) * scores.double()  # (B, K), -inf past the window
     p = torch.where(index >= 0, x, -torch.inf).softmax(1).nan_to_num(0.0)
@@ -314,4 +314,4 @@ def test_ranks_and_windows_do_not_depend_on_threads(B, kind):
         for other in each[1:]:
             compare.exact(name, other, each[0])
     ranked = negmine.mine_hardest(q, keys, 800, negative_mask=pool.negative_mask, backend="cpu").index
-    compare.exact("rank", order.unpack(results[0][1])[1][:, 0], ranked.gather(1, ranks[:, 2:])[:, 0])
+    compare.exact("rank", sort_key.unpack(results[0][1])[1][:, 0], ranked.gather(1, ranks[:, 2:])[:, 0])

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import negmine
-from negmine import Mix, Select, Weight, backends, order, reference
-from negmine.pool import check_pool, usable
+from negmine import Mix, Select, Weight, reference
+from negmine.ops import backends, sort_key
+from negmine.ops.pool import check_pool, usable
 from tests import compare
 from tests.cases import DTYPES, MASKS, masks, shapes_for, unit, whole
 from tests.conftest import device_of, skip_what_the_interpreter_repeats
@@ -56,7 +57,7 @@ def test_masks_are_exact_on_integers(backend, kind):
 @pytest.mark.parametrize("kind", MASKS)
 def test_every_rank_has_its_place(backend, kind):
     """More ranks than are worth a search each, of whole pools and of ends: places, so ties come by index; NaN has no rank."""
-    find = next(row for row in backends.BACKENDS if row.name == backend).launchers.get("rank_thresholds")
+    find = next(row for row in backends.BACKENDS if row.name == backend).functions.get("rank_thresholds")
     if find is None:
         pytest.skip(f"{backend} has no rank_thresholds")
     for B, K, D, _, device, seed in each_shape(backend):
@@ -65,11 +66,11 @@ def test_every_rank_has_its_place(backend, kind):
         keys[K // 3] = -keys[K // 2]  # a NaN whose bits sort below every number
         pool = check_pool("test", q, keys, **masks(kind, B, K, device))
         scores, index = reference.mine_hardest(q, keys, K + 2, usable(pool, q, keys))
-        ranking = order.pack(scores, index).masked_fill(index < 0, order.NOWHERE)  # (B, K + 2)
+        ranking = sort_key.pack(scores, index).masked_fill(index < 0, sort_key.NOWHERE)  # (B, K + 2)
         for first in (-1, K // 2, K - 25):
             shuffled = torch.randperm(K + 2 - first).to(device) + first
             ranks = torch.cat([shuffled, shuffled[:9]]).repeat(B, 1)  # (B, R), some twice
-            want = ranking.gather(1, ranks.clamp_min(0)).masked_fill(ranks < 0, order.NOWHERE)
+            want = ranking.gather(1, ranks.clamp_min(0)).masked_fill(ranks < 0, sort_key.NOWHERE)
             compare.exact(f"places from {first} of {B, K, D}", find(q, keys, ranks, *pool), want)
 
 
@@ -78,11 +79,11 @@ def test_percentile_is_torch_quantile(backend):
         q, keys = unit(B, D, device=device, seed=seed), unit(K, D, device=device, seed=seed + 1)
         for given in ({}, masks("ids", B, K, device), masks("nothing left", B, K, device)):
             levels = [0.0, 0.25, 0.95, 1.0]
-            got = negmine.percentile(q, keys, levels, **given, backend=backend)
+            got = negmine.quantile(q, keys, levels, **given, backend=backend)
             wanted = torch.tensor(levels, dtype=torch.float64, device=device)
             allowed = dense_mask(q, keys, given)
-            truth = reference.percentile(q.double(), keys.double(), wanted, allowed)
-            plain = reference.percentile(q, keys, wanted, allowed)
+            truth = reference.quantile(q.double(), keys.double(), wanted, allowed)
+            plain = reference.quantile(q, keys, wanted, allowed)
             summed = q.abs() @ keys.abs().T  # what a score adds up, of both signs
             compare.rounded(f"percentile {B, K, D}", got, truth, plain, terms=summed)
 
@@ -90,7 +91,7 @@ def test_percentile_is_torch_quantile(backend):
 def test_percentile_past_torch_quantiles_limit():
     """Regression: torch.quantile refuses more than 2^24 elements at once."""
     q, keys = unit(260, 8), unit(65_536, 8, seed=1)
-    got = negmine.percentile(q, keys, [0.05, 0.95, 0.999])
+    got = negmine.quantile(q, keys, [0.05, 0.95, 0.999])
     scores = q @ keys.T
     assert scores.numel() > 2**24
     for b in (0, 131, 259):
@@ -256,12 +257,12 @@ def test_mixed_storage(backend):
 @pytest.mark.parametrize("kind", MASKS)
 def test_the_pass_that_mines_counts_its_pool(backend, kind):
     """mine_hardest to the bit, and count_negatives of the same pool; a NaN score is counted by neither."""
-    ops = next(row for row in backends.BACKENDS if row.name == backend).launchers
+    ops = next(row for row in backends.BACKENDS if row.name == backend).functions
     for B, K, D, N, device, seed in each_shape(backend):
         q, keys = whole(B, D, device=device, seed=seed), whole(K, D, device=device, seed=seed + 1)
         keys[K // 2] = torch.nan
         pool = check_pool("test", q, keys, **masks(kind, B, K, device))
-        places = [order.pack(torch.full((B,), bound, device=device), K // 4) for bound in (-3.0, 2.0)]
+        places = [sort_key.pack(torch.full((B,), bound, device=device), K // 4) for bound in (-3.0, 2.0)]
         for lower, upper in itertools.product((None, places[0]), (None, places[1])):
             inside = pool._replace(lower=lower, upper=upper)
             scores, index, kept = ops["mine_hardest_kept"](q, keys, max(N, 1), *inside)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from negmine import backends
+from negmine.ops import backends
 from tests.peak import peak_mib
 
 LIMIT_MIB = 16

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 import negmine
-from negmine import Select, methods, recipes, reference
+from negmine import Select, recipes, reference
+from negmine.losses import methods
+from negmine.losses.synco import COUNTS, synco, synco_vectors
 from negmine.recipes import Kinds
-from negmine.synco import COUNTS, synco, synco_vectors
 from tests import compare
 from tests.cases import masks, unit
 from tests.conftest import device_of, interpreted
@@ -195,11 +196,11 @@ def test_each_kind_of_synco_has_its_closed_form():
         h = synco_vectors(q, keys, index, only, (1, 2, 3))
         torch.testing.assert_close(h.norm(dim=2), torch.ones(B, 400).double())
         logit = torch.einsum("bd,bsd->bs", q, h)
-        words = negmine.philox.words(
-            torch.arange(B) + 3 + (number << 48), torch.arange(400), negmine.philox.STREAM_MIX, 1, 2
+        words = philox.words(
+            torch.arange(B) + 3 + (number << 48), torch.arange(400), philox.STREAM_MIX, 1, 2
         )
-        source = index.gather(1, negmine.philox.below(words[1], torch.full((B, 1), SMALL.hard)))
-        s, f = (q[:, None] * keys[source]).sum(2), negmine.philox.unit(words[2], None).double()
+        source = index.gather(1, philox.below(words[1], torch.full((B, 1), SMALL.hard)))
+        s, f = (q[:, None] * keys[source]).sum(2), philox.unit(words[2], None).double()
         share = {"interpolated": 0.5 * f, "extrapolated": 0.5 * f - 0.5, "graded": torch.full_like(f, 0.2 / 1.2)}
         if name in share:
             c = share[name]
@@ -218,13 +219,13 @@ def test_each_kind_of_synco_has_its_closed_form():
 
 
 def test_the_normal_noise_is_normal():
-    z = negmine.philox.normals(torch.arange(300), torch.arange(50), 7, 5, 6).double().flatten()
+    z = philox.normals(torch.arange(300), torch.arange(50), 7, 5, 6).double().flatten()
     n = z.numel()
     assert abs(z.mean()) < 4 / n**0.5 and abs(z.var() - 1) < 4 * (2 / n) ** 0.5
     assert abs((z**3).mean()) < 4 * (15 / n) ** 0.5 and abs((z**4).mean() - 3) < 4 * (96 / n) ** 0.5
-    first, again = (negmine.philox.normals(torch.arange(2) + 8, torch.arange(3), 7, 5, s) for s in (6, 6))
+    first, again = (philox.normals(torch.arange(2) + 8, torch.arange(3), 7, 5, s) for s in (6, 6))
     assert torch.equal(first, again)
-    assert torch.equal(first[1:], negmine.philox.normals(torch.arange(1) + 9, torch.arange(3), 7, 5, 6))
+    assert torch.equal(first[1:], philox.normals(torch.arange(1) + 9, torch.arange(3), 7, 5, 6))
 
 
 def test_kinds_do_not_share_draws():

@@ -285,14 +285,14 @@ def test_counters():
 
 def test_a_lone_filter_is_counted_by_the_pass_that_mines(monkeypatch):
     """No other op reads the corpus, and the negatives are those of a run that counts nothing."""
-    cpu = next(row for row in negmine.backends.BACKENDS if row.name == "cpu")
+    cpu = next(row for row in backends.BACKENDS if row.name == "cpu")
     q, c, positives = unit(200, 24, seed=1), unit(900, 24, seed=2), list(range(200))
     dropped = (q @ c.T > (q * c[:200]).sum(1, keepdim=True) - 0.1).fill_diagonal_(False).sum()
 
     def refused(*arguments):
         raise AssertionError("a pass of its own")
 
-    monkeypatch.setitem(cpu.launchers, "count_negatives", refused)
+    monkeypatch.setitem(cpu.functions, "count_negatives", refused)
     options = {"select": Select(absolute_margin=0.1), "backend": "cpu", "corpus_chunk_size": 333}
     counted = mine(q, c, positives, **options)
     uncounted = mine(q, c, positives, **options, count_skipped=False)

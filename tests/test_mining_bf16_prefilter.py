@@ -5,10 +5,11 @@ import pytest
 import torch
 
 import negmine
-from negmine import Select, backends, cpp_ops, order
+from negmine import Select
 from negmine.mining import bf16_prefilter, scan
 from negmine.mining.bf16_prefilter import Bf16Prefilter
-from negmine.pool import Pool
+from negmine.ops import backends, sort_key
+from negmine.ops.pool import Pool
 from tests.cases import unit, whole
 
 B, K, D = 70, 1500, 33
@@ -28,7 +29,7 @@ def prefilters(monkeypatch):
 
     for name in ("MIN_QUERIES", "MIN_ROWS", "MIN_DIM"):
         monkeypatch.setattr(bf16_prefilter, name, 1)
-    monkeypatch.setattr(cpp_ops, "isa", lambda: "avx512bf16")
+    monkeypatch.setattr(compiled, "isa", lambda: "avx512bf16")
     made = scan.Scan.__init__
 
     def watched(self, *arguments, **named):
@@ -70,7 +71,7 @@ def test_the_bits_of_a_scan_in_fp32(prefilters, monkeypatch, name, q, c, select)
         got = negmine.mine_hard_negatives(q, c, positives, **options)
         assert prefilters and prefilters[-1].num_queries == B
         with monkeypatch.context() as patch:
-            patch.setattr(cpp_ops, "isa", lambda: "avx512")
+            patch.setattr(compiled, "isa", lambda: "avx512")
             before = len(prefilters)
             want = negmine.mine_hard_negatives(q, c, positives, **options)
             assert len(prefilters) == before
@@ -104,7 +105,7 @@ def test_the_bound_holds_where_rounding_is_worst(D):
         half = [bf16_prefilter.round_to_bf16(x) for x in (q, k)]
         bound = bf16_prefilter.error_bound(D, half[0][1:], half[1][1:])[:, None]
         s, a = (
-            order.unpack(torch.ops.negmine.rank_thresholds(x, y, torch.arange(200).repeat(100, 1), *Pool()))
+            sort_key.unpack(torch.ops.negmine.rank_thresholds(x, y, torch.arange(200).repeat(100, 1), *Pool()))
             for x, y in ((q, k), (half[0][0], half[1][0]))
         )
         dense = [torch.zeros(100, 200).scatter(1, index, score) for score, index in (s, a)]
@@ -114,12 +115,12 @@ def test_the_bound_holds_where_rounding_is_worst(D):
 
 
 def test_it_is_left_where_it_does_not_pay(monkeypatch):
-    monkeypatch.setattr(cpp_ops, "isa", lambda: "avx512bf16")
+    monkeypatch.setattr(compiled, "isa", lambda: "avx512bf16")
     ops = backends.choose("test", ("mine_hardest",), "cpu", (torch.empty(0, 1),))
     q, c, fresh = torch.empty(1024, 64), torch.empty(16384, 64), Bf16Prefilter()
     assert fresh.is_faster(ops, q, c, 5, Select(max_score=0.5))
     assert not fresh.is_faster(None, q, c, 5, Select())
-    assert not fresh.is_faster(backends.Launchers(mine_hardest=len), q, c, 5, Select())
+    assert not fresh.is_faster(backends.Kernels(mine_hardest=len), q, c, 5, Select())
     for other_q, other_c, N, select in (
         (q[:1000], c, 5, Select()),
         (q, c[:16000], 5, Select()),
@@ -134,7 +135,7 @@ def test_it_is_left_where_it_does_not_pay(monkeypatch):
     assert Bf16Prefilter(1000, 250).is_faster(ops, q, c, 5, Select()) and not Bf16Prefilter(1000, 251).is_faster(
         ops, q, c, 5, Select()
     )
-    monkeypatch.setattr(cpp_ops, "isa", lambda: "avx2")
+    monkeypatch.setattr(compiled, "isa", lambda: "avx2")
     assert not fresh.is_faster(ops, q, c, 5, Select())
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import negmine
-from negmine import MiningResult
-from negmine.mining import result_page
+from negmine.mining import MiningResult, result_page
 from tests.cases import unit
 from tests.compare import same_result
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import negmine
-from negmine import Select, mining_rounds
+from negmine import Select
+from negmine.mining import mining_rounds
 from negmine.mining.rounds import new_share
 from tests.cases import unit
 

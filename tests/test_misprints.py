@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import negmine
-from negmine import FalseNegatives, methods, recipes, reference
+from negmine import FalseNegatives, recipes, reference
+from negmine.losses import methods
+from negmine.losses.synco import synco_vectors
 from negmine.recipes import Kinds
-from negmine.synco import synco_vectors
 from tests.cases import unit
 from tests.conftest import device_of
 

@@ -6,8 +6,8 @@ Skipped where the processor has no AMX; tests/test_tiles.py runs this file on em
 import pytest
 import torch
 
-from negmine import backends
-from negmine.pool import Pool
+from negmine.ops import backends
+from negmine.ops.pool import Pool
 from tests import compare
 from tests.cases import DTYPES, unit
 
@@ -145,7 +145,7 @@ def test_what_does_not_split_is_a_chain_and_disturbs_no_other(tiles, types, D):
 
 def half_of(bias):
     """The weight sigmoid(bias) that softplus_sum gives every row where scale is 0: (1,) fp32."""
-    return torch.ops.negmine.softplus_sum(torch.ones(1, 1), torch.ones(1, 1), torch.tensor(0.0), bias, True, *Pool())[2]
+    return torch.ops.negmine.losses.softplus_sum(torch.ones(1, 1), torch.ones(1, 1), torch.tensor(0.0), bias, True, *Pool())[2]
 
 
 @pytest.mark.parametrize("bias", [-0.7, -60.0, -85.0])  # the last of 2^-123: its parts would be subnormal as they are
@@ -157,7 +157,7 @@ def test_a_mean_is_within_its_bound(dtype, K, D, bias):
     q, p = torch.ones(70, D), half_of(bias).double()
     for odd in (0.0, 6e4 if dtype == torch.float16 else 3.38e38):  # and where a row does not split: chains of a chunk
         keys[K // 3, 0] = odd
-        pull = torch.ops.negmine.softplus_sum(q, keys, torch.tensor(0.0), bias, True, *Pool())[1].double()
+        pull = torch.ops.negmine.losses.softplus_sum(q, keys, torch.tensor(0.0), bias, True, *Pool())[1].double()
         truth, size = p * keys.double().sum(0), p * keys.double().abs().sum(0)
         assert bool(((pull - truth).abs() <= ((96 * U if odd else bound(min(K, 96))) + U * -(-K // 96)) * size).all())
 
@@ -166,7 +166,7 @@ def test_a_mean_is_within_its_bound(dtype, K, D, bias):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_gradient_of_keys_is_within_its_bound(tiles, dtype, B, D):
     q, keys, zero, bias = awkward(B, D).to(dtype), torch.ones(100, D), torch.tensor(0.0), torch.tensor(-0.7)
-    run = torch.ops.negmine.softplus_sum_grad_keys
+    run = torch.ops.negmine.losses.softplus_sum_grad_keys
     for size, odd in ((1.0, 0.0), (1e-42, 0.0), (1e12, 0.0), (1.0, 6e4 if dtype == torch.float16 else 3.38e38)):
         weight, q[B // 2, 0] = (awkward(B, seed=2) * size).float(), odd  # subnormal, and too large to split: so is odd
         got = run(q, keys, zero, bias, weight, *Pool())

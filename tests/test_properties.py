@@ -11,8 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import negmine
-from negmine import Mix, MoCoQueue, Select, backends, reference
-from negmine.pool import check_pool, usable
+from negmine import Mix, MoCoQueue, Select, reference
+from negmine.ops import backends
+from negmine.ops.pool import check_pool, usable
 from tests import compare
 from tests.cases import DTYPES, ids, whole
 

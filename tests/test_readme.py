@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import negmine
-from negmine import MoCoQueue, backends
+from negmine import MoCoQueue
+from negmine.ops import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from negmine import backends, recipes
+from negmine import recipes
+from negmine.ops import backends
 from tests import compare
 from tests.cases import feed, unit
 from tests.conftest import device_of
@@ -86,7 +87,7 @@ def test_a_wrong_kernel_is_seen(monkeypatch, op):
     cpu = next(row for row in backends.BACKENDS if row.name == "cpu")
     if cpu.refusal:
         pytest.skip(cpu.refusal)
-    monkeypatch.setitem(cpu.launchers, op, nudged(cpu.launchers[op], 1 if op == "mine_hardest" else 0))
+    monkeypatch.setitem(cpu.functions, op, nudged(cpu.functions[op], 1 if op == "mine_hardest" else 0))
     rows = {"logsumexp": "moco_v2()", "mine_hardest": "ephn()", "softplus_sum": "siglip()"}
     with pytest.raises((AssertionError, IndexError)):
         agree(rows.get(op) or next(c for c in METHODS if c.startswith("mochi")), "cpu")

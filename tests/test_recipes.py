@@ -194,7 +194,7 @@ REFUSALS = [
     (lambda: recipes.i_mix()(*inputs(), share=torch.ones(3), partner=torch.arange(B)), "i_mix: share must be floating"),
     (lambda: recipes.i_mix()(*inputs(), share=torch.ones(B), partner=torch.ones(B)), "i_mix: partner must be int64"),
     (lambda: negmine.siglip(*inputs(), scale=torch.ones(2)), "siglip: scale must be a finite number or a 0-d floating"),
-    (lambda: negmine.softplus_sum(*inputs()[1:], bias=None), "softplus_sum: bias must be a finite number or a 0-d"),
+    (lambda: negmine.losses.softplus_sum(*inputs()[1:], bias=None), "softplus_sum: bias must be a finite number or a 0-d"),
     (lambda: negmine.logsumexp(*inputs()[1:], temperature=0), "logsumexp: temperature must be a number above 0"),
     (
         lambda: negmine.logsumexp(*inputs()[1:], select=Select(absolute_margin=0.1)),
@@ -212,7 +212,7 @@ def test_refusals(make, sentence):
 
 
 def test_kinds_of_another_type_are_refused():
-    from negmine.synco import synco
+    from negmine.losses.synco import synco
 
     with pytest.raises(TypeError, match=r"synco: kinds must be a negmine.recipes.Kinds or None, got 7"):
         synco(*inputs(), kinds=7)

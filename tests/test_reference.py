@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from negmine import philox, reference
+from negmine import reference
+from negmine.ops import philox
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from tests.cases import unit, whole
 
@@ -55,7 +56,7 @@ def test_mining_ranks_and_percentiles(make):
     got, index = reference.mine_hardest(q, keys, N, usable)
     at = reference.rank_thresholds(q, keys, torch.tensor([[0, 3, K, -1]]).expand(B, 4), usable)
     quantiles = torch.tensor([0.0, 0.31, 0.5, 1.0], dtype=torch.float64)
-    percentiles = reference.percentile(q, keys, quantiles, usable)
+    percentiles = reference.quantile(q, keys, quantiles, usable)
     for b in range(B):
         order = ranked(scores[b].tolist(), usable[b])
         assert index[b].tolist() == order + [-1] * (N - len(order))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import negmine
-from negmine import FalseNegatives, Mix, MoCoQueue, Select, Weight, backends
+from negmine import FalseNegatives, Mix, MoCoQueue, Select, Weight
+from negmine.ops import backends
 
 B, K, D = 3, 7, 4
 q, pos, keys = torch.randn(B, D), torch.randn(B, D), torch.randn(K, D)
@@ -114,8 +115,8 @@ REFUSALS = [
     (lambda: negmine.rank_thresholds(q, keys, 1.5), ValueError, "rank_thresholds: ranks must be 0-based ranks"),
     (lambda: negmine.rank_thresholds(q, keys, [-1]), ValueError, "ranks must be 0-based ranks"),
     (lambda: negmine.rank_thresholds(q, keys, torch.zeros(2, 2, dtype=torch.long)), ValueError, "with query's B = 3"),
-    (lambda: negmine.percentile(q, keys, 95), ValueError, "percentile: q must be in [0, 1]"),
-    (lambda: negmine.percentile(q, keys, []), ValueError, "percentile: q must be in [0, 1]"),
+    (lambda: negmine.quantile(q, keys, 95), ValueError, "percentile: q must be in [0, 1]"),
+    (lambda: negmine.quantile(q, keys, []), ValueError, "percentile: q must be in [0, 1]"),
     # backends
     (loss(backend="gpu"), ValueError, "backend must be None, 'cuda', 'triton', 'cpu', 'reference', got 'gpu'"),
     (loss(backend="cuda"), backends.BackendUnavailable, "backend 'cuda' cannot run logsumexp on cpu tensors (cuda"),

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 import negmine
-from negmine import HardnessReport
+from negmine.report import HardnessReport, words
 from negmine.report import figures as fig
-from negmine.report import words
 from tests.cases import unit, whole
 from tests.peak import peak_mib
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import negmine
-from negmine import MoCoQueue, Select, ShardedMoCoQueue, Weight, backends, order, shards
+from negmine import MoCoQueue, Select, Weight, shards
+from negmine.ops import backends, sort_key
+from negmine.queues import ShardedMoCoQueue
 from tests import compare
 from tests.cases import ids, unit, whole
 from tests.ranks import run_ranks
@@ -288,13 +290,13 @@ def test_bounds_move_between_ring_and_shard():
     """A bound before the shard, inside it and past it, ties and infinities included, keeps what it kept."""
     scores = torch.tensor([-torch.inf, -2.0, -0.0, 0.0, 1.5, torch.inf]).repeat_interleave(8)
     index = torch.arange(8).repeat(6) + 10  # a shard of rows 10 to 17
-    places = order.pack(scores, index)
-    local = order.pack(scores, index - 10)
+    places = sort_key.pack(scores, index)
+    local = sort_key.pack(scores, index - 10)
     assert torch.equal(shards.to_queue(local, 10), places)
     for score, at in itertools.product(
-        (-torch.inf, -2.0, 0.0, 1.5, torch.inf), (0, 9, 10, 13, 17, 18, order.LAST_INDEX)
+        (-torch.inf, -2.0, 0.0, 1.5, torch.inf), (0, 9, 10, 13, 17, 18, sort_key.LAST_INDEX)
     ):
-        bound = order.pack(torch.tensor(score), at)
+        bound = sort_key.pack(torch.tensor(score), at)
         upper, lower = shards.upper_in_shard(bound, 10), bound + 10
         assert torch.equal(local <= upper, places <= bound), (score, at)
         assert torch.equal(local >= lower, places >= bound), (score, at)
@@ -344,7 +346,7 @@ def test_ranks_over_shards_are_exact_wherever_the_hard_keys_are(spread, at_once,
     keys = SPREADS[spread](whole(total, D, seed=4))
     q = torch.ones(B, D) + whole(B, D, seed=5) * (spread == "even")
     wanted = torch.stack([torch.tensor([0, 3, total // 20, total - 1, total, -1])] * B) + torch.arange(B)[:, None]
-    want = cpu.launchers["rank_thresholds"](q, keys, wanted, *(None,) * 7, False)
+    want = cpu.functions["rank_thresholds"](q, keys, wanted, *(None,) * 7, False)
     starts = [0, 11, 12, 5 * K, total]  # shards of very different sizes
     board, barrier, got, rounds = [None] * W, threading.Barrier(W), [None] * W, [0] * W
 
@@ -352,7 +354,7 @@ def test_ranks_over_shards_are_exact_wherever_the_hard_keys_are(spread, at_once,
         try:
             ranks = Together(rank, counts, board, barrier)
             own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-            ops = shards.Shards(backends.Launchers(**cpu.launchers), ranks, q[own], total, starts[rank])
+            ops = shards.Shards(backends.Kernels(**cpu.functions), ranks, q[own], total, starts[rank])
             got[rank] = ops.rank_thresholds(
                 q[own], keys[starts[rank] : starts[rank + 1]], wanted[own], *(None,) * 7, False
             )
@@ -378,7 +380,7 @@ def test_a_shard_of_infinite_score_makes_the_sum_infinite():
 
     def work(rank):
         ranks, own = Together(rank, counts, board, barrier), slice(2 * rank, 2 + rank)
-        ops = shards.Shards(backends.Launchers(**cpu.launchers), ranks, q[own], 2 * K, K * rank)
+        ops = shards.Shards(backends.Kernels(**cpu.functions), ranks, q[own], 2 * K, K * rank)
         held = keys[K * rank : K * rank + K]
         got[rank] = ops.logsumexp(q[own], held, torch.tensor(5.0), None, True, *(None,) * 7, False)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import negmine
-from negmine import Select, reference_methods
+from negmine import Select, reference
 from tests import compare
 from tests.cases import DTYPES, masks, unit
 from tests.conftest import device_of, interpreted, skip_what_the_interpreter_repeats
@@ -52,8 +52,8 @@ def test_value_and_every_gradient(backend, op, options, kind, dtype):
         dense = {"usable": dense_mask(q, keys, given), "positive_score": (q.float() * pos.float()).sum(1), **options}
         dense["draw"], key = KEY, dict(zip(("seed", "step", "row_offset"), KEY, strict=True))
         got = run(dtype, getattr(negmine, op), positive_key=pos, backend=backend, **key, **options, **given)
-        truth = run(torch.float64, getattr(reference_methods, op), **dense)
-        plain = run(dtype, getattr(reference_methods, op), **dense)
+        truth = run(torch.float64, getattr(reference.sums, op), **dense)
+        plain = run(dtype, getattr(reference.sums, op), **dense)
         condition = 12.0  # the largest logit
         for name, k, t, p in zip(("value", "d_query", "d_keys", *NUMBERS[op]), got, truth, plain, strict=True):
             compare.rounded(f"{op} {name} {rows, columns, width}", k, t, p, condition)
@@ -70,8 +70,8 @@ def test_softplus_keeps_its_precision_far_below_zero(isa):
     try:
         q, keys = torch.ones(3, 1), torch.linspace(-1.0, 1.0, 301)[:, None]
         for scale, bias in ((30.0, -60.0), (80.0, 0.0), (1.0, 300.0), (2.0, -70.0)):
-            got = negmine.softplus_sum(q, keys, scale=scale, bias=bias, backend="cpu")
-            truth = reference_methods.softplus_sum(q.double(), keys.double(), scale, bias)
+            got = negmine.losses.softplus_sum(q, keys, scale=scale, bias=bias, backend="cpu")
+            truth = reference.softplus_sum(q.double(), keys.double(), scale, bias)
             torch.testing.assert_close(got.double(), truth, rtol=3e-6, atol=0)
     finally:
         _ops_cpu.set_isa(used)

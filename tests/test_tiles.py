@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from negmine import backends
+from negmine.ops import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,22 +13,13 @@ import torch
 from torch import nn
 
 import negmine
-from negmine import (
-    InfoNCELoss,
-    Mix,
-    MoCoQueue,
-    Select,
-    ShardedMoCoQueue,
-    SupConLoss,
-    TripletLoss,
-    Weight,
-    backends,
-    recipes,
-)
-from negmine.methods import MethodLoss
+from negmine import InfoNCELoss, Mix, MoCoQueue, Select, SupConLoss, TripletLoss, Weight, recipes
+from negmine.losses.methods import MethodLoss
+from negmine.losses.synco import synco
+from negmine.ops import backends
+from negmine.queues import ShardedMoCoQueue
 from negmine.recipes import Kinds
 from negmine.recipes.triplets import SimANSLoss, VSEPlusPlusLoss
-from negmine.synco import synco
 from tests.cases import unit
 
 cpu = next(row for row in backends.BACKENDS if row.name == "cpu")
@@ -50,7 +41,7 @@ LOSSES = {
     "triplet_loss": lambda q, k: negmine.triplet_loss(q, k, labels(len(q)), labels(len(k))),
     "multi_similarity": lambda q, k: negmine.multi_similarity(q, k, labels(len(q)), labels(len(k))),
     "logsumexp": lambda q, k: negmine.logsumexp(q, k, temperature=0.2, select=Select(0, 0.5)).sum(),
-    "softplus_sum": lambda q, k: negmine.softplus_sum(q, k, bias=-1.0, select=Select(0, 30, sample=5)).sum(),
+    "softplus_sum": lambda q, k: negmine.losses.softplus_sum(q, k, bias=-1.0, select=Select(0, 30, sample=5)).sum(),
     "siglip": lambda q, k: negmine.siglip(q, k[: len(q)], k, bias=-1.0),
     "synco": lambda q, k: synco(q, k[: len(q)], k, kinds=Kinds(9, 4, 4, 4, 2, 2, 2)),
     "own_negatives": lambda q, k: negmine.info_nce(q, k[: len(q)], k.expand(len(q), *k.shape), temperature=0.2),
@@ -58,7 +49,7 @@ LOSSES = {
 MINING = {
     "mine_hardest": lambda q, k: negmine.mine_hardest(q, k, 4, select=Select(2, 30)).index,
     "rank_thresholds": lambda q, k: negmine.rank_thresholds(q, k, [0, 5]),
-    "percentile": lambda q, k: negmine.percentile(q, k, [0.5, 0.95]),
+    "percentile": lambda q, k: negmine.quantile(q, k, [0.5, 0.95]),
     "mix_negatives": lambda q, k: negmine.mix_negatives(q, k, Mix(8, 5, 3)).vectors,
     "mine_triplets": lambda q, k: negmine.mine_triplets(q, k, labels(len(q)), labels(len(k))).negative,
 }

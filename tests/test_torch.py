@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 import negmine
-from negmine import FalseNegatives, InfoNCELoss, Mix, MoCoQueue, Select, Weight, backends, order, recipes
-from negmine.mixing import draws_of
+from negmine import FalseNegatives, InfoNCELoss, Mix, MoCoQueue, Select, Weight, recipes
+from negmine.ops import backends, sort_key
+from negmine.selection import draws_of
 from tests.cases import DTYPES, ids, unit
 from tests.conftest import device_of
 
@@ -36,14 +37,14 @@ def _cold_compiler():
 def cpp_ops():
     if cpu.refusal:
         pytest.skip(cpu.refusal)
-    return cpu.launchers
+    return cpu.functions
 
 
 def arguments():
     """One set of arguments for every compiled op, with and without a pool."""
     q, keys, scale = unit(B, D), unit(K, D, seed=1), torch.tensor(5.0)
     tags = ids(B, K)
-    bounds = (order.pack(torch.full((B,), -0.5), order.LAST_INDEX), order.pack(torch.full((B,), 0.5), 0))
+    bounds = (sort_key.pack(torch.full((B,), -0.5), sort_key.LAST_INDEX), sort_key.pack(torch.full((B,), 0.5), 0))
     pools = [
         (None,) * 7,
         (torch.rand(B, K) < 0.8, *tags.values(), *tags.values(), *bounds),
@@ -154,8 +155,8 @@ def test_offsets_past_two_to_the_31(backend):
 def test_the_table_says_why():
     rows = {row.name: row for row in backends.BACKENDS}
     for name, row in rows.items():
-        assert name == "reference" or bool(row.launchers) != bool(row.refusal)
-        assert set(row.launchers) <= {*backends.OPS, *backends.SPARED}
+        assert name == "reference" or bool(row.functions) != bool(row.refusal)
+        assert set(row.functions) <= {*backends.OPS, *backends.SPARED}
     if rows["cuda"].refusal:
         with pytest.raises(backends.BackendUnavailable, match="takes cuda tensors"):
             negmine.mine_hardest(unit(2, 4), unit(5, 4), 2, backend="cuda")
@@ -366,7 +367,7 @@ def test_two_python_threads_get_the_same_bits():
         return [
             *loss_and_grad(q, pos, keys, select=Select(3, 0.2), mix=Mix(9, 8, 7)),
             *negmine.mine_hardest(q, keys, 100, backend="cpu"),
-            negmine.percentile(q, keys, [0.5, 0.95], backend="cpu"),
+            negmine.quantile(q, keys, [0.5, 0.95], backend="cpu"),
         ]
 
     want, got = work(), {}

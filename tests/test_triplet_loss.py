@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import negmine
-from negmine import recipes, reference_triplets
+from negmine import recipes, reference
 from tests import compare
 from tests.cases import DTYPES, shapes_for, unit
 from tests.conftest import device_of, skip_what_the_interpreter_repeats
@@ -73,7 +73,7 @@ def test_values_and_gradients(backend, options, dtype):
 
         def run(cast, inputs=inputs, found=found, arithmetic=arithmetic):
             leaves = [t.to(cast).requires_grad_() for t in inputs]
-            rows = reference_triplets.triplet_loss(*leaves, found.positive, found.negative, **arithmetic)
+            rows = reference.triplet_loss(*leaves, found.positive, found.negative, **arithmetic)
             return [rows, *torch.autograd.grad(rows.double().sum(), leaves)]
 
         for name, k, t, p in zip(("loss", "d_query", "d_keys"), got, run(torch.float64), run(dtype), strict=True):
@@ -220,7 +220,7 @@ def test_multi_similarity_values_and_gradients(backend, dtype):
             # A pair on the edge of the mining would differ between precisions; none of these does.
             if chosen == "dense":
                 same = (both[0][:, None] == both[1]) & (both[0] >= 0)[:, None]
-                rows = reference_triplets.multi_similarity(*leaves, same, ~same, **MS)[0]
+                rows = reference.multi_similarity(*leaves, same, ~same, **MS)[0]
             else:
                 rows = negmine.multi_similarity(*leaves, *both, reduction="none", backend=chosen)
             return [rows, *torch.autograd.grad(rows.double().sum(), leaves)]

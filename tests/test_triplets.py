@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import negmine
-from negmine import distance_weighted, philox, reference_triplets
+from negmine import distance_weighted
+from negmine.ops import philox
 from tests import compare
 from tests.cases import DTYPES, shapes_for, unit, whole
 from tests.conftest import device_of, interpreted, skip_what_the_interpreter_repeats
@@ -326,10 +327,10 @@ def test_it_compiles_into_one_graph():
 def test_score_farther_inverts_distance():
     s = torch.linspace(-1, 1, 21, dtype=torch.float64)
     for kind in ("cosine", "euclidean", "squared_euclidean"):
-        moved = reference_triplets.score_farther(s, 0.25, kind)
+        moved = reference.triplets.score_farther(s, 0.25, kind)
         error = distance_of_any(moved, kind) - distance_of_any(s, kind) - 0.25
         assert error.abs().max() < 1e-12
-    assert bool(reference_triplets.score_farther(torch.tensor([1.0, -torch.inf]), -0.1, "euclidean").isinf().all())
+    assert bool(reference.triplets.score_farther(torch.tensor([1.0, -torch.inf]), -0.1, "euclidean").isinf().all())
 
 
 def distance_of_any(s, kind):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import negmine
-from negmine import Mix, Select, backends, order, reference
-from negmine.philox import beta_quantiles
+from negmine import Mix, Select, reference
+from negmine.ops import backends, sort_key
+from negmine.ops.philox import beta_quantiles
 from tests import compare
 from tests.cases import DTYPES, ids, unit
 from tests.conftest import DEVICE, _reason_not_here, interpreted, skip_what_the_interpreter_repeats
@@ -19,7 +20,7 @@ B, K, D = 5, 70, 8
 
 
 def launchers():
-    return next(row for row in backends.BACKENDS if row.name == "triton").launchers
+    return next(row for row in backends.BACKENDS if row.name == "triton").functions
 
 
 def on_device(args):
@@ -73,10 +74,10 @@ def test_a_score_is_the_same_bits_in_every_op(dtype, width):
     ranks = torch.tensor([[0, keys_count // 30, keys_count // 2]], device=DEVICE).repeat(rows, 1)
     ops, nothing = launchers(), (None,) * 5
     places = ops["rank_thresholds"](q, keys, ranks)  # (B, R)
-    mined = order.pack(*ops["mine_hardest"](q, keys, keys_count // 30 + 1))  # (B, N)
+    mined = sort_key.pack(*ops["mine_hardest"](q, keys, keys_count // 30 + 1))  # (B, N)
     compare.exact("rank against mined", places[:, :2], mined[:, [0, -1]])
     scale = torch.tensor(5.0, device=DEVICE)
-    top = order.pack(torch.full((rows,), torch.inf, device=DEVICE), 0)
+    top = sort_key.pack(torch.full((rows,), torch.inf, device=DEVICE), 0)
     for column, rank in enumerate(ranks[0].tolist()):
         pool = (*nothing, places[:, column].contiguous(), top)
         compare.exact("count", ops["count_negatives"](q, keys, *pool), ranks[:, column] + 1)

@@ -50,8 +50,8 @@ def sum_of(
         if name not in known:
             raise TypeError(f"{op}: {name} is not a keyword; those of the pool are {', '.join(known)}")
     columns = summed_columns(
-        op, ("logsumexp",), query, positive_key, negative_keys, pool.get("select"), pool.get("query_ids"), pool.get("query_labels"),
-        draw_of(pool), pool.get("backend"),
+        op, ("logsumexp",), query, positive_key, negative_keys, pool.get("select"), pool.get("query_ids"),
+        pool.get("query_labels"), draw_of(pool), pool.get("backend"),
     )  # fmt: skip
     return columns.logsumexp(query, temperature)
 

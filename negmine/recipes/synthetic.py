@@ -26,8 +26,8 @@ def mochi(
 
     `Mix` states the formulas. warmup_steps: train without them first (10 to 15 epochs in the paper). skip: mix none of the
     hardest `skip`, which are the likeliest false negatives. The paper's class oracle is query_labels and the labels of the
-    negatives in the call: labels leave before mining, so synthetic negatives come from true negatives alone, and before the denominator.
-    hard, pairs, with_query and skip may be schedules of whole numbers: whole(linear(64, 1024, steps)).
+    negatives in the call: labels leave before mining, so synthetic negatives come from true negatives alone, and before the
+    denominator. hard, pairs, with_query and skip may be schedules of whole numbers: whole(linear(64, 1024, steps)).
     No official code exists; one public port indexes every query's mixes into query 0's hard set, which tests/test_rules.py
     would fail.
     """
