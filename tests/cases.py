@@ -5,6 +5,9 @@ import os
 import torch
 import torch.nn.functional as F
 
+from negmine import Negatives
+from negmine.ops.negatives import check_negatives
+from negmine.ops.pool import Pool, usable
 from tests.conftest import interpreted
 
 # B, K, D, N                      why; few values of D: a GPU kernel is compiled for each
@@ -69,6 +72,27 @@ def masks(kind: str, B: int, K: int, device: str = "cpu") -> dict[str, torch.Ten
     }[kind]
 
 
+def negatives(keys: torch.Tensor, given: dict) -> torch.Tensor | Negatives:
+    """Keys with the ids, labels and mask among the mask keywords of a case, as the public functions take them."""
+    own = {name: given[f"negative_{name}"] for name in ("ids", "labels", "mask") if f"negative_{name}" in given}
+    return Negatives(keys, **own) if own else keys
+
+
+def tags(given: dict) -> dict[str, torch.Tensor]:
+    """The query's ids and labels among the mask keywords of a case, as the public functions take them."""
+    return {name: given[name] for name in ("query_ids", "query_labels") if name in given}
+
+
+def pool_of(q: torch.Tensor, keys: torch.Tensor, given: dict) -> Pool:
+    """The pool of the mask keywords of a case, as the kernels take it."""
+    return check_negatives("test", q, None, negatives(keys, given), **tags(given), own_keys=True)[1]
+
+
+def dense_mask(q: torch.Tensor, keys: torch.Tensor, given: dict) -> torch.Tensor | None:
+    """The pool of the mask keywords of a case as one dense (B, K) bool, None where nothing is masked."""
+    return usable(pool_of(q, keys, given), q, keys)
+
+
 LABELLED = (
     "batch_hard",
     "distance_weighted",
@@ -86,15 +110,16 @@ def feed(recipe: str, q: torch.Tensor, pos: torch.Tensor, keys: torch.Tensor) ->
         return [q, pos], {}
     if recipe in LABELLED:
         return [q, keys, labels, key_labels], {"key_mask": key_labels * 7 % 3 > 0}
-    given = {"query_ids": labels, "negative_ids": torch.arange(len(keys), device=q.device)}
+    own = {"ids": torch.arange(len(keys), device=q.device)}
+    given = {"query_ids": labels}
     if recipe == "false_negative_cancellation":
         given["support"] = torch.stack([keys.detach()[: len(q)], pos.detach()], 1)  # a row of the queue is such a view
     if recipe == "i_mix":
         share = torch.linspace(0.5, 1, len(q), device=q.device)
         given |= {"share": share, "partner": torch.arange(len(q), device=q.device).flip(0)}
     if recipe == "mochi":
-        given |= {"query_labels": labels, "negative_labels": key_labels}  # its oracle
-    return [q, pos, keys], given
+        given["query_labels"], own["labels"] = labels, key_labels  # its oracle
+    return [q, pos, Negatives(keys, **own)], given
 
 
 MASKS = ["none", "ids", "labels", "columns", "pairs", "everything", "nothing left"]

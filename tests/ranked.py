@@ -13,7 +13,9 @@ def inside_of(places, lower=None, upper=None):
     inside = torch.ones_like(places, dtype=torch.bool)
     for bound, sign in ((lower, 1), (upper, -1)):
         if bound is not None:
-            inside &= (sign * places >= sign * bound[:, None]) & ~((bound == sort_key.NOWHERE) | (bound == LAST))[:, None]
+            inside &= (sign * places >= sign * bound[:, None]) & ~((bound == sort_key.NOWHERE) | (bound == LAST))[
+                :, None
+            ]
     return inside
 
 

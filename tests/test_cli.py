@@ -21,6 +21,7 @@ from negmine import NegativeIndex, Select
 from negmine.cli import checkout, main, mine, options
 from negmine.cli.main import parser
 from negmine.mining import progress
+from negmine.ops import backends
 from tests.cases import unit
 
 Q, K, D = 6, 40, 8

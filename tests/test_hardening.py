@@ -64,7 +64,9 @@ def test_working_memory_that_does_not_fit_is_told_with_its_bytes():
     for said in starved(2, 2, D, 1, 300):
         found = re.match(r"MemoryError negmine: out of memory: a thread's working memory takes (\d+) bytes", said)
         assert found, said
-        assert int(found[1]) >= 4 * D * lanes, said  # the queries alone; what else there is depends on the instruction set
+        assert int(found[1]) >= 4 * D * lanes, (
+            said
+        )  # the queries alone; what else there is depends on the instruction set
 
 
 def test_memory_does_not_grow():

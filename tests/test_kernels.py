@@ -8,9 +8,8 @@ import torch
 import negmine
 from negmine import Mix, Select, Weight, reference
 from negmine.ops import backends, sort_key
-from negmine.ops.pool import check_pool, usable
 from tests import compare
-from tests.cases import DTYPES, MASKS, masks, shapes_for, unit, whole
+from tests.cases import DTYPES, MASKS, dense_mask, masks, negatives, pool_of, shapes_for, tags, unit, whole
 from tests.conftest import device_of, skip_what_the_interpreter_repeats
 
 
@@ -18,10 +17,6 @@ def each_shape(backend):
     device = device_of(backend)
     for seed, (B, K, D, N) in enumerate(shapes_for(backend)):
         yield B, K, D, N, device, seed
-
-
-def dense_mask(q, keys, given):
-    return usable(check_pool("test", q, keys, **given), q, keys)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -44,12 +39,12 @@ def test_masks_are_exact_on_integers(backend, kind):
         q, keys = whole(B, D, device=device, seed=seed), whole(K, D, device=device, seed=seed + 1)
         given = masks(kind, B, K, device)
         allowed = dense_mask(q, keys, given)
-        got = negmine.mine_hardest(q, keys, N, **given, backend=backend)
+        got = negmine.mine_hardest(q, negatives(keys, given), N, **tags(given), backend=backend)
         want = reference.mine_hardest(q, keys, N, allowed)
         compare.exact(f"scores {B, K, D, N}", got.scores, want[0])
         compare.exact(f"index {B, K, D, N}", got.index, want[1])
         ranks = [0, K // 2, max(K - 1, 0), K]
-        got_ranks = negmine.rank_thresholds(q, keys, ranks, **given, backend=backend)
+        got_ranks = negmine.rank_thresholds(q, negatives(keys, given), ranks, **tags(given), backend=backend)
         want_ranks = reference.rank_thresholds(q, keys, torch.tensor([ranks], device=device).expand(B, 4), allowed)
         compare.exact(f"ranks {B, K, D}", got_ranks, want_ranks)
 
@@ -64,8 +59,8 @@ def test_every_rank_has_its_place(backend, kind):
         q, keys = whole(B, D, device=device, seed=seed), whole(K, D, device=device, seed=seed + 1)
         keys[K // 2] = torch.nan
         keys[K // 3] = -keys[K // 2]  # a NaN whose bits sort below every number
-        pool = check_pool("test", q, keys, **masks(kind, B, K, device))
-        scores, index = reference.mine_hardest(q, keys, K + 2, usable(pool, q, keys))
+        pool = pool_of(q, keys, masks(kind, B, K, device))
+        scores, index = reference.mine_hardest(q, keys, K + 2, dense_mask(q, keys, masks(kind, B, K, device)))
         ranking = sort_key.pack(scores, index).masked_fill(index < 0, sort_key.NOWHERE)  # (B, K + 2)
         for first in (-1, K // 2, K - 25):
             shuffled = torch.randperm(K + 2 - first).to(device) + first
@@ -74,21 +69,21 @@ def test_every_rank_has_its_place(backend, kind):
             compare.exact(f"places from {first} of {B, K, D}", find(q, keys, ranks, *pool), want)
 
 
-def test_percentile_is_torch_quantile(backend):
+def test_quantile_is_torch_quantile(backend):
     for B, K, D, _, device, seed in each_shape(backend):
         q, keys = unit(B, D, device=device, seed=seed), unit(K, D, device=device, seed=seed + 1)
         for given in ({}, masks("ids", B, K, device), masks("nothing left", B, K, device)):
             levels = [0.0, 0.25, 0.95, 1.0]
-            got = negmine.quantile(q, keys, levels, **given, backend=backend)
+            got = negmine.quantile(q, negatives(keys, given), levels, **tags(given), backend=backend)
             wanted = torch.tensor(levels, dtype=torch.float64, device=device)
             allowed = dense_mask(q, keys, given)
             truth = reference.quantile(q.double(), keys.double(), wanted, allowed)
             plain = reference.quantile(q, keys, wanted, allowed)
             summed = q.abs() @ keys.abs().T  # what a score adds up, of both signs
-            compare.rounded(f"percentile {B, K, D}", got, truth, plain, terms=summed)
+            compare.rounded(f"quantile {B, K, D}", got, truth, plain, terms=summed)
 
 
-def test_percentile_past_torch_quantiles_limit():
+def test_quantile_past_torch_quantiles_limit():
     """Regression: torch.quantile refuses more than 2^24 elements at once."""
     q, keys = unit(260, 8), unit(65_536, 8, seed=1)
     got = negmine.quantile(q, keys, [0.05, 0.95, 0.999])
@@ -133,11 +128,14 @@ def test_windows_keep_exactly_what_they_say(backend, select):
         given = masks("ids", B, K, device)
         allowed = dense_mask(q, keys, given)
         options = {"temperature": 8.0, "select": select}
-        _, stats = negmine.info_nce(q, pos, keys, **options, **given, return_stats=True, backend=backend)
+        _, stats = negmine.info_nce(
+            q, pos, negatives(keys, given), **options, **tags(given), return_stats=True, backend=backend
+        )
         _, want = reference.info_nce(q, pos, keys, **options, usable=allowed)
         for name in ("num_negatives", "positive_rank", "num_empty"):
             compare.exact(f"{name} {B, K, D}", getattr(stats, name), want[name])
-        mined = negmine.mine_hardest(q, keys, N, select=select, positive_key=pos, **given, backend=backend)
+        call = {"select": select, "positive_key": pos, **tags(given), "backend": backend}
+        mined = negmine.mine_hardest(q, negatives(keys, given), N, **call)
         times = reference.multiplicity(q @ keys.T, (q * pos).sum(1), select, allowed, 0, 0, 0)
         scores, index = reference.mine_hardest(q, keys, N, times > 0)
         compare.exact(f"mined {B, K, D}", mined.index, index)
@@ -197,16 +195,19 @@ def test_loss_and_every_gradient(backend, options, kind, dtype):
         given = masks(kind, B, K, device)
         allowed = dense_mask(inputs[0], inputs[2], given)
 
-        def run(cast, function, inputs=inputs, device=device, **more):
+        def run(cast, function, inputs=inputs, device=device, given=(), **more):
             leaves = [t.to(cast).detach().requires_grad_() for t in inputs]
             temperature = torch.tensor(
                 options["temperature"], dtype=torch.promote_types(cast, torch.float32), device=device
             )
             leaves.append(temperature.requires_grad_())
-            rows, stats = function(*leaves[:3], temperature=leaves[3], **keywords, **more)
+            columns = negatives(leaves[2], given) if given else leaves[2]
+            rows, stats = function(*leaves[:2], columns, temperature=leaves[3], **keywords, **more)
             return [rows, *gradients(rows, leaves)], stats
 
-        got, stats = run(dtype, negmine.info_nce, **given, reduction="none", return_stats=True, backend=backend)
+        got, stats = run(
+            dtype, negmine.info_nce, given=given, **tags(given), reduction="none", return_stats=True, backend=backend
+        )
         truth, want = run(torch.float64, reference.info_nce, usable=allowed)
         plain, _ = run(dtype, reference.info_nce, usable=allowed)
         condition = debiasing_condition(inputs, options, allowed) / options["temperature"]  # 1 / T: the largest logit
@@ -232,7 +233,7 @@ def test_mixed_vectors_have_the_same_draws_everywhere(backend, mix, dtype):
         key = {"seed": 2**32 - 1, "step": 7, "row_offset": 2**33 + 1}
         for given in ({}, masks("ids", B, K, device), masks("nothing left", B, K, device)):
             allowed = dense_mask(q, keys, given)
-            got = negmine.mix_negatives(q, keys, mix, **given, **key, backend=backend)
+            got = negmine.mix_negatives(q, negatives(keys, given), mix, **tags(given), **key, backend=backend)
             truth = reference.mix_negatives(q.double(), keys.double(), mix, allowed, **key)
             plain = reference.mix_negatives(q, keys, mix, allowed, **key)
             compare.exact(f"parents {B, K, D}", got.parents, truth[1])
@@ -261,13 +262,13 @@ def test_the_pass_that_mines_counts_its_pool(backend, kind):
     for B, K, D, N, device, seed in each_shape(backend):
         q, keys = whole(B, D, device=device, seed=seed), whole(K, D, device=device, seed=seed + 1)
         keys[K // 2] = torch.nan
-        pool = check_pool("test", q, keys, **masks(kind, B, K, device))
+        pool = pool_of(q, keys, masks(kind, B, K, device))
         places = [sort_key.pack(torch.full((B,), bound, device=device), K // 4) for bound in (-3.0, 2.0)]
         for lower, upper in itertools.product((None, places[0]), (None, places[1])):
             inside = pool._replace(lower=lower, upper=upper)
-            scores, index, kept = ops["mine_hardest_kept"](q, keys, max(N, 1), *inside)
-            want = ops["mine_hardest"](q, keys, max(N, 1), *inside)
+            scores, index, num_kept = ops["mine_hardest"](q, keys, max(N, 1), True, *inside)
+            want = ops["mine_hardest"](q, keys, max(N, 1), False, *inside)
             compare.exact(f"scores {B, K, D, N}", scores, want[0])
             compare.exact(f"index {B, K, D, N}", index, want[1])
-            everything = ops["mine_hardest"](q, keys, K + 1, *inside)[1]  # (B, K + 1)
-            compare.exact(f"kept {B, K, D, N}", kept, (everything >= 0).sum(1))
+            everything = ops["mine_hardest"](q, keys, K + 1, False, *inside)[1]  # (B, K + 1)
+            compare.exact(f"num_kept {B, K, D, N}", num_kept, (everything >= 0).sum(1))

@@ -11,6 +11,7 @@ import negmine
 from negmine import Select, recipes, reference
 from negmine.losses import methods
 from negmine.losses.synco import COUNTS, synco, synco_vectors
+from negmine.ops import philox
 from negmine.recipes import Kinds
 from tests import compare
 from tests.cases import masks, unit
@@ -196,9 +197,7 @@ def test_each_kind_of_synco_has_its_closed_form():
         h = synco_vectors(q, keys, index, only, (1, 2, 3))
         torch.testing.assert_close(h.norm(dim=2), torch.ones(B, 400).double())
         logit = torch.einsum("bd,bsd->bs", q, h)
-        words = philox.words(
-            torch.arange(B) + 3 + (number << 48), torch.arange(400), philox.STREAM_MIX, 1, 2
-        )
+        words = philox.words(torch.arange(B) + 3 + (number << 48), torch.arange(400), philox.STREAM_MIX, 1, 2)
         source = index.gather(1, philox.below(words[1], torch.full((B, 1), SMALL.hard)))
         s, f = (q[:, None] * keys[source]).sum(2), philox.unit(words[2], None).double()
         share = {"interpolated": 0.5 * f, "extrapolated": 0.5 * f - 0.5, "graded": torch.full_like(f, 0.2 / 1.2)}

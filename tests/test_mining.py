@@ -15,6 +15,7 @@ import torch
 
 import negmine
 from negmine import NegativeIndex, Select
+from negmine.ops import backends
 from tests.cases import unit, whole
 from tests.compare import same_result, selected
 from tests.conftest import device_of, interpreted

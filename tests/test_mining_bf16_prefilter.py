@@ -8,7 +8,7 @@ import negmine
 from negmine import Select
 from negmine.mining import bf16_prefilter, scan
 from negmine.mining.bf16_prefilter import Bf16Prefilter
-from negmine.ops import backends, sort_key
+from negmine.ops import backends, compiled, sort_key
 from negmine.ops.pool import Pool
 from tests.cases import unit, whole
 

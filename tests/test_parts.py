@@ -145,7 +145,9 @@ def test_what_does_not_split_is_a_chain_and_disturbs_no_other(tiles, types, D):
 
 def half_of(bias):
     """The weight sigmoid(bias) that softplus_sum gives every row where scale is 0: (1,) fp32."""
-    return torch.ops.negmine.losses.softplus_sum(torch.ones(1, 1), torch.ones(1, 1), torch.tensor(0.0), bias, True, *Pool())[2]
+    return torch.ops.negmine.losses.softplus_sum(
+        torch.ones(1, 1), torch.ones(1, 1), torch.tensor(0.0), bias, True, *Pool()
+    )[2]
 
 
 @pytest.mark.parametrize("bias", [-0.7, -60.0, -85.0])  # the last of 2^-123: its parts would be subnormal as they are

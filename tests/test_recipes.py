@@ -194,7 +194,10 @@ REFUSALS = [
     (lambda: recipes.i_mix()(*inputs(), share=torch.ones(3), partner=torch.arange(B)), "i_mix: share must be floating"),
     (lambda: recipes.i_mix()(*inputs(), share=torch.ones(B), partner=torch.ones(B)), "i_mix: partner must be int64"),
     (lambda: negmine.siglip(*inputs(), scale=torch.ones(2)), "siglip: scale must be a finite number or a 0-d floating"),
-    (lambda: negmine.losses.softplus_sum(*inputs()[1:], bias=None), "softplus_sum: bias must be a finite number or a 0-d"),
+    (
+        lambda: negmine.losses.softplus_sum(*inputs()[1:], bias=None),
+        "softplus_sum: bias must be a finite number or a 0-d",
+    ),
     (lambda: negmine.logsumexp(*inputs()[1:], temperature=0), "logsumexp: temperature must be a number above 0"),
     (
         lambda: negmine.logsumexp(*inputs()[1:], select=Select(absolute_margin=0.1)),

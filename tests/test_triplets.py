@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import negmine
-from negmine import distance_weighted
+from negmine import distance_weighted, reference
 from negmine.ops import philox
 from tests import compare
 from tests.cases import DTYPES, shapes_for, unit, whole
