@@ -1,4 +1,4 @@
-"""hardness_report: checks, the loop over batches of queries, and the figures that come of it.
+"""hardness_report: checks, the loop over batches of queries, and the figures.
 
 for each batch of sampled queries
     the rows at sampled ranks of every bin       rank_thresholds
@@ -48,7 +48,7 @@ OVERLAPS = (1, 10, 100)  # sizes of hardest sets compared between snapshots, bes
 
 @dataclass
 class _Run:
-    """What every batch shares, and what the batches leave."""
+    """The inputs that all batches share, and the results so far."""
 
     now: Ranking
     before: Ranking | None

@@ -1,4 +1,4 @@
-"""The page: findings first, then plots, the texts of suspects, and what to do. One file, no script, nothing fetched."""
+"""The HTML page of a HardnessReport: findings, recommendations, plots, and the texts of suspects."""
 
 import html
 from typing import Any

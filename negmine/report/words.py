@@ -1,6 +1,6 @@
-"""What the figures say, in sentences: findings, what to do next, and the table by difficulty.
+"""The text of a report: findings, recommendations, and the table by difficulty.
 
-The bounds at which a sentence changes are judgements, and stand here by name.
+The thresholds at which a sentence changes are judgements; they are the constants below.
 """
 
 from typing import Any
@@ -95,7 +95,7 @@ def _tails(figures: Figures, name: str, title: str, overall: float) -> list[str]
 
 
 def findings(figures: Figures, facts: Facts) -> list[str]:
-    """What the figures show, a sentence each."""
+    """The findings, one sentence each."""
     sentences = []
     if facts["has_positives"]:
         rank = figures["positive_rank"][figures["positive_rank"] > 0]
@@ -134,7 +134,7 @@ def _margin_drops(figures: Figures) -> float:
 
 
 def advice(figures: Figures, facts: Facts) -> list[str]:
-    """What to do next, a sentence each."""
+    """Recommendations, one sentence each."""
     sentences = []
     if not is_unit(facts):
         low, high = (f(norm for pair in facts["norms"] for norm in pair) for f in (min, max))
