@@ -17,6 +17,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from negmine import Negatives
 from negmine.ops import backends
 from tests import fuzz_calls
 from tests.fuzz_calls import CALLED, KINDS_OF_CALL
@@ -50,13 +51,14 @@ def described(seed: int, number: int) -> str:
     case = Case(seed, number)
     make, _ = case.draw.choice(KINDS_OF_CALL)
     call, op = make(case)
-    words = [
-        f"{name}={value.dtype} {tuple(value.shape)} strides {value.stride()}"
-        if isinstance(value, Tensor)
-        else f"{name}={value}"
-        for name, value in case.spoiled(call).items()
-    ]
+    words = [f"{name}={in_words(value)}" for name, value in case.spoiled(call).items()]
     return f"{op} on {case.kind} vectors: {', '.join(words)}"
+
+
+def in_words(value) -> str:
+    if isinstance(value, Negatives):
+        return f"Negatives of {in_words(value.keys)}"
+    return f"{value.dtype} {tuple(value.shape)} strides {value.stride()}" if isinstance(value, Tensor) else f"{value}"
 
 
 def run(seed: int, first: int, seconds: float, only: bool, at, faults) -> None:
