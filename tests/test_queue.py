@@ -87,7 +87,7 @@ def test_save_and_load_in_mid_run(steps):
 def test_the_gradient_survives_enqueue():
     queue = MoCoQueue(4, 8)
     q = unit(3, 4).requires_grad_()
-    loss = negmine.info_nce(q, unit(3, 4, seed=1), queue.keys, backend=None)
+    loss = negmine.info_nce(q, unit(3, 4, seed=1), queue, backend=None)
     queue.enqueue(unit(8, 4, seed=2))
     loss.backward()
     assert bool(q.grad.isfinite().all())
