@@ -1,6 +1,6 @@
 """The three extension modules: which sources, which flags, which libraries.
 
-    negmine._ops_cpu    stable-ABI ops over kernels/cpu; declares every schema
+    negmine._ops_cpu    stable-ABI ops over kernels/cpu; their declarations are in negmine/ops
     negmine._ops_cuda   stable-ABI ops over kernels/cuda; links a stub named libtorch_cuda.so, so it loads where torch
                         has CUDA and raises ImportError where it has not
     negmine._C          pybind11; no torch header, no torch library

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault(
     "ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"
 )  # oneDNN's AMX kernels trust a CPUID that machines may hide
+os.environ.setdefault("NEGMINE_POISON_OUTPUTS", "1")  # outputs of the C++ ops start as NaN, see _poisoned_memory
 import torch
 
 if not torch.cuda.is_available():

@@ -1,5 +1,5 @@
-// The CPU kernels that walk the queue as torch operators; csrc/torch/schemas.cpp declares them, and ops_cpu_rows.cpp
-// has those that walk one query's own vectors.
+// The CPU kernels that walk the queue as torch operators, declared in negmine/ops; ops_cpu_rows.cpp has those that walk
+// one query's own vectors, ops_cpu_info_nce.cpp the whole loss.
 //
 // Tensors become the structs of kernels/cpu and torch's parallel_for becomes their Parallel; there is no arithmetic
 // here. Only torch's stable ABI is used, so one build serves every torch from 2.10 on. The module itself offers isa()
@@ -9,6 +9,7 @@
 
 #include <tuple>
 
+#include "csrc/torch/boxing.h"
 #include "csrc/torch/cpu_params.h"
 #include "kernels/cpu/count_negatives.h"
 #include "kernels/cpu/dispatch.h"
@@ -25,309 +26,223 @@ namespace {
 
 using checks::floats;
 using checks::longs;
-using checks::new_empty;
+using checks::new_floats;
+using checks::new_longs;
 using checks::OptionalTensor;
-using checks::PoolTensors;
 using checks::ScalarType;
 using checks::Tensor;
 
-cpu::Pool pool_of(const PoolTensors& t) {
-  cpu::Pool pool;
-  if (t.negative_mask.has_value()) {
-    pool.negative_mask = static_cast<const uint8_t*>(t.negative_mask->data_ptr());
-    pool.mask_per_query = t.negative_mask->dim() == 2;
-    pool.mask_row_stride = pool.mask_per_query ? t.negative_mask->stride(0) : 0;
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> logsumexp(
+    const Tensor& query, const Tensor& negative_keys, const Tensor& scales, const OptionalTensor& pivot, bool want_mean,
+    int64_t N, const OptionalTensor& ranks, const PoolArguments& pool) {
+  // Checks.
+  const char* op = "logsumexp";
+  const Scored in(op, query, negative_keys, pool);
+  checks::require(scales.dim() == 1 && scales.size(0) >= 1, op, ": scales must be (S,) with S of 1 or more, got ",
+                  checks::Shape{scales}, ".");
+  const int64_t S = scales.size(0);
+  const Tensor factors = checks::vector(op, "scales", scales, ScalarType::Float, S, query);
+  const OptionalTensor pivots = checks::vector(op, "pivot", pivot, ScalarType::Float, in.B, query);
+  const OptionalTensor asked = checks::rank_pairs(op, ranks, in.B, query);
+  checks::require(N >= 0, op, ": N must not be negative, got ", N, ".");
+  checks::require(N == 0 || !ranks.has_value(), op, ": N > 0 and ranks do not go together, got N = ", N, ".");
+  // Outputs.
+  Tensor lse = new_floats(query, {S, in.B});
+  Tensor mean = new_floats(query, {S, want_mean ? in.B : 0, in.D});
+  Tensor num_kept = new_longs(query, {in.B});
+  Tensor num_above = new_longs(query, {in.B});
+  Tensor scores = new_floats(query, {in.B, N});
+  Tensor index = new_longs(query, {in.B, N});
+  Tensor sort_keys = new_longs(query, {in.B, asked.has_value() ? 2 : 0});
+  // Params.
+  auto p = in.params<cpu::LogsumexpParams>();
+  p.scales = S;
+  p.scale = floats(factors);
+  p.pivot = floats(pivots);
+  p.lse = output<float>(lse);
+  p.mean = want_mean ? output<float>(mean) : nullptr;
+  p.kept = output<int64_t>(num_kept);
+  p.above = output<int64_t>(num_above);
+  // Run.
+  if (asked.has_value()) {
+    cpu::logsumexp_between(p, longs(asked), output<int64_t>(sort_keys), in.threads());
+  } else if (N > 0) {
+    auto mined = in.params<cpu::MineHardestParams>();
+    mined.N = N;
+    mined.scores = output<float>(scores);
+    mined.index = output<int64_t>(index);
+    cpu::logsumexp_mine(p, mined, in.threads());
+  } else {
+    cpu::logsumexp(p, in.threads());
   }
-  pool.query_ids = longs(t.query_ids);
-  pool.negative_ids = longs(t.negative_ids);
-  pool.query_labels = longs(t.query_labels);
-  pool.negative_labels = longs(t.negative_labels);
-  pool.same_label = t.same_label;
-  pool.lower = longs(t.lower);
-  pool.upper = longs(t.upper);
-  return pool;
+  return {lse, mean, num_kept, num_above, scores, index, sort_keys};
 }
 
-// query (B, D), negative_keys (K, D) and the pool of one call, checked.
-struct Scored {
-  Tensor query, negative_keys;
-  PoolTensors pool;
-  int64_t B, K, D;
-
-  template <class... Pool>
-  Scored(const char* op, const Tensor& q, const Tensor& keys, const Pool&... pool_tensors)
-      : query(checks::matrix(op, "query", q, "(B, D)")),
-        negative_keys(checks::matrix(op, "negative_keys", keys, "(K, D)")),
-        pool(op, query, negative_keys, pool_tensors...),
-        B(query.size(0)),
-        K(negative_keys.size(0)),
-        D(query.size(1)) {
-    checks::same_width(op, query, negative_keys);
-  }
-
-  // The members that every params struct over the queue starts with.
-  template <class Params>
-  Params params() const {
-    Params p;
-    p.query = matrix_of(query);
-    p.negative_keys = matrix_of(negative_keys);
-    p.B = B, p.K = K, p.D = D;
-    p.pool = pool_of(pool);
-    return p;
-  }
-};
-
-#define POOL_ARGUMENTS                                                                                        \
-  const OptionalTensor &negative_mask, const OptionalTensor &query_ids, const OptionalTensor &negative_ids,   \
-      const OptionalTensor &query_labels, const OptionalTensor &negative_labels, const OptionalTensor &lower, \
-      const OptionalTensor &upper, bool same_label
-#define POOL negative_mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, same_label
-
-// Log-sum-exps at one scale, or at several, which are then the first dimension: outputs and params.
-struct Sums {
-  Sums(const char* op, const Scored& in, const Tensor& scale, int64_t scales, const OptionalTensor& pivot,
-       bool want_mean)
-      : factor(scales == 1 ? checks::scalar(op, "scale", scale, in.query)
-                           : checks::vector(op, "scale", scale, ScalarType::Float, scales, in.query)),
-        pivots(checks::vector(op, "pivot", pivot, ScalarType::Float, in.B, in.query)),
-        lse(scales == 1 ? new_empty(in.query, {in.B}, ScalarType::Float)
-                        : new_empty(in.query, {scales, in.B}, ScalarType::Float)),
-        mean(scales == 1 ? new_empty(in.query, {want_mean ? in.B : 0, in.D}, ScalarType::Float)
-                         : new_empty(in.query, {scales, want_mean ? in.B : 0, in.D}, ScalarType::Float)),
-        kept(new_empty(in.query, {in.B}, ScalarType::Long)),
-        above(new_empty(in.query, {in.B}, ScalarType::Long)),
-        params(in.params<cpu::LogsumexpParams>()) {
-    params.scales = scales;
-    params.scale = floats(factor);
-    params.pivot = floats(pivots);
-    params.lse = output<float>(lse);
-    params.mean = want_mean ? output<float>(mean) : nullptr;
-    params.kept = output<int64_t>(kept);
-    params.above = output<int64_t>(above);
-  }
-
-  Tensor factor;
-  OptionalTensor pivots;
-  Tensor lse, mean, kept, above;
-  cpu::LogsumexpParams params;
-};
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> logsumexp(const Tensor& query, const Tensor& negative_keys,
-                                                     const Tensor& scale, const OptionalTensor& pivot, bool want_mean,
-                                                     POOL_ARGUMENTS) {
-  const Scored in("logsumexp", query, negative_keys, POOL);
-  const Sums sums("logsumexp", in, scale, 1, pivot, want_mean);
-  cpu::logsumexp(sums.params, torch_threads());
-  return {sums.lse, sums.mean, sums.kept, sums.above};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> logsumexp_pair(const Tensor& query, const Tensor& negative_keys,
-                                                          const Tensor& scale, const OptionalTensor& pivot,
-                                                          bool want_mean, POOL_ARGUMENTS) {
-  const Scored in("logsumexp_pair", query, negative_keys, POOL);
-  const Sums sums("logsumexp_pair", in, scale, 2, pivot, want_mean);
-  cpu::logsumexp(sums.params, torch_threads());
-  return {sums.lse, sums.mean, sums.kept, sums.above};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> logsumexp_mine(const Tensor& query,
-                                                                          const Tensor& negative_keys, int64_t N,
-                                                                          const Tensor& scale,
-                                                                          const OptionalTensor& pivot, bool want_mean,
-                                                                          POOL_ARGUMENTS) {
-  const Scored in("logsumexp_mine", query, negative_keys, POOL);
-  checks::require(N >= 1, "logsumexp_mine: N must be at least 1, got ", N, ".");
-  const Sums sums("logsumexp_mine", in, scale, 1, pivot, want_mean);
-  Tensor scores = new_empty(query, {in.B, N}, ScalarType::Float);
-  Tensor index = new_empty(query, {in.B, N}, ScalarType::Long);
-  auto mined = in.params<cpu::MineHardestParams>();
-  mined.N = N;
-  mined.scores = output<float>(scores);
-  mined.index = output<int64_t>(index);
-  cpu::logsumexp_mine(sums.params, mined, torch_threads());
-  return {sums.lse, sums.mean, sums.kept, sums.above, scores, index};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logsumexp_window(const Tensor& query, const Tensor& negative_keys,
-                                                                    const Tensor& ranks, const Tensor& scale,
-                                                                    const OptionalTensor& pivot, bool want_mean,
-                                                                    POOL_ARGUMENTS) {
-  const Scored in("logsumexp_window", query, negative_keys, POOL);
-  const Sums sums("logsumexp_window", in, scale, 1, pivot, want_mean);
-  const Tensor asked = checks::index_matrix("logsumexp_window", "ranks", ranks, in.B, query);
-  checks::require(asked.size(1) == 2, "logsumexp_window: ranks must be (B, 2), got ", asked.size(1), " columns.");
-  Tensor places = new_empty(query, {in.B, 2}, ScalarType::Long);
-  cpu::logsumexp_window(sums.params, longs(asked), output<int64_t>(places), torch_threads());
-  return {sums.lse, sums.mean, sums.kept, sums.above, places};
+// Rows past K, which num_rows says are not there, get zeros.
+float* zero_from(Tensor& grad_keys, const Scored& in) {
+  float* out = output<float>(grad_keys);  // (rows, D)
+  std::fill_n(out + in.K * in.D, (in.rows - in.K) * in.D, 0.0f);
+  return out;
 }
 
 Tensor logsumexp_grad_keys(const Tensor& query, const Tensor& negative_keys, const Tensor& scale, const Tensor& lse,
-                           const Tensor& weight, POOL_ARGUMENTS) {
+                           const Tensor& weight, const PoolArguments& pool) {
   // Checks.
-  const Scored in("logsumexp_grad_keys", query, negative_keys, POOL);
-  const Tensor factor = checks::scalar("logsumexp_grad_keys", "scale", scale, query);
-  const Tensor sums = checks::vector("logsumexp_grad_keys", "lse", lse, ScalarType::Float, in.B, query);
-  const Tensor weights = checks::vector("logsumexp_grad_keys", "weight", weight, ScalarType::Float, in.B, query);
+  const char* op = "logsumexp_grad_keys";
+  const Scored in(op, query, negative_keys, pool);
+  const Tensor factor = checks::scalar(op, "scale", scale, ScalarType::Float, query);
+  const Tensor sums = checks::vector(op, "lse", lse, ScalarType::Float, in.B, query);
+  const Tensor weights = checks::vector(op, "weight", weight, ScalarType::Float, in.B, query);
   // Outputs.
-  Tensor grad_keys = new_empty(query, {in.K, in.D}, ScalarType::Float);
+  Tensor grad_keys = new_floats(query, {in.rows, in.D});
   // Params.
   auto p = in.params<cpu::LogsumexpGradKeysParams>();
   p.scale = floats(factor);
   p.lse = floats(sums);
   p.weight = floats(weights);
-  p.grad_keys = output<float>(grad_keys);
+  p.grad_keys = zero_from(grad_keys, in);
   // Run.
-  cpu::logsumexp_grad_keys(p, torch_threads());
+  cpu::logsumexp_grad_keys(p, in.threads());
   return grad_keys;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> softplus_sum(const Tensor& query, const Tensor& negative_keys,
-                                                        const Tensor& scale, const Tensor& bias, bool want_pull,
-                                                        POOL_ARGUMENTS) {
+                                                        const Tensor& scale, const Tensor& offset,
+                                                        bool want_sigmoid_keys, const PoolArguments& pool) {
   // Checks.
-  const Scored in("softplus_sum", query, negative_keys, POOL);
-  const Tensor factor = checks::scalar("softplus_sum", "scale", scale, query);
-  const Tensor offset = checks::scalar("softplus_sum", "bias", bias, query);
+  const char* op = "softplus_sum";
+  const Scored in(op, query, negative_keys, pool);
+  const Tensor factor = checks::scalar(op, "scale", scale, ScalarType::Float, query);
+  const Tensor shift = checks::scalar(op, "offset", offset, ScalarType::Float, query);
   // Outputs.
-  Tensor total = new_empty(query, {in.B}, ScalarType::Float);
-  Tensor pull = new_empty(query, {want_pull ? in.B : 0, in.D}, ScalarType::Float);
-  Tensor mass = new_empty(query, {in.B}, ScalarType::Float);
-  Tensor kept = new_empty(query, {in.B}, ScalarType::Long);
+  Tensor total = new_floats(query, {in.B});
+  Tensor sigmoid_keys = new_floats(query, {want_sigmoid_keys ? in.B : 0, in.D});
+  Tensor sigmoid_sum = new_floats(query, {in.B});
+  Tensor num_kept = new_longs(query, {in.B});
   // Params.
   auto p = in.params<cpu::SoftplusSumParams>();
   p.scale = floats(factor);
-  p.bias = floats(offset);
+  p.bias = floats(shift);
   p.total = output<float>(total);
-  p.pull = want_pull ? output<float>(pull) : nullptr;
-  p.mass = output<float>(mass);
-  p.kept = output<int64_t>(kept);
+  p.pull = want_sigmoid_keys ? output<float>(sigmoid_keys) : nullptr;
+  p.mass = output<float>(sigmoid_sum);
+  p.kept = output<int64_t>(num_kept);
   // Run.
-  cpu::softplus_sum(p, torch_threads());
-  return {total, pull, mass, kept};
+  cpu::softplus_sum(p, in.threads());
+  return {total, sigmoid_keys, sigmoid_sum, num_kept};
 }
 
-Tensor softplus_sum_grad_keys(const Tensor& query, const Tensor& negative_keys, const Tensor& scale, const Tensor& bias,
-                              const Tensor& weight, POOL_ARGUMENTS) {
+Tensor softplus_sum_grad_keys(const Tensor& query, const Tensor& negative_keys, const Tensor& scale,
+                              const Tensor& offset, const Tensor& weight, const PoolArguments& pool) {
   // Checks.
-  const Scored in("softplus_sum_grad_keys", query, negative_keys, POOL);
-  const Tensor factor = checks::scalar("softplus_sum_grad_keys", "scale", scale, query);
-  const Tensor offset = checks::scalar("softplus_sum_grad_keys", "bias", bias, query);
-  const Tensor weights = checks::vector("softplus_sum_grad_keys", "weight", weight, ScalarType::Float, in.B, query);
+  const char* op = "softplus_sum_grad_keys";
+  const Scored in(op, query, negative_keys, pool);
+  const Tensor factor = checks::scalar(op, "scale", scale, ScalarType::Float, query);
+  const Tensor shift = checks::scalar(op, "offset", offset, ScalarType::Float, query);
+  const Tensor weights = checks::vector(op, "weight", weight, ScalarType::Float, in.B, query);
   // Outputs.
-  Tensor grad_keys = new_empty(query, {in.K, in.D}, ScalarType::Float);
+  Tensor grad_keys = new_floats(query, {in.rows, in.D});
   // Params.
   auto p = in.params<cpu::LogsumexpGradKeysParams>();
   p.scale = floats(factor);
   p.weight = floats(weights);
-  p.grad_keys = output<float>(grad_keys);
+  p.grad_keys = zero_from(grad_keys, in);
   // Run.
-  cpu::softplus_sum_grad_keys(p, floats(offset), torch_threads());
+  cpu::softplus_sum_grad_keys(p, floats(shift), in.threads());
   return grad_keys;
 }
 
-// kept (B,) is filled where it is wanted.
-std::tuple<Tensor, Tensor> run_mine_hardest(const char* op, const Tensor& query, const Tensor& negative_keys, int64_t N,
-                                            int64_t least, Tensor* kept, POOL_ARGUMENTS) {
+std::tuple<Tensor, Tensor, Tensor> mine_hardest(const Tensor& query, const Tensor& negative_keys, int64_t N,
+                                                bool want_count, const PoolArguments& pool) {
   // Checks.
-  const Scored in(op, query, negative_keys, POOL);
-  checks::require(N >= least, op, ": N must be at least ", least, ", got ", N, ".");
+  const char* op = "mine_hardest";
+  const Scored in(op, query, negative_keys, pool);
+  checks::require(N >= 0, op, ": N must not be negative, got ", N, ".");
   // Outputs.
-  Tensor scores = new_empty(query, {in.B, N}, ScalarType::Float);
-  Tensor index = new_empty(query, {in.B, N}, ScalarType::Long);
-  if (kept != nullptr) *kept = new_empty(query, {in.B}, ScalarType::Long);
+  Tensor scores = new_floats(query, {in.B, N});
+  Tensor index = new_longs(query, {in.B, N});
+  Tensor num_kept = new_longs(query, {want_count ? in.B : 0});
   // Params.
   auto p = in.params<cpu::MineHardestParams>();
   p.N = N;
   p.scores = output<float>(scores);
   p.index = output<int64_t>(index);
-  if (kept != nullptr) p.kept = output<int64_t>(*kept);
+  p.kept = want_count ? output<int64_t>(num_kept) : nullptr;
   // Run.
-  cpu::mine_hardest(p, torch_threads());
-  return {scores, index};
-}
-
-std::tuple<Tensor, Tensor> mine_hardest(const Tensor& query, const Tensor& negative_keys, int64_t N, POOL_ARGUMENTS) {
-  return run_mine_hardest("mine_hardest", query, negative_keys, N, 0, nullptr, POOL);
-}
-
-std::tuple<Tensor, Tensor, Tensor> mine_hardest_kept(const Tensor& query, const Tensor& negative_keys, int64_t N,
-                                                     POOL_ARGUMENTS) {
-  Tensor kept;
-  auto [scores, index] = run_mine_hardest("mine_hardest_kept", query, negative_keys, N, 1, &kept, POOL);
-  return {scores, index, kept};
+  cpu::mine_hardest(p, in.threads());
+  return {scores, index, num_kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor> mine_listed(const Tensor& query, const Tensor& negative_keys, const Tensor& listed,
-                                               int64_t N, const OptionalTensor& most) {
+                                               int64_t N, const OptionalTensor& max_score) {
   // Checks.
-  const OptionalTensor none;
-  const Scored in("mine_listed", query, negative_keys, none, none, none, none, none, none, none, false);
-  const Tensor columns = checks::index_matrix("mine_listed", "index", listed, in.B, query);
-  const OptionalTensor highest = checks::vector("mine_listed", "most", most, ScalarType::Float, in.B, query);
+  const char* op = "mine_listed";
+  const Scored in(op, query, negative_keys, PoolArguments());
+  const Tensor columns = checks::index_matrix(op, "index", listed, in.B, query);
+  const OptionalTensor highest = checks::vector(op, "max_score", max_score, ScalarType::Float, in.B, query);
   const int64_t M = columns.size(1);
-  checks::require(N >= 1, "mine_listed: N must be at least 1, got ", N, ".");
+  checks::require(N >= 1, op, ": N must be at least 1, got ", N, ".");
+  const int64_t* column = longs(columns);  // (B, M)
   for (int64_t i = 0; i < in.B * M; ++i) {
-    const int64_t column = longs(columns)[i];
-    checks::require(column >= -1 && column < in.K, "mine_listed: index must hold rows of negative_keys in [0, ", in.K,
-                    ") or -1, got ", column, ".");
+    checks::require(column[i] >= -1 && column[i] < in.K, op, ": index must hold rows of negative_keys in [0, ", in.K,
+                    ") or -1, got ", column[i], ".");
   }
   // Outputs.
-  Tensor scores = new_empty(query, {in.B, N}, ScalarType::Float);
-  Tensor index = new_empty(query, {in.B, N}, ScalarType::Long);
-  Tensor kept = new_empty(query, {in.B}, ScalarType::Long);
+  Tensor scores = new_floats(query, {in.B, N});
+  Tensor index = new_longs(query, {in.B, N});
+  Tensor num_kept = new_longs(query, {in.B});
   // Params.
   auto p = in.params<cpu::MineHardestParams>();
   p.N = N;
   p.scores = output<float>(scores);
   p.index = output<int64_t>(index);
-  p.kept = output<int64_t>(kept);
+  p.kept = output<int64_t>(num_kept);
   // Run.
-  cpu::mine_listed(p, longs(columns), M, floats(highest), torch_threads());
-  return {scores, index, kept};
+  const double products = static_cast<double>(in.B) * static_cast<double>(M) * static_cast<double>(in.D);
+  cpu::mine_listed(p, column, M, floats(highest), torch_threads(products));
+  return {scores, index, num_kept};
 }
 
-Tensor rank_thresholds(const Tensor& query, const Tensor& negative_keys, const Tensor& ranks, POOL_ARGUMENTS) {
+Tensor rank_thresholds(const Tensor& query, const Tensor& negative_keys, const Tensor& ranks,
+                       const PoolArguments& pool) {
   // Checks.
-  const Scored in("rank_thresholds", query, negative_keys, POOL);
-  const Tensor asked = checks::index_matrix("rank_thresholds", "ranks", ranks, in.B, query);
+  const char* op = "rank_thresholds";
+  const Scored in(op, query, negative_keys, pool);
+  const Tensor asked = checks::index_matrix(op, "ranks", ranks, in.B, query);
   // Outputs.
-  Tensor order = new_empty(query, {in.B, asked.size(1)}, ScalarType::Long);
+  Tensor sort_keys = new_longs(query, {in.B, asked.size(1)});
   // Params.
   auto p = in.params<cpu::RankThresholdsParams>();
   p.R = asked.size(1);
   p.ranks = longs(asked);
-  p.order = output<int64_t>(order);
+  p.order = output<int64_t>(sort_keys);
   // Run.
-  cpu::rank_thresholds(p, torch_threads());
-  return order;
+  cpu::rank_thresholds(p, in.threads());
+  return sort_keys;
 }
 
-Tensor count_negatives(const Tensor& query, const Tensor& negative_keys, POOL_ARGUMENTS) {
+Tensor count_negatives(const Tensor& query, const Tensor& negative_keys, const PoolArguments& pool) {
   // Checks.
-  const Scored in("count_negatives", query, negative_keys, POOL);
+  const Scored in("count_negatives", query, negative_keys, pool);
   // Outputs.
-  Tensor count = new_empty(query, {in.B}, ScalarType::Long);
+  Tensor count = new_longs(query, {in.B});
   // Params.
   auto p = in.params<cpu::CountNegativesParams>();
   p.count = output<int64_t>(count);
   // Run.
-  cpu::count_negatives(p, torch_threads());
+  cpu::count_negatives(p, in.threads());
   return count;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(negmine, CPU, m) {
-  m.impl("logsumexp", TORCH_BOX(&logsumexp));
-  m.impl("logsumexp_pair", TORCH_BOX(&logsumexp_pair));
-  m.impl("logsumexp_mine", TORCH_BOX(&logsumexp_mine));
-  m.impl("logsumexp_window", TORCH_BOX(&logsumexp_window));
-  m.impl("logsumexp_grad_keys", TORCH_BOX(&logsumexp_grad_keys));
-  m.impl("softplus_sum", TORCH_BOX(&softplus_sum));
-  m.impl("softplus_sum_grad_keys", TORCH_BOX(&softplus_sum_grad_keys));
-  m.impl("mine_hardest", TORCH_BOX(&mine_hardest));
-  m.impl("mine_hardest_kept", TORCH_BOX(&mine_hardest_kept));
-  m.impl("mine_listed", TORCH_BOX(&mine_listed));
-  m.impl("rank_thresholds", TORCH_BOX(&rank_thresholds));
-  m.impl("count_negatives", TORCH_BOX(&count_negatives));
+STABLE_TORCH_LIBRARY_IMPL(negmine_cpu, CPU, m) {
+  m.impl("logsumexp", boxed<&logsumexp>);
+  m.impl("logsumexp_grad_keys", boxed<&logsumexp_grad_keys>);
+  m.impl("softplus_sum", boxed<&softplus_sum>);
+  m.impl("softplus_sum_grad_keys", boxed<&softplus_sum_grad_keys>);
+  m.impl("mine_hardest", boxed<&mine_hardest>);
+  m.impl("mine_listed", boxed<&mine_listed>);
+  m.impl("rank_thresholds", boxed<&rank_thresholds>);
+  m.impl("count_negatives", boxed<&count_negatives>);
 }
 
 PyObject* py_isa(PyObject*, PyObject*) { return PyUnicode_FromString(cpu::isa()); }

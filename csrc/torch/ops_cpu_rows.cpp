@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "csrc/torch/boxing.h"
 #include "csrc/torch/cpu_params.h"
 #include "kernels/cpu/listed_grad_keys.h"
 #include "kernels/cpu/listed_logsumexp.h"
@@ -14,46 +15,30 @@ namespace {
 
 using checks::floats;
 using checks::longs;
-using checks::new_empty;
+using checks::new_floats;
+using checks::new_longs;
 using checks::OptionalTensor;
 using checks::ScalarType;
 using checks::Tensor;
 
-#define DRAW_ARGUMENTS                                                                                       \
-  int64_t pairs, int64_t with_query, double pair_low, double pair_high, double query_low, double query_high, \
-      bool distinct, const OptionalTensor &quantiles, int64_t seed, int64_t step, int64_t row_offset
-#define DRAWS pairs, with_query, pair_low, pair_high, query_low, query_high, distinct, quantiles, seed, step, row_offset
-
 // query (B, D), negative_keys (K, D) and the draws of one call, checked: the parents index the queue.
 struct Mixed {
   Tensor query, negative_keys, hard_index;
-  OptionalTensor quantile_table;
+  DrawTensors tensors;
   int64_t B, D;
   cpu::Draws draws;
 
-  Mixed(const char* op, const Tensor& q, const Tensor& keys, const Tensor& hard, DRAW_ARGUMENTS)
+  Mixed(const char* op, const Tensor& q, const Tensor& keys, const Tensor& hard, const DrawArguments& given)
       : query(checks::matrix(op, "query", q, "(B, D)")),
         negative_keys(checks::matrix(op, "negative_keys", keys, "(K, D)")),
         hard_index(checks::index_matrix(op, "hard_index", hard, query.size(0), query)),
-        quantile_table(checks::vector(op, "quantiles", quantiles, ScalarType::Float, 4097, query)),
+        tensors(op, query, given),
         B(query.size(0)),
-        D(query.size(1)) {
+        D(query.size(1)),
+        draws(draws_of(given, tensors)) {
     checks::same_width(op, query, negative_keys);
-    checks::require(pairs >= 0 && with_query >= 0, op, ": pairs and with_query must not be negative, got ", pairs,
-                    " and ", with_query, ".");
-    draws = {longs(hard_index),
-             hard_index.size(1),
-             pairs,
-             with_query,
-             pair_low,
-             pair_high,
-             query_low,
-             query_high,
-             distinct,
-             floats(quantile_table),
-             static_cast<uint32_t>(seed),
-             static_cast<uint32_t>(step),
-             row_offset};
+    draws.hard_index = longs(hard_index);
+    draws.N = hard_index.size(1);
     const int64_t K = negative_keys.size(0);
     for (int64_t b = 0; b < B; ++b) {
       const int64_t n_b = cpu::count_hard(draws, b);
@@ -64,34 +49,38 @@ struct Mixed {
       }
     }
   }
+
+  cpu::Parallel threads() const {
+    return torch_threads(4.0 * static_cast<double>(B) * static_cast<double>(draws.S()) * static_cast<double>(D));
+  }
 };
 
 std::tuple<Tensor, Tensor, Tensor> mix_negatives(const Tensor& query, const Tensor& negative_keys,
-                                                 const Tensor& hard_index, DRAW_ARGUMENTS) {
+                                                 const Tensor& hard_index, const DrawArguments& draws) {
   // Checks.
-  const Mixed in("mix_negatives", query, negative_keys, hard_index, DRAWS);
+  const Mixed in("mix_negatives", query, negative_keys, hard_index, draws);
   // Outputs.
   const int64_t S = in.draws.S();
-  Tensor vectors = new_empty(query, {in.B, S, in.D});
-  Tensor parents = new_empty(query, {in.B, S, 2}, ScalarType::Long);
-  Tensor coefficients = new_empty(query, {in.B, S}, ScalarType::Float);
+  Tensor vectors = checks::new_empty(query, {in.B, S, in.D}, checks::dtype_of(in.query));
+  Tensor parents = new_longs(query, {in.B, S, 2});
+  Tensor coefficients = new_floats(query, {in.B, S});
   // Params.
   const cpu::MixNegativesParams p{
       matrix_of(in.query),      matrix_of(in.negative_keys), in.B, in.D, in.draws, vectors.mutable_data_ptr(),
       output<int64_t>(parents), output<float>(coefficients)};
   // Run.
-  cpu::mix_negatives(p, torch_threads());
+  cpu::mix_negatives(p, in.threads());
   return {vectors, parents, coefficients};
 }
 
 std::tuple<Tensor, Tensor> mix_logsumexp(const Tensor& query, const Tensor& negative_keys, const Tensor& hard_index,
-                                         const Tensor& scale, bool want_mean, DRAW_ARGUMENTS) {
+                                         const Tensor& scale, bool want_mean, const DrawArguments& draws) {
   // Checks.
-  const Mixed in("mix_logsumexp", query, negative_keys, hard_index, DRAWS);
-  const Tensor factor = checks::scalar("mix_logsumexp", "scale", scale, query);
+  const Mixed in("mix_logsumexp", query, negative_keys, hard_index, draws);
+  const Tensor factor = checks::scalar("mix_logsumexp", "scale", scale, ScalarType::Float, query);
   // Outputs.
-  Tensor lse = new_empty(query, {in.B}, ScalarType::Float);
-  Tensor mean = new_empty(query, {want_mean ? in.B : 0, in.D}, ScalarType::Float);
+  Tensor lse = new_floats(query, {in.B});
+  Tensor mean = new_floats(query, {want_mean ? in.B : 0, in.D});
   // Params.
   const cpu::MixLogsumexpParams p{matrix_of(in.query),
                                   matrix_of(in.negative_keys),
@@ -102,8 +91,12 @@ std::tuple<Tensor, Tensor> mix_logsumexp(const Tensor& query, const Tensor& nega
                                   output<float>(lse),
                                   want_mean ? output<float>(mean) : nullptr};
   // Run.
-  cpu::mix_logsumexp(p, torch_threads());
+  cpu::mix_logsumexp(p, in.threads());
   return {lse, mean};
+}
+
+double products_of(int64_t B, int64_t M, int64_t D) {
+  return static_cast<double>(B) * static_cast<double>(M) * static_cast<double>(D);
 }
 
 // A list of columns, each a row of the keys or -1.
@@ -125,12 +118,12 @@ std::tuple<Tensor, Tensor, Tensor> listed_logsumexp(const Tensor& query, const T
   const int64_t B = q.size(0), D = q.size(1);
   const Tensor listed = checks::index_matrix(op, "index", index, B, q);
   require_rows(op, listed, keys.size(0));
-  const Tensor factor = checks::scalar(op, "scale", scale, q);
+  const Tensor factor = checks::scalar(op, "scale", scale, ScalarType::Float, q);
   // Outputs.
   const int64_t M = listed.size(1);
-  Tensor scores = new_empty(q, {B, M}, ScalarType::Float);
-  Tensor lse = new_empty(q, {B}, ScalarType::Float);
-  Tensor mean = new_empty(q, {want_mean ? B : 0, D}, ScalarType::Float);
+  Tensor scores = new_floats(q, {B, M});
+  Tensor lse = new_floats(q, {B});
+  Tensor mean = new_floats(q, {want_mean ? B : 0, D});
   // Params.
   const cpu::ListedLogsumexpParams p{matrix_of(q),
                                      matrix_of(keys),
@@ -143,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> listed_logsumexp(const Tensor& query, const T
                                      output<float>(lse),
                                      want_mean ? output<float>(mean) : nullptr};
   // Run.
-  cpu::listed_logsumexp(p, torch_threads());
+  cpu::listed_logsumexp(p, torch_threads(products_of(B, M, D)));
   return {scores, lse, mean};
 }
 
@@ -157,23 +150,23 @@ Tensor listed_grad_keys(const Tensor& query, const Tensor& index, const Tensor& 
   require_rows(op, listed, K);
   const int64_t M = listed.size(1);
   checks::require(weight.dim() == 2 && weight.size(0) == B && weight.size(1) == M, op,
-                  ": weight must have the shape of index, got ", checks::shape_text(weight), ".");
+                  ": weight must have the shape of index, got ", checks::Shape{weight}, ".");
   const Tensor weights = torch::stable::reshape(weight, {B * M});
   const Tensor flat = checks::vector(op, "weight", weights, ScalarType::Float, B * M, q);
   // Outputs.
-  Tensor grad_keys = new_empty(q, {K, D}, ScalarType::Float);
+  Tensor grad_keys = new_floats(q, {K, D});
   // Params.
   const cpu::ListedGradKeysParams p{matrix_of(q), B, K, D, M, longs(listed), floats(flat), output<float>(grad_keys)};
   // Run.
-  cpu::listed_grad_keys(p, torch_threads());
+  cpu::listed_grad_keys(p, torch_threads(products_of(B, M, D) + products_of(K, 1, D)));
   return grad_keys;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(negmine, CPU, m) {
-  m.impl("mix_negatives", TORCH_BOX(&mix_negatives));
-  m.impl("mix_logsumexp", TORCH_BOX(&mix_logsumexp));
-  m.impl("listed_logsumexp", TORCH_BOX(&listed_logsumexp));
-  m.impl("listed_grad_keys", TORCH_BOX(&listed_grad_keys));
+STABLE_TORCH_LIBRARY_IMPL(negmine_cpu, CPU, m) {
+  m.impl("mix_negatives", boxed<&mix_negatives>);
+  m.impl("mix_logsumexp", boxed<&mix_logsumexp>);
+  m.impl("listed_logsumexp", boxed<&listed_logsumexp>);
+  m.impl("listed_grad_keys", boxed<&listed_grad_keys>);
 }
 
 }  // namespace

@@ -44,10 +44,10 @@ class OwnedState {
   Buffer<int64_t> counts_;
 };
 
-// into = into joined with part, the part that follows it in the queue
-void fold(const LogsumexpState& into, const LogsumexpState& part, int64_t D) {
+// into = into joined with part, the part that follows it in the queue, in the first `lanes` lanes
+void fold(const LogsumexpState& into, const LogsumexpState& part, int64_t lanes, int64_t D) {
   float keep[kLanes], add[kLanes];
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
+  for (int64_t lane = 0; lane < lanes; ++lane) {
     const float max = std::max(into.max[lane], part.max[lane]);
     const float shift = std::isfinite(max) ? max : 0.0f;
     keep[lane] = std::exp(into.max[lane] - shift);
@@ -61,7 +61,7 @@ void fold(const LogsumexpState& into, const LogsumexpState& part, int64_t D) {
   for (int64_t d = 0; d < D; ++d) {
     float* to = into.mean + d * kLanes;          // (kLanes)
     const float* from = part.mean + d * kLanes;  // (kLanes)
-    for (int64_t lane = 0; lane < kLanes; ++lane) to[lane] = to[lane] * keep[lane] + from[lane] * add[lane];
+    for (int64_t lane = 0; lane < lanes; ++lane) to[lane] = to[lane] * keep[lane] + from[lane] * add[lane];
   }
 }
 
@@ -82,9 +82,23 @@ void finish(const LogsumexpParams& p, const Block& block, int64_t scale, const L
   }
 }
 
+// The same call at scales [first, first + count).
+LogsumexpParams at_scales(const LogsumexpParams& p, int64_t first, int64_t count) {
+  LogsumexpParams part = p;
+  part.scales = count;
+  part.scale += first;
+  part.lse += first * p.B;
+  if (p.mean != nullptr) part.mean += first * p.B * p.D;
+  return part;
+}
+
 }  // namespace
 
 void logsumexp(const LogsumexpParams& p, const Parallel& parallel) {
+  if (p.scales > 2) {
+    logsumexp(at_scales(p, 0, 2), parallel);
+    return logsumexp(at_scales(p, 2, p.scales - 2), parallel);
+  }
   const int64_t split_rows = split_rows_of(p.K);
   const int64_t splits = ceil_div(p.K, split_rows), blocks = ceil_div(p.B, kLanes), S = p.scales;
   const bool with_mean = p.mean != nullptr;
@@ -117,7 +131,7 @@ void logsumexp(const LogsumexpParams& p, const Parallel& parallel) {
       for (const OwnedState& total : task.total) total.clear(p.D);
       for (int64_t split = 0; split < splits; ++split) {
         run_split(block_of(b), split, task.scratch.workspace, task.part.data());
-        for (int64_t s = 0; s < S; ++s) fold(task.total[s].view, task.part[s].view, p.D);
+        for (int64_t s = 0; s < S; ++s) fold(task.total[s].view, task.part[s].view, block_of(b).lanes, p.D);
       }
       for (int64_t s = 0; s < S; ++s) finish(p, block_of(b), s, task.total[s].view);
     });
@@ -132,13 +146,19 @@ void logsumexp(const LogsumexpParams& p, const Parallel& parallel) {
   for_each_task(parallel, blocks * S, make_total, [&](OwnedState& total, int64_t task) {
     const int64_t b = task / S, s = task % S;
     total.clear(p.D);
-    for (int64_t split = 0; split < splits; ++split) fold(total.view, parts[(split * blocks + b) * S + s].view, p.D);
+    for (int64_t split = 0; split < splits; ++split) {
+      fold(total.view, parts[(split * blocks + b) * S + s].view, block_of(b).lanes, p.D);
+    }
     finish(p, block_of(b), s, total.view);
   });
 }
 
 void logsumexp_mine(const LogsumexpParams& p, const MineHardestParams& mined, const Parallel& parallel) {
   if (p.B == 0) return;
+  if (p.scales > 1) {
+    logsumexp_mine(at_scales(p, 0, 1), mined, parallel);
+    return logsumexp(at_scales(p, 1, p.scales - 1), parallel);
+  }
   const int64_t split_rows = split_rows_of(p.K);
   MiningGrid grid(mined, parallel, split_rows);
   const bool with_mean = p.mean != nullptr, whole = grid.splits == 1;  // whole: a task sees all that a block sums
@@ -157,7 +177,7 @@ void logsumexp_mine(const LogsumexpParams& p, const MineHardestParams& mined, co
         const int64_t split = block.k_begin / split_rows;
         const LogsumexpState* part = whole ? &task.part.view : &parts[split * grid.blocks + index % grid.blocks].view;
         kernels().logsumexp_range(block, w, p.scale, 1, p.pivot, &selection, &part);
-        if (whole) fold(task.total.view, *part, p.D);
+        if (whole) fold(task.total.view, *part, block.lanes, p.D);
       }
     });
     if (whole) finish(p, grid.block_of(index), 0, task.total.view);
@@ -166,7 +186,9 @@ void logsumexp_mine(const LogsumexpParams& p, const MineHardestParams& mined, co
   const auto make_total = [&] { return OwnedState(p.D, with_mean); };
   for_each_task(parallel, whole ? 0 : grid.blocks, make_total, [&](OwnedState& total, int64_t b) {
     total.clear(p.D);
-    for (size_t i = b; i < parts.size(); i += grid.blocks) fold(total.view, parts[i].view, p.D);
+    for (size_t i = b; i < parts.size(); i += grid.blocks) {
+      fold(total.view, parts[i].view, grid.block_of(b).lanes, p.D);
+    }
     finish(p, grid.block_of(b), 0, total.view);
   });
 }

@@ -1,6 +1,5 @@
 // logsumexp: log-sum-exp of each query's scores over its pool, and the softmax mean of the keys, its gradient. (B, K)
-// is never stored. logsumexp_pair is the same at two scales in one pass, logsumexp_mine mines in it. Meaning:
-// kernels/README.md.
+// is never stored. Two scales share a pass, and logsumexp_mine mines in it. Meaning: kernels/README.md.
 #pragma once
 #include "kernels/cpu/matrix.h"
 #include "kernels/cpu/mine_hardest.h"
@@ -13,7 +12,7 @@ struct LogsumexpParams {
   Matrix query;          // (B, D)
   Matrix negative_keys;  // (K, D)
   int64_t B = 0, K = 0, D = 0;
-  int64_t scales = 1;            // S, 1 or 2
+  int64_t scales = 1;            // S
   const float* scale = nullptr;  // (S,)
   const float* pivot = nullptr;  // (B,) or absent
   Pool pool;
@@ -25,7 +24,7 @@ struct LogsumexpParams {
 
 void logsumexp(const LogsumexpParams& p, const Parallel& parallel);
 
-// Both of one scale over the same queries, queue and pool; N of 1 or more.
+// Both over the same queries, queue and pool; N of 1 or more. The first scale mines.
 void logsumexp_mine(const LogsumexpParams& p, const MineHardestParams& mined, const Parallel& parallel);
 
 }  // namespace negmine::cpu

@@ -17,6 +17,9 @@
 namespace negmine::cpu {
 namespace {
 
+constexpr int64_t kNarrow =
+    8;  // a window of more than an eighth of the queue is summed faster by another pass over all
+constexpr int64_t kLowest = static_cast<int64_t>(-0x7F800001) << 32;  // -inf at the last index: no place is below it
 constexpr int64_t kStretchBytes = 1 << 18;  // of the queue at a time, for the second-level cache
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -99,6 +102,38 @@ void logsumexp_window(const LogsumexpParams& p, const int64_t* ranks, int64_t* p
       for (int64_t d = 0; d < p.D && p.mean != nullptr && total != 0.0f; ++d) p.mean[b * p.D + d] /= total;
     }
   });
+}
+
+void logsumexp_between(const LogsumexpParams& p, const int64_t* ranks, int64_t* sort_keys, const Parallel& parallel) {
+  int64_t widest = 0;  // columns of a window
+  for (int64_t b = 0; b < p.B; ++b) {
+    const int64_t first = ranks[2 * b], last = std::min(ranks[2 * b + 1], p.K - 1);
+    if (first >= 0 && first <= last) widest = std::max(widest, last - first + 1);
+  }
+  if (p.scales == 1 && kNarrow * widest <= p.K) return logsumexp_window(p, ranks, sort_keys, parallel);
+  rank_thresholds({.query = p.query,
+                   .negative_keys = p.negative_keys,
+                   .B = p.B,
+                   .K = p.K,
+                   .D = p.D,
+                   .R = 2,
+                   .ranks = ranks,
+                   .pool = p.pool,
+                   .order = sort_keys},
+                  parallel);
+  const auto lower = make_buffer<int64_t>(p.B), upper = make_buffer<int64_t>(p.B);
+  for (int64_t b = 0; b < p.B; ++b) {
+    int64_t& first = sort_keys[2 * b];
+    int64_t& last = sort_keys[2 * b + 1];
+    if (ranks[2 * b + 1] < ranks[2 * b] || first == kNowhere) first = last = kNowhere;
+    upper[b] = first;                    // at most the pool's own; nothing is at or below kNowhere
+    lower[b] = std::max(last, kLowest);  // all that has a place, where the last rank has none
+    if (p.pool.lower != nullptr) lower[b] = std::max(lower[b], p.pool.lower[b]);
+  }
+  LogsumexpParams bounded = p;
+  bounded.pool.lower = lower.get();
+  bounded.pool.upper = upper.get();
+  logsumexp(bounded, parallel);
 }
 
 }  // namespace negmine::cpu

@@ -106,7 +106,16 @@ void MiningGrid::join(const Parallel& parallel) {
 }
 
 void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
-  if (p.N == 0 || p.B == 0) return;
+  if (p.B == 0 || (p.N == 0 && p.kept == nullptr)) return;
+  if (p.N == 0) {  // counted alone: by mining one
+    const auto scores = make_buffer<float>(p.B);
+    const auto index = make_buffer<int64_t>(p.B);
+    MineHardestParams one = p;
+    one.N = 1;
+    one.scores = scores.get();
+    one.index = index.get();
+    return mine_hardest(one, parallel);
+  }
   MiningGrid grid(p, parallel, 1);
   const auto make_task = [&] { return grid.make_task(); };
   for_each_task(parallel, grid.tasks(), make_task,

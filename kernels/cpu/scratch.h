@@ -2,19 +2,17 @@
 // besides.
 #pragma once
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <string>
+#include <utility>
 
 #include "kernels/cpu/dispatch.h"
 
 namespace negmine::cpu {
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
 
 class OutOfMemory : public std::bad_alloc {
  public:
@@ -26,15 +24,78 @@ class OutOfMemory : public std::bad_alloc {
   std::string sentence_;
 };
 
+// Blocks that this thread has freed, to be used again: a small call would otherwise spend its time in malloc. A few of
+// each power of two of bytes up to kMost, so a thread keeps at most 4 MiB.
+class SpareBlocks {
+ public:
+  static constexpr size_t kMost = size_t{1} << 20;
+
+  // Bytes that a block has for so many asked for: 64 or more.
+  static size_t bytes_of(size_t asked) {
+    return asked > kMost ? (asked + 63) / 64 * 64 : std::bit_ceil(std::max<size_t>(asked, 64));
+  }
+
+  void* take(size_t bytes) {
+    if (bytes > kMost) return nullptr;
+    for (void*& block : blocks_[std::bit_width(bytes)]) {
+      if (block != nullptr) return std::exchange(block, nullptr);
+    }
+    return nullptr;
+  }
+
+  // False where there is no room.
+  bool keep(void* spare, size_t bytes) {
+    if (bytes > kMost) return false;
+    for (void*& block : blocks_[std::bit_width(bytes)]) {
+      if (block != nullptr) continue;
+      block = spare;
+      return true;
+    }
+    return false;
+  }
+
+  ~SpareBlocks() {
+    for (auto& blocks : blocks_) {
+      for (void* block : blocks) std::free(block);
+    }
+  }
+
+  static SpareBlocks& of_this_thread() {
+    static thread_local SpareBlocks spare;
+    return spare;
+  }
+
+ private:
+  void* blocks_[std::bit_width(kMost) + 1][2] = {};
+};
+
+struct Free {
+  size_t bytes = 0;
+
+  void operator()(void* block) const {
+#if !defined(__SANITIZE_ADDRESS__)  // which is to see every block freed
+    if (SpareBlocks::of_this_thread().keep(block, bytes)) return;
+#endif
+    std::free(block);
+  }
+};
+
 template <class T>
 using Buffer = std::unique_ptr<T[], Free>;
 
 template <class T>
 Buffer<T> make_buffer(int64_t count) {
-  const size_t bytes = (static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64;
-  void* p = std::aligned_alloc(64, bytes);
-  if (p == nullptr) throw OutOfMemory(bytes);
-  return Buffer<T>(static_cast<T*>(p));
+  size_t bytes = static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T);
+  void* block = nullptr;
+#if !defined(__SANITIZE_ADDRESS__)
+  bytes = SpareBlocks::bytes_of(bytes);
+  block = SpareBlocks::of_this_thread().take(bytes);
+#else
+  bytes = (bytes + 63) / 64 * 64;
+#endif
+  if (block == nullptr) block = std::aligned_alloc(64, bytes);
+  if (block == nullptr) throw OutOfMemory(bytes);
+  return Buffer<T>(static_cast<T*>(block), Free{bytes});
 }
 
 class Scratch {
