@@ -117,13 +117,18 @@ def merged(
     offs_p = tl.arange(0, BLOCK_P)
     offs_d = tl.arange(0, BLOCK_D)
     cells = (S * SPLITS).to(tl.int64) * B
-    ptr = parts_ptr
+    first = (scale_index * SPLITS).to(tl.int64) * B + b
+    acc_ptr = parts_ptr + first * D + offs_d[None, :]
+    m_ptr = parts_ptr + first
     if WANT_MEAN:
-        ptr += cells * D
+        m_ptr += cells * D
+    z_ptr = m_ptr + cells
+    along_ptr = z_ptr + cells
+    kept_ptr = along_ptr + cells
+    above_ptr = kept_ptr + cells
     top = tl.full((), float("-inf"), tl.float32)
     for p0 in range(0, SPLITS, BLOCK_P):
-        cell = (scale_index * SPLITS + p0 + offs_p).to(tl.int64) * B + b  # (BLOCK_P,)
-        m = tl.load(ptr + cell, mask=p0 + offs_p < SPLITS, other=float("-inf"))  # (BLOCK_P,)
+        m = tl.load(m_ptr + (p0 + offs_p) * B, mask=p0 + offs_p < SPLITS, other=float("-inf"))  # (BLOCK_P,)
         top = tl.maximum(top, tl.max(m, 0))
     shift = finite_shift(top)
     z = tl.zeros((), tl.float32)
@@ -133,20 +138,20 @@ def merged(
     acc = tl.zeros((BLOCK_D,), tl.float32)
     for p0 in range(0, SPLITS, BLOCK_P):
         p_ok = p0 + offs_p < SPLITS
-        cell = (scale_index * SPLITS + p0 + offs_p).to(tl.int64) * B + b  # (BLOCK_P,)
-        weight = tl.math.exp2(tl.load(ptr + cell, mask=p_ok, other=float("-inf")) - shift)  # (BLOCK_P,)
-        z += tl.sum(weight * tl.load(ptr + cells + cell, mask=p_ok, other=0.0), 0)
-        kept = tl.load(ptr + 3 * cells + cell, mask=p_ok, other=0.0).to(tl.int32, bitcast=True)  # (BLOCK_P,)
+        part = (p0 + offs_p).to(tl.int64) * B  # (BLOCK_P,)
+        weight = tl.math.exp2(tl.load(m_ptr + part, mask=p_ok, other=float("-inf")) - shift)  # (BLOCK_P,)
+        z += tl.sum(weight * tl.load(z_ptr + part, mask=p_ok, other=0.0), 0)
+        kept = tl.load(kept_ptr + part, mask=p_ok, other=0.0).to(tl.int32, bitcast=True)  # (BLOCK_P,)
         num_kept += tl.sum(kept.to(tl.int64), 0)
         if HAS_PIVOT:
-            above = tl.load(ptr + 4 * cells + cell, mask=p_ok, other=0.0).to(tl.int32, bitcast=True)  # (BLOCK_P,)
+            above = tl.load(above_ptr + part, mask=p_ok, other=0.0).to(tl.int32, bitcast=True)  # (BLOCK_P,)
             num_above += tl.sum(above.to(tl.int64), 0)
         if WANT_MEAN:
             ok = p_ok[:, None] & (offs_d < D)[None, :]
-            part = tl.load(parts_ptr + cell[:, None] * D + offs_d[None, :], mask=ok, other=0.0)  # (BLOCK_P, BLOCK_D)
-            acc += tl.sum(weight[:, None] * part, 0)
+            keys = tl.load(acc_ptr + part[:, None] * D, mask=ok, other=0.0)  # (BLOCK_P, BLOCK_D)
+            acc += tl.sum(weight[:, None] * keys, 0)
         if ALONG:
-            along += tl.sum(weight * tl.load(ptr + 2 * cells + cell, mask=p_ok, other=0.0), 0)
+            along += tl.sum(weight * tl.load(along_ptr + part, mask=p_ok, other=0.0), 0)
     mean = tl.where(z == 0, 0.0, acc / z)  # (BLOCK_D,)
     if ALONG:
         missing = tl.where(z == 0, 0.0, along / z) - tl.sum(query * mean, 0)
