@@ -12,7 +12,6 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from negmine.ops.pool import Pool
 
 from .sort_key import unpack
 
@@ -53,15 +52,18 @@ SAME_LABEL = tl.constexpr(True)
 
 
 def kernel_pool(op: str, pool: tuple) -> KernelPool:
-    """The pool that ends the arguments of `op`, as its kernels take it.
+    """The negmine.ops.pool.Pool that ends the arguments of `op`, as its kernels take it.
 
     Raises ValueError for a bias or a guide, which no kernel reads.
     """
-    mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, num_rows, *unread, same_label = Pool(
-        *pool
-    )
-    if any(x is not None for x in unread):
+    (
+        mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, num_rows,
+        bias, guide_query, guide_keys, guide_limit, same_label,
+    ) = pool  # fmt: skip
+    if not (bias is guide_query is guide_keys is guide_limit is None):
         raise ValueError(f"{op}: bias and guide are not supported by this backend.")
+    if mask is query_ids is query_labels is lower is upper is num_rows is None:
+        return EVERYTHING
     key_mask = pair_mask = stride_mb = None
     if mask is not None:
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
@@ -69,8 +71,6 @@ def kernel_pool(op: str, pool: tuple) -> KernelPool:
             key_mask = mask
         else:
             pair_mask, stride_mb = mask, mask.stride(0)
-    elif all(x is None for x in (query_ids, query_labels, lower, upper, num_rows)):
-        return EVERYTHING
     return KernelPool(
         key_mask, pair_mask, stride_mb, _dense(query_ids), _dense(negative_ids), _dense(query_labels), _dense(negative_labels),
         SAME_LABEL if same_label and query_labels is not None else None, _dense(lower), _dense(upper), num_rows,

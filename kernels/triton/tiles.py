@@ -53,6 +53,7 @@ def splits(B: int, K: int, tile: ScoreTile, processors: int) -> int:
     return max(1, min(2 * processors // max(row_tiles, 1), key_tiles // 2))
 
 
+@functools.lru_cache(1024)
 def even_splits(B: int, K: int, tile: ScoreTile, processors: int) -> tuple[int, int]:
     """How many parts of the queue are summed apart, one at least, and how many tiles each of them takes, one at least."""
     key_tiles = -(-K // tile.BLOCK_K)
@@ -131,6 +132,7 @@ def levels(tile: ScoreTile) -> int:
     return (tile.BLOCK_K // LANES).bit_length() - 1
 
 
+@functools.lru_cache(1024)
 def scan_plan(B: int, K: int, capacity: int, tile: ScoreTile, processors: int) -> ScanPlan:
     """Splits for a scan, and room in each private buffer for its share of `capacity` plus six deviations."""
     parts = min(splits(B, K, tile, processors), max(1, capacity // (8 * LANES)))
@@ -158,6 +160,7 @@ def row_block(width: int, capability: int) -> tuple[int, int, int]:
     return 1, block, 4 if block <= 4096 else (8 if block <= 8192 else 16)
 
 
+@functools.cache
 def mix_block(D: int, capability: int) -> tuple[int, int, int]:
     """(BLOCK_S, BLOCK_D, num_warps): slots mixed at once by one program, each over the whole of D."""
     padded = next_power_of_2(D)
@@ -166,6 +169,7 @@ def mix_block(D: int, capability: int) -> tuple[int, int, int]:
     return max(1, min(64, 4096 // padded)), padded, 4 if padded <= 1024 else 8
 
 
+@functools.cache
 def merge_block(D: int) -> tuple[int, int, int]:
     """(BLOCK_P, BLOCK_D, num_warps): parts of a row that one program adds at once, each over the whole of D."""
     BLOCK_D = next_power_of_2(D)
