@@ -4,12 +4,11 @@ import pytest
 import torch
 
 import negmine
-from negmine import FalseNegatives, Mix, Select, Weight, reference
+from negmine import FalseNegatives, Mix, Negatives, Select, Weight, reference
 from negmine.ops import backends
-from negmine.ops.pool import check_pool, usable
 from negmine.ops.vectors import for_kernels
 from tests import compare
-from tests.cases import DTYPES, ids, masks, unit, whole
+from tests.cases import DTYPES, dense_mask, ids, masks, negatives, tags, unit, whole
 from tests.conftest import device_of, interpreted, skip_what_the_interpreter_repeats
 from tests.test_kernels import gradients
 
@@ -113,22 +112,24 @@ def test_loss_and_every_gradient(backend, options, kind, own, dtype):
             for i, shape in enumerate(((B, D), (B, D), (B, K, D) if own else (K, D)))
         ]
         given = masks(kind, B, K, device)
-        allowed = usable(check_pool("test", inputs[0], inputs[2], **given), inputs[0], inputs[2])
+        allowed = dense_mask(inputs[0], inputs[2], given)
         keywords = {name: value for name, value in options.items() if name != "temperature"} | {
             "seed": 9,
             "row_offset": 4,
         }
         support = views(B, 3, D, dtype, device) if "false_negatives" in options else None
 
-        def run(cast, function, inputs=inputs, keywords=keywords, support=support, **more):
+        def run(cast, function, inputs=inputs, keywords=keywords, support=support, given=(), **more):
             leaves = [t.to(cast).detach().requires_grad_() for t in inputs]
             wide = torch.promote_types(cast, torch.float32)
             leaves.append(torch.tensor(T, dtype=wide, device=device).requires_grad_())
             more["support"] = None if support is None else support.to(wide if function is reference.info_nce else cast)
-            rows, stats = function(*leaves[:3], temperature=leaves[3], **keywords, **more)
+            columns = negatives(leaves[2], given) if given else leaves[2]
+            rows, stats = function(*leaves[:2], columns, temperature=leaves[3], **keywords, **more)
             return [rows, *gradients(rows, leaves)], stats
 
-        got, stats = run(dtype, negmine.info_nce, **given, reduction="none", return_stats=True, backend=backend)
+        call = {"reduction": "none", "return_stats": True, "backend": backend}
+        got, stats = run(dtype, negmine.info_nce, given=given, **tags(given), **call)
         truth, want = run(torch.float64, reference.info_nce, usable=allowed)
         plain, _ = run(torch.float32, reference.info_nce, usable=allowed)
         # Both are differences: the positive's pull less the negatives' push.
@@ -153,8 +154,9 @@ def test_samples_are_those_of_the_reference(backend, window, replace):
         given = ids(B, K, device)
         select = Select(*window, sample=7, replace=replace, max_score=None if K == 70 else 20.0)
         key = {"seed": 2**32 - 1, "step": 3, "row_offset": 2**31 - 2}
-        _, stats = negmine.info_nce(q, pos, keys, select=select, **given, **key, return_stats=True, backend=backend)
-        allowed = usable(check_pool("test", q, keys, **given), q, keys)
+        call = {"select": select, **tags(given), **key, "backend": backend}
+        _, stats = negmine.info_nce(q, pos, negatives(keys, given), **call, return_stats=True)
+        allowed = dense_mask(q, keys, given)
         times = reference.multiplicity(q @ keys.T, (q * pos).sum(1), select, allowed, *key.values())
         compare.exact(f"num_negatives {B, K}", stats.num_negatives, times.sum(1))
         scores = (q @ keys.T / 0.07).masked_fill(times == 0, -torch.inf) + times.log()
@@ -162,9 +164,7 @@ def test_samples_are_those_of_the_reference(backend, window, replace):
         torch.testing.assert_close(stats.logsumexp.double(), want, rtol=1e-6, atol=1e-4)
         if not replace:
             for N in (3, 12):
-                mined = negmine.mine_hardest(
-                    q, keys, N, select=select, positive_key=pos, **given, **key, backend=backend
-                )
+                mined = negmine.mine_hardest(q, negatives(keys, given), N, positive_key=pos, **call)
                 compare.exact(f"index {B, K}", mined.index, reference.mine_hardest(q, keys, N, times > 0)[1])
 
 
@@ -198,11 +198,12 @@ def test_own_negatives_are_the_shared_ones_repeated(backend):
         results = []
         for own in (False, True):
             leaf = keys.clone().requires_grad_()
-            tags = given | ({"negative_ids": given["negative_ids"].expand(5, 40)} if own else {})
-            negatives = leaf.expand(5, 40, 8) if own else leaf
-            loss, stats = negmine.info_nce(
-                q, pos, negatives, **options, **tags, reduction="none", return_stats=True, backend=backend
+            columns = Negatives(
+                leaf.expand(5, 40, 8) if own else leaf,
+                ids=given["negative_ids"].expand(5, 40) if own else given["negative_ids"],
             )
+            call = {**options, **tags(given), "reduction": "none", "return_stats": True, "backend": backend}
+            loss, stats = negmine.info_nce(q, pos, columns, **call)
             loss.sum().backward()
             results.append((loss.detach(), leaf.grad, *stats))
         torch.testing.assert_close(results[1], results[0])
@@ -214,8 +215,8 @@ def test_a_margin_below_a_positive_that_is_nan_keeps_nothing(any_backend, select
     device = device_of(any_backend)
     q, pos, keys = (unit(n, 5, seed=i, device=device) for i, n in enumerate((3, 3, 16)))
     pos[1, 2] = torch.nan
-    for negatives in (keys, keys.expand(3, 16, 5)):
-        _, stats = negmine.info_nce(q, pos, negatives, select=select, return_stats=True, backend=any_backend)
+    for columns in (keys, keys.expand(3, 16, 5)):
+        _, stats = negmine.info_nce(q, pos, columns, select=select, return_stats=True, backend=any_backend)
         assert stats.num_negatives[1] == 0
 
 
@@ -236,8 +237,9 @@ def test_elimination_is_the_mask_of_what_is_found(backend):
         found = reference.false_negatives_found(support, clean, options, allowed)
         leaf = q.clone().requires_grad_()
         call = {"temperature": 8.0, "reduction": "none", "return_stats": True, "backend": backend}
-        got, stats = negmine.info_nce(leaf, pos, keys, false_negatives=options, support=support, **given, **call)
-        want, want_stats = negmine.info_nce(q, pos, clean, negative_mask=allowed & ~found, **call)
+        columns = negatives(keys, given)
+        got, stats = negmine.info_nce(leaf, pos, columns, false_negatives=options, support=support, **call)
+        want, want_stats = negmine.info_nce(q, pos, Negatives(clean, mask=allowed & ~found), **call)
         compare.exact("loss", got.detach(), want)
         compare.exact("num_negatives", stats.num_negatives, want_stats.num_negatives)
         got.sum().backward()

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import negmine
-from negmine import Mix, Select, Weight, reference
-from tests.cases import ids, unit, whole
+from negmine import Mix, Negatives, Select, Weight, reference
+from tests.cases import ids, negatives, unit, whole
 from tests.conftest import device_of
 
 B, K, D = 6, 90, 12
@@ -66,7 +66,7 @@ def test_masked_rows_may_hold_anything(any_backend):
     for queue, mask in ((torch.cat([keys[:10], keys[40:]]), None), (spoiled, keep)):
         leaf = q.clone().requires_grad_()
         for options in OPTIONS[:2]:
-            negmine.info_nce(leaf, pos, queue, **options, negative_mask=mask, backend=any_backend).backward()
+            negmine.info_nce(leaf, pos, Negatives(queue, mask=mask), **options, backend=any_backend).backward()
         grads.append(leaf.grad)
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
 
@@ -180,7 +180,9 @@ def test_every_optional_argument_changes_the_result(any_backend):
         {"reduction": "sum"},
     ]
     for change in changes:
-        assert not torch.equal(negmine.info_nce(q, pos, keys, **change, backend=any_backend), base), change
+        options = {name: value for name, value in change.items() if name not in ("negative_ids", "negative_mask")}
+        changed = negmine.info_nce(q, pos, negatives(keys, change), **options, backend=any_backend)
+        assert not torch.equal(changed, base), change
     mixed = {"mix": Mix(8, 6, 4), "backend": any_backend}
     draws = [
         negmine.info_nce(q, pos, keys, **mixed, **key) for key in ({}, {"seed": 1}, {"step": 1}, {"row_offset": 1})

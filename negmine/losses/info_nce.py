@@ -113,14 +113,15 @@ def info_nce(
     checks.require_bool(op, "return_stats", return_stats)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_draw(op, seed, step, row_offset)
-    plan = Plan(select, mix, weight, false_negatives, decoupled, Draw(seed, step, row_offset), return_stats)
-    vectors = query, positive_key, keys
-    kernels = choose_for_keys(op, plan.ops(keys), backend, vectors, keys, "info_nce" if plan.is_one_op else "")
+    draw = Draw(seed, step, row_offset)
+    plan = Plan(select, mix, weight, false_negatives, decoupled, draw, return_stats)
+    batch = Batch(query, positive_key, keys, pool, support)
+    kernels = choose_for_keys(op, plan.ops(keys), backend, batch[:3], keys, "info_nce" if plan.is_one_op else "")
     stats: InfoNCEStats | None
     if kernels is None:
-        rows, stats = plan.run_dense(*vectors, pool, temperature, support)
+        rows, stats = plan.run_dense(batch, temperature)
     else:
-        rows, stats = plan.run(kernels, *vectors, pool, scale_of(temperature, query), support)
+        rows, stats = plan.run(kernels, batch, scale_of(temperature, query))
     loss = reference.reduced(rows, reduction)
     return (loss, stats) if return_stats else loss
 
@@ -135,6 +136,16 @@ def _check_support(op: str, query: Tensor, false_negatives: FalseNegatives | Non
     if support.shape[0] != query.shape[0] or support.shape[1] == 0:
         wanted = f"of shape (B, V, D) with query's B = {query.shape[0]} and V of 1 or more"
         raise checks.refuse(op, "support", wanted, support)
+
+
+class Batch(NamedTuple):
+    """The checked tensors of one call."""
+
+    query: Tensor  # (B, D)
+    positive_key: Tensor  # (B, D)
+    keys: Tensor  # (K, D) or (B, M, D)
+    pool: Pool
+    support: Tensor | None = None  # (B, V, D)
 
 
 class _Sum(NamedTuple):
@@ -189,48 +200,33 @@ class Plan:
             needed += ["listed_logsumexp", "listed_grad_keys"]
         return tuple(needed)
 
-    def run_dense(
-        self, query: Tensor, positive_key: Tensor, keys: Tensor, pool: Pool, temperature: float | Tensor, support: Any
-    ) -> tuple[Tensor, InfoNCEStats]:
+    def run_dense(self, batch: Batch, temperature: float | Tensor) -> tuple[Tensor, InfoNCEStats]:
         """Loss (B,) and statistics from the reference."""
+        query, positive_key, keys, pool, support = batch
         allowed = usable(pool, query, keys)
         rows, found = reference.info_nce(
             widened(query), widened(positive_key), frozen(keys, allowed), temperature=temperature, usable=allowed,
             select=self.select, mix=self.mix, weight=self.weight, false_negatives=self.false_negatives,
-            support=None if support is None else widened(support), decoupled=self.decoupled, **self.draw._asdict(),
+            support=None if support is None else widened(support),
+            decoupled=self.decoupled, **self.draw._asdict(),
         )  # fmt: skip
         return rows, InfoNCEStats(**found)
 
-    def run(
-        self,
-        kernels: Kernels,
-        query: Tensor,
-        positive_key: Tensor,
-        keys: Tensor,
-        pool: Pool,
-        scale: Tensor,
-        support: Any = None,
-    ) -> tuple[Tensor, InfoNCEStats | None]:
-        """Loss (B,) and, where they are wanted, statistics from the kernels; meaning as reference.info_nce."""
+    def run(self, kernels: Kernels, batch: Batch, scale: Tensor) -> tuple[Tensor, InfoNCEStats | None]:
+        """Loss (B,) and, where they are wanted, statistics from the kernels; meaning as reference.info_nce. scale (): 1 / T."""
         found = None
-        if self.false_negatives is not None:
-            keys = hide_masked_rows(keys, pool)  # what is left of the mask is (B, K)
+        if self.false_negatives is not None and batch.support is not None:
+            keys = hide_masked_rows(batch.keys, batch.pool)  # what is left of the mask is (B, K)
             with torch.no_grad():
-                found = find_false_negatives(kernels, support.detach(), keys.detach(), self.false_negatives, pool)
-                pool = without(pool, found.mask)
-        run = self._run_one_op if kernels.has("info_nce") else self._run_composed
-        return run(kernels, query, positive_key, keys, pool, scale, found)
+                views = batch.support.detach()
+                found = find_false_negatives(kernels, views, keys.detach(), self.false_negatives, batch.pool)
+                batch = batch._replace(keys=keys, pool=without(batch.pool, found.mask))
+        if kernels.has("info_nce"):
+            return self._run_one_op(kernels, batch, scale)
+        return self._run_composed(kernels, batch, scale, found)
 
-    def _run_one_op(
-        self,
-        kernels: Kernels,
-        query: Tensor,
-        positive_key: Tensor,
-        keys: Tensor,
-        pool: Pool,
-        scale: Tensor,
-        _found: Any,
-    ) -> tuple[Tensor, InfoNCEStats | None]:
+    def _run_one_op(self, kernels: Kernels, batch: Batch, scale: Tensor) -> tuple[Tensor, InfoNCEStats | None]:
+        query, positive_key, keys, pool, *_ = batch
         pivot = ranks = None
         hard, skip, draws = 0, 0, NO_DRAWS
         if self.want_stats or self.select is not None:
@@ -251,14 +247,14 @@ class Plan:
         return rows, InfoNCEStats(total, num_above, num_kept, torch.zeros_like(empty), empty.sum())
 
     def _run_composed(
-        self, kernels: Kernels, query: Tensor, positive_key: Tensor, keys: Tensor, pool: Pool, scale: Tensor,
-        found: FoundNegatives | None,
-    ) -> tuple[Tensor, InfoNCEStats | None]:  # fmt: skip
+        self, kernels: Kernels, batch: Batch, scale: Tensor, found: FoundNegatives | None
+    ) -> tuple[Tensor, InfoNCEStats | None]:
+        query, positive_key, keys, pool, _ = batch
         positive_score = score_of_positive(query, positive_key)  # (B,)
         x_positive = positive_score * scale  # (B,)
         pivot = positive_score.detach() if self.want_stats else None
         with torch.no_grad():
-            columns = self._columns(kernels, query, keys, pool, positive_score)
+            columns = self._columns(kernels, batch, positive_score)
         lse, num_kept, num_above, mined, clamped = self._log_sum(columns, query, keys, scale, pivot, x_positive)
         if self.samples and self.want_stats:  # the rank is among all valid negatives, not among those drawn
             q, n = for_kernels(query), for_kernels(keys)
@@ -267,7 +263,7 @@ class Plan:
         if self.mix is not None and self.mixes:
             with torch.no_grad():
                 if columns.num_mined:
-                    parents = mined[:, self.mix.skip :].contiguous()
+                    parents = mined[:, self.mix.skip :].contiguous()  # (B, hard)
                 else:
                     parents = mine_parents(kernels, for_kernels(query), for_kernels(keys), self.mix, pool)  # (B, hard)
             mixed = mixed_logsumexp(kernels, query, keys, scale, parents, self.mix, self.draw)  # (B,)
@@ -278,9 +274,9 @@ class Plan:
         attracted = None  # (B,) log-sum-exp of the attracted false negatives
         pull = x_positive  # (B,) mean of the positive logits
         if found is not None and self.attracts:
-            by, members = (
-                (kernels, Pool(found.mask)) if found.columns is None else (over_lists(kernels), (found.columns, False))
-            )
+            by, members = kernels, tuple(Pool(found.mask))
+            if found.columns is not None:
+                by, members = over_lists(kernels), (found.columns, False)
             sums, count, *_ = LogSumExp.apply(query, keys, scale[None], None, 0, None, by, *members)
             mean_score, _ = MeanScore.apply(query, keys, by, *members)
             attracted, pull = sums[0], (x_positive + count * mean_score * scale) / (1 + count)
@@ -298,8 +294,9 @@ class Plan:
             return rows, None
         return rows, InfoNCEStats(total.detach(), num_above, num_kept, clamped, (~some).sum())
 
-    def _columns(self, kernels: Kernels, query: Tensor, keys: Tensor, pool: Pool, positive_score: Tensor) -> _Sum:
+    def _columns(self, kernels: Kernels, batch: Batch, positive_score: Tensor) -> _Sum:
         """The columns that `select` keeps, as the sum takes them."""
+        query, _, keys, pool, *_ = batch
         if self.select is None:
             if self.mix is None or not self.mixes or self._is_sharpened:
                 return _Sum(kernels, pool)
