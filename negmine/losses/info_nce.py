@@ -202,8 +202,6 @@ class Plan:
 
     def ops(self, keys: Tensor) -> tuple[str, ...]:
         """The kernels that the call needs where no op does all of it."""
-        if self == PLAIN_PLAN:
-            return summing_ops("logsumexp", keys)
         needed = list(summing_ops("logsumexp", keys))
         if self.select is not None:
             needed += ["rank_thresholds", "count_negatives"]
@@ -270,7 +268,8 @@ class Plan:
         if positive_bias is not None:
             x_positive = x_positive + positive_bias
         pivot = positive_score.detach() if self.want_stats else None
-        columns = self._columns(kernels, batch, positive_score)
+        with torch.no_grad():
+            columns = self._columns(kernels, batch, positive_score)
         lse, num_kept, num_above, mined, clamped = self._log_sum(columns, query, keys, scale, pivot, x_positive)
         if self.samples and self.want_stats:  # the rank is among all valid negatives, not among those drawn
             q, n = for_kernels(query), for_kernels(keys)
@@ -310,7 +309,6 @@ class Plan:
             return rows, None
         return rows, InfoNCEStats(total.detach(), num_above, num_kept, clamped, (~some).sum())
 
-    @torch.no_grad()
     def _columns(self, kernels: Kernels, batch: Batch, positive_score: Tensor) -> _Sum:
         """The columns that `select` keeps, as the sum takes them."""
         query, _, keys, pool, *_ = batch
@@ -350,9 +348,6 @@ class Plan:
             1.0 / scale, weight,
         )  # fmt: skip
         return lse.masked_fill(~some, -torch.inf), num_kept, num_above, mined, clamped & some
-
-
-PLAIN_PLAN = Plan()
 
 
 def mixed_logsumexp(
