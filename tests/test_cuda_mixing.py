@@ -33,20 +33,23 @@ class Mixing(ctypes.Structure):
         *((name, i64) for name in ("pairs", "with_query")),
         *((name, f32) for name in ("pair_low", "pair_high", "query_low", "query_high")),
         ("distinct", ctypes.c_bool), ("quantiles", address),
-        ("seed", ctypes.c_uint32), ("step", ctypes.c_uint32), ("row_offset", i64),
+        ("seed", ctypes.c_uint32), ("step", address), ("row_offset", address),
     ]  # fmt: skip
 
 
 def mixing_of(query, negative_keys, hard_index, mix, seed, step, row_offset):
     quantiles = philox.beta_quantiles(mix.concentration)
-    return Mixing(
+    place = [torch.tensor(number) for number in (step, row_offset)]
+    mixing = Mixing(
         *(len(query), hard_index.shape[1], query.shape[1]),
         *(pointer(tensor).value for tensor in (query, negative_keys, hard_index)),
         *(tensor.stride(0) for tensor in (query, negative_keys, hard_index)),
         *(STORAGE[query.dtype], STORAGE[negative_keys.dtype], mix.pairs, mix.with_query),
         *(*mix.pair_range, *mix.query_range, mix.distinct, pointer(quantiles).value),
-        *(seed, step, row_offset),
+        *(seed, *(pointer(tensor).value for tensor in place)),
     )
+    mixing.place = place  # alive as long as their addresses
+    return mixing
 
 
 class Emulated:
