@@ -9,8 +9,8 @@ import torch
 import negmine
 from negmine import Mix, Select, reference
 from negmine.ops import registry, sort_key, triton_ops
-from negmine.ops.philox import beta_quantiles
 from negmine.ops.pool import Pool
+from negmine.options import beta_quantiles
 from tests import compare
 from tests.cases import DTYPES, ids, unit
 from tests.conftest import DEVICE, _reason_not_here, interpreted, skip_what_the_interpreter_repeats
