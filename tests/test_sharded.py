@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import negmine
-from negmine import MoCoQueue, Negatives, Select, Weight
+from negmine import MoCoQueue, Select, Weight
 from negmine.ops import backends, sort_key
 from negmine.ops.pool import Pool
 from negmine.queues import ShardedMoCoQueue, sharded_ops
@@ -165,9 +165,8 @@ def test_ranks_do_what_one_process_does(world, tmp_path):
         for step, (name, select) in enumerate(selects(fill)):
             q, pos, tags, _ = batch(step % 3, world)
             want = negmine.mine_hardest(
-                q, Negatives(queue.keys, ids=queue.ids, labels=queue.labels), 9, positive_key=pos, select=select,
-                query_ids=tags, query_labels=tags % 5, backend="cpu",
-            )  # fmt: skip
+                q, queue, 9, positive_key=pos, select=select, query_ids=tags, query_labels=tags % 5, backend="cpu"
+            )
             plain = losses(queue, q, pos, tags, select=select)
             truth = losses(exact_queue, q.double(), pos.double(), tags, select=select)
             mined = concatenated(got, (fill, name), 0)
