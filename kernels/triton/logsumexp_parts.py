@@ -30,6 +30,45 @@ from .pool import KernelPool, pool_bounds, pool_keys, pool_masks, pool_rows, poo
 from .score import as_stored, load_rows, load_whole_rows, score_tile
 
 
+@triton.jit
+def add_tile(
+    m, z, along, num_kept, num_above, acc, k0, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size,
+    pool, rows, scale, pivot, WHOLE: tl.constexpr, WIDEN: tl.constexpr,
+    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """The running sums with the columns from k0 on added. WHOLE: all of the tile's columns are in the queue."""
+    offs_k = k0 + tl.arange(0, BLOCK_K)
+    k_ok = pool_keys(pool, offs_k, size, WHOLE)  # (BLOCK_K,)
+    keys = load_whole_rows(keys_ptr, offs_k, k_ok, stride_kk, D, BLOCK_D, WIDEN)  # (BLOCK_K, BLOCK_D)
+    s = score_tile(
+        query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, keys, offs_k, k_ok, stride_kk,
+        D, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN,
+    )  # (BLOCK_B, BLOCK_K)  # fmt: skip
+    allowed = pool_masks(pool, rows, offs_b, b_ok, offs_k, k_ok)  # (BLOCK_B, BLOCK_K)
+    inside = pool_bounds(pool, rows, s, offs_k, allowed)  # (BLOCK_B, BLOCK_K)
+    if pivot is not None:
+        num_above += tl.sum((allowed & (s > pivot[:, None])).to(tl.int32), 1)
+    num_kept += tl.sum(inside.to(tl.int32), 1)
+    x = tl.where(inside, s * scale, float("-inf"))  # (BLOCK_B, BLOCK_K)
+    m_new = tl.maximum(m, tl.max(x, 1))
+    shift = finite_shift(m_new)
+    decay = tl.math.exp2(m - shift)  # (BLOCK_B,)
+    p = tl.math.exp2(x - shift[:, None])  # (BLOCK_B, BLOCK_K)
+    if ALONG:  # first, so that scores need not outlive the rest
+        along = along * decay + tl.sum(p * s, 1)
+    z = z * decay + tl.sum(p, 1)
+    m = m_new
+    if WANT_MEAN:
+        if D <= SLICE and D <= BLOCK_D:
+            values = keys
+        else:
+            values = load_rows(keys_ptr, offs_k, k_ok, stride_kk, d0, D, SLICE, WIDEN)  # (BLOCK_K, SLICE)
+        p = as_stored(p, query_ptr, keys_ptr).to(values.dtype)
+        acc = tl.dot(p, values, acc * decay[:, None], input_precision="ieee")  # (BLOCK_B, SLICE)
+    return m, z, along, num_kept, num_above, acc
+
+
 @triton.jit(do_not_specialize=["B", "K", "tiles_per_split"])
 def logsumexp_kernel(
     query_ptr, keys_ptr, stride_qb, stride_kk, B, K, pool, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
@@ -44,6 +83,7 @@ def logsumexp_kernel(
     query = load_whole_rows(query_ptr, offs_b, b_ok, stride_qb, D, BLOCK_D, WIDEN)  # (BLOCK_B, BLOCK_D)
     rows = pool_rows(pool, offs_b, b_ok)
     scale = tl.load(scales_ptr + tl.program_id(2) // SLICES) * 1.4426950408889634  # log2(e)
+    pivot = None
     if pivot_ptr is not None:
         pivot = tl.load(pivot_ptr + offs_b, mask=b_ok, other=0.0)  # (BLOCK_B,)
 
@@ -56,35 +96,21 @@ def logsumexp_kernel(
     size = pool_size(pool, K)
     start = split * tiles_per_split * BLOCK_K
     stop = tl.minimum(start + tiles_per_split * BLOCK_K, size)
-    for k0 in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
-        offs_k = k0 + tl.arange(0, BLOCK_K)
-        k_ok = pool_keys(pool, offs_k, size, EVEN_K)  # (BLOCK_K,)
-        keys = load_whole_rows(keys_ptr, offs_k, k_ok, stride_kk, D, BLOCK_D, WIDEN)  # (BLOCK_K, BLOCK_D)
-        s = score_tile(
-            query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, keys, offs_k, k_ok, stride_kk,
-            D, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN,
-        )  # (BLOCK_B, BLOCK_K)  # fmt: skip
-        allowed = pool_masks(pool, rows, offs_b, b_ok, offs_k, k_ok)  # (BLOCK_B, BLOCK_K)
-        inside = pool_bounds(pool, rows, s, offs_k, allowed)  # (BLOCK_B, BLOCK_K)
-        if pivot_ptr is not None:
-            num_above += tl.sum((allowed & (s > pivot[:, None])).to(tl.int32), 1)
-        num_kept += tl.sum(inside.to(tl.int32), 1)
-        x = tl.where(inside, s * scale, float("-inf"))  # (BLOCK_B, BLOCK_K)
-        m_new = tl.maximum(m, tl.max(x, 1))
-        shift = finite_shift(m_new)
-        decay = tl.math.exp2(m - shift)  # (BLOCK_B,)
-        p = tl.math.exp2(x - shift[:, None])  # (BLOCK_B, BLOCK_K)
-        if ALONG:  # first, so that scores need not outlive the rest
-            along = along * decay + tl.sum(p * s, 1)
-        z = z * decay + tl.sum(p, 1)
-        m = m_new
-        if WANT_MEAN:
-            if D <= SLICE and D <= BLOCK_D:
-                values = keys
-            else:
-                values = load_rows(keys_ptr, offs_k, k_ok, stride_kk, d0, D, SLICE, WIDEN)  # (BLOCK_K, SLICE)
-            p = as_stored(p, query_ptr, keys_ptr).to(values.dtype)
-            acc = tl.dot(p, values, acc * decay[:, None], input_precision="ieee")  # (BLOCK_B, SLICE)
+    # Columns past the end of the queue are looked for in its last tile alone, which is added after the loop.
+    whole = stop
+    if not EVEN_K:
+        whole = start + tl.maximum(stop - start, 0) // BLOCK_K * BLOCK_K
+    for k0 in tl.range(start, whole, BLOCK_K, num_stages=STAGES):
+        m, z, along, num_kept, num_above, acc = add_tile(
+            m, z, along, num_kept, num_above, acc, k0, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size,
+            pool, rows, scale, pivot, True, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_MEAN, ALONG, SLICE,
+        )  # fmt: skip
+    if not EVEN_K:  # noqa: SIM102  known when the kernel is compiled, which the next condition is not
+        if whole < stop:
+            m, z, along, num_kept, num_above, acc = add_tile(
+                m, z, along, num_kept, num_above, acc, whole, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk,
+                size, pool, rows, scale, pivot, False, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_MEAN, ALONG, SLICE,
+            )  # fmt: skip
 
     SPLITS = tl.num_programs(1)
     cells = (tl.num_programs(2) // SLICES * SPLITS).to(tl.int64) * B
