@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import negmine
-from negmine import Mix, Select, Weight, reference
+from negmine import Mix, Negatives, Select, Weight, reference
 from tests import compare
 from tests.cases import unit
 from tests.conftest import device_of
@@ -20,9 +20,12 @@ def vectors(any_backend):
     return [unit(n, D, seed=i, device=device_of(any_backend)) for i, n in enumerate((B, B, K))]
 
 
-def rows_and_grads(vectors, backend, **options):
+def rows_and_grads(vectors, backend, ids=None, mask=None, **options):
     leaves = [v.clone().requires_grad_() for v in vectors]
-    rows = negmine.info_nce(*leaves, **{"temperature": T, "reduction": "none", "backend": backend} | options)
+    columns = Negatives(leaves[2], ids=ids, mask=mask)
+    rows = negmine.info_nce(
+        *leaves[:2], columns, **{"temperature": T, "reduction": "none", "backend": backend} | options
+    )
     return [rows.detach(), *torch.autograd.grad(rows.sum(), leaves)]
 
 
@@ -40,8 +43,9 @@ NEUTRAL = [
     {"mix": Mix(9, 0, 0)},
     {"weight": Weight()},
     {"weight": Weight(detach=True)},
-    {"negative_mask": torch.ones(K, dtype=torch.bool)},
-    {"query_ids": torch.arange(B), "negative_ids": torch.arange(K) + B},
+    {"mask": torch.ones(K, dtype=torch.bool)},
+    {"query_ids": torch.arange(B), "ids": torch.arange(K) + B},
+    {"query_ids": torch.full((B,), -1), "ids": torch.full((K,), -1)},  # unknown ids equal nothing
 ]
 
 

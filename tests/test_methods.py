@@ -1,4 +1,4 @@
-"""Each loss of negmine/methods.py, siglip and synco against its published formula, dense and in float64, on every backend."""
+"""Each loss of negmine/losses/methods.py, siglip and synco against its published formula, dense and in float64, on every backend."""
 
 import math
 import pickle
@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 
 import negmine
-from negmine import Select, recipes, reference
+from negmine import Negatives, Select, recipes, reference
 from negmine.losses import methods
 from negmine.losses.synco import COUNTS, synco, synco_vectors
 from negmine.ops import philox
 from negmine.recipes import Kinds
 from tests import compare
-from tests.cases import masks, unit
+from tests.cases import dense_mask, masks, negatives, tags, unit
 from tests.conftest import device_of, interpreted
-from tests.test_kernels import dense_mask, gradients
+from tests.test_kernels import gradients
 
 B, K, D = 5, 90, 6
 OUT = -torch.inf
@@ -94,17 +94,19 @@ def test_method_is_its_formula(any_backend, name, kind):
             continue  # the reference computes in fp32, and the interpreter widens
         vectors = inputs(dtype, device)
         if kind == "sampled":
-            given = {"select": Select(2, 0.5, sample=9), "seed": 4, "step": 2, "row_offset": 7}
+            given = {}
+            call = {"select": Select(2, 0.5, sample=9), "seed": 4, "step": 2, "row_offset": 7}
             scores = reference.scores_of(vectors[0].float(), vectors[2].float())
-            keep = reference.multiplicity(scores, None, given["select"], None, 4, 2, 7) > 0
+            keep = reference.multiplicity(scores, None, call["select"], None, 4, 2, 7) > 0
         else:
             given = masks(kind, B, K, device)
+            call = tags(given)
             keep = dense_mask(vectors[0], vectors[2], given)
             keep = torch.ones(B, K, dtype=torch.bool, device=device) if keep is None else keep
 
-        def ours(leaves, T, given=given):
-            keywords = {**options, **given, "reduction": "none", "backend": any_backend}
-            return getattr(methods, name)(*leaves, temperature=T, **keywords)
+        def ours(leaves, T, given=given, call=call):
+            keywords = {**options, **call, "reduction": "none", "backend": any_backend}
+            return getattr(methods, name)(*leaves[:2], negatives(leaves[2], given), temperature=T, **keywords)
 
         def dense(leaves, T, keep=keep):
             q, pos, keys = leaves
@@ -153,7 +155,7 @@ def test_siglip_is_its_formula(any_backend, kind):
 
     def ours(leaves, t):
         keywords = {"scale": t, "bias": bias, "reduction": "none", "backend": any_backend}
-        return negmine.siglip(*leaves, **keywords, **given)
+        return negmine.siglip(*leaves[:2], negatives(leaves[2], given), **keywords, **tags(given))
 
     def dense(leaves, t):
         q, pos, keys = leaves
@@ -177,7 +179,8 @@ def test_synco_is_its_formula(any_backend, kind):
     def ours(leaves, T):
         keyed = dict(zip(("seed", "step", "row_offset"), draw, strict=True))
         keywords = {"kinds": SMALL, "reduction": "none", "backend": any_backend}
-        return synco(*leaves, temperature=T, **keywords, **keyed, **given)
+        columns = negatives(leaves[2], given)
+        return synco(*leaves[:2], columns, temperature=T, **keywords, **keyed, **tags(given))
 
     def dense(leaves, T):
         q, pos, keys = leaves
@@ -266,19 +269,19 @@ def test_empty_rows_nan_rows_and_reductions(any_backend, name):
     q, pos, keys = inputs(device=device)
     usable = torch.ones(B, K, dtype=torch.bool, device=device)
     usable[1] = False
-    q = q.requires_grad_()
-    rows = function(q, pos, keys, negative_mask=usable, reduction="none", backend=any_backend, **options)
+    q, columns = q.requires_grad_(), Negatives(keys, mask=usable)
+    rows = function(q, pos, columns, reduction="none", backend=any_backend, **options)
     (gradient,) = torch.autograd.grad(rows.sum(), q)
     assert bool(rows.isfinite().all()) and bool(gradient.isfinite().all())
     if name not in ("siglip", "i_mix"):  # whose rows keep a term without negatives
         assert rows[1] == 0 and not gradient[1].any()
     for reduction, want in (("sum", rows.sum()), ("mean", rows.mean())):
-        got = function(q, pos, keys, negative_mask=usable, reduction=reduction, backend=any_backend, **options)
+        got = function(q, pos, columns, reduction=reduction, backend=any_backend, **options)
         torch.testing.assert_close(got, want)
     if name not in ("decoupled_weighted", "i_mix"):  # whose rows see each other
         broken = q.detach().clone()
         broken[3] = torch.nan
-        spoiled = function(broken, pos, keys, negative_mask=usable, reduction="none", backend=any_backend, **options)
+        spoiled = function(broken, pos, columns, reduction="none", backend=any_backend, **options)
         assert spoiled.isnan().tolist() == [False, False, False, True, False]
 
 
@@ -310,8 +313,8 @@ def test_limits_and_identities():
     close(methods.hardness_added(q, pos, keys, alpha=2.0 / 0.2, **call), F.softplus(sharper - x_pos))
     # MoCHi's two kinds are SynCo's 1 and 3
     share, partner = torch.ones(B).double(), torch.arange(B)
-    everything = negmine.info_nce(q, pos, torch.cat([pos, keys]), **call, query_ids=torch.arange(B),
-                                  negative_ids=torch.arange(B + K))  # fmt: skip
+    both = Negatives(torch.cat([pos, keys]), ids=torch.arange(B + K))
+    everything = negmine.info_nce(q, pos, both, **call, query_ids=torch.arange(B))
     close(methods.i_mix(q, pos, keys, share=share, partner=partner, **call), everything)
     # the pair alone
     alone = negmine.siglip(q, pos, keys[:0], scale=3.0, bias=0.5, reduction="none")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from negmine import reference
 from negmine.ops import philox
-from negmine.options import FalseNegatives, Mix, Select, Weight
+from negmine.options import FalseNegatives, Mix, Select, Weight, beta_quantiles
 from tests.cases import unit, whole
 
 B, K, D, T = 4, 23, 6, 0.3
@@ -38,16 +38,16 @@ def test_philox_known_answers():
 
 @pytest.mark.parametrize("concentration", [0.2, 0.5, 2.0, 6.0])
 def test_beta_quantiles_have_the_moments_of_beta(concentration):
-    f = philox.beta_quantiles(concentration).double()
+    f = beta_quantiles(concentration).double()
     middle = (f[1:] + f[:-1]) / 2
     assert bool((f.diff() >= 0).all())
     assert abs(middle.mean() - 0.5) < 1e-6
     assert abs(middle.var() - 1 / (4 * (2 * concentration + 1))) < 2e-4
-    assert philox.beta_quantiles(1.0) is None
+    assert beta_quantiles(1.0) is None
 
 
 @pytest.mark.parametrize("make", [unit, whole])
-def test_mining_ranks_and_percentiles(make):
+def test_mining_ranks_and_quantiles(make):
     q, keys = make(B, D).double(), make(K, D, seed=1).double()
     usable = torch.rand(B, K) < 0.7
     usable[1] = False
@@ -55,8 +55,8 @@ def test_mining_ranks_and_percentiles(make):
     N = K + 2
     got, index = reference.mine_hardest(q, keys, N, usable)
     at = reference.rank_thresholds(q, keys, torch.tensor([[0, 3, K, -1]]).expand(B, 4), usable)
-    quantiles = torch.tensor([0.0, 0.31, 0.5, 1.0], dtype=torch.float64)
-    percentiles = reference.quantile(q, keys, quantiles, usable)
+    levels = torch.tensor([0.0, 0.31, 0.5, 1.0], dtype=torch.float64)
+    quantiles = reference.quantile(q, keys, levels, usable)
     for b in range(B):
         order = ranked(scores[b].tolist(), usable[b])
         assert index[b].tolist() == order + [-1] * (N - len(order))
@@ -64,8 +64,8 @@ def test_mining_ranks_and_percentiles(make):
         assert at[b].tolist() == [
             scores[b, order[r]].item() if 0 <= r < len(order) else -math.inf for r in (0, 3, K, -1)
         ]
-        want = scores[b][usable[b]].quantile(quantiles) if order else torch.full((4,), torch.nan)
-        torch.testing.assert_close(percentiles[b], want.double(), equal_nan=True, rtol=1e-12, atol=1e-12)
+        want = scores[b][usable[b]].quantile(levels) if order else torch.full((4,), torch.nan)
+        torch.testing.assert_close(quantiles[b], want.double(), equal_nan=True, rtol=1e-12, atol=1e-12)
 
 
 SELECTS = [
@@ -179,7 +179,7 @@ def test_mixing_by_hand(mix):
     usable[1], usable[2] = False, False
     usable[2, 4] = True  # one parent at most
     got, parents, share = reference.mix_negatives(q, keys, mix, usable, seed=11, step=3, row_offset=2**33 + 5)
-    table = philox.beta_quantiles(mix.concentration)
+    table = beta_quantiles(mix.concentration)
     for b in range(B):
         pool = ranked((q[b] @ keys.T).tolist(), usable[b])[mix.skip : mix.skip + mix.hard]
         n, row = len(pool), 2**33 + 5 + b

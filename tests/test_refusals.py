@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import negmine
-from negmine import FalseNegatives, Mix, MoCoQueue, Select, Weight
+from negmine import FalseNegatives, Mix, MoCoQueue, Negatives, Select, Weight
 from negmine.ops import backends
 
 B, K, D = 3, 7, 4
@@ -20,6 +20,11 @@ def loss(query=q, positive=pos, negatives=keys, **options):
 
 def mine(query=q, negatives=keys, N=2, **options):
     return lambda: negmine.mine_hardest(query, negatives, N, **options)
+
+
+def own(**given):
+    """The keys with ids, labels or a mask."""
+    return Negatives(keys, **given)
 
 
 def option(cls, *args, **kwargs):
@@ -47,7 +52,18 @@ REFUSALS = [
     (loss(negatives=keys[0]), ValueError, "negative_keys must be of shape (K, D) or (B, M, D)"),
     (loss(negatives=torch.randn(2, 5, D)), ValueError, "negative_keys must be of shape (B, M, D) with query's B = 3"),
     (loss(negatives=keys.to("meta")), ValueError, "negative_keys must be on the device of query (cpu)"),
-    (mine(negatives=torch.randn(B, 5, D)), ValueError, "negative_keys must be of shape (K, D)"),
+    (mine(negatives=torch.randn(2, 5, D)), ValueError, "negative_keys must be of shape (B, M, D) with query's B = 3"),
+    (
+        lambda: negmine.mix_negatives(q, torch.randn(B, 5, D), Mix()),
+        ValueError,
+        "mix_negatives: negative_keys must be of shape (K, D)",
+    ),
+    (
+        loss(negatives=[keys]),
+        TypeError,
+        "negative_keys must be a tensor, a MoCoQueue, a Negatives, or None for in-batch negatives, got 'list'",
+    ),
+    (mine(negatives=None), ValueError, "negative_keys must be given where there is no positive_key, got None"),
     # scalars
     (loss(temperature=0), ValueError, "temperature must be a number above 0 or a 0-d floating tensor, got 0"),
     (loss(temperature=-1.0), ValueError, "temperature must be a number above 0"),
@@ -60,8 +76,10 @@ REFUSALS = [
     (loss(return_stats="yes"), TypeError, "return_stats must be True or False"),
     (loss(seed=-1), ValueError, "seed must be an int in [0, 2**32), got -1"),
     (loss(seed=1.5), ValueError, "seed must be an int in [0, 2**32)"),
-    (loss(step=2**32), ValueError, "step must be an int in [0, 2**32)"),
-    (loss(row_offset=-2), ValueError, "row_offset must be an int of 0 or more"),
+    (loss(step=2**32), ValueError, "step must be an int in [0, 2**32) or a 0-d int64 tensor"),
+    (loss(step=torch.zeros(1, dtype=torch.int64)), ValueError, "step must be an int in [0, 2**32) or a 0-d int64"),
+    (loss(row_offset=torch.tensor(0.0)), ValueError, "row_offset must be an int in [0, 2**63) or a 0-d int64 tensor"),
+    (loss(row_offset=-2), ValueError, "row_offset must be an int in [0, 2**63) or a 0-d int64 tensor, got -2"),
     (mine(N=0), ValueError, "mine_hardest: N must be an int of 1 or more, got 0"),
     (mine(N=2.0), ValueError, "N must be an int of 1 or more"),
     (mine(N=True), ValueError, "N must be an int of 1 or more"),
@@ -86,21 +104,45 @@ REFUSALS = [
         ValueError,
         "support must be of shape (B, V, D) with query's B = 3",
     ),
-    (loss(query_ids=ids_b), ValueError, "negative_ids must be given together with query_ids, got None"),
-    (loss(negative_ids=ids_k), ValueError, "query_ids must be given together with negative_ids"),
-    (loss(query_labels=ids_b), ValueError, "negative_labels must be given together with query_labels"),
-    (loss(negative_labels=ids_k), ValueError, "query_labels must be given together with negative_labels"),
-    (mine(query_labels=ids_b), ValueError, "mine_hardest: negative_labels must be given together with query_labels"),
-    (loss(query_ids=ids_b.float(), negative_ids=ids_k), TypeError, "query_ids must be a tensor of whole numbers"),
-    (loss(query_ids=ids_b, negative_ids=[1]), TypeError, "negative_ids must be a tensor, got 'list'"),
-    (loss(query_ids=ids_k, negative_ids=ids_k), ValueError, "query_ids must be of shape (3,)"),
-    (loss(query_ids=ids_b, negative_ids=ids_b), ValueError, "negative_ids must be of shape (7,)"),
-    (loss(negative_mask=torch.ones(K)), TypeError, "negative_mask must be a bool tensor (True = usable)"),
-    (loss(negative_mask=torch.ones(B, dtype=torch.bool)), ValueError, "negative_mask must be of shape (7,) or (3, 7)"),
+    (loss(query_ids=ids_b), ValueError, "negative_keys.ids must be given together with query_ids, got None"),
+    (loss(negatives=own(ids=ids_k)), ValueError, "query_ids must be given together with negative_keys.ids"),
+    (loss(query_labels=ids_b), ValueError, "negative_keys.labels must be given together with query_labels"),
+    (loss(negatives=own(labels=ids_k)), ValueError, "query_labels must be given together with negative_keys.labels"),
     (
-        loss(negative_mask=torch.ones(K, dtype=torch.bool, device="meta")),
+        mine(query_labels=ids_b),
         ValueError,
-        "negative_mask must be on the device of query",
+        "mine_hardest: negative_keys.labels must be given together with query_labels",
+    ),
+    (
+        loss(query_ids=ids_b.float(), negatives=own(ids=ids_k)),
+        TypeError,
+        "query_ids must be a tensor of whole numbers",
+    ),
+    (loss(query_ids=ids_k, negatives=own(ids=ids_k)), ValueError, "query_ids must be of shape (3,)"),
+    (loss(query_ids=ids_b, negatives=own(ids=ids_b)), ValueError, "negative_keys.ids must be of shape (7,)"),
+    (loss(negatives=own(mask=torch.ones(K))), TypeError, "negative_keys.mask must be a bool tensor (True = usable)"),
+    (
+        loss(negatives=own(mask=torch.ones(B, dtype=torch.bool))),
+        ValueError,
+        "negative_keys.mask must be of shape (7,) or (3, 7)",
+    ),
+    (
+        loss(negatives=own(mask=torch.ones(K, dtype=torch.bool, device="meta"))),
+        ValueError,
+        "negative_keys.mask must be on the device of query",
+    ),
+    # Negatives
+    (option(Negatives, keys, ids=[1]), TypeError, "Negatives: ids must be a tensor or None, got list"),
+    (option(Negatives, keys, mask=True), TypeError, "Negatives: mask must be a tensor or None, got bool"),
+    (
+        option(Negatives, None, labels=ids_k),
+        ValueError,
+        "Negatives: ids and labels must be None for in-batch negatives",
+    ),
+    (
+        loss(negatives=MoCoQueue(D, K), query_ids=ids_b),
+        ValueError,
+        "query_ids must be None, for a queue made without with_ids=True",
     ),
     # what single functions want
     (
@@ -115,8 +157,8 @@ REFUSALS = [
     (lambda: negmine.rank_thresholds(q, keys, 1.5), ValueError, "rank_thresholds: ranks must be 0-based ranks"),
     (lambda: negmine.rank_thresholds(q, keys, [-1]), ValueError, "ranks must be 0-based ranks"),
     (lambda: negmine.rank_thresholds(q, keys, torch.zeros(2, 2, dtype=torch.long)), ValueError, "with query's B = 3"),
-    (lambda: negmine.quantile(q, keys, 95), ValueError, "percentile: q must be in [0, 1]"),
-    (lambda: negmine.quantile(q, keys, []), ValueError, "percentile: q must be in [0, 1]"),
+    (lambda: negmine.quantile(q, keys, 95), ValueError, "quantile: q must be in [0, 1]"),
+    (lambda: negmine.quantile(q, keys, []), ValueError, "quantile: q must be in [0, 1]"),
     # backends
     (loss(backend="gpu"), ValueError, "backend must be None, 'cuda', 'triton', 'cpu', 'reference', got 'gpu'"),
     (loss(backend="cuda"), backends.BackendUnavailable, "backend 'cuda' cannot run logsumexp on cpu tensors (cuda"),

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import negmine
-from negmine import Select, reference
+from negmine import Negatives, Select, reference
 from tests import compare
-from tests.cases import DTYPES, masks, unit
+from tests.cases import DTYPES, dense_mask, masks, negatives, tags, unit
 from tests.conftest import device_of, interpreted, skip_what_the_interpreter_repeats
-from tests.test_kernels import dense_mask, each_shape, gradients
+from tests.test_kernels import each_shape, gradients
 
 CASES = [
     ({}, "none"),
@@ -22,6 +22,7 @@ CASES = [
     ({"select": Select(1, 5, sample=7, replace=True)}, "columns"),  # more than a window holds
 ]
 KEY = (2**32 - 1, 3, 2**33 + 7)  # seed, step, row_offset of samples
+SUMS = {"logsumexp": negmine.logsumexp, "softplus_sum": negmine.losses.softplus_sum}
 NUMBERS = {"logsumexp": {"temperature": 0.1}, "softplus_sum": {"scale": 12.0, "bias": -3.0}}
 B, K, D = 4, 60, 6
 
@@ -39,19 +40,21 @@ def test_value_and_every_gradient(backend, op, options, kind, dtype):
         )
         given = masks(kind, rows, columns, device)
 
-        def run(cast, function, q=q, keys=keys, device=device, **more):
+        def run(cast, function, q=q, keys=keys, device=device, given=(), **more):
             leaves = [t.to(cast).detach().requires_grad_() for t in (q, keys)]
             wide = torch.promote_types(cast, torch.float32)
             numbers = {
                 name: torch.tensor(x, dtype=wide, device=device).requires_grad_() for name, x in NUMBERS[op].items()
             }
-            value = function(*leaves, **numbers, **more)
+            columns = negatives(leaves[1], given) if given else leaves[1]
+            value = function(leaves[0], columns, **numbers, **more)
             finite = value.masked_fill(value == -torch.inf, 0.0)
             return value, *gradients(finite, [*leaves, *numbers.values()])
 
         dense = {"usable": dense_mask(q, keys, given), "positive_score": (q.float() * pos.float()).sum(1), **options}
         dense["draw"], key = KEY, dict(zip(("seed", "step", "row_offset"), KEY, strict=True))
-        got = run(dtype, getattr(negmine, op), positive_key=pos, backend=backend, **key, **options, **given)
+        call = {"positive_key": pos, "backend": backend, **key, **options, **tags(given)}
+        got = run(dtype, SUMS[op], given=given, **call)
         truth = run(torch.float64, getattr(reference.sums, op), **dense)
         plain = run(dtype, getattr(reference.sums, op), **dense)
         condition = 12.0  # the largest logit
@@ -85,7 +88,8 @@ def test_finite_differences(op):
 
     def function(q, keys, *numbers):
         named = dict(zip(NUMBERS[op], numbers, strict=True))
-        return getattr(negmine, op)(q, keys, select=Select(0, 0.5), backend="reference", **named, **given)
+        columns = negatives(keys, given)
+        return SUMS[op](q, columns, select=Select(0, 0.5), backend="reference", **named, **tags(given))
 
     assert torch.autograd.gradcheck(function, (q, keys, *numbers))
 
@@ -95,7 +99,7 @@ def test_against_loops(op):
     q, keys = unit(B, D).double(), unit(K, D, seed=1).double()
     keep = torch.rand(B, K) < 0.5
     keep[1] = False
-    got = getattr(negmine, op)(q, keys, negative_mask=keep, **NUMBERS[op])
+    got = SUMS[op](q, Negatives(keys, mask=keep), **NUMBERS[op])
     for b in range(B):
         kept = [float(q[b] @ keys[k]) for k in range(K) if keep[b, k]]
         x = torch.tensor(kept, dtype=torch.float64)
@@ -111,7 +115,7 @@ def test_rows_stand_alone_and_the_queue_may_be_overwritten(any_backend, op):
     device = device_of(any_backend)
     q, keys = unit(B, D, device=device), unit(K, D, seed=1, device=device)
     q[2] = torch.nan
-    function, options = getattr(negmine, op), {**NUMBERS[op], "backend": any_backend}
+    function, options = SUMS[op], {**NUMBERS[op], "backend": any_backend}
     q.requires_grad_()
     value = function(q, keys, **options)
     alone = torch.cat([function(q[b : b + 1], keys, **options) for b in range(B)])
@@ -133,7 +137,7 @@ def test_windows_partition_the_pool(any_backend, op):
     q, keys = unit(B, D, device=device), unit(K, D, seed=1, device=device)
 
     def value(select):
-        return getattr(negmine, op)(q, keys, select=select, backend=any_backend, **NUMBERS[op])
+        return SUMS[op](q, keys, select=select, backend=any_backend, **NUMBERS[op])
 
     hard, easy, whole = value(Select(0, 0.3)), value(Select(0.3, 1.0)), value(None)
     both = torch.logaddexp(hard, easy) if op == "logsumexp" else hard + easy
@@ -147,7 +151,7 @@ def test_no_query_and_no_key(any_backend, op):
     device = device_of(any_backend)
     empty, none = torch.zeros(0, D, device=device), torch.zeros(0, D, device=device)
     q = unit(B, D, device=device).requires_grad_()
-    function = getattr(negmine, op)
+    function = SUMS[op]
     assert function(empty, unit(K, D, device=device), backend=any_backend).shape == (0,)
     value = function(q, none, backend=any_backend)
     assert torch.equal(value, torch.full_like(value, -torch.inf if op == "logsumexp" else 0.0))
@@ -180,9 +184,9 @@ def test_a_row_that_is_masked_for_all_is_never_read(op, any_backend):
     device = device_of(any_backend)
     q, keys = unit(B, D, device=device).requires_grad_(), unit(K, D, device=device, seed=1)
     mask = torch.arange(K, device=device) % 7 != 3
-    call = partial(getattr(negmine, op), q, negative_mask=mask, backend=any_backend, **NUMBERS[op])
-    want = call(keys)
-    got = call(torch.where(mask[:, None], keys, torch.nan))
+    call = partial(SUMS[op], q, backend=any_backend, **NUMBERS[op])
+    want = call(Negatives(keys, mask=mask))
+    got = call(Negatives(torch.where(mask[:, None], keys, torch.nan), mask=mask))
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     d_got, d_want = (torch.autograd.grad(value.sum(), q)[0] for value in (got, want))
     torch.testing.assert_close(d_got, d_want, rtol=0, atol=0)

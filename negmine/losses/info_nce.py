@@ -64,6 +64,7 @@ def info_nce(
     select: Select | None = None,
     mix: Mix | None = None,
     weight: Weight | None = None,
+    positive_bias: Tensor | None = None,
     false_negatives: FalseNegatives | None = None,
     support: Tensor | None = None,
     query_ids: Tensor | None = None,
@@ -89,6 +90,8 @@ def info_nce(
         None: in-batch negatives, the positives of the other rows.
     temperature: a number above 0, or a 0-d floating tensor that receives gradient. MoCo v1: 0.07, v2: 0.2.
     select: which negatives stay; mix: which synthetic ones are added; weight: how they weigh; see those classes.
+    positive_bias (B,) floating: added to the positive's logit, x_b = s_b / temperature + bias_b, and to no score: margins and
+        positive_rank leave it out. Carries gradient where it requires it.
     false_negatives with support (B, V, D): negatives found by other views of the same image are removed or attracted.
     query_ids (B,), query_labels (B,): a key whose id or label is equal is ignored as a negative. -1 is unknown and equals
         nothing.
@@ -108,14 +111,16 @@ def info_nce(
     checks.require_positive(op, positive_key, query)
     checks.require_temperature(op, temperature)
     checks.require_options(op, select=select, mix=mix, weight=weight, false_negatives=false_negatives)
+    if positive_bias is not None:
+        _check_positive_bias(op, query, positive_bias)
     _check_support(op, query, false_negatives, support)
     checks.require_bool(op, "decoupled", decoupled)
     checks.require_bool(op, "return_stats", return_stats)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_draw(op, seed, step, row_offset)
     draw = Draw(seed, step, row_offset)
-    plan = Plan(select, mix, weight, false_negatives, decoupled, draw, return_stats)
-    batch = Batch(query, positive_key, keys, pool, support)
+    plan = Plan(select, mix, weight, false_negatives, decoupled, draw, return_stats, positive_bias is not None)
+    batch = Batch(query, positive_key, keys, pool, support, positive_bias)
     kernels = choose_for_keys(op, plan.ops(keys), backend, batch[:3], keys, "info_nce" if plan.is_one_op else "")
     stats: InfoNCEStats | None
     if kernels is None:
@@ -124,6 +129,12 @@ def info_nce(
         rows, stats = plan.run(kernels, batch, scale_of(temperature, query))
     loss = reference.reduced(rows, reduction)
     return (loss, stats) if return_stats else loss
+
+
+def _check_positive_bias(op: str, query: Tensor, positive_bias: Any) -> None:
+    checks.require_tensor(op, "positive_bias", positive_bias, query)
+    if not positive_bias.is_floating_point() or tuple(positive_bias.shape) != (len(query),):
+        raise checks.refuse(op, "positive_bias", f"a floating tensor of shape ({len(query)},)", positive_bias)
 
 
 def _check_support(op: str, query: Tensor, false_negatives: FalseNegatives | None, support: Tensor | None) -> None:
@@ -146,6 +157,7 @@ class Batch(NamedTuple):
     keys: Tensor  # (K, D) or (B, M, D)
     pool: Pool
     support: Tensor | None = None  # (B, V, D)
+    positive_bias: Tensor | None = None  # (B,)
 
 
 class _Sum(NamedTuple):
@@ -168,6 +180,7 @@ class Plan:
     decoupled: bool = False
     draw: Draw = Draw()  # noqa: RUF009  an immutable tuple
     want_stats: bool = False
+    biases_positive: bool = False
 
     @property
     def mixes(self) -> bool:
@@ -185,7 +198,7 @@ class Plan:
     def is_one_op(self) -> bool:
         """True where the kernel op info_nce does all of it: a window or synthetic negatives, but not both."""
         windowed_mix = self.mixes and (self.select is not None or not (self.mix is None or self.mix.detach))
-        return self.weight is None and not (self.samples or self.attracts or windowed_mix)
+        return self.weight is None and not (self.biases_positive or self.samples or self.attracts or windowed_mix)
 
     def ops(self, keys: Tensor) -> tuple[str, ...]:
         """The kernels that the call needs where no op does all of it."""
@@ -202,12 +215,12 @@ class Plan:
 
     def run_dense(self, batch: Batch, temperature: float | Tensor) -> tuple[Tensor, InfoNCEStats]:
         """Loss (B,) and statistics from the reference."""
-        query, positive_key, keys, pool, support = batch
+        query, positive_key, keys, pool, support, positive_bias = batch
         allowed = usable(pool, query, keys)
         rows, found = reference.info_nce(
             widened(query), widened(positive_key), frozen(keys, allowed), temperature=temperature, usable=allowed,
             select=self.select, mix=self.mix, weight=self.weight, false_negatives=self.false_negatives,
-            support=None if support is None else widened(support),
+            support=None if support is None else widened(support), positive_bias=positive_bias,
             decoupled=self.decoupled, **self.draw._asdict(),
         )  # fmt: skip
         return rows, InfoNCEStats(**found)
@@ -249,9 +262,11 @@ class Plan:
     def _run_composed(
         self, kernels: Kernels, batch: Batch, scale: Tensor, found: FoundNegatives | None
     ) -> tuple[Tensor, InfoNCEStats | None]:
-        query, positive_key, keys, pool, _ = batch
+        query, positive_key, keys, pool, _, positive_bias = batch
         positive_score = score_of_positive(query, positive_key)  # (B,)
         x_positive = positive_score * scale  # (B,)
+        if positive_bias is not None:
+            x_positive = x_positive + positive_bias
         pivot = positive_score.detach() if self.want_stats else None
         with torch.no_grad():
             columns = self._columns(kernels, batch, positive_score)
