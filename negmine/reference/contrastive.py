@@ -103,7 +103,7 @@ def info_nce(
     columns, some = x, count > 0
     clamped = torch.zeros_like(some)
 
-    if weight is not None:
+    if weight is not None and x.shape[1]:  # of no columns at all there is no log-sum-exp to differentiate
         safe = x.masked_fill(~some[:, None], 0.0)
         importance = (weight.beta * scores / temperature + times.to(scores.dtype).log()).masked_fill(
             times == 0, -torch.inf
