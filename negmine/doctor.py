@@ -126,7 +126,7 @@ def build_rows() -> Rows:
         ("CUDA", info.CUDA_VERSION or "none"),
         ("architectures", ", ".join(f"sm_{arch}" for arch in info.CUDA_ARCHES) or "none"),
         ("compiler", f"{module.build_info()['compiler']}, {' '.join(info.CXX_FLAGS)}"),
-        ("CPU kernels", f"{module.isa()}; this machine runs {', '.join(has) or 'portable code only'}"),
+        ("CPU kernels", f"{module.isa_for('float32', 'float32')} for fp32, {module.isa_for('bfloat16', 'bfloat16')} for bf16; this machine runs {', '.join(has) or 'portable code only'}"),
     ]
 
 

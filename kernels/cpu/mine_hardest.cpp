@@ -53,7 +53,7 @@ MiningGrid::MiningGrid(const MineHardestParams& params, const Parallel& parallel
 }
 
 MiningGrid::Task MiningGrid::make_task() const {
-  return Task{Scratch(p.negative_keys, p.D), OwnedSelection(block_lanes_, capacity_), make_buffer<int64_t>(p.N)};
+  return Task{Scratch(p.query, p.negative_keys, p.D), OwnedSelection(block_lanes_, capacity_), make_buffer<int64_t>(p.N)};
 }
 
 Block MiningGrid::block_of(int64_t index) const {
@@ -68,12 +68,12 @@ Block MiningGrid::block_of(int64_t index) const {
 void MiningGrid::run(Task& task, int64_t index, const Scan& scan) {
   const int64_t split = index / blocks;
   const Block block = block_of(index);
-  const Workspace& w = task.scratch.workspace;
+  const Workspace& w = task.scratch.workspace();
   const std::vector<int64_t> first(kLanes, 0), last(kLanes, p.N - 1);
   const bool sampled = sampled_ && worth_sampling(block.k_end - block.k_begin);  // the last split may be short
   const bool found = sampled && select_between(block, w, task.selection, first.data(), last.data(), scan);
   // Where the sample misled, the range has been scanned.
-  if (!found) select(block, w, task.selection, p.N, false, p.kept != nullptr, sampled ? kernels().select_range : scan);
+  if (!found) select(block, w, task.selection, p.N, false, p.kept != nullptr, sampled ? scan_range : scan);
   for (int64_t lane = 0; lane < block.lanes; ++lane) {
     const int64_t b = block.first_query + lane;
     if (p.kept != nullptr) partial_kept_[b * splits + split] = task.selection.view.places[lane];
@@ -110,7 +110,7 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
   MiningGrid grid(p, parallel, 1);
   const auto make_task = [&] { return grid.make_task(); };
   for_each_task(parallel, grid.tasks(), make_task,
-                [&](MiningGrid::Task& task, int64_t index) { grid.run(task, index, kernels().select_range); });
+                [&](MiningGrid::Task& task, int64_t index) { grid.run(task, index, scan_range); });
   grid.join(parallel);
 }
 
@@ -129,7 +129,7 @@ void mine_listed(const MineHardestParams& p, const int64_t* listed, int64_t M, c
     Buffer<char> rows;       // (M, D)
   };
   const auto make_task = [&] {
-    return Task{Scratch(p.negative_keys, p.D), OwnedSelection(1, capacity_for(p.N, M)), make_buffer<int64_t>(p.N),
+    return Task{Scratch(p.query, p.negative_keys, p.D), OwnedSelection(1, capacity_for(p.N, M)), make_buffer<int64_t>(p.N),
                 make_buffer<int64_t>(M), make_buffer<char>(M * row_bytes)};
   };
   for_each_task(parallel, p.B, make_task, [&](Task& task, int64_t b) {
@@ -143,7 +143,7 @@ void mine_listed(const MineHardestParams& p, const int64_t* listed, int64_t M, c
                   task.rows.get() + block.k_end * row_bytes);
       task.column[block.k_end++] = column;
     }
-    select(block, task.scratch.workspace, task.selection, p.N, false, true);
+    select(block, task.scratch.workspace(), task.selection, p.N, false, true);
     write_row(p, b, task.selection.keys(0), task.selection.view.size[0], task.spare.get());
     p.kept[b] = task.selection.view.places[0];
     for (int64_t n = 0; n < std::min(p.N, p.kept[b]); ++n) p.index[b * p.N + n] = task.column[p.index[b * p.N + n]];

@@ -161,7 +161,7 @@ int64_t columns_of(const Pool& pool, int64_t K) {
 
 void each_ranking(const RankThresholdsParams& p, const Parallel& parallel, const Ranked& finish) {
   const Grid grid(p, parallel);
-  const auto make_scratch = [&] { return Scratch(p.negative_keys, p.D); };
+  const auto make_scratch = [&] { return Scratch(p.query, p.negative_keys, p.D); };
   if (grid.splits == 1) {
     struct Task {
       Scratch scratch;
@@ -171,7 +171,7 @@ void each_ranking(const RankThresholdsParams& p, const Parallel& parallel, const
     for_each_task(parallel, grid.blocks, make_task, [&](Task& task, int64_t index) {
       const Block block = grid.block_of(index);
       const Asked asked = grid.asked_of(block);
-      const Workspace& w = task.scratch.workspace;
+      const Workspace& w = task.scratch.workspace();
       if (!asked.any) {
         task.selection.begin(block.lanes, 1, false);
       } else if (!grid.sampled || !select_between(block, w, task.selection, asked.first, asked.last)) {
@@ -187,7 +187,7 @@ void each_ranking(const RankThresholdsParams& p, const Parallel& parallel, const
   for_each_task(parallel, grid.blocks, make_scratch, [&](Scratch& scratch, int64_t b) {
     const Block block = grid.block_of(b);
     const Asked asked = grid.asked_of(block);
-    if (asked.any) brackets[b] = bracket(block, scratch.workspace, parts[b], asked.first, asked.last);
+    if (asked.any) brackets[b] = bracket(block, scratch.workspace(), parts[b], asked.first, asked.last);
   });
   for_each_task(parallel, grid.splits * grid.blocks, make_scratch, [&](Scratch& scratch, int64_t index) {
     Block block = grid.block_of(index % grid.blocks);
@@ -195,7 +195,7 @@ void each_ranking(const RankThresholdsParams& p, const Parallel& parallel, const
     open(parts[index], brackets[index % grid.blocks], block);
     block.k_begin = index / grid.blocks * p.K / grid.splits;
     block.k_end = (index / grid.blocks + 1) * p.K / grid.splits;
-    kernels().select_range(block, scratch.workspace, parts[index].view);
+    kernels(block).select_range(block, scratch.workspace(), parts[index].view);
   });
   for_each_task(parallel, grid.blocks, make_scratch, [&](Scratch& scratch, int64_t b) {
     const Block block = grid.block_of(b);
@@ -206,7 +206,7 @@ void each_ranking(const RankThresholdsParams& p, const Parallel& parallel, const
       joined = joined && join(all, parts[split * grid.blocks + b].view, block);
     }
     if (asked.any && !(joined && held(all, block, asked.first, asked.last))) {
-      return run_directly(grid, block, scratch.workspace, finish);
+      return run_directly(grid, block, scratch.workspace(), finish);
     }
     finish(block, all);
   });

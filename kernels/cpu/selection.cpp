@@ -112,6 +112,10 @@ int64_t* sort_best_first(int64_t* keys, int64_t* spare, int64_t size) {
   return keys;
 }
 
+void scan_range(const Block& block, const Workspace& w, const Selection& selection) {
+  kernels(block).select_range(block, w, selection);
+}
+
 void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest, bool counted,
             const Scan& scan) {
   selection.begin(block.lanes, keep, lowest);
@@ -133,7 +137,7 @@ Bracket bracket(const Block& block, const Workspace& w, OwnedSelection& selectio
     Block part = block;
     part.k_begin = block.k_begin + i * rows / kPieces;
     part.k_end = part.k_begin + piece;
-    kernels().select_range(part, w, view);
+    scan_range(part, w, view);
   }
   Bracket found;
   for (int64_t lane = 0; lane < block.lanes; ++lane) {

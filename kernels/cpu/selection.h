@@ -30,10 +30,11 @@ class OwnedSelection {
 
 // Offers every place of a block's range to a selection, as Kernels::select_range does.
 using Scan = std::function<void(const Block&, const Workspace&, const Selection&)>;
+void scan_range(const Block& block, const Workspace& w, const Selection& selection);
 
 // The `keep` best places of the block's range, or the lowest; places are counted where asked for.
 void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest, bool counted,
-            const Scan& scan = kernels().select_range);
+            const Scan& scan = scan_range);
 
 // What a lane's wanted ranks lie between, by a sample of the range.
 struct Bracket {
@@ -52,7 +53,7 @@ bool held(const Selection& selection, const Block& block, const int64_t* first, 
 // goes; key i of a lane, once sorted, has the rank over + i. A lane with first > last wants nothing. False: the sample
 // misled. The range is scanned once in either case.
 bool select_between(const Block& block, const Workspace& w, OwnedSelection& selection, const int64_t* first,
-                    const int64_t* last, const Scan& scan = kernels().select_range);
+                    const int64_t* last, const Scan& scan = scan_range);
 
 // The key at 0-based descending `place` of keys (size); those up to it stay, in their order, the rest may go.
 int64_t key_at(int64_t* keys, int64_t size, int64_t place);

@@ -60,7 +60,7 @@ class Screen:
     def pays(self, ops: Launchers | None, query: Tensor, keys: Tensor, N: int, select: Select) -> bool:
         if ops is None or ops.mine_hardest is not LAUNCHERS.get("mine_hardest"):
             return False
-        fast = cpp_ops.isa().endswith("bf16") and query.dtype == keys.dtype == torch.float32
+        fast = query.dtype == keys.dtype == torch.float32 and cpp_ops.isa_for(torch.bfloat16, torch.bfloat16).endswith("bf16")
         large = len(query) >= LEAST_QUERIES and len(keys) >= LEAST_ROWS and query.shape[1] >= LEAST_DIM
         plain = select.min_score is None and not (select.starts_late or select.ends_early)
         return fast and large and plain and len(keys) >= 64 * N and self.failed <= MOST_FAILED * self.tried

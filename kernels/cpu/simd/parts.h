@@ -124,15 +124,22 @@ NEGMINE_INLINE Range split_columns(const float* rows, int64_t D, float factor, f
   return range;
 }
 
-// Fills query_parts, and in_parts of queries, from q_t.
+// Fills query_parts and lanes_in_parts from q_t.
 void split_queries(const Block& block, const Workspace& w);
 
-// score_chunk() of score.h where words are not pairs.
-void score_in_parts(const Block& block, const Workspace& w, int64_t count, const Ahead& ahead);
+// The rows of a chunk in parts, as left operand, and which of them may be multiplied so.
+void split_keys(const Block& block, const Workspace& w, Chunk& chunk);
 
-// add_mean() of score.h of a chunk that score_in_parts() has seen; false, and nothing done, where it split not all
-// rows.
-bool add_mean_in_parts(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean);
+// score_rows() of score.h where words are not pairs.
+void score_in_parts(const Block& block, const Workspace& w, const Chunk& chunk, int64_t first, int64_t count,
+                    const Ahead& ahead);
+
+// The chunk turned, in parts: w.turned (room_for_mean(D), parts, words).
+void turn_parts(const Block& block, const Workspace& w, const Chunk& chunk);
+
+// add_mean() of score.h of a chunk whose rows all split.
+void add_mean_in_parts(const Block& block, const Workspace& w, const Chunk& chunk, const float* weights,
+                       const float* correction, float* mean);
 
 // panel (D / kPanel, lanes, kPanel) -> out (D / kPanel, parts, room_for_part(lanes), kPanel), the block's queries as
 // right operand; false where one of them may not be split.

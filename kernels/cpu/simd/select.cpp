@@ -10,7 +10,7 @@
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
 
-constexpr int64_t kBatch = 18;  // rows of a tile whose passing cells are written down together: divides kChunk
+constexpr int64_t kBatch = 16;  // rows of a tile whose passing cells are written down together
 
 NEGMINE_INLINE void offer(const Selection& selection, int64_t lane, int64_t order) {
   int64_t& size = selection.size[lane];
@@ -75,13 +75,18 @@ void offer_chunk(const Block& block, const Workspace& w, int64_t count, const Se
 }
 
 void select_range(const Block& block, const Workspace& w, const Selection& selection) {
+  const Tiles tiles;
   begin_block(block, w);
   for (int64_t k = block.k_begin; k < block.k_end;) {
-    const int64_t count = load_chunk(block, w, &k, true);
-    score_chunk(block, w, count);
-    apply_masks(block, w, count);
-    if (block.pool.bounded()) apply_bounds(block, w, count);
-    offer_chunk(block, w, count, selection);
+    const Chunk chunk = load_chunk(block, w, &k, true);
+    const Ahead ahead = ahead_of(block, w, chunk);
+    for_each_tile(block, chunk, [&](int64_t first, int64_t count) {
+      score_rows(block, w, chunk, first, count, part_of(ahead, first, count));
+      const Workspace tile = at_row(w, first);
+      apply_masks(block, tile, count);
+      if (block.pool.bounded()) apply_bounds(block, tile, count);
+      offer_chunk(block, tile, count, selection);
+    });
   }
 }
 
