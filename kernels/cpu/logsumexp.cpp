@@ -169,22 +169,28 @@ void logsumexp_mine(const LogsumexpParams& p, const MineHardestParams& mined, co
   const OwnedStates parts(whole ? 0 : ceil_div(p.K, split_rows) * grid.blocks, p.D, with_mean);  // (splits, blocks)
   struct Task {
     MiningGrid::Task mining;
-    OwnedStates states;  // total and part
+    OwnedStates total, part;  // (together) each
   };
-  const auto make_task = [&] { return Task{grid.make_task(), OwnedStates(2, p.D, with_mean)}; };
+  const auto make_task = [&] {
+    return Task{grid.make_task(), OwnedStates(grid.together, p.D, with_mean),
+                OwnedStates(grid.together, p.D, with_mean)};
+  };
   for_each_task(parallel, grid.tasks(), make_task, [&](Task& task, int64_t index) {
-    const LogsumexpState &total = task.states.views[0], &next = task.states.views[1];
-    clear(total, p.D);
-    grid.run(task.mining, index, [&](Block block, const Workspace& w, const Selection& selection) {
-      for (const int64_t end = block.k_end; block.k_begin < end; block.k_begin = block.k_end) {
-        block.k_end = std::min(end, block.k_begin + split_rows);
-        const int64_t split = block.k_begin / split_rows;
-        const LogsumexpState& part = whole ? next : parts.views[split * grid.blocks + index % grid.blocks];
-        kernels(block).logsumexp_range(&block, &w, 1, p.scale, 1, p.pivot, &selection, &part);
-        if (whole) fold(total, part, p.D);
+    const int64_t first = grid.first_block(index);
+    for (const LogsumexpState& total : task.total.views) clear(total, p.D);
+    grid.run(task.mining, index, [&](const Block* blocks, const Workspace* w, int64_t count, const Selection* found) {
+      std::vector<Block> group(blocks, blocks + count);
+      for (int64_t k = blocks[0].k_begin; k < blocks[0].k_end; k += split_rows) {
+        for (Block& block : group) block.k_begin = k, block.k_end = std::min(blocks[0].k_end, k + split_rows);
+        const LogsumexpState* part =
+            whole ? task.part.views.data() : &parts.views[k / split_rows * grid.blocks + first];
+        kernels(blocks[0]).logsumexp_range(group.data(), w, count, p.scale, 1, p.pivot, found, part);
+        for (int64_t i = 0; i < count && whole; ++i) fold(task.total.views[i], part[i], p.D);
       }
     });
-    if (whole) finish(p, grid.block_of(index), 0, total);
+    for (int64_t b = first; b < std::min(grid.blocks, first + grid.together) && whole; ++b) {
+      finish(p, grid.block_of(b), 0, task.total.views[b - first]);
+    }
   });
   grid.join(parallel);
   const auto make_total = [&] { return OwnedStates(1, p.D, with_mean); };

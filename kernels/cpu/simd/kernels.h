@@ -122,9 +122,10 @@ struct Kernels {
   int64_t together;   // blocks that it sums best in one call
   // Blocks (count) against the one range that they have in common, from empty states (count, scales), for each of the 1
   // or 2 scales; kept and above are the first's. The workspaces (count) have the chunk's memory in common. pivot (B,) or
-  // null. Where a selection is given, every place of the range is offered to it besides: count is 1 then.
+  // null. Where selections (count) are given, every place of the range is offered to them besides.
   void (*logsumexp_range)(const Block* blocks, const Workspace* workspaces, int64_t count, const float* scale,
-                          int64_t scales, const float* pivot, const Selection*, const LogsumexpState* states);
+                          int64_t scales, const float* pivot, const Selection* selections,
+                          const LogsumexpState* states);
   // The sum of exp(scale s - shift) over the columns of keys (size), packed orders; mean (D), or null, gains their rows
   // times that. The rows of `ahead` keys that follow are fetched meanwhile.
   float (*logsumexp_window_row)(const Matrix& negative_keys, int64_t D, const int64_t* keys, int64_t size,
@@ -138,8 +139,8 @@ struct Kernels {
                                        const float* weight, float* panel, float* out);
   // The block against its range, from an empty state.
   void (*softplus_sum_range)(const Block&, const Workspace&, float scale, float bias, const SoftplusState&);
-  // Offers every place of the block's range to the selection, in the order of the queue.
-  void (*select_range)(const Block&, const Workspace&, const Selection&);
+  // Offers every place of the one range of blocks (count) to the selection of each, in the order of the queue.
+  void (*select_range)(const Block* blocks, const Workspace* workspaces, int64_t count, const Selection* selections);
   // keys (size) keep their `keep` < size best, in the order they had; returns the worst of them. Keys differ.
   int64_t (*keep_best)(int64_t* keys, int64_t size, int64_t keep);
   // count (kLanes): columns in the pool.

@@ -14,6 +14,11 @@ namespace {
 
 constexpr float kFar = 8.0f;  // e^8 times a chunk of terms is a sum without harm
 constexpr int64_t kMostTogether = 16;
+#if defined(NEGMINE_TILES)
+constexpr int64_t kTileStride = kTilePanel;  // words of weights from one pair of rows to the next
+#else
+constexpr int64_t kTileStride = kLanes;
+#endif
 
 NEGMINE_INLINE void add_to(int64_t* totals, VI counts) {
   for (int i = 0; i < kWidth; ++i) totals[i] += counts[i];
@@ -25,9 +30,13 @@ struct Terms {
   VI kept;
 };
 
-// weights of a column of scores (count, kLanes): exp(scale s - shift), 0 outside the pool, likewise (count, kLanes), or
-// where kPacked (count / 2 rounded up to 16, kLanes) pairs of rows. With kPull also the sum of exp(..) s.
-template <bool kMasked, bool kPull, bool kPacked>
+// What becomes of weights: nothing; rows (count, kLanes); or pairs of rows in a panel (count / 2 rounded up to 16, 32),
+// for blocks of pairs that tiles multiply.
+enum Weights { kNone, kRowsOf, kPacked };
+
+// Of a column of scores (count, kLanes), the weights exp(scale s - shift), 0 outside the pool, and their sum. With kPull
+// also the sum of weights times scores.
+template <bool kMasked, bool kPull, Weights kWeights>
 NEGMINE_INLINE Terms exponentials(const float* scores, int64_t count, float scale, V shift, float* weights) {
   Terms sum{all(0.0f), all(0.0f), all(-__builtin_inff()), all(0)};
   const auto one = [&](int64_t j) {
@@ -45,18 +54,21 @@ NEGMINE_INLINE Terms exponentials(const float* scores, int64_t count, float scal
     if constexpr (kPull) sum.pull = fma(p, pulled, sum.pull);
     return p;
   };
-  if constexpr (!kPacked) {
+  if constexpr (kWeights == kNone) {
+    for (int64_t j = 0; j < count; ++j) one(j);
+  }
+  if constexpr (kWeights == kRowsOf) {
     for (int64_t j = 0; j < count; ++j) store(weights + j * kLanes, one(j));
   }
 #if defined(NEGMINE_TILES)
-  if constexpr (kPacked) {
+  if constexpr (kWeights == kPacked) {
     int64_t j = 0;
     for (; j + 2 <= count; j += 2) {
       const V first = one(j);
-      store(weights + j / 2 * kLanes, pack_weights(first, one(j + 1)));
+      store(weights + j / 2 * kTilePanel, pack_weights(first, one(j + 1)));
     }
-    if (j < count) store(weights + j / 2 * kLanes, pack_weights(one(j), all(0.0f))), j += 2;
-    for (; j % 32 != 0; j += 2) store(weights + j / 2 * kLanes, all(0.0f));
+    if (j < count) store(weights + j / 2 * kTilePanel, pack_weights(one(j), all(0.0f))), j += 2;
+    for (; j % 32 != 0; j += 2) store(weights + j / 2 * kTilePanel, all(0.0f));
   }
 #endif
   if constexpr (!kMasked) sum.kept += static_cast<int32_t>(count);
@@ -65,14 +77,19 @@ NEGMINE_INLINE Terms exponentials(const float* scores, int64_t count, float scal
 
 // Adds a tile of scores (count, kLanes) to the state and writes its weights; correction (kLanes) is what sums before
 // this tile are to be multiplied with. True where that is not 1 everywhere. pulls (kLanes), where kPull: the running
-// sum of exp(..) s.
-template <bool kMasked, bool kPull, bool kPacked>
-bool weigh(const Block& block, const float* scores, int64_t count, float scale, float* weights, float* correction,
-           float* pulls, const LogsumexpState& state) {
+// sum of exp(..) s. Packed weights of a panel are `words` words.
+template <bool kMasked, bool kPull, Weights kWeights>
+bool weigh(const Block& block, const float* scores, int64_t count, float scale, float* weights,
+           [[maybe_unused]] int64_t words, float* correction, float* pulls, const LogsumexpState& state) {
   bool moved = false;
   for (int64_t lane = 0; lane < vectors_of(block) * kWidth; lane += kWidth) {
+#if defined(NEGMINE_TILES)
+    float* column = weights + (kWeights == kPacked ? panel_at(lane, words) : lane);
+#else
+    float* column = weights + lane;
+#endif
     const auto run = [&](V shift) {
-      return exponentials<kMasked, kPull, kPacked>(scores + lane, count, scale, shift, weights + lane);
+      return exponentials<kMasked, kPull, kWeights>(scores + lane, count, scale, shift, column);
     };
     const V shift = load(state.shift + lane), before = load(state.sum + lane);
     V factor = all(1.0f);
@@ -96,18 +113,18 @@ bool weigh(const Block& block, const float* scores, int64_t count, float scale, 
   return moved;
 }
 
-// The same for what is known when it runs. `packs` is for blocks of pairs that tiles multiply.
-bool weigh_tile(const Block& block, const float* scores, int64_t count, bool masked, bool packs, float scale,
-                float* weights, float* correction, float* pulls, const LogsumexpState& state) {
-#define NEGMINE_WEIGH(masked, pull, packed) \
-  weigh<masked, pull, packed>(block, scores, count, scale, weights, correction, pulls, state)
+// The same for what is known when it runs: pulls come with a mean of pairs of bf16.
+bool weigh_tile(const Block& block, const float* scores, int64_t count, bool masked, Weights kind, float scale,
+                float* weights, int64_t words, float* correction, float* pulls, const LogsumexpState& state) {
+#define NEGMINE_WEIGH(pull, kind)                                                                               \
+  masked ? weigh<true, pull, kind>(block, scores, count, scale, weights, words, correction, pulls, state)      \
+         : weigh<false, pull, kind>(block, scores, count, scale, weights, words, correction, pulls, state)
 #if defined(NEGMINE_TILES)
-  if (packs) return masked ? NEGMINE_WEIGH(true, true, true) : NEGMINE_WEIGH(false, true, true);
+  if (kind == kPacked) return NEGMINE_WEIGH(true, kPacked);
+#elif defined(__AVX512BF16__)
+  if (pulls != nullptr) return NEGMINE_WEIGH(true, kRowsOf);
 #endif
-#if defined(__AVX512BF16__)
-  if (pulls != nullptr) return masked ? NEGMINE_WEIGH(true, true, false) : NEGMINE_WEIGH(false, true, false);
-#endif
-  return masked ? NEGMINE_WEIGH(true, false, false) : NEGMINE_WEIGH(false, false, false);
+  return kind == kNone ? (NEGMINE_WEIGH(false, kNone)) : (NEGMINE_WEIGH(false, kRowsOf));
 #undef NEGMINE_WEIGH
 }
 
@@ -134,7 +151,7 @@ void clear(const Block& block, const LogsumexpState& state) {
 }  // namespace
 
 void logsumexp_range(const Block* blocks, const Workspace* workspaces, int64_t count, const float* scale,
-                     int64_t scales, const float* pivot, const Selection* selection, const LogsumexpState* states) {
+                     int64_t scales, const float* pivot, const Selection* selections, const LogsumexpState* states) {
   const Tiles tiles;
   const bool with_mean = states[0].mean != nullptr, with_pulls = with_mean && in_pairs(blocks[0]);
 #if defined(NEGMINE_TILES)
@@ -142,6 +159,7 @@ void logsumexp_range(const Block* blocks, const Workspace* workspaces, int64_t c
 #else
   const bool packs = false;
 #endif
+  const Weights kind = packs ? kPacked : with_mean ? kRowsOf : kNone;
   float pulls[kMostTogether][2][kLanes] = {};
   for (int64_t b = 0; b < count; ++b) {
     begin_block(blocks[b], workspaces[b]);
@@ -156,20 +174,19 @@ void logsumexp_range(const Block* blocks, const Workspace* workspaces, int64_t c
       const Workspace& w = workspaces[b];
       [[maybe_unused]] int64_t summed[2] = {};  // words of packed weights that are in the mean
       for_each_tile(block, chunk, [&](int64_t first, int64_t rows) {
-        // Each block asks for its share of the rows ahead.
-        const int64_t share = (rows + count - 1) / count;
-        score_rows(block, w, chunk, first, rows, part_of(part_of(ahead, first, rows), b * share, share));
         const Workspace tile = at_row(w, first);
+        score_rows(block, tile, chunk, first, rows, share_of(ahead, first, rows, b, count));
         const bool masked = apply_masks(block, tile, rows) || block.pool.bounded();
         if (pivot != nullptr) count_above(block, tile, rows, pivot, states[b * scales].above);
         if (block.pool.bounded()) apply_bounds(block, tile, rows);
-        if (selection != nullptr) offer_chunk(block, tile, rows, *selection);
+        if (selections != nullptr) offer_chunk(block, tile, rows, selections[b]);
         for (int64_t i = 0; i < scales; ++i) {
           const LogsumexpState& state = states[b * scales + i];
           float correction[kLanes];
-          float* weights = packs ? w.weights[i] + first / 2 * kLanes : w.scores;
-          [[maybe_unused]] const bool moved = weigh_tile(block, w.tile, rows, masked, packs, scale[i], weights, correction,
-                                        with_pulls ? pulls[b][i] : nullptr, state);
+          float* weights = packs ? w.weights[i] + first / 2 * kTileStride : w.scores;
+          [[maybe_unused]] const bool moved =
+              weigh_tile(block, tile.tile, rows, masked, kind, scale[i], weights, room_for_part(chunk.count),
+                         correction, with_pulls ? pulls[b][i] : nullptr, state);
           if (with_mean && !packs) add_mean(block, w, chunk, weights, correction, state.mean);
 #if defined(NEGMINE_TILES)
           if (packs && moved) {  // what was weighed by the old shift is added first
@@ -182,7 +199,7 @@ void logsumexp_range(const Block* blocks, const Workspace* workspaces, int64_t c
       });
 #if defined(NEGMINE_TILES)
       for (int64_t i = 0; i < scales && packs; ++i) {
-        const int64_t words = turned_words(chunk);
+        const int64_t words = room_for_part(chunk.count);
         if (summed[i] < words) add_packed(block, w, chunk, summed[i], words, w.weights[i], states[b * scales + i].mean);
       }
 #endif

@@ -111,7 +111,7 @@ void add_mean(const Block& block, const Workspace& w, const Chunk& chunk, float*
   if (in_pairs(block)) {
     pack_rows(block, weights, count, w.weights[0]);
     scale_mean(block, correction, mean);
-    return add_packed(block, w, chunk, 0, turned_words(chunk), w.weights[0], mean);
+    return add_packed(block, w, chunk, 0, room_for_part(chunk.count), w.weights[0], mean);
   }
   if (chunk.in_parts) return add_mean_in_parts(block, w, chunk, weights, correction, mean);
 #elif defined(__AVX512BF16__)
@@ -129,11 +129,11 @@ void restore_pull([[maybe_unused]] const Block& block, [[maybe_unused]] const Wo
                   [[maybe_unused]] const float* pulls, [[maybe_unused]] float* mean) {
 #if defined(__AVX512BF16__)
   if (!in_pairs(block)) return;
-  const int64_t D = block.D, T = (D + 1) / 2;
+  const int64_t D = block.D;
   for (int v = 0; v < vectors_of(block); ++v) {
-    const float* words = w.q_t + v / kVectors * T * kPanel + v % kVectors * kWidth;
+    const float* words = pair_words(block, w, v * kWidth);
     const auto query = [&](int64_t d) {
-      const VI word = (VI)load(words + d / 2 * kPanel);
+      const VI word = (VI)load(words + d / 2 * kPairStride);
       return (V)(d % 2 == 0 ? word << 16 : word & all(static_cast<int32_t>(0xFFFF0000)));
     };
     float* column = mean + v * kWidth;

@@ -8,7 +8,8 @@ void split_queries(const Block& block, const Workspace& w) {
   for_parts(block.query.dtype, [&](auto parts) {
     for (int v = 0; v < vectors_of(block); ++v) {
       const int64_t lane = v * kWidth;
-      const Range range = split_columns<parts.value>(w.q_t + lane, block.D, 1.0f, w.query_parts + lane);
+      float* out = w.query_parts + panel_at(lane, parts.value * room_for_part(block.D));
+      const Range range = split_columns<parts.value>(w.q_t + lane, block.D, 1.0f, out);
       store(w.lanes_in_parts + lane, range.within(kLeast, kMost));
     }
   });

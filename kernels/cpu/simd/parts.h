@@ -108,7 +108,7 @@ NEGMINE_INLINE Range split_row(const float* row, int64_t D, float factor, float*
   return range;
 }
 
-// The same of kWidth columns: rows (D, kLanes) -> out (kParts, room_for_part(D), kLanes).
+// The same of kWidth columns: rows (D, kLanes) -> out (kParts, room_for_part(D), 32), in a panel.
 template <int kParts>
 NEGMINE_INLINE Range split_columns(const float* rows, int64_t D, float factor, float* out) {
   const int64_t words = room_for_part(D);
@@ -119,7 +119,7 @@ NEGMINE_INLINE Range split_columns(const float* rows, int64_t D, float factor, f
     const V high = d + kTile < D ? load(rows + (d + kTile) * kLanes) * factor : all(0.0f);
     range.see(low);
     range.see(high);
-    split<kParts>(low, high, words * kLanes, out + t * kLanes);
+    split<kParts>(low, high, words * kTilePanel, out + t * kTilePanel);
   }
   return range;
 }
@@ -141,8 +141,8 @@ void turn_parts(const Block& block, const Workspace& w, const Chunk& chunk);
 void add_mean_in_parts(const Block& block, const Workspace& w, const Chunk& chunk, const float* weights,
                        const float* correction, float* mean);
 
-// panel (D / kPanel, lanes, kPanel) -> out (D / kPanel, parts, room_for_part(lanes), kPanel), the block's queries as
-// right operand; false where one of them may not be split.
+// panel (D / kPanel, lanes, kPanel) -> out (D / 32, parts, room_for_part(lanes), 32), the block's queries as right
+// operand; false where one of them may not be split.
 bool split_panel(const Block& block, const float* panel, float* out);
 
 // Adds what the weights w.tile (count, kLanes) make of such a panel to rows of out (K, D). Rows of weights that are not

@@ -102,27 +102,28 @@ NEGMINE_INLINE const float* pair_row(const Matrix& m, int64_t row, int64_t D, ui
   return reinterpret_cast<const float*>(out);
 }
 
-// The block's queries (.., (D + 1) / 2, kPanel) as pairs, 16 by 16 words at a time.
+// The block's queries as pairs, 16 by 16 words at a time: w.q_t (T, kPanel), or for tiles as they take them.
 void transpose_pairs(const Block& block, const Workspace& w, int64_t padded) {
   static_assert(kPanel == kLanes);
+#if defined(NEGMINE_TILES)
+  const int64_t D = block.D, T = whole_tiles((D + 1) / 2);
+#else
   const int64_t D = block.D, T = (D + 1) / 2;
+#endif
   const char* first = static_cast<const char*>(block.query.data) + block.first_query * block.query.row_stride * 2;
   for (int64_t lane = 0; lane < padded; lane += kWidth) {
     for (int64_t t = 0; t < T; t += kWidth) {
       V x[kWidth];  // (16 queries, 16 words)
-      const int64_t bytes = 2 * D - 4 * t < 64 ? 2 * D - 4 * t : 64;
+      const int64_t left = 2 * D - 4 * t, bytes = left < 0 ? 0 : left < 64 ? left : 64;
       for (int64_t i = 0; i < kWidth; ++i) {
         x[i] = all(0.0f);
         const char* from = first + (lane + i) * block.query.row_stride * 2 + 4 * t;
         if (lane + i < block.lanes) std::memcpy(&x[i], from, static_cast<size_t>(bytes));
       }
       transpose(x);
-      for (int64_t i = 0; i < kWidth && t + i < T; ++i) store(w.q_t + (t + i) * kPanel + lane, x[i]);
+      for (int64_t i = 0; i < kWidth && t + i < T; ++i) store(pair_words(block, w, lane) + (t + i) * kPairStride, x[i]);
     }
   }
-#if defined(NEGMINE_TILES)
-  for (int64_t i = T * kPanel; i < whole_tiles(T) * kPanel; ++i) w.q_t[i] = 0.0f;
-#endif
 }
 #endif
 

@@ -58,10 +58,16 @@ struct Ahead {
   int64_t rows = 0, stride = 0, bytes = 0;  // from row to row, and of a row
 };
 
-// The rows ahead in the place of rows [row, row + tall).
+// Of the rows ahead those in the place of rows [row, row + tall).
 NEGMINE_INLINE Ahead part_of(const Ahead& ahead, int64_t row, int64_t tall) {
   const int64_t left = ahead.rows - row;
   return {ahead.first + row * ahead.stride, left < 0 ? 0 : left < tall ? left : tall, ahead.stride, ahead.bytes};
+}
+
+// Of those in the place of rows [row, row + tall), the part that block b of `blocks` asks for.
+NEGMINE_INLINE Ahead share_of(const Ahead& ahead, int64_t row, int64_t tall, int64_t b, int64_t blocks) {
+  const int64_t share = (tall + blocks - 1) / blocks;
+  return part_of(part_of(ahead, row, tall), b * share, share);
 }
 
 // out (rows, kLanes) = a (rows, T) x b (T, 16 * vectors): a by row pointers, readable up to a multiple of 6 rows; b in
@@ -85,6 +91,19 @@ struct Tiles {
 };
 #endif
 
+#if defined(__AVX512BF16__)
+// Word 0 of a vector of queries in w.q_t where those are pairs, and words from one to the next.
+#if defined(__AMX_BF16__)
+constexpr int64_t kPairStride = 32;  // panels of two tiles (simd/tiles.h)
+NEGMINE_INLINE float* pair_words(const Block& block, const Workspace& w, int64_t lane) {
+  return w.q_t + lane / kPairStride * room_for_part(block.D) * kPairStride + lane % kPairStride;
+}
+#else
+constexpr int64_t kPairStride = kPanel;
+NEGMINE_INLINE float* pair_words(const Block&, const Workspace& w, int64_t lane) { return w.q_t + lane; }
+#endif
+#endif
+
 // Fills the workspace's q_t and zeros, and its lane_words, for this block.
 void begin_block(const Block& block, const Workspace& w);
 void begin_pool(const Block& block, const Workspace& w);
@@ -104,21 +123,24 @@ NEGMINE_INLINE void score_chunk(const Block& block, const Workspace& w, const Ch
   score_rows(block, w, chunk, 0, chunk.count, ahead_of(block, w, chunk));
 }
 
-// body(first, count) for rows [first, first + count) of the chunk that are worked on while their scores are near: 32
-// where tiles multiply bf16, else all.
+// Rows of a chunk that are worked on while their scores are near.
+NEGMINE_INLINE int64_t tile_rows([[maybe_unused]] const Block& block) {
+#if defined(__AMX_BF16__)
+  if (in_pairs(block)) return 32;
+#endif
+  return kChunk;
+}
+
+// body(first, count) for rows [first, first + count) of the chunk, tile by tile.
 template <class Body>
 NEGMINE_INLINE void for_each_tile(const Block& block, const Chunk& chunk, const Body& body) {
-#if defined(__AMX_BF16__)
-  const int64_t tall = in_pairs(block) ? 32 : kChunk;
-#else
-  const int64_t tall = kChunk;
-#endif
+  const int64_t tall = tile_rows(block);
   for (int64_t first = 0; first < chunk.count; first += tall) {
     body(first, chunk.count - first < tall ? chunk.count - first : tall);
   }
 }
 
-// The workspace of which w.tile is rows of the chunk from `first` on.
+// The workspace of which w.tile is rows of the chunk from `first` on, where a tile begins.
 NEGMINE_INLINE Workspace at_row(const Workspace& w, int64_t first) {
   Workspace from = w;
   from.index += first;

@@ -74,19 +74,22 @@ void offer_chunk(const Block& block, const Workspace& w, int64_t count, const Se
   }
 }
 
-void select_range(const Block& block, const Workspace& w, const Selection& selection) {
+void select_range(const Block* blocks, const Workspace* workspaces, int64_t count, const Selection* selections) {
   const Tiles tiles;
-  begin_block(block, w);
-  for (int64_t k = block.k_begin; k < block.k_end;) {
-    const Chunk chunk = load_chunk(block, w, &k, true);
-    const Ahead ahead = ahead_of(block, w, chunk);
-    for_each_tile(block, chunk, [&](int64_t first, int64_t count) {
-      score_rows(block, w, chunk, first, count, part_of(ahead, first, count));
-      const Workspace tile = at_row(w, first);
-      apply_masks(block, tile, count);
-      if (block.pool.bounded()) apply_bounds(block, tile, count);
-      offer_chunk(block, tile, count, selection);
-    });
+  for (int64_t b = 0; b < count; ++b) begin_block(blocks[b], workspaces[b]);
+  for (int64_t k = blocks[0].k_begin; k < blocks[0].k_end;) {
+    const Chunk chunk = load_chunk(blocks[0], workspaces[0], &k, true);
+    const Ahead ahead = ahead_of(blocks[0], workspaces[0], chunk);
+    for (int64_t b = 0; b < count; ++b) {
+      const Block& block = blocks[b];
+      for_each_tile(block, chunk, [&](int64_t first, int64_t rows) {
+        const Workspace tile = at_row(workspaces[b], first);
+        score_rows(block, tile, chunk, first, rows, share_of(ahead, first, rows, b, count));
+        apply_masks(block, tile, rows);
+        if (block.pool.bounded()) apply_bounds(block, tile, rows);
+        offer_chunk(block, tile, rows, selections[b]);
+      });
+    }
   }
 }
 

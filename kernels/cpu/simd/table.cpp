@@ -12,7 +12,7 @@ float logsumexp_window_row(const Matrix&, int64_t, const int64_t*, int64_t, int6
 void logsumexp_grad_keys_range(const Block&, const Workspace&, float, const float*, const float*, float*, float*);
 void softplus_sum_grad_keys_range(const Block&, const Workspace&, float, const float*, const float*, float*, float*);
 void softplus_sum_range(const Block&, const Workspace&, float, float, const SoftplusState&);
-void select_range(const Block&, const Workspace&, const Selection&);
+void select_range(const Block*, const Workspace*, int64_t, const Selection*);
 int64_t keep_best(int64_t*, int64_t, int64_t);
 void count_range(const Block&, const Workspace&, int64_t*);
 void mix_negatives_row(const Matrix&, const Matrix&, int64_t, const Draws&, int64_t, float*, void*, int64_t*, float*);

@@ -42,7 +42,7 @@ NEGMINE_INLINE void multiply_strip(const Operand& left, const float* right, int6
   zero_tile<1>();
   zero_tile<2>();
   zero_tile<3>();
-  constexpr int64_t kStride = kLanes * sizeof(float), kLine = 64;
+  constexpr int64_t kStride = kTilePanel * sizeof(float), kLine = 64;
   const int64_t per_step = ahead.bytes > T / kTile * kLine ? 2 * kLine : kLine;  // bytes of each row ahead
   const int first_pass = parts.left * parts.right == 1 ? 1 : 0;
   for (int pass = first_pass; pass < 2; ++pass) {  // the products of the first parts last: the others are small
@@ -60,7 +60,7 @@ NEGMINE_INLINE void multiply_strip(const Operand& left, const float* right, int6
         load_tile<4>(top, left.stride);
         if constexpr (kTall == 2) load_tile<5>(top + kTile * left.stride, left.stride);
         for (int j = last; j >= first; --j) {
-          const float* columns = right + (j * T + t) * kLanes;
+          const float* columns = right + (j * T + t) * kTilePanel;
           load_tile<6>(columns, kStride);
           product<0, 4, 6>();
           if constexpr (kTall == 2) product<2, 5, 6>();
@@ -94,7 +94,7 @@ NEGMINE_INLINE void multiply_strip_into(const Operand& left, int64_t rows, const
 template <int kWide>
 NEGMINE_INLINE void add_packed_columns(const Operand& turned, int64_t from, int64_t to, const float* weights,
                                        float* mean) {
-  constexpr int64_t kStride = kLanes * sizeof(float);
+  constexpr int64_t kStride = kLanes * sizeof(float), kPanelStride = kTilePanel * sizeof(float);
   float* below = mean + kTile * kLanes;
   load_tile<0>(mean, kStride);
   load_tile<2>(below, kStride);
@@ -102,12 +102,12 @@ NEGMINE_INLINE void add_packed_columns(const Operand& turned, int64_t from, int6
   if constexpr (kWide == 2) load_tile<3>(below + kTile, kStride);
   for (int64_t t = from; t < to; t += kTile) {
     load_tile<4>(turned.first + t * 4, turned.stride);
-    load_tile<6>(weights + t * kLanes, kStride);
+    load_tile<6>(weights + t * kTilePanel, kPanelStride);
     product<0, 4, 6>();
     load_tile<5>(turned.first + kTile * turned.stride + t * 4, turned.stride);
     product<2, 5, 6>();
     if constexpr (kWide == 2) {
-      load_tile<7>(weights + t * kLanes + kTile, kStride);
+      load_tile<7>(weights + t * kTilePanel + kTile, kPanelStride);
       product<1, 4, 7>();
       product<3, 5, 7>();
     }
@@ -122,15 +122,16 @@ NEGMINE_INLINE void add_packed_columns(const Operand& turned, int64_t from, int6
 
 void multiply_in_tiles(const Operand& left, int64_t rows, const float* right, int64_t T, int vectors, float* out,
                        const Ahead& ahead, const Parts& parts) {
-  for (int64_t row = 0; row < rows; row += 2 * kTile) {
-    const Operand strip{left.first + row * left.stride, left.stride};
-    float* cell = out + row * kLanes;
-    Ahead fetched = part_of(ahead, row, 2 * kTile);
-    int v = 0;
-    for (; v + 2 <= vectors; v += 2, fetched = {}) {
-      multiply_strip_into<2>(strip, rows - row, right + v * kTile, T, cell + v * kTile, fetched, parts);
+  const int64_t panels = (vectors + 1) / 2;
+  for (int v = 0; v < vectors; v += 2) {
+    const float* panel = right + panel_at(v * kTile, parts.right * T);
+    for (int64_t row = 0; row < rows; row += 2 * kTile) {
+      const Operand strip{left.first + row * left.stride, left.stride};
+      float* cell = out + row * kLanes + v * kTile;
+      const Ahead some = share_of(ahead, row, 2 * kTile, v / 2, panels);
+      v + 1 < vectors ? multiply_strip_into<2>(strip, rows - row, panel, T, cell, some, parts)
+                      : multiply_strip_into<1>(strip, rows - row, panel, T, cell, some, parts);
     }
-    if (v < vectors) multiply_strip_into<1>(strip, rows - row, right + v * kTile, T, cell + v * kTile, fetched, parts);
   }
 }
 
@@ -167,7 +168,7 @@ void place_pairs(const Block& block, const Workspace& w, Chunk& chunk) {
 }
 
 void turn_pairs(const Block& block, const Workspace& w, const Chunk& chunk) {
-  const int64_t words = turned_words(chunk);
+  const int64_t words = room_for_part(chunk.count);
   for (int64_t t = 0; t < words; t += kTile) {
     for (int64_t d = 0; d < block.D; d += 2 * kTile) {
       V low[kTile], high[kTile];  // (16 pairs of rows, 16 of D)
@@ -191,10 +192,11 @@ void turn_pairs(const Block& block, const Workspace& w, const Chunk& chunk) {
 
 void pack_rows(const Block& block, const float* weights, int64_t count, float* pairs) {
   for (int64_t lane = 0; lane < vectors_of(block) * kWidth; lane += kWidth) {
+    float* out = pairs + panel_at(lane, room_for_part(count));
     for (int64_t j = 0; j < (count + 31) / 32 * 32; j += 2) {
       const V first = j < count ? load(weights + j * kLanes + lane) : all(0.0f);
       const V second = j + 1 < count ? load(weights + (j + 1) * kLanes + lane) : all(0.0f);
-      store(pairs + j / 2 * kLanes + lane, pack_weights(first, second));
+      store(out + j / 2 * kTilePanel, pack_weights(first, second));
     }
   }
 }
@@ -208,15 +210,15 @@ void scale_mean(const Block& block, const float* correction, float* mean) {
 
 void add_packed(const Block& block, const Workspace& w, const Chunk& chunk, int64_t from, int64_t to,
                 const float* weights, float* mean) {
-  const int64_t words = turned_words(chunk);
+  const int64_t words = room_for_part(chunk.count);
   for (int64_t d = 0; d < block.D; d += 2 * kTile) {
     const Operand turned{reinterpret_cast<const char*>(w.turned + d * words), words * 4};
-    float* rows = mean + d * kLanes;  // (32, kLanes)
-    int v = 0;
-    for (; v + 2 <= vectors_of(block); v += 2) {
-      add_packed_columns<2>(turned, from, to, weights + v * kTile, rows + v * kTile);
+    for (int v = 0; v < vectors_of(block); v += 2) {
+      const float* panel = weights + panel_at(v * kTile, words);
+      float* rows = mean + d * kLanes + v * kTile;  // (32, kLanes)
+      v + 1 < vectors_of(block) ? add_packed_columns<2>(turned, from, to, panel, rows)
+                                : add_packed_columns<1>(turned, from, to, panel, rows);
     }
-    if (v < vectors_of(block)) add_packed_columns<1>(turned, from, to, weights + v * kTile, rows + v * kTile);
   }
 }
 
@@ -225,7 +227,7 @@ bool tiles_are_right() {
   static_assert(kLanes >= 2 * kTile);
   const auto left = [](int64_t r, int64_t t, int64_t half) { return static_cast<float>((r + 3 * t + half) % 7 - 3); };
   const auto right = [](int64_t t, int64_t c, int64_t half) { return static_cast<float>((t + 5 * c + half) % 5 - 2); };
-  alignas(64) float a[kCount][kT], b[kT][kLanes] = {}, out[kCount][kLanes];
+  alignas(64) float a[kCount][kT], b[kT][kTilePanel] = {}, out[kCount][kLanes];
   for (int64_t t = 0; t < kT; ++t) {
     for (int64_t i = 0; i < kCount; ++i) {
       a[i][t] = float_of(static_cast<uint32_t>(to_bfloat16(left(i, t, 1))) << 16 | to_bfloat16(left(i, t, 0)));

@@ -96,17 +96,22 @@ struct Operand {
   int64_t stride;
 };
 
-// out (rows, kLanes) = left (rows, left parts, T) x right (right parts, T, kLanes), of which `vectors` vectors are
+// A right operand is panels of 32 columns, the width of two tiles: (columns / 32, parts, T, 32).
+constexpr int64_t kTilePanel = 2 * kTile;
+
+// Where column `lane`, a multiple of 16, of such an operand begins.
+NEGMINE_INLINE int64_t panel_at(int64_t lane, int64_t words) {
+  return lane / kTilePanel * words * kTilePanel + lane % kTilePanel;
+}
+
+// out (rows, kLanes) = left (rows, left parts, T) x right (panels, right parts, T, 32), of which `vectors` vectors are
 // wanted. T is a multiple of 16, and whole tiles of rows are read and written. Of left part i and right part j the
 // products with i + j <= 2 are summed, 0 and 0 last.
 void multiply_in_tiles(const Operand& left, int64_t rows, const float* right, int64_t T, int vectors, float* out,
                        const Ahead& ahead, const Parts& parts = {});
 
-// Words of a chunk turned, a pair of rows each, in whole tiles.
-NEGMINE_INLINE int64_t turned_words(const Chunk& chunk) { return room_for_part(chunk.count); }
-
-// mean (D, kLanes) = correction * mean + factor * turned (room_for_mean(D), left parts, words) x weights (right parts,
-// words, kLanes); correction (kLanes).
+// mean (D, kLanes) = correction * mean + factor * turned (room_for_mean(D), left parts, words) x weights (panels, right
+// parts, words, 32); correction (kLanes).
 void add_turned(const Block& block, const float* turned, int64_t words, const float* weights, const Parts& parts,
                 float factor, const float* correction, float* mean);
 
@@ -122,14 +127,14 @@ NEGMINE_INLINE V pack_weights(V first, V second) {
   return (V)((((VU)first + 0x8000) >> 16) | (((VU)second + 0x8000) & 0xFFFF0000));
 }
 
-// Rows of weights (count, kLanes) -> pairs (words, kLanes), zeros in the place of the rows that are none.
+// Rows of weights (count, kLanes) -> pairs (panels, words, 32), zeros in the place of the rows that are none.
 void pack_rows(const Block& block, const float* weights, int64_t count, float* pairs);
 
 // mean (D, kLanes) = correction (kLanes) * mean
 void scale_mean(const Block& block, const float* correction, float* mean);
 
-// mean (room_for_mean(D), kLanes) += words [from, to) of the turned chunk times weights (words, kLanes), pairs of rows;
-// from and to are multiples of 16.
+// mean (room_for_mean(D), kLanes) += words [from, to) of the turned chunk times weights (panels, words, 32), pairs of
+// rows; from and to are multiples of 16.
 void add_packed(const Block& block, const Workspace& w, const Chunk& chunk, int64_t from, int64_t to,
                 const float* weights, float* mean);
 

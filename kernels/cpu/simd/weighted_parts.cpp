@@ -5,7 +5,7 @@
 namespace negmine::cpu::NEGMINE_SIMD {
 
 void turn_parts(const Block& block, const Workspace& w, const Chunk& chunk) {
-  const int64_t words = turned_words(chunk), count = chunk.count;
+  const int64_t words = room_for_part(chunk.count), count = chunk.count;
   for_parts(block.negative_keys.dtype, [&](auto parts) {
     for (int64_t d = 0; d < block.D; d += kTile) {
       for (int64_t t = 0; t < words; t += kTile) {
@@ -27,9 +27,10 @@ void turn_parts(const Block& block, const Workspace& w, const Chunk& chunk) {
 
 void add_mean_in_parts(const Block& block, const Workspace& w, const Chunk& chunk, const float* weights,
                        const float* correction, float* mean) {
-  const int64_t words = turned_words(chunk);
+  const int64_t words = room_for_part(chunk.count);
   for (int v = 0; v < vectors_of(block); ++v) {
-    split_columns<3>(weights + v * kWidth, chunk.count, kWeightFactor, w.weight_parts + v * kWidth);
+    float* out = w.weight_parts + panel_at(v * kWidth, 3 * words);
+    split_columns<3>(weights + v * kWidth, chunk.count, kWeightFactor, out);
   }
   const Parts parts{parts_of(block.negative_keys.dtype), 3};
   add_turned(block, w.turned, words, w.weight_parts, parts, 1.0f / kWeightFactor, correction, mean);
@@ -38,11 +39,11 @@ void add_mean_in_parts(const Block& block, const Workspace& w, const Chunk& chun
 bool split_panel(const Block& block, const float* panel, float* out) {
   bool fits = true;
   for_parts(block.query.dtype, [&](auto parts) {
-    const int64_t room = parts.value * room_for_part(block.lanes) * kPanel;
-    for (int64_t d0 = 0; d0 < block.D; d0 += kPanel, out += room) {
+    const int64_t words = parts.value * room_for_part(block.lanes);
+    for (int64_t d0 = 0; d0 < block.D; d0 += kPanel, out += words * kPanel) {
       for (int v = 0; v < kVectors; ++v) {
         const float* columns = panel + d0 * block.lanes + v * kWidth;
-        const Range range = split_columns<parts.value>(columns, block.lanes, 1.0f, out + v * kWidth);
+        const Range range = split_columns<parts.value>(columns, block.lanes, 1.0f, out + panel_at(v * kWidth, words));
         fits &= everywhere(range.within(kLeast, kMost));
       }
     }
