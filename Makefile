@@ -15,7 +15,7 @@ STEPS   ?= 10000
 PYTHONS ?=
 SANITIZED := build/sanitize
 
-.PHONY: venv demo smoke test test-gpu-sim check fuzz sanitize threads soak docs bench plots gpu wheel check-wheel clean
+.PHONY: venv demo smoke test test-gpu-sim check fuzz sanitize threads soak docs bench bench-isa plots gpu wheel check-wheel clean
 
 venv: .venv/built
 
@@ -95,6 +95,10 @@ bench: venv
 	$(PY) -m benchmarks.run $(BENCH)
 	$(if $(BENCH),,$(PY) -m benchmarks.run --no-tests --case moco --op info_nce mine_hardest --isa avx2 portable --compile)
 	$(if $(BENCH),,$(PY) -m benchmarks.run --no-tests --sweep K B D --threads 1 2 --seconds 3)
+
+# Every op and storage on every instruction set of this CPU; fails where the automatic choice is more than 10 % behind the best.
+bench-isa: venv
+	$(PY) -m benchmarks.isa
 
 plots: venv
 	$(PY) -m benchmarks.plot

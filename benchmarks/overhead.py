@@ -21,7 +21,12 @@ from benchmarks.rows import RESULTS, append, commit, machine_name
 B, K, D, TEMPERATURE = 2, 64, 16, 0.07
 CALLS = 50  # in one timed round
 COLUMNS = ["date", "commit", "machine", "torch", "op", "variant", "median_us", "ratio_to_plain", "goal"]
-GOALS = {("info_nce", "forward"): 2.5, ("info_nce", "backward"): 1.6, ("window", "forward"): 4.0, ("window", "backward"): 2.2}
+GOALS = {
+    ("info_nce", "forward"): 2.5,
+    ("info_nce", "backward"): 1.6,
+    ("window", "forward"): 4.0,
+    ("window", "backward"): 2.2,
+}
 
 
 def variants() -> dict[tuple[str, str], Callable[[], object]]:

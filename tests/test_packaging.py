@@ -174,7 +174,7 @@ class TestModuleC:
         assert info["cuda_version"] == _build_info.CUDA_VERSION
         assert info["cuda_arches"] == _build_info.CUDA_ARCHES
         assert info["cxx_standard"] >= 202002
-        assert _C.isa() == "portable" or _C.cpu_features()["avx2"]
+        assert _C.isa_for("float32", "float32") == "portable" or _C.cpu_features()["avx2"]
 
 
 def test_whatever_the_compiler_may_use_is_asked_of_the_processor():

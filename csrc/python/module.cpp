@@ -50,6 +50,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "negmine without torch: build facts, processor features, kernels on NumPy arrays";
   m.def("build_info", &build_info, "How this module was compiled: cuda_version, cuda_arches, compiler, cxx_standard.");
   m.def("cpu_features", &cpu_features, "Instruction sets by name -> whether this machine runs them.");
-  m.def("isa", &negmine::cpu::isa, "The instruction set that the CPU kernels of this module run with.");
+  m.def("isa_for", &negmine::cpu::isa_for, py::arg("query"), py::arg("keys"),
+        "The instruction set of the CPU kernels for queries and keys of these types: float32, bfloat16 or float16.");
   negmine::python::define_mine_hardest(m);
 }

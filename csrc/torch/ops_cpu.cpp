@@ -2,8 +2,8 @@
 // one query's own vectors, ops_cpu_info_nce.cpp the whole loss.
 //
 // Tensors become the structs of kernels/cpu and torch's parallel_for becomes their Parallel; there is no arithmetic
-// here. Only torch's stable ABI is used, so one build serves every torch from 2.10 on. The module itself offers isa()
-// and set_isa(name).
+// here. Only torch's stable ABI is used, so one build serves every torch from 2.10 on. The module itself offers
+// isa(), isa_for(query, keys) and set_isa(name).
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -244,6 +244,15 @@ STABLE_TORCH_LIBRARY_IMPL(negmine_cpu, CPU, m) {
 
 PyObject* py_isa(PyObject*, PyObject*) { return PyUnicode_FromString(cpu::isa()); }
 
+PyObject* py_isa_for(PyObject*, PyObject* arguments) {
+  const char *query = nullptr, *keys = nullptr;
+  if (PyArg_ParseTuple(arguments, "ss", &query, &keys) == 0) return nullptr;
+  const char* name = cpu::isa_for(query, keys);
+  if (name != nullptr) return PyUnicode_FromString(name);
+  PyErr_SetString(PyExc_ValueError, "isa_for: query and keys must be float32, bfloat16 or float16.");
+  return nullptr;
+}
+
 PyObject* py_set_isa(PyObject*, PyObject* name) {
   const char* text = PyUnicode_AsUTF8AndSize(name, nullptr);
   if (text == nullptr) return nullptr;
@@ -251,8 +260,12 @@ PyObject* py_set_isa(PyObject*, PyObject* name) {
 }
 
 PyMethodDef methods[] = {
-    {"isa", py_isa, METH_NOARGS, "The instruction set in use: amxbf16, avx512bf16, avx512, avx2 or portable."},
-    {"set_isa", py_set_isa, METH_O, "Use this instruction set; False where this processor or build lacks it."},
+    {"isa", py_isa, METH_NOARGS, "The forced instruction set, or '' where each pair of storage types has its own."},
+    {"isa_for", py_isa_for, METH_VARARGS,
+     "The instruction set for queries and keys that are float32, bfloat16, float16."},
+    {"set_isa", py_set_isa, METH_O,
+     "Force amxbf16, avx512bf16, avx512, avx2 or portable; '' chooses by storage again. False where this one is "
+     "lacking."},
     {nullptr, nullptr, 0, nullptr},
 };
 

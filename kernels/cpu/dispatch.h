@@ -1,13 +1,24 @@
-// Which instruction set runs: the best the processor has, chosen once. A further one is one more line of the table in
-// dispatch.cpp and one more compilation of simd/.
+// Which instruction set runs. By default the fastest for this processor and for the storage of queries and keys: all
+// ops that score a queue ask by storage alone, so that passes which compare scores compute the same bits. A further
+// instruction set is one more line of the table in dispatch.cpp and one more compilation of simd/.
 #pragma once
+#include "kernels/cpu/matrix.h"
 #include "kernels/cpu/simd/kernels.h"
 
 namespace negmine::cpu {
 
-const Kernels& kernels();
+const Kernels& kernels(Dtype query, Dtype keys);
+inline const Kernels& kernels(const Block& block) { return kernels(block.query.dtype, block.negative_keys.dtype); }
 
-const char* isa();               // "amxbf16", "avx512bf16", "avx512", "avx2", "portable"
-bool set_isa(const char* name);  // for tests; false, and no change, where this processor or build lacks it
+// For functions whose result is the same bits on every instruction set.
+inline const Kernels& kernels() { return kernels(Dtype::kFloat32, Dtype::kFloat32); }
+
+// Tests and benchmarks force one of "amxbf16", "avx512bf16", "avx512", "avx2", "portable"; "" is the default choice.
+// False, and no change, where this processor or build lacks it.
+bool set_isa(const char* name);
+const char* isa();  // the forced one, or ""
+
+// What runs for storage by name, "float32", "bfloat16" or "float16"; null where there is no such name.
+const char* isa_for(const char* query, const char* keys);
 
 }  // namespace negmine::cpu

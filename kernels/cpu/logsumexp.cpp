@@ -1,8 +1,9 @@
-// The task grid of logsumexp: blocks of queries by splits of the queue, and the fold of the splits' partial results.
+// The task grid of logsumexp: groups of blocks of queries by splits of the queue, and the fold of the splits' partial
+// results.
 //
 // Where the queue is split depends on K alone and the partials are folded in order, so the bits of a row depend neither
-// on the number of threads nor on the rows around it. Few blocks: all (block, split) pairs run in parallel and are
-// folded afterwards. Many blocks: each folds its own splits as it goes, so that memory does not grow with B.
+// on the number of threads nor on the rows around it. Few blocks: all (group, split) pairs run in parallel and are
+// folded afterwards. Many blocks: each group folds its own splits as it goes, so that memory does not grow with B.
 #include "kernels/cpu/logsumexp.h"
 
 #include <cmath>
@@ -17,43 +18,49 @@ namespace {
 
 constexpr int64_t kSplitRows = 4096;
 constexpr int64_t kMostSplits = 16;
+constexpr int64_t kGroupBytes = 1 << 20;  // of sums and queries that go through a range together
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t split_rows_of(int64_t K) { return std::max(kSplitRows, ceil_div(K, kMostSplits)); }
 
-// A LogsumexpState with its memory.
-class OwnedState {
+// LogsumexpStates with their memory.
+class OwnedStates {
  public:
-  OwnedState(int64_t D, bool with_mean)
-      : floats_(make_buffer<float>((2 + (with_mean ? D : 0)) * kLanes)), counts_(make_buffer<int64_t>(2 * kLanes)) {
+  OwnedStates(int64_t count, int64_t D, bool with_mean)
+      : floats_(make_buffer<float>(count * (2 + (with_mean ? room_for_mean(D) : 0)) * kLanes)),
+        counts_(make_buffer<int64_t>(count * 2 * kLanes)) {
     float* f = floats_.get();
-    view = {f, f + kLanes, with_mean ? f + 2 * kLanes : nullptr, counts_.get(), counts_.get() + kLanes};
+    int64_t* c = counts_.get();
+    for (int64_t i = 0; i < count; ++i, f += 2 * kLanes, c += 2 * kLanes) {
+      views.push_back({f, f + kLanes, nullptr, c, c + kLanes});
+    }
+    for (int64_t i = 0; i < count && with_mean; ++i, f += room_for_mean(D) * kLanes) views[i].mean = f;
   }
 
-  void clear(int64_t D) const {
-    std::fill_n(view.max, kLanes, -kInfinity);
-    std::fill_n(view.sum, kLanes, 0.0f);
-    std::fill_n(view.kept, 2 * kLanes, 0);
-    if (view.mean != nullptr) std::fill_n(view.mean, D * kLanes, 0.0f);
-  }
-
-  LogsumexpState view;
+  std::vector<LogsumexpState> views;
 
  private:
   Buffer<float> floats_;
   Buffer<int64_t> counts_;
 };
 
+void clear(const LogsumexpState& state, int64_t D) {
+  std::fill_n(state.shift, kLanes, kNoShift);
+  std::fill_n(state.sum, kLanes, 0.0f);
+  std::fill_n(state.kept, 2 * kLanes, 0);  // and above behind it
+  if (state.mean != nullptr) std::fill_n(state.mean, D * kLanes, 0.0f);
+}
+
 // into = into joined with part, the part that follows it in the queue, in the first `lanes` lanes
 void fold(const LogsumexpState& into, const LogsumexpState& part, int64_t lanes, int64_t D) {
   float keep[kLanes], add[kLanes];
+  const auto times = [](float sum, float factor) { return sum == kInfinity ? sum : sum * factor; };
   for (int64_t lane = 0; lane < lanes; ++lane) {
-    const float max = std::max(into.max[lane], part.max[lane]);
-    const float shift = std::isfinite(max) ? max : 0.0f;
-    keep[lane] = std::exp(into.max[lane] - shift);
-    add[lane] = std::exp(part.max[lane] - shift);
-    into.max[lane] = max;
-    into.sum[lane] = into.sum[lane] * keep[lane] + part.sum[lane] * add[lane];
+    const float shift = std::max(into.shift[lane], part.shift[lane]);
+    keep[lane] = std::exp(into.shift[lane] - shift);
+    add[lane] = std::exp(part.shift[lane] - shift);
+    into.shift[lane] = shift;
+    into.sum[lane] = times(into.sum[lane], keep[lane]) + times(part.sum[lane], add[lane]);
     into.kept[lane] += part.kept[lane];
     into.above[lane] += part.above[lane];
   }
@@ -70,7 +77,7 @@ void finish(const LogsumexpParams& p, const Block& block, int64_t scale, const L
     const int64_t b = block.first_query + lane, row = scale * p.B + b;
     const float total = state.sum[lane];
     p.lse[row] =
-        total == 0.0f ? -kInfinity : static_cast<float>(state.max[lane] + std::log(static_cast<double>(total)));
+        total == 0.0f ? -kInfinity : static_cast<float>(state.shift[lane] + std::log(static_cast<double>(total)));
     if (scale == 0) {
       p.kept[b] = state.kept[lane];
       p.above[b] = state.above[lane];
@@ -99,6 +106,7 @@ void logsumexp(const LogsumexpParams& p, const Parallel& parallel) {
     logsumexp(at_scales(p, 0, 2), parallel);
     return logsumexp(at_scales(p, 2, p.scales - 2), parallel);
   }
+  const Kernels& run = kernels(p.query.dtype, p.negative_keys.dtype);
   const int64_t split_rows = split_rows_of(p.K);
   const int64_t splits = ceil_div(p.K, split_rows), blocks = ceil_div(p.B, kLanes), S = p.scales;
   const bool with_mean = p.mean != nullptr;
@@ -108,88 +116,112 @@ void logsumexp(const LogsumexpParams& p, const Parallel& parallel) {
     block.lanes = std::min(kLanes, p.B - block.first_query);
     return block;
   };
-  // states (S,)
-  const auto run_split = [&](Block block, int64_t split, const Workspace& w, const OwnedState* states) {
-    block.k_begin = split * split_rows;
-    block.k_end = std::min(p.K, block.k_begin + split_rows);
-    const LogsumexpState* views[] = {&states[0].view, &states[S - 1].view};
-    kernels().logsumexp_range(block, w, p.scale, S, p.pivot, nullptr, views);
-  };
-  const auto make_states = [&](int64_t count) {
-    std::vector<OwnedState> states;
-    for (int64_t i = 0; i < count; ++i) states.emplace_back(p.D, with_mean);
-    return states;
-  };
+  // As many blocks as share a chunk of the queue well, their sums in the second-level cache, and two tasks a thread.
+  const bool fold_along = blocks >= 4 * parallel.threads;
+  const int64_t block_bytes = kLanes * (p.D + 2) * static_cast<int64_t>(sizeof(float)) * 2;
+  const int64_t most = std::min(run.together, std::max<int64_t>(1, kGroupBytes / block_bytes));
+  const int64_t tasks = fold_along ? blocks : blocks * splits;
+  const int64_t together =
+      std::clamp<int64_t>(tasks / (2 * parallel.threads), 1, std::min(most, std::max<int64_t>(blocks, 1)));
+  const int64_t groups = ceil_div(blocks, together);
   struct Task {
     Scratch scratch;
-    std::vector<OwnedState> total, part;  // (S,) each
+    std::vector<Block> group;
   };
-  const auto make_task = [&] { return Task{Scratch(p.negative_keys, p.D), make_states(S), make_states(S)}; };
+  const auto make_task = [&] { return Task{Scratch(p.query, p.negative_keys, p.D, together), {}}; };
+  // states (blocks of the group, S)
+  const auto run_split = [&](Task& task, int64_t group, int64_t split, const LogsumexpState* states) {
+    task.group.clear();
+    for (int64_t b = group * together; b < std::min(blocks, (group + 1) * together); ++b) {
+      task.group.push_back(block_of(b));
+      task.group.back().k_begin = split * split_rows;
+      task.group.back().k_end = std::min(p.K, (split + 1) * split_rows);
+    }
+    run.logsumexp_range(task.group.data(), task.scratch.workspaces.data(), static_cast<int64_t>(task.group.size()),
+                        p.scale, S, p.pivot, nullptr, states);
+  };
 
-  if (blocks >= 4 * parallel.threads) {
-    for_each_task(parallel, blocks, make_task, [&](Task& task, int64_t b) {
-      for (const OwnedState& total : task.total) total.clear(p.D);
+  if (fold_along) {
+    struct Folding {
+      Task task;
+      OwnedStates total, part;  // (together, S) each
+    };
+    const auto make_folding = [&] {
+      return Folding{make_task(), OwnedStates(together * S, p.D, with_mean), OwnedStates(together * S, p.D, with_mean)};
+    };
+    for_each_task(parallel, groups, make_folding, [&](Folding& folding, int64_t group) {
+      const std::vector<LogsumexpState>& totals = folding.total.views;
+      for (const LogsumexpState& total : totals) clear(total, p.D);
+      const int64_t first = group * together, count = std::min(together, blocks - first);
       for (int64_t split = 0; split < splits; ++split) {
-        run_split(block_of(b), split, task.scratch.workspace, task.part.data());
-        for (int64_t s = 0; s < S; ++s) fold(task.total[s].view, task.part[s].view, block_of(b).lanes, p.D);
+        run_split(folding.task, group, split, folding.part.views.data());
+        for (int64_t i = 0; i < count * S; ++i)
+          fold(totals[i], folding.part.views[i], block_of(first + i / S).lanes, p.D);
       }
-      for (int64_t s = 0; s < S; ++s) finish(p, block_of(b), s, task.total[s].view);
+      for (int64_t i = 0; i < count * S; ++i) finish(p, block_of(first + i / S), i % S, totals[i]);
     });
     return;
   }
-  const std::vector<OwnedState> parts = make_states(splits * blocks * S);  // neighbours in time read the same rows
-  const auto make_scratch = [&] { return Scratch(p.negative_keys, p.D); };
-  for_each_task(parallel, splits * blocks, make_scratch, [&](Scratch& scratch, int64_t task) {
-    run_split(block_of(task % blocks), task / blocks, scratch.workspace, &parts[task * S]);
+  const OwnedStates parts(splits * blocks * S, p.D, with_mean);  // neighbours in time read the same rows
+  for_each_task(parallel, splits * groups, make_task, [&](Task& task, int64_t index) {
+    const int64_t group = index % groups, split = index / groups;
+    run_split(task, group, split, &parts.views[(split * blocks + group * together) * S]);
   });
-  const auto make_total = [&] { return OwnedState(p.D, with_mean); };
-  for_each_task(parallel, blocks * S, make_total, [&](OwnedState& total, int64_t task) {
+  const auto make_total = [&] { return OwnedStates(1, p.D, with_mean); };
+  for_each_task(parallel, blocks * S, make_total, [&](OwnedStates& owned, int64_t task) {
     const int64_t b = task / S, s = task % S;
-    total.clear(p.D);
+    const LogsumexpState& total = owned.views[0];
+    clear(total, p.D);
     for (int64_t split = 0; split < splits; ++split) {
-      fold(total.view, parts[(split * blocks + b) * S + s].view, block_of(b).lanes, p.D);
+      fold(total, parts.views[(split * blocks + b) * S + s], block_of(b).lanes, p.D);
     }
-    finish(p, block_of(b), s, total.view);
+    finish(p, block_of(b), s, total);
   });
 }
 
 void logsumexp_mine(const LogsumexpParams& p, const MineHardestParams& mined, const Parallel& parallel) {
-  if (p.B == 0) return;
   if (p.scales > 1) {
     logsumexp_mine(at_scales(p, 0, 1), mined, parallel);
     return logsumexp(at_scales(p, 1, p.scales - 1), parallel);
   }
+  if (p.B == 0) return;
   const int64_t split_rows = split_rows_of(p.K);
   MiningGrid grid(mined, parallel, split_rows);
   const bool with_mean = p.mean != nullptr, whole = grid.splits == 1;  // whole: a task sees all that a block sums
-  std::vector<OwnedState> parts;                                       // (splits, blocks) unless whole
-  for (int64_t i = whole ? 0 : ceil_div(p.K, split_rows) * grid.blocks; i > 0; --i) parts.emplace_back(p.D, with_mean);
+  const OwnedStates parts(whole ? 0 : ceil_div(p.K, split_rows) * grid.blocks, p.D, with_mean);  // (splits, blocks)
   struct Task {
     MiningGrid::Task mining;
-    OwnedState total, part;
+    OwnedStates total, part;  // (together) each
   };
-  const auto make_task = [&] { return Task{grid.make_task(), OwnedState(p.D, with_mean), OwnedState(p.D, with_mean)}; };
+  const auto make_task = [&] {
+    return Task{grid.make_task(), OwnedStates(grid.together, p.D, with_mean),
+                OwnedStates(grid.together, p.D, with_mean)};
+  };
   for_each_task(parallel, grid.tasks(), make_task, [&](Task& task, int64_t index) {
-    task.total.clear(p.D);
-    grid.run(task.mining, index, [&](Block block, const Workspace& w, const Selection& selection) {
-      for (const int64_t end = block.k_end; block.k_begin < end; block.k_begin = block.k_end) {
-        block.k_end = std::min(end, block.k_begin + split_rows);
-        const int64_t split = block.k_begin / split_rows;
-        const LogsumexpState* part = whole ? &task.part.view : &parts[split * grid.blocks + index % grid.blocks].view;
-        kernels().logsumexp_range(block, w, p.scale, 1, p.pivot, &selection, &part);
-        if (whole) fold(task.total.view, *part, block.lanes, p.D);
+    const int64_t first = grid.first_block(index);
+    for (const LogsumexpState& total : task.total.views) clear(total, p.D);
+    grid.run(task.mining, index, [&](const Block* blocks, const Workspace* w, int64_t count, const Selection* found) {
+      std::vector<Block> group(blocks, blocks + count);
+      for (int64_t k = blocks[0].k_begin; k < blocks[0].k_end; k += split_rows) {
+        for (Block& block : group) block.k_begin = k, block.k_end = std::min(blocks[0].k_end, k + split_rows);
+        const LogsumexpState* part =
+            whole ? task.part.views.data() : &parts.views[k / split_rows * grid.blocks + first];
+        kernels(blocks[0]).logsumexp_range(group.data(), w, count, p.scale, 1, p.pivot, found, part);
+        for (int64_t i = 0; i < count && whole; ++i) fold(task.total.views[i], part[i], blocks[i].lanes, p.D);
       }
     });
-    if (whole) finish(p, grid.block_of(index), 0, task.total.view);
+    for (int64_t b = first; b < std::min(grid.blocks, first + grid.together) && whole; ++b) {
+      finish(p, grid.block_of(b), 0, task.total.views[b - first]);
+    }
   });
   grid.join(parallel);
-  const auto make_total = [&] { return OwnedState(p.D, with_mean); };
-  for_each_task(parallel, whole ? 0 : grid.blocks, make_total, [&](OwnedState& total, int64_t b) {
-    total.clear(p.D);
-    for (size_t i = b; i < parts.size(); i += grid.blocks) {
-      fold(total.view, parts[i].view, grid.block_of(b).lanes, p.D);
-    }
-    finish(p, grid.block_of(b), 0, total.view);
+  const auto make_total = [&] { return OwnedStates(1, p.D, with_mean); };
+  for_each_task(parallel, whole ? 0 : grid.blocks, make_total, [&](OwnedStates& owned, int64_t b) {
+    const LogsumexpState& total = owned.views[0];
+    clear(total, p.D);
+    for (size_t i = b; i < parts.views.size(); i += grid.blocks)
+      fold(total, parts.views[i], grid.block_of(b).lanes, p.D);
+    finish(p, grid.block_of(b), 0, total);
   });
 }
 

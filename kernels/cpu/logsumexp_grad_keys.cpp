@@ -11,14 +11,15 @@ void logsumexp_grad_keys(const LogsumexpGradKeysParams& p, const Parallel& paral
   // Long tasks, because each transposes the queries anew; short ones where the queue would not fill the threads.
   const int64_t wanted = ceil_div(p.K, 8 * std::max<int64_t>(parallel.threads, 1));
   const int64_t task_rows = std::clamp(ceil_div(wanted, kChunk) * kChunk, kChunk, 8 * kChunk);
-  const auto range = p.sigmoid ? kernels().softplus_sum_grad_keys_range : kernels().logsumexp_grad_keys_range;
+  const Kernels& run = kernels(p.query.dtype, p.negative_keys.dtype);
+  const auto range = p.sigmoid ? run.softplus_sum_grad_keys_range : run.logsumexp_grad_keys_range;
   struct Task {
     Scratch scratch;
     Buffer<float> panel;  // (kLanes, D rounded up), and its parts
   };
   const auto make_task = [&] {
     const int64_t panel = kLanes * ceil_div(p.D, kLanes) * kLanes;
-    return Task{Scratch(p.negative_keys, p.D), make_buffer<float>(kernels().splits ? panel / 2 * 5 : panel)};
+    return Task{Scratch(p.query, p.negative_keys, p.D), make_buffer<float>(run.splits ? panel / 2 * 5 : panel)};
   };
   for_each_task(parallel, ceil_div(p.K, task_rows), make_task, [&](Task& task, int64_t index) {
     Block block{.query = p.query, .negative_keys = p.negative_keys, .D = p.D, .pool = p.pool};
@@ -27,7 +28,7 @@ void logsumexp_grad_keys(const LogsumexpGradKeysParams& p, const Parallel& paral
     std::fill_n(p.grad_keys + block.k_begin * p.D, (block.k_end - block.k_begin) * p.D, 0.0f);
     for (; block.first_query < p.B; block.first_query += kLanes) {
       block.lanes = std::min(kLanes, p.B - block.first_query);
-      range(block, task.scratch.workspace, *p.scale, p.lse, p.weight, task.panel.get(), p.grad_keys);
+      range(block, task.scratch.workspace(), *p.scale, p.lse, p.weight, task.panel.get(), p.grad_keys);
     }
   });
 }

@@ -38,7 +38,9 @@ MiningGrid::MiningGrid(const MineHardestParams& params, const Parallel& parallel
   const int64_t least_lanes = 16;  // the outputs are larger than the buffers of so few
   block_lanes_ = lanes_in_budget(capacity_for(p.N, p.K), least_lanes);
   blocks = ceil_div(p.B, block_lanes_);
-  const int64_t wanted = blocks >= 2 * parallel.threads ? 1 : ceil_div(2 * parallel.threads, blocks);
+  together = blocks_together(p.query, p.negative_keys, blocks, block_lanes_, capacity_for(p.N, p.K), parallel);
+  const int64_t groups = ceil_div(blocks, together);
+  const int64_t wanted = together > 1 || groups >= 2 * parallel.threads ? 1 : ceil_div(2 * parallel.threads, groups);
   const int64_t most = std::min(p.K / std::max(kLeastSplitRows, 4 * p.N), kPartialBytes / (p.B * p.N * 8));
   const int64_t rows = ceil_div(p.K, std::max<int64_t>(1, std::min(wanted, most)));
   split_rows_ = std::max(unit, ceil_div(rows, unit) * unit);
@@ -53,38 +55,66 @@ MiningGrid::MiningGrid(const MineHardestParams& params, const Parallel& parallel
 }
 
 MiningGrid::Task MiningGrid::make_task() const {
-  return Task{Scratch(p.negative_keys, p.D), OwnedSelection(block_lanes_, capacity_), make_buffer<int64_t>(p.N)};
+  Task task{Scratch(p.query, p.negative_keys, p.D, together), {}, make_buffer<int64_t>(p.N)};
+  for (int64_t i = 0; i < together; ++i) task.selections.emplace_back(block_lanes_, capacity_);
+  return task;
 }
 
-Block MiningGrid::block_of(int64_t index) const {
+Block MiningGrid::block_of(int64_t b) const {
   Block block{.query = p.query, .negative_keys = p.negative_keys, .D = p.D, .pool = p.pool};
-  block.first_query = index % blocks * block_lanes_;
+  block.first_query = b * block_lanes_;
   block.lanes = std::min(block_lanes_, p.B - block.first_query);
-  block.k_begin = index / blocks * split_rows_;
-  block.k_end = std::min(p.K, block.k_begin + split_rows_);
+  block.k_end = p.K;
   return block;
 }
 
+std::vector<Block> MiningGrid::group_of(int64_t index) const {
+  const int64_t split = index / ceil_div(blocks, together), first = first_block(index);
+  std::vector<Block> group;
+  for (int64_t b = first; b < std::min(blocks, first + together); ++b) {
+    group.push_back(block_of(b));
+    group.back().k_begin = split * split_rows_;
+    group.back().k_end = std::min(p.K, group.back().k_begin + split_rows_);
+  }
+  return group;
+}
+
 void MiningGrid::run(Task& task, int64_t index, const Scan& scan) {
-  const int64_t split = index / blocks;
-  const Block block = block_of(index);
-  const Workspace& w = task.scratch.workspace;
+  const std::vector<Block> group = group_of(index);
+  const std::vector<Workspace>& w = task.scratch.workspaces;
+  const int64_t split = index / ceil_div(blocks, together);
   const std::vector<int64_t> first(kLanes, 0), last(kLanes, p.N - 1);
-  const bool sampled = sampled_ && worth_sampling(block.k_end - block.k_begin);  // the last split may be short
-  const bool found = sampled && select_between(block, w, task.selection, first.data(), last.data(), scan);
-  // Where the sample misled, the range has been scanned.
-  if (!found) select(block, w, task.selection, p.N, false, p.kept != nullptr, sampled ? kernels().select_range : scan);
-  for (int64_t lane = 0; lane < block.lanes; ++lane) {
-    const int64_t b = block.first_query + lane;
-    if (p.kept != nullptr) partial_kept_[b * splits + split] = task.selection.view.places[lane];
-    if (splits == 1) {
-      write_row(p, b, task.selection.keys(lane), task.selection.view.size[lane], task.spare.get());
-      continue;
+  const bool sampled = sampled_ && worth_sampling(group[0].k_end - group[0].k_begin);  // the last split may be short
+  std::vector<Selection> views;
+  for (size_t i = 0; i < group.size(); ++i) {
+    OwnedSelection& selection = task.selections[i];
+    if (sampled) {
+      open(selection, bracket(group[i], w[i], selection, first.data(), last.data()), group[i]);
+    } else {
+      selection.begin(group[i].lanes, p.N, false);
+      selection.view.counted = p.kept != nullptr;
     }
-    task.selection.view.keep = p.N;
-    prune(task.selection.view, lane);
-    partial_sizes_[b * splits + split] = task.selection.view.size[lane];
-    std::copy_n(task.selection.keys(lane), task.selection.view.size[lane], &partials_[(b * splits + split) * p.N]);
+    views.push_back(selection.view);
+  }
+  scan(group.data(), w.data(), static_cast<int64_t>(group.size()), views.data());
+  for (size_t i = 0; i < group.size(); ++i) {
+    const Block& block = group[i];
+    OwnedSelection& selection = task.selections[i];
+    if (sampled && !held(selection.view, block, first.data(), last.data())) {  // the sample misled
+      select(block, w[i], selection, p.N, false, p.kept != nullptr);
+    }
+    for (int64_t lane = 0; lane < block.lanes; ++lane) {
+      const int64_t b = block.first_query + lane;
+      if (p.kept != nullptr) partial_kept_[b * splits + split] = selection.view.places[lane];
+      if (splits == 1) {
+        write_row(p, b, selection.keys(lane), selection.view.size[lane], task.spare.get());
+        continue;
+      }
+      selection.view.keep = p.N;
+      prune(selection.view, lane);
+      partial_sizes_[b * splits + split] = selection.view.size[lane];
+      std::copy_n(selection.keys(lane), selection.view.size[lane], &partials_[(b * splits + split) * p.N]);
+    }
   }
 }
 
@@ -119,7 +149,7 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
   MiningGrid grid(p, parallel, 1);
   const auto make_task = [&] { return grid.make_task(); };
   for_each_task(parallel, grid.tasks(), make_task,
-                [&](MiningGrid::Task& task, int64_t index) { grid.run(task, index, kernels().select_range); });
+                [&](MiningGrid::Task& task, int64_t index) { grid.run(task, index, scan_range); });
   grid.join(parallel);
 }
 
@@ -138,8 +168,8 @@ void mine_listed(const MineHardestParams& p, const int64_t* listed, int64_t M, c
     Buffer<char> rows;       // (M, D)
   };
   const auto make_task = [&] {
-    return Task{Scratch(p.negative_keys, p.D), OwnedSelection(1, capacity_for(p.N, M)), make_buffer<int64_t>(p.N),
-                make_buffer<int64_t>(M), make_buffer<char>(M * row_bytes)};
+    return Task{Scratch(p.query, p.negative_keys, p.D), OwnedSelection(1, capacity_for(p.N, M)),
+                make_buffer<int64_t>(p.N), make_buffer<int64_t>(M), make_buffer<char>(M * row_bytes)};
   };
   for_each_task(parallel, p.B, make_task, [&](Task& task, int64_t b) {
     Block block{.query = p.query, .D = p.D, .first_query = b, .lanes = 1};
@@ -152,7 +182,7 @@ void mine_listed(const MineHardestParams& p, const int64_t* listed, int64_t M, c
                   task.rows.get() + block.k_end * row_bytes);
       task.column[block.k_end++] = column;
     }
-    select(block, task.scratch.workspace, task.selection, p.N, false, true);
+    select(block, task.scratch.workspace(), task.selection, p.N, false, true);
     write_row(p, b, task.selection.keys(0), task.selection.view.size[0], task.spare.get());
     p.kept[b] = task.selection.view.places[0];
     for (int64_t n = 0; n < std::min(p.N, p.kept[b]); ++n) p.index[b * p.N + n] = task.column[p.index[b * p.N + n]];

@@ -1,6 +1,8 @@
 // mine_hardest: the N highest places of each query's pool, highest first, ties to the lower index. mine_hardest_kept
 // counts the pool in the same pass, mine_listed ranks the columns that a list names. Meaning: kernels/README.md.
 #pragma once
+#include <vector>
+
 #include "kernels/cpu/matrix.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/pool.h"
@@ -25,25 +27,28 @@ class MiningGrid {
  public:
   struct Task {
     Scratch scratch;
-    OwnedSelection selection;
-    Buffer<int64_t> spare;  // (N)
+    std::vector<OwnedSelection> selections;  // (together)
+    Buffer<int64_t> spare;                   // (N)
   };
 
   // A split is a multiple of `unit` rows.
   MiningGrid(const MineHardestParams& params, const Parallel& parallel, int64_t unit);
 
-  int64_t tasks() const { return blocks * splits; }
+  int64_t tasks() const { return ceil_div(blocks, together) * splits; }
   Task make_task() const;
-  Block block_of(int64_t index) const;  // the queries and the split of a task: block index % blocks
+  // The blocks of a task, a group of `together`, against its split.
+  int64_t first_block(int64_t index) const { return index % ceil_div(blocks, together) * together; }
+  std::vector<Block> group_of(int64_t index) const;
+  Block block_of(int64_t b) const;  // against the whole queue
 
-  // Task `index` mines its split for its block; `scan` sees the whole of the split once.
+  // Task `index` mines its split for its group; `scan` sees the whole of the split once.
   void run(Task& task, int64_t index, const Scan& scan);
 
   // Once all tasks have run.
   void join(const Parallel& parallel);
 
   const MineHardestParams& p;
-  int64_t blocks, splits;
+  int64_t blocks, together, splits;
 
  private:
   int64_t block_lanes_, split_rows_, capacity_;

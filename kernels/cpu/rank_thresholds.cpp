@@ -97,6 +97,8 @@ struct Grid {
     const int64_t share = ceil_div(ceil_div(p.B, parallel.threads), kLeastLanes) * kLeastLanes;
     block_lanes = std::min(lanes_in_budget(capacity, kLeastLanes), std::max(share, kLeastLanes));
     blocks = ceil_div(p.B, block_lanes);
+    if (blocks > 0) together = blocks_together(p.query, p.negative_keys, blocks, block_lanes, capacity, parallel);
+    if (together > 1) return;
     if (!sampled || blocks == 0 || blocks >= 2 * parallel.threads || parallel.threads == 1) return;
     splits = std::max<int64_t>(1, std::min(ceil_div(2 * parallel.threads, blocks), p.K / kLeastSplitRows));
   }
@@ -121,7 +123,7 @@ struct Grid {
   }
 
   const RankThresholdsParams& p;
-  int64_t columns, capacity = 1, block_lanes, blocks, splits = 1;
+  int64_t columns, capacity = 1, block_lanes, blocks, together = 1, splits = 1;
   bool sampled;
 };
 
@@ -161,23 +163,47 @@ int64_t columns_of(const Pool& pool, int64_t K) {
 
 void each_ranking(const RankThresholdsParams& p, const Parallel& parallel, const Ranked& finish) {
   const Grid grid(p, parallel);
-  const auto make_scratch = [&] { return Scratch(p.negative_keys, p.D); };
+  const auto make_scratch = [&] { return Scratch(p.query, p.negative_keys, p.D); };
   if (grid.splits == 1) {
     struct Task {
       Scratch scratch;
-      OwnedSelection selection;
+      std::vector<OwnedSelection> selections;  // (together)
     };
-    const auto make_task = [&] { return Task{make_scratch(), OwnedSelection(grid.block_lanes, grid.capacity)}; };
-    for_each_task(parallel, grid.blocks, make_task, [&](Task& task, int64_t index) {
-      const Block block = grid.block_of(index);
-      const Asked asked = grid.asked_of(block);
-      const Workspace& w = task.scratch.workspace;
-      if (!asked.any) {
-        task.selection.begin(block.lanes, 1, false);
-      } else if (!grid.sampled || !select_between(block, w, task.selection, asked.first, asked.last)) {
-        return run_directly(grid, block, w, finish);
+    const auto make_task = [&] {
+      Task task{Scratch(p.query, p.negative_keys, p.D, grid.together), {}};
+      for (int64_t i = 0; i < grid.together; ++i) task.selections.emplace_back(grid.block_lanes, grid.capacity);
+      return task;
+    };
+    for_each_task(parallel, ceil_div(grid.blocks, grid.together), make_task, [&](Task& task, int64_t index) {
+      const int64_t begin = index * grid.together, end = std::min(grid.blocks, begin + grid.together);
+      const std::vector<Workspace>& w = task.scratch.workspaces;
+      std::vector<Block> blocks;  // those to be scanned, side by side, with their selections
+      std::vector<Selection> views;
+      for (int64_t b = begin; b < end; ++b) {
+        const Block block = grid.block_of(b);
+        const Asked asked = grid.asked_of(block);
+        OwnedSelection& selection = task.selections[blocks.size()];
+        if (!asked.any) {
+          selection.begin(block.lanes, 1, false);
+          finish(block, selection.view);
+        } else if (!grid.sampled) {
+          run_directly(grid, block, w[0], finish);
+        } else {
+          open(selection, bracket(block, w[0], selection, asked.first, asked.last), block);
+          blocks.push_back(block);
+          views.push_back(selection.view);
+        }
       }
-      finish(block, task.selection.view);
+      if (blocks.empty()) return;
+      scan_range(blocks.data(), w.data(), static_cast<int64_t>(blocks.size()), views.data());
+      for (size_t i = 0; i < blocks.size(); ++i) {
+        const Asked asked = grid.asked_of(blocks[i]);
+        if (held(views[i], blocks[i], asked.first, asked.last)) {
+          finish(blocks[i], views[i]);
+        } else {
+          run_directly(grid, blocks[i], w[i], finish);
+        }
+      }
     });
     return;
   }
@@ -187,7 +213,7 @@ void each_ranking(const RankThresholdsParams& p, const Parallel& parallel, const
   for_each_task(parallel, grid.blocks, make_scratch, [&](Scratch& scratch, int64_t b) {
     const Block block = grid.block_of(b);
     const Asked asked = grid.asked_of(block);
-    if (asked.any) brackets[b] = bracket(block, scratch.workspace, parts[b], asked.first, asked.last);
+    if (asked.any) brackets[b] = bracket(block, scratch.workspace(), parts[b], asked.first, asked.last);
   });
   for_each_task(parallel, grid.splits * grid.blocks, make_scratch, [&](Scratch& scratch, int64_t index) {
     Block block = grid.block_of(index % grid.blocks);
@@ -195,7 +221,7 @@ void each_ranking(const RankThresholdsParams& p, const Parallel& parallel, const
     open(parts[index], brackets[index % grid.blocks], block);
     block.k_begin = index / grid.blocks * p.K / grid.splits;
     block.k_end = (index / grid.blocks + 1) * p.K / grid.splits;
-    kernels().select_range(block, scratch.workspace, parts[index].view);
+    scan_range(&block, &scratch.workspace(), 1, &parts[index].view);
   });
   for_each_task(parallel, grid.blocks, make_scratch, [&](Scratch& scratch, int64_t b) {
     const Block block = grid.block_of(b);
@@ -206,7 +232,7 @@ void each_ranking(const RankThresholdsParams& p, const Parallel& parallel, const
       joined = joined && join(all, parts[split * grid.blocks + b].view, block);
     }
     if (asked.any && !(joined && held(all, block, asked.first, asked.last))) {
-      return run_directly(grid, block, scratch.workspace, finish);
+      return run_directly(grid, block, scratch.workspace(), finish);
     }
     finish(block, all);
   });

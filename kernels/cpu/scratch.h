@@ -9,6 +9,7 @@
 #include <new>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "kernels/cpu/dispatch.h"
 
@@ -98,44 +99,68 @@ Buffer<T> make_buffer(int64_t count) {
   return Buffer<T>(static_cast<T*>(block), Free{bytes});
 }
 
+// Workspaces of `blocks` blocks that go through a range together.
 class Scratch {
  public:
-  Scratch(const Matrix& negative_keys, int64_t D) {
+  Scratch(const Matrix& query, const Matrix& negative_keys, int64_t D, int64_t blocks = 1) : workspaces(blocks) {
+    const bool tiles = kernels(query.dtype, negative_keys.dtype).splits;
+    const bool pairs = query.dtype == Dtype::kBFloat16 && negative_keys.dtype == Dtype::kBFloat16;
     constexpr int64_t kTile = 16;  // D is rounded up to whole tiles in what tiles read (simd/tiles.h)
+    const int64_t part = tiles ? 3 * room_for_part(pairs ? kLanes : std::max(D, kLanes)) : 0;
+    const int64_t turned = !tiles ? 0 : (pairs ? 1 : 3) * room_for_part(kChunk) * room_for_mean(D);
+    const int64_t weight_parts = tiles && !pairs ? 3 * room_for_part(kChunk) * kLanes : 0;
     const int64_t widened = negative_keys.dtype == Dtype::kFloat32 ? 0 : kChunk * (D + kTile);
-    const int64_t parts = kernels().splits ? 3 * room_for_part(std::max(D, kLanes)) : 0;
-    const int64_t weights = kernels().splits ? 3 * room_for_part(kChunk) * kLanes : 0;
-    floats_ = make_buffer<float>((D + kTile + parts) * kLanes + weights + (2 * kLanes + parts) * kChunk + widened + D +
-                                 std::max(D, kLanes));
-    words_ = make_buffer<int32_t>(kLaneWords * kLanes + kChunk + kLanes);
-    index_ = make_buffer<int64_t>(kChunk);
-    rows_ = make_buffer<const float*>(kChunk + 6);
-    padded_ = make_buffer<uint16_t>(negative_keys.dtype == Dtype::kBFloat16 && D % 2 != 0 ? kChunk * (D + 1) : 0);
-    float* p = floats_.get();
-    workspace.q_t = p;
-    workspace.query_parts = p += (D + kTile) * kLanes;
-    workspace.key_parts = p += parts * kLanes;
-    workspace.weight_parts = p += parts * kChunk;
-    workspace.tile = p += weights;
-    workspace.scores = p += kChunk * kLanes;
-    workspace.widened = p += kChunk * kLanes;
-    workspace.row = p += widened;
-    workspace.zeros = p += D;
-    workspace.rows = rows_.get();
-    workspace.padded = padded_.get();
-    workspace.index = index_.get();
-    workspace.lane_words = words_.get();
-    workspace.in_parts = words_.get() + kLaneWords * kLanes;
+    Room room;
+    const auto lay_out = [&] {
+      Workspace chunk;
+      room.begin();
+      room.take(chunk.tile, kChunk * kLanes);
+      room.take(chunk.scores, kChunk * kLanes);
+      for (float*& weights : chunk.weights) room.take(weights, kChunk / 2 * kLanes);
+      room.take(chunk.rows, kChunk + 6);
+      room.take(chunk.index, kChunk);
+      room.take(chunk.widened, widened);
+      room.take(chunk.key_parts, kChunk * part);
+      room.take(chunk.turned, turned);
+      room.take(chunk.weight_parts, weight_parts);
+      room.take(chunk.rows_in_parts, kChunk);
+      room.take(chunk.padded, negative_keys.dtype == Dtype::kBFloat16 ? kChunk * room_for_mean(D) : 0);
+      room.take(chunk.row, D);
+      room.take(chunk.zeros, std::max(D, kLanes));
+      for (Workspace& workspace : workspaces) {
+        workspace = chunk;
+        room.take(workspace.q_t, (D + kTile) * kLanes);
+        room.take(workspace.query_parts, part * kLanes);
+        room.take(workspace.lanes_in_parts, kLanes);
+        room.take(workspace.lane_words, kLaneWords * kLanes);
+      }
+    };
+    lay_out();  // to measure
+    memory_ = make_buffer<char>(room.size);
+    room.memory = memory_.get();
+    lay_out();
   }
 
-  Workspace workspace;
+  const Workspace& workspace() const { return workspaces[0]; }
+
+  std::vector<Workspace> workspaces;
 
  private:
-  Buffer<float> floats_;
-  Buffer<int32_t> words_;
-  Buffer<int64_t> index_;
-  Buffer<const float*> rows_;
-  Buffer<uint16_t> padded_;
+  // Arrays of whole cache lines, one behind the other.
+  struct Room {
+    char* memory = nullptr;
+    int64_t size = 0;
+
+    void begin() { size = 0; }
+
+    template <class T>
+    void take(T*& array, int64_t count) {
+      array = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + size);
+      size += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    }
+  };
+
+  Buffer<char> memory_;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -51,6 +51,12 @@ int64_t lanes_in_budget(int64_t capacity, int64_t least) {
   return lanes < 16 ? lanes : lanes / 16 * 16;
 }
 
+int64_t blocks_together(const Matrix& query, const Matrix& negative_keys, int64_t blocks, int64_t block_lanes,
+                        int64_t capacity, const Parallel& parallel) {
+  const int64_t most = kBudgetBytes / (block_lanes * capacity * 8), share = blocks / parallel.threads;
+  return std::clamp<int64_t>(std::min({most, share, kernels(query.dtype, negative_keys.dtype).together}), 1, blocks);
+}
+
 OwnedSelection::OwnedSelection(int64_t lanes, int64_t capacity)
     : keys_(make_buffer<int64_t>(lanes * capacity)),
       counts_(make_buffer<int64_t>(3 * kLanes)),
@@ -112,11 +118,15 @@ int64_t* sort_best_first(int64_t* keys, int64_t* spare, int64_t size) {
   return keys;
 }
 
-void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest, bool counted,
-            const Scan& scan) {
+void scan_range(const Block* blocks, const Workspace* workspaces, int64_t count, const Selection* selections) {
+  kernels(blocks[0]).select_range(blocks, workspaces, count, selections);
+}
+
+void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest,
+            bool counted) {
   selection.begin(block.lanes, keep, lowest);
   selection.view.counted = counted;
-  scan(block, w, selection.view);
+  scan_range(&block, &w, 1, &selection.view);
 }
 
 Bracket bracket(const Block& block, const Workspace& w, OwnedSelection& selection, const int64_t* first,
@@ -133,7 +143,7 @@ Bracket bracket(const Block& block, const Workspace& w, OwnedSelection& selectio
     Block part = block;
     part.k_begin = block.k_begin + i * rows / kPieces;
     part.k_end = part.k_begin + piece;
-    kernels().select_range(part, w, view);
+    scan_range(&part, &w, 1, &view);
   }
   Bracket found;
   for (int64_t lane = 0; lane < block.lanes; ++lane) {
@@ -167,13 +177,6 @@ bool held(const Selection& view, const Block& block, const int64_t* first, const
     if (!from || !to) return false;
   }
   return true;
-}
-
-bool select_between(const Block& block, const Workspace& w, OwnedSelection& selection, const int64_t* first,
-                    const int64_t* last, const Scan& scan) {
-  open(selection, bracket(block, w, selection, first, last), block);
-  scan(block, w, selection.view);
-  return held(selection.view, block, first, last);
 }
 
 }  // namespace negmine::cpu

@@ -14,13 +14,14 @@ constexpr int64_t kSplitRows = 4096;  // sums of a split start from zero, so no 
 
 struct Task {
   Task(const SoftplusSumParams& p)
-      : scratch(p.negative_keys, p.D),
-        floats(make_buffer<float>((4 + (p.pull != nullptr ? 2 * p.D : 0)) * kLanes)),
+      : scratch(p.query, p.negative_keys, p.D),
+        floats(make_buffer<float>((4 + (p.pull != nullptr ? 2 * room_for_mean(p.D) : 0)) * kLanes)),
         counts(make_buffer<int64_t>(2 * kLanes)) {
     float* f = floats.get();
     float* pulls = p.pull != nullptr ? f + 4 * kLanes : nullptr;
     sum = {f, f + kLanes, pulls, counts.get()};
-    part = {f + 2 * kLanes, f + 3 * kLanes, pulls != nullptr ? pulls + p.D * kLanes : nullptr, counts.get() + kLanes};
+    part = {f + 2 * kLanes, f + 3 * kLanes, pulls != nullptr ? pulls + room_for_mean(p.D) * kLanes : nullptr,
+            counts.get() + kLanes};
   }
 
   Scratch scratch;
@@ -44,7 +45,7 @@ void softplus_sum(const SoftplusSumParams& p, const Parallel& parallel) {
     for (int64_t k = 0; k < p.K; k += kSplitRows) {
       block.k_begin = k;
       block.k_end = std::min(p.K, k + kSplitRows);
-      kernels().softplus_sum_range(block, task.scratch.workspace, *p.scale, *p.bias, part);
+      kernels(block).softplus_sum_range(block, task.scratch.workspace(), *p.scale, *p.bias, part);
       for (int64_t i = 0; i < 2 * kLanes; ++i) sum.total[i] += part.total[i];
       for (int64_t i = 0; i < kLanes; ++i) sum.kept[i] += part.kept[i];
       if (sum.pull == nullptr) continue;

@@ -65,7 +65,8 @@ class Bf16Prefilter:
     def is_faster(self, ops: Kernels | None, query: Tensor, keys: Tensor, N: int, select: Select) -> bool:
         if ops is None or ops.mine_hardest is not CPU_OPS.get("mine_hardest"):
             return False
-        fast = compiled.isa().endswith("bf16") and query.dtype == keys.dtype == torch.float32
+        bf16 = compiled.isa_for(torch.bfloat16, torch.bfloat16)
+        fast = query.dtype == keys.dtype == torch.float32 and bf16.endswith("bf16")
         large = len(query) >= MIN_QUERIES and len(keys) >= MIN_ROWS and query.shape[1] >= MIN_DIM
         plain = select.min_score is None and not (select.starts_late or select.ends_early)
         return (

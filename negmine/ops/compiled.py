@@ -41,9 +41,10 @@ CPU_REFUSAL = _load("negmine._ops_cpu")
 CUDA_REFUSAL = _load_cuda()
 
 
-def isa() -> str:
-    """The instruction set of the CPU kernels; "" where they did not load."""
-    return "" if CPU_REFUSAL else importlib.import_module("negmine._ops_cpu").isa()
+def isa_for(query: torch.dtype, keys: torch.dtype) -> str:
+    """The instruction set of the CPU kernels for these storage types; "" where the kernels did not load."""
+    names = (str(dtype).removeprefix("torch.") for dtype in (query, keys))
+    return "" if CPU_REFUSAL else importlib.import_module("negmine._ops_cpu").isa_for(*names)
 
 
 def functions(namespace: str, dispatch_key: str) -> dict[str, Callable]:

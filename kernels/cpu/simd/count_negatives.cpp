@@ -5,12 +5,14 @@ namespace negmine::cpu::NEGMINE_SIMD {
 
 void count_range(const Block& block, const Workspace& w, int64_t* count) {
   const bool bounded = block.pool.bounded();
+  const Tiles tiles;
   begin_block(block, w);
   for (int64_t lane = 0; lane < kLanes; ++lane) count[lane] = 0;
   for (int64_t k = block.k_begin; k < block.k_end;) {
-    const int64_t columns = load_chunk(block, w, &k, bounded);
+    const Chunk chunk = load_chunk(block, w, &k, bounded);
+    const int64_t columns = chunk.count;
     if (bounded) {
-      score_chunk(block, w, columns);
+      score_chunk(block, w, chunk);
     } else {
       for (int64_t i = 0; i < columns * kLanes; ++i) w.tile[i] = 0.0f;
     }

@@ -14,7 +14,9 @@
 
 namespace negmine::cpu {
 
-constexpr int64_t kChunk = 126;  // most rows of the queue in one tile: 21 register tiles of 6
+constexpr int64_t kChunk = 128;  // most rows of the queue in one tile
+
+constexpr float kNoShift = -3.40282347e38f;  // the least finite number
 
 constexpr int64_t kRowChunk = 32;  // rows of one query's own that are scored at one time
 
@@ -47,32 +49,43 @@ enum LaneWord {
   kLaneWords
 };
 
-// Memory of one thread, laid out by Scratch (kernels/cpu/scratch.h).
-struct Workspace {
-  float* q_t;          // (kLanes / panel, D, panel) the block's queries, transposed; or (.., (D + 1) / 2, ..) pairs
-                       // and, for tiles, zeros up to a multiple of 16 of those
-  float* tile;         // (kChunk, kLanes) scores of a chunk
-  float* scores;       // (kChunk, kLanes) the same, where the tile is spent and they are needed again
+// What is kept of a block between chunks.
+struct BlockMemory {
+  float* q_t;          // (kLanes / panel, D, panel) its queries, transposed; or (.., (D + 1) / 2, ..) pairs and, for
+                       // tiles, zeros up to a multiple of 16 of those
+  float* query_parts;  // (3, words, kLanes) the same as simd/parts.h splits them
+  int32_t* lanes_in_parts;  // (kLanes) -1: the query may be multiplied in parts; 0: it may not
+  int32_t* lane_words;      // (kLaneWords, kLanes) ids, labels and bounds of its queries
+};
+
+// Memory of one thread, laid out by Scratch (kernels/cpu/scratch.h): of a block, and of a chunk, which several blocks
+// of one call share.
+struct Workspace : BlockMemory {
+  float* tile;         // (kChunk, kLanes) scores of rows of a chunk
+  float* scores;       // (kChunk, kLanes) room for them, where the tile is needed as it is
+  float* weights[2];   // (kChunk / 2, kLanes) pairs of weights, at each of two scales
   const float** rows;  // (kChunk + 6) the chunk's rows of the queue as they are scored, then rows of zeros
   int64_t* index;      // (kChunk) their places in the queue
   float* widened;      // (kChunk, D + 16) where the queue is not stored as fp32
   float* key_parts;    // (kChunk, 3, words) the chunk's rows as simd/parts.h splits them, of room_for_part(D or kLanes)
                        // words
-  float* query_parts;  // (3, words, kLanes) the block's queries, transposed
-  float* weight_parts;  // (3, words, kLanes) the chunk's weights likewise, room_for_part(kChunk) words
-  int32_t* in_parts;    // (kChunk + kLanes) -1: the row, the query may be multiplied in parts; 0: it may not
-  uint16_t* padded;     // (kChunk, D + 1) where pairs do not come out even
-  float* row;           // (D) one query as fp32
-  float* zeros;         // (max(D, kLanes))
-  int32_t* lane_words;  // (kLaneWords, kLanes) ids, labels and bounds of the block's queries
+  float* turned;       // (D rounded up to 32, 3, words) the chunk turned, of room_for_part(kChunk) words
+  float* weight_parts;     // (3, words, kLanes) its weights, of as many words
+  int32_t* rows_in_parts;  // (kChunk) as lanes_in_parts
+  uint16_t* padded;        // (kChunk, D rounded up to 32) where rows of bf16 cannot be read where they lie
+  float* row;              // (D) one query as fp32
+  float* zeros;            // (max(D, kLanes))
 };
 
-// Running log-sum-exp of a block over a range: sum_k exp(scale s_k) = exp(max) sum, sum_k exp(scale s_k) n_k = exp(max)
-// mean.
+// Rows of a sum (D, kLanes) of weighted keys: tiles add to whole tiles of it.
+inline int64_t room_for_mean(int64_t D) { return (D + 31) / 32 * 32; }
+
+// Running log-sum-exp of a block over a range: sum_k exp(scale s_k) = exp(shift) sum, sum_k exp(scale s_k) n_k =
+// exp(shift) mean.
 struct LogsumexpState {
-  float* max;      // (kLanes)
+  float* shift;    // (kLanes) no score passes it by more than a little (simd/logsumexp.cpp); kNoShift before the first
   float* sum;      // (kLanes)
-  float* mean;     // (D, kLanes) or null: no mean wanted
+  float* mean;     // (room_for_mean(D), kLanes) or null: no mean wanted
   int64_t* kept;   // (kLanes)
   int64_t* above;  // (kLanes)
 };
@@ -81,7 +94,7 @@ struct LogsumexpState {
 struct SoftplusState {
   float* total;   // (kLanes)
   float* mass;    // (kLanes)
-  float* pull;    // (D, kLanes) or null: not wanted
+  float* pull;    // (room_for_mean(D), kLanes) or null: not wanted
   int64_t* kept;  // (kLanes)
 };
 
@@ -105,11 +118,14 @@ void prune(const Selection& selection, int64_t lane);
 
 struct Kernels {
   const char* isa;
-  bool splits;  // it may multiply in parts: workspaces have the room
-  // The block against its range, from empty states, one for each of the 1 or 2 scales; kept and above are the first's.
-  // pivot (B,) or null. Where a selection is given, every place of the range is offered to it besides.
-  void (*logsumexp_range)(const Block&, const Workspace&, const float* scale, int64_t scales, const float* pivot,
-                          const Selection*, const LogsumexpState* const* states);
+  bool splits;       // it may multiply in parts: workspaces have the room
+  int64_t together;  // blocks that it sums best in one call
+  // Blocks (count) against the one range that they have in common, from empty states (count, scales), for each of the 1
+  // or 2 scales; kept and above are the first's. The workspaces (count) have the chunk's memory in common. pivot (B,)
+  // or null. Where selections (count) are given, every place of the range is offered to them besides.
+  void (*logsumexp_range)(const Block* blocks, const Workspace* workspaces, int64_t count, const float* scale,
+                          int64_t scales, const float* pivot, const Selection* selections,
+                          const LogsumexpState* states);
   // The sum of exp(scale s - shift) over the columns of keys (size), packed orders; mean (D), or null, gains their rows
   // times that. The rows of `ahead` keys that follow are fetched meanwhile.
   float (*logsumexp_window_row)(const Matrix& negative_keys, int64_t D, const int64_t* keys, int64_t size,
@@ -123,8 +139,8 @@ struct Kernels {
                                        const float* weight, float* panel, float* out);
   // The block against its range, from an empty state.
   void (*softplus_sum_range)(const Block&, const Workspace&, float scale, float bias, const SoftplusState&);
-  // Offers every place of the block's range to the selection, in the order of the queue.
-  void (*select_range)(const Block&, const Workspace&, const Selection&);
+  // Offers every place of the one range of blocks (count) to the selection of each, in the order of the queue.
+  void (*select_range)(const Block* blocks, const Workspace* workspaces, int64_t count, const Selection* selections);
   // keys (size) keep their `keep` < size best, in the order they had; returns the worst of them. Keys differ.
   int64_t (*keep_best)(int64_t* keys, int64_t size, int64_t keep);
   // count (kLanes): columns in the pool.

@@ -1,114 +1,214 @@
-// Online log-sum-exp of a block of queries over a range of the queue, and with it the softmax mean of the rows (the
-// gradient with respect to the query). Per chunk: scores, pool, new maximum, exponentials in place of the scores,
-// second product.
+// Log-sum-exp of blocks of queries over a range of the queue, and with it the softmax mean of the rows (the gradient
+// with respect to the query). Per chunk, for each block: scores, pool, exponentials, second product.
 //
-// Sums over a chunk start from zero in registers and are then added to the running sums, so that no chain of additions
-// is longer than a chunk. The maximum may change with any chunk; its correction rides on that addition.
-#include <cstring>
-
-#include "kernels/cpu/simd/score.h"
+// Exponents are taken from a shift that each query has of its own. It moves only where a score passes it by kFar, to
+// the largest score then, so there is no pass for the maximum, and sums are seldom corrected. What a query sums, and in
+// what order, depends on the range alone, and not on the queries beside it.
+//
+// Sums over a tile start from zero in registers and are then added to the running sums, so that no chain of additions
+// is longer than a chunk.
+#include "kernels/cpu/simd/tiles.h"
 
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
 
-// What exponents are taken from: an infinite maximum would make inf - inf of its own score, and nothing of all others.
-NEGMINE_INLINE V finite_or_zero(V max) { return max - max == 0.0f ? max : all(0.0f); }
+constexpr float kFar = 8.0f;  // e^8 times a chunk of terms is a sum without harm
+constexpr int64_t kMostTogether = 16;
+#if defined(NEGMINE_TILES)
+constexpr int64_t kTileStride = kTilePanel;  // words of weights from one pair of rows to the next
+#else
+constexpr int64_t kTileStride = kLanes;
+#endif
 
 NEGMINE_INLINE void add_to(int64_t* totals, VI counts) {
   for (int i = 0; i < kWidth; ++i) totals[i] += counts[i];
 }
 
-// The chunk's scores become exp(scale s - max) in w.tile, 0 outside the pool; max, sum and kept move on; correction
-// (kLanes) is what the sums before this chunk are to be multiplied with. pulls (kLanes), where kPull: the running sum
-// of exp(..) s.
-template <bool kPull>
-NEGMINE_INLINE void exponentials(const Block& block, const Workspace& w, const float* scores, int64_t count,
-                                 float scale, float* correction, float* pulls, const LogsumexpState& state) {
-  const int vectors = vectors_of(block);
-  for (int v = 0; v < vectors; ++v) {
-    const int64_t lane = v * kWidth;
-    const V old_max = load(state.max + lane);
-    V new_max = old_max;
-    for (int64_t j = 0; j < count; ++j) {
-      const V score = load(scores + j * kLanes + lane);
-      new_max = max(score * scale, new_max);  // excluded() is a NaN, which max passes over
-    }
-    const V shift = finite_or_zero(new_max);
-    V total = all(0.0f), pull = all(0.0f);
-    VI kept = all(0);
-    for (int64_t j = 0; j < count; ++j) {
-      const V score = load(scores + j * kLanes + lane);
+// What a tile adds to one vector of queries.
+struct Terms {
+  V total, pull, farthest;
+  VI kept;
+};
+
+// What becomes of weights: nothing; rows (count, kLanes); or pairs of rows in a panel (count / 2 rounded up to 16, 32),
+// for blocks of pairs that tiles multiply.
+enum Weights { kNone, kRowsOf, kPacked };
+
+// Of a column of scores (count, kLanes), the weights exp(scale s - shift), 0 outside the pool, and their sum. With
+// kPull also the sum of weights times scores.
+template <bool kMasked, bool kPull, Weights kWeights>
+NEGMINE_INLINE Terms exponentials(const float* scores, int64_t count, float scale, V shift, float* weights) {
+  Terms sum{all(0.0f), all(0.0f), all(-__builtin_inff()), all(0)};
+  const auto one = [&](int64_t j) {
+    const V score = load(scores + j * kLanes);
+    const V x = fma(score, all(scale), -shift);
+    V p = exp_near(x), pulled = score;
+    sum.farthest = max(x, sum.farthest);  // excluded() is a NaN, which max passes over
+    if constexpr (kMasked) {
       const VI outside = is_excluded(score);
-      const V p = outside ? all(0.0f) : exp(fma(score, all(scale), -shift));
-      store(w.tile + j * kLanes + lane, p);
-      total += p;
-      if constexpr (kPull) pull = fma(p, outside ? all(0.0f) : score, pull);
-      kept += outside + 1;
+      p = outside ? all(0.0f) : p;
+      pulled = outside ? all(0.0f) : score;
+      sum.kept += outside + 1;
     }
-    const V factor = exp(old_max - shift);
-    store(correction + lane, factor);
-    store(state.max + lane, new_max);
-    if constexpr (kPull) store(pulls + lane, fma(load(pulls + lane), factor, pull));
-    store(state.sum + lane, fma(load(state.sum + lane), factor, total));
-    add_to(state.kept + lane, kept);
+    sum.total += p;
+    if constexpr (kPull) sum.pull = fma(p, pulled, sum.pull);
+    return p;
+  };
+  if constexpr (kWeights == kNone) {
+    for (int64_t j = 0; j < count; ++j) one(j);
   }
+  if constexpr (kWeights == kRowsOf) {
+    for (int64_t j = 0; j < count; ++j) store(weights + j * kLanes, one(j));
+  }
+#if defined(NEGMINE_TILES)
+  if constexpr (kWeights == kPacked) {
+    int64_t j = 0;
+    for (; j + 2 <= count; j += 2) {
+      const V first = one(j);
+      store(weights + j / 2 * kTilePanel, pack_weights(first, one(j + 1)));
+    }
+    if (j < count) store(weights + j / 2 * kTilePanel, pack_weights(one(j), all(0.0f))), j += 2;
+    for (; j % 32 != 0; j += 2) store(weights + j / 2 * kTilePanel, all(0.0f));
+  }
+#endif
+  if constexpr (!kMasked) sum.kept += static_cast<int32_t>(count);
+  return sum;
+}
+
+// Adds a tile of scores (count, kLanes) to the state and writes its weights; correction (kLanes) is what sums before
+// this tile are to be multiplied with. True where that is not 1 everywhere. pulls (kLanes), where kPull: the running
+// sum of exp(..) s. Packed weights of a panel are `words` words.
+template <bool kMasked, bool kPull, Weights kWeights>
+bool weigh(const Block& block, const float* scores, int64_t count, float scale, float* weights,
+           [[maybe_unused]] int64_t words, float* correction, float* pulls, const LogsumexpState& state) {
+  bool moved = false;
+  for (int64_t lane = 0; lane < vectors_of(block) * kWidth; lane += kWidth) {
+#if defined(NEGMINE_TILES)
+    float* column = weights + (kWeights == kPacked ? panel_at(lane, words) : lane);
+#else
+    float* column = weights + lane;
+#endif
+    const auto run = [&](V shift) {
+      return exponentials<kMasked, kPull, kWeights>(scores + lane, count, scale, shift, column);
+    };
+    const V shift = load(state.shift + lane), before = load(state.sum + lane);
+    V factor = all(1.0f);
+    Terms terms = run(shift);
+    const VI passed = (terms.farthest > kFar) & (before < __builtin_inff());
+    if (any(passed)) {
+      V most = all(-__builtin_inff());
+      for (int64_t j = 0; j < count; ++j) most = max(load(scores + j * kLanes + lane) * scale, most);
+      const VI moves = passed & (most < __builtin_inff());
+      const V moved_shift = moves ? most : shift;
+      factor = moves ? exp_near(shift - most) : factor;
+      terms = run(moved_shift);
+      store(state.shift + lane, moved_shift);
+      moved = true;
+    }
+    store(correction + lane, factor);
+    store(state.sum + lane, fma(before, factor, terms.total));
+    if constexpr (kPull) store(pulls + lane, fma(load(pulls + lane), factor, terms.pull));
+    add_to(state.kept + lane, terms.kept);
+  }
+  return moved;
+}
+
+// The same for what is known when it runs: pulls come with a mean of pairs of bf16.
+bool weigh_tile(const Block& block, const float* scores, int64_t count, bool masked, Weights kind, float scale,
+                float* weights, int64_t words, float* correction, float* pulls, const LogsumexpState& state) {
+#define NEGMINE_WEIGH(pull, kind)                                                                         \
+  masked ? weigh<true, pull, kind>(block, scores, count, scale, weights, words, correction, pulls, state) \
+         : weigh<false, pull, kind>(block, scores, count, scale, weights, words, correction, pulls, state)
+#if defined(NEGMINE_TILES)
+  if (kind == kPacked) return NEGMINE_WEIGH(true, kPacked);
+#elif defined(__AVX512BF16__)
+  if (pulls != nullptr) return NEGMINE_WEIGH(true, kRowsOf);
+#endif
+  return kind == kNone ? (NEGMINE_WEIGH(false, kNone)) : (NEGMINE_WEIGH(false, kRowsOf));
+#undef NEGMINE_WEIGH
 }
 
 void count_above(const Block& block, const Workspace& w, int64_t count, const float* pivot, int64_t* above) {
-  const int vectors = vectors_of(block);
-  for (int v = 0; v < vectors; ++v) {
-    const V threshold = load(pivot + v * kWidth);
+  for (int64_t lane = 0; lane < vectors_of(block) * kWidth; lane += kWidth) {
+    V threshold = all(0.0f);
+    for (int i = 0; i < kWidth && lane + i < block.lanes; ++i) threshold[i] = pivot[block.first_query + lane + i];
     VI total = all(0);
-    for (int64_t j = 0; j < count; ++j) total -= load(w.tile + j * kLanes + v * kWidth) > threshold;
-    add_to(above + v * kWidth, total);
+    for (int64_t j = 0; j < count; ++j) total -= load(w.tile + j * kLanes + lane) > threshold;
+    add_to(above + lane, total);
   }
+}
+
+void clear(const Block& block, const LogsumexpState& state) {
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    state.shift[lane] = kNoShift;
+    state.sum[lane] = 0.0f;
+    state.kept[lane] = state.above[lane] = 0;
+  }
+  if (state.mean == nullptr) return;
+  for (int64_t i = 0; i < room_for_mean(block.D) * kLanes; ++i) state.mean[i] = 0.0f;
 }
 
 }  // namespace
 
-void logsumexp_range(const Block& block, const Workspace& w, const float* scale, int64_t scales, const float* pivot,
-                     const Selection* selection, const LogsumexpState* const* states) {
-  begin_block(block, w);
-  float pivots[kLanes], correction[kLanes];
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    pivots[lane] = pivot != nullptr && lane < block.lanes ? pivot[block.first_query + lane] : 0.0f;
+void logsumexp_range(const Block* blocks, const Workspace* workspaces, int64_t count, const float* scale,
+                     int64_t scales, const float* pivot, const Selection* selections, const LogsumexpState* states) {
+  const Tiles tiles;
+  const bool with_mean = states[0].mean != nullptr, with_pulls = with_mean && in_pairs(blocks[0]);
+#if defined(NEGMINE_TILES)
+  const bool packs = with_pulls;
+#else
+  const bool packs = false;
+#endif
+  const Weights kind = packs ? kPacked : with_mean ? kRowsOf : kNone;
+  float pulls[kMostTogether][2][kLanes] = {};
+  for (int64_t b = 0; b < count; ++b) {
+    begin_block(blocks[b], workspaces[b]);
+    for (int64_t i = 0; i < scales; ++i) clear(blocks[b], states[b * scales + i]);
   }
-  for (int64_t i = 0; i < scales; ++i) {
-    const LogsumexpState& state = *states[i];
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      state.max[lane] = -__builtin_inff();
-      state.sum[lane] = 0.0f;
-      state.kept[lane] = state.above[lane] = 0;
-    }
-    for (int64_t at = 0; state.mean != nullptr && at < block.D * kLanes; ++at) state.mean[at] = 0.0f;
-  }
-  const bool wants_pull = in_pairs(block) && states[0]->mean != nullptr;
-  float pulls[2][kLanes] = {};
-  const float* rows[kChunk];  // add_mean spends the workspace's rows
-  for (int64_t k = block.k_begin; k < block.k_end;) {
-    const int64_t count = load_chunk(block, w, &k, true);
-    score_chunk(block, w, count);
-    apply_masks(block, w, count);
-    if (pivot != nullptr) count_above(block, w, count, pivots, states[0]->above);
-    if (block.pool.bounded()) apply_bounds(block, w, count);
-    if (selection != nullptr) offer_chunk(block, w, count, *selection);
-    if (scales == 2) {
-      std::memcpy(w.scores, w.tile, count * kLanes * sizeof(float));
-      std::memcpy(rows, w.rows, count * sizeof(rows[0]));
-    }
-    for (int64_t i = 0; i < scales; ++i) {
-      const LogsumexpState& state = *states[i];
-      const float* scores = i == 0 ? w.tile : w.scores;
-      if (i == 1) std::memcpy(w.rows, rows, count * sizeof(rows[0]));
-      if (wants_pull) {
-        exponentials<true>(block, w, scores, count, scale[i], correction, pulls[i], state);
-      } else {
-        exponentials<false>(block, w, scores, count, scale[i], correction, nullptr, state);
+  for (int64_t k = blocks[0].k_begin; k < blocks[0].k_end;) {
+    const Chunk chunk = load_chunk(blocks[0], workspaces[0], &k, true);
+    const Ahead ahead = ahead_of(blocks[0], workspaces[0], chunk);
+    if (with_mean) begin_mean(blocks[0], workspaces[0], chunk);
+    for (int64_t b = 0; b < count; ++b) {
+      const Block& block = blocks[b];
+      const Workspace& w = workspaces[b];
+      [[maybe_unused]] int64_t summed[2] = {};  // words of packed weights that are in the mean
+      for_each_tile(block, chunk, [&](int64_t first, int64_t rows) {
+        const Workspace tile = at_row(w, first);
+        score_rows(block, tile, chunk, first, rows, share_of(ahead, first, rows, b, count));
+        const bool masked = apply_masks(block, tile, rows) || block.pool.bounded();
+        if (pivot != nullptr) count_above(block, tile, rows, pivot, states[b * scales].above);
+        if (block.pool.bounded()) apply_bounds(block, tile, rows);
+        if (selections != nullptr) offer_chunk(block, tile, rows, selections[b]);
+        for (int64_t i = 0; i < scales; ++i) {
+          const LogsumexpState& state = states[b * scales + i];
+          float correction[kLanes];
+          float* weights = packs ? w.weights[i] + first / 2 * kTileStride : w.scores;
+          [[maybe_unused]] const bool moved =
+              weigh_tile(block, tile.tile, rows, masked, kind, scale[i], weights, room_for_part(chunk.count),
+                         correction, with_pulls ? pulls[b][i] : nullptr, state);
+          if (with_mean && !packs) add_mean(block, w, chunk, weights, correction, state.mean);
+#if defined(NEGMINE_TILES)
+          if (packs && moved) {  // what was weighed by the old shift is added first
+            if (summed[i] < first / 2) add_packed(block, w, chunk, summed[i], first / 2, w.weights[i], state.mean);
+            summed[i] = first / 2;
+            scale_mean(block, correction, state.mean);
+          }
+#endif
+        }
+      });
+#if defined(NEGMINE_TILES)
+      for (int64_t i = 0; i < scales && packs; ++i) {
+        const int64_t words = room_for_part(chunk.count);
+        if (summed[i] < words) add_packed(block, w, chunk, summed[i], words, w.weights[i], states[b * scales + i].mean);
       }
-      if (state.mean != nullptr) add_mean(block, w, count, correction, state.mean);
+#endif
     }
   }
-  for (int64_t i = 0; wants_pull && i < scales; ++i) restore_pull(block, w, pulls[i], states[i]->mean);
+  for (int64_t b = 0; b < count && with_pulls; ++b) {
+    for (int64_t i = 0; i < scales; ++i)
+      restore_pull(blocks[b], workspaces[b], pulls[b][i], states[b * scales + i].mean);
+  }
 }
 
 }  // namespace negmine::cpu::NEGMINE_SIMD

@@ -42,6 +42,7 @@ void weigh(const Block& block, const Workspace& w, int64_t count, float scale, c
 template <bool kSigmoid>
 void grad_keys_range(const Block& block, const Workspace& w, float scale, const float* lse, const float* weight,
                      float* panel, float* out) {
+  const Tiles tiles;
   begin_block(block, w);
   float lane_lse[kLanes], lane_weight[kLanes];
   for (int64_t lane = 0; lane < kLanes; ++lane) {
@@ -55,8 +56,9 @@ void grad_keys_range(const Block& block, const Workspace& w, float scale, const 
 #endif
   float product[kRows * kLanes];  // (6, kLanes)
   for (int64_t k = block.k_begin; k < block.k_end;) {
-    const int64_t count = load_chunk(block, w, &k, true);
-    score_chunk(block, w, count);
+    const Chunk chunk = load_chunk(block, w, &k, true);
+    const int64_t count = chunk.count;
+    score_chunk(block, w, chunk);
     apply_masks(block, w, count);
     if (block.pool.bounded()) apply_bounds(block, w, count);
     weigh<kSigmoid>(block, w, count, scale, lane_lse, lane_weight);

@@ -40,77 +40,100 @@ void mean_panel(int64_t D, const float* const* rows, const float* p, int64_t cou
   for (; d < D; ++d) mean_tile<1, kVec, kPairs>(rows, d, p, count, correction, mean);
 }
 
-// The weights of a chunk are in w.tile (count, kLanes).
+// rows (count) weighted by weights (count, kLanes)
 template <bool kPairs>
-void add_weighted(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean) {
+void add_weighted(const Block& block, const float* const* rows, int64_t count, const float* weights,
+                  const float* correction, float* mean) {
   const int vectors = vectors_of(block);
   const int64_t D = block.D;
   for (int v = 0; v < vectors; v += kVectors) {
     const int64_t lane = v * kWidth;
     switch (vectors - v) {
       case 1:
-        mean_panel<1, kPairs>(D, w.rows, w.tile + lane, count, correction + lane, mean + lane);
+        mean_panel<1, kPairs>(D, rows, weights + lane, count, correction + lane, mean + lane);
         break;
 #if defined(__AVX512F__)
       case 2:
-        mean_panel<2, kPairs>(D, w.rows, w.tile + lane, count, correction + lane, mean + lane);
+        mean_panel<2, kPairs>(D, rows, weights + lane, count, correction + lane, mean + lane);
         break;
       case 3:
-        mean_panel<3, kPairs>(D, w.rows, w.tile + lane, count, correction + lane, mean + lane);
+        mean_panel<3, kPairs>(D, rows, weights + lane, count, correction + lane, mean + lane);
         break;
 #endif
       default:
-        mean_panel<kVectors, kPairs>(D, w.rows, w.tile + lane, count, correction + lane, mean + lane);
+        mean_panel<kVectors, kPairs>(D, rows, weights + lane, count, correction + lane, mean + lane);
     }
   }
 }
 
 #if defined(__AVX512BF16__) && !defined(NEGMINE_TILES)
-// Of a chunk of pair rows and its probabilities, what a product over pairs of rows takes, the second of an odd last
-// pair zero: w.tile (pairs, kLanes) probabilities rounded to bf16, w.rows (pairs) words (D). Returns the number of
-// pairs.
-int64_t pair_chunk(const Block& block, const Workspace& w, int64_t count) {
+// Weights (count, kLanes) become (pairs, kLanes), rounded to bf16; the second of an odd last pair is zero.
+void pair_weights(const Block& block, int64_t count, float* weights) {
+  for (int64_t j = 0; j < count; j += 2) {
+    for (int v = 0; v < vectors_of(block); ++v) {
+      const float* p = weights + j * kLanes + v * kWidth;
+      const H second = to_bfloat16(j + 1 == count ? all(0.0f) : load(p + kLanes));
+      store(weights + j / 2 * kLanes + v * kWidth, pair_up(to_bfloat16(load(p)), second));
+    }
+  }
+}
+
+// Pairs of rows of a chunk, the second of an odd last one zeros: w.widened (pairs, D) words.
+void pair_rows(const Block& block, const Workspace& w, int64_t count) {
   const int64_t D = block.D;
   for (int64_t j = 0; j < count; j += 2) {
-    const bool alone = j + 1 == count;
-    for (int v = 0; v < vectors_of(block); ++v) {
-      const float* p = w.tile + j * kLanes + v * kWidth;
-      const H second = to_bfloat16(alone ? all(0.0f) : load(p + kLanes));
-      store(w.tile + j / 2 * kLanes + v * kWidth, pair_up(to_bfloat16(load(p)), second));
-    }
     const uint16_t* a = reinterpret_cast<const uint16_t*>(w.rows[j]);
-    const uint16_t* b = reinterpret_cast<const uint16_t*>(alone ? w.zeros : w.rows[j + 1]);
+    const uint16_t* b = reinterpret_cast<const uint16_t*>(j + 1 == count ? w.zeros : w.rows[j + 1]);
     float* out = w.widened + j / 2 * D;
     int64_t d = 0;
     for (; d + kWidth <= D; d += kWidth) store(out + d, pair_up(load(a + d), load(b + d)));
     for (; d < D; ++d) out[d] = float_of(static_cast<uint32_t>(b[d]) << 16 | a[d]);
-    w.rows[j / 2] = out;
   }
-  return (count + 1) / 2;
 }
 #endif
 
 }  // namespace
 
-void add_mean(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean) {
+void begin_mean([[maybe_unused]] const Block& block, [[maybe_unused]] const Workspace& w,
+                [[maybe_unused]] const Chunk& chunk) {
 #if defined(NEGMINE_TILES)
-  if (in_pairs(block)) return add_mean_in_tiles(block, w, count, correction, mean);
-  if (add_mean_in_parts(block, w, count, correction, mean)) return;
+  if (in_pairs(block)) return turn_pairs(block, w, chunk);
+  if (chunk.in_parts) turn_parts(block, w, chunk);
 #elif defined(__AVX512BF16__)
-  if (in_pairs(block)) return add_weighted<true>(block, w, pair_chunk(block, w, count), correction, mean);
+  if (in_pairs(block)) pair_rows(block, w, chunk.count);
 #endif
-  add_weighted<false>(block, w, count, correction, mean);
+}
+
+void add_mean(const Block& block, const Workspace& w, const Chunk& chunk, float* weights, const float* correction,
+              float* mean) {
+  const int64_t count = chunk.count;
+#if defined(NEGMINE_TILES)
+  if (in_pairs(block)) {
+    pack_rows(block, weights, count, w.weights[0]);
+    scale_mean(block, correction, mean);
+    return add_packed(block, w, chunk, 0, room_for_part(chunk.count), w.weights[0], mean);
+  }
+  if (chunk.in_parts) return add_mean_in_parts(block, w, chunk, weights, correction, mean);
+#elif defined(__AVX512BF16__)
+  if (in_pairs(block)) {
+    const float* pairs[kChunk / 2];  // (pairs) words (D)
+    for (int64_t j = 0; 2 * j < count; ++j) pairs[j] = w.widened + j * block.D;
+    pair_weights(block, count, weights);
+    return add_weighted<true>(block, pairs, (count + 1) / 2, weights, correction, mean);
+  }
+#endif
+  add_weighted<false>(block, w.rows, count, weights, correction, mean);
 }
 
 void restore_pull([[maybe_unused]] const Block& block, [[maybe_unused]] const Workspace& w,
                   [[maybe_unused]] const float* pulls, [[maybe_unused]] float* mean) {
 #if defined(__AVX512BF16__)
   if (!in_pairs(block)) return;
-  const int64_t D = block.D, T = (D + 1) / 2;
+  const int64_t D = block.D;
   for (int v = 0; v < vectors_of(block); ++v) {
-    const float* words = w.q_t + v / kVectors * T * kPanel + v % kVectors * kWidth;
+    const float* words = pair_words(block, w, v * kWidth);
     const auto query = [&](int64_t d) {
-      const VI word = (VI)load(words + d / 2 * kPanel);
+      const VI word = (VI)load(words + d / 2 * kPairStride);
       return (V)(d % 2 == 0 ? word << 16 : word & all(static_cast<int32_t>(0xFFFF0000)));
     };
     float* column = mean + v * kWidth;

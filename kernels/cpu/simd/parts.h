@@ -108,7 +108,7 @@ NEGMINE_INLINE Range split_row(const float* row, int64_t D, float factor, float*
   return range;
 }
 
-// The same of kWidth columns: rows (D, kLanes) -> out (kParts, room_for_part(D), kLanes).
+// The same of kWidth columns: rows (D, kLanes) -> out (kParts, room_for_part(D), 32), in a panel.
 template <int kParts>
 NEGMINE_INLINE Range split_columns(const float* rows, int64_t D, float factor, float* out) {
   const int64_t words = room_for_part(D);
@@ -119,23 +119,30 @@ NEGMINE_INLINE Range split_columns(const float* rows, int64_t D, float factor, f
     const V high = d + kTile < D ? load(rows + (d + kTile) * kLanes) * factor : all(0.0f);
     range.see(low);
     range.see(high);
-    split<kParts>(low, high, words * kLanes, out + t * kLanes);
+    split<kParts>(low, high, words * kTilePanel, out + t * kTilePanel);
   }
   return range;
 }
 
-// Fills query_parts, and in_parts of queries, from q_t.
+// Fills query_parts and lanes_in_parts from q_t.
 void split_queries(const Block& block, const Workspace& w);
 
-// score_chunk() of score.h where words are not pairs.
-void score_in_parts(const Block& block, const Workspace& w, int64_t count, const Ahead& ahead);
+// The rows of a chunk in parts, as left operand, and which of them may be multiplied so.
+void split_keys(const Block& block, const Workspace& w, Chunk& chunk);
 
-// add_mean() of score.h of a chunk that score_in_parts() has seen; false, and nothing done, where it split not all
-// rows.
-bool add_mean_in_parts(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean);
+// score_rows() of score.h where words are not pairs.
+void score_in_parts(const Block& block, const Workspace& w, const Chunk& chunk, int64_t first, int64_t count,
+                    const Ahead& ahead);
 
-// panel (D / kPanel, lanes, kPanel) -> out (D / kPanel, parts, room_for_part(lanes), kPanel), the block's queries as
-// right operand; false where one of them may not be split.
+// The chunk turned, in parts: w.turned (room_for_mean(D), parts, words).
+void turn_parts(const Block& block, const Workspace& w, const Chunk& chunk);
+
+// add_mean() of score.h of a chunk whose rows all split.
+void add_mean_in_parts(const Block& block, const Workspace& w, const Chunk& chunk, const float* weights,
+                       const float* correction, float* mean);
+
+// panel (D / kPanel, lanes, kPanel) -> out (D / 32, parts, room_for_part(lanes), 32), the block's queries as right
+// operand; false where one of them may not be split.
 bool split_panel(const Block& block, const float* panel, float* out);
 
 // Adds what the weights w.tile (count, kLanes) make of such a panel to rows of out (K, D). Rows of weights that are not

@@ -76,10 +76,12 @@ void begin_pool(const Block& block, const Workspace& w) {
   if (pool.upper != nullptr) split_bound(block, pool.upper, words + kUpperScore * kLanes, words + kUpperIndex * kLanes);
 }
 
-void apply_masks(const Block& block, const Workspace& w, int64_t count) {
+bool apply_masks(const Block& block, const Workspace& w, int64_t count) {
   const Pool& pool = block.pool;
+  bool some = false;
   if (pool.negative_mask != nullptr && pool.mask_per_query) {
     const float outside = float_of(kExcludedBits);
+    some = true;
     for (int64_t lane = 0; lane < block.lanes; ++lane) {
       const uint8_t* mask = pool.negative_mask + (block.first_query + lane) * pool.mask_row_stride;  // (K)
       for (int64_t j = 0; j < count; ++j) {
@@ -89,11 +91,14 @@ void apply_masks(const Block& block, const Workspace& w, int64_t count) {
     }
   }
   if (pool.query_ids != nullptr && may_equal(block, w, count, pool.query_ids, pool.negative_ids)) {
+    some = true;
     exclude_where(true, block, w, count, pool.negative_ids, kIdLow, kIdHigh);
   }
   if (pool.query_labels != nullptr) {
+    some = true;
     exclude_where(!pool.same_label, block, w, count, pool.negative_labels, kLabelLow, kLabelHigh);
   }
+  return some;
 }
 
 void apply_bounds(const Block& block, const Workspace& w, int64_t count) {

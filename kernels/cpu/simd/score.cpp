@@ -92,6 +92,7 @@ NEGMINE_INLINE void multiply_panels(const float* const* a, int64_t rows, const f
   }
 }
 
+#if defined(__AVX512BF16__)
 // Row `row` of the queue as pairs: where it lies, or copied to out (D + 1) with a zero behind it.
 NEGMINE_INLINE const float* pair_row(const Matrix& m, int64_t row, int64_t D, uint16_t* out) {
   const uint16_t* in = static_cast<const uint16_t*>(m.data) + row * m.row_stride;
@@ -101,56 +102,71 @@ NEGMINE_INLINE const float* pair_row(const Matrix& m, int64_t row, int64_t D, ui
   return reinterpret_cast<const float*>(out);
 }
 
-// The block's queries (.., (D + 1) / 2, kPanel) as pairs.
+// The block's queries as pairs, 16 by 16 words at a time: w.q_t (T, kPanel), or for tiles as they take them.
 void transpose_pairs(const Block& block, const Workspace& w, int64_t padded) {
+  static_assert(kPanel == kLanes);
+#if defined(NEGMINE_TILES)
+  const int64_t D = block.D, T = whole_tiles((D + 1) / 2);
+#else
   const int64_t D = block.D, T = (D + 1) / 2;
-  for (int64_t lane = 0; lane < padded; ++lane) {
-    float* out = w.q_t + (lane / kPanel) * T * kPanel + lane % kPanel;
-    const int64_t row = (block.first_query + lane) * block.query.row_stride;
-    const uint16_t* q = static_cast<const uint16_t*>(block.query.data) + row;
-    for (int64_t t = 0; t < T; ++t) {
-      const uint32_t low = lane < block.lanes ? q[2 * t] : 0;
-      const uint32_t high = lane < block.lanes && 2 * t + 1 < D ? q[2 * t + 1] : 0;
-      out[t * kPanel] = float_of(high << 16 | low);
+#endif
+  const char* first = static_cast<const char*>(block.query.data) + block.first_query * block.query.row_stride * 2;
+  for (int64_t lane = 0; lane < padded; lane += kWidth) {
+    for (int64_t t = 0; t < T; t += kWidth) {
+      V x[kWidth];  // (16 queries, 16 words)
+      const int64_t left = 2 * D - 4 * t, bytes = left < 0 ? 0 : left < 64 ? left : 64;
+      for (int64_t i = 0; i < kWidth; ++i) {
+        x[i] = all(0.0f);
+        const char* from = first + (lane + i) * block.query.row_stride * 2 + 4 * t;
+        if (lane + i < block.lanes) std::memcpy(&x[i], from, static_cast<size_t>(bytes));
+      }
+      transpose(x);
+      for (int64_t i = 0; i < kWidth && t + i < T; ++i) store(pair_words(block, w, lane) + (t + i) * kPairStride, x[i]);
     }
   }
-#if defined(NEGMINE_TILES)
-  for (int64_t i = T * kPanel; i < whole_tiles(T) * kPanel; ++i) w.q_t[i] = 0.0f;
-#endif
 }
+#endif
 
 }  // namespace
 
 __attribute__((noinline)) void multiply(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors,
                                         [[maybe_unused]] bool pairs, float* out, const Ahead& ahead) {
-#if defined(NEGMINE_TILES)
-  if (pairs) return multiply_in_tiles(a, rows, b, T, vectors, out, ahead);
-#elif defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(NEGMINE_TILES)
   if (pairs) return multiply_panels<true>(a, rows, b, T, vectors, out, ahead);
 #endif
   multiply_panels<false>(a, rows, b, T, vectors, out, ahead);
 }
 
-void score_chunk(const Block& block, const Workspace& w, int64_t count) {
-  if (count == 0) return;
-  const bool pairs = in_pairs(block);
+Ahead ahead_of(const Block& block, const Workspace& w, const Chunk& chunk) {
+  if (chunk.count == 0) return {};
   const Matrix& keys = block.negative_keys;
-  const int64_t element = keys.dtype == Dtype::kFloat32 ? 4 : 2, next = w.index[count - 1] + 1;
+  const int64_t element = keys.dtype == Dtype::kFloat32 ? 4 : 2, next = w.index[chunk.count - 1] + 1;
   const int64_t left = block.k_end - next, most = chunk_rows(block);
-  const Ahead ahead{.first = static_cast<const char*>(keys.data) + next * keys.row_stride * element,
-                    .rows = left < most ? left : most,
-                    .stride = keys.row_stride * element,
-                    .bytes = block.D * element};
+  return {.first = static_cast<const char*>(keys.data) + next * keys.row_stride * element,
+          .rows = left < most ? left : most,
+          .stride = keys.row_stride * element,
+          .bytes = block.D * element};
+}
+
+void score_rows(const Block& block, const Workspace& w, [[maybe_unused]] const Chunk& chunk, int64_t first,
+                int64_t count, const Ahead& ahead) {
+  if (count == 0) return;
 #if defined(NEGMINE_TILES)
-  if (!pairs) return score_in_parts(block, w, count, ahead);
+  if (!in_pairs(block)) return score_in_parts(block, w, chunk, first, count, ahead);
+  const Operand left{chunk.left + first * chunk.stride, chunk.stride};
+  multiply_in_tiles(left, count, w.q_t, whole_tiles((block.D + 1) / 2), vectors_of(block), w.tile, ahead);
+#else
+  const bool pairs = in_pairs(block);
+  multiply(w.rows + first, count, w.q_t, pairs ? (block.D + 1) / 2 : block.D, vectors_of(block), pairs, w.tile, ahead);
 #endif
-  multiply(w.rows, count, w.q_t, pairs ? (block.D + 1) / 2 : block.D, vectors_of(block), pairs, w.tile, ahead);
 }
 
 void begin_block(const Block& block, const Workspace& w) {
   const int64_t D = block.D, padded = static_cast<int64_t>(vectors_of(block)) * kWidth;
   for (int64_t d = 0; d < (D > kLanes ? D : kLanes); ++d) w.zeros[d] = 0.0f;
+#if defined(__AVX512BF16__)
   if (in_pairs(block)) transpose_pairs(block, w, padded);
+#endif
   for (int64_t lane = 0; lane < padded && !in_pairs(block); ++lane) {
     float* out = w.q_t + (lane / kPanel) * D * kPanel + lane % kPanel;
     const float* q = lane < block.lanes ? widen_row(block.query, block.first_query + lane, D, w.row) : w.zeros;
@@ -162,22 +178,34 @@ void begin_block(const Block& block, const Workspace& w) {
   begin_pool(block, w);
 }
 
-int64_t load_chunk(const Block& block, const Workspace& w, int64_t* k, bool rows) {
+Chunk load_chunk(const Block& block, const Workspace& w, int64_t* k, bool rows) {
   const int64_t most = chunk_rows(block);
   const uint8_t* mask = block.pool.mask_per_query ? nullptr : block.pool.negative_mask;
-  const bool pairs = in_pairs(block);
-  int64_t count = 0;
-  for (; *k < block.k_end && count < most; ++*k) {
-    if (mask != nullptr && mask[*k] == 0) continue;
-    w.index[count] = *k;
-    if (rows) {
-      w.rows[count] = pairs ? pair_row(block.negative_keys, *k, block.D, w.padded + count * (block.D + 1))
-                            : widen_row(block.negative_keys, *k, block.D, w.widened + count * block.D);
-    }
-    ++count;
+  Chunk chunk;
+  for (; *k < block.k_end && chunk.count < most; ++*k) {
+    if (mask == nullptr || mask[*k] != 0) w.index[chunk.count++] = *k;
   }
-  for (int64_t row = count; row < count + kRows; ++row) w.rows[row] = w.zeros;
-  return count;
+  if (!rows) return chunk;
+#if defined(NEGMINE_TILES)
+  if (in_pairs(block)) {
+    place_pairs(block, w, chunk);
+    return chunk;
+  }
+#endif
+  for (int64_t j = 0; j < chunk.count; ++j) {
+#if defined(__AVX512BF16__) && !defined(NEGMINE_TILES)
+    if (in_pairs(block)) {
+      w.rows[j] = pair_row(block.negative_keys, w.index[j], block.D, w.padded + j * (block.D + 1));
+      continue;
+    }
+#endif
+    w.rows[j] = widen_row(block.negative_keys, w.index[j], block.D, w.widened + j * block.D);
+  }
+  for (int64_t row = chunk.count; row < chunk.count + kRows; ++row) w.rows[row] = w.zeros;
+#if defined(NEGMINE_TILES)
+  split_keys(block, w, chunk);
+#endif
+  return chunk;
 }
 
 }  // namespace negmine::cpu::NEGMINE_SIMD

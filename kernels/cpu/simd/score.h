@@ -21,11 +21,20 @@ NEGMINE_INLINE bool in_pairs([[maybe_unused]] const Block& block) {
 // Rows of a chunk: fewer where D is large, so that the chunk stays in the second-level cache.
 NEGMINE_INLINE int64_t chunk_rows(const Block& block) {
 #if defined(__AMX_BF16__)
-  return block.D <= 256 ? 96 : block.D <= 512 ? 64 : 32;  // pairs of tiles of 16
+  return block.D <= 256 ? kChunk : block.D <= 512 ? 64 : 32;  // pairs of tiles of 16
 #else
-  return block.D <= 256 ? kChunk : block.D <= 512 ? 60 : 30;
+  return block.D <= 256 ? 126 : block.D <= 512 ? 60 : 30;  // register tiles of 6
 #endif
 }
+
+// Rows of the queue that are scored together, in the workspace's rows and index.
+struct Chunk {
+  int64_t count = 0;
+  // For tiles, whole ones of 32 rows: pairs of bf16, or parts. A pointer to the first row, bytes from row to row.
+  const char* left = nullptr;
+  int64_t stride = 0;
+  bool in_parts = true;  // every row may be multiplied in parts
+};
 
 // One step of a chain: a product of floats, or of two pairs of bf16.
 template <bool kPairs>
@@ -49,10 +58,16 @@ struct Ahead {
   int64_t rows = 0, stride = 0, bytes = 0;  // from row to row, and of a row
 };
 
-// The rows ahead in the place of rows [row, row + tall).
+// Of the rows ahead those in the place of rows [row, row + tall).
 NEGMINE_INLINE Ahead part_of(const Ahead& ahead, int64_t row, int64_t tall) {
   const int64_t left = ahead.rows - row;
   return {ahead.first + row * ahead.stride, left < 0 ? 0 : left < tall ? left : tall, ahead.stride, ahead.bytes};
+}
+
+// Of those in the place of rows [row, row + tall), the part that block b of `blocks` asks for.
+NEGMINE_INLINE Ahead share_of(const Ahead& ahead, int64_t row, int64_t tall, int64_t b, int64_t blocks) {
+  const int64_t share = (tall + blocks - 1) / blocks;
+  return part_of(part_of(ahead, row, tall), b * share, share);
 }
 
 // out (rows, kLanes) = a (rows, T) x b (T, 16 * vectors): a by row pointers, readable up to a multiple of 6 rows; b in
@@ -62,26 +77,90 @@ NEGMINE_INLINE Ahead part_of(const Ahead& ahead, int64_t row, int64_t tall) {
 void multiply(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors, bool pairs, float* out,
               const Ahead& ahead);
 
+// Tiles of full size in this thread while it lives (simd/tiles.h).
+#if defined(__AMX_BF16__)
+class Tiles {
+ public:
+  Tiles();
+  ~Tiles();
+  Tiles(const Tiles&) = delete;
+};
+#else
+struct Tiles {
+  Tiles() {}
+};
+#endif
+
+#if defined(__AVX512BF16__)
+// Word 0 of a vector of queries in w.q_t where those are pairs, and words from one to the next.
+#if defined(__AMX_BF16__)
+constexpr int64_t kPairStride = 32;  // panels of two tiles (simd/tiles.h)
+NEGMINE_INLINE float* pair_words(const Block& block, const Workspace& w, int64_t lane) {
+  return w.q_t + lane / kPairStride * room_for_part(block.D) * kPairStride + lane % kPairStride;
+}
+#else
+constexpr int64_t kPairStride = kPanel;
+NEGMINE_INLINE float* pair_words(const Block&, const Workspace& w, int64_t lane) { return w.q_t + lane; }
+#endif
+#endif
+
 // Fills the workspace's q_t and zeros, and its lane_words, for this block.
 void begin_block(const Block& block, const Workspace& w);
 void begin_pool(const Block& block, const Workspace& w);
 
 // The next chunk of rows that the (K,) mask allows, from *k on: w.rows and w.index; *k moves past it. Rows behind a
-// False are never read. Without `rows` only w.index is filled.
-int64_t load_chunk(const Block& block, const Workspace& w, int64_t* k, bool rows);
+// False are never read. Without `rows` only w.index is filled. Blocks that differ in their queries alone share it.
+Chunk load_chunk(const Block& block, const Workspace& w, int64_t* k, bool rows);
 
-// w.tile (count, kLanes): the chunk's scores.
-void score_chunk(const Block& block, const Workspace& w, int64_t count);
+// The rows of the queue behind a chunk, as many as a chunk may have.
+Ahead ahead_of(const Block& block, const Workspace& w, const Chunk& chunk);
 
-// mean (D, kLanes) = correction * mean + sum of the chunk's rows weighted by w.tile (count, kLanes), which is spent;
+// w.tile (count, kLanes): the scores of the chunk's rows [first, first + count); first is a multiple of 32.
+void score_rows(const Block& block, const Workspace& w, const Chunk& chunk, int64_t first, int64_t count,
+                const Ahead& ahead);
+
+NEGMINE_INLINE void score_chunk(const Block& block, const Workspace& w, const Chunk& chunk) {
+  score_rows(block, w, chunk, 0, chunk.count, ahead_of(block, w, chunk));
+}
+
+// Rows of a chunk that are worked on while their scores are near.
+NEGMINE_INLINE int64_t tile_rows([[maybe_unused]] const Block& block) {
+#if defined(__AMX_BF16__)
+  if (in_pairs(block)) return 32;
+#endif
+  return kChunk;
+}
+
+// body(first, count) for rows [first, first + count) of the chunk, tile by tile.
+template <class Body>
+NEGMINE_INLINE void for_each_tile(const Block& block, const Chunk& chunk, const Body& body) {
+  const int64_t tall = tile_rows(block);
+  for (int64_t first = 0; first < chunk.count; first += tall) {
+    body(first, chunk.count - first < tall ? chunk.count - first : tall);
+  }
+}
+
+// The workspace of which w.tile is rows of the chunk from `first` on, where a tile begins.
+NEGMINE_INLINE Workspace at_row(const Workspace& w, int64_t first) {
+  Workspace from = w;
+  from.index += first;
+  return from;
+}
+
+// What add_mean takes of a chunk, made once for all blocks.
+void begin_mean(const Block& block, const Workspace& w, const Chunk& chunk);
+
+// mean (D, kLanes) = correction * mean + sum of the chunk's rows times weights (count, kLanes), which are spent;
 // correction (kLanes).
-void add_mean(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean);
+void add_mean(const Block& block, const Workspace& w, const Chunk& chunk, float* weights, const float* correction,
+              float* mean);
 // Where add_mean rounds: moves the mean along the query to where query . mean is pulls (kLanes), which saw no rounding:
 // the gradient of scale is as exact as from fp32. A query of zeros, or a row that is not finite, stays.
 void restore_pull(const Block& block, const Workspace& w, const float* pulls, float* mean);
 
 // Overwrite the scores of columns outside the pool with excluded(). Bounds are applied after masks, and need scores.
-void apply_masks(const Block& block, const Workspace& w, int64_t count);
+// apply_masks tells whether it looked at any.
+bool apply_masks(const Block& block, const Workspace& w, int64_t count);
 void apply_bounds(const Block& block, const Workspace& w, int64_t count);
 
 // Offers the places of a chunk, whose scores in the pool are w.tile, to the selection.

@@ -10,7 +10,7 @@
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
 
-constexpr int64_t kBatch = 18;  // rows of a tile whose passing cells are written down together: divides kChunk
+constexpr int64_t kBatch = 16;  // rows of a tile whose passing cells are written down together
 
 NEGMINE_INLINE void offer(const Selection& selection, int64_t lane, int64_t order) {
   int64_t& size = selection.size[lane];
@@ -74,14 +74,22 @@ void offer_chunk(const Block& block, const Workspace& w, int64_t count, const Se
   }
 }
 
-void select_range(const Block& block, const Workspace& w, const Selection& selection) {
-  begin_block(block, w);
-  for (int64_t k = block.k_begin; k < block.k_end;) {
-    const int64_t count = load_chunk(block, w, &k, true);
-    score_chunk(block, w, count);
-    apply_masks(block, w, count);
-    if (block.pool.bounded()) apply_bounds(block, w, count);
-    offer_chunk(block, w, count, selection);
+void select_range(const Block* blocks, const Workspace* workspaces, int64_t count, const Selection* selections) {
+  const Tiles tiles;
+  for (int64_t b = 0; b < count; ++b) begin_block(blocks[b], workspaces[b]);
+  for (int64_t k = blocks[0].k_begin; k < blocks[0].k_end;) {
+    const Chunk chunk = load_chunk(blocks[0], workspaces[0], &k, true);
+    const Ahead ahead = ahead_of(blocks[0], workspaces[0], chunk);
+    for (int64_t b = 0; b < count; ++b) {
+      const Block& block = blocks[b];
+      for_each_tile(block, chunk, [&](int64_t first, int64_t rows) {
+        const Workspace tile = at_row(workspaces[b], first);
+        score_rows(block, tile, chunk, first, rows, share_of(ahead, first, rows, b, count));
+        apply_masks(block, tile, rows);
+        if (block.pool.bounded()) apply_bounds(block, tile, rows);
+        offer_chunk(block, tile, rows, selections[b]);
+      });
+    }
   }
 }
 

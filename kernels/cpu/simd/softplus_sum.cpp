@@ -6,6 +6,7 @@
 namespace negmine::cpu::NEGMINE_SIMD {
 
 void softplus_sum_range(const Block& block, const Workspace& w, float scale, float bias, const SoftplusState& state) {
+  const Tiles tiles;
   begin_block(block, w);
   float keep[kLanes];  // the earlier sums stay as they are
   for (int64_t lane = 0; lane < kLanes; ++lane) {
@@ -14,13 +15,14 @@ void softplus_sum_range(const Block& block, const Workspace& w, float scale, flo
     state.kept[lane] = 0;
   }
   if (state.pull != nullptr) {
-    for (int64_t i = 0; i < block.D * kLanes; ++i) state.pull[i] = 0.0f;
+    for (int64_t i = 0; i < room_for_mean(block.D) * kLanes; ++i) state.pull[i] = 0.0f;
   }
   const int vectors = vectors_of(block);
   float pulls[kLanes] = {};  // sums of sigmoid times score
   for (int64_t k = block.k_begin; k < block.k_end;) {
-    const int64_t count = load_chunk(block, w, &k, true);
-    score_chunk(block, w, count);
+    const Chunk chunk = load_chunk(block, w, &k, true);
+    const int64_t count = chunk.count;
+    score_chunk(block, w, chunk);
     apply_masks(block, w, count);
     if (block.pool.bounded()) apply_bounds(block, w, count);
     for (int v = 0; v < vectors; ++v) {
@@ -44,7 +46,9 @@ void softplus_sum_range(const Block& block, const Workspace& w, float scale, flo
       store(pulls + lane, load(pulls + lane) + pull);
       for (int i = 0; i < kWidth; ++i) state.kept[lane + i] += kept[i];
     }
-    if (state.pull != nullptr) add_mean(block, w, count, keep, state.pull);
+    if (state.pull == nullptr) continue;
+    begin_mean(block, w, chunk);
+    add_mean(block, w, chunk, w.tile, keep, state.pull);
   }
   if (state.pull != nullptr) restore_pull(block, w, pulls, state.pull);
 }

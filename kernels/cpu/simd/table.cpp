@@ -6,13 +6,13 @@
 
 namespace negmine::cpu::NEGMINE_SIMD {
 
-void logsumexp_range(const Block&, const Workspace&, const float*, int64_t, const float*, const Selection*,
-                     const LogsumexpState* const*);
+void logsumexp_range(const Block*, const Workspace*, int64_t, const float*, int64_t, const float*, const Selection*,
+                     const LogsumexpState*);
 float logsumexp_window_row(const Matrix&, int64_t, const int64_t*, int64_t, int64_t, float, float, float*);
 void logsumexp_grad_keys_range(const Block&, const Workspace&, float, const float*, const float*, float*, float*);
 void softplus_sum_grad_keys_range(const Block&, const Workspace&, float, const float*, const float*, float*, float*);
 void softplus_sum_range(const Block&, const Workspace&, float, float, const SoftplusState&);
-void select_range(const Block&, const Workspace&, const Selection&);
+void select_range(const Block*, const Workspace*, int64_t, const Selection*);
 int64_t keep_best(int64_t*, int64_t, int64_t);
 void count_range(const Block&, const Workspace&, int64_t*);
 void mix_negatives_row(const Matrix&, const Matrix&, int64_t, const Draws&, int64_t, float*, void*, int64_t*, float*);
@@ -25,8 +25,10 @@ extern const Kernels kKernels = {
     NEGMINE_TEXT(NEGMINE_SIMD),
 #if defined(NEGMINE_TILES)
     true,
+    16,
 #else
     false,
+    1,
 #endif
     logsumexp_range,
     logsumexp_window_row,

@@ -29,51 +29,21 @@ Tiles::~Tiles() { asm volatile("tilerelease"); }
 
 namespace {
 
-// Up to 16 rows of T words. Where they lie at equal distances and whole, a tile of them is read in place.
-struct Strip {
-  const float* const* rows;
-  int64_t count, T;
-  int64_t stride;  // bytes; 0: not at equal distances, or fewer than 16
+// Pairs of halves of words, one of a and one of b, of each quarter's lower half, or its upper half.
+NEGMINE_INLINE V low_pairs(V a, V b) { return (V)_mm512_maskz_unpacklo_epi16(-1, (__m512i)a, (__m512i)b); }
+NEGMINE_INLINE V high_pairs(V a, V b) { return (V)_mm512_maskz_unpackhi_epi16(-1, (__m512i)a, (__m512i)b); }
 
-  static Strip of(const float* const* rows, int64_t count, int64_t T) {
-    count = count < kTile ? count : kTile;
-    if (count < kTile) return {rows, count, T, 0};
-    const auto from_first = [&](int64_t r) {
-      return reinterpret_cast<intptr_t>(rows[r]) - reinterpret_cast<intptr_t>(rows[0]);
-    };
-    const intptr_t stride = from_first(1);
-    bool even = true;
-    for (int64_t r = 2; r < kTile; ++r) even &= from_first(r) == r * stride;
-    return {rows, count, T, even ? stride : 0};
-  }
-};
-
-// Words [t, t + 16) of the strip, zeros past its ends.
-template <int kIndex>
-NEGMINE_INLINE void load_strip(const Strip& strip, int64_t t) {
-  if (strip.stride != 0 && t + kTile <= strip.T) {
-    return load_tile<kIndex>(reinterpret_cast<const char*>(strip.rows[0]) + t * 4, strip.stride);
-  }
-  alignas(64) float copy[kTile][kTile] = {};
-  const int64_t words = strip.T - t < kTile ? strip.T - t : kTile;
-  for (int64_t r = 0; r < strip.count; ++r) {
-    std::memcpy(copy[r], reinterpret_cast<const char*>(strip.rows[r]) + t * 4, static_cast<size_t>(words) * 4);
-  }
-  load_tile<kIndex>(copy, sizeof copy[0]);
-}
-
-// Tiles 0..3 = (top, bottom) x b (parts, whole_tiles(T), 32 of kLanes columns); the bottom only where kTall is 2, the
-// second 16 columns only where kWide is 2. Rows of the strips hold the parts of T words each.
+// Tiles 0..3 = rows [0, 16) and [16, 32) of left x columns [0, 16) and [16, 32) of right; the second rows only where
+// kTall is 2, the second columns only where kWide is 2. Rows ahead are fetched meanwhile, a few lines at each step.
 template <int kTall, int kWide>
-NEGMINE_INLINE void multiply_strips(const Strip& top, const Strip& bottom, const float* b, const Parts& parts,
-                                    const Ahead& ahead) {
+NEGMINE_INLINE void multiply_strip(const Operand& left, const float* right, int64_t T, const Parts& parts,
+                                   const Ahead& ahead) {
   zero_tile<0>();
   zero_tile<1>();
   zero_tile<2>();
   zero_tile<3>();
-  constexpr int64_t kStride = kLanes * sizeof(float), kLine = 64;
-  const int64_t T = top.T / parts.left, T_right = whole_tiles(T);
-  const int64_t per_step = ahead.bytes > T_right / kTile * kLine ? 2 * kLine : kLine;  // bytes of each row ahead
+  constexpr int64_t kStride = kTilePanel * sizeof(float), kLine = 64;
+  const int64_t per_step = ahead.bytes > T / kTile * kLine ? 2 * kLine : kLine;  // bytes of each row ahead
   const int first_pass = parts.left * parts.right == 1 ? 1 : 0;
   for (int pass = first_pass; pass < 2; ++pass) {  // the products of the first parts last: the others are small
     for (int64_t t = 0; t < T; t += kTile) {
@@ -86,15 +56,16 @@ NEGMINE_INLINE void multiply_strips(const Strip& top, const Strip& bottom, const
         const int last = pass == 1 ? 0 : parts.right - 1 < 2 - i ? parts.right - 1 : 2 - i;
         const int first = pass == 0 && i == 0 ? 1 : 0;
         if (last < first) continue;
-        load_strip<4>(top, i * T + t);
-        if constexpr (kTall == 2) load_strip<5>(bottom, i * T + t);
+        const char* top = left.first + (i * T + t) * 4;
+        load_tile<4>(top, left.stride);
+        if constexpr (kTall == 2) load_tile<5>(top + kTile * left.stride, left.stride);
         for (int j = last; j >= first; --j) {
-          const float* right = b + (j * T_right + t) * kLanes;
-          load_tile<6>(right, kStride);
+          const float* columns = right + (j * T + t) * kTilePanel;
+          load_tile<6>(columns, kStride);
           product<0, 4, 6>();
           if constexpr (kTall == 2) product<2, 5, 6>();
           if constexpr (kWide == 2) {
-            load_tile<7>(right + kTile, kStride);
+            load_tile<7>(columns + kTile, kStride);
             product<1, 4, 7>();
             if constexpr (kTall == 2) product<3, 5, 7>();
           }
@@ -104,115 +75,151 @@ NEGMINE_INLINE void multiply_strips(const Strip& top, const Strip& bottom, const
   }
 }
 
-NEGMINE_INLINE void multiply_strips(const Strip& top, const Strip& bottom, const float* b, int wide, const Parts& parts,
-                                    const Ahead& ahead) {
-  if (bottom.count > 0) {
-    wide == 2 ? multiply_strips<2, 2>(top, bottom, b, parts, ahead)
-              : multiply_strips<2, 1>(top, bottom, b, parts, ahead);
+// 32 rows, or 16 where no more than that are left, by 32 columns, or 16 where kWide is 1, into out (32, kLanes).
+template <int kWide>
+NEGMINE_INLINE void multiply_strip_into(const Operand& left, int64_t rows, const float* right, int64_t T, float* out,
+                                        const Ahead& ahead, const Parts& parts) {
+  constexpr int64_t kStride = kLanes * sizeof(float);
+  if (rows > kTile) {
+    multiply_strip<2, kWide>(left, right, T, parts, ahead);
+    store_tile<2>(out + kTile * kLanes, kStride);
+    if constexpr (kWide == 2) store_tile<3>(out + kTile * kLanes + kTile, kStride);
   } else {
-    wide == 2 ? multiply_strips<1, 2>(top, bottom, b, parts, ahead)
-              : multiply_strips<1, 1>(top, bottom, b, parts, ahead);
+    multiply_strip<1, kWide>(left, right, T, parts, ahead);
   }
+  store_tile<0>(out, kStride);
+  if constexpr (kWide == 2) store_tile<1>(out + kTile, kStride);
 }
 
-// Elements [d, d + 16) of a row of D, zeros past its end.
-NEGMINE_INLINE H load_part(const float* row, int64_t d, int64_t D) {
-  const uint16_t* from = reinterpret_cast<const uint16_t*>(row) + d;
-  if (d + kTile <= D) return load(from);
-  uint16_t part[kTile] = {};
-  std::memcpy(part, from, static_cast<size_t>(D - d) * sizeof part[0]);
-  return load(part);
-}
-
-// The chunk turned: out (whole_tiles(D), words), where word j of row d is element d of the chunk's rows 2 j and 2 j
-// + 1.
-void turn_rows(const Block& block, const Workspace& w, int64_t count, int64_t words, float* out) {
-  for (int64_t d = 0; d < block.D; d += kTile) {
-    for (int64_t j0 = 0; j0 < words; j0 += kTile) {
-      V x[kTile];  // (16 pairs of rows, 16 of D)
-      for (int64_t i = 0; i < kTile; ++i) {
-        const int64_t j = 2 * (j0 + i);
-        const H first = j < count ? load_part(w.rows[j], d, block.D) : H{};
-        x[i] = pair_up(first, j + 1 < count ? load_part(w.rows[j + 1], d, block.D) : H{});
-      }
-      transpose(x);
-      for (int64_t i = 0; i < kTile; ++i) store(out + (d + i) * words + j0, x[i]);
+template <int kWide>
+NEGMINE_INLINE void add_packed_columns(const Operand& turned, int64_t from, int64_t to, const float* weights,
+                                       float* mean) {
+  constexpr int64_t kStride = kLanes * sizeof(float), kPanelStride = kTilePanel * sizeof(float);
+  float* below = mean + kTile * kLanes;
+  load_tile<0>(mean, kStride);
+  load_tile<2>(below, kStride);
+  if constexpr (kWide == 2) load_tile<1>(mean + kTile, kStride);
+  if constexpr (kWide == 2) load_tile<3>(below + kTile, kStride);
+  for (int64_t t = from; t < to; t += kTile) {
+    load_tile<4>(turned.first + t * 4, turned.stride);
+    load_tile<6>(weights + t * kTilePanel, kPanelStride);
+    product<0, 4, 6>();
+    load_tile<5>(turned.first + kTile * turned.stride + t * 4, turned.stride);
+    product<2, 5, 6>();
+    if constexpr (kWide == 2) {
+      load_tile<7>(weights + t * kTilePanel + kTile, kPanelStride);
+      product<1, 4, 7>();
+      product<3, 5, 7>();
     }
   }
-}
-
-// w.tile (count, kLanes), the chunk's weights, becomes (words, kLanes) pairs of rows rounded to bf16.
-void pair_weights(const Block& block, const Workspace& w, int64_t count, int64_t words) {
-  for (int v = 0; v < vectors_of(block); ++v) {
-    float* column = w.tile + v * kWidth;
-    for (int64_t j = 0; j < words; ++j) {
-      const V first = 2 * j < count ? load(column + 2 * j * kLanes) : all(0.0f);
-      const V second = 2 * j + 1 < count ? load(column + (2 * j + 1) * kLanes) : all(0.0f);
-      store(column + j * kLanes, pair_up(to_bfloat16(first), to_bfloat16(second)));
-    }
-  }
-}
-
-// 16 rows of the mean = correction * mean + factor * a tile of the product.
-template <int kIndex>
-NEGMINE_INLINE void add_tile(float factor, const float* correction, int64_t rows, float* mean) {
-  alignas(64) float sum[kTile][kTile];
-  store_tile<kIndex>(sum, sizeof sum[0]);
-  for (int64_t r = 0; r < rows && r < kTile; ++r) {
-    store(mean + r * kLanes, fma(load(mean + r * kLanes), load(correction), load(sum[r]) * factor));
-  }
+  store_tile<0>(mean, kStride);
+  store_tile<2>(below, kStride);
+  if constexpr (kWide == 2) store_tile<1>(mean + kTile, kStride);
+  if constexpr (kWide == 2) store_tile<3>(below + kTile, kStride);
 }
 
 }  // namespace
 
-void multiply_in_tiles(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors, float* out,
+void multiply_in_tiles(const Operand& left, int64_t rows, const float* right, int64_t T, int vectors, float* out,
                        const Ahead& ahead, const Parts& parts) {
-  const Tiles tiles;
-  const Ahead none;
-  const int64_t words = parts.left * T;  // of a row
-  constexpr int64_t kStride = kLanes * sizeof(float);
+  const int64_t panels = (vectors + 1) / 2;
   for (int v = 0; v < vectors; v += 2) {
-    const int wide = vectors - v < 2 ? 1 : 2;
+    const float* panel = right + panel_at(v * kTile, parts.right * T);
     for (int64_t row = 0; row < rows; row += 2 * kTile) {
-      const int64_t below = rows - row < kTile ? 0 : rows - row - kTile;
-      const Strip top = Strip::of(a + row, rows - row, words), bottom = Strip::of(a + row + kTile, below, words);
-      multiply_strips(top, bottom, b + v * kWidth, wide, parts, v == 0 ? part_of(ahead, row, 2 * kTile) : none);
-      float* cell = out + row * kLanes + v * kWidth;
-      store_tile<0>(cell, kStride);
-      if (wide == 2) store_tile<1>(cell + kTile, kStride);
-      if (below > 0) store_tile<2>(cell + kTile * kLanes, kStride);
-      if (below > 0 && wide == 2) store_tile<3>(cell + kTile * kLanes + kTile, kStride);
+      const Operand strip{left.first + row * left.stride, left.stride};
+      float* cell = out + row * kLanes + v * kTile;
+      const Ahead some = share_of(ahead, row, 2 * kTile, v / 2, panels);
+      v + 1 < vectors ? multiply_strip_into<2>(strip, rows - row, panel, T, cell, some, parts)
+                      : multiply_strip_into<1>(strip, rows - row, panel, T, cell, some, parts);
     }
   }
 }
 
 void add_turned(const Block& block, const float* turned, int64_t words, const float* weights, const Parts& parts,
                 float factor, const float* correction, float* mean) {
-  const int64_t D = block.D, room = parts.left * words;
-  const Tiles tiles;
-  const float* rows[2 * kTile];  // (32) of `turned`
-  for (int64_t d = 0; d < D; d += 2 * kTile) {
-    for (int64_t r = 0; r < 2 * kTile; ++r) rows[r] = turned + (d + r) * room;
-    const Strip top = Strip::of(rows, kTile, room);
-    const Strip bottom = Strip::of(rows + kTile, D - d > kTile ? kTile : 0, room);
-    for (int v = 0; v < vectors_of(block); v += 2) {
-      const int wide = vectors_of(block) - v < 2 ? 1 : 2;
-      multiply_strips(top, bottom, weights + v * kWidth, wide, parts, Ahead{});
-      const float* by = correction + v * kWidth;
-      float* cell = mean + d * kLanes + v * kWidth;
-      add_tile<0>(factor, by, D - d, cell);
-      if (wide == 2) add_tile<1>(factor, by + kTile, D - d, cell + kTile);
-      if (bottom.count > 0) add_tile<2>(factor, by, D - d - kTile, cell + kTile * kLanes);
-      if (bottom.count > 0 && wide == 2) add_tile<3>(factor, by + kTile, D - d - kTile, cell + kTile * kLanes + kTile);
+  const int64_t row = parts.left * words, vectors = vectors_of(block);
+  alignas(64) float sums[2 * kTile][kLanes];
+  for (int64_t d = 0; d < block.D; d += 2 * kTile) {
+    const Operand left{reinterpret_cast<const char*>(turned + d * row), row * 4};
+    multiply_in_tiles(left, 2 * kTile, weights, words, static_cast<int>(vectors), &sums[0][0], Ahead{}, parts);
+    for (int64_t r = 0; r < 2 * kTile; ++r) {
+      for (int64_t lane = 0; lane < vectors * kWidth; lane += kWidth) {
+        float* cell = mean + (d + r) * kLanes + lane;
+        store(cell, fma(load(cell), load(correction + lane), load(&sums[r][lane]) * factor));
+      }
     }
   }
 }
 
-void add_mean_in_tiles(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean) {
-  const int64_t words = whole_tiles((count + 1) / 2);
-  turn_rows(block, w, count, words, w.widened);
-  pair_weights(block, w, count, words);
-  add_turned(block, w.widened, words, w.tile, Parts{}, 1.0f, correction, mean);
+void place_pairs(const Block& block, const Workspace& w, Chunk& chunk) {
+  const Matrix& keys = block.negative_keys;
+  const int64_t D = block.D, count = chunk.count, row = keys.row_stride * 2;
+  if (count == 0) return;
+  const auto at = [&](int64_t j) { return static_cast<const char*>(keys.data) + w.index[j] * row; };
+  const bool whole = D % 32 == 0 && count % 32 == 0 && w.index[count - 1] - w.index[0] + 1 == count;
+  chunk.left = whole ? at(0) : reinterpret_cast<const char*>(w.padded);
+  chunk.stride = whole ? row : room_for_mean(D) * 2;
+  for (int64_t j = 0; !whole && j < (count + 31) / 32 * 32; ++j) {
+    char* out = reinterpret_cast<char*>(w.padded) + j * chunk.stride;
+    const int64_t bytes = j < count ? 2 * D : 0;
+    if (bytes != 0) std::memcpy(out, at(j), static_cast<size_t>(bytes));
+    std::memset(out + bytes, 0, static_cast<size_t>(chunk.stride - bytes));
+  }
+}
+
+void turn_pairs(const Block& block, const Workspace& w, const Chunk& chunk) {
+  const int64_t words = room_for_part(chunk.count);
+  for (int64_t t = 0; t < words; t += kTile) {
+    for (int64_t d = 0; d < block.D; d += 2 * kTile) {
+      V low[kTile], high[kTile];  // (16 pairs of rows, 16 of D)
+      for (int64_t i = 0; i < kTile; ++i) {
+        const char* row = chunk.left + 2 * (t + i) * chunk.stride + 2 * d;
+        const V first = load(reinterpret_cast<const float*>(row));
+        const V second = load(reinterpret_cast<const float*>(row + chunk.stride));
+        low[i] = low_pairs(first, second);  // of every 8 of D the first 4
+        high[i] = high_pairs(first, second);
+      }
+      transpose(low);
+      transpose(high);
+      for (int64_t i = 0; i < kTile; ++i) {
+        float* out = w.turned + (d + i / 4 * 8 + i % 4) * words + t;
+        store(out, low[i]);
+        store(out + 4 * words, high[i]);
+      }
+    }
+  }
+}
+
+void pack_rows(const Block& block, const float* weights, int64_t count, float* pairs) {
+  for (int64_t lane = 0; lane < vectors_of(block) * kWidth; lane += kWidth) {
+    float* out = pairs + panel_at(lane, room_for_part(count));
+    for (int64_t j = 0; j < (count + 31) / 32 * 32; j += 2) {
+      const V first = j < count ? load(weights + j * kLanes + lane) : all(0.0f);
+      const V second = j + 1 < count ? load(weights + (j + 1) * kLanes + lane) : all(0.0f);
+      store(out + j / 2 * kTilePanel, pack_weights(first, second));
+    }
+  }
+}
+
+void scale_mean(const Block& block, const float* correction, float* mean) {
+  for (int64_t lane = 0; lane < vectors_of(block) * kWidth; lane += kWidth) {
+    const V by = load(correction + lane);
+    for (int64_t d = 0; d < block.D; ++d) store(mean + d * kLanes + lane, load(mean + d * kLanes + lane) * by);
+  }
+}
+
+void add_packed(const Block& block, const Workspace& w, const Chunk& chunk, int64_t from, int64_t to,
+                const float* weights, float* mean) {
+  const int64_t words = room_for_part(chunk.count);
+  for (int64_t d = 0; d < block.D; d += 2 * kTile) {
+    const Operand turned{reinterpret_cast<const char*>(w.turned + d * words), words * 4};
+    for (int v = 0; v < vectors_of(block); v += 2) {
+      const float* panel = weights + panel_at(v * kTile, words);
+      float* rows = mean + d * kLanes + v * kTile;  // (32, kLanes)
+      v + 1 < vectors_of(block) ? add_packed_columns<2>(turned, from, to, panel, rows)
+                                : add_packed_columns<1>(turned, from, to, panel, rows);
+    }
+  }
 }
 
 bool tiles_are_right() {
@@ -220,15 +227,15 @@ bool tiles_are_right() {
   static_assert(kLanes >= 2 * kTile);
   const auto left = [](int64_t r, int64_t t, int64_t half) { return static_cast<float>((r + 3 * t + half) % 7 - 3); };
   const auto right = [](int64_t t, int64_t c, int64_t half) { return static_cast<float>((t + 5 * c + half) % 5 - 2); };
-  alignas(64) float a[kCount][kT], b[kT][kLanes] = {}, out[kCount][kLanes];
-  const float* rows[kCount];
+  alignas(64) float a[kCount][kT], b[kT][kTilePanel] = {}, out[kCount][kLanes];
   for (int64_t t = 0; t < kT; ++t) {
     for (int64_t i = 0; i < kCount; ++i) {
-      rows[i] = a[i];
       a[i][t] = float_of(static_cast<uint32_t>(to_bfloat16(left(i, t, 1))) << 16 | to_bfloat16(left(i, t, 0)));
       b[t][i] = float_of(static_cast<uint32_t>(to_bfloat16(right(t, i, 1))) << 16 | to_bfloat16(right(t, i, 0)));
     }
   }
+  const Tiles tiles;
+  const Operand rows{reinterpret_cast<const char*>(a), sizeof a[0]};
   multiply_in_tiles(rows, kCount, &b[0][0], kT, 2, &out[0][0], Ahead{});
   for (int64_t r = 0; r < kCount; ++r) {
     for (int64_t c = 0; c < 2 * kTile; ++c) {

@@ -17,14 +17,6 @@ namespace negmine::cpu::NEGMINE_SIMD {
 
 constexpr int kTile = 16;  // rows, words and columns of a tile
 
-// Eight tiles of full size in this thread while it lives. Every product makes its own: others may use tiles too.
-class Tiles {
- public:
-  Tiles();
-  ~Tiles();
-  Tiles(const Tiles&) = delete;
-};
-
 #if defined(NEGMINE_EMULATED_TILES)
 struct EmulatedTile {
   alignas(64) float word[kTile][kTile];
@@ -98,18 +90,53 @@ struct Parts {
   int left = 1, right = 1;
 };
 
-// multiply() of score.h over pairs: b (parts, whole_tiles(T), kLanes), where rows past T are zeros; writes whole tiles
-// of rows of out. Of left part i and right part j the products with i + j <= 2 are summed, 0 and 0 last.
-void multiply_in_tiles(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors, float* out,
+// Rows of words, `stride` bytes from one to the next.
+struct Operand {
+  const char* first;
+  int64_t stride;
+};
+
+// A right operand is panels of 32 columns, the width of two tiles: (columns / 32, parts, T, 32).
+constexpr int64_t kTilePanel = 2 * kTile;
+
+// Where column `lane`, a multiple of 16, of such an operand begins.
+NEGMINE_INLINE int64_t panel_at(int64_t lane, int64_t words) {
+  return lane / kTilePanel * words * kTilePanel + lane % kTilePanel;
+}
+
+// out (rows, kLanes) = left (rows, left parts, T) x right (panels, right parts, T, 32), of which `vectors` vectors are
+// wanted. T is a multiple of 16, and whole tiles of rows are read and written. Of left part i and right part j the
+// products with i + j <= 2 are summed, 0 and 0 last.
+void multiply_in_tiles(const Operand& left, int64_t rows, const float* right, int64_t T, int vectors, float* out,
                        const Ahead& ahead, const Parts& parts = {});
 
-// mean (D, kLanes) = correction * mean + factor * turned (D rounded up to 16, left parts, words) x weights (right
-// parts, words, kLanes); correction (kLanes).
+// mean (D, kLanes) = correction * mean + factor * turned (room_for_mean(D), left parts, words) x weights (panels, right
+// parts, words, 32); correction (kLanes).
 void add_turned(const Block& block, const float* turned, int64_t words, const float* weights, const Parts& parts,
                 float factor, const float* correction, float* mean);
 
-// add_mean() of score.h over pairs of rows.
-void add_mean_in_tiles(const Block& block, const Workspace& w, int64_t count, const float* correction, float* mean);
+// A chunk of pairs of bf16 as left operand: where it lies, if tiles can read it there, else copied.
+void place_pairs(const Block& block, const Workspace& w, Chunk& chunk);
+
+// That chunk turned: w.turned (room_for_mean(D), words), where word j of row d is element d of rows 2 j and 2 j + 1.
+void turn_pairs(const Block& block, const Workspace& w, const Chunk& chunk);
+
+// Two rows of weights as pairs, rounded to the nearest bf16, halves up.
+NEGMINE_INLINE V pack_weights(V first, V second) {
+  typedef uint32_t VU __attribute__((vector_size(kWidth * 4)));
+  return (V)((((VU)first + 0x8000) >> 16) | (((VU)second + 0x8000) & 0xFFFF0000));
+}
+
+// Rows of weights (count, kLanes) -> pairs (panels, words, 32), zeros in the place of the rows that are none.
+void pack_rows(const Block& block, const float* weights, int64_t count, float* pairs);
+
+// mean (D, kLanes) = correction (kLanes) * mean
+void scale_mean(const Block& block, const float* correction, float* mean);
+
+// mean (room_for_mean(D), kLanes) += words [from, to) of the turned chunk times weights (panels, words, 32), pairs of
+// rows; from and to are multiples of 16.
+void add_packed(const Block& block, const Workspace& w, const Chunk& chunk, int64_t from, int64_t to,
+                const float* weights, float* mean);
 
 }  // namespace negmine::cpu::NEGMINE_SIMD
 #endif

@@ -99,6 +99,18 @@ NEGMINE_INLINE int32_t* store_passed(int32_t* out, VI x, uint32_t passed) {
 #endif
 }
 
+NEGMINE_INLINE bool any(VI lanes) {  // each 0 or -1
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)lanes) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)lanes) != 0;
+#else
+  int32_t some = 0;
+  for (int i = 0; i < kWidth; ++i) some |= lanes[i];
+  return some != 0;
+#endif
+}
+
 NEGMINE_INLINE V max(V a, V b) { return a > b ? a : b; }  // a NaN in a is passed over
 
 NEGMINE_INLINE V root(V x) {
@@ -121,6 +133,51 @@ NEGMINE_INLINE float sum(V x) {
   return part[0];
 }
 
+#if defined(__AVX512F__)
+// Words of a and b that alternate: single ones, or two, of each quarter's lower half, or its upper half.
+NEGMINE_INLINE V low_words(V a, V b) {
+  return __builtin_shuffle(a, b, VI{0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29});
+}
+NEGMINE_INLINE V high_words(V a, V b) {
+  return __builtin_shuffle(a, b, VI{2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31});
+}
+NEGMINE_INLINE V low_halves(V a, V b) {
+  return __builtin_shuffle(a, b, VI{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29});
+}
+NEGMINE_INLINE V high_halves(V a, V b) {
+  return __builtin_shuffle(a, b, VI{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
+}
+// The even quarters of a, then those of b; or the odd ones.
+NEGMINE_INLINE V even_quarters(V a, V b) {
+  return __builtin_shuffle(a, b, VI{0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27});
+}
+NEGMINE_INLINE V odd_quarters(V a, V b) {
+  return __builtin_shuffle(a, b, VI{4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31});
+}
+
+// x (16, 16) becomes its transpose: 4 by 4 within the quarters of 4 rows, then the quarters change places.
+NEGMINE_INLINE void transpose(V (&x)[kWidth]) {
+  V fours[16], eights[16];
+  for (int i = 0; i < 16; i += 4) {
+    const V a = low_words(x[i], x[i + 1]), b = low_words(x[i + 2], x[i + 3]);
+    const V c = high_words(x[i], x[i + 1]), d = high_words(x[i + 2], x[i + 3]);
+    fours[i] = low_halves(a, b);
+    fours[i + 1] = high_halves(a, b);
+    fours[i + 2] = low_halves(c, d);
+    fours[i + 3] = high_halves(c, d);
+  }
+  for (int k = 0; k < 4; ++k) {
+    for (int i = k; i < 16; i += 8) {
+      eights[i] = even_quarters(fours[i], fours[i + 4]);
+      eights[i + 4] = odd_quarters(fours[i], fours[i + 4]);
+    }
+  }
+  for (int k = 0; k < 8; ++k) {
+    x[k] = even_quarters(eights[k], eights[8 + k]);
+    x[8 + k] = odd_quarters(eights[k], eights[8 + k]);
+  }
+}
+#else
 // x (kWidth, kWidth) becomes its transpose: at each step, quarters of all blocks of 2 step rows change places.
 NEGMINE_INLINE void transpose(V (&x)[kWidth]) {
   for (int step = 1; step < kWidth; step *= 2) {
@@ -137,6 +194,7 @@ NEGMINE_INLINE void transpose(V (&x)[kWidth]) {
     }
   }
 }
+#endif
 
 NEGMINE_INLINE V excluded() { return (V)all(static_cast<int32_t>(kExcludedBits)); }
 NEGMINE_INLINE VI is_excluded(V score) { return (VI)score == all(static_cast<int32_t>(kExcludedBits)); }
@@ -167,6 +225,26 @@ NEGMINE_INLINE V exp(V x) {
   const VI power = __builtin_convertvector(n, VI), half = power >> 1;
   const V scaled = poly * (V)((half + 127) << 23) * (V)((power - half + 127) << 23);
   return x < flushed ? all(0.0f) : scaled;
+#endif
+}
+
+// e^x for x that is small or below zero: 0 where the result would be subnormal, NaN for NaN. The relative error is 2
+// ulp and one more for each 1 in |x|, so that of the absolute error little is left where x is far below zero.
+NEGMINE_INLINE V exp_near(V x) {
+#if defined(__AVX512F__)
+  // 2^t = 2^f 2^floor(t), f = t - floor(t), which vreduceps finds and vscalefps knows: 2^f is a minimax polynomial.
+  const V t = x * 1.44269504088896341f;
+  const V f = (V)_mm512_maskz_reduce_ps(0xFFFF, (__m512)t, _MM_FROUND_TO_NEG_INF);
+  V poly = all(0x1.ec320ap-10f);
+  poly = fma(poly, f, all(0x1.26900ep-7f));
+  poly = fma(poly, f, all(0x1.c95446p-5f));
+  poly = fma(poly, f, all(0x1.ebd5a8p-3f));
+  poly = fma(poly, f, all(0x1.62e4f6p-1f));
+  poly = fma(poly, f, all(0x1.fffffep-1f));
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ);
+  return (V)_mm512_maskz_scalef_ps(normal, (__m512)poly, (__m512)t);
+#else
+  return exp(x);
 #endif
 }
 
