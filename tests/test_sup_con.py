@@ -153,7 +153,7 @@ REFUSALS = [
     ((q0.long(), k0, lb, lk), {}, TypeError, "sup_con: query must be a floating tensor"),
     ((q0, k0[:, :2], lb, lk), {}, ValueError, "keys must be of shape (K, D) with query's D = 4"),
     ((q0, k0, None, lk), {}, TypeError, "query_labels must be a tensor, got None"),
-    ((q0, k0, lb, None), {}, ValueError, "key_labels must be given together with query_labels"),
+    ((q0, k0, lb, None), {}, TypeError, "key_labels must be a tensor, got None"),
     ((q0, k0, lb, lb), {}, ValueError, "key_labels must be of shape (7,)"),
     ((q0, k0, lb.float(), lk), {}, TypeError, "query_labels must be a tensor of whole numbers"),
     ((q0, k0, lb, lk), {"positives": "both"}, ValueError, "positives must be 'out' or 'in', got 'both'"),
