@@ -8,9 +8,6 @@ CXX_ALL := $(shell find csrc kernels tests -name '*.cpp' -o -name '*.h' -o -name
 PY_ALL  := build_tools benchmarks negmine kernels tests setup.py
 NATIVE  := $(filter-out tests/%,$(CXX_ALL)) $(wildcard build_tools/*.py) setup.py pyproject.toml
 
-# oneDNN's AMX kernels trust a CPUID that virtual machines may contradict.
-export ONEDNN_MAX_CPU_ISA = AVX512_CORE_BF16
-
 SECONDS ?= 60
 SEED    ?= 0
 ROUNDS  ?= 5
@@ -18,7 +15,7 @@ STEPS   ?= 10000
 PYTHONS ?=
 SANITIZED := build/sanitize
 
-.PHONY: venv demo test check fuzz ptx sanitize threads soak docs bench plots gpu wheel check-wheel clean
+.PHONY: venv demo smoke test test-gpu-sim check fuzz sanitize threads soak docs bench plots gpu wheel check-wheel clean
 
 venv: .venv/built
 
@@ -33,9 +30,22 @@ venv: .venv/built
 demo: venv
 	$(PY) -m benchmarks.demo
 
+# What to run while editing: under a minute.
+smoke: venv
+	$(PY) -m pytest tests -n 2 -m smoke
+
+# Every test that says whether the package is right here.
 test: venv
-	$(PY) -m pytest tests -n 2
+	$(PY) -m pytest tests -n 2 -m "not gpu_sim"
 	@$(PY) -m build_tools.what_ran
+
+# The GPU kernels without a GPU: compiled ahead of time, interpreted at length, and run on the CPU as CUDA source (the emulator) and
+# as the PTX that Triton and nvcc make for two GPUs. SIM=full adds every Triton test as PTX, which takes an hour.
+SIM ?=
+test-gpu-sim: venv
+	$(PY) -m pytest tests -n 2 -m gpu_sim
+	$(if $(SIM),$(PY) -m tests.ptx 80 tests/test_kernels.py tests/test_rules.py tests/test_columns.py -k triton)
+	$(if $(SIM),$(PY) -m tests.ptx 90 tests/test_kernels.py tests/test_rules.py tests/test_columns.py -k triton)
 
 check: venv
 	$(PY) -m ruff check $(PY_ALL)
@@ -46,12 +56,6 @@ check: venv
 # Random calls of every public op on the CPU, judged by the reference: make fuzz SECONDS=600 SEED=7
 fuzz: venv
 	$(PY) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
-
-# The triton backend's tests on what Triton compiles for two GPUs, run as PTX on the CPU. `make test` has a part of this, and all
-# of the same for CUDA's kernels.
-ptx: venv
-	$(PY) -m tests.ptx 80 tests/test_kernels.py tests/test_rules.py tests/test_columns.py -k triton
-	$(PY) -m tests.ptx 90 tests/test_kernels.py tests/test_rules.py tests/test_columns.py -k triton
 
 # The tests and the fuzzer on CPU kernels built with gcc's address and undefined sanitizers, AMX's tiles emulated, in a copy of
 # the package; and the CUDA kernels under the emulator, built likewise. Python is not instrumented: libasan is loaded first, and

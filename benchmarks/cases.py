@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from negmine import Negatives
+
 QUEUE_OPS = ("info_nce", "window", "mine_hardest", "rank_thresholds", "mochi")
 
 
@@ -71,6 +73,11 @@ class Inputs:
     query_ids: Tensor  # (B,)
     negative_ids: Tensor  # (K,)
     temperature: float = 0.05
+
+    @property
+    def negatives(self) -> Negatives:
+        """The keys with their ids, as negmine takes them."""
+        return Negatives(self.keys, ids=self.negative_ids)
 
 
 def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:

@@ -22,6 +22,7 @@ import negmine
 from benchmarks.peers import MIX
 from benchmarks.train import TEMPERATURE, Head
 from benchmarks.wordnet import Task, Taxonomy, Texts, load, load_texts
+from negmine.report import HardnessReport
 
 QUERIES = 256
 BINS = torch.linspace(-1.3, 0.5, 181)
@@ -85,12 +86,12 @@ def measure_hardness(query_head: Head, key_head: Head, task: Task, rows: Tensor,
     chosen = task.held_out[:: len(task.held_out) // QUERIES][:QUERIES]  # (B,)
     answers = task.positives[chosen]  # (B,)
     query, keys = query_head(task.queries[chosen]), key_head(task.corpus[rows])  # (B, D), (K, D)
-    masks = {"query_ids": answers, "negative_ids": rows}
+    negatives = negmine.Negatives(keys, ids=rows)
     positive = (query * key_head(task.corpus[answers])).sum(dim=1, keepdim=True)  # (B, 1)
 
     ranks = [int(fraction * len(rows)) for fraction in THRESHOLDS]
-    thresholds = (negmine.rank_thresholds(query, keys, ranks, **masks) - positive).mean(dim=0).tolist()
-    synthetic = negmine.mix_negatives(query, keys, MIX, **masks).vectors  # (B, S, D)
+    thresholds = (negmine.rank_thresholds(query, negatives, ranks, query_ids=answers) - positive).mean(dim=0).tolist()
+    synthetic = negmine.mix_negatives(query, negatives, MIX, query_ids=answers).vectors  # (B, S, D)
     synthetic_scores = torch.einsum("bd,bsd->bs", query, synthetic)  # (B, S)
 
     # The picture shows the whole ranking, which no op returns: here, and only here, the matrix is made and sorted.
@@ -130,7 +131,7 @@ def measure_hardness(query_head: Head, key_head: Head, task: Task, rows: Tensor,
     )
 
 
-def report(task: Task, texts: Texts, num_queries: int | None = 512, **options) -> negmine.HardnessReport:
+def report(task: Task, texts: Texts, num_queries: int | None = 512, **options) -> HardnessReport:
     """The nouns of the task: held-out examples against every noun entry, compared with the answer's place in the taxonomy.
 
     Only nouns form one tree, so only they are always comparable. Class: the lexicographer file.

@@ -1,6 +1,6 @@
 """What a small call costs beside its arithmetic: dispatch, Python and autograd, on one thread.
 
-    python -m benchmarks.overhead                     B = 2, K = 64, D = 16; appends rows to benchmarks/results/overhead/<machine>.csv
+    python -m benchmarks.overhead      B = 2, K = 64, D = 16; appends rows to benchmarks/results/overhead/<machine>.csv
 
 Each row is a median in microseconds and its ratio to plain PyTorch in the same run, the matrix form of MoCo's loss:
 cross_entropy(cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / T, zeros).

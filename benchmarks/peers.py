@@ -19,6 +19,7 @@ from torch import Tensor
 
 import negmine
 from benchmarks.cases import Inputs
+from negmine.selection import Mixed
 
 N = 1024
 WINDOW = negmine.Select(0.001, 0.05)
@@ -60,10 +61,9 @@ def fused_loss(**options: object) -> Callable[..., Answer]:
             lambda query: negmine.info_nce(
                 query,
                 inputs.positive_key,
-                inputs.keys,
+                inputs.negatives,
                 temperature=inputs.temperature,
                 query_ids=inputs.query_ids,
-                negative_ids=inputs.negative_ids,
                 backend=backend,
                 **options,
             ),
@@ -109,10 +109,7 @@ def locked(inputs: Inputs, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Answe
 
 
 def batch_loss(inputs: Inputs, backend: str | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    own = torch.arange(len(inputs.query), device=inputs.query.device)  # (B,)
-    return lambda query, keys: negmine.info_nce(
-        query, keys, keys, temperature=inputs.temperature, query_ids=own, negative_ids=own, backend=backend
-    )
+    return lambda query, keys: negmine.info_nce(query, keys, temperature=inputs.temperature, backend=backend)
 
 
 def eager_batch_loss(inputs: Inputs) -> Callable[[Tensor, Tensor], Tensor]:
@@ -137,9 +134,7 @@ def eager_locked(inputs: Inputs) -> Answer:
 
 
 def fused_mine(inputs: Inputs, backend: str | None = None) -> Answer:
-    return negmine.mine_hardest(
-        inputs.query, inputs.keys, N, query_ids=inputs.query_ids, negative_ids=inputs.negative_ids, backend=backend
-    )
+    return negmine.mine_hardest(inputs.query, inputs.negatives, N, query_ids=inputs.query_ids, backend=backend)
 
 
 def ranks_of(inputs: Inputs) -> list[int]:
@@ -148,8 +143,8 @@ def ranks_of(inputs: Inputs) -> list[int]:
 
 
 def fused_thresholds(inputs: Inputs, backend: str | None = None) -> Answer:
-    tags = {"query_ids": inputs.query_ids, "negative_ids": inputs.negative_ids}
-    return (negmine.rank_thresholds(inputs.query, inputs.keys, ranks_of(inputs), **tags, backend=backend),)
+    ids = inputs.query_ids
+    return (negmine.rank_thresholds(inputs.query, inputs.negatives, ranks_of(inputs), query_ids=ids, backend=backend),)
 
 
 def widened(x: Tensor) -> Tensor:
@@ -226,7 +221,7 @@ def finished(inputs: Inputs, mean: Tensor, lse: Tensor) -> Answer:
     return -F.logsigmoid(x_positive - lse).mean(), (share * (mean - positive)).to(inputs.query.dtype)
 
 
-def eager_mochi(inputs: Inputs, draws: negmine.Mixed | None = None) -> Answer:
+def eager_mochi(inputs: Inputs, draws: Mixed | None = None) -> Answer:
     """MoCHi with its S = pairs + with_query synthetic vectors in memory; `draws`: parents and coefficients to use."""
 
     def loss_of(query: Tensor) -> Tensor:
@@ -260,7 +255,7 @@ def eager_mochi(inputs: Inputs, draws: negmine.Mixed | None = None) -> Answer:
 def eager_mochi_same_draws(inputs: Inputs, drawn_from: Inputs | None = None) -> Answer:
     """drawn_from: the inputs whose parents are drawn; the same numbers stored longer may rank near ties differently."""
     of = drawn_from or inputs
-    draws = negmine.mix_negatives(of.query, of.keys, MIX, query_ids=of.query_ids, negative_ids=of.negative_ids)
+    draws = negmine.mix_negatives(of.query, of.negatives, MIX, query_ids=of.query_ids)
     return eager_mochi(inputs, draws)
 
 

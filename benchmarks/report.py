@@ -46,10 +46,10 @@ def mine(query_head: Head, key_head: Head, task: Task, chosen: torch.Tensor) -> 
     """chosen (B,): query numbers."""
     corpus, query = key_head(task.corpus), query_head(task.queries[chosen])  # (K, D), (B, D)
     answers = task.positives[chosen]  # (B,)
-    masks = {"query_ids": answers, "negative_ids": torch.arange(len(corpus), device=corpus.device)}
+    negatives = negmine.Negatives(corpus, ids=torch.arange(len(corpus), device=corpus.device))
     positive = (query * corpus[answers]).sum(dim=1)  # (B,)
-    mined = negmine.mine_hardest(query, corpus, SHOWN_NEGATIVES, **masks)  # (B, SHOWN_NEGATIVES) each
-    _, stats = negmine.info_nce(query, corpus[answers], corpus, return_stats=True, **masks)
+    mined = negmine.mine_hardest(query, negatives, SHOWN_NEGATIVES, query_ids=answers)  # (B, SHOWN_NEGATIVES) each
+    _, stats = negmine.info_nce(query, corpus[answers], negatives, query_ids=answers, return_stats=True)
     return [
         Mining(score, above + 1, list(zip(index, scores, strict=True)))
         for score, above, index, scores in zip(

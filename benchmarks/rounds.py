@@ -17,7 +17,7 @@ import negmine
 from benchmarks import wordnet
 from benchmarks.train import TEMPERATURE, B, Metrics, evaluate, follow, new_heads, optimizer_of
 from negmine import Select
-from negmine.mining import MiningResult
+from negmine.mining import MiningResult, mining_rounds
 
 MINED = 8  # negatives a query
 SKIPPED = 1  # the hardest rank is the one most often unlabelled truth
@@ -25,7 +25,7 @@ EMBEDDED = 8192  # rows at a time
 
 
 class Trainer:
-    """Two towers, and the two callables of negmine.mining_rounds."""
+    """Two towers, and the two callables of negmine.mining.mining_rounds."""
 
     def __init__(self, task: wordnet.Task, queries: Tensor, steps: int, rounds: int, refresh: bool, seed: int) -> None:
         self.task, self.queries, self.steps, self.refresh = task, queries, steps, refresh
@@ -56,8 +56,8 @@ class Trainer:
                 follow(self.key_head, self.query_head)
                 keys, positive = self.key_head(task.corpus[rows]), self.key_head(task.corpus[answers])
             query = self.query_head(task.queries[self.queries[batch]])
-            tags = {"query_ids": answers, "negative_ids": rows}
-            loss = negmine.info_nce(query, positive, keys, temperature=TEMPERATURE, **tags)
+            among = negmine.Negatives(keys, ids=rows)
+            loss = negmine.info_nce(query, positive, among, temperature=TEMPERATURE, query_ids=answers)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -81,7 +81,7 @@ def main() -> None:
     for name, refresh in (("mined once", False), ("each round", True)):
         start = time.perf_counter()
         trainer = Trainer(task, queries, args.steps, args.rounds, refresh, args.seed)
-        rounds = negmine.mining_rounds(
+        rounds = mining_rounds(
             *(trainer.embed, trainer.train, task.positives[queries]),
             rounds=args.rounds,
             keep_old=args.keep_old,

@@ -159,14 +159,12 @@ class Run:
 def answer_ranks(query_head: Head, key_head: Head, task: Task) -> Tensor:
     """0-based rank of each held-out query's answer among the K corpus entries: (held_out,) int64."""
     corpus = key_head(task.corpus)  # (K, D)
-    rows = torch.arange(len(corpus), device=corpus.device)  # (K,)
+    entries = negmine.Negatives(corpus, ids=torch.arange(len(corpus), device=corpus.device))
     ranks = []
     for block in task.held_out.split(EVALUATION_BLOCK):
         answers = task.positives[block]  # (B,)
         query = query_head(task.queries[block])  # (B, D)
-        _, stats = negmine.info_nce(
-            query, corpus[answers], corpus, query_ids=answers, negative_ids=rows, return_stats=True
-        )
+        _, stats = negmine.info_nce(query, corpus[answers], entries, query_ids=answers, return_stats=True)
         ranks.append(stats.positive_rank)
     return torch.cat(ranks)
 
@@ -237,8 +235,7 @@ def train(name: str, task: Task, steps: int, seed: int, evaluate_at: list[int], 
         elif recipe.feed == "pairs":
             loss = loss_of(query, positive_key, answers)
         else:
-            ids = {"query_ids": answers, "negative_ids": queue.ids}
-            loss = loss_of(query, positive_key, queue.keys, **ids, **further, step=step)
+            loss = loss_of(query, positive_key, queue, query_ids=answers, **further, step=step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

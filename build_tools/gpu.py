@@ -51,7 +51,7 @@ def commands(phase: str, out: Path) -> list[Command]:
 
         time_it = python("-m", "benchmarks.run", "--no-tests", "--device", "cuda", "--seconds", "2")
         compiled = ("--compile", "moco-bf16-1024")
-        # What two backends have is also timed side by side: negmine/backends.py chooses between them by these rows.
+        # What two backends have is also timed side by side: negmine/ops/backends.py chooses between them by these rows.
         both = ("--op", *QUEUE_OPS, "--backend", "triton", "cuda", "--no-peers", "--seconds", "1")
         mined = [case for case in ON_GPU if "mine_hardest" in CASES[case].ops]
         return [[*time_it, "--case", case, *compiled] for case in ON_GPU] + [

@@ -31,11 +31,14 @@ ORDER = [
 
 
 def public_names() -> list[str]:
-    """negmine's public names as its __all__ lists them, then the recipes."""
+    """negmine's public names as its __all__ lists them, then those of its packages and the recipes."""
     import negmine
 
-    names = [f"negmine.{name}" for name in negmine.__all__ if not name.startswith("_") and name != "recipes"]
-    names += [f"negmine.recipes.{name}" for name in negmine.recipes.__all__]
+    packages = "losses", "selection", "queues", "mining", "report", "recipes"
+    names = [f"negmine.{name}" for name in negmine.__all__ if not name.startswith("_") and name not in packages]
+    for package in packages:
+        listed = attrgetter(package)(negmine).__all__
+        names += [f"negmine.{package}.{name}" for name in listed if name not in negmine.__all__]
     undocumented = [name for name in names if not attrgetter(name.removeprefix("negmine."))(negmine).__doc__]
     if undocumented:
         raise SystemExit(f"make docs: without a docstring: {', '.join(undocumented)}")

@@ -14,7 +14,18 @@ from pathlib import Path
 ENVIRONMENT = Path(".venv")
 PYTHON = ENVIRONMENT / "bin/python"
 BUILD = ["setuptools", "wheel", "pybind11", "build"]
-USE = ["numpy", "pytest", "pytest-xdist", "hypothesis", "tqdm", "matplotlib", "ruff", "mypy", "clang-format"]
+USE = [
+    "numpy",
+    "ml_dtypes",
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "tqdm",
+    "matplotlib",
+    "ruff",
+    "mypy",
+    "clang-format",
+]
 BENCH = ["pytest-benchmark", "usearch"]
 SEARCH = ["faiss-cpu", "safetensors", "pyarrow"]  # optional for users; the tests read and search with them
 DOCS = ["mkdocs", "mkdocstrings-python"]

@@ -20,6 +20,8 @@ from negmine.ops.vectors import for_kernels, frozen, scale_of, score_of_positive
 from negmine.ops.windows import Draw, bounded, mixing_draws, pool_size, ranks_to_sum, sample
 from negmine.options import Mix, Select, is_real
 
+__all__ = ["Mined", "Mixed", "logsumexp", "mine_hardest", "mix_negatives", "quantile", "rank_thresholds"]
+
 
 class Mined(NamedTuple):
     """What mine_hardest returns."""

@@ -2,18 +2,18 @@
 
 import os
 
-os.environ.setdefault(
-    "ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"
-)  # oneDNN's AMX kernels trust a CPUID that machines may hide
-os.environ.setdefault("NEGMINE_POISON_OUTPUTS", "1")  # outputs of the C++ ops start as NaN, see _poisoned_memory
 import torch
 
+os.environ.setdefault("NEGMINE_POISON_OUTPUTS", "1")  # outputs of the C++ ops start as NaN, see _poisoned_memory
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels then run on CPU tensors, slowly; read at import
 
 import pytest
 
+from build_tools.onednn import avoid_amx_where_it_dies
 from negmine.ops import backends
+
+avoid_amx_where_it_dies()  # before the first product
 
 # Small tests that together launch every kernel: what a sanitizer, fifty times slower, should see on a GPU.
 SANITIZED = ("test_all_equal", "test_strided", "test_info_nce_mixes", "test_masked_rows", "test_hcl")
@@ -36,6 +36,7 @@ def _poisoned_memory():
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    backends._chosen.clear()  # a test that replaces a kernel in the table finds no choice of an earlier test
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -75,8 +76,17 @@ def pytest_addoption(parser):
     )
 
 
+# Files of tests that stand in for a GPU.
+GPU_SIM = ("test_aot", "test_cuda_", "test_launches", "test_ptx")
+# What `make smoke` runs: every kernel of the CPU, every definition, every refusal.
+SMOKE = (
+    "test_contributing", "test_imports", "test_kernels", "test_moco", "test_op_table", "test_ops", "test_queue",
+    "test_reference", "test_refusals",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(config, items):
-    """Markers: `triton` by backend, `sanitized` for the small tests that launch every kernel; what needs a GPU waits for one."""
+    """Markers by file and by backend; what needs a GPU waits for one."""
     shard, shards = map(int, config.getoption("--shard").split("/"))
     items[:] = items[shard::shards]
     for item in items:
@@ -84,6 +94,10 @@ def pytest_collection_modifyitems(config, items):
         backend = params.get("backend", params.get("any_backend"))
         if backend == "triton":
             item.add_marker("triton")
+        elif item.path.stem in SMOKE:
+            item.add_marker("smoke")
+        if item.path.stem.startswith(GPU_SIM) and DEVICE != "cuda":
+            item.add_marker("gpu_sim")
         if backend in ("triton", "cuda") and DEVICE == "cuda" and item.name.startswith(SANITIZED):
             item.add_marker("sanitized")
         if item.get_closest_marker("gpu") and DEVICE != "cuda":

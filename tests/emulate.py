@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from negmine.ops.pool import check_pool
+from negmine.ops.pool import Pool
 from tests.ptx import cuda_kernels
 
 ROOT = Path(__file__).parents[1]
@@ -44,19 +44,19 @@ def pointer(tensor):
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def pool_of(query, keys, same_label=False, lower=None, upper=None, **given):
-    """The pool arguments of an op, from a caller's masks and bounds."""
-    return (*check_pool("test", query, keys, **given)[:5], lower, upper, same_label)
+def pool_of(query, keys, **given):
+    """The pool arguments of an op, from a caller's masks, tags and bounds."""
+    return Pool(**{name: t.contiguous() if isinstance(t, torch.Tensor) else t for name, t in given.items()})
 
 
 def pool_arguments(pool):
     """The same as the emulated functions take them."""
-    mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, same_label = pool
+    mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, num_rows, *_, same_label = pool
     key_mask, pair_mask = (mask, None) if mask is None or mask.dim() == 1 else (None, mask)
     return [
         pointer(key_mask), pointer(pair_mask), ctypes.c_int64(0 if pair_mask is None else pair_mask.stride(0)),
         *map(pointer, (query_ids, negative_ids, query_labels, negative_labels)), ctypes.c_bool(same_label),
-        pointer(lower), pointer(upper),
+        pointer(lower), pointer(upper), pointer(num_rows),
     ]  # fmt: skip
 
 

@@ -17,8 +17,9 @@ import warnings
 import torch
 from torch import Tensor
 
-import negmine
+from negmine import Negatives
 from negmine.ops import backends
+from tests import fuzz_calls
 from tests.fuzz_calls import CALLED, KINDS_OF_CALL
 from tests.fuzz_case import Case
 from tests.fuzz_judge import require
@@ -34,9 +35,8 @@ def run_case(seed: int, number: int) -> str:
     whole_call = dict(call)
     call = case.spoiled(call) | {"backend": "cpu"}
     spoiled = any(call[name] is not value for name, value in whole_call.items())
-    function = CALLED[op] if op in CALLED else getattr(negmine, op)
     try:
-        result = function(**call)
+        result = CALLED[op](**call) if op in CALLED else fuzz_calls.run(op, call)
     except REFUSED as refusal:
         require(len(str(refusal).split()) > 3, f"{op}: a refusal in no words: {refusal!r}")
         require(spoiled, f"{op} refuses a call that is right: {refusal}")
@@ -51,13 +51,14 @@ def described(seed: int, number: int) -> str:
     case = Case(seed, number)
     make, _ = case.draw.choice(KINDS_OF_CALL)
     call, op = make(case)
-    words = [
-        f"{name}={value.dtype} {tuple(value.shape)} strides {value.stride()}"
-        if isinstance(value, Tensor)
-        else f"{name}={value}"
-        for name, value in case.spoiled(call).items()
-    ]
+    words = [f"{name}={in_words(value)}" for name, value in case.spoiled(call).items()]
     return f"{op} on {case.kind} vectors: {', '.join(words)}"
+
+
+def in_words(value) -> str:
+    if isinstance(value, Negatives):
+        return f"Negatives of {in_words(value.keys)}"
+    return f"{value.dtype} {tuple(value.shape)} strides {value.stride()}" if isinstance(value, Tensor) else f"{value}"
 
 
 def run(seed: int, first: int, seconds: float, only: bool, at, faults) -> None:

@@ -1,6 +1,6 @@
 """The random calls of tests/fuzz.py, and how each is judged: ops, losses, recipes, modules, queues, options, datasets.
 
-FUZZED and EXCUSED together name everything public: tests/test_fuzz.py compares them with negmine.__all__.
+FUZZED and EXCUSED together name everything public: tests/test_fuzz.py compares them with negmine.__all__ and those of its parts.
 """
 
 import math
@@ -12,17 +12,45 @@ import torch
 from torch import Tensor
 
 import negmine
-from negmine import FalseNegatives, Mix, MoCoQueue, Select, Weight, recipes
-from tests.cases import feed
+from negmine import (
+    FalseNegatives,
+    Mix,
+    MoCoQueue,
+    Negatives,
+    Select,
+    Weight,
+    losses,
+    mining,
+    queues,
+    recipes,
+    report,
+    selection,
+)
+from tests.cases import feed, negatives
 from tests.fuzz_case import Case
-from tests.fuzz_judge import EPS, double, near, require, rounding, same, tensors
+from tests.fuzz_judge import EPS, double, near, require, rounding, same, tensors, widened
 
 FLOOR = 64 * EPS
+PARTS = (negmine, losses, selection, queues, mining, report)
 
 
-def mining(case: Case) -> tuple[dict, str]:
+def public(name: str):
+    """The public function of this name, of negmine or of one of its parts."""
+    return next(getattr(part, name) for part in PARTS if name in part.__all__)
+
+
+def run(op: str, call: dict):
+    """The public function op: masks among the keywords of a case reach it as Negatives."""
+    own = {
+        name: tensor for name, tensor in call.items() if name in ("negative_ids", "negative_labels", "negative_mask")
+    }
+    given = {name: value for name, value in call.items() if name not in own}
+    return public(op)(**given | ({"negative_keys": negatives(given["negative_keys"], own)} if own else {}))
+
+
+def mined(case: Case) -> tuple[dict, str]:
     call = {"query": case.vectors(case.B, case.D), "negative_keys": case.vectors(case.K, case.D), **case.masks()}
-    op = case.draw.choice(["mine_hardest", "mine_hardest", "rank_thresholds", "percentile"])
+    op = case.draw.choice(["mine_hardest", "mine_hardest", "rank_thresholds", "quantile"])
     if op == "mine_hardest":
         call["N"] = case.draw.choice([1, 2, case.draw.randrange(1, 500), case.K + 3])
         call["select"] = case.select(margins=True)
@@ -38,19 +66,19 @@ def mining(case: Case) -> tuple[dict, str]:
 
 
 def judge_mining(case: Case, op: str, call: dict, got) -> None:
-    plain = getattr(negmine, op)(**call | {"backend": "reference"})
+    plain = run(op, call | {"backend": "reference"})
     if op == "mine_hardest":
         require(got.index.dtype == torch.int64 and got.scores.dtype == torch.float32, "dtypes")
         require(((got.index >= -1) & (got.index < max(case.K, 1))).all(), "an index outside the queue")
         require((got.index.sort(1)[0].diff(dim=1) != 0)[(got.index.sort(1)[0] >= 0)[:, 1:]].all(), "an index twice")
     if case.exact:
-        rounds = op == "percentile"
+        rounds = op == "quantile"
         pairs = zip(tensors(got), tensors(plain), strict=True)
         for i, (a, b) in enumerate(pairs):
             near(f"{op}[{i}]", a, b, b, 1e-6) if rounds else same(f"{op}[{i}]", a, b)
     elif case.kind not in ("huge", "special") and not (call.get("select") and call["select"].sample):
         slack = rounding(call) + 1e-37
-        truth = getattr(negmine, op)(**double(call))
+        truth = run(op, double(call))
         a, b, c = tensors(got)[0], tensors(truth)[0], tensors(plain)[0]
         near(op, a, b, c, slack)
 
@@ -63,7 +91,7 @@ def mixing(case: Case) -> tuple[dict, str]:
 def judge_mixing(case: Case, op: str, call: dict, got) -> None:
     if case.kind != "whole" or not call["mix"].detach:
         return
-    plain = negmine.mix_negatives(**call | {"backend": "reference"})
+    plain = run(op, call | {"backend": "reference"})
     same("parents", got.parents, plain.parents)
     near("coefficients", got.coefficients, plain.coefficients, plain.coefficients, 1e-6)
     q, keys = (
@@ -125,7 +153,7 @@ def judge_loss(case: Case, op: str, call: dict, got) -> None:
     if case.kind == "huge" or (call["select"] and call["select"].sample and not case.exact):
         return
     exact, weight = double(call), call.get("weight")
-    truth, plain = negmine.info_nce(**exact), negmine.info_nce(**call | {"backend": "reference"})
+    truth, plain = run(op, exact), run(op, call | {"backend": "reference"})
     temperature = float(call["temperature"])
     logit = (rounding(call) / temperature + EPS * 16) * (1 + (weight.beta if weight else 0.0))
     values = [tensors(r)[0] for r in (got, truth, plain)]
@@ -208,7 +236,7 @@ def judge_triplets(case: Case, op: str, call: dict, got) -> None:
     require((label >= 0).all() & (label == call["key_labels"][p]).all(), "a positive of another label")
     require((label != call["key_labels"][n]).all(), "a negative of the same label")
     if case.exact:
-        plain = negmine.mine_triplets(**call | {"backend": "reference"})
+        plain = run(op, call | {"backend": "reference"})
         for name, a, b in zip(got._fields, got, plain, strict=True):
             same(f"{op}.{name}", a, b)
 
@@ -231,7 +259,7 @@ def sums(case: Case) -> tuple[dict, str]:
 def judge_sums(case: Case, op: str, call: dict, got) -> None:
     if case.kind == "huge" or "special" in case.kind or (call["select"] and call["select"].sample and not case.exact):
         return
-    truth, plain = getattr(negmine, op)(**double(call)), getattr(negmine, op)(**call | {"backend": "reference"})
+    truth, plain = run(op, double(call)), run(op, call | {"backend": "reference"})
     steepness = 1 / float(call["temperature"]) if op == "logsumexp" else abs(float(call["scale"]))
     terms = 1 if op == "logsumexp" else (case.K + 1) * (case.B if call.get("reduction") == "sum" else 1)
     finite = truth[truth.isfinite()].abs()
@@ -261,7 +289,7 @@ def labelled(case: Case) -> tuple[dict, str]:
 def judge_labelled(case: Case, op: str, call: dict, got) -> None:
     if not case.exact or "special" in case.kind:
         return  # on other vectors a column near a bound may fall to either side
-    truth, plain = getattr(negmine, op)(**double(call)), getattr(negmine, op)(**call | {"backend": "reference"})
+    truth, plain = run(op, double(call)), run(op, call | {"backend": "reference"})
     steepness = {"sup_con": 1 / call.get("temperature", 1.0) if op == "sup_con" else 1.0, "multi_similarity": 50.0}
     vectors = {"query": call["query"], "negative_keys": call["keys"]}
     slack = 8 * (rounding(vectors) + FLOOR) * steepness.get(op, 2.0)
@@ -309,13 +337,14 @@ def judge_recipe(case: Case, op: str, call: dict, got) -> None:
     if case.kind != "unit" or call["name"] in DRAWN:
         return
     truth, plain = called_recipe(**double(call) | wide(call)), called_recipe(**call | {"backend": "reference"})
-    vectors = {"query": call["first"], "negative_keys": call.get("third", call["second"])}
+    keys = call.get("third", call["second"])
+    vectors = {"query": call["first"], "negative_keys": keys.keys if isinstance(keys, Negatives) else keys}
     slack = 400 * (rounding(vectors) + FLOOR) * max(1.0, float(truth.detach().abs().nan_to_num().max()))
     near(call["name"], got, truth, plain, slack * (case.B if call["name"] == "vse_plus_plus" else 1))
 
 
 def wide(call: dict) -> dict:
-    return {"given": {n: double({n: value})[n] for n, value in call["given"].items()}}
+    return {"given": {n: widened(value) for n, value in call["given"].items()}}
 
 
 def module(case: Case) -> tuple[dict, str]:
@@ -338,7 +367,7 @@ def called_module(name, options, tensors, backend):
     right = isinstance(name, str) and name in FUNCTION and isinstance(options, dict) and isinstance(tensors, tuple)
     if not right:
         raise ValueError(f"no module is called {name!r}, or its options are no dict and its tensors no tuple")
-    return getattr(negmine, name)(**options, backend=backend)(*tensors)
+    return getattr(losses, name)(**options, backend=backend)(*tensors)
 
 
 FUNCTION = {"InfoNCELoss": "info_nce", "SupConLoss": "sup_con", "TripletLoss": "triplet_loss"}
@@ -349,7 +378,7 @@ def judge_module(case: Case, op: str, call: dict, got) -> None:
     options = {n: v for n, v in call["options"].items() if n != "learn"}
     if call["name"] == "SigLIPLoss":
         options |= {"scale": torch.tensor(math.log(10.0)).exp(), "bias": torch.tensor(-10.0)}
-    want = getattr(negmine, FUNCTION[call["name"]])(*call["tensors"], **options, backend="cpu")
+    want = public(FUNCTION[call["name"]])(*call["tensors"], **options, backend="cpu")
     for a, b in zip(tensors(got), tensors(want), strict=True):
         same(call["name"], a.detach(), b.detach())
 
@@ -368,17 +397,17 @@ def sharded(case: Case) -> tuple[dict, str]:
 
 def called_sharded(query, keys, N, positive_key, select, backend):
     width = keys.shape[-1] if isinstance(keys, torch.Tensor) and keys.dim() and keys.shape[-1] else 3
-    queue = negmine.ShardedMoCoQueue(width, 500, random_init=False)
+    queue = queues.ShardedMoCoQueue(width, 500, random_init=False)
     queue.enqueue(keys)
     options = {"select": select, "backend": backend}
-    mined = queue.mine_hardest(query, N, positive_key=positive_key, **options)
-    return queue.info_nce(query, positive_key, **options, reduction="none"), *mined, queue.keys
+    found = queue.mine_hardest(query, N, positive_key=positive_key, **options)
+    return queue.info_nce(query, positive_key, **options, reduction="none"), *found, queue.keys
 
 
 def judge_sharded(case: Case, op: str, call: dict, got) -> None:
     q, pos, options = call["query"], call["positive_key"], {"select": call["select"], "backend": "cpu"}
-    mined = negmine.mine_hardest(q, got[3], call["N"], positive_key=pos, **options)
-    for name, a, b in zip(("scores", "index"), got[1:3], mined, strict=True):
+    want = negmine.mine_hardest(q, got[3], call["N"], positive_key=pos, **options)
+    for name, a, b in zip(("scores", "index"), got[1:3], want, strict=True):
         same(f"sharded {name}", a, b)
     if "special" not in case.kind and case.kind != "huge":
         want = negmine.info_nce(q, pos, got[3], **options, reduction="none")
@@ -417,9 +446,13 @@ def index(query_embeddings, corpus_embeddings, k, backend):
     return found
 
 
-def rounds(query_embeddings, corpus_embeddings, positives, **mining):
-    done = negmine.mining_rounds(
-        lambda number: (query_embeddings, corpus_embeddings), lambda number, result: None, positives, rounds=2, **mining
+def rounds(query_embeddings, corpus_embeddings, positives, **options):
+    done = mining.mining_rounds(
+        lambda number: (query_embeddings, corpus_embeddings),
+        lambda number, result: None,
+        positives,
+        rounds=2,
+        **options,
     )
     require(done[-1].new == 0.0 or not done[-1].result.num_valid.any(), "the same embeddings bring new negatives")
     return done[-1].result
@@ -427,21 +460,22 @@ def rounds(query_embeddings, corpus_embeddings, positives, **mining):
 
 def judge_dataset(case: Case, op: str, call: dict, got) -> None:
     if op == "hardness_report":
-        require(isinstance(got, negmine.HardnessReport), "no report")
+        require(isinstance(got, report.HardnessReport), "no report")
         return
     q, keys = call["query_embeddings"], call["corpus_embeddings"]
     if op == "index":
         want = negmine.mine_hardest(q, keys, call["k"], backend="cpu")
         same("index", torch.from_numpy(got.indices), want.index)
         return
-    require(isinstance(got, negmine.MiningResult), "no result")
+    require(isinstance(got, mining.MiningResult), "no result")
     rows, own = torch.from_numpy(got.indices), call["positives"]
     require(
         (rows != own[:, None]).all() & (rows < len(keys)).all() & (rows >= -1).all(), "a positive, or no row, is mined"
     )
     if call["select"] is None or not call["select"].has_margin:
-        masks = {"query_ids": own, "negative_ids": torch.arange(len(keys))}
-        want = negmine.mine_hardest(q, keys, call["num_negatives"], select=call["select"], **masks, backend="cpu")
+        others = Negatives(keys, ids=torch.arange(len(keys)))
+        options = {"select": call["select"], "query_ids": own, "backend": "cpu"}
+        want = negmine.mine_hardest(q, others, call["num_negatives"], **options)
         same("indices", rows, want.index)
     require((np.diff(got.scores, axis=1) <= 0)[np.isfinite(got.scores[:, 1:])].all(), "not hardest first")
 
@@ -493,7 +527,7 @@ def judge_option(case: Case, op: str, call: dict, got) -> None:
 
 
 KINDS_OF_CALL = [
-    (loss, judge_loss), (loss, judge_loss), (mining, judge_mining), (mixing, judge_mixing), (triplets, judge_triplets),
+    (loss, judge_loss), (loss, judge_loss), (mined, judge_mining), (mixing, judge_mixing), (triplets, judge_triplets),
     (ring, judge_ring),
     (sums, judge_sums), (labelled, judge_labelled), (recipe, judge_recipe), (module, judge_module),
     (sharded, judge_sharded), (dataset, judge_dataset), (option, judge_option),
@@ -508,14 +542,16 @@ CALLED = {
     "index": index,
     "rounds": rounds,
 }
-FUZZED = {"info_nce", "mine_hardest", "rank_thresholds", "percentile", "mix_negatives", "mine_triplets", "MoCoQueue"}
+FUZZED = {"info_nce", "mine_hardest", "rank_thresholds", "quantile", "mix_negatives", "mine_triplets", "MoCoQueue"}
 FUZZED |= {"logsumexp", "softplus_sum", "siglip", "sup_con", "triplet_loss", "multi_similarity", *FUNCTION, "recipes"}
 FUZZED |= {"ShardedMoCoQueue", "mine_hard_negatives", "mining_rounds", "NegativeIndex", "hardness_report"}
-FUZZED |= {"Select", "Mix", "Weight", "FalseNegatives"}
+FUZZED |= {"Select", "Mix", "Weight", "FalseNegatives", "Negatives"}
 EXCUSED = {
     **dict.fromkeys(("InfoNCEStats", "SupConStats", "MultiSimilarityStats", "Mined", "Mixed"), "what an op returns"),
+    **dict.fromkeys(("Found", "Round"), "what mining returns"),
     **dict.fromkeys(
         ("Triplets", "MiningResult", "HardnessReport"), "what an op returns, with methods: their own tests"
     ),
+    "mining": "a package, whose parts are named here",
     "__version__": "a string",
 }

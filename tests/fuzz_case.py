@@ -72,8 +72,8 @@ class Case:
         for kind in ("ids", "labels"):
             if self.chance(0.25):
                 dtype = self.draw.choice([torch.int64, torch.int64, torch.int32, torch.uint8])
-                given[f"query_{kind}"] = torch.randint(0, 5, (self.B,), generator=generator).to(dtype)
-                given[f"negative_{kind}"] = torch.randint(0, 5, (2 * self.K,), generator=generator)[::2]
+                given[f"query_{kind}"] = torch.randint(-1, 5, (self.B,), generator=generator).to(dtype)
+                given[f"negative_{kind}"] = torch.randint(-1, 5, (2 * self.K,), generator=generator)[::2]
         if self.chance(0.3):
             shape = (self.K,) if self.chance(0.5) else (self.B, self.K)
             mask = torch.rand(*shape, generator=generator) < self.draw.choice([0.0, 0.1, 0.7, 1.0])

@@ -1,7 +1,11 @@
 """What the fuzzers judge by: a result agrees with the reference bit for bit, or within the rounding of its scores."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+
+from negmine import Negatives
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -17,13 +21,16 @@ def require(good: bool | Tensor, sentence: str) -> None:
 
 def double(call: dict) -> dict:
     """The call in float64 for the reference, leaves anew."""
-    cast = {
-        name: value.detach().double().requires_grad_(value.requires_grad)
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for name, value in call.items()
-    }
-    return cast | {"backend": "reference"}
+    return {name: widened(value) for name, value in call.items()} | {"backend": "reference"}
+
+
+def widened(value):
+    """A floating tensor, or the keys of Negatives, in float64; anything else as it is."""
+    if isinstance(value, Negatives):
+        return replace(value, keys=widened(value.keys))
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().double().requires_grad_(value.requires_grad)
+    return value
 
 
 def tensors(result) -> list[Tensor]:

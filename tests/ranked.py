@@ -3,7 +3,8 @@
 import torch
 
 from negmine.ops import sort_key
-from negmine.ops.pool import check_pool, usable
+from negmine.ops.pool import usable
+from tests import cases
 
 LAST = 2**63 - 1
 
@@ -22,7 +23,7 @@ def inside_of(places, lower=None, upper=None):
 def ranking(q, keys, same_label=False, lower=None, upper=None, **given):
     """(B, K + 1) the places of each row's pool, highest first, NOWHERE past the end; (B,) how many, NaN scores included."""
     scores = q.float() @ keys.float().T  # (B, K), of small integers exact in any order
-    allowed = usable(check_pool("test", q, keys, **given)._replace(same_label=same_label), q, keys)
+    allowed = usable(cases.pool_of(q, keys, given)._replace(same_label=same_label), q, keys)
     allowed = torch.ones_like(scores, dtype=torch.bool) if allowed is None else allowed
     places = sort_key.pack(scores, torch.arange(len(keys)))
     inside = allowed & inside_of(places, lower, upper)

@@ -38,18 +38,17 @@ def one_step(step: int, layer: torch.nn.Linear, queue: MoCoQueue) -> None:
     loss = negmine.info_nce(
         query,
         key.detach(),
-        queue.keys,
+        queue,
         **OPTIONS[step % len(OPTIONS)],
         query_ids=ids,
-        negative_ids=queue.ids,
         step=step,
     )
     queue.enqueue(key.detach(), ids=ids)
     layer.zero_grad()
     loss.backward()
     if step % 7 == 0:
-        negmine.mine_hardest(query, queue.keys, 20)
-        negmine.quantile(query, queue.keys, [0.5, 0.99])
+        negmine.mine_hardest(query, queue, 20)
+        negmine.quantile(query, queue, [0.5, 0.99])
     if step % 50 == 0:  # a refusal leaves nothing behind
         with contextlib.suppress(ValueError):
             negmine.info_nce(query, key, queue.keys[:, 1:])

@@ -251,7 +251,7 @@ def test_mined_tuples_go_into_their_losses():
     losses = peer("pytorch_metric_learning.losses")
     embeddings, labels = batch()
     embeddings.requires_grad_()
-    found = negmine.mine_triplets(
+    found = negmine.losses.mine_triplets(
         *(torch.nn.functional.normalize(embeddings.detach()),) * 2,
         *(labels,) * 2,
         **dict.fromkeys(("query_ids", "key_ids"), torch.arange(24)),
@@ -338,7 +338,7 @@ def test_cross_batch_memory_with_a_negmine_loss(any_backend):
         stored = memory.memory.keys
         own = (embeddings.detach()[:, None] == stored[None]).all(2)  # (B, K)
         assert bool((own.sum(1) == 1).all())
-        want = negmine.multi_similarity(
+        want = negmine.losses.multi_similarity(
             embeddings.detach().double(), stored.double(), labels, memory.memory.labels, key_mask=~own
         )
         torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)

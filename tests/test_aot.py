@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from negmine.ops.pool import Pool
 from tests import sass
 
 pytest.importorskip("triton")
@@ -28,7 +29,7 @@ TIME_LIMIT = 120  # seconds for one case
 # Registers parked on the stack around a loop cost nothing that can be measured; one spilled inside a loop does.
 STACK_BYTES = 32
 HEADROOM = 1.25
-INSTRUCTIONS_PER_SCORE = {  # measured for bf16, D = 128; scan_kernel pulls one survivor out of each word
+INSTRUCTIONS_PER_SCORE = {  # measured for bf16, D = 128; scan_kernel takes one wanted column out of each word
     (80, "logsumexp_kernel"): 17.3,
     (90, "logsumexp_kernel"): 10.4,
     (90, "logsumexp_grad_keys_kernel"): 6.9,
@@ -68,32 +69,28 @@ def call(triton_ops, op: str, dtype: torch.dtype, D: int) -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     query, keys, scale = empty(B, D, dtype=dtype), empty(K, D, dtype=dtype), empty()
-    places, index = empty(B, 2, dtype=torch.int64), empty(B, N, dtype=torch.int64)
-    window = (None, None, None, None, None, empty(B, dtype=torch.int64), empty(B, dtype=torch.int64))
-    draws = (1024, 128, 0.0, 1.0, 0.0, 0.5, True, empty(4097), 0, 0, 0)
+    ranks, index, step = empty(B, 2, dtype=torch.int64), empty(B, N, dtype=torch.int64), empty(dtype=torch.int64)
+    window = Pool(lower=empty(B, dtype=torch.int64), upper=empty(B, dtype=torch.int64))
+    draws = (1024, 128, 0.0, 1.0, 0.0, 0.5, True, empty(4097), 0, step, step)
     arguments = {
-        "logsumexp": (scale, None, True),
-        "logsumexp_grad_keys": (scale, empty(B), empty(B)),
-        "softplus_sum": (scale, scale, True),
-        "softplus_sum_grad_keys": (scale, scale, empty(B)),
-        "mine_hardest": (N,),
-        "rank_thresholds": (places,),
-        "count_negatives": window,
-        "mix_negatives": (index, *draws),
-        "mix_logsumexp": (index, scale, True, *draws),
-        "listed_logsumexp": (index, scale, True),
+        "info_nce": (query, keys, scale, None, True, False, None, N, 0, *draws, *Pool()),
+        "logsumexp": (keys, scale[None], None, True, 0, None, *Pool()),
+        "logsumexp_grad_keys": (keys, scale, empty(B), empty(B), *Pool()),
+        "softplus_sum": (keys, scale, scale, True, *Pool()),
+        "softplus_sum_grad_keys": (keys, scale, scale, empty(B), *Pool()),
+        "mine_hardest": (keys, N, False, *Pool()),
+        "rank_thresholds": (keys, ranks, *Pool()),
+        "count_negatives": (keys, *window),
+        "mix_negatives": (keys, index, *draws),
+        "mix_logsumexp": (keys, index, scale, True, *draws),
+        "listed_logsumexp": (keys, index, scale, True),
+        "listed_grad_keys": (index, empty(B, N), K),
     }
-    if op == "info_nce":
-        mixed = empty(B), empty(B, D)
-        triton_ops.info_nce(query, query, keys, scale, None, True, False, *mixed)
-    elif op == "listed_grad_keys":
-        triton_ops.listed_grad_keys(query, index, empty(B, N), K)
-    else:
-        getattr(triton_ops, op)(query, keys, *arguments[op])
+    getattr(triton_ops, op)(query, *arguments[op])
 
 
 def record(ops: tuple[str, ...], dtype: torch.dtype, D: int, capability: int) -> list:
-    """(kernel, argument values by name, options) of every different launch the ops would make on such a card."""
+    """(kernel, arguments by position, arguments by name) of every different launch the ops would make on such a card."""
     from triton.runtime.jit import JITFunction
 
     import negmine.kernels.triton as triton_ops
@@ -104,11 +101,8 @@ def record(ops: tuple[str, ...], dtype: torch.dtype, D: int, capability: int) ->
     launches = {}
 
     def run(self, *args, grid, warmup, **kwargs):
-        values = dict(zip(self.arg_names, args, strict=False))
-        values |= {name: x for name, x in kwargs.items() if name in self.arg_names}
-        options = {name: x for name, x in kwargs.items() if name not in self.arg_names}
-        constants = tuple((p.name, values[p.name]) for p in self.params if p.is_constexpr)
-        launches.setdefault((self.fn.__name__, constants), (self, values, options))
+        constants = tuple((p.name, x) for p, x in zip(self.params, args, strict=True) if p.is_constexpr)
+        launches.setdefault((self.fn.__name__, constants), (self, args, kwargs))
 
     JITFunction.run = run
     for op in ops:
@@ -116,46 +110,28 @@ def record(ops: tuple[str, ...], dtype: torch.dtype, D: int, capability: int) ->
     return list(launches.values())
 
 
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.bool: "*i1",
-}
+def specialise(kernel, args: tuple, kwargs: dict, capability: int) -> tuple[dict, dict, dict, dict, dict]:
+    """Arguments by name, and the types, constants, divisibilities and options by which Triton compiles a kernel for them."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    values, specialisation, extra = bind(*args, debug=False, **kwargs)
+    options, signature, constants, attributes = kernel._pack_args(backend, kwargs, values, specialisation, extra)
+    return values, signature, constants, attributes, options.__dict__
 
 
-def specialise(kernel, values: dict) -> tuple[dict, dict, dict]:
-    """Types, constants and divisibilities by which Triton compiles a kernel for these arguments."""
-    signature, constants, attributes = {}, {}, {}
-    for i, p in enumerate(kernel.params):
-        x = values[p.name]
-        specialised = not p.do_not_specialize
-        if p.is_constexpr or (isinstance(x, int) and x == 1 and specialised):
-            signature[p.name], constants[p.name] = "constexpr", x
-        elif isinstance(x, torch.Tensor):
-            signature[p.name] = POINTERS[x.dtype]
-            if x.data_ptr() % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(x, int):
-            signature[p.name] = "i32" if -(2**31) <= x < 2**31 else "i64"
-            if x % 16 == 0 and specialised:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[p.name] = "fp32"
-    return signature, constants, attributes
-
-
-def compile_for(kernel, values: dict, options: dict, capability: int):
-    """The compiled kernel, its arguments specialised as the launch would have them; and its constants."""
+def compile_for(kernel, args: tuple, kwargs: dict, capability: int):
+    """The compiled kernel, its arguments specialised as the launch would have them; and its arguments by name."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = specialise(kernel, values)
+    values, signature, constants, attributes, options = specialise(kernel, args, kwargs, capability)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options), constants
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options), values
 
 
 def inspect(built, scores_per_thread: float) -> dict:
@@ -177,14 +153,14 @@ def inspect(built, scores_per_thread: float) -> dict:
 
 def report(capability: int, dtype: str, D: int, ops: tuple[str, ...]) -> None:
     """Compiles one case and prints a JSON line per kernel."""
-    for kernel, values, options in record(ops, getattr(torch, dtype), D, capability):
-        built, constants = compile_for(kernel, values, options, capability)
-        tile = constants.get("BLOCK_B", 1) * constants.get("BLOCK_K", 1)
-        line = inspect(built, tile / (32 * options["num_warps"]))
+    for kernel, args, kwargs in record(ops, getattr(torch, dtype), D, capability):
+        built, values = compile_for(kernel, args, kwargs, capability)
+        tile = values.get("BLOCK_B", 1) * values.get("BLOCK_K", 1)
+        line = inspect(built, tile / (32 * kwargs["num_warps"]))
         name = kernel.fn.__name__
-        if constants.get("SIGMOID"):
+        if values.get("SIGMOID"):
             name += ", sigmoid"
-        if brackets := constants.get("BRACKETS"):
+        if brackets := values.get("BRACKETS"):
             name += f", {brackets} bracket{'s' * (brackets > 1)}"
         print(json.dumps({"kernel": name, **line}), flush=True)
 

@@ -109,7 +109,7 @@ def test_mine_is_the_function(folder, capsys):
     words += " --range-min 2 --range-max 20 --max_score 0.9 --sampling-strategy random --seed 5 --no-count-skipped"
     words += " --output out.npz --jsonl out.jsonl --query-texts q.txt --corpus-texts c.jsonl"
     assert main(words.split()) == 0
-    got = negmine.MiningResult.load("out.npz")
+    got = negmine.mining.MiningResult.load("out.npz")
     wanted = negmine.mine_hard_negatives(
         "q.npy",
         "c.npy",
@@ -137,7 +137,7 @@ def test_positives_of_every_kind(folder, kind):
         (folder / "p.jsonl").write_text("\n".join(map(json.dumps, lists)) + "\n\n")
     words = f"mine --query-embeddings q.npy --corpus-embeddings c.npy --positives p.{kind} --output out.npz"
     assert main(words.split()) == 0
-    got = negmine.MiningResult.load("out.npz")
+    got = negmine.mining.MiningResult.load("out.npz")
     assert (got.indices == negmine.mine_hard_negatives("q.npy", "c.npy", lists).indices).all()
 
 
@@ -195,7 +195,7 @@ def test_analyze_is_the_function(folder, capsys):
         seed=3,
         title="A title",
     )
-    assert negmine.HardnessReport.load("f.json").facts == wanted.facts
+    assert negmine.report.HardnessReport.load("f.json").facts == wanted.facts
     assert "<h1>A title</h1>" in (folder / "p.html").read_text() and wanted.summary() in capsys.readouterr().out
 
 

@@ -43,7 +43,7 @@ def count(request, counting_libraries):
         return out
 
     def gpu_count(query, negative_keys, pool, processors=None):
-        return torch.ops.negmine.count_negatives.default(*[on_gpu(x) for x in (query, negative_keys, *pool)]).cpu()
+        return torch.ops.negmine_cuda.count_negatives.default(*[on_gpu(x) for x in (query, negative_keys, *pool)]).cpu()
 
     if request.param in PRODUCTS:
         return emulated_count
@@ -76,7 +76,7 @@ def test_counts_within_bounds(count):
         for given in ({}, {"same_label": True, **masks("labels", B, K)}):
             same_label = given.get("same_label", False)
             rest = {name: x for name, x in given.items() if name != "same_label"}
-            pool = pool_of(q, keys, same_label, **bounds, **rest)
+            pool = pool_of(q, keys, same_label=same_label, **bounds, **rest)
             exact(str(bounds), count(q, keys, pool), ranking(q, keys, same_label, **bounds, **rest)[1])
 
 

@@ -12,8 +12,8 @@ import torch
 
 from negmine import reference
 from negmine.ops import compiled, sort_key
-from negmine.ops.pool import check_pool, usable
-from tests import emulate
+from negmine.ops.pool import Pool, usable
+from tests import cases, emulate
 from tests.cases import MASKS, masks, unit, whole
 from tests.compare import exact, rounded
 from tests.emulate import PRODUCTS, STORAGE, on_gpu, pointer, pool_arguments, pool_of
@@ -73,9 +73,23 @@ def emulated_sum(product, library):
     return logsumexp
 
 
+def as_declared(summed, mined=None):
+    """An emulated logsumexp, and mining where the op mines, with the arguments and results of the declared op at one scale."""
+
+    def logsumexp(query, negative_keys, scales, pivot, want_mean, N, ranks, *pool):
+        lse, mean, num_kept, num_above = summed(query, negative_keys, scales[0], pivot, want_mean, pool)
+        none = torch.empty(len(query), 0, dtype=torch.int64)
+        scores, index = mined(query, negative_keys, N, pool) if N else (none.float(), none)
+        return lse[None], mean[None], num_kept, num_above, scores, index, none
+
+    return logsumexp
+
+
 def gpu_op(query, negative_keys, scale, pivot, want_mean, pool, splits=None):
     q, keys, factor, bound, *rest = [on_gpu(x) for x in (query, negative_keys, scale, pivot, *pool)]
-    return tuple(x.cpu() for x in torch.ops.negmine.logsumexp.default(q, keys, factor, bound, want_mean, *rest))
+    op = torch.ops.negmine_cuda.logsumexp.default
+    lse, mean, num_kept, num_above, *_ = (x.cpu() for x in op(q, keys, factor[None], bound, want_mean, 0, None, *rest))
+    return lse[0], mean[0], num_kept, num_above
 
 
 @pytest.fixture(params=[*PRODUCTS, pytest.param("gpu", marks=(pytest.mark.gpu, pytest.mark.sanitized))])
@@ -91,7 +105,7 @@ def kernel(request, libraries):
 def allowed_of(q, keys, pool, given):
     """The pool of the definition, without and with bounds: (B, K) each."""
     same, (lower, upper) = pool[-1], pool[5:7]
-    masked = usable(check_pool("test", q, keys, **given)._replace(same_label=same), q, keys)
+    masked = usable(cases.pool_of(q, keys, given)._replace(same_label=same), q, keys)
     masked = torch.ones(len(q), len(keys), dtype=torch.bool) if masked is None else masked
     scores, columns = q.float() @ keys.float().T, torch.arange(len(keys))
     inside = masked.clone()
@@ -122,7 +136,7 @@ def check(
     **given,
 ):
     """The kernel against the definition in float64. Finite scores are asked for; columns that a (K,) mask hides may be NaN."""
-    pool = pool_of(q, keys, same_label, lower, upper, **given)
+    pool = pool_of(q, keys, same_label=same_label, lower=lower, upper=upper, **given)
     lse, mean, kept, above = kernel(q, keys, torch.tensor(scale), pivot, want_mean, pool, splits)
     keys = keys.nan_to_num()
     masked, inside = allowed_of(q, keys, pool, given)
@@ -339,7 +353,7 @@ def test_scores_are_the_bits_of_mine_hardest(emulated_kernel, D, dtype):
     pool = pool_of(q, keys)
     places = sort_key.pack(*emulated(emulated_kernel.product)(q, keys, 200, pool))  # (B, 200)
     for rank in (0, 17, 199):
-        window = (*pool[:5], places[:, rank].contiguous(), places[:, 0].contiguous(), False)
+        window = pool._replace(lower=places[:, rank].contiguous(), upper=places[:, 0].contiguous())
         for want_mean in (True, False):
             kept = emulated_kernel(q, keys, torch.tensor(5.0), None, want_mean, window)[2]
             exact("kept", kept, torch.full((9,), rank + 1))
@@ -371,4 +385,4 @@ def test_plan_at_the_goal_shapes(library, B, K, D):
 def test_the_op_refuses_what_its_kernels_do_not_take(dtypes, D, said):
     q, keys = unit(2, D, dtype=dtypes[0], device="cuda"), unit(9, D, dtype=dtypes[1], device="cuda")
     with pytest.raises(RuntimeError, match=said):
-        torch.ops.negmine.logsumexp(q, keys, torch.ones((), device="cuda"), None, True, *[None] * 7)
+        torch.ops.negmine_cuda.logsumexp(q, keys, torch.ones(1, device="cuda"), None, True, 0, None, *Pool())

@@ -13,11 +13,11 @@ import torch
 import negmine
 from negmine.ops import backends, compiled, sort_key
 from tests import emulate
-from tests.cases import MASKS, masks, unit, whole
+from tests.cases import MASKS, masks, negatives, unit, whole
 from tests.compare import exact, rounded
 from tests.emulate import PRODUCTS, STORAGE, on_gpu, pointer, pool_arguments, pool_of
 from tests.emulated_mining import emulated
-from tests.test_cuda_logsumexp import allowed_of, emulated_sum
+from tests.test_cuda_logsumexp import allowed_of, as_declared, emulated_sum
 
 PROCESSORS = 6
 DTYPES = [torch.bfloat16, torch.float16]
@@ -69,7 +69,7 @@ def emulated_grad(product, library):
 
 def gpu_op(query, negative_keys, scale, lse, weight, pool, splits=None, backwards=False):
     tensors = [on_gpu(x) for x in (query, negative_keys, scale, lse, weight, *pool)]
-    return torch.ops.negmine.logsumexp_grad_keys.default(*tensors).cpu()
+    return torch.ops.negmine_cuda.logsumexp_grad_keys.default(*tensors).cpu()
 
 
 @pytest.fixture(params=PRODUCTS)
@@ -89,7 +89,7 @@ def kernel(request, libraries):
 
 def check(kernel, q, keys, scale=5.0, weight=None, splits=None, same_label=False, lower=None, upper=None, **given):
     """The kernel against the definition in float64, of the lse of the pool. Columns that a (K,) mask hides may be NaN."""
-    pool = pool_of(q, keys, same_label, lower, upper, **given)
+    pool = pool_of(q, keys, same_label=same_label, lower=lower, upper=upper, **given)
     B = len(q)
     weight = torch.linspace(-1, 2, B) if weight is None else weight
     kept = keys.nan_to_num()
@@ -316,24 +316,26 @@ def test_sm90a_copies_whole_tiles_where_rows_allow(libraries, D, start, silent, 
     assert library.emulated_boxes() - before == 2 * tiles  # slabs
 
 
-OPTIONS = [{}, {"decoupled": True}, {"negative_mask": masks("pairs", 40, 90)["negative_mask"]}]
+OPTIONS = [({}, "none"), ({"decoupled": True}, "none"), ({}, "pairs")]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options) or "plain")
-def test_a_loss_trains_its_keys(emulated_kernel, options, libraries, monkeypatch):
+@pytest.mark.parametrize(("options", "kind"), OPTIONS, ids=["plain", "decoupled", "masked pairs"])
+def test_a_loss_trains_its_keys(emulated_kernel, options, kind, libraries, monkeypatch):
     """info_nce by the emulated kernels under the name of their backend, against the reference in float64."""
     product = emulated_kernel.product
     sum_up = emulated_sum(product, libraries(product, "logsumexp"))
     found = {
-        "logsumexp": lambda *args: sum_up(*args[:5], args[5:]),
+        "logsumexp": as_declared(sum_up),
         "logsumexp_grad_keys": lambda *args: emulated_kernel(*args[:5], args[5:]),
     }
+    monkeypatch.setattr(backends, "_chosen", {})
     monkeypatch.setattr(backends, "BACKENDS", (backends.Backend("cuda", "cpu", found), *backends.BACKENDS[1:]))
     given = [unit(n, 24, dtype=torch.bfloat16, seed=seed) for seed, n in enumerate((40, 40, 90))]
     grads = []
     for dtype, backend in ((torch.bfloat16, "cuda"), (torch.float64, "reference"), (torch.bfloat16, "reference")):
         inputs = [x.clone().to(dtype).requires_grad_() for x in given]
-        negmine.info_nce(*inputs, temperature=0.1, backend=backend, **options).backward()
+        columns = negatives(inputs[2], masks(kind, 40, 90))
+        negmine.info_nce(*inputs[:2], columns, temperature=0.1, backend=backend, **options).backward()
         grads.append([x.grad for x in inputs])
     for name, got, truth, plain in zip(("query", "positive_key", "negative_keys"), *grads, strict=True):
         rounded(name, got, truth, plain)

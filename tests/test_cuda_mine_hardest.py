@@ -10,8 +10,8 @@ import torch
 
 from negmine import reference
 from negmine.ops import compiled, sort_key
-from negmine.ops.pool import check_pool, usable
-from tests.cases import MASKS, masks, unit, whole
+from negmine.ops.pool import Pool
+from tests.cases import MASKS, dense_mask, masks, unit, whole
 from tests.compare import exact, selected
 from tests.emulate import PRODUCTS, on_gpu, pool_of
 from tests.emulated_mining import emulated, mining_library, plan_of
@@ -32,7 +32,8 @@ def library():
 
 def gpu_op(query, negative_keys, N, pool, least_sample=2048, **changed):
     tensors = [on_gpu(x) for x in (query, negative_keys, *pool)]
-    return tuple(x.cpu() for x in torch.ops.negmine.mine_hardest.default(*tensors[:2], N, *tensors[2:]))
+    found = torch.ops.negmine_cuda.mine_hardest.default(*tensors[:2], N, False, *tensors[2:])
+    return tuple(x.cpu() for x in found[:2])
 
 
 @pytest.fixture(params=[*PRODUCTS, pytest.param("gpu", marks=(pytest.mark.gpu, pytest.mark.sanitized))])
@@ -49,9 +50,9 @@ def check_exact(
     kernel, query, keys, N, least_sample=2048, same_label=False, lower=None, upper=None, changed=None, **given
 ):
     """Of small integers: bit-equal to the reference, ties included."""
-    pool = pool_of(query, keys, same_label, lower, upper, **given)
+    pool = pool_of(query, keys, same_label=same_label, lower=lower, upper=upper, **given)
     got = kernel(query, keys, N, pool, least_sample, **(changed or {}))
-    allowed = usable(check_pool("test", query, keys, **given), query, keys)
+    allowed = dense_mask(query, keys, given)
     if same_label:
         allowed = given["query_labels"][:, None] == given["negative_labels"][None, :]
     if lower is not None or upper is not None:
@@ -260,7 +261,7 @@ def test_buffers_that_overflow_are_found_out(emulated_kernel):
 def test_the_op_refuses_what_its_kernels_do_not_take(dtypes, K, D, N, said):
     q, keys = unit(2, D, dtype=dtypes[0], device="cuda"), unit(K, D, dtype=dtypes[1], device="cuda")
     with pytest.raises(RuntimeError, match=said):
-        torch.ops.negmine.mine_hardest(q, keys, N, *[None] * 7)
+        torch.ops.negmine_cuda.mine_hardest(q, keys, N, False, *Pool())
 
 
 GOALS = [(256, 65_536), (1024, 65_536), (4096, 65_536), (1024, 1_048_576)]

@@ -11,14 +11,15 @@ import torch
 
 import negmine
 from negmine import Mix, reference
-from negmine.ops import backends, compiled, philox
-from negmine.selection import draws_of
+from negmine.ops import backends, compiled
+from negmine.ops.windows import Draw, mixing_draws
+from negmine.options import beta_quantiles
 from tests import emulate
 from tests.cases import unit
 from tests.compare import exact, rounded
 from tests.emulate import PRODUCTS, STORAGE, on_gpu, pointer
 from tests.emulated_mining import emulated as mining_by_emulator
-from tests.test_cuda_logsumexp import emulated_sum
+from tests.test_cuda_logsumexp import as_declared, emulated_sum
 
 i64, i32, f32, address = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
 
@@ -34,20 +35,23 @@ class Mixing(ctypes.Structure):
         *((name, i64) for name in ("pairs", "with_query")),
         *((name, f32) for name in ("pair_low", "pair_high", "query_low", "query_high")),
         ("distinct", ctypes.c_bool), ("quantiles", address),
-        ("seed", ctypes.c_uint32), ("step", ctypes.c_uint32), ("row_offset", i64),
+        ("seed", ctypes.c_uint32), ("step", address), ("row_offset", address),
     ]  # fmt: skip
 
 
 def mixing_of(query, negative_keys, hard_index, mix, seed, step, row_offset):
-    quantiles = philox.beta_quantiles(mix.concentration)
-    return Mixing(
+    quantiles = beta_quantiles(mix.concentration)
+    place = [torch.tensor(number) for number in (step, row_offset)]
+    mixing = Mixing(
         *(len(query), hard_index.shape[1], query.shape[1]),
         *(pointer(tensor).value for tensor in (query, negative_keys, hard_index)),
         *(tensor.stride(0) for tensor in (query, negative_keys, hard_index)),
         *(STORAGE[query.dtype], STORAGE[negative_keys.dtype], mix.pairs, mix.with_query),
         *(*mix.pair_range, *mix.query_range, mix.distinct, pointer(quantiles).value),
-        *(seed, step, row_offset),
+        *(seed, *(pointer(tensor).value for tensor in place)),
     )
+    mixing.place = place  # alive as long as their addresses
+    return mixing
 
 
 class Emulated:
@@ -78,14 +82,15 @@ class OnGPU:
     """Both ops by the GPU, on CPU tensors."""
 
     def mix_negatives(self, query, negative_keys, hard_index, mix, *draw):
-        tensors = map(on_gpu, (query, negative_keys, hard_index))
-        draws = draws_of(mix, torch.device("cuda"), *draw)
-        return tuple(out.cpu() for out in torch.ops.negmine.mix_negatives(*tensors, *draws))
+        query, keys, index = map(on_gpu, (query, negative_keys, hard_index))
+        draws = mixing_draws(mix, query, Draw(*draw))
+        return tuple(out.cpu() for out in torch.ops.negmine_cuda.mix_negatives(query, keys, index, *draws))
 
     def mix_logsumexp(self, query, negative_keys, hard_index, scale, want_mean, mix, *draw, backwards=False):
-        tensors = map(on_gpu, (query, negative_keys, hard_index, scale))
-        draws = draws_of(mix, torch.device("cuda"), *draw)
-        return tuple(out.cpu() for out in torch.ops.negmine.mix_logsumexp(*tensors, want_mean, *draws))
+        query, keys, index, scale = map(on_gpu, (query, negative_keys, hard_index, scale))
+        draws = mixing_draws(mix, query, Draw(*draw))
+        summed = torch.ops.negmine_cuda.mix_logsumexp(query, keys, index, scale, want_mean, *draws)
+        return tuple(out.cpu() for out in summed)
 
 
 @pytest.fixture(scope="module")
@@ -273,15 +278,16 @@ def test_a_step_with_synthetic_negatives(emulated, tmp_path, monkeypatch):
     mined, summed = mining_by_emulator("emulated"), emulated_sum("emulated", sums)
 
     def mix_logsumexp(query, negative_keys, index, scale, want_mean, *draws):
-        assert draws == draws_of(mix, query.device, *draws[-3:])
-        return emulated.mix_logsumexp(query, negative_keys, index, scale, want_mean, mix, *draws[-3:])
+        seed, *place = draws[-3:]
+        assert draws[:-3] == mixing_draws(mix, query, Draw())[:-3]
+        return emulated.mix_logsumexp(query, negative_keys, index, scale, want_mean, mix, seed, *map(int, place))
 
     found = {
-        "mine_hardest": lambda *args: mined(*args[:3], args[3:]),
-        "logsumexp": lambda *args: summed(*args[:5], args[5:]),
+        "mine_hardest": lambda *args: (*mined(*args[:3], args[4:]), None),
+        "logsumexp": as_declared(summed, mined),
         "mix_logsumexp": mix_logsumexp,
     }
-    found["logsumexp_mine"] = backends.one_by_one(found["logsumexp"], found["mine_hardest"])
+    monkeypatch.setattr(backends, "_chosen", {})
     monkeypatch.setattr(backends, "BACKENDS", (backends.Backend("cuda", "cpu", found), *backends.BACKENDS[1:]))
     given = [unit(n, 24, dtype=torch.bfloat16, seed=seed) for seed, n in enumerate((9, 9, 90))]
     outcomes = []

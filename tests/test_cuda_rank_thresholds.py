@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from negmine.ops import compiled, sort_key
+from negmine.ops.pool import Pool
 from tests.cases import MASKS, masks, unit, whole
 from tests.compare import exact
 from tests.emulate import PRODUCTS, on_gpu, pool_of
@@ -27,7 +28,7 @@ def emulated_kernel(request):
 
 def gpu_ranks(query, negative_keys, ranks, pool, least_sample=2048, **changed):
     tensors = [on_gpu(x) for x in (query, negative_keys, ranks, *pool)]
-    return torch.ops.negmine.rank_thresholds.default(*tensors).cpu()
+    return torch.ops.negmine_cuda.rank_thresholds.default(*tensors).cpu()
 
 
 on_both = pytest.fixture(params=[*PRODUCTS, pytest.param("gpu", marks=(pytest.mark.gpu, pytest.mark.sanitized))])
@@ -288,8 +289,8 @@ def test_the_ops_refuse_what_their_kernels_do_not_take():
     q, keys = unit(2, 8, dtype=torch.bfloat16, device="cuda"), unit(9, 8, device="cuda", seed=1)
     ranks = torch.zeros(2, 1, dtype=torch.int64, device="cuda")
     with pytest.raises(RuntimeError, match="both bfloat16 or both float16, got bfloat16 and float32"):
-        torch.ops.negmine.rank_thresholds(q, keys, ranks, *[None] * 7)
+        torch.ops.negmine_cuda.rank_thresholds(q, keys, ranks, *Pool())
     with pytest.raises(RuntimeError, match="both bfloat16 or both float16, got bfloat16 and float32"):
-        torch.ops.negmine.count_negatives(q, keys, *[None] * 7)
+        torch.ops.negmine_cuda.count_negatives(q, keys, *Pool())
     with pytest.raises(RuntimeError, match="ranks must have 2 rows, one for each query"):
-        torch.ops.negmine.rank_thresholds(q, keys.bfloat16(), ranks[:1], *[None] * 7)
+        torch.ops.negmine_cuda.rank_thresholds(q, keys.bfloat16(), ranks[:1], *Pool())

@@ -52,8 +52,8 @@ class Trainer:
             with torch.no_grad():
                 k = nn.functional.normalize(self.target(image[mine] * 0.9), dim=1)
             loss = negmine.info_nce(
-                q, k, self.queue.keys, temperature=0.2, reduction="sum", step=self.step, row_offset=mine.start,
-                query_ids=number[mine], negative_ids=self.queue.ids, **self.options,
+                q, k, self.queue, temperature=0.2, reduction="sum", step=self.step, row_offset=mine.start,
+                query_ids=number[mine], **self.options,
             )  # fmt: skip
             self.queue.enqueue(k, ids=number[mine])
             self.optimiser.zero_grad()

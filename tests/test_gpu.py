@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import negmine
-from negmine import InfoNCELoss, Mix, MoCoQueue, Select, Weight, reference
+from negmine import InfoNCELoss, Mix, MoCoQueue, Negatives, Select, Weight, reference
 from negmine.ops import compiled, sort_key
 from tests import compare
-from tests.cases import ids, unit
+from tests.cases import ids, negatives, tags, unit
 
 pytestmark = pytest.mark.gpu
 B, K, D = 130, 20_001, 64
@@ -44,11 +44,11 @@ def tensors(dtype=torch.bfloat16, seed=0):
 
 def loss_step(q, pos, keys, **options):
     """A function of no arguments that steps on these very tensors, and returns the loss and the gradient."""
-    tags = ids(B, K, "cuda")
+    given = ids(B, K, "cuda")
 
     def step():
         leaf = q.detach().requires_grad_()
-        loss = negmine.info_nce(leaf, pos, keys, temperature=0.2, **options, **tags)
+        loss = negmine.info_nce(leaf, pos, negatives(keys, given), temperature=0.2, **options, **tags(given))
         loss.backward()
         return loss.detach(), leaf.grad
 
@@ -95,10 +95,10 @@ def test_a_captured_step_is_exact_where_the_certificate_fails(miner):
 def test_inductor_compiles_a_step_into_one_graph(options, dynamic):
     torch._dynamo.reset()
     q, pos, keys = tensors(torch.float32)
-    tags = ids(B, K, "cuda")
+    given = ids(B, K, "cuda")
 
     def loss_of(q, pos, keys):
-        return negmine.info_nce(q, pos, keys, temperature=0.2, **options, **tags)
+        return negmine.info_nce(q, pos, negatives(keys, given), temperature=0.2, **options, **tags(given))
 
     grads = []
     for function in (loss_of, torch.compile(loss_of, fullgraph=True, dynamic=dynamic)):
@@ -114,14 +114,15 @@ def test_nothing_waits_for_the_device(options):
     queue = MoCoQueue(D, K, dtype=torch.bfloat16, with_ids=True, random_init=True).cuda()  # full: no dense short cuts
     loss_of = InfoNCELoss(0.2, **options, return_stats=True)
     q, pos, keys = tensors()
-    tags = torch.arange(B, device="cuda")
+    own = torch.arange(B, device="cuda")
 
     def train():
         leaf = q.detach().requires_grad_()
-        loss, _ = loss_of(leaf, pos, queue.keys, query_ids=tags, negative_ids=queue.ids)
-        queue.enqueue(pos, ids=tags)
+        loss, _ = loss_of(leaf, pos, queue, query_ids=own)
+        queue.enqueue(pos, ids=own)
         loss.backward()
         negmine.mine_hardest(q, keys, 100)
+        negmine.mine_hardest(q, queue, 100, query_ids=own)
         if not compiled.CUDA_REFUSAL:
             negmine.mine_hardest(q, keys, 100, backend="cuda")
             negmine.rank_thresholds(q, keys, [0, 7], backend="cuda")
@@ -188,7 +189,8 @@ def test_tensors_on_a_second_card():
     q, pos, keys = tensors()
     want = loss_step(q, pos, keys)()
     leaf, far = q.to("cuda:1").requires_grad_(), [x.to("cuda:1") for x in (pos, keys)]
-    loss = negmine.info_nce(leaf, *far, temperature=0.2, **ids(B, K, "cuda:1"))
+    given = ids(B, K, "cuda:1")
+    loss = negmine.info_nce(leaf, far[0], negatives(far[1], given), temperature=0.2, **tags(given))
     loss.backward()
     compare.exact("loss", loss.detach().cpu(), want[0].cpu())
     compare.exact("gradient", leaf.grad.cpu(), want[1].cpu())
@@ -223,25 +225,25 @@ def test_selection_is_exact_on_any_queue(make, dtype, monkeypatch):
     """Against whole rows of scores from the same kernel, sorted by torch; and how many rows needed the fallback is known."""
     from negmine.kernels.triton import tiles
     from negmine.kernels.triton.launch import score_tile
-    from negmine.kernels.triton.pool import complete
-    from negmine.kernels.triton.scan import places
+    from negmine.kernels.triton.pool import EVERYTHING
+    from negmine.kernels.triton.sample import sort_keys
 
     failed = []
 
     def counting(original):
-        def place_at_rank(query, negative_keys, missing, *rest):
+        def find_missing(query, negative_keys, missing, *rest):
             failed.append(int((missing >= 0).any(1).sum()))
             return original(query, negative_keys, missing, *rest)
 
-        return place_at_rank
+        return find_missing
 
     for name in ("mine_hardest", "rank_thresholds"):
         module = importlib.import_module(f"negmine.kernels.triton.{name}")  # the package's attribute is the launcher
-        monkeypatch.setattr(module, "place_at_rank", counting(module.place_at_rank))
+        monkeypatch.setattr(module, "find_missing", counting(module.find_missing))
     q, keys = unit(B, D, dtype=dtype, device="cuda", seed=9), make().to(dtype)
     q[: B // 2] = unit(1, D, dtype=dtype, device="cuda")  # half of the queries lie where the structure is
     N = 700
-    every = places(q, keys, score_tile(q, keys), complete(())).sort(dim=1, descending=True).values  # (B, K)
+    every = sort_keys(q, keys, score_tile(q, keys), EVERYTHING).sort(dim=1, descending=True).values  # (B, K)
     assert not tiles.is_dense(K, N, 90)
     mined = negmine.mine_hardest(q, keys, N, backend="triton")
     scores, index = sort_key.unpack(every[:, :N])
@@ -280,8 +282,9 @@ def test_the_cuda_selection_is_exact_on_any_queue(make, dtype):
         mined = negmine.mine_hardest(q, keys, N, backend="cuda")
         compare.exact("index", mined.index, index)
         compare.exact("scores", mined.scores, scores)
-    mined = negmine.mine_hardest(q, keys, 700, **ids(B, K, "cuda"), backend="cuda")
-    hidden = ids(B, K, "cuda")["query_ids"][:, None] == ids(B, K, "cuda")["negative_ids"]
+    given = ids(B, K, "cuda")
+    mined = negmine.mine_hardest(q, negatives(keys, given), 700, **tags(given), backend="cuda")
+    hidden = given["query_ids"][:, None] == given["negative_ids"]
     wanted = sort_key.pack(every, torch.arange(K, device="cuda")).masked_fill(hidden, sort_key.NOWHERE)
     compare.exact("index without ids", mined.index, sort_key.unpack(wanted.topk(700, dim=1).values)[1])
 
@@ -297,17 +300,16 @@ def test_queries_and_scores_past_two_to_the_31():
     compare.exact("index", mined.index[tail], negmine.mine_hardest(q[tail], keys, 16).index)
     mask = torch.ones(len(q), len(keys), dtype=torch.bool, device="cuda")
     mask[-1, mined.index[-1, 0]] = False
-    again = negmine.mine_hardest(q, keys, 15, negative_mask=mask)
+    again = negmine.mine_hardest(q, Negatives(keys, mask=mask), 15)
     compare.exact("masked", again.index[-1], mined.index[-1, 1:])
-    rows = negmine.info_nce(q, q, keys, reduction="none", negative_mask=mask)
+    rows = negmine.info_nce(q, q, Negatives(keys, mask=mask), reduction="none")
     # Three queries alone cut the queue into more parts, whose sums round otherwise.
     truth, plain = (
         negmine.info_nce(
-            *(x.to(dtype) for x in (q[tail], q[tail], keys)),
-            reduction="none", negative_mask=mask[tail], backend="reference",
+            last, last, Negatives(keys.to(last.dtype), mask=mask[tail]), reduction="none", backend="reference"
         )
-        for dtype in (torch.float64, torch.float32)
-    )  # fmt: skip
+        for last in (q[tail].double(), q[tail].float())
+    )
     compare.rounded("loss", rows[tail], truth, plain, 1 / 0.07)
 
 

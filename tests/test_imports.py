@@ -30,12 +30,6 @@ ORDER = [
     {"cli"},
     {"negmine", "__main__"},
 ]
-# Modules that have no part yet: their imports, and imports of them, are not held against the order.
-WITHOUT_PART = {
-    "backends", "checks", "cpp_ops", "derivatives", "distance_weighted", "false_negatives", "info_nce", "listed", "logsumexp",
-    "methods", "mixing", "multi_similarity", "order", "philox", "pool", "queue", "reference_methods", "reference_triplets",
-    "sharded", "shards", "softplus_sum", "stepped", "sup_con", "synco", "triplet_loss", "triplets", "triton_ops",
-}  # fmt: skip
 COMPILED = {"_C", "_build_info", "_ops_cpu", "_ops_cuda"}  # import no Python module of negmine
 
 
@@ -91,7 +85,7 @@ def against_order(graph: dict[str, set[str]]) -> list[str]:
         f"{name} imports {other}"
         for name, others in sorted(graph.items())
         for other in sorted(others)
-        if not {part_of(name), part_of(other)} & WITHOUT_PART and rank[part_of(name)] < rank[part_of(other)]
+        if rank[part_of(name)] < rank[part_of(other)]
     ]
 
 
@@ -116,9 +110,7 @@ def circle_in(graph: dict[str, set[str]]) -> list[str]:
 
 
 def test_every_module_has_a_part():
-    known = set.union(*ORDER) | WITHOUT_PART
-    assert {part_of(name) for name in modules_of(PACKAGE)} <= known
-    assert {part_of(name) for name in modules_of(PACKAGE)} >= WITHOUT_PART, "named here, and no longer there"
+    assert {part_of(name) for name in modules_of(PACKAGE)} <= set.union(*ORDER)
 
 
 def test_imports_run_one_way():

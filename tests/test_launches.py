@@ -4,13 +4,16 @@ Nothing is computed here: launches are counted and left out, which works because
 """
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import negmine
 from negmine import Mix, Select, Weight
+from negmine.ops.pool import Pool
 from tests.cases import ids, unit
 from tests.conftest import _reason_not_here, interpreted
 
+ops = pytest.importorskip("negmine.kernels.triton", exc_type=ImportError)
 pytestmark = [
     pytest.mark.skipif(bool(_reason_not_here("triton")), reason=_reason_not_here("triton") or "-"),
     pytest.mark.skipif(not interpreted("triton"), reason="launches are counted where kernels are interpreted"),
@@ -38,9 +41,23 @@ def training(**options):
     return lambda: negmine.info_nce(q, pos, keys, **options, backend="triton").backward()
 
 
-def mining():
+def step(ranks=None, hard=0, pool=Pool()):  # noqa: B008
+    """One call of the op info_nce."""
+    q, pos, keys = (unit(n, D, seed=i) for i, n in enumerate((B, B, K)))
+    draws = (4, 4, 0.0, 1.0, 0.0, 0.5, True, None, 0, None, None)
+    scale, ranks = torch.tensor(14.0), None if ranks is None else torch.tensor([ranks] * B)
+    return lambda: ops.info_nce(q, pos, keys, scale, None, True, False, ranks, hard, 0, *draws, *pool)
+
+
+def sums():
+    """A log-sum-exp at two scales."""
     q, keys = unit(B, D), unit(K, D, seed=1)
-    return lambda: negmine.mine_hardest(q, keys, 10, backend="triton")
+    return lambda: ops.logsumexp(q, keys, torch.tensor([14.0, 28.0]), None, True, 0, None, *Pool())
+
+
+def mining(want_count=False):
+    q, keys = unit(B, D), unit(K, D, seed=1)
+    return lambda: ops.mine_hardest(q, keys, 10, want_count, *Pool())
 
 
 def launches(call, monkeypatch) -> tuple[int, int]:
@@ -59,13 +76,32 @@ def launches(call, monkeypatch) -> tuple[int, int]:
     ("call", "kernels", "torch_ops"),
     [
         (training(), 2, 6),
-        (training(select=Select(0.01, 0.5)), 7, 12),
-        (training(select=Select(0.01, 0.5), **ids(B, K)), 8, 21),
-        (training(weight=Weight(1.0, 0.01)), 4, 80),
+        (training(select=Select(0.01, 0.5)), 8, 12),
+        (training(select=Select(0.01, 0.5), **ids(B, K)), 9, 21),
+        (training(weight=Weight(1.0, 0.01)), 2, 80),
         (training(mix=Mix(8, 4, 4)), 10, 8),
+        (step(), 2, 0),
+        (step(pool=Pool(**ids(B, K))), 2, 0),
+        (step(ranks=(2, 90)), 8, 1),
+        (step(hard=8), 10, 2),
+        (sums(), 2, 0),
         (mining(), 7, 2),
+        (mining(want_count=True), 8, 3),
     ],
-    ids=["info_nce", "window", "window and ids", "HCL", "MoCHi", "mine_hardest"],
+    ids=[
+        "info_nce",
+        "window",
+        "window and ids",
+        "HCL",
+        "MoCHi",
+        "the op",
+        "the op with ids",
+        "the op with ranks",
+        "the op with mixes",
+        "two scales",
+        "mine_hardest",
+        "mine_hardest and count",
+    ],
 )
 def test_a_call_launches_no_more_than_this(call, kernels, torch_ops, monkeypatch):
     """The numbers are what was counted: a change that launches less lowers them, one that launches more has to say so here."""

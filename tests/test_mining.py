@@ -161,13 +161,14 @@ def test_arrays_tensors_files_and_forms_of_lists(tmp_path):
 def test_random_draws_as_the_reference_samples():
     q, c = unit(20, 16, seed=1), unit(300, 16, seed=2)
     positives = torch.arange(20)
-    tags = {"query_ids": positives, "negative_ids": torch.arange(300)}
+    others = negmine.Negatives(c, ids=torch.arange(300))
     for window, filters in (((2, 30), {}), ((0.1, 0.4), {"absolute_margin": 0.1})):
         got = mine(
             *(q, c, positives), select=Select(*window, **filters), sampling_strategy="random", num_negatives=5, seed=3
         )
         select = Select(*window, **filters, sample=5)
-        want = negmine.mine_hardest(q, c, 5, positive_key=c[:20], select=select, **tags, seed=3, backend="reference")
+        options = {"positive_key": c[:20], "select": select, "query_ids": positives, "seed": 3}
+        want = negmine.mine_hardest(q, others, 5, **options, backend="reference")
         np.testing.assert_array_equal(got.indices, want.index.numpy())
         other = mine(
             q, c, positives, select=Select(*window, **filters), sampling_strategy="random", num_negatives=5, seed=4

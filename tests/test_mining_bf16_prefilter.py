@@ -105,7 +105,7 @@ def test_the_bound_holds_where_rounding_is_worst(D):
         half = [bf16_prefilter.round_to_bf16(x) for x in (q, k)]
         bound = bf16_prefilter.error_bound(D, half[0][1:], half[1][1:])[:, None]
         s, a = (
-            sort_key.unpack(torch.ops.negmine.rank_thresholds(x, y, torch.arange(200).repeat(100, 1), *Pool()))
+            sort_key.unpack(torch.ops.negmine_cpu.rank_thresholds(x, y, torch.arange(200).repeat(100, 1), *Pool()))
             for x, y in ((q, k), (half[0][0], half[1][0]))
         )
         dense = [torch.zeros(100, 200).scatter(1, index, score) for score, index in (s, a)]
@@ -141,7 +141,7 @@ def test_it_is_left_where_it_does_not_pay(monkeypatch):
 
 def test_what_a_list_must_be():
     q, c, listed = unit(2, 3), unit(5, 3), torch.zeros(2, 1, dtype=torch.int64)
-    listed_op = torch.ops.negmine.mine_listed
+    listed_op = torch.ops.negmine_cpu.mine_listed
     with pytest.raises(RuntimeError, match="N must be at least 1, got 0"):
         listed_op(q, c, listed, 0, None)
     for column in (5, -2):
@@ -149,5 +149,5 @@ def test_what_a_list_must_be():
             RuntimeError, match=rf"index must hold rows of negative_keys in \[0, 5\) or -1, got {column}"
         ):
             listed_op(q, c, listed + column, 1, None)
-    with pytest.raises(RuntimeError, match="mine_hardest_kept: N must be at least 1, got 0"):
-        torch.ops.negmine.mine_hardest_kept(q, c, 0, *Pool())
+    with pytest.raises(RuntimeError, match="mine_hardest: N must not be negative, got -1"):
+        torch.ops.negmine_cpu.mine_hardest(q, c, -1, True, *Pool())

@@ -62,7 +62,7 @@ class FusedMoCo(MoCo):
         with torch.no_grad():
             self._momentum_update_key_encoder()
             k = F.normalize(self.encoder_k(im_k), dim=1)
-        loss = negmine.info_nce(q, k, self.queue.keys, temperature=self.T)
+        loss = negmine.info_nce(q, k, self.queue, temperature=self.T)
         self.queue.enqueue(k)
         return loss
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import negmine
-from negmine import MoCoQueue
+from negmine import FalseNegatives, Mix, MoCoQueue, Negatives, Select, Weight, recipes
 from tests.cases import unit
+from tests.conftest import device_of
 from tests.ranks import run_ranks
 
 
@@ -87,10 +88,54 @@ def test_save_and_load_in_mid_run(steps):
 def test_the_gradient_survives_enqueue():
     queue = MoCoQueue(4, 8)
     q = unit(3, 4).requires_grad_()
-    loss = negmine.info_nce(q, unit(3, 4, seed=1), queue.keys, backend=None)
+    loss = negmine.info_nce(q, unit(3, 4, seed=1), queue, backend=None)
     queue.enqueue(unit(8, 4, seed=2))
     loss.backward()
     assert bool(q.grad.isfinite().all())
+
+
+# Every public function over a queue, as a function of query, positive, negatives, ids of the queries and the backend.
+OVER_A_QUEUE = {
+    "info_nce": lambda q, p, n, **given: negmine.info_nce(q, p, n, **given),
+    "window": lambda q, p, n, **given: negmine.info_nce(q, p, n, select=Select(0.2, 0.7), **given),
+    "sample": lambda q, p, n, **given: negmine.info_nce(q, p, n, select=Select(0, 0.9, sample=3), seed=1, **given),
+    "mix": lambda q, p, n, **given: negmine.info_nce(q, p, n, mix=Mix(4, 3, 2), **given),
+    "followed mix": lambda q, p, n, **given: negmine.info_nce(q, p, n, mix=Mix(4, 3, 2, detach=False), **given),
+    "weight": lambda q, p, n, **given: negmine.info_nce(q, p, n, weight=Weight(1.0, 0.01), **given),
+    "false negatives": lambda q, p, n, **given: negmine.info_nce(
+        q, p, n, false_negatives=FalseNegatives(2, 0.0, mode="attract"), support=p.detach()[:, None], **given
+    ),
+    "siglip": lambda q, p, n, **given: negmine.siglip(q, p, n, bias=-1.0, **given),
+    "logsumexp": lambda q, p, n, **given: negmine.logsumexp(q, n, **given).sum(),
+    "synco": lambda q, p, n, **given: recipes.synco(4, 2, 2, 2, 1, 1, 1, backend=given.pop("backend"))(
+        q, p, n, **given
+    ),
+    "mine_hardest": lambda q, p, n, **given: negmine.mine_hardest(q, n, 9, **given).index,
+    "mined window": lambda q, p, n, **given: negmine.mine_hardest(q, n, 9, select=Select(0.1, 0.8), **given).index,
+    "rank_thresholds": lambda q, p, n, **given: negmine.rank_thresholds(q, n, [0, 4, 9], **given),
+    "quantile": lambda q, p, n, **given: negmine.quantile(q, n, [0.0, 0.3, 1.0], **given),
+    "mix_negatives": lambda q, p, n, **given: negmine.mix_negatives(q, n, Mix(4, 3, 2), **given).parents,
+}
+
+
+@pytest.mark.parametrize("op", OVER_A_QUEUE)
+def test_a_growing_queue_is_its_valid_rows(any_backend, op):
+    """Rows that are not there yet are no candidates and are never read: they hold NaN here, and ids that queries have."""
+    device = device_of(any_backend)
+    for count in (0, 1, 7, 12):  # of 12
+        queue = MoCoQueue(4, 12, with_ids=True, random_init=False).to(device)
+        queue.enqueue(unit(count, 4, seed=3, device=device), ids=torch.arange(count, device=device) % 3)
+        queue.queue[count:] = torch.nan
+        queue.queue_ids[count:] = 1
+        for tags in ({}, {"query_ids": torch.arange(5, device=device) % 3}):
+            results = []
+            for negatives in (queue, Negatives(queue.keys, ids=queue.ids if tags else None)):
+                leaves = [unit(5, 4, seed=i, device=device).requires_grad_() for i in range(2)]
+                made = OVER_A_QUEUE[op](*leaves, negatives, **tags, backend=any_backend)
+                grads = torch.autograd.grad(made, leaves, allow_unused=True) if made.requires_grad else ()
+                results.append([made.detach(), *(g for g in grads if g is not None)])
+            for got, want in zip(*results, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def work(rank, world):

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import negmine
-from negmine import MoCoQueue, Select, Weight, shards
+from negmine import MoCoQueue, Select, Weight
 from negmine.ops import backends, sort_key
-from negmine.queues import ShardedMoCoQueue
+from negmine.ops.pool import Pool
+from negmine.queues import ShardedMoCoQueue, sharded_ops
 from tests import compare
 from tests.cases import ids, unit, whole
 from tests.ranks import run_ranks
@@ -68,7 +69,7 @@ def batch(step, world, make=whole):
     return make(sum(counts), D, seed=50 + step), make(sum(counts), D, seed=60 + step), tags, starts
 
 
-def losses(queue, q, pos, tags, keys=None, **options):
+def losses(queue, q, pos, tags, **options):
     """Loss rows, statistics and the gradients to the query, the positive and the temperature."""
     leaves = q.clone().requires_grad_(), pos.clone().requires_grad_(), torch.tensor(0.7).requires_grad_()
     call = dict(
@@ -77,9 +78,7 @@ def losses(queue, q, pos, tags, keys=None, **options):
     if isinstance(queue, ShardedMoCoQueue):
         rows, stats = queue.info_nce(*leaves[:2], **call)
     else:
-        stored = queue.keys if keys is None else keys
-        call |= {"negative_ids": queue.ids, "negative_labels": queue.labels}
-        rows, stats = negmine.info_nce(*leaves[:2], stored, **call)
+        rows, stats = negmine.info_nce(*leaves[:2], queue, **call)
     if isinstance(queue, ShardedMoCoQueue):
         queue.enqueue(pos.detach()[:0])  # a collective between forward and backward
     grads = torch.autograd.grad(rows.double().sum(), leaves)
@@ -91,7 +90,7 @@ def work(rank, world, whole_states):
     for fill in FILL:
         queue = ShardedMoCoQueue(D, K, with_ids=True, with_labels=True, random_init=False)
         queue.load_state_dict(pickle.loads(whole_states[fill]))
-        shards.AT_ONCE = AT_ONCE[fill]
+        sharded_ops.AT_ONCE = AT_ONCE[fill]
         for step, (name, select) in enumerate(selects(fill)):
             q, pos, tags, starts = batch(step % 3, world)
             own = slice(starts[rank], starts[rank + 1])
@@ -166,9 +165,8 @@ def test_ranks_do_what_one_process_does(world, tmp_path):
         for step, (name, select) in enumerate(selects(fill)):
             q, pos, tags, _ = batch(step % 3, world)
             want = negmine.mine_hardest(
-                q, queue.keys, 9, positive_key=pos, select=select, query_ids=tags, negative_ids=queue.ids,
-                query_labels=tags % 5, negative_labels=queue.labels, backend="cpu",
-            )  # fmt: skip
+                q, queue, 9, positive_key=pos, select=select, query_ids=tags, query_labels=tags % 5, backend="cpu"
+            )
             plain = losses(queue, q, pos, tags, select=select)
             truth = losses(exact_queue, q.double(), pos.double(), tags, select=select)
             mined = concatenated(got, (fill, name), 0)
@@ -292,17 +290,17 @@ def test_bounds_move_between_ring_and_shard():
     index = torch.arange(8).repeat(6) + 10  # a shard of rows 10 to 17
     places = sort_key.pack(scores, index)
     local = sort_key.pack(scores, index - 10)
-    assert torch.equal(shards.to_queue(local, 10), places)
+    assert torch.equal(sharded_ops.to_queue(local, 10), places)
     for score, at in itertools.product(
         (-torch.inf, -2.0, 0.0, 1.5, torch.inf), (0, 9, 10, 13, 17, 18, sort_key.LAST_INDEX)
     ):
         bound = sort_key.pack(torch.tensor(score), at)
-        upper, lower = shards.upper_in_shard(bound, 10), bound + 10
+        upper, lower = sharded_ops.upper_in_shard(bound, 10), bound + 10
         assert torch.equal(local <= upper, places <= bound), (score, at)
         assert torch.equal(local >= lower, places >= bound), (score, at)
 
 
-class Together(shards.Ranks):
+class Together(sharded_ops.Ranks):
     """Ranks as threads of this process, which exchange through a list."""
 
     def __init__(self, rank, counts, board, barrier):
@@ -340,13 +338,13 @@ SPREADS = {
 @pytest.mark.parametrize("at_once", [1, 5, 64])
 @pytest.mark.parametrize("spread", SPREADS)
 def test_ranks_over_shards_are_exact_wherever_the_hard_keys_are(spread, at_once, monkeypatch):
-    monkeypatch.setattr(shards, "AT_ONCE", at_once)
+    monkeypatch.setattr(sharded_ops, "AT_ONCE", at_once)
     total, counts = 7 * K, [2, 0, 1, 3]
     B, W = sum(counts), len(counts)
     keys = SPREADS[spread](whole(total, D, seed=4))
     q = torch.ones(B, D) + whole(B, D, seed=5) * (spread == "even")
     wanted = torch.stack([torch.tensor([0, 3, total // 20, total - 1, total, -1])] * B) + torch.arange(B)[:, None]
-    want = cpu.functions["rank_thresholds"](q, keys, wanted, *(None,) * 7, False)
+    want = cpu.functions["rank_thresholds"](q, keys, wanted, *Pool())
     starts = [0, 11, 12, 5 * K, total]  # shards of very different sizes
     board, barrier, got, rounds = [None] * W, threading.Barrier(W), [None] * W, [0] * W
 
@@ -354,10 +352,8 @@ def test_ranks_over_shards_are_exact_wherever_the_hard_keys_are(spread, at_once,
         try:
             ranks = Together(rank, counts, board, barrier)
             own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-            ops = shards.Shards(backends.Kernels(**cpu.functions), ranks, q[own], total, starts[rank])
-            got[rank] = ops.rank_thresholds(
-                q[own], keys[starts[rank] : starts[rank + 1]], wanted[own], *(None,) * 7, False
-            )
+            ops = sharded_ops.ShardedKernels(backends.Kernels(**cpu.functions), ranks, q[own], total, starts[rank])
+            got[rank] = ops.rank_thresholds(q[own], keys[starts[rank] : starts[rank + 1]], wanted[own], *Pool())
             rounds[rank] = ranks.rounds
         except BaseException:
             barrier.abort()
@@ -380,13 +376,13 @@ def test_a_shard_of_infinite_score_makes_the_sum_infinite():
 
     def work(rank):
         ranks, own = Together(rank, counts, board, barrier), slice(2 * rank, 2 + rank)
-        ops = shards.Shards(backends.Kernels(**cpu.functions), ranks, q[own], 2 * K, K * rank)
+        ops = sharded_ops.ShardedKernels(backends.Kernels(**cpu.functions), ranks, q[own], 2 * K, K * rank)
         held = keys[K * rank : K * rank + K]
-        got[rank] = ops.logsumexp(q[own], held, torch.tensor(5.0), None, True, *(None,) * 7, False)
+        got[rank] = ops.logsumexp(q[own], held, torch.tensor([5.0]), None, True, 0, None, *Pool())
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert bool(torch.cat([lse for lse, *_ in got]).isposinf().all()), got
+    assert bool(torch.cat([lse for lse, *_ in got], 1).isposinf().all()), got

@@ -39,7 +39,7 @@ LOSSES = {
         q, k, labels(len(q)), labels(len(k)), temperature=0.2, denominator="own_positive"
     ),
     "triplet_loss": lambda q, k: negmine.triplet_loss(q, k, labels(len(q)), labels(len(k))),
-    "multi_similarity": lambda q, k: negmine.multi_similarity(q, k, labels(len(q)), labels(len(k))),
+    "multi_similarity": lambda q, k: negmine.losses.multi_similarity(q, k, labels(len(q)), labels(len(k))),
     "logsumexp": lambda q, k: negmine.logsumexp(q, k, temperature=0.2, select=Select(0, 0.5)).sum(),
     "softplus_sum": lambda q, k: negmine.losses.softplus_sum(q, k, bias=-1.0, select=Select(0, 30, sample=5)).sum(),
     "siglip": lambda q, k: negmine.siglip(q, k[: len(q)], k, bias=-1.0),
@@ -49,9 +49,9 @@ LOSSES = {
 MINING = {
     "mine_hardest": lambda q, k: negmine.mine_hardest(q, k, 4, select=Select(2, 30)).index,
     "rank_thresholds": lambda q, k: negmine.rank_thresholds(q, k, [0, 5]),
-    "percentile": lambda q, k: negmine.quantile(q, k, [0.5, 0.95]),
+    "quantile": lambda q, k: negmine.quantile(q, k, [0.5, 0.95]),
     "mix_negatives": lambda q, k: negmine.mix_negatives(q, k, Mix(8, 5, 3)).vectors,
-    "mine_triplets": lambda q, k: negmine.mine_triplets(q, k, labels(len(q)), labels(len(k))).negative,
+    "mine_triplets": lambda q, k: negmine.losses.mine_triplets(q, k, labels(len(q)), labels(len(k))).negative,
 }
 OPS = LOSSES | MINING
 IN_PIECES = ("own_positive", "softplus_sum")  # the latter of a sample
@@ -104,7 +104,7 @@ def test_a_grad_scaler_trains_as_without_one():
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2, enabled=scaled)
         for step in range(5):
             q, key = layer(unit(6, D, seed=step)), unit(6, D, seed=50 + step)
-            loss = negmine.info_nce(q, key, queue.keys, temperature=0.2, select=Select(0, 0.5))
+            loss = negmine.info_nce(q, key, queue, temperature=0.2, select=Select(0, 0.5))
             queue.enqueue(key)
             optimiser.zero_grad()
             scaler.scale(loss).backward()
@@ -114,7 +114,7 @@ def test_a_grad_scaler_trains_as_without_one():
     assert torch.equal(*trained)
     before, scale = layer.weight.detach().clone(), scaler.get_scale()
     optimiser.zero_grad()
-    scaler.scale(negmine.info_nce(layer(unit(6, D)) * torch.inf, unit(6, D), queue.keys)).backward()
+    scaler.scale(negmine.info_nce(layer(unit(6, D)) * torch.inf, unit(6, D), queue)).backward()
     scaler.step(optimiser)
     scaler.update()
     assert torch.equal(layer.weight, before) and scaler.get_scale() < scale

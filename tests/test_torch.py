@@ -18,10 +18,12 @@ import torch
 from torch import nn
 
 import negmine
-from negmine import FalseNegatives, InfoNCELoss, Mix, MoCoQueue, Select, Weight, recipes
+from negmine import FalseNegatives, InfoNCELoss, Mix, MoCoQueue, Negatives, Select, Weight, recipes
+from negmine.losses.info_nce import NO_DRAWS
 from negmine.ops import backends, sort_key
-from negmine.selection import draws_of
-from tests.cases import DTYPES, ids, unit
+from negmine.ops.pool import Pool
+from negmine.ops.windows import Draw, mixing_draws
+from tests.cases import DTYPES, ids, negatives, tags, unit
 from tests.conftest import device_of
 
 cpu = next(row for row in backends.BACKENDS if row.name == "cpu")
@@ -42,32 +44,36 @@ def cpp_ops():
 
 def arguments():
     """One set of arguments for every compiled op, with and without a pool."""
-    q, keys, scale = unit(B, D), unit(K, D, seed=1), torch.tensor(5.0)
+    q, pos, keys, scale = unit(B, D), unit(B, D, seed=2), unit(K, D, seed=1), torch.tensor(5.0)
     tags = ids(B, K)
     bounds = (sort_key.pack(torch.full((B,), -0.5), sort_key.LAST_INDEX), sort_key.pack(torch.full((B,), 0.5), 0))
     pools = [
-        (None,) * 7,
-        (torch.rand(B, K) < 0.8, *tags.values(), *tags.values(), *bounds),
-        (None, None, None, *tags.values(), None, None, True),  # the pool of equal labels
+        Pool(),
+        Pool(torch.rand(B, K) < 0.8, *tags.values(), *tags.values(), *bounds, torch.tensor(K - 7)),
+        Pool(None, None, None, *tags.values(), same_label=True),  # the pool of equal labels
     ]
     index = torch.randint(0, K, (B, 6))
-    draws = draws_of(Mix(6, 5, 4, concentration=2.0), q.device, 1, 2, 3)
+    window, zeros = torch.tensor([[1, 4]]).repeat(B, 1), torch.zeros(B)
+    draws = mixing_draws(Mix(6, 5, 4, concentration=2.0), q, Draw(1, torch.tensor(2), torch.tensor(3)))
     for pool in pools:
-        yield "logsumexp", (q, keys, scale, torch.zeros(B), True, *pool)
-        yield "logsumexp", (q, keys.bfloat16(), scale, None, False, *pool)
-        yield "logsumexp_mine", (q, keys, 7, scale, torch.zeros(B), True, *pool)
-        yield "logsumexp_window", (q, keys, torch.tensor([[1, 4]]).repeat(B, 1), scale, torch.zeros(B), True, *pool)
-        yield "logsumexp_pair", (q, keys, torch.stack([scale, 2 * scale]), torch.zeros(B), True, *pool)
-        yield "logsumexp_pair", (q, keys.bfloat16(), torch.stack([scale, 2 * scale]), None, False, *pool)
+        yield "info_nce", (q, pos, keys, scale, None, True, False, None, 0, 0, *NO_DRAWS, *pool)
+        yield "info_nce", (q, pos, keys.bfloat16(), scale, zeros, False, True, window, 0, 0, *NO_DRAWS, *pool)
+        yield "info_nce", (q, pos, keys, scale, zeros, True, False, None, 6, 1, *draws, *pool)
+        yield "logsumexp", (q, keys, scale[None], zeros, True, 0, None, *pool)
+        yield "logsumexp", (q, keys.bfloat16(), scale[None], None, False, 0, None, *pool)
+        yield "logsumexp", (q, keys, scale[None], zeros, True, 7, None, *pool)
+        yield "logsumexp", (q, keys, scale[None], zeros, True, 0, window, *pool)
+        yield "logsumexp", (q, keys, torch.stack([scale, 2 * scale]), zeros, True, 0, None, *pool)
+        yield "logsumexp", (q, keys.bfloat16(), torch.stack([scale, 2 * scale]), None, False, 0, None, *pool)
         yield "logsumexp_grad_keys", (q, keys, scale, torch.ones(B), torch.ones(B), *pool)
         yield "softplus_sum", (q, keys, scale, -scale, True, *pool)
         yield "softplus_sum_grad_keys", (q, keys.bfloat16(), scale, -scale, torch.ones(B), *pool)
-        yield "mine_hardest", (q, keys, 9, *pool)
-        yield "mine_hardest_kept", (q, keys, 9, *pool)
+        yield "mine_hardest", (q, keys, 9, False, *pool)
+        yield "mine_hardest", (q, keys, 9, True, *pool)
         yield "rank_thresholds", (q, keys, torch.tensor([[0, 3, 99]]).repeat(B, 1), *pool)
         yield "count_negatives", (q, keys, *pool)
     yield "mine_listed", (q, keys.bfloat16(), index.sort(1).values, 3, None)
-    yield "mine_listed", (q, keys, index.sort(1).values, 9, torch.zeros(B))
+    yield "mine_listed", (q, keys, index.sort(1).values, 9, zeros)
     yield "mix_negatives", (q, keys, index, *draws)
     yield "mix_logsumexp", (q, keys, index, scale, True, *draws)
     yield "listed_logsumexp", (q, keys.bfloat16(), index, scale, True)
@@ -105,10 +111,10 @@ def test_opcheck():
 )
 def test_a_loss_step_compiles_into_one_graph(options, dynamic):
     cpp_ops()
-    tags = ids(B, K)
+    given = ids(B, K)
 
     def step(q, pos, keys):
-        return negmine.info_nce(q, pos, keys, **options, **tags)
+        return negmine.info_nce(q, pos, negatives(keys, given), **options, **tags(given))
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     inputs = unit(B, D), unit(B, D, seed=1), unit(K, D, seed=2)
@@ -118,6 +124,71 @@ def test_a_loss_step_compiles_into_one_graph(options, dynamic):
         loss = function(q, *inputs[1:])
         loss.backward()
         results.append((loss.detach(), q.grad))
+    torch.testing.assert_close(results[1], results[0])
+
+
+COMPILED_WITH_A_QUEUE = [
+    {},
+    {"select": Select(0.01, 0.5)},
+    {"mix": Mix(6, 5, 4)},
+    {"weight": Weight(1.0, 0.01)},
+    {"select": Select(0.0, 0.5, sample=5)},
+    {"false_negatives": FalseNegatives(3, 0.1), "support": unit(B, 2, D, seed=7)},
+]
+
+
+@pytest.mark.parametrize("options", COMPILED_WITH_A_QUEUE, ids=lambda o: ",".join(o) or "plain")
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_training_step_with_a_queue_compiles_into_one_graph(options, backend):
+    """Loss and enqueue together, over steps: the queue grows, fills and turns in one graph, and the step is a tensor."""
+    if backend is None:
+        cpp_ops()
+    queue = MoCoQueue(D, 20, with_ids=True, random_init=False)
+    twin = copy.deepcopy(queue)
+    own = torch.arange(B) % 4
+
+    def train(queue, q, pos, step):
+        loss = negmine.info_nce(q, pos, queue, **options, query_ids=own, step=step, backend=backend)
+        queue.enqueue(pos, ids=own)
+        return loss
+
+    compiled = torch.compile(train, fullgraph=True, backend="aot_eager")
+    for number in range(6):
+        step = torch.tensor(number)
+        leaves = [unit(B, D, seed=number).requires_grad_() for _ in range(2)]
+        pos = unit(B, D, seed=100 + number)
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            got = compiled(queue, leaves[0], pos, step)
+        want = train(twin, leaves[1], pos, step)
+        got.backward()
+        want.backward()
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+        for name, buffer in queue.named_buffers():
+            assert torch.equal(buffer, twin.get_buffer(name)), name
+    assert len(queue) == 20
+
+
+@pytest.mark.parametrize("form", ["own keys", "in batch", "mask", "queue with labels"])
+def test_every_form_of_negatives_compiles_into_one_graph(form):
+    cpp_ops()
+    labels, queue = torch.arange(B) % 3, MoCoQueue(D, K, with_labels=True)
+
+    def step(q, pos, keys):
+        if form == "own keys":
+            return negmine.info_nce(q, pos, keys[: 5 * B].view(B, 5, D), select=Select(0, 3))
+        if form == "in batch":
+            return negmine.info_nce(q, pos, None, query_labels=labels)
+        if form == "mask":
+            return negmine.info_nce(q, pos, Negatives(keys, mask=keys[:, 0] > 0))
+        return negmine.info_nce(q, pos, Negatives(queue, mask=keys[:, 0] > 0), query_labels=labels)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (step, compiled):
+        leaves = [unit(n, D, seed=i).requires_grad_() for i, n in enumerate((B, B, K))]
+        loss = function(*leaves)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves, allow_unused=True)])
     torch.testing.assert_close(results[1], results[0])
 
 
@@ -156,7 +227,7 @@ def test_the_table_says_why():
     rows = {row.name: row for row in backends.BACKENDS}
     for name, row in rows.items():
         assert name == "reference" or bool(row.functions) != bool(row.refusal)
-        assert set(row.functions) <= {*backends.OPS, *backends.SPARED}
+        assert set(row.functions) <= set(backends.OPS)
     if rows["cuda"].refusal:
         with pytest.raises(backends.BackendUnavailable, match="takes cuda tensors"):
             negmine.mine_hardest(unit(2, 4), unit(5, 4), 2, backend="cuda")
@@ -334,28 +405,30 @@ def test_inference_mode(options):
 def test_one_tensor_in_every_place(options, dtype):
     """In-batch negatives at their barest: query, positive and negatives are one tensor, and all of it is differentiated."""
     x = unit(20, D).to(dtype)
-    options = {"temperature": 0.3, **options, **{name: torch.arange(20) for name in ("query_ids", "negative_ids")}}
+    own = torch.arange(20)
+    options = {"temperature": 0.3, "query_ids": own, **options}
     grads = []
     for cast, backend in ((dtype, "cpu"), (torch.float64, "reference")):
         leaf = x.to(cast).clone().requires_grad_()
-        negmine.info_nce(leaf, leaf, leaf, **options, reduction="sum", backend=backend).backward()
+        negmine.info_nce(leaf, leaf, Negatives(leaf, ids=own), **options, reduction="sum", backend=backend).backward()
         grads.append(leaf.grad.double())
     eps = torch.finfo(dtype).eps
     # Three terms of size 1 / T, each rounded to the storage, are added in it.
     torch.testing.assert_close(*grads, rtol=4 * eps, atol=16 * eps / 0.3)
     detached = x.clone().requires_grad_()
-    negmine.info_nce(detached, x, x, **options, backend="cpu").backward()
-    assert torch.equal(detached.grad, loss_and_grad(x, x, x, **options)[1])
+    keys = Negatives(x, ids=own)
+    negmine.info_nce(detached, x, keys, **options, backend="cpu").backward()
+    assert torch.equal(detached.grad, loss_and_grad(x, x, keys, **options)[1])
 
 
 @needs_cpu
 def test_inputs_are_left_as_they_are():
     q, pos, keys = inputs()
-    tags, mask = ids(B, K), torch.rand(B, K) < 0.8
-    before = [t.clone() for t in (q, pos, keys, mask, *tags.values())]
+    given = {**ids(B, K), "negative_mask": torch.rand(B, K) < 0.8}
+    before = [t.clone() for t in (q, pos, keys, *given.values())]
     for options in OPTIONS:
-        loss_and_grad(q, pos, keys, **options, **tags, negative_mask=mask)
-    for a, b in zip((q, pos, keys, mask, *tags.values()), before, strict=True):
+        loss_and_grad(q, pos, negatives(keys, given), **options, **tags(given))
+    for a, b in zip((q, pos, keys, *given.values()), before, strict=True):
         assert torch.equal(a, b)
 
 

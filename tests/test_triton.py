@@ -8,36 +8,170 @@ import torch
 
 import negmine
 from negmine import Mix, Select, reference
-from negmine.ops import backends, sort_key
-from negmine.ops.philox import beta_quantiles
+from negmine.ops import registry, sort_key, triton_ops
+from negmine.ops.pool import Pool
+from negmine.options import beta_quantiles
 from tests import compare
 from tests.cases import DTYPES, ids, unit
 from tests.conftest import DEVICE, _reason_not_here, interpreted, skip_what_the_interpreter_repeats
-from tests.test_torch import arguments
 
 pytestmark = pytest.mark.skipif(bool(_reason_not_here("triton")), reason=_reason_not_here("triton") or "-")
 B, K, D = 5, 70, 8
+NO_DRAWS = (0, 0, 0.0, 0.0, 0.0, 0.0, False, None, 0, None, None)
 
 
 def launchers():
-    return next(row for row in backends.BACKENDS if row.name == "triton").functions
+    return triton_ops.launchers((DEVICE,))
 
 
-def on_device(args):
-    return [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args]
+def number(x):
+    """A whole number on the device, as an op takes a step, an offset of rows or a count of them."""
+    return torch.tensor(x, device=DEVICE)
+
+
+def draws(pairs=3, with_query=2, seed=7, step=None, row_offset=None, quantiles=None, ranges=(0.0, 1.0, 0.2, 0.5)):
+    return (pairs, with_query, *ranges, True, quantiles, seed, step, row_offset)
+
+
+def some_pool(**parts):
+    """A pool of equal labels, ids and a part of the queue."""
+    tags = torch.arange(B, device=DEVICE), torch.arange(K, device=DEVICE)
+    return Pool(*(None, *tags, tags[0] % 2, tags[1] % 2), num_rows=number(K - 7), same_label=True)._replace(**parts)
+
+
+def arguments():
+    """One call or two of every op."""
+    q, positive, keys = (unit(n, D, device=DEVICE, seed=i) for i, n in enumerate((B, B, K)))
+    scale, weight = torch.tensor(5.0, device=DEVICE), torch.linspace(0.1, 1.0, B, device=DEVICE)
+    ranks = torch.tensor([[1, 4]] * B, device=DEVICE)
+    index = (torch.arange(B * 6, device=DEVICE).reshape(B, 6) * 7) % K
+    pool, drawn = some_pool(), draws(step=number(3), row_offset=number(2**33))
+    scales = torch.stack([scale, scale / 2])
+    return {
+        "info_nce": [
+            (q, positive, keys, scale, weight, True, False, None, 4, 1, *drawn, *pool),
+            (q, positive, keys, scale, None, False, True, ranks, 0, 0, *NO_DRAWS, *pool),
+        ],
+        "logsumexp": [
+            (q, keys, scales, weight, True, 3, None, *pool),
+            (q, keys, scales[:1], None, False, 0, ranks, *pool),
+        ],
+        "logsumexp_grad_keys": [(q, keys, scale, weight, weight, *pool)],
+        "softplus_sum": [(q, keys, scale, -scale, True, *pool), (q, keys, scale, -scale, False, *pool)],
+        "softplus_sum_grad_keys": [(q, keys, scale, -scale, weight, *pool)],
+        "mine_hardest": [(q, keys, 3, True, *pool), (q, keys, 3, False, *Pool())],
+        "rank_thresholds": [(q, keys, ranks, *pool)],
+        "count_negatives": [(q, keys, *pool)],
+        "mix_negatives": [(q, keys, index, *drawn)],
+        "mix_logsumexp": [(q, keys, index, scale, True, *drawn)],
+        "listed_logsumexp": [(q, keys, index, scale, True)],
+        "listed_grad_keys": [(q, index, index * 0.1, K)],
+    }  # fmt: skip
 
 
 def test_opcheck():
-    """Of each op its last call: pools of equal labels, and both ops that mix."""
+    """Of every op: pools of equal labels, both scales of a sum, windows of ranks, mixes."""
     torch.use_deterministic_algorithms(False)  # opcheck compares two runs of ops that it calls by reflection
-    last = dict(arguments())
-    del last["mine_listed"], last["logsumexp_window"]  # on the CPU alone
-    assert set(last) == set(launchers()) - set(backends.SPARED)
-    # On Triton two calls of other ops, and no op of its own.
-    for joined in ("logsumexp_pair", "logsumexp_mine", "mine_hardest_kept"):
-        del last[joined]
-    for op, args in last.items():
-        torch.library.opcheck(getattr(torch.ops.negmine_triton, op).default, tuple(on_device(args)))
+    calls = arguments()
+    assert set(calls) == set(launchers())
+    for op, each in calls.items():
+        for args in each:
+            torch.library.opcheck(registry.overload(triton_ops.NAMESPACE, op), args)
+
+
+def test_bias_and_guides_are_refused():
+    for op, calls in arguments().items():
+        if registry.OPS[op].takes_pool:
+            for part in ("bias", "guide_query", "guide_keys", "guide_limit"):
+                args = (*calls[0][: -len(Pool._fields)], *some_pool(**{part: torch.zeros(K, device=DEVICE)}))
+                with pytest.raises(ValueError, match=f"^{op}: bias and guide are not supported by this backend.$"):
+                    launchers()[op](*args)
+
+
+def test_what_does_not_go_together_is_refused():
+    calls = arguments()
+    step, pooled = list(calls["info_nce"][0]), list(calls["logsumexp"][0])
+    step[7] = pooled[6] = torch.zeros(B, 2, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match=r"^info_nce: ranks and synthetic negatives"):
+        launchers()["info_nce"](*step)
+    with pytest.raises(ValueError, match=r"^logsumexp: N above 0 and ranks"):
+        launchers()["logsumexp"](*pooled)
+
+
+@pytest.mark.parametrize("rows", [0, 33, K])
+def test_rows_past_num_rows_are_not_there(rows):
+    """As of a queue cut there; what lies behind holds NaN."""
+    for op, calls in arguments().items():
+        if not registry.OPS[op].takes_pool:
+            continue
+        for args in calls:
+            names = [value.name for value in registry.OPS[op].arguments]
+            at = names.index("negative_keys")
+            keys = args[at].clone()
+            keys[rows:] = torch.nan
+            head, pool = args[: -len(Pool._fields)], Pool(*args[-len(Pool._fields) :])
+            got = launchers()[op](*head[:at], keys, *head[at + 1 :], *pool._replace(num_rows=number(rows)))
+            tags = (None if x is None else x[:rows] for x in (pool.negative_ids, pool.negative_labels))
+            cut = pool._replace(**dict(zip(("negative_ids", "negative_labels"), tags, strict=True)), num_rows=None)
+            want = launchers()[op](*head[:at], keys[:rows].contiguous(), *head[at + 1 :], *cut)
+            for one, other in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
+                if other.shape != one.shape:  # gradients of keys
+                    assert bool((one[rows:] == 0).all())
+                    one = one[:rows]
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=op)
+
+
+def test_a_step_of_info_nce_is_its_parts():
+    """Two ranks of the pool, and synthetic negatives: to the bit what the other ops give one by one, joined."""
+    ops = launchers()
+    q, positive, keys, scale, pivot, *_ = arguments()["info_nce"][0]
+    pool = some_pool(lower=sort_key.pack(torch.full((B,), -0.5, device=DEVICE), sort_key.LAST_INDEX))
+    ranks = torch.tensor([[0, 3], [2, 2], [3, 1], [1, 900], [900, 901]], device=DEVICE)
+    step = ops["info_nce"](q, positive, keys, scale, pivot, True, False, ranks, 0, 0, *NO_DRAWS, *pool)
+    lse, _, num_kept, num_above, _, _, sort_keys = ops["logsumexp"](q, keys, scale[None], pivot, True, 0, ranks, *pool)
+    compare.exact("lse", step[4], lse[0])
+    compare.exact("num_kept", step[6], num_kept)
+    compare.exact("num_above", step[7], num_above)
+    compare.exact("sort_keys", step[9], sort_keys)
+    found = ops["rank_thresholds"](q, keys, ranks, *pool)
+    empty = torch.tensor([False, False, True, False, True], device=DEVICE)
+    compare.exact("keys at the ranks", sort_keys, found.masked_fill(empty[:, None], sort_key.NOWHERE))
+    size = ops["count_negatives"](q, keys, *pool)
+    compare.exact("window", num_kept, torch.where(empty, 0, torch.minimum(ranks[:, 1] + 1, size) - ranks[:, 0]))
+
+    drawn = draws(step=number(3))
+    step = ops["info_nce"](q, positive, keys, scale, None, True, False, None, 4, 1, *drawn, *pool)
+    mined = ops["mine_hardest"](q, keys, 5, False, *pool)[1][:, 1:]
+    mixed = ops["mix_logsumexp"](q, keys, mined, scale, True, *drawn)[0]
+    alone = ops["logsumexp"](q, keys, scale[None], None, False, 0, None, *pool)[0][0]
+    torch.testing.assert_close(step[4], torch.logaddexp(alone, mixed), rtol=1e-5, atol=1e-5)
+    compare.exact("num_mixed", step[8], torch.where(mined[:, 0] >= 0, 5, 0))
+
+
+def test_two_scales_are_each_alone():
+    q, _, keys, *_ = arguments()["info_nce"][0]
+    scales = torch.tensor([3.0, 11.0], device=DEVICE)
+    both = launchers()["logsumexp"](q, keys, scales, q[:, 0], True, 0, None, *some_pool())
+    for i in range(2):
+        one = launchers()["logsumexp"](q, keys, scales[i : i + 1], q[:, 0], True, 0, None, *some_pool())
+        for name, x, y in (("lse", both[0][i], one[0][0]), ("mean", both[1][i], one[1][0]), ("num_kept", both[2], one[2]),
+                           ("num_above", both[3], one[3])):  # fmt: skip
+            compare.exact(name, x, y)
+
+
+def test_the_step_of_a_draw_is_read_on_the_device():
+    """A graph that was captured draws anew: the same call with another number in the tensor."""
+    q, keys, index = arguments()["mix_negatives"][0][:3]
+    step, row_offset = number(0), number(0)
+    drawn = draws(step=step, row_offset=row_offset)
+    first = launchers()["mix_negatives"](q, keys, index, *drawn)[2]
+    compare.exact("none is 0", launchers()["mix_negatives"](q, keys, index, *draws())[2], first)
+    step += 1
+    assert not torch.equal(launchers()["mix_negatives"](q, keys, index, *drawn)[2], first)
+    step -= 1
+    row_offset += 2
+    shifted = launchers()["mix_negatives"](q, keys, index, *drawn)[2]
+    compare.exact("rows", shifted[:-2], first[2:])
 
 
 @pytest.mark.parametrize(
@@ -72,37 +206,38 @@ def test_a_score_is_the_same_bits_in_every_op(dtype, width):
     rows, keys_count = (3, 150) if interpreted("triton") else (130, 20_001)
     q, keys = (unit(n, width, dtype=dtype, device=DEVICE, seed=i) for i, n in enumerate((rows, keys_count)))
     ranks = torch.tensor([[0, keys_count // 30, keys_count // 2]], device=DEVICE).repeat(rows, 1)
-    ops, nothing = launchers(), (None,) * 5
-    places = ops["rank_thresholds"](q, keys, ranks)  # (B, R)
-    mined = sort_key.pack(*ops["mine_hardest"](q, keys, keys_count // 30 + 1))  # (B, N)
-    compare.exact("rank against mined", places[:, :2], mined[:, [0, -1]])
+    ops = launchers()
+    sort_keys = ops["rank_thresholds"](q, keys, ranks, *Pool())  # (B, R)
+    mined = sort_key.pack(*ops["mine_hardest"](q, keys, keys_count // 30 + 1, False, *Pool())[:2])  # (B, N)
+    compare.exact("rank against mined", sort_keys[:, :2], mined[:, [0, -1]])
     scale = torch.tensor(5.0, device=DEVICE)
     top = sort_key.pack(torch.full((rows,), torch.inf, device=DEVICE), 0)
     for column, rank in enumerate(ranks[0].tolist()):
-        pool = (*nothing, places[:, column].contiguous(), top)
+        pool = Pool(lower=sort_keys[:, column].contiguous(), upper=top)
         compare.exact("count", ops["count_negatives"](q, keys, *pool), ranks[:, column] + 1)
-        lse, _, kept, _ = ops["logsumexp"](q, keys, scale, None, True, *pool)
-        compare.exact("kept", kept, ranks[:, column] + 1)
+        lse, _, num_kept, *_ = ops["logsumexp"](q, keys, scale[None], None, True, 0, None, *pool)
+        compare.exact("num_kept", num_kept, ranks[:, column] + 1)
         # Of a pool that ends at a rank, the key at that rank has a gradient and the next one has none.
         if rank + 1 < keys_count and column < 2:
-            one = ops["logsumexp_grad_keys"](q[:1], keys, scale, lse[:1], lse.new_ones(1), *(x and x[:1] for x in nothing),
-                                             *(x[:1].contiguous() for x in pool[5:]))  # fmt: skip
+            first = Pool(lower=pool.lower[:1], upper=pool.upper[:1])
+            one = ops["logsumexp_grad_keys"](q[:1], keys, scale, lse[0, :1], lse.new_ones(1), *first)
             touched = (one != 0).any(1)  # (K,)
             assert int(touched.sum()) == rank + 1
 
 
-def test_ranks_at_both_ends_need_no_fallback(monkeypatch):
-    """Regression: the last rank's bracket was empty, for want of sampled keys beyond it: percentile(0) took the slow way."""
+def test_ranks_at_both_ends_need_no_exact_search(monkeypatch):
+    """Regression: the last rank's bracket was empty, for want of sampled keys beyond it: quantile(0) took the slow way."""
     module = importlib.import_module(
         "negmine.kernels.triton.rank_thresholds"
     )  # the package's attribute is the launcher
     failed = []
     monkeypatch.setattr(
-        module, "place_at_rank", lambda q, keys, missing, *rest: failed.append(int((missing >= 0).sum()))
+        module, "find_missing", lambda q, keys, missing, *rest: failed.append(int((missing >= 0).sum()))
     )
     q, keys = unit(16, 16, device=DEVICE), unit(1500 if interpreted("triton") else 20_001, 16, device=DEVICE, seed=1)
     last = len(keys) - 1
-    got = negmine.rank_thresholds(q, keys, [0, 1, last - 20, last - 1, last], backend="triton")
+    ranks = torch.tensor([[0, 1, last - 20, last - 1, last]] * 16, device=DEVICE)
+    got = sort_key.unpack(launchers()["rank_thresholds"](q, keys, ranks, *Pool()))[0]
     ends = torch.stack((q @ keys.T).aminmax(dim=1)[::-1], 1)  # (B, 2)
     torch.testing.assert_close(got[:, [0, -1]], ends, rtol=0, atol=1e-6)
     assert failed and sum(failed) == 0
@@ -111,12 +246,13 @@ def test_ranks_at_both_ends_need_no_fallback(monkeypatch):
 @pytest.mark.parametrize("count", [2, 3, 70], ids=lambda R: f"{R} ranks")
 def test_rows_in_chunks_are_the_rows_at_once(count, monkeypatch):
     """A row at a time, where scratch memory has room for no more: each path of ranks, and mining."""
-    q, keys, tags = unit(B, D, device=DEVICE), unit(K, D, device=DEVICE, seed=1), ids(B, K, DEVICE)
-    ranks = torch.arange(count).tolist()
+    q, keys, pool = unit(B, D, device=DEVICE), unit(K, D, device=DEVICE, seed=1), some_pool(same_label=False)
+    ranks = torch.arange(count, device=DEVICE).repeat(B, 1)
 
     def found():
-        mined = negmine.mine_hardest(q, keys, 6, **tags, backend="triton")
-        return negmine.rank_thresholds(q, keys, ranks, **tags, backend="triton"), mined.scores, mined.index
+        return launchers()["rank_thresholds"](q, keys, ranks, *pool), *launchers()["mine_hardest"](
+            q, keys, 6, True, *pool
+        )
 
     want = found()
     monkeypatch.setattr("negmine.kernels.triton.tiles.SCRATCH_BYTES", 1)
@@ -128,18 +264,21 @@ def test_rows_in_chunks_are_the_rows_at_once(count, monkeypatch):
 def test_coefficients_are_the_references_bits(concentration):
     mix = Mix(6, 40, 40, pair_range=(0.1, 0.93), query_range=(0.07, 0.5), concentration=concentration)
     q, keys = unit(B, D, device=DEVICE), unit(K, D, device=DEVICE, seed=1)
-    got = negmine.mix_negatives(q, keys, mix, seed=3, step=4, backend="triton")
+    index = launchers()["mine_hardest"](q, keys, 6, False, *Pool())[1]
+    table = mix.quantiles if mix.quantiles is None else mix.quantiles.to(DEVICE)
+    ranges = (*mix.pair_range, *mix.query_range)
+    drawn = draws(40, 40, 3, number(4), quantiles=table, ranges=ranges)
+    got = launchers()["mix_negatives"](q, keys, index, *drawn)
     want = reference.mix_negatives(q.cpu(), keys.cpu(), mix, seed=3, step=4)
-    compare.exact("coefficients", got.coefficients.cpu(), want[2])
+    compare.exact("coefficients", got[2].cpu(), want[2])
     assert (beta_quantiles(concentration) is None) == (concentration == 1.0)
 
 
 def test_nan_stays_in_its_mixes():
     q, keys = unit(2, 6, device=DEVICE), unit(9, 6, device=DEVICE, seed=1)
-    index = negmine.mine_hardest(q, keys, 4, backend="triton").index
+    index = launchers()["mine_hardest"](q, keys, 4, False, *Pool())[1]
     q[1, 2] = torch.nan
-    draws = (2, 3, 0.0, 1.0, 0.2, 0.5, True, None, 0, 0, 0)
-    vectors, _, _ = launchers()["mix_negatives"](q, keys, index, *draws)
+    vectors, _, _ = launchers()["mix_negatives"](q, keys, index, *draws(2, 3))
     assert bool(vectors[0].isfinite().all()) and bool(vectors[1, :2].isfinite().all())
     assert bool(vectors[1, 2:].isnan().all())  # all of a vector, as its norm is
 
@@ -149,8 +288,8 @@ def test_fp16_key_gradients_have_the_range_of_fp32(size):
     """Regression: probabilities times weights overflow fp16 under a gradient scaler, and vanish for one key of many."""
     q, keys = unit(16, 16, dtype=torch.float16, device=DEVICE), unit(K, 16, dtype=torch.float16, device=DEVICE, seed=1)
     scale, weight = torch.tensor(14.0, device=DEVICE), torch.full((16,), size, device=DEVICE)
-    lse = launchers()["logsumexp"](q, keys, scale, None, False)[0]
-    got = launchers()["logsumexp_grad_keys"](q, keys, scale, lse, weight)
+    lse = launchers()["logsumexp"](q, keys, scale[None], None, False, 0, None, *Pool())[0][0]
+    got = launchers()["logsumexp_grad_keys"](q, keys, scale, lse, weight, *Pool())
     p = torch.softmax(q.double() @ keys.double().T * 14.0, 1)  # (B, K)
     want = p.T @ (q.double() * size)  # (K, D)
     assert float((got - want).abs().max()) <= 4 * torch.finfo(torch.float16).eps * float(want.abs().max())
@@ -161,5 +300,5 @@ def test_more_mixes_than_a_grid_axis_takes():
     slots = 70_000 if not interpreted("triton") else 90
     q, keys = unit(2, 5000, device=DEVICE), unit(3, 5000, device=DEVICE, seed=1)
     index = torch.tensor([[2, 0], [1, -1]], device=DEVICE)
-    parents = launchers()["mix_negatives"](q, keys, index, 0, slots, 0.0, 1.0, 0.0, 0.5, True, None, 0, 0, 0)[1]
+    parents = launchers()["mix_negatives"](q, keys, index, *draws(0, slots))[1]
     assert bool((parents[1, :, 1] == 1).all()) and sorted(parents[0, :, 1].unique().tolist()) == [0, 2]

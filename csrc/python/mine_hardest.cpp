@@ -29,7 +29,8 @@ void run_on_threads(int64_t begin, int64_t end, int64_t, cpu::Parallel::Callback
 cpu::Dtype dtype_of(const char* name, const py::array& array) {
   if (py::isinstance<py::array_t<float>>(array)) return cpu::Dtype::kFloat32;
   if (array.dtype().equal(py::dtype("float16"))) return cpu::Dtype::kFloat16;
-  throw py::type_error("mine_hardest: " + std::string(name) + " must be float32 or float16, got " +
+  if (std::string(py::str(array.dtype())) == "bfloat16") return cpu::Dtype::kBFloat16;  // of ml_dtypes
+  throw py::type_error("mine_hardest: " + std::string(name) + " must be float32, float16 or bfloat16, got " +
                        std::string(py::str(array.dtype())) + ".");
 }
 
@@ -94,7 +95,7 @@ void define_mine_hardest(py::module_& m) {
       "mine_hardest", &mine_hardest, py::arg("query"), py::arg("negative_keys"), py::arg("N"), py::kw_only(),
       py::arg("threads") = 0,
       "The N highest inner products of each query with the keys: scores (B, N) float32, index (B, N) int64.\n\n"
-      "query (B, D), negative_keys (K, D): float32 or float16 arrays. Highest first, ties to the lower index; -inf and "
+      "query (B, D), negative_keys (K, D): float32, float16 or (with ml_dtypes) bfloat16 arrays. Highest first, ties to the lower index; -inf and "
       "-1 past the last key.\nthreads: 0 = one for each core. The result does not depend on it.");
 }
 

@@ -183,6 +183,18 @@ inline Tensor index_matrix(const char* op, const char* name, const Tensor& t, in
   return in_order(t);
 }
 
+// The scales (S,) of log-sum-exps, one at least.
+inline Tensor scales(const char* op, const Tensor& t, const Tensor& like) {
+  require(t.dim() == 1 && t.size(0) >= 1, op, ": scales must be (S,) with S of 1 or more, got ", Shape{t}, ".");
+  return vector(op, "scales", t, ScalarType::Float, t.size(0), like);
+}
+
+// What a log-sum-exp finds besides: the N hardest, or the columns between two ranks.
+inline void mined_or_ranked(const char* op, int64_t N, bool ranked) {
+  require(N >= 0, op, ": N must not be negative, got ", N, ".");
+  require(N == 0 || !ranked, op, ": N > 0 and ranks do not go together, got N = ", N, ".");
+}
+
 // The first and the last rank of each query, (B, 2) int64.
 inline OptionalTensor rank_pairs(const char* op, const OptionalTensor& ranks, int64_t B, const Tensor& like) {
   if (!ranks.has_value()) return std::nullopt;

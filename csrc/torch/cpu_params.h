@@ -99,8 +99,9 @@ struct Scored {
     return p;
   }
 
-  cpu::Parallel threads() const {
-    return torch_threads(static_cast<double>(B) * static_cast<double>(K) * static_cast<double>(D));
+  // For an op that reads each of the K rows once for each query, and `more` rows.
+  cpu::Parallel threads(int64_t more = 0) const {
+    return torch_threads(static_cast<double>(B) * static_cast<double>(K + more) * static_cast<double>(D));
   }
 };
 

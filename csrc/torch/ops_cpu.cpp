@@ -38,14 +38,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> logsumexp(
   // Checks.
   const char* op = "logsumexp";
   const Scored in(op, query, negative_keys, pool);
-  checks::require(scales.dim() == 1 && scales.size(0) >= 1, op, ": scales must be (S,) with S of 1 or more, got ",
-                  checks::Shape{scales}, ".");
-  const int64_t S = scales.size(0);
-  const Tensor factors = checks::vector(op, "scales", scales, ScalarType::Float, S, query);
+  const Tensor factors = checks::scales(op, scales, query);
+  const int64_t S = factors.size(0);
   const OptionalTensor pivots = checks::vector(op, "pivot", pivot, ScalarType::Float, in.B, query);
   const OptionalTensor asked = checks::rank_pairs(op, ranks, in.B, query);
-  checks::require(N >= 0, op, ": N must not be negative, got ", N, ".");
-  checks::require(N == 0 || !ranks.has_value(), op, ": N > 0 and ranks do not go together, got N = ", N, ".");
+  checks::mined_or_ranked(op, N, asked.has_value());
   // Outputs.
   Tensor lse = new_floats(query, {S, in.B});
   Tensor mean = new_floats(query, {S, want_mean ? in.B : 0, in.D});

@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   p.mixed = output<int64_t>(num_mixed);
   p.sort_keys = output<int64_t>(sort_keys);
   // Run.
-  cpu::info_nce(p, in.threads());
+  cpu::info_nce(p, in.threads(p.mixes() ? 4 * draws.S() : 0));
   return {rows, d_query, d_scale, weight, lse, total, num_kept, num_above, num_mixed, sort_keys};
 }
 

@@ -1,15 +1,19 @@
 // The CUDA ops over the queue: tensors -> the params structs of kernels/cuda, on the current stream of the tensors'
 // device. The ops that walk one query's own vectors: ops_cuda_rows.cpp.
 //
-// Only torch's stable ABI (2.10) is used. The ops are declared in schemas.cpp, in the library that Python loads first.
-// Checks here protect memory; the meaning of arguments is checked in negmine/.
+// Only torch's stable ABI (2.10) is used. The ops are declared in negmine/ops. Checks here protect memory; the meaning
+// of arguments is checked in Python. What lies on the device, num_rows and ranks among it, is not read here.
 #include <Python.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <tuple>
 
+#include "csrc/torch/arguments.h"
+#include "csrc/torch/boxing.h"
 #include "csrc/torch/checks.h"
 #include "csrc/torch/cuda_params.h"
 #include "kernels/cuda/count_negatives.h"
@@ -17,36 +21,37 @@
 #include "kernels/cuda/logsumexp_grad_keys.h"
 #include "kernels/cuda/mine_hardest.h"
 #include "kernels/cuda/rank_thresholds.h"
+#include "kernels/cuda/rank_window.h"
 
 namespace negmine {
 namespace {
 
 using checks::floats;
 using checks::longs;
-using checks::new_empty;
+using checks::new_bytes;
+using checks::new_floats;
+using checks::new_longs;
 using checks::OptionalTensor;
 using checks::ScalarType;
 using checks::Tensor;
 
-#define POOL_ARGUMENTS                                                                                        \
-  const OptionalTensor &negative_mask, const OptionalTensor &query_ids, const OptionalTensor &negative_ids,   \
-      const OptionalTensor &query_labels, const OptionalTensor &negative_labels, const OptionalTensor &lower, \
-      const OptionalTensor &upper, bool same_label
-#define POOL negative_mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, same_label
+int64_t* longs_of(Tensor& output) { return static_cast<int64_t*>(output.mutable_data_ptr()); }
+float* floats_of(Tensor& output) { return static_cast<float*>(output.mutable_data_ptr()); }
 
 // What every op over the queue is given, checked, and its device made current. Shapes and storage that the kernels do
-// not take: negmine/backends.py sends them to another backend.
+// not take are sent to another backend in Python.
 struct Scored {
   Tensor q, keys;  // (B, D), (K, D)
-  checks::PoolTensors pool;
+  PoolTensors pool;
   int64_t B, K, D;
   cuda::Storage storage;
   int processors = 0;
+  void* stream = nullptr;
 
-  Scored(const char* op, const Tensor& query, const Tensor& negative_keys, POOL_ARGUMENTS)
+  Scored(const char* op, const Tensor& query, const Tensor& negative_keys, const PoolArguments& given)
       : q(checks::matrix(op, "query", query, "(B, D)")),
         keys(checks::matrix(op, "negative_keys", negative_keys, "(K, D)")),
-        pool(op, q, keys, POOL),
+        pool(op, q, keys, given),
         B(q.size(0)),
         K(keys.size(0)),
         D(q.size(1)),
@@ -59,6 +64,7 @@ struct Scored {
                     ": D must be at most 256, B and K below 2^31 - 1024, got ", D, ", ", B, " and ", K, ".");
     set_device(op, q);
     require_launched(op, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, q.get_device_index()));
+    stream = current_stream(q);
   }
 
   // The part that the params of these ops share.
@@ -83,134 +89,174 @@ struct Scored {
               .negative_labels = longs(pool.negative_labels),
               .same_label = pool.same_label,
               .lower = longs(pool.lower),
-              .upper = longs(pool.upper)};
+              .upper = longs(pool.upper),
+              .num_rows = longs(pool.num_rows)};
     return p;
   }
 };
 
-std::tuple<Tensor, Tensor> mine_hardest(const Tensor& query, const Tensor& negative_keys, int64_t N, POOL_ARGUMENTS) {
+// Mines into scores and index (B, N).
+void mine(const char* op, const Scored& in, int64_t N, Tensor& scores, Tensor& index) {
+  const cuda::MiningPlan plan = cuda::plan_mining(in.B, in.K, N, in.processors);
+  checks::require(cuda::fits(plan, N), op, ": N = ", N, " of K = ", in.K,
+                  " takes more shared memory than a block has.");
+  Tensor workspace = new_bytes(in.q, plan.workspace);
+  auto p = in.params<cuda::MineHardestParams>();
+  p.N = N;
+  p.plan = plan;
+  p.scores = floats_of(scores);
+  p.index = longs_of(index);
+  p.workspace = workspace.mutable_data_ptr();
+  require_launched(op, cuda::mine_hardest(p, in.stream));
+}
+
+// Finds the places of ranks (B, R).
+Tensor find_ranks(const char* op, const Scored& in, const Tensor& ranks) {
+  const int64_t R = ranks.size(1);
+  const cuda::RankingPlan plan = cuda::plan_ranking(in.B, in.K, R, in.processors);
+  checks::require(cuda::fits(plan), op, ": K = ", in.K, " takes a workspace of more than 4 GiB.");
+  Tensor sort_keys = new_longs(in.q, {in.B, R});
+  Tensor workspace = new_bytes(in.q, plan.workspace);
+  auto p = in.params<cuda::RankThresholdsParams>();
+  p.R = R;
+  p.ranks = longs(ranks);
+  p.plan = plan;
+  p.order = longs_of(sort_keys);
+  p.workspace = workspace.mutable_data_ptr();
+  require_launched(op, cuda::rank_thresholds(p, in.stream));
+  return sort_keys;
+}
+
+// Counts each pool into count (B,).
+void count_pool(const char* op, const Scored& in, const cuda::Pool& pool, Tensor& count) {
+  const cuda::CountingPlan plan = cuda::plan_counting(in.B, in.K, in.processors);
+  Tensor workspace = new_bytes(in.q, plan.workspace);
+  auto p = in.params<cuda::CountNegativesParams>();
+  p.pool = pool;
+  p.plan = plan;
+  p.count = longs_of(count);
+  p.workspace = workspace.mutable_data_ptr();
+  require_launched(op, cuda::count_negatives(p, in.stream));
+}
+
+std::tuple<Tensor, Tensor, Tensor> mine_hardest(const Tensor& query, const Tensor& negative_keys, int64_t N,
+                                                bool want_count, const PoolArguments& pool) {
   // Checks.
   const char* op = "mine_hardest";
   require_on_gpu(op, query);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const Scored in(op, query, negative_keys, POOL);
+  const Scored in(op, query, negative_keys, pool);
   checks::require(N >= 0, op, ": N must not be negative, got ", N, ".");
-  const cuda::MiningPlan plan = cuda::plan_mining(in.B, in.K, N, in.processors);
-  checks::require(cuda::fits(plan, N), op, ": N = ", N, " of K = ", in.K,
-                  " takes more shared memory than a block has.");
-
   // Outputs.
-  Tensor scores = new_empty(in.q, {in.B, N}, ScalarType::Float);
-  Tensor index = new_empty(in.q, {in.B, N}, ScalarType::Long);
-  Tensor workspace = new_empty(in.q, {plan.workspace}, ScalarType::Byte);
-
-  // Params.
-  auto p = in.params<cuda::MineHardestParams>();
-  p.N = N;
-  p.plan = plan;
-  p.scores = static_cast<float*>(scores.mutable_data_ptr());
-  p.index = static_cast<int64_t*>(index.mutable_data_ptr());
-  p.workspace = workspace.mutable_data_ptr();
-  require_launched(op, cuda::mine_hardest(p, current_stream(in.q)));
-  return {scores, index};
+  Tensor scores = new_floats(in.q, {in.B, N});
+  Tensor index = new_longs(in.q, {in.B, N});
+  Tensor num_kept = new_longs(in.q, {want_count ? in.B : 0});
+  // Run.
+  mine(op, in, N, scores, index);
+  if (want_count) {  // without NaN scores, which a bound leaves out
+    cuda::Pool bounded = in.params<cuda::CountNegativesParams>().pool;
+    const bool is_bounded = bounded.lower != nullptr || bounded.upper != nullptr;
+    Tensor lowest = new_longs(in.q, {is_bounded ? 0 : in.B});
+    if (!is_bounded) {
+      torch::stable::fill_(lowest, static_cast<double>(cuda::kLowestSortKey));  // 31 bits and zeros
+      bounded.lower = longs_of(lowest);
+    }
+    count_pool(op, in, bounded, num_kept);
+  }
+  return {scores, index, num_kept};
 }
 
-Tensor rank_thresholds(const Tensor& query, const Tensor& negative_keys, const Tensor& ranks, POOL_ARGUMENTS) {
-  // Checks.
+Tensor rank_thresholds(const Tensor& query, const Tensor& negative_keys, const Tensor& ranks,
+                       const PoolArguments& pool) {
   const char* op = "rank_thresholds";
   require_on_gpu(op, query);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const Scored in(op, query, negative_keys, POOL);
-  const Tensor asked = checks::index_matrix(op, "ranks", ranks, in.B, in.q);  // (B, R)
-  const int64_t R = asked.size(1);
-  const cuda::RankingPlan plan = cuda::plan_ranking(in.B, in.K, R, in.processors);
-  checks::require(cuda::fits(plan), op, ": K = ", in.K, " takes a workspace of more than 4 GiB.");
-
-  // Outputs.
-  Tensor order = new_empty(in.q, {in.B, R}, ScalarType::Long);
-  Tensor workspace = new_empty(in.q, {plan.workspace}, ScalarType::Byte);
-
-  // Params.
-  auto p = in.params<cuda::RankThresholdsParams>();
-  p.R = R;
-  p.ranks = longs(asked);
-  p.plan = plan;
-  p.order = static_cast<int64_t*>(order.mutable_data_ptr());
-  p.workspace = workspace.mutable_data_ptr();
-  require_launched(op, cuda::rank_thresholds(p, current_stream(in.q)));
-  return order;
+  const Scored in(op, query, negative_keys, pool);
+  return find_ranks(op, in, checks::index_matrix(op, "ranks", ranks, in.B, in.q));
 }
 
-Tensor count_negatives(const Tensor& query, const Tensor& negative_keys, POOL_ARGUMENTS) {
-  // Checks.
+Tensor count_negatives(const Tensor& query, const Tensor& negative_keys, const PoolArguments& pool) {
   const char* op = "count_negatives";
   require_on_gpu(op, query);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const Scored in(op, query, negative_keys, POOL);
-  const cuda::CountingPlan plan = cuda::plan_counting(in.B, in.K, in.processors);
-
-  // Outputs.
-  Tensor count = new_empty(in.q, {in.B}, ScalarType::Long);
-  Tensor workspace = new_empty(in.q, {plan.workspace}, ScalarType::Byte);
-
-  // Params.
-  auto p = in.params<cuda::CountNegativesParams>();
-  p.plan = plan;
-  p.count = static_cast<int64_t*>(count.mutable_data_ptr());
-  p.workspace = workspace.mutable_data_ptr();
-  require_launched(op, cuda::count_negatives(p, current_stream(in.q)));
+  const Scored in(op, query, negative_keys, pool);
+  Tensor count = new_longs(in.q, {in.B});
+  count_pool(op, in, in.params<cuda::CountNegativesParams>().pool, count);
   return count;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> logsumexp(const Tensor& query, const Tensor& negative_keys,
-                                                     const Tensor& scale, const OptionalTensor& pivot, bool want_mean,
-                                                     POOL_ARGUMENTS) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> logsumexp(
+    const Tensor& query, const Tensor& negative_keys, const Tensor& scales, const OptionalTensor& pivot, bool want_mean,
+    int64_t N, const OptionalTensor& ranks, const PoolArguments& pool) {
   // Checks.
   const char* op = "logsumexp";
   require_on_gpu(op, query);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const Scored in(op, query, negative_keys, POOL);
-  const Tensor factor = checks::scalar(op, "scale", scale, in.q);
+  const Scored in(op, query, negative_keys, pool);
+  const Tensor factors = checks::scales(op, scales, in.q);
   const OptionalTensor pivots = checks::vector(op, "pivot", pivot, ScalarType::Float, in.B, in.q);
+  const OptionalTensor asked = checks::rank_pairs(op, ranks, in.B, in.q);
+  checks::mined_or_ranked(op, N, asked.has_value());
+  const int64_t S = factors.size(0);
   const cuda::SummingPlan plan = cuda::plan_summing(in.B, in.K, in.D, want_mean, in.processors);
 
   // Outputs.
-  Tensor lse = new_empty(in.q, {in.B}, ScalarType::Float);
-  Tensor mean = new_empty(in.q, {want_mean ? in.B : 0, in.D}, ScalarType::Float);
-  Tensor kept = new_empty(in.q, {in.B}, ScalarType::Long);
-  Tensor above = new_empty(in.q, {in.B}, ScalarType::Long);
-  Tensor workspace = new_empty(in.q, {plan.workspace}, ScalarType::Byte);
+  Tensor lse = new_floats(in.q, {S, in.B});
+  Tensor mean = new_floats(in.q, {S, want_mean ? in.B : 0, in.D});
+  Tensor num_kept = new_longs(in.q, {in.B});
+  Tensor num_above = new_longs(in.q, {in.B});
+  Tensor scores = new_floats(in.q, {in.B, N});
+  Tensor index = new_longs(in.q, {in.B, N});
+  Tensor workspace = new_bytes(in.q, plan.workspace);
 
   // Params.
   auto p = in.params<cuda::LogSumExpParams>();
-  p.scale = floats(factor);
   p.pivot = floats(pivots);
   p.want_mean = want_mean;
   p.plan = plan;
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  p.mean = static_cast<float*>(mean.mutable_data_ptr());
-  p.kept = static_cast<int64_t*>(kept.mutable_data_ptr());
-  p.above = static_cast<int64_t*>(above.mutable_data_ptr());
+  p.kept = longs_of(num_kept);
+  p.above = longs_of(num_above);
   p.workspace = workspace.mutable_data_ptr();
-  require_launched(op, cuda::logsumexp(p, current_stream(in.q)));
-  return {lse, mean, kept, above};
+
+  // Run.
+  if (N > 0) mine(op, in, N, scores, index);
+  Tensor sort_keys = asked.has_value() ? find_ranks(op, in, *asked) : new_longs(in.q, {in.B, 0});
+  Tensor bounds = new_longs(in.q, {2, asked.has_value() ? in.B : 0});  // read by launches below, in stream order
+  if (asked.has_value()) {
+    const cuda::RankWindowParams window = {.B = in.B,
+                                           .ranks = longs(asked),
+                                           .pool_lower = p.pool.lower,
+                                           .sort_keys = longs_of(sort_keys),
+                                           .lower = longs_of(bounds),
+                                           .upper = longs_of(bounds) + in.B};
+    require_launched(op, cuda::rank_window(window, in.stream));
+    p.pool.lower = window.lower;
+    p.pool.upper = window.upper;
+  }
+  for (int64_t s = 0; s < S; ++s) {
+    p.scale = floats(factors) + s;
+    p.lse = floats_of(lse) + s * in.B;
+    p.mean = floats_of(mean) + (want_mean ? s * in.B * in.D : 0);
+    require_launched(op, cuda::logsumexp(p, in.stream));
+  }
+  return {lse, mean, num_kept, num_above, scores, index, sort_keys};
 }
 
 Tensor logsumexp_grad_keys(const Tensor& query, const Tensor& negative_keys, const Tensor& scale, const Tensor& lse,
-                           const Tensor& weight, POOL_ARGUMENTS) {
+                           const Tensor& weight, const PoolArguments& pool) {
   // Checks.
   const char* op = "logsumexp_grad_keys";
   require_on_gpu(op, query);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const Scored in(op, query, negative_keys, POOL);
-  const Tensor factor = checks::scalar(op, "scale", scale, in.q);
+  const Scored in(op, query, negative_keys, pool);
+  const Tensor factor = checks::scalar(op, "scale", scale, ScalarType::Float, in.q);
   const Tensor sums = checks::vector(op, "lse", lse, ScalarType::Float, in.B, in.q);
   const Tensor weights = checks::vector(op, "weight", weight, ScalarType::Float, in.B, in.q);
   const cuda::KeysGradPlan plan = cuda::plan_grad_keys(in.B, in.K, in.D, in.processors);
 
   // Outputs.
-  Tensor grad_keys = new_empty(in.q, {in.K, in.D}, ScalarType::Float);
-  Tensor workspace = new_empty(in.q, {plan.workspace}, ScalarType::Byte);
+  Tensor grad_keys = new_floats(in.q, {in.K, in.D});
+  Tensor workspace = new_bytes(in.q, plan.workspace);
 
   // Params.
   auto p = in.params<cuda::LogSumExpGradKeysParams>();
@@ -218,20 +264,20 @@ Tensor logsumexp_grad_keys(const Tensor& query, const Tensor& negative_keys, con
   p.lse = floats(sums);
   p.weight = floats(weights);
   p.plan = plan;
-  p.grad_keys = static_cast<float*>(grad_keys.mutable_data_ptr());
+  p.grad_keys = floats_of(grad_keys);
   p.workspace = workspace.mutable_data_ptr();
-  require_launched(op, cuda::logsumexp_grad_keys(p, current_stream(in.q)));
+  require_launched(op, cuda::logsumexp_grad_keys(p, in.stream));
   return grad_keys;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(negmine, CUDA, m) {
-  m.impl("count_negatives", TORCH_BOX(&count_negatives));
-  m.impl("logsumexp", TORCH_BOX(&logsumexp));
-  m.impl("logsumexp_grad_keys", TORCH_BOX(&logsumexp_grad_keys));
-  m.impl("mine_hardest", TORCH_BOX(&mine_hardest));
-  m.impl("rank_thresholds", TORCH_BOX(&rank_thresholds));
+STABLE_TORCH_LIBRARY_IMPL(negmine_cuda, CUDA, m) {
+  m.impl("count_negatives", boxed<&count_negatives>);
+  m.impl("logsumexp", boxed<&logsumexp>);
+  m.impl("logsumexp_grad_keys", boxed<&logsumexp_grad_keys>);
+  m.impl("mine_hardest", boxed<&mine_hardest>);
+  m.impl("rank_thresholds", boxed<&rank_thresholds>);
 }
 
 }  // namespace negmine

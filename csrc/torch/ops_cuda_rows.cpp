@@ -3,6 +3,8 @@
 
 #include <tuple>
 
+#include "csrc/torch/arguments.h"
+#include "csrc/torch/boxing.h"
 #include "csrc/torch/cuda_params.h"
 #include "kernels/cuda/mix_logsumexp.h"
 #include "kernels/cuda/mix_negatives.h"
@@ -12,31 +14,25 @@ namespace {
 
 using checks::floats;
 using checks::longs;
-using checks::new_empty;
+using checks::new_floats;
+using checks::new_longs;
 using checks::OptionalTensor;
 using checks::ScalarType;
 using checks::Tensor;
-
-#define DRAW_ARGUMENTS                                                                                       \
-  int64_t pairs, int64_t with_query, double pair_low, double pair_high, double query_low, double query_high, \
-      bool distinct, const OptionalTensor &quantiles, int64_t seed, int64_t step, int64_t row_offset
-#define DRAWS pairs, with_query, pair_low, pair_high, query_low, query_high, distinct, quantiles, seed, step, row_offset
 
 // query (B, D), negative_keys (K, D) and the draws of one call, checked, and its device made current. hard_index must
 // hold rows of negative_keys: a GPU's memory is not read here to see whether it does.
 struct Mixed {
   Tensor query, negative_keys, hard_index;
-  OptionalTensor quantile_table;
+  DrawTensors tensors;
   cuda::Mixing mixing;
 
-  Mixed(const char* op, const Tensor& q, const Tensor& keys, const Tensor& hard, DRAW_ARGUMENTS)
+  Mixed(const char* op, const Tensor& q, const Tensor& keys, const Tensor& hard, const DrawArguments& given)
       : query(checks::matrix(op, "query", q, "(B, D)")),
         negative_keys(checks::matrix(op, "negative_keys", keys, "(K, D)")),
         hard_index(checks::index_matrix(op, "hard_index", hard, query.size(0), query)),
-        quantile_table(checks::vector(op, "quantiles", quantiles, ScalarType::Float, 4097, query)) {
+        tensors(op, query, given) {
     checks::same_width(op, query, negative_keys);
-    checks::require(pairs >= 0 && with_query >= 0, op, ": pairs and with_query must not be negative, got ", pairs,
-                    " and ", with_query, ".");
     mixing = {
         .B = query.size(0),
         .N = hard_index.size(1),
@@ -49,35 +45,35 @@ struct Mixed {
         .hard_index_stride = hard_index.stride(0),
         .query_storage = storage_of(query),
         .negative_keys_storage = storage_of(negative_keys),
-        .pairs = pairs,
-        .with_query = with_query,
-        .pair_low = static_cast<float>(pair_low),
-        .pair_high = static_cast<float>(pair_high),
-        .query_low = static_cast<float>(query_low),
-        .query_high = static_cast<float>(query_high),
-        .distinct = distinct,
-        .quantiles = floats(quantile_table),
-        .seed = static_cast<uint32_t>(seed),
-        .step = static_cast<uint32_t>(step),
-        .row_offset = row_offset,
+        .pairs = given.pairs,
+        .with_query = given.with_query,
+        .pair_low = static_cast<float>(given.pair_low),
+        .pair_high = static_cast<float>(given.pair_high),
+        .query_low = static_cast<float>(given.query_low),
+        .query_high = static_cast<float>(given.query_high),
+        .distinct = given.distinct,
+        .quantiles = floats(tensors.quantiles),
+        .seed = static_cast<uint32_t>(given.seed),
+        .step = longs(tensors.step),
+        .row_offset = longs(tensors.row_offset),
     };
     set_device(op, query);
   }
 };
 
 std::tuple<Tensor, Tensor, Tensor> mix_negatives(const Tensor& query, const Tensor& negative_keys,
-                                                 const Tensor& hard_index, DRAW_ARGUMENTS) {
+                                                 const Tensor& hard_index, const DrawArguments& draws) {
   // Checks.
   const char* op = "mix_negatives";
   require_on_gpu(op, query);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const Mixed in(op, query, negative_keys, hard_index, DRAWS);
+  const Mixed in(op, query, negative_keys, hard_index, draws);
 
   // Outputs.
-  const int64_t B = in.mixing.B, S = pairs + with_query;
-  Tensor vectors = new_empty(in.query, {B, S, in.mixing.D});
-  Tensor parents = new_empty(in.query, {B, S, 2}, ScalarType::Long);
-  Tensor coefficients = new_empty(in.query, {B, S}, ScalarType::Float);
+  const int64_t B = in.mixing.B, S = draws.S();
+  Tensor vectors = checks::new_empty(in.query, {B, S, in.mixing.D}, checks::dtype_of(in.query));
+  Tensor parents = new_longs(in.query, {B, S, 2});
+  Tensor coefficients = new_floats(in.query, {B, S});
 
   // Params.
   const cuda::MixNegativesParams params = {
@@ -91,18 +87,18 @@ std::tuple<Tensor, Tensor, Tensor> mix_negatives(const Tensor& query, const Tens
 }
 
 std::tuple<Tensor, Tensor> mix_logsumexp(const Tensor& query, const Tensor& negative_keys, const Tensor& hard_index,
-                                         const Tensor& scale, bool want_mean, DRAW_ARGUMENTS) {
+                                         const Tensor& scale, bool want_mean, const DrawArguments& draws) {
   // Checks.
   const char* op = "mix_logsumexp";
   require_on_gpu(op, query);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const Mixed in(op, query, negative_keys, hard_index, DRAWS);
-  const Tensor factor = checks::scalar(op, "scale", scale, in.query);
+  const Mixed in(op, query, negative_keys, hard_index, draws);
+  const Tensor factor = checks::scalar(op, "scale", scale, ScalarType::Float, in.query);
 
   // Outputs.
   const int64_t B = in.mixing.B;
-  Tensor lse = new_empty(in.query, {B}, ScalarType::Float);
-  Tensor mean = new_empty(in.query, {want_mean ? B : 0, in.mixing.D}, ScalarType::Float);
+  Tensor lse = new_floats(in.query, {B});
+  Tensor mean = new_floats(in.query, {want_mean ? B : 0, in.mixing.D});
 
   // Params.
   const cuda::MixLogSumExpParams params = {
@@ -116,9 +112,9 @@ std::tuple<Tensor, Tensor> mix_logsumexp(const Tensor& query, const Tensor& nega
   return {lse, mean};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(negmine, CUDA, m) {
-  m.impl("mix_negatives", TORCH_BOX(&mix_negatives));
-  m.impl("mix_logsumexp", TORCH_BOX(&mix_logsumexp));
+STABLE_TORCH_LIBRARY_IMPL(negmine_cuda, CUDA, m) {
+  m.impl("mix_negatives", boxed<&mix_negatives>);
+  m.impl("mix_logsumexp", boxed<&mix_logsumexp>);
 }
 
 }  // namespace

@@ -139,7 +139,7 @@ void finish(const InfoNceParams& p, int64_t b, float* room) {
   if (p.decoupled) {
     row = some ? gap : 0.0 * x;
     share = some ? 1.0 : 0.0;
-    total = some ? lse : x;
+    total = lse;
   } else {
     const double e = std::exp(-std::abs(gap)), excess = std::log1p(e);
     row = (gap > 0.0 ? gap : 0.0) + excess;

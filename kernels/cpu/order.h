@@ -2,8 +2,8 @@
 //
 //     order = (ordered(score) << 32) | (0xFFFFFFFF - index)
 //
-// The rule is stated in kernels/README.md; negmine/ops/sort_key.py is the same in PyTorch. Functions are static so that a copy
-// compiled for one instruction set can never be linked into code for another.
+// The rule is stated in kernels/README.md; negmine/ops/sort_key.py is the same in PyTorch. Functions are static so that
+// a copy compiled for one instruction set can never be linked into code for another.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -25,6 +25,7 @@ __device__ __forceinline__ void store(int32_t* parts, int rows, int row, int32_t
 
 template <bool kByPair>
 __global__ void __launch_bounds__(kThreads) mask_kernel(Inputs in, int rows, int32_t* parts) {
+  in.keep_valid_rows();
   const int row = blockIdx.x * kRows + row_of(0), t = threadIdx.x % kQuad;
   int32_t count = 0;
   for (int64_t column = blockIdx.y * int64_t{kChunk}; column < in.K; column += gridDim.y * int64_t{kChunk}) {
@@ -36,6 +37,7 @@ __global__ void __launch_bounds__(kThreads) mask_kernel(Inputs in, int rows, int
 template <Storage kStorage, int kSteps>
 __global__ void __launch_bounds__(kThreads, 2)
     bound_kernel(const __grid_constant__ TileMap tiles, Inputs in, int rows, int32_t* parts) {
+  in.keep_valid_rows();
   uint32_t query[2][kSteps][4];
   load_queries<kSteps>(query, shared_memory(), in.query, blockIdx.x * int64_t{kRows}, rows);
   const int row = blockIdx.x * kRows + row_of(0), t = threadIdx.x % kQuad;
@@ -50,13 +52,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   store(parts, rows, row, count);
 }
 
-// count[b] = the sum of its parts, of which row 0's are everybody's where there is no other; all columns where there
-// are no parts.
+// count[b] = the sum of its parts, of which row 0's are everybody's where there is no other; all rows that are there
+// where there are no parts.
 __global__ void __launch_bounds__(kAddThreads)
-    add_kernel(const int32_t* parts, int splits, int rows, int64_t B, int K, int64_t* count) {
+    add_kernel(const int32_t* parts, int splits, int rows, int64_t B, Inputs in, int64_t* count) {
   const int64_t b = blockIdx.x * int64_t{kAddThreads} + threadIdx.x;
   if (b >= B) return;
-  int64_t sum = splits == 0 ? K : 0;
+  int64_t sum = splits == 0 ? valid_rows(in.pool, in.K) : 0;
   for (int split = 0; split < splits; ++split) sum += parts[split * int64_t{rows} + (rows == 1 ? 0 : b)];
   count[b] = sum;
 }
@@ -106,7 +108,7 @@ int count_negatives(const CountNegativesParams& params, void* stream) {
   }
   if (error != cudaSuccess) return error;
   const dim3 blocks(static_cast<unsigned>((params.B + kAddThreads - 1) / kAddThreads));
-  return launch(add_kernel, blocks, kAddThreads, 0, stream, parts, static_cast<int>(splits), rows, params.B, in.K,
+  return launch(add_kernel, blocks, kAddThreads, 0, stream, parts, static_cast<int>(splits), rows, params.B, in,
                 params.count);
 }
 

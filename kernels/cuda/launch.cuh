@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/order.cuh"
 #include "kernels/cuda/pool.h"
 #include "kernels/cuda/score_tile.cuh"
 
@@ -16,6 +17,9 @@ struct Inputs {
   Rows query, keys;
   int32_t K;
   Pool pool;
+
+  // What a kernel over the queue begins with: K becomes the rows that are there.
+  __device__ __forceinline__ void keep_valid_rows() { K = valid_rows(pool, K); }
 
   // The row behind a column, -1 where there is none or a (K,) mask shuts it out.
   __device__ int64_t key(int64_t column) const {

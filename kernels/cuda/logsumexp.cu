@@ -71,6 +71,7 @@ template <Storage kStorage, int kSteps, bool kWantMean, bool kByPair>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     sum_kernel(const __grid_constant__ TileMap tiles, Inputs in, int B, const float* scale_at, const float* pivot,
                Parts parts) {
+  in.keep_valid_rows();
   using Cut = Cut<kSteps, kWantMean>;
   constexpr int kSixteens = Cut::kSixteens, kOwn = 2 * kSixteens;
   constexpr int kChunks = kHasWarpgroups ? Cut::kAtOnce : 1, kLag = kHasWarpgroups ? Cut::kLag : 0;

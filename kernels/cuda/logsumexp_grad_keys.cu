@@ -96,7 +96,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
   if (threadIdx.x == 0) *terms.back = power(exponent - kTopExponent), *terms.every = !some;
 }
 
-// in: rows are keys and columns are queries, its pool's tags, too. key_mask (K,) or null. grad: (gridDim.y, K, D).
+// in: rows are keys and columns are queries, its pool's tags, too; of K keys its pool's num_rows are there. key_mask
+// (K,) or null. grad: (gridDim.y, K, D).
 template <Storage kStorage, int kSteps, bool kByPair>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     grad_kernel(const __grid_constant__ TileMap tiles, Inputs in, int K, const uint8_t* key_mask, const float* scale_at,
@@ -106,7 +107,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   constexpr int kAtOnce = kByPair ? 1 : 2, kChunks = kHasWarpgroups ? kAtOnce : 1,
                 kLag = kHasWarpgroups ? Cut::kLag : 0;
   const int first = blockIdx.x * Cut::kRows, row = first + row_of<kSixteens>(0);
-  const auto usable = [&](int k) { return k < K && (!key_mask || key_mask[k]); };
+  const int there = valid_rows(in.pool, K);
+  const auto usable = [&](int k) { return k < there && (!key_mask || key_mask[k]); };
   gather_queries<kSteps, kSixteens>(shared_memory(), in.query,
                                     [&](int own) { return usable(first + own) ? int64_t{first + own} : int64_t{-1}; });
   const SharedQueries<kSteps, kSixteens> keys(shared_memory());
@@ -226,9 +228,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if constexpr (kHasWarpgroups && kLag == 0) wait_for_products(sums);
   };
   const auto find = [&](int query) { return in.key(query); };
-  stream<kStorage, kSteps, kSixteens, kTwoZeros, kAtOnce, kLag>(keys, shared_memory() + Cut::kKeyBytes,
-                                                                MappedRows{in.keys, tiles}, blockIdx.y, gridDim.y, in.K,
-                                                                !in.pool.key_mask, find, use, before);
+  stream<kStorage, kSteps, kSixteens, kTwoZeros, kAtOnce, kLag>(
+      keys, shared_memory() + Cut::kKeyBytes, MappedRows{in.keys, tiles}, blockIdx.y, gridDim.y,
+      first < there ? in.K : 0, !in.pool.key_mask, find, use, before);
   if constexpr (kLag > 0) wait_for_products(sums);
 
   const float back = *terms.back;

@@ -33,6 +33,7 @@ constexpr double kSigmas = 4.75, kPlacesBelow = 4;
 template <Storage kStorage, int kSteps, bool kByPair>
 __global__ void __launch_bounds__(kThreads, kSteps <= 8 ? 3 : 2)
     scan_kernel(const __grid_constant__ TileMap tiles, Inputs in, Pass p) {
+  in.keep_valid_rows();
   uint32_t query[2][kSteps][4];
   load_queries<kSteps>(query, shared_memory(), in.query, p.first + blockIdx.x * int64_t{kRows}, p.B);
   const int t = threadIdx.x % kLanes, row_size = p.splits * kLanes * p.room * 8;  // bytes
@@ -106,6 +107,7 @@ __device__ bool certain(const Pass& p, int64_t row) {
 template <Storage kStorage, int kSteps>
 __global__ void __launch_bounds__(kThreads, 2)
     recover_kernel(const __grid_constant__ TileMap tiles, Inputs in, Pass p) {
+  in.keep_valid_rows();
   const int64_t first = blockIdx.x * int64_t{kRows}, own = first + threadIdx.x;  // a thread keeps one row's books
   const bool failed = own < p.rows && !certain(p, own);
   if (own < p.rows) p.recovered[own] = failed ? 0 : kFromBuffers;

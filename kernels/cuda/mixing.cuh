@@ -97,9 +97,10 @@ struct Parents {
 
 // hard_index is the row of query b, of which count entries are there: one at least.
 __device__ inline Parents draw(const Mixing& p, int64_t b, int64_t slot, const int64_t* hard_index, int64_t count) {
-  const uint64_t row = static_cast<uint64_t>(p.row_offset + b);
+  const uint64_t row = static_cast<uint64_t>((p.row_offset ? *p.row_offset : 0) + b);
+  const auto step = static_cast<uint32_t>(p.step ? *p.step : 0);
   const Philox random = philox4x32_10(
-      {static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), static_cast<uint32_t>(slot), 0u}, p.seed, p.step);
+      {static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), static_cast<uint32_t>(slot), 0u}, p.seed, step);
   const float fraction = unit(random.word[2], p.quantiles);
   if (slot >= p.pairs) {
     return {-1, hard_index[below(random.word[1], count)], interpolate(p.query_low, p.query_high, fraction)};

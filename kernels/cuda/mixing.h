@@ -28,8 +28,9 @@ struct Mixing {
   float query_low, query_high;  // the same where the query is the first parent
   bool distinct;                // the two parents of a pair differ where they can
   const float* quantiles;       // (4097,) of the coefficient's distribution, or null: uniform
-  uint32_t seed, step;
-  int64_t row_offset;  // global row of query 0
+  uint32_t seed;
+  const int64_t* step;        // one number, of which the low 32 bits count; null: 0
+  const int64_t* row_offset;  // one number, the global row of query 0; null: 0
 };
 
 }  // namespace negmine::cuda

@@ -50,7 +50,14 @@ __device__ __forceinline__ bool is_at_most(const Bound& bound, float s, int32_t 
   return (s < bound.score) | ((s == bound.score) & (k >= bound.index));
 }
 
-// Whether column k, with score s, is in row b's pool as far as pairs decide; key_mask is the loader's.
+// How many of the queue's K rows are there.
+__device__ __forceinline__ int32_t valid_rows(const Pool& pool, int32_t K) {
+  if (!pool.num_rows) return K;
+  const int64_t rows = *pool.num_rows;
+  return static_cast<int32_t>(rows < 0 ? 0 : rows < K ? rows : K);
+}
+
+// Whether column k, with score s, is in row b's pool as far as pairs decide; key_mask and num_rows are the loader's.
 __device__ inline bool sees(const Pool& pool, int64_t b, int64_t k, float s) {
   if (pool.pair_mask && !pool.pair_mask[b * pool.pair_mask_stride + k]) return false;
   if (pool.query_ids && pool.query_ids[b] == pool.negative_ids[k]) return false;

@@ -17,8 +17,9 @@ struct Pool {
   bool same_label;                 // true: keep equal labels instead of dropping them
   const int64_t* lower;            // (B,) order, keep places >= lower
   const int64_t* upper;            // (B,) order, keep places <= upper
+  const int64_t* num_rows;         // rows of keys that are there, one number; the rest are never read
 
-  // Whether anything but key_mask says who sees whom.
+  // Whether anything but key_mask and num_rows says who sees whom.
   bool by_pair() const { return pair_mask || query_ids || query_labels || lower || upper; }
 };
 

@@ -44,6 +44,7 @@ __device__ __forceinline__ float least_of(const Cut& cut, int column) {
 template <Storage kStorage, int kSteps, bool kByPair, int kBrackets>
 __global__ void __launch_bounds__(kThreads, 2)
     scan_kernel(const __grid_constant__ TileMap tiles, Inputs in, Ranking p) {
+  in.keep_valid_rows();
   uint32_t query[2][kSteps][4];
   load_queries<kSteps>(query, shared_memory(), in.query, p.first + blockIdx.x * int64_t{kRows}, p.B);
   const int t = threadIdx.x % kLanes, row_size = p.splits * kLanes * p.room * 8;  // bytes
@@ -115,6 +116,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <Storage kStorage, int kSteps>
 __global__ void __launch_bounds__(kThreads, 2)
     recover_kernel(const __grid_constant__ TileMap tiles, Inputs in, Ranking p) {
+  in.keep_valid_rows();
   const int64_t first = blockIdx.x * int64_t{kRows}, own = first + threadIdx.x;  // a thread keeps one row's books
   const int32_t missing = own < p.rows ? p.missing[own * p.ranks.count + blockIdx.y] : -1;
   if (!__syncthreads_or(missing >= 0)) return;

@@ -32,10 +32,12 @@ struct Sample {
 // ranks[row][j] = rank of the score of column j K / size, whether or not the row sees it.
 template <Storage kStorage, int kSteps>
 __global__ void __launch_bounds__(kThreads) sample_kernel(Inputs in, Sample p) {
+  const int32_t K = in.K;  // the sample is of all rows, so that its share is known; those that are not there are NaN
+  in.keep_valid_rows();
   uint32_t query[2][kSteps][4];
   const int64_t first = p.first + blockIdx.x * int64_t{kRows};
   load_queries<kSteps>(query, shared_memory(), in.query, first, p.B);
-  const auto find = [&](int j) { return j < p.size ? in.key(p.column_of(in.K, j)) : int64_t{-1}; };
+  const auto find = [&](int j) { return j < p.size ? in.key(p.column_of(K, j)) : int64_t{-1}; };
   const auto use = [&](int j0, const Scores& s, SharedAddress) {
     const int t = threadIdx.x % kLanes;
 #pragma unroll

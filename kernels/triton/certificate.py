@@ -48,8 +48,7 @@ def certificate(survivors: Survivors, cut: Tensor, N: int) -> Tensor:
     B, buffers = survivors.found.shape
     missing = torch.empty((B, 1), dtype=torch.int64, device=cut.device)
     BLOCK_R = 16 if capability(cut.device) == tiles.INTERPRETER else 4
-    certificate_kernel[(triton.cdiv(B, BLOCK_R),)](
-        survivors.found, cut, missing, B, N, buffers, survivors.capacity,
-        BLOCK_R=BLOCK_R, BLOCK_P=BLOCK_P, num_warps=4,
-    )  # fmt: skip
+    certificate_kernel[(-(-B // BLOCK_R),)](
+        survivors.found, cut, missing, B, N, buffers, survivors.capacity, BLOCK_R, BLOCK_P, num_warps=4
+    )
     return missing

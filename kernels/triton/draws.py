@@ -1,9 +1,11 @@
 """How a synthetic negative is made, on the device: which two vectors, and how much of the first.
 
 The rule is kernels/README.md, "Draws": Philox4x32-10 with counter (row low, row high, slot, 0) and key (seed, step), so a
-draw depends on nothing but its row, slot, seed and step. On the host, draw_arguments spells the eleven draw values for a
-kernel.
+draw depends on nothing but its row, slot, seed and step. On the host, kernel_draws turns the eleven draw values into the tuple
+that kernels take. What changes from step to step lies on the device, so that a captured graph draws anew each time.
 """
+
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,39 +13,45 @@ import triton
 import triton.language as tl
 
 
-def _signed(x: int) -> int:
-    """The low 32 bits of x as a signed int: the type of a kernel argument, whatever the value."""
-    return ((int(x) & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+class KernelDraws(NamedTuple):
+    """The draw arguments as kernels take them. No member may be a Python bool: the interpreter of Triton 3.6 fails on one."""
+
+    pairs: int
+    total: int  # S = pairs + with_query
+    pair_low: float
+    pair_high: float
+    query_low: float
+    query_high: float
+    distinct: tl.constexpr | None  # present: the two parents of a pair differ where there are two
+    quantiles: Tensor | None  # (4097,) fp32
+    seed: int
+    step: Tensor | None  # () int64
+    row_offset: Tensor | None  # () int64
 
 
-def draw_arguments(query: Tensor, hard_index: Tensor, draws: tuple) -> dict:
-    pairs, with_query, pair_low, pair_high, query_low, query_high, distinct, quantiles, seed, step, row_offset = draws
-    return {
-        "hard_ptr": hard_index,
-        "quantiles_ptr": query if quantiles is None else quantiles,
-        "N": hard_index.shape[1],
-        "S": pairs + with_query,
-        "pairs": pairs,
-        "pair_low": float(pair_low),
-        "pair_high": float(pair_high),
-        "query_low": float(query_low),
-        "query_high": float(query_high),
-        "seed": _signed(seed),
-        "step": _signed(step),
-        "row_low": _signed(row_offset),
-        "row_high": _signed(row_offset >> 32),
-        "DISTINCT": bool(distinct),
-        "HAS_QUANTILES": quantiles is not None,
-    }
+DISTINCT = tl.constexpr(True)
+
+
+def kernel_draws(
+    pairs: int, with_query: int, pair_low: float, pair_high: float, query_low: float, query_high: float, distinct: bool,
+    quantiles: Tensor | None, seed: int, step: Tensor | None, row_offset: Tensor | None,
+) -> KernelDraws:  # fmt: skip
+    low_bits = (
+        (seed & 0xFFFFFFFF) ^ 0x80000000
+    ) - 0x80000000  # signed: the type of a kernel argument, whatever the value
+    return KernelDraws(
+        pairs, pairs + with_query, float(pair_low), float(pair_high), float(query_low), float(query_high),
+        DISTINCT if distinct else None, quantiles, low_bits, step, row_offset,
+    )  # fmt: skip
 
 
 @triton.jit
-def entries(hard_ptr, b, N):
-    """int64: how many entries of row b of hard_index (B, N) are columns; the others are -1, at its end."""
+def entries(hard_ptr, N):
+    """int64: how many of the N entries of a row of hard_index are columns; the others are -1, at its end."""
     count = tl.zeros((), tl.int64)
     for n0 in range(0, N, 512):
         offs_n = n0 + tl.arange(0, 512)
-        column = tl.load(hard_ptr + b * N + offs_n, mask=offs_n < N, other=-1)  # (512,)
+        column = tl.load(hard_ptr + offs_n, mask=offs_n < N, other=-1)  # (512,)
         count += tl.sum((column != -1).to(tl.int64), 0)
     return count
 
@@ -64,39 +72,43 @@ def interpolate(low, high, fraction):
 
 
 @triton.jit
-def draw(
-    b, slot, available, seed, step, row_low, row_high, pairs, pair_low, pair_high, query_low, query_high,
-    hard_ptr, quantiles_ptr, N, ok, DISTINCT: tl.constexpr, HAS_QUANTILES: tl.constexpr,
-):  # fmt: skip
-    """first, second (BLOCK_S,) int64 parents, -1 = the query or nobody; coefficient (BLOCK_S,) fp32 of the first."""
-    row = (row_high.to(tl.int64) << 32) + (row_low.to(tl.int64) & 0xFFFFFFFF) + b
+def draw(draws, b, slot, available, hard_ptr, ok):
+    """first, second (BLOCK_S,) int64 parents, -1 = the query or nobody; coefficient (BLOCK_S,) fp32 of the first.
+
+    hard_ptr: the row of hard_index that belongs to b; available: how many of its entries are columns.
+    """
+    row = b
+    if draws.row_offset is not None:
+        row += tl.load(draws.row_offset)
+    step = tl.zeros((), tl.int64)
+    if draws.step is not None:
+        step = tl.load(draws.step)
     zeros = tl.zeros_like(slot)
-    key = (step.to(tl.uint32).to(tl.uint64) << 32) | seed.to(tl.uint32).to(tl.uint64)
+    key = ((step & 0xFFFFFFFF).to(tl.uint64) << 32) | draws.seed.to(tl.uint32).to(tl.uint64)
     u0, u1, u2, _ = tl.philox(key, (row & 0xFFFFFFFF).to(tl.uint32) + zeros.to(tl.uint32),
                               ((row >> 32) & 0xFFFFFFFF).to(tl.uint32) + zeros.to(tl.uint32),
                               slot.to(tl.uint32), zeros.to(tl.uint32))  # fmt: skip
 
     ok = ok & (available > 0)
-    is_pair = slot < pairs
+    is_pair = slot < draws.pairs
     a = choose(u0, available)  # (BLOCK_S,)
     c = choose(u1, available)  # (BLOCK_S,)
-    if DISTINCT:
+    if draws.distinct is not None:
         other = choose(u1, tl.maximum(available - 1, 0))
         other += (other >= a).to(tl.int64)
         c = tl.where(is_pair & (available > 1), other, c)
-    row_ptr = hard_ptr + b * N
-    first = tl.load(row_ptr + a, mask=ok & is_pair, other=-1)  # (BLOCK_S,)
-    second = tl.load(row_ptr + c, mask=ok, other=-1)  # (BLOCK_S,)
+    first = tl.load(hard_ptr + a, mask=ok & is_pair, other=-1)  # (BLOCK_S,)
+    second = tl.load(hard_ptr + c, mask=ok, other=-1)  # (BLOCK_S,)
 
     u24 = (u2 >> 8).to(tl.int32)
-    if HAS_QUANTILES:
+    if draws.quantiles is not None:
         i = u24 >> 12
         r = (u24 & 4095).to(tl.float32) * (1.0 / 4096)
-        f = interpolate(tl.load(quantiles_ptr + i), tl.load(quantiles_ptr + i + 1), r)  # (BLOCK_S,)
+        f = interpolate(tl.load(draws.quantiles + i), tl.load(draws.quantiles + i + 1), r)  # (BLOCK_S,)
     else:
         f = u24.to(tl.float32) * (1.0 / 16777216)  # (BLOCK_S,)
-    low = tl.where(is_pair, pair_low, query_low)
-    high = tl.where(is_pair, pair_high, query_high)
+    low = tl.where(is_pair, draws.pair_low, draws.query_low)
+    high = tl.where(is_pair, draws.pair_high, draws.query_high)
     return first, second, tl.where(ok, interpolate(low, high, f), 0.0)
 
 

@@ -1,6 +1,7 @@
 """What every launcher does first: see which card it runs on, how products are taken, and how arguments are spelled.
 
-Nothing here waits for the device.
+Nothing here waits for the device. A small batch waits for what Python does before a launch, so what depends on the card alone
+is remembered, and kernels take their arguments by position.
 """
 
 import functools
@@ -12,7 +13,7 @@ from torch import Tensor
 import triton
 
 from . import tiles
-from .pool import pool_arguments
+from .pool import KernelPool
 
 INTERPRET = triton.knobs.runtime.interpret
 
@@ -21,6 +22,7 @@ INTERPRET = triton.knobs.runtime.interpret
 UNFUSED = {"enable_fp_fusion": False}
 
 
+@functools.cache
 def capability(device: torch.device) -> int:
     if INTERPRET:
         return tiles.INTERPRETER
@@ -28,16 +30,19 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@functools.cache
 def processors(device: torch.device) -> int:
     return 4 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launcher(op: Callable) -> Callable:
     """Runs op on the device of its first tensor: Triton launches on the current one."""
+    if INTERPRET:
+        return op
 
     @functools.wraps(op)
     def on_its_device(query: Tensor, *args):
-        if INTERPRET or query.device.index == torch.cuda.current_device():
+        if query.device.index == torch.cuda.current_device():
             return op(query, *args)
         with torch.cuda.device(query.device):
             return op(query, *args)
@@ -55,22 +60,14 @@ def score_tile(query: Tensor, negative_keys: Tensor) -> tiles.ScoreTile:
     return tiles.score_tile(query.shape[1], itemsize, capability(query.device))
 
 
-def score_arguments(query: Tensor, negative_keys: Tensor, tile: tiles.ScoreTile, pool: tuple) -> dict:
-    """The arguments that every kernel which scores takes alike."""
-    K = negative_keys.shape[0]
-    return {
-        "query_ptr": query,
-        "keys_ptr": negative_keys,
-        "stride_qb": query.stride(0),
-        "stride_kk": negative_keys.stride(0),
-        "B": query.shape[0],
-        "K": K,
-        **pool_arguments(pool, query),
-        "EVEN_K": K % tile.BLOCK_K == 0,
-        "D": query.shape[1],
-        "BLOCK_B": tile.BLOCK_B,
-        "BLOCK_K": tile.BLOCK_K,
-        "BLOCK_D": tile.BLOCK_D,
-        "WIDEN": widens(query, negative_keys),
-        "num_warps": tile.num_warps,
-    }
+def score_arguments(query: Tensor, negative_keys: Tensor, tile: tiles.ScoreTile, pool: KernelPool) -> tuple:
+    """The arguments that begin the list of every kernel that scores.
+
+    query_ptr, keys_ptr, stride_qb, stride_kk, B, K, pool, EVEN_K, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D
+    """
+    (B, D), K = query.shape, negative_keys.shape[0]
+    return (
+        query, negative_keys, query.stride(0), negative_keys.stride(0), B, K, pool,
+        K % tile.BLOCK_K == 0 and pool.num_rows is None, widens(query, negative_keys),
+        D, tile.BLOCK_B, tile.BLOCK_K, tile.BLOCK_D,
+    )  # fmt: skip

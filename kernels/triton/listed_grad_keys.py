@@ -46,7 +46,7 @@ def listed_grad_keys(query: Tensor, index: Tensor, weight: Tensor, K: int) -> Te
         begin = torch.searchsorted(named, torch.arange(K + 1, device=query.device))  # (K + 1,)
         BLOCK_S, BLOCK_D, num_warps = tiles.mix_block(D, capability(query.device))
         listed_grad_keys_kernel[(K,)](
-            query_ptr=query, weight_ptr=weight.contiguous(), cells_ptr=cells, begin_ptr=begin, grad_ptr=grad,
-            stride_qb=query.stride(0), M=M, D=D, BLOCK_S=min(BLOCK_S, 16), BLOCK_D=BLOCK_D, num_warps=num_warps, **UNFUSED,
+            query, weight.contiguous(), cells, begin, grad, query.stride(0), M, D, min(BLOCK_S, 16), BLOCK_D,
+            num_warps=num_warps, **UNFUSED,
         )  # fmt: skip
     return grad

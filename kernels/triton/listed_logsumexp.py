@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import tiles
 from .launch import UNFUSED, capability, launcher
-from .logsumexp import finite_shift
+from .numerics import finite_shift
 
 
 @triton.jit
@@ -65,8 +65,7 @@ def listed_logsumexp(
     BLOCK_S, BLOCK_D, num_warps = tiles.mix_block(D, capability(query.device))
     if B:
         listed_logsumexp_kernel[(B,)](
-            query_ptr=query, keys_ptr=negative_keys, index_ptr=index.contiguous(), scale_ptr=scale, scores_ptr=scores,
-            lse_ptr=lse, mean_ptr=mean, stride_qb=query.stride(0), stride_kk=negative_keys.stride(0), M=M,
-            WANT_MEAN=want_mean, D=D, BLOCK_S=BLOCK_S, BLOCK_D=BLOCK_D, num_warps=num_warps, **UNFUSED,
+            query, negative_keys, index.contiguous(), scale, scores, lse, mean, query.stride(0), negative_keys.stride(0), M,
+            want_mean, D, BLOCK_S, BLOCK_D, num_warps=num_warps, **UNFUSED,
         )  # fmt: skip
     return scores, lse, mean

@@ -18,23 +18,21 @@ import triton.language as tl
 
 from .launch import launcher, score_arguments
 from .launch import score_tile as choose_tile
-from .pool import complete, pool_bounds, pool_keys, pool_masks, pool_rows
+from .pool import KernelPool, kernel_pool, pool_bounds, pool_keys, pool_masks, pool_rows, pool_size
 from .score import as_stored, load_rows, load_whole_rows, score_tile
 
 
 @triton.jit(do_not_specialize=["B", "K"])
 def logsumexp_grad_keys_kernel(
-    query_ptr, keys_ptr, scale_ptr, lse_ptr, weight_ptr, largest_ptr, grad_ptr, stride_qb, stride_kk, B, K,
-    mask_ptr, stride_mb, query_ids_ptr, negative_ids_ptr, query_labels_ptr, negative_labels_ptr, lower_ptr, upper_ptr,
-    MASK: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LABELS: tl.constexpr,
-    HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
+    query_ptr, keys_ptr, stride_qb, stride_kk, B, K, pool, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
+    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    scale_ptr, lse_ptr, weight_ptr, largest_ptr, grad_ptr, SIGMOID: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     d0 = tl.program_id(1) * SLICE
-    k_ok = pool_keys(offs_k, K, mask_ptr, MASK, EVEN_K)  # (BLOCK_K,)
+    size = pool_size(pool, K)
+    k_ok = pool_keys(pool, offs_k, size, EVEN_K)  # (BLOCK_K,)
     keys = load_whole_rows(keys_ptr, offs_k, k_ok, stride_kk, D, BLOCK_D, WIDEN)  # (BLOCK_K, BLOCK_D)
     scale = tl.load(scale_ptr) * LOG2E
     gain = 32768.0 / tl.maximum(tl.load(largest_ptr), 7.888609052210118e-31)  # 2^15 / max(|weight|, 2^-100)
@@ -43,23 +41,15 @@ def logsumexp_grad_keys_kernel(
         offs_b = tl.arange(0, BLOCK_B).to(tl.int64) + b0
         b_ok = offs_b < B
         query = load_whole_rows(query_ptr, offs_b, b_ok, stride_qb, D, BLOCK_D, WIDEN)  # (BLOCK_B, BLOCK_D)
-        ids, labels, lower_score, lower_index, upper_score, upper_index = pool_rows(
-            offs_b, b_ok, query_ids_ptr, query_labels_ptr, lower_ptr, upper_ptr,
-            HAS_IDS, HAS_LABELS, HAS_LOWER, HAS_UPPER,
-        )  # fmt: skip
+        rows = pool_rows(pool, offs_b, b_ok)
         lse = tl.load(lse_ptr + offs_b, mask=b_ok, other=0.0) * LOG2E  # (BLOCK_B,)
         weight = tl.load(weight_ptr + offs_b, mask=b_ok, other=0.0) * gain  # (BLOCK_B,)
         s = score_tile(
             query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, keys, offs_k, k_ok, stride_kk,
             D, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN,
         )  # (BLOCK_B, BLOCK_K)  # fmt: skip
-        allowed = pool_masks(
-            offs_b, b_ok, offs_k, k_ok, ids, labels, mask_ptr, stride_mb, negative_ids_ptr, negative_labels_ptr,
-            MASK, HAS_IDS, HAS_LABELS,
-        )  # (BLOCK_B, BLOCK_K)  # fmt: skip
-        inside = pool_bounds(
-            s, offs_k, allowed, lower_score, lower_index, upper_score, upper_index, HAS_LOWER, HAS_UPPER
-        )  # (BLOCK_B, BLOCK_K)
+        allowed = pool_masks(pool, rows, offs_b, b_ok, offs_k, k_ok)  # (BLOCK_B, BLOCK_K)
+        inside = pool_bounds(pool, rows, s, offs_k, allowed)  # (BLOCK_B, BLOCK_K)
         x = s * scale - lse[:, None]  # (BLOCK_B, BLOCK_K)
         if SIGMOID:
             p = 1.0 / (1.0 + tl.math.exp2(-x))  # exp2 may overflow to inf: then p is 0
@@ -78,16 +68,8 @@ def logsumexp_grad_keys_kernel(
     tl.store(ptrs, acc / gain, mask=(offs_k < K)[:, None] & (offs_d < D)[None, :])
 
 
-@launcher
-def logsumexp_grad_keys(
-    query: Tensor, negative_keys: Tensor, scale: Tensor, lse: Tensor, weight: Tensor, *pool: Tensor | None
-) -> Tensor:
-    """(K, D) fp32."""
-    return launch(query, negative_keys, scale, lse, weight, pool, sigmoid=False)
-
-
-def launch(
-    query: Tensor, negative_keys: Tensor, scale: Tensor, lse: Tensor, weight: Tensor, pool: tuple, sigmoid: bool
+def grad_keys(
+    query: Tensor, negative_keys: Tensor, scale: Tensor, lse: Tensor, weight: Tensor, pool: KernelPool, sigmoid: bool
 ) -> Tensor:
     """(K, D) fp32; sigmoid: p = sigmoid(scale * s - lse), for softplus_sum_grad_keys."""
     K, D = negative_keys.shape
@@ -96,10 +78,17 @@ def launch(
     grad = negative_keys.new_empty(K, D, dtype=torch.float32)
     if K:
         tile = choose_tile(query, negative_keys)
-        logsumexp_grad_keys_kernel[(triton.cdiv(K, tile.BLOCK_K), triton.cdiv(D, tile.SLICE))](
-            scale_ptr=scale, lse_ptr=lse.contiguous(), weight_ptr=weight.contiguous(),
-            largest_ptr=torch.linalg.vector_norm(weight, torch.inf), grad_ptr=grad,
-            SIGMOID=sigmoid, SLICE=tile.SLICE, STAGES=tile.num_stages,
-            **score_arguments(query, negative_keys, tile, complete(pool)),
+        logsumexp_grad_keys_kernel[(-(-K // tile.BLOCK_K), -(-D // tile.SLICE))](
+            *score_arguments(query, negative_keys, tile, pool),
+            scale, lse.contiguous(), weight.contiguous(), torch.linalg.vector_norm(weight, torch.inf), grad,
+            sigmoid, tile.SLICE, tile.num_stages, num_warps=tile.num_warps,
         )  # fmt: skip
     return grad
+
+
+@launcher
+def logsumexp_grad_keys(
+    query: Tensor, negative_keys: Tensor, scale: Tensor, lse: Tensor, weight: Tensor, *pool: Tensor | bool | None
+) -> Tensor:
+    """(K, D) fp32."""
+    return grad_keys(query, negative_keys, scale, lse, weight, kernel_pool("logsumexp_grad_keys", pool), sigmoid=False)

@@ -1,54 +1,56 @@
 """mine_hardest in Triton: the N hardest columns of each query's pool, exact, without the (B, K) scores.
 
-    sample   score evenly spaced keys; the cut is a score that nearly always admits at least N columns    (scan.sample, cuts)
-    scan     one pass over the queue keeps what reaches the cut, a little more than N columns             (scan.scan)
+    sample   score evenly spaced keys; the cut is a score that nearly always admits at least N columns    (sample*.py)
+    scan     one pass over the queue keeps what reaches the cut, a little more than N columns             (scan.py)
     check    at least N found and no buffer overflowed, or the cut admits everything: then the N hardest are among them
-    finish   rows that fail are refilled by the exact fallback; then a top-N of the kept places
+    finish   rows that fail are refilled by an exact search; then a top-N of the sort keys kept
 
-A short queue, or N close to K, skips to the finish with whole rows of places, in chunks of rows. A place is a distinct
-int64 (kernels/README.md, "Order"), so ties resolve themselves: lower index first.
+A short queue, or N close to K, skips to the finish with whole rows of sort keys, in chunks of rows. A sort key is a distinct
+int64 (kernels/README.md), so ties resolve themselves: lower index first.
 """
 
 import torch
 from torch import Tensor
 
-from negmine.order import NOWHERE
+from negmine.ops.sort_key import NOWHERE
 
 from . import tiles
 from .certificate import certificate
-from .cuts import cut
-from .fallback import collect, place_at_rank
+from .count_negatives import count
+from .exact_search import collect_from, find_missing
 from .launch import capability, launcher, score_tile
-from .order import unpacked
-from .pool import complete, of_rows
-from .scan import places, sample, scan
+from .pool import KernelPool, kernel_pool
+from .sample import sample, sort_keys
+from .sample_quantiles import sample_quantile
+from .scan import scan
+from .sort_key import unpacked
 
 
-def hardest_places(query: Tensor, negative_keys: Tensor, N: int, tile: tiles.ScoreTile, pool: tuple) -> Tensor:
-    """(B, N) int64 places, hardest first, through a sample and a scan."""
-    K = negative_keys.shape[0]
-    plan, sample_rank = tiles.mining_plan(K, N, capability(query.device))
+def hardest_by_scan(query: Tensor, negative_keys: Tensor, N: int, tile: tiles.ScoreTile, pool: KernelPool) -> Tensor:
+    """(B, N) int64 sort keys, hardest first, through a sample and a scan."""
+    plan, sample_rank = tiles.mining_plan(negative_keys.shape[0], N, capability(query.device))
     scores = sample(query, negative_keys, plan.size, tile, pool)  # (B, size)
-    least = cut(scores, sample_rank)  # (B, 1), -inf where too little of the pool was sampled to leave anything out
-    survivors = scan(query, negative_keys, least, None, plan.capacity, tile, pool)
+    cut = sample_quantile(
+        scores, sample_rank
+    )  # (B, 1), -inf where too little of the pool was sampled to leave anything out
+    survivors = scan(query, negative_keys, cut, None, plan.capacity, tile, pool)
 
-    missing = certificate(survivors, least, N)  # (B, 1)
+    missing = certificate(survivors, cut, N)  # (B, 1)
     last = torch.empty_like(missing)
-    place_at_rank(query, negative_keys, missing, last, tile, pool)
-    collect(query, negative_keys, last, missing, survivors.places, tile, pool)
-    return survivors.places.topk(N, dim=1).values
+    find_missing(query, negative_keys, missing, last, tile, pool)
+    collect_from(query, negative_keys, last, missing, survivors.sort_keys, tile, pool)
+    return survivors.sort_keys.topk(N, dim=1).values
 
 
-def hardest_places_dense(query: Tensor, negative_keys: Tensor, N: int, tile: tiles.ScoreTile, pool: tuple) -> Tensor:
-    """(B, N) int64 places, hardest first, from whole rows."""
+def hardest_by_rows(query: Tensor, negative_keys: Tensor, N: int, tile: tiles.ScoreTile, pool: KernelPool) -> Tensor:
+    """(B, N) int64 sort keys, hardest first, from whole rows."""
     K = negative_keys.shape[0]
-    best = places(query, negative_keys, tile, pool).topk(min(N, K), dim=1).values  # (B, min(N, K))
-    return torch.nn.functional.pad(best, (0, N - min(N, K)), value=NOWHERE)
+    best = sort_keys(query, negative_keys, tile, pool).topk(min(N, K), dim=1).values  # (B, min(N, K))
+    return best if N <= K else torch.nn.functional.pad(best, (0, N - K), value=NOWHERE)
 
 
-@launcher
-def mine_hardest(query: Tensor, negative_keys: Tensor, N: int, *pool: Tensor | None) -> tuple[Tensor, Tensor]:
-    """scores (B, N) fp32, index (B, N) int64."""
+def mine(query: Tensor, negative_keys: Tensor, N: int, pool: KernelPool) -> tuple[Tensor, Tensor]:
+    """scores (B, N) fp32, index (B, N) int64 of the N hardest columns."""
     B, K = query.shape[0], negative_keys.shape[0]
     if not (B and K and N):
         return unpacked(torch.full((B, N), NOWHERE, dtype=torch.int64, device=query.device))
@@ -56,13 +58,25 @@ def mine_hardest(query: Tensor, negative_keys: Tensor, N: int, *pool: Tensor | N
     target = capability(query.device)
     dense = tiles.is_dense(K, N, target)
     plan = None if dense else tiles.mining_plan(K, N, target)[0]
-    hardest = hardest_places_dense if dense else hardest_places
+    hardest = hardest_by_rows if dense else hardest_by_scan
     rows = tiles.rows_at_once(B, K, plan, tile)
     if rows == B:
-        return unpacked(hardest(query, negative_keys, N, tile, complete(pool)))
+        return unpacked(hardest(query, negative_keys, N, tile, pool))
     out = torch.empty((B, N), dtype=torch.int64, device=query.device)
     for start in range(0, B, rows):
         part = slice(start, min(start + rows, B))
-        own = of_rows(complete(pool), part.start, part.stop)
-        out[part] = hardest(query[part], negative_keys, N, tile, own)
+        out[part] = hardest(query[part], negative_keys, N, tile, pool.of_queries(part.start, part.stop))
     return unpacked(out)
+
+
+@launcher
+def mine_hardest(
+    query: Tensor, negative_keys: Tensor, N: int, want_count: bool, *pool: Tensor | bool | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """scores (B, N) fp32, index (B, N) int64, num_kept (B,) int64 or (0,)."""
+    columns = kernel_pool("mine_hardest", pool)
+    if want_count:
+        num_kept = count(query, negative_keys, columns, numbers_only=True)
+    else:
+        num_kept = query.new_empty(0, dtype=torch.int64)
+    return *mine(query, negative_keys, N, columns), num_kept

@@ -13,21 +13,21 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .draws import draw, draw_arguments, entries, mix_rows
+from .draws import draw, entries, kernel_draws, mix_rows
 from .launch import UNFUSED, capability, launcher
-from .logsumexp import finite_shift
+from .numerics import finite_shift
 
 
-@triton.jit(do_not_specialize=["N", "S", "pairs", "seed", "step", "row_low", "row_high"])
+@triton.jit(do_not_specialize=["N", "draws"])
 def mix_logsumexp_kernel(
-    query_ptr, keys_ptr, scale_ptr, hard_ptr, quantiles_ptr, lse_ptr, mean_ptr,
-    stride_qb, stride_kk, N, S, pairs, pair_low, pair_high, query_low, query_high, seed, step, row_low, row_high,
-    DISTINCT: tl.constexpr, HAS_QUANTILES: tl.constexpr, WANT_MEAN: tl.constexpr,
-    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    query_ptr, keys_ptr, hard_ptr, stride_qb, stride_kk, stride_hb, N, draws, scale_ptr, lse_ptr, mean_ptr,
+    WANT_MEAN: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    S = draws.total
     b = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
-    available = entries(hard_ptr, b, N)
+    hard_ptr += b * stride_hb
+    available = entries(hard_ptr, N)
     query = tl.load(query_ptr + b * stride_qb + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)  # (BLOCK_D,)
     scale = tl.load(scale_ptr) * 1.4426950408889634  # log2(e)
     m = tl.full((), float("-inf"), tl.float32)
@@ -36,10 +36,7 @@ def mix_logsumexp_kernel(
     for s0 in range(0, S, BLOCK_S):
         slot = s0 + tl.arange(0, BLOCK_S)
         s_ok = slot < S
-        first, second, coefficient = draw(
-            b, slot, available, seed, step, row_low, row_high, pairs, pair_low, pair_high, query_low, query_high,
-            hard_ptr, quantiles_ptr, N, s_ok, DISTINCT, HAS_QUANTILES,
-        )  # (BLOCK_S,) each  # fmt: skip
+        first, second, coefficient = draw(draws, b, slot, available, hard_ptr, s_ok)  # (BLOCK_S,) each
         mixed = mix_rows(query, keys_ptr, stride_kk, first, second, coefficient, offs_d, D)  # (BLOCK_S, BLOCK_D)
         x = tl.where(second >= 0, tl.sum(mixed * query[None, :], 1) * scale, float("-inf"))  # (BLOCK_S,)
         m_new = tl.maximum(m, tl.max(x, 0))
@@ -54,20 +51,35 @@ def mix_logsumexp_kernel(
         tl.store(mean_ptr + b * D + offs_d, tl.where(z == 0, 0.0, acc / z), mask=offs_d < D)
 
 
-@launcher
-def mix_logsumexp(
-    query: Tensor, negative_keys: Tensor, hard_index: Tensor, scale: Tensor, want_mean: bool, *draws
+def mix(
+    query: Tensor,
+    negative_keys: Tensor,
+    hard_index: Tensor,
+    scale: Tensor,
+    want_mean: bool,
+    *draws: Tensor | float | None,
 ) -> tuple[Tensor, Tensor]:
-    """lse (B,) fp32, mean (B, D) fp32 or (0, D)."""
-    B, D = query.shape
+    """lse (B,) fp32, mean (B, D) fp32 or (0, D); of hard_index (B, N) the rows may have any stride."""
+    (B, D), N = query.shape, hard_index.shape[1]
     lse = query.new_empty(B, dtype=torch.float32)
     mean = query.new_empty(B if want_mean else 0, D, dtype=torch.float32)
     BLOCK_S, BLOCK_D, num_warps = tiles.mix_block(D, capability(query.device))
     if B:
         mix_logsumexp_kernel[(B,)](
-            query_ptr=query, keys_ptr=negative_keys, scale_ptr=scale, lse_ptr=lse, mean_ptr=mean,
-            stride_qb=query.stride(0), stride_kk=negative_keys.stride(0), WANT_MEAN=want_mean,
-            **draw_arguments(query, hard_index.contiguous(), draws),
-            D=D, BLOCK_S=BLOCK_S, BLOCK_D=BLOCK_D, num_warps=num_warps, **UNFUSED,
+            query, negative_keys, hard_index, query.stride(0), negative_keys.stride(0), hard_index.stride(0), N,
+            kernel_draws(*draws), scale, lse, mean, want_mean, D, BLOCK_S, BLOCK_D, num_warps=num_warps, **UNFUSED,
         )  # fmt: skip
     return lse, mean
+
+
+@launcher
+def mix_logsumexp(
+    query: Tensor,
+    negative_keys: Tensor,
+    hard_index: Tensor,
+    scale: Tensor,
+    want_mean: bool,
+    *draws: Tensor | float | None,
+) -> tuple[Tensor, Tensor]:
+    """lse (B,) fp32, mean (B, D) fp32 or (0, D)."""
+    return mix(query, negative_keys, hard_index.contiguous(), scale, want_mean, *draws)

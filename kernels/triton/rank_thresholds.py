@@ -1,54 +1,57 @@
-"""rank_thresholds in Triton: the place at given ranks of each query's pool, exact, without the (B, K) scores.
+"""rank_thresholds in Triton: the sort key at given ranks of each query's pool, exact, without the (B, K) scores.
 
-    sample   score evenly spaced keys; two of them bracket each rank nearly always                        (scan.sample, cuts)
-    scan     one pass keeps what lies in the brackets, a few percent, and counts what lies above them     (scan.scan)
-    check    the place found lies in its bracket, at or past the columns counted above it
-    finish   the place by its rank among the kept ones; cells that fail are found by the exact fallback
+    sample   score evenly spaced keys; two of them bracket each rank nearly always                        (sample*.py)
+    scan     one pass keeps what lies in the brackets, a few percent, and counts what lies above them     (scan.py)
+    check    the key found lies in its bracket, at or past the columns counted above it                   (select_by_rank.py)
+    finish   the key by its rank among the kept ones; cells that fail are found by an exact search        (exact_search.py)
 
-Two ranks share a scan. A short queue is searched in whole rows of places. Many ranks are read off whole rows of scores, sorted,
-which costs the same for any number of them. Ranks stay on the device, so every plan has room for the widest bracket, that of a
-median.
+Two ranks share a scan. A short queue is searched in whole rows of sort keys. Many ranks are read off whole rows of scores,
+sorted, which costs the same for any number of them. Ranks stay on the device, so every plan has room for the widest bracket,
+that of a median.
 """
 
 import torch
 from torch import Tensor
 
-from negmine.order import NOWHERE, pack
+from negmine.ops.sort_key import NOWHERE, pack
 
 from . import tiles
-from .cuts import brackets
-from .fallback import place_at_rank
+from .exact_search import find_missing
 from .launch import capability, launcher, score_tile
-from .pool import complete, of_rows
-from .scan import places, sample, scan
-from .select_place import select_certified, select_place
+from .pool import KernelPool, kernel_pool
+from .sample import sample, sort_keys
+from .sample_quantiles import sample_brackets
+from .scan import scan
+from .select_by_rank import select_by_rank, select_certified
 
 RANKS_PER_SCAN = 2
 
 
-def places_at_ranks(query: Tensor, negative_keys: Tensor, ranks: Tensor, tile: tiles.ScoreTile, pool: tuple) -> Tensor:
-    """(B, R) int64 places, R up to RANKS_PER_SCAN, through a sample and a scan."""
+def thresholds_by_scan(
+    query: Tensor, negative_keys: Tensor, ranks: Tensor, tile: tiles.ScoreTile, pool: KernelPool
+) -> Tensor:
+    """(B, R) int64 sort keys, R up to RANKS_PER_SCAN, through a sample and a scan."""
     K, R = negative_keys.shape[0], ranks.shape[1]
     plan = tiles.ranks_plan(K, R, capability(query.device))
     scores = sample(query, negative_keys, plan.size, tile, pool)  # (B, size)
-    cut_lo, cut_hi = brackets(scores, ranks, K)
+    cut_lo, cut_hi = sample_brackets(scores, ranks, K)
     survivors = scan(query, negative_keys, cut_lo, cut_hi, plan.capacity, tile, pool)
     out, missing = select_certified(survivors, ranks, cut_lo, cut_hi)  # (B, R) each
-    place_at_rank(query, negative_keys, missing, out, tile, pool)
+    find_missing(query, negative_keys, missing, out, tile, pool)
     return out
 
 
-def places_at_ranks_dense(
-    query: Tensor, negative_keys: Tensor, ranks: Tensor, tile: tiles.ScoreTile, pool: tuple
+def thresholds_by_rows(
+    query: Tensor, negative_keys: Tensor, ranks: Tensor, tile: tiles.ScoreTile, pool: KernelPool
 ) -> Tensor:
-    """(B, R) int64 places, from whole rows searched once for each rank."""
-    return select_place(places(query, negative_keys, tile, pool), ranks)
+    """(B, R) int64 sort keys, from whole rows searched once for each rank."""
+    return select_by_rank(sort_keys(query, negative_keys, tile, pool), ranks)
 
 
-def places_at_ranks_sorted(
-    query: Tensor, negative_keys: Tensor, ranks: Tensor, tile: tiles.ScoreTile, pool: tuple
+def thresholds_by_sort(
+    query: Tensor, negative_keys: Tensor, ranks: Tensor, tile: tiles.ScoreTile, pool: KernelPool
 ) -> Tensor:
-    """(B, R) int64 places, from whole rows sorted once; a stable sort leaves ties in the order of their index."""
+    """(B, R) int64 sort keys, from whole rows sorted once; a stable sort leaves ties in the order of their index."""
     K = negative_keys.shape[0]
     scores, index = sample(query, negative_keys, K, tile, pool).sort(dim=1, descending=True, stable=True)  # (B, K) each
     outside = scores.isnan().sum(1, keepdim=True)  # (B, 1), which a sort puts first
@@ -57,9 +60,8 @@ def places_at_ranks_sorted(
     return torch.where(found, pack(scores.gather(1, at), index.gather(1, at)), NOWHERE)
 
 
-@launcher
-def rank_thresholds(query: Tensor, negative_keys: Tensor, ranks: Tensor, *pool: Tensor | None) -> Tensor:
-    """order (B, R) int64."""
+def thresholds(query: Tensor, negative_keys: Tensor, ranks: Tensor, pool: KernelPool) -> Tensor:
+    """sort_keys (B, R) int64 at ranks (B, R) int64."""
     B, K, R = query.shape[0], negative_keys.shape[0], ranks.shape[1]
     if not (B and K and R):
         return torch.full((B, R), NOWHERE, dtype=torch.int64, device=query.device)
@@ -67,20 +69,26 @@ def rank_thresholds(query: Tensor, negative_keys: Tensor, ranks: Tensor, *pool: 
     target = capability(query.device)
     plan, step = None, R
     if tiles.is_sorted(K, R, target):
-        find = places_at_ranks_sorted
+        find = thresholds_by_sort
     elif tiles.is_dense(K, 0, target):
-        find = places_at_ranks_dense
+        find = thresholds_by_rows
     else:
-        find, step = places_at_ranks, RANKS_PER_SCAN
+        find, step = thresholds_by_scan, RANKS_PER_SCAN
         plan = tiles.ranks_plan(K, min(R, step), target)
     rows = tiles.rows_at_once(B, K, plan, tile)
     if rows == B and step >= R:
-        return find(query, negative_keys, ranks.contiguous(), tile, complete(pool))
+        return find(query, negative_keys, ranks.contiguous(), tile, pool)
     out = torch.empty_like(ranks, memory_format=torch.contiguous_format)
     for start in range(0, B, rows):
         part = slice(start, min(start + rows, B))
-        own = of_rows(complete(pool), part.start, part.stop)
+        own = pool.of_queries(part.start, part.stop)
         for r in range(0, R, step):
             wanted = ranks[part, r : r + step].contiguous()
             out[part, r : r + step] = find(query[part], negative_keys, wanted, tile, own)
     return out
+
+
+@launcher
+def rank_thresholds(query: Tensor, negative_keys: Tensor, ranks: Tensor, *pool: Tensor | bool | None) -> Tensor:
+    """sort_keys (B, R) int64."""
+    return thresholds(query, negative_keys, ranks, kernel_pool("rank_thresholds", pool))

@@ -1,17 +1,19 @@
 """softplus_sum_grad_keys in Triton: the kernel of logsumexp_grad_keys with a sigmoid in the place of its exponential.
 
-row k = sum_b weight_b sigmoid(scale s_bk + bias) q_b   inside the pool
+row k = sum_b weight_b sigmoid(scale s_bk + offset) q_b   inside the pool
 """
 
 from torch import Tensor
 
 from .launch import launcher
-from .logsumexp_grad_keys import launch
+from .logsumexp_grad_keys import grad_keys
+from .pool import kernel_pool
 
 
 @launcher
 def softplus_sum_grad_keys(
-    query: Tensor, negative_keys: Tensor, scale: Tensor, bias: Tensor, weight: Tensor, *pool: Tensor | None
+    query: Tensor, negative_keys: Tensor, scale: Tensor, offset: Tensor, weight: Tensor, *pool: Tensor | bool | None
 ) -> Tensor:
     """(K, D) fp32."""
-    return launch(query, negative_keys, scale, (-bias).expand(query.shape[0]), weight, pool, sigmoid=True)
+    columns = kernel_pool("softplus_sum_grad_keys", pool)
+    return grad_keys(query, negative_keys, scale, (-offset).expand(query.shape[0]), weight, columns, sigmoid=True)

@@ -7,6 +7,7 @@ One rule binds the score tile: it must not depend on B, K or the op, for passes 
 alike (kernels/README.md). What may differ between ops is how many tiles a program walks and how far it loads ahead.
 """
 
+import functools
 from typing import NamedTuple
 
 INTERPRETER = 0
@@ -26,6 +27,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@functools.cache
 def score_tile(D: int, itemsize: int, capability: int) -> ScoreTile:
     """The tile of scores; itemsize is that of the storage type the product is taken in (2 or 4 bytes)."""
     padded = max(16, next_power_of_2(D))  # a tensor-core product contracts at least 16
@@ -49,6 +51,14 @@ def splits(B: int, K: int, tile: ScoreTile, processors: int) -> int:
     row_tiles = -(-B // tile.BLOCK_B)
     key_tiles = -(-K // tile.BLOCK_K)
     return max(1, min(2 * processors // max(row_tiles, 1), key_tiles // 2))
+
+
+@functools.lru_cache(1024)
+def even_splits(B: int, K: int, tile: ScoreTile, processors: int) -> tuple[int, int]:
+    """How many parts of the queue are summed apart, one at least, and how many tiles each of them takes, one at least."""
+    key_tiles = -(-K // tile.BLOCK_K)
+    per_split = max(1, -(-key_tiles // splits(B, K, tile, processors)))
+    return max(1, -(-key_tiles // per_split)), per_split
 
 
 class SamplePlan(NamedTuple):
@@ -79,6 +89,7 @@ def sample_size(K: int, share: int, capability: int) -> int:
     return max(least, min(next_power_of_2(K) // share, most))
 
 
+@functools.cache
 def mining_plan(K: int, N: int, capability: int) -> tuple[SamplePlan, int]:
     """The plan for the N hardest, and the rank in the sample (from 0) whose score nearly always admits at least N."""
     size = sample_size(K, 16, capability)
@@ -87,6 +98,7 @@ def mining_plan(K: int, N: int, capability: int) -> tuple[SamplePlan, int]:
     return SamplePlan(size, _capacity(rank + 1, size, K)), rank
 
 
+@functools.cache
 def ranks_plan(K: int, brackets: int, capability: int) -> SamplePlan:
     """The plan for ranks known only on the device: wide enough for a median, the widest bracket there is."""
     size = sample_size(K, 8, capability)
@@ -95,7 +107,7 @@ def ranks_plan(K: int, brackets: int, capability: int) -> SamplePlan:
 
 
 def is_dense(K: int, wanted: int, capability: int) -> bool:
-    """Whether to hold whole rows of places instead: a short queue, or so much wanted that survivors would be the queue."""
+    """Whether to hold whole rows of sort keys instead: a short queue, or so much wanted that survivors would be the queue."""
     short = 64 if capability == INTERPRETER else 8192
     return short >= K or 4 * wanted >= K
 
@@ -120,6 +132,7 @@ def levels(tile: ScoreTile) -> int:
     return (tile.BLOCK_K // LANES).bit_length() - 1
 
 
+@functools.lru_cache(1024)
 def scan_plan(B: int, K: int, capacity: int, tile: ScoreTile, processors: int) -> ScanPlan:
     """Splits for a scan, and room in each private buffer for its share of `capacity` plus six deviations."""
     parts = min(splits(B, K, tile, processors), max(1, capacity // (8 * LANES)))
@@ -132,7 +145,7 @@ def scan_plan(B: int, K: int, capacity: int, tile: ScoreTile, processors: int) -
 def rows_at_once(B: int, K: int, plan: SamplePlan | None, tile: ScoreTile) -> int:
     """Rows per chunk, whole row tiles where one fits, that keep scratch below SCRATCH_BYTES.
 
-    No plan: whole rows, which take about 32 bytes a column while places are packed, or scores sorted.
+    No plan: whole rows, which take about 32 bytes a column while sort keys are packed, or scores sorted.
     """
     bytes_per_row = 32 * K if plan is None else 4 * plan.size + 16 * plan.capacity
     rows = max(SCRATCH_BYTES // bytes_per_row, 1)
@@ -147,6 +160,7 @@ def row_block(width: int, capability: int) -> tuple[int, int, int]:
     return 1, block, 4 if block <= 4096 else (8 if block <= 8192 else 16)
 
 
+@functools.cache
 def mix_block(D: int, capability: int) -> tuple[int, int, int]:
     """(BLOCK_S, BLOCK_D, num_warps): slots mixed at once by one program, each over the whole of D."""
     padded = next_power_of_2(D)
@@ -155,7 +169,8 @@ def mix_block(D: int, capability: int) -> tuple[int, int, int]:
     return max(1, min(64, 4096 // padded)), padded, 4 if padded <= 1024 else 8
 
 
-def merge_block(D: int) -> dict[str, int]:
-    """Parts of a row that one program adds at once, each over the whole of D, and the warps that hold them."""
+@functools.cache
+def merge_block(D: int) -> tuple[int, int, int]:
+    """(BLOCK_P, BLOCK_D, num_warps): parts of a row that one program adds at once, each over the whole of D."""
     BLOCK_D = next_power_of_2(D)
-    return {"BLOCK_P": 8, "BLOCK_D": BLOCK_D, "num_warps": max(1, min(BLOCK_D // 256, 16))}
+    return 8, BLOCK_D, max(1, min(BLOCK_D // 256, 16))

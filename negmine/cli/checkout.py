@@ -13,11 +13,11 @@ PROGRAMS = {"bench": "benchmarks.run", "demo": "benchmarks.demo"}
 
 def add(commands: Any) -> None:
     """Both subcommands; what follows them is the program's own."""
-    for name, said in (
+    for name, description in (
         ("bench", "time negmine against plain PyTorch"),
         ("demo", "train on WordNet, leave pages in out/"),
     ):
-        parser = commands.add_parser(name, help=f"{said} (from a checkout)", add_help=False, prefix_chars="\0")
+        parser = commands.add_parser(name, help=f"{description} (from a checkout)", add_help=False, prefix_chars="\0")
         parser.add_argument("rest", nargs="*")
         parser.set_defaults(run=run)
 

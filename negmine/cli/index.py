@@ -32,11 +32,11 @@ def add(commands: Any) -> None:
     built.add_argument("--output", metavar="FILE", required=True, help="the index")
     built.set_defaults(run=lambda args: _build(args, names))
 
-    for name, function, end, said in (
+    for name, function, end, description in (
         ("search", NegativeIndex.search, _search, "the k rows of largest inner product of each query"),
         ("recall", NegativeIndex.recall, _recall, "the share of the exact answer that the index finds"),
     ):
-        step = steps.add_parser(name, help=said, description=f"NegativeIndex.{name} of an index in a file.")
+        step = steps.add_parser(name, help=description, description=f"NegativeIndex.{name} of an index in a file.")
         step.add_argument("--index", metavar="FILE", required=True, help="what `negmine index build` wrote")
         loaded = add_options(step.add_argument_group("loading"), NegativeIndex.load, READERS, ("path",))
         asked = add_options(step, function, READERS)

@@ -88,13 +88,13 @@ def add_options(
 ) -> list[str]:
     """An option for each argument of `function` but `skip`; returns their names."""
     parameters = inspect.signature(function).parameters
-    said, added = explained(function.__doc__, parameters), []
+    explanations, added = explained(function.__doc__, parameters), []
     for name, parameter in parameters.items():
         if name in skip:
             continue
         added.append(name)
         required = parameter.default is inspect.Parameter.empty
-        words = said.get(name, "").replace("%", "%%")
+        words = explanations.get(name, "").replace("%", "%%")
         if not required and parameter.default not in (None, ""):
             words += f" (default: {parameter.default})".replace("%", "%%")
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "required": required, "help": words, "dest": name}

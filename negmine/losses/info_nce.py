@@ -64,6 +64,7 @@ def info_nce(
     select: Select | None = None,
     mix: Mix | None = None,
     weight: Weight | None = None,
+    positive_bias: Tensor | None = None,
     false_negatives: FalseNegatives | None = None,
     support: Tensor | None = None,
     query_ids: Tensor | None = None,
@@ -89,6 +90,8 @@ def info_nce(
         None: in-batch negatives, the positives of the other rows.
     temperature: a number above 0, or a 0-d floating tensor that receives gradient. MoCo v1: 0.07, v2: 0.2.
     select: which negatives stay; mix: which synthetic ones are added; weight: how they weigh; see those classes.
+    positive_bias (B,) floating: added to the positive's logit, x_b = s_b / temperature + bias_b, and to no score: margins and
+        positive_rank leave it out. Carries gradient where it requires it.
     false_negatives with support (B, V, D): negatives found by other views of the same image are removed or attracted.
     query_ids (B,), query_labels (B,): a key whose id or label is equal is ignored as a negative. -1 is unknown and equals
         nothing.
@@ -108,21 +111,30 @@ def info_nce(
     checks.require_positive(op, positive_key, query)
     checks.require_temperature(op, temperature)
     checks.require_options(op, select=select, mix=mix, weight=weight, false_negatives=false_negatives)
+    if positive_bias is not None:
+        _check_positive_bias(op, query, positive_bias)
     _check_support(op, query, false_negatives, support)
     checks.require_bool(op, "decoupled", decoupled)
     checks.require_bool(op, "return_stats", return_stats)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_draw(op, seed, step, row_offset)
-    plan = Plan(select, mix, weight, false_negatives, decoupled, Draw(seed, step, row_offset), return_stats)
-    vectors = query, positive_key, keys
-    kernels = choose_for_keys(op, plan.ops(keys), backend, vectors, keys, "info_nce" if plan.is_one_op else "")
+    draw = Draw(seed, step, row_offset)
+    plan = Plan(select, mix, weight, false_negatives, decoupled, draw, return_stats, positive_bias is not None)
+    batch = Batch(query, positive_key, keys, pool, support, positive_bias)
+    kernels = choose_for_keys(op, plan.ops(keys), backend, batch[:3], keys, "info_nce" if plan.is_one_op else "")
     stats: InfoNCEStats | None
     if kernels is None:
-        rows, stats = plan.run_dense(*vectors, pool, temperature, support)
+        rows, stats = plan.run_dense(batch, temperature)
     else:
-        rows, stats = plan.run(kernels, *vectors, pool, scale_of(temperature, query), support)
+        rows, stats = plan.run(kernels, batch, scale_of(temperature, query))
     loss = reference.reduced(rows, reduction)
     return (loss, stats) if return_stats else loss
+
+
+def _check_positive_bias(op: str, query: Tensor, positive_bias: Any) -> None:
+    checks.require_tensor(op, "positive_bias", positive_bias, query)
+    if not positive_bias.is_floating_point() or tuple(positive_bias.shape) != (len(query),):
+        raise checks.refuse(op, "positive_bias", f"a floating tensor of shape ({len(query)},)", positive_bias)
 
 
 def _check_support(op: str, query: Tensor, false_negatives: FalseNegatives | None, support: Tensor | None) -> None:
@@ -135,6 +147,17 @@ def _check_support(op: str, query: Tensor, false_negatives: FalseNegatives | Non
     if support.shape[0] != query.shape[0] or support.shape[1] == 0:
         wanted = f"of shape (B, V, D) with query's B = {query.shape[0]} and V of 1 or more"
         raise checks.refuse(op, "support", wanted, support)
+
+
+class Batch(NamedTuple):
+    """The checked tensors of one call."""
+
+    query: Tensor  # (B, D)
+    positive_key: Tensor  # (B, D)
+    keys: Tensor  # (K, D) or (B, M, D)
+    pool: Pool
+    support: Tensor | None = None  # (B, V, D)
+    positive_bias: Tensor | None = None  # (B,)
 
 
 class _Sum(NamedTuple):
@@ -157,6 +180,7 @@ class Plan:
     decoupled: bool = False
     draw: Draw = Draw()  # noqa: RUF009  an immutable tuple
     want_stats: bool = False
+    biases_positive: bool = False
 
     @property
     def mixes(self) -> bool:
@@ -174,12 +198,10 @@ class Plan:
     def is_one_op(self) -> bool:
         """True where the kernel op info_nce does all of it: a window or synthetic negatives, but not both."""
         windowed_mix = self.mixes and (self.select is not None or not (self.mix is None or self.mix.detach))
-        return self.weight is None and not (self.samples or self.attracts or windowed_mix)
+        return self.weight is None and not (self.biases_positive or self.samples or self.attracts or windowed_mix)
 
     def ops(self, keys: Tensor) -> tuple[str, ...]:
         """The kernels that the call needs where no op does all of it."""
-        if self == PLAIN_PLAN:
-            return summing_ops("logsumexp", keys)
         needed = list(summing_ops("logsumexp", keys))
         if self.select is not None:
             needed += ["rank_thresholds", "count_negatives"]
@@ -191,48 +213,33 @@ class Plan:
             needed += ["listed_logsumexp", "listed_grad_keys"]
         return tuple(needed)
 
-    def run_dense(
-        self, query: Tensor, positive_key: Tensor, keys: Tensor, pool: Pool, temperature: float | Tensor, support: Any
-    ) -> tuple[Tensor, InfoNCEStats]:
+    def run_dense(self, batch: Batch, temperature: float | Tensor) -> tuple[Tensor, InfoNCEStats]:
         """Loss (B,) and statistics from the reference."""
+        query, positive_key, keys, pool, support, positive_bias = batch
         allowed = usable(pool, query, keys)
         rows, found = reference.info_nce(
             widened(query), widened(positive_key), frozen(keys, allowed), temperature=temperature, usable=allowed,
             select=self.select, mix=self.mix, weight=self.weight, false_negatives=self.false_negatives,
-            support=None if support is None else widened(support), decoupled=self.decoupled, **self.draw._asdict(),
+            support=None if support is None else widened(support), positive_bias=positive_bias,
+            decoupled=self.decoupled, **self.draw._asdict(),
         )  # fmt: skip
         return rows, InfoNCEStats(**found)
 
-    def run(
-        self,
-        kernels: Kernels,
-        query: Tensor,
-        positive_key: Tensor,
-        keys: Tensor,
-        pool: Pool,
-        scale: Tensor,
-        support: Any = None,
-    ) -> tuple[Tensor, InfoNCEStats | None]:
-        """Loss (B,) and, where they are wanted, statistics from the kernels; meaning as reference.info_nce."""
+    def run(self, kernels: Kernels, batch: Batch, scale: Tensor) -> tuple[Tensor, InfoNCEStats | None]:
+        """Loss (B,) and, where they are wanted, statistics from the kernels; meaning as reference.info_nce. scale (): 1 / T."""
         found = None
-        if self.false_negatives is not None:
-            keys = hide_masked_rows(keys, pool)  # what is left of the mask is (B, K)
+        if self.false_negatives is not None and batch.support is not None:
+            keys = hide_masked_rows(batch.keys, batch.pool)  # what is left of the mask is (B, K)
             with torch.no_grad():
-                found = find_false_negatives(kernels, support.detach(), keys.detach(), self.false_negatives, pool)
-                pool = without(pool, found.mask)
-        run = self._run_one_op if kernels.has("info_nce") else self._run_composed
-        return run(kernels, query, positive_key, keys, pool, scale, found)
+                views = batch.support.detach()
+                found = find_false_negatives(kernels, views, keys.detach(), self.false_negatives, batch.pool)
+                batch = batch._replace(keys=keys, pool=without(batch.pool, found.mask))
+        if kernels.has("info_nce"):
+            return self._run_one_op(kernels, batch, scale)
+        return self._run_composed(kernels, batch, scale, found)
 
-    def _run_one_op(
-        self,
-        kernels: Kernels,
-        query: Tensor,
-        positive_key: Tensor,
-        keys: Tensor,
-        pool: Pool,
-        scale: Tensor,
-        _found: Any,
-    ) -> tuple[Tensor, InfoNCEStats | None]:
+    def _run_one_op(self, kernels: Kernels, batch: Batch, scale: Tensor) -> tuple[Tensor, InfoNCEStats | None]:
+        query, positive_key, keys, pool, *_ = batch
         pivot = ranks = None
         hard, skip, draws = 0, 0, NO_DRAWS
         if self.want_stats or self.select is not None:
@@ -253,13 +260,16 @@ class Plan:
         return rows, InfoNCEStats(total, num_above, num_kept, torch.zeros_like(empty), empty.sum())
 
     def _run_composed(
-        self, kernels: Kernels, query: Tensor, positive_key: Tensor, keys: Tensor, pool: Pool, scale: Tensor,
-        found: FoundNegatives | None,
-    ) -> tuple[Tensor, InfoNCEStats | None]:  # fmt: skip
+        self, kernels: Kernels, batch: Batch, scale: Tensor, found: FoundNegatives | None
+    ) -> tuple[Tensor, InfoNCEStats | None]:
+        query, positive_key, keys, pool, _, positive_bias = batch
         positive_score = score_of_positive(query, positive_key)  # (B,)
         x_positive = positive_score * scale  # (B,)
+        if positive_bias is not None:
+            x_positive = x_positive + positive_bias
         pivot = positive_score.detach() if self.want_stats else None
-        columns = self._columns(kernels, query, keys, pool, positive_score)
+        with torch.no_grad():
+            columns = self._columns(kernels, batch, positive_score)
         lse, num_kept, num_above, mined, clamped = self._log_sum(columns, query, keys, scale, pivot, x_positive)
         if self.samples and self.want_stats:  # the rank is among all valid negatives, not among those drawn
             q, n = for_kernels(query), for_kernels(keys)
@@ -268,7 +278,7 @@ class Plan:
         if self.mix is not None and self.mixes:
             with torch.no_grad():
                 if columns.num_mined:
-                    parents = mined[:, self.mix.skip :].contiguous()
+                    parents = mined[:, self.mix.skip :].contiguous()  # (B, hard)
                 else:
                     parents = mine_parents(kernels, for_kernels(query), for_kernels(keys), self.mix, pool)  # (B, hard)
             mixed = mixed_logsumexp(kernels, query, keys, scale, parents, self.mix, self.draw)  # (B,)
@@ -279,9 +289,9 @@ class Plan:
         attracted = None  # (B,) log-sum-exp of the attracted false negatives
         pull = x_positive  # (B,) mean of the positive logits
         if found is not None and self.attracts:
-            by, members = (
-                (kernels, Pool(found.mask)) if found.columns is None else (over_lists(kernels), (found.columns, False))
-            )
+            by, members = kernels, tuple(Pool(found.mask))
+            if found.columns is not None:
+                by, members = over_lists(kernels), (found.columns, False)
             sums, count, *_ = LogSumExp.apply(query, keys, scale[None], None, 0, None, by, *members)
             mean_score, _ = MeanScore.apply(query, keys, by, *members)
             attracted, pull = sums[0], (x_positive + count * mean_score * scale) / (1 + count)
@@ -299,9 +309,9 @@ class Plan:
             return rows, None
         return rows, InfoNCEStats(total.detach(), num_above, num_kept, clamped, (~some).sum())
 
-    @torch.no_grad()
-    def _columns(self, kernels: Kernels, query: Tensor, keys: Tensor, pool: Pool, positive_score: Tensor) -> _Sum:
+    def _columns(self, kernels: Kernels, batch: Batch, positive_score: Tensor) -> _Sum:
         """The columns that `select` keeps, as the sum takes them."""
+        query, _, keys, pool, *_ = batch
         if self.select is None:
             if self.mix is None or not self.mixes or self._is_sharpened:
                 return _Sum(kernels, pool)
@@ -338,9 +348,6 @@ class Plan:
             1.0 / scale, weight,
         )  # fmt: skip
         return lse.masked_fill(~some, -torch.inf), num_kept, num_above, mined, clamped & some
-
-
-PLAIN_PLAN = Plan()
 
 
 def mixed_logsumexp(

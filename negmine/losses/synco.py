@@ -10,6 +10,7 @@ from torch import Tensor
 from negmine import reference
 from negmine.losses.methods import TAGS, Logits, draw_of, logits, reduced
 from negmine.ops import backends, checks, philox
+from negmine.ops.column_lists import gather_rows
 from negmine.ops.mix_logsumexp import MixLogSumExp
 from negmine.ops.negatives import check_negatives
 from negmine.ops.pool import usable
@@ -76,7 +77,8 @@ def synco_vectors(query: Tensor, negative_keys: Tensor, index: Tensor, kinds: Ki
         slots = torch.arange(getattr(kinds, name), device=q.device)  # (S,)
         rows = torch.arange(len(q), device=q.device) + kinds.row_offset(name, row_offset)  # (B,)
         u0, u1, u2, _ = philox.words(rows, slots, philox.STREAM_MIX, seed, step)  # (B, S) each
-        n, other = (keys[index.gather(1, philox.below(u, count)).clamp_min(0)] for u in (u1, u0))  # (B, S, D) each
+        drawn = (index.gather(1, philox.below(u, count)) for u in (u1, u0))  # (B, S) each
+        n, other = (gather_rows(keys, at, keys.dtype) for at in drawn)  # (B, S, D) each
         f = philox.unit(u2, None).to(q.dtype)[:, :, None]  # (B, S, 1)
         if name == "interpolated":
             h = 0.5 * f * q + (1 - 0.5 * f) * n

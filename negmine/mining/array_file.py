@@ -54,7 +54,7 @@ def array_part(array: np.ndarray) -> tuple[str, tuple[int, ...], Callable[[Write
 
 
 def write(op: str, path: str | os.PathLike, kind: str, facts: dict, parts: dict[str, tuple]) -> None:
-    """parts: name -> (dtype, shape or None for as many as come, a callable that is given `emit` and emits the bytes)."""
+    """Write facts and parts: name -> (dtype, shape or None if not known yet, a function that passes bytes to its argument)."""
     table = {}
     with atomic_write(op, path) as file:
         file.write(MAGIC)
@@ -76,7 +76,7 @@ def write(op: str, path: str | os.PathLike, kind: str, facts: dict, parts: dict[
 
 
 def read(op: str, path: str | os.PathLike, kind: str) -> tuple[dict, dict[str, Part]]:
-    """Facts and parts of a file that `write` made; raises ValueError, in words, for any other and for a damaged one."""
+    """The facts and parts of a file that `write` wrote. Raises ValueError for another kind of file and for a damaged one."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{op}: path must be an existing file, got {str(path)!r}")

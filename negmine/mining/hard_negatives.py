@@ -229,7 +229,7 @@ def _open_inputs(options: dict[str, Any], query_embeddings: Any, corpus_embeddin
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is run on the inputs."""
+    """How the inputs are mined."""
 
     positives: RowLists  # as given
     exclude: RowLists
@@ -389,7 +389,7 @@ def _content_hashes(inputs: _Inputs, plan: _Plan, index: str | NegativeIndex) ->
 
 
 def _identity(options: dict[str, Any], inputs: _Inputs, plan: _Plan, content: dict[str, str]) -> dict[str, Any]:
-    """What decides the bits of the result: the same on all ranks, and for a run that is resumed."""
+    """Everything that decides the bits of the result. It must be equal on all ranks, and in a run that is resumed."""
     identity: dict[str, Any] = {
         "arguments": _describe(options, DECISIVE),
         "content": content,

@@ -29,7 +29,7 @@ FILE_KIND = "NegativeIndex"
 
 
 class Found(NamedTuple):
-    """What NegativeIndex.search returns."""
+    """The result of NegativeIndex.search."""
 
     scores: np.ndarray  # (Q, k) fp32, descending, -inf past the end
     indices: np.ndarray  # (Q, k) int64, -1 past the end
@@ -167,9 +167,10 @@ class NegativeIndex:
             return measure_recall(self, Scan(launchers, corpus, chunk, None), query, k)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one file at exactly this path; a reader, and a crash, see the old file or the whole new one.
+        """Write one file at exactly this path, atomically.
 
-        Holds the index's bytes and their hash, no code. Raises OSError, in words, where the disk is full.
+        The file holds the bytes of the index and their hash, but no code. A full disk raises OSError; an existing file is left
+        intact.
         """
         facts = {"kind": self.kind, "dim": self.dim, "rows": len(self), "dtype": self._dtype, "options": self._options}
         if self.kind == "exact":
@@ -189,10 +190,11 @@ class NegativeIndex:
         backend: str | None = None,
         max_memory_bytes: int | None = None,
     ) -> "NegativeIndex":
-        """Read what `save` wrote. Raises ValueError, in words, for any other file and for a damaged one.
+        """Read a file that `save` wrote. Raises ValueError for another kind of file and for a damaged one.
 
-        Sizes are checked against the file's before anything is allocated, then hashes. An exact index maps its rows. A hash finds
-        damage, not malice: FAISS's own reader then runs on the bytes, so load approximate indexes only from whom you trust.
+        Sizes are checked against the size of the file before anything is allocated, and then hashes. The rows of an exact index
+        are memory-mapped. Hashes detect damage but not manipulation, and FAISS itself reads the bytes of its indexes, so load
+        approximate indexes only from sources that you trust.
         """
         op = "NegativeIndex.load"
         facts, parts = array_file.read(op, path, FILE_KIND)

@@ -34,7 +34,7 @@ QUARTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "max": 1.0}
 
 @dataclass(frozen=True, eq=False)  # == of arrays has no one answer
 class MiningResult:
-    """What mine_hard_negatives returns. Q queries, n = num_negatives."""
+    """The result of mine_hard_negatives. Q queries, n = num_negatives."""
 
     indices: np.ndarray  # (Q, n) int64
     scores: np.ndarray  # (Q, n) fp32
@@ -127,7 +127,7 @@ class MiningResult:
         return lines
 
     def summary(self) -> str:
-        """A text table: scores of positives and negatives, their difference, what was dropped and what came short."""
+        """A text table: scores of positives and negatives, their difference, dropped pairs, queries with too few negatives."""
         Q, n = self.indices.shape
         some = self.indices >= 0  # (Q, n)
         gap = (self.positive_scores[:, None].astype(np.float64) - np.where(some, self.scores, np.nan))[some]
@@ -152,7 +152,7 @@ class MiningResult:
         return "\n".join(lines)
 
     def to_html(self, path: str | os.PathLike) -> None:
-        """Write one page that needs nothing else: what was found and dropped, plots inline, no script, no network."""
+        """Write one HTML page without scripts or network requests: negatives found and dropped, with inline plots."""
         page = result_page.render(
             self.scores, self.positive_scores, self.num_valid, self.skipped, self.config, self.summary()
         )
@@ -160,7 +160,7 @@ class MiningResult:
             file.write(page.encode())
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one .npz at exactly this path; a reader, and a crash, see the old file or the whole new one."""
+        """Write one .npz file at exactly this path, atomically."""
         description = json.dumps({"format": FORMAT, "skipped": self.skipped, "config": self.config})
         arrays = {name: getattr(self, name) for name in ("indices", "scores", "positive_scores", "num_valid")}
         arrays |= {"positives_indptr": self.positives.indptr, "positives_rows": self.positives.rows}
@@ -169,7 +169,7 @@ class MiningResult:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "MiningResult":
-        """Read what save wrote; raises ValueError, in words, for any other file and for a damaged one."""
+        """Read a file that `save` wrote. Raises ValueError for another kind of file and for a damaged one."""
         if not Path(path).is_file():
             raise refuse("MiningResult.load", "path", "an existing file", str(path))
         try:
@@ -194,7 +194,7 @@ class MiningResult:
 
 
 def _problem(arrays: dict[str, np.ndarray], description: dict[str, Any]) -> str:
-    """What does not fit in a file that could be read; empty where all does."""
+    """The first inconsistency in a file that could be read; empty if there is none."""
     if description["format"] != FORMAT:
         return f"its format is {description['format']!r}, and this version of negmine reads format {FORMAT}"
     for name, dtype in DTYPES.items():

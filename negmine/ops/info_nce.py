@@ -21,7 +21,7 @@ INFO_NCE = declare(
     rows_b = log(1 + exp(lse_b - x_b)), or lse_b - x_b where decoupled; 0, without gradient, where there is no negative.
     d_query, d_scale: of rows_b by q_b and by scale.
     weight_b = scale * d rows_b / d lse_b: what logsumexp_grad_keys takes; the positive's gradient is -weight_b q_b.
-    total_b = log(exp(x_b) + exp(lse_b)), or lse_b where decoupled; x_b where there is no negative.""",
+    total_b = log(exp(x_b) + exp(lse_b)), or lse_b where decoupled.""",
 )
 
 

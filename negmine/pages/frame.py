@@ -17,7 +17,7 @@ section { background: var(--paper); border: 1px solid var(--line); border-radius
 .two { display: grid; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); gap: 14px }
 .two { align-items: start } .two section { margin: 0 }
 @media (max-width: 520px) { .two { grid-template-columns: 1fr } main { padding: 28px 14px 60px } }
-ul.said { margin: 0; padding-left: 20px } ul.said li { margin: 7px 0; max-width: 84ch }
+ul.sentences { margin: 0; padding-left: 20px } ul.sentences li { margin: 7px 0; max-width: 84ch }
 section.do { border-left: 4px solid var(--main) }
 .plot { width: 100%; height: auto; display: block; margin-top: 8px; font-size: 11.5px }
 .plot text { fill: var(--soft) } .plot text.name { font-size: 12px } .plot text.value { fill: var(--ink); font-weight: 600 }
@@ -42,8 +42,8 @@ _DOCUMENT = Template(
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title><style>$style</style></head><body><main>
 <h1>$title</h1><p class="soft">$conditions</p>
-<section><ul class="said">$findings</ul></section>
-<h2>What to do next</h2><section class="do"><ul class="said">$advice</ul></section>
+<section><ul class="sentences">$findings</ul></section>
+<h2>What to do next</h2><section class="do"><ul class="sentences">$advice</ul></section>
 $body
 </main></body></html>
 """

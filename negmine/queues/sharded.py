@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from negmine import reference
-from negmine.losses.info_nce import Plan
+from negmine.losses.info_nce import Batch, Plan
 from negmine.ops import backends, checks
 from negmine.ops.negatives import check_negatives
 from negmine.ops.pool import Pool
@@ -154,7 +154,7 @@ class ShardedMoCoQueue(MoCoQueue):
         windowed = ("rank_thresholds", "count_negatives", "mine_hardest") if select is not None else ()
         pool, kernels = self._shards(op, query, check, ("logsumexp", *windowed), backend, select, settings, wants)
         plan = Plan(select=select, weight=weight, decoupled=decoupled, want_stats=return_stats)
-        rows, stats = plan.run(kernels, query, positive_key, self.keys, pool, scale_of(temperature, query))
+        rows, stats = plan.run(kernels, Batch(query, positive_key, self.keys, pool), scale_of(temperature, query))
         loss = reference.reduced(rows, reduction)
         return loss if stats is None else (loss, stats)
 

@@ -72,6 +72,7 @@ def info_nce(
     weight: Weight | None = None,
     false_negatives: FalseNegatives | None = None,
     support: Tensor | None = None,
+    positive_bias: Tensor | None = None,
     decoupled: bool = False,
     seed: int = 0,
     step: int | Tensor = 0,
@@ -80,12 +81,14 @@ def info_nce(
     """Loss of each row (B,) and its statistics.
 
         loss = LSE over {positive unless decoupled, attracted false negatives, kept negatives, synthetic negatives} of x + log w
-               - mean of the positive logits,   x = s / temperature
+               - mean of the positive logits,   x = s / temperature, and + positive_bias for the positive
     A row without kept or synthetic negatives has loss 0 and no gradient.
     """
     scores = scores_of(query, negative_keys)  # (B, K)
     positive_score = (query * positive_key).sum(1)  # (B,)
     x_positive = positive_score / temperature  # (B,)
+    if positive_bias is not None:
+        x_positive = x_positive + positive_bias
     usable = torch.ones_like(scores, dtype=torch.bool) if usable is None else usable
     found = torch.zeros_like(usable)
     if false_negatives is not None and support is not None:
@@ -100,7 +103,7 @@ def info_nce(
     columns, some = x, count > 0
     clamped = torch.zeros_like(some)
 
-    if weight is not None:
+    if weight is not None and x.shape[1]:  # of no columns at all there is no log-sum-exp to differentiate
         safe = x.masked_fill(~some[:, None], 0.0)
         importance = (weight.beta * scores / temperature + times.to(scores.dtype).log()).masked_fill(
             times == 0, -torch.inf

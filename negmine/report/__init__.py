@@ -1,15 +1,13 @@
-"""hardness_report: what the negatives of a dataset are like by difficulty, which of them may be none, and what to do about it.
+"""hardness_report: the negatives of a dataset by difficulty, which of them may be false negatives, and what to do about it.
 
-inputs.py    bins, classes, measures of similarity and texts, checked
-ranking.py   queries against the corpus through the kernels: rows at ranks, the hardest, counts
-figures.py   bins, sampled ranks, consistency, overlap, rank correlation
-suspects.py  negatives that outscore the positives, rows that repeat them
-measure.py   hardness_report: the loop
-result.py    HardnessReport: figures and facts, saved, loaded
-words.py     what the figures show, and what to do next, in sentences
-charts.py    plots as inline SVG
+inputs.py    checks of bins, classes, similarity measures and texts
+ranking.py   queries against the corpus through the kernels: rows at ranks, the hardest rows, counts
+figures.py   the arithmetic: bins, sampled ranks, consistency, overlap, rank correlation
+suspects.py  negatives that outscore the positives, near duplicates of positives
+measure.py   hardness_report: the loop over batches of queries
+result.py    HardnessReport: figures and facts, saved and loaded
+words.py     findings and advice in sentences
 page.py      the HTML page
-mined.py     the page of a MiningResult
 """
 
 from negmine.report.measure import hardness_report

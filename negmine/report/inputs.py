@@ -1,4 +1,4 @@
-"""What hardness_report is given beside embeddings, checked: bins, classes, measures of similarity, texts."""
+"""Checks of the arguments of hardness_report other than embeddings: bins, classes, similarity measures, texts."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""hardness_report: checks, the loop over batches of queries, and the figures that come of it.
+"""hardness_report: checks, the loop over batches of queries, and the figures.
 
 for each batch of sampled queries
     the rows at sampled ranks of every bin       rank_thresholds
@@ -48,7 +48,7 @@ OVERLAPS = (1, 10, 100)  # sizes of hardest sets compared between snapshots, bes
 
 @dataclass
 class _Run:
-    """What every batch shares, and what the batches leave."""
+    """The inputs that all batches share, and the results so far."""
 
     now: Ranking
     before: Ranking | None
@@ -108,7 +108,7 @@ class _Run:
             tally += np.bincount(tail[tail >= 0].cpu().numpy(), minlength=K)
 
         anchor = self.anchor[begin:end]
-        rank = size + 1 - now.not_above(query, anchor, pool).cpu()  # (B,) 1 = first
+        rank = size + 1 - now.count_not_above(query, anchor, pool).cpu()  # (B,) 1 = first
         self.keep("positive_rank", torch.where(anchor.isnan().cpu(), 0, rank))
         self.suspects.batch(begin, hard_scores[:, :TOP].cpu(), hard[:, :TOP].cpu(), anchor.cpu())
         if self.before is not None:
@@ -131,7 +131,7 @@ class _Run:
 
 def _best_positive(ranking: Ranking, positives: RowLists) -> Tensor:
     """(Q,) fp32: the largest score of each query's positives, NaN where it has none."""
-    pairs = ranking.pairs(positives.queries, positives.rows)  # (P,)
+    pairs = ranking.pair_scores(positives.queries, positives.rows)  # (P,)
     return torch.from_numpy(positives.reduce(pairs, "max")).to(ranking.queries.device)
 
 
@@ -177,7 +177,7 @@ def _figures(run: _Run, classes: Classes | None) -> dict[str, np.ndarray]:
     return out
 
 
-def _listed(
+def _records(
     run: _Run, pairs: list[tuple], texts: tuple[Sequence[str] | None, Sequence[str] | None]
 ) -> list[dict[str, Any]]:
     """(query, positive or -1, row, numbers) as records with their texts, for people."""
@@ -199,8 +199,8 @@ def _listed(
     return out
 
 
-def _often(counts: np.ndarray, texts: Sequence[str] | None) -> list[dict[str, Any]]:
-    """The rows that stand in a tail of the most queries."""
+def _most_frequent(counts: np.ndarray, texts: Sequence[str] | None) -> list[dict[str, Any]]:
+    """The rows that are in the tail of the most queries."""
     rows = np.lexsort((np.arange(len(counts)), -counts))[:TOP]
     return [
         {"row": int(row), "queries": int(counts[row])} | ({"row_text": str(texts[row])} if texts is not None else {})
@@ -364,10 +364,10 @@ def hardness_report(
             "backend": backend,
         },
         "similarities": list(measures),
-        "suspects": _listed(run, outscoring, texts),
-        "near_duplicates": _listed(run, closest, texts),
-        "often_hard": _often(run.hard_count, texts[1]),
-        "often_easy": _often(run.easy_count, texts[1]),
+        "suspects": _records(run, outscoring, texts),
+        "near_duplicates": _records(run, closest, texts),
+        "often_hard": _most_frequent(run.hard_count, texts[1]),
+        "often_easy": _most_frequent(run.easy_count, texts[1]),
     }
     report = HardnessReport(figures, facts)
     if page is not None:

@@ -1,4 +1,4 @@
-"""The page: findings first, then plots, the texts of suspects, and what to do. One file, no script, nothing fetched."""
+"""The HTML page of a HardnessReport: findings, recommendations, plots, and the texts of suspects."""
 
 import html
 from typing import Any
@@ -15,14 +15,14 @@ RANKS = ((1, 1), (2, 5), (6, 10), (11, 100), (101, None))  # spans of the positi
 
 def _by_difficulty(figures: Figures, facts: Facts) -> str:
     cards = ""
-    said = {
+    captions = {
         "score": "Signed: below zero is opposite, not alike.",
         "same_class": 'Share of the query\'s own class; <span class="dash">dashed</span>: its share of the pool.',
     }
     measure = 'Mean over the negatives at that difficulty; <span class="dash">dashed</span>: over the whole pool.'
     for name, title, overall in words.shown(figures, facts):
         plot = charts.curve(words.bounds(figures), figures[f"{name}_mean"], figures[f"{name}_error"], overall, title)
-        cards += frame.card(title[0].upper() + title[1:], said.get(name, measure), plot)
+        cards += frame.card(title[0].upper() + title[1:], captions.get(name, measure), plot)
     return (
         "<h2>By difficulty</h2><p>Each query ranks its own negatives, hardest first. Bins are narrow at both tails; "
         "shaded: two standard errors over queries. "
@@ -47,12 +47,12 @@ def _consistency(figures: Figures, facts: Facts) -> str:
         plot = charts.histogram(
             figures[f"{side}_histogram"], figures[f"{side}_expected"], f"rows by count, {word}", f"of {Q:,} queries"
         )
-        said = (
+        caption = (
             f"Rows of the corpus by the number of queries that have them among their {word} {tail}; "
             '<span class="dash">dashed</span>: if every query chose by itself. '
             f"Variance: {figures[f'{side}_variance_ratio']:.3g} times chance."
         )
-        cards += frame.card(f"The same rows for everyone? The {word}", said, plot)
+        cards += frame.card(f"The same rows for everyone? The {word}", caption, plot)
         rows = [
             f'<tr><td class="n">{row["queries"]:,}</td><td class="n">{row["row"]:,}</td>{_text(row, "row_text")}</tr>'
             for row in facts[f"often_{side}"]
@@ -70,8 +70,8 @@ def _drift(figures: Figures, facts: Facts) -> str:
     names = [f"hardest {n:,}" for n in sizes]
     chance = [float(n / facts["corpus_rows"]) for n in sizes]
     plot = charts.bars(names, [float(share) for share in kept], chance, "overlap with the older snapshot")
-    said = 'Share of the hardest negatives that both snapshots name; <span class="dash">dashed</span>: by chance.'
-    return frame.card("Still hard since the older snapshot", said, plot)
+    caption = 'Share of the hardest negatives that both snapshots name; <span class="dash">dashed</span>: by chance.'
+    return frame.card("Still hard since the older snapshot", caption, plot)
 
 
 def _pair(cards: str) -> str:
@@ -81,8 +81,8 @@ def _pair(cards: str) -> str:
 def _text(record: dict[str, Any], name: str) -> str:
     """A cell: the text, or where there is none the row's number."""
     fallback = {"query_text": "query", "positive_text": "positive", "row_text": "row"}[name]
-    said = record.get(name)
-    return f'<td class="text">{html.escape(said) if said is not None else f"{fallback} {record[fallback]:,}"}</td>'
+    text = record.get(name)
+    return f'<td class="text">{html.escape(text) if text is not None else f"{fallback} {record[fallback]:,}"}</td>'
 
 
 def _marks(record: dict[str, Any]) -> str:

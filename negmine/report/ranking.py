@@ -1,6 +1,6 @@
-"""One set of embeddings, ranked: queries against the corpus as one block, through the kernels, no (Q, K) matrix.
+"""Queries ranked against a corpus in memory, through the kernels, without a (Q, K) matrix.
 
-A .npy file stays a map of the file on the CPU; shards are joined, and normalize makes a copy.
+A .npy file stays memory-mapped on the CPU; shards are concatenated, and normalize makes a copy.
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ from negmine.ops.pool import Pool, usable
 from negmine.ops.vectors import widened
 from negmine.options import Select
 
-BLOCK = 16_384  # rows looked at together while norms are taken
+BLOCK = 16_384  # rows at a time while norms are computed
 
 
-def _whole(op: str, name: str, rows: Rows, numbers: np.ndarray | None, normalize: bool, where: torch.device) -> Tensor:
-    """Rows `numbers`, or all, as one (M, D) block on `where`; raises for one that is not finite."""
+def _load(op: str, name: str, rows: Rows, numbers: np.ndarray | None, normalize: bool, where: torch.device) -> Tensor:
+    """The rows `numbers`, or all rows, as one (M, D) tensor on `where`; raises ValueError for a row that is not finite."""
     if numbers is not None:
         block = rows.gather(numbers, where)
     elif len(rows.shards) == 1:
@@ -75,8 +75,8 @@ class Ranking:
         backend: str | None,
     ) -> "Ranking":
         """numbers (Q',): the queries to keep."""
-        queries = _whole(op, names[0], embeddings[0], numbers, normalize, where)
-        corpus = _whole(op, names[1], embeddings[1], None, normalize, where)
+        queries = _load(op, names[0], embeddings[0], numbers, normalize, where)
+        corpus = _load(op, names[1], embeddings[1], None, normalize, where)
         ops = backends.choose(op, ("mine_hardest", "rank_thresholds", "count_negatives"), backend, (queries, corpus))
         rows = Rows.open(op, names[1], corpus)
         held = Corpus(rows, where, ProcessRanks(op, None), [len(rows)])
@@ -98,25 +98,27 @@ class Ranking:
         return scores, rows
 
     def at_ranks(self, query: Tensor, ranks: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
-        """query (B, D), ranks (B, R) int64 -> scores (B, R), rows (B, R): what stands there; (-inf, -1) where nothing does."""
+        """query (B, D), ranks (B, R) int64 -> scores (B, R), rows (B, R) at these ranks; (-inf, -1) past the end."""
         if self.ops is not None:
             return sort_key.unpack(self.ops.rank_thresholds(query, self.corpus, ranks, *pool))
         q, k = widened(query), widened(self.corpus)
         scores, rows = reference.mine_hardest(q, k, len(k), usable(pool, query, self.corpus))  # (B, K) each
-        place = ranks.clamp(0, len(k) - 1)
+        column = ranks.clamp(0, len(k) - 1)
         outside = ranks < 0
-        return scores.gather(1, place).masked_fill(outside, -torch.inf), rows.gather(1, place).masked_fill(outside, -1)
+        return scores.gather(1, column).masked_fill(outside, -torch.inf), rows.gather(1, column).masked_fill(
+            outside, -1
+        )
 
-    def not_above(self, query: Tensor, anchor: Tensor, pool: Pool) -> Tensor:
+    def count_not_above(self, query: Tensor, anchor: Tensor, pool: Pool) -> Tensor:
         """anchor (B,) fp32 -> (B,) int64: rows of the pool that score the anchor or less."""
         return count_kept(self.ops, query, self.corpus, pool, Select(absolute_margin=0.0), anchor)
 
-    def pairs(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def pair_scores(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """queries, rows (P,) -> (P,) fp32: the score of each pair, bit for bit as the ranking has it."""
         held = Rows.open("pairs", "queries", self.queries)
         return self.scan.corpus.pair_scores(self.ops, held, queries, rows)
 
-    def near(self, rows: np.ndarray, hidden: RowLists, N: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    def nearest(self, rows: np.ndarray, hidden: RowLists, N: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """The N rows nearest to corpus rows [begin, end) of `rows`, without those that `hidden` hides from each."""
         chosen = torch.from_numpy(rows[begin:end]).to(self.corpus.device)
         return self.hardest(self.corpus[chosen], N, self.pool(hidden, begin, end))

@@ -1,4 +1,4 @@
-"""HardnessReport: the figures as arrays, the facts around them, saved as JSON or .npz, and shown as a page."""
+"""HardnessReport: figures as arrays and facts, saved as JSON or .npz, and shown as an HTML page."""
 
 import json
 import math
@@ -33,17 +33,17 @@ def _array(value: Any, dtype: str) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)  # == of arrays has no one answer
 class HardnessReport:
-    """What hardness_report returns; its docstring names the figures."""
+    """The result of hardness_report, whose docstring lists the figures."""
 
     figures: dict[str, np.ndarray]
     facts: dict[str, Any]  # sizes, arguments, suspects with their texts: what JSON can hold
 
     def findings(self) -> list[str]:
-        """What the figures show, a sentence each."""
+        """The findings, one sentence each."""
         return words.findings(self.figures, self.facts)
 
     def advice(self) -> list[str]:
-        """What to do next, a sentence each."""
+        """Recommendations, one sentence each."""
         return words.advice(self.figures, self.facts)
 
     def summary(self) -> str:
@@ -53,12 +53,12 @@ class HardnessReport:
         return "\n".join(lines)
 
     def to_html(self, path: str | os.PathLike) -> None:
-        """Write one page that needs nothing else: plots inline, no script, no network."""
+        """Write one HTML page without scripts or network requests, with inline plots."""
         with atomic_write("HardnessReport.to_html", path) as file:
             file.write(page.render(self.figures, self.facts).encode())
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write figures and facts to a .json or .npz file; a reader sees the old file or the whole new one."""
+        """Write figures and facts to a .json or .npz file, atomically."""
         op = "HardnessReport.save"
         path = _kind(op, path)
         head = {"format": FORMAT, "facts": self.facts}
@@ -73,7 +73,7 @@ class HardnessReport:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "HardnessReport":
-        """Read what save wrote; raises ValueError, in words, for any other file and for a damaged one."""
+        """Read a file that `save` wrote. Raises ValueError for another kind of file and for a damaged one."""
         op = "HardnessReport.load"
         path = _kind(op, path)
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""Negatives that may be none: those that outscore every positive, and corpus rows that all but repeat a positive."""
+"""Negatives that may be false: those that outscore every positive, and corpus rows that nearly duplicate a positive."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,8 +11,8 @@ from torch import Tensor
 from negmine.mining.row_lists import RowLists
 from negmine.report.ranking import Ranking
 
-TOP = 10  # hardest negatives of a query that are looked at
-OF_ONE = 3  # at most so many suspects of one query are listed
+TOP = 10  # hardest negatives of a query that are examined
+MAX_PER_QUERY = 3  # suspects listed for one query
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Suspects:
         gap = scores - anchor[:, None]  # (B, TOP)
         self.margins.append(torch.nn.functional.pad(gap, (0, TOP - gap.shape[1]), value=-torch.inf))
         self.outscoring.append((gap > 0).sum(1))
-        at, slot = (gap[:, :OF_ONE] > 0).nonzero(as_tuple=True)
+        at, slot = (gap[:, :MAX_PER_QUERY] > 0).nonzero(as_tuple=True)
         for b, n in zip(at.tolist(), slot.tolist(), strict=True):
             score, positive = float(scores[b, n]), float(anchor[b])
             self.found.append((positive - score, begin + b, int(rows[b, n]), score, positive))
@@ -58,7 +58,7 @@ def near_duplicates(
     hidden_of_pair = hidden.take(of_pair)
     for begin in range(0, len(of_pair), batch):
         end = min(begin + batch, len(of_pair))
-        scores, rows = ranking.near(positives.rows, hidden_of_pair, min(TOP, len(ranking.corpus)), begin, end)
+        scores, rows = ranking.nearest(positives.rows, hidden_of_pair, min(TOP, len(ranking.corpus)), begin, end)
         at, slot = ((scores >= least) & (rows >= 0)).nonzero(as_tuple=True)
         for pair, score, row in zip(
             (begin + at).tolist(), scores[at, slot].tolist(), rows[at, slot].tolist(), strict=True

@@ -1,6 +1,6 @@
-"""What the figures say, in sentences: findings, what to do next, and the table by difficulty.
+"""The text of a report: findings, recommendations, and the table by difficulty.
 
-The bounds at which a sentence changes are judgements, and stand here by name.
+The thresholds at which a sentence changes are judgements; they are the constants below.
 """
 
 from typing import Any
@@ -79,38 +79,38 @@ def _tails(figures: Figures, name: str, title: str, overall: float) -> list[str]
     first, last = known[0], known[-1]
     lowest = known[int(mean[known].argmin())]
     values = [percent(v) if name == "same_class" else f"{v:.3g}" for v in (mean[first], overall, mean[last])]
-    said = [
+    sentences = [
         f"{title[0].upper()}{title[1:]}: {values[0]} among the hardest {percent(float(edges[first + 1]))}, "
         f"{values[1]} over the whole pool, {values[2]} among the easiest {percent(1 - float(edges[last]))}."
     ]
     gap, noise = float(mean[last] - mean[lowest]), 2 * float(np.hypot(error[last], error[lowest]))
     if gap > noise:
-        said[0] += (
+        sentences[0] += (
             f" Towards the easiest it rises again, {gap:.2g} above the bin {bin_name(figures, int(lowest))} (two standard errors "
             f"are {noise:.2g}): opposite directions still hold kin."
         )
     elif np.isfinite(noise):
-        said[0] += " Towards the easiest it does not rise again."
-    return said
+        sentences[0] += " Towards the easiest it does not rise again."
+    return sentences
 
 
 def findings(figures: Figures, facts: Facts) -> list[str]:
-    """What the figures show, a sentence each."""
-    said = []
+    """The findings, one sentence each."""
+    sentences = []
     if facts["has_positives"]:
         rank = figures["positive_rank"][figures["positive_rank"] > 0]
-        said.append(
+        sentences.append(
             f"The best positive comes first for {percent(float((rank == 1).mean()))} of the queries; its median rank is "
             f"{int(np.median(rank)):,} of {facts['corpus_rows']:,}. Of the hardest ten negatives "
             f"{figures['outscoring_mean']:.1f} outscore it on average."
         )
     for name, title, overall in shown(figures, facts)[1:]:
-        said += _tails(figures, name, title, overall)
+        sentences += _tails(figures, name, title, overall)
     Q = len(figures["queries"])
     for side, counts in (("hard", "hardest"), ("easy", "easiest")):
         ratio, most = float(figures[f"{side}_variance_ratio"]), int(figures[f"{side}_count"].max())
         never = int((figures[f"{side}_count"] == 0).sum())
-        said.append(
+        sentences.append(
             f"How often a row is among the {counts} {percent(facts['arguments']['tail'])} varies {ratio:.3g} times as much as "
             f"if queries chose by themselves (their choices correlate at {float(figures[f'{side}_agreement']):.3f}): one row is "
             f"there for {most:,} of {Q:,} queries, {never:,} rows for none."
@@ -118,11 +118,11 @@ def findings(figures: Figures, facts: Facts) -> list[str]:
     if "overlap" in figures:
         sizes, kept = figures["overlap_sizes"], np.nanmean(figures["overlap"], axis=0)
         parts = ", ".join(f"{percent(float(o))} of the hardest {n:,}" for n, o in zip(sizes, kept, strict=True))
-        said.append(
+        sentences.append(
             f"Since the older snapshot: {parts} are the same; the order of all rows correlates at "
             f"{np.nanmean(figures['rank_correlation']):.3f} (Spearman)."
         )
-    return said
+    return sentences
 
 
 def _margin_drops(figures: Figures) -> float:
@@ -134,21 +134,21 @@ def _margin_drops(figures: Figures) -> float:
 
 
 def advice(figures: Figures, facts: Facts) -> list[str]:
-    """What to do next, a sentence each."""
-    said = []
+    """Recommendations, one sentence each."""
+    sentences = []
     if not is_unit(facts):
         low, high = (f(norm for pair in facts["norms"] for norm in pair) for f in (min, max))
-        said.append(
+        sentences.append(
             f"Rows have norms from {low:.3g} to {high:.3g}, so scores are no cosines: normalize=True makes them so."
         )
     if facts["has_positives"] and figures["outscoring_rate"] > 0:
-        said.append(
+        sentences.append(
             f"{percent(float(figures['outscoring_rate']))} of the queries have a negative above every known positive: read the "
             f"suspects below. If they answer the query, mine with Select(relative_margin={MARGIN}), which would drop "
             f"{percent(_margin_drops(figures))} of the hardest ten; if they do not, they are what training should see."
         )
     if figures["near_duplicates"] > 0:
-        said.append(
+        sentences.append(
             f"{int(figures['near_duplicates']):,} rows score {facts['arguments']['near_duplicate_score']:g} or more with a "
             'positive. Give the true ones as positives or exclude=, and mine with deduplicate="exact" if rows repeat.'
         )
@@ -159,17 +159,17 @@ def advice(figures: Figures, facts: Facts) -> list[str]:
         if over:
             start = float(figures["edges"][over[-1] + 1])
             skip = f", or leave out the hardest {percent(start)} with Select({start:g}, None)" if start < 1 else ""
-            said.append(
+            sentences.append(
                 f"If a negative of the query's own class is a false one: {percent(float(rate[known[0]]))} of the hardest are, "
                 f"{percent(chance)} by chance. Mask them by label (query_labels, negative_labels){skip}."
             )
     if figures["hard_agreement"] > CONSISTENT:
-        said.append(
+        sentences.append(
             "Some rows are hard for many queries at once: read the rows listed as hardest most often. If they are boilerplate, "
             'drop them from the corpus; else sampling_strategy="random" over a window spreads the choice.'
         )
     if "overlap" in figures:
         kept = float(np.nanmean(figures["overlap"][:, -1]))
         verdict = "mine again" if kept < STALE else "the mined negatives still serve"
-        said.append(f"{percent(kept)} of the hardest tail is what it was: {verdict}.")
-    return said or ["Nothing here asks for a change."]
+        sentences.append(f"{percent(kept)} of the hardest tail is what it was: {verdict}.")
+    return sentences or ["Nothing here asks for a change."]

@@ -9,8 +9,8 @@ extern "C" int emulated_count_negatives(int64_t B, int64_t K, int64_t D, const v
                                         const uint8_t* key_mask, const uint8_t* pair_mask, int64_t pair_mask_stride,
                                         const int64_t* query_ids, const int64_t* negative_ids,
                                         const int64_t* query_labels, const int64_t* negative_labels, bool same_label,
-                                        const int64_t* lower, const int64_t* upper, int64_t processors,
-                                        int64_t* count) {
+                                        const int64_t* lower, const int64_t* upper, const int64_t* num_rows,
+                                        int64_t processors, int64_t* count) {
   const CountingPlan plan = plan_counting(B, K, processors);
   emulator::room.assign(static_cast<size_t>(plan.workspace), '\xF7');
   const CountNegativesParams params = {
@@ -31,7 +31,8 @@ extern "C" int emulated_count_negatives(int64_t B, int64_t K, int64_t D, const v
                .negative_labels = negative_labels,
                .same_label = same_label,
                .lower = lower,
-               .upper = upper},
+               .upper = upper,
+               .num_rows = num_rows},
       .plan = plan,
       .count = count,
       .workspace = emulator::room.data(),

@@ -16,8 +16,8 @@ extern "C" int emulated_logsumexp(int64_t B, int64_t K, int64_t D, const void* q
                                   const uint8_t* pair_mask, int64_t pair_mask_stride, const int64_t* query_ids,
                                   const int64_t* negative_ids, const int64_t* query_labels,
                                   const int64_t* negative_labels, bool same_label, const int64_t* lower,
-                                  const int64_t* upper, int64_t splits, float* lse, float* mean, int64_t* kept,
-                                  int64_t* above) {
+                                  const int64_t* upper, const int64_t* num_rows, int64_t splits, float* lse,
+                                  float* mean, int64_t* kept, int64_t* above) {
   const int64_t bytes = workspace_of(splits, B, D, want_mean);
   std::vector<char>& room = emulator::room;
   room.assign(static_cast<size_t>(bytes) + 16, '\xFF');
@@ -43,7 +43,8 @@ extern "C" int emulated_logsumexp(int64_t B, int64_t K, int64_t D, const void* q
                .negative_labels = negative_labels,
                .same_label = same_label,
                .lower = lower,
-               .upper = upper},
+               .upper = upper,
+               .num_rows = num_rows},
       .plan = {.splits = splits, .workspace = bytes},
       .lse = lse,
       .mean = mean,

@@ -14,12 +14,15 @@ extern "C" int64_t emulated_workspace(int64_t B, int64_t K, int64_t D, int64_t p
 
 extern "C" int64_t emulated_boxes() { return boxes; }
 
-extern "C" int emulated_logsumexp_grad_keys(
-    int64_t B, int64_t K, int64_t D, const void* query, const void* negative_keys, int64_t query_stride,
-    int64_t negative_keys_stride, int32_t storage, const float* scale, const float* lse, const float* weight,
-    const uint8_t* key_mask, const uint8_t* pair_mask, int64_t pair_mask_stride, const int64_t* query_ids,
-    const int64_t* negative_ids, const int64_t* query_labels, const int64_t* negative_labels, bool same_label,
-    const int64_t* lower, const int64_t* upper, int64_t splits, bool backwards, float* grad_keys) {
+extern "C" int emulated_logsumexp_grad_keys(int64_t B, int64_t K, int64_t D, const void* query,
+                                            const void* negative_keys, int64_t query_stride,
+                                            int64_t negative_keys_stride, int32_t storage, const float* scale,
+                                            const float* lse, const float* weight, const uint8_t* key_mask,
+                                            const uint8_t* pair_mask, int64_t pair_mask_stride,
+                                            const int64_t* query_ids, const int64_t* negative_ids,
+                                            const int64_t* query_labels, const int64_t* negative_labels,
+                                            bool same_label, const int64_t* lower, const int64_t* upper,
+                                            const int64_t* num_rows, int64_t splits, bool backwards, float* grad_keys) {
   const int64_t bytes = workspace_of(splits, B, K, D);
   std::vector<char>& room = emulator::room;
   room.assign(static_cast<size_t>(bytes) + 16, '\xFF');
@@ -45,7 +48,8 @@ extern "C" int emulated_logsumexp_grad_keys(
                .negative_labels = negative_labels,
                .same_label = same_label,
                .lower = lower,
-               .upper = upper},
+               .upper = upper,
+               .num_rows = num_rows},
       .plan = {.splits = splits, .workspace = bytes},
       .grad_keys = grad_keys,
       .workspace = workspace,

@@ -19,7 +19,8 @@ extern "C" int emulated_rank_thresholds(int64_t B, int64_t K, int64_t D, int64_t
                                         const uint8_t* pair_mask, int64_t pair_mask_stride, const int64_t* query_ids,
                                         const int64_t* negative_ids, const int64_t* query_labels,
                                         const int64_t* negative_labels, bool same_label, const int64_t* lower,
-                                        const int64_t* upper, const int64_t* plan, int64_t* order, void* workspace) {
+                                        const int64_t* upper, const int64_t* num_rows, const int64_t* plan,
+                                        int64_t* order, void* workspace) {
   const RankThresholdsParams params = {
       .B = B,
       .K = K,
@@ -40,7 +41,8 @@ extern "C" int emulated_rank_thresholds(int64_t B, int64_t K, int64_t D, int64_t
                .negative_labels = negative_labels,
                .same_label = same_label,
                .lower = lower,
-               .upper = upper},
+               .upper = upper,
+               .num_rows = num_rows},
       .plan = {.sample = plan[0], .rows = plan[1], .splits = plan[2], .room = plan[3], .workspace = plan[4]},
       .order = order,
       .workspace = workspace,

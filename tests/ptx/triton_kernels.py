@@ -38,16 +38,21 @@ def install(capability: int) -> None:
 _programs: dict[tuple, tuple[ptx.Program, int, int]] = {}
 
 
+def _passed(types: tuple, values: tuple) -> list:
+    """The values that are no constants, those inside of tuples in their place: the parameters of the compiled kernel."""
+    found = []
+    for kind, x in zip(types, values, strict=True):
+        found += _passed(kind, x) if isinstance(kind, tuple) else [] if kind == "constexpr" else [x]
+    return found
+
+
 def _run(kernel, capability: int, *args, grid, warmup=False, **kwargs) -> None:
     from tests.test_aot import compile_for, specialise
 
-    values = dict(zip(kernel.arg_names, args, strict=False))
-    values |= {name: x for name, x in kwargs.items() if name in kernel.arg_names}
-    options = {name: x for name, x in kwargs.items() if name not in kernel.arg_names}
-    signature, constants, attributes = specialise(kernel, values)
+    values, signature, constants, attributes, options = specialise(kernel, args, kwargs, capability)
     key = (kernel.fn.__name__, capability, str(signature), str(constants), str(attributes), str(options))
     if key not in _programs:
-        built, _ = compile_for(kernel, values, options, capability)
+        built, _ = compile_for(kernel, args, kwargs, capability)
         (text,) = ptx.entries(built.asm["ptx"]).values()
         if built.metadata.global_scratch_size:
             raise ptx.Failure(f"{kernel.fn.__name__} asks for scratch memory")
@@ -55,7 +60,7 @@ def _run(kernel, capability: int, *args, grid, warmup=False, **kwargs) -> None:
     program, warps, shared = _programs[key]
     if shared > SHARED_BYTES[capability]:
         raise ptx.Failure(f"{program.name}: {shared} bytes of shared memory are more than a block has")
-    given = [values[name] for name, kind in signature.items() if kind != "constexpr"]
+    given = _passed(tuple(signature.values()), tuple(values.values()))
     given += [0] * (len(program.parameters) - len(given))  # scratch memories, which nobody asked for
     parameters, ranges = b"", set()
     for x, (offset, size, kind) in zip(given, program.parameters.values(), strict=True):

@@ -15,6 +15,7 @@
 
 #include "kernels/cpu/count_negatives.h"
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/info_nce.h"
 #include "kernels/cpu/logsumexp.h"
 #include "kernels/cpu/logsumexp_grad_keys.h"
 #include "kernels/cpu/logsumexp_window.h"
@@ -181,6 +182,27 @@ std::vector<Bytes> run_all(const Inputs& in, const Parallel& parallel, int kind)
                     .kept = room<int64_t>(out, kB),
                     .above = room<int64_t>(out, kB)},
                    in.ranks.data(), room<int64_t>(out, kB * 2), parallel);
+  info_nce({.query = query,
+            .negative_keys = keys,
+            .B = kB,
+            .K = kK,
+            .D = kD,
+            .pool = pool,
+            .positive_key = query,
+            .scale = &in.scale,
+            .pivot = in.lse.data(),
+            .hard = kN,
+            .draws = draws,
+            .rows = room<float>(out, kB),
+            .d_query = room<float>(out, kB * kD),
+            .d_scale = room<float>(out, kB),
+            .weight = room<float>(out, kB),
+            .lse = room<float>(out, kB),
+            .total = room<float>(out, kB),
+            .kept = room<int64_t>(out, kB),
+            .above = room<int64_t>(out, kB),
+            .mixed = room<int64_t>(out, kB)},
+           parallel);
   rank_thresholds({.query = query,
                    .negative_keys = keys,
                    .B = kB,

@@ -1,8 +1,8 @@
-"""Pulling the few columns of a score tile that matter out of it, with no score changing threads.
+"""Taking the few wanted columns out of a tile of scores, with no score changing threads.
 
 A tile (BLOCK_B, BLOCK_K) is seen as (BLOCK_B, LANES, 2^LEVELS): the tensor core leaves columns 8 g + 2 lane + {0, 1} of a row
 with one lane, so this view costs nothing there (any other layout gives the same columns). One bit per column says which are
-wanted; one 32-bit word holds the bits of a row and lane; and each step hands out the lowest wanted column of every word.
+wanted; one 32-bit word holds the bits of a row and lane; and each step takes the lowest wanted column of every word.
 A prefix sum over the tile instead costs two to three times the instructions, for it moves every score.
 """
 
@@ -11,35 +11,35 @@ import triton.language as tl
 
 
 @triton.jit
-def by_lane(wanted, s, LANES: tl.constexpr, LEVELS: tl.constexpr):
+def wanted_by_lane(wanted, s, LANES: tl.constexpr, LEVELS: tl.constexpr):
     """(BLOCK_B, LANES, 2^LEVELS) scores, and their words (BLOCK_B, LANES) int32; wanted must not hold NaN scores.
 
     Bit r of lane l is column 2 LANES (r // 2) + 2 l + r % 2.
     """
     BLOCK_B: tl.constexpr = s.shape[0]
     BITS: tl.constexpr = 1 << LEVELS
-    kept = tl.where(wanted, s, float("nan"))  # (BLOCK_B, BLOCK_K)
-    kept = tl.permute(tl.reshape(kept, (BLOCK_B, BITS // 2, LANES, 2)), (0, 2, 1, 3))
-    kept = tl.reshape(kept, (BLOCK_B, LANES, BITS))  # (BLOCK_B, LANES, BITS)
+    scores = tl.where(wanted, s, float("nan"))  # (BLOCK_B, BLOCK_K)
+    scores = tl.permute(tl.reshape(scores, (BLOCK_B, BITS // 2, LANES, 2)), (0, 2, 1, 3))
+    scores = tl.reshape(scores, (BLOCK_B, LANES, BITS))  # (BLOCK_B, LANES, BITS)
     bits = (1 << tl.arange(0, BITS))[None, None, :]
-    return kept, tl.sum(tl.where(kept == kept, bits, 0), 2)
+    return scores, tl.sum(tl.where(scores == scores, bits, 0), 2)
 
 
 @triton.jit
-def some_left(word):
+def any_wanted(word):
     return tl.max(tl.max((word != 0).to(tl.int32), 1), 0) > 0
 
 
 @triton.jit
-def lowest(kept, word, LEVELS: tl.constexpr):
+def lowest_wanted(scores, word, LEVELS: tl.constexpr):
     """Score fp32 and column int32 (BLOCK_B, LANES) of the lowest bit of each word; anything where a word is empty."""
-    BLOCK_B: tl.constexpr = kept.shape[0]
-    LANES: tl.constexpr = kept.shape[1]
+    BLOCK_B: tl.constexpr = scores.shape[0]
+    LANES: tl.constexpr = scores.shape[1]
     # The exponent of a power of two, as a float, is the number of its bit.
     only = (word & -word).to(tl.uint32, bitcast=True).to(tl.float32)
     r = (only.to(tl.int32, bitcast=True) >> 23) - 127  # (BLOCK_B, LANES)
     for level in tl.static_range(LEVELS):
-        even, odd = tl.split(tl.reshape(kept, (BLOCK_B, LANES, kept.shape[2] // 2, 2)))
-        kept = tl.where((((r >> level) & 1) == 1)[:, :, None], odd, even)
+        even, odd = tl.split(tl.reshape(scores, (BLOCK_B, LANES, scores.shape[2] // 2, 2)))
+        scores = tl.where((((r >> level) & 1) == 1)[:, :, None], odd, even)
     column = 2 * LANES * (r >> 1) + 2 * tl.arange(0, LANES)[None, :] + (r & 1)
-    return tl.reshape(kept, (BLOCK_B, LANES)), column
+    return tl.reshape(scores, (BLOCK_B, LANES)), column

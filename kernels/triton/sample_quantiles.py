@@ -45,7 +45,7 @@ def cut_at(scores, size, least, most, rank):
 
 
 @triton.jit(do_not_specialize=["B", "rank"])
-def cut_kernel(scores_ptr, cut_ptr, B, rank, W: tl.constexpr, BLOCK_R: tl.constexpr):
+def sample_quantile_kernel(scores_ptr, cut_ptr, B, rank, W: tl.constexpr, BLOCK_R: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     ok = rows < B
     scores, size, least, most = sampled_rows(scores_ptr, rows, ok, W)
@@ -54,7 +54,7 @@ def cut_kernel(scores_ptr, cut_ptr, B, rank, W: tl.constexpr, BLOCK_R: tl.conste
 
 
 @triton.jit(do_not_specialize=["B", "R", "K"])
-def brackets_kernel(
+def sample_brackets_kernel(
     scores_ptr, ranks_ptr, cut_lo_ptr, cut_hi_ptr, B, R, K,
     SIGMAS: tl.constexpr, PLACES_BELOW: tl.constexpr, PLACES_ABOVE: tl.constexpr, W: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -76,23 +76,23 @@ def brackets_kernel(
         tl.store(cut_hi_ptr + rows * R + r, cut_at(scores, size, least, most, above), mask=ok)
 
 
-def cut(scores: Tensor, rank: int) -> Tensor:
+def sample_quantile(scores: Tensor, rank: int) -> Tensor:
     """scores (B, W) fp32 with NaN where there is none, W a power of two -> (B, 1) fp32: the score at the rank, from 0."""
     B, W = scores.shape
     out = torch.empty((B, 1), dtype=torch.float32, device=scores.device)
     BLOCK_R, _, num_warps = tiles.row_block(W, capability(scores.device))
-    cut_kernel[(triton.cdiv(B, BLOCK_R),)](scores, out, B, rank, W=W, BLOCK_R=BLOCK_R, num_warps=num_warps)
+    sample_quantile_kernel[(-(-B // BLOCK_R),)](scores, out, B, rank, W, BLOCK_R, num_warps=num_warps)
     return out
 
 
-def brackets(scores: Tensor, ranks: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """scores (B, W) as in cut, ranks (B, R) int64 -> cut_lo, cut_hi (B, R) fp32 around the score at each rank of K."""
+def sample_brackets(scores: Tensor, ranks: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """scores (B, W) as in sample_quantile, ranks (B, R) int64 of K -> cut_lo, cut_hi (B, R) fp32 around the scores there."""
     B, W = scores.shape
     cut_lo = torch.empty_like(ranks, dtype=torch.float32)
     cut_hi = torch.empty_like(cut_lo)
     BLOCK_R, _, num_warps = tiles.row_block(W, capability(scores.device))
-    brackets_kernel[(triton.cdiv(B, BLOCK_R),)](
-        scores, ranks, cut_lo, cut_hi, B, ranks.shape[1], K, SIGMAS=tiles.SIGMAS, PLACES_BELOW=tiles.PLACES_BELOW,
-        PLACES_ABOVE=tiles.PLACES_ABOVE, W=W, BLOCK_R=BLOCK_R, num_warps=num_warps,
+    sample_brackets_kernel[(-(-B // BLOCK_R),)](
+        scores, ranks, cut_lo, cut_hi, B, ranks.shape[1], K, tiles.SIGMAS, tiles.PLACES_BELOW, tiles.PLACES_ABOVE, W, BLOCK_R,
+        num_warps=num_warps,
     )  # fmt: skip
     return cut_lo, cut_hi

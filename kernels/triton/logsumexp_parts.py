@@ -1,0 +1,212 @@
+"""Log-sum-exp over parts of the queue, and the sum of a row's parts: what logsumexp and info_nce have in common.
+
+Flash style: a program keeps BLOCK_B queries and walks its part of the queue in tiles, with a running maximum and sums in
+the exp2 domain; the (B, K) scores never exist. The queue is cut into SPLITS parts so that few queries still fill the card;
+`merged` adds the parts of a row in order, so the bits do not depend on timing. Wide embeddings accumulate their mean
+in slices of D, one program each, and score once per slice. Several scales are programs side by side.
+
+Tensor cores take probabilities in the storage type, with 8 or 11 bits. The mean's part along the query, which is the softmax
+mean of the scores and alone decides the gradient of the scale, is therefore summed beside it in fp32 and put right at the end.
+
+All parts lie in one buffer of fp32, `cells` = S SPLITS B numbers each: sums of keys (cells, D) where the mean is wanted, then
+maxima, sums, sums along the query, columns kept and columns above the pivot, the last two as the bits of an int32.
+
+Idea: FlashAttention with keys as values.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+from . import tiles
+from .launch import processors, score_arguments
+from .launch import score_tile as choose_tile
+from .numerics import finite_shift
+from .pool import KernelPool, pool_bounds, pool_keys, pool_masks, pool_rows, pool_size
+from .score import as_stored, load_rows, load_whole_rows, score_tile
+
+
+@triton.jit
+def add_tile(
+    m, z, along, num_kept, num_above, acc, k0, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size,
+    pool, rows, scale, pivot, WHOLE: tl.constexpr, WIDEN: tl.constexpr,
+    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """The running sums with the columns from k0 on added. WHOLE: all of the tile's columns are in the queue."""
+    offs_k = k0 + tl.arange(0, BLOCK_K)
+    k_ok = pool_keys(pool, offs_k, size, WHOLE)  # (BLOCK_K,)
+    keys = load_whole_rows(keys_ptr, offs_k, k_ok, stride_kk, D, BLOCK_D, WIDEN)  # (BLOCK_K, BLOCK_D)
+    s = score_tile(
+        query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, keys, offs_k, k_ok, stride_kk,
+        D, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN,
+    )  # (BLOCK_B, BLOCK_K)  # fmt: skip
+    allowed = pool_masks(pool, rows, offs_b, b_ok, offs_k, k_ok)  # (BLOCK_B, BLOCK_K)
+    inside = pool_bounds(pool, rows, s, offs_k, allowed)  # (BLOCK_B, BLOCK_K)
+    if pivot is not None:
+        num_above += tl.sum((allowed & (s > pivot[:, None])).to(tl.int32), 1)
+    num_kept += tl.sum(inside.to(tl.int32), 1)
+    x = tl.where(inside, s * scale, float("-inf"))  # (BLOCK_B, BLOCK_K)
+    m_new = tl.maximum(m, tl.max(x, 1))
+    shift = finite_shift(m_new)
+    decay = tl.math.exp2(m - shift)  # (BLOCK_B,)
+    p = tl.math.exp2(x - shift[:, None])  # (BLOCK_B, BLOCK_K)
+    if ALONG:  # first, so that scores need not outlive the rest
+        along = along * decay + tl.sum(p * s, 1)
+    z = z * decay + tl.sum(p, 1)
+    m = m_new
+    if WANT_MEAN:
+        if D <= SLICE and D <= BLOCK_D:
+            values = keys
+        else:
+            values = load_rows(keys_ptr, offs_k, k_ok, stride_kk, d0, D, SLICE, WIDEN)  # (BLOCK_K, SLICE)
+        p = as_stored(p, query_ptr, keys_ptr).to(values.dtype)
+        acc = tl.dot(p, values, acc * decay[:, None], input_precision="ieee")  # (BLOCK_B, SLICE)
+    return m, z, along, num_kept, num_above, acc
+
+
+@triton.jit(do_not_specialize=["B", "K", "tiles_per_split"])
+def logsumexp_kernel(
+    query_ptr, keys_ptr, stride_qb, stride_kk, B, K, pool, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
+    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    scales_ptr, pivot_ptr, parts_ptr, tiles_per_split,
+    WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, SLICES: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(1)
+    d0 = tl.program_id(2) % SLICES * SLICE
+    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    b_ok = offs_b < B
+    query = load_whole_rows(query_ptr, offs_b, b_ok, stride_qb, D, BLOCK_D, WIDEN)  # (BLOCK_B, BLOCK_D)
+    rows = pool_rows(pool, offs_b, b_ok)
+    scale = tl.load(scales_ptr + tl.program_id(2) // SLICES) * 1.4426950408889634  # log2(e)
+    pivot = None
+    if pivot_ptr is not None:
+        pivot = tl.load(pivot_ptr + offs_b, mask=b_ok, other=0.0)  # (BLOCK_B,)
+
+    m = tl.full((BLOCK_B,), float("-inf"), tl.float32)
+    z = tl.zeros((BLOCK_B,), tl.float32)
+    num_kept = tl.zeros((BLOCK_B,), tl.int32)
+    num_above = tl.zeros((BLOCK_B,), tl.int32)
+    along = tl.zeros((BLOCK_B,), tl.float32)
+    acc = tl.zeros((BLOCK_B, SLICE), tl.float32)
+    size = pool_size(pool, K)
+    start = split * tiles_per_split * BLOCK_K
+    stop = tl.minimum(start + tiles_per_split * BLOCK_K, size)
+    # Columns past the end of the queue are looked for in its last tile alone, which is added after the loop.
+    whole = stop
+    if not EVEN_K:
+        whole = start + tl.maximum(stop - start, 0) // BLOCK_K * BLOCK_K
+    for k0 in tl.range(start, whole, BLOCK_K, num_stages=STAGES):
+        m, z, along, num_kept, num_above, acc = add_tile(
+            m, z, along, num_kept, num_above, acc, k0, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size,
+            pool, rows, scale, pivot, True, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_MEAN, ALONG, SLICE,
+        )  # fmt: skip
+    if not EVEN_K:  # noqa: SIM102  known when the kernel is compiled, which the next condition is not
+        if whole < stop:
+            m, z, along, num_kept, num_above, acc = add_tile(
+                m, z, along, num_kept, num_above, acc, whole, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk,
+                size, pool, rows, scale, pivot, False, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_MEAN, ALONG, SLICE,
+            )  # fmt: skip
+
+    SPLITS = tl.num_programs(1)
+    cells = (tl.num_programs(2) // SLICES * SPLITS).to(tl.int64) * B
+    cell = (tl.program_id(2) // SLICES * SPLITS + split).to(tl.int64) * B + offs_b  # (BLOCK_B,) of (S, SPLITS, B)
+    ptrs = parts_ptr + cell  # (BLOCK_B,)
+    if WANT_MEAN:
+        offs_d = d0 + tl.arange(0, SLICE)
+        tl.store(parts_ptr + cell[:, None] * D + offs_d[None, :], acc, mask=b_ok[:, None] & (offs_d < D)[None, :])
+        ptrs += cells * D
+    first = b_ok & (d0 == 0)
+    tl.store(ptrs, m, mask=first)
+    tl.store(ptrs + cells, z, mask=first)
+    if ALONG:
+        tl.store(ptrs + 2 * cells, along, mask=first)
+    tl.store(ptrs + 3 * cells, num_kept.to(tl.float32, bitcast=True), mask=first)
+    if pivot_ptr is not None:
+        tl.store(ptrs + 4 * cells, num_above.to(tl.float32, bitcast=True), mask=first)
+
+
+@triton.jit
+def merged(
+    parts_ptr, query, b, scale_index, S, B, SPLITS,
+    WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, HAS_PIVOT: tl.constexpr,
+    D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The parts of row b as one: log2 sum_p 2^m_p z_p, mean (BLOCK_D,) = sum_p 2^m_p acc_p over the same sum; counts add up.
+
+    ALONG: then mean += query (sum_p 2^m_p along_p / sum - query . mean) / |query|^2.
+    """
+    offs_p = tl.arange(0, BLOCK_P)
+    offs_d = tl.arange(0, BLOCK_D)
+    cells = (S * SPLITS).to(tl.int64) * B
+    first = (scale_index * SPLITS).to(tl.int64) * B + b
+    acc_ptr = parts_ptr + first * D + offs_d[None, :]
+    m_ptr = parts_ptr + first
+    if WANT_MEAN:
+        m_ptr += cells * D
+    z_ptr = m_ptr + cells
+    along_ptr = z_ptr + cells
+    kept_ptr = along_ptr + cells
+    above_ptr = kept_ptr + cells
+    top = tl.full((), float("-inf"), tl.float32)
+    for p0 in range(0, SPLITS, BLOCK_P):
+        m = tl.load(m_ptr + (p0 + offs_p) * B, mask=p0 + offs_p < SPLITS, other=float("-inf"))  # (BLOCK_P,)
+        top = tl.maximum(top, tl.max(m, 0))
+    shift = finite_shift(top)
+    z = tl.zeros((), tl.float32)
+    along = tl.zeros((), tl.float32)
+    num_kept = tl.zeros((), tl.int64)
+    num_above = tl.zeros((), tl.int64)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for p0 in range(0, SPLITS, BLOCK_P):
+        p_ok = p0 + offs_p < SPLITS
+        part = (p0 + offs_p).to(tl.int64) * B  # (BLOCK_P,)
+        weight = tl.math.exp2(tl.load(m_ptr + part, mask=p_ok, other=float("-inf")) - shift)  # (BLOCK_P,)
+        z += tl.sum(weight * tl.load(z_ptr + part, mask=p_ok, other=0.0), 0)
+        kept = tl.load(kept_ptr + part, mask=p_ok, other=0.0).to(tl.int32, bitcast=True)  # (BLOCK_P,)
+        num_kept += tl.sum(kept.to(tl.int64), 0)
+        if HAS_PIVOT:
+            above = tl.load(above_ptr + part, mask=p_ok, other=0.0).to(tl.int32, bitcast=True)  # (BLOCK_P,)
+            num_above += tl.sum(above.to(tl.int64), 0)
+        if WANT_MEAN:
+            ok = p_ok[:, None] & (offs_d < D)[None, :]
+            keys = tl.load(acc_ptr + part[:, None] * D, mask=ok, other=0.0)  # (BLOCK_P, BLOCK_D)
+            acc += tl.sum(weight[:, None] * keys, 0)
+        if ALONG:
+            along += tl.sum(weight * tl.load(along_ptr + part, mask=p_ok, other=0.0), 0)
+    mean = tl.where(z == 0, 0.0, acc / z)  # (BLOCK_D,)
+    if ALONG:
+        missing = tl.where(z == 0, 0.0, along / z) - tl.sum(query * mean, 0)
+        squares = tl.sum(query * query, 0)
+        mean += query * tl.where(squares == 0, 0.0, missing / squares)
+    return shift + tl.math.log2(z), mean, num_kept, num_above
+
+
+class Parts(NamedTuple):
+    """What the parts of the queue say of each row, as a kernel that merges them takes it."""
+
+    buffer: Tensor  # fp32
+    splits: int
+    along: bool
+
+
+def sum_parts(
+    query: Tensor, negative_keys: Tensor, scales: Tensor, pivot: Tensor | None, want_mean: bool, pool: KernelPool
+) -> Parts:
+    """The parts of S log-sum-exps, B > 0; scales (S,) or ()."""
+    (B, D), K, S = query.shape, negative_keys.shape[0], scales.numel()
+    tile = choose_tile(query, negative_keys)
+    splits, per_split = tiles.even_splits(B, K, tile, processors(query.device))
+    rounds = want_mean and query.dtype == negative_keys.dtype != torch.float32  # probabilities, for the mean
+    slices = -(-D // tile.SLICE) if want_mean else 1
+    buffer = query.new_empty(S * splits * B * (D + 5 if want_mean else 5), dtype=torch.float32)
+    logsumexp_kernel[(-(-B // tile.BLOCK_B), splits, S * slices)](
+        *score_arguments(query, negative_keys, tile, pool),
+        scales, None if pivot is None else pivot.contiguous(), buffer, per_split,
+        want_mean, rounds, slices, tile.SLICE, tile.num_stages, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return Parts(buffer, splits, rounds)
