@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import negmine
-from negmine import Mix, Select, reference
+from negmine import Mix, Negatives, Select, reference
 from negmine.ops import backends, sort_key
-from negmine.ops.pool import Pool, between
-from negmine.selection import Mined, draws_of
+from negmine.ops.pool import Pool, narrow
+from negmine.ops.windows import Draw, mixing_draws
+from negmine.selection import Mined
 from tests import compare
 from tests.cases import DTYPES, ids, unit, whole
 
@@ -29,6 +30,18 @@ def isa(request):
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
     assert _ops_cpu.set_isa(before)
+
+
+def summed(q, keys, scale, pivot, want_mean, pool, N=0, ranks=None):
+    """The op logsumexp at one scale: lse (B,), mean (B or 0, D), and the rest of what it returns."""
+    lse, mean, *rest = torch.ops.negmine_cpu.logsumexp(q, keys, scale[None], pivot, want_mean, N, ranks, *pool)
+    return lse[0], mean[0], *rest
+
+
+def bounded_pool(B, K):
+    """A mask, ids and both bounds."""
+    lower, upper = (sort_key.pack(torch.full((B,), s), i) for s, i in ((-0.3, sort_key.LAST_INDEX), (0.4, 0)))
+    return Pool(torch.rand(K) < 0.8, **ids(B, K), lower=lower, upper=upper)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -79,8 +92,9 @@ def test_one_score_whatever_the_op_and_the_split(isa, dtype, K, D, N):
     compare.exact("ranks", negmine.rank_thresholds(q, keys, ranks, backend="cpu"), ranking.scores[:, ranks])
     many = [*range(K // 3, K // 3 + 40), *range(K - 9, K), 0]
     compare.exact("many ranks", negmine.rank_thresholds(q, keys, many, backend="cpu"), ranking.scores[:, many])
-    pool = ids(5, K, q.device)
-    _, stats = negmine.info_nce(q, q, keys, select=Select(3, N), **pool, return_stats=True, backend="cpu")
+    own = ids(5, K)
+    call = {"select": Select(3, N), "query_ids": own["query_ids"], "return_stats": True, "backend": "cpu"}
+    _, stats = negmine.info_nce(q, q, Negatives(keys, ids=own["negative_ids"]), **call)
     compare.exact("window", stats.num_negatives, torch.full((5,), N - 3))
 
 
@@ -96,33 +110,33 @@ def test_listed_columns_rank_as_in_the_whole_queue(isa, dtype, B, K, D):
     for highest in (None, most):
         pool = Pool(mask, upper=None if highest is None else sort_key.pack(highest, 0))
         for N in (3, K + 2):
-            got = torch.ops.negmine.mine_listed(q, keys, listed, N, highest)
-            for name, k, t in zip(Mined._fields, got, torch.ops.negmine.mine_hardest(q, keys, N, *pool), strict=False):
+            got = torch.ops.negmine_cpu.mine_listed(q, keys, listed, N, highest)
+            want = torch.ops.negmine_cpu.mine_hardest(q, keys, N, False, *pool)
+            for name, k, t in zip(Mined._fields, got, want, strict=False):
                 compare.exact(name, k, t)
             everything = pool._replace(lower=sort_key.pack(torch.full((B,), -torch.inf), sort_key.LAST_INDEX))
-            compare.exact("kept", got[2], torch.ops.negmine.count_negatives(q, keys, *everything))
+            compare.exact("num_kept", got[2], torch.ops.negmine_cpu.count_negatives(q, keys, *everything))
     deep, everything = unit(20_000, D, dtype=dtype, seed=2), Pool(lower=everything.lower)  # enough rows for a sample
-    _, index, kept = torch.ops.negmine.mine_hardest_kept(q, deep, 1500, *everything)
+    _, index, num_kept = torch.ops.negmine_cpu.mine_hardest(q, deep, 1500, True, *everything)
     compare.exact("sampled", index, negmine.mine_hardest(q, deep, 1500, backend="cpu").index)
-    compare.exact("all are kept", kept, torch.full((B,), 20_000))
+    compare.exact("all are kept", num_kept, torch.full((B,), 20_000))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("B, K, D", [*SHAPES, (600, 5000, 9)])  # the last: a task a block of queries, several splits
-def test_a_pair_is_two_sums_to_the_bit(isa, dtype, B, K, D):
-    q, keys, scale = unit(B, D, dtype=dtype), unit(K, D, dtype=dtype, seed=1), torch.tensor([30.0, 4.0])
-    lower = sort_key.pack(torch.full((B,), -0.3), sort_key.LAST_INDEX)
-    tags, pivot = ids(B, K), torch.linspace(-0.5, 0.5, B)
-    for pool in (Pool(), Pool(torch.rand(K) < 0.8, **tags, lower=lower, upper=sort_key.pack(torch.full((B,), 0.4), 0))):
+def test_sums_at_several_scales_are_sums_at_each_to_the_bit(isa, dtype, B, K, D):
+    q, keys, scales = unit(B, D, dtype=dtype), unit(K, D, dtype=dtype, seed=1), torch.tensor([30.0, 4.0, 0.0])
+    pivot = torch.linspace(-0.5, 0.5, B)
+    for pool in (Pool(), bounded_pool(B, K)):
         for want_mean in (True, False):
-            got = torch.ops.negmine.logsumexp_pair(q, keys, scale, pivot, want_mean, *pool)
-            for i in range(2):
-                want = torch.ops.negmine.logsumexp(q, keys, scale[i], pivot, want_mean, *pool)
-                for name, k, t in zip(
-                    ("lse", "mean", "kept", "above"), (got[0][i], got[1][i], *got[2:]), want, strict=True
-                ):
-                    compare.exact(f"{name} {i}", k, t)
-            assert K < 100 or int(got[2].max()) > 0
+            for count in (2, 3):
+                got = torch.ops.negmine_cpu.logsumexp(q, keys, scales[:count], pivot, want_mean, 0, None, *pool)
+                for i in range(count):
+                    want = summed(q, keys, scales[i], pivot, want_mean, pool)
+                    each = got[0][i], got[1][i], *got[2:4]
+                    for name, k, t in zip(("lse", "mean", "num_kept", "num_above"), each, want, strict=False):
+                        compare.exact(f"{name} {i} of {count}", k, t)
+                assert K < 100 or int(got[2].max()) > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -132,36 +146,35 @@ def test_a_pair_is_two_sums_to_the_bit(isa, dtype, B, K, D):
 )  # few blocks and many, one split and several, with a sample and without
 def test_a_sum_that_mines_is_a_sum_and_a_mining_to_the_bit(isa, dtype, B, K, D, N):
     q, keys, scale = unit(B, D, dtype=dtype), unit(K, D, dtype=dtype, seed=1), torch.tensor(9.0)
-    lower = sort_key.pack(torch.full((B,), -0.3), sort_key.LAST_INDEX)
-    tags, pivot = ids(B, K), torch.linspace(-0.5, 0.5, B)
-    for pool in (Pool(), Pool(torch.rand(K) < 0.8, **tags, lower=lower, upper=sort_key.pack(torch.full((B,), 0.4), 0))):
+    pivot = torch.linspace(-0.5, 0.5, B)
+    for pool in (Pool(), bounded_pool(B, K)):
         for want_mean in (True, False):
-            got = torch.ops.negmine.logsumexp_mine(q, keys, N, scale, pivot, want_mean, *pool)
-            want = torch.ops.negmine.logsumexp(q, keys, scale, pivot, want_mean, *pool)
-            mined = torch.ops.negmine.mine_hardest(q, keys, N, *pool)
-            names = ("lse", "mean", "kept", "above", "scores", "index")
-            for name, k, t in zip(names, got, (*want, *mined), strict=True):
+            got = summed(q, keys, scale, pivot, want_mean, pool, N)
+            want = summed(q, keys, scale, pivot, want_mean, pool)[:4]
+            mined = torch.ops.negmine_cpu.mine_hardest(q, keys, N, False, *pool)[:2]
+            names = ("lse", "mean", "num_kept", "num_above", "scores", "index")
+            for name, k, t in zip(names, got, (*want, *mined), strict=False):
                 compare.exact(name, k, t)
 
 
 def window_pools(B, K):
-    """Everything; masks, ids and both bounds; a mask a query."""
-    lower, upper = (sort_key.pack(torch.full((B,), s), i) for s, i in ((-0.3, sort_key.LAST_INDEX), (0.4, 0)))
-    return Pool(), Pool(torch.rand(K) < 0.8, **ids(B, K), lower=lower, upper=upper), Pool(torch.rand(B, K) < 0.5)
+    """Everything; a mask, ids and both bounds; a mask for each query."""
+    return Pool(), bounded_pool(B, K), Pool(torch.rand(B, K) < 0.5)
 
 
-def summed_apart(q, keys, ranks, scale, pivot, pool):
-    """What logsumexp_window gives, from thresholds and a sum, the sum in float64; and which of the rows are empty windows."""
-    places = torch.ops.negmine.rank_thresholds(q, keys, ranks, *pool)  # (B, 2)
-    empty = (ranks[:, 0] < 0) | (ranks[:, 1] < ranks[:, 0]) | (places[:, 0] == sort_key.NOWHERE)
-    places[empty] = sort_key.NOWHERE
-    scores, index = torch.ops.negmine.mine_hardest(q, keys, max(1, len(keys)), *between(pool, *places.unbind(1)))
+def summed_in_two_steps(q, keys, ranks, scale, pivot, pool):
+    """What logsumexp gives between two ranks, from thresholds and a sum in float64: lse, mean, counts and sort keys."""
+    bounds = torch.ops.negmine_cpu.rank_thresholds(q, keys, ranks, *pool)  # (B, 2)
+    empty = (ranks[:, 0] < 0) | (ranks[:, 1] < ranks[:, 0]) | (bounds[:, 0] == sort_key.NOWHERE)
+    bounds[empty] = sort_key.NOWHERE
+    window = narrow(pool, *bounds.unbind(1))
+    scores, index, _ = torch.ops.negmine_cpu.mine_hardest(q, keys, max(1, len(keys)), False, *window)
     x = float(scale) * scores.double()  # (B, K), -inf past the window
     p = torch.where(index >= 0, x, -torch.inf).softmax(1).nan_to_num(0.0)
     dense = torch.zeros(len(q), max(1, len(keys)), dtype=torch.float64).scatter_add(1, index.clamp_min(0), p)
     mean = dense[:, : len(keys)] @ keys.double()
-    above = torch.ops.negmine.logsumexp(q, keys, scale, pivot, False, *pool)[3]
-    return x.logsumexp(1), mean, (index >= 0).sum(1), above, places
+    num_above = summed(q, keys, scale, pivot, False, pool)[3]
+    return x.logsumexp(1), mean, (index >= 0).sum(1), num_above, bounds
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -172,13 +185,16 @@ def test_a_window_is_thresholds_and_a_sum(isa, dtype, B, K, D):
     for pool in window_pools(B, K):
         for shift in range(len(kinds)):
             ranks = torch.tensor([kinds[(b + shift) % len(kinds)] for b in range(B)])
-            got = torch.ops.negmine.logsumexp_window(q, keys, ranks, scale, pivot, True, *pool)
-            want = summed_apart(q, keys, ranks, scale, pivot, pool)
-            for name, k, t in zip(("kept", "above", "places"), got[2:], want[2:], strict=True):
+            got = summed(q, keys, scale, pivot, True, pool, ranks=ranks)
+            want = summed_in_two_steps(q, keys, ranks, scale, pivot, pool)
+            for name, k, t in zip(("num_kept", "num_above", "sort_keys"), (*got[2:4], got[6]), want[2:], strict=True):
                 compare.exact(f"{name} {shift}", k, t)
-            for name, k, t in zip(("lse", "mean"), got, want, strict=False):
-                compare.rounded(f"{name} {shift}", k, t, t.float(), condition=9.0)
-            short = torch.ops.negmine.logsumexp_window(q, keys, ranks, scale, None, False, *pool)
+            compare.rounded(f"lse {shift}", got[0], want[0], want[0].float(), condition=9.0)
+            # A sum between bounds may round p to bf16 in the mean; a window is as exact as that.
+            window = narrow(pool, *want[4].unbind(1))
+            plain = summed(q, keys, scale, None, True, window)[1]
+            compare.rounded(f"mean {shift}", got[1], want[1], plain, condition=9.0)
+            short = summed(q, keys, scale, None, False, pool, ranks=ranks)
             compare.exact("lse alone", short[0], got[0])
             assert short[1].shape == (0, D) and not short[3].any()
 
@@ -197,23 +213,23 @@ def test_a_window_where_the_sample_misleads_or_scores_tie_or_are_not_finite(isa)
         rows = q if name != "not finite" else q[:2]  # times the others, -inf is inf and NaN
         for first, last in ((0, 900), (3000, 4000), (19_000, 19_999), (19_990, 30_000)):
             ranks = torch.tensor([[first, last]]).repeat(len(rows), 1)
-            got = torch.ops.negmine.logsumexp_window(rows, keys, ranks, scale, None, False, *Pool())
-            want = summed_apart(
-                rows, keys.nan_to_num(0.0, neginf=-torch.inf), ranks, scale, None, Pool(keys[:, 0] == keys[:, 0])
-            )
-            compare.exact(f"{name} kept", got[2], want[2])
-            compare.exact(f"{name} places", got[4], want[4])
+            got = summed(rows, keys, scale, None, False, Pool(), ranks=ranks)
+            clean, some = keys.nan_to_num(0.0, neginf=-torch.inf), Pool(keys[:, 0] == keys[:, 0])
+            want = summed_in_two_steps(rows, clean, ranks, scale, None, some)
+            compare.exact(f"{name} num_kept", got[2], want[2])
+            compare.exact(f"{name} sort_keys", got[6], want[4])
             compare.rounded(f"{name} lse", got[0], want[0], want[0].float(), condition=3.0)
 
 
 def test_a_window_has_the_same_bits_alone_and_among_others(isa):
     q, keys = unit(70, 33), unit(20_000, 33, seed=1)
     ranks = torch.stack([torch.arange(70) * 9, torch.arange(70) * 30 + 5], 1)
-    together = torch.ops.negmine.logsumexp_window(q, keys, ranks, torch.tensor(7.0), None, True, *Pool())
+    together = summed(q, keys, torch.tensor(7.0), None, True, Pool(), ranks=ranks)
     for b in (0, 17, 69):
         one = slice(b, b + 1)
-        alone = torch.ops.negmine.logsumexp_window(q[one], keys, ranks[one], torch.tensor(7.0), None, True, *Pool())
-        for name, k, t in zip(("lse", "mean", "kept", "above", "places"), alone, together, strict=True):
+        alone = summed(q[one], keys, torch.tensor(7.0), None, True, Pool(), ranks=ranks[one])
+        names = ("lse", "mean", "num_kept", "num_above", "scores", "index", "sort_keys")
+        for name, k, t in zip(names, alone, together, strict=True):
             compare.exact(name, k, t[one])
 
 
@@ -223,9 +239,9 @@ def test_many_equal_terms_are_not_all_rounded_to_one_side(isa):
     keys = (1.0 - 2.0 * (torch.arange(K) % 2))[:, None]
     columns, scale = torch.arange(K)[None], torch.tensor(1.0)
     means = {
-        "logsumexp": torch.ops.negmine.logsumexp(q, keys, scale, None, True, *Pool())[1],
-        "listed": torch.ops.negmine.listed_logsumexp(q, keys, columns, scale, True)[2],
-        "window": torch.ops.negmine.logsumexp_window(q, keys, torch.tensor([[0, K]]), scale, None, True, *Pool())[1],
+        "logsumexp": summed(q, keys, scale, None, True, Pool())[1],
+        "listed": torch.ops.negmine_cpu.listed_logsumexp(q, keys, columns, scale, True)[2],
+        "window": summed(q, keys, scale, None, True, Pool(), ranks=torch.tensor([[0, K]]))[1],
     }
     for name, mean in means.items():
         assert abs(float(mean) - math.tanh(1.0)) < 1e-5, name  # one by one: 4e-5
@@ -248,14 +264,14 @@ def test_the_temperature_gradient_from_bf16_is_as_exact_as_from_fp32(isa):
     for B, K, D in [(3, 71, 33), (65, 5000, 128)]:
         q, keys = unit(B, D, dtype=torch.bfloat16), unit(K, D, dtype=torch.bfloat16, seed=1)
         q[0] = 0
-        lse, mean, *_ = torch.ops.negmine.logsumexp(q, keys, torch.tensor(20.0), None, True, *Pool())
+        lse, mean, *_ = summed(q, keys, torch.tensor(20.0), None, True, Pool())
         x = 20 * (q.double() @ keys.double().T)  # (B, K)
         truth = x.softmax(1) @ keys.double()  # (B, D)
         scale = float(x.abs().max()) / 20
         assert float((lse.double() - x.logsumexp(1)).abs().max()) <= 1e-5
         assert float((mean.double() - truth).abs().max()) <= 2.0**-8 * float(keys.abs().max())
-        pull = (q.double() * (mean.double() - truth)).sum(1)  # (B,)
-        assert float(pull.abs().max()) <= 16 * torch.finfo(torch.float32).eps * scale
+        error = (q.double() * (mean.double() - truth)).sum(1)  # (B,)
+        assert float(error.abs().max()) <= 16 * torch.finfo(torch.float32).eps * scale
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -274,23 +290,25 @@ def test_a_score_of_infinity_sums_to_infinity(isa, dtype, B):
             assert bool((truth.isnan() if nan else truth.isposinf())[0]) and bool(truth.isnan()[3]) == nan
             for want_mean in (False, True):
                 got = {
-                    "sum": torch.ops.negmine.logsumexp(q, keys, scale, None, want_mean, *Pool())[0],
-                    "mine": torch.ops.negmine.logsumexp_mine(q, keys, 4, scale, None, want_mean, *Pool())[0],
-                    "pair": torch.ops.negmine.logsumexp_pair(q, keys, scale.repeat(2), None, want_mean, *Pool())[0][1],
-                    "listed": torch.ops.negmine.listed_logsumexp(q, keys, listed, scale, want_mean)[1],
+                    "sum": summed(q, keys, scale, None, want_mean, Pool())[0],
+                    "mine": summed(q, keys, scale, None, want_mean, Pool(), 4)[0],
+                    "pair": torch.ops.negmine_cpu.logsumexp(
+                        q, keys, scale.repeat(2), None, want_mean, 0, None, *Pool()
+                    )[0][1],
+                    "listed": torch.ops.negmine_cpu.listed_logsumexp(q, keys, listed, scale, want_mean)[1],
                 }
                 if not nan:  # of which a window keeps none
-                    window = torch.tensor([[0, K - 1]]).repeat(B, 1), scale, None, want_mean, *Pool()
-                    got["window"] = torch.ops.negmine.logsumexp_window(q, keys, *window)[0]
+                    ranks = torch.tensor([[0, K - 1]]).repeat(B, 1)
+                    got["window"] = summed(q, keys, scale, None, want_mean, Pool(), ranks=ranks)[0]
                 for name, lse in got.items():
                     compare.rounded(name, lse, truth, truth, 9.0)
         keys[rows, 1] = 0.5
     near, steep, total = q.abs() * 99, torch.tensor(3e38), torch.full((B,), torch.inf)  # finite scores, no finite logit
-    compare.exact("steep", torch.ops.negmine.logsumexp(near, near, steep, None, False, *Pool())[0], total)
-    window = torch.tensor([[0, 2]]).repeat(B, 1), steep, None, False, *Pool()
-    compare.exact("steep window", torch.ops.negmine.logsumexp_window(near, near, *window)[0], total)
-    index, draws = torch.zeros(B, 4, dtype=torch.int64), draws_of(Mix(4, 6, 3), q.device, 0, 0, 0)
-    compare.exact("mixed", torch.ops.negmine.mix_logsumexp(near, near, index, steep, False, *draws)[0], total)
+    compare.exact("steep", summed(near, near, steep, None, False, Pool())[0], total)
+    ranks = torch.tensor([[0, 2]]).repeat(B, 1)
+    compare.exact("steep window", summed(near, near, steep, None, False, Pool(), ranks=ranks)[0], total)
+    index, draws = torch.zeros(B, 4, dtype=torch.int64), mixing_draws(Mix(4, 6, 3), q, Draw())
+    compare.exact("mixed", torch.ops.negmine_cpu.mix_logsumexp(near, near, index, steep, False, *draws)[0], total)
 
 
 @pytest.mark.parametrize("B, kind", [(1, "random"), (5, "masked"), (17, "ordered"), (40, "ties"), (70, "random")])
@@ -301,17 +319,19 @@ def test_ranks_and_windows_do_not_depend_on_threads(B, kind):
     keys = keys[(keys @ q[0]).argsort()] if kind == "ordered" else (keys * 2).round() if kind == "ties" else keys
     pool = Pool(torch.rand(B, K) < 0.3) if kind == "masked" else Pool()
     ranks = torch.stack([torch.randint(-1, K // 2, (B,)), torch.randint(K // 2, K + 9, (B,)), torch.arange(B)], 1)
-    window = ranks[:, 2:] + torch.tensor([0, 700]), torch.tensor(5.0), None, True, *pool
+    window = ranks[:, 2:] + torch.tensor([0, 700])  # (B, 2)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 8):
             torch.set_num_threads(count)
-            deep, few = (torch.ops.negmine.rank_thresholds(q, keys, r, *pool) for r in (ranks, ranks[:, 2:]))
-            results.append((deep, few, *torch.ops.negmine.logsumexp_window(q, keys, *window)))
+            deep, few = (torch.ops.negmine_cpu.rank_thresholds(q, keys, r, *pool) for r in (ranks, ranks[:, 2:]))
+            sums = summed(q, keys, torch.tensor(5.0), None, True, pool, ranks=window)
+            results.append((deep, few, *sums[:4], sums[6]))
     finally:
         torch.set_num_threads(threads)
-    for name, *each in zip(("deep", "few", "lse", "mean", "kept", "above", "places"), *results, strict=True):
+    names = ("deep", "few", "lse", "mean", "num_kept", "num_above", "sort_keys")
+    for name, *each in zip(names, *results, strict=True):
         for other in each[1:]:
             compare.exact(name, other, each[0])
-    ranked = negmine.mine_hardest(q, keys, 800, negative_mask=pool.negative_mask, backend="cpu").index
+    ranked = negmine.mine_hardest(q, Negatives(keys, mask=pool.negative_mask), 800, backend="cpu").index
     compare.exact("rank", sort_key.unpack(results[0][1])[1][:, 0], ranked.gather(1, ranks[:, 2:])[:, 0])

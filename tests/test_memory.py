@@ -30,7 +30,7 @@ CALLS = {
     "triplet_loss": lambda q: negmine.triplet_loss(q, keys, labels[:len(q)], labels, backend="cpu").backward(),
     "distance_weighted": lambda q: negmine.triplet_loss(
         q, keys, labels[:len(q)], labels, negative="distance_weighted", backend="cpu").backward(),
-    "multi_similarity": lambda q: negmine.multi_similarity(q, keys, labels[:len(q)], labels, backend="cpu").backward(),
+    "multi_similarity": lambda q: negmine.losses.multi_similarity(q, keys, labels[:len(q)], labels, backend="cpu").backward(),
     "dense": lambda q: loss(q, backend="reference").backward(),
 }
 

@@ -1,4 +1,4 @@
-"""Each loss of negmine/losses/methods.py, siglip and synco against its published formula, in float64, on every backend."""
+"""Each loss of losses/methods.py, siglip and synco against its published formula, dense and in float64, on every backend."""
 
 import math
 import pickle

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import negmine
-from negmine import FalseNegatives, recipes, reference
-from negmine.losses import methods
+from negmine import FalseNegatives, Negatives, recipes, reference
+from negmine.losses import methods, mine_triplets
 from negmine.losses.synco import synco_vectors
 from negmine.recipes import Kinds
 from tests.cases import unit
@@ -43,6 +43,7 @@ def case(any_backend):
 def rows_of(recipe, case, **given):
     backend, q, pos, keys, *_ = case
     options = recipe.at(0) | {"reduction": "none", "backend": backend}
+    keys = Negatives(keys, mask=given.pop("mask", None))
     if isinstance(recipe, negmine.InfoNCELoss):
         return negmine.info_nce(q, pos, keys, **options, **given)
     return recipe.method(q, pos, keys, **options, **given)
@@ -149,7 +150,7 @@ def test_a_masked_column_weighs_nothing_at_a_small_temperature(case):
     x = s / 0.005
     right = x.masked_fill(~keep, OUT).logsumexp(1) - s_pos / 0.005
     wrong = (x + (~keep) * math.log(1e-45)).logsumexp(1) - s_pos / 0.005
-    ours = rows_of(recipes.decoupled(0.005), case, negative_mask=keep)
+    ours = rows_of(recipes.decoupled(0.005), case, mask=keep)
     told_apart(ours, right, wrong, least=1e-4)
 
 
@@ -255,10 +256,10 @@ def test_cancelled_negatives_are_never_masked_ones(case):
         pytest.skip(f"{backend}: the search for false negatives is the same code")
     keep = torch.zeros(K, dtype=torch.bool, device=q.device)
     keep[:4] = True
-    options = {"support": pos[:, None], "negative_mask": keep, "temperature": 0.1, "reduction": "none"}
+    options = {"support": pos[:, None], "temperature": 0.1, "reduction": "none", "backend": backend}
     attract = FalseNegatives(10, None, mode="attract")
-    got = negmine.info_nce(q, pos, keys, false_negatives=attract, **options)
-    only = negmine.info_nce(q, pos, keys[:4], false_negatives=attract, **(options | {"negative_mask": None}))
+    got = negmine.info_nce(q, pos, Negatives(keys, mask=keep), false_negatives=attract, **options)
+    only = negmine.info_nce(q, pos, keys[:4], false_negatives=attract, **options)
     torch.testing.assert_close(got, only)
 
 
@@ -327,13 +328,12 @@ def test_a_masked_row_is_no_parent(case):
     """A public top-N larger than the number of valid rows returns masked ones, scored -inf, and mixes them."""
     backend, q, _, keys, *_ = case
     keep = torch.arange(K, device=q.device) % 20 == 3  # 4 rows, where 30 are asked for
-    mixed = negmine.mix_negatives(q, keys, negmine.Mix(30, 40, 20), negative_mask=keep, backend=backend)
+    mix, columns = negmine.Mix(30, 40, 20), Negatives(keys, mask=keep)
+    mixed = negmine.mix_negatives(q, columns, mix, backend=backend)
     masked = q.double() @ keys.double().T
     wrong = masked.masked_fill(~keep, OUT).topk(30, dim=1).indices
     assert not bool(keep[wrong].all()) and bool(keep[mixed.parents[mixed.parents >= 0]].all())
-    _, stats = negmine.info_nce(
-        q, q, keys, mix=negmine.Mix(30, 40, 20), negative_mask=keep, backend=backend, return_stats=True
-    )
+    _, stats = negmine.info_nce(q, q, columns, mix=mix, backend=backend, return_stats=True)
     assert stats.num_negatives.tolist() == [4] * B
 
 
@@ -349,8 +349,10 @@ def test_facenets_semi_hard_has_no_band(case):
     )  # fmt: skip
     s = (q.double() @ keys.double().T).masked_fill(labels[:, None] == key_labels, OUT)
     right = (0.01 - (2 - 2 * s.amax(1))).clamp_min(0).mean()
-    band = negmine.mine_triplets(q, keys, labels, key_labels, positive="all", max_positives=1, negative="semihard_band",
-                                 margin=0.01, distance="squared_euclidean", backend=backend)  # fmt: skip
+    band = mine_triplets(
+        q, keys, labels, key_labels, positive="all", max_positives=1, negative="semihard_band", margin=0.01,
+        distance="squared_euclidean", backend=backend,
+    )  # fmt: skip
     torch.testing.assert_close(loss.double(), right, rtol=1e-5, atol=1e-6)
     assert int(found.num_triplets) == B and int(band.num_triplets) < B, "the band keeps as many here"
 

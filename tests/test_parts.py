@@ -33,7 +33,7 @@ def tiles():
 def scores(q, keys):
     """(B, K) as the kernels compute them; NaN where a score is no candidate."""
     K = len(keys)
-    found, index = torch.ops.negmine.mine_hardest(q, keys, K, *Pool())
+    found, index, _ = torch.ops.negmine_cpu.mine_hardest(q, keys, K, False, *Pool())
     return torch.full((len(q), K + 1), torch.nan).scatter_(1, torch.where(index < 0, K, index), found)[:, :K]
 
 
@@ -145,9 +145,8 @@ def test_what_does_not_split_is_a_chain_and_disturbs_no_other(tiles, types, D):
 
 def half_of(bias):
     """The weight sigmoid(bias) that softplus_sum gives every row where scale is 0: (1,) fp32."""
-    return torch.ops.negmine.losses.softplus_sum(
-        torch.ones(1, 1), torch.ones(1, 1), torch.tensor(0.0), bias, True, *Pool()
-    )[2]
+    one, zero = torch.ones(1, 1), torch.tensor(0.0)
+    return torch.ops.negmine_cpu.softplus_sum(one, one, zero, bias, True, *Pool())[2]
 
 
 @pytest.mark.parametrize("bias", [-0.7, -60.0, -85.0])  # the last of 2^-123: its parts would be subnormal as they are
@@ -159,16 +158,16 @@ def test_a_mean_is_within_its_bound(dtype, K, D, bias):
     q, p = torch.ones(70, D), half_of(bias).double()
     for odd in (0.0, 6e4 if dtype == torch.float16 else 3.38e38):  # and where a row does not split: chains of a chunk
         keys[K // 3, 0] = odd
-        pull = torch.ops.negmine.losses.softplus_sum(q, keys, torch.tensor(0.0), bias, True, *Pool())[1].double()
+        got = torch.ops.negmine_cpu.softplus_sum(q, keys, torch.tensor(0.0), bias, True, *Pool())[1].double()
         truth, size = p * keys.double().sum(0), p * keys.double().abs().sum(0)
-        assert bool(((pull - truth).abs() <= ((96 * U if odd else bound(min(K, 96))) + U * -(-K // 96)) * size).all())
+        assert bool(((got - truth).abs() <= ((96 * U if odd else bound(min(K, 96))) + U * -(-K // 96)) * size).all())
 
 
 @pytest.mark.parametrize("B, D", [(2, 3), (64, 40), (65, 130), (200, 1)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_gradient_of_keys_is_within_its_bound(tiles, dtype, B, D):
     q, keys, zero, bias = awkward(B, D).to(dtype), torch.ones(100, D), torch.tensor(0.0), torch.tensor(-0.7)
-    run = torch.ops.negmine.losses.softplus_sum_grad_keys
+    run = torch.ops.negmine_cpu.softplus_sum_grad_keys
     for size, odd in ((1.0, 0.0), (1e-42, 0.0), (1e12, 0.0), (1.0, 6e4 if dtype == torch.float16 else 3.38e38)):
         weight, q[B // 2, 0] = (awkward(B, seed=2) * size).float(), odd  # subnormal, and too large to split: so is odd
         got = run(q, keys, zero, bias, weight, *Pool())

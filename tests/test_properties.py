@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import negmine
 from negmine import Mix, MoCoQueue, Select, reference
+from negmine.losses import mine_triplets
 from negmine.ops import backends
-from negmine.ops.pool import check_pool, usable
 from tests import compare
-from tests.cases import DTYPES, ids, whole
+from tests.cases import DTYPES, dense_mask, ids, negatives, tags, whole
 
 cpu = next(row for row in backends.BACKENDS if row.name == "cpu")
 pytestmark = pytest.mark.skipif(bool(cpu.refusal), reason=cpu.refusal)
@@ -31,6 +31,8 @@ def problems(draw):
     if K and draw(st.booleans()):  # duplicates and constant rows
         keys[: K // 2] = keys[0].clone()
     masks = ids(B, K, seed=seed) if draw(st.booleans()) else {}
+    if masks and draw(st.booleans()):  # unknown ids, which equal nothing
+        masks = {name: value - 1 for name, value in masks.items()}
     if draw(st.booleans()):
         masks["negative_mask"] = torch.rand(K, generator=torch.Generator().manual_seed(seed)) < draw(st.floats(0, 1))
     return q, keys, masks
@@ -50,8 +52,8 @@ def windows(draw):
 @given(problems(), windows(), st.integers(1, 300))
 def test_selection_is_exact(problem, select, N):
     q, keys, masks = problem
-    allowed = usable(check_pool("test", q, keys, **masks), q, keys)
-    got = negmine.mine_hardest(q, keys, N, select=select, **masks, backend="cpu")
+    allowed = dense_mask(q, keys, masks)
+    got = negmine.mine_hardest(q, negatives(keys, masks), N, select=select, **tags(masks), backend="cpu")
     scores = q.float() @ keys.float().T
     times = reference.multiplicity(scores, None, select, allowed, 0, 0, 0)
     want = reference.mine_hardest(q.float(), keys.float(), N, times > 0)
@@ -64,14 +66,14 @@ def test_selection_is_exact(problem, select, N):
 def test_samples_are_exact(problem, window, size, replace, seed):
     q, keys, masks = problem
     select = Select(window.range_min, window.range_max, sample=size, replace=replace)
-    allowed = usable(check_pool("test", q, keys, **masks), q, keys)
+    allowed = dense_mask(q, keys, masks)
     scores = q.float() @ keys.float().T  # (B, K)
     times = reference.multiplicity(scores, None, select, allowed, seed, 1, 2)
-    call = {"select": select, "seed": seed, "step": 1, "row_offset": 2}
-    _, stats = negmine.info_nce(q, q, keys, temperature=4.0, **call, **masks, return_stats=True, backend="cpu")
+    call = {"select": select, "seed": seed, "step": 1, "row_offset": 2, **tags(masks), "backend": "cpu"}
+    _, stats = negmine.info_nce(q, q, negatives(keys, masks), temperature=4.0, **call, return_stats=True)
     compare.exact("num_negatives", stats.num_negatives, times.sum(1))
     if not replace:
-        got = negmine.mine_hardest(q, keys, size, **call, **masks, backend="cpu")
+        got = negmine.mine_hardest(q, negatives(keys, masks), size, **call)
         compare.exact("index", got.index, reference.mine_hardest(q.float(), keys.float(), size, times > 0)[1])
 
 
@@ -89,12 +91,13 @@ def test_complementary_windows_add_up(problem, cut):
     if len(keys) * cut < 1:
         return  # a fraction window keeps at least one: the two overlap
     q, keys = q.float() / 30, keys.float() / 30
-    allowed = usable(check_pool("test", q, keys, **masks), q, keys)
+    allowed = dense_mask(q, keys, masks)
     if allowed is not None and bool((allowed.sum(1) * cut < 1).any()):
         return
 
     def lse(select):
-        return negmine.info_nce(q, q, keys, select=select, decoupled=True, return_stats=True, **masks, backend="cpu")[1]
+        call = {"decoupled": True, "return_stats": True, "backend": "cpu"}
+        return negmine.info_nce(q, q, negatives(keys, masks), select=select, **tags(masks), **call)[1]
 
     parts = lse(Select(0.0, cut)), lse(Select(cut, 1.0))
     full = lse(None)
@@ -107,11 +110,12 @@ def test_complementary_windows_add_up(problem, cut):
 def test_mixes_of_a_batch_are_those_of_its_parts(problem, hard, pairs, with_query, skip, distinct):
     q, keys, masks = problem
     mix = Mix(hard, pairs, with_query, skip=skip, distinct=distinct)
-    full = negmine.mix_negatives(q, keys, mix, seed=3, **masks, backend="cpu")
+    columns = negatives(keys, masks)
+    full = negmine.mix_negatives(q, columns, mix, seed=3, **tags(masks), backend="cpu")
     cut = len(q) // 2
     for rows, offset in ((slice(0, cut), 0), (slice(cut, None), cut)):
-        own = {name: value[rows] if name == "query_ids" else value for name, value in masks.items()}
-        part = negmine.mix_negatives(q[rows], keys, mix, seed=3, row_offset=offset, **own, backend="cpu")
+        own = {name: value[rows] for name, value in tags(masks).items()}
+        part = negmine.mix_negatives(q[rows], columns, mix, seed=3, row_offset=offset, **own, backend="cpu")
         for a, b in zip(part, full, strict=True):
             assert torch.equal(a, b[rows])
 
@@ -123,8 +127,8 @@ def test_permuting_the_queue_changes_nothing(problem, seed):
     q, keys = q.float() / 30, keys.float() / 30
     order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed))
     moved = {name: value if name == "query_ids" else value[order] for name, value in masks.items()}
-    a = negmine.info_nce(q, q, keys, **masks, reduction="none", backend="cpu")
-    b = negmine.info_nce(q, q, keys[order], **moved, reduction="none", backend="cpu")
+    call = {**tags(masks), "reduction": "none", "backend": "cpu"}
+    a, b = (negmine.info_nce(q, q, negatives(k, m), **call) for k, m in ((keys, masks), (keys[order], moved)))
     torch.testing.assert_close(a, b)
 
 
@@ -151,9 +155,9 @@ quick = settings(max_examples=30, deadline=None)
 EMPTY = (whole(3, 2), whole(0, 2), {})
 
 
-def on_both(op, *tensors, **options):
+def on_both(function, *tensors, **options):
     """The results of the CPU kernels and of the reference."""
-    return [getattr(negmine, op)(*tensors, **options, backend=backend) for backend in ("cpu", "reference")]
+    return [function(*tensors, **options, backend=backend) for backend in ("cpu", "reference")]
 
 
 def labels_of(q, keys, seed):
@@ -166,15 +170,16 @@ def labels_of(q, keys, seed):
 @example(EMPTY, [0])
 def test_rank_thresholds(problem, ranks):
     q, keys, masks = problem
-    compare.exact("scores", *on_both("rank_thresholds", q, keys, ranks, **masks))
+    compare.exact("scores", *on_both(negmine.rank_thresholds, q, negatives(keys, masks), ranks, **tags(masks)))
 
 
 @quick
 @given(problems(), st.lists(st.floats(0, 1), min_size=1, max_size=3))
 @example(EMPTY, [0.5])
-def test_percentile(problem, wanted):
+def test_quantile(problem, wanted):
     q, keys, masks = problem
-    torch.testing.assert_close(*on_both("percentile", q, keys, wanted, **masks), equal_nan=True, rtol=1e-6, atol=1e-6)
+    both = on_both(negmine.quantile, q, negatives(keys, masks), wanted, **tags(masks))
+    torch.testing.assert_close(*both, equal_nan=True, rtol=1e-6, atol=1e-6)
 
 
 @quick
@@ -183,7 +188,8 @@ def test_percentile(problem, wanted):
 def test_what_a_loss_counts(problem, select, decoupled):
     q, keys, masks = problem
     options = {"select": select, "decoupled": decoupled, "temperature": 5.0, "reduction": "none", "return_stats": True}
-    (got, counted), (want, truth) = on_both("info_nce", q, q.flip(0), keys, **options, **masks)
+    columns = negatives(keys, masks)
+    (got, counted), (want, truth) = on_both(negmine.info_nce, q, q.flip(0), columns, **options, **tags(masks))
     for name in ("positive_rank", "num_negatives", "num_empty"):
         compare.exact(name, getattr(counted, name), getattr(truth, name))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -195,7 +201,7 @@ def test_what_a_loss_counts(problem, select, decoupled):
 def test_sup_con(problem, seed, positives, denominator):
     q, keys, _ = problem
     options = {"positives": positives, "denominator": denominator, "temperature": 5.0, "return_stats": True}
-    (got, counted), (want, truth) = on_both("sup_con", q, keys, *labels_of(q, keys, seed), **options)
+    (got, counted), (want, truth) = on_both(negmine.sup_con, q, keys, *labels_of(q, keys, seed), **options)
     compare.exact("num_positives", counted.num_positives, truth.num_positives)
     compare.exact("num_without_positive", counted.num_without_positive, truth.num_without_positive)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -212,7 +218,7 @@ def test_sup_con(problem, seed, positives, denominator):
 def test_mine_triplets(problem, seed, positive, negative):
     q, keys, _ = problem
     got, want = on_both(
-        "mine_triplets", q, keys, *labels_of(q, keys, seed), positive=positive, negative=negative, num_negatives=3
+        mine_triplets, q, keys, *labels_of(q, keys, seed), positive=positive, negative=negative, num_negatives=3
     )
     for name in got._fields:
         compare.exact(name, getattr(got, name), getattr(want, name))
@@ -223,7 +229,8 @@ def test_mine_triplets(problem, seed, positive, negative):
 @example(EMPTY, 5, 3, 2, 0)
 def test_parents_of_mixes(problem, hard, pairs, with_query, seed):
     q, keys, masks = problem
-    got, want = on_both("mix_negatives", q, keys, Mix(hard, pairs, with_query), seed=seed, **masks)
+    mix = Mix(hard, pairs, with_query)
+    got, want = on_both(negmine.mix_negatives, q, negatives(keys, masks), mix, seed=seed, **tags(masks))
     compare.exact("parents", got.parents, want.parents)
     compare.exact("coefficients", got.coefficients, want.coefficients.float())
 

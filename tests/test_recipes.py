@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import negmine
-from negmine import Select, recipes
+from negmine import Negatives, Select, recipes
 from negmine.recipes.schedules import after, scheduled
 from tests.cases import feed, unit
 from tests.conftest import device_of
@@ -188,7 +188,7 @@ REFUSALS = [
     ),
     (lambda: call(recipes.rince(reduction="avg"), ""), "rince: reduction must be 'mean' or 'sum' or 'none'"),
     (lambda: call(recipes.rince(temperature=0.0), ""), "rince: temperature must be a number above 0"),
-    (lambda: call(recipes.rince(negative_mark=1), ""), "rince: negative_mark is no keyword; those of the pool are"),
+    (lambda: call(recipes.rince(negative_mark=1), ""), "rince: negative_mark is not a keyword; those of the pool are"),
     (lambda: recipes.mixed_inputs(torch.arange(3)), "mixed_inputs: inputs must be a floating tensor of shape (B, ...)"),
     (lambda: recipes.mixed_inputs(torch.ones(3), concentration=0), "concentration must be a number above 0"),
     (lambda: recipes.i_mix()(*inputs(), share=torch.ones(3), partner=torch.arange(B)), "i_mix: share must be floating"),
@@ -325,10 +325,11 @@ def test_mochi_oracle_labels_leave_before_mining():
     same = key_labels == 0
     keys[same] = q[torch.arange(int(same.sum())) % B]  # the hardest of all are false negatives
     loss = recipes.mochi(20, 12, 6)
-    got = loss(q, pos, keys, step=3, query_labels=labels, negative_labels=key_labels)
+    columns = Negatives(keys, labels=key_labels)
+    got = loss(q, pos, columns, step=3, query_labels=labels)
     assert torch.allclose(got, loss(q, pos, keys[~same], step=3))
     mix = loss.at(3)["mix"]
-    mixed = negmine.mix_negatives(q, keys, mix, query_labels=labels, negative_labels=key_labels)
+    mixed = negmine.mix_negatives(q, columns, mix, query_labels=labels)
     parents = mixed.parents[mixed.parents >= 0]
     assert parents.numel() and not bool(same[parents].any())
 

@@ -29,7 +29,7 @@ def labels(B, K, device, seed):
 @pytest.mark.parametrize("denominator", ["all", "own_positive", "negatives_only"])
 def test_values_and_gradients(backend, positives, denominator, dtype, monkeypatch):
     skip_what_the_interpreter_repeats(backend, dtype)
-    monkeypatch.setattr(sys.modules["negmine.sup_con"], "PIECE", 300)  # many pieces, also of short queues
+    monkeypatch.setattr(sys.modules["negmine.losses.sup_con"], "PIECE", 300)  # many pieces, also of short queues
     device = device_of(backend)
     options = {"positives": positives, "denominator": denominator}
     for seed, (B, K, D, _) in enumerate(shapes_for(backend)):
@@ -97,9 +97,8 @@ def test_one_positive_is_info_nce(any_backend):
     columns = torch.cat([pos, keys])
     key_labels = torch.cat([own, torch.full((40,), -1, device=device)])
     got = negmine.sup_con(q, columns, own, key_labels, reduction="none", backend=any_backend)
-    want = negmine.info_nce(
-        q, pos, columns, query_labels=own, negative_labels=key_labels, reduction="none", backend=any_backend
-    )
+    others = negmine.Negatives(columns, labels=key_labels)
+    want = negmine.info_nce(q, pos, others, query_labels=own, reduction="none", backend=any_backend)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -154,7 +153,7 @@ REFUSALS = [
     ((q0.long(), k0, lb, lk), {}, TypeError, "sup_con: query must be a floating tensor"),
     ((q0, k0[:, :2], lb, lk), {}, ValueError, "keys must be of shape (K, D) with query's D = 4"),
     ((q0, k0, None, lk), {}, TypeError, "query_labels must be a tensor, got None"),
-    ((q0, k0, lb, None), {}, ValueError, "key_labels must be given together with query_labels"),
+    ((q0, k0, lb, None), {}, TypeError, "key_labels must be a tensor, got None"),
     ((q0, k0, lb, lb), {}, ValueError, "key_labels must be of shape (7,)"),
     ((q0, k0, lb.float(), lk), {}, TypeError, "query_labels must be a tensor of whole numbers"),
     ((q0, k0, lb, lk), {"positives": "both"}, ValueError, "positives must be 'out' or 'in', got 'both'"),

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import negmine
-from negmine import recipes, reference
+from negmine import Negatives, recipes, reference
+from negmine.losses import multi_similarity
 from tests import compare
 from tests.cases import DTYPES, shapes_for, unit
 from tests.conftest import device_of, skip_what_the_interpreter_repeats
@@ -103,7 +104,7 @@ def test_no_positives_no_negatives_no_keys_and_masked_nan(any_backend):
         (unit(6, 8, device=device), torch.zeros(6, dtype=torch.long, device=device)),  # no negative
         (unit(0, 8, device=device), torch.zeros(0, dtype=torch.long, device=device)),  # no key
     ):
-        for function in (negmine.triplet_loss, negmine.multi_similarity):
+        for function in (negmine.triplet_loss, multi_similarity):
             loss, stats = function(q, keys, zeros, classes, return_stats=True, backend=any_backend)
             (grad,) = torch.autograd.grad(loss, q)
             assert float(loss.detach()) == 0 and not bool(grad.any())
@@ -111,7 +112,7 @@ def test_no_positives_no_negatives_no_keys_and_masked_nan(any_backend):
     keys, classes = unit(8, 8, device=device).clone(), torch.arange(8, device=device) % 2
     keys[0] = torch.nan
     mask = torch.arange(8, device=device) > 0
-    for function in (negmine.triplet_loss, negmine.multi_similarity):
+    for function in (negmine.triplet_loss, multi_similarity):
         loss = function(q, keys, zeros, classes, key_mask=mask, backend=any_backend)
         want = function(q, keys[1:], zeros, classes[1:], backend=any_backend)
         assert float(loss.detach()) > 0 and abs(float((loss - want).detach())) < 1e-5
@@ -165,7 +166,7 @@ def test_every_option_changes_the_loss():
     assert len(set(values)) == len(values), values
     numbers = [{}, {"alpha": 3.0}, {"beta": 40.0}, {"base": 0.4}, {"epsilon": 0.0}, {"reduction": "sum"}]
     numbers += [{"query_ids": ids[0], "key_ids": ids[1]}, {"key_mask": torch.arange(60) % 3 > 0}]
-    values = [float(negmine.multi_similarity(q, keys, *both, **change)) for change in numbers]
+    values = [float(multi_similarity(q, keys, *both, **change)) for change in numbers]
     assert len(set(values)) == len(values), values
 
 
@@ -191,7 +192,7 @@ def ms_by_loops(q, keys, same, other, alpha, beta, base, epsilon):
 def test_multi_similarity_is_the_loop():
     q, keys, both = unit(9, 4).double(), unit(40, 4, seed=1).double(), labels(9, 40)
     for masks in masks_of(9, 40, "cpu", 0):
-        rows, stats = negmine.multi_similarity(q, keys, *both, **masks, reduction="none", return_stats=True)
+        rows, stats = multi_similarity(q, keys, *both, **masks, reduction="none", return_stats=True)
         want = ms_by_loops(q, keys, *dense_pools(9, 40, both, masks), **MS)
         assert [(int(p), int(n)) for p, n in zip(stats.num_positives, stats.num_negatives, strict=True)] == [
             row[1:] for row in want
@@ -200,11 +201,11 @@ def test_multi_similarity_is_the_loop():
             rows, torch.tensor([row[0] for row in want], dtype=torch.float64), rtol=1e-12, atol=1e-12
         )
         assert int(stats.num_empty) == sum(row[1] + row[2] == 0 for row in want) > 0
-        total = float(negmine.multi_similarity(q, keys, *both, **masks, reduction="sum"))
+        total = float(multi_similarity(q, keys, *both, **masks, reduction="sum"))
         assert abs(total - sum(row[0] for row in want)) < 1e-9
     leaves = [t[:20].requires_grad_() for t in (q, keys)]
     few = both[0], both[1][:20]
-    assert torch.autograd.gradcheck(lambda q, k: negmine.multi_similarity(q, k, *few), leaves)
+    assert torch.autograd.gradcheck(lambda q, k: multi_similarity(q, k, *few), leaves)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -222,7 +223,7 @@ def test_multi_similarity_values_and_gradients(backend, dtype):
                 same = (both[0][:, None] == both[1]) & (both[0] >= 0)[:, None]
                 rows = reference.multi_similarity(*leaves, same, ~same, **MS)[0]
             else:
-                rows = negmine.multi_similarity(*leaves, *both, reduction="none", backend=chosen)
+                rows = multi_similarity(*leaves, *both, reduction="none", backend=chosen)
             return [rows, *torch.autograd.grad(rows.double().sum(), leaves)]
 
         truth, plain = run(torch.float64, "dense"), run(torch.float32, "dense")
@@ -318,14 +319,14 @@ def test_simans_is_info_nce_over_what_it_drew(any_backend):
     q, pos, keys = (unit(n, 8, device=device, seed=i) for i, n in enumerate((5, 5, 40)))
     q.requires_grad_()
     mask = torch.arange(40, device=device) < 6  # fewer left than are drawn
-    for masks, left in (({}, 8), ({"negative_mask": mask}, 6)):
+    for columns, left in ((keys, 8), (Negatives(keys, mask=mask), 6)):
         loss = recipes.simans(8, candidates=20, temperature=0.1, backend=any_backend)
-        index = loss.sample(q.detach(), pos, keys, step=0, **masks)
+        index = loss.sample(q.detach(), pos, columns, step=0)
         assert bool(((index >= 0).sum(1) == left).all())
-        got = loss(q, pos, keys, **masks)
+        got = loss(q, pos, columns)
         (grad,) = torch.autograd.grad(got, q)
         usable = torch.zeros(5, 41, dtype=torch.bool, device=device).scatter(1, index % 41, True)[:, :40]
-        want = negmine.info_nce(q, pos, keys, temperature=0.1, negative_mask=usable)
+        want = negmine.info_nce(q, pos, Negatives(keys, mask=usable), temperature=0.1)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(grad, torch.autograd.grad(want, q)[0], rtol=1e-4, atol=1e-5)
     assert loss.state_dict()["_extra_state"] == {"step": 1}
@@ -339,13 +340,13 @@ def test_everything_compiles_into_one_graph():
     q, keys, both = unit(4, 8), unit(30, 8, seed=1), labels(4, 30)
 
     def step(q, keys):
-        return negmine.triplet_loss(q, keys, *both, margin=0.5) + negmine.multi_similarity(q, keys, *both)
+        return negmine.triplet_loss(q, keys, *both, margin=0.5) + multi_similarity(q, keys, *both)
 
     torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(q, keys), step(q, keys))
 
 
 q0, k0, lb, lk = torch.randn(3, 4), torch.randn(7, 4), torch.arange(3), torch.arange(7)
-triplet, ms = negmine.triplet_loss, negmine.multi_similarity
+triplet, ms = negmine.triplet_loss, multi_similarity
 REFUSALS = [
     (triplet, (q0, k0, lb, lk), {"temperature": 0.0}, ValueError, "triplet_loss: temperature must be a number above 0"),
     (triplet, (q0, k0, lb, lk), {"temperature": torch.ones(())}, ValueError, "or None for the hinge"),
@@ -379,7 +380,7 @@ REFUSALS = [
     (recipes.simans, (), {"reduction": "avg"}, ValueError, "simans: reduction must be"),
     (recipes.simans, (), {"seed": -1}, ValueError, "simans: seed must be an int"),
     (recipes.simans(), (q0, k0, k0), {}, ValueError, "simans: positive_key must be of query's shape"),
-    (recipes.simans(), (q0, q0, k0), {"row_offset": -1}, ValueError, "simans: row_offset must be an int of 0 or more"),
+    (recipes.simans(), (q0, q0, k0), {"row_offset": -1}, ValueError, "simans: row_offset must be an int in [0, 2**63)"),
 ]
 
 

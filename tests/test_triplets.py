@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
-import negmine
-from negmine import distance_weighted, reference
+from negmine import reference
+from negmine.losses import distance_weighted, mine_triplets
 from negmine.ops import philox
 from tests import compare
 from tests.cases import DTYPES, shapes_for, unit, whole
@@ -115,7 +115,7 @@ def test_the_reference_is_the_loop(rule):
         q, keys = whole(B, D, dtype=torch.float64, seed=seed), whole(K, D, dtype=torch.float64, seed=seed + 1)
         both = labels(B, K, seed=seed)
         for masks in masks_of(B, K, "cpu", seed):
-            got = negmine.mine_triplets(q, keys, *both, **rule, **masks, backend="reference")
+            got = mine_triplets(q, keys, *both, **rule, **masks, backend="reference")
             same, other = dense_pools(B, K, both, masks)
             want = [by_loops((q[b] @ keys.T).tolist(), same[b], other[b], rule) for b in range(B)]
             anchor, p, n = (t.tolist() for t in got.compact())
@@ -138,7 +138,7 @@ def test_margins_in_euclidean_distances_of_unit_vectors(rule, kind):
     rule = {**rule, "margin": 0.3}
     q, keys = unit(12, 4, dtype=torch.float64), unit(40, 4, dtype=torch.float64, seed=1)
     both = labels(12, 40)
-    got = negmine.mine_triplets(q, keys, *both, **rule, distance=kind)
+    got = mine_triplets(q, keys, *both, **rule, distance=kind)
     same, other = dense_pools(12, 40, both, {})
     want = [(b, *pair) for b in range(12) for pair in by_loops((q[b] @ keys.T).tolist(), same[b], other[b], rule, kind)]
     assert list(zip(*(t.tolist() for t in got.compact()), strict=True)) == want
@@ -156,8 +156,8 @@ def test_backends_are_exact_on_integers(backend, rule, dtype):
         q, keys = (whole(n, D, dtype=dtype, device=device, seed=seed + i) for i, n in enumerate((B, K)))
         both = labels(B, K, device, seed)
         for masks in masks_of(B, K, device, seed)[:: 2 if interpreted(backend) else 1]:
-            got = negmine.mine_triplets(q, keys, *both, **rule, **masks, backend=backend)
-            want = negmine.mine_triplets(q.float(), keys.float(), *both, **rule, **masks, backend="reference")
+            got = mine_triplets(q, keys, *both, **rule, **masks, backend=backend)
+            want = mine_triplets(q.float(), keys.float(), *both, **rule, **masks, backend="reference")
             for name, k, t in zip(got._fields, got, want, strict=True):
                 compare.exact(f"{name} {B, K, D}", k, t)
 
@@ -169,8 +169,8 @@ def test_backends_agree_on_unit_vectors(any_backend, rule):
     rule = {**rule, "margin": 0.2}
     q, keys = unit(6, 8, device=device), unit(60, 8, device=device, seed=1)
     both = labels(6, 60, device)
-    got = negmine.mine_triplets(q, keys, *both, **rule, backend=any_backend)
-    want = negmine.mine_triplets(q.double(), keys.double(), *both, **rule)
+    got = mine_triplets(q, keys, *both, **rule, backend=any_backend)
+    want = mine_triplets(q.double(), keys.double(), *both, **rule)
     assert torch.equal(got.negative < 0, want.negative < 0)
     for name in ("positive_score", "negative_score"):
         finite = getattr(want, name).isfinite()
@@ -185,8 +185,8 @@ def test_anchors_that_are_keys_leave_themselves_out(any_backend):
         torch.arange(12, device=device) % 3,
         torch.arange(12, device=device),
     )
-    got = negmine.mine_triplets(views, views, classes, classes, query_ids=own, key_ids=own, backend=any_backend)
-    alone = negmine.mine_triplets(views, views, classes, classes, backend=any_backend)
+    got = mine_triplets(views, views, classes, classes, query_ids=own, key_ids=own, backend=any_backend)
+    alone = mine_triplets(views, views, classes, classes, backend=any_backend)
     assert bool((alone.positive[:, 0] == own).all())  # without ids the nearest positive is the sample itself
     anchor, p, n = got.compact()
     assert len(anchor) and bool((anchor != p).all())
@@ -198,9 +198,9 @@ def test_a_row_alone_is_the_row_in_a_batch(backend):
     q, keys = unit(5, 8, device=device), unit(40, 8, device=device, seed=1)
     both = labels(5, 40, device)
     rule = RULES[9]
-    whole_batch = negmine.mine_triplets(q, keys, *both, **rule, backend=backend)
+    whole_batch = mine_triplets(q, keys, *both, **rule, backend=backend)
     for b in range(5):
-        row = negmine.mine_triplets(q[b : b + 1], keys, both[0][b : b + 1], both[1], **rule, backend=backend)
+        row = mine_triplets(q[b : b + 1], keys, both[0][b : b + 1], both[1], **rule, backend=backend)
         assert torch.equal(row.negative[0], whole_batch.negative[b])
         if not interpreted(backend):  # where NumPy's product depends on the shape of its operands
             assert torch.equal(row.negative_score[0], whole_batch.negative_score[b])
@@ -217,7 +217,7 @@ def test_a_copy_of_the_positive_is_not_farther(backend, rule):
         keys = torch.cat([keys, keys])  # every key once as class 0 or 1, and once as the other
         classes = torch.arange(80, device=device) % 2
         both = torch.zeros(50, dtype=torch.long, device=device), torch.cat([classes, 1 - classes])
-        got = negmine.mine_triplets(q, keys, *both, **rule, backend=backend)
+        got = mine_triplets(q, keys, *both, **rule, backend=backend)
         assert bool((got.negative_score < got.positive_score[:, :, None]).all())
         assert int(got.num_triplets) == 50 * rule.get("max_positives", 1)
 
@@ -226,13 +226,11 @@ def test_nan_is_no_candidate_and_stays_in_its_row(any_backend):
     device = device_of(any_backend)
     q, keys = unit(4, 8, device=device), unit(30, 8, device=device, seed=1)
     both = torch.zeros(4, dtype=torch.long, device=device), torch.arange(30, device=device) % 2
-    clean = negmine.mine_triplets(q, keys, *both, positive="hard", negative="hardest", backend=any_backend)
+    clean = mine_triplets(q, keys, *both, positive="hard", negative="hardest", backend=any_backend)
     spoiled_q, spoiled_keys = q.clone(), keys.clone()
     spoiled_q[1, 3] = torch.nan
     spoiled_keys[clean.negative[0, 0, 0]] = torch.nan
-    got = negmine.mine_triplets(
-        spoiled_q, spoiled_keys, *both, positive="hard", negative="hardest", backend=any_backend
-    )
+    got = mine_triplets(spoiled_q, spoiled_keys, *both, positive="hard", negative="hardest", backend=any_backend)
     assert int(got.num_without) == 1 and int(got.positive[1, 0]) == -1
     assert int(got.negative[0, 0, 0]) not in (-1, int(clean.negative[0, 0, 0]))
     assert torch.equal(got.positive[[0, 2, 3]], clean.positive[[0, 2, 3]])
@@ -240,7 +238,7 @@ def test_nan_is_no_candidate_and_stays_in_its_row(any_backend):
 
 def test_pairs_are_those_of_the_triplets():
     q, keys = whole(6, 3), whole(30, 3, seed=1)
-    got = negmine.mine_triplets(q, keys, *labels(6, 30), **RULES[-1])
+    got = mine_triplets(q, keys, *labels(6, 30), **RULES[-1])
     a, p, n = got.compact()
     a1, p1, a2, n2 = got.pairs()
     assert set(zip(a1.tolist(), p1.tolist(), strict=True)) == set(zip(a.tolist(), p.tolist(), strict=True))
@@ -252,7 +250,7 @@ def test_distance_weighted_draws_follow_the_published_weights():
     D, draws = 8, 4000
     q, keys = unit(1, D).double(), unit(12, D, seed=5).double()
     classes = torch.zeros(draws, dtype=torch.long), torch.arange(12) % 4
-    got = negmine.mine_triplets(q.expand(draws, D), keys, *classes, negative="distance_weighted", seed=3)
+    got = mine_triplets(q.expand(draws, D), keys, *classes, negative="distance_weighted", seed=3)
     weight = torch.zeros(12, dtype=torch.float64)
     for k in range(12):
         d = max(math.sqrt(2 - 2 * float(q[0] @ keys[k])), 0.5)
@@ -270,12 +268,12 @@ def test_distance_weighted_draws_know_neither_batch_nor_position():
     q, keys = unit(6, 8), unit(50, 8, seed=1)
     both = torch.zeros(6, dtype=torch.long), torch.arange(50) % 2
     rule = {"negative": "distance_weighted", "num_negatives": 5, "seed": 2, "step": 7}
-    together = negmine.mine_triplets(q, keys, *both, **rule)
+    together = mine_triplets(q, keys, *both, **rule)
     for b in range(6):
-        row = negmine.mine_triplets(q[b : b + 1], keys, both[0][:1], both[1], **rule, row_offset=b)
+        row = mine_triplets(q[b : b + 1], keys, both[0][:1], both[1], **rule, row_offset=b)
         assert torch.equal(row.negative[0], together.negative[b])
     assert bool((together.negative.sort(2).values.diff(dim=2) > 0).all())  # no index twice
-    again = negmine.mine_triplets(q, keys, *both, **{**rule, "step": 8})
+    again = mine_triplets(q, keys, *both, **{**rule, "step": 8})
     assert not torch.equal(again.negative, together.negative)
 
 
@@ -293,11 +291,11 @@ def test_distance_weighted_draws_are_those_of_the_reference(backend, N_drawn, mo
         for masks in masks_of(B, K, device, seed)[:: 2 if interpreted(backend) else 1]:
             if masks.get("key_mask") is not None and masks["key_mask"].dim() == 1:
                 keys[~masks["key_mask"]] = torch.nan  # never read
-            want = negmine.mine_triplets(q, keys, *both, **rule, **masks, **key, backend="reference")
+            want = mine_triplets(q, keys, *both, **rule, **masks, **key, backend="reference")
             for piece in (1, 40, 1 << 16):
                 monkeypatch.setattr(distance_weighted, "PIECE_ON_CPU", piece)
                 monkeypatch.setattr(distance_weighted, "PIECE", piece)
-                got = negmine.mine_triplets(q, keys, *both, **rule, **masks, **key, backend=backend)
+                got = mine_triplets(q, keys, *both, **rule, **masks, **key, backend=backend)
                 for name, k, t in zip(got._fields, got, want, strict=True):
                     compare.exact(f"{name} {B, K, D, piece}", k, t)
             total += int(want.num_triplets)
@@ -317,10 +315,8 @@ def test_it_compiles_into_one_graph():
     torch._dynamo.reset()
     q, keys, both = unit(4, 8), unit(30, 8, seed=1), labels(4, 30)
     rule = {**RULES[8], "num_negatives": 2}
-    compiled = torch.compile(
-        lambda q, k: negmine.mine_triplets(q, k, *both, **rule), fullgraph=True, backend="aot_eager"
-    )
-    for got, want in zip(compiled(q, keys), negmine.mine_triplets(q, keys, *both, **rule), strict=True):
+    compiled = torch.compile(lambda q, k: mine_triplets(q, k, *both, **rule), fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(q, keys), mine_triplets(q, keys, *both, **rule), strict=True):
         assert torch.equal(got, want)
 
 
@@ -378,4 +374,4 @@ REFUSALS = [
 @pytest.mark.parametrize("arguments, options, error, words", REFUSALS, ids=[words[:50] for *_, words in REFUSALS])
 def test_refusal(arguments, options, error, words):
     with pytest.raises(error, match=re.escape(words)):
-        negmine.mine_triplets(*arguments, **options)
+        mine_triplets(*arguments, **options)
