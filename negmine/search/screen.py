@@ -1,14 +1,14 @@
-"""An fp32 scan by way of bf16, where the processor multiplies that faster: the same answer to the bit, for half the products.
+"""A scan of fp32 or fp16 by way of bf16, where the processor multiplies that faster: the same answer to the bit.
 
     q', k'      query and row rounded to bf16;  s the kernel's score of q and k, a its score of q' and k'
     |s - a| <= |q - q'| |k| + |q'| |k - k'| + g (|q| |k| + |q'| |k'|),  g = (D + 16) 2^-23
                 what rounding the vectors changes (Cauchy-Schwarz), and what any order of D additions in fp32 may lose, twice over
     reach_b     the right side with the largest |k|, |k - k'| of the chunk
 
-The N + EXTRA columns of largest a, out of those with a <= top + reach, are scored in fp32 and ranked: N of them, with s <= top.
+The N + EXTRA columns of largest a, out of those with a <= top + reach, are scored as stored and ranked: N of them, with s <= top.
 A column that was not looked at has s <= reach + the last of these a. Where that lies below the N-th score found, nothing was
 missed; and as it lies below top, a column that was counted (a <= top + reach) and has s > top was looked at. The other queries,
-where scores lie too close for that, are scanned in fp32.
+where scores lie too close for that, are scanned as stored.
 """
 
 from dataclasses import dataclass
@@ -31,13 +31,14 @@ SLACK = 1.01  # for the roundings of the norms and of the bound itself
 
 
 def halved(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """rows (M, D) fp32 -> x' (M, D) bf16 and the norms of x and of x - x' (M,); NaN where a row holds one."""
+    """rows (M, D) fp32 or fp16 -> x' (M, D) bf16 and the norms of x and of x - x' (M,); NaN where a row holds one."""
     half = torch.empty(rows.shape, dtype=torch.bfloat16)
     norms = torch.empty(2, len(rows))
     for begin in range(0, len(rows), ROUNDED_ROWS):
         part = slice(begin, begin + ROUNDED_ROWS)
-        half[part] = rows[part]
-        for norm, vectors in zip(norms, (rows[part], rows[part] - half[part]), strict=True):
+        exact = rows[part].float()
+        half[part] = exact
+        for norm, vectors in zip(norms, (exact, exact - half[part]), strict=True):
             norm[part] = torch.linalg.vector_norm(vectors, dim=1) + TINY
     return half, *norms
 
@@ -60,7 +61,8 @@ class Screen:
     def pays(self, ops: Launchers | None, query: Tensor, keys: Tensor, N: int, select: Select) -> bool:
         if ops is None or ops.mine_hardest is not LAUNCHERS.get("mine_hardest"):
             return False
-        fast = query.dtype == keys.dtype == torch.float32 and cpp_ops.isa_for(torch.bfloat16, torch.bfloat16).endswith("bf16")
+        wide = query.dtype == keys.dtype and keys.dtype in (torch.float32, torch.float16)
+        fast = wide and cpp_ops.isa_for(torch.bfloat16, torch.bfloat16).endswith("bf16")
         large = len(query) >= LEAST_QUERIES and len(keys) >= LEAST_ROWS and query.shape[1] >= LEAST_DIM
         plain = select.min_score is None and not (select.starts_late or select.ends_early)
         return fast and large and plain and len(keys) >= 64 * N and self.failed <= MOST_FAILED * self.tried
