@@ -133,6 +133,8 @@ class Scratch {
         room.take(workspace.query_parts, part * kLanes);
         room.take(workspace.lanes_in_parts, kLanes);
         room.take(workspace.lane_words, kLaneWords * kLanes);
+        room.take(workspace.id_filter, kFilterWords);
+        room.take(workspace.label_filter, kFilterWords);
       }
     };
     lay_out();  // to measure

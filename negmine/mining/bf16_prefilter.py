@@ -1,6 +1,6 @@
-"""A faster fp32 scan on processors that multiply bf16 faster: candidates by bf16 scores, then exact fp32 scores of these only.
+"""A faster scan of fp32 or fp16 on processors that multiply bf16 faster: candidates by bf16 scores, then exact scores of these.
 
-The result is bit for bit that of the fp32 scan.
+The result is bit for bit that of a scan of the vectors as they are stored.
 
     q', k'      query and row rounded to bf16;  s: the kernel's score of q and k;  a: its score of q' and k'
     |s - a| <= |q - q'| |k| + |q'| |k - k'| + g (|q| |k| + |q'| |k'|),  g = (D + 16) 2^-23
@@ -8,11 +8,11 @@ The result is bit for bit that of the fp32 scan.
     bound_b     the right side with the largest |k| and |k - k'| of the chunk
     max_score   the largest score that the filters keep
 
-The candidates are the N + EXTRA columns with the largest a, among those with a <= max_score + bound. They are scored in fp32,
+The candidates are the N + EXTRA columns with the largest a, among those with a <= max_score + bound. They are scored as stored,
 and the N hardest with s <= max_score are returned. Every other column has s <= bound + the smallest a of the candidates. Where
 that is less than the N-th score found, no column was missed; and since it is then less than max_score as well, every column
 with a <= max_score + bound but s > max_score is a candidate, so the count of kept rows is exact too. Queries whose scores are
-too close to decide are scanned again in fp32.
+too close to decide are scanned again as stored.
 """
 
 from dataclasses import dataclass
@@ -36,13 +36,14 @@ SLACK = 1.01  # for the rounding errors of the norms and of the bound itself
 
 
 def round_to_bf16(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """rows (M, D) fp32 -> x' (M, D) bf16 and the norms of x and of x - x' (M,); NaN where a row holds one."""
+    """rows (M, D) fp32 or fp16 -> x' (M, D) bf16 and the norms of x and of x - x' (M,); NaN where a row holds one."""
     half = torch.empty(rows.shape, dtype=torch.bfloat16)
     norms = torch.empty(2, len(rows))
     for begin in range(0, len(rows), ROUNDED_ROWS):
         part = slice(begin, begin + ROUNDED_ROWS)
-        half[part] = rows[part]
-        for norm, vectors in zip(norms, (rows[part], rows[part] - half[part]), strict=True):
+        exact = rows[part].float()
+        half[part] = exact
+        for norm, vectors in zip(norms, (exact, exact - half[part]), strict=True):
             norm[part] = torch.linalg.vector_norm(vectors, dim=1) + TINY
     return half, *norms
 
@@ -65,8 +66,8 @@ class Bf16Prefilter:
     def is_faster(self, ops: Kernels | None, query: Tensor, keys: Tensor, N: int, select: Select) -> bool:
         if ops is None or ops.mine_hardest is not CPU_OPS.get("mine_hardest"):
             return False
-        bf16 = compiled.isa_for(torch.bfloat16, torch.bfloat16)
-        fast = query.dtype == keys.dtype == torch.float32 and bf16.endswith("bf16")
+        wide = query.dtype == keys.dtype and keys.dtype in (torch.float32, torch.float16)
+        fast = wide and compiled.isa_for(torch.bfloat16, torch.bfloat16).endswith("bf16")
         large = len(query) >= MIN_QUERIES and len(keys) >= MIN_ROWS and query.shape[1] >= MIN_DIM
         plain = select.min_score is None and not (select.starts_late or select.ends_early)
         return (

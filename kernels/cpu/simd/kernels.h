@@ -49,6 +49,8 @@ enum LaneWord {
   kLaneWords
 };
 
+constexpr int64_t kFilterWords = 64;  // 4096 bits: few ids that no query has pass the filter of 64 queries
+
 // What is kept of a block between chunks.
 struct BlockMemory {
   float* q_t;          // (kLanes / panel, D, panel) its queries, transposed; or (.., (D + 1) / 2, ..) pairs and, for
@@ -56,6 +58,8 @@ struct BlockMemory {
   float* query_parts;  // (3, words, kLanes) the same as simd/parts.h splits them
   int32_t* lanes_in_parts;  // (kLanes) -1: the query may be multiplied in parts; 0: it may not
   int32_t* lane_words;      // (kLaneWords, kLanes) ids, labels and bounds of its queries
+  uint64_t* id_filter;      // (kFilterWords) a bit for each remainder of an id among its queries'
+  uint64_t* label_filter;   // (kFilterWords) likewise of labels
 };
 
 // Memory of one thread, laid out by Scratch (kernels/cpu/scratch.h): of a block, and of a chunk, which several blocks

@@ -27,37 +27,54 @@ void split_bound(const Block& block, const int64_t* orders, int32_t* score, int3
   }
 }
 
-// Whether a query of the block (lanes) may equal one of the chunk's values: often none does where they are row numbers.
-bool may_equal(const Block& block, const Workspace& w, int64_t count, const int64_t* of_queries,
-               const int64_t* values) {
-  if (count == 0) return false;
-  int64_t low = values[w.index[0]], high = low;
-  for (int64_t j = 1; j < count; ++j) {
-    const int64_t value = values[w.index[j]];
-    low = value < low ? value : low;
-    high = value > high ? value : high;
-  }
-  bool some = false;
+NEGMINE_INLINE int64_t remainder_of(int64_t value) { return (value ^ value >> 12) & (kFilterWords * 64 - 1); }
+
+void fill_filter(const Block& block, const int64_t* values, uint64_t* filter) {
+  for (int64_t i = 0; i < kFilterWords; ++i) filter[i] = 0;
   for (int64_t lane = 0; lane < block.lanes; ++lane) {
-    const int64_t value = of_queries[block.first_query + lane];
-    some |= value >= low && value <= high;
+    const int64_t bit = remainder_of(values[block.first_query + lane]);
+    filter[bit / 64] |= uint64_t{1} << bit % 64;
+  }
+}
+
+NEGMINE_INLINE bool passes(const uint64_t* filter, int64_t value) {
+  const int64_t bit = remainder_of(value);
+  return (filter[bit / 64] >> bit % 64 & 1) != 0;
+}
+
+// Excludes the columns whose value equals the query's, or those whose value differs. Most rows have a value that no
+// query has, as the filter tells. True where it excluded any.
+bool exclude_where(bool equals, const Block& block, const Workspace& w, int64_t count, const int64_t* values,
+                   const uint64_t* filter, LaneWord low_row, LaneWord high_row) {
+  const VI flip = all(equals ? 0 : -1);
+  const int vectors = vectors_of(block);
+  bool some = !equals;
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t value = values[w.index[j]];
+    const bool may_equal = passes(filter, value);
+    if (equals && !may_equal) continue;
+    some = true;
+    for (int v = 0; v < vectors; ++v) {
+      const VI low = load(w.lane_words + low_row * kLanes + v * kWidth);
+      const VI high = load(w.lane_words + high_row * kLanes + v * kWidth);
+      float* cell = w.tile + j * kLanes + v * kWidth;
+      const VI equal = (low == all(low_word(value))) & (high == all(high_word(value)));
+      store(cell, (equal ^ flip) ? excluded() : load(cell));
+    }
   }
   return some;
 }
 
-// Excludes the columns whose value equals the query's, or those whose value differs.
-void exclude_where(bool equals, const Block& block, const Workspace& w, int64_t count, const int64_t* values,
-                   LaneWord low_row, LaneWord high_row) {
-  const VI flip = all(equals ? 0 : -1);
-  const int vectors = vectors_of(block);
-  for (int v = 0; v < vectors; ++v) {
-    const VI low = load(w.lane_words + low_row * kLanes + v * kWidth);
-    const VI high = load(w.lane_words + high_row * kLanes + v * kWidth);
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t value = values[w.index[j]];
-      float* cell = w.tile + j * kLanes + v * kWidth;
-      const VI equal = (low == all(low_word(value))) & (high == all(high_word(value)));
-      store(cell, (equal ^ flip) ? excluded() : load(cell));
+// Excludes what a query's own mask (K) hides of the tile's rows, which lie side by side: 8 of its bytes at a time.
+void exclude_hidden(const uint8_t* mask, int64_t count, float* column) {
+  const float outside = float_of(kExcludedBits);
+  for (int64_t j = 0; j < count; j += 8) {
+    const int64_t rows = count - j < 8 ? count - j : 8;
+    uint64_t bytes = 0x0101010101010101u;
+    std::memcpy(&bytes, mask + j, static_cast<size_t>(rows));
+    if (((bytes - 0x0101010101010101u) & ~bytes & 0x8080808080808080u) == 0) continue;  // no byte is 0
+    for (int64_t r = j; r < j + rows; ++r) {
+      if (mask[r] == 0) column[r * kLanes] = outside;
     }
   }
 }
@@ -68,8 +85,12 @@ void begin_pool(const Block& block, const Workspace& w) {
   const Pool& pool = block.pool;
   int32_t* words = w.lane_words;
   for (int64_t i = 0; i < kLaneWords * kLanes; ++i) words[i] = 0;
-  if (pool.query_ids != nullptr) split_words(block, pool.query_ids, words + kIdLow * kLanes, words + kIdHigh * kLanes);
+  if (pool.query_ids != nullptr) {
+    fill_filter(block, pool.query_ids, w.id_filter);
+    split_words(block, pool.query_ids, words + kIdLow * kLanes, words + kIdHigh * kLanes);
+  }
   if (pool.query_labels != nullptr) {
+    fill_filter(block, pool.query_labels, w.label_filter);
     split_words(block, pool.query_labels, words + kLabelLow * kLanes, words + kLabelHigh * kLanes);
   }
   if (pool.lower != nullptr) split_bound(block, pool.lower, words + kLowerScore * kLanes, words + kLowerIndex * kLanes);
@@ -79,24 +100,19 @@ void begin_pool(const Block& block, const Workspace& w) {
 bool apply_masks(const Block& block, const Workspace& w, int64_t count) {
   const Pool& pool = block.pool;
   bool some = false;
-  if (pool.negative_mask != nullptr && pool.mask_per_query) {
-    const float outside = float_of(kExcludedBits);
+  if (pool.negative_mask != nullptr && pool.mask_per_query && count > 0) {
     some = true;
     for (int64_t lane = 0; lane < block.lanes; ++lane) {
-      const uint8_t* mask = pool.negative_mask + (block.first_query + lane) * pool.mask_row_stride;  // (K)
-      for (int64_t j = 0; j < count; ++j) {
-        float* cell = w.tile + j * kLanes + lane;
-        *cell = mask[w.index[j]] != 0 ? *cell : outside;
-      }
+      const uint8_t* mask = pool.negative_mask + (block.first_query + lane) * pool.mask_row_stride;  // (K,)
+      exclude_hidden(mask + w.index[0], count, w.tile + lane);
     }
   }
-  if (pool.query_ids != nullptr && may_equal(block, w, count, pool.query_ids, pool.negative_ids)) {
-    some = true;
-    exclude_where(true, block, w, count, pool.negative_ids, kIdLow, kIdHigh);
+  if (pool.query_ids != nullptr) {
+    some |= exclude_where(true, block, w, count, pool.negative_ids, w.id_filter, kIdLow, kIdHigh);
   }
   if (pool.query_labels != nullptr) {
-    some = true;
-    exclude_where(!pool.same_label, block, w, count, pool.negative_labels, kLabelLow, kLabelHigh);
+    const bool drops = !pool.same_label;
+    some |= exclude_where(drops, block, w, count, pool.negative_labels, w.label_filter, kLabelLow, kLabelHigh);
   }
   return some;
 }

@@ -159,7 +159,7 @@ void add_mean(const Block& block, const Workspace& w, const Chunk& chunk, float*
 void restore_pull(const Block& block, const Workspace& w, const float* pulls, float* mean);
 
 // Overwrite the scores of columns outside the pool with excluded(). Bounds are applied after masks, and need scores.
-// apply_masks tells whether it looked at any.
+// apply_masks tells whether it may have found one.
 bool apply_masks(const Block& block, const Workspace& w, int64_t count);
 void apply_bounds(const Block& block, const Workspace& w, int64_t count);
 

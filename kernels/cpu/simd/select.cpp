@@ -24,7 +24,8 @@ struct Lanes {
 };
 
 // Writes down the cells of rows [from, to) of the tile that pass, from cells on; returns the end. A NaN never passes.
-template <bool kCounted>
+// kCapped: a ceiling may be below a score.
+template <bool kCounted, bool kCapped>
 NEGMINE_INLINE int32_t* write_passing(const Workspace& w, const Selection& selection, int64_t first_lane, int64_t from,
                                       int64_t to, VI sign, Lanes& counts, int32_t* cells) {
   const V bound = load(selection.bound + first_lane), ceiling = load(selection.ceiling + first_lane);
@@ -35,8 +36,10 @@ NEGMINE_INLINE int32_t* write_passing(const Workspace& w, const Selection& selec
     uint32_t passed = bits_ge(signed_score, bound);
     if constexpr (kCounted) {
       counts.places -= score == score;
-      counts.over -= signed_score > ceiling;
-      passed &= bits_ge(ceiling, signed_score);
+      if constexpr (kCapped) {
+        counts.over -= signed_score > ceiling;
+        passed &= bits_ge(ceiling, signed_score);
+      }
     }
     cells = store_passed(cells, cell, passed);
   }
@@ -55,14 +58,19 @@ void offer_chunk(const Block& block, const Workspace& w, int64_t count, const Se
   const int vectors = vectors_of(block);
   const VI sign = all(selection.lowest ? INT32_MIN : 0);
   int32_t cells[kBatch * kLanes + kWidth];
+  bool capped = false;
+  for (int64_t lane = 0; lane < vectors * kWidth && selection.counted; lane += kWidth) {
+    capped |= any(load(selection.ceiling + lane) < __builtin_inff());
+  }
   Lanes counts[kLanes / kWidth] = {};
   for (int64_t from = 0; from < count; from += kBatch) {
     const int64_t to = count - from < kBatch ? count : from + kBatch;
     int32_t* end = cells;
     for (int v = 0; v < vectors; ++v) {
       const int64_t lane = v * kWidth;
-      end = selection.counted ? write_passing<true>(w, selection, lane, from, to, sign, counts[v], end)
-                              : write_passing<false>(w, selection, lane, from, to, sign, counts[v], end);
+      end = capped              ? write_passing<true, true>(w, selection, lane, from, to, sign, counts[v], end)
+            : selection.counted ? write_passing<true, false>(w, selection, lane, from, to, sign, counts[v], end)
+                                : write_passing<false, false>(w, selection, lane, from, to, sign, counts[v], end);
     }
     for (const int32_t* cell = cells; cell < end; ++cell) {
       offer(selection, *cell % kLanes, pack_order(w.tile[*cell], w.index[*cell / kLanes]));
