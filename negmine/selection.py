@@ -16,7 +16,7 @@ from negmine.ops.logsumexp import LogSumExp
 from negmine.ops.negatives import check_negatives
 from negmine.ops.own_keys import choose_for_keys
 from negmine.ops.pool import Pool, usable
-from negmine.ops.vectors import for_kernels, frozen, scale_of, score_of_positive, widened
+from negmine.ops.vectors import for_kernels, frozen, promoted, scale_of, score_of_positive, widened
 from negmine.ops.windows import Draw, bounded, mixing_draws, pool_size, ranks_to_sum, sample
 from negmine.options import Mix, Select, is_real
 
@@ -84,6 +84,7 @@ def mine_hardest(
     checks.require_draw(op, seed, step, row_offset)
     if select is not None and select.replace:
         raise checks.refuse(op, "select", "without replace: an index is mined once", select)
+    query, positive_key, keys = promoted(query, positive_key, keys)
     needed = ("mine_hardest",) if select is None else ("mine_hardest", "rank_thresholds", "count_negatives")
     kernels = choose_for_keys(op, needed, backend, (query, keys), keys)
     draw = Draw(seed, step, row_offset)
@@ -133,6 +134,7 @@ def rank_thresholds(
     if wanted.dim() == 2 and wanted.shape[0] != query.shape[0]:
         raise checks.refuse(op, "ranks", f"of shape (R,) or (B, R) with query's B = {query.shape[0]}", wanted)
     wanted = wanted.expand(query.shape[0], wanted.shape[-1]).contiguous()  # (B, R)
+    query, keys = promoted(query, keys)
     kernels = choose_for_keys(op, ("rank_thresholds",), backend, (query, keys), keys)
     with torch.no_grad():
         if kernels is None:
@@ -175,6 +177,7 @@ def quantile(
     keys, pool = check_negatives(op, query, positive_key, negative_keys, query_ids, query_labels, own_keys=True)
     wanted = _levels(q, query.device)  # (R,)
     checks.require_tensor(op, "q", wanted, query)
+    query, keys = promoted(query, keys)
     kernels = choose_for_keys(op, ("rank_thresholds", "count_negatives"), backend, (query, keys), keys)
     with torch.no_grad():
         if kernels is None:
@@ -236,6 +239,7 @@ def mix_negatives(
         raise checks.refuse(op, "mix", "a negmine.Mix", None, TypeError)
     checks.require_options(op, mix=mix)
     checks.require_draw(op, seed, step, row_offset)
+    query, keys = promoted(query, keys)
     draw = Draw(seed, step, row_offset)
     kernels = backends.choose(op, ("mine_hardest", "mix_negatives"), backend, (query, keys))
     if kernels is None:
@@ -283,25 +287,26 @@ def logsumexp(
         "logsumexp", ("logsumexp",), query, positive_key, negative_keys, select, query_ids, query_labels,
         Draw(seed, step, row_offset), backend,
     )  # fmt: skip
-    return columns.logsumexp(query, temperature)
+    return columns.logsumexp(temperature)
 
 
 class SummedColumns(NamedTuple):
     """Which columns a sum over the queue sees: kernels with a pool or a list, or None and the keywords of the reference."""
 
     kernels: Kernels | None
-    keys: Tensor  # (K, D)
+    query: Tensor  # (B, D)
+    keys: Tensor  # (K, D) or (B, M, D)
     pool: tuple[Any, ...]  # a Pool, or (index, False) with kernels over lists
     ranks: Tensor | None  # (B, 2): the op logsumexp narrows the pool to these ranks
     dense: dict[str, Any]
 
-    def logsumexp(self, query: Tensor, temperature: float | Tensor) -> Tensor:
+    def logsumexp(self, temperature: float | Tensor) -> Tensor:
         """(B,): the log-sum-exp of s / temperature over the columns."""
         if self.kernels is None:
             keys = frozen(self.keys, self.dense["usable"])
-            return reference.logsumexp(widened(query), keys, temperature, **self.dense)
-        scales = scale_of(temperature, query)[None]  # (1,)
-        return LogSumExp.apply(query, self.keys, scales, None, 0, self.ranks, self.kernels, *self.pool)[0][0]
+            return reference.logsumexp(widened(self.query), keys, temperature, **self.dense)
+        scales = scale_of(temperature, self.query)[None]  # (1,)
+        return LogSumExp.apply(self.query, self.keys, scales, None, 0, self.ranks, self.kernels, *self.pool)[0][0]
 
 
 def summing_ops(op: str, keys: Any) -> tuple[str, ...]:
@@ -328,6 +333,7 @@ def summed_columns(
     keys, pool = check_negatives(caller, query, positive_key, negative_keys, query_ids, query_labels, own_keys=True)
     checks.require_draw(caller, *draw)
     check_select(caller, select, positive_key, query)
+    query, positive_key, keys = promoted(query, positive_key, keys)
     tensors = (query, keys) if positive_key is None else (query, positive_key, keys)
     needed = [name for op in sums for name in summing_ops(op, keys)]
     if select is not None:
@@ -340,14 +346,14 @@ def summed_columns(
         if kernels is None:
             allowed = usable(pool, query, keys)
             dense = {"usable": allowed, "positive_score": anchor, "select": select, "draw": draw}
-            return SummedColumns(None, keys, pool, None, dense)
+            return SummedColumns(None, query, keys, pool, None, dense)
         if select is None:
-            return SummedColumns(kernels, keys, pool, None, {})
+            return SummedColumns(kernels, query, keys, pool, None, {})
         q, n = for_kernels(query), for_kernels(keys)
         if select.sample is None and sums == ("logsumexp",):
-            return SummedColumns(kernels, keys, *ranks_to_sum(kernels, q, n, pool, select, anchor), {})
+            return SummedColumns(kernels, query, keys, *ranks_to_sum(kernels, q, n, pool, select, anchor), {})
         window = bounded(kernels, q, n, pool, select, anchor)
         if select.sample is None:
-            return SummedColumns(kernels, keys, window, None, {})
+            return SummedColumns(kernels, query, keys, window, None, {})
         index = sort_key.unpack(sample(kernels, q, n, window, select, draw))[1]  # (B, sample)
-    return SummedColumns(over_lists(kernels), keys, (index, False), None, {})
+    return SummedColumns(over_lists(kernels), query, keys, (index, False), None, {})

@@ -25,7 +25,7 @@ from negmine.ops.mix_logsumexp import DifferentiatedMixLogSumExp, MixLogSumExp
 from negmine.ops.negatives import check_negatives
 from negmine.ops.own_keys import choose_for_keys
 from negmine.ops.pool import Pool, hide_masked_rows, usable
-from negmine.ops.vectors import for_kernels, frozen, scale_of, score_of_positive, widened
+from negmine.ops.vectors import for_kernels, frozen, promoted, scale_of, score_of_positive, widened
 from negmine.ops.windows import Draw, bounded, mixing_draws, ranks_to_sum, sample
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.selection import mine_parents, mined_depth, summing_ops
@@ -120,6 +120,7 @@ def info_nce(
     checks.require_draw(op, seed, step, row_offset)
     draw = Draw(seed, step, row_offset)
     plan = Plan(select, mix, weight, false_negatives, decoupled, draw, return_stats, positive_bias is not None)
+    query, positive_key, keys, support = promoted(query, positive_key, keys, support)
     batch = Batch(query, positive_key, keys, pool, support, positive_bias)
     kernels = choose_for_keys(op, plan.ops(keys), backend, batch[:3], keys, "info_nce" if plan.is_one_op else "")
     stats: InfoNCEStats | None

@@ -53,7 +53,7 @@ def sum_of(
         op, ("logsumexp",), query, positive_key, negative_keys, pool.get("select"), pool.get("query_ids"),
         pool.get("query_labels"), draw_of(pool), pool.get("backend"),
     )  # fmt: skip
-    return columns.logsumexp(query, temperature)
+    return columns.logsumexp(temperature)
 
 
 def logits(

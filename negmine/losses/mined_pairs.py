@@ -19,7 +19,7 @@ from negmine.ops.backends import Kernels
 from negmine.ops.logsumexp import LogSumExp
 from negmine.ops.negatives import check_labelled_keys
 from negmine.ops.pool import Pool
-from negmine.ops.vectors import for_kernels, frozen, scalar, widened
+from negmine.ops.vectors import for_kernels, frozen, promoted, scalar, widened
 from negmine.selection import summing_ops
 
 
@@ -76,6 +76,7 @@ def multi_similarity(
     _check_numbers(op, alpha, beta, base, epsilon)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_bool(op, "return_stats", return_stats)
+    query, keys = promoted(query, keys)
     kernels = backends.choose(op, ("mine_hardest", *summing_ops("logsumexp", keys)), backend, (query, keys))
     constants = {"alpha": float(alpha), "beta": float(beta), "base": float(base), "epsilon": float(epsilon)}
     if kernels is None:

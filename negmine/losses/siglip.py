@@ -66,7 +66,7 @@ def _pooled(
 ) -> Tensor:
     _require_factor(op, "scale", scale)
     _require_factor(op, "bias", bias)
-    kernels, keys, pool, _, dense = summed_columns(
+    kernels, query, keys, pool, _, dense = summed_columns(
         op, ("softplus_sum",), query, positive_key, negative_keys, select, query_ids, query_labels, draw, backend
     )
     if kernels is None:

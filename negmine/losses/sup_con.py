@@ -21,7 +21,7 @@ from negmine.ops.first_derivative import first_derivative_only
 from negmine.ops.logsumexp import LogSumExp, MeanScore
 from negmine.ops.negatives import check_labelled_keys
 from negmine.ops.pool import Pool, hide_masked_rows, pieces, pool_of_columns, usable
-from negmine.ops.vectors import disable_autocast, frozen, scale_of, widened
+from negmine.ops.vectors import disable_autocast, frozen, promoted, scale_of, widened
 from negmine.selection import summing_ops
 
 
@@ -152,6 +152,7 @@ def sup_con(
     checks.require_choice(op, "denominator", denominator, ("all", "own_positive", "negatives_only"))
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_bool(op, "return_stats", return_stats)
+    query, keys = promoted(query, keys)
     kernels = backends.choose(op, summing_ops("logsumexp", keys), backend, (query, keys))
     everything = pool._replace(query_labels=None, negative_labels=None)
     if kernels is None:

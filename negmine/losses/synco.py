@@ -14,7 +14,7 @@ from negmine.ops.column_lists import gather_rows
 from negmine.ops.mix_logsumexp import MixLogSumExp
 from negmine.ops.negatives import check_negatives
 from negmine.ops.pool import usable
-from negmine.ops.vectors import for_kernels, scale_of, widened
+from negmine.ops.vectors import for_kernels, promoted, scale_of, widened
 from negmine.ops.windows import Draw
 from negmine.options import is_int, is_real
 
@@ -124,6 +124,7 @@ def synco(
     if kinds is None:
         return reduced(op, F.softplus(x.lse - x.positive), x, reduction)
     negative_keys, masks = check_negatives(op, query, positive_key, negative_keys, *(pool.get(name) for name in TAGS))
+    query, positive_key, negative_keys = promoted(query, positive_key, negative_keys)
     draw = draw_of(pool)
     scale = scale_of(temperature, query)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from negmine.losses.schedules import ScheduledLoss, at_step
 from negmine.losses.triplet_mining import check_rule, triplets_of
 from negmine.ops import checks
 from negmine.ops.negatives import check_labelled_keys
-from negmine.ops.vectors import widened
+from negmine.ops.vectors import promoted, widened
 from negmine.ops.windows import Draw
 from negmine.options import is_real
 
@@ -70,6 +70,7 @@ def triplet_loss(
     _check_temperature(op, temperature)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_bool(op, "return_stats", return_stats)
+    query, keys = promoted(query, keys)
     found = triplets_of(op, query, keys, pool, rule, Draw(seed, step, row_offset), backend)
     # Frozen keys are gathered first and widened after; learned ones the other way, so that gradients add up in fp32.
     wide = widened(keys) if keys.requires_grad else keys

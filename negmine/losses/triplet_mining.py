@@ -16,7 +16,7 @@ from negmine.ops import backends, checks, sort_key
 from negmine.ops.backends import Kernels
 from negmine.ops.negatives import check_labelled_keys
 from negmine.ops.pool import Pool, usable
-from negmine.ops.vectors import for_kernels, widened
+from negmine.ops.vectors import for_kernels, promoted, widened
 from negmine.ops.windows import Draw
 from negmine.reference.triplets import score_farther
 
@@ -273,4 +273,5 @@ def mine_triplets(
     pool = check_labelled_keys(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
     rule = check_rule(op, positive, negative, margin, distance, max_positives, num_negatives)
     checks.require_draw(op, seed, step, row_offset)
+    query, keys = promoted(query, keys)
     return triplets_of(op, query, keys, pool, rule, Draw(seed, step, row_offset), backend)

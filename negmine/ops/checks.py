@@ -12,13 +12,20 @@ REDUCTIONS = ("mean", "sum", "none")
 COMMON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+MAX_DESCRIPTION = 200  # characters
+
+
 def describe(value: Any) -> str:
-    """A value in a few words: the dtype and shape of a tensor, shapes joined by 'or', anything else by its repr."""
+    """A value in a few words: dtype and shape of a tensor, shapes joined by 'or', else its repr, cut at MAX_DESCRIPTION."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
-    if isinstance(value, list):
-        return " or ".join(str(item) for item in dict.fromkeys(value))
-    return repr(value)
+    if isinstance(value, list) and value and all(isinstance(item, tuple) for item in value):
+        return " or ".join(dict.fromkeys(map(str, value)))
+    try:
+        text = repr(value)
+    except Exception:  # whatever a class of the caller's raises, the sentence is made
+        text = f"an object of type {type(value).__name__}"
+    return text if len(text) <= MAX_DESCRIPTION else text[: MAX_DESCRIPTION - 3] + "..."
 
 
 def refuse(op: str, name: str, wanted: str, came: Any, error: type[Exception] = ValueError) -> Exception:

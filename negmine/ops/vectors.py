@@ -1,6 +1,7 @@
 """How vectors reach the kernels and the reference: storage, layout, and the score of a positive."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,14 @@ def disable_autocast(device: torch.device) -> AbstractContextManager:
 def widened(vectors: Tensor) -> Tensor:
     """Vectors in the dtype that the reference computes in: float64 stays, everything else is fp32."""
     return vectors if vectors.dtype == torch.float64 else vectors.float()
+
+
+def promoted(*vectors: Any) -> Any:
+    """The vectors as they are; all of them as float64 where one is: float64 in any argument makes a call float64. None stays."""
+    wide = [t is not None and t.dtype == torch.float64 for t in vectors]
+    if not any(wide):
+        return vectors
+    return tuple(t if is_wide or t is None else t.double() for t, is_wide in zip(vectors, wide, strict=True))
 
 
 def for_kernels(vectors: Tensor) -> Tensor:

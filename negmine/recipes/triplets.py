@@ -106,8 +106,8 @@ class VSEPlusPlusLoss(ScheduledLoss):
             if labels.shape != image.shape[:1]:
                 raise checks.refuse(op, "labels", f"of shape (B,) with image's B = {len(image)}", labels)
         own = torch.arange(len(image), device=image.device)
-        apart = None if labels is None else (labels[:, None] != labels) | (own[:, None] == own)  # (B, B)
-        call = {"key_mask": apart, "step": self.count(step)}
+        others = None if labels is None else (labels[:, None] != labels) | (own[:, None] == own)  # (B, B)
+        call = {"key_mask": others, "step": self.count(step)}
         return self.side(image, caption, own, own, **call) + self.side(caption, image, own, own, **call)
 
 

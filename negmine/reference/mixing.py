@@ -21,9 +21,9 @@ def mix_draws(
     is_pair = slots < mix.pairs  # (S,)
 
     first = philox.below(u0, count)  # (B, S)
-    apart = mix.distinct & is_pair & (count > 1)  # (B, S)
-    second = philox.below(u1, count - apart.long())
-    second = second + (apart & (second >= first)).long()
+    must_differ = mix.distinct & is_pair & (count > 1)  # (B, S)
+    second = philox.below(u1, count - must_differ.long())
+    second = second + (must_differ & (second >= first)).long()
     parents = torch.stack([hard_index.gather(1, first), hard_index.gather(1, second)], 2)  # (B, S, 2)
     parents[:, :, 0] = parents[:, :, 0].masked_fill(~is_pair, -1)
 
