@@ -1,5 +1,5 @@
-// mine_hardest: the N highest places of each query's pool, highest first, ties to the lower index. mine_hardest_kept
-// counts the pool in the same pass, mine_listed ranks the columns that a list names. Meaning: kernels/README.md.
+// mine_hardest: the N hardest columns of each query's pool, hardest first, ties to the lower index, and the size of the
+// pool where it is wanted; mine_listed ranks the columns that a list names. Meaning: kernels/README.md.
 #pragma once
 #include <vector>
 

@@ -3,7 +3,7 @@
 The denominator is the log-sum-exp of info_nce over another pool. The positives are a pool too, that of equal labels: their
 log-sum-exp is the "in" form, and the mean of their scores, which is a log-sum-exp at scale 0, the "out" form. Denominators of
 each positive's own ("own_positive") are no log-sum-exp: the queue passes in pieces there. The dense definition is
-negmine/reference.py.
+negmine/reference/contrastive.py.
 """
 
 from collections.abc import Callable
