@@ -3,9 +3,9 @@
     python -m benchmarks.isa                              B = 256, K = 65,536, D = 128; under five minutes on two cores
     python -m benchmarks.isa --storage bf16 --op mine_hardest --seconds 5
 
-For each pair of storage types (queries x queue) and each op, all instruction sets and the automatic choice are timed in turns. The
-exit code is 1 where the automatic choice is more than 10 % behind the best for the ops of a storage pair together: ops compare
-scores bit for bit, so a pair has one instruction set for all of them (kernels/cpu/dispatch.cpp). Rows are appended to
+For each pair of storage types (queries x queue) and each op, all instruction sets and the automatic choice are timed in turns.
+The exit code is 1 where the automatic choice is more than 10 % behind the best for the ops of a storage pair together: ops
+compare scores bit for bit, so a pair has one instruction set for all of them (kernels/cpu/dispatch.cpp). Rows are appended to
 benchmarks/results/isa/<machine>.csv, in the columns of benchmarks.run.
 """
 
@@ -41,7 +41,9 @@ BEHIND = 1.1  # the automatic choice over the best
 def loss_alone(inputs: Inputs, backend: str | None = None) -> Answer:
     tags = {"query_ids": inputs.query_ids, "negative_ids": inputs.negative_ids}
     temperature = inputs.temperature
-    loss = negmine.info_nce(inputs.query, inputs.positive_key, inputs.keys, temperature=temperature, backend=backend, **tags)
+    loss = negmine.info_nce(
+        inputs.query, inputs.positive_key, inputs.keys, temperature=temperature, backend=backend, **tags
+    )
     return (loss,)
 
 

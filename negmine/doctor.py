@@ -121,12 +121,13 @@ def build_rows() -> Rows:
     except ImportError as error:
         return [("compiled", f"no: {error}; build it with `make venv` or install a wheel")]
     has = [name for name, present in module.cpu_features().items() if present]
+    chosen = ", ".join(f"{module.isa_for(dtype, dtype)} for {dtype}" for dtype in ("float32", "bfloat16", "float16"))
     return [
         ("version", f"{info.VERSION}, commit {info.COMMIT or 'unknown'}"),
         ("CUDA", info.CUDA_VERSION or "none"),
         ("architectures", ", ".join(f"sm_{arch}" for arch in info.CUDA_ARCHES) or "none"),
         ("compiler", f"{module.build_info()['compiler']}, {' '.join(info.CXX_FLAGS)}"),
-        ("CPU kernels", f"{module.isa_for('float32', 'float32')} for fp32, {module.isa_for('bfloat16', 'bfloat16')} for bf16; this machine runs {', '.join(has) or 'portable code only'}"),
+        ("CPU kernels", f"{chosen}; this machine runs {', '.join(has) or 'portable code only'}"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Scans by way of bf16: the bits of the scan in fp32 on every kind of row, and the bound that this rests on."""
+"""Scans by way of bf16: the bits of the scan of fp32 and fp16 on every kind of row, and the bound that this rests on."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def screened(monkeypatch):
 
     for name in ("LEAST_QUERIES", "LEAST_ROWS", "LEAST_DIM"):
         monkeypatch.setattr(screen, name, 1)
-    monkeypatch.setattr(cpp_ops, "isa", lambda: "avx512bf16")
+    monkeypatch.setattr(cpp_ops, "isa_for", lambda *_: "avx512bf16")
     made = scan.Scan.__init__
 
     def watched(self, *arguments, **named):
@@ -62,14 +62,16 @@ def kinds():
 @pytest.mark.parametrize(
     "select", [Select(), Select(max_score=0.3), Select(absolute_margin=0.1), Select(3, relative_margin=0.05)], ids=str
 )
-def test_the_bits_of_a_scan_in_fp32(screened, monkeypatch, name, q, c, select):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_bits_of_a_scan_as_stored(screened, monkeypatch, dtype, name, q, c, select):
+    q, c = q.to(dtype), c.to(dtype)
     forms = (list(range(B)), [[b, (b + 7) % K, 3] for b in range(B)])  # ids, and a mask of pairs
     for positives, how in ((forms[0], "none"), (forms[1], "none"), (forms[0], "exact")):
         options = {"select": select, "num_negatives": 4, "deduplicate": how, "backend": "cpu"}
         got = negmine.mine_hard_negatives(q, c, positives, **options)
         assert screened and screened[-1].tried == B
         with monkeypatch.context() as patch:
-            patch.setattr(cpp_ops, "isa", lambda: "avx512")
+            patch.setattr(cpp_ops, "isa_for", lambda *_: "avx512")
             before = len(screened)
             want = negmine.mine_hard_negatives(q, c, positives, **options)
             assert len(screened) == before
@@ -111,10 +113,10 @@ def test_the_bound_holds_where_rounding_is_worst(D):
 
 
 def test_it_is_left_where_it_does_not_pay(monkeypatch):
-    monkeypatch.setattr(cpp_ops, "isa", lambda: "avx512bf16")
+    monkeypatch.setattr(cpp_ops, "isa_for", lambda *_: "avx512bf16")
     ops = backends.choose("test", ("mine_hardest",), "cpu", (torch.empty(0, 1),))
     q, c, fresh = torch.empty(1024, 64), torch.empty(16384, 64), screen.Screen()
-    assert fresh.pays(ops, q, c, 5, Select(max_score=0.5))
+    assert fresh.pays(ops, q, c, 5, Select(max_score=0.5)) and fresh.pays(ops, q.half(), c.half(), 5, Select())
     assert not fresh.pays(None, q, c, 5, Select())
     assert not fresh.pays(backends.Launchers(mine_hardest=len), q, c, 5, Select())
     for other_q, other_c, N, select in (
@@ -122,6 +124,7 @@ def test_it_is_left_where_it_does_not_pay(monkeypatch):
         (q, c[:16000], 5, Select()),
         (q[:, :32], c[:, :32], 5, Select()),
         (q.half(), c, 5, Select()),
+        (q.bfloat16(), c.bfloat16(), 5, Select()),
         (q, c, 300, Select()),
         (q, c, 5, Select(min_score=0.1)),
         (q, c, 5, Select(1)),
@@ -131,7 +134,7 @@ def test_it_is_left_where_it_does_not_pay(monkeypatch):
     assert screen.Screen(1000, 250).pays(ops, q, c, 5, Select()) and not screen.Screen(1000, 251).pays(
         ops, q, c, 5, Select()
     )
-    monkeypatch.setattr(cpp_ops, "isa", lambda: "avx2")
+    monkeypatch.setattr(cpp_ops, "isa_for", lambda *_: "avx2")
     assert not fresh.pays(ops, q, c, 5, Select())
 
 

@@ -44,10 +44,17 @@ def run(folder: Path, *command: str) -> str:
 
 
 def test_tiles_are_the_best_instruction_set(emulated):
-    assert run(emulated, "-c", "import negmine, negmine._ops_cpu as ops; print(ops.isa_for('bfloat16', 'bfloat16'))").strip() == "amxbf16"
+    assert (
+        run(
+            emulated, "-c", "import negmine, negmine._ops_cpu as ops; print(ops.isa_for('bfloat16', 'bfloat16'))"
+        ).strip()
+        == "amxbf16"
+    )
 
 
-@pytest.mark.parametrize("tests", [["tests/test_isa.py", "-k", "amxbf16"], ["tests/test_parts.py"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "tests", [["tests/test_isa.py", "tests/test_isa_shapes.py", "-k", "amxbf16"], ["tests/test_parts.py"]], ids=" ".join
+)
 def test_every_promise_to_an_instruction_set_holds_in_tiles(emulated, tests):
     out = run(emulated, "-m", "pytest", "-n0", "-p", "no:cacheprovider", "-r", "s", *tests)
     passed = re.search(r"(\d+) passed", out) or re.search(r"^(\.+)", out, re.M)

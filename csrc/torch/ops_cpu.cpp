@@ -349,9 +349,11 @@ PyObject* py_set_isa(PyObject*, PyObject* name) {
 
 PyMethodDef methods[] = {
     {"isa", py_isa, METH_NOARGS, "The forced instruction set, or '' where each pair of storage types has its own."},
-    {"isa_for", py_isa_for, METH_VARARGS, "The instruction set for queries and keys that are float32, bfloat16, float16."},
+    {"isa_for", py_isa_for, METH_VARARGS,
+     "The instruction set for queries and keys that are float32, bfloat16, float16."},
     {"set_isa", py_set_isa, METH_O,
-     "Force amxbf16, avx512bf16, avx512, avx2 or portable; '' chooses by storage again. False where this one is lacking."},
+     "Force amxbf16, avx512bf16, avx512, avx2 or portable; '' chooses by storage again. False where this one is "
+     "lacking."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -107,7 +107,8 @@ void logsumexp(const LogsumexpParams& p, const Parallel& parallel) {
   const int64_t block_bytes = kLanes * (p.D + 2) * static_cast<int64_t>(sizeof(float)) * 2;
   const int64_t most = std::min(run.together, std::max<int64_t>(1, kGroupBytes / block_bytes));
   const int64_t tasks = fold_along ? blocks : blocks * splits;
-  const int64_t together = std::clamp<int64_t>(tasks / (2 * parallel.threads), 1, std::min(most, std::max<int64_t>(blocks, 1)));
+  const int64_t together =
+      std::clamp<int64_t>(tasks / (2 * parallel.threads), 1, std::min(most, std::max<int64_t>(blocks, 1)));
   const int64_t groups = ceil_div(blocks, together);
   struct Task {
     Scratch scratch;

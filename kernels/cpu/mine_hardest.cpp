@@ -159,8 +159,8 @@ void mine_listed(const MineHardestParams& p, const int64_t* listed, int64_t M, c
     Buffer<char> rows;       // (M, D)
   };
   const auto make_task = [&] {
-    return Task{Scratch(p.query, p.negative_keys, p.D), OwnedSelection(1, capacity_for(p.N, M)), make_buffer<int64_t>(p.N),
-                make_buffer<int64_t>(M), make_buffer<char>(M * row_bytes)};
+    return Task{Scratch(p.query, p.negative_keys, p.D), OwnedSelection(1, capacity_for(p.N, M)),
+                make_buffer<int64_t>(p.N), make_buffer<int64_t>(M), make_buffer<char>(M * row_bytes)};
   };
   for_each_task(parallel, p.B, make_task, [&](Task& task, int64_t b) {
     Block block{.query = p.query, .D = p.D, .first_query = b, .lanes = 1};

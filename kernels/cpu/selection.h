@@ -34,8 +34,7 @@ using Scan = std::function<void(const Block*, const Workspace*, int64_t count, c
 void scan_range(const Block* blocks, const Workspace* workspaces, int64_t count, const Selection* selections);
 
 // The `keep` best places of the block's range, or the lowest; places are counted where asked for.
-void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest,
-            bool counted);
+void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest, bool counted);
 
 // What a lane's wanted ranks lie between, by a sample of the range.
 struct Bracket {

@@ -20,7 +20,8 @@ struct Task {
     float* f = floats.get();
     float* pulls = p.pull != nullptr ? f + 4 * kLanes : nullptr;
     sum = {f, f + kLanes, pulls, counts.get()};
-    part = {f + 2 * kLanes, f + 3 * kLanes, pulls != nullptr ? pulls + room_for_mean(p.D) * kLanes : nullptr, counts.get() + kLanes};
+    part = {f + 2 * kLanes, f + 3 * kLanes, pulls != nullptr ? pulls + room_for_mean(p.D) * kLanes : nullptr,
+            counts.get() + kLanes};
   }
 
   Scratch scratch;

@@ -53,9 +53,9 @@ constexpr int64_t kFilterWords = 64;  // 4096 bits: few ids that no query has pa
 
 // What is kept of a block between chunks.
 struct BlockMemory {
-  float* q_t;               // (kLanes / panel, D, panel) its queries, transposed; or (.., (D + 1) / 2, ..) pairs and, for
-                            // tiles, zeros up to a multiple of 16 of those
-  float* query_parts;       // (3, words, kLanes) the same as simd/parts.h splits them
+  float* q_t;          // (kLanes / panel, D, panel) its queries, transposed; or (.., (D + 1) / 2, ..) pairs and, for
+                       // tiles, zeros up to a multiple of 16 of those
+  float* query_parts;  // (3, words, kLanes) the same as simd/parts.h splits them
   int32_t* lanes_in_parts;  // (kLanes) -1: the query may be multiplied in parts; 0: it may not
   int32_t* lane_words;      // (kLaneWords, kLanes) ids, labels and bounds of its queries
   uint64_t* id_filter;      // (kFilterWords) a bit for each remainder of an id among its queries'
@@ -65,16 +65,16 @@ struct BlockMemory {
 // Memory of one thread, laid out by Scratch (kernels/cpu/scratch.h): of a block, and of a chunk, which several blocks
 // of one call share.
 struct Workspace : BlockMemory {
-  float* tile;           // (kChunk, kLanes) scores of rows of a chunk
-  float* scores;         // (kChunk, kLanes) room for them, where the tile is needed as it is
-  float* weights[2];     // (kChunk / 2, kLanes) pairs of weights, at each of two scales
-  const float** rows;    // (kChunk + 6) the chunk's rows of the queue as they are scored, then rows of zeros
-  int64_t* index;        // (kChunk) their places in the queue
-  float* widened;        // (kChunk, D + 16) where the queue is not stored as fp32
-  float* key_parts;      // (kChunk, 3, words) the chunk's rows as simd/parts.h splits them, of room_for_part(D or kLanes)
-                         // words
-  float* turned;         // (D rounded up to 32, 3, words) the chunk turned, of room_for_part(kChunk) words
-  float* weight_parts;   // (3, words, kLanes) its weights, of as many words
+  float* tile;         // (kChunk, kLanes) scores of rows of a chunk
+  float* scores;       // (kChunk, kLanes) room for them, where the tile is needed as it is
+  float* weights[2];   // (kChunk / 2, kLanes) pairs of weights, at each of two scales
+  const float** rows;  // (kChunk + 6) the chunk's rows of the queue as they are scored, then rows of zeros
+  int64_t* index;      // (kChunk) their places in the queue
+  float* widened;      // (kChunk, D + 16) where the queue is not stored as fp32
+  float* key_parts;    // (kChunk, 3, words) the chunk's rows as simd/parts.h splits them, of room_for_part(D or kLanes)
+                       // words
+  float* turned;       // (D rounded up to 32, 3, words) the chunk turned, of room_for_part(kChunk) words
+  float* weight_parts;     // (3, words, kLanes) its weights, of as many words
   int32_t* rows_in_parts;  // (kChunk) as lanes_in_parts
   uint16_t* padded;        // (kChunk, D rounded up to 32) where rows of bf16 cannot be read where they lie
   float* row;              // (D) one query as fp32
@@ -122,11 +122,11 @@ void prune(const Selection& selection, int64_t lane);
 
 struct Kernels {
   const char* isa;
-  bool splits;        // it may multiply in parts: workspaces have the room
-  int64_t together;   // blocks that it sums best in one call
+  bool splits;       // it may multiply in parts: workspaces have the room
+  int64_t together;  // blocks that it sums best in one call
   // Blocks (count) against the one range that they have in common, from empty states (count, scales), for each of the 1
-  // or 2 scales; kept and above are the first's. The workspaces (count) have the chunk's memory in common. pivot (B,) or
-  // null. Where selections (count) are given, every place of the range is offered to them besides.
+  // or 2 scales; kept and above are the first's. The workspaces (count) have the chunk's memory in common. pivot (B,)
+  // or null. Where selections (count) are given, every place of the range is offered to them besides.
   void (*logsumexp_range)(const Block* blocks, const Workspace* workspaces, int64_t count, const float* scale,
                           int64_t scales, const float* pivot, const Selection* selections,
                           const LogsumexpState* states);

@@ -20,10 +20,6 @@ constexpr int64_t kTileStride = kTilePanel;  // words of weights from one pair o
 constexpr int64_t kTileStride = kLanes;
 #endif
 
-NEGMINE_INLINE void add_to(int64_t* totals, VI counts) {
-  for (int i = 0; i < kWidth; ++i) totals[i] += counts[i];
-}
-
 // What a tile adds to one vector of queries.
 struct Terms {
   V total, pull, farthest;
@@ -34,8 +30,8 @@ struct Terms {
 // for blocks of pairs that tiles multiply.
 enum Weights { kNone, kRowsOf, kPacked };
 
-// Of a column of scores (count, kLanes), the weights exp(scale s - shift), 0 outside the pool, and their sum. With kPull
-// also the sum of weights times scores.
+// Of a column of scores (count, kLanes), the weights exp(scale s - shift), 0 outside the pool, and their sum. With
+// kPull also the sum of weights times scores.
 template <bool kMasked, bool kPull, Weights kWeights>
 NEGMINE_INLINE Terms exponentials(const float* scores, int64_t count, float scale, V shift, float* weights) {
   Terms sum{all(0.0f), all(0.0f), all(-__builtin_inff()), all(0)};
@@ -116,8 +112,8 @@ bool weigh(const Block& block, const float* scores, int64_t count, float scale, 
 // The same for what is known when it runs: pulls come with a mean of pairs of bf16.
 bool weigh_tile(const Block& block, const float* scores, int64_t count, bool masked, Weights kind, float scale,
                 float* weights, int64_t words, float* correction, float* pulls, const LogsumexpState& state) {
-#define NEGMINE_WEIGH(pull, kind)                                                                               \
-  masked ? weigh<true, pull, kind>(block, scores, count, scale, weights, words, correction, pulls, state)      \
+#define NEGMINE_WEIGH(pull, kind)                                                                         \
+  masked ? weigh<true, pull, kind>(block, scores, count, scale, weights, words, correction, pulls, state) \
          : weigh<false, pull, kind>(block, scores, count, scale, weights, words, correction, pulls, state)
 #if defined(NEGMINE_TILES)
   if (kind == kPacked) return NEGMINE_WEIGH(true, kPacked);
@@ -206,7 +202,8 @@ void logsumexp_range(const Block* blocks, const Workspace* workspaces, int64_t c
     }
   }
   for (int64_t b = 0; b < count && with_pulls; ++b) {
-    for (int64_t i = 0; i < scales; ++i) restore_pull(blocks[b], workspaces[b], pulls[b][i], states[b * scales + i].mean);
+    for (int64_t i = 0; i < scales; ++i)
+      restore_pull(blocks[b], workspaces[b], pulls[b][i], states[b * scales + i].mean);
   }
 }
 

@@ -76,9 +76,9 @@ void offer_chunk(const Block& block, const Workspace& w, int64_t count, const Se
       offer(selection, *cell % kLanes, pack_order(w.tile[*cell], w.index[*cell / kLanes]));
     }
   }
-  for (int64_t lane = 0; lane < vectors * kWidth; ++lane) {
-    selection.places[lane] += counts[lane / kWidth].places[lane % kWidth];
-    selection.over[lane] += counts[lane / kWidth].over[lane % kWidth];
+  for (int v = 0; v < vectors && selection.counted; ++v) {
+    add_to(selection.places + v * kWidth, counts[v].places);
+    add_to(selection.over + v * kWidth, counts[v].over);
   }
 }
 
