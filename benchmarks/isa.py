@@ -85,13 +85,13 @@ def measure(op: str, inputs: Inputs, isas: list[str], seconds: float) -> dict[st
     return interleave(variants, "cpu", seconds)
 
 
-def ratio_to_best(measured: dict[str, dict[str, Timing]], isas: list[str]) -> float:
-    """The automatic choice over the one instruction set that is best for all ops: geometric means over the ops."""
+def ratio_to_best(measured: dict[str, dict[str, Timing]], isas: list[str], choice: str) -> float:
+    """The chosen instruction set over the one that is best for all ops: geometric means over the ops."""
 
     def mean(isa: str) -> float:
         return math.exp(sum(math.log(timings[isa].median) for timings in measured.values()) / len(measured))
 
-    return mean(AUTOMATIC) / min(mean(isa) for isa in isas)
+    return mean(choice) / min(mean(isa) for isa in isas)
 
 
 def rows_of(storage: str, case: Case, measured: dict[str, dict[str, Timing]]) -> list[dict[str, object]]:
@@ -140,8 +140,9 @@ def main() -> int:
             cells = "".join(f"{timings[isa].median:>11.2f}" for isa in (*isas, AUTOMATIC))
             print(f"{storage:<16}{op:<17}{cells}", flush=True)
         append(args.results / f"{machine}.csv", COLUMNS, [stamp | row for row in rows_of(storage, case, measured)])
-        ratio = ratio_to_best(measured, isas)
-        print(f"{storage:<16}automatic: {chosen(storage)}, {ratio:.2f} of the best")
+        choice = chosen(storage)
+        ratio = ratio_to_best(measured, isas, choice)
+        print(f"{storage:<16}automatic: {choice}, {ratio:.2f} times the best")
         if ratio > BEHIND:
             wrong.append(storage)
     if wrong:

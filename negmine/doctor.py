@@ -121,8 +121,7 @@ def build_rows() -> Rows:
     except ImportError as error:
         return [("compiled", f"no: {error}; build it with `make venv` or install a wheel")]
     has = [name for name, present in module.cpu_features().items() if present]
-    kinds = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-    chosen = ", ".join(f"{module.isa_for(dtype, dtype)} for {name}" for name, dtype in kinds.items())
+    chosen = ", ".join(f"{module.isa_for(dtype, dtype)} for {dtype}" for dtype in ("float32", "bfloat16", "float16"))
     return [
         ("version", f"{info.VERSION}, commit {info.COMMIT or 'unknown'}"),
         ("CUDA", info.CUDA_VERSION or "none"),

@@ -1,4 +1,4 @@
-"""Bf16Prefilter: the bits of the fp32 scan on every kind of row, and the error bound that it relies on."""
+"""Bf16Prefilter: the bits of the scan of fp32 and fp16 on every kind of row, and the error bound that it relies on."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def prefilters(monkeypatch):
 
     for name in ("MIN_QUERIES", "MIN_ROWS", "MIN_DIM"):
         monkeypatch.setattr(bf16_prefilter, name, 1)
-    monkeypatch.setattr(compiled, "isa", lambda: "avx512bf16")
+    monkeypatch.setattr(compiled, "isa_for", lambda *_: "avx512bf16")
     made = scan.Scan.__init__
 
     def watched(self, *arguments, **named):
@@ -64,14 +64,16 @@ def kinds():
 @pytest.mark.parametrize(
     "select", [Select(), Select(max_score=0.3), Select(absolute_margin=0.1), Select(3, relative_margin=0.05)], ids=str
 )
-def test_the_bits_of_a_scan_in_fp32(prefilters, monkeypatch, name, q, c, select):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_bits_of_a_scan_as_stored(prefilters, monkeypatch, dtype, name, q, c, select):
+    q, c = q.to(dtype), c.to(dtype)
     forms = (list(range(B)), [[b, (b + 7) % K, 3] for b in range(B)])  # ids, and a mask of pairs
     for positives, how in ((forms[0], "none"), (forms[1], "none"), (forms[0], "exact")):
         options = {"select": select, "num_negatives": 4, "deduplicate": how, "backend": "cpu"}
         got = negmine.mine_hard_negatives(q, c, positives, **options)
         assert prefilters and prefilters[-1].num_queries == B
         with monkeypatch.context() as patch:
-            patch.setattr(compiled, "isa", lambda: "avx512")
+            patch.setattr(compiled, "isa_for", lambda *_: "avx512")
             before = len(prefilters)
             want = negmine.mine_hard_negatives(q, c, positives, **options)
             assert len(prefilters) == before
@@ -115,10 +117,11 @@ def test_the_bound_holds_where_rounding_is_worst(D):
 
 
 def test_it_is_left_where_it_does_not_pay(monkeypatch):
-    monkeypatch.setattr(compiled, "isa", lambda: "avx512bf16")
+    monkeypatch.setattr(compiled, "isa_for", lambda *_: "avx512bf16")
     ops = backends.choose("test", ("mine_hardest",), "cpu", (torch.empty(0, 1),))
     q, c, fresh = torch.empty(1024, 64), torch.empty(16384, 64), Bf16Prefilter()
     assert fresh.is_faster(ops, q, c, 5, Select(max_score=0.5))
+    assert fresh.is_faster(ops, q.half(), c.half(), 5, Select())
     assert not fresh.is_faster(None, q, c, 5, Select())
     assert not fresh.is_faster(backends.Kernels(mine_hardest=len), q, c, 5, Select())
     for other_q, other_c, N, select in (
@@ -126,6 +129,7 @@ def test_it_is_left_where_it_does_not_pay(monkeypatch):
         (q, c[:16000], 5, Select()),
         (q[:, :32], c[:, :32], 5, Select()),
         (q.half(), c, 5, Select()),
+        (q.bfloat16(), c.bfloat16(), 5, Select()),
         (q, c, 300, Select()),
         (q, c, 5, Select(min_score=0.1)),
         (q, c, 5, Select(1)),
@@ -135,7 +139,7 @@ def test_it_is_left_where_it_does_not_pay(monkeypatch):
     assert Bf16Prefilter(1000, 250).is_faster(ops, q, c, 5, Select()) and not Bf16Prefilter(1000, 251).is_faster(
         ops, q, c, 5, Select()
     )
-    monkeypatch.setattr(compiled, "isa", lambda: "avx2")
+    monkeypatch.setattr(compiled, "isa_for", lambda *_: "avx2")
     assert not fresh.is_faster(ops, q, c, 5, Select())
 
 

@@ -116,13 +116,15 @@ void logsumexp(const LogsumexpParams& p, const Parallel& parallel) {
     block.lanes = std::min(kLanes, p.B - block.first_query);
     return block;
   };
-  // As many blocks as share a chunk of the queue well, their sums in the second-level cache, and two tasks a thread.
+  // As many blocks as share a chunk of the queue well, their sums in the second-level cache, but two tasks a thread,
+  // and of few tasks as many for each thread.
   const bool fold_along = blocks >= 4 * parallel.threads;
   const int64_t block_bytes = kLanes * (p.D + 2) * static_cast<int64_t>(sizeof(float)) * 2;
-  const int64_t most = std::min(run.together, std::max<int64_t>(1, kGroupBytes / block_bytes));
   const int64_t tasks = fold_along ? blocks : blocks * splits;
-  const int64_t together =
-      std::clamp<int64_t>(tasks / (2 * parallel.threads), 1, std::min(most, std::max<int64_t>(blocks, 1)));
+  const int64_t most = std::min({run.together, kGroupBytes / block_bytes, tasks / (2 * parallel.threads), blocks});
+  const int64_t fewest = ceil_div(blocks, std::max<int64_t>(most, 1));
+  const int64_t wanted = fold_along ? ceil_div(fewest, parallel.threads) * parallel.threads : fewest;
+  const int64_t together = std::max<int64_t>(ceil_div(blocks, std::max<int64_t>(wanted, 1)), 1);
   const int64_t groups = ceil_div(blocks, together);
   struct Task {
     Scratch scratch;

@@ -21,7 +21,7 @@ void count_range(const Block& block, const Workspace& w, int64_t* count) {
     for (int v = 0; v < vectors_of(block); ++v) {
       VI total = all(0);
       for (int64_t j = 0; j < columns; ++j) total += is_excluded(load(w.tile + j * kLanes + v * kWidth)) + 1;
-      for (int i = 0; i < kWidth; ++i) count[v * kWidth + i] += total[i];
+      add_to(count + v * kWidth, total);
     }
   }
 }

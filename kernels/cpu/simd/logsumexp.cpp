@@ -20,10 +20,6 @@ constexpr int64_t kTileStride = kTilePanel;  // words of weights from one pair o
 constexpr int64_t kTileStride = kLanes;
 #endif
 
-NEGMINE_INLINE void add_to(int64_t* totals, VI counts) {
-  for (int i = 0; i < kWidth; ++i) totals[i] += counts[i];
-}
-
 // What a tile adds to one vector of queries.
 struct Terms {
   V total, pull, farthest;

@@ -12,10 +12,19 @@ namespace {
 
 constexpr int64_t kBatch = 16;  // rows of a tile whose passing cells are written down together
 
-NEGMINE_INLINE void offer(const Selection& selection, int64_t lane, int64_t order) {
-  int64_t& size = selection.size[lane];
-  selection.keys[lane * selection.capacity + size] = selection.lowest ? ~order : order;
-  if (++size == selection.capacity) prune(selection, lane);
+// Appends the places of cells [cell, end) of the tile to their lanes' keys.
+NEGMINE_INLINE void append(const Workspace& w, const Selection& selection, const int32_t* cell, const int32_t* end) {
+  // Copies: the compiler must take every key it stores for a change of the selection.
+  int64_t *const keys = selection.keys, *const sizes = selection.size;
+  const int64_t capacity = selection.capacity, flip = selection.lowest ? -1 : 0;
+  for (; cell < end; ++cell) {
+    const int64_t lane = *cell % kLanes, size = sizes[lane];
+    int64_t* key = keys + lane * capacity + size;
+    *key = pack_order(w.tile[*cell], w.index[*cell / kLanes]) ^ flip;
+    __builtin_prefetch(key + 8, 1, 3);  // the line that comes next
+    sizes[lane] = size + 1;
+    if (size + 1 == capacity) prune(selection, lane);
+  }
 }
 
 // What offer_chunk() counts and compares of one vector of lanes over a chunk.
@@ -72,13 +81,11 @@ void offer_chunk(const Block& block, const Workspace& w, int64_t count, const Se
             : selection.counted ? write_passing<true, false>(w, selection, lane, from, to, sign, counts[v], end)
                                 : write_passing<false, false>(w, selection, lane, from, to, sign, counts[v], end);
     }
-    for (const int32_t* cell = cells; cell < end; ++cell) {
-      offer(selection, *cell % kLanes, pack_order(w.tile[*cell], w.index[*cell / kLanes]));
-    }
+    append(w, selection, cells, end);
   }
-  for (int64_t lane = 0; lane < vectors * kWidth; ++lane) {
-    selection.places[lane] += counts[lane / kWidth].places[lane % kWidth];
-    selection.over[lane] += counts[lane / kWidth].over[lane % kWidth];
+  for (int v = 0; v < vectors && selection.counted; ++v) {
+    add_to(selection.places + v * kWidth, counts[v].places);
+    add_to(selection.over + v * kWidth, counts[v].over);
   }
 }
 

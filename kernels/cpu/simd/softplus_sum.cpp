@@ -44,7 +44,7 @@ void softplus_sum_range(const Block& block, const Workspace& w, float scale, flo
       store(state.total + lane, load(state.total + lane) + total);
       store(state.mass + lane, load(state.mass + lane) + mass);
       store(pulls + lane, load(pulls + lane) + pull);
-      for (int i = 0; i < kWidth; ++i) state.kept[lane + i] += kept[i];
+      add_to(state.kept + lane, kept);
     }
     if (state.pull == nullptr) continue;
     begin_mean(block, w, chunk);

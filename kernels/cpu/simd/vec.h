@@ -87,6 +87,20 @@ NEGMINE_INLINE VI count_up() {
   return x;
 }
 
+// totals (kWidth) += counts
+NEGMINE_INLINE void add_to(int64_t* totals, VI counts) {
+  int32_t words[kWidth];
+  store(words, counts);
+#if defined(__AVX512F__)  // compilers take the lanes out one by one
+  for (int i = 0; i < kWidth; i += 8) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + i));
+    _mm512_storeu_si512(totals + i, _mm512_loadu_si512(totals + i) + _mm512_maskz_cvtepi32_epi64(0xFF, half));
+  }
+#else
+  for (int i = 0; i < kWidth; ++i) totals[i] += words[i];
+#endif
+}
+
 // Writes the lanes of x that `passed` names side by side from out on, and anything up to kWidth words from there;
 // returns the end of what was written.
 NEGMINE_INLINE int32_t* store_passed(int32_t* out, VI x, uint32_t passed) {
