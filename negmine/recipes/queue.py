@@ -29,7 +29,7 @@ def decoupled(temperature: Temperature = 0.1, **keywords: Any) -> InfoNCELoss:
 
 
 def decoupled_weighted(sigma: Number = 0.5, *, temperature: Temperature = 0.1, **keywords: Any) -> MethodLoss:
-    """DCL with weighted positives (Yeh et al. 2021, arXiv 2110.06848): see negmine/methods.py, decoupled_weighted.
+    """DCL with weighted positives (Yeh et al. 2021, arXiv 2110.06848): see negmine/losses/methods.py, decoupled_weighted.
 
     loss_b = -(2 - B softmax_b(s_pos / sigma)) x_pos + log sum_j exp(x_j); the weights carry no gradient.
     """
