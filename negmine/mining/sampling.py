@@ -1,6 +1,6 @@
 """Sampling strategies: which candidates of a query's window become its negatives.
 
-    window     (B, W) int64 sort keys (negmine/order.py), hardest first, NOWHERE past its end
+    window     (B, W) int64 sort keys (negmine/ops/sort_key.py), hardest first, NOWHERE past its end
     top        the first n
     random     the n with the smallest Philox words: every subset of n is equally likely
     weighted   the n largest of  s / temperature + g,  g = -log(-log u): drawn one by one without replacement, each

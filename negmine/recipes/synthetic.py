@@ -53,7 +53,7 @@ def synco(
 ) -> MethodLoss:
     """SynCo (Giakoumoglou and Stathaki 2024, arXiv 2410.02401): MoCo v2 plus six kinds of synthetic negatives.
 
-    `Kinds` states the formulas, negmine/synco.py what differs from the public code. warmup_steps: train without them first
+    `Kinds` states the formulas, negmine/losses/synco.py what differs from the public code. warmup_steps: train without them first
     (10 epochs there).
     """
     counts = {"interpolated": interpolated, "extrapolated": extrapolated, "mixed": mixed}
