@@ -40,7 +40,7 @@ def hardness_added(alpha: Number = 9.0, *, temperature: Temperature = 0.02, **ke
     """LLaVE's hardness weighting (Lan et al. 2025, arXiv 2503.04812; sentence-transformers' hardness_mode).
 
     alpha sg[s_j] is added to each negative's logit: alpha 9 on in-batch negatives (LLaVE), 5 on explicit hard ones
-    (EmbeddingGemma); see negmine/methods.py, hardness_added.
+    (EmbeddingGemma); see negmine/losses/methods.py, hardness_added.
     """
     return MethodLoss(methods.hardness_added, temperature=temperature, alpha=alpha, **keywords)
 
@@ -48,7 +48,7 @@ def hardness_added(alpha: Number = 9.0, *, temperature: Temperature = 0.02, **ke
 def rince(r: Number = 0.5, lam: Number = 0.01, *, temperature: Temperature = 0.5, **keywords: Any) -> MethodLoss:
     """RINCE (Chuang et al. 2022, arXiv 2201.04309): -exp(r x_pos) / r + (lam (exp(x_pos) + sum_j exp(x_j)))^r / r.
 
-    The paper's `q` is r here, for q is a query. See negmine/methods.py, rince.
+    The paper's `q` is r here, for q is a query. See negmine/losses/methods.py, rince.
     """
     return MethodLoss(methods.rince, temperature=temperature, r=r, lam=lam, **keywords)
 
@@ -56,13 +56,13 @@ def rince(r: Number = 0.5, lam: Number = 0.01, *, temperature: Temperature = 0.5
 def ifm(epsilon: Number = 0.1, alpha: Number = 1.0, *, temperature: Temperature = 0.2, **keywords: Any) -> MethodLoss:
     """IFM (Robinson et al. 2021, arXiv 2106.11230): InfoNCE averaged with InfoNCE at an additive margin of 2 epsilon.
 
-    (nce(0) + alpha nce(epsilon)) / (1 + alpha); see negmine/methods.py, ifm.
+    (nce(0) + alpha nce(epsilon)) / (1 + alpha); see negmine/losses/methods.py, ifm.
     """
     return MethodLoss(methods.ifm, temperature=temperature, epsilon=epsilon, alpha=alpha, **keywords)
 
 
 def dual_temperature(temperature: Temperature = 0.1, temperature_ratio: Number = 10.0, **keywords: Any) -> MethodLoss:
-    """Dual temperature (Zhang et al. 2022, arXiv 2203.17248): see negmine/methods.py, dual_temperature."""
+    """Dual temperature (Zhang et al. 2022, arXiv 2203.17248): see negmine/losses/methods.py, dual_temperature."""
     return MethodLoss(
         methods.dual_temperature, temperature=temperature, temperature_ratio=temperature_ratio, **keywords
     )
