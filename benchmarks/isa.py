@@ -39,12 +39,8 @@ BEHIND = 1.1  # the automatic choice over the best
 
 @torch.no_grad()
 def loss_alone(inputs: Inputs, backend: str | None = None) -> Answer:
-    tags = {"query_ids": inputs.query_ids, "negative_ids": inputs.negative_ids}
-    temperature = inputs.temperature
-    loss = negmine.info_nce(
-        inputs.query, inputs.positive_key, inputs.keys, temperature=temperature, backend=backend, **tags
-    )
-    return (loss,)
+    options = {"temperature": inputs.temperature, "query_ids": inputs.query_ids, "backend": backend}
+    return (negmine.info_nce(inputs.query, inputs.positive_key, inputs.negatives, **options),)
 
 
 MEASURED = {"loss_alone": loss_alone} | {

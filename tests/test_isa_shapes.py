@@ -3,13 +3,20 @@
 import pytest
 import torch
 
-from negmine.pool import Pool
+from negmine.ops.pool import Pool
 from tests import compare
 from tests.cases import DTYPES, ids, unit
 from tests.test_isa import ISAS
 from tests.test_isa import isa as isa  # the fixture
 
 TYPES = [(q, k) for q in DTYPES for k in DTYPES]  # of queries and of the queue
+
+
+def summed(q, keys, scale, pivot, want_mean, pool):
+    """lse (B,), mean (B, D), num_kept and num_above (B,) at one scale."""
+    op = torch.ops.negmine_cpu.logsumexp
+    lse, mean, num_kept, num_above, *_ = op(q, keys, scale[None], pivot, want_mean, 0, None, *pool)
+    return lse[0], mean[0], num_kept, num_above
 
 
 def names_of(types):
@@ -24,9 +31,9 @@ def test_the_choice_is_by_storage_and_the_same_for_all_ops(isa, types):
     q, keys = unit(70, 40, dtype=types[0]), unit(9000, 40, dtype=types[1], seed=1)
 
     def run():
-        scores = torch.ops.negmine.mine_hardest(q, keys, 300, *Pool())[0]
-        places = torch.ops.negmine.rank_thresholds(q, keys, torch.tensor([[7, 299]]).expand(70, 2), *Pool())
-        return scores, places, *torch.ops.negmine.logsumexp(q, keys, torch.tensor(9.0), None, True, *Pool())[:2]
+        scores = torch.ops.negmine_cpu.mine_hardest(q, keys, 300, False, *Pool())[0]
+        places = torch.ops.negmine_cpu.rank_thresholds(q, keys, torch.tensor([[7, 299]]).expand(70, 2), *Pool())
+        return scores, places, *summed(q, keys, torch.tensor(9.0), None, True, Pool())[:2]
 
     assert _ops_cpu.set_isa("") and _ops_cpu.isa() == ""
     chosen, automatic = _ops_cpu.isa_for(*names_of(types)), run()
@@ -71,7 +78,7 @@ def test_every_class_of_shape_sums_right(isa, types, B, K, D):
         (Pool(per_column, **tags), per_column & ~hidden),
     ]
     for pool, allowed in pools:
-        lse, mean, kept, above = torch.ops.negmine.logsumexp(q, keys, scale, pivot, True, *pool)
+        lse, mean, kept, above = summed(q, keys, scale, pivot, True, pool)
         x = (14 * scores).masked_fill(~allowed, -torch.inf)
         compare.exact("kept", kept, allowed.sum(1))
         assert bool((above - (allowed & (scores > 0)).sum(1)).abs().le(1 + B * K // 100_000).all())
@@ -79,7 +86,7 @@ def test_every_class_of_shape_sums_right(isa, types, B, K, D):
         truth, rounds = x.softmax(1).nan_to_num(0.0) @ keys.double(), types == (torch.bfloat16,) * 2
         size = float(keys.abs().max())
         assert float((mean.double() - truth).abs().max()) <= (2.0**-8 if rounds else 2.0**-18) * size
-        compare.exact("alone", torch.ops.negmine.logsumexp(q, keys, scale, None, False, *pool)[0], lse)
+        compare.exact("alone", summed(q, keys, scale, None, False, pool)[0], lse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,14 +97,14 @@ def test_a_shift_moves_for_one_query_and_no_other(isa, dtype, scale):
     q, keys = unit(B, D, dtype=dtype), unit(K, D, seed=1)
     keys = (keys[(keys @ q[0].float()).argsort()] * torch.linspace(0.1, 1.0, K)[:, None]).to(dtype)
     keys[[31, 32, 500, 4096, 8999]] *= 4.0
-    args = torch.tensor(scale), None, True, *Pool()
-    lse, mean, *_ = torch.ops.negmine.logsumexp(q, keys, *args)
+    args = torch.tensor(scale), None, True, Pool()
+    lse, mean, *_ = summed(q, keys, *args)
     x = scale * (q.double() @ keys.double().T)
     condition = float(x.abs().max())
     compare.rounded("lse", lse, x.logsumexp(1), x.logsumexp(1).float(), condition)
     share = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-20 * condition
     assert float((mean.double() - x.softmax(1) @ keys.double()).abs().max()) <= share * float(keys.abs().max())
     for b in (0, 17, 69):
-        alone = torch.ops.negmine.logsumexp(q[b : b + 1], keys, *args)
+        alone = summed(q[b : b + 1], keys, *args)
         compare.exact("lse", alone[0], lse[b : b + 1])
         compare.exact("mean", alone[1], mean[b : b + 1])
