@@ -339,7 +339,7 @@ def summed_columns(
     if select is not None:
         needed += ["rank_thresholds", "count_negatives"]
         if select.sample is not None:
-            needed += ["listed_logsumexp", "listed_grad_keys"]
+            needed += ["gathered_logsumexp", "gathered_grad_keys"]
     kernels = choose_for_keys(caller, tuple(needed), backend, tensors, keys)
     with torch.no_grad():
         anchor = None if positive_key is None else score_of_positive(query, positive_key)  # (B,)

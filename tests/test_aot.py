@@ -49,7 +49,7 @@ CASES = [
     (90, "bfloat16", 128, ("mix_negatives", "mix_logsumexp")),
     (90, "bfloat16", 128, ("softplus_sum", "softplus_sum_grad_keys")),
     (80, "bfloat16", 128, ("softplus_sum", "softplus_sum_grad_keys")),
-    (90, "bfloat16", 128, ("listed_logsumexp", "listed_grad_keys")),
+    (90, "bfloat16", 128, ("gathered_logsumexp", "gathered_grad_keys")),
     (90, "float32", 128, ("logsumexp",)),
     (90, "bfloat16", 1024, ("logsumexp",)),
     (90, "bfloat16", 4096, ("info_nce",)),
@@ -83,8 +83,8 @@ def call(triton_ops, op: str, dtype: torch.dtype, D: int) -> None:
         "count_negatives": (keys, *window),
         "mix_negatives": (keys, index, *draws),
         "mix_logsumexp": (keys, index, scale, True, *draws),
-        "listed_logsumexp": (keys, index, scale, True),
-        "listed_grad_keys": (index, empty(B, N), K),
+        "gathered_logsumexp": (keys, index, scale, True),
+        "gathered_grad_keys": (index, empty(B, N), K),
     }
     getattr(triton_ops, op)(query, *arguments[op])
 

@@ -29,10 +29,10 @@ def a_list(B, K, M, device, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_listed_ops(backend, dtype):
+def test_gathered_ops(backend, dtype):
     skip_what_the_interpreter_repeats(backend, dtype)
     device = device_of(backend)
-    lse, grad_keys = launcher(backend, "listed_logsumexp"), launcher(backend, "listed_grad_keys")
+    lse, grad_keys = launcher(backend, "gathered_logsumexp"), launcher(backend, "gathered_grad_keys")
     for seed, (B, K, M, D) in enumerate(SHAPES):
         index = a_list(B, K, M, device, seed)
         whole_q, whole_keys = (
@@ -40,23 +40,23 @@ def test_listed_ops(backend, dtype):
         )
         scale = torch.tensor(5.0, device=device)
         scores, _, mean = lse(for_kernels(whole_q), for_kernels(whole_keys), index, scale, False)
-        want = reference.listed_logsumexp(whole_q.float(), whole_keys.float(), index, scale)
+        want = reference.gathered_logsumexp(whole_q.float(), whole_keys.float(), index, scale)
         compare.exact(f"scores {B, K, M, D}", scores, want[0])
         assert mean.shape == (0, D)
         q, keys = (unit(n, D, dtype=dtype, device=device, seed=seed + i) for i, n in enumerate((B, K)))
         got = lse(q, keys, index, scale, True)
-        truth = reference.listed_logsumexp(q.double(), keys.double(), index, 5.0)
-        plain = reference.listed_logsumexp(q.float(), keys.float(), index, scale)
+        truth = reference.gathered_logsumexp(q.double(), keys.double(), index, 5.0)
+        plain = reference.gathered_logsumexp(q.float(), keys.float(), index, scale)
         for name, k, t, p in zip(("scores", "lse", "mean"), got, truth, plain, strict=True):
             compare.rounded(f"{name} {B, K, M, D}", k, t, p, 5.0)
         weight = torch.randn(B, M, device=device).masked_fill(index < 0, torch.nan)  # not read where there is no column
         got = grad_keys(q, index, weight, K)
-        truth = reference.listed_grad_keys(q.double(), index, weight.double(), K)
+        truth = reference.gathered_grad_keys(q.double(), index, weight.double(), K)
         compare.rounded(f"grad_keys {B, K, M, D}", got, truth, truth.float(), 4.0)
 
 
-def test_listed_ops_refuse_what_would_read_elsewhere():
-    lse, grad_keys = launcher("cpu", "listed_logsumexp"), launcher("cpu", "listed_grad_keys")
+def test_gathered_ops_refuse_what_would_read_elsewhere():
+    lse, grad_keys = launcher("cpu", "gathered_logsumexp"), launcher("cpu", "gathered_grad_keys")
     q, keys, one = unit(2, 4), unit(3, 4), torch.tensor(1.0)
     for bad in (3, -2):
         index = torch.tensor([[0, 1], [2, bad]])

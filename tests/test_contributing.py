@@ -49,7 +49,7 @@ def test_a_recipe_is_in_the_listed_files():
     assert "negmine/recipes/queue.py" in touched
 
 
-@pytest.mark.parametrize("op", ["mine_listed", "listed_logsumexp", "count_negatives"])
+@pytest.mark.parametrize("op", ["mine_gathered", "gathered_logsumexp", "count_negatives"])
 def test_an_op_is_declared_and_implemented_in_the_listed_files(op):
     """What others do with an op is theirs; what makes it an op of a backend is in these files, and its kernel's own folder."""
     places = {pattern.replace("<op>", op) for pattern in listed("op") + listed("backend")}

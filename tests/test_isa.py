@@ -110,7 +110,7 @@ def test_listed_columns_rank_as_in_the_whole_queue(isa, dtype, B, K, D):
     for highest in (None, most):
         pool = Pool(mask, upper=None if highest is None else sort_key.pack(highest, 0))
         for N in (3, K + 2):
-            got = torch.ops.negmine_cpu.mine_listed(q, keys, listed, N, highest)
+            got = torch.ops.negmine_cpu.mine_gathered(q, keys, listed, N, highest)
             want = torch.ops.negmine_cpu.mine_hardest(q, keys, N, False, *pool)
             for name, k, t in zip(Mined._fields, got, want, strict=False):
                 compare.exact(name, k, t)
@@ -240,7 +240,7 @@ def test_many_equal_terms_are_not_all_rounded_to_one_side(isa):
     columns, scale = torch.arange(K)[None], torch.tensor(1.0)
     means = {
         "logsumexp": summed(q, keys, scale, None, True, Pool())[1],
-        "listed": torch.ops.negmine_cpu.listed_logsumexp(q, keys, columns, scale, True)[2],
+        "listed": torch.ops.negmine_cpu.gathered_logsumexp(q, keys, columns, scale, True)[2],
         "window": summed(q, keys, scale, None, True, Pool(), ranks=torch.tensor([[0, K]]))[1],
     }
     for name, mean in means.items():
@@ -295,7 +295,7 @@ def test_a_score_of_infinity_sums_to_infinity(isa, dtype, B):
                     "pair": torch.ops.negmine_cpu.logsumexp(
                         q, keys, scale.repeat(2), None, want_mean, 0, None, *Pool()
                     )[0][1],
-                    "listed": torch.ops.negmine_cpu.listed_logsumexp(q, keys, listed, scale, want_mean)[1],
+                    "listed": torch.ops.negmine_cpu.gathered_logsumexp(q, keys, listed, scale, want_mean)[1],
                 }
                 if not nan:  # of which a window keeps none
                     ranks = torch.tensor([[0, K - 1]]).repeat(B, 1)

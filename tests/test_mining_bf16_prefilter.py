@@ -145,7 +145,7 @@ def test_it_is_left_where_it_does_not_pay(monkeypatch):
 
 def test_what_a_list_must_be():
     q, c, listed = unit(2, 3), unit(5, 3), torch.zeros(2, 1, dtype=torch.int64)
-    listed_op = torch.ops.negmine_cpu.mine_listed
+    listed_op = torch.ops.negmine_cpu.mine_gathered
     with pytest.raises(RuntimeError, match="N must be at least 1, got 0"):
         listed_op(q, c, listed, 0, None)
     for column in (5, -2):

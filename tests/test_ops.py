@@ -74,7 +74,7 @@ def variants(op: Op) -> list[dict]:
     names = {value.name for value in op.arguments}
     all_changes = [{}, {"optional": False}, {"per_query": True}, {"B": 0}, {"K": 0}, {"D": 1}]
     all_changes += [{flag: False} for flag in sorted(names) if flag.startswith("want_")]
-    if "N" in names and op.name != "mine_listed":
+    if "N" in names and op.name != "mine_gathered":
         all_changes.append({"N": 0})
     if "decoupled" in names:
         all_changes.append({"decoupled": True})
@@ -156,8 +156,8 @@ def test_bias_and_guide_are_refused(namespace, name):
         ("mix_negatives", {"step": torch.tensor(1.0)}, "mix_negatives: step must be int64, got float32"),
         ("mix_negatives", {"pairs": -1}, "mix_negatives: pairs and with_query must not be negative, got -1 and 2"),
         ("mix_logsumexp", {"hard_index": torch.full((3, 2), 20)}, "mix_logsumexp: hard_index must hold rows of"),
-        ("mine_listed", {"N": 0}, "mine_listed: N must be at least 1, got 0"),
-        ("mine_listed", {"max_score": torch.zeros(4)}, "mine_listed: max_score must have the shape .3,., got .4,."),
+        ("mine_gathered", {"N": 0}, "mine_gathered: N must be at least 1, got 0"),
+        ("mine_gathered", {"max_score": torch.zeros(4)}, "mine_gathered: max_score must have the shape .3,., got .4,."),
         ("softplus_sum", {"offset": torch.zeros(2)}, "softplus_sum: offset must be one number, a tensor of shape"),
     ],
 )

@@ -72,13 +72,13 @@ def arguments():
         yield "mine_hardest", (q, keys, 9, True, *pool)
         yield "rank_thresholds", (q, keys, torch.tensor([[0, 3, 99]]).repeat(B, 1), *pool)
         yield "count_negatives", (q, keys, *pool)
-    yield "mine_listed", (q, keys.bfloat16(), index.sort(1).values, 3, None)
-    yield "mine_listed", (q, keys, index.sort(1).values, 9, zeros)
+    yield "mine_gathered", (q, keys.bfloat16(), index.sort(1).values, 3, None)
+    yield "mine_gathered", (q, keys, index.sort(1).values, 9, zeros)
     yield "mix_negatives", (q, keys, index, *draws)
     yield "mix_logsumexp", (q, keys, index, scale, True, *draws)
-    yield "listed_logsumexp", (q, keys.bfloat16(), index, scale, True)
-    yield "listed_logsumexp", (q, keys, index[:, :0], scale, False)
-    yield "listed_grad_keys", (q, index, torch.ones(index.shape), K)
+    yield "gathered_logsumexp", (q, keys.bfloat16(), index, scale, True)
+    yield "gathered_logsumexp", (q, keys, index[:, :0], scale, False)
+    yield "gathered_grad_keys", (q, index, torch.ones(index.shape), K)
 
 
 def test_opcheck():

@@ -64,8 +64,8 @@ def arguments():
         "count_negatives": [(q, keys, *pool)],
         "mix_negatives": [(q, keys, index, *drawn)],
         "mix_logsumexp": [(q, keys, index, scale, True, *drawn)],
-        "listed_logsumexp": [(q, keys, index, scale, True)],
-        "listed_grad_keys": [(q, index, index * 0.1, K)],
+        "gathered_logsumexp": [(q, keys, index, scale, True)],
+        "gathered_grad_keys": [(q, index, index * 0.1, K)],
     }  # fmt: skip
 
 

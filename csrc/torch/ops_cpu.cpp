@@ -170,10 +170,10 @@ std::tuple<Tensor, Tensor, Tensor> mine_hardest(const Tensor& query, const Tenso
   return {scores, index, num_kept};
 }
 
-std::tuple<Tensor, Tensor, Tensor> mine_listed(const Tensor& query, const Tensor& negative_keys, const Tensor& listed,
-                                               int64_t N, const OptionalTensor& max_score) {
+std::tuple<Tensor, Tensor, Tensor> mine_gathered(const Tensor& query, const Tensor& negative_keys, const Tensor& listed,
+                                                 int64_t N, const OptionalTensor& max_score) {
   // Checks.
-  const char* op = "mine_listed";
+  const char* op = "mine_gathered";
   const Scored in(op, query, negative_keys, PoolArguments());
   const Tensor columns = checks::index_matrix(op, "index", listed, in.B, query);
   const OptionalTensor highest = checks::vector(op, "max_score", max_score, ScalarType::Float, in.B, query);
@@ -196,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor> mine_listed(const Tensor& query, const Tensor
   p.kept = output<int64_t>(num_kept);
   // Run.
   const double products = static_cast<double>(in.B) * static_cast<double>(M) * static_cast<double>(in.D);
-  cpu::mine_listed(p, column, M, floats(highest), torch_threads(products));
+  cpu::mine_gathered(p, column, M, floats(highest), torch_threads(products));
   return {scores, index, num_kept};
 }
 
@@ -237,7 +237,7 @@ STABLE_TORCH_LIBRARY_IMPL(negmine_cpu, CPU, m) {
   m.impl("softplus_sum", boxed<&softplus_sum>);
   m.impl("softplus_sum_grad_keys", boxed<&softplus_sum_grad_keys>);
   m.impl("mine_hardest", boxed<&mine_hardest>);
-  m.impl("mine_listed", boxed<&mine_listed>);
+  m.impl("mine_gathered", boxed<&mine_gathered>);
   m.impl("rank_thresholds", boxed<&rank_thresholds>);
   m.impl("count_negatives", boxed<&count_negatives>);
 }

@@ -5,8 +5,8 @@
 
 #include "csrc/torch/boxing.h"
 #include "csrc/torch/cpu_params.h"
-#include "kernels/cpu/listed_grad_keys.h"
-#include "kernels/cpu/listed_logsumexp.h"
+#include "kernels/cpu/gathered_grad_keys.h"
+#include "kernels/cpu/gathered_logsumexp.h"
 #include "kernels/cpu/mix_logsumexp.h"
 #include "kernels/cpu/mix_negatives.h"
 
@@ -108,10 +108,10 @@ void require_rows(const char* op, const Tensor& index, int64_t K) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> listed_logsumexp(const Tensor& query, const Tensor& negative_keys,
-                                                    const Tensor& index, const Tensor& scale, bool want_mean) {
+std::tuple<Tensor, Tensor, Tensor> gathered_logsumexp(const Tensor& query, const Tensor& negative_keys,
+                                                      const Tensor& index, const Tensor& scale, bool want_mean) {
   // Checks.
-  const char* op = "listed_logsumexp";
+  const char* op = "gathered_logsumexp";
   const Tensor q = checks::matrix(op, "query", query, "(B, D)");
   const Tensor keys = checks::matrix(op, "negative_keys", negative_keys, "(K, D)");
   checks::same_width(op, q, keys);
@@ -125,24 +125,24 @@ std::tuple<Tensor, Tensor, Tensor> listed_logsumexp(const Tensor& query, const T
   Tensor lse = new_floats(q, {B});
   Tensor mean = new_floats(q, {want_mean ? B : 0, D});
   // Params.
-  const cpu::ListedLogsumexpParams p{matrix_of(q),
-                                     matrix_of(keys),
-                                     B,
-                                     D,
-                                     M,
-                                     longs(listed),
-                                     floats(factor),
-                                     output<float>(scores),
-                                     output<float>(lse),
-                                     want_mean ? output<float>(mean) : nullptr};
+  const cpu::GatheredLogsumexpParams p{matrix_of(q),
+                                       matrix_of(keys),
+                                       B,
+                                       D,
+                                       M,
+                                       longs(listed),
+                                       floats(factor),
+                                       output<float>(scores),
+                                       output<float>(lse),
+                                       want_mean ? output<float>(mean) : nullptr};
   // Run.
-  cpu::listed_logsumexp(p, torch_threads(products_of(B, M, D)));
+  cpu::gathered_logsumexp(p, torch_threads(products_of(B, M, D)));
   return {scores, lse, mean};
 }
 
-Tensor listed_grad_keys(const Tensor& query, const Tensor& index, const Tensor& weight, int64_t K) {
+Tensor gathered_grad_keys(const Tensor& query, const Tensor& index, const Tensor& weight, int64_t K) {
   // Checks.
-  const char* op = "listed_grad_keys";
+  const char* op = "gathered_grad_keys";
   const Tensor q = checks::matrix(op, "query", query, "(B, D)");
   const int64_t B = q.size(0), D = q.size(1);
   checks::require(K >= 0, op, ": K must not be negative, got ", K, ".");
@@ -156,17 +156,17 @@ Tensor listed_grad_keys(const Tensor& query, const Tensor& index, const Tensor& 
   // Outputs.
   Tensor grad_keys = new_floats(q, {K, D});
   // Params.
-  const cpu::ListedGradKeysParams p{matrix_of(q), B, K, D, M, longs(listed), floats(flat), output<float>(grad_keys)};
+  const cpu::GatheredGradKeysParams p{matrix_of(q), B, K, D, M, longs(listed), floats(flat), output<float>(grad_keys)};
   // Run.
-  cpu::listed_grad_keys(p, torch_threads(products_of(B, M, D) + products_of(K, 1, D)));
+  cpu::gathered_grad_keys(p, torch_threads(products_of(B, M, D) + products_of(K, 1, D)));
   return grad_keys;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(negmine_cpu, CPU, m) {
   m.impl("mix_negatives", boxed<&mix_negatives>);
   m.impl("mix_logsumexp", boxed<&mix_logsumexp>);
-  m.impl("listed_logsumexp", boxed<&listed_logsumexp>);
-  m.impl("listed_grad_keys", boxed<&listed_grad_keys>);
+  m.impl("gathered_logsumexp", boxed<&gathered_logsumexp>);
+  m.impl("gathered_grad_keys", boxed<&gathered_grad_keys>);
 }
 
 }  // namespace

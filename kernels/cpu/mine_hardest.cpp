@@ -154,8 +154,8 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
 }
 
 // One query a task: its columns side by side are a queue of their own, which select() scans.
-void mine_listed(const MineHardestParams& p, const int64_t* listed, int64_t M, const float* most,
-                 const Parallel& parallel) {
+void mine_gathered(const MineHardestParams& p, const int64_t* listed, int64_t M, const float* most,
+                   const Parallel& parallel) {
   const int64_t element = p.negative_keys.dtype == Dtype::kFloat32 ? 4 : 2, row_bytes = p.D * element;
   const char* first = static_cast<const char*>(p.negative_keys.data);
   const auto upper = make_buffer<int64_t>(p.B);  // (B,)

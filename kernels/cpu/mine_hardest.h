@@ -1,5 +1,5 @@
 // mine_hardest: the N hardest columns of each query's pool, hardest first, ties to the lower index, and the size of the
-// pool where it is wanted; mine_listed ranks the columns that a list names. Meaning: kernels/README.md.
+// pool where it is wanted; mine_gathered ranks the columns that a list names. Meaning: kernels/README.md.
 #pragma once
 #include <vector>
 
@@ -57,7 +57,7 @@ class MiningGrid {
 };
 
 // Outputs and shapes as above; no pool.
-void mine_listed(const MineHardestParams& p, const int64_t* listed, int64_t M, const float* most,
-                 const Parallel& parallel);
+void mine_gathered(const MineHardestParams& p, const int64_t* listed, int64_t M, const float* most,
+                   const Parallel& parallel);
 
 }  // namespace negmine::cpu

@@ -4,9 +4,9 @@ Signatures and meaning: kernels/README.md.  Under TRITON_INTERPRET=1, set before
 """
 
 from .count_negatives import count_negatives
+from .gathered_grad_keys import gathered_grad_keys
+from .gathered_logsumexp import gathered_logsumexp
 from .info_nce import info_nce
-from .listed_grad_keys import listed_grad_keys
-from .listed_logsumexp import listed_logsumexp
 from .logsumexp import logsumexp
 from .logsumexp_grad_keys import logsumexp_grad_keys
 from .mine_hardest import mine_hardest
@@ -18,9 +18,9 @@ from .softplus_sum_grad_keys import softplus_sum_grad_keys
 
 __all__ = [
     "count_negatives",
+    "gathered_grad_keys",
+    "gathered_logsumexp",
     "info_nce",
-    "listed_grad_keys",
-    "listed_logsumexp",
     "logsumexp",
     "logsumexp_grad_keys",
     "mine_hardest",

@@ -211,7 +211,7 @@ class Plan:
         elif self.false_negatives is not None and self.false_negatives.top_k is not None:
             needed.append("mine_hardest")
         if self.samples or self.attracts or (self.mixes and self.mix is not None and not self.mix.detach):
-            needed += ["listed_logsumexp", "listed_grad_keys"]
+            needed += ["gathered_logsumexp", "gathered_grad_keys"]
         return tuple(needed)
 
     def run_dense(self, batch: Batch, temperature: float | Tensor) -> tuple[Tensor, InfoNCEStats]:

@@ -96,7 +96,7 @@ class Bf16Prefilter:
             candidate_pool = pool._replace(upper=sort_key.pack(max_score + bound, 0))
         approximate = ops.mine_hardest(half_query, half_keys, N + EXTRA, True, *candidate_pool)
         columns = approximate[1].sort(1).values  # (B, N + EXTRA), -1 first
-        scores, index, num_kept = CPU_OPS["mine_listed"](query, keys, columns, N, max_score)
+        scores, index, num_kept = CPU_OPS["mine_gathered"](query, keys, columns, N, max_score)
         complete, highest_missed = columns[:, 0] < 0, approximate[0][:, -1] + bound  # (B,) each
         num_kept = approximate[2] - (columns >= 0).sum(1) + num_kept
         undecided = (~(complete | (highest_missed < scores[:, -1])) | ~bound.isfinite()).nonzero()[:, 0]  # (U,)

@@ -35,10 +35,10 @@ def gather_rows(keys: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     return keys[index.clamp_min(0)].to(dtype).masked_fill((index < 0)[..., None], 0.0)
 
 
-def listed_scores(kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, index: Tensor) -> Tensor:
+def gathered_scores(kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, index: Tensor) -> Tensor:
     """(B, M) fp32, -inf where the list names no column."""
     keys, rows = flat_rows(negative_keys, index)
-    return kernels.listed_logsumexp(query, keys, rows, scale, False)[0]
+    return kernels.gathered_logsumexp(query, keys, rows, scale, False)[0]
 
 
 def list_logsumexp(
@@ -47,7 +47,7 @@ def list_logsumexp(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The op logsumexp over lists, without its mining and its ranks."""
     keys, rows = flat_rows(negative_keys, index)
-    made = [kernels.listed_logsumexp(query, keys, rows, scale, want_mean) for scale in scales.unbind(0)]
+    made = [kernels.gathered_logsumexp(query, keys, rows, scale, want_mean) for scale in scales.unbind(0)]
     scores, present = made[0][0], index >= 0  # (B, M) each
     above = torch.zeros_like(present) if pivot is None else present & (scores > pivot[:, None])
     lse, mean = (torch.stack([each[part] for each in made]) for part in (1, 2))
@@ -60,9 +60,9 @@ def list_logsumexp_grad_keys(
     _same_label: bool,
 ) -> Tensor:  # fmt: skip
     keys, rows = flat_rows(negative_keys, index)
-    scores = kernels.listed_logsumexp(query, keys, rows, scale, False)[0]  # (B, M)
+    scores = kernels.gathered_logsumexp(query, keys, rows, scale, False)[0]  # (B, M)
     p = (scale * scores - lse[:, None]).exp().masked_fill(index < 0, 0.0)  # (B, M)
-    return kernels.listed_grad_keys(query, rows, p * weight[:, None], keys.shape[0]).view(negative_keys.shape)
+    return kernels.gathered_grad_keys(query, rows, p * weight[:, None], keys.shape[0]).view(negative_keys.shape)
 
 
 def list_softplus_sum(
@@ -71,7 +71,7 @@ def list_softplus_sum(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     keys, rows = flat_rows(negative_keys, index)
     absent = index < 0  # (B, M)
-    scores = kernels.listed_logsumexp(query, keys, rows, scale, False)[0].masked_fill(absent, 0.0)  # (B, M)
+    scores = kernels.gathered_logsumexp(query, keys, rows, scale, False)[0].masked_fill(absent, 0.0)  # (B, M)
     x = scale * scores + offset  # (B, M)
     sigmoid = x.sigmoid().masked_fill(absent, 0.0)  # (B, M)
     sigmoid_keys = x.new_zeros(len(query) if want_sigmoid_keys else 0, query.shape[1])
@@ -86,9 +86,9 @@ def list_softplus_sum_grad_keys(
     _same_label: bool,
 ) -> Tensor:  # fmt: skip
     keys, rows = flat_rows(negative_keys, index)
-    scores = kernels.listed_logsumexp(query, keys, rows, scale, False)[0]  # (B, M)
+    scores = kernels.gathered_logsumexp(query, keys, rows, scale, False)[0]  # (B, M)
     sigmoid = (scale * scores + offset).sigmoid()  # (B, M)
-    return kernels.listed_grad_keys(query, rows, sigmoid * weight[:, None], keys.shape[0]).view(negative_keys.shape)
+    return kernels.gathered_grad_keys(query, rows, sigmoid * weight[:, None], keys.shape[0]).view(negative_keys.shape)
 
 
 def over_lists(kernels: Kernels) -> Kernels:

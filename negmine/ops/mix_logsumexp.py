@@ -100,7 +100,7 @@ class DifferentiatedMixLogSumExp(torch.autograd.Function):
                 _, score, d_m = _mixed_rows(query[part], negative_keys, to, c)
                 p = (scale * score - lse[part, None]).exp().masked_fill(to[:, :, 1] < 0, 0.0)  # (B, S)
                 share = (d_lse[part, None] * scale * p)[:, :, None] * torch.stack([c, 1 - c], 2)  # (B, S, 2)
-                d_keys += ctx.kernels.listed_grad_keys(d_m.flatten(0, 1), to.flatten(0, 1), share.flatten(0, 1), K)
+                d_keys += ctx.kernels.gathered_grad_keys(d_m.flatten(0, 1), to.flatten(0, 1), share.flatten(0, 1), K)
             d_keys = d_keys.to(negative_keys.dtype)
         d_query = (d_lse[:, None] * d_query).to(query.dtype) if ctx.needs_input_grad[0] else None
         return d_query, (d_lse * d_scale).sum() if ctx.needs_input_grad[1] else None, d_keys, None, None, None

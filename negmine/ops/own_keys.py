@@ -10,11 +10,11 @@ from negmine.ops import sort_key
 from negmine.ops.backends import Kernels, choose
 from negmine.ops.column_lists import (
     flat_rows,
+    gathered_scores,
     list_logsumexp,
     list_logsumexp_grad_keys,
     list_softplus_sum,
     list_softplus_sum_grad_keys,
-    listed_scores,
 )
 from negmine.ops.pool import Pool, narrow, usable
 
@@ -30,7 +30,7 @@ def _sort_keys(kernels: Kernels, query: Tensor, negative_keys: Tensor, pool: Poo
     """(B, M) int64: the sort key of every column of the pool, NOWHERE elsewhere."""
     index = _allowed(query, negative_keys, pool)
     one = torch.ones((), dtype=torch.float32, device=query.device)
-    scores = listed_scores(kernels, query, negative_keys, one, index)  # (B, M)
+    scores = gathered_scores(kernels, query, negative_keys, one, index)  # (B, M)
     keys = sort_key.pack(scores, index.clamp_min(0))  # (B, M)
     inside = (index >= 0) & ~scores.isnan()
     if pool.lower is not None:
@@ -68,7 +68,7 @@ def _logsumexp(
     )
     if pivot is not None and pool.is_bounded:  # num_above looks past the bounds
         allowed = _allowed(query, negative_keys, pool)
-        above = listed_scores(kernels, query, negative_keys, scales[0], allowed) > pivot[:, None]  # (B, M)
+        above = gathered_scores(kernels, query, negative_keys, scales[0], allowed) > pivot[:, None]  # (B, M)
         num_above = ((allowed >= 0) & above).sum(1)
     return lse, mean, num_kept, num_above, *(found or (scores, column)), *(bounds or (sort_keys,))
 
@@ -143,7 +143,7 @@ def over_own_keys(kernels: Kernels) -> Kernels:
     return Kernels(**own, **lists)
 
 
-LIST_OPS = ("listed_logsumexp", "listed_grad_keys")
+LIST_OPS = ("gathered_logsumexp", "gathered_grad_keys")
 
 
 def choose_for_keys(

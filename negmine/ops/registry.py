@@ -2,7 +2,7 @@
 
 Each file negmine/ops/<op>.py declares its op once, in one string:
 
-    declare("listed_grad_keys(query: vectors[B, D], index: int64[B, M], weight: fp32[B, M], K: int) -> grad_keys: fp32[K, D]",
+    declare("gathered_grad_keys(query: vectors[B, D], index: int64[B, M], weight: fp32[B, M], K: int) -> grad_keys: fp32[K, D]",
     ...)
 
 From it come the schema that torch knows the op by, the function that tells torch.compile the shapes of its results, and the

@@ -24,17 +24,17 @@ from negmine.reference.selection import (
     ranking,
     scores_of,
 )
-from negmine.reference.sums import kept_scores, listed_grad_keys, listed_logsumexp, logsumexp, softplus_sum
+from negmine.reference.sums import gathered_grad_keys, gathered_logsumexp, kept_scores, logsumexp, softplus_sum
 from negmine.reference.triplets import mine_triplets, multi_similarity, triplet_loss
 
 __all__ = [
     "false_negatives_found",
     "filtered",
     "found_scores",
+    "gathered_grad_keys",
+    "gathered_logsumexp",
     "info_nce",
     "kept_scores",
-    "listed_grad_keys",
-    "listed_logsumexp",
     "log_weighted_sum",
     "logsumexp",
     "mine_hardest",

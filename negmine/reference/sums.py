@@ -62,7 +62,7 @@ def softplus_sum(
     return (each.masked_fill(times == 0, 0.0) * times).sum(1)
 
 
-def listed_logsumexp(
+def gathered_logsumexp(
     query: Tensor, negative_keys: Tensor, index: Tensor, scale: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """scores (B, M), log-sum-exp (B,) and softmax mean (B, D) of the columns index (B, M) names; -1 = none, repeats count."""
@@ -74,7 +74,7 @@ def listed_logsumexp(
     return scores, lse, torch.einsum("bm,bmd->bd", p, rows)
 
 
-def listed_grad_keys(query: Tensor, index: Tensor, weight: Tensor, K: int) -> Tensor:
+def gathered_grad_keys(query: Tensor, index: Tensor, weight: Tensor, K: int) -> Tensor:
     """(K, D): row k = sum of weight_bm query_b over the cells of index (B, M) that name k; weight (B, M)."""
     named = index[:, :, None] == torch.arange(K, device=index.device)  # (B, M, K)
     return torch.einsum("bmk,bd->kd", weight[:, :, None].where(named, 0.0), query)

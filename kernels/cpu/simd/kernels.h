@@ -157,11 +157,12 @@ struct Kernels {
                             float scale, float* room, float* lse, float* mean);
   // scores (M), lse (), mean (D) or null of query b over the listed rows. index (M), -1 = none; room (kRowChunk + 1,
   // D).
-  void (*listed_logsumexp_row)(const Matrix& query, const Matrix& negative_keys, int64_t D, const int64_t* index,
-                               int64_t M, int64_t b, float scale, float* room, float* scores, float* lse, float* mean);
+  void (*gathered_logsumexp_row)(const Matrix& query, const Matrix& negative_keys, int64_t D, const int64_t* index,
+                                 int64_t M, int64_t b, float scale, float* room, float* scores, float* lse,
+                                 float* mean);
   // out (D) = sum over i of weight_i query_{i / M}, for the `count` cells i of `cells`. room (D).
-  void (*listed_grad_keys_row)(const Matrix& query, int64_t D, const int64_t* cells, int64_t count, int64_t M,
-                               const float* weight, float* room, float* out);
+  void (*gathered_grad_keys_row)(const Matrix& query, int64_t D, const int64_t* cells, int64_t count, int64_t M,
+                                 const float* weight, float* room, float* out);
 };
 
 #if defined(__x86_64__)

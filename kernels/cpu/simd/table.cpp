@@ -17,9 +17,9 @@ int64_t keep_best(int64_t*, int64_t, int64_t);
 void count_range(const Block&, const Workspace&, int64_t*);
 void mix_negatives_row(const Matrix&, const Matrix&, int64_t, const Draws&, int64_t, float*, void*, int64_t*, float*);
 void mix_logsumexp_row(const Matrix&, const Matrix&, int64_t, const Draws&, int64_t, float, float*, float*, float*);
-void listed_logsumexp_row(const Matrix&, const Matrix&, int64_t, const int64_t*, int64_t, int64_t, float, float*,
-                          float*, float*, float*);
-void listed_grad_keys_row(const Matrix&, int64_t, const int64_t*, int64_t, int64_t, const float*, float*, float*);
+void gathered_logsumexp_row(const Matrix&, const Matrix&, int64_t, const int64_t*, int64_t, int64_t, float, float*,
+                            float*, float*, float*);
+void gathered_grad_keys_row(const Matrix&, int64_t, const int64_t*, int64_t, int64_t, const float*, float*, float*);
 
 extern const Kernels kKernels = {
     NEGMINE_TEXT(NEGMINE_SIMD),
@@ -40,8 +40,8 @@ extern const Kernels kKernels = {
     count_range,
     mix_negatives_row,
     mix_logsumexp_row,
-    listed_logsumexp_row,
-    listed_grad_keys_row,
+    gathered_logsumexp_row,
+    gathered_grad_keys_row,
 };
 
 }  // namespace negmine::cpu::NEGMINE_SIMD

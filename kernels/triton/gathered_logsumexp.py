@@ -1,4 +1,4 @@
-"""listed_logsumexp in Triton: scores, log-sum-exp and softmax mean of the columns that a list names for each query.
+"""gathered_logsumexp in Triton: scores, log-sum-exp and softmax mean of the columns that a list names for each query.
 
 A program owns one query. It gathers BLOCK_S of the listed rows at a time, scores each against the query, and keeps a running
 maximum, sum and mean in the exp2 domain.
@@ -18,7 +18,7 @@ from .numerics import finite_shift
 
 
 @triton.jit
-def listed_logsumexp_kernel(
+def gathered_logsumexp_kernel(
     query_ptr, keys_ptr, index_ptr, scale_ptr, scores_ptr, lse_ptr, mean_ptr, stride_qb, stride_kk, M,
     WANT_MEAN: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def listed_logsumexp_kernel(
 
 
 @launcher
-def listed_logsumexp(
+def gathered_logsumexp(
     query: Tensor, negative_keys: Tensor, index: Tensor, scale: Tensor, want_mean: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """scores (B, M) fp32, lse (B,) fp32, mean (B, D) fp32 or (0, D)."""
@@ -64,7 +64,7 @@ def listed_logsumexp(
     mean = query.new_empty(B if want_mean else 0, D, dtype=torch.float32)
     BLOCK_S, BLOCK_D, num_warps = tiles.mix_block(D, capability(query.device))
     if B:
-        listed_logsumexp_kernel[(B,)](
+        gathered_logsumexp_kernel[(B,)](
             query, negative_keys, index.contiguous(), scale, scores, lse, mean, query.stride(0), negative_keys.stride(0), M,
             want_mean, D, BLOCK_S, BLOCK_D, num_warps=num_warps, **UNFUSED,
         )  # fmt: skip

@@ -1,11 +1,11 @@
-// listed_grad_keys: the gradient that the columns of a list give the keys. Meaning: kernels/README.md.
+// gathered_grad_keys: the gradient that the columns of a list give the keys. Meaning: kernels/README.md.
 #pragma once
 #include "kernels/cpu/matrix.h"
 #include "kernels/cpu/parallel.h"
 
 namespace negmine::cpu {
 
-struct ListedGradKeysParams {
+struct GatheredGradKeysParams {
   Matrix query;  // (B, D)
   int64_t B = 0, K = 0, D = 0, M = 0;
   const int64_t* index = nullptr;  // (B, M), -1 = no column
@@ -13,6 +13,6 @@ struct ListedGradKeysParams {
   float* grad_keys = nullptr;      // (K, D)
 };
 
-void listed_grad_keys(const ListedGradKeysParams& p, const Parallel& parallel);
+void gathered_grad_keys(const GatheredGradKeysParams& p, const Parallel& parallel);
 
 }  // namespace negmine::cpu

@@ -1,4 +1,4 @@
-"""listed_grad_keys in Triton: the gradient that the columns of a list give the keys.
+"""gathered_grad_keys in Triton: the gradient that the columns of a list give the keys.
 
 The cells (b, m) are sorted by the key they name, in a stable sort, so that each key finds its own in one run. A program owns a
 key and sums its run, BLOCK_S cells at a time: no atomics, and the bits repeat.
@@ -17,7 +17,7 @@ from .launch import UNFUSED, capability, launcher
 
 
 @triton.jit
-def listed_grad_keys_kernel(
+def gathered_grad_keys_kernel(
     query_ptr, weight_ptr, cells_ptr, begin_ptr, grad_ptr, stride_qb, M,
     D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +37,7 @@ def listed_grad_keys_kernel(
 
 
 @launcher
-def listed_grad_keys(query: Tensor, index: Tensor, weight: Tensor, K: int) -> Tensor:
+def gathered_grad_keys(query: Tensor, index: Tensor, weight: Tensor, K: int) -> Tensor:
     """(K, D) fp32."""
     D, M = query.shape[1], index.shape[1]
     grad = query.new_zeros(K, D, dtype=torch.float32)
@@ -45,7 +45,7 @@ def listed_grad_keys(query: Tensor, index: Tensor, weight: Tensor, K: int) -> Te
         named, cells = index.flatten().sort(stable=True)  # (B M,) each
         begin = torch.searchsorted(named, torch.arange(K + 1, device=query.device))  # (K + 1,)
         BLOCK_S, BLOCK_D, num_warps = tiles.mix_block(D, capability(query.device))
-        listed_grad_keys_kernel[(K,)](
+        gathered_grad_keys_kernel[(K,)](
             query, weight.contiguous(), cells, begin, grad, query.stride(0), M, D, min(BLOCK_S, 16), BLOCK_D,
             num_warps=num_warps, **UNFUSED,
         )  # fmt: skip

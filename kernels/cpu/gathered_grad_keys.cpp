@@ -1,6 +1,6 @@
 // Gathers the cells (b, m) of each key by counting, in the order of the list, then sums them: one run of keys a task.
 // Every row of the result has one owner and one order of summation, so the bits repeat.
-#include "kernels/cpu/listed_grad_keys.h"
+#include "kernels/cpu/gathered_grad_keys.h"
 
 #include <algorithm>
 #include <vector>
@@ -15,7 +15,7 @@ constexpr int64_t kKeysPerTask = 256;
 
 }  // namespace
 
-void listed_grad_keys(const ListedGradKeysParams& p, const Parallel& parallel) {
+void gathered_grad_keys(const GatheredGradKeysParams& p, const Parallel& parallel) {
   const int64_t cells = p.B * p.M;
   std::vector<int64_t> begin(static_cast<size_t>(p.K) + 2);  // cells of key k: [begin[k], begin[k + 1])
   for (int64_t cell = 0; cell < cells; ++cell) {
@@ -29,8 +29,8 @@ void listed_grad_keys(const ListedGradKeysParams& p, const Parallel& parallel) {
   const auto make_room = [&] { return make_buffer<float>(p.D); };  // (D)
   for_each_task(parallel, ceil_div(p.K, kKeysPerTask), make_room, [&](Buffer<float>& room, int64_t task) {
     for (int64_t k = task * kKeysPerTask; k < std::min(p.K, (task + 1) * kKeysPerTask); ++k) {
-      kernels().listed_grad_keys_row(p.query, p.D, sorted.get() + begin[k], begin[k + 1] - begin[k], p.M, p.weight,
-                                     room.get(), p.grad_keys + k * p.D);
+      kernels().gathered_grad_keys_row(p.query, p.D, sorted.get() + begin[k], begin[k + 1] - begin[k], p.M, p.weight,
+                                       room.get(), p.grad_keys + k * p.D);
     }
   });
 }

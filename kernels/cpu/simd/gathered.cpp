@@ -5,8 +5,8 @@
 
 namespace negmine::cpu::NEGMINE_SIMD {
 
-void listed_logsumexp_row(const Matrix& query, const Matrix& negative_keys, int64_t D, const int64_t* index, int64_t M,
-                          int64_t b, float scale, float* room, float* scores, float* lse, float* mean) {
+void gathered_logsumexp_row(const Matrix& query, const Matrix& negative_keys, int64_t D, const int64_t* index,
+                            int64_t M, int64_t b, float scale, float* room, float* scores, float* lse, float* mean) {
   RunningLogsumexp state = RunningLogsumexp::begin(mean, D);
   const float* q = widen_row(query, b, D, room);  // (D)
   for (int64_t m = 0; m < M;) {
@@ -27,8 +27,8 @@ void listed_logsumexp_row(const Matrix& query, const Matrix& negative_keys, int6
   *lse = state.end();
 }
 
-void listed_grad_keys_row(const Matrix& query, int64_t D, const int64_t* cells, int64_t count, int64_t M,
-                          const float* weight, float* room, float* out) {
+void gathered_grad_keys_row(const Matrix& query, int64_t D, const int64_t* cells, int64_t count, int64_t M,
+                            const float* weight, float* room, float* out) {
   for (int64_t d = 0; d < D; ++d) out[d] = 0.0f;
   for (int64_t i = 0; i < count; ++i) {
     const float* __restrict__ q = widen_row(query, cells[i] / M, D, room);  // (D)

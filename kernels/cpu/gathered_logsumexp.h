@@ -1,4 +1,4 @@
-// listed_logsumexp: scores, log-sum-exp and softmax mean of the columns that a list names for each query. Meaning:
+// gathered_logsumexp: scores, log-sum-exp and softmax mean of the columns that a list names for each query. Meaning:
 // kernels/README.md.
 #pragma once
 #include "kernels/cpu/matrix.h"
@@ -6,7 +6,7 @@
 
 namespace negmine::cpu {
 
-struct ListedLogsumexpParams {
+struct GatheredLogsumexpParams {
   Matrix query;          // (B, D)
   Matrix negative_keys;  // (K, D)
   int64_t B = 0, D = 0, M = 0;
@@ -17,6 +17,6 @@ struct ListedLogsumexpParams {
   float* mean = nullptr;           // (B, D), null where not wanted
 };
 
-void listed_logsumexp(const ListedLogsumexpParams& p, const Parallel& parallel);
+void gathered_logsumexp(const GatheredLogsumexpParams& p, const Parallel& parallel);
 
 }  // namespace negmine::cpu

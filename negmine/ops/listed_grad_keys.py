@@ -1,9 +1,0 @@
-"""The op listed_grad_keys: the gradient that the columns of a list give the keys."""
-
-from negmine.ops.registry import declare
-
-LISTED_GRAD_KEYS = declare(
-    "listed_grad_keys(query: vectors[B, D], index: int64[B, M], weight: fp32[B, M], K: int) -> grad_keys: fp32[K, D]",
-    """Row k = sum over the cells with index_bm = k, in the order of (b, m), of weight_bm q_b. weight is not read where index is
-    -1.""",
-)
