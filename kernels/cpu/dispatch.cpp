@@ -98,8 +98,9 @@ bool both_float32(Dtype query, Dtype keys) { return query == Dtype::kFloat32 && 
 const Slower kSlower[] = {
     // Intel multiplies pairs of bf16 at half the rate of AMD's processors: bf16 takes 119 ms, widened by AVX-512 80 ms.
     {"GenuineIntel", "avx512bf16", any_storage},
-    // Six products of bf16 parts: 76 ms, AVX-512 79 ms, but 10 % behind in rank_thresholds and windows. Fewer products
-    // are ahead in every op: fp32 x fp16 62 ms (78), fp16 60 ms (81), fp32 x bf16 47 ms (76), bf16 21 ms (80).
+    // Six products of bf16 parts: ahead in the loss (41 ms for 50 on two cores), behind in windows and rank_thresholds
+    // (10 %) and in sums of sigmoids (20 %), even over all ops. Fewer products are ahead in every op: fp32 x fp16 62 ms
+    // (78), fp16 60 ms (81), fp32 x bf16 47 ms (76), bf16 21 ms (80).
     {"GenuineIntel", "amxbf16", both_float32},
 };
 
