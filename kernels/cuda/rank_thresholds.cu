@@ -116,7 +116,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <Storage kStorage, int kSteps>
 __global__ void __launch_bounds__(kThreads, 2)
     recover_kernel(const __grid_constant__ TileMap tiles, Inputs in, Ranking p) {
-  in.keep_valid_rows();
   const int64_t first = blockIdx.x * int64_t{kRows}, own = first + threadIdx.x;  // a thread keeps one row's books
   const int32_t missing = own < p.rows ? p.missing[own * p.ranks.count + blockIdx.y] : -1;
   if (!__syncthreads_or(missing >= 0)) return;

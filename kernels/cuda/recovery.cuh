@@ -38,12 +38,13 @@ __device__ __forceinline__ void visit(Recovery& books, const uint32_t (&query)[2
       [&](int column, const Scores& s, SharedAddress) {
 #pragma unroll
         for (int j = 0; j < kChunk; ++j) books.scores[j][threadIdx.x] = s[j / 16][j / 4 % 4][j % 4];
+        const int32_t rows = valid_rows(in.pool, in.K);  // read here: the products leave no register for it
 #pragma unroll 1
         for (int j = 0; j < kChunk; ++j) {
           const float score = books.scores[j][threadIdx.x];
           const int row = row_of(j / 16 * 2 + j / 2 % 2);
           const int k = column + 8 * (j / 4 % 4) + 2 * (threadIdx.x % 4) + j % 2;
-          if (score != score) continue;
+          if (score != score || k >= rows) continue;
           const uint64_t at = place(score, k);
           if (asks(row, at) && sees(in.pool, first + row, k, score)) use(row, at);
         }
