@@ -65,7 +65,7 @@ sanitize: venv
 	CXX="g++ -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -DNEGMINE_EMULATED_TILES" \
 	  NEGMINE_CUDA=cpu \
 	  $(PY) setup.py --quiet build_py --build-lib $(SANITIZED) build_ext --build-lib $(SANITIZED)
-	cp -r tests pyproject.toml $(SANITIZED)
+	cp -r tests build_tools pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && \
 	  export LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" && \
 	  export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \

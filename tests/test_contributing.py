@@ -39,7 +39,8 @@ def test_every_listed_file_is_there(kind, most):
 
 
 def test_an_option_that_no_kernel_sees_is_in_the_listed_files():
-    assert naming("positive_bias", "negmine", "kernels", "csrc", "tests", "docs") == set(listed("option"))
+    named = naming("positive_bias", "negmine", "kernels", "csrc", "tests", "docs") - {"tests/test_contributing.py"}
+    assert named == set(listed("option"))
 
 
 def test_a_recipe_is_in_the_listed_files():

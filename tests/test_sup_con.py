@@ -52,6 +52,8 @@ def test_values_and_gradients(backend, positives, denominator, dtype, monkeypatc
         # Two gradients are differences of pulls and pushes, whose sizes these are: 1 / T, and the logits / T of all rows.
         logits = inputs[0].double() @ inputs[1].double().T / T  # (B, K)
         terms = {"d_query": torch.tensor(1 / T), "d_temperature": logits.abs().mean(1).sum() / T}
+        if denominator == "negatives_only":  # the loss itself is a difference of logits
+            terms["loss"] = logits
         for name, k, t, p in zip(names, got, truth, plain, strict=True):
             compare.rounded(f"{name} {B, K, D}", k, t, p, 1 / T, terms.get(name))
         compare.exact(f"num_positives {B, K, D}", stats.num_positives, want["num_positives"])

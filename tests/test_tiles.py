@@ -31,7 +31,8 @@ def emulated(tmp_path_factory):
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", folder, "build_ext", "--build-lib", folder]
     env = {**os.environ, "CXX": "g++ -DNEGMINE_EMULATED_TILES", "NEGMINE_CUDA": "cpu"}
     subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True)
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for package in ("tests", "build_tools"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     return folder
 

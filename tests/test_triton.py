@@ -12,7 +12,7 @@ from negmine.ops import registry, sort_key, triton_ops
 from negmine.ops.pool import Pool
 from negmine.options import beta_quantiles
 from tests import compare
-from tests.cases import DTYPES, ids, unit
+from tests.cases import DTYPES, ids, negatives, tags, unit
 from tests.conftest import DEVICE, _reason_not_here, interpreted, skip_what_the_interpreter_repeats
 
 pytestmark = pytest.mark.skipif(bool(_reason_not_here("triton")), reason=_reason_not_here("triton") or "-")
@@ -181,11 +181,12 @@ def test_the_step_of_a_draw_is_read_on_the_device():
 )
 def test_a_loss_step_compiles_into_one_graph(options):
     torch._dynamo.reset()
-    tags = ids(B, K, DEVICE)
+    given = ids(B, K, DEVICE)
     inputs = [unit(n, D, device=DEVICE, seed=i) for i, n in enumerate((B, B, K))]
 
     def step(q, pos, keys):
-        return negmine.info_nce(q, pos, keys, **options, **tags, backend="triton")
+        columns = negatives(keys, given)
+        return negmine.info_nce(q, pos, columns, **options, **tags(given), backend="triton")
 
     results = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
