@@ -279,7 +279,7 @@ def test_nan_and_infinite_scores(kernel, want_mean):
     assert lse.isnan().all()
     exact("kept", kept, torch.full((6,), 150))
     least = sort_key.pack(torch.full((6,), -torch.inf), sort_key.LAST_INDEX)
-    lse, _, kept, _ = kernel(q, bad, scale, None, want_mean, (*pool[:5], least, None, False))
+    lse, _, kept, _ = kernel(q, bad, scale, None, want_mean, pool._replace(lower=least))
     rest = (torch.arange(150) != 77).expand(6, 150)
     exact("kept", kept, rest.sum(1))
     exact("bounded", lse, kernel(q, keys, scale, None, want_mean, pool_of(q, keys, negative_mask=rest.contiguous()))[0])

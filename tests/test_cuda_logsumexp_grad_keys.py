@@ -295,7 +295,7 @@ def test_scores_are_the_bits_of_mine_hardest(emulated_kernel, D, dtype):
     scores, index = emulated(emulated_kernel.product)(q, keys, 150, pool)  # (B, 150)
     places = sort_key.pack(scores, index)
     for first, last in ((0, 0), (3, 90), (20, 149)):
-        window = (*pool[:5], places[:, last].contiguous(), places[:, first].contiguous(), False)
+        window = pool._replace(lower=places[:, last].contiguous(), upper=places[:, first].contiguous())
         got = emulated_kernel(q, keys, torch.tensor(0.0), torch.zeros(B), torch.ones(B), window)
         exact("seen", got[:, -1], index[:, first : last + 1].flatten().bincount(minlength=K).float())
 

@@ -106,6 +106,10 @@ struct DrawTensors {
         row_offset(checks::scalar(op, "row_offset", given.row_offset, checks::ScalarType::Long, query)) {
     checks::require(given.pairs >= 0 && given.with_query >= 0, op, ": pairs and with_query must not be negative, got ",
                     given.pairs, " and ", given.with_query, ".");
+    constexpr int64_t kMost = int64_t{1} << 30;  // kernels count slots in 32 bits
+    checks::require(given.pairs <= kMost && given.with_query <= kMost, op,
+                    ": pairs and with_query must be at most 2^30 each, got ", given.pairs, " and ", given.with_query,
+                    ".");
   }
 
   checks::OptionalTensor quantiles, step, row_offset;

@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) mix_logsumexp_kernel(MixLogS
   const Layouts layouts = known<kKind>(given);
   float* of_warps = reinterpret_cast<float*>(shared_memory());  // shift and sum (2, kWarps), means (kWarps, kSlice)
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t b = blockIdx.x, S = p.pairs + p.with_query, D = p.D;
+  const int64_t b = blockIdx.x, D = p.D;
+  const auto S = static_cast<int32_t>(p.pairs + p.with_query);  // csrc/torch refuses more
   const int64_t begin = kSliced ? blockIdx.y * int64_t{kSlice} : 0;
   const int64_t* hard_index = p.hard_index + b * p.hard_index_stride;  // (N,)
   const int64_t count = count_parents(hard_index, p.N, lane);
@@ -59,9 +60,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) mix_logsumexp_kernel(MixLogS
 
   float shift = -FLT_MAX, sum = 0.0f;
   Chunk mean[kHeld] = {};
-  for (int64_t base = 0; base < S && count > 0; base += kWarps * kWarp) {
-    const int64_t drawn_slot = base + lane * kWarps + warp;
+  for (int32_t base = 0; base < S && count > 0; base += kWarps * kWarp) {
+    const int32_t drawn_slot = base + lane * kWarps + warp;
     const Parents drawn = draw(p, b, drawn_slot < S ? drawn_slot : S - 1, hard_index, count);
+    const auto first_drawn = static_cast<int32_t>(drawn.first), second_drawn = static_cast<int32_t>(drawn.second);
     for (int i = 0; i < kWarp && base + i * kWarps + warp < S; i += kTogether) {
       Chunk mixed[kTogether][kHeld];
       float squares[kTogether] = {}, scores[kTogether] = {};
@@ -74,8 +76,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) mix_logsumexp_kernel(MixLogS
       };
 #pragma unroll
       for (int of = 0; of < kTogether; ++of) {
-        const int64_t first_parent = __shfl_sync(kAllLanes, drawn.first, i + of);
-        const Row second = key_at(p, layouts.keys, __shfl_sync(kAllLanes, drawn.second, i + of));
+        const int32_t first_parent = __shfl_sync(kAllLanes, first_drawn, i + of);  // of fewer than 2^31 columns
+        const Row second = key_at(p, layouts.keys, __shfl_sync(kAllLanes, second_drawn, i + of));
         const float coefficient = __shfl_sync(kAllLanes, drawn.coefficient, i + of);
         const Row first = first_parent < 0 ? query : key_at(p, layouts.keys, first_parent);
         if constexpr (kSliced) {
