@@ -95,15 +95,13 @@ struct Parents {
   float coefficient;      // of the first
 };
 
-// One number, 0 for null; read here and not kept: the loop around a draw has no register for it.
-__device__ __forceinline__ int64_t read_now(const int64_t* number) {
-  return number ? *static_cast<const volatile int64_t*>(number) : 0;
-}
+// One number on the device, 0 for null.
+__device__ __forceinline__ int64_t number_at(const int64_t* number) { return number ? *number : 0; }
 
 // hard_index is the row of query b, of which count entries are there: one at least.
 __device__ inline Parents draw(const Mixing& p, int64_t b, int64_t slot, const int64_t* hard_index, int64_t count) {
-  const uint64_t row = static_cast<uint64_t>(read_now(p.row_offset) + b);
-  const auto step = static_cast<uint32_t>(read_now(p.step));
+  const uint64_t row = static_cast<uint64_t>(number_at(p.row_offset) + b);
+  const auto step = static_cast<uint32_t>(number_at(p.step));
   const Philox random = philox4x32_10(
       {static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), static_cast<uint32_t>(slot), 0u}, p.seed, step);
   const float fraction = unit(random.word[2], p.quantiles);
