@@ -91,12 +91,12 @@ std::pair<py::array, py::array> mine_hardest(const py::array& query, const py::a
 }  // namespace
 
 void define_mine_hardest(py::module_& m) {
-  m.def(
-      "mine_hardest", &mine_hardest, py::arg("query"), py::arg("negative_keys"), py::arg("N"), py::kw_only(),
-      py::arg("threads") = 0,
-      "The N highest inner products of each query with the keys: scores (B, N) float32, index (B, N) int64.\n\n"
-      "query (B, D), negative_keys (K, D): float32, float16 or (with ml_dtypes) bfloat16 arrays. Highest first, ties to the lower index; -inf and "
-      "-1 past the last key.\nthreads: 0 = one for each core. The result does not depend on it.");
+  m.def("mine_hardest", &mine_hardest, py::arg("query"), py::arg("negative_keys"), py::arg("N"), py::kw_only(),
+        py::arg("threads") = 0,
+        "The N highest inner products of each query with the keys: scores (B, N) float32, index (B, N) int64.\n\n"
+        "query (B, D), negative_keys (K, D): float32, float16 or (with ml_dtypes) bfloat16 arrays. Highest first, ties "
+        "to the lower index; -inf and "
+        "-1 past the last key.\nthreads: 0 = one for each core. The result does not depend on it.");
 }
 
 }  // namespace negmine::python
