@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import negmine
 from negmine import Mix, Select, Weight
 from negmine.ops.pool import Pool
-from tests.cases import ids, unit
+from tests.cases import ids, negatives, tags, unit
 from tests.conftest import _reason_not_here, interpreted
 
 ops = pytest.importorskip("negmine.kernels.triton", exc_type=ImportError)
@@ -34,11 +34,12 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def training(**options):
-    """One loss and its gradient."""
+def training(given=None, **options):
+    """One loss and its gradient; given: the mask keywords of a case."""
     q, pos, keys = (unit(n, D, seed=i) for i, n in enumerate((B, B, K)))
     q.requires_grad_()
-    return lambda: negmine.info_nce(q, pos, keys, **options, backend="triton").backward()
+    columns, options = negatives(keys, given or {}), options | tags(given or {})
+    return lambda: negmine.info_nce(q, pos, columns, **options, backend="triton").backward()
 
 
 def step(ranks=None, hard=0, pool=Pool()):  # noqa: B008
@@ -77,7 +78,7 @@ def launches(call, monkeypatch) -> tuple[int, int]:
     [
         (training(), 2, 6),
         (training(select=Select(0.01, 0.5)), 8, 12),
-        (training(select=Select(0.01, 0.5), **ids(B, K)), 9, 21),
+        (training(ids(B, K), select=Select(0.01, 0.5)), 9, 22),  # two of them: an id of -1 equals nothing
         (training(weight=Weight(1.0, 0.01)), 2, 80),
         (training(mix=Mix(8, 4, 4)), 10, 8),
         (step(), 2, 0),
