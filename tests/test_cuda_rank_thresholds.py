@@ -53,7 +53,7 @@ def check(kernel, q, keys, ranks, least_sample=2048, changed=None, **given):
     """Of small integers: every place is that of the definition, ties included."""
     bounds = {name: given.pop(name, None) for name in ("lower", "upper")}
     same_label = given.pop("same_label", False)
-    pool = pool_of(q, keys, same_label, **bounds, **given)
+    pool = pool_of(q, keys, same_label=same_label, **bounds, **given)
     got = kernel(q, keys, ranks, pool, least_sample, **(changed or {}))
     table, _ = ranking(q, keys, same_label, **bounds, **given)
     want = table.gather(1, ranks.clamp(0, len(keys))).masked_fill(ranks < 0, sort_key.NOWHERE)
