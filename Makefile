@@ -62,8 +62,8 @@ fuzz: venv
 # libstdc++ with it, whose exceptions it wraps. Races are for `make threads`.
 sanitize: venv
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
-	CXX="g++ -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -DNEGMINE_EMULATED_TILES" \
-	  NEGMINE_CUDA=cpu \
+	CXX="g++ -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	  NEGMINE_CUDA=cpu NEGMINE_EMULATED_TILES=1 \
 	  $(PY) setup.py --quiet build_py --build-lib $(SANITIZED) build_ext --build-lib $(SANITIZED)
 	cp -r tests build_tools pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && \

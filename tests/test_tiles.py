@@ -29,7 +29,7 @@ def emulated(tmp_path_factory):
     _ops_cpu.set_isa(before)
     folder = tmp_path_factory.mktemp("tiles")
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", folder, "build_ext", "--build-lib", folder]
-    env = {**os.environ, "CXX": "g++ -DNEGMINE_EMULATED_TILES", "NEGMINE_CUDA": "cpu"}
+    env = {**os.environ, "NEGMINE_EMULATED_TILES": "1", "NEGMINE_CUDA": "cpu"}
     subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True)
     for package in ("tests", "build_tools"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
