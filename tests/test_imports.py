@@ -17,6 +17,7 @@ ORDER = [
     {"version"},
     {"options"},
     {"ops", "kernels"},
+    {"collectives"},
     {"reference"},
     {"selection"},
     {"losses"},

@@ -85,10 +85,10 @@ def test_ranks_mine_what_one_process_mines(world, tmp_path):
         assert got[rank]["again"].config["sizes"]["ranks"] == world
         if world > 1:
             own = "ValueError: mine_hard_negatives: corpus_embeddings must be of query_embeddings' D = 20"
-            others = "RuntimeError: mine_hard_negatives: rank 1 refused its input; its own error says why"
+            others = "ValueError: mine_hard_negatives: rank 1 refused its input, so every rank stops: " + own[:60]
             assert got[rank]["own refusal"].startswith(own if rank == 1 else others)
-            assert "rank 1 was called with other queries, positives or options than rank 0" in got[rank]["other seed"]
-            words = "FileExistsError" if rank == 0 else "rank 0 could not open resume_dir; its own error says why"
+            assert "but rank 1 gives seed=1 and rank 0 seed=0" in got[rank]["other seed"]
+            words = "FileExistsError" if rank == 0 else "rank 0 failed, so every rank stops: FileExistsError"
             assert words in got[rank]["no folder"]
 
 

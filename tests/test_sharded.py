@@ -205,9 +205,9 @@ def test_ranks_do_what_one_process_does(world, tmp_path):
         said = [rank["refusals"] for rank in got]
         assert "query must be a floating tensor" in said[0]["one rank is wrong"]
         for other in said[1:]:
-            assert "the ranks must call it together, but rank 0 refused its input" in other["one rank is wrong"]
+            assert "rank 0 refused its input, so every rank stops: TypeError: Sharded" in other["one rank is wrong"]
         for every in said:
-            assert f"rank {world - 1} gives others than rank 0" in every["others ask otherwise"]
+            assert f"but rank {world - 1} gives N=4 and rank 0 N=3" in every["others ask otherwise"]
             assert every["after them all is well"] == ""
 
 
@@ -300,7 +300,7 @@ def test_bounds_move_between_ring_and_shard():
         assert torch.equal(local >= lower, places >= bound), (score, at)
 
 
-class Together(sharded_ops.Ranks):
+class Together(sharded_ops.Merging):
     """Ranks as threads of this process, which exchange through a list."""
 
     def __init__(self, rank, counts, board, barrier):

@@ -131,7 +131,8 @@ def mine_hard_negatives(
     batch_size. Raises ValueError or TypeError for input that does not fit, before any work; ImportError for a missing package;
     OSError where a disk is full.
     """
-    options = _check_options(
+    ranks = ProcessRanks(OP, process_group)
+    given = dict(
         select=Select() if select is None else select,
         range_mode=range_mode,
         positive_aggregation=positive_aggregation,
@@ -154,9 +155,12 @@ def mine_hard_negatives(
         backend=backend,
         show_progress_bar=show_progress_bar,
     )
-    inputs = _open_inputs(options, query_embeddings, corpus_embeddings)
-    plan = _make_plan(options, inputs, positives, exclude)
-    return _run(options, inputs, plan)
+    with ranks.together():
+        options = _check_options(**given)
+        ranks.require_group()
+        inputs = _open_inputs(options, ranks, query_embeddings, corpus_embeddings)
+        plan = _make_plan(options, inputs, positives, exclude)
+        return _run(options, inputs, plan)
 
 
 def _check_options(**options: Any) -> dict[str, Any]:
@@ -214,15 +218,18 @@ class _Inputs:
         return self.corpus.ranks
 
 
-def _open_inputs(options: dict[str, Any], query_embeddings: Any, corpus_embeddings: Any) -> _Inputs:
-    ranks = ProcessRanks(OP, options["process_group"])
-    with ranks.fail_together(OP, "refused its input"):
-        queries = Rows.open(OP, "query_embeddings", query_embeddings)
-        rows = Rows.open(OP, "corpus_embeddings", corpus_embeddings)
-        if queries.dim != rows.dim:
-            wanted = f"of query_embeddings' D = {queries.dim}"
-            raise checks.refuse(OP, "corpus_embeddings", wanted, (len(rows), rows.dim))
-        device = resolve_device(OP, options["device"], queries if queries.device else rows)
+def _open_inputs(
+    options: dict[str, Any], ranks: ProcessRanks, query_embeddings: Any, corpus_embeddings: Any
+) -> _Inputs:
+    queries = Rows.open(OP, "query_embeddings", query_embeddings)
+    rows = Rows.open(OP, "corpus_embeddings", corpus_embeddings)
+    if queries.dim != rows.dim:
+        wanted = f"of query_embeddings' D = {queries.dim}"
+        raise checks.refuse(OP, "corpus_embeddings", wanted, (len(rows), rows.dim))
+    device = resolve_device(OP, options["device"], queries if queries.device else rows)
+    resumes = options["resume_dir"] is not None
+    dtypes = {"query dtype": queries.dtype, "corpus dtype": rows.dtype}
+    ranks.require_same({**dtypes, "D": rows.dim, "resume_dir is given": resumes})
     rows_per_rank = [int(part) for part in ranks.gather(torch.tensor(len(rows)))]
     return _Inputs(queries, Corpus(rows, device, ranks, rows_per_rank))
 
@@ -248,45 +255,42 @@ def _make_plan(options: dict[str, Any], inputs: _Inputs, positives: Any, exclude
     queries, corpus, ranks = inputs.queries, inputs.corpus, inputs.ranks
     rows, Q, K = corpus.rows, len(queries), len(corpus)
     select, index, memory = options["select"], options["index"], options["max_memory_bytes"]
-    with ranks.fail_together(OP, "refused its input"):
-        if sort_key.LAST_INDEX <= K:
-            raise checks.refuse(OP, "corpus_embeddings", f"of fewer than {sort_key.LAST_INDEX} rows", K)
-        positives = parse(OP, "positives", positives, Q, K)
-        exclude = RowLists.empty(Q) if exclude is None else parse(OP, "exclude", exclude, Q, K)
-        if select.has_margin and (positives.sizes == 0).any():
-            came = f"none for query {int(np.flatnonzero(positives.sizes == 0)[0])}"
-            raise checks.refuse(OP, "positives", "at least one a query where select has a margin", came)
-        if isinstance(index, NegativeIndex):
-            require_same_rows(OP, "corpus_embeddings", index, rows)
-        empty = np.empty(0, np.int64)
-        examples = (queries.gather(empty, corpus.device), rows.gather(empty, corpus.device))
-        ops = backends.choose(OP, OPS, options["backend"], examples)
-        exact = getattr(index, "kind", index) == "exact"
-        near = options["deduplicate"] == "near"
-        scratch_bytes = min(SCRATCH_BYTES, memory // 4) if memory else SCRATCH_BYTES
-        deduplicator = None
-        if near:
-            deduplicator = Deduplicator(
-                corpus.gather, positives, options["near_duplicate_score"], rows.dim, scratch_bytes
-            )
-        miner = BatchMiner(
-            source=Scan(ops, corpus, 0, None),
-            select=select,
-            raw=options["range_mode"] == "raw",
-            num_negatives=options["num_negatives"],
-            strategy=options["sampling_strategy"],
-            count_skipped=options["count_skipped"],
-            excluded=RowLists.empty(Q),
-            deduplicator=deduplicator,
-        )
-        if not exact and needs_count(select, miner.raw):
-            wanted = "in ranks where select has filters and index is not 'exact', for fractions need every row's score"
-            raise checks.refuse(OP, "select's range", wanted, (select.range_min, select.range_max))
-        dense_mask = not miner.raw and Q > 0 and bool((positives.sizes + exclude.sizes).max() > 1)
-        pair_bytes = DENSE_BYTES if ops is None else 2 * dense_mask
-        remaining = memory and memory - scratch_bytes * (near or not exact)
-        limits = (options["batch_size"], options["corpus_chunk_size"], remaining)
-        sizes = plan_batches(OP, queries, rows, miner.depth(K), pair_bytes, *limits)
+    if sort_key.LAST_INDEX <= K:
+        raise checks.refuse(OP, "corpus_embeddings", f"of fewer than {sort_key.LAST_INDEX} rows", K)
+    positives = parse(OP, "positives", positives, Q, K)
+    exclude = RowLists.empty(Q) if exclude is None else parse(OP, "exclude", exclude, Q, K)
+    if select.has_margin and (positives.sizes == 0).any():
+        came = f"none for query {int(np.flatnonzero(positives.sizes == 0)[0])}"
+        raise checks.refuse(OP, "positives", "at least one a query where select has a margin", came)
+    if isinstance(index, NegativeIndex):
+        require_same_rows(OP, "corpus_embeddings", index, rows)
+    empty = np.empty(0, np.int64)
+    examples = (queries.gather(empty, corpus.device), rows.gather(empty, corpus.device))
+    ops = backends.choose(OP, OPS, options["backend"], examples)
+    exact = getattr(index, "kind", index) == "exact"
+    near = options["deduplicate"] == "near"
+    scratch_bytes = min(SCRATCH_BYTES, memory // 4) if memory else SCRATCH_BYTES
+    deduplicator = None
+    if near:
+        deduplicator = Deduplicator(corpus.gather, positives, options["near_duplicate_score"], rows.dim, scratch_bytes)
+    miner = BatchMiner(
+        source=Scan(ops, corpus, 0, None),
+        select=select,
+        raw=options["range_mode"] == "raw",
+        num_negatives=options["num_negatives"],
+        strategy=options["sampling_strategy"],
+        count_skipped=options["count_skipped"],
+        excluded=RowLists.empty(Q),
+        deduplicator=deduplicator,
+    )
+    if not exact and needs_count(select, miner.raw):
+        wanted = "in ranks where select has filters and index is not 'exact', for fractions need every row's score"
+        raise checks.refuse(OP, "select's range", wanted, (select.range_min, select.range_max))
+    dense_mask = not miner.raw and Q > 0 and bool((positives.sizes + exclude.sizes).max() > 1)
+    pair_bytes = DENSE_BYTES if ops is None else 2 * dense_mask
+    remaining = memory and memory - scratch_bytes * (near or not exact)
+    limits = (options["batch_size"], options["corpus_chunk_size"], remaining)
+    sizes = plan_batches(OP, queries, rows, miner.depth(K), pair_bytes, *limits)
     batch = min(int(part) for part in ranks.gather(torch.tensor(sizes.batch)))
     return _Plan(positives, exclude, ops, exact, replace(sizes, batch=batch), scratch_bytes, miner)
 
@@ -297,7 +301,7 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan) -> MiningResult:
     select, index, seed = options["select"], options["index"], options["seed"]
     content = _content_hashes(inputs, plan, index)
     identity = _identity(options, inputs, plan, content)
-    ranks.require_same(OP, identity)
+    ranks.require_same(identity["arguments"] | identity["content"] | {"kernels": identity["kernels"]})
 
     first_equal = corpus.first_equal() if options["deduplicate"] == "exact" else None  # (K,)
     distinct = None if first_equal is None else first_equal == np.arange(K)  # (K,) bool
@@ -316,9 +320,8 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan) -> MiningResult:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         state = RunState(OP, ranks, Q, miner.num_negatives, K, counters)
-        with ranks.fail_together(OP, "could not open resume_dir"):
-            if resume_dir is not None and ranks.rank == 0:
-                stack.callback(state.open(resume_dir, identity).close)
+        if resume_dir is not None and ranks.rank == 0:
+            stack.callback(state.open(resume_dir, identity).close)
         if resume_dir is not None:
             state.broadcast()
         batches = state.unfinished(sizes.batch)

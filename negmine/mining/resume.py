@@ -139,11 +139,8 @@ class RunState:
     def record(self, begin: int, scores: Tensor, indices: Tensor, dropped: dict[str, int]) -> None:
         """Store a finished batch, and write it to the resume folder: scores, indices (B, n) of queries from `begin`."""
         self._store(begin, indices.numpy(), scores.numpy(), dropped)
-        if self.resume_folder is None and self.ranks.size == 1:
-            return
-        with self.ranks.fail_together(self.op, "could not write to resume_dir"):
-            if self.resume_folder is not None:
-                self.resume_folder.write(begin, indices.numpy(), scores.numpy(), dropped)
+        if self.resume_folder is not None:
+            self.resume_folder.write(begin, indices.numpy(), scores.numpy(), dropped)
 
     def _store(self, begin: int, indices: np.ndarray, scores: np.ndarray, dropped: dict[str, int]) -> None:
         at = slice(begin, begin + len(indices))

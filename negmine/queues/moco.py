@@ -1,15 +1,27 @@
 """MoCoQueue: the ring buffer of past keys that serves as negatives (He et al. 2020, moco/builder.py)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from negmine.collectives import Ranks
 from negmine.ops import checks
 from negmine.ops.negatives import StoredColumns
-from negmine.queues.collectives import gather
+
+
+def check_arguments(
+    op: str, dim: Any, K: Any, dtype: Any, with_ids: Any, with_labels: Any, random_init: Any, least: int = 1
+) -> None:
+    """Raise for the first argument of a queue's constructor that is invalid. least: of K."""
+    checks.require_count(op, "dim", dim)
+    checks.require_count(op, "K", K, least)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise checks.refuse(op, "dtype", "a floating torch.dtype or None", dtype, TypeError)
+    for name, value in (("with_ids", with_ids), ("with_labels", with_labels), ("random_init", random_init)):
+        checks.require_bool(op, name, value)
 
 
 class MoCoQueue(nn.Module):
@@ -19,6 +31,8 @@ class MoCoQueue(nn.Module):
     with_ids, with_labels: store an int64 id or label with each key; -1 where none was given.
     random_init: start full of random unit vectors, as MoCo does; False starts empty and grows.
     gather_distributed: enqueue the keys of every rank of process_group, in rank order, so that the queues stay identical.
+        Every rank then makes the queue with the same arguments, and calls enqueue in the same order. What one rank refuses is
+        raised on all of them, which name it: at once, or on a GPU by a device assertion, for the host waits for nothing there.
 
     Buffers, all in state_dict: queue (K, D), queue_ptr (1,), queue_len (1,), queue_ids (K,), queue_labels (K,). They are the
     whole state, so that copying them copies the queue. The losses take the queue itself as negative_keys and read its length on
@@ -47,26 +61,34 @@ class MoCoQueue(nn.Module):
         process_group: Any = None,
     ) -> None:
         super().__init__()
+        arguments: dict[str, Any] = {
+            "dim": dim, "K": K, "dtype": dtype, "with_ids": with_ids, "with_labels": with_labels, "random_init": random_init,
+        }  # fmt: skip
         op = type(self).__name__
-        checks.require_count(op, "dim", dim)
-        checks.require_count(op, "K", K)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise checks.refuse(op, "dtype", "a floating torch.dtype or None", dtype, TypeError)
-        for name, value in (
-            ("with_ids", with_ids),
-            ("with_labels", with_labels),
-            ("random_init", random_init),
-            ("gather_distributed", gather_distributed),
-        ):
-            checks.require_bool(op, name, value)
-        self.dim, self.K = dim, K
-        self.gather_distributed, self.process_group = gather_distributed, process_group
+        if gather_distributed:
+            ranks = Ranks(process_group)
+            with ranks.agreement(op) as call:
+                check_arguments(op, **arguments)
+                checks.require_bool(op, "gather_distributed", gather_distributed)
+                call.facts = arguments
+        else:
+            check_arguments(op, **arguments)
+            checks.require_bool(op, "gather_distributed", gather_distributed)
+        self.K, self.gather_distributed, self.process_group = K, gather_distributed, process_group
         start = F.normalize(torch.randn(K, dim), dim=1) if random_init else torch.zeros(K, dim)
-        self.register_buffer("queue", start.to(dtype or torch.get_default_dtype()))  # (K, D)
+        self._make_buffers(start.to(dtype or torch.get_default_dtype()), with_ids, with_labels, K if random_init else 0)
+
+    def _make_buffers(self, rows: Tensor, with_ids: bool, with_labels: bool, length: int) -> None:
+        self.dim = rows.shape[1]
+        self._store("queue", rows)  # (K, D)
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
-        self.register_buffer("queue_len", torch.full((1,), K if random_init else 0, dtype=torch.long))
-        self.register_buffer("queue_ids", torch.full((K,), -1, dtype=torch.long) if with_ids else None)
-        self.register_buffer("queue_labels", torch.full((K,), -1, dtype=torch.long) if with_labels else None)
+        self.register_buffer("queue_len", torch.full((1,), length, dtype=torch.long))
+        self._store("queue_ids", torch.full((len(rows),), -1, dtype=torch.long) if with_ids else None)
+        self._store("queue_labels", torch.full((len(rows),), -1, dtype=torch.long) if with_labels else None)
+
+    def _store(self, name: str, rows: Tensor | None) -> None:
+        """Keep a tensor of one entry a row under `name`."""
+        self.register_buffer(name, rows)
 
     @property
     def keys(self) -> Tensor:
@@ -103,6 +125,25 @@ class MoCoQueue(nn.Module):
         Raises ValueError or TypeError for input that does not fit.
         """
         op = f"{type(self).__name__}.enqueue"
+        ranks = Ranks(self.process_group) if self.gather_distributed else None
+        if ranks is None or ranks.size == 1:
+            self._write(self._entering(op, keys, ids, labels))
+            return
+        with ranks.agreement(op, self.queue.device) as call:
+            columns = self._entering(op, keys, ids, labels)
+            call.facts = {
+                "keys": keys.dtype, "ids are given": ids is not None, "labels are given": labels is not None, "K": self.K,
+                "D": self.dim, "dtype": self.queue.dtype, "with_ids": self.queue_ids is not None,
+                "with_labels": self.queue_labels is not None,
+            }  # fmt: skip
+            call.counters = {"queue_ptr": self.queue_ptr, "queue_len": self.queue_len}
+            call.count = len(keys)
+        self._write([(stored, ranks.gather_rows(rows, call.counts)) for stored, rows in columns])
+
+    def _entering(
+        self, op: str, keys: Tensor, ids: Tensor | None, labels: Tensor | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of a stored tensor (K, ...) and the rows (B, ...) that enter it, checked."""
         checks.require_vectors(op, "keys", keys, "(B, D)", (2,), self.queue)
         tags = {"ids": (ids, self.queue_ids, "with_ids"), "labels": (labels, self.queue_labels, "with_labels")}
         for name, (given, stored, option) in tags.items():
@@ -118,10 +159,7 @@ class MoCoQueue(nn.Module):
             if stored is not None:
                 fill = torch.full((len(keys),), -1, dtype=torch.long, device=keys.device)
                 columns.append((stored, fill if given is None else given.long()))
-        if self.gather_distributed and dist.is_available() and dist.is_initialized():
-            columns = [(stored, gather(rows, self.process_group)) for stored, rows in columns]
-
-        self._write(columns)
+        return columns
 
     def _write(self, columns: list[tuple[Tensor, Tensor]]) -> None:
         """Write rows over the oldest ones: pairs of a buffer (K, ...) and what enters it, as many rows in each pair."""
@@ -141,22 +179,41 @@ class MoCoQueue(nn.Module):
         return {"queue": self.queue.T.clone(), "queue_ptr": self.queue_ptr.clone()}
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        name = prefix + "queue"
-        stored = state_dict.get(name)
-        if stored is not None and prefix + "queue_len" not in state_dict:  # a MoCo checkpoint
-            if tuple(stored.shape) == (self.dim, self.K):
-                state_dict[name] = stored.T
-            state_dict[prefix + "queue_len"] = torch.full((1,), self.K, dtype=torch.long)
-            for kind in ("queue_ids", "queue_labels"):
-                if getattr(self, kind) is not None:
-                    state_dict.setdefault(prefix + kind, torch.full((self.K,), -1, dtype=torch.long))
-        limits = {"queue_ptr": self.K - 1, "queue_len": self.K}
-        for counter, most in limits.items():
-            value = state_dict.get(prefix + counter)
-            if value is not None and not (value.numel() == 1 and 0 <= int(value) <= most):
-                args[-1].append(f"{prefix}{counter} must be one number from 0 to {most}, got {value.tolist()}")
-                return
+        from_moco(self, state_dict, prefix)
+        wrong = wrong_counter(state_dict, prefix, self.K)
+        if wrong:
+            args[-1].append(wrong)
+            return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, K={self.K}, dtype={self.queue.dtype}, len={len(self)}"
+
+
+def from_moco(queue: MoCoQueue, state_dict: dict[str, Any], prefix: str) -> None:
+    """Give a MoCo checkpoint, whose queue is (D, K) and always full, a queue's own form."""
+    stored = state_dict.get(prefix + "queue")
+    if stored is None or prefix + "queue_len" in state_dict:
+        return
+    if tuple(stored.shape) == (queue.dim, queue.K):
+        state_dict[prefix + "queue"] = stored.T
+    state_dict[prefix + "queue_len"] = torch.full((1,), queue.K, dtype=torch.long)
+    for kind in ("queue_ids", "queue_labels"):
+        if getattr(queue, kind) is not None:
+            state_dict.setdefault(prefix + kind, torch.full((queue.K,), -1, dtype=torch.long))
+
+
+def wrong_counter(state_dict: Mapping[str, Any], prefix: str, K: int) -> str:
+    """What is wrong with the counters of a saved queue of K rows; "" where nothing is."""
+    limits = {"queue_ptr": K - 1, "queue_len": K}
+    for name, most in limits.items():
+        value = state_dict.get(prefix + name)
+        if value is None:
+            continue  # missing: load_state_dict says so
+        whole = (
+            isinstance(value, Tensor) and value.numel() == 1 and not (value.is_floating_point() or value.is_complex())
+        )
+        if not whole or not 0 <= int(value) <= most:
+            came = value.tolist() if isinstance(value, Tensor) and value.numel() == 1 else value
+            return f"{prefix}{name} must be one whole number from 0 to {most}, got {checks.describe(came)}"
+    return ""

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from negmine import reference
+from negmine.collectives import Ranks
 from negmine.losses.info_nce import Batch, Plan
 from negmine.ops import backends, checks
 from negmine.ops.negatives import check_negatives
@@ -21,10 +21,12 @@ from negmine.ops.sort_key import LAST_INDEX
 from negmine.ops.vectors import for_kernels, scale_of, score_of_positive
 from negmine.ops.windows import bounded
 from negmine.options import Negatives, Select, Weight
-from negmine.queues.moco import MoCoQueue
-from negmine.queues.sharded_ops import Ranks, ShardedKernels
+from negmine.queues.moco import MoCoQueue, check_arguments, from_moco, wrong_counter
+from negmine.queues.sharded_ops import Merging, ShardedKernels
 from negmine.selection import Mined
 
+ROWS = ("queue", "queue_ids", "queue_labels")  # of one entry a row
+COUNTERS = ("queue_ptr", "queue_len")
 ROWS_AT_ONCE = 4096  # rows of random_init that one generator draws
 
 
@@ -35,14 +37,14 @@ class ShardedMoCoQueue(MoCoQueue):
     random_init: start full of random unit vectors, drawn from `seed` and the same for any number of ranks; False starts empty.
     process_group: whose ranks share the queue; without torch.distributed, a world of one.
 
-    Rank r of W holds rows [r K // W, (r + 1) K // W) of the ring. Buffers as MoCoQueue's, of the rows held here, and queue_range
-    (3,) int64: first row, end and K; queue_ptr and queue_len are those of the whole ring, and so is len(). `keys`, `ids` and
-    `labels` are the valid rows held here.
-    enqueue, info_nce and mine_hardest are collective: every rank of the group calls them, in the same order, with the same
-    options. Batches may differ in size, and be empty.
+    Rank r of W holds rows [r K // W, (r + 1) K // W) of the ring. state_dict has MoCoQueue's entries, of the rows held here, and
+    queue_range (3,) int64: first row, end and K. Rows, ids, labels and range differ from rank to rank, so they are no buffers,
+    which DistributedDataParallel would overwrite with those of rank 0. queue_ptr and queue_len are buffers, those of the whole
+    ring, and so is len(). `keys`, `ids` and `labels` are the valid rows held here.
+    The constructor, enqueue, info_nce, mine_hardest, load_state_dict and load_shards are collective: every rank of the group
+    calls them, in the same order, with the same options. What is refused on one rank is raised on all. Batches may differ in
+    size, and be empty.
     """
-
-    queue_range: Tensor
 
     def __init__(
         self,
@@ -56,23 +58,22 @@ class ShardedMoCoQueue(MoCoQueue):
         seed: int = 0,
         process_group: Any = None,
     ) -> None:
-        op = type(self).__name__
-        together = dist.is_available() and dist.is_initialized()
-        world = dist.get_world_size(process_group) if together else 1
-        rank = dist.get_rank(process_group) if together else 0
-        checks.require_count(op, "K", K, world)
-        if K > LAST_INDEX:
-            raise checks.refuse(op, "K", f"at most {LAST_INDEX}, the last index that a place can hold", K)
-        checks.require_bool(op, "random_init", random_init)
-        checks.require_draw(op, seed, 0, 0)
-        first, end = rank * K // world, (rank + 1) * K // world
-        super().__init__(
-            dim, end - first, dtype=dtype, with_ids=with_ids, with_labels=with_labels, random_init=False,
-            gather_distributed=True, process_group=process_group,
-        )  # fmt: skip
-        self.K = K
+        torch.nn.Module.__init__(self)
+        arguments: dict[str, Any] = {
+            "dim": dim, "K": K, "dtype": dtype, "with_ids": with_ids, "with_labels": with_labels, "random_init": random_init,
+        }  # fmt: skip
+        op, ranks = type(self).__name__, Ranks(process_group)
+        with ranks.agreement(op) as call:
+            check_arguments(op, **arguments, least=ranks.size)
+            if K > LAST_INDEX:
+                raise checks.refuse(op, "K", f"at most {LAST_INDEX}, the last index that a place can hold", K)
+            checks.require_draw(op, seed, 0, 0)
+            call.facts = {**arguments, "seed": seed}
+        first, end = ranks.rank * K // ranks.size, (ranks.rank + 1) * K // ranks.size
+        self.K, self.gather_distributed, self.process_group = K, True, process_group
         self._first = first  # the row of the ring that the first row stored here is
-        self.register_buffer("queue_range", torch.tensor([first, end, K]))
+        rows = torch.zeros(end - first, dim, dtype=dtype or torch.get_default_dtype())
+        self._make_buffers(rows, with_ids, with_labels, K if random_init else 0)
         if random_init:
             for block in range(first // ROWS_AT_ONCE, -(-end // ROWS_AT_ONCE)):
                 start = block * ROWS_AT_ONCE
@@ -80,7 +81,23 @@ class ShardedMoCoQueue(MoCoQueue):
                 rows = F.normalize(torch.randn(ROWS_AT_ONCE, dim, generator=generator), dim=1)
                 low, high = max(start, first), min(start + ROWS_AT_ONCE, end)
                 self.queue[low - first : high - first] = rows[low - start : high - start].to(self.queue.dtype)
-            self.queue_len.fill_(K)
+
+    def _store(self, name: str, rows: Tensor | None) -> None:
+        setattr(self, name, rows)
+
+    @property
+    def _stored(self) -> dict[str, Tensor]:
+        """What this rank holds of the ring, by name: tensors of one entry a row."""
+        return {name: rows for name in ROWS if (rows := getattr(self, name)) is not None}
+
+    @property
+    def _range(self) -> list[int]:
+        return [self._first, self._first + len(self.queue), self.K]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        for name, rows in self._stored.items():
+            setattr(self, name, fn(rows))
+        return super()._apply(fn, recurse)
 
     @property
     def _held(self) -> int:
@@ -131,19 +148,22 @@ class ShardedMoCoQueue(MoCoQueue):
         Raises ValueError or TypeError for input that does not fit, on all ranks if on one, and where ranks call differently.
         """
         op = f"{type(self).__name__}.info_nce"
-        settings = (
-            select,
-            weight,
-            None if isinstance(temperature, Tensor) else temperature,
-            decoupled,
-            return_stats,
-            backend,
-        )
+        settings = {
+            "select": select,
+            "weight": weight,
+            "temperature": temperature,
+            "decoupled": decoupled,
+            "return_stats": return_stats,
+            "backend": backend,
+        }
 
         def check() -> Pool:
             checks.require_vectors(op, "query", query, "(b, D)", (2,), self.queue)
             checks.require_positive(op, positive_key, query)
             checks.require_temperature(op, temperature)
+            settings["temperature"] = float(
+                temperature
+            )  # read on the host, which this queue's other exchanges wait for too
             checks.require_options(op, select=select, weight=weight)
             for name, value in (("decoupled", decoupled), ("return_stats", return_stats)):
                 checks.require_bool(op, name, value)
@@ -187,7 +207,9 @@ class ShardedMoCoQueue(MoCoQueue):
             return self._pool(op, query, query_ids, query_labels)
 
         wanted = ("mine_hardest", "rank_thresholds", "count_negatives")
-        pool, kernels = self._shards(op, query, check, wanted, backend, select, (N, select, backend), False)
+        pool, kernels = self._shards(
+            op, query, check, wanted, backend, select, {"N": N, "select": select, "backend": backend}, False
+        )
         with torch.no_grad():
             if select is not None:
                 anchor = None if positive_key is None else score_of_positive(query, positive_key)  # (b,)
@@ -216,11 +238,12 @@ class ShardedMoCoQueue(MoCoQueue):
         wanted: tuple,
         backend: Any,
         select: Any,
-        settings: tuple,
+        settings: dict[str, Any],
         wants_mean: bool,
     ) -> tuple[Pool, Any]:
         """The checked pool and the ops over all ranks. A refusal here is told to the other ranks, which then refuse too."""
-        try:
+        ranks = Ranks(self.process_group)
+        with ranks.agreement(op) as call:
             pool = check()
             if isinstance(select, Select) and select.sample is not None:
                 raise checks.refuse(op, "select", "without sample: a draw needs the whole queue", select)
@@ -229,51 +252,63 @@ class ShardedMoCoQueue(MoCoQueue):
                 raise backends.BackendUnavailable(
                     f"{op}: a sharded queue runs on kernels, and there is none for this call; the reference needs the whole queue"
                 )
-        except (ValueError, TypeError, backends.BackendUnavailable):
-            Ranks(op, self.process_group, self.queue, "", None)
-            raise
-        call = repr((op, *settings, query.dtype, [part is not None for part in pool]))
-        wants_mean = torch.is_grad_enabled() and (wants_mean or query.requires_grad)
-        ranks = Ranks(op, self.process_group, self.queue, call, len(query), wants_mean)
-        return pool, ShardedKernels(kernels, ranks, for_kernels(query), len(self), self._first)
+            masks = [name for name, part in pool._asdict().items() if part is not None]
+            call.facts = {**settings, "query": query.dtype, "masks": masks}
+            call.counters = {"queue_ptr": self.queue_ptr, "queue_len": self.queue_len}
+            call.count = len(query)
+            call.flag = torch.is_grad_enabled() and (wants_mean or query.requires_grad)
+        merging = Merging(ranks, call.counts, call.any_flag)
+        return pool, ShardedKernels(kernels, merging, for_kernels(query), len(self), self._first)
 
     def load_shards(self, states: Iterable[Mapping[str, Tensor]], prefix: str = "") -> None:
         """Load the state_dicts of all ranks of an earlier run, of any number of ranks, in any order.
 
         states: mappings as state_dict() gives, one a rank; each is read once, so they may come from torch.load(..., mmap=True).
         prefix: what stands before "queue" in their names. Every rank of this run loads its own rows.
-        Raises ValueError where they do not make up one queue of this K and D, with the ids and labels that this one stores.
+        Raises ValueError where they do not make up one queue of this K and D, with the ids and labels that this one stores, and
+        on all ranks if on one.
         """
-        op = f"{type(self).__name__}.load_shards"
-        names = [name for name in ("queue", "queue_ids", "queue_labels") if getattr(self, name) is not None]
-        fresh = {name: torch.empty_like(getattr(self, name)) for name in names}
-        counters: tuple[int, int] | None = None
+        op, ranks = f"{type(self).__name__}.load_shards", Ranks(self.process_group)
+        with ranks.agreement(op) as call:
+            fresh, counters = self._read_shards(op, states, prefix)
+            call.facts = counters
+        for name, rows in self._stored.items():
+            rows.copy_(fresh[name])
+        self.queue_ptr.fill_(counters["queue_ptr"])
+        self.queue_len.fill_(counters["queue_len"])
+
+    def _read_shards(
+        self, op: str, states: Iterable[Mapping[str, Tensor]], prefix: str
+    ) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """This rank's rows and the counters from the states of all ranks of an earlier run, checked."""
+        fresh = {name: torch.empty_like(rows) for name, rows in self._stored.items()}
+        counters: dict[str, int] = {}
         covered: list[tuple[int, int]] = []
         for state in states:
-            missing = [n for n in (*names, "queue_ptr", "queue_len", "queue_range") if prefix + n not in state]
+            missing = [n for n in (*fresh, *COUNTERS, "queue_range") if prefix + n not in state]
             if missing:
                 raise ValueError(f"{op}: states must each hold {prefix + missing[0]}, got one with {sorted(state)}")
-            first, end, K = state[prefix + "queue_range"].tolist()
-            if K != self.K or state[prefix + "queue"].shape != (end - first, self.dim):
-                raise ValueError(
-                    f"{op}: states must be of a queue of K={self.K}, D={self.dim}, got rows {first} to {end} of {K}, "
-                    f"shape {tuple(state[prefix + 'queue'].shape)}"
-                )
-            mine = int(state[prefix + "queue_ptr"]), int(state[prefix + "queue_len"])
-            if counters not in (None, mine):
-                raise ValueError(f"{op}: states must be of one step, got (queue_ptr, queue_len) {counters} and {mine}")
-            counters = mine
+            wrong = wrong_counter(state, prefix, self.K) or _wrong_range(state[prefix + "queue_range"], self.K)
+            if wrong:
+                raise ValueError(f"{op}: states: {wrong}")
+            first, end, _ = state[prefix + "queue_range"].tolist()
+            for name, rows in fresh.items():
+                held = state[prefix + name]
+                if not isinstance(held, Tensor) or held.shape != (end - first, *rows.shape[1:]):
+                    wanted = f"of shape {(end - first, *rows.shape[1:])}, rows {first} to {end} of {self.K}"
+                    raise checks.refuse(op, f"{prefix}{name} of states", wanted, held)
+            own = {name: int(state[prefix + name]) for name in COUNTERS}
+            if counters not in ({}, own):
+                raise ValueError(f"{op}: states must be of one step, got {counters} and {own}")
+            counters = own
             covered.append((first, end))
             low, high = max(first, self._first), min(end, self._first + len(self.queue))
-            for name in names if low < high else ():
+            for name in fresh if low < high else ():
                 fresh[name][low - self._first : high - self._first] = state[prefix + name][low - first : high - first]
         ends = [0, *(end for _, end in sorted(covered))]
-        if [first for first, _ in sorted(covered)] != ends[:-1] or ends[-1] != self.K or counters is None:
+        if [first for first, _ in sorted(covered)] != ends[:-1] or ends[-1] != self.K:
             raise ValueError(f"{op}: states must cover rows 0 to {self.K} once, got {sorted(covered)}")
-        for name, rows in fresh.items():
-            getattr(self, name).copy_(rows)
-        self.queue_ptr.fill_(counters[0])
-        self.queue_len.fill_(counters[1])
+        return fresh, counters
 
     def moco_state_dict(self) -> dict[str, Tensor]:
         """Refused: no rank holds the whole queue. Load the shards into a world of one, whose state_dict is MoCoQueue's."""
@@ -281,32 +316,66 @@ class ShardedMoCoQueue(MoCoQueue):
             f"{type(self).__name__}.moco_state_dict: the queue must be whole; load_shards into a queue of one rank first"
         )
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        """A shard of the same range, or a whole MoCoQueue, of which this rank takes its rows."""
-        own = [self._first, self._first + len(self.queue), self.K]
-        stored, named = state_dict.get(prefix + "queue"), prefix + "queue_range"
-        if stored is not None and named not in state_dict:
-            if (
-                tuple(stored.shape) == (self.dim, self.K) and prefix + "queue_len" not in state_dict
-            ):  # a MoCo checkpoint
-                state_dict[prefix + "queue"] = stored.T
-                state_dict[prefix + "queue_len"] = torch.full((1,), self.K, dtype=torch.long)
-                for name in ("queue_ids", "queue_labels"):
-                    if getattr(self, name) is not None:
-                        state_dict.setdefault(prefix + name, torch.full((self.K,), -1, dtype=torch.long))
-            for name in ("queue", "queue_ids", "queue_labels"):
-                whole = state_dict.get(prefix + name)
-                if whole is not None and len(whole) == self.K:
-                    state_dict[prefix + name] = whole[own[0] : own[1]]
-            state_dict[named] = torch.tensor(own)
-        elif stored is not None and state_dict[named].tolist() != own:
-            errors = args[-1]
-            errors.append(
-                f"{named}: this rank holds rows {own[0]} to {own[1]} of {own[2]}, and the state "
-                f"{state_dict[named].tolist()}: load_shards takes the states of another number of ranks"
-            )
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, rows in self._stored.items():
+            destination[prefix + name] = rows if keep_vars else rows.detach()
+        destination[prefix + "queue_range"] = torch.tensor(self._range)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """A shard of the same range, or a whole MoCoQueue, of which this rank takes its rows; on all ranks or on none."""
+        op, ranks = f"{type(self).__name__}.load_state_dict", Ranks(self.process_group)
+        try:
+            with ranks.agreement(op) as call:
+                given = self._own_rows(state_dict, prefix)
+                call.facts = {name: int(state_dict[prefix + name]) for name in COUNTERS if prefix + name in state_dict}
+        except (ValueError, RuntimeError) as error:
+            error_msgs.append(str(error))
             return
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name, rows in self._stored.items():
+            if name in given:
+                with torch.no_grad():
+                    rows.copy_(given[name])
+            elif strict:
+                missing_keys.append(prefix + name)
+        known = {prefix + name for name in (*self._stored, "queue_range")}
+        rest = {name: value for name, value in state_dict.items() if name not in known}
+        super(MoCoQueue, self)._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _own_rows(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+        """This rank's rows of a state, by name; raises ValueError where they do not fit."""
+        from_moco(self, state_dict, prefix)
+        wrong = wrong_counter(state_dict, prefix, self.K)
+        if wrong:
+            raise ValueError(wrong)
+        first, end, K = self._range
+        given = {name: state_dict[prefix + name] for name in self._stored if prefix + name in state_dict}
+        of = state_dict.get(prefix + "queue_range")
+        if of is None:
+            given = {name: rows[first:end] if len(rows) == K else rows for name, rows in given.items()}
+        elif not isinstance(of, Tensor) or of.tolist() != [first, end, K]:
+            raise ValueError(
+                f"{prefix}queue_range: this rank holds rows {first} to {end} of {K}, and the state {checks.describe(of)}: "
+                "load_shards takes the states of another number of ranks"
+            )
+        for name, rows in given.items():
+            wanted = getattr(self, name).shape
+            if not isinstance(rows, Tensor) or rows.shape != wanted:
+                raise ValueError(f"{prefix}{name} must be of shape {tuple(wanted)}, got {checks.describe(rows)}")
+        return given
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rows={self._first} to {self._first + len(self.queue)}"
+
+
+def _wrong_range(given: Any, K: int) -> str:
+    """What is wrong with a saved queue_range; "" where nothing is."""
+    whole = isinstance(given, Tensor) and given.shape == (3,) and given.dtype == torch.int64
+    if whole and 0 <= given[0] <= given[1] <= K and given[2] == K:
+        return ""
+    came = given.tolist() if isinstance(given, Tensor) and given.numel() == 3 else given
+    return f"queue_range must be of a queue of K={K}: (first row, end, {K}), got {checks.describe(came)}"

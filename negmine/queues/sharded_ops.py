@@ -9,49 +9,30 @@ global indices on the way, so that selections merge exactly, ties included, and 
 Nothing of size (B, K) exists, and no row of the queue travels.
 """
 
-import zlib
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from negmine.collectives import Ranks
 from negmine.ops import sort_key
 from negmine.ops.backends import Kernels
 from negmine.ops.pool import Pool, narrow
-from negmine.queues.collectives import gather
 
 AT_ONCE = 1024  # columns of a shard that rank_thresholds looks at in one round
 
 
-class Ranks:
-    """The ranks that make one call together, and the number of queries that each brings."""
+class Merging:
+    """What the ranks of one call send each other. counts: queries of each rank; want_mean: some rank needs softmax means."""
 
-    def __init__(
-        self, op: str, group: Any, queue: Tensor, call: str, count: int | None, want_mean: bool = False
-    ) -> None:
-        """call: what all ranks must say alike. count: own queries, None where this rank refused its input."""
-        together = dist.is_available() and dist.is_initialized()
-        self.group, self.queue = group, queue
-        self.world = dist.get_world_size(group) if together else 1
-        self.rank = dist.get_rank(group) if together else 0
-        mine = torch.tensor([-1 if count is None else count, want_mean, zlib.crc32(call.encode())], device=queue.device)
-        table = (gather(mine[None], group, [1] * self.world) if self.world > 1 else mine[None]).tolist()  # (W, 3)
-        refused = [rank for rank, row in enumerate(table) if row[0] < 0]
-        if refused and count is not None:
-            raise ValueError(f"{op}: the ranks must call it together, but rank {refused[0]} refused its input")
-        if len({row[2] for row in table}) > 1 and count is not None:
-            odd = next(rank for rank, row in enumerate(table) if row[2] != table[0][2])
-            raise ValueError(
-                f"{op}: the ranks must give the same options, dtypes and kinds of masks, "
-                f"but rank {odd} gives others than rank 0; this is rank {self.rank} with {call}"
-            )
-        self.counts = [row[0] for row in table]
-        self.want_mean = any(row[1] for row in table)
+    def __init__(self, ranks: Ranks, counts: list[int], want_mean: bool) -> None:
+        self.ranks, self.counts, self.want_mean = ranks, counts, want_mean
+        self.rank, self.world, self.group = ranks.rank, ranks.size, ranks.group
 
     def all_rows(self, rows: Tensor) -> Tensor:
         """Own rows (b, ...) -> those of every rank (B, ...)."""
-        return gather(rows, self.group, self.counts) if self.world > 1 else rows
+        return self.ranks.gather_rows(rows, self.counts)
 
     def parts(self, partial: Tensor) -> Tensor:
         """This shard's partial results of all queries (B, ...) -> those of every shard for own queries (W, b, ...)."""
@@ -88,7 +69,7 @@ def to_queue(keys: Tensor, first: int) -> Tensor:
 class ShardedKernels(Kernels):
     """The kernels of one call: `shard` runs on this rank's rows, and the results are merged over the ranks."""
 
-    def __init__(self, shard: Kernels, ranks: Ranks, query: Tensor, K: int, first: int) -> None:
+    def __init__(self, shard: Kernels, ranks: Merging, query: Tensor, K: int, first: int) -> None:
         super().__init__()
         self.shard, self.ranks, self.K, self.first = shard, ranks, K, first
         self.query = ranks.all_rows(query)  # (B, D)
