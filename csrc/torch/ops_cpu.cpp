@@ -58,8 +58,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> logsumexp(
   p.pivot = floats(pivots);
   p.lse = output<float>(lse);
   p.mean = want_mean ? output<float>(mean) : nullptr;
-  p.kept = output<int64_t>(num_kept);
-  p.above = output<int64_t>(num_above);
+  p.num_kept = output<int64_t>(num_kept);
+  p.num_above = output<int64_t>(num_above);
   // Run.
   if (asked.has_value()) {
     cpu::logsumexp_between(p, longs(asked), output<int64_t>(sort_keys), in.threads());
@@ -121,9 +121,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softplus_sum(const Tensor& query, con
   p.scale = floats(factor);
   p.bias = floats(shift);
   p.total = output<float>(total);
-  p.pull = want_sigmoid_keys ? output<float>(sigmoid_keys) : nullptr;
-  p.mass = output<float>(sigmoid_sum);
-  p.kept = output<int64_t>(num_kept);
+  p.sigmoid_keys = want_sigmoid_keys ? output<float>(sigmoid_keys) : nullptr;
+  p.sigmoid_sum = output<float>(sigmoid_sum);
+  p.num_kept = output<int64_t>(num_kept);
   // Run.
   cpu::softplus_sum(p, in.threads());
   return {total, sigmoid_keys, sigmoid_sum, num_kept};
@@ -164,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> mine_hardest(const Tensor& query, const Tenso
   p.N = N;
   p.scores = output<float>(scores);
   p.index = output<int64_t>(index);
-  p.kept = want_count ? output<int64_t>(num_kept) : nullptr;
+  p.num_kept = want_count ? output<int64_t>(num_kept) : nullptr;
   // Run.
   cpu::mine_hardest(p, in.threads());
   return {scores, index, num_kept};
@@ -193,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor> mine_gathered(const Tensor& query, const Tens
   p.N = N;
   p.scores = output<float>(scores);
   p.index = output<int64_t>(index);
-  p.kept = output<int64_t>(num_kept);
+  p.num_kept = output<int64_t>(num_kept);
   // Run.
   const double products = static_cast<double>(in.B) * static_cast<double>(M) * static_cast<double>(in.D);
   cpu::mine_gathered(p, column, M, floats(highest), torch_threads(products));
@@ -212,7 +212,7 @@ Tensor rank_thresholds(const Tensor& query, const Tensor& negative_keys, const T
   auto p = in.params<cpu::RankThresholdsParams>();
   p.R = asked.size(1);
   p.ranks = longs(asked);
-  p.order = output<int64_t>(sort_keys);
+  p.sort_keys = output<int64_t>(sort_keys);
   // Run.
   cpu::rank_thresholds(p, in.threads());
   return sort_keys;

@@ -67,8 +67,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   p.weight = output<float>(weight);
   p.lse = output<float>(lse);
   p.total = output<float>(total);
-  p.kept = output<int64_t>(num_kept);
-  p.above = output<int64_t>(num_above);
+  p.num_kept = output<int64_t>(num_kept);
+  p.num_above = output<int64_t>(num_above);
   p.mixed = output<int64_t>(num_mixed);
   p.sort_keys = output<int64_t>(sort_keys);
   // Run.

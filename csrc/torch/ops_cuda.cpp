@@ -110,7 +110,7 @@ void mine(const char* op, const Scored& in, int64_t N, Tensor& scores, Tensor& i
   require_launched(op, cuda::mine_hardest(p, in.stream));
 }
 
-// Finds the places of ranks (B, R).
+// Finds the sort keys at ranks (B, R).
 Tensor find_ranks(const char* op, const Scored& in, const Tensor& ranks) {
   const int64_t R = ranks.size(1);
   const cuda::RankingPlan plan = cuda::plan_ranking(in.B, in.K, R, in.processors);
@@ -121,7 +121,7 @@ Tensor find_ranks(const char* op, const Scored& in, const Tensor& ranks) {
   p.R = R;
   p.ranks = longs(ranks);
   p.plan = plan;
-  p.order = longs_of(sort_keys);
+  p.sort_keys = longs_of(sort_keys);
   p.workspace = workspace.mutable_data_ptr();
   require_launched(op, cuda::rank_thresholds(p, in.stream));
   return sort_keys;
@@ -214,8 +214,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> logsumexp(
   p.pivot = floats(pivots);
   p.want_mean = want_mean;
   p.plan = plan;
-  p.kept = longs_of(num_kept);
-  p.above = longs_of(num_above);
+  p.num_kept = longs_of(num_kept);
+  p.num_above = longs_of(num_above);
   p.workspace = workspace.mutable_data_ptr();
 
   // Run.

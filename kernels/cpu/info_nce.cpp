@@ -76,8 +76,8 @@ LogsumexpParams sum_of(const InfoNceParams& p) {
           .pool = p.pool,
           .lse = p.lse,
           .mean = p.d_query,
-          .kept = p.kept,
-          .above = p.above};
+          .num_kept = p.num_kept,
+          .num_above = p.num_above};
 }
 
 // Sums the pool in the pass that mines it, and mixes what was mined.
@@ -134,7 +134,7 @@ void finish(const InfoNceParams& p, int64_t b, float* room) {
   const float* positive = widen_row(p.positive_key, b, p.D, room + p.D);  // (D)
   const double scale = *p.scale, score = dot(query, positive, p.D), x = score * scale, lse = p.lse[b];
   const double gap = lse - x;
-  const bool some = p.kept[b] > 0 || p.mixed[b] > 0;
+  const bool some = p.num_kept[b] > 0 || p.mixed[b] > 0;
   double share, row, total;
   if (p.decoupled) {
     row = some ? gap : 0.0 * x;
@@ -152,8 +152,8 @@ void finish(const InfoNceParams& p, int64_t b, float* room) {
   if (p.d_query == nullptr) return;
   float* mean = p.d_query + b * p.D;  // (D), until it is the gradient
   p.d_scale[b] = static_cast<float>(share * (static_cast<double>(dot(query, mean, p.D)) - score));
-  const float pull = p.weight[b];
-  for (int64_t d = 0; d < p.D; ++d) mean[d] = pull * (mean[d] - positive[d]);
+  const float weight = p.weight[b];
+  for (int64_t d = 0; d < p.D; ++d) mean[d] = weight * (mean[d] - positive[d]);
 }
 
 }  // namespace

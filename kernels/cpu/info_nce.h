@@ -27,8 +27,8 @@ struct InfoNceParams {
   float* weight = nullptr;       // (B,)
   float* lse = nullptr;          // (B,)
   float* total = nullptr;        // (B,)
-  int64_t* kept = nullptr;       // (B,)
-  int64_t* above = nullptr;      // (B,)
+  int64_t* num_kept = nullptr;   // (B,)
+  int64_t* num_above = nullptr;  // (B,)
   int64_t* mixed = nullptr;      // (B,)
   int64_t* sort_keys = nullptr;  // (B, 2) where there are ranks
 

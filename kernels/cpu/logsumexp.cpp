@@ -47,7 +47,7 @@ class OwnedStates {
 void clear(const LogsumexpState& state, int64_t D) {
   std::fill_n(state.shift, kLanes, kNoShift);
   std::fill_n(state.sum, kLanes, 0.0f);
-  std::fill_n(state.kept, 2 * kLanes, 0);  // and above behind it
+  std::fill_n(state.num_kept, 2 * kLanes, 0);  // and num_above behind it
   if (state.mean != nullptr) std::fill_n(state.mean, D * kLanes, 0.0f);
 }
 
@@ -61,8 +61,8 @@ void fold(const LogsumexpState& into, const LogsumexpState& part, int64_t lanes,
     add[lane] = std::exp(part.shift[lane] - shift);
     into.shift[lane] = shift;
     into.sum[lane] = times(into.sum[lane], keep[lane]) + times(part.sum[lane], add[lane]);
-    into.kept[lane] += part.kept[lane];
-    into.above[lane] += part.above[lane];
+    into.num_kept[lane] += part.num_kept[lane];
+    into.num_above[lane] += part.num_above[lane];
   }
   if (into.mean == nullptr) return;
   for (int64_t d = 0; d < D; ++d) {
@@ -79,8 +79,8 @@ void finish(const LogsumexpParams& p, const Block& block, int64_t scale, const L
     p.lse[row] =
         total == 0.0f ? -kInfinity : static_cast<float>(state.shift[lane] + std::log(static_cast<double>(total)));
     if (scale == 0) {
-      p.kept[b] = state.kept[lane];
-      p.above[b] = state.above[lane];
+      p.num_kept[b] = state.num_kept[lane];
+      p.num_above[b] = state.num_above[lane];
     }
     if (p.mean == nullptr) continue;
     for (int64_t d = 0; d < p.D; ++d) {

@@ -16,10 +16,10 @@ struct LogsumexpParams {
   const float* scale = nullptr;  // (S,)
   const float* pivot = nullptr;  // (B,) or absent
   Pool pool;
-  float* lse = nullptr;      // (S, B)
-  float* mean = nullptr;     // (S, B, D), null where not wanted
-  int64_t* kept = nullptr;   // (B,)
-  int64_t* above = nullptr;  // (B,)
+  float* lse = nullptr;          // (S, B)
+  float* mean = nullptr;         // (S, B, D), null where not wanted
+  int64_t* num_kept = nullptr;   // (B,)
+  int64_t* num_above = nullptr;  // (B,)
 };
 
 void logsumexp(const LogsumexpParams& p, const Parallel& parallel);

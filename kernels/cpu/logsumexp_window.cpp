@@ -11,15 +11,15 @@
 #include <vector>
 
 #include "kernels/cpu/dispatch.h"
-#include "kernels/cpu/order.h"
 #include "kernels/cpu/rank_thresholds.h"
+#include "kernels/cpu/sort_key.h"
 
 namespace negmine::cpu {
 namespace {
 
 constexpr int64_t kNarrow =
     8;  // a window of more than an eighth of the queue is summed faster by another pass over all
-constexpr int64_t kLowest = static_cast<int64_t>(-0x7F800001) << 32;  // -inf at the last index: no place is below it
+constexpr int64_t kLowest = static_cast<int64_t>(-0x7F800001) << 32;  // -inf at the last index: no sort key is below it
 constexpr int64_t kStretchBytes = 1 << 18;  // of the queue at a time, for the second-level cache
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -30,31 +30,31 @@ struct Window {
   float shift = 0.0f, total = 0.0f;
 };
 
-// Narrows a lane's keys to ranks [ranks[0], ranks[1]] and writes their places (2).
+// Narrows a lane's keys to ranks [ranks[0], ranks[1]] and writes their sort keys (2).
 Window narrow(const Selection& selection, int64_t lane, const int64_t* ranks, std::vector<int64_t>& spare,
-              int64_t* places) {
+              int64_t* sort_keys) {
   int64_t* keys = selection.keys + lane * selection.capacity;  // (capacity)
-  const int64_t size = selection.size[lane], pool = selection.places[lane], first = ranks[0];
-  places[0] = places[1] = kNowhere;
+  const int64_t size = selection.size[lane], pool = selection.num_candidates[lane], first = ranks[0];
+  sort_keys[0] = sort_keys[1] = kNowhere;
   if (first < 0 || ranks[1] < first || first >= pool) return {keys, 0};
   if (selection.lowest) std::transform(keys, keys + size, keys, [](int64_t key) { return ~key; });
-  const int64_t before = selection.lowest ? pool - size : selection.over[lane], last = std::min(ranks[1], pool - 1);
-  const int64_t lower = key_at(keys, size, last - before), kept = last - before + 1;
-  spare.assign(keys, keys + kept);
-  places[0] = key_at(spare.data(), kept, first - before);
-  if (ranks[1] < pool) places[1] = lower;
-  return {keys, std::remove_if(keys, keys + kept, [&](int64_t key) { return key > places[0]; }) - keys};
+  const int64_t before = selection.lowest ? pool - size : selection.num_over[lane], last = std::min(ranks[1], pool - 1);
+  const int64_t lower = key_at(keys, size, last - before), num_kept = last - before + 1;
+  spare.assign(keys, keys + num_kept);
+  sort_keys[0] = key_at(spare.data(), num_kept, first - before);
+  if (ranks[1] < pool) sort_keys[1] = lower;
+  return {keys, std::remove_if(keys, keys + num_kept, [&](int64_t key) { return key > sort_keys[0]; }) - keys};
 }
 
 }  // namespace
 
-void logsumexp_window(const LogsumexpParams& p, const int64_t* ranks, int64_t* places, const Parallel& parallel) {
+void logsumexp_window(const LogsumexpParams& p, const int64_t* ranks, int64_t* sort_keys, const Parallel& parallel) {
   if (p.pivot != nullptr) {  // whatever the window, counted among all columns
     LogsumexpParams counted = p;
     counted.mean = nullptr;
     logsumexp(counted, parallel);
   } else {
-    std::fill_n(p.above, p.B, 0);
+    std::fill_n(p.num_above, p.B, 0);
   }
   std::vector<int64_t> asked(ranks, ranks + 2 * p.B);  // (B, 2), the last no further than any pool goes
   const int64_t columns = columns_of(p.pool, p.K);
@@ -74,9 +74,9 @@ void logsumexp_window(const LogsumexpParams& p, const int64_t* ranks, int64_t* p
     Window windows[kLanes];
     for (int64_t lane = 0; lane < block.lanes; ++lane) {
       const int64_t b = block.first_query + lane;
-      Window& window = windows[lane] = narrow(selection, lane, ranks + 2 * b, spare, places + 2 * b);
+      Window& window = windows[lane] = narrow(selection, lane, ranks + 2 * b, spare, sort_keys + 2 * b);
       for (int64_t i = 0; i < window.size; ++i) {
-        const float x = *p.scale * order_score(window.keys[i]);
+        const float x = *p.scale * sort_key_score(window.keys[i]);
         window.shift = i == 0 || x > window.shift ? x : window.shift;
       }
       if (window.shift == -kInfinity) window.shift = 0.0f;
@@ -86,7 +86,7 @@ void logsumexp_window(const LogsumexpParams& p, const int64_t* ranks, int64_t* p
       for (int64_t lane = 0; lane < block.lanes; ++lane) {
         Window& window = windows[lane];
         const int64_t from = std::exchange(window.at, window.next);
-        while (window.next < window.size && order_index(window.keys[window.next]) < end) ++window.next;
+        while (window.next < window.size && sort_key_index(window.keys[window.next]) < end) ++window.next;
         float* mean = p.mean == nullptr ? nullptr : p.mean + (block.first_query + lane) * p.D;
         window.total += kernels().logsumexp_window_row(p.negative_keys, p.D, window.keys + from, window.at - from,
                                                        window.next - window.at, *p.scale, window.shift, mean);
@@ -96,7 +96,7 @@ void logsumexp_window(const LogsumexpParams& p, const int64_t* ranks, int64_t* p
       const Window& window = windows[lane];
       const int64_t b = block.first_query + lane;
       const float total = window.total;
-      p.kept[b] = window.size;
+      p.num_kept[b] = window.size;
       const double lse = window.shift == kInfinity ? kInfinity : window.shift + std::log(static_cast<double>(total));
       p.lse[b] = static_cast<float>(lse);  // of nothing, log 0
       for (int64_t d = 0; d < p.D && p.mean != nullptr && total != 0.0f; ++d) p.mean[b * p.D + d] /= total;
@@ -119,7 +119,7 @@ void logsumexp_between(const LogsumexpParams& p, const int64_t* ranks, int64_t* 
                    .R = 2,
                    .ranks = ranks,
                    .pool = p.pool,
-                   .order = sort_keys},
+                   .sort_keys = sort_keys},
                   parallel);
   const auto lower = make_buffer<int64_t>(p.B), upper = make_buffer<int64_t>(p.B);
   for (int64_t b = 0; b < p.B; ++b) {
@@ -127,7 +127,7 @@ void logsumexp_between(const LogsumexpParams& p, const int64_t* ranks, int64_t* 
     int64_t& last = sort_keys[2 * b + 1];
     if (ranks[2 * b + 1] < ranks[2 * b] || first == kNowhere) first = last = kNowhere;
     upper[b] = first;                    // at most the pool's own; nothing is at or below kNowhere
-    lower[b] = std::max(last, kLowest);  // all that has a place, where the last rank has none
+    lower[b] = std::max(last, kLowest);  // all that has a sort key, where the last rank has none
     if (p.pool.lower != nullptr) lower[b] = std::max(lower[b], p.pool.lower[b]);
   }
   LogsumexpParams bounded = p;

@@ -1,4 +1,4 @@
-// The task grid of mine_hardest. Blocks of queries stream the queue and keep about 2 N places each. Where there are
+// The task grid of mine_hardest. Blocks of queries stream the queue and keep about 2 N sort keys each. Where there are
 // fewer blocks than threads the queue is split as well, and the splits' winners compete once more: the answer is exact
 // either way, so the grid may depend on the number of threads.
 #include "kernels/cpu/mine_hardest.h"
@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "kernels/cpu/dispatch.h"
-#include "kernels/cpu/order.h"
 #include "kernels/cpu/selection.h"
+#include "kernels/cpu/sort_key.h"
 
 namespace negmine::cpu {
 namespace {
@@ -25,8 +25,8 @@ void write_row(const MineHardestParams& p, int64_t b, int64_t* keys, int64_t siz
   float* scores = p.scores + b * p.N;  // (N)
   int64_t* index = p.index + b * p.N;  // (N)
   for (int64_t n = 0; n < found; ++n) {
-    scores[n] = order_score(ranked[n]);
-    index[n] = order_index(ranked[n]);
+    scores[n] = sort_key_score(ranked[n]);
+    index[n] = sort_key_index(ranked[n]);
   }
   std::fill(scores + found, scores + p.N, -std::numeric_limits<float>::infinity());
   std::fill(index + found, index + p.N, -1);
@@ -51,7 +51,7 @@ MiningGrid::MiningGrid(const MineHardestParams& params, const Parallel& parallel
   capacity_ = sampled_ ? capacity_between(0, p.N - 1, split_rows_) : capacity_for(p.N, split_rows_);
   partials_ = make_buffer<int64_t>(splits > 1 ? p.B * splits * p.N : 0);
   partial_sizes_ = make_buffer<int64_t>(p.B * splits);
-  partial_kept_ = make_buffer<int64_t>(p.kept == nullptr ? 0 : p.B * splits);
+  partial_num_kept_ = make_buffer<int64_t>(p.num_kept == nullptr ? 0 : p.B * splits);
 }
 
 MiningGrid::Task MiningGrid::make_task() const {
@@ -92,7 +92,7 @@ void MiningGrid::run(Task& task, int64_t index, const Scan& scan) {
       open(selection, bracket(group[i], w[i], selection, first.data(), last.data()), group[i]);
     } else {
       selection.begin(group[i].lanes, p.N, false);
-      selection.view.counted = p.kept != nullptr;
+      selection.view.counted = p.num_kept != nullptr;
     }
     views.push_back(selection.view);
   }
@@ -101,11 +101,11 @@ void MiningGrid::run(Task& task, int64_t index, const Scan& scan) {
     const Block& block = group[i];
     OwnedSelection& selection = task.selections[i];
     if (sampled && !held(selection.view, block, first.data(), last.data())) {  // the sample misled
-      select(block, w[i], selection, p.N, false, p.kept != nullptr);
+      select(block, w[i], selection, p.N, false, p.num_kept != nullptr);
     }
     for (int64_t lane = 0; lane < block.lanes; ++lane) {
       const int64_t b = block.first_query + lane;
-      if (p.kept != nullptr) partial_kept_[b * splits + split] = selection.view.places[lane];
+      if (p.num_kept != nullptr) partial_num_kept_[b * splits + split] = selection.view.num_candidates[lane];
       if (splits == 1) {
         write_row(p, b, selection.keys(lane), selection.view.size[lane], task.spare.get());
         continue;
@@ -119,8 +119,9 @@ void MiningGrid::run(Task& task, int64_t index, const Scan& scan) {
 }
 
 void MiningGrid::join(const Parallel& parallel) {
-  for (int64_t b = 0; b < p.B && p.kept != nullptr; ++b) {
-    p.kept[b] = std::accumulate(&partial_kept_[b * splits], &partial_kept_[b * splits] + splits, int64_t{0});
+  for (int64_t b = 0; b < p.B && p.num_kept != nullptr; ++b) {
+    p.num_kept[b] =
+        std::accumulate(&partial_num_kept_[b * splits], &partial_num_kept_[b * splits] + splits, int64_t{0});
   }
   if (splits == 1) return;
   const auto make_joined = [&] { return make_buffer<int64_t>((splits + 1) * p.N); };  // (splits, N) and spare (N)
@@ -136,7 +137,7 @@ void MiningGrid::join(const Parallel& parallel) {
 }
 
 void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
-  if (p.B == 0 || (p.N == 0 && p.kept == nullptr)) return;
+  if (p.B == 0 || (p.N == 0 && p.num_kept == nullptr)) return;
   if (p.N == 0) {  // counted alone: by mining one
     const auto scores = make_buffer<float>(p.B);
     const auto index = make_buffer<int64_t>(p.B);
@@ -154,12 +155,12 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
 }
 
 // One query a task: its columns side by side are a queue of their own, which select() scans.
-void mine_gathered(const MineHardestParams& p, const int64_t* listed, int64_t M, const float* most,
+void mine_gathered(const MineHardestParams& p, const int64_t* gathered, int64_t M, const float* most,
                    const Parallel& parallel) {
   const int64_t element = p.negative_keys.dtype == Dtype::kFloat32 ? 4 : 2, row_bytes = p.D * element;
   const char* first = static_cast<const char*>(p.negative_keys.data);
   const auto upper = make_buffer<int64_t>(p.B);  // (B,)
-  for (int64_t b = 0; b < p.B && most != nullptr; ++b) upper[b] = pack_order(most[b], 0);
+  for (int64_t b = 0; b < p.B && most != nullptr; ++b) upper[b] = pack_sort_key(most[b], 0);
   struct Task {
     Scratch scratch;
     OwnedSelection selection;
@@ -176,7 +177,7 @@ void mine_gathered(const MineHardestParams& p, const int64_t* listed, int64_t M,
     block.negative_keys = {task.rows.get(), p.D, p.negative_keys.dtype};
     block.pool.upper = most == nullptr ? nullptr : upper.get();
     for (int64_t m = 0; m < M; ++m) {
-      const int64_t column = listed[b * M + m];
+      const int64_t column = gathered[b * M + m];
       if (column < 0) continue;
       std::copy_n(first + column * p.negative_keys.row_stride * element, row_bytes,
                   task.rows.get() + block.k_end * row_bytes);
@@ -184,8 +185,8 @@ void mine_gathered(const MineHardestParams& p, const int64_t* listed, int64_t M,
     }
     select(block, task.scratch.workspace(), task.selection, p.N, false, true);
     write_row(p, b, task.selection.keys(0), task.selection.view.size[0], task.spare.get());
-    p.kept[b] = task.selection.view.places[0];
-    for (int64_t n = 0; n < std::min(p.N, p.kept[b]); ++n) p.index[b * p.N + n] = task.column[p.index[b * p.N + n]];
+    p.num_kept[b] = task.selection.view.num_candidates[0];
+    for (int64_t n = 0; n < std::min(p.N, p.num_kept[b]); ++n) p.index[b * p.N + n] = task.column[p.index[b * p.N + n]];
   });
 }
 

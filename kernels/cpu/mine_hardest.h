@@ -15,9 +15,9 @@ struct MineHardestParams {
   Matrix negative_keys;  // (K, D)
   int64_t B = 0, K = 0, D = 0, N = 0;
   Pool pool;
-  float* scores = nullptr;   // (B, N), -inf past the end of the pool
-  int64_t* index = nullptr;  // (B, N), -1 past the end of the pool
-  int64_t* kept = nullptr;   // (B,) scores in the pool that are no NaN; null = not counted
+  float* scores = nullptr;      // (B, N), -inf past the end of the pool
+  int64_t* index = nullptr;     // (B, N), -1 past the end of the pool
+  int64_t* num_kept = nullptr;  // (B,) scores in the pool that are no NaN; null = not counted
 };
 
 void mine_hardest(const MineHardestParams& p, const Parallel& parallel);
@@ -53,11 +53,11 @@ class MiningGrid {
  private:
   int64_t block_lanes_, split_rows_, capacity_;
   bool sampled_;
-  Buffer<int64_t> partials_, partial_sizes_, partial_kept_;  // (B, splits, N) where there are several, (B, splits)
+  Buffer<int64_t> partials_, partial_sizes_, partial_num_kept_;  // (B, splits, N) where there are several, (B, splits)
 };
 
 // Outputs and shapes as above; no pool.
-void mine_gathered(const MineHardestParams& p, const int64_t* listed, int64_t M, const float* most,
+void mine_gathered(const MineHardestParams& p, const int64_t* gathered, int64_t M, const float* most,
                    const Parallel& parallel);
 
 }  // namespace negmine::cpu

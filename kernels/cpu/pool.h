@@ -2,7 +2,7 @@
 // array.
 //
 // A column leaves the pool by the masks (negative_mask, equal ids, equal labels) or by the bounds (lower, upper).
-// Bounds are places in the row's order (order.h), so a window is exact where scores tie.
+// Bounds are sort keys (sort_key.h), so a window is exact where scores tie.
 #pragma once
 #include <cstdint>
 
@@ -17,8 +17,8 @@ struct Pool {
   const int64_t* query_labels = nullptr;     // (B,)
   const int64_t* negative_labels = nullptr;  // (K,)
   bool same_label = false;                   // true: keep equal labels instead of dropping them
-  const int64_t* lower = nullptr;            // (B,) order, keep places >= lower
-  const int64_t* upper = nullptr;            // (B,) order, keep places <= upper
+  const int64_t* lower = nullptr;            // (B,) sort keys, keep those >= lower
+  const int64_t* upper = nullptr;            // (B,) sort keys, keep those <= upper
 
   bool bounded() const { return lower != nullptr || upper != nullptr; }
 };

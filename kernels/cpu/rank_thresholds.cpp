@@ -1,7 +1,7 @@
 // The task grid of rank_thresholds: blocks of queries, by splits of the queue where there are fewer blocks than
 // threads. A block brackets its ranks by a sample and keeps what lies between; where the queue is short, or the sample
-// misled, it keeps all places from the nearer end of its pool to its ranks, for fewer queries at a time where those lie
-// deep. Of what a row keeps, few ranks are bisected for, and many are read off a sort. Buffers stay within a few
+// misled, it keeps all sort keys from the nearer end of its pool to its ranks, for fewer queries at a time where those
+// lie deep. Of what a row keeps, few ranks are bisected for, and many are read off a sort. Buffers stay within a few
 // megabytes for each thread, and (B, K) never exists. What is found is exact, so the grid may depend on the number of
 // threads.
 #include "kernels/cpu/rank_thresholds.h"
@@ -9,8 +9,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels/cpu/order.h"
 #include "kernels/cpu/selection.h"
+#include "kernels/cpu/sort_key.h"
 
 namespace negmine::cpu {
 namespace {
@@ -39,19 +39,21 @@ struct Room {
   std::vector<int64_t> spare;  // (capacity), where rows are sorted
 };
 
-// Bisects for one rank after the other. keys (size): rank over + i is the i-th key, best first, or, where lowest, the
-// i-th complement from the end of the ranking.
+// Bisects for one rank after the other. keys (size): rank num_over + i is the i-th key, best first, or, where lowest,
+// the i-th complement from the end of the ranking.
 void find_each(const RankThresholdsParams& p, int64_t b, const Selection& selection, int64_t lane, Room& room) {
   int64_t* keys = selection.keys + lane * selection.capacity;  // (capacity)
-  const int64_t places = selection.places[lane], over = selection.over[lane];
+  const int64_t num_candidates = selection.num_candidates[lane], num_over = selection.num_over[lane];
   const int64_t* ranks = p.ranks + b * p.R;  // (R)
-  const auto position = [&](int64_t r) { return selection.lowest ? places - 1 - ranks[r] : ranks[r] - over; };
+  const auto position = [&](int64_t r) {
+    return selection.lowest ? num_candidates - 1 - ranks[r] : ranks[r] - num_over;
+  };
   std::sort(room.slots.begin(), room.slots.end(), [&](int64_t a, int64_t c) { return position(a) > position(c); });
   int64_t left = selection.size[lane];  // the best keys, down to the last position asked for
   for (const int64_t r : room.slots) {
     const int64_t key = key_at(keys, left, position(r));
     left = position(r) + 1;
-    p.order[b * p.R + r] = selection.lowest ? ~key : key;
+    p.sort_keys[b * p.R + r] = selection.lowest ? ~key : key;
   }
 }
 
@@ -62,8 +64,8 @@ void find_all(const RankThresholdsParams& p, int64_t b, const Selection& selecti
   if (selection.lowest) std::transform(keys, keys + size, keys, [](int64_t key) { return ~key; });
   room.spare.resize(static_cast<size_t>(selection.capacity));
   const int64_t* sorted = sort_best_first(keys, room.spare.data(), size);  // (size)
-  const int64_t before = selection.lowest ? selection.places[lane] - size : selection.over[lane];
-  for (const int64_t r : room.slots) p.order[b * p.R + r] = sorted[p.ranks[b * p.R + r] - before];
+  const int64_t before = selection.lowest ? selection.num_candidates[lane] - size : selection.num_over[lane];
+  for (const int64_t r : room.slots) p.sort_keys[b * p.R + r] = sorted[p.ranks[b * p.R + r] - before];
 }
 
 // The asked ranks of row b, which lie among the lane's keys or past the end of its pool.
@@ -71,8 +73,8 @@ void write_row(const RankThresholdsParams& p, int64_t b, const Selection& select
   room.slots.clear();
   for (int64_t r = 0; r < p.R; ++r) {
     const int64_t rank = p.ranks[b * p.R + r];
-    if (rank < 0 || rank >= selection.places[lane]) {
-      p.order[b * p.R + r] = kNowhere;
+    if (rank < 0 || rank >= selection.num_candidates[lane]) {
+      p.sort_keys[b * p.R + r] = kNowhere;
     } else {
       room.slots.push_back(r);
     }
@@ -148,8 +150,8 @@ bool join(const Selection& all, const Selection& part, const Block& block) {
     if (all.size[lane] + part.size[lane] > all.keep) return false;
     std::copy_n(part.keys + lane * part.capacity, part.size[lane], all.keys + lane * all.capacity + all.size[lane]);
     all.size[lane] += part.size[lane];
-    all.places[lane] += part.places[lane];
-    all.over[lane] += part.over[lane];
+    all.num_candidates[lane] += part.num_candidates[lane];
+    all.num_over[lane] += part.num_over[lane];
   }
   return true;
 }

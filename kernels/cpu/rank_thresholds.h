@@ -1,4 +1,4 @@
-// rank_thresholds: the place at each asked 0-based descending rank of each query's pool. Meaning: kernels/README.md.
+// rank_thresholds: the sort key at each asked 0-based descending rank of each query's pool. Meaning: kernels/README.md.
 #pragma once
 #include <functional>
 
@@ -15,14 +15,15 @@ struct RankThresholdsParams {
   int64_t B = 0, K = 0, D = 0, R = 0;
   const int64_t* ranks = nullptr;  // (B, R)
   Pool pool;
-  int64_t* order = nullptr;  // (B, R), INT64_MIN where the rank is negative or past the end of the pool
+  int64_t* sort_keys = nullptr;  // (B, R), INT64_MIN where the rank is negative or past the end of the pool
 };
 
 void rank_thresholds(const RankThresholdsParams& p, const Parallel& parallel);
 
-// What became of some queries of a block: every place from a lane's least to its largest asked rank is among its keys,
-// as far as those ranks are in its pool, in the order of the queue. Key i, once sorted, has the rank over + i; or,
-// where the selection is of the lowest, the keys are complements, and the i-th has the rank places - 1 - i.
+// What became of some queries of a block: every sort key from a lane's least to its largest asked rank is among its
+// keys, as far as those ranks are in its pool, in the order of the queue. Key i, once sorted, has the rank num_over +
+// i; or, where the selection is of the lowest, the keys are complements, and the i-th has the rank num_candidates - 1 -
+// i.
 using Ranked = std::function<void(const Block&, const Selection&)>;
 
 // Finds the ranks of all queries and hands them on, for an op that does more with them. On any thread.

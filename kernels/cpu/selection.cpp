@@ -1,4 +1,4 @@
-// Selection by buffers of packed orders, with or without a sampled bracket: see selection.h and simd/select.cpp.
+// Selection by buffers of sort keys, with or without a sampled bracket: see selection.h and simd/select.cpp.
 #include "kernels/cpu/selection.h"
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 #include <limits>
 
 #include "kernels/cpu/dispatch.h"
-#include "kernels/cpu/order.h"
+#include "kernels/cpu/sort_key.h"
 
 namespace negmine::cpu {
 namespace {
@@ -19,16 +19,16 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t piece_rows(int64_t rows) { return std::min(rows / kSampleShare, kMostSampled) / kPieces; }
 
-// Where rank r of `rows` may stand in the sample: its expected place, `sign` times five standard deviations and three
-// away.
-int64_t sample_place(int64_t rank, int64_t rows, double sign) {
+// Where rank r of `rows` may stand in the sample: its expected position, `sign` times five standard deviations and
+// three away.
+int64_t sample_position(int64_t rank, int64_t rows, double sign) {
   const double sampled = static_cast<double>(kPieces * piece_rows(rows));
   const double expected = static_cast<double>(rank) * sampled / static_cast<double>(rows);
   const double deviation = std::sqrt(std::max(expected * (1.0 - expected / sampled), 0.0));
   return static_cast<int64_t>(std::floor(expected + sign * (5.0 * deviation + 3.0)));
 }
 
-int64_t ordered_score(int64_t order) { return order >> 32; }
+int64_t ordered_score(int64_t sort_keys) { return sort_keys >> 32; }
 
 }  // namespace
 
@@ -40,8 +40,8 @@ int64_t capacity_for(int64_t keep, int64_t columns) {
 
 int64_t capacity_between(int64_t first, int64_t last, int64_t rows) {
   const int64_t sampled = kPieces * piece_rows(rows);
-  const int64_t from = std::max<int64_t>(0, sample_place(first, rows, -1.0));
-  const int64_t to = std::min(sampled, sample_place(last, rows, 1.0) + 1);
+  const int64_t from = std::max<int64_t>(0, sample_position(first, rows, -1.0));
+  const int64_t to = std::min(sampled, sample_position(last, rows, 1.0) + 1);
   const int64_t between = (to - from) * ceil_div(rows, sampled);
   return std::max(capacity_for(std::max(between, last - first + 1), rows), capacity_for(to, sampled));
 }
@@ -63,8 +63,8 @@ OwnedSelection::OwnedSelection(int64_t lanes, int64_t capacity)
       bounds_(make_buffer<float>(2 * kLanes)) {
   view.keys = keys_.get();
   view.size = counts_.get();
-  view.places = view.size + kLanes;
-  view.over = view.places + kLanes;
+  view.num_candidates = view.size + kLanes;
+  view.num_over = view.num_candidates + kLanes;
   view.bound = bounds_.get();
   view.ceiling = view.bound + kLanes;
   view.capacity = capacity;
@@ -85,11 +85,11 @@ void prune(const Selection& selection, int64_t lane) {
   int64_t* keys = selection.keys + lane * selection.capacity;  // (capacity)
   const int64_t worst = kernels().keep_best(keys, selection.size[lane], selection.keep);
   selection.size[lane] = selection.keep;
-  selection.bound[lane] = selection.lowest ? -order_score(~worst) : order_score(worst);
+  selection.bound[lane] = selection.lowest ? -sort_key_score(~worst) : sort_key_score(worst);
 }
 
-int64_t key_at(int64_t* keys, int64_t size, int64_t place) {
-  return place + 1 < size ? kernels().keep_best(keys, size, place + 1) : *std::min_element(keys, keys + size);
+int64_t key_at(int64_t* keys, int64_t size, int64_t rank) {
+  return rank + 1 < size ? kernels().keep_best(keys, size, rank + 1) : *std::min_element(keys, keys + size);
 }
 
 int64_t* sort_best_first(int64_t* keys, int64_t* spare, int64_t size) {
@@ -108,11 +108,11 @@ int64_t* sort_best_first(int64_t* keys, int64_t* spare, int64_t size) {
   const int64_t digits = int64_t{1} << bits;
   for (int shift = 0; span >> shift != 0; shift += bits) {
     const auto digit = [&](int64_t key) { return (top - ordered_score(key)) >> shift & (digits - 1); };
-    int64_t place[kMostDigits + 1];
-    std::fill_n(place, digits + 1, 0);
-    for (int64_t i = 0; i < size; ++i) ++place[digit(keys[i]) + 1];
-    for (int64_t d = 1; d < digits; ++d) place[d] += place[d - 1];
-    for (int64_t i = 0; i < size; ++i) spare[place[digit(keys[i])]++] = keys[i];
+    int64_t next[kMostDigits + 1];
+    std::fill_n(next, digits + 1, 0);
+    for (int64_t i = 0; i < size; ++i) ++next[digit(keys[i]) + 1];
+    for (int64_t d = 1; d < digits; ++d) next[d] += next[d - 1];
+    for (int64_t i = 0; i < size; ++i) spare[next[digit(keys[i])]++] = keys[i];
     std::swap(keys, spare);
   }
   return keys;
@@ -135,7 +135,7 @@ Bracket bracket(const Block& block, const Workspace& w, OwnedSelection& selectio
   const Selection& view = selection.view;
   const int64_t capacity = view.capacity;
   const int64_t deepest = std::max<int64_t>(0, *std::max_element(last, last + block.lanes));
-  const int64_t sample_keep = std::min(kPieces * piece, sample_place(deepest, rows, 1.0) + 1);
+  const int64_t sample_keep = std::min(kPieces * piece, sample_position(deepest, rows, 1.0) + 1);
   selection.begin(block.lanes, sample_keep, false);
   selection.view.capacity =
       std::min(capacity, capacity_for(sample_keep, kPieces * piece));  // pruned early: keys are few
@@ -148,13 +148,13 @@ Bracket bracket(const Block& block, const Workspace& w, OwnedSelection& selectio
   Bracket found;
   for (int64_t lane = 0; lane < block.lanes; ++lane) {
     const int64_t size = view.size[lane];
-    const int64_t high = sample_place(first[lane], rows, -1.0), low = sample_place(last[lane], rows, 1.0);
+    const int64_t high = sample_position(first[lane], rows, -1.0), low = sample_position(last[lane], rows, 1.0);
     found.ceiling[lane] = kInfinity;
     found.bound[lane] = first[lane] > last[lane] ? std::numeric_limits<float>::quiet_NaN() : -kInfinity;
     if (first[lane] > last[lane]) continue;
-    if (low < size) found.bound[lane] = order_score(key_at(selection.keys(lane), size, low));
+    if (low < size) found.bound[lane] = sort_key_score(key_at(selection.keys(lane), size, low));
     if (high >= 0 && high < size) {
-      found.ceiling[lane] = order_score(key_at(selection.keys(lane), std::min(size, low + 1), high));
+      found.ceiling[lane] = sort_key_score(key_at(selection.keys(lane), std::min(size, low + 1), high));
     }
   }
   selection.view.capacity = capacity;
@@ -170,10 +170,10 @@ void open(OwnedSelection& selection, const Bracket& bracket, const Block& block)
 
 bool held(const Selection& view, const Block& block, const int64_t* first, const int64_t* last) {
   for (int64_t lane = 0; lane < block.lanes; ++lane) {
-    if (first[lane] > last[lane] || first[lane] >= view.places[lane]) continue;
-    const bool from = view.over[lane] <= first[lane];
+    if (first[lane] > last[lane] || first[lane] >= view.num_candidates[lane]) continue;
+    const bool from = view.num_over[lane] <= first[lane];
     const int64_t sure = std::min(view.size[lane], view.keep);  // keys past it may have better ones pruned before them
-    const bool to = view.over[lane] + sure >= std::min(last[lane] + 1, view.places[lane]);
+    const bool to = view.num_over[lane] + sure >= std::min(last[lane] + 1, view.num_candidates[lane]);
     if (!from || !to) return false;
   }
   return true;

@@ -1,6 +1,6 @@
 // A Selection (simd/kernels.h) with its memory, and two ways to fill it from a range of the queue.
 //
-// select() keeps the best places seen so far. bracket() first scores a sample of the range, brackets each lane's
+// select() keeps the best sort keys seen so far. bracket() first scores a sample of the range, brackets each lane's
 // wanted ranks with a bound and a ceiling so that few columns pass, scans once, and checks by counting that the bracket
 // held: what it returns is exact or refused, never a guess.
 #pragma once
@@ -29,11 +29,11 @@ class OwnedSelection {
   Buffer<float> bounds_;
 };
 
-// Offers every place of the range of blocks (count) to their selections, as Kernels::select_range does.
+// Offers every column of the range of blocks (count) to their selections, as Kernels::select_range does.
 using Scan = std::function<void(const Block*, const Workspace*, int64_t count, const Selection*)>;
 void scan_range(const Block* blocks, const Workspace* workspaces, int64_t count, const Selection* selections);
 
-// The `keep` best places of the block's range, or the lowest; places are counted where asked for.
+// The `keep` best columns of the block's range, or the lowest; columns are counted where asked for.
 void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest, bool counted);
 
 // What a lane's wanted ranks lie between, by a sample of the range.
@@ -44,14 +44,14 @@ struct Bracket {
 // Places between two ranks in three steps: bracket() scores the sample in the selection's memory, open() empties it for
 // a scan within the bracket, held() tells whether what was found is what was wanted: 0-based descending ranks [first,
 // last] (kLanes each) of the block's range, as far as the lane's pool goes; key i of a lane, once sorted, has the rank
-// over + i. A lane with first > last wants nothing.
+// num_over + i. A lane with first > last wants nothing.
 Bracket bracket(const Block& block, const Workspace& w, OwnedSelection& selection, const int64_t* first,
                 const int64_t* last);
 void open(OwnedSelection& selection, const Bracket& bracket, const Block& block);
 bool held(const Selection& selection, const Block& block, const int64_t* first, const int64_t* last);
 
-// The key at 0-based descending `place` of keys (size); those up to it stay, in their order, the rest may go.
-int64_t key_at(int64_t* keys, int64_t size, int64_t place);
+// The key at 0-based descending `rank` of keys (size); those up to it stay, in their order, the rest may go.
+int64_t key_at(int64_t* keys, int64_t size, int64_t rank);
 
 // Sorts keys (size), which come in the order of the queue, best first, and returns where: keys or spare (size). A radix
 // sort of the scores alone is stable, so ties stay in the order of the index.
@@ -60,7 +60,7 @@ int64_t* sort_best_first(int64_t* keys, int64_t* spare, int64_t size);
 // Whether a range of so many rows is worth sampling.
 bool worth_sampling(int64_t rows);
 
-// Keys of buffer space for one query that keeps `keep` of `columns` places: pruning is rare, and never more than the
+// Keys of buffer space for one query that keeps `keep` of `columns` columns: pruning is rare, and never more than the
 // columns.
 int64_t capacity_for(int64_t keep, int64_t columns);
 

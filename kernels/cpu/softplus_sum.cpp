@@ -15,13 +15,13 @@ constexpr int64_t kSplitRows = 4096;  // sums of a split start from zero, so no 
 struct Task {
   Task(const SoftplusSumParams& p)
       : scratch(p.query, p.negative_keys, p.D),
-        floats(make_buffer<float>((4 + (p.pull != nullptr ? 2 * room_for_mean(p.D) : 0)) * kLanes)),
+        floats(make_buffer<float>((4 + (p.sigmoid_keys != nullptr ? 2 * room_for_mean(p.D) : 0)) * kLanes)),
         counts(make_buffer<int64_t>(2 * kLanes)) {
     float* f = floats.get();
-    float* pulls = p.pull != nullptr ? f + 4 * kLanes : nullptr;
-    sum = {f, f + kLanes, pulls, counts.get()};
-    part = {f + 2 * kLanes, f + 3 * kLanes, pulls != nullptr ? pulls + room_for_mean(p.D) * kLanes : nullptr,
-            counts.get() + kLanes};
+    float* sigmoid_keys = p.sigmoid_keys != nullptr ? f + 4 * kLanes : nullptr;
+    sum = {f, f + kLanes, sigmoid_keys, counts.get()};
+    part = {f + 2 * kLanes, f + 3 * kLanes,
+            sigmoid_keys != nullptr ? sigmoid_keys + room_for_mean(p.D) * kLanes : nullptr, counts.get() + kLanes};
   }
 
   Scratch scratch;
@@ -39,25 +39,25 @@ void softplus_sum(const SoftplusSumParams& p, const Parallel& parallel) {
     block.first_query = index * kLanes;
     block.lanes = std::min(kLanes, p.B - block.first_query);
     const SoftplusState &sum = task.sum, &part = task.part;
-    std::fill_n(sum.total, 2 * kLanes, 0.0f);  // and mass behind it
-    std::fill_n(sum.kept, kLanes, int64_t{0});
-    if (sum.pull != nullptr) std::fill_n(sum.pull, p.D * kLanes, 0.0f);
+    std::fill_n(sum.total, 2 * kLanes, 0.0f);  // and sigmoid_sum behind it
+    std::fill_n(sum.num_kept, kLanes, int64_t{0});
+    if (sum.sigmoid_keys != nullptr) std::fill_n(sum.sigmoid_keys, p.D * kLanes, 0.0f);
     for (int64_t k = 0; k < p.K; k += kSplitRows) {
       block.k_begin = k;
       block.k_end = std::min(p.K, k + kSplitRows);
       kernels(block).softplus_sum_range(block, task.scratch.workspace(), *p.scale, *p.bias, part);
       for (int64_t i = 0; i < 2 * kLanes; ++i) sum.total[i] += part.total[i];
-      for (int64_t i = 0; i < kLanes; ++i) sum.kept[i] += part.kept[i];
-      if (sum.pull == nullptr) continue;
-      for (int64_t i = 0; i < p.D * kLanes; ++i) sum.pull[i] += part.pull[i];
+      for (int64_t i = 0; i < kLanes; ++i) sum.num_kept[i] += part.num_kept[i];
+      if (sum.sigmoid_keys == nullptr) continue;
+      for (int64_t i = 0; i < p.D * kLanes; ++i) sum.sigmoid_keys[i] += part.sigmoid_keys[i];
     }
     for (int64_t lane = 0; lane < block.lanes; ++lane) {
       const int64_t b = block.first_query + lane;
       p.total[b] = sum.total[lane];
-      p.mass[b] = sum.mass[lane];
-      p.kept[b] = sum.kept[lane];
-      if (p.pull == nullptr) continue;
-      for (int64_t d = 0; d < p.D; ++d) p.pull[b * p.D + d] = sum.pull[d * kLanes + lane];
+      p.sigmoid_sum[b] = sum.sigmoid_sum[lane];
+      p.num_kept[b] = sum.num_kept[lane];
+      if (p.sigmoid_keys == nullptr) continue;
+      for (int64_t d = 0; d < p.D; ++d) p.sigmoid_keys[b * p.D + d] = sum.sigmoid_keys[d * kLanes + lane];
     }
   });
 }

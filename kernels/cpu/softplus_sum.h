@@ -14,10 +14,10 @@ struct SoftplusSumParams {
   const float* scale = nullptr;  // ()
   const float* bias = nullptr;   // ()
   Pool pool;
-  float* total = nullptr;   // (B,)
-  float* pull = nullptr;    // (B, D), null where not wanted
-  float* mass = nullptr;    // (B,)
-  int64_t* kept = nullptr;  // (B,)
+  float* total = nullptr;         // (B,)
+  float* sigmoid_keys = nullptr;  // (B, D), null where not wanted
+  float* sigmoid_sum = nullptr;   // (B,)
+  int64_t* num_kept = nullptr;    // (B,)
 };
 
 void softplus_sum(const SoftplusSumParams& p, const Parallel& parallel);

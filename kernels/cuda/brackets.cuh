@@ -1,6 +1,6 @@
-// Where a scan cuts to catch the place at a rank: a bracket around it, from a sample of the row's scores.
+// Where a scan cuts to catch the sort key at a rank: a bracket around it, from a sample of the row's scores.
 //
-// A cut is a place between columns rather than a score, so that it can lie among equal scores. It needs no exactness:
+// A cut lies between columns rather than a score, so that it can lie among equal scores. It needs no exactness:
 // what a scan counts says whether a bracket has caught its rank.
 #pragma once
 
@@ -8,18 +8,19 @@
 #include <cmath>
 #include <cstdint>
 
-#include "kernels/cuda/order.cuh"
 #include "kernels/cuda/sample.cuh"
+#include "kernels/cuda/sort_key.cuh"
 
 namespace negmine::cuda {
 
 constexpr int kCellRows = 32, kCells = kCellRows * kCellRows;  // of a histogram
 constexpr int kCellInts = kCellRows * (kCellRows + 1);         // it takes: a row of lanes reads columns, or rows
-// How far a bracket reaches past the place that its rank has in the sample on average: standard deviations, and places.
-constexpr float kReach = 4.75f, kPlacesBelow = 4.0f, kPlacesAbove = 3.0f;
+// How far a bracket reaches past the position that its rank has in the sample on average: standard deviations, and
+// positions.
+constexpr float kReach = 4.75f, kPositionsBelow = 4.0f, kPlacesAbove = 3.0f;
 constexpr int32_t kAllColumns = INT32_MAX;
 
-// All places of a higher score, and of this score those of the columns below `columns`. A NaN has none.
+// All columns of a higher score, and of this score those of the columns below `columns`. A NaN has none.
 struct Cut {
   float score;
   int32_t columns;
@@ -115,8 +116,8 @@ __device__ __forceinline__ void each_sampled(const Sample& sample, Use use) {
   }
 }
 
-// The cut at the `wanted`-th sampled place from the top, from 1: with is_low the cut has that place, else it has not,
-// and in both cases it may err by a few more places to that side. `found` is its cell of `grid`. All threads.
+// The cut at the `wanted`-th sampled column from the top, from 1: with is_low the cut has that column, else it has not,
+// and in both cases it may err by a few more columns to that side. `found` is its cell of `grid`. All threads.
 __device__ __forceinline__ Cut cut_at(Search& shared, const Sample& sample, int K, Grid grid, Cell found, int wanted,
                                       bool is_low) {
   const int lane = threadIdx.x % kWarp, group = max(sample.size / kCells, 1);
@@ -191,33 +192,33 @@ __global__ void __launch_bounds__(kCutThreads)
   const Grid grid(shared.low, shared.high);
   each_sampled(sample, [&](uint32_t rank, int) { atomicAdd(&shared.cells[0][at_cell(grid.cell_of(rank))], 1); });
   __syncthreads();
-  // The sampled place, from 1, of a cut; 0 for none and size + 1 for all.
-  const auto place_of = [&](int c) {
+  // The position in the sample, from 1, of a cut; 0 for none and size + 1 for all.
+  const auto position_of = [&](int c) {
     const int64_t rank = ranks.of(sample.first + blockIdx.x, c / 2).rank;
     if (rank < 0) return 0;
     const float share = static_cast<float>(sample.size) / K;
     const float position = fminf(static_cast<float>(rank + 1) * share, sample.size);
     const float reach = kReach * sqrtf(fmaxf(position * (1.0f - position / sample.size) * (1.0f - share), 0.0f));
-    // Few sampled keys above a rank scatter to the safe side, few below it to the other; and near the top the places
+    // Few sampled keys above a rank scatter to the safe side, few below it to the other; and near the top the positions
     // allowed for skew would bring the upper cut below the rank.
-    const float skew = 2.0f * position <= sample.size ? kPlacesAbove : -kPlacesBelow;
-    float place = ceilf(position + reach + kPlacesBelow);
-    if (c % 2 == 0) place = position - reach < 1.0f ? 0.0f : floorf(position - reach + skew);
-    return static_cast<int>(fminf(fmaxf(place, 0.0f), size + 1.0f));
+    const float skew = 2.0f * position <= sample.size ? kPlacesAbove : -kPositionsBelow;
+    float at = ceilf(position + reach + kPositionsBelow);
+    if (c % 2 == 0) at = position - reach < 1.0f ? 0.0f : floorf(position - reach + skew);
+    return static_cast<int>(fminf(fmaxf(at, 0.0f), size + 1.0f));
   };
   for (int c = threadIdx.x / kWarp; c < count; c += blockDim.x / kWarp) {
-    const int place = place_of(c);
-    if (place < 1 || place > size) continue;
-    const Cell found = find_cell(shared.cells[0], place, lane);
+    const int at = position_of(c);
+    if (at < 1 || at > size) continue;
+    const Cell found = find_cell(shared.cells[0], at, lane);
     if (lane == 0) shared.found[c] = found;
   }
   __syncthreads();
 #pragma unroll 1
   for (int c = 0; c < count; ++c) {
-    const int place = place_of(c);
-    Cut own = place < 1 ? nothing : everything;
-    if (place >= 1 && place <= size) {
-      own = cut_at(shared, sample, K, grid, shared.found[c], place, c % 2 == 1);
+    const int at = position_of(c);
+    Cut own = at < 1 ? nothing : everything;
+    if (at >= 1 && at <= size) {
+      own = cut_at(shared, sample, K, grid, shared.found[c], at, c % 2 == 1);
     }
     if (threadIdx.x == 0) shared.cuts[c] = own;
   }

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/order.cuh"
 #include "kernels/cuda/pool.h"
 #include "kernels/cuda/score_tile.cuh"
+#include "kernels/cuda/sort_key.cuh"
 
 namespace negmine::cuda {
 

@@ -22,8 +22,8 @@
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/logsumexp.h"
 #include "kernels/cuda/logsumexp_parts.cuh"
-#include "kernels/cuda/order.cuh"
 #include "kernels/cuda/score_tile.cuh"
+#include "kernels/cuda/sort_key.cuh"
 #include "kernels/cuda/tile_map.h"
 #include "kernels/cuda/visible.cuh"
 #include "kernels/cuda/warp.cuh"
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   uint32_t p[kSixteens][2 * kChunks][4];                         // (16, 16) of the rows and each 16 keys
   // Each lane of a quad keeps the books of one of their rows, the t-th: registers are few.
   float shift = -FLT_MAX, sum = 0.0f, along = 0.0f;
-  int32_t kept = 0, above = 0;  // where all rows see the same columns, kept is of the lane's own columns
+  int32_t num_kept = 0, num_above = 0;  // where all rows see the same columns, num_kept is of the lane's own columns
 
   uint32_t seen[kChunks] = {};  // of the scores of a chunk, those in the pool
   bool partial = true;
@@ -245,8 +245,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      if (pivot) above += count_of_row<kSixteens>(higher[c]);
-      kept += kByPair ? count_of_row<kSixteens>(seen[c]) : __popc(seen[c] & kRowBits);
+      if (pivot) num_above += count_of_row<kSixteens>(higher[c]);
+      num_kept += kByPair ? count_of_row<kSixteens>(seen[c]) : __popc(seen[c] & kRowBits);
     }
     if constexpr (kSixteens == 2) {
       sum += of_own_row(sums[0], sums[1], sums[2], sums[3]);
@@ -264,16 +264,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if constexpr (kLag > 0) wait_for_products(mean);
 
   if constexpr (!kByPair) {
-    kept += __shfl_xor_sync(kAllLanes, kept, 1);
-    kept += __shfl_xor_sync(kAllLanes, kept, 2);
+    num_kept += __shfl_xor_sync(kAllLanes, num_kept, 1);
+    num_kept += __shfl_xor_sync(kAllLanes, num_kept, 2);
   }
   if (t < kOwn && row + 8 * t < B) {
     const int64_t at = blockIdx.y * int64_t{B} + row + 8 * t;
     parts.shift[at] = shift;
     parts.sum[at] = sum;
     parts.along[at] = negated ? -along : along;
-    parts.kept[at] = kept;
-    parts.above[at] = above;
+    parts.num_kept[at] = num_kept;
+    parts.num_above[at] = num_above;
   }
 #pragma unroll
   for (int r = 0; r < (kWantMean ? kOwn : 0); ++r) {
@@ -357,8 +357,8 @@ int logsumexp(const LogSumExpParams& params, void* stream) {
   const int64_t rows = params.plan.splits * params.B;
   float* mean = static_cast<float*>(params.workspace);  // first, for its alignment
   float* shift = mean + (params.want_mean ? rows * width_of(params.D) : 0);
-  auto* kept = reinterpret_cast<int32_t*>(shift + 3 * rows);
-  const Parts parts = {shift, shift + rows, shift + 2 * rows, kept, kept + rows, mean};
+  auto* num_kept = reinterpret_cast<int32_t*>(shift + 3 * rows);
+  const Parts parts = {shift, shift + rows, shift + 2 * rows, num_kept, num_kept + rows, mean};
   return params.storage == Storage::kBFloat16 ? sum_and_merge<Storage::kBFloat16>(in, params, parts, stream)
                                               : sum_and_merge<Storage::kFloat16>(in, params, parts, stream);
 }

@@ -36,11 +36,11 @@ struct LogSumExpParams {
   SummingPlan plan;
 
   // Outputs.
-  float* lse;       // (B,)
-  float* mean;      // (B, D), untouched unless want_mean
-  int64_t* kept;    // (B,)
-  int64_t* above;   // (B,), zeros where pivot is null
-  void* workspace;  // plan.workspace bytes, aligned to 16
+  float* lse;          // (B,)
+  float* mean;         // (B, D), untouched unless want_mean
+  int64_t* num_kept;   // (B,)
+  int64_t* num_above;  // (B,), zeros where pivot is null
+  void* workspace;     // plan.workspace bytes, aligned to 16
 };
 
 // Enqueues the kernels on the current device; stream is a cudaStream_t. Returns a cudaError_t.

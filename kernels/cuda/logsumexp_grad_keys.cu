@@ -26,8 +26,8 @@
 
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/logsumexp_grad_keys.h"
-#include "kernels/cuda/order.cuh"
 #include "kernels/cuda/score_tile.cuh"
+#include "kernels/cuda/sort_key.cuh"
 #include "kernels/cuda/tile_map.h"
 #include "kernels/cuda/visible.cuh"
 #include "kernels/cuda/warp.cuh"

@@ -18,12 +18,12 @@ constexpr int kMergeThreads = 256, kMergeWarps = kMergeThreads / kWarp;
 
 // What the parts of the queue say of each row: logits in powers of 2.
 struct Parts {
-  float* shift;    // (splits, B)
-  float* sum;      // (splits, B) of 2^(logit - shift)
-  float* along;    // (splits, B) of the same times the score
-  int32_t* kept;   // (splits, B)
-  int32_t* above;  // (splits, B)
-  float* mean;     // (splits, B, 16 kSteps) of 2^(logit - shift) times the key
+  float* shift;        // (splits, B)
+  float* sum;          // (splits, B) of 2^(logit - shift)
+  float* along;        // (splits, B) of the same times the score
+  int32_t* num_kept;   // (splits, B)
+  int32_t* num_above;  // (splits, B)
+  float* mean;         // (splits, B, 16 kSteps) of 2^(logit - shift) times the key
 };
 
 template <Storage kStorage>
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   const int64_t b = blockIdx.x, B = gridDim.x;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   float top = -FLT_MAX, sum = 0.0f, along = 0.0f;
-  int64_t kept = 0, above = 0;
+  int64_t num_kept = 0, num_above = 0;
   for (int part = lane; part < splits; part += kWarp) top = fmaxf(top, parts.shift[part * B + b]);
 #pragma unroll
   for (int apart = kWarp / 2; apart > 0; apart /= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, apart));
@@ -52,15 +52,15 @@ __global__ void __launch_bounds__(kMergeThreads)
     if (warp == 0) weights[part] = weight;
     sum += weight * parts.sum[at];
     along += weight * parts.along[at];
-    kept += parts.kept[at];
-    above += parts.above[at];
+    num_kept += parts.num_kept[at];
+    num_above += parts.num_above[at];
   }
   sum = over_warp(sum), along = over_warp(along);
-  kept = over_warp(kept), above = over_warp(above);
+  num_kept = over_warp(num_kept), num_above = over_warp(num_above);
   if (threadIdx.x == 0) {
     out.lse[b] = (top + log2f(sum)) * kLn2;
-    out.kept[b] = kept;
-    out.above[b] = above;
+    out.num_kept[b] = num_kept;
+    out.num_above[b] = num_above;
   }
   if (!out.want_mean) return;
   __syncthreads();

@@ -4,7 +4,7 @@
 //   scan     one pass keeps the columns that reach the cut, a little more than N, in buffers private to a row, a lane
 //            and a split of the queue: no atomics, and the contents do not depend on timing
 //   recover  a row is certain where at least N reached its cut, or the cut admits everything, and no buffer ran over.
-//            The others, where there are any, are done again exactly: the place of the N-th is found by its digits,
+//            The others, where there are any, are done again exactly: the sort key of the N-th is found by its digits,
 //            each by one pass over the queue. Blocks without such a row leave at once, so nobody asks the device.
 //   finish   the N first of a row's survivors, sorted
 //
@@ -25,10 +25,10 @@
 namespace negmine::cuda {
 namespace {
 
-constexpr int kFinishExtra = 4 * (kBins + 8);   // bytes of the finish beside its places
+constexpr int kFinishExtra = 4 * (kBins + 8);   // bytes of the finish beside its sort keys
 constexpr int64_t kScratchBytes = 40 << 20;     // a workspace below this is never worth a second chunk
 constexpr int64_t kMostScratchBytes = 1 << 30;  // offsets in it are 32 bits
-constexpr double kSigmas = 4.75, kPlacesBelow = 4;
+constexpr double kSigmas = 4.75, kPositionsBelow = 4;
 
 template <Storage kStorage, int kSteps, bool kByPair>
 __global__ void __launch_bounds__(kThreads, kSteps <= 8 ? 3 : 2)
@@ -200,9 +200,9 @@ MiningPlan plan_mining(int64_t B, int64_t K, int64_t N, int64_t processors, int6
     const double share = static_cast<double>(plan.sample) / static_cast<double>(K);
     const double position = static_cast<double>(N) * share;
     const double deviation = std::sqrt(std::max(position * (1 - position / plan.sample) * (1 - share), 0.0));
-    plan.sample_rank = static_cast<int64_t>(position + kSigmas * deviation + kPlacesBelow);
+    plan.sample_rank = static_cast<int64_t>(position + kSigmas * deviation + kPositionsBelow);
     const double kept = static_cast<double>(plan.sample_rank + 1);
-    plan.capacity = std::min(K, static_cast<int64_t>((kept + kSigmas * std::sqrt(kept) + kPlacesBelow) / share) + 1);
+    plan.capacity = std::min(K, static_cast<int64_t>((kept + kSigmas * std::sqrt(kept) + kPositionsBelow) / share) + 1);
     likely = std::min(likely, (kept + 2 * std::sqrt(kept)) / share);
   }
   const int64_t key_tiles = (K + kKeys - 1) / kKeys;

@@ -52,11 +52,11 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) mix_logsumexp_kernel(MixLogS
   const int64_t count = count_parents(hard_index, p.N, lane);
   const Row query = query_at(p, layouts.query, b);
   const float scale = *out.scale * kLog2E;
-  const auto place = [&](int c) { return begin + c * kPass + kQuad * lane; };
+  const auto element = [&](int c) { return begin + c * kPass + kQuad * lane; };
   const auto element_of = [&](const Row& row, int64_t d) { return d < D ? load(row, d, D) : Chunk{}; };
   Chunk own[kHeld];
 #pragma unroll
-  for (int c = 0; c < kHeld; ++c) own[c] = element_of(query, place(c));
+  for (int c = 0; c < kHeld; ++c) own[c] = element_of(query, element(c));
 
   float shift = -FLT_MAX, sum = 0.0f;
   Chunk mean[kHeld] = {};
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) mix_logsumexp_kernel(MixLogS
         }
 #pragma unroll
         for (int c = 0; c < kHeld; ++c) {
-          mixed[of][c] = mix(coefficient, element_of(first, place(c)), element_of(second, place(c)));
+          mixed[of][c] = mix(coefficient, element_of(first, element(c)), element_of(second, element(c)));
         }
       }
       float most = -INFINITY;

@@ -62,14 +62,14 @@ __device__ inline Chunk load(const Row& row, int64_t d, int64_t D) {
   return chunk;
 }
 
-// Entries of a row of N before its padding. The padding is at the end, so 32 lanes search 32 places at a time.
+// Entries of a row of N before its padding. The padding is at the end, so 32 lanes search 32 entries at a time.
 __device__ inline int64_t count_parents(const int64_t* hard_index, int64_t N, int lane) {
   int64_t low = 0;  // the count is in [low, high]
   int64_t high = N;
   while (low < high) {
     const int64_t step = (high - low + kWarp - 1) / kWarp;
-    const int64_t place = low + lane * step;
-    const int hits = __popc(__ballot_sync(kAllLanes, place < high && hard_index[place] >= 0));
+    const int64_t entry = low + lane * step;
+    const int hits = __popc(__ballot_sync(kAllLanes, entry < high && hard_index[entry] >= 0));
     if (hits == 0) break;
     const int64_t last = low + (hits - 1) * step;
     low = last + 1;

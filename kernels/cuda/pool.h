@@ -15,8 +15,8 @@ struct Pool {
   const int64_t* query_labels;     // (B,)
   const int64_t* negative_labels;  // (K,)
   bool same_label;                 // true: keep equal labels instead of dropping them
-  const int64_t* lower;            // (B,) order, keep places >= lower
-  const int64_t* upper;            // (B,) order, keep places <= upper
+  const int64_t* lower;            // (B,) sort keys, keep those >= lower
+  const int64_t* upper;            // (B,) sort keys, keep those <= upper
   const int64_t* num_rows;         // rows of keys that are there, one number; the rest are never read
 
   // Whether anything but key_mask and num_rows says who sees whom.

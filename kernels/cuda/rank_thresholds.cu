@@ -2,12 +2,12 @@
 // there.
 //
 //   sample   score evenly spaced columns
-//   bracket  two cuts around each rank, which nearly always have its place between them (brackets.cuh)
+//   bracket  two cuts around each rank, which nearly always have its sort key between them (brackets.cuh)
 //   scan     one pass counts what lies above the brackets and keeps what lies in them, in buffers private to a row, a
 //            lane and a split of the queue: no atomics, and the contents do not depend on timing
 //   finish   a rank is certain where no buffer ran over and the count above its bracket and what is in it pass the rank
-//            by; then its place is selected among the survivors
-//   recover  the other ranks, where there are any: by the digits of their place, each by one pass over the queue.
+//            by; then its sort key is selected among the survivors
+//   recover  the other ranks, where there are any: by the digits of their sort key, each by one pass over the queue.
 //            Blocks without such a row leave at once, so nobody asks the device.
 //
 // Every pass takes its scores from score_tile.cuh, so they agree to the bit.
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       [&](int row, uint64_t at) { atomicMin(&lowest[row], static_cast<unsigned long long>(at)); });
   if (missing < 0) return;
   const bool is_there = books.wanted[threadIdx.x] == 0;
-  p.order[(p.first + own) * p.ranks.stride + blockIdx.y] =
+  p.sort_keys[(p.first + own) * p.ranks.stride + blockIdx.y] =
       is_there ? static_cast<int64_t>(uint64_t{lowest[threadIdx.x]} ^ uint64_t{1} << 63) : kNowhere;
 }
 
@@ -205,7 +205,7 @@ RankingPlan plan_ranking(int64_t B, int64_t K, int64_t R, int64_t processors, in
     plan.sample = std::clamp<int64_t>(eighth, least_sample, kMostSampled);
     // Ranks are known on the device alone, so there is room for the widest bracket, that of a median.
     const double share = static_cast<double>(plan.sample) / static_cast<double>(K);
-    const double reach = kReach * std::sqrt(plan.sample / 4.0 * (1 - share)) + kPlacesBelow;
+    const double reach = kReach * std::sqrt(plan.sample / 4.0 * (1 - share)) + kPositionsBelow;
     const double coarse = static_cast<double>(plan.sample / (kCells / 4) + 1);
     const double kept = static_cast<double>(std::min<int64_t>(R, 2)) * (2 * (reach + coarse) + 1);
     likely = std::min(likely, (kept + 2 * std::sqrt(kept)) / share);
@@ -266,7 +266,7 @@ int rank_thresholds(const RankThresholdsParams& params, void* stream) {
           .counted = reinterpret_cast<int32_t*>(counted),
           .cuts = reinterpret_cast<Cut*>(cuts),
           .missing = reinterpret_cast<int32_t*>(counted + bytes.counted),
-          .order = params.order + r,
+          .sort_keys = params.sort_keys + r,
       };
       const cudaError_t error = params.storage == Storage::kBFloat16
                                     ? find_at_width<Storage::kBFloat16>(tiles, in, sample, pass, stream)

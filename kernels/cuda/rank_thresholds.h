@@ -1,8 +1,8 @@
-// rank_thresholds on CUDA: the place at each rank of each query's pool, exact, from bf16 or fp16 storage, without the
-// (B, K) scores. sm_80 and newer. The scores are those of mine_hardest, to the bit.
+// rank_thresholds on CUDA: the sort key at each rank of each query's pool, exact, from bf16 or fp16 storage, without
+// the (B, K) scores. sm_80 and newer. The scores are those of mine_hardest, to the bit.
 //
 //   query (B, D), negative_keys (K, D)    of one 16-bit storage; any row stride, in elements; D contiguous, D <= 256
-//   ranks (B, R), order (B, R)            as kernels/README.md says
+//   ranks (B, R), sort_keys (B, R)            as kernels/README.md says
 #pragma once
 
 #include <cstdint>
@@ -41,8 +41,8 @@ struct RankThresholdsParams {
   RankingPlan plan;
 
   // Outputs.
-  int64_t* order;   // (B, R)
-  void* workspace;  // plan.workspace bytes, aligned to 16
+  int64_t* sort_keys;  // (B, R)
+  void* workspace;     // plan.workspace bytes, aligned to 16
 };
 
 // Enqueues the kernels on the current device; stream is a cudaStream_t. Returns a cudaError_t.

@@ -1,4 +1,4 @@
-// Selection at ranks within rows: the place at each rank, among the survivors of a scan of brackets.
+// Selection at ranks within rows: the sort key at each rank, among the survivors of a scan of brackets.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,14 +6,14 @@
 #include <cstdint>
 
 #include "kernels/cuda/brackets.cuh"
-#include "kernels/cuda/order.cuh"
+#include "kernels/cuda/sort_key.cuh"
 #include "kernels/cuda/survivors.cuh"
 
 namespace negmine::cuda {
 
 constexpr int64_t kNowhere = INT64_MIN;
 constexpr int kSelectThreads = 256;
-constexpr int kFew = 512;  // places of which the one at a rank is found by comparing all
+constexpr int kFew = 512;  // sort keys of which the one at a rank is found by comparing all
 
 // What the passes over one chunk of queries and their ranks share.
 struct Ranking {
@@ -26,18 +26,18 @@ struct Ranking {
   int32_t* counted;     // (rows, splits, brackets), as append_where_odd counts
   Cut* cuts;            // (rows, 2 brackets)
   int32_t* missing;     // (rows, brackets) ranks that are to be recovered, in the order of their columns, or -1
-  int64_t* order;       // (B, R), from the first of these columns on
+  int64_t* sort_keys;   // (B, R), from the first of these columns on
 };
 
-// What the threads of a row share while they select. Of each rank, the places [low, low + span) that may be at it.
+// What the threads of a row share while they select. Of each rank, the sort keys [low, low + span) that may be at it.
 struct Selection {
   int cells[2][kCellInts];
   uint64_t low[2], span[2];
-  int64_t wanted[2];  // from 1, counted from the highest of these places
-  int few[2];         // these places, once all of them are
+  int64_t wanted[2];  // from 1, counted from the highest of these
+  int few[2];         // these, once all of them are
   int total[2], counted[2];
   unsigned lost;
-  uint64_t places[2][kFew];
+  uint64_t sort_keys[2][kFew];
 };
 
 // By how many bits offsets below a span are too long for the number of a cell.
@@ -46,7 +46,7 @@ __device__ __forceinline__ int shift_of(uint64_t span) {
   return max(64 - 10 - __clzll(static_cast<int64_t>(span - 1)), 0);
 }
 
-// The place at each rank of a row, or that it is missing. Block = row.
+// The sort key at each rank of a row, or that it is missing. Block = row.
 template <int kBrackets>
 __global__ void __launch_bounds__(kSelectThreads, 4) finish_kernel(Ranking p) {
   auto& shared = *reinterpret_cast<Selection*>(shared_memory());
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4) finish_kernel(Ranking p) {
   for (int i = threadIdx.x; i < p.splits * kBrackets; i += kSelectThreads) {
     atomicAdd(&shared.counted[i % kBrackets], counted[i]);
   }
-  // use(place) for every survivor; four loads are under way at once.
+  // use(sort_key) for every survivor; four loads are under way at once.
   const auto each = [&](auto use) {
     for (int split = warp; split < p.splits; split += kWarps) {
       const int4 n = found[split];
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4) finish_kernel(Ranking p) {
         }
 #pragma unroll
         for (int l = 0; l < kLanes; ++l) {
-          if (i < counts[l]) use(place(__uint_as_float(own[l].x), static_cast<int32_t>(own[l].y)));
+          if (i < counts[l]) use(pack_sort_key(__uint_as_float(own[l].x), static_cast<int32_t>(own[l].y)));
         }
       }
     }
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4) finish_kernel(Ranking p) {
         p.missing[row * int64_t{kBrackets} + column] =
             is_missing ? static_cast<int32_t>(min(rank, int64_t{INT32_MAX - 1})) : -1;
         if (!inside || rank < 0) {
-          if (!is_missing) p.order[(p.first + row) * p.ranks.stride + column] = kNowhere;
+          if (!is_missing) p.sort_keys[(p.first + row) * p.ranks.stride + column] = kNowhere;
           shared.few[r] = 0;
         }
         shared.wanted[r] = rank - above + 1;
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4) finish_kernel(Ranking p) {
 #pragma unroll
     for (int r = 0; r < kBrackets; ++r) {
       if (at - shared.low[r] < shared.span[r] && shared.few[r] > 0) {
-        shared.places[r][atomicAdd(&shared.total[r], 1)] = at;
+        shared.sort_keys[r][atomicAdd(&shared.total[r], 1)] = at;
       }
     }
   });
@@ -174,12 +174,12 @@ __global__ void __launch_bounds__(kSelectThreads, 4) finish_kernel(Ranking p) {
   for (int r = 0; r < kBrackets; ++r) {
     const int few = shared.few[r];
     for (int i = threadIdx.x; i < few; i += kSelectThreads) {
-      const uint64_t own = shared.places[r][i];
-      int place = 1;
-      for (int j = 0; j < few; ++j) place += shared.places[r][j] > own;
-      if (place != shared.wanted[r]) continue;
+      const uint64_t own = shared.sort_keys[r][i];
+      int rank = 1;
+      for (int j = 0; j < few; ++j) rank += shared.sort_keys[r][j] > own;
+      if (rank != shared.wanted[r]) continue;
       const int column = p.ranks.of(p.first + row, r).column;
-      p.order[(p.first + row) * p.ranks.stride + column] = static_cast<int64_t>(own ^ uint64_t{1} << 63);
+      p.sort_keys[(p.first + row) * p.ranks.stride + column] = static_cast<int64_t>(own ^ uint64_t{1} << 63);
     }
   }
 }

@@ -4,8 +4,8 @@
 #include <cstdint>
 
 #include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/order.cuh"
 #include "kernels/cuda/score_tile.cuh"
+#include "kernels/cuda/sort_key.cuh"
 #include "kernels/cuda/survivors.cuh"
 
 namespace negmine::cuda {
@@ -20,7 +20,7 @@ struct Sample {
   int32_t rows, size;
   uint32_t* ranks;  // (rows, size) of scores, 0 where there is none
 
-  // The column at a place of the sample: one of each of `size` even parts of the ring, so that old and new keys are
+  // The column at a position of the sample: one of each of `size` even parts of the ring, so that old and new keys are
   // sampled alike, and not always the same one, so that no period of the ring is mistaken for all of it.
   __device__ __forceinline__ int64_t column_of(int K, int at) const {
     const auto begin = [&](int part) { return static_cast<uint64_t>(part) * static_cast<uint32_t>(K) / size; };

@@ -1,16 +1,16 @@
-// Selection within rows: a cut from a sample of scores, and the N first places of the survivors of a scan.
+// Selection within rows: a cut from a sample of scores, and the N highest sort keys of the survivors of a scan.
 #pragma once
 
 #include <cstdint>
 
-#include "kernels/cuda/order.cuh"
 #include "kernels/cuda/sample.cuh"
 #include "kernels/cuda/score_tile.cuh"
+#include "kernels/cuda/sort_key.cuh"
 
 namespace negmine::cuda {
 
 constexpr int kFinishThreads = 256;  // as many as bins
-constexpr int kDigit = 8;            // bits of a place that one step of the finish decides
+constexpr int kDigit = 8;            // bits of a sort key that one step of the finish decides
 constexpr int kBins = 1 << kDigit;
 constexpr int kFromBuffers = -1;  // in place of a count: the row was not recovered
 
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kCutThreads) cut_kernel(Pool pool, bool by_pai
   if (threadIdx.x == 0) p.cuts[row] = score_of(low);
 }
 
-// The bin, of kBins that count places by a digit, in which the place wanted-th from the top lies; and how many lie in
+// The bin, of kBins that count sort keys by a digit, in which the one wanted-th from the top lies; and how many lie in
 // higher bins. One warp.
 struct Bin {
   int digit, higher;
@@ -90,12 +90,12 @@ __device__ __forceinline__ Bin find_bin(const int* bins, int wanted, int lane) {
 
 // The N first of a row's survivors, in order, into scores and index. Block = row.
 //
-// Survivors are packed into places; the N-th is found by its digits from the highest bit in which places differ; what
+// Survivors are packed into sort keys; the N-th is found by its digits from the highest bit in which they differ; what
 // reaches it is sorted.
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Pass p, int sorted_size) {
-  uint64_t* places = reinterpret_cast<uint64_t*>(shared_memory());  // (capacity,)
-  uint64_t* sorted = places + p.capacity;                           // (sorted_size,), a power of two >= N
-  int* bins = reinterpret_cast<int*>(sorted + sorted_size);         // (kBins,)
+  uint64_t* sort_keys = reinterpret_cast<uint64_t*>(shared_memory());  // (capacity,)
+  uint64_t* sorted = sort_keys + p.capacity;                           // (sorted_size,), a power of two >= N
+  int* bins = reinterpret_cast<int*>(sorted + sorted_size);            // (kBins,)
   int* filled = bins + kBins;
   int* chosen = filled + 1;
   int* bin_found = filled + 2;  // digit, higher
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Pass p, int sort
     start = __shfl_sync(kAllLanes, start, 0);
     for (int i = lane; i < count; i += kWarp) {
       const Survivor survivor = survivors[static_cast<int64_t>(buffer) * p.room + i];
-      places[start + i] = place(__uint_as_float(survivor.x), static_cast<int32_t>(survivor.y));
+      sort_keys[start + i] = pack_sort_key(__uint_as_float(survivor.x), static_cast<int32_t>(survivor.y));
     }
   }
   __syncthreads();
@@ -122,13 +122,14 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Pass p, int sort
 
   uint64_t last = 1;  // what is chosen is >= last
   if (count > p.N) {
-    const uint64_t any = places[0];
+    const uint64_t any = sort_keys[0];
     unsigned differs = 0;
-    for (int i = threadIdx.x; i < count; i += kFinishThreads) differs |= static_cast<unsigned>((places[i] ^ any) >> 32);
+    for (int i = threadIdx.x; i < count; i += kFinishThreads)
+      differs |= static_cast<unsigned>((sort_keys[i] ^ any) >> 32);
     if (differs) atomicOr(differing, differs);
     __syncthreads();
     const unsigned high = *differing;
-    const int top = high ? 63 - __clz(static_cast<int>(high)) : 31;  // no place differs from another above this bit
+    const int top = high ? 63 - __clz(static_cast<int>(high)) : 31;  // no sort key differs from another above this bit
     uint64_t decided = top == 63 ? 0 : ~uint64_t{0} << (top + 1);
     last = any & decided;
     int wanted = p.N;
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Pass p, int sort
       bins[threadIdx.x] = 0;
       __syncthreads();
       for (int i = threadIdx.x; i < count; i += kFinishThreads) {
-        if (((places[i] ^ last) & decided) == 0) atomicAdd(&bins[places[i] >> shift & (kBins - 1)], 1);
+        if (((sort_keys[i] ^ last) & decided) == 0) atomicAdd(&bins[sort_keys[i] >> shift & (kBins - 1)], 1);
       }
       __syncthreads();
       if (warp == 0) {
@@ -150,13 +151,13 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Pass p, int sort
       const uint64_t mask = static_cast<uint64_t>(kBins - 1) << shift;
       last = (last & ~mask) | static_cast<uint64_t>(digit) << shift;
       decided |= mask;
-      const bool done = bins[digit] == wanted;  // places differ, so this comes true
+      const bool done = bins[digit] == wanted;  // sort keys differ, so this comes true
       __syncthreads();
       if (done) break;
     }
   }
   for (int i = threadIdx.x; i < count; i += kFinishThreads) {
-    if (places[i] >= last) sorted[atomicAdd(chosen, 1)] = places[i];
+    if (sort_keys[i] >= last) sorted[atomicAdd(chosen, 1)] = sort_keys[i];
   }
   __syncthreads();
 

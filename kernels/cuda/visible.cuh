@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/order.cuh"
 #include "kernels/cuda/pool.h"
+#include "kernels/cuda/sort_key.cuh"
 
 namespace negmine::cuda {
 

@@ -150,8 +150,8 @@ def merged(
         m_ptr += cells * D
     z_ptr = m_ptr + cells
     along_ptr = z_ptr + cells
-    kept_ptr = along_ptr + cells
-    above_ptr = kept_ptr + cells
+    num_kept_ptr = along_ptr + cells
+    num_above_ptr = num_kept_ptr + cells
     top = tl.full((), float("-inf"), tl.float32)
     for p0 in range(0, SPLITS, BLOCK_P):
         m = tl.load(m_ptr + (p0 + offs_p) * B, mask=p0 + offs_p < SPLITS, other=float("-inf"))  # (BLOCK_P,)
@@ -167,11 +167,11 @@ def merged(
         part = (p0 + offs_p).to(tl.int64) * B  # (BLOCK_P,)
         weight = tl.math.exp2(tl.load(m_ptr + part, mask=p_ok, other=float("-inf")) - shift)  # (BLOCK_P,)
         z += tl.sum(weight * tl.load(z_ptr + part, mask=p_ok, other=0.0), 0)
-        kept = tl.load(kept_ptr + part, mask=p_ok, other=0.0).to(tl.int32, bitcast=True)  # (BLOCK_P,)
-        num_kept += tl.sum(kept.to(tl.int64), 0)
+        counted = tl.load(num_kept_ptr + part, mask=p_ok, other=0.0).to(tl.int32, bitcast=True)  # (BLOCK_P,)
+        num_kept += tl.sum(counted.to(tl.int64), 0)
         if HAS_PIVOT:
-            above = tl.load(above_ptr + part, mask=p_ok, other=0.0).to(tl.int32, bitcast=True)  # (BLOCK_P,)
-            num_above += tl.sum(above.to(tl.int64), 0)
+            counted_above = tl.load(num_above_ptr + part, mask=p_ok, other=0.0).to(tl.int32, bitcast=True)  # (BLOCK_P,)
+            num_above += tl.sum(counted_above.to(tl.int64), 0)
         if WANT_MEAN:
             ok = p_ok[:, None] & (offs_d < D)[None, :]
             keys = tl.load(acc_ptr + part[:, None] * D, mask=ok, other=0.0)  # (BLOCK_P, BLOCK_D)

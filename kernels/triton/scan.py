@@ -26,10 +26,10 @@ from .sort_key import pack
 def scan_kernel(
     query_ptr, keys_ptr, stride_qb, stride_kk, B, K, pool, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    cut_lo_ptr, cut_hi_ptr, survivors_ptr, found_ptr, above_ptr, SPLITS, CAPACITY,
+    cut_lo_ptr, cut_hi_ptr, survivors_ptr, found_ptr, num_above_ptr, SPLITS, CAPACITY,
     BRACKETS: tl.constexpr, LANES: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """Without cut_hi_ptr brackets have no upper end, and above_ptr is not written."""
+    """Without cut_hi_ptr brackets have no upper end, and num_above_ptr is not written."""
     split = tl.program_id(1)
     size = pool_size(pool, K)
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -48,8 +48,8 @@ def scan_kernel(
         hi_b = tl.load(cut_hi_ptr + cuts + 1, mask=b_ok, other=nan)  # (BLOCK_B,)
 
     count = tl.zeros((BLOCK_B, LANES), tl.int32)
-    above_a = tl.zeros((BLOCK_B,), tl.int32)
-    above_b = tl.zeros((BLOCK_B,), tl.int32)
+    num_above_a = tl.zeros((BLOCK_B,), tl.int32)
+    num_above_b = tl.zeros((BLOCK_B,), tl.int32)
     buffer = (offs_b[:, None] * SPLITS + split) * LANES + lane[None, :]  # (BLOCK_B, LANES)
     offs_k = split * BLOCK_K + tl.arange(0, BLOCK_K)
     k_ok = pool_keys(pool, offs_k, size, EVEN_K)  # (BLOCK_K,)
@@ -70,10 +70,10 @@ def scan_kernel(
         keep = s >= lo_a[:, None]  # (BLOCK_B, BLOCK_K)
         if cut_hi_ptr is not None:
             keep = keep & (s <= hi_a[:, None])
-            above_a += tl.sum((inside & (s > hi_a[:, None])).to(tl.int32), 1)
+            num_above_a += tl.sum((inside & (s > hi_a[:, None])).to(tl.int32), 1)
         if BRACKETS == 2:
             keep = keep | ((s >= lo_b[:, None]) & (s <= hi_b[:, None]))
-            above_b += tl.sum((inside & (s > hi_b[:, None])).to(tl.int32), 1)
+            num_above_b += tl.sum((inside & (s > hi_b[:, None])).to(tl.int32), 1)
 
         scores, word = wanted_by_lane(inside & keep, s, LANES, LEVELS)  # (BLOCK_B, LANES, BITS), (BLOCK_B, LANES)
         while any_wanted(word):
@@ -86,15 +86,15 @@ def scan_kernel(
     tl.store(found_ptr + buffer, count, mask=b_ok[:, None])
     cell = (split.to(tl.int64) * B + offs_b) * BRACKETS  # (BLOCK_B,) of (SPLITS, B, BRACKETS)
     if cut_hi_ptr is not None:
-        tl.store(above_ptr + cell, above_a, mask=b_ok)
+        tl.store(num_above_ptr + cell, num_above_a, mask=b_ok)
     if BRACKETS == 2:
-        tl.store(above_ptr + cell + 1, above_b, mask=b_ok)
+        tl.store(num_above_ptr + cell + 1, num_above_b, mask=b_ok)
 
 
 class Survivors(NamedTuple):
     sort_keys: Tensor  # (B, W) int64, NOWHERE in unused entries
     found: Tensor  # (B, SPLITS LANES) int32, survivors that each buffer of the row was offered
-    above: Tensor | None  # (SPLITS, B, BRACKETS) int32, columns of the pool above each bracket
+    num_above: Tensor | None  # (SPLITS, B, BRACKETS) int32, columns of the pool above each bracket
     capacity: int  # of one buffer
 
 
@@ -106,11 +106,11 @@ def scan(
     B, BRACKETS = cut_lo.shape
     plan = tiles.scan_plan(B, negative_keys.shape[0], capacity, tile, processors(query.device))
     buffers = plan.splits * tiles.LANES
-    kept = torch.full((B, buffers * plan.capacity), NOWHERE, dtype=torch.int64, device=query.device)
+    sort_keys = torch.full((B, buffers * plan.capacity), NOWHERE, dtype=torch.int64, device=query.device)
     found = query.new_empty(B, buffers, dtype=torch.int32)
-    above = None if cut_hi is None else query.new_empty(plan.splits, B, BRACKETS, dtype=torch.int32)
+    num_above = None if cut_hi is None else query.new_empty(plan.splits, B, BRACKETS, dtype=torch.int32)
     scan_kernel[(-(-B // tile.BLOCK_B), plan.splits)](
-        *score_arguments(query, negative_keys, tile, pool), cut_lo, cut_hi, kept, found, above, plan.splits, plan.capacity,
-        BRACKETS, tiles.LANES, tiles.levels(tile), num_warps=tile.num_warps,
+        *score_arguments(query, negative_keys, tile, pool), cut_lo, cut_hi, sort_keys, found, num_above, plan.splits,
+        plan.capacity, BRACKETS, tiles.LANES, tiles.levels(tile), num_warps=tile.num_warps,
     )  # fmt: skip
-    return Survivors(kept, found, above, plan.capacity)
+    return Survivors(sort_keys, found, num_above, plan.capacity)

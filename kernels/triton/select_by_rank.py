@@ -72,7 +72,7 @@ def select_by_rank_kernel(
 
 @triton.jit(do_not_specialize=["CELLS", "R", "SPLITS", "BUFFERS", "CAPACITY"])
 def select_certified_kernel(
-    sort_keys_ptr, ranks_ptr, found_ptr, above_ptr, cut_lo_ptr, cut_hi_ptr, out_ptr, missing_ptr,
+    sort_keys_ptr, ranks_ptr, found_ptr, num_above_ptr, cut_lo_ptr, cut_hi_ptr, out_ptr, missing_ptr,
     CELLS, W, R, SPLITS, BUFFERS, CAPACITY, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     cell = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # (BLOCK_R,) of (B, R)
@@ -81,20 +81,20 @@ def select_certified_kernel(
     rank = tl.load(ranks_ptr + cell, mask=ok, other=-1)  # (BLOCK_R,)
     lo = tl.load(cut_lo_ptr + cell, mask=ok, other=0.0)  # (BLOCK_R,)
     hi = tl.load(cut_hi_ptr + cell, mask=ok, other=0.0)  # (BLOCK_R,)
-    above = tl.zeros((BLOCK_R,), tl.int64)
+    num_above = tl.zeros((BLOCK_R,), tl.int64)
     for p0 in range(0, SPLITS, BLOCK_P):
         offs_p = p0 + tl.arange(0, BLOCK_P)
-        ptrs = above_ptr + offs_p.to(tl.int64)[None, :] * CELLS + cell[:, None]  # (BLOCK_R, BLOCK_P)
+        ptrs = num_above_ptr + offs_p.to(tl.int64)[None, :] * CELLS + cell[:, None]  # (BLOCK_R, BLOCK_P)
         part = tl.load(ptrs, mask=ok[:, None] & (offs_p < SPLITS)[None, :], other=0)
-        above += tl.sum(part.to(tl.int64), 1)
+        num_above += tl.sum(part.to(tl.int64), 1)
     # Of the columns above this bracket the scan counted all, and another bracket kept some.
     edge = (ordered(hi).to(tl.int64) << 32) | 0xFFFFFFFF
-    kept_above, _, _ = count_from(sort_keys_ptr, row, ok, W, edge + 1, BLOCK_R, BLOCK_W)
-    sort_key = key_at_rank(sort_keys_ptr, row, ok, W, rank - above + kept_above, BLOCK_R, BLOCK_W)
+    num_kept_above, _, _ = count_from(sort_keys_ptr, row, ok, W, edge + 1, BLOCK_R, BLOCK_W)
+    sort_key = key_at_rank(sort_keys_ptr, row, ok, W, rank - num_above + num_kept_above, BLOCK_R, BLOCK_W)
     # Past the end of the pool the score is -inf, which only a bracket without a lower end can show.
     score = tl.where(sort_key == -(2**63), float("-inf"), unpack(sort_key)[0])  # (BLOCK_R,)
     _, most = offered(found_ptr, row, ok, BUFFERS, BLOCK_R, BLOCK_P)
-    sure = (most <= CAPACITY) & (score >= lo) & (score <= hi) & (rank >= above)
+    sure = (most <= CAPACITY) & (score >= lo) & (score <= hi) & (rank >= num_above)
     tl.store(out_ptr + cell, sort_key, mask=ok)
     tl.store(missing_ptr + cell, tl.where(sure, -1, rank), mask=ok)
 
@@ -113,12 +113,12 @@ def select_by_rank(sort_keys: Tensor, ranks: Tensor) -> Tensor:
 def select_certified(survivors: Survivors, ranks: Tensor, cut_lo: Tensor, cut_hi: Tensor) -> tuple[Tensor, Tensor]:
     """Of what a scan kept in the brackets [cut_lo, cut_hi] (B, R): the sort keys at ranks (B, R), which count from the hardest of
     the whole pool; and the ranks that are still to be found, -1 where the key is sure. (B, R) int64 each."""
-    sort_keys, found, above, capacity = survivors
+    sort_keys, found, num_above, capacity = survivors
     W, R = sort_keys.shape[1], ranks.shape[1]
     out, missing = torch.empty_like(ranks), torch.empty_like(ranks)
     BLOCK_R, BLOCK_W, num_warps = tiles.row_block(W, capability(sort_keys.device))
     select_certified_kernel[(-(-ranks.numel() // BLOCK_R),)](
-        sort_keys, ranks, found, above, cut_lo, cut_hi, out, missing, ranks.numel(), W, R, len(above), found.shape[1],
+        sort_keys, ranks, found, num_above, cut_lo, cut_hi, out, missing, ranks.numel(), W, R, len(num_above), found.shape[1],
         capacity, BLOCK_R, BLOCK_W, BLOCK_P, num_warps=num_warps,
     )  # fmt: skip
     return out, missing

@@ -17,7 +17,7 @@ extern "C" int emulated_logsumexp(int64_t B, int64_t K, int64_t D, const void* q
                                   const int64_t* negative_ids, const int64_t* query_labels,
                                   const int64_t* negative_labels, bool same_label, const int64_t* lower,
                                   const int64_t* upper, const int64_t* num_rows, int64_t splits, float* lse,
-                                  float* mean, int64_t* kept, int64_t* above) {
+                                  float* mean, int64_t* num_kept, int64_t* num_above) {
   const int64_t bytes = workspace_of(splits, B, D, want_mean);
   std::vector<char>& room = emulator::room;
   room.assign(static_cast<size_t>(bytes) + 16, '\xFF');
@@ -48,8 +48,8 @@ extern "C" int emulated_logsumexp(int64_t B, int64_t K, int64_t D, const void* q
       .plan = {.splits = splits, .workspace = bytes},
       .lse = lse,
       .mean = mean,
-      .kept = kept,
-      .above = above,
+      .num_kept = num_kept,
+      .num_above = num_above,
       .workspace = workspace,
   };
   return logsumexp(params, nullptr);

@@ -20,7 +20,7 @@ extern "C" int emulated_rank_thresholds(int64_t B, int64_t K, int64_t D, int64_t
                                         const int64_t* negative_ids, const int64_t* query_labels,
                                         const int64_t* negative_labels, bool same_label, const int64_t* lower,
                                         const int64_t* upper, const int64_t* num_rows, const int64_t* plan,
-                                        int64_t* order, void* workspace) {
+                                        int64_t* sort_keys, void* workspace) {
   const RankThresholdsParams params = {
       .B = B,
       .K = K,
@@ -44,7 +44,7 @@ extern "C" int emulated_rank_thresholds(int64_t B, int64_t K, int64_t D, int64_t
                .upper = upper,
                .num_rows = num_rows},
       .plan = {.sample = plan[0], .rows = plan[1], .splits = plan[2], .room = plan[3], .workspace = plan[4]},
-      .order = order,
+      .sort_keys = sort_keys,
       .workspace = workspace,
   };
   return rank_thresholds(params, nullptr);

@@ -22,9 +22,9 @@
 #include "kernels/cpu/mine_hardest.h"
 #include "kernels/cpu/mix_logsumexp.h"
 #include "kernels/cpu/mix_negatives.h"
-#include "kernels/cpu/order.h"
 #include "kernels/cpu/rank_thresholds.h"
 #include "kernels/cpu/softplus_sum.h"
+#include "kernels/cpu/sort_key.h"
 
 using namespace negmine::cpu;
 
@@ -65,7 +65,7 @@ struct Inputs {
     for (uint8_t& usable : mask) usable = random() % 10 != 0;
     for (int64_t& id : query_ids) id = random() % 5;
     for (int64_t& id : negative_ids) id = random() % 5;
-    for (int64_t& bound : lower) bound = pack_order(-0.2f, 700);
+    for (int64_t& bound : lower) bound = pack_sort_key(-0.2f, 700);
     for (int64_t& rank : ranks) rank = random() % (kK + 10);
     for (int64_t& index : hard) index = random() % kK;
     for (float& x : lse) x = normal(random) + 8.0f;
@@ -108,8 +108,8 @@ std::vector<Bytes> run_all(const Inputs& in, const Parallel& parallel, int kind)
              .pool = pool,
              .lse = room<float>(out, kB),
              .mean = room<float>(out, kB * kD),
-             .kept = room<int64_t>(out, kB),
-             .above = room<int64_t>(out, kB)},
+             .num_kept = room<int64_t>(out, kB),
+             .num_above = room<int64_t>(out, kB)},
             parallel);
   const float scales[] = {in.scale, 0.5f * in.scale};
   logsumexp({.query = query,
@@ -123,8 +123,8 @@ std::vector<Bytes> run_all(const Inputs& in, const Parallel& parallel, int kind)
              .pool = pool,
              .lse = room<float>(out, 2 * kB),
              .mean = room<float>(out, 2 * kB * kD),
-             .kept = room<int64_t>(out, kB),
-             .above = room<int64_t>(out, kB)},
+             .num_kept = room<int64_t>(out, kB),
+             .num_above = room<int64_t>(out, kB)},
             parallel);
   logsumexp_grad_keys({.query = query,
                        .negative_keys = keys,
@@ -157,8 +157,8 @@ std::vector<Bytes> run_all(const Inputs& in, const Parallel& parallel, int kind)
                   .pool = pool,
                   .lse = room<float>(out, kB),
                   .mean = room<float>(out, kB * kD),
-                  .kept = room<int64_t>(out, kB),
-                  .above = room<int64_t>(out, kB)},
+                  .num_kept = room<int64_t>(out, kB),
+                  .num_above = room<int64_t>(out, kB)},
                  {.query = query,
                   .negative_keys = keys,
                   .B = kB,
@@ -179,8 +179,8 @@ std::vector<Bytes> run_all(const Inputs& in, const Parallel& parallel, int kind)
                     .pool = pool,
                     .lse = room<float>(out, kB),
                     .mean = room<float>(out, kB * kD),
-                    .kept = room<int64_t>(out, kB),
-                    .above = room<int64_t>(out, kB)},
+                    .num_kept = room<int64_t>(out, kB),
+                    .num_above = room<int64_t>(out, kB)},
                    in.ranks.data(), room<int64_t>(out, kB * 2), parallel);
   info_nce({.query = query,
             .negative_keys = keys,
@@ -199,8 +199,8 @@ std::vector<Bytes> run_all(const Inputs& in, const Parallel& parallel, int kind)
             .weight = room<float>(out, kB),
             .lse = room<float>(out, kB),
             .total = room<float>(out, kB),
-            .kept = room<int64_t>(out, kB),
-            .above = room<int64_t>(out, kB),
+            .num_kept = room<int64_t>(out, kB),
+            .num_above = room<int64_t>(out, kB),
             .mixed = room<int64_t>(out, kB)},
            parallel);
   rank_thresholds({.query = query,
@@ -211,7 +211,7 @@ std::vector<Bytes> run_all(const Inputs& in, const Parallel& parallel, int kind)
                    .R = kR,
                    .ranks = in.ranks.data(),
                    .pool = pool,
-                   .order = room<int64_t>(out, kB * kR)},
+                   .sort_keys = room<int64_t>(out, kB * kR)},
                   parallel);
   count_negatives(
       {.query = query, .negative_keys = keys, .B = kB, .K = kK, .D = kD, .pool = pool, .count = room<int64_t>(out, kB)},
@@ -225,9 +225,9 @@ std::vector<Bytes> run_all(const Inputs& in, const Parallel& parallel, int kind)
                 .bias = in.weight.data(),
                 .pool = pool,
                 .total = room<float>(out, kB),
-                .pull = room<float>(out, kB * kD),
-                .mass = room<float>(out, kB),
-                .kept = room<int64_t>(out, kB)},
+                .sigmoid_keys = room<float>(out, kB * kD),
+                .sigmoid_sum = room<float>(out, kB),
+                .num_kept = room<int64_t>(out, kB)},
                parallel);
   mix_negatives({.query = query,
                  .negative_keys = keys,

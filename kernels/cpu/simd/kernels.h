@@ -69,7 +69,7 @@ struct Workspace : BlockMemory {
   float* scores;       // (kChunk, kLanes) room for them, where the tile is needed as it is
   float* weights[2];   // (kChunk / 2, kLanes) pairs of weights, at each of two scales
   const float** rows;  // (kChunk + 6) the chunk's rows of the queue as they are scored, then rows of zeros
-  int64_t* index;      // (kChunk) their places in the queue
+  int64_t* index;      // (kChunk) their rows in the queue
   float* widened;      // (kChunk, D + 16) where the queue is not stored as fp32
   float* key_parts;    // (kChunk, 3, words) the chunk's rows as simd/parts.h splits them, of room_for_part(D or kLanes)
                        // words
@@ -87,34 +87,34 @@ inline int64_t room_for_mean(int64_t D) { return (D + 31) / 32 * 32; }
 // Running log-sum-exp of a block over a range: sum_k exp(scale s_k) = exp(shift) sum, sum_k exp(scale s_k) n_k =
 // exp(shift) mean.
 struct LogsumexpState {
-  float* shift;    // (kLanes) no score passes it by more than a little (simd/logsumexp.cpp); kNoShift before the first
-  float* sum;      // (kLanes)
-  float* mean;     // (room_for_mean(D), kLanes) or null: no mean wanted
-  int64_t* kept;   // (kLanes)
-  int64_t* above;  // (kLanes)
+  float* shift;  // (kLanes) no score passes it by more than a little (simd/logsumexp.cpp); kNoShift before the first
+  float* sum;    // (kLanes)
+  float* mean;   // (room_for_mean(D), kLanes) or null: no mean wanted
+  int64_t* num_kept;   // (kLanes)
+  int64_t* num_above;  // (kLanes)
 };
 
 // Sums of a block over a range: of log(1 + exp(l_k)), of sigmoid(l_k) and of sigmoid(l_k) n_k, l = scale s + bias.
 struct SoftplusState {
-  float* total;   // (kLanes)
-  float* mass;    // (kLanes)
-  float* pull;    // (room_for_mean(D), kLanes) or null: not wanted
-  int64_t* kept;  // (kLanes)
+  float* total;         // (kLanes)
+  float* sigmoid_sum;   // (kLanes)
+  float* sigmoid_keys;  // (room_for_mean(D), kLanes) or null: not wanted
+  int64_t* num_kept;    // (kLanes)
 };
 
-// The best `keep` places of each lane whose scores lie between a bound and a ceiling, in buffers that are pruned when
+// The best `keep` columns of each lane whose scores lie between a bound and a ceiling, in buffers that are pruned when
 // full. Scores are negated where `lowest`.
 struct Selection {
-  int64_t* keys;    // (kLanes, capacity) packed orders; their complements where lowest
-  int64_t* size;    // (kLanes)
-  int64_t* places;  // (kLanes) columns that were places: in the pool, score not NaN
-  int64_t* over;    // (kLanes) places above the ceiling
-  float* bound;     // (kLanes) a score under it is not wanted; NaN: lane not in use
-  float* ceiling;   // (kLanes) a score above it is counted and not kept
+  int64_t* keys;            // (kLanes, capacity) sort keys; their complements where lowest
+  int64_t* size;            // (kLanes)
+  int64_t* num_candidates;  // (kLanes) columns in the pool whose score is not NaN
+  int64_t* num_over;        // (kLanes) of these, above the ceiling
+  float* bound;             // (kLanes) a score under it is not wanted; NaN: lane not in use
+  float* ceiling;           // (kLanes) a score above it is counted and not kept
   int64_t keep;
   int64_t capacity;  // > keep, or all columns of the range
-  bool lowest;       // select the lowest places
-  bool counted;      // places and over are wanted; else no score is compared with the ceiling
+  bool lowest;       // select the lowest columns
+  bool counted;      // num_candidates and num_over are wanted; else no score is compared with the ceiling
 };
 
 // Drops all but the best `keep` keys of a full lane and raises its bound. In kernels/cpu/selection.cpp, compiled once.
@@ -125,12 +125,12 @@ struct Kernels {
   bool splits;       // it may multiply in parts: workspaces have the room
   int64_t together;  // blocks that it sums best in one call
   // Blocks (count) against the one range that they have in common, from empty states (count, scales), for each of the 1
-  // or 2 scales; kept and above are the first's. The workspaces (count) have the chunk's memory in common. pivot (B,)
-  // or null. Where selections (count) are given, every place of the range is offered to them besides.
+  // or 2 scales; num_kept and num_above are the first's. The workspaces (count) have the chunk's memory in common.
+  // pivot (B,) or null. Where selections (count) are given, every column of the range is offered to them besides.
   void (*logsumexp_range)(const Block* blocks, const Workspace* workspaces, int64_t count, const float* scale,
                           int64_t scales, const float* pivot, const Selection* selections,
                           const LogsumexpState* states);
-  // The sum of exp(scale s - shift) over the columns of keys (size), packed orders; mean (D), or null, gains their rows
+  // The sum of exp(scale s - shift) over the columns of keys (size), sort keys; mean (D), or null, gains their rows
   // times that. The rows of `ahead` keys that follow are fetched meanwhile.
   float (*logsumexp_window_row)(const Matrix& negative_keys, int64_t D, const int64_t* keys, int64_t size,
                                 int64_t ahead, float scale, float shift, float* mean);
@@ -143,7 +143,7 @@ struct Kernels {
                                        const float* weight, float* panel, float* out);
   // The block against its range, from an empty state.
   void (*softplus_sum_range)(const Block&, const Workspace&, float scale, float bias, const SoftplusState&);
-  // Offers every place of the one range of blocks (count) to the selection of each, in the order of the queue.
+  // Offers every column of the one range of blocks (count) to the selection of each, in the order of the queue.
   void (*select_range)(const Block* blocks, const Workspace* workspaces, int64_t count, const Selection* selections);
   // keys (size) keep their `keep` < size best, in the order they had; returns the worst of them. Keys differ.
   int64_t (*keep_best)(int64_t* keys, int64_t size, int64_t keep);

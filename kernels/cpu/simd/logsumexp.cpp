@@ -22,8 +22,8 @@ constexpr int64_t kTileStride = kLanes;
 
 // What a tile adds to one vector of queries.
 struct Terms {
-  V total, pull, farthest;
-  VI kept;
+  V total, score_sum, farthest;
+  VI num_kept;
 };
 
 // What becomes of weights: nothing; rows (count, kLanes); or pairs of rows in a panel (count / 2 rounded up to 16, 32),
@@ -31,8 +31,8 @@ struct Terms {
 enum Weights { kNone, kRowsOf, kPacked };
 
 // Of a column of scores (count, kLanes), the weights exp(scale s - shift), 0 outside the pool, and their sum. With
-// kPull also the sum of weights times scores.
-template <bool kMasked, bool kPull, Weights kWeights>
+// kScoreSum also the sum of weights times scores.
+template <bool kMasked, bool kScoreSum, Weights kWeights>
 NEGMINE_INLINE Terms exponentials(const float* scores, int64_t count, float scale, V shift, float* weights) {
   Terms sum{all(0.0f), all(0.0f), all(-__builtin_inff()), all(0)};
   const auto one = [&](int64_t j) {
@@ -44,10 +44,10 @@ NEGMINE_INLINE Terms exponentials(const float* scores, int64_t count, float scal
       const VI outside = is_excluded(score);
       p = outside ? all(0.0f) : p;
       pulled = outside ? all(0.0f) : score;
-      sum.kept += outside + 1;
+      sum.num_kept += outside + 1;
     }
     sum.total += p;
-    if constexpr (kPull) sum.pull = fma(p, pulled, sum.pull);
+    if constexpr (kScoreSum) sum.score_sum = fma(p, pulled, sum.score_sum);
     return p;
   };
   if constexpr (kWeights == kNone) {
@@ -67,16 +67,16 @@ NEGMINE_INLINE Terms exponentials(const float* scores, int64_t count, float scal
     for (; j % 32 != 0; j += 2) store(weights + j / 2 * kTilePanel, all(0.0f));
   }
 #endif
-  if constexpr (!kMasked) sum.kept += static_cast<int32_t>(count);
+  if constexpr (!kMasked) sum.num_kept += static_cast<int32_t>(count);
   return sum;
 }
 
 // Adds a tile of scores (count, kLanes) to the state and writes its weights; correction (kLanes) is what sums before
-// this tile are to be multiplied with. True where that is not 1 everywhere. pulls (kLanes), where kPull: the running
-// sum of exp(..) s. Packed weights of a panel are `words` words.
-template <bool kMasked, bool kPull, Weights kWeights>
+// this tile are to be multiplied with. True where that is not 1 everywhere. score_sums (kLanes), where kScoreSum: the
+// running sum of exp(..) s. Packed weights of a panel are `words` words.
+template <bool kMasked, bool kScoreSum, Weights kWeights>
 bool weigh(const Block& block, const float* scores, int64_t count, float scale, float* weights,
-           [[maybe_unused]] int64_t words, float* correction, float* pulls, const LogsumexpState& state) {
+           [[maybe_unused]] int64_t words, float* correction, float* score_sums, const LogsumexpState& state) {
   bool moved = false;
   for (int64_t lane = 0; lane < vectors_of(block) * kWidth; lane += kWidth) {
 #if defined(NEGMINE_TILES)
@@ -85,7 +85,7 @@ bool weigh(const Block& block, const float* scores, int64_t count, float scale, 
     float* column = weights + lane;
 #endif
     const auto run = [&](V shift) {
-      return exponentials<kMasked, kPull, kWeights>(scores + lane, count, scale, shift, column);
+      return exponentials<kMasked, kScoreSum, kWeights>(scores + lane, count, scale, shift, column);
     };
     const V shift = load(state.shift + lane), before = load(state.sum + lane);
     V factor = all(1.0f);
@@ -103,34 +103,34 @@ bool weigh(const Block& block, const float* scores, int64_t count, float scale, 
     }
     store(correction + lane, factor);
     store(state.sum + lane, fma(before, factor, terms.total));
-    if constexpr (kPull) store(pulls + lane, fma(load(pulls + lane), factor, terms.pull));
-    add_to(state.kept + lane, terms.kept);
+    if constexpr (kScoreSum) store(score_sums + lane, fma(load(score_sums + lane), factor, terms.score_sum));
+    add_to(state.num_kept + lane, terms.num_kept);
   }
   return moved;
 }
 
-// The same for what is known when it runs: pulls come with a mean of pairs of bf16.
+// The same for what is known when it runs: score_sums come with a mean of pairs of bf16.
 bool weigh_tile(const Block& block, const float* scores, int64_t count, bool masked, Weights kind, float scale,
-                float* weights, int64_t words, float* correction, float* pulls, const LogsumexpState& state) {
-#define NEGMINE_WEIGH(pull, kind)                                                                         \
-  masked ? weigh<true, pull, kind>(block, scores, count, scale, weights, words, correction, pulls, state) \
-         : weigh<false, pull, kind>(block, scores, count, scale, weights, words, correction, pulls, state)
+                float* weights, int64_t words, float* correction, float* score_sums, const LogsumexpState& state) {
+#define NEGMINE_WEIGH(score_sum, kind)                                                                              \
+  masked ? weigh<true, score_sum, kind>(block, scores, count, scale, weights, words, correction, score_sums, state) \
+         : weigh<false, score_sum, kind>(block, scores, count, scale, weights, words, correction, score_sums, state)
 #if defined(NEGMINE_TILES)
   if (kind == kPacked) return NEGMINE_WEIGH(true, kPacked);
 #elif defined(__AVX512BF16__)
-  if (pulls != nullptr) return NEGMINE_WEIGH(true, kRowsOf);
+  if (score_sums != nullptr) return NEGMINE_WEIGH(true, kRowsOf);
 #endif
   return kind == kNone ? (NEGMINE_WEIGH(false, kNone)) : (NEGMINE_WEIGH(false, kRowsOf));
 #undef NEGMINE_WEIGH
 }
 
-void count_above(const Block& block, const Workspace& w, int64_t count, const float* pivot, int64_t* above) {
+void count_above(const Block& block, const Workspace& w, int64_t count, const float* pivot, int64_t* num_above) {
   for (int64_t lane = 0; lane < vectors_of(block) * kWidth; lane += kWidth) {
     V threshold = all(0.0f);
     for (int i = 0; i < kWidth && lane + i < block.lanes; ++i) threshold[i] = pivot[block.first_query + lane + i];
     VI total = all(0);
     for (int64_t j = 0; j < count; ++j) total -= load(w.tile + j * kLanes + lane) > threshold;
-    add_to(above + lane, total);
+    add_to(num_above + lane, total);
   }
 }
 
@@ -138,7 +138,7 @@ void clear(const Block& block, const LogsumexpState& state) {
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     state.shift[lane] = kNoShift;
     state.sum[lane] = 0.0f;
-    state.kept[lane] = state.above[lane] = 0;
+    state.num_kept[lane] = state.num_above[lane] = 0;
   }
   if (state.mean == nullptr) return;
   for (int64_t i = 0; i < room_for_mean(block.D) * kLanes; ++i) state.mean[i] = 0.0f;
@@ -149,14 +149,14 @@ void clear(const Block& block, const LogsumexpState& state) {
 void logsumexp_range(const Block* blocks, const Workspace* workspaces, int64_t count, const float* scale,
                      int64_t scales, const float* pivot, const Selection* selections, const LogsumexpState* states) {
   const Tiles tiles;
-  const bool with_mean = states[0].mean != nullptr, with_pulls = with_mean && in_pairs(blocks[0]);
+  const bool with_mean = states[0].mean != nullptr, with_score_sums = with_mean && in_pairs(blocks[0]);
 #if defined(NEGMINE_TILES)
-  const bool packs = with_pulls;
+  const bool packs = with_score_sums;
 #else
   const bool packs = false;
 #endif
   const Weights kind = packs ? kPacked : with_mean ? kRowsOf : kNone;
-  float pulls[kMostTogether][2][kLanes] = {};
+  float score_sums[kMostTogether][2][kLanes] = {};
   for (int64_t b = 0; b < count; ++b) {
     begin_block(blocks[b], workspaces[b]);
     for (int64_t i = 0; i < scales; ++i) clear(blocks[b], states[b * scales + i]);
@@ -173,7 +173,7 @@ void logsumexp_range(const Block* blocks, const Workspace* workspaces, int64_t c
         const Workspace tile = at_row(w, first);
         score_rows(block, tile, chunk, first, rows, share_of(ahead, first, rows, b, count));
         const bool masked = apply_masks(block, tile, rows) || block.pool.bounded();
-        if (pivot != nullptr) count_above(block, tile, rows, pivot, states[b * scales].above);
+        if (pivot != nullptr) count_above(block, tile, rows, pivot, states[b * scales].num_above);
         if (block.pool.bounded()) apply_bounds(block, tile, rows);
         if (selections != nullptr) offer_chunk(block, tile, rows, selections[b]);
         for (int64_t i = 0; i < scales; ++i) {
@@ -182,7 +182,7 @@ void logsumexp_range(const Block* blocks, const Workspace* workspaces, int64_t c
           float* weights = packs ? w.weights[i] + first / 2 * kTileStride : w.scores;
           [[maybe_unused]] const bool moved =
               weigh_tile(block, tile.tile, rows, masked, kind, scale[i], weights, room_for_part(chunk.count),
-                         correction, with_pulls ? pulls[b][i] : nullptr, state);
+                         correction, with_score_sums ? score_sums[b][i] : nullptr, state);
           if (with_mean && !packs) add_mean(block, w, chunk, weights, correction, state.mean);
 #if defined(NEGMINE_TILES)
           if (packs && moved) {  // what was weighed by the old shift is added first
@@ -201,9 +201,9 @@ void logsumexp_range(const Block* blocks, const Workspace* workspaces, int64_t c
 #endif
     }
   }
-  for (int64_t b = 0; b < count && with_pulls; ++b) {
+  for (int64_t b = 0; b < count && with_score_sums; ++b) {
     for (int64_t i = 0; i < scales; ++i)
-      restore_pull(blocks[b], workspaces[b], pulls[b][i], states[b * scales + i].mean);
+      restore_score_sum(blocks[b], workspaces[b], score_sums[b][i], states[b * scales + i].mean);
   }
 }
 

@@ -1,7 +1,7 @@
 // Sums over the columns that keys name: exponentials of the scores in the keys, and the rows weighted by them.
-#include "kernels/cpu/order.h"
 #include "kernels/cpu/simd/convert.h"
 #include "kernels/cpu/simd/kernels.h"
+#include "kernels/cpu/sort_key.h"
 
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
@@ -46,7 +46,7 @@ float logsumexp_window_row(const Matrix& negative_keys, int64_t D, const int64_t
   const int64_t row_bytes = D * (negative_keys.dtype == Dtype::kFloat32 ? 4 : 2);
   const auto row_at = [&](int64_t i) {
     const int64_t stride = negative_keys.row_stride * (negative_keys.dtype == Dtype::kFloat32 ? 4 : 2);
-    return static_cast<const char*>(negative_keys.data) + order_index(keys[i]) * stride;
+    return static_cast<const char*>(negative_keys.data) + sort_key_index(keys[i]) * stride;
   };
   const auto fetch = [&](int64_t i) {
     const char* row = row_at(i);
@@ -57,7 +57,7 @@ float logsumexp_window_row(const Matrix& negative_keys, int64_t D, const int64_t
   for (int64_t i = 0; i < size; i += kRowChunk) {
     alignas(64) float x[kRowChunk] = {};  // (kRowChunk)
     const int64_t count = size - i < kRowChunk ? size - i : kRowChunk;
-    for (int64_t s = 0; s < count; ++s) x[s] = order_score(keys[i + s]);
+    for (int64_t s = 0; s < count; ++s) x[s] = sort_key_score(keys[i + s]);
     for (int64_t s = 0; s < kRowChunk; s += kWidth) store(x + s, exp(fma(load(x + s), all(scale), all(-shift))));
     float chunk_total = 0.0f;
     for (int64_t s = 0; s < count; ++s) chunk_total += x[s];

@@ -1,7 +1,8 @@
 // The second product of the kernels that sum: rows of the queue weighted by the chunk's tile, lanes across the vector.
 //
 // Where scores come from pairs of bf16, so does this product: weights are rounded to bf16, and rows lie in pairs of
-// rows. The part of the sum along the query, which is the gradient of a scale, is put right at the end by restore_pull.
+// rows. The part of the sum along the query, which is the gradient of a scale, is put right at the end by
+// restore_score_sum.
 #include "kernels/cpu/simd/parts.h"
 
 namespace negmine::cpu::NEGMINE_SIMD {
@@ -125,8 +126,8 @@ void add_mean(const Block& block, const Workspace& w, const Chunk& chunk, float*
   add_weighted<false>(block, w.rows, count, weights, correction, mean);
 }
 
-void restore_pull([[maybe_unused]] const Block& block, [[maybe_unused]] const Workspace& w,
-                  [[maybe_unused]] const float* pulls, [[maybe_unused]] float* mean) {
+void restore_score_sum([[maybe_unused]] const Block& block, [[maybe_unused]] const Workspace& w,
+                       [[maybe_unused]] const float* score_sums, [[maybe_unused]] float* mean) {
 #if defined(__AVX512BF16__)
   if (!in_pairs(block)) return;
   const int64_t D = block.D;
@@ -142,7 +143,7 @@ void restore_pull([[maybe_unused]] const Block& block, [[maybe_unused]] const Wo
       found = fma(query(d), load(column + d * kLanes), found);
       square = fma(query(d), query(d), square);
     }
-    const V step = (load(pulls + v * kWidth) - found) / square;
+    const V step = (load(score_sums + v * kWidth) - found) / square;
     const V finite = step - step == 0.0f ? step : all(0.0f);
     for (int64_t d = 0; d < D; ++d) store(column + d * kLanes, fma(finite, query(d), load(column + d * kLanes)));
   }

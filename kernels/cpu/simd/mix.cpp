@@ -12,9 +12,9 @@ constexpr int64_t kRing = 2 * kRowChunk;  // draws that are known
 
 // Some of a query's mixes before they are normalised.
 struct Mixes {
-  const float* row[kRowChunk];          // (kRowChunk) of `pitch`, zeros from D on
-  alignas(64) float length[kRowChunk];  // (kRowChunk) at least 1e-12
-  alignas(64) float pull[kRowChunk];    // (kRowChunk) products with the query
+  const float* row[kRowChunk];           // (kRowChunk) of `pitch`, zeros from D on
+  alignas(64) float length[kRowChunk];   // (kRowChunk) at least 1e-12
+  alignas(64) float product[kRowChunk];  // (kRowChunk) products with the query
 };
 
 // One query on its way through its draws. room (kRowChunk + 3, D rounded up to vectors).
@@ -75,30 +75,30 @@ struct Mixer {
 
   // row (pitch) = c * a + (1 - c) * b; the lanes' shares of its squared length and of its product with the query.
   template <Dtype kFirst, Dtype kSecond>
-  void mix(const void* a, const void* b, float c, float* row, float* squares, float* pulls) const {
+  void mix(const void* a, const void* b, float c, float* row, float* squares, float* products) const {
     const V share = all(c), rest = all(1.0f - c);
-    V square = all(0.0f), pull = all(0.0f);
+    V square = all(0.0f), product = all(0.0f);
     for (int64_t d = 0; d < pitch; d += kWidth) {
       const V m = fma(share, load_as<kFirst>(a, d), rest * load_as<kSecond>(b, d));
       store(row + d, m);
       square = fma(m, m, square);
-      pull = fma(load(q + d), m, pull);
+      product = fma(load(q + d), m, product);
     }
     store(squares, square);
-    store(pulls, pull);
+    store(products, product);
   }
 
   template <Dtype kStored>
-  void mix_drawn(int64_t i, float* row, float* squares, float* pulls) {
+  void mix_drawn(int64_t i, float* row, float* squares, float* products) {
     constexpr Dtype kWide = Dtype::kFloat32;
     const int64_t a = first_row[i], b = second_row[i];
     const float c = coefficient[i];
     if (pitch != D) {
-      mix<kWide, kWide>(a < 0 ? q : copy(a, first), copy(b, second), c, row, squares, pulls);
+      mix<kWide, kWide>(a < 0 ? q : copy(a, first), copy(b, second), c, row, squares, products);
     } else if (a < 0) {
-      mix<kWide, kStored>(q, in_place(b), c, row, squares, pulls);
+      mix<kWide, kStored>(q, in_place(b), c, row, squares, products);
     } else {
-      mix<kStored, kStored>(in_place(a), in_place(b), c, row, squares, pulls);
+      mix<kStored, kStored>(in_place(a), in_place(b), c, row, squares, products);
     }
   }
 
@@ -111,17 +111,18 @@ struct Mixer {
   // Slots [s0, s0 + count).
   template <Dtype kStored>
   void fill(int64_t s0, int64_t count, Mixes& mixes) {
-    float squares[kRowChunk][kWidth] = {}, pulls[kRowChunk][kWidth] = {};  // summed over lanes below, kWidth at a time
+    float squares[kRowChunk][kWidth] = {},
+          products[kRowChunk][kWidth] = {};  // summed over lanes below, kWidth at a time
     for (int64_t s = 0; s < count; ++s) {
       ask(s0 + s + kAhead);
       float* row = rows + s * pitch;
       mixes.row[s] = row;
-      mix_drawn<kStored>((s0 + s) % kRing, row, squares[s], pulls[s]);
+      mix_drawn<kStored>((s0 + s) % kRing, row, squares[s], products[s]);
     }
     for (int64_t s = 0; s < count; s += kWidth) {
       const V length = root(sums(squares + s));
       store(mixes.length + s, length < 1e-12f ? all(1e-12f) : length);
-      store(mixes.pull + s, sums(pulls + s));
+      store(mixes.product + s, sums(products + s));
     }
   }
 
@@ -189,9 +190,9 @@ void mix_logsumexp_row(const Matrix& query, const Matrix& negative_keys, int64_t
     float factor[kRowChunk];  // (kRowChunk) 1 / length
     for (int64_t s = 0; s < count; ++s) {
       factor[s] = 1.0f / mixes.length[s];
-      mixes.pull[s] = scale * (mixes.pull[s] * factor[s]);
+      mixes.product[s] = scale * (mixes.product[s] * factor[s]);
     }
-    state.add(mixes.pull, mixes.row, factor, count);
+    state.add(mixes.product, mixes.row, factor, count);
   }
   *lse = state.end();
 }

@@ -2,8 +2,8 @@
 //
 // 64-bit ids and labels are compared as two 32-bit words, an index up to 2^32 - 1 as a signed word with its top bit
 // flipped, so that every test is as wide as a vector of scores.
-#include "kernels/cpu/order.h"
 #include "kernels/cpu/simd/score.h"
+#include "kernels/cpu/sort_key.h"
 
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
@@ -19,11 +19,11 @@ void split_words(const Block& block, const int64_t* values, int32_t* low, int32_
   }
 }
 
-void split_bound(const Block& block, const int64_t* orders, int32_t* score, int32_t* index) {
+void split_bound(const Block& block, const int64_t* sort_keys, int32_t* score, int32_t* index) {
   for (int64_t lane = 0; lane < block.lanes; ++lane) {
-    const int64_t order = orders[block.first_query + lane];
-    score[lane] = static_cast<int32_t>(bits_of(order_score(order)));
-    index[lane] = comparable_index(order_index(order));
+    const int64_t sort_key = sort_keys[block.first_query + lane];
+    score[lane] = static_cast<int32_t>(bits_of(sort_key_score(sort_key)));
+    index[lane] = comparable_index(sort_key_index(sort_key));
   }
 }
 

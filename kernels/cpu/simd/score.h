@@ -154,16 +154,16 @@ void begin_mean(const Block& block, const Workspace& w, const Chunk& chunk);
 // correction (kLanes).
 void add_mean(const Block& block, const Workspace& w, const Chunk& chunk, float* weights, const float* correction,
               float* mean);
-// Where add_mean rounds: moves the mean along the query to where query . mean is pulls (kLanes), which saw no rounding:
-// the gradient of scale is as exact as from fp32. A query of zeros, or a row that is not finite, stays.
-void restore_pull(const Block& block, const Workspace& w, const float* pulls, float* mean);
+// Where add_mean rounds: moves the mean along the query to where query . mean is score_sums (kLanes), which saw no
+// rounding: the gradient of scale is as exact as from fp32. A query of zeros, or a row that is not finite, stays.
+void restore_score_sum(const Block& block, const Workspace& w, const float* score_sums, float* mean);
 
 // Overwrite the scores of columns outside the pool with excluded(). Bounds are applied after masks, and need scores.
 // apply_masks tells whether it may have found one.
 bool apply_masks(const Block& block, const Workspace& w, int64_t count);
 void apply_bounds(const Block& block, const Workspace& w, int64_t count);
 
-// Offers the places of a chunk, whose scores in the pool are w.tile, to the selection.
+// Offers the columns of a chunk, whose scores in the pool are w.tile, to the selection.
 void offer_chunk(const Block& block, const Workspace& w, int64_t count, const Selection& selection);
 
 }  // namespace negmine::cpu::NEGMINE_SIMD

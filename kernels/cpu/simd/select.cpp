@@ -1,18 +1,18 @@
-// Offers the places of a range of the queue to a Selection, and finds the best of a buffer.
+// Offers the columns of a range of the queue to a Selection, and finds the best of a buffer.
 //
 // Offering is in two steps, so that no branch waits on a score: vector comparisons write down which cells of a few rows
 // of the tile pass, side by side, and a loop over what was written down appends them. A lane's bound is the score of
 // the worst key it would keep, so what passes is a superset of what is kept; exactness, ties included, comes from the
-// packed orders. Keys stay in the order of the queue.
-#include "kernels/cpu/order.h"
+// sort keys. Keys stay in the order of the queue.
 #include "kernels/cpu/simd/score.h"
+#include "kernels/cpu/sort_key.h"
 
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
 
 constexpr int64_t kBatch = 16;  // rows of a tile whose passing cells are written down together
 
-// Appends the places of cells [cell, end) of the tile to their lanes' keys.
+// Appends the sort keys of cells [cell, end) of the tile to their lanes' keys.
 NEGMINE_INLINE void append(const Workspace& w, const Selection& selection, const int32_t* cell, const int32_t* end) {
   // Copies: the compiler must take every key it stores for a change of the selection.
   int64_t *const keys = selection.keys, *const sizes = selection.size;
@@ -20,7 +20,7 @@ NEGMINE_INLINE void append(const Workspace& w, const Selection& selection, const
   for (; cell < end; ++cell) {
     const int64_t lane = *cell % kLanes, size = sizes[lane];
     int64_t* key = keys + lane * capacity + size;
-    *key = pack_order(w.tile[*cell], w.index[*cell / kLanes]) ^ flip;
+    *key = pack_sort_key(w.tile[*cell], w.index[*cell / kLanes]) ^ flip;
     __builtin_prefetch(key + 8, 1, 3);  // the line that comes next
     sizes[lane] = size + 1;
     if (size + 1 == capacity) prune(selection, lane);
@@ -29,7 +29,7 @@ NEGMINE_INLINE void append(const Workspace& w, const Selection& selection, const
 
 // What offer_chunk() counts and compares of one vector of lanes over a chunk.
 struct Lanes {
-  VI places, over;
+  VI num_candidates, num_over;
 };
 
 // Writes down the cells of rows [from, to) of the tile that pass, from cells on; returns the end. A NaN never passes.
@@ -44,9 +44,9 @@ NEGMINE_INLINE int32_t* write_passing(const Workspace& w, const Selection& selec
     const V signed_score = (V)((VI)score ^ sign);
     uint32_t passed = bits_ge(signed_score, bound);
     if constexpr (kCounted) {
-      counts.places -= score == score;
+      counts.num_candidates -= score == score;
       if constexpr (kCapped) {
-        counts.over -= signed_score > ceiling;
+        counts.num_over -= signed_score > ceiling;
         passed &= bits_ge(ceiling, signed_score);
       }
     }
@@ -84,8 +84,8 @@ void offer_chunk(const Block& block, const Workspace& w, int64_t count, const Se
     append(w, selection, cells, end);
   }
   for (int v = 0; v < vectors && selection.counted; ++v) {
-    add_to(selection.places + v * kWidth, counts[v].places);
-    add_to(selection.over + v * kWidth, counts[v].over);
+    add_to(selection.num_candidates + v * kWidth, counts[v].num_candidates);
+    add_to(selection.num_over + v * kWidth, counts[v].num_over);
   }
 }
 
@@ -126,19 +126,20 @@ int64_t keep_best(int64_t* keys, int64_t size, int64_t keep) {
       found = count;
     }
   }
-  int64_t kept = 0, i = 0;
+  int64_t num_kept = 0, i = 0;
 #if defined(__AVX512F__)
   for (; i + 8 <= size; i += 8) {
     const __m512i some = _mm512_loadu_si512(keys + i);
     const __mmask8 best = _mm512_cmpge_epi64_mask(some, _mm512_set1_epi64(low));
-    _mm512_storeu_si512(keys + kept, _mm512_maskz_compress_epi64(best, some));  // reaches no further than what was read
-    kept += __builtin_popcount(best);
+    _mm512_storeu_si512(keys + num_kept,
+                        _mm512_maskz_compress_epi64(best, some));  // reaches no further than what was read
+    num_kept += __builtin_popcount(best);
   }
 #endif
   for (; i < size; ++i) {
     const int64_t key = keys[i];
-    keys[kept] = key;
-    kept += key >= low;
+    keys[num_kept] = key;
+    num_kept += key >= low;
   }
   int64_t worst = keys[0];
   for (i = 1; i < keep; ++i) worst = keys[i] < worst ? keys[i] : worst;

@@ -11,14 +11,14 @@ void softplus_sum_range(const Block& block, const Workspace& w, float scale, flo
   float keep[kLanes];  // the earlier sums stay as they are
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     keep[lane] = 1.0f;
-    state.total[lane] = state.mass[lane] = 0.0f;
-    state.kept[lane] = 0;
+    state.total[lane] = state.sigmoid_sum[lane] = 0.0f;
+    state.num_kept[lane] = 0;
   }
-  if (state.pull != nullptr) {
-    for (int64_t i = 0; i < room_for_mean(block.D) * kLanes; ++i) state.pull[i] = 0.0f;
+  if (state.sigmoid_keys != nullptr) {
+    for (int64_t i = 0; i < room_for_mean(block.D) * kLanes; ++i) state.sigmoid_keys[i] = 0.0f;
   }
   const int vectors = vectors_of(block);
-  float pulls[kLanes] = {};  // sums of sigmoid times score
+  float score_sums[kLanes] = {};  // sums of sigmoid times score
   for (int64_t k = block.k_begin; k < block.k_end;) {
     const Chunk chunk = load_chunk(block, w, &k, true);
     const int64_t count = chunk.count;
@@ -27,8 +27,8 @@ void softplus_sum_range(const Block& block, const Workspace& w, float scale, flo
     if (block.pool.bounded()) apply_bounds(block, w, count);
     for (int v = 0; v < vectors; ++v) {
       const int64_t lane = v * kWidth;
-      V total = all(0.0f), mass = all(0.0f), pull = all(0.0f);
-      VI kept = all(0);
+      V total = all(0.0f), sigmoid_sum = all(0.0f), score_sum = all(0.0f);
+      VI num_kept = all(0);
       for (int64_t j = 0; j < count; ++j) {
         float* cell = w.tile + j * kLanes + lane;
         const V score = load(cell);
@@ -37,20 +37,20 @@ void softplus_sum_range(const Block& block, const Workspace& w, float scale, flo
         const V sigmoid = outside ? all(0.0f) : at.sigmoid;
         store(cell, sigmoid);
         total += outside ? all(0.0f) : at.softplus;
-        mass += sigmoid;
-        pull = fma(sigmoid, outside ? all(0.0f) : score, pull);
-        kept += outside + 1;
+        sigmoid_sum += sigmoid;
+        score_sum = fma(sigmoid, outside ? all(0.0f) : score, score_sum);
+        num_kept += outside + 1;
       }
       store(state.total + lane, load(state.total + lane) + total);
-      store(state.mass + lane, load(state.mass + lane) + mass);
-      store(pulls + lane, load(pulls + lane) + pull);
-      add_to(state.kept + lane, kept);
+      store(state.sigmoid_sum + lane, load(state.sigmoid_sum + lane) + sigmoid_sum);
+      store(score_sums + lane, load(score_sums + lane) + score_sum);
+      add_to(state.num_kept + lane, num_kept);
     }
-    if (state.pull == nullptr) continue;
+    if (state.sigmoid_keys == nullptr) continue;
     begin_mean(block, w, chunk);
-    add_mean(block, w, chunk, w.tile, keep, state.pull);
+    add_mean(block, w, chunk, w.tile, keep, state.sigmoid_keys);
   }
-  if (state.pull != nullptr) restore_pull(block, w, pulls, state.pull);
+  if (state.sigmoid_keys != nullptr) restore_score_sum(block, w, score_sums, state.sigmoid_keys);
 }
 
 }  // namespace negmine::cpu::NEGMINE_SIMD

@@ -56,7 +56,7 @@ int64_t add_rows_in_parts(const Block& block, const Workspace& w, int64_t count,
   const Parts parts{3, parts_of(block.query.dtype)};
   const int64_t words = room_for_part(block.lanes), row_words = parts.left * words;
   const Operand weights{reinterpret_cast<const char*>(w.key_parts), row_words * 4};
-  int64_t index[kChunk];  // (rows) their places in the queue
+  int64_t index[kChunk];  // (rows) their rows in the queue
   int64_t rows = 0, left = 0;
   for (int64_t j = 0; j < count; ++j) {
     const Range range = split_row<3>(w.tile + j * kLanes, block.lanes, kWeightFactor, w.key_parts + rows * row_words);

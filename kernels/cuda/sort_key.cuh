@@ -1,8 +1,7 @@
-// A place in a row's ranking, inside a kernel: sorts by score, then by index with the lower index first; larger =
-// harder.
+// The sort key of a column, inside a kernel: by score, then by index with the lower index first; larger = harder.
 //
 // Here it is one unsigned word, (rank(score) << 32) | (0xFFFFFFFF - index), whose order is that of the int64 of
-// kernels/README.md. 0 is no place: no number has it.
+// kernels/README.md. 0 is no sort key: no number has it.
 #pragma once
 
 #include <cstdint>
@@ -21,27 +20,27 @@ __device__ inline uint32_t rank(float score) {
 
 __device__ inline float score_of(uint32_t rank) { return __uint_as_float(rank >> 31 ? rank & 0x7FFFFFFFu : ~rank); }
 
-__device__ inline uint64_t place(float score, int32_t index) {
+__device__ inline uint64_t pack_sort_key(float score, int32_t index) {
   return static_cast<uint64_t>(rank(score)) << 32 | (0xFFFFFFFFu - static_cast<uint32_t>(index));
 }
 
-__device__ inline int64_t index_of(uint64_t place) { return 0xFFFFFFFFu - static_cast<uint32_t>(place); }
+__device__ inline int64_t index_of(uint64_t sort_key) { return 0xFFFFFFFFu - static_cast<uint32_t>(sort_key); }
 
-// A bound of a pool, an order as int64, which may name no place: its score is then NaN, and compares with nothing. An
-// index past all columns, of which there are fewer than 2^31, stays one.
+// A bound of a pool, a sort key as int64, which may name no column: its score is then NaN, and compares with nothing.
+// An index past all columns, of which there are fewer than 2^31, stays one.
 struct Bound {
   float score;
   int32_t index;
 };
 
-__device__ inline Bound bound_of(int64_t order) {
-  const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(order) >> 32);
-  const int64_t index = index_of(static_cast<uint64_t>(order));
+__device__ inline Bound bound_of(int64_t sort_key) {
+  const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(sort_key) >> 32);
+  const int64_t index = index_of(static_cast<uint64_t>(sort_key));
   return {__uint_as_float(high >> 31 ? high ^ 0x7FFFFFFFu : high),
           static_cast<int32_t>(index < INT32_MAX ? index : INT32_MAX)};
 }
 
-// Whether a place is not below, or not above, a bound; without a branch.
+// Whether a sort key is not below, or not above, a bound; without a branch.
 __device__ __forceinline__ bool is_at_least(const Bound& bound, float s, int32_t k) {
   return (s > bound.score) | ((s == bound.score) & (k <= bound.index));
 }
