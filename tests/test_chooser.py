@@ -13,59 +13,57 @@ BF16, FP16, FP32 = (torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.float32,)
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "K", "D", "N", "capability", "asked", "said"),
+    ("dtypes", "K", "D", "N", "asked", "said"),
     [
-        (BF16, 65_536, 128, 1024, 80, False, ""),
-        (FP16, 8193, 256, 4096, 120, False, ""),
-        (BF16, 2**19, 128, 4096, 90, False, ""),
-        (BF16, 2**22, 128, 2048, 90, False, ""),
-        (BF16, 100, 7, 9, 86, True, ""),
-        (BF16, 65_536, 128, 1024, 75, True, "compute capability 8.0 or higher, this card has 7.5"),
-        (FP32, 65_536, 128, 1024, 90, True, "got float32 and float32"),
-        ((torch.bfloat16, torch.float16), 65_536, 128, 1024, 90, True, "got bfloat16 and float16"),
-        (BF16, 65_536, 257, 1024, 90, True, "D up to 256, got 257"),
-        (BF16, 65_536, 128, 4097, 90, True, "got N = 4097 of K = 65536"),
-        (BF16, 2**19 + 1, 128, 2049, 90, True, "got N = 2049 of K = 524289"),
-        (BF16, 2**22 + 1, 128, 1, 90, True, "got N = 1 of K = 4194305"),
-        (BF16, 8192, 128, 1024, 90, False, "as short as K = 8192"),
+        (BF16, 65_536, 128, 1024, False, ""),
+        (FP16, 8193, 256, 4096, False, ""),
+        (BF16, 2**19, 128, 4096, False, ""),
+        (BF16, 2**22, 128, 2048, False, ""),
+        (BF16, 100, 7, 9, True, ""),
+        (FP32, 65_536, 128, 1024, True, "got float32 and float32"),
+        ((torch.bfloat16, torch.float16), 65_536, 128, 1024, True, "got bfloat16 and float16"),
+        (BF16, 65_536, 257, 1024, True, "D up to 256, got 257"),
+        (BF16, 65_536, 128, 4097, True, "got N = 4097 of K = 65536"),
+        (BF16, 2**19 + 1, 128, 2049, True, "got N = 2049 of K = 524289"),
+        (BF16, 2**22 + 1, 128, 1, True, "got N = 1 of K = 4194305"),
+        (BF16, 8192, 128, 1024, False, "as short as K = 8192"),
     ],
 )
-def test_what_the_cuda_mining_takes(dtypes, K, D, N, capability, asked, said):
-    why = mining_limit(dtypes, K, D, N, capability, asked)
+def test_what_the_cuda_mining_takes(dtypes, K, D, N, asked, said):
+    why = mining_limit(dtypes, K, D, N, asked)
     assert said in why
     assert bool(said) == bool(why)
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "D", "capability", "said"),
+    ("dtypes", "D", "said"),
     [
-        (BF16, 256, 80, ""),
-        (FP16, 1, 121, ""),
-        (BF16, 128, 75, "compute capability 8.0 or higher, this card has 7.5"),
-        (FP32, 128, 90, "got float32 and float32"),
-        (BF16, 257, 90, "D up to 256, got 257"),
+        (BF16, 256, ""),
+        (FP16, 1, ""),
+        (FP32, 128, "got float32 and float32"),
+        (BF16, 257, "D up to 256, got 257"),
     ],
 )
-def test_what_the_cuda_scores_take(dtypes, D, capability, said):
-    why = scoring_limit(dtypes, D, capability)
+def test_what_the_cuda_scores_take(dtypes, D, said):
+    why = scoring_limit(dtypes, D)
     assert said in why
     assert bool(said) == bool(why)
 
 
 def test_what_the_cuda_ranking_takes():
-    assert ranking_limit(BF16, 2**24, 256, 80) == ""
-    assert "K up to 16777216, got 16777217" in ranking_limit(BF16, 2**24 + 1, 256, 80)
-    assert "got float32 and float32" in ranking_limit(FP32, 100, 8, 90)
-    assert "D up to 256, got 257" in ranking_limit(BF16, 100, 257, 90)
+    assert ranking_limit(BF16, 2**24, 256) == ""
+    assert "K up to 16777216, got 16777217" in ranking_limit(BF16, 2**24 + 1, 256)
+    assert "got float32 and float32" in ranking_limit(FP32, 100, 8)
+    assert "D up to 256, got 257" in ranking_limit(BF16, 100, 257)
 
 
 def short(query, negative_keys, N, *_, asked):
     """A limit that answers on any device."""
-    return mining_limit((query.dtype, negative_keys.dtype), *negative_keys.shape, N, 90, asked)
+    return mining_limit((query.dtype, negative_keys.dtype), *negative_keys.shape, N, asked)
 
 
 def narrow(query, negative_keys, *_, asked):
-    return scoring_limit((query.dtype, negative_keys.dtype), query.shape[1], 90)
+    return scoring_limit((query.dtype, negative_keys.dtype), query.shape[1])
 
 
 def summing(query, negative_keys, scales, pivot, want_mean, N, *_, asked):
@@ -252,8 +250,34 @@ def test_the_reason_names_an_op_that_waits_to_be_asked():
         Backend("cuda", "cuda", {"mine_hardest": min}, asked_only=frozenset({"mine_hardest"})),
         *backends.BACKENDS[1:],
     )
-    assert "mix_negatives" in backends.CUDA_UNASKED
-    assert cuda.asked_only.isdisjoint(backends.CUDA_UNASKED)
+    assert cuda.asked_only == set(cuda.functions) - backends.CUDA_UNASKED
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "BACKENDS", rows)
         assert "cuda runs mine_hardest only where it is asked for by name" in backends.explain("mine_hardest", "cuda")
+
+
+@pytest.mark.parametrize("capability, runs", [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_a_gpu_older_than_the_kernels_is_refused_in_words(monkeypatch, capability, runs):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    rows = (
+        Backend("cuda", "cuda", {"mine_hardest": min}),
+        Backend("triton", "cuda", {"mine_hardest": min}),
+        *backends.BACKENDS[2:],
+    )
+    monkeypatch.setattr(backends, "BACKENDS", rows)
+    monkeypatch.setattr(backends, "_warned", set())
+    for name in (None, "triton", "cuda"):
+        arguments = ("mine_hardest", ("mine_hardest",), name, torch.device("cuda", 0), [torch.bfloat16] * 2, "")
+        if runs:
+            assert backends._choose(*arguments).has("mine_hardest")
+        elif name is None:
+            with pytest.warns(
+                RuntimeWarning, match=r"triton: its kernels need compute capability 8.0, this GPU has 7.5"
+            ):
+                assert backends._choose(*arguments) is None
+        else:
+            with pytest.raises(
+                BackendUnavailable, match=rf"{name}: its kernels need compute capability 8.0, this GPU has 7.5"
+            ):
+                backends._choose(*arguments)

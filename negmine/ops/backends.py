@@ -40,10 +40,14 @@ if FORCED is not None and FORCED not in NAMES:
     raise ValueError(f"NEGMINE_BACKEND must be one of {', '.join(NAMES)}, got {FORCED!r}")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Ops that the cuda backend runs unasked; its others wait for backend="cuda". An op gets here, and Triton's kernel then runs what
-# mining_limit says, once rows of benchmarks/results from a card show both (benchmarks/run.py --device cuda --backend triton cuda)
-# and cuda is ahead. mix_negatives computes no score and has nothing to be compared with.
-CUDA_UNASKED = frozenset({"mix_negatives"})
+# Ops that the cuda backend runs unasked; its others wait for backend="cuda". No CUDA kernel has run on a GPU yet. An op is added
+# once rows of benchmarks/results show both backends (benchmarks/run.py --device cuda --backend triton cuda) and cuda is ahead.
+# Calls beyond its limits then run on Triton's kernel.
+CUDA_UNASKED: frozenset[str] = frozenset()
+OLDEST_CARD = (
+    8,
+    0,
+)  # compute capability: kernels/triton and kernels/cuda need the shared memory and the products of Ampere
 
 
 class Kernels:
@@ -80,25 +84,35 @@ class Backend:
     limits: dict[str, Callable[..., str]] = field(default_factory=dict)  # op -> why not these arguments, given `asked`
 
 
-def scoring_limit(dtypes: tuple[torch.dtype, ...], D: int, capability: int) -> str:
-    """Why the cuda backend cannot compute the scores of such a call, empty where it can; capability is major * 10 + minor.
+def card_limit(device: torch.device) -> str:
+    """Why no kernel runs on this GPU, empty where kernels do."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return ""
+    found = torch.cuda.get_device_capability(device)
+    return (
+        ""
+        if found >= OLDEST_CARD
+        else "its kernels need compute capability {}.{}, this GPU has {}.{}".format(*OLDEST_CARD, *found)
+    )
+
+
+def scoring_limit(dtypes: tuple[torch.dtype, ...], D: int) -> str:
+    """Why the cuda backend cannot compute the scores of such a call, empty where it can.
 
     It takes storage of 16 bits only (TF32 would round fp32 input), and rows that fit in registers.
     """
-    if capability < 80:
-        return f"its products need compute capability 8.0 or higher, this card has {capability / 10}"
     if len(set(dtypes)) != 1 or dtypes[0] not in (torch.bfloat16, torch.float16):
         got = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"it takes query and negative_keys both bfloat16 or both float16, got {got}"
     return f"it takes D up to 256, got {D}" if D > 256 else ""
 
 
-def mining_limit(dtypes: tuple[torch.dtype, ...], K: int, D: int, N: int, capability: int, asked: bool) -> str:
+def mining_limit(dtypes: tuple[torch.dtype, ...], K: int, D: int, N: int, asked: bool) -> str:
     """Why the cuda mine_hardest is not what runs such a call, empty where it is.
 
     Unasked it also leaves short queues to Triton. Beside the scores' limits: more survivors than fit in a block's shared memory.
     """
-    why = scoring_limit(dtypes, D, capability)
+    why = scoring_limit(dtypes, D)
     if why:
         return why
     if N > 4096 or K > 2**22 or (N > 2048 and K > 2**19):
@@ -106,32 +120,27 @@ def mining_limit(dtypes: tuple[torch.dtype, ...], K: int, D: int, N: int, capabi
     return "" if asked or K > 8192 else f"a queue as short as K = {K} is quicker by whole rows"
 
 
-def ranking_limit(dtypes: tuple[torch.dtype, ...], K: int, D: int, capability: int) -> str:
+def ranking_limit(dtypes: tuple[torch.dtype, ...], K: int, D: int) -> str:
     """Why the cuda rank_thresholds does not take such a call, empty where it does: beside the scores' limits, too long a queue.
 
     Its ranks are known on the device alone, so it has memory for those of a median: of K columns, a few in a hundred.
     """
-    why = scoring_limit(dtypes, D, capability)
+    why = scoring_limit(dtypes, D)
     return why or (f"it takes K up to {2**24}, got {K}" if K > 2**24 else "")
 
 
-def _capability(query: Tensor) -> int:
-    major, minor = torch.cuda.get_device_capability(query.device)
-    return 10 * major + minor
-
-
 def _scoring_limit(query: Tensor, negative_keys: Tensor, *_: Any, asked: bool) -> str:
-    return scoring_limit((query.dtype, negative_keys.dtype), query.shape[1], _capability(query))
+    return scoring_limit((query.dtype, negative_keys.dtype), query.shape[1])
 
 
 def _mining_limit(query: Tensor, negative_keys: Tensor, N: int, *_: Any, asked: bool) -> str:
     K, D = negative_keys.shape
-    return mining_limit((query.dtype, negative_keys.dtype), K, D, N, _capability(query), asked)
+    return mining_limit((query.dtype, negative_keys.dtype), K, D, N, asked)
 
 
 def _ranking_limit(query: Tensor, negative_keys: Tensor, *_: Any, asked: bool) -> str:
     K, D = negative_keys.shape
-    return ranking_limit((query.dtype, negative_keys.dtype), K, D, _capability(query))
+    return ranking_limit((query.dtype, negative_keys.dtype), K, D)
 
 
 def _summing_limit(
@@ -187,14 +196,16 @@ _chosen: dict[tuple, Kernels | None] = {}  # the answer of every kind of call th
 _warned: set[str] = set()
 
 
-def explain(op: str, device: str) -> str:
-    """One clause per backend: why it does not run `op` on `device`."""
+def explain(op: str, device: str, too_old: str = "") -> str:
+    """One clause per backend: why it does not run `op` on `device`; too_old is what card_limit says of the GPU."""
     reasons = []
     for backend in BACKENDS[:-1]:
         if device not in (backend.device, backend.second_device):
             reasons.append(f"{backend.name} takes {backend.device} tensors")
         elif backend.refusal:
             reasons.append(f"{backend.name}: {backend.refusal}")
+        elif too_old:
+            reasons.append(f"{backend.name}: {too_old}")
         elif op not in backend.functions:
             reasons.append(f"{backend.name} has no kernel for {op}")
         elif op in backend.asked_only:
@@ -235,7 +246,7 @@ def choose(
 
     Raises ValueError for an unknown backend and BackendUnavailable where the one insisted on cannot run the call.
     """
-    device = tensors[0].device.type
+    device = tensors[0].device
     if torch.compiler.is_compiling():
         return _choose(caller, ops, backend, device, [t.dtype for t in tensors], optional)
     kind = (caller, ops, backend, device, *(t.dtype for t in tensors), optional)
@@ -248,8 +259,9 @@ def choose(
 
 
 def _choose(
-    caller: str, ops: tuple[str, ...], backend: str | None, device: str, dtypes: list[torch.dtype], optional: str
+    caller: str, ops: tuple[str, ...], backend: str | None, at: torch.device, dtypes: list[torch.dtype], optional: str
 ) -> Kernels | None:
+    device = at.type
     if backend is not None and backend not in NAMES:
         raise ValueError(f"{caller}: backend must be None, {', '.join(map(repr, NAMES))}, got {backend!r}")
     asked = backend or FORCED
@@ -265,6 +277,9 @@ def _choose(
         _warn_dense(caller, device, dense)
         return None
     rows = [row for row in BACKENDS if asked in (None, row.name)]
+    too_old = card_limit(at)
+    if too_old:
+        rows = []
     scored = [op for op in ops if OPS[op].takes_pool]
     chosen: dict[str, Callable] = {}
     for op in ops:
@@ -278,7 +293,7 @@ def _choose(
         # Either no backend runs this op, or each runs some of `together` and none runs all.
         lone = (each for each in together if not any(_runs(row, [each], device, asked is not None) for row in rows))
         lacking = next(lone, op)
-        why = explain(lacking, device)
+        why = explain(lacking, device, too_old)
         if asked is not None:
             raise BackendUnavailable(f"{caller}: backend {asked!r} cannot run {lacking} on {device} tensors ({why})")
         _warn_dense(caller, device, why)
