@@ -9,7 +9,7 @@ import torch
 import negmine
 from negmine import FalseNegatives, Mix, MoCoQueue, Negatives, Select, Weight, recipes
 from tests.cases import unit
-from tests.conftest import device_of
+from tests.conftest import device_of, interpreted
 from tests.ranks import run_ranks
 
 
@@ -122,7 +122,7 @@ OVER_A_QUEUE = {
 def test_a_growing_queue_is_its_valid_rows(any_backend, op):
     """Rows that are not there yet are no candidates and are never read: they hold NaN here, and ids that queries have."""
     device = device_of(any_backend)
-    for count in (0, 1, 7, 12):  # of 12
+    for count in (0, 7) if interpreted(any_backend) else (0, 1, 7, 12):  # of 12
         queue = MoCoQueue(4, 12, with_ids=True, random_init=False).to(device)
         queue.enqueue(unit(count, 4, seed=3, device=device), ids=torch.arange(count, device=device) % 3)
         queue.queue[count:] = torch.nan
