@@ -224,7 +224,7 @@ def test_small_and_empty_inputs():
     assert mine(q, c[:0], [[], [], []]).num_valid.tolist() == [0, 0, 0]
     assert mine(q[:0], c, []).indices.shape == (0, 3)
     assert (
-        mine(q[:0], c, [], select=Select(0.1, 0.5, max_score=1.0), sampling_strategy="random").skipped["positives"] == 0
+        mine(q[:0], c, [], select=Select(0.1, 0.5, max_score=1.0), sampling_strategy="random").skipped["positive"] == 0
     )
     for result in (nothing, mine(q[:0], c, [])):
         assert "queries" in result.summary()
@@ -260,7 +260,7 @@ def test_equal_rows_by_value():
     c = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [2.0, 0.0], [2.0, -0.0], [1.0, 1.0], [2.0, 0.0]])
     got = mine(torch.tensor([[1.0, 1.0]]), c, [1], exclude=[5], num_negatives=6, deduplicate="exact")
     assert got.indices.tolist() == [[4, -1, -1, -1, -1, -1]]
-    assert got.skipped == {"positives": 1, "exclude": 1, "duplicates": 3}
+    assert got.skipped == {"positive": 1, "exclude": 3, "own_text": 0, "equal_to_positive": 1, "duplicate": 0}
 
 
 def test_counters():
@@ -272,16 +272,20 @@ def test_counters():
     hidden = [set(p) | set(e) for p, e in zip(positives, exclude, strict=True)]
     pool = np.array([[k not in hidden[b] for k in range(K)] for b in range(Q)])
     assert got.skipped == {
-        "positives": sum(map(len, positives)),
+        "positive": sum(map(len, positives)),
         "exclude": int((~pool).sum()) - sum(map(len, positives)),
-        "duplicates": 0,
+        "own_text": 0,
+        "equal_to_positive": 0,
+        "duplicate": 0,
         "min_score": int((pool & (scores < -3)).sum()),
-        "absolute_margin": int((pool & (scores > got.positive_scores[:, None] - 2)).sum()),
+        "absolute_margin": int((pool & (scores >= -3) & (scores > got.positive_scores[:, None] - 2)).sum()),
     }
     assert set(mine(q, c, positives, select=select, count_skipped=False).skipped) == {
-        "positives",
+        "positive",
         "exclude",
-        "duplicates",
+        "own_text",
+        "equal_to_positive",
+        "duplicate",
     }
 
 
@@ -301,17 +305,22 @@ def test_a_lone_filter_is_counted_by_the_pass_that_mines(monkeypatch):
     np.testing.assert_array_equal(counted.indices, uncounted.indices)
     np.testing.assert_array_equal(counted.scores, uncounted.scores)
     assert counted.skipped["absolute_margin"] == int(dropped) > 1000
-    with pytest.raises(AssertionError, match="a pass of its own"):  # two filters: one alone says nothing of the other
+    with pytest.raises(AssertionError, match="a pass of its own"):  # two filters: what the first drops is not known
         mine(q, c, positives, select=Select(absolute_margin=0.1, max_score=0.5), backend="cpu")
 
 
 def test_counters_of_a_raw_window():
     c = torch.arange(20, 0, -1.0)[:, None]
     got = mine(
-        torch.ones(2, 1), c, [[0, 15], [4]], select=Select(2, 10, max_score=15.5), range_mode="raw", exclude=[6, 19]
+        *(torch.ones(2, 1), c, [[0, 15], [4]]),
+        query_ids=[0, 1],
+        select=Select(2, 10, max_score=15.5),
+        range_mode="raw",
+        exclude=[6, 19],
     )
     assert got.indices.tolist() == [[5, 7, 8], [5, 6, 7]]
-    assert got.skipped == {"positives": 3, "exclude": 2, "duplicates": 0, "max_score": 3 + 2}
+    masks = {"positive": 3, "exclude": 2, "own_text": 0, "equal_to_positive": 0, "duplicate": 0}
+    assert got.skipped == masks | {"max_score": 3 + 2}
 
 
 def test_progress_bar(capsys):
@@ -379,7 +388,7 @@ REFUSALS = [
         TypeError,
         "query_embeddings must be an array, a tensor, the path of a .npy, .safetensors or .parquet file, or a list of those",
     ),
-    (call(query=torch.ones(3, 4).double()), TypeError, "query_embeddings must be float32, float16 or bfloat16"),
+    (call(query=torch.ones(3, 4).long()), TypeError, "query_embeddings must be float32, float16, bfloat16 or float64"),
     (call(query=np.ones((3, 4), ">f4")), TypeError, "native byte order, got '>f4'"),
     (
         call(query=torch.ones(3)),

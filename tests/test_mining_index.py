@@ -306,7 +306,7 @@ REFUSALS = [
     (lambda: _built(seed=-1), ValueError, "seed must be"),
     (lambda: _built(device="nowhere"), ValueError, "device must be a device that torch has here"),
     (lambda: NegativeIndex.build(corpus()[:0]), ValueError, "embeddings must be of 1 row or more, got (0, 16)"),
-    (lambda: NegativeIndex.build(corpus().double()), TypeError, "embeddings must be float32, float16 or bfloat16"),
+    (lambda: NegativeIndex.build(corpus().long()), TypeError, "embeddings must be float32, float16, bfloat16 or float64"),
     (lambda: _built().add(unit(3, 5)), ValueError, "add: embeddings must be of the index's D = 16, got 5"),
     (lambda: _built().add(corpus().half()), ValueError, "add: embeddings must be of the index's D and dtype"),
     (lambda: _built().search(unit(3, 5), 4), ValueError, "search: query_embeddings must be of the index's D = 16, got 5"),

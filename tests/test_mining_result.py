@@ -19,7 +19,14 @@ mine = negmine.mine_hard_negatives
 def result() -> MiningResult:
     """Four queries: full, two positives and one negative, none left, no positive."""
     c = torch.tensor([[4.0], [3.0], [2.0], [1.0]])
-    return mine(torch.ones(4, 1), c, [[0], [0, 1], [0], []], exclude=[[], [2], [1, 2, 3], [0]], num_negatives=2)
+    return mine(
+        torch.ones(4, 1),
+        c,
+        [[0], [0, 1], [0], []],
+        exclude=[[], [2], [1, 2, 3], [0]],
+        query_ids=range(4),
+        num_negatives=2,
+    )
 
 
 def test_index_arrays(result):

@@ -30,6 +30,7 @@ from negmine import reference
 from negmine.mining import MiningResult
 from negmine.mining import mine_hard_negatives as mine
 from negmine.mining.atomic_file import atomic_write
+from negmine.mining.memory_budget import DEFAULT_MEMORY
 from negmine.mining.row_lists import RowLists
 from negmine.mining.sampling import candidates_needed, sample, slice_window
 from negmine.ops import checks, sort_key
@@ -72,7 +73,7 @@ def mine_hard_negatives(
     margin: float | None = None,
     *,
     seed: int = 0,
-    max_memory_bytes: int | None = None,
+    max_memory_bytes: int = DEFAULT_MEMORY,
     resume_dir: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
     backend: str | None = None,
@@ -127,7 +128,8 @@ def mine_hard_negatives(
         "resume_dir": resume_dir,
         "device": device,
     }
-    options |= {"backend": backend, "index": "Flat" if use_faiss else "exact", "batch_size": faiss_batch_size}
+    options |= {"backend": backend, "index": "Flat" if use_faiss else "exact"}
+    options |= {"batch_size": faiss_batch_size} if use_faiss else {}
     options |= {"count_skipped": verbose}  # what is counted is printed
     found = (query_rows, corpus_rows)
     if cross_encoder is None and not include_positives:

@@ -15,6 +15,10 @@ READERS = {
     "corpus_embeddings": files.EMBEDDINGS,
     "positives": files.LISTS,
     "exclude": files.LISTS,
+    "query_ids": files.LABELS,
+    "corpus_ids": files.LABELS,
+    "query_texts": files.TEXTS,
+    "corpus_texts": files.TEXTS,
     "index": Reader(lambda word: NegativeIndex.load(word) if Path(word).is_file() else word, "KIND|FILE"),
 }
 NO_OPTION = ("select", "process_group")  # select is given by its own fields; a process group is made by a program
@@ -34,8 +38,6 @@ def add(commands: Any) -> None:
     out.add_argument("--output", metavar="FILE", help="the MiningResult, as .npz")
     out.add_argument("--jsonl", metavar="FILE", help="training data; needs the texts")
     out.add_argument("--form", default="flagembedding", help="of --jsonl: flagembedding or tevatron")
-    out.add_argument("--query-texts", metavar="FILE", help="a line a query, or .jsonl")
-    out.add_argument("--corpus-texts", metavar="FILE", help="a line a corpus row, or .jsonl")
     parser.add_argument(
         "--compat",
         choices=["flagembedding"],
@@ -47,15 +49,14 @@ def add(commands: Any) -> None:
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace, names: list[str], fields: list[str]) -> int:
     if not (args.output or args.jsonl):
         parser.error("give --output, --jsonl or both: else nothing would be kept")
-    if args.jsonl and not (args.query_texts and args.corpus_texts):
+    if args.jsonl and not (hasattr(args, "query_texts") and hasattr(args, "corpus_texts")):
         parser.error("--jsonl needs --query-texts and --corpus-texts")
-    written = [files.texts(name) for name in (args.query_texts, args.corpus_texts) if args.jsonl]
     arguments = {"show_progress_bar": sys.stderr.isatty(), **given(args, names, READERS)}
     result = mine_hard_negatives(**arguments, select=Select(**given(args, fields)))
     if args.output:
         result.save(args.output)
     if args.jsonl:
-        lines = result.to_jsonl(args.jsonl, *written, form=args.form)
+        lines = result.to_jsonl(args.jsonl, form=args.form)
         print(f"{lines:,} lines in {args.jsonl}")
     print(result.summary())
     return 0

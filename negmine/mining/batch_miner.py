@@ -11,6 +11,7 @@ from torch import Tensor
 
 from negmine import reference
 from negmine.mining.dedup import Deduplicator
+from negmine.mining.identity import Hidden
 from negmine.mining.index_scan import IndexScan
 from negmine.mining.row_lists import RowLists
 from negmine.mining.sampling import candidates_needed, slice_window
@@ -22,10 +23,12 @@ FILTERS = ("min_score", "max_score", "absolute_margin", "relative_margin")
 DEPTH_FACTOR = 4  # ranks read per kept row where near duplicates are dropped, and the growth when these are not enough
 
 
-def single_filters(select: Select) -> dict[str, Select]:
-    """One Select per filter of `select`, with only that filter."""
-    given = {name: getattr(select, name) for name in FILTERS}
-    return {name: Select(**{name: value}) for name, value in given.items() if value is not None}
+def nested_filters(select: Select) -> dict[str, Select]:
+    """For each filter of `select`, a Select of it and of the filters before it; what the two drop more than those before is
+    counted under its name."""
+    given = {name: getattr(select, name) for name in FILTERS if getattr(select, name) is not None}
+    names = list(given)
+    return {name: Select(**{each: given[each] for each in names[: i + 1]}) for i, name in enumerate(names)}
 
 
 def needs_count(select: Select, raw: bool) -> bool:
@@ -44,7 +47,7 @@ class BatchMiner:
     num_negatives: int
     strategy: str
     count_skipped: bool
-    excluded: RowLists  # distinct rows of each query's positives and exclusions
+    excluded: Hidden  # documents that each query must not get
     deduplicator: Deduplicator | None
 
     @property
@@ -74,7 +77,7 @@ class BatchMiner:
     def window(self, query: Tensor, rows: Tensor, anchor: Tensor | None) -> tuple[Tensor, dict[str, int]]:
         """query (B, D) with query numbers rows (B,), anchor (B,) -> window (B, W), and the pairs that each filter dropped."""
         excluded = self.excluded.take(rows.numpy())
-        counted_filters = single_filters(self.select) if self.count_skipped else {}
+        counted_filters = nested_filters(self.select) if self.count_skipped else {}
         if self.raw:
             window, drops = self._raw_window(query, excluded, anchor, list(counted_filters.values()))
             near = None
@@ -88,7 +91,8 @@ class BatchMiner:
             window, drops, near = self._filtered_window(
                 query, rows, excluded, anchor, first, last, self._max_ranks, list(counted_filters.values())
             )
-        dropped = {name: int(drop.sum()) for name, drop in zip(counted_filters, drops, strict=True)}
+        totals = [0, *(int(drop.sum()) for drop in drops)]
+        dropped = {name: totals[i + 1] - totals[i] for i, name in enumerate(counted_filters)}
         if near is not None:
             dropped |= {"near_positive": int(near[:, 0].sum()), "near_negative": int(near[:, 1].sum())}
         return window, dropped

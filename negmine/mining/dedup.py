@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from negmine.mining.row_lists import RowLists
+from negmine.mining.row_lists import SharedLists
 from negmine.ops import sort_key
 
 
@@ -62,7 +62,7 @@ class Deduplicator:
     """Removes near duplicates from the windows of queries."""
 
     gather: Callable[[np.ndarray], Tensor]  # numbers (M,) of corpus rows -> (M, D)
-    positives: RowLists
+    positives: SharedLists
     threshold: float
     dim: int
     max_bytes: int  # of gathered rows and cosines at a time

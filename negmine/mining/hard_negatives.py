@@ -4,7 +4,7 @@
     plan     the kernels, and the numbers of queries and corpus rows to process at a time
     run      for each batch of queries
                  count what the filters keep         only where a window is given by fractions and there are filters
-                 scan the corpus, chunk by chunk     masks, filters, ranks (scan.py)
+                 scan the corpus, chunk by chunk     masks (identity.py), filters, ranks (scan.py)
                  window, near duplicates, sampling   num_negatives rows, hardest first (batch_miner.py, dedup.py, sampling.py)
                  write the batch to resume_dir       where one is given (resume.py)
 
@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from negmine.mining.batch_miner import BatchMiner, needs_count, single_filters
+from negmine.mining.batch_miner import BatchMiner, needs_count, nested_filters
 from negmine.mining.dedup import Deduplicator
+from negmine.mining.identity import Hidden, Side, resolve
 from negmine.mining.index import NegativeIndex, measure_recall, require_same_rows, sample_queries
 from negmine.mining.index_scan import IndexScan
-from negmine.mining.memory_budget import DENSE_BYTES, BatchSizes, plan_batches
+from negmine.mining.memory_budget import DEFAULT_MEMORY, DENSE_BYTES, MAX_QUERIES, BatchSizes, plan_batches
 from negmine.mining.process_ranks import ProcessRanks
 from negmine.mining.progress import progress
 from negmine.mining.result import MiningResult
 from negmine.mining.resume import RunState
-from negmine.mining.row_lists import RowLists, parse
 from negmine.mining.sampling import STRATEGIES, sample
 from negmine.mining.scan import OPS, Corpus, Scan
 from negmine.mining.sources import Rows, resolve_device
@@ -55,11 +55,17 @@ LOW_RECALL = (
 )
 
 
+@checks.refuses_select_fields(OP)
 def mine_hard_negatives(
     query_embeddings: Any,
     corpus_embeddings: Any,
     positives: Any,
     *,
+    query_ids: Any = None,
+    corpus_ids: Any = None,
+    query_texts: Any = None,
+    corpus_texts: Any = None,
+    exclude: Any = None,
     select: Select | None = None,
     range_mode: str = "filtered",
     positive_aggregation: str = "min",
@@ -67,7 +73,6 @@ def mine_hard_negatives(
     sampling_strategy: str = "top",
     sampling_temperature: float = 0.05,
     seed: int = 0,
-    exclude: Any = None,
     deduplicate: str = "none",
     near_duplicate_score: float = 0.95,
     index: str | NegativeIndex = "exact",
@@ -76,7 +81,7 @@ def mine_hard_negatives(
     count_skipped: bool = True,
     batch_size: int | None = None,
     corpus_chunk_size: int | None = None,
-    max_memory_bytes: int | None = None,
+    max_memory_bytes: int = DEFAULT_MEMORY,
     resume_dir: str | os.PathLike | None = None,
     process_group: Any = None,
     device: str | torch.device | None = None,
@@ -86,15 +91,22 @@ def mine_hard_negatives(
     """The hardest negatives of each query among all rows of a corpus: exact, streamed, in bounded memory.
 
         s_qk   = query_q . corpus_k                                      (raw inner product in fp32, vectors as given)
-        pool_q = rows k that are neither a positive of q nor excluded for q, and pass select's filters against
-                 s_pos = min (max, mean) over q's positives p of s_qp
+        pool_q = documents k that are neither a positive of q, nor excluded for q, nor q's own text, and that pass select's
+                 filters against s_pos = min (max, mean) over q's positives p of s_qp
         kept_q = num_negatives of ranks [range_min, range_max) of pool_q by (s descending, k ascending)
 
     query_embeddings (Q, D), corpus_embeddings (K, D): NumPy arrays, tensors, paths of .npy, .safetensors ("file::tensor") or
         .parquet ("file::column") files, memory-mapped, or a list of those as shards; float32, float16, or bfloat16 tensors.
-        Nothing is normalised: give unit rows for cosine.
-    positives: the corpus rows that answer each query: one int a query, a list of int lists, or a tuple (indptr, indices).
-    exclude: further rows that must not come out, in the same forms (a query's own row, known false negatives).
+        float64 is rounded to float32. Nothing is normalised: give unit rows for cosine.
+    positives: what answers each query: one entry a query, a list of lists, or a tuple (indptr, indices). Entries are row numbers
+        of the corpus, or ids where corpus_ids is given.
+    query_ids, corpus_ids: ints or strings, one a row. query_texts, corpus_texts: strings, one a row, or a mapping from ids to
+        strings. All are read by position, from lists, arrays and columns of tables.
+        Corpus rows of equal ids or of equal texts are one document, transitively, and the lowest row stands for it. Texts are
+        compared after NFC normalisation, with each run of white space as one space; an empty text equals nothing.
+        Query rows of equal ids or texts are one query and share their positives; without ids and texts, rows of equal
+        embeddings do. A document whose text is the query's own never comes out.
+    exclude: further documents that must not come out, in the forms of positives.
     select: filters and window of ranks (not sample); default: everything. Equality with a threshold keeps.
     range_mode: "filtered": the window counts the ranks of what masks and filters leave (sentence-transformers' range_min);
         "raw": it counts the ranks of all rows, positives among them, and masks and filters then thin it (FlagEmbedding).
@@ -103,33 +115,35 @@ def mine_hard_negatives(
         with probability proportional to exp(s / sampling_temperature). The last two draw from the first 10 num_negatives
         ranks of the window where range_max is None, as sentence-transformers does. A draw depends on seed and the query's
         row only.
-    deduplicate: "exact" takes rows of equal values for one row, the lowest: no negative comes out twice, and none equal to a
-        positive or to an excluded row. One more pass over the corpus, and 48 bytes a row while it runs.
+    deduplicate: "exact" takes rows of equal embeddings for one document, too: no negative comes out twice, and none equal to a
+        positive or to an excluded row. It does not see copies of a text whose embeddings differ by a rounding error: give
+        corpus_texts. One more pass over the corpus, and 48 bytes a row while it runs.
         "near" walks a query's window, hardest first, and drops a row whose cosine to a positive of the query, or to a row that
         the walk has kept, is near_duplicate_score or more; it looks deeper until enough are kept or the window ends.
     index: "exact" scans all rows; a FAISS factory string or a NegativeIndex of the same rows (kind other than "exact") proposes
         candidates, which are then scored exactly, masked, filtered and asked for again deeper, up to 4,096 a query. What it does
         not propose is not seen: recall is measured on audit_queries of the queries against a scan, stands in
         config["index"], and below min_recall warns.
-    count_skipped: count what each filter drops. On a CPU the pass that mines counts for a lone filter, and so does a "raw"
+    count_skipped: count what each filter drops. On a CPU the pass that mines counts for the last filter, and so does a "raw"
         window; else it is one more scoring pass a filter.
-    batch_size, corpus_chunk_size: queries and rows at a time; default: what fits max_memory_bytes (default 1 GiB), which
+    batch_size, corpus_chunk_size: queries and rows at a time; default: what fits max_memory_bytes, which
         counts what is held beside the inputs and the result, save a few MiB a thread inside the kernels. A window that
         reaches deep makes batches small.
     resume_dir: a folder where each finished batch is written down, whole or not at all. The same call with the same folder goes
         on where it was killed and gives the same bits, in other batches too; with other inputs it is refused. One process at a
         time. The folder stays: delete it when it has served.
     process_group: of torch.distributed. Every rank calls with the same arguments, save corpus_embeddings: its own rows, of the
-        corpus that all ranks' rows make in rank order; positives and exclude number the rows of all. Every rank returns the
-        same, which is what one process returns for the whole corpus.
+        corpus that all ranks' rows make in rank order; positives, exclude, corpus_ids and corpus_texts are of all rows. Every
+        rank returns the same, which is what one process returns for the whole corpus.
     device: where scores are computed; default: where query_embeddings or corpus_embeddings are.
     show_progress_bar: a line on stderr, with the time left.
 
-    Returns a MiningResult: indices and scores (Q, num_negatives), past the end of a window -1 and -inf. Equal scores: the lower
-    row first. A NaN score is no candidate. The same negatives, bit for bit, for any batch_size, corpus_chunk_size, number of
-    ranks and cut into shards; on the "reference" backend only where sums are exact, and with an approximate index only for one
-    batch_size. Raises ValueError or TypeError for input that does not fit, before any work; ImportError for a missing package;
-    OSError where a disk is full.
+    Returns a MiningResult: indices and scores (Q, num_negatives), past the end of a window -1 and -inf. Its `skipped` counts
+    each pair of a query and a row that was left out, once, under the first of positive, exclude, own_text, equal_to_positive,
+    duplicate and the filters. Equal scores: the lower row first. A NaN score is no candidate. The same negatives, bit for bit,
+    for any batch_size, corpus_chunk_size, number of ranks and cut into shards; on the "reference" backend only where sums are
+    exact, and with an approximate index only for one batch_size. Raises ValueError or TypeError for input that does not fit,
+    before any work; ImportError for a missing package; OSError where a disk is full.
     """
     ranks = ProcessRanks(OP, process_group)
     given = dict(
@@ -155,10 +169,11 @@ def mine_hard_negatives(
         backend=backend,
         show_progress_bar=show_progress_bar,
     )
+    names = (query_ids, corpus_ids, query_texts, corpus_texts)
     with ranks.together():
         options = _check_options(**given)
         ranks.require_group()
-        inputs = _open_inputs(options, ranks, query_embeddings, corpus_embeddings)
+        inputs = _open_inputs(options, ranks, query_embeddings, corpus_embeddings, *names)
         plan = _make_plan(options, inputs, positives, exclude)
         return _run(options, inputs, plan)
 
@@ -177,7 +192,7 @@ def _check_options(**options: Any) -> dict[str, Any]:
     for name in ("count_skipped", "show_progress_bar"):
         checks.require_bool(OP, name, options[name])
     for name in ("batch_size", "corpus_chunk_size", "max_memory_bytes"):
-        if options[name] is not None:
+        if options[name] is not None or name == "max_memory_bytes":
             checks.require_count(OP, name, options[name])
     temperature, near, min_recall = (
         options[name] for name in ("sampling_temperature", "near_duplicate_score", "min_recall")
@@ -208,10 +223,12 @@ def _describe(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The embeddings, opened and checked."""
+    """The embeddings, opened and checked, and the ids and texts of their rows."""
 
     queries: Rows
     corpus: Corpus
+    query_names: Side
+    corpus_names: Side
 
     @property
     def ranks(self) -> ProcessRanks:
@@ -219,7 +236,14 @@ class _Inputs:
 
 
 def _open_inputs(
-    options: dict[str, Any], ranks: ProcessRanks, query_embeddings: Any, corpus_embeddings: Any
+    options: dict[str, Any],
+    ranks: ProcessRanks,
+    query_embeddings: Any,
+    corpus_embeddings: Any,
+    query_ids: Any,
+    corpus_ids: Any,
+    query_texts: Any,
+    corpus_texts: Any,
 ) -> _Inputs:
     queries = Rows.open(OP, "query_embeddings", query_embeddings)
     rows = Rows.open(OP, "corpus_embeddings", corpus_embeddings)
@@ -231,15 +255,17 @@ def _open_inputs(
     dtypes = {"query dtype": queries.dtype, "corpus dtype": rows.dtype}
     ranks.require_same({**dtypes, "D": rows.dim, "resume_dir is given": resumes})
     rows_per_rank = [int(part) for part in ranks.gather(torch.tensor(len(rows)))]
-    return _Inputs(queries, Corpus(rows, device, ranks, rows_per_rank))
+    corpus = Corpus(rows, device, ranks, rows_per_rank)
+    query_names = Side.open(OP, ("query_ids", "query_texts"), query_ids, query_texts, len(queries), 0)
+    corpus_names = Side.open(OP, ("corpus_ids", "corpus_texts"), corpus_ids, corpus_texts, len(corpus), 1)
+    return _Inputs(queries, corpus, query_names, corpus_names)
 
 
 @dataclass(frozen=True)
 class _Plan:
     """How the inputs are mined."""
 
-    positives: RowLists  # as given
-    exclude: RowLists
+    hidden: Hidden
     ops: Kernels | None
     exact: bool  # False: an approximate index proposes candidates
     sizes: BatchSizes
@@ -257,10 +283,10 @@ def _make_plan(options: dict[str, Any], inputs: _Inputs, positives: Any, exclude
     select, index, memory = options["select"], options["index"], options["max_memory_bytes"]
     if sort_key.LAST_INDEX <= K:
         raise checks.refuse(OP, "corpus_embeddings", f"of fewer than {sort_key.LAST_INDEX} rows", K)
-    positives = parse(OP, "positives", positives, Q, K)
-    exclude = RowLists.empty(Q) if exclude is None else parse(OP, "exclude", exclude, Q, K)
-    if select.has_margin and (positives.sizes == 0).any():
-        came = f"none for query {int(np.flatnonzero(positives.sizes == 0)[0])}"
+    names = (inputs.query_names, inputs.corpus_names)
+    hidden = resolve(OP, *names, positives, exclude, Q, K, queries.row_digests)
+    if select.has_margin and (hidden.positives.sizes == 0).any():
+        came = f"none for query {int(np.flatnonzero(hidden.positives.sizes == 0)[0])}"
         raise checks.refuse(OP, "positives", "at least one a query where select has a margin", came)
     if isinstance(index, NegativeIndex):
         require_same_rows(OP, "corpus_embeddings", index, rows)
@@ -269,10 +295,11 @@ def _make_plan(options: dict[str, Any], inputs: _Inputs, positives: Any, exclude
     ops = backends.choose(OP, OPS, options["backend"], examples)
     exact = getattr(index, "kind", index) == "exact"
     near = options["deduplicate"] == "near"
-    scratch_bytes = min(SCRATCH_BYTES, memory // 4) if memory else SCRATCH_BYTES
+    scratch_bytes = min(SCRATCH_BYTES, memory // 4)
     deduplicator = None
     if near:
-        deduplicator = Deduplicator(corpus.gather, positives, options["near_duplicate_score"], rows.dim, scratch_bytes)
+        threshold = options["near_duplicate_score"]
+        deduplicator = Deduplicator(corpus.gather, hidden.positives, threshold, rows.dim, scratch_bytes)
     miner = BatchMiner(
         source=Scan(ops, corpus, 0, None),
         select=select,
@@ -280,19 +307,19 @@ def _make_plan(options: dict[str, Any], inputs: _Inputs, positives: Any, exclude
         num_negatives=options["num_negatives"],
         strategy=options["sampling_strategy"],
         count_skipped=options["count_skipped"],
-        excluded=RowLists.empty(Q),
+        excluded=hidden,
         deduplicator=deduplicator,
     )
     if not exact and needs_count(select, miner.raw):
         wanted = "in ranks where select has filters and index is not 'exact', for fractions need every row's score"
         raise checks.refuse(OP, "select's range", wanted, (select.range_min, select.range_max))
-    dense_mask = not miner.raw and Q > 0 and bool((positives.sizes + exclude.sizes).max() > 1)
+    dense_mask = not miner.raw and Q > 0 and bool(hidden.sizes.max() > 1)
     pair_bytes = DENSE_BYTES if ops is None else 2 * dense_mask
-    remaining = memory and memory - scratch_bytes * (near or not exact)
+    remaining = memory - scratch_bytes * (near or not exact)
     limits = (options["batch_size"], options["corpus_chunk_size"], remaining)
     sizes = plan_batches(OP, queries, rows, miner.depth(K), pair_bytes, *limits)
     batch = min(int(part) for part in ranks.gather(torch.tensor(sizes.batch)))
-    return _Plan(positives, exclude, ops, exact, replace(sizes, batch=batch), scratch_bytes, miner)
+    return _Plan(hidden, ops, exact, replace(sizes, batch=batch), scratch_bytes, miner)
 
 
 def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan) -> MiningResult:
@@ -303,17 +330,17 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan) -> MiningResult:
     identity = _identity(options, inputs, plan, content)
     ranks.require_same(identity["arguments"] | identity["content"] | {"kernels": identity["kernels"]})
 
-    first_equal = corpus.first_equal() if options["deduplicate"] == "exact" else None  # (K,)
-    distinct = None if first_equal is None else first_equal == np.arange(K)  # (K,) bool
-    positives, exclude = plan.positives, plan.exclude
-    if first_equal is not None:
-        positives, exclude = (lists._replace(rows=first_equal[lists.rows]) for lists in (positives, exclude))
-    known = positives.union(RowLists.empty(Q))
-    excluded = known.union(exclude)
-    scores_of_pairs = corpus.pair_scores(plan.ops, queries, plan.positives.queries, plan.positives.rows)  # (P,)
-    positive_scores = plan.positives.reduce(scores_of_pairs, options["positive_aggregation"])  # (Q,)
+    hidden = plan.hidden
+    if options["deduplicate"] == "exact":
+        hidden = hidden.with_equal_rows(corpus.first_equal())
+    positive_scores = np.empty(Q, np.float32)  # (Q,)
+    for begin in range(0, Q, MAX_QUERIES):
+        part = slice(begin, min(begin + MAX_QUERIES, Q))
+        lists = hidden.positives.take(np.arange(part.start, part.stop))
+        scores_of_pairs = corpus.pair_scores(plan.ops, queries, begin + lists.queries, lists.rows)  # (P,)
+        positive_scores[part] = lists.reduce(scores_of_pairs, options["positive_aggregation"])
 
-    counters = list(single_filters(select)) if options["count_skipped"] else []
+    counters = list(nested_filters(select)) if options["count_skipped"] else []
     counters += [] if miner.deduplicator is None else ["near_positive", "near_negative"]
     counters += [] if plan.exact else ["cut_short"]
     resume_dir = options["resume_dir"]
@@ -328,7 +355,7 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan) -> MiningResult:
         chunks = len(list(corpus.rows.spans(sizes.chunk))) if plan.exact else 1
         passes = len(batches) * (2 if plan.needs_count else 1)
         advance = stack.enter_context(progress(passes * chunks, options["show_progress_bar"], "mining", "chunks"))
-        scan = Scan(plan.ops, corpus, sizes.chunk, distinct, advance)
+        scan = Scan(plan.ops, corpus, sizes.chunk, hidden.distinct, advance)
         source: Scan | IndexScan = scan
         index_facts = None
         if not plan.exact:
@@ -338,7 +365,7 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan) -> MiningResult:
             k = min(AUDIT_K, max(1, miner.depth(K)))
             index_facts = _audit_index(options, approximate, replace(scan, advance=lambda chunks: None), queries, k)
             source = IndexScan(scan, approximate, plan.scratch_bytes)
-        miner = replace(miner, source=source, excluded=excluded)
+        miner = replace(miner, source=source, excluded=hidden)
         for begin, end in batches:
             anchor = torch.from_numpy(positive_scores[begin:end]).to(device) if select.has_margin else None  # (B,)
             numbers = torch.arange(begin, end)  # (B,)
@@ -350,11 +377,7 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan) -> MiningResult:
             state.record(begin, *sort_key.unpack(sort_keys), dropped)
     if index_facts is not None:
         index_facts["cut_short"] = state.skipped.pop("cut_short")
-    skipped = {
-        "positives": len(known.rows),
-        "exclude": len(excluded.rows) - len(known.rows),
-        "duplicates": Q * (K - scan.num_candidates),
-    } | state.skipped
+    skipped = hidden.count() | state.skipped
     config = {
         "arguments": _describe(options, DESCRIBED),
         "sizes": {
@@ -367,6 +390,7 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan) -> MiningResult:
         "queries": Q,
         "corpus_rows": K,
         "dimension": queries.dim,
+        "rounded_to_float32": [name for name, rows in _rows(inputs).items() if rows.is_rounded],
         "content": content,
         "versions": {
             "negmine": __version__,
@@ -376,15 +400,26 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan) -> MiningResult:
         },
     }
     num_valid = (state.indices >= 0).sum(1)
-    return MiningResult(state.indices, state.scores, positive_scores, num_valid, plan.positives, skipped, config)
+    names = {
+        f"{side}_{what}": None if column is None else column.given
+        for side, each in (("query", inputs.query_names), ("corpus", inputs.corpus_names))
+        for what, column in (("ids", each.ids), ("texts", each.texts))
+    }
+    return MiningResult(state.indices, state.scores, positive_scores, num_valid, hidden.given, skipped, config, **names)
+
+
+def _rows(inputs: _Inputs) -> dict[str, Rows]:
+    return {"query_embeddings": inputs.queries, "corpus_embeddings": inputs.corpus.rows}
 
 
 def _content_hashes(inputs: _Inputs, plan: _Plan, index: str | NegativeIndex) -> dict[str, str]:
     content = {
         "query_embeddings": inputs.queries.content_hash(),
         "corpus_embeddings": inputs.ranks.combined_hash(inputs.corpus.rows.content_hash()),
-        "positives": plan.positives.content_hash(),
-        "exclude": plan.exclude.content_hash(),
+        "positives": plan.hidden.given.content_hash(),
+        "exclude": plan.hidden.exclude.content_hash(),
+        **inputs.query_names.content("query_ids", "query_texts"),
+        **inputs.corpus_names.content("corpus_ids", "corpus_texts"),
     }
     if isinstance(index, NegativeIndex) and not plan.exact:
         content["index"] = index.content_hash()

@@ -8,7 +8,6 @@ arrays, because the texts, images or tokens of the rows belong to the caller.
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from negmine.mining import result_page
 from negmine.mining.atomic_file import atomic_write
+from negmine.mining.columns import Column
 from negmine.mining.row_lists import RowLists
 from negmine.ops.checks import refuse, require_choice
 
@@ -40,9 +40,13 @@ class MiningResult:
     scores: np.ndarray  # (Q, n) fp32
     positive_scores: np.ndarray  # (Q,) fp32, aggregated over each query's positives; NaN where it has none
     num_valid: np.ndarray  # (Q,) int64, entries of indices that are not -1
-    positives: RowLists  # as given
-    skipped: dict[str, int]  # (query, row) pairs that each mask and filter dropped
+    positives: RowLists  # rows, as given, each once; of an id its lowest row
+    skipped: dict[str, int]  # (query, row) pairs that each mask and filter dropped, each pair once
     config: dict[str, Any]  # arguments, versions, sizes and content hashes
+    query_ids: Any = None  # as given, (Q,) or None
+    corpus_ids: Any = None  # (K,)
+    query_texts: Any = None  # (Q,)
+    corpus_texts: Any = None  # (K,)
 
     @property
     def recall(self) -> float | None:
@@ -50,19 +54,24 @@ class MiningResult:
         return (self.config.get("index") or {}).get("recall")
 
     def to_triplets(self) -> np.ndarray:
-        """(T, 3) int64: query, positive, negative, for every positive and every negative of a query."""
+        """(T, 3): query, positive, negative, for every positive and every negative of a query.
+
+        Queries and documents are named by query_ids and corpus_ids where the result has them, else by their row numbers. The
+        array is int64, or object where ids are strings. So are the arrays of to_n_tuples, to_labeled_pairs and to_labeled_lists.
+        """
         queries, rows = self._pairs()  # (P,), (P, 1 + n)
         at, slot = np.nonzero(rows[:, 1:] >= 0)  # (T,) each
-        return np.stack([queries[at], rows[at, 0], rows[at, slot + 1]], 1)
+        documents = self._documents(np.stack([rows[at, 0], rows[at, slot + 1]], 1))
+        return _joined(self._queries(queries[at])[:, None], documents)
 
     def to_n_tuples(self) -> np.ndarray:
-        """(M, 2 + n) int64: query, positive, n negatives; a query with fewer than n is left out."""
+        """(M, 2 + n): query, positive, n negatives; a query with fewer than n is left out."""
         queries, rows = self._pairs()
         full = (rows >= 0).all(1)  # (P,)
-        return np.concatenate([queries[full, None], rows[full]], 1)
+        return _joined(self._queries(queries[full])[:, None], self._documents(rows[full]))
 
     def to_labeled_pairs(self) -> np.ndarray:
-        """(L, 3) int64: query, row, label; label 1 for its positives, 0 for its negatives, each once."""
+        """(L, 3): query, document, label; label 1 for its positives, 0 for its negatives, each once."""
         some = self.indices >= 0  # (Q, n)
         at, _ = np.nonzero(some)
         pairs = [
@@ -70,43 +79,54 @@ class MiningResult:
             np.stack([at, self.indices[some], np.zeros_like(at)], 1),
         ]
         joined = np.concatenate(pairs)
-        return joined[np.argsort(joined[:, 0], kind="stable")]
+        joined = joined[np.argsort(joined[:, 0], kind="stable")]
+        return _joined(self._queries(joined[:, 0])[:, None], self._documents(joined[:, 1])[:, None], joined[:, 2:])
 
     def to_labeled_lists(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """queries (M,), rows (M, 1 + n) and labels (M, 1 + n) int64, one list for each positive: it first, labelled 1, then
-        negatives, labelled 0. Past the end of the negatives both are -1. A query without negatives has no list."""
+        """queries (M,), documents (M, 1 + n) and labels (M, 1 + n) int64, one list for each positive: it first, labelled 1, then
+        negatives, labelled 0. Past the end of the negatives the label is -1 and the document -1, or None where ids are strings.
+        A query without negatives has no list."""
         queries, rows = self._pairs()
         some = (rows[:, 1:] >= 0).any(1)  # (P,)
         labels = np.where(rows >= 0, 0, -1)
         labels[:, 0] = 1
-        return queries[some], rows[some], labels[some]
+        return self._queries(queries[some]), self._documents(rows[some]), labels[some]
 
     def to_jsonl(
         self,
         path: str | os.PathLike,
-        query_texts: Sequence[str],
-        corpus_texts: Sequence[str],
+        query_texts: Any = None,
+        corpus_texts: Any = None,
         *,
         form: str = "flagembedding",
     ) -> int:
         """Write one line for each query that has positives and negatives; returns how many lines.
+
+        query_texts, corpus_texts: strings, one a row, read by position; default: those that were mined with. Queries and
+        documents are named by query_ids and corpus_ids where the result has them, else by their row numbers.
 
         form="flagembedding": {"query", "pos": [texts], "neg": [texts]}
         form="tevatron": {"query_id", "query", "positive_passages": [{"docid", "title", "text"}], "negative_passages": [...]}
         """
         op = "to_jsonl"
         require_choice(op, "form", form, ("flagembedding", "tevatron"))
-        for name, texts, wanted in (
-            ("query_texts", query_texts, len(self.indices)),
-            ("corpus_texts", corpus_texts, self.config["corpus_rows"]),
-        ):
-            if isinstance(texts, str) or len(texts) != wanted:
-                raise refuse(op, name, f"{wanted} texts, one a row", f"{len(texts)} in a {type(texts).__name__}")
+        asked = [
+            Column(op, name, own if given is None else given)
+            for name, given, own in (
+                ("query_texts", query_texts, self.query_texts),
+                ("corpus_texts", corpus_texts, self.corpus_texts),
+            )
+        ]
+        for column, count in zip(asked, (len(self.indices), self.config["corpus_rows"]), strict=True):
+            column.require_length(count, f"{count} texts, one a row")
+        questions, documents = asked
 
         def passages(rows: np.ndarray) -> list:
+            texts = documents.strings(rows)
             if form == "flagembedding":
-                return [corpus_texts[row] for row in rows.tolist()]
-            return [{"docid": str(row), "title": "", "text": corpus_texts[row]} for row in rows.tolist()]
+                return texts
+            names = self._documents(rows).tolist()
+            return [{"docid": str(n), "title": "", "text": text} for n, text in zip(names, texts, strict=True)]
 
         lines = 0
         with open(path, "w", encoding="utf-8") as file:
@@ -117,10 +137,11 @@ class MiningResult:
                 )
                 if not positive or not negative:
                     continue
+                (text,) = questions.strings(np.array([query]))
                 if form == "flagembedding":
-                    line = {"query": query_texts[query], "pos": positive, "neg": negative}
+                    line = {"query": text, "pos": positive, "neg": negative}
                 else:
-                    line = {"query_id": str(query), "query": query_texts[query]}
+                    line = {"query_id": str(self._queries(np.array([query]))[0]), "query": text}
                     line |= {"positive_passages": positive, "negative_passages": negative}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 lines += 1
@@ -187,10 +208,37 @@ class MiningResult:
         positives = RowLists(arrays.pop("positives_indptr"), arrays.pop("positives_rows"))
         return cls(**arrays, positives=positives, skipped=skipped, config=config)
 
+    def _queries(self, rows: np.ndarray) -> np.ndarray:
+        """The names of query rows, of any shape: ids where there are some, else the rows themselves."""
+        return _named(self.query_ids, rows)
+
+    def _documents(self, rows: np.ndarray) -> np.ndarray:
+        return _named(self.corpus_ids, rows)
+
     def _pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Every (query, positive): queries (P,), and (P, 1 + n) the positive followed by the query's negatives."""
         queries = self.positives.queries  # (P,)
         return queries, np.concatenate([self.positives.rows[:, None], self.indices[queries]], 1)
+
+
+def _named(ids: Any, rows: np.ndarray) -> np.ndarray:
+    """rows of any shape, -1 = none -> their ids: int64 with -1, or objects with None."""
+    if ids is None:
+        return rows
+    some = rows >= 0
+    found = Column("MiningResult", "ids", ids).take(rows[some])
+    out = np.full(rows.shape, None, object)
+    if all(isinstance(entry, (int, np.integer)) for entry in found):
+        out = np.full(rows.shape, -1)
+    out[some] = found
+    return out
+
+
+def _joined(*parts: np.ndarray) -> np.ndarray:
+    """Columns of ints or of objects side by side."""
+    if any(part.dtype == object for part in parts):
+        parts = tuple(part.astype(object) for part in parts)
+    return np.concatenate(parts, 1)
 
 
 def _problem(arrays: dict[str, np.ndarray], description: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ The method is that of ANCE (Xiong et al. 2021, arXiv 2007.00808), but synchronou
 repeat. The model, the data and the devices belong to the two callables.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 
 from negmine import reference
 from negmine.mining.hard_negatives import mine_hard_negatives
+from negmine.mining.identity import Side, resolve
 from negmine.mining.result import MiningResult
-from negmine.mining.row_lists import parse
 from negmine.mining.scan import OPS, pair_scores
 from negmine.mining.sources import Rows, resolve_device
 from negmine.ops import backends, checks, sort_key
@@ -80,7 +81,7 @@ def mining_rounds(
         if new < min_new and number:
             break
         if keep_old:
-            result = _add_old_negatives(result, old, keep_old, queries, corpus, mining)
+            result = _add_old_negatives(result, old, keep_old, queries, corpus, positives, mining)
         done.append(Round(number, result, new, train_round(number, result)))
     return done
 
@@ -99,7 +100,7 @@ def new_share(now: np.ndarray, before: np.ndarray) -> float:
 
 
 def _add_old_negatives(
-    result: MiningResult, old: np.ndarray | None, keep: int, queries: Any, corpus: Any, mining: dict
+    result: MiningResult, old: np.ndarray | None, keep: int, queries: Any, corpus: Any, positives: Any, mining: dict
 ) -> MiningResult:
     """The result with up to `keep` old negatives (Q, m) of each query, rescored, filtered and ranked among the new."""
     Q = len(result.indices)
@@ -111,12 +112,20 @@ def _add_old_negatives(
         ops = backends.choose(
             OP, OPS, mining.get("backend"), (query_rows.gather(empty, where), rows.gather(empty, where))
         )
-        given = mining.get("exclude")
-        excluded = None if given is None else parse(OP, "exclude", given, Q, len(rows))
         usable = (old >= 0) & ~_is_in(old, result.indices)
-        for lists in (result.positives, excluded):
-            if lists is not None:
-                usable &= ~_is_in(old, lists.padded())
+        query_names, corpus_names = (
+            Side.open(OP, (ids, texts), mining.get(ids), mining.get(texts), count, blank)
+            for ids, texts, count, blank in (
+                ("query_ids", "query_texts", Q, 0),
+                ("corpus_ids", "corpus_texts", len(rows), 1),
+            )
+        )
+        with warnings.catch_warnings():  # mine_hard_negatives has warned
+            warnings.simplefilter("ignore", UserWarning)
+            hidden = resolve(
+                OP, query_names, corpus_names, positives, mining.get("exclude"), Q, len(rows), query_rows.row_digests
+            )
+        usable &= ~_is_in(old, hidden.take(np.arange(Q)).padded())
         at, slot = np.nonzero(usable)
         scores = np.full(old.shape, np.nan, np.float32)
         with torch.no_grad():

@@ -1,18 +1,20 @@
 """Lists of corpus rows, one list per query, in compressed sparse form: the rows of query q are rows[indptr[q] : indptr[q + 1]].
 
-Positives and exclusions are given as one int per query, as a list of int lists, or as the tuple (indptr, indices); `parse`
-converts each of these forms.
+Positives and exclusions are given as one entry per query, as a list of lists, or as the tuple (indptr, indices); `parse` converts
+each of these forms. An entry is a row number, or an id where the corpus has ids.
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from negmine.mining.columns import Column, is_column
 from negmine.ops.checks import refuse, require_stored
 
-FORMS = "one row number a query, a list of lists of row numbers, or a tuple (indptr, indices)"
+FORMS = "one {entry} a query, a list of lists of {entry}s, or a tuple (indptr, indices)"
 
 
 class RowLists(NamedTuple):
@@ -49,14 +51,29 @@ class RowLists(NamedTuple):
         out[self.queries, np.arange(len(self.rows)) - self.indptr[self.queries]] = self.rows
         return out
 
-    def union(self, other: "RowLists") -> "RowLists":
-        """Each query's set of rows in either, ascending."""
-        pairs = np.stack([np.r_[self.queries, other.queries], np.r_[self.rows, other.rows]])  # (2, P + P')
+    def union(self, *others: "RowLists") -> "RowLists":
+        """Each query's set of rows in any of the lists, ascending."""
+        lists = (self, *others)
+        pairs = np.stack([np.concatenate([part.queries for part in lists]), np.concatenate([p.rows for p in lists])])
+        return self.of_pairs(pairs[0], pairs[1], len(self.indptr) - 1)
+
+    @staticmethod
+    def of_pairs(queries: np.ndarray, rows: np.ndarray, Q: int) -> "RowLists":
+        """queries, rows (P,) -> the set of rows of each query, ascending."""
+        pairs = np.stack([queries, rows])  # (2, P)
         pairs = pairs[:, np.lexsort((pairs[1], pairs[0]))]
         new = np.ones(pairs.shape[1], dtype=bool)
         new[1:] = (pairs[:, 1:] != pairs[:, :-1]).any(0)
-        sizes = np.bincount(pairs[0, new], minlength=len(self.indptr) - 1)
-        return RowLists(np.r_[0, np.cumsum(sizes)], pairs[1, new])
+        return RowLists(np.r_[0, np.cumsum(np.bincount(pairs[0, new], minlength=Q))], pairs[1, new])
+
+    def distinct(self) -> "RowLists":
+        """Each list without its repeated entries, in the order given."""
+        queries = self.queries
+        by_row = np.lexsort((self.rows, queries))  # stable: the first of equal entries stays first
+        pairs = np.stack([queries, self.rows])[:, by_row]
+        new = np.ones(len(self.rows), dtype=bool)
+        new[by_row[1:]] = (pairs[:, 1:] != pairs[:, :-1]).any(0)
+        return RowLists(np.r_[0, np.cumsum(np.bincount(queries[new], minlength=len(self.sizes)))], self.rows[new])
 
     def reduce(self, values: np.ndarray, how: str) -> np.ndarray:
         """values (P,) fp32 -> (Q,) fp32: the "min", "max" or "mean" of each list; NaN for an empty list or one with NaN."""
@@ -76,48 +93,107 @@ class RowLists(NamedTuple):
         return hashlib.blake2b(self.indptr.tobytes() + self.rows.tobytes(), digest_size=16).hexdigest()
 
 
+class SharedLists(NamedTuple):
+    """Lists that several queries may share."""
+
+    lists: RowLists
+    list_of: np.ndarray  # (Q,) int64: the list of each query
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(Q,) int64."""
+        return self.lists.sizes[self.list_of]
+
+    def take(self, queries: np.ndarray) -> RowLists:
+        """The lists of some queries, in that order."""
+        return self.lists.take(self.list_of[queries])
+
+
+Lookup = Callable[[str, list], np.ndarray]  # the argument's name and ids (P,) -> their rows (P,) int64, -1 = no such id
+
+
 def _int_array(op: str, name: str, value: Any) -> np.ndarray:
     """A flat sequence of ints as an int64 array."""
     if isinstance(value, Tensor):
         require_stored(op, name, value)
-    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if isinstance(value, (list, tuple, Tensor, np.ndarray)):
+        held = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+    else:
+        column = Column(op, name, value, "a flat sequence of ints")
+        held = column.block(0, len(column))
+    try:
+        array = np.asarray(held)
+    except ValueError:  # lists of several lengths
+        array = np.empty((0, 0))
+    if array.dtype.kind == "O" and array.ndim == 1 and all(type(entry) is int for entry in array):
+        array = np.array([min(max(entry, -1), 2**62) for entry in array], np.int64)  # beyond int64: no row in any case
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise refuse(op, name, "a flat sequence of ints", value, TypeError)
     return array.astype(np.int64)
 
 
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) or (isinstance(value, (np.ndarray, Tensor)) and value.ndim > 0)
+def _entries(op: str, name: str, value: Any, lookup: Lookup | None) -> np.ndarray:
+    """A flat sequence of row numbers or ids as row numbers."""
+    if lookup is None:
+        return _int_array(op, name, value)
+    column = Column(op, name, value, "a flat sequence of ids")
+    return lookup(name, column.block(0, len(column)))
 
 
-def parse(op: str, name: str, value: Any, Q: int, K: int) -> RowLists:
-    """The Q lists that `value` holds in any of its forms; raises for an entry outside [0, K)."""
-    if not _is_sequence(value):
-        raise refuse(op, name, FORMS, value, TypeError)
-    if isinstance(value, tuple) and len(value) == 2 and all(_is_sequence(part) for part in value):
-        lists = RowLists(_int_array(op, f"{name}'s indptr", value[0]), _int_array(op, f"{name}'s indices", value[1]))
-        steps = np.diff(lists.indptr)
-        if (
-            len(lists.indptr) != Q + 1
-            or lists.indptr[0] != 0
-            or (steps < 0).any()
-            or lists.indptr[-1] != len(lists.rows)
-        ):
+def parse(op: str, name: str, value: Any, Q: int, K: int, lookup: Lookup | None = None) -> RowLists:
+    """The Q lists of rows that `value` holds in any of its forms, each row once; raises for an entry that is no row of K.
+
+    Entries are row numbers; ids where `lookup` is given.
+    """
+    entry = "row number" if lookup is None else "id of corpus_ids"
+    if not is_column(value):
+        raise refuse(op, name, FORMS.format(entry=entry), value, TypeError)
+    if isinstance(value, tuple) and len(value) == 2 and all(is_column(part) for part in value):
+        indptr = _int_array(op, f"{name}'s indptr", value[0])
+        lists = RowLists(indptr, _entries(op, f"{name}'s indices", value[1], lookup))
+        steps = np.diff(indptr)
+        if len(indptr) != Q + 1 or indptr[0] != 0 or (steps < 0).any() or indptr[-1] != len(lists.rows):
             wanted = (
                 f"ascending from 0 to the length of indices ({len(lists.rows)}), one entry more than the {Q} queries"
             )
             raise refuse(op, f"{name}'s indptr", wanted, value[0])
     elif len(value) != Q:
         raise refuse(op, name, f"as long as there are queries ({Q})", f"{len(value)} entries")
-    elif not any(_is_sequence(entry) for entry in value):
-        lists = RowLists(np.arange(Q + 1), _int_array(op, name, value))
+    elif getattr(value, "ndim", 1) == 1 and getattr(getattr(value, "dtype", None), "kind", "O") in "iu":
+        lists = RowLists(np.arange(Q + 1), _entries(op, name, value, lookup))
     else:
-        entries = [_int_array(op, f"{name}[{q}]", entry) for q, entry in enumerate(value)]
-        sizes = [len(entry) for entry in entries]
-        lists = RowLists(np.r_[0, np.cumsum(sizes)].astype(np.int64), np.concatenate(entries))
+        column = Column(op, name, value, FORMS.format(entry=entry)) if getattr(value, "ndim", 1) == 1 else value
+        parts = column.block(0, Q) if isinstance(column, Column) else list(column)
+        if not any(is_column(part) for part in parts):
+            lists = RowLists(np.arange(Q + 1), _entries(op, name, parts, lookup))
+        else:
+            for q, part in enumerate(parts):
+                if not is_column(part):
+                    raise refuse(
+                        op, f"{name}[{q}]", f"a flat sequence of {'ints' if lookup is None else 'ids'}", part, TypeError
+                    )
+            sizes = [len(part) for part in parts]
+            indptr = np.r_[0, np.cumsum(sizes)].astype(np.int64)
+            if lookup is None:
+                entries = [_int_array(op, f"{name}[{q}]", part) for q, part in enumerate(parts)]
+                lists = RowLists(indptr, np.concatenate(entries))
+            else:
+                flat = [each for part in parts for each in (part.tolist() if hasattr(part, "tolist") else part)]
+                lists = RowLists(indptr, lookup(name, flat))
     outside = np.flatnonzero((lists.rows < 0) | (lists.rows >= K))
     if len(outside):
         query = int(np.searchsorted(lists.indptr, outside[0], side="right") - 1)
+        if lookup is not None:
+            given = _entry(value, query, int(outside[0] - lists.indptr[query]), int(outside[0]))
+            raise refuse(op, name, "ids of corpus_ids", f"{given!r:.80} for query {query}")
         came = f"{lists.rows[outside[0]]} for query {query}"
         raise refuse(op, name, f"row numbers of the corpus, in [0, {K})", came)
-    return lists
+    return lists.distinct() if (lists.sizes > 1).any() else lists
+
+
+def _entry(value: Any, query: int, at: int, flat: int) -> Any:
+    """The entry that was given for a query, at a position of its list."""
+    if isinstance(value, tuple) and len(value) == 2 and all(is_column(part) for part in value):
+        return Column("", "", value[1]).block(flat, flat + 1)[0]
+    entry = Column("", "", value).block(query, query + 1)[0] if getattr(value, "ndim", 1) == 1 else value[query]
+    return entry if not is_column(entry) else list(entry)[at]

@@ -8,6 +8,8 @@
     "rows.safetensors::name"   a tensor of the file, memory-mapped; the name may be omitted if only one tensor has two dimensions
     "rows.parquet::column"     a column of lists of D floats; the name may be omitted if there is only one such column
 
+float64 rows are rounded to float32 as they are read.
+
 The row number is the position in the concatenation of the shards. Content hashes and the detection of equal rows read the rows
 only, so neither depends on where the shards are cut.
 
@@ -149,14 +151,25 @@ READERS: dict[str, Callable[[str, str, Path, str], Tensor | np.ndarray]] = {
 }
 
 
+def _is_double(shard: Tensor | np.ndarray) -> bool:
+    return shard.dtype == (torch.float64 if isinstance(shard, Tensor) else np.float64)
+
+
 def _dtype_of(shard: Tensor | np.ndarray) -> str:
+    """The dtype in which a shard is read."""
+    if _is_double(shard):
+        return "float32"
     return DTYPES.get(shard.dtype, str(shard.dtype)) if isinstance(shard, Tensor) else str(shard.dtype)
 
 
 def as_tensor(part: Tensor | np.ndarray) -> Tensor:
-    """Rows of a shard as a tensor that kernels take: no copy where the memory is writable and each row is dense."""
+    """Rows of a shard as a tensor that kernels take: no copy where the memory is writable, each row is dense, and no number is
+    a float64."""
     if isinstance(part, Tensor):
-        return for_kernels(part)
+        return for_kernels(part.float() if _is_double(part) else part)
+    if _is_double(part):
+        with np.errstate(over="ignore"):  # infinite in float32, as torch rounds it
+            part = part.astype(np.float32)
     return torch.from_numpy(part if part.flags.writeable and part.flags.c_contiguous else np.array(part, order="C"))
 
 
@@ -181,9 +194,8 @@ class Rows:
             labels, shards = [name], [open_shard(op, name, value)]
         for label, shard in zip(labels, shards, strict=True):
             if _dtype_of(shard) not in DTYPES.values():
-                raise refuse(
-                    op, label, "float32, float16 or bfloat16 in native byte order", _dtype_of(shard), TypeError
-                )
+                wanted = "float32, float16, bfloat16 or float64 in native byte order"
+                raise refuse(op, label, wanted, _dtype_of(shard), TypeError)
             if shard.ndim != 2 or shard.shape[1] == 0:
                 raise refuse(op, label, "of shape (rows, D) with D of 1 or more", tuple(shard.shape))
             if shard.shape[1] != shards[0].shape[1] or _dtype_of(shard) != _dtype_of(shards[0]):
@@ -193,6 +205,11 @@ class Rows:
 
     def __len__(self) -> int:
         return self.starts[-1]
+
+    @property
+    def is_rounded(self) -> bool:
+        """True where float64 rows are read as float32."""
+        return any(_is_double(shard) for shard in self.shards)
 
     @property
     def row_bytes(self) -> int:

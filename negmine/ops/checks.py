@@ -1,6 +1,9 @@
 """Refusals: every public function says in one sentence which argument is wrong, what was wanted and what came."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -8,6 +11,8 @@ from torch import Tensor
 from negmine.options import FalseNegatives, Mix, Select, Weight, is_int, is_real
 
 OPTION_TYPES = {"select": Select, "mix": Mix, "weight": Weight, "false_negatives": FalseNegatives}
+SELECT_FIELDS = tuple(field.name for field in fields(Select))
+Function = TypeVar("Function", bound=Callable[..., Any])
 REDUCTIONS = ("mean", "sum", "none")
 COMMON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -19,10 +24,11 @@ def describe(value: Any) -> str:
     """A value in a few words: dtype and shape of a tensor, shapes joined by 'or', else its repr, cut at MAX_DESCRIPTION."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
-    if isinstance(value, list) and value and all(isinstance(item, tuple) for item in value):
-        return " or ".join(dict.fromkeys(map(str, value)))
     try:
-        text = repr(value)
+        if isinstance(value, list) and value and all(isinstance(item, tuple) for item in value[:MAX_DESCRIPTION]):
+            text = " or ".join(dict.fromkeys(map(str, value[:MAX_DESCRIPTION])))
+        else:
+            text = repr(value)
     except Exception:  # whatever a class of the caller's raises, the sentence is made
         text = f"an object of type {type(value).__name__}"
     return text if len(text) <= MAX_DESCRIPTION else text[: MAX_DESCRIPTION - 3] + "..."
@@ -31,6 +37,22 @@ def describe(value: Any) -> str:
 def refuse(op: str, name: str, wanted: str, came: Any, error: type[Exception] = ValueError) -> Exception:
     """The exception to raise: `op: name must be wanted, got came`."""
     return error(f"{op}: {name} must be {wanted}, got {describe(came)}")
+
+
+def refuses_select_fields(op: str) -> Callable[[Function], Function]:
+    """A decorator: a field of Select given as an argument of its own raises a TypeError that shows where it belongs."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def checked(*args: Any, **options: Any) -> Any:
+            flat = ", ".join(f"{name}={describe(options[name])}" for name in SELECT_FIELDS if name in options)
+            if flat:
+                raise TypeError(f"{op}: filters and ranks must be given as select=Select({flat}), got {flat}")
+            return function(*args, **options)
+
+        return cast(Function, checked)
+
+    return decorate
 
 
 def require_stored(op: str, name: str, value: Tensor) -> None:

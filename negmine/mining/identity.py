@@ -1,0 +1,274 @@
+"""Which corpus rows are one document, which queries are one query, and which documents a query must not get.
+
+    document   rows of equal ids, or of equal texts after NFC and white-space folding, transitively; the lowest row stands for it.
+               An empty text equals nothing. With deduplicate="exact", rows of equal values are one document too.
+    query      rows of equal ids or equal texts; without ids and texts, rows of equal values. They share their positives.
+
+Ids and texts are hashed to 128 bits once, before a scan. A scan sees row numbers only: the rows that stand for documents, and for
+each query the documents to leave out.
+"""
+
+import hashlib
+import unicodedata
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from negmine.mining.columns import Column, split_mapping
+from negmine.mining.dedup import first_equal
+from negmine.mining.row_lists import RowLists, SharedLists, parse
+from negmine.ops.checks import refuse
+
+IDS = "ids, one a row: all ints or all strings, in a list, an array, or a column of a table"
+INT_KEY, BLANK_KEY = (
+    1 << 62,
+    1 << 61,
+)  # second words of keys that are no hashes; queries and rows have blanks of their own
+QUERIES = 8192  # counted at a time
+SHARED = (
+    "{}: {} rows of query_embeddings are equal to others with other positives, and share them; give query_ids or query_texts to "
+    "say which rows are one query"
+)
+
+
+def fold(text: str) -> str:
+    """The text by which documents are compared: NFC, with each run of white space as one space."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def text_keys(column: Column, blank: int) -> np.ndarray:
+    """(rows, 2) uint64: equal for equal texts; a blank text equals nothing, where each column has its own number `blank`."""
+    keys = np.empty((len(column), 2), np.uint64)  # (rows, 2)
+    for begin, block in column.texts():
+        folded = [fold(text) for text in block]
+        part = keys[begin : begin + len(block)]
+        part[:] = np.frombuffer(b"".join(map(_hash, folded)), np.uint64).reshape(-1, 2)
+        empty = np.flatnonzero([not text for text in folded])
+        part[empty, 0], part[empty, 1] = begin + empty, BLANK_KEY + blank
+    return keys
+
+
+def id_keys(op: str, name: str, blocks: Any, rows: int, kind: type | None = None) -> tuple[np.ndarray, type | None]:
+    """blocks of (begin, ids) -> (rows, 2) uint64, equal for equal ids, and their type; of type `kind` where one is given."""
+    keys = np.empty((rows, 2), np.uint64)  # (rows, 2)
+    for begin, block in blocks:
+        for row, entry in enumerate(block, begin):
+            found = str if isinstance(entry, str) else int if is_int(entry) else None
+            if found is None or found is not (kind or found):
+                wanted = (
+                    "ints or strings" if kind is None else f"{'strings' if kind is str else 'ints'}, as other ids are"
+                )
+                raise refuse(op, name, wanted, f"{entry!r:.60} ({type(entry).__name__}) in row {row}", TypeError)
+            kind = found
+        part = keys[begin : begin + len(block)]
+        if kind is int:
+            try:
+                part[:, 0] = np.array([int(entry) for entry in block], np.int64).view(np.uint64)
+            except OverflowError:
+                came = f"a larger one in rows {begin} to {begin + len(block)}"
+                raise refuse(op, name, "ints of at most 64 bits", came) from None
+            part[:, 1] = INT_KEY
+        else:
+            part[:] = np.frombuffer(b"".join(map(_hash, block)), np.uint64).reshape(-1, 2)
+    return keys, kind
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def joined_groups(first: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Two partitions, each (rows,) the lowest row of each row's group -> the finest one that both refine, in the same form."""
+    lowest = first.copy()
+    while True:
+        a, b = lowest, lowest[other]  # (rows,) each: the groups that each row joins
+        apart = np.flatnonzero(a != b)
+        if not len(apart):
+            return lowest
+        low, high = np.minimum(a[apart], b[apart]), np.maximum(a[apart], b[apart])
+        lowest = lowest.copy()
+        np.minimum.at(lowest, high, low)
+        while (pointed := lowest[lowest]).tobytes() != lowest.tobytes():
+            lowest = pointed
+
+
+@dataclass(frozen=True)
+class Side:
+    """The ids and texts of the queries or of the corpus, checked and hashed."""
+
+    ids: Column | None
+    texts: Column | None
+    id_keys: np.ndarray | None  # (rows, 2) uint64
+    text_keys: np.ndarray | None
+    id_type: type | None
+
+    @classmethod
+    def open(cls, op: str, names: tuple[str, str], ids: Any, texts: Any, rows: int, blank: int) -> "Side":
+        """`names` are the arguments' names, `rows` the number of embeddings."""
+        ids, texts = split_mapping(op, names, ids, texts)
+        id_column = None if ids is None else Column(op, names[0], ids, IDS)
+        text_column = None if texts is None else Column(op, names[1], texts)
+        for column, what in ((id_column, "ids"), (text_column, "texts")):
+            if column is not None:
+                column.require_length(rows, f"{rows} {what}, one a row")
+        keys, kind = (None, None) if id_column is None else id_keys(op, names[0], id_column.blocks(), rows)
+        hashed = None if text_column is None else text_keys(text_column, blank)
+        return cls(id_column, text_column, keys, hashed, kind)
+
+    @property
+    def is_known(self) -> bool:
+        return self.ids is not None or self.texts is not None
+
+    def groups(self) -> np.ndarray | None:
+        """(rows,) int64: the lowest row that is one with each by id or text, transitively; None without ids and texts."""
+        parts = [first_equal(keys) for keys in (self.id_keys, self.text_keys) if keys is not None]
+        if not parts:
+            return None
+        return parts[0] if len(parts) == 1 else joined_groups(*parts)
+
+    def content(self, ids: str, texts: str) -> dict[str, str]:
+        """Hashes of what is given, by name."""
+        given = {ids: self.id_keys, texts: self.text_keys}
+        return {
+            name: hashlib.blake2b(keys.tobytes(), digest_size=16).hexdigest()
+            for name, keys in given.items()
+            if keys is not None
+        }
+
+
+def _matches(keys: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """keys (rows, 2), others (P, 2) -> (P,) int64: the lowest row of equal key, -1 where there is none."""
+    lowest = first_equal(np.concatenate([keys, others]))[len(keys) :]
+    return np.where(lowest < len(keys), lowest, -1)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What each query must not get."""
+
+    given: RowLists  # positives as given, each once
+    positives: SharedLists  # of all rows of one query together
+    exclude: RowLists
+    own: np.ndarray  # (Q,) int64: the document with the query's own text, -1 = none
+    id_groups: np.ndarray | None  # (K,) int64: the lowest row of equal id, where positives are ids
+    first: np.ndarray | None  # (K,) int64: the lowest row of each row's document; None = each row is its own document
+    rows: int  # K
+
+    def documents(self, rows: np.ndarray) -> np.ndarray:
+        """The rows that stand for the documents of `rows`."""
+        return rows if self.first is None else self.first[rows]
+
+    def with_equal_rows(self, lowest: np.ndarray) -> "Hidden":
+        """The same where rows of equal values are one document, too: lowest (K,) int64, the lowest row of equal values."""
+        return replace(self, first=lowest if self.first is None else joined_groups(self.first, lowest))
+
+    @property
+    def distinct(self) -> np.ndarray | None:
+        """(K,) bool: rows that stand for their document; None where all do."""
+        return None if self.first is None else self.first == np.arange(self.rows)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(Q,) int64: at most so many documents are hidden from each query."""
+        return self.positives.sizes + self.exclude.sizes + (self.own >= 0)
+
+    def take(self, queries: np.ndarray) -> RowLists:
+        """The documents hidden from some queries, ascending."""
+        return RowLists.union(*self._parts(queries))
+
+    def _parts(self, queries: np.ndarray) -> tuple[RowLists, RowLists, RowLists]:
+        """The documents that are excluded, of the query's own text, and positive."""
+        positives, exclude, own = self.positives.take(queries), self.exclude.take(queries), self.own[queries]
+        some = np.flatnonzero(own >= 0)
+        count = len(queries)
+        return (
+            RowLists.of_pairs(exclude.queries, self.documents(exclude.rows), count),
+            RowLists.of_pairs(some, self.documents(own[some]), count),
+            RowLists.of_pairs(positives.queries, self.documents(positives.rows), count),
+        )
+
+    def count(self) -> dict[str, int]:
+        """The (query, row) pairs that each reason hides, each pair once, under its first reason."""
+        sizes = np.ones(1, np.int64) if self.first is None else np.bincount(self.first, minlength=self.rows)
+        id_sizes = None if self.id_groups is None else np.bincount(self.id_groups, minlength=self.rows)
+        spare = 0 if self.first is None else self.rows - int((sizes > 0).sum())  # rows that stand for no document
+        counts = dict.fromkeys(("positive", "exclude", "own_text", "equal_to_positive", "duplicate"), 0)
+        Q = len(self.own)
+        for begin in range(0, Q, QUERIES):
+            queries = np.arange(begin, min(begin + QUERIES, Q))
+            positives = self.positives.take(queries)
+            named = np.ones(len(positives.rows), np.int64) if id_sizes is None else id_sizes[positives.rows]  # (P,)
+            pairs = positives.queries * self.rows + self.documents(positives.rows)  # (P,)
+            positive_documents, inverse = np.unique(pairs, return_inverse=True)
+            named_in = np.bincount(inverse.reshape(-1), named, len(positive_documents)).astype(np.int64)
+            counts["positive"] += int(named.sum())
+            seen = np.empty(0, np.int64)
+            reasons = zip(("exclude", "own_text", "equal_to_positive"), self._parts(queries), strict=True)
+            for reason, part in reasons:
+                documents = np.setdiff1d(part.queries * self.rows + part.rows, seen)
+                held = sizes[documents % self.rows if self.first is not None else np.zeros_like(documents)]
+                if len(positive_documents):
+                    at = np.searchsorted(positive_documents, documents).clip(max=len(positive_documents) - 1)
+                    known = np.where(positive_documents[at] == documents, named_in[at], 0)
+                else:
+                    known = np.zeros_like(documents)
+                counts[reason] += int((held - known).sum())
+                counts["duplicate"] -= int((held - 1).sum())
+                seen = np.r_[seen, documents]
+            counts["duplicate"] += spare * len(queries)
+        return counts
+
+
+def resolve(
+    op: str,
+    queries: Side,
+    corpus: Side,
+    positives: Any,
+    exclude: Any,
+    Q: int,
+    K: int,
+    query_digests: Callable[[], np.ndarray],
+) -> Hidden:
+    """Positives and exclusions in any of their forms, as documents that each query must not get.
+
+    query_digests: gives (Q, 2) uint64 hashes of the values of query_embeddings.
+    """
+    known = corpus.id_keys
+
+    def row_of(name: str, ids: list) -> np.ndarray:
+        assert known is not None
+        return _matches(known, id_keys(op, name, [(0, ids)], len(ids), corpus.id_type)[0])
+
+    lookup = None if known is None else row_of
+    given = parse(op, "positives", positives, Q, K, lookup)
+    excluded = RowLists.empty(Q) if exclude is None else parse(op, "exclude", exclude, Q, K, lookup)
+    own = np.full(Q, -1)
+    if queries.text_keys is not None and corpus.text_keys is not None:
+        own = _matches(corpus.text_keys, queries.text_keys)
+    list_of = queries.groups()
+    by_value = list_of is None
+    if list_of is None:
+        list_of = first_equal(query_digests())
+    united = given
+    if (list_of != np.arange(Q)).any():
+        united = RowLists.of_pairs(list_of[given.queries], given.rows, Q)
+        if by_value:
+            grown = int((united.sizes[list_of] != given.sizes).sum())
+            if grown:
+                warnings.warn(SHARED.format(op, grown), UserWarning, stacklevel=5)
+    return Hidden(
+        given,
+        SharedLists(united, list_of),
+        excluded,
+        own,
+        None if known is None else first_equal(known),
+        corpus.groups(),
+        K,
+    )
