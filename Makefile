@@ -5,7 +5,7 @@ CUDA   ?= auto
 PY     := .venv/bin/python
 
 CXX_ALL := $(shell find csrc kernels tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-PY_ALL  := build_tools benchmarks negmine kernels tests setup.py
+PY_ALL  := build_tools benchmarks examples negmine kernels tests setup.py
 NATIVE  := $(filter-out tests/%,$(CXX_ALL)) $(wildcard build_tools/*.py) setup.py pyproject.toml
 
 SECONDS ?= 60
@@ -15,7 +15,7 @@ STEPS   ?= 10000
 PYTHONS ?=
 SANITIZED := build/sanitize
 
-.PHONY: venv demo smoke test test-gpu-sim check fuzz sanitize threads soak docs bench bench-isa plots gpu wheel check-wheel clean
+.PHONY: venv demo smoke test test-gpu-sim test-examples check fuzz sanitize threads soak docs bench bench-isa plots gpu wheel check-wheel clean
 
 venv: .venv/built
 
@@ -46,6 +46,10 @@ test-gpu-sim: venv
 	$(PY) -m pytest tests -n 2 -m gpu_sim
 	$(if $(SIM),$(PY) -m tests.ptx 80 tests/test_kernels.py tests/test_rules.py tests/test_columns.py -k triton)
 	$(if $(SIM),$(PY) -m tests.ptx 90 tests/test_kernels.py tests/test_rules.py tests/test_columns.py -k triton)
+
+# Every script of examples/ with --quick; one that needs a package which is not here is skipped, with the reason.
+test-examples: venv
+	$(PY) -m pytest examples -n 2 -rs
 
 check: venv
 	$(PY) -m ruff check $(PY_ALL)

@@ -93,5 +93,5 @@ def test_targets_and_files_exist(page):
     # A target stands in backticks or begins an indented line.
     for target in re.findall(r"(?:`|^ {4})make ([\w-]+)", text, re.M):
         assert target in targets, f"{page}: make {target}"
-    for path in re.findall(r"`((?:negmine|kernels|csrc|tests|benchmarks|build_tools|docs)/[\w./]*)`", text):
+    for path in re.findall(r"`((?:negmine|kernels|csrc|tests|benchmarks|examples|build_tools|docs)/[\w./]*)`", text):
         assert (ROOT / path).exists(), f"{page}: {path}"
