@@ -178,8 +178,8 @@ def _disagreement(op: str, table: list[list[int]], texts: list[str]) -> Exceptio
     (other, *theirs), (first, *ours) = (texts[rank].split("\n") for rank in (odd, 0))
     if other != first:
         return ValueError(f"{op}: every rank must make the same call, but rank {odd} calls {other} and rank 0 {first}")
-    pairs = [(a, b) for a, b in zip(theirs, ours, strict=False) if a != b]
-    differs = f"{_cut(pairs[0][0])} and rank 0 {_cut(pairs[0][1])}" if pairs else "other options than rank 0"
+    alone = [fact for fact in theirs if fact not in ours], [fact for fact in ours if fact not in theirs]
+    differs = " and rank 0 ".join(_cut(facts[0]) if facts else "no such" for facts in alone)
     return ValueError(f"{op}: every rank must give the same options and dtypes, but rank {odd} gives {differs}")
 
 

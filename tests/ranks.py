@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch.multiprocessing as mp
 
 def _rank(work: Callable, rank: int, world: int, store: Path, arguments: tuple, out: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    place = {"init_method": f"file://{store}", "rank": rank, "world_size": world}
+    dist.init_process_group("gloo", **place, timeout=timedelta(seconds=120))  # what waits for another rank fails then
     # By value: a tensor sent as itself lives in memory that its sender takes along when it ends.
     out.put((rank, pickle.dumps(work(rank, world, *arguments))))
     dist.barrier()

@@ -1,5 +1,6 @@
 """The losses, each a function and its module in one file. negmine.recipes configures them as published methods."""
 
+from negmine.losses.gathered import gathered
 from negmine.losses.info_nce import InfoNCELoss, InfoNCEStats
 from negmine.losses.mined_pairs import MultiSimilarityLoss, MultiSimilarityStats, multi_similarity
 from negmine.losses.siglip import SigLIPLoss, softplus_sum
@@ -17,6 +18,7 @@ __all__ = [
     "SupConStats",
     "TripletLoss",
     "Triplets",
+    "gathered",
     "mine_triplets",
     "multi_similarity",
     "softplus_sum",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from negmine import reference
 from negmine.losses.false_negatives import FoundNegatives, find_false_negatives, without
+from negmine.losses.gathered import Gathering
 from negmine.losses.schedules import ScheduledLoss, at_step
 from negmine.ops import checks, sort_key
 from negmine.ops.backends import Kernels
@@ -368,6 +369,10 @@ class InfoNCELoss(ScheduledLoss):
     temperature, select, mix, weight and false_negatives may be schedules: a callable of the step that returns the value of that
     step. Calls in training mode that name no `step` count themselves, so that every one draws new mixes and samples; the count
     travels in state_dict. A temperature given as an nn.Parameter is learned with the rest.
+
+    gather_distributed: the negatives of every rank of process_group, with the right gradient (negmine/losses/gathered.py).
+    In-batch negatives are the other positives of all ranks, and keys (K, D) are joined to those of the other ranks; a queue is as
+    it is, made with a gather_distributed of its own. query_ids then number the whole dataset, and row_offset may be left out.
     """
 
     def __init__(
@@ -383,9 +388,12 @@ class InfoNCELoss(ScheduledLoss):
         seed: int = 0,
         backend: str | None = None,
         return_stats: bool = False,
+        gather_distributed: bool = False,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         op = "InfoNCELoss"
+        self.gathering = Gathering(op, gather_distributed, process_group)
         options = {"select": select, "mix": mix, "weight": weight, "false_negatives": false_negatives}
         if not callable(temperature):
             checks.require_temperature(op, temperature)
@@ -418,7 +426,8 @@ class InfoNCELoss(ScheduledLoss):
     ) -> Any:
         """masks: query_ids, query_labels, support, row_offset of info_nce."""
         step = self.count(step)
-        return info_nce(query, positive_key, negative_keys, step=step, **self.at(step), **masks)
+        options = {"step": step, **self.at(step), **masks}
+        return self.gathering.paired(info_nce, query, positive_key, negative_keys, options)
 
     def extra_repr(self) -> str:
         given = {name: value for name, value in (self.options | self.fixed).items() if value not in (None, False)}

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from negmine import reference
+from negmine.losses.gathered import Gathering
 from negmine.losses.schedules import ScheduledLoss, at_step
 from negmine.losses.triplet_mining import above_score, label_masks, with_bounds
 from negmine.ops import backends, checks
@@ -128,6 +129,9 @@ class MultiSimilarityLoss(ScheduledLoss):
 
     A number may be a schedule, a callable of the step. Calls in training mode that name no `step` count themselves; the count
     travels in state_dict.
+
+    gather_distributed: the keys of every rank of process_group, with their labels, key_ids and key_mask (K,), and with the right
+    gradient (negmine/losses/gathered.py). query_ids and key_ids then number the whole dataset.
     """
 
     def __init__(
@@ -140,9 +144,12 @@ class MultiSimilarityLoss(ScheduledLoss):
         reduction: str = "mean",
         backend: str | None = None,
         return_stats: bool = False,
+        gather_distributed: bool = False,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         op = "MultiSimilarityLoss"
+        self.gathering = Gathering(op, gather_distributed, process_group)
         _check_numbers(op, **at_step({"alpha": alpha, "beta": beta, "base": base, "epsilon": epsilon}, 0))
         checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
         self.options: dict[str, Any] = {
@@ -166,8 +173,8 @@ class MultiSimilarityLoss(ScheduledLoss):
         **masks: Any,
     ) -> Any:
         """masks: query_ids, key_ids, key_mask of multi_similarity."""
-        options = at_step(self.options, self.count(step))
-        return multi_similarity(query, keys, query_labels, key_labels, **options, **masks)
+        options = at_step(self.options, self.count(step)) | masks
+        return self.gathering.labelled(multi_similarity, query, keys, query_labels, key_labels, options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value not in (None, False))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from negmine import reference
+from negmine.losses.gathered import Gathering
 from negmine.losses.schedules import ScheduledLoss, at_step
 from negmine.ops import checks
 from negmine.ops.softplus_sum import SoftplusSum
@@ -114,11 +115,22 @@ def siglip(
 class SigLIPLoss(ScheduledLoss):
     """siglip as a module that learns its scale, kept as a logarithm so that it stays positive, and its bias.
 
-    learn=False holds both. select may be a schedule, a callable of the step. The other keywords are siglip's.
+    learn=False holds both. select may be a schedule, a callable of the step. gather_distributed and process_group: the negatives
+    of all ranks, as in negmine.InfoNCELoss. The other keywords are siglip's.
     """
 
-    def __init__(self, scale: float = 10.0, bias: float = -10.0, *, learn: bool = True, **options: Any) -> None:
+    def __init__(
+        self,
+        scale: float = 10.0,
+        bias: float = -10.0,
+        *,
+        learn: bool = True,
+        gather_distributed: bool = False,
+        process_group: Any = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
+        self.gathering = Gathering("SigLIPLoss", gather_distributed, process_group)
         checks.require_number("SigLIPLoss", "scale", scale, above=0)
         _require_factor("SigLIPLoss", "bias", bias)
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn)
@@ -130,7 +142,6 @@ class SigLIPLoss(ScheduledLoss):
     ) -> Tensor:
         """masks: query_ids, query_labels, row_offset of siglip."""
         step = self.count(step)
-        options = at_step(self.options, step) | masks
-        return siglip(
-            query, positive_key, negative_keys, scale=self.log_scale.exp(), bias=self.bias, step=step, **options
-        )
+        learned = {"scale": self.log_scale.exp(), "bias": self.bias, "step": step}
+        options = learned | at_step(self.options, step) | masks
+        return self.gathering.paired(siglip, query, positive_key, negative_keys, options)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from negmine import reference
+from negmine.losses.gathered import Gathering
 from negmine.losses.schedules import ScheduledLoss, at_step
 from negmine.ops import backends, checks
 from negmine.ops.backends import Kernels
@@ -208,7 +209,11 @@ class SupConLoss(ScheduledLoss):
     """sup_con as a module; its keywords are sup_con's.
 
     temperature may be a schedule, a callable of the step; one given as an nn.Parameter is learned with the rest. Calls in
-    training mode that name no `step` count themselves; the count travels in state_dict.
+    training mode that name no `step` count themselves; the count
+    travels in state_dict.
+
+    gather_distributed: the keys of every rank of process_group, with their labels, key_ids and key_mask (K,), and with the right
+    gradient (negmine/losses/gathered.py). query_ids and key_ids then number the whole dataset.
     """
 
     def __init__(
@@ -220,9 +225,12 @@ class SupConLoss(ScheduledLoss):
         reduction: str = "mean",
         backend: str | None = None,
         return_stats: bool = False,
+        gather_distributed: bool = False,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         op = "SupConLoss"
+        self.gathering = Gathering(op, gather_distributed, process_group)
         if not callable(temperature):
             checks.require_temperature(op, temperature)
         checks.require_choice(op, "positives", positives, ("out", "in"))
@@ -248,8 +256,8 @@ class SupConLoss(ScheduledLoss):
         **masks: Any,
     ) -> Any:
         """masks: query_ids, key_ids, key_mask of sup_con."""
-        options = at_step({"temperature": self.temperature, **self.options}, self.count(step))
-        return sup_con(query, keys, query_labels, key_labels, **options, **masks)
+        options = at_step({"temperature": self.temperature, **self.options}, self.count(step)) | masks
+        return self.gathering.labelled(sup_con, query, keys, query_labels, key_labels, options)
 
     def extra_repr(self) -> str:
         return ", ".join([f"temperature={self.temperature!r}", *(f"{k}={v!r}" for k, v in self.options.items() if v)])

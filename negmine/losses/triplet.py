@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from negmine import reference
+from negmine.losses.gathered import Gathering
 from negmine.losses.schedules import ScheduledLoss, at_step
 from negmine.losses.triplet_mining import check_rule, triplets_of
 from negmine.ops import checks
@@ -92,6 +93,9 @@ class TripletLoss(ScheduledLoss):
 
     A number may be a schedule, a callable of the step.
     Calls in training mode that name no `step` count themselves, so that every one draws anew; the count travels in state_dict.
+
+    gather_distributed: the keys of every rank of process_group, with their labels, key_ids and key_mask (K,), and with the right
+    gradient (negmine/losses/gathered.py). query_ids and key_ids then number the whole dataset.
     """
 
     def __init__(
@@ -108,9 +112,12 @@ class TripletLoss(ScheduledLoss):
         seed: int = 0,
         backend: str | None = None,
         return_stats: bool = False,
+        gather_distributed: bool = False,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         op = "TripletLoss"
+        self.gathering = Gathering(op, gather_distributed, process_group)
         checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
         checks.require_draw(op, seed, 0, 0)
         self.options: dict[str, Any] = {
@@ -143,8 +150,8 @@ class TripletLoss(ScheduledLoss):
     ) -> Any:
         """masks: query_ids, key_ids, key_mask, row_offset of triplet_loss."""
         step = self.count(step)
-        options = at_step(self.options, step)
-        return triplet_loss(query, keys, query_labels, key_labels, step=step, **options, **masks)
+        options = at_step(self.options, step) | {"step": step} | masks
+        return self.gathering.labelled(triplet_loss, query, keys, query_labels, key_labels, options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value not in (None, False))

@@ -1,0 +1,211 @@
+"""Negatives of all ranks: `gathered`, and the losses with gather_distributed=True.
+
+Each rank brings its own queries and gets the loss of its own rows against the columns of every rank. The gradient of a gathered
+row is the sum of what all ranks' losses give to it, so that a model whose gradients DistributedDataParallel averages gets the
+gradient of the mean of the ranks' losses: that of one process on the whole batch, where the ranks' batches are equal and the
+reduction is "mean". All ranks call with the same options; what one of them refuses is raised on all.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from negmine.collectives import Call, Ranks
+from negmine.ops import checks
+from negmine.ops.negatives import UNEQUAL, UNKNOWN
+from negmine.options import Negatives
+
+
+def gathered(rows: Tensor, *, process_group: Any = None) -> Tensor:
+    """The rows of every rank of a process group, in rank order, with gradient.
+
+    rows (B, ...): this rank's; B may differ from rank to rank, but on a GPU it must not. Returns (sum of B, ...).
+    The gradient of a row is the sum of what the losses of all ranks give to it: backward is collective too.
+    In one process, or without torch.distributed, the rows themselves. Raises ValueError or TypeError on all ranks if on one.
+    """
+    op, ranks = "gathered", Ranks(process_group)
+    with ranks.agreement(op, _device_of(ranks, rows)) as call:
+        checks.require_tensor(op, "rows", rows)
+        if rows.dim() == 0:
+            raise checks.refuse(op, "rows", "of shape (B, ...)", rows)
+        call.facts = {"rows": _kind(rows)}
+        call.count = len(rows)
+    return ranks.gather_with_gradient(rows, call.counts)
+
+
+def _device_of(ranks: Ranks, *values: Any) -> torch.device | None:
+    """Where the tensors of a call are; None, which agrees at once, where it has none."""
+    return next((value.device for value in values if isinstance(value, Tensor)), None)
+
+
+def _kind(value: Any) -> str:
+    """What must be alike of a tensor that is gathered, or of an option, on all ranks."""
+    if isinstance(value, Tensor):
+        grad = ", requires grad" if torch.is_grad_enabled() and value.requires_grad else ""
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape[1:])}{grad}"
+    return checks.describe(value)
+
+
+class Gathering:
+    """A loss module's gather_distributed and process_group, and how its losses are called over ranks."""
+
+    def __init__(self, op: str, gather_distributed: Any, process_group: Any) -> None:
+        checks.require_bool(op, "gather_distributed", gather_distributed)
+        self.op, self.wanted, self.process_group = op, gather_distributed, process_group
+
+    def paired(
+        self, loss: Callable[..., Any], query: Any, positive_key: Any, negative_keys: Any, options: dict[str, Any]
+    ) -> Any:
+        """loss(query, positive_key, negative_keys, **options) over the negatives of all ranks.
+
+        None becomes the positives of every rank, but for the query's own and those of rows of equal query_ids or query_labels; a
+        tensor (K, D) is joined to those of the other ranks. A queue, and keys (B, M, D), are as they are.
+        """
+        ranks = Ranks(self.process_group) if self.wanted else None
+        if ranks is None or ranks.size == 1:
+            return loss(query, positive_key, negative_keys, **options)
+        op, device = self.op, _device_of(ranks, query, positive_key)
+        tags = {name: options.get(name) for name in ("query_ids", "query_labels")}
+        with ranks.agreement(op, device) as call:
+            checks.require_vectors(op, "query", query, "(B, D)", (2,))
+            checks.require_positive(op, positive_key, query)
+            pools = [_as_negatives(op, given, query) for given in _listed(negative_keys)]
+            for name, given in tags.items():
+                _require_tags(op, name, given, query, (len(query),))
+            call.count = len(query)
+            call.facts = _facts(options) | {"query": _kind(query), "positive_key": _kind(positive_key)}
+            for place, pool in enumerate(pools):
+                call.facts |= _facts_of_pool(f"negative_keys {place}", pool)
+        own = sum(call.counts[: ranks.rank]) + torch.arange(len(query), device=query.device)  # (B,) global rows
+        joined = [self._joined(ranks, call, pool, positive_key, own, tags, len(pools) == 1) for pool in pools]
+        if len(pools) == 1 and pools[0].keys is None:
+            tags["query_ids"] = own if tags["query_ids"] is None else _distinct(tags["query_ids"], own)
+        options = {"row_offset": sum(call.counts[: ranks.rank]), **options, **tags}
+        negative_keys = joined if len(joined) > 1 else joined[0]
+        return self._run(ranks, loss, device, query, positive_key, negative_keys, **options)
+
+    def _joined(
+        self,
+        ranks: Ranks,
+        call: Call,
+        pool: Negatives,
+        positive_key: Tensor,
+        own: Tensor,
+        tags: dict[str, Any],
+        alone: bool,
+    ) -> Negatives:
+        """The pool with the columns of every rank."""
+        keys = pool.keys
+        if keys is None:
+            counts, fields = call.counts, {"ids": tags["query_ids"], "labels": tags["query_labels"]}
+            if fields["ids"] is not None:
+                fields["ids"] = _distinct(fields["ids"], own)  # its own positive, too, where the id is unknown
+            elif alone:
+                fields["ids"] = own
+            else:  # ids would be compared with those of the other pools
+                others = torch.arange(sum(counts), device=own.device) != own[:, None]  # (B, sum of counts)
+                fields["mask"] = others if pool.mask is None else others & pool.mask
+            keys = positive_key
+        elif isinstance(keys, Tensor) and keys.dim() == 2:
+            counts = [len(keys)] * ranks.size
+            fields = {"ids": pool.ids, "labels": pool.labels, "mask": pool.mask}
+        else:
+            return pool
+        for name in ("ids", "labels", "mask"):
+            if name in fields and fields[name] is not None and fields[name].dim() == 1:
+                fields[name] = ranks.gather_rows(fields[name], counts)
+        bias, guide = getattr(pool, "bias", None), getattr(pool, "guide", None)
+        if bias is not None and bias.dim() == 1:
+            fields["bias"] = ranks.gather_with_gradient(bias, counts)
+        if guide is not None:
+            guide_keys = guide.positive if pool.keys is None else guide.keys
+            fields["guide"] = dataclasses.replace(guide, keys=ranks.gather_rows(guide_keys, counts))
+        return dataclasses.replace(pool, keys=ranks.gather_with_gradient(keys, counts), **fields)
+
+    def labelled(
+        self,
+        loss: Callable[..., Any],
+        query: Any,
+        keys: Any,
+        query_labels: Any,
+        key_labels: Any,
+        options: dict[str, Any],
+    ) -> Any:
+        """loss(query, keys, query_labels, key_labels, **options) over the keys of all ranks.
+
+        Their labels, key_ids and key_mask (K,) are joined as the keys are.
+        """
+        ranks = Ranks(self.process_group) if self.wanted else None
+        if ranks is None or ranks.size == 1:
+            return loss(query, keys, query_labels, key_labels, **options)
+        op, device = self.op, _device_of(ranks, query, keys)
+        tags = {"key_labels": key_labels, "key_ids": options.get("key_ids")}
+        mask = options.get("key_mask")
+        with ranks.agreement(op, device) as call:
+            checks.require_vectors(op, "keys", keys, "(K, D)", (2,))
+            for name, given in tags.items():
+                _require_tags(op, name, given, keys, (len(keys),))
+            call.count = len(keys)
+            call.facts = _facts(options) | {
+                "keys": _kind(keys),
+                **{name: given is not None for name, given in tags.items()},
+            }
+        tags = {name: given if given is None else ranks.gather_rows(given, call.counts) for name, given in tags.items()}
+        if isinstance(mask, Tensor) and mask.dim() == 1:
+            mask = ranks.gather_rows(mask, call.counts)
+        everyones = ranks.gather_with_gradient(keys, call.counts)
+        options = {**options, "key_ids": tags["key_ids"], "key_mask": mask}
+        return self._run(ranks, loss, device, query, everyones, query_labels, tags["key_labels"], **options)
+
+    def _run(
+        self, ranks: Ranks, loss: Callable[..., Any], device: torch.device | None, *tensors: Any, **options: Any
+    ) -> Any:
+        """The loss of this rank's rows; what it refuses is raised on all ranks, before any of them begins its backward pass."""
+        with ranks.agreement(f"{self.op}, after gathering", device):
+            return loss(*tensors, **options)
+
+
+def _listed(negative_keys: Any) -> list:
+    return list(negative_keys) if isinstance(negative_keys, (list, tuple)) else [negative_keys]
+
+
+def _as_negatives(op: str, given: Any, query: Tensor) -> Negatives:
+    pool = given if isinstance(given, Negatives) else Negatives(given)
+    if isinstance(pool.keys, Tensor):
+        checks.require_vectors(op, "negative_keys", pool.keys, "(K, D) or (B, M, D)", (2, 3), query)
+    return pool
+
+
+def _require_tags(op: str, name: str, given: Any, like: Tensor, shape: tuple[int, ...]) -> None:
+    if given is None:
+        return
+    checks.require_tensor(op, name, given, like)
+    if given.is_floating_point() or given.dtype == torch.bool or tuple(given.shape) != shape:
+        raise checks.refuse(op, name, f"whole numbers of shape {shape}", given)
+
+
+def _distinct(ids: Tensor, own: Tensor) -> Tensor:
+    """ids (B,) with a number of its own, below all others, for each row whose id is unknown. own (B,): global rows."""
+    ids = ids.long()
+    return torch.where(ids == UNKNOWN, UNEQUAL + 1 + own, ids)
+
+
+def _facts(options: dict[str, Any]) -> dict[str, Any]:
+    """What must be alike of the options. Tensors of a rank's own rows may differ; a temperature that is a tensor is its own."""
+    return {
+        name: "a tensor" if isinstance(value, Tensor) else checks.describe(value)
+        for name, value in options.items()
+        if name not in ("step", "row_offset")
+    }
+
+
+def _facts_of_pool(name: str, pool: Negatives) -> dict[str, Any]:
+    parts = {field.name: getattr(pool, field.name) for field in dataclasses.fields(pool)}
+    kinds = {f"{name} {part}": type(value).__name__ for part, value in parts.items()}
+    if isinstance(pool.keys, Tensor):
+        shape = tuple(pool.keys.shape[:-1] if pool.keys.dim() == 2 else pool.keys.shape[1:-1])
+        kinds[f"{name} keys"] = f"{shape} {_kind(pool.keys)}"
+    return kinds

@@ -1,0 +1,376 @@
+"""What ranks do together, at 2 and 3 of them: one bad rank in every collective call, and losses over the negatives of all ranks.
+
+The ranks are started once for each number of them and run every case of this file one after the other, so that a case also shows
+that the one before it left no rank behind.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import negmine
+from negmine import Mix, MoCoQueue, Negatives, Select
+from negmine.collectives import Ranks
+from negmine.losses import gathered
+from negmine.mining import scan
+from negmine.queues import ShardedMoCoQueue
+from tests.cases import ids, unit
+from tests.ranks import run_ranks
+
+D, K, B = 6, 24, 4
+WORLDS = [2, 3]
+PACKAGE = Path(negmine.__file__).parent
+
+
+# One bad rank -----------------------------------------------------------------------------------------------------
+
+
+def shared_queue(**options):
+    return MoCoQueue(D, K, random_init=False, gather_distributed=True, **options)
+
+
+def sharded_queue(**options):
+    queue = ShardedMoCoQueue(D, K, with_labels=True, random_init=False, **options)
+    queue.enqueue(unit(5, D))
+    return queue
+
+
+def diverged(bad):
+    """A queue whose counters were changed on one rank alone: an EMA copy, a checkpoint loaded there only."""
+    queue = shared_queue()
+    queue.queue_ptr += bad
+    queue.enqueue(unit(2, D))
+
+
+def load(bad, **changes):
+    queue = sharded_queue()
+    state = dict(queue.state_dict(), **(changes if bad else {}))
+    queue.load_state_dict(state)
+
+
+def load_shards(bad, **changes):
+    states = [None] * dist.get_world_size()
+    queue = sharded_queue()
+    dist.all_gather_object(states, dict(queue.state_dict()))
+    queue.load_shards([dict(state, **(changes if bad else {})) for state in states])
+
+
+def mine(bad, **changes):
+    rank = dist.get_rank()
+    group = dist.group.WORLD
+    call = {"num_negatives": 2, "process_group": group, **(changes if bad else {})}
+    negmine.mine_hard_negatives(unit(3, D), call.pop("corpus", unit(9, D, seed=rank)), [0, 1, 2], **call)
+
+
+def out_of_memory(bad):
+    def scored(*arguments):
+        if bad:
+            raise MemoryError("no memory for the scores")
+        return hardest_rows(*arguments)
+
+    hardest_rows, scan.hardest_rows = scan.hardest_rows, scored
+    try:
+        mine(False)
+    finally:
+        scan.hardest_rows = hardest_rows
+
+
+def paired(loss, bad, query=None, negative_keys=None, **masks):
+    good = unit(B, D, seed=1).requires_grad_()
+    loss(good if query is None or not bad else query, unit(B, D, seed=2), negative_keys, **(masks if bad else {}))
+
+
+def labelled(loss, bad, **changes):
+    rows, labels = unit(B, D, seed=1).requires_grad_(), torch.arange(B) % 2
+    call = {"query": rows, "keys": rows, "query_labels": labels, "key_labels": labels, **(changes if bad else {})}
+    loss(**call)
+
+
+def everyone(bad):
+    return torch.ones(B, B * dist.get_world_size() + bad, dtype=torch.bool)
+
+
+GATHER = {"gather_distributed": True}
+# name: (what is done, where `bad` is true on one rank; part of what that rank says, or None where the ranks only disagree)
+BAD = {
+    "3a enqueue: width": (lambda bad: shared_queue().enqueue(unit(2, D + bad)), "keys must be of shape (B, D)"),
+    "3a enqueue: None": (lambda bad: shared_queue().enqueue(None if bad else unit(2, D)), "keys must be a tensor"),
+    "3a enqueue, sharded: width": (
+        lambda bad: sharded_queue().enqueue(unit(2, D + bad)),
+        "keys must be of shape (B, D)",
+    ),
+    "3a enqueue, sharded: labels": (
+        lambda bad: sharded_queue().enqueue(unit(2, D), labels=torch.arange(2 + bad)),
+        "labels must be whole numbers of shape (2,)",
+    ),
+    "3a mining: no negatives": (lambda bad: mine(bad, num_negatives=0), "num_negatives must be an int of 1 or more"),
+    "3a mining: resume_dir": (lambda bad: mine(bad, resume_dir="run"), None),
+    "3a info_nce, sharded: query": (
+        lambda bad: sharded_queue().info_nce(unit(2, D).long() if bad else unit(2, D), unit(2, D)),
+        "query must be a floating tensor",
+    ),
+    "3a mine_hardest, sharded: N": (lambda bad: sharded_queue().mine_hardest(unit(2, D), 0 if bad else 3), "N must be"),
+    "3a gathered: None": (lambda bad: gathered(None if bad else unit(2, D)), "rows must be a tensor"),
+    "3a InfoNCELoss: query": (
+        lambda bad: paired(negmine.InfoNCELoss(**GATHER), bad, query=torch.arange(4)),
+        "query must be a floating tensor",
+    ),
+    "3a InfoNCELoss: mask": (  # seen only once the rows are gathered
+        lambda bad: paired(negmine.InfoNCELoss(**GATHER), False, negative_keys=Negatives(None, mask=everyone(bad))),
+        "mask must be of shape",
+    ),
+    "3a SigLIPLoss: ids": (
+        lambda bad: paired(negmine.SigLIPLoss(**GATHER), bad, query_ids=torch.arange(B + 1)),
+        "query_ids must be whole numbers",
+    ),
+    "3a SupConLoss: keys": (
+        lambda bad: labelled(negmine.SupConLoss(**GATHER), bad, keys=None),
+        "keys must be a tensor",
+    ),
+    "3a TripletLoss: labels": (
+        lambda bad: labelled(negmine.TripletLoss(**GATHER), bad, key_labels=torch.ones(B)),
+        "key_labels must be whole numbers",
+    ),
+    "3a MultiSimilarityLoss: labels": (  # seen only once the keys are gathered
+        lambda bad: labelled(negmine.MultiSimilarityLoss(**GATHER), bad, query_labels=torch.arange(B + 1)),
+        "query_labels must be of shape (4,)",
+    ),
+    "3b mining: dtypes": (lambda bad: mine(bad, deduplicate="near", corpus=unit(9, D).half()), None),
+    "3b mining: seeds": (lambda bad: mine(bad, seed=1), None),
+    "3b InfoNCELoss: dtypes": (
+        lambda bad: paired(negmine.InfoNCELoss(**GATHER), bad, query=unit(B, D).bfloat16()),
+        None,
+    ),
+    "3b InfoNCELoss: options": (
+        lambda bad: paired(negmine.InfoNCELoss(select=Select(0, 3 + bad), **GATHER), bad),
+        None,
+    ),
+    "3b InfoNCELoss: no gradient": (lambda bad: paired(negmine.InfoNCELoss(**GATHER), bad, query=unit(B, D)), None),
+    "3b enqueue: ids": (
+        lambda bad: shared_queue(with_ids=True).enqueue(unit(2, D), ids=torch.arange(2) if bad else None),
+        None,
+    ),
+    "3c temperatures": (
+        lambda bad: sharded_queue().info_nce(unit(2, D), unit(2, D), temperature=torch.tensor(0.5 if bad else 0.1)),
+        None,
+    ),
+    **{
+        f"3d load_shards: {name} {value}": (
+            lambda bad, change={name: value}: load_shards(bad, **change),
+            f"states: {name} must be one whole number from 0 to",
+        )
+        for name, value in (
+            ("queue_len", torch.tensor([99])),
+            ("queue_len", torch.tensor([-5])),
+            ("queue_len", torch.tensor([2**40])),
+            ("queue_ptr", torch.tensor([99])),
+            ("queue_ptr", torch.tensor([torch.nan])),
+            ("queue_ptr", "1"),
+        )
+    },
+    "3d load_shards: range": (lambda bad: load_shards(bad, queue_range=torch.zeros(3)), "states: queue_range must be"),
+    "3d load_state_dict: counter": (
+        lambda bad: load(bad, queue_ptr=torch.tensor([K])),
+        "queue_ptr must be one whole number from 0 to 23",
+    ),
+    "3d load_state_dict: range": (lambda bad: load(bad, queue_range=torch.tensor([1, 2, K])), "load_shards takes the"),
+    "3e constructor: K": (lambda bad: MoCoQueue(D, K + bad, **GATHER), None),
+    "3e constructor: dtype": (lambda bad: MoCoQueue(D, K, dtype=torch.float16 if bad else None, **GATHER), None),
+    "3e constructor, sharded: K": (lambda bad: ShardedMoCoQueue(D, K + bad), None),
+    "3e constructor, sharded: dim": (
+        lambda bad: ShardedMoCoQueue(0 if bad else D, K),
+        "dim must be an int of 1 or more",
+    ),
+    "3e constructor, sharded: ids": (lambda bad: ShardedMoCoQueue(D, K, with_ids=bool(bad)), None),
+    "3e diverged counters": (diverged, None),
+    "3e another function": (
+        lambda bad: sharded_queue().enqueue(unit(2, D)) if bad else sharded_queue().mine_hardest(unit(2, D), 2),
+        None,
+    ),
+    "3f out of memory": (out_of_memory, "no memory for the scores"),
+}
+
+
+def bad_calls(rank, world):
+    """What each call of BAD raises here where the last rank is bad, and where agreements were made."""
+    said, sites = {}, set()
+    agreement = Ranks.agreement
+
+    def recorded(self, op, device=None):
+        code = sys._getframe(1).f_code
+        sites.add((Path(code.co_filename).relative_to(PACKAGE).as_posix(), code.co_name))
+        return agreement(self, op, device)
+
+    Ranks.agreement = recorded
+    for name, (call, _) in BAD.items():
+        said[name] = "nothing was refused"
+        try:
+            call(rank == world - 1)
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    Ranks.agreement = agreement
+    return said, sites
+
+
+def agreements():
+    """Where the package makes agreements: (file, function) of every call of Ranks.agreement."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            for node in ast.walk(function):
+                if (
+                    isinstance(node, ast.Call)
+                    and isinstance(node.func, ast.Attribute)
+                    and node.func.attr == "agreement"
+                ):
+                    found.add((path.relative_to(PACKAGE).as_posix(), function.name))
+    return found
+
+
+# The negatives of all ranks ---------------------------------------------------------------------------------------
+
+# name: a loss over the batch of every rank, (module, keywords of its call by name from the rows and their ids)
+OVER_RANKS = {
+    "in batch": (lambda **g: negmine.InfoNCELoss(0.2, **g), {}),
+    "decoupled": (lambda **g: negmine.recipes.decoupled(0.2, **g), {}),
+    "ids": (lambda **g: negmine.InfoNCELoss(0.2, **g), {"query_ids"}),
+    "labels": (lambda **g: negmine.InfoNCELoss(0.2, **g), {"query_labels"}),
+    "window": (lambda **g: negmine.InfoNCELoss(0.2, select=Select(0.1, 0.6), **g), {"query_ids"}),
+    "mixed": (lambda **g: negmine.InfoNCELoss(0.2, mix=Mix(4, 3, 2), seed=1, **g), {}),
+    "keys": (lambda **g: negmine.InfoNCELoss(0.2, **g), {"keys"}),
+    "keys with ids": (lambda **g: negmine.InfoNCELoss(0.2, **g), {"keys", "query_ids"}),
+    "sigmoids": (lambda **g: negmine.SigLIPLoss(5.0, -3.0, **g), {}),
+    "SupCon": (lambda **g: negmine.SupConLoss(0.2, **g), "labelled"),
+    "SupCon, in": (lambda **g: negmine.SupConLoss(0.2, positives="in", denominator="own_positive", **g), "labelled"),
+    "triplets": (lambda **g: negmine.TripletLoss(0.5, positive="hard", negative="hardest", **g), "labelled"),
+    "multi-similarity": (lambda **g: negmine.MultiSimilarityLoss(**g), "labelled"),
+}
+
+
+def gradients(name, rows, world):
+    """The loss of these rows of the global batch and its gradient to a layer, averaged over the ranks."""
+    make, given = OVER_RANKS[name]
+    torch.manual_seed(3)
+    layer = nn.Linear(D, D, bias=False)
+    loss = make(gather_distributed=dist.is_initialized())
+    number = ids(world * B, 0, seed=2)["query_ids"]
+    number[1] = number[B] = -1  # unknown: equal to nothing, but for the own positive
+    image, number = unit(world * B, D, seed=7)[rows], number[rows]
+    query, key = (nn.functional.normalize(layer(image * (1 + 0.1 * i)), dim=1) for i in range(2))
+    if given == "labelled":
+        own = torch.arange(world * B)[rows]
+        value = loss(query, query, number % 2, number % 2, query_ids=own, key_ids=own)
+    else:
+        masks = {tag: number for tag in ("query_ids", "query_labels") if tag in given}
+        keys = Negatives(nn.functional.normalize(layer(image + 1), dim=1), ids=number if masks else None)
+        value = loss(query, key, keys if "keys" in given else None, **masks)
+    value.backward()
+    return value.detach(), layer.weight.grad
+
+
+def over_ranks(rank, world):
+    out = {}
+    for name in OVER_RANKS:
+        value, grad = gradients(name, slice(rank * B, rank * B + B), world)
+        dist.all_reduce(grad)
+        dist.all_reduce(value)
+        out[name] = value / world, grad / world
+    # Ragged batches: the sum over the global batch, and a gathered tensor's gradient.
+    rows = torch.arange(3.0 + rank).requires_grad_()
+    (gathered(rows[:, None]).square().sum() * (rank + 1)).backward()
+    out["ragged"] = rows.grad
+    return out
+
+
+# Queues under DistributedDataParallel -----------------------------------------------------------------------------
+
+
+class WithQueue(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(D, D)
+        self.queue = ShardedMoCoQueue(D, K, with_ids=True, seed=4)
+
+    def forward(self, image):
+        query = nn.functional.normalize(self.layer(image), dim=1)
+        loss = self.queue.info_nce(query, image, temperature=0.2)
+        self.queue.enqueue(image, ids=torch.arange(len(image)))
+        return loss
+
+
+def under_ddp(rank, world):
+    model = DistributedDataParallel(WithQueue())
+    before = model.module.queue.queue.clone()
+    model(unit(B, D, seed=rank)).backward()  # broadcasts the buffers
+    model.module.double().float()
+    queue = model.module.queue
+    return before, dict(queue.state_dict()), [name for name, _ in queue.named_buffers()]
+
+
+CASES = {"bad": bad_calls, "over ranks": over_ranks, "ddp": under_ddp}
+
+
+def all_cases(rank, world):
+    return {name: case(rank, world) for name, case in CASES.items()}
+
+
+@pytest.fixture(params=WORLDS)
+def got(request, tmp_path_factory):
+    """What every rank of a world answers, by case."""
+    if request.param not in answers:
+        answers[request.param] = run_ranks(all_cases, request.param, tmp_path_factory.mktemp("ranks"))
+    return answers[request.param]
+
+
+answers: dict[int, list] = {}
+
+
+def test_3_what_one_rank_refuses_every_rank_raises(got):
+    bad = len(got) - 1
+    for name, (_, own) in BAD.items():
+        for rank, answer in enumerate(got):
+            said = answer["bad"][0][name]
+            assert said != "nothing was refused", (name, rank)
+            if own is not None and rank == bad:
+                assert own in said, (name, said)
+            else:
+                assert f"rank {bad}" in said, (name, rank, said)
+                assert said.startswith("RuntimeError" if "memory" in name or "load_state" in name else "ValueError"), (
+                    said
+                )
+
+
+def test_3_every_agreement_of_the_package_has_a_bad_rank(got):
+    made = agreements()
+    assert len(made) > 8 and made <= got[0]["bad"][1], made - got[0]["bad"][1]
+
+
+def test_ranks_have_the_loss_and_gradient_of_one_process(got):
+    world = len(got)
+    for name in OVER_RANKS:
+        want = gradients(name, slice(0, world * B), world)
+        for rank in range(world):
+            for mine, other in zip(got[rank]["over ranks"][name], want, strict=True):
+                torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    for rank in range(world):
+        rows = torch.arange(3.0 + rank)
+        assert torch.equal(got[rank]["over ranks"]["ragged"], 2 * rows * sum(range(1, world + 1)))
+
+
+def test_ranks_keep_their_rows_under_ddp(got):
+    world = len(got)
+    twin = MoCoQueue(D, K, with_ids=True)
+    twin.queue.copy_(torch.cat([answer["ddp"][0] for answer in got]))
+    for rank in range(world):
+        twin.enqueue(unit(B, D, seed=rank), ids=torch.arange(B))
+    assert torch.equal(torch.cat([answer["ddp"][1]["queue"] for answer in got]), twin.queue)
+    assert torch.equal(torch.cat([answer["ddp"][1]["queue_ids"] for answer in got]), twin.queue_ids)
+    assert all(answer["ddp"][2] == ["queue_ptr", "queue_len"] for answer in got)
