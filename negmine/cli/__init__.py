@@ -2,6 +2,7 @@
 
 options.py        options made from a function's signature and docstring, so the two cannot part
 files.py          what options name: lists, labels, texts, similarities, callables
+outputs.py        the files that a command will write, checked before any work
 mine.py           negmine mine
 flagembedding.py  negmine mine --compat flagembedding
 index.py          negmine index build, search, recall

@@ -6,7 +6,9 @@ from typing import Any
 
 from negmine.cli import files
 from negmine.cli.options import add_options, given
+from negmine.cli.outputs import add_overwrite, check_outputs
 from negmine.report import hardness_report
+from negmine.report.result import require_kind
 
 READERS = {
     "query_embeddings": files.EMBEDDINGS,
@@ -32,10 +34,16 @@ def add(commands: Any) -> None:
     )
     names = add_options(parser, hardness_report, READERS)
     parser.add_argument("--output", metavar="FILE", help="the figures, as .json or .npz")
+    add_overwrite(parser)
     parser.set_defaults(run=lambda args: run(args, names))
 
 
 def run(args: argparse.Namespace, names: list[str]) -> int:
+    command = "negmine analyze"
+    if args.output:
+        require_kind(command, args.output, "--output")
+    outputs = {"--output": args.output, "--page": getattr(args, "page", None)}
+    check_outputs(command, args, outputs, overwrite=args.overwrite)
     report = hardness_report(**{"show_progress_bar": sys.stderr.isatty(), **given(args, names, READERS)})
     if args.output:
         report.save(args.output)

@@ -6,7 +6,6 @@ texts     .jsonl, each line a string or an object with "text" or "query"; any ot
 """
 
 import importlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,34 +13,19 @@ from typing import Any
 import numpy as np
 
 from negmine.cli.options import Reader
-
-
-def _existing(name: str) -> Path:
-    path = Path(name)
-    if not path.is_file():
-        raise ValueError(f"{name!r} is no file")
-    return path
+from negmine.mining.numpy_file import names_in_npz, read_npy, read_npz
+from negmine.mining.regular_file import read_json
+from negmine.mining.text_files import read_jsonl, read_lines
 
 
 def array(name: str) -> np.ndarray:
     """A .npy file's array."""
-    path = _existing(name)
-    try:
-        return np.load(path, allow_pickle=False)
-    except ValueError as error:
-        raise ValueError(f"{name!r} must be a .npy file of numbers or strings ({error})") from error
+    return read_npy(name)
 
 
 def records(name: str) -> list[Any]:
     """Each line of a .jsonl file, parsed; blank lines are none."""
-    found = []
-    for number, line in enumerate(_existing(name).read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} of {name!r} is no JSON ({error})") from error
-    return found
+    return [record for _, record in read_jsonl(name)]
 
 
 def lists(name: str) -> Any:
@@ -49,35 +33,31 @@ def lists(name: str) -> Any:
     if kind == ".npy":
         return array(name)
     if kind == ".npz":
-        with np.load(_existing(name), allow_pickle=False) as held:
-            if not {"indptr", "indices"} <= set(held.files):
-                raise ValueError(
-                    f"{name!r} must hold indptr and indices, and holds {', '.join(held.files) or 'nothing'}"
-                )
-            return held["indptr"], held["indices"]
-    if kind == ".jsonl":
-        return records(name)
+        held = read_npz(name, ("indptr", "indices"))
+        if held.keys() != {"indptr", "indices"}:
+            came = ", ".join(names_in_npz(name)) or "nothing"
+            raise ValueError(f"{name!r} must hold indptr and indices, and holds {came:.200}")
+        return held["indptr"], held["indices"]
     if kind == ".json":
-        try:
-            return json.loads(_existing(name).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name!r} is no JSON ({error})") from error
+        return read_json(name)
+    if ".jsonl" in Path(name).suffixes:
+        return records(name)
     raise ValueError(f"{name!r} must be a .npy, .npz, .json or .jsonl file")
 
 
 def lines(name: str) -> list[str]:
-    return _existing(name).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    return [line for _, line in read_lines(name)]
 
 
 def texts(name: str) -> list[str]:
-    if Path(name).suffix != ".jsonl":
+    if ".jsonl" not in Path(name).suffixes:
         return lines(name)
     found = []
-    for number, record in enumerate(records(name), 1):
+    for number, record in read_jsonl(name):
         if isinstance(record, dict):
             record = record.get("text", record.get("query"))
         if not isinstance(record, str):
-            raise ValueError(f'record {number} of {name!r} must be a string or an object with "text" or "query"')
+            raise ValueError(f'line {number} of {name!r} must be a string or an object with "text" or "query"')
         found.append(record)
     return found
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from negmine.cli import files
+from negmine.cli.outputs import check_outputs
 from negmine.mining import mine_hard_negatives
 from negmine.mining.atomic_file import atomic_write
 from negmine.options import Select
@@ -137,6 +138,8 @@ def run(words: list[str]) -> int:
     args = made.parse_args(words)
     if args.negative_number < 1 or args.search_batch_size < 1:
         made.error("--negative_number and --search_batch_size must be 1 or more")
+    # As the script does, an output that exists is replaced; an input never is.
+    check_outputs(f"negmine mine --compat {NAME}", args, {"--output-file": args.output_file}, overwrite=True)
     data, corpus = _read(args.input_file, args.candidate_pool)
     row_of = {text: row for row, text in enumerate(corpus)}
     known = [sorted({row_of[text] for text in record["pos"] if text in row_of}) for record in data]

@@ -9,6 +9,7 @@ import numpy as np
 
 from negmine.cli import files
 from negmine.cli.options import add_options, given
+from negmine.cli.outputs import add_overwrite, check_outputs
 from negmine.mining import NegativeIndex
 from negmine.mining.atomic_file import atomic_write
 
@@ -30,6 +31,7 @@ def add(commands: Any) -> None:
     )
     names = add_options(built, NegativeIndex.build, READERS)
     built.add_argument("--output", metavar="FILE", required=True, help="the index")
+    add_overwrite(built)
     built.set_defaults(run=lambda args: _build(args, names))
 
     for name, function, end, description in (
@@ -44,17 +46,21 @@ def add(commands: Any) -> None:
             step.add_argument(
                 "--output", metavar="FILE", required=True, help=".npz with scores and indices, (Q, k) each"
             )
+            add_overwrite(step)
         step.set_defaults(run=_with_index(end, loaded, asked))
 
 
 def _with_index(end: Callable, loaded: list[str], asked: list[str]) -> Callable[[argparse.Namespace], int]:
     def run(args: argparse.Namespace) -> int:
+        if hasattr(args, "output"):
+            check_outputs("negmine index search", args, {"--output": args.output}, overwrite=args.overwrite)
         return end(args, NegativeIndex.load(args.index, **given(args, loaded, READERS)), given(args, asked, READERS))
 
     return run
 
 
 def _build(args: argparse.Namespace, names: list[str]) -> int:
+    check_outputs("negmine index build", args, {"--output": args.output}, overwrite=args.overwrite)
     made = NegativeIndex.build(**given(args, names, READERS))
     made.save(args.output)
     print(f"{made} in {args.output}, {Path(args.output).stat().st_size:,} bytes")

@@ -7,7 +7,10 @@ from typing import Any
 
 from negmine.cli import files, flagembedding
 from negmine.cli.options import Reader, add_options, given
+from negmine.cli.outputs import add_overwrite, check_outputs
 from negmine.mining import NegativeIndex, mine_hard_negatives
+from negmine.mining.result import FORMS
+from negmine.ops.checks import require_choice
 from negmine.options import Select
 
 READERS = {
@@ -38,6 +41,7 @@ def add(commands: Any) -> None:
     out.add_argument("--output", metavar="FILE", help="the MiningResult, as .npz")
     out.add_argument("--jsonl", metavar="FILE", help="training data; needs the texts")
     out.add_argument("--form", default="flagembedding", help="of --jsonl: flagembedding or tevatron")
+    add_overwrite(out)
     parser.add_argument(
         "--compat",
         choices=["flagembedding"],
@@ -51,6 +55,9 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace, names: list[s
         parser.error("give --output, --jsonl or both: else nothing would be kept")
     if args.jsonl and not (hasattr(args, "query_texts") and hasattr(args, "corpus_texts")):
         parser.error("--jsonl needs --query-texts and --corpus-texts")
+    require_choice("negmine mine", "form", args.form, FORMS)
+    outputs = {"--output": args.output, "--jsonl": args.jsonl}
+    check_outputs("negmine mine", args, outputs, overwrite=args.overwrite)
     arguments = {"show_progress_bar": sys.stderr.isatty(), **given(args, names, READERS)}
     result = mine_hard_negatives(**arguments, select=Select(**given(args, fields)))
     if args.output:

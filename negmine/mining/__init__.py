@@ -19,6 +19,9 @@ resume.py             resuming interrupted runs
 rounds.py             mining_rounds: mine, train, mine again
 atomic_file.py        files that are written completely or not at all
 array_file.py         the file format of indexes and resumed runs
+numpy_file.py         arrays of .npy and .npz files
+regular_file.py       files opened for reading, and JSON
+text_files.py         lines of text files, plain or compressed
 progress.py           a progress bar on stderr
 """
 

@@ -19,10 +19,12 @@ from typing import IO, Any
 import numpy as np
 
 from negmine.mining.atomic_file import atomic_write
+from negmine.mining.regular_file import cause, open_regular, parse_json
+from negmine.ops.checks import describe, refuse
 
 MAGIC = b"negmine\x01"
 TAIL = struct.Struct("<Q16s8s")  # length and hash of the JSON, magic
-MAX_JSON_BYTES = 1 << 26
+MAX_TABLE_BYTES = 1 << 20  # facts and table take a few hundred bytes
 DTYPES = ("uint8", "uint16", "int64", "float16", "float32")
 CHUNK_BYTES = 1 << 20  # bytes in memory at a time while hashing
 
@@ -79,15 +81,15 @@ def read(op: str, path: str | os.PathLike, kind: str) -> tuple[dict, dict[str, P
     """The facts and parts of a file that `write` wrote. Raises ValueError for another kind of file and for a damaged one."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{op}: path must be an existing file, got {str(path)!r}")
+        raise refuse(op, "path", "an existing file", str(path))
     try:
-        with open(path, "rb") as file:
-            facts, parts = _table(file, path.stat().st_size, kind)
+        with open_regular(path) as file:
+            facts, parts = _table(file, os.fstat(file.fileno()).st_size, kind)
             for name, part in parts.items():
                 if digest_of(_pieces(file, part.offset, part.size)) != part.blake2b:
-                    raise ValueError(f"the bytes of {name} are not those that were written")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise ValueError(f"{op}: {str(path)!r} is damaged or is no {kind} file ({error})") from error
+                    raise ValueError(f"the bytes of {describe(name)} are not those that were written")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, struct.error) as error:
+        raise ValueError(f"{op}: {describe(str(path))} is damaged or is no {kind} file ({cause(error)})") from error
     return facts, parts
 
 
@@ -103,25 +105,36 @@ def _table(file: IO[bytes], total: int, kind: str) -> tuple[dict, dict[str, Part
     file.seek(total - TAIL.size)
     length, digest, magic = TAIL.unpack(file.read(TAIL.size))
     end = total - TAIL.size - length  # where the parts end
-    if magic != MAGIC or length > MAX_JSON_BYTES or end < len(MAGIC):
+    if magic != MAGIC or length > MAX_TABLE_BYTES or end < len(MAGIC):
         raise ValueError("it does not end as one")
     file.seek(end)
     text = file.read(length)
     if hashlib.blake2b(text, digest_size=16).digest() != digest:
         raise ValueError("its table is not the one that was written")
-    content = json.loads(text)
+    content = parse_json(text, "its table")
     if content["kind"] != kind:
-        raise ValueError(f"it is a {content['kind']} file")
+        raise ValueError(f"it is a file of kind {describe(content['kind'])}")
+    if not isinstance(content["facts"], dict):
+        raise ValueError("its facts are no JSON object")
     parts = {}
     for name, entry in content["parts"].items():
         part = Part(entry["dtype"], tuple(entry["shape"]), entry["offset"], entry["size"], entry["blake2b"])
-        if part.dtype not in DTYPES or not all(type(side) is int and side >= 0 for side in part.shape):
-            raise ValueError(f"the table's {name} has dtype {part.dtype!r} and shape {part.shape}")
+        sizes = (*part.shape, part.offset, part.size)
+        if (
+            part.dtype not in DTYPES
+            or len(part.shape) > 8
+            or not all(type(size) is int and 0 <= size < 2**63 for size in sizes)
+        ):
+            raise ValueError(
+                f"the table's {describe(name)} has dtype {describe(part.dtype)} and shape {describe(part.shape)}"
+            )
         needed = np.dtype(part.dtype).itemsize
         for side in part.shape:
             needed *= side  # Python's ints: no overflow
         if part.size != needed or part.offset < len(MAGIC) or part.offset + part.size > end:
-            raise ValueError(f"the table's {name} needs {needed} bytes at {part.offset}, and the parts end at {end}")
+            raise ValueError(
+                f"the table's {describe(name)} needs {needed} bytes at {part.offset}, and the parts end at {end}"
+            )
         parts[name] = part
     return content["facts"], parts
 

@@ -1,10 +1,29 @@
-"""Write a file atomically: a reader, or a crash, sees either the old file or the complete new one."""
+"""Write a file atomically: a reader, or a crash, sees either the old file or the complete new one.
+
+The content goes to a new file in the same folder, which is flushed to disk and then renamed. Its name is random and it is created
+exclusively, so that neither a link nor a file of another process is ever written to. The new file keeps the permissions of the
+one that it replaces.
+"""
 
 import contextlib
+import errno
 import os
+import re
+import secrets
+import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from negmine.ops.checks import describe, refuse
+
+PARTIAL = re.compile(
+    r"\.(.+)\.[0-9a-f]{16}\.partial"
+)  # the name of an unfinished file; the group begins the final name
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+PIPE_SECONDS = 10.0  # until another process has to open a pipe for reading
 
 
 def sync_folder(folder: Path) -> None:
@@ -16,33 +35,106 @@ def sync_folder(folder: Path) -> None:
         os.close(number)
 
 
+def is_stream(path: Path) -> bool:
+    """A pipe, a device, or a name in /dev or /proc, such as /dev/stdout, which at times is a link to a file."""
+    is_device = path.absolute().parts[1:2] in (("dev",), ("proc",)) and "shm" not in path.parts
+    return path.exists() and (is_device or not (path.is_file() or path.is_dir()))
+
+
+def _mode_of(path: Path) -> int | None:
+    """The permissions of an existing regular file."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return stat.S_IMODE(status.st_mode) & 0o777 if stat.S_ISREG(status.st_mode) else None
+
+
+def _failure(op: str, path: Path, error: OSError) -> OSError:
+    said = f"{op}: {describe(str(path))} could not be written ({error.strerror}); what was there before is untouched"
+    return OSError(error.errno, said)
+
+
+def require_output(op: str, name: str, path: Any) -> Path:
+    """The path of a file that can be written; raises before any work for a missing folder, a folder, or a read-only file."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise refuse(op, name, "the path of a file", path, TypeError)
+    given, path = os.fspath(path), Path(path)
+    if not isinstance(given, str) or not path.name or "\0" in given:
+        raise refuse(op, name, "the path of a file", given)
+    try:
+        if is_stream(path):
+            return path
+        problem = 0
+        if not path.parent.is_dir():
+            problem = errno.ENOTDIR if path.parent.exists() else errno.ENOENT
+        elif path.is_dir() or given.endswith("/"):
+            problem = errno.EISDIR
+        elif not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+            problem = errno.EACCES
+        elif len(os.fsencode(path.name)) > os.pathconf(path.parent, "PC_NAME_MAX"):
+            problem = errno.ENAMETOOLONG
+    except OSError as error:
+        raise _failure(op, path, error) from error
+    if problem:
+        raise _failure(op, path, OSError(problem, os.strerror(problem)))
+    return path
+
+
+def _open_stream(path: Path) -> int:
+    """The descriptor of a stream; a pipe must find a reader within PIPE_SECONDS."""
+    end = time.monotonic() + PIPE_SECONDS
+    while True:
+        try:
+            number = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC)
+            break
+        except OSError as error:
+            if error.errno != errno.ENXIO or time.monotonic() >= end:
+                raise
+            time.sleep(0.01)
+    os.set_blocking(number, True)
+    return number
+
+
+def _open_new(path: Path, mode: int) -> tuple[Path, int]:
+    """A new file beside `path`: its path and its descriptor."""
+    while True:
+        partial = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.partial")
+        try:
+            return partial, os.open(partial, NEW_FILE, mode)
+        except FileExistsError:
+            continue
+
+
 @contextlib.contextmanager
 def atomic_write(op: str, path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """A context manager that yields a file to write; the file becomes `path` when the block ends without an error.
 
-    A pipe, a device, or a name in /dev or /proc, such as /dev/stdout, is written to directly, because it must not be replaced.
+    A link is replaced by the file; what it names is left alone. A stream (`is_stream`) is written to directly, because it must
+    not be replaced; a pipe that nothing reads raises OSError.
     """
-    path = Path(path)
-    is_device = (
-        path.absolute().parts[1:2] in (("dev",), ("proc",)) and "shm" not in path.parts
-    )  # a link, at times to a file
-    if path.exists() and (is_device or not (path.is_file() or path.is_dir())):
-        with open(path, "wb") as file:
-            yield file
-        return
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    path = require_output(op, "path", path)
+    partial = None
     try:
-        with open(partial, "wb") as file:
+        if is_stream(path):
+            with open(_open_stream(path), "wb") as file:
+                yield file
+            return
+        mode = _mode_of(path)
+        partial, number = _open_new(path, 0o666 if mode is None else mode)
+        with open(number, "wb") as file:
+            if mode is not None:
+                os.fchmod(number, mode)
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(number)
         os.replace(partial, path)
         sync_folder(path.parent)
+    except BrokenPipeError:
+        raise  # the reader has gone: the command has an exit code for that
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{op}: {str(path)!r} could not be written ({error.strerror}); what was there before is untouched",
-        ) from error
+        raise _failure(op, path, error) from error
     finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+        if partial is not None:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)

@@ -29,6 +29,10 @@ ADDED_ROWS = 1 << 16  # converted to float32 at a time
 GPU_MAX_K = 2048  # FAISS's limit on a GPU
 
 
+class UnreadableIndex(ValueError):
+    """The bytes of a saved index that its library does not take."""
+
+
 def training_sample(rows: Rows, count: int | None, seed: int) -> np.ndarray:
     """(T, D) fp32: finite rows drawn without replacement, in row order."""
     count = min(len(rows), TRAIN_ROWS if count is None else count)
@@ -167,8 +171,10 @@ class FaissEngine:
         faiss = _faiss(op)
         try:
             index = faiss.read_index(faiss.PyCallbackIOReader(read))
-        except RuntimeError as error:
-            raise ValueError(f"{op}: FAISS {faiss.__version__} cannot read this index ({_last_line(error)})") from error
+        except (RuntimeError, MemoryError, AssertionError) as error:
+            raise UnreadableIndex(f"FAISS {faiss.__version__} cannot read this index ({_last_line(error)})") from error
+        if index is None:
+            raise UnreadableIndex(f"FAISS {faiss.__version__} cannot read this index")
         return cls(op, kind, index, options, device)
 
     @property
@@ -178,7 +184,8 @@ class FaissEngine:
 
 def _last_line(error: Exception) -> str:
     """FAISS's message without its source lines."""
-    return str(error).strip().splitlines()[-1].rsplit(": ", 1)[-1]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].rsplit(": ", 1)[-1]
 
 
 class CagraEngine:

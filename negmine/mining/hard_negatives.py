@@ -30,7 +30,7 @@ from negmine.mining.memory_budget import DEFAULT_MEMORY, DENSE_BYTES, MAX_QUERIE
 from negmine.mining.process_ranks import ProcessRanks
 from negmine.mining.progress import progress
 from negmine.mining.result import MiningResult
-from negmine.mining.resume import RunState
+from negmine.mining.resume import RunState, require_folder
 from negmine.mining.sampling import STRATEGIES, sample
 from negmine.mining.scan import OPS, Corpus, Scan
 from negmine.mining.sources import Rows, resolve_device
@@ -210,8 +210,8 @@ def _check_options(**options: Any) -> dict[str, Any]:
         raise checks.refuse(OP, "index", "'exact', a FAISS factory string, or a NegativeIndex", index, TypeError)
     if options["process_group"] is not None and getattr(index, "kind", index) != "exact":
         raise checks.refuse(OP, "index", "'exact' where process_group is given", index)
-    if options["resume_dir"] is not None and not isinstance(options["resume_dir"], (str, os.PathLike)):
-        raise checks.refuse(OP, "resume_dir", "the path of a folder", options["resume_dir"], TypeError)
+    if options["resume_dir"] is not None:
+        require_folder(OP, "resume_dir", options["resume_dir"])
     return options
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from negmine.mining import array_file
-from negmine.mining.engines import CagraEngine, ExactEngine, FaissEngine
+from negmine.mining.engines import CagraEngine, ExactEngine, FaissEngine, UnreadableIndex
 from negmine.mining.memory_budget import DENSE_BYTES, plan_batches
 from negmine.mining.process_ranks import ProcessRanks
+from negmine.mining.regular_file import cause
 from negmine.mining.row_lists import RowLists
 from negmine.mining.scan import OPS, Corpus, Scan, pair_scores
 from negmine.mining.sources import Rows, resolve_device
@@ -206,21 +207,25 @@ class NegativeIndex:
             if kind == "exact" and (part.shape != (rows, dim) or part.dtype not in (dtype, "uint16")):
                 raise ValueError(f"its rows are {part.dtype} {part.shape}, not {dtype} {(rows, dim)}")
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{op}: {str(path)!r} is no NegativeIndex that this version reads ({error})") from error
-        array = array_file.map_array(path, part)
-        engine: Any
-        if kind == "exact":
-            tensor = torch.from_numpy(array)
-            held = Rows.open(op, "path", tensor.view(torch.bfloat16) if part.dtype == "uint16" else tensor)
-            engine = ExactEngine(op, held, resolve_device(op, device, held), backend)
-        else:
-            read = sequential_reader(array)
-            where = torch.device(device or ("cuda" if kind == "cagra" else "cpu"))
-            engine = (
-                CagraEngine.deserialize(op, read, rows, dim, options, where)
-                if kind == "cagra"
-                else FaissEngine.deserialize(op, kind, read, options, where)
-            )
+            what = f"{op}: {str(path)!r} is no NegativeIndex that this version reads"
+            raise ValueError(f"{what} ({cause(error)})") from error
+        try:
+            array = array_file.map_array(path, part)
+            engine: Any
+            if kind == "exact":
+                tensor = torch.from_numpy(array)
+                held = Rows.open(op, "path", tensor.view(torch.bfloat16) if part.dtype == "uint16" else tensor)
+                engine = ExactEngine(op, held, resolve_device(op, device, held), backend)
+            else:
+                read = sequential_reader(array)
+                where = torch.device(device or ("cuda" if kind == "cagra" else "cpu"))
+                engine = (
+                    CagraEngine.deserialize(op, read, rows, dim, options, where)
+                    if kind == "cagra"
+                    else FaissEngine.deserialize(op, kind, read, options, where)
+                )
+        except UnreadableIndex as error:
+            raise ValueError(f"{op}: {str(path)!r}: {cause(error)}") from error
         if (len(engine), engine.dim) != (rows, dim):
             came = f"{len(engine)} rows of D = {engine.dim}"
             raise ValueError(f"{op}: {str(path)!r} holds {came}, and its table says {rows} of D = {dim}")

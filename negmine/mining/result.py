@@ -10,17 +10,23 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
 
 from negmine.mining import result_page
-from negmine.mining.atomic_file import atomic_write
+from negmine.mining.atomic_file import atomic_write, require_output
 from negmine.mining.columns import Column
+from negmine.mining.numpy_file import read_npz
+from negmine.mining.regular_file import cause, parse_json
 from negmine.mining.row_lists import RowLists
-from negmine.ops.checks import refuse, require_choice
+from negmine.ops.checks import describe, refuse, require_choice
+from negmine.options import is_real
 
 FORMAT = 1
+FORMS = ("flagembedding", "tevatron")
+MAX_DESCRIPTION_BYTES = 1 << 20  # of the JSON beside the arrays, which takes a few thousand
 DTYPES = {
     "indices": np.int64,
     "scores": np.float32,
@@ -109,7 +115,8 @@ class MiningResult:
         form="tevatron": {"query_id", "query", "positive_passages": [{"docid", "title", "text"}], "negative_passages": [...]}
         """
         op = "to_jsonl"
-        require_choice(op, "form", form, ("flagembedding", "tevatron"))
+        require_choice(op, "form", form, FORMS)
+        require_output(op, "path", path)
         asked = [
             Column(op, name, own if given is None else given)
             for name, given, own in (
@@ -129,7 +136,7 @@ class MiningResult:
             return [{"docid": str(n), "title": "", "text": text} for n, text in zip(names, texts, strict=True)]
 
         lines = 0
-        with open(path, "w", encoding="utf-8") as file:
+        with atomic_write(op, path) as file:
             for query, negatives in enumerate(self.indices):
                 positive, negative = (
                     passages(self.positives.take(np.array([query])).rows),
@@ -143,7 +150,13 @@ class MiningResult:
                 else:
                     line = {"query_id": str(self._queries(np.array([query]))[0]), "query": text}
                     line |= {"positive_passages": positive, "negative_passages": negative}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                try:
+                    file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                except UnicodeEncodeError as error:
+                    wanted = "texts that UTF-8 can hold, without lone surrogates"
+                    raise ValueError(
+                        f"{op}: query_texts and corpus_texts must be {wanted}, see query {query}"
+                    ) from error
                 lines += 1
         return lines
 
@@ -191,20 +204,23 @@ class MiningResult:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "MiningResult":
         """Read a file that `save` wrote. Raises ValueError for another kind of file and for a damaged one."""
+        op = "MiningResult.load"
         if not Path(path).is_file():
-            raise refuse("MiningResult.load", "path", "an existing file", str(path))
+            raise refuse(op, "path", "an existing file", str(path))
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in DTYPES}
-                description = json.loads(file["description"].tobytes().decode())
+            arrays = read_npz(path, {*DTYPES, "description"})
+            text = arrays.pop("description").tobytes()
+            if len(text) > MAX_DESCRIPTION_BYTES:
+                raise ValueError(f"its description holds {len(text):,} bytes")
+            description = parse_json(text, "its description")
+            arrays = {name: arrays[name] for name in DTYPES}
             skipped, config = description["skipped"], description["config"]
             problem = _problem(arrays, description)
-        except Exception as error:  # zip, zlib, the header parser and JSON each raise their own kinds
-            raise ValueError(
-                f"MiningResult.load: {str(path)!r} is damaged or was not written by save ({error})"
-            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+            what = f"{op}: {describe(str(path))} is damaged or was not written by save"
+            raise ValueError(f"{what} ({cause(error)})") from error
         if problem:
-            raise ValueError(f"MiningResult.load: {str(path)!r} cannot be read: {problem}")
+            raise ValueError(f"{op}: {describe(str(path))} cannot be read: {problem}")
         positives = RowLists(arrays.pop("positives_indptr"), arrays.pop("positives_rows"))
         return cls(**arrays, positives=positives, skipped=skipped, config=config)
 
@@ -244,14 +260,20 @@ def _joined(*parts: np.ndarray) -> np.ndarray:
 def _problem(arrays: dict[str, np.ndarray], description: dict[str, Any]) -> str:
     """The first inconsistency in a file that could be read; empty if there is none."""
     if description["format"] != FORMAT:
-        return f"its format is {description['format']!r}, and this version of negmine reads format {FORMAT}"
+        return f"its format is {describe(description['format'])}, and this version of negmine reads format {FORMAT}"
     for name, dtype in DTYPES.items():
         if arrays[name].dtype != dtype:
             return f"its {name} are {arrays[name].dtype}, not {np.dtype(dtype)}"
     indices, indptr, rows = arrays["indices"], arrays["positives_indptr"], arrays["positives_rows"]
-    if indices.ndim != 2:
+    if indices.ndim != 2 or indptr.ndim != 1 or rows.ndim != 1:
         return f"its indices have {indices.ndim} dimensions, not 2"
-    Q, K = len(indices), description["config"]["corpus_rows"]
+    skipped, config = description["skipped"], description["config"]
+    if not isinstance(skipped, dict) or not all(type(count) is int and count >= 0 for count in skipped.values()):
+        return f"its skipped is {describe(skipped)}, not a count for each filter"
+    wrong = _problem_of_config(config)
+    if wrong:
+        return wrong
+    Q, K = len(indices), config["corpus_rows"]
     shapes = {"scores": indices.shape, "positive_scores": (Q,), "num_valid": (Q,), "positives_indptr": (Q + 1,)}
     for name, shape in shapes.items():
         if arrays[name].shape != shape:
@@ -262,4 +284,21 @@ def _problem(arrays: dict[str, np.ndarray], description: dict[str, Any]) -> str:
         return f"it names rows outside its corpus of {K}"
     if not np.array_equal((indices >= 0).sum(1), arrays["num_valid"]):
         return "its num_valid does not count its indices"
+    return ""
+
+
+def _problem_of_config(config: Any) -> str:
+    """The first field of a config that summary, to_html or the writers cannot use; empty if there is none."""
+    wanted: dict[str, Any] = dict.fromkeys(("arguments", "versions", "sizes"), dict)
+    wanted |= dict.fromkeys(("corpus_rows", "queries", "dimension"), int) | {"index": (dict, NoneType)}
+    for name, kind in wanted.items():
+        if name not in config or not isinstance(config[name], kind) or isinstance(config[name], bool):
+            return f"its config has no {name} of the right type"
+    if not isinstance(config["versions"].get("negmine"), str) or "seed" not in config["arguments"]:
+        return "its config lacks versions or arguments"
+    recall = (config["index"] or {}).get("recall")
+    if recall is not None and not is_real(recall):
+        return f"its config has the recall {describe(recall)}"
+    if config["arguments"].get("range_mode") not in ("filtered", "raw"):
+        return f"its config has the range_mode {describe(config['arguments'].get('range_mode'))}"
     return ""

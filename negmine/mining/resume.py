@@ -8,10 +8,14 @@
 The negatives of a query do not depend on its batch, so a run can be resumed with other sizes of batches and chunks.
 """
 
+import errno
 import fcntl
 import json
 import os
+import re
+import stat
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,13 +24,21 @@ import torch
 from torch import Tensor
 
 from negmine.mining import array_file
-from negmine.mining.atomic_file import atomic_write
-from negmine.mining.index import NegativeIndex
+from negmine.mining.atomic_file import PARTIAL, atomic_write
+from negmine.mining.index import NegativeIndex, require_same_rows
 from negmine.mining.process_ranks import ProcessRanks
+from negmine.mining.regular_file import cause, read_json
 from negmine.mining.sources import Rows
-from negmine.ops.checks import refuse
+from negmine.ops.checks import describe, refuse
 
 FILE_KIND = "mined queries"
+MAX_RUN_BYTES = 1 << 20  # of run.json, which takes a few thousand
+PART_NAME = re.compile(r"queries-\d{12}-\d{12}\.negmine")
+OWN_NAME = re.compile(rf"{PART_NAME.pattern}|run\.json|index")  # what a run writes
+
+
+def _part_name(begin: int, queries: int) -> str:
+    return f"queries-{begin:012d}-{begin + queries:012d}.negmine"
 
 
 def _flatten(value: Any, name: str = "") -> dict[str, Any]:
@@ -35,44 +47,91 @@ def _flatten(value: Any, name: str = "") -> dict[str, Any]:
     return {name.removeprefix("."): value}
 
 
+def require_folder(op: str, name: str, folder: Any) -> Path:
+    """The path of a folder that exists or can be made."""
+    if not isinstance(folder, (str, os.PathLike)):
+        raise refuse(op, name, "the path of a folder", folder, TypeError)
+    text = os.fspath(folder)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise refuse(op, name, "the path of a folder", text)
+    path = Path(text)
+    above = next((part for part in (path, *path.absolute().parents) if os.path.lexists(part)), path)
+    if not above.is_dir():
+        raise refuse(op, name, "the path of a folder", f"{text}, where {above} is no folder")
+    return path
+
+
+def _open_lock(path: Path) -> IO[bytes]:
+    """The lock file, made where it is missing; what is there is neither followed nor emptied."""
+    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return open(number, "r+b")
+
+
 class ResumeFolder:
     """The folder of one run, locked until `close`."""
 
-    def __init__(self, op: str, folder: str | os.PathLike, identity: dict, n: int, corpus_rows: int) -> None:
-        self.op, self.folder, self._n, self._rows = op, Path(folder), n, corpus_rows
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock: IO[str] = open(self.folder / "lock", "w")  # noqa: SIM115
+    def __init__(
+        self, op: str, folder: str | os.PathLike, identity: dict, n: int, corpus_rows: int, counters: Iterable[str]
+    ) -> None:
+        self.op, self.folder, self._n, self._rows = op, require_folder(op, "resume_dir", folder), n, corpus_rows
+        self._counters = set(counters)
+        self._run = array_file.digest_of(iter([json.dumps(identity, sort_keys=True).encode()]))
+        lock = self.folder / "lock"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _open_lock(lock)
+        except OSError as error:
+            what = f"{op}: resume_dir's {describe(str(lock))} cannot be opened for writing ({error.strerror})"
+            raise OSError(error.errno, what) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._require_same_run(identity)
+            self._remove_unfinished()
         except BlockingIOError as error:
             self.close()
             raise refuse(op, "resume_dir", "a folder that no other running process writes to", str(folder)) from error
         except BaseException:
             self.close()
             raise
-        for leftover in self.folder.glob("*.partial"):  # of a process that was killed while writing
-            leftover.unlink()
 
     def close(self) -> None:
         self._lock.close()
 
+    def _remove_unfinished(self) -> None:
+        """Remove the unfinished files of a process of this run that was killed while it wrote; nothing else is touched."""
+        for path in self.folder.glob(".*.partial"):
+            name = PARTIAL.fullmatch(path.name)
+            if name and OWN_NAME.fullmatch(name[1]) and stat.S_ISREG(path.lstat().st_mode):
+                path.unlink()
+
     def _require_same_run(self, identity: dict) -> None:
         path = self.folder / "run.json"
-        if not path.exists():
+        if not os.path.lexists(path):
             with atomic_write(self.op, path) as file:
                 file.write(json.dumps(identity, indent=1).encode())
             return
         try:
-            before = _flatten(json.loads(path.read_text()))
-        except ValueError as error:
-            raise ValueError(
-                f"{self.op}: resume_dir's {str(path)!r} is damaged ({error}): give a new folder"
-            ) from error
+            content = read_json(path, MAX_RUN_BYTES)
+            if not isinstance(content, dict):
+                raise ValueError("it holds no JSON object")
+            before = _flatten(content)
+        except (ValueError, RecursionError) as error:
+            where = f"{self.op}: resume_dir's {describe(str(path))} is damaged"
+            raise ValueError(f"{where} ({cause(error)}): give a new folder") from error
         now = _flatten(json.loads(json.dumps(identity)))
-        changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        missing = object()
+        changed = sorted(
+            name for name in before.keys() | now.keys() if before.get(name, missing) != now.get(name, missing)
+        )
         if changed:
-            what = ", ".join(f"{name} (was {before.get(name)!r}, is {now.get(name)!r})" for name in changed[:4])
+            what = ", ".join(
+                f"{name if len(name) <= 80 else name[:77] + '...'} "
+                f"(was {describe(before.get(name))}, is {describe(now.get(name))})"
+                for name in changed[:4]
+            )
             wanted = "a folder of the same run, or a new one"
             raise ValueError(
                 f"{self.op}: resume_dir must be {wanted}, got {str(self.folder)!r}, which differs in {what}"
@@ -82,17 +141,16 @@ class ResumeFolder:
         """begin, indices, scores and dropped of each batch, none overlapping; warns of a damaged file and removes it."""
         found, reached = [], 0
         for path in sorted(self.folder.glob("queries-*.negmine")):
+            if not PART_NAME.fullmatch(path.name) or not stat.S_ISREG(path.lstat().st_mode):
+                continue
             try:
-                facts, parts = array_file.read(self.op, path, FILE_KIND)
-                indices, scores = (np.array(array_file.map_array(path, parts[name])) for name in ("indices", "scores"))
-                begin, dropped = facts["begin"], facts["dropped"]
-                shape = (indices.shape[0], self._n)
-                if indices.shape != shape or scores.shape != shape or begin < 0 or begin + len(indices) > Q:
-                    raise ValueError(f"its indices have shape {indices.shape} from query {begin}")
-                if ((indices < -1) | (indices >= self._rows)).any():
-                    raise ValueError("it names rows outside the corpus")
+                begin, indices, scores, dropped = self._read_part(path, Q)
             except (ValueError, KeyError, TypeError) as error:
-                warnings.warn(f"{self.op}: {error}: its queries are mined anew", RuntimeWarning, stacklevel=5)
+                warnings.warn(
+                    f"{self.op}: {describe(str(path))}: {cause(error)}: its queries are mined anew",
+                    RuntimeWarning,
+                    stacklevel=5,
+                )
                 path.unlink()
                 continue
             if begin >= reached:
@@ -100,10 +158,39 @@ class ResumeFolder:
                 reached = begin + len(indices)
         return found
 
+    def _read_part(self, path: Path, Q: int) -> tuple[int, np.ndarray, np.ndarray, dict]:
+        """A finished batch; raises for one that this run cannot have written."""
+        facts, parts = array_file.read(self.op, path, FILE_KIND)
+        if parts.keys() != {"indices", "scores"} or any(len(part.shape) != 2 for part in parts.values()):
+            raise ValueError("it does not hold the indices and scores of queries")
+        indices, scores = (np.array(array_file.map_array(path, parts[name])) for name in ("indices", "scores"))
+        begin, dropped = facts["begin"], facts["dropped"]
+        shape = (indices.shape[0], self._n)
+        is_inside = type(begin) is int and 0 <= begin <= Q - len(indices)
+        if indices.shape != shape or scores.shape != shape or not is_inside:
+            raise ValueError(f"its indices have shape {indices.shape} from query {describe(begin)}")
+        if ((indices < -1) | (indices >= self._rows)).any():
+            raise ValueError("it names rows outside the corpus")
+        if (indices.dtype, scores.dtype) != (np.int64, np.float32):
+            raise ValueError(f"its indices are {indices.dtype} and its scores {scores.dtype}")
+        if (scores[indices < 0] != -np.inf).any():
+            raise ValueError("it gives scores to no rows")
+        ascending = np.sort(indices, axis=1)
+        if ((ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] >= 0)).any():
+            raise ValueError("it names a row twice for one query")
+        if not isinstance(dropped, dict) or dropped.keys() != self._counters:
+            raise ValueError(f"its counters are {describe(dropped)}")
+        if not all(type(count) is int and 0 <= count <= len(indices) * self._rows for count in dropped.values()):
+            raise ValueError(f"its counters count {describe(dropped)}")
+        if facts.get("run") != self._run or path.name != _part_name(begin, len(indices)):
+            raise ValueError("another run wrote it")
+        return begin, indices, scores, dropped
+
     def write(self, begin: int, indices: np.ndarray, scores: np.ndarray, dropped: dict) -> None:
-        path = self.folder / f"queries-{begin:012d}-{begin + len(indices):012d}.negmine"
+        path = self.folder / _part_name(begin, len(indices))
         parts = {"indices": array_file.array_part(indices), "scores": array_file.array_part(scores)}
-        array_file.write(self.op, path, FILE_KIND, {"begin": begin, "dropped": dropped}, parts)
+        facts = {"begin": begin, "dropped": dropped, "run": self._run}
+        array_file.write(self.op, path, FILE_KIND, facts, parts)
 
 
 class RunState:
@@ -118,7 +205,8 @@ class RunState:
 
     def open(self, folder: str | os.PathLike, identity: dict) -> ResumeFolder:
         """Open `folder` and take over the batches of this run that it holds."""
-        self.resume_folder = ResumeFolder(self.op, folder, identity, self.indices.shape[1], self._corpus_rows)
+        n = self.indices.shape[1]
+        self.resume_folder = ResumeFolder(self.op, folder, identity, n, self._corpus_rows, self.skipped)
         for begin, indices, scores, dropped in self.resume_folder.finished_batches(len(self.is_finished)):
             self._store(begin, indices, scores, dropped)
         return self.resume_folder
@@ -151,8 +239,10 @@ class RunState:
     def build_index(self, rows: Rows, kind: str, seed: int, device: torch.device) -> NegativeIndex:
         """The index of a run that names its kind, saved in the resume folder because a second build may answer differently."""
         path = None if self.resume_folder is None else self.resume_folder.folder / "index"
-        if path is not None and path.exists():
-            return NegativeIndex.load(path, device=device)
+        if path is not None and os.path.lexists(path):
+            index = NegativeIndex.load(path, device=device)
+            require_same_rows(self.op, f"resume_dir's {describe(str(path))}", index, rows)
+            return index
         index = NegativeIndex.build(rows.shards, kind, seed=seed, device=device)
         if path is not None:
             index.save(path)

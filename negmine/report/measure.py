@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from negmine.mining.atomic_file import require_output
 from negmine.mining.memory_budget import DEFAULT_MEMORY
 from negmine.mining.progress import progress
 from negmine.mining.row_lists import RowLists, parse
@@ -290,8 +291,10 @@ def hardness_report(
         raise checks.refuse(OP, "near_duplicate_score", "a number", near_duplicate_score)
     if not isinstance(title, str):
         raise checks.refuse(OP, "title", "a string", title, TypeError)
-    if page is not None and not Path(page).parent.is_dir():
-        raise checks.refuse(OP, "page", "a path in an existing folder", str(page))
+    if page is not None:
+        if isinstance(page, (str, os.PathLike)) and not Path(page).parent.is_dir():
+            raise checks.refuse(OP, "page", "a path in an existing folder", str(page))
+        require_output(OP, "page", page)
     queries = Rows.open(OP, "query_embeddings", query_embeddings)
     corpus = Rows.open(OP, "corpus_embeddings", corpus_embeddings)
     Q, K = len(queries), len(corpus)

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from negmine.mining.atomic_file import atomic_write
-from negmine.ops.checks import refuse
+from negmine.mining.numpy_file import read_npz
+from negmine.mining.regular_file import MAX_JSON_BYTES, cause, parse_json, read_json
+from negmine.ops.checks import describe, refuse
 from negmine.report import page, words
 
 FORMAT = 1
@@ -28,6 +30,8 @@ def _plain(array: np.ndarray) -> Any:
 
 def _array(value: Any, dtype: str) -> np.ndarray:
     """The array that _plain wrote; null comes back as NaN."""
+    if np.dtype(dtype).kind not in "biuf":
+        raise ValueError(f"a figure has dtype {describe(dtype)}")
     return np.array(value, dtype=np.float64 if dtype.startswith("float") else dtype).astype(dtype)
 
 
@@ -60,42 +64,54 @@ class HardnessReport:
     def save(self, path: str | os.PathLike) -> None:
         """Write figures and facts to a .json or .npz file, atomically."""
         op = "HardnessReport.save"
-        path = _kind(op, path)
+        path = require_kind(op, path)
         head = {"format": FORMAT, "facts": self.facts}
         with atomic_write(op, path) as file:
             if path.suffix == ".npz":
                 description = np.frombuffer(json.dumps(head).encode(), np.uint8)
                 arrays: dict[str, Any] = {"description": description, **self.figures}
-                np.savez_compressed(file, **arrays)
+                np.savez(file, **arrays)
             else:
                 written = {name: {"dtype": str(a.dtype), "values": _plain(a)} for name, a in self.figures.items()}
-                file.write(json.dumps(head | {"figures": written}, allow_nan=False).encode())
+                text = json.dumps(head | {"figures": written}, allow_nan=False).encode()
+                if len(text) > MAX_JSON_BYTES:
+                    wanted = f"a .npz file where the JSON holds more than {MAX_JSON_BYTES:,} bytes"
+                    raise refuse(op, "path", wanted, str(path))
+                file.write(text)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "HardnessReport":
         """Read a file that `save` wrote. Raises ValueError for another kind of file and for a damaged one."""
         op = "HardnessReport.load"
-        path = _kind(op, path)
+        path = require_kind(op, path)
         if not path.is_file():
             raise refuse(op, "path", "an existing file", str(path))
+        what = f"{op}: {describe(str(path))} is damaged or was not written by save"
         try:
             if path.suffix == ".npz":
-                with np.load(path, allow_pickle=False) as file:
-                    figures = {name: file[name] for name in file.files if name != "description"}
-                    head = json.loads(file["description"].tobytes().decode())
+                figures = read_npz(path)
+                head = parse_json(figures.pop("description").tobytes(), "its description")
             else:
-                head = json.loads(path.read_text(encoding="utf-8"))
+                head = read_json(path)
                 figures = {name: _array(a["values"], a["dtype"]) for name, a in head["figures"].items()}
             found, facts = head["format"], head["facts"]
-        except Exception as error:  # zip, zlib, the header parser and JSON each raise their own kinds
-            raise ValueError(f"{op}: {str(path)!r} is damaged or was not written by save ({error})") from error
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError) as error:
+            raise ValueError(f"{what} ({cause(error)})") from error
         if found != FORMAT:
-            raise ValueError(f"{op}: {str(path)!r} has format {found!r}, and this version of negmine reads {FORMAT}")
-        return cls(figures, facts)
+            came = f"has format {describe(found)}, and this version of negmine reads {FORMAT}"
+            raise ValueError(f"{op}: {describe(str(path))} {came}")
+        report = cls(figures, facts)
+        try:  # the figures and facts belong together if the pages can be made of them
+            with np.errstate(all="ignore"):
+                report.summary()
+                page.render(figures, facts)
+        except Exception as error:
+            raise ValueError(f"{what} ({cause(error)})") from error
+        return report
 
 
-def _kind(op: str, path: str | os.PathLike) -> Path:
-    path = Path(path)
-    if path.suffix not in KINDS:
-        raise refuse(op, "path", "a .json or .npz file", str(path))
-    return path
+def require_kind(op: str, path: Any, name: str = "path") -> Path:
+    """The path of a file whose suffix says which of KINDS it is."""
+    if not isinstance(path, (str, os.PathLike)) or Path(path).suffix not in KINDS:
+        raise refuse(op, name, "a .json or .npz file", path if path is None else str(path))
+    return Path(path)

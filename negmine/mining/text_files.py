@@ -1,0 +1,104 @@
+"""Read text files line by line: UTF-8, plain or compressed by gzip or zstd, with every error naming file and line.
+
+    read_lines(path)    (line number, text): a line ends with "\\n" or "\\r\\n" only
+    read_jsonl(path)    (line number, value): blank lines are left out
+    read_tsv(path)      (line number, fields)
+
+A byte order mark is removed. What an archive inflates to is limited, and so is the length of a line.
+"""
+
+import codecs
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Iterator
+from typing import IO, Any
+
+from negmine.mining.regular_file import cause, open_regular, parse_json
+from negmine.ops.checks import describe
+
+MAX_LINE_BYTES = 1 << 26
+MAX_RATIO = 500  # of a compressed file
+FREE_BYTES = 1 << 26  # a file that inflates to fewer is read whatever its ratio
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+GZIP_MAGIC = b"\x1f\x8b"
+
+
+def _decompressed(path: str | os.PathLike, file: IO[bytes]) -> IO[bytes]:
+    """The content of a file, which its first bytes say is compressed or not."""
+    start = file.read(4)
+    file.seek(0)
+    if start.startswith(GZIP_MAGIC):
+        return io.BufferedReader(gzip.GzipFile(fileobj=file))
+    if start == ZSTD_MAGIC:
+        try:
+            import zstandard
+        except ImportError as error:
+            wanted = "pip install zstandard"
+            raise ImportError(f"{describe(str(path))} is compressed by zstd, and reading it needs {wanted}") from error
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(file, read_across_frames=True)
+        return io.BufferedReader(reader)
+    return file
+
+
+def _byte_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
+    """(line number, bytes without the end of the line)."""
+    with open_regular(path) as file:
+        size, where, number, inflated = os.fstat(file.fileno()).st_size, describe(str(path)), 0, 0
+        content = _decompressed(path, file)
+        is_compressed = content is not file
+        while True:
+            try:
+                line = content.readline(MAX_LINE_BYTES + 1)
+            except (OSError, EOFError, zlib.error) as error:  # of gzip
+                raise ValueError(f"{where} is damaged after line {number} ({cause(error)})") from error
+            except Exception as error:  # ZstdError is a plain Exception
+                if not is_compressed:
+                    raise
+                raise ValueError(f"{where} is damaged after line {number} ({cause(error)})") from error
+            if not line:
+                return
+            number += 1
+            inflated += len(line)
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(f"line {number} of {where} is longer than {MAX_LINE_BYTES:,} bytes")
+            if is_compressed and inflated > FREE_BYTES and inflated > MAX_RATIO * size:
+                raise ValueError(f"{where} inflates to more than {MAX_RATIO} times its {size:,} bytes")
+            yield number, line.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
+    """(line number, text) of each line of a text file in UTF-8."""
+    where = describe(str(path))
+    for number, line in _byte_lines(path):
+        if number == 1:
+            if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise ValueError(f"{where} must be in UTF-8, and begins as UTF-16 does")
+            line = line.removeprefix(codecs.BOM_UTF8)
+        try:
+            yield number, line.decode()
+        except UnicodeDecodeError as error:
+            came = f"byte {line[error.start]:#04x} at {error.start}"
+            raise ValueError(f"line {number} of {where} must be in UTF-8, got {came}") from error
+
+
+def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of each line of a .jsonl file that is not blank."""
+    where = describe(str(path))
+    for number, line in read_lines(path):
+        if line.strip():
+            yield number, parse_json(line, f"line {number} of {where}")
+
+
+def read_tsv(path: str | os.PathLike, columns: int) -> Iterator[tuple[int, list[str]]]:
+    """(line number, fields) of each line of a tab-separated file that is not blank; the last field may hold tabs."""
+    where = describe(str(path))
+    for number, line in read_lines(path):
+        if line.strip():
+            fields = line.split("\t", columns - 1)
+            if len(fields) != columns:
+                raise ValueError(
+                    f"line {number} of {where} must have {columns} fields separated by tabs, got {len(fields)}"
+                )
+            yield number, fields
