@@ -110,7 +110,7 @@ plots: venv
 	$(PY) -m benchmarks.mining --table
 
 # With the machine's own Python and no network: torch, setuptools and pytest must be there already.
-# One phase alone: make gpu PHASE=test (build, test, bench, profile, sanitize). Logs and rows go to OUT.
+# One phase alone: make gpu PHASE=test (build, smoke, pairs, test, bench, profile, sanitize). Logs and rows go to OUT.
 PHASE ?=
 OUT   ?= build/gpu
 gpu:

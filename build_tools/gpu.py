@@ -3,8 +3,10 @@
     python -m build_tools.gpu [PHASE ...] [--out FOLDER] [--minutes 9]
 
     build      the extensions, in place
-    test       the whole suite, every backend, in shards side by side
-    bench      benchmarks/run.py, a process a case; rows go to benchmarks/results, and a copy to FOLDER
+    smoke      every kernel of every backend once, each in a process of its own (build_tools/gpu_smoke.py)
+    pairs      what two backends have, timed side by side: negmine/ops/backends.py chooses between them by these rows
+    test       the tests that run on a GPU, every backend, in shards side by side
+    bench      benchmarks/run.py against its peers, a process a case; rows go to benchmarks/results, and a copy to FOLDER
     profile    Nsight Compute on the call that is furthest from its floor
     sanitize   compute-sanitizer's memcheck and racecheck on small tests that together launch every kernel
 
@@ -15,6 +17,7 @@ is done already, it takes seconds.
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -25,7 +28,8 @@ from pathlib import Path
 
 from .cuda_toolkit import find_nvcc
 
-SHARES = {"build": 0.12, "test": 0.36, "bench": 0.28, "profile": 0.06, "sanitize": 0.18}  # of the minutes
+# Of the minutes; in the order of what a first run on a new card should tell before anything can go wrong.
+SHARES = {"build": 0.12, "smoke": 0.12, "pairs": 0.14, "test": 0.28, "bench": 0.14, "profile": 0.06, "sanitize": 0.14}
 RESULTS = Path("benchmarks/results")
 TAIL = 25  # lines of a phase's output that are shown where it fails
 Command = list[str]
@@ -39,24 +43,21 @@ def commands(phase: str, out: Path) -> list[Command]:
     """What a phase runs; every command is run, also after one that failed."""
     if phase == "build":
         return [python("setup.py", "--quiet", "build_ext", "--inplace")]
+    if phase == "smoke":
+        return [python("-m", "build_tools.gpu_smoke", "--out", str(out))]
     if phase == "test":
-        elsewhere = (
-            "not emulated and not compiled_sm and not test_ptx and not test_cuda_build"  # GPUs that CPUs stand in for
-        )
-        return [
-            python("-m", "build_tools.run_shards", "--durations=15", "--continue-on-collection-errors", "-k", elsewhere)
-        ]
-    if phase == "bench":
+        limit = ["--timeout=120"] if importlib.util.find_spec("pytest_timeout") else []
+        logs = ["--logs", str(out / "shards"), "--"]
+        return [python("-m", "build_tools.run_shards", *logs, "-m", "gpu", "--durations=15", *limit)]
+    if phase in ("pairs", "bench"):
         from benchmarks.cases import CASES, ON_GPU, QUEUE_OPS
 
-        time_it = python("-m", "benchmarks.run", "--no-tests", "--device", "cuda", "--seconds", "2")
-        compiled = ("--compile", "moco-bf16-1024")
-        # What two backends have is also timed side by side: negmine/ops/backends.py chooses between them by these rows.
+        time_it = python("-m", "benchmarks.run", "--no-tests", "--device", "cuda")
+        if phase == "bench":
+            compiled = ("--seconds", "2", "--compile", "moco-bf16-1024")
+            return [[*time_it, "--case", case, *compiled] for case in ON_GPU]
         both = ("--op", *QUEUE_OPS, "--backend", "triton", "cuda", "--no-peers", "--seconds", "1")
-        mined = [case for case in ON_GPU if "mine_hardest" in CASES[case].ops]
-        return [[*time_it, "--case", case, *compiled] for case in ON_GPU] + [
-            [*time_it, "--case", case, *both] for case in mined
-        ]
+        return [[*time_it, "--case", case, *both] for case in ON_GPU if "mine_hardest" in CASES[case].ops]
     if phase == "profile":
         return [python("-m", "benchmarks.profile", "--out", str(out))]
     tests = python("-m", "pytest", "-m", "sanitized", "--continue-on-collection-errors", "tests")
@@ -136,7 +137,8 @@ def main(arguments: list[str]) -> int:
         fault, seconds = run_phase(phase, args.out, share * (deadline - time.monotonic()))
         lines.append(f"{phase:<10}{seconds:>6.0f} s   {'FAILED: ' + fault if fault else 'done'}")
         printed = (args.out / f"{phase}.txt").read_text().splitlines()
-        print("\n".join(printed[-TAIL:]) if fault or phase in ("bench", "profile") else "\n".join(printed[-2:]))
+        tail = len(printed) if phase == "smoke" else TAIL if fault or phase in ("pairs", "bench", "profile") else 2
+        print("\n".join(printed[-tail:]))
         print(lines[-1], flush=True)
     for path in RESULTS.glob("nvidia-*.csv"):
         shutil.copy(path, args.out)

@@ -98,8 +98,10 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("smoke")
         if item.path.stem.startswith(GPU_SIM) and DEVICE != "cuda":
             item.add_marker("gpu_sim")
-        if backend in ("triton", "cuda") and DEVICE == "cuda" and item.name.startswith(SANITIZED):
-            item.add_marker("sanitized")
+        if backend in ("triton", "cuda") and DEVICE == "cuda":
+            item.add_marker("gpu")
+            if item.name.startswith(SANITIZED):
+                item.add_marker("sanitized")
         if item.get_closest_marker("gpu") and DEVICE != "cuda":
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
 

@@ -32,8 +32,10 @@ def test_a_phase_that_fails_loses_nothing_of_the_others(phases, tmp_path, capsys
     said = capsys.readouterr().out
     table = said.split("\n\n")[-1].splitlines()
     assert [line.split()[0] for line in table] == list(gpu.SHARES)
-    assert table[1].endswith("FAILED: exit code 3") and table[3].endswith("FAILED: no-such-profiler is not installed")
-    assert all(line.endswith("done") for line in (table[0], table[2], table[4]))
+    ends = dict(zip(gpu.SHARES, table, strict=True))
+    assert ends.pop("test").endswith("FAILED: exit code 3")
+    assert ends.pop("profile").endswith("FAILED: no-such-profiler is not installed")
+    assert all(line.endswith("done") for line in ends.values())
     assert "was here after a failure" in (tmp_path / "test.txt").read_text()
     assert "was here sanitize" in (tmp_path / "sanitize.txt").read_text()
 
@@ -55,7 +57,10 @@ def test_a_phase_without_end_is_ended_with_all_it_started(phases, tmp_path, caps
 def test_what_is_asked_must_exist(phases, tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["tests", "--out", str(tmp_path)])
-    assert "there is no phase tests; there are build, test, bench, profile, sanitize" in capsys.readouterr().err
+    assert (
+        "there is no phase tests; there are build, smoke, pairs, test, bench, profile, sanitize"
+        in capsys.readouterr().err
+    )
 
 
 def test_without_a_gpu_it_says_so():
@@ -67,16 +72,16 @@ def test_without_a_gpu_it_says_so():
 
 def test_every_command_names_what_exists(tmp_path):
     """Their arguments are read by the parsers that a GPU machine would give them to."""
-    bench = gpu.commands("bench", tmp_path)
-    chosen = [command for command in bench if "--backend" not in command]
-    assert [command[command.index("--case") + 1] for command in chosen] == ON_GPU
-    side_by_side = {command[command.index("--case") + 1] for command in bench if "--backend" in command}
-    assert side_by_side == {case for case in ON_GPU if "mine_hardest" in CASES[case].ops}
+    timed = {phase: gpu.commands(phase, tmp_path) for phase in ("bench", "pairs")}
+    named = {phase: [command[command.index("--case") + 1] for command in timed[phase]] for phase in timed}
+    assert named["bench"] == ON_GPU
+    assert named["pairs"] == [case for case in ON_GPU if "mine_hardest" in CASES[case].ops]
     flags: dict[str, set[str]] = {}  # by module: what all its commands pass
-    for command in [*bench, *gpu.commands("profile", tmp_path), *gpu.commands("test", tmp_path)]:
+    others = [command for phase in ("smoke", "profile", "test") for command in gpu.commands(phase, tmp_path)]
+    for command in [*timed["bench"], *timed["pairs"], *others]:
         assert command[1] == "-m"
-        flags.setdefault(command[2], set()).update(flag for flag in command[3:] if flag.startswith("--"))
-    flags.pop("build_tools.run_shards")  # hands its flags to pytest
+        own = command[3 : command.index("--") if "--" in command else None]  # pytest's arguments follow --
+        flags.setdefault(command[2], set()).update(flag for flag in own if flag.startswith("--"))
     for module, passed in flags.items():
         help_of = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
         assert all(flag in help_of.stdout for flag in passed), (module, passed)

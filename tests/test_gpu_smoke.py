@@ -1,0 +1,59 @@
+"""build_tools/gpu_smoke.py rehearsed on the CPU: a kernel that hangs, crashes, is wrong or is refused costs its own line."""
+
+import csv
+import sys
+
+import pytest
+
+from build_tools import gpu_smoke
+from build_tools.gpu_smoke import Check
+
+FAULTS = {
+    "hangs": "import time; time.sleep(600)",
+    "crashes": "import os; print('about to', flush=True); os.abort()",
+    "raises": "raise AssertionError('output 0: 3 elements differ')",
+    "dies silently": "import sys; sys.exit(3)",
+}
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """Checks of the backends that FAULTS names run that code in place of a kernel."""
+    real = gpu_smoke.child
+
+    def child(check, device):
+        return [sys.executable, "-c", FAULTS[check.backend]] if check.backend in FAULTS else real(check, device)
+
+    monkeypatch.setattr(gpu_smoke, "child", child)
+
+
+def test_a_fault_costs_one_line_and_what_was_known_is_kept(faulty, monkeypatch, tmp_path, capsys):
+    sound = [Check("cpu", "bfloat16", "info_nce, ids"), Check("cuda", "bfloat16", "logsumexp")]
+    monkeypatch.setattr(gpu_smoke, "checks", lambda names: [*(Check(name, "-", "case") for name in FAULTS), *sound])
+    assert gpu_smoke.main(["--out", str(tmp_path), "--device", "cpu", "--limit", "30", "--jobs", "2"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("PASS  launch") and lines[-1] == "4 checks failed"
+    with (tmp_path / "smoke.csv").open() as file:
+        rows = {row["backend"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 7
+    assert rows["hangs"]["detail"].startswith("ran for more than")
+    assert rows["crashes"]["detail"] == "its process died of SIGABRT: about to"
+    assert rows["raises"]["detail"] == "AssertionError: output 0: 3 elements differ"
+    assert rows["dies silently"]["status"] == "FAIL"
+    assert rows["cpu"]["status"] == "PASS" and float(rows["cpu"]["us"]) > 0
+    assert rows["cuda"]["status"] == "SKIP" and "backend 'cuda'" in rows["cuda"]["detail"]
+
+
+@pytest.mark.parametrize("case", gpu_smoke.cases())
+def test_every_case_can_pass(case):
+    gpu_smoke.compare_with_truth(Check("cpu", "float32", case), "cpu")
+
+
+def test_a_wrong_kernel_fails(monkeypatch):
+    from negmine.ops import backends
+
+    cpu = next(row for row in backends.BACKENDS if row.name == "cpu").functions
+    right = cpu["mine_hardest"]
+    monkeypatch.setitem(cpu, "mine_hardest", lambda *args: (right(*args)[0], right(*args)[1].flip(1), right(*args)[2]))
+    with pytest.raises(AssertionError, match="output 1"):
+        gpu_smoke.compare_with_truth(Check("cpu", "bfloat16", "mine_hardest"), "cpu")
