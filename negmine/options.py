@@ -5,10 +5,12 @@ refuses an invalid value when it is made. Negatives holds the tensors of one cal
 """
 
 import math
+from copy import copy
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +25,28 @@ def is_real(value: Any) -> bool:
     return (
         is_int(value) or isinstance(value, float)
     ) and -math.inf < value < math.inf  # no math.isfinite: Dynamo traces this
+
+
+def plain(value: Any) -> Any:
+    """A scalar as a Python number or a 0-d tensor; NumPy scalars and tensors of one element are converted."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Tensor) and value.dim() and value.numel() == 1:
+        return value.reshape(())
+    return value
+
+
+def is_scalar(value: Any) -> TypeGuard[Tensor]:
+    """True for a 0-d floating tensor, such as a schedule gives, whose value is the caller's to keep in range."""
+    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
+
+
+def _plain_fields(options: Any, *names: str) -> None:
+    """The named fields of a frozen dataclass under `plain`."""
+    for name in names:
+        value = getattr(options, name)
+        if isinstance(value, (np.generic, Tensor)):
+            object.__setattr__(options, name, plain(value))
 
 
 def _require(good: bool, name: str, wanted: str, came: Any) -> None:
@@ -78,36 +102,45 @@ class Select:
     sample: how many members of the window to draw for each query; replace: draw with replacement, so that a negative drawn
     twice counts twice. The draw is counter-based: it depends on seed, step and the query's global row only.
 
+    Any of the numbers but `sample` may be a 0-d tensor, floating for a fraction or a score, int64 for a rank: schedules give
+    such. Its value is not read here, so it is not checked.
+
     No gradient flows through selection. A NaN score is no candidate.
     Difficulty ranges: Cai et al. 2020 (arXiv 2010.06682); rings: Wu et al. 2020 (arXiv 2010.02037).
     Raises ValueError for values that cannot be meant, such as range_max=1.5 or range_min > range_max.
     """
 
-    range_min: int | float = 0
-    range_max: int | float | None = None
+    range_min: int | float | Tensor = 0
+    range_max: int | float | Tensor | None = None
     _: KW_ONLY
-    min_score: float | None = None
-    max_score: float | None = None
-    absolute_margin: float | None = None
-    relative_margin: float | None = None
+    min_score: float | Tensor | None = None
+    max_score: float | Tensor | None = None
+    absolute_margin: float | Tensor | None = None
+    relative_margin: float | Tensor | None = None
     sample: int | None = None
     replace: bool = False
 
     def __post_init__(self) -> None:
+        scores = ("min_score", "max_score", "absolute_margin", "relative_margin")
+        _plain_fields(self, "range_min", "range_max", "sample", "replace", *scores)
         low, high = self.range_min, self.range_max
-        good = (is_int(low) and low >= 0) or (isinstance(low, float) and 0.0 <= low < 1.0)
+        good: Any = (is_int(low) and low >= 0) or (isinstance(low, float) and 0.0 <= low < 1.0) or _is_bound(low)
         _require(good, "range_min", "a rank (int, 0 or more) or a fraction (float in [0, 1))", low)
-        good = high is None or (is_int(high) and high >= 1) or (isinstance(high, float) and 0.0 < high <= 1.0)
+        good = (
+            high is None
+            or (is_int(high) and high >= 1)
+            or (isinstance(high, float) and 0.0 < high <= 1.0)
+            or _is_bound(high)
+        )
         _require(good, "range_max", "a rank (int, 1 or more), a fraction (float in (0, 1]) or None", high)
-        if high is not None and isinstance(low, float) == isinstance(high, float):
+        if isinstance(low, (int, float)) and isinstance(high, (int, float)) and type(low) is type(high):
             _require(low < high, "range_min", f"below range_max={high!r}", low)
-        for name in ("min_score", "max_score", "absolute_margin", "relative_margin"):
+        for name in scores:
             value = getattr(self, name)
-            _require(value is None or is_real(value), name, "a finite number or None", value)
-        if self.min_score is not None and self.max_score is not None:
-            _require(
-                self.min_score <= self.max_score, "min_score", f"at most max_score={self.max_score!r}", self.min_score
-            )
+            _require(value is None or is_real(value) or is_scalar(value), name, "a finite number or None", value)
+        least, most = self.min_score, self.max_score
+        if isinstance(least, (int, float)) and isinstance(most, (int, float)):
+            _require(least <= most, "min_score", f"at most max_score={most!r}", least)
         _require(
             self.sample is None or (is_int(self.sample) and self.sample >= 1),
             "sample",
@@ -129,16 +162,24 @@ class Select:
     @property
     def starts_late(self) -> bool:
         """True where the window leaves out the hardest."""
-        return self.range_min != 0
+        return isinstance(self.range_min, Tensor) or self.range_min != 0
 
     @property
     def ends_early(self) -> bool:
         """True where the window leaves out the easiest; the rank 1 does, the fraction 1.0 does not."""
-        return self.range_max is not None and (is_int(self.range_max) or self.range_max < 1.0)
+        high = self.range_max
+        return high is not None and (isinstance(high, Tensor) or is_int(high) or high < 1.0)
+
+    @property
+    def needs_pool_size(self) -> bool:
+        """True where the ranks depend on the size of the pool, or on a tensor."""
+        return any(isinstance(bound, (float, Tensor)) for bound in (self.range_min, self.range_max))
 
     def highest_score(self, positive_score: Tensor) -> Tensor:
         """positive_score (B,) -> (B,): the largest score that the filters keep, +inf where none limits it."""
-        top = torch.full_like(positive_score, math.inf if self.max_score is None else self.max_score)  # (B,)
+        top = torch.full_like(positive_score, math.inf)  # (B,)
+        if self.max_score is not None:
+            top = top.clamp_max(self.max_score)
         if self.absolute_margin is not None:
             top = top.minimum(positive_score - self.absolute_margin)
         if self.relative_margin is not None:
@@ -150,28 +191,42 @@ class Select:
 
         An int instead, the size of every pool, gives ints.
         """
+        if not isinstance(count, Tensor):
+            device = next(
+                (bound.device for bound in (self.range_min, self.range_max) if isinstance(bound, Tensor)), None
+            )
+            count = count if device is None else torch.full((), count, device=device)
         on_host = not isinstance(count, Tensor)
         larger, smaller = (max, min) if on_host else (torch.maximum, torch.minimum)
 
-        def rank(bound: int | float) -> Any:
-            if isinstance(bound, float):
+        def rank(bound: int | float | Tensor) -> Any:
+            if isinstance(bound, Tensor) and not bound.is_floating_point():
+                return bound.expand_as(count)
+            if not is_int(bound):
                 return int(count * bound) if on_host else (count.double() * bound).long()  # floor: both are positive
-            return bound if on_host else torch.full_like(count, bound)
+            return bound if on_host else torch.full_like(count, int(bound))
 
         first = rank(self.range_min)
         end = count if self.range_max is None else rank(self.range_max)
-        if isinstance(self.range_min, float) or isinstance(self.range_max, float):
+        if any(isinstance(bound, float) or is_scalar(bound) for bound in (self.range_min, self.range_max)):
             end = larger(end, first + 1)
         return first, smaller(end, count)
 
     def widest(self, K: int) -> int:
         """The most negatives that a window of any pool of up to K can hold."""
         low, high = self.range_min, 1.0 if self.range_max is None else self.range_max
+        if isinstance(low, Tensor) or isinstance(high, Tensor):
+            return K
         if isinstance(low, float) and isinstance(high, float):
             return min(K, math.ceil(K * (high - low)) + 2)  # both ends are rounded, and one negative stays
         first = 0 if isinstance(low, float) else low
         end = max(math.ceil(K * high), first + 1) if isinstance(high, float) else high
         return max(0, min(K, end) - first)
+
+
+def _is_bound(value: Any) -> bool:
+    """True for a 0-d tensor that can be a rank or a fraction."""
+    return is_scalar(value) or (isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.int64)
 
 
 @dataclass(frozen=True)
@@ -200,8 +255,10 @@ class Mix:
     detach: bool = True
     # The quantile table of the coefficients, (4097,) fp32 or None: made once here, so that a compiled step only reads it.
     quantiles: Tensor | None = field(init=False, repr=False, compare=False, default=None)
+    enabled: Tensor | None = field(init=False, repr=False, compare=False, default=None)  # () bool, None = True
 
     def __post_init__(self) -> None:
+        _plain_fields(self, "hard", "pairs", "with_query", "skip", "concentration", "distinct", "detach")
         _require(is_int(self.hard) and self.hard >= 1, "hard", "an int of 1 or more", self.hard)
         for name in ("pairs", "with_query", "skip"):
             value = getattr(self, name)
@@ -225,6 +282,12 @@ class Mix:
         """S, the synthetic negatives of each query."""
         return self.pairs + self.with_query
 
+    def enabled_where(self, condition: Tensor) -> "Mix":
+        """The same, adding nothing where condition () bool is False: a warm-up whose end is known on the device alone."""
+        made = copy(self)
+        object.__setattr__(made, "enabled", condition)
+        return made
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -239,17 +302,32 @@ class Weight:
     queue of near-random vectors a tau_plus of 0.1 clamps nearly every row, whose negatives then get no gradient: watch the
     `clamped` statistic, and start from 1 / number of classes or less.
     detach: True keeps the weights exp(beta x) out of the gradient; the official code, and the default, does not.
+    beta, tau_plus: numbers, or 0-d floating tensors, such as schedules give; those are not read, and so not checked.
     """
 
-    beta: float = 0.0
-    tau_plus: float = 0.0
+    beta: float | Tensor = 0.0
+    tau_plus: float | Tensor = 0.0
     _: KW_ONLY
     detach: bool = False
 
     def __post_init__(self) -> None:
-        _require(is_real(self.beta) and self.beta >= 0, "beta", "a number of 0 or more", self.beta)
-        _require(is_real(self.tau_plus) and 0 <= self.tau_plus < 1, "tau_plus", "a number in [0, 1)", self.tau_plus)
+        _plain_fields(self, "beta", "tau_plus", "detach")
+        beta, tau_plus = self.beta, self.tau_plus
+        good: Any = is_scalar(beta) or (is_real(beta) and beta >= 0)
+        _require(good, "beta", "a number of 0 or more", beta)
+        good = is_scalar(tau_plus) or (is_real(tau_plus) and 0 <= tau_plus < 1)
+        _require(good, "tau_plus", "a number in [0, 1)", tau_plus)
         _require(isinstance(self.detach, bool), "detach", "True or False", self.detach)
+
+    @property
+    def sharpens(self) -> bool:
+        """True where beta may be above 0."""
+        return isinstance(self.beta, Tensor) or self.beta > 0
+
+    @property
+    def debiases(self) -> bool:
+        """True where tau_plus may be above 0."""
+        return isinstance(self.tau_plus, Tensor) or self.tau_plus > 0
 
 
 @dataclass(frozen=True)
@@ -266,21 +344,22 @@ class FalseNegatives:
     """
 
     top_k: int | None = 10
-    threshold: float | None = 0.7
+    threshold: float | Tensor | None = 0.7
     _: KW_ONLY
     mode: str = "eliminate"
     reduce: str = "max"
 
     def __post_init__(self) -> None:
+        _plain_fields(self, "top_k", "threshold")
         _require(
             self.top_k is None or (is_int(self.top_k) and self.top_k >= 1),
             "top_k",
             "an int of 1 or more, or None",
             self.top_k,
         )
-        _require(
-            self.threshold is None or is_real(self.threshold), "threshold", "a finite number or None", self.threshold
-        )
+        threshold = self.threshold
+        good = threshold is None or is_real(threshold) or is_scalar(threshold)
+        _require(good, "threshold", "a finite number or None", threshold)
         _require(
             self.top_k is not None or self.threshold is not None, "top_k", "given where threshold is None", self.top_k
         )

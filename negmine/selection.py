@@ -79,15 +79,14 @@ def mine_hardest(
     """
     op = "mine_hardest"
     keys, pool = check_negatives(op, query, positive_key, negative_keys, query_ids, query_labels, own_keys=True)
-    checks.require_count(op, "N", N)
+    N = checks.require_count(op, "N", N)
     check_select(op, select, positive_key, query)
-    checks.require_draw(op, seed, step, row_offset)
+    draw = Draw(*checks.require_draw(op, seed, step, row_offset))
     if select is not None and select.replace:
         raise checks.refuse(op, "select", "without replace: an index is mined once", select)
     query, positive_key, keys = promoted(query, positive_key, keys)
     needed = ("mine_hardest",) if select is None else ("mine_hardest", "rank_thresholds", "count_negatives")
     kernels = choose_for_keys(op, needed, backend, (query, keys), keys)
-    draw = Draw(seed, step, row_offset)
     with torch.no_grad():
         anchor = None if positive_key is None else score_of_positive(query, positive_key)  # (B,)
         if kernels is None:
@@ -238,9 +237,8 @@ def mix_negatives(
     if mix is None:
         raise checks.refuse(op, "mix", "a negmine.Mix", None, TypeError)
     checks.require_options(op, mix=mix)
-    checks.require_draw(op, seed, step, row_offset)
+    draw = Draw(*checks.require_draw(op, seed, step, row_offset))
     query, keys = promoted(query, keys)
-    draw = Draw(seed, step, row_offset)
     kernels = backends.choose(op, ("mine_hardest", "mix_negatives"), backend, (query, keys))
     if kernels is None:
         vectors, parents, coefficients = reference.mix_negatives(
@@ -282,7 +280,7 @@ def logsumexp(
     it: InfoNCE is softplus(lse - s_pos / T). The gradient is computed in the forward pass, so frozen keys may be overwritten
     before backward. Selection and masks carry no gradient. Raises ValueError or TypeError for input that does not fit.
     """
-    checks.require_temperature("logsumexp", temperature)
+    temperature = checks.require_temperature("logsumexp", temperature)
     columns = summed_columns(
         "logsumexp", ("logsumexp",), query, positive_key, negative_keys, select, query_ids, query_labels,
         Draw(seed, step, row_offset), backend,
@@ -331,7 +329,7 @@ def summed_columns(
     Of these, logsumexp alone narrows a pool to ranks by itself.
     """
     keys, pool = check_negatives(caller, query, positive_key, negative_keys, query_ids, query_labels, own_keys=True)
-    checks.require_draw(caller, *draw)
+    draw = Draw(*checks.require_draw(caller, *draw))
     check_select(caller, select, positive_key, query)
     query, positive_key, keys = promoted(query, positive_key, keys)
     tensors = (query, keys) if positive_key is None else (query, positive_key, keys)

@@ -165,9 +165,9 @@ def test_a_damaged_checkpoint_is_refused(change, said, tmp_path):
     assert len(queue.enqueue(unit(3, 4)) or queue.keys) == 9
 
 
-@pytest.mark.parametrize("state", [{}, {"step": -1}, {"step": "x"}, {"step": 2**32}, 7, {"step": True}])
-def test_a_damaged_step_count_is_refused(state):
+@pytest.mark.parametrize("step", [-1, 2**32, 1.5, [1, 2]])
+def test_a_damaged_step_count_is_refused(step):
     loss = InfoNCELoss()
-    with pytest.raises(ValueError, match=r"InfoNCELoss: the saved state must be {'step': an int in"):
-        loss.load_state_dict({"_extra_state": state})
+    with pytest.raises(RuntimeError, match="step must be a whole number in"):
+        loss.load_state_dict({"step": torch.tensor(step)})
     assert loss.step == 0

@@ -12,7 +12,7 @@ import torch
 
 import negmine
 from negmine import Negatives, Select, recipes
-from negmine.recipes.schedules import after, scheduled
+from negmine.recipes.schedules import scheduled
 from tests.cases import feed, unit
 from tests.conftest import device_of
 
@@ -217,7 +217,7 @@ def test_refusals(make, sentence):
 def test_kinds_of_another_type_are_refused():
     from negmine.losses.synco import synco
 
-    with pytest.raises(TypeError, match=r"synco: kinds must be a negmine.recipes.Kinds or None, got 7"):
+    with pytest.raises(TypeError, match=r"synco: kinds must be a negmine.recipes.Kinds, got 7"):
         synco(*inputs(), kinds=7)
 
 
@@ -268,23 +268,32 @@ def test_every_number_of_a_recipe_may_be_a_schedule(name):
         assert torch.equal(call(pickle.loads(pickle.dumps(everything)), name), want)
 
 
-def test_counts_move_in_whole_numbers():
+def test_ranks_move_in_whole_numbers_and_counts_do_not():
     steps = recipes.whole(recipes.linear(64, 128, 100))
     assert [steps(s) for s in (0, 1, 99, 200)] == [64, 65, 127, 128]
-    loss = recipes.mochi(steps, recipes.whole(recipes.linear(0, 8, 4)), 2, warmup_steps=2)
-    assert loss.at(1)["mix"] is None
-    assert loss.at(2)["mix"] == negmine.Mix(65, 4, 2) and loss.at(100)["mix"] == negmine.Mix(128, 8, 2)
-    with pytest.raises(ValueError, match=r"pairs must be an int of 0 or more, got 4\.0"):
-        recipes.mochi(5, recipes.linear(0, 8, 4)).at(2)
-    kinds = recipes.synco(noised=recipes.whole(recipes.linear(0, 64, 4)), sigma=recipes.linear(0.1, 0.0, 4)).at(1)
-    assert kinds["kinds"] == recipes.Kinds(noised=16, sigma=0.1 * 0.75)
+    assert recipes.hardest(steps).at(99)["select"] == Select(0.0, 127)
+    with pytest.raises(ValueError, match="pairs must be an int of 0 or more, got tensor"):
+        recipes.mochi(5, recipes.linear(0, 8, 4))
+    kinds = recipes.synco(sigma=recipes.linear(0.1, 0.0, 4)).at(1)
+    assert kinds["kinds"] == recipes.Kinds(sigma=0.1 * 0.75)
+
+
+def test_a_warm_up_adds_nothing_before_its_end():
+    tensors = inputs()
+    for make in (
+        lambda w: recipes.mochi(6, 5, 4, warmup_steps=w),
+        lambda w: recipes.synco(6, 2, 2, 2, 2, 2, 2, warmup_steps=w),
+    ):
+        warm, plain = make(2), make(0)
+        for step in range(4):
+            loss = plain(*tensors, step=step) if step >= 2 else recipes.moco_v2()(*tensors)
+            torch.testing.assert_close(warm(*tensors), loss)
 
 
 def test_a_schedule_of_one_keyword_leaves_the_others():
     moving = scheduled(Select, range_min=0.0, range_max=recipes.linear(1.0, 0.5, 2))
     assert [moving(s) for s in (0, 1, 9)] == [Select(0.0, 1.0), Select(0.0, 0.75), Select(0.0, 0.5)]
     assert scheduled(Select, range_max=0.5) == Select(range_max=0.5)
-    assert after(7, 3)(2) is None and after(7, 3)(3) == 7
 
 
 def test_ring_inner_of_outer_and_of_all():

@@ -77,7 +77,7 @@ REFUSALS = [
     (loss(seed=-1), ValueError, "seed must be an int in [0, 2**32), got -1"),
     (loss(seed=1.5), ValueError, "seed must be an int in [0, 2**32)"),
     (loss(step=2**32), ValueError, "step must be an int in [0, 2**32) or a 0-d int64 tensor"),
-    (loss(step=torch.zeros(1, dtype=torch.int64)), ValueError, "step must be an int in [0, 2**32) or a 0-d int64"),
+    (loss(step=torch.zeros(2, dtype=torch.int64)), ValueError, "step must be an int in [0, 2**32) or a 0-d int64"),
     (loss(row_offset=torch.tensor(0.0)), ValueError, "row_offset must be an int in [0, 2**63) or a 0-d int64 tensor"),
     (loss(row_offset=-2), ValueError, "row_offset must be an int in [0, 2**63) or a 0-d int64 tensor, got -2"),
     (mine(N=0), ValueError, "mine_hardest: N must be an int of 1 or more, got 0"),

@@ -61,7 +61,7 @@ class NTXentLoss(nn.Module):
     ) -> None:
         super().__init__()
         op = "NTXentLoss"
-        checks.require_temperature(op, temperature)
+        temperature = checks.require_temperature(op, temperature)
         size = [memory_bank_size] if isinstance(memory_bank_size, int) else list(memory_bank_size)
         if size != [0] and (len(size) != 2 or min(size) < 1):
             raise checks.refuse(op, "memory_bank_size", "0 or (rows, dim)", memory_bank_size)
@@ -108,7 +108,7 @@ class DCLLoss(nn.Module):
     ) -> None:
         super().__init__()
         op = type(self).__name__
-        checks.require_temperature(op, temperature)
+        temperature = checks.require_temperature(op, temperature)
         if gather_distributed:
             raise checks.refuse(op, "gather_distributed", "False", gather_distributed)
         self.temperature, self.weight_fn, self.backend = temperature, weight_fn, backend

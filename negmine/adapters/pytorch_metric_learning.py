@@ -85,7 +85,9 @@ class NegmineMiner(ScheduledLoss):
         else:
             keys = F.normalize(ref_emb, dim=1)
         assert ref_labels is not None
-        found = mine_triplets(query, keys, labels, ref_labels, step=self.count(None), **self.options, **masks)
+        found = mine_triplets(
+            query, keys, labels, ref_labels, step=self.count(None, embeddings), **self.options, **masks
+        )
         return found.compact() if self.triplets else found.pairs()
 
 
@@ -103,6 +105,8 @@ class CrossBatchMemory(nn.Module):
         scores with a negmine loss.
     """
 
+    seen: Tensor
+
     def __init__(
         self, loss: nn.Module, embedding_size: int, memory_size: int = 1024, miner: nn.Module | None = None
     ) -> None:
@@ -114,7 +118,7 @@ class CrossBatchMemory(nn.Module):
             raise checks.refuse(op, "miner", "None with a negmine loss, which mines for itself", type(miner).__name__)
         self.loss, self.miner = loss, miner
         self.memory = MoCoQueue(embedding_size, memory_size, with_ids=True, with_labels=True, random_init=False)
-        self.seen = 0  # rows ever stored: the id of the next
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # rows ever stored: the id of the next
 
     def forward(
         self,
@@ -136,15 +140,18 @@ class CrossBatchMemory(nn.Module):
                 raise checks.refuse(op, "enqueue_mask", f"a bool tensor of shape {tuple(labels.shape)}", enqueue_mask)
             stored, stored_labels = embeddings[enqueue_mask], labels[enqueue_mask]
             embeddings, labels = embeddings[~enqueue_mask], labels[~enqueue_mask]
-        ids = torch.arange(self.seen, self.seen + len(stored), device=embeddings.device)
+        ids = torch.arange(len(stored), device=embeddings.device) + self.seen
         self.memory.enqueue(stored, ids, stored_labels)
-        self.seen += len(stored)
+        self.seen.add_(len(stored))
         # An anchor that is not stored has an id that no row has.
         own = ids if enqueue_mask is None else torch.full_like(labels, -1)
+        if isinstance(self.loss, LABEL_LOSSES):
+            memory, memory_ids, memory_labels, _ = self.memory.stored_columns()
+            valid = torch.arange(len(memory), device=memory.device) < self.memory.queue_len  # (K,)
+            masks = {"query_ids": own, "key_ids": memory_ids, "key_mask": valid}
+            return self.loss(embeddings, memory, labels, memory_labels, **masks)
         memory, memory_labels, memory_ids = self.memory.keys, self.memory.labels, self.memory.ids
         assert memory_labels is not None and memory_ids is not None
-        if isinstance(self.loss, LABEL_LOSSES):
-            return self.loss(embeddings, memory, labels, memory_labels, query_ids=own, key_ids=memory_ids)
         if self.miner is not None:
             indices = self.miner(embeddings, labels, memory.to(embeddings.dtype), memory_labels)
         else:
@@ -155,9 +162,3 @@ class CrossBatchMemory(nn.Module):
         rest = [t[other] for t in rest] if len(rest) == 1 else rest  # of a triplet the negative goes too
         indices = (anchor[other], positive[other], *rest)
         return self.loss(embeddings, labels, indices, memory.to(embeddings.dtype), memory_labels)
-
-    def get_extra_state(self) -> dict[str, int]:
-        return {"seen": self.seen}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.seen = int(state["seen"])

@@ -110,7 +110,7 @@ def info_nce(
     op = "info_nce"
     keys, pool = check_negatives(op, query, positive_key, negative_keys, query_ids, query_labels, own_keys=True)
     checks.require_positive(op, positive_key, query)
-    checks.require_temperature(op, temperature)
+    temperature = checks.require_temperature(op, temperature)
     checks.require_options(op, select=select, mix=mix, weight=weight, false_negatives=false_negatives)
     if positive_bias is not None:
         _check_positive_bias(op, query, positive_bias)
@@ -118,8 +118,7 @@ def info_nce(
     checks.require_bool(op, "decoupled", decoupled)
     checks.require_bool(op, "return_stats", return_stats)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
-    checks.require_draw(op, seed, step, row_offset)
-    draw = Draw(seed, step, row_offset)
+    draw = Draw(*checks.require_draw(op, seed, step, row_offset))
     plan = Plan(select, mix, weight, false_negatives, decoupled, draw, return_stats, positive_bias is not None)
     query, positive_key, keys, support = promoted(query, positive_key, keys, support)
     batch = Batch(query, positive_key, keys, pool, support, positive_bias)
@@ -200,7 +199,9 @@ class Plan:
     def is_one_op(self) -> bool:
         """True where the kernel op info_nce does all of it: a window or synthetic negatives, but not both."""
         windowed_mix = self.mixes and (self.select is not None or not (self.mix is None or self.mix.detach))
-        return self.weight is None and not (self.biases_positive or self.samples or self.attracts or windowed_mix)
+        warms_up = self.mix is not None and self.mix.enabled is not None
+        composed = self.biases_positive or self.samples or self.attracts or windowed_mix or warms_up
+        return self.weight is None and not composed
 
     def ops(self, keys: Tensor) -> tuple[str, ...]:
         """The kernels that the call needs where no op does all of it."""
@@ -283,6 +284,7 @@ class Plan:
                     parents = mined[:, self.mix.skip :].contiguous()  # (B, hard)
                 else:
                     parents = mine_parents(kernels, for_kernels(query), for_kernels(keys), self.mix, pool)  # (B, hard)
+            parents = reference.only_if_enabled(parents, self.mix)
             mixed = mixed_logsumexp(kernels, query, keys, scale, parents, self.mix, self.draw)  # (B,)
             some = some | (parents >= 0).any(1)
             lse = torch.logaddexp(lse.masked_fill(~some, 0.0), mixed.masked_fill(~some, 0.0))
@@ -328,7 +330,7 @@ class Plan:
     @property
     def _is_sharpened(self) -> bool:
         """True where Weight needs a second log-sum-exp, at a scale of its own."""
-        return self.weight is not None and self.weight.beta > 0
+        return self.weight is not None and self.weight.sharpens
 
     def _log_sum(
         self, columns: _Sum, query: Tensor, keys: Tensor, scale: Tensor, pivot: Tensor | None, x_positive: Tensor
@@ -337,7 +339,7 @@ class Plan:
         weight = self.weight
         scales = scale[None]  # (1,)
         if weight is not None and self._is_sharpened:
-            scales = torch.stack([scale * (1.0 + weight.beta), scale * weight.beta])  # (2,)
+            scales = torch.stack([scale * (1.0 + weight.beta), scale * weight.beta]).float()  # (2,)
         sums, num_kept, num_above, mined = LogSumExp.apply(
             query, keys, scales, pivot, columns.num_mined, columns.ranks, columns.kernels, *columns.pool
         )
@@ -366,9 +368,9 @@ def mixed_logsumexp(
 class InfoNCELoss(ScheduledLoss):
     """info_nce as a module; its keywords are info_nce's.
 
-    temperature, select, mix, weight and false_negatives may be schedules: a callable of the step that returns the value of that
-    step. Calls in training mode that name no `step` count themselves, so that every one draws new mixes and samples; the count
-    travels in state_dict. A temperature given as an nn.Parameter is learned with the rest.
+    temperature, select, mix, weight and false_negatives may be schedules: a callable of the step, a () int64 tensor on the device
+    of query, that returns the value of that step. Calls in training mode that name no `step` count themselves in the buffer
+    `step`, so that every one draws new mixes and samples. A temperature given as an nn.Parameter is learned with the rest.
 
     gather_distributed: the negatives of every rank of process_group, with the right gradient (negmine/losses/gathered.py).
     In-batch negatives are the other positives of all ranks, and keys (K, D) are joined to those of the other ranks; a queue is as
@@ -377,12 +379,12 @@ class InfoNCELoss(ScheduledLoss):
 
     def __init__(
         self,
-        temperature: float | Tensor | Callable[[int], float] = 0.07,
+        temperature: float | Tensor | Callable[[Tensor], float | Tensor] = 0.07,
         *,
-        select: Select | Callable[[int], Select | None] | None = None,
-        mix: Mix | Callable[[int], Mix | None] | None = None,
-        weight: Weight | Callable[[int], Weight | None] | None = None,
-        false_negatives: FalseNegatives | Callable[[int], FalseNegatives | None] | None = None,
+        select: Select | Callable[[Tensor], Select | None] | None = None,
+        mix: Mix | Callable[[Tensor], Mix | None] | None = None,
+        weight: Weight | Callable[[Tensor], Weight | None] | None = None,
+        false_negatives: FalseNegatives | Callable[[Tensor], FalseNegatives | None] | None = None,
         decoupled: bool = False,
         reduction: str = "mean",
         seed: int = 0,
@@ -396,11 +398,11 @@ class InfoNCELoss(ScheduledLoss):
         self.gathering = Gathering(op, gather_distributed, process_group)
         options = {"select": select, "mix": mix, "weight": weight, "false_negatives": false_negatives}
         if not callable(temperature):
-            checks.require_temperature(op, temperature)
+            temperature = checks.require_temperature(op, temperature)
         checks.require_options(op, **{name: value for name, value in options.items() if not callable(value)})
         checks.require_bool(op, "decoupled", decoupled)
         checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
-        checks.require_draw(op, seed, 0, 0)
+        seed, _, _ = checks.require_draw(op, seed, 0, 0)
         self.temperature = temperature
         self.options: dict[str, Any] = options
         self.fixed: dict[str, Any] = {
@@ -411,7 +413,7 @@ class InfoNCELoss(ScheduledLoss):
             "return_stats": return_stats,
         }
 
-    def at(self, step: int) -> dict[str, Any]:
+    def at(self, step: Tensor) -> dict[str, Any]:
         """The keywords of info_nce at this step, schedules evaluated."""
         return at_step({"temperature": self.temperature, **self.options}, step) | self.fixed
 
@@ -421,11 +423,11 @@ class InfoNCELoss(ScheduledLoss):
         positive_key: Tensor,
         negative_keys: Any = None,
         *,
-        step: int | None = None,
+        step: int | Tensor | None = None,
         **masks: Any,
     ) -> Any:
         """masks: query_ids, query_labels, support, row_offset of info_nce."""
-        step = self.count(step)
+        step = self.count(step, query)
         options = {"step": step, **self.at(step), **masks}
         return self.gathering.paired(info_nce, query, positive_key, negative_keys, options)
 

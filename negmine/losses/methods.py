@@ -22,7 +22,7 @@ from negmine.losses.schedules import ScheduledLoss, at_step
 from negmine.ops import checks, philox
 from negmine.ops.vectors import score_of_positive, widened
 from negmine.ops.windows import Draw
-from negmine.options import Negatives, beta_quantiles, is_real
+from negmine.options import Negatives, beta_quantiles
 from negmine.selection import summed_columns
 
 TAGS = ("query_ids", "query_labels")
@@ -36,9 +36,9 @@ class Logits(NamedTuple):
     some: Tensor  # (B,) bool: there is a negative
 
 
-def draw_of(pool: dict) -> Draw:
+def draw_of(op: str, pool: dict) -> Draw:
     """The key of the draws among the keywords of a method."""
-    return Draw(**{name: pool[name] for name in Draw._fields if name in pool})
+    return Draw(*checks.require_draw(op, *(pool.get(name, 0) for name in Draw._fields)))
 
 
 def sum_of(
@@ -51,7 +51,7 @@ def sum_of(
             raise TypeError(f"{op}: {name} is not a keyword; those of the pool are {', '.join(known)}")
     columns = summed_columns(
         op, ("logsumexp",), query, positive_key, negative_keys, pool.get("select"), pool.get("query_ids"),
-        pool.get("query_labels"), draw_of(pool), pool.get("backend"),
+        pool.get("query_labels"), draw_of(op, pool), pool.get("backend"),
     )  # fmt: skip
     return columns.logsumexp(temperature)
 
@@ -59,7 +59,7 @@ def sum_of(
 def logits(
     op: str, query: Tensor, positive_key: Tensor, negative_keys: Any, temperature: float | Tensor, pool: dict
 ) -> Logits:
-    checks.require_temperature(op, temperature)
+    temperature = checks.require_temperature(op, temperature)
     checks.require_vectors(op, "query", query, "(B, D)", (2,))
     checks.require_positive(op, positive_key, query)
     lse = sum_of(op, query, negative_keys, temperature, positive_key, pool)
@@ -107,8 +107,7 @@ def hardness_added(
     sharpened sum without its normaliser.
     """
     op = "hardness_added"
-    checks.require_number(op, "alpha", alpha, least=0)
-    checks.require_temperature(op, temperature)
+    alpha, temperature = checks.require_scalar(op, "alpha", alpha, least=0), checks.require_temperature(op, temperature)
     sharper = temperature / (1 + alpha * temperature)  # 1 / (1 / T + alpha)
     share = sharper / temperature  # what s / T is of (1 / T + alpha) s
     share = share.detach() if isinstance(share, Tensor) else share
@@ -137,7 +136,7 @@ def decoupled_weighted(
     two, which is another loss, and another public port lets the gradient through w. The loss may be negative.
     """
     op = "decoupled_weighted"
-    checks.require_number(op, "sigma", sigma, above=0)
+    sigma = checks.require_scalar(op, "sigma", sigma, above=0)
     x = logits(op, query, positive_key, negative_keys, temperature, pool)
     weight = positive_weights(score_of_positive(query, positive_key), sigma)  # (B,)
     return reduced(op, x.lse - weight * x.positive, x, reduction)
@@ -167,9 +166,9 @@ def rince(
     vectors keep r / T under 88 in fp32.
     """
     op = "rince"
-    if not is_real(r) or not 0 < r <= 1:
+    r, lam = checks.require_scalar(op, "r", r, above=0), checks.require_scalar(op, "lam", lam, above=0)
+    if not isinstance(r, Tensor) and r > 1:
         raise checks.refuse(op, "r", "a number in (0, 1]", r)
-    checks.require_number(op, "lam", lam, above=0)
     x = logits(op, query, positive_key, negative_keys, temperature, pool)
     both = torch.logaddexp(x.positive, x.lse)  # (B,)
     rows = (lam**r * torch.exp(r * both) - torch.exp(r * x.positive)) / r
@@ -194,8 +193,8 @@ def ifm(
     The perturbation moves every score before the temperature, so nce(e) = log(1 + exp(lse - x + 2 e / T)): one log-sum-exp.
     """
     op = "ifm"
-    checks.require_number(op, "epsilon", epsilon)
-    checks.require_number(op, "alpha", alpha, least=0)
+    temperature = checks.require_temperature(op, temperature)
+    epsilon, alpha = checks.require_scalar(op, "epsilon", epsilon), checks.require_scalar(op, "alpha", alpha, least=0)
     x = logits(op, query, positive_key, negative_keys, temperature, pool)
     gap = x.lse - x.positive  # (B,)
     rows = (F.softplus(gap) + alpha * F.softplus(gap + 2 * epsilon / temperature)) / (1 + alpha)
@@ -219,7 +218,8 @@ def dual_temperature(
     A small T_a tells a query's negatives apart; a large T_b keeps the weights of queries close together.
     """
     op = "dual_temperature"
-    checks.require_number(op, "temperature_ratio", temperature_ratio, above=0)
+    temperature = checks.require_temperature(op, temperature)
+    temperature_ratio = checks.require_scalar(op, "temperature_ratio", temperature_ratio, above=0)
     x = logits(op, query, positive_key, negative_keys, temperature, pool)
     with torch.no_grad():
         between = logits(op, query, positive_key, negative_keys, temperature * temperature_ratio, pool)
@@ -250,7 +250,7 @@ def i_mix(
     op = "i_mix"
     checks.require_vectors(op, "query", query, "(B, D)", (2,))
     checks.require_positive(op, positive_keys, query)
-    checks.require_temperature(op, temperature)
+    temperature = checks.require_temperature(op, temperature)
     for name, value, kind in (("share", share, "floating"), ("partner", partner, "int64")):
         checks.require_tensor(op, name, value, query)
         good = value.is_floating_point() if kind == "floating" else value.dtype == torch.int64
@@ -266,7 +266,12 @@ def i_mix(
 
 
 def mixed_inputs(
-    inputs: Tensor, *, concentration: float = 1.0, seed: int = 0, step: int = 0, row_offset: int = 0
+    inputs: Tensor,
+    *,
+    concentration: float = 1.0,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    row_offset: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """i-Mix's inputs (B, ...): share x + (1 - share) x[partner], share (B,) fp32, partner (B,) int64, a permutation.
 
@@ -277,8 +282,8 @@ def mixed_inputs(
     checks.require_tensor(op, "inputs", inputs)
     if not inputs.is_floating_point() or inputs.dim() == 0:
         raise checks.refuse(op, "inputs", "a floating tensor of shape (B, ...)", inputs)
-    checks.require_number(op, "concentration", concentration, above=0)
-    checks.require_draw(op, seed, step, row_offset)
+    concentration = checks.require_number(op, "concentration", concentration, above=0)
+    seed, step, row_offset = checks.require_draw(op, seed, step, row_offset)
     rows = torch.arange(len(inputs), device=inputs.device) + row_offset  # (B,)
     slot = torch.zeros(1, dtype=torch.int64, device=inputs.device)
     word, place, *_ = (w[:, 0] for w in philox.words(rows, slot, philox.STREAM_PARTNER, seed, step))  # (B,) each
@@ -292,8 +297,9 @@ def mixed_inputs(
 class MethodLoss(ScheduledLoss):
     """A function of this file as a module: its numbers at construction, tensors and masks in the call.
 
-    Any option may be a schedule, a callable of the step (`negmine.recipes.linear` and others). Calls in training mode that name
-    no `step` count themselves. A temperature or another number given as an nn.Parameter is learned with the rest.
+    Any number may be a schedule, a callable of the step (`negmine.recipes.linear` and others). Calls in training mode that name
+    no `step` count themselves in the buffer `step`. A temperature or another number given as an nn.Parameter is learned with
+    the rest.
     """
 
     def __init__(self, method: Callable[..., Tensor], **options: Any) -> None:
@@ -304,15 +310,21 @@ class MethodLoss(ScheduledLoss):
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
 
-    def at(self, step: int) -> dict[str, Any]:
+    def at(self, step: Tensor) -> dict[str, Any]:
         """The keywords of the function at this step, schedules evaluated."""
         return at_step(self.options, step) | dict(self.named_parameters(recurse=False))
 
     def forward(
-        self, query: Tensor, positive_key: Tensor, negative_keys: Any = None, *, step: int | None = None, **masks: Any
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Any = None,
+        *,
+        step: int | Tensor | None = None,
+        **masks: Any,
     ) -> Tensor:
         """masks: query_ids, query_labels and row_offset of negmine.logsumexp, and what the method asks for."""
-        step = self.count(step)
+        step = self.count(step, query)
         return self.method(query, positive_key, negative_keys, step=step, **self.at(step), **masks)
 
     def extra_repr(self) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from negmine import reference
 from negmine.losses.gathered import Gathering
-from negmine.losses.schedules import ScheduledLoss, at_step
+from negmine.losses.schedules import ScheduledLoss, at_start, at_step
 from negmine.losses.triplet_mining import above_score, label_masks, with_bounds
 from negmine.ops import backends, checks
 from negmine.ops.backends import Kernels
@@ -32,11 +32,12 @@ class MultiSimilarityStats(NamedTuple):
     num_empty: Tensor  # () int64: rows without any pair, whose loss is 0
 
 
-def _check_numbers(op: str, alpha: Any, beta: Any, base: Any, epsilon: Any) -> None:
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        checks.require_number(op, name, value, above=0)
-    for name, value in (("base", base), ("epsilon", epsilon)):
-        checks.require_number(op, name, value)
+def _check_numbers(op: str, alpha: Any, beta: Any, base: Any, epsilon: Any) -> dict[str, Any]:
+    positive = {"alpha": alpha, "beta": beta}
+    made = {name: checks.require_scalar(op, name, value, above=0) for name, value in positive.items()}
+    return made | {
+        name: checks.require_scalar(op, name, value) for name, value in (("base", base), ("epsilon", epsilon))
+    }
 
 
 def multi_similarity(
@@ -74,12 +75,11 @@ def multi_similarity(
     """
     op = "multi_similarity"
     pool = check_labelled_keys(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
-    _check_numbers(op, alpha, beta, base, epsilon)
+    constants = _check_numbers(op, alpha, beta, base, epsilon)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_bool(op, "return_stats", return_stats)
     query, keys = promoted(query, keys)
     kernels = backends.choose(op, ("mine_hardest", *summing_ops("logsumexp", keys)), backend, (query, keys))
-    constants = {"alpha": float(alpha), "beta": float(beta), "base": float(base), "epsilon": float(epsilon)}
     if kernels is None:
         same, other = label_masks(pool, query, keys)
         saved = frozen(keys, same | other)
@@ -127,8 +127,8 @@ def _from_kernels(
 class MultiSimilarityLoss(ScheduledLoss):
     """multi_similarity as a module; its keywords are multi_similarity's.
 
-    A number may be a schedule, a callable of the step. Calls in training mode that name no `step` count themselves; the count
-    travels in state_dict.
+    A number may be a schedule, a callable of the step, a () int64 tensor. Calls in training mode that name no `step` count
+    themselves in the buffer `step`.
 
     gather_distributed: the keys of every rank of process_group, with their labels, key_ids and key_mask (K,), and with the right
     gradient (negmine/losses/gathered.py). query_ids and key_ids then number the whole dataset.
@@ -136,11 +136,11 @@ class MultiSimilarityLoss(ScheduledLoss):
 
     def __init__(
         self,
-        alpha: float | Callable[[int], float] = 2.0,
-        beta: float | Callable[[int], float] = 50.0,
-        base: float | Callable[[int], float] = 0.5,
+        alpha: float | Tensor | Callable[[Tensor], float | Tensor] = 2.0,
+        beta: float | Tensor | Callable[[Tensor], float | Tensor] = 50.0,
+        base: float | Tensor | Callable[[Tensor], float | Tensor] = 0.5,
         *,
-        epsilon: float | Callable[[int], float] = 0.1,
+        epsilon: float | Tensor | Callable[[Tensor], float | Tensor] = 0.1,
         reduction: str = "mean",
         backend: str | None = None,
         return_stats: bool = False,
@@ -150,7 +150,7 @@ class MultiSimilarityLoss(ScheduledLoss):
         super().__init__()
         op = "MultiSimilarityLoss"
         self.gathering = Gathering(op, gather_distributed, process_group)
-        _check_numbers(op, **at_step({"alpha": alpha, "beta": beta, "base": base, "epsilon": epsilon}, 0))
+        _check_numbers(op, **at_start({"alpha": alpha, "beta": beta, "base": base, "epsilon": epsilon}))
         checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
         self.options: dict[str, Any] = {
             "alpha": alpha,
@@ -169,11 +169,11 @@ class MultiSimilarityLoss(ScheduledLoss):
         query_labels: Tensor,
         key_labels: Tensor,
         *,
-        step: int | None = None,
+        step: int | Tensor | None = None,
         **masks: Any,
     ) -> Any:
         """masks: query_ids, key_ids, key_mask of multi_similarity."""
-        options = at_step(self.options, self.count(step)) | masks
+        options = at_step(self.options, self.count(step, query)) | masks
         return self.gathering.labelled(multi_similarity, query, keys, query_labels, key_labels, options)
 
     def extra_repr(self) -> str:

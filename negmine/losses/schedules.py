@@ -2,36 +2,92 @@
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from negmine.options import is_int
+from negmine.ops import checks
 
 
 class ScheduledLoss(nn.Module):
-    """`step` counts the calls in training mode that named none; it travels in state_dict."""
+    """A loss whose buffer `step`, () int64, counts the calls in training mode that named no step of their own.
+
+    The buffer is the whole state: it travels in state_dict, is copied and broadcast as any other, and is read on the device.
+    The backward pass of activation checkpointing calls the module again; that call counts nothing and has the step of the
+    forward pass. With more than one call of the module under checkpointing in a forward pass, each needs `step` by name.
+    """
+
+    step: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.step = 0
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._checkpointed: list[Tensor] = []  # steps of the last forward pass that a checkpoint may run again
+        self._ran_again = False
 
-    def count(self, step: int | None) -> int:
-        """The step of this call: the one named, or the next of our own."""
-        if step is None:
-            step = self.step
-            self.step += self.training
+    def count(self, step: int | Tensor | None, like: Tensor) -> Tensor:
+        """The step of this call as () int64 on the device of `like`: the one named, or the next of our own."""
+        device = like.device if isinstance(like, Tensor) else self.step.device  # what is no tensor is refused later
+        if step is not None:
+            _, step, _ = checks.require_draw(type(self).__name__, 0, step, 0)
+            return step.to(device) if isinstance(step, Tensor) else torch.full((), step, device=device)
+        if self.step.device != device:  # a loss that nobody has moved follows its input
+            self.step = self.step.to(device)
+        if not torch.compiler.is_compiling() and is_recomputed():
+            return self._step_again()
+        step = self.step.clone()
+        if self.training:
+            self.step.add_(1)
+            if not torch.compiler.is_compiling() and may_be_recomputed():
+                if self._ran_again:
+                    self._checkpointed, self._ran_again = [], False
+                self._checkpointed = [*self._checkpointed[-1:], step]
         return step
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"step": self.step}
+    def _step_again(self) -> Tensor:
+        """The step of the call in the forward pass that activation checkpointing runs again."""
+        if not self.training:
+            return self.step.clone()
+        self._ran_again = True
+        if len(self._checkpointed) != 1:
+            raise ValueError(
+                f"{type(self).__name__}: step must be given under activation checkpointing where the module is called more "
+                "than once before the backward pass, got None"
+            )
+        return self._checkpointed[0]
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        step: Any = state.get("step") if isinstance(state, dict) else None
-        if not is_int(step) or not 0 <= step < 2**32:
-            wanted = "{'step': an int in [0, 2**32)}"
-            raise ValueError(f"{type(self).__name__}: the saved state must be {wanted}, got {state!r}")
-        self.step = step
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the steps of a forward pass, which is not copied either."""
+        return self.__dict__ | {"_checkpointed": [], "_ran_again": False}
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        step = state_dict.get(prefix + "step")
+        if step is not None and not _is_step(step):
+            wanted = "a whole number in [0, 2**32) as a 0-d int64 tensor"
+            args[-1].append(f"{prefix}step must be {wanted}, got {checks.describe(step)}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def at_step(options: dict[str, Any], step: int) -> dict[str, Any]:
+def _is_step(value: Any) -> bool:
+    good = isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.int64
+    return good and (value.is_meta or 0 <= int(value) < 2**32)
+
+
+def is_recomputed() -> bool:
+    """True where activation checkpointing runs a forward pass again: inside of a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def may_be_recomputed() -> bool:
+    """True where this forward pass may be that of activation checkpointing: it records nothing, or hooks what is saved."""
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def at_step(options: dict[str, Any], step: int | Tensor) -> dict[str, Any]:
     """The options with every schedule, a callable of the step, evaluated."""
     return {name: value(step) if callable(value) else value for name, value in options.items()}
+
+
+def at_start(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of step 0, for checks at construction."""
+    return at_step(options, torch.zeros((), dtype=torch.int64))

@@ -14,14 +14,8 @@ from negmine.ops import checks
 from negmine.ops.softplus_sum import SoftplusSum
 from negmine.ops.vectors import frozen, scalar, score_of_positive, widened
 from negmine.ops.windows import Draw
-from negmine.options import Select, is_real
+from negmine.options import Select
 from negmine.selection import summed_columns
-
-
-def _require_factor(op: str, name: str, value: Any) -> None:
-    good = value.dim() == 0 and value.is_floating_point() if isinstance(value, Tensor) else is_real(value)
-    if not good:
-        raise checks.refuse(op, name, "a finite number or a 0-d floating tensor", value)
 
 
 def softplus_sum(
@@ -65,8 +59,7 @@ def _pooled(
     draw: Draw,
     backend: str | None,
 ) -> Tensor:
-    _require_factor(op, "scale", scale)
-    _require_factor(op, "bias", bias)
+    scale, bias = checks.require_scalar(op, "scale", scale), checks.require_scalar(op, "bias", bias)
     kernels, query, keys, pool, _, dense = summed_columns(
         op, ("softplus_sum",), query, positive_key, negative_keys, select, query_ids, query_labels, draw, backend
     )
@@ -106,6 +99,7 @@ def siglip(
     checks.require_vectors(op, "query", query, "(B, D)", (2,))
     checks.require_positive(op, positive_key, query)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
+    scale, bias = checks.require_scalar(op, "scale", scale), checks.require_scalar(op, "bias", bias)
     options = (scale, bias, select, query_ids, query_labels, Draw(seed, step, row_offset), backend)
     total = _pooled(op, query, positive_key, negative_keys, *options)  # (B,)
     rows = total - F.logsigmoid(scale * score_of_positive(query, positive_key) + bias)
@@ -131,17 +125,23 @@ class SigLIPLoss(ScheduledLoss):
     ) -> None:
         super().__init__()
         self.gathering = Gathering("SigLIPLoss", gather_distributed, process_group)
-        checks.require_number("SigLIPLoss", "scale", scale, above=0)
-        _require_factor("SigLIPLoss", "bias", bias)
+        scale = checks.require_number("SigLIPLoss", "scale", scale, above=0)
+        bias = checks.require_scalar("SigLIPLoss", "bias", bias)
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn)
         self.bias = nn.Parameter(torch.tensor(float(bias)), requires_grad=learn)
         self.options = options
 
     def forward(
-        self, query: Tensor, positive_key: Tensor, negative_keys: Any = None, *, step: int | None = None, **masks: Any
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Any = None,
+        *,
+        step: int | Tensor | None = None,
+        **masks: Any,
     ) -> Tensor:
         """masks: query_ids, query_labels, row_offset of siglip."""
-        step = self.count(step)
+        step = self.count(step, query)
         learned = {"scale": self.log_scale.exp(), "bias": self.bias, "step": step}
         options = learned | at_step(self.options, step) | masks
         return self.gathering.paired(siglip, query, positive_key, negative_keys, options)

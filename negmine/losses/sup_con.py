@@ -148,7 +148,7 @@ def sup_con(
     """
     op = "sup_con"
     pool = check_labelled_keys(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
-    checks.require_temperature(op, temperature)
+    temperature = checks.require_temperature(op, temperature)
     checks.require_choice(op, "positives", positives, ("out", "in"))
     checks.require_choice(op, "denominator", denominator, ("all", "own_positive", "negatives_only"))
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
@@ -208,9 +208,8 @@ def _from_kernels(
 class SupConLoss(ScheduledLoss):
     """sup_con as a module; its keywords are sup_con's.
 
-    temperature may be a schedule, a callable of the step; one given as an nn.Parameter is learned with the rest. Calls in
-    training mode that name no `step` count themselves; the count
-    travels in state_dict.
+    temperature may be a schedule, a callable of the step, a () int64 tensor; one given as an nn.Parameter is learned with the
+    rest. Calls in training mode that name no `step` count themselves in the buffer `step`.
 
     gather_distributed: the keys of every rank of process_group, with their labels, key_ids and key_mask (K,), and with the right
     gradient (negmine/losses/gathered.py). query_ids and key_ids then number the whole dataset.
@@ -218,7 +217,7 @@ class SupConLoss(ScheduledLoss):
 
     def __init__(
         self,
-        temperature: float | Tensor | Callable[[int], float] = 0.07,
+        temperature: float | Tensor | Callable[[Tensor], float | Tensor] = 0.07,
         *,
         positives: str = "out",
         denominator: str = "all",
@@ -232,7 +231,7 @@ class SupConLoss(ScheduledLoss):
         op = "SupConLoss"
         self.gathering = Gathering(op, gather_distributed, process_group)
         if not callable(temperature):
-            checks.require_temperature(op, temperature)
+            temperature = checks.require_temperature(op, temperature)
         checks.require_choice(op, "positives", positives, ("out", "in"))
         checks.require_choice(op, "denominator", denominator, ("all", "own_positive", "negatives_only"))
         checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
@@ -252,11 +251,11 @@ class SupConLoss(ScheduledLoss):
         query_labels: Tensor,
         key_labels: Tensor,
         *,
-        step: int | None = None,
+        step: int | Tensor | None = None,
         **masks: Any,
     ) -> Any:
         """masks: query_ids, key_ids, key_mask of sup_con."""
-        options = at_step({"temperature": self.temperature, **self.options}, self.count(step)) | masks
+        options = at_step({"temperature": self.temperature, **self.options}, self.count(step, query)) | masks
         return self.gathering.labelled(sup_con, query, keys, query_labels, key_labels, options)
 
     def extra_repr(self) -> str:

@@ -1,6 +1,7 @@
 """SynCo: six kinds of synthetic negatives. Four are mixes whose logits the mixing kernel sums; two are gathered."""
 
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from negmine.ops.negatives import check_negatives
 from negmine.ops.pool import usable
 from negmine.ops.vectors import for_kernels, promoted, scale_of, widened
 from negmine.ops.windows import Draw
-from negmine.options import is_int, is_real
+from negmine.options import is_int, is_real, is_scalar
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,10 @@ class Kinds:
     noised: int = 64
     graded: int = 64
     signed: int = 64
-    sigma: float = 0.01
-    delta: float = 0.01
-    eta: float = 0.01
+    sigma: float | Tensor = 0.01
+    delta: float | Tensor = 0.01
+    eta: float | Tensor = 0.01
+    enabled: Tensor | None = field(init=False, repr=False, compare=False, default=None)  # () bool, None = True
 
     def __post_init__(self) -> None:
         for name in (*COUNTS, "hard"):
@@ -52,8 +54,14 @@ class Kinds:
                 raise ValueError(f"{name} must be an int of {least} or more, got {value!r}")
         for name in ("sigma", "delta", "eta"):
             value = getattr(self, name)
-            if not is_real(value) or value < 0:
+            if not is_scalar(value) and (not is_real(value) or value < 0):
                 raise ValueError(f"{name} must be a number of 0 or more, got {value!r}")
+
+    def enabled_where(self, condition: Tensor) -> "Kinds":
+        """The same, adding nothing where condition () bool is False: a warm-up whose end is known on the device alone."""
+        made = copy(self)
+        object.__setattr__(made, "enabled", condition)
+        return made
 
     def row_offset(self, name: str, row_offset: int | Tensor) -> int | Tensor:
         """Where the rows of a kind's draws begin: its number in the high bits, so that no two kinds share a draw."""
@@ -102,7 +110,7 @@ def synco(
     positive_key: Tensor,
     negative_keys: Any,
     *,
-    kinds: Kinds | None = PAPER,
+    kinds: Kinds = PAPER,
     temperature: float | Tensor = 0.2,
     reduction: str = "mean",
     **pool: Any,
@@ -113,19 +121,17 @@ def synco(
 
     They are added; no real negative is taken away. Parents come from the negatives left by the masks, whatever select keeps.
     Draws are keyed by (seed, step) and counted by (kind, global row, slot): the same whatever the backend, batch split or world.
-    kinds=None: none yet (warm-up). What differs from the public code: its queue is normalised over the wrong dimension, so that
+    What differs from the public code: its queue is normalised over the wrong dimension, so that
     rows have norm 0.04 at first; its switches of kinds 4 and 5 are crossed; a stored version of its kinds 5 and 6 steps along
     noise of 1e-5 in the place of the gradient, which moves nothing.
     """
     op = "synco"
-    if kinds is not None and not isinstance(kinds, Kinds):
-        raise checks.refuse(op, "kinds", "a negmine.recipes.Kinds or None", kinds, TypeError)
+    if not isinstance(kinds, Kinds):
+        raise checks.refuse(op, "kinds", "a negmine.recipes.Kinds", kinds, TypeError)
     x = logits(op, query, positive_key, negative_keys, temperature, pool)
-    if kinds is None:
-        return reduced(op, F.softplus(x.lse - x.positive), x, reduction)
     negative_keys, masks = check_negatives(op, query, positive_key, negative_keys, *(pool.get(name) for name in TAGS))
     query, positive_key, negative_keys = promoted(query, positive_key, negative_keys)
-    draw = draw_of(pool)
+    draw = draw_of(op, pool)
     scale = scale_of(temperature, query)
     with torch.no_grad():
         kernels = ("mine_hardest", "mix_logsumexp")
@@ -137,17 +143,16 @@ def synco(
             N = min(kinds.hard, max(len(negative_keys), 1))
             q, n = for_kernels(query), for_kernels(negative_keys)
             index = chosen.mine_hardest(q, n, N, False, *masks)[1]
+        if kinds.enabled is not None:
+            index = torch.where(kinds.enabled, index, -1)
     sums = [x.lse.masked_fill(~x.some, -torch.inf)]
     gathered = kinds
     if chosen is not None:
-        gathered = replace(kinds, interpolated=0, extrapolated=0, mixed=0, graded=0)
-        share = kinds.delta / (1 + kinds.delta)
-        ranges = {
-            "interpolated": (0.0, 0.5),
-            "extrapolated": (-0.5, 0.0),
-            "mixed": (0.0, 1.0),
-            "graded": (share, share),
-        }
+        ranges = {"interpolated": (0.0, 0.5), "extrapolated": (-0.5, 0.0), "mixed": (0.0, 1.0)}
+        if not isinstance(kinds.delta, Tensor):  # the kernel takes numbers
+            ranges["graded"] = (kinds.delta / (1 + kinds.delta),) * 2
+        none: dict[str, Any] = dict.fromkeys(ranges, 0)
+        gathered = replace(kinds, **none)
         for name, low_high in ranges.items():
             counts = (getattr(kinds, name), 0) if name == "mixed" else (0, getattr(kinds, name))
             key = Draw(draw.seed, draw.step, kinds.row_offset(name, draw.row_offset)).on_device(query)

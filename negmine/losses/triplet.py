@@ -11,18 +11,19 @@ from torch import Tensor
 
 from negmine import reference
 from negmine.losses.gathered import Gathering
-from negmine.losses.schedules import ScheduledLoss, at_step
+from negmine.losses.schedules import ScheduledLoss, at_start, at_step
 from negmine.losses.triplet_mining import check_rule, triplets_of
 from negmine.ops import checks
 from negmine.ops.negatives import check_labelled_keys
 from negmine.ops.vectors import promoted, widened
 from negmine.ops.windows import Draw
-from negmine.options import is_real
 
 
-def _check_temperature(op: str, temperature: Any) -> None:
-    if temperature is not None and (not is_real(temperature) or temperature <= 0):
-        raise checks.refuse(op, "temperature", "a number above 0, or None for the hinge", temperature)
+def _check_temperature(op: str, temperature: Any) -> Any:
+    wanted = "a number above 0, or None for the hinge"
+    return (
+        None if temperature is None else checks.require_scalar(op, "temperature", temperature, above=0, wanted=wanted)
+    )
 
 
 def triplet_loss(
@@ -67,12 +68,12 @@ def triplet_loss(
     op = "triplet_loss"
     pool = check_labelled_keys(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
     rule = check_rule(op, positive, negative, margin, distance, max_positives, num_negatives)
-    checks.require_draw(op, seed, step, row_offset)
-    _check_temperature(op, temperature)
+    draw = Draw(*checks.require_draw(op, seed, step, row_offset))
+    temperature = _check_temperature(op, temperature)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_bool(op, "return_stats", return_stats)
     query, keys = promoted(query, keys)
-    found = triplets_of(op, query, keys, pool, rule, Draw(seed, step, row_offset), backend)
+    found = triplets_of(op, query, keys, pool, rule, draw, backend)
     # Frozen keys are gathered first and widened after; learned ones the other way, so that gradients add up in fp32.
     wide = widened(keys) if keys.requires_grad else keys
     rows = reference.triplet_loss(
@@ -80,7 +81,7 @@ def triplet_loss(
         wide,
         found.positive,
         found.negative,
-        margin=float(margin),
+        margin=rule["margin"],
         temperature=temperature,
         distance=distance,
     )
@@ -91,8 +92,8 @@ def triplet_loss(
 class TripletLoss(ScheduledLoss):
     """triplet_loss as a module; its keywords are triplet_loss's.
 
-    A number may be a schedule, a callable of the step.
-    Calls in training mode that name no `step` count themselves, so that every one draws anew; the count travels in state_dict.
+    margin and temperature may be schedules, callables of the step, a () int64 tensor. Calls in training mode that name no
+    `step` count themselves in the buffer `step`, so that every one draws anew.
 
     gather_distributed: the keys of every rank of process_group, with their labels, key_ids and key_mask (K,), and with the right
     gradient (negmine/losses/gathered.py). query_ids and key_ids then number the whole dataset.
@@ -100,14 +101,14 @@ class TripletLoss(ScheduledLoss):
 
     def __init__(
         self,
-        margin: float | Callable[[int], float] = 0.2,
+        margin: float | Tensor | Callable[[Tensor], float | Tensor] = 0.2,
         *,
         positive: str = "easy",
         negative: str = "semihard",
-        temperature: float | Callable[[int], float] | None = None,
+        temperature: float | Tensor | Callable[[Tensor], float | Tensor] | None = None,
         distance: str = "cosine",
-        max_positives: int | Callable[[int], int] | None = None,
-        num_negatives: int | Callable[[int], int] = 1,
+        max_positives: int | None = None,
+        num_negatives: int = 1,
         reduction: str = "mean",
         seed: int = 0,
         backend: str | None = None,
@@ -119,7 +120,7 @@ class TripletLoss(ScheduledLoss):
         op = "TripletLoss"
         self.gathering = Gathering(op, gather_distributed, process_group)
         checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
-        checks.require_draw(op, seed, 0, 0)
+        seed, _, _ = checks.require_draw(op, seed, 0, 0)
         self.options: dict[str, Any] = {
             "margin": margin,
             "positive": positive,
@@ -133,7 +134,7 @@ class TripletLoss(ScheduledLoss):
             "backend": backend,
             "return_stats": return_stats,
         }
-        first = at_step(self.options, 0)
+        first = at_start(self.options)
         _check_temperature(op, first["temperature"])
         rule = ("positive", "negative", "margin", "distance", "max_positives", "num_negatives")
         check_rule(op, **{name: first[name] for name in rule})
@@ -145,11 +146,11 @@ class TripletLoss(ScheduledLoss):
         query_labels: Tensor,
         key_labels: Tensor,
         *,
-        step: int | None = None,
+        step: int | Tensor | None = None,
         **masks: Any,
     ) -> Any:
         """masks: query_ids, key_ids, key_mask, row_offset of triplet_loss."""
-        step = self.count(step)
+        step = self.count(step, query)
         options = at_step(self.options, step) | {"step": step} | masks
         return self.gathering.labelled(triplet_loss, query, keys, query_labels, key_labels, options)
 

@@ -162,21 +162,21 @@ def check_rule(
     checks.require_choice(op, "positive", positive, POSITIVES)
     checks.require_choice(op, "negative", negative, NEGATIVES)
     checks.require_choice(op, "distance", distance, DISTANCES)
-    checks.require_number(op, "margin", margin, least=0)
+    margin = checks.require_scalar(op, "margin", margin, least=0)
     if (positive == "multi_similarity") != (negative == "multi_similarity"):
         name, value = ("negative", negative) if positive == "multi_similarity" else ("positive", positive)
         raise checks.refuse(op, name, "'multi_similarity' where the other is", value)
     if positive == "semihard" and negative not in ("hardest", "easiest"):
         raise checks.refuse(op, "negative", "'hardest' or 'easiest' where positive is 'semihard'", negative)
     if positive in SEVERAL:
-        checks.require_count(op, "max_positives", max_positives)
+        max_positives = checks.require_count(op, "max_positives", max_positives)
     elif max_positives is not None:
         raise checks.refuse(op, "max_positives", f"None where positive is {positive!r}", max_positives)
-    checks.require_count(op, "num_negatives", num_negatives)
+    num_negatives = checks.require_count(op, "num_negatives", num_negatives)
     return {
         "positive": positive,
         "negative": negative,
-        "margin": float(margin),
+        "margin": margin if isinstance(margin, Tensor) else float(margin),
         "distance": distance,
         "max_positives": max_positives or 1,
         "num_negatives": num_negatives,
@@ -272,6 +272,6 @@ def mine_triplets(
     op = "mine_triplets"
     pool = check_labelled_keys(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
     rule = check_rule(op, positive, negative, margin, distance, max_positives, num_negatives)
-    checks.require_draw(op, seed, step, row_offset)
+    draw = Draw(*checks.require_draw(op, seed, step, row_offset))
     query, keys = promoted(query, keys)
-    return triplets_of(op, query, keys, pool, rule, Draw(seed, step, row_offset), backend)
+    return triplets_of(op, query, keys, pool, rule, draw, backend)

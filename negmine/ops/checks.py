@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from negmine.options import FalseNegatives, Mix, Select, Weight, is_int, is_real
+from negmine.options import FalseNegatives, Mix, Select, Weight, is_int, is_real, is_scalar, plain
 
 OPTION_TYPES = {"select": Select, "mix": Mix, "weight": Weight, "false_negatives": FalseNegatives}
 SELECT_FIELDS = tuple(field.name for field in fields(Select))
@@ -95,13 +95,26 @@ def require_positive(op: str, positive_key: Any, query: Tensor) -> None:
         raise refuse(op, "positive_key", f"of query's shape {tuple(query.shape)}", positive_key)
 
 
-def require_temperature(op: str, temperature: Any) -> None:
-    """A finite float above 0, or a 0-d floating tensor, whose value is the caller's to keep above 0 (reading it would sync)."""
-    if isinstance(temperature, Tensor):
-        if temperature.dim() != 0 or not temperature.is_floating_point():
-            raise refuse(op, "temperature", "a number above 0 or a 0-d floating tensor", temperature)
-    elif not is_real(temperature) or temperature <= 0:
-        raise refuse(op, "temperature", "a number above 0 or a 0-d floating tensor", temperature)
+def require_scalar(
+    op: str, name: str, value: Any, *, above: float | None = None, least: float | None = None, wanted: str = ""
+) -> Any:
+    """A finite number within bounds, or a floating tensor of one element, whose value is the caller's to keep in them.
+
+    Returns a Python number or a 0-d tensor; reading the latter would synchronise.
+    """
+    given, value = value, plain(value)
+    if is_scalar(value):
+        return value
+    good = is_real(value) and (above is None or value > above) and (least is None or value >= least)
+    if not good:
+        bounds = "a finite number or a 0-d floating tensor" if above is None else f"a number above {above}"
+        raise refuse(op, name, wanted or (bounds if least is None else f"a number of {least} or more"), given)
+    return value
+
+
+def require_temperature(op: str, temperature: Any, name: str = "temperature") -> Any:
+    """A finite number above 0, or a floating tensor of one element; returned as require_scalar does."""
+    return require_scalar(op, name, temperature, above=0, wanted="a number above 0 or a 0-d floating tensor")
 
 
 def require_options(op: str, **options: Any) -> None:
@@ -117,24 +130,30 @@ def require_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> 
         raise refuse(op, name, " or ".join(map(repr, choices)), value)
 
 
-def require_count(op: str, name: str, value: Any, least: int = 1) -> None:
+def require_count(op: str, name: str, value: Any, least: int = 1) -> int:
+    value = plain(value)
     if not is_int(value) or value < least:
         raise refuse(op, name, f"an int of {least} or more", value)
+    return value
 
 
-def require_number(op: str, name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
+def require_number(op: str, name: str, value: Any, *, above: float | None = None, least: float | None = None) -> float:
     """A finite number; above a bound, or of a least value."""
+    value = plain(value)
     good = is_real(value) and (above is None or value > above) and (least is None or value >= least)
     if not good:
         wanted = "a finite number" if above is None else f"a number above {above}"
         raise refuse(op, name, wanted if least is None else f"a number of {least} or more", value)
+    return value
 
 
-def require_draw(op: str, seed: Any, step: Any, row_offset: Any) -> None:
+def require_draw(op: str, seed: Any, step: Any, row_offset: Any) -> tuple[int, Any, Any]:
     """The key of the random draws: seed and step are 32-bit words, row_offset the global index of the first query.
 
-    step and row_offset may be 0-d int64 tensors, whose values are the caller's to keep in range (reading them would synchronise).
+    step and row_offset may be int64 tensors of one element, whose values are the caller's to keep in range (reading them would
+    synchronise). Returns Python ints and 0-d tensors.
     """
+    seed, step, row_offset = plain(seed), plain(step), plain(row_offset)
     if not is_int(seed) or not 0 <= seed < 2**32:
         raise refuse(op, "seed", "an int in [0, 2**32)", seed)
     for name, value, most in (("step", step, 2**32), ("row_offset", row_offset, 2**63)):
@@ -143,6 +162,7 @@ def require_draw(op: str, seed: Any, step: Any, row_offset: Any) -> None:
                 raise refuse(op, name, f"an int in [0, 2**{most.bit_length() - 1}) or a 0-d int64 tensor", value)
         elif not is_int(value) or not 0 <= value < most:
             raise refuse(op, name, f"an int in [0, 2**{most.bit_length() - 1}) or a 0-d int64 tensor", value)
+    return seed, step, row_offset
 
 
 def require_bool(op: str, name: str, value: Any) -> None:
@@ -152,9 +172,12 @@ def require_bool(op: str, name: str, value: Any) -> None:
 
 def whole_numbers(op: str, name: str, value: Any, device: torch.device) -> Tensor:
     """Ranks as (R,) or (B, R) int64 from an int, a sequence of ints or a tensor of whole numbers."""
+    value = plain(value) if not isinstance(value, Tensor) else value
     if is_int(value):
         value = [value]
-    if isinstance(value, (list, tuple)) and value and all(is_int(v) and v >= 0 for v in value):
+    if isinstance(value, (list, tuple)):
+        value = [plain(v) for v in value]
+    if isinstance(value, list) and value and all(is_int(v) and v >= 0 for v in value):
         return torch.stack(
             [torch.full((), v, dtype=torch.int64, device=device) for v in value]
         )  # fills: no copy, no sync

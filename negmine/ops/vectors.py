@@ -74,5 +74,5 @@ def scalar(value: float | Tensor, query: Tensor) -> Tensor:
 def scale_of(temperature: float | Tensor, query: Tensor) -> Tensor:
     """1 / temperature as the 0-d fp32 tensor that kernels read; carries the temperature's gradient."""
     if isinstance(temperature, Tensor):
-        return temperature.to(device=query.device, dtype=torch.float32).reciprocal()
+        return temperature.reciprocal().to(device=query.device, dtype=torch.float32)
     return scalar(1.0 / temperature, query)

@@ -33,7 +33,7 @@ class Draw(NamedTuple):
 
 def _on_device(value: int | Tensor, query: Tensor) -> Tensor | None:
     if isinstance(value, Tensor):
-        return value
+        return value.to(query.device)
     if isinstance(value, int) and value == 0 and not torch.compiler.is_compiling():
         return None
     return torch.full((), value, dtype=torch.int64, device=query.device)
@@ -43,7 +43,7 @@ def apply_filters(query: Tensor, pool: Pool, select: Select, positive_score: Ten
     """The pool narrowed by the score filters of `select`; positive_score (B,) is needed where it has a margin."""
     B = query.shape[0]
     if select.min_score is not None:
-        least = torch.full((B,), select.min_score, dtype=torch.float32, device=query.device)
+        least = torch.zeros(B, dtype=torch.float32, device=query.device) + select.min_score
         pool = pool._replace(lower=sort_key.pack(least, sort_key.LAST_INDEX))
     if select.has_margin or select.max_score is not None:
         anchor = query.new_zeros(B, dtype=torch.float32) if positive_score is None else positive_score
@@ -66,8 +66,7 @@ def window_ranks(
 ) -> tuple[Tensor | int, Tensor | int]:
     """The ranks [first, end) of a filtered pool that `select` keeps, (B,) int64 each or one int for all rows."""
     # Only fractions need the pool's size: a rank past the end of a pool has no column, and keeps nothing or everything.
-    by_fraction = isinstance(select.range_min, float) or isinstance(select.range_max, float)
-    if by_fraction:
+    if select.needs_pool_size:
         return select.window(pool_size(kernels, query, negative_keys, pool))
     return select.window(kernels.queue_size(negative_keys))
 
@@ -80,7 +79,9 @@ def stack_ranks(ranks: list[Tensor | int], query: Tensor) -> Tensor:
             made[:, column] = rank
         return made
     each = [
-        rank if isinstance(rank, Tensor) else torch.full((len(query),), rank, dtype=torch.int64, device=query.device)
+        rank.expand(len(query))
+        if isinstance(rank, Tensor)
+        else torch.full((len(query),), rank, dtype=torch.int64, device=query.device)
         for rank in ranks
     ]
     return torch.stack(each, 1)

@@ -3,10 +3,10 @@
     loss = negmine.recipes.hardest(0.05)
     loss(query, positive_key, queue, query_ids=ids)
 
-Any number may be a schedule: a callable of the step that returns the value, such as linear(1.0, 0.1, steps); counts and ranks
-take whole(linear(...)). The module evaluates it at every call. Modules of recipes can be pickled, schedules included. Defaults
-are the papers' own where they suit a queue; a docstring says where they do not. Every recipe takes the other keywords of its loss
-(reduction, seed, backend; those that return InfoNCELoss also return_stats).
+Any number may be a schedule: a callable of the step, a 0-d tensor, that returns the value, such as linear(1.0, 0.1, steps); ranks
+take whole(linear(...)), and counts, which fix shapes, do not vary. The module evaluates it at every call. Modules of recipes can
+be pickled, schedules included. Defaults are the papers' own where they suit a queue; a docstring says where they do not. Every
+recipe takes the other keywords of its loss (reduction, seed, backend; those that return InfoNCELoss also return_stats).
 """
 
 from negmine.losses.methods import mixed_inputs

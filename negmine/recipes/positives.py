@@ -5,7 +5,7 @@ from typing import Any
 from negmine.losses import InfoNCELoss, SupConLoss
 from negmine.losses.siglip import SigLIPLoss
 from negmine.options import FalseNegatives
-from negmine.recipes.schedules import Count, Number, Temperature, scheduled
+from negmine.recipes.schedules import Number, Temperature, scheduled
 
 
 def sup_con(positives: str = "out", *, temperature: Temperature = 0.07, **keywords: Any) -> SupConLoss:
@@ -18,7 +18,7 @@ def sup_con(positives: str = "out", *, temperature: Temperature = 0.07, **keywor
 
 
 def false_negative_cancellation(
-    top_k: Count | None = 10,
+    top_k: int | None = 10,
     threshold: Number | None = 0.7,
     *,
     mode: str = "eliminate",

@@ -1,7 +1,7 @@
 """Schedules: values that move with the step, as objects that can be compared, printed and pickled.
 
 Any number of a recipe may be one, or any other callable of the step. After its last step a schedule stays at `end`. A count of
-negatives, or a rank, takes `whole` of one.
+negatives fixes shapes and so cannot be one; a rank takes `whole` of one.
 """
 
 import math
@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from negmine.losses.schedules import at_step
+from negmine.losses.schedules import at_start, at_step
 from negmine.ops import checks
 
-Number = float | Callable[[int], float]
-Count = int | Callable[[int], int]
-Temperature = float | Tensor | Callable[[int], float]
+Number = float | Tensor | Callable[[Tensor], Tensor]
+Temperature = Number
 
 
 def _check(name: str, numbers: dict[str, Any], counts: dict[str, Any]) -> None:
@@ -26,8 +26,20 @@ def _check(name: str, numbers: dict[str, Any], counts: dict[str, Any]) -> None:
         checks.require_count(name, argument, value)
 
 
+class Schedule:
+    """A function of the step: a 0-d tensor gives a 0-d float64 tensor on its device, without waiting for it; an int a float."""
+
+    def __call__(self, step: Any) -> Any:
+        value = self.value(torch.as_tensor(step))
+        return value if isinstance(step, Tensor) else value.item()
+
+    def value(self, step: Tensor) -> Tensor:
+        """The value at a step () int64."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class linear:
+class linear(Schedule):
     """start + (end - start) min(step / steps, 1)."""
 
     start: float
@@ -37,12 +49,12 @@ class linear:
     def __post_init__(self) -> None:
         _check("linear", {"start": self.start, "end": self.end}, {"steps": self.steps})
 
-    def __call__(self, step: int) -> float:
-        return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
+    def value(self, step: Tensor) -> Tensor:
+        return self.start + (self.end - self.start) * (step.double() / self.steps).clamp_max(1.0)
 
 
 @dataclass(frozen=True)
-class cosine:
+class cosine(Schedule):
     """end + (start - end) (1 + cos(pi min(step / steps, 1))) / 2."""
 
     start: float
@@ -52,12 +64,13 @@ class cosine:
     def __post_init__(self) -> None:
         _check("cosine", {"start": self.start, "end": self.end}, {"steps": self.steps})
 
-    def __call__(self, step: int) -> float:
-        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * min(step / self.steps, 1.0))) / 2
+    def value(self, step: Tensor) -> Tensor:
+        share = (step.double() / self.steps).clamp_max(1.0)
+        return self.end + (self.start - self.end) * (1 + (math.pi * share).cos()) / 2
 
 
 @dataclass(frozen=True)
-class exponential:
+class exponential(Schedule):
     """end + (start - end) exp(-decay step / every).
 
     every: the steps in which the distance shrinks by exp(-decay). Ring's public code decays by 0.1 at each iteration (every=1)
@@ -73,12 +86,12 @@ class exponential:
         _check("exponential", {"start": self.start, "end": self.end}, {"every": self.every})
         checks.require_number("exponential", "decay", self.decay, least=0)
 
-    def __call__(self, step: int) -> float:
-        return self.end + (self.start - self.end) * math.exp(-self.decay * step / self.every)
+    def value(self, step: Tensor) -> Tensor:
+        return self.end + (self.start - self.end) * (-self.decay * step.double() / self.every).exp()
 
 
 @dataclass(frozen=True)
-class step:
+class step(Schedule):
     """`levels` equally spaced values from start to end, each held for steps / levels.
 
     Ring's is step(1.0, 0.1, steps, 10); HCL's `--anneal down` is step(beta, 0.0, steps, 9).
@@ -93,32 +106,34 @@ class step:
         _check("step", {"start": self.start, "end": self.end}, {"steps": self.steps})
         checks.require_count("step", "levels", self.levels, 2)
 
-    def __call__(self, step: int) -> float:
-        level = min(step * self.levels // self.steps, self.levels - 1)
-        return self.start + (self.end - self.start) * (level / (self.levels - 1))
+    def value(self, step: Tensor) -> Tensor:
+        level = (step * self.levels // self.steps).clamp_max(self.levels - 1)
+        return self.start + (self.end - self.start) * (level.double() / (self.levels - 1))
 
 
 @dataclass(frozen=True)
-class whole:
-    """The value of another schedule, rounded to the nearest whole number: for counts and ranks, such as mochi's N and S."""
+class whole(Schedule):
+    """The value of another schedule, rounded to the nearest whole number: for the ranks of a window."""
 
-    schedule: Callable[[int], float]
+    schedule: Callable[[Any], Any]
 
-    def __call__(self, step: int) -> int:
-        return round(self.schedule(step))
+    def value(self, step: Tensor) -> Tensor:
+        return torch.as_tensor(self.schedule(step)).double().round().long()
 
 
 @dataclass(frozen=True)
 class after:
-    """None before the step `first`, then `value`, which may be a schedule itself: a warm-up without an option."""
+    """`value` with `enabled` False before the step `first`: a warm-up without what it adds, decided on the device.
+
+    value: a Mix or Kinds, or a schedule of one.
+    """
 
     value: Any
     first: int
 
-    def __call__(self, step: int) -> Any:
-        if step < self.first:
-            return None
-        return self.value(step) if callable(self.value) else self.value
+    def __call__(self, step: Tensor) -> Any:
+        value = self.value(step) if callable(self.value) else self.value
+        return value.enabled_where(torch.as_tensor(step) >= self.first)
 
 
 @dataclass(frozen=True)
@@ -128,11 +143,11 @@ class Scheduled:
     make: Callable[..., Any]
     keywords: dict[str, Any]
 
-    def __call__(self, step: int) -> Any:
+    def __call__(self, step: Tensor) -> Any:
         return self.make(**at_step(self.keywords, step))
 
 
 def scheduled(make: Callable[..., Any], **keywords: Any) -> Any:
     """make(**keywords) at once where no keyword is a schedule, so that bad values are refused early; else their schedule."""
-    made = Scheduled(make, keywords)
-    return made if any(map(callable, keywords.values())) else made(0)
+    made = make(**at_start(keywords))
+    return Scheduled(make, keywords) if any(map(callable, keywords.values())) else made

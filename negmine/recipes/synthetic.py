@@ -7,17 +7,17 @@ from negmine.losses.methods import MethodLoss
 from negmine.losses.synco import Kinds
 from negmine.losses.synco import synco as synco_loss
 from negmine.options import Mix
-from negmine.recipes.schedules import Count, Number, Temperature, after, scheduled
+from negmine.recipes.schedules import Number, Temperature, after, scheduled
 
 
 def mochi(
-    hard: Count = 1024,
-    pairs: Count = 1024,
-    with_query: Count = 128,
+    hard: int = 1024,
+    pairs: int = 1024,
+    with_query: int = 128,
     *,
     warmup_steps: int = 0,
     temperature: Temperature = 0.2,
-    skip: Count = 0,
+    skip: int = 0,
     distinct: bool = True,
     detach: bool = True,
     **keywords: Any,
@@ -27,7 +27,7 @@ def mochi(
     `Mix` states the formulas. warmup_steps: train without them first (10 to 15 epochs in the paper). skip: mix none of the
     hardest `skip`, which are the likeliest false negatives. The paper's class oracle is query_labels and the labels of the
     negatives in the call: labels leave before mining, so synthetic negatives come from true negatives alone, and before the
-    denominator. hard, pairs, with_query and skip may be schedules of whole numbers: whole(linear(64, 1024, steps)).
+    denominator. The counts fix shapes, so they do not vary with the step.
     No official code exists; one public port indexes every query's mixes into query 0's hard set, which tests/test_rules.py
     would fail.
     """
@@ -36,13 +36,13 @@ def mochi(
 
 
 def synco(
-    hard: Count = 1024,
-    interpolated: Count = 256,
-    extrapolated: Count = 256,
-    mixed: Count = 256,
-    noised: Count = 64,
-    graded: Count = 64,
-    signed: Count = 64,
+    hard: int = 1024,
+    interpolated: int = 256,
+    extrapolated: int = 256,
+    mixed: int = 256,
+    noised: int = 64,
+    graded: int = 64,
+    signed: int = 64,
     *,
     sigma: Number = 0.01,
     delta: Number = 0.01,

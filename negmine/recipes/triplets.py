@@ -18,7 +18,7 @@ from negmine.ops import checks, philox
 from negmine.ops.column_lists import gather_rows
 from negmine.ops.negatives import check_negatives
 from negmine.ops.vectors import score_of_positive, widened
-from negmine.recipes.schedules import Count, Number
+from negmine.recipes.schedules import Number
 from negmine.selection import mine_hardest
 
 
@@ -32,7 +32,7 @@ def batch_hard(margin: Number = 0.2, *, temperature: Number | None = None, **key
     return TripletLoss(margin, positive="hard", negative="hardest", temperature=temperature, **keywords)
 
 
-def facenet(max_positives: Count, *, margin: Number = 0.2, **keywords: Any) -> TripletLoss:
+def facenet(max_positives: int, *, margin: Number = 0.2, **keywords: Any) -> TripletLoss:
     """FaceNet's semi-hard triplets (Schroff et al. 2015, arXiv 1503.03832; tensorflow/addons triplet_semihard_loss).
 
     Every positive pair against the nearest negative that is farther than the positive, or the farthest of all where none is;
@@ -49,7 +49,7 @@ def facenet(max_positives: Count, *, margin: Number = 0.2, **keywords: Any) -> T
 
 
 def distance_weighted(
-    max_positives: Count, *, margin: Number = 0.2, distance: str = "euclidean", **keywords: Any
+    max_positives: int, *, margin: Number = 0.2, distance: str = "euclidean", **keywords: Any
 ) -> TripletLoss:
     """Distance-weighted negatives (Wu et al. 2017, arXiv 1706.07567; pytorch-metric-learning DistanceWeightedMiner).
 
@@ -93,7 +93,7 @@ class VSEPlusPlusLoss(ScheduledLoss):
         self.side = TripletLoss(margin, positive="easy", negative="hardest", reduction=reduction, backend=backend)
 
     def forward(
-        self, image: Tensor, caption: Tensor, labels: Tensor | None = None, *, step: int | None = None
+        self, image: Tensor, caption: Tensor, labels: Tensor | None = None, *, step: int | Tensor | None = None
     ) -> Tensor:
         """image, caption (B, D): rows of equal number belong together. labels (B,): another row of the label is no negative."""
         op = "vse_plus_plus"
@@ -107,7 +107,7 @@ class VSEPlusPlusLoss(ScheduledLoss):
                 raise checks.refuse(op, "labels", f"of shape (B,) with image's B = {len(image)}", labels)
         own = torch.arange(len(image), device=image.device)
         others = None if labels is None else (labels[:, None] != labels) | (own[:, None] == own)  # (B, B)
-        call = {"key_mask": others, "step": self.count(step)}
+        call = {"key_mask": others, "step": self.count(step, image)}
         return self.side(image, caption, own, own, **call) + self.side(caption, image, own, own, **call)
 
 
@@ -122,25 +122,25 @@ def vse_plus_plus(margin: Number = 0.2, *, reduction: str = "sum", backend: str 
 
 
 class SimANSLoss(ScheduledLoss):
-    """The loss of `simans`. Calls in training mode that name no `step` count themselves; the count travels in state_dict."""
+    """The loss of `simans`. Calls in training mode that name no `step` count themselves in the buffer `step`."""
 
     def __init__(self, kernel: str, options: dict[str, Any], **fixed: Any) -> None:
         super().__init__()
         self.kernel, self.options, self.fixed = kernel, options, fixed
 
-    def at(self, step: int) -> dict[str, Any]:
+    def at(self, step: int | Tensor) -> dict[str, Any]:
         """The numbers of this step, schedules evaluated and checked."""
         given, op = at_step(self.options, step), "simans"
-        checks.require_count(op, "num_negatives", given["num_negatives"])
-        checks.require_count(op, "candidates", given["candidates"])
+        for name in ("num_negatives", "candidates"):
+            given[name] = checks.require_count(op, name, given[name])
         if given["candidates"] < given["num_negatives"]:
             raise checks.refuse(
                 op, "candidates", f"at least num_negatives={given['num_negatives']}", given["candidates"]
             )
         for name in ("a", "tau"):
-            checks.require_number(op, name, given[name], least=0)
-        checks.require_number(op, "b", given["b"])
-        checks.require_temperature(op, given["temperature"])
+            given[name] = checks.require_scalar(op, name, given[name], least=0)
+        given["b"] = checks.require_scalar(op, "b", given["b"])
+        given["temperature"] = checks.require_temperature(op, given["temperature"])
         return given
 
     def sample(
@@ -149,13 +149,13 @@ class SimANSLoss(ScheduledLoss):
         positive_key: Tensor,
         negative_keys: Any,
         *,
-        step: int,
-        row_offset: int = 0,
+        step: int | Tensor,
+        row_offset: int | Tensor = 0,
         **masks: Any,
     ) -> Tensor:
         """(B, num_negatives) int64: the drawn columns, hardest first, -1 past the end of a pool."""
         seed, backend, given = self.fixed["seed"], self.fixed["backend"], self.at(step)
-        checks.require_draw("simans", seed, step, row_offset)
+        seed, step, row_offset = checks.require_draw("simans", seed, step, row_offset)
         masks |= {"positive_key": positive_key, "backend": backend}
         mined = mine_hardest(query, negative_keys, given["candidates"], **masks)  # (B, C)
         with torch.no_grad():
@@ -176,15 +176,15 @@ class SimANSLoss(ScheduledLoss):
         positive_key: Tensor,
         negative_keys: Any,
         *,
-        step: int | None = None,
-        row_offset: int = 0,
+        step: int | Tensor | None = None,
+        row_offset: int | Tensor = 0,
         **masks: Any,
     ) -> Tensor:
         """masks: query_ids and query_labels of mine_hardest."""
         tags = masks.get("query_ids"), masks.get("query_labels")
         keys, _ = check_negatives("simans", query, positive_key, negative_keys, *tags)
         checks.require_positive("simans", positive_key, query)
-        draw = {"step": self.count(step), "row_offset": row_offset}
+        draw = {"step": self.count(step, query), "row_offset": row_offset}
         index = self.sample(query, positive_key, negative_keys, **draw, **masks)  # (B, n)
         q = widened(query)
         drawn = gather_rows(keys, index, q.dtype)  # (B, n, D)
@@ -194,9 +194,9 @@ class SimANSLoss(ScheduledLoss):
 
 
 def simans(
-    num_negatives: Count = 15,
+    num_negatives: int = 15,
     *,
-    candidates: Count = 200,
+    candidates: int = 200,
     kernel: str = "gaussian",
     a: Number = 1.0,
     b: Number = 0.0,
@@ -223,5 +223,5 @@ def simans(
     options = {"num_negatives": num_negatives, "candidates": candidates, "a": a, "b": b, "tau": tau}
     fixed = {"reduction": reduction, "seed": seed, "backend": backend}
     made = SimANSLoss(kernel, options | {"temperature": temperature}, **fixed)
-    made.at(0)  # refuses what cannot be meant
+    made.at(torch.zeros((), dtype=torch.int64))  # refuses what cannot be meant
     return made

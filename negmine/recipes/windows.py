@@ -4,7 +4,7 @@ from typing import Any
 
 from negmine.losses import InfoNCELoss
 from negmine.options import Select
-from negmine.recipes.schedules import Count, Number, Temperature, scheduled
+from negmine.recipes.schedules import Number, Temperature, scheduled
 
 
 def hardest(
@@ -34,7 +34,7 @@ def ring(
     inner: Number = 0.1,
     *,
     inner_of: str = "outer",
-    sample: Count | None = None,
+    sample: int | None = None,
     replace: bool = False,
     temperature: Temperature = 0.07,
     **keywords: Any,

@@ -14,7 +14,7 @@ from negmine.reference.contrastive import (
     reduced,
     sup_con,
 )
-from negmine.reference.mixing import mix_draws, mix_negatives, mixed
+from negmine.reference.mixing import mix_draws, mix_negatives, mixed, only_if_enabled
 from negmine.reference.selection import (
     filtered,
     mine_hardest,
@@ -44,6 +44,7 @@ __all__ = [
     "mixed",
     "multi_similarity",
     "multiplicity",
+    "only_if_enabled",
     "quantile",
     "rank_thresholds",
     "ranking",

@@ -46,17 +46,21 @@ def log_weighted_sum(
     lse (B,): LSE of (1 + beta) x; lse_importance (B,): LSE of beta x; count (B,): negatives N.
     """
     log_count = count.to(lse.dtype).log()
-    if weight.detach and weight.beta:  # the value as it is, the gradient of sum_j w_j exp(x_j) with w held
+    if weight.detach and weight.sharpens:  # the value as it is, the gradient of sum_j w_j exp(x_j) with w held
         log_r = log_count + lse.detach() - lse_importance.detach() + (lse - lse.detach()) / (1 + weight.beta)
     else:
         log_r = log_count + lse - lse_importance
-    if weight.tau_plus == 0:
+    if not weight.debiases:
         return log_r, torch.zeros_like(count, dtype=torch.bool)
+    tau_plus = weight.tau_plus
     log_floor = log_count - 1 / temperature
     shift = torch.maximum(log_r, x_positive + log_count).detach()
-    excess = (log_r - shift).exp() - weight.tau_plus * (x_positive + log_count - shift).exp()
-    log_raw = excess.clamp_min(torch.finfo(lse.dtype).tiny).log() + shift - math.log1p(-weight.tau_plus)
+    excess = (log_r - shift).exp() - tau_plus * (x_positive + log_count - shift).exp()
+    log_raw = excess.clamp_min(torch.finfo(lse.dtype).tiny).log() + shift
+    log_raw = log_raw - ((-tau_plus).log1p() if isinstance(tau_plus, Tensor) else math.log1p(-tau_plus))
     clamped = (excess <= 0) | (log_raw < log_floor)
+    if isinstance(tau_plus, Tensor):  # a schedule may begin or end at 0
+        return torch.where(tau_plus > 0, torch.where(clamped, log_floor, log_raw), log_r), clamped & (tau_plus > 0)
     return torch.where(clamped, log_floor, log_raw), clamped
 
 
@@ -109,7 +113,7 @@ def info_nce(
             times == 0, -torch.inf
         )
         importance = importance.masked_fill(~some[:, None], 0.0)
-        sharpened = safe + importance - times.clamp_min(1).to(scores.dtype).log() if weight.beta else safe
+        sharpened = safe + importance - times.clamp_min(1).to(scores.dtype).log() if weight.sharpens else safe
         log_sum, clamped = log_weighted_sum(
             sharpened.logsumexp(1), importance.logsumexp(1), x_positive, count.clamp_min(1), temperature, weight
         )
@@ -119,8 +123,9 @@ def info_nce(
             query, negative_keys, mix, usable, seed=seed, step=step, row_offset=row_offset
         )
         x_mixed = scores_of(query, vectors) / temperature  # (B, S)
-        columns = torch.cat([columns, x_mixed.masked_fill(parents[:, :, 1] < 0, -torch.inf)], 1)
-        some = some | (parents[:, :, 1] >= 0).any(1)
+        absent = parents[:, :, 1] < 0  # (B, S)
+        columns = torch.cat([columns, x_mixed.masked_fill(absent, -torch.inf)], 1)
+        some = some | ~absent.all(1)
 
     attracted = found if false_negatives is not None and false_negatives.mode == "attract" else torch.zeros_like(found)
     x_attracted = (scores / temperature).masked_fill(~attracted, 0.0)  # (B, K)

@@ -14,6 +14,7 @@ def mix_draws(
 ) -> tuple[Tensor, Tensor]:
     """hard_index (B, hard) -> parents (B, S, 2) int64 (-1 = the query), coefficients (B, S); stated in kernels/README.md."""
     device = hard_index.device
+    hard_index = only_if_enabled(hard_index, mix)
     count = (hard_index >= 0).sum(1, keepdim=True)  # (B, 1)
     slots = torch.arange(mix.total, device=device)  # (S,)
     rows = torch.arange(len(hard_index), device=device) + row_offset  # (B,)
@@ -31,6 +32,11 @@ def mix_draws(
     fraction = philox.unit(u2, table).to(dtype)  # (B, S)
     low, high = (torch.where(is_pair, p, w) for p, w in zip(mix.pair_range, mix.query_range, strict=True))  # (S,) each
     return parents, (low + (high - low) * fraction).to(dtype).masked_fill(count == 0, 0.0)
+
+
+def only_if_enabled(hard_index: Tensor, mix: Mix) -> Tensor:
+    """hard_index (B, hard), or no parents at all (-1) where the mix is not enabled."""
+    return hard_index if mix.enabled is None else torch.where(mix.enabled, hard_index, -1)
 
 
 def mixed(query: Tensor, negative_keys: Tensor, parents: Tensor, coefficients: Tensor) -> Tensor:
