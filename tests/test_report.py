@@ -344,7 +344,7 @@ REFUSALS = [
     ({"class_similarity": {"x": 3}}, TypeError, "class_similarity['x'] must be a (C, C) matrix or a callable"),
     ({"class_similarity": lambda q, k: q[:1]}, ValueError, "a number for each of"),
     ({"query_texts": ["a"]}, ValueError, "query_texts must be 3 texts, one a row"),
-    ({"corpus_texts": "a" * 9}, ValueError, "corpus_texts must be 9 texts"),
+    ({"corpus_texts": "a" * 9}, TypeError, "corpus_texts must be texts, one a row"),
     ({"previous": q}, TypeError, "previous must be a pair"),
     ({"previous": (q, c[:4])}, ValueError, "previous must be of 3 queries and 9 corpus rows"),
     ({"normalize": 1}, TypeError, "normalize must be True or False"),

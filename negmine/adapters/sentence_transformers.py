@@ -151,7 +151,8 @@ def mine_hard_negatives(
         if cross_encoder is not None:
             result, positive_scores = _rescored(cross_encoder, result, lists, queries, documents, batch_size)
         lowest = lists.reduce(positive_scores.astype(np.float32), "min")  # (Q,)
-        result = _chosen(result, select, lowest, num_negatives, sampling_strategy, seed)
+        known = lists if include_positives else RowLists.empty(len(queries))
+        result = _chosen(result, select, lowest, known, num_negatives, sampling_strategy, seed)
     result = replace(result, positives=lists)
     if verbose:
         print(result.summary())
@@ -239,12 +240,18 @@ def _rescored(
     return replace(result, scores=scores), predicted(lists.queries, lists.rows)
 
 
-def _chosen(result: MiningResult, select: Select, lowest: np.ndarray, n: int, strategy: str, seed: int) -> MiningResult:
-    """Of each query's candidates: filtered, ranked by their scores, the window, n of it. lowest (Q,): least positive score."""
+def _chosen(
+    result: MiningResult, select: Select, lowest: np.ndarray, known: RowLists, n: int, strategy: str, seed: int
+) -> MiningResult:
+    """Of each query's candidates: filtered, ranked by their scores, the window, n of it. lowest (Q,): least positive score;
+    known: rows that pass whatever the filters, since filters are for negatives."""
     scores, indices = torch.from_numpy(result.scores), torch.from_numpy(result.indices)
     kept = reference.filtered(
         scores, torch.from_numpy(lowest), replace(select, range_min=0, range_max=None), indices >= 0
     )
+    K = result.config["corpus_rows"]
+    pairs = np.arange(len(result.indices))[:, None] * K + result.indices
+    kept |= torch.from_numpy(np.isin(pairs, known.queries * K + known.rows) & (result.indices >= 0))
     sort_keys = (
         sort_key.pack(scores, indices.clamp_min(0)).masked_fill(~kept, sort_key.NOWHERE).sort(1, descending=True).values
     )

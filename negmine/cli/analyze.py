@@ -18,6 +18,8 @@ READERS = {
     "query_labels": files.LABELS,
     "corpus_labels": files.LABELS,
     "class_similarity": files.SIMILARITIES,
+    "query_ids": files.LABELS,
+    "corpus_ids": files.LABELS,
     "query_texts": files.TEXTS,
     "corpus_texts": files.TEXTS,
     "previous": files.PAIR,

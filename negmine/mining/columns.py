@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from negmine.ops.checks import refuse, require_stored
+from negmine.ops.checks import describe, refuse, require_stored
 
 TEXTS = "texts, one a row, in a list, an array, or a column of a table"
 BLOCK = 4096  # entries converted to Python objects at a time
@@ -91,7 +91,7 @@ def _kind(value: Any) -> str:
     """The type of a value, and the value itself where it is short."""
     name = type(value).__name__
     if value is None or isinstance(value, (int, float)):
-        return f"{value!r:.40} ({name})"
+        return f"{describe(value, 40)} ({name})"
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
@@ -114,5 +114,7 @@ def split_mapping(op: str, names: tuple[str, str], ids: Any, texts: Any) -> tupl
         raise refuse(op, names[1], f"no mapping where {names[0]} is given", _kind(texts), TypeError)
     for key, text in texts.items():
         if not isinstance(text, str):
-            raise refuse(op, names[1], "a mapping from ids to strings", f"{_kind(text)} for id {key!r:.60}", TypeError)
+            raise refuse(
+                op, names[1], "a mapping from ids to strings", f"{_kind(text)} for id {describe(key, 60)}", TypeError
+            )
     return list(texts), list(texts.values())

@@ -20,7 +20,7 @@ import numpy as np
 from negmine.mining.columns import Column, split_mapping
 from negmine.mining.dedup import first_equal
 from negmine.mining.row_lists import RowLists, SharedLists, parse
-from negmine.ops.checks import refuse
+from negmine.ops.checks import describe, refuse
 
 IDS = "ids, one a row: all ints or all strings, in a list, an array, or a column of a table"
 INT_KEY, BLANK_KEY = (
@@ -65,7 +65,9 @@ def id_keys(op: str, name: str, blocks: Any, rows: int, kind: type | None = None
                 wanted = (
                     "ints or strings" if kind is None else f"{'strings' if kind is str else 'ints'}, as other ids are"
                 )
-                raise refuse(op, name, wanted, f"{entry!r:.60} ({type(entry).__name__}) in row {row}", TypeError)
+                raise refuse(
+                    op, name, wanted, f"{describe(entry, 60)} ({type(entry).__name__}) in row {row}", TypeError
+                )
             kind = found
         part = keys[begin : begin + len(block)]
         if kind is int:

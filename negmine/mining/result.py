@@ -24,7 +24,7 @@ from negmine.mining.row_lists import RowLists
 from negmine.ops.checks import describe, refuse, require_choice
 from negmine.options import is_real
 
-FORMAT = 1
+FORMAT = 2
 FORMS = ("flagembedding", "tevatron")
 MAX_DESCRIPTION_BYTES = 1 << 20  # of the JSON beside the arrays, which takes a few thousand
 DTYPES = {
@@ -35,6 +35,7 @@ DTYPES = {
     "positives_indptr": np.int64,
     "positives_rows": np.int64,
 }
+IDS = ("query_ids", "corpus_ids")
 QUARTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "max": 1.0}
 
 
@@ -194,10 +195,13 @@ class MiningResult:
             file.write(page.encode())
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one .npz file at exactly this path, atomically."""
+        """Write one .npz file at exactly this path, atomically; ids are stored in it, texts are not."""
         description = json.dumps({"format": FORMAT, "skipped": self.skipped, "config": self.config})
         arrays = {name: getattr(self, name) for name in ("indices", "scores", "positive_scores", "num_valid")}
         arrays |= {"positives_indptr": self.positives.indptr, "positives_rows": self.positives.rows}
+        for name in IDS:
+            if getattr(self, name) is not None:
+                arrays |= _stored_ids(name, getattr(self, name))
         with atomic_write("MiningResult.save", path) as file:
             np.savez(file, description=np.frombuffer(description.encode(), np.uint8), **arrays)
 
@@ -208,21 +212,22 @@ class MiningResult:
         if not Path(path).is_file():
             raise refuse(op, "path", "an existing file", str(path))
         try:
-            arrays = read_npz(path, {*DTYPES, "description"})
+            arrays = read_npz(path, {*DTYPES, "description", *IDS, *(f"{name}_ends" for name in IDS)})
             text = arrays.pop("description").tobytes()
             if len(text) > MAX_DESCRIPTION_BYTES:
                 raise ValueError(f"its description holds {len(text):,} bytes")
             description = parse_json(text, "its description")
+            ids: dict[str, Any] = {name: _loaded_ids(name, arrays) for name in IDS}
             arrays = {name: arrays[name] for name in DTYPES}
             skipped, config = description["skipped"], description["config"]
-            problem = _problem(arrays, description)
+            problem = _problem(arrays, description, ids)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
             what = f"{op}: {describe(str(path))} is damaged or was not written by save"
             raise ValueError(f"{what} ({cause(error)})") from error
         if problem:
             raise ValueError(f"{op}: {describe(str(path))} cannot be read: {problem}")
         positives = RowLists(arrays.pop("positives_indptr"), arrays.pop("positives_rows"))
-        return cls(**arrays, positives=positives, skipped=skipped, config=config)
+        return cls(**arrays, positives=positives, skipped=skipped, config=config, **ids)
 
     def _queries(self, rows: np.ndarray) -> np.ndarray:
         """The names of query rows, of any shape: ids where there are some, else the rows themselves."""
@@ -235,6 +240,34 @@ class MiningResult:
         """Every (query, positive): queries (P,), and (P, 1 + n) the positive followed by the query's negatives."""
         queries = self.positives.queries  # (P,)
         return queries, np.concatenate([self.positives.rows[:, None], self.indices[queries]], 1)
+
+
+def _stored_ids(name: str, ids: Any) -> dict[str, np.ndarray]:
+    """The arrays that hold ids: ints, or the UTF-8 bytes of strings and where each ends."""
+    column = Column("MiningResult.save", name, ids)
+    entries = [entry for _, block in column.blocks() for entry in block]
+    if all(isinstance(entry, int) for entry in entries):
+        return {name: np.array(entries, np.int64)}
+    parts = [entry.encode("utf-8", "surrogatepass") for entry in entries]
+    ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+    return {name: np.frombuffer(b"".join(parts), np.uint8), f"{name}_ends": ends}
+
+
+def _loaded_ids(name: str, arrays: dict[str, np.ndarray]) -> list | None:
+    """The ids that _stored_ids stored; raises ValueError where they are damaged."""
+    if name not in arrays:
+        return None
+    held = arrays[name]
+    if f"{name}_ends" not in arrays:
+        if held.dtype != np.int64 or held.ndim != 1:
+            raise ValueError(f"its {name} are {held.dtype} of shape {held.shape}")
+        return held.tolist()
+    ends = arrays[f"{name}_ends"]
+    starts = np.r_[0, ends[:-1]] if ends.dtype == np.int64 and ends.ndim == 1 else ends
+    if held.dtype != np.uint8 or starts is ends or (starts > ends).any() or sum(ends[-1:]) != len(held):
+        raise ValueError(f"its {name}_ends do not fit its {name}")
+    text = held.tobytes()
+    return [text[a:b].decode("utf-8", "surrogatepass") for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
 
 
 def _named(ids: Any, rows: np.ndarray) -> np.ndarray:
@@ -257,7 +290,7 @@ def _joined(*parts: np.ndarray) -> np.ndarray:
     return np.concatenate(parts, 1)
 
 
-def _problem(arrays: dict[str, np.ndarray], description: dict[str, Any]) -> str:
+def _problem(arrays: dict[str, np.ndarray], description: dict[str, Any], ids: dict[str, list | None]) -> str:
     """The first inconsistency in a file that could be read; empty if there is none."""
     if description["format"] != FORMAT:
         return f"its format is {describe(description['format'])}, and this version of negmine reads format {FORMAT}"
@@ -278,6 +311,10 @@ def _problem(arrays: dict[str, np.ndarray], description: dict[str, Any]) -> str:
     for name, shape in shapes.items():
         if arrays[name].shape != shape:
             return f"its {name} have shape {arrays[name].shape}, not {shape}"
+    for name, rows_named in (("query_ids", Q), ("corpus_ids", K)):
+        given = ids[name]
+        if given is not None and len(given) != rows_named:
+            return f"its {name} name {len(given)} rows of {rows_named}"
     if indptr[0] != 0 or (np.diff(indptr) < 0).any() or rows.shape != (indptr[-1],):
         return "its positives_indptr does not fit its positives_rows"
     if ((indices < -1) | (indices >= K)).any() or ((rows < 0) | (rows >= K)).any():

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from negmine.mining.columns import Column, is_column
-from negmine.ops.checks import refuse, require_stored
+from negmine.ops.checks import describe, refuse, require_stored
 
 FORMS = "one {entry} a query, a list of lists of {entry}s, or a tuple (indptr, indices)"
 
@@ -185,7 +185,7 @@ def parse(op: str, name: str, value: Any, Q: int, K: int, lookup: Lookup | None 
         query = int(np.searchsorted(lists.indptr, outside[0], side="right") - 1)
         if lookup is not None:
             given = _entry(value, query, int(outside[0] - lists.indptr[query]), int(outside[0]))
-            raise refuse(op, name, "ids of corpus_ids", f"{given!r:.80} for query {query}")
+            raise refuse(op, name, "ids of corpus_ids", f"{describe(given, 80)} for query {query}")
         came = f"{lists.rows[outside[0]]} for query {query}"
         raise refuse(op, name, f"row numbers of the corpus, in [0, {K})", came)
     return lists.distinct() if (lists.sizes > 1).any() else lists

@@ -20,8 +20,8 @@ COMMON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_DESCRIPTION = 200  # characters
 
 
-def describe(value: Any) -> str:
-    """A value in a few words: dtype and shape of a tensor, shapes joined by 'or', else its repr, cut at MAX_DESCRIPTION."""
+def describe(value: Any, most: int = MAX_DESCRIPTION) -> str:
+    """A value in a few words: dtype and shape of a tensor, shapes joined by 'or', else its repr, cut at `most` characters."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
     try:
@@ -31,7 +31,7 @@ def describe(value: Any) -> str:
             text = repr(value)
     except Exception:  # whatever a class of the caller's raises, the sentence is made
         text = f"an object of type {type(value).__name__}"
-    return text if len(text) <= MAX_DESCRIPTION else text[: MAX_DESCRIPTION - 3] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def refuse(op: str, name: str, wanted: str, came: Any, error: type[Exception] = ValueError) -> Exception:

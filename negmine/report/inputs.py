@@ -1,7 +1,7 @@
 """Checks of the arguments of hardness_report other than embeddings: bins, classes, similarity measures, texts."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +28,6 @@ def checked_fraction(name: str, value: Any) -> float:
     if not is_real(value) or not 0 < value < 1:
         raise refuse(OP, name, "a fraction above 0 and below 1", value)
     return float(value)
-
-
-def checked_texts(name: str, texts: Any, rows: int) -> Sequence[str] | None:
-    if texts is not None and (isinstance(texts, str) or len(texts) != rows):
-        raise refuse(OP, name, f"{rows} texts, one a row", f"{len(texts)} in a {type(texts).__name__}")
-    return texts
 
 
 @dataclass(frozen=True)

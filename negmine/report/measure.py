@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from negmine.mining.atomic_file import require_output
+from negmine.mining.identity import Side, resolve
 from negmine.mining.memory_budget import DEFAULT_MEMORY
 from negmine.mining.progress import progress
-from negmine.mining.row_lists import RowLists, parse
+from negmine.mining.row_lists import RowLists
 from negmine.mining.sources import Rows, resolve_device
 from negmine.ops import checks
 from negmine.options import is_real
@@ -34,7 +35,6 @@ from negmine.report.inputs import (
     checked_edges,
     checked_fraction,
     checked_measures,
-    checked_texts,
     measured,
 )
 from negmine.report.ranking import Ranking, norms
@@ -178,35 +178,34 @@ def _figures(run: _Run, classes: Classes | None) -> dict[str, np.ndarray]:
     return out
 
 
-def _records(
-    run: _Run, pairs: list[tuple], texts: tuple[Sequence[str] | None, Sequence[str] | None]
-) -> list[dict[str, Any]]:
-    """(query, positive or -1, row, numbers) as records with their texts, for people."""
-    of_query, of_row = texts
+def _records(run: _Run, pairs: list[tuple], sides: tuple[Side, Side]) -> list[dict[str, Any]]:
+    """(query, positive or -1, row, numbers) as records with their ids and texts, for people."""
     out = []
     for query, positive, row, numbers in pairs:
         record = {"query": int(run.numbers[query]), "positive": positive, "row": row, **numbers}
-        if of_query is not None:
-            record["query_text"] = str(of_query[record["query"]])
-        if of_row is not None:
-            record |= {"row_text": str(of_row[row])} | (
-                {"positive_text": str(of_row[positive])} if positive >= 0 else {}
-            )
+        for name, side in (("query", sides[0]), ("row", sides[1]), ("positive", sides[1])):
+            if record[name] >= 0:
+                record |= _named(name, record[name], side)
         if run.classes is not None:
             record["same_class"] = bool(run.classes.corpus[row] == run.classes.queries[record["query"]])
         if positive >= 0:
-            record["same_text"] = same_text(of_row, positive, row)
+            record["same_text"] = same_text(record.get("positive_text"), record.get("row_text"))
         out.append(record)
     return out
 
 
-def _most_frequent(counts: np.ndarray, texts: Sequence[str] | None) -> list[dict[str, Any]]:
+def _named(name: str, row: int, side: Side) -> dict[str, Any]:
+    """The id and the text of a row, as far as they are known."""
+    columns = {"id": side.ids, "text": side.texts}
+    found = {key: column.take(np.array([row]))[0] for key, column in columns.items() if column is not None}
+    return {f"{name}_{key}": value if isinstance(value, str) else int(value) for key, value in found.items()}
+
+
+def _most_frequent(counts: np.ndarray, side: Side) -> list[dict[str, Any]]:
     """The rows that are in the tail of the most queries."""
     rows = np.lexsort((np.arange(len(counts)), -counts))[:TOP]
     return [
-        {"row": int(row), "queries": int(counts[row])} | ({"row_text": str(texts[row])} if texts is not None else {})
-        for row in rows
-        if counts[row]
+        {"row": int(row), "queries": int(counts[row])} | _named("row", int(row), side) for row in rows if counts[row]
     ]
 
 
@@ -219,8 +218,10 @@ def hardness_report(
     query_labels: Any = None,
     corpus_labels: Any = None,
     class_similarity: Any = None,
-    query_texts: Sequence[str] | None = None,
-    corpus_texts: Sequence[str] | None = None,
+    query_ids: Any = None,
+    corpus_ids: Any = None,
+    query_texts: Any = None,
+    corpus_texts: Any = None,
     previous: Any = None,
     normalize: bool = False,
     edges: Sequence[float] = fig.EDGES,
@@ -246,7 +247,8 @@ def hardness_report(
     query_labels, corpus_labels: a class for each row, ints or strings: the share of negatives of the query's own class.
     class_similarity: a (C, C) matrix looked up by int labels, a callable (query numbers (M,), corpus rows (M,)) -> (M,), or a
         dict of those by name. NaN is "not known" and left out.
-    query_texts, corpus_texts: what the suspects are shown with.
+    query_ids, corpus_ids, query_texts, corpus_texts: as in mine_hard_negatives. Suspects are shown with them. Rows of one query
+        share their positives, and the row of a query's own text leaves its pool; copies of a positive stay and are listed.
     previous: the pair (query_embeddings, corpus_embeddings) of an older snapshot of the same rows, of any D: drift.
     normalize: divide every row by its norm first, in a copy; else vectors are used as given, and are cosines if unit rows.
     edges: fractions of the pool that part the bins of difficulty, both ends rounded down to ranks.
@@ -304,12 +306,17 @@ def hardness_report(
         if rows == 0:
             raise checks.refuse(OP, name, "of 1 row or more", 0)
     older = _older(previous, Q, K)
-    none = RowLists.empty(Q)
-    given = none if positives is None else parse(OP, "positives", positives, Q, K)
-    hidden = given.union(none if exclude is None else parse(OP, "exclude", exclude, Q, K))
+    sides = (
+        Side.open(OP, ("query_ids", "query_texts"), query_ids, query_texts, Q, 0),
+        Side.open(OP, ("corpus_ids", "corpus_texts"), corpus_ids, corpus_texts, K, 1),
+    )
+    none: tuple = (np.zeros(Q + 1, np.int64), [])
+    known = resolve(OP, *sides, none if positives is None else positives, exclude, Q, K, queries.row_digests)
+    every = np.arange(Q)
+    given, has_own = known.positives.take(every), np.flatnonzero(known.own >= 0)
+    hidden = given.union(known.exclude, RowLists.of_pairs(has_own, known.own[has_own], Q))
     classes = checked_classes(query_labels, corpus_labels, Q, K)
     measures = checked_measures(class_similarity, classes)
-    texts = (checked_texts("query_texts", query_texts, Q), checked_texts("corpus_texts", corpus_texts, K))
     where = resolve_device(OP, device, queries if queries.device else corpus)
 
     generator = torch.Generator().manual_seed(seed)
@@ -354,6 +361,7 @@ def hardness_report(
         "queries": Q,
         "corpus_rows": K,
         "dimension": queries.dim,
+        "has_texts": sides[1].texts is not None,
         "has_positives": bool(len(kept.rows)),
         "norms": [list(norms(now.queries)), list(norms(now.corpus))],
         "arguments": {
@@ -367,10 +375,10 @@ def hardness_report(
             "backend": backend,
         },
         "similarities": list(measures),
-        "suspects": _records(run, outscoring, texts),
-        "near_duplicates": _records(run, closest, texts),
-        "often_hard": _most_frequent(run.hard_count, texts[1]),
-        "often_easy": _most_frequent(run.easy_count, texts[1]),
+        "suspects": _records(run, outscoring, sides),
+        "near_duplicates": _records(run, closest, sides),
+        "often_hard": _most_frequent(run.hard_count, sides[1]),
+        "often_easy": _most_frequent(run.easy_count, sides[1]),
     }
     report = HardnessReport(figures, facts)
     if page is not None:

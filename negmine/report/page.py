@@ -54,7 +54,7 @@ def _consistency(figures: Figures, facts: Facts) -> str:
         )
         cards += frame.card(f"The same rows for everyone? The {word}", caption, plot)
         rows = [
-            f'<tr><td class="n">{row["queries"]:,}</td><td class="n">{row["row"]:,}</td>{_text(row, "row_text")}</tr>'
+            f'<tr><td class="n">{row["queries"]:,}</td>{_name(row)}{_text(row, "row_text")}</tr>'
             for row in facts[f"often_{side}"]
         ]
         cards += frame.table(
@@ -79,10 +79,18 @@ def _pair(cards: str) -> str:
 
 
 def _text(record: dict[str, Any], name: str) -> str:
-    """A cell: the text, or where there is none the row's number."""
-    fallback = {"query_text": "query", "positive_text": "positive", "row_text": "row"}[name]
-    text = record.get(name)
-    return f'<td class="text">{html.escape(text) if text is not None else f"{fallback} {record[fallback]:,}"}</td>'
+    """A cell: the text and the id, as far as they are known, else the row's number."""
+    kind = name.removesuffix("_text")
+    text, key = record.get(name), record.get(f"{kind}_id")
+    parts = [] if key is None else [f"<b>{html.escape(str(key))}</b>"]
+    parts += [html.escape(text)] if text is not None else [] if parts else [f"{kind} {record[kind]:,}"]
+    return f'<td class="text">{" ".join(parts)}</td>'
+
+
+def _name(record: dict[str, Any]) -> str:
+    """A cell: the row's id, else its number."""
+    key = record.get("row_id")
+    return f'<td class="n">{record["row"]:,}</td>' if key is None else f'<td class="text">{html.escape(str(key))}</td>'
 
 
 def _marks(record: dict[str, Any]) -> str:

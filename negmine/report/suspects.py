@@ -1,6 +1,5 @@
 """Negatives that may be false: those that outscore every positive, and corpus rows that nearly duplicate a positive."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from negmine.mining.identity import fold
 from negmine.mining.row_lists import RowLists
 from negmine.report.ranking import Ranking
 
@@ -68,6 +68,6 @@ def near_duplicates(
     return sorted(found)
 
 
-def same_text(texts: Sequence[str] | None, first: int, second: int) -> bool:
-    """Equal but for case and spaces."""
-    return texts is not None and texts[first].casefold().split() == texts[second].casefold().split()
+def same_text(first: str | None, second: str | None) -> bool:
+    """Equal but for case, spaces and Unicode composition."""
+    return first is not None and second is not None and fold(first).casefold() == fold(second).casefold()

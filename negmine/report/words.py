@@ -15,6 +15,11 @@ MARGIN = 0.05  # relative margin whose effect is told
 
 Figures = dict[str, np.ndarray]
 Facts = dict[str, Any]
+COPIES = {
+    True: 'corpus_texts=, so that copies of one text are one document; deduplicate="near" drops what is nearly equal, too.',
+    False: 'deduplicate="near" if rows repeat: "exact" does not see copies of a text whose embeddings differ in the last bits. '
+    "With corpus_texts= equal texts are one document.",
+}
 
 
 def percent(share: float) -> str:
@@ -150,7 +155,7 @@ def advice(figures: Figures, facts: Facts) -> list[str]:
     if figures["near_duplicates"] > 0:
         sentences.append(
             f"{int(figures['near_duplicates']):,} rows score {facts['arguments']['near_duplicate_score']:g} or more with a "
-            'positive. Give the true ones as positives or exclude=, and mine with deduplicate="exact" if rows repeat.'
+            f"positive. Give the true ones as positives or exclude=, and mine with {COPIES[facts['has_texts']]}"
         )
     if "same_class_mean" in figures:
         rate, chance = figures["same_class_mean"], float(figures["same_class_chance"])
