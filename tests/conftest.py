@@ -78,6 +78,9 @@ def pytest_addoption(parser):
 
 # Files of tests that stand in for a GPU.
 GPU_SIM = ("test_aot", "test_cuda_", "test_launches", "test_ptx")
+# Where `make test` runs Triton's interpreter: each kernel against the reference. What the other files ask of it takes minutes, in
+# `make test-gpu-sim`.
+INTERPRETED = ("test_kernels", "test_ops", "test_triton")
 # What `make smoke` runs: every kernel of the CPU, every definition, every refusal.
 SMOKE = (
     "test_contributing", "test_imports", "test_kernels", "test_moco", "test_op_table", "test_ops", "test_queue",
@@ -94,6 +97,8 @@ def pytest_collection_modifyitems(config, items):
         backend = params.get("backend", params.get("any_backend"))
         if backend == "triton":
             item.add_marker("triton")
+            if interpreted(backend) and not item.path.stem.startswith(INTERPRETED):
+                item.add_marker("gpu_sim")
         elif item.path.stem in SMOKE:
             item.add_marker("smoke")
         if item.path.stem.startswith(GPU_SIM) and DEVICE != "cuda":
