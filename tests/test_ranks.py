@@ -21,7 +21,9 @@ from negmine.losses import gathered
 from negmine.mining import scan
 from negmine.queues import ShardedMoCoQueue
 from tests.cases import ids, unit
+from tests.patched import teacher_forced
 from tests.ranks import run_ranks
+from tests.test_patches import same_logs, symmetric
 
 D, K, B = 6, 24, 4
 WORLDS = [2, 3]
@@ -315,7 +317,15 @@ def under_ddp(rank, world):
     return before, dict(queue.state_dict()), [name for name, _ in queue.named_buffers()]
 
 
-CASES = {"bad": bad_calls, "over ranks": over_ranks, "ddp": under_ddp}
+# Published training code and its patches ---------------------------------------------------------------------------
+
+
+def patches(rank, world):
+    log, models = teacher_forced(5, rank, DistributedDataParallel)
+    return log, models["ours"].queue.queue, symmetric(rank)
+
+
+CASES = {"patches": patches, "bad": bad_calls, "over ranks": over_ranks, "ddp": under_ddp}
 
 
 def all_cases(rank, world):
@@ -374,3 +384,11 @@ def test_ranks_keep_their_rows_under_ddp(got):
     assert torch.equal(torch.cat([answer["ddp"][1]["queue"] for answer in got]), twin.queue)
     assert torch.equal(torch.cat([answer["ddp"][1]["queue_ids"] for answer in got]), twin.queue_ids)
     assert all(answer["ddp"][2] == ["queue_ptr", "queue_len"] for answer in got)
+
+
+def test_2e_ranks_run_the_patches_as_they_run_what_they_patch(got):
+    for answer in got:
+        log, queue, (theirs, ours) = answer["patches"]
+        same_logs(log)
+        assert torch.equal(queue, got[0]["patches"][1])
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -1,6 +1,7 @@
 """The queue of past keys: in one process, and with its rows spread over the ranks of a process group."""
 
 from negmine.queues.moco import MoCoQueue
+from negmine.queues.moco_checkpoints import moco_checkpoint_hooks
 from negmine.queues.sharded import ShardedMoCoQueue
 
-__all__ = ["MoCoQueue", "ShardedMoCoQueue"]
+__all__ = ["MoCoQueue", "ShardedMoCoQueue", "moco_checkpoint_hooks"]

@@ -1,0 +1,48 @@
+"""Checkpoints of whole MoCo models: the queue as the published builder stores it, in the state of the module that holds it."""
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from negmine.ops import checks
+from negmine.queues.moco import MoCoQueue
+
+
+def moco_checkpoint_hooks(module: nn.Module, name: str = "queue") -> None:
+    """Let a module whose submodule `name` is a MoCoQueue load and save checkpoints of the published MoCo builder.
+
+    The builder keeps its queue in the module's own buffers `name` (D, K) and `name`_ptr (1,), which no submodule sees. With the
+    hooks, module.load_state_dict(strict=True) takes such a state, alone or as part of a larger model's, and the state's own form
+    as well; module.state_dict() gives the builder's form, so that the unpatched model loads it strictly in turn. A queue that
+    stores ids or labels, or is not full yet, has no such form and is saved as its own entries.
+    Call it once, in the constructor, after the queue is made. Raises TypeError where there is no such queue.
+    """
+    op = "moco_checkpoint_hooks"
+    if not isinstance(module, nn.Module):
+        raise checks.refuse(op, "module", "the module that holds the queue", type(module).__name__, TypeError)
+    queue = getattr(module, name, None) if isinstance(name, str) else None
+    if type(queue) is not MoCoQueue:
+        raise checks.refuse(op, "name", "the name of a MoCoQueue in module", name, TypeError)
+    module.register_load_state_dict_pre_hook(partial(_before_loading, name))
+    module.register_state_dict_post_hook(partial(_after_saving, name))
+
+
+def _before_loading(name: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Move the builder's two entries to the queue's."""
+    if prefix + name not in state_dict:
+        return
+    for old, new in ((name, "queue"), (f"{name}_ptr", "queue_ptr")):
+        if prefix + old in state_dict:
+            state_dict[f"{prefix}{name}.{new}"] = state_dict.pop(prefix + old)
+
+
+def _after_saving(name: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Give the queue's entries the builder's names and shapes: views, as the entries of every state_dict are."""
+    queue: MoCoQueue = getattr(module, name)
+    own = f"{prefix}{name}."
+    if queue.queue_ids is not None or queue.queue_labels is not None or len(queue) < queue.K:
+        return
+    entries = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(own)}
+    state_dict[prefix + name] = entries[own + "queue"].T
+    state_dict[f"{prefix}{name}_ptr"] = entries[own + "queue_ptr"]
