@@ -47,7 +47,7 @@ test-gpu-sim: venv
 	$(if $(SIM),$(PY) -m tests.ptx 80 tests/test_kernels.py tests/test_rules.py tests/test_columns.py -k triton)
 	$(if $(SIM),$(PY) -m tests.ptx 90 tests/test_kernels.py tests/test_rules.py tests/test_columns.py -k triton)
 
-# Every script of examples/ with --quick; one that needs a package which is not here is skipped, with the reason.
+# Every script of examples/ with --quick; one that needs a package that is missing is skipped, with the reason.
 test-examples: venv
 	$(PY) -m pytest examples -n 2 -rs
 
