@@ -1,4 +1,4 @@
-"""Draw every benchmarks/results/<machine>.csv, and write the README's table from the rows. Reads rows only, times nothing.
+"""Draw every benchmarks/results/<machine>.csv, and write the tables of README.md and benchmarks/README.md. Times nothing.
 
     <machine>-speed-up.png   how many times faster than plain PyTorch, one dot an op, a case and a peer
     <machine>-cases.png      one row of bars an op: the time over the floor, and the memory held beyond the inputs
@@ -25,6 +25,15 @@ from benchmarks.rows import RESULTS, Row, write_between
 from benchmarks.run import COLUMNS
 
 README = RESULTS.parents[1] / "README.md"
+ALL_ROWS = RESULTS.parent / "README.md"
+SHOWN = (  # what README.md shows: the usual shapes, a wide one, and where little is gained
+    ("moco", "info_nce", "loss and gradient"),
+    ("moco-bf16", "info_nce", "loss and gradient"),
+    ("moco-bf16", "mine_hardest", "the hardest 1,024"),
+    ("moco", "mochi", "MoCHi, loss and gradient"),
+    ("retrieval-768", "info_nce", "loss and gradient"),
+    ("batch-1", "info_nce", "loss and gradient"),
+)
 BEGIN = "<!-- made by `make plots` from benchmarks/results -->"
 
 
@@ -190,11 +199,46 @@ def draw(path: Path) -> list[Path]:
     return drawn + ([draw_scaling(path, swept)] if swept else [])
 
 
-def table(path: Path) -> str:
-    """The newest rows as Markdown, negmine beside the others, shapes where it loses included."""
+def most_threads(path: Path) -> list[Row]:
+    """The newest rows of the named shapes, with as many threads as any row has."""
     rows = [row for row in newest(path) if not is_swept(row)]
     threads = max((row["threads"] for row in rows), key=int)
-    rows = [row for row in rows if row["threads"] == threads]
+    return [row for row in rows if row["threads"] == threads]
+
+
+def source(path: Path, rows: list[Row]) -> str:
+    """Where and when the rows were measured."""
+    last = max(rows, key=lambda row: row["date"])
+    return (
+        f"{path.stem}, {last['threads']} threads, torch {last['torch']}, commit {last['commit']}, {last['date'][:10]}"
+    )
+
+
+def summary(path: Path) -> str:
+    """SHOWN as Markdown: negmine beside plain PyTorch."""
+    rows = most_threads(path)
+    found = {(row["case"], row["op"], row["variant"]): row for row in rows}
+    lines = [
+        "| B, K, D | computed | negmine | PyTorch | times faster | extra memory |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    shown = []
+    for case, op, words in SHOWN:
+        ours, plain = (found.get((case, op, variant)) for variant in (OURS, EAGER))
+        if ours is None or plain is None:
+            continue
+        shown += [ours, plain]
+        times = float(plain["median_ms"]) / float(ours["median_ms"])
+        lines.append(
+            f"| {ours['B']}, {int(ours['K']):,}, {ours['D']} {ours['dtype']} | {words} | {ours['median_ms']} ms "
+            f"| {plain['median_ms']} ms | {times:.1f} | {ours['peak_extra_mib']} against {plain['peak_extra_mib']} MiB |"
+        )
+    return "\n".join([*lines, "", f"Medians on {source(path, shown)}."])
+
+
+def table(path: Path) -> str:
+    """Every row as Markdown, negmine beside the others, shapes where it loses included."""
+    rows = most_threads(path)
     found = {(row["case"], row["op"], row["variant"]): row for row in rows}
     lines = [
         "| shape (B, K, D) | op | negmine | plain PyTorch | times faster | others, their time over ours | floor | extra memory |",
@@ -216,9 +260,9 @@ def table(path: Path) -> str:
             f"| {shape} | {op} | {ours['median_ms']} ms | {plain['median_ms']} ms | {float(plain['median_ms']) / took:.1f} "
             f"| {'; '.join(others)} | {ours['floor_ms']} ms | {ours['peak_extra_mib']} against {plain['peak_extra_mib']} MiB |"
         )
-    last = max(rows, key=lambda row: row["date"])
-    source = f"{path.stem}, {threads} threads, torch {last['torch']}, commit {last['commit']}, {last['date'][:10]}"
-    return "\n".join([*lines, "", f"Medians of interleaved rounds on {source}; rows in `benchmarks/results/`."])
+    return "\n".join(
+        [*lines, "", f"Medians of interleaved rounds on {source(path, rows)}; rows in `benchmarks/results/`."]
+    )
 
 
 def main() -> None:
@@ -231,7 +275,8 @@ def main() -> None:
     for path in paths:
         print(*draw(path), sep="\n")
     if results == RESULTS:
-        write_between(README, BEGIN, "\n\n".join(table(path) for path in paths))
+        write_between(README, BEGIN, "\n\n".join(summary(path) for path in paths))
+        write_between(ALL_ROWS, BEGIN, "\n\n".join(table(path) for path in paths))
 
 
 if __name__ == "__main__":

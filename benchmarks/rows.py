@@ -64,7 +64,12 @@ def machine_name(device: str) -> str:
 def commit() -> str:
     """The commit of the working tree, with "-dirty" where it has changes, apart from what is written from rows."""
     root = RESULTS.parents[1]
-    written = (":(exclude)benchmarks/results", ":(exclude)README.md", ":(exclude)docs/planning.md")
+    written = (
+        ":(exclude)benchmarks/results",
+        ":(exclude)README.md",
+        ":(exclude)benchmarks/README.md",
+        ":(exclude)docs/planning.md",
+    )
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root).stdout.strip()

@@ -185,7 +185,7 @@ def rows(tmp_path, monkeypatch):
     return tmp_path / f"{machine_name('cpu')}.csv"
 
 
-def test_rows_become_pictures_a_table_and_a_plan(rows, capsys):
+def test_rows_become_pictures_tables_and_a_plan(rows, monkeypatch):
     with rows.open() as file:
         read = list(csv.DictReader(file))
     assert list(read[0]) == run.COLUMNS
@@ -195,6 +195,8 @@ def test_rows_become_pictures_a_table_and_a_plan(rows, capsys):
     assert all(path.stat().st_size > 10_000 for path in drawn)
     table = plot.table(rows)
     assert "4, 1,500, 16 float32 | info_nce" in table and "K=65536" not in table
+    monkeypatch.setattr(plot, "SHOWN", (("tiny", "info_nce", "the loss"), ("never-measured", "info_nce", "nothing")))
+    assert [line.split(" | ")[1] for line in plot.summary(rows).splitlines() if "float32" in line] == ["the loss"]
     page = plan.page(rows)
     assert "| info_nce | 131,072 |" in page and "100 M texts" in page
 
