@@ -25,7 +25,10 @@ from negmine import (
 )
 from negmine.adapters import lightly, open_clip
 from negmine.adapters import pytorch_metric_learning as pml
+from negmine.losses import LogScale
 from tests.cases import unit
+from tests.conftest import device_of
+from tests.peak import peak_mib
 
 B, K, D = 6, 40, 8
 LABELS, KEY_LABELS = torch.arange(B) % 3, torch.arange(K) % 3
@@ -213,3 +216,99 @@ def test_2c_two_calls_under_one_checkpoint_ask_for_the_step():
 
     with pytest.raises(ValueError, match="InfoNCELoss: step must be given under activation checkpointing"):
         checkpoint(both, leaf, use_reentrant=False).backward()
+
+
+def test_2k_a_queue_takes_finite_rows_only(any_backend):
+    """A refused row takes no slot, whatever else enters; ids and labels stay beside their keys."""
+    queue = MoCoQueue(2, 5, dtype=torch.float16, with_ids=True, random_init=False).to(device_of(any_backend))
+    kept, refused, number = [], 0, 0
+    for batch in (3, 2, 7, 0, 1, 12):
+        keys, ids = torch.ones(batch, 2), torch.arange(number, number + batch)
+        keys[ids % 3 == 1, 0] = (torch.nan, torch.inf, 1e6)[batch % 3]  # 1e6 is inf in fp16
+        queue.enqueue(keys.to(queue.queue.device), ids=ids.to(queue.queue.device))
+        kept += [i for i in ids.tolist() if i % 3 != 1]
+        refused += int((ids % 3 == 1).sum())
+        number += batch
+        want = dict(enumerate(kept[-5:], max(0, len(kept) - 5)))
+        assert sorted(queue.ids.tolist()) == sorted(want.values())
+        assert all(int(queue.queue_ids[place % 5]) == i for place, i in want.items())
+        assert (int(queue.queue_ptr), int(queue.num_refused)) == (len(kept) % 5, refused)
+    assert bool(queue.keys.isfinite().all())
+
+
+def test_reset_forgets_all_rows():
+    queue = MoCoQueue(2, 4, with_ids=True, with_labels=True)
+    queue.enqueue(torch.tensor([[torch.nan, 1.0], [1.0, 0.0]]), ids=torch.tensor([7, 8]), labels=torch.tensor([1, 2]))
+    queue.reset()
+    assert (len(queue), int(queue.queue_ptr), int(queue.num_refused)) == (0, 0, 0)
+    assert queue.queue_ids.unique().tolist() == queue.queue_labels.unique().tolist() == [-1]
+    assert negmine.info_nce(unit(3, 2), unit(3, 2), queue) == 0
+    queue.enqueue(unit(3, 2))
+    assert len(queue) == 3
+
+
+BUILD = """
+import sys, torch
+from negmine import MoCoQueue
+from tests.peak import print_peak
+made = []
+print_peak(lambda K: made.append(MoCoQueue(256, K, dtype=getattr(torch, sys.argv[1]))), 100, 200_000)
+"""
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_building_a_queue_holds_one_copy_of_it(dtype, size):
+    assert peak_mib(BUILD, dtype) <= 1.1 * 200_000 * 256 * size / 2**20
+
+
+def test_2o_a_module_that_owns_a_queue_enqueues_in_train_mode_only():
+    q, p, _ = vectors()
+    for mode, grad, grows in ((True, True, True), (False, True, False), (False, False, False)):
+        bank = lightly.NTXentLoss(0.5, (20, D)).train(mode)
+        before, leaf = bank.memory_bank.queue.clone(), q.clone().requires_grad_(grad)
+        bank(leaf, p)
+        assert torch.equal(bank.memory_bank.queue, before) != grows
+        memory = pml.CrossBatchMemory(TripletLoss(), D, 20).train(mode)
+        memory(leaf, LABELS)
+        assert (len(memory.memory) == B) == grows
+    queue = MoCoQueue(D, 20, random_init=False).eval()
+    queue.enqueue(q)
+    assert len(queue) == B
+
+
+def test_2c_a_module_that_owns_a_queue_is_refused_under_checkpointing():
+    q, p, _ = vectors()
+    for call in (
+        lambda q: lightly.NTXentLoss(0.5, (20, D))(q, p),
+        lambda q: pml.CrossBatchMemory(TripletLoss(), D, 20)(q, LABELS),
+    ):
+        with pytest.raises(
+            RuntimeError, match="a module that owns a queue must be called outside of activation checkpoint"
+        ):
+            checkpoint(call, q.clone().requires_grad_(), use_reentrant=False).backward()
+
+
+def test_log_scale_learns_and_is_bounded():
+    q, p, k = vectors()
+    for make, at_two in (
+        (lambda s: InfoNCELoss(s), lambda: negmine.info_nce(q, p, k, temperature=0.5)),
+        (lambda s: SupConLoss(s), lambda: negmine.sup_con(q, k, LABELS, KEY_LABELS, temperature=0.5)),
+        (lambda s: recipes.rince(temperature=s), lambda: recipes.rince(temperature=0.5)(q, p, k)),
+        (lambda s: SigLIPLoss(s), lambda: negmine.siglip(q, p, k, scale=2.0)),
+    ):
+        scale = LogScale(2.0, 3.0)
+        loss = make(scale)
+        labels = (LABELS, KEY_LABELS) if isinstance(loss, SupConLoss) else ()
+        value = loss(q, k, *labels) if labels else loss(q, p, k)
+        value.backward()
+        torch.testing.assert_close(value.detach(), at_two())
+        assert scale.log_scale.grad != 0 and any(each is scale.log_scale for each in loss.parameters())
+        assert any(name.endswith("log_scale") for name in loss.state_dict())
+    with torch.no_grad():
+        scale.log_scale.fill_(9.0)
+    assert scale.scale().item() == pytest.approx(3.0) and scale().item() == pytest.approx(1 / 3)
+    for sign in (-1, 1):  # above the bound, only what lowers the scale passes
+        (gradient,) = torch.autograd.grad(sign * scale.scale(), scale.log_scale)
+        assert float(gradient) == pytest.approx(3.0 if sign > 0 else 0.0)
+    with pytest.raises(ValueError, match=r"LogScale: init must be at most max=1\.0, got 2\.0"):
+        LogScale(2.0, 1.0)

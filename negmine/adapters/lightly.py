@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from negmine import reference
 from negmine.losses.info_nce import info_nce
 from negmine.losses.methods import positive_weights
+from negmine.losses.schedules import refuse_recomputation
 from negmine.ops import checks
 from negmine.ops.vectors import score_of_positive
 from negmine.options import Negatives
@@ -48,7 +49,8 @@ class NTXentLoss(nn.Module):
     and starts over), and it is not copied at every step.
     gather_distributed: gathers what enters the bank from every rank. Without a bank it is refused: negatives of a batch are not
     gathered here.
-    forward(out0, out1), each (B, D): normalises, returns the mean loss; the bank takes out1 where out0 requires grad.
+    forward(out0, out1), each (B, D): normalises, returns the mean loss; in train mode the bank takes out1 where out0 requires
+    grad.
     """
 
     def __init__(
@@ -75,11 +77,13 @@ class NTXentLoss(nn.Module):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         out0, out1 = _unit("NTXentLoss", out0, out1)
+        if self.memory_bank is not None:
+            refuse_recomputation("NTXentLoss")
         options: dict[str, Any] = {"temperature": self.temperature, "backend": self.backend}
         if self.memory_bank is None:
             return reference.reduced(_both_views(out0, out1, **options), "mean")
         loss = info_nce(out0, out1, self.memory_bank, **options)
-        if out0.requires_grad:
+        if self.training and out0.requires_grad:
             self.memory_bank.enqueue(out1)
         return loss
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from negmine.losses import SupConLoss
 from negmine.losses.mined_pairs import MultiSimilarityLoss
-from negmine.losses.schedules import ScheduledLoss
+from negmine.losses.schedules import ScheduledLoss, refuse_recomputation
 from negmine.losses.triplet import TripletLoss
 from negmine.losses.triplet_mining import check_rule, mine_triplets
 from negmine.ops import checks
@@ -97,9 +97,9 @@ class CrossBatchMemory(nn.Module):
     loss: a negmine loss over labels (TripletLoss, SupConLoss, MultiSimilarityLoss), which needs no index tuples and no
         synchronisation; or a loss of pytorch-metric-learning, called as loss(embeddings, labels, indices, memory, memory_labels).
     miner: for the latter alone: miner(embeddings, labels, memory, memory_labels) -> index tuple; None gives all pairs.
-    forward(embeddings (B, D), labels (B,), indices_tuple=None, enqueue_mask=None): stores the batch, then returns the loss of its
-        rows against the memory; a row is never its own positive. enqueue_mask (B,) bool: the rows that are stored; the others
-        are the anchors. indices_tuple is refused: the pairs come from the miner.
+    forward(embeddings (B, D), labels (B,), indices_tuple=None, enqueue_mask=None): stores the batch in train mode, then returns
+        the loss of its rows against the memory; a row is never its own positive. enqueue_mask (B,) bool: the rows that are
+        stored; the others are the anchors. indices_tuple is refused: the pairs come from the miner.
     memory: the MoCoQueue, empty at first, with labels and ids. All of it travels in state_dict: pytorch-metric-learning's pointer
         and filled flag do not, so that it starts over after loading. Embeddings are stored as given; normalise them for cosine
         scores with a negmine loss.
@@ -133,6 +133,7 @@ class CrossBatchMemory(nn.Module):
             raise checks.refuse(
                 op, "indices_tuple", "None: the pairs come from the miner", type(indices_tuple).__name__
             )
+        refuse_recomputation(op)
         stored, stored_labels = embeddings, labels
         if enqueue_mask is not None:
             checks.require_tensor(op, "enqueue_mask", enqueue_mask, embeddings)
@@ -140,11 +141,12 @@ class CrossBatchMemory(nn.Module):
                 raise checks.refuse(op, "enqueue_mask", f"a bool tensor of shape {tuple(labels.shape)}", enqueue_mask)
             stored, stored_labels = embeddings[enqueue_mask], labels[enqueue_mask]
             embeddings, labels = embeddings[~enqueue_mask], labels[~enqueue_mask]
-        ids = torch.arange(len(stored), device=embeddings.device) + self.seen
-        self.memory.enqueue(stored, ids, stored_labels)
-        self.seen.add_(len(stored))
-        # An anchor that is not stored has an id that no row has.
-        own = ids if enqueue_mask is None else torch.full_like(labels, -1)
+        own = torch.full_like(labels, -1)  # an anchor that is not stored has an id that no row has
+        if self.training:
+            ids = torch.arange(len(stored), device=embeddings.device) + self.seen
+            self.memory.enqueue(stored, ids, stored_labels)
+            self.seen.add_(len(stored))
+            own = ids if enqueue_mask is None else own
         if isinstance(self.loss, LABEL_LOSSES):
             memory, memory_ids, memory_labels, _ = self.memory.stored_columns()
             valid = torch.arange(len(memory), device=memory.device) < self.memory.queue_len  # (K,)

@@ -2,6 +2,7 @@
 
 from negmine.losses.gathered import gathered
 from negmine.losses.info_nce import InfoNCELoss, InfoNCEStats
+from negmine.losses.log_scale import LogScale
 from negmine.losses.mined_pairs import MultiSimilarityLoss, MultiSimilarityStats, multi_similarity
 from negmine.losses.siglip import SigLIPLoss, softplus_sum
 from negmine.losses.sup_con import SupConLoss, SupConStats
@@ -11,6 +12,7 @@ from negmine.losses.triplet_mining import Triplets, mine_triplets
 __all__ = [
     "InfoNCELoss",
     "InfoNCEStats",
+    "LogScale",
     "MultiSimilarityLoss",
     "MultiSimilarityStats",
     "SigLIPLoss",

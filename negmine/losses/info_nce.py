@@ -370,7 +370,8 @@ class InfoNCELoss(ScheduledLoss):
 
     temperature, select, mix, weight and false_negatives may be schedules: a callable of the step, a () int64 tensor on the device
     of query, that returns the value of that step. Calls in training mode that name no `step` count themselves in the buffer
-    `step`, so that every one draws new mixes and samples. A temperature given as an nn.Parameter is learned with the rest.
+    `step`, so that every one draws new mixes and samples. A temperature given as an nn.Parameter or a
+    negmine.losses.LogScale is learned with the rest.
 
     gather_distributed: the negatives of every rank of process_group, with the right gradient (negmine/losses/gathered.py).
     In-batch negatives are the other positives of all ranks, and keys (K, D) are joined to those of the other ranks; a queue is as

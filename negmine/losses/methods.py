@@ -298,21 +298,26 @@ class MethodLoss(ScheduledLoss):
     """A function of this file as a module: its numbers at construction, tensors and masks in the call.
 
     Any number may be a schedule, a callable of the step (`negmine.recipes.linear` and others). Calls in training mode that name
-    no `step` count themselves in the buffer `step`. A temperature or another number given as an nn.Parameter is learned with
-    the rest.
+    no `step` count themselves in the buffer `step`. A temperature or another number given as an nn.Parameter, and a
+    temperature given as a negmine.losses.LogScale, are learned with the rest.
     """
 
     def __init__(self, method: Callable[..., Tensor], **options: Any) -> None:
         super().__init__()
         self.method = method
-        self.options = {name: value for name, value in options.items() if not isinstance(value, nn.Parameter)}
+        self.options = {
+            name: value for name, value in options.items() if not isinstance(value, (nn.Parameter, nn.Module))
+        }
         for name, value in options.items():
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
+            elif isinstance(value, nn.Module):  # a LogScale
+                self.add_module(name, value)
 
     def at(self, step: Tensor) -> dict[str, Any]:
         """The keywords of the function at this step, schedules evaluated."""
-        return at_step(self.options, step) | dict(self.named_parameters(recurse=False))
+        learned = dict(self.named_parameters(recurse=False)) | dict(self.named_children())
+        return at_step(self.options | learned, step)
 
     def forward(
         self,

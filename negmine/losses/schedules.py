@@ -78,6 +78,12 @@ def is_recomputed() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def refuse_recomputation(op: str) -> None:
+    """Raise where activation checkpointing runs again a module whose queue has moved on since."""
+    if not torch.compiler.is_compiling() and is_recomputed():
+        raise RuntimeError(f"{op}: a module that owns a queue must be called outside of activation checkpointing")
+
+
 def may_be_recomputed() -> bool:
     """True where this forward pass may be that of activation checkpointing: it records nothing, or hooks what is saved."""
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

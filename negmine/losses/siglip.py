@@ -1,6 +1,5 @@
 """softplus_sum and siglip: the sigmoid loss over a queue, with its gradients, without the (B, K) matrix."""
 
-import math
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from negmine import reference
 from negmine.losses.gathered import Gathering
+from negmine.losses.log_scale import LogScale
 from negmine.losses.schedules import ScheduledLoss, at_step
 from negmine.ops import checks
 from negmine.ops.softplus_sum import SoftplusSum
@@ -109,13 +109,14 @@ def siglip(
 class SigLIPLoss(ScheduledLoss):
     """siglip as a module that learns its scale, kept as a logarithm so that it stays positive, and its bias.
 
-    learn=False holds both. select may be a schedule, a callable of the step. gather_distributed and process_group: the negatives
+    scale: a number, or a negmine.losses.LogScale with a bound; `log_scale` is the parameter. learn=False holds the bias and
+    a scale given as a number. select may be a schedule, a callable of the step. gather_distributed, process_group: the negatives
     of all ranks, as in negmine.InfoNCELoss. The other keywords are siglip's.
     """
 
     def __init__(
         self,
-        scale: float = 10.0,
+        scale: float | LogScale = 10.0,
         bias: float = -10.0,
         *,
         learn: bool = True,
@@ -125,11 +126,18 @@ class SigLIPLoss(ScheduledLoss):
     ) -> None:
         super().__init__()
         self.gathering = Gathering("SigLIPLoss", gather_distributed, process_group)
-        scale = checks.require_number("SigLIPLoss", "scale", scale, above=0)
+        if not isinstance(scale, LogScale):
+            scale = LogScale(checks.require_number("SigLIPLoss", "scale", scale, above=0), None)
+            scale.requires_grad_(learn)
         bias = checks.require_scalar("SigLIPLoss", "bias", bias)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn)
+        self.scale = scale
         self.bias = nn.Parameter(torch.tensor(float(bias)), requires_grad=learn)
         self.options = options
+
+    @property
+    def log_scale(self) -> nn.Parameter:
+        """The parameter that is the logarithm of the scale."""
+        return self.scale.log_scale
 
     def forward(
         self,
@@ -142,6 +150,6 @@ class SigLIPLoss(ScheduledLoss):
     ) -> Tensor:
         """masks: query_ids, query_labels, row_offset of siglip."""
         step = self.count(step, query)
-        learned = {"scale": self.log_scale.exp(), "bias": self.bias, "step": step}
+        learned = {"scale": self.scale.scale(), "bias": self.bias, "step": step}
         options = learned | at_step(self.options, step) | masks
         return self.gathering.paired(siglip, query, positive_key, negative_keys, options)

@@ -208,8 +208,9 @@ def _from_kernels(
 class SupConLoss(ScheduledLoss):
     """sup_con as a module; its keywords are sup_con's.
 
-    temperature may be a schedule, a callable of the step, a () int64 tensor; one given as an nn.Parameter is learned with the
-    rest. Calls in training mode that name no `step` count themselves in the buffer `step`.
+    temperature may be a schedule, a callable of the step, a () int64 tensor; one given as an nn.Parameter or a
+    negmine.losses.LogScale is learned with the rest. Calls in training mode that name no `step` count themselves in the
+    buffer `step`.
 
     gather_distributed: the keys of every rank of process_group, with their labels, key_ids and key_mask (K,), and with the right
     gradient (negmine/losses/gathered.py). query_ids and key_ids then number the whole dataset.

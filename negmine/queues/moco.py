@@ -29,7 +29,8 @@ class MoCoQueue(nn.Module):
 
     dim: D. K: rows. dtype: of the stored keys (default: torch's default dtype); keys are converted as they enter.
     with_ids, with_labels: store an int64 id or label with each key; -1 where none was given.
-    random_init: start full of random unit vectors, as MoCo does; False starts empty and grows.
+    random_init: start full of random unit vectors, as MoCo does, filled in place; False starts empty and grows. The queue takes
+        K (D bytes(dtype) + 8 with_ids + 8 with_labels) bytes, and building it less than 16 MiB more.
     gather_distributed: enqueue the keys of every rank of process_group, in rank order, so that the queues stay identical.
         Every rank then makes the queue with the same arguments, and calls enqueue in the same order. What one rank refuses is
         raised on all of them, which name it: at once, or on a GPU by a device assertion, for the host waits for nothing there.
@@ -39,12 +40,15 @@ class MoCoQueue(nn.Module):
     the device. `keys`, `ids`, `labels` (views of the valid rows, no copy) and len() read it on the host, which waits for the
     device. Enqueueing overwrites rows in place, which is safe between forward and backward of negmine's losses as long as the
     keys are frozen, as they are here.
+    A key that is not finite in the queue's dtype does not enter and takes no row; `num_refused`, a () int64 buffer that is not
+    saved, counts those keys.
     load_state_dict takes a MoCo checkpoint too, whose queue is (D, K) and always full; `moco_state_dict` makes one.
     """
 
     queue: Tensor
     queue_ptr: Tensor
     queue_len: Tensor
+    num_refused: Tensor
     queue_ids: Tensor | None
     queue_labels: Tensor | None
 
@@ -75,14 +79,17 @@ class MoCoQueue(nn.Module):
             check_arguments(op, **arguments)
             checks.require_bool(op, "gather_distributed", gather_distributed)
         self.K, self.gather_distributed, self.process_group = K, gather_distributed, process_group
-        start = F.normalize(torch.randn(K, dim), dim=1) if random_init else torch.zeros(K, dim)
-        self._make_buffers(start.to(dtype or torch.get_default_dtype()), with_ids, with_labels, K if random_init else 0)
+        rows = torch.zeros(K, dim, dtype=dtype or torch.get_default_dtype())
+        if random_init:
+            fill_with_unit_vectors(rows)
+        self._make_buffers(rows, with_ids, with_labels, K if random_init else 0)
 
     def _make_buffers(self, rows: Tensor, with_ids: bool, with_labels: bool, length: int) -> None:
         self.dim = rows.shape[1]
         self._store("queue", rows)  # (K, D)
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self.register_buffer("queue_len", torch.full((1,), length, dtype=torch.long))
+        self.register_buffer("num_refused", torch.zeros((), dtype=torch.long), persistent=False)
         self._store("queue_ids", torch.full((len(rows),), -1, dtype=torch.long) if with_ids else None)
         self._store("queue_labels", torch.full((len(rows),), -1, dtype=torch.long) if with_labels else None)
 
@@ -119,7 +126,7 @@ class MoCoQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, ids: Tensor | None = None, labels: Tensor | None = None) -> None:
-        """Overwrite the oldest rows with keys (B, D) of any B; of more than K keys the last K stay.
+        """Overwrite the oldest rows with keys (B, D) of any B; of more than K keys the last K stay. NaN and inf stay out.
 
         ids (B,), labels (B,): whole numbers, with a queue that stores them; -1 is stored where none are given.
         Raises ValueError or TypeError for input that does not fit.
@@ -163,14 +170,30 @@ class MoCoQueue(nn.Module):
 
     def _write(self, columns: list[tuple[Tensor, Tensor]]) -> None:
         """Write rows over the oldest ones: pairs of a buffer (K, ...) and what enters it, as many rows in each pair."""
-        entering = len(columns[0][1])
-        kept = min(entering, self.K)
-        row = torch.arange(entering - kept, entering, device=self.queue.device)  # (kept,)
-        at = (self.queue_ptr + row) % self.K
+        finite = columns[0][1].isfinite().all(1)  # (B,)
+        number = finite.cumsum(0)  # (B,) 1 for the first row that enters
+        entering = finite.sum()  # ()
+        kept = finite & (number > entering - self.K)  # (B,)
+        # How many rows are kept is known on the device alone, so as many as could be are written: those past the kept ones are
+        # the stored rows as they are.
+        source = (~kept).byte().argsort(stable=True)[: self.K]  # (min(B, K),) the kept rows first
+        slot = torch.arange(len(source), device=finite.device)  # (min(B, K),)
+        at = (self.queue_ptr + entering - kept.sum() + slot) % self.K
         for stored, rows in columns:
-            stored.index_copy_(0, at, rows[entering - kept :])
+            is_new = (slot < kept.sum()).view(-1, *[1] * (stored.dim() - 1))
+            stored.index_copy_(0, at, torch.where(is_new, rows[source], stored[at]))
         self.queue_ptr.add_(entering).remainder_(self.K)
         self.queue_len.add_(entering).clamp_max_(self.K)
+        self.num_refused.add_(len(finite) - entering)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget all rows: the queue is empty, and its pointer and num_refused are 0."""
+        for counter in (self.queue_ptr, self.queue_len, self.num_refused):
+            counter.zero_()
+        for tags in (self.queue_ids, self.queue_labels):
+            if tags is not None:
+                tags.fill_(-1)
 
     def moco_state_dict(self) -> dict[str, Tensor]:
         """The queue as MoCo's builder stores it: queue (D, K), queue_ptr (1,). The queue must be full, as MoCo's always is."""
@@ -188,6 +211,12 @@ class MoCoQueue(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, K={self.K}, dtype={self.queue.dtype}, len={len(self)}"
+
+
+def fill_with_unit_vectors(rows: Tensor) -> None:
+    """Overwrite rows (K, D) with random unit vectors, a few at a time, so that no second copy is ever held."""
+    for part in rows.split(max(1, (1 << 18) // rows.shape[1])):
+        part.copy_(F.normalize(torch.randn(part.shape, dtype=torch.float32, device=rows.device), dim=1))
 
 
 def from_moco(queue: MoCoQueue, state_dict: dict[str, Any], prefix: str) -> None:

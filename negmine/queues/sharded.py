@@ -107,6 +107,8 @@ class ShardedMoCoQueue(MoCoQueue):
         raise TypeError(f"{type(self).__name__}: no rank holds the whole queue; call its own info_nce and mine_hardest")
 
     def _write(self, columns: list[tuple[Tensor, Tensor]]) -> None:
+        finite = columns[0][1].isfinite().all(1)  # (B,) of the rows of all ranks, so that all refuse the same
+        columns = [(stored, rows[finite]) for stored, rows in columns]
         entering = len(columns[0][1])
         kept = min(entering, self.K)
         ptr = int(self.queue_ptr)
@@ -120,6 +122,7 @@ class ShardedMoCoQueue(MoCoQueue):
                     stored[low - self._first : high - self._first] = part[low - at : high - at]
         self.queue_ptr.fill_((ptr + entering) % self.K)
         self.queue_len.add_(entering).clamp_max_(self.K)
+        self.num_refused.add_(len(finite) - entering)
 
     def info_nce(
         self,

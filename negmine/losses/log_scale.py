@@ -1,0 +1,64 @@
+"""LogScale: a learned inverse temperature, kept as its logarithm and bounded, as CLIP's logit_scale."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from negmine.ops import checks
+
+
+class LogScale(nn.Module):
+    """A learned scale of scores, in the place of a temperature: 1 / T = min(exp(log_scale), max).
+
+        InfoNCELoss(temperature=LogScale(1 / 0.07, 100.0))      CLIP (Radford et al. 2021, arXiv 2103.00020)
+        SigLIPLoss(scale=LogScale(10.0, 1000.0))
+
+    init: the scale at the start, above 0. max: the largest scale, or None. While log_scale is above log(max), the scale is max
+    and log_scale gets the gradient that it would have at max where that lowers it, and none where it raises it further, so that
+    a scale that reached the bound can leave it.
+    The module's one parameter is `log_scale`, () fp32: give it to the optimiser, without weight decay. `scale()` is the scale;
+    calling the module gives the temperature, 1 / scale.
+    """
+
+    def __init__(self, init: float = 1 / 0.07, max: float | None = 100.0) -> None:
+        super().__init__()
+        init = checks.require_number("LogScale", "init", init, above=0)
+        if max is not None:
+            max = checks.require_number("LogScale", "max", max, above=0)
+            if init > max:
+                raise checks.refuse("LogScale", "init", f"at most max={max!r}", init)
+        self.max = max
+        self.log_scale = nn.Parameter(torch.tensor(math.log(init)))
+
+    def _bounded(self) -> Tensor:
+        if self.max is None:
+            return self.log_scale
+        return _Clamp.apply(self.log_scale, math.log(self.max))
+
+    def scale(self) -> Tensor:
+        """() fp32: min(exp(log_scale), max), with gradient."""
+        return self._bounded().exp()
+
+    def forward(self, step: Any = None) -> Tensor:
+        """() fp32: the temperature, 1 / scale, with gradient; the same at every step."""
+        return (-self._bounded()).exp()
+
+    def extra_repr(self) -> str:
+        return f"max={self.max!r}"
+
+
+class _Clamp(torch.autograd.Function):
+    """min(x, most); the gradient passes where x is below most, or where descending it lowers x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, most: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.most = most
+        return x.clamp_max(most)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return gradient.masked_fill((x >= ctx.most) & (gradient < 0), 0.0), None
