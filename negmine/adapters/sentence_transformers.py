@@ -31,9 +31,9 @@ from negmine.mining import MiningResult
 from negmine.mining import mine_hard_negatives as mine
 from negmine.mining.atomic_file import atomic_write
 from negmine.mining.memory_budget import DEFAULT_MEMORY
+from negmine.mining.rescoring import choose
 from negmine.mining.row_lists import RowLists
-from negmine.mining.sampling import candidates_needed, sample, slice_window
-from negmine.ops import checks, sort_key
+from negmine.ops import checks
 from negmine.options import Select
 
 OP = "mine_hard_negatives"
@@ -252,15 +252,9 @@ def _chosen(
     K = result.config["corpus_rows"]
     pairs = np.arange(len(result.indices))[:, None] * K + result.indices
     kept |= torch.from_numpy(np.isin(pairs, known.queries * K + known.rows) & (result.indices >= 0))
-    sort_keys = (
-        sort_key.pack(scores, indices.clamp_min(0)).masked_fill(~kept, sort_key.NOWHERE).sort(1, descending=True).values
-    )
-    first, end = select.window(kept.sum(1))
-    limit = candidates_needed(select, n, strategy)
-    window = slice_window(sort_keys, first, end if limit is None else end.minimum(first + limit))
-    drawn = sample(window, n, strategy, torch.arange(len(window)), seed, 1.0)
-    some, rows = sort_key.unpack(drawn)
-    return replace(result, indices=rows.numpy(), scores=some.numpy(), num_valid=(rows >= 0).sum(1).numpy())
+    drawing = (n, strategy, seed, 1.0)
+    some, rows = choose(result.scores, result.indices, kept.numpy(), select, *drawing)
+    return replace(result, indices=rows, scores=some, num_valid=(rows >= 0).sum(1))
 
 
 def _table(

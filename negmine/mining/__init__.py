@@ -7,6 +7,10 @@ bf16_prefilter.py     the same result by way of bf16 products, on processors tha
 index_scan.py         candidates of an approximate index instead of a scan
 sampling.py           which candidates of a window become negatives
 dedup.py              equal rows and near duplicates
+identity.py           documents and queries by id, text and row; what each query must not get
+columns.py            texts, ids and lists by position, whatever container holds them
+rescoring.py          a cross-encoder's scores for the candidates
+text_mining.py        from_texts: a model and texts in, negatives out
 sources.py            embeddings in arrays, tensors and files as one sequence of rows
 row_lists.py          lists of corpus rows per query: positives and exclusions
 memory_budget.py      how many queries and rows to process at a time
@@ -29,5 +33,6 @@ from negmine.mining.hard_negatives import mine_hard_negatives
 from negmine.mining.index import Found, NegativeIndex
 from negmine.mining.result import MiningResult
 from negmine.mining.rounds import Round, mining_rounds
+from negmine.mining.text_mining import from_texts
 
-__all__ = ["Found", "MiningResult", "NegativeIndex", "Round", "mine_hard_negatives", "mining_rounds"]
+__all__ = ["Found", "MiningResult", "NegativeIndex", "Round", "from_texts", "mine_hard_negatives", "mining_rounds"]

@@ -12,6 +12,7 @@ Neither the (Q, K) scores nor more than one chunk of the corpus are ever in memo
 """
 
 import contextlib
+import inspect
 import os
 import platform
 import warnings
@@ -29,6 +30,7 @@ from negmine.mining.index_scan import IndexScan
 from negmine.mining.memory_budget import DEFAULT_MEMORY, DENSE_BYTES, MAX_QUERIES, BatchSizes, plan_batches
 from negmine.mining.process_ranks import ProcessRanks
 from negmine.mining.progress import progress
+from negmine.mining.rescoring import Rescoring
 from negmine.mining.result import MiningResult
 from negmine.mining.resume import RunState, require_folder
 from negmine.mining.sampling import STRATEGIES, sample
@@ -74,6 +76,10 @@ def mine_hard_negatives(
     sampling_temperature: float = 0.05,
     seed: int = 0,
     deduplicate: str = "none",
+    rescore: Any = None,
+    rescore_candidates: int | None = None,
+    rescore_batch_size: int = 64,
+    promote: float | None = None,
     near_duplicate_score: float = 0.95,
     index: str | NegativeIndex = "exact",
     audit_queries: int = 256,
@@ -120,6 +126,12 @@ def mine_hard_negatives(
         corpus_texts. One more pass over the corpus, and 48 bytes a row while it runs.
         "near" walks a query's window, hardest first, and drops a row whose cosine to a positive of the query, or to a row that
         the walk has kept, is near_duplicate_score or more; it looks deeper until enough are kept or the window ends.
+    rescore: a callable from a list of (query text, document text) pairs to a score each, or an object with predict, such as a
+        cross-encoder. select's window of ranks gives the candidates, by embeddings; then select's filters, margins from the
+        positives' own new scores, the order and the draw go by the new scores, and so do the result's scores.
+    rescore_candidates: how many candidates of each query are scored; default: 10 num_negatives, or select's whole window if that
+        is smaller. rescore_batch_size: pairs at a time. With resume_dir the scores are kept there.
+    promote: with rescore, a candidate whose score is no more than this below its query's positive becomes a positive.
     index: "exact" scans all rows; a FAISS factory string or a NegativeIndex of the same rows (kind other than "exact") proposes
         candidates, which are then scored exactly, masked, filtered and asked for again deeper, up to 4,096 a query. What it does
         not propose is not seen: recall is measured on audit_queries of the queries against a scan, stands in
@@ -168,14 +180,49 @@ def mine_hard_negatives(
         device=device,
         backend=backend,
         show_progress_bar=show_progress_bar,
+        rescore=rescore,
+        rescore_candidates=rescore_candidates,
+        rescore_batch_size=rescore_batch_size,
+        promote=promote,
     )
     names = (query_ids, corpus_ids, query_texts, corpus_texts)
     with ranks.together():
         options = _check_options(**given)
         ranks.require_group()
         inputs = _open_inputs(options, ranks, query_embeddings, corpus_embeddings, *names)
-        plan = _make_plan(options, inputs, positives, exclude)
-        return _run(options, inputs, plan)
+        if rescore is None:
+            return _run(options, inputs, _make_plan(options, inputs, positives, exclude))
+        rescoring = Rescoring.open(OP, options)
+        for name, column in (("query_texts", inputs.query_names.texts), ("corpus_texts", inputs.corpus_names.texts)):
+            if column is None:
+                raise checks.refuse(OP, name, "given where rescore is", None)
+        plan = _make_plan(rescoring.first_stage(options), inputs, positives, exclude)
+        if promote is not None:
+            _require_positives(plan.hidden, "promote is given")
+        elif options["select"].has_margin:
+            _require_positives(plan.hidden, "select has a margin")
+        result = rescoring.run(_run(rescoring.first_stage(options), inputs, plan), plan.hidden, options)
+        judge = getattr(rescore, "__qualname__", type(rescore).__qualname__)
+        arguments = _describe(options, DESCRIBED) | {"rescore": judge, "promote": promote}
+        return replace(result, config=result.config | {"arguments": arguments})
+
+
+def _require_positives(hidden: Hidden, why: str) -> None:
+    sizes = hidden.positives.sizes
+    if (sizes == 0).any():
+        came = f"none for query {int(np.flatnonzero(sizes == 0)[0])}"
+        raise checks.refuse(OP, "positives", f"at least one a query where {why}", came)
+
+
+def check_options(given: dict[str, Any]) -> None:
+    """Raises ValueError or TypeError for the first invalid one among arguments of mine_hard_negatives other than the inputs."""
+    inputs = ("query_ids", "corpus_ids", "query_texts", "corpus_texts", "exclude")
+    parameters = inspect.signature(mine_hard_negatives).parameters.values()
+    defaults = {
+        each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY and each.name not in inputs
+    }
+    options = defaults | {name: value for name, value in given.items() if name in defaults}
+    _check_options(**options | {"select": Select() if options["select"] is None else options["select"]})
 
 
 def _check_options(**options: Any) -> dict[str, Any]:
@@ -191,8 +238,8 @@ def _check_options(**options: Any) -> dict[str, Any]:
     checks.require_draw(OP, options["seed"], 0, 0)
     for name in ("count_skipped", "show_progress_bar"):
         checks.require_bool(OP, name, options[name])
-    for name in ("batch_size", "corpus_chunk_size", "max_memory_bytes"):
-        if options[name] is not None or name == "max_memory_bytes":
+    for name in ("batch_size", "corpus_chunk_size", "max_memory_bytes", "rescore_candidates", "rescore_batch_size"):
+        if options[name] is not None or name in ("max_memory_bytes", "rescore_batch_size"):
             checks.require_count(OP, name, options[name])
     temperature, near, min_recall = (
         options[name] for name in ("sampling_temperature", "near_duplicate_score", "min_recall")
@@ -202,6 +249,10 @@ def _check_options(**options: Any) -> dict[str, Any]:
         raise checks.refuse(OP, "near_duplicate_score", "a cosine above 0 and below 1", near)
     if not is_real(min_recall) or not 0 <= min_recall <= 1:
         raise checks.refuse(OP, "min_recall", "a share in [0, 1]", min_recall)
+    if options["promote"] is not None:
+        checks.require_number(OP, "promote", options["promote"])
+        if options["rescore"] is None:
+            raise checks.refuse(OP, "promote", "None where rescore is None", options["promote"])
     if select.sample is not None:
         raise checks.refuse(OP, "select", "without sample: num_negatives and sampling_strategy draw", select)
     if options["range_mode"] == "raw" and select.range_max is None:
@@ -285,9 +336,8 @@ def _make_plan(options: dict[str, Any], inputs: _Inputs, positives: Any, exclude
         raise checks.refuse(OP, "corpus_embeddings", f"of fewer than {sort_key.LAST_INDEX} rows", K)
     names = (inputs.query_names, inputs.corpus_names)
     hidden = resolve(OP, *names, positives, exclude, Q, K, queries.row_digests)
-    if select.has_margin and (hidden.positives.sizes == 0).any():
-        came = f"none for query {int(np.flatnonzero(hidden.positives.sizes == 0)[0])}"
-        raise checks.refuse(OP, "positives", "at least one a query where select has a margin", came)
+    if select.has_margin:
+        _require_positives(hidden, "select has a margin")
     if isinstance(index, NegativeIndex):
         require_same_rows(OP, "corpus_embeddings", index, rows)
     empty = np.empty(0, np.int64)

@@ -124,9 +124,14 @@ class Side:
         hashed = None if text_column is None else text_keys(text_column, blank)
         return cls(id_column, text_column, keys, hashed, kind)
 
-    @property
-    def is_known(self) -> bool:
-        return self.ids is not None or self.texts is not None
+    @classmethod
+    def of_texts(cls, op: str, names: tuple[str, str], ids: Any, texts: Any, blank: int) -> "Side":
+        """The side that has as many rows as texts."""
+        ids, texts = split_mapping(op, names, ids, texts)
+        return cls.open(op, names, ids, texts, len(Column(op, names[1], texts)), blank)
+
+    def __len__(self) -> int:
+        return len(self.ids or self.texts or ())
 
     def groups(self) -> np.ndarray | None:
         """(rows,) int64: the lowest row that is one with each by id or text, transitively; None without ids and texts."""

@@ -1,0 +1,228 @@
+"""from_texts: a model and texts in, negatives out. Texts are embedded block by block, and mined as arrays or mapped files.
+
+A block is BLOCK_ROWS texts. With cache_dir each finished block is a .npy file, written atomically, whose name is a hash of its
+texts, its prompt and what the model makes of the first texts: a run that was killed goes on at the block it was in, a model that
+was trained further finds nothing old, and a corpus that has grown embeds its new blocks only.
+"""
+
+import hashlib
+import inspect
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from negmine.mining.atomic_file import atomic_write
+from negmine.mining.columns import Column
+from negmine.mining.hard_negatives import check_options, mine_hard_negatives
+from negmine.mining.identity import Side, resolve
+from negmine.mining.progress import progress
+from negmine.mining.result import MiningResult
+from negmine.ops import checks
+
+OP = "from_texts"
+BLOCK_ROWS = 4096
+PROBED = 8  # texts whose embeddings tell one model from another
+METHODS = {
+    "queries": ("encode_query", "encode_queries", "encode", "embed"),
+    "corpus": ("encode_document", "encode_corpus", "encode", "embed"),
+}
+GIVEN = ("query_embeddings", "corpus_embeddings", "positives", "query_texts", "corpus_texts", "query_ids", "corpus_ids")
+
+
+@checks.refuses_select_fields(OP)
+def from_texts(
+    model: Any,
+    queries: Any,
+    corpus: Any,
+    positives: Any,
+    *,
+    query_ids: Any = None,
+    corpus_ids: Any = None,
+    query_prompt: str = "",
+    corpus_prompt: str = "",
+    encode_batch_size: int = 256,
+    normalize: bool = True,
+    cache_dir: str | os.PathLike | None = None,
+    show_progress_bar: bool = False,
+    **mining: Any,
+) -> MiningResult:
+    """Hard negatives of texts: embeds queries and corpus by `model`, and mines.
+
+    model: a callable from a list of texts to their rows (n, D), or an object with encode or embed. A model with encode_query or
+        encode_queries, and encode_document or encode_corpus, embeds each side by its own. It is called with the texts alone.
+    queries, corpus: strings, one a row, or a mapping from ids to strings.
+    positives, query_ids, corpus_ids: as in mine_hard_negatives.
+    query_prompt, corpus_prompt: put before each text that is embedded; documents are compared without it.
+    encode_batch_size: texts that the model is given at a time.
+    normalize: divide each row by its norm, so that scores are cosines.
+    cache_dir: a folder that keeps embeddings: a run that was killed goes on where it was, and texts that are embedded already are
+        not embedded again.
+    show_progress_bar: a line on stderr, with the time left.
+    mining: mine_hard_negatives' own arguments, save process_group.
+
+    Returns a MiningResult with the texts and the ids. Raises ValueError or TypeError for input that does not fit, before any text
+    is embedded, and for a model that does not return one finite row a text.
+    """
+    known = inspect.signature(mine_hard_negatives).parameters
+    for name in mining:
+        if name not in known or name in GIVEN:
+            raise TypeError(f"{OP}: {name} must be an argument of from_texts or of mine_hard_negatives, got {name}=")
+    if mining.get("process_group") is not None:
+        raise checks.refuse(OP, "process_group", "left out: one process embeds the texts", mining["process_group"])
+    checks.require_count(OP, "encode_batch_size", encode_batch_size)
+    checks.require_bool(OP, "normalize", normalize)
+    for name, prompt in {"query_prompt": query_prompt, "corpus_prompt": corpus_prompt}.items():
+        if not isinstance(prompt, str):
+            raise checks.refuse(OP, name, "a string", prompt, TypeError)
+    if cache_dir is not None and (not isinstance(cache_dir, (str, os.PathLike)) or not str(cache_dir)):
+        raise checks.refuse(OP, "cache_dir", "the path of a folder", cache_dir, TypeError)
+    folder = None if cache_dir is None else Path(cache_dir)
+    check_options(mining | {"show_progress_bar": show_progress_bar})
+    encoders = [_encoder(model, side) for side in METHODS]
+    query_names = Side.of_texts(OP, ("query_ids", "queries"), query_ids, queries, 0)
+    corpus_names = Side.of_texts(OP, ("corpus_ids", "corpus"), corpus_ids, corpus, 1)
+    Q, K = len(query_names), len(corpus_names)
+    resolve(OP, query_names, corpus_names, positives, mining.get("exclude"), Q, K, lambda: np.empty((0, 2), np.uint64))
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    sides = zip(METHODS, encoders, (query_names, corpus_names), (query_prompt, corpus_prompt), strict=True)
+    for side, encode, names, prompt in sides:
+        assert names.texts is not None
+        rows.append(
+            _Embedder(side, encode, prompt, encode_batch_size, normalize, folder).rows(names.texts, show_progress_bar)
+        )
+    return mine_hard_negatives(
+        *(rows[0], rows[1], positives),
+        query_ids=None if query_names.ids is None else query_names.ids.given,
+        corpus_ids=None if corpus_names.ids is None else corpus_names.ids.given,
+        query_texts=query_names.texts.given if query_names.texts else None,
+        corpus_texts=corpus_names.texts.given if corpus_names.texts else None,
+        show_progress_bar=show_progress_bar,
+        **mining,
+    )
+
+
+def _encoder(model: Any, side: str) -> Callable[[list[str]], Any]:
+    for name in METHODS[side]:
+        method = getattr(model, name, None)
+        if callable(method) and not isinstance(model, str):  # a string has encode
+            return method
+    if not callable(model):
+        raise checks.refuse(
+            OP, "model", "a callable, or an object with encode or embed", type(model).__name__, TypeError
+        )
+    return model
+
+
+@dataclass(frozen=True)
+class _Embedder:
+    """Embeds the texts of one side."""
+
+    side: str
+    encode: Callable[[list[str]], Any]
+    prompt: str
+    batch_size: int
+    normalize: bool
+    folder: Path | None
+
+    def rows(self, texts: Column, show: bool) -> Any:
+        """(rows, D) fp32: an array, or a list of mapped files."""
+        if not len(texts):
+            raise checks.refuse(OP, self.side, "1 text or more", "none")
+        blocks = []
+        probe = self._encoded(texts.block(0, PROBED), 0).tobytes() if self.folder is not None else b""
+        with progress(len(texts), show, f"embedding {self.side}", "texts") as advance:
+            for begin in range(0, len(texts), BLOCK_ROWS):
+                block = texts.block(begin, min(begin + BLOCK_ROWS, len(texts)))
+                blocks.append(self._block(block, begin, probe, advance))
+                if blocks[-1].shape[1] != blocks[0].shape[1]:
+                    came = f"rows of D = {blocks[0].shape[1]} and of D = {blocks[-1].shape[1]}"
+                    raise checks.refuse(OP, "model", "of one D for all texts", came)
+        return blocks if self.folder is not None else np.concatenate(blocks)
+
+    def _block(self, texts: list[str], begin: int, probe: bytes, advance: Callable[[int], None]) -> np.ndarray:
+        path = None
+        if self.folder is not None:
+            digest = hashlib.blake2b(probe, digest_size=20)
+            for text in (str(self.normalize), self.prompt, *texts):
+                part = text.encode("utf-8", "surrogatepass")
+                digest.update(len(part).to_bytes(8, "little") + part)
+            path = self.folder / f"negmine-{digest.hexdigest()}.npy"
+            kept = _kept(path, len(texts))
+            if kept is not None:
+                advance(len(texts))
+                return kept
+        parts = []
+        for at in range(0, len(texts), self.batch_size):
+            parts.append(self._encoded(texts[at : at + self.batch_size], begin + at))
+            if parts[-1].shape[1] != parts[0].shape[1]:
+                came = f"rows of D = {parts[0].shape[1]} and of D = {parts[-1].shape[1]}"
+                raise checks.refuse(OP, "model", "of one D for all texts", came)
+            advance(len(parts[-1]))
+        rows = np.concatenate(parts)
+        if path is None:
+            return rows
+        with atomic_write(OP, path) as file:
+            np.save(file, rows)
+        return np.load(path, mmap_mode="c", allow_pickle=False)
+
+    def _encoded(self, texts: list[str], begin: int) -> np.ndarray:
+        """(n, D) fp32 of the texts from row `begin`."""
+        with torch.no_grad():
+            made = self.encode([self.prompt + text for text in texts])
+        rows = _as_rows(made, len(texts))
+        bad = np.flatnonzero(~np.isfinite(rows).all(1))
+        if len(bad):
+            shown = ", ".join(str(begin + row) for row in bad[:10].tolist()) + (", ..." if len(bad) > 10 else "")
+            raise checks.refuse(
+                OP, "model", f"finite for every text of {self.side}", f"NaN or infinity in rows {shown}"
+            )
+        if self.normalize:
+            norms = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+            rows = (rows / np.where(norms > 0, norms, 1)).astype(np.float32)
+        return rows
+
+
+def _as_rows(made: Any, count: int) -> np.ndarray:
+    """What a model returned for `count` texts as (count, D) fp32."""
+    wanted = f"one that returns {count} rows (n, D) of numbers for {count} texts"
+    if isinstance(made, dict) or hasattr(made, "keys"):
+        keys = ", ".join(map(str, list(made.keys())[:5]))
+        raise checks.refuse(
+            OP, "model", f"{wanted}; wrap it in a function that picks one entry", f"a dict of {keys}", TypeError
+        )
+    if not isinstance(made, (np.ndarray, Tensor)):
+        try:
+            made = list(made)  # a generator, or a list of arrays
+        except TypeError:
+            raise checks.refuse(OP, "model", wanted, f"a {type(made).__name__}", TypeError) from None
+        made = [row.detach().float().cpu().numpy() if isinstance(row, Tensor) else row for row in made]
+    try:
+        rows = made.detach().float().cpu().numpy() if isinstance(made, Tensor) else np.asarray(made, np.float32)
+    except (TypeError, ValueError):
+        raise checks.refuse(OP, "model", wanted, f"a {type(made).__name__} of other entries", TypeError) from None
+    if rows.ndim != 2 or len(rows) != count or not rows.shape[1]:
+        raise checks.refuse(OP, "model", wanted, f"shape {rows.shape}")
+    return np.ascontiguousarray(rows, np.float32)
+
+
+def _kept(path: Path, rows: int) -> np.ndarray | None:
+    """The embeddings that a cache holds; None where it has none, or a damaged file."""
+    if not path.is_file():
+        return None
+    try:
+        kept = np.load(path, mmap_mode="c", allow_pickle=False)
+        if kept.dtype == np.float32 and kept.ndim == 2 and len(kept) == rows:
+            return kept
+    except Exception:  # NumPy's parser of a damaged header raises many kinds
+        pass
+    warnings.warn(f"{OP}: {str(path)!r} is damaged: its texts are embedded again", RuntimeWarning, stacklevel=6)
+    return None
