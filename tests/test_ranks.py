@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import negmine
@@ -199,7 +201,7 @@ BAD = {
 }
 
 
-def bad_calls(rank, world):
+def bad_calls(rank, world, folder):
     """What each call of BAD raises here where the last rank is bad, and where agreements were made."""
     said, sites = {}, set()
     agreement = Ranks.agreement
@@ -278,7 +280,7 @@ def gradients(name, rows, world):
     return value.detach(), layer.weight.grad
 
 
-def over_ranks(rank, world):
+def over_ranks(rank, world, folder):
     out = {}
     for name in OVER_RANKS:
         value, grad = gradients(name, slice(rank * B, rank * B + B), world)
@@ -308,7 +310,7 @@ class WithQueue(nn.Module):
         return loss
 
 
-def under_ddp(rank, world):
+def under_ddp(rank, world, folder):
     model = DistributedDataParallel(WithQueue())
     before = model.module.queue.queue.clone()
     model(unit(B, D, seed=rank)).backward()  # broadcasts the buffers
@@ -320,23 +322,59 @@ def under_ddp(rank, world):
 # Published training code and its patches ---------------------------------------------------------------------------
 
 
-def patches(rank, world):
+def patches(rank, world, folder):
     log, models = teacher_forced(5, rank, DistributedDataParallel)
     return log, models["ours"].queue.queue, symmetric(rank)
 
 
-CASES = {"patches": patches, "bad": bad_calls, "over ranks": over_ranks, "ddp": under_ddp}
+# Distributed checkpoints ------------------------------------------------------------------------------------------
 
 
-def all_cases(rank, world):
-    return {name: case(rank, world) for name, case in CASES.items()}
+def models_with_queues(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Module()
+    model.layer = nn.Linear(D, D)
+    model.sharded = ShardedMoCoQueue(D, K + 1, with_ids=True, random_init=False)  # no multiple of the ranks
+    model.shared = MoCoQueue(D, K, gather_distributed=True)
+    return model
+
+
+def through_a_checkpoint(rank, world, folder):
+    results, model = [], models_with_queues()
+    for _ in range(5):
+        rows = unit(B, D, seed=rank)
+        model.sharded.enqueue(rows, ids=torch.arange(B) + 10 * rank)
+        model.shared.enqueue(rows)
+    for given in (model, models_with_queues(seed=1)):
+        fully_shard(given.layer)
+        state = negmine.queues.distributed_state_dict(given)
+        (checkpoint.load if results else checkpoint.save)(state, checkpoint_id=f"{folder}/checkpoint")
+        given.load_state_dict(state)  # takes distributed tensors too
+        queue = given.sharded
+        whole = given.layer.weight.full_tensor().detach()
+        results.append([t.clone() for t in (queue.queue, queue.queue_ids, given.shared.queue, whole, queue.queue_ptr)])
+    return *results, f"{folder}/checkpoint"
+
+
+CASES = {
+    "checkpoint": through_a_checkpoint,
+    "patches": patches,
+    "bad": bad_calls,
+    "over ranks": over_ranks,
+    "ddp": under_ddp,
+}
+
+
+def all_cases(rank, world, folder):
+    return {name: case(rank, world, folder) for name, case in CASES.items()}
 
 
 @pytest.fixture(params=WORLDS)
 def got(request, tmp_path_factory):
     """What every rank of a world answers, by case."""
     if request.param not in answers:
-        answers[request.param] = run_ranks(all_cases, request.param, tmp_path_factory.mktemp("ranks"))
+        folder = tmp_path_factory.mktemp("ranks")
+        answers[request.param] = run_ranks(all_cases, request.param, folder, folder)
     return answers[request.param]
 
 
@@ -392,3 +430,16 @@ def test_2e_ranks_run_the_patches_as_they_run_what_they_patch(got):
         same_logs(log)
         assert torch.equal(queue, got[0]["patches"][1])
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_3_distributed_checkpoints_load_into_any_number_of_ranks(got):
+    saved, loaded, folder = got[0]["checkpoint"]
+    assert all(torch.equal(a, b) for a, b in zip(saved, loaded, strict=True))
+    one = models_with_queues()
+    state = negmine.queues.distributed_state_dict(one)
+    checkpoint.load(state, checkpoint_id=folder, no_dist=True)
+    assert torch.equal(one.sharded.queue, torch.cat([answer["checkpoint"][0][0] for answer in got]))
+    assert torch.equal(one.sharded.ids, torch.cat([answer["checkpoint"][0][1] for answer in got]))
+    assert torch.equal(one.shared.queue, saved[2]) and torch.equal(one.layer.weight, saved[3])
+    assert len(one.sharded) == K + 1 and int(one.sharded.queue_ptr) == int(saved[4])

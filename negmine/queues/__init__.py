@@ -1,7 +1,8 @@
 """The queue of past keys: in one process, and with its rows spread over the ranks of a process group."""
 
+from negmine.queues.distributed_state import distributed_state_dict
 from negmine.queues.moco import MoCoQueue
 from negmine.queues.moco_checkpoints import moco_checkpoint_hooks
 from negmine.queues.sharded import ShardedMoCoQueue
 
-__all__ = ["MoCoQueue", "ShardedMoCoQueue", "moco_checkpoint_hooks"]
+__all__ = ["MoCoQueue", "ShardedMoCoQueue", "distributed_state_dict", "moco_checkpoint_hooks"]

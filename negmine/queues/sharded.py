@@ -37,10 +37,11 @@ class ShardedMoCoQueue(MoCoQueue):
     random_init: start full of random unit vectors, drawn from `seed` and the same for any number of ranks; False starts empty.
     process_group: whose ranks share the queue; without torch.distributed, a world of one.
 
-    Rank r of W holds rows [r K // W, (r + 1) K // W) of the ring. state_dict has MoCoQueue's entries, of the rows held here, and
-    queue_range (3,) int64: first row, end and K. Rows, ids, labels and range differ from rank to rank, so they are no buffers,
-    which DistributedDataParallel would overwrite with those of rank 0. queue_ptr and queue_len are buffers, those of the whole
-    ring, and so is len(). `keys`, `ids` and `labels` are the valid rows held here.
+    Rank r of W holds rows [r C, (r + 1) C) of the ring, C = K / W rounded up, as torch.chunk cuts a tensor. state_dict has
+    MoCoQueue's entries, of the rows held here, and queue_range (3,) int64: first row, end and K. Rows, ids, labels and range
+    differ from rank to rank, so they are no buffers, which DistributedDataParallel would overwrite with those of rank 0.
+    queue_ptr and queue_len are buffers, those of the whole ring, and so is len(). `keys`, `ids` and `labels` are the valid rows
+    held here. torch.distributed.checkpoint takes negmine.queues.distributed_state_dict.
     The constructor, enqueue, info_nce, mine_hardest, load_state_dict and load_shards are collective: every rank of the group
     calls them, in the same order, with the same options. What is refused on one rank is raised on all. Batches may differ in
     size, and be empty.
@@ -69,7 +70,8 @@ class ShardedMoCoQueue(MoCoQueue):
                 raise checks.refuse(op, "K", f"at most {LAST_INDEX}, the last index that a place can hold", K)
             checks.require_draw(op, seed, 0, 0)
             call.facts = {**arguments, "seed": seed}
-        first, end = ranks.rank * K // ranks.size, (ranks.rank + 1) * K // ranks.size
+        rows_each = -(-K // ranks.size)  # as torch.chunk and DTensor cut a tensor
+        first, end = (min(place * rows_each, K) for place in (ranks.rank, ranks.rank + 1))
         self.K, self.gather_distributed, self.process_group = K, True, process_group
         self._first = first  # the row of the ring that the first row stored here is
         rows = torch.zeros(end - first, dim, dtype=dtype or torch.get_default_dtype())
@@ -86,7 +88,7 @@ class ShardedMoCoQueue(MoCoQueue):
         setattr(self, name, rows)
 
     @property
-    def _stored(self) -> dict[str, Tensor]:
+    def stored(self) -> dict[str, Tensor]:
         """What this rank holds of the ring, by name: tensors of one entry a row."""
         return {name: rows for name in ROWS if (rows := getattr(self, name)) is not None}
 
@@ -95,7 +97,7 @@ class ShardedMoCoQueue(MoCoQueue):
         return [self._first, self._first + len(self.queue), self.K]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        for name, rows in self._stored.items():
+        for name, rows in self.stored.items():
             setattr(self, name, fn(rows))
         return super()._apply(fn, recurse)
 
@@ -275,7 +277,7 @@ class ShardedMoCoQueue(MoCoQueue):
         with ranks.agreement(op) as call:
             fresh, counters = self._read_shards(op, states, prefix)
             call.facts = counters
-        for name, rows in self._stored.items():
+        for name, rows in self.stored.items():
             rows.copy_(fresh[name])
         self.queue_ptr.fill_(counters["queue_ptr"])
         self.queue_len.fill_(counters["queue_len"])
@@ -284,7 +286,7 @@ class ShardedMoCoQueue(MoCoQueue):
         self, op: str, states: Iterable[Mapping[str, Tensor]], prefix: str
     ) -> tuple[dict[str, Tensor], dict[str, int]]:
         """This rank's rows and the counters from the states of all ranks of an earlier run, checked."""
-        fresh = {name: torch.empty_like(rows) for name, rows in self._stored.items()}
+        fresh = {name: torch.empty_like(rows) for name, rows in self.stored.items()}
         counters: dict[str, int] = {}
         covered: list[tuple[int, int]] = []
         for state in states:
@@ -321,7 +323,7 @@ class ShardedMoCoQueue(MoCoQueue):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, rows in self._stored.items():
+        for name, rows in self.stored.items():
             destination[prefix + name] = rows if keep_vars else rows.detach()
         destination[prefix + "queue_range"] = torch.tensor(self._range)
 
@@ -337,13 +339,13 @@ class ShardedMoCoQueue(MoCoQueue):
         except (ValueError, RuntimeError) as error:
             error_msgs.append(str(error))
             return
-        for name, rows in self._stored.items():
+        for name, rows in self.stored.items():
             if name in given:
                 with torch.no_grad():
                     rows.copy_(given[name])
             elif strict:
                 missing_keys.append(prefix + name)
-        known = {prefix + name for name in (*self._stored, "queue_range")}
+        known = {prefix + name for name in (*self.stored, "queue_range")}
         rest = {name: value for name, value in state_dict.items() if name not in known}
         super(MoCoQueue, self)._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -356,8 +358,9 @@ class ShardedMoCoQueue(MoCoQueue):
         if wrong:
             raise ValueError(wrong)
         first, end, K = self._range
-        given = {name: state_dict[prefix + name] for name in self._stored if prefix + name in state_dict}
+        given = {name: state_dict[prefix + name] for name in self.stored if prefix + name in state_dict}
         of = state_dict.get(prefix + "queue_range")
+        given = {name: rows.to_local() if hasattr(rows, "to_local") else rows for name, rows in given.items()}
         if of is None:
             given = {name: rows[first:end] if len(rows) == K else rows for name, rows in given.items()}
         elif not isinstance(of, Tensor) or of.tolist() != [first, end, K]:
