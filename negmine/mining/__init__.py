@@ -10,6 +10,8 @@ dedup.py              equal rows and near duplicates
 identity.py           documents and queries by id, text and row; what each query must not get
 columns.py            texts, ids and lists by position, whatever container holds them
 rescoring.py          a cross-encoder's scores for the candidates
+retrievers.py         several retrievers in one result
+batches.py            batches of queries that are hard for each other
 text_mining.py        from_texts: a model and texts in, negatives out
 sources.py            embeddings in arrays, tensors and files as one sequence of rows
 row_lists.py          lists of corpus rows per query: positives and exclusions
@@ -29,10 +31,22 @@ text_files.py         lines of text files, plain or compressed
 progress.py           a progress bar on stderr
 """
 
+from negmine.mining.batches import build_batches
 from negmine.mining.hard_negatives import mine_hard_negatives
 from negmine.mining.index import Found, NegativeIndex
 from negmine.mining.result import MiningResult
+from negmine.mining.retrievers import merge_retrievers
 from negmine.mining.rounds import Round, mining_rounds
 from negmine.mining.text_mining import from_texts
 
-__all__ = ["Found", "MiningResult", "NegativeIndex", "Round", "from_texts", "mine_hard_negatives", "mining_rounds"]
+__all__ = [
+    "Found",
+    "MiningResult",
+    "NegativeIndex",
+    "Round",
+    "build_batches",
+    "from_texts",
+    "merge_retrievers",
+    "mine_hard_negatives",
+    "mining_rounds",
+]

@@ -18,6 +18,7 @@ import numpy as np
 from negmine.mining import result_page
 from negmine.mining.atomic_file import atomic_write, require_output
 from negmine.mining.columns import Column
+from negmine.mining.identity import Hidden, Side, resolve
 from negmine.mining.numpy_file import read_npz
 from negmine.mining.regular_file import cause, parse_json
 from negmine.mining.row_lists import RowLists
@@ -54,11 +55,24 @@ class MiningResult:
     corpus_ids: Any = None  # (K,)
     query_texts: Any = None  # (Q,)
     corpus_texts: Any = None  # (K,)
+    sources: np.ndarray | None = None  # (Q, n, retrievers) int32, of merge_retrievers
 
     @property
     def recall(self) -> float | None:
         """The share of the hardest rows that the approximate index found, as measured for this run; None for an exact one."""
         return (self.config.get("index") or {}).get("recall")
+
+    def hidden(self, exclude: Any = None) -> Hidden:
+        """The documents that each query must not get, by the positives, ids and texts of this result, and `exclude`."""
+        op, (Q, K) = "MiningResult.hidden", (len(self.indices), self.config["corpus_rows"])
+        sides = (
+            Side.open(op, ("query_ids", "query_texts"), self.query_ids, self.query_texts, Q, 0),
+            Side.open(op, ("corpus_ids", "corpus_texts"), self.corpus_ids, self.corpus_texts, K, 1),
+        )
+        rows = self.positives.rows
+        names = rows if sides[1].ids is None else sides[1].ids.take(rows)
+        every = np.stack([np.arange(Q, dtype=np.uint64)] * 2, 1)  # without ids and texts each row is a query of its own
+        return resolve(op, *sides, (self.positives.indptr, names), exclude, Q, K, lambda: every)
 
     def to_triplets(self) -> np.ndarray:
         """(T, 3): query, positive, negative, for every positive and every negative of a query.
@@ -202,6 +216,8 @@ class MiningResult:
         for name in IDS:
             if getattr(self, name) is not None:
                 arrays |= _stored_ids(name, getattr(self, name))
+        if self.sources is not None:
+            arrays["sources"] = self.sources
         with atomic_write("MiningResult.save", path) as file:
             np.savez(file, description=np.frombuffer(description.encode(), np.uint8), **arrays)
 
@@ -212,22 +228,25 @@ class MiningResult:
         if not Path(path).is_file():
             raise refuse(op, "path", "an existing file", str(path))
         try:
-            arrays = read_npz(path, {*DTYPES, "description", *IDS, *(f"{name}_ends" for name in IDS)})
+            arrays = read_npz(path, {*DTYPES, "description", "sources", *IDS, *(f"{name}_ends" for name in IDS)})
             text = arrays.pop("description").tobytes()
             if len(text) > MAX_DESCRIPTION_BYTES:
                 raise ValueError(f"its description holds {len(text):,} bytes")
             description = parse_json(text, "its description")
             ids: dict[str, Any] = {name: _loaded_ids(name, arrays) for name in IDS}
+            sources = arrays.get("sources")
             arrays = {name: arrays[name] for name in DTYPES}
             skipped, config = description["skipped"], description["config"]
             problem = _problem(arrays, description, ids)
+            if sources is not None and (sources.dtype != np.int32 or sources.shape[:2] != arrays["indices"].shape):
+                problem = f"its sources are {sources.dtype} of shape {sources.shape}"
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
             what = f"{op}: {describe(str(path))} is damaged or was not written by save"
             raise ValueError(f"{what} ({cause(error)})") from error
         if problem:
             raise ValueError(f"{op}: {describe(str(path))} cannot be read: {problem}")
         positives = RowLists(arrays.pop("positives_indptr"), arrays.pop("positives_rows"))
-        return cls(**arrays, positives=positives, skipped=skipped, config=config, **ids)
+        return cls(**arrays, positives=positives, skipped=skipped, config=config, sources=sources, **ids)
 
     def _queries(self, rows: np.ndarray) -> np.ndarray:
         """The names of query rows, of any shape: ids where there are some, else the rows themselves."""

@@ -1,0 +1,133 @@
+"""build_batches: batches of queries that are hard for each other.
+
+neighbour     query b of query a: a positive of b is among the hard negatives of a
+batch         grown from a query drawn by the seed: the neighbours of its members, hardest first, then of theirs, and where
+              these end, further drawn queries
+apart         two queries that share a positive document never stand in one batch, nor do rows of one query: within a batch
+              another query's positive is always a negative
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from negmine.mining.columns import Column
+from negmine.mining.result import MiningResult
+from negmine.mining.row_lists import RowLists
+from negmine.ops import checks
+
+OP = "build_batches"
+
+
+class HardBatches(Sampler[list[int]]):
+    """Lists of query numbers, for the batch_sampler of a DataLoader over the queries. Made by build_batches."""
+
+    def __init__(
+        self, documents: RowLists, neighbours: RowLists, groups: np.ndarray, size: int, drop_last: bool, seed: int
+    ) -> None:
+        self._documents, self._neighbours, self._groups = documents, neighbours, groups
+        self.batch_size, self.drop_last, self.seed, self.epoch = size, drop_last, seed, 0
+        self._made: tuple[int, list[list[int]]] | None = None  # epoch and its batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the batches of another epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([list(batch) for batch in self._batches()])
+
+    def __len__(self) -> int:
+        return len(self._batches())
+
+    def _batches(self) -> list[list[int]]:
+        if self._made is None or self._made[0] != self.epoch:
+            draw = np.random.default_rng([self.seed, self.epoch])
+            made = [
+                batch for group in np.unique(self._groups[self._groups >= 0]) for batch in self._of_group(group, draw)
+            ]
+            if self.drop_last:
+                made = [batch for batch in made if len(batch) == self.batch_size]
+            self._made = (self.epoch, [made[i] for i in draw.permutation(len(made))])
+        return self._made[1]
+
+    def _of_group(self, group: int, draw: np.random.Generator) -> Iterator[list[int]]:
+        members = np.flatnonzero(self._groups == group)
+        waiting = deque(draw.permutation(members).tolist())  # drawn, and not yet known to be in a batch
+        is_free = np.zeros(len(self._groups), bool)
+        is_free[members] = True
+        while waiting:
+            batch: list[int] = []
+            taken: set[int] = set()  # documents that are a positive of a member
+            passed: list[int] = []  # that share a positive with a member
+
+            reached = 0  # members whose neighbours have been looked at
+            while len(batch) < self.batch_size:
+                if reached < len(batch):
+                    for other in self._list(self._neighbours, batch[reached]):
+                        if is_free[other] and len(batch) < self.batch_size:
+                            self._add(other, batch, taken, is_free)
+                    reached += 1
+                elif waiting:
+                    query = waiting.popleft()
+                    if is_free[query] and not self._add(query, batch, taken, is_free):
+                        passed.append(query)
+                else:
+                    break
+            waiting.extendleft(reversed(passed))
+            if batch:
+                yield batch
+
+    def _add(self, query: int, batch: list[int], taken: set[int], is_free: np.ndarray) -> bool:
+        """Put a query into the batch, unless it shares a positive with a member."""
+        own = self._list(self._documents, query)
+        if not taken.isdisjoint(own):
+            return False
+        batch.append(query)
+        taken.update(own)
+        is_free[query] = False
+        return True
+
+    @staticmethod
+    def _list(lists: RowLists, query: int) -> list[int]:
+        return lists.rows[lists.indptr[query] : lists.indptr[query + 1]].tolist()
+
+
+def build_batches(
+    result: MiningResult, batch_size: int, *, datasets: Any = None, drop_last: bool = False, seed: int = 0
+) -> HardBatches:
+    """Batches of mutually hard queries without each other's positives, as a torch Sampler of lists of query numbers.
+
+    result: what mine_hard_negatives returned: its hard negatives say which queries are hard for each other, and its ids and texts
+        which positives are one document.
+    batch_size: queries of a batch. A last batch, or one whose remaining queries share positives, may be smaller.
+    datasets: a name or a number for each query: batches hold queries of one data set only.
+    drop_last: leave smaller batches out.
+    seed: of the draw; `set_epoch` draws the batches of another epoch.
+
+    Queries without a positive are left out.
+    """
+    if not isinstance(result, MiningResult):
+        raise checks.refuse(OP, "result", "a MiningResult", type(result).__name__, TypeError)
+    checks.require_count(OP, "batch_size", batch_size)
+    checks.require_bool(OP, "drop_last", drop_last)
+    checks.require_draw(OP, seed, 0, 0)
+    Q, K = len(result.indices), result.config["corpus_rows"]
+    groups = np.zeros(Q, np.int64)
+    if datasets is not None:
+        column = Column(OP, "datasets", datasets, "a name or a number for each query")
+        column.require_length(Q, f"{Q} names or numbers, one a query")
+        names: dict[Any, int] = {}
+        groups[:] = [names.setdefault(entry, len(names)) for _, block in column.blocks() for entry in block]
+    hidden = result.hidden()
+    positives = hidden.positives.take(np.arange(Q))
+    documents = RowLists.of_pairs(positives.queries, hidden.documents(positives.rows), Q)
+    groups[documents.sizes == 0] = -1
+    by_document = RowLists.of_pairs(documents.rows, documents.queries, K)  # the queries that each document answers
+    at, slot = np.nonzero(result.indices >= 0)  # hardest first
+    answered = by_document.take(hidden.documents(result.indices[at, slot]))
+    owner = np.repeat(at, answered.sizes)
+    neighbours = RowLists(np.r_[0, np.cumsum(np.bincount(owner, minlength=Q))], answered.rows).distinct()
+    return HardBatches(documents, neighbours, groups, batch_size, drop_last, seed)
