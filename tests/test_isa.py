@@ -275,6 +275,45 @@ def test_the_temperature_gradient_from_bf16_is_as_exact_as_from_fp32(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hidden_rows_may_hold_anything(isa, dtype):
+    """Of several blocks of queries and chunks of rows; and a row that only odd queries see leaves the even ones alone."""
+    for B, K, D in [(17, 129, 33), (130, 300, 64), (65, 700, 300)]:
+        q, keys, row = unit(B, D, dtype=dtype), unit(K, D, dtype=dtype, seed=1), torch.arange(K)
+        by_ids, by_mask, from_even = row % 5 == 1, row % 5 == 2, row % 50 == 3
+        keys[by_ids | by_mask] = 0
+        even = torch.arange(B) % 2 == 0
+        spoiled = keys.clone()
+        spoiled[by_ids, 2], spoiled[by_mask] = torch.inf, torch.nan
+        mixed = keys.clone()
+        mixed[from_even, D - 1] = torch.nan
+        mask = ~(by_mask | (from_even & even[:, None]))  # (B, K)
+        pool = Pool(mask, torch.zeros(B).long(), torch.where(by_ids, 0, row + 1))
+        scale, weight = torch.tensor(5.0), torch.linspace(0.5, 1.0, B)
+        lse = summed(q, keys, scale, None, False, pool)[0]
+
+        def run(keys, q=q, pool=pool, scale=scale, weight=weight, lse=lse):
+            ops, two = torch.ops.negmine_cpu, torch.stack([scale, scale / 3])
+            sums, means, *_ = ops.logsumexp(q, keys, two, None, True, 0, None, *pool)
+            total, sigmoid_keys, *_ = ops.softplus_sum(q, keys, scale, -scale, True, *pool)
+            d_keys = ops.logsumexp_grad_keys(q, keys, scale, lse, weight, *pool)
+            return (
+                *sums,
+                *means,
+                total,
+                sigmoid_keys,
+                d_keys,
+                ops.softplus_sum_grad_keys(q, keys, scale, -scale, weight, *pool),
+            )
+
+        want = run(keys)
+        for at, (a, b) in enumerate(zip(run(spoiled), want, strict=True)):
+            compare.rounded(f"result {at} of {B, K, D}", a, b, b)
+        for at, (a, b) in enumerate(zip(run(mixed)[:6], want[:6], strict=True)):
+            compare.rounded(f"even rows of result {at} of {B, K, D}", a[even], b[even], b[even])
+            assert bool(a[~even].isnan().all()), (at, B, K, D)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("B", [5, 300])  # splits folded afterwards, and as they come
 def test_a_score_of_infinity_sums_to_infinity(isa, dtype, B):
     """Wherever the queue holds it; a score of -inf adds nothing, a NaN makes a NaN, and a logit may overflow too."""

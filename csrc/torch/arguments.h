@@ -65,8 +65,8 @@ struct PoolTensors {
     using checks::ScalarType;
     const int64_t B = query.size(0), K = negative_keys.size(0);
     require(K <= INT64_C(0xFFFFFFFF), op, ": negative_keys must have fewer than 2^32 rows, got ", K, ".");
-    require(!given.bias && !given.guide_query && !given.guide_keys && !given.guide_limit, op,
-            ": bias and guide are not supported by this backend.");
+    require(!given.guide_query && !given.guide_keys && !given.guide_limit, op,
+            ": a guide is not supported by this backend.");
     require(given.query_ids.has_value() == given.negative_ids.has_value(), op,
             ": query_ids and negative_ids go together, got one of them.");
     require(given.query_labels.has_value() == given.negative_labels.has_value(), op,
@@ -92,9 +92,11 @@ struct PoolTensors {
     lower = checks::vector(op, "lower", given.lower, ScalarType::Long, B, query);
     upper = checks::vector(op, "upper", given.upper, ScalarType::Long, B, query);
     num_rows = checks::scalar(op, "num_rows", given.num_rows, ScalarType::Long, query);
+    bias = checks::vector(op, "bias", given.bias, ScalarType::Float, K, query);
   }
 
   checks::OptionalTensor negative_mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, num_rows;
+  checks::OptionalTensor bias;
   bool same_label;
 };
 

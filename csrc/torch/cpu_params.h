@@ -50,6 +50,7 @@ inline cpu::Pool pool_of(const PoolTensors& t) {
   pool.same_label = t.same_label;
   pool.lower = longs(t.lower);
   pool.upper = longs(t.upper);
+  pool.bias = checks::floats(t.bias);
   return pool;
 }
 

@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softplus_sum(const Tensor& query, con
   // Params.
   auto p = in.params<cpu::SoftplusSumParams>();
   p.scale = floats(factor);
-  p.bias = floats(shift);
+  p.offset = floats(shift);
   p.total = output<float>(total);
   p.sigmoid_keys = want_sigmoid_keys ? output<float>(sigmoid_keys) : nullptr;
   p.sigmoid_sum = output<float>(sigmoid_sum);

@@ -76,7 +76,8 @@ void logsumexp_window(const LogsumexpParams& p, const int64_t* ranks, int64_t* s
       const int64_t b = block.first_query + lane;
       Window& window = windows[lane] = narrow(selection, lane, ranks + 2 * b, spare, sort_keys + 2 * b);
       for (int64_t i = 0; i < window.size; ++i) {
-        const float x = *p.scale * sort_key_score(window.keys[i]);
+        float x = *p.scale * sort_key_score(window.keys[i]);
+        if (p.pool.bias != nullptr) x += p.pool.bias[sort_key_index(window.keys[i])];
         window.shift = i == 0 || x > window.shift ? x : window.shift;
       }
       if (window.shift == -kInfinity) window.shift = 0.0f;
@@ -88,8 +89,9 @@ void logsumexp_window(const LogsumexpParams& p, const int64_t* ranks, int64_t* s
         const int64_t from = std::exchange(window.at, window.next);
         while (window.next < window.size && sort_key_index(window.keys[window.next]) < end) ++window.next;
         float* mean = p.mean == nullptr ? nullptr : p.mean + (block.first_query + lane) * p.D;
-        window.total += kernels().logsumexp_window_row(p.negative_keys, p.D, window.keys + from, window.at - from,
-                                                       window.next - window.at, *p.scale, window.shift, mean);
+        window.total +=
+            kernels().logsumexp_window_row(p.negative_keys, p.D, window.keys + from, window.at - from,
+                                           window.next - window.at, *p.scale, p.pool.bias, window.shift, mean);
       }
     }
     for (int64_t lane = 0; lane < block.lanes; ++lane) {

@@ -2,7 +2,8 @@
 // array.
 //
 // A column leaves the pool by the masks (negative_mask, equal ids, equal labels) or by the bounds (lower, upper).
-// Bounds are sort keys (sort_key.h), so a window is exact where scores tie.
+// Bounds are sort keys (sort_key.h), so a window is exact where scores tie. What is summed adds the bias to its logits;
+// ranks, filters and what is mined know nothing of it.
 #pragma once
 #include <cstdint>
 
@@ -19,6 +20,7 @@ struct Pool {
   bool same_label = false;                   // true: keep equal labels instead of dropping them
   const int64_t* lower = nullptr;            // (B,) sort keys, keep those >= lower
   const int64_t* upper = nullptr;            // (B,) sort keys, keep those <= upper
+  const float* bias = nullptr;               // (K,) added to scale * score
 
   bool bounded() const { return lower != nullptr || upper != nullptr; }
 };

@@ -118,6 +118,7 @@ class Scratch {
       room.take(chunk.scores, kChunk * kLanes);
       for (float*& weights : chunk.weights) room.take(weights, kChunk / 2 * kLanes);
       room.take(chunk.rows, kChunk + 6);
+      room.take(chunk.mean_rows, kChunk);
       room.take(chunk.index, kChunk);
       room.take(chunk.widened, widened);
       room.take(chunk.key_parts, kChunk * part);

@@ -45,7 +45,7 @@ void softplus_sum(const SoftplusSumParams& p, const Parallel& parallel) {
     for (int64_t k = 0; k < p.K; k += kSplitRows) {
       block.k_begin = k;
       block.k_end = std::min(p.K, k + kSplitRows);
-      kernels(block).softplus_sum_range(block, task.scratch.workspace(), *p.scale, *p.bias, part);
+      kernels(block).softplus_sum_range(block, task.scratch.workspace(), *p.scale, *p.offset, part);
       for (int64_t i = 0; i < 2 * kLanes; ++i) sum.total[i] += part.total[i];
       for (int64_t i = 0; i < kLanes; ++i) sum.num_kept[i] += part.num_kept[i];
       if (sum.sigmoid_keys == nullptr) continue;

@@ -1,4 +1,4 @@
-// softplus_sum: the sum of log(1 + exp(scale s + bias)) over each query's pool, and its derivatives. (B, K) is never
+// softplus_sum: the sum of log(1 + exp(scale s + offset)) over each query's pool, and its derivatives. (B, K) is never
 // stored. Meaning: kernels/README.md.
 #pragma once
 #include "kernels/cpu/matrix.h"
@@ -11,8 +11,8 @@ struct SoftplusSumParams {
   Matrix query;          // (B, D)
   Matrix negative_keys;  // (K, D)
   int64_t B = 0, K = 0, D = 0;
-  const float* scale = nullptr;  // ()
-  const float* bias = nullptr;   // ()
+  const float* scale = nullptr;   // ()
+  const float* offset = nullptr;  // ()
   Pool pool;
   float* total = nullptr;         // (B,)
   float* sigmoid_keys = nullptr;  // (B, D), null where not wanted

@@ -1,12 +1,12 @@
-// The grid of logsumexp_grad_keys, with the sigmoid of scale s - lse where lse_b = -bias.
+// The grid of logsumexp_grad_keys, with the sigmoid of scale s - lse where lse_b = -offset.
 #include "kernels/cpu/softplus_sum_grad_keys.h"
 
 #include <vector>
 
 namespace negmine::cpu {
 
-void softplus_sum_grad_keys(const LogsumexpGradKeysParams& p, const float* bias, const Parallel& parallel) {
-  const std::vector<float> shift(p.B, -*bias);  // (B,)
+void softplus_sum_grad_keys(const LogsumexpGradKeysParams& p, const float* offset, const Parallel& parallel) {
+  const std::vector<float> shift(p.B, -*offset);  // (B,)
   LogsumexpGradKeysParams shifted = p;
   shifted.lse = shift.data();
   shifted.sigmoid = true;

@@ -5,7 +5,7 @@
 
 namespace negmine::cpu {
 
-// p.lse is not read: `bias` () stands in its place.
-void softplus_sum_grad_keys(const LogsumexpGradKeysParams& p, const float* bias, const Parallel& parallel);
+// p.lse is not read: `offset` () stands in its place.
+void softplus_sum_grad_keys(const LogsumexpGradKeysParams& p, const float* offset, const Parallel& parallel);
 
 }  // namespace negmine::cpu

@@ -26,8 +26,8 @@ from . import tiles
 from .launch import processors, score_arguments
 from .launch import score_tile as choose_tile
 from .numerics import finite_shift
-from .pool import KernelPool, pool_bounds, pool_keys, pool_masks, pool_rows, pool_size
-from .score import as_stored, load_rows, load_whole_rows, score_tile
+from .pool import KernelPool, pool_bias, pool_bounds, pool_keys, pool_masks, pool_rows, pool_size
+from .score import any_not_finite, as_stored, load_rows, load_whole_rows, or_zero, score_tile
 
 
 @triton.jit
@@ -35,9 +35,12 @@ def add_tile(
     m, z, along, num_kept, num_above, acc, k0, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size,
     pool, rows, scale, pivot, WHOLE: tl.constexpr, WIDEN: tl.constexpr,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, SLICE: tl.constexpr,
+    WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, SLICE: tl.constexpr, MENDED: tl.constexpr,
 ):  # fmt: skip
-    """The running sums with the columns from k0 on added. WHOLE: all of the tile's columns are in the queue."""
+    """The running sums with the columns from k0 on added. WHOLE: all of the tile's columns are in the queue.
+
+    MENDED: hidden pairs may hold anything.
+    """
     offs_k = k0 + tl.arange(0, BLOCK_K)
     k_ok = pool_keys(pool, offs_k, size, WHOLE)  # (BLOCK_K,)
     keys = load_whole_rows(keys_ptr, offs_k, k_ok, stride_kk, D, BLOCK_D, WIDEN)  # (BLOCK_K, BLOCK_D)
@@ -50,12 +53,17 @@ def add_tile(
     if pivot is not None:
         num_above += tl.sum((allowed & (s > pivot[:, None])).to(tl.int32), 1)
     num_kept += tl.sum(inside.to(tl.int32), 1)
-    x = tl.where(inside, s * scale, float("-inf"))  # (BLOCK_B, BLOCK_K)
+    x = s * scale  # (BLOCK_B, BLOCK_K)
+    if pool.bias is not None:
+        x += pool_bias(pool, offs_k, k_ok)[None, :] * 1.4426950408889634  # log2(e)
+    x = tl.where(inside, x, float("-inf"))
     m_new = tl.maximum(m, tl.max(x, 1))
     shift = finite_shift(m_new)
     decay = tl.math.exp2(m - shift)  # (BLOCK_B,)
     p = tl.math.exp2(x - shift[:, None])  # (BLOCK_B, BLOCK_K)
     if ALONG:  # first, so that scores need not outlive the rest
+        if MENDED:
+            s = tl.where(inside, s, 0.0)
         along = along * decay + tl.sum(p * s, 1)
     z = z * decay + tl.sum(p, 1)
     m = m_new
@@ -64,8 +72,42 @@ def add_tile(
             values = keys
         else:
             values = load_rows(keys_ptr, offs_k, k_ok, stride_kk, d0, D, SLICE, WIDEN)  # (BLOCK_K, SLICE)
+        if MENDED:
+            values = or_zero(values)
         p = as_stored(p, query_ptr, keys_ptr).to(values.dtype)
         acc = tl.dot(p, values, acc * decay[:, None], input_precision="ieee")  # (BLOCK_B, SLICE)
+    return m, z, along, num_kept, num_above, acc
+
+
+@triton.jit
+def add_tiles(
+    start, stop, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size, pool, rows, scale, pivot,
+    EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
+    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, MENDED: tl.constexpr,
+):  # fmt: skip
+    """The running sums over columns [start, stop)."""
+    m = tl.full((BLOCK_B,), float("-inf"), tl.float32)
+    z = tl.zeros((BLOCK_B,), tl.float32)
+    num_kept = tl.zeros((BLOCK_B,), tl.int32)
+    num_above = tl.zeros((BLOCK_B,), tl.int32)
+    along = tl.zeros((BLOCK_B,), tl.float32)
+    acc = tl.zeros((BLOCK_B, SLICE), tl.float32)
+    # Columns past the end of the queue are looked for in its last tile alone, which is added after the loop.
+    whole = stop
+    if not EVEN_K:
+        whole = start + tl.maximum(stop - start, 0) // BLOCK_K * BLOCK_K
+    for k0 in tl.range(start, whole, BLOCK_K, num_stages=STAGES):
+        m, z, along, num_kept, num_above, acc = add_tile(
+            m, z, along, num_kept, num_above, acc, k0, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size,
+            pool, rows, scale, pivot, True, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_MEAN, ALONG, SLICE, MENDED,
+        )  # fmt: skip
+    if not EVEN_K:  # noqa: SIM102  known when the kernel is compiled, which the next condition is not
+        if whole < stop:
+            m, z, along, num_kept, num_above, acc = add_tile(
+                m, z, along, num_kept, num_above, acc, whole, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk,
+                size, pool, rows, scale, pivot, False, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_MEAN, ALONG, SLICE, MENDED,
+            )  # fmt: skip
     return m, z, along, num_kept, num_above, acc
 
 
@@ -75,6 +117,7 @@ def logsumexp_kernel(
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     scales_ptr, pivot_ptr, parts_ptr, tiles_per_split,
     WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, SLICES: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr,
+    HIDES_PAIRS: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
     d0 = tl.program_id(2) % SLICES * SLICE
@@ -87,29 +130,21 @@ def logsumexp_kernel(
     if pivot_ptr is not None:
         pivot = tl.load(pivot_ptr + offs_b, mask=b_ok, other=0.0)  # (BLOCK_B,)
 
-    m = tl.full((BLOCK_B,), float("-inf"), tl.float32)
-    z = tl.zeros((BLOCK_B,), tl.float32)
-    num_kept = tl.zeros((BLOCK_B,), tl.int32)
-    num_above = tl.zeros((BLOCK_B,), tl.int32)
-    along = tl.zeros((BLOCK_B,), tl.float32)
-    acc = tl.zeros((BLOCK_B, SLICE), tl.float32)
     size = pool_size(pool, K)
     start = split * tiles_per_split * BLOCK_K
     stop = tl.minimum(start + tiles_per_split * BLOCK_K, size)
-    # Columns past the end of the queue are looked for in its last tile alone, which is added after the loop.
-    whole = stop
-    if not EVEN_K:
-        whole = start + tl.maximum(stop - start, 0) // BLOCK_K * BLOCK_K
-    for k0 in tl.range(start, whole, BLOCK_K, num_stages=STAGES):
-        m, z, along, num_kept, num_above, acc = add_tile(
-            m, z, along, num_kept, num_above, acc, k0, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size,
-            pool, rows, scale, pivot, True, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_MEAN, ALONG, SLICE,
-        )  # fmt: skip
-    if not EVEN_K:  # noqa: SIM102  known when the kernel is compiled, which the next condition is not
-        if whole < stop:
-            m, z, along, num_kept, num_above, acc = add_tile(
-                m, z, along, num_kept, num_above, acc, whole, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk,
-                size, pool, rows, scale, pivot, False, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_MEAN, ALONG, SLICE,
+    m, z, along, num_kept, num_above, acc = add_tiles(
+        start, stop, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size, pool, rows, scale, pivot,
+        EVEN_K, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_MEAN, ALONG, SLICE, STAGES, False,
+    )  # fmt: skip
+    if WANT_MEAN and HIDES_PAIRS:  # what is hidden may hold anything, and 0 times that is not 0
+        broken = any_not_finite(acc, b_ok)
+        if ALONG:
+            broken = broken | any_not_finite(along[:, None], b_ok)
+        if broken:
+            m, z, along, num_kept, num_above, acc = add_tiles(
+                start, stop, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size, pool, rows, scale, pivot,
+                EVEN_K, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_MEAN, ALONG, SLICE, STAGES, True,
             )  # fmt: skip
 
     SPLITS = tl.num_programs(1)
@@ -207,6 +242,6 @@ def sum_parts(
     logsumexp_kernel[(-(-B // tile.BLOCK_B), splits, S * slices)](
         *score_arguments(query, negative_keys, tile, pool),
         scales, None if pivot is None else pivot.contiguous(), buffer, per_split,
-        want_mean, rounds, slices, tile.SLICE, tile.num_stages, num_warps=tile.num_warps,
+        want_mean, rounds, slices, tile.SLICE, tile.num_stages, pool.hides_pairs, num_warps=tile.num_warps,
     )  # fmt: skip
     return Parts(buffer, splits, rounds)

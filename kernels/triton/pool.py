@@ -3,7 +3,8 @@
 On the host, kernel_pool turns a negmine.ops.pool.Pool into the tuple that kernels take; what is absent is None there, and costs
 a kernel nothing. On the device there are four steps: pool_size says how many rows of the queue exist; pool_rows reads what
 belongs to the queries once; pool_keys says which key rows may be read at all; pool_masks and pool_bounds say, for a tile,
-which columns are allowed and which lie inside the bounds. Meaning: kernels/README.md, "Pool".
+which columns are allowed and which lie inside the bounds. What sums logits also asks for pool_bias. Meaning: kernels/README.md,
+"Pool".
 """
 
 from typing import NamedTuple
@@ -30,6 +31,7 @@ class KernelPool(NamedTuple):
     lower: Tensor | None = None  # (B,) int64 sort keys
     upper: Tensor | None = None  # (B,) int64 sort keys
     num_rows: Tensor | None = None  # () int64
+    bias: Tensor | None = None  # (K,) fp32, added to scale * score where logits are summed
 
     @property
     def is_masked(self) -> bool:
@@ -40,6 +42,11 @@ class KernelPool(NamedTuple):
     @property
     def is_bounded(self) -> bool:
         return self.lower is not None or self.upper is not None
+
+    @property
+    def hides_pairs(self) -> bool:
+        """True where a column may be hidden from some queries and not from others."""
+        return self.is_bounded or any(x is not None for x in (self.pair_mask, self.query_ids, self.query_labels))
 
     def of_queries(self, start: int, stop: int) -> "KernelPool":
         """The pool of queries [start, stop): what belongs to queries is cut, what belongs to keys stays."""
@@ -54,15 +61,15 @@ SAME_LABEL = tl.constexpr(True)
 def kernel_pool(op: str, pool: tuple) -> KernelPool:
     """The negmine.ops.pool.Pool that ends the arguments of `op`, as its kernels take it.
 
-    Raises ValueError for a bias or a guide, which no kernel reads.
+    Raises ValueError for a guide, which no kernel reads.
     """
     (
         mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, num_rows,
         bias, guide_query, guide_keys, guide_limit, same_label,
     ) = pool  # fmt: skip
-    if not (bias is guide_query is guide_keys is guide_limit is None):
-        raise ValueError(f"{op}: bias and guide are not supported by this backend.")
-    if mask is query_ids is query_labels is lower is upper is num_rows is None:
+    if not (guide_query is guide_keys is guide_limit is None):
+        raise ValueError(f"{op}: a guide is not supported by this backend.")
+    if mask is query_ids is query_labels is lower is upper is num_rows is bias is None:
         return EVERYTHING
     key_mask = pair_mask = stride_mb = None
     if mask is not None:
@@ -73,7 +80,7 @@ def kernel_pool(op: str, pool: tuple) -> KernelPool:
             pair_mask, stride_mb = mask, mask.stride(0)
     return KernelPool(
         key_mask, pair_mask, stride_mb, _dense(query_ids), _dense(negative_ids), _dense(query_labels), _dense(negative_labels),
-        SAME_LABEL if same_label and query_labels is not None else None, _dense(lower), _dense(upper), num_rows,
+        SAME_LABEL if same_label and query_labels is not None else None, _dense(lower), _dense(upper), num_rows, _dense(bias),
     )  # fmt: skip
 
 
@@ -143,6 +150,12 @@ def pool_masks(pool, rows, offs_b, b_ok, offs_k, k_ok):
         else:
             allowed = allowed & (labels[:, None] != negative_labels[None, :])
     return allowed
+
+
+@triton.jit
+def pool_bias(pool, offs_k, k_ok):
+    """(BLOCK_K,) fp32: what is added to the logits of columns, where there is a bias at all."""
+    return tl.load(pool.bias + offs_k, mask=k_ok, other=0.0)
 
 
 @triton.jit

@@ -37,6 +37,24 @@ def load_whole_rows(ptr, rows, ok, stride, D: tl.constexpr, BLOCK_D: tl.constexp
 
 
 @triton.jit
+def or_zero(rows):
+    """Zeros in place of elements that are not finite, which 0 times a weight would not remove."""
+    return tl.where(tl.abs(rows) < float("inf"), rows, 0.0)
+
+
+@triton.jit
+def or_nan(p, s):
+    """Weights of rows that or_zero went over: of an infinite score, NaN where it adds anything."""
+    return tl.where((tl.abs(s) == float("inf")) & (p != 0), float("nan"), p)
+
+
+@triton.jit
+def any_not_finite(x, ok):
+    """Whether a row of x where ok (rows,) holds NaN or an infinity."""
+    return tl.max((ok[:, None] & ~(tl.abs(x) < float("inf"))).to(tl.int32)) > 0
+
+
+@triton.jit
 def as_stored(p, query_ptr, keys_ptr):
     """Probabilities rounded to the storage type before they multiply vectors, as the tensor cores take them.
 

@@ -16,35 +16,24 @@ from . import tiles
 from .launch import launcher, processors, score_arguments
 from .launch import score_tile as choose_tile
 from .numerics import log1p_unit
-from .pool import kernel_pool, pool_bounds, pool_keys, pool_masks, pool_rows, pool_size
-from .score import as_stored, load_rows, load_whole_rows, score_tile
+from .pool import kernel_pool, pool_bias, pool_bounds, pool_keys, pool_masks, pool_rows, pool_size
+from .score import any_not_finite, as_stored, load_rows, load_whole_rows, or_nan, or_zero, score_tile
 
 
-@triton.jit(do_not_specialize=["B", "K", "tiles_per_split"])
-def softplus_sum_kernel(
-    query_ptr, keys_ptr, stride_qb, stride_kk, B, K, pool, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
+@triton.jit
+def add_tiles(
+    start, stop, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size, pool, rows, scale, offset,
+    EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    scale_ptr, offset_ptr, total_ptr, sigmoid_sum_ptr, acc_ptr, along_ptr, num_kept_ptr, tiles_per_split,
-    WANT_KEYS: tl.constexpr, ALONG: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr,
+    WANT_KEYS: tl.constexpr, ALONG: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, MENDED: tl.constexpr,
 ):  # fmt: skip
+    """The sums over columns [start, stop). MENDED: hidden pairs may hold anything."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    split = tl.program_id(1)
-    d0 = tl.program_id(2) * SLICE
-    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    b_ok = offs_b < B
-    query = load_whole_rows(query_ptr, offs_b, b_ok, stride_qb, D, BLOCK_D, WIDEN)  # (BLOCK_B, BLOCK_D)
-    rows = pool_rows(pool, offs_b, b_ok)
-    scale = tl.load(scale_ptr)
-    offset = tl.load(offset_ptr)
-
     total = tl.zeros((BLOCK_B,), tl.float32)
     sigmoid_sum = tl.zeros((BLOCK_B,), tl.float32)
     along = tl.zeros((BLOCK_B,), tl.float32)
     num_kept = tl.zeros((BLOCK_B,), tl.int32)
     acc = tl.zeros((BLOCK_B, SLICE), tl.float32)
-    size = pool_size(pool, K)
-    start = split * tiles_per_split * BLOCK_K
-    stop = tl.minimum(start + tiles_per_split * BLOCK_K, size)
     for k0 in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
         offs_k = k0 + tl.arange(0, BLOCK_K)
         k_ok = pool_keys(pool, offs_k, size, EVEN_K)  # (BLOCK_K,)
@@ -57,11 +46,16 @@ def softplus_sum_kernel(
         inside = pool_bounds(pool, rows, s, offs_k, allowed)  # (BLOCK_B, BLOCK_K)
         num_kept += tl.sum(inside.to(tl.int32), 1)
         x = s * scale + offset  # (BLOCK_B, BLOCK_K)
+        if pool.bias is not None:
+            x += pool_bias(pool, offs_k, k_ok)[None, :]
         e = tl.math.exp2(-tl.abs(x) * LOG2E)  # (BLOCK_B, BLOCK_K)
         total += tl.sum(tl.where(inside, tl.where(x > 0, x, 0.0) + log1p_unit(e), 0.0), 1)
         inverse = tl.math.rsqrt(1.0 + tl.math.exp2(-x * LOG2E))  # (BLOCK_B, BLOCK_K); 0 of inf
         sigmoid = tl.where(inside, inverse * inverse, 0.0)  # (BLOCK_B, BLOCK_K)
         sigmoid_sum += tl.sum(sigmoid, 1)
+        if MENDED:
+            sigmoid = or_nan(sigmoid, s)
+            s = tl.where(inside, s, 0.0)
         if ALONG:
             along += tl.sum(sigmoid * s, 1)
         if WANT_KEYS:
@@ -69,8 +63,44 @@ def softplus_sum_kernel(
                 values = keys
             else:
                 values = load_rows(keys_ptr, offs_k, k_ok, stride_kk, d0, D, SLICE, WIDEN)  # (BLOCK_K, SLICE)
+            if MENDED:
+                values = or_zero(values)
             p = as_stored(sigmoid, query_ptr, keys_ptr).to(values.dtype)
             acc = tl.dot(p, values, acc, input_precision="ieee")  # (BLOCK_B, SLICE)
+    return total, sigmoid_sum, along, num_kept, acc
+
+
+@triton.jit(do_not_specialize=["B", "K", "tiles_per_split"])
+def softplus_sum_kernel(
+    query_ptr, keys_ptr, stride_qb, stride_kk, B, K, pool, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
+    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    scale_ptr, offset_ptr, total_ptr, sigmoid_sum_ptr, acc_ptr, along_ptr, num_kept_ptr, tiles_per_split,
+    WANT_KEYS: tl.constexpr, ALONG: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, HIDES_PAIRS: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(1)
+    d0 = tl.program_id(2) * SLICE
+    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    b_ok = offs_b < B
+    query = load_whole_rows(query_ptr, offs_b, b_ok, stride_qb, D, BLOCK_D, WIDEN)  # (BLOCK_B, BLOCK_D)
+    rows = pool_rows(pool, offs_b, b_ok)
+    scale = tl.load(scale_ptr)
+    offset = tl.load(offset_ptr)
+    size = pool_size(pool, K)
+    start = split * tiles_per_split * BLOCK_K
+    stop = tl.minimum(start + tiles_per_split * BLOCK_K, size)
+    total, sigmoid_sum, along, num_kept, acc = add_tiles(
+        start, stop, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size, pool, rows, scale, offset,
+        EVEN_K, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_KEYS, ALONG, SLICE, STAGES, False,
+    )  # fmt: skip
+    if WANT_KEYS and HIDES_PAIRS:  # what is hidden may hold anything, and 0 times that is not 0
+        broken = any_not_finite(acc, b_ok)
+        if ALONG:
+            broken = broken | any_not_finite(along[:, None], b_ok)
+        if broken:
+            total, sigmoid_sum, along, num_kept, acc = add_tiles(
+                start, stop, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size, pool, rows, scale, offset,
+                EVEN_K, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_KEYS, ALONG, SLICE, STAGES, True,
+            )  # fmt: skip
 
     row = split.to(tl.int64) * B + offs_b  # (BLOCK_B,) of (SPLITS, B)
     if WANT_KEYS:
@@ -110,7 +140,7 @@ def softplus_sum(
         softplus_sum_kernel[(-(-B // tile.BLOCK_B), splits, slices)](
             *score_arguments(query, negative_keys, tile, columns),
             scale, offset, total, sigmoid_sum, acc, along, num_kept, per_split,
-            want_sigmoid_keys, rounds, tile.SLICE, tile.num_stages, num_warps=tile.num_warps,
+            want_sigmoid_keys, rounds, tile.SLICE, tile.num_stages, columns.hides_pairs, num_warps=tile.num_warps,
         )  # fmt: skip
     sigmoid_keys = acc.sum(0)  # (B, D)
     if rounds:

@@ -16,8 +16,8 @@ INFO_NCE = declare(
     """x_b = scale * q_b . positive_b. The negatives are those of the pool, between two of its ranks where `ranks` is given, as
     in logsumexp; and, where hard > 0 and pairs + with_query > 0, the synthetic ones that mix_logsumexp draws from ranks
     [skip, skip + hard) of the pool. ranks and hard > 0 do not go together.
-    lse_b = log-sum-exp of scale * s over all of them; num_kept, num_above, sort_keys as in logsumexp; num_mixed_b = pairs +
-    with_query where the query has a parent to mix, else 0.
+    lse_b = log-sum-exp of scale * s + bias over all of them; num_kept, num_above, sort_keys as in logsumexp; num_mixed_b =
+    pairs + with_query where the query has a parent to mix, else 0.
     rows_b = log(1 + exp(lse_b - x_b)), or lse_b - x_b where decoupled; 0, without gradient, where there is no negative.
     d_query, d_scale: of rows_b by q_b and by scale.
     weight_b = scale * d rows_b / d lse_b: what logsumexp_grad_keys takes; the positive's gradient is -weight_b q_b.

@@ -19,7 +19,7 @@ class Pool(NamedTuple):
     lower: Tensor | None = None  # (B,) int64 sort keys: keep what is at or above
     upper: Tensor | None = None  # (B,) int64 sort keys: keep what is at or below
     num_rows: Tensor | None = None  # () int64: rows of the queue that are valid; None = all
-    bias: Tensor | None = None  # (K,) fp32, added to logits; no kernel takes it yet
+    bias: Tensor | None = None  # (K,) fp32, added to the logits that are summed
     guide_query: Tensor | None = None  # (B, G); no kernel takes a guide yet
     guide_keys: Tensor | None = None  # (K, G)
     guide_limit: Tensor | None = None  # (B,) fp32

@@ -88,7 +88,7 @@ def info_nce(
                - mean of the positive logits,   x = s / temperature, and + positive_bias for the positive
     A row without kept or synthetic negatives has loss 0 and no gradient.
     """
-    scores = scores_of(query, negative_keys)  # (B, K)
+    scores = scores_of(query, negative_keys, usable)  # (B, K)
     positive_score = (query * positive_key).sum(1)  # (B,)
     x_positive = positive_score / temperature  # (B,)
     if positive_bias is not None:
@@ -162,7 +162,7 @@ def sup_con(
         den_p: "all" every usable key; "own_positive" the negatives and p; "negatives_only" the negatives
     A row without positives has loss 0 and no gradient (Khosla et al. 2020, HobbitLong/SupContrast losses.py).
     """
-    x = scores_of(query, keys) / temperature  # (B, K)
+    x = scores_of(query, keys, usable) / temperature  # (B, K)
     usable = torch.ones_like(x, dtype=torch.bool) if usable is None else usable
     same = usable & (query_labels[:, None] == key_labels) & (query_labels != -1)[:, None]  # (B, K)
     has_positive = same.any(1)  # (B,)

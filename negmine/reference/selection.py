@@ -13,12 +13,24 @@ from negmine.ops.vectors import disable_autocast
 from negmine.options import Select
 
 
-def scores_of(query: Tensor, negative_keys: Tensor) -> Tensor:
-    """Inner products (B, K) of query (B, D) with shared (K, D) or own (B, K, D) keys."""
+def scores_of(query: Tensor, negative_keys: Tensor, usable: Tensor | None = None) -> Tensor:
+    """Inner products (B, K) of query (B, D) with shared (K, D) or own (B, K, D) keys.
+
+    usable (B, K) bool: other pairs score 0, and what their keys hold, NaN included, reaches neither scores nor gradients.
+    """
     with disable_autocast(query.device):
-        if negative_keys.dim() == 2:
+        if negative_keys.dim() == 3:
+            if usable is not None:
+                negative_keys = torch.where(usable[:, :, None], negative_keys, 0.0)
+            return torch.einsum("bd,bkd->bk", query, negative_keys)
+        if usable is None:
             return query @ negative_keys.T
-        return torch.einsum("bd,bkd->bk", query, negative_keys)
+        # A gradient of 0 times a key that is not finite is NaN. Where a query sees such a key, its loss is not finite, and so its
+        # gradient is NaN whatever the key: zeros will do.
+        finite = negative_keys.isfinite().all(1)  # (K,)
+        scores = query @ torch.where(finite[:, None], negative_keys, 0.0).T  # (B, K)
+        lost = query.detach() @ negative_keys.detach().T  # (B, K)
+        return (scores + lost.masked_fill(finite, 0.0)).masked_fill(~usable, 0.0)
 
 
 def ranking(scores: Tensor, usable: Tensor | None) -> tuple[Tensor, Tensor]:

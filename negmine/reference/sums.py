@@ -22,7 +22,7 @@ def kept_scores(
     draw: Draw,
 ) -> tuple[Tensor, Tensor]:
     """scores (B, K) and how often each column is kept (B, K) int64; draw = seed, step, row_offset of select.sample."""
-    scores = scores_of(query, negative_keys)  # (B, K)
+    scores = scores_of(query, negative_keys, usable)  # (B, K)
     if select is not None:
         return scores, multiplicity(scores, positive_score, select, usable, *draw)
     times = torch.ones_like(scores, dtype=torch.int64) if usable is None else usable.long()

@@ -146,7 +146,7 @@ def multi_similarity(
     query: Tensor, keys: Tensor, same: Tensor, other: Tensor, *, alpha: float, beta: float, base: float, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of each row (B,), and how many positives and negatives the mining kept (B,)."""
-    scores = scores_of(query, keys)  # (B, K)
+    scores = scores_of(query, keys, same | other)  # (B, K)
     if scores.shape[1] == 0:
         return scores.sum(1), same.sum(1), other.sum(1)
     held = scores.detach()

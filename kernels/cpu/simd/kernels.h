@@ -65,15 +65,16 @@ struct BlockMemory {
 // Memory of one thread, laid out by Scratch (kernels/cpu/scratch.h): of a block, and of a chunk, which several blocks
 // of one call share.
 struct Workspace : BlockMemory {
-  float* tile;         // (kChunk, kLanes) scores of rows of a chunk
-  float* scores;       // (kChunk, kLanes) room for them, where the tile is needed as it is
-  float* weights[2];   // (kChunk / 2, kLanes) pairs of weights, at each of two scales
-  const float** rows;  // (kChunk + 6) the chunk's rows of the queue as they are scored, then rows of zeros
-  int64_t* index;      // (kChunk) their rows in the queue
-  float* widened;      // (kChunk, D + 16) where the queue is not stored as fp32
-  float* key_parts;    // (kChunk, 3, words) the chunk's rows as simd/parts.h splits them, of room_for_part(D or kLanes)
-                       // words
-  float* turned;       // (D rounded up to 32, 3, words) the chunk turned, of room_for_part(kChunk) words
+  float* tile;              // (kChunk, kLanes) scores of rows of a chunk
+  float* scores;            // (kChunk, kLanes) room for them, where the tile is needed as it is
+  float* weights[2];        // (kChunk / 2, kLanes) pairs of weights, at each of two scales
+  const float** rows;       // (kChunk + 6) the chunk's rows of the queue as they are scored, then rows of zeros
+  const float** mean_rows;  // (kChunk) the same as a mean adds them: see drop_rows
+  int64_t* index;           // (kChunk) their rows in the queue
+  float* widened;           // (kChunk, D + 16) where the queue is not stored as fp32
+  float* key_parts;  // (kChunk, 3, words) the chunk's rows as simd/parts.h splits them, of room_for_part(D or kLanes)
+                     // words
+  float* turned;     // (D rounded up to 32, 3, words) the chunk turned, of room_for_part(kChunk) words
   float* weight_parts;     // (3, words, kLanes) its weights, of as many words
   int32_t* rows_in_parts;  // (kChunk) as lanes_in_parts
   uint16_t* padded;        // (kChunk, D rounded up to 32) where rows of bf16 cannot be read where they lie
@@ -94,7 +95,7 @@ struct LogsumexpState {
   int64_t* num_above;  // (kLanes)
 };
 
-// Sums of a block over a range: of log(1 + exp(l_k)), of sigmoid(l_k) and of sigmoid(l_k) n_k, l = scale s + bias.
+// Sums of a block over a range: of log(1 + exp(l_k)), of sigmoid(l_k) and of sigmoid(l_k) n_k, l = scale s + offset.
 struct SoftplusState {
   float* total;         // (kLanes)
   float* sigmoid_sum;   // (kLanes)
@@ -130,19 +131,19 @@ struct Kernels {
   void (*logsumexp_range)(const Block* blocks, const Workspace* workspaces, int64_t count, const float* scale,
                           int64_t scales, const float* pivot, const Selection* selections,
                           const LogsumexpState* states);
-  // The sum of exp(scale s - shift) over the columns of keys (size), sort keys; mean (D), or null, gains their rows
-  // times that. The rows of `ahead` keys that follow are fetched meanwhile.
+  // The sum of exp(scale s + bias - shift) over the columns of keys (size), sort keys; mean (D), or null, gains their
+  // rows times that. bias (K,) or null. The rows of `ahead` keys that follow are fetched meanwhile.
   float (*logsumexp_window_row)(const Matrix& negative_keys, int64_t D, const int64_t* keys, int64_t size,
-                                int64_t ahead, float scale, float shift, float* mean);
+                                int64_t ahead, float scale, const float* bias, float shift, float* mean);
   // Adds the block's share to rows [k_begin, k_end) of out (K, D). lse, weight (B,); panel (64, D rounded up to 64),
   // and with parts behind it three halves of that.
   void (*logsumexp_grad_keys_range)(const Block&, const Workspace&, float scale, const float* lse, const float* weight,
                                     float* panel, float* out);
-  // The same with sigmoid(scale s - lse) in the place of exp(scale s - lse).
+  // The same with sigmoid(scale s + bias - lse) in the place of exp(scale s + bias - lse).
   void (*softplus_sum_grad_keys_range)(const Block&, const Workspace&, float scale, const float* lse,
                                        const float* weight, float* panel, float* out);
   // The block against its range, from an empty state.
-  void (*softplus_sum_range)(const Block&, const Workspace&, float scale, float bias, const SoftplusState&);
+  void (*softplus_sum_range)(const Block&, const Workspace&, float scale, float offset, const SoftplusState&);
   // Offers every column of the one range of blocks (count) to the selection of each, in the order of the queue.
   void (*select_range)(const Block* blocks, const Workspace* workspaces, int64_t count, const Selection* selections);
   // keys (size) keep their `keep` < size best, in the order they had; returns the worst of them. Keys differ.

@@ -20,6 +20,9 @@ constexpr int64_t kTileStride = kTilePanel;  // words of weights from one pair o
 constexpr int64_t kTileStride = kLanes;
 #endif
 
+// What is known of the pairs of a tile: all count, or some may be hidden; then their columns may have a bias as well.
+enum Pairs { kAllCount, kSomeHidden, kBiased };
+
 // What a tile adds to one vector of queries.
 struct Terms {
   V total, score_sum, farthest;
@@ -30,17 +33,20 @@ struct Terms {
 // for blocks of pairs that tiles multiply.
 enum Weights { kNone, kRowsOf, kPacked };
 
-// Of a column of scores (count, kLanes), the weights exp(scale s - shift), 0 outside the pool, and their sum. With
-// kScoreSum also the sum of weights times scores.
-template <bool kMasked, bool kScoreSum, Weights kWeights>
-NEGMINE_INLINE Terms exponentials(const float* scores, int64_t count, float scale, V shift, float* weights) {
+// Of a column of scores (count, kLanes), the weights exp(scale s + bias - shift), 0 outside the pool, and their sum.
+// With kScoreSum also the sum of weights times scores. bias (count), where kBiased.
+template <Pairs kPairs, bool kScoreSum, Weights kWeights>
+NEGMINE_INLINE Terms exponentials(const float* scores, [[maybe_unused]] const float* bias, int64_t count, float scale,
+                                  V shift, float* weights) {
   Terms sum{all(0.0f), all(0.0f), all(-__builtin_inff()), all(0)};
   const auto one = [&](int64_t j) {
     const V score = load(scores + j * kLanes);
-    const V x = fma(score, all(scale), -shift);
+    V offset = -shift;
+    if constexpr (kPairs == kBiased) offset += all(bias[j]);
+    const V x = fma(score, all(scale), offset);
     V p = exp_near(x), pulled = score;
     sum.farthest = max(x, sum.farthest);  // excluded() is a NaN, which max passes over
-    if constexpr (kMasked) {
+    if constexpr (kPairs != kAllCount) {
       const VI outside = is_excluded(score);
       p = outside ? all(0.0f) : p;
       pulled = outside ? all(0.0f) : score;
@@ -67,15 +73,15 @@ NEGMINE_INLINE Terms exponentials(const float* scores, int64_t count, float scal
     for (; j % 32 != 0; j += 2) store(weights + j / 2 * kTilePanel, all(0.0f));
   }
 #endif
-  if constexpr (!kMasked) sum.num_kept += static_cast<int32_t>(count);
+  if constexpr (kPairs == kAllCount) sum.num_kept += static_cast<int32_t>(count);
   return sum;
 }
 
 // Adds a tile of scores (count, kLanes) to the state and writes its weights; correction (kLanes) is what sums before
 // this tile are to be multiplied with. True where that is not 1 everywhere. score_sums (kLanes), where kScoreSum: the
 // running sum of exp(..) s. Packed weights of a panel are `words` words.
-template <bool kMasked, bool kScoreSum, Weights kWeights>
-bool weigh(const Block& block, const float* scores, int64_t count, float scale, float* weights,
+template <Pairs kPairs, bool kScoreSum, Weights kWeights>
+bool weigh(const Block& block, const float* scores, const float* bias, int64_t count, float scale, float* weights,
            [[maybe_unused]] int64_t words, float* correction, float* score_sums, const LogsumexpState& state) {
   bool moved = false;
   for (int64_t lane = 0; lane < vectors_of(block) * kWidth; lane += kWidth) {
@@ -85,7 +91,7 @@ bool weigh(const Block& block, const float* scores, int64_t count, float scale, 
     float* column = weights + lane;
 #endif
     const auto run = [&](V shift) {
-      return exponentials<kMasked, kScoreSum, kWeights>(scores + lane, count, scale, shift, column);
+      return exponentials<kPairs, kScoreSum, kWeights>(scores + lane, bias, count, scale, shift, column);
     };
     const V shift = load(state.shift + lane), before = load(state.sum + lane);
     V factor = all(1.0f);
@@ -93,7 +99,11 @@ bool weigh(const Block& block, const float* scores, int64_t count, float scale, 
     const VI passed = (terms.farthest > kFar) & (before < __builtin_inff());
     if (any(passed)) {
       V most = all(-__builtin_inff());
-      for (int64_t j = 0; j < count; ++j) most = max(load(scores + j * kLanes + lane) * scale, most);
+      for (int64_t j = 0; j < count; ++j) {
+        V x = load(scores + j * kLanes + lane) * scale;
+        if constexpr (kPairs == kBiased) x += all(bias[j]);
+        most = max(x, most);
+      }
       const VI moves = passed & (most < __builtin_inff());
       const V moved_shift = moves ? most : shift;
       factor = moves ? exp_near(shift - most) : factor;
@@ -109,12 +119,12 @@ bool weigh(const Block& block, const float* scores, int64_t count, float scale, 
   return moved;
 }
 
-// The same for what is known when it runs: score_sums come with a mean of pairs of bf16.
-bool weigh_tile(const Block& block, const float* scores, int64_t count, bool masked, Weights kind, float scale,
-                float* weights, int64_t words, float* correction, float* score_sums, const LogsumexpState& state) {
-#define NEGMINE_WEIGH(score_sum, kind)                                                                              \
-  masked ? weigh<true, score_sum, kind>(block, scores, count, scale, weights, words, correction, score_sums, state) \
-         : weigh<false, score_sum, kind>(block, scores, count, scale, weights, words, correction, score_sums, state)
+// The same for what is known when it runs: score_sums come with a mean of pairs of bf16. bias (count) or null.
+template <Pairs kPairs>
+bool weigh_pairs(const Block& block, const float* scores, const float* bias, int64_t count, Weights kind, float scale,
+                 float* weights, int64_t words, float* correction, float* score_sums, const LogsumexpState& state) {
+#define NEGMINE_WEIGH(sums, kind) \
+  weigh<kPairs, sums, kind>(block, scores, bias, count, scale, weights, words, correction, score_sums, state)
 #if defined(NEGMINE_TILES)
   if (kind == kPacked) return NEGMINE_WEIGH(true, kPacked);
 #elif defined(__AVX512BF16__)
@@ -122,6 +132,15 @@ bool weigh_tile(const Block& block, const float* scores, int64_t count, bool mas
 #endif
   return kind == kNone ? (NEGMINE_WEIGH(false, kNone)) : (NEGMINE_WEIGH(false, kRowsOf));
 #undef NEGMINE_WEIGH
+}
+
+bool weigh_tile(const Block& block, const float* scores, const float* bias, int64_t count, bool some_hidden,
+                Weights kind, float scale, float* weights, int64_t words, float* correction, float* score_sums,
+                const LogsumexpState& state) {
+  const auto weigh = bias != nullptr ? weigh_pairs<kBiased>
+                     : some_hidden   ? weigh_pairs<kSomeHidden>
+                                     : weigh_pairs<kAllCount>;
+  return weigh(block, scores, bias, count, kind, scale, weights, words, correction, score_sums, state);
 }
 
 void count_above(const Block& block, const Workspace& w, int64_t count, const float* pivot, int64_t* num_above) {
@@ -165,6 +184,8 @@ void logsumexp_range(const Block* blocks, const Workspace* workspaces, int64_t c
     const Chunk chunk = load_chunk(blocks[0], workspaces[0], &k, true);
     const Ahead ahead = ahead_of(blocks[0], workspaces[0], chunk);
     if (with_mean) begin_mean(blocks[0], workspaces[0], chunk);
+    float biases[kChunk];
+    const float* bias = bias_of(blocks[0], workspaces[0], chunk, biases);
     for (int64_t b = 0; b < count; ++b) {
       const Block& block = blocks[b];
       const Workspace& w = workspaces[b];
@@ -172,17 +193,21 @@ void logsumexp_range(const Block* blocks, const Workspace* workspaces, int64_t c
       for_each_tile(block, chunk, [&](int64_t first, int64_t rows) {
         const Workspace tile = at_row(w, first);
         score_rows(block, tile, chunk, first, rows, share_of(ahead, first, rows, b, count));
-        const bool masked = apply_masks(block, tile, rows) || block.pool.bounded();
+        Hidden hidden = apply_masks(block, tile, rows);
         if (pivot != nullptr) count_above(block, tile, rows, pivot, states[b * scales].num_above);
-        if (block.pool.bounded()) apply_bounds(block, tile, rows);
+        if (block.pool.bounded()) {
+          hidden.some = true;
+          hidden.suspect |= apply_bounds(block, tile, rows).suspect;
+        }
+        if (with_mean && hidden.suspect) drop_rows(block, w, chunk, first, rows);
         if (selections != nullptr) offer_chunk(block, tile, rows, selections[b]);
         for (int64_t i = 0; i < scales; ++i) {
           const LogsumexpState& state = states[b * scales + i];
           float correction[kLanes];
           float* weights = packs ? w.weights[i] + first / 2 * kTileStride : w.scores;
-          [[maybe_unused]] const bool moved =
-              weigh_tile(block, tile.tile, rows, masked, kind, scale[i], weights, room_for_part(chunk.count),
-                         correction, with_score_sums ? score_sums[b][i] : nullptr, state);
+          [[maybe_unused]] const bool moved = weigh_tile(
+              block, tile.tile, bias == nullptr ? nullptr : bias + first, rows, hidden.some, kind, scale[i], weights,
+              room_for_part(chunk.count), correction, with_score_sums ? score_sums[b][i] : nullptr, state);
           if (with_mean && !packs) add_mean(block, w, chunk, weights, correction, state.mean);
 #if defined(NEGMINE_TILES)
           if (packs && moved) {  // what was weighed by the old shift is added first

@@ -1,20 +1,26 @@
-// Rows of the gradient of log-sum-exp with respect to the keys: out_k += sum_b weight_b exp(scale s_bk - lse_b) q_b.
+// Rows of the gradient of log-sum-exp with respect to the keys: out_k += sum_b weight_b exp(x_bk - lse_b) q_b, where
+// x_bk = scale s_bk + bias_k.
 //
 // The scores' tile, once its scores are probabilities, is itself the left operand of a product with the block's
 // queries, so the second product is the same multiply() with lanes as the contraction and d across the vector, or with
 // AMX its parts.
-// softplus_sum_grad_keys is the same with sigmoid(scale s_bk - lse_b), where lse_b = -bias.
+// softplus_sum_grad_keys is the same with sigmoid(x_bk - lse_b), where lse_b = -offset.
 #include "kernels/cpu/simd/parts.h"
 
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
 
 // panel (D / kPanel, lanes, kPanel): the queries as right operand. A query that adds nothing is zeros, whatever it
-// holds.
-void pack_queries(const Block& block, const Workspace& w, const float* lse, const float* weight, float* panel) {
+// holds; so is one that is not finite, for 0 times it, where a mask hides a pair, is not 0: then lost[lane].
+void pack_queries(const Block& block, const Workspace& w, const float* lse, const float* weight, float* panel,
+                  bool* lost) {
   for (int64_t lane = 0; lane < block.lanes; ++lane) {
     const bool silent = weight[lane] == 0.0f || lse[lane] == -__builtin_inff();
     const float* q = silent ? w.zeros : widen_row(block.query, block.first_query + lane, block.D, w.row);
+    float range = 0.0f;
+    for (int64_t d = 0; d < block.D; ++d) range += q[d] - q[d];  // NaN where one is not finite
+    lost[lane] = range != 0.0f;
+    if (lost[lane]) q = w.zeros;
     for (int64_t d0 = 0; d0 < block.D; d0 += kPanel) {
       float* out = panel + d0 * block.lanes + lane * kPanel;
       for (int64_t d = 0; d < kPanel; ++d) out[d] = d0 + d < block.D ? q[d0 + d] : 0.0f;
@@ -24,7 +30,8 @@ void pack_queries(const Block& block, const Workspace& w, const float* lse, cons
 
 // Scores of the chunk become weight times the derivative, 0 outside the pool and for a query that adds nothing.
 template <bool kSigmoid>
-void weigh(const Block& block, const Workspace& w, int64_t count, float scale, const float* lse, const float* weight) {
+void weigh(const Block& block, const Workspace& w, int64_t count, float scale, const float* bias, const float* lse,
+           const float* weight) {
   const int vectors = vectors_of(block);
   for (int v = 0; v < vectors; ++v) {
     const V shift = load(lse + v * kWidth), factor = load(weight + v * kWidth);
@@ -32,9 +39,19 @@ void weigh(const Block& block, const Workspace& w, int64_t count, float scale, c
     for (int64_t j = 0; j < count; ++j) {
       float* cell = w.tile + j * kLanes + v * kWidth;
       const V score = load(cell);
-      const V x = fma(score, all(scale), -shift);
+      const V x = fma(score, all(scale), all(bias[j]) - shift);
       const V g = factor * (kSigmoid ? logistic(x).sigmoid : exp(x));
       store(cell, (is_excluded(score) | silent) ? all(0.0f) : g);
+    }
+  }
+}
+
+// A query that was lost makes a row no number where it adds to it.
+void mark_lost(const Block& block, const Workspace& w, int64_t count, const bool* lost) {
+  for (int64_t lane = 0; lane < block.lanes; ++lane) {
+    for (int64_t j = 0; j < count && lost[lane]; ++j) {
+      float* cell = w.tile + j * kLanes + lane;
+      if (*cell != 0.0f) *cell = __builtin_nanf("");
     }
   }
 }
@@ -49,7 +66,9 @@ void grad_keys_range(const Block& block, const Workspace& w, float scale, const 
     lane_lse[lane] = lane < block.lanes ? lse[block.first_query + lane] : 0.0f;
     lane_weight[lane] = lane < block.lanes ? weight[block.first_query + lane] : 0.0f;
   }
-  pack_queries(block, w, lane_lse, lane_weight, panel);
+  bool lost[kLanes] = {}, some_are_lost = false;
+  pack_queries(block, w, lane_lse, lane_weight, panel, lost);
+  for (const bool one : lost) some_are_lost |= one;
 #if defined(NEGMINE_TILES)
   float* split = panel + block.lanes * ((block.D + kPanel - 1) / kPanel * kPanel);
   const bool in_parts = split_panel(block, panel, split);
@@ -61,7 +80,10 @@ void grad_keys_range(const Block& block, const Workspace& w, float scale, const 
     score_chunk(block, w, chunk);
     apply_masks(block, w, count);
     if (block.pool.bounded()) apply_bounds(block, w, count);
-    weigh<kSigmoid>(block, w, count, scale, lane_lse, lane_weight);
+    float biases[kChunk] = {};
+    bias_of(block, w, chunk, biases);
+    weigh<kSigmoid>(block, w, count, scale, biases, lane_lse, lane_weight);
+    if (some_are_lost) mark_lost(block, w, count, lost);
     int64_t rest[kChunk], left = count;  // rows of the chunk
     for (int64_t j = 0; j < count; ++j) rest[j] = j;
 #if defined(NEGMINE_TILES)

@@ -42,7 +42,7 @@ void add_rows(const char* const* rows, const float* x, int64_t count, int64_t D,
 }  // namespace
 
 float logsumexp_window_row(const Matrix& negative_keys, int64_t D, const int64_t* keys, int64_t size, int64_t ahead,
-                           float scale, float shift, float* mean) {
+                           float scale, const float* bias, float shift, float* mean) {
   const int64_t row_bytes = D * (negative_keys.dtype == Dtype::kFloat32 ? 4 : 2);
   const auto row_at = [&](int64_t i) {
     const int64_t stride = negative_keys.row_stride * (negative_keys.dtype == Dtype::kFloat32 ? 4 : 2);
@@ -55,10 +55,13 @@ float logsumexp_window_row(const Matrix& negative_keys, int64_t D, const int64_t
   float total = 0.0f;
   int64_t fetched = size;
   for (int64_t i = 0; i < size; i += kRowChunk) {
-    alignas(64) float x[kRowChunk] = {};  // (kRowChunk)
+    alignas(64) float x[kRowChunk] = {}, offset[kRowChunk] = {};  // (kRowChunk)
     const int64_t count = size - i < kRowChunk ? size - i : kRowChunk;
-    for (int64_t s = 0; s < count; ++s) x[s] = sort_key_score(keys[i + s]);
-    for (int64_t s = 0; s < kRowChunk; s += kWidth) store(x + s, exp(fma(load(x + s), all(scale), all(-shift))));
+    for (int64_t s = 0; s < count; ++s) {
+      x[s] = sort_key_score(keys[i + s]);
+      offset[s] = (bias == nullptr ? 0.0f : bias[sort_key_index(keys[i + s])]) - shift;
+    }
+    for (int64_t s = 0; s < kRowChunk; s += kWidth) store(x + s, exp(fma(load(x + s), all(scale), load(offset + s))));
     float chunk_total = 0.0f;
     for (int64_t s = 0; s < count; ++s) chunk_total += x[s];
     total += chunk_total;

@@ -93,10 +93,28 @@ void pair_rows(const Block& block, const Workspace& w, int64_t count) {
 }
 #endif
 
+bool is_finite(const Matrix& m, int64_t row, int64_t D) {
+  uint32_t most = 0;  // of the bits of magnitudes
+  if (m.dtype == Dtype::kFloat32) {
+    const float* x = static_cast<const float*>(m.data) + row * m.row_stride;
+    for (int64_t d = 0; d < D; ++d) {
+      const uint32_t magnitude = bits_of(x[d]) & 0x7FFFFFFFu;
+      most = magnitude > most ? magnitude : most;
+    }
+    return most < 0x7F800000u;
+  }
+  const uint16_t* x = static_cast<const uint16_t*>(m.data) + row * m.row_stride;
+  for (int64_t d = 0; d < D; ++d) {
+    const uint32_t magnitude = x[d] & 0x7FFFu;
+    most = magnitude > most ? magnitude : most;
+  }
+  return most < (m.dtype == Dtype::kBFloat16 ? 0x7F80u : 0x7C00u);
+}
+
 }  // namespace
 
-void begin_mean([[maybe_unused]] const Block& block, [[maybe_unused]] const Workspace& w,
-                [[maybe_unused]] const Chunk& chunk) {
+void begin_mean([[maybe_unused]] const Block& block, const Workspace& w, const Chunk& chunk) {
+  for (int64_t j = 0; j < chunk.count; ++j) w.mean_rows[j] = in_pairs(block) ? nullptr : w.rows[j];
 #if defined(NEGMINE_TILES)
   if (in_pairs(block)) return turn_pairs(block, w, chunk);
   if (chunk.in_parts) turn_parts(block, w, chunk);
@@ -123,7 +141,25 @@ void add_mean(const Block& block, const Workspace& w, const Chunk& chunk, float*
     return add_weighted<true>(block, pairs, (count + 1) / 2, weights, correction, mean);
   }
 #endif
-  add_weighted<false>(block, w.rows, count, weights, correction, mean);
+  add_weighted<false>(block, w.mean_rows, count, weights, correction, mean);
+}
+
+void drop_rows(const Block& block, const Workspace& w, [[maybe_unused]] const Chunk& chunk, int64_t first,
+               int64_t count) {
+  [[maybe_unused]] const auto clear = [](float* words, int64_t half) {
+    const uint16_t zero = 0;
+    std::memcpy(reinterpret_cast<char*>(words) + 2 * half, &zero, sizeof zero);
+  };
+  for (int64_t j = first; j < first + count; ++j) {
+    if (is_finite(block.negative_keys, w.index[j], block.D)) continue;
+    w.mean_rows[j] = w.zeros;
+#if defined(NEGMINE_TILES)  // rows in parts are finite
+    const int64_t words = room_for_part(chunk.count);
+    for (int64_t d = 0; d < block.D && in_pairs(block); ++d) clear(w.turned + d * words, j);
+#elif defined(__AVX512BF16__)
+    for (int64_t d = 0; d < block.D && in_pairs(block); ++d) clear(w.widened + j / 2 * block.D + d, j % 2);
+#endif
+  }
 }
 
 void restore_score_sum([[maybe_unused]] const Block& block, [[maybe_unused]] const Workspace& w,

@@ -42,41 +42,55 @@ NEGMINE_INLINE bool passes(const uint64_t* filter, int64_t value) {
   return (filter[bit / 64] >> bit % 64 & 1) != 0;
 }
 
+constexpr uint32_t kInfinityBits = 0x7F800000u;
+
+// -1 where a score that nothing has excluded yet is not finite.
+NEGMINE_INLINE VI is_suspect(V score) { return (score - score != 0.0f) & ~is_excluded(score); }
+
 // Excludes the columns whose value equals the query's, or those whose value differs. Most rows have a value that no
-// query has, as the filter tells. True where it excluded any.
-bool exclude_where(bool equals, const Block& block, const Workspace& w, int64_t count, const int64_t* values,
-                   const uint64_t* filter, LaneWord low_row, LaneWord high_row) {
+// query has, as the filter tells.
+Hidden exclude_where(bool equals, const Block& block, const Workspace& w, int64_t count, const int64_t* values,
+                     const uint64_t* filter, LaneWord low_row, LaneWord high_row) {
   const VI flip = all(equals ? 0 : -1);
   const int vectors = vectors_of(block);
-  bool some = !equals;
+  Hidden hidden{.some = !equals};
+  VI suspect = all(0);
   for (int64_t j = 0; j < count; ++j) {
     const int64_t value = values[w.index[j]];
     const bool may_equal = passes(filter, value);
     if (equals && !may_equal) continue;
-    some = true;
+    hidden.some = true;
     for (int v = 0; v < vectors; ++v) {
       const VI low = load(w.lane_words + low_row * kLanes + v * kWidth);
       const VI high = load(w.lane_words + high_row * kLanes + v * kWidth);
       float* cell = w.tile + j * kLanes + v * kWidth;
-      const VI equal = (low == all(low_word(value))) & (high == all(high_word(value)));
-      store(cell, (equal ^ flip) ? excluded() : load(cell));
+      const VI leaves = ((low == all(low_word(value))) & (high == all(high_word(value)))) ^ flip;
+      const V score = load(cell);
+      suspect |= leaves & is_suspect(score);
+      store(cell, leaves ? excluded() : score);
     }
   }
-  return some;
+  hidden.suspect = any(suspect);
+  return hidden;
 }
 
-// Excludes what a query's own mask (K) hides of the tile's rows, which lie side by side: 8 of its bytes at a time.
-void exclude_hidden(const uint8_t* mask, int64_t count, float* column) {
+// Excludes what a query's own mask (K) hides of the tile's rows, which lie side by side: 8 of its bytes at a time. True
+// where a score of those is not finite.
+bool exclude_hidden(const uint8_t* mask, int64_t count, float* column) {
   const float outside = float_of(kExcludedBits);
+  bool suspect = false;
   for (int64_t j = 0; j < count; j += 8) {
     const int64_t rows = count - j < 8 ? count - j : 8;
     uint64_t bytes = 0x0101010101010101u;
     std::memcpy(&bytes, mask + j, static_cast<size_t>(rows));
     if (((bytes - 0x0101010101010101u) & ~bytes & 0x8080808080808080u) == 0) continue;  // no byte is 0
     for (int64_t r = j; r < j + rows; ++r) {
-      if (mask[r] == 0) column[r * kLanes] = outside;
+      if (mask[r] != 0) continue;
+      suspect |= (bits_of(column[r * kLanes]) & kInfinityBits) == kInfinityBits;
+      column[r * kLanes] = outside;
     }
   }
+  return suspect;
 }
 
 }  // namespace
@@ -97,28 +111,33 @@ void begin_pool(const Block& block, const Workspace& w) {
   if (pool.upper != nullptr) split_bound(block, pool.upper, words + kUpperScore * kLanes, words + kUpperIndex * kLanes);
 }
 
-bool apply_masks(const Block& block, const Workspace& w, int64_t count) {
+Hidden apply_masks(const Block& block, const Workspace& w, int64_t count) {
   const Pool& pool = block.pool;
-  bool some = false;
+  Hidden hidden;
+  const auto join = [&](const Hidden& more) {
+    hidden.some |= more.some;
+    hidden.suspect |= more.suspect;
+  };
   if (pool.negative_mask != nullptr && pool.mask_per_query && count > 0) {
-    some = true;
+    hidden.some = true;
     for (int64_t lane = 0; lane < block.lanes; ++lane) {
       const uint8_t* mask = pool.negative_mask + (block.first_query + lane) * pool.mask_row_stride;  // (K,)
-      exclude_hidden(mask + w.index[0], count, w.tile + lane);
+      hidden.suspect |= exclude_hidden(mask + w.index[0], count, w.tile + lane);
     }
   }
   if (pool.query_ids != nullptr) {
-    some |= exclude_where(true, block, w, count, pool.negative_ids, w.id_filter, kIdLow, kIdHigh);
+    join(exclude_where(true, block, w, count, pool.negative_ids, w.id_filter, kIdLow, kIdHigh));
   }
   if (pool.query_labels != nullptr) {
     const bool drops = !pool.same_label;
-    some |= exclude_where(drops, block, w, count, pool.negative_labels, w.label_filter, kLabelLow, kLabelHigh);
+    join(exclude_where(drops, block, w, count, pool.negative_labels, w.label_filter, kLabelLow, kLabelHigh));
   }
-  return some;
+  return hidden;
 }
 
-void apply_bounds(const Block& block, const Workspace& w, int64_t count) {
+Hidden apply_bounds(const Block& block, const Workspace& w, int64_t count) {
   const int32_t* words = w.lane_words;
+  VI suspect = all(0);
   const int vectors = vectors_of(block);
   for (int v = 0; v < vectors; ++v) {
     const V lower = (V)load(words + kLowerScore * kLanes + v * kWidth);
@@ -132,9 +151,11 @@ void apply_bounds(const Block& block, const Workspace& w, int64_t count) {
       VI inside = score == score;
       if (block.pool.lower != nullptr) inside &= (score > lower) | ((score == lower) & (index <= lower_index));
       if (block.pool.upper != nullptr) inside &= (score < upper) | ((score == upper) & (index >= upper_index));
+      suspect |= ~inside & is_suspect(score);
       store(cell, inside ? score : excluded());
     }
   }
+  return {.some = true, .suspect = any(suspect)};
 }
 
 }  // namespace negmine::cpu::NEGMINE_SIMD

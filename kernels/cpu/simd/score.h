@@ -158,10 +158,26 @@ void add_mean(const Block& block, const Workspace& w, const Chunk& chunk, float*
 // rounding: the gradient of scale is as exact as from fp32. A query of zeros, or a row that is not finite, stays.
 void restore_score_sum(const Block& block, const Workspace& w, const float* score_sums, float* mean);
 
+// What masks or bounds took out of a tile.
+struct Hidden {
+  bool some = false;     // there may be such a pair
+  bool suspect = false;  // a score of such a pair is not finite: its row may hold anything
+};
+
 // Overwrite the scores of columns outside the pool with excluded(). Bounds are applied after masks, and need scores.
-// apply_masks tells whether it may have found one.
-bool apply_masks(const Block& block, const Workspace& w, int64_t count);
-void apply_bounds(const Block& block, const Workspace& w, int64_t count);
+Hidden apply_masks(const Block& block, const Workspace& w, int64_t count);
+Hidden apply_bounds(const Block& block, const Workspace& w, int64_t count);
+
+// Has add_mean see zeros in place of those of the chunk's rows [first, first + count) that are not finite, for 0 times
+// them is not 0. A weight that is a number then adds nothing, and one that is none still makes the mean none.
+void drop_rows(const Block& block, const Workspace& w, const Chunk& chunk, int64_t first, int64_t count);
+
+// The chunk's columns' biases, gathered in room (kChunk); null where there are none.
+NEGMINE_INLINE const float* bias_of(const Block& block, const Workspace& w, const Chunk& chunk, float* room) {
+  if (block.pool.bias == nullptr) return nullptr;
+  for (int64_t j = 0; j < chunk.count; ++j) room[j] = block.pool.bias[w.index[j]];
+  return room;
+}
 
 // Offers the columns of a chunk, whose scores in the pool are w.tile, to the selection.
 void offer_chunk(const Block& block, const Workspace& w, int64_t count, const Selection& selection);

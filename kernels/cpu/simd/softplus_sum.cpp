@@ -1,11 +1,11 @@
-// Sums of log(1 + exp(scale s + bias)) of a block of queries over a range of the queue, and with them the rows weighted
-// by the sigmoid (the gradient with respect to the query). Per chunk: scores, pool, sigmoids in place of the scores,
-// second product. No term outgrows its score, so there is no running maximum.
+// Sums of log(1 + exp(scale s + offset)) of a block of queries over a range of the queue, and with them the rows
+// weighted by the sigmoid (the gradient with respect to the query). Per chunk: scores, pool, sigmoids in place of the
+// scores, second product. No term outgrows its score, so there is no running maximum.
 #include "kernels/cpu/simd/score.h"
 
 namespace negmine::cpu::NEGMINE_SIMD {
 
-void softplus_sum_range(const Block& block, const Workspace& w, float scale, float bias, const SoftplusState& state) {
+void softplus_sum_range(const Block& block, const Workspace& w, float scale, float offset, const SoftplusState& state) {
   const Tiles tiles;
   begin_block(block, w);
   float keep[kLanes];  // the earlier sums stay as they are
@@ -23,8 +23,11 @@ void softplus_sum_range(const Block& block, const Workspace& w, float scale, flo
     const Chunk chunk = load_chunk(block, w, &k, true);
     const int64_t count = chunk.count;
     score_chunk(block, w, chunk);
-    apply_masks(block, w, count);
-    if (block.pool.bounded()) apply_bounds(block, w, count);
+    float offsets[kChunk];
+    const float* bias = bias_of(block, w, chunk, offsets);
+    for (int64_t j = 0; j < count; ++j) offsets[j] = bias == nullptr ? offset : offset + bias[j];
+    bool suspect = apply_masks(block, w, count).suspect;
+    if (block.pool.bounded()) suspect |= apply_bounds(block, w, count).suspect;
     for (int v = 0; v < vectors; ++v) {
       const int64_t lane = v * kWidth;
       V total = all(0.0f), sigmoid_sum = all(0.0f), score_sum = all(0.0f);
@@ -33,7 +36,7 @@ void softplus_sum_range(const Block& block, const Workspace& w, float scale, flo
         float* cell = w.tile + j * kLanes + lane;
         const V score = load(cell);
         const VI outside = is_excluded(score);
-        const Logistic at = logistic(fma(score, all(scale), all(bias)));
+        const Logistic at = logistic(fma(score, all(scale), all(offsets[j])));
         const V sigmoid = outside ? all(0.0f) : at.sigmoid;
         store(cell, sigmoid);
         total += outside ? all(0.0f) : at.softplus;
@@ -48,6 +51,15 @@ void softplus_sum_range(const Block& block, const Workspace& w, float scale, flo
     }
     if (state.sigmoid_keys == nullptr) continue;
     begin_mean(block, w, chunk);
+    if (suspect) {
+      drop_rows(block, w, chunk, 0, count);
+      for (int64_t j = 0; j < count; ++j) {  // the sigmoid of infinity is a number
+        float* cell = w.tile + j * kLanes;
+        for (int64_t lane = 0; lane < block.lanes && w.mean_rows[j] == w.zeros; ++lane) {
+          if (cell[lane] != 0.0f) cell[lane] = __builtin_nanf("");
+        }
+      }
+    }
     add_mean(block, w, chunk, w.tile, keep, state.sigmoid_keys);
   }
   if (state.sigmoid_keys != nullptr) restore_score_sum(block, w, score_sums, state.sigmoid_keys);

@@ -8,7 +8,8 @@ namespace negmine::cpu::NEGMINE_SIMD {
 
 void logsumexp_range(const Block*, const Workspace*, int64_t, const float*, int64_t, const float*, const Selection*,
                      const LogsumexpState*);
-float logsumexp_window_row(const Matrix&, int64_t, const int64_t*, int64_t, int64_t, float, float, float*);
+float logsumexp_window_row(const Matrix&, int64_t, const int64_t*, int64_t, int64_t, float, const float*, float,
+                           float*);
 void logsumexp_grad_keys_range(const Block&, const Workspace&, float, const float*, const float*, float*, float*);
 void softplus_sum_grad_keys_range(const Block&, const Workspace&, float, const float*, const float*, float*, float*);
 void softplus_sum_range(const Block&, const Workspace&, float, float, const SoftplusState&);
