@@ -43,15 +43,20 @@ def test_index_arrays(result):
 
 def test_jsonl(result, tmp_path):
     texts = ["a", "b", "ç", "d"]
-    assert result.to_jsonl(tmp_path / "f.jsonl", ["p", "q", "r", "s"], texts) == 2
+    with pytest.warns(
+        UserWarning, match=r"to_jsonl: 1 queries have no positive .* 1 queries have no negative and are left out"
+    ):
+        assert result.to_jsonl(tmp_path / "f.jsonl", ["p", "q", "r", "s"], texts) == 2
     lines = [json.loads(line) for line in (tmp_path / "f.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert lines == [{"query": "p", "pos": ["a"], "neg": ["b", "ç"]}, {"query": "q", "pos": ["a", "b"], "neg": ["d"]}]
+    first = {"query": "p", "pos": ["a"], "neg": ["b", "ç"], "pos_scores": [4.0], "neg_scores": [3.0, 2.0]}
+    second = {"query": "q", "pos": ["a", "b"], "neg": ["d"], "pos_scores": [4.0, 3.0], "neg_scores": [1.0]}
+    assert lines == [first, second]
     result.to_jsonl(tmp_path / "t.jsonl", ["p", "q", "r", "s"], texts, form="tevatron")
     line = json.loads((tmp_path / "t.jsonl").read_text(encoding="utf-8").splitlines()[1])
     assert line["query_id"] == "1" and line["negative_passages"] == [{"docid": "3", "title": "", "text": "d"}]
     with pytest.raises(ValueError, match="to_jsonl: corpus_texts must be 4 texts, one a row, got '3 in a list'"):
         result.to_jsonl(tmp_path / "x", texts, texts[:3])
-    with pytest.raises(ValueError, match="to_jsonl: form must be 'flagembedding' or 'tevatron', got 'x'"):
+    with pytest.raises(ValueError, match=r"to_jsonl: form must be 'flagembedding' or 'tevatron' or .*, got 'x'"):
         result.to_jsonl(tmp_path / "x", texts, texts, form="x")
 
 

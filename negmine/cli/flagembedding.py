@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from negmine.mining.atomic_file import atomic_write
 from negmine.options import Select
 
 NAME = "flagembedding"
+STALE = {"pos_scores", "neg_scores", "neg_id", "neg_ids"}  # fields of a line that describe its old negatives
 
 
 def _yes(word: str) -> bool:
@@ -160,6 +162,11 @@ def run(words: list[str]) -> int:
         show_progress_bar=sys.stderr.isatty(),
     )
     filled = 0
+    stale = sorted({name for record in data for name in STALE & record.keys()})
+    if stale:
+        warnings.warn(
+            f"{', '.join(stale)} of {args.input_file} belong to the old negatives and are left out", stacklevel=2
+        )
     with atomic_write(f"negmine mine --compat {NAME}", args.output_file) as out:
         for number, record in enumerate(data):
             found = [row for row in result.indices[number].tolist() if row >= 0]
@@ -170,7 +177,8 @@ def run(words: list[str]) -> int:
                 drawn = np.random.default_rng([args.seed, number]).permutation(left)[:lacking].tolist()
                 found += drawn
                 filled += len(drawn)
-            line = json.dumps({**record, "neg": [corpus[row] for row in found]}, ensure_ascii=False)
+            kept = {name: value for name, value in record.items() if name not in STALE}
+            line = json.dumps({**kept, "neg": [corpus[row] for row in found]}, ensure_ascii=False)
             out.write(f"{line}\n".encode())
     print(f"{len(data):,} lines in {args.output_file}; {filled:,} negatives were drawn from the corpus to fill up")
     return 0

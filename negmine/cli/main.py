@@ -21,15 +21,15 @@ CODES = "0 done, 1 failed, 2 cannot be meant, 130 interrupted, 141 output unread
 DONE, FAILED, USAGE, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
 
 
-def parser() -> argparse.ArgumentParser:
-    """negmine and its subcommands."""
+def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """negmine and its subcommands. words: the command line, on which it depends what `mine` requires."""
     made = argparse.ArgumentParser(
         prog="negmine", description="Hard negatives for contrastive learning.", epilog="exit codes: " + CODES
     )
     made.add_argument("--version", action="version", version=f"negmine {__version__}")
     made.add_argument("--traceback", action="store_true", help="show where in the code a failure came from")
     commands = made.add_subparsers(dest="command", required=True, metavar="command")
-    mine.add(commands)
+    mine.add(commands, words)
     index.add(commands)
     analyze.add(commands)
     told = commands.add_parser("doctor", help="what works here, why the rest does not, what to install")
@@ -60,7 +60,7 @@ def main(words: Sequence[str] | None = None) -> int:
             code = flagembedding.run(rest[1:])
         else:
             # What follows bench and demo is another program's, spelled its own way.
-            args = parser().parse_args(given[traceback:] if rest[:1] in (["bench"], ["demo"]) else rest)
+            args = parser(rest).parse_args(given[traceback:] if rest[:1] in (["bench"], ["demo"]) else rest)
             code = args.run(args)
         sys.stdout.flush()
         return code

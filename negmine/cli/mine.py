@@ -2,17 +2,28 @@
 
 import argparse
 import sys
+import time
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from negmine.cli import files, flagembedding
 from negmine.cli.options import Reader, add_options, given
 from negmine.cli.outputs import add_overwrite, check_outputs
-from negmine.mining import NegativeIndex, mine_hard_negatives
-from negmine.mining.result import FORMS
+from negmine.mining import MiningResult, NegativeIndex, mine_hard_negatives
+from negmine.mining.memory_budget import DEFAULT_MEMORY
+from negmine.mining.progress import clock
+from negmine.mining.sources import Rows
+from negmine.mining.text_sets import TextSet, beir_files, read_beir, read_msmarco, read_training_lines
+from negmine.mining.training_rows import FORMS
 from negmine.ops.checks import require_choice
 from negmine.options import Select
 
+OP = "negmine mine"
 READERS = {
     "query_embeddings": files.EMBEDDINGS,
     "corpus_embeddings": files.EMBEDDINGS,
@@ -27,47 +38,207 @@ READERS = {
 }
 NO_OPTION = ("select", "process_group")  # select is given by its own fields; a process group is made by a program
 NO_FIELD = ("sample", "replace")  # mine_hard_negatives refuses them: num_negatives and sampling_strategy draw
+DATA_SET = ("beir", "data", "collection")  # options that name a data set with texts, ids and positives
+IN_DATA_SET = ("positives", "query_ids", "corpus_ids", "query_texts", "corpus_texts")
+GROUPS = {
+    "inputs as arrays": ("query_embeddings", "corpus_embeddings", *IN_DATA_SET, "exclude"),
+    "which negatives": (
+        "range_mode", "positive_aggregation", "num_negatives", "sampling_strategy", "sampling_temperature", "seed",
+        "deduplicate", "near_duplicate_score", "count_skipped",
+    ),
+}  # fmt: skip
+SAMPLED_QUERIES, SAMPLED_ROWS = 256, 1 << 14  # mined by a dry run to measure the rate
+EXAMPLES = """
+examples, one for each format:
+  a BEIR folder, embeddings in the order of its files, to training data for sentence-transformers
+    negmine mine --beir scifact --query-embeddings q.npy --corpus-embeddings c.npy \\
+      --relative-margin 0.05 --num-negatives 5 --output train.jsonl --form sentence-transformers
+  MS MARCO
+    negmine mine --collection collection.tsv --queries queries.train.tsv --qrels qrels.train.tsv \\
+      --query-embeddings q.npy --corpus-embeddings c.safetensors --output train.jsonl --form tevatron
+  training data of FlagEmbedding, Tevatron or ms-swift, with new negatives; embeddings of lines and of distinct passages
+    negmine mine --data old.jsonl --query-embeddings q.npy --corpus-embeddings c.npy --output new.jsonl
+  arrays; several files are shards
+    negmine mine --query-embeddings q.npy --corpus-embeddings c0.npy c1.npy --positives p.npy --output mined.npz
+  what a command would read, how much memory and how long it would take; it writes nothing
+    negmine mine ... --dry-run
+  FlagEmbedding's hn_mine.py
+    negmine mine --compat flagembedding --help
+"""
 
 
-def add(commands: Any) -> None:
-    """The subcommand."""
+def add(commands: Any, words: Sequence[str] = ()) -> None:
+    """The subcommand. words: the command line; a data set makes the arguments that it holds optional."""
     parser = commands.add_parser(
         "mine",
         help="the hardest negatives of every query of a dataset",
         description="mine_hard_negatives, from files to files. Options are its arguments; select is spelled by its fields.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = add_options(parser, mine_hard_negatives, READERS, NO_OPTION)
-    fields = add_options(parser.add_argument_group("select"), Select, skip=NO_FIELD)
+    data = parser.add_argument_group("inputs as data sets")
+    data.add_argument(
+        "--beir", metavar="FOLDER", help="corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv, plain, .gz or .zst"
+    )
+    data.add_argument("--split", metavar="SPLIT", help="of --beir; default: train, test or dev, whichever comes first")
+    data.add_argument(
+        "--collection", metavar="FILE", help="MS MARCO's passages: id and text; needs --queries and --qrels"
+    )
+    data.add_argument("--queries", metavar="FILE", help="MS MARCO's queries: id and text")
+    data.add_argument("--qrels", metavar="FILE", help="judgements: query id, iteration, document id, score")
+    data.add_argument(
+        "--data", metavar="JSONL", help="lines of FlagEmbedding, Tevatron or ms-swift, each with a positive"
+    )
+
+    names: list[str] = []
+    grouped = {name for group in GROUPS.values() for name in group}
+    for title, members in GROUPS.items():
+        group = parser.add_argument_group(title)
+        names += add_options(group, mine_hard_negatives, READERS, only=members)
+        if title == "which negatives":
+            fields = add_options(group, Select, skip=NO_FIELD)
+    group = parser.add_argument_group("how it is searched")
+    names += add_options(group, mine_hard_negatives, READERS, skip=(*NO_OPTION, *grouped))
+
     out = parser.add_argument_group("output")
-    out.add_argument("--output", metavar="FILE", help="the MiningResult, as .npz")
-    out.add_argument("--jsonl", metavar="FILE", help="training data; needs the texts")
-    out.add_argument("--form", default="flagembedding", help="of --jsonl: flagembedding or tevatron")
+    out.add_argument(
+        "--output",
+        metavar="FILE",
+        help="training data, as .jsonl or .parquet; any other name: the MiningResult, as .npz",
+    )
+    out.add_argument("--jsonl", metavar="FILE", help="training data, where --output takes the MiningResult")
+    out.add_argument(
+        "--form", default="flagembedding", help=f"of training data: {', '.join(FORMS)} (default: flagembedding)"
+    )
     add_overwrite(out)
+    out.add_argument(
+        "--dry-run", action="store_true", help="say what would be read and how long it would take; write nothing"
+    )
     parser.add_argument(
         "--compat",
         choices=["flagembedding"],
         help="options and output of another miner; see --compat flagembedding --help",
     )
+    if any(word.partition("=")[0] == f"--{name}" for word in words for name in DATA_SET):
+        for action in parser._actions:
+            action.required = action.required and action.dest not in IN_DATA_SET
     parser.set_defaults(run=lambda args: run(parser, args, names, fields))
 
 
-def run(parser: argparse.ArgumentParser, args: argparse.Namespace, names: list[str], fields: list[str]) -> int:
-    if not (args.output or args.jsonl):
+def _is_training_data(name: str | None) -> bool:
+    return name is not None and Path(name).suffix in (".jsonl", ".parquet")
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Everything that can be refused before a data set is read."""
+    if not (args.output or args.jsonl or args.dry_run):
         parser.error("give --output, --jsonl or both: else nothing would be kept")
-    if args.jsonl and not (hasattr(args, "query_texts") and hasattr(args, "corpus_texts")):
-        parser.error("--jsonl needs --query-texts and --corpus-texts")
-    require_choice("negmine mine", "form", args.form, FORMS)
-    outputs = {"--output": args.output, "--jsonl": args.jsonl}
-    check_outputs("negmine mine", args, outputs, overwrite=args.overwrite)
+    sets = [f"--{name}" for name in DATA_SET if getattr(args, name)]
+    if len(sets) > 1:
+        parser.error(f"give one data set, not {' and '.join(sets)}")
+    for name in IN_DATA_SET if sets else ():
+        if hasattr(args, name):
+            parser.error(f"{sets[0]} holds --{name.replace('_', '-')}: leave it out")
+    if any((args.collection, args.queries, args.qrels)) and not all((args.collection, args.queries, args.qrels)):
+        parser.error("--collection, --queries and --qrels belong together")
+    if args.split and not args.beir:
+        parser.error("--split needs --beir")
+    require_choice(OP, "form", args.form, FORMS)
+    wanted = "--jsonl" if args.jsonl else "--output" if _is_training_data(args.output) else None
+    has_texts = sets or (hasattr(args, "query_texts") and hasattr(args, "corpus_texts"))
+    if wanted and not has_texts and args.form != "pylate":
+        parser.error(f"{wanted} needs --query-texts and --corpus-texts, or a data set")
+    inputs: Iterable[Any] = beir_files(args.beir, args.split) if args.beir else ()
+    check_outputs(OP, args, {"--output": args.output, "--jsonl": args.jsonl}, overwrite=args.overwrite, inputs=inputs)
+
+
+def _read(args: argparse.Namespace) -> TextSet | None:
+    if args.beir:
+        return read_beir(args.beir, args.split)
+    if args.collection:
+        return read_msmarco(args.collection, args.queries, args.qrels)
+    return read_training_lines(args.data) if args.data else None
+
+
+def _arguments(args: argparse.Namespace, names: list[str], texts: TextSet | None) -> dict[str, Any]:
+    """The arguments of mine_hard_negatives."""
     arguments = {"show_progress_bar": sys.stderr.isatty(), **given(args, names, READERS)}
-    result = mine_hard_negatives(**arguments, select=Select(**given(args, fields)))
-    if args.output:
-        result.save(args.output)
-    if args.jsonl:
-        lines = result.to_jsonl(args.jsonl, form=args.form)
-        print(f"{lines:,} lines in {args.jsonl}")
+    if texts is None:
+        return arguments
+    arguments |= {"query_ids": texts.query_ids, "corpus_ids": texts.corpus_ids, "positives": texts.positives}
+    arguments |= {"query_texts": texts.query_texts, "corpus_texts": texts.corpus_texts}
+    if texts.query_rows is not None:
+        rows = Rows.open(OP, "--query-embeddings", arguments["query_embeddings"])
+        if len(rows) == texts.queries_in_file:
+            kept = np.array(texts.query_rows, np.int64)
+            arguments["query_embeddings"] = rows.gather(kept, torch.device("cpu"))
+    return arguments
+
+
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace, names: list[str], fields: list[str]) -> int:
+    _check(parser, args)
+    select = Select(**given(args, fields))
+    texts = _read(args)
+    arguments = _arguments(args, names, texts)
+    if args.dry_run:
+        print(_plan(args, arguments, select, texts))
+        return 0
+    result = mine_hard_negatives(**arguments, select=select)
+    for name in (args.output, args.jsonl):
+        if name == args.jsonl or _is_training_data(name):
+            _write(result, name, args.form, texts)
+        elif name:
+            result.save(name)
     print(result.summary())
     return 0
+
+
+def _write(result: MiningResult, name: str | None, form: str, texts: TextSet | None) -> None:
+    """Write training data, and say how many lines and how many queries are left out."""
+    if name is None:
+        return
+    columns = {} if texts is None else {"corpus_texts": texts.corpus_bodies, "corpus_titles": texts.corpus_titles}
+    write = result.to_parquet if Path(name).suffix == ".parquet" else result.to_jsonl
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        lines = write(name, form=form, **columns)
+    print(f"{lines:,} lines in {name}")
+    for warning in caught:
+        print(f"negmine: {warning.message}", file=sys.stderr)
+
+
+def _plan(args: argparse.Namespace, arguments: dict[str, Any], select: Select, texts: TextSet | None) -> str:
+    """What a run would read and write, how much memory it would take, and how long, from the rate of a small run."""
+    queries = Rows.open(OP, "--query-embeddings", arguments["query_embeddings"])
+    corpus = Rows.open(OP, "--corpus-embeddings", arguments["corpus_embeddings"])
+    said = []
+    for path in [] if texts is None else texts.files:
+        said.append(f"reads {path}, {path.stat().st_size:,} bytes")
+    if texts is not None and texts.query_rows is not None:
+        said.append(
+            f"{len(texts.query_ids):,} of {texts.queries_in_file:,} queries have a positive; the others are left out"
+        )
+    for name, rows in (("query", queries), ("corpus", corpus)):
+        said.append(f"{name} embeddings: {len(rows):,} rows of D = {rows.dim}, {rows.dtype}")
+    count = len(queries) * arguments.get("num_negatives", 3)
+    memory = (arguments.get("max_memory_bytes") or DEFAULT_MEMORY) + 12 * count
+    said.append(f"memory: at most {memory / 2**20:,.0f} MiB beside the inputs")
+
+    sample_q, sample_k = min(len(queries), SAMPLED_QUERIES), min(len(corpus), SAMPLED_ROWS)
+    left_out = ("positives", "exclude", "resume_dir", "show_progress_bar", *IN_DATA_SET)
+    options = {name: value for name, value in arguments.items() if name not in left_out and name != "index"}
+    where = torch.device("cpu")
+    options["query_embeddings"] = queries.block(0, sample_q, where)
+    options["corpus_embeddings"] = corpus.block(0, sample_k, where)
+    if sample_q and sample_k:
+        begin = time.monotonic()
+        mine_hard_negatives(**options, positives=[0] * sample_q, select=select)
+        taken = time.monotonic() - begin
+        seconds = taken * len(queries) * len(corpus) / (sample_q * sample_k)
+        rate = f"measured on {sample_q:,} queries and {sample_k:,} rows"
+        said.append(f"time: about {clock(seconds)} for an exact search, {rate}, texts and embeddings not counted")
+    said += [f"would write {name}" for name in (args.output, args.jsonl) if name]
+    return "\n".join([*said, "nothing was written"])
 
 
 def compat_asked(words: list[str]) -> bool:

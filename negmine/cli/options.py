@@ -81,16 +81,17 @@ def _type_of(annotation: Any) -> tuple[Callable[[str], Any], str | None]:
 
 
 def add_options(
-    parser: argparse.ArgumentParser,
+    parser: Any,
     function: Callable,
     readers: Mapping[str, Reader] | None = None,
     skip: Iterable[str] = ("self",),
+    only: Iterable[str] | None = None,
 ) -> list[str]:
-    """An option for each argument of `function` but `skip`; returns their names."""
+    """An option for each argument of `function` but `skip`, or for those of `only`; returns their names."""
     parameters = inspect.signature(function).parameters
     explanations, added = explained(function.__doc__, parameters), []
     for name, parameter in parameters.items():
-        if name in skip:
+        if name in skip or (only is not None and name not in only):
             continue
         added.append(name)
         required = parameter.default is inspect.Parameter.empty

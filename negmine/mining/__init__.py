@@ -20,6 +20,8 @@ process_ranks.py      communication where several processes hold the corpus
 index.py              NegativeIndex
 engines.py            what an index searches with: a scan, FAISS, cuVS
 result.py             MiningResult: saved, summarised, turned into training data
+training_rows.py      a result as rows of training data, in the forms of other programs
+text_sets.py          queries and documents from the files of other programs
 result_page.py        its HTML page
 resume.py             resuming interrupted runs
 rounds.py             mining_rounds: mine, train, mine again

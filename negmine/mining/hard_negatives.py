@@ -384,11 +384,16 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan) -> MiningResult:
     if options["deduplicate"] == "exact":
         hidden = hidden.with_equal_rows(corpus.first_equal())
     positive_scores = np.empty(Q, np.float32)  # (Q,)
+    pair_scores = []  # of hidden.given
     for begin in range(0, Q, MAX_QUERIES):
         part = slice(begin, min(begin + MAX_QUERIES, Q))
         lists = hidden.positives.take(np.arange(part.start, part.stop))
         scores_of_pairs = corpus.pair_scores(plan.ops, queries, begin + lists.queries, lists.rows)  # (P,)
         positive_scores[part] = lists.reduce(scores_of_pairs, options["positive_aggregation"])
+        own = hidden.given.take(np.arange(part.start, part.stop))
+        if not all(np.array_equal(*pair) for pair in zip(own, lists, strict=True)):
+            scores_of_pairs = corpus.pair_scores(plan.ops, queries, begin + own.queries, own.rows)
+        pair_scores.append(scores_of_pairs)
 
     counters = list(nested_filters(select)) if options["count_skipped"] else []
     counters += [] if miner.deduplicator is None else ["near_positive", "near_negative"]
@@ -450,12 +455,15 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan) -> MiningResult:
         },
     }
     num_valid = (state.indices >= 0).sum(1)
+    given_scores = np.concatenate([np.empty(0, np.float32), *pair_scores])  # (P,)
     names = {
         f"{side}_{what}": None if column is None else column.given
         for side, each in (("query", inputs.query_names), ("corpus", inputs.corpus_names))
         for what, column in (("ids", each.ids), ("texts", each.texts))
     }
-    return MiningResult(state.indices, state.scores, positive_scores, num_valid, hidden.given, skipped, config, **names)
+    return MiningResult(
+        state.indices, state.scores, positive_scores, num_valid, hidden.given, skipped, config, given_scores, **names
+    )
 
 
 def _rows(inputs: _Inputs) -> dict[str, Rows]:

@@ -6,6 +6,7 @@ A result is saved as one .npz file with a description in JSON; nothing in it is 
 arrays, because the texts, images or tokens of the rows belong to the caller.
 """
 
+import itertools
 import json
 import os
 from dataclasses import dataclass
@@ -22,11 +23,11 @@ from negmine.mining.identity import Hidden, Side, resolve
 from negmine.mining.numpy_file import read_npz
 from negmine.mining.regular_file import cause, parse_json
 from negmine.mining.row_lists import RowLists
-from negmine.ops.checks import describe, refuse, require_choice
+from negmine.mining.training_rows import TrainingRows
+from negmine.ops.checks import describe, refuse
 from negmine.options import is_real
 
 FORMAT = 2
-FORMS = ("flagembedding", "tevatron")
 MAX_DESCRIPTION_BYTES = 1 << 20  # of the JSON beside the arrays, which takes a few thousand
 DTYPES = {
     "indices": np.int64,
@@ -51,6 +52,7 @@ class MiningResult:
     positives: RowLists  # rows, as given, each once; of an id its lowest row
     skipped: dict[str, int]  # (query, row) pairs that each mask and filter dropped, each pair once
     config: dict[str, Any]  # arguments, versions, sizes and content hashes
+    positive_pair_scores: np.ndarray | None = None  # (P,) fp32, of each entry of positives
     query_ids: Any = None  # as given, (Q,) or None
     corpus_ids: Any = None  # (K,)
     query_texts: Any = None  # (Q,)
@@ -82,14 +84,14 @@ class MiningResult:
         """
         queries, rows = self._pairs()  # (P,), (P, 1 + n)
         at, slot = np.nonzero(rows[:, 1:] >= 0)  # (T,) each
-        documents = self._documents(np.stack([rows[at, 0], rows[at, slot + 1]], 1))
-        return _joined(self._queries(queries[at])[:, None], documents)
+        documents = self.document_names(np.stack([rows[at, 0], rows[at, slot + 1]], 1))
+        return _joined(self.query_names(queries[at])[:, None], documents)
 
     def to_n_tuples(self) -> np.ndarray:
         """(M, 2 + n): query, positive, n negatives; a query with fewer than n is left out."""
         queries, rows = self._pairs()
         full = (rows >= 0).all(1)  # (P,)
-        return _joined(self._queries(queries[full])[:, None], self._documents(rows[full]))
+        return _joined(self.query_names(queries[full])[:, None], self.document_names(rows[full]))
 
     def to_labeled_pairs(self) -> np.ndarray:
         """(L, 3): query, document, label; label 1 for its positives, 0 for its negatives, each once."""
@@ -101,7 +103,9 @@ class MiningResult:
         ]
         joined = np.concatenate(pairs)
         joined = joined[np.argsort(joined[:, 0], kind="stable")]
-        return _joined(self._queries(joined[:, 0])[:, None], self._documents(joined[:, 1])[:, None], joined[:, 2:])
+        return _joined(
+            self.query_names(joined[:, 0])[:, None], self.document_names(joined[:, 1])[:, None], joined[:, 2:]
+        )
 
     def to_labeled_lists(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """queries (M,), documents (M, 1 + n) and labels (M, 1 + n) int64, one list for each positive: it first, labelled 1, then
@@ -111,7 +115,7 @@ class MiningResult:
         some = (rows[:, 1:] >= 0).any(1)  # (P,)
         labels = np.where(rows >= 0, 0, -1)
         labels[:, 0] = 1
-        return self._queries(queries[some]), self._documents(rows[some]), labels[some]
+        return self.query_names(queries[some]), self.document_names(rows[some]), labels[some]
 
     def to_jsonl(
         self,
@@ -119,61 +123,115 @@ class MiningResult:
         query_texts: Any = None,
         corpus_texts: Any = None,
         *,
+        corpus_titles: Any = None,
         form: str = "flagembedding",
     ) -> int:
-        """Write one line for each query that has positives and negatives; returns how many lines.
+        """Write training data, atomically, as lines of JSON; returns how many lines.
 
-        query_texts, corpus_texts: strings, one a row, read by position; default: those that were mined with. Queries and
-        documents are named by query_ids and corpus_ids where the result has them, else by their row numbers.
+        query_texts, corpus_texts: strings, one a row, read by position; default: those that were mined with.
+        corpus_titles: strings, one a row: a field of its own in Tevatron's form, put before the text in others.
+        form: "flagembedding": {"query", "pos", "neg", "pos_scores", "neg_scores"}
+            "tevatron": {"query_id", "query", "positive_passages": [{"docid", "title", "text"}], "negative_passages": [...]}
+            "ms-swift": {"messages", "positive_messages", "negative_messages"}
+            "sentence-transformers": {"anchor", "positive", "negative_1", ..., "negative_n"}, a line for each positive
+            "distillation": the same, and "label", the scores of the positive and of the negatives
+            "pylate": {"query_id", "document_ids", "scores"}, without texts
 
-        form="flagembedding": {"query", "pos": [texts], "neg": [texts]}
-        form="tevatron": {"query_id", "query", "positive_passages": [{"docid", "title", "text"}], "negative_passages": [...]}
+        Queries and documents are named by query_ids and corpus_ids where the result has them, else by their row numbers. A query
+        without a positive or a negative has no line; in "sentence-transformers" and "distillation" neither has a query with fewer
+        than n. A warning counts them.
         """
         op = "to_jsonl"
-        require_choice(op, "form", form, FORMS)
+        rows = TrainingRows(op, self, form, query_texts, corpus_texts, corpus_titles)
         require_output(op, "path", path)
-        asked = [
-            Column(op, name, own if given is None else given)
-            for name, given, own in (
-                ("query_texts", query_texts, self.query_texts),
-                ("corpus_texts", corpus_texts, self.corpus_texts),
-            )
-        ]
-        for column, count in zip(asked, (len(self.indices), self.config["corpus_rows"]), strict=True):
-            column.require_length(count, f"{count} texts, one a row")
-        questions, documents = asked
-
-        def passages(rows: np.ndarray) -> list:
-            texts = documents.strings(rows)
-            if form == "flagembedding":
-                return texts
-            names = self._documents(rows).tolist()
-            return [{"docid": str(n), "title": "", "text": text} for n, text in zip(names, texts, strict=True)]
-
         lines = 0
         with atomic_write(op, path) as file:
-            for query, negatives in enumerate(self.indices):
-                positive, negative = (
-                    passages(self.positives.take(np.array([query])).rows),
-                    passages(negatives[negatives >= 0]),
-                )
-                if not positive or not negative:
-                    continue
-                (text,) = questions.strings(np.array([query]))
-                if form == "flagembedding":
-                    line = {"query": text, "pos": positive, "neg": negative}
-                else:
-                    line = {"query_id": str(self._queries(np.array([query]))[0]), "query": text}
-                    line |= {"positive_passages": positive, "negative_passages": negative}
-                try:
-                    file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-                except UnicodeEncodeError as error:
-                    wanted = "texts that UTF-8 can hold, without lone surrogates"
-                    raise ValueError(
-                        f"{op}: query_texts and corpus_texts must be {wanted}, see query {query}"
-                    ) from error
+            for line in rows.lines():
+                file.write(line)
                 lines += 1
+        rows.warn()
         return lines
+
+    def to_dataset(
+        self,
+        query_texts: Any = None,
+        corpus_texts: Any = None,
+        *,
+        corpus_titles: Any = None,
+        form: str = "sentence-transformers",
+    ) -> Any:
+        """The rows that `to_jsonl` writes, as a datasets.Dataset."""
+        op = "to_dataset"
+        rows = TrainingRows(op, self, form, query_texts, corpus_texts, corpus_titles)
+        try:
+            from datasets import Dataset
+        except ImportError as error:
+            raise ImportError(f"{op}: needs the package datasets: pip install datasets") from error
+        made = Dataset.from_list(list(rows))
+        rows.warn()
+        return made
+
+    def to_parquet(
+        self,
+        path: str | os.PathLike,
+        query_texts: Any = None,
+        corpus_texts: Any = None,
+        *,
+        corpus_titles: Any = None,
+        form: str = "sentence-transformers",
+    ) -> int:
+        """Write the rows that `to_jsonl` writes, atomically, to a Parquet file; returns how many rows."""
+        op = "to_parquet"
+        rows = TrainingRows(op, self, form, query_texts, corpus_texts, corpus_titles)
+        require_output(op, "path", path)
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError as error:
+            raise ImportError(f"{op}: needs the package pyarrow: pip install pyarrow") from error
+        count, writer, held = 0, None, iter(rows)
+        with atomic_write(op, path) as file:
+            while block := list(itertools.islice(held, 1 << 14)):
+                table = pyarrow.Table.from_pylist(block, schema=None if writer is None else writer.schema)
+                writer = writer or parquet.ParquetWriter(file, table.schema)
+                writer.write_table(table)
+                count += len(block)
+            if writer is None:
+                parquet.write_table(pyarrow.table({}), file)
+            else:
+                writer.close()
+        rows.warn()
+        return count
+
+    def to_pandas(self) -> Any:
+        """A pandas.DataFrame with a row for each positive and each negative of each query.
+
+        Columns: query_id, document_id (row numbers where there are no ids), label (1 or 0), rank (0 of a positive; of negatives
+        from 1, the hardest), score, and query and document where their texts are known.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_pandas: needs the package pandas: pip install pandas") from error
+        some = self.indices >= 0  # (Q, n)
+        at, slot = np.nonzero(some)
+        each = np.r_[self.positives.queries, at]
+        scores = self.positive_pair_scores
+        scores = np.full(len(self.positives.rows), np.nan, np.float32) if scores is None else scores
+        order = np.argsort(each, kind="stable")
+        each, rows = each[order], np.r_[self.positives.rows, self.indices[some]][order]
+        ranks = np.r_[np.zeros_like(self.positives.rows), slot + 1][order]
+        columns: dict[str, Any] = {
+            "query_id": self.query_names(each),
+            "document_id": self.document_names(rows),
+            "label": (ranks == 0).astype(np.int64),
+            "rank": ranks,
+            "score": np.r_[scores, self.scores[some]][order],
+        }
+        for name, texts, at_rows in (("query", self.query_texts, each), ("document", self.corpus_texts, rows)):
+            if texts is not None:
+                columns[name] = Column("to_pandas", f"{name} texts", texts).strings(at_rows)
+        return pandas.DataFrame(columns)
 
     def summary(self) -> str:
         """A text table: scores of positives and negatives, their difference, dropped pairs, queries with too few negatives."""
@@ -218,6 +276,8 @@ class MiningResult:
                 arrays |= _stored_ids(name, getattr(self, name))
         if self.sources is not None:
             arrays["sources"] = self.sources
+        if self.positive_pair_scores is not None:
+            arrays["positive_pair_scores"] = self.positive_pair_scores
         with atomic_write("MiningResult.save", path) as file:
             np.savez(file, description=np.frombuffer(description.encode(), np.uint8), **arrays)
 
@@ -228,7 +288,16 @@ class MiningResult:
         if not Path(path).is_file():
             raise refuse(op, "path", "an existing file", str(path))
         try:
-            arrays = read_npz(path, {*DTYPES, "description", "sources", *IDS, *(f"{name}_ends" for name in IDS)})
+            wanted = {
+                *DTYPES,
+                "description",
+                "sources",
+                "positive_pair_scores",
+                *IDS,
+                *(f"{name}_ends" for name in IDS),
+            }
+            arrays = read_npz(path, wanted)
+            pair_scores = arrays.pop("positive_pair_scores", None)
             text = arrays.pop("description").tobytes()
             if len(text) > MAX_DESCRIPTION_BYTES:
                 raise ValueError(f"its description holds {len(text):,} bytes")
@@ -240,19 +309,30 @@ class MiningResult:
             problem = _problem(arrays, description, ids)
             if sources is not None and (sources.dtype != np.int32 or sources.shape[:2] != arrays["indices"].shape):
                 problem = f"its sources are {sources.dtype} of shape {sources.shape}"
+            expected = (np.dtype(np.float32), arrays["positives_rows"].shape)
+            if not problem and pair_scores is not None and (pair_scores.dtype, pair_scores.shape) != expected:
+                problem = f"its positive_pair_scores are {pair_scores.dtype} of shape {pair_scores.shape}"
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
             what = f"{op}: {describe(str(path))} is damaged or was not written by save"
             raise ValueError(f"{what} ({cause(error)})") from error
         if problem:
             raise ValueError(f"{op}: {describe(str(path))} cannot be read: {problem}")
         positives = RowLists(arrays.pop("positives_indptr"), arrays.pop("positives_rows"))
-        return cls(**arrays, positives=positives, skipped=skipped, config=config, sources=sources, **ids)
+        fields = {
+            "positives": positives,
+            "skipped": skipped,
+            "config": config,
+            "positive_pair_scores": pair_scores,
+            "sources": sources,
+        }
+        return cls(**arrays, **fields, **ids)  # type: ignore[arg-type]
 
-    def _queries(self, rows: np.ndarray) -> np.ndarray:
+    def query_names(self, rows: np.ndarray) -> np.ndarray:
         """The names of query rows, of any shape: ids where there are some, else the rows themselves."""
         return _named(self.query_ids, rows)
 
-    def _documents(self, rows: np.ndarray) -> np.ndarray:
+    def document_names(self, rows: np.ndarray) -> np.ndarray:
+        """The names of corpus rows, of any shape."""
         return _named(self.corpus_ids, rows)
 
     def _pairs(self) -> tuple[np.ndarray, np.ndarray]:

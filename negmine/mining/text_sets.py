@@ -1,0 +1,319 @@
+"""Sets of queries and documents with relevance judgements, read from the files of other tools.
+
+    read_beir(folder, split)              corpus.jsonl, queries.jsonl, qrels/<split>.tsv
+    read_msmarco(collection, queries, qrels)    collection.tsv, queries.tsv, qrels.tsv
+    read_training_lines(path)             JSONL of FlagEmbedding, Tevatron or ms-swift
+
+Each file may be plain or compressed by gzip or zstd. Ids stay the strings that they are; errors name file and line.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from negmine.mining.text_files import read_jsonl, read_lines, read_tsv
+from negmine.ops.checks import describe, refuse
+
+ENDINGS = ("", ".gz", ".zst")
+PREFERRED_SPLITS = ("train", "test", "dev")
+
+
+@dataclass
+class TextSet:
+    """Queries, documents, and the documents that answer each query."""
+
+    query_ids: list[str]
+    query_texts: list[str]
+    corpus_ids: list[str]
+    corpus_titles: list[str] | None  # None: no document has a title
+    corpus_bodies: list[str]
+    positives: list[list[str]]  # ids of documents, a list a query
+    files: list[Path] = field(default_factory=list)  # that were read
+    query_rows: list[int] | None = (
+        None  # of the queries among all of the file, where some are left out: no judgement names them
+    )
+    queries_in_file: int = 0
+
+    @property
+    def corpus_texts(self) -> list[str]:
+        """Title and body of each document, as retrievers of these data sets embed them."""
+        if self.corpus_titles is None:
+            return self.corpus_bodies
+        pairs = zip(self.corpus_titles, self.corpus_bodies, strict=True)
+        return [f"{title} {body}".strip() if title else body for title, body in pairs]
+
+
+def _existing(path: Path) -> Path:
+    """A file, or the same name with the ending of an archive."""
+    for ending in ENDINGS:
+        candidate = path.with_name(path.name + ending)
+        if candidate.exists():
+            return candidate
+    raise ValueError(f"{describe(str(path))} is no file")
+
+
+def _text(record: Any, name: str, where: str, default: str | None = None) -> str:
+    """A string of a JSON object; ids may be ints."""
+    found = record.get(name, default) if isinstance(record, dict) else None
+    if isinstance(found, int) and not isinstance(found, bool) and name in ("_id", "docid", "query_id"):
+        found = str(found)
+    if found is None and default is not None:
+        found = default
+    if not isinstance(found, str):
+        raise ValueError(f'{where} must be an object with "{name}", a string, got {describe(found)}')
+    return _encodable(found, where)
+
+
+def _encodable(text: str, where: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{where} holds a lone surrogate, which UTF-8 cannot")
+    return text
+
+
+class _Documents:
+    """Documents by id, in order of appearance."""
+
+    def __init__(self) -> None:
+        self.row_of: dict[str, int] = {}
+        self.titles: list[str] = []
+        self.bodies: list[str] = []
+
+    def add(self, name: str, title: str, body: str, where: str) -> None:
+        row = self.row_of.setdefault(name, len(self.bodies))
+        if row == len(self.bodies):
+            self.titles.append(title)
+            self.bodies.append(body)
+        elif (self.titles[row], self.bodies[row]) != (title, body):
+            raise ValueError(f"{where} has the id {describe(name)} of an earlier document with another text")
+
+    def text_set(
+        self, query_ids: list[str], query_texts: list[str], positives: list[list[str]], **rest: Any
+    ) -> TextSet:
+        titles = self.titles if any(self.titles) else None
+        return TextSet(query_ids, query_texts, list(self.row_of), titles, self.bodies, positives, **rest)
+
+
+def _judged(
+    documents: _Documents,
+    queries: dict[str, str],
+    judgements: Iterator[tuple[str, str, str]],
+    files: list[Path],
+) -> TextSet:
+    """queries: id -> text; judgements: (where, query id, document id) of relevant pairs."""
+    positives: dict[str, dict[str, None]] = {}
+    for where, query, document in judgements:
+        if query not in queries:
+            raise ValueError(
+                f"{where} names the query {describe(query)}, which {describe(str(files[1]))} does not hold"
+            )
+        if document not in documents.row_of:
+            came = f"the document {describe(document)}, which {describe(str(files[0]))} does not hold"
+            raise ValueError(f"{where} names {came}")
+        positives.setdefault(query, {})[document] = None
+    if not positives:
+        raise ValueError(f"{describe(str(files[2]))} holds no relevant pair")
+    kept = [name for name in queries if name in positives]
+    texts, lists = [queries[name] for name in kept], [list(positives[name]) for name in kept]
+    rows = [row for row, name in enumerate(queries) if name in positives] if len(kept) < len(queries) else None
+    return documents.text_set(kept, texts, lists, files=files, query_rows=rows, queries_in_file=len(queries))
+
+
+def _score(word: str, where: str) -> bool:
+    """True for a relevant pair: a score above 0."""
+    try:
+        return float(word) > 0
+    except ValueError as error:
+        raise ValueError(f"{where} must end with a score, got {describe(word)}") from error
+
+
+def _new(table: dict[str, str], name: str, text: str, where: str) -> None:
+    if name in table and table[name] != text:
+        raise ValueError(f"{where} has the id {describe(name)} of an earlier query with another text")
+    table[name] = text
+
+
+def beir_files(folder: str | os.PathLike, split: str | None = None) -> list[Path]:
+    """corpus, queries and judgements of a BEIR folder. split: default train, test or dev, whichever comes first."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{describe(str(folder))} is no folder")
+    found = [_existing(folder / f"{name}.jsonl") for name in ("corpus", "queries")]
+    splits = {
+        path.name.partition(".tsv")[0]: path
+        for path in sorted((folder / "qrels").glob("*.tsv*"))
+        if path.name.partition(".tsv")[2] in ENDINGS
+    }
+    if split is None:
+        split = next((name for name in PREFERRED_SPLITS if name in splits), next(iter(splits), None))
+    if split not in splits:
+        wanted = f"with qrels/{split or 'train'}.tsv"
+        raise ValueError(
+            f"{describe(str(folder))} must be a BEIR folder {wanted}, got {', '.join(splits) or 'no qrels'}"
+        )
+    return [*found, splits[split]]
+
+
+def read_beir(folder: str | os.PathLike, split: str | None = None) -> TextSet:
+    """A BEIR folder: corpus.jsonl of {"_id", "title", "text"}, queries.jsonl of {"_id", "text"}, qrels/<split>.tsv.
+
+    Queries without a relevant document in the split are left out; `query_rows` numbers the others.
+    """
+    files = beir_files(folder, split)
+    documents, queries = _Documents(), dict[str, str]()
+    for number, record in read_jsonl(files[0]):
+        where = f"line {number} of {describe(str(files[0]))}"
+        title, body = _text(record, "title", where, ""), _text(record, "text", where)
+        documents.add(_text(record, "_id", where), title, body, where)
+    for number, record in read_jsonl(files[1]):
+        where = f"line {number} of {describe(str(files[1]))}"
+        _new(queries, _text(record, "_id", where), _text(record, "text", where), where)
+
+    return _judged(documents, queries, read_qrels(files[2]), files)
+
+
+def read_qrels(path: str | os.PathLike) -> Iterator[tuple[str, str, str]]:
+    """(where, query id, document id) of each relevant pair of a qrels file.
+
+    BEIR: a header, then query id, document id, score. TREC and MS MARCO: query id, iteration, document id, score.
+    """
+    columns = 0
+    for number, line in read_lines(path):
+        where = f"line {number} of {describe(str(path))}"
+        fields = line.split("\t") if "\t" in line else line.split()
+        if not fields:
+            continue
+        if number == 1 and fields[-1].strip().lower() in ("score", "relevance"):
+            columns = len(fields)
+            continue
+        columns = columns or len(fields)
+        if columns not in (3, 4) or len(fields) != columns:
+            raise ValueError(
+                f"{where} must hold query id, document id and score, or these with an iteration, got {describe(line)}"
+            )
+        if _score(fields[-1], where):
+            yield where, fields[0], fields[-2]
+
+
+def read_msmarco(collection: str | os.PathLike, queries: str | os.PathLike, qrels: str | os.PathLike) -> TextSet:
+    """MS MARCO: collection.tsv of id and passage, queries.tsv of id and text, and judgements.
+
+    A collection of documents has id, URL, title and text in a line.
+    """
+    files = [_existing(Path(path)) for path in (collection, queries, qrels)]
+    documents, texts = _Documents(), dict[str, str]()
+    for number, fields in _table(files[0], (2, 4)):
+        where = f"line {number} of {describe(str(files[0]))}"
+        documents.add(fields[0], fields[2] if len(fields) == 4 else "", fields[-1], where)
+    for number, fields in read_tsv(files[1], 2):
+        _new(texts, fields[0], fields[1], f"line {number} of {describe(str(files[1]))}")
+    return _judged(documents, texts, read_qrels(files[2]), files)
+
+
+def _table(path: Path, columns: tuple[int, ...]) -> Iterator[tuple[int, list[str]]]:
+    """Lines of as many fields as the first, which must be one of `columns`."""
+    first = 0
+    for number, line in read_lines(path):
+        if line.strip():
+            fields = line.split("\t")
+            first = first or len(fields)
+            if first not in columns or len(fields) != first:
+                wanted = " or ".join(map(str, columns))
+                where = f"line {number} of {describe(str(path))}"
+                raise ValueError(f"{where} must have {wanted} fields separated by tabs, got {len(fields)}")
+            yield number, fields
+
+
+def _texts(record: dict, name: str, where: str) -> list[str]:
+    found = record.get(name) or []
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise ValueError(f'{where} must have "{name}", a list of strings, got {describe(found)}')
+    return [_encodable(text, where) for text in found]
+
+
+def _messages(value: Any, where: str) -> str:
+    """The text of ms-swift's list of messages: one message of the user."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{where} must have lists of messages, got {describe(value)}")
+    return "\n".join(_text(message, "content", where) for message in value)
+
+
+def _passages(
+    record: dict, form: str, where: str
+) -> tuple[str, list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+    """The query, and (id, title, body) of its positives and its negatives; an id of "" is none."""
+    if form == "tevatron":
+        sides = []
+        for name in ("positive_passages", "negative_passages"):
+            found = record.get(name) or []
+            if not isinstance(found, list):
+                raise ValueError(f'{where} must have "{name}", a list of passages, got {describe(found)}')
+            sides.append(
+                [(_text(p, "docid", where), _text(p, "title", where, ""), _text(p, "text", where)) for p in found]
+            )
+        return _text(record, "query", where), sides[0], sides[1]
+    if form == "ms-swift":
+        if "messages" in record:
+            query = _messages(record["messages"], where)
+            lists = [record.get(f"{side}_messages") or [] for side in ("positive", "negative")]
+            if not all(isinstance(entry, list) for entry in lists):
+                raise ValueError(f"{where} must have lists of messages, got {describe(lists)}")
+            positive, negative = ([_messages(entry, where) for entry in entries] for entries in lists)
+        else:
+            query = _text(record, "query", where)
+            positive, negative = [_text(record, "response", where)], _texts(record, "rejected_response", where)
+    else:
+        query, positive, negative = (
+            _text(record, "query", where),
+            _texts(record, "pos", where),
+            _texts(record, "neg", where),
+        )
+    return query, [("", "", text) for text in positive], [("", "", text) for text in negative]
+
+
+def form_of(record: Any) -> str | None:
+    """The form of a line of training data, by its names."""
+    if not isinstance(record, dict):
+        return None
+    if "positive_passages" in record:
+        return "tevatron"
+    if "positive_messages" in record or ("query" in record and "response" in record):
+        return "ms-swift"
+    return "flagembedding" if "query" in record and "pos" in record else None
+
+
+def read_training_lines(path: str | os.PathLike) -> TextSet:
+    """JSONL of training data in FlagEmbedding's, Tevatron's or ms-swift's form: a query a line; the corpus is all passages.
+
+    Ids of queries are those of Tevatron's lines, else the numbers of the lines, from 0. Ids of documents are Tevatron's, else
+    "d0", "d1", ... of distinct texts in order of appearance.
+    """
+    documents, query_ids, query_texts, positives = _Documents(), list[str](), list[str](), list[list[str]]()
+    id_of: dict[str, str] = {}
+    form = None
+    for number, record in read_jsonl(path):
+        where = f"line {number} of {describe(str(path))}"
+        form = form or form_of(record)
+        if form is None or form_of(record) != form:
+            wanted = (
+                f"in the form of the first line, {form}"
+                if form
+                else "in the form of FlagEmbedding, Tevatron or ms-swift"
+            )
+            raise ValueError(f"{where} must be {wanted}, got {describe(record)}")
+        query, *sides = _passages(record, form, where)
+        names: list[list[str]] = [[], []]
+        for side, passages in zip(names, sides, strict=True):
+            for name, title, body in passages:
+                name = name or id_of.setdefault(body, f"d{len(id_of)}")
+                documents.add(name, title, body, where)
+                side.append(name)
+        if not names[0]:
+            raise ValueError(f"{where} must have a positive")
+        query_ids.append(_text(record, "query_id", where) if "query_id" in record else str(len(query_ids)))
+        query_texts.append(query)
+        positives.append(list(dict.fromkeys(names[0])))
+    if not query_ids:
+        raise refuse("read_training_lines", "path", "a file with one line or more", str(path))
+    return documents.text_set(query_ids, query_texts, positives, files=[Path(path)], queries_in_file=len(query_ids))

@@ -1,0 +1,159 @@
+"""Rows of training data from a MiningResult, in the forms that training programs read.
+
+flagembedding          {"query", "pos": [texts], "neg": [texts], "pos_scores": [...], "neg_scores": [...]}
+tevatron               {"query_id", "query", "positive_passages": [{"docid", "title", "text"}], "negative_passages": [...]}
+ms-swift               {"messages": [...], "positive_messages": [[...]], "negative_messages": [[...], ...]}
+sentence-transformers  {"anchor", "positive", "negative_1", ..., "negative_n"}: a row for each positive
+distillation           the same, and "label": scores of the positive and the negatives, for losses that distil a teacher
+pylate                 {"query_id", "document_ids", "scores"}: the positives and then the negatives, for PyLate's KDProcessing
+
+Documents keep their ids and titles. A title is a field of its own in Tevatron's form, and stands before the text elsewhere. A
+query without a positive or without a negative has no row; where a form has a column for each negative, neither has a query with
+fewer. Such queries are counted.
+"""
+
+import json
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from negmine.mining.columns import Column
+from negmine.ops.checks import refuse, require_choice
+
+FORMS = ("flagembedding", "tevatron", "ms-swift", "sentence-transformers", "distillation", "pylate")
+FIXED_WIDTH = ("sentence-transformers", "distillation")  # a column for each negative
+WITH_SCORES = ("flagembedding", "distillation", "pylate")
+
+
+class TrainingRows:
+    """The rows of a MiningResult in one form; texts and titles are read by position."""
+
+    def __init__(
+        self, op: str, result: Any, form: str, query_texts: Any, corpus_texts: Any, corpus_titles: Any
+    ) -> None:
+        require_choice(op, "form", form, FORMS)
+        self.op, self.result, self.form = op, result, form
+        sizes = (len(result.indices), result.config["corpus_rows"])
+        self._queries, self._bodies, self._titles = None, None, None
+        if form != "pylate":
+            self._queries = _column(op, "query_texts", query_texts, result.query_texts, sizes[0])
+            self._bodies = _column(op, "corpus_texts", corpus_texts, result.corpus_texts, sizes[1])
+            if corpus_titles is not None:
+                self._titles = _column(op, "corpus_titles", corpus_titles, None, sizes[1])
+        if form in WITH_SCORES and result.positive_pair_scores is None and (result.positives.sizes > 1).any():
+            wanted = "with the score of each positive, as mine_hard_negatives returns it"
+            raise refuse(op, "result", f"{wanted}, where form is {form!r} and a query has several", None)
+        has_positive = result.positives.sizes > 0
+        has_negative = result.num_valid > 0
+        is_full = result.num_valid == result.indices.shape[1] if form in FIXED_WIDTH else has_negative
+        self.used = np.flatnonzero(has_positive & has_negative & is_full)  # queries
+        self.left_out = {
+            "have no positive": int((~has_positive).sum()),
+            "have no negative": int((has_positive & ~has_negative).sum()),
+            f"have fewer than {result.indices.shape[1]} negatives": int((has_positive & has_negative & ~is_full).sum()),
+        }
+        short = int(((result.num_valid < result.indices.shape[1])[self.used]).sum())
+        self.short = short  # queries that have a row with fewer negatives than were asked for
+
+    def message(self) -> str:
+        """How many queries are left out, and how many have fewer negatives than were asked for; empty if there are none."""
+        parts = [f"{count:,} queries {why} and are left out" for why, count in self.left_out.items() if count]
+        if self.short:
+            parts.append(f"{self.short:,} queries have fewer than {self.result.indices.shape[1]} negatives")
+        return "; ".join(parts)
+
+    def warn(self) -> None:
+        """Warn of queries that are left out."""
+        if any(self.left_out.values()):
+            warnings.warn(f"{self.op}: {self.message()}", UserWarning, stacklevel=3)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for query in self.used.tolist():
+            yield from self._rows(query)
+
+    def lines(self) -> Iterator[bytes]:
+        """Each row as a line of JSON in UTF-8."""
+        for query in self.used.tolist():
+            for row in self._rows(query):
+                try:
+                    yield json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+                except UnicodeEncodeError as error:
+                    came = f"a lone surrogate in row {query} of query_texts or in a document of that row"
+                    raise refuse(self.op, "texts", "texts that UTF-8 can hold", came) from error
+                except ValueError as error:
+                    raise refuse(self.op, "scores", "finite", f"one that is not for query {query}") from error
+
+    def _texts(self, rows: np.ndarray) -> list[str]:
+        assert self._bodies is not None
+        bodies = self._bodies.strings(rows)
+        if self._titles is None:
+            return bodies
+        titles = self._titles.strings(rows)
+        return [f"{title} {body}".strip() if title else body for title, body in zip(titles, bodies, strict=True)]
+
+    def _passages(self, rows: np.ndarray) -> list[dict[str, str]]:
+        assert self._bodies is not None
+        names, bodies = self.result.document_names(rows).tolist(), self._bodies.strings(rows)
+        titles = self._titles.strings(rows) if self._titles is not None else [""] * len(rows)
+        fields = zip(names, titles, bodies, strict=True)
+        return [{"docid": str(name), "title": title, "text": body} for name, title, body in fields]
+
+    def _rows(self, query: int) -> Iterator[dict[str, Any]]:
+        result, form = self.result, self.form
+        begin, end = result.positives.indptr[query : query + 2]
+        positives = result.positives.rows[begin:end]
+        some = result.indices[query] >= 0
+        negatives, scores = result.indices[query][some], _plain(result.scores[query][some])
+        pair_scores = result.positive_pair_scores
+        own_scores = _plain(result.positive_scores[[query]] if pair_scores is None else pair_scores[begin:end])
+        at = np.array([query])
+        if form == "pylate":
+            documents = result.document_names(np.r_[positives, negatives]).tolist()
+            yield {
+                "query_id": _native(result.query_names(at)[0]),
+                "document_ids": documents,
+                "scores": own_scores + scores,
+            }
+            return
+        assert self._queries is not None
+        (text,) = self._queries.strings(at)
+        if form == "flagembedding":
+            texts = {"pos": self._texts(positives), "neg": self._texts(negatives)}
+            yield {"query": text, **texts, "pos_scores": own_scores, "neg_scores": scores}
+        elif form == "tevatron":
+            line: dict[str, Any] = {"query_id": str(result.query_names(at)[0]), "query": text}
+            yield line | {
+                f"{side}_passages": self._passages(rows)
+                for side, rows in (("positive", positives), ("negative", negatives))
+            }
+        elif form == "ms-swift":
+            yield {"messages": _message(text)} | {
+                f"{side}_messages": [_message(document) for document in self._texts(rows)]
+                for side, rows in (("positive", positives), ("negative", negatives))
+            }
+        else:
+            columns = {f"negative_{i}": document for i, document in enumerate(self._texts(negatives), 1)}
+            for document, score in zip(self._texts(positives), own_scores, strict=True):
+                row: dict[str, Any] = {"anchor": text, "positive": document, **columns}
+                yield row | ({"label": [score, *scores]} if form == "distillation" else {})
+
+
+def _column(op: str, name: str, given: Any, own: Any, rows: int) -> Column:
+    column = Column(op, name, own if given is None else given)
+    column.require_length(rows, f"{rows} texts, one a row")
+    return column
+
+
+def _message(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def _plain(scores: np.ndarray) -> list[float]:
+    """fp32 scores as the shortest decimals that stand for them."""
+    return [float(str(score)) for score in scores.astype(np.float32)]
+
+
+def _native(name: Any) -> Any:
+    return name.item() if isinstance(name, np.generic) else name

@@ -1,0 +1,124 @@
+"""negmine mine on data sets: BEIR, MS MARCO and training lines in, training data out, and dry runs that write nothing."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+import negmine
+from negmine.cli import main
+from negmine.cli.main import parser
+from tests.test_training_files import BODIES, CORPUS, IDS, JOINED, TITLES, K, beir
+
+QUERIES = CORPUS[:5] + 0.1 * np.ones((5, CORPUS.shape[1]), np.float32)
+EMBEDDINGS = ["--query-embeddings", "q.npy", "--corpus-embeddings", "c.npy", "--num-negatives", "2"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A BEIR folder, the files of MS MARCO, and embeddings; with the working folder there."""
+    monkeypatch.chdir(tmp_path)
+    beir(tmp_path / "beir")
+    np.save("q.npy", QUERIES)
+    np.save("c.npy", CORPUS)
+    (tmp_path / "collection.tsv").write_text("".join(f"{k}\tpassage {k}\n" for k in range(K)))
+    (tmp_path / "queries.tsv").write_text("".join(f"{100 + i}\tquery {i}\n" for i in range(5)))
+    (tmp_path / "qrels.tsv").write_text("".join(f"{100 + i} 0 {i} 1\n" for i in range(5)))
+    return tmp_path
+
+
+def lines(name) -> list[dict]:
+    with open(name, encoding="utf-8") as file:
+        return [json.loads(line) for line in file.read().split("\n") if line]
+
+
+def test_a_beir_folder_becomes_training_data(folder, capsys):
+    assert main(["mine", "--beir", "beir", *EMBEDDINGS, "--output", "t.jsonl", "--form", "tevatron"]) == 0
+    kept = [0, 1, 2, 4]  # query 3 has no judgement
+    want = negmine.mine_hard_negatives(
+        QUERIES[kept],
+        CORPUS,
+        [["d0", "d3"], ["d1"], ["d4"], ["d0"]],
+        corpus_ids=IDS,
+        corpus_texts=JOINED,
+        num_negatives=2,
+    )
+    found = lines("t.jsonl")
+    assert [line["query_id"] for line in found] == ["q0", "q1", "q2", "q4"]
+    for line, row in zip(found, want.indices, strict=True):
+        assert line["negative_passages"] == [{"docid": IDS[k], "title": TITLES[k], "text": BODIES[k]} for k in row]
+    assert "4 lines in t.jsonl" in capsys.readouterr().out
+    np.save("q.npy", QUERIES[kept])  # or a row for each judged query
+    words = ["mine", "--beir", "beir", "--split", "test", *EMBEDDINGS, "--output", "s.jsonl"]
+    assert main([*words, "--form", "sentence-transformers"]) == 0
+    assert lines("s.jsonl")[0]["negative_1"] == JOINED[want.indices[0, 0]]
+
+
+def test_msmarco_and_training_lines(folder):
+    words = ["mine", "--collection", "collection.tsv", "--queries", "queries.tsv", "--qrels", "qrels.tsv"]
+    assert main([*words, *EMBEDDINGS, "--output", "a.jsonl", "--form", "flagembedding"]) == 0
+    found = lines("a.jsonl")
+    assert found[1]["query"] == "query 1" and found[1]["pos"] == ["passage 1"] and len(found[1]["neg"]) == 2
+    passages = list(dict.fromkeys(text for line in found for text in line["pos"] + line["neg"]))
+    np.save("c.npy", CORPUS[[int(text.split()[1]) for text in passages]])
+    assert main(["mine", "--data", "a.jsonl", *EMBEDDINGS, "--output", "b.jsonl"]) == 0
+    for old, new in zip(found, lines("b.jsonl"), strict=True):  # 1h: scores are those of the new negatives
+        assert new["pos"] == old["pos"] and len(new["neg_scores"]) == len(new["neg"])
+        assert new["neg_scores"][0] >= old["neg_scores"][0] - 1e-6 or new["neg"][0] in old["neg"]
+
+
+def test_1h_fields_of_the_old_negatives_are_left_out(folder):
+    line = {"query": "a", "pos": ["b"], "neg": ["c"], "pos_scores": [0.9], "neg_scores": [0.1], "prompt": "find"}
+    (folder / "in.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({**line, "query": "d"}) + "\n")
+    np.save("eq.npy", CORPUS[:2])
+    np.save("ec.npy", CORPUS[2:4])
+    words = ["mine", "--compat", "flagembedding", "--input_file", "in.jsonl", "--output_file", "out.jsonl"]
+    words += ["--query_embeddings", "eq.npy", "--corpus_embeddings", "ec.npy", "--range_for_sampling", "0-2"]
+    with pytest.warns(UserWarning, match="neg_scores, pos_scores of in.jsonl belong to the old negatives"):
+        assert main([*words, "--negative_number", "1"]) == 0
+    assert lines("out.jsonl")[0] == {"query": "a", "pos": ["b"], "neg": ["c"], "prompt": "find"}
+
+
+def test_a_dry_run_writes_nothing(folder, capsys):
+    before = sorted(path for path in folder.rglob("*"))
+    assert main(["mine", "--beir", "beir", *EMBEDDINGS, "--output", "t.jsonl", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "reads beir/corpus.jsonl",
+        "4 of 5 queries have a positive",
+        "12 rows of D = 6",
+        "MiB",
+        "time: about 0:0",
+    ):
+        assert words in said
+    assert sorted(path for path in folder.rglob("*")) == before
+    assert main(["mine", "--beir", "beir", *EMBEDDINGS, "--output", "no/t.jsonl", "--dry-run"]) == 1
+
+
+USAGE = [
+    ("--beir beir --positives p.npy --output t.jsonl", "--beir holds --positives: leave it out"),
+    ("--beir beir --data x.jsonl --output t.jsonl", "give one data set, not --beir and --data"),
+    ("--beir nowhere --output t.jsonl", "'nowhere' is no folder"),
+    ("--beir beir --split dev --output t.jsonl", "must be a BEIR folder with qrels/dev.tsv, got test, train"),
+    ("--collection collection.tsv --output t.jsonl", "--collection, --queries and --qrels belong together"),
+    ("--beir beir --output beir/corpus.jsonl --overwrite", "--output must not replace an input"),
+    ("--beir beir --output beir/qrels/../queries.jsonl --overwrite", "--output must not replace an input"),
+    ("--positives p.npy --output t.jsonl", "--output needs --query-texts and --corpus-texts, or a data set"),
+]
+
+
+@pytest.mark.parametrize("words, said", USAGE, ids=[said for _, said in USAGE])
+def test_what_does_not_fit_is_refused_before_the_work(folder, capsys, words, said):
+    assert main(["mine", *EMBEDDINGS, *words.split()]) == 2
+    assert said in capsys.readouterr().err
+    assert len(os.listdir(folder / "beir")) == 3 and not (folder / "t.jsonl").exists()
+
+
+def test_help_is_grouped_with_an_example_for_each_format():
+    mine = next(action for action in parser()._actions if action.dest == "command").choices["mine"]
+    said = mine.format_help()
+    for words in ("inputs as data sets:", "inputs as arrays:", "which negatives:", "how it is searched:", "output:"):
+        assert words in said
+    for words in ("--beir scifact", "--collection collection.tsv", "--data old.jsonl", "--dry-run", "--compat"):
+        assert words in said[said.index("examples, one for each format") :]

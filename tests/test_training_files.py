@@ -1,0 +1,210 @@
+"""Training data in the forms of other programs, out of a MiningResult and into one: ids, titles and scores pass through."""
+
+import gzip
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import negmine
+from negmine.mining import MiningResult
+from negmine.mining.text_sets import read_beir, read_msmarco, read_training_lines
+from negmine.mining.training_rows import FORMS
+from tests.cases import unit
+
+K = 12
+CORPUS = unit(K, 6, seed=2).numpy()
+IDS, TITLES = [f"d{k}" for k in range(K)], [f"Title {k}" if k % 2 else "" for k in range(K)]
+BODIES = [f"body {k} ß\u2028" for k in range(K)]
+JOINED = [f"{title} {body}".strip() if title else body for title, body in zip(TITLES, BODIES, strict=True)]
+
+
+@pytest.fixture
+def result() -> MiningResult:
+    """Four queries: one positive; two; one and a single negative; none."""
+    exclude = [[], [], [IDS[k] for k in range(K) if k not in (2, 5)], []]
+    return negmine.mine_hard_negatives(
+        CORPUS[:4],
+        CORPUS,
+        [["d0"], ["d1", "d3"], ["d2"], []],
+        query_ids=["qa", "qb", "qc", "qd"],
+        corpus_ids=IDS,
+        query_texts=["one", "two", "three", "four"],
+        corpus_texts=JOINED,
+        exclude=exclude,
+        num_negatives=2,
+    )
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().decode().split("\n") if line]
+
+
+def written(result, tmp_path, form: str) -> list[dict]:
+    with pytest.warns(UserWarning, match="1 queries have no positive and are left out"):
+        count = result.to_jsonl(tmp_path / "o.jsonl", corpus_texts=BODIES, corpus_titles=TITLES, form=form)
+    found = lines(tmp_path / "o.jsonl")
+    assert len(found) == count
+    return found
+
+
+def test_1g_ids_and_titles_pass_through_every_form(result, tmp_path):
+    names = [[IDS[k] for k in row if k >= 0] for row in result.indices]
+    docs = [[JOINED[k] for k in row if k >= 0] for row in result.indices]
+    scores = [[float(str(s)) for s in row if s > -np.inf] for row in result.scores]
+    own = [1.0, 1.0]
+    assert [len(row) for row in names] == [2, 2, 1, 2]
+
+    flag = written(result, tmp_path, "flagembedding")
+    assert [line["query"] for line in flag] == ["one", "two", "three"]
+    assert flag[1]["pos"] == [JOINED[1], JOINED[3]] and flag[1]["neg"] == docs[1] and flag[1]["neg_scores"] == scores[1]
+    pair = [float(CORPUS[1] @ CORPUS[k]) for k in (1, 3)]
+    np.testing.assert_allclose(flag[1]["pos_scores"], pair, rtol=1e-5)
+    np.testing.assert_allclose(flag[0]["pos_scores"], own[:1], rtol=1e-5)
+
+    tevatron = written(result, tmp_path, "tevatron")
+    assert tevatron[1]["query_id"] == "qb" and len(tevatron[2]["negative_passages"]) == 1
+    assert tevatron[1]["positive_passages"] == [
+        {"docid": f"d{k}", "title": TITLES[k], "text": BODIES[k]} for k in (1, 3)
+    ]
+
+    swift = written(result, tmp_path, "ms-swift")
+    user = [{"role": "user", "content": "two"}]
+    assert swift[1]["messages"] == user and [m[0]["content"] for m in swift[1]["negative_messages"]] == docs[1]
+
+    with pytest.warns(UserWarning, match="1 queries have fewer than 2 negatives and are left out"):
+        assert result.to_jsonl(tmp_path / "s.jsonl", form="sentence-transformers") == 3
+    rows = lines(tmp_path / "s.jsonl")
+    assert [list(row) for row in rows] == [["anchor", "positive", "negative_1", "negative_2"]] * 3
+    assert rows[2] == {"anchor": "two", "positive": JOINED[3], "negative_1": docs[1][0], "negative_2": docs[1][1]}
+    with pytest.warns(UserWarning):
+        result.to_jsonl(tmp_path / "s.jsonl", form="distillation")
+    assert lines(tmp_path / "s.jsonl")[2]["label"] == [flag[1]["pos_scores"][1], *scores[1]]
+
+    pylate = written(result, tmp_path, "pylate")
+    assert pylate[1]["query_id"] == "qb" and pylate[1]["document_ids"] == ["d1", "d3", *names[1]]
+    assert pylate[1]["scores"] == flag[1]["pos_scores"] + scores[1]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_parquet_and_datasets_hold_the_same_rows(result, tmp_path, form):
+    want = written(result, tmp_path, form) if form not in ("sentence-transformers", "distillation") else None
+    if want is None:
+        result.to_jsonl(tmp_path / "o.jsonl", corpus_texts=BODIES, corpus_titles=TITLES, form=form)
+        want = lines(tmp_path / "o.jsonl")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert result.to_parquet(tmp_path / "o.parquet", corpus_texts=BODIES, corpus_titles=TITLES, form=form) == len(want)
+    assert parquet.read_table(tmp_path / "o.parquet").to_pylist() == want
+    pytest.importorskip("datasets")
+    assert result.to_dataset(corpus_texts=BODIES, corpus_titles=TITLES, form=form).to_list() == want
+
+
+def test_missing_packages_are_named(result, monkeypatch):
+    for package, call in (("datasets", result.to_dataset), ("pandas", result.to_pandas)):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ImportError, match=f"needs the package {package}: pip install {package}"):
+            call()
+
+
+def test_to_pandas(result):
+    pytest.importorskip("pandas")
+    table = result.to_pandas()
+    assert list(table.columns) == ["query_id", "document_id", "label", "rank", "score", "query", "document"]
+    assert table[table.query_id == "qb"].document_id.tolist()[:2] == ["d1", "d3"]
+    assert (table.label == (table["rank"] == 0)).all() and len(table) == 4 + 7
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("form", ["flagembedding", "tevatron", "ms-swift"])
+def test_training_lines_are_read_back(result, tmp_path, form):
+    result.to_jsonl(tmp_path / "o.jsonl", corpus_texts=BODIES, corpus_titles=TITLES, form=form)
+    (tmp_path / "o.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + (tmp_path / "o.jsonl").read_bytes()))
+    for name in ("o.jsonl", "o.jsonl.gz"):
+        found = read_training_lines(tmp_path / name)
+        assert found.query_texts == ["one", "two", "three"]
+        text_of = dict(zip(found.corpus_ids, found.corpus_texts, strict=True))
+        assert [text_of[name] for name in found.positives[1]] == [JOINED[1], JOINED[3]]
+        if form == "tevatron":
+            assert found.query_ids == ["qa", "qb", "qc"] and found.positives[1] == ["d1", "d3"]
+            assert found.corpus_titles[found.corpus_ids.index("d3")] == "Title 3"
+
+
+def beir(folder, ending=""):
+    """A BEIR folder of K documents and five queries, one of them without a judgement."""
+    (folder / "qrels").mkdir(parents=True)
+    write = (lambda path, text: path.write_bytes(gzip.compress(text.encode()))) if ending else type(folder).write_text
+    corpus = [{"_id": IDS[k], "title": TITLES[k], "text": BODIES[k], "metadata": {}} for k in range(K)]
+    queries = [{"_id": f"q{i}", "text": f"query {i}"} for i in range(5)]
+    for name, records in (("corpus", corpus), ("queries", queries)):
+        text = "".join(json.dumps(record) + "\r\n" for record in records)
+        write(folder / f"{name}.jsonl{ending}", "\ufeff" + text)
+    judgements = ["q0\td0\t1", "q0\td3\t2", "q1\td1\t1", "q2\td2\t0", "q2\td4\t1", "q4\td0\t1"]
+    for split in ("train", "test"):
+        write(folder / f"qrels/{split}.tsv{ending}", "query-id\tcorpus-id\tscore\n" + "\n".join(judgements) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_1i_a_beir_folder_is_read(tmp_path, ending):
+    found = read_beir(beir(tmp_path / "scifact", ending))
+    assert found.query_ids == ["q0", "q1", "q2", "q4"] and found.query_rows == [0, 1, 2, 4]
+    assert found.positives == [["d0", "d3"], ["d1"], ["d4"], ["d0"]] and found.corpus_ids == IDS
+    assert found.corpus_texts == JOINED and found.corpus_titles == TITLES
+    assert found.files[2].name == f"train.tsv{ending}"
+
+
+def test_1i_msmarco_is_read(tmp_path):
+    (tmp_path / "collection.tsv").write_text("7\tfirst passage\n8\tsecond\n9\tthird\n")
+    (tmp_path / "queries.tsv").write_text("100\twhat\n200\twhy\n300\tunjudged\n")
+    for text in ("100\t0\t8\t1\n200\t0\t7\t1\n", "100 0 8 1\n200 0 7 1\n"):
+        (tmp_path / "qrels.tsv").write_text(text)
+        found = read_msmarco(*(tmp_path / f"{name}.tsv" for name in ("collection", "queries", "qrels")))
+        assert (found.query_ids, found.positives) == (["100", "200"], [["8"], ["7"]])
+        assert found.corpus_texts == ["first passage", "second", "third"] and found.corpus_titles is None
+
+
+BROKEN = [
+    (
+        "corpus.jsonl",
+        b'{"_id": "a", "text": "x"}\n{"_id": "b", "text": "caf\xe9"}\n',
+        r"line 2 of .*corpus.jsonl.* UTF-8",
+    ),
+    ("corpus.jsonl", "a\tb\n".encode("utf-16"), r"corpus.jsonl.* UTF-16"),
+    ("corpus.jsonl", b'{"_id": "a", "text": 3}\n', r'line 1 of .*corpus.jsonl.* with "text", a string, got 3'),
+    ("corpus.jsonl", b'{"_id": "a", "text": "\\ud800"}\n', r"line 1 of .*corpus.jsonl.* surrogate"),
+    ("corpus.jsonl", b'{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', r"line 2 of .*corpus.jsonl.* id 'a'"),
+    ("corpus.jsonl", gzip.compress(b'{"_id": "a", "text": "x"}\n' * 9)[:-9], r"corpus.jsonl.* is damaged"),
+    ("queries.jsonl", b"[1\n", r"line 1 of .*queries.jsonl.* is no JSON"),
+    (
+        "qrels/train.tsv",
+        b"query-id\tcorpus-id\tscore\nq0\tnone\t1\n",
+        r"line 2 of .*train.tsv.* names the document 'none'",
+    ),
+    ("qrels/train.tsv", b"q9\td0\t1\n", r"line 1 of .*train.tsv.* names the query 'q9'"),
+    ("qrels/train.tsv", b"q0\td0\tgood\n", r"line 1 of .*train.tsv.* end with a score, got 'good'"),
+    ("qrels/train.tsv", b"q0 d0\n", r"line 1 of .*train.tsv.* must hold query id"),
+    ("qrels/train.tsv", b"", r"train.tsv.* holds no relevant pair"),
+]
+
+
+@pytest.mark.parametrize("name, content, words", BROKEN, ids=[words for *_, words in BROKEN])
+def test_1i_errors_name_file_and_line(tmp_path, name, content, words):
+    folder = beir(tmp_path / "scifact")
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        read_beir(folder)
+
+
+def test_zstd(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(9))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(
+        ImportError, match=r"a.jsonl' is compressed by zstd, and reading it needs pip install zstandard"
+    ):
+        read_training_lines(tmp_path / "a.jsonl")
+    monkeypatch.delitem(sys.modules, "zstandard")
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "a.jsonl").write_bytes(zstandard.compress(b'{"query": "a", "pos": ["b"]}\n'))
+    assert read_training_lines(tmp_path / "a.jsonl").query_texts == ["a"]
