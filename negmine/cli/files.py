@@ -1,8 +1,8 @@
 """What options name, read: nothing in a file is ever executed; a callable is imported only where one is asked for.
 
 lists     .npy of one row number a query; .npz with indptr and indices; .json or .jsonl, a number or a list a query
-labels    .npy of ints or strings; any other file: a line a row
-texts     .jsonl, each line a string or an object with "text" or "query"; any other file: a line a row
+labels    .npy of ints or strings; a column of strings of a .parquet file ("path::column"); any other file: a line a row
+texts     .jsonl, each line a string or an object with "text" or "query"; .parquet as for labels; any other file: a line a row
 """
 
 import importlib
@@ -14,7 +14,7 @@ import numpy as np
 
 from negmine.cli.options import Reader
 from negmine.mining.numpy_file import names_in_npz, read_npy, read_npz
-from negmine.mining.regular_file import read_json
+from negmine.mining.regular_file import cause, open_regular, read_json
 from negmine.mining.text_files import read_jsonl, read_lines
 
 
@@ -49,7 +49,32 @@ def lines(name: str) -> list[str]:
     return [line for _, line in read_lines(name)]
 
 
+def _strings_of_table(name: str) -> list[str]:
+    """A column of strings of a Parquet file: "path::column", or the only such column."""
+    path, _, column = name.partition("::")
+    open_regular(path).close()
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(f"{name!r} needs pyarrow: pip install pyarrow") from error
+    try:
+        schema = parquet.read_schema(path)
+        kinds = {field.name: getattr(field.type, "value_type", field.type) for field in schema}
+        fitting = [key for key, kind in kinds.items() if str(kind) in ("string", "large_string", "string_view")]
+        if (column and column not in fitting) or (not column and len(fitting) != 1):
+            raise ValueError(f"its columns of strings are {', '.join(fitting) or 'none'}: name one as path::column")
+        held = parquet.read_table(path, columns=[column or fitting[0]]).column(0)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{name!r} must be a .parquet file with a column of strings ({cause(error)})") from error
+    if held.null_count:
+        raise ValueError(f"{name!r} must be a column of strings without nulls, got {held.null_count}")
+    return held.to_pylist()
+
+
 def texts(name: str) -> list[str]:
+    if Path(name.partition("::")[0]).suffix == ".parquet":
+        return _strings_of_table(name)
     if ".jsonl" not in Path(name).suffixes:
         return lines(name)
     found = []
@@ -63,6 +88,8 @@ def texts(name: str) -> list[str]:
 
 
 def labels(name: str) -> np.ndarray:
+    if Path(name.partition("::")[0]).suffix == ".parquet":
+        return np.array(_strings_of_table(name))
     return array(name) if Path(name).suffix == ".npy" else np.array(lines(name))
 
 

@@ -14,6 +14,7 @@ retrievers.py         several retrievers in one result
 batches.py            batches of queries that are hard for each other
 text_mining.py        from_texts: a model and texts in, negatives out
 sources.py            embeddings in arrays, tensors and files as one sequence of rows
+tables.py             embeddings in the columns of tables
 row_lists.py          lists of corpus rows per query: positives and exclusions
 memory_budget.py      how many queries and rows to process at a time
 process_ranks.py      communication where several processes hold the corpus

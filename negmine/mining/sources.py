@@ -7,6 +7,9 @@
     "rows.npy"                 memory-mapped
     "rows.safetensors::name"   a tensor of the file, memory-mapped; the name may be omitted if only one tensor has two dimensions
     "rows.parquet::column"     a column of lists of D floats; the name may be omitted if there is only one such column
+    "rows.arrow::column"       the same in an Arrow IPC file or stream (.arrow, .feather)
+    "rows.npz::name"           an array of the file, read into memory; the name may be omitted if there is only one
+    a table                    Arrow, pandas, polars or datasets: see tables.py
 
 float64 rows are rounded to float32 as they are read.
 
@@ -29,10 +32,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from negmine.mining.numpy_file import names_in_npz, read_npz
+from negmine.mining.regular_file import cause
+from negmine.mining.tables import is_vector, matrix, rows_of
 from negmine.ops.checks import refuse, require_stored
 from negmine.ops.vectors import for_kernels
 
-FORMS = "an array, a tensor, the path of a .npy, .safetensors or .parquet file, or a list of those"
+FORMS = (
+    "an array, a tensor, the path of a .npy, .safetensors or .parquet file, or a list of those, "
+    "or a table of Arrow, pandas, polars or datasets"
+)
 PARQUET_ROWS = 4096  # decoded at a time
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 HASHED_ROWS = 2048  # rows in memory at a time while hashing
@@ -45,9 +54,15 @@ def open_shard(op: str, name: str, value: Any) -> Tensor | np.ndarray:
         path = Path(text)
         reader = READERS.get(path.suffix)
         if reader is None or not path.is_file() or (inner and path.suffix == ".npy"):
-            raise refuse(op, name, "the path of an existing .npy, .safetensors or .parquet file", str(value))
+            wanted = (
+                "the path of an existing .npy, .safetensors or .parquet file, or of an .npz, .arrow or .feather file"
+            )
+            raise refuse(op, name, wanted, str(value))
         return reader(op, name, path, inner)
     if not isinstance(value, (np.ndarray, Tensor)):
+        rows = rows_of(op, name, value)
+        if rows is not None:
+            return rows
         raise refuse(op, name, FORMS, type(value).__name__, TypeError)
     if isinstance(value, Tensor):
         require_stored(op, name, value)
@@ -55,7 +70,7 @@ def open_shard(op: str, name: str, value: Any) -> Tensor | np.ndarray:
 
 
 def _damaged(op: str, name: str, path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{op}: {name} must be a whole {path.suffix} file, got {str(path)!r} ({error})")
+    return ValueError(f"{op}: {name} must be a whole {path.suffix} file, got {str(path)!r} ({cause(error)})")
 
 
 def _missing_package(op: str, name: str, path: Path, package: str) -> ImportError:
@@ -101,10 +116,6 @@ def _open_parquet(op: str, name: str, path: Path, inner: str) -> np.ndarray:
     except ImportError as error:
         raise _missing_package(op, name, path, "pyarrow") from error
 
-    def is_vector(kind: Any) -> bool:
-        lists = (arrow.types.is_list, arrow.types.is_large_list, arrow.types.is_fixed_size_list)
-        return any(test(kind) for test in lists) and arrow.types.is_floating(kind.value_type)
-
     try:
         file = parquet.ParquetFile(path)
         schema = file.schema_arrow
@@ -124,18 +135,15 @@ def _open_parquet(op: str, name: str, path: Path, inner: str) -> np.ndarray:
             if batch is None:
                 break
             lists = batch.column(0)
-            values = lists.flatten()
-            if not dim and len(lists):
-                dim = len(values) // len(lists)
-            even = lists.null_count == 0 and values.null_count == 0 and len(values) == dim * len(lists)
-            if even and not arrow.types.is_fixed_size_list(lists.type):
-                even = bool((np.diff(lists.offsets.to_numpy()) == dim).all())
-            if not even:
+            part = matrix(lists)
+            if part is not None and len(part):
+                dim = dim or part.shape[1]
+            if part is None or (len(part) and part.shape[1] != dim):
                 raise refuse(
                     op, name, f"lists of one length without gaps in column {column!r}", f"{path} near row {rows}"
                 )
             try:
-                decoded.write(np.ascontiguousarray(values.to_numpy(zero_copy_only=False), dtype).data)
+                decoded.write(part.reshape(-1).data)
             except OSError as error:
                 where = f"{op}: {name}: no room in {tempfile.gettempdir()!r} for the rows of {str(path)!r}"
                 raise OSError(error.errno, f"{where} ({error.strerror}); TMPDIR names another folder") from error
@@ -144,10 +152,43 @@ def _open_parquet(op: str, name: str, path: Path, inner: str) -> np.ndarray:
         return np.memmap(decoded, dtype, "c", 0, (rows, dim)) if rows and dim else np.empty((rows, dim), dtype)
 
 
+def _open_arrow(op: str, name: str, path: Path, inner: str) -> np.ndarray:
+    try:
+        import pyarrow as arrow
+        from pyarrow import ipc
+    except ImportError as error:
+        raise _missing_package(op, name, path, "pyarrow") from error
+    try:
+        with arrow.OSFile(str(path)) as file:
+            is_file = file.read(6) == b"ARROW1"
+            file.seek(0)
+            table = (ipc.open_file if is_file else ipc.open_stream)(file).read_all()
+            table.validate(full=True)
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        raise _damaged(op, name, path, error) from error
+    fitting = [field.name for field in table.schema if is_vector(field.type)]
+    column = _choose_name(op, name, path, inner, fitting, "a column of lists of floats")
+    return rows_of(op, name, table.column(column))  # type: ignore[return-value]
+
+
+def _open_npz(op: str, name: str, path: Path, inner: str) -> np.ndarray:
+    try:
+        fitting = names_in_npz(path)
+        chosen = _choose_name(op, name, path, inner, fitting, "an array")
+        return read_npz(path, (chosen,))[chosen]
+    except ValueError as error:
+        if str(error).startswith(op):
+            raise
+        raise _damaged(op, name, path, error) from error
+
+
 READERS: dict[str, Callable[[str, str, Path, str], Tensor | np.ndarray]] = {
     ".npy": _open_npy,
     ".safetensors": _open_safetensors,
     ".parquet": _open_parquet,
+    ".npz": _open_npz,
+    ".arrow": _open_arrow,
+    ".feather": _open_arrow,
 }
 
 

@@ -1,0 +1,110 @@
+"""Embeddings in the columns of tables: Arrow, pandas, polars and Hugging Face datasets, without importing what is not in use.
+
+A column of vectors holds lists of D floats, or fixed-size lists. A frame whose columns are all numbers holds one row of D numbers
+in each of its rows. Rows are taken by position: labels of an index play no part.
+"""
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from negmine.ops.checks import refuse
+
+WANTED = "a table with one column of vectors, or one of its columns"
+
+
+def is_vector(kind: Any) -> bool:
+    """True for Arrow's type of lists of floats."""
+    from pyarrow import types
+
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return is_list and types.is_floating(kind.value_type)
+
+
+def matrix(lists: Any) -> np.ndarray | None:
+    """An Arrow array of lists of floats as (rows, D); None where lists are missing, of unequal length, or hold a null."""
+    from pyarrow import types
+
+    values = lists.flatten()
+    dim = len(values) // len(lists) if len(lists) else 0
+    even = lists.null_count == 0 and values.null_count == 0 and len(values) == dim * len(lists)
+    if even and not types.is_fixed_size_list(lists.type):
+        even = bool((np.diff(lists.offsets.to_numpy()) == dim).all())
+    if not even:
+        return None
+    dtype = np.dtype(lists.type.value_type.to_pandas_dtype())
+    return np.ascontiguousarray(values.to_numpy(zero_copy_only=False), dtype).reshape(len(lists), dim)
+
+
+def _from_arrow(op: str, name: str, column: Any) -> np.ndarray:
+    """(rows, D) of an Arrow array or chunked array."""
+    if not is_vector(column.type):
+        raise refuse(op, name, "a column of lists of floats", f"one of {column.type}", TypeError)
+    chunks = column.chunks if hasattr(column, "chunks") else [column]
+    parts: list[np.ndarray] = []
+    begin = 0
+    for chunk in chunks:
+        part = matrix(chunk)
+        if part is None or (len(part) and parts and part.shape[1] != parts[0].shape[1]):
+            raise refuse(op, name, "lists of one length without gaps", f"others near row {begin}")
+        if len(part):
+            parts.append(part)
+        begin += len(chunk)
+    if not parts:
+        return np.empty((0, max(0, getattr(column.type, "list_size", 0))), np.float32)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _from_table(op: str, name: str, table: Any) -> np.ndarray:
+    """The only column of vectors of an Arrow table."""
+    fitting = [field.name for field in table.schema if is_vector(field.type)]
+    if len(fitting) != 1:
+        came = f"columns of vectors {fitting}" if fitting else f"columns {table.schema.names}"
+        raise refuse(op, name, WANTED, came, TypeError)
+    return _from_arrow(op, name, table.column(fitting[0]))
+
+
+def _from_pandas(op: str, name: str, value: Any) -> np.ndarray:
+    if value.ndim == 2 and all(isinstance(kind, np.dtype) and kind.kind in "fiu" for kind in value.dtypes):
+        return value.to_numpy()
+    if value.ndim == 2:
+        if value.shape[1] != 1:
+            came = f"a DataFrame with columns {list(value.columns)}"
+            raise refuse(op, name, "a DataFrame of numbers, or a column of vectors", came, TypeError)
+        value = value.iloc[:, 0]
+    try:
+        rows = np.stack([np.asarray(row) for row in value.array])
+    except (ValueError, TypeError) as error:
+        raise refuse(op, name, "a column of vectors of one length", f"a Series of {value.dtype}", TypeError) from error
+    if rows.ndim != 2 or rows.dtype.kind != "f":
+        raise refuse(op, name, "a column of vectors of floats", f"a Series of {value.dtype}", TypeError)
+    return rows
+
+
+def rows_of(op: str, name: str, value: Any) -> np.ndarray | None:
+    """(rows, D) of a table or a column of a known package; None for any other value."""
+    package = type(value).__module__.partition(".")[0]
+    if package not in ("pandas", "polars", "pyarrow", "datasets") or package not in sys.modules:
+        return None
+    if package == "pandas" and hasattr(value, "iloc"):
+        return _from_pandas(op, name, value)
+    if package == "polars" and hasattr(value, "to_arrow"):
+        if hasattr(value, "schema") and all(kind.is_numeric() for kind in value.schema.values()):
+            return value.to_numpy()
+        value = value.to_arrow()
+    elif package == "datasets":
+        if not hasattr(value, "with_format"):
+            if not hasattr(value, "features"):
+                wanted = "a Dataset in memory: take its vectors to an array"
+                raise refuse(op, name, wanted, f"a {type(value).__name__}", TypeError)
+            return None
+        if not hasattr(value, "__len__") or not hasattr(value, "column_names") or isinstance(value, dict):
+            wanted = "one split of a dataset, in memory"
+            raise refuse(op, name, wanted, f"a {type(value).__name__}", TypeError)
+        value = value.with_format("arrow")[:]  # selected and shuffled as the dataset is
+    if hasattr(value, "schema") and hasattr(value, "column"):
+        return _from_table(op, name, value)
+    if hasattr(value, "flatten") or hasattr(value, "chunks"):
+        return _from_arrow(op, name, value)
+    return None
