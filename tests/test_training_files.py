@@ -208,3 +208,21 @@ def test_zstd(tmp_path, monkeypatch):
     zstandard = pytest.importorskip("zstandard")
     (tmp_path / "a.jsonl").write_bytes(zstandard.compress(b'{"query": "a", "pos": ["b"]}\n'))
     assert read_training_lines(tmp_path / "a.jsonl").query_texts == ["a"]
+
+
+def test_a_judges_scores_are_those_of_the_lines(tmp_path):
+    """A judge's scores of positives, promoted ones among them, stand beside its scores of negatives."""
+
+    def judge(pairs):
+        return [float(document.split()[-2]) / 100 for _, document in pairs]
+
+    result = negmine.mine_hard_negatives(
+        CORPUS[:2], CORPUS, [["d5"], ["d4", "d6"]], corpus_ids=IDS, query_texts=["one", "two"], corpus_texts=BODIES,
+        num_negatives=2, rescore=judge, rescore_candidates=K, promote=0.0,
+    )  # fmt: skip
+    result.to_jsonl(tmp_path / "o.jsonl")
+    for line, own in zip(lines(tmp_path / "o.jsonl"), ({5}, {4, 6}), strict=True):
+        assert {int(text.split()[1]) for text in line["pos"]} >= own
+        for side in ("pos", "neg"):
+            scores = [int(text.split()[1]) / 100 for text in line[side]]
+            np.testing.assert_allclose(line[f"{side}_scores"], scores, rtol=1e-6)

@@ -153,7 +153,7 @@ def mine_hard_negatives(
         lowest = lists.reduce(positive_scores.astype(np.float32), "min")  # (Q,)
         known = lists if include_positives else RowLists.empty(len(queries))
         result = _chosen(result, select, lowest, known, num_negatives, sampling_strategy, seed)
-    result = replace(result, positives=lists)
+    result = replace(result, positives=lists, positive_pair_scores=positive_scores.astype(np.float32))
     if verbose:
         print(result.summary())
     return Dataset.from_dict(_table(result, positive_scores, queries, documents, names, output_format, output_scores))

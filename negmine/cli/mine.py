@@ -225,8 +225,10 @@ def _plan(args: argparse.Namespace, arguments: dict[str, Any], select: Select, t
     said.append(f"memory: at most {memory / 2**20:,.0f} MiB beside the inputs")
 
     sample_q, sample_k = min(len(queries), SAMPLED_QUERIES), min(len(corpus), SAMPLED_ROWS)
-    left_out = ("positives", "exclude", "resume_dir", "show_progress_bar", *IN_DATA_SET)
-    options = {name: value for name, value in arguments.items() if name not in left_out and name != "index"}
+    left_out = ("exclude", "resume_dir", "show_progress_bar", "index", "promote", *IN_DATA_SET)
+    options = {
+        name: value for name, value in arguments.items() if name not in left_out and not name.startswith("rescore")
+    }
     where = torch.device("cpu")
     options["query_embeddings"] = queries.block(0, sample_q, where)
     options["corpus_embeddings"] = corpus.block(0, sample_k, where)

@@ -135,8 +135,15 @@ class Rescoring:
             options["sampling_temperature"],
         )
         found, chosen = choose(scores, indices, kept, Select(), *drawing)
+        keys, wanted = (
+            q * result.config["corpus_rows"] + rows for q, rows in (pairs, (positives.queries, positives.rows))
+        )
+        order = np.argsort(keys, kind="stable")
+        place = order[np.searchsorted(keys[order], wanted).clip(max=max(0, len(keys) - 1))] if len(keys) else keys
+        is_judged = keys[place] == wanted
         return replace(
             result,
+            positive_pair_scores=np.where(is_judged, judged[place], np.nan).astype(np.float32),
             indices=chosen,
             scores=found,
             positive_scores=anchor,
