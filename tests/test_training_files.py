@@ -226,3 +226,16 @@ def test_a_judges_scores_are_those_of_the_lines(tmp_path):
         for side in ("pos", "neg"):
             scores = [int(text.split()[1]) / 100 for text in line[side]]
             np.testing.assert_allclose(line[f"{side}_scores"], scores, rtol=1e-6)
+
+
+def test_unknown_scores_are_left_out_of_every_line_or_refused(result, tmp_path):
+    merged = negmine.mining.merge_retrievers([result, result])
+    with pytest.warns(UserWarning, match="pos_scores and neg_scores are left out"):
+        merged.to_jsonl(tmp_path / "o.jsonl")
+    assert list(lines(tmp_path / "o.jsonl")[0]) == ["query", "pos", "neg"]
+    for form in ("distillation", "pylate"):
+        with pytest.raises(
+            ValueError, match="form must be one without scores where the scores of positives are unknown"
+        ):
+            merged.to_jsonl(tmp_path / "p.jsonl", form=form)
+    assert not (tmp_path / "p.jsonl").exists()

@@ -105,6 +105,7 @@ def merge_retrievers(
         scores=merged_scores,
         sources=of_each,
         positive_scores=np.full(Q, np.nan, np.float32),
+        positive_pair_scores=None,
         num_valid=(indices >= 0).sum(1),
         skipped=hidden.count(),
         config=first.config | {"arguments": arguments},

@@ -24,7 +24,6 @@ from negmine.ops.checks import refuse, require_choice
 
 FORMS = ("flagembedding", "tevatron", "ms-swift", "sentence-transformers", "distillation", "pylate")
 FIXED_WIDTH = ("sentence-transformers", "distillation")  # a column for each negative
-WITH_SCORES = ("flagembedding", "distillation", "pylate")
 
 
 class TrainingRows:
@@ -42,9 +41,6 @@ class TrainingRows:
             self._bodies = _column(op, "corpus_texts", corpus_texts, result.corpus_texts, sizes[1])
             if corpus_titles is not None:
                 self._titles = _column(op, "corpus_titles", corpus_titles, None, sizes[1])
-        if form in WITH_SCORES and result.positive_pair_scores is None and (result.positives.sizes > 1).any():
-            wanted = "with the score of each positive, as mine_hard_negatives returns it"
-            raise refuse(op, "result", f"{wanted}, where form is {form!r} and a query has several", None)
         has_positive = result.positives.sizes > 0
         has_negative = result.num_valid > 0
         is_full = result.num_valid == result.indices.shape[1] if form in FIXED_WIDTH else has_negative
@@ -54,19 +50,32 @@ class TrainingRows:
             "have no negative": int((has_positive & ~has_negative).sum()),
             f"have fewer than {result.indices.shape[1]} negatives": int((has_positive & has_negative & ~is_full).sum()),
         }
+        self._pair_scores = self._scores_of_positives()  # (P,), or None where one is unknown
+        if self._pair_scores is None and form in ("distillation", "pylate"):
+            raise refuse(op, "form", "one without scores where the scores of positives are unknown", form)
         short = int(((result.num_valid < result.indices.shape[1])[self.used]).sum())
         self.short = short  # queries that have a row with fewer negatives than were asked for
+
+    def _scores_of_positives(self) -> np.ndarray | None:
+        """(P,) fp32, of each positive; None where one that has a row is unknown."""
+        result, scores = self.result, self.result.positive_pair_scores
+        if scores is None and (result.positives.sizes <= 1).all():
+            scores = result.positive_scores[result.positives.queries]
+        used = np.isin(result.positives.queries, self.used)
+        return scores if scores is not None and np.isfinite(scores[used]).all() else None
 
     def message(self) -> str:
         """How many queries are left out, and how many have fewer negatives than were asked for; empty if there are none."""
         parts = [f"{count:,} queries {why} and are left out" for why, count in self.left_out.items() if count]
         if self.short:
             parts.append(f"{self.short:,} queries have fewer than {self.result.indices.shape[1]} negatives")
+        if self._pair_scores is None and self.form == "flagembedding":
+            parts.append("scores of positives are unknown: pos_scores and neg_scores are left out")
         return "; ".join(parts)
 
     def warn(self) -> None:
-        """Warn of queries that are left out."""
-        if any(self.left_out.values()):
+        """Warn of queries and scores that are left out."""
+        if any(self.left_out.values()) or (self._pair_scores is None and self.form == "flagembedding"):
             warnings.warn(f"{self.op}: {self.message()}", UserWarning, stacklevel=3)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -106,8 +115,7 @@ class TrainingRows:
         positives = result.positives.rows[begin:end]
         some = result.indices[query] >= 0
         negatives, scores = result.indices[query][some], _plain(result.scores[query][some])
-        pair_scores = result.positive_pair_scores
-        own_scores = _plain(result.positive_scores[[query]] if pair_scores is None else pair_scores[begin:end])
+        own_scores = [] if self._pair_scores is None else _plain(self._pair_scores[begin:end])
         at = np.array([query])
         if form == "pylate":
             documents = result.document_names(np.r_[positives, negatives]).tolist()
@@ -121,7 +129,8 @@ class TrainingRows:
         (text,) = self._queries.strings(at)
         if form == "flagembedding":
             texts = {"pos": self._texts(positives), "neg": self._texts(negatives)}
-            yield {"query": text, **texts, "pos_scores": own_scores, "neg_scores": scores}
+            known = {} if self._pair_scores is None else {"pos_scores": own_scores, "neg_scores": scores}
+            yield {"query": text, **texts, **known}
         elif form == "tevatron":
             line: dict[str, Any] = {"query_id": str(result.query_names(at)[0]), "query": text}
             yield line | {
@@ -135,9 +144,9 @@ class TrainingRows:
             }
         else:
             columns = {f"negative_{i}": document for i, document in enumerate(self._texts(negatives), 1)}
-            for document, score in zip(self._texts(positives), own_scores, strict=True):
+            for i, document in enumerate(self._texts(positives)):
                 row: dict[str, Any] = {"anchor": text, "positive": document, **columns}
-                yield row | ({"label": [score, *scores]} if form == "distillation" else {})
+                yield row | ({"label": [own_scores[i], *scores]} if form == "distillation" else {})
 
 
 def _column(op: str, name: str, given: Any, own: Any, rows: int) -> Column:
