@@ -182,3 +182,106 @@ def test_refusal(arguments, options, error, words):
 def test_module_refusals():
     with pytest.raises(ValueError, match="SupConLoss: denominator must be"):
         negmine.SupConLoss(denominator="x")
+
+
+def simclr(views, temperature):
+    """NT-Xent written out: views (B, V, D), the mean over positives outside of the logarithm."""
+    (b, v, _), flat = views.shape, views.reshape(-1, views.shape[-1])
+    x = (flat @ flat.T / temperature).fill_diagonal_(-torch.inf)
+    image = torch.arange(b).repeat_interleave(v)
+    same = (image[:, None] == image) & ~torch.eye(b * v, dtype=torch.bool)
+    gap = x.logsumexp(1, keepdim=True) - x
+    return torch.where(same, gap, 0.0).sum(1).div(v - 1).mean()
+
+
+def test_views_against_themselves_are_simclr(any_backend):
+    views = unit(5, 3, 8, device=device_of(any_backend)).requires_grad_()
+    got = negmine.sup_con(views, None, temperature=0.5, backend=any_backend)
+    want = simclr(views.double().cpu(), 0.5)
+    torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-5)
+    grads = [torch.autograd.grad(value, views, retain_graph=True)[0] for value in (got, want)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    rows, stats = negmine.sup_con(views, None, reduction="none", return_stats=True, backend=any_backend)
+    assert rows.shape == stats.num_positives.shape == (5, 3) and bool((stats.num_positives == 2).all())
+    labels = torch.tensor([0, 1, 0, 2, -1], device=views.device)
+    _, stats = negmine.sup_con(views, None, labels, return_stats=True, backend=any_backend)
+    assert stats.num_positives[:, 0].tolist() == [5, 2, 5, 2, 0]
+
+
+@pytest.mark.parametrize("positives", ["out", "in"])
+@pytest.mark.parametrize("denominator", ["all", "own_positive", "negatives_only"])
+def test_positives_by_mask_and_by_weight(any_backend, positives, denominator):
+    """A mask of equal labels is the labels; weights of one value are the mask; other weights are a loop."""
+    device = device_of(any_backend)
+    query, keys = unit(5, 8, device=device), unit(20, 8, device=device, seed=1)
+    labels, key_labels = torch.arange(5, device=device) % 3, torch.arange(20, device=device) % 4
+    usable = torch.arange(20, device=device) % 5 > 0
+    options = {
+        "positives": positives,
+        "denominator": denominator,
+        "temperature": 0.3,
+        "key_mask": usable,
+        "reduction": "none",
+    }
+    mask = labels[:, None] == key_labels
+    weighted = any_backend if denominator != "own_positive" and positives == "out" else None
+    results = []
+    for given, backend in (
+        ({"query_labels": labels, "key_labels": key_labels}, any_backend),
+        ({"positive_mask": mask}, any_backend),
+        ({"positive_weights": mask * 0.25}, weighted),
+    ):
+        leaves = [query.clone().requires_grad_(), keys.clone().requires_grad_()]
+        rows = negmine.sup_con(*leaves, **given, **options, backend=backend)
+        results.append([rows, *torch.autograd.grad(rows.sum(), leaves)])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
+    weights = torch.rand(5, 20, device=device) * (torch.rand(5, 20, device=device) < 0.4)
+    weights[0] = 0
+    got = negmine.sup_con(query, keys, positive_weights=weights, **options, backend=weighted)
+    x, w = (query @ keys.T / 0.3).double().cpu(), weights.double().cpu()
+    for b in range(5):
+        columns = [k for k in range(20) if usable[k]]
+        kept = [k for k in columns if w[b, k] > 0]
+        total, mass, negatives = 0.0, sum(w[b, k] for k in kept), sum(x[b, k].exp() for k in columns if w[b, k] == 0)
+        for p in kept:
+            below = {"all": sum(x[b, k].exp() for k in columns), "negatives_only": negatives}.get(
+                denominator, negatives + x[b, p].exp()
+            )
+            ratio = x[b, p].exp() / below
+            total = total + w[b, p] / mass * (ratio if positives == "in" else -ratio.log())
+        want = 0.0 if not kept else (-torch.log(total) if positives == "in" else total)
+        assert float(got[b]) == pytest.approx(float(want), rel=1e-4, abs=1e-5)
+
+
+def test_views_share_their_masks(any_backend):
+    device = device_of(any_backend)
+    views, keys = unit(4, 2, 8, device=device), unit(9, 8, device=device, seed=1)
+    mask = torch.rand(4, 9, device=device) < 0.4
+    got = negmine.sup_con(views, keys, positive_mask=mask, reduction="none", backend=any_backend)
+    for v in range(2):
+        want = negmine.sup_con(views[:, v], keys, positive_mask=mask, reduction="none", backend=any_backend)
+        torch.testing.assert_close(got[:, v], want)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "query_labels must be a tensor, got None"),
+        ({"positive_mask": torch.ones(4, 9)}, "positive_mask must be a bool tensor"),
+        ({"positive_mask": torch.ones(4, 8) > 0}, r"positive_mask must be of shape \(4, 9\)"),
+        ({"positive_weights": torch.ones(4, 9) > 0}, "positive_weights must be a floating tensor"),
+        (
+            {"positive_mask": torch.ones(4, 9) > 0, "query_labels": torch.arange(4)},
+            "query_labels must be None where positive_mask",
+        ),
+        (
+            {"positive_weights": torch.ones(4, 9), "positive_mask": torch.ones(4, 9) > 0},
+            "positive_weights must be None where positive_mask",
+        ),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_refusals_of_positives(given, said):
+    with pytest.raises((ValueError, TypeError), match=f"sup_con: {said}"):
+        negmine.sup_con(unit(4, 8), unit(9, 8), **given)

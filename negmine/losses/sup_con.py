@@ -20,7 +20,7 @@ from negmine.ops import backends, checks
 from negmine.ops.backends import Kernels
 from negmine.ops.first_derivative import first_derivative_only
 from negmine.ops.logsumexp import LogSumExp, MeanScore
-from negmine.ops.negatives import check_labelled_keys
+from negmine.ops.negatives import labelled_pool
 from negmine.ops.pool import Pool, hide_masked_rows, pieces, pool_of_columns, usable
 from negmine.ops.vectors import disable_autocast, frozen, promoted, scale_of, widened
 from negmine.selection import summing_ops
@@ -112,13 +112,15 @@ def _of_piece(q: Tensor, keys: Tensor, scale: Tensor, lse: Tensor, pool: Pool, p
 
 def sup_con(
     query: Tensor,
-    keys: Tensor,
-    query_labels: Tensor,
-    key_labels: Tensor,
+    keys: Tensor | None,
+    query_labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
     *,
     temperature: float | Tensor = 0.07,
     positives: str = "out",
     denominator: str = "all",
+    positive_mask: Tensor | None = None,
+    positive_weights: Tensor | None = None,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -134,35 +136,48 @@ def sup_con(
                                          "own_positive"    the negatives and p alone (pytorch-metric-learning's NTXent)
                                          "negatives_only"  the negatives (decoupled)
 
-    query (B, D): carries gradient. keys (K, D): a queue, the batch itself, or both concatenated; keys that require grad get
-        one, frozen keys may be overwritten before backward.
+    query (B, D), or (B, V, D), V views of each sample, whose labels, ids and masks they share: carries gradient.
+    keys (K, D): a queue, the batch itself, or both concatenated; keys that require grad get one, frozen keys may be overwritten
+        before backward. None: the queries themselves, views included, no view against itself; the positives are then those
+        of the query's label, or without labels the other views of its sample (SimCLR). query_ids and key_ids are None then.
     query_labels (B,), key_labels (K,): whole numbers; equal = positive. A label of -1 is unknown and equals nothing: such a
         key is a negative of every query (the label queue of MoCo forms starts at -1).
+    positive_mask (B, K) bool, in the place of labels: True = positive; several labels a sample, say.
+    positive_weights (B, K) floating, of 0 or more, in the place of labels: 0 = negative, else positive with this weight in the
+        mean over P_b, such as the overlap of two sets of labels. No gradient flows to them.
     query_ids (B,) and key_ids (K,): equal = the same sample, neither positive nor negative.
     key_mask (K,) or (B, K) bool: True = usable.
     temperature, reduction, backend: as in info_nce. The public code also multiplies by T / base_temperature, 1 by default.
 
-    Returns the loss, fp32 (float64 for float64 input); with return_stats also SupConStats. A row without positives, or with
-    "negatives_only" without negatives, has loss 0 and no gradient, and counts in the mean. "in" <= "out" (Jensen).
+    Returns the loss, fp32 (float64 for float64 input); with return_stats also SupConStats. With "none" it is (B,) or (B, V). A
+    row without positives, or with "negatives_only" without negatives, has loss 0 and no gradient, and counts in the mean.
+    "in" <= "out" (Jensen). positive_weights with "in" or "own_positive" run on the reference.
     Raises ValueError or TypeError for input that does not fit, before any work.
     """
     op = "sup_con"
-    pool = check_labelled_keys(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
+    tags = (query_labels, key_labels, query_ids, key_ids)
+    given = _checked(op, query, keys, *tags, key_mask, positive_mask, positive_weights)
     temperature = checks.require_temperature(op, temperature)
     checks.require_choice(op, "positives", positives, ("out", "in"))
     checks.require_choice(op, "denominator", denominator, ("all", "own_positive", "negatives_only"))
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_bool(op, "return_stats", return_stats)
-    query, keys = promoted(query, keys)
-    kernels = backends.choose(op, summing_ops("logsumexp", keys), backend, (query, keys))
-    everything = pool._replace(query_labels=None, negative_labels=None)
+    views, weights = query.shape[:-1], given.weights
+    query, keys = promoted(given.query, given.keys)
+    needed = summing_ops("logsumexp", keys)
+    is_dense = weights is not None and (positives == "in" or denominator == "own_positive")
+    if is_dense and backend not in (None, "reference"):
+        why = "only the reference takes positive_weights with positives='in' or denominator='own_positive'"
+        raise backends.BackendUnavailable(f"{op}: backend {backend!r} cannot run this call ({why})")
+    kernels = backends.choose(op, needed, "reference" if is_dense else backend, (query, keys))
+    everything = given.everything
     if kernels is None:
         allowed = usable(everything, query, keys)
         rows, found = reference.sup_con(
             widened(query),
             frozen(keys, allowed),
-            query_labels,
-            key_labels,
+            positive_mask=usable(given.same, query, keys),
+            positive_weights=weights,
             temperature=temperature,
             positives=positives,
             denominator=denominator,
@@ -170,9 +185,85 @@ def sup_con(
         )
         stats = SupConStats(**found)
     else:
-        rows, stats = _from_kernels(kernels, query, keys, temperature, pool, everything, positives, denominator)
+        rows, stats = _from_kernels(kernels, query, keys, temperature, given, positives, denominator)
+    if len(views) == 2:
+        rows, stats = rows.view(views), SupConStats(stats[0].view(views), stats[1].view(views), stats[2])
     loss = reference.reduced(rows, reduction)
     return (loss, stats) if return_stats else loss
+
+
+class _Given(NamedTuple):
+    """The checked columns of a call, views as rows of their own."""
+
+    query: Tensor  # (B, D)
+    keys: Tensor  # (K, D)
+    everything: Pool
+    same: Pool  # the positives
+    others: Pool  # the negatives
+    weights: Tensor | None  # (B, K) of the positives
+
+
+def _checked(
+    op: str, query: Any, keys: Any, query_labels: Any, key_labels: Any, query_ids: Any, key_ids: Any, key_mask: Any,
+    positive_mask: Any, positive_weights: Any,
+) -> _Given:  # fmt: skip
+    checks.require_vectors(op, "query", query, "(B, D) or (B, V, D)", (2, 3))
+    B, V = query.shape[0], query.shape[1] if query.dim() == 3 else 1
+    rows = query.reshape(B * V, query.shape[-1])  # (B V, D)
+    by_pair = {"positive_mask": positive_mask, "positive_weights": positive_weights}
+    named = [name for name, value in by_pair.items() if value is not None]
+    if len(named) + (query_labels is not None or key_labels is not None) > 1:
+        name = named[-1] if len(named) > 1 else ("query_labels" if query_labels is not None else "key_labels")
+        raise checks.refuse(op, name, f"None where {named[0]} is given", by_pair.get(name, query_labels))
+    if keys is None:
+        for name, value in (("query_ids", query_ids), ("key_ids", key_ids), ("key_labels", key_labels)):
+            if value is not None:
+                raise checks.refuse(op, name, "None where keys are the queries themselves", value)
+        keys, own = rows, torch.arange(B * V, device=query.device)  # (B V,)
+        if query_labels is None and not named:
+            query_labels = torch.arange(B, device=query.device)
+        labels = None if query_labels is None else _of_views(op, "query_labels", query_labels, B, V)
+        query_labels, key_labels, query_ids, key_ids = labels, labels, own, own
+    else:
+        checks.require_vectors(op, "keys", keys, "(K, D)", (2,), query)
+        if not named:
+            for name, value in (("query_labels", query_labels), ("key_labels", key_labels)):
+                checks.require_tensor(op, name, value, query)
+        query_labels, query_ids = (
+            value if value is None else _of_views(op, name, value, B, V)
+            for name, value in (("query_labels", query_labels), ("query_ids", query_ids))
+        )
+    if isinstance(key_mask, Tensor) and key_mask.dim() == 2 and V > 1 and len(key_mask) == B:
+        key_mask = key_mask.repeat_interleave(V, 0)
+    masks = (key_mask, query_ids, key_ids, query_labels, key_labels)
+    others = labelled_pool(op, rows, keys, *masks)
+    everything = others._replace(query_labels=None, negative_labels=None)
+    if not named:
+        return _Given(rows, keys, everything, others._replace(same_label=True), others, None)
+    name, value = named[0], by_pair[named[0]]
+    checks.require_tensor(op, name, value, query)
+    shapes = [(B, len(keys)), (B * V, len(keys))]
+    if tuple(value.shape) not in shapes:
+        raise checks.refuse(op, name, f"of shape {checks.describe(shapes)}", value)
+    if name == "positive_mask" and value.dtype != torch.bool:
+        raise checks.refuse(op, name, "a bool tensor (True = positive)", value, TypeError)
+    if name == "positive_weights" and not value.is_floating_point():
+        raise checks.refuse(op, name, "a floating tensor of 0 or more", value, TypeError)
+    value = value.detach() if len(value) == B * V else value.detach().repeat_interleave(V, 0)  # (B V, K)
+    positive = value if value.dtype == torch.bool else value > 0
+    allowed = everything.negative_mask
+    same, others = (
+        everything._replace(negative_mask=kept if allowed is None else kept & allowed) for kept in (positive, ~positive)
+    )
+    return _Given(rows, keys, everything, same, others, None if value.dtype == torch.bool else value)
+
+
+def _of_views(op: str, name: str, tags: Any, B: int, V: int) -> Tensor:
+    """Tags (B,) of samples as those of their views (B V,)."""
+    checks.require_tensor(op, name, tags)
+    if tuple(tags.shape) != (B,):
+        raise checks.refuse(op, name, f"of shape ({B},)", tags)
+    return tags if V == 1 else tags.repeat_interleave(V)
 
 
 def _from_kernels(
@@ -180,21 +271,22 @@ def _from_kernels(
     query: Tensor,
     keys: Tensor,
     temperature: float | Tensor,
-    negatives: Pool,
-    everything: Pool,
+    given: _Given,
     positives: str,
     denominator: str,
 ) -> tuple[Tensor, SupConStats]:
     """Loss (B,) and statistics from the kernels; meaning as reference.sup_con."""
     scale = scale_of(temperature, query)
-    same = negatives._replace(same_label=True)
-    columns = everything if denominator == "all" else negatives
+    same, columns = given.same, given.everything if denominator == "all" else given.others
     sums, num_kept, *_ = LogSumExp.apply(query, keys, scale[None], None, 0, None, kernels, *columns)
     lse = sums[0]  # (B,)
     if denominator == "own_positive":
         rows, count = OwnPositive.apply(query, keys, scale, lse, positives, *same)
         return rows, SupConStats(lse.detach(), count, (count == 0).sum())
-    if positives == "out":
+    if given.weights is not None:
+        score, count = _weighted_score(query, keys, given.weights, same)
+        pull = score * scale  # (B,)
+    elif positives == "out":
         score, count = MeanScore.apply(query, keys, kernels, *same)
         pull = score * scale  # (B,)
     else:
@@ -203,6 +295,17 @@ def _from_kernels(
     some = (count > 0) & (num_kept > 0)  # (B,)
     rows = torch.where(some, lse.masked_fill(~some, 0.0) - pull, 0.0)
     return rows, SupConStats(lse.detach(), count, (~some).sum())
+
+
+def _weighted_score(query: Tensor, keys: Tensor, weights: Tensor, same: Pool) -> tuple[Tensor, Tensor]:
+    """Mean score of the positives by their weights (B,), and how many there are (B,): one product of weights and keys."""
+    allowed = usable(same, query, keys)
+    assert allowed is not None  # of positive_weights
+    kept = weights.float().masked_fill(~allowed, 0.0)  # (B, K)
+    share = kept / kept.sum(1, keepdim=True).masked_fill(~allowed.any(1, keepdim=True), 1.0)
+    with disable_autocast(query.device):
+        mean = share @ torch.where(allowed.any(0)[:, None], widened(keys), 0.0)  # (B, D)
+    return (widened(query) * mean).sum(1), allowed.sum(1)
 
 
 class SupConLoss(ScheduledLoss):
@@ -248,14 +351,14 @@ class SupConLoss(ScheduledLoss):
     def forward(
         self,
         query: Tensor,
-        keys: Tensor,
-        query_labels: Tensor,
-        key_labels: Tensor,
+        keys: Tensor | None,
+        query_labels: Tensor | None = None,
+        key_labels: Tensor | None = None,
         *,
         step: int | Tensor | None = None,
         **masks: Any,
     ) -> Any:
-        """masks: query_ids, key_ids, key_mask of sup_con."""
+        """masks: positive_mask, positive_weights, query_ids, key_ids, key_mask of sup_con."""
         options = at_step({"temperature": self.temperature, **self.options}, self.count(step, query)) | masks
         return self.gathering.labelled(sup_con, query, keys, query_labels, key_labels, options)
 

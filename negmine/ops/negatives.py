@@ -144,5 +144,19 @@ def check_labelled_keys(
     require_vectors(op, "keys", keys, "(K, D)", (2,), query)
     for name, labels in (("query_labels", query_labels), ("key_labels", key_labels)):
         require_tensor(op, name, labels, query)
+    return labelled_pool(op, query, keys, key_mask, query_ids, key_ids, query_labels, key_labels)
+
+
+def labelled_pool(
+    op: str,
+    query: Tensor,
+    keys: Tensor,
+    key_mask: Any,
+    query_ids: Any,
+    key_ids: Any,
+    query_labels: Any,
+    key_labels: Any,
+) -> Pool:
+    """The pool of checked keys (K, D) by their masks and tags, which are checked here; labels may be None."""
     names = ("key_mask", "key_ids", "key_labels")
     return _pool(op, query, keys, key_mask, query_ids, key_ids, query_labels, key_labels, None, names)

@@ -148,15 +148,19 @@ def info_nce(
 def sup_con(
     query: Tensor,
     keys: Tensor,
-    query_labels: Tensor,
-    key_labels: Tensor,
+    query_labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
     *,
     temperature: Tensor | float = 0.07,
     positives: str = "out",
     denominator: str = "all",
+    positive_mask: Tensor | None = None,
+    positive_weights: Tensor | None = None,
     usable: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of each row (B,) and its statistics, with P = usable keys of the query's label; -1 is unknown.
+
+    P may be given by positive_mask (B, K) bool, or by positive_weights (B, K), 0 for a negative, which weigh the means over P.
 
         "out"  mean over p in P of -log(e^x_p / den_p)         "in"  -log of the mean over p in P of e^x_p / den_p
         den_p: "all" every usable key; "own_positive" the negatives and p; "negatives_only" the negatives
@@ -164,7 +168,15 @@ def sup_con(
     """
     x = scores_of(query, keys, usable) / temperature  # (B, K)
     usable = torch.ones_like(x, dtype=torch.bool) if usable is None else usable
-    same = usable & (query_labels[:, None] == key_labels) & (query_labels != -1)[:, None]  # (B, K)
+    weights = None  # (B, K)
+    if positive_weights is not None:
+        positive_mask = positive_weights > 0
+        weights = positive_weights.to(x.dtype).masked_fill(~(usable & positive_mask), 0.0)
+    if positive_mask is not None:
+        same = usable & positive_mask  # (B, K)
+    else:
+        assert query_labels is not None and key_labels is not None
+        same = usable & (query_labels[:, None] == key_labels) & (query_labels != -1)[:, None]  # (B, K)
     has_positive = same.any(1)  # (B,)
     columns = usable if denominator == "all" else usable & ~same
     lse = x.masked_fill(~columns, -torch.inf).masked_fill(~columns.any(1, keepdim=True), 0.0).logsumexp(1)
@@ -174,11 +186,12 @@ def sup_con(
         below = torch.logaddexp(below, x)
     some = has_positive & (columns.any(1) | (denominator == "own_positive"))  # (B,)
     log_ratio = (x - below).masked_fill(~(same & some[:, None]), 0.0 if positives == "out" else -torch.inf)  # (B, K)
-    count = same.sum(1).clamp_min(1)
+    mass = (same if weights is None else weights).sum(1).masked_fill(~has_positive, 1).to(x.dtype)  # (B,)
     if positives == "out":
-        loss = -log_ratio.sum(1) / count
+        loss = -(log_ratio if weights is None else weights * log_ratio).sum(1) / mass
     else:
-        loss = count.to(x.dtype).log() - log_ratio.masked_fill(~some[:, None], 0.0).logsumexp(1)
+        terms = log_ratio if weights is None else log_ratio + weights.masked_fill(~same, 1.0).log()  # (B, K)
+        loss = mass.log() - terms.masked_fill(~some[:, None], 0.0).logsumexp(1)
     stats = {"logsumexp": lse.detach(), "num_positives": same.sum(1), "num_without_positive": (~some).sum()}
     return loss.masked_fill(~some, 0.0), stats
 
