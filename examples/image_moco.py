@@ -158,7 +158,7 @@ class Clock:
             self.marks = []
 
 
-def train(args: argparse.Namespace, images: Images, ranks: Ranks) -> list[dict[str, float]]:
+def train(args: argparse.Namespace, images: Images, ranks: Ranks) -> tuple[MoCo, list[dict[str, float]]]:
     """Train one recipe; the measures at each evaluation. Runs of one seed see the same start, batches and views."""
     torch.manual_seed(args.seed)
     device = ranks.device
@@ -243,7 +243,7 @@ def train(args: argparse.Namespace, images: Images, ranks: Ranks) -> list[dict[s
                 unfinished.replace(args.checkpoint)
     if clock.step:
         results[-1] |= {"step_ms": statistics.median(clock.step), "loss_ms": statistics.median(clock.loss)}
-    return results
+    return model, results
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -282,7 +282,7 @@ def main() -> None:
     ranks = Ranks(args.device)
     images = load(args.data, args.size, args.root)
     images = Images(*(part[: 2000 if args.quick else None].to(ranks.device) for part in images))
-    results = train(args, images, ranks)
+    _, results = train(args, images, ranks)
     if ranks.rank == 0:
         for found in results:
             print(

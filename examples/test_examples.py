@@ -15,7 +15,7 @@ import negmine
 
 HERE = Path(__file__).resolve().parent
 TOOLS = ("image_tools.py", "test_examples.py")
-LONG = ("image_moco.py",)  # an experiment with many options rather than a first script
+LONG = ("difficulty.py", "image_moco.py")  # experiments with many options rather than first scripts
 SCRIPTS = sorted(path.name for path in HERE.glob("*.py") if path.name not in TOOLS)
 
 # What a script needs beside what `make venv` installs.
@@ -27,6 +27,10 @@ RESULTS = {
     "clip_two_ranks.py": (
         r"whole batch: (\S+)\nrecall@1 of 2 ranks: (\S+)",
         lambda gap, recall: gap < 1e-3 and recall > 0.5,
+    ),
+    "difficulty.py": (
+        r"same class, 0.0% to 0.1%: (\S+)\n(?:.*\n)*same class, 50.0% to 100.0%: (\S+)\noverlap: (\S+)\noverlap by chance: (\S+)",
+        lambda hardest, easiest, overlap, chance: hardest > 3 * easiest and overlap > 2 * chance,
     ),
     "image_moco.py": (
         r"step +20 +k-NN (\S+) +linear probe (\S+) .*\n.*\((\d+)%\)",
@@ -71,11 +75,11 @@ def test_every_script_has_a_result():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_quick(script):
+def test_quick(script, tmp_path):
     missing = [name for name in NEEDS.get(script, ()) if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"{script} needs {', '.join(missing)}")
-    done = run(script, "--quick")
+    done = run(script, "--quick", *(["--csv", str(tmp_path / "runs.csv")] if script == "difficulty.py" else []))
     assert done.returncode == 0, done.stderr[-2000:]
     pattern, is_right = RESULTS[script]
     found = re.search(pattern, done.stdout)
@@ -121,12 +125,12 @@ OPTIONS = {
 def test_image_moco_takes_any_recipe(image_moco, recipe, monkeypatch):
     monkeypatch.setattr(image_moco, "evaluate", lambda model, images: {"knn": 0.0})
     run = tiny_run(image_moco, "--recipe", recipe, "--option", *OPTIONS.get(recipe, []))
-    assert image_moco.train(*run)[-1]["step"] == 4
+    assert image_moco.train(*run)[1][-1]["step"] == 4
 
 
 def test_image_moco_goes_on_where_it_stopped(image_moco, monkeypatch, tmp_path):
     arguments = "--recipe", "mochi", "--option", *OPTIONS["mochi"]
-    whole = image_moco.train(*tiny_run(image_moco, *arguments))
+    _, whole = image_moco.train(*tiny_run(image_moco, *arguments))
 
     measures = image_moco.evaluate
     called = []
@@ -142,7 +146,7 @@ def test_image_moco_goes_on_where_it_stopped(image_moco, monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         image_moco.train(*run)
     monkeypatch.setattr(image_moco, "evaluate", measures)
-    resumed = image_moco.train(*run)
+    _, resumed = image_moco.train(*run)
     for name in ("step", "knn", "probe", "alignment", "uniformity"):
         assert [row[name] for row in resumed] == [row[name] for row in whole], name
 
