@@ -122,3 +122,33 @@ def test_help_is_grouped_with_an_example_for_each_format():
         assert words in said
     for words in ("--beir scifact", "--collection collection.tsv", "--data old.jsonl", "--dry-run", "--compat"):
         assert words in said[said.index("examples, one for each format") :]
+
+
+MODEL = """
+import zlib, numpy as np
+class Words:
+    def encode(self, texts):
+        return np.stack([np.random.default_rng(zlib.crc32(t.encode())).standard_normal(16) for t in texts])
+words = Words()
+"""
+
+
+def test_a_beir_folder_and_a_model_become_training_data(folder, capsys):
+    (folder / "embedder.py").write_text(MODEL)
+    words = ["mine", "--beir", "beir", "--model", "embedder:words", "--num-negatives", "2", "--query-prompt", "find: "]
+    words += ["--output", "t.jsonl", "--form", "sentence-transformers"]
+    assert main([*words, "--dry-run"]) == 0 and not (folder / "t.jsonl").exists()
+    assert "embedding 16 texts: about 0:0" in capsys.readouterr().out
+    assert main(words) == 0
+    found = lines("t.jsonl")
+    assert len(found) == 5 and set(found[0]) == {"anchor", "positive", "negative_1", "negative_2"}
+    assert {line["anchor"] for line in found} == {f"query {i}" for i in (0, 1, 2, 4)}
+    assert main([*words, "--overwrite", "--query-embeddings", "q.npy"]) == 2
+    assert "--query-embeddings is given without --model only" in capsys.readouterr().err
+    assert main(["mine", "--beir", "beir", "--model", "embedder.py", "--output", "u.jsonl"]) == 2
+    assert "must be the folder of a model, or module:name" in capsys.readouterr().err
+    compat = ["mine", "--compat", "flagembedding", "--input_file", "in.jsonl", "--output_file", "out.jsonl"]
+    (folder / "in.jsonl").write_text('{"query": "a", "pos": ["b"], "neg": ["c", "d"]}\n')
+    compat += ["--embedder_name_or_path", "embedder:words", "--query_instruction_for_retrieval", "find: "]
+    assert main([*compat, "--range_for_sampling", "0-3", "--negative_number", "2"]) == 0
+    assert sorted(lines("out.jsonl")[0]["neg"]) == ["c", "d"]

@@ -107,6 +107,32 @@ def imported(name: str) -> Any:
         sys.path.remove("")
 
 
+def model(name: str) -> Any:
+    """The embedding model in a folder, or `module:name`.
+
+    A folder of model2vec is opened by that package, any other by sentence-transformers, which also takes the name of a model.
+    """
+    path = Path(name)
+    if not path.exists() and ":" in name:
+        return imported(name)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{name!r} must be the folder of a model, or module:name")
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    package = "model2vec" if kind == "model2vec" else "sentence_transformers"
+    try:
+        library = importlib.import_module(package)
+    except ImportError as error:
+        wanted = f"pip install {package.replace('_', '-')}"
+        raise ImportError(f"{name!r} is a model that needs {package}: {wanted}") from error
+    try:
+        if package == "model2vec":
+            return library.StaticModel.from_pretrained(path)
+        return library.SentenceTransformer(name)
+    except Exception as error:  # each library raises its own kinds
+        raise ValueError(f"{name!r} is no model that {package} can open ({cause(error)})") from error
+
+
 def _similarities(words: list[str]) -> dict[str, Any]:
     """Each word [title=]matrix.npy or [title=]module:function."""
     found = {}
@@ -132,6 +158,7 @@ def _options(words: list[str]) -> dict[str, float]:
     return found
 
 
+MODEL = Reader(model, "FOLDER|MODULE:NAME")
 EMBEDDINGS = Reader(_one_or_all, "FILE", "+")
 LISTS, LABELS, TEXTS = (Reader(read, "FILE") for read in (lists, labels, texts))
 SIMILARITIES = Reader(_similarities, "FILE", "+")

@@ -66,8 +66,10 @@ def parser() -> argparse.ArgumentParser:
         "--embedder-name-or-path",
         "--embedder",
         metavar="MODULE:NAME",
-        help="a callable from a list of texts to (n, D) numbers, or an object with encode and perhaps encode_queries",
+        help="a folder of sentence-transformers or model2vec; or module:name of a callable from a list of texts to (n, D) "
+        "numbers, or of an object with encode and perhaps encode_queries",
     )
+    made.add_argument("--query-instruction-for-retrieval", default="", metavar="TEXT", help="put before each query")
     made.add_argument("--query-embeddings", nargs="+", metavar="FILE", help="instead: a row a line of the input")
     made.add_argument(
         "--corpus-embeddings", nargs="+", metavar="FILE", help="instead: a row a text of the corpus, in its order"
@@ -120,7 +122,8 @@ def _embedded(args: argparse.Namespace, queries: list[str], corpus: list[str]) -
     if args.embedder_name_or_path:
         if any(by_files):
             raise ValueError("give an embedder or files of embeddings, not both")
-        model = files.imported(args.embedder_name_or_path)
+        model = files.model(args.embedder_name_or_path)
+        queries = [args.query_instruction_for_retrieval + query for query in queries]
         encode = getattr(model, "encode", model)
         made = (getattr(model, "encode_queries", encode)(queries), encode(corpus))
     elif all(by_files):

@@ -14,7 +14,7 @@ import torch
 from negmine.cli import files, flagembedding
 from negmine.cli.options import Reader, add_options, given
 from negmine.cli.outputs import add_overwrite, check_outputs
-from negmine.mining import MiningResult, NegativeIndex, mine_hard_negatives
+from negmine.mining import MiningResult, NegativeIndex, from_texts, mine_hard_negatives
 from negmine.mining.memory_budget import DEFAULT_MEMORY
 from negmine.mining.progress import clock
 from negmine.mining.sources import Rows
@@ -39,18 +39,22 @@ READERS = {
 NO_OPTION = ("select", "process_group")  # select is given by its own fields; a process group is made by a program
 NO_FIELD = ("sample", "replace")  # mine_hard_negatives refuses them: num_negatives and sampling_strategy draw
 DATA_SET = ("beir", "data", "collection")  # options that name a data set with texts, ids and positives
+EMBEDDED = ("query_embeddings", "corpus_embeddings")
+EMBEDDING = ("query_prompt", "corpus_prompt", "encode_batch_size", "normalize", "cache_dir")  # arguments of from_texts
 IN_DATA_SET = ("positives", "query_ids", "corpus_ids", "query_texts", "corpus_texts")
 GROUPS = {
-    "inputs as arrays": ("query_embeddings", "corpus_embeddings", *IN_DATA_SET, "exclude"),
+    "inputs as arrays": (*EMBEDDED, *IN_DATA_SET, "exclude"),
     "which negatives": (
         "range_mode", "positive_aggregation", "num_negatives", "sampling_strategy", "sampling_temperature", "seed",
         "deduplicate", "near_duplicate_score", "count_skipped",
     ),
 }  # fmt: skip
-SAMPLED_QUERIES, SAMPLED_ROWS = 256, 1 << 14  # mined by a dry run to measure the rate
+SAMPLED_QUERIES, SAMPLED_ROWS, SAMPLED_TEXTS = 256, 1 << 14, 64  # mined and embedded by a dry run to measure the rate
 EXAMPLES = """
 examples, one for each format:
-  a BEIR folder, embeddings in the order of its files, to training data for sentence-transformers
+  a BEIR folder and a model, to training data for sentence-transformers
+    negmine mine --beir scifact --model all-MiniLM-L6-v2 --output train.jsonl --form sentence-transformers
+  the same with embeddings, in the order of the folder's files
     negmine mine --beir scifact --query-embeddings q.npy --corpus-embeddings c.npy \\
       --relative-margin 0.05 --num-negatives 5 --output train.jsonl --form sentence-transformers
   MS MARCO
@@ -90,6 +94,13 @@ def add(commands: Any, words: Sequence[str] = ()) -> None:
         "--data", metavar="JSONL", help="lines of FlagEmbedding, Tevatron or ms-swift, each with a positive"
     )
 
+    embedding = parser.add_argument_group("embeddings of texts by a model")
+    embedding.add_argument(
+        "--model",
+        metavar="FOLDER|MODULE:NAME",
+        help="of sentence-transformers or model2vec, or a callable of texts, imported",
+    )
+    made = add_options(embedding, from_texts, only=EMBEDDING)
     names: list[str] = []
     grouped = {name for group in GROUPS.values() for name in group}
     for title, members in GROUPS.items():
@@ -119,10 +130,13 @@ def add(commands: Any, words: Sequence[str] = ()) -> None:
         choices=["flagembedding"],
         help="options and output of another miner; see --compat flagembedding --help",
     )
-    if any(word.partition("=")[0] == f"--{name}" for word in words for name in DATA_SET):
-        for action in parser._actions:
-            action.required = action.required and action.dest not in IN_DATA_SET
-    parser.set_defaults(run=lambda args: run(parser, args, names, fields))
+    options = {word.partition("=")[0] for word in words}
+    unneeded = (IN_DATA_SET if options & {f"--{name}" for name in DATA_SET} else ()) + (
+        EMBEDDED if "--model" in options else ()
+    )
+    for action in parser._actions:
+        action.required = action.required and action.dest not in unneeded
+    parser.set_defaults(run=lambda args: run(parser, args, names, fields, made))
 
 
 def _is_training_data(name: str | None) -> bool:
@@ -141,6 +155,12 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"{sets[0]} holds --{name.replace('_', '-')}: leave it out")
     if any((args.collection, args.queries, args.qrels)) and not all((args.collection, args.queries, args.qrels)):
         parser.error("--collection, --queries and --qrels belong together")
+    for name in EMBEDDED if args.model else EMBEDDING:
+        if hasattr(args, name):
+            when = "without --model" if args.model else "with --model"
+            parser.error(f"--{name.replace('_', '-')} is given {when} only")
+    if args.model and not sets and not (hasattr(args, "query_texts") and hasattr(args, "corpus_texts")):
+        parser.error("--model needs --query-texts and --corpus-texts, or a data set")
     if args.split and not args.beir:
         parser.error("--split needs --beir")
     require_choice(OP, "form", args.form, FORMS)
@@ -167,7 +187,7 @@ def _arguments(args: argparse.Namespace, names: list[str], texts: TextSet | None
         return arguments
     arguments |= {"query_ids": texts.query_ids, "corpus_ids": texts.corpus_ids, "positives": texts.positives}
     arguments |= {"query_texts": texts.query_texts, "corpus_texts": texts.corpus_texts}
-    if texts.query_rows is not None:
+    if texts.query_rows is not None and not args.model:
         rows = Rows.open(OP, "--query-embeddings", arguments["query_embeddings"])
         if len(rows) == texts.queries_in_file:
             kept = np.array(texts.query_rows, np.int64)
@@ -175,15 +195,23 @@ def _arguments(args: argparse.Namespace, names: list[str], texts: TextSet | None
     return arguments
 
 
-def run(parser: argparse.ArgumentParser, args: argparse.Namespace, names: list[str], fields: list[str]) -> int:
+def run(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, names: list[str], fields: list[str], made: list[str]
+) -> int:
+    """names, fields and made: the options of mine_hard_negatives, Select and from_texts."""
     _check(parser, args)
     select = Select(**given(args, fields))
+    model = files.model(args.model) if args.model else None
     texts = _read(args)
     arguments = _arguments(args, names, texts)
     if args.dry_run:
-        print(_plan(args, arguments, select, texts))
+        print(_plan(args, arguments, select, texts, model))
         return 0
-    result = mine_hard_negatives(**arguments, select=select)
+    if model is None:
+        result = mine_hard_negatives(**arguments, select=select)
+    else:
+        sides = {side: arguments.pop(f"{name}_texts") for side, name in (("queries", "query"), ("corpus", "corpus"))}
+        result = from_texts(model, **sides, **arguments, **given(args, made), select=select)
     for name in (args.output, args.jsonl):
         if name == args.jsonl or _is_training_data(name):
             _write(result, name, args.form, texts)
@@ -207,10 +235,10 @@ def _write(result: MiningResult, name: str | None, form: str, texts: TextSet | N
         print(f"negmine: {warning.message}", file=sys.stderr)
 
 
-def _plan(args: argparse.Namespace, arguments: dict[str, Any], select: Select, texts: TextSet | None) -> str:
+def _plan(
+    args: argparse.Namespace, arguments: dict[str, Any], select: Select, texts: TextSet | None, model: Any
+) -> str:
     """What a run would read and write, how much memory it would take, and how long, from the rate of a small run."""
-    queries = Rows.open(OP, "--query-embeddings", arguments["query_embeddings"])
-    corpus = Rows.open(OP, "--corpus-embeddings", arguments["corpus_embeddings"])
     said = []
     for path in [] if texts is None else texts.files:
         said.append(f"reads {path}, {path.stat().st_size:,} bytes")
@@ -218,27 +246,36 @@ def _plan(args: argparse.Namespace, arguments: dict[str, Any], select: Select, t
         said.append(
             f"{len(texts.query_ids):,} of {texts.queries_in_file:,} queries have a positive; the others are left out"
         )
-    for name, rows in (("query", queries), ("corpus", corpus)):
-        said.append(f"{name} embeddings: {len(rows):,} rows of D = {rows.dim}, {rows.dtype}")
-    count = len(queries) * arguments.get("num_negatives", 3)
-    memory = (arguments.get("max_memory_bytes") or DEFAULT_MEMORY) + 12 * count
-    said.append(f"memory: at most {memory / 2**20:,.0f} MiB beside the inputs")
+    if model is None:
+        queries, corpus = (Rows.open(OP, name, arguments[name]) for name in EMBEDDED)
+        sizes = (len(queries), len(corpus))
+        most = zip((queries, corpus), (SAMPLED_QUERIES, SAMPLED_ROWS), strict=True)
+        sample = [rows.block(0, min(len(rows), count), torch.device("cpu")) for rows, count in most]
+    else:
+        columns = [arguments["query_texts"], arguments["corpus_texts"]]
+        sizes = (len(columns[0]), len(columns[1]))
+        begin = time.monotonic()
+        encode = getattr(model, "encode", getattr(model, "embed", model))
+        sample = [torch.as_tensor(np.asarray(encode(list(column[:SAMPLED_TEXTS])), np.float32)) for column in columns]
+        seconds = (time.monotonic() - begin) * sum(sizes) / sum(map(len, sample))
+        rate = f"measured on {sum(map(len, sample)):,} texts"
+        said.append(f"embedding {sum(sizes):,} texts: about {clock(seconds)}, {rate}")
+    for name, count, rows in zip(EMBEDDED, sizes, sample, strict=True):
+        said.append(f"{name}: {count:,} rows of D = {rows.shape[1]}, {str(rows.dtype).removeprefix('torch.')}")
+    memory = (arguments.get("max_memory_bytes") or DEFAULT_MEMORY) + 12 * sizes[0] * arguments.get("num_negatives", 3)
+    memory += 0 if model is None else 4 * sum(sizes) * sample[0].shape[1]
+    said.append(f"memory: at most {memory / 2**20:,.0f} MiB beside the {'texts' if model else 'inputs'}")
 
-    sample_q, sample_k = min(len(queries), SAMPLED_QUERIES), min(len(corpus), SAMPLED_ROWS)
-    left_out = ("exclude", "resume_dir", "show_progress_bar", "index", "promote", *IN_DATA_SET)
+    left_out = ("exclude", "resume_dir", "show_progress_bar", "index", "promote", *IN_DATA_SET, *EMBEDDED)
     options = {
         name: value for name, value in arguments.items() if name not in left_out and not name.startswith("rescore")
     }
-    where = torch.device("cpu")
-    options["query_embeddings"] = queries.block(0, sample_q, where)
-    options["corpus_embeddings"] = corpus.block(0, sample_k, where)
-    if sample_q and sample_k:
+    if all(map(len, sample)):
         begin = time.monotonic()
-        mine_hard_negatives(**options, positives=[0] * sample_q, select=select)
-        taken = time.monotonic() - begin
-        seconds = taken * len(queries) * len(corpus) / (sample_q * sample_k)
-        rate = f"measured on {sample_q:,} queries and {sample_k:,} rows"
-        said.append(f"time: about {clock(seconds)} for an exact search, {rate}, texts and embeddings not counted")
+        mine_hard_negatives(sample[0], sample[1], [0] * len(sample[0]), **options, select=select)
+        seconds = (time.monotonic() - begin) * sizes[0] * sizes[1] / (len(sample[0]) * len(sample[1]))
+        rate = f"measured on {len(sample[0]):,} queries and {len(sample[1]):,} rows"
+        said.append(f"time: about {clock(seconds)} for an exact search, {rate}")
     said += [f"would write {name}" for name in (args.output, args.jsonl) if name]
     return "\n".join([*said, "nothing was written"])
 
