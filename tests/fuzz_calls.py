@@ -426,6 +426,7 @@ def dataset(case: Case) -> tuple[dict, str]:
     if case.chance(0.3):
         return {**call, "k": case.draw.choice([1, 7, K + 2])}, "index"
     call["positives"] = torch.randint(0, K, (Q,), generator=case.generator)
+    call["query_ids"] = range(Q)  # equal rows are different queries
     if case.chance(0.2):
         call |= {name: call[name].nan_to_num(0.0, 0.0, 0.0) for name in list(call)[:2]}  # it refuses what is not finite
         return {**call, "samples_per_bin": 2, "num_queries": case.draw.choice([None, 3])}, "hardness_report"

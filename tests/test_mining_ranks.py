@@ -18,6 +18,12 @@ RUNS = {
     "fractions": {"select": Select(0.01, 0.3, max_score=0.6), "sampling_strategy": "weighted"},
     "raw": {"select": Select(1, 400, relative_margin=0.05), "range_mode": "raw", "positive_aggregation": "mean"},
     "exact": {"deduplicate": "exact", "num_negatives": 30},
+    "texts": {
+        "corpus_texts": [f"text {row % 560}" for row in range(K)],
+        "query_texts": [f"text  {200 + row // 2}" for row in range(Q)],
+        "query_ids": [row // 3 for row in range(Q)],
+        "num_negatives": 30,
+    },
     "near": {"deduplicate": "near", "near_duplicate_score": 0.4, "num_negatives": 5, "select": Select(3)},
 }
 
@@ -79,6 +85,9 @@ def test_ranks_mine_what_one_process_mines(world, tmp_path):
                 if (name, dtype) in got[rank]:
                     want = negmine.mine_hard_negatives(q, c, positives, exclude=exclude, **options)
                     assert (want.indices >= 0).any(), name
+                    if name == "texts":
+                        reasons = ("own_text", "equal_to_positive", "duplicate")
+                        assert all(want.skipped[reason] > 0 for reason in reasons)
                     same_result(got[rank][name, dtype], want)
         same_result(got[rank]["resumed"], alone)
         same_result(got[rank]["again"], alone)

@@ -11,6 +11,7 @@ cross_encoder theirs is left unused where no score filter is given; ours always 
 random        theirs draws from Python's global state; ours by `seed`. An open window is drawn from its first 10 num_negatives.
 strategy      a word that is neither "top" nor "random" is refused.
 cache_folder  their key names the model; ours sees what the model computes, so that a model trained further finds nothing old.
+own text      theirs may return the query itself where the corpus holds it; ours never does, nor two documents of one text.
 similarity    cosine, as theirs with use_faiss=True; theirs without takes the model's own function.
 """
 
@@ -131,6 +132,7 @@ def mine_hard_negatives(
     options |= {"backend": backend, "index": "Flat" if use_faiss else "exact"}
     options |= {"batch_size": faiss_batch_size} if use_faiss else {}
     options |= {"count_skipped": verbose}  # what is counted is printed
+    options |= {"query_texts": queries, "corpus_texts": documents}
     found = (query_rows, corpus_rows)
     if cross_encoder is None and not include_positives:
         result = mine(
