@@ -16,7 +16,7 @@ import negmine
 HERE = Path(__file__).resolve().parent
 TOOLS = ("image_tools.py", "test_examples.py")
 LONG = ("difficulty.py", "image_moco.py")  # experiments with many options rather than first scripts
-SCRIPTS = sorted(path.name for path in HERE.glob("*.py") if path.name not in TOOLS)
+SCRIPTS = sorted(path.name for path in HERE.iterdir() if path.suffix in (".py", ".sh") and path.name not in TOOLS)
 
 # What a script needs beside what `make venv` installs.
 NEEDS = {
@@ -24,6 +24,7 @@ NEEDS = {
 }
 # The numbers of its last lines, and what must be true of them.
 RESULTS = {
+    "beir_to_training_file.sh": (r"(\d+) lines in .*; the first:\n.*negative_5", lambda lines: lines == 300),
     "clip_two_ranks.py": (
         r"whole batch: (\S+)\nrecall@1 of 2 ranks: (\S+)",
         lambda gap, recall: gap < 1e-3 and recall > 0.5,
@@ -60,11 +61,11 @@ with stand_ins():
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, f"examples/{script}"]
+    command = [sys.executable if script.endswith(".py") else "bash", f"examples/{script}"]
     if script == "metric_learning_pml.py":
         prefix = f"import sys; sys.argv = ['examples/{script}', *sys.argv[1:]]"
         command = [sys.executable, "-c", prefix + WITH_STAND_INS]
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, *arguments], cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=400
     )
@@ -91,8 +92,8 @@ def test_quick(script, tmp_path):
 def test_the_text_of_a_script(script):
     text = (HERE / script).read_text()
     assert len(text.splitlines()) <= 120 or script in LONG
-    usage = text.split('"""')[1]
-    assert f"python examples/{script}" in usage and "--quick" in usage
+    usage = text.split('"""' if script.endswith(".py") else "'")[1]
+    assert f"examples/{script} --quick" in usage
     assert f"examples/{script}" in (HERE.parent / "README.md").read_text()
 
 
