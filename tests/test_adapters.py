@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 import negmine
 from negmine.adapters import lightly, open_clip
-from negmine.adapters.pytorch_metric_learning import CrossBatchMemory, NegmineMiner
+from negmine.adapters.pytorch_metric_learning import CrossBatchMemory, DistributedLossWrapper, NegmineMiner
 from tests import compare
 from tests.cases import unit
 from tests.conftest import device_of
@@ -348,16 +348,39 @@ def test_cross_batch_memory_with_a_negmine_loss(any_backend):
 
 # Refusals ---------------------------------------------------------------------------------------------------------
 
+
+def test_3g_a_label_of_minus_one_is_a_class(any_backend):
+    """As in pytorch-metric-learning; negmine's own functions take it for unknown."""
+    theirs = peer("pytorch_metric_learning.miners").BatchHardMiner()
+    device = device_of(any_backend)
+    embeddings, labels = unit(6, D, device=device), torch.tensor([-1, -1, -1, 2, 2, 2], device=device)
+    got = NegmineMiner("hard", "hardest", triplets=True, backend=any_backend)(embeddings, labels)
+    assert len(got[0]) == 6 and as_set(*got) == as_set(*theirs(embeddings, labels))
+    values = []
+    for classes in (labels, labels + 7):
+        memory = CrossBatchMemory(negmine.MultiSimilarityLoss(backend=any_backend), D, 16).to(device)
+        values += [memory(embeddings, classes) + memory(embeddings, classes)]
+    assert torch.equal(*values)
+
+
+def test_3h_reset_queue_forgets_what_is_stored():
+    memory, fresh = (CrossBatchMemory(negmine.SupConLoss(), D, 16) for _ in range(2))
+    memory(unit(6, D), torch.arange(6) % 3)
+    memory.reset_queue()
+    call = unit(6, D, seed=1), torch.arange(6) % 3
+    assert len(memory.memory) == 0 and torch.equal(memory(*call), fresh(*call))
+
+
 e0, l0 = torch.randn(4, D), torch.arange(4)
 memory = CrossBatchMemory(negmine.SupConLoss(), D, 8)
 REFUSALS = [
     (lightly.NTXentLoss, (0.0,), {}, ValueError, "NTXentLoss: temperature must be a number above 0"),
     (lightly.NTXentLoss, (), {"memory_bank_size": 64}, ValueError, "memory_bank_size must be 0 or (rows, dim), got 64"),
     (lightly.NTXentLoss, (), {"memory_bank_size": (64, 0)}, ValueError, "memory_bank_size must be 0 or (rows, dim)"),
-    (lightly.NTXentLoss, (), {"gather_distributed": True}, ValueError, "False without a memory bank"),
+    (lightly.NTXentLoss, (), {"gather_distributed": 1}, TypeError, "NTXentLoss: gather_distributed must be True or"),
     (lightly.NTXentLoss(), (e0, e0[:2]), {}, ValueError, "NTXentLoss: out1 must be of out0's shape (4, 8)"),
     (lightly.DCLLoss(), (e0.long(), e0), {}, TypeError, "DCLLoss: out0 must be a floating tensor"),
-    (lightly.DCLWLoss, (), {"gather_distributed": True}, ValueError, "DCLWLoss: gather_distributed must be False"),
+    (lightly.DCLWLoss, (), {"gather_distributed": 1}, TypeError, "DCLWLoss: gather_distributed must be True or False"),
     (lightly.DCLLoss, (-1.0,), {}, ValueError, "DCLLoss: temperature must be a number above 0"),
     (open_clip.ClipLoss, (), {"use_horovod": True}, ValueError, "ClipLoss: use_horovod must be False"),
     (open_clip.ClipLoss, (), {"world_size": 0}, ValueError, "ClipLoss: world_size must be an int of 1 or more"),
@@ -387,6 +410,8 @@ REFUSALS = [
         ValueError,
         "miner must be None with a negmine",
     ),
+    (DistributedLossWrapper, (negmine.SupConLoss(),), {}, TypeError, "loss must be a CrossBatchMemory of this module"),
+    (DistributedLossWrapper, (memory, True), {}, ValueError, "efficient must be False with a CrossBatchMemory"),
     (memory, (e0, l0, (l0, l0, l0)), {}, ValueError, "indices_tuple must be None: the pairs come from the miner"),
     (memory, (e0, l0), {"enqueue_mask": l0}, ValueError, "enqueue_mask must be a bool tensor of shape (4,)"),
     (memory, (e0[:, :3], l0), {}, ValueError, "embeddings must be of shape (B, D) with query's D = 8"),

@@ -5,6 +5,7 @@ that the one before it left no rank behind.
 """
 
 import ast
+import contextlib
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import negmine
 from negmine import Mix, MoCoQueue, Negatives, Select
+from negmine.adapters import lightly as adapted
+from negmine.adapters.pytorch_metric_learning import CrossBatchMemory, DistributedLossWrapper
 from negmine.collectives import Ranks
 from negmine.losses import gathered
 from negmine.mining import scan
@@ -100,6 +103,10 @@ def everyone(bad):
     return torch.ones(B, B * dist.get_world_size() + bad, dtype=torch.bool)
 
 
+def memory_over_ranks():
+    return DistributedLossWrapper(CrossBatchMemory(negmine.SupConLoss(), D, 20))
+
+
 GATHER = {"gather_distributed": True}
 # name: (what is done, where `bad` is true on one rank; part of what that rank says, or None where the ranks only disagree)
 BAD = {
@@ -144,6 +151,14 @@ BAD = {
     "3a MultiSimilarityLoss: labels": (  # seen only once the keys are gathered
         lambda bad: labelled(negmine.MultiSimilarityLoss(**GATHER), bad, query_labels=torch.arange(B + 1)),
         "query_labels must be of shape (4,)",
+    ),
+    "3a DistributedLossWrapper: labels": (
+        lambda bad: memory_over_ranks()(unit(B, D), torch.arange(B + bad)),
+        "labels must be of shape (4,)",
+    ),
+    "3a DistributedLossWrapper: indices": (  # seen only once the rows are gathered
+        lambda bad: memory_over_ranks()(unit(B, D), torch.arange(B), (1,) if bad else None),
+        "indices_tuple must be None",
     ),
     "3b mining: dtypes": (lambda bad: mine(bad, deduplicate="near", corpus=unit(9, D).half()), None),
     "3b mining: seeds": (lambda bad: mine(bad, seed=1), None),
@@ -356,7 +371,43 @@ def through_a_checkpoint(rank, world, folder):
     return *results, f"{folder}/checkpoint"
 
 
+# Adapters ---------------------------------------------------------------------------------------------------------
+
+
+def of_peers():
+    """name: (ours, theirs), losses of other packages that gather by themselves; those that are installed."""
+    pairs = {}
+    with contextlib.suppress(ImportError):
+        import lightly.loss as theirs
+
+        for name in ("DCLLoss", "DCLWLoss", "NTXentLoss"):
+            pairs[name] = [getattr(module, name)(0.3, **GATHER) for module in (adapted, theirs)]
+    with contextlib.suppress(ImportError):
+        from pytorch_metric_learning import losses
+        from pytorch_metric_learning.utils.distributed import DistributedLossWrapper as TheirWrapper
+
+        ours = DistributedLossWrapper(CrossBatchMemory(losses.ContrastiveLoss(), D, 20))
+        pairs["CrossBatchMemory"] = [ours, TheirWrapper(losses.CrossBatchMemory(losses.ContrastiveLoss(), D, 20))]
+    return pairs
+
+
+def adapters(rank, world, folder):
+    """Loss and gradient of a few steps, of ours and of theirs."""
+    out = {}
+    for name, pair in of_peers().items():
+        for step in range(4):
+            made = []
+            for loss in pair:
+                rows = unit(B, D, seed=10 * step + rank).requires_grad_()
+                other = torch.arange(B) % 3 if name == "CrossBatchMemory" else unit(B, D, seed=99 - rank)
+                value = loss(rows, other)
+                made.append([value.detach(), *torch.autograd.grad(value, rows)])
+            out[name, step] = made
+    return out
+
+
 CASES = {
+    "adapters": adapters,
     "checkpoint": through_a_checkpoint,
     "patches": patches,
     "bad": bad_calls,
@@ -421,7 +472,7 @@ def test_ranks_keep_their_rows_under_ddp(got):
         twin.enqueue(unit(B, D, seed=rank), ids=torch.arange(B))
     assert torch.equal(torch.cat([answer["ddp"][1]["queue"] for answer in got]), twin.queue)
     assert torch.equal(torch.cat([answer["ddp"][1]["queue_ids"] for answer in got]), twin.queue_ids)
-    assert all(answer["ddp"][2] == ["queue_ptr", "queue_len"] for answer in got)
+    assert all(answer["ddp"][2] == ["queue_ptr", "queue_len", "num_refused"] for answer in got)
 
 
 def test_2e_ranks_run_the_patches_as_they_run_what_they_patch(got):
@@ -443,3 +494,11 @@ def test_3_distributed_checkpoints_load_into_any_number_of_ranks(got):
     assert torch.equal(one.sharded.ids, torch.cat([answer["checkpoint"][0][1] for answer in got]))
     assert torch.equal(one.shared.queue, saved[2]) and torch.equal(one.layer.weight, saved[3])
     assert len(one.sharded) == K + 1 and int(one.sharded.queue_ptr) == int(saved[4])
+
+
+def test_ranks_have_the_losses_of_other_packages(got):
+    for answer in got:
+        for (name, step), (ours, theirs) in answer["adapters"].items():
+            torch.testing.assert_close(
+                ours, theirs, rtol=1e-4, atol=1e-6, msg=lambda m, n=name, s=step: f"{n}, {s}: {m}"
+            )

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from negmine import reference
+from negmine.losses.gathered import Gathering
 from negmine.losses.info_nce import info_nce
 from negmine.losses.methods import positive_weights
 from negmine.losses.schedules import refuse_recomputation
@@ -33,12 +34,13 @@ def _unit(op: str, out0: Any, out1: Any) -> tuple[Tensor, Tensor]:
     return F.normalize(out0, dim=1), F.normalize(out1, dim=1)
 
 
-def _both_views(out0: Tensor, out1: Tensor, **options: Any) -> Tensor:
-    """info_nce of every view against its other view and all views of other images: (2B,)."""
+def _both_views(gathering: Gathering, out0: Tensor, out1: Tensor, **options: Any) -> Tensor:
+    """info_nce of every view against its other view and all views of other images, of all ranks if gathered: (2B,)."""
     views = torch.cat([out0, out1])  # (2B, D)
-    image = torch.arange(len(out0), device=out0.device).repeat(2)  # (2B,)
-    negatives = Negatives(views, ids=image)
-    return info_nce(views, torch.cat([out1, out0]), negatives, query_ids=image, reduction="none", **options)
+    first = gathering.rank * len(out0)  # ranks hold equally many images
+    image = torch.arange(first, first + len(out0), device=out0.device).repeat(2)  # (2B,)
+    options |= {"query_ids": image, "reduction": "none"}
+    return gathering.paired(info_nce, views, torch.cat([out1, out0]), Negatives(views, ids=image), options)
 
 
 class NTXentLoss(nn.Module):
@@ -47,8 +49,7 @@ class NTXentLoss(nn.Module):
     memory_bank_size: 0, or (rows, dim). The bank is `memory_bank`, a MoCoQueue; differences from lightly's, all of them its bugs:
     it travels in state_dict (lightly's is not persistent), a batch that reaches past its end wraps around (lightly drops the rest
     and starts over), and it is not copied at every step.
-    gather_distributed: gathers what enters the bank from every rank. Without a bank it is refused: negatives of a batch are not
-    gathered here.
+    gather_distributed: gathers what enters the bank from every rank; without a bank, the views of every rank, with gradient.
     forward(out0, out1), each (B, D): normalises, returns the mean loss; in train mode the bank takes out1 where out0 requires
     grad.
     """
@@ -67,8 +68,7 @@ class NTXentLoss(nn.Module):
         size = [memory_bank_size] if isinstance(memory_bank_size, int) else list(memory_bank_size)
         if size != [0] and (len(size) != 2 or min(size) < 1):
             raise checks.refuse(op, "memory_bank_size", "0 or (rows, dim)", memory_bank_size)
-        if gather_distributed and size == [0]:
-            raise checks.refuse(op, "gather_distributed", "False without a memory bank", gather_distributed)
+        self.gathering = Gathering(op, gather_distributed, None)
         self.temperature, self.backend = temperature, backend
         self.memory_bank = None
         if size != [0]:
@@ -81,7 +81,7 @@ class NTXentLoss(nn.Module):
             refuse_recomputation("NTXentLoss")
         options: dict[str, Any] = {"temperature": self.temperature, "backend": self.backend}
         if self.memory_bank is None:
-            return reference.reduced(_both_views(out0, out1, **options), "mean")
+            return reference.reduced(_both_views(self.gathering, out0, out1, **options), "mean")
         loss = info_nce(out0, out1, self.memory_bank, **options)
         if self.training and out0.requires_grad:
             self.memory_bank.enqueue(out1)
@@ -99,7 +99,7 @@ class DCLLoss(nn.Module):
         loss = mean over the 2B views of -w x_pos + log sum over the views of other images of exp(x),   x = s / temperature
 
     weight_fn(out0, out1) -> (B,): w, called once a direction. A batch of one image has no negatives: loss 0, where lightly's is
-    -inf. gather_distributed=True is refused: negatives of a batch are not gathered here.
+    -inf. gather_distributed: the negatives of every rank, with gradient.
     """
 
     def __init__(
@@ -113,13 +113,14 @@ class DCLLoss(nn.Module):
         super().__init__()
         op = type(self).__name__
         temperature = checks.require_temperature(op, temperature)
-        if gather_distributed:
-            raise checks.refuse(op, "gather_distributed", "False", gather_distributed)
+        self.gathering = Gathering(op, gather_distributed, None)
         self.temperature, self.weight_fn, self.backend = temperature, weight_fn, backend
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         out0, out1 = _unit(type(self).__name__, out0, out1)
-        rows = _both_views(out0, out1, temperature=self.temperature, decoupled=True, backend=self.backend)  # (2B,)
+        rows = _both_views(
+            self.gathering, out0, out1, temperature=self.temperature, decoupled=True, backend=self.backend
+        )  # (2B,)
         if self.weight_fn is not None and len(out0) > 1:
             weight = torch.cat([self.weight_fn(out0, out1), self.weight_fn(out1, out0)])  # (2B,)
             x_positive = score_of_positive(out0, out1).repeat(2) / self.temperature

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from negmine.collectives import Ranks
 from negmine.losses import SupConLoss
 from negmine.losses.mined_pairs import MultiSimilarityLoss
 from negmine.losses.schedules import ScheduledLoss, refuse_recomputation
@@ -19,6 +20,14 @@ from negmine.losses.triplet import TripletLoss
 from negmine.losses.triplet_mining import check_rule, mine_triplets
 from negmine.ops import checks
 from negmine.queues.moco import MoCoQueue
+
+CLASS_OF_MINUS_ONE = -(2**62)  # a label of -1 is a class in pytorch-metric-learning and unknown in negmine
+
+
+def _classes(labels: Tensor) -> Tensor:
+    """Labels as negmine takes them: all of them classes."""
+    return labels.masked_fill(labels == -1, CLASS_OF_MINUS_ONE) if isinstance(labels, Tensor) else labels
+
 
 LABEL_LOSSES = (TripletLoss, MultiSimilarityLoss, SupConLoss)
 
@@ -85,10 +94,56 @@ class NegmineMiner(ScheduledLoss):
         else:
             keys = F.normalize(ref_emb, dim=1)
         assert ref_labels is not None
+        labels, ref_labels = _classes(labels), _classes(ref_labels)
         found = mine_triplets(
             query, keys, labels, ref_labels, step=self.count(None, embeddings), **self.options, **masks
         )
         return found.compact() if self.triplets else found.pairs()
+
+
+class DistributedLossWrapper(nn.Module):
+    """pytorch-metric-learning's DistributedLossWrapper around the CrossBatchMemory of this module.
+
+    forward(embeddings, labels, indices_tuple=None, enqueue_mask=None): gathers the rows of all ranks, in rank order, stores them
+    on each, and returns the loss of all of them, times the number of ranks: DistributedDataParallel, which averages, then has
+    the gradient of that loss. Only this rank's rows carry gradient here. What one rank refuses is raised on all.
+    loss: a CrossBatchMemory of this module; theirs goes into their wrapper, as do losses without a memory. efficient: refused, as
+    it is there with a memory.
+    """
+
+    def __init__(self, loss: nn.Module, efficient: bool = False) -> None:
+        super().__init__()
+        op = "DistributedLossWrapper"
+        if not isinstance(loss, CrossBatchMemory):
+            raise checks.refuse(op, "loss", "a CrossBatchMemory of this module", type(loss).__name__, TypeError)
+        if efficient:
+            raise checks.refuse(op, "efficient", "False with a CrossBatchMemory", efficient)
+        self.loss = loss
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, indices_tuple: Any = None, enqueue_mask: Tensor | None = None
+    ) -> Any:
+        op, ranks = "DistributedLossWrapper", Ranks()
+        if ranks.size == 1:
+            return self.loss(embeddings, labels, indices_tuple, enqueue_mask)
+        device = embeddings.device if isinstance(embeddings, Tensor) else None
+        with ranks.agreement(op, device) as call:
+            checks.require_vectors(op, "embeddings", embeddings, "(B, D)", (2,), self.loss.memory.queue)
+            for name, given in (("labels", labels), ("enqueue_mask", enqueue_mask)):
+                if name == "labels" or given is not None:
+                    checks.require_tensor(op, name, given, embeddings)
+                    if given is not None and given.shape != embeddings.shape[:1]:
+                        raise checks.refuse(op, name, f"of shape ({len(embeddings)},)", given)
+            call.facts = {"embeddings": embeddings.dtype, "labels": labels.dtype, "has mask": enqueue_mask is not None}
+            call.counters = {"seen": self.loss.seen}
+            call.count = len(embeddings)
+        first = sum(call.counts[: ranks.rank])
+        rows = ranks.gather_rows(embeddings.detach(), call.counts)
+        rows = torch.cat([rows[:first], embeddings, rows[first + len(embeddings) :]])
+        labels = ranks.gather_rows(labels, call.counts)
+        mask = None if enqueue_mask is None else ranks.gather_rows(enqueue_mask, call.counts)
+        with ranks.agreement(f"{op}, after gathering", device):
+            return self.loss(rows, labels, indices_tuple, mask) * ranks.size
 
 
 class CrossBatchMemory(nn.Module):
@@ -119,6 +174,11 @@ class CrossBatchMemory(nn.Module):
         self.loss, self.miner = loss, miner
         self.memory = MoCoQueue(embedding_size, memory_size, with_ids=True, with_labels=True, random_init=False)
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # rows ever stored: the id of the next
+
+    def reset_queue(self) -> None:
+        """Forget what is stored."""
+        self.memory.reset()
+        self.seen.zero_()
 
     def forward(
         self,
@@ -151,7 +211,8 @@ class CrossBatchMemory(nn.Module):
             memory, memory_ids, memory_labels, _ = self.memory.stored_columns()
             valid = torch.arange(len(memory), device=memory.device) < self.memory.queue_len  # (K,)
             masks = {"query_ids": own, "key_ids": memory_ids, "key_mask": valid}
-            return self.loss(embeddings, memory, labels, memory_labels, **masks)
+            assert memory_labels is not None
+            return self.loss(embeddings, memory, _classes(labels), _classes(memory_labels), **masks)
         memory, memory_labels, memory_ids = self.memory.keys, self.memory.labels, self.memory.ids
         assert memory_labels is not None and memory_ids is not None
         if self.miner is not None:

@@ -56,6 +56,11 @@ class Gathering:
         checks.require_bool(op, "gather_distributed", gather_distributed)
         self.op, self.wanted, self.process_group = op, gather_distributed, process_group
 
+    @property
+    def rank(self) -> int:
+        """This rank, or 0 where nothing is gathered."""
+        return Ranks(self.process_group).rank if self.wanted else 0
+
     def paired(
         self, loss: Callable[..., Any], query: Any, positive_key: Any, negative_keys: Any, options: dict[str, Any]
     ) -> Any:
