@@ -106,7 +106,8 @@ def _of_piece(q: Tensor, keys: Tensor, scale: Tensor, lse: Tensor, pool: Pool, p
     rows = hide_masked_rows(keys[part].float(), pool)
     same = usable(pool, q, rows)
     assert same is not None  # the pool has labels
-    gap = lse[:, None] - scale * reference.scores_of(q, rows)  # (B, C)
+    gap = lse[:, None] - scale * reference.scores_of(q, rows, same)  # (B, C)
+    rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0.0)  # 0 times what a mask hides must be 0
     return same, -F.softplus(gap), gap.sigmoid(), rows
 
 
