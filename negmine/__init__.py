@@ -18,13 +18,14 @@ else:
     from negmine.losses.sup_con import SupConLoss, sup_con
     from negmine.losses.triplet import TripletLoss, triplet_loss
     from negmine.mining import NegativeIndex, mine_hard_negatives
-    from negmine.options import FalseNegatives, Mix, Negatives, Select, Weight
+    from negmine.options import FalseNegatives, Guide, Mix, Negatives, Select, Weight
     from negmine.queues.moco import MoCoQueue
     from negmine.report import hardness_report
     from negmine.selection import logsumexp, mine_hardest, mix_negatives, quantile, rank_thresholds
 
 __all__ = [
     "FalseNegatives",
+    "Guide",
     "InfoNCELoss",
     "Mix",
     "MoCoQueue",

@@ -1,7 +1,7 @@
-"""The option objects: Select, Mix, Weight and FalseNegatives say how negatives are treated, Negatives says which ones there are.
+"""The option objects: Select, Mix, Weight and FalseNegatives say how negatives are treated, Negatives and Guide which there are.
 
 The first four are frozen dataclasses that hold numbers only, so that the same object serves every batch, device and backend; each
-refuses an invalid value when it is made. Negatives holds the tensors of one call.
+refuses an invalid value when it is made. Negatives and Guide hold the tensors of one call.
 """
 
 import math
@@ -368,17 +368,68 @@ class FalseNegatives:
 
 
 @dataclass(frozen=True, eq=False)
-class Negatives:
-    """The keys that serve as negatives, with their ids, labels and mask.
+class Guide:
+    """False negatives that a second pair of embeddings gives away (GISTEmbed, Solatorio 2024, arXiv 2402.16829).
 
-    keys (K, D), shared by all queries; or (B, M, D), each query's own; or None for in-batch negatives: the positives of the other
-        rows. fp32, bf16, fp16 or float64.
+        g_j = query . keys_j,   g_pos = query . positive
+        column j is masked where g_j > g_pos - margin, or with `relative` where g_j > g_pos - |g_pos| margin
+
+    query (B, G), positive (B, G): the guide's embeddings of the queries and of their positives.
+    keys (K, G), or (B, M, G) beside keys that are each query's own; None: `positive`, for in-batch negatives.
+    The comparison is strict, and a NaN masks nothing. The positive itself is never masked, wherever its row is gathered. Scores
+    are raw inner products; no gradient flows through them. G may differ from D. One dtype for all three: fp32, bf16, fp16 or
+    float64.
+    Raises TypeError or ValueError for what cannot be meant.
+    """
+
+    query: Tensor
+    positive: Tensor
+    keys: Tensor | None
+    _: KW_ONLY
+    margin: float = 0.0
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        for name, dims, shapes in (
+            ("query", (2,), "(B, G)"),
+            ("positive", (2,), "(B, G)"),
+            ("keys", (2, 3), "(K, G) or (B, M, G)"),
+        ):
+            value = getattr(self, name)
+            if name == "keys" and value is None:
+                continue
+            if not isinstance(value, Tensor):
+                raise TypeError(f"Guide: {name} must be a tensor, got {type(value).__name__}")
+            got = f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+            if not value.is_floating_point() or value.dtype != self.query.dtype:
+                wanted = "a floating tensor" if name == "query" else "of query's dtype"
+                raise TypeError(f"Guide: {name} must be {wanted}, got {got}")
+            if value.dim() not in dims or value.shape[-1] != self.query.shape[-1] or value.shape[-1] == 0:
+                raise ValueError(f"Guide: {name} must be of shape {shapes} with G of 1 or more, query's G, got {got}")
+        if self.positive.shape != self.query.shape:
+            shape = tuple(self.positive.shape)
+            raise ValueError(f"Guide: positive must be of query's shape {tuple(self.query.shape)}, got {shape}")
+        _require(is_real(self.margin), "margin", "a finite number", self.margin)
+        _require(isinstance(self.relative, bool), "relative", "True or False", self.relative)
+
+
+@dataclass(frozen=True, eq=False)
+class Negatives:
+    """One pool of negatives: keys, with their ids, labels, mask and bias, and how they are treated.
+
+    keys (K, D), shared by all queries; or (B, M, D), each query's own; or a MoCoQueue; or None for in-batch negatives: the
+        positives of the other rows. fp32, bf16, fp16 or float64.
     ids (K,) or (B, M): whole numbers; a key whose id equals the query's (`query_ids` of the loss) is ignored as a negative.
     labels (K,) or (B, M): whole numbers; likewise with `query_labels`. An id or label of -1 is unknown and equals nothing.
     mask (K,) or (B, K) bool: True = usable. With own keys (B, M). A masked key leaves the ranking and the denominator.
+    bias (K,) or (B, M) floating: added to the logit, score / temperature + bias, and to no score: rankings, margins and Weight's
+        importance leave it out. Carries gradient where it requires it. In-batch negatives: (B,), one for each row's positive.
+    guide: a Guide, whose false negatives are masked.
+    select, mix, weight: how this pool is treated, in the place of what the loss says for all; None = as the loss says. Select(),
+        Mix(pairs=0, with_query=0) and Weight() do nothing.
 
     A plain tensor of keys stands for Negatives(keys). The losses check shapes and dtypes, which depend on the query.
-    Raises TypeError for anything but tensors or None.
+    Raises TypeError for anything but tensors, option objects or None.
     """
 
     keys: Any
@@ -386,12 +437,23 @@ class Negatives:
     ids: Tensor | None = None
     labels: Tensor | None = None
     mask: Tensor | None = None
+    bias: Tensor | None = None
+    guide: Guide | None = None
+    select: Select | None = None
+    mix: Mix | None = None
+    weight: Weight | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ids", "labels", "mask"):
+        for name in ("ids", "labels", "mask", "bias"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Tensor):
                 raise TypeError(f"Negatives: {name} must be a tensor or None, got {type(value).__name__}")
+        for name, kind in (("guide", Guide), ("select", Select), ("mix", Mix), ("weight", Weight)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(
+                    f"Negatives: {name} must be a negmine.{kind.__name__} or None, got {type(value).__name__}"
+                )
         if self.keys is None and (self.ids is not None or self.labels is not None):
             raise ValueError(
                 "Negatives: ids and labels must be None for in-batch negatives, which have the queries' own"

@@ -11,9 +11,9 @@ from torch import Tensor
 from negmine import reference
 from negmine.ops import backends, checks, sort_key
 from negmine.ops.backends import Kernels
-from negmine.ops.column_lists import over_lists
+from negmine.ops.column_lists import Columns, over_lists
 from negmine.ops.logsumexp import LogSumExp
-from negmine.ops.negatives import check_negatives
+from negmine.ops.negatives import check_negatives, check_pools, option_of
 from negmine.ops.own_keys import choose_for_keys
 from negmine.ops.pool import Pool, usable
 from negmine.ops.vectors import for_kernels, frozen, promoted, scale_of, score_of_positive, widened
@@ -66,8 +66,8 @@ def mine_hardest(
         s_bk = query_b . negative_keys_k;   index_b = the first N columns by (s descending, k ascending) of b's pool
 
     query (B, D): fp32, bf16 or fp16 (float64 runs on the reference), used as given.
-    negative_keys: keys (K, D) or (B, M, D) each query's own, a MoCoQueue, a Negatives with ids, labels or a mask, or None for
-        the batch's positive_key.
+    negative_keys: keys (K, D) or (B, M, D) each query's own, a MoCoQueue, a Negatives with ids, labels, a mask, a guide or a
+        select of its own, or None for the batch's positive_key. A bias moves no score, and so no rank.
     positive_key (B, D): needed where select has a margin, and for in-batch negatives.
     select: which negatives are candidates; with a window that starts at rank r the result starts there, with sample it holds the
         N hardest of the sample.
@@ -78,7 +78,10 @@ def mine_hardest(
     index. A NaN score is no candidate. Raises ValueError or TypeError for input that does not fit, before any work.
     """
     op = "mine_hardest"
-    keys, pool = check_negatives(op, query, positive_key, negative_keys, query_ids, query_labels, own_keys=True)
+    keys, pool = check_negatives(
+        op, query, positive_key, negative_keys, query_ids, query_labels, own_keys=True, options=("select",)
+    )
+    select = option_of(negative_keys, "select", select)
     N = checks.require_count(op, "N", N)
     check_select(op, select, positive_key, query)
     draw = Draw(*checks.require_draw(op, seed, step, row_offset))
@@ -86,7 +89,7 @@ def mine_hardest(
         raise checks.refuse(op, "select", "without replace: an index is mined once", select)
     query, positive_key, keys = promoted(query, positive_key, keys)
     needed = ("mine_hardest",) if select is None else ("mine_hardest", "rank_thresholds", "count_negatives")
-    kernels = choose_for_keys(op, needed, backend, (query, keys), keys)
+    kernels = choose_for_keys(op, needed, backend, (query, keys), keys, pool)
     with torch.no_grad():
         anchor = None if positive_key is None else score_of_positive(query, positive_key)  # (B,)
         if kernels is None:
@@ -134,7 +137,7 @@ def rank_thresholds(
         raise checks.refuse(op, "ranks", f"of shape (R,) or (B, R) with query's B = {query.shape[0]}", wanted)
     wanted = wanted.expand(query.shape[0], wanted.shape[-1]).contiguous()  # (B, R)
     query, keys = promoted(query, keys)
-    kernels = choose_for_keys(op, ("rank_thresholds",), backend, (query, keys), keys)
+    kernels = choose_for_keys(op, ("rank_thresholds",), backend, (query, keys), keys, pool)
     with torch.no_grad():
         if kernels is None:
             allowed = usable(pool, query, keys)
@@ -177,7 +180,7 @@ def quantile(
     wanted = _levels(q, query.device)  # (R,)
     checks.require_tensor(op, "q", wanted, query)
     query, keys = promoted(query, keys)
-    kernels = choose_for_keys(op, ("rank_thresholds", "count_negatives"), backend, (query, keys), keys)
+    kernels = choose_for_keys(op, ("rank_thresholds", "count_negatives"), backend, (query, keys), keys, pool)
     with torch.no_grad():
         if kernels is None:
             allowed = usable(pool, query, keys)
@@ -294,7 +297,7 @@ class SummedColumns(NamedTuple):
     kernels: Kernels | None
     query: Tensor  # (B, D)
     keys: Tensor  # (K, D) or (B, M, D)
-    pool: tuple[Any, ...]  # a Pool, or (index, False) with kernels over lists
+    pool: tuple[Any, ...]  # a Pool, or Columns with kernels over lists
     ranks: Tensor | None  # (B, 2): the op logsumexp narrows the pool to these ranks
     dense: dict[str, Any]
 
@@ -304,12 +307,29 @@ class SummedColumns(NamedTuple):
             keys = frozen(self.keys, self.dense["usable"])
             return reference.logsumexp(widened(self.query), keys, temperature, **self.dense)
         scales = scale_of(temperature, self.query)[None]  # (1,)
-        return LogSumExp.apply(self.query, self.keys, scales, None, 0, self.ranks, self.kernels, *self.pool)[0][0]
+        bias, pool = learned_bias(self.pool)
+        return LogSumExp.apply(self.query, self.keys, scales, bias, None, 0, self.ranks, self.kernels, *pool)[0][0]
 
 
-def summing_ops(op: str, keys: Any) -> tuple[str, ...]:
-    """The kernels of a sum over keys; their gradient is a kernel of its own, for keys that require one."""
-    return (op, f"{op}_grad_keys") if keys.requires_grad else (op,)
+def summing_ops(op: str, keys: Any, bias: Tensor | None = None) -> tuple[str, ...]:
+    """The kernels of a sum over keys; their gradient is a kernel of its own, for keys or a bias that require one."""
+    wanted = keys.requires_grad or (bias is not None and bias.requires_grad)
+    return (op, f"{op}_grad_keys") if wanted else (op,)
+
+
+def learned_bias(pool: Any) -> tuple[Tensor | None, Any]:
+    """The bias of a Pool or of Columns where it requires gradient, and the pool with a bias that carries none."""
+    if pool.bias is None or not pool.bias.requires_grad:
+        return None, pool
+    return pool.bias, pool._replace(bias=pool.bias.detach())
+
+
+def gathered_bias(bias: Tensor | None, index: Tensor) -> Tensor | None:
+    """The bias (K,) or (B, M) of the columns that index (B, sample) names, (B, sample); its gradient flows back."""
+    if bias is None:
+        return None
+    each = bias.expand(len(index), -1) if bias.dim() == 1 else bias  # (B, K)
+    return each.gather(1, index.clamp_min(0)) if each.shape[1] else each.new_zeros(index.shape)
 
 
 def summed_columns(
@@ -328,30 +348,79 @@ def summed_columns(
 
     Of these, logsumexp alone narrows a pool to ranks by itself.
     """
-    keys, pool = check_negatives(caller, query, positive_key, negative_keys, query_ids, query_labels, own_keys=True)
+    keys, pool = check_negatives(
+        caller, query, positive_key, negative_keys, query_ids, query_labels, own_keys=True, options=("select",),
+        with_bias=True,
+    )  # fmt: skip
+    select = option_of(negative_keys, "select", select)
     draw = Draw(*checks.require_draw(caller, *draw))
     check_select(caller, select, positive_key, query)
     query, positive_key, keys = promoted(query, positive_key, keys)
+    return _columns_of(caller, sums, query, positive_key, keys, pool, select, draw, backend)
+
+
+def summed_pools(
+    caller: str,
+    sums: tuple[str, ...],
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: list,
+    select: Select | None,
+    query_ids: Tensor | None,
+    query_labels: Tensor | None,
+    draw: Draw,
+    backend: str | None,
+) -> list[SummedColumns]:
+    """summed_columns of several pools, each with the select and the draws that are its own."""
+    pools = check_pools(caller, query, positive_key, negative_keys, query_ids, query_labels, ("select",))
+    selects = [option_of(given, "select", select) for given in negative_keys]
+    draw = Draw(*checks.require_draw(caller, *draw))
+    for each in selects:
+        check_select(caller, each, positive_key, query)
+    query, positive_key, *every = promoted(query, positive_key, *(keys for keys, _ in pools))
+    return [
+        _columns_of(caller, sums, query, positive_key, keys, pool, each, draw.of_pool(number), backend)
+        for number, (keys, (_, pool), each) in enumerate(zip(every, pools, selects, strict=True))
+    ]
+
+
+def _columns_of(
+    caller: str,
+    sums: tuple[str, ...],
+    query: Tensor,
+    positive_key: Tensor | None,
+    keys: Tensor,
+    pool: Pool,
+    select: Select | None,
+    draw: Draw,
+    backend: str | None,
+) -> SummedColumns:
+    """The columns of one pool, of checked tensors of one dtype."""
     tensors = (query, keys) if positive_key is None else (query, positive_key, keys)
-    needed = [name for op in sums for name in summing_ops(op, keys)]
+    needed = [name for op in sums for name in summing_ops(op, keys, pool.bias)]
     if select is not None:
         needed += ["rank_thresholds", "count_negatives"]
         if select.sample is not None:
             needed += ["gathered_logsumexp", "gathered_grad_keys"]
-    kernels = choose_for_keys(caller, tuple(needed), backend, tensors, keys)
+    kernels = choose_for_keys(caller, tuple(needed), backend, tensors, keys, pool)
+    bias = pool.bias
+    pool = pool._replace(bias=None)  # it moves no score, and so no rank
     with torch.no_grad():
         anchor = None if positive_key is None else score_of_positive(query, positive_key)  # (B,)
         if kernels is None:
             allowed = usable(pool, query, keys)
-            dense = {"usable": allowed, "positive_score": anchor, "select": select, "draw": draw}
+            dense = {"usable": allowed, "positive_score": anchor, "select": select, "draw": draw, "key_bias": bias}
             return SummedColumns(None, query, keys, pool, None, dense)
-        if select is None:
-            return SummedColumns(kernels, query, keys, pool, None, {})
-        q, n = for_kernels(query), for_kernels(keys)
-        if select.sample is None and sums == ("logsumexp",):
-            return SummedColumns(kernels, query, keys, *ranks_to_sum(kernels, q, n, pool, select, anchor), {})
-        window = bounded(kernels, q, n, pool, select, anchor)
-        if select.sample is None:
-            return SummedColumns(kernels, query, keys, window, None, {})
-        index = sort_key.unpack(sample(kernels, q, n, window, select, draw))[1]  # (B, sample)
-    return SummedColumns(over_lists(kernels), query, keys, (index, False), None, {})
+        ranks = index = None
+        if select is not None:
+            q, n = for_kernels(query), for_kernels(keys)
+            if select.sample is None and sums == ("logsumexp",):
+                pool, ranks = ranks_to_sum(kernels, q, n, pool, select, anchor)
+            else:
+                pool = bounded(kernels, q, n, pool, select, anchor)
+            if select.sample is not None:
+                index = sort_key.unpack(sample(kernels, q, n, pool, select, draw))[1]  # (B, sample)
+    bias = None if bias is None else bias.float()
+    if index is not None:
+        return SummedColumns(over_lists(kernels), query, keys, Columns(index, gathered_bias(bias, index)), None, {})
+    return SummedColumns(kernels, query, keys, pool._replace(bias=bias), ranks, {})

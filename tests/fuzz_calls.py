@@ -553,6 +553,7 @@ EXCUSED = {
     **dict.fromkeys(
         ("Triplets", "MiningResult", "HardnessReport"), "what an op returns, with methods: their own tests"
     ),
+    "Guide": "vectors of one call: a mask, which is fuzzed, and tests/test_pools.py",
     "mining": "a package, whose parts are named here",
     "__version__": "a string",
 }

@@ -59,9 +59,9 @@ REFUSALS = [
         "mix_negatives: negative_keys must be of shape (K, D)",
     ),
     (
-        loss(negatives=[keys]),
+        loss(negatives={"keys": keys}),
         TypeError,
-        "negative_keys must be a tensor, a MoCoQueue, a Negatives, or None for in-batch negatives, got 'list'",
+        "negative_keys must be a tensor, a MoCoQueue, a Negatives, or None for in-batch negatives, got 'dict'",
     ),
     (mine(negatives=None), ValueError, "negative_keys must be given where there is no positive_key, got None"),
     # scalars

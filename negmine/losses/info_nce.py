@@ -6,7 +6,7 @@ the gradient of the negatives is known after the forward pass, so the queue may 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,17 +19,17 @@ from negmine.losses.gathered import Gathering
 from negmine.losses.schedules import ScheduledLoss, at_step
 from negmine.ops import checks, sort_key
 from negmine.ops.backends import Kernels
-from negmine.ops.column_lists import flat_rows, over_lists
+from negmine.ops.column_lists import Columns, flat_rows, over_lists
 from negmine.ops.info_nce import InfoNCE
 from negmine.ops.logsumexp import LogSumExp, MeanScore
 from negmine.ops.mix_logsumexp import DifferentiatedMixLogSumExp, MixLogSumExp
-from negmine.ops.negatives import check_negatives
+from negmine.ops.negatives import check_negatives, check_pools, option_of, pools_in
 from negmine.ops.own_keys import choose_for_keys
 from negmine.ops.pool import Pool, hide_masked_rows, usable
 from negmine.ops.vectors import for_kernels, frozen, promoted, scale_of, score_of_positive, widened
 from negmine.ops.windows import Draw, bounded, mixing_draws, ranks_to_sum, sample
-from negmine.options import FalseNegatives, Mix, Select, Weight
-from negmine.selection import mine_parents, mined_depth, summing_ops
+from negmine.options import FalseNegatives, Mix, Negatives, Select, Weight
+from negmine.selection import gathered_bias, learned_bias, mine_parents, mined_depth, summing_ops
 
 NO_DRAWS = (
     0,
@@ -80,15 +80,18 @@ def info_nce(
 ) -> Any:
     """InfoNCE of each query against its positive and a queue of negatives (MoCo, He et al. 2020, moco/builder.py).
 
-        loss_b = -x_b + log(exp(x_b) + sum over kept j of exp(x_bj)),   x = inner product / temperature
+        loss_b = -x_b + log(exp(x_b) + sum over kept j of exp(x_bj)),   x = inner product / temperature + bias
 
     query (B, D): carries gradient. positive_key (B, D): carries gradient where it requires it.
     negative_keys: the negatives, in one of these forms. Keys that require grad get one. Frozen keys may be overwritten between
         forward and backward: the gradient is computed in the forward pass.
         Tensor (K, D) shared by all queries, or (B, M, D) each query's own;
         MoCoQueue: its valid rows; its ids and labels count where query_ids or query_labels are given;
-        Negatives: keys with ids, labels or a mask;
-        None: in-batch negatives, the positives of the other rows.
+        Negatives: keys with ids, labels, a mask, a bias of the logits or a guide, and options of their own;
+        None: in-batch negatives, the positives of the other rows;
+        a list of these: several pools in one denominator. select, mix and weight apply to each pool that names none, on its own
+        ranks and fractions. The sums of Weight add up over the pools. query_ids and query_labels count in each pool that has ids
+        or labels. False negatives are found in each pool. Pool 0 draws as a pool alone does, the others by their number.
     temperature: a number above 0, or a 0-d floating tensor that receives gradient. MoCo v1: 0.07, v2: 0.2.
     select: which negatives stay; mix: which synthetic ones are added; weight: how they weigh; see those classes.
     positive_bias (B,) floating: added to the positive's logit, x_b = s_b / temperature + bias_b, and to no score: margins and
@@ -103,12 +106,25 @@ def info_nce(
     backend: None chooses; "cuda", "triton", "cpu" or "reference" insists.
 
     Vectors are used as given (normalise them for cosine scores). Returns the loss, fp32 (float64 for float64 input), 0-d or
-    (B,); with return_stats also InfoNCEStats. A row without negatives has loss 0 and no gradient, and is counted. Selection,
+    (B,); with return_stats also InfoNCEStats, and of several pools a list of them, each with the log of the whole denominator and
+    what is of its pool. A row without negatives has loss 0 and no gradient, and is counted. Selection,
     mixing and masks carry no gradient; weights do unless weight.detach. Double backward is refused.
     Raises ValueError or TypeError for input that does not fit, before any work.
     """
     op = "info_nce"
-    keys, pool = check_negatives(op, query, positive_key, negative_keys, query_ids, query_labels, own_keys=True)
+    further: list = []
+    if isinstance(negative_keys, (list, tuple)):
+        negative_keys, *further = pools_in(op, negative_keys)
+    pools: list[tuple[Tensor, Pool]] = []
+    if further:
+        further = [negative_keys, *further]
+        pools = check_pools(op, query, positive_key, further, query_ids, query_labels, OPTIONS)
+        keys, pool = pools[0]
+    else:
+        keys, pool = check_negatives(
+            op, query, positive_key, negative_keys, query_ids, query_labels, own_keys=True, options=OPTIONS,
+            with_bias=True,
+        )  # fmt: skip
     checks.require_positive(op, positive_key, query)
     temperature = checks.require_temperature(op, temperature)
     checks.require_options(op, select=select, mix=mix, weight=weight, false_negatives=false_negatives)
@@ -120,16 +136,62 @@ def info_nce(
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     draw = Draw(*checks.require_draw(op, seed, step, row_offset))
     plan = Plan(select, mix, weight, false_negatives, decoupled, draw, return_stats, positive_bias is not None)
+    stats: Any
+    if further:
+        plans = [plan.for_pool(given, number) for number, given in enumerate(further)]
+        rows, stats = _run_pools(plans, query, positive_key, pools, support, positive_bias, temperature, backend)
+        loss = reference.reduced(rows, reduction)
+        return (loss, stats) if return_stats else loss
+    if isinstance(negative_keys, Negatives):
+        plan = plan.for_pool(negative_keys, 0)
     query, positive_key, keys, support = promoted(query, positive_key, keys, support)
     batch = Batch(query, positive_key, keys, pool, support, positive_bias)
-    kernels = choose_for_keys(op, plan.ops(keys), backend, batch[:3], keys, "info_nce" if plan.is_one_op else "")
-    stats: InfoNCEStats | None
+    kernels = choose_for_keys(
+        op, plan.ops(keys, pool.bias), backend, batch[:3], keys, pool, "info_nce" if plan.is_one_op else ""
+    )
     if kernels is None:
-        rows, stats = plan.run_dense(batch, temperature)
+        rows, found = reference.info_nce_of_pools(
+            widened(query), widened(positive_key), [plan.columns(batch)], **plan.dense(batch, temperature)
+        )
+        stats = InfoNCEStats(**found[0])
     else:
         rows, stats = plan.run(kernels, batch, scale_of(temperature, query))
     loss = reference.reduced(rows, reduction)
     return (loss, stats) if return_stats else loss
+
+
+OPTIONS = ("select", "mix", "weight")  # what a Negatives may say for its own pool
+
+
+def _run_pools(
+    plans: list["Plan"], query: Tensor, positive_key: Tensor, pools: list[tuple[Tensor, Pool]], support: Tensor | None,
+    positive_bias: Tensor | None, temperature: float | Tensor, backend: str | None,
+) -> tuple[Tensor, list[InfoNCEStats]]:  # fmt: skip
+    """Loss (B,) over several pools, and the statistics of each where they are wanted."""
+    query, positive_key, support, *every = promoted(query, positive_key, support, *(keys for keys, _ in pools))
+    batches = [
+        Batch(query, positive_key, keys, pool, support, positive_bias)
+        for keys, (_, pool) in zip(every, pools, strict=True)
+    ]
+    each = list(zip(plans, batches, strict=True))
+    chosen = [
+        choose_for_keys("info_nce", plan.ops(batch.keys, batch.pool.bias), backend, batch[:3], batch.keys, batch.pool)
+        for plan, batch in each
+    ]
+    if any(kernels is None for kernels in chosen):  # one of them runs on the reference: all do
+        columns = [plan.columns(batch) for plan, batch in each]
+        rows, found = reference.info_nce_of_pools(
+            widened(query), widened(positive_key), columns, **plans[0].dense(batches[0], temperature)
+        )
+        return rows, [InfoNCEStats(**stats) for stats in found]
+    scale = scale_of(temperature, query)
+    positive = positive_of(batches[0], scale)
+    shares = [
+        plan.share(kernels, *plan.without_false(kernels, batch), scale, positive)
+        for (plan, batch), kernels in zip(each, chosen, strict=True)
+        if kernels is not None
+    ]
+    return merged(shares, positive.logit, plans[0].decoupled, plans[0].want_stats)
 
 
 def _check_positive_bias(op: str, query: Tensor, positive_bias: Any) -> None:
@@ -151,7 +213,7 @@ def _check_support(op: str, query: Tensor, false_negatives: FalseNegatives | Non
 
 
 class Batch(NamedTuple):
-    """The checked tensors of one call."""
+    """The checked tensors of one call, or of one pool of it."""
 
     query: Tensor  # (B, D)
     positive_key: Tensor  # (B, D)
@@ -161,13 +223,39 @@ class Batch(NamedTuple):
     positive_bias: Tensor | None = None  # (B,)
 
 
+class Positive(NamedTuple):
+    """The positives of a batch."""
+
+    score: Tensor  # (B,)
+    logit: Tensor  # (B,)
+
+
 class _Sum(NamedTuple):
     """Which columns the log-sum-exp of a composed call runs over, and what the same pass mines."""
 
     kernels: Kernels  # over the queue, or over lists
-    pool: tuple  # a Pool, or (index, False) for lists
+    pool: Pool | Columns
     ranks: Tensor | None = None  # (B, 2): the pool is narrowed to these ranks
     num_mined: int = 0  # columns that the pass also mines, for synthetic negatives
+
+
+class _Attracted(NamedTuple):
+    """The false negatives of one pool that attract."""
+
+    lse: Tensor  # (B,) log-sum-exp of their logits
+    number: Tensor  # (B,)
+    total: Tensor  # (B,) sum of their logits
+
+
+class Share(NamedTuple):
+    """What one pool adds to the loss of each row."""
+
+    lse: Tensor  # (B,) of its real and synthetic negatives, -inf where it has none
+    some: Tensor  # (B,) bool: it has one
+    attracted: _Attracted | None
+    num_kept: Tensor  # (B,)
+    num_above: Tensor  # (B,)
+    clamped: Tensor  # (B,) bool
 
 
 @dataclass(frozen=True)
@@ -181,7 +269,7 @@ class Plan:
     decoupled: bool = False
     draw: Draw = Draw()  # noqa: RUF009  an immutable tuple
     want_stats: bool = False
-    biases_positive: bool = False
+    biased: bool = False  # some logits have a bias
 
     @property
     def mixes(self) -> bool:
@@ -200,12 +288,18 @@ class Plan:
         """True where the kernel op info_nce does all of it: a window or synthetic negatives, but not both."""
         windowed_mix = self.mixes and (self.select is not None or not (self.mix is None or self.mix.detach))
         warms_up = self.mix is not None and self.mix.enabled is not None
-        composed = self.biases_positive or self.samples or self.attracts or windowed_mix or warms_up
+        composed = self.biased or self.samples or self.attracts or windowed_mix or warms_up
         return self.weight is None and not composed
 
-    def ops(self, keys: Tensor) -> tuple[str, ...]:
+    def for_pool(self, given: Any, number: int) -> "Plan":
+        """The plan of one pool of several, or of one that says how it is treated."""
+        own = {name: option_of(given, name, getattr(self, name)) for name in OPTIONS}
+        biased = self.biased or (isinstance(given, Negatives) and given.bias is not None)
+        return replace(self, **own, draw=self.draw.of_pool(number), biased=biased)
+
+    def ops(self, keys: Tensor, bias: Tensor | None) -> tuple[str, ...]:
         """The kernels that the call needs where no op does all of it."""
-        needed = list(summing_ops("logsumexp", keys))
+        needed = list(summing_ops("logsumexp", keys, bias))
         if self.select is not None:
             needed += ["rank_thresholds", "count_negatives"]
         if self.mixes:
@@ -216,30 +310,41 @@ class Plan:
             needed += ["gathered_logsumexp", "gathered_grad_keys"]
         return tuple(needed)
 
-    def run_dense(self, batch: Batch, temperature: float | Tensor) -> tuple[Tensor, InfoNCEStats]:
-        """Loss (B,) and statistics from the reference."""
-        query, positive_key, keys, pool, support, positive_bias = batch
+    def columns(self, batch: Batch) -> reference.Columns:
+        """One pool as the reference takes it."""
+        query, _, keys, pool, *_ = batch
         allowed = usable(pool, query, keys)
-        rows, found = reference.info_nce(
-            widened(query), widened(positive_key), frozen(keys, allowed), temperature=temperature, usable=allowed,
-            select=self.select, mix=self.mix, weight=self.weight, false_negatives=self.false_negatives,
-            support=None if support is None else widened(support), positive_bias=positive_bias,
-            decoupled=self.decoupled, **self.draw._asdict(),
-        )  # fmt: skip
-        return rows, InfoNCEStats(**found)
+        return reference.Columns(frozen(keys, allowed), allowed, pool.bias, self.select, self.mix, self.weight)
+
+    def dense(self, batch: Batch, temperature: float | Tensor) -> dict[str, Any]:
+        """The keywords of the reference that are of all pools."""
+        support = None if batch.support is None else widened(batch.support)
+        return {
+            "temperature": temperature, "false_negatives": self.false_negatives, "support": support,
+            "positive_bias": batch.positive_bias, "decoupled": self.decoupled, **self.draw._asdict(),
+        }  # fmt: skip
 
     def run(self, kernels: Kernels, batch: Batch, scale: Tensor) -> tuple[Tensor, InfoNCEStats | None]:
         """Loss (B,) and, where they are wanted, statistics from the kernels; meaning as reference.info_nce. scale (): 1 / T."""
         found = None
-        if self.false_negatives is not None and batch.support is not None:
-            keys = hide_masked_rows(batch.keys, batch.pool)  # what is left of the mask is (B, K)
-            with torch.no_grad():
-                views = batch.support.detach()
-                found = find_false_negatives(kernels, views, keys.detach(), self.false_negatives, batch.pool)
-                batch = batch._replace(keys=keys, pool=without(batch.pool, found.mask))
+        if self.false_negatives is not None:
+            batch, found = self.without_false(kernels, batch)
         if kernels.has("info_nce"):
             return self._run_one_op(kernels, batch, scale)
-        return self._run_composed(kernels, batch, scale, found)
+        positive = positive_of(batch, scale)
+        share = self.share(kernels, batch, found, scale, positive)
+        rows, stats = merged([share], positive.logit, self.decoupled, self.want_stats)
+        return rows, stats[0] if stats else None
+
+    def without_false(self, kernels: Kernels, batch: Batch) -> tuple[Batch, FoundNegatives | None]:
+        """The batch without the false negatives that its support views find, and these."""
+        if self.false_negatives is None or batch.support is None:
+            return batch, None
+        keys = hide_masked_rows(batch.keys, batch.pool)  # what is left of the mask is (B, K)
+        with torch.no_grad():
+            views, pool = batch.support.detach(), batch.pool._replace(bias=None)
+            found = find_false_negatives(kernels, views, keys.detach(), self.false_negatives, pool)
+        return batch._replace(keys=keys, pool=without(batch.pool, found.mask)), found
 
     def _run_one_op(self, kernels: Kernels, batch: Batch, scale: Tensor) -> tuple[Tensor, InfoNCEStats | None]:
         query, positive_key, keys, pool, *_ = batch
@@ -262,18 +367,20 @@ class Plan:
         empty = (num_kept + num_mixed) == 0  # (B,)
         return rows, InfoNCEStats(total, num_above, num_kept, torch.zeros_like(empty), empty.sum())
 
-    def _run_composed(
-        self, kernels: Kernels, batch: Batch, scale: Tensor, found: FoundNegatives | None
-    ) -> tuple[Tensor, InfoNCEStats | None]:
-        query, positive_key, keys, pool, _, positive_bias = batch
-        positive_score = score_of_positive(query, positive_key)  # (B,)
-        x_positive = positive_score * scale  # (B,)
-        if positive_bias is not None:
-            x_positive = x_positive + positive_bias
-        pivot = positive_score.detach() if self.want_stats else None
+    def share(
+        self, kernels: Kernels, batch: Batch, found: FoundNegatives | None, scale: Tensor, positive: Positive
+    ) -> Share:
+        """What a pool adds to the loss, composed of the ops for log-sum-exps."""
+        query, _, keys, pool, *_ = batch
+        bias = None if pool.bias is None else pool.bias.float()
+        pool = pool._replace(bias=None)  # it moves no score, and so no rank
+        pivot = positive.score.detach() if self.want_stats else None
         with torch.no_grad():
-            columns = self._columns(kernels, batch, positive_score)
-        lse, num_kept, num_above, mined, clamped = self._log_sum(columns, query, keys, scale, pivot, x_positive)
+            columns = self._columns(kernels, batch._replace(pool=pool), positive.score)
+        if bias is not None:
+            each = gathered_bias(bias, columns.pool.index) if isinstance(columns.pool, Columns) else bias
+            columns = columns._replace(pool=columns.pool._replace(bias=each))
+        lse, num_kept, num_above, mined, clamped = self._log_sum(columns, query, keys, scale, pivot, positive.logit)
         if self.samples and self.want_stats:  # the rank is among all valid negatives, not among those drawn
             q, n = for_kernels(query), for_kernels(keys)
             num_above = kernels.logsumexp(q, n, scale.detach()[None], pivot, False, 0, None, *pool)[3]
@@ -289,29 +396,10 @@ class Plan:
             some = some | (parents >= 0).any(1)
             lse = torch.logaddexp(lse.masked_fill(~some, 0.0), mixed.masked_fill(~some, 0.0))
             lse = lse.masked_fill(~some, -torch.inf)
-
-        attracted = None  # (B,) log-sum-exp of the attracted false negatives
-        pull = x_positive  # (B,) mean of the positive logits
+        attracted = None
         if found is not None and self.attracts:
-            by, members = kernels, tuple(Pool(found.mask))
-            if found.columns is not None:
-                by, members = over_lists(kernels), (found.columns, False)
-            sums, count, *_ = LogSumExp.apply(query, keys, scale[None], None, 0, None, by, *members)
-            mean_score, _ = MeanScore.apply(query, keys, by, *members)
-            attracted, pull = sums[0], (x_positive + count * mean_score * scale) / (1 + count)
-        if self.decoupled:
-            rows = torch.where(some, lse.masked_fill(~some, 0.0) - pull, 0.0 * x_positive)
-            total = lse
-        elif attracted is None:
-            rows = -F.logsigmoid(x_positive - lse)  # softplus of the difference: accurate where the loss is tiny
-            total = torch.logaddexp(x_positive.detach(), lse.detach())
-        else:
-            everything = torch.logaddexp(torch.logaddexp(x_positive, attracted), lse)  # (B,)
-            rows = torch.where(some, everything - pull, 0.0 * x_positive)
-            total = torch.where(some, everything, x_positive)
-        if not self.want_stats:
-            return rows, None
-        return rows, InfoNCEStats(total.detach(), num_above, num_kept, clamped, (~some).sum())
+            attracted = _attracted(kernels, query, keys, scale, bias, found)
+        return Share(lse, some, attracted, num_kept, num_above, clamped)
 
     def _columns(self, kernels: Kernels, batch: Batch, positive_score: Tensor) -> _Sum:
         """The columns that `select` keeps, as the sum takes them."""
@@ -325,7 +413,7 @@ class Plan:
             return _Sum(kernels, *ranks_to_sum(kernels, q, n, pool, self.select, score))
         window = bounded(kernels, q, n, pool, self.select, score)
         index = sort_key.unpack(sample(kernels, q, n, window, self.select, self.draw))[1]  # (B, sample)
-        return _Sum(over_lists(kernels), (index, False))
+        return _Sum(over_lists(kernels), Columns(index))
 
     @property
     def _is_sharpened(self) -> bool:
@@ -336,13 +424,20 @@ class Plan:
         self, columns: _Sum, query: Tensor, keys: Tensor, scale: Tensor, pivot: Tensor | None, x_positive: Tensor
     ) -> tuple[Tensor, ...]:
         """lse (B,) of the negatives as `weight` has it, num_kept, num_above (B,), what was mined (B, N), clamped (B,) bool."""
-        weight = self.weight
+        weight, bias, pool = self.weight, *learned_bias(columns.pool)
+        given = pivot, columns.num_mined, columns.ranks, columns.kernels
         scales = scale[None]  # (1,)
         if weight is not None and self._is_sharpened:
             scales = torch.stack([scale * (1.0 + weight.beta), scale * weight.beta]).float()  # (2,)
-        sums, num_kept, num_above, mined = LogSumExp.apply(
-            query, keys, scales, pivot, columns.num_mined, columns.ranks, columns.kernels, *columns.pool
-        )
+        if len(scales) == 1 or pool.bias is None:
+            sums, num_kept, num_above, mined = LogSumExp.apply(query, keys, scales, bias, *given, *pool)
+        else:  # the importance leaves the bias out
+            assert weight is not None
+            if bias is not None and weight.detach:  # of which log_weighted_sum takes a share, as it does of the scores
+                bias = bias.detach() + (1.0 + weight.beta) * (bias - bias.detach())
+            top, num_kept, num_above, mined = LogSumExp.apply(query, keys, scales[:1], bias, *given, *pool)
+            low, *_ = LogSumExp.apply(query, keys, scales[1:], None, *given, *pool._replace(bias=None))
+            sums = torch.cat([top, low])
         some = num_kept > 0  # (B,)
         if weight is None:
             return sums[0], num_kept, num_above, mined, torch.zeros_like(some)
@@ -352,6 +447,62 @@ class Plan:
             1.0 / scale, weight,
         )  # fmt: skip
         return lse.masked_fill(~some, -torch.inf), num_kept, num_above, mined, clamped & some
+
+
+def positive_of(batch: Batch, scale: Tensor) -> Positive:
+    score = score_of_positive(batch.query, batch.positive_key)  # (B,)
+    logit = score * scale  # (B,)
+    return Positive(score, logit if batch.positive_bias is None else logit + batch.positive_bias)
+
+
+def _attracted(
+    kernels: Kernels, query: Tensor, keys: Tensor, scale: Tensor, bias: Tensor | None, found: FoundNegatives
+) -> _Attracted:
+    by, each = kernels, bias
+    members: Any = Pool(found.mask)
+    if found.columns is not None:
+        by, members, each = over_lists(kernels), Columns(found.columns), gathered_bias(bias, found.columns)
+    learned, with_bias = learned_bias(members._replace(bias=each))
+    sums, count, *_ = LogSumExp.apply(query, keys, scale[None], learned, None, 0, None, by, *with_bias)
+    mean_score, _ = MeanScore.apply(query, keys, by, *members)
+    total = count * mean_score * scale  # (B,)
+    if each is not None:
+        inside = found.mask if found.columns is None else found.columns >= 0
+        total = total + torch.where(inside, each, 0.0).sum(1)
+    return _Attracted(sums[0], count, total)
+
+
+def merged(
+    shares: list[Share], x_positive: Tensor, decoupled: bool, want_stats: bool
+) -> tuple[Tensor, list[InfoNCEStats]]:
+    """Loss (B,) of what the pools add together, and the statistics of each where they are wanted."""
+    some, lse = shares[0].some, shares[0].lse
+    if len(shares) > 1:
+        some = torch.stack([share.some for share in shares]).any(0)  # (B,)
+        lse = torch.stack([share.lse for share in shares]).masked_fill(~some, 0.0).logsumexp(0)
+        lse = lse.masked_fill(~some, -torch.inf)
+    attracted = [share.attracted for share in shares if share.attracted is not None]
+    pull = x_positive  # (B,) mean of the positive logits
+    if attracted:
+        pull = x_positive + sum(each.total for each in attracted)
+        pull = pull / (1 + sum(each.number for each in attracted))
+    if decoupled:
+        rows = torch.where(some, lse.masked_fill(~some, 0.0) - pull, 0.0 * x_positive)
+        total = lse
+    elif not attracted:
+        rows = -F.logsigmoid(x_positive - lse)  # softplus of the difference: accurate where the loss is tiny
+        total = torch.logaddexp(x_positive.detach(), lse.detach())
+    else:
+        everything = x_positive
+        for each in attracted:
+            everything = torch.logaddexp(everything, each.lse)
+        everything = torch.logaddexp(everything, lse)  # (B,)
+        rows = torch.where(some, everything - pull, 0.0 * x_positive)
+        total = torch.where(some, everything, x_positive)
+    if not want_stats:
+        return rows, []
+    total = total.detach()
+    return rows, [InfoNCEStats(total, s.num_above, s.num_kept, s.clamped, (~s.some).sum()) for s in shares]
 
 
 def mixed_logsumexp(

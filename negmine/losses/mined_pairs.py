@@ -115,7 +115,7 @@ def _from_kernels(
     def smooth(anchor: Tensor, sharpness: float, shift: float, pool: Pool) -> tuple[Tensor, Tensor]:
         """log(1 + sum over the pool of exp(sharpness (s + shift))) / sharpness (B,), and the size of the pool (B,)."""
         scales = scalar(sharpness, anchor)[None]  # (1,)
-        lse, num_kept, *_ = LogSumExp.apply(anchor, keys, scales, None, 0, None, kernels, *pool)
+        lse, num_kept, *_ = LogSumExp.apply(anchor, keys, scales, None, None, 0, None, kernels, *pool)
         raised = F.softplus(lse[0].masked_fill(num_kept == 0, 0.0) + sharpness * shift) / sharpness
         return raised.masked_fill(num_kept == 0, 0.0), num_kept
 

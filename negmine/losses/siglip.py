@@ -11,11 +11,12 @@ from negmine.losses.gathered import Gathering
 from negmine.losses.log_scale import LogScale
 from negmine.losses.schedules import ScheduledLoss, at_step
 from negmine.ops import checks
+from negmine.ops.negatives import pools_in
 from negmine.ops.softplus_sum import SoftplusSum
 from negmine.ops.vectors import frozen, scalar, score_of_positive, widened
 from negmine.ops.windows import Draw
 from negmine.options import Select
-from negmine.selection import summed_columns
+from negmine.selection import SummedColumns, learned_bias, summed_columns, summed_pools
 
 
 def softplus_sum(
@@ -41,31 +42,20 @@ def softplus_sum(
     Returns (B,) fp32 (float64 for float64 input), 0 where the pool is empty. The gradient is computed in the forward pass, so
     frozen keys may be overwritten before backward. Raises ValueError or TypeError for input that does not fit.
     """
-    draw = Draw(seed, step, row_offset)
-    options = (scale, bias, select, query_ids, query_labels, draw, backend)
-    return _pooled("softplus_sum", query, positive_key, negative_keys, *options)
-
-
-def _pooled(
-    op: str,
-    query: Tensor,
-    positive_key: Tensor | None,
-    negative_keys: Any,
-    scale: float | Tensor,
-    bias: float | Tensor,
-    select: Select | None,
-    query_ids: Tensor | None,
-    query_labels: Tensor | None,
-    draw: Draw,
-    backend: str | None,
-) -> Tensor:
+    op = "softplus_sum"
     scale, bias = checks.require_scalar(op, "scale", scale), checks.require_scalar(op, "bias", bias)
-    kernels, query, keys, pool, _, dense = summed_columns(
-        op, ("softplus_sum",), query, positive_key, negative_keys, select, query_ids, query_labels, draw, backend
-    )
+    options = select, query_ids, query_labels, Draw(seed, step, row_offset), backend
+    return _softplus_sum(summed_columns(op, (op,), query, positive_key, negative_keys, *options), scale, bias)
+
+
+def _softplus_sum(columns: SummedColumns, scale: float | Tensor, bias: float | Tensor) -> Tensor:
+    """(B,): the sum of softplus over the columns."""
+    kernels, query, keys, pool, _, dense = columns
     if kernels is None:
         return reference.softplus_sum(widened(query), frozen(keys, dense["usable"]), scale, bias, **dense)
-    return SoftplusSum.apply(query, keys, scalar(scale, query), scalar(bias, query), kernels, *pool)
+    numbers = scalar(scale, query), scalar(bias, query)
+    key_bias, pool = learned_bias(pool)
+    return SoftplusSum.apply(query, keys, *numbers, key_bias, kernels, *pool)
 
 
 def siglip(
@@ -86,13 +76,14 @@ def siglip(
 ) -> Tensor:
     """The sigmoid loss of each query's positive and a queue of negatives (SigLIP, Zhai et al. 2023, arXiv 2303.15343).
 
-        loss_b = log(1 + exp(-l_pos)) + sum over kept k of log(1 + exp(l_bk)),   l = scale s + bias
+        loss_b = log(1 + exp(-l_pos)) + sum over kept k of log(1 + exp(l_bk)),   l = scale s + bias (+ Negatives.bias)
 
     No partition function: dropping easy negatives by `select` changes the loss by their own terms only. The sign of the bias
     follows google-research/big_vision trainers/proj/image_text/siglip.py; the paper's printed exponent has it the other way.
     scale, bias: the code starts at 10 and -10 and learns both, the scale as its logarithm: negmine.SigLIPLoss.
     That start suits a batch: the sum grows with K, so against 65,536 negatives start the bias some 8 lower, or it dominates.
-    query, positive_key (B, D), negative_keys and the rest: as in info_nce. A row without negatives keeps its positive's term.
+    query, positive_key (B, D), negative_keys, a list of several pools included, and the rest: as in info_nce; mix and weight of
+        a Negatives must be None. A row without negatives keeps its positive's term.
     Returns the loss, fp32 (float64 for float64 input). Raises ValueError or TypeError for input that does not fit.
     """
     op = "siglip"
@@ -100,8 +91,22 @@ def siglip(
     checks.require_positive(op, positive_key, query)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     scale, bias = checks.require_scalar(op, "scale", scale), checks.require_scalar(op, "bias", bias)
-    options = (scale, bias, select, query_ids, query_labels, Draw(seed, step, row_offset), backend)
-    total = _pooled(op, query, positive_key, negative_keys, *options)  # (B,)
+    pools = pools_in(op, negative_keys) if isinstance(negative_keys, (list, tuple)) else [negative_keys]
+    given: dict[str, Any] = {
+        "select": select,
+        "query_ids": query_ids,
+        "query_labels": query_labels,
+        "draw": Draw(seed, step, row_offset),
+        "backend": backend,
+    }
+    sums = ("softplus_sum",)
+    if len(pools) == 1:
+        columns = [summed_columns(op, sums, query, positive_key, pools[0], **given)]
+    else:
+        columns = summed_pools(op, sums, query, positive_key, pools, **given)
+    total, *others = (_softplus_sum(each, scale, bias) for each in columns)  # (B,) each
+    for other in others:
+        total = total + other
     rows = total - F.logsigmoid(scale * score_of_positive(query, positive_key) + bias)
     return reference.reduced(rows, reduction)
 

@@ -279,7 +279,7 @@ def _from_kernels(
     """Loss (B,) and statistics from the kernels; meaning as reference.sup_con."""
     scale = scale_of(temperature, query)
     same, columns = given.same, given.everything if denominator == "all" else given.others
-    sums, num_kept, *_ = LogSumExp.apply(query, keys, scale[None], None, 0, None, kernels, *columns)
+    sums, num_kept, *_ = LogSumExp.apply(query, keys, scale[None], None, None, 0, None, kernels, *columns)
     lse = sums[0]  # (B,)
     if denominator == "own_positive":
         rows, count = OwnPositive.apply(query, keys, scale, lse, positives, *same)
@@ -291,7 +291,7 @@ def _from_kernels(
         score, count = MeanScore.apply(query, keys, kernels, *same)
         pull = score * scale  # (B,)
     else:
-        sums_same, count, *_ = LogSumExp.apply(query, keys, scale[None], None, 0, None, kernels, *same)
+        sums_same, count, *_ = LogSumExp.apply(query, keys, scale[None], None, None, 0, None, kernels, *same)
         pull = sums_same[0].masked_fill(count == 0, 0.0) - count.clamp_min(1).float().log()
     some = (count > 0) & (num_kept > 0)  # (B,)
     rows = torch.where(some, lse.masked_fill(~some, 0.0) - pull, 0.0)

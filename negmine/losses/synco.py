@@ -129,7 +129,9 @@ def synco(
     if not isinstance(kinds, Kinds):
         raise checks.refuse(op, "kinds", "a negmine.recipes.Kinds", kinds, TypeError)
     x = logits(op, query, positive_key, negative_keys, temperature, pool)
-    negative_keys, masks = check_negatives(op, query, positive_key, negative_keys, *(pool.get(name) for name in TAGS))
+    negative_keys, masks = check_negatives(
+        op, query, positive_key, negative_keys, *(pool.get(name) for name in TAGS), options=("select",)
+    )
     query, positive_key, negative_keys = promoted(query, positive_key, negative_keys)
     draw = draw_of(op, pool)
     scale = scale_of(temperature, query)

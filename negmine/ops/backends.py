@@ -38,6 +38,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORCED = os.environ.get("NEGMINE_BACKEND") or None
 if FORCED is not None and FORCED not in NAMES:
     raise ValueError(f"NEGMINE_BACKEND must be one of {', '.join(NAMES)}, got {FORCED!r}")
+KERNELS_TAKE_BIAS = False  # whether ops over a queue add the pool's bias to the logits
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Ops that the cuda backend runs unasked; its others wait for backend="cuda". No CUDA kernel has run on a GPU yet. An op is added
@@ -238,28 +239,40 @@ def _function(caller: str, op: str, able: list[Backend], asked: str | None) -> C
 
 
 def choose(
-    caller: str, ops: tuple[str, ...], backend: str | None, tensors: tuple[Tensor, ...], optional: str = ""
+    caller: str,
+    ops: tuple[str, ...],
+    backend: str | None,
+    tensors: tuple[Tensor, ...],
+    optional: str = "",
+    biased: bool = False,
 ) -> Kernels | None:
     """The kernels of `ops` for these tensors; None = the reference runs the call.
 
-    optional: an op that the call can do without, taken where the backend of the first of `ops` has it.
+    optional: an op that the call can do without, taken where the backend of the first of `ops` has it. biased: the
+    pool has a bias.
 
     Raises ValueError for an unknown backend and BackendUnavailable where the one insisted on cannot run the call.
     """
     device = tensors[0].device
     if torch.compiler.is_compiling():
-        return _choose(caller, ops, backend, device, [t.dtype for t in tensors], optional)
-    kind = (caller, ops, backend, device, *(t.dtype for t in tensors), optional)
+        return _choose(caller, ops, backend, device, [t.dtype for t in tensors], optional, biased)
+    kind = (caller, ops, backend, device, *(t.dtype for t in tensors), optional, biased)
     try:
         return _chosen[kind]
     except (KeyError, TypeError):  # a backend that cannot be hashed is refused below
-        made = _choose(caller, ops, backend, device, [t.dtype for t in tensors], optional)
+        made = _choose(caller, ops, backend, device, [t.dtype for t in tensors], optional, biased)
         _chosen[kind] = made
         return made
 
 
 def _choose(
-    caller: str, ops: tuple[str, ...], backend: str | None, at: torch.device, dtypes: list[torch.dtype], optional: str
+    caller: str,
+    ops: tuple[str, ...],
+    backend: str | None,
+    at: torch.device,
+    dtypes: list[torch.dtype],
+    optional: str,
+    biased: bool,
 ) -> Kernels | None:
     device = at.type
     if backend is not None and backend not in NAMES:
@@ -267,9 +280,11 @@ def _choose(
     asked = backend or FORCED
     if asked == "reference":
         return None
-    unfit = [str(dtype).removeprefix("torch.") for dtype in dtypes if dtype not in KERNEL_DTYPES]
+    unfit = [f"{str(dtype).removeprefix('torch.')} input" for dtype in dtypes if dtype not in KERNEL_DTYPES]
+    if biased and not KERNELS_TAKE_BIAS:
+        unfit.append("a bias of shared keys")
     if unfit:
-        dense = f"{unfit[0]} input"
+        dense = unfit[0]
         if asked is not None:
             raise BackendUnavailable(
                 f"{caller}: backend {asked!r} has no kernel for {dense}; only the reference defines it"

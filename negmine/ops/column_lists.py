@@ -1,12 +1,12 @@
 """Columns named by a list (B, M) for each query, where a pool describes them by masks and bounds.
 
-`over_lists(kernels)` gives kernels whose sums take a list (index, False) in the place of a pool; index (B, M) int64, -1 = no
+`over_lists(kernels)` gives kernels whose sums take Columns in the place of a pool: index (B, M) int64, -1 = no
 column, a column named twice counts twice. The scores (B, M) are as small as the list, and the vectors (B, M, D) are never all
 gathered into memory.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,36 +43,63 @@ def gathered_scores(kernels: Kernels, query: Tensor, negative_keys: Tensor, scal
 
 def list_logsumexp(
     kernels: Kernels, query: Tensor, negative_keys: Tensor, scales: Tensor, pivot: Tensor | None, want_mean: bool,
-    N: int, ranks: Tensor | None, index: Tensor, _same_label: bool,
+    N: int, ranks: Tensor | None, index: Tensor, bias: Tensor | None, _same_label: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The op logsumexp over lists, without its mining and its ranks."""
     keys, rows = flat_rows(negative_keys, index)
-    made = [kernels.gathered_logsumexp(query, keys, rows, scale, want_mean) for scale in scales.unbind(0)]
+    made = [
+        kernels.gathered_logsumexp(query, keys, rows, scale, want_mean and bias is None) for scale in scales.unbind(0)
+    ]
     scores, present = made[0][0], index >= 0  # (B, M) each
     above = torch.zeros_like(present) if pivot is None else present & (scores > pivot[:, None])
-    lse, mean = (torch.stack([each[part] for each in made]) for part in (1, 2))
+    if bias is None:
+        lse, mean = (torch.stack([each[part] for each in made]) for part in (1, 2))
+    else:
+        x = (scales[:, None, None] * scores.masked_fill(~present, 0.0) + bias).masked_fill(
+            ~present, -torch.inf
+        )  # (S, B, M)
+        lse = torch.nn.functional.pad(x, (0, 1), value=-torch.inf).logsumexp(2)  # (S, B)
+        p = (x - lse[:, :, None]).exp().masked_fill(~present, 0.0)  # (S, B, M)
+        mean = x.new_zeros(len(scales), len(query) if want_mean else 0, query.shape[1])
+        for b in pieces(index.shape[1] * query.shape[1], mean.shape[1], PIECE):
+            with disable_autocast(query.device):
+                mean[:, b] = torch.einsum("sbm,bmd->sbd", p[:, b], gather_rows(keys, rows[b], x.dtype))
     none = scores.new_empty(len(query), 0)
     return lse, mean, present.sum(1), above.sum(1), none, none.long(), none.long()
 
 
+def _logits(kernels: Kernels, query: Tensor, keys: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """scale s + bias (B, M), 0 where a list names no column."""
+    x = scale * kernels.gathered_logsumexp(query, keys, rows, scale, False)[0].masked_fill(rows < 0, 0.0)
+    return x if bias is None else x + bias.masked_fill(rows < 0, 0.0)
+
+
+def list_logsumexp_grad_bias(
+    kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, lse: Tensor, weight: Tensor, index: Tensor,
+    bias: Tensor | None, _same_label: bool,
+) -> Tensor:  # fmt: skip
+    """(B, M): weight_b times the softmax of each column of a list."""
+    keys, rows = flat_rows(negative_keys, index)
+    p = (_logits(kernels, query, keys, rows, scale, bias) - lse[:, None]).exp()  # (B, M)
+    return (p * weight[:, None]).masked_fill(index < 0, 0.0)
+
+
 def list_logsumexp_grad_keys(
     kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, lse: Tensor, weight: Tensor, index: Tensor,
-    _same_label: bool,
+    bias: Tensor | None, same_label: bool,
 ) -> Tensor:  # fmt: skip
     keys, rows = flat_rows(negative_keys, index)
-    scores = kernels.gathered_logsumexp(query, keys, rows, scale, False)[0]  # (B, M)
-    p = (scale * scores - lse[:, None]).exp().masked_fill(index < 0, 0.0)  # (B, M)
-    return kernels.gathered_grad_keys(query, rows, p * weight[:, None], keys.shape[0]).view(negative_keys.shape)
+    each = list_logsumexp_grad_bias(kernels, query, negative_keys, scale, lse, weight, index, bias, same_label)
+    return kernels.gathered_grad_keys(query, rows, each, keys.shape[0]).view(negative_keys.shape)
 
 
 def list_softplus_sum(
     kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, offset: Tensor, want_sigmoid_keys: bool,
-    index: Tensor, _same_label: bool,
+    index: Tensor, bias: Tensor | None, _same_label: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     keys, rows = flat_rows(negative_keys, index)
     absent = index < 0  # (B, M)
-    scores = kernels.gathered_logsumexp(query, keys, rows, scale, False)[0].masked_fill(absent, 0.0)  # (B, M)
-    x = scale * scores + offset  # (B, M)
+    x = _logits(kernels, query, keys, rows, scale, bias) + offset  # (B, M)
     sigmoid = x.sigmoid().masked_fill(absent, 0.0)  # (B, M)
     sigmoid_keys = x.new_zeros(len(query) if want_sigmoid_keys else 0, query.shape[1])
     for b in pieces(index.shape[1] * query.shape[1], len(sigmoid_keys), PIECE):
@@ -81,22 +108,43 @@ def list_softplus_sum(
     return (-F.logsigmoid(-x)).masked_fill(absent, 0.0).sum(1), sigmoid_keys, sigmoid.sum(1), (~absent).sum(1)
 
 
+def list_softplus_sum_grad_bias(
+    kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, offset: Tensor, weight: Tensor, index: Tensor,
+    bias: Tensor | None, _same_label: bool,
+) -> Tensor:  # fmt: skip
+    """(B, M): weight_b times the sigmoid of each column of a list."""
+    keys, rows = flat_rows(negative_keys, index)
+    sigmoid = (_logits(kernels, query, keys, rows, scale, bias) + offset).sigmoid()  # (B, M)
+    return (sigmoid * weight[:, None]).masked_fill(index < 0, 0.0)
+
+
 def list_softplus_sum_grad_keys(
     kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, offset: Tensor, weight: Tensor, index: Tensor,
-    _same_label: bool,
+    bias: Tensor | None, same_label: bool,
 ) -> Tensor:  # fmt: skip
     keys, rows = flat_rows(negative_keys, index)
-    scores = kernels.gathered_logsumexp(query, keys, rows, scale, False)[0]  # (B, M)
-    sigmoid = (scale * scores + offset).sigmoid()  # (B, M)
-    return kernels.gathered_grad_keys(query, rows, sigmoid * weight[:, None], keys.shape[0]).view(negative_keys.shape)
+    each = list_softplus_sum_grad_bias(kernels, query, negative_keys, scale, offset, weight, index, bias, same_label)
+    return kernels.gathered_grad_keys(query, rows, each, keys.shape[0]).view(negative_keys.shape)
+
+
+class Columns(NamedTuple):
+    """What kernels over lists take in the place of a Pool."""
+
+    index: Tensor  # type: ignore[assignment]  # (B, M) int64, -1 = no column; hides tuple.index
+    bias: Tensor | None = None  # (B, M) fp32, added to the logits
+    same_label: bool = False
 
 
 def over_lists(kernels: Kernels) -> Kernels:
     """The sums of `kernels` over the columns in a list."""
-    functions: dict[str, Any] = {
-        "logsumexp": list_logsumexp,
-        "logsumexp_grad_keys": list_logsumexp_grad_keys,
-        "softplus_sum": list_softplus_sum,
-        "softplus_sum_grad_keys": list_softplus_sum_grad_keys,
-    }
-    return Kernels(**{op: partial(function, kernels) for op, function in functions.items()})
+    return Kernels(**{op: partial(function, kernels) for op, function in LIST_SUMS.items()})
+
+
+LIST_SUMS: dict[str, Any] = {
+    "logsumexp": list_logsumexp,
+    "logsumexp_grad_keys": list_logsumexp_grad_keys,
+    "logsumexp_grad_bias": list_logsumexp_grad_bias,
+    "softplus_sum": list_softplus_sum,
+    "softplus_sum_grad_keys": list_softplus_sum_grad_keys,
+    "softplus_sum_grad_bias": list_softplus_sum_grad_bias,
+}

@@ -31,12 +31,13 @@ class LogSumExp(torch.autograd.Function):
     """lse (S, B) = log sum over each pool of exp(scale_s * s_bk), with num_kept (B,), num_above (B,) and index (B, N) of the op.
 
     d lse / d query = scale * mean, d lse / d scale = query . mean, both known after the forward pass;
-    d lse / d negative_keys = scale * p_bk query_b is a second kernel, run only for keys that require grad.
-    pool: a Pool, or (index, False) with kernels over lists.
+    d lse / d negative_keys = scale * p_bk query_b is a second kernel, run only for keys that require grad, and so is
+    d lse / d bias = p_bk.
+    bias: that of the pool where it requires grad, else None. pool: a Pool, or Columns with kernels over lists.
     """
 
     @staticmethod
-    def forward(ctx, query, negative_keys, scales, pivot, N, ranks, kernels, *pool):
+    def forward(ctx, query, negative_keys, scales, bias, pivot, N, ranks, kernels, *pool):
         want_mean = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
         lse, mean, num_kept, num_above, _, index, sort_keys = kernels.logsumexp(
             for_kernels(query), for_kernels(negative_keys), scales.detach(), pivot, want_mean, N, ranks, *pool
@@ -45,8 +46,8 @@ class LogSumExp(torch.autograd.Function):
             pool = narrow(Pool(*pool), *sort_keys.unbind(1))
         *tensors, ctx.same_label = pool
         ctx.kernels, ctx.width = kernels, len(pool)
-        wants_keys = ctx.needs_input_grad[1]
-        ctx.save_for_backward(query, scales, lse, mean, *((negative_keys, *tensors) if wants_keys else ()))
+        again = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        ctx.save_for_backward(query, scales, lse, mean, *((negative_keys, *tensors) if again else ()))
         ctx.mark_non_differentiable(num_kept, num_above, index)
         return lse, num_kept, num_above, index
 
@@ -54,16 +55,36 @@ class LogSumExp(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, d_lse, *_):
         query, scales, lse, mean, *rest = ctx.saved_tensors
-        d_query = d_keys = d_scales = None
+        d_query = d_keys = d_scales = d_bias = None
         weight = d_lse * scales[:, None]  # (S, B)
         if ctx.needs_input_grad[0]:
             d_query = (weight[:, :, None] * mean).sum(0).to(query.dtype)  # (B, D)
-        if ctx.needs_input_grad[1]:
+        if rest:
             negative_keys, *tensors = rest
-            d_keys = grad_keys(ctx.kernels, query, negative_keys, scales, lse, weight, (*tensors, ctx.same_label))
+            pool = (*tensors, ctx.same_label)
+        if ctx.needs_input_grad[1]:
+            d_keys = grad_keys(ctx.kernels, query, negative_keys, scales, lse, weight, pool)
         if ctx.needs_input_grad[2]:
             d_scales = (d_lse * (query.float() * mean).sum(2)).sum(1)  # (S,)
-        return d_query, d_keys, d_scales, None, None, None, None, *([None] * ctx.width)
+        if ctx.needs_input_grad[3]:
+            d_bias = grad_bias(ctx.kernels, query, negative_keys, scales, lse, d_lse, pool)
+        return d_query, d_keys, d_scales, d_bias, None, None, None, None, *([None] * ctx.width)
+
+
+def grad_bias(
+    kernels: Any, query: Tensor, negative_keys: Tensor, scales: Tensor, lse: Tensor, weight: Tensor, pool: tuple
+) -> Tensor:
+    """The sum over queries of weight_sb p_sbk: (K,) fp32 for a queue, (B, M) for lists and own keys. weight and lse (S, B)."""
+    q, keys = for_kernels(query), for_kernels(negative_keys)
+    parts = zip(scales.unbind(0), lse.unbind(0), weight.unbind(0), strict=True)
+    if kernels.has("logsumexp_grad_bias"):
+        each = [kernels.logsumexp_grad_bias(q, keys, scale, sums, factor, *pool) for scale, sums, factor in parts]
+    else:  # a feature that is 1 in the queries and 0 in the keys changes no score, and its gradient is the sum
+        q, keys = torch.cat([q, torch.ones_like(q[:, :1])], 1), torch.nn.functional.pad(keys, (0, 1))
+        each = [
+            kernels.logsumexp_grad_keys(q, keys, scale, sums, factor, *pool)[:, -1] for scale, sums, factor in parts
+        ]
+    return torch.stack(each).sum(0)
 
 
 def grad_keys(

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from negmine.ops.checks import describe, refuse, require_tensor, require_vectors
+from negmine.ops.guide import guide_limit, guided
 from negmine.ops.pool import Pool
+from negmine.ops.vectors import widened
 from negmine.options import Negatives
 
 UNKNOWN = -1  # an id or label that equals nothing
+NO_MASK = Pool()
 UNEQUAL = -(2**63)  # stands for the unknown tag of a query in kernels: no key has it
 
 
@@ -31,59 +34,119 @@ def check_negatives(
     query_labels: Tensor | None = None,
     *,
     own_keys: bool = False,
+    options: tuple[str, ...] = (),
+    with_bias: bool = False,
+    name: str = "negative_keys",
 ) -> tuple[Tensor, Pool]:
     """query (B, D) and negatives of any form -> keys (K, D), or (B, M, D) where own_keys, and the pool of the caller's masks.
 
     negative_keys: a tensor, a queue (an object with stored_columns()), a Negatives, or None for the other rows' positives.
-    Raises in a sentence where the masks do not fit.
+    options: which of select, mix and weight the caller reads from a Negatives; the others are refused in it. with_bias: the
+    caller sums logits, so that the pool has the bias of a Negatives; without, it only ranks scores, which a bias does not move.
+    name: of the argument. Raises in a sentence where the masks do not fit.
     """
     require_vectors(op, "query", query, "(B, D)", (2,))
     if type(negative_keys) is Tensor and query_ids is None and query_labels is None:
-        _require_keys(op, negative_keys, query, own_keys)
+        _require_keys(op, name, negative_keys, query, own_keys)
         return negative_keys, NO_MASK
-    given = negative_keys if isinstance(negative_keys, Negatives) else Negatives(_as_keys(op, negative_keys))
+    given = negative_keys if isinstance(negative_keys, Negatives) else Negatives(_as_keys(op, name, negative_keys))
+    for option in ("select", "mix", "weight"):
+        if option not in options and getattr(given, option) is not None:
+            raise refuse(op, f"{name}.{option}", f"None, for {op} takes none", getattr(given, option))
     keys, ids, labels, num_rows = given.keys, given.ids, given.labels, None
     if keys is None:
-        return _in_batch(op, query, positive_key, given.mask, query_ids, query_labels)
+        keys, pool = _in_batch(op, query, positive_key, given.mask, query_ids, query_labels, name)
+        return keys, _with_bias_and_guide(op, query, keys, pool, given, with_bias, name)
     if not isinstance(keys, Tensor):
-        stored = _as_keys(op, keys).stored_columns()
+        stored = _as_keys(op, name, keys).stored_columns()
         keys, num_rows = stored.keys, stored.num_rows
         # The queue's own tags count only where the query has some; what Negatives says beside a queue comes first.
         ids = ids if ids is not None or query_ids is None else stored.ids
         labels = labels if labels is not None or query_labels is None else stored.labels
-        for name, tags, found, option in (
+        for argument, tags, found, option in (
             ("query_ids", query_ids, ids, "with_ids"),
             ("query_labels", query_labels, labels, "with_labels"),
         ):
             if tags is not None and found is None:
-                raise refuse(op, name, f"None, for a queue made without {option}=True", tags)
-    _require_keys(op, keys, query, own_keys)
-    return keys, _pool(op, query, keys, given.mask, query_ids, ids, query_labels, labels, num_rows)
+                raise refuse(op, argument, f"None, for a queue made without {option}=True", tags)
+    _require_keys(op, name, keys, query, own_keys)
+    names = (f"{name}.mask", f"{name}.ids", f"{name}.labels")
+    pool = _pool(op, query, keys, given.mask, query_ids, ids, query_labels, labels, num_rows, names)
+    return keys, _with_bias_and_guide(op, query, keys, pool, given, with_bias, name)
 
 
-NO_MASK = Pool()
+def option_of(negative_keys: Any, option: str, common: Any) -> Any:
+    """select, mix or weight of a pool: its own, or the one that the call names for all pools."""
+    own = getattr(negative_keys, option) if isinstance(negative_keys, Negatives) else None
+    return common if own is None else own
 
 
-def _as_keys(op: str, value: Any) -> Any:
+def pools_in(op: str, negative_keys: list | tuple) -> list:
+    """The pools of a list of one or more."""
+    if not negative_keys:
+        raise refuse(op, "negative_keys", "a list of one pool or more", negative_keys)
+    for p, given in enumerate(negative_keys):
+        if isinstance(given, (list, tuple)):
+            raise refuse(op, f"negative_keys[{p}]", "one pool", type(given).__name__, TypeError)
+    return list(negative_keys)
+
+
+def check_pools(
+    op: str,
+    query: Any,
+    positive_key: Tensor | None,
+    pools: list,
+    query_ids: Tensor | None,
+    query_labels: Tensor | None,
+    options: tuple[str, ...],
+) -> list[tuple[Tensor, Pool]]:
+    """check_negatives of several pools. Ids and labels of the queries count in each pool that has some, and one must."""
+    for argument, given_tags, kind in (("query_ids", query_ids, "ids"), ("query_labels", query_labels, "labels")):
+        if given_tags is not None and not any(_has_tags(given, kind) for given in pools):
+            raise refuse(op, argument, f"None, for no pool of negative_keys has {kind}", given_tags)
+    checked = []
+    for p, given in enumerate(pools):
+        name = f"negative_keys[{p}]"
+        by_ids, by_labels = _has_tags(given, "ids"), _has_tags(given, "labels")
+        tags = query_ids if by_ids else None, query_labels if by_labels else None
+        checked.append(
+            check_negatives(
+                op, query, positive_key, given, *tags, own_keys=True, options=options, with_bias=True, name=name
+            )
+        )
+    return checked
+
+
+def _has_tags(given: Any, kind: str) -> bool:
+    """True where a pool has ids or labels to compare with the queries'."""
+    keys = given
+    if isinstance(given, Negatives):
+        if getattr(given, kind) is not None:
+            return True
+        keys = given.keys
+    return keys is None or (hasattr(keys, "stored_columns") and getattr(keys.stored_columns(), kind) is not None)
+
+
+def _as_keys(op: str, name: str, value: Any) -> Any:
     if value is None or isinstance(value, Tensor) or hasattr(value, "stored_columns"):
         return value
     wanted = "a tensor, a MoCoQueue, a Negatives, or None for in-batch negatives"
-    raise refuse(op, "negative_keys", wanted, type(value).__name__, TypeError)
+    raise refuse(op, name, wanted, type(value).__name__, TypeError)
 
 
-def _require_keys(op: str, keys: Tensor, query: Tensor, own_keys: bool) -> None:
+def _require_keys(op: str, name: str, keys: Tensor, query: Tensor, own_keys: bool) -> None:
     shapes, dims = ("(K, D) or (B, M, D)", (2, 3)) if own_keys else ("(K, D)", (2,))
-    require_vectors(op, "negative_keys", keys, shapes, dims, query)
+    require_vectors(op, name, keys, shapes, dims, query)
     if keys.dim() == 3 and keys.shape[0] != query.shape[0]:
-        raise refuse(op, "negative_keys", f"of shape (B, M, D) with query's B = {query.shape[0]}", keys)
+        raise refuse(op, name, f"of shape (B, M, D) with query's B = {query.shape[0]}", keys)
 
 
 def _in_batch(
-    op: str, query: Tensor, positive_key: Tensor | None, mask: Tensor | None, query_ids: Any, query_labels: Any
+    op: str, query: Tensor, positive_key: Tensor | None, mask: Any, query_ids: Any, query_labels: Any, name: str
 ) -> tuple[Tensor, Pool]:
     """The batch's positives as keys; the own one, and rows of equal ids or labels, are no negatives."""
     if positive_key is None:
-        raise refuse(op, "negative_keys", "given where there is no positive_key", None)
+        raise refuse(op, name, "given where there is no positive_key", None)
     require_vectors(op, "positive_key", positive_key, "(B, D)", (2,), query)
     own = torch.arange(len(query), device=query.device)  # (B,)
     if query_ids is not None:
@@ -92,7 +155,34 @@ def _in_batch(
     ids = own if query_ids is None else query_ids
     # Dynamo traces no autograd.Function that is given one tensor twice: here as positives and as keys.
     keys = positive_key.view_as(positive_key) if torch.compiler.is_compiling() else positive_key
-    return keys, _pool(op, query, positive_key, mask, ids, ids, query_labels, query_labels, None)
+    names = (f"{name}.mask", "query_ids", "query_labels")
+    return keys, _pool(op, query, positive_key, mask, ids, ids, query_labels, query_labels, None, names)
+
+
+def _with_bias_and_guide(
+    op: str, query: Tensor, keys: Tensor, pool: Pool, given: Negatives, with_bias: bool, name: str
+) -> Pool:
+    """The pool with the bias of a Negatives, fp32 or float64, and without the columns that its guide masks."""
+    own = (len(query), keys.shape[-2])  # (B, K)
+    if given.bias is not None:
+        require_tensor(op, f"{name}.bias", given.bias, query)
+        shape = own[1:] if keys.dim() == 2 else own
+        if not given.bias.is_floating_point() or tuple(given.bias.shape) != shape:
+            raise refuse(op, f"{name}.bias", f"a floating tensor of shape {shape}", given.bias)
+        pool = pool._replace(bias=widened(given.bias) if with_bias else None)
+    guide = given.guide
+    if guide is None:
+        return pool
+    require_tensor(op, f"{name}.guide.query", guide.query, query)
+    if len(guide.query) != len(query):
+        raise refuse(op, f"{name}.guide.query", f"of shape (B, G) with query's B = {len(query)}", guide.query)
+    columns: Any = guide.positive if guide.keys is None and given.keys is None else guide.keys
+    require_tensor(op, f"{name}.guide.keys", columns, query)
+    require_tensor(op, f"{name}.guide.positive", guide.positive, query)
+    if tuple(columns.shape[:-1]) != tuple(keys.shape[:-1]):
+        wanted = f"of shape {(*keys.shape[:-1], guide.query.shape[1])}, a row for each key"
+        raise refuse(op, f"{name}.guide.keys", wanted, columns)
+    return guided(pool, guide.query, columns, guide_limit(guide))
 
 
 def _tags(op: str, name: str, tags: Any, query: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -119,7 +209,7 @@ def _tag_pair(
 
 def _pool(
     op: str, query: Tensor, keys: Tensor, mask: Any, query_ids: Any, ids: Any, query_labels: Any, labels: Any,
-    num_rows: Tensor | None, names: tuple[str, str, str] = ("negative_keys.mask", "negative_keys.ids", "negative_keys.labels"),
+    num_rows: Tensor | None, names: tuple[str, str, str],
 ) -> Pool:  # fmt: skip
     own = (query.shape[0], keys.shape[-2])  # (B, K)
     shared = own[1:]  # (K,)

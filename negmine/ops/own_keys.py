@@ -8,14 +8,7 @@ from torch import Tensor
 
 from negmine.ops import sort_key
 from negmine.ops.backends import Kernels, choose
-from negmine.ops.column_lists import (
-    flat_rows,
-    gathered_scores,
-    list_logsumexp,
-    list_logsumexp_grad_keys,
-    list_softplus_sum,
-    list_softplus_sum_grad_keys,
-)
+from negmine.ops.column_lists import LIST_SUMS, flat_rows, gathered_scores, list_logsumexp
 from negmine.ops.pool import Pool, narrow, usable
 
 
@@ -64,7 +57,7 @@ def _logsumexp(
         pool = narrow(pool, *bounds[0].unbind(1))
     index = _columns(kernels, query, negative_keys, pool)
     lse, mean, num_kept, num_above, scores, column, sort_keys = list_logsumexp(
-        kernels, query, negative_keys, scales, pivot, want_mean, 0, None, index, False
+        kernels, query, negative_keys, scales, pivot, want_mean, 0, None, index, pool.bias, False
     )
     if pivot is not None and pool.is_bounded:  # num_above looks past the bounds
         allowed = _allowed(query, negative_keys, pool)
@@ -73,11 +66,11 @@ def _logsumexp(
     return lse, mean, num_kept, num_above, *(found or (scores, column)), *(bounds or (sort_keys,))
 
 
-def _logsumexp_grad_keys(
-    kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, lse: Tensor, weight: Tensor, *pool: Any
-) -> Tensor:
-    index = _columns(kernels, query, negative_keys, Pool(*pool))
-    return list_logsumexp_grad_keys(kernels, query, negative_keys, scale, lse, weight, index, False)
+def _over_columns(op: str, kernels: Kernels, query: Tensor, negative_keys: Tensor, *arguments: Any) -> Any:
+    """A sum over lists, or its gradient, whose list are the columns of the pool that ends `arguments`."""
+    numbers, pool = arguments[: -len(Pool._fields)], Pool(*arguments[-len(Pool._fields) :])
+    index = _columns(kernels, query, negative_keys, pool)
+    return LIST_SUMS[op](kernels, query, negative_keys, *numbers, index, pool.bias, False)
 
 
 def _mine_hardest(
@@ -99,20 +92,6 @@ def _count_negatives(kernels: Kernels, query: Tensor, negative_keys: Tensor, *po
     return (_columns(kernels, query, negative_keys, Pool(*pool)) >= 0).sum(1)
 
 
-def _softplus_sum(
-    kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, offset: Tensor, want_keys: bool, *pool: Any
-) -> tuple[Tensor, ...]:
-    index = _columns(kernels, query, negative_keys, Pool(*pool))
-    return list_softplus_sum(kernels, query, negative_keys, scale, offset, want_keys, index, False)
-
-
-def _softplus_sum_grad_keys(
-    kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, offset: Tensor, weight: Tensor, *pool: Any
-) -> Tensor:
-    index = _columns(kernels, query, negative_keys, Pool(*pool))
-    return list_softplus_sum_grad_keys(kernels, query, negative_keys, scale, offset, weight, index, False)
-
-
 def _mix_logsumexp(
     kernels: Kernels,
     query: Tensor,
@@ -130,15 +109,13 @@ def over_own_keys(kernels: Kernels) -> Kernels:
     """The kernels of a loss over keys that are each query's own; listed_* stay as they are."""
     functions: dict[str, Any] = {
         "logsumexp": _logsumexp,
-        "logsumexp_grad_keys": _logsumexp_grad_keys,
-        "softplus_sum": _softplus_sum,
-        "softplus_sum_grad_keys": _softplus_sum_grad_keys,
         "mine_hardest": _mine_hardest,
         "rank_thresholds": _rank_thresholds,
         "count_negatives": _count_negatives,
         "mix_logsumexp": _mix_logsumexp,
     }
-    own = {op: partial(function, kernels) for op, function in functions.items()}
+    own = {op: partial(_over_columns, op, kernels) for op in LIST_SUMS}
+    own |= {op: partial(function, kernels) for op, function in functions.items()}
     lists = {op: getattr(kernels, op) for op in LIST_OPS if kernels.has(op)}
     return Kernels(**own, **lists)
 
@@ -152,10 +129,11 @@ def choose_for_keys(
     backend: str | None,
     tensors: tuple[Tensor, ...],
     keys: Tensor,
+    pool: Pool,
     optional: str = "",
 ) -> Kernels | None:
-    """backends.choose, for keys (K, D), or (B, M, D) that are each query's own."""
+    """backends.choose, for keys (K, D), or (B, M, D) that are each query's own, and their pool."""
     if keys.dim() == 2:
-        return choose(caller, ops, backend, tensors, optional)
+        return choose(caller, ops, backend, tensors, optional, pool.bias is not None)
     kernels = choose(caller, tuple(dict.fromkeys((*ops, *LIST_OPS))), backend, tensors)
     return None if kernels is None else over_own_keys(kernels)

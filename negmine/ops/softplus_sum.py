@@ -1,6 +1,9 @@
 """The op softplus_sum, and the autograd function over it."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from negmine.ops.first_derivative import first_derivative_only
 from negmine.ops.registry import declare
@@ -20,11 +23,12 @@ class SoftplusSum(torch.autograd.Function):
     """total_b (B,) = sum over b's pool of log(1 + exp(scale s_bk + offset)).
 
     d total / d query = scale * sigmoid_keys, d total / d scale = query . sigmoid_keys, d total / d offset = sigmoid_sum, all
-    known after the forward pass; d total / d negative_keys is a second kernel, run only for keys that require grad.
+    known after the forward pass; d total / d negative_keys is a second kernel, run only for keys that require grad, and so is
+    d total / d bias = sigmoid(l_bk). bias: that of the pool where it requires grad, else None.
     """
 
     @staticmethod
-    def forward(ctx, query, negative_keys, scale, offset, kernels, *pool):
+    def forward(ctx, query, negative_keys, scale, offset, bias, kernels, *pool):
         want_sigmoid_keys = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
         numbers = scale.detach(), offset.detach()
         total, sigmoid_keys, sigmoid_sum, _ = kernels.softplus_sum(
@@ -32,7 +36,7 @@ class SoftplusSum(torch.autograd.Function):
         )
         *tensors, ctx.same_label = pool
         ctx.kernels, ctx.width = kernels, len(pool)
-        keys = (negative_keys, *tensors) if ctx.needs_input_grad[1] else ()
+        keys = (negative_keys, *tensors) if ctx.needs_input_grad[1] or ctx.needs_input_grad[4] else ()
         ctx.save_for_backward(query, *numbers, sigmoid_keys, sigmoid_sum, *keys)
         return total
 
@@ -40,12 +44,13 @@ class SoftplusSum(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, d_total):
         query, scale, offset, sigmoid_keys, sigmoid_sum, *rest = ctx.saved_tensors
-        d_query = d_keys = d_scale = d_offset = None
+        d_query = d_keys = d_scale = d_offset = d_bias = None
         if ctx.needs_input_grad[0]:
             d_query = ((d_total * scale)[:, None] * sigmoid_keys).to(query.dtype)  # (B, D)
-        if ctx.needs_input_grad[1]:
+        if rest:
             keys, *tensors = rest
             pool = (*tensors, ctx.same_label)
+        if ctx.needs_input_grad[1]:
             d_keys = ctx.kernels.softplus_sum_grad_keys(
                 for_kernels(query), for_kernels(keys), scale, offset, d_total * scale, *pool
             )
@@ -54,4 +59,18 @@ class SoftplusSum(torch.autograd.Function):
             d_scale = (d_total * (query.float() * sigmoid_keys).sum(1)).sum()
         if ctx.needs_input_grad[3]:
             d_offset = (d_total * sigmoid_sum).sum()
-        return d_query, d_keys, d_scale, d_offset, None, *([None] * ctx.width)
+        if ctx.needs_input_grad[4]:
+            d_bias = grad_bias(ctx.kernels, query, keys, scale, offset, d_total, pool)
+        return d_query, d_keys, d_scale, d_offset, d_bias, None, *([None] * ctx.width)
+
+
+def grad_bias(
+    kernels: Any, query: Tensor, negative_keys: Tensor, scale: Tensor, offset: Tensor, weight: Tensor, pool: tuple
+) -> Tensor:
+    """The sum over queries of weight_b sigmoid(l_bk): (K,) fp32 for a queue, (B, M) for lists and own keys. weight (B,)."""
+    q, keys = for_kernels(query), for_kernels(negative_keys)
+    if kernels.has("softplus_sum_grad_bias"):
+        return kernels.softplus_sum_grad_bias(q, keys, scale, offset, weight, *pool)
+    # A feature that is 1 in the queries and 0 in the keys changes no score, and its gradient is the sum.
+    q, keys = torch.cat([q, torch.ones_like(q[:, :1])], 1), torch.nn.functional.pad(keys, (0, 1))
+    return kernels.softplus_sum_grad_keys(q, keys, scale, offset, weight, *pool)[:, -1]

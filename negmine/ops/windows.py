@@ -22,6 +22,10 @@ class Draw(NamedTuple):
     step: int | Tensor = 0
     row_offset: int | Tensor = 0
 
+    def of_pool(self, number: int) -> "Draw":
+        """The key of the draws of one of several pools: its number stands in the high bits of the row."""
+        return self._replace(row_offset=self.row_offset + (number << 48)) if number else self
+
     def rows(self, query: Tensor) -> Tensor:
         """(B,) int64: the global index of each query."""
         return torch.arange(len(query), device=query.device) + self.row_offset

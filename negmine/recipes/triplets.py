@@ -182,7 +182,11 @@ class SimANSLoss(ScheduledLoss):
     ) -> Tensor:
         """masks: query_ids and query_labels of mine_hardest."""
         tags = masks.get("query_ids"), masks.get("query_labels")
-        keys, _ = check_negatives("simans", query, positive_key, negative_keys, *tags)
+        keys, pool = check_negatives(
+            "simans", query, positive_key, negative_keys, *tags, options=("select",), with_bias=True
+        )
+        if pool.bias is not None:
+            raise checks.refuse("simans", "negative_keys.bias", "None, for the draw is by score", pool.bias)
         checks.require_positive("simans", positive_key, query)
         draw = {"step": self.count(step, query), "row_offset": row_offset}
         index = self.sample(query, positive_key, negative_keys, **draw, **masks)  # (B, n)

@@ -7,9 +7,11 @@ candidate; selection is detached.
 """
 
 from negmine.reference.contrastive import (
+    Columns,
     false_negatives_found,
     found_scores,
     info_nce,
+    info_nce_of_pools,
     log_weighted_sum,
     reduced,
     sup_con,
@@ -17,6 +19,7 @@ from negmine.reference.contrastive import (
 from negmine.reference.mixing import mix_draws, mix_negatives, mixed, only_if_enabled
 from negmine.reference.selection import (
     filtered,
+    guide_mask,
     mine_hardest,
     multiplicity,
     quantile,
@@ -28,12 +31,15 @@ from negmine.reference.sums import gathered_grad_keys, gathered_logsumexp, kept_
 from negmine.reference.triplets import mine_triplets, multi_similarity, triplet_loss
 
 __all__ = [
+    "Columns",
     "false_negatives_found",
     "filtered",
     "found_scores",
     "gathered_grad_keys",
     "gathered_logsumexp",
+    "guide_mask",
     "info_nce",
+    "info_nce_of_pools",
     "kept_scores",
     "log_weighted_sum",
     "logsumexp",

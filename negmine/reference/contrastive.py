@@ -5,6 +5,7 @@ usable (B, K) bool: what the masks leave (negmine/ops/pool.py makes it); None = 
 """
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,16 +65,41 @@ def log_weighted_sum(
     return torch.where(clamped, log_floor, log_raw), clamped
 
 
+class Columns(NamedTuple):
+    """One pool of negatives and how it is treated; the fields as in Negatives, its masks as `usable`."""
+
+    keys: Tensor  # (K, D) or (B, M, D)
+    usable: Tensor | None = None  # (B, K) bool
+    bias: Tensor | None = None  # (K,) or (B, M)
+    select: Select | None = None
+    mix: Mix | None = None
+    weight: Weight | None = None
+
+
 def info_nce(
     query: Tensor,
     positive_key: Tensor,
     negative_keys: Tensor,
     *,
-    temperature: Tensor | float = 0.07,
     usable: Tensor | None = None,
+    bias: Tensor | None = None,
     select: Select | None = None,
     mix: Mix | None = None,
     weight: Weight | None = None,
+    **options: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of each row (B,) and its statistics, over one pool; options: the keywords of info_nce_of_pools."""
+    pool = Columns(negative_keys, usable, bias, select, mix, weight)
+    rows, stats = info_nce_of_pools(query, positive_key, [pool], **options)
+    return rows, stats[0]
+
+
+def info_nce_of_pools(
+    query: Tensor,
+    positive_key: Tensor,
+    pools: list[Columns],
+    *,
+    temperature: Tensor | float = 0.07,
     false_negatives: FalseNegatives | None = None,
     support: Tensor | None = None,
     positive_bias: Tensor | None = None,
@@ -81,68 +107,98 @@ def info_nce(
     seed: int = 0,
     step: int | Tensor = 0,
     row_offset: int | Tensor = 0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each row (B,) and its statistics.
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Loss of each row (B,) and the statistics of each pool.
 
         loss = LSE over {positive unless decoupled, attracted false negatives, kept negatives, synthetic negatives} of x + log w
-               - mean of the positive logits,   x = s / temperature, and + positive_bias for the positive
-    A row without kept or synthetic negatives has loss 0 and no gradient.
+               - mean of the positive logits,   x = s / temperature + bias, without bias for synthetic negatives
+    The sets are of all pools together; each pool has its own ranks, weights, draws and false negatives. A row without kept or
+    synthetic negatives in any pool has loss 0 and no gradient.
     """
-    scores = scores_of(query, negative_keys, usable)  # (B, K)
     positive_score = (query * positive_key).sum(1)  # (B,)
     x_positive = positive_score / temperature  # (B,)
     if positive_bias is not None:
         x_positive = x_positive + positive_bias
-    usable = torch.ones_like(scores, dtype=torch.bool) if usable is None else usable
-    found = torch.zeros_like(usable)
-    if false_negatives is not None and support is not None:
-        found = false_negatives_found(support, negative_keys, false_negatives, usable)
-        usable = usable & ~found
+    parts, attracted, in_each, stats = [], [], [], []
+    for number, pool in enumerate(pools):
+        draw = seed, step, row_offset + (number << 48)
+        scores = scores_of(query, pool.keys, pool.usable)  # (B, K)
+        logits = scores / temperature if pool.bias is None else scores / temperature + pool.bias.to(scores.dtype)
+        usable = torch.ones_like(scores, dtype=torch.bool) if pool.usable is None else pool.usable
+        found = torch.zeros_like(usable)
+        if false_negatives is not None and support is not None:
+            found = false_negatives_found(support, pool.keys, false_negatives, usable)
+            usable = usable & ~found
+        columns, some, count, clamped = _kept(
+            query, pool, scores, logits, positive_score, x_positive, usable, temperature, draw
+        )
+        parts.append(columns)
+        in_each.append(some)
+        if false_negatives is not None and false_negatives.mode == "attract":
+            attracted.append((found, logits))
+        stats.append(
+            {
+                "positive_rank": (usable & (scores > positive_score[:, None])).sum(1),
+                "num_negatives": count,
+                "clamped": clamped,
+                "num_empty": (~some).sum(),
+            }
+        )
 
+    some = torch.stack(in_each).any(0)  # (B,)
+    positives, num_positives = x_positive, torch.ones_like(x_positive)
+    for found, logits in attracted:
+        positives = positives + logits.masked_fill(~found, 0.0).sum(1)  # (B,)
+        num_positives = num_positives + found.sum(1)
+        parts = parts if decoupled else [logits.masked_fill(~found, -torch.inf), *parts]
+    columns = torch.cat(parts if decoupled else [x_positive[:, None], *parts], 1)
+    finite = columns.masked_fill(~some[:, None], 0.0)  # an empty row must not differentiate LSE of nothing
+    logsumexp = finite.logsumexp(1) if finite.shape[1] else torch.zeros_like(x_positive)
+    # NaN in a row stays in that row
+    loss = torch.where(some, logsumexp - positives / num_positives, 0.0 * x_positive)
+    total = torch.where(some, logsumexp, -torch.inf if decoupled else x_positive).detach()
+    return loss, [{"logsumexp": total} | each for each in stats]
+
+
+def _kept(
+    query: Tensor, pool: Columns, scores: Tensor, logits: Tensor, positive_score: Tensor, x_positive: Tensor,
+    usable: Tensor, temperature: Tensor | float, draw: tuple[int, int | Tensor, int | Tensor],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What one pool adds to the sum, as logits (B, columns), where it adds anything, N and clamped (B,) each."""
+    select, mix, weight, bias = pool.select, pool.mix, pool.weight, pool.bias
     times = usable.long()  # (B, K)
     if select is not None:
-        times = multiplicity(scores, positive_score, select, usable, seed, step, row_offset)
-    x = (scores / temperature + times.to(scores.dtype).log()).masked_fill(times == 0, -torch.inf)  # (B, K)
+        times = multiplicity(scores, positive_score, select, usable, *draw)
+    repeats = times.to(scores.dtype).log()  # (B, K)
+    columns = (logits + repeats).masked_fill(times == 0, -torch.inf)  # (B, K)
     count = times.sum(1)  # (B,)
-    columns, some = x, count > 0
+    some = count > 0
     clamped = torch.zeros_like(some)
-
-    if weight is not None and x.shape[1]:  # of no columns at all there is no log-sum-exp to differentiate
-        safe = x.masked_fill(~some[:, None], 0.0)
-        importance = (weight.beta * scores / temperature + times.to(scores.dtype).log()).masked_fill(
-            times == 0, -torch.inf
+    if weight is not None and columns.shape[1]:  # of no columns at all there is no log-sum-exp to differentiate
+        sharpened, importance = columns, repeats
+        if weight.sharpens:
+            importance = weight.beta * scores / temperature + repeats
+            sharpened = (1 + weight.beta) * scores / temperature + repeats
+            if bias is not None:
+                # log_weighted_sum takes 1 / (1 + beta) of the gradient where the weights are held: all of a bias's is wanted
+                bias = bias.to(scores.dtype)
+                factor = 1 + weight.beta if weight.detach else 1.0
+                sharpened = sharpened + bias.detach() + factor * (bias - bias.detach())
+        sharpened, importance = (
+            x.masked_fill(times == 0, -torch.inf).masked_fill(~some[:, None], 0.0) for x in (sharpened, importance)
         )
-        importance = importance.masked_fill(~some[:, None], 0.0)
-        sharpened = safe + importance - times.clamp_min(1).to(scores.dtype).log() if weight.sharpens else safe
         log_sum, clamped = log_weighted_sum(
             sharpened.logsumexp(1), importance.logsumexp(1), x_positive, count.clamp_min(1), temperature, weight
         )
         columns, clamped = log_sum.masked_fill(~some, -torch.inf)[:, None], clamped & some  # (B, 1)
     if mix is not None and mix.total:
-        vectors, parents, _ = mix_negatives(
-            query, negative_keys, mix, usable, seed=seed, step=step, row_offset=row_offset
-        )
+        seed, step, row_offset = draw
+        vectors, parents, _ = mix_negatives(query, pool.keys, mix, usable, seed=seed, step=step, row_offset=row_offset)
         x_mixed = scores_of(query, vectors) / temperature  # (B, S)
         absent = parents[:, :, 1] < 0  # (B, S)
         columns = torch.cat([columns, x_mixed.masked_fill(absent, -torch.inf)], 1)
         some = some | ~absent.all(1)
-
-    attracted = found if false_negatives is not None and false_negatives.mode == "attract" else torch.zeros_like(found)
-    x_attracted = (scores / temperature).masked_fill(~attracted, 0.0)  # (B, K)
-    positives = (x_positive + x_attracted.sum(1)) / (1 + attracted.sum(1))  # (B,)
-    if not decoupled:
-        columns = torch.cat([x_positive[:, None], x_attracted.masked_fill(~attracted, -torch.inf), columns], 1)
-    finite = columns.masked_fill(~some[:, None], 0.0)  # an empty row must not differentiate LSE of nothing
-    logsumexp = finite.logsumexp(1) if finite.shape[1] else torch.zeros_like(x_positive)
-    loss = torch.where(some, logsumexp - positives, 0.0 * x_positive)  # NaN in a row stays in that row
-    stats = {
-        "logsumexp": torch.where(some, logsumexp, -torch.inf if decoupled else x_positive).detach(),
-        "positive_rank": (usable & (scores > positive_score[:, None])).sum(1),
-        "num_negatives": count,
-        "clamped": clamped,
-        "num_empty": (~some).sum(),
-    }
-    return loss, stats
+    return columns, some, count, clamped
 
 
 def sup_con(

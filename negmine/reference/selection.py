@@ -10,7 +10,7 @@ from torch import Tensor
 
 from negmine.ops import philox
 from negmine.ops.vectors import disable_autocast
-from negmine.options import Select
+from negmine.options import Guide, Select
 
 
 def scores_of(query: Tensor, negative_keys: Tensor, usable: Tensor | None = None) -> Tensor:
@@ -88,6 +88,14 @@ def filtered(scores: Tensor, positive_score: Tensor | None, select: Select, usab
         anchor = scores.new_zeros(len(scores)) if positive_score is None else positive_score.detach()
         pool = pool & (scores <= select.highest_score(anchor)[:, None])
     return pool
+
+
+def guide_mask(guide: Guide) -> Tensor:
+    """(B, K) bool: what a guide with keys leaves usable."""
+    score = scores_of(guide.query, guide.positive if guide.keys is None else guide.keys)  # (B, K)
+    positive = (guide.query * guide.positive).sum(1)  # (B,)
+    distance = positive.abs() * guide.margin if guide.relative else guide.margin
+    return ~(score > (positive - distance)[:, None])
 
 
 def multiplicity(

@@ -37,11 +37,16 @@ def logsumexp(
     positive_score: Tensor | None = None,
     select: Select | None = None,
     draw: Draw = (0, 0, 0),
+    key_bias: Tensor | None = None,
 ) -> Tensor:
-    """(B,): log of the sum over each pool of exp(s / temperature); -inf, without gradient, where the pool is empty."""
+    """(B,): log of the sum over each pool of exp(s / temperature + key_bias); -inf, without gradient, where the pool is empty.
+
+    key_bias: (K,) or (B, M).
+    """
     scores, times = kept_scores(query, negative_keys, usable, positive_score, select, draw)
     some = (times > 0).any(1)  # (B,)
-    x = (scores / temperature + times.to(scores.dtype).log()).masked_fill(times == 0, -torch.inf)  # (B, K)
+    logits = scores / temperature if key_bias is None else scores / temperature + key_bias.to(scores.dtype)  # (B, K)
+    x = (logits + times.to(scores.dtype).log()).masked_fill(times == 0, -torch.inf)  # (B, K)
     lse = F.pad(x, (0, 1), value=-torch.inf).masked_fill(~some[:, None], 0.0).logsumexp(1)  # no column is no error
     return lse.masked_fill(~some, -torch.inf)
 
@@ -55,10 +60,12 @@ def softplus_sum(
     positive_score: Tensor | None = None,
     select: Select | None = None,
     draw: Draw = (0, 0, 0),
+    key_bias: Tensor | None = None,
 ) -> Tensor:
-    """(B,): sum over each pool of log(1 + exp(scale s + bias)); 0 where the pool is empty."""
+    """(B,): sum over each pool of log(1 + exp(scale s + bias + key_bias)), key_bias (K,) or (B, M); 0 where the pool is empty."""
     scores, times = kept_scores(query, negative_keys, usable, positive_score, select, draw)
-    each = -F.logsigmoid(-(scale * scores + bias))  # (B, K)
+    logits = scale * scores + bias  # (B, K)
+    each = -F.logsigmoid(-(logits if key_bias is None else logits + key_bias.to(logits.dtype)))  # (B, K)
     return (each.masked_fill(times == 0, 0.0) * times).sum(1)
 
 
