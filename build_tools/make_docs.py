@@ -16,6 +16,7 @@ import mkdocs.config
 PAGES = Path("build/docs")
 # In the order of a reader's questions; pages that are not named come after them, by name.
 ORDER = [
+    "examples",
     "methods",
     "triplets",
     "comparison",
