@@ -38,6 +38,8 @@ def check_names(tree: ast.Module) -> set[str]:
         if not isinstance(called, ast.Attribute):
             continue
         place = ast.unparse(called)
+        if "(" in place:  # of what a call returns
+            continue
         if place.startswith("negmine."):
             found = negmine
             for name in place.split(".")[1:]:
