@@ -57,9 +57,10 @@ check: venv
 	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(CXX_ALL)
 	$(PY) -m mypy
 
-# Random calls of every public op on the CPU, judged by the reference: make fuzz SECONDS=600 SEED=7
+# Random calls of every public op on the CPU, judged by the reference, and damaged files of every form: make fuzz SECONDS=600 SEED=7
 fuzz: venv
 	$(PY) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
+	$(PY) -m tests.fuzz_files --seconds $(SECONDS) --seed $(SEED)
 
 # The tests and the fuzzer on CPU kernels built with gcc's address and undefined sanitizers, AMX's tiles emulated, in a copy of
 # the package; and the CUDA kernels under the emulator, built likewise. Python is not instrumented: libasan is loaded first, and

@@ -79,12 +79,12 @@ def run(seed: int, first: int, seconds: float, only: bool, at, faults) -> None:
     faults.put(counts)
 
 
-def fuzz(seconds: float, seed: int, case: int | None = None) -> tuple[list[str], dict[str, int]]:
-    """The faults, a sentence each, and how many calls agreed or were refused."""
+def fuzz(seconds: float, seed: int, case: int | None = None, worker_run=None) -> tuple[list[str], dict[str, int]]:
+    """The faults, a sentence each, and how many calls agreed or were refused. worker_run: what takes the place of `run`."""
     context = multiprocessing.get_context("spawn")
     at, faults = context.Value("q", -1), context.Queue()
     found: list[str] = []
-    worker = context.Process(target=run, args=(seed, case or 0, seconds, case is not None, at, faults))
+    worker = context.Process(target=worker_run or run, args=(seed, case or 0, seconds, case is not None, at, faults))
     worker.start()
     while True:
         try:

@@ -7,7 +7,6 @@ file is executed: object arrays are refused.
 
 import os
 import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -21,8 +20,6 @@ MAX_RATIO = 100  # of a compressed archive
 FREE_BYTES = 1 << 26  # an archive that inflates to fewer is read whatever its ratio
 MAX_HEADER = 10_000
 MAX_MEMBERS = 10_000
-UNREADABLE = (ValueError, TypeError, KeyError, EOFError, SyntaxError, OSError, MemoryError, OverflowError, RecursionError,
-              NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)  # fmt: skip
 
 
 def _read_array(file: IO[bytes], size: int) -> np.ndarray:
@@ -61,7 +58,7 @@ def read_npy(path: str | os.PathLike) -> np.ndarray:
     with open_regular(path) as file:
         try:
             return _read_array(file, os.fstat(file.fileno()).st_size)
-        except UNREADABLE as error:
+        except Exception as error:  # the parsers of NumPy, zipfile and zlib raise many kinds
             raise _problem(path, ".npy file of numbers or strings", error) from error
 
 
@@ -70,7 +67,7 @@ def read_npz(path: str | os.PathLike, names: Iterable[str] | None = None) -> dic
     with open_regular(path) as file:
         try:
             return _read_members(file, names)
-        except UNREADABLE as error:
+        except Exception as error:  # the parsers of NumPy, zipfile and zlib raise many kinds
             raise _problem(path, ".npz file of numbers or strings", error) from error
 
 
@@ -80,7 +77,7 @@ def names_in_npz(path: str | os.PathLike) -> list[str]:
         try:
             with zipfile.ZipFile(file) as archive:
                 return [name.removesuffix(".npy") for name in archive.namelist()]
-        except UNREADABLE as error:
+        except Exception as error:  # the parsers of NumPy, zipfile and zlib raise many kinds
             raise _problem(path, ".npz file", error) from error
 
 
