@@ -87,9 +87,10 @@ sanitize: venv
 threads: venv
 	$(PY) -m build_tools.thread_sanitizer $(ROUNDS)
 
-# Training steps in one process that must not grow: make soak STEPS=100000
+# Training steps in processes that must not grow; ranks keep one queue: make soak STEPS=100000; make soak STEPS=5000 RANKS=2
+RANKS ?= 1
 soak: venv
-	$(PY) -m tests.soak --steps $(STEPS)
+	$(PY) -m tests.soak --steps $(STEPS) --ranks $(RANKS)
 
 # The pages of docs/ and a reference from the docstrings, into out/docs/index.html; a broken link fails.
 docs: venv

@@ -21,7 +21,23 @@ def _rank(work: Callable, rank: int, world: int, store: Path, arguments: tuple, 
     dist.destroy_process_group()
 
 
-def run_ranks(work: Callable, world: int, folder: Path, *arguments: Any) -> list[Any]:
+def kill_ranks(work: Callable, world: int, folder: Path, *arguments: Any) -> None:
+    """Run work(rank, world, *arguments) until the last rank has killed itself, then kill the others, as a launcher does."""
+    context = mp.get_context("spawn")
+    out = context.Queue()
+    ranks = [
+        context.Process(target=_rank, args=(work, rank, world, folder / "killed", arguments, out))
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    ranks[-1].join(300)
+    for process in ranks:
+        process.kill()
+        process.join()
+
+
+def run_ranks(work: Callable, world: int, folder: Path, *arguments: Any, timeout: float = 300) -> list[Any]:
     """What work(rank, world, *arguments) returns on each rank of a gloo group that meets in a file of `folder`."""
     context = mp.get_context("spawn")
     out = context.Queue()
@@ -31,7 +47,7 @@ def run_ranks(work: Callable, world: int, folder: Path, *arguments: Any) -> list
     ]
     for process in ranks:
         process.start()
-    got = sorted((out.get(timeout=300) for _ in ranks), key=lambda answer: answer[0])
+    got = sorted((out.get(timeout=timeout) for _ in ranks), key=lambda answer: answer[0])
     for process in ranks:
         process.join()
         assert process.exitcode == 0

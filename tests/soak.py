@@ -1,4 +1,4 @@
-"""Training steps without end, in one process that must not grow: python -m tests.soak --steps 10000
+"""Training steps without end, in processes that must not grow: python -m tests.soak --steps 10000 [--ranks 2]
 
 A step scores a queue, takes a window, mixes, mines and weighs, differentiates, and enqueues. After the first tenth, resident
 memory may grow by LIMIT_MB in all.
@@ -7,13 +7,18 @@ memory may grow by LIMIT_MB in all.
 import argparse
 import contextlib
 import gc
+import hashlib
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 
 import negmine
 from negmine import Mix, MoCoQueue, Select, Weight
+from tests import long_run
 from tests.peak import status_mib
+from tests.ranks import run_ranks
 
 B, K, D = 48, 2048, 32
 LIMIT_MB = 8
@@ -69,10 +74,30 @@ def growth_mb(steps: int, step=one_step) -> float:
     return resident_mb() - before
 
 
+def growth_of_rank(rank: int, world: int, steps: int) -> tuple[float, list[str]]:
+    """Megabytes that a rank of a job gains between a tenth of the steps and the last, and its queue's hash at ten steps."""
+    job, before, hashes = long_run.Job(), 0.0, []
+    for number in range(steps):
+        if number == steps // 10:
+            before = resident_mb()
+        job.run_step()
+        if number % max(1, steps // 10) == 0:
+            state = b"".join(value.numpy().tobytes() for value in job.queue.state_dict().values())
+            hashes.append(hashlib.blake2b(state).hexdigest())
+    return resident_mb() - before, hashes
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10_000)
-    steps = parser.parse_args().steps
-    grown = growth_mb(steps)
+    parser.add_argument("--ranks", type=int, default=1, help="processes that train together")
+    steps, ranks = vars(parser.parse_args()).values()
+    grown = growth_mb(steps) if ranks == 1 else 0.0
+    if ranks > 1:
+        with tempfile.TemporaryDirectory() as folder:
+            answers = run_ranks(growth_of_rank, ranks, Path(folder), steps, timeout=86_400)
+        grown = max(growth for growth, _ in answers)
+        if any(hashes != answers[0][1] for _, hashes in answers):
+            sys.exit("the ranks' queues are not the same")
     print(f"{steps} steps: {grown:+.1f} MB, at most {LIMIT_MB} allowed")
     sys.exit(grown > LIMIT_MB)

@@ -25,9 +25,10 @@ from negmine.collectives import Ranks
 from negmine.losses import gathered
 from negmine.mining import scan
 from negmine.queues import ShardedMoCoQueue
+from tests import long_run
 from tests.cases import ids, unit
 from tests.patched import teacher_forced
-from tests.ranks import run_ranks
+from tests.ranks import kill_ranks, run_ranks
 from tests.test_patches import same_logs, symmetric
 
 D, K, B = 6, 24, 4
@@ -406,7 +407,14 @@ def adapters(rank, world, folder):
     return out
 
 
+def straight_run(rank, world, folder):
+    own = folder / "straight"
+    own.mkdir(exist_ok=True)
+    return long_run.run(rank, world, own, killed=False)
+
+
 CASES = {
+    "straight": straight_run,
     "adapters": adapters,
     "checkpoint": through_a_checkpoint,
     "patches": patches,
@@ -502,3 +510,25 @@ def test_ranks_have_the_losses_of_other_packages(got):
             torch.testing.assert_close(
                 ours, theirs, rtol=1e-4, atol=1e-6, msg=lambda m, n=name, s=step: f"{n}, {s}: {m}"
             )
+
+
+def tensors(state):
+    """All tensors of nested dicts and lists, in order."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+# Three ranks would add gradients in an order that DistributedDataParallel chooses anew when it starts.
+@pytest.mark.parametrize("got", [2], indirect=True)
+def test_4_ranks_that_are_killed_and_resumed_give_the_same_bits(tmp_path, got):
+    world = len(got)
+    kill_ranks(long_run.run, world, tmp_path, tmp_path, True)
+    saved = torch.load(tmp_path / "state.pt")
+    assert saved["step"] == long_run.KILLED_AT
+    resumed = run_ranks(long_run.run, world, tmp_path, tmp_path, False)
+    for state in resumed:
+        pairs = list(zip(tensors(state), tensors(got[0]["straight"]), strict=True))
+        assert len(pairs) > 20 and all(torch.equal(a, b) for a, b in pairs)
+    assert all(torch.equal(a, b) for a, b in zip(*(tensors(answer["straight"]) for answer in got), strict=True))
