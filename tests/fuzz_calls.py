@@ -554,6 +554,7 @@ EXCUSED = {
         ("Triplets", "MiningResult", "HardnessReport"), "what an op returns, with methods: their own tests"
     ),
     "Guide": "vectors of one call: a mask, which is fuzzed, and tests/test_pools.py",
+    **dict.fromkeys(("from_texts", "merge_retrievers", "build_batches"), "of texts and results: their own tests"),
     "mining": "a package, whose parts are named here",
     "__version__": "a string",
 }

@@ -104,7 +104,7 @@ def shared(batch):
     return len(rows) - len(set(rows))
 
 
-def test_batches_hold_no_positive_of_another_query():
+def test_batches_hold_no_positive_of_another_query(tmp_path):
     result = mine(unit(Q, 8, seed=1), unit(K, 8, seed=2), P, num_negatives=20, corpus_texts=TEXTS)
     names = ["a" if b % 3 else "b" for b in range(Q)]
     for options in ({}, {"datasets": names}, {"drop_last": True}, {"seed": 5}):
@@ -122,6 +122,10 @@ def test_batches_hold_no_positive_of_another_query():
         assert list(batches) != made
     twins = mine(unit(4, 8, seed=1), unit(K, 8, seed=2), [0, 1, 2, 3], query_ids=["x", "x", "y", "z"])
     assert all(not {0, 1} <= set(batch) for batch in build_batches(twins, 4))
+    with pytest.warns(UserWarning, match="are equal to others"):
+        equal = mine(unit(1, 8, seed=1).repeat(4, 1), unit(K, 8, seed=2), [0, 1, 2, 3])
+    equal.save(tmp_path / "equal.npz")
+    assert [len(batch) for batch in build_batches(MiningResult.load(tmp_path / "equal.npz"), 4)] == [1] * 4
     none = mine(unit(3, 8, seed=1), unit(K, 8, seed=2), [[0], [], [2]])
     assert sorted(b for batch in build_batches(none, 2) for b in batch) == [0, 2]
 

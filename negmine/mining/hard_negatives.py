@@ -456,13 +456,24 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan) -> MiningResult:
     }
     num_valid = (state.indices >= 0).sum(1)
     given_scores = np.concatenate([np.empty(0, np.float32), *pair_scores])  # (P,)
+    list_of = hidden.positives.list_of
+    query_rows = None if (list_of == np.arange(Q)).all() else list_of
     names = {
         f"{side}_{what}": None if column is None else column.given
         for side, each in (("query", inputs.query_names), ("corpus", inputs.corpus_names))
         for what, column in (("ids", each.ids), ("texts", each.texts))
     }
     return MiningResult(
-        state.indices, state.scores, positive_scores, num_valid, hidden.given, skipped, config, given_scores, **names
+        state.indices,
+        state.scores,
+        positive_scores,
+        num_valid,
+        hidden.given,
+        skipped,
+        config,
+        given_scores,
+        **names,
+        query_rows=query_rows,
     )
 
 

@@ -55,7 +55,9 @@ def text_keys(column: Column, blank: int) -> np.ndarray:
     return keys
 
 
-def id_keys(op: str, name: str, blocks: Any, rows: int, kind: type | None = None) -> tuple[np.ndarray, type | None]:
+def id_keys(
+    op: str, name: str, blocks: Any, rows: int, kind: type | None = None, place: str = "row"
+) -> tuple[np.ndarray, type | None]:
     """blocks of (begin, ids) -> (rows, 2) uint64, equal for equal ids, and their type; of type `kind` where one is given."""
     keys = np.empty((rows, 2), np.uint64)  # (rows, 2)
     for begin, block in blocks:
@@ -66,7 +68,7 @@ def id_keys(op: str, name: str, blocks: Any, rows: int, kind: type | None = None
                     "ints or strings" if kind is None else f"{'strings' if kind is str else 'ints'}, as other ids are"
                 )
                 raise refuse(
-                    op, name, wanted, f"{describe(entry, 60)} ({type(entry).__name__}) in row {row}", TypeError
+                    op, name, wanted, f"{describe(entry, 60)} ({type(entry).__name__}) in {place} {row}", TypeError
                 )
             kind = found
         part = keys[begin : begin + len(block)]
@@ -97,7 +99,7 @@ def joined_groups(first: np.ndarray, other: np.ndarray) -> np.ndarray:
         low, high = np.minimum(a[apart], b[apart]), np.maximum(a[apart], b[apart])
         lowest = lowest.copy()
         np.minimum.at(lowest, high, low)
-        while (pointed := lowest[lowest]).tobytes() != lowest.tobytes():
+        while not np.array_equal(pointed := lowest[lowest], lowest):
             lowest = pointed
 
 
@@ -242,16 +244,19 @@ def resolve(
     Q: int,
     K: int,
     query_digests: Callable[[], np.ndarray],
+    *,
+    warn: bool = True,
 ) -> Hidden:
     """Positives and exclusions in any of their forms, as documents that each query must not get.
 
-    query_digests: gives (Q, 2) uint64 hashes of the values of query_embeddings.
+    query_digests: gives (Q, 2) uint64 hashes of the values of query_embeddings, by which rows are one query where
+    neither ids nor texts are given; then rows that gain positives are told in a warning.
     """
     known = corpus.id_keys
 
     def row_of(name: str, ids: list) -> np.ndarray:
         assert known is not None
-        return _matches(known, id_keys(op, name, [(0, ids)], len(ids), corpus.id_type)[0])
+        return _matches(known, id_keys(op, name, [(0, ids)], len(ids), corpus.id_type, "entry")[0])
 
     lookup = None if known is None else row_of
     given = parse(op, "positives", positives, Q, K, lookup)
@@ -266,7 +271,7 @@ def resolve(
     united = given
     if (list_of != np.arange(Q)).any():
         united = RowLists.of_pairs(list_of[given.queries], given.rows, Q)
-        if by_value:
+        if by_value and warn:
             grown = int((united.sizes[list_of] != given.sizes).sum())
             if grown:
                 warnings.warn(SHARED.format(op, grown), UserWarning, stacklevel=5)

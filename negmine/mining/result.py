@@ -37,6 +37,7 @@ DTYPES = {
     "positives_indptr": np.int64,
     "positives_rows": np.int64,
 }
+OPTIONAL = {"positive_pair_scores": np.float32, "query_rows": np.int64, "sources": np.int32}
 IDS = ("query_ids", "corpus_ids")
 QUARTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "max": 1.0}
 
@@ -57,6 +58,9 @@ class MiningResult:
     corpus_ids: Any = None  # (K,)
     query_texts: Any = None  # (Q,)
     corpus_texts: Any = None  # (K,)
+    query_rows: np.ndarray | None = (
+        None  # (Q,) int64 lowest row of each row's query; None = each row is a query of its own
+    )
     sources: np.ndarray | None = None  # (Q, n, retrievers) int32, of merge_retrievers
 
     @property
@@ -73,8 +77,9 @@ class MiningResult:
         )
         rows = self.positives.rows
         names = rows if sides[1].ids is None else sides[1].ids.take(rows)
-        every = np.stack([np.arange(Q, dtype=np.uint64)] * 2, 1)  # without ids and texts each row is a query of its own
-        return resolve(op, *sides, (self.positives.indptr, names), exclude, Q, K, lambda: every)
+        of_query = np.arange(Q) if self.query_rows is None else self.query_rows
+        every = np.stack([of_query.astype(np.uint64)] * 2, 1)
+        return resolve(op, *sides, (self.positives.indptr, names), exclude, Q, K, lambda: every, warn=False)
 
     def to_triplets(self) -> np.ndarray:
         """(T, 3): query, positive, negative, for every positive and every negative of a query.
@@ -274,10 +279,7 @@ class MiningResult:
         for name in IDS:
             if getattr(self, name) is not None:
                 arrays |= _stored_ids(name, getattr(self, name))
-        if self.sources is not None:
-            arrays["sources"] = self.sources
-        if self.positive_pair_scores is not None:
-            arrays["positive_pair_scores"] = self.positive_pair_scores
+        arrays |= {name: getattr(self, name) for name in OPTIONAL if getattr(self, name) is not None}
         with atomic_write("MiningResult.save", path) as file:
             np.savez(file, description=np.frombuffer(description.encode(), np.uint8), **arrays)
 
@@ -288,44 +290,24 @@ class MiningResult:
         if not Path(path).is_file():
             raise refuse(op, "path", "an existing file", str(path))
         try:
-            wanted = {
-                *DTYPES,
-                "description",
-                "sources",
-                "positive_pair_scores",
-                *IDS,
-                *(f"{name}_ends" for name in IDS),
-            }
-            arrays = read_npz(path, wanted)
-            pair_scores = arrays.pop("positive_pair_scores", None)
+            arrays = read_npz(path, {*DTYPES, *OPTIONAL, "description", *IDS, *(f"{name}_ends" for name in IDS)})
             text = arrays.pop("description").tobytes()
             if len(text) > MAX_DESCRIPTION_BYTES:
                 raise ValueError(f"its description holds {len(text):,} bytes")
             description = parse_json(text, "its description")
             ids: dict[str, Any] = {name: _loaded_ids(name, arrays) for name in IDS}
-            sources = arrays.get("sources")
+            optional = {name: arrays[name] for name in OPTIONAL if name in arrays}
             arrays = {name: arrays[name] for name in DTYPES}
             skipped, config = description["skipped"], description["config"]
-            problem = _problem(arrays, description, ids)
-            if sources is not None and (sources.dtype != np.int32 or sources.shape[:2] != arrays["indices"].shape):
-                problem = f"its sources are {sources.dtype} of shape {sources.shape}"
-            expected = (np.dtype(np.float32), arrays["positives_rows"].shape)
-            if not problem and pair_scores is not None and (pair_scores.dtype, pair_scores.shape) != expected:
-                problem = f"its positive_pair_scores are {pair_scores.dtype} of shape {pair_scores.shape}"
+            problem = _problem(arrays, description, ids) or _problem_of_optional(arrays, optional)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
             what = f"{op}: {describe(str(path))} is damaged or was not written by save"
             raise ValueError(f"{what} ({cause(error)})") from error
         if problem:
             raise ValueError(f"{op}: {describe(str(path))} cannot be read: {problem}")
         positives = RowLists(arrays.pop("positives_indptr"), arrays.pop("positives_rows"))
-        fields = {
-            "positives": positives,
-            "skipped": skipped,
-            "config": config,
-            "positive_pair_scores": pair_scores,
-            "sources": sources,
-        }
-        return cls(**arrays, **fields, **ids)  # type: ignore[arg-type]
+        fields: dict[str, Any] = {**arrays, **optional, **ids}
+        return cls(**fields, positives=positives, skipped=skipped, config=config)
 
     def query_names(self, rows: np.ndarray) -> np.ndarray:
         """The names of query rows, of any shape: ids where there are some, else the rows themselves."""
@@ -420,6 +402,18 @@ def _problem(arrays: dict[str, np.ndarray], description: dict[str, Any], ids: di
         return f"it names rows outside its corpus of {K}"
     if not np.array_equal((indices >= 0).sum(1), arrays["num_valid"]):
         return "its num_valid does not count its indices"
+    return ""
+
+
+def _problem_of_optional(arrays: dict[str, np.ndarray], optional: dict[str, np.ndarray]) -> str:
+    Q, n = arrays["indices"].shape
+    shapes = {"positive_pair_scores": arrays["positives_rows"].shape, "query_rows": (Q,)}
+    for name, held in optional.items():
+        if held.dtype != OPTIONAL[name] or held.shape != shapes.get(name, (Q, n, held.shape[-1])):
+            return f"its {name} are {held.dtype} of shape {held.shape}"
+    rows = optional.get("query_rows", np.empty(0, np.int64))
+    if ((rows < 0) | (rows > np.arange(len(rows)))).any():
+        return "its query_rows name later rows"
     return ""
 
 

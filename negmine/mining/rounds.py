@@ -4,7 +4,6 @@ The method is that of ANCE (Xiong et al. 2021, arXiv 2007.00808), but synchronou
 repeat. The model, the data and the devices belong to the two callables.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,6 +71,10 @@ def mining_rounds(
     for name in REFUSED_OPTIONS:
         if mining.get(name) is not None:
             raise checks.refuse(OP, name, "left out: a round is mined by one process, in one go", mining[name])
+    if keep_old and mining.get("rescore") is not None:
+        raise checks.refuse(
+            OP, "keep_old", "0 where rescore is given: old negatives are scored by their embeddings", keep_old
+        )
     done: list[Round] = []
     for number in range(rounds):
         queries, corpus = embed(number)
@@ -120,11 +123,9 @@ def _add_old_negatives(
                 ("corpus_ids", "corpus_texts", len(rows), 1),
             )
         )
-        with warnings.catch_warnings():  # mine_hard_negatives has warned
-            warnings.simplefilter("ignore", UserWarning)
-            hidden = resolve(
-                OP, query_names, corpus_names, positives, mining.get("exclude"), Q, len(rows), query_rows.row_digests
-            )
+        sides = (query_names, corpus_names)
+        given = (positives, mining.get("exclude"))
+        hidden = resolve(OP, *sides, *given, Q, len(rows), query_rows.row_digests, warn=False)
         usable &= ~_is_in(old, hidden.take(np.arange(Q)).padded())
         at, slot = np.nonzero(usable)
         scores = np.full(old.shape, np.nan, np.float32)

@@ -14,7 +14,7 @@ from torch import Tensor
 from negmine.mining.columns import Column, is_column
 from negmine.ops.checks import describe, refuse, require_stored
 
-FORMS = "one {entry} a query, a list of lists of {entry}s, or a tuple (indptr, indices)"
+FORMS = "one {entry} a query, a list of lists of {entry}s{more}, or a tuple (indptr, indices)"
 
 
 class RowLists(NamedTuple):
@@ -145,9 +145,11 @@ def parse(op: str, name: str, value: Any, Q: int, K: int, lookup: Lookup | None 
 
     Entries are row numbers; ids where `lookup` is given.
     """
-    entry = "row number" if lookup is None else "id of corpus_ids"
+    forms = (
+        FORMS.format(entry="row number", more="") if lookup is None else FORMS.format(entry="id", more=" of corpus_ids")
+    )
     if not is_column(value):
-        raise refuse(op, name, FORMS.format(entry=entry), value, TypeError)
+        raise refuse(op, name, forms, value, TypeError)
     if isinstance(value, tuple) and len(value) == 2 and all(is_column(part) for part in value):
         indptr = _int_array(op, f"{name}'s indptr", value[0])
         lists = RowLists(indptr, _entries(op, f"{name}'s indices", value[1], lookup))
@@ -162,7 +164,7 @@ def parse(op: str, name: str, value: Any, Q: int, K: int, lookup: Lookup | None 
     elif getattr(value, "ndim", 1) == 1 and getattr(getattr(value, "dtype", None), "kind", "O") in "iu":
         lists = RowLists(np.arange(Q + 1), _entries(op, name, value, lookup))
     else:
-        column = Column(op, name, value, FORMS.format(entry=entry)) if getattr(value, "ndim", 1) == 1 else value
+        column = Column(op, name, value, forms) if getattr(value, "ndim", 1) == 1 else value
         parts = column.block(0, Q) if isinstance(column, Column) else list(column)
         if not any(is_column(part) for part in parts):
             lists = RowLists(np.arange(Q + 1), _entries(op, name, parts, lookup))
