@@ -55,8 +55,8 @@ def as_defined(vectors, options, **more):
 
 
 def insisted(backend):
-    """The backend to ask for, None where its kernels do not take a bias of shared keys yet."""
-    return backend if backends.KERNELS_TAKE_BIAS else None
+    """The backend to ask for, None where its kernels take no bias of shared keys."""
+    return backend if backend in backends.TAKE_BIAS else None
 
 
 OPTIONS = [

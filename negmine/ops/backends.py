@@ -38,7 +38,8 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORCED = os.environ.get("NEGMINE_BACKEND") or None
 if FORCED is not None and FORCED not in NAMES:
     raise ValueError(f"NEGMINE_BACKEND must be one of {', '.join(NAMES)}, got {FORCED!r}")
-KERNELS_TAKE_BIAS = False  # whether ops over a queue add the pool's bias to the logits
+# Backends whose sums over a queue add the pool's bias to the logits.
+TAKE_BIAS = frozenset({"cpu", "triton", "reference"})
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Ops that the cuda backend runs unasked; its others wait for backend="cuda". No CUDA kernel has run on a GPU yet. An op is added
@@ -281,8 +282,8 @@ def _choose(
     if asked == "reference":
         return None
     unfit = [f"{str(dtype).removeprefix('torch.')} input" for dtype in dtypes if dtype not in KERNEL_DTYPES]
-    if biased and not KERNELS_TAKE_BIAS:
-        unfit.append("a bias of shared keys")
+    if biased and asked is not None and asked not in TAKE_BIAS:
+        raise BackendUnavailable(f"{caller}: backend {asked!r} takes no bias of shared keys; cpu and triton do")
     if unfit:
         dense = unfit[0]
         if asked is not None:
@@ -291,7 +292,7 @@ def _choose(
             )
         _warn_dense(caller, device, dense)
         return None
-    rows = [row for row in BACKENDS if asked in (None, row.name)]
+    rows = [row for row in BACKENDS if asked in (None, row.name) and (not biased or row.name in TAKE_BIAS)]
     too_old = card_limit(at)
     if too_old:
         rows = []
