@@ -316,3 +316,12 @@ def test_1j_an_existing_output_needs_overwrite(folder, inputs, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         np.testing.assert_array_equal(np.load("c.npy"), CORPUS)
+
+
+def test_1i_a_file_of_the_wrong_dtype_or_shape_is_named(folder):
+    np.save("ints.npy", np.ones((K, 8), np.int64))
+    np.save("empty.npy", np.ones((K, 0), np.float32))
+    np.save("wide.npy", np.ones((K, 9), np.float32))
+    for corpus, name in (("ints.npy", "ints.npy"), ("empty.npy", "empty.npy"), ([CORPUS, "wide.npy"], "wide.npy")):
+        with pytest.raises((TypeError, ValueError), match=f"corpus_embeddings.* must be .*{name}"):
+            mine(QUERIES, corpus, POSITIVES)

@@ -34,6 +34,7 @@ from negmine.mining.atomic_file import atomic_write
 from negmine.mining.memory_budget import DEFAULT_MEMORY
 from negmine.mining.rescoring import choose
 from negmine.mining.row_lists import RowLists
+from negmine.mining.sources import open_shard
 from negmine.ops import checks
 from negmine.options import Select
 
@@ -202,7 +203,10 @@ class _Encoder:
         if not path.exists():
             with atomic_write(OP, path) as file:
                 np.save(file, self._encoded(kind, texts, options, pooled=True))
-        return np.load(path, mmap_mode="c", allow_pickle=False)
+        kept = np.asanyarray(open_shard(OP, "cache_folder", path))
+        if len(kept) != len(texts):
+            raise checks.refuse(OP, "cache_folder", f"without {str(path)!r} or with {len(texts)} rows in it", len(kept))
+        return kept
 
     def _encoded(self, kind: str, texts: list[str], options: dict, pooled: bool) -> np.ndarray:
         encode = getattr(self.model, f"encode_{kind}", None) or self.model.encode

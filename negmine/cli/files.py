@@ -65,11 +65,12 @@ def _strings_of_table(name: str) -> list[str]:
         if (column and column not in fitting) or (not column and len(fitting) != 1):
             raise ValueError(f"its columns of strings are {', '.join(fitting) or 'none'}: name one as path::column")
         held = parquet.read_table(path, columns=[column or fitting[0]]).column(0)
+        strings = held.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{name!r} must be a .parquet file with a column of strings ({cause(error)})") from error
     if held.null_count:
         raise ValueError(f"{name!r} must be a column of strings without nulls, got {held.null_count}")
-    return held.to_pylist()
+    return strings
 
 
 def texts(name: str) -> list[str]:

@@ -120,7 +120,7 @@ def _open_parquet(op: str, name: str, path: Path, inner: str) -> np.ndarray:
         file = parquet.ParquetFile(path)
         schema = file.schema_arrow
         fitting = [field.name for field in schema if is_vector(field.type)]
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
         raise _damaged(op, name, path, error) from error
     column = _choose_name(op, name, path, inner, fitting, "a column of lists of floats")
     dtype = np.dtype(schema.field(column).type.value_type.to_pandas_dtype())
@@ -130,7 +130,7 @@ def _open_parquet(op: str, name: str, path: Path, inner: str) -> np.ndarray:
         while True:
             try:
                 batch = next(batches, None)
-            except (arrow.ArrowException, OSError) as error:
+            except (arrow.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
                 raise _damaged(op, name, path, error) from error
             if batch is None:
                 break
@@ -228,20 +228,24 @@ class Rows:
         """Refuses, in a sentence, what is not (rows, D) in one dtype."""
         if isinstance(value, (list, tuple)) and not value:
             raise refuse(op, name, FORMS, value)
-        if isinstance(value, (list, tuple)):
-            labels = [f"{name}[{i}]" for i in range(len(value))]
-            shards = [open_shard(op, label, shard) for label, shard in zip(labels, value, strict=True)]
-        else:
-            labels, shards = [name], [open_shard(op, name, value)]
-        for label, shard in zip(labels, shards, strict=True):
+        is_list = isinstance(value, (list, tuple))
+        given = list(value) if is_list else [value]
+        labels = [f"{name}[{i}]" for i in range(len(given))] if is_list else [name]
+        shards = [open_shard(op, label, shard) for label, shard in zip(labels, given, strict=True)]
+        for label, source, shard in zip(labels, given, shards, strict=True):
+
+            def came(found: Any, source: Any = source) -> Any:
+                """What was found, and in which file."""
+                return f"{found} in {source}" if isinstance(source, (str, os.PathLike)) else found
+
             if _dtype_of(shard) not in DTYPES.values():
                 wanted = "float32, float16, bfloat16 or float64 in native byte order"
-                raise refuse(op, label, wanted, _dtype_of(shard), TypeError)
+                raise refuse(op, label, wanted, came(_dtype_of(shard)), TypeError)
             if shard.ndim != 2 or shard.shape[1] == 0:
-                raise refuse(op, label, "of shape (rows, D) with D of 1 or more", tuple(shard.shape))
+                raise refuse(op, label, "of shape (rows, D) with D of 1 or more", came(tuple(shard.shape)))
             if shard.shape[1] != shards[0].shape[1] or _dtype_of(shard) != _dtype_of(shards[0]):
                 wanted = f"of the D and dtype of the first shard, {shards[0].shape[1]} and {_dtype_of(shards[0])}"
-                raise refuse(op, label, wanted, (shard.shape[1], _dtype_of(shard)))
+                raise refuse(op, label, wanted, came((shard.shape[1], _dtype_of(shard))))
         return cls(shards, shards[0].shape[1], _dtype_of(shards[0]))
 
     def __len__(self) -> int:
