@@ -405,7 +405,7 @@ REFUSALS = [
     (
         call(corpus="missing.npy"),
         ValueError,
-        "corpus_embeddings must be the path of an existing .npy, .safetensors or .parquet file, got 'missing.npy'",
+        "corpus_embeddings must be the path of an existing .npy, .safetensors or .parquet file",
     ),
     (call(positives=[0, 1]), ValueError, "positives must be as long as there are queries (3), got '2 entries'"),
     (
