@@ -41,6 +41,10 @@ RESULTS = {
         r"peer +recall@1 (\S+)\nminer +recall@1 (\S+)\nmemory +recall@1 (\S+)",
         lambda peer, miner, memory: abs(peer - miner) < 0.01 and min(peer, memory) > 0.5,
     ),
+    "recommender_logq.py": (
+        r"plain +recall@10 (\S+) .*\nlogQ +recall@10 (\S+) ",
+        lambda plain, corrected: corrected > 1.3 * plain,
+    ),
     "sentence_transformers_training.py": (
         r"entries: (\S+) before training, (\S+) after",
         lambda before, after: after > before - 0.05 > 0.5,
