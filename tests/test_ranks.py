@@ -267,6 +267,9 @@ OVER_RANKS = {
     "mixed": (lambda **g: negmine.InfoNCELoss(0.2, mix=Mix(4, 3, 2), seed=1, **g), {}),
     "keys": (lambda **g: negmine.InfoNCELoss(0.2, **g), {"keys"}),
     "keys with ids": (lambda **g: negmine.InfoNCELoss(0.2, **g), {"keys", "query_ids"}),
+    "pools": (lambda **g: negmine.InfoNCELoss(0.2, **g), {"pools"}),
+    "pools with ids": (lambda **g: negmine.InfoNCELoss(0.2, **g), {"pools", "query_ids"}),
+    "guide": (lambda **g: negmine.InfoNCELoss(0.2, **g), {"guide"}),
     "sigmoids": (lambda **g: negmine.SigLIPLoss(5.0, -3.0, **g), {}),
     "SupCon": (lambda **g: negmine.SupConLoss(0.2, **g), "labelled"),
     "SupCon, in": (lambda **g: negmine.SupConLoss(0.2, positives="in", denominator="own_positive", **g), "labelled"),
@@ -291,7 +294,13 @@ def gradients(name, rows, world):
     else:
         masks = {tag: number for tag in ("query_ids", "query_labels") if tag in given}
         keys = Negatives(nn.functional.normalize(layer(image + 1), dim=1), ids=number if masks else None)
-        value = loss(query, key, keys if "keys" in given else None, **masks)
+        bias = image[:, 0].detach().clone()  # of each key
+        columns = {
+            "keys": keys,
+            "pools": [None, Negatives(keys.keys, ids=keys.ids, bias=bias), Negatives(None, select=Select(0, 5))],
+            "guide": Negatives(None, guide=negmine.Guide(image, image * 0.5, image * 0.5, margin=0.1)),
+        }
+        value = loss(query, key, next((columns[name] for name in given if name in columns), None), **masks)
     value.backward()
     return value.detach(), layer.weight.grad
 

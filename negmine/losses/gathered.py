@@ -86,8 +86,11 @@ class Gathering:
                 call.facts |= _facts_of_pool(f"negative_keys {place}", pool)
         own = sum(call.counts[: ranks.rank]) + torch.arange(len(query), device=query.device)  # (B,) global rows
         joined = [self._joined(ranks, call, pool, positive_key, own, tags, len(pools) == 1) for pool in pools]
-        if len(pools) == 1 and pools[0].keys is None:
-            tags["query_ids"] = own if tags["query_ids"] is None else _distinct(tags["query_ids"], own)
+        if any(pool.keys is None for pool in pools):
+            if tags["query_ids"] is not None:
+                tags["query_ids"] = _distinct(tags["query_ids"], own)
+            elif len(pools) == 1:
+                tags["query_ids"] = own
         options = {"row_offset": sum(call.counts[: ranks.rank]), **options, **tags}
         negative_keys = joined if len(joined) > 1 else joined[0]
         return self._run(ranks, loss, device, query, positive_key, negative_keys, **options)
