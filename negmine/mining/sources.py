@@ -54,10 +54,7 @@ def open_shard(op: str, name: str, value: Any) -> Tensor | np.ndarray:
         path = Path(text)
         reader = READERS.get(path.suffix)
         if reader is None or not path.is_file() or (inner and path.suffix == ".npy"):
-            wanted = (
-                "the path of an existing .npy, .safetensors or .parquet file, or of an .npz, .arrow or .feather file"
-            )
-            raise refuse(op, name, wanted, str(value))
+            raise refuse(op, name, "the path of an existing .npy, .safetensors or .parquet file", str(value))
         return reader(op, name, path, inner)
     if not isinstance(value, (np.ndarray, Tensor)):
         rows = rows_of(op, name, value)
