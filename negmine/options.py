@@ -41,7 +41,7 @@ def is_scalar(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
 
 
-def _plain_fields(options: Any, *names: str) -> None:
+def plain_fields(options: Any, *names: str) -> None:
     """The named fields of a frozen dataclass under `plain`."""
     for name in names:
         value = getattr(options, name)
@@ -122,7 +122,7 @@ class Select:
 
     def __post_init__(self) -> None:
         scores = ("min_score", "max_score", "absolute_margin", "relative_margin")
-        _plain_fields(self, "range_min", "range_max", "sample", "replace", *scores)
+        plain_fields(self, "range_min", "range_max", "sample", "replace", *scores)
         low, high = self.range_min, self.range_max
         good: Any = (is_int(low) and low >= 0) or (isinstance(low, float) and 0.0 <= low < 1.0) or _is_bound(low)
         _require(good, "range_min", "a rank (int, 0 or more) or a fraction (float in [0, 1))", low)
@@ -258,7 +258,7 @@ class Mix:
     enabled: Tensor | None = field(init=False, repr=False, compare=False, default=None)  # () bool, None = True
 
     def __post_init__(self) -> None:
-        _plain_fields(self, "hard", "pairs", "with_query", "skip", "concentration", "distinct", "detach")
+        plain_fields(self, "hard", "pairs", "with_query", "skip", "concentration", "distinct", "detach")
         _require(is_int(self.hard) and self.hard >= 1, "hard", "an int of 1 or more", self.hard)
         for name in ("pairs", "with_query", "skip"):
             value = getattr(self, name)
@@ -311,7 +311,7 @@ class Weight:
     detach: bool = False
 
     def __post_init__(self) -> None:
-        _plain_fields(self, "beta", "tau_plus", "detach")
+        plain_fields(self, "beta", "tau_plus", "detach")
         beta, tau_plus = self.beta, self.tau_plus
         good: Any = is_scalar(beta) or (is_real(beta) and beta >= 0)
         _require(good, "beta", "a number of 0 or more", beta)
@@ -350,7 +350,7 @@ class FalseNegatives:
     reduce: str = "max"
 
     def __post_init__(self) -> None:
-        _plain_fields(self, "top_k", "threshold")
+        plain_fields(self, "top_k", "threshold")
         _require(
             self.top_k is None or (is_int(self.top_k) and self.top_k >= 1),
             "top_k",

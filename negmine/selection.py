@@ -10,15 +10,17 @@ from torch import Tensor
 
 from negmine import reference
 from negmine.ops import backends, checks, sort_key
+from negmine.ops.accumulate import each_widened, narrowed
 from negmine.ops.backends import Kernels
 from negmine.ops.column_lists import Columns, over_lists
+from negmine.ops.first_derivative import fused
 from negmine.ops.logsumexp import LogSumExp
 from negmine.ops.negatives import check_negatives, check_pools, option_of
 from negmine.ops.own_keys import choose_for_keys
 from negmine.ops.pool import Pool, usable
 from negmine.ops.vectors import for_kernels, frozen, promoted, scale_of, score_of_positive, widened
 from negmine.ops.windows import Draw, bounded, mixing_draws, pool_size, ranks_to_sum, sample
-from negmine.options import Mix, Select, is_real
+from negmine.options import Mix, Select, is_real, plain
 
 __all__ = ["Mined", "Mixed", "logsumexp", "mine_hardest", "mix_negatives", "quantile", "rank_thresholds"]
 
@@ -147,6 +149,8 @@ def rank_thresholds(
 
 def _levels(q: Any, device: torch.device) -> Tensor:
     """q as (R,) float64 from a number, a sequence of numbers or a floating (R,) tensor, all in [0, 1]."""
+    if not isinstance(q, Tensor):
+        q = [plain(each) for each in q] if isinstance(q, (list, tuple)) else plain(q)
     if is_real(q):
         q = [q]
     if isinstance(q, (list, tuple)) and q and all(is_real(v) and 0 <= v <= 1 for v in q):
@@ -300,6 +304,7 @@ class SummedColumns(NamedTuple):
     pool: tuple[Any, ...]  # a Pool, or Columns with kernels over lists
     ranks: Tensor | None  # (B, 2): the op logsumexp narrows the pool to these ranks
     dense: dict[str, Any]
+    positive_key: Tensor | None = None  # (B, D); as query and keys, widened where its gradient is rounded
 
     def logsumexp(self, temperature: float | Tensor) -> Tensor:
         """(B,): the log-sum-exp of s / temperature over the columns."""
@@ -308,7 +313,7 @@ class SummedColumns(NamedTuple):
             return reference.logsumexp(widened(self.query), keys, temperature, **self.dense)
         scales = scale_of(temperature, self.query)[None]  # (1,)
         bias, pool = learned_bias(self.pool)
-        return LogSumExp.apply(self.query, self.keys, scales, bias, None, 0, self.ranks, self.kernels, *pool)[0][0]
+        return fused(LogSumExp, self.query, self.keys, scales, bias, None, 0, self.ranks, self.kernels, *pool)[0][0]
 
 
 def summing_ops(op: str, keys: Any, bias: Tensor | None = None) -> tuple[str, ...]:
@@ -356,7 +361,8 @@ def summed_columns(
     draw = Draw(*checks.require_draw(caller, *draw))
     check_select(caller, select, positive_key, query)
     query, positive_key, keys = promoted(query, positive_key, keys)
-    return _columns_of(caller, sums, query, positive_key, keys, pool, select, draw, backend)
+    stored = (query, positive_key, keys)
+    return _columns_of(caller, sums, stored, each_widened(*stored), pool, select, draw, backend)
 
 
 def summed_pools(
@@ -378,31 +384,37 @@ def summed_pools(
     for each in selects:
         check_select(caller, each, positive_key, query)
     query, positive_key, *every = promoted(query, positive_key, *(keys for keys, _ in pools))
+    wide_query, wide_positive, *wide = each_widened(query, positive_key, *every)
+    vectors = [
+        ((query, positive_key, keys), (wide_query, wide_positive, wide_keys))
+        for keys, wide_keys in zip(every, wide, strict=True)
+    ]
     return [
-        _columns_of(caller, sums, query, positive_key, keys, pool, each, draw.of_pool(number), backend)
-        for number, (keys, (_, pool), each) in enumerate(zip(every, pools, selects, strict=True))
+        _columns_of(caller, sums, *stored_and_wide, pool, each, draw.of_pool(number), backend)
+        for number, (stored_and_wide, (_, pool), each) in enumerate(zip(vectors, pools, selects, strict=True))
     ]
 
 
 def _columns_of(
     caller: str,
     sums: tuple[str, ...],
-    query: Tensor,
-    positive_key: Tensor | None,
-    keys: Tensor,
+    stored: tuple[Any, ...],
+    wide: tuple[Any, ...],
     pool: Pool,
     select: Select | None,
     draw: Draw,
     backend: str | None,
 ) -> SummedColumns:
-    """The columns of one pool, of checked tensors of one dtype."""
+    """The columns of one pool. stored: query, positive_key or None, and keys, checked; wide: the same under each_widened."""
+    query, positive_key, keys = stored
     tensors = (query, keys) if positive_key is None else (query, positive_key, keys)
     needed = [name for op in sums for name in summing_ops(op, keys, pool.bias)]
     if select is not None:
         needed += ["rank_thresholds", "count_negatives"]
         if select.sample is not None:
             needed += ["gathered_logsumexp", "gathered_grad_keys"]
-    kernels = choose_for_keys(caller, tuple(needed), backend, tensors, keys, pool)
+    kernels = narrowed(choose_for_keys(caller, tuple(needed), backend, tensors, keys, pool), *stored)
+    query, positive_key, keys = wide
     bias = pool.bias
     pool = pool._replace(bias=None)  # it moves no score, and so no rank
     with torch.no_grad():
@@ -410,7 +422,7 @@ def _columns_of(
         if kernels is None:
             allowed = usable(pool, query, keys)
             dense = {"usable": allowed, "positive_score": anchor, "select": select, "draw": draw, "key_bias": bias}
-            return SummedColumns(None, query, keys, pool, None, dense)
+            return SummedColumns(None, query, keys, pool, None, dense, positive_key)
         ranks = index = None
         if select is not None:
             q, n = for_kernels(query), for_kernels(keys)
@@ -422,5 +434,6 @@ def _columns_of(
                 index = sort_key.unpack(sample(kernels, q, n, pool, select, draw))[1]  # (B, sample)
     bias = None if bias is None else bias.float()
     if index is not None:
-        return SummedColumns(over_lists(kernels), query, keys, Columns(index, gathered_bias(bias, index)), None, {})
-    return SummedColumns(kernels, query, keys, pool._replace(bias=bias), ranks, {})
+        columns = Columns(index, gathered_bias(bias, index))
+        return SummedColumns(over_lists(kernels), query, keys, columns, None, {}, positive_key)
+    return SummedColumns(kernels, query, keys, pool._replace(bias=bias), ranks, {}, positive_key)

@@ -183,8 +183,7 @@ def test_the_answer_for_a_kind_of_call_is_kept(table, monkeypatch):
 WAITING = set(HELD) - {"mix_negatives"}
 
 
-# The one op rounds its gradient to bf16 once; composed, the positive's and the negatives' part of it are rounded first.
-ROUNDED_TWICE = {"rtol": 2.0**-6, "atol": 2.0**-8}
+ROUNDED_ONCE = {"rtol": 2.0**-7, "atol": 1e-6}  # the one op and the composed one each round their gradient to bf16
 
 
 def loss(dtype=torch.bfloat16, D=8, trained_keys=False, **options):
@@ -212,7 +211,7 @@ def test_a_loss_runs_where_it_is_asked_to(table, options, trained_keys):
     }
     assert (asked[1] is not None) == trained_keys
     for got, want in zip(asked, unasked, strict=True):
-        torch.testing.assert_close(got, want, **ROUNDED_TWICE)
+        torch.testing.assert_close(got, want, **ROUNDED_ONCE)
 
 
 @pytest.mark.parametrize("select", [Select(1, 50), Select(0.1, 0.5)], ids=str)
@@ -220,7 +219,7 @@ def test_a_loss_over_a_window_runs_where_it_is_asked_to(table, select):
     ran = table(WAITING)
     grads = [loss(select=select), loss(select=select, backend="cuda")]
     assert ran == [("triton", "info_nce"), ("cuda", "logsumexp")]
-    torch.testing.assert_close(grads[1], grads[0], **ROUNDED_TWICE)
+    torch.testing.assert_close(grads[1], grads[0], **ROUNDED_ONCE)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,16 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import negmine
 from negmine import (
+    FalseNegatives,
     InfoNCELoss,
     Mix,
     MoCoQueue,
@@ -21,13 +24,16 @@ from negmine import (
     SigLIPLoss,
     SupConLoss,
     TripletLoss,
+    Weight,
+    losses,
     recipes,
 )
 from negmine.adapters import lightly, open_clip
 from negmine.adapters import pytorch_metric_learning as pml
-from negmine.losses import LogScale
+from negmine.losses import LogScale, methods
+from negmine.ops import backends
 from tests.cases import unit
-from tests.conftest import device_of
+from tests.conftest import device_of, skip_what_the_interpreter_repeats
 from tests.peak import peak_mib
 
 B, K, D = 6, 40, 8
@@ -41,7 +47,7 @@ QUEUE_LOSSES = {
     "decoupled_weighted": recipes.decoupled_weighted,
     "hardest": lambda: recipes.hardest(recipes.linear(0.8, 0.2, 9)),
     "easiest": recipes.easiest,
-    "ring": lambda: recipes.ring(recipes.step(1.0, 0.2, 9, 3)),
+    "ring": lambda: recipes.ring(recipes.step(1.0, 0.2, 9, 3), sample=5),
     "margin_pos": lambda: recipes.margin_pos(-0.5, recipes.whole(recipes.linear(20, 4, 9))),
     "perc_pos": lambda: recipes.perc_pos(recipes.cosine(1.5, 0.5, 9)),
     "debiased": lambda: recipes.debiased(recipes.linear(0.0, 0.02, 9)),
@@ -181,6 +187,13 @@ def test_2b_enqueue_and_adapters():
     leaf = q.clone().requires_grad_()
     for call in (
         lambda step: bank(leaf, p),
+        lambda step: lightly.NTXentLoss(0.5)(leaf, p),
+        lambda step: lightly.DCLWLoss()(leaf, p),
+        lambda step: negmine.info_nce(leaf, leaf, p),
+        lambda step: negmine.info_nce(leaf, p, p),
+        lambda step: negmine.sup_con(leaf, leaf, LABELS, LABELS),
+        lambda step: negmine.logsumexp(leaf, leaf).sum(),
+        lambda step: negmine.siglip(leaf, leaf),
         lambda step: clip(leaf, p, torch.tensor(14.0)),
         lambda step: open_clip.SigLipLoss()(leaf, p, torch.tensor(10.0), torch.tensor(-10.0)),
     ):
@@ -312,3 +325,157 @@ def test_log_scale_learns_and_is_bounded():
         assert float(gradient) == pytest.approx(3.0 if sign > 0 else 0.0)
     with pytest.raises(ValueError, match=r"LogScale: init must be at most max=1\.0, got 2\.0"):
         LogScale(2.0, 1.0)
+
+
+ROUNDING = {
+    "info_nce": lambda q, p, k, **o: negmine.info_nce(q, p, k, **o),
+    "in batch": lambda q, p, k, **o: negmine.info_nce(q, p, **o),
+    "same tensor": lambda q, p, k, **o: negmine.info_nce(q, q, **o),
+    "weight": lambda q, p, k, **o: negmine.info_nce(q, p, k, weight=Weight(1.0, 0.01), **o),
+    "window": lambda q, p, k, **o: negmine.info_nce(q, p, k, select=Select(0.1, 0.8, sample=30), **o),
+    "sup_con": lambda q, p, k, **o: negmine.sup_con(q, k, LABELS, KEY_LABELS, **o),
+    "sup_con, in": lambda q, p, k, **o: negmine.sup_con(q, k, LABELS, KEY_LABELS, positives="in", **o),
+    "sup_con, own": lambda q, p, k, **o: negmine.sup_con(q, k, LABELS, KEY_LABELS, denominator="own_positive", **o),
+    "sup_con, itself": lambda q, p, k, **o: negmine.sup_con(q, q, LABELS, LABELS, **o),
+    "views": lambda q, p, k, **o: negmine.sup_con(torch.stack([q, p], 1), None, **o),
+    "siglip": lambda q, p, k, **o: negmine.siglip(q, p, k, bias=-3.0, **o),
+    "siglip in batch": lambda q, p, k, **o: negmine.siglip(q, p, bias=-3.0, **o),
+    "triplet": lambda q, p, k, **o: negmine.triplet_loss(
+        q, k, LABELS, KEY_LABELS, distance="euclidean", margin=1.0, **o
+    ),
+    "triplet, itself": lambda q, p, k, **o: negmine.triplet_loss(q, q, LABELS, LABELS, margin=1.0, **o),
+    "multi_similarity": lambda q, p, k, **o: losses.multi_similarity(q, k, LABELS, KEY_LABELS, epsilon=9.0, **o),
+    "rince": lambda q, p, k, **o: recipes.rince(**o)(q, p, k),
+    "hardness_added": lambda q, p, k, **o: recipes.hardness_added(temperature=0.1, **o)(q, p, k),
+    "hardness_added in batch": lambda q, p, k, **o: recipes.hardness_added(temperature=0.1, **o)(q, p),
+    "i_mix": lambda q, p, k, **o: recipes.i_mix(**o)(q, p, k, share=SHARE, partner=PARTNER),
+    "ClipLoss": lambda q, p, k, **o: open_clip.ClipLoss(**o)(q, p, torch.tensor(10.0)),
+    "SigLipLoss": lambda q, p, k, **o: open_clip.SigLipLoss(**o)(q, p, torch.tensor(10.0), torch.tensor(-5.0)),
+    "NTXentLoss": lambda q, p, k, **o: lightly.NTXentLoss(**o)(q, p),
+    "DCLWLoss": lambda q, p, k, **o: lightly.DCLWLoss(**o)(q, p),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("call", ROUNDING)
+def test_2i_gradients_are_rounded_once(any_backend, call, dtype):
+    """Close to its positive a query's gradient is a small difference of two parts, which must not be rounded by themselves."""
+    skip_what_the_interpreter_repeats(any_backend, dtype)
+    device = device_of(any_backend)
+    q, p, k = (unit(n, D, seed=i) for i, n in enumerate((B, B, K)))
+    p, k[:B] = F.normalize(q + 0.05 * p, dim=1), F.normalize(q + 0.1 * k[:B], dim=1)
+    stored = [t.to(dtype).to(device).requires_grad_() for t in (q, p, k)]
+    exact = [t.detach().double().requires_grad_() for t in stored]
+    ROUNDING[call](*stored, backend=any_backend).backward()
+    ROUNDING[call](*exact, backend="reference").backward()
+    for got, want in zip(stored, exact, strict=True):
+        if want.grad is not None:
+            error = (got.grad.double() - want.grad).abs()
+            allowed = (
+                0.502 * torch.finfo(dtype).eps * want.grad.abs() + 1e-5
+            )  # fp32's error in terms of the size of 1 / T
+            assert bool((error <= allowed).all()), float((error / allowed).max())
+
+
+def test_2q_torch_func_is_refused_in_a_sentence():
+    q, p, k = vectors()
+    for call in (
+        lambda q: negmine.info_nce(q, p, k),
+        lambda q: negmine.sup_con(q, k, LABELS, KEY_LABELS),
+        lambda q: negmine.siglip(q, p, k),
+        lambda q: negmine.logsumexp(q, k).sum(),
+        lambda q: losses.multi_similarity(q, k, LABELS, KEY_LABELS),
+        lambda q: negmine.info_nce(q, p, k, mix=Mix(4, 3, 2, detach=False)),
+    ):
+        with pytest.raises(RuntimeError, match=r"negmine: torch.func and functorch transforms .* backend='reference'"):
+            torch.func.grad(call)(q)
+    dense = torch.func.grad(lambda q: negmine.info_nce(q, p, k, backend="reference"))(q)
+    assert bool(dense.isfinite().all())
+
+
+def test_2k_a_zero_row_in_half_precision():
+    q, p, _ = (t.half() for t in vectors())
+    q[2] = 0
+    for loss in (lightly.NTXentLoss(0.5, (20, D)), lightly.NTXentLoss(0.5), lightly.DCLLoss(), lightly.DCLWLoss()):
+        leaf = q.clone().requires_grad_()
+        loss(leaf, p).backward()
+        assert bool(leaf.grad.isfinite().all())
+    assert bool(pml.NegmineMiner()(q, LABELS)[0].numel())
+
+
+@pytest.mark.parametrize(
+    "make", [np.float32, np.float64, lambda v: torch.tensor([v]), lambda v: torch.tensor(v)], ids=str
+)
+def test_2l_a_scalar_may_be_of_numpy_or_a_tensor_of_one_element(make):
+    q, p, k = vectors()
+    half, margin = make(0.5), make(0.25)
+    calls = [
+        (lambda v: negmine.info_nce(q, p, k, temperature=v), 0.5),
+        (lambda v: negmine.info_nce(q, p, k, weight=Weight(v)), 0.5),
+        (lambda v: negmine.info_nce(q, p, k, select=Select(0.0, v, absolute_margin=v)), 0.5),
+        (lambda v: negmine.info_nce(q, p, k, false_negatives=FalseNegatives(3, v), support=p[:, None]), 0.5),
+        (lambda v: negmine.sup_con(q, k, LABELS, KEY_LABELS, temperature=v), 0.5),
+        (lambda v: negmine.siglip(q, p, k, scale=v, bias=v), 0.5),
+        (lambda v: negmine.logsumexp(q, k, temperature=v), 0.5),
+        (lambda v: losses.softplus_sum(q, k, scale=v, bias=v), 0.5),
+        (lambda v: negmine.triplet_loss(q, k, LABELS, KEY_LABELS, margin=v, temperature=v), 0.25),
+        (lambda v: losses.mine_triplets(q, k, LABELS, KEY_LABELS, negative="violating", margin=v).negative_score, 0.25),
+        (lambda v: losses.multi_similarity(q, k, LABELS, KEY_LABELS, alpha=v, beta=v, base=v, epsilon=v), 0.5),
+        (lambda v: InfoNCELoss(v)(q, p, k), 0.5),
+        (lambda v: TripletLoss(v, temperature=v)(q, k, LABELS, KEY_LABELS), 0.25),
+        (lambda v: recipes.rince(v, v, temperature=v)(q, p, k), 0.5),
+        (lambda v: recipes.ifm(v, v, temperature=v)(q, p, k), 0.5),
+        (lambda v: recipes.hardness_added(v, temperature=v)(q, p, k), 0.5),
+        (lambda v: recipes.dual_temperature(v, v)(q, p, k), 0.5),
+        (lambda v: recipes.decoupled_weighted(v, temperature=v)(q, p, k), 0.5),
+        (lambda v: recipes.hcl(v, v, temperature=v)(q, p, k), 0.5),
+        (lambda v: recipes.simans(3, candidates=9, a=v, b=v, temperature=v)(q, p, k), 0.5),
+        (lambda v: recipes.synco(5, 2, 2, 2, 2, 2, 2, sigma=v, delta=v, eta=v, temperature=v)(q, p, k), 0.5),
+        (lambda v: open_clip.ClipLoss()(q, p, v, v), 0.5),
+        (lambda v: open_clip.SigLipLoss()(q, p, v, v), 0.5),
+        (lambda v: lightly.NTXentLoss(v)(q, p), 0.5),
+    ]
+    for call, value in calls:
+        torch.testing.assert_close(call(half if value == 0.5 else margin), call(value))
+
+
+def test_2l_a_count_or_a_step_may_be_of_numpy():
+    q, p, k = vectors()
+    three = np.int64(3)
+    want = negmine.info_nce(q, p, k, mix=Mix(3, 3, 3), seed=3, step=3, row_offset=3)
+    got = negmine.info_nce(q, p, k, mix=Mix(three, three, three), seed=three, step=three, row_offset=three)
+    assert torch.equal(got, want)
+    assert torch.equal(negmine.mine_hardest(q, k, three).index, negmine.mine_hardest(q, k, 3).index)
+    assert torch.equal(negmine.rank_thresholds(q, k, three), negmine.rank_thresholds(q, k, 3))
+    assert torch.equal(negmine.quantile(q, k, np.float32(0.5)), negmine.quantile(q, k, 0.5))
+
+
+def test_2l_an_adapter_names_its_own_arguments():
+    q, p, _ = vectors()
+    with pytest.raises(ValueError, match="ClipLoss: logit_scale must be a number above 0, got -1"):
+        open_clip.ClipLoss()(q, p, -1.0)
+    with pytest.raises(ValueError, match="SigLipLoss: logit_bias must be a finite number"):
+        open_clip.SigLipLoss()(q, p, 1.0, "x")
+    with pytest.raises(ValueError, match="CrossBatchMemory: labels must be"):
+        pml.CrossBatchMemory(TripletLoss(), D, 20)(q, LABELS[:2])
+    with pytest.raises(TypeError, match="NegmineMiner: labels must be"):
+        pml.NegmineMiner()(q, None)
+
+
+@pytest.mark.parametrize("forced", [None, "reference"])
+@each_loss
+def test_2m_an_empty_pool(make, call, forced, monkeypatch):
+    """No keys at all: every number is finite, and the loss is 0 where its terms are those of the pool."""
+    monkeypatch.setattr(backends, "FORCED", forced)
+    monkeypatch.setitem(globals(), "KEY_LABELS", KEY_LABELS[:0])
+    q, p, k = vectors()
+    leaf = q.clone().requires_grad_()
+    loss = make()
+    value = call(loss, leaf, p, k[:0])
+    value.backward()
+    assert bool(leaf.grad.isfinite().all())
+    keeps_a_term = (
+        isinstance(loss, SigLIPLoss | recipes.triplets.VSEPlusPlusLoss)
+        or getattr(loss, "method", None) is methods.i_mix
+    )
+    assert bool(value.isfinite()) if keeps_a_term else value == 0

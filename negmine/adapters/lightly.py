@@ -19,7 +19,7 @@ from negmine.losses.info_nce import info_nce
 from negmine.losses.methods import positive_weights
 from negmine.losses.schedules import refuse_recomputation
 from negmine.ops import checks
-from negmine.ops.vectors import score_of_positive
+from negmine.ops.vectors import score_of_positive, widened
 from negmine.options import Negatives
 from negmine.queues.moco import MoCoQueue
 
@@ -31,7 +31,17 @@ def _unit(op: str, out0: Any, out1: Any) -> tuple[Tensor, Tensor]:
     checks.require_vectors(op, "out1", out1, "(B, D)", (2,), out0)
     if out0.shape != out1.shape:
         raise checks.refuse(op, "out1", f"of out0's shape {tuple(out0.shape)}", out1)
-    return F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+    return _normalized(out0), _normalized(out1)
+
+
+def _normalized(rows: Tensor) -> Tensor:
+    """Unit rows (B, D), fp32 for 16-bit input, whose gradient is so summed before it is rounded.
+
+    In fp16 the eps of F.normalize is 0, and the gradient of a row of zeros is past the largest number: there it is 0.
+    """
+    wide = widened(rows)
+    unit = F.normalize(wide, dim=1)
+    return unit if wide.dtype == rows.dtype else unit.masked_fill((wide == 0).all(1, keepdim=True), 0.0)
 
 
 def _both_views(gathering: Gathering, out0: Tensor, out1: Tensor, **options: Any) -> Tensor:

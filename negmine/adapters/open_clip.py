@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from negmine.losses.info_nce import info_nce
 from negmine.losses.siglip import siglip
 from negmine.ops import checks
+from negmine.ops.vectors import widened
 from negmine.options import Negatives
 
 
@@ -79,7 +80,7 @@ class ClipLoss(nn.Module):
         """Rows of query against keys, whose rows [first, first + B) are the positives."""
         own = torch.arange(first, first + len(query), device=query.device)  # (B,)
         everyone = torch.arange(len(keys), device=query.device)  # (K,)
-        positive_key = keys[first : first + len(query)]
+        positive_key = keys if len(keys) == len(query) else keys[first : first + len(query)]
         negatives = Negatives(keys, ids=everyone)
         return info_nce(query, positive_key, negatives, temperature=temperature, query_ids=own, backend=self.backend)
 
@@ -92,7 +93,7 @@ class ClipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         _check_pair("ClipLoss", image_features, text_features)
-        temperature = 1 / logit_scale
+        temperature = 1 / checks.require_scalar("ClipLoss", "logit_scale", logit_scale, above=0)
         gather = partial(
             _gathered,
             rank=self.rank,
@@ -100,6 +101,8 @@ class ClipLoss(nn.Module):
             with_grad=self.gather_with_grad,
             own_grad=not self.local_loss,
         )
+        # Both ways differentiate both: in fp32, so that each gradient is summed before it is rounded.
+        image_features, text_features = widened(image_features), widened(text_features)
         images, texts = gather(image_features), gather(text_features)
         if self.local_loss and self.world_size > 1:
             first = self.rank * len(image_features)
@@ -150,6 +153,9 @@ class SigLipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         _check_pair("SigLipLoss", image_features, text_features)
+        logit_scale = checks.require_scalar("SigLipLoss", "logit_scale", logit_scale)
+        if logit_bias is not None:
+            logit_bias = checks.require_scalar("SigLipLoss", "logit_bias", logit_bias)
         texts = _gathered(text_features, self.rank, self.world_size, with_grad=True, own_grad=True)
         everyone = torch.arange(len(texts), device=texts.device)  # (K,)
         first = self.rank * len(image_features)

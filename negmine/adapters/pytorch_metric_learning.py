@@ -19,6 +19,7 @@ from negmine.losses.schedules import ScheduledLoss, refuse_recomputation
 from negmine.losses.triplet import TripletLoss
 from negmine.losses.triplet_mining import check_rule, mine_triplets
 from negmine.ops import checks
+from negmine.ops.vectors import widened
 from negmine.queues.moco import MoCoQueue
 
 CLASS_OF_MINUS_ONE = -(2**62)  # a label of -1 is a class in pytorch-metric-learning and unknown in negmine
@@ -30,6 +31,13 @@ def _classes(labels: Tensor) -> Tensor:
 
 
 LABEL_LOSSES = (TripletLoss, MultiSimilarityLoss, SupConLoss)
+
+
+def require_labels(op: str, name: str, labels: Any, rows: Tensor) -> None:
+    """Whole numbers, one a row."""
+    checks.require_tensor(op, name, labels, rows)
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != rows.shape[:1]:
+        raise checks.refuse(op, name, f"whole numbers of shape ({len(rows)},)", labels)
 
 
 class NegmineMiner(ScheduledLoss):
@@ -86,13 +94,16 @@ class NegmineMiner(ScheduledLoss):
             given, missing = ("ref_emb", "ref_labels") if ref_labels is None else ("ref_labels", "ref_emb")
             raise checks.refuse(op, missing, f"given together with {given}", None)
         checks.require_vectors(op, "embeddings", embeddings, "(B, D)", (2,))
-        query = F.normalize(embeddings, dim=1)
+        require_labels(op, "labels", labels, embeddings)
+        query = F.normalize(widened(embeddings), dim=1)
         masks: dict[str, Any] = {}
         if ref_emb is None or ref_emb is embeddings:
             own = torch.arange(len(query), device=query.device)
             keys, ref_labels, masks = query, labels, {"query_ids": own, "key_ids": own}
         else:
-            keys = F.normalize(ref_emb, dim=1)
+            checks.require_vectors(op, "ref_emb", ref_emb, "(K, D)", (2,), embeddings)
+            require_labels(op, "ref_labels", ref_labels, ref_emb)
+            keys = F.normalize(widened(ref_emb), dim=1)
         assert ref_labels is not None
         labels, ref_labels = _classes(labels), _classes(ref_labels)
         found = mine_triplets(
@@ -189,6 +200,7 @@ class CrossBatchMemory(nn.Module):
     ) -> Any:
         op = "CrossBatchMemory"
         checks.require_vectors(op, "embeddings", embeddings, "(B, D)", (2,), self.memory.queue)
+        require_labels(op, "labels", labels, embeddings)
         if indices_tuple is not None:
             raise checks.refuse(
                 op, "indices_tuple", "None: the pairs come from the miner", type(indices_tuple).__name__

@@ -18,8 +18,10 @@ from negmine.losses.false_negatives import FoundNegatives, find_false_negatives,
 from negmine.losses.gathered import Gathering
 from negmine.losses.schedules import ScheduledLoss, at_step
 from negmine.ops import checks, sort_key
+from negmine.ops.accumulate import each_widened, narrowed, widen_once
 from negmine.ops.backends import Kernels
 from negmine.ops.column_lists import Columns, flat_rows, over_lists
+from negmine.ops.first_derivative import fused
 from negmine.ops.info_nce import InfoNCE
 from negmine.ops.logsumexp import LogSumExp, MeanScore
 from negmine.ops.mix_logsumexp import DifferentiatedMixLogSumExp, MixLogSumExp
@@ -149,6 +151,9 @@ def info_nce(
     kernels = choose_for_keys(
         op, plan.ops(keys, pool.bias), backend, batch[:3], keys, pool, "info_nce" if plan.is_one_op else ""
     )
+    if not (plan.is_one_op and kernels is not None and kernels.has("info_nce")) or keys is positive_key:
+        kernels, query, positive_key, keys = widen_once(kernels, query, positive_key, keys)
+        batch = batch._replace(query=query, positive_key=positive_key, keys=keys)
     if kernels is None:
         rows, found = reference.info_nce_of_pools(
             widened(query), widened(positive_key), [plan.columns(batch)], **plan.dense(batch, temperature)
@@ -178,6 +183,13 @@ def _run_pools(
         choose_for_keys("info_nce", plan.ops(batch.keys, batch.pool.bias), backend, batch[:3], batch.keys, batch.pool)
         for plan, batch in each
     ]
+    chosen = [narrowed(kernels, *batch[:3]) for kernels, batch in zip(chosen, batches, strict=True)]
+    query, positive_key, *every = each_widened(query, positive_key, *every)
+    batches = [
+        batch._replace(query=query, positive_key=positive_key, keys=keys)
+        for batch, keys in zip(batches, every, strict=True)
+    ]
+    each = list(zip(plans, batches, strict=True))
     if any(kernels is None for kernels in chosen):  # one of them runs on the reference: all do
         columns = [plan.columns(batch) for plan, batch in each]
         rows, found = reference.info_nce_of_pools(
@@ -359,8 +371,8 @@ class Plan:
         if self.mix is not None and self.mixes:
             hard, skip, draws = self.mix.hard, self.mix.skip, mixing_draws(self.mix, query, self.draw)
         arguments = (pivot if self.want_stats else None, self.decoupled, ranks, hard, skip, *draws)
-        rows, total, num_kept, num_above, num_mixed = InfoNCE.apply(
-            query, positive_key, keys, scale, kernels, arguments, *pool
+        rows, total, num_kept, num_above, num_mixed = fused(
+            InfoNCE, query, positive_key, keys, scale, kernels, arguments, *pool
         )
         if not self.want_stats:
             return rows, None
@@ -430,13 +442,13 @@ class Plan:
         if weight is not None and self._is_sharpened:
             scales = torch.stack([scale * (1.0 + weight.beta), scale * weight.beta]).float()  # (2,)
         if len(scales) == 1 or pool.bias is None:
-            sums, num_kept, num_above, mined = LogSumExp.apply(query, keys, scales, bias, *given, *pool)
+            sums, num_kept, num_above, mined = fused(LogSumExp, query, keys, scales, bias, *given, *pool)
         else:  # the importance leaves the bias out
             assert weight is not None
             if bias is not None and weight.detach:  # of which log_weighted_sum takes a share, as it does of the scores
                 bias = bias.detach() + (1.0 + weight.beta) * (bias - bias.detach())
-            top, num_kept, num_above, mined = LogSumExp.apply(query, keys, scales[:1], bias, *given, *pool)
-            low, *_ = LogSumExp.apply(query, keys, scales[1:], None, *given, *pool._replace(bias=None))
+            top, num_kept, num_above, mined = fused(LogSumExp, query, keys, scales[:1], bias, *given, *pool)
+            low, *_ = fused(LogSumExp, query, keys, scales[1:], None, *given, *pool._replace(bias=None))
             sums = torch.cat([top, low])
         some = num_kept > 0  # (B,)
         if weight is None:
@@ -463,8 +475,8 @@ def _attracted(
     if found.columns is not None:
         by, members, each = over_lists(kernels), Columns(found.columns), gathered_bias(bias, found.columns)
     learned, with_bias = learned_bias(members._replace(bias=each))
-    sums, count, *_ = LogSumExp.apply(query, keys, scale[None], learned, None, 0, None, by, *with_bias)
-    mean_score, _ = MeanScore.apply(query, keys, by, *members)
+    sums, count, *_ = fused(LogSumExp, query, keys, scale[None], learned, None, 0, None, by, *with_bias)
+    mean_score, _ = fused(MeanScore, query, keys, by, *members)
     total = count * mean_score * scale  # (B,)
     if each is not None:
         inside = found.mask if found.columns is None else found.columns >= 0
@@ -510,10 +522,10 @@ def mixed_logsumexp(
 ) -> Tensor:
     """lse (B,) of the synthetic negatives mixed from parents (B, hard)."""
     if mix.detach:
-        return MixLogSumExp.apply(query, scale, keys.detach(), parents, kernels, mixing_draws(mix, query, draw))
+        return fused(MixLogSumExp, query, scale, keys.detach(), parents, kernels, mixing_draws(mix, query, draw))
     flat, rows = flat_rows(keys, parents)
     pairs, coefficients = reference.mix_draws(rows, mix, torch.float32, *draw)
-    return DifferentiatedMixLogSumExp.apply(query, scale, flat, pairs, coefficients, kernels)
+    return fused(DifferentiatedMixLogSumExp, query, scale, flat, pairs, coefficients, kernels)
 
 
 class InfoNCELoss(ScheduledLoss):

@@ -23,7 +23,7 @@ from negmine.ops import checks, philox
 from negmine.ops.vectors import score_of_positive, widened
 from negmine.ops.windows import Draw
 from negmine.options import Negatives, beta_quantiles
-from negmine.selection import summed_columns
+from negmine.selection import SummedColumns, summed_columns
 
 TAGS = ("query_ids", "query_labels")
 
@@ -34,6 +34,7 @@ class Logits(NamedTuple):
     positive: Tensor  # (B,) s_pos / T
     lse: Tensor  # (B,) 0 where there is no negative
     some: Tensor  # (B,) bool: there is a negative
+    query: Tensor | None = None  # (B, D), in fp32 where its gradient is summed in fp32
 
 
 def draw_of(op: str, pool: dict) -> Draw:
@@ -41,19 +42,16 @@ def draw_of(op: str, pool: dict) -> Draw:
     return Draw(*checks.require_draw(op, *(pool.get(name, 0) for name in Draw._fields)))
 
 
-def sum_of(
-    op: str, query: Tensor, negative_keys: Any, temperature: float | Tensor, positive_key: Tensor, pool: dict
-) -> Tensor:
-    """negmine.logsumexp in the name of `op`: pool holds its further keywords."""
+def columns_of(op: str, query: Tensor, negative_keys: Any, positive_key: Tensor, pool: dict) -> SummedColumns:
+    """The columns of negmine.logsumexp in the name of `op`: pool holds its further keywords."""
     known = (*TAGS, *Draw._fields, "select", "backend")
     for name in pool:
         if name not in known:
             raise TypeError(f"{op}: {name} is not a keyword; those of the pool are {', '.join(known)}")
-    columns = summed_columns(
+    return summed_columns(
         op, ("logsumexp",), query, positive_key, negative_keys, pool.get("select"), pool.get("query_ids"),
         pool.get("query_labels"), draw_of(op, pool), pool.get("backend"),
     )  # fmt: skip
-    return columns.logsumexp(temperature)
 
 
 def logits(
@@ -62,9 +60,12 @@ def logits(
     temperature = checks.require_temperature(op, temperature)
     checks.require_vectors(op, "query", query, "(B, D)", (2,))
     checks.require_positive(op, positive_key, query)
-    lse = sum_of(op, query, negative_keys, temperature, positive_key, pool)
+    columns = columns_of(op, query, negative_keys, positive_key, pool)
+    lse = columns.logsumexp(temperature)
     some = lse != -torch.inf  # (B,) NaN stays
-    return Logits(score_of_positive(query, positive_key) / temperature, lse.masked_fill(~some, 0.0), some)
+    assert columns.positive_key is not None
+    x_positive = score_of_positive(columns.query, columns.positive_key) / temperature
+    return Logits(x_positive, lse.masked_fill(~some, 0.0), some, columns.query)
 
 
 def reduced(op: str, rows: Tensor, x: Logits, reduction: str) -> Tensor:
@@ -112,8 +113,12 @@ def hardness_added(
     share = sharper / temperature  # what s / T is of (1 / T + alpha) s
     share = share.detach() if isinstance(share, Tensor) else share
     checks.require_vectors(op, "query", query, "(B, D)", (2,))
+    checks.require_positive(op, positive_key, query)
+    if negative_keys is positive_key:
+        negative_keys = positive_key = widened(positive_key)
+    query, positive_key = widened(query), widened(positive_key)  # each rounds its gradient once
     keys = _scaled_gradient_of_keys(negative_keys, share)
-    x = logits(op, with_gradient(widened(query), share), positive_key, keys, sharper, pool)
+    x = logits(op, with_gradient(query, share), with_gradient(positive_key, share), keys, sharper, pool)
     x = x._replace(positive=score_of_positive(query, positive_key) / temperature)
     return reduced(op, F.softplus(x.lse - x.positive), x, reduction)
 
@@ -257,8 +262,11 @@ def i_mix(
         if not good or tuple(value.shape) != (len(query),):
             raise checks.refuse(op, name, f"{kind}, of shape ({len(query)},)", value)
     whole_batch = {name: pool[name] for name in ("backend",) if name in pool}
-    x_batch = sum_of(op, query, positive_keys, temperature, positive_keys, whole_batch)  # (B,)
-    lse = torch.logaddexp(x_batch, sum_of(op, query, negative_keys, temperature, positive_keys, pool))  # (B,)
+    if query.requires_grad or positive_keys.requires_grad:  # two sums: each rounds its gradient once
+        query, positive_keys = widened(query), widened(positive_keys)
+    x_batch = columns_of(op, query, positive_keys, positive_keys, whole_batch).logsumexp(temperature)  # (B,)
+    lse = columns_of(op, query, negative_keys, positive_keys, pool).logsumexp(temperature)  # (B,)
+    lse = torch.logaddexp(x_batch, lse)
     own, other = (score_of_positive(query, k) for k in (positive_keys, positive_keys[partner]))
     pull = share.to(own.dtype) * own + (1 - share).to(own.dtype) * other  # (B,)
     x = Logits(pull / temperature, lse, torch.ones_like(lse, dtype=torch.bool))

@@ -16,7 +16,9 @@ from negmine.losses.gathered import Gathering
 from negmine.losses.schedules import ScheduledLoss, at_start, at_step
 from negmine.losses.triplet_mining import above_score, label_masks, with_bounds
 from negmine.ops import backends, checks
+from negmine.ops.accumulate import widen_once
 from negmine.ops.backends import Kernels
+from negmine.ops.first_derivative import fused
 from negmine.ops.logsumexp import LogSumExp
 from negmine.ops.negatives import check_labelled_keys
 from negmine.ops.pool import Pool
@@ -80,6 +82,7 @@ def multi_similarity(
     checks.require_bool(op, "return_stats", return_stats)
     query, keys = promoted(query, keys)
     kernels = backends.choose(op, ("mine_hardest", *summing_ops("logsumexp", keys)), backend, (query, keys))
+    kernels, query, _, keys = widen_once(kernels, query, None, keys)
     if kernels is None:
         same, other = label_masks(pool, query, keys)
         saved = frozen(keys, same | other)
@@ -115,7 +118,7 @@ def _from_kernels(
     def smooth(anchor: Tensor, sharpness: float, shift: float, pool: Pool) -> tuple[Tensor, Tensor]:
         """log(1 + sum over the pool of exp(sharpness (s + shift))) / sharpness (B,), and the size of the pool (B,)."""
         scales = scalar(sharpness, anchor)[None]  # (1,)
-        lse, num_kept, *_ = LogSumExp.apply(anchor, keys, scales, None, None, 0, None, kernels, *pool)
+        lse, num_kept, *_ = fused(LogSumExp, anchor, keys, scales, None, None, 0, None, kernels, *pool)
         raised = F.softplus(lse[0].masked_fill(num_kept == 0, 0.0) + sharpness * shift) / sharpness
         return raised.masked_fill(num_kept == 0, 0.0), num_kept
 

@@ -11,6 +11,7 @@ from negmine.losses.gathered import Gathering
 from negmine.losses.log_scale import LogScale
 from negmine.losses.schedules import ScheduledLoss, at_step
 from negmine.ops import checks
+from negmine.ops.first_derivative import fused
 from negmine.ops.negatives import pools_in
 from negmine.ops.softplus_sum import SoftplusSum
 from negmine.ops.vectors import frozen, scalar, score_of_positive, widened
@@ -50,12 +51,12 @@ def softplus_sum(
 
 def _softplus_sum(columns: SummedColumns, scale: float | Tensor, bias: float | Tensor) -> Tensor:
     """(B,): the sum of softplus over the columns."""
-    kernels, query, keys, pool, _, dense = columns
+    kernels, query, keys, pool, _, dense, _ = columns
     if kernels is None:
         return reference.softplus_sum(widened(query), frozen(keys, dense["usable"]), scale, bias, **dense)
     numbers = scalar(scale, query), scalar(bias, query)
     key_bias, pool = learned_bias(pool)
-    return SoftplusSum.apply(query, keys, *numbers, key_bias, kernels, *pool)
+    return fused(SoftplusSum, query, keys, *numbers, key_bias, kernels, *pool)
 
 
 def siglip(
@@ -107,7 +108,8 @@ def siglip(
     total, *others = (_softplus_sum(each, scale, bias) for each in columns)  # (B,) each
     for other in others:
         total = total + other
-    rows = total - F.logsigmoid(scale * score_of_positive(query, positive_key) + bias)
+    assert columns[0].positive_key is not None
+    rows = total - F.logsigmoid(scale * score_of_positive(columns[0].query, columns[0].positive_key) + bias)
     return reference.reduced(rows, reduction)
 
 

@@ -17,8 +17,9 @@ from negmine import reference
 from negmine.losses.gathered import Gathering
 from negmine.losses.schedules import ScheduledLoss, at_step
 from negmine.ops import backends, checks
+from negmine.ops.accumulate import widen_once
 from negmine.ops.backends import Kernels
-from negmine.ops.first_derivative import first_derivative_only
+from negmine.ops.first_derivative import first_derivative_only, fused
 from negmine.ops.logsumexp import LogSumExp, MeanScore
 from negmine.ops.negatives import labelled_pool
 from negmine.ops.pool import Pool, hide_masked_rows, pieces, pool_of_columns, usable
@@ -172,6 +173,7 @@ def sup_con(
         raise backends.BackendUnavailable(f"{op}: backend {backend!r} cannot run this call ({why})")
     kernels = backends.choose(op, needed, "reference" if is_dense else backend, (query, keys))
     everything = given.everything
+    kernels, query, _, keys = widen_once(kernels, query, None, keys)
     if kernels is None:
         allowed = usable(everything, query, keys)
         rows, found = reference.sup_con(
@@ -210,7 +212,7 @@ def _checked(
 ) -> _Given:  # fmt: skip
     checks.require_vectors(op, "query", query, "(B, D) or (B, V, D)", (2, 3))
     B, V = query.shape[0], query.shape[1] if query.dim() == 3 else 1
-    rows = query.reshape(B * V, query.shape[-1])  # (B V, D)
+    rows = query if query.dim() == 2 else query.reshape(B * V, query.shape[-1])  # (B V, D)
     by_pair = {"positive_mask": positive_mask, "positive_weights": positive_weights}
     named = [name for name, value in by_pair.items() if value is not None]
     if len(named) + (query_labels is not None or key_labels is not None) > 1:
@@ -279,19 +281,19 @@ def _from_kernels(
     """Loss (B,) and statistics from the kernels; meaning as reference.sup_con."""
     scale = scale_of(temperature, query)
     same, columns = given.same, given.everything if denominator == "all" else given.others
-    sums, num_kept, *_ = LogSumExp.apply(query, keys, scale[None], None, None, 0, None, kernels, *columns)
+    sums, num_kept, *_ = fused(LogSumExp, query, keys, scale[None], None, None, 0, None, kernels, *columns)
     lse = sums[0]  # (B,)
     if denominator == "own_positive":
-        rows, count = OwnPositive.apply(query, keys, scale, lse, positives, *same)
+        rows, count = fused(OwnPositive, query, keys, scale, lse, positives, *same)
         return rows, SupConStats(lse.detach(), count, (count == 0).sum())
     if given.weights is not None:
         score, count = _weighted_score(query, keys, given.weights, same)
         pull = score * scale  # (B,)
     elif positives == "out":
-        score, count = MeanScore.apply(query, keys, kernels, *same)
+        score, count = fused(MeanScore, query, keys, kernels, *same)
         pull = score * scale  # (B,)
     else:
-        sums_same, count, *_ = LogSumExp.apply(query, keys, scale[None], None, None, 0, None, kernels, *same)
+        sums_same, count, *_ = fused(LogSumExp, query, keys, scale[None], None, None, 0, None, kernels, *same)
         pull = sums_same[0].masked_fill(count == 0, 0.0) - count.clamp_min(1).float().log()
     some = (count > 0) & (num_kept > 0)  # (B,)
     rows = torch.where(some, lse.masked_fill(~some, 0.0) - pull, 0.0)

@@ -11,13 +11,15 @@ from torch import Tensor
 from negmine import reference
 from negmine.losses.methods import TAGS, Logits, draw_of, logits, reduced
 from negmine.ops import backends, checks, philox
+from negmine.ops.accumulate import narrowed
 from negmine.ops.column_lists import gather_rows
+from negmine.ops.first_derivative import fused
 from negmine.ops.mix_logsumexp import MixLogSumExp
 from negmine.ops.negatives import check_negatives
 from negmine.ops.pool import usable
 from negmine.ops.vectors import for_kernels, promoted, scale_of, widened
 from negmine.ops.windows import Draw
-from negmine.options import is_int, is_real, is_scalar
+from negmine.options import is_int, is_real, is_scalar, plain_fields
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Kinds:
     enabled: Tensor | None = field(init=False, repr=False, compare=False, default=None)  # () bool, None = True
 
     def __post_init__(self) -> None:
+        plain_fields(self, *COUNTS, "hard", "sigma", "delta", "eta")
         for name in (*COUNTS, "hard"):
             value, least = getattr(self, name), int(name == "hard")
             if not is_int(value) or value < least:
@@ -133,11 +136,14 @@ def synco(
         op, query, positive_key, negative_keys, *(pool.get(name) for name in TAGS), options=("select",)
     )
     query, positive_key, negative_keys = promoted(query, positive_key, negative_keys)
+    assert x.query is not None
     draw = draw_of(op, pool)
     scale = scale_of(temperature, query)
     with torch.no_grad():
         kernels = ("mine_hardest", "mix_logsumexp")
         chosen = backends.choose(op, kernels, pool.get("backend"), (query, positive_key, negative_keys))
+    chosen, query = narrowed(chosen, query, None, None), x.query  # the one that the sum over the queue differentiates
+    with torch.no_grad():
         if chosen is None:
             allowed = usable(masks, query, negative_keys)
             index = reference.mine_hardest(widened(query), widened(negative_keys), kinds.hard, allowed)[1]
@@ -160,7 +166,7 @@ def synco(
             key = Draw(draw.seed, draw.step, kinds.row_offset(name, draw.row_offset)).on_device(query)
             draws = (*counts, *low_high, *low_high, False, None, *key)
             if sum(counts):
-                sums.append(MixLogSumExp.apply(query, scale, negative_keys.detach(), index, chosen, draws))
+                sums.append(fused(MixLogSumExp, query, scale, negative_keys.detach(), index, chosen, draws))
     if any(getattr(gathered, name) for name in COUNTS):
         with torch.no_grad():
             h = synco_vectors(widened(query), widened(negative_keys), index, gathered, draw)  # (B, S, D)

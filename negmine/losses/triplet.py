@@ -14,6 +14,7 @@ from negmine.losses.gathered import Gathering
 from negmine.losses.schedules import ScheduledLoss, at_start, at_step
 from negmine.losses.triplet_mining import check_rule, triplets_of
 from negmine.ops import checks
+from negmine.ops.accumulate import widen_once
 from negmine.ops.negatives import check_labelled_keys
 from negmine.ops.vectors import promoted, widened
 from negmine.ops.windows import Draw
@@ -75,10 +76,10 @@ def triplet_loss(
     query, keys = promoted(query, keys)
     found = triplets_of(op, query, keys, pool, rule, draw, backend)
     # Frozen keys are gathered first and widened after; learned ones the other way, so that gradients add up in fp32.
-    wide = widened(keys) if keys.requires_grad else keys
+    _, query, _, keys = widen_once(None, query, None, keys)
     rows = reference.triplet_loss(
         widened(query),
-        wide,
+        keys,
         found.positive,
         found.negative,
         margin=rule["margin"],

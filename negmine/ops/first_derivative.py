@@ -1,4 +1,4 @@
-"""first_derivative_only: the backward of a fused op, which has first derivatives and refuses second ones in words.
+"""fused applies the autograd function of an op; first_derivative_only decorates its backward, to refuse second ones in words.
 
 torch's once_differentiable refuses only where the engine comes by: torch.autograd.grad(..., inputs) leaves out what leads to no
 input, and would return a second derivative that lacks the kernels' part. Here the refusal stands on the way to every input.
@@ -41,3 +41,41 @@ def first_derivative_only(backward: Callable) -> Callable:
         return tuple(_Once.apply(t, *sources) if isinstance(t, Tensor) and sources else t for t in made)
 
     return guarded
+
+
+class _NoGradient:
+    """The context of a forward pass that nothing differentiates."""
+
+    def __init__(self, count: int) -> None:
+        self.needs_input_grad = (False,) * count
+
+    def save_for_backward(self, *_: Any) -> None:
+        pass
+
+    def mark_non_differentiable(self, *_: Any) -> None:
+        pass
+
+    def set_materialize_grads(self, _: bool) -> None:
+        pass
+
+
+def fused(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """function.apply(*arguments), in every context of torch.
+
+    Compiled, a tensor may be given twice, and need not require grad: Dynamo traces neither by itself. The transforms of
+    torch.func are refused in words.
+    """
+    if torch.compiler.is_compiling():
+        if not (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)):
+            return function.forward(_NoGradient(len(arguments)), *arguments)
+        distinct: list[Any] = []
+        for argument in arguments:
+            again = isinstance(argument, Tensor) and any(argument is other for other in distinct)
+            distinct.append(argument.view_as(argument) if again else argument)
+        return function.apply(*distinct)
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "negmine: torch.func and functorch transforms (grad, vmap, jacrev, ...) take no fused kernel, which is for "
+            "backward(); backend='reference' takes them"
+        )
+    return function.apply(*arguments)

@@ -153,10 +153,8 @@ def _in_batch(
         query_ids = _tags(op, "query_ids", query_ids, query, (len(query),))
         query_ids = torch.where(query_ids == UNKNOWN, UNEQUAL + 1 + own, query_ids)
     ids = own if query_ids is None else query_ids
-    # Dynamo traces no autograd.Function that is given one tensor twice: here as positives and as keys.
-    keys = positive_key.view_as(positive_key) if torch.compiler.is_compiling() else positive_key
     names = (f"{name}.mask", "query_ids", "query_labels")
-    return keys, _pool(op, query, positive_key, mask, ids, ids, query_labels, query_labels, None, names)
+    return positive_key, _pool(op, query, positive_key, mask, ids, ids, query_labels, query_labels, None, names)
 
 
 def _with_bias_and_guide(

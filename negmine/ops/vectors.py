@@ -24,7 +24,11 @@ def promoted(*vectors: Any) -> Any:
     wide = [t is not None and t.dtype == torch.float64 for t in vectors]
     if not any(wide):
         return vectors
-    return tuple(t if is_wide or t is None else t.double() for t, is_wide in zip(vectors, wide, strict=True))
+    made: list[Any] = []
+    for at, t in enumerate(vectors):
+        before = [i for i in range(at) if vectors[i] is t]  # one tensor given twice stays one
+        made.append(made[before[0]] if before else t if wide[at] or t is None else t.double())
+    return tuple(made)
 
 
 def for_kernels(vectors: Tensor) -> Tensor:
