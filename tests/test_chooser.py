@@ -267,7 +267,7 @@ def test_a_gpu_older_than_the_kernels_is_refused_in_words(monkeypatch, capabilit
     monkeypatch.setattr(backends, "BACKENDS", rows)
     monkeypatch.setattr(backends, "_warned", set())
     for name in (None, "triton", "cuda"):
-        arguments = ("mine_hardest", ("mine_hardest",), name, torch.device("cuda", 0), [torch.bfloat16] * 2, "")
+        arguments = ("mine_hardest", ("mine_hardest",), name, torch.device("cuda", 0), [torch.bfloat16] * 2, "", False)
         if runs:
             assert backends._choose(*arguments).has("mine_hardest")
         elif name is None:
