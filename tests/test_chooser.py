@@ -280,3 +280,15 @@ def test_a_gpu_older_than_the_kernels_is_refused_in_words(monkeypatch, capabilit
                 BackendUnavailable, match=rf"{name}: its kernels need compute capability 8.0, this GPU has 7.5"
             ):
                 backends._choose(*arguments)
+
+
+def test_a_bias_of_shared_keys_goes_to_a_backend_that_takes_it(monkeypatch):
+    rows = (Backend("cuda", "cpu", {"count_negatives": min}), Backend("cpu", "cpu", {"count_negatives": max}))
+    monkeypatch.setattr(backends, "BACKENDS", (*rows, backends.BACKENDS[-1]))
+    rest = torch.device("cpu"), [torch.float32] * 2, ""
+    for biased, want in ((False, min), (True, max)):
+        assert backends._choose("f", ("count_negatives",), None, *rest, biased).count_negatives is want
+    with pytest.raises(
+        BackendUnavailable, match=r"^f: backend 'cuda' takes no bias of shared keys; cpu and triton do$"
+    ):
+        backends._choose("f", ("count_negatives",), "cuda", *rest, True)
