@@ -58,7 +58,8 @@ class Recipe:
     parents: int = 0  # the hardest ranks that synthetic negatives are mixed from
     # What its loss takes beside keys and ids. "labels": the entries' own numbers, so that every key of the query's entry is a
     # positive. "support": the positive key as the one further view. "mixed": sentence vectors mixed within the batch. "pairs":
-    # the batch's positive keys and its entries' numbers, and no queue.
+    # the batch's positive keys and its entries' numbers, and no queue. "frequency": how often each entry is drawn, alike for all.
+    # "guide": sentence vectors as the guide's.
     feed: str = ""
 
 
@@ -106,6 +107,8 @@ RECIPES = IN_DEMO | {
     "debiased": configured("debiased, prior 0.0001", "debiased", tau_plus=1e-4),
     "hcl": configured("HCL, beta 0.5", "hcl", beta=0.5, tau_plus=1e-4),
     "hardness_added": configured("hardness added (LLaVE), alpha 9", "hardness_added"),
+    "logq": configured("logQ correction, frequencies alike", "logq", feed="frequency"),
+    "gist": configured("false negatives by the sentence vectors (GIST)", "gist", margin=-0.1, feed="guide"),
     "decoupled": configured("decoupled", "decoupled"),
     "decoupled_weighted": configured("decoupled, weighted positives", "decoupled_weighted"),
     "rince": configured("RINCE, r 0.5, at T = 0.1", "rince", temperature=0.1),
@@ -215,6 +218,7 @@ def train(name: str, task: Task, steps: int, seed: int, evaluate_at: list[int], 
     rows = queue_rows(task, generator)  # (K,)
     queue.enqueue(key_head(task.corpus[rows]), ids=rows)
 
+    uniform = torch.full((), 1 / len(task.corpus), device=device).log()  # of an entry's being drawn
     curve, taken = [(0, before)], []
     progress = tqdm(range(steps), desc=f"{recipe.title:<38}", unit="step", mininterval=1.0)
     for step in progress:
@@ -229,6 +233,11 @@ def train(name: str, task: Task, steps: int, seed: int, evaluate_at: list[int], 
             inputs, further["share"], further["partner"] = negmine.recipes.mixed_inputs(inputs, seed=seed, step=step)
         if recipe.feed == "support":
             further["support"] = positive_key[:, None]  # (B, 1, D)
+        if recipe.feed == "frequency":
+            further |= {"positive_log_q": uniform.expand(B), "log_q": uniform.expand(K)}
+        if recipe.feed == "guide":
+            further |= {"guide_query": task.queries[batch], "guide_positive": task.corpus[answers]}
+            further["guide_keys"] = task.corpus[queue.queue_ids]  # (K, D); the queue is full
         query = query_head(inputs)  # (B, D)
         if recipe.feed == "labels":
             loss = loss_of(query, torch.cat([positive_key, queue.keys]), answers, torch.cat([answers, queue.ids]))

@@ -409,7 +409,8 @@ class Guide:
         if self.positive.shape != self.query.shape:
             shape = tuple(self.positive.shape)
             raise ValueError(f"Guide: positive must be of query's shape {tuple(self.query.shape)}, got {shape}")
-        _require(is_real(self.margin), "margin", "a finite number", self.margin)
+        plain_fields(self, "margin")
+        _require(is_scalar(self.margin) or is_real(self.margin), "margin", "a finite number", self.margin)
         _require(isinstance(self.relative, bool), "relative", "True or False", self.relative)
 
 

@@ -311,9 +311,21 @@ class SummedColumns(NamedTuple):
         if self.kernels is None:
             keys = frozen(self.keys, self.dense["usable"])
             return reference.logsumexp(widened(self.query), keys, temperature, **self.dense)
+        return self._summed(temperature)[0][0]
+
+    def logsumexp_and_count(self, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+        """The log-sum-exp (B,), and over how many columns it is (B,)."""
+        if self.kernels is None:
+            pool = {name: value for name, value in self.dense.items() if name != "key_bias"}
+            _, times = reference.kept_scores(widened(self.query), widened(self.keys), **pool)  # (B, K)
+            return self.logsumexp(temperature), times.sum(1)
+        sums, count, *_ = self._summed(temperature)
+        return sums[0], count
+
+    def _summed(self, temperature: float | Tensor) -> tuple[Tensor, ...]:
         scales = scale_of(temperature, self.query)[None]  # (1,)
         bias, pool = learned_bias(self.pool)
-        return fused(LogSumExp, self.query, self.keys, scales, bias, None, 0, self.ranks, self.kernels, *pool)[0][0]
+        return fused(LogSumExp, self.query, self.keys, scales, bias, None, 0, self.ranks, self.kernels, *pool)
 
 
 def summing_ops(op: str, keys: Any, bias: Tensor | None = None) -> tuple[str, ...]:

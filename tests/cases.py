@@ -123,6 +123,15 @@ def feed(recipe: str, q: torch.Tensor, pos: torch.Tensor, keys: torch.Tensor) ->
     if recipe == "i_mix":
         share = torch.linspace(0.5, 1, len(q), device=q.device)
         given |= {"share": share, "partner": torch.arange(len(q), device=q.device).flip(0)}
+    if recipe == "logq":
+        given |= {
+            "positive_log_q": -1.0 - labels.to(q.dtype),
+            "log_q": -1.0 - key_labels.to(q.dtype).expand(len(q), -1),
+        }
+        keys = keys.expand(len(q), -1, -1)  # each query's own: every backend takes a bias of these
+        own["ids"] = own["ids"].expand(len(q), -1)
+    if recipe == "gist":
+        given |= {f"guide_{name}": v.detach()[:, :5] for name, v in (("query", q), ("positive", pos), ("keys", keys))}
     if recipe == "mochi":
         given["query_labels"], own["labels"] = labels, key_labels  # its oracle
     return [q, pos, Negatives(keys, **own)], given

@@ -555,6 +555,7 @@ EXCUSED = {
     ),
     "Guide": "vectors of one call: a mask, which is fuzzed, and tests/test_pools.py",
     **dict.fromkeys(("from_texts", "merge_retrievers", "build_batches"), "of texts and results: their own tests"),
+    "FrequencyEstimator": "a count of ids: tests/test_logq.py",
     "mining": "a package, whose parts are named here",
     "__version__": "a string",
 }

@@ -1,5 +1,6 @@
 """The losses, each a function and its module in one file. negmine.recipes configures them as published methods."""
 
+from negmine.losses.frequency import FrequencyEstimator
 from negmine.losses.gathered import gathered
 from negmine.losses.info_nce import InfoNCELoss, InfoNCEStats
 from negmine.losses.log_scale import LogScale
@@ -10,6 +11,7 @@ from negmine.losses.triplet import TripletLoss, triplet_loss
 from negmine.losses.triplet_mining import Triplets, mine_triplets
 
 __all__ = [
+    "FrequencyEstimator",
     "InfoNCELoss",
     "InfoNCEStats",
     "LogScale",

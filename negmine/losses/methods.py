@@ -22,7 +22,7 @@ from negmine.losses.schedules import ScheduledLoss, at_step
 from negmine.ops import checks, philox
 from negmine.ops.vectors import score_of_positive, widened
 from negmine.ops.windows import Draw
-from negmine.options import Negatives, beta_quantiles
+from negmine.options import Guide, Negatives, beta_quantiles
 from negmine.selection import SummedColumns, summed_columns
 
 TAGS = ("query_ids", "query_labels")
@@ -61,7 +61,10 @@ def logits(
     checks.require_vectors(op, "query", query, "(B, D)", (2,))
     checks.require_positive(op, positive_key, query)
     columns = columns_of(op, query, negative_keys, positive_key, pool)
-    lse = columns.logsumexp(temperature)
+    return _logits(columns, columns.logsumexp(temperature), temperature)
+
+
+def _logits(columns: SummedColumns, lse: Tensor, temperature: float | Tensor) -> Logits:
     some = lse != -torch.inf  # (B,) NaN stays
     assert columns.positive_key is not None
     x_positive = score_of_positive(columns.query, columns.positive_key) / temperature
@@ -178,6 +181,95 @@ def rince(
     both = torch.logaddexp(x.positive, x.lse)  # (B,)
     rows = (lam**r * torch.exp(r * both) - torch.exp(r * x.positive)) / r
     return reduced(op, rows, x, reduction)
+
+
+def logq(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Any,
+    *,
+    positive_log_q: Tensor,
+    log_q: Tensor | None = None,
+    corrected: bool = False,
+    temperature: float | Tensor = 0.05,
+    reduction: str = "mean",
+    **pool: Any,
+) -> Tensor:
+    """Sampled softmax with the logQ correction of two-tower models (Yi et al. 2019, RecSys; corrected: arXiv 2507.09331).
+
+        loss = log(1 + exp(log sum_j exp(x_j - log q_j) - (x - log q_pos)))        q: the probability that an item is drawn
+
+    corrected, for the positive is there with probability 1 and is no sample:
+
+        loss = sg[1 - p] (log sum_j exp(x_j - log q'_j) - x),   q' = q / (1 - q_pos)        sg = no gradient
+        p = exp(x) / (exp(x) + (1 / N) sum_j exp(x_j - log q'_j))                           N negatives
+
+    positive_log_q (B,): log of the probability of the query's positive. log_q (K,) or (B, M): of each negative; None for
+    in-batch negatives, which are the positives. The logarithm is subtracted, so that frequent items are pushed away less. A
+    constant factor of q changes nothing, so that FrequencyEstimator's probabilities for a batch will do; `corrected` needs those
+    of a single draw. Its gradient is that of info_nce with a bias of -log(N q') and none for the positive: 1 - p is the model's
+    probability of being wrong. Give query_ids and the items' ids, so that a query's positive is none of its negatives.
+    """
+    op = "logq"
+    checks.require_bool(op, "corrected", corrected)
+    checks.require_vectors(op, "query", query, "(B, D)", (2,))
+    _require_per_row(op, "positive_log_q", positive_log_q, query)
+    in_batch = negative_keys is None or (isinstance(negative_keys, Negatives) and negative_keys.keys is None)
+    if log_q is None:
+        if not in_batch:
+            raise checks.refuse(op, "log_q", "given, but for in-batch negatives", None)
+        log_q = positive_log_q
+    checks.require_tensor(op, "log_q", log_q, query)
+    own = negative_keys if isinstance(negative_keys, Negatives) else Negatives(negative_keys)
+    own = dataclasses.replace(own, bias=-log_q if own.bias is None else own.bias - log_q)
+    temperature = checks.require_temperature(op, temperature)
+    checks.require_positive(op, positive_key, query)
+    columns = columns_of(op, query, own, positive_key, pool)
+    lse, count = columns.logsumexp_and_count(temperature)
+    x = _logits(columns, lse, temperature)
+    log_q_positive = positive_log_q.to(x.positive.dtype)
+    if not corrected:
+        return reduced(op, F.softplus(x.lse - (x.positive - log_q_positive)), x, reduction)
+    gap = x.lse + torch.log1p(-log_q_positive.exp()) - x.positive  # (B,) log sum_j exp(x_j - log q'_j) - x
+    wrong = torch.sigmoid(gap.detach() - count.clamp_min(1).to(gap.dtype).log())  # (B,) 1 - p
+    return reduced(op, wrong * gap, x, reduction)
+
+
+def _require_per_row(op: str, name: str, value: Any, query: Tensor) -> None:
+    checks.require_tensor(op, name, value, query)
+    if not value.is_floating_point() or tuple(value.shape) != (len(query),):
+        raise checks.refuse(op, name, f"a floating tensor of shape ({len(query)},)", value)
+
+
+def gist(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Any,
+    *,
+    guide_query: Tensor,
+    guide_positive: Tensor,
+    guide_keys: Tensor | None = None,
+    margin: float = 0.0,
+    relative: bool = False,
+    temperature: float | Tensor = 0.01,
+    reduction: str = "mean",
+    **pool: Any,
+) -> Tensor:
+    """InfoNCE without the negatives that a guide model takes for false ones (GISTEmbed, Solatorio 2024, arXiv 2402.16829).
+
+        loss = log(1 + exp(log sum over kept j of exp(x_j) - x)),   kept: g_j <= g_pos - margin (|g_pos| if relative)
+
+    guide_query, guide_positive (B, G) and guide_keys (K, G) or (B, M, G): a second model's embeddings of the same texts;
+    guide_keys is None for in-batch negatives. See negmine.Guide. sentence-transformers takes g_pos (1 - margin) for `relative`,
+    which lies above a g_pos below 0; and where documents are gathered from ranks it protects column b of row b, which is another
+    rank's positive.
+    """
+    own = negative_keys if isinstance(negative_keys, Negatives) else Negatives(negative_keys)
+    if own.guide is not None:
+        raise checks.refuse("gist", "negative_keys.guide", "None, for gist makes it", own.guide)
+    guide = Guide(guide_query, guide_positive, guide_keys, margin=margin, relative=relative)
+    x = logits("gist", query, positive_key, dataclasses.replace(own, guide=guide), temperature, pool)
+    return reduced("gist", F.softplus(x.lse - x.positive), x, reduction)
 
 
 def ifm(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 MASK = 0xFFFFFFFF
 # The counter's last word: one stream a purpose.
-STREAM_MIX, STREAM_SAMPLE, STREAM_WEIGHTED, STREAM_NORMAL, STREAM_PARTNER = range(5)
+STREAM_MIX, STREAM_SAMPLE, STREAM_WEIGHTED, STREAM_NORMAL, STREAM_PARTNER, STREAM_HASH = range(6)
 SAMPLE_CHUNK = 4096  # members whose words are in memory at one time
 
 

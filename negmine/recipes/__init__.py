@@ -24,8 +24,8 @@ from negmine.recipes.triplets import (
     simans,
     vse_plus_plus,
 )
-from negmine.recipes.weights import debiased, dual_temperature, hardness_added, hcl, ifm, rince
-from negmine.recipes.windows import easiest, hardest, margin_pos, perc_pos, ring
+from negmine.recipes.weights import debiased, dual_temperature, hardness_added, hcl, ifm, logq, rince
+from negmine.recipes.windows import easiest, gist, hardest, margin_pos, perc_pos, ring
 
 __all__ = [
     "Kinds",
@@ -41,12 +41,14 @@ __all__ = [
     "exponential",
     "facenet",
     "false_negative_cancellation",
+    "gist",
     "hardest",
     "hardness_added",
     "hcl",
     "i_mix",
     "ifm",
     "linear",
+    "logq",
     "margin_pos",
     "mixed_inputs",
     "mochi",

@@ -45,6 +45,16 @@ def hardness_added(alpha: Number = 9.0, *, temperature: Temperature = 0.02, **ke
     return MethodLoss(methods.hardness_added, temperature=temperature, alpha=alpha, **keywords)
 
 
+def logq(*, corrected: bool = False, temperature: Temperature = 0.05, **keywords: Any) -> MethodLoss:
+    """The logQ correction of sampled softmax (Yi et al. 2019, RecSys; corrected=True: Khrylchenko et al. 2025, arXiv 2507.09331).
+
+    Call with positive_log_q= and, but for in-batch negatives, log_q=: logs of the probabilities that an item is drawn, such as
+    negmine.losses.FrequencyEstimator's. They are subtracted from the logits; two public libraries have added them. See
+    negmine/losses/methods.py, logq. Mixed negative sampling is a list of two pools in info_nce, each with a bias of its own.
+    """
+    return MethodLoss(methods.logq, temperature=temperature, corrected=corrected, **keywords)
+
+
 def rince(r: Number = 0.5, lam: Number = 0.01, *, temperature: Temperature = 0.5, **keywords: Any) -> MethodLoss:
     """RINCE (Chuang et al. 2022, arXiv 2201.04309): -exp(r x_pos) / r + (lam (exp(x_pos) + sum_j exp(x_j)))^r / r.
 

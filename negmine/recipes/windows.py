@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from negmine.losses import InfoNCELoss
+from negmine.losses import InfoNCELoss, methods
+from negmine.losses.methods import MethodLoss
 from negmine.options import Select
 from negmine.recipes.schedules import Number, Temperature, scheduled
 
@@ -79,6 +80,17 @@ def perc_pos(
     """
     select = scheduled(perc_pos_select, percentage=percentage, hardest=hardest)
     return InfoNCELoss(temperature, select=select, **keywords)
+
+
+def gist(
+    margin: Number = 0.0, *, relative: bool = False, temperature: Temperature = 0.01, **keywords: Any
+) -> MethodLoss:
+    """GISTEmbed (Solatorio 2024, arXiv 2402.16829; sentence-transformers GISTEmbedLoss): a guide model names false negatives.
+
+    Call with guide_query=, guide_positive= and, but for in-batch negatives, guide_keys=, the guide's embeddings. margin_strategy
+    "absolute" and "relative" are `relative`; see negmine/losses/methods.py, gist, for what differs.
+    """
+    return MethodLoss(methods.gist, temperature=temperature, margin=margin, relative=relative, **keywords)
 
 
 def perc_pos_select(percentage: float, hardest: int | float | None) -> Select:
