@@ -43,7 +43,8 @@ from image_tools import (
     probe_accuracy,
 )
 
-# What a recipe is fed beside the query, the key and the queue. The others take these three and the ids.
+# What a recipe is fed beside the query, the key and the queue. The others take these three and the ids; gist and logq, which
+# need a guide's embeddings or how often each item is drawn, are not for this script.
 BY_LABELS = ("sup_con", "ephn", "batch_hard", "facenet", "distance_weighted", "multi_similarity")
 FEEDS = dict.fromkeys(BY_LABELS, "labels") | {
     "vse_plus_plus": "pairs",

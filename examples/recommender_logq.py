@@ -5,8 +5,8 @@
 
 The negatives of a batch are the items of its other rows, so that a popular item is a negative more often than a rare one. Left
 as it is, the softmax learns log p(item | user) - log p(item), and recommends what is rare. Subtracting log q of each item from
-its logit takes that back (Yi et al. 2019, Sampling-bias-corrected neural modeling for large corpus item recommendations): one
-bias for the negatives and one for the positive. Reported: how often one of the 10 items with the highest scores is the one that a
+its logit takes that back (Yi et al. 2019, Sampling-bias-corrected neural modeling for large corpus item recommendations): of
+the negatives and of the positive. Reported: how often one of the 10 items with the highest scores is the one that a
 user took next, and the median popularity rank of these 10 beside that of the items that are really taken.
 """
 
@@ -54,21 +54,17 @@ def train(corrected: bool, tastes: Tensor, users: Tensor, items: Tensor, steps: 
     torch.manual_seed(seed)
     towers = Towers()
     optimizer = torch.optim.Adam(towers.parameters(), 5e-3)
-    # The chance that an item is in a row of a batch: how often it was taken.
+    loss_of = negmine.recipes.logq(temperature=1.0) if corrected else negmine.InfoNCELoss(1.0)
+    # The chance that an item is in a row of a batch: how often it was taken. Where that is not known in advance,
+    # negmine.losses.FrequencyEstimator counts items while batches pass.
     log_q = (torch.bincount(items, minlength=ITEMS) / len(items)).clamp_min(1e-9).log()  # (ITEMS,)
     progress = tqdm(range(steps), desc="logQ" if corrected else "plain", unit="step", mininterval=1.0)
     for _ in progress:
         rows = torch.randint(len(users), (batch,))
         user, item = towers(tastes[users[rows]], items[rows])  # (B, D) each
-        bias = -log_q[items[rows]] if corrected else None  # (B,)
-        loss = negmine.info_nce(
-            user,
-            item,
-            negmine.Negatives(None, bias=bias),  # the items of the other rows
-            positive_bias=bias,
-            query_ids=items[rows],  # rows with the same item are no negatives of each other
-            temperature=1.0,
-        )
+        # The negatives are the items of the other rows; rows with the same item are no negatives of each other.
+        given = {"positive_log_q": log_q[items[rows]]} if corrected else {}
+        loss = loss_of(user, item, query_ids=items[rows], **given)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
