@@ -59,7 +59,7 @@ def index() -> str:
     """README.md with its links into docs/ as links between pages, and links to files as plain names."""
     text = read(Path("README.md"))
     text = re.sub(r"\]\(docs/([\w-]+\.md)", r"](\1", text)
-    return re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?://|#|[\w-]+\.md)[^)]+\)", r"`\1`", text)
+    return re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?://|#|(?!CONTRIBUTING)[\w-]+\.md)[^)]+\)", r"`\1`", text)
 
 
 def gather() -> list[dict[str, str]]:

@@ -45,7 +45,7 @@ def test_an_option_that_no_kernel_sees_is_in_the_listed_files():
 
 def test_a_recipe_is_in_the_listed_files():
     expected = {pattern.replace("<kind>", "queue") for pattern in listed("recipe")}
-    touched = naming("moco_v1", "negmine", "kernels", "csrc", "docs/methods.md", "README.md", "tests/test_recipes.py")
+    touched = naming("moco_v1", "negmine", "kernels", "csrc", "docs/methods.md", "tests/test_recipes.py")
     assert touched <= expected
     assert "negmine/recipes/queue.py" in touched
 

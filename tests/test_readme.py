@@ -78,12 +78,12 @@ def test_the_diff_names_what_exists():
 
 def test_tables_name_what_exists():
     text = (ROOT / "README.md").read_text()
-    table = text.split("| call | result |")[1].split("\n\n")[0]
-    for name in re.findall(r"`([\w.]+)\(", table):
+    for name in re.findall(r"`((?:\w+\.)*\w+)\(", text.split("| I want to | call | page |")[1].split("\n\n")[0]):
         assert callable(attrgetter(name)(negmine)), name
-    for example in re.findall(r"`((?:Select|Mix|Weight|FalseNegatives)\([^`]*\))`", text):
-        eval(example, {**vars(negmine)})
-    table = text.split("## Backends")[1].split("\n\n")[1]
+    for page in ("README.md", "docs/methods.md"):
+        for example in re.findall(r"`((?:Select|Mix|Weight|FalseNegatives)\([^`]*\))`", (ROOT / page).read_text()):
+            eval(example, {**vars(negmine)})
+    table = (ROOT / "docs/backends.md").read_text().split("# Backends")[1].split("\n\n")[1]
     assert re.findall(r"^\| `(\w+)` \|", table, re.M) == ["cpu", "triton", "cuda", "reference"]
     assert {"cpu", "triton", "cuda", "reference"} == {row.name for row in backends.BACKENDS}
 

@@ -1,4 +1,4 @@
-"""README's table of methods, walked: every call in it runs on every backend and is what the reference says in float64.
+"""The table of docs/methods.md, walked: every call in it runs on every backend and is what the reference says in float64.
 
 A call is evaluated as it is printed; the test adds the backend and the tensors that a training loop would bring.
 """
@@ -19,8 +19,8 @@ from tests.cases import feed, unit
 from tests.conftest import device_of
 from tests.test_fuzz import nudged
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-TABLE = README.read_text().split("| method | call | paper |")[1].split("\n\n")[0]
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
+TABLE = PAGE.read_text().split("| method | call | paper |")[1].split("\n\n")[0]
 ROWS = [line.split(" | ") for line in TABLE.splitlines()[2:]]
 CALLS = [call for row in ROWS for call in re.findall(r"`([^`]+\))`", row[1])]
 METHODS = [call for call in CALLS if not call.startswith("mixed_inputs")]
