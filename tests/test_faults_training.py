@@ -404,7 +404,9 @@ def test_2k_a_zero_row_in_half_precision():
 
 
 @pytest.mark.parametrize(
-    "make", [np.float32, np.float64, lambda v: torch.tensor([v]), lambda v: torch.tensor(v)], ids=str
+    "make",
+    [np.float32, np.float64, lambda v: torch.tensor([v]), lambda v: torch.tensor(v)],
+    ids=["numpy float32", "numpy float64", "one element", "0-d"],
 )
 def test_2l_a_scalar_may_be_of_numpy_or_a_tensor_of_one_element(make):
     q, p, k = vectors()

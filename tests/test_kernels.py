@@ -213,7 +213,12 @@ def test_loss_and_every_gradient(backend, options, kind, dtype):
         condition = debiasing_condition(inputs, options, allowed) / options["temperature"]  # 1 / T: the largest logit
         for name, k, t, p in zip(("loss", *(f"d_{n}" for n in names)), got, truth, plain, strict=True):
             # d_query: the positive's pull less the negatives' push; a decoupled loss: of two logits, or next to one.
-            terms = {"d_query": truth[2], "loss": (inputs[0] * inputs[1]).sum(1) if "decoupled" in options else None}
+            # d_temperature: of the positives' part and the negatives' part.
+            terms = {
+                "d_query": truth[2],
+                "loss": (inputs[0] * inputs[1]).sum(1) if "decoupled" in options else None,
+                "d_temperature": (truth[2] * inputs[1]).sum() / options["temperature"],
+            }
             compare.rounded(f"{name} {B, K, D}", k, t, p, condition, terms.get(name))
         compare.exact(f"num_negatives {B, K, D}", stats.num_negatives, want["num_negatives"])
         compare.exact(f"num_empty {B, K, D}", stats.num_empty, want["num_empty"])

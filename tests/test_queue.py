@@ -122,15 +122,16 @@ OVER_A_QUEUE = {
 def test_a_growing_queue_is_its_valid_rows(any_backend, op):
     """Rows that are not there yet are no candidates and are never read: they hold NaN here, and ids that queries have."""
     device = device_of(any_backend)
+    dtype = torch.float64 if any_backend == "reference" else torch.float32
     for count in (0, 7) if interpreted(any_backend) else (0, 1, 7, 12):  # of 12
-        queue = MoCoQueue(4, 12, with_ids=True, random_init=False).to(device)
-        queue.enqueue(unit(count, 4, seed=3, device=device), ids=torch.arange(count, device=device) % 3)
+        queue = MoCoQueue(4, 12, dtype=dtype, with_ids=True, random_init=False).to(device)
+        queue.enqueue(unit(count, 4, dtype=dtype, seed=3, device=device), ids=torch.arange(count, device=device) % 3)
         queue.queue[count:] = torch.nan
         queue.queue_ids[count:] = 1
         for tags in ({}, {"query_ids": torch.arange(5, device=device) % 3}):
             results = []
             for negatives in (queue, Negatives(queue.keys, ids=queue.ids if tags else None)):
-                leaves = [unit(5, 4, seed=i, device=device).requires_grad_() for i in range(2)]
+                leaves = [unit(5, 4, dtype=dtype, seed=i, device=device).requires_grad_() for i in range(2)]
                 made = OVER_A_QUEUE[op](*leaves, negatives, **tags, backend=any_backend)
                 grads = torch.autograd.grad(made, leaves, allow_unused=True) if made.requires_grad else ()
                 results.append([made.detach(), *(g for g in grads if g is not None)])
