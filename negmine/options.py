@@ -377,8 +377,7 @@ class Guide:
     query (B, G), positive (B, G): the guide's embeddings of the queries and of their positives.
     keys (K, G), or (B, M, G) beside keys that are each query's own; None: `positive`, for in-batch negatives.
     The comparison is strict, and a NaN masks nothing. The positive itself is never masked, wherever its row is gathered. Scores
-    are raw inner products; no gradient flows through them. G may differ from D. One dtype for all three: fp32, bf16, fp16 or
-    float64.
+    are raw inner products; no gradient flows through them. G may differ from D. fp32, bf16, fp16 and float64 mix freely.
     Raises TypeError or ValueError for what cannot be meant.
     """
 
@@ -401,9 +400,8 @@ class Guide:
             if not isinstance(value, Tensor):
                 raise TypeError(f"Guide: {name} must be a tensor, got {type(value).__name__}")
             got = f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-            if not value.is_floating_point() or value.dtype != self.query.dtype:
-                wanted = "a floating tensor" if name == "query" else "of query's dtype"
-                raise TypeError(f"Guide: {name} must be {wanted}, got {got}")
+            if not value.is_floating_point():
+                raise TypeError(f"Guide: {name} must be a floating tensor, got {got}")
             if value.dim() not in dims or value.shape[-1] != self.query.shape[-1] or value.shape[-1] == 0:
                 raise ValueError(f"Guide: {name} must be of shape {shapes} with G of 1 or more, query's G, got {got}")
         if self.positive.shape != self.query.shape:

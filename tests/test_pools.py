@@ -1,5 +1,6 @@
 """Several pools in one loss, a bias on their logits, and guides: definitions against loops, kernels against definitions."""
 
+import itertools
 import math
 
 import pytest
@@ -414,7 +415,7 @@ def test_what_a_function_does_not_read_is_refused():
 
 GUIDES = [
     (lambda: Guide([1], q, k), TypeError, "Guide: query must be a tensor, got list"),
-    (lambda: Guide(q, q.half(), k), TypeError, "Guide: positive must be of query's dtype, got float16 tensor"),
+    (lambda: Guide(q, q.long(), k), TypeError, "Guide: positive must be a floating tensor, got int64 tensor"),
     (lambda: Guide(q.long(), q, k), TypeError, "Guide: query must be a floating tensor, got int64 tensor"),
     (lambda: Guide(q, q[:2], k), ValueError, r"Guide: positive must be of query's shape \(3, 4\), got \(2, 4\)"),
     (lambda: Guide(q, q, k[:, :2]), ValueError, r"Guide: keys must be of shape \(K, G\) or \(B, M, G\)"),
@@ -430,3 +431,17 @@ GUIDES = [
 def test_guides_and_pools_refuse_what_cannot_be_meant(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+def test_a_guide_of_mixed_dtypes_masks_as_the_widest(any_backend):
+    """Small whole numbers: the scores are exact in every dtype."""
+    device = device_of(any_backend)
+    q, p, k, guide_q, guide_p, guide_k = (whole(n, 8, device=device, seed=i) for i, n in enumerate((5, 5, 40) * 2))
+    losses = [
+        negmine.info_nce(
+            q, p, Negatives(k, guide=Guide(guide_q.to(a), guide_p.to(b), guide_k.to(c))), temperature=8.0,
+            backend=any_backend,
+        )
+        for a, b, c in itertools.product((torch.float32, torch.bfloat16, torch.float64), repeat=3)
+    ]  # fmt: skip
+    assert len({float(loss) for loss in losses}) == 1

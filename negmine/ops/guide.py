@@ -25,9 +25,10 @@ def guided(pool: Pool, query: Tensor, keys: Tensor, limit: Tensor) -> Pool:
     B, K = len(query), keys.shape[-2]
     keep = torch.empty(B, K, dtype=torch.bool, device=query.device)
     with torch.no_grad(), disable_autocast(query.device):
-        q = widened(query)
+        wide = torch.promote_types(torch.promote_types(query.dtype, keys.dtype), torch.float32)
+        q = query.to(wide)
         for part in pieces(B, K, PIECE):
-            n = widened(keys[..., part, :])  # (C, G) or (B, C, G)
+            n = keys[..., part, :].to(wide)  # (C, G) or (B, C, G)
             scores = q @ n.T if n.dim() == 2 else torch.einsum("bg,bcg->bc", q, n)  # (B, C)
             keep[:, part] = ~(scores > limit[:, None])
     return pool._replace(negative_mask=keep if pool.negative_mask is None else keep & pool.negative_mask)
