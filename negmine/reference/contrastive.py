@@ -153,7 +153,7 @@ def info_nce_of_pools(
         parts = parts if decoupled else [logits.masked_fill(~found, -torch.inf), *parts]
     columns = torch.cat(parts if decoupled else [x_positive[:, None], *parts], 1)
     finite = columns.masked_fill(~some[:, None], 0.0)  # an empty row must not differentiate LSE of nothing
-    logsumexp = finite.logsumexp(1) if finite.shape[1] else torch.zeros_like(x_positive)
+    logsumexp = finite.logsumexp(1) if finite.shape[1] else finite.sum(1)
     # NaN in a row stays in that row
     loss = torch.where(some, logsumexp - positives / num_positives, 0.0 * x_positive)
     total = torch.where(some, logsumexp, -torch.inf if decoupled else x_positive).detach()
