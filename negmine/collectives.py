@@ -94,15 +94,15 @@ class Ranks:
             self._exchange_on_device(op, call, device, status)
             return
         text = call.text(read_counters=True)
-        header = torch.tensor([status, _hash(op), _hash(text), call.count, call.flag])
+        header = torch.tensor([status, _hash(op), _hash(text), call.count, call.flag], device="cpu")
         table = [part.tolist() for part in self.gather(header)]  # (W, 5)
         if all(row[:3] == [FINE, *table[0][1:3]] for row in table):
             call.counts, call.any_flag = [row[3] for row in table], any(row[4] for row in table)
             return
         said = f"{op}\n{text}" if error is None else f"{op}\n{type(error).__name__}: {error}"
         encoded = said.encode()[:TEXT_BYTES]
-        padded = torch.zeros(TEXT_BYTES, dtype=torch.uint8)
-        padded[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+        padded = torch.zeros(TEXT_BYTES, dtype=torch.uint8, device="cpu")
+        padded[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8, device="cpu")
         texts = [bytes(part.tolist()).rstrip(b"\0").decode(errors="ignore") for part in self.gather(padded)]
         if error is None:
             raise _disagreement(op, table, texts)

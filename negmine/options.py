@@ -67,14 +67,16 @@ def beta_quantiles(concentration: float) -> Tensor | None:
         return None
     # x = t^p / (t^p + (1 - t)^p) with p = max(1, 1 / concentration) makes the integrand bounded at both ends.
     power = max(1.0, 1.0 / concentration)
-    t = torch.linspace(0.0, 1.0, 400_001, dtype=torch.float64)
+    t = torch.linspace(0.0, 1.0, 400_001, dtype=torch.float64, device="cpu")
     low, high = t**power, (1.0 - t) ** power
     x = low / (low + high)
     mid = (t[1:] + t[:-1]) / 2
     log_density = concentration * power * (mid.log() + (1.0 - mid).log()) - mid.log() - (1.0 - mid).log()
     log_density = log_density - 2 * concentration * torch.logaddexp(power * mid.log(), power * (1.0 - mid).log())
-    mass = torch.cat([torch.zeros(1, dtype=torch.float64), (log_density - log_density.max()).exp().cumsum(0)])
-    wanted = torch.linspace(0.0, 1.0, QUANTILES + 1, dtype=torch.float64) * mass[-1]
+    mass = torch.cat(
+        [torch.zeros(1, dtype=torch.float64, device="cpu"), (log_density - log_density.max()).exp().cumsum(0)]
+    )
+    wanted = torch.linspace(0.0, 1.0, QUANTILES + 1, dtype=torch.float64, device="cpu") * mass[-1]
     right = torch.searchsorted(mass, wanted).clamp(1, len(mass) - 1)
     span = (mass[right] - mass[right - 1]).clamp_min(torch.finfo(torch.float64).tiny)
     part = ((wanted - mass[right - 1]) / span).clamp(0, 1)

@@ -1,5 +1,6 @@
 """Long runs, little memory, workers, large offsets, damaged states: what a training run meets sooner or later."""
 
+import importlib.util
 import mmap
 import re
 import subprocess
@@ -171,3 +172,21 @@ def test_a_damaged_step_count_is_refused(step):
     with pytest.raises(RuntimeError, match="step must be a whole number in"):
         loss.load_state_dict({"step": torch.tensor(step)})
     assert loss.step == 0
+
+
+def test_a_default_device_does_not_reach_the_host_side_of_mining():
+    """torch.set_default_device("cuda") is common; tensors that mining keeps on the host must stay there."""
+    corpus = unit(600, 16).numpy()
+    queries, rows = corpus[:9], torch.arange(9)
+    vectors = [unit(4, 8, seed=i) for i in range(3)]
+    with torch.device("meta"):
+        for options in (
+            {"select": Select(0, 0.5, relative_margin=0.05), "sampling_strategy": "random"},
+            {"sampling_strategy": "weighted", "deduplicate": "near", "select": Select(3, 90)},
+            {"index": "Flat", "select": Select(0, 30)},
+            {"query_texts": list("abcdefghi"), "corpus_texts": [f"{i}" for i in range(600)]},
+        ):
+            if "index" not in options or importlib.util.find_spec("faiss"):
+                assert negmine.mine_hard_negatives(queries, corpus, rows, **options).num_valid.min() > 0
+        negmine.hardness_report(queries, corpus, rows)
+        negmine.info_nce(*vectors, mix=Mix(3, 3, 1, concentration=2.5))

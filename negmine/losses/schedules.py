@@ -96,4 +96,4 @@ def at_step(options: dict[str, Any], step: int | Tensor) -> dict[str, Any]:
 
 def at_start(options: dict[str, Any]) -> dict[str, Any]:
     """The options of step 0, for checks at construction."""
-    return at_step(options, torch.zeros((), dtype=torch.int64))
+    return at_step(options, torch.zeros((), dtype=torch.int64, device="cpu"))

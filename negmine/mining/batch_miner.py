@@ -61,7 +61,7 @@ class BatchMiner:
 
     def depth(self, size: int) -> int:
         """The number of ranks read first, of a pool of this size."""
-        first, last = self.select.window(torch.tensor([size]))
+        first, last = self.select.window(torch.tensor([size], device="cpu"))
         return int(self._end(first, last, self._max_ranks))
 
     @property

@@ -37,8 +37,8 @@ SLACK = 1.01  # for the rounding errors of the norms and of the bound itself
 
 def round_to_bf16(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """rows (M, D) fp32 or fp16 -> x' (M, D) bf16 and the norms of x and of x - x' (M,); NaN where a row holds one."""
-    half = torch.empty(rows.shape, dtype=torch.bfloat16)
-    norms = torch.empty(2, len(rows))
+    half = torch.empty(rows.shape, dtype=torch.bfloat16, device="cpu")
+    norms = torch.empty(2, len(rows), device="cpu")
     for begin in range(0, len(rows), ROUNDED_ROWS):
         part = slice(begin, begin + ROUNDED_ROWS)
         exact = rows[part].float()
@@ -92,7 +92,9 @@ class Bf16Prefilter:
         bound = error_bound(query.shape[1], (*query_norms,), (*key_norms,))  # (B,)
         max_score, candidate_pool = None, pool
         if select.has_filter:
-            max_score = select.highest_score(torch.zeros(len(query)) if anchor is None else anchor)  # (B,)
+            max_score = select.highest_score(
+                torch.zeros(len(query), device="cpu") if anchor is None else anchor
+            )  # (B,)
             candidate_pool = pool._replace(upper=sort_key.pack(max_score + bound, 0))
         approximate = ops.mine_hardest(half_query, half_keys, N + EXTRA, True, *candidate_pool)
         columns = approximate[1].sort(1).values  # (B, N + EXTRA), -1 first

@@ -305,7 +305,7 @@ def _open_inputs(
     resumes = options["resume_dir"] is not None
     dtypes = {"query dtype": queries.dtype, "corpus dtype": rows.dtype}
     ranks.require_same({**dtypes, "D": rows.dim, "resume_dir is given": resumes})
-    rows_per_rank = [int(part) for part in ranks.gather(torch.tensor(len(rows)))]
+    rows_per_rank = [int(part) for part in ranks.gather(torch.tensor(len(rows), device="cpu"))]
     corpus = Corpus(rows, device, ranks, rows_per_rank)
     query_names = Side.open(OP, ("query_ids", "query_texts"), query_ids, query_texts, len(queries), 0)
     corpus_names = Side.open(OP, ("corpus_ids", "corpus_texts"), corpus_ids, corpus_texts, len(corpus), 1)
@@ -368,7 +368,7 @@ def _make_plan(options: dict[str, Any], inputs: _Inputs, positives: Any, exclude
     remaining = memory - scratch_bytes * (near or not exact)
     limits = (options["batch_size"], options["corpus_chunk_size"], remaining)
     sizes = plan_batches(OP, queries, rows, miner.depth(K), pair_bytes, *limits)
-    batch = min(int(part) for part in ranks.gather(torch.tensor(sizes.batch)))
+    batch = min(int(part) for part in ranks.gather(torch.tensor(sizes.batch, device="cpu")))
     return _Plan(hidden, ops, exact, replace(sizes, batch=batch), scratch_bytes, miner)
 
 
@@ -423,7 +423,7 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan) -> MiningResult:
         miner = replace(miner, source=source, excluded=hidden)
         for begin, end in batches:
             anchor = torch.from_numpy(positive_scores[begin:end]).to(device) if select.has_margin else None  # (B,)
-            numbers = torch.arange(begin, end)  # (B,)
+            numbers = torch.arange(begin, end, device="cpu")  # (B,)
             window, dropped = miner.window(queries.block(begin, end, device), numbers, anchor)  # (B, W)
             strategy, temperature = options["sampling_strategy"], options["sampling_temperature"]
             sort_keys = sample(window.cpu(), miner.num_negatives, strategy, numbers, seed, temperature)  # (B, n)

@@ -64,7 +64,7 @@ class IndexScan:
         dropped = torch.zeros(len(counted_filters), B, dtype=torch.int64, device=query.device)
         k = min(K, depth + int(excluded.sizes.max(initial=0)))
         max_k = min(K, max(MAX_CANDIDATES, k))
-        pending = torch.arange(B if depth else 0)  # (R,)
+        pending = torch.arange(B if depth else 0, device="cpu")  # (R,)
         while len(pending):
             unfinished = []
             for chunk in pending.split(max(1, self.max_bytes // (CANDIDATE_BYTES * k))):

@@ -108,7 +108,7 @@ class ProcessRanks:
         """A hash of the hashes of all ranks; of a single process, its own."""
         if self.size == 1:
             return digest
-        parts = self.gather(torch.tensor(list(bytes.fromhex(digest))))
+        parts = self.gather(torch.tensor(list(bytes.fromhex(digest)), device="cpu"))
         return hashlib.blake2b(b"".join(bytes(part.tolist()) for part in parts), digest_size=16).hexdigest()
 
     def require_same(self, facts: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ def choose(
     first, end = select.window(torch.from_numpy(kept.sum(1)))
     limit = candidates_needed(select, n, strategy)
     window = slice_window(keys, first, end if limit is None else end.minimum(first + limit))
-    drawn = sample(window, n, strategy, torch.arange(len(window)), seed, temperature)
+    drawn = sample(window, n, strategy, torch.arange(len(window), device="cpu"), seed, temperature)
     found, rows = sort_key.unpack(drawn)
     return found.numpy(), rows.numpy()
 

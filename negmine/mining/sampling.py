@@ -39,7 +39,7 @@ def sample(window: Tensor, n: int, strategy: str, rows: Tensor, seed: int, tempe
     if strategy == "top":
         sampled = window[:, :n]
     else:
-        slots = torch.arange(window.shape[1])  # (W,)
+        slots = torch.arange(window.shape[1], device="cpu")  # (W,)
         word = philox.words(rows, slots, philox.STREAM_SAMPLE, seed, 0)[0]  # (B, W)
         key = word.double()
         if strategy == "weighted":

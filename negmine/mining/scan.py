@@ -121,7 +121,7 @@ class Corpus:
     ) -> np.ndarray:
         """query_numbers, row_numbers (P,) -> (P,) fp32: each pair scored by the rank that holds the row."""
         here = self._local(row_numbers)
-        bits = torch.zeros(len(row_numbers), dtype=torch.int32)  # (P,)
+        bits = torch.zeros(len(row_numbers), dtype=torch.int32, device="cpu")  # (P,)
         scores = pair_scores(
             ops,
             lambda numbers: queries.gather(numbers, self.device),

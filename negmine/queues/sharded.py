@@ -80,7 +80,7 @@ class ShardedMoCoQueue(MoCoQueue):
             for block in range(first // ROWS_AT_ONCE, -(-end // ROWS_AT_ONCE)):
                 start = block * ROWS_AT_ONCE
                 generator = torch.Generator().manual_seed(seed * (LAST_INDEX + 1) + block)
-                rows = F.normalize(torch.randn(ROWS_AT_ONCE, dim, generator=generator), dim=1)
+                rows = F.normalize(torch.randn(ROWS_AT_ONCE, dim, generator=generator, device="cpu"), dim=1)
                 low, high = max(start, first), min(start + ROWS_AT_ONCE, end)
                 self.queue[low - first : high - first] = rows[low - start : high - start].to(self.queue.dtype)
 
@@ -325,7 +325,7 @@ class ShardedMoCoQueue(MoCoQueue):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, rows in self.stored.items():
             destination[prefix + name] = rows if keep_vars else rows.detach()
-        destination[prefix + "queue_range"] = torch.tensor(self._range)
+        destination[prefix + "queue_range"] = torch.tensor(self._range, device="cpu")
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -227,5 +227,5 @@ def simans(
     options = {"num_negatives": num_negatives, "candidates": candidates, "a": a, "b": b, "tau": tau}
     fixed = {"reduction": reduction, "seed": seed, "backend": backend}
     made = SimANSLoss(kernel, options | {"temperature": temperature}, **fixed)
-    made.at(torch.zeros((), dtype=torch.int64))  # refuses what cannot be meant
+    made.at(torch.zeros((), dtype=torch.int64, device="cpu"))  # refuses what cannot be meant
     return made

@@ -17,7 +17,7 @@ EDGES = (0.0, 1e-5, 1e-4, 1e-3, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99, 0.999, 1.
 
 def rank_bounds(edges: tuple[float, ...], size: Tensor) -> Tensor:
     """size (B,) int64, of each pool -> (B, bins + 1) int64: the rank at which each bin begins, and the end."""
-    return (size[:, None] * torch.tensor(edges, dtype=torch.float64)).floor().long()
+    return (size[:, None] * torch.tensor(edges, dtype=torch.float64, device="cpu")).floor().long()
 
 
 def sampled_ranks(bounds: Tensor, samples: int, queries: Tensor, seed: int) -> Tensor:
@@ -28,8 +28,8 @@ def sampled_ranks(bounds: Tensor, samples: int, queries: Tensor, seed: int) -> T
     """
     first, width = bounds[:, :-1, None], bounds.diff(dim=1)[:, :, None]  # (B, bins, 1) each
     bins = width.shape[1]
-    word = philox.words(queries, torch.arange(bins * samples), philox.STREAM_SAMPLE, seed, 0)[0]
-    stratum = torch.arange(samples)  # (samples,)
+    word = philox.words(queries, torch.arange(bins * samples, device="cpu"), philox.STREAM_SAMPLE, seed, 0)[0]
+    stratum = torch.arange(samples, device="cpu")  # (samples,)
     begin, end = stratum * width // samples, (stratum + 1) * width // samples  # (B, bins, samples) each
     drawn = first + begin + philox.below(word.view(-1, bins, samples), end - begin)
     every = torch.where(stratum < width, first + stratum, -1)

@@ -320,8 +320,8 @@ def hardness_report(
     where = resolve_device(OP, device, queries if queries.device else corpus)
 
     generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randperm(Q, generator=generator)[: num_queries or Q].sort().values.numpy()  # (Q',)
-    compared = torch.randperm(K, generator=generator)[:COMPARED].sort().values.to(where)  # (S,)
+    numbers = torch.randperm(Q, generator=generator, device="cpu")[: num_queries or Q].sort().values.numpy()  # (Q',)
+    compared = torch.randperm(K, generator=generator, device="cpu")[:COMPARED].sort().values.to(where)  # (S,)
     named = ("query_embeddings", "corpus_embeddings")
     now = Ranking.open(OP, named, (queries, corpus), numbers, normalize, where, backend)
     before = None
