@@ -481,3 +481,26 @@ def test_2m_an_empty_pool(make, call, forced, monkeypatch):
         or getattr(loss, "method", None) is methods.i_mix
     )
     assert bool(value.isfinite()) if keeps_a_term else value == 0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", [*QUEUE_LOSSES, *LABEL_LOSSES])
+def test_2r_rows_of_the_queue_may_be_overwritten_before_backward(name, backend, monkeypatch):
+    """The positive is a view of the queue too: the gradient is the one of the rows that the loss was called with."""
+    monkeypatch.setattr(backends, "FORCED", backend)
+    found = []
+    for overwritten in (False, True):
+        queue = MoCoQueue(D, K, random_init=False)
+        queue.enqueue(unit(K, D, seed=2))
+        leaf = unit(B, D).requires_grad_()
+        rows = queue.queue if overwritten else queue.queue.clone()
+        torch.manual_seed(0)
+        if name in LABEL_LOSSES:
+            loss = LABEL_LOSSES[name]()(leaf, rows, LABELS, KEY_LABELS)
+        else:
+            loss = QUEUE_LOSSES[name]()(leaf, rows[:B], rows)
+        if overwritten:
+            queue.enqueue(unit(K, D, seed=3))
+        loss.backward()
+        found.append(leaf.grad)
+    assert torch.equal(*found)

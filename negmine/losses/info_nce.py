@@ -156,7 +156,7 @@ def info_nce(
         batch = batch._replace(query=query, positive_key=positive_key, keys=keys)
     if kernels is None:
         rows, found = reference.info_nce_of_pools(
-            widened(query), widened(positive_key), [plan.columns(batch)], **plan.dense(batch, temperature)
+            widened(query), frozen(positive_key, None), [plan.columns(batch)], **plan.dense(batch, temperature)
         )
         stats = InfoNCEStats(**found[0])
     else:
@@ -193,7 +193,7 @@ def _run_pools(
     if any(kernels is None for kernels in chosen):  # one of them runs on the reference: all do
         columns = [plan.columns(batch) for plan, batch in each]
         rows, found = reference.info_nce_of_pools(
-            widened(query), widened(positive_key), columns, **plans[0].dense(batches[0], temperature)
+            widened(query), frozen(positive_key, None), columns, **plans[0].dense(batches[0], temperature)
         )
         return rows, [InfoNCEStats(**stats) for stats in found]
     scale = scale_of(temperature, query)

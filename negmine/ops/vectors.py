@@ -45,12 +45,16 @@ def frozen(negative_keys: Tensor, usable: Tensor | None) -> Tensor:
     keys = widened(negative_keys)
     if usable is not None:
         return torch.where((usable if keys.dim() == 3 else usable.any(0))[..., None], keys, 0.0)
-    return keys if keys.requires_grad else keys.clone()
+    return keys.clone() if keys is negative_keys and not keys.requires_grad else keys
 
 
 def score_of_positive(query: Tensor, positive_key: Tensor) -> Tensor:
-    """Inner product of each query with its positive: (B,) fp32, or float64 where both are."""
-    return (widened(query) * widened(positive_key)).sum(1)
+    """Inner product of each query with its positive: (B,) fp32, or float64 where both are.
+
+    Autograd saves the positives, which may be rows of a queue that moves on before backward: a frozen one is copied.
+    """
+    positive = frozen(positive_key, None) if query.requires_grad and torch.is_grad_enabled() else widened(positive_key)
+    return (widened(query) * positive).sum(1)
 
 
 _constants: dict[tuple[float, torch.device], Tensor] = {}

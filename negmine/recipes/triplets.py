@@ -17,7 +17,7 @@ from negmine.losses.triplet import TripletLoss
 from negmine.ops import checks, philox
 from negmine.ops.column_lists import gather_rows
 from negmine.ops.negatives import check_negatives
-from negmine.ops.vectors import score_of_positive, widened
+from negmine.ops.vectors import frozen, score_of_positive, widened
 from negmine.recipes.schedules import Number
 from negmine.selection import mine_hardest
 
@@ -193,7 +193,7 @@ class SimANSLoss(ScheduledLoss):
         q = widened(query)
         drawn = gather_rows(keys, index, q.dtype)  # (B, n, D)
         temperature = self.at(draw["step"])["temperature"]
-        rows, _ = reference.info_nce(q, widened(positive_key), drawn, temperature=temperature, usable=index >= 0)
+        rows, _ = reference.info_nce(q, frozen(positive_key, None), drawn, temperature=temperature, usable=index >= 0)
         return reference.reduced(rows, self.fixed["reduction"])
 
 
