@@ -5,6 +5,7 @@ negatives fixes shapes and so cannot be one; a rank takes `whole` of one.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,16 +27,16 @@ def _check(name: str, numbers: dict[str, Any], counts: dict[str, Any]) -> None:
         checks.require_count(name, argument, value)
 
 
-class Schedule:
+class Schedule(ABC):
     """A function of the step: a 0-d tensor gives a 0-d float64 tensor on its device, without waiting for it; an int a float."""
 
     def __call__(self, step: Any) -> Any:
         value = self.value(torch.as_tensor(step))
         return value if isinstance(step, Tensor) else value.item()
 
+    @abstractmethod
     def value(self, step: Tensor) -> Tensor:
         """The value at a step () int64."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
