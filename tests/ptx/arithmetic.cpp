@@ -122,6 +122,13 @@ void add_comparison(const std::string& name, const std::string& type) {
   add<Predicate, [](T a, T b, bool c) { return f(a, b) != c; }, T, T, Predicate>("setp." + name + ".xor." + type);
 }
 
+// A 16-bit float in a register, read as fp32.
+template <bool kIsHalf>
+struct Narrow {
+  uint16_t bits;
+  operator float() const { return half_to_float(bits, kIsHalf); }
+};
+
 template <class T>
 void add_comparisons(const std::string& type) {
   add_comparison<T, [](T a, T b) { return a == b; }>("eq", type);
@@ -130,7 +137,7 @@ void add_comparisons(const std::string& type) {
   add_comparison<T, [](T a, T b) { return a <= b; }>("le", type);
   add_comparison<T, [](T a, T b) { return (a > b); }>("gt", type);
   add_comparison<T, [](T a, T b) { return (a >= b); }>("ge", type);
-  if constexpr (std::is_floating_point_v<T>) {  // true where a number is missing
+  if constexpr (!std::is_integral_v<T>) {  // true where a number is missing
     add_comparison<T, [](T a, T b) { return !(a != b && a == a && b == b); }>("equ", type);
     add_comparison<T, [](T a, T b) { return !(a == b); }>("neu", type);
     add_comparison<T, [](T a, T b) { return !(a >= b); }>("ltu", type);
@@ -229,7 +236,9 @@ void add_floats() {
   add<uint16_t, [](F a) { return to_fp16(a); }, F>("cvt.rn.f16.f32");
   add<uint32_t, [](F high, F low) { return uint32_t{to_bf16(high)} << 16 | to_bf16(low); }, F, F>("cvt.rn.bf16x2.f32");
   add<uint32_t, [](F high, F low) { return uint32_t{to_fp16(high)} << 16 | to_fp16(low); }, F, F>("cvt.rn.f16x2.f32");
-  add_comparisons<F>("f32");
+  add<uint16_t, [](uint16_t a) { return static_cast<uint16_t>(a & 0x7FFF); }, uint16_t>("abs.bf16");
+  add<uint16_t, [](uint16_t a) { return static_cast<uint16_t>(a & 0x7FFF); }, uint16_t>("abs.f16");
+  add_comparisons<F>("f32"), add_comparisons<Narrow<false>>("bf16"), add_comparisons<Narrow<true>>("f16");
 }
 
 void fill() {
