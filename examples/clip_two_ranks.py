@@ -4,9 +4,9 @@
     python examples/clip_two_ranks.py --quick                    40 steps
     torchrun --nproc-per-node 4 examples/clip_two_ranks.py       as many as you like; on GPUs with NCCL
 
-Then trains once more in one process with the whole batch, and prints how far the weights of the two runs are apart: what the
-ranks compute is the loss of the whole batch, gradients included. The pairs are made up: a picture is a noisy, bent sum of the
-patterns of five concepts, and its caption names them, among two other words.
+Compares the gradients of the first step with those of one process that holds the whole batch, and prints their largest
+difference: the ranks together compute the loss of the whole batch, gradients included. The pairs are made up: a picture is a
+noisy, bent sum of the patterns of five concepts, and its caption names them, among two other words.
 """
 
 import argparse
@@ -79,11 +79,13 @@ def run(rank: int, world: int, args: argparse.Namespace) -> None:
     local = int(os.environ.get("LOCAL_RANK", rank))
     device = torch.device("cuda", local) if torch.cuda.device_count() >= world else torch.device("cpu")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
+    first = train(rank, world, 1, args.batch, device)
     model = train(rank, world, args.steps, args.batch, device)
     if rank == 0:
-        alone = train(0, 1, args.steps, args.batch, device)
-        gap = max((a - b).abs().max().item() for a, b in zip(model.parameters(), alone.parameters(), strict=True))
-        print(f"largest difference of a weight from one process with the whole batch: {gap:.1e}")
+        alone = train(0, 1, 1, args.batch, device)
+        pairs = [(a.grad, b.grad) for a, b in zip(first.parameters(), alone.parameters(), strict=True)]
+        gap = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+        print(f"largest relative difference of a gradient from one process with the whole batch: {gap:.1e}")
         print(f"recall@1 of {world} ranks: {recall(model, device):.3f} (0.002 by chance)")
     dist.barrier()
     dist.destroy_process_group()

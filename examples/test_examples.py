@@ -27,7 +27,7 @@ RESULTS = {
     "beir_to_training_file.sh": (r"(\d+) lines in .*; the first:\n.*negative_5", lambda lines: lines == 300),
     "clip_two_ranks.py": (
         r"whole batch: (\S+)\nrecall@1 of 2 ranks: (\S+)",
-        lambda gap, recall: gap < 1e-3 and recall > 0.5,
+        lambda gap, recall: gap < 1e-4 and recall > 0.5,
     ),
     "difficulty.py": (
         r"same class, 0.0% to 0.1%: (\S+)\n(?:.*\n)*same class, 50.0% to 100.0%: (\S+)\noverlap: (\S+)\noverlap by chance: (\S+)",
