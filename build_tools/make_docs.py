@@ -1,80 +1,163 @@
 """Build the documentation: python -m build_tools.make_docs
 
-The pages are README.md as the index, docs/*.md and a reference with one entry for each public name of negmine, whose docstrings
-it shows. They are gathered in build/docs and built into out/docs; a broken link or an undocumented name fails.
+README.md is the first page. docs/*.md and a few pages of other folders follow in the order of NAV, then a reference made from
+the docstrings. They are gathered in build/docs and built into out/docs. A broken link, a page that NAV does not list and a public
+name without a docstring are errors.
 """
 
+import importlib
+import os
 import re
 import shutil
 import sys
 from operator import attrgetter
 from pathlib import Path
+from types import ModuleType
 
 import mkdocs.commands.build
 import mkdocs.config
 
+import negmine
+
 PAGES = Path("build/docs")
-# In the order of a reader's questions; pages that are not named come after them, by name.
-ORDER = [
-    "examples",
-    "methods",
-    "triplets",
-    "comparison",
-    "mining",
-    "report",
-    "cli",
-    "adapters",
-    "torch",
-    "sharded",
-    "planning",
-    "building",
-]
+# The sections in reading order, each with its pages: docs/<name>.md unless ELSEWHERE or REFERENCE has the name.
+NAV = {
+    "Getting started": ["getting_started", "alternatives"],
+    "Tutorials": [
+        "tutorial_moco",
+        "tutorial_sentence_transformers",
+        "tutorial_clip",
+        "tutorial_beir",
+        "tutorial_many_machines",
+    ],
+    "How-to": ["methods", "triplets", "mining", "cli", "report", "adapters", "torch", "sharded", "examples"],
+    "Concepts": ["concepts", "semantics", "memory", "backends", "gpu"],
+    "Reference": [
+        "reference_options",
+        "reference_losses",
+        "reference_selection",
+        "reference_queues",
+        "reference_recipes",
+        "reference_mining",
+        "reference_adapters",
+    ],
+    "Performance": ["benchmarks", "planning"],
+    "Evidence": ["comparison", "versions"],
+    "Contributing": ["contributing", "building", "kernels", "security", "changelog"],
+}
+ELSEWHERE = {
+    "index": "README.md",
+    "benchmarks": "benchmarks/README.md",
+    "contributing": "CONTRIBUTING.md",
+    "kernels": "kernels/README.md",
+    "security": "SECURITY.md",
+    "changelog": "CHANGELOG.md",
+}
+# Title, and the packages whose public names the page describes. "options" are the names of negmine that no package lists.
+REFERENCE = {
+    "reference_options": ("Options", ("options",)),
+    "reference_losses": ("Losses", ("losses",)),
+    "reference_selection": ("Selection", ("selection",)),
+    "reference_queues": ("Queues", ("queues",)),
+    "reference_recipes": ("Recipes", ("recipes",)),
+    "reference_mining": ("Mining and reports", ("mining", "report")),
+    "reference_adapters": (
+        "Adapters",
+        tuple(
+            f"adapters.{name}" for name in ("lightly", "open_clip", "pytorch_metric_learning", "sentence_transformers")
+        ),
+    ),
+}
 
 
-def public_names() -> list[str]:
-    """negmine's public names as its __all__ lists them, then those of its packages and the recipes."""
-    import negmine
+def public_names(package: str) -> list[str]:
+    """The public names of a package, each as it is imported: negmine.<name> where negmine itself has it.
 
-    packages = "losses", "selection", "queues", "mining", "report", "recipes"
-    names = [f"negmine.{name}" for name in negmine.__all__ if not name.startswith("_") and name not in packages]
-    for package in packages:
-        listed = attrgetter(package)(negmine).__all__
-        names += [f"negmine.{package}.{name}" for name in listed if name not in negmine.__all__]
-    undocumented = [name for name in names if not attrgetter(name.removeprefix("negmine."))(negmine).__doc__]
-    if undocumented:
-        raise SystemExit(f"make docs: without a docstring: {', '.join(undocumented)}")
+    A package without __all__ has the names that it defines. Of negmine's own names the classes that no package lists are the
+    options, and such functions belong to the losses.
+    """
+    if package == "options":
+        return [name for name in _unlisted() if isinstance(attrgetter(name)(negmine), type)]
+    module = importlib.import_module(f"negmine.{package}")
+    own = [
+        n for n, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__ and n[0] != "_"
+    ]
+    names = getattr(module, "__all__", own)
+    names = [name if getattr(negmine, name, 0) is getattr(module, name) else f"{package}.{name}" for name in names]
+    if package == "losses":
+        names = [name for name in _unlisted() if not isinstance(attrgetter(name)(negmine), type)] + names
     return names
 
 
-def read(page: Path) -> str:
-    """The text of a page, with the pictures that it shows copied beside it."""
-    text = page.read_text()
-    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+\.png)\)", text):
-        shutil.copy(page.parent / picture, PAGES)
-        text = text.replace(f"]({picture})", f"]({Path(picture).name})")
-    return text
+def _unlisted() -> list[str]:
+    """The names of negmine that none of its packages lists."""
+    packages = [name for _, several in REFERENCE.values() for name in several if name not in ("options", "recipes")]
+    listed = {
+        name for package in packages for name in getattr(importlib.import_module(f"negmine.{package}"), "__all__", ())
+    }
+    modules = [name for name in negmine.__all__ if isinstance(getattr(negmine, name), ModuleType)]
+    return [name for name in negmine.__all__ if name[0] != "_" and name not in listed and name not in modules]
 
 
-def index() -> str:
-    """README.md with its links into docs/ as links between pages, and links to files as plain names."""
-    text = read(Path("README.md"))
-    text = re.sub(r"\]\(docs/([\w-]+\.md)", r"](\1", text)
-    return re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?://|#|(?!CONTRIBUTING)[\w-]+\.md)[^)]+\)", r"`\1`", text)
+def entries(packages: tuple[str, ...]) -> list[str]:
+    """The reference's entries of some packages; a name without a docstring is an error."""
+    names = [name for package in packages for name in public_names(package)]
+    undocumented = [name for name in names if not attrgetter(name)(negmine).__doc__]
+    if undocumented:
+        raise SystemExit(f"make docs: without a docstring: {', '.join(undocumented)}")
+    # What an option object computes for the losses is not for users.
+    setting = "    options:\n      members: false\n" if packages == ("options",) else ""
+    return [f"::: negmine.{name}\n{setting}" for name in names]
 
 
-def gather() -> list[dict[str, str]]:
+def sources() -> dict[str, Path]:
+    """Each page that is a file of the repository: its name on the site, and the file."""
+    made = {page.stem: page for page in sorted(Path("docs").glob("*.md"))}
+    return made | {name: Path(path) for name, path in ELSEWHERE.items()}
+
+
+def page(source: Path, names: dict[Path, str]) -> str:
+    """The text of a page. Links to pages lead to the site's, pictures are copied beside it, other files stand as their paths."""
+    text = source.read_text()
+
+    def link(found: re.Match[str]) -> str:
+        mark, label, target = found.groups()
+        if re.match(r"https?://|#|mailto:", target):
+            return found[0]
+        path, _, anchor = target.partition("#")
+        path = Path(os.path.normpath(source.parent / path))
+        if mark:
+            shutil.copy(path, PAGES)
+            return f"![{label}]({path.name})"
+        if path in names:
+            return f"[{label}]({names[path]}.md{'#' + anchor if anchor else ''})"
+        if path.suffix == ".md" and not path.exists():
+            return found[0]  # a broken link, which mkdocs reports
+        return label if label.startswith("`") else f"{label} (`{path}`)"
+
+    return re.sub(r"(!?)\[((?:[^\]\[]|\[[^\]]*\])*)\]\(([^)\s]+)\)", link, text)
+
+
+def gather() -> list[dict]:
     """Write every page into PAGES; the navigation."""
     shutil.rmtree(PAGES, ignore_errors=True)
     PAGES.mkdir(parents=True)
-    (PAGES / "index.md").write_text(index())
-    (PAGES / "reference.md").write_text("# Reference\n\n" + "\n".join(f"::: {name}\n" for name in public_names()))
+    files = sources()
+    listed = {"index", *(name for pages in NAV.values() for name in pages)}
+    if lost := set(files) - listed:
+        raise SystemExit(f"make docs: NAV does not list {', '.join(sorted(lost))}")
+    titles = {}
+    names = {path: name for name, path in files.items()}
+    for name, path in files.items():
+        text = page(path, names)
+        titles[name] = text.split("\n", 1)[0].removeprefix("# ")
+        (PAGES / f"{name}.md").write_text(text)
+    for name, (title, packages) in REFERENCE.items():
+        titles[name] = title
+        (PAGES / f"{name}.md").write_text("\n".join([f"# {title}\n", *entries(packages)]))
     shutil.copy("docs/style.css", PAGES)
-    place = {name: at for at, name in enumerate(ORDER)}
-    found = sorted(Path("docs").glob("*.md"), key=lambda page: (place.get(page.stem, len(ORDER)), page.stem))
-    for page in found:
-        (PAGES / page.name).write_text(read(page).replace("](../README.md", "](index.md"))
-    titles = [{page.read_text().split("\n", 1)[0].removeprefix("# "): page.name} for page in found]
-    return [{"negmine": "index.md"}, *titles, {"Reference": "reference.md"}]
+    sections = [{section: [{titles[name]: f"{name}.md"} for name in pages]} for section, pages in NAV.items()]
+    return [{"negmine": "index.md"}, *sections]
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ USE = [
 ]
 BENCH = ["pytest-benchmark", "usearch"]
 SEARCH = ["faiss-cpu", "safetensors", "pyarrow"]  # optional for users; the tests read and search with them
-DOCS = ["mkdocs", "mkdocstrings-python"]
+DOCS = ["mkdocs", "mkdocs-material", "mkdocstrings-python"]
 # Not in constraints.txt: CUDA builds of torch bring their own Triton, and a pin there would contradict theirs.
 TRITON = "triton==3.8.0"
 # Packages whose losses tests/test_adapters.py compares with: 2 MB without what they pull in, which tests/peers.py stands in for.

@@ -315,14 +315,23 @@ def test_progress_tells_what_is_left(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_the_page_of_the_command_runs(tmp_path):
-    """Every sh block of docs/cli.md, in order, in an empty folder; python and negmine are this run's."""
-    blocks = re.findall(r"^```sh\n(.*?)^```$", (checkout.ROOT / "docs/cli.md").read_text(), re.M | re.S)
-    assert len(blocks) == 6
+def run_page(page, folder):
+    """Run every sh block of a page, in order, in an empty folder; python and negmine are this run's. Returns what it prints."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", (checkout.ROOT / page).read_text(), re.M | re.S)
     here = f'python() {{ "{sys.executable}" "$@"; }}\nnegmine() {{ python -m negmine "$@"; }}\nset -e\n'
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *sys.path])}
     command = ["bash", "-c", here + "\n".join(blocks)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_page_of_the_command_runs(tmp_path):
+    printed = run_page("docs/cli.md", tmp_path)
     assert {"mined.npz", "mined.jsonl", "train_hn.jsonl", "found.npz", "hardness.html"} <= set(os.listdir(tmp_path))
-    assert "recall 1.0000" in done.stdout and len((tmp_path / "train_hn.jsonl").read_text().splitlines()) == 50
+    assert "recall 1.0000" in printed and len((tmp_path / "train_hn.jsonl").read_text().splitlines()) == 50
+
+
+def test_the_tutorial_of_beir_runs(tmp_path):
+    assert '"anchor": "question 0"' in run_page("docs/tutorial_beir.md", tmp_path)
+    assert {"train.jsonl", "hardness.html"} <= set(os.listdir(tmp_path))

@@ -1,11 +1,16 @@
-"""make docs in a folder of its own: every page and every public name is there, and a link to nothing fails."""
+"""make docs in a folder of its own: every page and every public name is there, and a link to nothing fails.
 
+The code of the pages is run by tests/test_readme.py, and their shell commands by tests/test_cli.py.
+"""
+
+import re
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-pytest.importorskip("mkdocs")
+pytest.importorskip("material")
 pytest.importorskip("mkdocstrings")
 
 import negmine
@@ -16,8 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    for name in ("README.md", "mkdocs.yml", "negmine", "kernels", "benchmarks"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("mkdocs.yml", "negmine", "kernels", "benchmarks", *map(str, make_docs.ELSEWHERE.values())):
+        if "/" not in name:
+            (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -26,19 +32,29 @@ def checkout(tmp_path, monkeypatch):
 def test_every_page_and_every_name_is_built(checkout):
     make_docs.main()
     made = {page.stem for page in (checkout / "out/docs").glob("*.html")}
-    assert made == {"404", "index", "reference"} | {page.stem for page in (ROOT / "docs").glob("*.md")}
-    pictures = {
-        path.name
-        for path in (ROOT / "benchmarks/results").glob("*.png")
-        if path.name in (ROOT / "README.md").read_text()
-    }
-    assert pictures and all((checkout / "out/docs" / name).exists() for name in pictures)
-    text = (checkout / "out/docs/reference.html").read_text()
-    public = [n for n in negmine.__all__ if not n.startswith("_") and n not in ("mining", "recipes")]
-    for package in ("losses", "selection", "queues", "mining", "report", "recipes"):
-        public += [f"{package}.{n}" for n in getattr(negmine, package).__all__ if n not in negmine.__all__]
-    for name in public:
+    assert made == {"404", *make_docs.sources(), *make_docs.REFERENCE}
+    shown = re.findall(r"([\w-]+\.png)\)", (ROOT / "README.md").read_text())
+    assert shown and all((checkout / "out/docs" / name).exists() for name in shown)
+    text = "".join((checkout / f"out/docs/{name}.html").read_text() for name in make_docs.REFERENCE)
+    for name in (
+        name
+        for _, packages in make_docs.REFERENCE.values()
+        for package in packages
+        for name in make_docs.public_names(package)
+    ):
         assert f'id="negmine.{name}"' in text, name
+
+
+def test_the_reference_has_every_public_name():
+    listed = {
+        name
+        for _, packages in make_docs.REFERENCE.values()
+        for package in packages
+        for name in make_docs.public_names(package)
+    }
+    assert listed >= {
+        name for name in negmine.__all__ if name[0] != "_" and not isinstance(getattr(negmine, name), ModuleType)
+    }
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -49,9 +65,18 @@ def test_a_link_to_nothing_fails(checkout):
         make_docs.main()
 
 
-def test_links_of_the_readme_become_links_between_pages(checkout):
+def test_links_between_files_become_links_between_pages(checkout):
     (checkout / "README.md").unlink()
     (checkout / "README.md").write_text(
-        "[a](docs/sharded.md), [b](docs/sharded.md#x), [c](tests/cases.py), [d](https://e.org)"
+        "[a](docs/sharded.md), [b](docs/sharded.md#x), [c](tests/cases.py), [d](https://e.org), [e](CONTRIBUTING.md)"
     )
-    assert make_docs.index() == "[a](sharded.md), [b](sharded.md#x), `c`, [d](https://e.org)"
+    names = {path: name for name, path in make_docs.sources().items()}
+    wanted = "[a](sharded.md), [b](sharded.md#x), c (`tests/cases.py`), [d](https://e.org), [e](contributing.md)"
+    assert make_docs.page(Path("README.md"), names) == wanted
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_page_that_the_navigation_does_not_list_fails(checkout):
+    (checkout / "docs/lost.md").write_text("# Lost\n")
+    with pytest.raises(SystemExit, match="NAV does not list lost"):
+        make_docs.gather()
