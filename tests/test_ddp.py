@@ -13,6 +13,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import negmine
@@ -94,7 +95,23 @@ def work(rank, world):
         again = resumed.run(STEPS - 2, rows_of, world)
         results[name] = {"gradients": seen, "resumed": again, "queue": dict(straight.queue.state_dict())}
         results[name]["queue resumed"] = dict(resumed.queue.state_dict())
-    return results
+    return results, cached(rank)
+
+
+def cached(rank):
+    """The gradients of grad_cache with one encoder for two inputs, and the buckets that were reduced."""
+    model, reduced = encoder(), []
+    net = DistributedDataParallel(model)
+
+    def hook(_, bucket):
+        reduced.append(bucket.index())
+        return allreduce_hook(None, bucket)
+
+    net.register_comm_hook(None, hook)
+    loss = negmine.InfoNCELoss(0.2, gather_distributed=True)
+    inputs = [unit(5, IN, seed=2 * rank), unit(5, IN, seed=2 * rank + 1)]
+    negmine.losses.grad_cache(loss, net, inputs, 2)
+    return [p.grad for p in model.parameters()], reduced
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -104,14 +121,21 @@ def test_ranks_do_what_one_process_does(world, tmp_path):
         single = Trainer(copy.deepcopy(options), gather=False)
         want = single.run(STEPS, lambda counts: slice(0, sum(counts)), world)
         for rank in range(world):
-            mine = got[rank][name]
+            mine = got[rank][0][name]
             for step in range(STEPS):
                 for a, b in zip(mine["gradients"][step], want[step], strict=True):
                     torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
             for a, b in zip(mine["gradients"][2:], mine["resumed"], strict=True):  # bit for bit
                 assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)), name
             for key, value in mine["queue"].items():
-                assert torch.equal(value, got[0][name]["queue"][key]), (name, rank, key)
+                assert torch.equal(value, got[0][0][name]["queue"][key]), (name, rank, key)
                 assert torch.equal(value, mine["queue resumed"][key]), (name, rank, key)
             torch.testing.assert_close(mine["queue"]["queue"], single.queue.queue)
             assert torch.equal(mine["queue"]["queue_ids"], single.queue.queue_ids)
+    model = encoder()
+    q, k = (model(torch.cat([unit(5, IN, seed=2 * rank + side) for rank in range(world)])) for side in (0, 1))
+    negmine.info_nce(q, k, temperature=0.2).backward()
+    for _, (gradients, reduced) in got:
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=2e-6)
+        assert len(reduced) == len(set(reduced)) > 0  # once, at the last of the chunks

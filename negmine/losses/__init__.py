@@ -2,6 +2,7 @@
 
 from negmine.losses.frequency import FrequencyEstimator
 from negmine.losses.gathered import gathered
+from negmine.losses.grad_cache import grad_cache
 from negmine.losses.info_nce import InfoNCELoss, InfoNCEStats
 from negmine.losses.log_scale import LogScale
 from negmine.losses.mined_pairs import MultiSimilarityLoss, MultiSimilarityStats, multi_similarity
@@ -23,6 +24,7 @@ __all__ = [
     "TripletLoss",
     "Triplets",
     "gathered",
+    "grad_cache",
     "mine_triplets",
     "multi_similarity",
     "softplus_sum",
