@@ -2,7 +2,8 @@
 
     python -m benchmarks.overhead      B = 2, K = 64, D = 16; appends rows to benchmarks/results/overhead/<machine>.csv
 
-Each row is a median in microseconds and its ratio to plain PyTorch in the same run, the matrix form of MoCo's loss:
+Each row is a median of CPU time in microseconds, to which other processes add nothing, and its ratio to plain PyTorch in the
+same run, the matrix form of MoCo's loss:
 cross_entropy(cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / T, zeros).
 """
 
@@ -71,10 +72,10 @@ def main() -> None:
     for turn in range(args.rounds):
         names = list(calls)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
+            start = time.process_time()
             for _ in range(CALLS):
                 calls[name]()
-            taken[name].append(1e6 * (time.perf_counter() - start) / CALLS)
+            taken[name].append(1e6 * (time.process_time() - start) / CALLS)
     medians = {name: sorted(times)[len(times) // 2] for name, times in taken.items()}
     stamp = {
         "date": datetime.datetime.now().isoformat(timespec="seconds"),

@@ -76,11 +76,11 @@ def launches(call, monkeypatch) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("call", "kernels", "torch_ops"),
     [
-        (training(), 2, 6),
-        (training(select=Select(0.01, 0.5)), 8, 12),
-        (training(ids(B, K), select=Select(0.01, 0.5)), 9, 22),  # two of them: an id of -1 equals nothing
+        (training(), 2, 5),
+        (training(select=Select(0.01, 0.5)), 8, 8),
+        (training(ids(B, K), select=Select(0.01, 0.5)), 9, 20),  # two of them: an id of -1 equals nothing
         (training(weight=Weight(1.0, 0.01)), 2, 81),  # one of them: the positive that backward reads is a copy
-        (training(mix=Mix(8, 4, 4)), 10, 8),
+        (training(mix=Mix(8, 4, 4)), 10, 7),
         (step(), 2, 0),
         (step(pool=Pool(**ids(B, K))), 2, 0),
         (step(ranks=(2, 90)), 8, 1),

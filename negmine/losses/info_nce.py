@@ -364,7 +364,8 @@ class Plan:
         hard, skip, draws = 0, 0, NO_DRAWS
         if self.want_stats or self.select is not None:
             with torch.no_grad():
-                pivot = score_of_positive(query, positive_key)  # (B,)
+                if self.want_stats or (self.select is not None and self.select.has_margin):
+                    pivot = score_of_positive(query, positive_key)  # (B,)
                 if self.select is not None:
                     q, n = for_kernels(query), for_kernels(keys)
                     pool, ranks = ranks_to_sum(kernels, q, n, pool, self.select, pivot)
