@@ -6,6 +6,7 @@ that the one before it left no rank behind.
 
 import ast
 import contextlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import negmine
 from negmine import Mix, MoCoQueue, Negatives, Select
 from negmine.adapters import lightly as adapted
+from negmine.adapters import sentence_transformers
 from negmine.adapters.pytorch_metric_learning import CrossBatchMemory, DistributedLossWrapper
 from negmine.collectives import Ranks
 from negmine.losses import gathered
@@ -30,6 +32,7 @@ from tests.cases import ids, unit
 from tests.patched import teacher_forced
 from tests.ranks import kill_ranks, run_ranks
 from tests.test_patches import same_logs, symmetric
+from tests.test_sentence_transformers_losses import EVERY, Model, columns
 
 D, K, B = 6, 24, 4
 WORLDS = [2, 3]
@@ -416,6 +419,26 @@ def adapters(rank, world, folder):
     return out
 
 
+def text_losses(rank, world, folder):
+    """Loss and gradient of a model under DistributedDataParallel, and those of one process on the batch of all ranks."""
+    every = columns(2, batch=world * B)
+    own = [{name: rows[rank * B : (rank + 1) * B] for name, rows in column.items()} for column in every]
+    out = {}
+    for name, cached in itertools.product(("MultipleNegativesRankingLoss", "GISTEmbedLoss"), ("", "Cached")):
+        options = {"directions": EVERY} if "Ranking" in name else {"guide": Model(2), "contrast_anchors": False}
+        options |= {"mini_batch_size": 3} if cached else {}
+        made = []
+        for features, gather in ((own, True), (every, False)):
+            model = Model(1)
+            loss = getattr(sentence_transformers, cached + name)(model, **options, gather_across_devices=gather)
+            loss.model = DistributedDataParallel(model) if gather else model
+            value = loss(features)
+            value.backward()
+            made.append([gathered(value.detach()[None]).mean(), model.table.weight.grad])
+        out[cached + name, ""] = made
+    return out
+
+
 def straight_run(rank, world, folder):
     own = folder / "straight"
     own.mkdir(exist_ok=True)
@@ -425,6 +448,7 @@ def straight_run(rank, world, folder):
 CASES = {
     "straight": straight_run,
     "adapters": adapters,
+    "text losses": text_losses,
     "checkpoint": through_a_checkpoint,
     "patches": patches,
     "bad": bad_calls,
@@ -515,7 +539,7 @@ def test_3_distributed_checkpoints_load_into_any_number_of_ranks(got):
 
 def test_ranks_have_the_losses_of_other_packages(got):
     for answer in got:
-        for (name, step), (ours, theirs) in answer["adapters"].items():
+        for (name, step), (ours, theirs) in (answer["adapters"] | answer["text losses"]).items():
             torch.testing.assert_close(
                 ours, theirs, rtol=1e-4, atol=1e-6, msg=lambda m, n=name, s=step: f"{n}, {s}: {m}"
             )

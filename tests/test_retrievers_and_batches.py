@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import negmine
+from negmine.adapters.sentence_transformers import hard_batches
 from negmine.mining import MiningResult, NegativeIndex, build_batches, merge_retrievers
 from tests.cases import unit
 
@@ -138,3 +139,48 @@ def test_batches_are_hard():
     result = mine(queries, corpus, list(range(80)), num_negatives=7)
     made = list(build_batches(result, 8))
     assert sum(len({b // 8 for b in batch}) == 1 for batch in made) >= 8
+
+
+class Table:
+    """What hard_batches reads of a datasets.Dataset."""
+
+    def __init__(self, **columns):
+        self.columns, self.column_names = columns, list(columns)
+
+    def __getitem__(self, name):
+        return self.columns[name]
+
+    def __len__(self):
+        return len(self.columns[self.column_names[0]])
+
+
+def test_batches_of_the_rows_of_a_dataset():
+    """A row for each positive, in any order: every row once, no two of one query in a batch, neighbours side by side."""
+    centres = unit(10, 16, seed=3).repeat_interleave(8, 0)
+    corpus = centres + 0.1 * unit(80, 16, seed=4)
+    texts = [f"query {i}" for i in range(40)]
+    result = mine(
+        corpus[::2], corpus, [[2 * i, 2 * i + 1] for i in range(40)], num_negatives=7, query_texts=texts, seed=1
+    )
+    rows = np.random.default_rng(0).permutation(np.arange(40).repeat(2))
+    batches = build_batches(result, 4, rows=rows)
+    made = list(batches)
+    assert sorted(row for batch in made for row in batch) == list(range(80))
+    assert all(len({rows[row] for row in batch}) == len(batch) for batch in made)
+    assert sum(len({rows[row] // 4 for row in batch}) == 1 for batch in made) >= 12
+    sampler = hard_batches(result)
+    table = Table(anchor=[texts[q] for q in rows], positive=[""] * 80)
+    found = sampler(table, batch_size=4, drop_last=False, valid_label_columns=["label"], generator=None, seed=0)
+    assert list(found) == made and found.batch_size == 4 and found.drop_last is False
+    with pytest.raises(ValueError, match="hard_batches: dataset must be the text of a query of the result in row 1 of"):
+        sampler(Table(anchor=["query 0", "nobody's"]), 4)
+    with pytest.raises(TypeError, match=r"hard_batches: dataset must be a datasets\.Dataset, which has a length"):
+        sampler(iter([]), 4)
+    with pytest.raises(ValueError, match="hard_batches: result must be mined with query_texts"):
+        hard_batches(mine(corpus[:3], corpus, [0, 1, 2]))
+    for bad, words in (
+        ([0, 40], "rows must be numbers of queries, in .0, 40., got 40"),
+        ([0.5], "rows must be a flat"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"build_batches: {words}"):
+            build_batches(result, 4, rows=bad)

@@ -16,14 +16,14 @@ from torch.utils.data import Sampler
 
 from negmine.mining.columns import Column
 from negmine.mining.result import MiningResult
-from negmine.mining.row_lists import RowLists
+from negmine.mining.row_lists import RowLists, whole_numbers
 from negmine.ops import checks
 
 OP = "build_batches"
 
 
 class HardBatches(Sampler[list[int]]):
-    """Lists of query numbers, for the batch_sampler of a DataLoader over the queries. Made by build_batches."""
+    """Lists of row numbers, for the batch_sampler of a DataLoader over the rows. Made by build_batches."""
 
     def __init__(
         self, documents: RowLists, neighbours: RowLists, groups: np.ndarray, size: int, drop_last: bool, seed: int
@@ -96,18 +96,26 @@ class HardBatches(Sampler[list[int]]):
 
 
 def build_batches(
-    result: MiningResult, batch_size: int, *, datasets: Any = None, drop_last: bool = False, seed: int = 0
+    result: MiningResult,
+    batch_size: int,
+    *,
+    rows: Any = None,
+    datasets: Any = None,
+    drop_last: bool = False,
+    seed: int = 0,
 ) -> HardBatches:
     """Batches of mutually hard queries without each other's positives, as a torch Sampler of lists of query numbers.
 
     result: what mine_hard_negatives returned: its hard negatives say which queries are hard for each other, and its ids and texts
         which positives are one document.
     batch_size: queries of a batch. A last batch, or one whose remaining queries share positives, may be smaller.
+    rows (R,) ints: the query of each row of the data that are trained on, such as a row for each positive: batches then hold row
+        numbers, every row once an epoch, and no two rows of one query. Default: a row a query.
     datasets: a name or a number for each query: batches hold queries of one data set only.
     drop_last: leave smaller batches out.
     seed: of the draw; `set_epoch` draws the batches of another epoch.
 
-    Queries without a positive are left out.
+    Queries without a positive are left out. Raises ValueError or TypeError for input that does not fit.
     """
     if not isinstance(result, MiningResult):
         raise checks.refuse(OP, "result", "a MiningResult", type(result).__name__, TypeError)
@@ -130,4 +138,14 @@ def build_batches(
     answered = by_document.take(hidden.documents(result.indices[at, slot]))
     owner = np.repeat(at, answered.sizes)
     neighbours = RowLists(np.r_[0, np.cumsum(np.bincount(owner, minlength=Q))], answered.rows).distinct()
+    if rows is not None:
+        query_of = whole_numbers(OP, "rows", rows)
+        outside = np.flatnonzero((query_of < 0) | (query_of >= Q))
+        if len(outside):
+            raise checks.refuse(OP, "rows", f"numbers of queries, in [0, {Q})", query_of[outside[0]].item())
+        rows_of = RowLists.of_pairs(query_of, np.arange(len(query_of)), Q)
+        near = neighbours.take(query_of)
+        each = rows_of.take(near.rows)  # the rows of every neighbour
+        ends = np.r_[0, np.cumsum(each.sizes)][near.indptr]
+        documents, neighbours, groups = documents.take(query_of), RowLists(ends, each.rows), groups[query_of]
     return HardBatches(documents, neighbours, groups, batch_size, drop_last, seed)

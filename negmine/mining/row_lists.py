@@ -112,7 +112,7 @@ class SharedLists(NamedTuple):
 Lookup = Callable[[str, list], np.ndarray]  # the argument's name and ids (P,) -> their rows (P,) int64, -1 = no such id
 
 
-def _int_array(op: str, name: str, value: Any) -> np.ndarray:
+def whole_numbers(op: str, name: str, value: Any) -> np.ndarray:
     """A flat sequence of ints as an int64 array."""
     if isinstance(value, Tensor):
         require_stored(op, name, value)
@@ -135,7 +135,7 @@ def _int_array(op: str, name: str, value: Any) -> np.ndarray:
 def _entries(op: str, name: str, value: Any, lookup: Lookup | None) -> np.ndarray:
     """A flat sequence of row numbers or ids as row numbers."""
     if lookup is None:
-        return _int_array(op, name, value)
+        return whole_numbers(op, name, value)
     column = Column(op, name, value, "a flat sequence of ids")
     return lookup(name, column.block(0, len(column)))
 
@@ -151,7 +151,7 @@ def parse(op: str, name: str, value: Any, Q: int, K: int, lookup: Lookup | None 
     if not is_column(value):
         raise refuse(op, name, forms, value, TypeError)
     if isinstance(value, tuple) and len(value) == 2 and all(is_column(part) for part in value):
-        indptr = _int_array(op, f"{name}'s indptr", value[0])
+        indptr = whole_numbers(op, f"{name}'s indptr", value[0])
         lists = RowLists(indptr, _entries(op, f"{name}'s indices", value[1], lookup))
         steps = np.diff(indptr)
         if len(indptr) != Q + 1 or indptr[0] != 0 or (steps < 0).any() or indptr[-1] != len(lists.rows):
@@ -177,7 +177,7 @@ def parse(op: str, name: str, value: Any, Q: int, K: int, lookup: Lookup | None 
             sizes = [len(part) for part in parts]
             indptr = np.r_[0, np.cumsum(sizes)].astype(np.int64)
             if lookup is None:
-                entries = [_int_array(op, f"{name}[{q}]", part) for q, part in enumerate(parts)]
+                entries = [whole_numbers(op, f"{name}[{q}]", part) for q, part in enumerate(parts)]
                 lists = RowLists(indptr, np.concatenate(entries))
             else:
                 flat = [each for part in parts for each in (part.tolist() if hasattr(part, "tolist") else part)]
