@@ -49,9 +49,9 @@ def plain_fields(options: Any, *names: str) -> None:
             object.__setattr__(options, name, plain(value))
 
 
-def _require(good: bool, name: str, wanted: str, came: Any) -> None:
+def _require(options: Any, good: bool, name: str, wanted: str, came: Any) -> None:
     if not good:
-        raise ValueError(f"{name} must be {wanted}, got {came!r}")
+        raise ValueError(f"{type(options).__name__}: {name} must be {wanted}, got {came!r}")
 
 
 QUANTILES = 4096  # intervals of the tabulated Beta quantile function
@@ -127,30 +127,35 @@ class Select:
         plain_fields(self, "range_min", "range_max", "sample", "replace", *scores)
         low, high = self.range_min, self.range_max
         good: Any = (is_int(low) and low >= 0) or (isinstance(low, float) and 0.0 <= low < 1.0) or _is_bound(low)
-        _require(good, "range_min", "a rank (int, 0 or more) or a fraction (float in [0, 1))", low)
+        _require(self, good, "range_min", "a rank (int, 0 or more) or a fraction (float in [0, 1))", low)
         good = (
             high is None
             or (is_int(high) and high >= 1)
             or (isinstance(high, float) and 0.0 < high <= 1.0)
             or _is_bound(high)
         )
-        _require(good, "range_max", "a rank (int, 1 or more), a fraction (float in (0, 1]) or None", high)
+        _require(
+            self, good, "range_max", "a rank (int, 1 or more), a fraction (float in (0, 1]; 0.05 is 5 %) or None", high
+        )
         if isinstance(low, (int, float)) and isinstance(high, (int, float)) and type(low) is type(high):
-            _require(low < high, "range_min", f"below range_max={high!r}", low)
+            _require(self, low < high, "range_min", f"below range_max={high!r}", low)
         for name in scores:
             value = getattr(self, name)
-            _require(value is None or is_real(value) or is_scalar(value), name, "a finite number or None", value)
+            _require(self, value is None or is_real(value) or is_scalar(value), name, "a finite number or None", value)
         least, most = self.min_score, self.max_score
         if isinstance(least, (int, float)) and isinstance(most, (int, float)):
-            _require(least <= most, "min_score", f"at most max_score={most!r}", least)
+            _require(self, least <= most, "min_score", f"at most max_score={most!r}", least)
         _require(
+            self,
             self.sample is None or (is_int(self.sample) and self.sample >= 1),
             "sample",
             "an int of 1 or more, or None",
             self.sample,
         )
-        _require(isinstance(self.replace, bool), "replace", "True or False", self.replace)
-        _require(not self.replace or self.sample is not None, "replace", "False unless sample is given", self.replace)
+        _require(self, isinstance(self.replace, bool), "replace", "True or False", self.replace)
+        _require(
+            self, not self.replace or self.sample is not None, "replace", "False unless sample is given", self.replace
+        )
 
     @property
     def has_margin(self) -> bool:
@@ -261,22 +266,25 @@ class Mix:
 
     def __post_init__(self) -> None:
         plain_fields(self, "hard", "pairs", "with_query", "skip", "concentration", "distinct", "detach")
-        _require(is_int(self.hard) and self.hard >= 1, "hard", "an int of 1 or more", self.hard)
+        _require(self, is_int(self.hard) and self.hard >= 1, "hard", "an int of 1 or more", self.hard)
         for name in ("pairs", "with_query", "skip"):
             value = getattr(self, name)
-            _require(is_int(value) and value >= 0, name, "an int of 0 or more", value)
+            _require(self, is_int(value) and value >= 0, name, "an int of 0 or more", value)
         for name in ("pair_range", "query_range"):
             value = getattr(self, name)
             good = isinstance(value, tuple) and len(value) == 2 and all(is_real(v) for v in value)
-            _require(good and 0.0 <= value[0] <= value[1] <= 1.0, name, "(low, high) with 0 <= low <= high <= 1", value)
+            _require(
+                self, good and 0.0 <= value[0] <= value[1] <= 1.0, name, "(low, high) with 0 <= low <= high <= 1", value
+            )
         _require(
+            self,
             is_real(self.concentration) and self.concentration > 0,
             "concentration",
             "a number above 0",
             self.concentration,
         )
         for name in ("distinct", "detach"):
-            _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+            _require(self, isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         object.__setattr__(self, "quantiles", beta_quantiles(self.concentration))
 
     @property
@@ -316,10 +324,10 @@ class Weight:
         plain_fields(self, "beta", "tau_plus", "detach")
         beta, tau_plus = self.beta, self.tau_plus
         good: Any = is_scalar(beta) or (is_real(beta) and beta >= 0)
-        _require(good, "beta", "a number of 0 or more", beta)
+        _require(self, good, "beta", "a number of 0 or more", beta)
         good = is_scalar(tau_plus) or (is_real(tau_plus) and 0 <= tau_plus < 1)
-        _require(good, "tau_plus", "a number in [0, 1)", tau_plus)
-        _require(isinstance(self.detach, bool), "detach", "True or False", self.detach)
+        _require(self, good, "tau_plus", "a number in [0, 1)", tau_plus)
+        _require(self, isinstance(self.detach, bool), "detach", "True or False", self.detach)
 
     @property
     def sharpens(self) -> bool:
@@ -354,6 +362,7 @@ class FalseNegatives:
     def __post_init__(self) -> None:
         plain_fields(self, "top_k", "threshold")
         _require(
+            self,
             self.top_k is None or (is_int(self.top_k) and self.top_k >= 1),
             "top_k",
             "an int of 1 or more, or None",
@@ -361,12 +370,16 @@ class FalseNegatives:
         )
         threshold = self.threshold
         good = threshold is None or is_real(threshold) or is_scalar(threshold)
-        _require(good, "threshold", "a finite number or None", threshold)
+        _require(self, good, "threshold", "a finite number or None", threshold)
         _require(
-            self.top_k is not None or self.threshold is not None, "top_k", "given where threshold is None", self.top_k
+            self,
+            self.top_k is not None or self.threshold is not None,
+            "top_k",
+            "given where threshold is None",
+            self.top_k,
         )
-        _require(self.mode in ("eliminate", "attract"), "mode", "'eliminate' or 'attract'", self.mode)
-        _require(self.reduce in ("max", "mean"), "reduce", "'max' or 'mean'", self.reduce)
+        _require(self, self.mode in ("eliminate", "attract"), "mode", "'eliminate' or 'attract'", self.mode)
+        _require(self, self.reduce in ("max", "mean"), "reduce", "'max' or 'mean'", self.reduce)
 
 
 @dataclass(frozen=True, eq=False)
@@ -410,8 +423,8 @@ class Guide:
             shape = tuple(self.positive.shape)
             raise ValueError(f"Guide: positive must be of query's shape {tuple(self.query.shape)}, got {shape}")
         plain_fields(self, "margin")
-        _require(is_scalar(self.margin) or is_real(self.margin), "margin", "a finite number", self.margin)
-        _require(isinstance(self.relative, bool), "relative", "True or False", self.relative)
+        _require(self, is_scalar(self.margin) or is_real(self.margin), "margin", "a finite number", self.margin)
+        _require(self, isinstance(self.relative, bool), "relative", "True or False", self.relative)
 
 
 @dataclass(frozen=True, eq=False)

@@ -205,7 +205,7 @@ USAGE = [
     ("", "the following arguments are required: command"),
     ("nonsense", "invalid choice: 'nonsense'"),
     ("mine", "the following arguments are required: --query-embeddings"),
-    (f"{BASE} --positives p.npy", "give --output, --jsonl or both"),
+    (f"{BASE} --positives p.npy", "give --output or --jsonl"),
     (f"{BASE} --positives p.npy --jsonl o.jsonl", "--jsonl needs --query-texts and --corpus-texts"),
     (f"{LIST} p.npy --num-negatives three", "invalid int value: 'three'"),
     (f"{LIST} p.npy --batch-size x", "invalid int, or none value: 'x'"),

@@ -104,7 +104,11 @@ REFUSALS = [
         ValueError,
         "support must be of shape (B, V, D) with query's B = 3",
     ),
-    (loss(query_ids=ids_b), ValueError, "negative_keys.ids must be given together with query_ids, got None"),
+    (
+        loss(query_ids=ids_b),
+        ValueError,
+        "negative_keys.ids must be given together with query_ids, as in Negatives(keys, ids=...), got None",
+    ),
     (loss(negatives=own(ids=ids_k)), ValueError, "query_ids must be given together with negative_keys.ids"),
     (loss(query_labels=ids_b), ValueError, "negative_keys.labels must be given together with query_labels"),
     (loss(negatives=own(labels=ids_k)), ValueError, "query_labels must be given together with negative_keys.labels"),
@@ -175,7 +179,7 @@ REFUSALS = [
     (
         option(Select, 0, 1.5),
         ValueError,
-        "range_max must be a rank (int, 1 or more), a fraction (float in (0, 1]) or None, got 1.5",
+        "range_max must be a rank (int, 1 or more), a fraction (float in (0, 1]; 0.05 is 5 %) or None, got 1.5",
     ),
     (option(Select, 0, 0), ValueError, "range_max must be a rank"),
     (option(Select, 0, 2**70), ValueError, "range_max must be a rank"),  # more than any tensor holds
@@ -219,7 +223,7 @@ REFUSALS = [
     (option(MoCoQueue, 4, 0), ValueError, "MoCoQueue: K must be an int of 1 or more"),
     (option(MoCoQueue, 4, 8, dtype=torch.int8), TypeError, "dtype must be a floating torch.dtype or None"),
     (option(MoCoQueue, 4, 8, with_ids=1), TypeError, "with_ids must be True or False"),
-    (enqueue(torch.zeros(2, D + 1)), ValueError, "keys must be of shape (B, D) with query's D = 4"),
+    (enqueue(torch.zeros(2, D + 1)), ValueError, "keys must be of shape (B, D) with the queue's D = 4"),
     (enqueue(torch.zeros(2, D).long()), TypeError, "keys must be a floating tensor"),
     (enqueue(torch.zeros(2, D), ids=torch.zeros(3).long()), ValueError, "ids must be whole numbers of shape (2,)"),
     (

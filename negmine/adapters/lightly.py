@@ -28,7 +28,7 @@ WeightFunction = Callable[[Tensor, Tensor], Tensor]
 
 def _unit(op: str, out0: Any, out1: Any) -> tuple[Tensor, Tensor]:
     checks.require_vectors(op, "out0", out0, "(B, D)", (2,))
-    checks.require_vectors(op, "out1", out1, "(B, D)", (2,), out0)
+    checks.require_vectors(op, "out1", out1, "(B, D)", (2,), out0, "out0")
     if out0.shape != out1.shape:
         raise checks.refuse(op, "out1", f"of out0's shape {tuple(out0.shape)}", out1)
     return _normalized(out0), _normalized(out1)

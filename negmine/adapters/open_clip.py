@@ -21,7 +21,7 @@ from negmine.options import Negatives
 
 def _check_pair(op: str, image_features: Any, text_features: Any) -> None:
     checks.require_vectors(op, "image_features", image_features, "(B, D)", (2,))
-    checks.require_vectors(op, "text_features", text_features, "(B, D)", (2,), image_features)
+    checks.require_vectors(op, "text_features", text_features, "(B, D)", (2,), image_features, "image_features")
     if image_features.shape != text_features.shape:
         raise checks.refuse(
             op, "text_features", f"of image_features' shape {tuple(image_features.shape)}", text_features

@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
     """The subcommand."""
     parser = commands.add_parser(
         "analyze",
-        help="what the negatives are like by difficulty, and which may be none",
+        help="how hard the negatives of a dataset are, and which are probably false negatives",
         description="hardness_report, from files to a page. Options are its arguments.",
     )
     names = add_options(parser, hardness_report, READERS)

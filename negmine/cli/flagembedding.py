@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from negmine.cli import files
+from negmine.cli.options import Parser
 from negmine.cli.outputs import check_outputs
 from negmine.mining import mine_hard_negatives
 from negmine.mining.atomic_file import atomic_write
@@ -46,7 +47,7 @@ def _range(word: str) -> tuple[int, int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="negmine mine --compat flagembedding",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

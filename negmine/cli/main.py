@@ -1,10 +1,10 @@
 """The parser of `negmine`, and what its exit codes mean.
 
 0    done
-1    failed: a disk, a missing package or backend, a bug; the sentence is on stderr
-2    cannot be meant: an option, a file or a value; the sentence is on stderr
+1    failed: a full disk, a missing package or backend, a bug; stderr says which
+2    invalid: an option, a file or a value; stderr says which
 130  interrupted by the keyboard
-141  the reader of the output has gone
+141  nothing reads the output any more
 """
 
 import argparse
@@ -14,25 +14,23 @@ from collections.abc import Sequence
 
 from negmine import doctor
 from negmine.cli import analyze, checkout, flagembedding, index, mine
-from negmine.cli.options import spelled
+from negmine.cli.options import Parser, spelled
 from negmine.version import __version__
 
-CODES = "0 done, 1 failed, 2 cannot be meant, 130 interrupted, 141 output unread"
+CODES = "0 done, 1 failed, 2 invalid input, 130 interrupted, 141 output no longer read"
 DONE, FAILED, USAGE, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
 
 
 def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     """negmine and its subcommands. words: the command line, on which it depends what `mine` requires."""
-    made = argparse.ArgumentParser(
-        prog="negmine", description="Hard negatives for contrastive learning.", epilog="exit codes: " + CODES
-    )
+    made = Parser(prog="negmine", description="Hard negatives for contrastive learning.", epilog="exit codes: " + CODES)
     made.add_argument("--version", action="version", version=f"negmine {__version__}")
     made.add_argument("--traceback", action="store_true", help="show where in the code a failure came from")
     commands = made.add_subparsers(dest="command", required=True, metavar="command")
     mine.add(commands, words)
     index.add(commands)
     analyze.add(commands)
-    told = commands.add_parser("doctor", help="what works here, why the rest does not, what to install")
+    told = commands.add_parser("doctor", help="what works on this machine, why the rest does not, and what to install")
     told.set_defaults(run=_doctor)
     checkout.add(commands)
     return made
@@ -46,7 +44,10 @@ def _doctor(args: argparse.Namespace) -> int:
 def _told(error: BaseException, code: int, traceback: bool) -> int:
     if traceback:
         raise error
-    print(f"negmine: {error or type(error).__name__}", file=sys.stderr)
+    # An OSError that negmine raises has its sentence in strerror; others have a word there, and the file beside it.
+    own = isinstance(error, OSError) and error.filename is None and error.strerror
+    said = own or str(error) or type(error).__name__
+    print(said if said.startswith("negmine ") else f"negmine: {said}", file=sys.stderr)
     return code
 
 

@@ -130,6 +130,7 @@ def add(commands: Any, words: Sequence[str] = ()) -> None:
         choices=["flagembedding"],
         help="options and output of another miner; see --compat flagembedding --help",
     )
+    parser.instead = "; --beir, --collection or --data gives the positives, and --model the embeddings"
     options = {word.partition("=")[0] for word in words}
     unneeded = (IN_DATA_SET if options & {f"--{name}" for name in DATA_SET} else ()) + (
         EMBEDDED if "--model" in options else ()
@@ -146,7 +147,7 @@ def _is_training_data(name: str | None) -> bool:
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Everything that can be refused before a data set is read."""
     if not (args.output or args.jsonl or args.dry_run):
-        parser.error("give --output, --jsonl or both: else nothing would be kept")
+        parser.error("give --output or --jsonl, a file for the result")
     sets = [f"--{name}" for name in DATA_SET if getattr(args, name)]
     if len(sets) > 1:
         parser.error(f"give one data set, not {' and '.join(sets)}")

@@ -12,7 +12,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 OPTION = re.compile(r"^--[\w-]+")
 
@@ -24,6 +24,17 @@ class Reader:
     read: Callable[[Any], Any]
     shown: str
     nargs: int | str | None = None
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers a mistake in one sentence, without the usage, and names the help."""
+
+    instead = ""  # what takes the place of required options
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required"):
+            message += self.instead
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def spelled(words: list[str]) -> list[str]:

@@ -231,6 +231,8 @@ def _checked(
         checks.require_vectors(op, "keys", keys, "(K, D)", (2,), query)
         if not named:
             for name, value in (("query_labels", query_labels), ("key_labels", key_labels)):
+                if value is None:
+                    raise checks.refuse(op, name, "given, or positive_mask or positive_weights", None, TypeError)
                 checks.require_tensor(op, name, value, query)
         query_labels, query_ids = (
             value if value is None else _of_views(op, name, value, B, V)

@@ -128,7 +128,9 @@ def whole_numbers(op: str, name: str, value: Any) -> np.ndarray:
     if array.dtype.kind == "O" and array.ndim == 1 and all(type(entry) is int for entry in array):
         array = np.array([min(max(entry, -1), 2**62) for entry in array], np.int64)  # beyond int64: no row in any case
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise refuse(op, name, "a flat sequence of ints", value, TypeError)
+        strings = array.dtype.kind in "US" or (array.size and isinstance(array.flat[0], str))
+        wanted = "row numbers; names of documents need corpus_ids" if strings else "a flat sequence of ints"
+        raise refuse(op, name, wanted, value, TypeError)
     return array.astype(np.int64)
 
 

@@ -150,7 +150,10 @@ class TrainingRows:
 
 
 def _column(op: str, name: str, given: Any, own: Any, rows: int) -> Column:
-    column = Column(op, name, own if given is None else given)
+    held = own if given is None else given
+    if held is None:
+        raise refuse(op, name, "given, here or where the negatives are mined", None, TypeError)
+    column = Column(op, name, held)
     column.require_length(rows, f"{rows} texts, one a row")
     return column
 

@@ -198,10 +198,15 @@ _chosen: dict[tuple, Kernels | None] = {}  # the answer of every kind of call th
 _warned: set[str] = set()
 
 
-def explain(op: str, device: str, too_old: str = "") -> str:
-    """One clause per backend: why it does not run `op` on `device`; too_old is what card_limit says of the GPU."""
+def explain(op: str, device: str, too_old: str = "", asked: str | None = None) -> str:
+    """One clause per backend, or for the one that is asked for: why it does not run `op` on `device`.
+
+    too_old is what card_limit says of the GPU.
+    """
     reasons = []
     for backend in BACKENDS[:-1]:
+        if asked not in (None, backend.name):
+            continue
         if device not in (backend.device, backend.second_device):
             reasons.append(f"{backend.name} takes {backend.device} tensors")
         elif backend.refusal:
@@ -309,7 +314,7 @@ def _choose(
         # Either no backend runs this op, or each runs some of `together` and none runs all.
         lone = (each for each in together if not any(_runs(row, [each], device, asked is not None) for row in rows))
         lacking = next(lone, op)
-        why = explain(lacking, device, too_old)
+        why = explain(lacking, device, too_old, asked)
         if asked is not None:
             raise BackendUnavailable(f"{caller}: backend {asked!r} cannot run {lacking} on {device} tensors ({why})")
         _warn_dense(caller, device, why)

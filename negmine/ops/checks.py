@@ -62,31 +62,38 @@ def require_stored(op: str, name: str, value: Tensor) -> None:
         raise refuse(op, name, "a tensor that holds numbers", "one on the meta device", TypeError)
 
 
-def require_tensor(op: str, name: str, value: Any, like: Tensor | None = None) -> None:
-    """A dense tensor, on the device of `like`."""
+def require_tensor(op: str, name: str, value: Any, like: Tensor | None = None, like_name: str = "query") -> None:
+    """A dense tensor, on the device of `like`, which the message calls `like_name`."""
     if not isinstance(value, Tensor):
         raise refuse(op, name, "a tensor", value if value is None else type(value).__name__, TypeError)
     if value.layout != torch.strided or value.is_nested:
         raise refuse(op, name, "a dense tensor", "nested" if value.is_nested else str(value.layout), TypeError)
     if like is not None and value.device != like.device:
-        raise refuse(op, name, f"on the device of query ({like.device})", value)
+        raise refuse(op, name, f"on the device of {like_name} ({like.device})", value)
 
 
 def require_vectors(
-    op: str, name: str, value: Any, shapes: str, dims: tuple[int, ...], like: Tensor | None = None
+    op: str,
+    name: str,
+    value: Any,
+    shapes: str,
+    dims: tuple[int, ...],
+    like: Tensor | None = None,
+    like_name: str = "query",
 ) -> None:
-    """A floating tensor with one of the numbers of dimensions `dims`, spelled `shapes`, and the D of `like`."""
+    """A floating tensor with one of the numbers of dimensions `dims`, spelled `shapes`, and the D and device of `like`."""
     if type(value) is Tensor and value.dim() in dims and value.dtype in COMMON_DTYPES and value.layout == torch.strided:
         D = value.shape[-1]  # the good case in few steps: small calls are bound by the host
         if D and (like is None or (like.shape[-1] == D and value.device == like.device)) and not value.is_nested:
             return
-    require_tensor(op, name, value, like)
+    require_tensor(op, name, value, like, like_name)
     if not value.is_floating_point():
         raise refuse(op, name, "a floating tensor (float64, float32, bfloat16 or float16)", value, TypeError)
     if value.dim() not in dims or value.shape[-1] == 0:
         raise refuse(op, name, f"of shape {shapes} with D of 1 or more", value)
     if like is not None and value.shape[-1] != like.shape[-1]:
-        raise refuse(op, name, f"of shape {shapes} with query's D = {like.shape[-1]}", value)
+        of = f"{like_name}'" if like_name.endswith("s") else f"{like_name}'s"
+        raise refuse(op, name, f"of shape {shapes} with {of} D = {like.shape[-1]}", value)
 
 
 def require_positive(op: str, positive_key: Any, query: Tensor) -> None:

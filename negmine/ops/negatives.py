@@ -200,7 +200,9 @@ def _tag_pair(
         return None, None
     if query_tags is None or key_tags is None:
         given, missing = names if key_tags is None else names[::-1]
-        raise refuse(op, missing, f"given together with {given}", None)
+        kind = names[0].removeprefix("query_")
+        how = f", as in Negatives(keys, {kind}=...)" if missing.endswith(f".{kind}") else ""
+        raise refuse(op, missing, f"given together with {given}{how}", None)
     query_tags = _tags(op, names[0], query_tags, query, (len(query),))
     return query_tags.masked_fill(query_tags == UNKNOWN, UNEQUAL), _tags(op, names[1], key_tags, query, key_shape)
 

@@ -151,14 +151,14 @@ class MoCoQueue(nn.Module):
         self, op: str, keys: Tensor, ids: Tensor | None, labels: Tensor | None
     ) -> list[tuple[Tensor, Tensor]]:
         """Pairs of a stored tensor (K, ...) and the rows (B, ...) that enter it, checked."""
-        checks.require_vectors(op, "keys", keys, "(B, D)", (2,), self.queue)
+        checks.require_vectors(op, "keys", keys, "(B, D)", (2,), self.queue, "the queue")
         tags = {"ids": (ids, self.queue_ids, "with_ids"), "labels": (labels, self.queue_labels, "with_labels")}
         for name, (given, stored, option) in tags.items():
             if given is None:
                 continue
             if stored is None:
                 raise checks.refuse(op, name, f"None, for a queue made without {option}=True", given)
-            checks.require_tensor(op, name, given, self.queue)
+            checks.require_tensor(op, name, given, self.queue, "the queue")
             if given.shape != keys.shape[:1] or given.is_floating_point():
                 raise checks.refuse(op, name, f"whole numbers of shape ({len(keys)},)", given)
         columns = [(self.queue, keys.detach().to(self.queue.dtype))]

@@ -163,7 +163,7 @@ class ShardedMoCoQueue(MoCoQueue):
         }
 
         def check() -> Pool:
-            checks.require_vectors(op, "query", query, "(b, D)", (2,), self.queue)
+            checks.require_vectors(op, "query", query, "(b, D)", (2,), self.queue, "the queue")
             checks.require_positive(op, positive_key, query)
             checks.require_temperature(op, temperature)
             settings["temperature"] = float(
@@ -202,7 +202,7 @@ class ShardedMoCoQueue(MoCoQueue):
         op = f"{type(self).__name__}.mine_hardest"
 
         def check() -> Pool:
-            checks.require_vectors(op, "query", query, "(b, D)", (2,), self.queue)
+            checks.require_vectors(op, "query", query, "(b, D)", (2,), self.queue, "the queue")
             checks.require_count(op, "N", N)
             checks.require_options(op, select=select)
             if positive_key is not None:

@@ -98,7 +98,7 @@ class VSEPlusPlusLoss(ScheduledLoss):
         """image, caption (B, D): rows of equal number belong together. labels (B,): another row of the label is no negative."""
         op = "vse_plus_plus"
         checks.require_vectors(op, "image", image, "(B, D)", (2,))
-        checks.require_vectors(op, "caption", caption, "(B, D)", (2,), image)
+        checks.require_vectors(op, "caption", caption, "(B, D)", (2,), image, "image")
         if caption.shape != image.shape:
             raise checks.refuse(op, "caption", f"of image's shape {tuple(image.shape)}", caption)
         if labels is not None:

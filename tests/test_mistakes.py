@@ -1,0 +1,192 @@
+"""Likely mistakes of a new user: each is answered by one sentence that says what to do next."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import negmine
+from negmine import Mix, MoCoQueue, Negatives, Select, Weight
+from negmine.adapters.open_clip import ClipLoss
+from negmine.cli import main
+
+B, K, D = 4, 20, 8
+torch.manual_seed(0)
+q, p, k = (torch.randn(n, D) for n in (B, B, K))
+ids = torch.arange(B)
+
+
+def loss(query=q, positive=p, negatives=k, **options):
+    return negmine.info_nce(query, positive, negatives, **options)
+
+
+def mine(query=q, corpus=k, positives=(0, 1, 2, 3), **options):
+    return negmine.mine_hard_negatives(query, corpus, list(positives), **options)
+
+
+MISTAKES = {
+    "whole numbers as vectors": (lambda: loss(q.int()), "query must be a floating tensor"),
+    "an array as a vector": (lambda: loss(q.numpy()), "query must be a tensor, got 'ndarray'"),
+    "keys transposed": (lambda: loss(negatives=k.T), "of shape (K, D) or (B, M, D) with query's D = 8"),
+    "one positive for all": (lambda: loss(positive=p[0]), "positive_key must be of shape (B, D)"),
+    "temperature 0": (lambda: loss(temperature=0), "temperature must be a number above 0"),
+    "another reduction": (lambda: loss(reduction="avg"), "reduction must be 'mean' or 'sum' or 'none'"),
+    "labels as floats": (
+        lambda: negmine.sup_con(q, k, torch.zeros(B), torch.zeros(K)),
+        "sup_con: query_labels must be a tensor of whole numbers",
+    ),
+    "no labels": (
+        lambda: negmine.sup_con(q, k),
+        "sup_con: query_labels must be given, or positive_mask or positive_weights",
+    ),
+    "a queue of another width": (lambda: loss(negatives=MoCoQueue(16, K)), "with query's D = 8, got"),
+    "keys of another width": (
+        lambda: MoCoQueue(D, K).enqueue(torch.randn(B, 16)),
+        "MoCoQueue.enqueue: keys must be of shape (B, D) with the queue's D = 8",
+    ),
+    "ids into a queue without": (lambda: MoCoQueue(D, K).enqueue(p, ids=ids), "made without with_ids=True"),
+    "ids of queries, none of the queue": (
+        lambda: loss(negatives=MoCoQueue(D, K), query_ids=ids),
+        "query_ids must be None, for a queue made without with_ids=True",
+    ),
+    "ids of queries, none of the keys": (lambda: loss(query_ids=ids), "as in Negatives(keys, ids=...), got None"),
+    "a queue of whole numbers": (lambda: MoCoQueue(D, K, dtype=torch.int8), "dtype must be a floating torch.dtype"),
+    "a mask of numbers": (
+        lambda: loss(negatives=Negatives(k, mask=torch.ones(K))),
+        "mask must be a bool tensor (True = usable)",
+    ),
+    "a mask transposed": (
+        lambda: loss(negatives=Negatives(k, mask=torch.ones(K, B).bool())),
+        "mask must be of shape (20,) or (4, 20)",
+    ),
+    "keys on another device": (lambda: loss(negatives=k.to("meta")), "on the device of query (cpu)"),
+    "an unknown backend": (lambda: loss(backend="gpu"), "backend must be None, 'cuda', 'triton', 'cpu', 'reference'"),
+    "a backend of another device": (
+        lambda: loss(backend="cuda"),
+        "backend 'cuda' cannot run logsumexp on cpu tensors (cuda takes cuda tensors)",
+    ),
+    "percent": (
+        lambda: Select(0, 5.0),
+        "Select: range_max must be a rank (int, 1 or more), a fraction (float in (0, 1]; 0.05",
+    ),
+    "a window the wrong way round": (lambda: Select(0.5, 0.1), "Select: range_min must be below range_max=0.1"),
+    "a bare window": (lambda: loss(select=(0, 0.05)), "select must be a negmine.Select or None, got (0, 0.05)"),
+    "no rows to mix": (lambda: Mix(0), "Mix: hard must be an int of 1 or more"),
+    "a prior of 1": (lambda: Weight(tau_plus=1), "Weight: tau_plus must be a number in [0, 1)"),
+    "a margin without a positive": (
+        lambda: negmine.mine_hardest(q, k, 5, select=Select(absolute_margin=0.1)),
+        "positive_key must be given where select has a margin",
+    ),
+    "no negatives wanted": (lambda: negmine.mine_hardest(q, k, 0), "N must be an int of 1 or more"),
+    "a quantile in percent": (lambda: negmine.quantile(q, k, 95), "q must be in [0, 1]"),
+    "features of another batch": (
+        lambda: ClipLoss()(q, p[:2], 1.0),
+        "ClipLoss: text_features must be of image_features' shape (4, 8)",
+    ),
+    "features of another width": (
+        lambda: ClipLoss()(q, torch.randn(B, 9), 1.0),
+        "text_features must be of shape (B, D) with image_features' D = 8",
+    ),
+    "a path to nothing": (
+        lambda: mine("nowhere.npy"),
+        "must be the path of an existing .npy, .safetensors or .parquet",
+    ),
+    "names without ids": (
+        lambda: mine(positives="abcd"),
+        "positives must be row numbers; names of documents need corpus_ids",
+    ),
+    "unknown names": (
+        lambda: mine(positives=["d99"] * B, corpus_ids=[f"d{i}" for i in range(K)]),
+        "positives must be ids of corpus_ids",
+    ),
+    "a row beyond the corpus": (lambda: mine(positives=(0, 1, 2, 99)), "row numbers of the corpus, in [0, 20)"),
+    "positives of some queries": (lambda: mine(positives=(0, 1)), "as long as there are queries (4)"),
+    "a corpus of another model": (
+        lambda: mine(corpus=torch.randn(K, 9)),
+        "corpus_embeddings must be of query_embeddings' D = 8",
+    ),
+    "a filter beside select": (lambda: mine(relative_margin=0.05), "given as select=Select(relative_margin=0.05)"),
+    "an unknown strategy": (lambda: mine(sampling_strategy="hard"), "'top' or 'random' or 'weighted'"),
+    "arrays of whole numbers": (lambda: mine(np.ones((B, D), int)), "must be float32, float16, bfloat16 or float64"),
+    "training data without texts": (
+        lambda: mine().to_jsonl("train.jsonl"),
+        "to_jsonl: query_texts must be given, here or where the negatives are mined",
+    ),
+    "a file of another kind": (lambda: negmine.mining.MiningResult.load(__file__), "was not written by save"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_python(mistake):
+    call, words = MISTAKES[mistake]
+    with pytest.raises((ValueError, TypeError, negmine.ops.backends.BackendUnavailable)) as raised:
+        call()
+    sentence = str(raised.value)
+    assert words in sentence and "\n" not in sentence and re.match(r"[\w.]+: ", sentence), sentence
+
+
+FILES = "--query-embeddings q.npy --corpus-embeddings c.npy --positives p.npy"
+COMMANDS = {
+    "no command": ("", 2, "negmine: the following arguments are required: command (see negmine --help)"),
+    "an unknown command": ("mien", 2, "invalid choice: 'mien' (choose from 'mine',"),
+    "no input": (
+        "mine --output o.npz",
+        2,
+        "--positives; --beir, --collection or --data gives the positives, and --model",
+    ),
+    "no output": (
+        f"mine {FILES}",
+        2,
+        "negmine mine: give --output or --jsonl, a file for the result (see negmine mine --help)",
+    ),
+    "a word for a number": (
+        f"mine {FILES} --num-negatives three",
+        2,
+        "argument --num-negatives: invalid int value: 'three'",
+    ),
+    "half an option": (f"mine {FILES} --range 5", 2, "--range could match --range-mode, --range-min, --range-max"),
+    "an unknown option": (f"mine {FILES} --output o.npz --top 5", 2, "unrecognized arguments: --top 5"),
+    "percent": (f"mine {FILES} --output o.npz --range-max 5.0", 2, "Select: range_max must be a rank"),
+    "an unknown backend": (f"mine {FILES} --output o.npz --backend gpu", 2, "backend must be None, 'cuda', 'triton'"),
+    "an unknown form": (
+        f"mine {FILES} --output o.jsonl --form colbert",
+        2,
+        "form must be 'flagembedding' or 'tevatron'",
+    ),
+    "no texts": (f"mine {FILES} --output o.jsonl", 2, "--output needs --query-texts and --corpus-texts, or a data set"),
+    "a folder that is not there": (
+        f"mine {FILES} --output no/o.npz",
+        1,
+        "'no/o.npz' could not be written (No such file",
+    ),
+    "an output that exists": (f"mine {FILES} --output p.npy", 2, "negmine mine: --output must"),
+    "an input that is not there": (
+        "mine --query-embeddings x.npy --corpus-embeddings c.npy --positives p.npy --output o.npz",
+        2,
+        "query_embeddings must be the path of an existing .npy",
+    ),
+    "a data set that is not there": ("mine --beir no --model m --output o.jsonl", 2, "'no' is no folder"),
+    "an index that is not there": (
+        "index search --index no.index --query-embeddings q.npy --k 3 --output f.npz",
+        2,
+        "path must be an existing file, got 'no.index'",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("files")
+    for name, rows in (("q", q.numpy()), ("c", k.numpy()), ("p", np.arange(B))):
+        np.save(made / f"{name}.npy", rows)
+    return made
+
+
+@pytest.mark.parametrize("mistake", COMMANDS)
+def test_a_mistake_on_the_command_line(mistake, folder, monkeypatch, capsys):
+    words, code, sentence = COMMANDS[mistake]
+    monkeypatch.chdir(folder)
+    assert main(words.split()) == code
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1 and said.startswith("negmine") and "Errno" not in said, said
