@@ -227,6 +227,7 @@ def triplets(case: Case) -> tuple[dict, str]:
     call |= {name.replace("negative", "key"): t for name, t in case.masks().items() if "labels" not in name}
     call |= {"positive": positive, "negative": negative, "margin": case.draw.choice([0, 0.25, 3.0])}
     call["num_negatives"] = case.draw.choice([1, 2, case.draw.randrange(1, 60)])
+    call["distance"] = case.draw.choice(["cosine", "euclidean", "squared_euclidean"])
     if positive in ("all", "multi_similarity"):
         call["max_positives"] = case.draw.randrange(1, 5)
     return call, "mine_triplets"

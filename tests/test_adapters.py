@@ -247,6 +247,29 @@ def test_multi_similarity_and_margin_miners(any_backend, with_reference):
         assert as_set(*ours(*call)) == as_set(*want) and len(want[0]), kind
 
 
+@pytest.mark.parametrize("power", [1, 2])
+def test_2p_distances_of_unnormalised_embeddings(any_backend, power):
+    """Their miners and their multi-similarity loss with LpDistance(normalize_embeddings=False)."""
+    device = device_of(any_backend)
+    own = torch.arange(24, device=device)
+    distance = peer("pytorch_metric_learning.distances").LpDistance(normalize_embeddings=False, power=power)
+    miners, losses = peer("pytorch_metric_learning.miners"), peer("pytorch_metric_learning.losses")
+    embeddings, labels = batch(device)
+    embeddings = embeddings * torch.linspace(0.3, 2, 24, device=device)[:, None] + 1
+    kind = {"distance": "euclidean" if power == 1 else "squared_euclidean", "backend": any_backend}
+    wide = {"max_positives": 8, "num_negatives": 20, "triplets": True, "normalize_embeddings": False, **kind}
+    for name in ("semihard", "all"):
+        rule = {"semihard": "semihard_band", "all": "violating"}[name]
+        want = miners.TripletMarginMiner(0.5, name, distance=distance)(embeddings, labels)
+        assert as_set(*NegmineMiner("all", rule, margin=0.5, **wide)(embeddings, labels)) == as_set(*want), name
+    pairs = miners.MultiSimilarityMiner(0.5, distance=distance)(embeddings, labels)
+    theirs, ours = embeddings.clone().requires_grad_(), embeddings.clone().requires_grad_()
+    losses.MultiSimilarityLoss(2.0, 5.0, 0.5, distance=distance)(theirs, labels, pairs).backward()
+    call = {"alpha": 2.0, "beta": 5.0, "epsilon": 0.5, "query_ids": own, "key_ids": own, **kind}
+    negmine.losses.multi_similarity(ours, ours, labels, labels, **call).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_mined_tuples_go_into_their_losses():
     losses = peer("pytorch_metric_learning.losses")
     embeddings, labels = batch()

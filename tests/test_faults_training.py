@@ -32,6 +32,7 @@ from negmine.adapters import lightly, open_clip
 from negmine.adapters import pytorch_metric_learning as pml
 from negmine.losses import LogScale, methods
 from negmine.ops import backends
+from tests import compare
 from tests.cases import unit
 from tests.conftest import device_of
 from tests.peak import peak_mib
@@ -389,6 +390,38 @@ def test_2i_gradients_are_rounded_once(any_backend, call, dtype, fp32_weights):
                 0.502 * torch.finfo(dtype).eps * want.grad.abs() + 1e-5
             )  # fp32's error in terms of the size of 1 / T
             assert bool((error <= allowed).all()), float((error / allowed).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean"])
+def test_2p_mining_by_the_distance_of_the_loss(any_backend, distance, dtype):
+    """Features of any norm, against the dense definition: batch hard, and multi-similarity with a row that no query sees."""
+    device = device_of(any_backend)
+    labels, key_labels = LABELS.to(device), KEY_LABELS.to(device)
+    q, _, k = vectors()
+    q, k = ((4 * t * torch.rand(len(t), 1).add(0.1)).to(dtype).to(device) for t in (q, k))
+    seen = torch.arange(K, device=device) != 7
+    same = labels[:, None] == key_labels
+    exact = [t.double().detach().requires_grad_() for t in (q, k)]
+    d = torch.cdist(*exact) ** (1 if distance == "euclidean" else 2)
+    far, near = d.masked_fill(~(same & seen), -9).amax(1), d.masked_fill(same | ~seen, 99).amin(1)
+    pulled, pushed = same & seen & (d > near[:, None] - 0.3), ~same & seen & (d < far[:, None] + 0.3)
+    pull = torch.cat([(2 * (d - 0.5)).masked_fill(~pulled, -torch.inf), 0 * d[:, :1]], 1).logsumexp(1) / 2
+    push = torch.cat([(5 * (0.5 - d)).masked_fill(~pushed, -torch.inf), 0 * d[:, :1]], 1).logsumexp(1) / 5
+    call = {"key_mask": seen, "distance": distance, "backend": any_backend}
+    many = {"alpha": 2.0, "beta": 5.0, "base": 0.5, "epsilon": 0.3}
+    for loss, want in (
+        (lambda q, k: recipes.batch_hard(distance=distance, backend=any_backend)(q, k, labels, key_labels, key_mask=seen),
+         (far - near + 0.2).relu().mean()),
+        (lambda q, k: losses.multi_similarity(q, k, labels, key_labels, **many, **call), (pull + push).mean()),
+    ):  # fmt: skip
+        hidden = torch.where(seen[:, None], k, torch.nan)
+        leaves = [t.clone().requires_grad_() for t in (q, hidden)]
+        got = loss(*leaves)
+        got.backward()
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+        for leaf, grad in zip(leaves, torch.autograd.grad(want, exact, retain_graph=True), strict=True):
+            compare.rounded("gradient", leaf.grad, grad, grad.to(dtype), 4.0)
 
 
 def test_2q_torch_func_is_refused_in_a_sentence():

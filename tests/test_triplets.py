@@ -132,16 +132,40 @@ def test_the_reference_is_the_loop(rule):
     assert total > 5
 
 
+def of_any_norm(count, D, dtype, seed):
+    """Vectors of norms from 0.5 to 4, whose nearest by inner product is seldom the nearest by distance."""
+    return (unit(count, D, dtype=torch.float64, seed=seed) * torch.linspace(0.5, 4, count)[:, None]).to(dtype)
+
+
+@pytest.mark.parametrize("norm", ["unit", "any norm"])
 @pytest.mark.parametrize("kind", ["euclidean", "squared_euclidean"])
-@pytest.mark.parametrize("rule", [r for r in RULES if "margin" in r], ids=lambda r: "-".join(map(str, r.values())))
-def test_margins_in_euclidean_distances_of_unit_vectors(rule, kind):
+@pytest.mark.parametrize("rule", RULES, ids=RULE_NAMES)
+def test_euclidean_distances(rule, kind, norm):
     rule = {**rule, "margin": 0.3}
-    q, keys = unit(12, 4, dtype=torch.float64), unit(40, 4, dtype=torch.float64, seed=1)
+    make = of_any_norm if norm == "any norm" else lambda count, D, dtype, seed: unit(count, D, dtype=dtype, seed=seed)
+    q, keys = make(12, 4, torch.float64, 0), make(40, 4, torch.float64, 1)
     both = labels(12, 40)
     got = mine_triplets(q, keys, *both, **rule, distance=kind)
     same, other = dense_pools(12, 40, both, {})
-    want = [(b, *pair) for b in range(12) for pair in by_loops((q[b] @ keys.T).tolist(), same[b], other[b], rule, kind)]
+    scores = 1 - torch.cdist(q, keys).square() / 2  # the inner products of unit vectors
+    want = [(b, *pair) for b in range(12) for pair in by_loops(scores[b].tolist(), same[b], other[b], rule, kind)]
     assert list(zip(*(t.tolist() for t in got.compact()), strict=True)) == want
+    found = got.negative >= 0
+    b = torch.arange(12)[:, None, None].expand_as(found)
+    torch.testing.assert_close(got.negative_score[found].double(), scores[b[found], got.negative[found]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backends_are_exact_on_integers_by_distance(backend, dtype):
+    """The columns of norms are fp32 beside 16-bit vectors: squared norms up to 1,000 in 16 bits would lose digits."""
+    device = device_of(backend)
+    for seed, rule in enumerate((RULES[4], RULES[8], RULES[10], RULES[12])[: 1 if interpreted(backend) else 4]):
+        q, keys = (16 * whole(n, 5, dtype=dtype, device=device, seed=seed + i) for i, n in enumerate((6, 50)))
+        both, rule = labels(6, 50, device), {**rule, "distance": "squared_euclidean", "margin": 600.0}
+        got = mine_triplets(q + 1, keys + 1, *both, **rule, backend=backend)
+        want = mine_triplets(q.float() + 1, keys.float() + 1, *both, **rule, backend="reference")
+        for name, k, t in zip(got._fields, got, want, strict=True):
+            compare.exact(name, k, t)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -43,9 +43,9 @@ def require_labels(op: str, name: str, labels: Any, rows: Tensor) -> None:
 class NegmineMiner(ScheduledLoss):
     """miner(embeddings, labels, ref_emb=None, ref_labels=None) -> (a1, p, a2, n), as BaseMiner: 1-D int64 indices of pairs.
 
-    positive, negative, margin, distance, max_positives, num_negatives: as in negmine.mine_triplets. Embeddings are normalised,
-    as by pytorch-metric-learning's default distances. Without ref_emb the batch is its own reference, and no sample is its own
-    positive. Anchors without a triplet are left out.
+    positive, negative, margin, distance, max_positives, num_negatives: as in negmine.mine_triplets. Without ref_emb the batch is
+    its own reference, and no sample is its own positive. normalize_embeddings: as of their distances. Anchors without a triplet
+    are left out.
         BatchEasyHardMiner(pos_strategy, neg_strategy)   positive and negative by the same names, "hard" negatives being
                                                          "hardest", "easy" ones "easiest"
         BatchHardMiner                                   positive="hard", negative="hardest"
@@ -64,6 +64,7 @@ class NegmineMiner(ScheduledLoss):
         distance: str = "cosine",
         max_positives: int | None = None,
         num_negatives: int = 1,
+        normalize_embeddings: bool = True,
         triplets: bool = False,
         seed: int = 0,
         backend: str | None = None,
@@ -71,9 +72,10 @@ class NegmineMiner(ScheduledLoss):
         super().__init__()
         op = "NegmineMiner"
         check_rule(op, positive, negative, margin, distance, max_positives, num_negatives)
+        checks.require_bool(op, "normalize_embeddings", normalize_embeddings)
         checks.require_bool(op, "triplets", triplets)
         checks.require_draw(op, seed, 0, 0)
-        self.triplets = triplets
+        self.triplets, self.normalize_embeddings = triplets, normalize_embeddings
         self.options: dict[str, Any] = {
             "positive": positive,
             "negative": negative,
@@ -95,7 +97,7 @@ class NegmineMiner(ScheduledLoss):
             raise checks.refuse(op, missing, f"given together with {given}", None)
         checks.require_vectors(op, "embeddings", embeddings, "(B, D)", (2,))
         require_labels(op, "labels", labels, embeddings)
-        query = F.normalize(widened(embeddings), dim=1)
+        query = self._normalized(embeddings)
         masks: dict[str, Any] = {}
         if ref_emb is None or ref_emb is embeddings:
             own = torch.arange(len(query), device=query.device)
@@ -103,13 +105,16 @@ class NegmineMiner(ScheduledLoss):
         else:
             checks.require_vectors(op, "ref_emb", ref_emb, "(K, D)", (2,), embeddings)
             require_labels(op, "ref_labels", ref_labels, ref_emb)
-            keys = F.normalize(widened(ref_emb), dim=1)
+            keys = self._normalized(ref_emb)
         assert ref_labels is not None
         labels, ref_labels = _classes(labels), _classes(ref_labels)
         found = mine_triplets(
             query, keys, labels, ref_labels, step=self.count(None, embeddings), **self.options, **masks
         )
         return found.compact() if self.triplets else found.pairs()
+
+    def _normalized(self, embeddings: Tensor) -> Tensor:
+        return F.normalize(widened(embeddings), dim=1) if self.normalize_embeddings else embeddings
 
 
 class DistributedLossWrapper(nn.Module):

@@ -18,8 +18,13 @@ PIECE_ON_CPU = 1 << 15  # which stay in the cache through the ten rounds of Phil
 
 
 @torch.no_grad()
-def distance_weighted(query: Tensor, keys: Tensor, others: Pool, N: int, draw: Draw) -> tuple[Tensor, Tensor]:
-    """scores (B, N) fp32 and index (B, N) int64 of the columns drawn from `others`, nearest first; (-inf, -1) past their end."""
+def distance_weighted(
+    query: Tensor, keys: Tensor, others: Pool, N: int, draw: Draw, width: int
+) -> tuple[Tensor, Tensor]:
+    """scores (B, N) fp32 and index (B, N) int64 of the columns drawn from `others`, nearest first; (-inf, -1) past their end.
+
+    width: D of the vectors whose distances are drawn evenly; query and keys may have columns for their norms besides.
+    """
     q, rows = query.float(), draw.rows(query)  # (B, D), (B,)
     best = torch.full((len(q), N), -torch.inf, dtype=torch.float64, device=q.device)  # (B, N) log p + Gumbel
     scores, index = best.float(), torch.zeros_like(best, dtype=torch.int64)  # (B, N) each
@@ -28,7 +33,7 @@ def distance_weighted(query: Tensor, keys: Tensor, others: Pool, N: int, draw: D
         n = hide_masked_rows(keys[part].float(), pool)  # (C, D)
         s, columns = reference.scores_of(q, n), torch.arange(part.start, part.stop, device=q.device)  # (B, C), (C,)
         word = philox.words(rows, columns, philox.STREAM_WEIGHTED, draw.seed, draw.step)[0]  # (B, C)
-        drawn = log_rarity(s.double(), q.shape[1]) + philox.gumbel(word)  # (B, C)
+        drawn = log_rarity(s.double(), width) + philox.gumbel(word)  # (B, C)
         allowed = usable(pool, q, n)
         assert allowed is not None  # the pool has labels
         drawn = drawn.masked_fill(~(allowed & (drawn > -torch.inf)), -torch.inf)

@@ -14,7 +14,7 @@ from torch import Tensor
 from negmine import reference
 from negmine.losses.gathered import Gathering
 from negmine.losses.schedules import ScheduledLoss, at_start, at_step
-from negmine.losses.triplet_mining import above_score, label_masks, with_bounds
+from negmine.losses.triplet_mining import DISTANCES, above_score, label_masks, with_bounds
 from negmine.ops import backends, checks
 from negmine.ops.accumulate import widen_once
 from negmine.ops.backends import Kernels
@@ -22,7 +22,7 @@ from negmine.ops.first_derivative import fused
 from negmine.ops.logsumexp import LogSumExp
 from negmine.ops.negatives import check_labelled_keys
 from negmine.ops.pool import Pool
-from negmine.ops.vectors import for_kernels, frozen, promoted, scalar, widened
+from negmine.ops.vectors import for_kernels, frozen, promoted, scalar, widened, with_norms
 from negmine.selection import summing_ops
 
 
@@ -52,6 +52,7 @@ def multi_similarity(
     beta: float = 50.0,
     base: float = 0.5,
     epsilon: float = 0.1,
+    distance: str = "cosine",
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -67,6 +68,9 @@ def multi_similarity(
 
     query (B, D), keys (K, D): carry gradient where they require it; unit vectors, for the published constants; frozen keys may
         be overwritten before backward.
+    distance: "cosine" s = inner product; "euclidean" s = -||q - k|| and "squared_euclidean" s = -||q - k||^2, of vectors of any
+        norm, with -base in place of base, so that base is a distance (pytorch-metric-learning, LpDistance). "euclidean" makes the
+        (B, K) matrix in plain PyTorch on every backend: no kernel sums exponentials of roots.
     query_labels, key_labels, query_ids, key_ids, key_mask: as in mine_triplets.
     alpha, beta, base, epsilon: pytorch-metric-learning's defaults. The bounds carry no gradient.
     reduction: "mean" over the B rows, "sum" or "none".
@@ -78,15 +82,19 @@ def multi_similarity(
     op = "multi_similarity"
     pool = check_labelled_keys(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
     constants = _check_numbers(op, alpha, beta, base, epsilon)
+    checks.require_choice(op, "distance", distance, DISTANCES)
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_bool(op, "return_stats", return_stats)
     query, keys = promoted(query, keys)
+    if distance == "squared_euclidean":  # -||q - k||^2 is an inner product too
+        query, keys = with_norms(query, keys)
+        query, distance, constants["base"] = 2 * query, "cosine", -constants["base"]
     kernels = backends.choose(op, ("mine_hardest", *summing_ops("logsumexp", keys)), backend, (query, keys))
     kernels, query, _, keys = widen_once(kernels, query, None, keys)
-    if kernels is None:
+    if kernels is None or distance == "euclidean":
         same, other = label_masks(pool, query, keys)
         saved = frozen(keys, same | other)
-        rows, *counts = reference.multi_similarity(widened(query), saved, same, other, **constants)
+        rows, *counts = reference.multi_similarity(widened(query), saved, same, other, **constants, distance=distance)
     else:
         rows, *counts = _from_kernels(kernels, query, keys, pool, **constants)
     loss = reference.reduced(rows, reduction)
@@ -144,6 +152,7 @@ class MultiSimilarityLoss(ScheduledLoss):
         base: float | Tensor | Callable[[Tensor], float | Tensor] = 0.5,
         *,
         epsilon: float | Tensor | Callable[[Tensor], float | Tensor] = 0.1,
+        distance: str = "cosine",
         reduction: str = "mean",
         backend: str | None = None,
         return_stats: bool = False,
@@ -154,12 +163,14 @@ class MultiSimilarityLoss(ScheduledLoss):
         op = "MultiSimilarityLoss"
         self.gathering = Gathering(op, gather_distributed, process_group)
         _check_numbers(op, **at_start({"alpha": alpha, "beta": beta, "base": base, "epsilon": epsilon}))
+        checks.require_choice(op, "distance", distance, DISTANCES)
         checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
         self.options: dict[str, Any] = {
             "alpha": alpha,
             "beta": beta,
             "base": base,
             "epsilon": epsilon,
+            "distance": distance,
             "reduction": reduction,
             "backend": backend,
             "return_stats": return_stats,

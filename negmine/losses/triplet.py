@@ -57,7 +57,7 @@ def triplet_loss(
                softplus(v / temperature)          a number: the soft margin; 1 is Hermans et al.'s, with margin=0
 
     distance: "cosine" d = -inner product, "euclidean" d = ||q - k||, "squared_euclidean" d = ||q - k||^2, of the vectors as they
-        are; mining ranks by inner product, which orders the latter two only for keys of equal norm.
+        are, in mining and in the loss.
     margin: one value for the rule of mining and for the loss.
     reduction: "mean" over the triplets that exist (not over those that violate), "sum", or "none": (B, P, N), 0 for the rest.
 

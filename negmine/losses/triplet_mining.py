@@ -16,7 +16,7 @@ from negmine.ops import backends, checks, sort_key
 from negmine.ops.backends import Kernels
 from negmine.ops.negatives import check_labelled_keys
 from negmine.ops.pool import Pool, usable
-from negmine.ops.vectors import for_kernels, promoted, widened
+from negmine.ops.vectors import for_kernels, promoted, widened, with_norms
 from negmine.ops.windows import Draw
 from negmine.reference.triplets import score_farther
 
@@ -95,10 +95,11 @@ def _mined(
     others: Pool,
     rule: dict[str, Any],
     draw: Draw,
+    width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """scores and index of positives (B, P) and negatives (B, P or 1, N) from the kernels, each side by its own rule.
 
-    A rule that does not look at the positive gives every positive the same negatives: (B, 1, N).
+    width: D without the columns of norms. A rule that does not look at the positive gives every positive the same: (B, 1, N).
     """
     positive, negative, N = rule["positive"], rule["negative"], rule["num_negatives"]
     margin, distance = rule["margin"], rule["distance"]
@@ -130,7 +131,7 @@ def _mined(
         score, index = (nearest if negative == "hardest" else farthest)(others, N)
         return positive_score, positive_index, score[:, None], index[:, None]
     if negative == "distance_weighted":
-        score, index = distance_weighted(query, keys, others, N, draw)
+        score, index = distance_weighted(query, keys, others, N, draw, width)
         return positive_score, positive_index, score[:, None], index[:, None]
     if negative == "multi_similarity":
         limit = score_farther(farthest(same, 1)[0][:, 0], margin, distance)  # (B,)
@@ -200,12 +201,14 @@ def triplets_of(
     backend: str | None,
 ) -> Triplets:
     """The triplets of a checked call."""
-    kernels = backends.choose(op, ("mine_hardest",), backend, (query, keys))
+    query, keys, width = query.detach(), keys.detach(), query.shape[1]
+    vectors = (query, keys) if rule["distance"] == "cosine" else with_norms(query, keys, at_zero=1.0)
+    kernels = backends.choose(op, ("mine_hardest",), backend, vectors)
     if kernels is None:
         same, other = label_masks(pool, query, keys)
         mined = reference.mine_triplets(widened(query), widened(keys), same, other, **rule, **draw._asdict())
     else:
-        mined = _mined(kernels, for_kernels(query), for_kernels(keys), pool, rule, draw)
+        mined = _mined(kernels, *map(for_kernels, vectors), pool, rule, draw, width)
     positive_score, positive, negative_score, negative = mined
     alone = (negative < 0).all(2).expand_as(positive)  # (B, P): a triplet needs both
     unmatched = (positive < 0)[:, :, None]  # (B, P, 1)
@@ -243,7 +246,7 @@ def mine_triplets(
 ) -> Triplets:
     """For every query b its positives p, keys of the same label, and against each the negatives n that a rule keeps.
 
-    positive, by score s = inner product (larger = nearer); ties go to the lower index:
+    positive, by score s (larger = nearer); ties go to the lower index:
         "easy"  the nearest (Xuan et al. 2020)         "hard"  the farthest (Hermans et al. 2017)
         "all"   the nearest max_positives              "semihard"  the farthest that is nearer than the chosen negative
     negative, the num_negatives nearest of
@@ -258,8 +261,10 @@ def mine_triplets(
 
     query (B, D), keys (K, D): a queue, the batch itself, or both; used as given.
     query_labels (B,), key_labels (K,): whole numbers; equal = positive. A label of -1 is unknown and equals nothing.
-    margin: in units of distance: "cosine" d = -s, or "euclidean" d = sqrt(2 - 2 s), "squared_euclidean" d = 2 - 2 s, which
-        are distances of unit vectors. Of other vectors only d = -s is a distance that scores can rank.
+    distance: "cosine" d = -inner product, s = -d; "euclidean" d = ||q - k|| and "squared_euclidean" d = ||q - k||^2, of vectors
+        of any norm, s = 1 - ||q - k||^2 / 2, which is the inner product of unit vectors. The latter two are mined in fp32 copies
+        with two more columns, (K, D + 2), and the error of s is that of rounding the squared norms to fp32.
+    margin: in units of distance.
     max_positives: P, required where positive is "all" or "multi_similarity"; else P is 1. num_negatives: N.
     query_ids (B,) and key_ids (K,): equal = the same sample, neither positive nor negative: give both where queries are keys.
     key_mask (K,) or (B, K) bool: True = usable.

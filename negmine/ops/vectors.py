@@ -48,6 +48,26 @@ def frozen(negative_keys: Tensor, usable: Tensor | None) -> Tensor:
     return keys.clone() if keys is negative_keys and not keys.requires_grad else keys
 
 
+def with_norms(query: Tensor, keys: Tensor, at_zero: float = 0.0) -> tuple[Tensor, Tensor]:
+    """query (B, D + 2), keys (K, D + 2) whose inner product is at_zero - ||q - k||^2 / 2, so that kernels rank by distance.
+
+    In fp32 at least: a norm would lose its digits in 16 bits. Squares are summed in float64, so that equal rows have equal norms
+    to the bit wherever they lie. A row that is not finite has norm NaN and no gradient by it: masks may hide such rows.
+    """
+
+    def half_norm(vectors: Tensor) -> Tensor:  # (rows, 1)
+        finite = vectors.isfinite().all(1, keepdim=True)
+        squares = torch.where(finite, vectors, 0.0).square().sum(1, keepdim=True, dtype=torch.float64)
+        return (squares / 2).to(vectors.dtype).masked_fill(~finite, torch.nan)
+
+    query, keys = widened(query), widened(keys)
+    ones = torch.ones_like(query[:, :1]), torch.ones_like(keys[:, :1])
+    return (
+        torch.cat([query, ones[0], at_zero - half_norm(query)], 1),
+        torch.cat([keys, -half_norm(keys), ones[1]], 1),
+    )
+
+
 def score_of_positive(query: Tensor, positive_key: Tensor) -> Tensor:
     """Inner product of each query with its positive: (B,) fp32, or float64 where both are.
 

@@ -15,11 +15,31 @@ from negmine.reference.selection import ranking, scores_of
 
 
 def distance_of(score: Tensor, distance: str) -> Tensor:
-    """The distance of two unit vectors by their score: -s, sqrt(2 - 2 s), or 2 - 2 s."""
+    """The distance of two vectors by their score of mining_scores: -s, sqrt(2 - 2 s), or 2 - 2 s."""
     if distance == "cosine":
         return -score
     squared = (2 - 2 * score).clamp_min(0)
     return squared.sqrt() if distance == "euclidean" else squared
+
+
+def mining_scores(query: Tensor, keys: Tensor, distance: str) -> Tensor:
+    """(B, K) without gradient: inner products, or 1 - ||q - k||^2 / 2, which is the inner product of unit vectors."""
+    query, keys = query.detach(), keys.detach()
+    if distance == "cosine":
+        return scores_of(query, keys)
+    q, k = query.double(), keys.double()
+    squares = q.square().sum(1)[:, None] + k.square().sum(1)  # (B, K)
+    return (1 + scores_of(q, k) - squares / 2).to(query.dtype)
+
+
+def similarities(query: Tensor, keys: Tensor, usable: Tensor, distance: str) -> Tensor:
+    """(B, K) with gradient: inner products, or minus the distances. Pairs that are not usable are 0 and reach no gradient."""
+    if distance == "cosine":
+        return scores_of(query, keys, usable)
+    finite = keys.isfinite().all(1)  # (K,), as in scores_of
+    d = torch.cdist(query, torch.where(finite[:, None], keys, 0.0), compute_mode="donot_use_mm_for_euclid_dist")
+    d = d.masked_fill(~finite, torch.nan).masked_fill(~usable, 0.0)
+    return -d if distance == "euclidean" else -d.square()
 
 
 def score_farther(score: Tensor, margin: float, distance: str) -> Tensor:
@@ -69,7 +89,7 @@ def mine_triplets(
     row_offset: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """scores and index of positives (B, P) and negatives (B, P, N); meaning as negmine.mine_triplets."""
-    scores = scores_of(query, keys).detach()  # (B, K)
+    scores = mining_scores(query, keys, distance)  # (B, K)
     B, K = scores.shape
     if positive == "semihard":
         nearest_other = chosen(scores, other, 1, negative == "hardest")[0]  # (B, 1)
@@ -143,10 +163,20 @@ def triplet_loss(
 
 
 def multi_similarity(
-    query: Tensor, keys: Tensor, same: Tensor, other: Tensor, *, alpha: float, beta: float, base: float, epsilon: float
+    query: Tensor,
+    keys: Tensor,
+    same: Tensor,
+    other: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    base: float,
+    epsilon: float,
+    distance: str = "cosine",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of each row (B,), and how many positives and negatives the mining kept (B,)."""
-    scores = scores_of(query, keys, same | other)  # (B, K)
+    """Loss of each row (B,), and how many positives and negatives the mining kept (B,); base is a distance where distance is."""
+    scores = similarities(query, keys, same | other, distance)  # (B, K)
+    base = base if distance == "cosine" else -base
     if scores.shape[1] == 0:
         return scores.sum(1), same.sum(1), other.sum(1)
     held = scores.detach()
