@@ -424,6 +424,35 @@ def test_2p_mining_by_the_distance_of_the_loss(any_backend, distance, dtype):
             compare.rounded("gradient", leaf.grad, grad, grad.to(dtype), 4.0)
 
 
+CLOSE = {
+    "info_nce": lambda q, p, k, **o: negmine.info_nce(q, p, k, **o),
+    "in batch": lambda q, p, k, **o: negmine.info_nce(q, p, **o),
+    "decoupled": lambda q, p, k, **o: negmine.info_nce(q, p, k, decoupled=True, **o),
+    "weight": lambda q, p, k, **o: negmine.info_nce(q, p, k, weight=Weight(1.0), **o),
+    "mix": lambda q, p, k, **o: negmine.info_nce(q, p, k, mix=Mix(9, 5, 4), **o),
+    "pools": lambda q, p, k, **o: negmine.info_nce(q, p, [k, None], **o),
+    "sup_con": lambda q, p, k, **o: negmine.sup_con(q, k, LABELS, KEY_LABELS, **o),
+    "sup_con, in": lambda q, p, k, **o: negmine.sup_con(q, k, LABELS, KEY_LABELS, positives="in", **o),
+    "synco": lambda q, p, k, temperature, backend: recipes.synco(
+        6, 2, 2, 2, 2, 2, 2, temperature=temperature, backend=backend
+    )(q, p, k),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("call", CLOSE)
+def test_2s_the_temperatures_gradient_where_all_logits_are_close(call, backend):
+    """A mean of differences of scores s near 100: off by a few eps of |s| / T^2, not by the rounding of their log-sum-exp."""
+    centre = 10 * unit(1, D, seed=5)
+    q, p, k = (centre + 0.01 * t for t in vectors())
+    grads = []
+    for dtype, on in ((torch.float32, backend), (torch.float64, "reference")):
+        temperature = torch.tensor(0.07, dtype=dtype, requires_grad=True)
+        CLOSE[call](*(t.to(dtype) for t in (q, p, k)), temperature=temperature, backend=on).backward()
+        grads.append(float(temperature.grad))
+    assert abs(grads[0] - grads[1]) <= 6 * torch.finfo(torch.float32).eps * 100 / 0.07**2, grads
+
+
 def test_2q_torch_func_is_refused_in_a_sentence():
     q, p, k = vectors()
     for call in (

@@ -31,6 +31,7 @@ from negmine.ops.pool import Pool, hide_masked_rows, usable
 from negmine.ops.vectors import for_kernels, frozen, promoted, scale_of, score_of_positive, widened
 from negmine.ops.windows import Draw, bounded, mixing_draws, ranks_to_sum, sample
 from negmine.options import FalseNegatives, Mix, Negatives, Select, Weight
+from negmine.reference.selection import row_logsumexp
 from negmine.selection import gathered_bias, learned_bias, mine_parents, mined_depth, summing_ops
 
 NO_DRAWS = (
@@ -94,7 +95,8 @@ def info_nce(
         a list of these: several pools in one denominator. select, mix and weight apply to each pool that names none, on its own
         ranks and fractions. The sums of Weight add up over the pools. query_ids and query_labels count in each pool that has ids
         or labels. False negatives are found in each pool. Pool 0 draws as a pool alone does, the others by their number.
-    temperature: a number above 0, or a 0-d floating tensor that receives gradient. MoCo v1: 0.07, v2: 0.2.
+    temperature: a number above 0, or a 0-d floating tensor that receives gradient, off by a few eps of |s| / temperature^2, since
+        it is a mean of differences of scores s that may be close. MoCo v1: 0.07, v2: 0.2.
     select: which negatives stay; mix: which synthetic ones are added; weight: how they weigh; see those classes.
     positive_bias (B,) floating: added to the positive's logit, x_b = s_b / temperature + bias_b, and to no score: margins and
         positive_rank leave it out. Carries gradient where it requires it.
@@ -492,7 +494,7 @@ def merged(
     some, lse = shares[0].some, shares[0].lse
     if len(shares) > 1:
         some = torch.stack([share.some for share in shares]).any(0)  # (B,)
-        lse = torch.stack([share.lse for share in shares]).masked_fill(~some, 0.0).logsumexp(0)
+        lse = row_logsumexp(torch.stack([share.lse for share in shares], 1).masked_fill(~some[:, None], 0.0))
         lse = lse.masked_fill(~some, -torch.inf)
     attracted = [share.attracted for share in shares if share.attracted is not None]
     pull = x_positive  # (B,) mean of the positive logits

@@ -20,6 +20,7 @@ from negmine.ops.pool import usable
 from negmine.ops.vectors import for_kernels, promoted, scale_of, widened
 from negmine.ops.windows import Draw
 from negmine.options import is_int, is_real, is_scalar, plain_fields
+from negmine.reference.selection import row_logsumexp
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,8 @@ def synco(
         with torch.no_grad():
             h = synco_vectors(widened(query), widened(negative_keys), index, gathered, draw)  # (B, S, D)
         x_made = (widened(query)[:, None] * h).sum(2) / temperature  # (B, S) no product that autocast would shorten
-        sums.append(x_made.masked_fill((index < 0).all(1, keepdim=True), -torch.inf).logsumexp(1))
+        sums.append(row_logsumexp(x_made.masked_fill((index < 0).all(1, keepdim=True), -torch.inf)))
     parts = torch.stack(sums, 1)  # (B, sums)
     some = ~(parts == -torch.inf).all(1)  # (B,) NaN stays
-    lse = parts.masked_fill(~some[:, None], 0.0).logsumexp(1)
+    lse = row_logsumexp(parts.masked_fill(~some[:, None], 0.0))
     return reduced(op, F.softplus(lse - x.positive), Logits(x.positive, lse, some), reduction)

@@ -13,7 +13,7 @@ from torch import Tensor
 from negmine.ops.vectors import disable_autocast
 from negmine.options import FalseNegatives, Mix, Select, Weight
 from negmine.reference.mixing import mix_negatives
-from negmine.reference.selection import multiplicity, ranking, scores_of
+from negmine.reference.selection import multiplicity, ranking, row_logsumexp, scores_of
 
 
 def found_scores(support: Tensor, negative_keys: Tensor, reduce: str) -> Tensor:
@@ -153,7 +153,7 @@ def info_nce_of_pools(
         parts = parts if decoupled else [logits.masked_fill(~found, -torch.inf), *parts]
     columns = torch.cat(parts if decoupled else [x_positive[:, None], *parts], 1)
     finite = columns.masked_fill(~some[:, None], 0.0)  # an empty row must not differentiate LSE of nothing
-    logsumexp = finite.logsumexp(1) if finite.shape[1] else finite.sum(1)
+    logsumexp = row_logsumexp(finite) if finite.shape[1] else finite.sum(1)
     # NaN in a row stays in that row
     loss = torch.where(some, logsumexp - positives / num_positives, 0.0 * x_positive)
     total = torch.where(some, logsumexp, -torch.inf if decoupled else x_positive).detach()
@@ -188,7 +188,7 @@ def _kept(
             x.masked_fill(times == 0, -torch.inf).masked_fill(~some[:, None], 0.0) for x in (sharpened, importance)
         )
         log_sum, clamped = log_weighted_sum(
-            sharpened.logsumexp(1), importance.logsumexp(1), x_positive, count.clamp_min(1), temperature, weight
+            row_logsumexp(sharpened), row_logsumexp(importance), x_positive, count.clamp_min(1), temperature, weight
         )
         columns, clamped = log_sum.masked_fill(~some, -torch.inf)[:, None], clamped & some  # (B, 1)
     if mix is not None and mix.total:
@@ -235,7 +235,7 @@ def sup_con(
         same = usable & (query_labels[:, None] == key_labels) & (query_labels != -1)[:, None]  # (B, K)
     has_positive = same.any(1)  # (B,)
     columns = usable if denominator == "all" else usable & ~same
-    lse = x.masked_fill(~columns, -torch.inf).masked_fill(~columns.any(1, keepdim=True), 0.0).logsumexp(1)
+    lse = row_logsumexp(x.masked_fill(~columns, -torch.inf).masked_fill(~columns.any(1, keepdim=True), 0.0))
     lse = lse.masked_fill(~columns.any(1), -torch.inf)  # (B,)
     below = lse[:, None].expand_as(x)  # (B, K)
     if denominator == "own_positive":
@@ -247,7 +247,7 @@ def sup_con(
         loss = -(log_ratio if weights is None else weights * log_ratio).sum(1) / mass
     else:
         terms = log_ratio if weights is None else log_ratio + weights.masked_fill(~same, 1.0).log()  # (B, K)
-        loss = mass.log() - terms.masked_fill(~some[:, None], 0.0).logsumexp(1)
+        loss = mass.log() - row_logsumexp(terms.masked_fill(~some[:, None], 0.0))
     stats = {"logsumexp": lse.detach(), "num_positives": same.sum(1), "num_without_positive": (~some).sum()}
     return loss.masked_fill(~some, 0.0), stats
 

@@ -33,6 +33,15 @@ def scores_of(query: Tensor, negative_keys: Tensor, usable: Tensor | None = None
         return (scores + lost.masked_fill(finite, 0.0)).masked_fill(~usable, 0.0)
 
 
+def row_logsumexp(x: Tensor) -> Tensor:
+    """x (B, columns) -> (B,). Its softmax sums to 1 however large x is, where torch's is exp(x - lse) of a rounded lse."""
+    if x.shape[1] == 0:
+        return x.logsumexp(1)
+    highest = x.detach().amax(1, keepdim=True)  # (B, 1)
+    shift = highest.masked_fill(~highest.isfinite(), 0.0)
+    return (x - shift).logsumexp(1) + shift[:, 0]
+
+
 def ranking(scores: Tensor, usable: Tensor | None) -> tuple[Tensor, Tensor]:
     """Columns of each row, candidates first and hardest first: index (B, K), number of candidates (B,)."""
     scores = scores.detach()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from negmine.options import Select
-from negmine.reference.selection import multiplicity, scores_of
+from negmine.reference.selection import multiplicity, row_logsumexp, scores_of
 
 Draw = tuple[int, int | Tensor, int | Tensor]  # seed, step, row_offset
 
@@ -47,8 +47,7 @@ def logsumexp(
     some = (times > 0).any(1)  # (B,)
     logits = scores / temperature if key_bias is None else scores / temperature + key_bias.to(scores.dtype)  # (B, K)
     x = (logits + times.to(scores.dtype).log()).masked_fill(times == 0, -torch.inf)  # (B, K)
-    lse = F.pad(x, (0, 1), value=-torch.inf).masked_fill(~some[:, None], 0.0).logsumexp(1)  # no column is no error
-    return lse.masked_fill(~some, -torch.inf)
+    return row_logsumexp(x.masked_fill(~some[:, None], 0.0)).masked_fill(~some, -torch.inf)
 
 
 def softplus_sum(
@@ -76,7 +75,7 @@ def gathered_logsumexp(
     absent = index < 0  # (B, M)
     rows = negative_keys[index.clamp_min(0)].masked_fill(absent[:, :, None], 0.0)  # (B, M, D)
     scores = scores_of(query, rows).masked_fill(absent, -torch.inf)  # (B, M)
-    lse = (scale * scores).masked_fill(absent, -torch.inf).logsumexp(1)  # (B,)
+    lse = row_logsumexp((scale * scores).masked_fill(absent, -torch.inf))  # (B,)
     p = (scale * scores - lse[:, None]).exp().masked_fill(absent, 0.0)  # (B, M)
     return scores, lse, torch.einsum("bm,bmd->bd", p, rows)
 
