@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 import negmine
 from negmine import Select
+from negmine.mining import mining_rounds
 from tests.cases import unit
 from tests.compare import same_result
 from tests.ranks import run_ranks
@@ -42,6 +43,17 @@ def _refused(call):
     return "nothing was refused"
 
 
+def rounds(own, group):
+    """What three rounds hand to training, over the rows `own` of a corpus that moves."""
+    q, _, positives, exclude = inputs()
+    call = {"num_negatives": 4, "keep_old": 3, "exclude": exclude, "process_group": group, "select": Select(1, 30)}
+    seen = []
+    mining_rounds(
+        lambda r: (q, unit(K, D, seed=2 + r)[own]), lambda r, result: seen.append(result), positives, rounds=3, **call
+    )
+    return seen
+
+
 def work(rank, world, folder):
     group, results = dist.group.WORLD, {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -53,6 +65,7 @@ def work(rank, world, folder):
                     *(q, own, positives), exclude=exclude, process_group=group, batch_size=9 + rank, **options
                 )
                 results[name, dtype] = got
+    results["rounds"] = rounds(slice(CUTS[world][rank], CUTS[world][rank + 1]), group)
     q, c, positives, _ = inputs()
     own = c[CUTS[world][rank] : CUTS[world][rank + 1]]
     options = {"process_group": group, "resume_dir": f"{folder}/run", "batch_size": 8}
@@ -89,6 +102,8 @@ def test_ranks_mine_what_one_process_mines(world, tmp_path):
                         reasons = ("own_text", "equal_to_positive", "duplicate")
                         assert all(want.skipped[reason] > 0 for reason in reasons)
                     same_result(got[rank][name, dtype], want)
+        for got_round, want_round in zip(got[rank]["rounds"], rounds(slice(None), None), strict=True):
+            same_result(got_round, want_round)
         same_result(got[rank]["resumed"], alone)
         same_result(got[rank]["again"], alone)
         assert got[rank]["again"].config["sizes"]["ranks"] == world

@@ -113,7 +113,7 @@ def test_a_toy_model_learns_from_rounds():
         ({"keep_old": -1}, ValueError, "keep_old must be an int of 0 or more, got -1"),
         ({"min_new": 1.5}, ValueError, r"min_new must be a share in \[0, 1\], got 1.5"),
         ({"resume_dir": "x"}, ValueError, "resume_dir must be left out"),
-        ({"process_group": 1}, ValueError, "process_group must be left out"),
+        ({"process_group": 1}, TypeError, "process_group must be a process group of torch.distributed"),
         ({"embed": 3}, TypeError, "embed must be a callable, got 3"),
         ({"train_round": None}, TypeError, "train_round must be a callable, got None"),
     ],

@@ -25,7 +25,8 @@ from negmine.adapters import sentence_transformers
 from negmine.adapters.pytorch_metric_learning import CrossBatchMemory, DistributedLossWrapper
 from negmine.collectives import Ranks
 from negmine.losses import gathered
-from negmine.mining import scan
+from negmine.mining import mining_rounds, scan
+from negmine.mining.process_ranks import ProcessRanks
 from negmine.queues import ShardedMoCoQueue
 from tests import long_run
 from tests.cases import ids, unit
@@ -77,6 +78,16 @@ def mine(bad, **changes):
     group = dist.group.WORLD
     call = {"num_negatives": 2, "process_group": group, **(changes if bad else {})}
     negmine.mine_hard_negatives(unit(3, D), call.pop("corpus", unit(9, D, seed=rank)), [0, 1, 2], **call)
+
+
+def rounds(bad, **changes):
+    def embed(number):
+        if bad and not changes:
+            raise RuntimeError("no model to embed with")
+        return unit(3, D), unit(9, D, seed=dist.get_rank())
+
+    call = {"rounds": 2, "num_negatives": 2, "process_group": dist.group.WORLD, **(changes if bad else {})}
+    mining_rounds(embed, lambda number, result: None, [0, 1, 2], **call)
 
 
 def out_of_memory(bad):
@@ -166,6 +177,9 @@ BAD = {
     ),
     "3b mining: dtypes": (lambda bad: mine(bad, deduplicate="near", corpus=unit(9, D).half()), None),
     "3b mining: seeds": (lambda bad: mine(bad, seed=1), None),
+    "3a rounds: rounds": (lambda bad: rounds(bad, rounds=0), "rounds must be an int of 1 or more"),
+    "3a rounds: embed fails": (rounds, "no model to embed with"),
+    "3b rounds: keep_old": (lambda bad: rounds(bad, keep_old=1), None),
     "3b InfoNCELoss: dtypes": (
         lambda bad: paired(negmine.InfoNCELoss(**GATHER), bad, query=unit(B, D).bfloat16()),
         None,
@@ -223,37 +237,42 @@ BAD = {
 def bad_calls(rank, world, folder):
     """What each call of BAD raises here where the last rank is bad, and where agreements were made."""
     said, sites = {}, set()
-    agreement = Ranks.agreement
+    entries = {(Ranks, "agreement"): Ranks.agreement, (ProcessRanks, "together"): ProcessRanks.together}
+    assert {name for _, name in entries} == AGREEING
 
-    def recorded(self, op, device=None):
-        code = sys._getframe(1).f_code
-        sites.add((Path(code.co_filename).relative_to(PACKAGE).as_posix(), code.co_name))
-        return agreement(self, op, device)
+    def recorded(entry):
+        def wrapped(*arguments):
+            code = sys._getframe(1).f_code
+            sites.add((Path(code.co_filename).relative_to(PACKAGE).as_posix(), code.co_name))
+            return entry(*arguments)
 
-    Ranks.agreement = recorded
+        return wrapped
+
+    for (kind, name), entry in entries.items():
+        setattr(kind, name, recorded(entry))
     for name, (call, _) in BAD.items():
         said[name] = "nothing was refused"
         try:
             call(rank == world - 1)
         except Exception as error:
             said[name] = f"{type(error).__name__}: {error}"
-    Ranks.agreement = agreement
+    for (kind, name), entry in entries.items():
+        setattr(kind, name, entry)
     return said, sites
 
 
+AGREEING = {"agreement", "together"}  # of Ranks, and of ProcessRanks
+
+
 def agreements():
-    """Where the package makes agreements: (file, function) of every call of Ranks.agreement."""
+    """Where the package makes agreements: (file, function) of every call of an entry of AGREEING."""
     found = set()
     for path in PACKAGE.rglob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
             if not isinstance(function, ast.FunctionDef):
                 continue
             for node in ast.walk(function):
-                if (
-                    isinstance(node, ast.Call)
-                    and isinstance(node.func, ast.Attribute)
-                    and node.func.attr == "agreement"
-                ):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in AGREEING:
                     found.add((path.relative_to(PACKAGE).as_posix(), function.name))
     return found
 
@@ -483,9 +502,9 @@ def test_3_what_one_rank_refuses_every_rank_raises(got):
                 assert own in said, (name, said)
             else:
                 assert f"rank {bad}" in said, (name, rank, said)
-                assert said.startswith("RuntimeError" if "memory" in name or "load_state" in name else "ValueError"), (
-                    said
-                )
+                assert said.startswith(
+                    "RuntimeError" if "memory" in name or "load_state" in name or "fails" in name else "ValueError"
+                ), said
 
 
 def test_3_every_agreement_of_the_package_has_a_bad_rank(got):

@@ -14,14 +14,14 @@ import torch
 from negmine import reference
 from negmine.mining.hard_negatives import mine_hard_negatives
 from negmine.mining.identity import Side, resolve
+from negmine.mining.process_ranks import ProcessRanks
 from negmine.mining.result import MiningResult
-from negmine.mining.scan import OPS, pair_scores
+from negmine.mining.scan import OPS, Corpus
 from negmine.mining.sources import Rows, resolve_device
 from negmine.ops import backends, checks, sort_key
 from negmine.options import Select, is_real
 
 OP = "mining_rounds"
-REFUSED_OPTIONS = ("resume_dir", "process_group")  # a folder holds one run; one process scores the old negatives
 
 
 @dataclass(frozen=True)
@@ -57,34 +57,43 @@ def mining_rounds(
         first: a negative learnt and dropped may be forgotten. They pass today's filters, never the window. result then has
         num_negatives + keep_old columns, hardest first.
     min_new: share of new negatives below which another round would teach the same again; 0 never stops.
-    mining: mine_hard_negatives' own arguments, save resume_dir and process_group. seed grows by 1 a round.
+    mining: mine_hard_negatives' own arguments, save resume_dir. seed grows by 1 a round. With process_group embed(r) returns all
+        queries and the rank's own rows of the corpus, and every rank's train_round gets the one result.
 
-    Returns the rounds that were trained. Raises ValueError or TypeError for what does not fit.
+    Returns the rounds that were trained. Raises ValueError or TypeError for what does not fit. What embed or the mining raises
+    on one rank is raised on all; not what train_round raises, which may come amid collectives of its own.
     """
-    checks.require_count(OP, "rounds", rounds)
-    checks.require_count(OP, "keep_old", keep_old, 0)
-    if not is_real(min_new) or not 0 <= min_new <= 1:
-        raise checks.refuse(OP, "min_new", "a share in [0, 1]", min_new)
-    for name, function in {"embed": embed, "train_round": train_round}.items():
-        if not callable(function):
-            raise checks.refuse(OP, name, "a callable", function, TypeError)
-    for name in REFUSED_OPTIONS:
-        if mining.get(name) is not None:
-            raise checks.refuse(OP, name, "left out: a round is mined by one process, in one go", mining[name])
-    if keep_old and mining.get("rescore") is not None:
-        raise checks.refuse(
-            OP, "keep_old", "0 where rescore is given: old negatives are scored by their embeddings", keep_old
-        )
+    ranks = ProcessRanks(OP, mining.get("process_group"))
+    with ranks.together():
+        ranks.require_group()
+        checks.require_count(OP, "rounds", rounds)
+        checks.require_count(OP, "keep_old", keep_old, 0)
+        if not is_real(min_new) or not 0 <= min_new <= 1:
+            raise checks.refuse(OP, "min_new", "a share in [0, 1]", min_new)
+        for name, function in {"embed": embed, "train_round": train_round}.items():
+            if not callable(function):
+                raise checks.refuse(OP, name, "a callable", function, TypeError)
+        if mining.get("resume_dir") is not None:
+            raise checks.refuse(
+                OP, "resume_dir", "left out: a folder holds one run, and every round is one", mining["resume_dir"]
+            )
+        if keep_old and mining.get("rescore") is not None:
+            raise checks.refuse(
+                OP, "keep_old", "0 where rescore is given: old negatives are scored by their embeddings", keep_old
+            )
+        ranks.require_same({"rounds": rounds, "keep_old": keep_old, "min_new": min_new})
     done: list[Round] = []
     for number in range(rounds):
-        queries, corpus = embed(number)
+        with ranks.together():
+            queries, corpus = embed(number)
         result = mine_hard_negatives(queries, corpus, positives, **{**mining, "seed": mining.get("seed", 0) + number})
         old = done[-1].result.indices if done else None
         new = 1.0 if old is None else new_share(result.indices, old)
         if new < min_new and number:
             break
         if keep_old:
-            result = _add_old_negatives(result, old, keep_old, queries, corpus, positives, mining)
+            with ranks.together():
+                result = _add_old_negatives(result, old, keep_old, queries, corpus, positives, mining, ranks)
         done.append(Round(number, result, new, train_round(number, result)))
     return done
 
@@ -103,14 +112,17 @@ def new_share(now: np.ndarray, before: np.ndarray) -> float:
 
 
 def _add_old_negatives(
-    result: MiningResult, old: np.ndarray | None, keep: int, queries: Any, corpus: Any, positives: Any, mining: dict
-) -> MiningResult:
+    result: MiningResult, old: np.ndarray | None, keep: int, queries: Any, rows: Any, positives: Any, mining: dict,
+    ranks: ProcessRanks,
+) -> MiningResult:  # fmt: skip
     """The result with up to `keep` old negatives (Q, m) of each query, rescored, filtered and ranked among the new."""
     Q = len(result.indices)
     kept_rows, kept_scores = np.full((Q, keep), -1), np.full((Q, keep), -np.inf, np.float32)
     if old is not None:
-        query_rows, rows = Rows.open(OP, "query_embeddings", queries), Rows.open(OP, "corpus_embeddings", corpus)
+        query_rows, rows = Rows.open(OP, "query_embeddings", queries), Rows.open(OP, "corpus_embeddings", rows)
         where = resolve_device(OP, mining.get("device"), query_rows if query_rows.device else rows)
+        rows_per_rank = [int(part) for part in ranks.gather(torch.tensor(len(rows), device="cpu"))]
+        corpus = Corpus(rows, where, ranks, rows_per_rank)
         empty = np.empty(0, np.int64)
         ops = backends.choose(
             OP, OPS, mining.get("backend"), (query_rows.gather(empty, where), rows.gather(empty, where))
@@ -120,23 +132,17 @@ def _add_old_negatives(
             Side.open(OP, (ids, texts), mining.get(ids), mining.get(texts), count, blank)
             for ids, texts, count, blank in (
                 ("query_ids", "query_texts", Q, 0),
-                ("corpus_ids", "corpus_texts", len(rows), 1),
+                ("corpus_ids", "corpus_texts", len(corpus), 1),
             )
         )
         sides = (query_names, corpus_names)
         given = (positives, mining.get("exclude"))
-        hidden = resolve(OP, *sides, *given, Q, len(rows), query_rows.row_digests, warn=False)
+        hidden = resolve(OP, *sides, *given, Q, len(corpus), query_rows.row_digests, warn=False)
         usable &= ~_is_in(old, hidden.take(np.arange(Q)).padded())
         at, slot = np.nonzero(usable)
         scores = np.full(old.shape, np.nan, np.float32)
         with torch.no_grad():
-            scores[at, slot] = pair_scores(
-                ops,
-                lambda some: query_rows.gather(some, where),
-                lambda some: rows.gather(some, where),
-                at,
-                old[at, slot],
-            )
+            scores[at, slot] = corpus.pair_scores(ops, query_rows, at, old[at, slot])
         select = mining.get("select") or Select()
         filters = replace(select, range_min=0, range_max=None)
         current = torch.from_numpy(scores)
