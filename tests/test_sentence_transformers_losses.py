@@ -217,6 +217,28 @@ def test_the_second_embedding_repeats_the_random_numbers_of_the_first(kind):
         torch.testing.assert_close(loss(columns(2), None), first.detach())
 
 
+class Projected(Model):
+    def __init__(self):
+        super().__init__(1)
+        self.linear = nn.Linear(D, D)
+        self.seen = []
+
+    def forward(self, features):
+        features = super().forward(features)
+        features["sentence_embedding"] = self.linear(features["sentence_embedding"])
+        self.seen.append(features["sentence_embedding"].dtype)
+        return features
+
+
+def test_the_second_embedding_is_under_the_autocast_of_the_first():
+    model = Projected()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = ours.CachedMultipleNegativesRankingLoss(model, mini_batch_size=4)(columns(0))
+    value.backward()
+    assert value.dtype == torch.float32 and model.seen == [torch.bfloat16] * 8
+    assert model.linear.weight.grad.isfinite().all() and model.linear.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize(
     "options,words",
     [
@@ -247,7 +269,7 @@ def test_refused_features_and_guides():
     with pytest.raises(ValueError, match="mini_batch_num_tokens must be None for features without attention_mask"):
         ids = {"input_ids": torch.ones(2, 9, dtype=torch.long)}
         ours.CachedMultipleNegativesRankingLoss(model, mini_batch_num_tokens=3)([ids, ids])
-    with pytest.raises(ValueError, match="guide must be a module with a tokenizer of transformers, got Linear"):
+    with pytest.raises(ValueError, match="guide must be a module with a tokenizer of transformers, got 'Linear'"):
         ours.GISTEmbedLoss(model, nn.Linear(2, 2))
     with pytest.raises(ValueError, match="margin_strategy must be 'absolute' or 'relative'"):
         ours.CachedGISTEmbedLoss(model, model, margin_strategy="percent")

@@ -1,7 +1,8 @@
 """Gradient caching (Gao et al. 2021, arXiv 2101.06983) of a model that takes sentence-transformers' features.
 
 Every mini-batch is embedded without a graph, the loss is differentiated as far as the embeddings, and when the loss is
-differentiated each mini-batch is embedded once more, with its graph and the random numbers of the first time.
+differentiated each mini-batch is embedded once more, with its graph and the random numbers and autocast of the first time.
+negmine.losses.grad_cache does all of that in one call; here the caller, such as a trainer, calls backward.
 """
 
 from collections.abc import Callable, Iterator
@@ -87,6 +88,7 @@ class Part(NamedTuple):
 
     features: Features
     state: _RandomState
+    autocast: dict[str, Any]
     rows: Tensor  # (n, D), a leaf
 
 
@@ -98,7 +100,11 @@ def embed(model: nn.Module, features: Features, ranges: list[tuple[int, int]]) -
         state = _RandomState(part)
         with torch.no_grad():
             rows = model(dict(part))["sentence_embedding"]  # a model writes into the features that it is given
-        made.append(Part(part, state, rows.detach().requires_grad_(torch.is_grad_enabled())))
+        device = rows.device.type
+        autocast = {"device_type": device, "enabled": torch.is_autocast_enabled(device)}
+        autocast["dtype"] = torch.get_autocast_dtype(device)
+        made.append(Part(part, state, autocast, rows.detach().requires_grad_(torch.is_grad_enabled())))
+    torch.clear_autocast_cache()  # weights that were cast without gradient
     return made
 
 
@@ -114,7 +120,8 @@ def _replay(model: nn.Module, parts: list[tuple[Part, Tensor]], grad: Tensor) ->
     unsynchronised: Callable[[], Any] = getattr(model, "no_sync", nullcontext)  # DistributedDataParallel's
     with torch.enable_grad():
         for number, (part, cached) in enumerate(parts, 1):
-            with nullcontext() if number == len(parts) else unsynchronised(), part.state.replayed():
-                rows = model(dict(part.features))["sentence_embedding"]
+            with nullcontext() if number == len(parts) else unsynchronised():
+                with part.state.replayed(), torch.autocast(**part.autocast):
+                    rows = model(dict(part.features))["sentence_embedding"]
                 if rows.requires_grad:
                     rows.backward(cached.to(rows.dtype) * grad)
