@@ -1,9 +1,11 @@
 """Sources of embeddings: .npy, .safetensors and .parquet files, shards, tensors, and files that cannot be read."""
 
+import gzip
 import itertools
 import re
 import sys
 import tempfile
+import types
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ import torch
 
 import negmine
 from negmine import NegativeIndex
+from negmine.cli import files
 from negmine.mining import sources
+from negmine.mining.sources import Rows
 from tests.cases import unit
 from tests.compare import same_result
 
@@ -39,7 +43,7 @@ def to_parquet(path, kind="fixed", dtype="float32", rows=C, name="embedding", gr
 @pytest.mark.parametrize("kind", ["fixed", "list", "large"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 def test_parquet_columns(kind, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PARQUET_ROWS", 6)
+    monkeypatch.setattr(sources, "DECODED_ROWS", 6)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spool"))
     (tmp_path / "spool").mkdir()
     path, rows = tmp_path / "c.parquet", C.astype(dtype)
@@ -186,3 +190,67 @@ def test_damaged_shard_is_refused(tmp_path):
     (tmp_path / "c.npy").write_bytes(b"\x93NUMPY\x01\x00garbage")
     with pytest.raises(ValueError, match=r"corpus_embeddings must be a whole .npy file"):
         mine(Q, tmp_path / "c.npy", POSITIVES)
+
+
+def stored(name, content):
+    fsspec = pytest.importorskip("fsspec")
+    with fsspec.open(name, "wb") as file:
+        file.write(content)
+    return name
+
+
+def test_files_in_object_storage(tmp_path, monkeypatch):
+    """The bytes of a URL are those of the file: embeddings, texts, plain or compressed, and what is wrong with them."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    rows = unit(20, 4, seed=1).numpy()
+    np.save(tmp_path / "rows.npy", rows)
+    url = stored("memory://negmine/rows.npy", (tmp_path / "rows.npy").read_bytes())
+    held = Rows.open("mine", "corpus_embeddings", [url, str(tmp_path / "rows.npy")])
+    assert torch.equal(held.block(0, 40, torch.device("cpu")), torch.from_numpy(np.concatenate([rows, rows])))
+    texts = stored("memory://negmine/texts.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": "b"}\n'))
+    assert files.texts(texts) == ["a", "b"]
+    bad = stored("memory://negmine/bad.npy", b"no array")
+    with pytest.raises(ValueError, match=r"mine: rows must be a whole \.npy file, got 'memory://negmine/bad.npy'"):
+        Rows.open("mine", "rows", bad)
+    for missing, words in (("memory://negmine/none.npy", "cannot be read"), ("nowhere://a.npy", "cannot be read")):
+        with pytest.raises(ValueError, match=f"'{missing}' {words}"):
+            Rows.open("mine", "rows", missing)
+        with pytest.raises(ValueError, match=f"'{missing}' {words}"):
+            files.texts(missing)
+    assert not list(tmp_path.glob("negmine-*")), "copies are gone"
+
+
+def test_a_url_without_fsspec(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(
+        ImportError, match=r"'s3://b/rows\.npy' is a URL, and reading it needs fsspec: pip install fsspec"
+    ):
+        Rows.open("mine", "rows", "s3://b/rows.npy")
+
+
+def test_lance_datasets(tmp_path, monkeypatch):
+    arrow = pytest.importorskip("pyarrow")
+    rows = unit(50, 4, seed=1).numpy()
+    lists = arrow.FixedSizeListArray.from_arrays(arrow.array(rows.reshape(-1)), 4)
+    table = arrow.table({"id": list(range(50)), "vector": lists})
+    folder = tmp_path / "rows.lance"
+    try:
+        import lance
+
+        lance.write_dataset(table, str(folder), max_rows_per_file=20)
+    except ImportError:
+        folder.mkdir()
+
+        def to_batches(columns, batch_size):
+            return table.select(columns).to_batches(max_chunksize=20)
+
+        opened = types.SimpleNamespace(schema=table.schema, to_batches=to_batches)
+        monkeypatch.setitem(sys.modules, "lance", types.SimpleNamespace(dataset=lambda path: opened))
+    for name in (folder, f"{folder}::vector"):
+        held = Rows.open("mine", "rows", name)
+        assert held.dtype == "float32" and torch.equal(held.block(0, 50, torch.device("cpu")), torch.from_numpy(rows))
+    with pytest.raises(ValueError, match="rows must be the name of a column of lists of floats"):
+        Rows.open("mine", "rows", f"{folder}::id")
+    monkeypatch.setitem(sys.modules, "lance", None)
+    with pytest.raises(ImportError, match="and reading it needs pylance: pip install pylance"):
+        Rows.open("mine", "rows", folder)

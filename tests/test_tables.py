@@ -1,6 +1,7 @@
 """Embeddings in tables: every column type gives the rows that an array of them gives, by position."""
 
 import re
+import zlib
 
 import numpy as np
 import pytest
@@ -88,7 +89,12 @@ def test_datasets_are_read_as_they_are_selected():
     rows = datasets.Dataset.from_dict({"text": ["t"] * 60, "embedding": np.concatenate([C, -C]).tolist()})
     rows = rows.cast_column("embedding", datasets.Sequence(datasets.Value("float32")))
     same_result(mine(rows.select(range(29, -1, -1)).select(range(29, -1, -1))), mine(C))
-    for bad in (rows.to_iterable_dataset(), datasets.DatasetDict({"train": rows}), rows.remove_columns("embedding")):
+    stream = rows.select(range(30)).to_iterable_dataset()
+    same_result(mine(stream), mine(C))
+    for given in (stream, stream["text"]):
+        result = negmine.mining.from_texts(encoded, given, [f"d{i}" for i in range(30)], list(range(30)))
+        assert result.query_texts == ["t"] * 30
+    for bad in (datasets.DatasetDict({"train": rows}), rows.remove_columns("embedding")):
         with pytest.raises(TypeError, match="corpus_embeddings must be "):
             mine(bad)
 
@@ -111,3 +117,50 @@ def test_texts_of_a_parquet_file(tmp_path):
     )
     with pytest.raises(ValueError, match=r"t.parquet::n' must be a .parquet file with a column of strings"):
         texts(f"{tmp_path}/t.parquet::n")
+
+
+class Stream:
+    """What is read of a streamed data set."""
+
+    def __init__(self, table):
+        self.table, self.column_names = table, table.column_names
+
+    def with_format(self, kind):
+        assert kind == "arrow"
+        return self
+
+    def iter(self, batch_size):
+        for begin in range(0, len(self.table), 7):
+            yield self.table.slice(begin, 7)
+
+    def __iter__(self):
+        return iter(self.table.to_pylist())
+
+
+IterableDataset = type("IterableDataset", (Stream,), {"__module__": "datasets.iterable_dataset"})
+
+
+def encoded(texts):
+    return np.stack([np.random.default_rng(zlib.crc32(text.encode())).standard_normal(8) for text in texts])
+
+
+def test_streamed_datasets():
+    """Vectors are decoded from it batch by batch, texts are read from its only column of strings."""
+    arrow = pytest.importorskip("pyarrow")
+    words = [f"text {i}" for i in range(30)]
+    lists = arrow.array(C.tolist(), arrow.list_(arrow.float32()))
+    stream = IterableDataset(arrow.table({"text": words, "embedding": lists}))
+    same_result(mine(stream), mine(C))
+    result = negmine.mining.from_texts(encoded, stream, stream, list(range(30)))
+    assert result.corpus_texts == words == result.query_texts
+    two = IterableDataset(arrow.table({"a": words, "b": words}))
+    with pytest.raises(
+        TypeError, match=r"queries must be a streamed data set with one column of strings, .* got 'columns a, b'"
+    ):
+        negmine.mining.from_texts(encoded, two, stream, [0])
+    with pytest.raises(TypeError, match="corpus_embeddings must be a table with one column of vectors"):
+        mine(two)
+    with pytest.raises(
+        ValueError, match="corpus_embeddings must be a data set of 1 row or more, got 'an empty stream'"
+    ):
+        mine(IterableDataset(arrow.table({"a": []})))

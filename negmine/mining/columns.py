@@ -10,10 +10,24 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from negmine.mining.tables import is_stream
 from negmine.ops.checks import describe, refuse, require_stored
 
 TEXTS = "texts, one a row, in a list, an array, or a column of a table"
 BLOCK = 4096  # entries converted to Python objects at a time
+
+
+def _drained(op: str, name: str, stream: Any) -> list:
+    """The entries of a column of a streamed data set, or of its only column of strings."""
+    if not hasattr(stream, "column_names"):
+        return list(stream)
+    rows = iter(stream)
+    first: dict[str, Any] = next(rows, {})
+    fitting = [key for key, entry in first.items() if isinstance(entry, str)]
+    if len(fitting) != 1:
+        wanted = "a streamed data set with one column of strings, or one of its columns"
+        raise refuse(op, name, wanted, f"columns {', '.join(map(str, first)) or 'of an empty one'}", TypeError)
+    return [first[fitting[0]], *(row[fitting[0]] for row in rows)]
 
 
 def is_column(value: Any) -> bool:
@@ -28,6 +42,8 @@ class Column:
 
     def __init__(self, op: str, name: str, value: Any, wanted: str = TEXTS) -> None:
         self.op, self.name, self.given = op, name, value
+        if is_stream(value):
+            value = self.given = _drained(op, name, value)
         if not is_column(value):
             raise refuse(op, name, wanted, _kind(value), TypeError)
         if hasattr(value, "column_names") and hasattr(value, "features"):  # a datasets.Dataset

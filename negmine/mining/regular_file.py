@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from negmine.mining.remote import is_url, open_url
 from negmine.ops.checks import describe
 
 MAX_JSON_BYTES = 1 << 26  # of a file that a user gives; a file of negmine's own allows fewer
@@ -23,7 +24,12 @@ def cause(error: BaseException) -> str:
 
 
 def open_regular(path: str | os.PathLike) -> IO[bytes]:
-    """An existing regular file, open for reading. Raises ValueError for anything else, in a sentence that names it."""
+    """An existing regular file, open for reading, or a copy of one in object storage.
+
+    Raises ValueError for anything else, in a sentence that names it.
+    """
+    if is_url(path):
+        return open_url(str(path))
     if not os.path.exists(path):
         raise ValueError(f"{describe(str(path))} is no file")
     try:

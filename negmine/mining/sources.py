@@ -8,23 +8,25 @@
     "rows.safetensors::name"   a tensor of the file, memory-mapped; the name may be omitted if only one tensor has two dimensions
     "rows.parquet::column"     a column of lists of D floats; the name may be omitted if there is only one such column
     "rows.arrow::column"       the same in an Arrow IPC file or stream (.arrow, .feather)
+    "rows.lance::column"       the same in a Lance dataset, a folder
     "rows.npz::name"           an array of the file, read into memory; the name may be omitted if there is only one
-    a table                    Arrow, pandas, polars or datasets: see tables.py
+    "s3://bucket/rows.npy"     any of these in object storage, copied once: see remote.py
+    a table                    Arrow, pandas, polars or datasets, streamed ones too: see tables.py
 
 float64 rows are rounded to float32 as they are read.
 
 The row number is the position in the concatenation of the shards. Content hashes and the detection of equal rows read the rows
 only, so neither depends on where the shards are cut.
 
-Parquet files are compressed, so their rows cannot be memory-mapped directly: the column is decoded once, batch by batch, into an
-unnamed temporary file, which is memory-mapped and disappears when the process ends.
+The rows of Parquet files, Lance datasets and streams cannot be memory-mapped as they are: the column is decoded once, batch by
+batch, into an unnamed temporary file, which is memory-mapped and disappears when the process ends.
 """
 
 import bisect
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +34,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from negmine.mining.decoding import DECODED_ROWS, decoded
 from negmine.mining.numpy_file import names_in_npz, read_npz
 from negmine.mining.regular_file import cause
-from negmine.mining.tables import is_vector, matrix, rows_of
+from negmine.mining.remote import is_url, local_copy
+from negmine.mining.tables import is_stream, is_vector, rows_of, vector_column
 from negmine.ops.checks import refuse, require_stored
 from negmine.ops.vectors import for_kernels
 
+WANTED = ".npy, .safetensors or .parquet"
 FORMS = (
-    "an array, a tensor, the path of a .npy, .safetensors or .parquet file, or a list of those, "
+    f"an array, a tensor, the path of a {WANTED} file, or a list of those, "
     "or a table of Arrow, pandas, polars or datasets"
 )
-PARQUET_ROWS = 4096  # decoded at a time
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 HASHED_ROWS = 2048  # rows in memory at a time while hashing
 
@@ -51,11 +55,19 @@ def open_shard(op: str, name: str, value: Any) -> Tensor | np.ndarray:
     """A file as a private memory map, which torch can wrap; an array or a tensor as it is."""
     if isinstance(value, (str, os.PathLike)):
         text, _, inner = str(value).partition("::")
-        path = Path(text)
+        path, is_remote = Path(text), is_url(text)
         reader = READERS.get(path.suffix)
-        if reader is None or not path.is_file() or (inner and path.suffix == ".npy"):
-            raise refuse(op, name, "the path of an existing .npy, .safetensors or .parquet file", str(value))
-        return reader(op, name, path, inner)
+        exists = is_remote or (path.is_dir() if reader is _open_lance else path.is_file())
+        if reader is None or not exists or (inner and path.suffix == ".npy"):
+            raise refuse(op, name, f"the path of an existing {WANTED} file", str(value))
+        if not is_remote:
+            return reader(op, name, path, inner)
+        if reader is _open_lance:
+            return reader(op, name, text, inner)
+        with local_copy(text) as copy:
+            return reader(op, name, copy, inner)
+    if is_stream(value):
+        return _open_stream(op, name, value)
     if not isinstance(value, (np.ndarray, Tensor)):
         rows = rows_of(op, name, value)
         if rows is not None:
@@ -120,33 +132,47 @@ def _open_parquet(op: str, name: str, path: Path, inner: str) -> np.ndarray:
     except (arrow.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
         raise _damaged(op, name, path, error) from error
     column = _choose_name(op, name, path, inner, fitting, "a column of lists of floats")
-    dtype = np.dtype(schema.field(column).type.value_type.to_pandas_dtype())
-    rows, dim = 0, 0
-    with file, tempfile.TemporaryFile(prefix="negmine-") as decoded:
-        batches = file.iter_batches(PARQUET_ROWS, columns=[column])
+
+    def pieces() -> Iterator[Any]:
+        with file:
+            batches = file.iter_batches(DECODED_ROWS, columns=[column])
+            while True:
+                try:
+                    batch = next(batches, None)
+                except (arrow.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
+                    raise _damaged(op, name, path, error) from error
+                if batch is None:
+                    return
+                yield batch.column(0)
+
+    return decoded(op, name, str(path), column, pieces())
+
+
+def _open_lance(op: str, name: str, path: Any, inner: str) -> np.ndarray:
+    """path: a folder, or a URL, which lance opens itself."""
+    try:
+        import lance
+    except ImportError as error:
+        raise _missing_package(op, name, path, "pylance") from error
+    try:
+        table = lance.dataset(str(path))
+        fitting = [field.name for field in table.schema if is_vector(field.type)]
+    except Exception as error:  # errors of Rust, as several kinds
+        raise _damaged(op, name, Path(path), error) from error
+    column = _choose_name(op, name, path, inner, fitting, "a column of lists of floats")
+
+    def pieces() -> Iterator[Any]:
+        batches = iter(table.to_batches(columns=[column], batch_size=DECODED_ROWS))
         while True:
             try:
                 batch = next(batches, None)
-            except (arrow.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
-                raise _damaged(op, name, path, error) from error
+            except Exception as error:
+                raise _damaged(op, name, Path(path), error) from error
             if batch is None:
-                break
-            lists = batch.column(0)
-            part = matrix(lists)
-            if part is not None and len(part):
-                dim = dim or part.shape[1]
-            if part is None or (len(part) and part.shape[1] != dim):
-                raise refuse(
-                    op, name, f"lists of one length without gaps in column {column!r}", f"{path} near row {rows}"
-                )
-            try:
-                decoded.write(part.reshape(-1).data)
-            except OSError as error:
-                where = f"{op}: {name}: no room in {tempfile.gettempdir()!r} for the rows of {str(path)!r}"
-                raise OSError(error.errno, f"{where} ({error.strerror}); TMPDIR names another folder") from error
-            rows += len(lists)
-        decoded.flush()
-        return np.memmap(decoded, dtype, "c", 0, (rows, dim)) if rows and dim else np.empty((rows, dim), dtype)
+                return
+            yield batch.column(0)
+
+    return decoded(op, name, str(path), column, pieces())
 
 
 def _open_arrow(op: str, name: str, path: Path, inner: str) -> np.ndarray:
@@ -168,6 +194,17 @@ def _open_arrow(op: str, name: str, path: Path, inner: str) -> np.ndarray:
     return rows_of(op, name, table.column(column))  # type: ignore[return-value]
 
 
+def _open_stream(op: str, name: str, stream: Any) -> np.ndarray:
+    """The only column of vectors of a streamed data set, read once."""
+    batches = stream.with_format("arrow").iter(batch_size=DECODED_ROWS)
+    first = next(batches, None)
+    if first is None:
+        raise refuse(op, name, "a data set of 1 row or more", "an empty stream")
+    column = vector_column(op, name, first)
+    each = (piece for table in chain([first], batches) for piece in table.column(column).chunks)
+    return decoded(op, name, "the stream", column, each)
+
+
 def _open_npz(op: str, name: str, path: Path, inner: str) -> np.ndarray:
     try:
         fitting = names_in_npz(path)
@@ -179,13 +216,14 @@ def _open_npz(op: str, name: str, path: Path, inner: str) -> np.ndarray:
         raise _damaged(op, name, path, error) from error
 
 
-READERS: dict[str, Callable[[str, str, Path, str], Tensor | np.ndarray]] = {
+READERS: dict[str, Callable[[str, str, Any, str], Tensor | np.ndarray]] = {
     ".npy": _open_npy,
     ".safetensors": _open_safetensors,
     ".parquet": _open_parquet,
     ".npz": _open_npz,
     ".arrow": _open_arrow,
     ".feather": _open_arrow,
+    ".lance": _open_lance,
 }
 
 

@@ -56,13 +56,19 @@ def _from_arrow(op: str, name: str, column: Any) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _from_table(op: str, name: str, table: Any) -> np.ndarray:
-    """The only column of vectors of an Arrow table."""
+def is_stream(value: Any) -> bool:
+    """True for a data set of Hugging Face that is read from its start to its end, or a column of one."""
+    kinds = ("IterableDataset", "IterableColumn")
+    return type(value).__module__.partition(".")[0] == "datasets" and type(value).__name__ in kinds
+
+
+def vector_column(op: str, name: str, table: Any) -> str:
+    """The name of the only column of vectors of an Arrow table."""
     fitting = [field.name for field in table.schema if is_vector(field.type)]
     if len(fitting) != 1:
         came = f"columns of vectors {fitting}" if fitting else f"columns {table.schema.names}"
         raise refuse(op, name, WANTED, came, TypeError)
-    return _from_arrow(op, name, table.column(fitting[0]))
+    return fitting[0]
 
 
 def _from_pandas(op: str, name: str, value: Any) -> np.ndarray:
@@ -104,7 +110,7 @@ def rows_of(op: str, name: str, value: Any) -> np.ndarray | None:
             raise refuse(op, name, wanted, f"a {type(value).__name__}", TypeError)
         value = value.with_format("arrow")[:]  # selected and shuffled as the dataset is
     if hasattr(value, "schema") and hasattr(value, "column"):
-        return _from_table(op, name, value)
+        return _from_arrow(op, name, value.column(vector_column(op, name, value)))
     if hasattr(value, "flatten") or hasattr(value, "chunks"):
         return _from_arrow(op, name, value)
     return None
