@@ -94,22 +94,30 @@ def mine_hardest(
     kernels = choose_for_keys(op, needed, backend, (query, keys), keys, pool)
     with torch.no_grad():
         anchor = None if positive_key is None else score_of_positive(query, positive_key)  # (B,)
-        if kernels is None:
-            q, n = widened(query.detach()), widened(keys.detach())
-            allowed = usable(pool, query, keys)
-            if select is not None:
-                allowed = reference.multiplicity(reference.scores_of(q, n), anchor, select, allowed, *draw) > 0
-            scores, index = reference.mine_hardest(q, n, N, allowed)
-            return Mined(scores.float(), index)
-        q, n = for_kernels(query), for_kernels(keys)
+        return mined(kernels, query, keys, pool, N, select, anchor, draw)
+
+
+def mined(
+    kernels: Kernels | None, query: Tensor, keys: Tensor, pool: Pool, N: int, select: Select | None,
+    anchor: Tensor | None, draw: Draw,
+) -> Mined:  # fmt: skip
+    """The N hardest of what `select` keeps, without gradient. anchor (B,): the positives' scores, for margins."""
+    if kernels is None:
+        q, n = widened(query.detach()), widened(keys.detach())
+        allowed = usable(pool, query, keys)
         if select is not None:
-            pool = bounded(kernels, q, n, pool, select, anchor)
-        if select is not None and select.sample is not None:
-            sampled = sample(kernels, q, n, pool, select, draw)  # (B, sample)
-            sampled = torch.nn.functional.pad(sampled, (0, max(0, N - select.sample)), value=sort_key.NOWHERE)
-            return Mined(*sort_key.unpack(sampled.topk(N, dim=1).values))
-        scores, index, _ = kernels.mine_hardest(q, n, N, False, *pool)
-        return Mined(scores, index)
+            allowed = reference.multiplicity(reference.scores_of(q, n), anchor, select, allowed, *draw) > 0
+        scores, index = reference.mine_hardest(q, n, N, allowed)
+        return Mined(scores.float(), index)
+    q, n = for_kernels(query), for_kernels(keys)
+    if select is not None:
+        pool = bounded(kernels, q, n, pool, select, anchor)
+    if select is not None and select.sample is not None:
+        sampled = sample(kernels, q, n, pool, select, draw)  # (B, sample)
+        sampled = torch.nn.functional.pad(sampled, (0, max(0, N - select.sample)), value=sort_key.NOWHERE)
+        return Mined(*sort_key.unpack(sampled.topk(N, dim=1).values))
+    scores, index, _ = kernels.mine_hardest(q, n, N, False, *pool)
+    return Mined(scores, index)
 
 
 def rank_thresholds(

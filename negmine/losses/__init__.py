@@ -5,6 +5,7 @@ from negmine.losses.gathered import gathered
 from negmine.losses.grad_cache import grad_cache
 from negmine.losses.info_nce import InfoNCELoss, InfoNCEStats
 from negmine.losses.log_scale import LogScale
+from negmine.losses.matryoshka import MatryoshkaStats, matryoshka
 from negmine.losses.mined_pairs import MultiSimilarityLoss, MultiSimilarityStats, multi_similarity
 from negmine.losses.siglip import SigLIPLoss, softplus_sum
 from negmine.losses.sup_con import SupConLoss, SupConStats
@@ -16,6 +17,7 @@ __all__ = [
     "InfoNCELoss",
     "InfoNCEStats",
     "LogScale",
+    "MatryoshkaStats",
     "MultiSimilarityLoss",
     "MultiSimilarityStats",
     "SigLIPLoss",
@@ -25,6 +27,7 @@ __all__ = [
     "Triplets",
     "gathered",
     "grad_cache",
+    "matryoshka",
     "mine_triplets",
     "multi_similarity",
     "softplus_sum",

@@ -5,7 +5,7 @@ whole, by the kernel op info_nce; or composed of the ops for log-sum-exps, where
 the gradient of the negatives is known after the forward pass, so the queue may be overwritten before backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -133,7 +133,7 @@ def info_nce(
     temperature = checks.require_temperature(op, temperature)
     checks.require_options(op, select=select, mix=mix, weight=weight, false_negatives=false_negatives)
     if positive_bias is not None:
-        _check_positive_bias(op, query, positive_bias)
+        checks.require_per_row(op, "positive_bias", positive_bias, query)
     _check_support(op, query, false_negatives, support)
     checks.require_bool(op, "decoupled", decoupled)
     checks.require_bool(op, "return_stats", return_stats)
@@ -143,7 +143,9 @@ def info_nce(
     stats: Any
     if further:
         plans = [plan.for_pool(given, number) for number, given in enumerate(further)]
-        rows, stats = _run_pools(plans, query, positive_key, pools, support, positive_bias, temperature, backend)
+        ((rows, stats),) = run_pools(
+            op, plans, query, positive_key, pools, support, positive_bias, temperature, backend
+        )
         loss = reference.reduced(rows, reduction)
         return (loss, stats) if return_stats else loss
     if isinstance(negative_keys, Negatives):
@@ -170,20 +172,20 @@ def info_nce(
 OPTIONS = ("select", "mix", "weight")  # what a Negatives may say for its own pool
 
 
-def _run_pools(
-    plans: list["Plan"], query: Tensor, positive_key: Tensor, pools: list[tuple[Tensor, Pool]], support: Tensor | None,
-    positive_bias: Tensor | None, temperature: float | Tensor, backend: str | None,
-) -> tuple[Tensor, list[InfoNCEStats]]:  # fmt: skip
-    """Loss (B,) over several pools, and the statistics of each where they are wanted."""
+def run_pools(
+    op: str, plans: list["Plan"], query: Tensor, positive_key: Tensor, pools: list[tuple[Tensor, Pool]],
+    support: Tensor | None, positive_bias: Tensor | None, temperature: float | Tensor, backend: str | None,
+    views: Sequence[Callable[[Tensor], Tensor]] = (lambda vectors: vectors,),
+) -> list[tuple[Tensor, list[InfoNCEStats]]]:  # fmt: skip
+    """Loss (B,) over several pools, and the statistics of each where they are wanted; of each of several views of the vectors."""
     query, positive_key, support, *every = promoted(query, positive_key, support, *(keys for keys, _ in pools))
     batches = [
         Batch(query, positive_key, keys, pool, support, positive_bias)
         for keys, (_, pool) in zip(every, pools, strict=True)
     ]
-    each = list(zip(plans, batches, strict=True))
     chosen = [
-        choose_for_keys("info_nce", plan.ops(batch.keys, batch.pool.bias), backend, batch[:3], batch.keys, batch.pool)
-        for plan, batch in each
+        choose_for_keys(op, plan.ops(batch.keys, batch.pool.bias), backend, batch[:3], batch.keys, batch.pool)
+        for plan, batch in zip(plans, batches, strict=True)
     ]
     chosen = [narrowed(kernels, *batch[:3]) for kernels, batch in zip(chosen, batches, strict=True)]
     query, positive_key, *every = each_widened(query, positive_key, *every)
@@ -191,27 +193,35 @@ def _run_pools(
         batch._replace(query=query, positive_key=positive_key, keys=keys)
         for batch, keys in zip(batches, every, strict=True)
     ]
+    scale = scale_of(temperature, query)
+    made = []
+    for view in views:
+        q, positive = view(query), view(positive_key)
+        seen = [batch._replace(query=q, positive_key=positive, keys=view(batch.keys)) for batch in batches]
+        made.append(_loss_of_pools(plans, chosen, seen, temperature, scale))
+    return made
+
+
+def _loss_of_pools(
+    plans: list["Plan"], chosen: list[Any], batches: list["Batch"], temperature: float | Tensor, scale: Tensor
+) -> tuple[Tensor, list[InfoNCEStats]]:
+    """Loss (B,) and statistics of several pools with the kernels chosen for each, on the reference where one has none."""
     each = list(zip(plans, batches, strict=True))
     if any(kernels is None for kernels in chosen):  # one of them runs on the reference: all do
         columns = [plan.columns(batch) for plan, batch in each]
         rows, found = reference.info_nce_of_pools(
-            widened(query), frozen(positive_key, None), columns, **plans[0].dense(batches[0], temperature)
+            widened(batches[0].query),
+            frozen(batches[0].positive_key, None),
+            columns,
+            **plans[0].dense(batches[0], temperature),
         )
         return rows, [InfoNCEStats(**stats) for stats in found]
-    scale = scale_of(temperature, query)
     positive = positive_of(batches[0], scale)
     shares = [
         plan.share(kernels, *plan.without_false(kernels, batch), scale, positive)
         for (plan, batch), kernels in zip(each, chosen, strict=True)
-        if kernels is not None
     ]
     return merged(shares, positive.logit, plans[0].decoupled, plans[0].want_stats)
-
-
-def _check_positive_bias(op: str, query: Tensor, positive_bias: Any) -> None:
-    checks.require_tensor(op, "positive_bias", positive_bias, query)
-    if not positive_bias.is_floating_point() or tuple(positive_bias.shape) != (len(query),):
-        raise checks.refuse(op, "positive_bias", f"a floating tensor of shape ({len(query)},)", positive_bias)
 
 
 def _check_support(op: str, query: Tensor, false_negatives: FalseNegatives | None, support: Tensor | None) -> None:

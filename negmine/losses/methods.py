@@ -213,7 +213,7 @@ def logq(
     op = "logq"
     checks.require_bool(op, "corrected", corrected)
     checks.require_vectors(op, "query", query, "(B, D)", (2,))
-    _require_per_row(op, "positive_log_q", positive_log_q, query)
+    checks.require_per_row(op, "positive_log_q", positive_log_q, query)
     in_batch = negative_keys is None or (isinstance(negative_keys, Negatives) and negative_keys.keys is None)
     if log_q is None:
         if not in_batch:
@@ -233,12 +233,6 @@ def logq(
     gap = x.lse + torch.log1p(-log_q_positive.exp()) - x.positive  # (B,) log sum_j exp(x_j - log q'_j) - x
     wrong = torch.sigmoid(gap.detach() - count.clamp_min(1).to(gap.dtype).log())  # (B,) 1 - p
     return reduced(op, wrong * gap, x, reduction)
-
-
-def _require_per_row(op: str, name: str, value: Any, query: Tensor) -> None:
-    checks.require_tensor(op, name, value, query)
-    if not value.is_floating_point() or tuple(value.shape) != (len(query),):
-        raise checks.refuse(op, name, f"a floating tensor of shape ({len(query)},)", value)
 
 
 def gist(

@@ -102,6 +102,13 @@ def require_positive(op: str, positive_key: Any, query: Tensor) -> None:
         raise refuse(op, "positive_key", f"of query's shape {tuple(query.shape)}", positive_key)
 
 
+def require_per_row(op: str, name: str, value: Any, query: Tensor) -> None:
+    """A floating tensor (B,), a number for each query."""
+    require_tensor(op, name, value, query)
+    if not value.is_floating_point() or tuple(value.shape) != (len(query),):
+        raise refuse(op, name, f"a floating tensor of shape ({len(query)},)", value)
+
+
 def require_scalar(
     op: str, name: str, value: Any, *, above: float | None = None, least: float | None = None, wanted: str = ""
 ) -> Any:

@@ -1,0 +1,132 @@
+"""matryoshka is the weighted sum of info_nce on prefixes, of the negatives that the widest prefix selects."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import negmine
+from negmine import MoCoQueue, Negatives, Select, Weight
+from negmine.losses import matryoshka
+from tests import compare
+from tests.cases import unit, whole
+from tests.conftest import device_of
+
+B, K, M, D, WIDTHS, WEIGHTS = 5, 41, 6, 16, (3, 8, 16), (0.5, 2.0, 1.0)
+
+
+def kept_by_hand(scores, allowed, first, end):
+    """(B, K) bool: ranks [first, end) of each row's usable columns, ties to the lower index."""
+    mask = torch.zeros_like(allowed)
+    for b in range(len(scores)):
+        order = sorted((k for k in range(scores.shape[1]) if allowed[b, k]), key=lambda k: (-float(scores[b, k]), k))
+        mask[b, order[first:end]] = True
+    return mask
+
+
+def usable(device):
+    """(B, K) bool"""
+    return torch.arange(B, device=device)[:, None] % 3 != torch.arange(K, device=device) % 3
+
+
+def separate_calls(query, positive, keys, own, normalize, **options):
+    """The definition, by a call of info_nce at each width, of ranks [1, 9) of the shared keys' usable columns by the widest."""
+
+    def prefix(vectors, width):
+        return F.normalize(vectors[..., :width], dim=-1) if normalize else vectors[..., :width]
+
+    widest = [prefix(vectors, WIDTHS[-1]) for vectors in (query, keys)]
+    mask = kept_by_hand((widest[0].double() @ widest[1].double().T).detach(), usable(keys.device), 1, 9)
+    total = 0.0
+    for width, weight in zip(WIDTHS, WEIGHTS, strict=True):
+        pools = [Negatives(prefix(keys, width), mask=mask), Negatives(prefix(own, width)), None]
+        vectors = prefix(query, width), prefix(positive, width)
+        total = total + weight * negmine.info_nce(*vectors, pools, backend="reference", **options)
+    return total
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["as given", "normalized"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_is_a_call_at_each_width(any_backend, dtype, normalize):
+    """Several pools, one with a window, with gradients to all of them; a gradient in 16 bits is rounded once."""
+    device = device_of(any_backend)
+    vectors = [unit(*n, D, dtype=dtype, device=device, seed=i) for i, n in enumerate([(B,), (B,), (K,), (B, M)])]
+    options = {"temperature": 0.3, "decoupled": normalize, "weight": Weight(0.0 if normalize else 0.5)}
+
+    def graded(loss, dtype):
+        leaves = [v.to(dtype).requires_grad_() for v in vectors]
+        value = loss(*leaves)
+        return value, *torch.autograd.grad(value, leaves)
+
+    def fused(query, positive, keys, own):
+        shared = Negatives(keys, mask=usable(device), select=Select(1, 9))
+        pools = [shared, Negatives(own), None]
+        given = {"widths": WIDTHS, "weights": WEIGHTS, "normalize": normalize, "backend": any_backend}
+        return matryoshka(query, positive, pools, **given, **options)
+
+    def dense(*leaves):
+        return separate_calls(*leaves, normalize, **options)
+
+    got, truth, plain = graded(fused, dtype), graded(dense, torch.float64), graded(dense, dtype)
+    for name, g, t, p in zip(("loss", "query", "positive", "keys", "own"), got, truth, plain, strict=True):
+        compare.rounded(name, g, t, p, condition=4.0)
+
+
+def test_selection_is_by_the_widest_and_exact_on_integers(any_backend):
+    """A queue with ids: ties in the widest prefix go to the lower index, whatever the others say."""
+    device = device_of(any_backend)
+    q, positive, keys = (whole(n, D, device=device, seed=i) for i, n in enumerate((B, B, K)))
+    queue = MoCoQueue(D, K, with_ids=True, random_init=False).to(device)
+    queue.enqueue(keys, ids=torch.arange(K, device=device))
+    ids = torch.arange(B, device=device)
+    mask = kept_by_hand(q @ keys.T, ids[:, None] != torch.arange(K, device=device), 0, 7)
+    loss, stats = matryoshka(
+        q, positive, queue, widths=WIDTHS, select=Select(0, 7), temperature=64.0, query_ids=ids, reduction="none",
+        backend=any_backend, return_stats=True,
+    )  # fmt: skip
+    for width, rows in zip(WIDTHS, stats.losses, strict=True):
+        x, x_positive = q[:, :width] @ keys[:, :width].T / 64, (q * positive)[:, :width].sum(1, keepdim=True) / 64
+        columns = torch.cat([x_positive, x.masked_fill(~mask, -torch.inf)], 1)
+        torch.testing.assert_close(rows, columns.logsumexp(1) - x_positive[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, stats.losses.sum(0))
+
+
+@pytest.mark.parametrize(
+    "select", [Select(sample=4), Select(0.1, 1.0, max_score=0.2), Select(0, 0.5, absolute_margin=0)]
+)
+def test_any_select_keeps_what_it_keeps_at_the_widest(select):
+    q, positive, keys = (unit(n, D, seed=i).double() for i, n in enumerate((B, B, K)))
+    index = negmine.mine_hardest(q[:, :8], keys[:, :8], K, positive_key=positive[:, :8], select=select, step=3).index
+    mask = torch.zeros(B, K + 1, dtype=torch.bool).scatter(1, index.masked_fill(index < 0, K), True)[:, :K]
+    assert 0 < int(mask.sum()) < B * K
+    want = sum(negmine.info_nce(q[:, :w], positive[:, :w], Negatives(keys[:, :w], mask=mask)) for w in (3, 8))
+    got = matryoshka(q, positive, keys, widths=(3, 8), select=select, step=3)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+
+
+def test_one_width_is_info_nce_and_a_frozen_queue_may_move_on():
+    q, positive, keys = (unit(n, D, seed=i) for i, n in enumerate((B, B, K)))
+    want = negmine.info_nce(q.requires_grad_(), positive, keys, query_ids=None)
+    moved, leaf = keys.clone(), q.detach().clone().requires_grad_()
+    got = matryoshka(leaf, positive, moved, widths=[D])
+    moved.fill_(torch.nan)
+    got.backward(), want.backward()
+    torch.testing.assert_close((got, leaf.grad), (want, q.grad))
+
+
+q, keys = torch.ones(3, 4), torch.ones(5, 4)
+REFUSALS = [
+    ({"widths": (2, 5)}, ValueError, "matryoshka: widths must be ascending ints from 1 to query's D = 4"),
+    ({"widths": (4, 2)}, ValueError, "matryoshka: widths must be ascending"),
+    ({"widths": ()}, ValueError, "matryoshka: widths must be ascending"),
+    ({"widths": (2, 4), "weights": (1.0,)}, ValueError, "weights must be a finite number for each of the 2 widths"),
+    ({"widths": (2,), "select": Select(sample=2, replace=True)}, ValueError, "select must be without replace"),
+    ({"widths": (2,), "normalize": 1}, TypeError, "normalize must be True or False"),
+]
+
+
+@pytest.mark.parametrize("options, error, words", REFUSALS, ids=[words[:40] for *_, words in REFUSALS])
+def test_refusal(options, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        matryoshka(q, q, keys, **options)
