@@ -31,13 +31,17 @@ CALLS = {
     "distance_weighted": lambda q: negmine.triplet_loss(
         q, keys, labels[:len(q)], labels, negative="distance_weighted", backend="cpu").backward(),
     "multi_similarity": lambda q: negmine.losses.multi_similarity(q, keys, labels[:len(q)], labels, backend="cpu").backward(),
+    "matryoshka, late_interaction": lambda q: (
+        negmine.losses.matryoshka(q, pos[: len(q)], keys, widths=(32, 64, 128), backend="cpu")
+        + negmine.losses.late_interaction(q[:16].view(-1, 8, 16), pos[:len(q)][:16].view(-1, 8, 16), keys[:4096].view(-1, 8, 16))
+    ).backward(),
     "dense": lambda q: loss(q, backend="reference").backward(),
 }
 
 print_peak(lambda queries: CALLS[sys.argv[1]](queries.clone().requires_grad_()), q[:2], q)
 """
 OPS = ["info_nce", "info_nce, window", "info_nce, easiest 95 %", "info_nce, MoCHi", "mine_hardest", "rank_thresholds"]
-OPS += ["triplet_loss", "distance_weighted", "multi_similarity"]
+OPS += ["triplet_loss", "distance_weighted", "multi_similarity", "matryoshka, late_interaction"]
 
 
 @pytest.mark.parametrize("call", OPS)

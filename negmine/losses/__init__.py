@@ -4,6 +4,7 @@ from negmine.losses.frequency import FrequencyEstimator
 from negmine.losses.gathered import gathered
 from negmine.losses.grad_cache import grad_cache
 from negmine.losses.info_nce import InfoNCELoss, InfoNCEStats
+from negmine.losses.late_interaction import late_interaction, mine_late_interaction
 from negmine.losses.log_scale import LogScale
 from negmine.losses.matryoshka import MatryoshkaStats, matryoshka
 from negmine.losses.mined_pairs import MultiSimilarityLoss, MultiSimilarityStats, multi_similarity
@@ -27,7 +28,9 @@ __all__ = [
     "Triplets",
     "gathered",
     "grad_cache",
+    "late_interaction",
     "matryoshka",
+    "mine_late_interaction",
     "mine_triplets",
     "multi_similarity",
     "softplus_sum",

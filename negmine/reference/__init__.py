@@ -16,6 +16,7 @@ from negmine.reference.contrastive import (
     reduced,
     sup_con,
 )
+from negmine.reference.late_interaction import late_interaction, maxsim, maxsim_of_pairs
 from negmine.reference.mixing import mix_draws, mix_negatives, mixed, only_if_enabled
 from negmine.reference.selection import (
     filtered,
@@ -41,8 +42,11 @@ __all__ = [
     "info_nce",
     "info_nce_of_pools",
     "kept_scores",
+    "late_interaction",
     "log_weighted_sum",
     "logsumexp",
+    "maxsim",
+    "maxsim_of_pairs",
     "mine_hardest",
     "mine_triplets",
     "mix_draws",

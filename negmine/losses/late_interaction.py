@@ -1,0 +1,417 @@
+"""late_interaction: InfoNCE and mining by MaxSim scores of token matrices, without the scores of tokens in memory.
+
+The documents pass in blocks. A block's token scores are one product of PyTorch; their maxima are the scores, of which the
+log-sum-exp and the gradient of the queries are merged block by block. Documents that require grad pass again in backward. The
+dense definition is negmine/reference/late_interaction.py.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from negmine import reference
+from negmine.losses.info_nce import InfoNCEStats, Share, merged
+from negmine.ops import backends, checks, sort_key
+from negmine.ops.accumulate import each_widened
+from negmine.ops.first_derivative import first_derivative_only, fused
+from negmine.ops.negatives import check_negatives, option_of
+from negmine.ops.pool import Pool, pool_of_columns, usable
+from negmine.ops.vectors import disable_autocast, frozen, promoted, scale_of, widened
+from negmine.ops.windows import Draw
+from negmine.options import Negatives, Select
+from negmine.selection import Mined, check_select, learned_bias
+
+PIECE = {"cpu": 1 << 20}  # scores of tokens in memory at one time
+PIECE_ELSEWHERE = 1 << 26
+DOCUMENT_TOKENS = 2048  # of a block, about
+
+
+def late_interaction(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Any = None,
+    *,
+    query_lengths: Tensor | None = None,
+    positive_lengths: Tensor | None = None,
+    negative_lengths: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    select: Select | None = None,
+    query_ids: Tensor | None = None,
+    query_labels: Tensor | None = None,
+    decoupled: bool = False,
+    reduction: str = "mean",
+    seed: int = 0,
+    step: int | Tensor = 0,
+    row_offset: int | Tensor = 0,
+    backend: str | None = None,
+    return_stats: bool = False,
+) -> Any:
+    """InfoNCE of queries and documents that are matrices of token vectors (ColBERT, Khattab and Zaharia 2020, arXiv 2004.12832).
+
+        loss_b = -x_b + log(exp(x_b) + sum over kept k of exp(x_bk)),   x = s / temperature + bias
+        s_bk = sum over tokens i of query b of the largest over tokens j of document k of query_bi . negative_keys_kj
+
+    query (B, I, D), positive_key (B, J, D): tokens, each a vector that is used as given; both carry gradient.
+    negative_keys: documents (K, J, D), whose J may differ from the positives'; a Negatives of such with ids, labels, a mask, a
+        bias (K,) or a select; or None for in-batch negatives, the positives of the other rows. Documents that require grad get
+        one; frozen ones may be overwritten before backward.
+    query_lengths (B,), positive_lengths (B,), negative_lengths (K,): whole numbers, on the device of query: how many of the first
+        tokens count, None = all. What stands past them may hold anything. A document without tokens is no negative; a query
+        without tokens has score 0 with every document.
+    temperature: divides a sum over tokens; a 0-d tensor receives gradient. Other public code averages over the query's tokens.
+    select, query_ids, query_labels, decoupled, reduction, seed, step, row_offset, return_stats: as in info_nce; select is
+        refused with replace.
+    backend: None, or "reference". There is no kernel of its own yet: the products are PyTorch's, in fp32.
+
+    Returns the loss, fp32 (float64 for float64 input), 0-d or (B,); with return_stats also InfoNCEStats. Of equal token scores
+    the first has the gradient. Neither the scores of tokens (B, K, I, J) nor those of documents (B, K) are stored, but with
+    `select` the latter are, and a mask. The gradient of documents takes a second pass, in backward.
+    Raises ValueError or TypeError for input that does not fit, before any work.
+    """
+    op = "late_interaction"
+    lengths = query_lengths, positive_lengths, negative_lengths
+    given = _checked(op, query, positive_key, negative_keys, lengths, query_ids, query_labels)
+    temperature = checks.require_temperature(op, temperature)
+    for name, value in (("decoupled", decoupled), ("return_stats", return_stats)):
+        checks.require_bool(op, name, value)
+    checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
+    draw = Draw(*checks.require_draw(op, seed, step, row_offset))
+    select = _checked_select(op, option_of(negative_keys, "select", select), query, positive_key)
+    _check_backend(op, backend)
+    query, positive_key, documents = each_widened(*promoted(query, positive_key, given.documents))
+    pool, (query_lengths, positive_lengths, negative_lengths) = given.pool, given.lengths
+    if backend == "reference":
+        allowed = usable(pool, query[:, 0], documents[:, 0])
+        rows, found = reference.late_interaction(
+            widened(query),
+            frozen(positive_key, None),
+            widened(documents) if documents.requires_grad else widened(documents).clone(),
+            query_lengths=query_lengths,
+            positive_lengths=positive_lengths,
+            document_lengths=negative_lengths,
+            usable=allowed,
+            bias=pool.bias,
+            temperature=temperature,
+            select=select,
+            decoupled=decoupled,
+            **draw._asdict(),
+        )
+        loss, stats = reference.reduced(rows, reduction), [InfoNCEStats(**found)]
+        return (loss, stats[0]) if return_stats else loss
+    scale = scale_of(temperature, query) if query.dtype != torch.float64 else 1 / temperature * query.new_ones(())
+    pair = widened(query), frozen(positive_key, None)
+    score = reference.maxsim_of_pairs(*pair, query_lengths, positive_lengths)  # (B,)
+    if select is not None:
+        pool = _selected(query, documents, query_lengths, negative_lengths, pool, select, score.detach(), draw)
+    bias, pool = learned_bias(pool)
+    lse, num_kept, num_above = fused(
+        MaxSimLogSumExp, query, documents, scale, bias, score.detach(), query_lengths, negative_lengths, *pool
+    )
+    if select is not None and return_stats:  # the rank is among all valid negatives
+        num_above = _num_above(query, documents, query_lengths, negative_lengths, given.pool, score.detach())
+    share = Share(lse, num_kept > 0, None, num_kept, num_above, torch.zeros_like(num_kept, dtype=torch.bool))
+    rows, stats = merged([share], score * scale, decoupled, return_stats)
+    loss = reference.reduced(rows, reduction)
+    return (loss, stats[0]) if return_stats else loss
+
+
+def mine_late_interaction(
+    query: Tensor,
+    negative_keys: Any,
+    N: int,
+    *,
+    positive_key: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    positive_lengths: Tensor | None = None,
+    negative_lengths: Tensor | None = None,
+    select: Select | None = None,
+    query_ids: Tensor | None = None,
+    query_labels: Tensor | None = None,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    row_offset: int | Tensor = 0,
+    backend: str | None = None,
+) -> Mined:
+    """The N hardest documents of each query by MaxSim, exactly, hardest first: mine_hardest for matrices of token vectors.
+
+    query (B, I, D), negative_keys, positive_key (B, J, D), lengths, backend: as in late_interaction. N, select, query_ids,
+    query_labels, seed, step, row_offset: as in mine_hardest.
+
+    Returns Mined(scores (B, N) fp32, index (B, N) int64); past the end of a pool (-inf, -1). No gradient. Ties go to the lower
+    index; a NaN score is no candidate. Scores (B, K) are stored only with `select`. Raises ValueError or TypeError for
+    input that does not fit, before any work.
+    """
+    op = "mine_late_interaction"
+    lengths = query_lengths, positive_lengths, negative_lengths
+    given = _checked(op, query, positive_key, negative_keys, lengths, query_ids, query_labels)
+    N = checks.require_count(op, "N", N)
+    draw = Draw(*checks.require_draw(op, seed, step, row_offset))
+    select = _checked_select(op, option_of(negative_keys, "select", select), query, positive_key)
+    _check_backend(op, backend)
+    query, positive_key, documents = promoted(query, positive_key, given.documents)
+    pool, (query_lengths, positive_lengths, negative_lengths) = given.pool, given.lengths
+    with torch.no_grad():
+        if select is not None:
+            score = None
+            if positive_key is not None:
+                pair = widened(query), widened(positive_key)
+                score = reference.maxsim_of_pairs(*pair, query_lengths, positive_lengths)  # (B,)
+            pool = _selected(query, documents, query_lengths, negative_lengths, pool, select, score, draw)
+        best = torch.full((len(query), N), sort_key.NOWHERE, dtype=torch.int64, device=query.device)
+        for block in _blocks(query, documents, query_lengths, negative_lengths, pool):
+            column = torch.arange(block.part.start, block.part.stop, device=query.device)  # (C,)
+            outside = block.scores.isnan() | ~block.allowed
+            keys = sort_key.pack(block.scores.float(), column).masked_fill(outside, sort_key.NOWHERE)  # (b, C)
+            best[block.rows] = torch.cat([best[block.rows], keys], 1).topk(N, dim=1).values
+        return Mined(*sort_key.unpack(best))
+
+
+class _Given(NamedTuple):
+    """The checked documents of a call."""
+
+    documents: Tensor  # (K, J, D)
+    pool: Pool
+    lengths: tuple[Tensor | None, Tensor | None, Tensor | None]  # of queries (B,), positives (B,) and documents (K,)
+
+
+def _checked(
+    op: str, query: Any, positive_key: Any, negative_keys: Any, lengths: tuple, query_ids: Any, query_labels: Any
+) -> _Given:
+    _require_tokens(op, "query", query, "(B, I, D)", None)
+    if positive_key is not None or op == "late_interaction":
+        _require_tokens(op, "positive_key", positive_key, "(B, J, D)", query)
+        if len(positive_key) != len(query):
+            raise checks.refuse(op, "positive_key", f"of shape (B, J, D) with query's B = {len(query)}", positive_key)
+    given = negative_keys if isinstance(negative_keys, Negatives) else Negatives(negative_keys)
+    if given.keys is not None:
+        _require_tokens(op, "negative_keys", given.keys, "(K, J, D)", query)
+    elif positive_key is None:
+        raise checks.refuse(op, "negative_keys", "given where there is no positive_key", None)
+    documents: Any = positive_key if given.keys is None else given.keys
+    # Masks, ids, labels and biases are of documents: those of a queue whose rows are their first tokens.
+    first = dataclasses.replace(given, keys=None if given.keys is None else given.keys[:, 0])
+    tokens = query[:, 0], None if positive_key is None else positive_key[:, 0]
+    _, pool = check_negatives(op, *tokens, first, query_ids, query_labels, options=("select",), with_bias=True)
+    query_lengths, positive_lengths, negative_lengths = lengths
+    _check_lengths(op, "query_lengths", query_lengths, query, query)
+    if positive_key is not None:
+        _check_lengths(op, "positive_lengths", positive_lengths, positive_key, query)
+    elif positive_lengths is not None:
+        raise checks.refuse(op, "positive_lengths", "None where there is no positive_key", positive_lengths)
+    if given.keys is None:
+        if negative_lengths is not None:
+            raise checks.refuse(op, "negative_lengths", "None for in-batch negatives", negative_lengths)
+        negative_lengths = positive_lengths
+    _check_lengths(op, "negative_lengths", negative_lengths, documents, query)
+    return _Given(documents, pool, (query_lengths, positive_lengths, negative_lengths))
+
+
+def _require_tokens(op: str, name: str, value: Any, shape: str, like: Tensor | None) -> None:
+    checks.require_vectors(op, name, value, shape, (3,), like)
+    if value.shape[1] == 0:
+        raise checks.refuse(op, name, f"of shape {shape} with one token or more", value)
+
+
+def _check_lengths(op: str, name: str, lengths: Any, of: Tensor, query: Tensor) -> None:
+    if lengths is None:
+        return
+    checks.require_tensor(op, name, lengths, query)
+    whole = not lengths.is_floating_point() and not lengths.is_complex() and lengths.dtype != torch.bool
+    if not whole or tuple(lengths.shape) != (len(of),):
+        raise checks.refuse(op, name, f"whole numbers of shape ({len(of)},)", lengths)
+
+
+def _checked_select(op: str, select: Any, query: Tensor, positive_key: Tensor | None) -> Select | None:
+    check_select(op, select, None if positive_key is None else query[:, 0], query[:, 0])
+    if select is not None and select.replace:
+        raise checks.refuse(op, "select", "without replace: a document is kept or it is not", select)
+    return select
+
+
+def _check_backend(op: str, backend: Any) -> None:
+    if backend in ("cuda", "triton", "cpu"):
+        raise backends.BackendUnavailable(
+            f"{op}: backend {backend!r} has no kernel for it; None runs PyTorch's products"
+        )
+    if backend not in (None, "reference"):
+        raise ValueError(f"{op}: backend must be None or 'reference', got {checks.describe(backend)}")
+
+
+class _Block(NamedTuple):
+    """Some queries and some documents."""
+
+    rows: slice  # of the queries
+    part: slice  # of the documents
+    query: Tensor  # (b, I, D)
+    documents: Tensor  # (C, J, D) fp32, zeros past their lengths
+    scores: Tensor  # (b, C)
+    token: Tensor  # (b, I, C) the document's token with the largest score, counted over all tokens of the block
+    allowed: Tensor  # (b, C) bool
+
+
+def _blocks(
+    query: Tensor, documents: Tensor, query_lengths: Tensor | None, lengths: Tensor | None, pool: Pool
+) -> Iterator[_Block]:
+    """Every pair of a query and a document, once; documents in order."""
+    (B, tokens, D), (K, J, _) = query.shape, documents.shape
+    wide = widened(query)
+    if query_lengths is not None:
+        past_end = torch.arange(tokens, device=query.device) >= query_lengths[:, None]  # (B, I)
+        wide = wide.masked_fill(past_end[:, :, None], 0.0)  # they score 0 with every token
+    C = min(max(1, DOCUMENT_TOKENS // J), max(1, K))
+    b = max(1, PIECE.get(query.device.type, PIECE_ELSEWHERE) // (tokens * C * J))
+    for start in range(0, K, C):
+        part = slice(start, min(start + C, K))
+        block = widened(documents[part])  # (C, J, D)
+        first = torch.arange(len(block), device=query.device) * J  # (C,) a document's first token
+        columns = pool_of_columns(pool, part)
+        allowed = usable(columns, query[:, 0], block[:, 0])  # (B, C)
+        if allowed is None:
+            allowed = torch.ones(B, len(block), dtype=torch.bool, device=query.device)
+        absent = None
+        if lengths is not None:
+            absent = torch.arange(J, device=query.device) >= lengths[part, None]  # (C, J)
+            block = block.masked_fill(absent[:, :, None], 0.0)
+            allowed = allowed & (lengths[part] > 0)
+        for at in range(0, B, b):
+            rows = slice(at, min(at + b, B))
+            q = wide[rows]  # (b, I, D)
+            with disable_autocast(query.device):
+                inner = q.reshape(-1, D) @ block.reshape(-1, D).T  # (b I, C J)
+            inner = inner.view(len(q), tokens, len(block), J)
+            if absent is not None:
+                inner.masked_fill_(absent, -torch.inf)
+            best, token = inner.max(3)  # (b, I, C)
+            yield _Block(rows, part, q, block, best.sum(1), token + first, allowed[rows])
+
+
+def _selected(
+    query: Tensor, documents: Tensor, query_lengths: Tensor | None, lengths: Tensor | None, pool: Pool, select: Select,
+    positive_score: Tensor | None, draw: Draw,
+) -> Pool:  # fmt: skip
+    """The pool of what `select` keeps: a (B, K) mask."""
+    with torch.no_grad():
+        shape = len(query), len(documents)
+        scores = torch.zeros(shape, dtype=widened(query).dtype, device=query.device)
+        allowed = torch.zeros(shape, dtype=torch.bool, device=query.device)
+        for block in _blocks(query, documents, query_lengths, lengths, pool):
+            scores[block.rows, block.part], allowed[block.rows, block.part] = block.scores, block.allowed
+        kept = reference.multiplicity(scores, positive_score, select, allowed, *draw) > 0
+    return Pool(kept, bias=pool.bias)
+
+
+def _num_above(
+    query: Tensor, documents: Tensor, query_lengths: Tensor | None, lengths: Tensor | None, pool: Pool, pivot: Tensor
+) -> Tensor:
+    """(B,) documents of the pool whose score is above the pivot (B,)."""
+    above = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+    with torch.no_grad():
+        for block in _blocks(query, documents, query_lengths, lengths, pool):
+            above[block.rows] += (block.allowed & (block.scores > pivot[block.rows, None])).sum(1)
+    return above
+
+
+class MaxSimLogSumExp(torch.autograd.Function):
+    """lse (B,) = log sum over each pool of exp(scale * s_bk + bias_k), with num_kept and num_above (B,).
+
+    d lse / d query_bi = scale * sum over k of p_bk times the token of document k that query_bi met, known after the forward
+    pass. That of the documents and of a bias that requires grad, the one in the arguments, is a second pass.
+    """
+
+    @staticmethod
+    def forward(ctx, query, documents, scale, bias, pivot, query_lengths, lengths, *pool):
+        wide = widened(query)
+        B = len(query)
+        top, total, pulled = (torch.full_like(pivot, value) for value in (-torch.inf, 0.0, 0.0))  # (B,) each
+        num_kept, num_above = torch.zeros(2, B, dtype=torch.int64, device=query.device).unbind(0)
+        mean = torch.zeros_like(wide) if ctx.needs_input_grad[0] else None  # (B, I, D)
+        everything = Pool(*pool) if bias is None else Pool(*pool)._replace(bias=bias)
+        for block in _blocks(query, documents, query_lengths, lengths, everything):
+            rows, allowed = block.rows, block.allowed
+            x = _logits(block, scale, everything.bias)  # (b, C)
+            new = torch.maximum(top[rows], x.amax(1))  # (b,)
+            shift = new.masked_fill(new == -torch.inf, 0.0)
+            decay, weight = (top[rows] - shift).exp(), (x - shift[:, None]).exp()  # (b,), (b, C)
+            top[rows] = new
+            total[rows] = total[rows] * decay + weight.sum(1)
+            scores = block.scores.masked_fill(~allowed, 0.0)
+            pulled[rows] = pulled[rows] * decay + (weight * scores).sum(1)
+            num_kept[rows] += allowed.sum(1)
+            num_above[rows] += (allowed & (scores > pivot[rows, None])).sum(1)
+            if mean is not None:
+                mean[rows] = mean[rows] * decay[:, None, None] + _weighted_tokens(block, weight)
+        some = num_kept > 0
+        norm = torch.where(some, total, 1.0)  # (B,)
+        lse = top + norm.log()
+        if mean is not None:
+            mean /= norm[:, None, None]
+            if query_lengths is not None:
+                absent = torch.arange(query.shape[1], device=query.device) >= query_lengths[:, None]  # (B, I)
+                mean.masked_fill_(absent[:, :, None], 0.0)
+        *tensors, ctx.same_label = pool
+        ctx.width = len(pool)
+        again = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        more = (query, documents, bias, query_lengths, lengths, *tensors) if again else ()
+        ctx.save_for_backward(scale, lse, pulled / norm, mean, *more)
+        ctx.dtype = query.dtype
+        ctx.mark_non_differentiable(num_kept, num_above)
+        return lse, num_kept, num_above
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, d_lse, *_):
+        scale, lse, score, mean, *more = ctx.saved_tensors
+        d_query = d_documents = d_scale = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_query = ((d_lse * scale)[:, None, None] * mean).to(ctx.dtype)  # (B, I, D)
+        if ctx.needs_input_grad[2]:
+            d_scale = (d_lse * score).sum()
+        if more:
+            query, documents, bias, query_lengths, lengths, *tensors = more
+            pool = Pool(*tensors)._replace(same_label=ctx.same_label)
+            pool = pool if bias is None else pool._replace(bias=bias)
+            if ctx.needs_input_grad[1]:
+                d_documents = torch.zeros_like(documents, dtype=lse.dtype)  # (K, J, D)
+            if ctx.needs_input_grad[3]:
+                d_bias = torch.zeros_like(bias)  # (K,)
+            for block in _blocks(query, documents, query_lengths, lengths, pool):
+                x = _logits(block, scale, pool.bias)
+                p = (x - lse[block.rows, None]).exp().masked_fill(~block.allowed, 0.0)  # (b, C)
+                weight = p * d_lse[block.rows, None]
+                if d_bias is not None:
+                    d_bias[block.part] += weight.sum(0)
+                if d_documents is not None:
+                    _add_grad_documents(d_documents[block.part], block, weight * scale)
+            d_documents = None if d_documents is None else d_documents.to(documents.dtype)
+        return d_query, d_documents, d_scale, d_bias, None, None, None, *([None] * ctx.width)
+
+
+def _logits(block: _Block, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """(b, C), -inf outside of the pool."""
+    x = block.scores * scale
+    x = x if bias is None else x + bias[block.part].to(x.dtype)
+    return x.masked_fill(~block.allowed, -torch.inf)
+
+
+def _weighted_tokens(block: _Block, weight: Tensor) -> Tensor:
+    """(b, I, D): the sum over documents of weight (b, C) times the token that each query token met."""
+    (b, tokens, C), D = block.token.shape, block.query.shape[2]
+    rows = torch.where(block.documents.isfinite(), block.documents, 0.0)  # 0 times what a mask hides must be 0
+    each = weight[:, None].expand(b, tokens, C)
+    place = block.token.reshape(b * tokens, C)
+    with disable_autocast(weight.device):
+        summed = F.embedding_bag(place, rows.reshape(-1, D), per_sample_weights=each.reshape(-1, C), mode="sum")
+    return summed.view(b, tokens, D)
+
+
+def _add_grad_documents(out: Tensor, block: _Block, weight: Tensor) -> None:
+    """out (C, J, D) += for each token the sum of the query tokens that met it, by weight (b, C)."""
+    (b, tokens, C), (_, J, D) = block.token.shape, block.documents.shape
+    met = torch.zeros(b, tokens, C * J, dtype=weight.dtype, device=weight.device)
+    met.scatter_(2, block.token, weight[:, None].expand(b, tokens, C))
+    with disable_autocast(weight.device):
+        out += (met.view(-1, C * J).T @ block.query.reshape(-1, D)).view(C, J, D)
