@@ -88,28 +88,55 @@ def beta_quantiles(concentration: float) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Select:
-    """What to keep of each query's negatives: score filters, then a window of ranks, then a random sample of it.
+    """Which of a query's negatives to keep: score filters, then a window of ranks, then a random sample.
 
-        pool    = negatives left by the masks, then by min_score <= s <= max_score, s <= s_pos - absolute_margin,
-                  s <= s_pos - |s_pos| * relative_margin         (s raw inner product, equality keeps)
-        window  = ranks [range_min, range_max) of the pool, hardest first; ties rank by the lower index
+        pool    = negatives left by the masks with min_score <= s <= max_score, s <= s_pos - absolute_margin,
+                  s <= s_pos - |s_pos| * relative_margin                                  (s is the raw inner product)
+        window  = ranks [range_min, range_max) of the pool, hardest first; equal scores rank by the lower index
         kept    = window, or `sample` members of it
 
-    range_min, range_max: ranks if int, fractions of the query's own pool if float, both ends rounded down; a window given
-    by a fraction keeps at least one negative of a pool that has any. range_max=None is the end of the pool.
-    min_score, max_score: raw inner products.
-    absolute_margin, relative_margin: distance that a negative must keep below the positive's score; NV-Retriever's
-    MarginPos is absolute_margin=0.05, its PercPos relative_margin=0.05, Qwen3's mask absolute_margin=-0.1
-    (arXiv 2407.15831, 2506.05176). The |s_pos| keeps the threshold below a positive whose score is negative.
-    sample: how many members of the window to draw for each query; replace: draw with replacement, so that a negative drawn
-    twice counts twice. The draw is counter-based: it depends on seed, step and the query's global row only.
+    A float is a fraction of the query's own pool and an int is a rank: ``Select(0, 1.0)`` keeps all, ``Select(0, 1)`` one
+    negative.
 
-    Any of the numbers but `sample` may be a 0-d tensor, floating for a fraction or a score, int64 for a rank: schedules give
-    such. Its value is not read here, so it is not checked.
+    Parameters
+    ----------
+    range_min, range_max : int, float or None
+        Ranks if int, fractions if float. Both ends are rounded down, and a window of fractions keeps at least one negative
+        of a pool that has any. ``range_max=None`` is the end of the pool.
+    min_score, max_score : float, optional
+        Bounds of the raw inner product. Equality keeps.
+    absolute_margin, relative_margin : float, optional
+        How far below the positive's score a negative must stay. NV-Retriever's MarginPos is ``absolute_margin=0.05`` and
+        its PercPos ``relative_margin=0.05``; Qwen3's mask is ``absolute_margin=-0.1``. The absolute value keeps the
+        threshold below a positive whose score is negative.
+    sample : int, optional
+        How many members of the window to draw for each query. A draw depends on seed, step and the query's global row only.
+    replace : bool
+        Draw with replacement: a negative drawn twice counts twice.
 
-    No gradient flows through selection. A NaN score is no candidate.
-    Difficulty ranges: Cai et al. 2020 (arXiv 2010.06682); rings: Wu et al. 2020 (arXiv 2010.02037).
-    Raises ValueError for values that cannot be meant, such as range_max=1.5 or range_min > range_max.
+    Raises
+    ------
+    ValueError
+        For an invalid value, such as ``range_max=1.5`` or ``range_min > range_max``.
+
+    Notes
+    -----
+    Each number but `sample` may be a 0-d tensor, as schedules return: floating for a fraction or a score, int64 for a rank.
+    Its value is not read, so it is not checked. No gradient flows through selection. A NaN score is never kept.
+
+    References
+    ----------
+    Ranges of difficulty: Cai et al. 2020 (arXiv 2010.06682). Rings: Wu et al. 2020 (arXiv 2010.02037). Margins:
+    NV-Retriever (arXiv 2407.15831), Qwen3-Embedding (arXiv 2506.05176).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> hardest = negmine.Select(0, 0.05)
+    >>> loss, stats = negmine.info_nce(query, key, queue, select=hardest, return_stats=True)
+    >>> int(stats.num_negatives[0])
+    5
     """
 
     range_min: int | float | Tensor = 0
@@ -238,16 +265,49 @@ def _is_bound(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Mix:
-    """Synthetic negatives of each query, mixed from its hardest ones (MoCHi, Kalantidis et al. 2020, arXiv 2010.01028).
+    """Synthetic negatives of each query, mixed from its hardest ones (MoCHi).
 
         pairs        h = m / ||m||,  m = c n_a + (1 - c) n_b,   c in pair_range,   a, b drawn from ranks [skip, skip + hard)
         with_query   h = m / ||m||,  m = c q + (1 - c) n_b,     c in query_range
 
-    They are added to the negatives of the loss; none is taken away. `pairs` and `with_query` count them per query.
-    concentration: c = low + (high - low) * Beta(concentration, concentration); 1 is uniform.
-    distinct: the two parents of a pair differ wherever the query has two to choose from.
-    detach: h carries no gradient (as in every public implementation); False lets the query and the keys inside h carry it.
-    Parents are mined from the negatives left by the masks, whatever `select` keeps. A query with no negative gets none.
+    They are added to the negatives of the loss; none is removed.
+
+    Parameters
+    ----------
+    hard : int
+        How many of the hardest negatives are mixed.
+    pairs, with_query : int
+        How many synthetic negatives of each kind a query gets.
+    skip : int
+        Leave out this many of the very hardest, which are the likeliest false negatives.
+    pair_range, query_range : tuple of float
+        The smallest and the largest coefficient c.
+    concentration : float
+        c = low + (high - low) * Beta(concentration, concentration); 1 is uniform.
+    distinct : bool
+        The two parents of a pair differ wherever the query has two to choose from.
+    detach : bool
+        The synthetic negatives carry no gradient, as in every public implementation. With False, the query and the keys in
+        them do.
+
+    Raises
+    ------
+    ValueError
+        For an invalid value.
+
+    Notes
+    -----
+    Parents are mined from the negatives left by the masks, whatever `select` keeps. A query without negatives gets none.
+
+    References
+    ----------
+    Kalantidis et al. 2020 (arXiv 2010.01028).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> loss = negmine.info_nce(query, key, queue, mix=negmine.Mix(hard=20, pairs=10, with_query=5))
     """
 
     hard: int = 1024
@@ -301,18 +361,38 @@ class Mix:
 
 @dataclass(frozen=True)
 class Weight:
-    """How to weigh the negatives: importance exponent and prior of false negatives, over N kept negatives x_j = s_j / T.
+    """How much each negative counts: an importance exponent, and a prior of false negatives.
 
-        R  = N * sum_j exp((1 + beta) x_j) / sum_j exp(beta x_j)
-        Ng = max((R - tau_plus * N * exp(x_pos)) / (1 - tau_plus), N * exp(-1 / T))      (the floor only where tau_plus > 0)
+        R  = N * sum_j exp((1 + beta) x_j) / sum_j exp(beta x_j)                          x_j = s_j / T, over N kept negatives
+        Ng = max((R - tau_plus * N * exp(x_pos)) / (1 - tau_plus), N * exp(-1 / T))       the floor only where tau_plus > 0
         loss = -log(exp(x_pos) / (exp(x_pos) + Ng))
 
-    beta > 0: HCL, Robinson et al. 2020 (arXiv 2010.04592; joshr17/HCL image/main.py: beta multiplies s / T).
-    tau_plus > 0: debiased, Chuang et al. 2020 (arXiv 2007.00224; chingyaoc/DCL main.py). The floor assumes unit vectors. With a
-    queue of near-random vectors a tau_plus of 0.1 clamps nearly every row, whose negatives then get no gradient: watch the
-    `clamped` statistic, and start from 1 / number of classes or less.
-    detach: True keeps the weights exp(beta x) out of the gradient; the official code, and the default, does not.
-    beta, tau_plus: numbers, or 0-d floating tensors, such as schedules give; those are not read, and so not checked.
+    Parameters
+    ----------
+    beta : float or Tensor
+        0 or more; larger values weigh hard negatives more. beta multiplies s / T.
+    tau_plus : float or Tensor
+        In [0, 1): the expected share of false negatives. Start from 1 / number of classes or less. With a queue of nearly
+        random vectors 0.1 puts nearly every row at the floor, and such a row's negatives get no gradient: watch `clamped`
+        in the statistics. The floor assumes unit vectors.
+    detach : bool
+        Keep the weights exp(beta x) out of the gradient. The official code, and the default, does not.
+
+    Raises
+    ------
+    ValueError
+        For an invalid value. A 0-d tensor, as schedules return, is not read and so not checked.
+
+    References
+    ----------
+    beta: HCL, Robinson et al. 2020 (arXiv 2010.04592; joshr17/HCL image/main.py). tau_plus: Chuang et al. 2020 (arXiv
+    2007.00224; chingyaoc/DCL main.py).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> loss = negmine.info_nce(query, key, queue, weight=negmine.Weight(beta=0.5, tau_plus=0.01))
     """
 
     beta: float | Tensor = 0.0
@@ -342,15 +422,41 @@ class Weight:
 
 @dataclass(frozen=True)
 class FalseNegatives:
-    """Negatives that support views of the query's own image give away (Huynh et al., arXiv 2011.11765; google-research/fnc).
+    """False negatives, found by further views of the query's own image: removed, or made positives.
 
         f_j = max (or mean) over views v of support_v . n_j;   F = { j among the query's top_k largest f : f_j > threshold }
 
-    mode="eliminate": F leaves the pool and the denominator. mode="attract": F leaves the pool and becomes further positives,
-        loss = -(x_pos + sum_F x_f) / (1 + |F|) + LSE(x_pos, x_F, negatives)
-    top_k=None: by threshold alone; threshold=None: by rank alone. f is a raw inner product and carries no gradient; ties in f
-    go to the lower index; the largest passes a view's NaN over, the mean does not. The paper's views come from the key encoder.
-    F is held as a mask of B K bytes; the scores f are not. top_k=None scores the queue in pieces, outside the kernels.
+    Parameters
+    ----------
+    top_k : int or None
+        How many candidates a query has; None: only the threshold decides.
+    threshold : float or None
+        The score above which a candidate is a false negative; None: only the rank decides.
+    mode : str
+        ``"eliminate"``: F leaves the pool and the denominator. ``"attract"``: F leaves the pool and becomes further
+        positives, with loss = -(x_pos + sum_F x_f) / (1 + |F|) + LSE(x_pos, x_F, negatives).
+    reduce : str
+        ``"max"`` or ``"mean"`` over the views. The maximum ignores a view's NaN, the mean does not.
+
+    Raises
+    ------
+    ValueError
+        For an invalid value.
+
+    Notes
+    -----
+    f is a raw inner product and carries no gradient; equal f rank by the lower index. The paper's views come from the key
+    encoder. F is stored as a (B, K) bool mask. ``top_k=None`` scores the queue in pieces, outside the kernels.
+
+    References
+    ----------
+    Huynh et al. 2022 (arXiv 2011.11765; google-research/fnc).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue, views = negmine.MoCoQueue(16, 100), torch.randn(8, 3, 16)
+    >>> loss = negmine.info_nce(query, key, queue, false_negatives=negmine.FalseNegatives(5, 0.7), support=views)
     """
 
     top_k: int | None = 10
@@ -384,16 +490,43 @@ class FalseNegatives:
 
 @dataclass(frozen=True, eq=False)
 class Guide:
-    """False negatives that a second pair of embeddings gives away (GISTEmbed, Solatorio 2024, arXiv 2402.16829).
+    """False negatives, found by a second model: keys that it scores above the positive are masked (GISTEmbed).
 
         g_j = query . keys_j,   g_pos = query . positive
-        column j is masked where g_j > g_pos - margin, or with `relative` where g_j > g_pos - |g_pos| margin
+        key j is masked where g_j > g_pos - margin, or with `relative` where g_j > g_pos - |g_pos| margin
 
-    query (B, G), positive (B, G): the guide's embeddings of the queries and of their positives.
-    keys (K, G), or (B, M, G) beside keys that are each query's own; None: `positive`, for in-batch negatives.
-    The comparison is strict, and a NaN masks nothing. The positive itself is never masked, wherever its row is gathered. Scores
-    are raw inner products; no gradient flows through them. G may differ from D. fp32, bf16, fp16 and float64 mix freely.
-    Raises TypeError or ValueError for what cannot be meant.
+    Parameters
+    ----------
+    query, positive : Tensor (B, G)
+        The second model's embeddings of the queries and of their positives. G may differ from D.
+    keys : Tensor (K, G) or (B, M, G), or None
+        Its embeddings of the keys; (B, M, G) beside keys that are each query's own; None for in-batch negatives, which are
+        `positive`.
+    margin : float
+        How far below the positive's score a key may come. Negative values mask less.
+    relative : bool
+        The margin is a fraction of the positive's score.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For input that does not fit.
+
+    Notes
+    -----
+    The comparison is strict, and a NaN masks nothing. The positive itself is never masked. Scores are raw inner products;
+    no gradient flows through them. fp32, bf16, fp16 and float64 mix freely.
+
+    References
+    ----------
+    Solatorio 2024 (arXiv 2402.16829).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> keys, guide_keys = torch.randn(100, 16), torch.randn(100, 32)
+    >>> guide = negmine.Guide(torch.randn(8, 32), torch.randn(8, 32), guide_keys, margin=0.1)
+    >>> loss = negmine.info_nce(query, key, negmine.Negatives(keys, guide=guide))
     """
 
     query: Tensor
@@ -429,21 +562,39 @@ class Guide:
 
 @dataclass(frozen=True, eq=False)
 class Negatives:
-    """One pool of negatives: keys, with their ids, labels, mask and bias, and how they are treated.
+    """One pool of negatives: keys with their ids, labels, mask and bias, and options of their own.
 
-    keys (K, D), shared by all queries; or (B, M, D), each query's own; or a MoCoQueue; or None for in-batch negatives: the
-        positives of the other rows. fp32, bf16, fp16 or float64.
-    ids (K,) or (B, M): whole numbers; a key whose id equals the query's (`query_ids` of the loss) is ignored as a negative.
-    labels (K,) or (B, M): whole numbers; likewise with `query_labels`. An id or label of -1 is unknown and equals nothing.
-    mask (K,) or (B, K) bool: True = usable. With own keys (B, M). A masked key leaves the ranking and the denominator.
-    bias (K,) or (B, M) floating: added to the logit, score / temperature + bias, and to no score: rankings, margins and Weight's
-        importance leave it out. Carries gradient where it requires it. In-batch negatives: (B,), one for each row's positive.
-    guide: a Guide, whose false negatives are masked.
-    select, mix, weight: how this pool is treated, in the place of what the loss says for all; None = as the loss says. Select(),
-        Mix(pairs=0, with_query=0) and Weight() do nothing.
+    A plain tensor of keys stands for ``Negatives(keys)``.
 
-    A plain tensor of keys stands for Negatives(keys). The losses check shapes and dtypes, which depend on the query.
-    Raises TypeError for anything but tensors, option objects or None.
+    Parameters
+    ----------
+    keys : Tensor (K, D) or (B, M, D), MoCoQueue, or None
+        Keys shared by all queries, keys of each query, a queue, or None for in-batch negatives: the positives of the other
+        rows.
+    ids, labels : Tensor (K,) or (B, M), optional
+        Whole numbers. A key whose id equals the query's (`query_ids` of the loss) is ignored as a negative, and so is one
+        whose label equals the query's. -1 is unknown and equals nothing.
+    mask : Tensor (K,), (B, K) or (B, M), bool, optional
+        True = usable. A masked key leaves the ranking and the denominator, and may hold anything.
+    bias : Tensor (K,) or (B, M), floating, optional
+        Added to the logit, score / temperature + bias, and to no score: rankings, margins and the importance of `Weight`
+        leave it out. It carries gradient where it requires it. For in-batch negatives (B,), one for each row's positive.
+    guide : Guide, optional
+        A second model's embeddings, which mask false negatives.
+    select, mix, weight : Select, Mix, Weight, optional
+        How this pool is treated; None = as the loss says for all pools. ``Select()``, ``Mix(pairs=0, with_query=0)`` and
+        ``Weight()`` do nothing.
+
+    Raises
+    ------
+    TypeError
+        For anything but tensors, option objects or None. The losses check shapes and dtypes, which depend on the query.
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> negatives = negmine.Negatives(torch.randn(100, 16), ids=torch.arange(100))
+    >>> loss = negmine.info_nce(query, key, negatives, query_ids=torch.arange(8))
     """
 
     keys: Any

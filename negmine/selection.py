@@ -26,14 +26,44 @@ __all__ = ["Mined", "Mixed", "logsumexp", "mine_hardest", "mix_negatives", "quan
 
 
 class Mined(NamedTuple):
-    """What mine_hardest returns."""
+    """What `mine_hardest` returns.
+
+    Attributes
+    ----------
+    scores : Tensor (B, N) float32
+        Largest first; -inf where a query has fewer candidates.
+    index : Tensor (B, N) int64
+        The keys' numbers; -1 where a query has fewer candidates.
+
+    Examples
+    --------
+    >>> scores, index = negmine.mine_hardest(torch.randn(8, 16), torch.randn(100, 16), 5)
+    >>> scores.shape, index.dtype
+    (torch.Size([8, 5]), torch.int64)
+    """
 
     scores: Tensor  # (B, N) fp32, descending, -inf where fewer candidates exist
     index: Tensor  # type: ignore[assignment]  # (B, N) int64, -1 where fewer exist; hides tuple.index
 
 
 class Mixed(NamedTuple):
-    """What mix_negatives returns; pairs come first, then the mixes with the query."""
+    """What `mix_negatives` returns: first the pairs, then the mixes with the query.
+
+    Attributes
+    ----------
+    vectors : Tensor (B, S, D)
+        The synthetic negatives.
+    parents : Tensor (B, S, 2) int64
+        The keys that were mixed; -1 is the query itself, or no parent where the pool is empty.
+    coefficients : Tensor (B, S) float32
+        The share of the first parent.
+
+    Examples
+    --------
+    >>> mixed = negmine.mix_negatives(torch.randn(8, 16), torch.randn(100, 16), negmine.Mix(20, pairs=4, with_query=2))
+    >>> mixed.vectors.shape
+    torch.Size([8, 6, 16])
+    """
 
     vectors: Tensor  # (B, S, D)
     parents: Tensor  # (B, S, 2) int64, -1 = the query itself, or no parent where the pool is empty
@@ -65,19 +95,49 @@ def mine_hardest(
 ) -> Mined:
     """The N hardest negatives of each query: the largest inner products, exactly, hardest first.
 
-        s_bk = query_b . negative_keys_k;   index_b = the first N columns by (s descending, k ascending) of b's pool
+        s_bk = query_b . negative_keys_k;   index_b = the first N keys of b's pool by (s descending, k ascending)
 
-    query (B, D): fp32, bf16 or fp16 (float64 runs on the reference), used as given.
-    negative_keys: keys (K, D) or (B, M, D) each query's own, a MoCoQueue, a Negatives with ids, labels, a mask, a guide or a
-        select of its own, or None for the batch's positive_key. A bias moves no score, and so no rank.
-    positive_key (B, D): needed where select has a margin, and for in-batch negatives.
-    select: which negatives are candidates; with a window that starts at rank r the result starts there, with sample it holds the
-        N hardest of the sample.
-    query_ids (B,), query_labels (B,): a key of equal id or label is ignored. -1 is unknown and equals nothing.
-    seed, step, row_offset: the key of select.sample's draw and the global index of the first query.
+    Parameters
+    ----------
+    query : Tensor (B, D)
+        fp32, bf16 or fp16 (float64 runs on the reference), used as given.
+    negative_keys : Tensor (K, D) or (B, M, D), MoCoQueue, Negatives, or None
+        The keys. None takes the batch's `positive_key`. A bias moves no score, and so no rank.
+    N : int
+        How many to return.
+    positive_key : Tensor (B, D), optional
+        Needed where `select` has a margin, and for in-batch negatives.
+    select : Select, optional
+        Which negatives are candidates. With a window that starts at rank r the result starts there. With `sample` it holds
+        the N hardest of the sample.
+    query_ids, query_labels : Tensor (B,), optional
+        A key of equal id or label is ignored. -1 is unknown and equals nothing.
+    seed, step, row_offset : int or Tensor
+        The key of the draws of ``select.sample``, and the global number of the first query.
+    backend : str, optional
+        None chooses; ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"`` insists.
 
-    Returns Mined(scores (B, N) fp32, index (B, N) int64); past the end of a pool (-inf, -1). No gradient. Ties go to the lower
-    index. A NaN score is no candidate. Raises ValueError or TypeError for input that does not fit, before any work.
+    Returns
+    -------
+    Mined
+        scores (B, N) float32 and index (B, N) int64; -inf and -1 where a pool holds fewer. No gradient.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit, before any work.
+
+    Notes
+    -----
+    Equal scores rank by the lower index. A NaN score is no candidate.
+
+    Examples
+    --------
+    >>> query, keys = torch.randn(8, 16), torch.randn(100, 16)
+    >>> mined = negmine.mine_hardest(query, keys, 5)
+    >>> mined.index.shape
+    torch.Size([8, 5])
+    >>> torch.testing.assert_close(mined.scores[:, 0], (query @ keys.T).max(1).values)
     """
     op = "mine_hardest"
     keys, pool = check_negatives(
@@ -130,14 +190,40 @@ def rank_thresholds(
     query_labels: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The score at each 0-based descending rank of each query's negatives: rank 0 is the hardest.
+    """The score at each rank of each query's negatives. Rank 0 is the hardest.
 
-        threshold_br = the (ranks_r)-th entry, from 0, of sorted(s_b over b's pool, descending)
+        threshold_br = entry ranks_r of the scores of b's pool in descending order
 
-    query (B, D), negative_keys, query_ids, query_labels: as in mine_hardest; positive_key (B, D) for in-batch negatives.
-    ranks: an int, a sequence of ints, or int tensor (R,) for all queries or (B, R) each query's own.
-    Returns (B, R) fp32, -inf where the rank is negative or past the end of the pool. No gradient. NaN scores have no rank.
-    Raises ValueError or TypeError for input that does not fit.
+    Parameters
+    ----------
+    query : Tensor (B, D)
+        As in `mine_hardest`.
+    negative_keys : Tensor, MoCoQueue, Negatives, or None
+        As in `mine_hardest`.
+    ranks : int, list of int, or Tensor (R,) or (B, R)
+        Ranks from 0, for all queries or for each.
+    positive_key : Tensor (B, D), optional
+        Needed for in-batch negatives.
+    query_ids, query_labels : Tensor (B,), optional
+        As in `mine_hardest`.
+    backend : str, optional
+        As in `mine_hardest`.
+
+    Returns
+    -------
+    Tensor (B, R) float32
+        -inf where the rank is negative or past the end of the pool. No gradient. NaN scores have no rank.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit.
+
+    Examples
+    --------
+    >>> query, keys = torch.randn(8, 16), torch.randn(100, 16)
+    >>> negmine.rank_thresholds(query, keys, [0, 10]).shape
+    torch.Size([8, 2])
     """
     op = "rank_thresholds"
     keys, pool = check_negatives(op, query, positive_key, negative_keys, query_ids, query_labels, own_keys=True)
@@ -178,14 +264,41 @@ def quantile(
     query_labels: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Quantiles of each query's scores, as torch.quantile's linear interpolation gives them, for any K.
+    """Quantiles of each query's scores, with the linear interpolation of torch.quantile, for any K.
 
-        position = q * (M - 1) in the ascending order of b's pool of M;  value = lerp of its two neighbours
+        position = q * (M - 1) in the ascending order of b's pool of M;  value = interpolation of its two neighbours
 
-    query (B, D), negative_keys, query_ids, query_labels: as in mine_hardest; positive_key (B, D) for in-batch negatives.
-    q: in [0, 1]; 0.95 is the score that 5 % exceed. A tensor q is trusted to lie in [0, 1] (reading it would synchronise).
-    Returns (B, R) fp32; NaN for an empty pool, and where a NaN score is reached: it lies below everything. No gradient.
-    Raises ValueError or TypeError for input that does not fit.
+    Parameters
+    ----------
+    query : Tensor (B, D)
+        As in `mine_hardest`.
+    negative_keys : Tensor, MoCoQueue, Negatives, or None
+        As in `mine_hardest`.
+    q : float, list of float, or Tensor (R,)
+        In [0, 1]: 5 % of the scores exceed the quantile 0.95. A tensor is not checked, because reading it would
+        synchronise.
+    positive_key : Tensor (B, D), optional
+        Needed for in-batch negatives.
+    query_ids, query_labels : Tensor (B,), optional
+        As in `mine_hardest`.
+    backend : str, optional
+        As in `mine_hardest`.
+
+    Returns
+    -------
+    Tensor (B, R) float32
+        NaN for an empty pool, and where a NaN score is reached: NaN ranks below everything. No gradient.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit.
+
+    Examples
+    --------
+    >>> query, keys = torch.randn(8, 16), torch.randn(100, 16)
+    >>> negmine.quantile(query, keys, [0.5, 0.95]).shape
+    torch.Size([8, 2])
     """
     op = "quantile"
     keys, pool = check_negatives(op, query, positive_key, negative_keys, query_ids, query_labels, own_keys=True)
@@ -234,18 +347,57 @@ def mix_negatives(
     row_offset: int | Tensor = 0,
     backend: str | None = None,
 ) -> Mixed:
-    """Mix new negatives for each query from its hardest ones (MoCHi, Kalantidis et al. 2020); `Mix` states the formulas.
+    """Mix synthetic negatives for each query from its hardest ones (MoCHi). `Mix` has the formulas.
 
-    query (B, D), query_ids, query_labels: as in mine_hardest; so is negative_keys, but for each query's own, which are refused.
-    positive_key (B, D) for in-batch negatives. `info_nce(mix=..., seed=..., step=...)` uses exactly these draws. They are
-    counter-based: a function of (seed, step), the global row (row_offset + b) and the slot, whatever the backend, batch split
-    or world size.
-    seed: an int in [0, 2**32). step, row_offset: ints, or 0-d int64 tensors on the device of query; row_offset is the global
-        index of the first query, rank * B in data-parallel training.
+    ``info_nce(mix=..., seed=..., step=...)`` makes exactly these draws.
 
-    Returns Mixed(vectors (B, S, D) in query's dtype, parents (B, S, 2) int64, coefficients (B, S) fp32). With mix.detach=False
-    the vectors carry gradient to query and negative_keys. A query without negatives gets zero vectors and
-    parents -1. Raises ValueError or TypeError for input that does not fit.
+    Parameters
+    ----------
+    query : Tensor (B, D)
+        As in `mine_hardest`.
+    negative_keys : Tensor (K, D), MoCoQueue, Negatives, or None
+        As in `mine_hardest`, but not keys of each query's own.
+    mix : Mix
+        How many to mix, and how.
+    positive_key : Tensor (B, D), optional
+        Needed for in-batch negatives.
+    query_ids, query_labels : Tensor (B,), optional
+        As in `mine_hardest`.
+    seed : int
+        In [0, 2**32).
+    step, row_offset : int or Tensor
+        The number of the step, and the global number of the first query: rank * B in data-parallel training. A tensor is
+        0-d int64 on the device of `query`.
+    backend : str, optional
+        As in `mine_hardest`.
+
+    Returns
+    -------
+    Mixed
+        vectors (B, S, D) in the query's dtype, parents (B, S, 2) int64 and coefficients (B, S) float32. With
+        ``mix.detach=False`` the vectors carry gradient to `query` and `negative_keys`. A query without negatives gets zero
+        vectors and parents -1.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit.
+
+    Notes
+    -----
+    A draw is a function of seed, step, the query's global number and the slot. It does not depend on the backend or the
+    batch split.
+
+    References
+    ----------
+    Kalantidis et al. 2020 (arXiv 2010.01028).
+
+    Examples
+    --------
+    >>> query, keys = torch.randn(8, 16), torch.randn(100, 16)
+    >>> mixed = negmine.mix_negatives(query, keys, negmine.Mix(hard=20, pairs=4, with_query=0), seed=1)
+    >>> mixed.vectors.shape
+    torch.Size([8, 4, 16])
     """
     op = "mix_negatives"
     keys, pool = check_negatives(op, query, positive_key, negative_keys, query_ids, query_labels)
@@ -284,16 +436,53 @@ def logsumexp(
     row_offset: int | Tensor = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """Log-sum-exp of each query's logits over its negatives, with gradients to query, negative_keys and temperature.
+    """Log-sum-exp of each query's logits over its negatives, with gradients: the sum that most contrastive losses are made of.
 
         lse_b = log sum over kept k of exp(s_bk / temperature),   s = query . negative_key
 
-    query (B, D), negative_keys, temperature, select, query_ids, query_labels, seed, step, row_offset, backend: as in info_nce.
-    positive_key (B, D): needed where select has a margin, and for in-batch negatives; as the former it gets no gradient here.
+    Parameters
+    ----------
+    query : Tensor (B, D)
+        As in `info_nce`.
+    negative_keys : Tensor, MoCoQueue, Negatives, or None
+        As in `info_nce`.
+    temperature : float or Tensor
+        A number above 0, or a 0-d floating tensor that receives gradient.
+    positive_key : Tensor (B, D), optional
+        Needed where `select` has a margin, and for in-batch negatives. For a margin it gets no gradient.
+    select : Select, optional
+        Which negatives to keep.
+    query_ids, query_labels : Tensor (B,), optional
+        A key of equal id or label is ignored.
+    seed, step, row_offset : int or Tensor
+        The key of the draws of ``select.sample``, and the global number of the first query.
+    backend : str, optional
+        None chooses; ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"`` insists.
 
-    Returns (B,) fp32 (float64 for float64 input): -inf, without gradient, where the pool is empty. A loss is then arithmetic on
-    it: InfoNCE is softplus(lse - s_pos / T). The gradient is computed in the forward pass, so frozen keys may be overwritten
-    before backward. Selection and masks carry no gradient. Raises ValueError or TypeError for input that does not fit.
+    Returns
+    -------
+    Tensor (B,)
+        float32 (float64 for float64 input). -inf, without gradient, where the pool is empty.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit.
+
+    Notes
+    -----
+    Gradients flow to query, negative_keys, temperature and a bias. They are computed in the forward pass, so frozen keys
+    may be overwritten before backward. Selection and masks carry no gradient.
+
+    Examples
+    --------
+    InfoNCE as arithmetic on the sum:
+
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> lse = negmine.logsumexp(query, queue, temperature=0.2)
+    >>> loss = F.softplus(lse - (query * key).sum(1) / 0.2).mean()
+    >>> torch.testing.assert_close(loss, negmine.info_nce(query, key, queue, temperature=0.2))
     """
     temperature = checks.require_temperature("logsumexp", temperature)
     columns = summed_columns(

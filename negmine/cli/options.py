@@ -46,7 +46,13 @@ def explained(docstring: str | None, wanted: Iterable[str]) -> dict[str, str]:
     """The docstring's paragraphs `name, other: words`, by name; `wanted` names may also begin within a paragraph."""
     found: dict[str, str] = {}
     names: list[str] = []
-    for line in inspect.cleandoc(docstring or "").splitlines():
+    text = inspect.cleandoc(docstring or "")
+    if "\nParameters\n---" in text:
+        section = text.split("\nParameters\n", 1)[1].split("\n\n", 1)[0]
+        for names_of, words in re.findall(r"^(\w+(?:, \w+)*) : .*\n((?:    .*\n?)+)", section, re.M):
+            found |= dict.fromkeys(names_of.split(", "), " ".join(words.replace("``", "").split()))
+        return found
+    for line in text.splitlines():
         starts = re.match(r"(\w+(?: \([^)]*\))?(?:, \w+(?: \([^)]*\))?)*): (.*)", line)
         if starts:
             names = re.findall(r"(\w+)(?: \([^)]*\))?(?:, |$)", starts[1])

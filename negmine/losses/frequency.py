@@ -7,20 +7,48 @@ from negmine.ops import checks, philox
 
 
 class FrequencyEstimator(nn.Module):
-    """The probability that a batch holds an item, estimated while batches pass (Yi et al. 2019, RecSys, algorithm 2).
+    """The probability that a batch holds an item, estimated while batches pass: for the logQ correction.
 
         at step t, for each item y of the batch:  B[h(y)] = (1 - alpha) B[h(y)] + alpha (t - A[h(y)]),   A[h(y)] = t
         probability of y = 1 / B[h(y)], at most 1
 
-    A holds the step at which a bucket was last seen, B its mean interval in steps.
-    num_buckets: the range of the hash functions h.
-    alpha: the learning rate; small for a steady stream, larger for one that drifts.
-    num_hashes: items that share a bucket look more frequent than they are; of several hashes the longest interval counts.
-    initial_interval: of a bucket not yet seen.
+    A holds the step at which a bucket was last seen, and B its mean interval in steps.
 
-    The state is in buffers, last_step and interval (num_hashes, num_buckets + 1) and step (); update does not synchronise. An id
-    of -1 is unknown: it is not counted, and its log probability is 0. A batch that holds an item twice counts it once.
-    Raises ValueError or TypeError for input that does not fit.
+    Parameters
+    ----------
+    num_buckets : int
+        The range of the hash functions h.
+    alpha : float
+        The learning rate, in (0, 1]: small for a steady stream, larger for one that drifts.
+    num_hashes : int
+        Items that share a bucket look more frequent than they are. Of several hashes the longest interval counts.
+    initial_interval : float
+        The interval of a bucket that was not seen yet.
+    seed : int
+        Of the hash functions.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit.
+
+    Notes
+    -----
+    The state is in buffers: last_step and interval, (num_hashes, num_buckets + 1), and step (). `update` does not
+    synchronise. An id of -1 is unknown: it is not counted, and its log probability is 0. A batch that holds an item twice
+    counts it once.
+
+    References
+    ----------
+    Yi et al. 2019 (RecSys), algorithm 2.
+
+    Examples
+    --------
+    >>> frequency = negmine.losses.FrequencyEstimator(num_buckets=1000)
+    >>> items = torch.tensor([3, 5, 3, -1])
+    >>> log_q = frequency(items)  # counts the batch, and returns the estimates
+    >>> log_q.shape
+    torch.Size([4])
     """
 
     last_step: Tensor

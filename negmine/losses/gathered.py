@@ -22,9 +22,33 @@ from negmine.options import Negatives
 def gathered(rows: Tensor, *, process_group: Any = None) -> Tensor:
     """The rows of every rank of a process group, in rank order, with gradient.
 
-    rows (B, ...): this rank's; B may differ from rank to rank, but on a GPU it must not. Returns (sum of B, ...).
-    The gradient of a row is the sum of what the losses of all ranks give to it: backward is collective too.
-    In one process, or without torch.distributed, the rows themselves. Raises ValueError or TypeError on all ranks if on one.
+    Parameters
+    ----------
+    rows : Tensor (B, ...)
+        This rank's rows. B may differ from rank to rank, but not on a GPU.
+    process_group : ProcessGroup, optional
+        Of torch.distributed; default: all ranks.
+
+    Returns
+    -------
+    Tensor (sum of B, ...)
+        In one process, or without torch.distributed, the rows themselves.
+
+    Raises
+    ------
+    ValueError, TypeError
+        On all ranks, if one of them refuses its input.
+
+    Notes
+    -----
+    The gradient of a row is the sum of what the losses of all ranks give to it. Backward communicates too, so every rank
+    must call it.
+
+    Examples
+    --------
+    >>> rows = torch.randn(8, 16, requires_grad=True)
+    >>> negmine.losses.gathered(rows).shape  # in one process
+    torch.Size([8, 16])
     """
     op, ranks = "gathered", Ranks(process_group)
     with ranks.agreement(op, _device_of(ranks, rows)) as call:

@@ -21,39 +21,64 @@ def grad_cache(
     *,
     backward: Callable[[Tensor], Any] | None = None,
 ) -> Any:
-    """The loss of a large batch and its gradients, with the activations of one chunk of the encoders in memory at a time.
+    """The loss of a large batch and its gradients, with the encoders' activations of one chunk in memory at a time.
 
-        1. embeddings = encoder(chunk) of every chunk, without gradient, and the random state of each
+        1. embeddings = encoder(chunk) of every chunk, without gradient, remembering the random state of each
         2. loss(*embeddings) over the whole batch, and its gradient with respect to the embeddings
         3. each chunk again, from its random state, with the gradient of its embeddings
 
-    The loss and the gradients are those of a step that keeps the graphs of all chunks; it costs a second forward pass. Gradients
-    are added to the `.grad` of the parameters of the encoders, of the loss, and of whatever else requires one, as
-    `loss.backward()` would.
+    Loss and gradients are those of a step that keeps the graphs of all chunks. It costs a second forward pass. Gradients
+    are added to the ``.grad`` of the parameters, as ``loss.backward()`` would.
 
-    loss: called once as loss(*embeddings), one tensor for each of the inputs in their order. Returns a 0-d tensor, or a tuple
-        whose first item is one, such as (loss, stats) of return_stats=True. It may be any loss of this package, with
-        gather_distributed too. What needs no gradient, such as a queue or a momentum encoder's keys, is better bound in it than
-        encoded here.
-    encoders: one callable for all inputs, or a sequence of one for each. An encoder returns a floating tensor (n, ...) for the n
-        rows that it is given.
-    inputs: a sequence of inputs, each a tensor (B, ...) or a list of B items; a tuple or a mapping of such is passed as several
-        positional or keyword arguments, and what else it holds is passed on as it is. B may differ between inputs.
-    chunk_size: rows that an encoder is given at a time.
-    backward: called once with the 0-d loss, by default loss.backward(). With a GradScaler: lambda loss:
-        scaler.scale(loss).backward(). What it multiplies the gradient by reaches every parameter.
+    Parameters
+    ----------
+    loss : callable
+        Called once as ``loss(*embeddings)``, with one tensor for each of the inputs. Returns a 0-d tensor, or a tuple whose
+        first item is one. It may be any loss of this package, with `gather_distributed` too. Bind what needs no gradient,
+        such as a queue, in it.
+    encoders : callable or sequence of callables
+        One for all inputs, or one for each. An encoder returns a floating tensor (n, ...) for the n rows that it is given.
+    inputs : sequence
+        Each is a tensor (B, ...) or a list of B items. A tuple or a mapping of such is passed as several positional or
+        keyword arguments, and what else it holds is passed on as it is. B may differ between inputs.
+    chunk_size : int
+        How many rows an encoder is given at a time.
+    backward : callable, optional
+        Called once with the 0-d loss; default ``loss.backward()``. With a GradScaler: ``lambda loss:
+        scaler.scale(loss).backward()``.
 
-    Random numbers: in step 3 a chunk sees the random states that it saw in step 1, of the CPU, of the current GPU and of its
-        tensors' GPUs, so that dropout repeats. Dropout masks are those of an encoder called chunk by chunk, and afterwards the
-        random state is what that leaves.
-    Layers that mix the rows of a batch (BatchNorm) see chunks, and their running statistics are updated twice.
-    Autocast: call it inside of autocast, as the encoders and the loss alone would be.
-    Several ranks: a DistributedDataParallel encoder synchronises gradients once, at its last chunk. Parameters without a part in
-    that chunk need find_unused_parameters=True. Ranks whose encoders have buffers must have equally many chunks.
+    Returns
+    -------
+    Any
+        What `loss` returned, with the loss detached. Where gradients are disabled, the loss alone.
 
-    Returns what loss returned, the loss detached. Where gradients are disabled, the loss alone. Raises ValueError or TypeError
-    for input that does not fit, before any work, and where an encoder returns anything else than it should.
-    Source: Gao et al. 2021, arXiv 2101.06983 (luyug/GradCache).
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit, before any work, and where an encoder returns something else than it should.
+
+    Notes
+    -----
+    Dropout repeats: in step 3 a chunk sees the random states of step 1, of the CPU, of the current GPU and of its tensors'
+    GPUs.
+
+    Layers that mix the rows of a batch, such as BatchNorm, see chunks, and their running statistics are updated twice.
+
+    Call it inside of autocast, as you would call the encoders and the loss.
+
+    A DistributedDataParallel encoder synchronises gradients once, at its last chunk. Parameters without a part in that
+    chunk need ``find_unused_parameters=True``. Ranks whose encoders have buffers must have equally many chunks.
+
+    References
+    ----------
+    Gao et al. 2021 (arXiv 2101.06983; luyug/GradCache).
+
+    Examples
+    --------
+    >>> encoder, images, texts = torch.nn.Linear(32, 16), torch.randn(64, 32), torch.randn(64, 32)
+    >>> loss = negmine.losses.grad_cache(negmine.info_nce, encoder, [images, texts], chunk_size=16)
+    >>> encoder.weight.grad.shape
+    torch.Size([16, 32])
     """
     each = _encoders(encoders, inputs)
     checks.require_count(OP, "chunk_size", chunk_size)

@@ -50,7 +50,29 @@ NO_DRAWS = (
 
 
 class InfoNCEStats(NamedTuple):
-    """What info_nce returns beside the loss; none carries gradient."""
+    """What `info_nce` returns beside the loss. None of it carries gradient.
+
+    Attributes
+    ----------
+    logsumexp : Tensor (B,)
+        Log of the denominator.
+    positive_rank : Tensor (B,) int64
+        How many valid negatives score above the positive, whatever `select` keeps. 0 is a top-1 hit.
+    num_negatives : Tensor (B,) int64
+        How many real negatives are in the denominator.
+    clamped : Tensor (B,) bool
+        True where the floor of `Weight` is active: the negatives of that row get no gradient.
+    num_empty : Tensor () int64
+        How many rows have no negative; their loss is 0.
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> loss, stats = negmine.info_nce(query, key, torch.randn(100, 16), return_stats=True)
+    >>> accuracy = (stats.positive_rank == 0).float().mean()
+    >>> stats.num_negatives.tolist()
+    [100, 100, 100, 100, 100, 100, 100, 100]
+    """
 
     logsumexp: Tensor  # (B,) log of the denominator
     positive_rank: Tensor  # (B,) int64: valid negatives scored above the positive, whatever select keeps; 0 = top-1
@@ -81,39 +103,87 @@ def info_nce(
     backend: str | None = None,
     return_stats: bool = False,
 ) -> Any:
-    """InfoNCE of each query against its positive and a queue of negatives (MoCo, He et al. 2020, moco/builder.py).
+    """InfoNCE of each query against its positive and a pool of negatives, without the (B, K) matrix of logits.
 
         loss_b = -x_b + log(exp(x_b) + sum over kept j of exp(x_bj)),   x = inner product / temperature + bias
 
-    query (B, D): carries gradient. positive_key (B, D): carries gradient where it requires it.
-    negative_keys: the negatives, in one of these forms. Keys that require grad get one. Frozen keys may be overwritten between
-        forward and backward: the gradient is computed in the forward pass.
-        Tensor (K, D) shared by all queries, or (B, M, D) each query's own;
-        MoCoQueue: its valid rows; its ids and labels count where query_ids or query_labels are given;
-        Negatives: keys with ids, labels, a mask, a bias of the logits or a guide, and options of their own;
-        None: in-batch negatives, the positives of the other rows;
-        a list of these: several pools in one denominator. select, mix and weight apply to each pool that names none, on its own
-        ranks and fractions. The sums of Weight add up over the pools. query_ids and query_labels count in each pool that has ids
-        or labels. False negatives are found in each pool. Pool 0 draws as a pool alone does, the others by their number.
-    temperature: a number above 0, or a 0-d floating tensor that receives gradient, off by a few eps of |s| / temperature^2, since
-        it is a mean of differences of scores s that may be close. MoCo v1: 0.07, v2: 0.2.
-    select: which negatives stay; mix: which synthetic ones are added; weight: how they weigh; see those classes.
-    positive_bias (B,) floating: added to the positive's logit, x_b = s_b / temperature + bias_b, and to no score: margins and
-        positive_rank leave it out. Carries gradient where it requires it.
-    false_negatives with support (B, V, D): negatives found by other views of the same image are removed or attracted.
-    query_ids (B,), query_labels (B,): a key whose id or label is equal is ignored as a negative. -1 is unknown and equals
-        nothing.
-    decoupled: the positive leaves the denominator (Yeh et al. 2021, arXiv 2110.06848); the loss may be negative.
-    reduction: "mean" over the B rows, "sum" or "none".
-    seed, step, row_offset: the key of mix's and select.sample's draws and the global index of the first query. step and
-        row_offset may be 0-d int64 tensors on the device of query.
-    backend: None chooses; "cuda", "triton", "cpu" or "reference" insists.
+    Parameters
+    ----------
+    query : Tensor (B, D)
+        fp32, bf16, fp16 or float64, used as given: normalise it for cosine scores. Carries gradient.
+    positive_key : Tensor (B, D)
+        Carries gradient where it requires it.
+    negative_keys : Tensor (K, D) or (B, M, D), MoCoQueue, Negatives, None, or a list of these
+        Keys shared by all queries, or each query's own; the valid rows of a queue, whose ids and labels count where
+        `query_ids` or `query_labels` are given; a `Negatives`, with ids, labels, a mask, a bias, a guide and options of its
+        own; None for in-batch negatives, the positives of the other rows. A list is several pools in one denominator.
+    temperature : float or Tensor
+        A number above 0, or a 0-d floating tensor that receives gradient. MoCo v1 used 0.07, v2 0.2.
+    select : Select, optional
+        Which negatives to keep.
+    mix : Mix, optional
+        Which synthetic negatives to add.
+    weight : Weight, optional
+        How much each negative counts.
+    positive_bias : Tensor (B,), optional
+        Added to the positive's logit and to no score: margins and `positive_rank` leave it out. Carries gradient where it
+        requires it.
+    false_negatives : FalseNegatives, optional
+        Removes or attracts the negatives that `support` finds.
+    support : Tensor (B, V, D), optional
+        Further views of the queries' images.
+    query_ids, query_labels : Tensor (B,), optional
+        Whole numbers. A key of equal id or label is ignored as a negative. -1 is unknown and equals nothing.
+    decoupled : bool
+        The positive leaves the denominator (Yeh et al. 2021, arXiv 2110.06848). The loss may then be negative.
+    reduction : str
+        ``"mean"`` over the B rows, ``"sum"`` or ``"none"``.
+    seed, step, row_offset : int or Tensor
+        The key of the random draws of `mix` and ``select.sample``, and the global number of the first query. step and
+        row_offset may be 0-d int64 tensors on the device of `query`.
+    backend : str, optional
+        None chooses; ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"`` insists.
+    return_stats : bool
+        Also return statistics.
 
-    Vectors are used as given (normalise them for cosine scores). Returns the loss, fp32 (float64 for float64 input), 0-d or
-    (B,); with return_stats also InfoNCEStats, and of several pools a list of them, each with the log of the whole denominator and
-    what is of its pool. A row without negatives has loss 0 and no gradient, and is counted. Selection,
-    mixing and masks carry no gradient; weights do unless weight.detach. Double backward is refused.
-    Raises ValueError or TypeError for input that does not fit, before any work.
+    Returns
+    -------
+    Tensor () or (B,)
+        The loss: float32, or float64 for float64 input. With `return_stats` a pair of it and InfoNCEStats; for several
+        pools, a list of them, each with the log of the whole denominator and the counts of its pool.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit, before any work.
+
+    Notes
+    -----
+    Gradients are computed in the forward pass, so frozen keys, such as a queue, may be overwritten before backward.
+    Selection, mixing and masks carry no gradient; weights do unless ``weight.detach``. Second derivatives need
+    ``backend="reference"``.
+
+    The gradient of the temperature is a mean of differences of scores, which may be close: its rounding error is a few eps of
+    |s| / temperature^2.
+
+    A row without negatives has loss 0 and no gradient, and is counted.
+
+    With several pools, `select`, `mix` and `weight` apply to each pool that has none of its own, on its own ranks and
+    fractions. The sums of `Weight` add up over the pools, and false negatives are found in each. Each pool draws random
+    numbers of its own; the first draws as a single pool does.
+
+    References
+    ----------
+    MoCo, He et al. 2020 (arXiv 1911.05722; facebookresearch/moco moco/builder.py).
+
+    Examples
+    --------
+    >>> query, key = F.normalize(torch.randn(2, 8, 16), dim=2).unbind()
+    >>> queue = negmine.MoCoQueue(dim=16, K=100)
+    >>> loss = negmine.info_nce(query.requires_grad_(), key, queue, temperature=0.2)
+    >>> loss.backward()
+    >>> loss = negmine.info_nce(query, key, queue, select=negmine.Select(0, 0.1))  # the hardest tenth
+    >>> loss = negmine.info_nce(query, key)  # in-batch negatives
     """
     op = "info_nce"
     further: list = []
@@ -542,16 +612,34 @@ def mixed_logsumexp(
 
 
 class InfoNCELoss(ScheduledLoss):
-    """info_nce as a module; its keywords are info_nce's.
+    """`info_nce` as a module, whose options may be schedules.
 
-    temperature, select, mix, weight and false_negatives may be schedules: a callable of the step, a () int64 tensor on the device
-    of query, that returns the value of that step. Calls in training mode that name no `step` count themselves in the buffer
-    `step`, so that every one draws new mixes and samples. A temperature given as an nn.Parameter or a
-    negmine.losses.LogScale is learned with the rest.
+    Parameters
+    ----------
+    temperature : float, Tensor, LogScale or schedule
+        As in `info_nce`. An nn.Parameter or a `negmine.losses.LogScale` is learned.
+    select, mix, weight, false_negatives : option object or schedule, optional
+        As in `info_nce`. A schedule is a callable of the step, a 0-d int64 tensor, that returns the value of that step.
+    decoupled, reduction, seed, backend, return_stats : optional
+        As in `info_nce`.
+    gather_distributed : bool
+        Take the negatives of every rank, with the right gradient. In-batch negatives are then the other positives of all
+        ranks, and keys (K, D) are joined to those of the other ranks. A queue is used as it is, and has a
+        `gather_distributed` of its own. `query_ids` must number the whole dataset.
+    process_group : ProcessGroup, optional
+        Of torch.distributed; default: all ranks.
 
-    gather_distributed: the negatives of every rank of process_group, with the right gradient (negmine/losses/gathered.py).
-    In-batch negatives are the other positives of all ranks, and keys (K, D) are joined to those of the other ranks; a queue is as
-    it is, made with a gather_distributed of its own. query_ids then number the whole dataset, and row_offset may be left out.
+    Notes
+    -----
+    In training mode, calls without `step` count themselves in the buffer `step`, so that each draws new random numbers and
+    a resumed run continues.
+
+    Examples
+    --------
+    >>> loss_of = negmine.InfoNCELoss(0.2, select=negmine.Select(0, 0.05))
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100, with_ids=True)
+    >>> loss = loss_of(query, key, queue, query_ids=torch.arange(8))
     """
 
     def __init__(
@@ -603,7 +691,17 @@ class InfoNCELoss(ScheduledLoss):
         step: int | Tensor | None = None,
         **masks: Any,
     ) -> Any:
-        """masks: query_ids, query_labels, support, row_offset of info_nce."""
+        """The loss of one batch.
+
+        Parameters
+        ----------
+        query, positive_key, negative_keys : Tensor
+            As in `info_nce`.
+        step : int or Tensor, optional
+            The number of the step; default: the module counts.
+        **masks
+            query_ids, query_labels, support and row_offset of `info_nce`.
+        """
         step = self.count(step, query)
         options = {"step": step, **self.at(step), **masks}
         return self.gathering.paired(info_nce, query, positive_key, negative_keys, options)

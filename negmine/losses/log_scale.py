@@ -10,16 +10,35 @@ from negmine.ops import checks
 
 
 class LogScale(nn.Module):
-    """A learned scale of scores, in the place of a temperature: 1 / T = min(exp(log_scale), max).
+    """A learned scale of the scores, to use in place of a temperature: 1 / T = min(exp(log_scale), max).
 
-        InfoNCELoss(temperature=LogScale(1 / 0.07, 100.0))      CLIP (Radford et al. 2021, arXiv 2103.00020)
-        SigLIPLoss(scale=LogScale(10.0, 1000.0))
+    Parameters
+    ----------
+    init : float
+        The scale at the start, above 0.
+    max : float or None
+        The largest scale.
 
-    init: the scale at the start, above 0. max: the largest scale, or None. While log_scale is above log(max), the scale is max
-    and log_scale gets the gradient that it would have at max where that lowers it, and none where it raises it further, so that
-    a scale that reached the bound can leave it.
-    The module's one parameter is `log_scale`, () fp32: give it to the optimiser, without weight decay. `scale()` is the scale;
-    calling the module gives the temperature, 1 / scale.
+    Notes
+    -----
+    The one parameter is `log_scale`, () fp32: give it to the optimiser, without weight decay. ``scale()`` returns the
+    scale, and calling the module returns the temperature, 1 / scale.
+
+    While log_scale is above log(max), the scale is max, and log_scale gets only gradients that lower it, so that it can
+    come back.
+
+    References
+    ----------
+    CLIP's logit_scale: Radford et al. 2021 (arXiv 2103.00020).
+
+    Examples
+    --------
+    >>> scale = negmine.losses.LogScale(1 / 0.07, 100.0)
+    >>> loss_of = negmine.InfoNCELoss(temperature=scale)
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> loss_of(query, key).backward()
+    >>> scale.log_scale.grad is not None
+    True
     """
 
     def __init__(self, init: float = 1 / 0.07, max: float | None = 100.0) -> None:

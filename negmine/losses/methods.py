@@ -367,10 +367,31 @@ def mixed_inputs(
     step: int | Tensor = 0,
     row_offset: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """i-Mix's inputs (B, ...): share x + (1 - share) x[partner], share (B,) fp32, partner (B,) int64, a permutation.
+    """The mixed inputs of i-Mix: share x + (1 - share) x[partner].
 
-    share = max(l, 1 - l), l ~ Beta(concentration, concentration): the own input always has the larger part. Counter-based draws,
-    keyed by (seed, step) and counted by the global row; the permutation is within this batch.
+    Parameters
+    ----------
+    inputs : Tensor (B, ...)
+        Floating.
+    concentration : float
+        share = max(l, 1 - l) with l from Beta(concentration, concentration): a row's own input has the larger part.
+    seed, step, row_offset : int or Tensor
+        The key of the draws and the global number of the first row. The permutation is within this batch.
+
+    Returns
+    -------
+    tuple
+        The mixed inputs (B, ...), share (B,) float32 and partner (B,) int64, a permutation.
+
+    References
+    ----------
+    Lee et al. 2021 (arXiv 2010.08887).
+
+    Examples
+    --------
+    >>> mixed, share, partner = negmine.recipes.mixed_inputs(torch.rand(8, 3, 4, 4))
+    >>> mixed.shape, bool((share >= 0.5).all())
+    (torch.Size([8, 3, 4, 4]), True)
     """
     op = "mixed_inputs"
     checks.require_tensor(op, "inputs", inputs)

@@ -35,13 +35,48 @@ def softplus_sum(
     row_offset: int | Tensor = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """Sum of softplus over each query's negatives, with gradients to query, negative_keys, scale and bias.
+    """Sum of softplus over each query's negatives, with gradients: the sum that sigmoid losses are made of.
 
         total_b = sum over kept k of log(1 + exp(scale s_bk + bias)),   s = query . negative_key
 
-    scale, bias: numbers, or 0-d floating tensors that receive gradient. The rest as in negmine.logsumexp.
-    Returns (B,) fp32 (float64 for float64 input), 0 where the pool is empty. The gradient is computed in the forward pass, so
-    frozen keys may be overwritten before backward. Raises ValueError or TypeError for input that does not fit.
+    Parameters
+    ----------
+    query : Tensor (B, D)
+        As in `logsumexp`.
+    negative_keys : Tensor, MoCoQueue, Negatives, or None
+        As in `logsumexp`.
+    scale, bias : float or Tensor
+        Numbers, or 0-d floating tensors that receive gradient.
+    positive_key : Tensor (B, D), optional
+        Needed where `select` has a margin, and for in-batch negatives.
+    select : Select, optional
+        Which negatives to keep.
+    query_ids, query_labels : Tensor (B,), optional
+        A key of equal id or label is ignored.
+    seed, step, row_offset : int or Tensor
+        As in `logsumexp`.
+    backend : str, optional
+        As in `logsumexp`.
+
+    Returns
+    -------
+    Tensor (B,)
+        float32 (float64 for float64 input); 0 where the pool is empty.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit.
+
+    Notes
+    -----
+    The gradient is computed in the forward pass, so frozen keys may be overwritten before backward.
+
+    Examples
+    --------
+    >>> query, keys = torch.randn(8, 16), torch.randn(100, 16)
+    >>> total = negmine.losses.softplus_sum(query, keys, scale=1.0, bias=0.0)
+    >>> torch.testing.assert_close(total, F.softplus(query @ keys.T).sum(1))
     """
     op = "softplus_sum"
     scale, bias = checks.require_scalar(op, "scale", scale), checks.require_scalar(op, "bias", bias)
@@ -75,17 +110,52 @@ def siglip(
     row_offset: int | Tensor = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """The sigmoid loss of each query's positive and a queue of negatives (SigLIP, Zhai et al. 2023, arXiv 2303.15343).
+    """The sigmoid loss of each query's positive and a pool of negatives (SigLIP).
 
         loss_b = log(1 + exp(-l_pos)) + sum over kept k of log(1 + exp(l_bk)),   l = scale s + bias (+ Negatives.bias)
 
-    No partition function: dropping easy negatives by `select` changes the loss by their own terms only. The sign of the bias
-    follows google-research/big_vision trainers/proj/image_text/siglip.py; the paper's printed exponent has it the other way.
-    scale, bias: the code starts at 10 and -10 and learns both, the scale as its logarithm: negmine.SigLIPLoss.
-    That start suits a batch: the sum grows with K, so against 65,536 negatives start the bias some 8 lower, or it dominates.
-    query, positive_key (B, D), negative_keys, a list of several pools included, and the rest: as in info_nce; mix and weight of
-        a Negatives must be None. A row without negatives keeps its positive's term.
-    Returns the loss, fp32 (float64 for float64 input). Raises ValueError or TypeError for input that does not fit.
+    Parameters
+    ----------
+    query, positive_key : Tensor (B, D)
+        As in `info_nce`.
+    negative_keys : Tensor, MoCoQueue, Negatives, None, or a list of these
+        As in `info_nce`; `mix` and `weight` of a `Negatives` must be None.
+    scale, bias : float or Tensor
+        The published code starts at 10 and -10 and learns both, the scale as its logarithm: see `SigLIPLoss`. That start
+        suits a batch. The sum grows with K: against 65,536 negatives start the bias about 8 lower, or the negatives
+        dominate.
+    select : Select, optional
+        Which negatives to keep. Each negative adds a term of its own, so dropping easy ones changes the loss by their terms
+        only.
+    query_ids, query_labels : Tensor (B,), optional
+        A key of equal id or label is ignored.
+    reduction : str
+        ``"mean"``, ``"sum"`` or ``"none"``.
+    seed, step, row_offset : int or Tensor
+        As in `info_nce`.
+    backend : str, optional
+        As in `info_nce`.
+
+    Returns
+    -------
+    Tensor () or (B,)
+        The loss: float32, or float64 for float64 input. A row without negatives keeps its positive's term.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit.
+
+    References
+    ----------
+    Zhai et al. 2023 (arXiv 2303.15343). The sign of the bias is that of google-research/big_vision
+    trainers/proj/image_text/siglip.py; the paper's printed exponent has the opposite sign.
+
+    Examples
+    --------
+    >>> query, key = F.normalize(torch.randn(2, 8, 16), dim=2).unbind()
+    >>> loss = negmine.siglip(query, key)
+    >>> loss = negmine.siglip(query, key, negmine.MoCoQueue(16, 1000), bias=-14.0)
     """
     op = "siglip"
     checks.require_vectors(op, "query", query, "(B, D)", (2,))
@@ -114,11 +184,28 @@ def siglip(
 
 
 class SigLIPLoss(ScheduledLoss):
-    """siglip as a module that learns its scale, kept as a logarithm so that it stays positive, and its bias.
+    """`siglip` as a module that learns its scale, as a logarithm so that it stays positive, and its bias.
 
-    scale: a number, or a negmine.losses.LogScale with a bound; `log_scale` is the parameter. learn=False holds the bias and
-    a scale given as a number. select may be a schedule, a callable of the step. gather_distributed, process_group: the negatives
-    of all ranks, as in negmine.InfoNCELoss. The other keywords are siglip's.
+    Parameters
+    ----------
+    scale : float or LogScale
+        The scale at the start, or a `negmine.losses.LogScale` with a bound. The parameter is `log_scale`.
+    bias : float
+        The bias at the start.
+    learn : bool
+        False keeps the bias, and a scale given as a number, fixed.
+    gather_distributed, process_group : optional
+        The negatives of all ranks, as in `InfoNCELoss`.
+    **options
+        select (which may be a schedule), reduction, seed and backend of `siglip`.
+
+    Examples
+    --------
+    >>> loss_of = negmine.SigLIPLoss()
+    >>> query, key = F.normalize(torch.randn(2, 8, 16), dim=2).unbind()
+    >>> loss_of(query, key).backward()
+    >>> loss_of.bias.grad is not None
+    True
     """
 
     def __init__(

@@ -28,7 +28,24 @@ from negmine.selection import summing_ops
 
 
 class SupConStats(NamedTuple):
-    """What sup_con returns beside the loss; none carries gradient."""
+    """What `sup_con` returns beside the loss. None of it carries gradient.
+
+    Attributes
+    ----------
+    logsumexp : Tensor (B,)
+        Log of the denominator. ``"own_positive"`` has one for each positive; there it is the negatives' alone.
+    num_positives : Tensor (B,) int64
+        How many keys attract the query.
+    num_without_positive : Tensor () int64
+        How many rows have no positive; their loss is 0.
+
+    Examples
+    --------
+    >>> query, labels = torch.randn(8, 16), torch.arange(8) % 2
+    >>> loss, stats = negmine.sup_con(query, None, labels, return_stats=True)
+    >>> stats.num_positives.tolist()
+    [3, 3, 3, 3, 3, 3, 3, 3]
+    """
 
     logsumexp: Tensor  # (B,) log of the denominator; of "own_positive", which has one a positive, the negatives'
     num_positives: Tensor  # (B,) int64
@@ -130,7 +147,7 @@ def sup_con(
     backend: str | None = None,
     return_stats: bool = False,
 ) -> Any:
-    """SupCon (Khosla et al. 2020, arXiv 2004.11362; HobbitLong/SupContrast losses.py): keys of the query's label attract.
+    """Supervised contrastive loss: every key of the query's label attracts (SupCon).
 
         "out"  loss_b = mean over p in P_b of -log(exp(x_bp) / den_bp)      x = inner product / temperature
         "in"   loss_b = -log of the mean over p in P_b of exp(x_bp) / den_bp
@@ -138,23 +155,68 @@ def sup_con(
                                          "own_positive"    the negatives and p alone (pytorch-metric-learning's NTXent)
                                          "negatives_only"  the negatives (decoupled)
 
-    query (B, D), or (B, V, D), V views of each sample, whose labels, ids and masks they share: carries gradient.
-    keys (K, D): a queue, the batch itself, or both concatenated; keys that require grad get one, frozen keys may be overwritten
-        before backward. None: the queries themselves, views included, no view against itself; the positives are then those
-        of the query's label, or without labels the other views of its sample (SimCLR). query_ids and key_ids are None then.
-    query_labels (B,), key_labels (K,): whole numbers; equal = positive. A label of -1 is unknown and equals nothing: such a
-        key is a negative of every query (the label queue of MoCo forms starts at -1).
-    positive_mask (B, K) bool, in the place of labels: True = positive; several labels a sample, say.
-    positive_weights (B, K) floating, of 0 or more, in the place of labels: 0 = negative, else positive with this weight in the
-        mean over P_b, such as the overlap of two sets of labels. No gradient flows to them.
-    query_ids (B,) and key_ids (K,): equal = the same sample, neither positive nor negative.
-    key_mask (K,) or (B, K) bool: True = usable.
-    temperature, reduction, backend: as in info_nce. The public code also multiplies by T / base_temperature, 1 by default.
+    Parameters
+    ----------
+    query : Tensor (B, D) or (B, V, D)
+        V views of each sample share its labels, ids and masks. Carries gradient.
+    keys : Tensor (K, D) or None
+        A queue, the batch itself, or both concatenated. Keys that require grad get one; frozen keys may be overwritten
+        before backward. None: the queries themselves, views included, without each view itself. The positives are then
+        those of the query's label, or without labels the other views of its sample (SimCLR); `query_ids` and `key_ids` must
+        be None.
+    query_labels : Tensor (B,), optional
+        Whole numbers; equal labels are positives. -1 is unknown and equals nothing.
+    key_labels : Tensor (K,), optional
+        A key of label -1 is a negative of every query.
+    temperature : float or Tensor
+        As in `info_nce`.
+    positives : str
+        ``"out"`` or ``"in"``: where the mean over the positives is.
+    denominator : str
+        ``"all"``, ``"own_positive"`` or ``"negatives_only"``.
+    positive_mask : Tensor (B, K) bool, optional
+        In place of labels: True = positive. For several labels a sample, for example.
+    positive_weights : Tensor (B, K), optional
+        In place of labels: 0 = negative, above 0 = positive with this weight in the mean. No gradient flows to them.
+    query_ids : Tensor (B,), optional
+        A key of equal id is the same sample: neither positive nor negative.
+    key_ids : Tensor (K,), optional
+        The ids of the keys.
+    key_mask : Tensor (K,) or (B, K) bool, optional
+        True = usable.
+    reduction : str
+        ``"mean"``, ``"sum"`` or ``"none"``.
+    backend : str, optional
+        As in `info_nce`. `positive_weights` with ``"in"`` or ``"own_positive"`` run on the reference.
+    return_stats : bool
+        Also return SupConStats.
 
-    Returns the loss, fp32 (float64 for float64 input); with return_stats also SupConStats. With "none" it is (B,) or (B, V). A
-    row without positives, or with "negatives_only" without negatives, has loss 0 and no gradient, and counts in the mean.
-    "in" <= "out" (Jensen). positive_weights with "in" or "own_positive" run on the reference.
-    Raises ValueError or TypeError for input that does not fit, before any work.
+    Returns
+    -------
+    Tensor (), (B,) or (B, V)
+        The loss: float32, or float64 for float64 input. A row without positives has loss 0 and no gradient, and counts in
+        the mean; with ``"negatives_only"`` so has a row without negatives.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit, before any work.
+
+    Notes
+    -----
+    ``"in"`` is never above ``"out"`` (Jensen). The public code also multiplies by T / base_temperature, which is 1 by
+    default.
+
+    References
+    ----------
+    Khosla et al. 2020 (arXiv 2004.11362; HobbitLong/SupContrast losses.py).
+
+    Examples
+    --------
+    >>> query, labels = F.normalize(torch.randn(8, 16), dim=1), torch.arange(8) % 2
+    >>> loss = negmine.sup_con(query, None, labels)  # within the batch
+    >>> queue = negmine.MoCoQueue(16, 100, with_labels=True)
+    >>> loss = negmine.sup_con(query, queue.keys, labels, queue.labels)
     """
     op = "sup_con"
     tags = (query_labels, key_labels, query_ids, key_ids)
@@ -314,14 +376,25 @@ def _weighted_score(query: Tensor, keys: Tensor, weights: Tensor, same: Pool) ->
 
 
 class SupConLoss(ScheduledLoss):
-    """sup_con as a module; its keywords are sup_con's.
+    """`sup_con` as a module.
 
-    temperature may be a schedule, a callable of the step, a () int64 tensor; one given as an nn.Parameter or a
-    negmine.losses.LogScale is learned with the rest. Calls in training mode that name no `step` count themselves in the
-    buffer `step`.
+    Parameters
+    ----------
+    temperature : float, Tensor, LogScale or schedule
+        As in `sup_con`. A schedule is a callable of the step; an nn.Parameter or a `negmine.losses.LogScale` is learned.
+    positives, denominator, reduction, backend, return_stats : optional
+        As in `sup_con`.
+    gather_distributed : bool
+        Take the keys of every rank, with their labels, key_ids and key_mask (K,), and with the right gradient. `query_ids`
+        and `key_ids` must number the whole dataset.
+    process_group : ProcessGroup, optional
+        Of torch.distributed; default: all ranks.
 
-    gather_distributed: the keys of every rank of process_group, with their labels, key_ids and key_mask (K,), and with the right
-    gradient (negmine/losses/gathered.py). query_ids and key_ids then number the whole dataset.
+    Examples
+    --------
+    >>> loss_of = negmine.SupConLoss(0.1)
+    >>> query, labels = F.normalize(torch.randn(8, 16), dim=1), torch.arange(8) % 2
+    >>> loss = loss_of(query, None, labels)
     """
 
     def __init__(

@@ -25,17 +25,44 @@ from negmine.reference.selection import row_logsumexp
 
 @dataclass(frozen=True)
 class Kinds:
-    """How many synthetic negatives of each kind, from the `hard` hardest n of each query; every h is scaled to unit length.
+    """How many synthetic negatives of each kind SynCo makes, from the `hard` hardest n of each query. Each h is scaled to unit
+    length.
 
-        1 interpolated   a q + (1 - a) n          a in [0, 0.5)      MoCHi's mix with the query
-        2 extrapolated   q + b (n - q)            b in [1, 1.5)      easier than n: it lies beyond n, seen from q
-        3 mixed          g n_a + (1 - g) n_b      g in [0, 1)        MoCHi's pair; n_a may be n_b
-        4 noised         n + sigma z              z normal in each of the D directions
-        5 graded         n + delta q              q is the gradient of the score with respect to n
-        6 signed         n + eta sign(q)
+        interpolated   a q + (1 - a) n          a in [0, 0.5)      MoCHi's mix with the query
+        extrapolated   q + b (n - q)            b in [1, 1.5)      easier than n: it lies beyond n, seen from q
+        mixed          g n_a + (1 - g) n_b      g in [0, 1)        MoCHi's pair; n_a may be n_b
+        noised         n + sigma z              z normal in each of the D directions
+        graded         n + delta q              q is the gradient of the score with respect to n
+        signed         n + eta sign(q)
 
-    Parents and coefficients are uniform. Kinds 1, 2, 3 and 5 are mixes of two vectors (5 with the fixed share delta / (1 + delta)
-    of q), whose logits are summed without the vectors; 4 and 6 gather (B, noised + signed, D).
+    Parameters
+    ----------
+    hard : int
+        How many of the hardest negatives.
+    interpolated, extrapolated, mixed, noised, graded, signed : int
+        How many of each kind a query gets.
+    sigma, delta, eta : float or Tensor
+        The sizes of the last three kinds.
+
+    Raises
+    ------
+    ValueError
+        For an invalid value.
+
+    Notes
+    -----
+    Parents and coefficients are uniform. The noised and signed kinds are gathered, (B, noised + signed, D); the others are
+    mixes of two vectors, whose logits are summed without the vectors.
+
+    References
+    ----------
+    Giakoumoglou and Stathaki 2024 (arXiv 2410.02401).
+
+    Examples
+    --------
+    >>> kinds = negmine.recipes.Kinds(hard=100, interpolated=10, extrapolated=0)
+    >>> kinds.interpolated
+    10
     """
 
     hard: int = 1024
@@ -55,11 +82,11 @@ class Kinds:
         for name in (*COUNTS, "hard"):
             value, least = getattr(self, name), int(name == "hard")
             if not is_int(value) or value < least:
-                raise ValueError(f"{name} must be an int of {least} or more, got {value!r}")
+                raise ValueError(f"Kinds: {name} must be an int of {least} or more, got {value!r}")
         for name in ("sigma", "delta", "eta"):
             value = getattr(self, name)
             if not is_scalar(value) and (not is_real(value) or value < 0):
-                raise ValueError(f"{name} must be a number of 0 or more, got {value!r}")
+                raise ValueError(f"Kinds: {name} must be a number of 0 or more, got {value!r}")
 
     def enabled_where(self, condition: Tensor) -> "Kinds":
         """The same, adding nothing where condition () bool is False: a warm-up whose end is known on the device alone."""

@@ -11,15 +11,34 @@ from negmine.queues.sharded import ShardedMoCoQueue
 
 
 def distributed_state_dict(module: nn.Module) -> dict[str, Any]:
-    """module.state_dict() in which the rows of every ShardedMoCoQueue are DTensors, for torch.distributed.checkpoint.
+    """The state of a module for torch.distributed.checkpoint: the rows of each `ShardedMoCoQueue` are DTensors.
 
-        torch.distributed.checkpoint.save(distributed_state_dict(model), checkpoint_id=folder)
-        torch.distributed.checkpoint.load(distributed_state_dict(model), checkpoint_id=folder)
+    Parameters
+    ----------
+    module : nn.Module
+        A sharded queue, or a module that holds such queues, itself sharded by FSDP2 or not.
 
-    Every entry shares its memory with the module, so that loading fills the module in place, in any number of ranks. A plain
-    state_dict() must not be given to torch.distributed.checkpoint where a module has a sharded queue: entries of one name are
-    taken for equal on all ranks. A MoCoQueue is the same on all ranks and needs nothing. module: the queue itself, or a module
-    that holds queues, sharded by FSDP2 or not. Raises TypeError for anything but a module.
+    Returns
+    -------
+    dict
+        Every entry shares its memory with the module, so that loading fills the module in place, with any number of ranks.
+
+    Raises
+    ------
+    TypeError
+        For anything but a module.
+
+    Notes
+    -----
+    Do not give a plain ``state_dict()`` to torch.distributed.checkpoint where a module has a sharded queue: entries of one
+    name are taken to be equal on all ranks. A `MoCoQueue` is equal on all ranks and needs nothing.
+
+    Examples
+    --------
+    >>> model = torch.nn.ModuleDict({"queue": negmine.queues.ShardedMoCoQueue(dim=16, K=100)})
+    >>> state = negmine.queues.distributed_state_dict(model)
+    >>> state["queue.queue"].shape  # torch.distributed.checkpoint.save(state, checkpoint_id=folder)
+    torch.Size([100, 16])
     """
     if not isinstance(module, nn.Module):
         raise checks.refuse("distributed_state_dict", "module", "a module", type(module).__name__, TypeError)

@@ -25,24 +25,58 @@ def check_arguments(
 
 
 class MoCoQueue(nn.Module):
-    """The last K keys, newest over oldest, with their ids and labels if wanted.
+    """A ring buffer of the last K keys, which serve as negatives (MoCo).
 
-    dim: D. K: rows. dtype: of the stored keys (default: torch's default dtype); keys are converted as they enter.
-    with_ids, with_labels: store an int64 id or label with each key; -1 where none was given.
-    random_init: start full of random unit vectors, as MoCo does, filled in place; False starts empty and grows. The queue takes
-        K (D bytes(dtype) + 8 with_ids + 8 with_labels) bytes, and building it less than 16 MiB more.
-    gather_distributed: enqueue the keys of every rank of process_group, in rank order, so that the queues stay identical.
-        Every rank then makes the queue with the same arguments, and calls enqueue in the same order. What one rank refuses is
-        raised on all of them, which name it: at once, or on a GPU by a device assertion, for the host waits for nothing there.
+    Parameters
+    ----------
+    dim : int
+        D, the width of a key.
+    K : int
+        How many keys the queue holds.
+    dtype : torch.dtype, optional
+        Of the stored keys; default: torch's default dtype. Keys are converted as they enter. The queue takes
+        K * (D * bytes of dtype + 8 with ids + 8 with labels) bytes, and building it less than 16 MiB more.
+    with_ids, with_labels : bool
+        Store an int64 id or label with each key; -1 where none was given.
+    random_init : bool
+        Start full of random unit vectors, as MoCo does. False starts empty and grows.
+    gather_distributed : bool
+        Enqueue the keys of every rank, in rank order, so that the queues of all ranks stay identical. Every rank must make
+        the queue with the same arguments and call `enqueue` in the same order. What one rank refuses is raised on all: at
+        once, or on a GPU by a device assertion, because the host does not wait there.
+    process_group : ProcessGroup, optional
+        Of torch.distributed; default: all ranks.
 
-    Buffers, all in state_dict: queue (K, D), queue_ptr (1,), queue_len (1,), queue_ids (K,), queue_labels (K,). They are the
-    whole state, so that copying them copies the queue. The losses take the queue itself as negative_keys and read its length on
-    the device. `keys`, `ids`, `labels` (views of the valid rows, no copy) and len() read it on the host, which waits for the
-    device. Enqueueing overwrites rows in place, which is safe between forward and backward of negmine's losses as long as the
-    keys are frozen, as they are here.
-    A key that is not finite in the queue's dtype does not enter and takes no row; `num_refused`, a () int64 buffer that is not
-    saved, counts those keys.
-    load_state_dict takes a MoCo checkpoint too, whose queue is (D, K) and always full; `moco_state_dict` makes one.
+    Raises
+    ------
+    ValueError, TypeError
+        For an invalid argument.
+
+    Notes
+    -----
+    The losses take the queue itself as `negative_keys`. Enqueueing overwrites rows in place, which is safe between forward
+    and backward of negmine's losses.
+
+    The whole state is in buffers: queue (K, D), queue_ptr (1,), queue_len (1,), queue_ids (K,) and queue_labels (K,).
+    ``load_state_dict`` also takes a MoCo checkpoint, whose queue is (D, K); `moco_state_dict` makes one.
+
+    A key that is not finite in the queue's dtype does not enter and takes no row. `num_refused`, a () int64 buffer that is
+    not saved, counts such keys.
+
+    `keys`, `ids`, `labels` and ``len()`` read the length on the host and so wait for the GPU. The losses do not.
+
+    References
+    ----------
+    He et al. 2020 (arXiv 1911.05722; facebookresearch/moco moco/builder.py).
+
+    Examples
+    --------
+    >>> queue = negmine.MoCoQueue(dim=16, K=100, with_ids=True)
+    >>> query, key = F.normalize(torch.randn(2, 8, 16), dim=2).unbind()
+    >>> loss = negmine.info_nce(query, key, queue, query_ids=torch.arange(8))
+    >>> queue.enqueue(key, ids=torch.arange(8))
+    >>> queue.ids[:8].tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7]
     """
 
     queue: Tensor

@@ -10,13 +10,32 @@ from negmine.queues.moco import MoCoQueue
 
 
 def moco_checkpoint_hooks(module: nn.Module, name: str = "queue") -> None:
-    """Let a module whose submodule `name` is a MoCoQueue load and save checkpoints of the published MoCo builder.
+    """Let a module that holds a `MoCoQueue` load and save checkpoints of the published MoCo code.
 
-    The builder keeps its queue in the module's own buffers `name` (D, K) and `name`_ptr (1,), which no submodule sees. With the
-    hooks, module.load_state_dict(strict=True) takes such a state, alone or as part of a larger model's, and the state's own form
-    as well; module.state_dict() gives the builder's form, so that the unpatched model loads it strictly in turn. A queue that
-    stores ids or labels, or is not full yet, has no such form and is saved as its own entries.
-    Call it once, in the constructor, after the queue is made. Raises TypeError where there is no such queue.
+    That code keeps its queue in the module's own buffers, `name` (D, K) and `name`_ptr (1,). With the hooks,
+    ``load_state_dict(strict=True)`` takes such a state as well as the queue's own, and ``state_dict()`` returns the
+    published form, which the unpatched model loads. A queue that stores ids or labels, or is not full yet, has no such form
+    and is saved as its own entries.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module that holds the queue. Call this once, in its constructor, after the queue is made.
+    name : str
+        The queue's name in the module.
+
+    Raises
+    ------
+    TypeError
+        Where there is no such queue.
+
+    Examples
+    --------
+    >>> model = torch.nn.Module()
+    >>> model.queue = negmine.MoCoQueue(dim=16, K=100)
+    >>> negmine.queues.moco_checkpoint_hooks(model, "queue")
+    >>> model.state_dict()["queue"].shape
+    torch.Size([16, 100])
     """
     op = "moco_checkpoint_hooks"
     if not isinstance(module, nn.Module):

@@ -31,20 +31,38 @@ ROWS_AT_ONCE = 4096  # rows of random_init that one generator draws
 
 
 class ShardedMoCoQueue(MoCoQueue):
-    """The last K keys of all ranks, each row on one rank; one ring, one order of rows, whatever the number of ranks.
+    """A `MoCoQueue` whose rows are spread over the ranks of a process group, with the results of the whole queue.
 
-    dim, K, dtype, with_ids, with_labels: as in MoCoQueue; K of at least the number of ranks.
-    random_init: start full of random unit vectors, drawn from `seed` and the same for any number of ranks; False starts empty.
-    process_group: whose ranks share the queue; without torch.distributed, a world of one.
+    Parameters
+    ----------
+    dim, K, dtype, with_ids, with_labels : optional
+        As in `MoCoQueue`; K is that of the whole queue, at least the number of ranks.
+    random_init : bool
+        Start full of random unit vectors, drawn from `seed` and the same for any number of ranks. False starts empty.
+    seed : int
+        Of the random vectors.
+    process_group : ProcessGroup, optional
+        Whose ranks share the queue. Without torch.distributed it is a queue of one process.
 
-    Rank r of W holds rows [r C, (r + 1) C) of the ring, C = K / W rounded up, as torch.chunk cuts a tensor. state_dict has
-    MoCoQueue's entries, of the rows held here, and queue_range (3,) int64: first row, end and K. Rows, ids, labels and range
-    differ from rank to rank, so they are no buffers, which DistributedDataParallel would overwrite with those of rank 0.
-    queue_ptr and queue_len are buffers, those of the whole ring, and so is len(). `keys`, `ids` and `labels` are the valid rows
-    held here. torch.distributed.checkpoint takes negmine.queues.distributed_state_dict.
-    The constructor, enqueue, info_nce, mine_hardest, load_state_dict and load_shards are collective: every rank of the group
-    calls them, in the same order, with the same options. What is refused on one rank is raised on all. Batches may differ in
-    size, and be empty.
+    Notes
+    -----
+    The constructor, `enqueue`, `info_nce`, `mine_hardest`, ``load_state_dict`` and `load_shards` are collective: every rank
+    calls them in the same order, with the same options. What one rank refuses is raised on all. Batches may differ in size,
+    and may be empty.
+
+    Rank r of W holds rows [r C, (r + 1) C), with C = K / W rounded up. ``state_dict`` has these rows under MoCoQueue's
+    names, and queue_range (3,) int64: the first row, the end and K. Rows, ids and labels are no buffers, because
+    DistributedDataParallel would overwrite them with those of rank 0. `keys`, `ids` and `labels` are the valid rows of this
+    rank, and ``len()`` is that of the whole queue. For torch.distributed.checkpoint use `distributed_state_dict`.
+
+    Examples
+    --------
+    >>> queue = negmine.queues.ShardedMoCoQueue(dim=16, K=100)  # in one process: the whole queue
+    >>> query, key = F.normalize(torch.randn(2, 8, 16), dim=2).unbind()
+    >>> loss = queue.info_nce(query, key, temperature=0.2)
+    >>> queue.enqueue(key)
+    >>> queue.mine_hardest(query, 5).index.shape
+    torch.Size([8, 5])
     """
 
     def __init__(
@@ -141,16 +159,32 @@ class ShardedMoCoQueue(MoCoQueue):
         backend: str | None = None,
         return_stats: bool = False,
     ) -> Any:
-        """negmine.info_nce of this rank's queries against the rows of every rank; this rank's loss, with its gradients.
+        """`negmine.info_nce` of this rank's queries against the rows of every rank.
 
-        query (b, D), positive_key (b, D), temperature, select, weight, decoupled, reduction, return_stats: as there. b may differ
-        from rank to rank; "mean" is over own rows.
-        query_ids (b,), query_labels (b,): with a queue that stores ids or labels; equal = not a negative.
+        Parameters
+        ----------
+        query, positive_key : Tensor (b, D)
+            b may differ from rank to rank.
+        temperature, select, weight, decoupled, reduction, backend, return_stats : optional
+            As in `negmine.info_nce`. ``"mean"`` is over this rank's rows.
+        query_ids, query_labels : Tensor (b,), optional
+            For a queue that stores ids or labels: a key of equal id or label is ignored.
 
-        The gradient is known after the forward pass: backward communicates nothing, and the queue may be overwritten before it.
-        Selection is exact, ties to the lower row of the ring; log-sum-exps add up in rank order, so the loss agrees with one
-        process within rounding. Synthetic and false negatives, samples and float64 need the whole queue and are refused.
-        Raises ValueError or TypeError for input that does not fit, on all ranks if on one, and where ranks call differently.
+        Returns
+        -------
+        Tensor () or (b,)
+            This rank's loss, with its gradients; with `return_stats` a pair of it and InfoNCEStats.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For input that does not fit, and where ranks call differently; on all ranks.
+
+        Notes
+        -----
+        Backward communicates nothing, and the queue may be overwritten before it. Selection is exact, with equal scores
+        ranked by the lower row. The loss agrees with that of one process within rounding. `mix`, `false_negatives`,
+        ``select.sample`` and float64 need the whole queue and are refused.
         """
         op = f"{type(self).__name__}.info_nce"
         settings = {
@@ -194,10 +228,13 @@ class ShardedMoCoQueue(MoCoQueue):
         query_labels: Tensor | None = None,
         backend: str | None = None,
     ) -> Mined:
-        """negmine.mine_hardest of this rank's queries (b, D) over the rows of every rank: exact, ties to the lower row.
+        """`negmine.mine_hardest` of this rank's queries (b, D) over the rows of every rank, exactly.
 
-        Returns Mined(scores (b, N) fp32, index (b, N) int64 in the whole ring, -1 past the end of a pool). Arguments as there and
-        in info_nce. No gradient.
+        Returns
+        -------
+        Mined
+            scores (b, N) float32 and index (b, N) int64 in the whole queue; -inf and -1 where a pool holds fewer. No
+            gradient.
         """
         op = f"{type(self).__name__}.mine_hardest"
 

@@ -41,7 +41,24 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class linear(Schedule):
-    """start + (end - start) min(step / steps, 1)."""
+    """A schedule that moves from `start` to `end` at an even pace, and stays there.
+
+        start + (end - start) min(step / steps, 1)
+
+    Parameters
+    ----------
+    start : float
+        The value at step 0.
+    end : float
+        The last value.
+    steps : int
+        When the end is reached.
+
+    Examples
+    --------
+    >>> negmine.recipes.linear(1.0, 0.0, 100)(25)
+    0.75
+    """
 
     start: float
     end: float
@@ -56,7 +73,24 @@ class linear(Schedule):
 
 @dataclass(frozen=True)
 class cosine(Schedule):
-    """end + (start - end) (1 + cos(pi min(step / steps, 1))) / 2."""
+    """A schedule that moves from `start` to `end` along half a cosine, and stays there.
+
+        end + (start - end) (1 + cos(pi min(step / steps, 1))) / 2
+
+    Parameters
+    ----------
+    start : float
+        The value at step 0.
+    end : float
+        The last value.
+    steps : int
+        When the end is reached.
+
+    Examples
+    --------
+    >>> round(negmine.recipes.cosine(1.0, 0.0, 100)(50), 6)
+    0.5
+    """
 
     start: float
     end: float
@@ -72,10 +106,26 @@ class cosine(Schedule):
 
 @dataclass(frozen=True)
 class exponential(Schedule):
-    """end + (start - end) exp(-decay step / every).
+    """A schedule that approaches `end` exponentially.
 
-    every: the steps in which the distance shrinks by exp(-decay). Ring's public code decays by 0.1 at each iteration (every=1)
-    and is within 1 % of its floor after 45 steps; pass every=steps of an epoch for a schedule that lasts a training run.
+        end + (start - end) exp(-decay step / every)
+
+    Parameters
+    ----------
+    start : float
+        The value at step 0.
+    end : float
+        The last value.
+    decay : float
+        By how much the exponent falls in one unit.
+    every : int
+        How many steps a unit has. Ring's public code decays by 0.1 at each step and is within 1 % of its end after 45
+        steps; pass the steps of an epoch for a schedule that lasts a training run.
+
+    Examples
+    --------
+    >>> round(negmine.recipes.exponential(1.0, 0.0, 1.0, every=10)(10), 3)
+    0.368
     """
 
     start: float
@@ -93,9 +143,28 @@ class exponential(Schedule):
 
 @dataclass(frozen=True)
 class step(Schedule):
-    """`levels` equally spaced values from start to end, each held for steps / levels.
+    """A schedule of equally spaced values from `start` to `end`, each held equally long.
 
-    Ring's is step(1.0, 0.1, steps, 10); HCL's `--anneal down` is step(beta, 0.0, steps, 9).
+    Parameters
+    ----------
+    start : float
+        The value at step 0.
+    end : float
+        The last value.
+    steps : int
+        When the last value begins to be held for good.
+    levels : int
+        How many values.
+
+    Notes
+    -----
+    Ring's is `step(1.0, 0.1, steps, 10)`, and HCL's `--anneal down` is `step(beta, 0.0, steps, 9)`.
+
+    Examples
+    --------
+    >>> schedule = negmine.recipes.step(1.0, 0.0, 100, levels=5)
+    >>> [schedule(at) for at in (0, 20, 99, 500)]
+    [1.0, 0.75, 0.0, 0.0]
     """
 
     start: float
@@ -114,7 +183,18 @@ class step(Schedule):
 
 @dataclass(frozen=True)
 class whole(Schedule):
-    """The value of another schedule, rounded to the nearest whole number: for the ranks of a window."""
+    """Another schedule, rounded to whole numbers: for the ranks of a window.
+
+    Parameters
+    ----------
+    schedule : callable
+        A function of the step.
+
+    Examples
+    --------
+    >>> negmine.recipes.whole(negmine.recipes.linear(100, 10, 1000))(500)
+    55
+    """
 
     schedule: Callable[[Any], Any]
 

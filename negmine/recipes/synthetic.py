@@ -22,14 +22,48 @@ def mochi(
     detach: bool = True,
     **keywords: Any,
 ) -> InfoNCELoss:
-    """MoCHi (Kalantidis et al. 2020, arXiv 2010.01028): MoCo v2 plus `pairs` and `with_query` synthetic negatives a query.
+    """MoCHi: MoCo v2 with synthetic negatives, mixed from the hardest ones.
 
-    `Mix` states the formulas. warmup_steps: train without them first (10 to 15 epochs in the paper). skip: mix none of the
-    hardest `skip`, which are the likeliest false negatives. The paper's class oracle is query_labels and the labels of the
-    negatives in the call: labels leave before mining, so synthetic negatives come from true negatives alone, and before the
-    denominator. The counts fix shapes, so they do not vary with the step.
-    No official code exists; one public port indexes every query's mixes into query 0's hard set, which tests/test_rules.py
-    would fail.
+    Parameters
+    ----------
+    hard : int
+        How many of the hardest negatives are mixed. The counts do not vary with the step, because they fix shapes.
+    pairs : int
+        How many mixes of two negatives each query gets.
+    with_query : int
+        How many mixes of the query with a negative.
+    warmup_steps : int
+        Train without them first; the paper does so for 10 to 15 epochs.
+    temperature : float, Tensor or schedule
+        Divides the scores; 0.2 as in MoCo v2.
+    skip : int
+        Mix none of this many hardest, which are the likeliest false negatives.
+    distinct : bool
+        The two parents of a pair differ.
+    detach : bool
+        The synthetic negatives carry no gradient.
+    **keywords
+        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    InfoNCELoss
+        The loss, to call with query, positive key, negatives and masks.
+
+    Notes
+    -----
+    `negmine.Mix` has the formulas. The paper's class oracle is a call with labels: rows of the query's label are left out
+    before mining and from the denominator. There is no official code.
+
+    References
+    ----------
+    Kalantidis et al. 2020 (arXiv 2010.01028).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> loss = negmine.recipes.mochi(20, 10, 5)(query, key, queue)
     """
     mix = scheduled(Mix, hard=hard, pairs=pairs, with_query=with_query, skip=skip, distinct=distinct, detach=detach)
     return InfoNCELoss(temperature, mix=after(mix, warmup_steps) if warmup_steps else mix, **keywords)
@@ -51,10 +85,37 @@ def synco(
     temperature: Temperature = 0.2,
     **keywords: Any,
 ) -> MethodLoss:
-    """SynCo (Giakoumoglou and Stathaki 2024, arXiv 2410.02401): MoCo v2 plus six kinds of synthetic negatives.
+    """SynCo: MoCo v2 with six kinds of synthetic negatives.
 
-    `Kinds` states the formulas, negmine/losses/synco.py what differs from the public code. warmup_steps: train without them first
-    (10 epochs there).
+    Parameters
+    ----------
+    hard : int
+        How many of the hardest negatives they are made of.
+    interpolated, extrapolated, mixed, noised, graded, signed : int
+        How many of each kind; `Kinds` has the formulas.
+    sigma, delta, eta : float or schedule
+        The sizes of the last three kinds.
+    warmup_steps : int
+        Train without them first; the paper does so for 10 epochs.
+    temperature : float, Tensor or schedule
+        Divides the scores; 0.2 as in MoCo v2.
+    **keywords
+        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    MethodLoss
+        The loss, to call with query, positive key, negatives and masks.
+
+    References
+    ----------
+    Giakoumoglou and Stathaki 2024 (arXiv 2410.02401; giakoumoglou/synco synco/builder.py).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> loss = negmine.recipes.synco(20, 4, 4, 4, 2, 2, 2)(query, key, queue)
     """
     counts = {"interpolated": interpolated, "extrapolated": extrapolated, "mixed": mixed}
     counts |= {"noised": noised, "graded": graded, "signed": signed}
@@ -64,8 +125,33 @@ def synco(
 
 
 def i_mix(*, temperature: Temperature = 0.2, **keywords: Any) -> MethodLoss:
-    """i-Mix (Lee et al. 2021, arXiv 2010.08887; kibok90/imix builder.py). Call with share= and partner= of mixed_inputs.
+    """i-Mix: virtual labels for mixed inputs.
 
-    mixed, share, partner = mixed_inputs(images);  loss(encode(mixed), keys_of(images), queue.keys, share=share, partner=partner)
+        loss_b = share_b ce_b(b) + (1 - share_b) ce_b(partner_b)
+        ce_b(c) = -s(b, key c) / T + log sum over keys of exp(s / T)
+
+    Parameters
+    ----------
+    temperature : float, Tensor or schedule
+        Divides the scores; 0.2 as in MoCo v2.
+    **keywords
+        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    MethodLoss
+        The loss, to call with the query of the mixed inputs, the keys of the unmixed ones, and share= and partner= of
+        `mixed_inputs`.
+
+    References
+    ----------
+    Lee et al. 2021 (arXiv 2010.08887; kibok90/imix builder.py).
+
+    Examples
+    --------
+    >>> images, encoder = torch.rand(8, 3, 4, 4), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 16))
+    >>> mixed, share, partner = negmine.recipes.mixed_inputs(images)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> loss = negmine.recipes.i_mix()(encoder(mixed), encoder(images).detach(), queue, share=share, partner=partner)
     """
     return MethodLoss(methods.i_mix, temperature=temperature, **keywords)

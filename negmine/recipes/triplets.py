@@ -23,20 +23,69 @@ from negmine.selection import mine_hardest
 
 
 def batch_hard(margin: Number = 0.2, *, temperature: Number | None = None, **keywords: Any) -> TripletLoss:
-    """Batch hard (Hermans et al. 2017, arXiv 1703.07737; tensorflow/addons triplet_hard_loss): the farthest positive, the nearest
-    negative.
+    """Batch hard triplets: the farthest positive against the nearest negative.
 
-    temperature=1.0 with margin=0.0 is the soft margin log(1 + exp(d_p - d_n)). tensorflow/addons has margin=1.0 and
-    distance="squared_euclidean" by default. The mean is over anchors that have a triplet.
+    Parameters
+    ----------
+    margin : float or schedule
+        Of the hinge.
+    temperature : float or schedule, optional
+        Given: the soft margin. `temperature=1.0, margin=0.0` is log(1 + exp(d_p - d_n)).
+    **keywords
+        Further arguments of `TripletLoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    TripletLoss
+        The loss, to call with query, keys, query labels and key labels.
+
+    Notes
+    -----
+    tensorflow/addons has margin=1.0 and distance="squared_euclidean" by default. The mean is over anchors that have a
+    triplet.
+
+    References
+    ----------
+    Hermans et al. 2017 (arXiv 1703.07737; tensorflow/addons triplet_hard_loss).
+
+    Examples
+    --------
+    >>> rows, labels, ids = F.normalize(torch.randn(8, 16), dim=1), torch.arange(8) % 2, torch.arange(8)
+    >>> loss = negmine.recipes.batch_hard()(rows, rows, labels, labels, query_ids=ids, key_ids=ids)
     """
     return TripletLoss(margin, positive="hard", negative="hardest", temperature=temperature, **keywords)
 
 
 def facenet(max_positives: int, *, margin: Number = 0.2, **keywords: Any) -> TripletLoss:
-    """FaceNet's semi-hard triplets (Schroff et al. 2015, arXiv 1503.03832; tensorflow/addons triplet_semihard_loss).
+    """FaceNet's semi-hard triplets: every positive pair against the nearest negative that is farther than the positive.
 
-    Every positive pair against the nearest negative that is farther than the positive, or the farthest of all where none is;
-    squared Euclidean distances, mean over all pairs, zeros included. max_positives: at least the positives of a query.
+    Parameters
+    ----------
+    max_positives : int
+        At least the number of positives of a query.
+    margin : float or schedule
+        Of the hinge on squared Euclidean distances.
+    **keywords
+        Further arguments of `TripletLoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    TripletLoss
+        The loss, to call with query, keys, query labels and key labels.
+
+    Notes
+    -----
+    Where no negative is farther than the positive, the farthest of all is taken. The mean is over all pairs, those of loss
+    0 included.
+
+    References
+    ----------
+    Schroff et al. 2015 (arXiv 1503.03832; tensorflow/addons triplet_semihard_loss).
+
+    Examples
+    --------
+    >>> rows, labels, ids = F.normalize(torch.randn(8, 16), dim=1), torch.arange(8) % 2, torch.arange(8)
+    >>> loss = negmine.recipes.facenet(3)(rows, rows, labels, labels, query_ids=ids, key_ids=ids)
     """
     return TripletLoss(
         margin,
@@ -51,13 +100,38 @@ def facenet(max_positives: int, *, margin: Number = 0.2, **keywords: Any) -> Tri
 def distance_weighted(
     max_positives: int, *, margin: Number = 0.2, distance: str = "euclidean", **keywords: Any
 ) -> TripletLoss:
-    """Distance-weighted negatives (Wu et al. 2017, arXiv 1706.07567; pytorch-metric-learning DistanceWeightedMiner).
+    """Distance-weighted negatives: every positive pair against a negative drawn evenly over distances.
 
         w_j ~ 1 / q(d_j),   log q(d) = (D - 2) log d + (D - 3) / 2 log(1 - d^2 / 4),   d = ||query - n_j||
 
-    Every positive pair against num_negatives=1 drawn by w, which evens out the distances of unit vectors; d is taken as 0.5 at
-    least, and a negative of d >= 1.4 is never drawn. The loss is the hinge on those triplets; the paper also has a margin
-    loss with a learned boundary, which is not here. max_positives: at least the positives of a query. Draws are counter-based.
+    Parameters
+    ----------
+    max_positives : int
+        At least the number of positives of a query.
+    margin : float or schedule
+        Of the hinge. The paper also has a margin loss with a learned boundary, which is not here.
+    distance : str
+        ``"euclidean"``, ``"squared_euclidean"`` or ``"cosine"``.
+    **keywords
+        Further arguments of `TripletLoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    TripletLoss
+        The loss, to call with query, keys, query labels and key labels.
+
+    Notes
+    -----
+    d is taken as at least 0.5, and a negative of d >= 1.4 is never drawn.
+
+    References
+    ----------
+    Wu et al. 2017 (arXiv 1706.07567; pytorch-metric-learning DistanceWeightedMiner).
+
+    Examples
+    --------
+    >>> rows, labels, ids = F.normalize(torch.randn(8, 16), dim=1), torch.arange(8) % 2, torch.arange(8)
+    >>> loss = negmine.recipes.distance_weighted(3)(rows, rows, labels, labels, query_ids=ids, key_ids=ids)
     """
     return TripletLoss(
         margin, positive="all", negative="distance_weighted", max_positives=max_positives, distance=distance, **keywords
@@ -65,13 +139,37 @@ def distance_weighted(
 
 
 def ephn(temperature: Number = 0.1, *, semihard: bool = False, **keywords: Any) -> TripletLoss:
-    """Easy positive, hard negative, EPHN (Xuan et al. 2020, arXiv 1904.04370; littleredxh/EasyPositiveHardNegative Loss.py).
+    """Easy positive, hard negative (EPHN), or with `semihard` easy positive, semi-hard negative (EPSHN).
 
         loss = -log(exp(s_p / T) / (exp(s_p / T) + exp(s_n / T))) = softplus((s_n - s_p) / T)
 
-    of the nearest positive and the nearest negative; semihard (EPSHN): the nearest negative below the positive. The public code
-    also drops anchors whose best positive or chosen negative is at or below 0, a side effect of its -1 as "none"; here they
-    stay. It takes scores above 0.9999 for the sample itself; give ids instead. Equal scores are not semi-hard here.
+    Parameters
+    ----------
+    temperature : float or schedule
+        Divides the difference of the scores.
+    semihard : bool
+        Take the nearest negative below the positive.
+    **keywords
+        Further arguments of `TripletLoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    TripletLoss
+        The loss, to call with query, keys, query labels and key labels.
+
+    Notes
+    -----
+    The public code drops anchors whose scores are at or below 0 and takes scores above 0.9999 for the sample itself. Here
+    such anchors stay, and ids name the sample itself.
+
+    References
+    ----------
+    Xuan et al. 2020 (arXiv 1904.04370; littleredxh/EasyPositiveHardNegative Loss.py).
+
+    Examples
+    --------
+    >>> rows, labels, ids = F.normalize(torch.randn(8, 16), dim=1), torch.arange(8) % 2, torch.arange(8)
+    >>> loss = negmine.recipes.ephn()(rows, rows, labels, labels, query_ids=ids, key_ids=ids)
     """
     rule = "semihard" if semihard else "hardest"
     return TripletLoss(0.0, positive="easy", negative=rule, temperature=temperature, **keywords)
@@ -80,7 +178,31 @@ def ephn(temperature: Number = 0.1, *, semihard: bool = False, **keywords: Any) 
 def multi_similarity(
     alpha: Number = 2.0, beta: Number = 50.0, base: Number = 0.5, *, epsilon: Number = 0.1, **keywords: Any
 ) -> MultiSimilarityLoss:
-    """Multi-similarity loss with its mining (Wang et al. 2019, arXiv 1904.06627): every kept pair weighs by its exponential."""
+    """Multi-similarity loss with its mining: every kept pair weighs by its exponential.
+
+    Parameters
+    ----------
+    alpha, beta, base : float or schedule
+        The constants of the loss.
+    epsilon : float or schedule
+        The margin of the mining.
+    **keywords
+        Further arguments of `MultiSimilarityLoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    MultiSimilarityLoss
+        The loss, to call with query, keys, query labels and key labels.
+
+    References
+    ----------
+    Wang et al. 2019 (arXiv 1904.06627).
+
+    Examples
+    --------
+    >>> rows, labels, ids = F.normalize(torch.randn(8, 16), dim=1), torch.arange(8) % 2, torch.arange(8)
+    >>> loss = negmine.recipes.multi_similarity()(rows, rows, labels, labels, query_ids=ids, key_ids=ids)
+    """
     return MultiSimilarityLoss(alpha, beta, base, epsilon=epsilon, **keywords)
 
 
@@ -112,11 +234,32 @@ class VSEPlusPlusLoss(ScheduledLoss):
 
 
 def vse_plus_plus(margin: Number = 0.2, *, reduction: str = "sum", backend: str | None = None) -> VSEPlusPlusLoss:
-    """VSE++ (Faghri et al. 2018, arXiv 1707.05612; fartashf/vsepp model.py with max_violation): loss(image, caption).
+    """VSE++: a hinge on the hardest negative of the batch, in both directions.
 
         loss = sum_b max(0, margin + max_n s(i_b, c_n) - s(i_b, c_b)) + sum_b max(0, margin + max_n s(i_n, c_b) - s(i_b, c_b))
 
-    A sum over the batch, as in the public code, whose margin defaults to 0 and whose scripts set 0.2.
+    Parameters
+    ----------
+    margin : float or schedule
+        The public code's default is 0, and its scripts set 0.2.
+    reduction : str
+        ``"sum"`` over the batch, as in the public code, or ``"mean"``.
+    backend : str, optional
+        As in `info_nce`.
+
+    Returns
+    -------
+    VSEPlusPlusLoss
+        The loss, to call with image and caption (B, D) and perhaps labels (B,): rows of equal label are no negatives.
+
+    References
+    ----------
+    Faghri et al. 2018 (arXiv 1707.05612; fartashf/vsepp model.py with max_violation).
+
+    Examples
+    --------
+    >>> images, captions = F.normalize(torch.randn(2, 8, 16), dim=2).unbind()
+    >>> loss = negmine.recipes.vse_plus_plus()(images, captions)
     """
     return VSEPlusPlusLoss(margin, reduction, backend)
 
@@ -210,15 +353,52 @@ def simans(
     seed: int = 0,
     backend: str | None = None,
 ) -> SimANSLoss:
-    """SimANS (Zhou et al. 2022, arXiv 2210.11773; microsoft/SimXNS SimANS): negatives near the positive's score.
+    """SimANS: negatives drawn near the positive's score.
 
-        "gaussian"  p_j ~ exp(-a (s_j - s_pos - b)^2)      the paper
-        "laplace"   p_j ~ exp(-tau |s_j - s_pos|)          the public code, tau = 3 for MS MARCO
+        "gaussian"  p_j ~ exp(-a (s_j - s_pos - b)^2)
+        "laplace"   p_j ~ exp(-tau |s_j - s_pos|)
 
-    num_negatives are drawn of each query's hardest `candidates`, without replacement (Gumbel-top-k, counter-based), and the loss
-    is info_nce over them. Scores are raw inner products: the published a, b, tau and temperature = 1 are for dot products of
-    tens; cosines differ by less than 2, so that a or tau of tens to hundreds is needed before the draw sees the difference.
-    candidates, num_negatives and a are chosen here. The public code takes the last candidates where s_pos is 0; this does not.
+    Parameters
+    ----------
+    num_negatives : int
+        How many are drawn for each query, without replacement.
+    candidates : int
+        From how many of the hardest.
+    kernel : str
+        ``"gaussian"`` is the paper's, ``"laplace"`` the public code's.
+    a, b : float or schedule
+        Of the Gaussian. The published values are for inner products of tens; cosines differ by less than 2 and need an `a`
+        of tens to hundreds.
+    tau : float or schedule
+        Of the Laplacian; 3 for MS MARCO.
+    temperature : float, Tensor or schedule
+        Divides the scores; 1 for inner products of tens.
+    reduction : str
+        ``"mean"``, ``"sum"`` or ``"none"``.
+    seed : int
+        Of the draws.
+    backend : str, optional
+        As in `info_nce`.
+
+    Returns
+    -------
+    SimANSLoss
+        The loss, `info_nce` over the drawn negatives, to call with query, positive key, negatives and masks.
+
+    Notes
+    -----
+    The defaults of candidates, num_negatives and a are chosen here. The public code takes the last candidates where s_pos
+    is 0; this does not.
+
+    References
+    ----------
+    Zhou et al. 2022 (arXiv 2210.11773; microsoft/SimXNS SimANS).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> loss = negmine.recipes.simans(4, candidates=50, a=100.0, temperature=0.05)(query, key, queue)
     """
     op = "simans"
     checks.require_choice(op, "kernel", kernel, ("gaussian", "laplace"))

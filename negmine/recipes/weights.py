@@ -9,12 +9,36 @@ from negmine.recipes.schedules import Number, Temperature, scheduled
 
 
 def debiased(tau_plus: Number = 0.01, *, temperature: Temperature = 0.5, **keywords: Any) -> InfoNCELoss:
-    """Debiased contrastive loss (Chuang et al. 2020, arXiv 2007.00224; chingyaoc/DCL main.py).
+    """Debiased contrastive loss: subtracts the expected share of false negatives.
 
         Ng = max((sum_j exp(x_j) - tau_plus N exp(x_pos)) / (1 - tau_plus), N exp(-1 / T))
 
-    The paper's tau_plus = 0.1 is a prior for 10 classes in a batch. Against a queue of near-random vectors it clamps nearly
-    every row, whose negatives then get no gradient; the default here is 0.01, and `clamped` in the statistics tells.
+    Parameters
+    ----------
+    tau_plus : float or schedule
+        The expected share. The paper's 0.1 is a prior for 10 classes in a batch; with a queue of nearly random vectors it
+        puts nearly every row at the floor, and such a row's negatives get no gradient. `clamped` in the statistics tells.
+    temperature : float, Tensor or schedule
+        Divides the scores; as in the paper.
+    **keywords
+        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    InfoNCELoss
+        The loss, to call with query, positive key, negatives and masks.
+
+    References
+    ----------
+    Chuang et al. 2020 (arXiv 2007.00224; chingyaoc/DCL main.py).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> loss, stats = negmine.recipes.debiased(return_stats=True)(query, key, queue)
+    >>> stats.clamped.shape
+    torch.Size([8])
     """
     return InfoNCELoss(temperature, weight=scheduled(Weight, tau_plus=tau_plus), **keywords)
 
@@ -27,52 +51,210 @@ def hcl(
     temperature: Temperature = 0.5,
     **keywords: Any,
 ) -> InfoNCELoss:
-    """Hard negatives by reweighting (Robinson et al. 2020, arXiv 2010.04592; joshr17/HCL image/main.py, not its printed figure).
+    """Hard negatives by reweighting (HCL): harder negatives count more.
 
-    w_j = exp(beta x_j) / mean exp(beta x), debiased as above; beta multiplies s / T. The gradient flows through the weights
-    unless detach. beta may be a schedule: the public `--anneal down` is step(1.0, 0.0, steps, 9).
+        w_j = exp(beta x_j) / mean exp(beta x),   x = s / T
+
+    Parameters
+    ----------
+    beta : float or schedule
+        The importance exponent; 0 weighs all alike. The public `--anneal down` is `step(1.0, 0.0, steps, 9)`.
+    tau_plus : float or schedule
+        As in `debiased`.
+    detach : bool
+        Keep the weights out of the gradient; the official code does not.
+    temperature : float, Tensor or schedule
+        Divides the scores; as in the paper.
+    **keywords
+        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    InfoNCELoss
+        The loss, to call with query, positive key, negatives and masks.
+
+    References
+    ----------
+    Robinson et al. 2020 (arXiv 2010.04592; joshr17/HCL image/main.py, which differs from its printed figure).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> loss = negmine.recipes.hcl(0.5)(query, key, queue)
     """
     weight = scheduled(Weight, beta=beta, tau_plus=tau_plus, detach=detach)
     return InfoNCELoss(temperature, weight=weight, **keywords)
 
 
 def hardness_added(alpha: Number = 9.0, *, temperature: Temperature = 0.02, **keywords: Any) -> MethodLoss:
-    """LLaVE's hardness weighting (Lan et al. 2025, arXiv 2503.04812; sentence-transformers' hardness_mode).
+    """Hardness added to each negative's logit (LLaVE, EmbeddingGemma).
 
-    alpha sg[s_j] is added to each negative's logit: alpha 9 on in-batch negatives (LLaVE), 5 on explicit hard ones
-    (EmbeddingGemma); see negmine/losses/methods.py, hardness_added.
+        logit_j = s_j / T + alpha sg[s_j]            sg = no gradient
+
+    Parameters
+    ----------
+    alpha : float or schedule
+        LLaVE uses 9 on in-batch negatives, EmbeddingGemma 5 on explicit hard negatives.
+    temperature : float, Tensor or schedule
+        Divides the scores; 0.02.
+    **keywords
+        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    MethodLoss
+        The loss, to call with query, positive key, negatives and masks.
+
+    References
+    ----------
+    Lan et al. 2025 (arXiv 2503.04812); hardness_mode of sentence-transformers.
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> loss = negmine.recipes.hardness_added(9.0)(query, key, queue)
     """
     return MethodLoss(methods.hardness_added, temperature=temperature, alpha=alpha, **keywords)
 
 
 def logq(*, corrected: bool = False, temperature: Temperature = 0.05, **keywords: Any) -> MethodLoss:
-    """The logQ correction of sampled softmax (Yi et al. 2019, RecSys; corrected=True: Khrylchenko et al. 2025, arXiv 2507.09331).
+    """Sampled softmax with the logQ correction: subtracts the log of how often each item is drawn.
 
-    Call with positive_log_q= and, but for in-batch negatives, log_q=: logs of the probabilities that an item is drawn, such as
-    negmine.losses.FrequencyEstimator's. They are subtracted from the logits; two public libraries have added them. See
-    negmine/losses/methods.py, logq. Mixed negative sampling is a list of two pools in info_nce, each with a bias of its own.
+        logit_j = x_j - log q_j
+
+    Parameters
+    ----------
+    corrected : bool
+        The form for a positive that is not sampled. Its probabilities must be those of a single draw.
+    temperature : float, Tensor or schedule
+        Divides the scores; 0.05.
+    **keywords
+        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    MethodLoss
+        The loss, to call with positive_log_q= (B,) and, except for in-batch negatives, log_q= (K,) or (B, M): logs of
+        probabilities, such as those of `negmine.losses.FrequencyEstimator`.
+
+    Notes
+    -----
+    Two public libraries add the logarithm, which is wrong. Mixed negative sampling is a list of two pools in `info_nce`,
+    each with a bias of its own.
+
+    References
+    ----------
+    Yi et al. 2019 (RecSys); corrected: Khrylchenko et al. 2025 (arXiv 2507.09331).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> log_q = torch.rand(8).log()
+    >>> loss = negmine.recipes.logq()(query, key, None, positive_log_q=log_q)
     """
     return MethodLoss(methods.logq, temperature=temperature, corrected=corrected, **keywords)
 
 
 def rince(r: Number = 0.5, lam: Number = 0.01, *, temperature: Temperature = 0.5, **keywords: Any) -> MethodLoss:
-    """RINCE (Chuang et al. 2022, arXiv 2201.04309): -exp(r x_pos) / r + (lam (exp(x_pos) + sum_j exp(x_j)))^r / r.
+    """A loss that is robust to false positives (RINCE).
 
-    The paper's `q` is r here, for q is a query. See negmine/losses/methods.py, rince.
+        loss = -exp(r x_pos) / r + (lam (exp(x_pos) + sum_j exp(x_j)))^r / r
+
+    Parameters
+    ----------
+    r : float or schedule
+        In (0, 1]: near 0 it approaches InfoNCE, 1 is the symmetric exponential loss. The paper calls it q.
+    lam : float or schedule
+        The weight of the denominator.
+    temperature : float, Tensor or schedule
+        Divides the scores; 0.5; keep r / T below 88 with unit vectors, because values grow as exp(r / T).
+    **keywords
+        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    MethodLoss
+        The loss, to call with query, positive key, negatives and masks.
+
+    References
+    ----------
+    Chuang et al. 2022 (arXiv 2201.04309; chingyaoc/RINCE README).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> loss = negmine.recipes.rince()(F.normalize(query, dim=1), F.normalize(key, dim=1), queue)
     """
     return MethodLoss(methods.rince, temperature=temperature, r=r, lam=lam, **keywords)
 
 
 def ifm(epsilon: Number = 0.1, alpha: Number = 1.0, *, temperature: Temperature = 0.2, **keywords: Any) -> MethodLoss:
-    """IFM (Robinson et al. 2021, arXiv 2106.11230): InfoNCE averaged with InfoNCE at an additive margin of 2 epsilon.
+    """Implicit feature modification (IFM): InfoNCE averaged with InfoNCE at an additive margin.
 
-    (nce(0) + alpha nce(epsilon)) / (1 + alpha); see negmine/losses/methods.py, ifm.
+        loss = (nce(0) + alpha nce(epsilon)) / (1 + alpha)
+
+    Parameters
+    ----------
+    epsilon : float or schedule
+        The positive's score is lowered by it and the negatives' are raised.
+    alpha : float or schedule
+        The weight of the second loss.
+    temperature : float, Tensor or schedule
+        Divides the scores; 0.2.
+    **keywords
+        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    MethodLoss
+        The loss, to call with query, positive key, negatives and masks.
+
+    References
+    ----------
+    Robinson et al. 2021 (arXiv 2106.11230; joshr17/IFM moco-master/moco/adv_builder.py).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> loss = negmine.recipes.ifm(0.1)(query, key, queue)
     """
     return MethodLoss(methods.ifm, temperature=temperature, epsilon=epsilon, alpha=alpha, **keywords)
 
 
 def dual_temperature(temperature: Temperature = 0.1, temperature_ratio: Number = 10.0, **keywords: Any) -> MethodLoss:
-    """Dual temperature (Zhang et al. 2022, arXiv 2203.17248): see negmine/losses/methods.py, dual_temperature."""
+    """Dual temperature: one temperature within a query, another between queries.
+
+        loss = -sg[(1 - p(T_b)) / (1 - p(T_a))] log p(T_a),   p(T) = the positive's share at T,   sg = no gradient
+
+    Parameters
+    ----------
+    temperature : float, Tensor or schedule
+        T_a, within a query: a small one tells its negatives apart.
+    temperature_ratio : float or schedule
+        T_b / T_a: a large T_b keeps the weights of queries close together.
+    **keywords
+        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    MethodLoss
+        The loss, to call with query, positive key, negatives and masks.
+
+    References
+    ----------
+    Zhang et al. 2022 (arXiv 2203.17248).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> loss = negmine.recipes.dual_temperature(0.1, 10.0)(query, key, queue)
+    """
     return MethodLoss(
         methods.dual_temperature, temperature=temperature, temperature_ratio=temperature_ratio, **keywords
     )

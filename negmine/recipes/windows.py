@@ -11,17 +11,71 @@ from negmine.recipes.schedules import Number, Temperature, scheduled
 def hardest(
     fraction: Number = 0.05, *, skip: Number = 0.0, temperature: Temperature = 0.2, **keywords: Any
 ) -> InfoNCELoss:
-    """The hardest `fraction` of each query's negatives, without the hardest `skip` (Cai et al. 2020, arXiv 2010.06682).
+    """The hardest `fraction` of each query's negatives, without the hardest `skip`.
 
-    Keeps ranks [floor(skip M), floor(fraction M)) of the M valid negatives. The paper finds the hardest 5 % nearly sufficient
-    and the hardest 0.1 % (skip=0.001) unnecessary; on data with other class sizes than ImageNet's the latter share differs.
+        kept: ranks [floor(skip M), floor(fraction M)) of the M valid negatives
+
+    Parameters
+    ----------
+    fraction : float, int or schedule
+        Where the window ends: a fraction of the query's negatives, or a rank if int.
+    skip : float, int or schedule
+        Where it begins. `skip=0.001` leaves out the hardest 0.1 %.
+    temperature : float, Tensor or schedule
+        Divides the scores; 0.2 as in MoCo v2.
+    **keywords
+        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    InfoNCELoss
+        The loss, to call with query, positive key, negatives and masks.
+
+    Notes
+    -----
+    The share that is unnecessary depends on the sizes of the classes; the paper's is ImageNet's.
+
+    References
+    ----------
+    Cai et al. 2020 (arXiv 2010.06682): the hardest 5 % are nearly sufficient, and the hardest 0.1 % unnecessary.
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> loss = negmine.recipes.hardest(0.05, skip=0.001)(query, key, queue)
     """
     select = scheduled(Select, range_min=skip, range_max=fraction)
     return InfoNCELoss(temperature, select=select, **keywords)
 
 
 def easiest(fraction: Number = 0.95, *, temperature: Temperature = 0.2, **keywords: Any) -> InfoNCELoss:
-    """The easiest `fraction` alone (Cai et al. 2020): the control that shows what the hard negatives are worth."""
+    """Only the easiest `fraction` of each query's negatives: the control that shows what the hard ones are worth.
+
+    Parameters
+    ----------
+    fraction : float or schedule
+        How many to keep.
+    temperature : float, Tensor or schedule
+        Divides the scores; 0.2 as in MoCo v2.
+    **keywords
+        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    InfoNCELoss
+        The loss, to call with query, positive key, negatives and masks.
+
+    References
+    ----------
+    Cai et al. 2020 (arXiv 2010.06682).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> loss = negmine.recipes.easiest(0.95)(query, key, queue)
+    """
     return InfoNCELoss(temperature, select=scheduled(easiest_select, fraction=fraction), **keywords)
 
 
@@ -40,14 +94,50 @@ def ring(
     temperature: Temperature = 0.07,
     **keywords: Any,
 ) -> InfoNCELoss:
-    """Ring, conditional negatives (Wu et al. 2020, arXiv 2010.02037; mhw32/contrastive-ring-public src/objectives/moco.py).
+    """A ring of difficulty: the hardest `outer`, without the innermost part of those.
 
-    Keeps ranks [floor(inner outer M), floor(outer M)): the hardest `outer`, without the innermost `inner` of those; with
-    inner_of="all" without the innermost `inner` of all M. The published schedules move the outer bound from 1.0 to 0.1:
-    linear(1.0, 0.1, steps), step(1.0, 0.1, steps), exponential(1.0, 0.1), whose public form is over after 45 steps (see there);
-    cosine is ours. sample: draw that many of the ring for each query (the public NCE form draws 4,095 with replacement); the
-    partition is not rescaled, as there. That code also reads a configuration key that is never written, so that its
-    exponential schedule never runs, and its `x or True` makes inner_of="all" unreachable.
+        kept: ranks [floor(inner outer M), floor(outer M))         inner_of="outer"
+              ranks [floor(inner M), floor(outer M))               inner_of="all"
+
+    Parameters
+    ----------
+    outer : float or schedule
+        The hardest fraction that is kept. The published schedules move it from 1.0 to 0.1: `linear(1.0, 0.1, steps)`,
+        `step(1.0, 0.1, steps)` or `exponential(1.0, 0.1)`.
+    inner : float or schedule
+        The fraction that is left out at the hard end.
+    inner_of : str
+        ``"outer"``: inner is a fraction of the outer window; ``"all"``: of all negatives.
+    sample : int, optional
+        Draw this many of the ring for each query; the public NCE form draws 4,095 with replacement. The sum is not
+        rescaled, as there.
+    replace : bool
+        Draw with replacement.
+    temperature : float, Tensor or schedule
+        Divides the scores; 0.07, as in MoCo v1.
+    **keywords
+        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    InfoNCELoss
+        The loss, to call with query, positive key, negatives and masks.
+
+    Notes
+    -----
+    The public code never reaches its exponential schedule, because it reads a configuration key that is never written, nor
+    the "all" form, because of an `x or True`.
+
+    References
+    ----------
+    Wu et al. 2020 (arXiv 2010.02037; mhw32/contrastive-ring-public src/objectives/moco.py).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> loss_of = negmine.recipes.ring(negmine.recipes.linear(1.0, 0.1, 1000), 0.1)
+    >>> loss = loss_of(query, key, queue, step=500)
     """
     if inner_of not in ("outer", "all"):
         raise ValueError(f"ring: inner_of must be 'outer' or 'all', got {inner_of!r}")
@@ -63,9 +153,34 @@ def ring_select(outer: float, inner: float, inner_of: str, sample: int | None, r
 def margin_pos(
     margin: Number = 0.05, hardest: Number | None = None, *, temperature: Temperature = 0.02, **keywords: Any
 ) -> InfoNCELoss:
-    """NV-Retriever's TopK-MarginPos (arXiv 2407.15831): drop s > s_pos - margin, then keep the `hardest` of what is left.
+    """No negative above the positive's score less a margin (NV-Retriever's TopK-MarginPos).
 
-    A negative margin is Qwen3-Embedding's mask (arXiv 2506.05176): margin=-0.1 drops what is clearly above the positive.
+    Parameters
+    ----------
+    margin : float or schedule
+        Negatives with s > s_pos - margin are dropped. A negative margin is Qwen3-Embedding's mask: -0.1 drops only what is
+        clearly above the positive.
+    hardest : int, float or schedule, optional
+        Then keep this many, or this fraction, of the hardest of what is left.
+    temperature : float, Tensor or schedule
+        Divides the scores; 0.02.
+    **keywords
+        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    InfoNCELoss
+        The loss, to call with query, positive key, negatives and masks.
+
+    References
+    ----------
+    NV-Retriever (arXiv 2407.15831); Qwen3-Embedding (arXiv 2506.05176).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> loss = negmine.recipes.margin_pos(0.05)(query, key, queue)
     """
     select = scheduled(Select, range_max=hardest, absolute_margin=margin)
     return InfoNCELoss(temperature, select=select, **keywords)
@@ -74,9 +189,34 @@ def margin_pos(
 def perc_pos(
     percentage: Number = 0.95, hardest: Number | None = None, *, temperature: Temperature = 0.02, **keywords: Any
 ) -> InfoNCELoss:
-    """NV-Retriever's TopK-PercPos (arXiv 2407.15831): drop s above `percentage` of the positive's score.
+    """No negative above a percentage of the positive's score (NV-Retriever's TopK-PercPos).
 
-    The threshold is s_pos - |s_pos| (1 - percentage), which stays below a positive whose score is negative.
+    Parameters
+    ----------
+    percentage : float or schedule
+        Negatives with s > s_pos - |s_pos| (1 - percentage) are dropped; the absolute value keeps the threshold below a
+        positive whose score is negative.
+    hardest : int, float or schedule, optional
+        Then keep this many, or this fraction, of the hardest of what is left.
+    temperature : float, Tensor or schedule
+        Divides the scores; 0.02.
+    **keywords
+        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    InfoNCELoss
+        The loss, to call with query, positive key, negatives and masks.
+
+    References
+    ----------
+    NV-Retriever (arXiv 2407.15831).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> loss = negmine.recipes.perc_pos(0.95)(query, key, queue)
     """
     select = scheduled(perc_pos_select, percentage=percentage, hardest=hardest)
     return InfoNCELoss(temperature, select=select, **keywords)
@@ -85,10 +225,42 @@ def perc_pos(
 def gist(
     margin: Number = 0.0, *, relative: bool = False, temperature: Temperature = 0.01, **keywords: Any
 ) -> MethodLoss:
-    """GISTEmbed (Solatorio 2024, arXiv 2402.16829; sentence-transformers GISTEmbedLoss): a guide model names false negatives.
+    """InfoNCE without the negatives that a guide model takes for false ones (GISTEmbed).
 
-    Call with guide_query=, guide_positive= and, but for in-batch negatives, guide_keys=, the guide's embeddings. margin_strategy
-    "absolute" and "relative" are `relative`; see negmine/losses/methods.py, gist, for what differs.
+        kept: g_j <= g_pos - margin (|g_pos| if relative)
+
+    Parameters
+    ----------
+    margin : float or schedule
+        How far below the guide's score of the positive a negative must stay.
+    relative : bool
+        The margin is a fraction of that score.
+    temperature : float, Tensor or schedule
+        Divides the scores; 0.01, as in sentence-transformers.
+    **keywords
+        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    MethodLoss
+        The loss, to call with guide_query=, guide_positive= and, except for in-batch negatives, guide_keys=.
+
+    Notes
+    -----
+    `negmine.Guide` is the same mask for any loss. sentence-transformers computes g_pos (1 - margin) for its relative
+    margin, which lies above a g_pos below 0.
+
+    References
+    ----------
+    Solatorio 2024 (arXiv 2402.16829; sentence-transformers GISTEmbedLoss).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> guide = {"guide_query": torch.randn(8, 32), "guide_positive": torch.randn(8, 32), "guide_keys": torch.randn(100, 32)}
+    >>> loss_of = negmine.recipes.gist(0.1)
+    >>> loss = loss_of(query, key, torch.randn(100, 16), **guide)
     """
     return MethodLoss(methods.gist, temperature=temperature, margin=margin, relative=relative, **keywords)
 

@@ -1,0 +1,66 @@
+"""Public docstrings: NumPy sections that name the arguments of the signature, in its order, and examples that run."""
+
+import doctest
+import importlib
+import inspect
+import re
+from operator import attrgetter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import negmine
+
+PACKAGES = ("losses", "selection", "queues", "recipes")
+OPTIONS = ("FalseNegatives", "Guide", "Mix", "Negatives", "Select", "Weight")
+
+
+def public(package):
+    """The public names of a package: its __all__, or the classes and functions that it defines."""
+    module = importlib.import_module(f"negmine.{package}")
+    own = [
+        n for n, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__ and n[0] != "_"
+    ]
+    return [f"{package}.{name}" for name in getattr(module, "__all__", own)]
+
+
+FUNCTIONS = ("info_nce", "siglip", "sup_con")  # of negmine; the others are of a package too
+LATER = ("MultiSimilarity", "Triplet", "triplet", "losses.multi_similarity", "atryoshka", "late_interaction")
+NAMES = sorted({*OPTIONS, *FUNCTIONS, *(name for package in PACKAGES for name in public(package))})
+NAMES = [name for name in NAMES if not any(word in name for word in LATER)]
+
+
+def sections(text):
+    """The text under each heading of a NumPy docstring."""
+    parts = re.split(r"^(\w[\w ]*)\n-{3,}$", text, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def documented(section):
+    """The names that a section explains, in its order."""
+    return [name for names in re.findall(r"^(\w+(?:, \w+)*) : ", section, re.M) for name in names.split(", ")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_docstring_names_the_arguments_and_its_examples_run(name):
+    item = attrgetter(name)(negmine)
+    text = inspect.cleandoc(item.__doc__)
+    found = sections(text)
+    is_result = isinstance(item, type) and issubclass(item, tuple)
+    parameters = (
+        list(item._fields)
+        if is_result
+        else [n for n, each in inspect.signature(item).parameters.items() if each.kind is not each.VAR_KEYWORD]
+    )
+    explained = documented(found.get("Attributes" if is_result else "Parameters", ""))
+    assert explained == parameters, f"{name} explains {explained}"
+    test = doctest.DocTestParser().get_doctest(
+        text, {"torch": torch, "np": np, "F": F, "negmine": negmine}, name, None, 0
+    )
+    assert test.examples, f"{name} has no example"
+    report: list[str] = []
+    torch.manual_seed(0)
+    failed = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=report.append).failed
+    assert not failed, "".join(report)
