@@ -27,9 +27,7 @@ def public(package):
 
 
 FUNCTIONS = ("info_nce", "siglip", "sup_con")  # of negmine; the others are of a package too
-LATER = ("MultiSimilarity", "Triplet", "triplet", "losses.multi_similarity", "atryoshka", "late_interaction")
 NAMES = sorted({*OPTIONS, *FUNCTIONS, *(name for package in PACKAGES for name in public(package))})
-NAMES = [name for name in NAMES if not any(word in name for word in LATER)]
 
 
 def sections(text):

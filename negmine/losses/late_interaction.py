@@ -50,27 +50,64 @@ def late_interaction(
     backend: str | None = None,
     return_stats: bool = False,
 ) -> Any:
-    """InfoNCE of queries and documents that are matrices of token vectors (ColBERT, Khattab and Zaharia 2020, arXiv 2004.12832).
+    """InfoNCE of queries and documents that are matrices of token vectors, scored by MaxSim (ColBERT).
 
         loss_b = -x_b + log(exp(x_b) + sum over kept k of exp(x_bk)),   x = s / temperature + bias
         s_bk = sum over tokens i of query b of the largest over tokens j of document k of query_bi . negative_keys_kj
 
-    query (B, I, D), positive_key (B, J, D): tokens, each a vector that is used as given; both carry gradient.
-    negative_keys: documents (K, J, D), whose J may differ from the positives'; a Negatives of such with ids, labels, a mask, a
-        bias (K,) or a select; or None for in-batch negatives, the positives of the other rows. Documents that require grad get
-        one; frozen ones may be overwritten before backward.
-    query_lengths (B,), positive_lengths (B,), negative_lengths (K,): whole numbers, on the device of query: how many of the first
-        tokens count, None = all. What stands past them may hold anything. A document without tokens is no negative; a query
-        without tokens has score 0 with every document.
-    temperature: divides a sum over tokens; a 0-d tensor receives gradient. Other public code averages over the query's tokens.
-    select, query_ids, query_labels, decoupled, reduction, seed, step, row_offset, return_stats: as in info_nce; select is
-        refused with replace.
-    backend: None, or "reference". There is no kernel of its own yet: the products are PyTorch's, in fp32.
+    Parameters
+    ----------
+    query : Tensor (B, I, D)
+        Token vectors, used as given. Carries gradient.
+    positive_key : Tensor (B, J, D)
+        Likewise.
+    negative_keys : Tensor (K, J, D), Negatives, or None
+        Documents; their J may differ from the positives'. A `Negatives` of them may have ids, labels, a mask, a bias (K,)
+        or a select. None takes the positives of the other rows. Documents that require grad get one; frozen ones may be
+        overwritten before backward.
+    query_lengths, positive_lengths : Tensor (B,), optional
+        Whole numbers: how many of the first tokens count; None = all. What stands past them may hold anything.
+    negative_lengths : Tensor (K,), optional
+        Likewise. A document without tokens is no negative; a query without tokens has score 0 with every document.
+    temperature : float or Tensor
+        Divides a sum over tokens; other public code averages over the query's tokens. A 0-d tensor receives gradient.
+    select : Select, optional
+        Which negatives to keep. It must not draw with replacement.
+    query_ids, query_labels : Tensor (B,), optional
+        As in `info_nce`.
+    decoupled, reduction : optional
+        As in `info_nce`.
+    seed, step, row_offset : int or Tensor
+        As in `info_nce`.
+    backend : str, optional
+        None or ``"reference"``. There is no kernel yet: the products are PyTorch's, in fp32.
+    return_stats : bool
+        Also return InfoNCEStats.
 
-    Returns the loss, fp32 (float64 for float64 input), 0-d or (B,); with return_stats also InfoNCEStats. Of equal token scores
-    the first has the gradient. Neither the scores of tokens (B, K, I, J) nor those of documents (B, K) are stored, but with
-    `select` the latter are, and a mask. The gradient of documents takes a second pass, in backward.
-    Raises ValueError or TypeError for input that does not fit, before any work.
+    Returns
+    -------
+    Tensor () or (B,)
+        The loss: float32, or float64 for float64 input.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit, before any work.
+
+    Notes
+    -----
+    Neither the scores of tokens (B, K, I, J) nor those of documents (B, K) are stored; with `select` the latter are, and a
+    mask. Of equal token scores the first has the gradient. The gradient of documents takes a second pass, in backward.
+
+    References
+    ----------
+    Khattab and Zaharia 2020 (arXiv 2004.12832).
+
+    Examples
+    --------
+    >>> query, positive = torch.randn(4, 6, 16), torch.randn(4, 10, 16)
+    >>> documents, lengths = torch.randn(20, 10, 16), torch.randint(1, 11, (20,))
+    >>> loss = negmine.losses.late_interaction(query, positive, documents, negative_lengths=lengths)
     """
     op = "late_interaction"
     lengths = query_lengths, positive_lengths, negative_lengths
@@ -136,14 +173,50 @@ def mine_late_interaction(
     row_offset: int | Tensor = 0,
     backend: str | None = None,
 ) -> Mined:
-    """The N hardest documents of each query by MaxSim, exactly, hardest first: mine_hardest for matrices of token vectors.
+    """The N hardest documents of each query by MaxSim, exactly, hardest first: `mine_hardest` for matrices of token vectors.
 
-    query (B, I, D), negative_keys, positive_key (B, J, D), lengths, backend: as in late_interaction. N, select, query_ids,
-    query_labels, seed, step, row_offset: as in mine_hardest.
+    Parameters
+    ----------
+    query : Tensor (B, I, D)
+        As in `late_interaction`.
+    negative_keys : Tensor (K, J, D), Negatives, or None
+        As in `late_interaction`.
+    N : int
+        How many to return.
+    positive_key : Tensor (B, J, D), optional
+        Needed where `select` has a margin, and for in-batch negatives.
+    query_lengths, positive_lengths : Tensor (B,), optional
+        As in `late_interaction`.
+    negative_lengths : Tensor (K,), optional
+        As in `late_interaction`.
+    select : Select, optional
+        As in `mine_hardest`.
+    query_ids, query_labels : Tensor (B,), optional
+        As in `mine_hardest`.
+    seed, step, row_offset : int or Tensor
+        As in `mine_hardest`.
+    backend : str, optional
+        None or ``"reference"``.
 
-    Returns Mined(scores (B, N) fp32, index (B, N) int64); past the end of a pool (-inf, -1). No gradient. Ties go to the lower
-    index; a NaN score is no candidate. Scores (B, K) are stored only with `select`. Raises ValueError or TypeError for
-    input that does not fit, before any work.
+    Returns
+    -------
+    Mined
+        scores (B, N) float32 and index (B, N) int64; -inf and -1 where a pool holds fewer. No gradient.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit, before any work.
+
+    Notes
+    -----
+    Equal scores rank by the lower index. A NaN score is no candidate. Scores (B, K) are stored only with `select`.
+
+    Examples
+    --------
+    >>> query, documents = torch.randn(4, 6, 16), torch.randn(20, 10, 16)
+    >>> negmine.losses.mine_late_interaction(query, documents, 3).index.shape
+    torch.Size([4, 3])
     """
     op = "mine_late_interaction"
     lengths = query_lengths, positive_lengths, negative_lengths

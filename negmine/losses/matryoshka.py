@@ -25,7 +25,20 @@ OPTIONS = ("select", "weight")  # what a Negatives may say for its own pool
 
 
 class MatryoshkaStats(NamedTuple):
-    """What matryoshka returns beside the loss; it carries no gradient."""
+    """What `matryoshka` returns beside the loss. It carries no gradient.
+
+    Attributes
+    ----------
+    losses : Tensor (W, B)
+        The loss of each row at each width, without the weights.
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> loss, stats = negmine.losses.matryoshka(query, key, widths=[4, 8, 16], return_stats=True)
+    >>> stats.losses.shape
+    torch.Size([3, 8])
+    """
 
     losses: Tensor  # (W, B) the loss of each row at each width, not weighted
 
@@ -51,26 +64,68 @@ def matryoshka(
     backend: str | None = None,
     return_stats: bool = False,
 ) -> Any:
-    """The weighted sum of InfoNCE at several prefix widths of the vectors (Kusupati et al. 2022, arXiv 2205.13147).
+    """The weighted sum of InfoNCE at several prefix widths of the vectors (Matryoshka representations).
 
         loss = sum over w in widths of weights_w info_nce(query[:, :w], positive_key[:, :w], negative_keys[:, :w])
 
-    query, positive_key (B, D) and negative_keys in any form of info_nce, a list of several pools included; mix of a Negatives
-        must be None.
-    widths: ints from 1 to D, ascending; (64, 128, 256, D) say. weights: a number for each, by default 1.
-    normalize: divide each prefix by its norm, for cosine scores at every width, as sentence-transformers' MatryoshkaLoss does
-        with a loss of cosines. Without, prefixes are used as given.
-    select: which negatives stay at all widths, by the scores at the largest. It is refused with replace. weight acts on the
-        scores of each width.
-    temperature, query_ids, query_labels, decoupled, reduction, seed, step, row_offset, backend: as in info_nce.
+    Parameters
+    ----------
+    query, positive_key : Tensor (B, D)
+        As in `info_nce`.
+    negative_keys : Tensor, MoCoQueue, Negatives, None, or a list of these
+        As in `info_nce`; `mix` of a `Negatives` must be None.
+    widths : sequence of int
+        From 1 to D, ascending: (64, 128, 256, D), for example.
+    weights : sequence of float, optional
+        One for each width; default 1.
+    normalize : bool
+        Divide each prefix by its norm, for cosine scores at every width, as sentence-transformers' MatryoshkaLoss does with
+        a loss of cosines.
+    temperature : float or Tensor
+        As in `info_nce`.
+    select : Select, optional
+        Which negatives to keep, at all widths, by the scores at the largest. It must not draw with replacement.
+    weight : Weight, optional
+        How much each negative counts, by the scores of each width.
+    query_ids, query_labels : Tensor (B,), optional
+        As in `info_nce`.
+    decoupled, reduction : optional
+        As in `info_nce`.
+    seed, step, row_offset : int or Tensor
+        As in `info_nce`.
+    backend : str, optional
+        As in `info_nce`.
+    return_stats : bool
+        Also return MatryoshkaStats.
 
-    Returns the loss, fp32 (float64 for float64 input), 0-d or (B,); with return_stats also MatryoshkaStats. Gradients are those
-    of info_nce, summed over the widths in fp32 and rounded once. They are computed in the forward pass, so frozen keys may be
-    overwritten before backward.
-    Every width is a pass of the kernels over its prefix of the keys, on every backend: widths 32, 64, 128 and 256 multiply 1.9
-    times as much as the last alone. With `select`, a (B, K) bool mask and the list of what it keeps are stored; with
-    `normalize`, a copy of the keys at each width.
-    Raises ValueError or TypeError for input that does not fit, before any work.
+    Returns
+    -------
+    Tensor () or (B,)
+        The loss: float32, or float64 for float64 input.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit, before any work.
+
+    Notes
+    -----
+    Gradients are those of `info_nce`, summed over the widths in fp32 and rounded once. They are computed in the forward
+    pass, so frozen keys may be overwritten before backward.
+
+    Every width is a pass of the kernels over its prefix of the keys: widths 32, 64, 128 and 256 multiply 1.9 times as much
+    as the last alone. With `select`, a (B, K) bool mask and the list of what it keeps are stored; with `normalize`, a copy
+    of the keys at each width.
+
+    References
+    ----------
+    Kusupati et al. 2022 (arXiv 2205.13147).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> loss = negmine.losses.matryoshka(query, key, queue, widths=[4, 8, 16], normalize=True, temperature=0.2)
     """
     listed = pools_in(OP, negative_keys) if isinstance(negative_keys, (list, tuple)) else [negative_keys]
     if len(listed) > 1:

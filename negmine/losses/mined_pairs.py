@@ -27,7 +27,25 @@ from negmine.selection import summing_ops
 
 
 class MultiSimilarityStats(NamedTuple):
-    """What multi_similarity returns beside the loss; none carries gradient."""
+    """What `multi_similarity` returns beside the loss. None of it carries gradient.
+
+    Attributes
+    ----------
+    num_positives : Tensor (B,) int64
+        How many positives the mining keeps.
+    num_negatives : Tensor (B,) int64
+        How many negatives the mining keeps.
+    num_empty : Tensor () int64
+        How many rows have no pair; their loss is 0.
+
+    Examples
+    --------
+    >>> rows, labels, ids = F.normalize(torch.randn(8, 16), dim=1), torch.arange(8) % 2, torch.arange(8)
+    >>> tags = {"query_ids": ids, "key_ids": ids, "return_stats": True}
+    >>> loss, stats = negmine.losses.multi_similarity(rows, rows, labels, labels, **tags)
+    >>> stats.num_positives.shape
+    torch.Size([8])
+    """
 
     num_positives: Tensor  # (B,) int64 kept by the mining
     num_negatives: Tensor  # (B,) int64 kept by the mining
@@ -60,24 +78,64 @@ def multi_similarity(
     backend: str | None = None,
     return_stats: bool = False,
 ) -> Any:
-    """Multi-similarity (Wang et al. 2019, arXiv 1904.06627; pytorch-metric-learning MultiSimilarityLoss, MultiSimilarityMiner).
+    """The multi-similarity loss over mined pairs: every kept pair weighs by its exponential.
 
         P = { p of b's label  : s_p - epsilon < max over other labels of s }
         N = { n of other labels : s_n + epsilon > min over b's label of s }
         loss_b = log(1 + sum over P of exp(-alpha (s_p - base))) / alpha + log(1 + sum over N of exp(beta (s_n - base))) / beta
 
-    query (B, D), keys (K, D): carry gradient where they require it; unit vectors, for the published constants; frozen keys may
-        be overwritten before backward.
-    distance: "cosine" s = inner product; "euclidean" s = -||q - k|| and "squared_euclidean" s = -||q - k||^2, of vectors of any
-        norm, with -base in place of base, so that base is a distance (pytorch-metric-learning, LpDistance). "euclidean" makes the
-        (B, K) matrix in plain PyTorch on every backend: no kernel sums exponentials of roots.
-    query_labels, key_labels, query_ids, key_ids, key_mask: as in mine_triplets.
-    alpha, beta, base, epsilon: pytorch-metric-learning's defaults. The bounds carry no gradient.
-    reduction: "mean" over the B rows, "sum" or "none".
+    Parameters
+    ----------
+    query : Tensor (B, D)
+        Carries gradient. Unit vectors, for the published constants.
+    keys : Tensor (K, D)
+        Carries gradient where it requires it; frozen keys may be overwritten before backward.
+    query_labels : Tensor (B,)
+        As in `mine_triplets`.
+    key_labels : Tensor (K,)
+        As in `mine_triplets`.
+    alpha, beta, base, epsilon : float
+        The defaults are pytorch-metric-learning's. The bounds of P and N carry no gradient.
+    distance : str
+        ``"cosine"``: s = inner product. ``"euclidean"``: s = -||q - k||, and ``"squared_euclidean"``: s = -||q - k||^2, of
+        vectors of any norm, with -base in place of base, so that base is a distance. ``"euclidean"`` makes the (B, K)
+        matrix in plain PyTorch on every backend.
+    query_ids : Tensor (B,), optional
+        As in `mine_triplets`.
+    key_ids : Tensor (K,), optional
+        As in `mine_triplets`.
+    key_mask : Tensor (K,) or (B, K) bool, optional
+        As in `mine_triplets`.
+    reduction : str
+        ``"mean"`` over the B rows, ``"sum"`` or ``"none"``.
+    backend : str, optional
+        As in `info_nce`.
+    return_stats : bool
+        Also return MultiSimilarityStats.
 
-    Returns the loss, fp32 (float64 for float64 input); with return_stats also MultiSimilarityStats. A row without positives or
-    without negatives keeps no pair: loss 0, no gradient, counted, and in the mean. A NaN score is no candidate.
-    Raises ValueError or TypeError for input that does not fit, before any work.
+    Returns
+    -------
+    Tensor () or (B,)
+        The loss: float32, or float64 for float64 input. A row without positives or without negatives keeps no pair: its
+        loss is 0, it has no gradient, and it counts in the mean.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit, before any work.
+
+    Notes
+    -----
+    A NaN score is no candidate.
+
+    References
+    ----------
+    Wang et al. 2019 (arXiv 1904.06627; pytorch-metric-learning MultiSimilarityLoss and MultiSimilarityMiner).
+
+    Examples
+    --------
+    >>> rows, labels, ids = F.normalize(torch.randn(8, 16), dim=1), torch.arange(8) % 2, torch.arange(8)
+    >>> loss = negmine.losses.multi_similarity(rows, rows, labels, labels, query_ids=ids, key_ids=ids)
     """
     op = "multi_similarity"
     pool = check_labelled_keys(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
@@ -136,13 +194,26 @@ def _from_kernels(
 
 
 class MultiSimilarityLoss(ScheduledLoss):
-    """multi_similarity as a module; its keywords are multi_similarity's.
+    """`multi_similarity` as a module, whose numbers may be schedules.
 
-    A number may be a schedule, a callable of the step, a () int64 tensor. Calls in training mode that name no `step` count
-    themselves in the buffer `step`.
+    Parameters
+    ----------
+    alpha, beta, base, epsilon : float, Tensor or schedule
+        As in `multi_similarity`. A schedule is a callable of the step.
+    distance, reduction, backend, return_stats : optional
+        As in `multi_similarity`.
+    gather_distributed : bool
+        Take the keys of every rank, with their labels, key_ids and key_mask (K,), and with the right gradient. `query_ids`
+        and `key_ids` must number the whole dataset.
+    process_group : ProcessGroup, optional
+        Of torch.distributed; default: all ranks.
 
-    gather_distributed: the keys of every rank of process_group, with their labels, key_ids and key_mask (K,), and with the right
-    gradient (negmine/losses/gathered.py). query_ids and key_ids then number the whole dataset.
+    Examples
+    --------
+    >>> loss_of = negmine.MultiSimilarityLoss()
+    >>> queue = negmine.MoCoQueue(16, 100, with_labels=True)
+    >>> query, labels = F.normalize(torch.randn(8, 16), dim=1), torch.arange(8) % 2
+    >>> loss = loss_of(query, queue.keys, labels, queue.labels)
     """
 
     def __init__(

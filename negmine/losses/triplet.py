@@ -50,21 +50,67 @@ def triplet_loss(
     backend: str | None = None,
     return_stats: bool = False,
 ) -> Any:
-    """The triplet loss over the triplets of mine_triplets, whose keywords it takes.
+    """The triplet loss over mined triplets.
 
         v = d(query, p) - d(query, n) + margin
         loss = max(0, v)                          temperature=None
                softplus(v / temperature)          a number: the soft margin; 1 is Hermans et al.'s, with margin=0
 
-    distance: "cosine" d = -inner product, "euclidean" d = ||q - k||, "squared_euclidean" d = ||q - k||^2, of the vectors as they
-        are, in mining and in the loss.
-    margin: one value for the rule of mining and for the loss.
-    reduction: "mean" over the triplets that exist (not over those that violate), "sum", or "none": (B, P, N), 0 for the rest.
+    Parameters
+    ----------
+    query : Tensor (B, D)
+        Carries gradient.
+    keys : Tensor (K, D)
+        Carries gradient where it requires it.
+    query_labels : Tensor (B,)
+        As in `mine_triplets`.
+    key_labels : Tensor (K,)
+        As in `mine_triplets`.
+    positive, negative : str
+        The rules of `mine_triplets`.
+    margin : float
+        Of the rule and of the loss.
+    temperature : float, optional
+        Given: the soft margin.
+    distance : str
+        Of the mining and of the loss, as in `mine_triplets`.
+    max_positives, num_negatives : int
+        As in `mine_triplets`.
+    query_ids : Tensor (B,), optional
+        As in `mine_triplets`.
+    key_ids : Tensor (K,), optional
+        As in `mine_triplets`.
+    key_mask : Tensor (K,) or (B, K) bool, optional
+        As in `mine_triplets`.
+    reduction : str
+        ``"mean"`` over the triplets that exist, those of loss 0 included, ``"sum"``, or ``"none"``: (B, P, N), 0 where
+        there is no triplet.
+    seed, step, row_offset : int or Tensor
+        As in `mine_triplets`.
+    backend : str, optional
+        As in `info_nce`.
+    return_stats : bool
+        Also return the Triplets.
 
-    Returns the loss, fp32 (float64 for float64 input); with return_stats also the Triplets. Gradient flows to query and, where
-    they require it, to keys through the chosen pairs; frozen keys may be overwritten before backward, since only the (B, P, D)
-    and (B, P, N, D) chosen rows are kept. Without any triplet the loss is 0. A query with NaN has no triplet.
-    Raises ValueError or TypeError for input that does not fit, before any work.
+    Returns
+    -------
+    Tensor () or (B, P, N)
+        The loss: float32, or float64 for float64 input. Without any triplet it is 0. A query with NaN has no triplet.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit, before any work.
+
+    Notes
+    -----
+    Gradient flows through the chosen pairs. Only the chosen rows, (B, P, D) and (B, P, N, D), are kept, so frozen keys may
+    be overwritten before backward.
+
+    Examples
+    --------
+    >>> rows, labels, ids = F.normalize(torch.randn(8, 16), dim=1), torch.arange(8) % 2, torch.arange(8)
+    >>> loss = negmine.triplet_loss(rows, rows, labels, labels, positive="hard", negative="hardest", query_ids=ids, key_ids=ids)
     """
     op = "triplet_loss"
     pool = check_labelled_keys(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
@@ -91,13 +137,34 @@ def triplet_loss(
 
 
 class TripletLoss(ScheduledLoss):
-    """triplet_loss as a module; its keywords are triplet_loss's.
+    """`triplet_loss` as a module, whose margin and temperature may be schedules.
 
-    margin and temperature may be schedules, callables of the step, a () int64 tensor. Calls in training mode that name no
-    `step` count themselves in the buffer `step`, so that every one draws anew.
+    Parameters
+    ----------
+    margin : float, Tensor or schedule
+        As in `triplet_loss`. A schedule is a callable of the step.
+    positive, negative : str
+        As in `mine_triplets`.
+    temperature : float, Tensor or schedule, optional
+        As in `triplet_loss`.
+    distance, max_positives, num_negatives, reduction, seed, backend, return_stats : optional
+        As in `triplet_loss`.
+    gather_distributed : bool
+        Take the keys of every rank, with their labels, key_ids and key_mask (K,), and with the right gradient. `query_ids`
+        and `key_ids` must number the whole dataset.
+    process_group : ProcessGroup, optional
+        Of torch.distributed; default: all ranks.
 
-    gather_distributed: the keys of every rank of process_group, with their labels, key_ids and key_mask (K,), and with the right
-    gradient (negmine/losses/gathered.py). query_ids and key_ids then number the whole dataset.
+    Notes
+    -----
+    In training mode, calls without `step` count themselves in the buffer `step`, so that each draws new random numbers.
+
+    Examples
+    --------
+    >>> loss_of = negmine.TripletLoss(0.2, positive="hard", negative="hardest")
+    >>> queue = negmine.MoCoQueue(16, 100, with_labels=True)
+    >>> query, labels = F.normalize(torch.randn(8, 16), dim=1), torch.arange(8) % 2
+    >>> loss = loss_of(query, queue.keys, labels, queue.labels)
     """
 
     def __init__(

@@ -36,7 +36,31 @@ SEVERAL = ("all", "multi_similarity")  # positives of which a query may keep mor
 
 
 class Triplets(NamedTuple):
-    """What mine_triplets returns; none carries gradient. A triplet (b, p, n) exists where negative[b, p, n] >= 0."""
+    """What `mine_triplets` returns. None of it carries gradient. A triplet (b, p, n) exists where ``negative[b, p, n] >= 0``.
+
+    Attributes
+    ----------
+    positive : Tensor (B, P) int64
+        -1 where there is none.
+    negative : Tensor (B, P, N) int64
+        -1 where there is none.
+    positive_score : Tensor (B, P) float32
+        -inf where there is none.
+    negative_score : Tensor (B, P, N) float32
+        -inf where there is none.
+    num_triplets : Tensor () int64
+        How many triplets there are.
+    num_without : Tensor () int64
+        How many queries have no triplet.
+
+    Examples
+    --------
+    >>> rows, labels, ids = F.normalize(torch.randn(8, 16), dim=1), torch.arange(8) % 2, torch.arange(8)
+    >>> found = negmine.losses.mine_triplets(rows, rows, labels, labels, negative="hardest", query_ids=ids, key_ids=ids)
+    >>> anchor, positive, negative = found.compact()
+    >>> len(anchor) == int(found.num_triplets) == 8
+    True
+    """
 
     positive: Tensor  # (B, P) int64, -1 where there is none
     negative: Tensor  # (B, P, N) int64, -1 where there is none
@@ -246,33 +270,77 @@ def mine_triplets(
 ) -> Triplets:
     """For every query b its positives p, keys of the same label, and against each the negatives n that a rule keeps.
 
-    positive, by score s (larger = nearer); ties go to the lower index:
-        "easy"  the nearest (Xuan et al. 2020)         "hard"  the farthest (Hermans et al. 2017)
-        "all"   the nearest max_positives              "semihard"  the farthest that is nearer than the chosen negative
-    negative, the num_negatives nearest of
-        "hardest"           all                                     "easiest"  all, the farthest instead
-        "semihard"          s_n < s_p; none: no triplet             (pytorch-metric-learning BatchEasyHardMiner)
-        "semihard_facenet"  s_n < s_p; none: the farthest of all    (FaceNet; tensorflow/addons triplet_semihard_loss)
-        "semihard_band"     0 < d_n - d_p <= margin                 (pytorch-metric-learning TripletMarginMiner, "semihard")
-        "violating"         d_n - d_p <= margin                     (the same, "all"; with margin=0 its "hard")
-        "distance_weighted" a sample, by 1 / density of d           (Wu et al. 2017, arXiv 1706.07567; d in [0.5, 1.4))
-    both "multi_similarity" (Wang et al. 2019, arXiv 1904.06627; margin is its epsilon, published 0.1): positives with
-        d_p + margin > the least d_n, the farthest max_positives; negatives with d_n - margin < the largest d_p.
+        positive            by score s, larger is nearer; equal scores rank by the lower index
+        "easy"              the nearest                              Xuan et al. 2020
+        "hard"              the farthest                             Hermans et al. 2017
+        "all"               the nearest max_positives
+        "semihard"          the farthest that is nearer than the chosen negative
+        "multi_similarity"  d_p + margin > the least d_n; the farthest max_positives
 
-    query (B, D), keys (K, D): a queue, the batch itself, or both; used as given.
-    query_labels (B,), key_labels (K,): whole numbers; equal = positive. A label of -1 is unknown and equals nothing.
-    distance: "cosine" d = -inner product, s = -d; "euclidean" d = ||q - k|| and "squared_euclidean" d = ||q - k||^2, of vectors
-        of any norm, s = 1 - ||q - k||^2 / 2, which is the inner product of unit vectors. The latter two are mined in fp32 copies
-        with two more columns, (K, D + 2), and the error of s is that of rounding the squared norms to fp32.
-    margin: in units of distance.
-    max_positives: P, required where positive is "all" or "multi_similarity"; else P is 1. num_negatives: N.
-    query_ids (B,) and key_ids (K,): equal = the same sample, neither positive nor negative: give both where queries are keys.
-    key_mask (K,) or (B, K) bool: True = usable.
-    seed, step, row_offset: the key of the draw of "distance_weighted" and the global index of the first query. One sample a
-        query, without replacement, shared by its positives.
+        negative            the num_negatives nearest of
+        "hardest"           all
+        "easiest"           all, the farthest instead
+        "semihard"          s_n < s_p; none: no triplet              pytorch-metric-learning BatchEasyHardMiner
+        "semihard_facenet"  s_n < s_p; none: the farthest of all     FaceNet; tensorflow/addons triplet_semihard_loss
+        "semihard_band"     0 < d_n - d_p <= margin                  pytorch-metric-learning TripletMarginMiner, "semihard"
+        "violating"         d_n - d_p <= margin                      the same, "all"; with margin=0 its "hard"
+        "multi_similarity"  d_n - margin < the largest d_p           Wang et al. 2019, whose epsilon is margin, published 0.1
+        "distance_weighted" a sample, by 1 / density of d            Wu et al. 2017; d in [0.5, 1.4)
 
-    Returns Triplets. No gradient, no host synchronisation. A NaN score is no candidate.
-    Raises ValueError or TypeError for input that does not fit, before any work.
+    Parameters
+    ----------
+    query : Tensor (B, D)
+        Used as given.
+    keys : Tensor (K, D)
+        A queue, the batch itself, or both concatenated.
+    query_labels : Tensor (B,)
+        Whole numbers; equal labels are positives. -1 is unknown and equals nothing.
+    key_labels : Tensor (K,)
+        Likewise.
+    positive, negative : str
+        The rules above.
+    margin : float
+        In units of the distance.
+    distance : str
+        ``"cosine"``: d = -inner product. ``"euclidean"``: d = ||q - k||, and ``"squared_euclidean"``: d = ||q - k||^2, of
+        vectors of any norm. The latter two are mined in fp32 copies with two more columns, (K, D + 2), and rounding the
+        squared norms to fp32 is their error.
+    max_positives : int, optional
+        P; required where `positive` is ``"all"`` or ``"multi_similarity"``. Otherwise P is 1.
+    num_negatives : int
+        N.
+    query_ids : Tensor (B,), optional
+        A key of equal id is the same sample, neither positive nor negative. Give both ids where the queries are keys too.
+    key_ids : Tensor (K,), optional
+        The ids of the keys.
+    key_mask : Tensor (K,) or (B, K) bool, optional
+        True = usable.
+    seed, step, row_offset : int or Tensor
+        The key of the draws of ``"distance_weighted"`` and the global number of the first query. One sample a query,
+        without replacement, is shared by its positives.
+    backend : str, optional
+        As in `info_nce`.
+
+    Returns
+    -------
+    Triplets
+        No gradient, and no synchronisation with the host.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit, before any work.
+
+    Notes
+    -----
+    A NaN score is no candidate.
+
+    Examples
+    --------
+    >>> rows, labels, ids = F.normalize(torch.randn(8, 16), dim=1), torch.arange(8) % 2, torch.arange(8)
+    >>> found = negmine.losses.mine_triplets(rows, rows, labels, labels, query_ids=ids, key_ids=ids)
+    >>> found.positive.shape, found.negative.shape
+    (torch.Size([8, 1]), torch.Size([8, 1, 1]))
     """
     op = "mine_triplets"
     pool = check_labelled_keys(op, query, keys, query_labels, key_labels, query_ids, key_ids, key_mask)
