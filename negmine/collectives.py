@@ -16,7 +16,7 @@ device, and a device assertion fails before the data are gathered. There all ran
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -138,6 +138,42 @@ class Ranks:
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
         return torch.cat([part[:count] for part, count in zip(self.gather(padded), counts, strict=True)])
+
+    def pass_on(self, rows: Tensor, tag: int = 0) -> Callable[[], Tensor]:
+        """Sends rows to the next rank while the previous rank's, of one shape and dtype, arrive; the call waits for them."""
+        there = rows if rows.is_cuda else rows.to(self.device)
+        there = there.contiguous()
+        arriving = torch.empty_like(there)
+        if self.group is None:
+            following, previous = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        else:
+            following, previous = (dist.get_global_rank(self.group, (self.rank + by) % self.size) for by in (1, -1))
+        both = [
+            dist.P2POp(dist.isend, there, following, self.group, tag),
+            dist.P2POp(dist.irecv, arriving, previous, self.group, tag),
+        ]
+        works = dist.batch_isend_irecv(both)
+
+        def wait() -> Tensor:
+            for work in works:
+                work.wait()
+            return arriving.to(rows.device)
+
+        return wait
+
+    def ring(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The rows of each rank and its number, this rank's first; the next ones arrive meanwhile."""
+        for turn in range(self.size):
+            coming = self.pass_on(rows) if turn + 1 < self.size else None
+            yield (self.rank - turn) % self.size, rows
+            if coming is not None:
+                rows = coming()
+
+    def mean(self, number: Tensor) -> Tensor:
+        """The mean of every rank's number, a tensor of one shape."""
+        total = number.detach().clone().to(self.device)
+        dist.all_reduce(total, group=self.group)
+        return (total / self.size).to(number.device)
 
     def gather_with_gradient(self, rows: Tensor, counts: list[int]) -> Tensor:
         """gather_rows whose gradient is the sum of what every rank's loss gives to this rank's rows.

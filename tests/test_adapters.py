@@ -166,25 +166,29 @@ def clip_rank(rank, world, port):
     cases = [(kind.ClipLoss(**place, **flags), ()) for flags in CLIP for kind in (open_clip, module)]
     for way in ("bidir", "shift", "reduce", "gather"):
         cases += [(kind.SigLipLoss(**place, dist_impl=way), (torch.tensor(-5.0),)) for kind in (open_clip, module)]
-    for (ours, more), (theirs, _) in zip(cases[::2], cases[1::2], strict=True):
+    pairs = list(zip(cases[::2], cases[1::2], strict=True))
+    for dtype, ((ours, more), (theirs, _)) in itertools.product((torch.float32, torch.float64), pairs):
         outcome = []
         for loss in (ours, theirs):
-            leaves = [unit(4, D, seed=10 * rank + i).requires_grad_() for i in (0, 1)]
-            leaves += [t.clone().requires_grad_() for t in (torch.tensor(8.0), *more)]
+            leaves = [unit(4, D, seed=10 * rank + i, dtype=dtype).requires_grad_() for i in (0, 1)]
+            leaves += [t.to(dtype, copy=True).requires_grad_() for t in (torch.tensor(8.0), *more)]
             value = loss(*leaves)
             outcome.append([value.detach(), *torch.autograd.grad(value, leaves)])
         for i, (got, want) in enumerate(zip(*outcome, strict=True)):
             where = f"rank {rank}: {type(ours).__name__}, part {i}"
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=lambda m, where=where: f"{where}: {m}")
+            exact = dtype == torch.float64
+            near = {"rtol": 1e-9, "atol": 1e-12} if exact else {"rtol": 1e-4, "atol": 1e-5}
+            torch.testing.assert_close(got, want, **near, msg=lambda m, where=where: f"{where}: {m}")
     dist.destroy_process_group()
 
 
-def test_losses_over_two_ranks_are_theirs():
+@pytest.mark.parametrize("world", [2, 3])
+def test_losses_over_ranks_are_theirs(world):
     peer_file("open_clip", "loss.py")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(clip_rank, (2, port), nprocs=2)
+    mp.spawn(clip_rank, (world, port), nprocs=world)
 
 
 # pytorch-metric-learning ------------------------------------------------------------------------------------------

@@ -5,18 +5,20 @@
 open_clip itself is not imported. Values and gradients are those of open_clip_torch 3.3.0.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from negmine.collectives import Ranks
 from negmine.losses.info_nce import info_nce
+from negmine.losses.ring import RingLogSumExp, RingSoftplusSum
 from negmine.losses.siglip import siglip
 from negmine.ops import checks
-from negmine.ops.vectors import widened
-from negmine.options import Negatives
+from negmine.ops.backends import choose
+from negmine.ops.first_derivative import fused
+from negmine.ops.vectors import promoted, widened
 
 
 def _check_pair(op: str, image_features: Any, text_features: Any) -> None:
@@ -28,19 +30,33 @@ def _check_pair(op: str, image_features: Any, text_features: Any) -> None:
         )
 
 
-def _gathered(features: Tensor, rank: int, world_size: int, with_grad: bool, own_grad: bool) -> Tensor:
-    """features (B, D) of every rank (world_size * B, D); carries gradient to every rank, to this one alone, or to none."""
-    if world_size == 1:
-        return features
-    if with_grad:
-        from torch.distributed.nn.functional import all_gather
+class _OfAllRanks(torch.autograd.Function):
+    """The loss of the whole batch from the loss of each rank's rows, and gradients as where each rank computes the whole.
 
-        return torch.cat(all_gather(features))
-    parts = [torch.empty_like(features) for _ in range(world_size)]
-    dist.all_gather(parts, features.detach())
-    if own_grad:
-        parts[rank] = features
-    return torch.cat(parts)
+    share: of the gradient of the sum of the ranks' losses that features get.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, ranks: Ranks, share: float) -> Tensor:
+        ctx.share = share
+        return ranks.mean(loss)
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> Any:
+        return d_loss * ctx.share, None, None
+
+
+class _AveragedGradient(torch.autograd.Function):
+    """A number that every rank has; its gradient is the mean over the ranks, divided by `share`."""
+
+    @staticmethod
+    def forward(ctx: Any, number: Tensor, ranks: Ranks, share: float) -> Tensor:
+        ctx.ranks, ctx.share = ranks, share
+        return number.view_as(number)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return ctx.ranks.mean(gradient) / ctx.share, None, None
 
 
 class ClipLoss(nn.Module):
@@ -49,8 +65,10 @@ class ClipLoss(nn.Module):
         logits = logit_scale * image_features @ text_features.T + logit_bias
 
     local_loss: each rank takes the loss of its own rows against all. gather_with_grad: gradients travel back to other ranks;
-    local_loss without it leaves out the gradient of a pair's other side, in open_clip as here. rank, world_size: as in open_clip;
-    ranks hold equally many rows. cache_labels: accepted, there are no labels to cache. use_horovod: refused.
+    local_loss without it leaves out the gradient of a pair's other side, in open_clip as here. rank, world_size: as in open_clip,
+    on the default process group; ranks hold equally many rows. Features are not gathered: those of one other rank at a time
+    pass by, and each rank computes its own rows' share whatever the flags. cache_labels: accepted, there are no labels to
+    cache. use_horovod: refused.
     forward(image_features, text_features (B, D), logit_scale, logit_bias=None, output_dict=False): unit vectors as open_clip's
     models return them; logit_scale a number or a 0-d tensor, which receives gradient. A bias that all logits share changes
     nothing: its gradient is 0. Returns the loss, or {"contrastive_loss": loss}.
@@ -76,13 +94,29 @@ class ClipLoss(nn.Module):
         self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
         self.rank, self.world_size, self.backend = rank, world_size, backend
 
-    def _one_way(self, query: Tensor, keys: Tensor, first: int, temperature: float | Tensor) -> Tensor:
-        """Rows of query against keys, whose rows [first, first + B) are the positives."""
-        own = torch.arange(first, first + len(query), device=query.device)  # (B,)
-        everyone = torch.arange(len(keys), device=query.device)  # (K,)
-        positive_key = keys if len(keys) == len(query) else keys[first : first + len(query)]
-        negatives = Negatives(keys, ids=everyone)
-        return info_nce(query, positive_key, negatives, temperature=temperature, query_ids=own, backend=self.backend)
+    def _one_way(self, query: Tensor, keys: Tensor, temperature: float | Tensor) -> Tensor:
+        return info_nce(query, keys, temperature=temperature, backend=self.backend)
+
+    def _over_ranks(self, images: Tensor, texts: Tensor, temperature: float | Tensor) -> Tensor:
+        """The same against the features of all ranks, which pass by."""
+        images, texts = promoted(images, texts)
+        ranks, stored = Ranks(), {"images": images.dtype, "texts": texts.dtype}
+        kernels = choose("ClipLoss", ("logsumexp", "logsumexp_grad_keys"), self.backend, (images, texts))
+        images, texts = widened(images), widened(texts)
+        scale = _number(1 / temperature, images)
+        share = 1.0 if self.gather_with_grad else 1 / self.world_size
+        if not self.local_loss:
+            scale = _AveragedGradient.apply(scale, ranks, share)
+
+        def one_way(query: Tensor, keys: Tensor, *dtypes: torch.dtype) -> Tensor:
+            if self.local_loss and not self.gather_with_grad:
+                keys = keys.detach()
+            lse = fused(RingLogSumExp, query, keys, scale, kernels, ranks, *dtypes)  # (B,)
+            return -F.logsigmoid((query * keys).sum(1) * scale - lse).mean()
+
+        image_way = one_way(images, texts, stored["images"], stored["texts"])
+        loss = (image_way + one_way(texts, images, stored["texts"], stored["images"])) / 2
+        return loss if self.local_loss else _OfAllRanks.apply(loss, ranks, share)
 
     def forward(
         self,
@@ -94,24 +128,12 @@ class ClipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         _check_pair("ClipLoss", image_features, text_features)
         temperature = 1 / checks.require_scalar("ClipLoss", "logit_scale", logit_scale, above=0)
-        gather = partial(
-            _gathered,
-            rank=self.rank,
-            world_size=self.world_size,
-            with_grad=self.gather_with_grad,
-            own_grad=not self.local_loss,
-        )
-        # Both ways differentiate both: in fp32, so that each gradient is summed before it is rounded.
-        image_features, text_features = widened(image_features), widened(text_features)
-        images, texts = gather(image_features), gather(text_features)
-        if self.local_loss and self.world_size > 1:
-            first = self.rank * len(image_features)
-            image_way = self._one_way(image_features, texts, first, temperature)
-            text_way = self._one_way(text_features, images, first, temperature)
+        if self.world_size == 1:
+            # Both ways differentiate both: in fp32, so that each gradient is summed before it is rounded.
+            images, texts = widened(image_features), widened(text_features)
+            loss = (self._one_way(images, texts, temperature) + self._one_way(texts, images, temperature)) / 2
         else:
-            image_way = self._one_way(images, texts, 0, temperature)
-            text_way = self._one_way(texts, images, 0, temperature)
-        loss = (image_way + text_way) / 2
+            loss = self._over_ranks(image_features, text_features, temperature)
         if isinstance(logit_bias, Tensor):
             loss = loss + 0.0 * logit_bias.sum()  # a parameter without any gradient would stop DistributedDataParallel
         return {"contrastive_loss": loss} if output_dict else loss
@@ -122,8 +144,8 @@ class SigLipLoss(nn.Module):
 
         loss = mean over b of sum over k of softplus(-z_bk (logit_scale s_bk + logit_bias)),   z = 1 where b = k, else -1
 
-    rank, world_size: each rank's images against every rank's texts, gradients included; ranks hold equally many rows. dist_impl:
-    accepted, texts are gathered at once, whatever way open_clip passes them round. cache_labels: accepted.
+    rank, world_size: each rank's images against every rank's texts, gradients included, on the default process group; ranks hold
+    equally many rows. dist_impl: accepted; texts pass by from rank to rank, whatever way open_clip has. cache_labels: accepted.
     forward(image_features, text_features (B, D), logit_scale, logit_bias, output_dict=False): logit_scale and logit_bias are
     numbers, or 0-d tensors that receive gradient; None is no bias.
     """
@@ -156,16 +178,25 @@ class SigLipLoss(nn.Module):
         logit_scale = checks.require_scalar("SigLipLoss", "logit_scale", logit_scale)
         if logit_bias is not None:
             logit_bias = checks.require_scalar("SigLipLoss", "logit_bias", logit_bias)
-        texts = _gathered(text_features, self.rank, self.world_size, with_grad=True, own_grad=True)
-        everyone = torch.arange(len(texts), device=texts.device)  # (K,)
-        first = self.rank * len(image_features)
-        loss = siglip(
-            image_features,
-            text_features,
-            Negatives(texts, ids=everyone),
-            scale=logit_scale,
-            bias=0.0 if logit_bias is None else logit_bias,
-            query_ids=everyone[first : first + len(image_features)],
-            backend=self.backend,
-        )
+        bias: float | Tensor = 0.0 if logit_bias is None else logit_bias
+        if self.world_size == 1:
+            loss = siglip(image_features, text_features, scale=logit_scale, bias=bias, backend=self.backend)
+        else:
+            loss = self._over_ranks(image_features, text_features, logit_scale, bias)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _over_ranks(self, images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor) -> Tensor:
+        """The same against the texts of all ranks, which pass by."""
+        images, texts = promoted(images, texts)
+        stored = images.dtype, texts.dtype
+        ops = ("softplus_sum", "softplus_sum_grad_keys")
+        kernels = choose("SigLipLoss", ops, self.backend, (images, texts))
+        images, texts = widened(images), widened(texts)
+        numbers = _number(scale, images), _number(bias, images)
+        total = fused(RingSoftplusSum, images, texts, *numbers, kernels, Ranks(), *stored)  # (B,)
+        return (total - F.logsigmoid(numbers[0] * (images * texts).sum(1) + numbers[1])).mean()
+
+
+def _number(value: float | Tensor, vectors: Tensor) -> Tensor:
+    """() in the dtype of the vectors; carries the gradient of a tensor."""
+    return torch.as_tensor(value, dtype=vectors.dtype, device=vectors.device)
