@@ -7,12 +7,14 @@ import torch.distributed as dist
 import negmine
 from negmine import Select
 from negmine.mining import mining_rounds
+from negmine.mining.scan import Scan
 from tests.cases import unit
 from tests.compare import same_result
 from tests.ranks import run_ranks
 
 Q, K, D = 40, 600, 20
 CUTS = {1: [0, K], 2: [0, 37, K], 3: [0, 250, 250, K]}  # the second of three ranks holds nothing
+QUERY_CUTS = {1: [0, Q], 2: [0, 0, Q], 3: [0, 11, 12, Q]}  # the first of two ranks holds no queries
 RUNS = {
     "plain": {"num_negatives": 7},
     "margins": {"select": Select(2, 40, absolute_margin=0.02), "sampling_strategy": "random", "seed": 3},
@@ -38,7 +40,7 @@ def inputs(dtype=torch.float32):
 def _refused(call):
     try:
         call()
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing was refused"
 
@@ -54,6 +56,21 @@ def rounds(own, group):
     return seen
 
 
+def fails_in_a_scan(fails, *arguments, **options):
+    """Mine; where `fails`, the second batch of a scan meets what is no refusal of an input."""
+    run, calls = Scan.run, []
+
+    def failing(self, *asked):
+        calls.append(1)
+        if fails and len(calls) == 2:
+            raise MemoryError("no memory for the second batch")
+        return run(self, *asked)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scan, "run", failing)
+        return negmine.mine_hard_negatives(*arguments, batch_size=10, **options)
+
+
 def work(rank, world, folder):
     group, results = dist.group.WORLD, {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -66,7 +83,7 @@ def work(rank, world, folder):
                 )
                 results[name, dtype] = got
     results["rounds"] = rounds(slice(CUTS[world][rank], CUTS[world][rank + 1]), group)
-    q, c, positives, _ = inputs()
+    q, c, positives, exclude = inputs()
     own = c[CUTS[world][rank] : CUTS[world][rank + 1]]
     options = {"process_group": group, "resume_dir": f"{folder}/run", "batch_size": 8}
     results["resumed"] = negmine.mine_hard_negatives(q, own, positives, **options)
@@ -77,7 +94,13 @@ def work(rank, world, folder):
     dist.barrier()
     results["again"] = negmine.mine_hard_negatives(q, own, positives, **options)
     mine = negmine.mine_hard_negatives
+    own_queries = q[QUERY_CUTS[world][rank] : QUERY_CUTS[world][rank + 1]]
+    for name in ("fractions", "texts"):
+        asked = {"process_group": group, "batch_size": 9} | RUNS[name]
+        results["own queries", name] = mine(own_queries, own, positives, exclude=exclude, **asked)
     if world > 1:
+        asked = {"process_group": group, "index": "exact"}
+        results["in the middle"] = _refused(lambda: fails_in_a_scan(rank == world - 1, q, own, positives, **asked))
         wrong = unit(5, D + 1) if rank == 1 else own
         results["own refusal"] = _refused(lambda: mine(q, wrong, positives, process_group=group))
         results["other seed"] = _refused(lambda: mine(q, own, positives, seed=rank, process_group=group))
@@ -89,8 +112,12 @@ def work(rank, world, folder):
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_mine_what_one_process_mines(world, tmp_path):
     got = run_ranks(work, world, tmp_path, tmp_path)
-    q, c, positives, _ = inputs()
+    q, c, positives, exclude = inputs()
     alone = negmine.mine_hard_negatives(q, c, positives)
+    shared = {
+        name: negmine.mine_hard_negatives(q, c, positives, exclude=exclude, **RUNS[name])
+        for name in ("fractions", "texts")
+    }
     for rank in range(world):
         for dtype in (torch.float32, torch.bfloat16):
             q, c, positives, exclude = inputs(dtype)
@@ -106,8 +133,13 @@ def test_ranks_mine_what_one_process_mines(world, tmp_path):
             same_result(got_round, want_round)
         same_result(got[rank]["resumed"], alone)
         same_result(got[rank]["again"], alone)
-        assert got[rank]["again"].config["sizes"]["ranks"] == world
+        for name, want in shared.items():
+            same_result(got[rank]["own queries", name], want)
+            assert got[rank]["own queries", name].config == want.config
         if world > 1:
+            middle = got[rank]["in the middle"]
+            failed = f"RuntimeError: mine_hard_negatives: rank {world - 1} failed, so every rank stops: MemoryError: no memory"
+            assert middle.startswith("MemoryError: no memory for" if rank == world - 1 else failed), middle
             own = "ValueError: mine_hard_negatives: corpus_embeddings must be of query_embeddings' D = 20"
             others = "ValueError: mine_hard_negatives: rank 1 refused its input, so every rank stops: " + own[:60]
             assert got[rank]["own refusal"].startswith(own if rank == 1 else others)

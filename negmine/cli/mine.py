@@ -34,6 +34,7 @@ READERS = {
     "query_texts": files.TEXTS,
     "corpus_texts": files.TEXTS,
     "rescore": Reader(files.imported, "MODULE:NAME"),
+    "engine_options": files.OPTIONS,
     "index": Reader(lambda word: NegativeIndex.load(word) if Path(word).is_file() else word, "KIND|FILE"),
 }
 NO_OPTION = ("select", "process_group")  # select is given by its own fields; a process group is made by a program

@@ -17,6 +17,10 @@ sources.py            embeddings in arrays, tensors and files as one sequence of
 tables.py             embeddings in the columns of tables
 row_lists.py          lists of corpus rows per query: positives and exclusions
 memory_budget.py      how many queries and rows to process at a time
+parts.py              mine_part: a job as phases, and the part of any queries and rows
+merging.py            merge_parts: any tree of parts
+executors.py          what answers a phase for the whole corpus: this process, ranks, an engine
+ray_executor.py       actors of Ray
 process_ranks.py      communication where several processes hold the corpus
 index.py              NegativeIndex
 engines.py            what an index searches with: a scan, FAISS, cuVS
@@ -37,6 +41,8 @@ progress.py           a progress bar on stderr
 from negmine.mining.batches import build_batches
 from negmine.mining.hard_negatives import mine_hard_negatives
 from negmine.mining.index import Found, NegativeIndex
+from negmine.mining.merging import merge_parts
+from negmine.mining.parts import MiningPlan, Part, Phase, mine_part
 from negmine.mining.result import MiningResult
 from negmine.mining.retrievers import merge_retrievers
 from negmine.mining.rounds import Round, mining_rounds
@@ -44,12 +50,17 @@ from negmine.mining.text_mining import from_texts
 
 __all__ = [
     "Found",
+    "MiningPlan",
     "MiningResult",
     "NegativeIndex",
+    "Part",
+    "Phase",
     "Round",
     "build_batches",
     "from_texts",
+    "merge_parts",
     "merge_retrievers",
     "mine_hard_negatives",
+    "mine_part",
     "mining_rounds",
 ]

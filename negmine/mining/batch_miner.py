@@ -1,6 +1,6 @@
 """Mines one batch of queries: the ranks of its windows, filters, near duplicates, and a deeper scan where too few rows are left.
 
-source   a Scan of the whole corpus, or an IndexScan of the candidates of an index
+source   an ExecutorScan of the whole corpus, or an IndexScan of the candidates of an index
 window   (B, W) int64 sort keys, hardest first, NOWHERE past its end; the input of sampling.py
 """
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from negmine import reference
 from negmine.mining.dedup import Deduplicator
+from negmine.mining.executors import ExecutorScan
 from negmine.mining.identity import Hidden
 from negmine.mining.index_scan import IndexScan
 from negmine.mining.row_lists import RowLists
 from negmine.mining.sampling import candidates_needed, slice_window
-from negmine.mining.scan import Scan
 from negmine.ops import sort_key
 from negmine.options import Select
 
@@ -41,7 +41,7 @@ def needs_count(select: Select, raw: bool) -> bool:
 class BatchMiner:
     """Finds the windows of queries; every batch of a run uses the same one."""
 
-    source: Scan | IndexScan
+    source: ExecutorScan | IndexScan
     select: Select
     raw: bool
     num_negatives: int
@@ -147,7 +147,7 @@ class BatchMiner:
         self, query: Tensor, excluded: RowLists, anchor: Tensor | None, counted_filters: list[Select]
     ) -> tuple[Tensor, Tensor]:
         """The window (B, W) of raw ranks, without excluded and filtered rows, packed to the left; and what each filter drops."""
-        B, K = len(query), len(self.source.corpus)
+        B, K = len(query), self.source.num_rows
         size = torch.full((B,), self.source.num_candidates, device=query.device)  # (B,)
         first, last = self.select.window(size)
         sort_keys, _ = self.source.run(query, RowLists.empty(B), None, int(last.max()) if B else 0, Select(), [])

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from negmine.mining.array_file import Write
-from negmine.mining.process_ranks import ProcessRanks
 from negmine.mining.row_lists import RowLists
 from negmine.mining.scan import OPS, Corpus, Scan
 from negmine.mining.sources import Rows
@@ -80,8 +79,7 @@ class ExactEngine:
         self.rows = Rows(self.rows.shards + rows.shards, self.rows.dim, self.rows.dtype)
 
     def search(self, query: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-        ranks = ProcessRanks("NegativeIndex.search", None)
-        scan = Scan(self.ops, Corpus(self.rows, self._device, ranks, [len(self)]), self.chunk, None)
+        scan = Scan(self.ops, Corpus(self.rows, self._device), self.chunk, None)
         sort_keys, _ = scan.run(
             query.to(self._device), RowLists.empty(len(query)), None, min(k, len(self)), Select(), []
         )

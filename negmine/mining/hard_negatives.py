@@ -1,8 +1,8 @@
 """mine_hard_negatives: the hardest negatives of each query of a dataset, exact, streamed, in bounded memory.
 
     check    the options and the inputs
-    plan     the kernels, and the numbers of queries and corpus rows to process at a time
-    run      for each batch of queries
+    plan     what is hidden from each query, and the numbers of queries and corpus rows to process at a time
+    run      for each batch of queries, by phases (parts.py) that the holder of the corpus answers (executors.py)
                  count what the filters keep         only where a window is given by fractions and there are filters
                  scan the corpus, chunk by chunk     masks (identity.py), filters, ranks (scan.py)
                  window, near duplicates, sampling   num_negatives rows, hardest first (batch_miner.py, dedup.py, sampling.py)
@@ -12,10 +12,13 @@ Neither the (Q, K) scores nor more than one chunk of the corpus are ever in memo
 """
 
 import contextlib
+import hashlib
 import inspect
+import json
 import os
 import platform
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,25 +26,32 @@ import numpy as np
 import torch
 
 from negmine.mining.batch_miner import BatchMiner, needs_count, nested_filters
-from negmine.mining.dedup import Deduplicator
+from negmine.mining.dedup import Deduplicator, first_equal
+from negmine.mining.executors import ExecutorScan, LocalExecutor, open_queries
 from negmine.mining.identity import Hidden, Side, resolve
 from negmine.mining.index import NegativeIndex, measure_recall, require_same_rows, sample_queries
 from negmine.mining.index_scan import IndexScan
 from negmine.mining.memory_budget import DEFAULT_MEMORY, DENSE_BYTES, MAX_QUERIES, BatchSizes, plan_batches
+from negmine.mining.merging import result_of
+from negmine.mining.parts import MiningPlan, Part, Phase, pack_ids
 from negmine.mining.process_ranks import ProcessRanks
 from negmine.mining.progress import progress
+from negmine.mining.ray_executor import RayExecutor
 from negmine.mining.rescoring import Rescoring
 from negmine.mining.result import MiningResult
 from negmine.mining.resume import RunState, require_folder
+from negmine.mining.row_lists import RowLists
 from negmine.mining.sampling import STRATEGIES, sample
-from negmine.mining.scan import OPS, Corpus, Scan
-from negmine.mining.sources import Rows, resolve_device
-from negmine.ops import backends, checks, sort_key
-from negmine.ops.backends import Kernels
+from negmine.mining.scan import Scan
+from negmine.mining.sources import Rows, content_hash, resolve_device
+from negmine.ops import checks, sort_key
 from negmine.options import Select, is_real
 from negmine.version import __version__
 
 OP = "mine_hard_negatives"
+INPUTS = (
+    "query_embeddings", "corpus_embeddings", "positives", "exclude", "query_ids", "corpus_ids", "query_texts", "corpus_texts"
+)  # fmt: skip
 # The options that decide which negatives are returned; sizes and recall measurements do not.
 DECISIVE = (
     "select", "range_mode", "positive_aggregation", "num_negatives", "sampling_strategy", "sampling_temperature", "seed",
@@ -89,6 +99,8 @@ def mine_hard_negatives(
     corpus_chunk_size: int | None = None,
     max_memory_bytes: int = DEFAULT_MEMORY,
     resume_dir: str | os.PathLike | None = None,
+    engine: str | Callable | None = None,
+    engine_options: dict[str, Any] | None = None,
     process_group: Any = None,
     device: str | torch.device | None = None,
     backend: str | None = None,
@@ -144,9 +156,15 @@ def mine_hard_negatives(
     resume_dir: a folder where each finished batch is written down, whole or not at all. The same call with the same folder goes
         on where it was killed and gives the same bits, in other batches too; with other inputs it is refused. One process at a
         time. The folder stays: delete it when it has served.
+    engine: None mines in this process, or in the ranks of process_group. "ray" mines in actors of Ray (pip install negmine[ray]):
+        each holds shards of the corpus, which it reads where they lie if they are paths. A function
+        (plan, phase, queries) -> Part mines by any other engine: see negmine.mining.mine_part.
+    engine_options: of "ray", by Ray's names: num_cpus, num_gpus, resources and runtime_env of each actor; and num_actors
+        (default: one for each shard of corpus_embeddings).
     process_group: of torch.distributed. Every rank calls with the same arguments, save corpus_embeddings: its own rows, of the
-        corpus that all ranks' rows make in rank order; positives, exclude, corpus_ids and corpus_texts are of all rows. Every
-        rank returns the same, which is what one process returns for the whole corpus.
+        corpus that all ranks' rows make in rank order; positives, exclude, ids and texts are of all rows. query_embeddings are
+        all queries, or each rank's own where positives has an entry for each query of all ranks. Every rank returns the same,
+        which is what one process returns for all rows.
     device: where scores are computed; default: where query_embeddings or corpus_embeddings are.
     show_progress_bar: a line on stderr, with the time left.
 
@@ -157,7 +175,6 @@ def mine_hard_negatives(
     exact, and with an approximate index only for one batch_size. Raises ValueError or TypeError for input that does not fit,
     before any work; ImportError for a missing package; OSError where a disk is full.
     """
-    ranks = ProcessRanks(OP, process_group)
     given = dict(
         select=Select() if select is None else select,
         range_mode=range_mode,
@@ -176,6 +193,8 @@ def mine_hard_negatives(
         corpus_chunk_size=corpus_chunk_size,
         max_memory_bytes=max_memory_bytes,
         resume_dir=resume_dir,
+        engine=engine,
+        engine_options=engine_options,
         process_group=process_group,
         device=device,
         backend=backend,
@@ -185,26 +204,74 @@ def mine_hard_negatives(
         rescore_batch_size=rescore_batch_size,
         promote=promote,
     )
-    names = (query_ids, corpus_ids, query_texts, corpus_texts)
-    with ranks.together():
+    inputs = dict(
+        query_embeddings=query_embeddings,
+        corpus_embeddings=corpus_embeddings,
+        positives=positives,
+        exclude=exclude,
+        query_ids=query_ids,
+        corpus_ids=corpus_ids,
+        query_texts=query_texts,
+        corpus_texts=corpus_texts,
+    )
+    return _mine(given, inputs)
+
+
+def mine_share(share: int, num_shares: int, arguments: dict[str, Any]) -> Part:
+    """The negatives of one of num_shares equal shares of the queries, counted from 1, by arguments of mine_hard_negatives.
+
+    merge_parts makes the MiningResult of all shares.
+    """
+    refused = {
+        "rescore": "None where a share of the queries is mined: rescore the merged result",
+        "index": "'exact' where a share of the queries is mined",
+    }
+    for name, wanted in refused.items():
+        given = arguments.get(name)
+        if given is not None and getattr(given, "kind", given) != "exact":
+            raise checks.refuse(OP, name, wanted, given)
+    parameters = inspect.signature(mine_hard_negatives).parameters.values()
+    values = {each.name: arguments.get(each.name, each.default) for each in parameters}
+    values["select"] = Select() if values["select"] is None else values["select"]
+    return _mine(values, {name: values.pop(name) for name in INPUTS}, (share, num_shares))
+
+
+def _mine(given: dict[str, Any], held: dict[str, Any], share: tuple[int, int] | None = None) -> Any:
+    """The MiningResult, or the Part of a share of the queries. given: the options; held: the inputs."""
+    rescore, promote = given["rescore"], given["promote"]
+    ranks = ProcessRanks(OP, given["process_group"])
+    with ranks.together(), contextlib.ExitStack() as stack:
         options = _check_options(**given)
         ranks.require_group()
-        inputs = _open_inputs(options, ranks, query_embeddings, corpus_embeddings, *names)
+        positives, exclude = held["positives"], held["exclude"]
+        inputs = _open_inputs(options, ranks, stack, held)
         if rescore is None:
-            return _run(options, inputs, _make_plan(options, inputs, positives, exclude))
+            part = _run(options, inputs, _make_plan(options, inputs, positives, exclude), share)
+            return part if share is not None else _result(part, inputs)
         rescoring = Rescoring.open(OP, options)
         for name, column in (("query_texts", inputs.query_names.texts), ("corpus_texts", inputs.corpus_names.texts)):
             if column is None:
                 raise checks.refuse(OP, name, "given where rescore is", None)
-        plan = _make_plan(rescoring.first_stage(options), inputs, positives, exclude)
+        first_stage = rescoring.first_stage(options)
+        plan = _make_plan(first_stage, inputs, positives, exclude)
         if promote is not None:
             _require_positives(plan.hidden, "promote is given")
         elif options["select"].has_margin:
             _require_positives(plan.hidden, "select has a margin")
-        result = rescoring.run(_run(rescoring.first_stage(options), inputs, plan), plan.hidden, options)
+        result = rescoring.run(_result(_run(first_stage, inputs, plan), inputs), plan.hidden, options)
         judge = getattr(rescore, "__qualname__", type(rescore).__qualname__)
         arguments = _describe(options, DESCRIBED) | {"rescore": judge, "promote": promote}
         return replace(result, config=result.config | {"arguments": arguments})
+
+
+def _result(part: Part, inputs: "_Inputs") -> MiningResult:
+    """The result with ids and texts as they were given."""
+    names: dict[str, Any] = {
+        f"{side}_{what}": None if column is None else column.given
+        for side, each in (("query", inputs.query_names), ("corpus", inputs.corpus_names))
+        for what, column in (("ids", each.ids), ("texts", each.texts))
+    }
+    return replace(result_of(part), **names)
 
 
 def _require_positives(hidden: Hidden, why: str) -> None:
@@ -216,10 +283,9 @@ def _require_positives(hidden: Hidden, why: str) -> None:
 
 def check_options(given: dict[str, Any]) -> None:
     """Raises ValueError or TypeError for the first invalid one among arguments of mine_hard_negatives other than the inputs."""
-    inputs = ("query_ids", "corpus_ids", "query_texts", "corpus_texts", "exclude")
     parameters = inspect.signature(mine_hard_negatives).parameters.values()
     defaults = {
-        each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY and each.name not in inputs
+        each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY and each.name not in INPUTS
     }
     options = defaults | {name: value for name, value in given.items() if name in defaults}
     _check_options(**options | {"select": Select() if options["select"] is None else options["select"]})
@@ -261,6 +327,15 @@ def _check_options(**options: Any) -> dict[str, Any]:
         raise checks.refuse(OP, "index", "'exact', a FAISS factory string, or a NegativeIndex", index, TypeError)
     if options["process_group"] is not None and getattr(index, "kind", index) != "exact":
         raise checks.refuse(OP, "index", "'exact' where process_group is given", index)
+    engine, engine_options = options["engine"], options["engine_options"]
+    if engine is not None and engine != "ray" and not callable(engine):
+        raise checks.refuse(OP, "engine", "None, 'ray', or a function (plan, phase, queries) -> Part", engine)
+    if engine is not None and options["process_group"] is not None:
+        raise checks.refuse(OP, "engine", "None where process_group is given", engine)
+    if engine is not None and getattr(index, "kind", index) != "exact":
+        raise checks.refuse(OP, "index", "'exact' where engine is given", index)
+    if engine_options is not None and (engine != "ray" or not isinstance(engine_options, dict)):
+        raise checks.refuse(OP, "engine_options", "a dict where engine is 'ray', else None", engine_options, TypeError)
     if options["resume_dir"] is not None:
         require_folder(OP, "resume_dir", options["resume_dir"])
     return options
@@ -276,40 +351,40 @@ def _describe(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]
 class _Inputs:
     """The embeddings, opened and checked, and the ids and texts of their rows."""
 
-    queries: Rows
-    corpus: Corpus
+    queries: Any  # Rows, or RankRows
+    corpus: Any  # an executor
+    ranks: ProcessRanks
     query_names: Side
     corpus_names: Side
-
-    @property
-    def ranks(self) -> ProcessRanks:
-        return self.corpus.ranks
 
 
 def _open_inputs(
     options: dict[str, Any],
     ranks: ProcessRanks,
-    query_embeddings: Any,
-    corpus_embeddings: Any,
-    query_ids: Any,
-    corpus_ids: Any,
-    query_texts: Any,
-    corpus_texts: Any,
+    stack: contextlib.ExitStack,
+    given: dict[str, Any],
 ) -> _Inputs:
-    queries = Rows.open(OP, "query_embeddings", query_embeddings)
-    rows = Rows.open(OP, "corpus_embeddings", corpus_embeddings)
-    if queries.dim != rows.dim:
+    """stack: closes what is opened."""
+    queries = open_queries(OP, given["query_embeddings"], ranks, given["positives"])
+    corpus_embeddings = given["corpus_embeddings"]
+    corpus: Any
+    if options["engine"] == "ray":
+        corpus = RayExecutor(OP, corpus_embeddings, options["device"], options["engine_options"] or {})
+        stack.callback(corpus.close)
+    else:
+        rows = Rows.open(OP, "corpus_embeddings", corpus_embeddings)
+        device = resolve_device(OP, options["device"], queries if queries.device else rows)
+        corpus = LocalExecutor(OP, rows, device, ranks, options["engine"])
+    if queries.dim != corpus.dim:
         wanted = f"of query_embeddings' D = {queries.dim}"
-        raise checks.refuse(OP, "corpus_embeddings", wanted, (len(rows), rows.dim))
-    device = resolve_device(OP, options["device"], queries if queries.device else rows)
-    resumes = options["resume_dir"] is not None
-    dtypes = {"query dtype": queries.dtype, "corpus dtype": rows.dtype}
-    ranks.require_same({**dtypes, "D": rows.dim, "resume_dir is given": resumes})
-    rows_per_rank = [int(part) for part in ranks.gather(torch.tensor(len(rows), device="cpu"))]
-    corpus = Corpus(rows, device, ranks, rows_per_rank)
+        raise checks.refuse(OP, "corpus_embeddings", wanted, (len(corpus), corpus.dim))
+    ranks.require_same({"corpus dtype": corpus.dtype, "resume_dir is given": options["resume_dir"] is not None})
+    query_ids, query_texts, corpus_ids, corpus_texts = (
+        given[f"{side}_{what}"] for side in ("query", "corpus") for what in ("ids", "texts")
+    )
     query_names = Side.open(OP, ("query_ids", "query_texts"), query_ids, query_texts, len(queries), 0)
     corpus_names = Side.open(OP, ("corpus_ids", "corpus_texts"), corpus_ids, corpus_texts, len(corpus), 1)
-    return _Inputs(queries, corpus, query_names, corpus_names)
+    return _Inputs(queries, corpus, ranks, query_names, corpus_names)
 
 
 @dataclass(frozen=True)
@@ -317,11 +392,12 @@ class _Plan:
     """How the inputs are mined."""
 
     hidden: Hidden
-    ops: Kernels | None
     exact: bool  # False: an approximate index proposes candidates
     sizes: BatchSizes
     scratch_bytes: int
     miner: BatchMiner  # without its source and excluded rows, which the run adds
+    content: dict[str, str]  # hashes of the inputs, without corpus_embeddings
+    parts: MiningPlan
 
     @property
     def needs_count(self) -> bool:
@@ -330,7 +406,7 @@ class _Plan:
 
 def _make_plan(options: dict[str, Any], inputs: _Inputs, positives: Any, exclude: Any) -> _Plan:
     queries, corpus, ranks = inputs.queries, inputs.corpus, inputs.ranks
-    rows, Q, K = corpus.rows, len(queries), len(corpus)
+    Q, K = len(queries), len(corpus)
     select, index, memory = options["select"], options["index"], options["max_memory_bytes"]
     if sort_key.LAST_INDEX <= K:
         raise checks.refuse(OP, "corpus_embeddings", f"of fewer than {sort_key.LAST_INDEX} rows", K)
@@ -339,19 +415,29 @@ def _make_plan(options: dict[str, Any], inputs: _Inputs, positives: Any, exclude
     if select.has_margin:
         _require_positives(hidden, "select has a margin")
     if isinstance(index, NegativeIndex):
-        require_same_rows(OP, "corpus_embeddings", index, rows)
-    empty = np.empty(0, np.int64)
-    examples = (queries.gather(empty, corpus.device), rows.gather(empty, corpus.device))
-    ops = backends.choose(OP, OPS, options["backend"], examples)
+        require_same_rows(OP, "corpus_embeddings", index, corpus.rows)
+    is_dense = corpus.is_dense(options["backend"], queries.dtype)
     exact = getattr(index, "kind", index) == "exact"
     near = options["deduplicate"] == "near"
     scratch_bytes = min(SCRATCH_BYTES, memory // 4)
+    content = _content_hashes(inputs, hidden, index)
+    described = {"arguments": _describe(options, DECISIVE), "content": content, "queries": Q, "negmine": __version__}
+    parts = MiningPlan(
+        digest=hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16).hexdigest(),
+        corpus_rows=K,
+        dim=queries.dim,
+        dtypes=(queries.dtype, corpus.dtype),
+        backend=options["backend"],
+        chunk_size=1,
+        distinct=None,
+    )
+    source = ExecutorScan(corpus, parts)
     deduplicator = None
     if near:
         threshold = options["near_duplicate_score"]
-        deduplicator = Deduplicator(corpus.gather, hidden.positives, threshold, rows.dim, scratch_bytes)
+        deduplicator = Deduplicator(source.gather, hidden.positives, threshold, queries.dim, scratch_bytes)
     miner = BatchMiner(
-        source=Scan(ops, corpus, 0, None),
+        source=source,
         select=select,
         raw=options["range_mode"] == "raw",
         num_negatives=options["num_negatives"],
@@ -364,36 +450,44 @@ def _make_plan(options: dict[str, Any], inputs: _Inputs, positives: Any, exclude
         wanted = "in ranks where select has filters and index is not 'exact', for fractions need every row's score"
         raise checks.refuse(OP, "select's range", wanted, (select.range_min, select.range_max))
     dense_mask = not miner.raw and Q > 0 and bool(hidden.sizes.max() > 1)
-    pair_bytes = DENSE_BYTES if ops is None else 2 * dense_mask
+    pair_bytes = DENSE_BYTES if is_dense else 2 * dense_mask
     remaining = memory - scratch_bytes * (near or not exact)
     limits = (options["batch_size"], options["corpus_chunk_size"], remaining)
-    sizes = plan_batches(OP, queries, rows, miner.depth(K), pair_bytes, *limits)
-    batch = min(int(part) for part in ranks.gather(torch.tensor(sizes.batch, device="cpu")))
-    return _Plan(hidden, ops, exact, replace(sizes, batch=batch), scratch_bytes, miner)
+    sizes = plan_batches(OP, queries, corpus, miner.depth(K), pair_bytes, *limits)
+    sizes = replace(sizes, batch=min(ranks.counts(sizes.batch)))
+    parts = replace(parts, chunk_size=sizes.chunk)
+    return _Plan(hidden, exact, sizes, scratch_bytes, miner, content, parts)
 
 
-def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan) -> MiningResult:
+def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan, share: tuple[int, int] | None = None) -> Part:
+    """Phase "negatives" of all queries, or of one share of them."""
     queries, corpus, ranks, sizes, miner = inputs.queries, inputs.corpus, inputs.ranks, plan.sizes, plan.miner
     Q, K, device = len(queries), len(corpus), corpus.device
     select, index, seed = options["select"], options["index"], options["seed"]
-    content = _content_hashes(inputs, plan, index)
-    identity = _identity(options, inputs, plan, content)
-    ranks.require_same(identity["arguments"] | identity["content"] | {"kernels": identity["kernels"]})
+    ranks.require_same(_describe(options, DECISIVE) | plan.content)
+    documents = corpus.execute(plan.parts, Phase("documents", RowLists.empty(1)), None)
+    total = documents.arrays["content"][0]
+    content = {"corpus_embeddings": content_hash(corpus.dtype, corpus.dim, K, total)} | plan.content
+    identity = _identity(options, inputs, plan, content, documents.kernels)
+    number, num_shares = (1, 1) if share is None else share
+    first, last = Q * (number - 1) // num_shares, Q * number // num_shares
+    if share is not None:
+        identity["share"] = f"{number}/{num_shares}"
 
     hidden = plan.hidden
     if options["deduplicate"] == "exact":
-        hidden = hidden.with_equal_rows(corpus.first_equal())
+        digests = corpus.execute(plan.parts, Phase("digests", RowLists.empty(1)), None).arrays["digests"]
+        hidden = hidden.with_equal_rows(first_equal(digests))
+    parts = replace(plan.parts, distinct=hidden.distinct)
     positive_scores = np.empty(Q, np.float32)  # (Q,)
-    pair_scores = []  # of hidden.given
-    for begin in range(0, Q, MAX_QUERIES):
-        part = slice(begin, min(begin + MAX_QUERIES, Q))
-        lists = hidden.positives.take(np.arange(part.start, part.stop))
-        scores_of_pairs = corpus.pair_scores(plan.ops, queries, begin + lists.queries, lists.rows)  # (P,)
-        positive_scores[part] = lists.reduce(scores_of_pairs, options["positive_aggregation"])
-        own = hidden.given.take(np.arange(part.start, part.stop))
-        if not all(np.array_equal(*pair) for pair in zip(own, lists, strict=True)):
-            scores_of_pairs = corpus.pair_scores(plan.ops, queries, begin + own.queries, own.rows)
-        pair_scores.append(scores_of_pairs)
+    given_scores = [np.empty(0, np.float32)]  # of hidden.given
+    for begin in range(first, last, MAX_QUERIES):
+        numbers = np.arange(begin, min(begin + MAX_QUERIES, last))
+        lists, own = hidden.positives.take(numbers), hidden.given.take(numbers)
+        query = queries.block(begin, begin + len(numbers), device)
+        scores = corpus.execute(parts, Phase("positives", lists), query).arrays["scores"]  # (P,)
+        positive_scores[numbers] = lists.reduce(scores, options["positive_aggregation"])
+        given_scores.append(scores[_places(own, lists, K)])
 
     counters = list(nested_filters(select)) if options["count_skipped"] else []
     counters += [] if miner.deduplicator is None else ["near_positive", "near_negative"]
@@ -406,41 +500,36 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan) -> MiningResult:
             stack.callback(state.open(resume_dir, identity).close)
         if resume_dir is not None:
             state.broadcast()
-        batches = state.unfinished(sizes.batch)
-        chunks = len(list(corpus.rows.spans(sizes.chunk))) if plan.exact else 1
+        batches = state.unfinished(sizes.batch, first, last)
         passes = len(batches) * (2 if plan.needs_count else 1)
-        advance = stack.enter_context(progress(passes * chunks, options["show_progress_bar"], "mining", "chunks"))
-        scan = Scan(plan.ops, corpus, sizes.chunk, hidden.distinct, advance)
-        source: Scan | IndexScan = scan
+        steps = corpus.steps(parts) if plan.exact else 1
+        advance = stack.enter_context(progress(passes * steps, options["show_progress_bar"], "mining", "chunks"))
+        source: ExecutorScan | IndexScan = ExecutorScan(corpus, parts)
         index_facts = None
         if not plan.exact:
             approximate = (
                 index if isinstance(index, NegativeIndex) else state.build_index(corpus.rows, index, seed, device)
             )
             k = min(AUDIT_K, max(1, miner.depth(K)))
-            index_facts = _audit_index(options, approximate, replace(scan, advance=lambda chunks: None), queries, k)
+            scan = corpus.miner(parts).scan
+            index_facts = _audit_index(options, approximate, scan, queries, k)
             source = IndexScan(scan, approximate, plan.scratch_bytes)
+        corpus.advance = advance
         miner = replace(miner, source=source, excluded=hidden)
         for begin, end in batches:
             anchor = torch.from_numpy(positive_scores[begin:end]).to(device) if select.has_margin else None  # (B,)
-            numbers = torch.arange(begin, end, device="cpu")  # (B,)
-            window, dropped = miner.window(queries.block(begin, end, device), numbers, anchor)  # (B, W)
+            of_batch = torch.arange(begin, end, device="cpu")  # (B,)
+            window, dropped = miner.window(queries.block(begin, end, device), of_batch, anchor)  # (B, W)
             strategy, temperature = options["sampling_strategy"], options["sampling_temperature"]
-            sort_keys = sample(window.cpu(), miner.num_negatives, strategy, numbers, seed, temperature)  # (B, n)
+            sort_keys = sample(window.cpu(), miner.num_negatives, strategy, of_batch, seed, temperature)  # (B, n)
             if isinstance(source, IndexScan):
                 dropped["cut_short"] = source.pop_cut_short()
             state.record(begin, *sort_key.unpack(sort_keys), dropped)
     if index_facts is not None:
         index_facts["cut_short"] = state.skipped.pop("cut_short")
-    skipped = hidden.count() | state.skipped
     config = {
         "arguments": _describe(options, DESCRIBED),
-        "sizes": {
-            "batch_size": sizes.batch,
-            "corpus_chunk_size": sizes.chunk,
-            "device": str(device),
-            "ranks": ranks.size,
-        },
+        "kernels": documents.kernels,
         "index": index_facts,
         "queries": Q,
         "corpus_rows": K,
@@ -454,69 +543,68 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan) -> MiningResult:
             "python": platform.python_version(),
         },
     }
-    num_valid = (state.indices >= 0).sum(1)
-    given_scores = np.concatenate([np.empty(0, np.float32), *pair_scores])  # (P,)
-    list_of = hidden.positives.list_of
-    query_rows = None if (list_of == np.arange(Q)).all() else list_of
-    names = {
-        f"{side}_{what}": None if column is None else column.given
-        for side, each in (("query", inputs.query_names), ("corpus", inputs.corpus_names))
-        for what, column in (("ids", each.ids), ("texts", each.texts))
+    given = hidden.given.take(np.arange(first, last))
+    arrays = {
+        "numbers": np.arange(first, last),
+        "indices": state.indices[first:last],
+        "scores": state.scores[first:last],
+        "positive_scores": positive_scores[first:last],
+        "positives_sizes": given.sizes,
+        "query_rows": hidden.positives.list_of[first:last],
+        "positives_rows": given.rows,
+        "positive_pair_scores": np.concatenate(given_scores),
     }
-    return MiningResult(
-        state.indices,
-        state.scores,
-        positive_scores,
-        num_valid,
-        hidden.given,
-        skipped,
-        config,
-        given_scores,
-        **names,
-        query_rows=query_rows,
-    )
+    if share is not None:
+        query_ids, corpus_ids = inputs.query_names.ids, inputs.corpus_names.ids
+        arrays |= {} if query_ids is None else pack_ids("query_ids", query_ids.block(first, last))
+        arrays |= {} if corpus_ids is None or number > 1 else pack_ids("corpus_ids", corpus_ids.block(0, K))
+    skipped = hidden.count(first, last) | state.skipped
+    facts = {"shares": [number], "num_shares": num_shares, "config": config, "skipped": skipped}
+    tiles = np.array([[first, last, 0, K]])
+    return Part("negatives", parts.digest, parts.digest, documents.kernels, 0, tiles, arrays, facts)
 
 
-def _rows(inputs: _Inputs) -> dict[str, Rows]:
-    return {"query_embeddings": inputs.queries, "corpus_embeddings": inputs.corpus.rows}
+def _places(own: RowLists, lists: RowLists, K: int) -> np.ndarray:
+    """Where each entry of `own` stands in `lists`, which hold all of them."""
+    wanted, held = (part.queries * K + part.rows for part in (own, lists))
+    by_pair = np.argsort(held, kind="stable")
+    return by_pair[np.searchsorted(held[by_pair], wanted)]
 
 
-def _content_hashes(inputs: _Inputs, plan: _Plan, index: str | NegativeIndex) -> dict[str, str]:
+def _rows(inputs: _Inputs) -> dict[str, Any]:
+    return {"query_embeddings": inputs.queries, "corpus_embeddings": inputs.corpus}
+
+
+def _content_hashes(inputs: _Inputs, hidden: Hidden, index: str | NegativeIndex) -> dict[str, str]:
+    """Of all inputs but corpus_embeddings."""
+    queries = inputs.queries
     content = {
-        "query_embeddings": inputs.queries.content_hash(),
-        "corpus_embeddings": inputs.ranks.combined_hash(inputs.corpus.rows.content_hash()),
-        "positives": plan.hidden.given.content_hash(),
-        "exclude": plan.hidden.exclude.content_hash(),
+        "query_embeddings": content_hash(queries.dtype, queries.dim, len(queries), queries.content_sum()),
+        "positives": hidden.given.content_hash(),
+        "exclude": hidden.exclude.content_hash(),
         **inputs.query_names.content("query_ids", "query_texts"),
         **inputs.corpus_names.content("corpus_ids", "corpus_texts"),
     }
-    if isinstance(index, NegativeIndex) and not plan.exact:
+    if isinstance(index, NegativeIndex) and index.kind != "exact":
         content["index"] = index.content_hash()
     return content
 
 
-def _identity(options: dict[str, Any], inputs: _Inputs, plan: _Plan, content: dict[str, str]) -> dict[str, Any]:
-    """Everything that decides the bits of the result. It must be equal on all ranks, and in a run that is resumed."""
+def _identity(
+    options: dict[str, Any], inputs: _Inputs, plan: _Plan, content: dict[str, str], kernels: str
+) -> dict[str, Any]:
+    """Everything that decides the bits of the result. It must be equal in a run that is resumed."""
     identity: dict[str, Any] = {
         "arguments": _describe(options, DECISIVE),
         "content": content,
         "queries": len(inputs.queries),
         "corpus_rows": len(inputs.corpus),
         "negmine": __version__,
-        "kernels": _describe_kernels(plan.ops, inputs.corpus.device),
-        "ranks": inputs.ranks.size,
+        "kernels": kernels,
     }
     if not plan.exact:
         identity["batch_size"] = plan.sizes.batch  # the answers of an index may depend on the batch
     return identity
-
-
-def _describe_kernels(ops: Kernels | None, device: torch.device) -> str:
-    """The kernels that compute scores, as far as their rounding may differ elsewhere."""
-    if ops is None:
-        return f"reference on {device.type}"
-    cpu = f" {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else ""
-    return f"{ops.mine_hardest.__module__} on {device.type}{cpu}"
 
 
 def _audit_index(options: dict[str, Any], index: NegativeIndex, scan: Scan, queries: Rows, k: int) -> dict[str, Any]:
@@ -533,5 +621,5 @@ def _audit_index(options: dict[str, Any], index: NegativeIndex, scan: Scan, quer
         "min_recall": options["min_recall"],
     }
     if recall is not None and recall < options["min_recall"]:
-        warnings.warn(LOW_RECALL.format(OP, **facts), RuntimeWarning, stacklevel=4)
+        warnings.warn(LOW_RECALL.format(OP, **facts), RuntimeWarning, stacklevel=6)
     return facts

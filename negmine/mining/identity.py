@@ -203,15 +203,14 @@ class Hidden:
             RowLists.of_pairs(positives.queries, self.documents(positives.rows), count),
         )
 
-    def count(self) -> dict[str, int]:
-        """The (query, row) pairs that each reason hides, each pair once, under its first reason."""
+    def count(self, first: int, last: int) -> dict[str, int]:
+        """The pairs of queries [first, last) and rows that each reason hides, each pair once, under its first reason."""
         sizes = np.ones(1, np.int64) if self.first is None else np.bincount(self.first, minlength=self.rows)
         id_sizes = None if self.id_groups is None else np.bincount(self.id_groups, minlength=self.rows)
         spare = 0 if self.first is None else self.rows - int((sizes > 0).sum())  # rows that stand for no document
         counts = dict.fromkeys(("positive", "exclude", "own_text", "equal_to_positive", "duplicate"), 0)
-        Q = len(self.own)
-        for begin in range(0, Q, QUERIES):
-            queries = np.arange(begin, min(begin + QUERIES, Q))
+        for begin in range(first, last, QUERIES):
+            queries = np.arange(begin, min(begin + QUERIES, last))
             positives = self.positives.take(queries)
             named = np.ones(len(positives.rows), np.int64) if id_sizes is None else id_sizes[positives.rows]  # (P,)
             pairs = positives.queries * self.rows + self.documents(positives.rows)  # (P,)
@@ -274,7 +273,7 @@ def resolve(
         if by_value and warn:
             grown = int((united.sizes[list_of] != given.sizes).sum())
             if grown:
-                warnings.warn(SHARED.format(op, grown), UserWarning, stacklevel=5)
+                warnings.warn(SHARED.format(op, grown), UserWarning, stacklevel=6)
     return Hidden(
         given,
         SharedLists(united, list_of),

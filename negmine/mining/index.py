@@ -18,7 +18,6 @@ from torch import Tensor
 from negmine.mining import array_file
 from negmine.mining.engines import CagraEngine, ExactEngine, FaissEngine, UnreadableIndex
 from negmine.mining.memory_budget import DENSE_BYTES, plan_batches
-from negmine.mining.process_ranks import ProcessRanks
 from negmine.mining.regular_file import cause
 from negmine.mining.row_lists import RowLists
 from negmine.mining.scan import OPS, Corpus, Scan, pair_scores
@@ -163,7 +162,7 @@ class NegativeIndex:
         query = query_rows.gather(sample_queries(len(query_rows), queries, seed), where)  # (A, D)
         launchers = backends.choose(op, OPS, None, (query, rows.gather(np.empty(0, np.int64), where)))
         chunk = plan_batches(op, query_rows, rows, k, 0 if launchers else DENSE_BYTES, len(query), None, None).chunk
-        corpus = Corpus(rows, where, ProcessRanks(op, None), [len(rows)])
+        corpus = Corpus(rows, where)
         with torch.no_grad():
             return measure_recall(self, Scan(launchers, corpus, chunk, None), query, k)
 

@@ -42,6 +42,10 @@ class IndexScan:
         return self.scan.corpus
 
     @property
+    def num_rows(self) -> int:
+        return len(self.corpus)
+
+    @property
     def advance(self) -> Callable[[int], object]:
         return self.scan.advance
 

@@ -1,15 +1,14 @@
 """Communication between the processes that share a corpus: each holds its own rows, in rank order.
 
-A single process without a process group is treated as a group of size 1. Only tensors are exchanged: sort keys, counts, bits of
-scores, rows. Every exchange is a sum of integers, a sum in which only one rank has values other than zero, or a gather, so that
-results do not depend on how the corpus is divided.
+A single process without a process group is treated as a group of size 1. Ranks exchange the parts that each has computed from its
+rows (parts.py) and merge them all, so that every rank has the same, and rows of queries that one of them holds.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -75,14 +74,9 @@ class ProcessRanks:
         self._agree({"step": step, "dtype": tensor.dtype, "shape": tuple(tensor.shape)})
         return tensor.to(self._ranks.device).contiguous()
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, on each."""
-        if self.size == 1:
-            return tensor
-        moved = self._moved("sum", tensor)
-        moved = moved.clone() if moved is tensor else moved
-        dist.all_reduce(moved, group=self._ranks.group)
-        return moved.to(tensor.device)
+    def counts(self, count: int) -> list[int]:
+        """The number that every rank gives, in rank order."""
+        return [int(part) for part in self.gather(torch.tensor(count, device="cpu"))]
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's tensor, all of one shape, in rank order."""
@@ -90,11 +84,14 @@ class ProcessRanks:
             return [tensor]
         return [part.to(tensor.device) for part in self._ranks.gather(self._moved("gather", tensor))]
 
-    def gather_rows(self, tensor: Tensor, rows: list[int]) -> Tensor:
-        """Every rank's (rows[rank], ...) int64, joined."""
-        padded = tensor.new_zeros(max(rows, default=0), *tensor.shape[1:])
-        padded[: len(tensor)] = tensor
-        return torch.cat([part[:count] for part, count in zip(self.gather(padded), rows, strict=True)])
+    def gather_bytes(self, content: bytes, what: str) -> list[bytes]:
+        """The bytes of every rank, in rank order."""
+        self._agree({"step": f"gather {what}"})
+        counts = self.counts(len(content))
+        padded = torch.zeros(max(counts), dtype=torch.uint8, device="cpu")
+        padded[: len(content)] = torch.from_numpy(np.frombuffer(content, np.uint8).copy())
+        parts = self.gather(padded)
+        return [part[:count].numpy().tobytes() for part, count in zip(parts, counts, strict=True)]
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor."""
@@ -103,13 +100,6 @@ class ProcessRanks:
         moved = self._moved("broadcast", tensor)
         dist.broadcast(moved, dist.get_global_rank(self._ranks.group, 0), group=self._ranks.group)
         return moved.to(tensor.device)
-
-    def combined_hash(self, digest: str) -> str:
-        """A hash of the hashes of all ranks; of a single process, its own."""
-        if self.size == 1:
-            return digest
-        parts = self.gather(torch.tensor(list(bytes.fromhex(digest)), device="cpu"))
-        return hashlib.blake2b(b"".join(bytes(part.tolist()) for part in parts), digest_size=16).hexdigest()
 
     def require_same(self, facts: dict[str, Any]) -> None:
         """Raise ValueError on every rank, naming what differs, unless all ranks state the same."""

@@ -419,7 +419,7 @@ def _problem_of_optional(arrays: dict[str, np.ndarray], optional: dict[str, np.n
 
 def _problem_of_config(config: Any) -> str:
     """The first field of a config that summary, to_html or the writers cannot use; empty if there is none."""
-    wanted: dict[str, Any] = dict.fromkeys(("arguments", "versions", "sizes"), dict)
+    wanted: dict[str, Any] = dict.fromkeys(("arguments", "versions"), dict)
     wanted |= dict.fromkeys(("corpus_rows", "queries", "dimension"), int) | {"index": (dict, NoneType)}
     for name, kind in wanted.items():
         if name not in config or not isinstance(config[name], kind) or isinstance(config[name], bool):

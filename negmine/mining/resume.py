@@ -149,7 +149,7 @@ class ResumeFolder:
                 warnings.warn(
                     f"{self.op}: {describe(str(path))}: {cause(error)}: its queries are mined anew",
                     RuntimeWarning,
-                    stacklevel=5,
+                    stacklevel=7,
                 )
                 path.unlink()
                 continue
@@ -219,9 +219,10 @@ class RunState:
         self.indices, self.scores, self.is_finished = shared[:3]
         self.skipped = dict(zip(self.skipped, shared[3].tolist(), strict=True))
 
-    def unfinished(self, batch: int) -> list[tuple[int, int]]:
-        """Spans of at most `batch` queries that are not finished."""
-        edges = np.flatnonzero(np.diff(np.r_[True, self.is_finished, True])).reshape(-1, 2)  # begin, end of each gap
+    def unfinished(self, batch: int, first: int, last: int) -> list[tuple[int, int]]:
+        """Spans of at most `batch` queries of [first, last) that are not finished."""
+        is_finished = np.r_[True, self.is_finished[first:last], True]
+        edges = first + np.flatnonzero(np.diff(is_finished)).reshape(-1, 2)  # begin, end of each gap
         return [(low, min(low + batch, end)) for begin, end in edges.tolist() for low in range(begin, end, batch)]
 
     def record(self, begin: int, scores: Tensor, indices: Tensor, dropped: dict[str, int]) -> None:

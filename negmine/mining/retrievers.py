@@ -107,7 +107,7 @@ def merge_retrievers(
         positive_scores=np.full(Q, np.nan, np.float32),
         positive_pair_scores=None,
         num_valid=(indices >= 0).sum(1),
-        skipped=hidden.count(),
+        skipped=hidden.count(0, len(hidden.own)),
         config=first.config | {"arguments": arguments},
     )
 

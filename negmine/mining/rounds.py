@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from negmine import reference
+from negmine.mining.executors import LocalExecutor, open_queries
 from negmine.mining.hard_negatives import mine_hard_negatives
 from negmine.mining.identity import Side, resolve
 from negmine.mining.process_ranks import ProcessRanks
 from negmine.mining.result import MiningResult
-from negmine.mining.scan import OPS, Corpus
+from negmine.mining.row_lists import RowLists
 from negmine.mining.sources import Rows, resolve_device
-from negmine.ops import backends, checks, sort_key
+from negmine.ops import checks, sort_key
 from negmine.options import Select, is_real
 
 OP = "mining_rounds"
@@ -119,14 +120,10 @@ def _add_old_negatives(
     Q = len(result.indices)
     kept_rows, kept_scores = np.full((Q, keep), -1), np.full((Q, keep), -np.inf, np.float32)
     if old is not None:
-        query_rows, rows = Rows.open(OP, "query_embeddings", queries), Rows.open(OP, "corpus_embeddings", rows)
+        query_rows = open_queries(OP, queries, ranks, positives)
+        rows = Rows.open(OP, "corpus_embeddings", rows)
         where = resolve_device(OP, mining.get("device"), query_rows if query_rows.device else rows)
-        rows_per_rank = [int(part) for part in ranks.gather(torch.tensor(len(rows), device="cpu"))]
-        corpus = Corpus(rows, where, ranks, rows_per_rank)
-        empty = np.empty(0, np.int64)
-        ops = backends.choose(
-            OP, OPS, mining.get("backend"), (query_rows.gather(empty, where), rows.gather(empty, where))
-        )
+        corpus = LocalExecutor(OP, rows, where, ranks, None)
         usable = (old >= 0) & ~_is_in(old, result.indices)
         query_names, corpus_names = (
             Side.open(OP, (ids, texts), mining.get(ids), mining.get(texts), count, blank)
@@ -139,10 +136,9 @@ def _add_old_negatives(
         given = (positives, mining.get("exclude"))
         hidden = resolve(OP, *sides, *given, Q, len(corpus), query_rows.row_digests, warn=False)
         usable &= ~_is_in(old, hidden.take(np.arange(Q)).padded())
-        at, slot = np.nonzero(usable)
         scores = np.full(old.shape, np.nan, np.float32)
-        with torch.no_grad():
-            scores[at, slot] = corpus.pair_scores(ops, query_rows, at, old[at, slot])
+        asked = RowLists(np.r_[0, np.cumsum(usable.sum(1))], old[usable])
+        scores[usable] = corpus.pair_scores(query_rows, asked, mining.get("backend"))
         select = mining.get("select") or Select()
         filters = replace(select, range_min=0, range_max=None)
         current = torch.from_numpy(scores)

@@ -5,9 +5,8 @@
 
 No (B, K) matrix is stored: each chunk is one kernel call, and its hardest rows are merged with those kept so far. A kernel always
 computes a score by the same sequence of operations (kernels/README.md), and sort keys hold global row numbers, so the result does
-not depend on the sizes of chunks and batches. Where several processes hold the corpus, each scans its own rows, and the results
-are merged at the end. The scores of positives come from the same kernel, with a mask that allows one row per query, so that
-margins compare scores that were rounded alike.
+not depend on the sizes of chunks and batches. The scores of positives come from the same kernel, with a mask that allows one row
+per query, so that margins compare scores that were rounded alike.
 """
 
 from collections.abc import Callable
@@ -19,8 +18,6 @@ from torch import Tensor
 
 from negmine import reference
 from negmine.mining.bf16_prefilter import Bf16Prefilter
-from negmine.mining.dedup import first_equal
-from negmine.mining.process_ranks import ProcessRanks
 from negmine.mining.row_lists import RowLists
 from negmine.mining.sources import Rows
 from negmine.ops import sort_key
@@ -89,53 +86,18 @@ def pair_scores(
 
 @dataclass(frozen=True)
 class Corpus:
-    """All rows of a corpus, of which this process holds [first_row, first_row + len(rows)) and other ranks the rest."""
+    """The rows of a corpus from first_row on."""
 
     rows: Rows
     device: torch.device
-    ranks: ProcessRanks
-    rows_per_rank: list[int]
+    first_row: int = 0
 
     def __len__(self) -> int:
-        return sum(self.rows_per_rank)
-
-    @property
-    def first_row(self) -> int:
-        return sum(self.rows_per_rank[: self.ranks.rank])
-
-    def _local(self, numbers: np.ndarray) -> np.ndarray:
-        return np.flatnonzero((numbers >= self.first_row) & (numbers < self.first_row + len(self.rows)))
+        return len(self.rows)
 
     def gather(self, numbers: np.ndarray) -> Tensor:
-        """numbers (M,) int64 -> (M, D), whichever rank holds the rows; every rank asks for the same."""
-        if self.ranks.size == 1:
-            return self.rows.gather(numbers, self.device)
-        here = self._local(numbers)
-        held = self.rows.gather(numbers[here] - self.first_row, self.device)  # (H, D)
-        out = torch.zeros(len(numbers), self.rows.dim, device=self.device)  # (M, D)
-        out[torch.from_numpy(here).to(self.device)] = held.float()
-        return self.ranks.sum(out).to(held.dtype)
-
-    def pair_scores(
-        self, ops: Kernels | None, queries: Rows, query_numbers: np.ndarray, row_numbers: np.ndarray
-    ) -> np.ndarray:
-        """query_numbers, row_numbers (P,) -> (P,) fp32: each pair scored by the rank that holds the row."""
-        here = self._local(row_numbers)
-        bits = torch.zeros(len(row_numbers), dtype=torch.int32, device="cpu")  # (P,)
-        scores = pair_scores(
-            ops,
-            lambda numbers: queries.gather(numbers, self.device),
-            lambda numbers: self.rows.gather(numbers, self.device),
-            query_numbers[here],
-            row_numbers[here] - self.first_row,
-        )
-        bits[torch.from_numpy(here)] = torch.from_numpy(scores).view(torch.int32)
-        return self.ranks.sum(bits).view(torch.float32).numpy()
-
-    def first_equal(self) -> np.ndarray:
-        """(K,) int64: the lowest row of equal values for each row."""
-        digests = torch.from_numpy(self.rows.row_digests().view(np.int64))  # (rows here, 2)
-        return first_equal(self.ranks.gather_rows(digests, self.rows_per_rank).numpy())
+        """numbers (M,) int64 of the whole corpus -> (M, D)."""
+        return self.rows.gather(numbers - self.first_row, self.device)
 
 
 @dataclass
@@ -145,14 +107,17 @@ class Scan:
     ops: Kernels | None
     corpus: Corpus
     chunk_size: int
-    distinct: np.ndarray | None  # (K,) bool, False = equal to a row with a lower number; None = duplicates are kept
+    distinct: (
+        np.ndarray | None
+    )  # (K,) bool of the whole corpus, False = a copy of a lower row; None = duplicates are kept
     advance: Callable[[int], object] = lambda chunks: None  # called after each chunk
     prefilter: Bf16Prefilter = field(default_factory=Bf16Prefilter)
 
     @property
     def num_candidates(self) -> int:
         """The number of rows, duplicates left out."""
-        return len(self.corpus) if self.distinct is None else int(self.distinct.sum())
+        first = self.corpus.first_row
+        return len(self.corpus) if self.distinct is None else int(self.distinct[first : first + len(self.corpus)].sum())
 
     def run(
         self,
@@ -186,10 +151,9 @@ class Scan:
                 counted_by_mining = select == filters and num_kept is not None
                 count += num_kept if counted_by_mining else count_kept(self.ops, query, keys, pool, select, anchor)
             self.advance(1)
-        if self.corpus.ranks.size > 1 and depth:
-            sort_keys = torch.cat(self.corpus.ranks.gather(sort_keys), 1).topk(depth, 1).values
-        size = self.num_candidates - torch.from_numpy(excluded.sizes).to(device)  # (B,)
-        return sort_keys, size - self.corpus.ranks.sum(counts)
+        low, high = np.searchsorted(hidden_row, (0, len(self.corpus)))
+        num_hidden = torch.from_numpy(np.bincount(hidden_query[low:high], minlength=B)).to(device)  # (B,)
+        return sort_keys, self.num_candidates - num_hidden - counts
 
     def pool(self, B: int, begin: int, end: int, queries: np.ndarray, columns: np.ndarray) -> Pool:
         """The masks of one chunk: ids where no query hides two of its rows, else a mask of pairs (B, C)."""

@@ -308,7 +308,7 @@ class Rows:
 
     def block(self, begin: int, end: int, device: torch.device) -> Tensor:
         """Rows [begin, end): (end - begin, D); a copy only where they cross shards."""
-        shard = bisect.bisect_right(self.starts, begin) - 1
+        shard = min(bisect.bisect_right(self.starts, begin), len(self.shards)) - 1  # no rows may begin at the end
         if end > self.starts[shard + 1]:
             return self.gather(np.arange(begin, end), device)
         start = self.starts[shard]
@@ -334,22 +334,42 @@ class Rows:
             return as_tensor(held.index_select(0, torch.from_numpy(local).to(held.device))).to(device)
         return as_tensor(held[local]).to(device)
 
-    def content_hash(self) -> str:
-        """One hash of dtype, D and all rows in order."""
-        digest = hashlib.blake2b(f"{self.dtype} {self.dim}\n".encode(), digest_size=16)
+    def content_sum(self, first_row: int = 0) -> np.ndarray:
+        """(2,) uint64: a hash of each row, times a number that its place in the whole corpus decides, added.
+
+        Sums of disjoint rows add to the sum of all, so the hash of a corpus does not depend on who holds which rows.
+        """
+        total = np.zeros(2, np.uint64)
         for begin, end in self.spans(HASHED_ROWS):
             block = self.block(begin, end, torch.device("cpu")).contiguous()  # (C, D)
-            digest.update(block.view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+            digests = _digests(block.view(torch.uint8).numpy())
+            number = np.arange(first_row + begin, first_row + end, dtype=np.uint64)
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
+                number = (number ^ (number >> np.uint64(shift))) * np.uint64(factor)
+            total += (digests * (number | np.uint64(1))[:, None]).sum(0, dtype=np.uint64)
+        return total
+
+    def content_hash(self) -> str:
+        """One hash of dtype, D and all rows in order."""
+        return content_hash(self.dtype, self.dim, len(self), self.content_sum())
 
     def row_digests(self) -> np.ndarray:
         """(rows, 2) uint64: a 128-bit hash of each row; 0.0 hashes as -0.0 does, and NaN as itself."""
         digests = np.empty((len(self), 2), np.uint64)  # (rows, 2)
         for begin, end in self.spans(HASHED_ROWS):
-            block = (self.block(begin, end, torch.device("cpu")).float() + 0.0).numpy()  # (C, D)
-            joined = b"".join(hashlib.blake2b(row, digest_size=16).digest() for row in block)
-            digests[begin:end] = np.frombuffer(joined, np.uint64).reshape(-1, 2)
+            digests[begin:end] = _digests((self.block(begin, end, torch.device("cpu")).float() + 0.0).numpy())
         return digests
+
+
+def _digests(block: np.ndarray) -> np.ndarray:
+    """(C, 2) uint64: a 128-bit hash of the bytes of each row."""
+    joined = b"".join(hashlib.blake2b(row, digest_size=16).digest() for row in block)
+    return np.frombuffer(joined, np.uint64).reshape(-1, 2)
+
+
+def content_hash(dtype: str, dim: int, rows: int, total: np.ndarray) -> str:
+    """The hash of rows whose digests add to `total` (2,)."""
+    return hashlib.blake2b(f"{dtype} {dim} {rows}\n".encode() + total.tobytes(), digest_size=16).hexdigest()
 
 
 def resolve_device(op: str, device: Any, rows: Rows) -> torch.device:

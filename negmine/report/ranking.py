@@ -12,9 +12,8 @@ from torch import Tensor
 
 from negmine import reference
 from negmine.mining.memory_budget import DENSE_BYTES
-from negmine.mining.process_ranks import ProcessRanks
 from negmine.mining.row_lists import RowLists
-from negmine.mining.scan import Corpus, Scan, count_kept, hardest_rows
+from negmine.mining.scan import Corpus, Scan, count_kept, hardest_rows, pair_scores
 from negmine.mining.sources import Rows
 from negmine.ops import backends, checks, sort_key
 from negmine.ops.backends import Kernels
@@ -79,8 +78,7 @@ class Ranking:
         corpus = _load(op, names[1], embeddings[1], None, normalize, where)
         ops = backends.choose(op, ("mine_hardest", "rank_thresholds", "count_negatives"), backend, (queries, corpus))
         rows = Rows.open(op, names[1], corpus)
-        held = Corpus(rows, where, ProcessRanks(op, None), [len(rows)])
-        return cls(ops, queries, corpus, Scan(ops, held, len(rows), None))
+        return cls(ops, queries, corpus, Scan(ops, Corpus(rows, where), len(rows), None))
 
     @property
     def pair_bytes(self) -> int:
@@ -115,8 +113,11 @@ class Ranking:
 
     def pair_scores(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """queries, rows (P,) -> (P,) fp32: the score of each pair, bit for bit as the ranking has it."""
-        held = Rows.open("pairs", "queries", self.queries)
-        return self.scan.corpus.pair_scores(self.ops, held, queries, rows)
+
+        def vectors(numbers: np.ndarray) -> Tensor:
+            return self.queries[torch.from_numpy(numbers).to(self.queries.device)]
+
+        return pair_scores(self.ops, vectors, self.scan.corpus.gather, queries, rows)
 
     def nearest(self, rows: np.ndarray, hidden: RowLists, N: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """The N rows nearest to corpus rows [begin, end) of `rows`, without those that `hidden` hides from each."""

@@ -1,0 +1,147 @@
+"""Parts of a mining job, cut by queries and rows and merged by random trees, make the bits of one process; others are refused."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import negmine
+from negmine import Select
+from negmine.mining import MiningResult, Part, merge_parts, mine_part
+from negmine.mining.hard_negatives import mine_share
+from tests.compare import same_result
+from tests.test_mining_ranks import RUNS, D, K, Q, inputs
+
+JOBS = RUNS | {
+    "relative": {"select": Select(1, 0.4, relative_margin=0.1), "deduplicate": "near", "near_duplicate_score": 0.5},
+    "no counts": {"select": Select(min_score=-0.2, absolute_margin=0.3), "count_skipped": False},
+}
+
+
+def cut(rng, n, most=4):
+    """Edges of up to `most` spans of [0, n), empty ones among them."""
+    return [0, *np.sort(rng.integers(0, n + 1, rng.integers(0, most))).tolist(), n]
+
+
+class AnyTree:
+    """An engine that cuts each phase into tiles, sends parts through their bytes, and merges them by a random tree."""
+
+    def __init__(self, corpus, seed):
+        self.corpus, self.rng, self.phases = corpus, np.random.default_rng(seed), set()
+
+    def __call__(self, plan, phase, queries):
+        self.phases.add(phase.name)
+        rows, parts = cut(self.rng, len(self.corpus)), []
+        across = [0, 0] if queries is None else cut(self.rng, len(queries), 3)
+        for first_query, end in itertools.pairwise(across):
+            block = None if queries is None else queries[first_query:end]
+            for first, last in itertools.pairwise(rows):
+                part = mine_part(plan, phase, block, self.corpus[first:last], first, first_query=first_query)
+                parts.append(Part.from_bytes(part.to_bytes()))
+        while len(parts) > 1:
+            chosen = self.rng.permutation(len(parts))[: self.rng.integers(2, 4)].tolist()
+            merged = merge_parts([parts[i] for i in chosen])
+            parts = [part for i, part in enumerate(parts) if i not in chosen] + [merged]
+        return parts[0]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_any_tree_of_any_parts_gives_the_bits_of_one_process(name):
+    seen = set()
+    for seed, dtype in enumerate((torch.float32, torch.bfloat16)):
+        q, c, positives, exclude = inputs(dtype)
+        want = negmine.mine_hard_negatives(q, c, positives, exclude=exclude, **JOBS[name])
+        engine = AnyTree(c, seed)
+        got = negmine.mine_hard_negatives(
+            q, c, positives, exclude=exclude, engine=engine, batch_size=17, corpus_chunk_size=50, **JOBS[name]
+        )
+        same_result(got, want)
+        assert got.config == want.config
+        seen |= engine.phases
+    assert {"documents", "positives", "scan"} <= seen
+    assert ("counts" in seen) == (name in ("fractions", "relative"))
+    assert ("rows" in seen) == (name in ("near", "relative")) and ("digests" in seen) == (name == "exact")
+
+
+@pytest.mark.parametrize("name", ["near", "texts"])
+def test_shares_of_the_queries_merge_to_the_file_of_one_process(name, tmp_path):
+    q, c, positives, exclude = (part[:15] if len(part) == Q else part for part in inputs())
+    ids = [f"d\0ö{row}" for row in range(K)]
+    named = {"corpus_ids": ids, "exclude": [[ids[row] for row in part] for part in exclude]} | JOBS[name]
+    named |= {key: named[key][:15] for key in ("query_ids", "query_texts") if key in named}
+    arguments = {"query_embeddings": q, "corpus_embeddings": c, **named}
+    arguments["positives"] = [[ids[row] for row in part] for part in positives]
+    shares = []
+    for number in (17, *range(4, 17), 3, 1, 2):  # more shares than queries: some are empty
+        mine_share(number, 17, arguments).save(tmp_path / f"{number}.part")
+        shares.append(Part.load(tmp_path / f"{number}.part"))
+    rng = np.random.default_rng(0)
+    while len(shares) > 1:
+        rng.shuffle(shares)
+        shares = [merge_parts(shares[:5]), *shares[5:]]
+    shares[0].save(tmp_path / "merged.npz")
+    negmine.mine_hard_negatives(**arguments).save(tmp_path / "whole.npz")
+    assert (tmp_path / "merged.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert MiningResult.load(tmp_path / "merged.npz").corpus_ids[1] == "d\0ö1"
+
+
+def test_parts_that_do_not_belong_together_are_refused(tmp_path):
+    q, c, positives, _ = inputs()
+    parts = []
+
+    def engine(plan, phase, queries):
+        whole = mine_part(plan, phase, queries, c, 0)
+        if phase.name == "scan":
+            cuts = (0, 300), (300, K)
+            parts.extend([plan, phase, whole, *(mine_part(plan, phase, queries, c[a:b], a) for a, b in cuts)])
+        return whole
+
+    negmine.mine_hard_negatives(q, c, positives, engine=engine)
+    plan, phase, whole, low, high = parts[:5]
+    changed = {
+        "of one plan, that is, of the same inputs and arguments, got": [low, dataclasses.replace(high, plan="other")],
+        "computed by the same kernels and instruction set": [low, dataclasses.replace(high, kernels="cpu avx2")],
+        "of one phase, got": [low, dataclasses.replace(high, phase_digest="0")],
+        "disjoint in phase scan, got 'queries 0 to 40 with rows 0 to 600 and queries 0 to 40 with rows 300": [
+            whole,
+            high,
+        ],
+        "a list of one Part or more": [],
+    }
+    for said, given in changed.items():
+        with pytest.raises((ValueError, TypeError), match=f"^merge_parts: parts must be {said}"):
+            merge_parts(given)
+    with pytest.raises(
+        ValueError, match=r"engine must be .*, got '300 of the 600 rows for query 0 in phase documents'"
+    ):
+        negmine.mine_hard_negatives(q, c, positives, engine=lambda *asked: mine_part(*asked, c[:300], 0))
+    with pytest.raises(TypeError, match=r"engine must be a function that returns the Part .*, got 'NoneType'"):
+        negmine.mine_hard_negatives(q, c, positives, engine=lambda *asked: None)
+    for said, arguments in {
+        "first_row must be such that all rows": (plan, phase, q, c, 1),
+        f"corpus must be of the plan's D = {D} and float32": (plan, phase, q, c[:, 1:], 0),
+        f"queries must be of the plan's D = {D} and float32": (plan, phase, q.bfloat16(), c, 0),
+        "queries must be at most 40 rows from query 0": (plan, phase, torch.cat([q, q]), c, 0),
+        "plan must be a MiningPlan": (phase, plan, q, c, 0),
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=f"^mine_part: {said}"):
+            mine_part(*arguments)
+    with pytest.raises(ValueError, match=r"^mine_hard_negatives: index must be 'exact' where a share"):
+        mine_share(1, 2, {"query_embeddings": q, "corpus_embeddings": c, "positives": positives, "index": "Flat"})
+
+    low.save(tmp_path / "part")
+    content = (tmp_path / "part").read_bytes()
+    same = Part.load(tmp_path / "part")
+    assert all(np.array_equal(same.arrays[name], array) for name, array in low.arrays.items())
+    for damaged in (
+        content[:-30],
+        content.replace(b'"depth": 3', b'"depth": 4'),
+        b"",
+        content.replace(b"scan", b"rows"),
+    ):
+        (tmp_path / "part").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"^Part.load: .*part' is damaged or was not written by save"):
+            Part.load(tmp_path / "part")
+    assert phase.num_queries == Q

@@ -1,0 +1,111 @@
+"""engine="ray" on a local Ray: the bits of one process, though shards are empty, or a worker or the driver is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import negmine
+from negmine.mining.ray_executor import RayExecutor
+from tests.compare import same_result
+from tests.test_mining_parts import JOBS
+from tests.test_mining_ranks import inputs
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray = pytest.importorskip("ray")
+    where = {"PYTHONPATH": str(ROOT)}
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, runtime_env={"env_vars": where})
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Paths of three .npy files, the second without rows, and an array: the rows of test_mining_ranks."""
+    folder, rows = tmp_path_factory.mktemp("shards"), inputs()[1].numpy()
+    for name, begin, end in (("a", 0, 37), ("b", 37, 37), ("c", 37, 400)):
+        np.save(folder / f"{name}.npy", rows[begin:end])
+    return [folder / "a.npy", folder / "b.npy", folder / "c.npy", rows[400:]]
+
+
+@pytest.mark.parametrize("name", ["fractions", "near", "exact", "texts"])
+def test_actors_mine_what_one_process_mines(name, cluster, shards):
+    q, c, positives, exclude = inputs()
+    want = negmine.mine_hard_negatives(q, c, positives, exclude=exclude, **JOBS[name])
+    given = (shards, {"num_actors": 2}) if name != "texts" else (c, {"num_actors": 2, "num_cpus": 0.5})
+    got = negmine.mine_hard_negatives(
+        *(q, given[0], positives), exclude=exclude, engine="ray", engine_options=given[1], batch_size=17, **JOBS[name]
+    )
+    same_result(got, want)
+    assert got.config == want.config
+
+
+def test_a_killed_worker_is_started_again(cluster, shards, monkeypatch):
+    q, c, positives, _ = inputs()
+    want = negmine.mine_hard_negatives(q, c, positives)
+    execute, scans = RayExecutor.execute, []
+
+    def killing(self, plan, phase, query):
+        scans.extend([phase] * (phase.name == "scan"))
+        if len(scans) == 2:
+            os.kill(cluster.get(self._actors[1].__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+        return execute(self, plan, phase, query)
+
+    monkeypatch.setattr(RayExecutor, "execute", killing)
+    same_result(negmine.mine_hard_negatives(q, [*shards[:2], c[37:]], positives, engine="ray", batch_size=10), want)
+    assert len(scans) == 4
+
+
+DRIVER = """
+import os, signal, sys
+import ray, negmine
+from negmine.mining.resume import RunState
+from tests.test_mining_ranks import inputs
+ray.init(address=sys.argv[1], log_to_driver=False)
+record = RunState.record
+def killed(self, begin, *batch):
+    if begin == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+    record(self, begin, *batch)
+RunState.record = killed
+q, c, positives, _ = inputs()
+negmine.mine_hard_negatives(q, c, positives, engine="ray", resume_dir=sys.argv[2], batch_size=10)
+"""
+
+
+def test_a_killed_driver_goes_on_where_it_was(cluster, tmp_path):
+    q, c, positives, _ = inputs()
+    address = cluster.get_runtime_context().gcs_address
+    command = [sys.executable, "-c", DRIVER, address, str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+    assert len(list(tmp_path.glob("queries-*"))) == 2
+    resumed = negmine.mine_hard_negatives(q, c, positives, resume_dir=tmp_path)  # on another engine, too
+    same_result(resumed, negmine.mine_hard_negatives(q, c, positives))
+
+
+def test_what_an_actor_refuses_is_raised_in_its_words(cluster, shards, tmp_path):
+    q, _, positives, _ = inputs()
+    (tmp_path / "x.npy").write_bytes(b"no array")
+    np.save(tmp_path / "narrow.npy", np.ones((3, 4), np.float32))
+    for said, corpus, options in (
+        ("corpus_embeddings\\[0\\] must be a whole .npy file, got .*x.npy", [tmp_path / "x.npy"], {}),
+        ("corpus_embeddings must be of the D and dtype of the first shard", [shards[0], tmp_path / "narrow.npy"], {}),
+        ("engine_options must be a dict with keys among num_actors, num_cpus, .*, got 'cpus'", shards, {"cpus": 1}),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=f"^mine_hard_negatives: {said}"):
+            negmine.mine_hard_negatives(q, corpus, positives, engine="ray", engine_options=options)
+
+
+def test_without_ray_one_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"^mine_hard_negatives: engine 'ray' needs .*pip install negmine\[ray\]"):
+        negmine.mine_hard_negatives(*inputs()[:3], engine="ray")
