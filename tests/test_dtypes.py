@@ -33,7 +33,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_any_mix_of_dtypes_is_computed_at_the_widest(call):
+def test_2h_any_mix_of_dtypes_is_computed_at_the_widest(call):
     vectors = [
         unit(n, 8, seed=i).bfloat16().float() for i, n in enumerate((4, 4, 20))
     ]  # the same in every dtype but fp16
@@ -47,7 +47,7 @@ def test_any_mix_of_dtypes_is_computed_at_the_widest(call):
 
 
 @pytest.mark.parametrize("call", ["info_nce", "siglip", "logsumexp", "sup_con", "multi_similarity", "triplet_loss"])
-def test_gradients_come_in_the_dtype_of_each_argument(call):
+def test_2h_gradients_come_in_the_dtype_of_each_argument(call):
     for dtypes in itertools.permutations(DTYPES, 3):
         leaves = [
             unit(n, 8, seed=i).to(d).requires_grad_() for i, (n, d) in enumerate(zip((4, 4, 20), dtypes, strict=True))

@@ -167,6 +167,23 @@ def test_2b_one_graph(make, call):
     assert loss.step == 12
 
 
+def test_2d_without_a_gradient():
+    """sample and replace, false negatives that attract, and Weight, compiled where nothing requires grad."""
+    q, p, k = vectors()
+    support = {"false_negatives": FalseNegatives(5, 0.1, mode="attract"), "support": p[:, None]}
+    for options in (
+        {"select": Select(sample=5)},
+        {"select": Select(sample=9, replace=True)},
+        support,
+        {"weight": Weight(1.0)},
+    ):
+        call = torch.compile(
+            lambda step, o=options: negmine.info_nce(q, p, k, step=step, **o), fullgraph=True, backend="eager"
+        )
+        for step in map(torch.tensor, range(2)):
+            torch.testing.assert_close(call(step), negmine.info_nce(q, p, k, step=step, **options))
+
+
 def test_2b_at_most_two_graphs_for_an_integer_step():
     q, p, k = vectors()
     calls = [
@@ -390,6 +407,60 @@ def test_2i_gradients_are_rounded_once(any_backend, call, dtype, fp32_weights):
                 0.502 * torch.finfo(dtype).eps * want.grad.abs() + 1e-5
             )  # fp32's error in terms of the size of 1 / T
             assert bool((error <= allowed).all()), float((error / allowed).max())
+
+
+PAIRED = {  # adapters, by their query and positive
+    "NTXentLoss": lambda: lightly.NTXentLoss(0.5, (20, D)),
+    "DCLLoss": lightly.DCLLoss,
+    "DCLWLoss": lightly.DCLWLoss,
+    "ClipLoss": lambda: lambda q, p: open_clip.ClipLoss()(q, p, torch.tensor(10.0)),
+    "SigLipLoss": lambda: lambda q, p: open_clip.SigLipLoss()(q, p, torch.tensor(10.0), torch.tensor(-5.0)),
+}
+MIXES = [  # in which each of three arguments is float64 alone, and each pair of dtypes occurs
+    (torch.float64, torch.float32, torch.bfloat16),
+    (torch.float16, torch.float64, torch.float32),
+    (torch.bfloat16, torch.float16, torch.float64),
+    (torch.float32, torch.bfloat16, torch.float16),
+]
+
+
+@pytest.mark.parametrize("name", [*QUEUE_LOSSES, *LABEL_LOSSES, *PAIRED])
+def test_2h_recipes_and_adapters_take_any_pair_of_dtypes(name):
+    """Computed in float64 where one is, and each gradient in its argument's dtype."""
+    for dtypes in MIXES:
+        leaves = [t.to(dtype).requires_grad_() for t, dtype in zip(vectors(), dtypes, strict=True)]
+        q, p, k = leaves
+        if name in QUEUE_LOSSES:
+            value = QUEUE_LOSSES[name]()(q, p, k)
+        else:
+            leaves = [q, p] if name in PAIRED else [q, k]
+            value = PAIRED[name]()(q, p) if name in PAIRED else LABEL_LOSSES[name]()(q, k, LABELS, KEY_LABELS)
+        value.backward()
+        wide = any(leaf.dtype == torch.float64 for leaf in leaves)
+        assert value.dtype == (torch.float64 if wide else torch.float32) and bool(value.isfinite()), dtypes
+        assert all(leaf.grad is None or leaf.grad.dtype == leaf.dtype for leaf in leaves)
+
+
+def test_2n_minus_one_is_unknown_and_equal_to_nothing(any_backend):
+    """An unlabelled query against keys of which some are unlabelled, a queue that is not yet full of labels among them."""
+    device = device_of(any_backend)
+    queue = MoCoQueue(D, K, with_labels=True, with_ids=True).to(device)  # random rows of unknown label and id
+    queue.enqueue(vectors()[2][:5].to(device), ids=torch.arange(5).to(device), labels=torch.arange(5).to(device))
+    q, p, _ = (t.to(device) for t in vectors())
+    unknown = torch.full((B,), -1, device=device)
+    call = {"backend": any_backend, "reduction": "none"}
+    everything = negmine.info_nce(q, p, queue, **call)
+    for tags in ("query_labels", "query_ids"):
+        torch.testing.assert_close(negmine.info_nce(q, p, queue, **{tags: unknown}, **call), everything)
+        torch.testing.assert_close(negmine.info_nce(q, p, **{tags: unknown}, **call), negmine.info_nce(q, p, **call))
+        torch.testing.assert_close(
+            negmine.siglip(q, p, queue, **{tags: unknown}, **call), negmine.siglip(q, p, queue, **call)
+        )
+        found = negmine.mine_hardest(q, queue, 4, **{tags: unknown}, backend=any_backend)
+        assert torch.equal(found.index, negmine.mine_hardest(q, queue, 4, backend=any_backend).index)
+    assert not negmine.sup_con(q, queue.queue, unknown, queue.queue_labels, **call).any()  # no positives
+    found = losses.mine_triplets(q, queue.queue, unknown, queue.queue_labels, backend=any_backend)
+    assert int(found.num_triplets) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -85,7 +85,7 @@ def skip_most_of(backend, name, kind, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CALLS)
-def test_hidden_columns_may_hold_anything(any_backend, name, kind, dtype):
+def test_2j_hidden_columns_may_hold_anything(any_backend, name, kind, dtype):
     skip_most_of(any_backend, name, kind, dtype)
     device = device_of(any_backend)
     q, keys = unit(B, D, dtype=dtype, device=device), unit(K, D, dtype=dtype, device=device, seed=1)
@@ -99,7 +99,7 @@ def test_hidden_columns_may_hold_anything(any_backend, name, kind, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [name for name in CALLS if "window" not in name and name != "mix"])
-def test_a_key_that_one_query_sees_reaches_no_query_that_does_not(any_backend, name, kind):
+def test_2j_a_key_that_one_query_sees_reaches_no_query_that_does_not(any_backend, name, kind):
     skip_most_of(any_backend, name, kind, torch.float32 if name == "logsumexp" else torch.bfloat16)
     device = device_of(any_backend)
     q, keys = unit(B, D, dtype=torch.bfloat16, device=device), unit(K, D, dtype=torch.bfloat16, device=device, seed=1)
@@ -112,7 +112,7 @@ def test_a_key_that_one_query_sees_reaches_no_query_that_does_not(any_backend, n
         assert bool(a[odd].isnan().all())
 
 
-def test_a_query_that_sees_no_column_may_hold_anything(backend):
+def test_2j_a_query_that_sees_no_column_may_hold_anything(backend):
     device = device_of(backend)
     q, keys = unit(B, D, device=device), unit(K, D, device=device, seed=1).requires_grad_()
     mask = (torch.arange(B, device=device) != 3)[:, None].expand(B, K)
@@ -134,7 +134,7 @@ LABELLED = {
 
 
 @pytest.mark.parametrize("name", LABELLED)
-def test_hidden_keys_of_losses_with_labels(any_backend, name):
+def test_2j_hidden_keys_of_losses_with_labels(any_backend, name):
     if interpreted(any_backend) and name not in ("multi_similarity", "sup_con, own_positive"):
         pytest.skip("triton: interpreted, where another case says it")
     device = device_of(any_backend)

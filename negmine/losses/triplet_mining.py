@@ -232,7 +232,7 @@ def triplets_of(
         same, other = label_masks(pool, query, keys)
         mined = reference.mine_triplets(widened(query), widened(keys), same, other, **rule, **draw._asdict())
     else:
-        mined = _mined(kernels, *map(for_kernels, vectors), pool, rule, draw, width)
+        mined = _mined(kernels, for_kernels(vectors[0]), for_kernels(vectors[1]), pool, rule, draw, width)
     positive_score, positive, negative_score, negative = mined
     alone = (negative < 0).all(2).expand_as(positive)  # (B, P): a triplet needs both
     unmatched = (positive < 0)[:, :, None]  # (B, P, 1)

@@ -17,7 +17,7 @@ from negmine.losses.triplet import TripletLoss
 from negmine.ops import checks, philox
 from negmine.ops.column_lists import gather_rows
 from negmine.ops.negatives import check_negatives
-from negmine.ops.vectors import frozen, score_of_positive, widened
+from negmine.ops.vectors import frozen, promoted, score_of_positive, widened
 from negmine.recipes.schedules import Number
 from negmine.selection import mine_hardest
 
@@ -333,6 +333,7 @@ class SimANSLoss(ScheduledLoss):
         checks.require_positive("simans", positive_key, query)
         draw = {"step": self.count(step, query), "row_offset": row_offset}
         index = self.sample(query, positive_key, negative_keys, **draw, **masks)  # (B, n)
+        query, positive_key, keys = promoted(query, positive_key, keys)
         q = widened(query)
         drawn = gather_rows(keys, index, q.dtype)  # (B, n, D)
         temperature = self.at(draw["step"])["temperature"]
