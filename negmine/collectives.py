@@ -51,6 +51,21 @@ class Call:
         return "\n".join(f"{name}={value!r}" for name, value in (self.facts | read).items())
 
 
+class SharedGroup:
+    """The process_group that a module was given, where copy.deepcopy takes it along: an EMA copy belongs to the same ranks."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SharedGroup":
+        return self
+
+    def __reduce__(self) -> Any:
+        if self.group is not None:
+            raise TypeError("negmine: a module with a process_group cannot be pickled; save its state_dict()")
+        return SharedGroup, (None,)
+
+
 class Ranks:
     """The ranks of a process group (None: the default one); a single process without torch.distributed is a group of one."""
 

@@ -6,7 +6,9 @@ that the one before it left no rank behind.
 
 import ast
 import contextlib
+import copy
 import itertools
+import pickle
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -403,6 +406,43 @@ def through_a_checkpoint(rank, world, folder):
     return *results, f"{folder}/checkpoint"
 
 
+# Copies and compilation -------------------------------------------------------------------------------------------
+
+
+def copies(rank, world, folder):
+    """Deep copies of modules that were given a group, as an EMA model makes them, belong to it; pickling them is refused."""
+    group, losses = dist.new_group(list(range(world))), []
+    for make in (MoCoQueue, ShardedMoCoQueue):
+        queue = make(D, K, process_group=group, **(GATHER if make is MoCoQueue else {}))
+        copied = copy.deepcopy(nn.ModuleList([queue]))[0]
+        copied.enqueue(unit(B, D, seed=rank))
+        assert copied.process_group is group and int(copied.queue_ptr) == world * B and int(queue.queue_ptr) == 0
+        with pytest.raises(TypeError, match=r"a module with a process_group cannot be pickled; save its state_dict"):
+            pickle.dumps(queue)
+    for make in (negmine.InfoNCELoss, negmine.SigLIPLoss):
+        loss, call = make(process_group=group, **GATHER), (unit(B, D, seed=rank), unit(B, D, seed=9 + rank))
+        losses.append((copy.deepcopy(loss)(*call).detach(), loss(*call).detach()))
+    return losses
+
+
+def compiled(rank, world, folder):
+    """Losses of a compiled step and of the step as it is, and how many graphs there are after each step."""
+    torch._dynamo.reset()
+    counter, made = CompileCounter(), []
+    layer, loss = nn.Linear(D, D), negmine.InfoNCELoss(**GATHER)
+
+    def step(rows):
+        return loss(layer(rows), rows)
+
+    faster = torch.compile(step, backend=counter)
+    for number in range(6):
+        rows = unit(B, D, seed=10 * number + rank)
+        value = faster(rows)
+        value.backward()
+        made.append((value.detach(), step(rows).detach(), counter.frame_count))
+    return made
+
+
 # Adapters ---------------------------------------------------------------------------------------------------------
 
 
@@ -473,6 +513,8 @@ CASES = {
     "bad": bad_calls,
     "over ranks": over_ranks,
     "ddp": under_ddp,
+    "copies": copies,
+    "compiled": compiled,
 }
 
 
@@ -533,6 +575,17 @@ def test_ranks_keep_their_rows_under_ddp(got):
     assert torch.equal(torch.cat([answer["ddp"][1]["queue"] for answer in got]), twin.queue)
     assert torch.equal(torch.cat([answer["ddp"][1]["queue_ids"] for answer in got]), twin.queue_ids)
     assert all(answer["ddp"][2] == ["queue_ptr", "queue_len", "num_refused"] for answer in got)
+
+
+def test_copies_belong_to_the_group_of_what_they_copy(got):
+    assert all(torch.equal(*pair) for answer in got for pair in answer["copies"])
+
+
+def test_a_compiled_step_over_ranks_has_the_same_graphs_at_every_step(got):
+    for answer in got:
+        for number, (ours, plain, count) in enumerate(answer["compiled"]):
+            torch.testing.assert_close(ours, plain)
+            assert number == 0 or count == answer["compiled"][1][2]
 
 
 def test_2e_ranks_run_the_patches_as_they_run_what_they_patch(got):

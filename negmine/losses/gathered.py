@@ -4,6 +4,9 @@ Each rank brings its own queries and gets the loss of its own rows against the c
 row is the sum of what all ranks' losses give to it, so that a model whose gradients DistributedDataParallel averages gets the
 gradient of the mean of the ranks' losses: that of one process on the whole batch, where the ranks' batches are equal and the
 reduction is "mean". All ranks call with the same options; what one of them refuses is raised on all.
+
+torch.compile breaks the graph where the ranks exchange, since they agree on the host: over more than one rank there is no
+fullgraph=True. The same few graphs serve every step.
 """
 
 import dataclasses
@@ -13,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from negmine.collectives import Call, Ranks
+from negmine.collectives import Call, Ranks, SharedGroup
 from negmine.ops import checks
 from negmine.ops.negatives import UNEQUAL, UNKNOWN
 from negmine.options import Negatives
@@ -78,7 +81,11 @@ class Gathering:
 
     def __init__(self, op: str, gather_distributed: Any, process_group: Any) -> None:
         checks.require_bool(op, "gather_distributed", gather_distributed)
-        self.op, self.wanted, self.process_group = op, gather_distributed, process_group
+        self.op, self.wanted, self._group = op, gather_distributed, SharedGroup(process_group)
+
+    @property
+    def process_group(self) -> Any:
+        return self._group.group
 
     @property
     def rank(self) -> int:

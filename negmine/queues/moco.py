@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from negmine.collectives import Ranks
+from negmine.collectives import Ranks, SharedGroup
 from negmine.ops import checks
 from negmine.ops.negatives import StoredColumns
 
@@ -112,7 +112,7 @@ class MoCoQueue(nn.Module):
         else:
             check_arguments(op, **arguments)
             checks.require_bool(op, "gather_distributed", gather_distributed)
-        self.K, self.gather_distributed, self.process_group = K, gather_distributed, process_group
+        self.K, self.gather_distributed, self._group = K, gather_distributed, SharedGroup(process_group)
         rows = torch.zeros(K, dim, dtype=dtype or torch.get_default_dtype())
         if random_init:
             fill_with_unit_vectors(rows)
@@ -130,6 +130,11 @@ class MoCoQueue(nn.Module):
     def _store(self, name: str, rows: Tensor | None) -> None:
         """Keep a tensor of one entry a row under `name`."""
         self.register_buffer(name, rows)
+
+    @property
+    def process_group(self) -> Any:
+        """The group given, or None: the default one."""
+        return self._group.group
 
     @property
     def keys(self) -> Tensor:
@@ -242,6 +247,13 @@ class MoCoQueue(nn.Module):
             args[-1].append(wrong)
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._forget_refused()
+
+    def _forget_refused(self) -> None:
+        """What was refused is counted from the last loading on; a queue built on the meta device has no counter until then."""
+        if self.num_refused.is_meta:
+            self.num_refused = torch.zeros_like(self.num_refused, device=self.queue_ptr.device)
+        self.num_refused.zero_()
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, K={self.K}, dtype={self.queue.dtype}, len={len(self)}"
@@ -259,7 +271,7 @@ def from_moco(queue: MoCoQueue, state_dict: dict[str, Any], prefix: str) -> None
     if stored is None or prefix + "queue_len" in state_dict:
         return
     if tuple(stored.shape) == (queue.dim, queue.K):
-        state_dict[prefix + "queue"] = stored.T
+        state_dict[prefix + "queue"] = stored.T.contiguous()  # it may be taken as it is, by assign=True
     state_dict[prefix + "queue_len"] = torch.full((1,), queue.K, dtype=torch.long)
     for kind in ("queue_ids", "queue_labels"):
         if getattr(queue, kind) is not None:

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from negmine import reference
-from negmine.collectives import Ranks
+from negmine.collectives import Ranks, SharedGroup
 from negmine.losses.info_nce import Batch, Plan
 from negmine.ops import backends, checks
+from negmine.ops.accumulate import each_widened
 from negmine.ops.negatives import check_negatives
 from negmine.ops.pool import Pool
 from negmine.ops.sort_key import LAST_INDEX
@@ -90,7 +91,7 @@ class ShardedMoCoQueue(MoCoQueue):
             call.facts = {**arguments, "seed": seed}
         rows_each = -(-K // ranks.size)  # as torch.chunk and DTensor cut a tensor
         first, end = (min(place * rows_each, K) for place in (ranks.rank, ranks.rank + 1))
-        self.K, self.gather_distributed, self.process_group = K, True, process_group
+        self.K, self.gather_distributed, self._group = K, True, SharedGroup(process_group)
         self._first = first  # the row of the ring that the first row stored here is
         rows = torch.zeros(end - first, dim, dtype=dtype or torch.get_default_dtype())
         self._make_buffers(rows, with_ids, with_labels, K if random_init else 0)
@@ -213,6 +214,9 @@ class ShardedMoCoQueue(MoCoQueue):
         windowed = ("rank_thresholds", "count_negatives", "mine_hardest") if select is not None else ()
         pool, kernels = self._shards(op, query, check, ("logsumexp", *windowed), backend, select, settings, wants)
         plan = Plan(select=select, weight=weight, decoupled=decoupled, want_stats=return_stats)
+        query, positive_key = each_widened(
+            query, positive_key
+        )  # the kernels have the queries of all ranks as they are stored
         rows, stats = plan.run(kernels, Batch(query, positive_key, self.keys, pool), scale_of(temperature, query))
         loss = reference.reduced(rows, reduction)
         return loss if stats is None else (loss, stats)
@@ -377,7 +381,9 @@ class ShardedMoCoQueue(MoCoQueue):
             error_msgs.append(str(error))
             return
         for name, rows in self.stored.items():
-            if name in given:
+            if name in given and local_metadata.get("assign_to_params_buffers", False):
+                setattr(self, name, given[name].clone())
+            elif name in given:
                 with torch.no_grad():
                     rows.copy_(given[name])
             elif strict:
@@ -387,6 +393,7 @@ class ShardedMoCoQueue(MoCoQueue):
         super(MoCoQueue, self)._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._forget_refused()
 
     def _own_rows(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
         """This rank's rows of a state, by name; raises ValueError where they do not fit."""
