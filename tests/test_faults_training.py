@@ -32,6 +32,7 @@ from negmine.adapters import lightly, open_clip
 from negmine.adapters import pytorch_metric_learning as pml
 from negmine.losses import LogScale, methods
 from negmine.ops import backends
+from negmine.queues import ShardedMoCoQueue
 from tests import compare
 from tests.cases import unit
 from tests.conftest import device_of
@@ -86,9 +87,12 @@ def every_loss():
     for name, make in QUEUE_LOSSES.items():
         yield name, make, lambda loss, q, p, k, **given: loss(q, p, k, **given)
     for name, make in LABEL_LOSSES.items():
-        yield name, make, lambda loss, q, p, k, **given: loss(q, k, LABELS, KEY_LABELS, **given)
-    mixed = {"share": SHARE, "partner": PARTNER}
-    yield "i_mix", recipes.i_mix, lambda loss, q, p, k, **given: loss(q, p, k, **mixed, **given)
+        yield name, make, lambda loss, q, p, k, **given: loss(q, k, LABELS[: len(q)], KEY_LABELS, **given)
+
+    def mixed(q):
+        return {"share": SHARE[: len(q)], "partner": PARTNER[: len(q)]}
+
+    yield "i_mix", recipes.i_mix, lambda loss, q, p, k, **given: loss(q, p, k, **mixed(q), **given)
     yield "vse_plus_plus", recipes.vse_plus_plus, lambda loss, q, p, k, **given: loss(q, p, **given)
 
 
@@ -278,6 +282,22 @@ def test_reset_forgets_all_rows():
     assert len(queue) == 3
 
 
+@pytest.mark.parametrize("kind", [MoCoQueue, ShardedMoCoQueue])
+def test_a_queue_built_on_the_meta_device_is_loaded(kind):
+    """By assign=True, as large models are, and after to_empty, which leaves anything in a counter."""
+    saved = kind(D, 9, with_ids=True, random_init=False)
+    saved.enqueue(vectors()[0], ids=torch.arange(B))
+    for assign in (True, False):
+        with torch.device("meta"):
+            queue = kind(D, 9, with_ids=True)
+        if not assign:
+            queue.to_empty(device="cpu").num_refused.fill_(99)
+        queue.load_state_dict(copy.deepcopy(saved.state_dict()), assign=assign)
+        queue.enqueue(torch.full((2, D), torch.nan), ids=torch.arange(2))
+        assert (len(queue), int(queue.num_refused)) == (B, 2)
+        assert torch.equal(queue.keys, saved.keys) and torch.equal(queue.ids, saved.ids)
+
+
 BUILD = """
 import sys, torch
 from negmine import MoCoQueue
@@ -345,7 +365,17 @@ def test_log_scale_learns_and_is_bounded():
         LogScale(2.0, 1.0)
 
 
+def sharded(q, p, k, backend):
+    """A ShardedMoCoQueue in one process, against the whole queue on the reference."""
+    if backend == "reference":
+        return negmine.info_nce(q, p, k.detach(), backend=backend)
+    queue = ShardedMoCoQueue(D, K, dtype=k.dtype, random_init=False)
+    queue.enqueue(k.detach())
+    return queue.info_nce(q, p, backend=backend)
+
+
 ROUNDING = {
+    "sharded": sharded,
     "info_nce": lambda q, p, k, **o: negmine.info_nce(q, p, k, **o),
     "in batch": lambda q, p, k, **o: negmine.info_nce(q, p, **o),
     "same tensor": lambda q, p, k, **o: negmine.info_nce(q, q, **o),
@@ -628,6 +658,31 @@ def test_2m_an_empty_pool(make, call, forced, monkeypatch):
         or getattr(loss, "method", None) is methods.i_mix
     )
     assert bool(value.isfinite()) if keeps_a_term else value == 0
+
+
+@each_loss
+def test_anomaly_detection_and_an_empty_batch(make, call):
+    """No NaN on the way to a gradient, even where it would be masked; a batch of no rows has loss 0."""
+    with torch.autograd.set_detect_anomaly(True):
+        for rows in (B, 0):
+            q, p, k = vectors()
+            leaves = q[:rows].clone().requires_grad_(), k.requires_grad_()
+            loss = make().train()
+            value = call(loss, leaves[0], p[:rows], leaves[1])
+            value.backward()
+            assert bool(leaves[0].grad.isfinite().all()) and (rows or value == 0)
+
+
+@each_loss
+def test_a_default_dtype_of_16_bits_changes_no_number(make, call):
+    q, p, k = vectors()
+    want = call(make(), q, p, k)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = call(make(), q, p, k)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

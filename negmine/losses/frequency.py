@@ -76,7 +76,7 @@ class FrequencyEstimator(nn.Module):
         self.num_buckets, self.num_hashes, self.alpha, self.seed = num_buckets, num_hashes, alpha, seed
         shape = num_hashes, num_buckets + 1  # the last bucket is that of unknown ids
         self.register_buffer("last_step", torch.zeros(shape, dtype=torch.int64))
-        self.register_buffer("interval", torch.full(shape, float(initial_interval)))
+        self.register_buffer("interval", torch.full(shape, float(initial_interval), dtype=torch.float32))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def buckets(self, ids: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class LogScale(nn.Module):
             if init > max:
                 raise checks.refuse("LogScale", "init", f"at most max={max!r}", init)
         self.max = max
-        self.log_scale = nn.Parameter(torch.tensor(math.log(init)))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(init), dtype=torch.float32))
 
     def _bounded(self) -> Tensor:
         if self.max is None:

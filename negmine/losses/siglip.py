@@ -225,7 +225,7 @@ class SigLIPLoss(ScheduledLoss):
             scale.requires_grad_(learn)
         bias = checks.require_scalar("SigLIPLoss", "bias", bias)
         self.scale = scale
-        self.bias = nn.Parameter(torch.tensor(float(bias)), requires_grad=learn)
+        self.bias = nn.Parameter(torch.tensor(float(bias), dtype=torch.float32), requires_grad=learn)
         self.options = options
 
     @property

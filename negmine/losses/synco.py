@@ -199,7 +199,8 @@ def synco(
         with torch.no_grad():
             h = synco_vectors(widened(query), widened(negative_keys), index, gathered, draw)  # (B, S, D)
         x_made = (widened(query)[:, None] * h).sum(2) / temperature  # (B, S) no product that autocast would shorten
-        sums.append(row_logsumexp(x_made.masked_fill((index < 0).all(1, keepdim=True), -torch.inf)))
+        nothing = (index < 0).all(1)  # (B,)
+        sums.append(row_logsumexp(x_made.masked_fill(nothing[:, None], 0.0)).masked_fill(nothing, -torch.inf))
     parts = torch.stack(sums, 1)  # (B, sums)
     some = ~(parts == -torch.inf).all(1)  # (B,) NaN stays
     lse = row_logsumexp(parts.masked_fill(~some[:, None], 0.0))
