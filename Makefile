@@ -15,7 +15,7 @@ STEPS   ?= 10000
 PYTHONS ?=
 SANITIZED := build/sanitize
 
-.PHONY: venv demo smoke test test-gpu-sim test-examples check fuzz sanitize threads soak docs bench bench-isa plots gpu wheel check-wheel clean
+.PHONY: venv demo smoke test test-gpu-sim test-examples check fuzz sanitize threads test-arm soak docs bench bench-isa plots gpu wheel check-wheel clean
 
 venv: .venv/built
 
@@ -86,6 +86,11 @@ sanitize: venv
 # The CPU kernels on std::threads under gcc's thread sanitizer, which torch's OpenMP would swamp: make threads ROUNDS=20
 threads: venv
 	$(PY) -m build_tools.thread_sanitizer $(ROUNDS)
+
+# The CPU kernels for ARM, compiled by a cross compiler and run by an emulator, against the portable ones. Debian's packages
+# g++-aarch64-linux-gnu and qemu-user.
+test-arm: venv
+	$(PY) -m build_tools.arm
 
 # Training steps in processes that must not grow; ranks keep one queue: make soak STEPS=100000; make soak STEPS=5000 RANKS=2
 RANKS ?= 1

@@ -23,13 +23,16 @@ from .cuda_toolkit import Toolkit
 from .native import BuildError, Unit, link
 
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
-ISA_FLAGS = {
-    "portable": [],
+X86_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
     "avx512bf16": [*AVX512, "-mavx512bf16"],
     "amxbf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+# gcc schedules for ARM before it has registers for what it schedules, and spills accumulators.
+NEON = ["-DNEGMINE_NEON", "-fno-schedule-insns"]
+ARM_FLAGS = {"neon": NEON, "neonbf16": [*NEON, "-march=armv8.2-a+bf16"]}
+ISA_FLAGS = {"x86_64": X86_FLAGS, "aarch64": ARM_FLAGS, "arm64": ARM_FLAGS}  # by machine, beside the portable ones
 EMULATED_TILES = "-DNEGMINE_EMULATED_TILES"
 CXX_FLAGS = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-fPIC", "-Wall", "-I."]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-DTORCH_STABLE_ONLY", "-DPy_LIMITED_API=0x030A0000"]
@@ -69,11 +72,11 @@ class Build:
     def python_include(self) -> list[str]:
         return [f"-I{sysconfig.get_path('include')}"]
 
-    def cpu_kernels(self) -> list[Unit]:
+    def cpu_kernels(self, machine: str = platform.machine()) -> list[Unit]:
         # Baseline code first: where translation units share an inline function, the linker keeps the first copy, and an
         # AVX-512 copy must not be the one that every CPU runs.
         once = [Unit(source, (*self.cxx, *CXX_FLAGS)) for source in glob("kernels/cpu/*.cpp")]
-        isas = dict(ISA_FLAGS) if platform.machine() == "x86_64" else {"portable": []}
+        isas = {"portable": [], **ISA_FLAGS.get(machine, {})}
         if os.environ.get("NEGMINE_EMULATED_TILES") == "1":  # for tests: only what knows of tiles is compiled again
             isas["amxbf16"] = [*isas["amxbf16"], EMULATED_TILES]
             once = [

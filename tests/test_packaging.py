@@ -18,7 +18,7 @@ import pytest
 
 from build_tools.check_wheel import faults
 from build_tools.cuda_toolkit import chosen_toolkit, inspect
-from build_tools.extensions import ISA_FLAGS
+from build_tools.extensions import X86_FLAGS
 from build_tools.native import BuildError, Unit, compile_all
 
 ROOT = Path(__file__).parents[1]
@@ -180,7 +180,7 @@ class TestModuleC:
 def test_whatever_the_compiler_may_use_is_asked_of_the_processor():
     """One feature left out runs into an illegal instruction where a virtual machine hides that one."""
     source = (ROOT / "kernels/cpu/dispatch.cpp").read_text()
-    flags = {flag.removeprefix("-m") for flags in ISA_FLAGS.values() for flag in flags if "=" not in flag}
+    flags = {flag.removeprefix("-m") for flags in X86_FLAGS.values() for flag in flags if "=" not in flag}
     asked = {"f16c": "bit_F16C", "amx-tile": "kTiles", "amx-bf16": "kBFloat16"}  # by number
     for feature in flags:
         assert asked.get(feature, f'__builtin_cpu_supports("{feature}")') in source, feature

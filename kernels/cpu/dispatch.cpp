@@ -8,6 +8,9 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -55,6 +58,15 @@ bool may_use_tiles() {
 }
 
 bool has_amxbf16() { return has_avx512bf16() && may_use_tiles() && amxbf16::tiles_are_right(); }
+#elif defined(__aarch64__)
+bool has_neonbf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBFloat16 = 1ul << 14;  // HWCAP2_BF16
+  return (getauxval(AT_HWCAP2) & kBFloat16) != 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 const Entry kTable[] = {
@@ -63,6 +75,9 @@ const Entry kTable[] = {
     {&avx512bf16::kKernels, has_avx512bf16},
     {&avx512::kKernels, has_avx512},
     {&avx2::kKernels, has_avx2},
+#elif defined(__aarch64__)
+    {&neonbf16::kKernels, has_neonbf16},
+    {&neon::kKernels, [] { return true; }},
 #endif
     {&portable::kKernels, [] { return true; }},
 };

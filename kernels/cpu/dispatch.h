@@ -13,8 +13,8 @@ inline const Kernels& kernels(const Block& block) { return kernels(block.query.d
 // For functions whose result is the same bits on every instruction set.
 inline const Kernels& kernels() { return kernels(Dtype::kFloat32, Dtype::kFloat32); }
 
-// Tests and benchmarks force one of "amxbf16", "avx512bf16", "avx512", "avx2", "portable"; "" is the default choice.
-// False, and no change, where this processor or build lacks it.
+// Tests and benchmarks force one of "amxbf16", "avx512bf16", "avx512", "avx2", "portable", on ARM "neonbf16", "neon",
+// "portable"; "" is the default choice. False, and no change, where this processor or build lacks it.
 bool set_isa(const char* name);
 const char* isa();  // the forced one, or ""
 

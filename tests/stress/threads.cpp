@@ -222,7 +222,7 @@ std::vector<Bytes> run_all(const Inputs& in, const Parallel& parallel, int kind)
                 .K = kK,
                 .D = kD,
                 .scale = &in.scale,
-                .bias = in.weight.data(),
+                .offset = in.weight.data(),
                 .pool = pool,
                 .total = room<float>(out, kB),
                 .sigmoid_keys = room<float>(out, kB * kD),
@@ -280,7 +280,7 @@ int main(int argc, char** argv) {
   int64_t calls = 0;
   for (int round = 0; round < rounds; ++round) {
     const Inputs in(static_cast<uint32_t>(round));
-    for (const char* isa : {"portable", "avx2", "avx512"}) {
+    for (const char* isa : {"portable", "avx2", "avx512", "neon"}) {
       if (!set_isa(isa)) continue;
       for (int kind = 0; kind < 4; ++kind) {
         const std::vector<Bytes> want = run_all(in, serial(), kind);

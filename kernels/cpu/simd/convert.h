@@ -54,6 +54,8 @@ NEGMINE_INLINE const float* widen_row(const Matrix& m, int64_t row, int64_t D, f
   for (; d + 8 <= D; d += 8) {
     _mm256_storeu_ps(out + d, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + d))));
   }
+#elif defined(NEGMINE_NEON)
+  for (; d + kWidth <= D; d += kWidth) store(out + d, (V)vcvt_f32_f16((float16x4_t)load(in + d)));
 #endif
   for (; d < D; ++d) out[d] = from_half(in[d]);
   return out;
@@ -74,6 +76,8 @@ NEGMINE_INLINE V load_as(const void* row, int64_t d) {
   return (V)_mm512_maskz_cvtph_ps(0xFFFF, (__m256i)load(halves));  // the plain one warns of its undefined lanes
 #elif defined(__F16C__)
   return (V)_mm256_cvtph_ps((__m128i)load(halves));
+#elif defined(NEGMINE_NEON)
+  return (V)vcvt_f32_f16((float16x4_t)load(halves));
 #else
   V x;
   for (int i = 0; i < kWidth; ++i) x[i] = from_half(halves[i]);

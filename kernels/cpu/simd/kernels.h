@@ -181,6 +181,13 @@ extern const Kernels kKernels;
 namespace avx2 {
 extern const Kernels kKernels;
 }
+#elif defined(__aarch64__)
+namespace neonbf16 {
+extern const Kernels kKernels;
+}
+namespace neon {
+extern const Kernels kKernels;
+}
 #endif
 namespace portable {
 extern const Kernels kKernels;

@@ -127,7 +127,7 @@ bool weigh_pairs(const Block& block, const float* scores, const float* bias, int
   weigh<kPairs, sums, kind>(block, scores, bias, count, scale, weights, words, correction, score_sums, state)
 #if defined(NEGMINE_TILES)
   if (kind == kPacked) return NEGMINE_WEIGH(true, kPacked);
-#elif defined(__AVX512BF16__)
+#elif defined(NEGMINE_PAIRS)
   if (score_sums != nullptr) return NEGMINE_WEIGH(true, kRowsOf);
 #endif
   return kind == kNone ? (NEGMINE_WEIGH(false, kNone)) : (NEGMINE_WEIGH(false, kRowsOf));

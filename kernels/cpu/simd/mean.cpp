@@ -53,21 +53,19 @@ void add_weighted(const Block& block, const float* const* rows, int64_t count, c
       case 1:
         mean_panel<1, kPairs>(D, rows, weights + lane, count, correction + lane, mean + lane);
         break;
-#if defined(__AVX512F__)
       case 2:
         mean_panel<2, kPairs>(D, rows, weights + lane, count, correction + lane, mean + lane);
         break;
       case 3:
-        mean_panel<3, kPairs>(D, rows, weights + lane, count, correction + lane, mean + lane);
+        mean_panel<kThree, kPairs>(D, rows, weights + lane, count, correction + lane, mean + lane);
         break;
-#endif
       default:
         mean_panel<kVectors, kPairs>(D, rows, weights + lane, count, correction + lane, mean + lane);
     }
   }
 }
 
-#if defined(__AVX512BF16__) && !defined(NEGMINE_TILES)
+#if defined(NEGMINE_PAIRS) && !defined(NEGMINE_TILES)
 // Weights (count, kLanes) become (pairs, kLanes), rounded to bf16; the second of an odd last pair is zero.
 void pair_weights(const Block& block, int64_t count, float* weights) {
   for (int64_t j = 0; j < count; j += 2) {
@@ -118,7 +116,7 @@ void begin_mean([[maybe_unused]] const Block& block, const Workspace& w, const C
 #if defined(NEGMINE_TILES)
   if (in_pairs(block)) return turn_pairs(block, w, chunk);
   if (chunk.in_parts) turn_parts(block, w, chunk);
-#elif defined(__AVX512BF16__)
+#elif defined(NEGMINE_PAIRS)
   if (in_pairs(block)) pair_rows(block, w, chunk.count);
 #endif
 }
@@ -133,7 +131,7 @@ void add_mean(const Block& block, const Workspace& w, const Chunk& chunk, float*
     return add_packed(block, w, chunk, 0, room_for_part(chunk.count), w.weights[0], mean);
   }
   if (chunk.in_parts) return add_mean_in_parts(block, w, chunk, weights, correction, mean);
-#elif defined(__AVX512BF16__)
+#elif defined(NEGMINE_PAIRS)
   if (in_pairs(block)) {
     const float* pairs[kChunk / 2];  // (pairs) words (D)
     for (int64_t j = 0; 2 * j < count; ++j) pairs[j] = w.widened + j * block.D;
@@ -156,7 +154,7 @@ void drop_rows(const Block& block, const Workspace& w, [[maybe_unused]] const Ch
 #if defined(NEGMINE_TILES)  // rows in parts are finite
     const int64_t words = room_for_part(chunk.count);
     for (int64_t d = 0; d < block.D && in_pairs(block); ++d) clear(w.turned + d * words, j);
-#elif defined(__AVX512BF16__)
+#elif defined(NEGMINE_PAIRS)
     for (int64_t d = 0; d < block.D && in_pairs(block); ++d) clear(w.widened + j / 2 * block.D + d, j % 2);
 #endif
   }
@@ -164,13 +162,12 @@ void drop_rows(const Block& block, const Workspace& w, [[maybe_unused]] const Ch
 
 void restore_score_sum([[maybe_unused]] const Block& block, [[maybe_unused]] const Workspace& w,
                        [[maybe_unused]] const float* score_sums, [[maybe_unused]] float* mean) {
-#if defined(__AVX512BF16__)
+#if defined(NEGMINE_PAIRS)
   if (!in_pairs(block)) return;
   const int64_t D = block.D;
   for (int v = 0; v < vectors_of(block); ++v) {
-    const float* words = pair_words(block, w, v * kWidth);
     const auto query = [&](int64_t d) {
-      const VI word = (VI)load(words + d / 2 * kPairStride);
+      const VI word = pair_words(block, w, v * kWidth, d / 2);
       return (V)(d % 2 == 0 ? word << 16 : word & all(static_cast<int32_t>(0xFFFF0000)));
     };
     float* column = mean + v * kWidth;

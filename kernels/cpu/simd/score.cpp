@@ -14,6 +14,13 @@ constexpr int64_t kChain = 256;  // longest chain of fused multiply-adds; also k
 
 constexpr int64_t kLine = 16;  // words of a cache line
 
+// The cache line from word `line` on of each row ahead.
+NEGMINE_INLINE void ask_for(const Ahead& ahead, int64_t line) {
+  if (line * 4 >= ahead.bytes) return;
+  const char* next = ahead.first + line * 4;
+  for (int64_t r = 0; r < ahead.rows; ++r, next += ahead.stride) __builtin_prefetch(next, 0, 2);
+}
+
 // out (kTall, kVec * kWidth) [+]= a (kTall, [t0, t1)) x b ([t0, t1), kPanel). Each cache line of the rows that are
 // worked on asks for one of rows ahead: in a burst between chunks the processor would wait for memory instead of
 // multiplying.
@@ -28,10 +35,7 @@ NEGMINE_INLINE void multiply_tile(const float* const* a, const float* b, int64_t
   }
   for (int64_t line = t0; line < t1; line += kLine) {
     const int64_t end = t1 - line < kLine ? t1 : line + kLine;
-    if (line * 4 < ahead.bytes) {
-      const char* next = ahead.first + line * 4;
-      for (int64_t r = 0; r < ahead.rows; ++r, next += ahead.stride) __builtin_prefetch(next, 0, 2);
-    }
+    ask_for(ahead, line);
     for (int64_t t = line; t < end; ++t) {
       V column[kVec];  // (kVec * kWidth)
       for (int v = 0; v < kVec; ++v) column[v] = load(b + t * kPanel + v * kWidth);
@@ -78,37 +82,120 @@ NEGMINE_INLINE void multiply_panels(const float* const* a, int64_t rows, const f
       case 1:
         multiply_panel<1, kPairs>(a, rows, b, T, out, fetched);
         break;
-#if defined(__AVX512F__)
       case 2:
         multiply_panel<2, kPairs>(a, rows, b, T, out, fetched);
         break;
       case 3:
-        multiply_panel<3, kPairs>(a, rows, b, T, out, fetched);
+        multiply_panel<kThree, kPairs>(a, rows, b, T, out, fetched);
         break;
-#endif
       default:
         multiply_panel<kVectors, kPairs>(a, rows, b, T, out, fetched);
     }
   }
 }
 
-#if defined(__AVX512BF16__)
-// Row `row` of the queue as pairs: where it lies, or copied to out (D + 1) with a zero behind it.
+#if defined(NEGMINE_PAIRS)
+#if defined(NEGMINE_QUADS)
+constexpr int64_t kTogether = 4;  // elements of a row that one product takes
+#else
+constexpr int64_t kTogether = 2;
+#endif
+
+// Row `row` of the queue in pairs or quads: where it lies, or copied to out (D + 3) with zeros behind it.
 NEGMINE_INLINE const float* pair_row(const Matrix& m, int64_t row, int64_t D, uint16_t* out) {
   const uint16_t* in = static_cast<const uint16_t*>(m.data) + row * m.row_stride;
-  if (D % 2 == 0) return reinterpret_cast<const float*>(in);
+  if (D % kTogether == 0) return reinterpret_cast<const float*>(in);
   std::memcpy(out, in, static_cast<size_t>(D) * sizeof(uint16_t));
-  out[D] = 0;
+  for (int64_t d = D; d % kTogether != 0; ++d) out[d] = 0;
   return reinterpret_cast<const float*>(out);
 }
 
+#if defined(NEGMINE_QUADS)
+// out (6, kVec * kWidth) [+]= a (6, [t0, t1)) x b ([t0, t1), kPanel): products of 2 rows by 2 queries.
+template <int kVec>
+NEGMINE_INLINE void multiply_quads_tile(const float* const* a, const float* b, int64_t t0, int64_t t1, float* out,
+                                        const Ahead& ahead) {
+  constexpr int kTwoRows = kRows / 2, kTwoQueries = kVec * kWidth / 2;
+  V acc[kTwoRows][kTwoQueries];  // (2, 2) each
+  for (auto& row : acc) {
+    for (V& cell : row) cell = all(0.0f);
+  }
+  for (int64_t line = t0; line < t1; line += kLine) {
+    const int64_t end = t1 - line < kLine ? t1 : line + kLine;
+    ask_for(ahead, line);
+    for (int64_t t = line; t < end; t += 2) {
+      V rows[kTwoRows];
+      for (int r = 0; r < kTwoRows; ++r) {
+        const auto half = [&](int of) { return vld1_u8(reinterpret_cast<const uint8_t*>(a[2 * r + of] + t)); };
+        rows[r] = (V)vcombine_u8(half(0), half(1));
+      }
+      for (int q = 0; q < kTwoQueries; ++q) {
+        const V queries = load(b + t * kPanel + q * kWidth);
+        for (int r = 0; r < kTwoRows; ++r) acc[r][q] = fma_quads(rows[r], queries, acc[r][q]);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVec; ++v) {
+      const V left = acc[r / 2][2 * v], right = acc[r / 2][2 * v + 1];
+      const V found =
+          r % 2 == 0 ? __builtin_shuffle(left, right, VI{0, 1, 4, 5}) : __builtin_shuffle(left, right, VI{2, 3, 6, 7});
+      float* cell = out + r * kLanes + v * kWidth;
+      store(cell, t0 == 0 ? found : load(cell) + found);
+    }
+  }
+}
+
+template <int kVec>
+void multiply_quads_panel(const float* const* a, int64_t rows, const float* b, int64_t T, float* out,
+                          const Ahead& ahead) {
+  for (int64_t t0 = 0; t0 < T; t0 += kChain / 2) {
+    const int64_t t1 = T - t0 > kChain / 2 ? t0 + kChain / 2 : T;
+    for (int64_t row = 0; row < rows; row += kRows) {
+      multiply_quads_tile<kVec>(a + row, b, t0, t1, out + row * kLanes, part_of(ahead, row, kRows));
+    }
+  }
+}
+
+// multiply() of rows and queries in quads: T is even.
+void multiply_quads(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors, float* out,
+                    const Ahead& ahead) {
+  for (Ahead fetched = ahead; vectors > 0; vectors -= kVectors, b += T * kPanel, out += kPanel, fetched = {}) {
+    switch (vectors) {
+      case 1:
+        multiply_quads_panel<1>(a, rows, b, T, out, fetched);
+        break;
+      case 2:
+        multiply_quads_panel<2>(a, rows, b, T, out, fetched);
+        break;
+      case 3:
+        multiply_quads_panel<3>(a, rows, b, T, out, fetched);
+        break;
+      default:
+        multiply_quads_panel<kVectors>(a, rows, b, T, out, fetched);
+    }
+  }
+}
+
+// The block's queries in quads, zeros behind them.
+void transpose_pairs(const Block& block, const Workspace& w, int64_t padded) {
+  const uint16_t* first = static_cast<const uint16_t*>(block.query.data) + block.first_query * block.query.row_stride;
+  for (int64_t lane = 0; lane < padded; ++lane) {
+    const uint16_t* q = first + lane * block.query.row_stride;
+    const auto element = [&](int64_t d) { return lane < block.lanes && d < block.D ? uint32_t{q[d]} : 0u; };
+    for (int64_t t = 0; t < pair_words_of(block.D); ++t) {
+      *pair_word(block, w, lane, t) = float_of(element(2 * t + 1) << 16 | element(2 * t));
+    }
+  }
+}
+#else
 // The block's queries as pairs, 16 by 16 words at a time: w.q_t (T, kPanel), or for tiles as they take them.
 void transpose_pairs(const Block& block, const Workspace& w, int64_t padded) {
   static_assert(kPanel == kLanes);
 #if defined(NEGMINE_TILES)
   const int64_t D = block.D, T = whole_tiles((D + 1) / 2);
 #else
-  const int64_t D = block.D, T = (D + 1) / 2;
+  const int64_t D = block.D, T = pair_words_of(D);
 #endif
   const char* first = static_cast<const char*>(block.query.data) + block.first_query * block.query.row_stride * 2;
   for (int64_t lane = 0; lane < padded; lane += kWidth) {
@@ -121,17 +208,20 @@ void transpose_pairs(const Block& block, const Workspace& w, int64_t padded) {
         if (lane + i < block.lanes) std::memcpy(&x[i], from, static_cast<size_t>(bytes));
       }
       transpose(x);
-      for (int64_t i = 0; i < kWidth && t + i < T; ++i) store(pair_words(block, w, lane) + (t + i) * kPairStride, x[i]);
+      for (int64_t i = 0; i < kWidth && t + i < T; ++i) store(pair_word(block, w, lane, t + i), x[i]);
     }
   }
 }
+#endif
 #endif
 
 }  // namespace
 
 __attribute__((noinline)) void multiply(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors,
                                         [[maybe_unused]] bool pairs, float* out, const Ahead& ahead) {
-#if defined(__AVX512BF16__) && !defined(NEGMINE_TILES)
+#if defined(NEGMINE_QUADS)
+  if (pairs) return multiply_quads(a, rows, b, T, vectors, out, ahead);
+#elif defined(NEGMINE_PAIRS) && !defined(NEGMINE_TILES)
   if (pairs) return multiply_panels<true>(a, rows, b, T, vectors, out, ahead);
 #endif
   multiply_panels<false>(a, rows, b, T, vectors, out, ahead);
@@ -157,14 +247,15 @@ void score_rows(const Block& block, const Workspace& w, [[maybe_unused]] const C
   multiply_in_tiles(left, count, w.q_t, whole_tiles((block.D + 1) / 2), vectors_of(block), w.tile, ahead);
 #else
   const bool pairs = in_pairs(block);
-  multiply(w.rows + first, count, w.q_t, pairs ? (block.D + 1) / 2 : block.D, vectors_of(block), pairs, w.tile, ahead);
+  multiply(w.rows + first, count, w.q_t, pairs ? pair_words_of(block.D) : block.D, vectors_of(block), pairs, w.tile,
+           ahead);
 #endif
 }
 
 void begin_block(const Block& block, const Workspace& w) {
   const int64_t D = block.D, padded = static_cast<int64_t>(vectors_of(block)) * kWidth;
   for (int64_t d = 0; d < (D > kLanes ? D : kLanes); ++d) w.zeros[d] = 0.0f;
-#if defined(__AVX512BF16__)
+#if defined(NEGMINE_PAIRS)
   if (in_pairs(block)) transpose_pairs(block, w, padded);
 #endif
   for (int64_t lane = 0; lane < padded && !in_pairs(block); ++lane) {
@@ -193,9 +284,9 @@ Chunk load_chunk(const Block& block, const Workspace& w, int64_t* k, bool rows) 
   }
 #endif
   for (int64_t j = 0; j < chunk.count; ++j) {
-#if defined(__AVX512BF16__) && !defined(NEGMINE_TILES)
+#if defined(NEGMINE_PAIRS) && !defined(NEGMINE_TILES)
     if (in_pairs(block)) {
-      w.rows[j] = pair_row(block.negative_keys, w.index[j], block.D, w.padded + j * (block.D + 1));
+      w.rows[j] = pair_row(block.negative_keys, w.index[j], block.D, w.padded + j * (block.D + 3));
       continue;
     }
 #endif

@@ -11,7 +11,7 @@ NEGMINE_INLINE int vectors_of(const Block& block) { return static_cast<int>((blo
 
 // Whether scores come from pairs of bf16 neighbours in d, a word each: (D + 1) / 2 words a row.
 NEGMINE_INLINE bool in_pairs([[maybe_unused]] const Block& block) {
-#if defined(__AVX512BF16__)
+#if defined(NEGMINE_PAIRS)
   return block.query.dtype == Dtype::kBFloat16 && block.negative_keys.dtype == Dtype::kBFloat16;
 #else
   return false;
@@ -36,10 +36,17 @@ struct Chunk {
   bool in_parts = true;  // every row may be multiplied in parts
 };
 
+// Words of a row that is in pairs, or in whole quads.
+#if defined(NEGMINE_QUADS)
+NEGMINE_INLINE int64_t pair_words_of(int64_t D) { return (D + 3) / 4 * 2; }
+#else
+NEGMINE_INLINE int64_t pair_words_of(int64_t D) { return (D + 1) / 2; }
+#endif
+
 // One step of a chain: a product of floats, or of two pairs of bf16.
 template <bool kPairs>
 NEGMINE_INLINE V step(V a, V b, V c) {
-#if defined(__AVX512BF16__)
+#if defined(NEGMINE_PAIRS)
   if constexpr (kPairs) return fma_pairs(a, b, c);
 #endif
   return fma(a, b, c);
@@ -91,17 +98,36 @@ struct Tiles {
 };
 #endif
 
-#if defined(__AVX512BF16__)
-// Word 0 of a vector of queries in w.q_t where those are pairs, and words from one to the next.
+#if defined(NEGMINE_PAIRS)
+// Where w.q_t has word t of lane `lane`'s query, where those are pairs.
 #if defined(__AMX_BF16__)
-constexpr int64_t kPairStride = 32;  // panels of two tiles (simd/tiles.h)
-NEGMINE_INLINE float* pair_words(const Block& block, const Workspace& w, int64_t lane) {
-  return w.q_t + lane / kPairStride * room_for_part(block.D) * kPairStride + lane % kPairStride;
+NEGMINE_INLINE float* pair_word(const Block& block, const Workspace& w, int64_t lane, int64_t t) {
+  constexpr int64_t kTwoTiles = 32;  // panels of two tiles (simd/tiles.h)
+  return w.q_t + lane / kTwoTiles * room_for_part(block.D) * kTwoTiles + lane % kTwoTiles + t * kTwoTiles;
+}
+#elif defined(NEGMINE_QUADS)
+// In panels (.., T / 2, kPanel / 2, 2, 2): two words of one query, then of the next.
+NEGMINE_INLINE float* pair_word(const Block& block, const Workspace& w, int64_t lane, int64_t t) {
+  return w.q_t + lane / kPanel * pair_words_of(block.D) * kPanel + t / 2 * 2 * kPanel + lane % kPanel * 2 + t % 2;
 }
 #else
-constexpr int64_t kPairStride = kPanel;
-NEGMINE_INLINE float* pair_words(const Block&, const Workspace& w, int64_t lane) { return w.q_t + lane; }
+NEGMINE_INLINE float* pair_word(const Block&, const Workspace& w, int64_t lane, int64_t t) {
+  return w.q_t + lane + t * kPanel;
+}
 #endif
+
+// Word t of the queries of lanes [lane, lane + kWidth).
+NEGMINE_INLINE VI pair_words(const Block& block, const Workspace& w, int64_t lane, int64_t t) {
+  const float* word = pair_word(block, w, lane, t);
+#if defined(NEGMINE_QUADS)
+  const float* even = word - t % 2;
+  const V first = load(even), second = load(even + kWidth);
+  return (VI)(t % 2 == 0 ? __builtin_shuffle(first, second, VI{0, 2, 4, 6})
+                         : __builtin_shuffle(first, second, VI{1, 3, 5, 7}));
+#else
+  return (VI)load(word);
+#endif
+}
 #endif
 
 // Fills the workspace's q_t and zeros, and its lane_words, for this block.

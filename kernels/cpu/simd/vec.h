@@ -1,15 +1,26 @@
 // One vector of fp32 lanes for each instruction set, in GCC vector extensions, so that a kernel is written once.
 //
-// This folder is compiled several times, with NEGMINE_SIMD = portable, avx2, avx512, avx512bf16 or amxbf16 as the
-// namespace. Everything here and in the files beside it is in that namespace or static, and no std template is used: a
-// weak symbol compiled for a wide instruction set could otherwise be linked into code that runs on a narrow one. fma()
-// is explicit: the bits of a score must not depend on what the compiler chooses to contract.
+// This folder is compiled several times, with NEGMINE_SIMD = portable, avx2, avx512, avx512bf16 or amxbf16, or on ARM
+// portable, neon or neonbf16, as the namespace. Everything here and in the files beside it is in that namespace or
+// static, and no std template is used: a weak symbol compiled for a wide instruction set could otherwise be linked into
+// code that runs on a narrow one. fma() is explicit: the bits of a score must not depend on what the compiler chooses
+// to contract.
 #pragma once
 #include <cstdint>
 #include <cstring>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(NEGMINE_NEON)
+#include <arm_neon.h>
+#endif
+
+// Where the processor multiplies pairs of bf16, and on ARM two pairs at a time.
+#if defined(NEGMINE_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define NEGMINE_PAIRS
+#define NEGMINE_QUADS
+#elif defined(__AVX512BF16__)
+#define NEGMINE_PAIRS
 #endif
 
 #define NEGMINE_INLINE static inline __attribute__((always_inline))
@@ -22,12 +33,16 @@ constexpr int kVectors = 4;  // vectors side by side in a register tile: 6 x 4 a
 #elif defined(__AVX2__)
 constexpr int kWidth = 8;
 constexpr int kVectors = 2;  // 6 x 2 accumulators of 16 registers
+#elif defined(NEGMINE_NEON)
+constexpr int kWidth = 4;
+constexpr int kVectors = 4;  // 6 x 4 accumulators of 32 registers
 #else
 constexpr int kWidth = 4;
 constexpr int kVectors = 2;
 #endif
-constexpr int kRows = 6;                         // rows of a register tile
-constexpr int kPanel = kWidth * kVectors;        // columns of a register tile
+constexpr int kThree = kVectors == 4 ? 3 : kVectors;  // of three vectors that are left, those that go side by side
+constexpr int kRows = 6;                              // rows of a register tile
+constexpr int kPanel = kWidth * kVectors;             // columns of a register tile
 constexpr uint32_t kExcludedBits = 0xFFE5ED07u;  // a NaN of our own: the score of a column that is outside the pool
 
 typedef float V __attribute__((vector_size(kWidth * 4)));
@@ -54,6 +69,11 @@ NEGMINE_INLINE V all(float x) { return (V)_mm256_set1_ps(x); }
 NEGMINE_INLINE VI all(int32_t x) { return (VI)_mm256_set1_epi32(x); }
 NEGMINE_INLINE V fma(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 NEGMINE_INLINE uint32_t bits_ge(V a, V b) { return static_cast<uint32_t>(_mm256_movemask_ps((__m256)(a >= b))); }
+#elif defined(NEGMINE_NEON)
+NEGMINE_INLINE V all(float x) { return (V)vdupq_n_f32(x); }
+NEGMINE_INLINE VI all(int32_t x) { return (VI)vdupq_n_s32(x); }
+NEGMINE_INLINE V fma(V a, V b, V c) { return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+NEGMINE_INLINE uint32_t bits_ge(V a, V b) { return vaddvq_u32((uint32x4_t)((a >= b) & VI{1, 2, 4, 8})); }
 #else
 NEGMINE_INLINE V all(float x) { return V{x, x, x, x}; }
 NEGMINE_INLINE VI all(int32_t x) { return VI{x, x, x, x}; }
@@ -70,12 +90,24 @@ NEGMINE_INLINE uint32_t bits_ge(V a, V b) {
 }
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(NEGMINE_QUADS)
+// Words hold two bf16: c + (a.low * b.low + a.high * b.high), rounded to odd inside. Subnormals are read and written as
+// zero.
+NEGMINE_INLINE V fma_pairs(V a, V b, V c) { return (V)vbfdotq_f32((float32x4_t)c, (bfloat16x8_t)a, (bfloat16x8_t)b); }
+
+// c (2, 2) + the products of 2 rows of 4 bf16 with 2 others, of which the words of a and b hold one after the other.
+NEGMINE_INLINE V fma_quads(V a, V b, V c) { return (V)vbfmmlaq_f32((float32x4_t)c, (bfloat16x8_t)a, (bfloat16x8_t)b); }
+
+NEGMINE_INLINE H to_bfloat16(V x) { return (H)vcvt_bf16_f32((float32x4_t)x); }
+#elif defined(NEGMINE_PAIRS)
 // Words hold two bf16: c + a.high * b.high, then + a.low * b.low, each a fused multiply-add to nearest even. Subnormals
 // are read and written as zero.
 NEGMINE_INLINE V fma_pairs(V a, V b, V c) { return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
 
 NEGMINE_INLINE H to_bfloat16(V x) { return (H)_mm512_cvtneps_pbh((__m512)x); }
+#endif
+
+#if defined(NEGMINE_PAIRS)
 NEGMINE_INLINE V pair_up(H low, H high) {
   return (V)(__builtin_convertvector(low, VI) | __builtin_convertvector(high, VI) << 16);
 }
@@ -118,6 +150,8 @@ NEGMINE_INLINE bool any(VI lanes) {  // each 0 or -1
   return _mm512_movepi32_mask((__m512i)lanes) != 0;
 #elif defined(__AVX2__)
   return _mm256_movemask_epi8((__m256i)lanes) != 0;
+#elif defined(NEGMINE_NEON)
+  return vmaxvq_u32((uint32x4_t)lanes) != 0;
 #else
   int32_t some = 0;
   for (int i = 0; i < kWidth; ++i) some |= lanes[i];
@@ -132,6 +166,8 @@ NEGMINE_INLINE V root(V x) {
   return (V)_mm512_maskz_sqrt_ps(0xFFFF, (__m512)x);
 #elif defined(__AVX2__)
   return (V)_mm256_sqrt_ps((__m256)x);
+#elif defined(NEGMINE_NEON)
+  return (V)vsqrtq_f32((float32x4_t)x);
 #else
   for (int i = 0; i < kWidth; ++i) x[i] = __builtin_sqrtf(x[i]);
   return x;
