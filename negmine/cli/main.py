@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from negmine import doctor
-from negmine.cli import analyze, checkout, flagembedding, index, mine
+from negmine.cli import analyze, checkout, flagembedding, index, merge, mine
 from negmine.cli.options import Parser, spelled
 from negmine.version import __version__
 
@@ -28,6 +28,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     made.add_argument("--traceback", action="store_true", help="show where in the code a failure came from")
     commands = made.add_subparsers(dest="command", required=True, metavar="command")
     mine.add(commands, words)
+    merge.add(commands)
     index.add(commands)
     analyze.add(commands)
     told = commands.add_parser("doctor", help="what works on this machine, why the rest does not, and what to install")

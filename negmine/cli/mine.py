@@ -15,6 +15,7 @@ from negmine.cli import files, flagembedding
 from negmine.cli.options import Reader, add_options, given
 from negmine.cli.outputs import add_overwrite, check_outputs
 from negmine.mining import MiningResult, NegativeIndex, from_texts, mine_hard_negatives
+from negmine.mining.hard_negatives import mine_share
 from negmine.mining.memory_budget import DEFAULT_MEMORY
 from negmine.mining.progress import clock
 from negmine.mining.sources import Rows
@@ -65,6 +66,9 @@ examples, one for each format:
     negmine mine --data old.jsonl --query-embeddings q.npy --corpus-embeddings c.npy --output new.jsonl
   arrays; several files are shards
     negmine mine --query-embeddings q.npy --corpus-embeddings c0.npy c1.npy --positives p.npy --output mined.npz
+  part 2 of 8 of the queries, on any machine; and the file of one run from all parts
+    negmine mine ... --part 2/8 --output parts/2
+    negmine merge parts/* --output mined.npz
   what a command would read, how much memory and how long it would take; it writes nothing
     negmine mine ... --dry-run
   FlagEmbedding's hn_mine.py
@@ -72,16 +76,8 @@ examples, one for each format:
 """
 
 
-def add(commands: Any, words: Sequence[str] = ()) -> None:
-    """The subcommand. words: the command line; a data set makes the arguments that it holds optional."""
-    parser = commands.add_parser(
-        "mine",
-        help="the hardest negatives of every query of a dataset",
-        description="mine_hard_negatives, from files to files. Options are its arguments; select is spelled by its fields.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    data = parser.add_argument_group("inputs as data sets")
+def add_data_sets(data: Any) -> None:
+    """The options that name a data set with texts."""
     data.add_argument(
         "--beir", metavar="FOLDER", help="corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv, plain, .gz or .zst"
     )
@@ -95,6 +91,38 @@ def add(commands: Any, words: Sequence[str] = ()) -> None:
         "--data", metavar="JSONL", help="lines of FlagEmbedding, Tevatron or ms-swift, each with a positive"
     )
 
+
+def add_outputs(out: Any) -> None:
+    """The options that name the files of a result."""
+    out.add_argument(
+        "--output",
+        metavar="FILE",
+        help="training data, as .jsonl or .parquet; any other name: the MiningResult, as .npz",
+    )
+    out.add_argument("--jsonl", metavar="FILE", help="training data, where --output takes the MiningResult")
+    out.add_argument(
+        "--form", default="flagembedding", help=f"of training data: {', '.join(FORMS)} (default: flagembedding)"
+    )
+
+
+def _part(word: str) -> tuple[int, int]:
+    """Share and number of shares, of I/N."""
+    share, slash, count = word.partition("/")
+    if not (slash and share.isdecimal() and count.isdecimal() and 1 <= int(share) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{word!r} must be I/N, such as 1/3, with I from 1 to N")
+    return int(share), int(count)
+
+
+def add(commands: Any, words: Sequence[str] = ()) -> None:
+    """The subcommand. words: the command line; a data set makes the arguments that it holds optional."""
+    parser = commands.add_parser(
+        "mine",
+        help="the hardest negatives of every query of a dataset",
+        description="mine_hard_negatives, from files to files. Options are its arguments; select is spelled by its fields.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_data_sets(parser.add_argument_group("inputs as data sets"))
     embedding = parser.add_argument_group("embeddings of texts by a model")
     embedding.add_argument(
         "--model",
@@ -113,14 +141,12 @@ def add(commands: Any, words: Sequence[str] = ()) -> None:
     names += add_options(group, mine_hard_negatives, READERS, skip=(*NO_OPTION, *grouped))
 
     out = parser.add_argument_group("output")
+    add_outputs(out)
     out.add_argument(
-        "--output",
-        metavar="FILE",
-        help="training data, as .jsonl or .parquet; any other name: the MiningResult, as .npz",
-    )
-    out.add_argument("--jsonl", metavar="FILE", help="training data, where --output takes the MiningResult")
-    out.add_argument(
-        "--form", default="flagembedding", help=f"of training data: {', '.join(FORMS)} (default: flagembedding)"
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="mine the I-th of N equal parts of the queries; --output is a part, for negmine merge",
     )
     add_overwrite(out)
     out.add_argument(
@@ -141,7 +167,8 @@ def add(commands: Any, words: Sequence[str] = ()) -> None:
     parser.set_defaults(run=lambda args: run(parser, args, names, fields, made))
 
 
-def _is_training_data(name: str | None) -> bool:
+def is_training_data(name: str | None) -> bool:
+    """True for the name of a file that takes lines of training data."""
     return name is not None and Path(name).suffix in (".jsonl", ".parquet")
 
 
@@ -166,7 +193,13 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.split and not args.beir:
         parser.error("--split needs --beir")
     require_choice(OP, "form", args.form, FORMS)
-    wanted = "--jsonl" if args.jsonl else "--output" if _is_training_data(args.output) else None
+    wanted = "--jsonl" if args.jsonl else "--output" if is_training_data(args.output) else None
+    if args.part:
+        for name in ("model", "jsonl", "dry_run", "rescore"):
+            if getattr(args, name, None):
+                parser.error(f"--part goes without --{name.replace('_', '-')}")
+        if wanted or not args.output:
+            parser.error("--part needs --output, a file for the part, whose name does not end in .jsonl or .parquet")
     has_texts = sets or (hasattr(args, "query_texts") and hasattr(args, "corpus_texts"))
     if wanted and not has_texts and args.form != "pylate":
         parser.error(f"{wanted} needs --query-texts and --corpus-texts, or a data set")
@@ -174,7 +207,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     check_outputs(OP, args, {"--output": args.output, "--jsonl": args.jsonl}, overwrite=args.overwrite, inputs=inputs)
 
 
-def _read(args: argparse.Namespace) -> TextSet | None:
+def read_data_set(args: argparse.Namespace) -> TextSet | None:
+    """The data set that the options name, if any."""
     if args.beir:
         return read_beir(args.beir, args.split)
     if args.collection:
@@ -204,23 +238,34 @@ def run(
     _check(parser, args)
     select = Select(**given(args, fields))
     model = files.model(args.model) if args.model else None
-    texts = _read(args)
+    texts = read_data_set(args)
     arguments = _arguments(args, names, texts)
     if args.dry_run:
         print(_plan(args, arguments, select, texts, model))
+        return 0
+    if args.part:
+        number, count = args.part
+        part = mine_share(number, count, arguments | {"select": select})
+        part.save(args.output)
+        print(f"part {number}/{count}, {len(part.arrays['numbers']):,} queries, in {args.output}")
         return 0
     if model is None:
         result = mine_hard_negatives(**arguments, select=select)
     else:
         sides = {side: arguments.pop(f"{name}_texts") for side, name in (("queries", "query"), ("corpus", "corpus"))}
         result = from_texts(model, **sides, **arguments, **given(args, made), select=select)
+    write(result, args, texts)
+    return 0
+
+
+def write(result: MiningResult, args: argparse.Namespace, texts: TextSet | None) -> None:
+    """Write what --output and --jsonl name, and print the summary."""
     for name in (args.output, args.jsonl):
-        if name == args.jsonl or _is_training_data(name):
+        if name == args.jsonl or is_training_data(name):
             _write(result, name, args.form, texts)
         elif name:
             result.save(name)
     print(result.summary())
-    return 0
 
 
 def _write(result: MiningResult, name: str | None, form: str, texts: TextSet | None) -> None:

@@ -8,9 +8,10 @@ import torch
 
 from negmine.mining.parts import Part, unpack_ids
 from negmine.mining.result import MiningResult
+from negmine.mining.resume import flatten
 from negmine.mining.row_lists import RowLists
 from negmine.ops import sort_key
-from negmine.ops.checks import refuse
+from negmine.ops.checks import describe, refuse
 
 OP = "merge_parts"
 SUMMED = ("num_dropped", "content")  # arrays whose entries of one number are added
@@ -49,6 +50,8 @@ def join_parts(parts: Sequence[Part]) -> Part:
     if not isinstance(parts, (list, tuple)) or not parts or not all(isinstance(part, Part) for part in parts):
         raise refuse(OP, "parts", "a list of one Part or more", parts, TypeError)
     first = parts[0]
+    if all(part.phase == "negatives" for part in parts):
+        _require_one_config([part.facts["config"] for part in parts])
     for name, wanted in SAME.items():
         values = [getattr(part, name) for part in parts]
         other = next((value for value in values if value != values[0]), None)
@@ -95,6 +98,18 @@ def _require_disjoint(phase: str, tiles: np.ndarray) -> None:
             raise refuse(OP, "parts", f"disjoint in phase {phase}", " and ".join(pair))
 
 
+def _require_one_config(configs: list[dict]) -> None:
+    """Raise ValueError, naming what differs, unless all parts come from the same inputs and arguments."""
+    first = flatten(configs[0])
+    for config in configs[1:]:
+        other = flatten(config)
+        differing = [name for name in first | other if first.get(name) != other.get(name)]
+        if differing:
+            name = differing[0]
+            came = f"{name} {describe(first.get(name), 60)} and {describe(other.get(name), 60)}"
+            raise refuse(OP, "parts", "of the same inputs, arguments, kernels and versions", came)
+
+
 def _join_shares(parts: Sequence[Part], tiles: np.ndarray) -> Part:
     """Finished negatives of several shares of the queries."""
     facts = parts[0].facts
@@ -102,9 +117,9 @@ def _join_shares(parts: Sequence[Part], tiles: np.ndarray) -> Part:
     double = sorted({share for share in shares if shares.count(share) > 1})
     if double:
         raise refuse(OP, "parts", "each share of the queries once", f"{share_names(double, facts)} more than once")
-    for name in ("num_shares", "config"):
-        if any(part.facts[name] != facts[name] for part in parts):
-            raise refuse(OP, "parts", f"of one {name}", " and ".join(str(part.facts[name]) for part in parts))
+    counts = sorted({part.facts["num_shares"] for part in parts})
+    if len(counts) > 1:
+        raise refuse(OP, "parts", "of equally many shares of the queries", f"shares of {counts[0]} and of {counts[1]}")
     names = dict.fromkeys(name for part in parts for name in part.arrays)
     joined = {name: np.concatenate([part.arrays[name] for part in parts if name in part.arrays]) for name in names}
     by_query = np.argsort(joined["numbers"], kind="stable")

@@ -41,9 +41,10 @@ def _part_name(begin: int, queries: int) -> str:
     return f"queries-{begin:012d}-{begin + queries:012d}.negmine"
 
 
-def _flatten(value: Any, name: str = "") -> dict[str, Any]:
+def flatten(value: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts, by dotted names."""
     if isinstance(value, dict):
-        return {key: leaf for inner, part in value.items() for key, leaf in _flatten(part, f"{name}.{inner}").items()}
+        return {key: leaf for inner, part in value.items() for key, leaf in flatten(part, f"{name}.{inner}").items()}
     return {name.removeprefix("."): value}
 
 
@@ -117,11 +118,11 @@ class ResumeFolder:
             content = read_json(path, MAX_RUN_BYTES)
             if not isinstance(content, dict):
                 raise ValueError("it holds no JSON object")
-            before = _flatten(content)
+            before = flatten(content)
         except (ValueError, RecursionError) as error:
             where = f"{self.op}: resume_dir's {describe(str(path))} is damaged"
             raise ValueError(f"{where} ({cause(error)}): give a new folder") from error
-        now = _flatten(json.loads(json.dumps(identity)))
+        now = flatten(json.loads(json.dumps(identity)))
         missing = object()
         changed = sorted(
             name for name in before.keys() | now.keys() if before.get(name, missing) != now.get(name, missing)

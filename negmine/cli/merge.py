@@ -1,0 +1,61 @@
+"""negmine merge: the MiningResult of the parts that `negmine mine --part` wrote."""
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+from negmine.cli import files, mine
+from negmine.cli.outputs import add_overwrite, check_outputs
+from negmine.mining import Part, merge_parts
+from negmine.mining.merging import share_names
+from negmine.mining.training_rows import FORMS
+from negmine.ops.checks import require_choice
+
+OP = "negmine merge"
+TEXTS = ("query_texts", "corpus_texts")
+
+
+def add(commands: Any) -> None:
+    """The subcommand."""
+    parser = commands.add_parser(
+        "merge",
+        help="the result of the parts of one mining job",
+        description="The file that `negmine mine` without --part would have written, to the byte. Parts of other inputs or "
+        "arguments, parts that are there twice, and parts that are missing are named, and nothing is written.",
+    )
+    parser.add_argument("parts", nargs="+", metavar="PART", help="what `negmine mine --part i/n --output PART` wrote")
+    mine.add_data_sets(parser.add_argument_group("texts for training data, as a data set"))
+    texts = parser.add_argument_group("texts for training data, as files")
+    for name in TEXTS:
+        texts.add_argument(
+            f"--{name.replace('_', '-')}", metavar="FILE", help=f"{name.partition('_')[0]} texts, one a row"
+        )
+    mine.add_outputs(parser.add_argument_group("output"))
+    add_overwrite(parser)
+    parser.set_defaults(run=lambda args: run(parser, args))
+
+
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    if not (args.output or args.jsonl):
+        parser.error("give --output or --jsonl, a file for the result")
+    require_choice(OP, "form", args.form, FORMS)
+    wanted = "--jsonl" if args.jsonl else "--output" if mine.is_training_data(args.output) else None
+    has_texts = any(getattr(args, name) for name in mine.DATA_SET) or all(getattr(args, name) for name in TEXTS)
+    if wanted and not has_texts and args.form != "pylate":
+        parser.error(f"{wanted} needs --query-texts and --corpus-texts, or a data set")
+    check_outputs(OP, args, {"--output": args.output, "--jsonl": args.jsonl}, overwrite=args.overwrite)
+    parts = [Part.load(name) for name in args.parts]
+    for name, part in zip(args.parts, parts, strict=True):
+        if part.phase != "negatives":
+            raise ValueError(f"{OP}: {name!r} holds phase {part.phase}, not what `negmine mine --part` writes")
+    merged = merge_parts(parts)
+    if isinstance(merged, Part):
+        count, held = merged.facts["num_shares"], merged.facts["shares"]
+        missing = sorted(set(range(1, count + 1)) - set(held))
+        raise ValueError(f"{OP}: parts {share_names(missing, merged.facts)} are missing")
+    texts = mine.read_data_set(args)
+    given: dict[str, Any] = {name: files.TEXTS.read(getattr(args, name)) for name in TEXTS if getattr(args, name)}
+    if texts is not None:
+        given = {"query_texts": texts.query_texts, "corpus_texts": texts.corpus_texts}
+    mine.write(replace(merged, **given), args, texts)
+    return 0
