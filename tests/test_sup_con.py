@@ -285,3 +285,60 @@ def test_views_share_their_masks(any_backend):
 def test_refusals_of_positives(given, said):
     with pytest.raises((ValueError, TypeError), match=f"sup_con: {said}"):
         negmine.sup_con(unit(4, 8), unit(9, 8), **given)
+
+
+@pytest.mark.parametrize("positives", ["out", "in"])
+@pytest.mark.parametrize("denominator", ["all", "own_positive", "negatives_only"])
+def test_pools_are_one_queue(any_backend, positives, denominator):
+    """The batch, without the own sample, and a queue that is half full, as if joined; rows without positives in some."""
+    device = device_of(any_backend)
+    q, batch, older = (unit(n, 8, device=device, seed=i) for i, n in enumerate((5, 5, 30)))
+    sample = torch.arange(5, device=device)
+    both = torch.tensor([0, 1, 2, -1, 9], device=device), torch.arange(30, device=device) % 5 - 1
+    queue = negmine.MoCoQueue(8, 64, with_labels=True, random_init=False).to(device)
+    queue.enqueue(older, labels=both[1])
+    options = {"positives": positives, "denominator": denominator, "reduction": "none", "return_stats": True}
+
+    def graded(dtype, joined):
+        leaves = [v.to(dtype).requires_grad_() for v in (q, batch)]
+        if joined:
+            keys, labels = torch.cat([leaves[1], older.to(dtype)]), torch.cat(both)
+            ids = torch.cat([sample, torch.full((30,), -1, device=device)])
+            given = {"key_labels": labels, "key_ids": ids, "backend": "reference"}
+        else:
+            keys, given = [negmine.Negatives(leaves[1], labels=both[0], ids=sample), queue], {"backend": any_backend}
+        rows, stats = negmine.sup_con(leaves[0], keys, both[0], query_ids=sample, temperature=T, **options, **given)
+        return [rows, *torch.autograd.grad(rows.sum(), leaves)], stats
+
+    (got, stats), (truth, want), (plain, _) = (
+        graded(torch.float32, False),
+        graded(torch.float64, True),
+        graded(torch.float32, True),
+    )
+    for name, k, t, p in zip(("loss", "d_query", "d_keys"), got, truth, plain, strict=True):
+        assert t.any()
+        compare.rounded(name, k, t, p, condition=1 / T, terms=torch.tensor(1 / T))
+    assert torch.equal(stats.num_positives, want.num_positives)
+    torch.testing.assert_close(stats.logsumexp.double(), want.logsumexp, rtol=1e-5, atol=1e-5)
+
+
+def test_pools_that_are_refused():
+    q, keys, tags = unit(3, 4), unit(5, 4), torch.arange(5)
+    for pools, options, words in [
+        ([keys], {}, "keys[0].labels must be given together with query_labels"),
+        ([negmine.Negatives(keys, labels=tags)], {"key_mask": tags > 0}, "key_mask must be None where keys are pools"),
+        (negmine.Negatives(keys, labels=tags, bias=tags.float()), {}, "keys.bias must be None, for sup_con takes none"),
+        (
+            [negmine.Negatives(keys, labels=tags), None],
+            {},
+            "keys[1] must be a tensor, a MoCoQueue or a Negatives, got None",
+        ),
+        (
+            negmine.Negatives(keys, labels=tags),
+            {"query_ids": tags[:3]},
+            "query_ids must be None, for no pool of keys has ids",
+        ),
+        ([], {}, "keys must be a list of one pool or more"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(words)):
+            negmine.sup_con(q, pools, tags[:3], **options)

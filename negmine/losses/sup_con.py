@@ -17,11 +17,11 @@ from negmine import reference
 from negmine.losses.gathered import Gathering
 from negmine.losses.schedules import ScheduledLoss, at_step
 from negmine.ops import backends, checks
-from negmine.ops.accumulate import widen_once
+from negmine.ops.accumulate import each_widened, narrowed
 from negmine.ops.backends import Kernels
 from negmine.ops.first_derivative import first_derivative_only, fused
 from negmine.ops.logsumexp import LogSumExp, MeanScore
-from negmine.ops.negatives import labelled_pool
+from negmine.ops.negatives import check_negatives, has_tags, labelled_pool, pools_in
 from negmine.ops.pool import Pool, hide_masked_rows, pieces, pool_of_columns, usable
 from negmine.ops.vectors import disable_autocast, frozen, promoted, scale_of, widened
 from negmine.selection import summing_ops
@@ -131,7 +131,7 @@ def _of_piece(q: Tensor, keys: Tensor, scale: Tensor, lse: Tensor, pool: Pool, p
 
 def sup_con(
     query: Tensor,
-    keys: Tensor | None,
+    keys: Any,
     query_labels: Tensor | None = None,
     key_labels: Tensor | None = None,
     *,
@@ -159,11 +159,12 @@ def sup_con(
     ----------
     query : Tensor (B, D) or (B, V, D)
         V views of each sample share its labels, ids and masks. Carries gradient.
-    keys : Tensor (K, D) or None
+    keys : Tensor (K, D), MoCoQueue, Negatives, list of these, or None
         A queue, the batch itself, or both concatenated. Keys that require grad get one; frozen keys may be overwritten
         before backward. None: the queries themselves, views included, without each view itself. The positives are then
         those of the query's label, or without labels the other views of its sample (SimCLR); `query_ids` and `key_ids` must
-        be None.
+        be None. A MoCoQueue or a Negatives brings its labels, ids and mask with it; a list of them is as one queue, without
+        joining the keys.
     query_labels : Tensor (B,), optional
         Whole numbers; equal labels are positives. -1 is unknown and equals nothing.
     key_labels : Tensor (K,), optional
@@ -220,37 +221,34 @@ def sup_con(
     """
     op = "sup_con"
     tags = (query_labels, key_labels, query_ids, key_ids)
-    given = _checked(op, query, keys, *tags, key_mask, positive_mask, positive_weights)
+    each = _each_checked(op, query, keys, *tags, key_mask, positive_mask, positive_weights)
     temperature = checks.require_temperature(op, temperature)
     checks.require_choice(op, "positives", positives, ("out", "in"))
     checks.require_choice(op, "denominator", denominator, ("all", "own_positive", "negatives_only"))
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_bool(op, "return_stats", return_stats)
-    views, weights = query.shape[:-1], given.weights
-    query, keys = promoted(given.query, given.keys)
-    needed = summing_ops("logsumexp", keys)
+    views, weights = query.shape[:-1], each[0].weights
+    query, *every = promoted(each[0].query, *(given.keys for given in each))
     is_dense = weights is not None and (positives == "in" or denominator == "own_positive")
     if is_dense and backend not in (None, "reference"):
         why = "only the reference takes positive_weights with positives='in' or denominator='own_positive'"
         raise backends.BackendUnavailable(f"{op}: backend {backend!r} cannot run this call ({why})")
-    kernels = backends.choose(op, needed, "reference" if is_dense else backend, (query, keys))
-    everything = given.everything
-    kernels, query, _, keys = widen_once(kernels, query, None, keys)
-    if kernels is None:
-        allowed = usable(everything, query, keys)
-        rows, found = reference.sup_con(
-            widened(query),
-            frozen(keys, allowed),
-            positive_mask=usable(given.same, query, keys),
-            positive_weights=weights,
-            temperature=temperature,
-            positives=positives,
-            denominator=denominator,
-            usable=allowed,
-        )
-        stats = SupConStats(**found)
+    chosen = [
+        backends.choose(op, summing_ops("logsumexp", stored), "reference" if is_dense else backend, (query, stored))
+        for stored in every
+    ]
+    chosen = [narrowed(kernels, query, None, stored) for kernels, stored in zip(chosen, every, strict=True)]
+    query, *every = each_widened(query, *every)
+    if any(kernels is None for kernels in chosen):
+        rows, stats = _dense(query, every, temperature, each, positives, denominator)
     else:
-        rows, stats = _from_kernels(kernels, query, keys, temperature, given, positives, denominator)
+        scale = scale_of(temperature, query)
+        parts = [
+            _from_kernels(kernels, stored, given, query, scale, denominator, positives)
+            for kernels, stored, given in zip(chosen, every, each, strict=True)
+            if kernels is not None
+        ]
+        rows, stats = _joined(parts, query, scale, positives, denominator)
     if len(views) == 2:
         rows, stats = rows.view(views), SupConStats(stats[0].view(views), stats[1].view(views), stats[2])
     loss = reference.reduced(rows, reduction)
@@ -266,6 +264,43 @@ class _Given(NamedTuple):
     same: Pool  # the positives
     others: Pool  # the negatives
     weights: Tensor | None  # (B, K) of the positives
+
+
+def _each_checked(
+    op: str, query: Any, keys: Any, query_labels: Any, key_labels: Any, query_ids: Any, key_ids: Any, key_mask: Any,
+    positive_mask: Any, positive_weights: Any,
+) -> list[_Given]:  # fmt: skip
+    """The checked columns of each pool."""
+    by_key = {
+        "key_labels": key_labels, "key_ids": key_ids, "key_mask": key_mask, "positive_mask": positive_mask,
+        "positive_weights": positive_weights,
+    }  # fmt: skip
+    if keys is None or isinstance(keys, Tensor):
+        return [_checked(op, query, keys, query_labels, key_labels, query_ids, *list(by_key.values())[1:])]
+    for name, value in by_key.items():
+        if value is not None:
+            raise checks.refuse(op, name, "None where keys are pools", value)
+    checks.require_vectors(op, "query", query, "(B, D) or (B, V, D)", (2, 3))
+    B, V = query.shape[0], query.shape[1] if query.dim() == 3 else 1
+    rows = query if query.dim() == 2 else query.reshape(B * V, query.shape[-1])  # (B V, D)
+    labels = _of_views(op, "query_labels", query_labels, B, V)
+    ids = None if query_ids is None else _of_views(op, "query_ids", query_ids, B, V)
+    listed = pools_in(op, keys, "keys") if isinstance(keys, (list, tuple)) else [keys]
+    if ids is not None and not any(has_tags(given, "ids") for given in listed):
+        raise checks.refuse(op, "query_ids", "None, for no pool of keys has ids", query_ids)
+    made = []
+    for p, given in enumerate(listed):
+        name = f"keys[{p}]" if isinstance(keys, (list, tuple)) else "keys"
+        if given is None:
+            raise checks.refuse(op, name, "a tensor, a MoCoQueue or a Negatives", None)
+        for option in ("bias", "guide"):
+            if getattr(given, option, None) is not None:
+                raise checks.refuse(op, f"{name}.{option}", f"None, for {op} takes none", getattr(given, option))
+        own_ids = ids if has_tags(given, "ids") else None
+        found, others = check_negatives(op, rows, None, given, own_ids, labels, name=name)
+        everything = others._replace(query_labels=None, negative_labels=None)
+        made.append(_Given(rows, found, everything, others._replace(same_label=True), others, None))
+    return made
 
 
 def _checked(
@@ -333,24 +368,60 @@ def _of_views(op: str, name: str, tags: Any, B: int, V: int) -> Tensor:
     return tags if V == 1 else tags.repeat_interleave(V)
 
 
-def _from_kernels(
-    kernels: Kernels,
+def _dense(
     query: Tensor,
-    keys: Tensor,
+    every: list[Tensor],
     temperature: float | Tensor,
-    given: _Given,
+    each: list[_Given],
     positives: str,
     denominator: str,
 ) -> tuple[Tensor, SupConStats]:
-    """Loss (B,) and statistics from the kernels; meaning as reference.sup_con."""
-    scale = scale_of(temperature, query)
+    """Loss (B,) and statistics by the reference, over the keys of all pools joined."""
+    allowed = [usable(given.everything, query, keys) for given, keys in zip(each, every, strict=True)]
+    same = [usable(given.same, query, keys) for given, keys in zip(each, every, strict=True)]
+    kept = [frozen(keys, mask) for keys, mask in zip(every, allowed, strict=True)]
+    mask: Tensor | None = allowed[0]
+    if len(each) > 1:
+        shapes = [(len(query), len(keys)) for keys in every]
+        mask = torch.cat([_whole(part, shape, query) for part, shape in zip(allowed, shapes, strict=True)], 1)  # (B, K)
+    rows, found = reference.sup_con(
+        widened(query),
+        kept[0] if len(kept) == 1 else torch.cat([widened(keys) for keys in kept]),
+        positive_mask=same[0] if len(same) == 1 else torch.cat([part for part in same if part is not None], 1),
+        positive_weights=each[0].weights,
+        temperature=temperature,
+        positives=positives,
+        denominator=denominator,
+        usable=mask,
+    )
+    return rows, SupConStats(**found)
+
+
+def _whole(mask: Tensor | None, shape: tuple[int, int], query: Tensor) -> Tensor:
+    return torch.ones(shape, dtype=torch.bool, device=query.device) if mask is None else mask
+
+
+class _Part(NamedTuple):
+    """What one pool adds to the loss of each row."""
+
+    lse: Tensor  # (B,) of the denominator's columns
+    num_kept: Tensor  # (B,) how many they are
+    num_positives: Tensor  # (B,)
+    pull: Tensor | None  # (B,) the mean of the positives' logits or, "in", the log of the mean of their exponentials
+    kernels: Kernels
+    keys: Tensor  # (K, D)
+    same: Pool
+
+
+def _from_kernels(
+    kernels: Kernels, keys: Tensor, given: _Given, query: Tensor, scale: Tensor, denominator: str, positives: str
+) -> _Part:
     same, columns = given.same, given.everything if denominator == "all" else given.others
     sums, num_kept, *_ = fused(LogSumExp, query, keys, scale[None], None, None, 0, None, kernels, *columns)
-    lse = sums[0]  # (B,)
+    pull = None
     if denominator == "own_positive":
-        rows, count = fused(OwnPositive, query, keys, scale, lse, positives, *same)
-        return rows, SupConStats(lse.detach(), count, (count == 0).sum())
-    if given.weights is not None:
+        count = num_kept
+    elif given.weights is not None:
         score, count = _weighted_score(query, keys, given.weights, same)
         pull = score * scale  # (B,)
     elif positives == "out":
@@ -359,9 +430,39 @@ def _from_kernels(
     else:
         sums_same, count, *_ = fused(LogSumExp, query, keys, scale[None], None, None, 0, None, kernels, *same)
         pull = sums_same[0].masked_fill(count == 0, 0.0) - count.clamp_min(1).float().log()
+    return _Part(sums[0], num_kept, count, pull, kernels, keys, same)
+
+
+def _joined(
+    parts: list[_Part], query: Tensor, scale: Tensor, positives: str, denominator: str
+) -> tuple[Tensor, SupConStats]:
+    """Loss (B,) and statistics of all pools; meaning as reference.sup_con over their keys joined."""
+    num_kept, lse = parts[0].num_kept, parts[0].lse
+    if len(parts) > 1:
+        num_kept = torch.stack([part.num_kept for part in parts]).sum(0)
+        lse = torch.stack([part.lse for part in parts]).masked_fill(num_kept == 0, 0.0).logsumexp(0)
+        lse = lse.masked_fill(num_kept == 0, -torch.inf)
+    if denominator == "own_positive":
+        own = [fused(OwnPositive, query, part.keys, scale, lse, positives, *part.same) for part in parts]
+        rows, count = _mean_over([-loss for loss, _ in own], [count for _, count in own], positives)
+        return -rows.masked_fill(count == 0, 0.0), SupConStats(lse.detach(), count, (count == 0).sum())
+    pull, count = _mean_over([part.pull for part in parts], [part.num_positives for part in parts], positives)
     some = (count > 0) & (num_kept > 0)  # (B,)
     rows = torch.where(some, lse.masked_fill(~some, 0.0) - pull, 0.0)
     return rows, SupConStats(lse.detach(), count, (~some).sum())
+
+
+def _mean_over(pulls: list[Any], counts: list[Tensor], positives: str) -> tuple[Tensor, Tensor]:
+    """Means (B,) of pools as one, of entries or, "in", of their exponentials as a log; and the number of entries (B,)."""
+    if len(pulls) == 1:
+        return pulls[0], counts[0]
+    pull, each = torch.stack(pulls), torch.stack(counts)  # (pools, B)
+    count = each.sum(0)  # (B,)
+    some = count.clamp_min(1).to(pull.dtype)
+    if positives == "out":
+        return (pull * each).masked_fill(each == 0, 0.0).sum(0) / some, count
+    terms = (pull + each.clamp_min(1).to(pull.dtype).log()).masked_fill(each == 0, -torch.inf)
+    return terms.masked_fill(count == 0, 0.0).logsumexp(0) - some.log(), count
 
 
 def _weighted_score(query: Tensor, keys: Tensor, weights: Tensor, same: Pool) -> tuple[Tensor, Tensor]:

@@ -81,13 +81,13 @@ def option_of(negative_keys: Any, option: str, common: Any) -> Any:
     return common if own is None else own
 
 
-def pools_in(op: str, negative_keys: list | tuple) -> list:
+def pools_in(op: str, negative_keys: list | tuple, name: str = "negative_keys") -> list:
     """The pools of a list of one or more."""
     if not negative_keys:
-        raise refuse(op, "negative_keys", "a list of one pool or more", negative_keys)
+        raise refuse(op, name, "a list of one pool or more", negative_keys)
     for p, given in enumerate(negative_keys):
         if isinstance(given, (list, tuple)):
-            raise refuse(op, f"negative_keys[{p}]", "one pool", type(given).__name__, TypeError)
+            raise refuse(op, f"{name}[{p}]", "one pool", type(given).__name__, TypeError)
     return list(negative_keys)
 
 
@@ -102,12 +102,12 @@ def check_pools(
 ) -> list[tuple[Tensor, Pool]]:
     """check_negatives of several pools. Ids and labels of the queries count in each pool that has some, and one must."""
     for argument, given_tags, kind in (("query_ids", query_ids, "ids"), ("query_labels", query_labels, "labels")):
-        if given_tags is not None and not any(_has_tags(given, kind) for given in pools):
+        if given_tags is not None and not any(has_tags(given, kind) for given in pools):
             raise refuse(op, argument, f"None, for no pool of negative_keys has {kind}", given_tags)
     checked = []
     for p, given in enumerate(pools):
         name = f"negative_keys[{p}]"
-        by_ids, by_labels = _has_tags(given, "ids"), _has_tags(given, "labels")
+        by_ids, by_labels = has_tags(given, "ids"), has_tags(given, "labels")
         tags = query_ids if by_ids else None, query_labels if by_labels else None
         checked.append(
             check_negatives(
@@ -117,7 +117,7 @@ def check_pools(
     return checked
 
 
-def _has_tags(given: Any, kind: str) -> bool:
+def has_tags(given: Any, kind: str) -> bool:
     """True where a pool has ids or labels to compare with the queries'."""
     keys = given
     if isinstance(given, Negatives):
