@@ -1,7 +1,9 @@
 """from_texts and rescore=: models and judges that are toys, so that every answer is known."""
 
 import hashlib
+import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 import negmine
 from negmine import Select
-from negmine.mining import from_texts, rescoring, text_mining
+from negmine.mining import atomic_file, from_texts, rescoring, text_mining
 
 D = [f"doc {i}" for i in range(60)]
 Q = [f"question {i}" for i in range(12)]
@@ -115,19 +117,29 @@ def test_checks_come_before_the_model():
             from_texts(**{"model": model, "queries": Q, "corpus": D, "positives": P, **change})
 
 
-def test_the_cache_goes_on_where_a_run_was_killed(tmp_path, monkeypatch):
+def test_the_cache_goes_on_where_a_process_was_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(text_mining, "BLOCK_ROWS", 16)
     want, model = from_texts(embed, Q, D, P), Model()
 
     def killed(texts):
         if "doc 40" in texts:
-            raise KeyboardInterrupt
-        return model.encode(texts)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return embed(texts)
+
+    def killed_while_writing(op, path):
+        if len(list(path.parent.glob("*.npy"))) == 3:
+            monkeypatch.setattr(os, "replace", lambda *names: os.kill(os.getpid(), signal.SIGKILL))
+        return atomic_file.atomic_write(op, path)
 
     options = {"cache_dir": tmp_path / "cache", "encode_batch_size": 4}
-    with pytest.raises(KeyboardInterrupt):
-        from_texts(killed, Q, D, P, **options)
-    model.seen.clear()
+    for embedder, writer in ((killed, atomic_file.atomic_write), (embed, killed_while_writing)):
+        child = os.fork()
+        if not child:
+            text_mining.atomic_write = writer
+            from_texts(embedder, Q, D, P, **options)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 3, "of the queries, and two of four of the corpus"
     got = from_texts(model, Q, D, P, **options)
     np.testing.assert_array_equal(got.indices, want.indices)
     np.testing.assert_array_equal(got.scores, want.scores)
@@ -135,7 +147,7 @@ def test_the_cache_goes_on_where_a_run_was_killed(tmp_path, monkeypatch):
     model.seen.clear()
     from_texts(model, Q, [*D, "one more"], P, **options)
     assert set(model.seen) == {*Q[:8], *D[:8], *D[48:], "one more"}
-    victim = sorted((tmp_path / "cache").iterdir())[0]
+    victim = sorted((tmp_path / "cache").glob("*.npy"))[0]
     victim.write_bytes(victim.read_bytes()[:100])
     with pytest.warns(RuntimeWarning, match="is damaged: its texts are embedded again"):
         again = from_texts(model, Q, D, P, **options)
