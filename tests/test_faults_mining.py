@@ -167,6 +167,19 @@ def test_1l_refused_values(value):
         assert len(str(raised.value)) < 520
 
 
+def test_masked_arrays_are_refused():
+    """What lies below a mask is no number of the caller's."""
+    masked = np.ma.masked_array(C, mask=C > 1.9)
+    with pytest.raises(ValueError, match="corpus_embeddings must be without masked entries"):
+        mine(X, np.ma.masked_array(C, mask=C > 0.5), P)
+    rows = np.ma.masked_array(np.arange(40), mask=np.arange(40) == 7)
+    with pytest.raises(
+        ValueError, match="positives must be without masked entries: fill or remove them, got '1 masked"
+    ):
+        mine(X, C, rows)
+    assert not masked.mask.any() and len(mine(X, masked, P).indices) == 40
+
+
 def test_1n_corpus_containers():
     got = mine(X, C, D[:40], corpus_texts={text: text.upper() for text in D})
     assert got.corpus_ids == D and got.to_triplets()[0].tolist() == [0, "doc 0", f"doc {got.indices[0, 0]}"]

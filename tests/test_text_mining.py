@@ -88,6 +88,9 @@ def test_1m_what_a_model_returns():
             lambda texts: {"dense_vecs": embed(texts)},
             "wrap it in a function that picks one entry, got 'a dict of dense_vecs'",
         ),
+        (lambda texts: [[0.5] * len(text) for text in texts], "got 'a list of other entries'"),
+        (lambda texts: embed(texts) * 1j, "got 'complex numbers'"),
+        (lambda texts: np.ma.masked_array(embed(texts), mask=embed(texts) > 2), "without masked entries"),
         (lambda texts: embed(texts)[0], "got 'shape (16,)'"),
         (lambda texts: None, "got 'a NoneType'"),
         (lambda texts: texts, "got 'a list of other entries'"),
@@ -112,6 +115,8 @@ def test_checks_come_before_the_model():
         ({"encode_batch_size": 0}, "encode_batch_size must be"),
         ({"query_prompt": None}, "query_prompt must be a string"),
         ({"cache_dir": ""}, "cache_dir must be the path of a folder"),
+        ({"cache_dir": __file__}, f"cache_dir must be the path of a folder, got '{__file__}, where"),
+        ({"cache_dir": "s3://b/c"}, "cache_dir must be the path of a folder on this machine, got 's3://b/c'"),
     ):
         with pytest.raises((ValueError, TypeError), match=re.escape(words)):
             from_texts(**{"model": model, "queries": Q, "corpus": D, "positives": P, **change})

@@ -12,6 +12,7 @@ from negmine.mining import MiningResult
 from negmine.mining.text_sets import read_beir, read_msmarco, read_training_lines
 from negmine.mining.training_rows import FORMS
 from tests.cases import unit
+from tests.peers import peer_file
 
 K = 12
 CORPUS = unit(K, 6, seed=2).numpy()
@@ -101,6 +102,24 @@ def test_parquet_and_datasets_hold_the_same_rows(result, tmp_path, form):
     assert result.to_dataset(corpus_texts=BODIES, corpus_titles=TITLES, form=form).to_list() == want
 
 
+def test_pylate_and_tevatron_read_their_forms(result, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    scored = peer_file("pylate", "utils/processing.py").KDProcessing(
+        queries=datasets.Dataset.from_dict({"query_id": result.query_ids, "text": result.query_texts}),
+        documents=datasets.Dataset.from_dict({"document_id": IDS, "text": JOINED}),
+    )
+    row = scored.map(written(result, tmp_path, "pylate")[1])
+    assert row["query"] == "two" and row["documents"][:2] == [JOINED[1], JOINED[3]] and len(row["scores"]) == 4
+
+    class Words:
+        def encode(self, text, **options):
+            return text.split()
+
+    read = peer_file("tevatron", "datasets/preprocessor.py").TrainPreProcessor(Words())
+    row = read(written(result, tmp_path, "tevatron")[1])
+    assert row["query"] == ["two"] and row["positives"] == [f"{TITLES[k]} {BODIES[k]}".split() for k in (1, 3)]
+
+
 def test_missing_packages_are_named(result, monkeypatch):
     for package, call in (("datasets", result.to_dataset), ("pandas", result.to_pandas)):
         monkeypatch.setitem(sys.modules, package, None)
@@ -185,7 +204,9 @@ BROKEN = [
     ("qrels/train.tsv", b"q9\td0\t1\n", r"line 1 of .*train.tsv.* names the query 'q9'"),
     ("qrels/train.tsv", b"q0\td0\tgood\n", r"line 1 of .*train.tsv.* end with a score, got 'good'"),
     ("qrels/train.tsv", b"q0 d0\n", r"line 1 of .*train.tsv.* must hold query id"),
+    ("qrels/train.tsv", b"q0\td0\tnan\n", r"line 1 of .*train.tsv.* end with a score, got 'nan'"),
     ("qrels/train.tsv", b"", r"train.tsv.* holds no relevant pair"),
+    ("qrels/train.tsv", b"q0\td0\t0\nq0\td1\t-1\n\t\t\n", r"train.tsv.* holds no relevant pair"),
 ]
 
 
@@ -206,8 +227,36 @@ def test_zstd(tmp_path, monkeypatch):
         read_training_lines(tmp_path / "a.jsonl")
     monkeypatch.delitem(sys.modules, "zstandard")
     zstandard = pytest.importorskip("zstandard")
-    (tmp_path / "a.jsonl").write_bytes(zstandard.compress(b'{"query": "a", "pos": ["b"]}\n'))
-    assert read_training_lines(tmp_path / "a.jsonl").query_texts == ["a"]
+    lines = [b'{"query": "%d", "pos": ["b"]}\n' % number for number in range(4000)]
+    skippable = b"\x50\x2a\x4d\x18\x05\0\0\0hello"
+    whole = zstandard.compress(b"".join(lines[:3999])) + skippable + zstandard.compress(lines[3999])
+    (tmp_path / "a.jsonl").write_bytes(whole)
+    assert read_training_lines(tmp_path / "a.jsonl").query_texts == [str(number) for number in range(4000)]
+    stream = zstandard.ZstdCompressor().compressobj()
+    flushed = stream.compress(lines[0]) + stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)  # a whole line, and no end
+    for cut in (whole[:-1], whole[:200], flushed, whole + b"more"):
+        (tmp_path / "a.jsonl").write_bytes(cut)
+        with pytest.raises(ValueError, match=r"a.jsonl' is damaged after line \d+"):
+            read_training_lines(tmp_path / "a.jsonl")
+
+
+def test_one_id_names_one_query(tmp_path):
+    """Lines of one query id share their positives: another text below it would hide what is no positive."""
+    passage = {"docid": "1", "title": "", "text": "b"}
+    record = {"query_id": "7", "query": "a", "positive_passages": [passage], "negative_passages": []}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(record) + "\n" + json.dumps(record) + "\n")
+    assert read_training_lines(path).query_ids == ["7", "7"]
+    path.write_text(json.dumps(record) + "\n" + json.dumps(record | {"query": "other"}) + "\n")
+    with pytest.raises(ValueError, match=r"line 2 of .* has the id '7' of an earlier query with another text"):
+        read_training_lines(path)
+
+
+def test_a_header_of_msmarco_is_no_passage(tmp_path):
+    for name, content in (("c", "pid\tpassage\n0\ta\n"), ("q", "qid\tquery\n5\tb\n"), ("r", "5 0 0 1\n")):
+        (tmp_path / name).write_text(content)
+    found = read_msmarco(*(tmp_path / name for name in "cqr"))
+    assert (found.corpus_ids, found.query_ids, found.positives) == (["0"], ["5"], [["0"]])
 
 
 def test_a_judges_scores_are_those_of_the_lines(tmp_path):

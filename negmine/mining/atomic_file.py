@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from negmine.mining.remote import is_url
 from negmine.ops.checks import describe, refuse
 
 PARTIAL = re.compile(
@@ -62,6 +63,8 @@ def require_output(op: str, name: str, path: Any) -> Path:
     given, path = os.fspath(path), Path(path)
     if not isinstance(given, str) or not path.name or "\0" in given:
         raise refuse(op, name, "the path of a file", given)
+    if is_url(given):
+        raise refuse(op, name, "the path of a file on this machine", given)
     try:
         if is_stream(path):
             return path

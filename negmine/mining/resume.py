@@ -28,6 +28,7 @@ from negmine.mining.atomic_file import PARTIAL, atomic_write
 from negmine.mining.index import NegativeIndex, require_same_rows
 from negmine.mining.process_ranks import ProcessRanks
 from negmine.mining.regular_file import cause, read_json
+from negmine.mining.remote import is_url
 from negmine.mining.sources import Rows
 from negmine.ops.checks import describe, refuse
 
@@ -53,8 +54,8 @@ def require_folder(op: str, name: str, folder: Any) -> Path:
     if not isinstance(folder, (str, os.PathLike)):
         raise refuse(op, name, "the path of a folder", folder, TypeError)
     text = os.fspath(folder)
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise refuse(op, name, "the path of a folder", text)
+    if not isinstance(text, str) or not text or "\0" in text or is_url(text):
+        raise refuse(op, name, "the path of a folder on this machine" if is_url(text) else "the path of a folder", text)
     path = Path(text)
     above = next((part for part in (path, *path.absolute().parents) if os.path.lexists(part)), path)
     if not above.is_dir():

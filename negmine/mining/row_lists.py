@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from negmine.mining.columns import Column, is_column
-from negmine.ops.checks import describe, refuse, require_stored
+from negmine.ops.checks import describe, refuse, require_stored, require_unmasked
 
 FORMS = "one {entry} a query, a list of lists of {entry}s{more}, or a tuple (indptr, indices)"
 
@@ -116,6 +116,7 @@ def whole_numbers(op: str, name: str, value: Any) -> np.ndarray:
     """A flat sequence of ints as an int64 array."""
     if isinstance(value, Tensor):
         require_stored(op, name, value)
+    require_unmasked(op, name, value)
     if isinstance(value, (list, tuple, Tensor, np.ndarray)):
         held = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
     else:

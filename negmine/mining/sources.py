@@ -39,7 +39,7 @@ from negmine.mining.numpy_file import names_in_npz, read_npz
 from negmine.mining.regular_file import cause
 from negmine.mining.remote import is_url, local_copy
 from negmine.mining.tables import is_stream, is_vector, rows_of, vector_column
-from negmine.ops.checks import refuse, require_stored
+from negmine.ops.checks import refuse, require_stored, require_unmasked
 from negmine.ops.vectors import for_kernels
 
 WANTED = ".npy, .safetensors or .parquet"
@@ -57,8 +57,9 @@ def open_shard(op: str, name: str, value: Any) -> Tensor | np.ndarray:
         text, _, inner = str(value).partition("::")
         path, is_remote = Path(text), is_url(text)
         reader = READERS.get(path.suffix)
-        exists = is_remote or (path.is_dir() if reader is _open_lance else path.is_file())
-        if reader is None or not exists or (inner and path.suffix == ".npy"):
+        if reader is not None and not (is_remote or (path.is_dir() if reader is _open_lance else path.is_file())):
+            reader = None
+        if reader is None or (inner and path.suffix == ".npy"):
             raise refuse(op, name, f"the path of an existing {WANTED} file", str(value))
         if not is_remote:
             return reader(op, name, path, inner)
@@ -75,6 +76,7 @@ def open_shard(op: str, name: str, value: Any) -> Tensor | np.ndarray:
         raise refuse(op, name, FORMS, type(value).__name__, TypeError)
     if isinstance(value, Tensor):
         require_stored(op, name, value)
+    require_unmasked(op, name, value)
     return value
 
 

@@ -21,8 +21,37 @@ from negmine.ops.checks import describe
 MAX_LINE_BYTES = 1 << 26
 MAX_RATIO = 500  # of a compressed file
 FREE_BYTES = 1 << 26  # a file that inflates to fewer is read whatever its ratio
+ZSTD_PIECE = 1 << 10  # compressed bytes inflated at a time: 32 MiB at most
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 GZIP_MAGIC = b"\x1f\x8b"
+
+
+class _Frames(io.RawIOBase):
+    """The content of a file of zstd's frames; zstandard's own reader takes a file that was cut short for a whole one."""
+
+    def __init__(self, file: IO[bytes], decompressor: Any) -> None:
+        self._file, self._decompressor = file, decompressor
+        self._frame: Any = None  # that is being read
+        self._ahead, self._made = b"", memoryview(b"")  # compressed bytes, and content, that wait
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._made:
+            piece = self._ahead or self._file.read(ZSTD_PIECE)
+            if not piece:
+                if self._frame is not None:
+                    raise EOFError("it ends within a frame")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._made = memoryview(self._frame.decompress(piece))
+            self._ahead = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._made))
+        buffer[:size], self._made = self._made[:size], self._made[size:]
+        return size
 
 
 def _decompressed(path: str | os.PathLike, file: IO[bytes]) -> IO[bytes]:
@@ -37,8 +66,7 @@ def _decompressed(path: str | os.PathLike, file: IO[bytes]) -> IO[bytes]:
         except ImportError as error:
             wanted = "pip install zstandard"
             raise ImportError(f"{describe(str(path))} is compressed by zstd, and reading it needs {wanted}") from error
-        reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(file, read_across_frames=True)
-        return io.BufferedReader(reader)
+        return io.BufferedReader(_Frames(file, zstandard.ZstdDecompressor(max_window_size=1 << 27)))
     return file
 
 

@@ -24,6 +24,7 @@ from negmine.mining.hard_negatives import check_options, mine_hard_negatives
 from negmine.mining.identity import Side, resolve
 from negmine.mining.progress import progress
 from negmine.mining.result import MiningResult
+from negmine.mining.resume import require_folder
 from negmine.ops import checks
 
 OP = "from_texts"
@@ -81,9 +82,7 @@ def from_texts(
     for name, prompt in {"query_prompt": query_prompt, "corpus_prompt": corpus_prompt}.items():
         if not isinstance(prompt, str):
             raise checks.refuse(OP, name, "a string", prompt, TypeError)
-    if cache_dir is not None and (not isinstance(cache_dir, (str, os.PathLike)) or not str(cache_dir)):
-        raise checks.refuse(OP, "cache_dir", "the path of a folder", cache_dir, TypeError)
-    folder = None if cache_dir is None else Path(cache_dir)
+    folder = None if cache_dir is None else require_folder(OP, "cache_dir", cache_dir)
     check_options(mining | {"show_progress_bar": show_progress_bar})
     encoders = [_encoder(model, side) for side in METHODS]
     query_names = Side.of_texts(OP, ("query_ids", "queries"), query_ids, queries, 0)
@@ -205,6 +204,10 @@ def _as_rows(made: Any, count: int) -> np.ndarray:
         except TypeError:
             raise checks.refuse(OP, "model", wanted, f"a {type(made).__name__}", TypeError) from None
         made = [row.detach().float().cpu().numpy() if isinstance(row, Tensor) else row for row in made]
+    checks.require_unmasked(OP, "model", made)
+    is_complex = made.is_complex() if isinstance(made, Tensor) else any(map(np.iscomplexobj, made))
+    if is_complex:  # NumPy would leave the imaginary parts out
+        raise checks.refuse(OP, "model", wanted, "complex numbers", TypeError)
     try:
         rows = made.detach().float().cpu().numpy() if isinstance(made, Tensor) else np.asarray(made, np.float32)
     except (TypeError, ValueError):

@@ -7,6 +7,7 @@
 Each file may be plain or compressed by gzip or zstd. Ids stay the strings that they are; errors name file and line.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from negmine.mining.text_files import read_jsonl, read_lines, read_tsv
 from negmine.ops.checks import describe, refuse
 
 ENDINGS = ("", ".gz", ".zst")
+ID_NAMES = ("id", "_id", "pid", "qid", "docid", "doc_id", "query_id", "passage_id")  # in the header of a table
+TEXT_NAMES = ("text", "passage", "query", "body", "contents")
 PREFERRED_SPLITS = ("train", "test", "dev")
 
 
@@ -123,9 +126,12 @@ def _judged(
 def _score(word: str, where: str) -> bool:
     """True for a relevant pair: a score above 0."""
     try:
-        return float(word) > 0
-    except ValueError as error:
-        raise ValueError(f"{where} must end with a score, got {describe(word)}") from error
+        score = float(word)
+    except ValueError:
+        score = math.nan
+    if math.isnan(score):
+        raise ValueError(f"{where} must end with a score, got {describe(word)}")
+    return score > 0
 
 
 def _new(table: dict[str, str], name: str, text: str, where: str) -> None:
@@ -182,7 +188,7 @@ def read_qrels(path: str | os.PathLike) -> Iterator[tuple[str, str, str]]:
     for number, line in read_lines(path):
         where = f"line {number} of {describe(str(path))}"
         fields = line.split("\t") if "\t" in line else line.split()
-        if not fields:
+        if not line.strip():
             continue
         if number == 1 and fields[-1].strip().lower() in ("score", "relevance"):
             columns = len(fields)
@@ -205,10 +211,19 @@ def read_msmarco(collection: str | os.PathLike, queries: str | os.PathLike, qrel
     documents, texts = _Documents(), dict[str, str]()
     for number, fields in _table(files[0], (2, 4)):
         where = f"line {number} of {describe(str(files[0]))}"
-        documents.add(fields[0], fields[2] if len(fields) == 4 else "", fields[-1], where)
+        if not _is_header(number, fields):
+            documents.add(fields[0], fields[2] if len(fields) == 4 else "", fields[-1], where)
     for number, fields in read_tsv(files[1], 2):
+        if _is_header(number, fields):
+            continue
         _new(texts, fields[0], fields[1], f"line {number} of {describe(str(files[1]))}")
     return _judged(documents, texts, read_qrels(files[2]), files)
+
+
+def _is_header(number: int, fields: list[str]) -> bool:
+    """True for a first line that names the columns, such as "pid" and "passage"."""
+    words = [field.strip().lower() for field in (fields[0], fields[-1])]
+    return number == 1 and words[0] in ID_NAMES and words[1] in TEXT_NAMES
 
 
 def _table(path: Path, columns: tuple[int, ...]) -> Iterator[tuple[int, list[str]]]:
@@ -290,7 +305,7 @@ def read_training_lines(path: str | os.PathLike) -> TextSet:
     "d0", "d1", ... of distinct texts in order of appearance.
     """
     documents, query_ids, query_texts, positives = _Documents(), list[str](), list[str](), list[list[str]]()
-    id_of: dict[str, str] = {}
+    id_of, queries = dict[str, str](), dict[str, str]()
     form = None
     for number, record in read_jsonl(path):
         where = f"line {number} of {describe(str(path))}"
@@ -312,6 +327,7 @@ def read_training_lines(path: str | os.PathLike) -> TextSet:
         if not names[0]:
             raise ValueError(f"{where} must have a positive")
         query_ids.append(_text(record, "query_id", where) if "query_id" in record else str(len(query_ids)))
+        _new(queries, query_ids[-1], query, where)
         query_texts.append(query)
         positives.append(list(dict.fromkeys(names[0])))
     if not query_ids:

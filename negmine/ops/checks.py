@@ -62,6 +62,13 @@ def require_stored(op: str, name: str, value: Tensor) -> None:
         raise refuse(op, name, "a tensor that holds numbers", "one on the meta device", TypeError)
 
 
+def require_unmasked(op: str, name: str, value: Any) -> None:
+    """Not a masked array of NumPy with masked entries, whose numbers below the mask would be read."""
+    masked = getattr(value, "mask", None)
+    if type(value).__name__ == "MaskedArray" and masked is not None and masked.any():
+        raise refuse(op, name, "without masked entries: fill or remove them", f"{int(masked.sum())} masked entries")
+
+
 def require_tensor(op: str, name: str, value: Any, like: Tensor | None = None, like_name: str = "query") -> None:
     """A dense tensor, on the device of `like`, which the message calls `like_name`."""
     if not isinstance(value, Tensor):
