@@ -109,6 +109,8 @@ RECIPES = IN_DEMO | {
     "hardness_added": configured("hardness added (LLaVE), alpha 9", "hardness_added"),
     "logq": configured("logQ correction, frequencies alike", "logq", feed="frequency"),
     "gist": configured("false negatives by the sentence vectors (GIST)", "gist", margin=-0.1, feed="guide"),
+    "qwen3_embedding": configured("pairs of queries and of documents too (Qwen3-Embedding)", "qwen3_embedding"),
+    "gte": configured("the same in both directions, without a mask (GTE)", "gte"),
     "decoupled": configured("decoupled", "decoupled"),
     "decoupled_weighted": configured("decoupled, weighted positives", "decoupled_weighted"),
     "rince": configured("RINCE, r 0.5, at T = 0.1", "rince", temperature=0.1),

@@ -554,6 +554,9 @@ FUZZED |= {"ShardedMoCoQueue", "mine_hard_negatives", "mining_rounds", "Negative
 FUZZED |= {"Select", "Mix", "Weight", "FalseNegatives", "Negatives"}
 EXCUSED = {
     **dict.fromkeys(("InfoNCEStats", "SupConStats", "MultiSimilarityStats", "Mined", "Mixed"), "what an op returns"),
+    "MatryoshkaStats": "what an op returns",
+    **dict.fromkeys(("matryoshka", "late_interaction", "mine_late_interaction"), "random in tests/test_properties.py"),
+    "grad_cache": "a step of training: tests/test_grad_cache.py",
     **dict.fromkeys(("Found", "Round"), "what mining returns"),
     **dict.fromkeys(
         ("Triplets", "MiningResult", "HardnessReport"), "what an op returns, with methods: their own tests"

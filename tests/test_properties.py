@@ -262,3 +262,74 @@ def test_a_ring_holds_the_last_keys(K, batches):
         entered += count
     assert sorted(queue.ids.tolist()) == list(range(max(0, entered - K), entered))
     assert queue.keys[:, 0].tolist() == queue.ids.tolist() and int(queue.queue_ptr) == entered % K
+
+
+@st.composite
+def pools(draw):
+    """query, positives, and one to three pools in their forms, with masks, ids, biases and options; whole numbers."""
+    B, D, seed = draw(st.integers(1, 9)), draw(st.sampled_from([2, 5, 16])), draw(st.integers(0, 2**20))
+    generator = torch.Generator().manual_seed(seed)
+    vectors = [whole(B, D, seed=seed + i) for i in (0, 1)]
+    with_ids, listed = draw(st.booleans()), []
+    for place in range(draw(st.integers(1, 3))):
+        K, form = draw(st.integers(0, 30)), draw(st.sampled_from(["shared", "own", "batch"]))
+        shape = {"shared": (K,), "own": (B, K), "batch": (B,)}[form]
+        options = {"bias": torch.randn(shape, generator=generator)} if draw(st.booleans()) else {}
+        if form != "batch" and with_ids:
+            options["ids"] = torch.randint(-1, 4, shape, generator=generator)
+        if draw(st.booleans()):
+            options["mask"] = torch.rand(shape, generator=generator) < 0.7
+        options["select"] = draw(st.none() | windows())
+        options["weight"] = draw(st.sampled_from([None, negmine.Weight(0.5), negmine.Weight(tau_plus=0.1)]))
+        keys = None if form == "batch" else whole(*shape, D, seed=seed + 2 + place)
+        listed.append(negmine.Negatives(keys, **options))
+    tagged = any(pool.ids is not None or pool.keys is None for pool in listed)
+    query_ids = torch.randint(-1, 4, (B,), generator=generator) if with_ids and tagged else None
+    return vectors, listed, query_ids
+
+
+@settings(max_examples=60, deadline=None)
+@given(pools(), st.booleans(), st.sampled_from([None, (1, 2), (2,)]))
+def test_mixtures_of_pools_and_options(problem, decoupled, widths):
+    """The kernels are the reference, in info_nce and, at several widths, in matryoshka; ties are many, and go by one rule."""
+    (q, positive), listed, query_ids = problem
+    options = {"temperature": 8.0, "decoupled": decoupled, "query_ids": query_ids, "reduction": "none"}
+    loss = negmine.info_nce
+    if widths is not None:
+        loss, options["widths"] = negmine.losses.matryoshka, widths
+    results = []
+    for dtype, backend in ((torch.float32, "cpu"), (torch.float64, "reference"), (torch.float32, "reference")):
+        leaves = [v.to(dtype).requires_grad_() for v in (q, positive)]
+        rows = loss(*leaves, listed if len(listed) > 1 else listed[0], **options, backend=backend)
+        results.append([rows, *torch.autograd.grad(rows.sum(), leaves, allow_unused=True)])
+    for name, got, truth, plain in zip(("loss", "query", "positive"), *results, strict=True):
+        compare.rounded(name, got, truth, plain, condition=16.0, terms=torch.tensor(4.0))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.integers(0, 20), st.integers(1, 5), st.integers(1, 6), st.integers(0, 2**20), windows())
+def test_late_interaction_is_its_definition(B, K, tokens, most, seed, select):
+    generator = torch.Generator().manual_seed(seed)
+    query, positive, documents = (
+        whole(*shape, 4, seed=seed + i) for i, shape in enumerate([(B, tokens), (B, most), (K, most)])
+    )
+    lengths = {
+        "query_lengths": torch.randint(0, tokens + 1, (B,), generator=generator),
+        "positive_lengths": torch.randint(1, most + 1, (B,), generator=generator),
+        "negative_lengths": torch.randint(0, most + 1, (K,), generator=generator),
+    }
+    given_ = {"temperature": 16.0, "select": select, "reduction": "none", **lengths}
+    results = []
+    for dtype, backend in ((torch.float32, None), (torch.float64, "reference"), (torch.float32, "reference")):
+        leaves = [v.to(dtype).requires_grad_() for v in (query, positive, documents)]
+        rows = negmine.losses.late_interaction(*leaves, **given_, backend=backend)
+        results.append([rows, *torch.autograd.grad(rows.sum(), leaves)])
+    for name, got, truth, plain in zip(("loss", "query", "positive", "documents"), *results, strict=True):
+        compare.rounded(name, got, truth, plain, condition=16.0, terms=torch.tensor(4.0))
+    mined = negmine.losses.mine_late_interaction(query, documents, 4, positive_key=positive, select=select, **lengths)
+    scores = reference.maxsim(query, documents, lengths["query_lengths"], lengths["negative_lengths"])
+    allowed = (lengths["negative_lengths"] > 0).expand(B, K)
+    kept = reference.multiplicity(scores, None, select, allowed, 0, 0, 0) > 0
+    index, count = reference.ranking(scores, kept)
+    want = index[:, :4].masked_fill(torch.arange(min(K, 4)) >= count[:, None], -1)
+    assert torch.equal(mined.index[:, : want.shape[1]], want) and bool((mined.index[:, want.shape[1] :] == -1).all())

@@ -104,6 +104,30 @@ def test_sup_con_recipe():
     assert torch.equal(recipes.sup_con("in")(q, keys, *both), negmine.sup_con(q, keys, *both, positives="in"))
 
 
+@pytest.mark.parametrize("name, T", [("qwen3_embedding", 0.02), ("gte", 0.01)])
+def test_both_sides_of_the_batch_are_negatives(any_backend, name, T):
+    """By loops: rows 1 and 3 are one document, row 2's id is unknown; hard negatives of each query, some masked by the margin."""
+    q, pos = (unit(n, D, seed=i).double() for i, n in enumerate((B, B)))
+    hard = unit(B, 4, D, seed=2).double()
+    hard[0, 1] = q[0]  # above the positive by more than the margin
+    ids, masked = [5, 7, -1, 7, 6], 0
+    device = device_of(any_backend)
+    loss = getattr(recipes, name)(backend=any_backend, reduction="none")
+    got = loss(*(v.float().to(device) for v in (q, pos, hard)), query_ids=torch.tensor(ids, device=device))
+    for i in range(B):
+        positive = float(q[i] @ pos[i])
+        others = [j for j in range(B) if j != i and ids[j] != ids[i]]
+        scores = [float(v) for v in hard[i] @ q[i]]
+        for j in others:
+            scores += [float(q[i] @ pos[j]), float(q[i] @ q[j]), float(pos[i] @ pos[j])]
+            scores += [float(pos[i] @ q[j])] if name == "gte" else []
+        kept = [s for s in scores if name == "gte" or s <= positive + 0.1]
+        masked += len(scores) - len(kept)
+        want = torch.tensor([positive, *kept], dtype=torch.float64).div(T).logsumexp(0) - positive / T
+        torch.testing.assert_close(got[i].double().cpu(), want, rtol=1e-4, atol=1e-4)
+    assert (masked > 0) == (name == "qwen3_embedding")
+
+
 def test_linear_schedule():
     outer = recipes.linear(1.0, 0.1, 10)
     assert [round(outer(s), 6) for s in (0, 5, 10, 99)] == [1.0, 0.55, 0.1, 0.1]

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from negmine import reference
 from negmine.losses.schedules import ScheduledLoss, at_step
 from negmine.ops import checks, philox
+from negmine.ops.negatives import UNEQUAL, UNKNOWN, has_tags
 from negmine.ops.vectors import score_of_positive, widened
 from negmine.ops.windows import Draw
-from negmine.options import Guide, Negatives, beta_quantiles
+from negmine.options import Guide, Negatives, Select, beta_quantiles
 from negmine.selection import SummedColumns, summed_columns
 
 TAGS = ("query_ids", "query_labels")
@@ -264,6 +265,58 @@ def gist(
     guide = Guide(guide_query, guide_positive, guide_keys, margin=margin, relative=relative)
     x = logits("gist", query, positive_key, dataclasses.replace(own, guide=guide), temperature, pool)
     return reduced("gist", F.softplus(x.lse - x.positive), x, reduction)
+
+
+def both_sides(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Any = None,
+    *,
+    margin: float | None = 0.1,
+    document_query: bool = False,
+    temperature: float | Tensor = 0.02,
+    reduction: str = "mean",
+    **pool: Any,
+) -> Tensor:
+    """InfoNCE whose denominator also has the pairs of two queries and of two documents (Qwen3-Embedding, GTE).
+
+        loss_i = log(1 + exp(log Z_i - s(q_i, d_i) / T)),   d_i the positive of q_i
+        Z_i = sum over j != i of m e^(s(q_i, d_j) / T) + m e^(s(q_i, q_j) / T) + m e^(s(d_i, d_j) / T)
+              + m e^(s(d_i, q_j) / T) where document_query, + sum over n in negative_keys of m e^(s(q_i, n) / T)
+        m = 0 where that pair's s > s(q_i, d_i) + margin, else 1
+
+    The batch is a pool already: negative_keys are further ones, such as each query's own hard negatives (B, M, D), or None.
+    margin: None masks nothing. query_ids, query_labels: of the pairs; rows of equal ids or labels, such as of the same document,
+    are no negatives of each other, and count in negative_keys that have ids or labels. A select of a Negatives stands in
+    the place of the mask.
+    """
+    op = "both_sides"
+    checks.require_bool(op, "document_query", document_query)
+    if pool.get("select") is not None:
+        raise checks.refuse(op, "select", "None, for margin makes it", pool["select"])
+    checks.require_vectors(op, "query", query, "(B, D)", (2,))
+    checks.require_positive(op, positive_key, query)
+    temperature = checks.require_temperature(op, temperature)
+    pool = pool | {"select": None if margin is None else Select(absolute_margin=-margin)}
+    query, positive_key = widened(query), widened(positive_key)  # each rounds its gradient once
+    own = torch.arange(len(query), device=query.device)  # (B,)
+    ids, labels = pool.get("query_ids"), pool.get("query_labels")
+    columns = [columns_of(op, query, None, positive_key, pool)]
+    if ids is not None:
+        own = torch.where(ids == UNKNOWN, UNEQUAL + 1 + own, ids.long())
+    in_batch = pool | {"query_ids": own}
+    for one, other in ((query, positive_key), (positive_key, query)):
+        columns.append(columns_of(op, one, Negatives(one, ids=own, labels=labels), other, in_batch))
+    if document_query:
+        columns.append(columns_of(op, positive_key, None, query, pool))
+    if negative_keys is not None:
+        without = {f"query_{tag}": None for tag in ("ids", "labels") if not has_tags(negative_keys, tag)}
+        columns.append(columns_of(op, query, negative_keys, positive_key, pool | without))
+    sums = torch.stack([each.logsumexp(temperature) for each in columns])  # (pools, B)
+    some = (sums != -torch.inf).any(0)  # (B,)
+    lse = sums.masked_fill(~some, 0.0).logsumexp(0)
+    x = _logits(columns[0], lse.masked_fill(~some, -torch.inf), temperature)
+    return reduced(op, F.softplus(x.lse - x.positive), x, reduction)
 
 
 def ifm(

@@ -11,6 +11,7 @@ recipe takes the other keywords of its loss (reduction, seed, backend; those tha
 
 from negmine.losses.methods import mixed_inputs
 from negmine.losses.synco import Kinds
+from negmine.recipes.pools import gte, qwen3_embedding
 from negmine.recipes.positives import false_negative_cancellation, siglip, sup_con
 from negmine.recipes.queue import decoupled, decoupled_weighted, moco_v1, moco_v2
 from negmine.recipes.schedules import cosine, exponential, linear, step, whole
@@ -42,6 +43,7 @@ __all__ = [
     "facenet",
     "false_negative_cancellation",
     "gist",
+    "gte",
     "hardest",
     "hardness_added",
     "hcl",
@@ -56,6 +58,7 @@ __all__ = [
     "moco_v2",
     "multi_similarity",
     "perc_pos",
+    "qwen3_embedding",
     "rince",
     "ring",
     "siglip",
