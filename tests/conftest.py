@@ -2,6 +2,10 @@
 
 import os
 
+# Read when torch is loaded. Workers side by side have more threads than there are cores, and OpenMP's would spin while they
+# wait for one that has none: five times the processor time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 os.environ.setdefault("NEGMINE_POISON_OUTPUTS", "1")  # outputs of the C++ ops start as NaN, see _poisoned_memory
