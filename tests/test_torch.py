@@ -480,8 +480,9 @@ def test_layouts_that_are_not_dense_are_refused():
     q, pos, keys = inputs()
     with pytest.raises(TypeError, match="query must be a dense tensor, got 'torch"):
         negmine.info_nce(q.to_sparse(), pos, keys)
-    with pytest.raises(TypeError, match="negative_keys must be a dense tensor"):
-        negmine.info_nce(q, pos, torch.nested.nested_tensor([keys[:4], keys[4:]], layout=torch.jagged))
+    for layout in (torch.jagged, torch.strided):
+        with pytest.raises(TypeError, match="negative_keys must be a dense tensor"):
+            negmine.info_nce(q, pos, torch.nested.nested_tensor([keys[:4], keys[4:]], layout=layout))
 
 
 def test_samples_followed_mixes_and_support_views_differentiate():
