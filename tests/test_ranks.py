@@ -498,6 +498,16 @@ def text_losses(rank, world, folder):
     return out
 
 
+def with_memory(rank, world, folder):
+    """Loss and gradient of a negmine loss inside a CrossBatchMemory over the ranks, as the mean over them has it."""
+    loss, out = memory_over_ranks(), []
+    for step in range(3):
+        rows = unit(B, D, seed=10 * step + rank).requires_grad_()
+        value = loss(rows, torch.arange(B) % 3) / world
+        out.append((value.detach(), *torch.autograd.grad(value, rows)))
+    return out
+
+
 def straight_run(rank, world, folder):
     own = folder / "straight"
     own.mkdir(exist_ok=True)
@@ -513,6 +523,7 @@ CASES = {
     "bad": bad_calls,
     "over ranks": over_ranks,
     "ddp": under_ddp,
+    "memory": with_memory,
     "copies": copies,
     "compiled": compiled,
 }
@@ -575,6 +586,16 @@ def test_ranks_keep_their_rows_under_ddp(got):
     assert torch.equal(torch.cat([answer["ddp"][1]["queue"] for answer in got]), twin.queue)
     assert torch.equal(torch.cat([answer["ddp"][1]["queue_ids"] for answer in got]), twin.queue_ids)
     assert all(answer["ddp"][2] == ["queue_ptr", "queue_len", "num_refused"] for answer in got)
+
+
+def test_a_memory_over_ranks_has_the_loss_of_one_process(got):
+    world, alone = len(got), CrossBatchMemory(negmine.SupConLoss(), D, 20)
+    for step in range(3):
+        rows = torch.cat([unit(B, D, seed=10 * step + rank) for rank in range(world)]).requires_grad_()
+        value = alone(rows, (torch.arange(B) % 3).repeat(world))
+        (grad,) = torch.autograd.grad(value, rows)
+        for answer, own in zip(got, grad.split(B), strict=True):
+            torch.testing.assert_close(answer["memory"][step], (value.detach(), own), rtol=1e-5, atol=1e-6)
 
 
 def test_copies_belong_to_the_group_of_what_they_copy(got):

@@ -89,7 +89,9 @@ def require_vectors(
     like_name: str = "query",
 ) -> None:
     """A floating tensor with one of the numbers of dimensions `dims`, spelled `shapes`, and the D and device of `like`."""
-    dense = type(value) is Tensor and value.layout == torch.strided and not value.is_nested  # a nested tensor has no shape
+    dense = (
+        type(value) is Tensor and value.layout == torch.strided and not value.is_nested
+    )  # a nested tensor has no shape
     if dense and value.dim() in dims and value.dtype in COMMON_DTYPES:
         D = value.shape[-1]  # the good case in few steps: small calls are bound by the host
         if D and (like is None or (like.shape[-1] == D and value.device == like.device)):

@@ -96,12 +96,13 @@ class ShardedMoCoQueue(MoCoQueue):
         rows = torch.zeros(end - first, dim, dtype=dtype or torch.get_default_dtype())
         self._make_buffers(rows, with_ids, with_labels, K if random_init else 0)
         if random_init:
+            drawn = torch.empty(ROWS_AT_ONCE, dim, dtype=torch.float32, device="cpu")  # all that is held besides
             for block in range(first // ROWS_AT_ONCE, -(-end // ROWS_AT_ONCE)):
                 start = block * ROWS_AT_ONCE
-                generator = torch.Generator().manual_seed(seed * (LAST_INDEX + 1) + block)
-                rows = F.normalize(torch.randn(ROWS_AT_ONCE, dim, generator=generator, device="cpu"), dim=1)
+                drawn.normal_(generator=torch.Generator().manual_seed(seed * (LAST_INDEX + 1) + block))
+                F.normalize(drawn, dim=1, out=drawn)
                 low, high = max(start, first), min(start + ROWS_AT_ONCE, end)
-                self.queue[low - first : high - first] = rows[low - start : high - start].to(self.queue.dtype)
+                self.queue[low - first : high - first] = drawn[low - start : high - start]
 
     def _store(self, name: str, rows: Tensor | None) -> None:
         setattr(self, name, rows)
