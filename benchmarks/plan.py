@@ -1,19 +1,23 @@
 """What a larger job takes, from the rates measured here: writes docs/planning.md from benchmarks/results/<machine>.csv.
 
 The rate is that of the longest queue of the K sweep; the page first shows how well the rate of a short queue foretells the
-long ones, so that a reader knows what such a sum is worth.
+long ones, so that a reader knows what such a sum is worth. Mining on several machines is planned in the same way from
+benchmarks/results/mining/<machine>.csv, and every rate and price that was not measured is said to be assumed.
 """
 
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import rows as files
 from benchmarks.cases import SWEEP
 from benchmarks.measure import OURS
 from benchmarks.plot import newest
 from benchmarks.rows import RESULTS, Row
 
 PAGE = RESULTS.parents[1] / "docs" / "planning.md"
+MINED_D = 384  # the D whose rate of mining is used
+DIMENSION, ROW_BYTES, BATCH, DEPTH = 768, 2 * 768, 8192, 5  # of the mining jobs: bf16 rows, 5 negatives a query
 FORETELLS = 65536  # the K whose rate is tried on the longer queues
 
 
@@ -37,6 +41,27 @@ JOBS = [
 ]
 
 
+@dataclass(frozen=True)
+class Fleet:
+    """Machines that share a corpus by rows. Memory, rates and prices are assumptions."""
+
+    what: str
+    nodes: int
+    cores: int  # of a node; 0: its rate is that of a GPU
+    memory: float  # bytes of a node that may hold rows
+    refill: float  # bytes a second at which rows that do not fit are read again, for each batch of queries
+    dollars: float  # an hour, of a node
+
+
+FLEETS = [
+    Fleet("one machine of 128 cores, 2 TiB", 1, 128, 1.8 * 2**40, 7e9, 6.0),
+    Fleet("64 nodes of 16 cores, 64 GiB", 64, 16, 56 * 2**30, 1e9, 0.7),
+    Fleet("8 GPUs of 80 GB", 8, 0, 72e9, 50e9, 3.0),
+]
+GPU_RATE = 1.25e14  # multiply-adds a second with selection
+MINING_JOBS = ((1_000_000, 100_000_000), (1_000_000, 1_000_000_000))  # queries, rows
+
+
 def span(seconds: float) -> str:
     for name, size in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         if seconds >= 2 * size:
@@ -56,6 +81,59 @@ def swept_over_k(rows: list[Row], op: str) -> dict[int, Row]:
     threads = max((row["threads"] for row in rows), key=int)
     chosen = [row for row in rows if row["case"].startswith("K=") and row["op"] == op]
     return {int(r["K"]): r for r in chosen if r["variant"] == OURS and r["threads"] == threads}
+
+
+def mining(path: Path) -> list[str]:
+    """The lines about mining, from the measured rows of mining in `path`."""
+    rows = [row for row in files.newest(path, "variant", "Q", "K", "D") if row["variant"] == "negmine"]
+    longest = max((row for row in rows if int(row["D"]) == MINED_D), key=lambda row: int(row["Q"]))
+
+    def work(row: Row) -> int:
+        return int(row["Q"]) * int(row["K"]) * int(row["D"])
+
+    rate = work(longest) / float(longest["cpu_s"])  # multiply-adds a second of one core
+    lines = [
+        "",
+        "## Mining on several machines",
+        "",
+        f"`mine_hard_negatives` with a margin and `count_skipped`, {DEPTH} negatives a query, made {rate:.3g} multiply-adds a "
+        f"second of a core in its longest run with D = {MINED_D}. What that rate foretells of the other runs, whose fixed costs "
+        "weigh more:",
+        "",
+        "| queries | rows | D | foretold | measured | measured / foretold |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        foretold, measured = work(row) / rate, float(row["cpu_s"])
+        cells = [f"{int(row['Q']):,}", f"{int(row['K']):,}", row["D"], f"{foretold:.3g} s", f"{measured:.3g} s"]
+        lines.append(f"| {' | '.join(cells)} | {measured / foretold:.2f} |")
+    lines += [
+        "",
+        f"Jobs with D = {DIMENSION} in bf16, each machine holding a range of rows ([Ray, ranks or parts](mining.md#on-ray)). "
+        "Time is the larger of arithmetic and of reading rows that do not fit in memory, once for each batch of "
+        f"{BATCH:,} queries. *Assumed*, not measured: that cores keep this rate side by side and for this D; "
+        f"{GPU_RATE:.3g} multiply-adds a second of a GPU; memory, the rates at which rows are read again, and prices: "
+        + "; ".join(
+            f"{f.what}: {size(f.memory)} a node, {f.refill / 1e9:g} GB/s, {f.dollars:g} $/h a node" for f in FLEETS
+        )
+        + ". Traffic is what one node receives (queries) and sends (sort keys and counts).",
+        "",
+        "| queries | rows | machines | rows a node | arithmetic | read again | time | traffic a node | price |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for Q, K in MINING_JOBS:
+        for fleet in FLEETS:
+            held = K * ROW_BYTES / fleet.nodes
+            arithmetic = Q * K * DIMENSION / (fleet.nodes * (fleet.cores * rate if fleet.cores else GPU_RATE))
+            again = -(-Q // BATCH) * max(0.0, held - fleet.memory) / fleet.refill
+            seconds = max(arithmetic, again)
+            traffic = Q * (ROW_BYTES + 8 * DEPTH + 8) if fleet.nodes > 1 else 0
+            dollars = seconds / 3600 * fleet.nodes * fleet.dollars
+            lines.append(
+                f"| {Q:,} | {K:,} | {fleet.what} | {size(held)} | {span(arithmetic)} | {span(again) if again else '-'} "
+                f"| {span(seconds)} | {size(traffic) if traffic else '-'} | {dollars:,.0f} $ |"
+            )
+    return lines
 
 
 def page(path: Path) -> str:
@@ -104,7 +182,8 @@ def page(path: Path) -> str:
             f"| {job.what} | {job.op} | {job.B:,} | {job.K:,} | {job.D} | {span(job.B * job.K * job.D / rate)} "
             f"| {size(job.K * job.D * job.bytes_each)} | {size(4 * job.B * job.K)} |"
         )
-    return "\n".join([*lines, ""])
+    mined = path.parent / "mining" / path.name
+    return "\n".join([*lines, *(mining(mined) if mined.is_file() else []), ""])
 
 
 def main() -> None:
