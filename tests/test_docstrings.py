@@ -13,7 +13,10 @@ import torch.nn.functional as F
 
 import negmine
 
-PACKAGES = ("losses", "selection", "queues", "recipes")
+PACKAGES = ("losses", "selection", "queues", "recipes", "report")
+MINING = (
+    "Found", "MiningResult", "Round", "build_batches", "from_texts", "merge_retrievers", "mine_hard_negatives", "mining_rounds"
+)  # fmt: skip
 OPTIONS = ("FalseNegatives", "Guide", "Mix", "Negatives", "Select", "Weight")
 
 
@@ -27,7 +30,14 @@ def public(package):
 
 
 FUNCTIONS = ("info_nce", "siglip", "sup_con")  # of negmine; the others are of a package too
-NAMES = sorted({*OPTIONS, *FUNCTIONS, *(name for package in PACKAGES for name in public(package))})
+NAMES = sorted(
+    {
+        *OPTIONS,
+        *FUNCTIONS,
+        *(f"mining.{name}" for name in MINING),
+        *(name for package in PACKAGES for name in public(package)),
+    }
+)
 
 
 def sections(text):
@@ -46,13 +56,8 @@ def test_a_docstring_names_the_arguments_and_its_examples_run(name):
     item = attrgetter(name)(negmine)
     text = inspect.cleandoc(item.__doc__)
     found = sections(text)
-    is_result = isinstance(item, type) and issubclass(item, tuple)
-    parameters = (
-        list(item._fields)
-        if is_result
-        else [n for n, each in inspect.signature(item).parameters.items() if each.kind is not each.VAR_KEYWORD]
-    )
-    explained = documented(found.get("Attributes" if is_result else "Parameters", ""))
+    parameters = [n for n, each in inspect.signature(item).parameters.items() if each.kind is not each.VAR_KEYWORD]
+    explained = documented(found.get("Attributes") or found.get("Parameters", ""))
     assert explained == parameters, f"{name} explains {explained}"
     test = doctest.DocTestParser().get_doctest(
         text, {"torch": torch, "np": np, "F": F, "negmine": negmine}, name, None, 0

@@ -42,31 +42,12 @@ def spelled(words: list[str]) -> list[str]:
     return [OPTION.sub(lambda found: found[0].replace("_", "-"), word) for word in words]
 
 
-def explained(docstring: str | None, wanted: Iterable[str]) -> dict[str, str]:
-    """The docstring's paragraphs `name, other: words`, by name; `wanted` names may also begin within a paragraph."""
+def explained(docstring: str | None) -> dict[str, str]:
+    """What the section Parameters of a NumPy docstring says, by name."""
     found: dict[str, str] = {}
-    names: list[str] = []
-    text = inspect.cleandoc(docstring or "")
-    if "\nParameters\n---" in text:
-        section = text.split("\nParameters\n", 1)[1].split("\n\n", 1)[0]
-        for names_of, words in re.findall(r"^(\w+(?:, \w+)*) : .*\n((?:    .*\n?)+)", section, re.M):
-            found |= dict.fromkeys(names_of.split(", "), " ".join(words.replace("``", "").split()))
-        return found
-    for line in text.splitlines():
-        starts = re.match(r"(\w+(?: \([^)]*\))?(?:, \w+(?: \([^)]*\))?)*): (.*)", line)
-        if starts:
-            names = re.findall(r"(\w+)(?: \([^)]*\))?(?:, |$)", starts[1])
-            found |= dict.fromkeys(names, starts[2])
-        elif names and line.startswith("    "):
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
-        else:
-            names = []
-    inside = re.compile(rf"\. ({'|'.join(wanted)}): ")
-    for name, text in list(found.items()):  # "device: where. title: its heading."
-        first, *rest = inside.split(text)
-        found[name] = first
-        for other, words in zip(rest[::2], rest[1::2], strict=True):
-            found.setdefault(other, words)
+    _, _, section = inspect.cleandoc(docstring or "").partition("\nParameters\n")
+    for names, words in re.findall(r"^(\w+(?:, \w+)*) : .*\n((?:    .*\n?)+)", section.split("\n\n", 1)[0], re.M):
+        found |= dict.fromkeys(names.split(", "), " ".join(words.replace("``", "").split()))
     return found
 
 
@@ -106,7 +87,7 @@ def add_options(
 ) -> list[str]:
     """An option for each argument of `function` but `skip`, or for those of `only`; returns their names."""
     parameters = inspect.signature(function).parameters
-    explanations, added = explained(function.__doc__, parameters), []
+    explanations, added = explained(function.__doc__), []
     for name, parameter in parameters.items():
         if name in skip or (only is not None and name not in only):
             continue

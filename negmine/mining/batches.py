@@ -104,18 +104,42 @@ def build_batches(
     drop_last: bool = False,
     seed: int = 0,
 ) -> HardBatches:
-    """Batches of mutually hard queries without each other's positives, as a torch Sampler of lists of query numbers.
+    """Batches of mutually hard queries that do not share positives, as a torch Sampler of lists of query numbers.
 
-    result: what mine_hard_negatives returned: its hard negatives say which queries are hard for each other, and its ids and texts
-        which positives are one document.
-    batch_size: queries of a batch. A last batch, or one whose remaining queries share positives, may be smaller.
-    rows (R,) ints: the query of each row of the data that are trained on, such as a row for each positive: batches then hold row
-        numbers, every row once an epoch, and no two rows of one query. Default: a row a query.
-    datasets: a name or a number for each query: batches hold queries of one data set only.
-    drop_last: leave smaller batches out.
-    seed: of the draw; `set_epoch` draws the batches of another epoch.
+    Parameters
+    ----------
+    result : MiningResult
+        Its hard negatives say which queries are hard for each other, and its ids and texts which positives are one
+        document.
+    batch_size : int
+        Queries of a batch. A last batch, or one whose remaining queries share positives, may be smaller.
+    rows : sequence of int, optional
+        The query of each row of the training data, which may have a row for each positive. Batches then hold row numbers,
+        every row once an epoch, and no two rows of one query. Default: one row a query.
+    datasets : sequence, optional
+        A name or a number for each query: a batch holds queries of one data set only.
+    drop_last : bool
+        Leave smaller batches out.
+    seed : int
+        Of the draw. `set_epoch` draws the batches of another epoch.
 
-    Queries without a positive are left out. Raises ValueError or TypeError for input that does not fit.
+    Returns
+    -------
+    HardBatches
+        A sampler for the batch_sampler of a DataLoader. Queries without a positive are left out.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit.
+
+    Examples
+    --------
+    >>> rows = F.normalize(torch.randn(50, 16), dim=1)
+    >>> result = negmine.mine_hard_negatives(rows[:20], rows, list(range(20)))
+    >>> batches = negmine.mining.build_batches(result, batch_size=5)
+    >>> sorted(query for batch in batches for query in batch) == list(range(20))
+    True
     """
     if not isinstance(result, MiningResult):
         raise checks.refuse(OP, "result", "a MiningResult", type(result).__name__, TypeError)

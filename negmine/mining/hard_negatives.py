@@ -113,67 +113,129 @@ def mine_hard_negatives(
                  filters against s_pos = min (max, mean) over q's positives p of s_qp
         kept_q = num_negatives of ranks [range_min, range_max) of pool_q by (s descending, k ascending)
 
-    query_embeddings (Q, D), corpus_embeddings (K, D): NumPy arrays, tensors, paths of .npy, .safetensors ("file::tensor") or
-        .parquet ("file::column") files, memory-mapped, or a list of those as shards; float32, float16, or bfloat16 tensors.
-        float64 is rounded to float32. Nothing is normalised: give unit rows for cosine.
-    positives: what answers each query: one entry a query, a list of lists, or a tuple (indptr, indices). Entries are row numbers
-        of the corpus, or ids where corpus_ids is given.
-    query_ids, corpus_ids: ints or strings, one a row. query_texts, corpus_texts: strings, one a row, or a mapping from ids to
-        strings. All are read by position, from lists, arrays and columns of tables.
-        Corpus rows of equal ids or of equal texts are one document, transitively, and the lowest row stands for it. Texts are
-        compared after NFC normalisation, with each run of white space as one space; an empty text equals nothing.
-        Query rows of equal ids or texts are one query and share their positives; without ids and texts, rows of equal
-        embeddings do. A document whose text is the query's own never comes out.
-    exclude: further documents that must not come out, in the forms of positives.
-    select: filters and window of ranks (not sample); default: everything. Equality with a threshold keeps.
-    range_mode: "filtered": the window counts the ranks of what masks and filters leave (sentence-transformers' range_min);
-        "raw": it counts the ranks of all rows, positives among them, and masks and filters then thin it (FlagEmbedding).
-    positive_aggregation: "min", "max" or "mean" of a query's positives, the score that margins are measured from.
-    sampling_strategy: "top": the hardest of the window; "random": any members of it; "weighted": members drawn one by one
-        with probability proportional to exp(s / sampling_temperature). The last two draw from the first 10 num_negatives
-        ranks of the window where range_max is None, as sentence-transformers does. A draw depends on seed and the query's
-        row only.
-    deduplicate: "exact" takes rows of equal embeddings for one document, too: no negative comes out twice, and none equal to a
-        positive or to an excluded row. It does not see copies of a text whose embeddings differ by a rounding error: give
-        corpus_texts. One more pass over the corpus, and 48 bytes a row while it runs.
-        "near" walks a query's window, hardest first, and drops a row whose cosine to a positive of the query, or to a row that
-        the walk has kept, is near_duplicate_score or more; it looks deeper until enough are kept or the window ends.
-    rescore: a callable from a list of (query text, document text) pairs to a score each, or an object with predict, such as a
-        cross-encoder. select's window of ranks gives the candidates, by embeddings; then select's filters, margins from the
-        positives' own new scores, the order and the draw go by the new scores, and so do the result's scores.
-    rescore_candidates: how many candidates of each query are scored; default: 10 num_negatives, or select's whole window if that
-        is smaller. rescore_batch_size: pairs at a time. With resume_dir the scores are kept there.
-    promote: with rescore, a candidate whose score is no more than this below its query's positive becomes a positive.
-    index: "exact" scans all rows; a FAISS factory string or a NegativeIndex of the same rows (kind other than "exact") proposes
-        candidates, which are then scored exactly, masked, filtered and asked for again deeper, up to 4,096 a query. What it does
-        not propose is not seen: recall is measured on audit_queries of the queries against a scan, stands in
-        config["index"], and below min_recall warns.
-    count_skipped: count what each filter drops. On a CPU the pass that mines counts for the last filter, and so does a "raw"
-        window; else it is one more scoring pass a filter.
-    batch_size, corpus_chunk_size: queries and rows at a time; default: what fits max_memory_bytes, which
-        counts what is held beside the inputs and the result, save a few MiB a thread inside the kernels. A window that
-        reaches deep makes batches small.
-    resume_dir: a folder where each finished batch is written down, whole or not at all. The same call with the same folder goes
-        on where it was killed and gives the same bits, in other batches too; with other inputs it is refused. One process at a
-        time. The folder stays: delete it when it has served.
-    engine: None mines in this process, or in the ranks of process_group. "ray" mines in actors of Ray (pip install negmine[ray]):
-        each holds shards of the corpus, which it reads where they lie if they are paths. A function
-        (plan, phase, queries) -> Part mines by any other engine: see negmine.mining.mine_part.
-    engine_options: of "ray", by Ray's names: num_cpus, num_gpus, resources and runtime_env of each actor; and num_actors
-        (default: one for each shard of corpus_embeddings).
-    process_group: of torch.distributed. Every rank calls with the same arguments, save corpus_embeddings: its own rows, of the
-        corpus that all ranks' rows make in rank order; positives, exclude, ids and texts are of all rows. query_embeddings are
-        all queries, or each rank's own where positives has an entry for each query of all ranks. Every rank returns the same,
-        which is what one process returns for all rows.
-    device: where scores are computed; default: where query_embeddings or corpus_embeddings are.
-    show_progress_bar: a line on stderr, with the time left.
+    Parameters
+    ----------
+    query_embeddings, corpus_embeddings : array, Tensor, path, or a list of these
+        (Q, D) and (K, D): NumPy arrays, tensors, tables, paths of .npy, .safetensors ("file::tensor") or .parquet
+        ("file::column") files, or a list of these as shards. float32, float16, or bfloat16; float64 is rounded to float32.
+        Nothing is normalised: give unit rows for cosine.
+    positives : sequence
+        The positives of each query: one entry a query, a list of lists, or a tuple (indptr, indices). Entries are row
+        numbers of the corpus, or ids if `corpus_ids` is given.
+    query_ids, corpus_ids : sequence of int or str, optional
+        One a row. Corpus rows of equal ids are one document; query rows of equal ids are one query and share their
+        positives.
+    query_texts, corpus_texts : sequence of str or mapping, optional
+        One a row, or a mapping from ids to texts. Rows of equal texts are one document or query, after NFC normalisation
+        and with each run of white space as one space; an empty text equals nothing. A document whose text is the query's
+        own is never its negative. Without ids and texts, query rows of equal embeddings are one query.
+    exclude : sequence, optional
+        Further documents that must not be negatives, in the forms of `positives`.
+    select : Select, optional
+        Filters and a window of ranks (not `sample`); default: everything. Equality with a threshold keeps.
+    range_mode : str
+        "filtered": the window counts the ranks of what masks and filters leave, as range_min of sentence-transformers.
+        "raw": it counts the ranks of all rows, positives among them, and masks and filters then remove from it, as in
+        FlagEmbedding.
+    positive_aggregation : str
+        "min", "max" or "mean" of a query's positives: the score that margins are measured from. With "min" one weak
+        positive may leave a query with few negatives.
+    num_negatives : int
+        How many negatives a query gets.
+    sampling_strategy : str
+        "top": the hardest of the window. "random": any of it. "weighted": drawn one by one with probability proportional to
+        exp(s / sampling_temperature). The last two draw from the first 10 num_negatives ranks of the window if range_max is
+        None.
+    sampling_temperature : float
+        Of "weighted".
+    seed : int
+        Of the draws. A draw depends on seed and the query's row only.
+    deduplicate : str
+        "exact": rows of equal embeddings are one document, which takes one more pass over the corpus and 48 bytes a row
+        while it runs. It does not see copies of a text whose embeddings differ by rounding: give corpus_texts. "near": a
+        row of the window is dropped if its cosine to a positive of the query, or to a row that was kept before it, is
+        near_duplicate_score or more. "none": neither.
+    rescore : callable, optional
+        Scores pairs of texts: a callable from a list of (query text, document text) to a score each, or an object with
+        predict, such as a cross-encoder. The window of select gives the candidates by embeddings; the filters, margins,
+        order and draw then use the new scores, and so does the result.
+    rescore_candidates : int, optional
+        How many candidates of each query are scored; default: 10 num_negatives, or the whole window of select if that is
+        smaller.
+    rescore_batch_size : int
+        Pairs at a time.
+    promote : float, optional
+        With rescore: a candidate whose score is at most this much below its query's positive becomes a positive.
+    near_duplicate_score : float
+        The cosine of deduplicate="near".
+    index : str or NegativeIndex
+        "exact" scans all rows. A FAISS factory string, or a NegativeIndex of the same rows, proposes candidates, which are
+        then scored exactly, masked and filtered, and asked for again deeper, up to 4,096 a query. What it does not propose
+        is not seen.
+    audit_queries : int
+        How many queries the recall of an approximate index is measured on. It is in the result's recall.
+    min_recall : float
+        Below this recall there is a warning.
+    count_skipped : bool
+        Count what each filter removes. This may take one more scoring pass for each filter.
+    batch_size, corpus_chunk_size : int, optional
+        Queries and rows at a time; default: what fits max_memory_bytes.
+    max_memory_bytes : int
+        What is held beside the inputs and the result, except a few MiB a thread inside the kernels. A window that reaches
+        deep makes batches small.
+    resume_dir : path, optional
+        A folder where each finished batch is written, completely or not at all. The same call with the same folder resumes
+        an interrupted run and gives the same bits. A folder of a run with other inputs is refused. One process at a time
+        may use it; delete it when it is no longer needed.
+    engine : str or callable, optional
+        None mines in this process, or in the ranks of process_group. "ray" mines in actors of Ray (pip install
+        negmine[ray]), each of which holds shards of the corpus. A function (plan, phase, queries) -> Part mines by any
+        other engine: see mine_part.
+    engine_options : dict, optional
+        Of "ray": num_cpus, num_gpus, resources and runtime_env of each actor, and num_actors (default: one for each shard).
+    process_group : ProcessGroup, optional
+        Of torch.distributed. Every rank calls with the same arguments except corpus_embeddings: its own rows of the corpus,
+        which is all ranks' rows in rank order. positives, exclude, ids and texts are of all rows. query_embeddings are all
+        queries, or each rank's own if positives has an entry for each query of all ranks. Every rank returns what one
+        process returns for all rows.
+    device : str or torch.device, optional
+        Where scores are computed; default: where the embeddings are.
+    backend : str, optional
+        None chooses; "cuda", "triton", "cpu" or "reference" insists.
+    show_progress_bar : bool
+        A line on stderr, with the time left.
 
-    Returns a MiningResult: indices and scores (Q, num_negatives), past the end of a window -1 and -inf. Its `skipped` counts
-    each pair of a query and a row that was left out, once, under the first of positive, exclude, own_text, equal_to_positive,
-    duplicate and the filters. Equal scores: the lower row first. A NaN score is no candidate. The same negatives, bit for bit,
-    for any batch_size, corpus_chunk_size, number of ranks and cut into shards; on the "reference" backend only where sums are
-    exact, and with an approximate index only for one batch_size. Raises ValueError or TypeError for input that does not fit,
-    before any work; ImportError for a missing package; OSError where a disk is full.
+    Returns
+    -------
+    MiningResult
+        indices and scores (Q, num_negatives); -1 and -inf where a query has fewer. Its `skipped` counts each pair of a
+        query and a row that was removed once, under the first of positive, exclude, own_text, equal_to_positive, duplicate
+        and the filters.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit, before any work.
+    ImportError
+        For a missing package.
+    OSError
+        For a full disk.
+
+    Notes
+    -----
+    Equal scores: the lower row first. A NaN score is no candidate. The negatives are the same, bit for bit, for any batch
+    size, chunk size, number of ranks and cut into shards; on the "reference" backend only if sums are exact, and with an
+    approximate index only for one batch size.
+
+    Examples
+    --------
+    >>> corpus = F.normalize(torch.randn(1000, 16), dim=1)
+    >>> queries = F.normalize(corpus[:20] + 0.1 * torch.randn(20, 16), dim=1)
+    >>> select = negmine.Select(relative_margin=0.05)
+    >>> result = negmine.mine_hard_negatives(queries, corpus, list(range(20)), num_negatives=5, select=select)
+    >>> result.indices.shape
+    (20, 5)
+    >>> triplets = result.to_triplets()  # query, positive, negative
     """
     given = dict(
         select=Select() if select is None else select,

@@ -29,14 +29,39 @@ FILE_KIND = "NegativeIndex"
 
 
 class Found(NamedTuple):
-    """The result of NegativeIndex.search."""
+    """What `NegativeIndex.search` returns.
+
+    Attributes
+    ----------
+    scores : array (Q, k) float32
+        Largest first; -inf past the end.
+    indices : array (Q, k) int64
+        Row numbers; -1 past the end.
+
+    Examples
+    --------
+    >>> index = negmine.NegativeIndex.build(torch.randn(100, 16))
+    >>> scores, indices = index.search(torch.randn(8, 16), 5)
+    >>> indices.shape
+    (8, 5)
+    """
 
     scores: np.ndarray  # (Q, k) fp32, descending, -inf past the end
     indices: np.ndarray  # (Q, k) int64, -1 past the end
 
 
 class NegativeIndex:
-    """Rows that can be searched by inner product. Made by `build` or `load`."""
+    """Rows that can be searched by inner product, exactly or approximately. Made by `build` or `load`.
+
+    Examples
+    --------
+    >>> index = negmine.NegativeIndex.build(torch.randn(100, 16))  # "exact"
+    >>> index.search(torch.randn(8, 16), 5).indices.shape
+    (8, 5)
+    >>> index.add(torch.randn(10, 16))  # rows 100 to 109
+    >>> len(index)
+    110
+    """
 
     def __init__(self, engine: Any, dtype: str, options: dict, max_memory_bytes: int | None) -> None:
         self._engine, self._dtype, self._options, self._memory = engine, dtype, options, max_memory_bytes
@@ -54,16 +79,37 @@ class NegativeIndex:
         backend: str | None = None,
         max_memory_bytes: int | None = None,
     ) -> "NegativeIndex":
-        """An index of all rows of `embeddings` (rows, D), in any form that mine_hard_negatives takes.
+        """An index of all rows of `embeddings`.
 
-        kind: "exact", a FAISS factory string ("Flat", "IVF4096,Flat", "IVF64,PQ16", "HNSW32"), or "cagra".
-        train_rows: rows drawn, by `seed`, to train an index that needs it; default: all, or 262,144 of more.
-        search_options: an index's own, by name: {"nprobe": 32}, {"efSearch": 128}, cuVS's {"itopk_size": 256}.
-        device, backend: where and by which kernels it searches; a FAISS index on "cuda" needs faiss-gpu.
-        max_memory_bytes: what one search of an exact index may hold beside the rows, queries and result (default 1 GiB).
+        Parameters
+        ----------
+        embeddings : array, Tensor, path, or a list of these
+            (rows, D), in any form that mine_hard_negatives takes.
+        kind : str
+            "exact", a FAISS factory string ("Flat", "IVF4096,Flat", "IVF64,PQ16", "HNSW32"), or "cagra" of cuVS.
+        train_rows : int, optional
+            Rows drawn, by seed, to train an index that needs it; default: all, or 262,144 of more.
+        seed : int
+            Of that draw.
+        search_options : dict, optional
+            The index's own options by name: {"nprobe": 32}, {"efSearch": 128}, cuVS's {"itopk_size": 256}.
+        device, backend : optional
+            Where and by which kernels it searches. A FAISS index on "cuda" needs faiss-gpu.
+        max_memory_bytes : int, optional
+            What one search of an exact index may hold beside the rows, queries and result (default 1 GiB).
 
-        An exact index keeps the rows where they are, in the caller's arrays or files; an approximate one holds its own copy in
-        memory, as FAISS and cuVS do. Raises ValueError or TypeError for what does not fit, ImportError for a missing package.
+        Returns
+        -------
+        NegativeIndex
+            An exact index keeps the rows where they are, in the caller's arrays or files. An approximate one holds its own
+            copy in memory.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For input that does not fit.
+        ImportError
+            For a missing package.
         """
         op = "NegativeIndex.build"
         rows = Rows.open(op, "embeddings", embeddings)
@@ -107,9 +153,20 @@ class NegativeIndex:
         self._engine.add(rows)
 
     def search(self, query_embeddings: Any, k: int) -> Found:
-        """The k rows of largest inner product of each query (Q, D), hardest first; past the end -1 and -inf.
+        """The k rows of largest inner product of each query, hardest first.
 
-        "exact": all of them, equal scores by the lower row, any k. Else: what the index finds, by the index's own scores.
+        Parameters
+        ----------
+        query_embeddings : array, Tensor, path, or a list of these
+            (Q, D), in any form that mine_hard_negatives takes.
+        k : int
+            How many rows.
+
+        Returns
+        -------
+        Found
+            scores and indices (Q, k); -inf and -1 past the end. "exact" finds all of them, equal scores by the lower row.
+            Other kinds return what the index finds, with the index's own scores.
         """
         op = "NegativeIndex.search"
         queries = Rows.open(op, "query_embeddings", query_embeddings)
@@ -144,10 +201,23 @@ class NegativeIndex:
     def recall(
         self, query_embeddings: Any, corpus_embeddings: Any, *, k: int = 10, queries: int = 256, seed: int = 0
     ) -> float:
-        """The share of each query's k hardest rows, found by an exact scan of corpus_embeddings, that `search` finds.
+        """The share of each query's k hardest rows that `search` finds.
 
-        corpus_embeddings: what the index was built from. queries: how many are drawn, by `seed`. A found row whose score ties
-        with the k-th counts as found; scores are computed anew from the rows, not taken from the index.
+        The hardest rows are found by an exact scan. A found row whose score equals the k-th counts as found; scores are
+        computed from the rows, not taken from the index.
+
+        Parameters
+        ----------
+        query_embeddings : array, Tensor, path, or a list of these
+            (Q, D), in any form that mine_hard_negatives takes.
+        corpus_embeddings : array, Tensor, path, or a list of these
+            What the index was built from.
+        k : int
+            How many rows.
+        queries : int
+            How many queries are drawn.
+        seed : int
+            Of the draw.
         """
         op = "NegativeIndex.recall"
         query_rows = Rows.open(op, "query_embeddings", query_embeddings)
@@ -190,11 +260,29 @@ class NegativeIndex:
         backend: str | None = None,
         max_memory_bytes: int | None = None,
     ) -> "NegativeIndex":
-        """Read a file that `save` wrote. Raises ValueError for another kind of file and for a damaged one.
+        """Read a file that `save` wrote.
 
-        Sizes are checked against the size of the file before anything is allocated, and then hashes. The rows of an exact index
-        are memory-mapped. Hashes detect damage but not manipulation, and FAISS itself reads the bytes of its indexes, so load
-        approximate indexes only from sources that you trust.
+        Parameters
+        ----------
+        path : path
+            Of the file.
+        search_options : dict, optional
+            In place of those that were saved.
+        device, backend : optional
+            As in `build`.
+        max_memory_bytes : int, optional
+            As in `build`.
+
+        Raises
+        ------
+        ValueError
+            For another kind of file and for a damaged one.
+
+        Notes
+        -----
+        Sizes are checked against the size of the file before anything is allocated, and then hashes. The rows of an exact
+        index are memory-mapped. Hashes detect damage but not manipulation, and FAISS itself reads the bytes of its indexes,
+        so load approximate indexes only from sources that you trust.
         """
         op = "NegativeIndex.load"
         facts, parts = array_file.read(op, path, FILE_KIND)

@@ -44,7 +44,40 @@ QUARTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "max": 1.0}
 
 @dataclass(frozen=True, eq=False)  # == of arrays has no one answer
 class MiningResult:
-    """The result of mine_hard_negatives. Q queries, n = num_negatives."""
+    """The result of `mine_hard_negatives`, for Q queries and n = num_negatives. It is made by mining or by `load`.
+
+    Attributes
+    ----------
+    indices : array (Q, n) int64
+        Rows of the corpus, hardest first; -1 past the end.
+    scores : array (Q, n) float32
+        -inf past the end.
+    positive_scores : array (Q,) float32
+        Aggregated over each query's positives; NaN where it has none.
+    num_valid : array (Q,) int64
+        How many negatives a query has.
+    positives : RowLists
+        The positives' rows as given, each once.
+    skipped : dict
+        How many pairs of query and row each mask and filter removed, each pair once.
+    config : dict
+        Arguments, versions, sizes and content hashes.
+    positive_pair_scores : array (P,) float32, optional
+        The score of each entry of positives.
+    query_ids, corpus_ids, query_texts, corpus_texts : optional
+        As given.
+    query_rows : array (Q,) int64, optional
+        The lowest row of each row's query; None = each row is a query of its own.
+    sources : array (Q, n, retrievers) int32, optional
+        Of merge_retrievers.
+
+    Examples
+    --------
+    >>> rows = F.normalize(torch.randn(50, 16), dim=1)
+    >>> result = negmine.mine_hard_negatives(rows[:5], rows, list(range(5)), num_negatives=2)
+    >>> result.to_triplets().shape, result.num_valid.tolist()
+    ((10, 3), [2, 2, 2, 2, 2])
+    """
 
     indices: np.ndarray  # (Q, n) int64
     scores: np.ndarray  # (Q, n) fp32

@@ -31,18 +31,50 @@ def merge_retrievers(
     rank_constant: float = 60.0,
     exclude: Any = None,
 ) -> MiningResult:
-    """One result of several retrievers for the same queries and corpus.
+    """The candidates of several retrievers, such as two encoders, or an encoder and BM25, in one result.
 
-    retrievers: MiningResults of the same queries, corpus rows and positives; after the first, also pairs (scores, indices) of
-        arrays (Q, k), hardest first, -1 past the end, such as what NegativeIndex.search returns, or what bm25s' retrieve returns.
-        Positives, the query's own text and copies are left out of these, by the ids and texts of the first result.
-    method: "rrf": reciprocal ranks; "scores": each retriever's scores of a query, scaled to [0, 1]; "round_robin": in turn.
-    num_negatives: of a query; default: as many as the longest list.
-    weights: of the retrievers, for "rrf" and "scores"; default: 1 each. rank_constant: of "rrf".
-    exclude: documents that must not come out of pairs, in the forms of mine_hard_negatives.
+        "rrf"         score(k) = sum over r that found k of  w_r / (rank_constant + rank_r(k)),   ranks from 1
+        "scores"      score(k) = sum over r that found k of  w_r (s_r(k) - min s_r) / (max s_r - min s_r)
+        "round_robin" the retrievers' lists in turn, best first, each document once
 
-    Returns a MiningResult whose scores are the merged ones, and whose sources (Q, n, retrievers) int32 hold the place of each
-    negative in each retriever's list, from 0, and -1 where it is not there. positive_scores are NaN.
+    Parameters
+    ----------
+    retrievers : sequence
+        MiningResults of the same queries, corpus rows and positives. After the first, also pairs (scores, indices) of
+        arrays (Q, k), hardest first, -1 past the end, such as NegativeIndex.search or bm25s return. Positives, the query's
+        own text and copies are removed from these.
+    method : str
+        "rrf" (reciprocal ranks), "scores" (each retriever's scores of a query scaled to [0, 1]) or "round_robin".
+    num_negatives : int, optional
+        Of a query; default: as many as the longest list.
+    weights : sequence of float, optional
+        Of the retrievers, for "rrf" and "scores"; default: 1 each.
+    rank_constant : float
+        Of "rrf".
+    exclude : sequence, optional
+        Documents to remove from pairs, in the forms of mine_hard_negatives.
+
+    Returns
+    -------
+    MiningResult
+        Its scores are the merged ones. `sources` (Q, n, retrievers) int32 has the place of each negative in each
+        retriever's list, from 0; -1 where it is not there. positive_scores are NaN.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit.
+
+    References
+    ----------
+    Reciprocal ranks: Cormack et al. 2009.
+
+    Examples
+    --------
+    >>> rows, other = F.normalize(torch.randn(50, 16), dim=1), F.normalize(torch.randn(50, 16), dim=1)
+    >>> first, second = (negmine.mine_hard_negatives(each[:5], each, list(range(5))) for each in (rows, other))
+    >>> negmine.mining.merge_retrievers([first, second]).sources.shape
+    (5, 3, 2)
     """
     checks.require_choice(OP, "method", method, METHODS)
     if not isinstance(retrievers, (list, tuple)) or not retrievers or not isinstance(retrievers[0], MiningResult):

@@ -27,7 +27,26 @@ OP = "mining_rounds"
 
 @dataclass(frozen=True)
 class Round:
-    """One round of mining_rounds."""
+    """One round of `mining_rounds`.
+
+    Attributes
+    ----------
+    number : int
+        From 0.
+    result : MiningResult
+        What train_round was given.
+    new : float
+        The share of its negatives that the round before did not have; 1.0 in round 0.
+    outcome : Any
+        What train_round returned.
+
+    Examples
+    --------
+    >>> rows = F.normalize(torch.randn(50, 16), dim=1)
+    >>> (done,) = negmine.mining.mining_rounds(lambda r: (rows[:5], rows), lambda r, result: r, range(5), rounds=1)
+    >>> done.number, done.new
+    (0, 1.0)
+    """
 
     number: int  # from 0
     result: MiningResult  # what was handed to train_round
@@ -45,24 +64,55 @@ def mining_rounds(
     min_new: float = 0.0,
     **mining: Any,
 ) -> list[Round]:
-    """Alternate mining and training, `rounds` times.
+    """Alternate mining and training.
 
         for r = 0 .. rounds - 1:
             queries, corpus = embed(r);   result = mine_hard_negatives(queries, corpus, positives, **mining)
             stop, before training, where less than min_new of result's negatives are new and r > 0
             train_round(r, result)
 
-    embed(r): the (Q, D) and (K, D) embeddings as the model now makes them, in any form that mine_hard_negatives takes.
-    train_round(r, result): trains; what it returns is kept as Round.outcome.
-    keep_old: up to so many negatives of the round before that are not among the new ones join them, hardest by today's scores
-        first: a negative learnt and dropped may be forgotten. They pass today's filters, never the window. result then has
-        num_negatives + keep_old columns, hardest first.
-    min_new: share of new negatives below which another round would teach the same again; 0 never stops.
-    mining: mine_hard_negatives' own arguments, save resume_dir. seed grows by 1 a round. With process_group embed(r) returns all
-        queries and the rank's own rows of the corpus, and every rank's train_round gets the one result.
+    Parameters
+    ----------
+    embed : callable
+        embed(r) returns the (Q, D) and (K, D) embeddings of the model as it is now, in any form that mine_hard_negatives
+        takes.
+    train_round : callable
+        train_round(r, result) trains. What it returns is kept in Round.outcome.
+    positives : sequence
+        As in mine_hard_negatives.
+    rounds : int
+        How many.
+    keep_old : int
+        Up to this many negatives of the round before that are not among the new ones are added, the hardest by today's
+        scores first, because a negative that was learnt and dropped may be forgotten. They pass today's filters, but need
+        not be in the window. The result then has num_negatives + keep_old columns.
+    min_new : float
+        Stop when the share of new negatives is below this; 0 never stops.
+    **mining
+        Further arguments of mine_hard_negatives, except resume_dir. seed grows by 1 each round. With process_group embed(r)
+        returns all queries and the rank's own rows of the corpus, and train_round of every rank gets the same result.
 
-    Returns the rounds that were trained. Raises ValueError or TypeError for what does not fit. What embed or the mining raises
-    on one rank is raised on all; not what train_round raises, which may come amid collectives of its own.
+    Returns
+    -------
+    list of Round
+        The rounds that were trained.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit. What embed or the mining raises on one rank is raised on all; what train_round raises
+        is not.
+
+    References
+    ----------
+    ANCE, Xiong et al. 2021 (arXiv 2007.00808), here synchronous.
+
+    Examples
+    --------
+    >>> rows = F.normalize(torch.randn(50, 16), dim=1)
+    >>> done = negmine.mining.mining_rounds(lambda r: (rows[:5], rows), lambda r, result: None, range(5), rounds=2)
+    >>> len(done)
+    2
     """
     ranks = ProcessRanks(OP, mining.get("process_group"))
     with ranks.together():

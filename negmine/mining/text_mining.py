@@ -54,22 +54,53 @@ def from_texts(
     show_progress_bar: bool = False,
     **mining: Any,
 ) -> MiningResult:
-    """Hard negatives of texts: embeds queries and corpus by `model`, and mines.
+    """Hard negatives of texts: embeds queries and corpus with a model, and mines.
 
-    model: a callable from a list of texts to their rows (n, D), or an object with encode or embed. A model with encode_query or
-        encode_queries, and encode_document or encode_corpus, embeds each side by its own. It is called with the texts alone.
-    queries, corpus: strings, one a row, or a mapping from ids to strings.
-    positives, query_ids, corpus_ids: as in mine_hard_negatives.
-    query_prompt, corpus_prompt: put before each text that is embedded; documents are compared without it.
-    encode_batch_size: texts that the model is given at a time.
-    normalize: divide each row by its norm, so that scores are cosines.
-    cache_dir: a folder that keeps embeddings: a run that was killed goes on where it was, and texts that are embedded already are
-        not embedded again.
-    show_progress_bar: a line on stderr, with the time left.
-    mining: mine_hard_negatives' own arguments, save process_group.
+    Parameters
+    ----------
+    model : callable or object
+        A callable from a list of texts to their rows (n, D), or an object with encode or embed, such as a
+        SentenceTransformer. A model with encode_query or encode_queries, and encode_document or encode_corpus, embeds each
+        side by its own. It is called with the texts alone.
+    queries, corpus : sequence of str or mapping
+        The texts, or a mapping from ids to texts.
+    positives : sequence
+        As in mine_hard_negatives.
+    query_ids, corpus_ids : sequence of int or str, optional
+        As in mine_hard_negatives.
+    query_prompt, corpus_prompt : str
+        Put before each text that is embedded; texts are compared without it.
+    encode_batch_size : int
+        Texts that the model is given at a time.
+    normalize : bool
+        Divide each row by its norm, so that scores are cosines.
+    cache_dir : path, optional
+        A folder that keeps embeddings: an interrupted run resumes, and texts that are embedded already are not embedded
+        again.
+    show_progress_bar : bool
+        A line on stderr, with the time left.
+    **mining
+        Further arguments of mine_hard_negatives, except process_group.
 
-    Returns a MiningResult with the texts and the ids. Raises ValueError or TypeError for input that does not fit, before any text
-    is embedded, and for a model that does not return one finite row a text.
+    Returns
+    -------
+    MiningResult
+        With the texts and the ids.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit, before any text is embedded, and for a model that does not return one finite row for
+        each text.
+
+    Examples
+    --------
+    >>> def model(texts):  # stands for SentenceTransformer("...")
+    ...     return np.stack([np.random.default_rng(len(text)).standard_normal(16) for text in texts])
+    >>> documents = {"d1": "tea is a drink", "d2": "milk is white", "d3": "water"}
+    >>> result = negmine.mining.from_texts(model, ["what is tea"], documents, ["d1"], num_negatives=2)
+    >>> result.to_triplets().shape
+    (2, 3)
     """
     known = inspect.signature(mine_hard_negatives).parameters
     for name in mining:

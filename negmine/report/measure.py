@@ -238,44 +238,97 @@ def hardness_report(
     page: str | os.PathLike | None = None,
     title: str = "How hard are these negatives?",
 ) -> HardnessReport:
-    """What the negatives of a dataset are like, by difficulty: the analyses of Cai et al. 2020 (arXiv 2010.06682), and suspects.
+    """What the negatives of a dataset are like, by difficulty, and which are probably false negatives.
 
-        difficulty of row k for query q = its place among q's pool by (s descending, k ascending), s_qk = query_q . corpus_k,
+        difficulty of row k for query q = its rank in q's pool by (s descending, k ascending), s_qk = query_q . corpus_k,
         as a fraction of the pool;   pool_q = rows that are neither a positive of q nor excluded for q
 
-    query_embeddings (Q, D), corpus_embeddings (K, D), positives, exclude: as in mine_hard_negatives; positives may be None.
-    query_labels, corpus_labels: a class for each row, ints or strings: the share of negatives of the query's own class.
-    class_similarity: a (C, C) matrix looked up by int labels, a callable (query numbers (M,), corpus rows (M,)) -> (M,), or a
-        dict of those by name. NaN is "not known" and left out.
-    query_ids, corpus_ids, query_texts, corpus_texts: as in mine_hard_negatives. Suspects are shown with them. Rows of one query
-        share their positives, and the row of a query's own text leaves its pool; copies of a positive stay and are listed.
-    previous: the pair (query_embeddings, corpus_embeddings) of an older snapshot of the same rows, of any D: drift.
-    normalize: divide every row by its norm first, in a copy; else vectors are used as given, and are cosines if unit rows.
-    edges: fractions of the pool that part the bins of difficulty, both ends rounded down to ranks.
-    tail: the share of the pool called hardest, and easiest, where consistency across queries is measured.
-    num_queries: how many queries to look at, drawn by seed; None = all.
-    samples_per_bin: ranks looked at in each bin of each query, one from each of so many equal parts;
-        a bin of fewer ranks is taken whole.
-    near_duplicate_score: a row that scores this or more with a positive, corpus row with corpus row, is listed.
-    num_suspects: how many suspects of each kind are listed; at most 3 a query.
-    seed: of all draws. max_memory_bytes: for what a batch of queries holds, beside inputs and figures (default 1 GiB).
-    device: where scores are computed. show_progress_bar: a line on stderr, with the time left.
-    page: where to write the HTML page. title: its heading.
+    Parameters
+    ----------
+    query_embeddings, corpus_embeddings : array, Tensor, path, or a list of these
+        (Q, D) and (K, D), as in mine_hard_negatives.
+    positives : sequence, optional
+        As in mine_hard_negatives.
+    exclude : sequence, optional
+        As in mine_hard_negatives.
+    query_labels, corpus_labels : sequence of int or str, optional
+        A class for each row: gives the share of negatives of the query's own class.
+    class_similarity : array, callable or dict, optional
+        A (C, C) matrix looked up by int labels, a callable (query numbers (M,), corpus rows (M,)) -> (M,), or a dict of
+        those by name. NaN means unknown and is left out.
+    query_ids, corpus_ids : sequence, optional
+        As in mine_hard_negatives.
+    query_texts, corpus_texts : sequence of str or mapping, optional
+        As in mine_hard_negatives. Suspects are shown with them. The row of a query's own text leaves its pool; copies of a
+        positive stay and are listed.
+    previous : tuple, optional
+        (query_embeddings, corpus_embeddings) of an older snapshot of the same rows, of any D: gives the drift.
+    normalize : bool
+        Divide every row by its norm first, in a copy. Otherwise vectors are used as given.
+    edges : sequence of float
+        Fractions of the pool that separate the bins of difficulty, rounded down to ranks.
+    tail : float
+        The share of the pool that is called hardest, and easiest, when agreement between queries is measured.
+    num_queries : int or None
+        How many queries to look at, drawn by seed; None = all.
+    samples_per_bin : int
+        How many ranks to look at in each bin of each query, one from each of so many equal parts. A smaller bin is taken
+        whole.
+    near_duplicate_score : float
+        A row that scores this or more with a positive is listed as its near duplicate.
+    num_suspects : int
+        How many suspects of each kind are listed, at most 3 a query.
+    seed : int
+        Of all draws.
+    max_memory_bytes : int, optional
+        What a batch of queries may hold beside inputs and figures (default 1 GiB).
+    device : str or torch.device, optional
+        Where scores are computed.
+    backend : str, optional
+        As in mine_hard_negatives.
+    show_progress_bar : bool
+        A line on stderr, with the time left.
+    page : path, optional
+        Where to write the HTML page.
+    title : str
+        The heading of the page.
 
-    Returns a HardnessReport. Its figures, by name (bins = len(edges) - 1, Q' = queries looked at):
+    Returns
+    -------
+    HardnessReport
+        Its figures, with bins = len(edges) - 1 and Q' = the queries looked at, are listed in the notes.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that does not fit, before any work; for rows that are not finite, as they are read.
+
+    Notes
+    -----
         score_mean, score_error             (bins,) mean score, and its standard error over queries; signed, both tails
         same_class_mean, _error, _chance    (bins,) share of the query's class; chance = its share of the whole pool
         similarity/<name>_mean, _error      (bins,); _overall: the mean over the pool, bins weighed by their size
         positive_rank (Q',)                 1 = first among the pool, 0 = no positive; positive_score (Q',): the best one's
-        hard_count, easy_count (K,)         queries in whose hardest, easiest tail a row stands
-        hard_variance_ratio, easy_...       Var(c) / (Q' a (1 - a)), a = share of a tail: 1 if queries chose by themselves
-        hard_agreement, easy_agreement      (ratio - 1) / (Q' - 1): how far two queries' choices correlate, whatever Q'
-        hard_histogram, hard_expected, ...  rows by count, and what Binomial(Q', a) expects
-        outscoring_rate, outscoring_mean    share of queries with a negative above every positive; how many of the hardest 10
-        overlap (Q', sizes)                 share of the hardest sets that the snapshots have in common; sizes in overlap_sizes
-        rank_correlation (Q',)              Spearman's, over up to 1024 corpus rows
-    Ties: in the easiest tail equal scores also go to the lower row. No (Q, K) matrix is made, except by "reference".
-    Raises ValueError or TypeError for input that does not fit, before any work; for rows that are not finite as they are read.
+        hard_count, easy_count (K,)         queries in whose hardest, easiest tail a row stands hard_variance_ratio,
+        easy_...       Var(c) / (Q' a (1 - a)), a = share of a tail: 1 if queries chose by themselves hard_agreement,
+        easy_agreement      (ratio - 1) / (Q' - 1): how far two queries' choices correlate, whatever Q' hard_histogram,
+        hard_expected, ...  rows by count, and what Binomial(Q', a) expects outscoring_rate, outscoring_mean    share of
+        queries with a negative above every positive; how many of the hardest 10 overlap (Q', sizes)                 share
+        of the hardest sets that the snapshots have in common; sizes in overlap_sizes rank_correlation (Q',)
+        Spearman's, over up to 1024 corpus rows
+
+    In the easiest tail equal scores also go to the lower row. No (Q, K) matrix is made, except by the reference.
+
+    References
+    ----------
+    Cai et al. 2020 (arXiv 2010.06682).
+
+    Examples
+    --------
+    >>> rows, labels = F.normalize(torch.randn(200, 16), dim=1), torch.arange(200) % 4
+    >>> report = negmine.hardness_report(rows[:20], rows, list(range(20)), query_labels=labels[:20], corpus_labels=labels)
+    >>> report.figures["same_class_mean"].shape == report.figures["score_mean"].shape
+    True
     """
     for name, count in {
         "num_queries": num_queries,

@@ -37,7 +37,22 @@ def _array(value: Any, dtype: str) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)  # == of arrays has no one answer
 class HardnessReport:
-    """The result of hardness_report, whose docstring lists the figures."""
+    """The result of `hardness_report`, whose docstring lists the figures.
+
+    Attributes
+    ----------
+    figures : dict of arrays
+        The figures by name.
+    facts : dict
+        Sizes, arguments, and suspects with their texts.
+
+    Examples
+    --------
+    >>> rows = F.normalize(torch.randn(200, 16), dim=1)
+    >>> report = negmine.hardness_report(rows[:20], rows, list(range(20)))
+    >>> print(report.summary().splitlines()[0])
+    How hard are these negatives?
+    """
 
     figures: dict[str, np.ndarray]
     facts: dict[str, Any]  # sizes, arguments, suspects with their texts: what JSON can hold
