@@ -73,6 +73,9 @@ LABEL_LOSSES = {
     "distance_weighted": lambda: recipes.distance_weighted(5),
     "ephn": lambda: recipes.ephn(recipes.linear(0.5, 0.1, 9)),
     "multi_similarity": lambda: recipes.multi_similarity(epsilon=recipes.linear(0.1, 0.3, 9)),
+    "batch_hard, euclidean": lambda: recipes.batch_hard(distance="euclidean"),
+    "multi_similarity, euclidean": lambda: recipes.multi_similarity(distance="euclidean"),
+    "multi_similarity, squared_euclidean": lambda: recipes.multi_similarity(distance="squared_euclidean"),
     "TripletLoss": TripletLoss,
     "MultiSimilarityLoss": MultiSimilarityLoss,
 }
