@@ -52,6 +52,7 @@ GROUPS = {
     ),
 }  # fmt: skip
 SAMPLED_QUERIES, SAMPLED_ROWS, SAMPLED_TEXTS = 256, 1 << 14, 64  # mined and embedded by a dry run to measure the rate
+OTHER_FORMS = (".gz", ".zst", ".json", ".csv", ".tsv", ".txt")  # that a name may ask for, and that are not written
 EXAMPLES = """
 examples, one for each format:
   a BEIR folder and a model, to training data for sentence-transformers
@@ -176,6 +177,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Everything that can be refused before a data set is read."""
     if not (args.output or args.jsonl or args.dry_run):
         parser.error("give --output or --jsonl, a file for the result")
+    if args.output and Path(args.output).suffix in OTHER_FORMS:
+        wanted = "end in .jsonl or .parquet, for training data, or in .npz, for the MiningResult"
+        parser.error(f"--output must {wanted}, got {args.output!r}")
     sets = [f"--{name}" for name in DATA_SET if getattr(args, name)]
     if len(sets) > 1:
         parser.error(f"give one data set, not {' and '.join(sets)}")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from negmine.mining.remote import is_url
 from negmine.mining.text_files import read_jsonl, read_lines, read_tsv
 from negmine.ops.checks import describe, refuse
 
@@ -142,6 +143,8 @@ def _new(table: dict[str, str], name: str, text: str, where: str) -> None:
 
 def beir_files(folder: str | os.PathLike, split: str | None = None) -> list[Path]:
     """corpus, queries and judgements of a BEIR folder. split: default train, test or dev, whichever comes first."""
+    if is_url(folder):
+        raise ValueError(f"{describe(folder)} must be a folder on this machine")
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{describe(str(folder))} is no folder")
