@@ -5,8 +5,8 @@
     python examples/sentence_transformers_training.py --quick         32 pairs
     python examples/sentence_transformers_training.py --model PATH    another model than the one of the package above
 
-The data are WordNet's examples and entries, which come with the repository. Two places differ from a script without negmine: the
-import of mine_hard_negatives, and the loss, which scores all texts of the batch without storing a matrix of scores.
+The data are WordNet's examples and entries, which come with the repository. A script without negmine differs in the two
+imports: of mine_hard_negatives, and of the loss, which here scores all texts of the batch without storing a matrix of scores.
 """
 
 import argparse
@@ -18,34 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-import negmine
-from negmine.adapters.sentence_transformers import mine_hard_negatives  # instead of sentence_transformers.util's
+from negmine.adapters.sentence_transformers import (
+    MultipleNegativesRankingLoss,  # instead of sentence_transformers.losses'
+    mine_hard_negatives,  # instead of sentence_transformers.util's
+)
 
 DATA = Path(__file__).resolve().parents[1] / "benchmarks" / "data"
-
-
-class InfoNCE(nn.Module):
-    """What MultipleNegativesRankingLoss computes: every positive and negative of the batch is a negative of the other anchors."""
-
-    def __init__(self, model: nn.Module, temperature: float = 0.05) -> None:
-        super().__init__()
-        self.model, self.temperature = model, temperature
-
-    def forward(self, sentence_features, labels=None):
-        anchor, positive, *mined = (
-            F.normalize(self.model(texts)["sentence_embedding"], dim=1) for texts in sentence_features
-        )
-        own = torch.arange(len(anchor), device=anchor.device)
-        keys = torch.cat([positive, *mined])
-        ids = torch.cat(
-            [own, torch.full((len(keys) - len(own),), -1, device=own.device)]
-        )  # a row's positive is no negative
-        return negmine.info_nce(
-            anchor, positive, negmine.Negatives(keys, ids=ids), query_ids=own, temperature=self.temperature
-        )
 
 
 def load_wordnet(pairs: int, held_out: int, others: int):
@@ -108,7 +87,7 @@ def main() -> None:
             batch_sampler="no_duplicates", report_to="none", save_strategy="no", logging_steps=20,
             dataloader_pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
-        SentenceTransformerTrainer(model, arguments, mined, loss=InfoNCE(model)).train()
+        SentenceTransformerTrainer(model, arguments, mined, loss=MultipleNegativesRankingLoss(model)).train()
     print(f"{len(mined)} of {len(pairs)} pairs have {args.negatives} hard negatives; the first: {mined[0]}")
     after = evaluator(model)["cosine_mrr@10"]
     print(
