@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 
 import negmine
+import negmine.adapters.lightly
+import negmine.adapters.open_clip
+import negmine.adapters.pytorch_metric_learning
 
-PACKAGES = ("losses", "selection", "queues", "recipes", "report")
+PACKAGES = ("losses", "selection", "queues", "recipes", "report", "adapters.lightly", "adapters.open_clip")
 MINING = (
     "Found", "MiningResult", "Round", "build_batches", "from_texts", "merge_retrievers", "mine_hard_negatives", "mining_rounds"
 )  # fmt: skip
@@ -29,6 +32,7 @@ def public(package):
     return [f"{package}.{name}" for name in getattr(module, "__all__", own)]
 
 
+METRIC_LEARNING = ("CrossBatchMemory", "DistributedLossWrapper", "NegmineMiner")
 FUNCTIONS = ("info_nce", "siglip", "sup_con")  # of negmine; the others are of a package too
 NAMES = sorted(
     {

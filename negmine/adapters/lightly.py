@@ -56,12 +56,28 @@ def _both_views(gathering: Gathering, out0: Tensor, out1: Tensor, **options: Any
 class NTXentLoss(nn.Module):
     """lightly.loss.NTXentLoss: SimCLR's loss within a batch, or MoCo's against a memory bank.
 
-    memory_bank_size: 0, or (rows, dim). The bank is `memory_bank`, a MoCoQueue; differences from lightly's, all of them its bugs:
-    it travels in state_dict (lightly's is not persistent), a batch that reaches past its end wraps around (lightly drops the rest
-    and starts over), and it is not copied at every step.
-    gather_distributed: gathers what enters the bank from every rank; without a bank, the views of every rank, with gradient.
-    forward(out0, out1), each (B, D): normalises, returns the mean loss; in train mode the bank takes out1 where out0 requires
-    grad.
+    Parameters
+    ----------
+    temperature : float
+        Divides the scores.
+    memory_bank_size : int or sequence
+        0, or (rows, dim). The bank is `memory_bank`, a MoCoQueue. In train mode it takes out1 of each call whose out0
+        requires grad.
+    gather_distributed : bool
+        Gather what enters the bank from every rank; without a bank, the views of every rank, with gradient.
+    backend : str, optional
+        As in `info_nce`.
+
+    Notes
+    -----
+    Differences from lightly: the bank is in state_dict, a batch that reaches past its end wraps around where lightly drops
+    the rest, and it is not copied at every step.
+
+    Examples
+    --------
+    >>> from negmine.adapters.lightly import NTXentLoss
+    >>> loss = NTXentLoss(temperature=0.1, memory_bank_size=(100, 16))
+    >>> loss(torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)).backward()
     """
 
     def __init__(
@@ -99,17 +115,63 @@ class NTXentLoss(nn.Module):
 
 
 def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:
-    """w_b (B,) = 2 - B softmax over the batch of (out0_b . out1_b / sigma), detached (Yeh et al. 2021, arXiv 2110.06848)."""
+    """Weights of the positives: a pair that is still far weighs more.
+
+        w_b = 2 - B softmax over the batch of (out0_b . out1_b / sigma)
+
+    Parameters
+    ----------
+    out0, out1 : Tensor (B, D)
+        The two views of each image.
+    sigma : float
+        The temperature of the weights.
+
+    Returns
+    -------
+    Tensor (B,)
+        Without gradient.
+
+    References
+    ----------
+    Yeh et al. 2021 (arXiv 2110.06848).
+
+    Examples
+    --------
+    >>> from negmine.adapters.lightly import negative_mises_fisher_weights
+    >>> negative_mises_fisher_weights(torch.randn(8, 16), torch.randn(8, 16)).shape
+    torch.Size([8])
+    """
     return positive_weights((out0 * out1).sum(1), sigma)
 
 
 class DCLLoss(nn.Module):
-    """lightly.loss.DCLLoss: decoupled contrastive learning within a batch, both directions (Yeh et al. 2021, arXiv 2110.06848).
+    """lightly.loss.DCLLoss: decoupled contrastive learning within a batch, in both directions.
 
         loss = mean over the 2B views of -w x_pos + log sum over the views of other images of exp(x),   x = s / temperature
 
-    weight_fn(out0, out1) -> (B,): w, called once a direction. A batch of one image has no negatives: loss 0, where lightly's is
-    -inf. gather_distributed: the negatives of every rank, with gradient.
+    Parameters
+    ----------
+    temperature : float
+        Divides the scores.
+    weight_fn : callable, optional
+        weight_fn(out0, out1) -> w (B,), called once for each direction.
+    gather_distributed : bool
+        Take the negatives of every rank, with gradient.
+    backend : str, optional
+        As in `info_nce`.
+
+    Notes
+    -----
+    A batch of one image has no negatives: its loss is 0, where lightly's is -inf.
+
+    References
+    ----------
+    Yeh et al. 2021 (arXiv 2110.06848).
+
+    Examples
+    --------
+    >>> from negmine.adapters.lightly import DCLLoss
+    >>> loss = DCLLoss()(torch.randn(8, 16), torch.randn(8, 16))
     """
 
     def __init__(
@@ -139,7 +201,24 @@ class DCLLoss(nn.Module):
 
 
 class DCLWLoss(DCLLoss):
-    """lightly.loss.DCLWLoss: DCLLoss with negative_mises_fisher_weights of width sigma."""
+    """lightly.loss.DCLWLoss: `DCLLoss` with the weights of `negative_mises_fisher_weights`.
+
+    Parameters
+    ----------
+    temperature : float
+        Divides the scores.
+    sigma : float
+        The temperature of the weights.
+    gather_distributed : bool
+        As in `DCLLoss`.
+    backend : str, optional
+        As in `info_nce`.
+
+    Examples
+    --------
+    >>> from negmine.adapters.lightly import DCLWLoss
+    >>> loss = DCLWLoss(sigma=0.5)(torch.randn(8, 16), torch.randn(8, 16))
+    """
 
     def __init__(
         self,

@@ -64,14 +64,37 @@ class ClipLoss(nn.Module):
 
         logits = logit_scale * image_features @ text_features.T + logit_bias
 
-    local_loss: each rank takes the loss of its own rows against all. gather_with_grad: gradients travel back to other ranks;
-    local_loss without it leaves out the gradient of a pair's other side, in open_clip as here. rank, world_size: as in open_clip,
-    on the default process group; ranks hold equally many rows. Features are not gathered: those of one other rank at a time
-    pass by, and each rank computes its own rows' share whatever the flags. cache_labels: accepted, there are no labels to
-    cache. use_horovod: refused.
-    forward(image_features, text_features (B, D), logit_scale, logit_bias=None, output_dict=False): unit vectors as open_clip's
-    models return them; logit_scale a number or a 0-d tensor, which receives gradient. A bias that all logits share changes
-    nothing: its gradient is 0. Returns the loss, or {"contrastive_loss": loss}.
+    Call it with image_features and text_features (B, D), logit_scale, and perhaps logit_bias and output_dict. logit_scale
+    is a number or a 0-d tensor, which receives gradient. It returns the loss, or ``{"contrastive_loss": loss}``.
+
+    Parameters
+    ----------
+    local_loss : bool
+        Each rank takes the loss of its own rows against all.
+    gather_with_grad : bool
+        Gradients travel back to other ranks. Without it, `local_loss` leaves out the gradient of a pair's other side, as
+        open_clip does.
+    cache_labels : bool
+        Accepted; there are no labels to cache.
+    rank, world_size : int
+        As in open_clip, on the default process group. All ranks hold equally many rows.
+    use_horovod : bool
+        Refused.
+    backend : str, optional
+        As in `info_nce`.
+
+    Notes
+    -----
+    Features are not gathered: those of one other rank are in memory at a time, and each rank computes the share of its own
+    rows. Vectors are used as given; the models of open_clip return unit vectors. A bias that all logits share changes
+    nothing, so its gradient is 0.
+
+    Examples
+    --------
+    >>> from negmine.adapters.open_clip import ClipLoss
+    >>> images, texts = F.normalize(torch.randn(2, 8, 16), dim=2).unbind()
+    >>> scale = torch.tensor(14.3, requires_grad=True)
+    >>> ClipLoss()(images, texts, scale).backward()
     """
 
     def __init__(
@@ -140,14 +163,34 @@ class ClipLoss(nn.Module):
 
 
 class SigLipLoss(nn.Module):
-    """open_clip.SigLipLoss: the pairwise sigmoid loss of a batch (Zhai et al. 2023, arXiv 2303.15343).
+    """open_clip.SigLipLoss: the pairwise sigmoid loss of a batch.
 
         loss = mean over b of sum over k of softplus(-z_bk (logit_scale s_bk + logit_bias)),   z = 1 where b = k, else -1
 
-    rank, world_size: each rank's images against every rank's texts, gradients included, on the default process group; ranks hold
-    equally many rows. dist_impl: accepted; texts pass by from rank to rank, whatever way open_clip has. cache_labels: accepted.
-    forward(image_features, text_features (B, D), logit_scale, logit_bias, output_dict=False): logit_scale and logit_bias are
-    numbers, or 0-d tensors that receive gradient; None is no bias.
+    Call it with image_features and text_features (B, D), logit_scale, logit_bias, and perhaps output_dict. Scale and bias
+    are numbers, or 0-d tensors that receive gradient; None is no bias.
+
+    Parameters
+    ----------
+    cache_labels : bool
+        Accepted.
+    rank, world_size : int
+        Each rank's images against every rank's texts, gradients included, on the default process group. All ranks hold
+        equally many rows.
+    dist_impl : str, optional
+        Accepted; texts are passed from rank to rank, whatever way open_clip takes.
+    backend : str, optional
+        As in `info_nce`.
+
+    References
+    ----------
+    Zhai et al. 2023 (arXiv 2303.15343).
+
+    Examples
+    --------
+    >>> from negmine.adapters.open_clip import SigLipLoss
+    >>> images, texts = F.normalize(torch.randn(2, 8, 16), dim=2).unbind()
+    >>> loss = SigLipLoss()(images, texts, logit_scale=10.0, logit_bias=-10.0)
     """
 
     def __init__(

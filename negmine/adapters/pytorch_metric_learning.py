@@ -41,18 +41,41 @@ def require_labels(op: str, name: str, labels: Any, rows: Tensor) -> None:
 
 
 class NegmineMiner(ScheduledLoss):
-    """miner(embeddings, labels, ref_emb=None, ref_labels=None) -> (a1, p, a2, n), as BaseMiner: 1-D int64 indices of pairs.
+    """A miner for the losses of pytorch-metric-learning: miner(embeddings, labels, ref_emb=None, ref_labels=None) -> (a1, p,
+    a2, n).
 
-    positive, negative, margin, distance, max_positives, num_negatives: as in negmine.mine_triplets. Without ref_emb the batch is
-    its own reference, and no sample is its own positive. normalize_embeddings: as of their distances. Anchors without a triplet
-    are left out.
-        BatchEasyHardMiner(pos_strategy, neg_strategy)   positive and negative by the same names, "hard" negatives being
+        BatchEasyHardMiner(pos_strategy, neg_strategy)   positive and negative by the same names; "hard" negatives are
                                                          "hardest", "easy" ones "easiest"
         BatchHardMiner                                   positive="hard", negative="hardest"
         MultiSimilarityMiner(epsilon)                    both "multi_similarity", margin=epsilon, max_positives, num_negatives
         TripletMarginMiner(margin, "semihard")           positive="all", negative="semihard_band", distance="euclidean",
                                                          triplets=True, max_positives, num_negatives
-    triplets: return (a, p, n) instead, one entry a triplet: needed where a negative belongs to one of several positives.
+
+    Parameters
+    ----------
+    positive, negative, margin, distance, max_positives, num_negatives : optional
+        As in `negmine.losses.mine_triplets`.
+    normalize_embeddings : bool
+        As of their distances.
+    triplets : bool
+        Return (a, p, n), one entry for each triplet: needed where a negative belongs to one of several positives.
+    seed : int
+        Of the draws.
+    backend : str, optional
+        As in `info_nce`.
+
+    Notes
+    -----
+    Without ref_emb the batch is its own reference, and no sample is its own positive. Anchors without a triplet are left
+    out.
+
+    Examples
+    --------
+    >>> from negmine.adapters.pytorch_metric_learning import NegmineMiner
+    >>> embeddings, labels = torch.randn(8, 16), torch.arange(8) % 2
+    >>> a1, p, a2, n = NegmineMiner("easy", "semihard")(embeddings, labels)
+    >>> bool((labels[a1] == labels[p]).all()), bool((labels[a2] != labels[n]).all())
+    (True, True)
     """
 
     def __init__(
@@ -118,13 +141,24 @@ class NegmineMiner(ScheduledLoss):
 
 
 class DistributedLossWrapper(nn.Module):
-    """pytorch-metric-learning's DistributedLossWrapper around the CrossBatchMemory of this module.
+    """pytorch-metric-learning's DistributedLossWrapper around the `CrossBatchMemory` of this module.
 
-    forward(embeddings, labels, indices_tuple=None, enqueue_mask=None): gathers the rows of all ranks, in rank order, stores them
-    on each, and returns the loss of all of them, times the number of ranks: DistributedDataParallel, which averages, then has
-    the gradient of that loss. Only this rank's rows carry gradient here. What one rank refuses is raised on all.
-    loss: a CrossBatchMemory of this module; theirs goes into their wrapper, as do losses without a memory. efficient: refused, as
-    it is there with a memory.
+    A call gathers the rows of all ranks, in rank order, stores them on each, and returns the loss of all of them times the
+    number of ranks. DistributedDataParallel, which averages, then has the gradient of that loss. Only this rank's rows
+    carry gradient here. What one rank refuses is raised on all.
+
+    Parameters
+    ----------
+    loss : CrossBatchMemory
+        Of this module.
+    efficient : bool
+        Refused, as it is there with a memory.
+
+    Examples
+    --------
+    >>> from negmine.adapters.pytorch_metric_learning import CrossBatchMemory, DistributedLossWrapper
+    >>> memory = CrossBatchMemory(negmine.SupConLoss(), embedding_size=16)
+    >>> wrapper = DistributedLossWrapper(memory)
     """
 
     def __init__(self, loss: nn.Module, efficient: bool = False) -> None:
@@ -163,17 +197,37 @@ class DistributedLossWrapper(nn.Module):
 
 
 class CrossBatchMemory(nn.Module):
-    """CrossBatchMemory (Wang et al. 2020, arXiv 1912.06798; pytorch-metric-learning): a loss against the last embeddings.
+    """pytorch-metric-learning's CrossBatchMemory: a loss against the last embeddings.
 
-    loss: a negmine loss over labels (TripletLoss, SupConLoss, MultiSimilarityLoss), which needs no index tuples and no
-        synchronisation; or a loss of pytorch-metric-learning, called as loss(embeddings, labels, indices, memory, memory_labels).
-    miner: for the latter alone: miner(embeddings, labels, memory, memory_labels) -> index tuple; None gives all pairs.
-    forward(embeddings (B, D), labels (B,), indices_tuple=None, enqueue_mask=None): stores the batch in train mode, then returns
-        the loss of its rows against the memory; a row is never its own positive. enqueue_mask (B,) bool: the rows that are
-        stored; the others are the anchors. indices_tuple is refused: the pairs come from the miner.
-    memory: the MoCoQueue, empty at first, with labels and ids. All of it travels in state_dict: pytorch-metric-learning's pointer
-        and filled flag do not, so that it starts over after loading. Embeddings are stored as given; normalise them for cosine
-        scores with a negmine loss.
+    Call it with embeddings (B, D), labels (B,), and perhaps enqueue_mask (B,) bool: the rows that are stored; the others
+    are the anchors. In train mode it stores the batch, and then returns the loss of its rows against the memory. A row is
+    never its own positive.
+
+    Parameters
+    ----------
+    loss : nn.Module
+        A loss of negmine over labels (TripletLoss, SupConLoss, MultiSimilarityLoss), which needs no index tuples and does
+        not synchronise; or a loss of pytorch-metric-learning.
+    embedding_size, memory_size : int
+        The width and the number of the stored embeddings.
+    miner : nn.Module, optional
+        Only for a loss of pytorch-metric-learning; None gives all pairs.
+
+    Notes
+    -----
+    `memory` is the MoCoQueue, empty at first, with labels and ids. All of it is in state_dict, where
+    pytorch-metric-learning's pointer and filled flag are not. Embeddings are stored as given: normalise them for cosine
+    scores. An indices_tuple is refused, because the pairs come from the miner.
+
+    References
+    ----------
+    Wang et al. 2020 (arXiv 1912.06798).
+
+    Examples
+    --------
+    >>> from negmine.adapters.pytorch_metric_learning import CrossBatchMemory
+    >>> memory = CrossBatchMemory(negmine.MultiSimilarityLoss(), embedding_size=16, memory_size=100)
+    >>> loss = memory(F.normalize(torch.randn(8, 16), dim=1), torch.arange(8) % 2)
     """
 
     seen: Tensor
