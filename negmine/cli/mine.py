@@ -178,8 +178,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if not (args.output or args.jsonl or args.dry_run):
         parser.error("give --output or --jsonl, a file for the result")
     if args.output and Path(args.output).suffix in OTHER_FORMS:
-        wanted = "end in .jsonl or .parquet, for training data, or in .npz, for the MiningResult"
-        parser.error(f"--output must {wanted}, got {args.output!r}")
+        forms = ".jsonl or .parquet, for training data, or in .npz, for the MiningResult"
+        parser.error(f"--output must end in {forms}, got {args.output!r}")
     sets = [f"--{name}" for name in DATA_SET if getattr(args, name)]
     if len(sets) > 1:
         parser.error(f"give one data set, not {' and '.join(sets)}")
