@@ -44,6 +44,9 @@ CASES = {
         Case("retrieval-1024", 128, 117_659, 1024, "float32", "a large sentence encoder", ("info_nce", "mine_hardest")),
         Case("million", 64, 1_048_576, 128, "float32", "a queue of a million", ("info_nce", "mine_hardest")),
         Case("million-bf16", 1024, 1_048_576, 256, "bfloat16", "the same for a large batch"),
+        Case("widths", 256, 65536, 256, "float32", "vectors that may be cut off", ("info_nce", "matryoshka")),
+        Case("widths-bf16", 256, 65536, 256, "bfloat16", "the same, stored shorter", ("info_nce", "matryoshka")),
+        Case("tokens", 512, 65536, 128, "float32", "16 queries and 512 documents of tokens", ("late_interaction",)),
         Case("labels", 64, 2048, 128, "float32", "what pytorch-metric-learning can hold", ("whole_queue",)),
     ]
 }

@@ -10,6 +10,7 @@ scores (B, 2) alone.
 `disagreement` says in words how two answers differ: a variant that gives another answer is not timed.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -131,6 +132,64 @@ def fused_locked(inputs: Inputs, backend: str | None = None) -> Answer:
 
 def eager_locked(inputs: Inputs) -> Answer:
     return locked(inputs, eager_batch_loss(inputs))
+
+
+def widths_of(inputs: Inputs) -> tuple[int, ...]:
+    """Four prefix widths, the last all of D."""
+    return tuple(inputs.keys.shape[1] // part for part in (8, 4, 2, 1))
+
+
+def fused_matryoshka(inputs: Inputs, backend: str | None = None) -> Answer:
+    return loss_and_gradient(
+        inputs,
+        lambda query: negmine.losses.matryoshka(
+            query,
+            inputs.positive_key,
+            inputs.negatives,
+            widths=widths_of(inputs),
+            temperature=inputs.temperature,
+            query_ids=inputs.query_ids,
+            backend=backend,
+        ),
+    )
+
+
+def eager_matryoshka(inputs: Inputs) -> Answer:
+    def loss_of(query: Tensor) -> Tensor:
+        each = [
+            replace(inputs, positive_key=inputs.positive_key[:, :width], keys=inputs.keys[:, :width])
+            for width in widths_of(inputs)
+        ]
+        queries = [query[:, :width] for width in widths_of(inputs)]
+        losses = [cross_entropy(q, part, masked_scores(q, part)) for q, part in zip(queries, each, strict=True)]
+        return torch.stack(losses).sum()
+
+    return loss_and_gradient(inputs, loss_of)
+
+
+def as_tokens(inputs: Inputs, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows as tokens: queries and positives of 32, and documents of 128, or of what divides the rows."""
+    of_query, of_document = math.gcd(len(query), 32), math.gcd(len(inputs.keys), 128)
+    sides = (query, of_query), (inputs.positive_key, of_query), (inputs.keys, of_document)
+    query, positive, documents = (rows.unflatten(0, (-1, tokens)) for rows, tokens in sides)
+    return query, positive, documents
+
+
+def fused_late_interaction(inputs: Inputs, backend: str | None = None) -> Answer:
+    return loss_and_gradient(
+        inputs, lambda query: negmine.losses.late_interaction(*as_tokens(inputs, query), backend=backend)
+    )
+
+
+def eager_late_interaction(inputs: Inputs) -> Answer:
+    def loss_of(query: Tensor) -> Tensor:
+        tokens, positive, documents = as_tokens(inputs, query)
+        scores = widened(torch.einsum("bid,kjd->bkij", tokens, documents)).amax(3).sum(2)  # (B, K)
+        own = widened(torch.einsum("bid,bjd->bij", tokens, positive)).amax(2).sum(1)  # (B,)
+        nothing = torch.zeros(len(own), dtype=torch.long, device=own.device)
+        return F.cross_entropy(torch.cat([own[:, None], scores], 1), nothing)
+
+    return loss_and_gradient(inputs, loss_of)
 
 
 def fused_mine(inputs: Inputs, backend: str | None = None) -> Answer:
@@ -279,6 +338,10 @@ OPS = {
         gemms=1,
         returns=("thresholds",),
         peers={"quantile": quantile_thresholds},
+    ),
+    "matryoshka": Op("four prefix widths: loss and gradient", fused_matryoshka, eager_matryoshka, gemms=2),
+    "late_interaction": Op(
+        "MaxSim of token matrices: loss and gradient", fused_late_interaction, eager_late_interaction, gemms=1
     ),
     "mochi": Op(
         "MoCHi (1024, 1024, 128): loss and gradient",
