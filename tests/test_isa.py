@@ -221,6 +221,27 @@ def test_a_window_where_the_sample_misleads_or_scores_tie_or_are_not_finite(isa)
             compare.rounded(f"{name} lse", got[0], want[0], want[0].float(), condition=3.0)
 
 
+def test_mining_where_the_sample_misleads(isa):
+    """The sample of each split asks for scores that fewer than N columns reach, or that nearly all do."""
+    K = 80_000  # of which each of two threads samples splits of 20,000
+    sampled = torch.arange(K) % 2500 < 156
+    for extra in (2.0, -2.0):
+        keys = (torch.linspace(-0.5, 0.5, K) + extra * sampled)[:, None]
+        got = negmine.mine_hardest(torch.ones(1, 1), keys, 1500, backend="cpu")
+        scores, index = reference.mine_hardest(torch.ones(1, 1), keys, 1500)
+        compare.exact("scores", got.scores, scores)
+        compare.exact("index", got.index, index)
+
+
+def test_sums_of_a_long_queue_count_all_of_it(isa):
+    q, keys = unit(3, 8), unit(9000, 8, seed=1)
+    pool = Pool(torch.arange(9000) % 3 > 0)
+    scale = torch.tensor(9.0)
+    assert summed(q, keys, scale, None, False, pool)[2].tolist() == [6000] * 3
+    assert torch.ops.negmine_cpu.softplus_sum(q, keys, scale, -scale, False, *pool)[3].tolist() == [6000] * 3
+    assert torch.ops.negmine_cpu.count_negatives(q, keys, *pool).tolist() == [6000] * 3
+
+
 def test_a_window_has_the_same_bits_alone_and_among_others(isa):
     q, keys = unit(70, 33), unit(20_000, 33, seed=1)
     ranks = torch.stack([torch.arange(70) * 9, torch.arange(70) * 30 + 5], 1)
