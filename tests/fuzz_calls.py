@@ -558,7 +558,9 @@ EXCUSED = {
     **dict.fromkeys(("matryoshka", "late_interaction", "mine_late_interaction"), "random in tests/test_properties.py"),
     "grad_cache": "a step of training: tests/test_grad_cache.py",
     **dict.fromkeys(("Found", "Round"), "what mining returns"),
-    **dict.fromkeys(("MiningPlan", "Part", "mine_part", "merge_parts"), "random in tests/test_mining_parts.py"),
+    **dict.fromkeys(
+        ("MiningPlan", "Part", "Phase", "mine_part", "merge_parts"), "random in tests/test_mining_parts.py"
+    ),
     **dict.fromkeys(
         ("Triplets", "MiningResult", "HardnessReport"), "what an op returns, with methods: their own tests"
     ),

@@ -531,6 +531,17 @@ def test_2p_mining_by_the_distance_of_the_loss(any_backend, distance, dtype):
             compare.rounded("gradient", leaf.grad, grad, grad.to(dtype), 4.0)
 
 
+@pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean"])
+def test_2p_rows_that_are_not_finite_are_never_mined(any_backend, distance):
+    q, k = torch.ones(2, 3), torch.arange(15.0).reshape(5, 3)
+    k[1, 0], k[2, 1], k[3, 2], q[1, 1] = torch.inf, -torch.inf, torch.nan, torch.inf
+    device = device_of(any_backend)
+    labels = torch.zeros(2, dtype=torch.int64, device=device), torch.tensor([0, 1, 1, 1, 1], device=device)
+    call = {"positive": "easy", "negative": "hardest", "num_negatives": 4, "distance": distance, "backend": any_backend}
+    found = losses.mine_triplets(q.to(device), k.to(device), *labels, **call)
+    assert found.negative.tolist() == [[[4, -1, -1, -1]], [[-1, -1, -1, -1]]]
+
+
 CLOSE = {
     "info_nce": lambda q, p, k, **o: negmine.info_nce(q, p, k, **o),
     "in batch": lambda q, p, k, **o: negmine.info_nce(q, p, **o),

@@ -304,7 +304,7 @@ def mine_triplets(
     distance : str
         ``"cosine"``: d = -inner product. ``"euclidean"``: d = ||q - k||, and ``"squared_euclidean"``: d = ||q - k||^2, of
         vectors of any norm. The latter two are mined in fp32 copies with two more columns, (K, D + 2), and rounding the
-        squared norms to fp32 is their error.
+        squared norms to fp32 is their error. They never select a row that is not finite.
     max_positives : int, optional
         P; required where `positive` is ``"all"`` or ``"multi_similarity"``. Otherwise P is 1.
     num_negatives : int

@@ -23,13 +23,17 @@ def distance_of(score: Tensor, distance: str) -> Tensor:
 
 
 def mining_scores(query: Tensor, keys: Tensor, distance: str) -> Tensor:
-    """(B, K) without gradient: inner products, or 1 - ||q - k||^2 / 2, which is the inner product of unit vectors."""
+    """(B, K) without gradient: inner products, or 1 - ||q - k||^2 / 2, which is the inner product of unit vectors.
+
+    A row that is not finite has no distance: NaN, and nothing selects it.
+    """
     query, keys = query.detach(), keys.detach()
     if distance == "cosine":
         return scores_of(query, keys)
     q, k = query.double(), keys.double()
     squares = q.square().sum(1)[:, None] + k.square().sum(1)  # (B, K)
-    return (1 + scores_of(q, k) - squares / 2).to(query.dtype)
+    finite = squares.isfinite()  # (B, K)
+    return (1 + scores_of(q, k) - squares / 2).to(query.dtype).masked_fill(~finite, torch.nan)
 
 
 def similarities(query: Tensor, keys: Tensor, usable: Tensor, distance: str) -> Tensor:
