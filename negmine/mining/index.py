@@ -1,9 +1,10 @@
-"""NegativeIndex: rows that can be searched by inner product, exactly or by an approximate index, saved and loaded.
+"""NegativeIndex: an exact or approximate index of rows for search by inner product.
 
-    "exact"             negmine's kernels over the rows themselves: streamed, ties by row number, no limit on k
-    "IVF64,PQ16", ...   any FAISS factory string;  "cagra": the graph index of cuVS, on a GPU
+    "exact"             an exact scan by negmine's kernels; equal scores are ordered by row number, and k is not limited
+    "IVF64,PQ16", ...   a FAISS index, by its factory string
+    "cagra"             the graph index of cuVS, on a GPU
 
-The recall of an approximate index depends on the data, so it is measured: by `recall`, and by mine_hard_negatives in every run.
+The recall of an approximate index depends on the data. `recall` measures it, and mine_hard_negatives measures it in every run.
 """
 
 import hashlib
@@ -29,14 +30,14 @@ FILE_KIND = "NegativeIndex"
 
 
 class Found(NamedTuple):
-    """What `NegativeIndex.search` returns.
+    """The result of `NegativeIndex.search`.
 
     Attributes
     ----------
     scores : array (Q, k) float32
-        Largest first; -inf past the end.
+        Scores in descending order; -inf where fewer than k rows were found.
     indices : array (Q, k) int64
-        Row numbers; -1 past the end.
+        The rows' numbers; -1 where fewer than k rows were found.
 
     Examples
     --------
@@ -51,7 +52,7 @@ class Found(NamedTuple):
 
 
 class NegativeIndex:
-    """Rows that can be searched by inner product, exactly or approximately. Made by `build` or `load`.
+    """An index of rows for exact or approximate search by inner product. Made by `build` or `load`.
 
     Examples
     --------
@@ -79,7 +80,7 @@ class NegativeIndex:
         backend: str | None = None,
         max_memory_bytes: int | None = None,
     ) -> "NegativeIndex":
-        """An index of all rows of `embeddings`.
+        """Build an index of all rows of `embeddings`.
 
         Parameters
         ----------
@@ -88,28 +89,34 @@ class NegativeIndex:
         kind : str
             "exact", a FAISS factory string ("Flat", "IVF4096,Flat", "IVF64,PQ16", "HNSW32"), or "cagra" of cuVS.
         train_rows : int, optional
-            Rows drawn, by seed, to train an index that needs it; default: all, or 262,144 of more.
+            How many randomly chosen rows train an index that needs training. The default is all, but at most 262,144.
         seed : int
-            Of that draw.
+            Seed of that random choice.
         search_options : dict, optional
-            The index's own options by name: {"nprobe": 32}, {"efSearch": 128}, cuVS's {"itopk_size": 256}.
-        device, backend : optional
-            Where and by which kernels it searches. A FAISS index on "cuda" needs faiss-gpu.
+            Search options of the index: {"nprobe": 32}, {"efSearch": 128}, or {"itopk_size": 256} for "cagra".
+        device : device, optional
+            Where it searches. A FAISS index on "cuda" needs faiss-gpu.
+        backend : str, optional
+            The kernels of an exact index; by default, those that the device supports best.
         max_memory_bytes : int, optional
-            What one search of an exact index may hold beside the rows, queries and result (default 1 GiB).
+            How much memory one search of an exact index may use beyond the rows, queries and result. The default is 1 GiB.
 
         Returns
         -------
         NegativeIndex
-            An exact index keeps the rows where they are, in the caller's arrays or files. An approximate one holds its own
-            copy in memory.
+            An exact index reads the rows from the caller's arrays or files. An approximate index holds its own copy in memory.
 
         Raises
         ------
         ValueError, TypeError
-            For input that does not fit.
+            If an argument is not valid.
         ImportError
-            For a missing package.
+            If the package of this kind of index is not installed.
+
+        Examples
+        --------
+        >>> negmine.NegativeIndex.build(torch.randn(100, 16))
+        NegativeIndex('exact', 100 rows, D = 16)
         """
         op = "NegativeIndex.build"
         rows = Rows.open(op, "embeddings", embeddings)
@@ -129,14 +136,17 @@ class NegativeIndex:
 
     @property
     def kind(self) -> str:
+        """The kind that `build` was given."""
         return self._engine.kind
 
     @property
     def dim(self) -> int:
+        """D, the length of a row."""
         return self._engine.dim
 
     @property
     def search_options(self) -> dict:
+        """A copy of the search options."""
         return dict(self._options)
 
     def __len__(self) -> int:
@@ -146,27 +156,50 @@ class NegativeIndex:
         return f"NegativeIndex({self.kind!r}, {len(self)} rows, D = {self.dim})"
 
     def add(self, embeddings: Any) -> None:
-        """Append rows: they get the numbers that follow."""
+        """Append rows. They are numbered from len(index) on.
+
+        Parameters
+        ----------
+        embeddings : array, Tensor, path, or a list of these
+            (rows, D), in any form that mine_hard_negatives takes.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If the rows do not fit the index.
+        """
         rows = Rows.open("NegativeIndex.add", "embeddings", embeddings)
         if rows.dim != self.dim:
             raise checks.refuse("NegativeIndex.add", "embeddings", f"of the index's D = {self.dim}", rows.dim)
         self._engine.add(rows)
 
     def search(self, query_embeddings: Any, k: int) -> Found:
-        """The k rows of largest inner product of each query, hardest first.
+        """Find the k rows of the largest inner product with each query.
 
         Parameters
         ----------
         query_embeddings : array, Tensor, path, or a list of these
             (Q, D), in any form that mine_hard_negatives takes.
         k : int
-            How many rows.
+            How many rows to find for each query.
 
         Returns
         -------
         Found
-            scores and indices (Q, k); -inf and -1 past the end. "exact" finds all of them, equal scores by the lower row.
-            Other kinds return what the index finds, with the index's own scores.
+            scores and indices (Q, k), in descending order of the scores; -inf and -1 where fewer than k rows were found. An
+            "exact" index orders equal scores by row number. Other kinds return what the index finds, with its own scores.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is not valid.
+
+        Examples
+        --------
+        >>> rows = torch.eye(4)
+        >>> scores, indices = negmine.NegativeIndex.build(rows).search(rows[2:3], 2)
+        >>> scores.tolist(), indices.tolist()
+        ([[1.0, 0.0]], [[2, 0]])
         """
         op = "NegativeIndex.search"
         queries = Rows.open(op, "query_embeddings", query_embeddings)
@@ -189,7 +222,20 @@ class NegativeIndex:
         return Found(scores, indices)
 
     def candidates(self, query: Tensor, k: int) -> np.ndarray:
-        """query (B, D) -> (B, k) int64 row numbers, no row twice, -1 where the index returns fewer."""
+        """Find candidate rows without repetitions.
+
+        Parameters
+        ----------
+        query : Tensor (B, D)
+            Queries.
+        k : int
+            How many rows to find for each query.
+
+        Returns
+        -------
+        array (B, k) int64
+            Row numbers; -1 where the index finds fewer than k.
+        """
         _, ids = self._engine.search(query, min(k, self._engine.max_k or k))
         by_id = np.argsort(ids, axis=1, kind="stable")
         ranked = np.take_along_axis(ids, by_id, 1)
@@ -201,23 +247,34 @@ class NegativeIndex:
     def recall(
         self, query_embeddings: Any, corpus_embeddings: Any, *, k: int = 10, queries: int = 256, seed: int = 0
     ) -> float:
-        """The share of each query's k hardest rows that `search` finds.
+        """Measure the share of each query's k hardest rows that `search` finds.
 
-        The hardest rows are found by an exact scan. A found row whose score equals the k-th counts as found; scores are
-        computed from the rows, not taken from the index.
+        An exact scan finds the hardest rows. A returned row counts as found if its score, computed from the rows, is at least
+        the k-th largest.
 
         Parameters
         ----------
         query_embeddings : array, Tensor, path, or a list of these
             (Q, D), in any form that mine_hard_negatives takes.
         corpus_embeddings : array, Tensor, path, or a list of these
-            What the index was built from.
+            The rows that the index was built from.
         k : int
-            How many rows.
+            How many hardest rows of each query are looked for.
         queries : int
-            How many queries are drawn.
+            How many randomly chosen queries are used.
         seed : int
-            Of the draw.
+            Seed of that random choice.
+
+        Returns
+        -------
+        float
+            Between 0 and 1.
+
+        Examples
+        --------
+        >>> rows = torch.randn(100, 16)
+        >>> negmine.NegativeIndex.build(rows).recall(rows[:8], rows, k=5)
+        1.0
         """
         op = "NegativeIndex.recall"
         query_rows = Rows.open(op, "query_embeddings", query_embeddings)
@@ -237,10 +294,15 @@ class NegativeIndex:
             return measure_recall(self, Scan(launchers, corpus, chunk, None), query, k)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one file at exactly this path, atomically.
+        """Write the index to one file, atomically.
 
-        The file holds the bytes of the index and their hash, but no code. A full disk raises OSError; an existing file is left
+        The file holds the bytes of the index and their hash, but no code. A full disk raises OSError and leaves an existing file
         intact.
+
+        Parameters
+        ----------
+        path : path
+            The file. No suffix is added.
         """
         facts = {"kind": self.kind, "dim": self.dim, "rows": len(self), "dtype": self._dtype, "options": self._options}
         if self.kind == "exact":
@@ -265,24 +327,27 @@ class NegativeIndex:
         Parameters
         ----------
         path : path
-            Of the file.
+            The file.
         search_options : dict, optional
-            In place of those that were saved.
-        device, backend : optional
+            Search options that replace the saved ones.
+        device, backend, max_memory_bytes : optional
             As in `build`.
-        max_memory_bytes : int, optional
-            As in `build`.
+
+        Returns
+        -------
+        NegativeIndex
+            The index that was saved. The rows of an exact index are memory-mapped.
 
         Raises
         ------
         ValueError
-            For another kind of file and for a damaged one.
+            If the file is damaged or was not written by `save`.
 
         Notes
         -----
-        Sizes are checked against the size of the file before anything is allocated, and then hashes. The rows of an exact
-        index are memory-mapped. Hashes detect damage but not manipulation, and FAISS itself reads the bytes of its indexes,
-        so load approximate indexes only from sources that you trust.
+        Before anything is allocated, the sizes in the file are checked against the size of the file; then the hashes are
+        checked. Hashes detect damage but not manipulation, and the bytes of a FAISS index are read by FAISS itself, so load
+        approximate indexes only from sources that you trust.
         """
         op = "NegativeIndex.load"
         facts, parts = array_file.read(op, path, FILE_KIND)
@@ -319,14 +384,20 @@ class NegativeIndex:
         return cls(engine, dtype, dict(options), max_memory_bytes)
 
     def content_hash(self) -> str:
-        """A hash of what `save` would store."""
+        """A hash of the bytes that `save` would store.
+
+        Returns
+        -------
+        str
+            32 hexadecimal digits.
+        """
         digest = hashlib.blake2b(digest_size=16)
         self._engine.serialize(digest.update)
         return digest.hexdigest()
 
 
 def sequential_reader(array: np.ndarray) -> Callable[[int], bytes]:
-    """A function that returns the next bytes of an array, without a copy of the whole."""
+    """A function that returns the next `count` bytes of an array, without copying the whole array."""
     view, at = array.data, 0
 
     def read(count: int) -> bytes:

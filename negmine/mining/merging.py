@@ -1,4 +1,4 @@
-"""merge_parts: the parts of a mining job joined, in any order and by any tree, to the bits of one process."""
+"""merge_parts: merges the parts of a mining job. The order does not matter: the result equals that of one process bit for bit."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from negmine.ops import sort_key
 from negmine.ops.checks import describe, refuse
 
 OP = "merge_parts"
-SUMMED = ("num_dropped", "content")  # arrays whose entries of one number are added
+SUMMED = ("num_dropped", "content")  # arrays whose entries for the same number are added
 SAME = {
     "phase_digest": "of one phase",
     "plan": "of one plan, that is, of the same inputs and arguments",
@@ -23,22 +23,36 @@ SAME = {
 
 
 def merge_parts(parts: Sequence[Part]) -> Part | MiningResult:
-    """The part that several make together: any order and any tree of merges gives the same bits.
+    """Merge several parts of one phase into one part.
+
+    Parts may be merged in any order, and merged parts may be merged again. The result is always the same, bit for bit.
 
     Parameters
     ----------
-    parts
-        Parts of one plan, one phase and the same kernels, of which no two answer for the same query and row.
+    parts : list of Part
+        Parts of the same plan and phase, computed by the same kernels. No two may cover the same query and row.
 
     Returns
     -------
     Part or MiningResult
-        A Part; the MiningResult once parts of phase "negatives" hold every share of the queries.
+        The merged part. In phase "negatives", the MiningResult once the parts cover every share of the queries.
 
     Raises
     ------
     ValueError, TypeError
-        For parts that do not belong together, or overlap.
+        If the parts do not belong together or overlap.
+
+    Examples
+    --------
+    >>> corpus = torch.randn(50, 16)
+    >>> def engine(plan, phase, queries):
+    ...     high = negmine.mining.mine_part(plan, phase, queries, corpus[30:], 30)
+    ...     low = negmine.mining.mine_part(plan, phase, queries, corpus[:30], 0)
+    ...     return negmine.mining.merge_parts([high, low])
+    >>> split = negmine.mine_hard_negatives(corpus[:5], corpus, list(range(5)), num_negatives=2, engine=engine)
+    >>> whole = negmine.mine_hard_negatives(corpus[:5], corpus, list(range(5)), num_negatives=2)
+    >>> bool((split.indices == whole.indices).all())
+    True
     """
     merged = join_parts(parts)
     is_whole = merged.phase == "negatives" and len(merged.facts["shares"]) == merged.facts["num_shares"]
@@ -46,7 +60,7 @@ def merge_parts(parts: Sequence[Part]) -> Part | MiningResult:
 
 
 def join_parts(parts: Sequence[Part]) -> Part:
-    """As merge_parts, but finished negatives of all queries stay a part."""
+    """Like merge_parts, but always returns a Part, even if it holds the negatives of all queries."""
     if not isinstance(parts, (list, tuple)) or not parts or not all(isinstance(part, Part) for part in parts):
         raise refuse(OP, "parts", "a list of one Part or more", parts, TypeError)
     first = parts[0]
@@ -67,13 +81,13 @@ def join_parts(parts: Sequence[Part]) -> Part:
     arrays = {name: np.concatenate([part.arrays[name] for part in parts]) for name in first.arrays}
     by_number = np.argsort(arrays["numbers"], kind="stable")
     numbers = arrays["numbers"][by_number]
-    begins = np.flatnonzero(np.r_[True, numbers[1:] != numbers[:-1]][: len(numbers)])  # of the entries of each number
+    begins = np.flatnonzero(np.r_[True, numbers[1:] != numbers[:-1]][: len(numbers)])  # (U,) starts of the groups
     merged = {name: _merge(name, array[by_number], begins) for name, array in arrays.items()}
     return replace(first, tiles=tiles, arrays=merged)
 
 
 def _merge(name: str, array: np.ndarray, begins: np.ndarray) -> np.ndarray:
-    """array (M, ...), whose entries of one number lie together from each of begins (U,) on -> (U, ...)."""
+    """Merge the rows of array (M, ...) that have the same number: group u starts at begins[u]. Returns (U, ...)."""
     if len(begins) == len(array):
         return array
     if name in SUMMED:
@@ -88,7 +102,7 @@ def _merge(name: str, array: np.ndarray, begins: np.ndarray) -> np.ndarray:
 
 
 def _require_disjoint(phase: str, tiles: np.ndarray) -> None:
-    """Raise ValueError where two of the rectangles (T, 4) share a query and a row."""
+    """Raise ValueError if two of the tiles (T, 4) share a query and a row."""
     tiles = tiles[(tiles[:, 0] < tiles[:, 1]) & (tiles[:, 2] < tiles[:, 3])]
     for i, (begin, end, low, high) in enumerate(tiles.tolist()):
         later = tiles[i + 1 :]
@@ -99,7 +113,7 @@ def _require_disjoint(phase: str, tiles: np.ndarray) -> None:
 
 
 def _require_one_config(configs: list[dict]) -> None:
-    """Raise ValueError, naming what differs, unless all parts come from the same inputs and arguments."""
+    """Raise a ValueError that names the first difference unless all parts have the same inputs and arguments."""
     first = flatten(configs[0])
     for config in configs[1:]:
         other = flatten(config)
@@ -111,7 +125,7 @@ def _require_one_config(configs: list[dict]) -> None:
 
 
 def _join_shares(parts: Sequence[Part], tiles: np.ndarray) -> Part:
-    """Finished negatives of several shares of the queries."""
+    """Merge parts of phase "negatives", which hold the negatives of different shares of the queries."""
     facts = parts[0].facts
     shares = sorted(share for part in parts for share in part.facts["shares"])
     double = sorted({share for share in shares if shares.count(share) > 1})
@@ -138,7 +152,7 @@ def _join_shares(parts: Sequence[Part], tiles: np.ndarray) -> Part:
 
 
 def result_of(part: Part) -> MiningResult:
-    """The result that negatives of all queries make; texts are not part of it."""
+    """The MiningResult of a part that holds the negatives of all queries. It has no texts."""
     arrays, Q = part.arrays, len(part.arrays["numbers"])
     positives = RowLists(np.r_[0, np.cumsum(arrays["positives_sizes"])], arrays["positives_rows"])
     query_rows = arrays["query_rows"]

@@ -1,19 +1,19 @@
-"""One mining job in parts that any engine can compute, in any order and on any machine, and the merge of their results.
+"""A mining job split into parts, which any engine may compute in any order and on any machine.
 
-A job is a sequence of phases. Each asks something about queries and the rows of the corpus, and any rectangle of some queries and
-some rows answers for itself:
+A job is a sequence of phases. A phase computes something from queries and rows of the corpus. It can be computed separately for
+any range of queries and any range of rows:
 
-    phase       asks                                                                          what merging does
-    documents   a hash of all rows                                                            sums
-    digests     the digest of each row, where equal rows are one document                     joins
-    positives   the score of each query and its positives                                     joins
-    counts      how many rows the filters drop                                                sums
-    scan        the `depth` hardest rows of each query as sort keys; how many rows filters drop   keeps the hardest, sums
-    rows        the vectors of some rows                                                      joins
-    negatives   the finished negatives of a share of the queries                              joins
+    phase       what a part holds                                                             how parts are merged
+    documents   a hash of the rows                                                            added
+    digests     the digest of each row, computed where equal rows count as one document       concatenated
+    positives   the score of each query with each of its positives                            concatenated
+    counts      how many rows each filter drops                                               added
+    scan        the sort keys of each query's `depth` hardest rows, and the counts above      the hardest are kept; added
+    rows        the vectors of some rows                                                      concatenated
+    negatives   the final negatives of a share of the queries                                 concatenated
 
-mine_part computes a part and depends on nothing but its arguments; merge_parts (merging.py) joins parts. Sort keys hold the score
-and the number of the row in the whole corpus, and no two are equal, so every tree of merges gives the bits of one process.
+mine_part computes a part from nothing but its arguments. merge_parts (merging.py) merges parts. A sort key holds a score and the
+row's number in the whole corpus, so no two sort keys are equal, and merging in any order gives the same bits as one process.
 
     def engine(plan, phase, queries):
         return merge_parts([mine_part(plan, phase, queries, shard, first_row) for first_row, shard in shards])
@@ -48,46 +48,108 @@ from negmine.ops.checks import describe, refuse, require_count
 from negmine.options import Select
 
 FORMAT = 1
-MAX_HEADER_BYTES = 1 << 20  # of a part's JSON, which takes a few thousand
+MAX_HEADER_BYTES = 1 << 20  # limit on the size of a part's JSON, which takes a few thousand bytes
 IDS = tuple(f"{side}_ids{form}" for side in ("query", "corpus") for form in ("", "_bytes", "_sizes"))
 TILES = ("query_begin", "query_end", "row_begin", "row_end")
 
 
 @dataclass(frozen=True, eq=False)
 class MiningPlan:
-    """What all parts of one job have in common; made by mine_hard_negatives, and small beside the corpus."""
+    """What all parts of one mining job share. `mine_hard_negatives` creates it and passes it to its engine.
 
-    digest: str  # of the arguments, the queries and what is hidden from them
+    It can be pickled, and it holds no rows of the corpus.
+
+    Attributes
+    ----------
+    digest : str
+        A hash of the arguments, the queries and the rows that are excluded for them.
+    corpus_rows : int
+        K, the number of rows of the corpus.
+    dim : int
+        D.
+    dtypes : tuple of two str
+        The dtypes of the queries and of the corpus.
+    backend : str or None
+        The backend that was asked for.
+    chunk_size : int
+        How many rows of the corpus one kernel call reads.
+    distinct : array (K,) bool or None
+        True for one row of each document, where rows of equal content are one document; None if all rows are searched.
+
+    Examples
+    --------
+    >>> plans = []
+    >>> def engine(plan, phase, queries):
+    ...     plans.append(plan)
+    ...     return negmine.mining.mine_part(plan, phase, queries, corpus, 0)
+    >>> corpus = torch.randn(50, 16)
+    >>> result = negmine.mine_hard_negatives(corpus[:5], corpus, list(range(5)), num_negatives=2, engine=engine)
+    >>> plans[0].corpus_rows, plans[0].dim, plans[0].dtypes
+    (50, 16, ('float32', 'float32'))
+    """
+
+    digest: str
     corpus_rows: int
     dim: int
-    dtypes: tuple[str, str]  # of queries and corpus
+    dtypes: tuple[str, str]
     backend: str | None
-    chunk_size: int  # corpus rows that one kernel call takes
-    distinct: np.ndarray | None  # (K,) bool: rows that stand for their document, once that is known; None = all do
+    chunk_size: int
+    distinct: np.ndarray | None
 
 
 @dataclass(frozen=True, eq=False)
 class Phase:
-    """One question about B queries and all rows of the corpus; see the module's table for `name`."""
+    """One step of a mining job, for B queries and all rows of the corpus. `mine_hard_negatives` passes it to its engine.
+
+    It can be pickled.
+
+    Attributes
+    ----------
+    name : str
+        "documents", "digests", "positives", "counts", "scan", "rows" or "negatives".
+    lists : RowLists
+        For each query, the rows to score (in "positives") or the documents that are excluded (in all other phases).
+    anchor : array (B,) float32, optional
+        The score of each query's positives, from which margins are measured.
+    depth : int
+        How many of its hardest rows a query keeps.
+    filters : Select
+        The filters that a row must pass.
+    counted_filters : tuple of Select
+        The filters for which the dropped rows are counted.
+    rows : array (M,) int64, optional
+        The rows whose vectors are wanted, ascending.
+
+    Examples
+    --------
+    >>> names = []
+    >>> def engine(plan, phase, queries):
+    ...     names.append(phase.name)
+    ...     return negmine.mining.mine_part(plan, phase, queries, corpus, 0)
+    >>> corpus = torch.randn(50, 16)
+    >>> result = negmine.mine_hard_negatives(corpus[:5], corpus, list(range(5)), num_negatives=2, engine=engine)
+    >>> "scan" in names
+    True
+    """
 
     name: str
-    lists: RowLists  # of each query: the rows to score ("positives"), or the documents that are hidden from it
-    anchor: np.ndarray | None = None  # (B,) fp32, the scores that margins are measured from
+    lists: RowLists
+    anchor: np.ndarray | None = None
     depth: int = 0
     filters: Select = field(default_factory=Select)
     counted_filters: tuple[Select, ...] = ()
-    rows: np.ndarray | None = None  # (M,) int64 ascending: the rows that are asked for
+    rows: np.ndarray | None = None
 
     @property
     def num_queries(self) -> int:
-        """B; 1 for a phase that asks about rows alone."""
+        """B; 1 for a phase that needs no queries."""
         return len(self.lists.sizes)
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the question, by which parts of different phases are told apart."""
-        said = [self.name, self.depth, asdict(self.filters), [asdict(each) for each in self.counted_filters]]
-        hashed = hashlib.blake2b(json.dumps(said).encode(), digest_size=16)
+        """A hash of all attributes, which identifies the phase that a part belongs to."""
+        settings = [self.name, self.depth, asdict(self.filters), [asdict(each) for each in self.counted_filters]]
+        hashed = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
         for array in (*self.lists, self.anchor, self.rows):
             hashed.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
         return hashed.hexdigest()
@@ -95,33 +157,87 @@ class Phase:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What is known of a phase from some rectangles of (queries, rows). Made by mine_part and merge_parts."""
+    """The result of a phase for some queries and some rows of the corpus. Made by `mine_part` and `merge_parts`.
+
+    Attributes
+    ----------
+    phase : str
+        The name of its Phase.
+    phase_digest : str
+        The digest of its Phase.
+    plan : str
+        The digest of its MiningPlan.
+    kernels : str
+        The kernels and the instruction set that computed it. Others may round scores differently.
+    depth : int
+        The depth of its Phase.
+    tiles : array (T, 4) int64
+        query_begin, query_end, row_begin and row_end of each computed range of queries and rows. No two tiles overlap.
+    arrays : dict of arrays
+        "numbers" (M,) int64, the ascending numbers of queries, pairs or rows, and the values (M, ...) for each of them.
+    facts : dict
+        In phase "negatives", the description and the counters of the result.
+
+    Examples
+    --------
+    >>> def engine(plan, phase, queries):
+    ...     part = negmine.mining.mine_part(plan, phase, queries, corpus, 0)
+    ...     return negmine.mining.Part.from_bytes(part.to_bytes())  # as if another machine had sent it
+    >>> corpus = torch.randn(50, 16)
+    >>> result = negmine.mine_hard_negatives(corpus[:5], corpus, list(range(5)), num_negatives=2, engine=engine)
+    >>> result.indices.shape
+    (5, 2)
+    """
 
     phase: str
     phase_digest: str
-    plan: str  # the digest of its MiningPlan
-    kernels: str  # and the instruction set; parts of others may have rounded scores otherwise
+    plan: str
+    kernels: str
     depth: int
-    tiles: np.ndarray  # (T, 4) int64: query_begin, query_end, row_begin, row_end of each rectangle, none overlapping
-    arrays: dict[str, np.ndarray]  # "numbers" (M,) int64 ascending: queries, pairs or rows; the others (M, ...)
-    facts: dict[str, Any]  # of "negatives": what the whole result says of itself, and counters
+    tiles: np.ndarray
+    arrays: dict[str, np.ndarray]
+    facts: dict[str, Any]
 
     def header(self) -> dict[str, Any]:
+        """All attributes except the arrays, as JSON can hold them."""
         names = ("phase", "phase_digest", "plan", "kernels", "depth", "facts")
         return {"format": FORMAT} | {name: getattr(self, name) for name in names}
 
     def write(self, file: IO[bytes]) -> None:
+        """Write the content of a .npz file to an open file."""
         text = np.frombuffer(json.dumps(self.header()).encode(), np.uint8)
         np.savez(file, header=text, tiles=self.tiles, **self.arrays)  # type: ignore[arg-type]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one .npz file at exactly this path, atomically."""
+        """Write the part to one .npz file, atomically.
+
+        Parameters
+        ----------
+        path : path
+            The file. No suffix is added.
+        """
         with atomic_write("Part.save", path) as file:
             self.write(file)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Part":
-        """Read a file that `save` wrote; nothing in it is executed. Raises ValueError for a damaged one and any other."""
+        """Read a file that `save` wrote. Nothing in the file is executed.
+
+        Parameters
+        ----------
+        path : path
+            The file.
+
+        Returns
+        -------
+        Part
+            The part that was saved.
+
+        Raises
+        ------
+        ValueError
+            If the file does not exist, is damaged or was not written by `save`.
+        """
         if not Path(path).is_file():
             raise refuse("Part.load", "path", "an existing file", str(path))
         try:
@@ -131,12 +247,14 @@ class Part:
             raise ValueError(f"{what} ({cause(error)})") from error
 
     def to_bytes(self) -> bytes:
+        """The content of the file that `save` writes."""
         buffer = io.BytesIO()
         self.write(buffer)
         return buffer.getvalue()
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "Part":
+        """The part whose `to_bytes` returned `content`. Nothing in it is executed."""
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return cls._of_arrays(dict(arrays))
 
@@ -156,7 +274,7 @@ class Part:
         return part
 
     def _require_whole(self) -> None:
-        """Raise ValueError where arrays do not fit each other."""
+        """Raise ValueError if the arrays do not match the phase or each other."""
         tiles, wanted = self.tiles, ARRAYS.get(self.phase)
         if wanted is None:
             raise ValueError(f"its phase is {describe(self.phase)}")
@@ -176,7 +294,7 @@ class Part:
             raise ValueError(f"its sort keys are not {self.depth} deep")
 
     def require_complete(self, op: str, phase: Phase, plan: MiningPlan) -> None:
-        """Raise ValueError unless the part answers `phase` of `plan` for all its queries and all rows of the corpus."""
+        """Raise ValueError unless this is the part of `phase` and `plan` for all its queries and all rows of the corpus."""
         wanted = "one that returns the part of all queries and all rows for the phase that it is given"
         if (self.plan, self.phase_digest) != (plan.digest, phase.digest):
             raise refuse(op, "engine", wanted, f"a part of another plan or phase, {self.phase}")
@@ -208,13 +326,13 @@ ARRAYS: dict[str, dict[str, tuple[type, int]]] = {
         "positive_pair_scores": (np.float32, 1),
     },
 }
-# Arrays of "negatives" whose length is not that of "numbers"; of ids, ints or the bytes of strings and the size of each.
-RAGGED = ("positives_rows", "positive_pair_scores", *IDS)  # checked when a result of them is made
+# Arrays of "negatives" whose length differs from that of "numbers". Ids are stored as ints, or as bytes with the size of each id.
+RAGGED = ("positives_rows", "positive_pair_scores", *IDS)  # their lengths are checked when the result is made
 OPTIONAL = {name: (np.int64, 1) for name in IDS} | {name: (np.uint8, 1) for name in IDS if name.endswith("_bytes")}
 
 
 def pack_ids(name: str, entries: list) -> dict[str, np.ndarray]:
-    """The arrays that hold ids: ints, or the UTF-8 bytes of strings and the size of each."""
+    """The arrays that store ids: one of ints, or one of the UTF-8 bytes of strings and one of their sizes."""
     if all(isinstance(entry, (int, np.integer)) for entry in entries):
         return {name: np.array(entries, np.int64)}
     parts = [entry.encode("utf-8", "surrogatepass") for entry in entries]
@@ -231,7 +349,7 @@ def unpack_ids(name: str, arrays: dict[str, np.ndarray]) -> list | None:
 
 
 def describe_kernels(ops: Kernels | None, device: torch.device, dtypes: Sequence[torch.dtype]) -> str:
-    """The kernels that compute scores, and their instruction set: as far as their rounding may differ elsewhere."""
+    """The kernels that compute scores and their instruction set, since both affect how scores are rounded."""
     if ops is None:
         return f"reference on {device.type}"
     isa = f" {compiled.isa_for(*dtypes)}" if device.type == "cpu" else ""
@@ -239,7 +357,7 @@ def describe_kernels(ops: Kernels | None, device: torch.device, dtypes: Sequence
 
 
 class PartMiner:
-    """Computes parts for the rows of the corpus that one process holds."""
+    """Computes parts for the range of corpus rows that one process holds."""
 
     def __init__(
         self,
@@ -264,7 +382,7 @@ class PartMiner:
         self.scan = Scan(self.ops, Corpus(rows, device, first_row), plan.chunk_size, plan.distinct, advance)
 
     def __call__(self, phase: Phase, query: Tensor | None, first_query: int = 0) -> Part:
-        """query (b, D): the vectors of queries [first_query, first_query + b) of the phase."""
+        """Compute the part for query (b, D), which holds queries first_query to first_query + b of the phase."""
         queries = (0, 1) if query is None else (first_query, first_query + len(query))
         with torch.no_grad():
             arrays = getattr(self, f"_{phase.name}")(phase, query, *queries)
@@ -273,7 +391,7 @@ class PartMiner:
         return Part(phase.name, phase.digest, self.plan.digest, self.kernels, depth, tiles, arrays, {})
 
     def _mine(self, phase: Phase, query: Tensor, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """numbers (b,), sort_keys (b, depth) and num_dropped (b, len(counted_filters))."""
+        """Scan the rows: numbers (b,), sort_keys (b, depth) and num_dropped (b, len(counted_filters))."""
         hidden = phase.lists.take(np.arange(begin, end))
         anchor = None if phase.anchor is None else torch.from_numpy(phase.anchor[begin:end]).to(self.device)
         limits = (phase.depth, phase.filters, list(phase.counted_filters))
@@ -291,7 +409,7 @@ class PartMiner:
         queries, rows = phase.lists.queries, phase.lists.rows
         last = self.first_row + len(self.rows)
         here = (queries >= begin) & (queries < end) & (rows >= self.first_row) & (rows < last)
-        numbers = np.flatnonzero(here)  # of the phase's pairs
+        numbers = np.flatnonzero(here)  # positions among the pairs of the phase
         scores = pair_scores(
             self.ops,
             lambda at: query[torch.from_numpy(at).to(query.device)].to(self.device),
@@ -326,30 +444,47 @@ def mine_part(
     first_query: int = 0,
     device: str | torch.device | None = None,
 ) -> Part:
-    """The answer of some queries and some rows of the corpus to one phase of a mining job.
+    """Compute one phase of a mining job for some queries and some rows of the corpus.
 
-    A function of its arguments alone: any machine may compute it, in any order, again after a failure.
+    The result depends only on the arguments. Any machine may compute it, in any order, and again after a failure.
 
     Parameters
     ----------
-    plan, phase
-        What mine_hard_negatives asks of an engine. Both can be pickled.
-    queries
-        Vectors (b, D) of queries first_query to first_query + b of the phase; None for a phase that asks about rows alone.
-    corpus
-        Rows (C, D) of the corpus from first_row on, in any form that mine_hard_negatives takes: paths are read here.
-    device
-        Where scores are computed; default: where queries or corpus are.
+    plan : MiningPlan
+        The plan that `mine_hard_negatives` passed to the engine.
+    phase : Phase
+        The phase that it passed.
+    queries : array, Tensor, path, a list of these, or None
+        (b, D), the queries first_query to first_query + b of the phase; None for a phase that needs no queries.
+    corpus : array, Tensor, path, or a list of these
+        (C, D), the rows first_row to first_row + C of the corpus. Paths are opened by this call.
+    first_row : int
+        The number in the whole corpus of the first row in `corpus`.
+    first_query : int
+        The number in the phase of the first query in `queries`.
+    device : device, optional
+        Where scores are computed. The default is the device of the queries, or else that of the corpus.
 
     Returns
     -------
     Part
-        To be joined with the parts of other queries and rows by merge_parts.
+        The result for these queries and rows. `merge_parts` merges it with the parts of other queries and rows.
 
     Raises
     ------
     ValueError, TypeError
-        For queries or rows that are not of the plan.
+        If the queries or the rows do not fit the plan.
+
+    Examples
+    --------
+    >>> corpus = torch.randn(50, 16)
+    >>> shards = [(0, corpus[:30]), (30, corpus[30:])]
+    >>> def engine(plan, phase, queries):
+    ...     parts = [negmine.mining.mine_part(plan, phase, queries, rows, first_row) for first_row, rows in shards]
+    ...     return negmine.mining.merge_parts(parts)
+    >>> result = negmine.mine_hard_negatives(corpus[:5], corpus, list(range(5)), num_negatives=2, engine=engine)
+    >>> result.indices.shape
+    (5, 2)
     """
     op = "mine_part"
     for name, value, kind in (("plan", plan, MiningPlan), ("phase", phase, Phase)):

@@ -1,9 +1,9 @@
 """MiningResult: the mined negatives with their scores, the positives and all settings.
 
-    indices (Q, n) int64 rows of the corpus, hardest first, -1 past the end;   scores (Q, n) fp32, -inf there
+    indices (Q, n) int64, rows of the corpus, hardest first, padded with -1
+    scores  (Q, n) fp32, padded with -inf
 
-A result is saved as one .npz file with a description in JSON; nothing in it is ever executed. Training data is returned as index
-arrays, because the texts, images or tokens of the rows belong to the caller.
+A result is saved as one .npz file that contains a description in JSON. Nothing in it is ever executed.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from negmine.ops.checks import describe, refuse
 from negmine.options import is_real
 
 FORMAT = 2
-MAX_DESCRIPTION_BYTES = 1 << 20  # of the JSON beside the arrays, which takes a few thousand
+MAX_DESCRIPTION_BYTES = 1 << 20  # limit on the size of the JSON, which takes a few thousand bytes
 DTYPES = {
     "indices": np.int64,
     "scores": np.float32,
@@ -42,34 +42,34 @@ IDS = ("query_ids", "corpus_ids")
 QUARTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "max": 1.0}
 
 
-@dataclass(frozen=True, eq=False)  # == of arrays has no one answer
+@dataclass(frozen=True, eq=False)  # arrays cannot be compared by ==
 class MiningResult:
-    """The result of `mine_hard_negatives`, for Q queries and n = num_negatives. It is made by mining or by `load`.
+    """The result of `mine_hard_negatives`, for Q queries and n = num_negatives. Made by mining or by `load`.
 
     Attributes
     ----------
     indices : array (Q, n) int64
-        Rows of the corpus, hardest first; -1 past the end.
+        Each query's negatives as rows of the corpus, hardest first; -1 where it has fewer than n.
     scores : array (Q, n) float32
-        -inf past the end.
+        Their scores; -inf where indices is -1.
     positive_scores : array (Q,) float32
-        Aggregated over each query's positives; NaN where it has none.
+        Each query's score of its positives, from which margins are measured; NaN if it has no positive.
     num_valid : array (Q,) int64
-        How many negatives a query has.
+        How many negatives each query has.
     positives : RowLists
-        The positives' rows as given, each once.
+        The corpus rows of each query's positives, without repetitions.
     skipped : dict
-        How many pairs of query and row each mask and filter removed, each pair once.
+        How many pairs of query and row each mask and filter removed. A pair is counted for the first one that removes it.
     config : dict
         Arguments, versions, sizes and content hashes.
     positive_pair_scores : array (P,) float32, optional
-        The score of each entry of positives.
+        The score of each of the P pairs in positives.
     query_ids, corpus_ids, query_texts, corpus_texts : optional
-        As given.
+        What was given for mining.
     query_rows : array (Q,) int64, optional
-        The lowest row of each row's query; None = each row is a query of its own.
+        For each row of queries, the first row of the same query; None if no two rows are the same query.
     sources : array (Q, n, retrievers) int32, optional
-        Of merge_retrievers.
+        The rank of each negative in each retriever's list, if the result was made by `merge_retrievers`.
 
     Examples
     --------
@@ -81,28 +81,37 @@ class MiningResult:
 
     indices: np.ndarray  # (Q, n) int64
     scores: np.ndarray  # (Q, n) fp32
-    positive_scores: np.ndarray  # (Q,) fp32, aggregated over each query's positives; NaN where it has none
-    num_valid: np.ndarray  # (Q,) int64, entries of indices that are not -1
-    positives: RowLists  # rows, as given, each once; of an id its lowest row
-    skipped: dict[str, int]  # (query, row) pairs that each mask and filter dropped, each pair once
-    config: dict[str, Any]  # arguments, versions, sizes and content hashes
-    positive_pair_scores: np.ndarray | None = None  # (P,) fp32, of each entry of positives
-    query_ids: Any = None  # as given, (Q,) or None
+    positive_scores: np.ndarray  # (Q,) fp32
+    num_valid: np.ndarray  # (Q,) int64
+    positives: RowLists  # a positive that was given by id is the lowest row with that id
+    skipped: dict[str, int]
+    config: dict[str, Any]
+    positive_pair_scores: np.ndarray | None = None  # (P,) fp32
+    query_ids: Any = None  # (Q,)
     corpus_ids: Any = None  # (K,)
     query_texts: Any = None  # (Q,)
     corpus_texts: Any = None  # (K,)
-    query_rows: np.ndarray | None = (
-        None  # (Q,) int64 lowest row of each row's query; None = each row is a query of its own
-    )
-    sources: np.ndarray | None = None  # (Q, n, retrievers) int32, of merge_retrievers
+    query_rows: np.ndarray | None = None  # (Q,) int64
+    sources: np.ndarray | None = None  # (Q, n, retrievers) int32
 
     @property
     def recall(self) -> float | None:
-        """The share of the hardest rows that the approximate index found, as measured for this run; None for an exact one."""
+        """The measured share of the hardest rows that the approximate index found in this run; None if the index was exact."""
         return (self.config.get("index") or {}).get("recall")
 
     def hidden(self, exclude: Any = None) -> Hidden:
-        """The documents that each query must not get, by the positives, ids and texts of this result, and `exclude`."""
+        """The documents that may not be a query's negatives: its positives, documents equal to it, and `exclude`.
+
+        Parameters
+        ----------
+        exclude : optional
+            Further documents that are excluded, in any form that `mine_hard_negatives` takes.
+
+        Returns
+        -------
+        Hidden
+            The excluded documents of each query.
+        """
         op, (Q, K) = "MiningResult.hidden", (len(self.indices), self.config["corpus_rows"])
         sides = (
             Side.open(op, ("query_ids", "query_texts"), self.query_ids, self.query_texts, Q, 0),
@@ -115,10 +124,19 @@ class MiningResult:
         return resolve(op, *sides, (self.positives.indptr, names), exclude, Q, K, lambda: every, warn=False)
 
     def to_triplets(self) -> np.ndarray:
-        """(T, 3): query, positive, negative, for every positive and every negative of a query.
+        """Triplets of query, positive and negative, for each combination of a query's positives and negatives.
 
-        Queries and documents are named by query_ids and corpus_ids where the result has them, else by their row numbers. The
-        array is int64, or object where ids are strings. So are the arrays of to_n_tuples, to_labeled_pairs and to_labeled_lists.
+        Returns
+        -------
+        array (T, 3) int64, or object if ids are strings
+            Queries and documents as query_ids and corpus_ids if the result has them, else as row numbers.
+
+        Examples
+        --------
+        >>> rows = F.normalize(torch.randn(50, 16), dim=1)
+        >>> result = negmine.mine_hard_negatives(rows[:5], rows, list(range(5)), num_negatives=2)
+        >>> result.to_triplets().shape
+        (10, 3)
         """
         queries, rows = self._pairs()  # (P,), (P, 1 + n)
         at, slot = np.nonzero(rows[:, 1:] >= 0)  # (T,) each
@@ -126,13 +144,25 @@ class MiningResult:
         return _joined(self.query_names(queries[at])[:, None], documents)
 
     def to_n_tuples(self) -> np.ndarray:
-        """(M, 2 + n): query, positive, n negatives; a query with fewer than n is left out."""
+        """Rows of a query, one of its positives and its n negatives. Queries with fewer than n negatives are left out.
+
+        Returns
+        -------
+        array (M, 2 + n) int64, or object if ids are strings
+            Queries and documents as query_ids and corpus_ids if the result has them, else as row numbers.
+        """
         queries, rows = self._pairs()
         full = (rows >= 0).all(1)  # (P,)
         return _joined(self.query_names(queries[full])[:, None], self.document_names(rows[full]))
 
     def to_labeled_pairs(self) -> np.ndarray:
-        """(L, 3): query, document, label; label 1 for its positives, 0 for its negatives, each once."""
+        """Pairs of query and document with a label: 1 for a positive, 0 for a negative.
+
+        Returns
+        -------
+        array (L, 3) int64, or object if ids are strings
+            Query, document and label. Queries and documents are ids if the result has them, else row numbers.
+        """
         some = self.indices >= 0  # (Q, n)
         at, _ = np.nonzero(some)
         pairs = [
@@ -146,9 +176,17 @@ class MiningResult:
         )
 
     def to_labeled_lists(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """queries (M,), documents (M, 1 + n) and labels (M, 1 + n) int64, one list for each positive: it first, labelled 1, then
-        negatives, labelled 0. Past the end of the negatives the label is -1 and the document -1, or None where ids are strings.
-        A query without negatives has no list."""
+        """Lists of a query's documents with labels, one list for each positive. Queries without negatives are left out.
+
+        Returns
+        -------
+        queries : array (M,) int64, or object if ids are strings
+            The query of each list.
+        documents : array (M, 1 + n) int64, or object if ids are strings
+            The positive, then the negatives. Lists of fewer than n negatives are padded with -1, or None if ids are strings.
+        labels : array (M, 1 + n) int64
+            1 for the positive, 0 for negatives and -1 for padding.
+        """
         queries, rows = self._pairs()
         some = (rows[:, 1:] >= 0).any(1)  # (P,)
         labels = np.where(rows >= 0, 0, -1)
@@ -164,20 +202,38 @@ class MiningResult:
         corpus_titles: Any = None,
         form: str = "flagembedding",
     ) -> int:
-        """Write training data, atomically, as lines of JSON; returns how many lines.
+        """Write training data to a file of JSON lines, atomically.
 
-        query_texts, corpus_texts: strings, one a row, read by position; default: those that were mined with.
-        corpus_titles: strings, one a row: a field of its own in Tevatron's form, put before the text in others.
-        form: "flagembedding": {"query", "pos", "neg", "pos_scores", "neg_scores"}
-            "tevatron": {"query_id", "query", "positive_passages": [{"docid", "title", "text"}], "negative_passages": [...]}
-            "ms-swift": {"messages", "positive_messages", "negative_messages"}
-            "sentence-transformers": {"anchor", "positive", "negative_1", ..., "negative_n"}, a line for each positive
-            "distillation": the same, and "label", the scores of the positive and of the negatives
-            "pylate": {"query_id", "document_ids", "scores"}, without texts
+        Parameters
+        ----------
+        path : path
+            The file.
+        query_texts : sequence of str, optional
+            The texts of the queries, by row. The default is the texts that were mined with.
+        corpus_texts : sequence of str, optional
+            The texts of the corpus, by row. The default is the texts that were mined with.
+        corpus_titles : sequence of str, optional
+            The titles of the corpus, by row. Tevatron's form has a field for them; in other forms they precede the text.
+        form : str
+            The fields of a line, which are those of the program that reads it:
 
-        Queries and documents are named by query_ids and corpus_ids where the result has them, else by their row numbers. A query
-        without a positive or a negative has no line; in "sentence-transformers" and "distillation" neither has a query with fewer
-        than n. A warning counts them.
+            - "flagembedding": {"query", "pos", "neg", "pos_scores", "neg_scores"}
+            - "tevatron": {"query_id", "query", "positive_passages": [{"docid", "title", "text"}], "negative_passages": [...]}
+            - "ms-swift": {"messages", "positive_messages", "negative_messages"}
+            - "sentence-transformers": {"anchor", "positive", "negative_1", ..., "negative_n"}, one line for each positive
+            - "distillation": the same with "label", the scores of the positive and of the negatives
+            - "pylate": {"query_id", "document_ids", "scores"}, without texts
+
+        Returns
+        -------
+        int
+            How many lines were written.
+
+        Notes
+        -----
+        Queries and documents are named by query_ids and corpus_ids if the result has them, else by row numbers. Queries without
+        a positive or without a negative are left out. "sentence-transformers" and "distillation" also leave out queries with
+        fewer than n negatives. A warning says how many were left out.
         """
         op = "to_jsonl"
         rows = TrainingRows(op, self, form, query_texts, corpus_texts, corpus_titles)
@@ -198,7 +254,29 @@ class MiningResult:
         corpus_titles: Any = None,
         form: str = "sentence-transformers",
     ) -> Any:
-        """The rows that `to_jsonl` writes, as a datasets.Dataset."""
+        """The rows that `to_jsonl` writes, as a datasets.Dataset.
+
+        Parameters
+        ----------
+        query_texts : sequence of str, optional
+            The texts of the queries, by row. The default is the texts that were mined with.
+        corpus_texts : sequence of str, optional
+            The texts of the corpus, by row. The default is the texts that were mined with.
+        corpus_titles : sequence of str, optional
+            The titles of the corpus, by row. Tevatron's form has a field for them; in other forms they precede the text.
+        form : str
+            As in `to_jsonl`.
+
+        Returns
+        -------
+        datasets.Dataset
+            One row for each line that `to_jsonl` writes.
+
+        Raises
+        ------
+        ImportError
+            If the package datasets is not installed.
+        """
         op = "to_dataset"
         rows = TrainingRows(op, self, form, query_texts, corpus_texts, corpus_titles)
         try:
@@ -218,7 +296,31 @@ class MiningResult:
         corpus_titles: Any = None,
         form: str = "sentence-transformers",
     ) -> int:
-        """Write the rows that `to_jsonl` writes, atomically, to a Parquet file; returns how many rows."""
+        """Write the rows that `to_jsonl` writes to a Parquet file, atomically.
+
+        Parameters
+        ----------
+        path : path
+            The file.
+        query_texts : sequence of str, optional
+            The texts of the queries, by row. The default is the texts that were mined with.
+        corpus_texts : sequence of str, optional
+            The texts of the corpus, by row. The default is the texts that were mined with.
+        corpus_titles : sequence of str, optional
+            The titles of the corpus, by row. Tevatron's form has a field for them; in other forms they precede the text.
+        form : str
+            As in `to_jsonl`.
+
+        Returns
+        -------
+        int
+            How many rows were written.
+
+        Raises
+        ------
+        ImportError
+            If the package pyarrow is not installed.
+        """
         op = "to_parquet"
         rows = TrainingRows(op, self, form, query_texts, corpus_texts, corpus_titles)
         require_output(op, "path", path)
@@ -242,10 +344,19 @@ class MiningResult:
         return count
 
     def to_pandas(self) -> Any:
-        """A pandas.DataFrame with a row for each positive and each negative of each query.
+        """A pandas.DataFrame with one row for each positive and each negative of each query.
 
-        Columns: query_id, document_id (row numbers where there are no ids), label (1 or 0), rank (0 of a positive; of negatives
-        from 1, the hardest), score, and query and document where their texts are known.
+        Returns
+        -------
+        pandas.DataFrame
+            Columns: query_id and document_id (row numbers if the result has no ids), label (1 for a positive, 0 for a negative),
+            rank (0 for a positive, 1 for the hardest negative, and so on), score, and, if the texts are known, query and
+            document.
+
+        Raises
+        ------
+        ImportError
+            If the package pandas is not installed.
         """
         try:
             import pandas
@@ -272,7 +383,13 @@ class MiningResult:
         return pandas.DataFrame(columns)
 
     def summary(self) -> str:
-        """A text table: scores of positives and negatives, their difference, dropped pairs, queries with too few negatives."""
+        """A table, as text, of the scores of positives and negatives, the removed pairs, and queries with few negatives.
+
+        Returns
+        -------
+        str
+            Several lines.
+        """
         Q, n = self.indices.shape
         some = self.indices >= 0  # (Q, n)
         gap = (self.positive_scores[:, None].astype(np.float64) - np.where(some, self.scores, np.nan))[some]
@@ -297,7 +414,15 @@ class MiningResult:
         return "\n".join(lines)
 
     def to_html(self, path: str | os.PathLike) -> None:
-        """Write one HTML page without scripts or network requests: negatives found and dropped, with inline plots."""
+        """Write an HTML page with plots of the scores and counts of what the filters removed, atomically.
+
+        The page is one file. It contains no scripts and makes no network requests.
+
+        Parameters
+        ----------
+        path : path
+            The file.
+        """
         page = result_page.render(
             self.scores, self.positive_scores, self.num_valid, self.skipped, self.config, self.summary()
         )
@@ -305,7 +430,13 @@ class MiningResult:
             file.write(page.encode())
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one .npz file at exactly this path, atomically; ids are stored in it, texts are not."""
+        """Write the result to one .npz file, atomically. Ids are stored, texts are not.
+
+        Parameters
+        ----------
+        path : path
+            The file. No suffix is added.
+        """
         description = json.dumps({"format": FORMAT, "skipped": self.skipped, "config": self.config})
         arrays = {name: getattr(self, name) for name in ("indices", "scores", "positive_scores", "num_valid")}
         arrays |= {"positives_indptr": self.positives.indptr, "positives_rows": self.positives.rows}
@@ -318,7 +449,23 @@ class MiningResult:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "MiningResult":
-        """Read a file that `save` wrote. Raises ValueError for another kind of file and for a damaged one."""
+        """Read a file that `save` wrote. Nothing in the file is executed.
+
+        Parameters
+        ----------
+        path : path
+            The file.
+
+        Returns
+        -------
+        MiningResult
+            The result that was saved, without texts.
+
+        Raises
+        ------
+        ValueError
+            If the file does not exist, is damaged, or was not written by `save`.
+        """
         op = "MiningResult.load"
         if not Path(path).is_file():
             raise refuse(op, "path", "an existing file", str(path))
@@ -343,21 +490,43 @@ class MiningResult:
         return cls(**fields, positives=positives, skipped=skipped, config=config)
 
     def query_names(self, rows: np.ndarray) -> np.ndarray:
-        """The names of query rows, of any shape: ids where there are some, else the rows themselves."""
+        """The ids of queries, or the row numbers themselves if there are no ids.
+
+        Parameters
+        ----------
+        rows : array of any shape, int64
+            Row numbers of queries.
+
+        Returns
+        -------
+        array
+            Of the same shape.
+        """
         return _named(self.query_ids, rows)
 
     def document_names(self, rows: np.ndarray) -> np.ndarray:
-        """The names of corpus rows, of any shape."""
+        """The ids of documents, or the row numbers themselves if there are no ids.
+
+        Parameters
+        ----------
+        rows : array of any shape, int64
+            Row numbers of the corpus; -1 for none, which gives -1, or None if ids are strings.
+
+        Returns
+        -------
+        array
+            Of the same shape.
+        """
         return _named(self.corpus_ids, rows)
 
     def _pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Every (query, positive): queries (P,), and (P, 1 + n) the positive followed by the query's negatives."""
+        """For each pair of query and positive: the query (P,), and the positive followed by the query's negatives (P, 1 + n)."""
         queries = self.positives.queries  # (P,)
         return queries, np.concatenate([self.positives.rows[:, None], self.indices[queries]], 1)
 
 
 def _stored_ids(name: str, ids: Any) -> dict[str, np.ndarray]:
-    """The arrays that hold ids: ints, or the UTF-8 bytes of strings and where each ends."""
+    """The arrays that store ids: one of ints, or one of the UTF-8 bytes of strings and one of where each string ends."""
     column = Column("MiningResult.save", name, ids)
     entries = [entry for _, block in column.blocks() for entry in block]
     if all(isinstance(entry, int) for entry in entries):
@@ -368,7 +537,7 @@ def _stored_ids(name: str, ids: Any) -> dict[str, np.ndarray]:
 
 
 def _loaded_ids(name: str, arrays: dict[str, np.ndarray]) -> list | None:
-    """The ids that _stored_ids stored; raises ValueError where they are damaged."""
+    """The ids that _stored_ids stored. Raises ValueError if the arrays are damaged."""
     if name not in arrays:
         return None
     held = arrays[name]
@@ -385,7 +554,7 @@ def _loaded_ids(name: str, arrays: dict[str, np.ndarray]) -> list | None:
 
 
 def _named(ids: Any, rows: np.ndarray) -> np.ndarray:
-    """rows of any shape, -1 = none -> their ids: int64 with -1, or objects with None."""
+    """The ids of rows of any shape. A row of -1 becomes -1 among ints and None among strings."""
     if ids is None:
         return rows
     some = rows >= 0
@@ -398,7 +567,7 @@ def _named(ids: Any, rows: np.ndarray) -> np.ndarray:
 
 
 def _joined(*parts: np.ndarray) -> np.ndarray:
-    """Columns of ints or of objects side by side."""
+    """Concatenate columns of ints or of objects."""
     if any(part.dtype == object for part in parts):
         parts = tuple(part.astype(object) for part in parts)
     return np.concatenate(parts, 1)

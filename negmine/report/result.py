@@ -1,4 +1,4 @@
-"""HardnessReport: figures as arrays and facts, saved as JSON or .npz, and shown as an HTML page."""
+"""HardnessReport: the figures of a hardness report as arrays, which can be saved, summarised and shown as an HTML page."""
 
 import json
 import math
@@ -20,7 +20,7 @@ KINDS = (".json", ".npz")
 
 
 def _plain(array: np.ndarray) -> Any:
-    """An array as nested lists; a float that is not finite as null, which JSON can hold."""
+    """An array as nested lists for JSON, with None for floats that are not finite."""
     if array.dtype.kind != "f":
         return array.tolist()
     if array.ndim == 0:
@@ -29,22 +29,22 @@ def _plain(array: np.ndarray) -> Any:
 
 
 def _array(value: Any, dtype: str) -> np.ndarray:
-    """The array that _plain wrote; null comes back as NaN."""
+    """The array that _plain converted, with NaN for None."""
     if np.dtype(dtype).kind not in "biuf":
         raise ValueError(f"a figure has dtype {describe(dtype)}")
     return np.array(value, dtype=np.float64 if dtype.startswith("float") else dtype).astype(dtype)
 
 
-@dataclass(frozen=True, eq=False)  # == of arrays has no one answer
+@dataclass(frozen=True, eq=False)  # arrays cannot be compared by ==
 class HardnessReport:
-    """The result of `hardness_report`, whose docstring lists the figures.
+    """The result of `hardness_report`. The docstring of that function lists the figures.
 
     Attributes
     ----------
     figures : dict of arrays
         The figures by name.
     facts : dict
-        Sizes, arguments, and suspects with their texts.
+        Sizes, arguments, and likely false negatives with their texts.
 
     Examples
     --------
@@ -55,29 +55,48 @@ class HardnessReport:
     """
 
     figures: dict[str, np.ndarray]
-    facts: dict[str, Any]  # sizes, arguments, suspects with their texts: what JSON can hold
+    facts: dict[str, Any]  # only values that JSON can hold
 
     def findings(self) -> list[str]:
-        """The findings, one sentence each."""
+        """A list of what was found, one sentence each."""
         return words.findings(self.figures, self.facts)
 
     def advice(self) -> list[str]:
-        """Recommendations, one sentence each."""
+        """A list of recommendations, one sentence each."""
         return words.advice(self.figures, self.facts)
 
     def summary(self) -> str:
-        """Title, table by difficulty, findings and advice, as text."""
+        """The title, a table by difficulty, the findings and the advice, as text."""
         lines = [self.facts["title"], "", *words.table(self.figures, self.facts), ""]
         lines += [*self.findings(), "", "What to do next", *(f"- {sentence}" for sentence in self.advice())]
         return "\n".join(lines)
 
     def to_html(self, path: str | os.PathLike) -> None:
-        """Write one HTML page without scripts or network requests, with inline plots."""
+        """Write an HTML page with plots, atomically.
+
+        The page is one file. It contains no scripts and makes no network requests.
+
+        Parameters
+        ----------
+        path : path
+            The file.
+        """
         with atomic_write("HardnessReport.to_html", path) as file:
             file.write(page.render(self.figures, self.facts).encode())
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write figures and facts to a .json or .npz file, atomically."""
+        """Write the report to a file, atomically.
+
+        Parameters
+        ----------
+        path : path
+            The file, whose suffix is .json or .npz.
+
+        Raises
+        ------
+        ValueError
+            If the suffix is another one, or the report is too large for JSON.
+        """
         op = "HardnessReport.save"
         path = require_kind(op, path)
         head = {"format": FORMAT, "facts": self.facts}
@@ -96,7 +115,23 @@ class HardnessReport:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "HardnessReport":
-        """Read a file that `save` wrote. Raises ValueError for another kind of file and for a damaged one."""
+        """Read a file that `save` wrote. Nothing in the file is executed.
+
+        Parameters
+        ----------
+        path : path
+            The file, whose suffix is .json or .npz.
+
+        Returns
+        -------
+        HardnessReport
+            The report that was saved.
+
+        Raises
+        ------
+        ValueError
+            If the file does not exist, is damaged, or was not written by `save`.
+        """
         op = "HardnessReport.load"
         path = require_kind(op, path)
         if not path.is_file():
@@ -116,7 +151,7 @@ class HardnessReport:
             came = f"has format {describe(found)}, and this version of negmine reads {FORMAT}"
             raise ValueError(f"{op}: {describe(str(path))} {came}")
         report = cls(figures, facts)
-        try:  # the figures and facts belong together if the pages can be made of them
+        try:  # figures and facts are consistent if the summary and the page can be made from them
             with np.errstate(all="ignore"):
                 report.summary()
                 page.render(figures, facts)
@@ -126,7 +161,7 @@ class HardnessReport:
 
 
 def require_kind(op: str, path: Any, name: str = "path") -> Path:
-    """The path of a file whose suffix says which of KINDS it is."""
+    """The path, after a check that its suffix is one of KINDS."""
     if not isinstance(path, (str, os.PathLike)) or Path(path).suffix not in KINDS:
         raise refuse(op, name, "a .json or .npz file", path if path is None else str(path))
     return Path(path)

@@ -1,8 +1,8 @@
-"""sentence-transformers' miner and contrastive losses by their own signatures (6.2), and a batch sampler for its trainer.
+"""The contrastive losses and the miner of sentence-transformers 6.2 with the same signatures, and a batch sampler.
 
     from negmine.adapters.sentence_transformers import mine_hard_negatives, MultipleNegativesRankingLoss
 
-The package itself is not imported: mining.py and losses.py name the differences.
+sentence-transformers itself is not imported. The docstrings of mining.py and losses.py list the differences.
 """
 
 from negmine.adapters.sentence_transformers.batches import hard_batches

@@ -1,4 +1,4 @@
-"""hard_batches: negmine.mining.build_batches as the batch_sampler of sentence-transformers' training arguments."""
+"""hard_batches: negmine.mining.build_batches as a batch_sampler for sentence-transformers' training arguments."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,16 +12,39 @@ OP = "hard_batches"
 
 
 def hard_batches(result: MiningResult, *, datasets: Any = None) -> Callable[..., HardBatches]:
-    """Batches of mutually hard anchors without each other's positives, for sentence-transformers' trainer.
+    """A batch sampler for sentence-transformers' trainer whose batches hold queries that are hard for each other.
 
-        SentenceTransformerTrainingArguments(..., batch_sampler=hard_batches(result))
+    Pass it as SentenceTransformerTrainingArguments(..., batch_sampler=hard_batches(result)).
 
-    result: what mine_hard_negatives or from_texts returned, mined with query_texts.
-    datasets: as in build_batches.
+    Parameters
+    ----------
+    result : MiningResult
+        The result of `mine_hard_negatives` or `from_texts`, mined with query_texts.
+    datasets : optional
+        As in `build_batches`.
 
-    Returns a function that the trainer calls with its dataset, batch size, drop_last and seed. The first column of the dataset
-    holds the texts of the queries, as that of result.to_dataset() does; several rows of one query stand in different batches.
-    Raises TypeError or ValueError for a result without texts; the function, for a text that is no query of the result.
+    Returns
+    -------
+    callable
+        A function that the trainer calls with a dataset, a batch size, drop_last and a seed. The first column of the dataset must
+        hold the texts of the queries, as in `result.to_dataset()`. Two rows of one query, or of queries that share a positive,
+        are never in one batch.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the result has no texts. The returned function raises ValueError for a text that is not a query of the result.
+
+    Examples
+    --------
+    >>> from negmine.adapters.sentence_transformers import hard_batches
+    >>> rows, texts = torch.randn(50, 16), [f"question {i}" for i in range(8)]
+    >>> result = negmine.mine_hard_negatives(rows[:8], rows, list(range(8)), num_negatives=2, query_texts=texts)
+    >>> sampler = hard_batches(result)  # for the trainer, which calls it with its dataset, here of one column
+    >>> class Dataset(dict):
+    ...     column_names = ["anchor"]
+    >>> sampler(Dataset(anchor=texts), 4).batch_size
+    4
     """
     if not isinstance(result, MiningResult):
         raise checks.refuse(OP, "result", "a MiningResult", type(result).__name__, TypeError)
@@ -40,7 +63,7 @@ def hard_batches(result: MiningResult, *, datasets: Any = None) -> Callable[...,
         generator: Any = None,
         seed: int = 0,
     ) -> HardBatches:
-        """The batches of a dataset; the names of the arguments are sentence-transformers'."""
+        """The batches of a dataset. sentence-transformers' trainer passes the arguments by these names."""
         names = getattr(dataset, "column_names", None)
         if not names or not hasattr(dataset, "__len__"):
             raise checks.refuse(

@@ -1,8 +1,8 @@
-"""Gradient caching (Gao et al. 2021, arXiv 2101.06983) of a model that takes sentence-transformers' features.
+"""Gradient caching (Gao et al. 2021, arXiv 2101.06983) for models that take the features of sentence-transformers.
 
-Every mini-batch is embedded without a graph, the loss is differentiated as far as the embeddings, and when the loss is
-differentiated each mini-batch is embedded once more, with its graph and the random numbers and autocast of the first time.
-negmine.losses.grad_cache does all of that in one call; here the caller, such as a trainer, calls backward.
+First, each mini-batch is embedded without a graph, and the gradient of the loss with respect to the embeddings is computed. When
+the caller calls backward, each mini-batch is embedded again with a graph, with the same random numbers and autocast settings, and
+the gradient is propagated into the model. negmine.losses.grad_cache does the same in one call, but calls backward itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,11 +16,11 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from negmine.ops import checks
 
-Features = dict[str, Any]  # tensors whose rows are texts, by name, and what is of all texts
+Features = dict[str, Any]  # by name: tensors with one row for each text, and values that hold for all texts
 
 
 def rows_of(op: str, features: Features) -> int:
-    """How many texts features hold; refuses what cannot be cut along its texts."""
+    """How many texts the features hold. Raises ValueError if they cannot be split into mini-batches of texts."""
     tensors = {name: value for name, value in features.items() if isinstance(value, Tensor) and value.dim()}
     first = next((tensors[name] for name in ("input_ids", "attention_mask") if name in tensors), None)
     if first is None:
@@ -34,7 +34,7 @@ def rows_of(op: str, features: Features) -> int:
 
 
 def part_of(features: Features, begin: int, end: int) -> Features:
-    """Texts [begin, end), without the padding at the end that all of them share."""
+    """The features of texts begin to end, without the padding at the end that all of these texts have."""
     mask = features.get("attention_mask")
     width = longest = None
     if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -52,7 +52,10 @@ def part_of(features: Features, begin: int, end: int) -> Features:
 
 
 def cuts(op: str, features: Features, size: int, num_tokens: int | None) -> list[tuple[int, int]]:
-    """(begin, end) of the mini-batches: `size` texts each, or as many as have `num_tokens` tokens together, but one at least."""
+    """The (begin, end) of each mini-batch.
+
+    A mini-batch has `size` texts or, if num_tokens is given, as many texts as fit into that many tokens, but at least one.
+    """
     count = rows_of(op, features)
     if num_tokens is None:
         return [(begin, min(begin + size, count)) for begin in range(0, count, size)]
@@ -69,7 +72,7 @@ def cuts(op: str, features: Features, size: int, num_tokens: int | None) -> list
 
 
 class _RandomState:
-    """The random state of the CPU and of the devices of some tensors."""
+    """The state of the random number generators of the CPU and of the devices that the features are on."""
 
     def __init__(self, features: Features) -> None:
         self.host = torch.get_rng_state()
@@ -84,7 +87,7 @@ class _RandomState:
 
 
 class Part(NamedTuple):
-    """One mini-batch of one column, embedded."""
+    """A mini-batch of one column, and its embeddings."""
 
     features: Features
     state: _RandomState
@@ -93,23 +96,23 @@ class Part(NamedTuple):
 
 
 def embed(model: nn.Module, features: Features, ranges: list[tuple[int, int]]) -> list[Part]:
-    """The mini-batches of one column, embedded without a graph."""
+    """Embed the mini-batches of one column without a graph."""
     made = []
     for begin, end in ranges:
         part = part_of(features, begin, end)
         state = _RandomState(part)
         with torch.no_grad():
-            rows = model(dict(part))["sentence_embedding"]  # a model writes into the features that it is given
+            rows = model(dict(part))["sentence_embedding"]  # a copy, because models write into their input
         device = rows.device.type
         autocast = {"device_type": device, "enabled": torch.is_autocast_enabled(device)}
         autocast["dtype"] = torch.get_autocast_dtype(device)
         made.append(Part(part, state, autocast, rows.detach().requires_grad_(torch.is_grad_enabled())))
-    torch.clear_autocast_cache()  # weights that were cast without gradient
+    torch.clear_autocast_cache()  # it holds weights that were cast without a graph
     return made
 
 
 def differentiable(loss: Tensor, model: nn.Module, columns: list[list[Part]]) -> Tensor:
-    """loss (), already differentiated as far as the rows of the parts, as a tensor whose backward reaches the model."""
+    """A copy of loss () whose backward propagates the gradients that the rows of the parts already hold into the model."""
     made = loss.detach().requires_grad_()
     every = [(part, part.rows.grad) for column in columns for part in column]
     made.register_hook(partial(_replay, model, [(part, grad) for part, grad in every if grad is not None]))
@@ -117,7 +120,7 @@ def differentiable(loss: Tensor, model: nn.Module, columns: list[list[Part]]) ->
 
 
 def _replay(model: nn.Module, parts: list[tuple[Part, Tensor]], grad: Tensor) -> None:
-    unsynchronised: Callable[[], Any] = getattr(model, "no_sync", nullcontext)  # DistributedDataParallel's
+    unsynchronised: Callable[[], Any] = getattr(model, "no_sync", nullcontext)  # of DistributedDataParallel
     with torch.enable_grad():
         for number, (part, cached) in enumerate(parts, 1):
             with nullcontext() if number == len(parts) else unsynchronised():

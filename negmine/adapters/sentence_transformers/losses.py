@@ -1,17 +1,19 @@
-"""sentence-transformers' contrastive losses by their own signatures (6.2), without their (B, K) matrices.
+"""The contrastive losses of sentence-transformers 6.2 with the same signatures, without (B, K) score matrices.
 
     from negmine.adapters.sentence_transformers import MultipleNegativesRankingLoss
 
-Values and gradients are theirs but for rounding: scores and gradients are summed in fp32, under autocast too. What differs:
+Values and gradients agree with those of sentence-transformers up to rounding. Scores and gradients are summed in fp32, also under
+autocast. The differences are:
 
-similarity_fct   MultipleNegativesRankingLoss and its cached form take sentence-transformers' cos_sim and dot_score, by name; any
-                 other function would need the matrix, and is refused.
-columns          each is embedded by a forward of its own. sentence-transformers joins candidates of like shape into one forward:
-                 the same but for the masks of dropout.
-GISTEmbedLoss    takes any number of negatives, as CachedGISTEmbedLoss does; sentence-transformers' takes one.
-Cached losses    the loss of all embeddings is one fused call: it is not cut into mini-batches. They take padded features; packed
-                 sequences and images are refused. show_progress_bar is taken and shows nothing.
-gather_across_devices   ranks may hold batches of different sizes.
+similarity_fct          MultipleNegativesRankingLoss and its cached form accept cos_sim and dot_score of sentence-transformers,
+                        recognised by name. Any other function raises an error, because it would need the score matrix.
+columns                 Each column is embedded by a separate forward pass. sentence-transformers joins columns of equal shape
+                        into one pass, which differs only in the dropout masks.
+GISTEmbedLoss           It accepts any number of columns of negatives, like CachedGISTEmbedLoss. In sentence-transformers it
+                        accepts one.
+cached losses           The loss of all embeddings is computed by one fused call instead of in mini-batches. Features must be
+                        padded; packed sequences and images raise an error. show_progress_bar has no effect.
+gather_across_devices   The ranks may have batches of different sizes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -40,7 +42,7 @@ from negmine.selection import logsumexp
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 HARDNESS_MODES = ("in_batch_negatives", "hard_negatives", "all_negatives")
 SIMILARITIES = ("cos_sim", "dot_score")
-NO_ID = -1  # of a column that is a negative of every row
+NO_ID = -1  # the id of a key that is a negative for every row
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ def _columns(op: str, sentence_features: Iterable[Features]) -> list[Features]:
 
 
 def _own_rows(rows: Tensor, gather: bool) -> Tensor:
-    """The numbers (B,) of this rank's rows among those of all ranks."""
+    """The positions (B,) of this rank's rows among the rows of all ranks."""
     own = torch.arange(len(rows), device=rows.device)
     if not gather:
         return own
@@ -72,20 +74,51 @@ def _with_share_of_gradient(rows: Tensor, share: float) -> Tensor:
 
 
 class MultipleNegativesRankingLoss(nn.Module):
-    """sentence_transformers' MultipleNegativesRankingLoss: InfoNCE within a batch of anchors, positives and hard negatives.
+    """The MultipleNegativesRankingLoss of sentence-transformers: InfoNCE over a batch of anchors, positives and hard negatives.
 
-        loss = mean over i of -x_ii + log(sum of exp(x) over the columns of the chosen directions),   x = scale * similarity
+        loss = mean over i of -x_ii + log(sum of exp(x) over the candidates of row i),   x = scale * similarity
 
-    scale: 1 / temperature. similarity_fct: cos_sim or dot_score of sentence_transformers.util; None is cos_sim.
-    directions: "query_to_doc" (anchor i against all positives and negatives; always), "query_to_query" (the other anchors),
-        "doc_to_query" (positive i against all anchors), "doc_to_doc" (positive i against the documents of other rows).
-    partition_mode: "joint", one denominator of all directions; "per_direction", the mean of a loss of each, of "query_to_doc" and
+    `loss(sentence_features, labels=None)` takes a list of features, one dict each for anchors, positives and any number of
+    columns of negatives. The labels are not used.
+
+    Parameters
+    ----------
+    model : Module
+        A SentenceTransformer, or any module that maps features to a dict with the embeddings as "sentence_embedding".
+    scale : float
+        The inverse of the temperature.
+    similarity_fct : callable, optional
+        cos_sim or dot_score of sentence_transformers.util. The default is cos_sim.
+    gather_across_devices : bool
+        Use the documents and anchors of all ranks as candidates, with gradient.
+    directions : tuple of str
+        Which candidates are used: "query_to_doc" (anchor i against all positives and negatives; required), "query_to_query"
+        (anchor i against the other anchors), "doc_to_query" (positive i against all anchors) and "doc_to_doc" (positive i against
+        the documents of other rows).
+    partition_mode : str
+        "joint" sums all directions in one denominator. "per_direction" takes the mean of the losses of "query_to_doc" and
         "doc_to_query".
-    hardness_mode, hardness_strength: hardness_strength * similarity, without gradient, is added to the logits of
-        "in_batch_negatives" (documents of other rows), "hard_negatives" (those of the own row) or "all_negatives".
-    gather_across_devices: the documents and anchors of every rank, with gradient.
-    forward(sentence_features, labels=None): a dict of features for anchors, positives and each column of negatives; returns the
-        loss. Source: sentence-transformers 6.2.
+    hardness_mode : str, optional
+        The candidates whose logits are increased: "in_batch_negatives" (documents of other rows), "hard_negatives" (those of the
+        same row) or "all_negatives".
+    hardness_strength : float
+        Their logits are increased by hardness_strength * similarity, which has no gradient.
+    backend : str, optional
+        As in `info_nce`.
+
+    Notes
+    -----
+    Source: sentence-transformers 6.2.
+
+    Examples
+    --------
+    >>> from negmine.adapters.sentence_transformers import MultipleNegativesRankingLoss
+    >>> words = torch.nn.EmbeddingBag(100, 16)  # in place of a SentenceTransformer
+    >>> def model(features):
+    ...     return {"sentence_embedding": words(features["input_ids"])}
+    >>> anchors, positives = ({"input_ids": torch.randint(100, (8, 5))} for _ in range(2))
+    >>> loss = MultipleNegativesRankingLoss(model)([anchors, positives])
+    >>> loss.backward()
     """
 
     def __init__(
@@ -126,10 +159,11 @@ class MultipleNegativesRankingLoss(nn.Module):
 
     @property
     def temperature(self) -> float:
+        """1 / scale."""
         return 1.0 / self.scale
 
     def get_config_dict(self) -> dict[str, Any]:
-        """What sentence-transformers writes into a model's card."""
+        """The settings that sentence-transformers writes into a model card."""
         names = ("scale", "gather_across_devices", "directions", "partition_mode", "hardness_mode", "hardness_strength")
         config = {name: getattr(self, name) for name in names}
         return config | {"similarity_fct": getattr(self.similarity_fct, "__name__", "cos_sim")}
@@ -139,7 +173,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         return self.compute_loss_from_embeddings([self.model(column)["sentence_embedding"] for column in features])
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
-        """The loss of the embeddings of anchors, positives and each column of negatives, (B, D) each."""
+        """The loss of a list of embeddings, (B, D) each: of anchors, positives and each column of negatives."""
         uses_cosine = getattr(self.similarity_fct, "__name__", "cos_sim") == "cos_sim"
         query, *docs = [_unit(rows) if uses_cosine else widened(rows) for rows in embeddings]
         positive, *negatives = docs
@@ -173,12 +207,12 @@ class MultipleNegativesRankingLoss(nn.Module):
         self, query: Tensor, positive: Tensor, negatives: list[Tensor], queries: Tensor, every: list[Tensor],
         ids: Tensor, options: dict[str, Any],
     ) -> Tensor:  # fmt: skip
-        """(B,): log of the sum over the columns that an anchor sees, less the positive's logit."""
+        """(B,): the log of the sum over the candidates of each anchor, minus the logit of its positive."""
         mode = self.hardness_mode if self.hardness_strength > 0 else None
         keys = torch.cat(every)
         everything = Negatives(keys, ids=torch.cat([ids, _without_id(ids, every[1:])]))
-        others = Negatives(keys, ids=ids.repeat(len(every)))  # documents of other rows
-        mine = []  # hard negatives of the own row
+        others = Negatives(keys, ids=ids.repeat(len(every)))  # the documents of other rows
+        mine = []  # the hard negatives of the same row
         if negatives:
             mine = [Negatives(torch.stack(negatives, 1), ids=_without_id(ids, negatives).view(len(query), -1))]
         pools, harder = {
@@ -194,7 +228,7 @@ class MultipleNegativesRankingLoss(nn.Module):
             rows = info_nce(query, positive, pools, reduction="none", **options)
         if not harder:
             return rows
-        # A logit (scale + strength) * s whose gradient is that of scale * s.
+        # These logits are (scale + strength) * s, with the gradient of scale * s.
         top = self.scale + self.hardness_strength
         share = self.scale / top
         pool = Negatives(_with_share_of_gradient(harder[0].keys, share), ids=harder[0].ids)
@@ -203,9 +237,9 @@ class MultipleNegativesRankingLoss(nn.Module):
 
 
 class _Cached(nn.Module):
-    """What the losses with gradient caching have in common."""
+    """The common part of the losses with gradient caching."""
 
-    uses_gradient_cache = True  # MatryoshkaLoss then wraps calculate_loss
+    uses_gradient_cache = True  # tells sentence-transformers' MatryoshkaLoss to wrap calculate_loss
     model: Any
     calculate_loss: Callable[..., Tensor]
 
@@ -239,10 +273,38 @@ def _finished(loss: Tensor, with_backward: bool) -> Tensor:
 
 
 class CachedMultipleNegativesRankingLoss(_Cached, MultipleNegativesRankingLoss):
-    """MultipleNegativesRankingLoss with gradient caching (Gao et al. 2021, arXiv 2101.06983): activations of one mini-batch.
+    """MultipleNegativesRankingLoss with gradient caching, which keeps the activations of one mini-batch at a time.
 
-    mini_batch_size: texts that the model embeds at a time, twice. mini_batch_num_tokens: as many texts as have that many tokens
-        together instead. show_progress_bar: taken, and nothing is shown. The rest is MultipleNegativesRankingLoss's.
+    Each text is embedded twice: once without a graph, and once with a graph when backward is called.
+
+    Parameters
+    ----------
+    model, scale, similarity_fct : optional
+        As in `MultipleNegativesRankingLoss`.
+    mini_batch_size : int
+        How many texts the model embeds at a time.
+    mini_batch_num_tokens : int, optional
+        Fill mini-batches up to this number of tokens instead.
+    gather_across_devices, directions, partition_mode : optional
+        As in `MultipleNegativesRankingLoss`.
+    show_progress_bar : bool
+        Accepted for compatibility. It has no effect.
+    hardness_mode, hardness_strength, backend : optional
+        As in `MultipleNegativesRankingLoss`.
+
+    Notes
+    -----
+    Source: Gao et al. 2021, arXiv 2101.06983, and sentence-transformers 6.2.
+
+    Examples
+    --------
+    >>> from negmine.adapters.sentence_transformers import CachedMultipleNegativesRankingLoss
+    >>> words = torch.nn.EmbeddingBag(100, 16)  # in place of a SentenceTransformer
+    >>> def model(features):
+    ...     return {"sentence_embedding": words(features["input_ids"])}
+    >>> anchors, positives = ({"input_ids": torch.randint(100, (8, 5))} for _ in range(2))
+    >>> loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=4)([anchors, positives])
+    >>> loss.backward()
     """
 
     def __init__(
@@ -278,25 +340,61 @@ class CachedMultipleNegativesRankingLoss(_Cached, MultipleNegativesRankingLoss):
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """The loss of the embeddings of each column's mini-batches."""
+        """The loss of the embeddings of the mini-batches of each column."""
         return _finished(self.compute_loss_from_embeddings([torch.cat(rows) for rows in reps]), with_backward)
 
 
 class GISTEmbedLoss(nn.Module):
-    """sentence_transformers' GISTEmbedLoss: InfoNCE in a batch whose false negatives a guide model finds (arXiv 2402.16829).
+    """The GISTEmbedLoss of sentence-transformers: InfoNCE over a batch from which a guide model removes false negatives.
 
-        loss = mean over i of -x_ii + log(sum of exp(x) over the kept columns),   x = cosine / temperature
+        loss = mean over i of -x_ii + log(sum of exp(x) over the candidates that are kept),   x = cosine / temperature
 
-    The columns of row i are the other positives, all anchors (contrast_anchors), all negatives, and, against positive i, all
-    positives (contrast_positives). A column is left out where the guide's cosine of it is above that of anchor i and positive i
-    less `margin` ("absolute"), or less `margin` times its absolute value ("relative"). Anchor i and positive i are columns of
-    themselves: the guide leaves them out, unless its cosine of the pair is 1.
+    The candidates of anchor i are the other positives, all negatives and, with contrast_anchors, all anchors. With
+    contrast_positives, positive i is also compared with all positives. A candidate is removed if its cosine by the guide is above
+    a limit: the guide's cosine of anchor i and positive i, minus `margin`.
 
-    model, guide: modules with a `tokenizer`, and max_seq_length; where the guide's vocabulary is another one, or the guide is
-        shorter, texts are decoded by the model's tokenizer and encoded by guide.preprocess.
-    gather_across_devices: the positives and negatives of every rank, with gradient.
-    forward(sentence_features, labels=None): a dict of features for anchors, positives and each column of negatives; returns the
-        loss. Source: sentence-transformers 6.2.
+    `loss(sentence_features, labels=None)` takes a list of features, one dict each for anchors, positives and any number of
+    columns of negatives. The labels are not used.
+
+    Parameters
+    ----------
+    model : Module
+        A SentenceTransformer, or a module like it with `tokenizer` and `max_seq_length`.
+    guide : Module
+        Another one. If its vocabulary differs, or its max_seq_length is smaller, texts are decoded by the model's tokenizer and
+        encoded by guide.preprocess.
+    temperature : float
+        Divides the cosines.
+    margin_strategy : str
+        "absolute", or "relative" for a margin that is multiplied by the absolute value of the cosine it is subtracted from.
+    margin : float
+        Lowers the limit.
+    contrast_anchors, contrast_positives : bool
+        As above.
+    gather_across_devices : bool
+        Use the positives and negatives of all ranks as candidates, with gradient.
+    backend : str, optional
+        As in `info_nce`.
+
+    Notes
+    -----
+    Anchor i and positive i are among their own candidates. The guide removes them, unless its cosine of the pair is 1.
+    Source: Solatorio 2024, arXiv 2402.16829, and sentence-transformers 6.2.
+
+    Examples
+    --------
+    >>> import types
+    >>> from negmine.adapters.sentence_transformers import GISTEmbedLoss
+    >>> class Model(torch.nn.Module):  # in place of a SentenceTransformer
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.words, self.max_seq_length = torch.nn.EmbeddingBag(100, 16), 5
+    ...         self.tokenizer = types.SimpleNamespace(get_vocab=dict)
+    ...     def forward(self, features):
+    ...         return {"sentence_embedding": self.words(features["input_ids"])}
+    >>> anchors, positives = ({"input_ids": torch.randint(100, (8, 5))} for _ in range(2))
+    >>> loss = GISTEmbedLoss(Model(), guide=Model())([anchors, positives])
+    >>> loss.backward()
     """
 
     def __init__(
@@ -330,16 +428,16 @@ class GISTEmbedLoss(nn.Module):
         self.must_retokenize = (
             model.tokenizer.get_vocab() != guide.tokenizer.get_vocab() or guide.max_seq_length < model.max_seq_length
         )
-        self.tokenizer = model.tokenizer  # the model may be wrapped later
+        self.tokenizer = model.tokenizer  # kept here because the model may be wrapped later
 
     def get_config_dict(self) -> dict[str, Any]:
-        """What sentence-transformers writes into a model's card."""
+        """The settings that sentence-transformers writes into a model card."""
         names = ("guide", "temperature", "margin_strategy", "margin", "contrast_anchors", "contrast_positives")
         return {name: getattr(self, name) for name in (*names, "gather_across_devices")}
 
     @torch.no_grad()
     def _guided(self, features: Features) -> Tensor:
-        """The guide's unit embeddings (B, G) of the texts of features, which no model has seen yet."""
+        """The guide's normalized embeddings (B, G). A model writes into features, so call this before the model."""
         features = dict(features)
         if self.must_retokenize:
             texts = self.tokenizer.batch_decode(features["input_ids"], skip_special_tokens=True)
@@ -356,7 +454,7 @@ class GISTEmbedLoss(nn.Module):
         return self._loss([self.model(column)["sentence_embedding"] for column in features], guides)
 
     def _loss(self, embeddings: list[Tensor], guides: list[Tensor]) -> Tensor:
-        """embeddings, guides: of anchors, positives and each column of negatives, (B, D) and (B, G)."""
+        """The loss of the embeddings (B, D) and guides (B, G) of anchors, positives and each column of negatives."""
         anchor, *docs = map(_unit, embeddings)
         anchor_guide, *doc_guides = guides
         positive, positive_guide = docs[0], doc_guides[0]
@@ -373,7 +471,7 @@ class GISTEmbedLoss(nn.Module):
         pool = Negatives(torch.cat(keys), ids=torch.cat([ids, _without_id(ids, keys[1:])]), guide=guide)
         rows = info_nce(anchor, positive, pool, query_ids=own, reduction="none", **options)  # (B,)
         if self.contrast_positives:
-            # The guide's scores of positive i are held against that of anchor i and positive i: one more entry carries it.
+            # Guide compares scores with that of a query and its positive. One more dimension makes that score equal `limit`.
             limit = (anchor_guide * positive_guide).sum(1, keepdim=True)  # (B, 1)
             query = torch.cat([positive_guide, limit], 1)  # (B, G + 1)
             guide = Guide(
@@ -388,10 +486,42 @@ class GISTEmbedLoss(nn.Module):
 
 
 class CachedGISTEmbedLoss(_Cached, GISTEmbedLoss):
-    """GISTEmbedLoss with gradient caching (Gao et al. 2021, arXiv 2101.06983): activations of one mini-batch.
+    """GISTEmbedLoss with gradient caching, which keeps the activations of one mini-batch at a time.
 
-    mini_batch_size: texts that the model embeds at a time, twice, and the guide, once. mini_batch_num_tokens: as many texts as
-        have that many tokens together instead. show_progress_bar: taken, and nothing is shown. The rest is GISTEmbedLoss's.
+    The model embeds each text twice: once without a graph, and once with a graph when backward is called. The guide embeds each
+    text once.
+
+    Parameters
+    ----------
+    model, guide, temperature : optional
+        As in `GISTEmbedLoss`.
+    mini_batch_size : int
+        How many texts a model embeds at a time.
+    mini_batch_num_tokens : int, optional
+        Fill mini-batches up to this number of tokens instead.
+    show_progress_bar : bool
+        Accepted for compatibility. It has no effect.
+    margin_strategy, margin, contrast_anchors, contrast_positives, gather_across_devices, backend : optional
+        As in `GISTEmbedLoss`.
+
+    Notes
+    -----
+    Source: Gao et al. 2021, arXiv 2101.06983, and sentence-transformers 6.2.
+
+    Examples
+    --------
+    >>> import types
+    >>> from negmine.adapters.sentence_transformers import CachedGISTEmbedLoss
+    >>> class Model(torch.nn.Module):  # in place of a SentenceTransformer
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.words, self.max_seq_length = torch.nn.EmbeddingBag(100, 16), 5
+    ...         self.tokenizer = types.SimpleNamespace(get_vocab=dict)
+    ...     def forward(self, features):
+    ...         return {"sentence_embedding": self.words(features["input_ids"])}
+    >>> anchors, positives = ({"input_ids": torch.randint(100, (8, 5))} for _ in range(2))
+    >>> loss = CachedGISTEmbedLoss(Model(), guide=Model(), mini_batch_size=4)([anchors, positives])
+    >>> loss.backward()
     """
 
     def __init__(
@@ -429,7 +559,7 @@ class CachedGISTEmbedLoss(_Cached, GISTEmbedLoss):
     def calculate_loss(
         self, reps: list[list[Tensor]], reps_guided: list[list[Tensor]], *, with_backward: bool = False
     ) -> Tensor:
-        """The loss of the embeddings, and of those of the guide, of each column's mini-batches."""
+        """The loss of the embeddings, by the model and by the guide, of the mini-batches of each column."""
         return _finished(
             self._loss(*([torch.cat(rows) for rows in part] for part in (reps, reps_guided))), with_backward
         )

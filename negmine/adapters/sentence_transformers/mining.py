@@ -1,18 +1,22 @@
-"""sentence-transformers' mine_hard_negatives (6.2): the same arguments in, the same columns out, negmine's search between.
+"""mine_hard_negatives of sentence-transformers 6.2 with the same arguments and output columns, computed by negmine.
 
     from negmine.adapters.sentence_transformers import mine_hard_negatives
 
-Where the two differ, and why:
+The differences from sentence-transformers are:
 
-range_max     theirs is the depth of retrieval: the window is cut BEFORE the filters, so a query whose positive is weak comes out
-              with nothing. Ours counts the ranks that the filters leave, and has no end by default: what theirs finds for a query
-              are the first of what ours finds.
-cross_encoder theirs is left unused where no score filter is given; ours always rescores. What it rescores is cut first in both.
-random        theirs draws from Python's global state; ours by `seed`. An open window is drawn from its first 10 num_negatives.
-strategy      a word that is neither "top" nor "random" is refused.
-cache_folder  their key names the model; ours sees what the model computes, so that a model trained further finds nothing old.
-own text      theirs may return the query itself where the corpus holds it; ours never does, nor two documents of one text.
-similarity    cosine, as theirs with use_faiss=True; theirs without takes the model's own function.
+range_max          In sentence-transformers it limits the retrieval, before the filters, so a query with a weak positive may get
+                   no negatives. Here it counts only rows that pass the filters, and by default there is no limit. The negatives
+                   that sentence-transformers finds for a query are the first of those found here.
+cross_encoder      sentence-transformers does not use it if no score filter is given. Here it always rescores the candidates. Both
+                   limit the number of candidates before rescoring.
+sampling_strategy  For "random", sentence-transformers uses Python's global random state; here `seed` is used. Without range_max,
+                   negatives are drawn from the first 10 * num_negatives candidates. Unknown values raise an error.
+cache_folder       The key of sentence-transformers contains the model's name. Here it depends on the model's outputs, so
+                   embeddings of an earlier state of the model are never used.
+equal texts        sentence-transformers may return the query itself if the corpus contains it. Here a negative is never equal to
+                   the query, and no two negatives of a query have the same text.
+similarity         Always the cosine, as in sentence-transformers with use_faiss=True. Without it, sentence-transformers uses the
+                   model's own similarity function.
 """
 
 import hashlib
@@ -40,7 +44,7 @@ from negmine.options import Select
 
 OP = "mine_hard_negatives"
 FORMATS = ("triplet", "n-tuple", "labeled-pair", "labeled-list")
-PROBED = 8  # texts whose embeddings tell one model's weights from another's
+PROBED = 8  # how many texts are embedded to tell the weights of different models apart
 
 
 def mine_hard_negatives(
@@ -80,13 +84,71 @@ def mine_hard_negatives(
     device: str | torch.device | None = None,
     backend: str | None = None,
 ) -> Any:
-    """A datasets.Dataset of the pairs of `dataset` with hard negatives, in sentence-transformers' columns.
+    """Add hard negatives to a dataset of pairs, with the arguments and the columns of sentence-transformers.
 
-    dataset: its first two columns, or the named ones, are anchors and positives; rows of one anchor are its several positives.
-    model: has encode, or encode_query and encode_document. corpus: more candidates; positives are always among them.
-    use_faiss: candidates from FAISS's "Flat" index instead of the kernels; the same negatives.
-    seed, max_memory_bytes, resume_dir, device, backend: negmine.mine_hard_negatives' own.
-    The rest is documented in sentence_transformers.util.mine_hard_negatives; differences are named in this module's docstring.
+    Parameters
+    ----------
+    dataset : datasets.Dataset
+        Pairs of an anchor and a positive. Several rows with the same anchor are its several positives.
+    model : SentenceTransformer
+        Or any object with encode, or with encode_query and encode_document.
+    anchor_column_name, positive_column_name : str, optional
+        The default is the first and the second column.
+    corpus : list of str, optional
+        The documents to search. All positives are added to it. The default is the positives.
+    cross_encoder : CrossEncoder, optional
+        Rescores the positives and the candidates before the filters are applied.
+    range_min : int
+        How many of the hardest documents that pass the filters are skipped.
+    range_max : int, optional
+        The rank, among the documents that pass the filters, before which negatives are taken.
+    max_score, min_score, absolute_margin, relative_margin : float, optional
+        As in `negmine.Select`. Margins are measured from the lowest score of the query's positives.
+    num_negatives : int
+        How many negatives each query gets.
+    sampling_strategy : str
+        "top" takes the hardest documents, "random" draws them.
+    query_prompt_name, query_prompt, corpus_prompt_name, corpus_prompt : str, optional
+        Passed to the model's encode functions.
+    include_positives : bool
+        Rank positives together with the negatives. The output format is then "n-tuple".
+    output_format : str
+        "triplet", "n-tuple", "labeled-pair" or "labeled-list".
+    output_scores : bool
+        Add the scores as a column.
+    batch_size : int
+        How many texts the models encode at a time.
+    faiss_batch_size : int
+        How many queries are searched at a time if use_faiss is True.
+    use_faiss : bool
+        Search by FAISS's "Flat" index instead of the kernels. The negatives are the same.
+    use_multi_process : bool or list of str
+        Encode in several processes, on all devices or on the listed ones.
+    verbose : bool
+        Show a progress bar and print a summary.
+    cache_folder : str, optional
+        A folder in which embeddings are stored, and from which they are read by a later call.
+    as_triplets, margin : optional
+        Deprecated names of output_format and absolute_margin.
+    seed, max_memory_bytes, resume_dir, device, backend : optional
+        As in `negmine.mine_hard_negatives`.
+
+    Returns
+    -------
+    datasets.Dataset
+        The anchors and positives with their negatives, in the columns of sentence-transformers.
+
+    Raises
+    ------
+    ImportError
+        If the package datasets is not installed.
+    ValueError, TypeError
+        If an argument is not valid.
+
+    Examples
+    --------
+    >>> from negmine.adapters.sentence_transformers import mine_hard_negatives
+    >>> mined = mine_hard_negatives(dataset, model, num_negatives=5, relative_margin=0.05)  # doctest: +SKIP
     """
     try:
         from datasets import Dataset
@@ -106,7 +168,7 @@ def mine_hard_negatives(
     checks.require_count(OP, "num_negatives", num_negatives)
     checks.require_count(OP, "faiss_batch_size", faiss_batch_size)
     if include_positives:
-        output_format = "n-tuple"  # as theirs: the order of ranks is what is asked for
+        output_format = "n-tuple"  # as in sentence-transformers, since the ranks are the result
     filters = {"min_score": min_score, "max_score": max_score}
     filters |= {"absolute_margin": absolute_margin, "relative_margin": relative_margin}
     select = Select(range_min, range_max, **filters)  # type: ignore[arg-type]
@@ -132,7 +194,7 @@ def mine_hard_negatives(
     }
     options |= {"backend": backend, "index": "Flat" if use_faiss else "exact"}
     options |= {"batch_size": faiss_batch_size} if use_faiss else {}
-    options |= {"count_skipped": verbose}  # what is counted is printed
+    options |= {"count_skipped": verbose}  # the counts are printed
     options |= {"query_texts": queries, "corpus_texts": documents}
     found = (query_rows, corpus_rows)
     if cross_encoder is None and not include_positives:
@@ -176,7 +238,7 @@ def _columns(dataset: Any, anchor: str | None, positive: str | None) -> tuple[li
 
 
 def _positives(anchors: list, answers: list, queries: list, documents: list) -> RowLists:
-    """The documents that answer each query, each once, in the order of the dataset."""
+    """The positives of each query without repetitions, in the order of the dataset."""
     query_of, row_of = ({text: i for i, text in enumerate(texts)} for texts in (queries, documents))
     rows: list[dict[int, None]] = [{} for _ in queries]
     for anchor, answer in zip(anchors, answers, strict=True):
@@ -186,7 +248,7 @@ def _positives(anchors: list, answers: list, queries: list, documents: list) -> 
 
 
 class _Encoder:
-    """The model's embeddings, (rows, D) fp32 of unit length, from the cache where it holds them."""
+    """Computes normalized embeddings (rows, D) fp32, or reads them from the cache folder."""
 
     def __init__(self, model: Any, batch_size: int, processes: list[str] | bool, folder: str | None) -> None:
         self.model, self.batch_size, self.processes = model, batch_size, processes
@@ -233,7 +295,7 @@ class _Encoder:
 def _rescored(
     cross_encoder: Any, result: MiningResult, lists: RowLists, queries: list, documents: list, batch_size: int
 ) -> tuple[MiningResult, np.ndarray]:
-    """The candidates, and the positives (P,), with the cross-encoder's scores."""
+    """The candidates with the cross-encoder's scores, and its scores (P,) of the positives."""
 
     def predicted(at: np.ndarray, rows: np.ndarray) -> np.ndarray:
         pairs = [(queries[q], documents[k]) for q, k in zip(at.tolist(), rows.tolist(), strict=True)]
@@ -249,8 +311,10 @@ def _rescored(
 def _chosen(
     result: MiningResult, select: Select, lowest: np.ndarray, known: RowLists, n: int, strategy: str, seed: int
 ) -> MiningResult:
-    """Of each query's candidates: filtered, ranked by their scores, the window, n of it. lowest (Q,): least positive score;
-    known: rows that pass whatever the filters, since filters are for negatives."""
+    """Filter each query's candidates, rank them by score, and choose n of the window of ranks.
+
+    lowest (Q,) is the lowest score of each query's positives. known are the positives, to which the filters do not apply.
+    """
     scores, indices = torch.from_numpy(result.scores), torch.from_numpy(result.indices)
     kept = reference.filtered(
         scores, torch.from_numpy(lowest), replace(select, range_min=0, range_max=None), indices >= 0
@@ -272,7 +336,7 @@ def _table(
     output_format: str,
     with_scores: bool,
 ) -> dict[str, list]:
-    """sentence-transformers' columns."""
+    """The output columns by name."""
     at, rows = result.positives.queries, result.positives.rows  # (P,) each
     negatives, scores = result.indices[at], result.scores[at]  # (P, n) each
     some = negatives >= 0
