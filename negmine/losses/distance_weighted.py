@@ -1,7 +1,8 @@
-"""Distance-weighted negatives (Wu et al. 2017, arXiv 1706.07567), drawn from a queue that passes in pieces of bounded size.
+"""Distance-weighted negatives (Wu et al. 2017, arXiv 1706.07567), sampled from a queue in pieces of bounded size.
 
-The largest log p + Gumbel are a sample without replacement, so the best N of each row are all that a piece leaves behind. The
-words belong to (global row, column), so that no cut of the queue changes a draw. The definition is negmine/reference/triplets.py.
+The N columns with the largest log p + Gumbel noise are a sample without replacement, so only the best N of each row are kept from
+one piece to the next. The random numbers depend on the global row and the column, so the size of the pieces does not change the
+sample. The definition is in negmine/reference/triplets.py.
 """
 
 import torch
@@ -14,16 +15,16 @@ from negmine.ops.windows import Draw
 from negmine.reference.triplets import log_rarity
 
 PIECE = 1 << 21  # scores in memory at one time
-PIECE_ON_CPU = 1 << 15  # which stay in the cache through the ten rounds of Philox
+PIECE_ON_CPU = 1 << 15  # so that a piece stays in the cache during the ten rounds of Philox
 
 
 @torch.no_grad()
 def distance_weighted(
     query: Tensor, keys: Tensor, others: Pool, N: int, draw: Draw, width: int
 ) -> tuple[Tensor, Tensor]:
-    """scores (B, N) fp32 and index (B, N) int64 of the columns drawn from `others`, nearest first; (-inf, -1) past their end.
+    """scores (B, N) fp32 and index (B, N) int64 of the columns sampled from `others`, nearest first, padded with (-inf, -1).
 
-    width: D of the vectors whose distances are drawn evenly; query and keys may have columns for their norms besides.
+    width: the dimension D of the vectors. query and keys may have further columns that hold norms.
     """
     q, rows = query.float(), draw.rows(query)  # (B, D), (B,)
     best = torch.full((len(q), N), -torch.inf, dtype=torch.float64, device=q.device)  # (B, N) log p + Gumbel
@@ -37,7 +38,7 @@ def distance_weighted(
         allowed = usable(pool, q, n)
         assert allowed is not None  # the pool has labels
         drawn = drawn.masked_fill(~(allowed & (drawn > -torch.inf)), -torch.inf)
-        # What is in the list stands before, so ties go to the lower index.
+        # Columns of earlier pieces come first, so ties go to the lower index.
         best, at = torch.cat([best, drawn], 1).sort(dim=1, descending=True, stable=True)
         best, at = best[:, :N], at[:, :N]
         scores = torch.cat([scores, s], 1).gather(1, at)

@@ -1,8 +1,8 @@
-"""False negatives: the columns that support views of a query's own image find, without a score matrix.
+"""Finds false negatives: the columns that are close to other views of the query's image. No score matrix is stored.
 
-With top_k, each view mines its own hardest columns and the lists are merged, which is exact: a column among the top_k of the
-largest view is among the top_k of that view. With a threshold alone, the queue passes in pieces. The result is a (B, K) bool
-mask.
+With top_k, the top_k columns of each view are mined and the lists are merged. This is exact, because a column that is in the
+top_k by its largest score over the views is also in the top_k of the view with that score. With a threshold alone, the queue is
+scored in pieces. The result is a (B, K) bool mask.
 """
 
 from typing import NamedTuple
@@ -17,11 +17,11 @@ from negmine.ops.pool import Pool, pieces, usable
 from negmine.ops.vectors import for_kernels, widened
 from negmine.options import FalseNegatives
 
-PIECE = 1 << 22  # scores in memory at one time where the threshold stands alone
+PIECE = 1 << 22  # scores in memory at one time if there is a threshold but no top_k
 
 
 class FoundNegatives(NamedTuple):
-    """The false negatives of each query: a mask, and the same as a list where top_k bounds it."""
+    """The false negatives of each query: a mask, and also a list if top_k is set."""
 
     mask: Tensor  # (B, K) bool
     columns: Tensor | None  # (B, top_k) int64, -1 = none
@@ -30,7 +30,7 @@ class FoundNegatives(NamedTuple):
 def find_false_negatives(
     kernels: Kernels, support: Tensor, negative_keys: Tensor, options: FalseNegatives, pool: Pool
 ) -> FoundNegatives:
-    """The columns of the pool that support (B, V, D) finds; meaning as reference.false_negatives_found."""
+    """The false negatives in the pool by support (B, V, D), as defined by reference.false_negatives_found."""
     if options.top_k is None:
         return FoundNegatives(_past_threshold(support, negative_keys, options, pool), None)
     (B, V, _), K = support.shape, negative_keys.shape[-2]
@@ -38,7 +38,7 @@ def find_false_negatives(
     if options.reduce == "max":
         views = support.unbind(1)  # V of (B, D)
     else:
-        views = (widened(support).sum(1),)  # a sum ranks as the mean does, and is exact more often
+        views = (widened(support).sum(1),)  # the sum gives the same ranking as the mean, and is exact more often
     mined = [kernels.mine_hardest(for_kernels(view), for_kernels(negative_keys), N, False, *pool)[:2] for view in views]
     scores, index = sort_key.unpack(_merged(mined, N))  # (B, N) each
     if options.reduce == "mean":
@@ -47,7 +47,7 @@ def find_false_negatives(
         index = index.masked_fill(~(scores > options.threshold), -1)
     if not N:
         return FoundNegatives(torch.zeros(B, K, dtype=torch.bool, device=support.device), index)
-    # Hardest first, so -1 stands at the end: those cells write once more what the first one writes.
+    # The list is hardest first and padded with -1. Padding cells repeat the write of the first column.
     some, first = index[:, :1] >= 0, index[:, :1].clamp_min(0)  # (B, 1) each
     at = torch.where(index < 0, first, index)  # (B, N)
     mask = torch.zeros(B, K, dtype=torch.bool, device=support.device).scatter(1, at, some.expand_as(at))
@@ -55,7 +55,7 @@ def find_false_negatives(
 
 
 def _merged(mined: list[tuple[Tensor, Tensor]], N: int) -> Tensor:
-    """Lists of scores and columns, (B, N) each -> the N best distinct columns as sort keys (B, N) int64, hardest first."""
+    """Merge lists of scores and columns (B, N) into the N best distinct columns: sort keys (B, N) int64, hardest first."""
     keys = torch.cat([sort_key.pack(s, i.clamp_min(0)).masked_fill(i < 0, sort_key.NOWHERE) for s, i in mined], 1)
     if len(mined) > 1:
         keys = keys.sort(dim=1, descending=True).values  # (B, V N)
@@ -67,7 +67,7 @@ def _merged(mined: list[tuple[Tensor, Tensor]], N: int) -> Tensor:
 
 def _past_threshold(support: Tensor, negative_keys: Tensor, options: FalseNegatives, pool: Pool) -> Tensor:
     """(B, K) bool: the columns of the pool whose score passes the threshold."""
-    assert options.threshold is not None  # FalseNegatives refuses neither of the two
+    assert options.threshold is not None  # FalseNegatives requires top_k or threshold
     support, (B, V), K = widened(support), support.shape[:2], negative_keys.shape[-2]
     found = torch.zeros(B, K, dtype=torch.bool, device=support.device)
     for part in pieces(B * V, K, PIECE):
@@ -78,6 +78,6 @@ def _past_threshold(support: Tensor, negative_keys: Tensor, options: FalseNegati
 
 
 def without(pool: Pool, found: Tensor) -> Pool:
-    """The pool less the columns found (B, K)."""
+    """The pool without the columns found (B, K)."""
     mask = ~found if pool.negative_mask is None else pool.negative_mask & ~found
     return pool._replace(negative_mask=mask)

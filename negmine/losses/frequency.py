@@ -1,4 +1,4 @@
-"""FrequencyEstimator: how often each item comes by in a stream of batches, for the logQ correction."""
+"""FrequencyEstimator: estimates how often each item occurs in a stream of batches, for the logQ correction."""
 
 import torch
 from torch import Tensor, nn
@@ -74,13 +74,13 @@ class FrequencyEstimator(nn.Module):
         checks.require_number(op, "initial_interval", initial_interval, least=0)
         checks.require_draw(op, seed, 0, 0)
         self.num_buckets, self.num_hashes, self.alpha, self.seed = num_buckets, num_hashes, alpha, seed
-        shape = num_hashes, num_buckets + 1  # the last bucket is that of unknown ids
+        shape = num_hashes, num_buckets + 1  # the last bucket is for unknown ids
         self.register_buffer("last_step", torch.zeros(shape, dtype=torch.int64))
         self.register_buffer("interval", torch.full(shape, float(initial_interval), dtype=torch.float32))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def buckets(self, ids: Tensor) -> Tensor:
-        """ids (n,) -> (num_hashes, n): the bucket of each id under each hash function."""
+        """The bucket (num_hashes, n) of each of ids (n,) under each hash function."""
         checks.require_tensor("FrequencyEstimator", "ids", ids, self.interval)
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() != 1:
             raise checks.refuse("FrequencyEstimator", "ids", "whole numbers of shape (n,)", ids)
@@ -91,22 +91,22 @@ class FrequencyEstimator(nn.Module):
 
     @torch.no_grad()
     def update(self, ids: Tensor) -> None:
-        """Count one batch: ids (n,) of its items."""
+        """Count the items of one batch, given by their ids (n,)."""
         bucket = self.buckets(ids)  # (num_hashes, n)
         self.step += 1
         passed = (self.step - self.last_step.gather(1, bucket)).to(self.interval.dtype)
-        # Ids of one bucket write the same number, whatever their order.
+        # Ids in the same bucket write the same number, so their order does not matter.
         self.interval.scatter_(1, bucket, torch.lerp(self.interval.gather(1, bucket), passed, self.alpha))
         self.last_step.scatter_(1, bucket, self.step.expand_as(bucket).contiguous())
 
     @torch.no_grad()
     def log_probability(self, ids: Tensor) -> Tensor:
-        """(n,) fp32: the log of the probability that a batch holds each of ids (n,); no gradient."""
+        """(n,) fp32: the log of the probability that a batch contains each of ids (n,). It has no gradient."""
         interval = self.interval.gather(1, self.buckets(ids)).amax(0)  # (n,)
         return -interval.clamp_min(1.0).log().masked_fill(ids == -1, 0.0)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """log_probability of ids (n,), after counting them where the module is in training mode."""
+        """log_probability of ids (n,). In training mode, the ids are counted first."""
         if self.training:
             self.update(ids)
         return self.log_probability(ids)

@@ -1,12 +1,13 @@
 """Negatives of all ranks: `gathered`, and the losses with gather_distributed=True.
 
-Each rank brings its own queries and gets the loss of its own rows against the columns of every rank. The gradient of a gathered
-row is the sum of what all ranks' losses give to it, so that a model whose gradients DistributedDataParallel averages gets the
-gradient of the mean of the ranks' losses: that of one process on the whole batch, where the ranks' batches are equal and the
-reduction is "mean". All ranks call with the same options; what one of them refuses is raised on all.
+Each rank passes its own queries and gets the loss of its own rows against the columns of all ranks. The gradient of a gathered
+row is the sum of its gradients from the losses of all ranks. With DistributedDataParallel, which averages gradients, a model
+therefore gets the gradient of the mean of the ranks' losses. This equals the gradient of one process on the whole batch if the
+ranks' batches are of equal size and the reduction is "mean". All ranks must pass the same options. If one rank raises an error,
+all do.
 
-torch.compile breaks the graph where the ranks exchange, since they agree on the host: over more than one rank there is no
-fullgraph=True. The same few graphs serve every step.
+torch.compile breaks the graph where ranks communicate, because they compare their options on the host. fullgraph=True is
+therefore not possible with more than one rank. Steps do not cause recompilation.
 """
 
 import dataclasses
@@ -64,12 +65,12 @@ def gathered(rows: Tensor, *, process_group: Any = None) -> Tensor:
 
 
 def _device_of(ranks: Ranks, *values: Any) -> torch.device | None:
-    """Where the tensors of a call are; None, which agrees at once, where it has none."""
+    """The device of the tensors of a call; None if it has no tensors."""
     return next((value.device for value in values if isinstance(value, Tensor)), None)
 
 
 def _kind(value: Any) -> str:
-    """What must be alike of a tensor that is gathered, or of an option, on all ranks."""
+    """The properties of a gathered tensor, or of an option, that must be equal on all ranks."""
     if isinstance(value, Tensor):
         grad = ", requires grad" if torch.is_grad_enabled() and value.requires_grad else ""
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape[1:])}{grad}"
@@ -77,7 +78,7 @@ def _kind(value: Any) -> str:
 
 
 class Gathering:
-    """A loss module's gather_distributed and process_group, and how its losses are called over ranks."""
+    """The gather_distributed and process_group of a loss module. It calls losses over the negatives of all ranks."""
 
     def __init__(self, op: str, gather_distributed: Any, process_group: Any) -> None:
         checks.require_bool(op, "gather_distributed", gather_distributed)
@@ -89,7 +90,7 @@ class Gathering:
 
     @property
     def rank(self) -> int:
-        """This rank, or 0 where nothing is gathered."""
+        """This rank, or 0 if nothing is gathered."""
         return Ranks(self.process_group).rank if self.wanted else 0
 
     def paired(
@@ -97,8 +98,9 @@ class Gathering:
     ) -> Any:
         """loss(query, positive_key, negative_keys, **options) over the negatives of all ranks.
 
-        None becomes the positives of every rank, but for the query's own and those of rows of equal query_ids or query_labels; a
-        tensor (K, D) is joined to those of the other ranks. A queue, and keys (B, M, D), are as they are.
+        If negative_keys is None, the negatives are the positives of all ranks, except the query's own positive and those of rows
+        with equal query_ids or query_labels. A tensor (K, D) is concatenated with those of the other ranks. A queue, or keys
+        (B, M, D), are not gathered.
         """
         ranks = Ranks(self.process_group) if self.wanted else None
         if ranks is None or ranks.size == 1:
@@ -136,15 +138,15 @@ class Gathering:
         tags: dict[str, Any],
         alone: bool,
     ) -> Negatives:
-        """The pool with the columns of every rank."""
+        """The pool with the columns of all ranks."""
         keys = pool.keys
         if keys is None:
             counts, fields = call.counts, {"ids": tags["query_ids"], "labels": tags["query_labels"]}
             if fields["ids"] is not None:
-                fields["ids"] = _distinct(fields["ids"], own)  # its own positive, too, where the id is unknown
+                fields["ids"] = _distinct(fields["ids"], own)  # unknown ids become distinct
             elif alone:
                 fields["ids"] = own
-            else:  # ids would be compared with those of the other pools
+            else:  # with ids, they would be compared with the ids of the other pools
                 others = torch.arange(sum(counts), device=own.device) != own[:, None]  # (B, sum of counts)
                 fields["mask"] = others if pool.mask is None else others & pool.mask
             keys = positive_key
@@ -175,7 +177,7 @@ class Gathering:
     ) -> Any:
         """loss(query, keys, query_labels, key_labels, **options) over the keys of all ranks.
 
-        Their labels, key_ids and key_mask (K,) are joined as the keys are.
+        Their labels, key_ids and key_mask (K,) are gathered like the keys.
         """
         ranks = Ranks(self.process_group) if self.wanted else None
         if ranks is None or ranks.size == 1:
@@ -202,7 +204,7 @@ class Gathering:
     def _run(
         self, ranks: Ranks, loss: Callable[..., Any], device: torch.device | None, *tensors: Any, **options: Any
     ) -> Any:
-        """The loss of this rank's rows; what it refuses is raised on all ranks, before any of them begins its backward pass."""
+        """The loss of this rank's rows. An error on one rank is raised on all ranks before any backward pass starts."""
         with ranks.agreement(f"{self.op}, after gathering", device):
             return loss(*tensors, **options)
 
@@ -227,13 +229,13 @@ def _require_tags(op: str, name: str, given: Any, like: Tensor, shape: tuple[int
 
 
 def _distinct(ids: Tensor, own: Tensor) -> Tensor:
-    """ids (B,) with a number of its own, below all others, for each row whose id is unknown. own (B,): global rows."""
+    """ids (B,) in which unknown ids are replaced by distinct numbers below all others. own (B,): the global row numbers."""
     ids = ids.long()
     return torch.where(ids == UNKNOWN, UNEQUAL + 1 + own, ids)
 
 
 def _facts(options: dict[str, Any]) -> dict[str, Any]:
-    """What must be alike of the options. Tensors of a rank's own rows may differ; a temperature that is a tensor is its own."""
+    """The options that must be equal on all ranks. Tensors with one entry a row, and a temperature tensor, may differ."""
     return {
         name: "a tensor" if isinstance(value, Tensor) else checks.describe(value)
         for name, value in options.items()

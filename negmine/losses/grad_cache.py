@@ -1,4 +1,4 @@
-"""grad_cache: the step of a large batch in the memory of a small one (gradient caching)."""
+"""grad_cache: the training step of a large batch with the memory of a small one (gradient caching)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -97,7 +97,7 @@ def grad_cache(
                 states[-1].append(_random_state(chunk))
                 made.append(_embedding(place, _called(encoder, chunk), part))
             embeddings.append(torch.cat(made))
-    torch.clear_autocast_cache()  # weights that were cast without gradient
+    torch.clear_autocast_cache()  # it holds weights that were cast without a graph
     if not torch.is_grad_enabled():
         return loss(*embeddings)
     leaves = [embedding.requires_grad_() for embedding in embeddings]
@@ -125,7 +125,7 @@ def grad_cache(
 
 
 def _replay(encoder: Callable[..., Tensor], chunk: Any, state: tuple, gradient: Tensor | None) -> None:
-    """The chunk with a graph, in its random state, and its backward pass."""
+    """Encode a chunk again, with a graph and its saved random state, and run its backward pass."""
     cpu, on_gpus = state
     with torch.random.fork_rng(list(on_gpus)):
         torch.set_rng_state(cpu)
@@ -134,7 +134,7 @@ def _replay(encoder: Callable[..., Tensor], chunk: Any, state: tuple, gradient: 
         embedding = _called(encoder, chunk)
     if embedding.requires_grad:
         with disable_autocast(embedding.device):
-            # An embedding that the loss has not used gives zeros: a synchronisation waits for every parameter.
+            # An embedding that the loss does not use gets zeros, because DistributedDataParallel waits for every parameter.
             embedding.backward(torch.zeros_like(embedding) if gradient is None else gradient)
 
 
@@ -153,12 +153,12 @@ def _is_rows(value: Any) -> bool:
 
 
 def _arguments(given: Any) -> Iterator[Any]:
-    """What an input passes to its encoder."""
+    """The arguments that an input passes to its encoder."""
     yield from given.values() if isinstance(given, Mapping) else given if isinstance(given, tuple) else (given,)
 
 
 def _random_state(chunk: Any) -> tuple[Tensor, dict[int, Tensor]]:
-    """The random states of the CPU, and of the current GPU and those of the chunk's tensors."""
+    """The random states of the CPU, of the current GPU, and of the GPUs of the chunk's tensors."""
     gpus = {value.device.index for value in _arguments(chunk) if isinstance(value, Tensor) and value.is_cuda}
     if torch.cuda.is_initialized():
         gpus.add(torch.cuda.current_device())

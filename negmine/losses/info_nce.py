@@ -1,8 +1,8 @@
 """InfoNCE over a queue of negatives, with its gradient, without the (B, K) matrix: the function and its module.
 
-`info_nce` checks its input, makes a plan of the options, and runs the plan in one of three ways: dense, by the reference;
-whole, by the kernel op info_nce; or composed of the ops for log-sum-exps, where an option needs more than that op does. In each
-the gradient of the negatives is known after the forward pass, so the queue may be overwritten before backward.
+`info_nce` checks its input, turns the options into a plan, and runs the plan in one of three ways: by the dense reference, by the
+kernel op info_nce, or by several log-sum-exp ops if an option needs more than that op computes. In all of them, everything that
+depends on the queue is computed in the forward pass, so the queue may be overwritten before backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ NO_DRAWS = (
     0,
     None,
     None,
-)  # draw arguments of a call without synthetic negatives
+)  # the draw arguments of a call without synthetic negatives
 
 
 class InfoNCEStats(NamedTuple):
@@ -75,9 +75,9 @@ class InfoNCEStats(NamedTuple):
     """
 
     logsumexp: Tensor  # (B,) log of the denominator
-    positive_rank: Tensor  # (B,) int64: valid negatives scored above the positive, whatever select keeps; 0 = top-1
+    positive_rank: Tensor  # (B,) int64: valid negatives above the positive, before select; 0 = top-1
     num_negatives: Tensor  # (B,) int64: real negatives in the denominator
-    clamped: Tensor  # (B,) bool: the floor of Weight is active, the row's negatives get no gradient
+    clamped: Tensor  # (B,) bool: the floor of Weight is active, so the row's negatives get no gradient
     num_empty: Tensor  # () int64: rows without any negative, whose loss is 0
 
 
@@ -239,7 +239,7 @@ def info_nce(
     return (loss, stats) if return_stats else loss
 
 
-OPTIONS = ("select", "mix", "weight")  # what a Negatives may say for its own pool
+OPTIONS = ("select", "mix", "weight")  # options that a Negatives may set for its own pool
 
 
 def run_pools(
@@ -247,7 +247,7 @@ def run_pools(
     support: Tensor | None, positive_bias: Tensor | None, temperature: float | Tensor, backend: str | None,
     views: Sequence[Callable[[Tensor], Tensor]] = (lambda vectors: vectors,),
 ) -> list[tuple[Tensor, list[InfoNCEStats]]]:  # fmt: skip
-    """Loss (B,) over several pools, and the statistics of each where they are wanted; of each of several views of the vectors."""
+    """Loss (B,) over several pools, and the statistics of each pool if wanted, for each of several views of the vectors."""
     query, positive_key, support, *every = promoted(query, positive_key, support, *(keys for keys, _ in pools))
     batches = [
         Batch(query, positive_key, keys, pool, support, positive_bias)
@@ -275,9 +275,9 @@ def run_pools(
 def _loss_of_pools(
     plans: list["Plan"], chosen: list[Any], batches: list["Batch"], temperature: float | Tensor, scale: Tensor
 ) -> tuple[Tensor, list[InfoNCEStats]]:
-    """Loss (B,) and statistics of several pools with the kernels chosen for each, on the reference where one has none."""
+    """Loss (B,) and statistics of several pools. If no kernels were chosen for one of them, the reference computes all."""
     each = list(zip(plans, batches, strict=True))
-    if any(kernels is None for kernels in chosen):  # one of them runs on the reference: all do
+    if any(kernels is None for kernels in chosen):  # if one of them runs on the reference, all do
         columns = [plan.columns(batch) for plan, batch in each]
         rows, found = reference.info_nce_of_pools(
             widened(batches[0].query),
@@ -307,7 +307,7 @@ def _check_support(op: str, query: Tensor, false_negatives: FalseNegatives | Non
 
 
 class Batch(NamedTuple):
-    """The checked tensors of one call, or of one pool of it."""
+    """The checked tensors of a call, or of one of its pools."""
 
     query: Tensor  # (B, D)
     positive_key: Tensor  # (B, D)
@@ -325,16 +325,16 @@ class Positive(NamedTuple):
 
 
 class _Sum(NamedTuple):
-    """Which columns the log-sum-exp of a composed call runs over, and what the same pass mines."""
+    """The columns that the log-sum-exp op of a call sums over, and how many columns it mines in the same pass."""
 
-    kernels: Kernels  # over the queue, or over lists
+    kernels: Kernels  # for the queue, or for lists of columns
     pool: Pool | Columns
-    ranks: Tensor | None = None  # (B, 2): the pool is narrowed to these ranks
-    num_mined: int = 0  # columns that the pass also mines, for synthetic negatives
+    ranks: Tensor | None = None  # (B, 2): only these ranks of the pool are summed
+    num_mined: int = 0  # columns that are also mined, for synthetic negatives
 
 
 class _Attracted(NamedTuple):
-    """The false negatives of one pool that attract."""
+    """The false negatives of one pool that are used as additional positives."""
 
     lse: Tensor  # (B,) log-sum-exp of their logits
     number: Tensor  # (B,)
@@ -342,10 +342,10 @@ class _Attracted(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What one pool adds to the loss of each row."""
+    """The contribution of one pool to the loss of each row."""
 
-    lse: Tensor  # (B,) of its real and synthetic negatives, -inf where it has none
-    some: Tensor  # (B,) bool: it has one
+    lse: Tensor  # (B,) of its real and synthetic negatives, -inf if there are none
+    some: Tensor  # (B,) bool: the row has a negative in this pool
     attracted: _Attracted | None
     num_kept: Tensor  # (B,)
     num_above: Tensor  # (B,)
@@ -354,7 +354,7 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What one call of info_nce does beside its vectors and masks."""
+    """All arguments of a call of info_nce except its vectors and masks."""
 
     select: Select | None = None
     mix: Mix | None = None
@@ -363,7 +363,7 @@ class Plan:
     decoupled: bool = False
     draw: Draw = Draw()  # noqa: RUF009  an immutable tuple
     want_stats: bool = False
-    biased: bool = False  # some logits have a bias
+    biased: bool = False  # some pool has a bias
 
     @property
     def mixes(self) -> bool:
@@ -379,20 +379,20 @@ class Plan:
 
     @property
     def is_one_op(self) -> bool:
-        """True where the kernel op info_nce does all of it: a window or synthetic negatives, but not both."""
+        """True if the kernel op info_nce can compute the call. It takes a window or synthetic negatives, but not both."""
         windowed_mix = self.mixes and (self.select is not None or not (self.mix is None or self.mix.detach))
         warms_up = self.mix is not None and self.mix.enabled is not None
         composed = self.biased or self.samples or self.attracts or windowed_mix or warms_up
         return self.weight is None and not composed
 
     def for_pool(self, given: Any, number: int) -> "Plan":
-        """The plan of one pool of several, or of one that says how it is treated."""
+        """The plan for one of several pools, or for a pool that sets options of its own."""
         own = {name: option_of(given, name, getattr(self, name)) for name in OPTIONS}
         biased = self.biased or (isinstance(given, Negatives) and given.bias is not None)
         return replace(self, **own, draw=self.draw.of_pool(number), biased=biased)
 
     def ops(self, keys: Tensor, bias: Tensor | None) -> tuple[str, ...]:
-        """The kernels that the call needs where no op does all of it."""
+        """The ops that the call needs if the op info_nce cannot compute it."""
         needed = list(summing_ops("logsumexp", keys, bias))
         if self.select is not None:
             needed += ["rank_thresholds", "count_negatives"]
@@ -405,13 +405,13 @@ class Plan:
         return tuple(needed)
 
     def columns(self, batch: Batch) -> reference.Columns:
-        """One pool as the reference takes it."""
+        """One pool in the form that the reference takes."""
         query, _, keys, pool, *_ = batch
         allowed = usable(pool, query, keys)
         return reference.Columns(frozen(keys, allowed), allowed, pool.bias, self.select, self.mix, self.weight)
 
     def dense(self, batch: Batch, temperature: float | Tensor) -> dict[str, Any]:
-        """The keywords of the reference that are of all pools."""
+        """The keyword arguments of the reference that apply to all pools."""
         support = None if batch.support is None else widened(batch.support)
         return {
             "temperature": temperature, "false_negatives": self.false_negatives, "support": support,
@@ -419,7 +419,7 @@ class Plan:
         }  # fmt: skip
 
     def run(self, kernels: Kernels, batch: Batch, scale: Tensor) -> tuple[Tensor, InfoNCEStats | None]:
-        """Loss (B,) and, where they are wanted, statistics from the kernels; meaning as reference.info_nce. scale (): 1 / T."""
+        """Loss (B,) and, if wanted, statistics from the kernels, as defined by reference.info_nce. scale (): 1 / T."""
         found = None
         if self.false_negatives is not None:
             batch, found = self.without_false(kernels, batch)
@@ -431,10 +431,10 @@ class Plan:
         return rows, stats[0] if stats else None
 
     def without_false(self, kernels: Kernels, batch: Batch) -> tuple[Batch, FoundNegatives | None]:
-        """The batch without the false negatives that its support views find, and these."""
+        """The batch without the false negatives that its support views find, and those false negatives."""
         if self.false_negatives is None or batch.support is None:
             return batch, None
-        keys = hide_masked_rows(batch.keys, batch.pool)  # what is left of the mask is (B, K)
+        keys = hide_masked_rows(batch.keys, batch.pool)  # the remaining mask is (B, K)
         with torch.no_grad():
             views, pool = batch.support.detach(), batch.pool._replace(bias=None)
             found = find_false_negatives(kernels, views, keys.detach(), self.false_negatives, pool)
@@ -465,10 +465,10 @@ class Plan:
     def share(
         self, kernels: Kernels, batch: Batch, found: FoundNegatives | None, scale: Tensor, positive: Positive
     ) -> Share:
-        """What a pool adds to the loss, composed of the ops for log-sum-exps."""
+        """The contribution of a pool to the loss, computed by the log-sum-exp ops."""
         query, _, keys, pool, *_ = batch
         bias = None if pool.bias is None else pool.bias.float()
-        pool = pool._replace(bias=None)  # it moves no score, and so no rank
+        pool = pool._replace(bias=None)  # a bias changes neither scores nor ranks
         pivot = positive.score.detach() if self.want_stats else None
         with torch.no_grad():
             columns = self._columns(kernels, batch._replace(pool=pool), positive.score)
@@ -476,7 +476,7 @@ class Plan:
             each = gathered_bias(bias, columns.pool.index) if isinstance(columns.pool, Columns) else bias
             columns = columns._replace(pool=columns.pool._replace(bias=each))
         lse, num_kept, num_above, mined, clamped = self._log_sum(columns, query, keys, scale, pivot, positive.logit)
-        if self.samples and self.want_stats:  # the rank is among all valid negatives, not among those drawn
+        if self.samples and self.want_stats:  # the rank is among all negatives, sampled or not
             q, n = for_kernels(query), for_kernels(keys)
             num_above = kernels.logsumexp(q, n, scale.detach()[None], pivot, False, 0, None, *pool)[3]
         some = num_kept > 0  # (B,)
@@ -497,7 +497,7 @@ class Plan:
         return Share(lse, some, attracted, num_kept, num_above, clamped)
 
     def _columns(self, kernels: Kernels, batch: Batch, positive_score: Tensor) -> _Sum:
-        """The columns that `select` keeps, as the sum takes them."""
+        """The columns that `select` keeps, in the form that the sum takes."""
         query, _, keys, pool, *_ = batch
         if self.select is None:
             if self.mix is None or not self.mixes or self._is_sharpened:
@@ -512,13 +512,13 @@ class Plan:
 
     @property
     def _is_sharpened(self) -> bool:
-        """True where Weight needs a second log-sum-exp, at a scale of its own."""
+        """True if Weight needs a second log-sum-exp at another scale."""
         return self.weight is not None and self.weight.sharpens
 
     def _log_sum(
         self, columns: _Sum, query: Tensor, keys: Tensor, scale: Tensor, pivot: Tensor | None, x_positive: Tensor
     ) -> tuple[Tensor, ...]:
-        """lse (B,) of the negatives as `weight` has it, num_kept, num_above (B,), what was mined (B, N), clamped (B,) bool."""
+        """The weighted lse (B,) of the negatives, num_kept and num_above (B,), mined columns (B, N), and clamped (B,) bool."""
         weight, bias, pool = self.weight, *learned_bias(columns.pool)
         given = pivot, columns.num_mined, columns.ranks, columns.kernels
         scales = scale[None]  # (1,)
@@ -526,9 +526,9 @@ class Plan:
             scales = torch.stack([scale * (1.0 + weight.beta), scale * weight.beta]).float()  # (2,)
         if len(scales) == 1 or pool.bias is None:
             sums, num_kept, num_above, mined = fused(LogSumExp, query, keys, scales, bias, *given, *pool)
-        else:  # the importance leaves the bias out
+        else:  # the importance does not include the bias
             assert weight is not None
-            if bias is not None and weight.detach:  # of which log_weighted_sum takes a share, as it does of the scores
+            if bias is not None and weight.detach:  # log_weighted_sum scales its gradient like that of the scores
                 bias = bias.detach() + (1.0 + weight.beta) * (bias - bias.detach())
             top, num_kept, num_above, mined = fused(LogSumExp, query, keys, scales[:1], bias, *given, *pool)
             low, *_ = fused(LogSumExp, query, keys, scales[1:], None, *given, *pool._replace(bias=None))
@@ -570,7 +570,7 @@ def _attracted(
 def merged(
     shares: list[Share], x_positive: Tensor, decoupled: bool, want_stats: bool
 ) -> tuple[Tensor, list[InfoNCEStats]]:
-    """Loss (B,) of what the pools add together, and the statistics of each where they are wanted."""
+    """Loss (B,) from the contributions of all pools, and the statistics of each pool if wanted."""
     some, lse = shares[0].some, shares[0].lse
     if len(shares) > 1:
         some = torch.stack([share.some for share in shares]).any(0)  # (B,)
@@ -585,7 +585,7 @@ def merged(
         rows = torch.where(some, lse.masked_fill(~some, 0.0) - pull, 0.0 * x_positive)
         total = lse
     elif not attracted:
-        rows = -F.logsigmoid(x_positive - lse)  # softplus of the difference: accurate where the loss is tiny
+        rows = -F.logsigmoid(x_positive - lse)  # softplus of the difference, which is accurate for small losses
         total = torch.logaddexp(x_positive.detach(), lse.detach())
     else:
         everything = x_positive

@@ -1,8 +1,8 @@
-"""late_interaction: InfoNCE and mining by MaxSim scores of token matrices, without the scores of tokens in memory.
+"""late_interaction: InfoNCE and mining with MaxSim scores of token matrices, without storing all token scores.
 
-The documents pass in blocks. A block's token scores are one product of PyTorch; their maxima are the scores, of which the
-log-sum-exp and the gradient of the queries are merged block by block. Documents that require grad pass again in backward. The
-dense definition is negmine/reference/late_interaction.py.
+Documents are processed in blocks. The token scores of a block are one matrix product of PyTorch, and their maxima give the MaxSim
+scores. The log-sum-exp and the gradient of the queries are accumulated over the blocks. If documents require grad, the blocks are
+processed again in backward. The dense definition is in negmine/reference/late_interaction.py.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from negmine.selection import Mined, check_select, learned_bias
 
 PIECE = {"cpu": 1 << 20}  # scores of tokens in memory at one time
 PIECE_ELSEWHERE = 1 << 26
-DOCUMENT_TOKENS = 2048  # of a block, about
+DOCUMENT_TOKENS = 2048  # approximate size of a block
 
 
 def late_interaction(
@@ -148,7 +148,7 @@ def late_interaction(
     lse, num_kept, num_above = fused(
         MaxSimLogSumExp, query, documents, scale, bias, score.detach(), query_lengths, negative_lengths, *pool
     )
-    if select is not None and return_stats:  # the rank is among all valid negatives
+    if select is not None and return_stats:  # the positive is ranked among all valid negatives
         num_above = _num_above(query, documents, query_lengths, negative_lengths, given.pool, score.detach())
     share = Share(lse, num_kept > 0, None, num_kept, num_above, torch.zeros_like(num_kept, dtype=torch.bool))
     rows, stats = merged([share], score * scale, decoupled, return_stats)
@@ -244,7 +244,7 @@ def mine_late_interaction(
 
 
 class _Given(NamedTuple):
-    """The checked documents of a call."""
+    """The checked arguments of a call."""
 
     documents: Tensor  # (K, J, D)
     pool: Pool
@@ -265,7 +265,7 @@ def _checked(
     elif positive_key is None:
         raise checks.refuse(op, "negative_keys", "given where there is no positive_key", None)
     documents: Any = positive_key if given.keys is None else given.keys
-    # Masks, ids, labels and biases are of documents: those of a queue whose rows are their first tokens.
+    # Masks, ids, labels and biases belong to documents. A queue of the first tokens stands in for the documents in the checks.
     first = dataclasses.replace(given, keys=None if given.keys is None else given.keys[:, 0])
     tokens = query[:, 0], None if positive_key is None else positive_key[:, 0]
     _, pool = check_negatives(op, *tokens, first, query_ids, query_labels, options=("select",), with_bias=True)
@@ -320,27 +320,27 @@ class _Block(NamedTuple):
     rows: slice  # of the queries
     part: slice  # of the documents
     query: Tensor  # (b, I, D)
-    documents: Tensor  # (C, J, D) fp32, zeros past their lengths
+    documents: Tensor  # (C, J, D) fp32, padded with zeros
     scores: Tensor  # (b, C)
-    token: Tensor  # (b, I, C) the document's token with the largest score, counted over all tokens of the block
+    token: Tensor  # (b, I, C) the document's token of the largest score, as an index into the tokens of the block
     allowed: Tensor  # (b, C) bool
 
 
 def _blocks(
     query: Tensor, documents: Tensor, query_lengths: Tensor | None, lengths: Tensor | None, pool: Pool
 ) -> Iterator[_Block]:
-    """Every pair of a query and a document, once; documents in order."""
+    """Blocks that cover every pair of a query and a document once, in the order of the documents."""
     (B, tokens, D), (K, J, _) = query.shape, documents.shape
     wide = widened(query)
     if query_lengths is not None:
         past_end = torch.arange(tokens, device=query.device) >= query_lengths[:, None]  # (B, I)
-        wide = wide.masked_fill(past_end[:, :, None], 0.0)  # they score 0 with every token
+        wide = wide.masked_fill(past_end[:, :, None], 0.0)  # so that their score with every token is 0
     C = min(max(1, DOCUMENT_TOKENS // J), max(1, K))
     b = max(1, PIECE.get(query.device.type, PIECE_ELSEWHERE) // (tokens * C * J))
     for start in range(0, K, C):
         part = slice(start, min(start + C, K))
         block = widened(documents[part])  # (C, J, D)
-        first = torch.arange(len(block), device=query.device) * J  # (C,) a document's first token
+        first = torch.arange(len(block), device=query.device) * J  # (C,) the first token of each document
         columns = pool_of_columns(pool, part)
         allowed = usable(columns, query[:, 0], block[:, 0])  # (B, C)
         if allowed is None:
@@ -366,7 +366,7 @@ def _selected(
     query: Tensor, documents: Tensor, query_lengths: Tensor | None, lengths: Tensor | None, pool: Pool, select: Select,
     positive_score: Tensor | None, draw: Draw,
 ) -> Pool:  # fmt: skip
-    """The pool of what `select` keeps: a (B, K) mask."""
+    """The pool of the columns that `select` keeps, as a (B, K) mask."""
     with torch.no_grad():
         shape = len(query), len(documents)
         scores = torch.zeros(shape, dtype=widened(query).dtype, device=query.device)
@@ -380,7 +380,7 @@ def _selected(
 def _num_above(
     query: Tensor, documents: Tensor, query_lengths: Tensor | None, lengths: Tensor | None, pool: Pool, pivot: Tensor
 ) -> Tensor:
-    """(B,) documents of the pool whose score is above the pivot (B,)."""
+    """(B,): how many documents of the pool have a score above the pivot (B,)."""
     above = torch.zeros(len(query), dtype=torch.int64, device=query.device)
     with torch.no_grad():
         for block in _blocks(query, documents, query_lengths, lengths, pool):
@@ -391,8 +391,9 @@ def _num_above(
 class MaxSimLogSumExp(torch.autograd.Function):
     """lse (B,) = log sum over each pool of exp(scale * s_bk + bias_k), with num_kept and num_above (B,).
 
-    d lse / d query_bi = scale * sum over k of p_bk times the token of document k that query_bi met, known after the forward
-    pass. That of the documents and of a bias that requires grad, the one in the arguments, is a second pass.
+    d lse / d query_bi = scale * sum over k of p_bk * (the token of document k with the largest score for query_bi)
+
+    This gradient is computed in the forward pass. The gradients of the documents and of the bias are computed by a second pass.
     """
 
     @staticmethod
@@ -464,16 +465,16 @@ class MaxSimLogSumExp(torch.autograd.Function):
 
 
 def _logits(block: _Block, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """(b, C), -inf outside of the pool."""
+    """The logits (b, C), -inf outside the pool."""
     x = block.scores * scale
     x = x if bias is None else x + bias[block.part].to(x.dtype)
     return x.masked_fill(~block.allowed, -torch.inf)
 
 
 def _weighted_tokens(block: _Block, weight: Tensor) -> Tensor:
-    """(b, I, D): the sum over documents of weight (b, C) times the token that each query token met."""
+    """(b, I, D): the sum over documents of weight (b, C) times the best-matching token of each query token."""
     (b, tokens, C), D = block.token.shape, block.query.shape[2]
-    rows = torch.where(block.documents.isfinite(), block.documents, 0.0)  # 0 times what a mask hides must be 0
+    rows = torch.where(block.documents.isfinite(), block.documents, 0.0)  # so that 0 times a masked row is 0
     each = weight[:, None].expand(b, tokens, C)
     place = block.token.reshape(b * tokens, C)
     with disable_autocast(weight.device):
@@ -482,7 +483,7 @@ def _weighted_tokens(block: _Block, weight: Tensor) -> Tensor:
 
 
 def _add_grad_documents(out: Tensor, block: _Block, weight: Tensor) -> None:
-    """out (C, J, D) += for each token the sum of the query tokens that met it, by weight (b, C)."""
+    """Add to out (C, J, D), for each token, the sum of the query tokens it matches best, times weight (b, C)."""
     (b, tokens, C), (_, J, D) = block.token.shape, block.documents.shape
     met = torch.zeros(b, tokens, C * J, dtype=weight.dtype, device=weight.device)
     met.scatter_(2, block.token, weight[:, None].expand(b, tokens, C))

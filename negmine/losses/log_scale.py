@@ -1,4 +1,4 @@
-"""LogScale: a learned inverse temperature, kept as its logarithm and bounded, as CLIP's logit_scale."""
+"""LogScale: a learned inverse temperature, stored as its logarithm and bounded, like CLIP's logit_scale."""
 
 import math
 from typing import Any
@@ -61,7 +61,7 @@ class LogScale(nn.Module):
         return self._bounded().exp()
 
     def forward(self, step: Any = None) -> Tensor:
-        """() fp32: the temperature, 1 / scale, with gradient; the same at every step."""
+        """() fp32: the temperature, 1 / scale, with gradient. It does not depend on the step."""
         return (-self._bounded()).exp()
 
     def extra_repr(self) -> str:
@@ -69,7 +69,7 @@ class LogScale(nn.Module):
 
 
 class _Clamp(torch.autograd.Function):
-    """min(x, most); the gradient passes where x is below most, or where descending it lowers x."""
+    """min(x, most). The gradient passes if x is below most, or if a descent step would lower x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, most: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""matryoshka: InfoNCE at several prefix widths of the same vectors, with selection by the widest."""
+"""matryoshka: InfoNCE on several prefix widths of the same vectors. The widest prefix selects the negatives."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ from negmine.options import Negatives, Select, Weight, is_int, is_real
 from negmine.selection import check_select, mined
 
 OP = "matryoshka"
-OPTIONS = ("select", "weight")  # what a Negatives may say for its own pool
+OPTIONS = ("select", "weight")  # options that a Negatives may set for its own pool
 
 
 class MatryoshkaStats(NamedTuple):
@@ -40,7 +40,7 @@ class MatryoshkaStats(NamedTuple):
     torch.Size([3, 8])
     """
 
-    losses: Tensor  # (W, B) the loss of each row at each width, not weighted
+    losses: Tensor  # (W, B) the unweighted loss of each row at each width
 
 
 def matryoshka(
@@ -186,7 +186,7 @@ def _checked_weights(weights: Any, count: int) -> list[float]:
 
 
 def _prefix(width: int, normalize: bool) -> Callable[[Tensor], Tensor]:
-    """vectors (..., D) -> their prefixes (..., width)."""
+    """The prefixes (..., width) of vectors (..., D)."""
     if normalize:
         return lambda vectors: F.normalize(vectors[..., :width], dim=-1)
     return lambda vectors: vectors[..., :width]
@@ -196,7 +196,7 @@ def _kept(
     widest: Callable[[Tensor], Tensor], query: Tensor, positive_key: Tensor, keys: Tensor, pool: Pool, select: Select,
     backend: str | None, draw: Draw,
 ) -> tuple[Tensor, Pool]:  # fmt: skip
-    """The keys, and the pool of what `select` keeps by their widest prefixes: a (B, K) mask."""
+    """The keys, and a pool with a (B, K) mask of the columns that `select` keeps by the widest prefix."""
     K = keys.shape[-2]
     N = max(1, select.widest(K) if select.sample is None else select.sample)
     needed = ("mine_hardest", "rank_thresholds", "count_negatives")

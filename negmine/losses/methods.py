@@ -1,10 +1,10 @@
-"""Published losses that are arithmetic on the positive's logit and the negatives' log-sum-exp, as functions and as a module.
+"""Published losses that are computed from the positive's logit and the negatives' log-sum-exp, as functions and as a module.
 
-Each takes (query (B, D), positive_key (B, D), negative_keys), temperature, its own numbers, reduction, and as **pool
-the further keywords of `negmine.logsumexp`: select, query_ids, query_labels, seed, step, row_offset, backend. Each returns the
-loss, fp32 (float64 for float64 input), 0-d or (B,); a row without negatives has loss 0 and no gradient. Gradients go to the
-query, the positive key, the negatives where they require it, and a temperature that is a tensor. Bad input raises ValueError or
-TypeError before any work.
+Each function takes query (B, D), positive_key (B, D), negative_keys, temperature, numbers of its own, reduction, and in **pool
+the further keyword arguments of `negmine.logsumexp`: select, query_ids, query_labels, seed, step, row_offset and backend. It
+returns the loss, of shape () or (B,), in fp32 (in float64 for float64 input). A row without negatives has loss 0 and no
+gradient. Gradients flow to the query, the positive key, negatives that require grad, and a temperature that is a tensor.
+Invalid input raises ValueError or TypeError before any work.
 
     x_b = s_pos / T,   lse_b = log sum over b's kept negatives of exp(s / T),   InfoNCE = log(1 + exp(lse - x))
 """
@@ -30,21 +30,21 @@ TAGS = ("query_ids", "query_labels")
 
 
 class Logits(NamedTuple):
-    """What a row of the loss is made of."""
+    """The quantities from which a row of the loss is computed."""
 
     positive: Tensor  # (B,) s_pos / T
-    lse: Tensor  # (B,) 0 where there is no negative
-    some: Tensor  # (B,) bool: there is a negative
-    query: Tensor | None = None  # (B, D), in fp32 where its gradient is summed in fp32
+    lse: Tensor  # (B,) 0 if there is no negative
+    some: Tensor  # (B,) bool: the row has a negative
+    query: Tensor | None = None  # (B, D), in fp32 if its gradient is summed in fp32
 
 
 def draw_of(op: str, pool: dict) -> Draw:
-    """The key of the draws among the keywords of a method."""
+    """The random key (seed, step, row_offset) among the keyword arguments of a method."""
     return Draw(*checks.require_draw(op, *(pool.get(name, 0) for name in Draw._fields)))
 
 
 def columns_of(op: str, query: Tensor, negative_keys: Any, positive_key: Tensor, pool: dict) -> SummedColumns:
-    """The columns of negmine.logsumexp in the name of `op`: pool holds its further keywords."""
+    """The checked columns of negmine.logsumexp, with errors that name `op`. pool holds its further keyword arguments."""
     known = (*TAGS, *Draw._fields, "select", "backend")
     for name in pool:
         if name not in known:
@@ -66,26 +66,26 @@ def logits(
 
 
 def _logits(columns: SummedColumns, lse: Tensor, temperature: float | Tensor) -> Logits:
-    some = lse != -torch.inf  # (B,) NaN stays
+    some = lse != -torch.inf  # (B,) NaN counts as a value
     assert columns.positive_key is not None
     x_positive = score_of_positive(columns.query, columns.positive_key) / temperature
     return Logits(x_positive, lse.masked_fill(~some, 0.0), some, columns.query)
 
 
 def reduced(op: str, rows: Tensor, x: Logits, reduction: str) -> Tensor:
-    """rows (B,), 0 where there is no negative, under the reduction."""
+    """rows (B,), with 0 for rows without negatives, after the reduction."""
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
-    rows = torch.where(x.some, rows, 0.0 * x.positive)  # NaN in a row stays in that row
+    rows = torch.where(x.some, rows, 0.0 * x.positive)  # a NaN in a row affects only that row
     return reference.reduced(rows, reduction)
 
 
 def with_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
-    """x itself, its gradient multiplied by `factor`."""
+    """x, with a gradient that is multiplied by `factor`."""
     return x.detach() + (x - x.detach()) * factor
 
 
 def _scaled_gradient_of_keys(negative_keys: Any, factor: Tensor | float) -> Any:
-    """negative_keys of any form, the gradient of its keys multiplied by `factor`."""
+    """negative_keys of any form, with a gradient of the keys that is multiplied by `factor`."""
     if isinstance(negative_keys, Negatives):
         return dataclasses.replace(negative_keys, keys=_scaled_gradient_of_keys(negative_keys.keys, factor))
     if isinstance(negative_keys, Tensor) and negative_keys.requires_grad:
@@ -103,24 +103,24 @@ def hardness_added(
     reduction: str = "mean",
     **pool: Any,
 ) -> Tensor:
-    """Hardness added to each negative's logit (LLaVE, EmbeddingGemma; sentence-transformers' hardness_mode).
+    """InfoNCE with a hardness term in each negative's logit (LLaVE, EmbeddingGemma; sentence-transformers' hardness_mode).
 
         loss = log(1 + exp(log sum_j exp(s_j / T + alpha sg[s_j]) - x)),   sg = no gradient
 
-    Weights exp(alpha s), not normalised and not divided by T: one log-sum-exp at 1 / T + alpha whose gradient is that of
-    s / T. alpha=9 on in-batch negatives (LLaVE), 5 on explicit hard negatives (EmbeddingGemma). alpha = beta / T gives HCL's
-    sharpened sum without its normaliser.
+    Each negative has the weight exp(alpha s), which is neither normalised nor divided by T. This is one log-sum-exp at scale
+    1 / T + alpha with the gradient of s / T. LLaVE uses alpha=9 on in-batch negatives, and EmbeddingGemma alpha=5 on explicit
+    hard negatives. alpha = beta / T gives the sharpened sum of HCL without its normaliser.
     """
     op = "hardness_added"
     alpha, temperature = checks.require_scalar(op, "alpha", alpha, least=0), checks.require_temperature(op, temperature)
     sharper = temperature / (1 + alpha * temperature)  # 1 / (1 / T + alpha)
-    share = sharper / temperature  # what s / T is of (1 / T + alpha) s
+    share = sharper / temperature  # the ratio of s / T to (1 / T + alpha) s
     share = share.detach() if isinstance(share, Tensor) else share
     checks.require_vectors(op, "query", query, "(B, D)", (2,))
     checks.require_positive(op, positive_key, query)
     if negative_keys is positive_key:
         negative_keys = positive_key = widened(positive_key)
-    query, positive_key = widened(query), widened(positive_key)  # each rounds its gradient once
+    query, positive_key = widened(query), widened(positive_key)  # so that each gradient is rounded once
     keys = _scaled_gradient_of_keys(negative_keys, share)
     x = logits(op, with_gradient(query, share), with_gradient(positive_key, share), keys, sharper, pool)
     x = x._replace(positive=score_of_positive(query, positive_key) / temperature)
@@ -141,8 +141,8 @@ def decoupled_weighted(
 
         loss_b = -w_b x_b + lse_b,   w_b = 2 - B softmax over the batch of (s_pos / sigma),   no gradient through w
 
-    Queries whose positive is still far weigh more; the weights of a batch add up to B. One log-sum-exp: lightly's DCLLoss adds
-    two, which is another loss, and another public port lets the gradient through w. The loss may be negative.
+    Queries whose positive is far away have larger weights. The weights of a batch add up to B. The loss may be negative. It
+    differs from lightly's DCLLoss, which adds two log-sum-exps, and from a public port in which w has a gradient.
     """
     op = "decoupled_weighted"
     sigma = checks.require_scalar(op, "sigma", sigma, above=0)
@@ -152,7 +152,7 @@ def decoupled_weighted(
 
 
 def positive_weights(score: Tensor, sigma: float) -> Tensor:
-    """w (B,) of decoupled_weighted from the positives' scores (B,), detached."""
+    """The weights w (B,) of decoupled_weighted from the positives' scores (B,), without gradient."""
     return 2 - len(score) * F.softmax(score.detach() / sigma, dim=0)
 
 
@@ -171,8 +171,8 @@ def rince(
 
         loss = -exp(r x) / r + (lam (exp(x) + exp(lse)))^r / r
 
-    r in (0, 1]: r -> 0 approaches InfoNCE plus log lam, 1 is the symmetric exponential loss. Values grow as exp(r / T): with unit
-    vectors keep r / T under 88 in fp32.
+    r is in (0, 1]. As r approaches 0, the loss approaches InfoNCE plus log lam; r = 1 is the symmetric exponential loss. Values
+    grow like exp(r / T), so with unit vectors keep r / T below 88 in fp32.
     """
     op = "rince"
     r, lam = checks.require_scalar(op, "r", r, above=0), checks.require_scalar(op, "lam", lam, above=0)
@@ -200,16 +200,17 @@ def logq(
 
         loss = log(1 + exp(log sum_j exp(x_j - log q_j) - (x - log q_pos)))        q: the probability that an item is drawn
 
-    corrected, for the positive is there with probability 1 and is no sample:
+    With `corrected`, which takes into account that the positive is always present and is not sampled:
 
         loss = sg[1 - p] (log sum_j exp(x_j - log q'_j) - x),   q' = q / (1 - q_pos)        sg = no gradient
         p = exp(x) / (exp(x) + (1 / N) sum_j exp(x_j - log q'_j))                           N negatives
 
-    positive_log_q (B,): log of the probability of the query's positive. log_q (K,) or (B, M): of each negative; None for
-    in-batch negatives, which are the positives. The logarithm is subtracted, so that frequent items are pushed away less. A
-    constant factor of q changes nothing, so that FrequencyEstimator's probabilities for a batch will do; `corrected` needs those
-    of a single draw. Its gradient is that of info_nce with a bias of -log(N q') and none for the positive: 1 - p is the model's
-    probability of being wrong. Give query_ids and the items' ids, so that a query's positive is none of its negatives.
+    positive_log_q (B,) is the log of the probability of each query's positive. log_q (K,) or (B, M) is that of each negative,
+    or None for in-batch negatives, which are the positives. The logarithm is subtracted from the logits, so frequent items are
+    pushed away less. A constant factor of q has no effect, so the probabilities per batch of FrequencyEstimator can be used.
+    `corrected` needs probabilities of a single draw. Its gradient is that of info_nce with a bias of -log(N q') for negatives
+    and none for the positive; 1 - p is the model's probability of a wrong answer. Pass query_ids and the items' ids, so that a
+    query's positive is not among its negatives.
     """
     op = "logq"
     checks.require_bool(op, "corrected", corrected)
@@ -250,14 +251,14 @@ def gist(
     reduction: str = "mean",
     **pool: Any,
 ) -> Tensor:
-    """InfoNCE without the negatives that a guide model takes for false ones (GISTEmbed, Solatorio 2024, arXiv 2402.16829).
+    """InfoNCE without the negatives that a guide model considers false (GISTEmbed, Solatorio 2024, arXiv 2402.16829).
 
         loss = log(1 + exp(log sum over kept j of exp(x_j) - x)),   kept: g_j <= g_pos - margin (|g_pos| if relative)
 
-    guide_query, guide_positive (B, G) and guide_keys (K, G) or (B, M, G): a second model's embeddings of the same texts;
-    guide_keys is None for in-batch negatives. See negmine.Guide. sentence-transformers takes g_pos (1 - margin) for `relative`,
-    which lies above a g_pos below 0; and where documents are gathered from ranks it protects column b of row b, which is another
-    rank's positive.
+    guide_query, guide_positive (B, G) and guide_keys (K, G) or (B, M, G) are a second model's embeddings of the same texts;
+    guide_keys is None for in-batch negatives. See negmine.Guide. sentence-transformers differs in two ways: with `relative` it
+    uses g_pos (1 - margin), which is above g_pos if g_pos is negative; and if documents are gathered from several ranks, it
+    never removes column b of row b, which may be the positive of another rank.
     """
     own = negative_keys if isinstance(negative_keys, Negatives) else Negatives(negative_keys)
     if own.guide is not None:
@@ -278,17 +279,17 @@ def both_sides(
     reduction: str = "mean",
     **pool: Any,
 ) -> Tensor:
-    """InfoNCE whose denominator also has the pairs of two queries and of two documents (Qwen3-Embedding, GTE).
+    """InfoNCE whose denominator also contains pairs of two queries and of two documents (Qwen3-Embedding, GTE).
 
         loss_i = log(1 + exp(log Z_i - s(q_i, d_i) / T)),   d_i the positive of q_i
         Z_i = sum over j != i of m e^(s(q_i, d_j) / T) + m e^(s(q_i, q_j) / T) + m e^(s(d_i, d_j) / T)
               + m e^(s(d_i, q_j) / T) where document_query, + sum over n in negative_keys of m e^(s(q_i, n) / T)
         m = 0 where that pair's s > s(q_i, d_i) + margin, else 1
 
-    The batch is a pool already: negative_keys are further ones, such as each query's own hard negatives (B, M, D), or None.
-    margin: None masks nothing. query_ids, query_labels: of the pairs; rows of equal ids or labels, such as of the same document,
-    are no negatives of each other, and count in negative_keys that have ids or labels. A select of a Negatives stands in
-    the place of the mask.
+    The other rows of the batch are always negatives. negative_keys are further negatives, such as each query's own hard negatives
+    (B, M, D), or None. With margin=None nothing is masked. query_ids and query_labels belong to the pairs. Rows with equal ids or
+    labels, for example of the same document, are not negatives of each other; ids and labels are also compared with those of
+    negative_keys. If a Negatives has a select, it replaces the mask m.
     """
     op = "both_sides"
     checks.require_bool(op, "document_query", document_query)
@@ -298,7 +299,7 @@ def both_sides(
     checks.require_positive(op, positive_key, query)
     temperature = checks.require_temperature(op, temperature)
     pool = pool | {"select": None if margin is None else Select(absolute_margin=-margin)}
-    query, positive_key = widened(query), widened(positive_key)  # each rounds its gradient once
+    query, positive_key = widened(query), widened(positive_key)  # so that each gradient is rounded once
     own = torch.arange(len(query), device=query.device)  # (B,)
     ids, labels = pool.get("query_ids"), pool.get("query_labels")
     columns = [columns_of(op, query, None, positive_key, pool)]
@@ -334,7 +335,8 @@ def ifm(
 
         loss = (nce(0) + alpha nce(epsilon)) / (1 + alpha),   nce(e) = InfoNCE with s_pos - e and s_j + e
 
-    The perturbation moves every score before the temperature, so nce(e) = log(1 + exp(lse - x + 2 e / T)): one log-sum-exp.
+    The perturbation is added to the scores before they are divided by T, so nce(e) = log(1 + exp(lse - x + 2 e / T)) and one
+    log-sum-exp is enough.
     """
     op = "ifm"
     temperature = checks.require_temperature(op, temperature)
@@ -359,7 +361,7 @@ def dual_temperature(
 
         loss = -sg[(1 - p(T_b)) / (1 - p(T_a))] log p(T_a),   p(T) = the positive's share at T,   T_b = temperature_ratio T_a
 
-    A small T_a tells a query's negatives apart; a large T_b keeps the weights of queries close together.
+    A small T_a separates the negatives of a query; a large T_b keeps the weights of the queries similar.
     """
     op = "dual_temperature"
     temperature = checks.require_temperature(op, temperature)
@@ -387,9 +389,9 @@ def i_mix(
         loss_b = share_b ce_b(b) + (1 - share_b) ce_b(partner_b)
         ce_b(c) = -s(b, key c) / T + log sum over columns of exp(s / T)
 
-    query (B, D): of the inputs share x + (1 - share) x[partner] (see mixed_inputs). positive_keys (B, D): of the unmixed
-    inputs; all B of them and the kept negatives are columns. share (B,) floating in [0, 1], partner (B,) int64.
-    Masks and select apply to negative_keys. A row always has columns: it is never empty.
+    query (B, D) are the embeddings of the mixed inputs share x + (1 - share) x[partner] (see mixed_inputs). positive_keys (B,
+    D) are the embeddings of the unmixed inputs. The columns are all B positive keys and the kept negatives. share (B,) floating
+    is in [0, 1], partner (B,) int64. Masks and select apply to negative_keys. No row is empty, since every row has columns.
     """
     op = "i_mix"
     checks.require_vectors(op, "query", query, "(B, D)", (2,))
@@ -401,7 +403,7 @@ def i_mix(
         if not good or tuple(value.shape) != (len(query),):
             raise checks.refuse(op, name, f"{kind}, of shape ({len(query)},)", value)
     whole_batch = {name: pool[name] for name in ("backend",) if name in pool}
-    if query.requires_grad or positive_keys.requires_grad:  # two sums: each rounds its gradient once
+    if query.requires_grad or positive_keys.requires_grad:  # both sums add to the gradient, which is then rounded once
         query, positive_keys = widened(query), widened(positive_keys)
     x_batch = columns_of(op, query, positive_keys, positive_keys, whole_batch).logsumexp(temperature)  # (B,)
     lse = columns_of(op, query, negative_keys, positive_keys, pool).logsumexp(temperature)  # (B,)
@@ -463,11 +465,11 @@ def mixed_inputs(
 
 
 class MethodLoss(ScheduledLoss):
-    """A function of this file as a module: its numbers at construction, tensors and masks in the call.
+    """A function of this file as a module. Numbers are given at construction, tensors and masks in the call.
 
-    Any number may be a schedule, a callable of the step (`negmine.recipes.linear` and others). Calls in training mode that name
-    no `step` count themselves in the buffer `step`. A temperature or another number given as an nn.Parameter, and a
-    temperature given as a negmine.losses.LogScale, are learned with the rest.
+    Any number may be a schedule, that is, a callable of the step (see `negmine.recipes.linear`). In training mode, calls without
+    `step` are counted in the buffer `step`. A number given as an nn.Parameter, or a temperature given as a
+    negmine.losses.LogScale, is learned.
     """
 
     def __init__(self, method: Callable[..., Tensor], **options: Any) -> None:
@@ -483,7 +485,7 @@ class MethodLoss(ScheduledLoss):
                 self.add_module(name, value)
 
     def at(self, step: Tensor) -> dict[str, Any]:
-        """The keywords of the function at this step, schedules evaluated."""
+        """The keyword arguments of the function at this step, with schedules evaluated."""
         learned = dict(self.named_parameters(recurse=False)) | dict(self.named_children())
         return at_step(self.options | learned, step)
 
@@ -496,7 +498,7 @@ class MethodLoss(ScheduledLoss):
         step: int | Tensor | None = None,
         **masks: Any,
     ) -> Tensor:
-        """masks: query_ids, query_labels and row_offset of negmine.logsumexp, and what the method asks for."""
+        """masks: query_ids, query_labels and row_offset of negmine.logsumexp, and further arguments of the function."""
         step = self.count(step, query)
         return self.method(query, positive_key, negative_keys, step=step, **self.at(step), **masks)
 

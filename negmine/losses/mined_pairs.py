@@ -1,7 +1,8 @@
 """multi_similarity: the multi-similarity loss over mined pairs, with its gradient, without the (B, K) matrix.
 
-Mining keeps a pool of positives and a pool of negatives by one bound each; the two sums of the loss are log-sum-exps of those
-pools, as in info_nce, the positives' of -query. The dense definition is negmine/reference/triplets.py.
+Mining keeps a pool of positives and a pool of negatives, each with one bound on the score. The two sums of the loss are
+log-sum-exps over these pools, as in info_nce; that of the positives is computed with -query. The dense definition is in
+negmine/reference/triplets.py.
 """
 
 from collections.abc import Callable
@@ -144,7 +145,7 @@ def multi_similarity(
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     checks.require_bool(op, "return_stats", return_stats)
     query, keys = promoted(query, keys)
-    if distance == "squared_euclidean":  # -||q - k||^2 is an inner product too
+    if distance == "squared_euclidean":  # -||q - k||^2 is computed as an inner product
         query, keys = with_norms(query, keys)
         query, distance, constants["base"] = 2 * query, "cosine", -constants["base"]
     kernels = backends.choose(op, ("mine_hardest", *summing_ops("logsumexp", keys)), backend, (query, keys))
@@ -170,14 +171,14 @@ def _from_kernels(
     base: float,
     epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and counts (B,) from the kernels; meaning as reference.multi_similarity."""
+    """Loss and counts (B,) from the kernels, as defined by reference.multi_similarity."""
     same, q, held = others._replace(same_label=True), for_kernels(query), for_kernels(keys)
     with torch.no_grad():
         highest = kernels.mine_hardest(q, held, 1, False, *others)[0][:, 0]  # (B,) of the negatives
         lowest = -kernels.mine_hardest(-q, held, 1, False, *same)[0][
             :, 0
-        ]  # (B,) of the positives, +inf where there is none
-        # Bounds of the scores of -query: s < highest + epsilon is -s > -(highest + epsilon).
+        ]  # (B,) of the positives, +inf if there is none
+        # The bounds apply to the scores of -query: s < highest + epsilon is the same as -s > -(highest + epsilon).
         positives = with_bounds(same, highest, lower=above_score(-(highest + epsilon)))
         negatives = with_bounds(others, lowest, lower=above_score(lowest - epsilon))
 

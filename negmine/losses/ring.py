@@ -1,8 +1,9 @@
-"""Sums over the keys of every rank, which pass by in a ring: a rank holds its own and those of one other rank at a time.
+"""Sums over the keys of all ranks, which are sent around a ring: a rank holds its own keys and those of one other rank at a time.
 
-Each rank has queries and as many keys; key b is the positive of query b and is none of its negatives. Log-sum-exps over the
-keys of each rank, and the softmax means that are the gradient of the queries, are merged as they come. In backward the keys pass
-by again, and the gradient of each rank's keys travels behind them until it is home.
+Each rank has as many keys as queries. Key b is the positive of query b and not one of its negatives. The log-sum-exps over the
+keys of each rank, and the softmax means that give the gradient of the queries, are merged in the order in which the keys
+arrive. In backward the keys are sent around the ring again together with their gradients, which end at the rank that owns the
+keys.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,14 +22,14 @@ from negmine.ops.vectors import for_kernels, widened
 
 
 def _passing_by(ranks: Ranks, query: Tensor, keys: Tensor) -> Iterator[tuple[Tensor, Pool]]:
-    """The keys of every rank (B, D), this rank's first, and the pool that leaves out each query's positive."""
+    """The keys (B, D) of each rank, starting with this rank, and the pool without each query's positive."""
     own = torch.arange(len(query), device=query.device)  # (B,)
     for owner, chunk in ranks.ring(keys):
         yield chunk, Pool(query_ids=own, negative_ids=own) if owner == ranks.rank else Pool()
 
 
 def _grad_keys(ranks: Ranks, query: Tensor, keys: Tensor, of_one_rank: Callable[[Tensor, Pool], Tensor]) -> Tensor:
-    """(B, D): the gradient of this rank's keys, from all ranks. of_one_rank(keys, pool): that of any rank's, from this one."""
+    """(B, D): the gradient of this rank's keys, summed over all ranks. of_one_rank(keys, pool) is this rank's part."""
     coming = None
     for chunk, pool in _passing_by(ranks, query, keys):
         here = of_one_rank(chunk, pool)
@@ -38,9 +39,9 @@ def _grad_keys(ranks: Ranks, query: Tensor, keys: Tensor, of_one_rank: Callable[
 
 
 class RingLogSumExp(torch.autograd.Function):
-    """lse (B,) of scale * s over the keys of all ranks but the query's own positive.
+    """lse (B,) of scale * s over the keys of all ranks except the query's own positive.
 
-    kernels: None for dense products. query_dtype, keys_dtype: as they are stored; what passes by has that of the keys.
+    kernels is None for dense products. query_dtype and keys_dtype are the storage dtypes; keys are sent in keys_dtype.
     """
 
     @staticmethod
@@ -77,9 +78,9 @@ class RingLogSumExp(torch.autograd.Function):
 
 
 class RingSoftplusSum(torch.autograd.Function):
-    """total (B,): the sum of log(1 + exp(scale * s + offset)) over the keys of all ranks but the query's own positive.
+    """total (B,): the sum of log(1 + exp(scale * s + offset)) over the keys of all ranks except the query's positive.
 
-    Arguments as those of RingLogSumExp.
+    The arguments are those of RingLogSumExp.
     """
 
     @staticmethod
@@ -112,7 +113,7 @@ class RingSoftplusSum(torch.autograd.Function):
 
 
 def _dense(query: Tensor, keys: Tensor, pool: Pool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """query and keys as they are computed with, scores (B, K), and the pairs outside of the pool (B, K)."""
+    """query and keys in the dtype of the computation, scores (B, K), and the pairs outside the pool (B, K)."""
     query, keys = widened(query), widened(keys)
     scores, allowed = reference.scores_of(query, keys), usable(pool, query, keys)
     return query, keys, scores, torch.zeros_like(scores, dtype=torch.bool) if allowed is None else ~allowed

@@ -1,4 +1,4 @@
-"""ScheduledLoss: a module that counts its own steps, for losses with schedules as options and draws counted by step."""
+"""ScheduledLoss: a module that counts its steps, for losses with schedules or with random draws that depend on the step."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from negmine.ops import checks
 
 
 class ScheduledLoss(nn.Module):
-    """A loss whose buffer `step`, () int64, counts the calls in training mode that named no step of their own.
+    """A loss whose buffer `step`, () int64, counts the calls in training mode without an explicit step.
 
-    The buffer is the whole state: it travels in state_dict, is copied and broadcast as any other, and is read on the device.
-    The backward pass of activation checkpointing calls the module again; that call counts nothing and has the step of the
-    forward pass. With more than one call of the module under checkpointing in a forward pass, each needs `step` by name.
+    The buffer is the only state. It is part of state_dict, is copied and broadcast like any other buffer, and is read on the
+    device. Activation checkpointing calls the module again in backward; this call is not counted and uses the step of the
+    forward pass. If a forward pass calls the module more than once under checkpointing, each call must pass `step`.
     """
 
     step: Tensor
@@ -21,16 +21,16 @@ class ScheduledLoss(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self._checkpointed: list[Tensor] = []  # steps of the last forward pass that a checkpoint may run again
+        self._checkpointed: list[Tensor] = []  # steps of the last forward pass, which may be run again
         self._ran_again = False
 
     def count(self, step: int | Tensor | None, like: Tensor) -> Tensor:
-        """The step of this call as () int64 on the device of `like`: the one named, or the next of our own."""
-        device = like.device if isinstance(like, Tensor) else self.step.device  # what is no tensor is refused later
+        """The step of this call as () int64 on the device of `like`: the given one, or the next one of the counter."""
+        device = like.device if isinstance(like, Tensor) else self.step.device  # other types raise an error later
         if step is not None:
             _, step, _ = checks.require_draw(type(self).__name__, 0, step, 0)
             return step.to(device) if isinstance(step, Tensor) else torch.full((), step, device=device)
-        if self.step.device != device:  # a loss that nobody has moved follows its input
+        if self.step.device != device:  # a loss that was not moved to a device follows its input
             self.step = self.step.to(device)
         if not torch.compiler.is_compiling() and is_recomputed():
             return self._step_again()
@@ -44,7 +44,7 @@ class ScheduledLoss(nn.Module):
         return step
 
     def _step_again(self) -> Tensor:
-        """The step of the call in the forward pass that activation checkpointing runs again."""
+        """The step of the forward call that activation checkpointing is running again."""
         if not self.training:
             return self.step.clone()
         self._ran_again = True
@@ -56,7 +56,7 @@ class ScheduledLoss(nn.Module):
         return self._checkpointed[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the steps of a forward pass, which is not copied either."""
+        """The state without the steps of the last forward pass."""
         return self.__dict__ | {"_checkpointed": [], "_ran_again": False}
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -74,26 +74,26 @@ def _is_step(value: Any) -> bool:
 
 
 def is_recomputed() -> bool:
-    """True where activation checkpointing runs a forward pass again: inside of a backward pass."""
+    """True if activation checkpointing is running a forward pass again, inside a backward pass."""
     return torch._C._current_graph_task_id() != -1
 
 
 def refuse_recomputation(op: str) -> None:
-    """Raise where activation checkpointing runs again a module whose queue has moved on since."""
+    """Raise if activation checkpointing runs a module again whose queue has changed since."""
     if not torch.compiler.is_compiling() and is_recomputed():
         raise RuntimeError(f"{op}: a module that owns a queue must be called outside of activation checkpointing")
 
 
 def may_be_recomputed() -> bool:
-    """True where this forward pass may be that of activation checkpointing: it records nothing, or hooks what is saved."""
+    """True if activation checkpointing may run this forward pass: it records no graph, or has hooks on saved tensors."""
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def at_step(options: dict[str, Any], step: int | Tensor) -> dict[str, Any]:
-    """The options with every schedule, a callable of the step, evaluated."""
+    """The options with every schedule evaluated. A schedule is a callable of the step."""
     return {name: value(step) if callable(value) else value for name, value in options.items()}
 
 
 def at_start(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of step 0, for checks at construction."""
+    """The options at step 0, for checks at construction."""
     return at_step(options, torch.zeros((), dtype=torch.int64, device="cpu"))

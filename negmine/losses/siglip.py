@@ -230,7 +230,7 @@ class SigLIPLoss(ScheduledLoss):
 
     @property
     def log_scale(self) -> nn.Parameter:
-        """The parameter that is the logarithm of the scale."""
+        """The parameter that holds the logarithm of the scale."""
         return self.scale.log_scale
 
     def forward(

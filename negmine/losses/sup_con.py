@@ -1,9 +1,9 @@
 """sup_con: the supervised contrastive loss over a batch or a queue, with its gradient, without the (B, K) matrix.
 
-The denominator is the log-sum-exp of info_nce over another pool. The positives are a pool too, that of equal labels: their
-log-sum-exp is the "in" form, and the mean of their scores, which is a log-sum-exp at scale 0, the "out" form. Denominators of
-each positive's own ("own_positive") are no log-sum-exp: the queue passes in pieces there. The dense definition is
-negmine/reference/contrastive.py.
+The denominator is a log-sum-exp over a pool, as in info_nce. The positives are another pool, that of equal labels. Their
+log-sum-exp gives the "in" form of the loss, and the mean of their scores, which is computed as a log-sum-exp at scale 0, gives
+the "out" form. With "own_positive", each positive has a denominator of its own, so the queue is processed in pieces. The dense
+definition is in negmine/reference/contrastive.py.
 """
 
 from collections.abc import Callable
@@ -47,18 +47,19 @@ class SupConStats(NamedTuple):
     [3, 3, 3, 3, 3, 3, 3, 3]
     """
 
-    logsumexp: Tensor  # (B,) log of the denominator; of "own_positive", which has one a positive, the negatives'
+    logsumexp: Tensor  # (B,) log of the denominator; with "own_positive", that of the negatives alone
     num_positives: Tensor  # (B,) int64
     num_without_positive: Tensor  # () int64: rows whose loss is 0
 
 
 class OwnPositive(torch.autograd.Function):
-    """rows (B,) of the loss whose denominators are the negatives and one positive each, and P (B,), from lse_b of the negatives.
+    """The rows (B,) of the loss with one denominator for each positive, and P (B,). lse (B,) is that of the negatives.
 
         y_bp = -log(1 + exp(lse_b - x_bp));   "out" -mean over p of y_bp;   "in" log P - log sum over p of exp(y_bp)
 
-    The queue passes in pieces of PIECE scores. The sums of v_bp sigmoid(lse_b - x_bp), v = 1 / P or the softmax of y, are
-    the gradient of lse_b, and with n_p that of query_b: both are known after the forward pass. Keys that require grad pass again.
+    The queue is processed in pieces of PIECE scores. The gradient of lse_b is the sum of v_bp sigmoid(lse_b - x_bp), where v is
+    1 / P or the softmax of y; the gradient of query_b is the same sum with the keys n_p. Both are computed in the forward pass.
+    If the keys require grad, the pieces are processed again in backward.
     """
 
     @staticmethod
@@ -115,17 +116,17 @@ class OwnPositive(torch.autograd.Function):
         return d_query, d_keys, d_scale, d_loss * share, None, *([None] * ctx.width)
 
 
-PIECE = 1 << 21  # scores in memory at one time where every positive has a denominator of its own
+PIECE = 1 << 21  # scores in memory at one time with one denominator for each positive
 
 
 def _of_piece(q: Tensor, keys: Tensor, scale: Tensor, lse: Tensor, pool: Pool, part: slice) -> tuple[Tensor, ...]:
-    """Some columns: positives (B, C) bool, y and sigmoid(lse - x) (B, C), and the keys (C, D) as fp32 without what masks hide."""
+    """For some columns: positives (B, C) bool, y and sigmoid(lse - x) (B, C), and the keys (C, D) as fp32, masked rows as 0."""
     pool = pool_of_columns(pool, part)
     rows = hide_masked_rows(keys[part].float(), pool)
     same = usable(pool, q, rows)
     assert same is not None  # the pool has labels
     gap = lse[:, None] - scale * reference.scores_of(q, rows, same)  # (B, C)
-    rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0.0)  # 0 times what a mask hides must be 0
+    rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0.0)  # so that 0 times a masked row is 0
     return same, -F.softplus(gap), gap.sigmoid(), rows
 
 
@@ -256,7 +257,7 @@ def sup_con(
 
 
 class _Given(NamedTuple):
-    """The checked columns of a call, views as rows of their own."""
+    """The checked columns of a call, with each view as a row."""
 
     query: Tensor  # (B, D)
     keys: Tensor  # (K, D)
@@ -361,7 +362,7 @@ def _checked(
 
 
 def _of_views(op: str, name: str, tags: Any, B: int, V: int) -> Tensor:
-    """Tags (B,) of samples as those of their views (B V,)."""
+    """Repeat the tags (B,) of samples for each of their views: (B V,)."""
     checks.require_tensor(op, name, tags)
     if tuple(tags.shape) != (B,):
         raise checks.refuse(op, name, f"of shape ({B},)", tags)
@@ -376,7 +377,7 @@ def _dense(
     positives: str,
     denominator: str,
 ) -> tuple[Tensor, SupConStats]:
-    """Loss (B,) and statistics by the reference, over the keys of all pools joined."""
+    """Loss (B,) and statistics by the reference, over the concatenated keys of all pools."""
     allowed = [usable(given.everything, query, keys) for given, keys in zip(each, every, strict=True)]
     same = [usable(given.same, query, keys) for given, keys in zip(each, every, strict=True)]
     kept = [frozen(keys, mask) for keys, mask in zip(every, allowed, strict=True)]
@@ -402,10 +403,10 @@ def _whole(mask: Tensor | None, shape: tuple[int, int], query: Tensor) -> Tensor
 
 
 class _Part(NamedTuple):
-    """What one pool adds to the loss of each row."""
+    """The contribution of one pool to the loss of each row."""
 
     lse: Tensor  # (B,) of the denominator's columns
-    num_kept: Tensor  # (B,) how many they are
+    num_kept: Tensor  # (B,) the number of these columns
     num_positives: Tensor  # (B,)
     pull: Tensor | None  # (B,) the mean of the positives' logits or, "in", the log of the mean of their exponentials
     kernels: Kernels
@@ -436,7 +437,7 @@ def _from_kernels(
 def _joined(
     parts: list[_Part], query: Tensor, scale: Tensor, positives: str, denominator: str
 ) -> tuple[Tensor, SupConStats]:
-    """Loss (B,) and statistics of all pools; meaning as reference.sup_con over their keys joined."""
+    """Loss (B,) and statistics of all pools, as defined by reference.sup_con over their concatenated keys."""
     num_kept, lse = parts[0].num_kept, parts[0].lse
     if len(parts) > 1:
         num_kept = torch.stack([part.num_kept for part in parts]).sum(0)
@@ -453,7 +454,7 @@ def _joined(
 
 
 def _mean_over(pulls: list[Any], counts: list[Tensor], positives: str) -> tuple[Tensor, Tensor]:
-    """Means (B,) of pools as one, of entries or, "in", of their exponentials as a log; and the number of entries (B,)."""
+    """The mean (B,) over all pools of entries or, for "in", the log of the mean of their exponentials; and their number (B,)."""
     if len(pulls) == 1:
         return pulls[0], counts[0]
     pull, each = torch.stack(pulls), torch.stack(counts)  # (pools, B)
@@ -466,7 +467,7 @@ def _mean_over(pulls: list[Any], counts: list[Tensor], positives: str) -> tuple[
 
 
 def _weighted_score(query: Tensor, keys: Tensor, weights: Tensor, same: Pool) -> tuple[Tensor, Tensor]:
-    """Mean score of the positives by their weights (B,), and how many there are (B,): one product of weights and keys."""
+    """The weighted mean score of the positives (B,) and their number (B,), by one product of weights and keys."""
     allowed = usable(same, query, keys)
     assert allowed is not None  # of positive_weights
     kept = weights.float().masked_fill(~allowed, 0.0)  # (B, K)

@@ -1,4 +1,4 @@
-"""SynCo: six kinds of synthetic negatives. Four are mixes whose logits the mixing kernel sums; two are gathered."""
+"""SynCo: six kinds of synthetic negatives. The mixing kernel computes four of them; two are made from gathered vectors."""
 
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -89,13 +89,13 @@ class Kinds:
                 raise ValueError(f"Kinds: {name} must be a number of 0 or more, got {value!r}")
 
     def enabled_where(self, condition: Tensor) -> "Kinds":
-        """The same, adding nothing where condition () bool is False: a warm-up whose end is known on the device alone."""
+        """The same kinds, disabled if condition () bool is False. This allows a warm-up that is decided on the device."""
         made = copy(self)
         object.__setattr__(made, "enabled", condition)
         return made
 
     def row_offset(self, name: str, row_offset: int | Tensor) -> int | Tensor:
-        """Where the rows of a kind's draws begin: its number in the high bits, so that no two kinds share a draw."""
+        """The row offset of a kind's random draws. Its high bits hold the kind's number, so no two kinds share a draw."""
         return row_offset + ((COUNTS.index(name) + 1) << 48)
 
 
@@ -104,9 +104,9 @@ PAPER = Kinds()
 
 
 def synco_vectors(query: Tensor, negative_keys: Tensor, index: Tensor, kinds: Kinds, draw: Draw) -> Tensor:
-    """The synthetic negatives (B, S, D) of `kinds` in their order, detached: the definition of every kind.
+    """The synthetic negatives (B, S, D) of `kinds`, in order and detached. This function defines every kind.
 
-    index (B, hard) int64: the hard negatives of each query, -1 past the end. A query without any gets zeros.
+    index (B, hard) int64 are the hard negatives of each query, padded with -1. A query without hard negatives gets zeros.
     """
     q, keys = query.detach()[:, None], negative_keys.detach()  # (B, 1, D), (K, D)
     seed, step, row_offset = draw
@@ -150,11 +150,11 @@ def synco(
 
         loss = log(1 + exp(log(sum_j exp(x_j) + sum_h exp(q . h / T)) - x))      h: the synthetic negatives of `Kinds`, detached
 
-    They are added; no real negative is taken away. Parents come from the negatives left by the masks, whatever select keeps.
-    Draws are keyed by (seed, step) and counted by (kind, global row, slot): the same whatever the backend, batch split or world.
-    What differs from the public code: its queue is normalised over the wrong dimension, so that
-    rows have norm 0.04 at first; its switches of kinds 4 and 5 are crossed; a stored version of its kinds 5 and 6 steps along
-    noise of 1e-5 in the place of the gradient, which moves nothing.
+    Synthetic negatives are added to the real ones. Their parents are chosen among all negatives that the masks allow, before
+    select. Random draws depend on seed, step, kind, global row and slot, but not on the backend, the batch split or the number
+    of ranks. The public code differs in three ways: it normalises its queue over the wrong dimension, so that rows have norm
+    0.04 at first; it exchanges the switches of kinds 4 and 5; and one version of its kinds 5 and 6 moves along noise of 1e-5
+    instead of the gradient.
     """
     op = "synco"
     if not isinstance(kinds, Kinds):
@@ -170,7 +170,7 @@ def synco(
     with torch.no_grad():
         kernels = ("mine_hardest", "mix_logsumexp")
         chosen = backends.choose(op, kernels, pool.get("backend"), (query, positive_key, negative_keys))
-    chosen, query = narrowed(chosen, query, None, None), x.query  # the one that the sum over the queue differentiates
+    chosen, query = narrowed(chosen, query, None, None), x.query  # the same tensor as in the sum over the queue
     with torch.no_grad():
         if chosen is None:
             allowed = usable(masks, query, negative_keys)
@@ -198,10 +198,10 @@ def synco(
     if any(getattr(gathered, name) for name in COUNTS):
         with torch.no_grad():
             h = synco_vectors(widened(query), widened(negative_keys), index, gathered, draw)  # (B, S, D)
-        x_made = (widened(query)[:, None] * h).sum(2) / temperature  # (B, S) no product that autocast would shorten
+        x_made = (widened(query)[:, None] * h).sum(2) / temperature  # (B, S); autocast would round a matmul
         nothing = (index < 0).all(1)  # (B,)
         sums.append(row_logsumexp(x_made.masked_fill(nothing[:, None], 0.0)).masked_fill(nothing, -torch.inf))
     parts = torch.stack(sums, 1)  # (B, sums)
-    some = ~(parts == -torch.inf).all(1)  # (B,) NaN stays
+    some = ~(parts == -torch.inf).all(1)  # (B,) NaN counts as a value
     lse = row_logsumexp(parts.masked_fill(~some[:, None], 0.0))
     return reduced(op, F.softplus(lse - x.positive), Logits(x.positive, lse, some), reduction)

@@ -1,7 +1,7 @@
 """triplet_loss: a hinge or a soft margin over mined triplets, and its module.
 
-Mining is that of negmine/losses/triplet_mining.py; the loss of the chosen rows is plain differentiable PyTorch, defined in
-negmine/reference/triplets.py.
+negmine/losses/triplet_mining.py mines the triplets. The loss of the chosen rows is computed by differentiable PyTorch
+operations, as defined in negmine/reference/triplets.py.
 """
 
 from collections.abc import Callable
@@ -121,7 +121,7 @@ def triplet_loss(
     checks.require_bool(op, "return_stats", return_stats)
     query, keys = promoted(query, keys)
     found = triplets_of(op, query, keys, pool, rule, draw, backend)
-    # Frozen keys are gathered first and widened after; learned ones the other way, so that gradients add up in fp32.
+    # Keys without grad are gathered and then widened. Keys with grad are widened first, so that gradients add up in fp32.
     _, query, _, keys = widen_once(None, query, None, keys)
     rows = reference.triplet_loss(
         widened(query),

@@ -1,8 +1,8 @@
-"""Triplets: for every query a positive and the negatives that a published rule sets against it, without the (B, K) matrix.
+"""Mines triplets: for every query a positive and the negatives that a published rule selects, without the (B, K) matrix.
 
-The positives are the pool of equal labels; the farthest of a pool is the nearest to -query; "farther than the positive" is a
-bound by sort key (negmine/ops/sort_key.py). So every rule is a few calls of mine_hardest, except the draw of
-negmine/losses/distance_weighted.py. The dense definition is negmine/reference/triplets.py.
+The positives are the pool of equal labels. The farthest key of a pool is the nearest one to -query, and "farther than the
+positive" is a bound by sort key (negmine/ops/sort_key.py). Every rule is therefore a few calls of mine_hardest, except the
+sampling in negmine/losses/distance_weighted.py. The dense definition is in negmine/reference/triplets.py.
 """
 
 from typing import Any, NamedTuple, cast
@@ -32,7 +32,7 @@ NEGATIVES = (
     "distance_weighted",
 )
 DISTANCES = ("cosine", "euclidean", "squared_euclidean")
-SEVERAL = ("all", "multi_similarity")  # positives of which a query may keep more than one
+SEVERAL = ("all", "multi_similarity")  # rules that may keep more than one positive for a query
 
 
 class Triplets(NamedTuple):
@@ -62,44 +62,44 @@ class Triplets(NamedTuple):
     True
     """
 
-    positive: Tensor  # (B, P) int64, -1 where there is none
-    negative: Tensor  # (B, P, N) int64, -1 where there is none
-    positive_score: Tensor  # (B, P) fp32, -inf where there is none
-    negative_score: Tensor  # (B, P, N) fp32, -inf where there is none
+    positive: Tensor  # (B, P) int64, -1 if there is none
+    negative: Tensor  # (B, P, N) int64, -1 if there is none
+    positive_score: Tensor  # (B, P) fp32, -inf if there is none
+    negative_score: Tensor  # (B, P, N) fp32, -inf if there is none
     num_triplets: Tensor  # () int64
     num_without: Tensor  # () int64: queries without any triplet
 
     def compact(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(anchor, positive, negative), each (T,) int64: the triplets alone. Their number is data: this synchronises."""
+        """(anchor, positive, negative), each (T,) int64: the valid triplets. T depends on the data, so this synchronises."""
         anchor, p, n = (self.negative >= 0).nonzero(as_tuple=True)
         return anchor, self.positive[anchor, p], self.negative[anchor, p, n]
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(a1, p, a2, n), 1-D int64: the pairs that occur in triplets, each once, sorted. This synchronises."""
+        """(a1, p, a2, n), 1-D int64: the sorted distinct pairs that occur in triplets. This synchronises."""
         anchor, p, n = self.compact()
         positives, negatives = (torch.stack([anchor, other]).unique(dim=1) for other in (p, n))
         return positives[0], positives[1], negatives[0], negatives[1]
 
 
 def at_score(score: Tensor) -> Tensor:
-    """score (...) fp32 -> sort key: as the lower bound of a pool it keeps s >= score, as the upper one s < score."""
+    """The sort key of score (...) fp32 that keeps s >= score as a lower bound of a pool, and s < score as an upper bound."""
     return sort_key.pack(score, sort_key.LAST_INDEX)
 
 
 def above_score(score: Tensor) -> Tensor:
-    """score (...) fp32 -> sort key: as the lower bound of a pool it keeps s > score."""
+    """The sort key of score (...) fp32 that keeps s > score as a lower bound of a pool."""
     return at_score(torch.nextafter(score, torch.full_like(score, torch.inf)))
 
 
 def with_bounds(pool: Pool, like: Tensor, lower: Tensor | None = None, upper: Tensor | None = None) -> Pool:
-    """The pool of rows `like` (B,) between two sort keys of each row; None is no bound."""
+    """The pool bounded by two sort keys for each row of `like` (B,); None is no bound."""
     infinity = torch.full_like(like, torch.inf)
     lower = at_score(-infinity) if lower is None else lower
     return pool._replace(lower=lower, upper=sort_key.pack(infinity, 0) if upper is None else upper)
 
 
 def _repeated(pool: Pool, P: int) -> Pool:
-    """The pool of queries (B * P) that repeats each query's P times."""
+    """The pool in which each query is repeated P times: (B * P)."""
 
     def repeated(per_query: Tensor | None) -> Tensor | None:
         return None if per_query is None else per_query.repeat_interleave(P, 0)
@@ -121,9 +121,9 @@ def _mined(
     draw: Draw,
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scores and index of positives (B, P) and negatives (B, P or 1, N) from the kernels, each side by its own rule.
+    """Scores and indices of the positives (B, P) and negatives (B, P or 1, N) from the kernels.
 
-    width: D without the columns of norms. A rule that does not look at the positive gives every positive the same: (B, 1, N).
+    width is D without the columns of norms. If the rule does not depend on the positive, the negatives are (B, 1, N).
     """
     positive, negative, N = rule["positive"], rule["negative"], rule["num_negatives"]
     margin, distance = rule["margin"], rule["distance"]
@@ -167,7 +167,7 @@ def _mined(
     pool = with_bounds(_repeated(others, P), anchor, lower=band, upper=farther)
     mined = kernels.mine_hardest(query.repeat_interleave(P, 0), keys, N, False, *pool)
     score, index = (t.view(B, P, N) for t in mined[:2])
-    if negative == "semihard_facenet":  # the easiest stands alone where nothing is farther
+    if negative == "semihard_facenet":  # if nothing is farther, the easiest negative is used
         easiest_score, easiest_index = (t[:, None] for t in farthest(others, 1))  # (B, 1, 1)
         none = (index[:, :, :1] < 0) & (torch.arange(N, device=index.device) == 0)  # (B, P, N)
         score, index = torch.where(none, easiest_score, score), torch.where(none, easiest_index, index)
@@ -183,7 +183,7 @@ def check_rule(
     max_positives: Any,
     num_negatives: Any,
 ) -> dict[str, Any]:
-    """The rule of a call as _mined and the reference take it; raises where it cannot be meant."""
+    """The rule in the form that _mined and the reference take. Raises if its parts cannot be combined."""
     checks.require_choice(op, "positive", positive, POSITIVES)
     checks.require_choice(op, "negative", negative, NEGATIVES)
     checks.require_choice(op, "distance", distance, DISTANCES)
@@ -209,7 +209,7 @@ def check_rule(
 
 
 def label_masks(pool: Pool, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The pools of equal and of other labels as dense (B, K) bool for the reference; labels are given, so neither is None."""
+    """The pools of equal and of other labels as dense (B, K) bool masks for the reference. Labels are always given."""
     same, other = (cast(Tensor, usable(pool._replace(same_label=kept), query, keys)) for kept in (True, False))
     return same, other
 
@@ -224,7 +224,7 @@ def triplets_of(
     draw: Draw,
     backend: str | None,
 ) -> Triplets:
-    """The triplets of a checked call."""
+    """The triplets of a call whose arguments were checked."""
     query, keys, width = query.detach(), keys.detach(), query.shape[1]
     vectors = (query, keys) if rule["distance"] == "cosine" else with_norms(query, keys, at_zero=1.0)
     kernels = backends.choose(op, ("mine_hardest",), backend, vectors)

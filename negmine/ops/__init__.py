@@ -1,1 +1,1 @@
-"""The kernel ops: their declarations, the choice of a backend, and what every call of one shares."""
+"""The kernel ops: their declarations, the choice of a backend, and code that all of their calls share."""

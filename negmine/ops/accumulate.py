@@ -1,7 +1,7 @@
-"""Gradients of 16-bit vectors are summed in fp32 and rounded once, however many ops of a call give a part of them.
+"""Gradients of 16-bit vectors are summed in fp32 and rounded once, even if several ops of a call contribute to them.
 
-`widen_once` widens each argument once, so that autograd adds its parts in fp32 and rounds where the cast does; the kernels still
-get the 16-bit storage, which holds the same values.
+`each_widened` converts each argument to fp32 once, so autograd adds its gradients in fp32 and rounds them in the backward of that
+conversion. The kernels still read the 16-bit storage, which holds the same values.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ NAMES = ("query", "positive_key", "negative_keys")
 
 
 def widen_once(kernels: Kernels | None, *vectors: Any) -> tuple[Any, ...]:
-    """kernels that take the widened vectors, and query, positive_key or None, and keys under `each_widened`."""
+    """Kernels that take the widened vectors, and query, positive_key (or None) and keys after `each_widened`."""
     return narrowed(kernels, *vectors), *each_widened(*vectors)
 
 
 def each_widened(*vectors: Any) -> tuple[Any, ...]:
-    """The vectors in fp32 where their gradient is rounded; a tensor given as several arguments is widened once for all."""
+    """The vectors, in fp32 if their gradient would be rounded. A tensor that is given twice is converted once."""
     wide: list[Any] = []
     for at, tensor in enumerate(vectors):
         before = [i for i in range(at) if vectors[i] is tensor]
@@ -34,7 +34,7 @@ def each_widened(*vectors: Any) -> tuple[Any, ...]:
 
 
 def narrowed(kernels: Kernels | None, *vectors: Any) -> Any:
-    """kernels that take query, positive_key or None, and keys as each_widened makes them. None, the reference, stays."""
+    """Kernels that take query, positive_key (or None) and keys from each_widened. None (the reference) is returned as is."""
     stored = {name: t.dtype for name, t in zip(NAMES, vectors, strict=True) if t is not None and _is_rounded(t)}
     if kernels is None or not stored:
         return kernels

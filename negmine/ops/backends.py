@@ -1,8 +1,8 @@
-"""Which backend runs a call: one table, filled at import.
+"""Chooses the backend of a call from a table that is filled at import.
 
-NEGMINE_BACKEND, read once, insists on a backend for every call that names none. A backend that cannot be used here keeps the
-reason, and `choose` repeats it to whoever asks for that backend. All ops of one call that compare scores come from one backend,
-for two backends sum in different orders.
+NEGMINE_BACKEND is read once and sets the backend of every call that does not name one. For a backend that is not available, the
+table holds the reason, and `choose` raises it if that backend is asked for. All ops of a call that compare scores come from the
+same backend, because two backends sum in different orders.
 """
 
 import importlib
@@ -53,7 +53,7 @@ OLDEST_CARD = (
 
 
 class Kernels:
-    """The functions that run one call, as attributes by op name; `has` says which ones there are."""
+    """The functions that run one call, as attributes named by the op. `has` tells whether an op is among them."""
 
     def __init__(self, **functions: Callable) -> None:
         self.__dict__.update(functions)
@@ -70,7 +70,7 @@ class Kernels:
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend asked for cannot run this call; the message says why."""
+    """The requested backend cannot run this call. The message gives the reason."""
 
 
 @dataclass
@@ -80,14 +80,14 @@ class Backend:
     name: str
     device: str  # the torch device type it is the natural choice for, or "any"
     functions: dict[str, Callable] = field(default_factory=dict)  # by op name
-    refusal: str = ""  # why it cannot be used here
-    second_device: str = ""  # a further device type it takes when asked for by name
+    refusal: str = ""  # the reason if it is not available
+    second_device: str = ""  # a further device type that it supports if asked for by name
     asked_only: frozenset[str] = frozenset()  # ops that it runs only when asked for by name
-    limits: dict[str, Callable[..., str]] = field(default_factory=dict)  # op -> why not these arguments, given `asked`
+    limits: dict[str, Callable[..., str]] = field(default_factory=dict)  # op -> why it refuses arguments
 
 
 def card_limit(device: torch.device) -> str:
-    """Why no kernel runs on this GPU, empty where kernels do."""
+    """The reason why no kernel runs on this GPU, or "" if they do."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return ""
     found = torch.cuda.get_device_capability(device)
@@ -99,9 +99,9 @@ def card_limit(device: torch.device) -> str:
 
 
 def scoring_limit(dtypes: tuple[torch.dtype, ...], D: int) -> str:
-    """Why the cuda backend cannot compute the scores of such a call, empty where it can.
+    """The reason why the cuda backend cannot compute the scores of a call, or "" if it can.
 
-    It takes storage of 16 bits only (TF32 would round fp32 input), and rows that fit in registers.
+    It takes only 16-bit storage, because TF32 would round fp32 input, and rows that fit into registers.
     """
     if len(set(dtypes)) != 1 or dtypes[0] not in (torch.bfloat16, torch.float16):
         got = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -110,9 +110,10 @@ def scoring_limit(dtypes: tuple[torch.dtype, ...], D: int) -> str:
 
 
 def mining_limit(dtypes: tuple[torch.dtype, ...], K: int, D: int, N: int, asked: bool) -> str:
-    """Why the cuda mine_hardest is not what runs such a call, empty where it is.
+    """The reason why the mine_hardest of the cuda backend does not run a call, or "" if it does.
 
-    Unasked it also leaves short queues to Triton. Beside the scores' limits: more survivors than fit in a block's shared memory.
+    In addition to the limits of scoring, the kept columns must fit into the shared memory of a block. Unless the cuda backend
+    is asked for, short queues are left to Triton.
     """
     why = scoring_limit(dtypes, D)
     if why:
@@ -123,9 +124,10 @@ def mining_limit(dtypes: tuple[torch.dtype, ...], K: int, D: int, N: int, asked:
 
 
 def ranking_limit(dtypes: tuple[torch.dtype, ...], K: int, D: int) -> str:
-    """Why the cuda rank_thresholds does not take such a call, empty where it does: beside the scores' limits, too long a queue.
+    """The reason why the rank_thresholds of the cuda backend does not run a call, or "" if it does.
 
-    Its ranks are known on the device alone, so it has memory for those of a median: of K columns, a few in a hundred.
+    In addition to the limits of scoring, the queue must not be too long. Ranks are known only on the device, so memory is
+    reserved for those of a median: a few percent of K columns.
     """
     why = scoring_limit(dtypes, D)
     return why or (f"it takes K up to {2**24}, got {K}" if K > 2**24 else "")
@@ -192,16 +194,16 @@ def _cpu_backend() -> Backend:
     return Backend("cpu", "cpu", found, compiled.CPU_REFUSAL)
 
 
-# In order of preference. The reference has no kernels: the public functions call it by its own, dense signatures.
+# In order of preference. The reference has no kernels: public functions call its dense functions directly.
 BACKENDS = (_cuda_backend(), _triton_backend(), _cpu_backend(), Backend("reference", "any"))
-_chosen: dict[tuple, Kernels | None] = {}  # the answer of every kind of call that has been chosen for
+_chosen: dict[tuple, Kernels | None] = {}  # the choices that were made, by kind of call
 _warned: set[str] = set()
 
 
 def explain(op: str, device: str, too_old: str = "", asked: str | None = None) -> str:
-    """One clause per backend, or for the one that is asked for: why it does not run `op` on `device`.
+    """The reasons why the backends, or the requested one, do not run `op` on `device`.
 
-    too_old is what card_limit says of the GPU.
+    too_old is the result of card_limit.
     """
     reasons = []
     for backend in BACKENDS[:-1]:
@@ -222,13 +224,13 @@ def explain(op: str, device: str, too_old: str = "", asked: str | None = None) -
 
 def _runs(backend: Backend, ops: list[str], device: str, by_name: bool) -> bool:
     fits = backend.device == device or (by_name and backend.second_device == device)
-    # An op that a limit sends to another backend would be apart from the ops whose scores it is compared with.
+    # All ops whose scores are compared must come from one backend, so a limit of one op excludes the backend.
     free = not backend.asked_only.intersection(ops) and (len(ops) == 1 or not set(backend.limits).intersection(ops))
     return fits and (by_name or free) and not backend.refusal and all(op in backend.functions for op in ops)
 
 
 def _function(caller: str, op: str, able: list[Backend], asked: str | None) -> Callable:
-    """The op of the first of these rows, or of the next where the first one's limit is against a call's arguments."""
+    """The op of the first of these backends whose limits allow the arguments of a call."""
     first = able[0].functions[op]
     limit = able[0].limits.get(op)
     if limit is None:
@@ -252,12 +254,10 @@ def choose(
     optional: str = "",
     biased: bool = False,
 ) -> Kernels | None:
-    """The kernels of `ops` for these tensors; None = the reference runs the call.
+    """The kernels of `ops` for these tensors; None if the reference runs the call.
 
-    optional: an op that the call can do without, taken where the backend of the first of `ops` has it. biased: the
-    pool has a bias.
-
-    Raises ValueError for an unknown backend and BackendUnavailable where the one insisted on cannot run the call.
+    optional is an op that the call does not need; it is included if the backend of the first op has it. biased tells whether the
+    pool has a bias. Raises ValueError for an unknown backend, and BackendUnavailable if the requested one cannot run the call.
     """
     device = tensors[0].device
     if torch.compiler.is_compiling():
@@ -265,7 +265,7 @@ def choose(
     kind = (caller, ops, backend, device, *(t.dtype for t in tensors), optional, biased)
     try:
         return _chosen[kind]
-    except (KeyError, TypeError):  # a backend that cannot be hashed is refused below
+    except (KeyError, TypeError):  # a backend that cannot be hashed raises an error below
         made = _choose(caller, ops, backend, device, [t.dtype for t in tensors], optional, biased)
         _chosen[kind] = made
         return made
@@ -311,7 +311,7 @@ def _choose(
                 chosen[optional] = able[0].functions[optional]
             chosen[op] = _function(caller, op, able, asked)
             continue
-        # Either no backend runs this op, or each runs some of `together` and none runs all.
+        # Either no backend runs this op, or no backend runs all ops of `together`.
         lone = (each for each in together if not any(_runs(row, [each], device, asked is not None) for row in rows))
         lacking = next(lone, op)
         why = explain(lacking, device, too_old, asked)
@@ -323,7 +323,7 @@ def _choose(
 
 
 def _warn_dense(caller: str, device: str, why: str) -> None:
-    """A GPU call that falls to the dense reference is a thousandfold slower: say so once a reason."""
+    """Warn, once for each reason, that the dense reference runs a call on a GPU, which is a thousand times slower."""
     message = f"{caller}: the dense reference runs this call on {device} tensors and stores the score matrix ({why})"
     if device != "cpu" and not torch.compiler.is_compiling() and message not in _warned:
         _warned.add(message)

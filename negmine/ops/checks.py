@@ -1,4 +1,4 @@
-"""Refusals: every public function says in one sentence which argument is wrong, what was wanted and what came."""
+"""Argument checks. Each error is one sentence that names the function, the argument, what was wanted and what came."""
 
 import functools
 from collections.abc import Callable
@@ -29,18 +29,18 @@ def describe(value: Any, most: int = MAX_DESCRIPTION) -> str:
             text = " or ".join(dict.fromkeys(map(str, value[:MAX_DESCRIPTION])))
         else:
             text = repr(value)
-    except Exception:  # whatever a class of the caller's raises, the sentence is made
+    except Exception:  # the repr of any class may fail
         text = f"an object of type {type(value).__name__}"
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def refuse(op: str, name: str, wanted: str, came: Any, error: type[Exception] = ValueError) -> Exception:
-    """The exception to raise: `op: name must be wanted, got came`."""
+    """The exception to raise, with the message `op: name must be wanted, got came`."""
     return error(f"{op}: {name} must be {wanted}, got {describe(came)}")
 
 
 def refuses_select_fields(op: str) -> Callable[[Function], Function]:
-    """A decorator: a field of Select given as an argument of its own raises a TypeError that shows where it belongs."""
+    """A decorator that raises a TypeError with advice if a field of Select is passed as an argument of the function."""
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
@@ -56,21 +56,21 @@ def refuses_select_fields(op: str) -> Callable[[Function], Function]:
 
 
 def require_stored(op: str, name: str, value: Tensor) -> None:
-    """A dense tensor whose numbers are somewhere: what a dataset is read from."""
+    """Require a dense tensor that has storage (not on the meta device)."""
     require_tensor(op, name, value)
     if value.is_meta:
         raise refuse(op, name, "a tensor that holds numbers", "one on the meta device", TypeError)
 
 
 def require_unmasked(op: str, name: str, value: Any) -> None:
-    """Not a masked array of NumPy with masked entries, whose numbers below the mask would be read."""
+    """Reject masked arrays of NumPy with masked entries, since the masked values would be read."""
     masked = getattr(value, "mask", None)
     if type(value).__name__ == "MaskedArray" and masked is not None and masked.any():
         raise refuse(op, name, "without masked entries: fill or remove them", f"{int(masked.sum())} masked entries")
 
 
 def require_tensor(op: str, name: str, value: Any, like: Tensor | None = None, like_name: str = "query") -> None:
-    """A dense tensor, on the device of `like`, which the message calls `like_name`."""
+    """Require a dense tensor on the device of `like`, which messages call `like_name`."""
     if not isinstance(value, Tensor):
         raise refuse(op, name, "a tensor", value if value is None else type(value).__name__, TypeError)
     if value.layout != torch.strided or value.is_nested:
@@ -88,12 +88,12 @@ def require_vectors(
     like: Tensor | None = None,
     like_name: str = "query",
 ) -> None:
-    """A floating tensor with one of the numbers of dimensions `dims`, spelled `shapes`, and the D and device of `like`."""
+    """Require a floating tensor with the D and device of `like`. `dims` are the allowed numbers of dimensions."""
     dense = (
         type(value) is Tensor and value.layout == torch.strided and not value.is_nested
     )  # a nested tensor has no shape
     if dense and value.dim() in dims and value.dtype in COMMON_DTYPES:
-        D = value.shape[-1]  # the good case in few steps: small calls are bound by the host
+        D = value.shape[-1]  # the valid case takes few steps, because host time dominates small calls
         if D and (like is None or (like.shape[-1] == D and value.device == like.device)):
             return
     require_tensor(op, name, value, like, like_name)
@@ -113,7 +113,7 @@ def require_positive(op: str, positive_key: Any, query: Tensor) -> None:
 
 
 def require_per_row(op: str, name: str, value: Any, query: Tensor) -> None:
-    """A floating tensor (B,), a number for each query."""
+    """Require a floating tensor (B,) with one number for each query."""
     require_tensor(op, name, value, query)
     if not value.is_floating_point() or tuple(value.shape) != (len(query),):
         raise refuse(op, name, f"a floating tensor of shape ({len(query)},)", value)
@@ -122,9 +122,9 @@ def require_per_row(op: str, name: str, value: Any, query: Tensor) -> None:
 def require_scalar(
     op: str, name: str, value: Any, *, above: float | None = None, least: float | None = None, wanted: str = ""
 ) -> Any:
-    """A finite number within bounds, or a floating tensor of one element, whose value is the caller's to keep in them.
+    """Require a finite number within bounds, or a floating tensor of one element.
 
-    Returns a Python number or a 0-d tensor; reading the latter would synchronise.
+    Returns a Python number or a 0-d tensor. The value of a tensor is not checked, because reading it would synchronise.
     """
     given, value = value, plain(value)
     if is_scalar(value):
@@ -137,12 +137,12 @@ def require_scalar(
 
 
 def require_temperature(op: str, temperature: Any, name: str = "temperature") -> Any:
-    """A finite number above 0, or a floating tensor of one element; returned as require_scalar does."""
+    """Require a finite number above 0, or a floating tensor of one element. Returns it like require_scalar."""
     return require_scalar(op, name, temperature, above=0, wanted="a number above 0 or a 0-d floating tensor")
 
 
 def require_options(op: str, **options: Any) -> None:
-    """Each option an object of its own type, or None."""
+    """Require that each option is None or an object of its type."""
     for name, value in options.items():
         wanted = OPTION_TYPES[name]
         if value is not None and not isinstance(value, wanted):
@@ -162,7 +162,7 @@ def require_count(op: str, name: str, value: Any, least: int = 1) -> int:
 
 
 def require_number(op: str, name: str, value: Any, *, above: float | None = None, least: float | None = None) -> float:
-    """A finite number; above a bound, or of a least value."""
+    """Require a finite number that is greater than `above`, or at least `least`."""
     value = plain(value)
     good = is_real(value) and (above is None or value > above) and (least is None or value >= least)
     if not good:
@@ -172,10 +172,10 @@ def require_number(op: str, name: str, value: Any, *, above: float | None = None
 
 
 def require_draw(op: str, seed: Any, step: Any, row_offset: Any) -> tuple[int, Any, Any]:
-    """The key of the random draws: seed and step are 32-bit words, row_offset the global index of the first query.
+    """Check the key of random draws: seed and step are 32-bit numbers, row_offset is the global index of the first query.
 
-    step and row_offset may be int64 tensors of one element, whose values are the caller's to keep in range (reading them would
-    synchronise). Returns Python ints and 0-d tensors.
+    step and row_offset may be int64 tensors of one element. Their values are not checked, because reading them would synchronise.
+    Returns Python ints and 0-d tensors.
     """
     seed, step, row_offset = plain(seed), plain(step), plain(row_offset)
     if not is_int(seed) or not 0 <= seed < 2**32:

@@ -1,8 +1,7 @@
-"""Columns named by a list (B, M) for each query, where a pool describes them by masks and bounds.
+"""Sums over explicit lists of columns (B, M), one for each query, instead of over a pool with masks and bounds.
 
-`over_lists(kernels)` gives kernels whose sums take Columns in the place of a pool: index (B, M) int64, -1 = no
-column, a column named twice counts twice. The scores (B, M) are as small as the list, and the vectors (B, M, D) are never all
-gathered into memory.
+`over_lists(kernels)` returns kernels whose sums take Columns instead of a pool: index (B, M) int64, where -1 is no column and a
+column that occurs twice counts twice. The vectors (B, M, D) are gathered in pieces, so they are never all in memory.
 """
 
 from functools import partial
@@ -20,7 +19,7 @@ PIECE = 1 << 20  # numbers of gathered vectors in memory at one time
 
 
 def flat_rows(negative_keys: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys as one matrix and the list in its rows: (K, D) as they are, (B, M, D) as (B M, D)."""
+    """The keys as one matrix, and the list as rows of it. Keys (B, M, D) become (B M, D)."""
     if negative_keys.dim() == 2:
         return negative_keys, index
     B, M, D = negative_keys.shape
@@ -29,14 +28,14 @@ def flat_rows(negative_keys: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gather_rows(keys: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """keys (K, D), index (...) int64 -> (..., D) in dtype; zeros where index is -1."""
+    """The rows of keys (K, D) at index (...) int64, as (..., D) in dtype, with zeros where index is -1."""
     if not len(keys):
         return keys.new_zeros(*index.shape, keys.shape[1], dtype=dtype)
     return keys[index.clamp_min(0)].to(dtype).masked_fill((index < 0)[..., None], 0.0)
 
 
 def gathered_scores(kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, index: Tensor) -> Tensor:
-    """(B, M) fp32, -inf where the list names no column."""
+    """The scores (B, M) fp32, -inf where the list has no column."""
     keys, rows = flat_rows(negative_keys, index)
     return kernels.gathered_logsumexp(query, keys, rows, scale, False)[0]
 
@@ -45,7 +44,7 @@ def list_logsumexp(
     kernels: Kernels, query: Tensor, negative_keys: Tensor, scales: Tensor, pivot: Tensor | None, want_mean: bool,
     N: int, ranks: Tensor | None, index: Tensor, bias: Tensor | None, _same_label: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The op logsumexp over lists, without its mining and its ranks."""
+    """The op logsumexp over lists, without mining and ranks."""
     keys, rows = flat_rows(negative_keys, index)
     made = [
         kernels.gathered_logsumexp(query, keys, rows, scale, want_mean and bias is None) for scale in scales.unbind(0)
@@ -69,7 +68,7 @@ def list_logsumexp(
 
 
 def _logits(kernels: Kernels, query: Tensor, keys: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """scale s + bias (B, M), 0 where a list names no column."""
+    """scale * s + bias (B, M), 0 where a list has no column."""
     x = scale * kernels.gathered_logsumexp(query, keys, rows, scale, False)[0].masked_fill(rows < 0, 0.0)
     return x if bias is None else x + bias.masked_fill(rows < 0, 0.0)
 
@@ -128,7 +127,7 @@ def list_softplus_sum_grad_keys(
 
 
 class Columns(NamedTuple):
-    """What kernels over lists take in the place of a Pool."""
+    """The argument that kernels over lists take instead of a Pool."""
 
     index: Tensor  # type: ignore[assignment]  # (B, M) int64, -1 = no column; hides tuple.index
     bias: Tensor | None = None  # (B, M) fp32, added to the logits

@@ -1,6 +1,6 @@
-"""The compiled libraries, negmine._ops_cpu and negmine._ops_cuda: loaded here, with the reason where one does not load.
+"""Loads the compiled libraries negmine._ops_cpu and negmine._ops_cuda, and keeps the reason if one cannot be loaded.
 
-torch must be imported first: the libraries take their symbols from it.
+torch must be imported first, because the libraries are linked against it.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from negmine.ops.registry import OPS, overload
 
 
 def _load(module: str) -> str:
-    """Import an extension; the reason as a sentence where it does not load."""
+    """Import an extension. Returns the reason, as a sentence, if it cannot be loaded."""
     try:
         importlib.import_module(module)
     except ImportError as error:
@@ -42,7 +42,7 @@ CUDA_REFUSAL = _load_cuda()
 
 
 def isa_for(query: torch.dtype, keys: torch.dtype) -> str:
-    """The instruction set of the CPU kernels for these storage types; "" where the kernels did not load."""
+    """The instruction set of the CPU kernels for these storage types, or "" if the kernels were not loaded."""
     names = (str(dtype).removeprefix("torch.") for dtype in (query, keys))
     return "" if CPU_REFUSAL else importlib.import_module("negmine._ops_cpu").isa_for(*names)
 

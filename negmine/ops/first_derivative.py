@@ -1,7 +1,8 @@
-"""fused applies the autograd function of an op; first_derivative_only decorates its backward, to refuse second ones in words.
+"""fused applies the autograd function of an op. first_derivative_only decorates its backward, so that second derivatives raise.
 
-torch's once_differentiable refuses only where the engine comes by: torch.autograd.grad(..., inputs) leaves out what leads to no
-input, and would return a second derivative that lacks the kernels' part. Here the refusal stands on the way to every input.
+torch's once_differentiable raises only if the autograd engine reaches its node. torch.autograd.grad(..., inputs) skips nodes
+that do not lead to an input and would silently return an incomplete second derivative. Here, a node that raises is on the path
+to every input.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch import Tensor
 
 
 class _Once(torch.autograd.Function):
-    """A gradient as it is, tied to what it was made from, that cannot be differentiated."""
+    """The identity on a gradient. It depends on the inputs of the op, and its backward raises an error."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def first_derivative_only(backward: Callable) -> Callable:
 
 
 class _NoGradient:
-    """The context of a forward pass that nothing differentiates."""
+    """The context of a forward pass that needs no gradient."""
 
     def __init__(self, count: int) -> None:
         self.needs_input_grad = (False,) * count
@@ -62,8 +63,8 @@ class _NoGradient:
 def fused(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply(*arguments), in every context of torch.
 
-    Compiled, a tensor may be given twice, and need not require grad: Dynamo traces neither by itself. The transforms of
-    torch.func are refused in words.
+    Under torch.compile, the same tensor may be given twice, and tensors need not require grad, neither of which Dynamo supports
+    by itself. The transforms of torch.func raise an error.
     """
     if torch.compiler.is_compiling():
         if not (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)):

@@ -1,4 +1,4 @@
-"""The op gathered_grad_keys: the gradient that the columns of a list give the keys."""
+"""The op gathered_grad_keys: the gradient of a sum over lists of columns with respect to the keys."""
 
 from negmine.ops.registry import declare
 

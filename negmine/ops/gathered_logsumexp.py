@@ -1,4 +1,4 @@
-"""The op gathered_logsumexp: logsumexp over the columns that a list names for each query."""
+"""The op gathered_logsumexp: logsumexp over a list of columns for each query."""
 
 from negmine.ops.registry import declare
 

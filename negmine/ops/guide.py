@@ -1,4 +1,4 @@
-"""Guides: the columns that a second pair of embeddings takes for false negatives, as a mask made in pieces."""
+"""Guides: masks the columns that a second model considers false negatives. The mask is computed in pieces."""
 
 import torch
 from torch import Tensor
@@ -11,14 +11,14 @@ PIECE = 1 << 22  # scores in memory at one time
 
 
 def guide_limit(guide: Guide) -> Tensor:
-    """(B,) fp32, or float64 where the guide is: the score above which a column is masked."""
+    """The guide score (B,) above which a column is masked, in fp32, or in float64 if the guide is."""
     with torch.no_grad():
         score = (widened(guide.query) * widened(guide.positive)).sum(1)  # (B,)
         return score - (score.abs() if guide.relative else 1.0) * guide.margin
 
 
 def guided(pool: Pool, query: Tensor, keys: Tensor, limit: Tensor) -> Pool:
-    """The pool without the columns whose guide score is above limit (B,): query (B, G), keys (K, G) or (B, M, G).
+    """The pool without the columns whose guide score is above limit (B,), for query (B, G) and keys (K, G) or (B, M, G).
 
     A NaN score, or a NaN limit, masks nothing.
     """

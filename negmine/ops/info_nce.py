@@ -28,8 +28,9 @@ INFO_NCE = declare(
 class InfoNCE(torch.autograd.Function):
     """The op info_nce: loss of each row (B,), with total, num_kept, num_above and num_mixed (B,), which carry no gradient.
 
-    d rows / d query and / d scale come with the rows, d rows / d positive_key = -weight query; the keys' is a second kernel, run
-    only for keys that require grad. arguments: pivot, decoupled, ranks, hard, skip and the draws, as the op takes them.
+    The gradients of the rows with respect to query and scale are computed in the forward pass, and that with respect to
+    positive_key is -weight query. The gradient of the keys is a second kernel, which runs only if the keys require grad.
+    arguments are pivot, decoupled, ranks, hard, skip and the draws, as the op takes them.
     """
 
     @staticmethod
@@ -49,7 +50,7 @@ class InfoNCE(torch.autograd.Function):
             saved += [negative_keys, *tensors]
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(*counts)
-        ctx.set_materialize_grads(False)  # no zeros for the outputs that nothing differentiates
+        ctx.set_materialize_grads(False)  # outputs without a gradient get None instead of zeros
         return rows, *counts
 
     @staticmethod
@@ -57,10 +58,10 @@ class InfoNCE(torch.autograd.Function):
     def backward(ctx, d_rows, *_):
         query, scale, d_query, d_scale, weight, lse, *rest = ctx.saved_tensors
         wants_query, wants_positive, wants_keys, wants_scale, *_ = ctx.needs_input_grad
-        if d_rows is None:  # what came after drops the loss
+        if d_rows is None:  # the loss does not contribute to the result
             return (None,) * (6 + ctx.width)
         to_query = to_positive = to_keys = to_scale = None
-        if wants_query:  # written in the query's dtype by the product itself
+        if wants_query:  # the product writes it in the dtype of the query
             to_query = torch.mul(d_query, d_rows[:, None], out=torch.empty_like(query))  # (B, D)
         if wants_positive or wants_keys:
             factor = d_rows * weight  # (B,)

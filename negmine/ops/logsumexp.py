@@ -30,10 +30,9 @@ LOGSUMEXP = declare(
 class LogSumExp(torch.autograd.Function):
     """lse (S, B) = log sum over each pool of exp(scale_s * s_bk), with num_kept (B,), num_above (B,) and index (B, N) of the op.
 
-    d lse / d query = scale * mean, d lse / d scale = query . mean, both known after the forward pass;
-    d lse / d negative_keys = scale * p_bk query_b is a second kernel, run only for keys that require grad, and so is
-    d lse / d bias = p_bk.
-    bias: that of the pool where it requires grad, else None. pool: a Pool, or Columns with kernels over lists.
+    d lse / d query = scale * mean and d lse / d scale = query . mean are computed in the forward pass. d lse / d negative_keys
+    = scale * p_bk query_b and d lse / d bias = p_bk are computed by second kernels, which run only if the keys or the bias
+    require grad. bias is that of the pool if it requires grad, else None. pool is a Pool, or Columns with kernels over lists.
     """
 
     @staticmethod
@@ -79,7 +78,7 @@ def grad_bias(
     parts = zip(scales.unbind(0), lse.unbind(0), weight.unbind(0), strict=True)
     if kernels.has("logsumexp_grad_bias"):
         each = [kernels.logsumexp_grad_bias(q, keys, scale, sums, factor, *pool) for scale, sums, factor in parts]
-    else:  # a feature that is 1 in the queries and 0 in the keys changes no score, and its gradient is the sum
+    else:  # add a feature that is 1 in queries and 0 in keys; its gradient is the sum
         q, keys = torch.cat([q, torch.ones_like(q[:, :1])], 1), torch.nn.functional.pad(keys, (0, 1))
         each = [
             kernels.logsumexp_grad_keys(q, keys, scale, sums, factor, *pool)[:, -1] for scale, sums, factor in parts
@@ -99,7 +98,7 @@ def grad_keys(
 
 
 class MeanScore(torch.autograd.Function):
-    """score_b (B,) = mean over b's pool of s_bk, and num_kept (B,): what logsumexp returns as its mean at scale 0."""
+    """score_b (B,) = mean over b's pool of s_bk, and num_kept (B,). Computed as the mean of logsumexp at scale 0."""
 
     @staticmethod
     def forward(ctx, query, keys, kernels, *pool):

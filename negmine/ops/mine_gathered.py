@@ -1,4 +1,4 @@
-"""The op mine_gathered: mine_hardest over the columns that a list names for each query."""
+"""The op mine_gathered: mine_hardest over a list of columns for each query."""
 
 from negmine.ops.registry import declare
 

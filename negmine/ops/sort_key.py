@@ -1,18 +1,18 @@
-"""A place in a row's ranking as one int64: sorts by score, then by index with the lower index first; larger = harder.
+"""Sort keys: a score and an index in one int64. A larger key has a larger score or, for equal scores, a lower index.
 
     order = (ordered(score) << 32) | (0xFFFFFFFF - index)
 
-ordered(x) maps fp32 to int32 monotonically. Bounds of a pool and ranks travel between ops in this form, so a window is exact
-even where scores tie. The rule is stated in kernels/README.md.
+ordered(x) maps fp32 to int32 monotonically. Ops pass bounds of a pool and ranks in this form, so a window is exact even if scores
+tie. kernels/README.md states the rule.
 """
 
 import torch
 from torch import Tensor
 
-NOWHERE = -(2**63)  # the place past the end of a pool
+NOWHERE = -(2**63)  # the key past the end of a pool
 LAST_INDEX = 0xFFFFFFFF  # ranks below every real index of the same score
-TOP = 0x7F800000 << 32 | LAST_INDEX  # the highest place: +inf at index 0; above it is NaN alone
-BOTTOM = -0x7F800001 << 32  # the lowest: -inf at LAST_INDEX
+TOP = 0x7F800000 << 32 | LAST_INDEX  # the largest key: +inf at index 0; only NaN is above it
+BOTTOM = -0x7F800001 << 32  # the smallest key: -inf at LAST_INDEX
 
 
 def pack(score: Tensor, index: Tensor | int) -> Tensor:
