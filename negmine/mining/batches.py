@@ -1,10 +1,9 @@
 """build_batches: batches of queries that are hard for each other.
 
-neighbour     query b of query a: a positive of b is among the hard negatives of a
-batch         grown from a query drawn by the seed: the neighbours of its members, hardest first, then of theirs, and where
-              these end, further drawn queries
-apart         two queries that share a positive document never stand in one batch, nor do rows of one query: within a batch
-              another query's positive is always a negative
+Query b is a neighbour of query a if a positive of b is among the hard negatives of a. A batch starts with a randomly chosen
+query. The neighbours of its members are added, hardest first, then the neighbours of those. If there are no more, further
+random queries are added. Two queries that share a positive document are never in the same batch, and neither are two rows of
+the same query, so within a batch the positive of another query is always a negative.
 """
 
 from collections import deque
@@ -23,17 +22,17 @@ OP = "build_batches"
 
 
 class HardBatches(Sampler[list[int]]):
-    """Lists of row numbers, for the batch_sampler of a DataLoader over the rows. Made by build_batches."""
+    """Lists of row numbers, to be passed to a DataLoader as batch_sampler. Made by build_batches."""
 
     def __init__(
         self, documents: RowLists, neighbours: RowLists, groups: np.ndarray, size: int, drop_last: bool, seed: int
     ) -> None:
         self._documents, self._neighbours, self._groups = documents, neighbours, groups
         self.batch_size, self.drop_last, self.seed, self.epoch = size, drop_last, seed, 0
-        self._made: tuple[int, list[list[int]]] | None = None  # epoch and its batches
+        self._made: tuple[int, list[list[int]]] | None = None  # an epoch and its batches
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the batches of another epoch."""
+        """Set the epoch, which changes the random batches."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -55,15 +54,15 @@ class HardBatches(Sampler[list[int]]):
 
     def _of_group(self, group: int, draw: np.random.Generator) -> Iterator[list[int]]:
         members = np.flatnonzero(self._groups == group)
-        waiting = deque(draw.permutation(members).tolist())  # drawn, and not yet known to be in a batch
+        waiting = deque(draw.permutation(members).tolist())  # in random order; some may already be in a batch
         is_free = np.zeros(len(self._groups), bool)
         is_free[members] = True
         while waiting:
             batch: list[int] = []
-            taken: set[int] = set()  # documents that are a positive of a member
-            passed: list[int] = []  # that share a positive with a member
+            taken: set[int] = set()  # positives of the members
+            passed: list[int] = []  # queries that share a positive with a member
 
-            reached = 0  # members whose neighbours have been looked at
+            reached = 0  # members whose neighbours were already added
             while len(batch) < self.batch_size:
                 if reached < len(batch):
                     for other in self._list(self._neighbours, batch[reached]):
@@ -81,7 +80,7 @@ class HardBatches(Sampler[list[int]]):
                 yield batch
 
     def _add(self, query: int, batch: list[int], taken: set[int], is_free: np.ndarray) -> bool:
-        """Put a query into the batch, unless it shares a positive with a member."""
+        """Add a query to the batch unless it shares a positive with a member."""
         own = self._list(self._documents, query)
         if not taken.isdisjoint(own):
             return False
@@ -157,7 +156,7 @@ def build_batches(
     positives = hidden.positives.take(np.arange(Q))
     documents = RowLists.of_pairs(positives.queries, hidden.documents(positives.rows), Q)
     groups[documents.sizes == 0] = -1
-    by_document = RowLists.of_pairs(documents.rows, documents.queries, K)  # the queries that each document answers
+    by_document = RowLists.of_pairs(documents.rows, documents.queries, K)  # queries by positive
     at, slot = np.nonzero(result.indices >= 0)  # hardest first
     answered = by_document.take(hidden.documents(result.indices[at, slot]))
     owner = np.repeat(at, answered.sizes)

@@ -1,4 +1,4 @@
-"""What answers a phase for all rows of the corpus: this process, the ranks of a group, or an engine that the caller gives.
+"""Executors compute a phase for all rows of the corpus: in this process, on the ranks of a group, or by a given engine.
 
     len(executor), executor.dim, dtype, row_bytes, is_rounded      of the whole corpus
     executor.device                                                where windows are ranked
@@ -32,14 +32,14 @@ NO_CALLS: Callable[[int], object] = lambda steps: None  # noqa: E731
 
 
 def is_dense(op: str, backend: str | None, device: torch.device, dtypes: tuple[str, str], dim: int) -> bool:
-    """True where the reference scores, which stores a matrix of scores; raises where the backend asked for is not available."""
+    """True if the reference computes scores, with a score matrix. Raises if the requested backend is not available."""
     by_name = {name: dtype for dtype, name in DTYPES.items()}
     examples = [torch.empty(0, dim, dtype=by_name[name], device=device) for name in dtypes]
     return backends.choose(op, OPS, backend, (examples[0], examples[1])) is None
 
 
 class LocalExecutor:
-    """Rows that this process holds, or each rank of a group its own."""
+    """Executes phases on rows of this process, or on the rows that each rank of a group holds."""
 
     def __init__(self, op: str, rows: Rows, device: torch.device, ranks: ProcessRanks, engine: Engine | None) -> None:
         self.op, self.rows, self.device, self.ranks, self._engine = op, rows, device, ranks, engine
@@ -73,7 +73,7 @@ class LocalExecutor:
         return 1 if self._engine is not None else len(list(self.rows.spans(plan.chunk_size)))
 
     def miner(self, plan: MiningPlan) -> PartMiner:
-        """What computes the parts of this process's rows."""
+        """The PartMiner of this process's rows."""
         if self._miner is None or self._miner.plan is not plan:
             first_row = sum(self.rows_per_rank[: self.ranks.rank])
             self._miner = PartMiner(self.op, plan, self.rows, first_row, self.device, lambda n: self.advance(n))
@@ -128,7 +128,7 @@ class ExecutorScan:
         filters: Select,
         counted_filters: list[Select],
     ) -> tuple[Tensor, Tensor]:
-        """As Scan.run."""
+        """Like Scan.run."""
         held = None if anchor is None else anchor.cpu().numpy()
         phase = Phase("scan" if depth else "counts", excluded, held, depth, filters, tuple(counted_filters))
         arrays = self.executor.execute(self.plan, phase, query).arrays

@@ -1,8 +1,8 @@
-"""from_texts: a model and texts in, negatives out. Texts are embedded block by block, and mined as arrays or mapped files.
+"""from_texts: mines negatives from texts and a model. Texts are embedded in blocks, and mined as arrays or memory-mapped files.
 
-A block is BLOCK_ROWS texts. With cache_dir each finished block is a .npy file, written atomically, whose name is a hash of its
-texts, its prompt and what the model makes of the first texts: a run that was killed goes on at the block it was in, a model that
-was trained further finds nothing old, and a corpus that has grown embeds its new blocks only.
+A block has BLOCK_ROWS texts. With cache_dir, each finished block is written atomically to a .npy file. Its name is a hash of
+the texts, the prompt and the model's embeddings of a few texts. An interrupted run therefore resumes at the unfinished block,
+embeddings of an earlier state of the model are never used, and only the new blocks of a larger corpus are embedded.
 """
 
 import hashlib
@@ -222,7 +222,7 @@ class _Embedder:
 
 
 def _as_rows(made: Any, count: int) -> np.ndarray:
-    """What a model returned for `count` texts as (count, D) fp32."""
+    """The output of a model for `count` texts, as (count, D) fp32."""
     wanted = f"one that returns {count} rows (n, D) of numbers for {count} texts"
     if isinstance(made, dict) or hasattr(made, "keys"):
         keys = ", ".join(map(str, list(made.keys())[:5]))
@@ -249,7 +249,7 @@ def _as_rows(made: Any, count: int) -> np.ndarray:
 
 
 def _kept(path: Path, rows: int) -> np.ndarray | None:
-    """The embeddings that a cache holds; None where it has none, or a damaged file."""
+    """The embeddings in a cache file; None if it does not exist or is damaged."""
     if not path.is_file():
         return None
     try:

@@ -46,10 +46,8 @@ def _is_rounded(tensor: Tensor) -> bool:
 
 
 def _narrowing(function: Callable[..., Any], op: str, stored: dict[str, torch.dtype]) -> Callable[..., Any]:
-    """The kernel with its vectors in their storage; gathered_grad_keys stays, for it sums vectors that no caller stores."""
-    like = op.replace(
-        "grad_bias", "grad_keys"
-    )  # over lists there is a kernel of the same arguments, which is no declared op
+    """The kernel, called with vectors in their storage dtype. gathered_grad_keys is unchanged: its vectors are computed."""
+    like = op.replace("grad_bias", "grad_keys")  # the grad_bias of lists is not declared; it has the same arguments
     arguments = () if op == "gathered_grad_keys" else OPS[like].arguments
     places = {at: stored[value.name] for at, value in enumerate(arguments) if value.name in stored}
 

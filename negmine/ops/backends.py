@@ -224,7 +224,7 @@ def explain(op: str, device: str, too_old: str = "", asked: str | None = None) -
 
 def _runs(backend: Backend, ops: list[str], device: str, by_name: bool) -> bool:
     fits = backend.device == device or (by_name and backend.second_device == device)
-    # All ops whose scores are compared must come from one backend, so a limit of one op excludes the backend.
+    # An op beyond its limit runs on another backend, which must not happen if its scores are compared with other ops'.
     free = not backend.asked_only.intersection(ops) and (len(ops) == 1 or not set(backend.limits).intersection(ops))
     return fits and (by_name or free) and not backend.refusal and all(op in backend.functions for op in ops)
 

@@ -1,4 +1,4 @@
-"""The queue of past keys: in one process, and with its rows spread over the ranks of a process group."""
+"""Queues of past keys: in one process, or with rows that are distributed over the ranks of a process group."""
 
 from negmine.queues.distributed_state import distributed_state_dict
 from negmine.queues.moco import MoCoQueue

@@ -46,7 +46,7 @@ def distributed_state_dict(module: nn.Module) -> dict[str, Any]:
     for path, queue in module.named_modules():
         if isinstance(queue, ShardedMoCoQueue):
             prefix = f"{path}." if path else ""
-            del state[prefix + "queue_range"]  # the distributed tensors know it
+            del state[prefix + "queue_range"]  # it is part of the distributed tensors
             for name, rows in queue.stored.items():
                 state[prefix + name] = _distributed(rows, queue)
     return state

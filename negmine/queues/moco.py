@@ -15,7 +15,7 @@ from negmine.ops.negatives import StoredColumns
 def check_arguments(
     op: str, dim: Any, K: Any, dtype: Any, with_ids: Any, with_labels: Any, random_init: Any, least: int = 1
 ) -> None:
-    """Raise for the first argument of a queue's constructor that is invalid. least: of K."""
+    """Raise for the first invalid argument of a queue's constructor. least is the smallest allowed K."""
     checks.require_count(op, "dim", dim)
     checks.require_count(op, "K", K, least)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -128,17 +128,17 @@ class MoCoQueue(nn.Module):
         self._store("queue_labels", torch.full((len(rows),), -1, dtype=torch.long) if with_labels else None)
 
     def _store(self, name: str, rows: Tensor | None) -> None:
-        """Keep a tensor of one entry a row under `name`."""
+        """Register a buffer `name` with one entry for each row."""
         self.register_buffer(name, rows)
 
     @property
     def process_group(self) -> Any:
-        """The group given, or None: the default one."""
+        """The process group that was given, or None for the default group."""
         return self._group.group
 
     @property
     def keys(self) -> Tensor:
-        """The valid rows (len, D), no copy."""
+        """The valid rows (len, D), as a view."""
         return self.queue[: self._held]
 
     @property
@@ -153,14 +153,14 @@ class MoCoQueue(nn.Module):
 
     @property
     def _held(self) -> int:
-        """Valid rows among those stored here."""
+        """The valid rows of a stored tensor."""
         return len(self)
 
     def __len__(self) -> int:
         return int(self.queue_len)
 
     def stored_columns(self) -> StoredColumns:
-        """All rows of the queue with their ids and labels, and how many are valid, as the losses take them."""
+        """All rows of the queue, their ids and labels, and the number of valid rows, in the form that the losses take."""
         return StoredColumns(self.queue, self.queue_ids, self.queue_labels, self.queue_len[0])
 
     @torch.no_grad()
@@ -189,7 +189,7 @@ class MoCoQueue(nn.Module):
     def _entering(
         self, op: str, keys: Tensor, ids: Tensor | None, labels: Tensor | None
     ) -> list[tuple[Tensor, Tensor]]:
-        """Pairs of a stored tensor (K, ...) and the rows (B, ...) that enter it, checked."""
+        """Checked pairs of a stored tensor (K, ...) and the rows (B, ...) that are written to it."""
         checks.require_vectors(op, "keys", keys, "(B, D)", (2,), self.queue, "the queue")
         tags = {"ids": (ids, self.queue_ids, "with_ids"), "labels": (labels, self.queue_labels, "with_labels")}
         for name, (given, stored, option) in tags.items():
@@ -210,12 +210,12 @@ class MoCoQueue(nn.Module):
     def _write(self, columns: list[tuple[Tensor, Tensor]]) -> None:
         """Write rows over the oldest ones: pairs of a buffer (K, ...) and what enters it, as many rows in each pair."""
         finite = columns[0][1].isfinite().all(1)  # (B,)
-        number = finite.cumsum(0)  # (B,) 1 for the first row that enters
+        number = finite.cumsum(0)  # (B,) 1 for the first row that is written
         entering = finite.sum()  # ()
         kept = finite & (number > entering - self.K)  # (B,)
-        # How many rows are kept is known on the device alone, so as many as could be are written: those past the kept ones are
-        # the stored rows as they are.
-        source = (~kept).byte().argsort(stable=True)[: self.K]  # (min(B, K),) the kept rows first
+        # The number of kept rows is known only on the device, so the largest possible number is written. Those past the kept
+        # ones are rewritten with the stored values.
+        source = (~kept).byte().argsort(stable=True)[: self.K]  # (min(B, K),) kept rows first
         slot = torch.arange(len(source), device=finite.device)  # (min(B, K),)
         at = (self.queue_ptr + entering - kept.sum() + slot) % self.K
         for stored, rows in columns:
@@ -227,7 +227,7 @@ class MoCoQueue(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Forget all rows: the queue is empty, and its pointer and num_refused are 0."""
+        """Empty the queue and set its pointer and num_refused to 0."""
         for counter in (self.queue_ptr, self.queue_len, self.num_refused):
             counter.zero_()
         for tags in (self.queue_ids, self.queue_labels):
@@ -260,7 +260,7 @@ class MoCoQueue(nn.Module):
 
 
 def fill_with_unit_vectors(rows: Tensor) -> None:
-    """Overwrite rows (K, D) with random unit vectors, a few at a time, so that no second copy is ever held."""
+    """Overwrite rows (K, D) with random unit vectors, in pieces, so that no second copy is in memory."""
     for part in rows.split(max(1, (1 << 18) // rows.shape[1])):
         part.copy_(F.normalize(torch.randn(part.shape, dtype=torch.float32, device=rows.device), dim=1))
 
@@ -279,12 +279,12 @@ def from_moco(queue: MoCoQueue, state_dict: dict[str, Any], prefix: str) -> None
 
 
 def wrong_counter(state_dict: Mapping[str, Any], prefix: str, K: int) -> str:
-    """What is wrong with the counters of a saved queue of K rows; "" where nothing is."""
+    """The problem with the counters of a saved queue of K rows, or "" if there is none."""
     limits = {"queue_ptr": K - 1, "queue_len": K}
     for name, most in limits.items():
         value = state_dict.get(prefix + name)
         if value is None:
-            continue  # missing: load_state_dict says so
+            continue  # load_state_dict reports missing entries
         whole = (
             isinstance(value, Tensor) and value.numel() == 1 and not (value.is_floating_point() or value.is_complex())
         )

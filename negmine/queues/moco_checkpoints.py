@@ -48,7 +48,7 @@ def moco_checkpoint_hooks(module: nn.Module, name: str = "queue") -> None:
 
 
 def _before_loading(name: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Move the builder's two entries to the queue's."""
+    """Convert the two entries of the published builder to those of the queue."""
     if prefix + name not in state_dict:
         return
     for old, new in ((name, "queue"), (f"{name}_ptr", "queue_ptr")):
@@ -57,7 +57,7 @@ def _before_loading(name: str, module: nn.Module, state_dict: dict[str, Any], pr
 
 
 def _after_saving(name: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """Give the queue's entries the builder's names and shapes: views, as the entries of every state_dict are."""
+    """Convert the entries of the queue to the names and shapes of the published builder, as views."""
     queue: MoCoQueue = getattr(module, name)
     own = f"{prefix}{name}."
     if queue.queue_ids is not None or queue.queue_labels is not None or len(queue) < queue.K:

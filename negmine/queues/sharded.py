@@ -1,7 +1,7 @@
-"""ShardedMoCoQueue: a MoCoQueue whose rows are spread over the ranks of a process group.
+"""ShardedMoCoQueue: a MoCoQueue whose rows are distributed over the ranks of a process group.
 
-Each rank holds K / W rows, brings its own queries and gets its own losses and negatives, those that one process with the whole
-queue would give it. The arithmetic between is negmine/queues/sharded_ops.py.
+Each rank holds K / W rows, passes its own queries, and gets the losses and negatives that one process with the whole queue would
+compute for them. The communication is in negmine/queues/sharded_ops.py.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,7 +26,7 @@ from negmine.queues.moco import MoCoQueue, check_arguments, from_moco, wrong_cou
 from negmine.queues.sharded_ops import Merging, ShardedKernels
 from negmine.selection import Mined
 
-ROWS = ("queue", "queue_ids", "queue_labels")  # of one entry a row
+ROWS = ("queue", "queue_ids", "queue_labels")  # buffers with one entry for each row
 COUNTERS = ("queue_ptr", "queue_len")
 ROWS_AT_ONCE = 4096  # rows of random_init that one generator draws
 
@@ -89,14 +89,14 @@ class ShardedMoCoQueue(MoCoQueue):
                 raise checks.refuse(op, "K", f"at most {LAST_INDEX}, the last index that a place can hold", K)
             checks.require_draw(op, seed, 0, 0)
             call.facts = {**arguments, "seed": seed}
-        rows_each = -(-K // ranks.size)  # as torch.chunk and DTensor cut a tensor
+        rows_each = -(-K // ranks.size)  # the split of torch.chunk and DTensor
         first, end = (min(place * rows_each, K) for place in (ranks.rank, ranks.rank + 1))
         self.K, self.gather_distributed, self._group = K, True, SharedGroup(process_group)
-        self._first = first  # the row of the ring that the first row stored here is
+        self._first = first  # the number in the whole queue of the first row stored here
         rows = torch.zeros(end - first, dim, dtype=dtype or torch.get_default_dtype())
         self._make_buffers(rows, with_ids, with_labels, K if random_init else 0)
         if random_init:
-            drawn = torch.empty(ROWS_AT_ONCE, dim, dtype=torch.float32, device="cpu")  # all that is held besides
+            drawn = torch.empty(ROWS_AT_ONCE, dim, dtype=torch.float32, device="cpu")  # the only temporary memory
             for block in range(first // ROWS_AT_ONCE, -(-end // ROWS_AT_ONCE)):
                 start = block * ROWS_AT_ONCE
                 drawn.normal_(generator=torch.Generator().manual_seed(seed * (LAST_INDEX + 1) + block))
@@ -109,7 +109,7 @@ class ShardedMoCoQueue(MoCoQueue):
 
     @property
     def stored(self) -> dict[str, Tensor]:
-        """What this rank holds of the ring, by name: tensors of one entry a row."""
+        """The tensors that this rank holds, by name, with one entry for each of its rows."""
         return {name: rows for name in ROWS if (rows := getattr(self, name)) is not None}
 
     @property
@@ -129,7 +129,7 @@ class ShardedMoCoQueue(MoCoQueue):
         raise TypeError(f"{type(self).__name__}: no rank holds the whole queue; call its own info_nce and mine_hardest")
 
     def _write(self, columns: list[tuple[Tensor, Tensor]]) -> None:
-        finite = columns[0][1].isfinite().all(1)  # (B,) of the rows of all ranks, so that all refuse the same
+        finite = columns[0][1].isfinite().all(1)  # (B,) over the rows of all ranks, so that all ranks decide alike
         columns = [(stored, rows[finite]) for stored, rows in columns]
         entering = len(columns[0][1])
         kept = min(entering, self.K)
@@ -288,7 +288,7 @@ class ShardedMoCoQueue(MoCoQueue):
         settings: dict[str, Any],
         wants_mean: bool,
     ) -> tuple[Pool, Any]:
-        """The checked pool and the ops over all ranks. A refusal here is told to the other ranks, which then refuse too."""
+        """The checked pool and the ops over all ranks. An error on one rank is raised on all ranks."""
         ranks = Ranks(self.process_group)
         with ranks.agreement(op) as call:
             pool = check()
@@ -327,7 +327,7 @@ class ShardedMoCoQueue(MoCoQueue):
     def _read_shards(
         self, op: str, states: Iterable[Mapping[str, Tensor]], prefix: str
     ) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """This rank's rows and the counters from the states of all ranks of an earlier run, checked."""
+        """The checked rows of this rank, and the counters, from the states of all ranks of an earlier run."""
         fresh = {name: torch.empty_like(rows) for name, rows in self.stored.items()}
         counters: dict[str, int] = {}
         covered: list[tuple[int, int]] = []
@@ -397,7 +397,7 @@ class ShardedMoCoQueue(MoCoQueue):
         self._forget_refused()
 
     def _own_rows(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
-        """This rank's rows of a state, by name; raises ValueError where they do not fit."""
+        """This rank's rows of a state, by name. Raises ValueError if they do not fit."""
         from_moco(self, state_dict, prefix)
         wrong = wrong_counter(state_dict, prefix, self.K)
         if wrong:
@@ -424,7 +424,7 @@ class ShardedMoCoQueue(MoCoQueue):
 
 
 def _wrong_range(given: Any, K: int) -> str:
-    """What is wrong with a saved queue_range; "" where nothing is."""
+    """The problem with a saved queue_range, or "" if there is none."""
     whole = isinstance(given, Tensor) and given.shape == (3,) and given.dtype == torch.int64
     if whole and 0 <= given[0] <= given[1] <= K and given[2] == K:
         return ""
