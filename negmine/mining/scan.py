@@ -27,7 +27,7 @@ from negmine.ops.vectors import widened
 from negmine.ops.windows import bounded
 from negmine.options import Select
 
-OPS = ("mine_hardest", "count_negatives")  # that a scan calls
+OPS = ("mine_hardest", "count_negatives")  # the ops that a scan calls
 GatherRows = Callable[[np.ndarray], Tensor]  # numbers (M,) -> (M, D)
 PAIRS = 64  # pairs scored by one call, whose cost grows with the square of their number
 

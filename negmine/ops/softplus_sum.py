@@ -71,6 +71,6 @@ def grad_bias(
     q, keys = for_kernels(query), for_kernels(negative_keys)
     if kernels.has("softplus_sum_grad_bias"):
         return kernels.softplus_sum_grad_bias(q, keys, scale, offset, weight, *pool)
-    # A feature that is 1 in the queries and 0 in the keys changes no score, and its gradient is the sum.
+    # Add a feature that is 1 in queries and 0 in keys. It changes no score, and its gradient is the sum.
     q, keys = torch.cat([q, torch.ones_like(q[:, :1])], 1), torch.nn.functional.pad(keys, (0, 1))
     return kernels.softplus_sum_grad_keys(q, keys, scale, offset, weight, *pool)[:, -1]
