@@ -2,12 +2,9 @@
 
 import itertools
 import re
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import negmine
 from negmine.adapters import lightly, open_clip
@@ -16,6 +13,7 @@ from tests import compare
 from tests.cases import unit
 from tests.conftest import device_of
 from tests.peers import peer, peer_file
+from tests.ranks import run_ranks
 
 B, K, D = 6, 40, 8
 
@@ -159,9 +157,8 @@ def test_sig_lip_loss(any_backend, bias):
 CLIP = [{"local_loss": local, "gather_with_grad": grad} for local in (False, True) for grad in (False, True)]
 
 
-def clip_rank(rank, world, port):
+def clip_rank(rank, world):
     """One rank: ours and theirs, every combination of flags."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     module, place = peer_file("open_clip", "loss.py"), {"rank": rank, "world_size": world}
     cases = [(kind.ClipLoss(**place, **flags), ()) for flags in CLIP for kind in (open_clip, module)]
     for way in ("bidir", "shift", "reduce", "gather"):
@@ -179,16 +176,12 @@ def clip_rank(rank, world, port):
             exact = dtype == torch.float64
             near = {"rtol": 1e-9, "atol": 1e-12} if exact else {"rtol": 1e-4, "atol": 1e-5}
             torch.testing.assert_close(got, want, **near, msg=lambda m, where=where: f"{where}: {m}")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_losses_over_ranks_are_theirs(world):
+def test_losses_over_ranks_are_theirs(world, tmp_path):
     peer_file("open_clip", "loss.py")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(clip_rank, (world, port), nprocs=world)
+    run_ranks(clip_rank, world, tmp_path)
 
 
 # pytorch-metric-learning ------------------------------------------------------------------------------------------
