@@ -42,7 +42,7 @@ NAV = {
         "reference_adapters",
     ],
     "Performance": ["benchmarks", "planning"],
-    "Evidence": ["comparison", "versions"],
+    "Evidence": ["evidence", "comparison", "versions"],
     "Contributing": ["contributing", "building", "kernels", "security", "changelog"],
 }
 ELSEWHERE = {

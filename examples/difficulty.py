@@ -179,6 +179,7 @@ def main() -> None:
                 continue
             asked = parse([*TREATMENTS[treatment], "--seed", str(seed)] + ["--quick"] * args.quick)
             asked.steps = asked.evaluate_every = args.steps
+            asked.plain_steps = min(asked.plain_steps, args.steps // 4)  # a short run has the treatment too
             model, results = train(asked, images, ranks)
             runs.add(key, {measure: results[-1][measure] for measure in MEASURES})
             if treatment == "all":
