@@ -222,10 +222,9 @@ def info_nce(
         plan = plan.for_pool(negative_keys, 0)
     query, positive_key, keys, support = promoted(query, positive_key, keys, support)
     batch = Batch(query, positive_key, keys, pool, support, positive_bias)
-    kernels = choose_for_keys(
-        op, plan.ops(keys, pool.bias), backend, batch[:3], keys, pool, "info_nce" if plan.is_one_op else ""
-    )
-    if not (plan.is_one_op and kernels is not None and kernels.has("info_nce")) or keys is positive_key:
+    one_op = "info_nce" if plan.is_one_op else ""
+    kernels = choose_for_keys(op, plan.ops(keys, pool.bias), backend, batch[:3], keys, pool, one_op)
+    if not (one_op and kernels is not None and kernels.has(one_op)) or keys is positive_key:
         kernels, query, positive_key, keys = widen_once(kernels, query, positive_key, keys)
         batch = batch._replace(query=query, positive_key=positive_key, keys=keys)
     if kernels is None:
@@ -352,7 +351,7 @@ class Share(NamedTuple):
     clamped: Tensor  # (B,) bool
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Plan:
     """All arguments of a call of info_nce except its vectors and masks."""
 
@@ -454,11 +453,10 @@ class Plan:
         if self.mix is not None and self.mixes:
             hard, skip, draws = self.mix.hard, self.mix.skip, mixing_draws(self.mix, query, self.draw)
         arguments = (pivot if self.want_stats else None, self.decoupled, ranks, hard, skip, *draws)
-        rows, total, num_kept, num_above, num_mixed = fused(
-            InfoNCE, query, positive_key, keys, scale, kernels, arguments, *pool
-        )
+        rows, *found = fused(InfoNCE, query, positive_key, keys, scale, kernels, arguments, pool)
         if not self.want_stats:
             return rows, None
+        total, num_kept, num_above, num_mixed = found
         empty = (num_kept + num_mixed) == 0  # (B,)
         return rows, InfoNCEStats(total, num_above, num_kept, torch.zeros_like(empty), empty.sum())
 

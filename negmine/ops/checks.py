@@ -177,6 +177,9 @@ def require_draw(op: str, seed: Any, step: Any, row_offset: Any) -> tuple[int, A
     step and row_offset may be int64 tensors of one element. Their values are not checked, because reading them would synchronise.
     Returns Python ints and 0-d tensors.
     """
+    numbers = type(seed) is type(step) is type(row_offset) is int
+    if numbers and 0 <= seed < 2**32 and 0 <= step < 2**32 and 0 <= row_offset < 2**63:
+        return seed, step, row_offset  # the valid case takes few steps, as in require_vectors
     seed, step, row_offset = plain(seed), plain(step), plain(row_offset)
     if not is_int(seed) or not 0 <= seed < 2**32:
         raise refuse(op, "seed", "an int in [0, 2**32)", seed)

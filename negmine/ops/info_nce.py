@@ -3,7 +3,7 @@
 import torch
 
 from negmine.ops.first_derivative import first_derivative_only
-from negmine.ops.pool import Pool, narrow
+from negmine.ops.pool import narrow
 from negmine.ops.registry import declare
 from negmine.ops.vectors import for_kernels
 
@@ -26,7 +26,7 @@ INFO_NCE = declare(
 
 
 class InfoNCE(torch.autograd.Function):
-    """The op info_nce: loss of each row (B,), with total, num_kept, num_above and num_mixed (B,), which carry no gradient.
+    """The op info_nce: loss of each row (B,), and with a pivot total, num_kept, num_above and num_mixed (B,), without gradient.
 
     The gradients of the rows with respect to query and scale are computed in the forward pass, and that with respect to
     positive_key is -weight query. The gradient of the keys is a second kernel, which runs only if the keys require grad.
@@ -34,21 +34,22 @@ class InfoNCE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, positive_key, negative_keys, scale, kernels, arguments, *pool):
+    def forward(ctx, query, positive_key, negative_keys, scale, kernels, arguments, pool):
         wants_query, _, wants_keys, wants_scale, *_ = ctx.needs_input_grad
         pivot, *rest = arguments
         q, positive, keys = for_kernels(query), for_kernels(positive_key), for_kernels(negative_keys)
         rows, d_query, d_scale, weight, lse, *counts, sort_keys = kernels.info_nce(
             q, positive, keys, scale.detach(), pivot, wants_query or wants_scale, *rest, *pool
         )
-        ctx.kernels, ctx.positive_dtype, ctx.width = kernels, positive_key.dtype, len(pool)
+        ctx.kernels, ctx.positive_dtype = kernels, positive_key.dtype
         saved = [query, scale, d_query, d_scale, weight, lse]
         if wants_keys:
             if sort_keys.shape[1]:
-                pool = narrow(Pool(*pool), *sort_keys.unbind(1))
+                pool = narrow(pool, *sort_keys.unbind(1))
             *tensors, ctx.same_label = pool
             saved += [negative_keys, *tensors]
         ctx.save_for_backward(*saved)
+        counts = [] if pivot is None else counts  # each output costs a call of autograd
         ctx.mark_non_differentiable(*counts)
         ctx.set_materialize_grads(False)  # outputs without a gradient get None instead of zeros
         return rows, *counts
@@ -59,7 +60,7 @@ class InfoNCE(torch.autograd.Function):
         query, scale, d_query, d_scale, weight, lse, *rest = ctx.saved_tensors
         wants_query, wants_positive, wants_keys, wants_scale, *_ = ctx.needs_input_grad
         if d_rows is None:  # the loss does not contribute to the result
-            return (None,) * (6 + ctx.width)
+            return (None,) * 7
         to_query = to_positive = to_keys = to_scale = None
         if wants_query:  # the product writes it in the dtype of the query
             to_query = torch.mul(d_query, d_rows[:, None], out=torch.empty_like(query))  # (B, D)
@@ -74,4 +75,4 @@ class InfoNCE(torch.autograd.Function):
             to_keys = to_keys.to(negative_keys.dtype)  # (K, D)
         if wants_scale:
             to_scale = (d_rows * d_scale).sum()
-        return to_query, to_positive, to_keys, to_scale, None, None, *([None] * ctx.width)
+        return to_query, to_positive, to_keys, to_scale, None, None, None
