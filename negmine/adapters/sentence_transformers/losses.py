@@ -254,6 +254,10 @@ class _Cached(nn.Module):
         self.mini_batch_size, self.mini_batch_num_tokens = mini_batch_size, mini_batch_num_tokens
         self.show_progress_bar = show_progress_bar
 
+    def get_config_dict(self) -> dict[str, Any]:
+        sizes = {"mini_batch_size": self.mini_batch_size, "mini_batch_num_tokens": self.mini_batch_num_tokens}
+        return super().get_config_dict() | sizes  # type: ignore[misc]  # of the loss that it is mixed into
+
     def _ranges(self, features: list[Features]) -> list[list[tuple[int, int]]]:
         op = type(self).__name__
         return [cuts(op, column, self.mini_batch_size, self.mini_batch_num_tokens) for column in features]
@@ -326,10 +330,6 @@ class CachedMultipleNegativesRankingLoss(_Cached, MultipleNegativesRankingLoss):
         options = (gather_across_devices, directions, partition_mode, hardness_mode, hardness_strength)
         super().__init__(model, scale, similarity_fct, *options, backend=backend)
         self._set_mini_batches(mini_batch_size, mini_batch_num_tokens, show_progress_bar)
-
-    def get_config_dict(self) -> dict[str, Any]:
-        cuts_of = {name: getattr(self, name) for name in ("mini_batch_size", "mini_batch_num_tokens")}
-        return super().get_config_dict() | cuts_of
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         features = _columns(type(self).__name__, sentence_features)
@@ -543,10 +543,6 @@ class CachedGISTEmbedLoss(_Cached, GISTEmbedLoss):
         options = (margin_strategy, margin, contrast_anchors, contrast_positives, gather_across_devices)
         super().__init__(model, guide, temperature, *options, backend=backend)
         self._set_mini_batches(mini_batch_size, mini_batch_num_tokens, show_progress_bar)
-
-    def get_config_dict(self) -> dict[str, Any]:
-        cuts_of = {name: getattr(self, name) for name in ("mini_batch_size", "mini_batch_num_tokens")}
-        return super().get_config_dict() | cuts_of
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         features = _columns(type(self).__name__, sentence_features)
