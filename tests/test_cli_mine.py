@@ -157,12 +157,15 @@ def test_a_beir_folder_and_a_model_become_training_data(folder, capsys):
     assert sorted(lines("out.jsonl")[0]["neg"]) == ["c", "d"]
 
 
-def test_parts_of_the_queries_merge_to_the_files_of_one_run(folder, capsys):
-    words = ["mine", "--beir", "beir", *EMBEDDINGS, "--deduplicate", "near", "--near-duplicate-score", "0.9"]
+@pytest.mark.parametrize(
+    "more", [["--relative-margin", "0.05"], ["--deduplicate", "near", "--near-duplicate-score", "0.9"]]
+)
+def test_parts_merge_to_the_files_of_one_run(more, folder, capsys):
+    words = ["mine", "--beir", "beir", *EMBEDDINGS, *more]
     assert main([*words, "--output", "whole.npz", "--jsonl", "whole.jsonl"]) == 0
     for part in ("3/3", "1/3", "2/3"):
         assert main([*words, "--part", part, "--output", f"{part[0]}.part"]) == 0
-    assert "part 2/3, 1 queries, in 2.part" in capsys.readouterr().out
+    assert f"part 2/3, {'1 queries' if '0.9' in more else '4 rows'}, in 2.part" in capsys.readouterr().out
     parts = ["3.part", "1.part", "2.part"]
     assert main(["merge", *parts, "--beir", "beir", "--output", "m.npz", "--jsonl", "m.jsonl"]) == 0
     for kind in ("npz", "jsonl"):
@@ -174,9 +177,9 @@ def test_parts_of_the_queries_merge_to_the_files_of_one_run(folder, capsys):
     negmine.mining.MiningResult.load("m.npz").save("result.part")
     for said, given in {
         "negmine merge: parts 2/3, 3/3 are missing": ["1.part"],
-        "each share of the queries once, got '3/3 more than once'": [*parts, "3.part"],
+        "each share once, got '3/3 more than once'": [*parts, "3.part"],
         "same inputs, arguments, kernels and versions, got 'arguments.seed 0 and 1'": ["1.part", "seed.part", "3.part"],
-        "equally many shares of the queries, got 'shares of 3 and of 4'": ["1.part", "four.part"],
+        "equally many shares, got 'shares of 3 and of 4'": ["1.part", "four.part"],
         "'result.part' is damaged or was not written by save": ["result.part"],
     }.items():
         assert main(["merge", *given, "--output", "no.npz"]) == 2
@@ -184,6 +187,7 @@ def test_parts_of_the_queries_merge_to_the_files_of_one_run(folder, capsys):
         assert not (folder / "no.npz").exists()
     for said, more in {
         "'4/3' must be I/N, such as 1/3": ["--part", "4/3", "--output", "x"],
+        "parts are counted from 1, so an array of jobs begins at 1": ["--part", "0/3", "--output", "x"],
         "--part needs --output, a file for the part": ["--part", "1/3", "--output", "x.jsonl"],
         "--part goes without --dry-run": ["--part", "1/3", "--output", "x", "--dry-run"],
     }.items():

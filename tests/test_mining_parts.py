@@ -9,8 +9,10 @@ import torch
 
 import negmine
 from negmine import Select
-from negmine.mining import MiningResult, Part, merge_parts, mine_part
+from negmine.mining import MiningResult, Part, merge_parts, mine_part, sources
 from negmine.mining.hard_negatives import mine_share
+from negmine.mining.scan import Scan
+from negmine.mining.shares import SAMPLED_ROWS
 from tests.compare import same_result
 from tests.test_mining_ranks import RUNS, D, K, Q, inputs
 
@@ -65,18 +67,20 @@ def test_any_tree_of_any_parts_gives_the_bits_of_one_process(name):
     assert ("rows" in seen) == (name in ("near", "relative")) and ("digests" in seen) == (name == "exact")
 
 
-@pytest.mark.parametrize("name", ["near", "texts"])
-def test_shares_of_the_queries_merge_to_the_file_of_one_process(name, tmp_path):
+@pytest.mark.parametrize("name", ["plain", "margins", "fractions", "raw", "near", "texts", "no counts", "window"])
+def test_shares_merge_to_the_file_of_one_process(name, tmp_path):
     q, c, positives, exclude = (part[:15] if len(part) == Q else part for part in inputs())
     ids = [f"d\0ö{row}" for row in range(K)]
-    named = {"corpus_ids": ids, "exclude": [[ids[row] for row in part] for part in exclude]} | JOBS[name]
+    job = (JOBS | {"window": {"select": Select(0.01, 0.2)}})[name]
+    named = {"corpus_ids": ids, "exclude": [[ids[row] for row in part] for part in exclude]} | job
     named |= {key: named[key][:15] for key in ("query_ids", "query_texts") if key in named}
     arguments = {"query_embeddings": q, "corpus_embeddings": c, **named}
     arguments["positives"] = [[ids[row] for row in part] for part in positives]
     shares = []
-    for number in (17, *range(4, 17), 3, 1, 2):  # more shares than queries: some are empty
+    for number in (17, *range(4, 17), 3, 1, 2):  # more shares than queries, one of which may be empty
         mine_share(number, 17, arguments).save(tmp_path / f"{number}.part")
         shares.append(Part.load(tmp_path / f"{number}.part"))
+    assert shares[0].phase == ("negatives" if name in ("near", "fractions") else "candidates")
     rng = np.random.default_rng(0)
     while len(shares) > 1:
         rng.shuffle(shares)
@@ -85,6 +89,70 @@ def test_shares_of_the_queries_merge_to_the_file_of_one_process(name, tmp_path):
     negmine.mine_hard_negatives(**arguments).save(tmp_path / "whole.npz")
     assert (tmp_path / "merged.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
     assert MiningResult.load(tmp_path / "merged.npz").corpus_ids[1] == "d\0ö1"
+
+
+class Watched(sources.DecodedRows):
+    """A shard that remembers which of its rows were read, however it is cut."""
+
+    def __init__(self, rows):
+        self.rows, self.read, self.shape, self.dtype = rows, np.zeros(len(rows), bool), rows.shape, rows.dtype
+
+    def __getitem__(self, key):
+        self.read[key] = True
+        return self.rows[key]
+
+
+@pytest.mark.parametrize("name", ["plain", "margins", "raw", "texts"])
+def test_a_share_of_the_rows_reads_its_own_rows_and_those_of_positives(name, monkeypatch):
+    q, c, positives, exclude = inputs()
+    shards, margin = [c.numpy()[:250], c.numpy()[250:260], c.numpy()[260:]], name == "margins"
+    own, known = np.zeros(K, bool), np.zeros(K, bool)
+    own[200:400], known[np.concatenate(positives)] = True, margin
+    known[np.linspace(0, K - 1, SAMPLED_ROWS).astype(int)] = True
+    watched = [Watched(rows) for rows in shards]
+    job = {"query_embeddings": q, "positives": positives, "exclude": exclude} | JOBS[name]
+    mine_share(2, 3, job | {"corpus_embeddings": watched, "batch_size": 10})
+    read = np.concatenate([each.read for each in watched])
+    assert read[own].all() and not (read & ~own & ~known).any()
+    assert not margin or read[known].all()
+
+
+def test_shares_of_another_corpus_or_another_kind_are_refused(tmp_path):
+    q, c, positives, _ = inputs()
+    job = {"query_embeddings": q, "corpus_embeddings": c, "positives": positives}
+    first, changed = mine_share(1, 2, job), mine_share(2, 2, job | {"corpus_embeddings": c.flip(1)})
+    with pytest.raises(
+        ValueError, match=r"of the same inputs, arguments, kernels and versions, got \"content\.corpus_embeddings"
+    ):
+        merge_parts([first, changed])
+    by_query = mine_share(2, 2, job | {"deduplicate": "near"})
+    assert (first.phase, by_query.phase) == ("candidates", "negatives")
+    with pytest.raises(ValueError, match=r"^merge_parts: parts must be of one phase"):
+        merge_parts([first, by_query])
+    with pytest.raises(ValueError, match="each share once, got '1/2 more than once'"):
+        merge_parts([first, first])
+
+
+def test_a_killed_share_of_the_rows_is_resumed(tmp_path, monkeypatch):
+    q, c, positives, _ = inputs()
+    job = {
+        "query_embeddings": q,
+        "corpus_embeddings": c,
+        "positives": positives,
+        "batch_size": 10,
+        "resume_dir": tmp_path,
+    }
+    job["select"] = Select(1, relative_margin=0.1)
+    want = mine_share(2, 3, job | {"resume_dir": None})
+    mine_share(2, 3, job)
+    left = sorted(tmp_path.glob("queries-*"))
+    assert len(left) == 4
+    left[2].unlink()
+    scans = []
+    monkeypatch.setattr(Scan, "run", lambda *asked, run=Scan.run: scans.append(1) or run(*asked))
+    assert mine_share(2, 3, job).to_bytes() == want.to_bytes() and len(scans) == 1
+    with pytest.raises(ValueError, match=r"differs in own rows .*, share of the rows"):
+        mine_share(3, 3, job)
 
 
 def test_parts_that_do_not_belong_together_are_refused(tmp_path):

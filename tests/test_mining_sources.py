@@ -14,7 +14,7 @@ import torch
 import negmine
 from negmine import NegativeIndex
 from negmine.cli import files
-from negmine.mining import sources
+from negmine.mining import decoding, sources
 from negmine.mining.sources import Rows
 from tests.cases import unit
 from tests.compare import same_result
@@ -53,6 +53,17 @@ def test_parquet_columns(kind, dtype, tmp_path, monkeypatch):
     got = mine(Q.astype(dtype), [f"{path}::embedding", rows[:5]], POSITIVES)
     same_result(got, mine(Q.astype(dtype), [rows, rows[:5]], POSITIVES))
     assert not list((tmp_path / "spool").iterdir()), "the decoded rows have no name"
+
+
+@pytest.mark.parametrize(
+    "rows", [slice(9, 15), slice(14, 14), slice(39, 99), slice(None), np.array([3, 33, 4]), np.arange(0)]
+)
+def test_only_the_row_groups_that_hold_the_rows_are_decoded(rows, tmp_path):
+    to_parquet(tmp_path / "c.parquet", group=7)
+    shard = sources.open_shard("mine", "rows", tmp_path / "c.parquet")
+    assert shard.is_decoded.sum() == 0 and shard.shape == C.shape
+    np.testing.assert_array_equal(shard[rows], C[rows])
+    assert set(np.flatnonzero(shard.is_decoded)) == set((np.arange(40)[rows] // 7).tolist())
 
 
 def test_safetensors(tmp_path):
@@ -153,24 +164,11 @@ def test_missing_readers_are_named(tmp_path, monkeypatch):
 
 def test_no_room_to_decode(tmp_path, monkeypatch):
     to_parquet(tmp_path / "c.parquet")
-    real = tempfile.TemporaryFile
 
-    def full(**options):
-        file = real(**options)
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
 
-        class Full:
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *error):
-                file.close()
-
-            def write(self, piece):
-                raise OSError(28, "No space left on device")
-
-        return Full()
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(decoding.os, "pwrite", full)
     with pytest.raises(OSError, match=r"no room in .* \(No space left on device\); TMPDIR names another folder"):
         mine(Q, tmp_path / "c.parquet", POSITIVES)
 
@@ -241,11 +239,12 @@ def test_lance_datasets(tmp_path, monkeypatch):
     except ImportError:
         folder.mkdir()
 
-        def to_batches(columns, batch_size):
-            return table.select(columns).to_batches(max_chunksize=20)
+        def to_batches(columns, batch_size, offset, limit):
+            return table.select(columns).slice(offset, limit).to_batches(max_chunksize=20)
 
-        opened = types.SimpleNamespace(schema=table.schema, to_batches=to_batches)
+        opened = types.SimpleNamespace(schema=table.schema, to_batches=to_batches, count_rows=lambda: 50)
         monkeypatch.setitem(sys.modules, "lance", types.SimpleNamespace(dataset=lambda path: opened))
+    monkeypatch.setattr(sources, "LANCE_ROWS", 15)
     for name in (folder, f"{folder}::vector"):
         held = Rows.open("mine", "rows", name)
         assert held.dtype == "float32" and torch.equal(held.block(0, 50, torch.device("cpu")), torch.from_numpy(rows))

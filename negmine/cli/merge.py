@@ -7,7 +7,7 @@ from typing import Any
 from negmine.cli import files, mine
 from negmine.cli.outputs import add_overwrite, check_outputs
 from negmine.mining import Part, merge_parts
-from negmine.mining.merging import share_names
+from negmine.mining.merging import SHARES, join_parts, share_names
 from negmine.mining.training_rows import FORMS
 from negmine.ops.checks import require_choice
 
@@ -44,11 +44,13 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if wanted and not has_texts and args.form != "pylate":
         parser.error(f"{wanted} needs --query-texts and --corpus-texts, or a data set")
     check_outputs(OP, args, {"--output": args.output, "--jsonl": args.jsonl}, overwrite=args.overwrite)
-    parts = [Part.load(name) for name in args.parts]
-    for name, part in zip(args.parts, parts, strict=True):
-        if part.phase != "negatives":
+    joined: list[Part] = []
+    for name in args.parts:  # one at a time in memory
+        part = Part.load(name)
+        if part.phase not in SHARES:
             raise ValueError(f"{OP}: {name!r} holds phase {part.phase}, not what `negmine mine --part` writes")
-    merged = merge_parts(parts)
+        joined = [join_parts([*joined, part])]
+    merged = merge_parts(joined)
     if isinstance(merged, Part):
         count, held = merged.facts["num_shares"], merged.facts["shares"]
         missing = sorted(set(range(1, count + 1)) - set(held))

@@ -67,7 +67,7 @@ examples, one for each format:
     negmine mine --data old.jsonl --query-embeddings q.npy --corpus-embeddings c.npy --output new.jsonl
   arrays; several files are shards
     negmine mine --query-embeddings q.npy --corpus-embeddings c0.npy c1.npy --positives p.npy --output mined.npz
-  part 2 of 8 of the queries, on any machine; and the file of one run from all parts
+  part 2 of 8, on any machine; and the file of one run from all parts
     negmine mine ... --part 2/8 --output parts/2
     negmine merge parts/* --output mined.npz
   what a command would read, how much memory and how long it would take; it writes nothing
@@ -109,6 +109,9 @@ def add_outputs(out: Any) -> None:
 def _part(word: str) -> tuple[int, int]:
     """Share and number of shares, of I/N."""
     share, slash, count = word.partition("/")
+    if share.isdecimal() and int(share) == 0:
+        wanted = "parts are counted from 1, so an array of jobs begins at 1 (Slurm: --array=1-N)"
+        raise argparse.ArgumentTypeError(f"{word!r} must be I/N with I from 1 to N: {wanted}")
     if not (slash and share.isdecimal() and count.isdecimal() and 1 <= int(share) <= int(count)):
         raise argparse.ArgumentTypeError(f"{word!r} must be I/N, such as 1/3, with I from 1 to N")
     return int(share), int(count)
@@ -147,7 +150,7 @@ def add(commands: Any, words: Sequence[str] = ()) -> None:
         "--part",
         type=_part,
         metavar="I/N",
-        help="mine the I-th of N equal parts of the queries; --output is a part, for negmine merge",
+        help="mine the I-th of N equal parts of the corpus, reading little else of it; --output is a part, for negmine merge",
     )
     add_overwrite(out)
     out.add_argument(
@@ -251,7 +254,9 @@ def run(
         number, count = args.part
         part = mine_share(number, count, arguments | {"select": select})
         part.save(args.output)
-        print(f"part {number}/{count}, {len(part.arrays['numbers']):,} queries, in {args.output}")
+        of_rows = part.phase == "candidates"
+        begin, end = part.tiles[0, 2:] if of_rows else part.tiles[0, :2]
+        print(f"part {number}/{count}, {end - begin:,} {'rows' if of_rows else 'queries'}, in {args.output}")
         return 0
     if model is None:
         result = mine_hard_negatives(**arguments, select=select)

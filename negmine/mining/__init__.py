@@ -18,7 +18,8 @@ tables.py             embeddings in the columns of tables
 row_lists.py          lists of corpus rows per query: positives and exclusions
 memory_budget.py      how many queries and rows to process at a time
 parts.py              mine_part: a job as phases, and the part of any queries and rows
-merging.py            merge_parts: any tree of parts
+merging.py            parts of a phase joined by any tree
+shares.py             merge_parts, and shares of a job that no engine runs
 executors.py          what answers a phase for the whole corpus: this process, ranks, an engine
 ray_executor.py       actors of Ray
 process_ranks.py      communication where several processes hold the corpus
@@ -41,11 +42,11 @@ progress.py           a progress bar on stderr
 from negmine.mining.batches import build_batches
 from negmine.mining.hard_negatives import mine_hard_negatives
 from negmine.mining.index import Found, NegativeIndex
-from negmine.mining.merging import merge_parts
 from negmine.mining.parts import MiningPlan, Part, Phase, mine_part
 from negmine.mining.result import MiningResult
 from negmine.mining.retrievers import merge_retrievers
 from negmine.mining.rounds import Round, mining_rounds
+from negmine.mining.shares import merge_parts
 from negmine.mining.text_mining import from_texts
 
 __all__ = [

@@ -1,19 +1,18 @@
 """Mines one batch of queries: the ranks of its windows, filters, near duplicates, and a deeper scan where too few rows are left.
 
-source   an ExecutorScan of the whole corpus, or an IndexScan of the candidates of an index
+source   an ExecutorScan of the whole corpus, an IndexScan of the candidates of an index, or what shares found (shares.py)
 window   (B, W) int64 sort keys, hardest first, NOWHERE past its end; the input of sampling.py
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from negmine import reference
 from negmine.mining.dedup import Deduplicator
-from negmine.mining.executors import ExecutorScan
 from negmine.mining.identity import Hidden
-from negmine.mining.index_scan import IndexScan
 from negmine.mining.row_lists import RowLists
 from negmine.mining.sampling import candidates_needed, slice_window
 from negmine.ops import sort_key
@@ -41,13 +40,13 @@ def needs_count(select: Select, raw: bool) -> bool:
 class BatchMiner:
     """Finds the windows of queries; every batch of a run uses the same one."""
 
-    source: ExecutorScan | IndexScan
+    source: Any
     select: Select
     raw: bool
     num_negatives: int
     strategy: str
     count_skipped: bool
-    excluded: Hidden  # documents that each query must not get
+    excluded: Hidden | RowLists  # documents that each query must not get
     deduplicator: Deduplicator | None
 
     @property

@@ -32,8 +32,7 @@ from negmine.mining.identity import Hidden, Side, resolve
 from negmine.mining.index import NegativeIndex, measure_recall, require_same_rows, sample_queries
 from negmine.mining.index_scan import IndexScan
 from negmine.mining.memory_budget import DEFAULT_MEMORY, DENSE_BYTES, MAX_QUERIES, BatchSizes, plan_batches
-from negmine.mining.merging import result_of
-from negmine.mining.parts import MiningPlan, Part, Phase, pack_ids
+from negmine.mining.parts import MiningPlan, Part, PartMiner, Phase, pack_ids
 from negmine.mining.process_ranks import ProcessRanks
 from negmine.mining.progress import progress
 from negmine.mining.ray_executor import RayExecutor
@@ -43,6 +42,7 @@ from negmine.mining.resume import RunState, require_folder
 from negmine.mining.row_lists import RowLists
 from negmine.mining.sampling import STRATEGIES, sample
 from negmine.mining.scan import Scan
+from negmine.mining.shares import places, result_of, sampled_hash, skip_counts
 from negmine.mining.sources import Rows, content_hash, resolve_device
 from negmine.ops import checks, sort_key
 from negmine.options import Select, is_real
@@ -280,13 +280,12 @@ def mine_hard_negatives(
 
 
 def mine_share(share: int, num_shares: int, arguments: dict[str, Any]) -> Part:
-    """The negatives of one of num_shares equal shares of the queries, counted from 1, by arguments of mine_hard_negatives.
-
-    merge_parts makes the MiningResult of all shares.
+    """One of num_shares equal shares of a job, counted from 1, by arguments of mine_hard_negatives: a share of the rows, or of
+    the queries (shares.py). merge_parts makes the MiningResult of all shares.
     """
     refused = {
-        "rescore": "None where a share of the queries is mined: rescore the merged result",
-        "index": "'exact' where a share of the queries is mined",
+        "rescore": "None where a share of a job is mined: rescore the merged result",
+        "index": "'exact' where a share of a job is mined",
     }
     for name, wanted in refused.items():
         given = arguments.get(name)
@@ -308,7 +307,10 @@ def _mine(given: dict[str, Any], held: dict[str, Any], share: tuple[int, int] | 
         positives, exclude = held["positives"], held["exclude"]
         inputs = _open_inputs(options, ranks, stack, held)
         if rescore is None:
-            part = _run(options, inputs, _make_plan(options, inputs, positives, exclude), share)
+            plan = _make_plan(options, inputs, positives, exclude)
+            if share is not None and _shares_rows(options, ranks):
+                return _run_rows(options, inputs, plan, share)
+            part = _run(options, inputs, plan, share)
             return part if share is not None else _result(part, inputs)
         rescoring = Rescoring.open(OP, options)
         for name, column in (("query_texts", inputs.query_names.texts), ("corpus_texts", inputs.corpus_names.texts)):
@@ -549,7 +551,7 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan, share: tuple[int
         query = queries.block(begin, begin + len(numbers), device)
         scores = corpus.execute(parts, Phase("positives", lists), query).arrays["scores"]  # (P,)
         positive_scores[numbers] = lists.reduce(scores, options["positive_aggregation"])
-        given_scores.append(scores[_places(own, lists, K)])
+        given_scores.append(scores[places(own, lists, K)])
 
     counters = list(nested_filters(select)) if options["count_skipped"] else []
     counters += [] if miner.deduplicator is None else ["near_positive", "near_negative"]
@@ -589,22 +591,7 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan, share: tuple[int
             state.record(begin, *sort_key.unpack(sort_keys), dropped)
     if index_facts is not None:
         index_facts["cut_short"] = state.skipped.pop("cut_short")
-    config = {
-        "arguments": _describe(options, DESCRIBED),
-        "kernels": documents.kernels,
-        "index": index_facts,
-        "queries": Q,
-        "corpus_rows": K,
-        "dimension": queries.dim,
-        "rounded_to_float32": [name for name, rows in _rows(inputs).items() if rows.is_rounded],
-        "content": content,
-        "versions": {
-            "negmine": __version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-    }
+    config = _config(options, inputs, content, documents.kernels, index_facts)
     given = hidden.given.take(np.arange(first, last))
     arrays = {
         "numbers": np.arange(first, last),
@@ -626,11 +613,119 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan, share: tuple[int
     return Part("negatives", parts.digest, parts.digest, documents.kernels, 0, tiles, arrays, facts)
 
 
-def _places(own: RowLists, lists: RowLists, K: int) -> np.ndarray:
-    """Where each entry of `own` stands in `lists`, which hold all of them."""
-    wanted, held = (part.queries * K + part.rows for part in (own, lists))
-    by_pair = np.argsort(held, kind="stable")
-    return by_pair[np.searchsorted(held[by_pair], wanted)]
+def _config(
+    options: dict[str, Any], inputs: _Inputs, content: dict[str, str], kernels: str, index: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What the result says of its making."""
+    return {
+        "arguments": _describe(options, DESCRIBED),
+        "kernels": kernels,
+        "index": index,
+        "queries": len(inputs.queries),
+        "corpus_rows": len(inputs.corpus),
+        "dimension": inputs.queries.dim,
+        "rounded_to_float32": [name for name, rows in _rows(inputs).items() if rows.is_rounded],
+        "content": content,
+        "versions": {
+            "negmine": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _shares_rows(options: dict[str, Any], ranks: ProcessRanks) -> bool:
+    """True if a share of a job can be a share of the rows: no rows of different shares are compared, or counted, in between."""
+    one_pass = options["deduplicate"] == "none" and not needs_count(options["select"], options["range_mode"] == "raw")
+    return one_pass and options["engine"] is None and ranks.size == 1
+
+
+def _run_rows(options: dict[str, Any], inputs: _Inputs, plan: _Plan, share: tuple[int, int]) -> Part:
+    """Phase "candidates": the hardest rows of all queries among a share of the rows. No other rows are read but those of
+    positives, where margins are measured from them, and those of sampled_hash."""
+    queries, corpus, miner, hidden = inputs.queries, inputs.corpus, plan.miner, plan.hidden
+    Q, K, device, select = len(queries), len(corpus), corpus.device, miner.select
+    number, num_shares = share
+    edges = [[count * at // num_shares for at in (number - 1, number)] for count in (Q, K)]
+    (first_query, last_query), (first_row, last_row) = edges
+    parts = replace(plan.parts, distinct=hidden.distinct)
+    rows = corpus.rows.between(first_row, last_row)
+    own = PartMiner(OP, parts, rows, first_row, device, lambda chunks: corpus.advance(chunks))
+    document = own(Phase("documents", RowLists.empty(1)), None)
+    content = {"corpus_embeddings": sampled_hash(corpus.rows)} | plan.content
+    identity = _identity(options, inputs, plan, content, own.kernels)
+    identity |= {"share of the rows": f"{number}/{num_shares}", "own rows": document.arrays["content"].tolist()}
+
+    is_early = select.has_margin and not miner.raw  # the scores of positives are needed for the scan
+    positive_scores = np.empty(Q, np.float32)  # (Q,)
+    pair_numbers, pair_scores, num_pairs = [np.empty(0, np.int64)], [np.empty(0, np.float32)], 0
+    for begin in range(0, Q, MAX_QUERIES):
+        numbers = np.arange(begin, min(begin + MAX_QUERIES, Q))
+        lists = hidden.positives.take(numbers)
+        phase, query = Phase("positives", lists), queries.block(begin, begin + len(numbers), device)
+        if is_early:
+            scores = corpus.execute(parts, phase, query).arrays["scores"]  # (P,)
+            positive_scores[numbers] = lists.reduce(scores, options["positive_aggregation"])
+            at = np.flatnonzero((first_row <= lists.rows) & (lists.rows < last_row))
+            scores = scores[at]
+        else:
+            arrays = own(phase, query).arrays
+            at, scores = arrays["numbers"], arrays["scores"]
+        pair_numbers.append(num_pairs + at)
+        pair_scores.append(scores)
+        num_pairs += len(lists.rows)
+
+    filters = list(nested_filters(select)) if options["count_skipped"] else []
+    counters = [] if miner.raw else filters
+    depth, resume_dir = miner.depth(K), options["resume_dir"]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        state = RunState(OP, inputs.ranks, Q, depth, K, counters)
+        if resume_dir is not None:
+            stack.callback(state.open(resume_dir, identity).close)
+        batches = state.unfinished(plan.sizes.batch, 0, Q)
+        steps = len(batches) * len(list(rows.spans(parts.chunk_size)))
+        corpus.advance = stack.enter_context(progress(steps, options["show_progress_bar"], "mining", "chunks"))
+        for begin, end in batches:
+            excluded, anchor, of_batch = RowLists.empty(end - begin), None, np.arange(begin, end)
+            if not miner.raw:
+                excluded = hidden.take(of_batch)
+                anchor = positive_scores[of_batch] if is_early else None
+            limits = (
+                (Select(), ()) if miner.raw else (miner.filters, tuple(nested_filters(select)[c] for c in counters))
+            )
+            phase = Phase("scan", excluded, anchor, depth, *limits)
+            arrays = own(phase, queries.block(begin, end, device)).arrays
+            dropped = skip_counts(miner, arrays["num_dropped"]) if counters else {}
+            state.record(begin, *sort_key.unpack(torch.from_numpy(arrays["sort_keys"])), dropped)
+    indices = torch.from_numpy(state.indices)
+    sort_keys = sort_key.pack(torch.from_numpy(state.scores), indices).masked_fill(indices < 0, sort_key.NOWHERE)
+    arrays = {
+        "numbers": np.arange(Q),
+        "sort_keys": sort_keys.numpy(),
+        "content": document.arrays["content"],
+        "pair_numbers": np.concatenate(pair_numbers),
+        "pair_scores": np.concatenate(pair_scores),
+    }
+    if number == 1:
+        every = np.arange(Q)
+        lists_of = {"positives": hidden.given, "pair": hidden.positives.take(every), "excluded": hidden.take(every)}
+        for name, lists in lists_of.items():
+            arrays |= {f"{name}_sizes": lists.sizes, f"{name}_rows": lists.rows}
+        arrays["query_rows"] = hidden.positives.list_of
+        for name, column in {"query_ids": inputs.query_names.ids, "corpus_ids": inputs.corpus_names.ids}.items():
+            arrays |= {} if column is None else pack_ids(name, column.block(0, len(column)))
+    facts = {
+        "shares": [number],
+        "num_shares": num_shares,
+        "config": _config(options, inputs, content, own.kernels, None),
+        "skipped": hidden.count(first_query, last_query) | dict.fromkeys(filters, 0) | state.skipped,
+        "num_candidates": K if hidden.distinct is None else int(hidden.distinct.sum()),
+        "corpus_dtype": corpus.dtype,
+    }
+    tiles = np.array([[0, Q, first_row, last_row]])
+    return Part("candidates", parts.digest, parts.digest, own.kernels, depth, tiles, arrays, facts)
 
 
 def _rows(inputs: _Inputs) -> dict[str, Any]:

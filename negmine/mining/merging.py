@@ -1,13 +1,13 @@
-"""merge_parts: merges the parts of a mining job. The order does not matter: the result equals that of one process bit for bit."""
+"""Joins parts of a phase into one. The order does not matter: the result equals that of one process bit for bit."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from negmine.mining.parts import Part, unpack_ids
-from negmine.mining.result import MiningResult
+from negmine.mining.parts import Part
 from negmine.mining.resume import flatten
 from negmine.mining.row_lists import RowLists
 from negmine.ops import sort_key
@@ -15,6 +15,7 @@ from negmine.ops.checks import describe, refuse
 
 OP = "merge_parts"
 SUMMED = ("num_dropped", "content")  # arrays whose entries for the same number are added
+SHARES = ("negatives", "candidates")  # phases of shares.py
 SAME = {
     "phase_digest": "of one phase",
     "plan": "of one plan, that is, of the same inputs and arguments",
@@ -22,49 +23,13 @@ SAME = {
 }
 
 
-def merge_parts(parts: Sequence[Part]) -> Part | MiningResult:
-    """Merge several parts of one phase into one part.
-
-    Parts may be merged in any order, and merged parts may be merged again. The result is always the same, bit for bit.
-
-    Parameters
-    ----------
-    parts : list of Part
-        Parts of the same plan and phase, computed by the same kernels. No two may cover the same query and row.
-
-    Returns
-    -------
-    Part or MiningResult
-        The merged part. In phase "negatives", the MiningResult once the parts cover every share of the queries.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If the parts do not belong together or overlap.
-
-    Examples
-    --------
-    >>> corpus = torch.randn(50, 16)
-    >>> def engine(plan, phase, queries):
-    ...     high = negmine.mining.mine_part(plan, phase, queries, corpus[30:], 30)
-    ...     low = negmine.mining.mine_part(plan, phase, queries, corpus[:30], 0)
-    ...     return negmine.mining.merge_parts([high, low])
-    >>> split = negmine.mine_hard_negatives(corpus[:5], corpus, list(range(5)), num_negatives=2, engine=engine)
-    >>> whole = negmine.mine_hard_negatives(corpus[:5], corpus, list(range(5)), num_negatives=2)
-    >>> bool((split.indices == whole.indices).all())
-    True
-    """
-    merged = join_parts(parts)
-    is_whole = merged.phase == "negatives" and len(merged.facts["shares"]) == merged.facts["num_shares"]
-    return result_of(merged) if is_whole else merged
-
-
 def join_parts(parts: Sequence[Part]) -> Part:
-    """Like merge_parts, but always returns a Part, even if it holds the negatives of all queries."""
+    """Like merge_parts, but always returns a Part, even if it holds every share of a job."""
     if not isinstance(parts, (list, tuple)) or not parts or not all(isinstance(part, Part) for part in parts):
         raise refuse(OP, "parts", "a list of one Part or more", parts, TypeError)
     first = parts[0]
-    if all(part.phase == "negatives" for part in parts):
+    is_share = first.phase in SHARES and all(part.phase == first.phase for part in parts)
+    if is_share:
         _require_one_config([part.facts["config"] for part in parts])
     for name, wanted in SAME.items():
         values = [getattr(part, name) for part in parts]
@@ -75,8 +40,10 @@ def join_parts(parts: Sequence[Part]) -> Part:
         return first
     tiles = np.concatenate([part.tiles for part in parts])
     tiles = tiles[np.lexsort(tiles.T[::-1])]
-    if first.phase == "negatives":
-        return _join_shares(parts, tiles)
+    if is_share:
+        facts = first.facts | _joined_facts(parts)
+        joined = _joined_negatives(parts) if first.phase == "negatives" else _joined_candidates(parts)
+        return replace(first, tiles=tiles, arrays=joined, facts=facts)
     _require_disjoint(first.phase, tiles)
     arrays = {name: np.concatenate([part.arrays[name] for part in parts]) for name in first.arrays}
     by_number = np.argsort(arrays["numbers"], kind="stable")
@@ -124,18 +91,28 @@ def _require_one_config(configs: list[dict]) -> None:
             raise refuse(OP, "parts", "of the same inputs, arguments, kernels and versions", came)
 
 
-def _join_shares(parts: Sequence[Part], tiles: np.ndarray) -> Part:
-    """Merge parts of phase "negatives", which hold the negatives of different shares of the queries."""
+def _joined_facts(parts: Sequence[Part]) -> dict[str, Any]:
+    """The shares that some parts hold together, and the sums of their counters."""
     facts = parts[0].facts
     shares = sorted(share for part in parts for share in part.facts["shares"])
     double = sorted({share for share in shares if shares.count(share) > 1})
-    if double:
-        raise refuse(OP, "parts", "each share of the queries once", f"{share_names(double, facts)} more than once")
     counts = sorted({part.facts["num_shares"] for part in parts})
     if len(counts) > 1:
-        raise refuse(OP, "parts", "of equally many shares of the queries", f"shares of {counts[0]} and of {counts[1]}")
-    names = dict.fromkeys(name for part in parts for name in part.arrays)
-    joined = {name: np.concatenate([part.arrays[name] for part in parts if name in part.arrays]) for name in names}
+        raise refuse(OP, "parts", "of equally many shares", f"shares of {counts[0]} and of {counts[1]}")
+    if double:
+        raise refuse(OP, "parts", "each share once", f"{share_names(double, facts)} more than once")
+    skipped = {name: sum(part.facts["skipped"][name] for part in parts) for name in facts["skipped"]}
+    return {"shares": shares, "skipped": skipped}
+
+
+def _concatenated(parts: Sequence[Part], skip: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    names = dict.fromkeys(name for part in parts for name in part.arrays if name not in skip)
+    return {name: np.concatenate([part.arrays[name] for part in parts if name in part.arrays]) for name in names}
+
+
+def _joined_negatives(parts: Sequence[Part]) -> dict[str, np.ndarray]:
+    """The arrays of phase "negatives", which hold the negatives of different shares of the queries."""
+    joined = _concatenated(parts)
     by_query = np.argsort(joined["numbers"], kind="stable")
     lists = {
         "positives_rows": "positives_sizes",
@@ -146,29 +123,22 @@ def _join_shares(parts: Sequence[Part], tiles: np.ndarray) -> Part:
         if name in joined:
             starts = np.r_[0, np.cumsum(joined[sizes])]
             joined[name] = joined[name][RowLists(starts, np.arange(starts[-1])).take(by_query).rows]
-    joined |= {name: array[by_query] for name, array in joined.items() if name not in lists and "corpus" not in name}
-    skipped = {name: sum(part.facts["skipped"][name] for part in parts) for name in facts["skipped"]}
-    return replace(parts[0], tiles=tiles, arrays=joined, facts=facts | {"shares": shares, "skipped": skipped})
+    return joined | {
+        name: each[by_query] for name, each in joined.items() if name not in lists and "corpus" not in name
+    }
 
 
-def result_of(part: Part) -> MiningResult:
-    """The MiningResult of a part that holds the negatives of all queries. It has no texts."""
-    arrays, Q = part.arrays, len(part.arrays["numbers"])
-    positives = RowLists(np.r_[0, np.cumsum(arrays["positives_sizes"])], arrays["positives_rows"])
-    query_rows = arrays["query_rows"]
-    return MiningResult(
-        arrays["indices"],
-        arrays["scores"],
-        arrays["positive_scores"],
-        (arrays["indices"] >= 0).sum(1),
-        positives,
-        part.facts["skipped"],
-        part.facts["config"],
-        arrays["positive_pair_scores"],
-        query_ids=unpack_ids("query_ids", arrays),
-        corpus_ids=unpack_ids("corpus_ids", arrays),
-        query_rows=None if (query_rows == np.arange(Q)).all() else query_rows,
-    )
+def _joined_candidates(parts: Sequence[Part]) -> dict[str, np.ndarray]:
+    """The arrays of phase "candidates", which hold the hardest rows of all queries among different shares of the rows."""
+    joined = _concatenated(parts, ("numbers", "sort_keys"))
+    by_pair = np.argsort(joined["pair_numbers"], kind="stable")
+    joined |= {name: joined[name][by_pair] for name in ("pair_numbers", "pair_scores")}
+    joined["content"] = joined["content"].sum(0, dtype=np.uint64, keepdims=True)
+    sort_keys = torch.from_numpy(parts[0].arrays["sort_keys"])
+    for part in parts[1:]:
+        both = torch.cat([sort_keys, torch.from_numpy(part.arrays["sort_keys"])], 1)
+        sort_keys = both.topk(sort_keys.shape[1], 1).values
+    return joined | {"numbers": parts[0].arrays["numbers"], "sort_keys": sort_keys.numpy()}
 
 
 def share_names(shares: Sequence[int], facts: dict) -> str:

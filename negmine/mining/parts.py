@@ -11,6 +11,7 @@ any range of queries and any range of rows:
     scan        the sort keys of each query's `depth` hardest rows, and the counts above      the hardest are kept; added
     rows        the vectors of some rows                                                      concatenated
     negatives   the final negatives of a share of the queries                                 concatenated
+    candidates  what a share of the rows answers to "documents", "positives" and "scan"       as these phases are
 
 mine_part computes a part from nothing but its arguments. merge_parts (merging.py) merges parts. A sort key holds a score and the
 row's number in the whole corpus, so no two sort keys are equal, and merging in any order gives the same bits as one process.
@@ -280,17 +281,17 @@ class Part:
             raise ValueError(f"its phase is {describe(self.phase)}")
         if tiles.dtype != np.int64 or tiles.ndim != 2 or tiles.shape[1] != len(TILES) or (tiles < 0).any():
             raise ValueError(f"its tiles are {tiles.dtype} of shape {tiles.shape}")
-        optional = set() if self.phase != "negatives" else {*OPTIONAL}
-        if not wanted.keys() <= self.arrays.keys() <= wanted.keys() | optional:
+        optional = OPTIONAL.get(self.phase, {})
+        if not wanted.keys() <= self.arrays.keys() <= wanted.keys() | optional.keys():
             raise ValueError(f"its arrays are {', '.join(self.arrays)}")
         counts = {len(array) for name, array in self.arrays.items() if name not in RAGGED}
         for name, array in self.arrays.items():
-            dtype, ndim = {**OPTIONAL, **wanted}[name]
+            dtype, ndim = {**optional, **wanted}[name]
             if array.dtype != dtype or array.ndim != ndim:
                 raise ValueError(f"its {name} are {array.dtype} of shape {array.shape}")
         if len(counts) != 1 or (np.diff(self.arrays["numbers"]) <= 0).any():
             raise ValueError("its arrays do not fit each other")
-        if self.phase == "scan" and self.arrays["sort_keys"].shape[1] != self.depth:
+        if self.phase in ("scan", "candidates") and self.arrays["sort_keys"].shape[1] != self.depth:
             raise ValueError(f"its sort keys are not {self.depth} deep")
 
     def require_complete(self, op: str, phase: Phase, plan: MiningPlan) -> None:
@@ -325,10 +326,25 @@ ARRAYS: dict[str, dict[str, tuple[type, int]]] = {
         "positives_rows": (np.int64, 1),
         "positive_pair_scores": (np.float32, 1),
     },
+    "candidates": {
+        "numbers": (np.int64, 1),
+        "sort_keys": (np.int64, 2),
+        "content": (np.uint64, 2),
+        "pair_numbers": (np.int64, 1),
+        "pair_scores": (np.float32, 1),
+    },
 }
-# Arrays of "negatives" whose length differs from that of "numbers". Ids are stored as ints, or as bytes with the size of each id.
-RAGGED = ("positives_rows", "positive_pair_scores", *IDS)  # their lengths are checked when the result is made
-OPTIONAL = {name: (np.int64, 1) for name in IDS} | {name: (np.uint8, 1) for name in IDS if name.endswith("_bytes")}
+# Arrays whose length differs from that of "numbers"; it is checked when the result is made.
+RAGGED = (
+    "positives_rows", "positive_pair_scores", "content", "pair_numbers", "pair_scores", "pair_rows", "excluded_rows", *IDS
+)  # fmt: skip
+# Ids are stored as ints, or as bytes with the size of each id. In "candidates", the first share holds what all have in common.
+STORED_IDS: dict[str, tuple[type, int]] = {name: (np.uint8 if name.endswith("_bytes") else np.int64, 1) for name in IDS}
+LISTS = [f"{of}_{what}" for of in ("positives", "pair", "excluded") for what in ("sizes", "rows")]
+OPTIONAL: dict[str, dict[str, tuple[type, int]]] = {
+    "negatives": STORED_IDS,
+    "candidates": STORED_IDS | {name: (np.int64, 1) for name in (*LISTS, "query_rows")},
+}
 
 
 def pack_ids(name: str, entries: list) -> dict[str, np.ndarray]:

@@ -18,14 +18,15 @@ float64 rows are rounded to float32 as they are read.
 The row number is the position in the concatenation of the shards. Content hashes and the detection of equal rows read the rows
 only, so neither depends on where the shards are cut.
 
-The rows of Parquet files, Lance datasets and streams cannot be memory-mapped as they are: the column is decoded once, batch by
-batch, into an unnamed temporary file, which is memory-mapped and disappears when the process ends.
+The rows of Parquet files, Lance datasets and streams cannot be memory-mapped as they are: they are decoded once, into an unnamed
+temporary file, which is memory-mapped and disappears when the process ends. Of a Parquet file or a Lance dataset, only the row
+groups or fragments of rows that are asked for are decoded (decoding.py).
 """
 
 import bisect
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from negmine.mining.decoding import DECODED_ROWS, decoded
+from negmine.mining.decoding import DECODED_ROWS, DecodedRows, decoded
 from negmine.mining.numpy_file import names_in_npz, read_npz
 from negmine.mining.regular_file import cause
 from negmine.mining.remote import is_url, local_copy
@@ -48,10 +49,12 @@ FORMS = (
     "or a table of Arrow, pandas, polars or datasets"
 )
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+LANCE_ROWS = 1 << 16  # of a Lance dataset, decoded together
+Shard = Tensor | np.ndarray | DecodedRows
 HASHED_ROWS = 2048  # rows in memory at a time while hashing
 
 
-def open_shard(op: str, name: str, value: Any) -> Tensor | np.ndarray:
+def open_shard(op: str, name: str, value: Any) -> Shard:
     """A file as a private memory map, which torch can wrap; an array or a tensor as it is."""
     if isinstance(value, (str, os.PathLike)):
         text, _, inner = str(value).partition("::")
@@ -69,6 +72,8 @@ def open_shard(op: str, name: str, value: Any) -> Tensor | np.ndarray:
             return reader(op, name, copy, inner)
     if is_stream(value):
         return _open_stream(op, name, value)
+    if isinstance(value, DecodedRows):
+        return value
     if not isinstance(value, (np.ndarray, Tensor)):
         rows = rows_of(op, name, value)
         if rows is not None:
@@ -120,7 +125,7 @@ def _open_safetensors(op: str, name: str, path: Path, inner: str) -> Tensor:
         raise _damaged(op, name, path, error) from error
 
 
-def _open_parquet(op: str, name: str, path: Path, inner: str) -> np.ndarray:
+def _open_parquet(op: str, name: str, path: Path, inner: str) -> DecodedRows:
     try:
         import pyarrow as arrow
         from pyarrow import parquet
@@ -134,23 +139,19 @@ def _open_parquet(op: str, name: str, path: Path, inner: str) -> np.ndarray:
     except (arrow.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
         raise _damaged(op, name, path, error) from error
     column = _choose_name(op, name, path, inner, fitting, "a column of lists of floats")
+    sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
 
-    def pieces() -> Iterator[Any]:
-        with file:
-            batches = file.iter_batches(DECODED_ROWS, columns=[column])
-            while True:
-                try:
-                    batch = next(batches, None)
-                except (arrow.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
-                    raise _damaged(op, name, path, error) from error
-                if batch is None:
-                    return
+    def read(group: int) -> Iterator[Any]:
+        try:
+            for batch in file.iter_batches(DECODED_ROWS, row_groups=[group], columns=[column]):
                 yield batch.column(0)
+        except (arrow.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
+            raise _damaged(op, name, path, error) from error
 
-    return decoded(op, name, str(path), column, pieces())
+    return DecodedRows(op, name, str(path), column, sizes, read)
 
 
-def _open_lance(op: str, name: str, path: Any, inner: str) -> np.ndarray:
+def _open_lance(op: str, name: str, path: Any, inner: str) -> DecodedRows:
     """path: a folder, or a URL, which lance opens itself."""
     try:
         import lance
@@ -158,13 +159,15 @@ def _open_lance(op: str, name: str, path: Any, inner: str) -> np.ndarray:
         raise _missing_package(op, name, path, "pylance") from error
     try:
         table = lance.dataset(str(path))
+        rows = table.count_rows()
         fitting = [field.name for field in table.schema if is_vector(field.type)]
     except Exception as error:  # errors of Rust, as several kinds
         raise _damaged(op, name, Path(path), error) from error
     column = _choose_name(op, name, path, inner, fitting, "a column of lists of floats")
 
-    def pieces() -> Iterator[Any]:
-        batches = iter(table.to_batches(columns=[column], batch_size=DECODED_ROWS))
+    def read(piece: int) -> Iterator[Any]:
+        place = {"offset": piece * LANCE_ROWS, "limit": LANCE_ROWS}
+        batches = iter(table.to_batches(columns=[column], batch_size=DECODED_ROWS, **place))
         while True:
             try:
                 batch = next(batches, None)
@@ -174,7 +177,8 @@ def _open_lance(op: str, name: str, path: Any, inner: str) -> np.ndarray:
                 return
             yield batch.column(0)
 
-    return decoded(op, name, str(path), column, pieces())
+    sizes = [min(LANCE_ROWS, rows - begin) for begin in range(0, rows, LANCE_ROWS)]
+    return DecodedRows(op, name, str(path), column, sizes, read)
 
 
 def _open_arrow(op: str, name: str, path: Path, inner: str) -> np.ndarray:
@@ -218,7 +222,7 @@ def _open_npz(op: str, name: str, path: Path, inner: str) -> np.ndarray:
         raise _damaged(op, name, path, error) from error
 
 
-READERS: dict[str, Callable[[str, str, Any, str], Tensor | np.ndarray]] = {
+READERS: dict[str, Callable[[str, str, Any, str], Shard]] = {
     ".npy": _open_npy,
     ".safetensors": _open_safetensors,
     ".parquet": _open_parquet,
@@ -229,11 +233,11 @@ READERS: dict[str, Callable[[str, str, Any, str], Tensor | np.ndarray]] = {
 }
 
 
-def _is_double(shard: Tensor | np.ndarray) -> bool:
+def _is_double(shard: Shard) -> bool:
     return shard.dtype == (torch.float64 if isinstance(shard, Tensor) else np.float64)
 
 
-def _dtype_of(shard: Tensor | np.ndarray) -> str:
+def _dtype_of(shard: Shard) -> str:
     """The dtype in which a shard is read."""
     if _is_double(shard):
         return "float32"
@@ -254,8 +258,8 @@ def as_tensor(part: Tensor | np.ndarray) -> Tensor:
 class Rows:
     """(rows, D) in one of the kernels' dtypes, held by one or more shards."""
 
-    def __init__(self, shards: list[Tensor | np.ndarray], dim: int, dtype: str) -> None:
-        self.shards, self.dim, self.dtype = shards, dim, dtype
+    def __init__(self, shards: Sequence[Shard], dim: int, dtype: str) -> None:
+        self.shards, self.dim, self.dtype = list(shards), dim, dtype
         self.starts = [0]  # of each shard, and the end of the last
         for shard in shards:
             self.starts.append(self.starts[-1] + len(shard))
@@ -307,6 +311,12 @@ class Rows:
         for start, stop in zip(self.starts, self.starts[1:], strict=False):
             for begin in range(start, stop, size):
                 yield begin, min(begin + size, stop)
+
+    def between(self, begin: int, end: int) -> "Rows":
+        """Rows [begin, end), without a copy. No other row is read."""
+        edges = zip(self.shards, self.starts, self.starts[1:], strict=False)
+        held = [shard[max(begin, a) - a : end - a] for shard, a, b in edges if a < end and begin < b]
+        return Rows(held or [self.shards[0][:0]], self.dim, self.dtype)
 
     def block(self, begin: int, end: int, device: torch.device) -> Tensor:
         """Rows [begin, end): (end - begin, D); a copy only where they cross shards."""
