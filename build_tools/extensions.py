@@ -45,7 +45,7 @@ def package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise BuildError(f"The build needs {name}, but this Python has none.")
-    return Path(spec.origin).parent
+    return Path(spec.origin).parent.resolve()  # as the compiler names its headers, whose prefix is mapped away
 
 
 @dataclass
