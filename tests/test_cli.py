@@ -175,6 +175,15 @@ def test_index_builds_searches_and_recalls(folder, capsys):
     words = "index recall --index c.index --query-embeddings q.npy --corpus-embeddings c.npy --k 3"
     assert main(words.split()) == 0
     assert capsys.readouterr().out.endswith("recall 1.0000\n")
+    for i in "01":
+        assert main(f"index build --embeddings c{i}.npy --output {i}.index".split()) == 0
+    assert main(words.replace("c.index", "0.index 1.index").split()) == 0
+    assert capsys.readouterr().out.endswith("recall 1.0000\n")
+    mined = "mine --query-embeddings q.npy --corpus-embeddings c.npy --positives p.npy --output"
+    assert (
+        main([*mined.split(), "a.npz"]) == 0 and main([*mined.split(), "b.npz", "--index", "0.index", "1.index"]) == 0
+    )
+    assert (folder / "a.npz").read_bytes() == (folder / "b.npz").read_bytes()
     assert main(["index", "build", "--embeddings", "c.npy", "--search-options", "nprobe=x", "--output", "d.index"]) == 2
     assert "'nprobe=x' must be name=number" in capsys.readouterr().err
 

@@ -3,10 +3,12 @@
 import os
 import re
 import stat
+import subprocess
 import sys
 import threading
 import types
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,6 +277,10 @@ def test_cagra_through_its_interface(monkeypatch, tmp_path):
     index.save(tmp_path / "index")
     again = NegativeIndex.load(tmp_path / "index", device="cpu")
     np.testing.assert_array_equal(again.search(queries(), 9).indices, want.indices)
+    halves = [tmp_path / "0", tmp_path / "1"]
+    for path, half in zip(halves, corpus().split(K // 2), strict=True):
+        NegativeIndex.build(half, "cagra").save(path)
+    np.testing.assert_array_equal(NegativeIndex.load(halves, device="cpu").search(queries(), 9).indices, want.indices)
     with pytest.raises(ValueError, match="a 'cagra' index is built once"):
         index.add(corpus())
 
@@ -337,6 +343,98 @@ def test_a_gpu_index_says_what_it_lacks():
         limited.search(queries(), 6)
     options = {"index": limited, "num_negatives": 9, "min_recall": 0.1}
     assert (mine(queries(4), corpus(), [0, 1, 2, 3], **options).num_valid <= 5).all()
+
+
+CUTS = ((0, 7), (7, 150), (150, 151), (151, K))  # rows of the shards; some hold fewer than k
+
+
+def shards_of(folder, kinds, c):
+    """The paths of an index for each range of rows."""
+    paths = [folder / f"{i}.index" for i in range(len(CUTS))]
+    for path, kind, (begin, end) in zip(paths, kinds, CUTS, strict=True):
+        NegativeIndex.build(c[begin:end], kind).save(path)
+    return paths
+
+
+@pytest.mark.parametrize("kinds", [["exact"] * 4, ["Flat"] * 4, ["Flat", "IVF1,Flat", "Flat", "IVF1,Flat"]], ids=str)
+@pytest.mark.parametrize("is_small", [False, True])
+def test_shards_answer_as_one_index(kinds, is_small, tmp_path, monkeypatch):
+    pytest.importorskip("faiss")
+    q, c = whole(9, D, seed=1), whole(K, D, seed=2)
+    c[160:260] = c[:100]  # equal scores in different shards
+    paths, loads = shards_of(tmp_path, kinds, c), []
+    deserialize = engines.FaissEngine.deserialize
+    monkeypatch.setattr(engines.FaissEngine, "deserialize", lambda *of: loads.append(1) or deserialize(*of))
+    budget = max(path.stat().st_size for path in paths) if is_small and kinds[0] != "exact" else None
+    index = NegativeIndex.load(paths, max_memory_bytes=budget)
+    assert (len(index), index.dim) == (K, D)
+    kept = 0 if kinds[0] == "exact" else 1 if is_small else 4  # of one row
+    assert len(loads) == kept
+    want = NegativeIndex.build(c).search(q, K + 5)
+    for k in (1, 20, K + 5):  # FAISS pads what a shard lacks by -1, which is no row of the shard before it
+        found = index.search(q, k)
+        np.testing.assert_array_equal(found.scores, want.scores[:, :k])
+        if k == K + 5:
+            np.testing.assert_array_equal(found.indices, want.indices)
+    assert index.recall(q, c, k=30) == 1.0
+    positives = list(range(9))
+    got, exact = mine(q, c, positives, index=index, num_negatives=30), mine(q, c, positives, num_negatives=30)
+    np.testing.assert_array_equal(got.scores, exact.scores)
+    assert got.recall == (None if kinds[0] == "exact" else 1.0)
+
+
+def test_what_shards_refuse(tmp_path):
+    pytest.importorskip("faiss")
+    c = corpus()
+    paths = shards_of(tmp_path, ["Flat"] * 4, c)
+    index = NegativeIndex.load(paths, max_memory_bytes=17_000)
+    assert index.content_hash() != NegativeIndex.load(paths[::-1]).content_hash()
+    NegativeIndex.build(c).save(tmp_path / "exact")
+    NegativeIndex.build(c[:, :5], "Flat").save(tmp_path / "narrow")
+    for said, asked in {
+        "load: max_memory_bytes must be at least 15981": lambda: NegativeIndex.load(paths, max_memory_bytes=9000),
+        "load: path must be files of one D and dtype, all 'exact' or none": lambda: NegativeIndex.load(
+            [*paths, tmp_path / "exact"]
+        ),
+        "load: path must be files of one D and dtype": lambda: NegativeIndex.load([*paths, tmp_path / "narrow"]),
+        "load: path must be an existing file, or a list of files": lambda: NegativeIndex.load([]),
+        "add: an index of several files takes no rows": lambda: index.add(c),
+        "save: an index of several files is saved already": lambda: index.save(tmp_path / "again"),
+    }.items():
+        with pytest.raises(ValueError, match=f"^NegativeIndex.{said}"):
+            asked()
+    assert not (tmp_path / "again").exists()
+    NegativeIndex.build(c[7:150].flip(0), "Flat").save(paths[1])
+    with pytest.raises(ValueError, match=r"^NegativeIndex.search: '.*1.index' has changed since it was loaded"):
+        index.search(queries(), 3)
+
+
+LARGER_THAN_MEMORY = """
+import resource, sys, faiss, negmine, torch
+from tests.test_mining_index import ROWS, WIDTH
+budget, paths = int(sys.argv[1]), sys.argv[2:]
+negmine.NegativeIndex.build(torch.ones(8, WIDTH), "Flat").search(torch.ones(2, WIDTH), 1)  # libraries have their memory
+used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (used + (3 * ROWS * WIDTH * 4), -1))  # a shard, its file mapped, and half as much
+index = negmine.NegativeIndex.load(paths, max_memory_bytes=budget)
+print(len(index), index.search(torch.eye(WIDTH)[:3], 2).indices.tolist())
+"""
+ROWS, WIDTH = 1 << 16, 64  # of each shard: 16 MiB
+
+
+def test_shards_are_searched_in_less_memory_than_they_take(tmp_path):
+    pytest.importorskip("faiss")
+    rows = torch.zeros(ROWS, WIDTH)
+    for i in range(8):
+        rows[7] = torch.eye(WIDTH)[i % 3] * (1 + i)
+        NegativeIndex.build(rows, "Flat").save(tmp_path / f"{i}.index")
+    best = [[7 + i * ROWS for i in pair] for pair in ((6, 3), (7, 4), (5, 2))]
+    paths = [str(tmp_path / f"{i}.index") for i in range(8)]
+    for budget, said in ((20 << 20, f"{8 * ROWS} {best}"), (1 << 30, "MemoryError|bad_alloc|cannot allocate memory")):
+        command = [sys.executable, "-c", LARGER_THAN_MEMORY, str(budget), *paths]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=200)
+        assert re.search(said if "|" in said else re.escape(said), done.stdout + done.stderr), done.stderr[-2000:]
+        assert (done.returncode == 0) == (budget < 1 << 30)
 
 
 def test_resuming_keeps_the_index(tmp_path):

@@ -39,7 +39,8 @@ def add(commands: Any) -> None:
         ("recall", NegativeIndex.recall, _recall, "the share of the exact answer that the index finds"),
     ):
         step = steps.add_parser(name, help=description, description=f"NegativeIndex.{name} of an index in a file.")
-        step.add_argument("--index", metavar="FILE", required=True, help="what `negmine index build` wrote")
+        files_help = "what `negmine index build` wrote; several files are the shards of one index, in row order"
+        step.add_argument("--index", metavar="FILE", nargs="+", required=True, help=files_help)
         loaded = add_options(step.add_argument_group("loading"), NegativeIndex.load, READERS, ("path",))
         asked = add_options(step, function, READERS)
         if name == "search":

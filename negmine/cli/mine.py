@@ -36,7 +36,7 @@ READERS = {
     "corpus_texts": files.TEXTS,
     "rescore": Reader(files.imported, "MODULE:NAME"),
     "engine_options": files.OPTIONS,
-    "index": Reader(lambda word: NegativeIndex.load(word) if Path(word).is_file() else word, "KIND|FILE"),
+    "index": Reader(lambda words: _index(words), "KIND|FILE", "+"),
 }
 NO_OPTION = ("select", "process_group")  # select is given by its own fields; a process group is made by a program
 NO_FIELD = ("sample", "replace")  # mine_hard_negatives refuses them: num_negatives and sampling_strategy draw
@@ -104,6 +104,11 @@ def add_outputs(out: Any) -> None:
     out.add_argument(
         "--form", default="flagembedding", help=f"of training data: {', '.join(FORMS)} (default: flagembedding)"
     )
+
+
+def _index(words: list[str]) -> str | NegativeIndex:
+    """The index in one or more files, or the word for a kind of index."""
+    return words[0] if len(words) == 1 and not Path(words[0]).is_file() else NegativeIndex.load(words)
 
 
 def _part(word: str) -> tuple[int, int]:

@@ -24,6 +24,7 @@ executors.py          what answers a phase for the whole corpus: this process, r
 ray_executor.py       actors of Ray
 process_ranks.py      communication where several processes hold the corpus
 index.py              NegativeIndex
+index_shards.py       several saved indexes searched as one
 engines.py            what an index searches with: a scan, FAISS, cuVS
 result.py             MiningResult: saved, summarised, turned into training data
 training_rows.py      a result as rows of training data, in the forms of other programs

@@ -9,7 +9,7 @@ The recall of an approximate index depends on the data. `recall` measures it, an
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from negmine.mining import array_file
 from negmine.mining.engines import CagraEngine, ExactEngine, FaissEngine, UnreadableIndex
+from negmine.mining.index_shards import IndexShard, ShardedEngine
 from negmine.mining.memory_budget import DENSE_BYTES, plan_batches
 from negmine.mining.regular_file import cause
 from negmine.mining.row_lists import RowLists
@@ -211,12 +212,16 @@ class NegativeIndex:
             raise checks.refuse(op, "k", f"at most {max_k}, FAISS's limit on a GPU, or the index 'exact'", k)
         corpus = self._engine.rows if self.kind == "exact" else queries
         pair_bytes = 0 if self.kind == "exact" and self._engine.ops else DENSE_BYTES
-        sizes = plan_batches(op, queries, corpus, min(k, len(self)), pair_bytes, None, None, self._memory)
+        memory = self._memory if self.kind == "exact" else None
+        sizes = plan_batches(op, queries, corpus, min(k, len(self)), pair_bytes, None, None, memory)
         if self.kind == "exact":
             self._engine.chunk = sizes.chunk
         scores, indices = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
         device = queries.device or torch.device("cpu")
         with torch.no_grad():
+            if isinstance(self._engine, ShardedEngine):
+                blocks = [queries.block(begin, end, device) for begin, end in queries.spans(sizes.batch)]
+                return Found(*self._engine.search_batches(blocks, k))
             for begin, end in queries.spans(sizes.batch):
                 scores[begin:end], indices[begin:end] = self._engine.search(queries.block(begin, end, device), k)
         return Found(scores, indices)
@@ -315,23 +320,27 @@ class NegativeIndex:
     @classmethod
     def load(
         cls,
-        path: str | os.PathLike,
+        path: str | os.PathLike | Sequence[str | os.PathLike],
         *,
         search_options: dict | None = None,
         device: str | torch.device | None = None,
         backend: str | None = None,
         max_memory_bytes: int | None = None,
     ) -> "NegativeIndex":
-        """Read a file that `save` wrote.
+        """Read a file that `save` wrote, or several files as the shards of one index.
 
         Parameters
         ----------
-        path : path
-            The file.
+        path : path, or a list of paths
+            The file. With several files, rows are numbered in the order of the files, and a search finds the best of all. They
+            need not be of one kind, but an exact index goes with exact ones only.
         search_options : dict, optional
             Search options that replace the saved ones.
-        device, backend, max_memory_bytes : optional
+        device, backend : optional
             As in `build`.
+        max_memory_bytes : int, optional
+            As in `build`. With several approximate indexes, the size of those in memory at a time: the others are loaded,
+            searched and dropped in each search. The default is 1 GiB, or the largest if that is larger.
 
         Returns
         -------
@@ -348,52 +357,101 @@ class NegativeIndex:
         Before anything is allocated, the sizes in the file are checked against the size of the file; then the hashes are
         checked. Hashes detect damage but not manipulation, and the bytes of a FAISS index are read by FAISS itself, so load
         approximate indexes only from sources that you trust.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> folder, rows = tempfile.mkdtemp(), torch.eye(4)
+        >>> for i in range(2):
+        ...     negmine.NegativeIndex.build(rows[2 * i : 2 * i + 2]).save(f"{folder}/{i}.index")
+        >>> index = negmine.NegativeIndex.load([f"{folder}/0.index", f"{folder}/1.index"])
+        >>> index.search(rows[3:], 1).indices.tolist()
+        [[3]]
         """
         op = "NegativeIndex.load"
-        facts, parts = array_file.read(op, path, FILE_KIND)
-        try:
-            kind, dim, rows, dtype = facts["kind"], facts["dim"], facts["rows"], facts["dtype"]
-            options = dict(facts["options"]) if search_options is None else search_options
-            part = parts["index"]
-            _check_arguments(op, kind, None, 0, options, max_memory_bytes)
-            if kind == "exact" and (part.shape != (rows, dim) or part.dtype not in (dtype, "uint16")):
-                raise ValueError(f"its rows are {part.dtype} {part.shape}, not {dtype} {(rows, dim)}")
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"{op}: {str(path)!r} is no NegativeIndex that this version reads"
-            raise ValueError(f"{what} ({cause(error)})") from error
-        try:
-            array = array_file.map_array(path, part)
-            engine: Any
-            if kind == "exact":
-                tensor = torch.from_numpy(array)
-                held = Rows.open(op, "path", tensor.view(torch.bfloat16) if part.dtype == "uint16" else tensor)
-                engine = ExactEngine(op, held, resolve_device(op, device, held), backend)
+        given = list(path) if isinstance(path, (list, tuple)) else [path]
+        if not given:
+            raise checks.refuse(op, "path", "an existing file, or a list of files", path)
+        files = [_IndexFile(op, each, search_options, max_memory_bytes) for each in given]
+        first = files[0]
+        for file in files[1:]:
+            if (file.dim, file.dtype) != (first.dim, first.dtype) or (file.kind == "exact") != (first.kind == "exact"):
+                wanted = f"files of one D and dtype, all 'exact' or none: {first} in the first"
+                raise checks.refuse(op, "path", wanted, f"{file} in {str(file.path)!r}")
+        if first.kind == "exact":
+            rows = Rows([shard for file in files for shard in file.open_rows().shards], first.dim, first.dtype)
+            engine: Any = ExactEngine(op, rows, resolve_device(op, device, rows), backend)
+        else:
+            default = "cuda" if "cagra" in {file.kind for file in files} else "cpu"
+            where = torch.device(device or default)
+            if len(files) == 1:
+                engine = first.open(where)
             else:
-                read = sequential_reader(array)
-                where = torch.device(device or ("cuda" if kind == "cagra" else "cpu"))
-                engine = (
-                    CagraEngine.deserialize(op, read, rows, dim, options, where)
-                    if kind == "cagra"
-                    else FaissEngine.deserialize(op, kind, read, options, where)
-                )
-        except UnreadableIndex as error:
-            raise ValueError(f"{op}: {str(path)!r}: {cause(error)}") from error
-        if (len(engine), engine.dim) != (rows, dim):
-            came = f"{len(engine)} rows of D = {engine.dim}"
-            raise ValueError(f"{op}: {str(path)!r} holds {came}, and its table says {rows} of D = {dim}")
-        return cls(engine, dtype, dict(options), max_memory_bytes)
+                shards = [file.shard(where) for file in files]
+                engine = ShardedEngine(op, shards, where, max_memory_bytes)
+        return cls(engine, first.dtype, dict(first.options), max_memory_bytes)
 
     def content_hash(self) -> str:
-        """A hash of the bytes that `save` would store.
+        """A hash of the bytes that `save` would store, or of those that the files of shards hold.
 
         Returns
         -------
         str
             32 hexadecimal digits.
         """
+        if isinstance(self._engine, ShardedEngine):
+            return self._engine.content_hash()
         digest = hashlib.blake2b(digest_size=16)
         self._engine.serialize(digest.update)
         return digest.hexdigest()
+
+
+class _IndexFile:
+    """A file that `save` wrote: its facts and hashes are checked, and its index is not loaded yet."""
+
+    def __init__(self, op: str, path: Any, search_options: dict | None, max_memory_bytes: int | None) -> None:
+        self.op, self.path = op, path
+        facts, parts = array_file.read(op, path, FILE_KIND)
+        try:
+            self.kind, self.dim, self.rows, self.dtype = (facts[name] for name in ("kind", "dim", "rows", "dtype"))
+            self.options = dict(facts["options"]) if search_options is None else search_options
+            self._part = parts["index"]
+            _check_arguments(op, self.kind, None, 0, self.options, max_memory_bytes)
+            shape, dtype = self._part.shape, self._part.dtype
+            if self.kind == "exact" and (shape != (self.rows, self.dim) or dtype not in (self.dtype, "uint16")):
+                raise ValueError(f"its rows are {dtype} {shape}, not {self.dtype} {(self.rows, self.dim)}")
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"{op}: {str(path)!r} is no NegativeIndex that this version reads"
+            raise ValueError(f"{what} ({cause(error)})") from error
+
+    def __str__(self) -> str:
+        return f"{self.kind} of D = {self.dim}, {self.dtype}"
+
+    def open_rows(self) -> Rows:
+        """The rows of an exact index, memory-mapped."""
+        tensor = torch.from_numpy(array_file.map_array(self.path, self._part))
+        return Rows.open(self.op, "path", tensor.view(torch.bfloat16) if self._part.dtype == "uint16" else tensor)
+
+    def open(self, where: torch.device) -> Any:
+        """The engine of an approximate index."""
+        read = sequential_reader(array_file.map_array(self.path, self._part))
+        engine: Any
+        try:
+            if self.kind == "cagra":
+                engine = CagraEngine.deserialize(self.op, read, self.rows, self.dim, self.options, where)
+            else:
+                engine = FaissEngine.deserialize(self.op, self.kind, read, self.options, where)
+        except UnreadableIndex as error:
+            raise ValueError(f"{self.op}: {str(self.path)!r}: {cause(error)}") from error
+        if (len(engine), engine.dim) != (self.rows, self.dim):
+            what, came = f"{self.op}: {str(self.path)!r}", f"{len(engine)} rows of D = {engine.dim}"
+            raise ValueError(f"{what} holds {came}, and its table says {self.rows} of D = {self.dim}")
+        return engine
+
+    def shard(self, where: torch.device) -> IndexShard:
+        """The same, to be opened later."""
+        part, facts = self._part, (self.kind, self.dim, self.rows)
+        return IndexShard(self.path, *facts, part.size, part.blake2b, lambda: self.open(where))
 
 
 def sequential_reader(array: np.ndarray) -> Callable[[int], bytes]:
