@@ -395,3 +395,15 @@ def test_ranks_and_windows_do_not_depend_on_threads(B, kind):
             compare.exact(name, other, each[0])
     ranked = negmine.mine_hardest(q, Negatives(keys, mask=pool.negative_mask), 800, backend="cpu").index
     compare.exact("rank", sort_key.unpack(results[0][1])[1][:, 0], ranked.gather(1, ranks[:, 2:])[:, 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_maxsim_is_exact_on_integers(isa, dtype):
+    """Documents of a token, of several chunks, and in between; queries that end within a block."""
+    for seed, (B, tokens, K, J, D) in enumerate([(3, 33, 70, 1, 5), (2, 4, 3, 300, 33), (5, 17, 9, 20, 64)]):
+        q, keys = whole(B, tokens, D, dtype=dtype, seed=seed), whole(K, J, D, dtype=dtype, seed=seed + 1)
+        scores, index = torch.ops.negmine_cpu.maxsim(q, keys, None, None, True)
+        inner = torch.einsum("bid,kjd->bikj", q.double(), keys.double())
+        best = (inner == inner.amax(3, keepdim=True)).int().argmax(3)  # the first
+        compare.exact("scores", scores, reference.maxsim(q.double(), keys.double()))
+        assert torch.equal(index, best + J * torch.arange(K))

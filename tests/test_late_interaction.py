@@ -1,4 +1,4 @@
-"""late_interaction and mine_late_interaction: loops in float64, gradcheck, the dense definition, mining, refusals."""
+"""late_interaction and mine_late_interaction: loops in float64, gradcheck, the dense definition, mining, refusals, maxsim."""
 
 import re
 import sys
@@ -9,15 +9,16 @@ import torch
 import negmine
 from negmine import Negatives, Select
 from negmine.losses import late_interaction, mine_late_interaction
-from negmine.ops.backends import BackendUnavailable
+from negmine.ops import backends
 from tests import compare
 from tests.cases import unit, whole
+from tests.conftest import DEVICE
 
 B, K, TOKENS, J, D, T = 4, 11, 3, 5, 6, 0.4
 LENGTHS = {
-    "query_lengths": torch.tensor([3, 1, 0, 2]),
-    "positive_lengths": torch.tensor([5, 2, 1, 4]),
-    "negative_lengths": torch.tensor([5, 1, 0, 3, 2, 5, 4, 5, 1, 2, 3]),
+    "query_lengths": torch.tensor([3, 1, 0, 2], device=DEVICE),
+    "positive_lengths": torch.tensor([5, 2, 1, 4], device=DEVICE),
+    "negative_lengths": torch.tensor([5, 1, 0, 3, 2, 5, 4, 5, 1, 2, 3], device=DEVICE),
 }
 
 
@@ -25,17 +26,18 @@ LENGTHS = {
 def small_blocks(monkeypatch):
     """Three documents and two queries in a block."""
     late = sys.modules[late_interaction.__module__]
-    monkeypatch.setattr(late, "DOCUMENT_TOKENS", 3 * J)
-    monkeypatch.setattr(late, "PIECE", {"cpu": 2 * TOKENS * 3 * J})
+    monkeypatch.setattr(late, "DOCUMENT_TOKENS", {DEVICE: 3 * J})
+    monkeypatch.setattr(late, "PIECE", {DEVICE: 2 * TOKENS * 3})
 
 
 def tokens(make=unit, dtype=torch.float64):
     """query, positive and documents; what stands past a length is NaN."""
     query, positive, documents = (
-        make(*shape, dtype=dtype, seed=i) for i, shape in enumerate([(B, TOKENS, D), (B, J, D), (K, J, D)])
+        make(*shape, dtype=dtype, device=DEVICE, seed=i)
+        for i, shape in enumerate([(B, TOKENS, D), (B, J, D), (K, J, D)])
     )
     for vectors, lengths in zip((query, positive, documents), LENGTHS.values(), strict=True):
-        vectors[torch.arange(vectors.shape[1]) >= lengths[:, None]] = torch.nan
+        vectors[torch.arange(vectors.shape[1], device=DEVICE) >= lengths[:, None]] = torch.nan
     return query, positive, documents
 
 
@@ -43,19 +45,21 @@ def maxsim_by_loop(query, length, document, document_length):
     return sum(max(float(q @ d) for d in document[:document_length]) for q in query[:length])
 
 
-IDS = torch.tensor([3, 0, 2, 3])
+IDS = torch.tensor([3, 0, 2, 3], device=DEVICE)
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("select", [None, Select(1, 5)])
-@pytest.mark.parametrize("backend", [None, "reference"])
-def test_the_loss_by_loops(backend, select, decoupled):
-    query, positive, documents = tokens()
-    bias = torch.linspace(-1, 1, K).double()
-    given = Negatives(documents, ids=torch.arange(K) % 4, bias=bias, select=select)
+def test_the_loss_by_loops(any_backend, select, decoupled):
+    """Small integers, so that kernels have the scores of float64."""
+    dense = any_backend == "reference"
+    query, positive, documents = tokens(*((unit, torch.float64) if dense else (whole, torch.float32)))
+    bias = torch.linspace(-1, 1, K, dtype=query.dtype, device=DEVICE)
+    close = {"rtol": 1e-10, "atol": 1e-10} if dense else {"rtol": 1e-6, "atol": 2e-5, "check_dtype": False}
+    given = Negatives(documents, ids=torch.arange(K, device=DEVICE) % 4, bias=bias, select=select)
     loss, stats = late_interaction(
         query, positive, given, **LENGTHS, temperature=T, query_ids=IDS, decoupled=decoupled, reduction="none",
-        backend=backend, return_stats=True,
+        backend=any_backend, return_stats=True,
     )  # fmt: skip
     lengths = [each.tolist() for each in LENGTHS.values()]
     for b in range(B):
@@ -67,9 +71,9 @@ def test_the_loss_by_loops(backend, select, decoupled):
         }
         kept = sorted(pool, key=lambda k, pool=pool: (-pool[k], k))[slice(None) if select is None else slice(1, 5)]
         logits = [pool[k] / T + float(bias[k]) for k in kept] + ([] if decoupled else [s_positive / T])
-        total = torch.tensor(logits, dtype=torch.float64).logsumexp(0)
-        torch.testing.assert_close(loss[b], total - s_positive / T, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(stats.logsumexp[b], total, rtol=1e-10, atol=1e-10)
+        total = torch.tensor(logits, dtype=torch.float64, device=DEVICE).logsumexp(0)
+        torch.testing.assert_close(loss[b], total - s_positive / T, **close)
+        torch.testing.assert_close(stats.logsumexp[b], total, **close)
         assert stats.num_negatives[b] == len(kept)
         assert stats.positive_rank[b] == sum(score > s_positive for score in pool.values())
 
@@ -77,40 +81,90 @@ def test_the_loss_by_loops(backend, select, decoupled):
 def test_gradcheck():
     few = 5
     query, positive, documents = (torch.where(v.isnan(), 0.0, v)[:few, :, :3] for v in tokens())
-    numbers = torch.tensor(T, dtype=torch.float64), torch.randn(few, dtype=torch.float64)
+    numbers = torch.tensor(T, dtype=torch.float64), torch.randn(few, dtype=torch.float64, device=DEVICE)
     leaves = [leaf.clone().requires_grad_() for leaf in (query, positive, documents, *numbers)]
     lengths = LENGTHS | {"negative_lengths": LENGTHS["negative_lengths"][:few]}
 
     def loss(query, positive, documents, temperature, bias):
-        given = Negatives(documents, bias=bias, mask=torch.arange(few) != 4)
+        given = Negatives(documents, bias=bias, mask=torch.arange(few, device=DEVICE) != 4)
         return late_interaction(query, positive, given, **lengths, temperature=temperature, reduction="none")
 
     assert torch.autograd.gradcheck(loss, leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("in_batch", [False, True])
-def test_it_is_the_dense_definition(dtype, in_batch):
-    """Gradients to both sides, rounded once, with what stands past a length, and whole hidden documents, not even finite."""
+@pytest.mark.parametrize("case", ["masked", "in_batch", "selected"])
+def test_it_is_the_dense_definition(backend, dtype, case):
+    """Gradients to all arguments, rounded once, with what stands past a length, and whole hidden documents, not even finite."""
     vectors = tokens(dtype=dtype)
     vectors[2][7] = torch.nan
-    mask = torch.arange(K) != 7
+    mask = torch.arange(K, device=DEVICE) != 7
 
     def graded(dtype, backend):
         query, positive, documents = (v.to(dtype, copy=True).requires_grad_() for v in vectors)
-        given = {"temperature": T, "backend": backend, "query_lengths": LENGTHS["query_lengths"]}
+        wide = torch.promote_types(dtype, torch.float32)
+        temperature = torch.tensor(T, dtype=wide, requires_grad=True)
+        bias = torch.linspace(-1, 1, K, dtype=wide, device=DEVICE, requires_grad=True)
+        given = {"temperature": temperature, "backend": backend, "query_lengths": LENGTHS["query_lengths"]}
         given["positive_lengths"] = LENGTHS["positive_lengths"]
-        if in_batch:
-            loss = late_interaction(query, positive, None, **given, query_labels=torch.tensor([1, 2, -1, 1]))
-            return loss, *torch.autograd.grad(loss, [query, positive])
-        pool = Negatives(documents, mask=mask)
+        if case == "in_batch":
+            loss = late_interaction(
+                query, positive, None, **given, query_labels=torch.tensor([1, 2, -1, 1], device=DEVICE)
+            )
+            return loss, *torch.autograd.grad(loss, [query, positive, temperature])
+        select = Select(1, 6) if case == "selected" else None
+        pool = Negatives(documents, mask=mask, bias=bias, select=select)
         loss = late_interaction(query, positive, pool, **given, negative_lengths=LENGTHS["negative_lengths"])
-        return loss, *torch.autograd.grad(loss, [query, positive, documents])
+        return loss, *torch.autograd.grad(loss, [query, positive, temperature, bias, documents])
 
-    got, truth, plain = graded(dtype, None), graded(torch.float64, "reference"), graded(dtype, "reference")
-    for name, g, t, p in zip(("loss", "query", "positive", "documents"), got, truth, plain, strict=False):
+    got, truth, plain = graded(dtype, backend), graded(torch.float64, "reference"), graded(dtype, "reference")
+    names = ("loss", "query", "positive", "temperature", "bias", "documents")
+    for name, g, t, p in zip(names, got, truth, plain, strict=False):
         assert t.isfinite().all() and t.any()
         compare.rounded(name, g, t, p, condition=4.0)
+
+
+# B, I, K, J, D: fewer lanes than a vector; more than a block; documents longer than a chunk, and of one token; odd widths
+SHAPES = [(2, 3, 5, 4, 16), (3, 33, 4, 7, 6), (2, 2, 3, 150, 5), (3, 40, 70, 1, 8)]
+
+
+@pytest.mark.parametrize("types", ["float32 float32", "bfloat16 bfloat16", "float16 bfloat16", "float16 float16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_maxsim(backend, shape, types):
+    """Scores and first best tokens of small integers, to the bit; what does not count is NaN, and rows have strides."""
+    maxsim = next(row for row in backends.BACKENDS if row.name == backend).functions.get("maxsim")
+    if maxsim is None:
+        pytest.skip(f"{backend} has no maxsim")
+    B, tokens, K, J, D = shape
+    dtypes = [getattr(torch, name) for name in types.split()]
+    query = whole(B, tokens, D + 1, dtype=dtypes[0], device=DEVICE)[..., :D]
+    documents = whole(K, J, D + 1, dtype=dtypes[1], device=DEVICE, seed=1)[..., :D]
+    lengths = [torch.randint(0, most + 1, (rows,), device=DEVICE) for rows, most in ((B, tokens), (K, J))]
+    for given in (None, None), lengths:
+        for vectors, length in zip((query, documents), given, strict=True):
+            if length is not None:
+                vectors[torch.arange(vectors.shape[1], device=DEVICE) >= length[:, None]] = torch.nan
+        inner = torch.einsum("bid,kjd->bikj", query.double(), documents.double())
+        inner = inner.nan_to_num(nan=-torch.inf)  # a token that does not count
+        best = inner.amax(3)  # (B, I, K)
+        index = (inner == best[..., None]).int().argmax(3) + J * torch.arange(K, device=DEVICE)
+        scores, found = maxsim(query, documents, *given, True)
+        assert torch.equal(found, index.masked_fill(best == -torch.inf, -1))
+        compare.exact("scores", scores, negmine.reference.maxsim(query.double(), documents.double(), *given))
+        alone, nothing = maxsim(query, documents, *given, False)
+        assert torch.equal(alone, scores) and nothing.shape == (0, tokens, K)
+
+
+def test_a_nan_token_that_counts_is_in_its_scores_alone(backend):
+    maxsim = next(row for row in backends.BACKENDS if row.name == backend).functions.get("maxsim")
+    if maxsim is None:
+        pytest.skip(f"{backend} has no maxsim")
+    query, documents = unit(3, 4, 8, device=DEVICE), unit(5, 6, 8, device=DEVICE, seed=1)
+    want, broken = maxsim(query, documents, None, None, False)[0], documents.clone()
+    broken[2, 3, 1] = torch.nan
+    got = maxsim(query, broken, None, None, False)[0]
+    assert got[:, 2].isnan().all()
+    assert torch.equal(got[:, [0, 1, 3, 4]], want[:, [0, 1, 3, 4]])
 
 
 def test_frozen_documents_may_be_overwritten():
@@ -128,7 +182,7 @@ def test_frozen_documents_may_be_overwritten():
 def test_mining_is_exact(select):
     """Small integers, so that ties are many: they go to the lower index."""
     query, positive, documents = tokens(whole, torch.float32)
-    given = Negatives(documents, mask=torch.arange(K) != 5)
+    given = Negatives(documents, mask=torch.arange(K, device=DEVICE) != 5)
     mined = mine_late_interaction(query, given, 8, positive_key=positive, **LENGTHS, select=select)
     lengths = LENGTHS["query_lengths"], LENGTHS["negative_lengths"]
     scores = negmine.reference.maxsim(query, documents, *lengths)  # (B, K)
@@ -144,10 +198,10 @@ def test_mining_is_exact(select):
 
 def test_no_documents():
     query, positive, _ = (torch.where(v.isnan(), 0.0, v).requires_grad_() for v in tokens(dtype=torch.float32))
-    loss, stats = late_interaction(query, positive, torch.empty(0, J, D), return_stats=True)
+    loss, stats = late_interaction(query, positive, torch.empty(0, J, D, device=DEVICE), return_stats=True)
     loss.backward()
     assert loss == 0 and not query.grad.any() and stats.num_empty == B
-    assert (mine_late_interaction(query, torch.empty(0, J, D), 2).index == -1).all()
+    assert (mine_late_interaction(query, torch.empty(0, J, D, device=DEVICE), 2).index == -1).all()
 
 
 q, docs = torch.ones(3, 2, 4), torch.ones(5, 6, 4)
@@ -166,7 +220,7 @@ REFUSALS = [
         ValueError,
         "negative_keys.ids must be given together with query_ids",
     ),
-    ((q, q, docs, {"backend": "cpu"}), BackendUnavailable, "backend 'cpu' has no kernel for it"),
+    ((q, q, docs, {"backend": "gpu"}), ValueError, "backend must be None, 'cuda', 'triton', 'cpu'"),
     ((q, q, docs, {"select": Select(sample=2, replace=True)}), ValueError, "select must be without replace"),
 ]
 

@@ -16,7 +16,7 @@ import negmine._ops_cpu  # noqa: F401
 from negmine.ops.registry import OPS, Op, Value, overload
 
 ROOT = Path(__file__).parents[1]
-SIZES = {"B": 3, "K": 20, "D": 8, "M": 6, "R": 3, "N": 5, "S": 2, "G": 4}
+SIZES = {"B": 3, "K": 20, "D": 8, "M": 6, "R": 3, "N": 5, "S": 2, "G": 4, "I": 3, "J": 6}
 NUMBERS = {"pairs": 3, "with_query": 2, "pair_high": 1.0, "query_high": 0.5, "hard": 4, "skip": 1, "seed": 7}
 UNSUPPORTED = ("bias", "guide_query", "guide_keys", "guide_limit")
 DEVICES = {"negmine_cpu": "cpu"} | ({"negmine_cuda": "cuda"} if torch.cuda.is_available() else {})

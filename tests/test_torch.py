@@ -79,6 +79,9 @@ def arguments():
     yield "gathered_logsumexp", (q, keys.bfloat16(), index, scale, True)
     yield "gathered_logsumexp", (q, keys, index[:, :0], scale, False)
     yield "gathered_grad_keys", (q, index, torch.ones(index.shape), K)
+    lengths = torch.arange(B) % 3, torch.arange(K // 4) % 5
+    yield "maxsim", (q[:, None], keys[: K // 4 * 4].view(K // 4, 4, -1), None, None, False)
+    yield "maxsim", (q[:, None], keys[: K // 4 * 4].bfloat16().view(K // 4, 4, -1), *lengths, True)
 
 
 def test_opcheck():

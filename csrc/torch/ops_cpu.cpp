@@ -16,6 +16,7 @@
 #include "kernels/cpu/logsumexp.h"
 #include "kernels/cpu/logsumexp_grad_keys.h"
 #include "kernels/cpu/logsumexp_window.h"
+#include "kernels/cpu/maxsim.h"
 #include "kernels/cpu/mine_hardest.h"
 #include "kernels/cpu/rank_thresholds.h"
 #include "kernels/cpu/softplus_sum.h"
@@ -231,11 +232,50 @@ Tensor count_negatives(const Tensor& query, const Tensor& negative_keys, const P
   return count;
 }
 
+// Token vectors (rows, tokens, D) as (rows tokens, D).
+Tensor token_matrix(const char* op, const char* name, const Tensor& t, const char* wanted) {
+  checks::require(t.dim() == 3, op, ": ", name, " must be ", wanted, ", got the shape ", checks::Shape{t}, ".");
+  return checks::matrix(op, name, torch::stable::reshape(t, {t.size(0) * t.size(1), t.size(2)}), wanted);
+}
+
+std::tuple<Tensor, Tensor> maxsim(const Tensor& query, const Tensor& negative_keys, const OptionalTensor& query_lengths,
+                                  const OptionalTensor& negative_lengths, bool want_index) {
+  // Checks.
+  const char* op = "maxsim";
+  const Tensor tokens = token_matrix(op, "query", query, "(B, I, D)");
+  const Tensor keys = token_matrix(op, "negative_keys", negative_keys, "(K, J, D)");
+  checks::same_width(op, tokens, keys);
+  const int64_t B = query.size(0), I = query.size(1), K = negative_keys.size(0), J = negative_keys.size(1);
+  checks::require(I >= 1 && J >= 1, op, ": query (B, I, D) and negative_keys (K, J, D) must have tokens, got ",
+                  checks::Shape{query}, " and ", checks::Shape{negative_keys}, ".");
+  const OptionalTensor first = checks::vector(op, "query_lengths", query_lengths, ScalarType::Long, B, query);
+  const OptionalTensor second = checks::vector(op, "negative_lengths", negative_lengths, ScalarType::Long, K, query);
+  // Outputs.
+  Tensor scores = new_floats(query, {B, K});
+  Tensor index = new_longs(query, {want_index ? B : 0, I, K});
+  // Params.
+  const cpu::MaxsimParams p{matrix_of(tokens),
+                            matrix_of(keys),
+                            B,
+                            I,
+                            K,
+                            J,
+                            tokens.size(1),
+                            longs(first),
+                            longs(second),
+                            output<float>(scores),
+                            want_index ? output<int64_t>(index) : nullptr};
+  // Run.
+  cpu::maxsim(p, torch_threads(static_cast<double>(B * I) * static_cast<double>(K * J) * static_cast<double>(p.D)));
+  return {scores, index};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(negmine_cpu, CPU, m) {
   m.impl("logsumexp", boxed<&logsumexp>);
   m.impl("logsumexp_grad_keys", boxed<&logsumexp_grad_keys>);
   m.impl("softplus_sum", boxed<&softplus_sum>);
   m.impl("softplus_sum_grad_keys", boxed<&softplus_sum_grad_keys>);
+  m.impl("maxsim", boxed<&maxsim>);
   m.impl("mine_hardest", boxed<&mine_hardest>);
   m.impl("mine_gathered", boxed<&mine_gathered>);
   m.impl("rank_thresholds", boxed<&rank_thresholds>);

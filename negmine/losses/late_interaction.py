@@ -1,8 +1,8 @@
 """late_interaction: InfoNCE and mining with MaxSim scores of token matrices, without storing all token scores.
 
-Documents are processed in blocks. The token scores of a block are one matrix product of PyTorch, and their maxima give the MaxSim
-scores. The log-sum-exp and the gradient of the queries are accumulated over the blocks. If documents require grad, the blocks are
-processed again in backward. The dense definition is in negmine/reference/late_interaction.py.
+Documents are processed in blocks. The kernel maxsim gives the scores of a block and the best token of each pair of a query token
+and a document. The log-sum-exp and the gradient of the queries are accumulated over the blocks. If documents require grad, the
+blocks are scored again in backward. The dense definition is in negmine/reference/late_interaction.py.
 """
 
 import dataclasses
@@ -15,19 +15,20 @@ from torch import Tensor
 
 from negmine import reference
 from negmine.losses.info_nce import InfoNCEStats, Share, merged
-from negmine.ops import backends, checks, sort_key
-from negmine.ops.accumulate import each_widened
+from negmine.ops import checks, sort_key
+from negmine.ops.accumulate import each_widened, narrowed
+from negmine.ops.backends import Kernels, choose
 from negmine.ops.first_derivative import first_derivative_only, fused
 from negmine.ops.negatives import check_negatives, option_of
 from negmine.ops.pool import Pool, pool_of_columns, usable
-from negmine.ops.vectors import disable_autocast, frozen, promoted, scale_of, widened
+from negmine.ops.vectors import disable_autocast, for_kernels, frozen, promoted, scale_of, widened
 from negmine.ops.windows import Draw
 from negmine.options import Negatives, Select
 from negmine.selection import Mined, check_select, learned_bias
 
-PIECE = {"cpu": 1 << 20}  # scores of tokens in memory at one time
-PIECE_ELSEWHERE = 1 << 26
-DOCUMENT_TOKENS = 2048  # approximate size of a block
+OPS = ("maxsim", "gathered_grad_keys")
+PIECE = {"cpu": 1 << 20, "cuda": 1 << 24}  # best tokens in memory at one time
+DOCUMENT_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 18}  # approximate size of a block
 
 
 def late_interaction(
@@ -80,7 +81,7 @@ def late_interaction(
     seed, step, row_offset : int or Tensor
         As in `info_nce`.
     backend : str, optional
-        None or ``"reference"``. There is no kernel yet: the products are PyTorch's, in fp32.
+        As in `info_nce`. There are kernels for cpu.
     return_stats : bool
         Also return InfoNCEStats.
 
@@ -96,8 +97,9 @@ def late_interaction(
 
     Notes
     -----
-    Neither the scores of tokens (B, K, I, J) nor those of documents (B, K) are stored; with `select` the latter are, and a
-    mask. Of equal token scores the first has the gradient. The gradient of documents takes a second pass, in backward.
+    The forward pass scores every pair of tokens once, and twice with `select`. Neither the scores of tokens (B, K, I, J) nor
+    those of documents (B, K) are stored; with `select` the latter are, and a mask. Of equal token scores the first has the
+    gradient. The gradient of documents is summed in fp32 and takes a second pass, in backward.
 
     References
     ----------
@@ -118,10 +120,11 @@ def late_interaction(
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
     draw = Draw(*checks.require_draw(op, seed, step, row_offset))
     select = _checked_select(op, option_of(negative_keys, "select", select), query, positive_key)
-    _check_backend(op, backend)
-    query, positive_key, documents = each_widened(*promoted(query, positive_key, given.documents))
+    query, positive_key, documents = promoted(query, positive_key, given.documents)
     pool, (query_lengths, positive_lengths, negative_lengths) = given.pool, given.lengths
-    if backend == "reference":
+    kernels = narrowed(choose(op, OPS, backend, (query, documents)), query, positive_key, documents)
+    query, positive_key, documents = each_widened(query, positive_key, documents)
+    if kernels is None:
         allowed = usable(pool, query[:, 0], documents[:, 0])
         rows, found = reference.late_interaction(
             widened(query),
@@ -139,17 +142,20 @@ def late_interaction(
         )
         loss, stats = reference.reduced(rows, reduction), [InfoNCEStats(**found)]
         return (loss, stats[0]) if return_stats else loss
-    scale = scale_of(temperature, query) if query.dtype != torch.float64 else 1 / temperature * query.new_ones(())
+    scale = scale_of(temperature, query)
     pair = widened(query), frozen(positive_key, None)
     score = reference.maxsim_of_pairs(*pair, query_lengths, positive_lengths)  # (B,)
-    if select is not None:
-        pool = _selected(query, documents, query_lengths, negative_lengths, pool, select, score.detach(), draw)
+    pivot, ranked = score.detach(), None
+    if select is not None:  # the positive is ranked among all valid negatives
+        scored = _Scored(kernels, query.detach(), documents.detach(), query_lengths, negative_lengths)
+        scores, allowed = _dense(scored, pool)
+        ranked = (allowed & (scores > pivot[:, None])).sum(1)  # (B,)
+        pool = Pool(reference.multiplicity(scores, pivot, select, allowed, *draw) > 0, bias=pool.bias)
     bias, pool = learned_bias(pool)
     lse, num_kept, num_above = fused(
-        MaxSimLogSumExp, query, documents, scale, bias, score.detach(), query_lengths, negative_lengths, *pool
+        MaxSimLogSumExp, query, documents, scale, bias, pivot, query_lengths, negative_lengths, kernels, *pool
     )
-    if select is not None and return_stats:  # the positive is ranked among all valid negatives
-        num_above = _num_above(query, documents, query_lengths, negative_lengths, given.pool, score.detach())
+    num_above = num_above if ranked is None else ranked
     share = Share(lse, num_kept > 0, None, num_kept, num_above, torch.zeros_like(num_kept, dtype=torch.bool))
     rows, stats = merged([share], score * scale, decoupled, return_stats)
     loss = reference.reduced(rows, reduction)
@@ -196,7 +202,7 @@ def mine_late_interaction(
     seed, step, row_offset : int or Tensor
         As in `mine_hardest`.
     backend : str, optional
-        None or ``"reference"``.
+        As in `late_interaction`.
 
     Returns
     -------
@@ -224,18 +230,23 @@ def mine_late_interaction(
     N = checks.require_count(op, "N", N)
     draw = Draw(*checks.require_draw(op, seed, step, row_offset))
     select = _checked_select(op, option_of(negative_keys, "select", select), query, positive_key)
-    _check_backend(op, backend)
     query, positive_key, documents = promoted(query, positive_key, given.documents)
     pool, (query_lengths, positive_lengths, negative_lengths) = given.pool, given.lengths
+    kernels = choose(op, ("maxsim",), backend, (query, documents))
     with torch.no_grad():
-        if select is not None:
+        scored = _Scored(kernels, query, documents, query_lengths, negative_lengths)
+        if select is None:
+            blocks = _blocks(scored, pool, False)
+        else:
+            scores, allowed = _dense(scored, pool)
             score = None
             if positive_key is not None:
                 pair = widened(query), widened(positive_key)
                 score = reference.maxsim_of_pairs(*pair, query_lengths, positive_lengths)  # (B,)
-            pool = _selected(query, documents, query_lengths, negative_lengths, pool, select, score, draw)
+            kept = reference.multiplicity(scores, score, select, allowed, *draw) > 0
+            blocks = iter([_whole(documents, scores, kept)])
         best = torch.full((len(query), N), sort_key.NOWHERE, dtype=torch.int64, device=query.device)
-        for block in _blocks(query, documents, query_lengths, negative_lengths, pool):
+        for block in blocks:
             column = torch.arange(block.part.start, block.part.stop, device=query.device)  # (C,)
             outside = block.scores.isnan() | ~block.allowed
             keys = sort_key.pack(block.scores.float(), column).masked_fill(outside, sort_key.NOWHERE)  # (b, C)
@@ -305,87 +316,70 @@ def _checked_select(op: str, select: Any, query: Tensor, positive_key: Tensor | 
     return select
 
 
-def _check_backend(op: str, backend: Any) -> None:
-    if backend in ("cuda", "triton", "cpu"):
-        raise backends.BackendUnavailable(
-            f"{op}: backend {backend!r} has no kernel for it; None runs PyTorch's products"
-        )
-    if backend not in (None, "reference"):
-        raise ValueError(f"{op}: backend must be None or 'reference', got {checks.describe(backend)}")
+class _Scored(NamedTuple):
+    """What the passes of a call score."""
+
+    kernels: Kernels | None  # None: the reference
+    query: Tensor  # (B, I, D)
+    documents: Tensor  # (K, J, D)
+    query_lengths: Tensor | None  # (B,)
+    lengths: Tensor | None  # (K,)
 
 
 class _Block(NamedTuple):
-    """Some queries and some documents."""
+    """Scores of some queries and some documents."""
 
     rows: slice  # of the queries
     part: slice  # of the documents
-    query: Tensor  # (b, I, D)
-    documents: Tensor  # (C, J, D) fp32, padded with zeros
+    documents: Tensor  # (C, J, D)
     scores: Tensor  # (b, C)
-    token: Tensor  # (b, I, C) the document's token of the largest score, as an index into the tokens of the block
+    index: Tensor  # (b, I, C) the best token among the C J of the block, -1 = none; empty where not wanted
     allowed: Tensor  # (b, C) bool
 
 
-def _blocks(
-    query: Tensor, documents: Tensor, query_lengths: Tensor | None, lengths: Tensor | None, pool: Pool
-) -> Iterator[_Block]:
+def _whole(documents: Tensor, scores: Tensor, allowed: Tensor) -> _Block:
+    """All pairs as one block, without best tokens."""
+    (B, K), index = scores.shape, scores.new_empty(0, dtype=torch.int64)
+    return _Block(slice(0, B), slice(0, K), documents, scores, index, allowed)
+
+
+def _blocks(scored: _Scored, pool: Pool, want_index: bool) -> Iterator[_Block]:
     """Blocks that cover every pair of a query and a document once, in the order of the documents."""
-    (B, tokens, D), (K, J, _) = query.shape, documents.shape
-    wide = widened(query)
-    if query_lengths is not None:
-        past_end = torch.arange(tokens, device=query.device) >= query_lengths[:, None]  # (B, I)
-        wide = wide.masked_fill(past_end[:, :, None], 0.0)  # so that their score with every token is 0
-    C = min(max(1, DOCUMENT_TOKENS // J), max(1, K))
-    b = max(1, PIECE.get(query.device.type, PIECE_ELSEWHERE) // (tokens * C * J))
+    kernels, query, documents, query_lengths, lengths = scored
+    (B, tokens, _), (K, J, _) = query.shape, documents.shape
+    device = query.device.type
+    C = max(1, min(DOCUMENT_TOKENS[device] // J, K)) if kernels is not None else max(1, K)
+    b = max(1, PIECE[device] // (tokens * C)) if kernels is not None else max(1, B)
     for start in range(0, K, C):
         part = slice(start, min(start + C, K))
-        block = widened(documents[part])  # (C, J, D)
-        first = torch.arange(len(block), device=query.device) * J  # (C,) the first token of each document
-        columns = pool_of_columns(pool, part)
-        allowed = usable(columns, query[:, 0], block[:, 0])  # (B, C)
+        block = documents[part]  # (C, J, D)
+        allowed = usable(pool_of_columns(pool, part), query[:, 0], block[:, 0])  # (B, C)
+        counted = None if lengths is None else lengths[part].long()  # (C,)
         if allowed is None:
             allowed = torch.ones(B, len(block), dtype=torch.bool, device=query.device)
-        absent = None
+        else:  # a document that is hidden from all queries is not read
+            counted = torch.where(allowed.any(0), J if counted is None else counted, 0)
         if lengths is not None:
-            absent = torch.arange(J, device=query.device) >= lengths[part, None]  # (C, J)
-            block = block.masked_fill(absent[:, :, None], 0.0)
             allowed = allowed & (lengths[part] > 0)
+        if kernels is None:
+            yield _whole(block, reference.maxsim(query, block, query_lengths, lengths), allowed)
+            continue
         for at in range(0, B, b):
             rows = slice(at, min(at + b, B))
-            q = wide[rows]  # (b, I, D)
-            with disable_autocast(query.device):
-                inner = q.reshape(-1, D) @ block.reshape(-1, D).T  # (b I, C J)
-            inner = inner.view(len(q), tokens, len(block), J)
-            if absent is not None:
-                inner.masked_fill_(absent, -torch.inf)
-            best, token = inner.max(3)  # (b, I, C)
-            yield _Block(rows, part, q, block, best.sum(1), token + first, allowed[rows])
+            of_query = None if query_lengths is None else query_lengths[rows].long()
+            scores, index = kernels.maxsim(for_kernels(query[rows]), for_kernels(block), of_query, counted, want_index)
+            yield _Block(rows, part, block, scores, index, allowed[rows])
 
 
-def _selected(
-    query: Tensor, documents: Tensor, query_lengths: Tensor | None, lengths: Tensor | None, pool: Pool, select: Select,
-    positive_score: Tensor | None, draw: Draw,
-) -> Pool:  # fmt: skip
-    """The pool of the columns that `select` keeps, as a (B, K) mask."""
+def _dense(scored: _Scored, pool: Pool) -> tuple[Tensor, Tensor]:
+    """The scores (B, K), and which of them are of the pool (B, K) bool."""
+    shape = len(scored.query), len(scored.documents)
     with torch.no_grad():
-        shape = len(query), len(documents)
-        scores = torch.zeros(shape, dtype=widened(query).dtype, device=query.device)
-        allowed = torch.zeros(shape, dtype=torch.bool, device=query.device)
-        for block in _blocks(query, documents, query_lengths, lengths, pool):
+        scores = torch.zeros(shape, dtype=widened(scored.query).dtype, device=scored.query.device)
+        allowed = torch.zeros(shape, dtype=torch.bool, device=scored.query.device)
+        for block in _blocks(scored, pool, False):
             scores[block.rows, block.part], allowed[block.rows, block.part] = block.scores, block.allowed
-        kept = reference.multiplicity(scores, positive_score, select, allowed, *draw) > 0
-    return Pool(kept, bias=pool.bias)
-
-
-def _num_above(
-    query: Tensor, documents: Tensor, query_lengths: Tensor | None, lengths: Tensor | None, pool: Pool, pivot: Tensor
-) -> Tensor:
-    """(B,): how many documents of the pool have a score above the pivot (B,)."""
-    above = torch.zeros(len(query), dtype=torch.int64, device=query.device)
-    with torch.no_grad():
-        for block in _blocks(query, documents, query_lengths, lengths, pool):
-            above[block.rows] += (block.allowed & (block.scores > pivot[block.rows, None])).sum(1)
-    return above
+    return scores, allowed
 
 
 class MaxSimLogSumExp(torch.autograd.Function):
@@ -397,14 +391,13 @@ class MaxSimLogSumExp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, documents, scale, bias, pivot, query_lengths, lengths, *pool):
-        wide = widened(query)
-        B = len(query)
+    def forward(ctx, query, documents, scale, bias, pivot, query_lengths, lengths, kernels, *pool):
+        B, want_mean = len(query), ctx.needs_input_grad[0]
         top, total, pulled = (torch.full_like(pivot, value) for value in (-torch.inf, 0.0, 0.0))  # (B,) each
         num_kept, num_above = torch.zeros(2, B, dtype=torch.int64, device=query.device).unbind(0)
-        mean = torch.zeros_like(wide) if ctx.needs_input_grad[0] else None  # (B, I, D)
+        mean = torch.zeros_like(query, dtype=pivot.dtype) if want_mean else None  # (B, I, D)
         everything = Pool(*pool) if bias is None else Pool(*pool)._replace(bias=bias)
-        for block in _blocks(query, documents, query_lengths, lengths, everything):
+        for block in _blocks(_Scored(kernels, query, documents, query_lengths, lengths), everything, want_mean):
             rows, allowed = block.rows, block.allowed
             x = _logits(block, scale, everything.bias)  # (b, C)
             new = torch.maximum(top[rows], x.amax(1))  # (b,)
@@ -418,8 +411,7 @@ class MaxSimLogSumExp(torch.autograd.Function):
             num_above[rows] += (allowed & (scores > pivot[rows, None])).sum(1)
             if mean is not None:
                 mean[rows] = mean[rows] * decay[:, None, None] + _weighted_tokens(block, weight)
-        some = num_kept > 0
-        norm = torch.where(some, total, 1.0)  # (B,)
+        norm = torch.where(num_kept > 0, total, 1.0)  # (B,)
         lse = top + norm.log()
         if mean is not None:
             mean /= norm[:, None, None]
@@ -427,11 +419,10 @@ class MaxSimLogSumExp(torch.autograd.Function):
                 absent = torch.arange(query.shape[1], device=query.device) >= query_lengths[:, None]  # (B, I)
                 mean.masked_fill_(absent[:, :, None], 0.0)
         *tensors, ctx.same_label = pool
-        ctx.width = len(pool)
+        ctx.kernels, ctx.width, ctx.dtype = kernels, len(pool), query.dtype
         again = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         more = (query, documents, bias, query_lengths, lengths, *tensors) if again else ()
         ctx.save_for_backward(scale, lse, pulled / norm, mean, *more)
-        ctx.dtype = query.dtype
         ctx.mark_non_differentiable(num_kept, num_above)
         return lse, num_kept, num_above
 
@@ -452,16 +443,17 @@ class MaxSimLogSumExp(torch.autograd.Function):
                 d_documents = torch.zeros_like(documents, dtype=lse.dtype)  # (K, J, D)
             if ctx.needs_input_grad[3]:
                 d_bias = torch.zeros_like(bias)  # (K,)
-            for block in _blocks(query, documents, query_lengths, lengths, pool):
+            scored = _Scored(ctx.kernels, query, documents, query_lengths, lengths)
+            for block in _blocks(scored, pool, d_documents is not None):
                 x = _logits(block, scale, pool.bias)
                 p = (x - lse[block.rows, None]).exp().masked_fill(~block.allowed, 0.0)  # (b, C)
                 weight = p * d_lse[block.rows, None]
                 if d_bias is not None:
                     d_bias[block.part] += weight.sum(0)
                 if d_documents is not None:
-                    _add_grad_documents(d_documents[block.part], block, weight * scale)
+                    d_documents[block.part] += _grad_documents(ctx.kernels, query[block.rows], block, weight * scale)
             d_documents = None if d_documents is None else d_documents.to(documents.dtype)
-        return d_query, d_documents, d_scale, d_bias, None, None, None, *([None] * ctx.width)
+        return d_query, d_documents, d_scale, d_bias, None, None, None, None, *([None] * ctx.width)
 
 
 def _logits(block: _Block, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -472,20 +464,20 @@ def _logits(block: _Block, scale: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _weighted_tokens(block: _Block, weight: Tensor) -> Tensor:
-    """(b, I, D): the sum over documents of weight (b, C) times the best-matching token of each query token."""
-    (b, tokens, C), D = block.token.shape, block.query.shape[2]
-    rows = torch.where(block.documents.isfinite(), block.documents, 0.0)  # so that 0 times a masked row is 0
+    """(b, I, D): the sum over documents of weight (b, C) times the best token of each query token."""
+    b, tokens, C = block.index.shape
+    rows = widened(block.documents).flatten(0, 1).nan_to_num(0.0, 0.0, 0.0)  # (C J, D): 0 times a hidden row is 0
     each = weight[:, None].expand(b, tokens, C)
-    place = block.token.reshape(b * tokens, C)
+    place = block.index.clamp_min(0).view(b * tokens, C)
     with disable_autocast(weight.device):
-        summed = F.embedding_bag(place, rows.reshape(-1, D), per_sample_weights=each.reshape(-1, C), mode="sum")
-    return summed.view(b, tokens, D)
+        summed = F.embedding_bag(place, rows, per_sample_weights=each.reshape(-1, C), mode="sum")
+    return summed.view(b, tokens, -1)
 
 
-def _add_grad_documents(out: Tensor, block: _Block, weight: Tensor) -> None:
-    """Add to out (C, J, D), for each token, the sum of the query tokens it matches best, times weight (b, C)."""
-    (b, tokens, C), (_, J, D) = block.token.shape, block.documents.shape
-    met = torch.zeros(b, tokens, C * J, dtype=weight.dtype, device=weight.device)
-    met.scatter_(2, block.token, weight[:, None].expand(b, tokens, C))
-    with disable_autocast(weight.device):
-        out += (met.view(-1, C * J).T @ block.query.reshape(-1, D)).view(C, J, D)
+def _grad_documents(kernels: Kernels, query: Tensor, block: _Block, weight: Tensor) -> Tensor:
+    """(C, J, D): for each token, the sum of the query tokens whose best token it is, times weight (b, C)."""
+    (b, tokens, C), rows = block.index.shape, block.documents.shape[0] * block.documents.shape[1]
+    each = weight[:, None].expand(b, tokens, C).reshape(-1, C)
+    place = block.index.masked_fill(~block.allowed[:, None], -1).view(-1, C)
+    summed = kernels.gathered_grad_keys(for_kernels(query.flatten(0, 1)), place, each, rows)
+    return summed.view(block.documents.shape)

@@ -23,6 +23,7 @@ from negmine.ops import (  # noqa: F401  each declares its op
     info_nce,
     logsumexp,
     logsumexp_grad_keys,
+    maxsim,
     mine_gathered,
     mine_hardest,
     mix_logsumexp,

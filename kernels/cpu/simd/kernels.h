@@ -150,6 +150,10 @@ struct Kernels {
   int64_t (*keep_best)(int64_t* keys, int64_t size, int64_t keep);
   // count (kLanes): columns in the pool.
   void (*count_range)(const Block&, const Workspace&, int64_t* count);
+  // The tokens of a block of queries against documents of J tokens: range [k_begin, k_end) is whole documents. best
+  // (documents, kLanes) their largest score, token (documents, kLanes) the first token that has it; -inf and -1 where
+  // the pool has none.
+  void (*maxsim_range)(const Block&, const Workspace&, int64_t J, float* best, int32_t* token);
   // vectors (S, D), parents (S, 2), coefficients (S) of query b. room (mixing_room(D)).
   void (*mix_negatives_row)(const Matrix& query, const Matrix& negative_keys, int64_t D, const Draws&, int64_t b,
                             float* room, void* vectors, int64_t* parents, float* coefficients);

@@ -16,6 +16,7 @@ void softplus_sum_range(const Block&, const Workspace&, float, float, const Soft
 void select_range(const Block*, const Workspace*, int64_t, const Selection*);
 int64_t keep_best(int64_t*, int64_t, int64_t);
 void count_range(const Block&, const Workspace&, int64_t*);
+void maxsim_range(const Block&, const Workspace&, int64_t, float*, int32_t*);
 void mix_negatives_row(const Matrix&, const Matrix&, int64_t, const Draws&, int64_t, float*, void*, int64_t*, float*);
 void mix_logsumexp_row(const Matrix&, const Matrix&, int64_t, const Draws&, int64_t, float, float*, float*, float*);
 void gathered_logsumexp_row(const Matrix&, const Matrix&, int64_t, const int64_t*, int64_t, int64_t, float, float*,
@@ -39,6 +40,7 @@ extern const Kernels kKernels = {
     select_range,
     keep_best,
     count_range,
+    maxsim_range,
     mix_negatives_row,
     mix_logsumexp_row,
     gathered_logsumexp_row,
