@@ -30,6 +30,24 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(late, "PIECE", {DEVICE: 2 * TOKENS * 3})
 
 
+def functions(name):
+    return next(row for row in backends.BACKENDS if row.name == name).functions
+
+
+@pytest.fixture
+def backend(backend):
+    if "maxsim" not in functions(backend):
+        pytest.skip(f"{backend} has no kernel for it yet")
+    return backend
+
+
+@pytest.fixture
+def any_backend(any_backend):
+    if any_backend != "reference" and "maxsim" not in functions(any_backend):
+        pytest.skip(f"{any_backend} has no kernel for it yet")
+    return any_backend
+
+
 def tokens(make=unit, dtype=torch.float64):
     """query, positive and documents; what stands past a length is NaN."""
     query, positive, documents = (
@@ -132,9 +150,7 @@ SHAPES = [(2, 3, 5, 4, 16), (3, 33, 4, 7, 6), (2, 2, 3, 150, 5), (3, 40, 70, 1, 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_maxsim(backend, shape, types):
     """Scores and first best tokens of small integers, to the bit; what does not count is NaN, and rows have strides."""
-    maxsim = next(row for row in backends.BACKENDS if row.name == backend).functions.get("maxsim")
-    if maxsim is None:
-        pytest.skip(f"{backend} has no maxsim")
+    maxsim = functions(backend)["maxsim"]
     B, tokens, K, J, D = shape
     dtypes = [getattr(torch, name) for name in types.split()]
     query = whole(B, tokens, D + 1, dtype=dtypes[0], device=DEVICE)[..., :D]
@@ -156,9 +172,7 @@ def test_maxsim(backend, shape, types):
 
 
 def test_a_nan_token_that_counts_is_in_its_scores_alone(backend):
-    maxsim = next(row for row in backends.BACKENDS if row.name == backend).functions.get("maxsim")
-    if maxsim is None:
-        pytest.skip(f"{backend} has no maxsim")
+    maxsim = functions(backend)["maxsim"]
     query, documents = unit(3, 4, 8, device=DEVICE), unit(5, 6, 8, device=DEVICE, seed=1)
     want, broken = maxsim(query, documents, None, None, False)[0], documents.clone()
     broken[2, 3, 1] = torch.nan

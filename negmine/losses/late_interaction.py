@@ -333,7 +333,7 @@ class _Block(NamedTuple):
     part: slice  # of the documents
     documents: Tensor  # (C, J, D)
     scores: Tensor  # (b, C)
-    index: Tensor  # (b, I, C) the best token among the C J of the block, -1 = none; empty where not wanted
+    token: Tensor  # (b, I, C) the best token among the C J of the block, -1 = none; empty where not wanted
     allowed: Tensor  # (b, C) bool
 
 
@@ -465,10 +465,10 @@ def _logits(block: _Block, scale: Tensor, bias: Tensor | None) -> Tensor:
 
 def _weighted_tokens(block: _Block, weight: Tensor) -> Tensor:
     """(b, I, D): the sum over documents of weight (b, C) times the best token of each query token."""
-    b, tokens, C = block.index.shape
+    b, tokens, C = block.token.shape
     rows = widened(block.documents).flatten(0, 1).nan_to_num(0.0, 0.0, 0.0)  # (C J, D): 0 times a hidden row is 0
     each = weight[:, None].expand(b, tokens, C)
-    place = block.index.clamp_min(0).view(b * tokens, C)
+    place = block.token.clamp_min(0).view(b * tokens, C)
     with disable_autocast(weight.device):
         summed = F.embedding_bag(place, rows, per_sample_weights=each.reshape(-1, C), mode="sum")
     return summed.view(b, tokens, -1)
@@ -476,8 +476,8 @@ def _weighted_tokens(block: _Block, weight: Tensor) -> Tensor:
 
 def _grad_documents(kernels: Kernels, query: Tensor, block: _Block, weight: Tensor) -> Tensor:
     """(C, J, D): for each token, the sum of the query tokens whose best token it is, times weight (b, C)."""
-    (b, tokens, C), rows = block.index.shape, block.documents.shape[0] * block.documents.shape[1]
+    (b, tokens, C), rows = block.token.shape, block.documents.shape[0] * block.documents.shape[1]
     each = weight[:, None].expand(b, tokens, C).reshape(-1, C)
-    place = block.index.masked_fill(~block.allowed[:, None], -1).view(-1, C)
+    place = block.token.masked_fill(~block.allowed[:, None], -1).view(-1, C)
     summed = kernels.gathered_grad_keys(for_kernels(query.flatten(0, 1)), place, each, rows)
     return summed.view(block.documents.shape)
