@@ -565,6 +565,7 @@ EXCUSED = {
         ("Triplets", "MiningResult", "HardnessReport"), "what an op returns, with methods: their own tests"
     ),
     "Guide": "vectors of one call: a mask, which is fuzzed, and tests/test_pools.py",
+    "newest_round": "what mining_rounds wrote to a folder: tests/test_mining_rounds.py",
     **dict.fromkeys(("from_texts", "merge_retrievers", "build_batches"), "of texts and results: their own tests"),
     "LogScale": "a number that is learned: tests/test_faults_training.py",
     **dict.fromkeys(

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import negmine
-from negmine.mining.ray_executor import RayExecutor
+from negmine.mining.decoding import DecodedRows
+from negmine.mining.ray_executor import RayExecutor, ShardActor
 from tests.compare import same_result
 from tests.test_mining_parts import JOBS
 from tests.test_mining_ranks import inputs
+from tests.test_mining_rounds import rounds_of_halves
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,6 +51,10 @@ def test_actors_mine_what_one_process_mines(name, cluster, shards):
     assert got.config == want.config
 
 
+def test_actors_embed_the_shards_of_each_round(cluster):
+    rounds_of_halves(engine="ray", engine_options={"num_cpus": 0.5})
+
+
 def test_a_killed_worker_is_started_again(cluster, shards, monkeypatch):
     q, c, positives, _ = inputs()
     want = negmine.mine_hard_negatives(q, c, positives)
@@ -62,6 +69,81 @@ def test_a_killed_worker_is_started_again(cluster, shards, monkeypatch):
     monkeypatch.setattr(RayExecutor, "execute", killing)
     same_result(negmine.mine_hard_negatives(q, [*shards[:2], c[37:]], positives, engine="ray", batch_size=10), want)
     assert len(scans) == 4
+
+
+def test_actors_share_files_of_parquet_and_lance_that_they_read_where_they_lie(cluster, tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    q, c, positives, _ = inputs()
+    rows = c.numpy()
+    table = arrow.table({"v": arrow.FixedSizeListArray.from_arrays(arrow.array(rows.reshape(-1)), rows.shape[1])})
+    parquet.write_table(table.slice(0, 500), tmp_path / "a.parquet", row_group_size=41)
+    parquet.write_table(table.slice(500, 3), tmp_path / "b.parquet")
+    corpora = [[tmp_path / "a.parquet", f"{tmp_path}/b.parquet::v", rows[503:]]]
+    try:
+        import lance
+
+        lance.write_dataset(table, str(tmp_path / "c.lance"), max_rows_per_file=130)
+        corpora.append([tmp_path / "c.lance"])
+    except ImportError:
+        pass
+    want = negmine.mine_hard_negatives(q, c, positives)
+    for corpus in corpora:
+        options = {"num_actors": 4, "num_cpus": 0.25}
+        same_result(negmine.mine_hard_negatives(q, corpus, positives, engine="ray", engine_options=options), want)
+
+
+def test_an_actor_decodes_its_own_row_groups(tmp_path, monkeypatch):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    lists = arrow.FixedSizeListArray.from_arrays(arrow.array(np.arange(400, dtype=np.float32)), 2)
+    parquet.write_table(arrow.table({"v": lists}), tmp_path / "a.parquet", row_group_size=30)
+    groups, decode = [], DecodedRows._decode
+    monkeypatch.setattr(DecodedRows, "_decode", lambda self, group: groups.append(group) or decode(self, group))
+    rows = ShardActor()._open("op", [(str(tmp_path / "a.parquet"), 65, 120)])
+    assert groups == [2, 3] and rows.block(0, 55, torch.device("cpu"))[:, 0].tolist() == list(range(130, 240, 2))
+
+
+LOST_NODE = """
+import ray, negmine
+from ray.cluster_utils import Cluster
+from negmine.mining.ray_executor import RayExecutor
+from tests.compare import same_result
+from tests.test_mining_ranks import inputs
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+nodes = [cluster.add_node(num_cpus=1, resources={"shards": 1}) for _ in range(2)]
+ray.init(address=cluster.address, log_to_driver=False)
+q, c, positives, _ = inputs()
+want = negmine.mine_hard_negatives(q, c, positives)
+execute, scans = RayExecutor.execute, []
+
+def losing(self, plan, phase, query):
+    scans.extend([phase] * (phase.name == "scan"))
+    if phase.name == "scan" and len(scans) == 2:
+        references = [each.mine.remote(shard, 9, plan, phase, query) for each, shard in zip(self._actors, self._shards)]
+        ray.wait(references, num_returns=len(references))  # their parts lie on the nodes of the actors
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        cluster.add_node(num_cpus=1, resources={"shards": 1})
+        assert len(ray.get(references)) == 2  # made again
+    return execute(self, plan, phase, query)
+
+RayExecutor.execute = losing
+options = {"num_actors": 2, "resources": {"shards": 1}}
+got = negmine.mine_hard_negatives(q, c, positives, engine="ray", engine_options=options, batch_size=10)
+same_result(got, want)
+assert len(scans) == 4
+print("the same")
+"""
+
+
+def test_a_lost_node_is_replaced_by_another(tmp_path):
+    pytest.importorskip("ray")
+    command = [sys.executable, "-c", LOST_NODE]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.endswith("the same\n"), done.stderr[-3000:]
 
 
 DRIVER = """

@@ -1,14 +1,22 @@
 """Rounds of mining and training: what is handed over, what is kept, when they stop; a toy model that they improve."""
 
+import functools
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 import negmine
 from negmine import Select
-from negmine.mining import mining_rounds
+from negmine.mining import merge_parts, mine_part, mining_rounds, newest_round
 from negmine.mining.rounds import new_share
 from tests.cases import unit
+from tests.compare import same_result
 
 Q, K, D = 30, 200, 12
 POSITIVES = [[b, b + 40] for b in range(Q)]
@@ -60,6 +68,125 @@ def test_old_negatives_stay_by_todays_scores_and_filters():
             np.testing.assert_allclose(got.scores[b, : len(want)], scores[b, want], atol=1e-6)
             assert got.num_valid[b] == len(want)
     assert any(rounds[1].result.num_valid > 4)
+
+
+def test_a_kept_negative_is_dropped_when_it_was_mined_too_long_ago():
+    kept = {
+        age: mining_rounds(drifting, lambda r, _: None, POSITIVES, rounds=5, keep_old=6, max_age=age)
+        for age in (0, 1, 2, None)
+    }
+    for age, rounds in kept.items():
+        mined = [negmine.mine_hard_negatives(*drifting(r), POSITIVES).indices for r in range(5)]
+        for this in rounds:
+            indices, ages = this.result.indices, this.ages
+            assert ((indices < 0) == (ages < 0)).all() and ages.max() <= (4 if age is None else age)
+            for q, j in zip(*np.nonzero(indices >= 0), strict=True):
+                last = max(r for r in range(this.number + 1) if indices[q, j] in mined[r][q])
+                assert ages[q, j] == this.number - last
+    assert (kept[0][4].result.num_valid == 3).all() and kept[None][4].ages.max() == 4
+    same_result(kept[1][1].result, kept[None][1].result)
+
+
+CUT = 120
+
+
+def half_embedded(half, number):
+    rows = drifting(number)[1]
+    return rows[:CUT] if half == 0 else rows[CUT:]
+
+
+def rounds_of_halves(**engine):
+    """Three rounds with old ones kept, over a corpus of two halves that are embedded by whoever holds them."""
+    options = {"keep_old": 3, "num_negatives": 4, "select": Select(1, 30)}
+    want = mining_rounds(drifting, lambda r, _: r, POSITIVES, **options)
+    halves = lambda r: [functools.partial(half_embedded, half, r) for half in range(2)]  # noqa: E731
+    got = mining_rounds(lambda r: (drifting(r)[0], halves(r)), lambda r, _: r, POSITIVES, **options, **engine)
+    for a, b in zip(got, want, strict=True):
+        same_result(a.result, b.result)
+        np.testing.assert_array_equal(a.ages, b.ages)
+
+
+def test_shards_may_be_functions_that_embed_them():
+    rounds_of_halves()
+    with pytest.raises(ValueError, match=r"corpus_embeddings\[1\] must be of shape \(rows, D\)"):
+        negmine.mine_hard_negatives(unit(3, D), [unit(9, D), lambda: unit(9, D)[0]], [0, 1, 2])
+
+
+def test_rounds_of_another_engine():
+    held = {}
+
+    def embed(number):
+        held["corpus"] = drifting(number)[1]
+        return drifting(number)
+
+    def engine(plan, phase, queries):
+        shards = ((0, held["corpus"][:CUT]), (CUT, held["corpus"][CUT:]))
+        return merge_parts([mine_part(plan, phase, queries, rows, first) for first, rows in shards])
+
+    want = mining_rounds(drifting, lambda r, _: r, POSITIVES, keep_old=3)
+    for a, b in zip(mining_rounds(embed, lambda r, _: r, POSITIVES, keep_old=3, engine=engine), want, strict=True):
+        same_result(a.result, b.result)
+
+
+def job(folder, **options):
+    return mining_rounds(drifting, None, POSITIVES, folder=folder, keep_old=2, **options)
+
+
+def test_a_folder_of_rounds_is_resumed_and_belongs_to_one_job(tmp_path):
+    want = mining_rounds(drifting, lambda r, _: None, POSITIVES, keep_old=2, rounds=4)
+    assert newest_round(tmp_path / "none") is None
+    for rounds, numbers in ((2, [0, 1]), (4, [2, 3]), (4, [])):
+        assert [done.number for done in job(tmp_path, rounds=rounds)] == numbers
+        newest = newest_round(tmp_path)
+        same_result(newest.result, want[rounds - 1].result)
+        np.testing.assert_array_equal(newest.ages, want[rounds - 1].ages)
+        assert newest.new == want[rounds - 1].new and newest.outcome is None
+    with pytest.raises(ValueError, match=r"^mining_rounds: folder must be a new one, .* differs in num_negatives"):
+        job(tmp_path, rounds=5, num_negatives=2)
+    with pytest.raises(ValueError, match=r"^mining_rounds: folder must be a new one, .* differs in exclude"):
+        job(tmp_path, rounds=5, exclude=[[100]] * Q)
+    assert newest_round(tmp_path).number == 3
+    (tmp_path / "round-000003.npz").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"round-000003.npz' is damaged"):
+        newest_round(tmp_path)
+    (tmp_path / "round-000003.ages.npz").unlink()  # as when old rounds are deleted while another process reads them
+    assert newest_round(tmp_path).number == 2
+    ends = mining_rounds(lambda r: None if r == 5 else drifting(r), None, POSITIVES, folder=tmp_path / "b", rounds=9)
+    assert len(ends) == 5
+
+
+KILLED = """
+import os, signal, sys
+from negmine.mining import atomic_file
+from tests.test_mining_rounds import job
+replace, asked = os.replace, []
+def killing(source, target):
+    asked.append(1)
+    if len(asked) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+atomic_file.os.replace = killing
+job(sys.argv[1], rounds=4)
+"""
+
+
+def test_a_trainer_beside_the_miner_reads_complete_rounds_only(tmp_path):
+    """The miner is killed before each of its files is in place; the trainer polls all the while."""
+    want = mining_rounds(drifting, lambda r, _: None, POSITIVES, keep_old=2, rounds=4)
+    seen, kill_at = [], iter((2, 3, 99))  # the result of round 0, the ages of the round after it, never
+    miner, root = None, Path(__file__).parents[1]
+    while not seen or seen[-1] < 3:
+        if miner is None or miner.poll() is not None:
+            assert miner is None or miner.returncode == -signal.SIGKILL
+            command = [sys.executable, "-c", KILLED, str(tmp_path), str(next(kill_at))]
+            miner = subprocess.Popen(command, cwd=root)
+        newest = newest_round(tmp_path)
+        if newest is not None and newest.number not in seen:
+            same_result(newest.result, want[newest.number].result)
+            seen.append(newest.number)
+        time.sleep(0.002)
+    assert miner.wait(60) == 0 and seen == sorted(seen) and next(kill_at, None) is None
+    assert [path.name for path in tmp_path.glob(".*")], "what the killed miner left is no round"
 
 
 def test_rounds_that_bring_nothing_new_stop():
@@ -115,7 +242,10 @@ def test_a_toy_model_learns_from_rounds():
         ({"resume_dir": "x"}, ValueError, "resume_dir must be left out"),
         ({"process_group": 1}, TypeError, "process_group must be a process group of torch.distributed"),
         ({"embed": 3}, TypeError, "embed must be a callable, got 3"),
-        ({"train_round": None}, TypeError, "train_round must be a callable, got None"),
+        ({"max_age": -1}, ValueError, "max_age must be an int of 0 or more, got -1"),
+        ({"train_round": None}, TypeError, "train_round must be a callable, or None where folder is given"),
+        ({"folder": "x"}, TypeError, "train_round must be a callable, or None where folder is given"),
+        ({"folder": 3, "train_round": None}, TypeError, "folder must be the path of a folder, got 3"),
     ],
 )
 def test_refusals(options, error, words):

@@ -46,7 +46,7 @@ from negmine.mining.index import Found, NegativeIndex
 from negmine.mining.parts import MiningPlan, Part, Phase, mine_part
 from negmine.mining.result import MiningResult
 from negmine.mining.retrievers import merge_retrievers
-from negmine.mining.rounds import Round, mining_rounds
+from negmine.mining.rounds import Round, mining_rounds, newest_round
 from negmine.mining.shares import merge_parts
 from negmine.mining.text_mining import from_texts
 
@@ -65,4 +65,5 @@ __all__ = [
     "mine_hard_negatives",
     "mine_part",
     "mining_rounds",
+    "newest_round",
 ]

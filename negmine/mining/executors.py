@@ -94,15 +94,16 @@ class LocalExecutor:
         part.require_complete(self.op, phase, plan)
         return part
 
-    def pair_scores(self, queries: Any, lists: RowLists, backend: str | None) -> np.ndarray:
-        """(P,) fp32: the scores of queries with the rows in their lists, as mining computes them."""
-        plan = MiningPlan("", len(self), self.dim, (queries.dtype, self.dtype), backend, 1, None)
-        scores = [np.empty(0, np.float32)]
-        for begin in range(0, len(queries), MAX_QUERIES):
-            end = min(begin + MAX_QUERIES, len(queries))
-            phase = Phase("positives", lists.take(np.arange(begin, end)))
-            scores.append(self.execute(plan, phase, queries.block(begin, end, self.device)).arrays["scores"])
-        return np.concatenate(scores)
+
+def pair_scores(executor: Any, queries: Any, lists: RowLists, backend: str | None) -> np.ndarray:
+    """(P,) fp32: the scores of queries with the rows in their lists, as mining computes them."""
+    plan = MiningPlan("", len(executor), executor.dim, (queries.dtype, executor.dtype), backend, 1, None)
+    scores = [np.empty(0, np.float32)]
+    for begin in range(0, len(queries), MAX_QUERIES):
+        end = min(begin + MAX_QUERIES, len(queries))
+        phase = Phase("positives", lists.take(np.arange(begin, end)))
+        scores.append(executor.execute(plan, phase, queries.block(begin, end, executor.device)).arrays["scores"])
+    return np.concatenate(scores)
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,8 @@ class RankRows:
 
 def open_queries(op: str, value: Any, ranks: ProcessRanks, positives: Any) -> Any:
     """query_embeddings: of all queries, or, where `positives` has an entry for each query of all ranks, this rank's own."""
+    if isinstance(value, RankRows):
+        return value
     rows = Rows.open(op, "query_embeddings", value)
     ranks.require_same({"query dtype": rows.dtype, "D": rows.dim})
     counts = ranks.counts(len(rows))

@@ -118,7 +118,8 @@ def mine_hard_negatives(
     query_embeddings, corpus_embeddings : array, Tensor, path, or a list of these
         (Q, D) and (K, D): NumPy arrays, tensors, tables, paths of .npy, .safetensors ("file::tensor") or .parquet
         ("file::column") files, or a list of these as shards. float32, float16, or bfloat16; float64 is rounded to float32.
-        Nothing is normalised: give unit rows for cosine.
+        A shard may also be a function without arguments that returns one of these, such as one that embeds texts; with
+        engine="ray", an actor calls it. Nothing is normalised: give unit rows for cosine.
     positives : sequence
         The positives of each query: one entry a query, a list of lists, or a tuple (indptr, indices). Entries are row
         numbers of the corpus, or ids if `corpus_ids` is given.
@@ -422,6 +423,21 @@ class _Inputs:
     corpus_names: Side
 
 
+def open_corpus(
+    options: dict[str, Any], ranks: ProcessRanks, stack: contextlib.ExitStack, queries: Any, corpus_embeddings: Any
+) -> Any:
+    """The executor that holds the corpus; corpus_embeddings itself if it is one. stack: closes what is opened."""
+    if isinstance(corpus_embeddings, (LocalExecutor, RayExecutor)):
+        return corpus_embeddings
+    device, engine = options.get("device"), options.get("engine")
+    if engine == "ray":
+        corpus = RayExecutor(OP, corpus_embeddings, device, options.get("engine_options") or {})
+        stack.callback(corpus.close)
+        return corpus
+    rows = Rows.open(OP, "corpus_embeddings", corpus_embeddings)
+    return LocalExecutor(OP, rows, resolve_device(OP, device, queries if queries.device else rows), ranks, engine)
+
+
 def _open_inputs(
     options: dict[str, Any],
     ranks: ProcessRanks,
@@ -430,15 +446,7 @@ def _open_inputs(
 ) -> _Inputs:
     """stack: closes what is opened."""
     queries = open_queries(OP, given["query_embeddings"], ranks, given["positives"])
-    corpus_embeddings = given["corpus_embeddings"]
-    corpus: Any
-    if options["engine"] == "ray":
-        corpus = RayExecutor(OP, corpus_embeddings, options["device"], options["engine_options"] or {})
-        stack.callback(corpus.close)
-    else:
-        rows = Rows.open(OP, "corpus_embeddings", corpus_embeddings)
-        device = resolve_device(OP, options["device"], queries if queries.device else rows)
-        corpus = LocalExecutor(OP, rows, device, ranks, options["engine"])
+    corpus = open_corpus(options, ranks, stack, queries, given["corpus_embeddings"])
     if queries.dim != corpus.dim:
         wanted = f"of query_embeddings' D = {queries.dim}"
         raise checks.refuse(OP, "corpus_embeddings", wanted, (len(corpus), corpus.dim))

@@ -1,7 +1,8 @@
 """engine="ray": actors of Ray hold the corpus and answer the phases of a mining job; the driver holds one batch of queries.
 
-pieces     shards of corpus_embeddings, in order: a path is opened by the actor that holds it, an array goes into the object
-           store once. Where there are more actors than shards, arrays and .npy files are cut into ranges of rows.
+pieces     shards of corpus_embeddings, in order: a path is opened, and a function called, by the actor that holds it; an array
+           goes into the object store once. Where there are more actors than shards, arrays and files that need not be read as
+           a whole are cut into ranges of rows.
 actors     each answers for its rows by a PartMiner and holds nothing that a restart would lose: Ray restarts one that died,
            on another node if need be, and asks it again
 merges     by actors, MERGED parts at a time, until one part of all rows is left for the driver
@@ -27,11 +28,12 @@ from negmine.ops.checks import refuse, require_count
 
 NAME = "corpus_embeddings"
 MERGED = 8  # parts joined at a time
+CUT_FILES = (".npy", ".safetensors", ".parquet", ".lance")  # whose rows are counted and read without reading all
 OPTIONS = ("num_actors", "num_cpus", "num_gpus", "resources", "runtime_env")
 Shard = tuple[str, list["Piece"], str, int]  # of an actor: op, its pieces, its device and its first row
 Piece = tuple[
     Any, int, int | None
-]  # a path, or the reference of an array in a list, and its rows [begin, end); None = all
+]  # a path, a function, or the reference of an array in a list, and its rows [begin, end); None = all
 
 
 def _import_ray(op: str) -> Any:
@@ -51,9 +53,9 @@ class ShardActor:
 
     def _open(self, op: str, pieces: list[Piece]) -> Rows:
         if self._rows is None:
-            ray, shards = _import_ray(op), []
+            shards = []
             for source, begin, end in pieces:
-                held = ray.get(source[0]) if isinstance(source, list) else source
+                held = _import_ray(op).get(source[0]) if isinstance(source, list) else source
                 shards.append(held if end is None else open_shard(op, NAME, held)[begin:end])
             self._rows = Rows.open(op, NAME, shards)
         return self._rows
@@ -136,7 +138,8 @@ class RayExecutor:
         """A shard, cut into `count` ranges of rows where its number of rows is known without reading it."""
         is_path = isinstance(shard, (str, os.PathLike))
         source = str(Path(shard).absolute()) if is_path and not is_url(str(shard)) else shard
-        if is_path and (count == 1 or Path(source).suffix != ".npy" or not Path(source).is_file()):
+        file = Path(source.partition("::")[0]) if is_path else None
+        if callable(shard) or (file and (count == 1 or file.suffix not in CUT_FILES or not file.exists())):
             return [(source, 0, None)]
         held = open_shard(self.op, NAME, source)
         rows = len(held) if held.ndim else 0

@@ -11,6 +11,7 @@
     "rows.lance::column"       the same in a Lance dataset, a folder
     "rows.npz::name"           an array of the file, read into memory; the name may be omitted if there is only one
     "s3://bucket/rows.npy"     any of these in object storage, copied once: see remote.py
+    a function                 without arguments, that returns one of these
     a table                    Arrow, pandas, polars or datasets, streamed ones too: see tables.py
 
 float64 rows are rounded to float32 as they are read.
@@ -74,6 +75,8 @@ def open_shard(op: str, name: str, value: Any) -> Shard:
         return _open_stream(op, name, value)
     if isinstance(value, DecodedRows):
         return value
+    if callable(value):
+        return open_shard(op, name, value())
     if not isinstance(value, (np.ndarray, Tensor)):
         rows = rows_of(op, name, value)
         if rows is not None:
@@ -267,6 +270,8 @@ class Rows:
     @classmethod
     def open(cls, op: str, name: str, value: Any) -> "Rows":
         """Refuses, in a sentence, what is not (rows, D) in one dtype."""
+        if isinstance(value, Rows):
+            return value
         if isinstance(value, (list, tuple)) and not value:
             raise refuse(op, name, FORMS, value)
         is_list = isinstance(value, (list, tuple))
