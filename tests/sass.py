@@ -37,6 +37,25 @@ def loops(sass: str) -> list[list[str]]:
     return [code[to : i + 1] for i, to in jumps.items() if to < i]
 
 
+def innermost(sass: str) -> list[list[str]]:
+    """The instructions of every innermost loop; of those that multiply, loops that do not are part."""
+    code, jumps = parsed(sass)
+    spans = [(to, i + 1) for i, to in jumps.items() if to < i]
+    multiply = [x for x in spans if with_product([code[slice(*x)]])]
+
+    def holds(outer: tuple[int, int], some: list[tuple[int, int]]) -> bool:
+        return any(outer != x and outer[0] <= x[0] and x[1] <= outer[1] for x in some)
+
+    return [code[slice(*x)] for x in spans if not holds(x, multiply if x in multiply else spans)]
+
+
+def multiplied(body: list[str]) -> int:
+    """How many products of two numbers a warp makes in these instructions of tensor cores."""
+    shapes = [m.groups() for x in body if (m := re.search(r"\bHGMMA\.(\d+)x(\d+)x(\d+)", x))]
+    of_groups = sum(int(m) * int(n) * int(k) for m, n, k in shapes) // 4
+    return of_groups + 16 * 8 * 16 * sum("HMMA.16816" in x for x in body)
+
+
 def turns(sass: str) -> list[int]:
     """Of every loop that multiplies: the fewest instructions that a turn executes, as jumps over rare work are taken."""
     code, jumps = parsed(sass)

@@ -26,89 +26,128 @@ from . import tiles
 from .launch import processors, score_arguments
 from .launch import score_tile as choose_tile
 from .numerics import finite_shift
-from .pool import KernelPool, pool_bias, pool_bounds, pool_keys, pool_masks, pool_rows, pool_size
+from .pool import KernelPool, may_hide_pairs, pool_bias, pool_bounds, pool_keys, pool_masks, pool_rows, pool_size
 from .score import any_not_finite, as_stored, load_rows, load_whole_rows, or_zero, score_tile
+
+CHUNK = tl.constexpr(8)  # tiles that are searched for equal ids and labels together
+SEARCH = tl.constexpr(256)  # columns that such a search compares at a time
 
 
 @triton.jit
-def add_tile(
-    m, z, along, num_kept, num_above, acc, k0, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size,
-    pool, rows, scale, pivot, WHOLE: tl.constexpr, WIDEN: tl.constexpr,
-    D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, SLICE: tl.constexpr, MENDED: tl.constexpr,
+def add_columns(
+    sums, start, stop, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size, pool, rows, scale, pivot,
+    WIDEN: tl.constexpr, D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr,
+    PLAIN: tl.constexpr, WHOLE: tl.constexpr, MENDED: tl.constexpr,
 ):  # fmt: skip
-    """The running sums with the columns from k0 on added. WHOLE: all of the tile's columns are in the queue.
+    """The running sums with columns [start, stop) added.
 
-    MENDED: hidden pairs may hold anything.
+    PLAIN: every row sees all of them. WHOLE: they are whole tiles. MENDED: hidden pairs may hold anything.
     """
-    offs_k = k0 + tl.arange(0, BLOCK_K)
-    k_ok = pool_keys(pool, offs_k, size, WHOLE)  # (BLOCK_K,)
-    keys = load_whole_rows(keys_ptr, offs_k, k_ok, stride_kk, D, BLOCK_D, WIDEN)  # (BLOCK_K, BLOCK_D)
-    s = score_tile(
-        query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, keys, offs_k, k_ok, stride_kk,
-        D, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN,
-    )  # (BLOCK_B, BLOCK_K)  # fmt: skip
-    allowed = pool_masks(pool, rows, offs_b, b_ok, offs_k, k_ok)  # (BLOCK_B, BLOCK_K)
-    inside = pool_bounds(pool, rows, s, offs_k, allowed)  # (BLOCK_B, BLOCK_K)
-    if pivot is not None:
-        num_above += tl.sum((allowed & (s > pivot[:, None])).to(tl.int32), 1)
-    num_kept += tl.sum(inside.to(tl.int32), 1)
-    x = s * scale  # (BLOCK_B, BLOCK_K)
-    if pool.bias is not None:
-        x += pool_bias(pool, offs_k, k_ok)[None, :] * 1.4426950408889634  # log2(e)
-    x = tl.where(inside, x, float("-inf"))
-    m_new = tl.maximum(m, tl.max(x, 1))
-    shift = finite_shift(m_new)
-    decay = tl.math.exp2(m - shift)  # (BLOCK_B,)
-    p = tl.math.exp2(x - shift[:, None])  # (BLOCK_B, BLOCK_K)
-    if ALONG:  # first, so that scores need not outlive the rest
-        if MENDED:
-            s = tl.where(inside, s, 0.0)
-        along = along * decay + tl.sum(p * s, 1)
-    z = z * decay + tl.sum(p, 1)
-    m = m_new
-    if WANT_MEAN:
-        if D <= SLICE and D <= BLOCK_D:
-            values = keys
-        else:
-            values = load_rows(keys_ptr, offs_k, k_ok, stride_kk, d0, D, SLICE, WIDEN)  # (BLOCK_K, SLICE)
-        if MENDED:
-            values = or_zero(values)
-        p = as_stored(p, query_ptr, keys_ptr).to(values.dtype)
-        acc = tl.dot(p, values, acc * decay[:, None], input_precision="ieee")  # (BLOCK_B, SLICE)
+    m, z, along, num_kept, num_above, acc = sums
+    # No score is below -inf, which the compiler cannot know: masks that depend on scores are computed where the scores lie.
+    floor = -tl.abs(scale) * float("inf")
+    for k0 in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        k_ok = pool_keys(pool, offs_k, size, WHOLE)  # (BLOCK_K,)
+        keys = load_whole_rows(keys_ptr, offs_k, k_ok, stride_kk, D, BLOCK_D, WIDEN)  # (BLOCK_K, BLOCK_D)
+        s = score_tile(
+            query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, keys, offs_k, k_ok, stride_kk,
+            D, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN,
+        )  # (BLOCK_B, BLOCK_K)  # fmt: skip
+        allowed = tl.broadcast_to(k_ok[None, :], (BLOCK_B, BLOCK_K))  # all of them in a plain tile, which costs nothing
+        inside = allowed  # (BLOCK_B, BLOCK_K)
+        if not PLAIN:
+            allowed = pool_masks(pool, rows, offs_b, b_ok, offs_k, k_ok)  # (BLOCK_B, BLOCK_K)
+            inside = pool_bounds(pool, rows, s, offs_k, allowed & ~(s < floor))  # (BLOCK_B, BLOCK_K)
+        if pivot is not None:
+            num_above += tl.sum((allowed & (s > pivot[:, None])).to(tl.int32), 1)
+        num_kept += tl.sum(inside.to(tl.int32), 1)
+        x = s * scale  # (BLOCK_B, BLOCK_K)
+        if pool.bias is not None:
+            x += pool_bias(pool, offs_k, k_ok)[None, :] * 1.4426950408889634  # log2(e)
+        x = tl.where(inside, x, float("-inf"))
+        m_new = tl.maximum(m, tl.max(x, 1))
+        shift = finite_shift(m_new)
+        decay = tl.math.exp2(m - shift)  # (BLOCK_B,)
+        p = tl.math.exp2(x - shift[:, None])  # (BLOCK_B, BLOCK_K)
+        if ALONG:  # first, so that scores need not outlive the rest
+            if MENDED:
+                s = tl.where(inside, s, 0.0)
+            along = along * decay + tl.sum(p * s, 1)
+        z = z * decay + tl.sum(p, 1)
+        m = m_new
+        if WANT_MEAN:
+            if D <= SLICE and D <= BLOCK_D:
+                values = keys
+            else:
+                values = load_rows(keys_ptr, offs_k, k_ok, stride_kk, d0, D, SLICE, WIDEN)  # (BLOCK_K, SLICE)
+            if MENDED:
+                values = or_zero(values)
+            p = as_stored(p, query_ptr, keys_ptr).to(values.dtype)
+            acc = tl.dot(p, values, acc * decay[:, None], input_precision="ieee")  # (BLOCK_B, SLICE)
     return m, z, along, num_kept, num_above, acc
 
 
 @triton.jit
-def add_tiles(
+def no_sums(BLOCK_B: tl.constexpr, SLICE: tl.constexpr):
+    """The running sums over nothing: maxima, sums, sums along the query, columns kept, columns above the pivot, sums of keys."""
+    m = tl.full((BLOCK_B,), float("-inf"), tl.float32)
+    z = tl.zeros((BLOCK_B,), tl.float32)
+    along = tl.zeros((BLOCK_B,), tl.float32)
+    num_kept = tl.zeros((BLOCK_B,), tl.int32)
+    num_above = tl.zeros((BLOCK_B,), tl.int32)
+    acc = tl.zeros((BLOCK_B, SLICE), tl.float32)
+    return m, z, along, num_kept, num_above, acc
+
+
+@triton.jit
+def sums_of_part(
     start, stop, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size, pool, rows, scale, pivot,
     EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, MENDED: tl.constexpr,
+    WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr,
+    HIDES: tl.constexpr, BY_TAGS: tl.constexpr,
 ):  # fmt: skip
-    """The running sums over columns [start, stop)."""
-    m = tl.full((BLOCK_B,), float("-inf"), tl.float32)
-    z = tl.zeros((BLOCK_B,), tl.float32)
-    num_kept = tl.zeros((BLOCK_B,), tl.int32)
-    num_above = tl.zeros((BLOCK_B,), tl.int32)
-    along = tl.zeros((BLOCK_B,), tl.float32)
-    acc = tl.zeros((BLOCK_B, SLICE), tl.float32)
+    """The running sums over columns [start, stop). HIDES: there are masks or bounds; BY_TAGS: ids and labels alone.
+
+    Tiles whose masks are read are half as wide, so that registers suffice. Equal ids are rare: a chunk of tiles is searched for
+    them first, and without any its masks are not read.
+    """
+    sums = no_sums(BLOCK_B, SLICE)
     # Columns past the end of the queue are looked for in its last tile alone, which is added after the loop.
     whole = stop
     if not EVEN_K:
         whole = start + tl.maximum(stop - start, 0) // BLOCK_K * BLOCK_K
-    for k0 in tl.range(start, whole, BLOCK_K, num_stages=STAGES):
-        m, z, along, num_kept, num_above, acc = add_tile(
-            m, z, along, num_kept, num_above, acc, k0, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size,
-            pool, rows, scale, pivot, True, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_MEAN, ALONG, SLICE, MENDED,
+    if BY_TAGS:
+        for chunk in range(start, whole, CHUNK * BLOCK_K):
+            end = tl.minimum(chunk + CHUNK * BLOCK_K, whole)
+            if may_hide_pairs(pool, rows, chunk, end, SEARCH):
+                sums = add_columns(
+                    sums, chunk, end, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size, pool, rows, scale,
+                    pivot, WIDEN, D, BLOCK_B, BLOCK_K // 2, BLOCK_D, WANT_MEAN, ALONG, SLICE, STAGES, False, True, False,
+                )  # fmt: skip
+            else:
+                sums = add_columns(
+                    sums, chunk, end, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size, pool, rows, scale,
+                    pivot, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_MEAN, ALONG, SLICE, STAGES, True, True, False,
+                )  # fmt: skip
+    elif HIDES:
+        sums = add_columns(
+            sums, start, whole, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size, pool, rows, scale,
+            pivot, WIDEN, D, BLOCK_B, BLOCK_K // 2, BLOCK_D, WANT_MEAN, ALONG, SLICE, STAGES, False, True, False,
         )  # fmt: skip
-    if not EVEN_K:  # noqa: SIM102  known when the kernel is compiled, which the next condition is not
-        if whole < stop:
-            m, z, along, num_kept, num_above, acc = add_tile(
-                m, z, along, num_kept, num_above, acc, whole, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk,
-                size, pool, rows, scale, pivot, False, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_MEAN, ALONG, SLICE, MENDED,
-            )  # fmt: skip
-    return m, z, along, num_kept, num_above, acc
+    else:
+        sums = add_columns(
+            sums, start, whole, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size, pool, rows, scale,
+            pivot, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_MEAN, ALONG, SLICE, STAGES, True, True, False,
+        )  # fmt: skip
+    if not EVEN_K:
+        sums = add_columns(
+            sums, whole, stop, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size, pool, rows, scale,
+            pivot, WIDEN, D, BLOCK_B, BLOCK_K // 2, BLOCK_D, WANT_MEAN, ALONG, SLICE, STAGES, False, False, False,
+        )  # fmt: skip
+    return sums
 
 
 @triton.jit(do_not_specialize=["B", "K", "tiles_per_split"])
@@ -117,7 +156,7 @@ def logsumexp_kernel(
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     scales_ptr, pivot_ptr, parts_ptr, tiles_per_split,
     WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, SLICES: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr,
-    HIDES_PAIRS: tl.constexpr,
+    HIDES: tl.constexpr, HIDES_PAIRS: tl.constexpr, BY_TAGS: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
     d0 = tl.program_id(2) % SLICES * SLICE
@@ -133,18 +172,19 @@ def logsumexp_kernel(
     size = pool_size(pool, K)
     start = split * tiles_per_split * BLOCK_K
     stop = tl.minimum(start + tiles_per_split * BLOCK_K, size)
-    m, z, along, num_kept, num_above, acc = add_tiles(
+    m, z, along, num_kept, num_above, acc = sums_of_part(
         start, stop, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size, pool, rows, scale, pivot,
-        EVEN_K, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_MEAN, ALONG, SLICE, STAGES, False,
+        EVEN_K, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_MEAN, ALONG, SLICE, STAGES, HIDES, BY_TAGS,
     )  # fmt: skip
     if WANT_MEAN and HIDES_PAIRS:  # what is hidden may hold anything, and 0 times that is not 0
         broken = any_not_finite(acc, b_ok)
         if ALONG:
             broken = broken | any_not_finite(along[:, None], b_ok)
         if broken:
-            m, z, along, num_kept, num_above, acc = add_tiles(
-                start, stop, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size, pool, rows, scale, pivot,
-                EVEN_K, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_MEAN, ALONG, SLICE, STAGES, True,
+            m, z, along, num_kept, num_above, acc = add_columns(
+                no_sums(BLOCK_B, SLICE), start, stop, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size,
+                pool, rows, scale, pivot, WIDEN, D, BLOCK_B, max(BLOCK_K // 4, 16), BLOCK_D, WANT_MEAN, ALONG, SLICE, 1,
+                False, False, True,
             )  # fmt: skip
 
     SPLITS = tl.num_programs(1)
@@ -242,6 +282,7 @@ def sum_parts(
     logsumexp_kernel[(-(-B // tile.BLOCK_B), splits, S * slices)](
         *score_arguments(query, negative_keys, tile, pool),
         scales, None if pivot is None else pivot.contiguous(), buffer, per_split,
-        want_mean, rounds, slices, tile.SLICE, tile.num_stages, pool.hides_pairs, num_warps=tile.num_warps,
+        want_mean, rounds, slices, tile.SLICE, tile.num_stages, pool.hides_pairs or pool.key_mask is not None, pool.hides_pairs,
+        pool.hides_by_tags, num_warps=tile.num_warps,
     )  # fmt: skip
     return Parts(buffer, splits, rounds)

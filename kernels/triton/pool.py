@@ -48,6 +48,12 @@ class KernelPool(NamedTuple):
         """True where a column may be hidden from some queries and not from others."""
         return self.is_bounded or any(x is not None for x in (self.pair_mask, self.query_ids, self.query_labels))
 
+    @property
+    def hides_by_tags(self) -> bool:
+        """True where nothing but equal ids or labels hides pairs, nor a mask columns."""
+        tagged = self.query_ids is not None or self.query_labels is not None
+        return tagged and self.pair_mask is self.key_mask is self.same_label is None and not self.is_bounded
+
     def of_queries(self, start: int, stop: int) -> "KernelPool":
         """The pool of queries [start, stop): what belongs to queries is cut, what belongs to keys stays."""
         parts = {name: getattr(self, name) for name in ("pair_mask", "query_ids", "query_labels", "lower", "upper")}
@@ -150,6 +156,29 @@ def pool_masks(pool, rows, offs_b, b_ok, offs_k, k_ok):
         else:
             allowed = allowed & (labels[:, None] != negative_labels[None, :])
     return allowed
+
+
+@triton.jit
+def folded(tags):
+    """int32 of int64 tags: equal tags stay equal, and others seldom become so."""
+    return (tags ^ ((tags >> 32) * 0x9E3779B1)).to(tl.int32)
+
+
+@triton.jit
+def may_hide_pairs(pool, rows, start, stop, BLOCK_K: tl.constexpr):
+    """Whether a column of [start, stop) may have an id or a label of these rows: a comparison of 32 bits for each pair."""
+    ids, labels, _, _, _, _ = rows
+    hits = tl.zeros((), tl.int32)
+    for k0 in range(start, stop, BLOCK_K):
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        k_ok = offs_k < stop
+        if pool.query_ids is not None:
+            tags = folded(tl.load(pool.negative_ids + offs_k, mask=k_ok, other=0))  # (BLOCK_K,)
+            hits = tl.maximum(hits, tl.max((tags[:, None] == folded(ids)[None, :]).to(tl.int32)))
+        if pool.query_labels is not None:
+            tags = folded(tl.load(pool.negative_labels + offs_k, mask=k_ok, other=0))  # (BLOCK_K,)
+            hits = tl.maximum(hits, tl.max((tags[:, None] == folded(labels)[None, :]).to(tl.int32)))
+    return hits > 0
 
 
 @triton.jit
