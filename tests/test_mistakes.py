@@ -166,7 +166,11 @@ COMMANDS = {
         2,
         "query_embeddings must be the path of an existing .npy",
     ),
-    "a data set that is not there": ("mine --beir no --model m --output o.jsonl", 2, "'no' is no folder"),
+    "a data set that is not there": (
+        "mine --beir no --model m --output o.jsonl",
+        2,
+        "'no' must be a folder with files in it",
+    ),
     "an index that is not there": (
         "index search --index no.index --query-embeddings q.npy --k 3 --output f.npz",
         2,

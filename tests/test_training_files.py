@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import negmine
+from negmine.cli.main import main
 from negmine.mining import MiningResult
 from negmine.mining.text_sets import read_beir, read_msmarco, read_training_lines
 from negmine.mining.training_rows import FORMS
@@ -171,7 +172,33 @@ def test_1i_a_beir_folder_is_read(tmp_path, ending):
     assert found.query_ids == ["q0", "q1", "q2", "q4"] and found.query_rows == [0, 1, 2, 4]
     assert found.positives == [["d0", "d3"], ["d1"], ["d4"], ["d0"]] and found.corpus_ids == IDS
     assert found.corpus_texts == JOINED and found.corpus_titles == TITLES
-    assert found.files[2].name == f"train.tsv{ending}"
+    assert found.files[2] == str(tmp_path / f"scifact/qrels/train.tsv{ending}")
+
+
+@pytest.mark.parametrize("protocol", ["memory", "file"])
+def test_a_beir_folder_in_object_storage_is_read(tmp_path, monkeypatch, capsys, protocol):
+    fsspec = pytest.importorskip("fsspec")
+    folder = beir(tmp_path / "scifact", ".gz")
+    url = f"{protocol}://{tmp_path if protocol == 'file' else ''}/scifact"
+    if protocol == "memory":
+        fsspec.filesystem("memory").put(str(folder), url, recursive=True)
+    found, local = read_beir(url + "/", "test"), read_beir(folder, "test")
+    assert found.files == [f"{url}/{name}.gz" for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")]
+    assert vars(found) | {"files": []} == vars(local) | {"files": []}
+    with pytest.raises(ValueError, match=f"'{url}/no' must be a folder with files in it"):
+        read_beir(f"{url}/no")
+
+    monkeypatch.chdir(tmp_path)
+    for name, rows in (("q", 5), ("c", K)):
+        np.save(f"{name}.npy", np.random.default_rng(0).standard_normal((rows, 6)).astype(np.float32))
+    words = ["mine", "--query-embeddings", "q.npy", "--corpus-embeddings", "c.npy", "--num-negatives", "2"]
+    lines = []
+    for place, output in ((url, "remote.jsonl"), (str(folder), "local.jsonl")):
+        assert main([*words, "--beir", place, "--output", output, "--dry-run"]) == 0
+        assert f"reads {place}/queries.jsonl.gz" in capsys.readouterr().out
+        assert main([*words, "--beir", place, "--output", output]) == 0
+        lines.append((tmp_path / output).read_text())
+    assert lines[0] == lines[1] and lines[0]
 
 
 def test_1i_msmarco_is_read(tmp_path):

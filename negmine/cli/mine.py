@@ -1,6 +1,7 @@
 """negmine mine: mine_hard_negatives from files to files."""
 
 import argparse
+import os
 import sys
 import time
 import warnings
@@ -18,6 +19,7 @@ from negmine.mining import MiningResult, NegativeIndex, from_texts, mine_hard_ne
 from negmine.mining.hard_negatives import mine_share
 from negmine.mining.memory_budget import DEFAULT_MEMORY
 from negmine.mining.progress import clock
+from negmine.mining.remote import is_url
 from negmine.mining.sources import Rows
 from negmine.mining.text_sets import TextSet, beir_files, read_beir, read_msmarco, read_training_lines
 from negmine.mining.training_rows import FORMS
@@ -80,7 +82,9 @@ examples, one for each format:
 def add_data_sets(data: Any) -> None:
     """The options that name a data set with texts."""
     data.add_argument(
-        "--beir", metavar="FOLDER", help="corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv, plain, .gz or .zst"
+        "--beir",
+        metavar="FOLDER",
+        help="corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv, plain, .gz or .zst; may be a URL",
     )
     data.add_argument("--split", metavar="SPLIT", help="of --beir; default: train, test or dev, whichever comes first")
     data.add_argument(
@@ -302,7 +306,7 @@ def _plan(
     """What a run would read and write, how much memory it would take, and how long, from the rate of a small run."""
     said = []
     for path in [] if texts is None else texts.files:
-        said.append(f"reads {path}, {path.stat().st_size:,} bytes")
+        said.append(f"reads {path}" + ("" if is_url(path) else f", {os.path.getsize(path):,} bytes"))
     if texts is not None and texts.query_rows is not None:
         said.append(
             f"{len(texts.query_ids):,} of {texts.queries_in_file:,} queries have a positive; the others are left out"

@@ -11,9 +11,9 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from negmine.mining import remote
 from negmine.mining.remote import is_url
 from negmine.mining.text_files import read_jsonl, read_lines, read_tsv
 from negmine.ops.checks import describe, refuse
@@ -34,11 +34,9 @@ class TextSet:
     corpus_titles: list[str] | None  # None: no document has a title
     corpus_bodies: list[str]
     positives: list[list[str]]  # ids of documents, a list a query
-    files: list[Path] = field(default_factory=list)  # that were read
-    query_rows: list[int] | None = (
-        None  # of the queries among all of the file, where some are left out: no judgement names them
-    )
-    queries_in_file: int = 0
+    files: list[str] = field(default_factory=list)  # paths or URLs of the files that were read
+    query_rows: list[int] | None = None  # rows of these queries in the file; None if the file has no other queries
+    queries_in_file: int = 0  # with those that no judgement names, which are left out
 
     @property
     def corpus_texts(self) -> list[str]:
@@ -49,13 +47,19 @@ class TextSet:
         return [f"{title} {body}".strip() if title else body for title, body in pairs]
 
 
-def _existing(path: Path) -> Path:
-    """A file, or the same name with the ending of an archive."""
-    for ending in ENDINGS:
-        candidate = path.with_name(path.name + ending)
-        if candidate.exists():
+def _existing(path: str) -> str:
+    """The path or URL of a file, or that of the same file compressed: with .gz or .zst appended."""
+    for candidate in (path + ending for ending in ENDINGS):
+        if remote.exists(candidate) if is_url(candidate) else os.path.exists(candidate):
             return candidate
-    raise ValueError(f"{describe(str(path))} is no file")
+    raise ValueError(f"{describe(path)} does not exist")
+
+
+def _names_in(folder: str) -> list[str]:
+    """The sorted names of the files in a folder, which may be a URL; empty if there is no such folder."""
+    if is_url(folder):
+        return remote.names_in_folder(folder)
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
 def _text(record: Any, name: str, where: str, default: str | None = None) -> str:
@@ -103,21 +107,19 @@ def _judged(
     documents: _Documents,
     queries: dict[str, str],
     judgements: Iterator[tuple[str, str, str]],
-    files: list[Path],
+    files: list[str],
 ) -> TextSet:
     """queries: id -> text; judgements: (where, query id, document id) of relevant pairs."""
     positives: dict[str, dict[str, None]] = {}
     for where, query, document in judgements:
         if query not in queries:
-            raise ValueError(
-                f"{where} names the query {describe(query)}, which {describe(str(files[1]))} does not hold"
-            )
+            raise ValueError(f"{where} names the query {describe(query)}, which {describe(files[1])} does not hold")
         if document not in documents.row_of:
-            came = f"the document {describe(document)}, which {describe(str(files[0]))} does not hold"
+            came = f"the document {describe(document)}, which {describe(files[0])} does not hold"
             raise ValueError(f"{where} names {came}")
         positives.setdefault(query, {})[document] = None
     if not positives:
-        raise ValueError(f"{describe(str(files[2]))} holds no relevant pair")
+        raise ValueError(f"{describe(files[2])} holds no relevant pair")
     kept = [name for name in queries if name in positives]
     texts, lists = [queries[name] for name in kept], [list(positives[name]) for name in kept]
     rows = [row for row, name in enumerate(queries) if name in positives] if len(kept) < len(queries) else None
@@ -141,25 +143,26 @@ def _new(table: dict[str, str], name: str, text: str, where: str) -> None:
     table[name] = text
 
 
-def beir_files(folder: str | os.PathLike, split: str | None = None) -> list[Path]:
-    """corpus, queries and judgements of a BEIR folder. split: default train, test or dev, whichever comes first."""
-    if is_url(folder):
-        raise ValueError(f"{describe(folder)} must be a folder on this machine")
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{describe(str(folder))} is no folder")
-    found = [_existing(folder / f"{name}.jsonl") for name in ("corpus", "queries")]
-    splits = {
-        path.name.partition(".tsv")[0]: path
-        for path in sorted((folder / "qrels").glob("*.tsv*"))
-        if path.name.partition(".tsv")[2] in ENDINGS
-    }
+def beir_files(folder: str | os.PathLike, split: str | None = None) -> list[str]:
+    """The paths, or URLs, of the corpus, the queries and the judgements of a BEIR folder.
+
+    split: default train, test or dev, whichever comes first.
+    """
+    root = os.fspath(folder).rstrip("/")
+    if not _names_in(root):
+        raise ValueError(f"{describe(os.fspath(folder))} must be a folder with files in it, got none")
+    found = [_existing(f"{root}/{name}.jsonl") for name in ("corpus", "queries")]
+    splits: dict[str, str] = {}
+    for name in _names_in(f"{root}/qrels"):
+        title, extension, ending = name.partition(".tsv")
+        if extension and ending in ENDINGS:
+            splits[title] = f"{root}/qrels/{name}"
     if split is None:
         split = next((name for name in PREFERRED_SPLITS if name in splits), next(iter(splits), None))
     if split not in splits:
         wanted = f"with qrels/{split or 'train'}.tsv"
         raise ValueError(
-            f"{describe(str(folder))} must be a BEIR folder {wanted}, got {', '.join(splits) or 'no qrels'}"
+            f"{describe(os.fspath(folder))} must be a BEIR folder {wanted}, got {', '.join(splits) or 'no qrels'}"
         )
     return [*found, splits[split]]
 
@@ -172,11 +175,11 @@ def read_beir(folder: str | os.PathLike, split: str | None = None) -> TextSet:
     files = beir_files(folder, split)
     documents, queries = _Documents(), dict[str, str]()
     for number, record in read_jsonl(files[0]):
-        where = f"line {number} of {describe(str(files[0]))}"
+        where = f"line {number} of {describe(files[0])}"
         title, body = _text(record, "title", where, ""), _text(record, "text", where)
         documents.add(_text(record, "_id", where), title, body, where)
     for number, record in read_jsonl(files[1]):
-        where = f"line {number} of {describe(str(files[1]))}"
+        where = f"line {number} of {describe(files[1])}"
         _new(queries, _text(record, "_id", where), _text(record, "text", where), where)
 
     return _judged(documents, queries, read_qrels(files[2]), files)
@@ -210,16 +213,16 @@ def read_msmarco(collection: str | os.PathLike, queries: str | os.PathLike, qrel
 
     A collection of documents has id, URL, title and text in a line.
     """
-    files = [_existing(Path(path)) for path in (collection, queries, qrels)]
+    files = [_existing(os.fspath(path)) for path in (collection, queries, qrels)]
     documents, texts = _Documents(), dict[str, str]()
     for number, fields in _table(files[0], (2, 4)):
-        where = f"line {number} of {describe(str(files[0]))}"
+        where = f"line {number} of {describe(files[0])}"
         if not _is_header(number, fields):
             documents.add(fields[0], fields[2] if len(fields) == 4 else "", fields[-1], where)
     for number, fields in read_tsv(files[1], 2):
         if _is_header(number, fields):
             continue
-        _new(texts, fields[0], fields[1], f"line {number} of {describe(str(files[1]))}")
+        _new(texts, fields[0], fields[1], f"line {number} of {describe(files[1])}")
     return _judged(documents, texts, read_qrels(files[2]), files)
 
 
@@ -229,7 +232,7 @@ def _is_header(number: int, fields: list[str]) -> bool:
     return number == 1 and words[0] in ID_NAMES and words[1] in TEXT_NAMES
 
 
-def _table(path: Path, columns: tuple[int, ...]) -> Iterator[tuple[int, list[str]]]:
+def _table(path: str, columns: tuple[int, ...]) -> Iterator[tuple[int, list[str]]]:
     """Lines of as many fields as the first, which must be one of `columns`."""
     first = 0
     for number, line in read_lines(path):
@@ -335,4 +338,6 @@ def read_training_lines(path: str | os.PathLike) -> TextSet:
         positives.append(list(dict.fromkeys(names[0])))
     if not query_ids:
         raise refuse("read_training_lines", "path", "a file with one line or more", str(path))
-    return documents.text_set(query_ids, query_texts, positives, files=[Path(path)], queries_in_file=len(query_ids))
+    return documents.text_set(
+        query_ids, query_texts, positives, files=[os.fspath(path)], queries_in_file=len(query_ids)
+    )
