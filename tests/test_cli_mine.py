@@ -75,7 +75,7 @@ def test_1h_fields_of_the_old_negatives_are_left_out(folder):
     np.save("ec.npy", CORPUS[2:4])
     words = ["mine", "--compat", "flagembedding", "--input_file", "in.jsonl", "--output_file", "out.jsonl"]
     words += ["--query_embeddings", "eq.npy", "--corpus_embeddings", "ec.npy", "--range_for_sampling", "0-2"]
-    with pytest.warns(UserWarning, match="neg_scores, pos_scores of in.jsonl belong to the old negatives"):
+    with pytest.warns(UserWarning, match="neg_scores, pos_scores of in.jsonl describe the old negatives"):
         assert main([*words, "--negative_number", "1"]) == 0
     assert lines("out.jsonl")[0] == {"query": "a", "pos": ["b"], "neg": ["c"], "prompt": "find"}
 
@@ -97,13 +97,13 @@ def test_a_dry_run_writes_nothing(folder, capsys):
 
 
 USAGE = [
-    ("--beir beir --positives p.npy --output t.jsonl", "--beir holds --positives: leave it out"),
+    ("--beir beir --positives p.npy --output t.jsonl", "--beir contains --positives: leave it out"),
     ("--beir beir --data x.jsonl --output t.jsonl", "give one data set, not --beir and --data"),
     ("--beir nowhere --output t.jsonl", "'nowhere' must be a folder with files in it"),
     ("--beir beir --output t.jsonl.gz", "--output must end in .jsonl or .parquet, for training data, or in .npz"),
     ("--beir beir --output s3://b/t.jsonl", "--output must be the path of a file on this machine"),
     ("--beir beir --split dev --output t.jsonl", "must be a BEIR folder with qrels/dev.tsv, got test, train"),
-    ("--collection collection.tsv --output t.jsonl", "--collection, --queries and --qrels belong together"),
+    ("--collection collection.tsv --output t.jsonl", "give --collection, --queries and --qrels together"),
     ("--beir beir --output beir/corpus.jsonl --overwrite", "--output must not replace an input"),
     ("--beir beir --output beir/qrels/../queries.jsonl --overwrite", "--output must not replace an input"),
     ("--positives p.npy --output t.jsonl", "--output needs --query-texts and --corpus-texts, or a data set"),
@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_refused_before_the_work(folder, capsys, words, sai
 def test_help_is_grouped_with_an_example_for_each_format():
     mine = next(action for action in parser()._actions if action.dest == "command").choices["mine"]
     said = mine.format_help()
-    for words in ("inputs as data sets:", "inputs as arrays:", "which negatives:", "how it is searched:", "output:"):
+    for words in ("inputs as data sets:", "inputs as arrays:", "which negatives:", "search:", "output:"):
         assert words in said
     for words in ("--beir scifact", "--collection collection.tsv", "--data old.jsonl", "--dry-run", "--compat"):
         assert words in said[said.index("examples, one for each format") :]
@@ -146,7 +146,7 @@ def test_a_beir_folder_and_a_model_become_training_data(folder, capsys):
     assert len(found) == 5 and set(found[0]) == {"anchor", "positive", "negative_1", "negative_2"}
     assert {line["anchor"] for line in found} == {f"query {i}" for i in (0, 1, 2, 4)}
     assert main([*words, "--overwrite", "--query-embeddings", "q.npy"]) == 2
-    assert "--query-embeddings is given without --model only" in capsys.readouterr().err
+    assert "--query-embeddings cannot be used with --model" in capsys.readouterr().err
     assert main(["mine", "--beir", "beir", "--model", "embedder.py", "--output", "u.jsonl"]) == 2
     assert "must be the folder of a model, or module:name" in capsys.readouterr().err
     compat = ["mine", "--compat", "flagembedding", "--input_file", "in.jsonl", "--output_file", "out.jsonl"]
@@ -188,7 +188,7 @@ def test_parts_merge_to_the_files_of_one_run(more, folder, capsys):
         "'4/3' must be I/N, such as 1/3": ["--part", "4/3", "--output", "x"],
         "parts are counted from 1, so an array of jobs begins at 1": ["--part", "0/3", "--output", "x"],
         "--part needs --output, a file for the part": ["--part", "1/3", "--output", "x.jsonl"],
-        "--part goes without --dry-run": ["--part", "1/3", "--output", "x", "--dry-run"],
+        "--part cannot be used with --dry-run": ["--part", "1/3", "--output", "x", "--dry-run"],
     }.items():
         assert main([*words, *more]) == 2
         assert said in capsys.readouterr().err

@@ -193,7 +193,7 @@ CRAFTED = [
     ({"dropped": {"positives": 3}}, "its counters are"),
     ({"dropped": {"min_score": 2.5}}, "its counters count"),
     ({"dropped": {"min_score": 10**9}}, "its counters count"),
-    ({"run": "0" * 32}, "another run wrote it"),
+    ({"run": "0" * 32}, "it was written by another run"),
 ]
 
 
@@ -205,7 +205,7 @@ def test_4f_a_crafted_part_changes_no_count(folder, changed, words):
     facts, parts = array_file.read("x", path, "mined queries")
     arrays = {name: array_file.array_part(np.array(array_file.map_array(path, part))) for name, part in parts.items()}
     array_file.write("x", path, "mined queries", facts | changed, arrays)
-    with pytest.warns(RuntimeWarning, match=rf"queries-.*{words}.*mined anew"):
+    with pytest.warns(RuntimeWarning, match=rf"queries-.*{words}.*mined again"):
         got = run(**options, resume_dir="run")
     same_result(got, want)
     assert got.skipped == want.skipped
@@ -286,7 +286,7 @@ REFUSED_OUTPUTS = [
     ("--output link.npz --overwrite", "must not replace the input --query-embeddings"),
     ("--output ./p.npy --overwrite", "must not replace the input --positives"),
     ("--jsonl q.txt --overwrite", "must not replace the input --query-texts"),
-    ("--output old.npz", "must be a new file, or --overwrite given: 'old.npz' exists"),
+    ("--output old.npz", "must be a new file, unless --overwrite is given: 'old.npz' exists"),
     ("--output x --jsonl ./x", "must be different files"),
     ("--output .", "."),
 ]

@@ -41,7 +41,7 @@ def test_1b_rows_of_one_query_share_their_positives():
         if given:
             got = mine(X[[0, 0]], C, [0, second], **given)
         else:
-            with pytest.warns(UserWarning, match="2 rows of query_embeddings are equal to others with other positives"):
+            with pytest.warns(UserWarning, match="2 rows of query_embeddings are equal to rows with other positives"):
                 got = mine(X[[0, 0]].astype("f8"), C, [0, second])
         assert not np.isin(got.indices, [0, second]).any() and got.skipped["positive"] == 4
         np.testing.assert_allclose(got.positive_scores, X[0] @ C[second], rtol=1e-5)  # the lower of both
@@ -103,7 +103,7 @@ def test_1d_taken_by_position(tmp_path):
     report = negmine.hardness_report(X, C[PERM], positives, corpus_texts=np.array(shuffled, object), corpus_ids=PERM)
     for record in report.facts["often_hard"]:
         assert record["row_text"] == f"doc {PERM[record['row']]}" == f"doc {record['row_id']}"
-    with pytest.raises(TypeError, match=r"to_jsonl: corpus_texts must be texts, one a row, in a list.*got 'a dict'"):
+    with pytest.raises(TypeError, match=r"to_jsonl: corpus_texts must be texts, one per row, in a list.*got 'a dict'"):
         want.to_jsonl(tmp_path / "x", Q, dict(enumerate(D)))
     with pytest.raises(TypeError, match=r"to_jsonl: corpus_texts must be texts, .*got 'a str'"):
         want.to_jsonl(tmp_path / "x", Q, "".join(D))
@@ -194,7 +194,7 @@ def test_1n_corpus_containers():
             mine(X, C, P, corpus_texts=refused)
     with pytest.raises(TypeError, match="corpus_texts must be no mapping where corpus_ids is given"):
         mine(X, C, P, corpus_ids=D, corpus_texts=dict(zip(D, D, strict=True)))
-    with pytest.raises(ValueError, match="corpus_texts must be 500 texts, one a row, got '499 in a list'"):
+    with pytest.raises(ValueError, match="corpus_texts must be 500 texts, one per row, got '499 in a list'"):
         mine(X, C, P, corpus_texts=D[1:])
 
 
@@ -231,7 +231,7 @@ def test_results_speak_in_ids(tmp_path):
         np.testing.assert_array_equal(again.to_triplets(), result.to_triplets())
     with pytest.raises(ValueError, match="positives must be ids of corpus_ids, got \"'d999' for query 1\""):
         mine(X[:2], C, [["d0"], ["d1", "d999"]], corpus_ids=ids)
-    with pytest.raises(TypeError, match="positives must be strings, as other ids are, got '0 "):
+    with pytest.raises(TypeError, match="positives must be strings, as the other ids are, got '0 "):
         mine(X, C, P.tolist(), corpus_ids=ids)
 
 

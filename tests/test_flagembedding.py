@@ -92,7 +92,9 @@ def test_negatives_are_what_the_script_may_draw(folder, pooled):
 def test_short_lines_are_filled_up_and_draws_follow_the_seed(folder, capsys):
     data = spoken(2)
     first = hn_mine(folder, data, *EMBEDDER, "--range_for_sampling", "0-2", "--negative_number", "6")
-    assert all(len(set(line["neg"])) == 6 for line in first) and "to fill up" in capsys.readouterr().out
+    assert (
+        all(len(set(line["neg"])) == 6 for line in first) and "because a window had too few" in capsys.readouterr().out
+    )
     again = hn_mine(
         folder, data, *EMBEDDER, "--range_for_sampling", "0-2", "--negative_number", "6", "--search_batch_size", "2"
     )
@@ -116,7 +118,7 @@ def test_files_of_embeddings_are_the_embedder(folder):
 
 
 BAD = [
-    ("{}", (), 'record 1 of input_file must be an object with "query"'),
+    ("{}", (), 'record 1 of input_file must be an object with a text "query"'),
     ('{"query": "a"}', (), 'must have "pos", a list of texts, got None'),
     ('{"query": "a", "pos": ["b"], "neg": "c"}', (), 'must have "neg", a list of texts'),
     ("", (), "input_file is empty"),
@@ -128,7 +130,7 @@ BAD = [
     (
         '{"query": "a", "pos": ["b"]}',
         ("--query_embeddings", "q.npy"),
-        "give an embedder or files of embeddings, not both",
+        "give an embedder or files with embeddings, not both",
     ),
     ('{"query": "a", "pos": ["b"]}', ("--pooling_method", "cls"), "unrecognized arguments"),
 ]

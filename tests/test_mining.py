@@ -393,7 +393,7 @@ REFUSALS = [
     (
         call(query=torch.ones(3)),
         ValueError,
-        "query_embeddings must be of shape (rows, D) with D of 1 or more, got (3,)",
+        "query_embeddings must be of shape (rows, D) with D >= 1, got (3,)",
     ),
     (call(corpus=torch.ones(7, 5)), ValueError, "corpus_embeddings must be of query_embeddings' D = 4, got (7, 5)"),
     (call(corpus=[]), ValueError, "corpus_embeddings must be an array"),
@@ -422,7 +422,7 @@ REFUSALS = [
     (call(positives=[[0], [], [1]], select=Select(absolute_margin=0.1)), ValueError, "got 'none for query 1'"),
     (call(select=0.5), TypeError, "select must be a negmine.Select or None"),
     (call(select=Select(sample=2)), ValueError, "select must be without sample"),
-    (call(range_mode="raw"), ValueError, "select.range_max must be given where range_mode is 'raw', got None"),
+    (call(range_mode="raw"), ValueError, "select.range_max must be given if range_mode is 'raw', got None"),
     (call(range_mode="rank"), ValueError, "range_mode must be 'filtered' or 'raw', got 'rank'"),
     (call(sampling_strategy="tpo"), ValueError, "sampling_strategy must be 'top' or 'random' or 'weighted', got 'tpo'"),
     (call(positive_aggregation="median"), ValueError, "positive_aggregation must be 'min' or 'max' or 'mean'"),
@@ -434,7 +434,7 @@ REFUSALS = [
     (call(batch_size=0), ValueError, "batch_size must be an int of 1 or more, got 0"),
     (call(corpus_chunk_size=2.0), ValueError, "corpus_chunk_size must be an int of 1 or more, got 2.0"),
     (call(max_memory_bytes=100), ValueError, "max_memory_bytes must be at least"),
-    (call(device="nowhere"), ValueError, "device must be a device that torch has here"),
+    (call(device="nowhere"), ValueError, "device must be a device that torch can use here"),
     (call(backend="gpu"), ValueError, "backend must be None"),
     (call(corpus=ROWS_7[:0]), ValueError, "positives must be row numbers of the corpus, in [0, 0)"),
     (call(index=""), TypeError, "index must be 'exact', a FAISS factory string, or a NegativeIndex, got ''"),
@@ -448,7 +448,7 @@ REFUSALS = [
     (
         call(index="Flat", select=Select(0.1, 0.5, max_score=0.9)),
         ValueError,
-        "select's range must be in ranks where select has filters and index is not 'exact'",
+        "select's range must be in ranks if select has filters and index is not 'exact'",
     ),
 ]
 

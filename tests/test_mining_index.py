@@ -310,7 +310,7 @@ REFUSALS = [
     (lambda: _built(search_options={"nprobe": 3}), ValueError, "left out where kind is 'exact'"),
     (lambda: _built(train_rows=0), ValueError, "train_rows must be an int of 1 or more"),
     (lambda: _built(seed=-1), ValueError, "seed must be"),
-    (lambda: _built(device="nowhere"), ValueError, "device must be a device that torch has here"),
+    (lambda: _built(device="nowhere"), ValueError, "device must be a device that torch can use here"),
     (lambda: NegativeIndex.build(corpus()[:0]), ValueError, "embeddings must be of 1 row or more, got (0, 16)"),
     (lambda: NegativeIndex.build(corpus().long()), TypeError, "embeddings must be float32, float16, bfloat16 or float64"),
     (lambda: _built().add(unit(3, 5)), ValueError, "add: embeddings must be of the index's D = 16, got 5"),

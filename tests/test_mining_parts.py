@@ -196,7 +196,7 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path):
     }.items():
         with pytest.raises((ValueError, TypeError), match=f"^mine_part: {said}"):
             mine_part(*arguments)
-    with pytest.raises(ValueError, match=r"^mine_hard_negatives: index must be 'exact' where a share"):
+    with pytest.raises(ValueError, match=r"^mine_hard_negatives: index must be 'exact' when a share"):
         mine_share(1, 2, {"query_embeddings": q, "corpus_embeddings": c, "positives": positives, "index": "Flat"})
 
     low.save(tmp_path / "part")

@@ -152,5 +152,5 @@ def test_refusals():
     q, c, positives, _ = inputs()
     with pytest.raises(TypeError, match=r"process_group must be a process group of torch.distributed, such as"):
         negmine.mine_hard_negatives(q, c, positives, process_group="world")
-    with pytest.raises(ValueError, match="index must be 'exact' where process_group is given, got 'Flat'"):
+    with pytest.raises(ValueError, match="index must be 'exact' if process_group is given, got 'Flat'"):
         negmine.mine_hard_negatives(q, c, positives, process_group="world", index="Flat")

@@ -179,7 +179,7 @@ def test_what_an_actor_refuses_is_raised_in_its_words(cluster, shards, tmp_path)
     (tmp_path / "x.npy").write_bytes(b"no array")
     np.save(tmp_path / "narrow.npy", np.ones((3, 4), np.float32))
     for said, corpus, options in (
-        ("corpus_embeddings\\[0\\] must be a whole .npy file, got .*x.npy", [tmp_path / "x.npy"], {}),
+        ("corpus_embeddings\\[0\\] must be a complete .npy file, got .*x.npy", [tmp_path / "x.npy"], {}),
         ("corpus_embeddings must be of the D and dtype of the first shard", [shards[0], tmp_path / "narrow.npy"], {}),
         ("engine_options must be a dict with keys among num_actors, num_cpus, .*, got 'cpus'", shards, {"cpus": 1}),
     ):

@@ -54,7 +54,7 @@ def test_jsonl(result, tmp_path):
     result.to_jsonl(tmp_path / "t.jsonl", ["p", "q", "r", "s"], texts, form="tevatron")
     line = json.loads((tmp_path / "t.jsonl").read_text(encoding="utf-8").splitlines()[1])
     assert line["query_id"] == "1" and line["negative_passages"] == [{"docid": "3", "title": "", "text": "d"}]
-    with pytest.raises(ValueError, match="to_jsonl: corpus_texts must be 4 texts, one a row, got '3 in a list'"):
+    with pytest.raises(ValueError, match="to_jsonl: corpus_texts must be 4 texts, one per row, got '3 in a list'"):
         result.to_jsonl(tmp_path / "x", texts, texts[:3])
     with pytest.raises(ValueError, match=r"to_jsonl: form must be 'flagembedding' or 'tevatron' or .*, got 'x'"):
         result.to_jsonl(tmp_path / "x", texts, texts, form="x")
@@ -65,7 +65,7 @@ def test_the_page_shows_what_was_found_and_dropped(result, tmp_path):
     result.to_html(path)
     text = path.read_text()
     assert not re.search(r"<script|https?://(?!www\.w3\.org)", text)
-    assert "exclude: 5 (query, row) pairs dropped." in text and "2 queries have fewer than 2" in text
+    assert "exclude: 5 (query, row) pairs removed." in text and "2 queries have fewer than 2" in text
     assert result_page.shares_found(result.num_valid, 2) == {"0": 0.25, "1": 0.25, "2": 0.5}
     assert result_page.score_gaps(result.scores, result.positive_scores).tolist() == [
         1.0,
@@ -83,7 +83,7 @@ def test_the_page_shows_what_was_found_and_dropped(result, tmp_path):
     many.to_html(path)
     shares = result_page.shares_found(many.num_valid, 50)
     assert sum(shares.values()) == 1 and list(shares)[-1] == "45 to 50"
-    assert "Nothing here asks for a change." in path.read_text() and many.summary().splitlines()[0] in path.read_text()
+    assert "No change is needed." in path.read_text() and many.summary().splitlines()[0] in path.read_text()
     with pytest.raises(OSError, match=r"MiningResult.to_html: .* could not be written"):
         many.to_html(tmp_path / "no folder" / "mined.html")
 

@@ -148,7 +148,7 @@ except OSError as error:
 
 def test_a_file_that_the_system_refuses_to_grow(tmp_path):
     run = subprocess.run([sys.executable, "-c", FULL, str(tmp_path), "50"], capture_output=True, text=True)
-    assert "could not be written (File too large); what was there before is untouched" in run.stdout, run.stderr
+    assert "could not be written (File too large); existing files are unchanged" in run.stdout, run.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"lock", "run.json"}
     same_result(mine(*inputs(), **OPTIONS, resume_dir=tmp_path), mine(*inputs(), **OPTIONS))
 
@@ -167,7 +167,7 @@ def test_damaged_parts_warn_and_are_mined_anew(tmp_path):
     with pytest.warns(RuntimeWarning) as warned:
         got = mine(*inputs(), **OPTIONS, resume_dir=tmp_path)
     assert (
-        len(warned) == 3 and "mined anew" in str(warned[0].message) and "outside the corpus" in str(warned[2].message)
+        len(warned) == 3 and "mined again" in str(warned[0].message) and "outside the corpus" in str(warned[2].message)
     )
     same_result(got, want)
     array_file.write("x", first, "mined queries", {"begin": 50, "dropped": {}}, forged)

@@ -127,18 +127,18 @@ def broken(tmp_path, name):
 UNREADABLE = [
     ("missing.npy", ValueError, "must be the path of an existing .npy, .safetensors or .parquet file"),
     ("rows.csv", ValueError, "must be the path of an existing .npy, .safetensors or .parquet file"),
-    ("garbage.npy", ValueError, "must be a whole .npy file"),
+    ("garbage.npy", ValueError, "must be a complete .npy file"),
     ("garbage.npy::x", ValueError, "must be the path of an existing"),
-    ("garbage.safetensors", ValueError, "must be a whole .safetensors file"),
-    ("garbage.parquet", ValueError, "must be a whole .parquet file"),
-    ("half.parquet", ValueError, "must be a whole .parquet file"),
-    ("page.parquet", ValueError, "must be a whole .parquet file"),
-    ("gap.parquet", ValueError, "must be lists of one length without gaps in column 'embedding'"),
-    ("ragged.parquet", ValueError, "must be lists of one length without gaps in column 'embedding'"),
+    ("garbage.safetensors", ValueError, "must be a complete .safetensors file"),
+    ("garbage.parquet", ValueError, "must be a complete .parquet file"),
+    ("half.parquet", ValueError, "must be a complete .parquet file"),
+    ("page.parquet", ValueError, "must be a complete .parquet file"),
+    ("gap.parquet", ValueError, "must be lists of equal length without nulls in column 'embedding'"),
+    ("ragged.parquet", ValueError, "must be lists of equal length without nulls in column 'embedding'"),
     (
         "two.safetensors",
         ValueError,
-        "must be 'path::name' where a file holds a tensor (rows, D) of other than one name",
+        "must be 'path::name' with the name of a tensor (rows, D)",
     ),
     ("two.safetensors::c", ValueError, "must be the name of a tensor (rows, D) of"),
     ("scalars.parquet::id", ValueError, "must be the name of a column of lists of floats of"),
@@ -169,7 +169,7 @@ def test_no_room_to_decode(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(decoding.os, "pwrite", full)
-    with pytest.raises(OSError, match=r"no room in .* \(No space left on device\); TMPDIR names another folder"):
+    with pytest.raises(OSError, match=r"no space left in .* \(No space left on device\); set TMPDIR to another folder"):
         mine(Q, tmp_path / "c.parquet", POSITIVES)
 
 
@@ -186,7 +186,7 @@ def test_a_tensor_without_rows_in_memory_is_refused(made):
 
 def test_damaged_shard_is_refused(tmp_path):
     (tmp_path / "c.npy").write_bytes(b"\x93NUMPY\x01\x00garbage")
-    with pytest.raises(ValueError, match=r"corpus_embeddings must be a whole .npy file"):
+    with pytest.raises(ValueError, match=r"corpus_embeddings must be a complete .npy file"):
         mine(Q, tmp_path / "c.npy", POSITIVES)
 
 
@@ -208,7 +208,7 @@ def test_files_in_object_storage(tmp_path, monkeypatch):
     texts = stored("memory://negmine/texts.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": "b"}\n'))
     assert files.texts(texts) == ["a", "b"]
     bad = stored("memory://negmine/bad.npy", b"no array")
-    with pytest.raises(ValueError, match=r"mine: rows must be a whole \.npy file, got 'memory://negmine/bad.npy'"):
+    with pytest.raises(ValueError, match=r"mine: rows must be a complete \.npy file, got 'memory://negmine/bad.npy'"):
         Rows.open("mine", "rows", bad)
     for missing, words in (("memory://negmine/none.npy", "cannot be read"), ("nowhere://a.npy", "cannot be read")):
         with pytest.raises(ValueError, match=f"'{missing}' {words}"):

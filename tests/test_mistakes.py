@@ -94,7 +94,7 @@ MISTAKES = {
     ),
     "names without ids": (
         lambda: mine(positives="abcd"),
-        "positives must be row numbers; names of documents need corpus_ids",
+        "positives must be row numbers; to give ids of documents, pass corpus_ids",
     ),
     "unknown names": (
         lambda: mine(positives=["d99"] * B, corpus_ids=[f"d{i}" for i in range(K)]),
@@ -111,7 +111,7 @@ MISTAKES = {
     "arrays of whole numbers": (lambda: mine(np.ones((B, D), int)), "must be float32, float16, bfloat16 or float64"),
     "training data without texts": (
         lambda: mine().to_jsonl("train.jsonl"),
-        "to_jsonl: query_texts must be given, here or where the negatives are mined",
+        "to_jsonl: query_texts must be given, here or when the negatives are mined",
     ),
     "a file of another kind": (lambda: negmine.mining.MiningResult.load(__file__), "was not written by save"),
 }

@@ -272,7 +272,7 @@ def test_the_page_is_whole_and_escapes_texts(case, tmp_path):
 def test_the_least_report_has_a_page(tmp_path):
     made = negmine.hardness_report(torch.eye(3)[:1], torch.eye(3), page=tmp_path / "p.html")
     assert Reader((tmp_path / "p.html").read_text()).said.count("How hard are these negatives?") == 2
-    assert not made.facts["has_positives"] and made.advice() == ["Nothing here asks for a change."]
+    assert not made.facts["has_positives"] and made.advice() == ["No change is needed."]
     assert made.figures["hard_count"].tolist() == [1, 0, 0]
 
 
@@ -331,20 +331,20 @@ q, c = unit(3, 4, seed=0), unit(9, 4, seed=1)
 labels = {"query_labels": [0, 1, 2], "corpus_labels": [0] * 9}
 REFUSALS = [
     ({"query_embeddings": [1]}, TypeError, "query_embeddings[0] must be an array, a tensor"),
-    ({"query_embeddings": q[:0]}, ValueError, "query_embeddings must be of 1 row or more, got 0"),
+    ({"query_embeddings": q[:0]}, ValueError, "query_embeddings must be of at least one row, got 0"),
     ({"corpus_embeddings": c[:, :2]}, ValueError, "corpus_embeddings must be of query_embeddings' D = 4"),
     ({"corpus_embeddings": c * torch.inf}, ValueError, "corpus_embeddings must be finite, got 'NaN or infinity in row 0'"),
     ({"positives": [0, 9, 0]}, ValueError, "positives must be row numbers of the corpus, in [0, 9)"),
     ({"query_labels": [0] * 3}, ValueError, "corpus_labels must be given together"),
     ({**labels, "corpus_labels": [0] * 8}, ValueError, "corpus_labels must be 9 ints or strings"),
-    ({**labels, "corpus_labels": ["a"] * 9}, ValueError, "corpus_labels must be of the kind of query_labels"),
+    ({**labels, "corpus_labels": ["a"] * 9}, ValueError, "corpus_labels must be of the same type as query_labels"),
     ({"class_similarity": np.eye(2)}, ValueError, "class_similarity must be a callable unless"),
-    ({**labels, "class_similarity": np.eye(2)}, ValueError, "a (C, C) matrix with a row for each label"),
+    ({**labels, "class_similarity": np.eye(2)}, ValueError, "a (C, C) matrix with one row per label"),
     ({**labels, "class_similarity": [["a"]]}, TypeError, "class_similarity must be a matrix of numbers"),
     ({"class_similarity": {"x": 3}}, TypeError, "class_similarity['x'] must be a (C, C) matrix or a callable"),
-    ({"class_similarity": lambda q, k: q[:1]}, ValueError, "a number for each of"),
-    ({"query_texts": ["a"]}, ValueError, "query_texts must be 3 texts, one a row"),
-    ({"corpus_texts": "a" * 9}, TypeError, "corpus_texts must be texts, one a row"),
+    ({"class_similarity": lambda q, k: q[:1]}, ValueError, "one number for each of"),
+    ({"query_texts": ["a"]}, ValueError, "query_texts must be 3 texts, one per row"),
+    ({"corpus_texts": "a" * 9}, TypeError, "corpus_texts must be texts, one per row"),
     ({"previous": q}, TypeError, "previous must be a pair"),
     ({"previous": (q, c[:4])}, ValueError, "previous must be of 3 queries and 9 corpus rows"),
     ({"normalize": 1}, TypeError, "normalize must be True or False"),
@@ -356,7 +356,7 @@ REFUSALS = [
     ({"near_duplicate_score": None}, ValueError, "near_duplicate_score must be a number"),
     ({"seed": -1}, ValueError, "seed must be an int"),
     ({"max_memory_bytes": 10}, ValueError, "max_memory_bytes must be at least"),
-    ({"device": "cuda:99"}, ValueError, "device must be a device that torch has here"),
+    ({"device": "cuda:99"}, ValueError, "device must be a device that torch can use here"),
     ({"page": "/no/such/folder/p.html"}, ValueError, "page must be a path in an existing folder"),
     ({"title": 3}, TypeError, "title must be a string"),
 ]  # fmt: skip

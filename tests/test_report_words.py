@@ -36,12 +36,15 @@ def test_the_easiest_end_is_told_as_it_is():
 def test_advice_follows_the_figures():
     figures, facts = figures_of([0.5, 0.3, 0.05, 0.05], 0.01)
     (advice,) = words.advice(figures, facts)
-    assert "50 % of the hardest are, 10 % by chance" in advice and "hardest 30 % with Select(0.3, None)" in advice
+    assert (
+        "50 % of the hardest negatives are of the query's own class; by chance 10 % would be" in advice
+        and "hardest 30 % with Select(0.3, None)" in advice
+    )
     figures["same_class_mean"][:] = 0.1
-    assert words.advice(figures, facts) == ["Nothing here asks for a change."]
+    assert words.advice(figures, facts) == ["No change is needed."]
     figures["hard_agreement"] = np.array(0.5)
     assert words.advice(figures, facts)[0].startswith("Some rows are hard for many queries at once")
-    for kept, said in ((0.2, "mine again"), (0.8, "the mined negatives still serve")):
+    for kept, said in ((0.2, "mine again"), (0.8, "the mined negatives are still good")):
         figures["overlap"] = np.full((4, 1), kept)
         assert words.advice(figures, facts)[-1].endswith(said + ".")
 

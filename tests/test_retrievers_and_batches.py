@@ -123,7 +123,7 @@ def test_batches_hold_no_positive_of_another_query(tmp_path):
         assert list(batches) != made
     twins = mine(unit(4, 8, seed=1), unit(K, 8, seed=2), [0, 1, 2, 3], query_ids=["x", "x", "y", "z"])
     assert all(not {0, 1} <= set(batch) for batch in build_batches(twins, 4))
-    with pytest.warns(UserWarning, match="are equal to others"):
+    with pytest.warns(UserWarning, match="are equal to rows"):
         equal = mine(unit(1, 8, seed=1).repeat(4, 1), unit(K, 8, seed=2), [0, 1, 2, 3])
     equal.save(tmp_path / "equal.npz")
     assert [len(batch) for batch in build_batches(MiningResult.load(tmp_path / "equal.npz"), 4)] == [1] * 4

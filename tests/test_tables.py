@@ -55,7 +55,7 @@ def test_arrow_files_and_archives(tmp_path):
     want = mine(C)
     for name in ("c.feather", "c.arrow", "c.arrow::embedding", "c.npz::rows"):
         same_result(mine(f"{tmp_path}/{name}"), want)
-    with pytest.raises(ValueError, match=r"corpus_embeddings must be 'path::name' where a file holds an array"):
+    with pytest.raises(ValueError, match=r"corpus_embeddings must be 'path::name' with the name of an array"):
         mine(tmp_path / "c.npz")
     for name in ("c.feather", "c.arrow", "c.npz"):
         path = tmp_path / name
@@ -102,7 +102,7 @@ def test_datasets_are_read_as_they_are_selected():
 @pytest.mark.parametrize("rows", [[[1.0, 2.0], None], [[1.0, 2.0], [3.0]], [[1.0, None], [2.0, 3.0]]])
 def test_gaps_are_refused(rows):
     arrow = pytest.importorskip("pyarrow")
-    with pytest.raises(ValueError, match="corpus_embeddings must be lists of one length without gaps"):
+    with pytest.raises(ValueError, match="corpus_embeddings must be lists of equal length without nulls"):
         mine(arrow.array(rows, arrow.list_(arrow.float32())))
 
 
@@ -120,7 +120,7 @@ def test_texts_of_a_parquet_file(tmp_path):
 
 
 class Stream:
-    """What is read of a streamed data set."""
+    """What is read of a streamed dataset."""
 
     def __init__(self, table):
         self.table, self.column_names = table, table.column_names
@@ -155,12 +155,12 @@ def test_streamed_datasets():
     assert result.corpus_texts == words == result.query_texts
     two = IterableDataset(arrow.table({"a": words, "b": words}))
     with pytest.raises(
-        TypeError, match=r"queries must be a streamed data set with one column of strings, .* got 'columns a, b'"
+        TypeError, match=r"queries must be a streamed dataset with one column of strings, .* got 'columns a, b'"
     ):
         negmine.mining.from_texts(encoded, two, stream, [0])
     with pytest.raises(TypeError, match="corpus_embeddings must be a table with one column of vectors"):
         mine(two)
     with pytest.raises(
-        ValueError, match="corpus_embeddings must be a data set of 1 row or more, got 'an empty stream'"
+        ValueError, match="corpus_embeddings must be a dataset with at least one row, got 'an empty stream'"
     ):
         mine(IterableDataset(arrow.table({"a": []})))

@@ -78,22 +78,28 @@ def broken(row, value):
 
 def test_1m_what_a_model_returns():
     for model, words in (
-        (broken(37, np.nan), "model must be finite for every text of corpus, got 'NaN or infinity in rows 37'"),
-        (broken(11, np.inf), "model must be finite for every text of queries, got 'NaN or infinity in rows 11'"),
+        (
+            broken(37, np.nan),
+            "model must be one that returns finite rows for all texts of corpus, got 'NaN or infinity in rows 37'",
+        ),
+        (
+            broken(11, np.inf),
+            "model must be one that returns finite rows for all texts of queries, got 'NaN or infinity in rows 11'",
+        ),
         (
             lambda texts: embed(texts)[1:],
             "model must be one that returns 12 rows (n, D) of numbers for 12 texts, got 'shape (11, 16)'",
         ),
         (
             lambda texts: {"dense_vecs": embed(texts)},
-            "wrap it in a function that picks one entry, got 'a dict of dense_vecs'",
+            "wrap it in a function that selects one entry, got 'a dict of dense_vecs'",
         ),
-        (lambda texts: [[0.5] * len(text) for text in texts], "got 'a list of other entries'"),
+        (lambda texts: [[0.5] * len(text) for text in texts], "got 'a list that is not numeric'"),
         (lambda texts: embed(texts) * 1j, "got 'complex numbers'"),
         (lambda texts: np.ma.masked_array(embed(texts), mask=embed(texts) > 2), "without masked entries"),
         (lambda texts: embed(texts)[0], "got 'shape (16,)'"),
         (lambda texts: None, "got 'a NoneType'"),
-        (lambda texts: texts, "got 'a list of other entries'"),
+        (lambda texts: texts, "got 'a list that is not numeric'"),
         ("minilm", "model must be a callable, or an object with encode or embed, got 'str'"),
     ):
         with pytest.raises((ValueError, TypeError), match="^from_texts: .*" + re.escape(words)):
@@ -110,7 +116,7 @@ def test_checks_come_before_the_model():
         ({"range_min": 3}, r"select=Select(range_min=3)"),
         ({"positives": [99] * 12}, "positives must be row numbers of the corpus, in [0, 60), got '99 for query 0'"),
         ({"corpus": [*D, None]}, "corpus must be strings, got 'None (NoneType) in row 60'"),
-        ({"queries": "who"}, "queries must be texts, one a row"),
+        ({"queries": "who"}, "queries must be texts, one per row"),
         ({"exclude": [3]}, "exclude must be as long as there are queries"),
         ({"encode_batch_size": 0}, "encode_batch_size must be"),
         ({"query_prompt": None}, "query_prompt must be a string"),
@@ -154,7 +160,7 @@ def test_the_cache_goes_on_where_a_process_was_killed(tmp_path, monkeypatch):
     assert set(model.seen) == {*Q[:8], *D[:8], *D[48:], "one more"}
     victim = sorted((tmp_path / "cache").glob("*.npy"))[0]
     victim.write_bytes(victim.read_bytes()[:100])
-    with pytest.warns(RuntimeWarning, match="is damaged: its texts are embedded again"):
+    with pytest.warns(RuntimeWarning, match="is damaged, so its texts are embedded again"):
         again = from_texts(model, Q, D, P, **options)
     np.testing.assert_array_equal(again.scores, want.scores)
     other = from_texts(lambda texts: -embed(texts)[:, :9], Q, D, P, **options)  # another model finds nothing
@@ -253,9 +259,9 @@ def test_refused_judges():
         ),
         ({"rescore": lambda pairs: [float("nan")] * len(pairs)}, "got 'NaN for query 0 and row 0'"),
         ({"rescore": lambda pairs: None}, "rescore must be one that returns a number for each"),
-        ({"corpus_texts": None}, "corpus_texts must be given where rescore is, got None"),
-        ({"rescore": None, "promote": 1.0}, "promote must be None where rescore is None"),
-        ({"promote": 1.0, "positives": [[], *([p] for p in P[1:])]}, "at least one a query where promote is given"),
+        ({"corpus_texts": None}, "corpus_texts must be given if rescore is, got None"),
+        ({"rescore": None, "promote": 1.0}, "promote must be None if rescore is None"),
+        ({"promote": 1.0, "positives": [[], *([p] for p in P[1:])]}, "at least one per query if promote is given"),
     ):
         with pytest.raises((ValueError, TypeError), match="^mine_hard_negatives: .*" + re.escape(words)):
             judged(**change)

@@ -218,11 +218,11 @@ BROKEN = [
         r"line 2 of .*corpus.jsonl.* UTF-8",
     ),
     ("corpus.jsonl", "a\tb\n".encode("utf-16"), r"corpus.jsonl.* UTF-16"),
-    ("corpus.jsonl", b'{"_id": "a", "text": 3}\n', r'line 1 of .*corpus.jsonl.* with "text", a string, got 3'),
+    ("corpus.jsonl", b'{"_id": "a", "text": 3}\n', r'line 1 of .*corpus.jsonl.* a string "text", got 3'),
     ("corpus.jsonl", b'{"_id": "a", "text": "\\ud800"}\n', r"line 1 of .*corpus.jsonl.* surrogate"),
     ("corpus.jsonl", b'{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n', r"line 2 of .*corpus.jsonl.* id 'a'"),
     ("corpus.jsonl", gzip.compress(b'{"_id": "a", "text": "x"}\n' * 9)[:-9], r"corpus.jsonl.* is damaged"),
-    ("queries.jsonl", b"[1\n", r"line 1 of .*queries.jsonl.* is no JSON"),
+    ("queries.jsonl", b"[1\n", r"line 1 of .*queries.jsonl.* is not valid JSON"),
     (
         "qrels/train.tsv",
         b"query-id\tcorpus-id\tscore\nq0\tnone\t1\n",
@@ -230,10 +230,10 @@ BROKEN = [
     ),
     ("qrels/train.tsv", b"q9\td0\t1\n", r"line 1 of .*train.tsv.* names the query 'q9'"),
     ("qrels/train.tsv", b"q0\td0\tgood\n", r"line 1 of .*train.tsv.* end with a score, got 'good'"),
-    ("qrels/train.tsv", b"q0 d0\n", r"line 1 of .*train.tsv.* must hold query id"),
+    ("qrels/train.tsv", b"q0 d0\n", r"line 1 of .*train.tsv.* must have query id"),
     ("qrels/train.tsv", b"q0\td0\tnan\n", r"line 1 of .*train.tsv.* end with a score, got 'nan'"),
-    ("qrels/train.tsv", b"", r"train.tsv.* holds no relevant pair"),
-    ("qrels/train.tsv", b"q0\td0\t0\nq0\td1\t-1\n\t\t\n", r"train.tsv.* holds no relevant pair"),
+    ("qrels/train.tsv", b"", r"train.tsv.* has no relevant pair"),
+    ("qrels/train.tsv", b"q0\td0\t0\nq0\td1\t-1\n\t\t\n", r"train.tsv.* has no relevant pair"),
 ]
 
 
@@ -275,7 +275,7 @@ def test_one_id_names_one_query(tmp_path):
     path.write_text(json.dumps(record) + "\n" + json.dumps(record) + "\n")
     assert read_training_lines(path).query_ids == ["7", "7"]
     path.write_text(json.dumps(record) + "\n" + json.dumps(record | {"query": "other"}) + "\n")
-    with pytest.raises(ValueError, match=r"line 2 of .* has the id '7' of an earlier query with another text"):
+    with pytest.raises(ValueError, match=r"line 2 of .* has the id '7' of an earlier query, but another text"):
         read_training_lines(path)
 
 
@@ -304,6 +304,21 @@ def test_a_judges_scores_are_those_of_the_lines(tmp_path):
             np.testing.assert_allclose(line[f"{side}_scores"], scores, rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_ms_swift_reads_what_is_written(result, tmp_path):
+    """Its own loader and the inputs of its templates hold the messages that the file has."""
+    dataset = pytest.importorskip("swift.dataset", exc_type=ImportError)
+    inputs = pytest.importorskip("swift.template.template_inputs").TemplateInputs
+    want = written(result, tmp_path, "ms-swift")
+    rows, _ = dataset.load_dataset([str(tmp_path / "o.jsonl")], split_dataset_ratio=0.0, strict=True)
+    assert len(rows) == len(want) == 3
+    for row, line in zip(rows, want, strict=True):
+        read = inputs.from_dict({name: value for name, value in row.items() if value is not None})
+        assert read.chosen.messages == line["messages"]
+        assert [each.messages for each in read.positive] == line["positive_messages"]
+        assert [each.messages for each in read.negative] == line["negative_messages"]
+
+
 def test_unknown_scores_are_left_out_of_every_line_or_refused(result, tmp_path):
     merged = negmine.mining.merge_retrievers([result, result])
     with pytest.warns(UserWarning, match="pos_scores and neg_scores are left out"):
@@ -311,7 +326,7 @@ def test_unknown_scores_are_left_out_of_every_line_or_refused(result, tmp_path):
     assert list(lines(tmp_path / "o.jsonl")[0]) == ["query", "pos", "neg"]
     for form in ("distillation", "pylate"):
         with pytest.raises(
-            ValueError, match="form must be one without scores where the scores of positives are unknown"
+            ValueError, match="form must be one without scores, because the scores of some positives are unknown"
         ):
             merged.to_jsonl(tmp_path / "p.jsonl", form=form)
     assert not (tmp_path / "p.jsonl").exists()

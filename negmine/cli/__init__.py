@@ -1,14 +1,14 @@
 """The command `negmine`: mine, index, analyze, doctor, bench, demo.
 
-options.py        options made from a function's signature and docstring, so the two cannot part
-files.py          what options name: lists, labels, texts, similarities, callables
-outputs.py        the files that a command will write, checked before any work
+options.py        makes options from the signature and the docstring of a function
+files.py          reads the files that options name: lists, labels, texts, similarities, callables
+outputs.py        checks the output files before any work
 mine.py           negmine mine
 flagembedding.py  negmine mine --compat flagembedding
 index.py          negmine index build, search, recall
 analyze.py        negmine analyze
 checkout.py       negmine bench, negmine demo
-main.py           the parser, and what each exit code means
+main.py           the parser and the exit codes
 """
 
 from negmine.cli.main import main

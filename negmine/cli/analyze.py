@@ -1,4 +1,4 @@
-"""negmine analyze: hardness_report from files to a page."""
+"""negmine analyze: run hardness_report on files and write a page."""
 
 import argparse
 import sys
@@ -28,14 +28,14 @@ READERS = {
 
 
 def add(commands: Any) -> None:
-    """The subcommand."""
+    """Add the subcommand."""
     parser = commands.add_parser(
         "analyze",
-        help="how hard the negatives of a dataset are, and which are probably false negatives",
-        description="hardness_report, from files to a page. Options are its arguments.",
+        help="show how hard the negatives of a dataset are, and which are probably false negatives",
+        description="Run hardness_report on files and write a page. The options are the arguments of hardness_report.",
     )
     names = add_options(parser, hardness_report, READERS)
-    parser.add_argument("--output", metavar="FILE", help="the figures, as .json or .npz")
+    parser.add_argument("--output", metavar="FILE", help="also write the figures, as .json or .npz")
     add_overwrite(parser)
     parser.set_defaults(run=lambda args: run(args, names))
 

@@ -1,4 +1,4 @@
-"""negmine bench and negmine demo: programs of the checkout, which a wheel does not carry."""
+"""negmine bench and negmine demo: run programs of the repository, which are not part of a wheel."""
 
 import argparse
 import os
@@ -12,12 +12,14 @@ PROGRAMS = {"bench": "benchmarks.run", "demo": "benchmarks.demo"}
 
 
 def add(commands: Any) -> None:
-    """Both subcommands; what follows them is the program's own."""
+    """Add both subcommands. All further options are passed to the program."""
     for name, description in (
         ("bench", "time negmine against plain PyTorch"),
-        ("demo", "train on WordNet, leave pages in out/"),
+        ("demo", "train on WordNet and write pages to out/"),
     ):
-        parser = commands.add_parser(name, help=f"{description} (from a checkout)", add_help=False, prefix_chars="\0")
+        parser = commands.add_parser(
+            name, help=f"{description} (needs a clone of the repository)", add_help=False, prefix_chars="\0"
+        )
         parser.add_argument("rest", nargs="*")
         parser.set_defaults(run=run)
 
@@ -26,8 +28,8 @@ def run(args: argparse.Namespace) -> int:
     module = PROGRAMS[args.command]
     if not (ROOT / f"{module.replace('.', '/')}.py").is_file():
         print(
-            f"negmine {args.command}: the benchmarks and their data are no part of an installed wheel. Clone the repository, and "
-            f"there run `make {args.command}`, or `pip install .` and `python -m {module}`.",
+            f"negmine {args.command}: the benchmarks and their data are not part of an installed wheel. Clone the repository and "
+            f"run `make {args.command}`, or `pip install .` and `python -m {module}`.",
             file=sys.stderr,
         )
         return 1

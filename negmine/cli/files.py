@@ -1,8 +1,8 @@
-"""What options name, read: nothing in a file is ever executed; a callable is imported only where one is asked for.
+"""Read the files that options name. Nothing in a file is executed. Code is imported only for options that take MODULE:NAME.
 
-lists     .npy of one row number a query; .npz with indptr and indices; .json or .jsonl, a number or a list a query
-labels    .npy of ints or strings; a column of strings of a .parquet file ("path::column"); any other file: a line a row
-texts     .jsonl, each line a string or an object with "text" or "query"; .parquet as for labels; any other file: a line a row
+lists     .npy with one row number per query; .npz with indptr and indices; .json or .jsonl with a number or a list per query
+labels    .npy of ints or strings; a column of strings of a .parquet file ("path::column"); any other file: one per line
+texts     .jsonl, each line a string or an object with "text" or "query"; .parquet as for labels; any other file: one per line
 """
 
 import importlib
@@ -19,12 +19,12 @@ from negmine.mining.text_files import read_jsonl, read_lines
 
 
 def array(name: str) -> np.ndarray:
-    """A .npy file's array."""
+    """The array of a .npy file."""
     return read_npy(name)
 
 
 def records(name: str) -> list[Any]:
-    """Each line of a .jsonl file, parsed; blank lines are none."""
+    """The values in the lines of a .jsonl file; blank lines are skipped."""
     return [record for _, record in read_jsonl(name)]
 
 
@@ -36,7 +36,7 @@ def lists(name: str) -> Any:
         held = read_npz(name, ("indptr", "indices"))
         if held.keys() != {"indptr", "indices"}:
             came = ", ".join(names_in_npz(name)) or "nothing"
-            raise ValueError(f"{name!r} must hold indptr and indices, and holds {came:.200}")
+            raise ValueError(f"{name!r} must contain indptr and indices, got {came:.200}")
         return held["indptr"], held["indices"]
     if kind == ".json":
         return read_json(name)
@@ -50,7 +50,7 @@ def lines(name: str) -> list[str]:
 
 
 def _strings_of_table(name: str) -> list[str]:
-    """A column of strings of a Parquet file: "path::column", or the only such column."""
+    """The strings in a column of a Parquet file: "path::column", or the only column of strings."""
     path, _, column = name.partition("::")
     open_regular(path).close()
     try:
@@ -63,7 +63,7 @@ def _strings_of_table(name: str) -> list[str]:
         kinds = {field.name: getattr(field.type, "value_type", field.type) for field in schema}
         fitting = [key for key, kind in kinds.items() if str(kind) in ("string", "large_string", "string_view")]
         if (column and column not in fitting) or (not column and len(fitting) != 1):
-            raise ValueError(f"its columns of strings are {', '.join(fitting) or 'none'}: name one as path::column")
+            raise ValueError(f"its columns of strings are {', '.join(fitting) or 'none'}: choose one as path::column")
         held = parquet.read_table(path, columns=[column or fitting[0]]).column(0)
         strings = held.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
@@ -95,10 +95,10 @@ def labels(name: str) -> np.ndarray:
 
 
 def imported(name: str) -> Any:
-    """`module:name`, found as python would find it from this folder."""
+    """Import `module:name`, as python would from the current folder."""
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
-        raise ValueError(f"{name!r} must be module:name, something that Python can import")
+        raise ValueError(f"{name!r} must be module:name, which Python can import")
     sys.path.insert(0, "")
     try:
         return getattr(importlib.import_module(module), attribute)
@@ -109,9 +109,10 @@ def imported(name: str) -> Any:
 
 
 def model(name: str) -> Any:
-    """The embedding model in a folder, or `module:name`.
+    """Load the embedding model in a folder, or import `module:name`.
 
-    A folder of model2vec is opened by that package, any other by sentence-transformers, which also takes the name of a model.
+    A folder with a model of model2vec is loaded by that package. Any other folder, or the name of a model, is passed to
+    sentence-transformers.
     """
     path = Path(name)
     if not path.exists() and ":" in name:
@@ -130,12 +131,12 @@ def model(name: str) -> Any:
         if package == "model2vec":
             return library.StaticModel.from_pretrained(path)
         return library.SentenceTransformer(name)
-    except Exception as error:  # each library raises its own kinds
-        raise ValueError(f"{name!r} is no model that {package} can open ({cause(error)})") from error
+    except Exception as error:  # each library raises its own types
+        raise ValueError(f"{name!r} is not a model that {package} can open ({cause(error)})") from error
 
 
 def _similarities(words: list[str]) -> dict[str, Any]:
-    """Each word [title=]matrix.npy or [title=]module:function."""
+    """Similarity measures by title, from words of the form [title=]matrix.npy or [title=]module:function."""
     found = {}
     for word in words:
         title, equals, place = word.rpartition("=")
@@ -148,7 +149,7 @@ def _one_or_all(names: list[str]) -> Any:
 
 
 def _options(words: list[str]) -> dict[str, float]:
-    """Each word name=number."""
+    """Numbers by name, from words of the form name=number."""
     found = {}
     for word in words:
         name, _, value = word.partition("=")

@@ -1,11 +1,11 @@
-"""negmine mine --compat flagembedding: the options and the output of FlagEmbedding's scripts/hn_mine.py.
+"""negmine mine --compat flagembedding: the options and the output format of FlagEmbedding's scripts/hn_mine.py.
 
-    corpus    distinct texts: of candidate_pool where one is given, else of every "pos" and "neg", in order of appearance
-    window    raw ranks [from, to) of range_for_sampling among the corpus; then the query's positives and the query itself leave
-    neg       negative_number of what is left, drawn by seed; fewer: filled up with corpus texts drawn by seed
+    corpus    the distinct texts of candidate_pool if it is given, else of all "pos" and "neg", in order of appearance
+    window    raw ranks [from, to) of range_for_sampling in the corpus, from which the query and its positives are removed
+    neg       negative_number random texts of the window; if there are too few, random texts of the corpus are added
 
-What differs from the script, on purpose: the order of the corpus and every draw depend on the input and the seed alone; a text
-is no negative twice; negatives stand in order of score; search_batch_size is obeyed. Source: FlagOpen/FlagEmbedding,
+Intended differences from the script: the order of the corpus and the random numbers depend only on the input and the seed; a text
+is never a negative twice; negatives are sorted by score; search_batch_size has an effect. Source: FlagOpen/FlagEmbedding,
 scripts/hn_mine.py.
 """
 
@@ -62,23 +62,34 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--range-for-sampling", type=_range, default=(10, 210), metavar="FROM-TO", help="default 10-210")
     made.add_argument("--negative-number", type=int, default=15, metavar="N", help="default 15")
     made.add_argument("--use-gpu-for-searching", nargs="?", const=True, default=False, type=_yes, metavar="BOOL")
-    made.add_argument("--search-batch-size", type=int, default=64, metavar="N", help="queries at a time; default 64")
+    made.add_argument(
+        "--search-batch-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="how many queries to search at a time; default 64",
+    )
     made.add_argument(
         "--embedder-name-or-path",
         "--embedder",
         metavar="MODULE:NAME",
-        help="a folder of sentence-transformers or model2vec; or module:name of a callable from a list of texts to (n, D) "
-        "numbers, or of an object with encode and perhaps encode_queries",
+        help="folder of a model of sentence-transformers or model2vec; or module:name of a callable from texts to rows (n, D) "
+        "of numbers, or of an object with encode and perhaps encode_queries",
     )
-    made.add_argument("--query-instruction-for-retrieval", default="", metavar="TEXT", help="put before each query")
-    made.add_argument("--query-embeddings", nargs="+", metavar="FILE", help="instead: a row a line of the input")
+    made.add_argument("--query-instruction-for-retrieval", default="", metavar="TEXT", help="added before each query")
     made.add_argument(
-        "--corpus-embeddings", nargs="+", metavar="FILE", help="instead: a row a text of the corpus, in its order"
+        "--query-embeddings", nargs="+", metavar="FILE", help="instead of a model: one row per line of the input"
+    )
+    made.add_argument(
+        "--corpus-embeddings",
+        nargs="+",
+        metavar="FILE",
+        help="instead of a model: one row per text of the corpus, in the same order",
     )
     made.add_argument(
         "--normalize-embeddings", nargs="?", const=True, default=True, type=_yes, metavar="BOOL", help="default True"
     )
-    made.add_argument("--seed", type=int, default=0, help="of every draw; default 0")
+    made.add_argument("--seed", type=int, default=0, help="of the random numbers; default 0")
     return made
 
 
@@ -94,7 +105,7 @@ def _read(input_file: str, candidate_pool: str | None) -> tuple[list[dict], list
     data, seen = files.records(input_file), []
     for number, record in enumerate(data, 1):
         if not isinstance(record, dict) or not isinstance(record.get("query"), str):
-            raise ValueError(f'record {number} of input_file must be an object with "query", a text')
+            raise ValueError(f'record {number} of input_file must be an object with a text "query"')
         seen += _texts_of(record, "pos", number, True) + _texts_of(record, "neg", number, False)
     texts = seen if candidate_pool is None else files.texts(candidate_pool)
     if not data or not texts:
@@ -103,7 +114,7 @@ def _read(input_file: str, candidate_pool: str | None) -> tuple[list[dict], list
 
 
 def _vectors(made: Any, rows: int, what: str, normalize: bool) -> Any:
-    """(rows, D) from whatever an embedder gave, or from files."""
+    """Rows (rows, D) from the output of an embedder, or from files."""
     if isinstance(made, list) and made and isinstance(made[0], str):
         made = made[0] if len(made) == 1 else made
         if not normalize:
@@ -122,7 +133,7 @@ def _embedded(args: argparse.Namespace, queries: list[str], corpus: list[str]) -
     by_files = (args.query_embeddings, args.corpus_embeddings)
     if args.embedder_name_or_path:
         if any(by_files):
-            raise ValueError("give an embedder or files of embeddings, not both")
+            raise ValueError("give an embedder or files with embeddings, not both")
         model = files.model(args.embedder_name_or_path)
         queries = [args.query_instruction_for_retrieval + query for query in queries]
         encode = getattr(model, "encode", model)
@@ -144,7 +155,7 @@ def run(words: list[str]) -> int:
     args = made.parse_args(words)
     if args.negative_number < 1 or args.search_batch_size < 1:
         made.error("--negative_number and --search_batch_size must be 1 or more")
-    # As the script does, an output that exists is replaced; an input never is.
+    # An existing output is replaced, as by the script; an input is never replaced.
     check_outputs(f"negmine mine --compat {NAME}", args, {"--output-file": args.output_file}, overwrite=True)
     data, corpus = _read(args.input_file, args.candidate_pool)
     row_of = {text: row for row, text in enumerate(corpus)}
@@ -169,7 +180,7 @@ def run(words: list[str]) -> int:
     stale = sorted({name for record in data for name in STALE & record.keys()})
     if stale:
         warnings.warn(
-            f"{', '.join(stale)} of {args.input_file} belong to the old negatives and are left out", stacklevel=2
+            f"{', '.join(stale)} of {args.input_file} describe the old negatives and are left out", stacklevel=2
         )
     with atomic_write(f"negmine mine --compat {NAME}", args.output_file) as out:
         for number, record in enumerate(data):
@@ -184,5 +195,7 @@ def run(words: list[str]) -> int:
             kept = {name: value for name, value in record.items() if name not in STALE}
             line = json.dumps({**kept, "neg": [corpus[row] for row in found]}, ensure_ascii=False)
             out.write(f"{line}\n".encode())
-    print(f"{len(data):,} lines in {args.output_file}; {filled:,} negatives were drawn from the corpus to fill up")
+    print(
+        f"{len(data):,} lines in {args.output_file}; {filled:,} negatives are random texts because a window had too few"
+    )
     return 0

@@ -1,10 +1,10 @@
-"""The parser of `negmine`, and what its exit codes mean.
+"""The parser of `negmine` and its exit codes.
 
 0    done
-1    failed: a full disk, a missing package or backend, a bug; stderr says which
-2    invalid: an option, a file or a value; stderr says which
+1    failed, for example because of a full disk, a missing package or a bug; stderr has the reason
+2    invalid option, file or value; stderr has the reason
 130  interrupted by the keyboard
-141  nothing reads the output any more
+141  the reader of the output has closed the pipe
 """
 
 import argparse
@@ -17,21 +17,23 @@ from negmine.cli import analyze, checkout, flagembedding, index, merge, mine
 from negmine.cli.options import Parser, spelled
 from negmine.version import __version__
 
-CODES = "0 done, 1 failed, 2 invalid input, 130 interrupted, 141 output no longer read"
+CODES = "0 done, 1 failed, 2 invalid input, 130 interrupted, 141 output pipe closed"
 DONE, FAILED, USAGE, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
 
 
 def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """negmine and its subcommands. words: the command line, on which it depends what `mine` requires."""
+    """The parser of negmine and its subcommands. words: the command line, which decides what `mine` requires."""
     made = Parser(prog="negmine", description="Hard negatives for contrastive learning.", epilog="exit codes: " + CODES)
     made.add_argument("--version", action="version", version=f"negmine {__version__}")
-    made.add_argument("--traceback", action="store_true", help="show where in the code a failure came from")
+    made.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     commands = made.add_subparsers(dest="command", required=True, metavar="command")
     mine.add(commands, words)
     merge.add(commands)
     index.add(commands)
     analyze.add(commands)
-    told = commands.add_parser("doctor", help="what works on this machine, why the rest does not, and what to install")
+    told = commands.add_parser(
+        "doctor", help="show what works on this machine, why the rest does not, and what to install"
+    )
     told.set_defaults(run=_doctor)
     checkout.add(commands)
     return made
@@ -45,7 +47,7 @@ def _doctor(args: argparse.Namespace) -> int:
 def _told(error: BaseException, code: int, traceback: bool) -> int:
     if traceback:
         raise error
-    # An OSError that negmine raises has its sentence in strerror; others have a word there, and the file beside it.
+    # In an OSError of negmine, strerror is the whole message; in others, it is the reason, and filename is the file.
     own = isinstance(error, OSError) and error.filename is None and error.strerror
     said = own or str(error) or type(error).__name__
     print(said if said.startswith("negmine ") else f"negmine: {said}", file=sys.stderr)
@@ -53,7 +55,7 @@ def _told(error: BaseException, code: int, traceback: bool) -> int:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     given = list(sys.argv[1:] if words is None else words)
     traceback = given[:1] == ["--traceback"]
     rest = spelled(given[traceback:])
@@ -61,20 +63,22 @@ def main(words: Sequence[str] | None = None) -> int:
         if mine.compat_asked(rest):
             code = flagembedding.run(rest[1:])
         else:
-            # What follows bench and demo is another program's, spelled its own way.
+            # All words after bench and demo are passed on unchanged.
             args = parser(rest).parse_args(given[traceback:] if rest[:1] in (["bench"], ["demo"]) else rest)
             code = args.run(args)
         sys.stdout.flush()
         return code
-    except SystemExit as asked:  # argparse has said why
+    except SystemExit as asked:  # argparse has printed the reason
         return asked.code if isinstance(asked.code, int) else DONE
     except KeyboardInterrupt:
         print("negmine: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again as it ends
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # otherwise Python prints an error again when it exits
         return UNREAD
     except (ValueError, TypeError) as error:
         return _told(error, USAGE, traceback)
-    except Exception as error:  # every other end is a failure, told in a line
+    except Exception as error:  # any other exception is reported in one line
         return _told(error, FAILED, traceback)

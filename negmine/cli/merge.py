@@ -1,4 +1,4 @@
-"""negmine merge: the MiningResult of the parts that `negmine mine --part` wrote."""
+"""negmine merge: merge the parts that `negmine mine --part` wrote into one MiningResult."""
 
 import argparse
 from dataclasses import replace
@@ -16,19 +16,19 @@ TEXTS = ("query_texts", "corpus_texts")
 
 
 def add(commands: Any) -> None:
-    """The subcommand."""
+    """Add the subcommand."""
     parser = commands.add_parser(
         "merge",
-        help="the result of the parts of one mining job",
+        help="merge the parts of one mining job",
         description="The file that `negmine mine` without --part would have written, to the byte. Parts of other inputs or "
         "arguments, parts that are there twice, and parts that are missing are named, and nothing is written.",
     )
     parser.add_argument("parts", nargs="+", metavar="PART", help="what `negmine mine --part i/n --output PART` wrote")
-    mine.add_data_sets(parser.add_argument_group("texts for training data, as a data set"))
-    texts = parser.add_argument_group("texts for training data, as files")
+    mine.add_data_sets(parser.add_argument_group("texts for training data, from a data set"))
+    texts = parser.add_argument_group("texts for training data, from files")
     for name in TEXTS:
         texts.add_argument(
-            f"--{name.replace('_', '-')}", metavar="FILE", help=f"{name.partition('_')[0]} texts, one a row"
+            f"--{name.replace('_', '-')}", metavar="FILE", help=f"{name.partition('_')[0]} texts, one per row"
         )
     mine.add_outputs(parser.add_argument_group("output"))
     add_overwrite(parser)
@@ -48,7 +48,9 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     for name in args.parts:  # one at a time in memory
         part = Part.load(name)
         if part.phase not in SHARES:
-            raise ValueError(f"{OP}: {name!r} holds phase {part.phase}, not what `negmine mine --part` writes")
+            raise ValueError(
+                f"{OP}: {name!r} has phase {part.phase}, but must be a part that `negmine mine --part` wrote"
+            )
         joined = [join_parts([*joined, part])]
     merged = merge_parts(joined)
     if isinstance(merged, Part):

@@ -1,4 +1,4 @@
-"""negmine mine: mine_hard_negatives from files to files."""
+"""negmine mine: run mine_hard_negatives on files and write files."""
 
 import argparse
 import os
@@ -40,8 +40,11 @@ READERS = {
     "engine_options": files.OPTIONS,
     "index": Reader(lambda words: _index(words), "KIND|FILE", "+"),
 }
-NO_OPTION = ("select", "process_group")  # select is given by its own fields; a process group is made by a program
-NO_FIELD = ("sample", "replace")  # mine_hard_negatives refuses them: num_negatives and sampling_strategy draw
+NO_OPTION = ("select", "process_group")  # the fields of select are options; a process group needs a program
+NO_FIELD = (
+    "sample",
+    "replace",
+)  # not allowed in mine_hard_negatives, which samples by num_negatives and sampling_strategy
 DATA_SET = ("beir", "data", "collection")  # options that name a data set with texts, ids and positives
 EMBEDDED = ("query_embeddings", "corpus_embeddings")
 EMBEDDING = ("query_prompt", "corpus_prompt", "encode_batch_size", "normalize", "cache_dir")  # arguments of from_texts
@@ -53,40 +56,42 @@ GROUPS = {
         "deduplicate", "near_duplicate_score", "count_skipped",
     ),
 }  # fmt: skip
-SAMPLED_QUERIES, SAMPLED_ROWS, SAMPLED_TEXTS = 256, 1 << 14, 64  # mined and embedded by a dry run to measure the rate
-OTHER_FORMS = (".gz", ".zst", ".json", ".csv", ".tsv", ".txt")  # that a name may ask for, and that are not written
+SAMPLED_QUERIES, SAMPLED_ROWS, SAMPLED_TEXTS = 256, 1 << 14, 64  # used by a dry run to measure the speed
+OTHER_FORMS = (".gz", ".zst", ".json", ".csv", ".tsv", ".txt")  # file formats that cannot be written
 EXAMPLES = """
 examples, one for each format:
-  a BEIR folder and a model, to training data for sentence-transformers
+  make training data for sentence-transformers from a BEIR folder and a model
     negmine mine --beir scifact --model all-MiniLM-L6-v2 --output train.jsonl --form sentence-transformers
-  the same with embeddings, in the order of the folder's files
+  the same from embeddings, in the order of the lines of the folder's files
     negmine mine --beir scifact --query-embeddings q.npy --corpus-embeddings c.npy \\
       --relative-margin 0.05 --num-negatives 5 --output train.jsonl --form sentence-transformers
   MS MARCO
     negmine mine --collection collection.tsv --queries queries.train.tsv --qrels qrels.train.tsv \\
       --query-embeddings q.npy --corpus-embeddings c.safetensors --output train.jsonl --form tevatron
-  training data of FlagEmbedding, Tevatron or ms-swift, with new negatives; embeddings of lines and of distinct passages
+  new negatives for training data of FlagEmbedding, Tevatron or ms-swift; one embedding per line, and per distinct passage
     negmine mine --data old.jsonl --query-embeddings q.npy --corpus-embeddings c.npy --output new.jsonl
-  arrays; several files are shards
+  from arrays; several files are shards
     negmine mine --query-embeddings q.npy --corpus-embeddings c0.npy c1.npy --positives p.npy --output mined.npz
-  part 2 of 8, on any machine; and the file of one run from all parts
+  mine part 2 of 8, on any machine; merge all parts
     negmine mine ... --part 2/8 --output parts/2
     negmine merge parts/* --output mined.npz
-  what a command would read, how much memory and how long it would take; it writes nothing
+  show what a command would read, and how much memory and time it would take; nothing is written
     negmine mine ... --dry-run
-  FlagEmbedding's hn_mine.py
+  with the options of FlagEmbedding's hn_mine.py
     negmine mine --compat flagembedding --help
 """
 
 
 def add_data_sets(data: Any) -> None:
-    """The options that name a data set with texts."""
+    """Add the options that name a data set with texts."""
     data.add_argument(
         "--beir",
         metavar="FOLDER",
         help="corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv, plain, .gz or .zst; may be a URL",
     )
-    data.add_argument("--split", metavar="SPLIT", help="of --beir; default: train, test or dev, whichever comes first")
+    data.add_argument(
+        "--split", metavar="SPLIT", help="the split of --beir; default: train, test or dev, the first that exists"
+    )
     data.add_argument(
         "--collection", metavar="FILE", help="MS MARCO's passages: id and text; needs --queries and --qrels"
     )
@@ -98,15 +103,15 @@ def add_data_sets(data: Any) -> None:
 
 
 def add_outputs(out: Any) -> None:
-    """The options that name the files of a result."""
+    """Add the options that name output files."""
     out.add_argument(
         "--output",
         metavar="FILE",
-        help="training data, as .jsonl or .parquet; any other name: the MiningResult, as .npz",
+        help="training data if the name ends in .jsonl or .parquet, else the MiningResult, as .npz",
     )
-    out.add_argument("--jsonl", metavar="FILE", help="training data, where --output takes the MiningResult")
+    out.add_argument("--jsonl", metavar="FILE", help="training data, if --output is for the MiningResult")
     out.add_argument(
-        "--form", default="flagembedding", help=f"of training data: {', '.join(FORMS)} (default: flagembedding)"
+        "--form", default="flagembedding", help=f"format of training data: {', '.join(FORMS)} (default: flagembedding)"
     )
 
 
@@ -116,7 +121,7 @@ def _index(words: list[str]) -> str | NegativeIndex:
 
 
 def _part(word: str) -> tuple[int, int]:
-    """Share and number of shares, of I/N."""
+    """Parse I/N: the number of a share, and how many shares there are."""
     share, slash, count = word.partition("/")
     if share.isdecimal() and int(share) == 0:
         wanted = "parts are counted from 1, so an array of jobs begins at 1 (Slurm: --array=1-N)"
@@ -127,11 +132,11 @@ def _part(word: str) -> tuple[int, int]:
 
 
 def add(commands: Any, words: Sequence[str] = ()) -> None:
-    """The subcommand. words: the command line; a data set makes the arguments that it holds optional."""
+    """Add the subcommand. words: the command line; with a data set, the arguments that it contains are optional."""
     parser = commands.add_parser(
         "mine",
-        help="the hardest negatives of every query of a dataset",
-        description="mine_hard_negatives, from files to files. Options are its arguments; select is spelled by its fields.",
+        help="find the hardest negatives of each query of a dataset",
+        description="Run mine_hard_negatives on files and write files. The options are its arguments and the fields of Select.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -140,7 +145,7 @@ def add(commands: Any, words: Sequence[str] = ()) -> None:
     embedding.add_argument(
         "--model",
         metavar="FOLDER|MODULE:NAME",
-        help="of sentence-transformers or model2vec, or a callable of texts, imported",
+        help="a model of sentence-transformers or model2vec, or a callable to import",
     )
     made = add_options(embedding, from_texts, only=EMBEDDING)
     names: list[str] = []
@@ -150,7 +155,7 @@ def add(commands: Any, words: Sequence[str] = ()) -> None:
         names += add_options(group, mine_hard_negatives, READERS, only=members)
         if title == "which negatives":
             fields = add_options(group, Select, skip=NO_FIELD)
-    group = parser.add_argument_group("how it is searched")
+    group = parser.add_argument_group("search")
     names += add_options(group, mine_hard_negatives, READERS, skip=(*NO_OPTION, *grouped))
 
     out = parser.add_argument_group("output")
@@ -159,16 +164,16 @@ def add(commands: Any, words: Sequence[str] = ()) -> None:
         "--part",
         type=_part,
         metavar="I/N",
-        help="mine the I-th of N equal parts of the corpus, reading little else of it; --output is a part, for negmine merge",
+        help="mine only part I of N equal parts of the corpus, and read little else; --output is an input of negmine merge",
     )
     add_overwrite(out)
     out.add_argument(
-        "--dry-run", action="store_true", help="say what would be read and how long it would take; write nothing"
+        "--dry-run", action="store_true", help="show what would be read and how long it would take; write nothing"
     )
     parser.add_argument(
         "--compat",
         choices=["flagembedding"],
-        help="options and output of another miner; see --compat flagembedding --help",
+        help="use the options and the output format of another miner; see --compat flagembedding --help",
     )
     parser.instead = "; --beir, --collection or --data gives the positives, and --model the embeddings"
     options = {word.partition("=")[0] for word in words}
@@ -181,12 +186,12 @@ def add(commands: Any, words: Sequence[str] = ()) -> None:
 
 
 def is_training_data(name: str | None) -> bool:
-    """True for the name of a file that takes lines of training data."""
+    """Whether a file name is one for training data."""
     return name is not None and Path(name).suffix in (".jsonl", ".parquet")
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Everything that can be refused before a data set is read."""
+    """Check all options that can be checked before a data set is read."""
     if not (args.output or args.jsonl or args.dry_run):
         parser.error("give --output or --jsonl, a file for the result")
     if args.output and Path(args.output).suffix in OTHER_FORMS:
@@ -197,13 +202,13 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"give one data set, not {' and '.join(sets)}")
     for name in IN_DATA_SET if sets else ():
         if hasattr(args, name):
-            parser.error(f"{sets[0]} holds --{name.replace('_', '-')}: leave it out")
+            parser.error(f"{sets[0]} contains --{name.replace('_', '-')}: leave it out")
     if any((args.collection, args.queries, args.qrels)) and not all((args.collection, args.queries, args.qrels)):
-        parser.error("--collection, --queries and --qrels belong together")
+        parser.error("give --collection, --queries and --qrels together")
     for name in EMBEDDED if args.model else EMBEDDING:
         if hasattr(args, name):
-            when = "without --model" if args.model else "with --model"
-            parser.error(f"--{name.replace('_', '-')} is given {when} only")
+            when = "cannot be used with" if args.model else "needs"
+            parser.error(f"--{name.replace('_', '-')} {when} --model")
     if args.model and not sets and not (hasattr(args, "query_texts") and hasattr(args, "corpus_texts")):
         parser.error("--model needs --query-texts and --corpus-texts, or a data set")
     if args.split and not args.beir:
@@ -213,7 +218,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.part:
         for name in ("model", "jsonl", "dry_run", "rescore"):
             if getattr(args, name, None):
-                parser.error(f"--part goes without --{name.replace('_', '-')}")
+                parser.error(f"--part cannot be used with --{name.replace('_', '-')}")
         if wanted or not args.output:
             parser.error("--part needs --output, a file for the part, whose name does not end in .jsonl or .parquet")
     has_texts = sets or (hasattr(args, "query_texts") and hasattr(args, "corpus_texts"))
@@ -224,7 +229,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def read_data_set(args: argparse.Namespace) -> TextSet | None:
-    """The data set that the options name, if any."""
+    """Read the data set that the options name; None if there is none."""
     if args.beir:
         return read_beir(args.beir, args.split)
     if args.collection:
@@ -250,7 +255,7 @@ def _arguments(args: argparse.Namespace, names: list[str], texts: TextSet | None
 def run(
     parser: argparse.ArgumentParser, args: argparse.Namespace, names: list[str], fields: list[str], made: list[str]
 ) -> int:
-    """names, fields and made: the options of mine_hard_negatives, Select and from_texts."""
+    """Run the command. names, fields and made: the options of mine_hard_negatives, Select and from_texts."""
     _check(parser, args)
     select = Select(**given(args, fields))
     model = files.model(args.model) if args.model else None
@@ -287,7 +292,7 @@ def write(result: MiningResult, args: argparse.Namespace, texts: TextSet | None)
 
 
 def _write(result: MiningResult, name: str | None, form: str, texts: TextSet | None) -> None:
-    """Write training data, and say how many lines and how many queries are left out."""
+    """Write training data, and print how many lines were written and how many queries were left out."""
     if name is None:
         return
     columns = {} if texts is None else {"corpus_texts": texts.corpus_bodies, "corpus_titles": texts.corpus_titles}
@@ -303,7 +308,7 @@ def _write(result: MiningResult, name: str | None, form: str, texts: TextSet | N
 def _plan(
     args: argparse.Namespace, arguments: dict[str, Any], select: Select, texts: TextSet | None, model: Any
 ) -> str:
-    """What a run would read and write, how much memory it would take, and how long, from the rate of a small run."""
+    """What a run would read and write, and how much memory and time it would take, judging by a small run."""
     said = []
     for path in [] if texts is None else texts.files:
         said.append(f"reads {path}" + ("" if is_url(path) else f", {os.path.getsize(path):,} bytes"))
@@ -329,7 +334,7 @@ def _plan(
         said.append(f"{name}: {count:,} rows of D = {rows.shape[1]}, {str(rows.dtype).removeprefix('torch.')}")
     memory = (arguments.get("max_memory_bytes") or DEFAULT_MEMORY) + 12 * sizes[0] * arguments.get("num_negatives", 3)
     memory += 0 if model is None else 4 * sum(sizes) * sample[0].shape[1]
-    said.append(f"memory: at most {memory / 2**20:,.0f} MiB beside the {'texts' if model else 'inputs'}")
+    said.append(f"memory: at most {memory / 2**20:,.0f} MiB in addition to the {'texts' if model else 'inputs'}")
 
     left_out = ("exclude", "resume_dir", "show_progress_bar", "index", "promote", *IN_DATA_SET, *EMBEDDED)
     options = {
@@ -346,7 +351,7 @@ def _plan(
 
 
 def compat_asked(words: list[str]) -> bool:
-    """True for `mine --compat flagembedding`, whose options are another program's."""
+    """Whether the words are `mine --compat flagembedding`, which has its own parser."""
     found, _ = _COMPAT.parse_known_args(words[1:])
     return words[:1] == ["mine"] and found.compat == flagembedding.NAME
 

@@ -1,9 +1,9 @@
-"""Options made from a function: one for each argument, spelled as it is, typed by its annotation, explained by the docstring.
+"""Make command-line options from a function: one for each argument, with its name, its type and the text of its docstring.
 
-    num_negatives: int = 3     ->  --num-negatives N        (--num_negatives is understood too)
+    num_negatives: int = 3     ->  --num-negatives N        (--num_negatives works too)
     count_skipped: bool        ->  --count-skipped, --no-count-skipped
 
-Only what is given on the command line reaches the function: defaults stay Python's own.
+Only options that are given are passed to the function, so its defaults apply to all others.
 """
 
 import argparse
@@ -19,7 +19,7 @@ OPTION = re.compile(r"^--[\w-]+")
 
 @dataclass(frozen=True)
 class Reader:
-    """How the words after an option become an argument that no plain type describes."""
+    """How the words after an option are converted to an argument, if its type is not a simple one."""
 
     read: Callable[[Any], Any]
     shown: str
@@ -27,9 +27,9 @@ class Reader:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers a mistake in one sentence, without the usage, and names the help."""
+    """A parser that reports errors in one sentence and refers to --help, without printing the usage."""
 
-    instead = ""  # what takes the place of required options
+    instead = ""  # added to the message about missing options: what can be given instead
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("the following arguments are required"):
@@ -38,12 +38,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def spelled(words: list[str]) -> list[str]:
-    """Options with dashes, whichever way they came."""
+    """The words, with underscores in the names of options replaced by dashes."""
     return [OPTION.sub(lambda found: found[0].replace("_", "-"), word) for word in words]
 
 
 def explained(docstring: str | None) -> dict[str, str]:
-    """What the section Parameters of a NumPy docstring says, by name."""
+    """The descriptions in the section Parameters of a NumPy docstring, by name."""
     found: dict[str, str] = {}
     _, _, section = inspect.cleandoc(docstring or "").partition("\nParameters\n")
     for names, words in re.findall(r"^(\w+(?:, \w+)*) : .*\n((?:    .*\n?)+)", section.split("\n\n", 1)[0], re.M):
@@ -52,22 +52,22 @@ def explained(docstring: str | None) -> dict[str, str]:
 
 
 def number(word: str) -> int | float:
-    """A rank, or a fraction: 50 is an int and 0.05 a float, as Select tells them apart."""
+    """Parse a rank or a fraction: 50 becomes an int and 0.05 a float, which Select treats differently."""
     return int(word) if re.fullmatch(r"[+-]?\d+", word) else float(word)
 
 
 def none_or(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`read`, with the word "none" for None."""
+    """A function like `read` that also converts the word "none" to None."""
 
     def either(word: str) -> Any:
         return None if word.lower() == "none" else read(word)
 
-    either.__name__ = f"{read.__name__}, or none"  # argparse says it in a refusal
+    either.__name__ = f"{read.__name__}, or none"  # argparse uses the name in error messages
     return either
 
 
 def _type_of(annotation: Any) -> tuple[Callable[[str], Any], str | None]:
-    """What reads one word of this annotation, and the letter that stands for a number in the usage."""
+    """The function that parses one word of this type, and the placeholder for numbers in the usage."""
     kinds = get_args(annotation) or (annotation,)
     read: Callable[[str], Any] = str
     if int in kinds and float in kinds:
@@ -85,7 +85,7 @@ def add_options(
     skip: Iterable[str] = ("self",),
     only: Iterable[str] | None = None,
 ) -> list[str]:
-    """An option for each argument of `function` but `skip`, or for those of `only`; returns their names."""
+    """Add an option for each argument of `function` except `skip`, or only for those in `only`. Returns their names."""
     parameters = inspect.signature(function).parameters
     explanations, added = explained(function.__doc__), []
     for name, parameter in parameters.items():
@@ -112,7 +112,7 @@ def add_options(
 def given(
     args: argparse.Namespace, names: Iterable[str], readers: Mapping[str, Reader] | None = None
 ) -> dict[str, Any]:
-    """The arguments that the command line gave, read."""
+    """The arguments that are given on the command line, parsed."""
     found = {}
     for name in names:
         if hasattr(args, name):

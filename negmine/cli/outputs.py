@@ -1,4 +1,4 @@
-"""Checks, before any work, of the files that a command will write: no input is lost, and nothing is replaced unasked."""
+"""Check the output files of a command before any work, so that no file is replaced by mistake."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from negmine.mining.atomic_file import is_stream, require_output
 
 def add_overwrite(parser: Any) -> None:
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace outputs that exist; an input is never replaced"
+        "--overwrite", action="store_true", help="replace existing output files; inputs are never replaced"
     )
 
 
@@ -23,7 +23,7 @@ def _same(a: Path, b: Path) -> bool:
 
 
 def _paths(value: Any) -> Iterable[Path]:
-    """The files that the words of an option may name: "path", "path::name", "title=path"."""
+    """The paths that the value of an option may contain: "path", "path::name", "title=path"."""
     if isinstance(value, (list, tuple)):
         for part in value:
             yield from _paths(part)
@@ -41,10 +41,9 @@ def check_outputs(
     overwrite: bool,
     inputs: Iterable[str | os.PathLike] = (),
 ) -> None:
-    """Raise for an output that cannot be written, is an input or another output, or exists where `overwrite` is False.
+    """Raise an error if an output cannot be written, is an input or another output, or exists and `overwrite` is False.
 
-    outputs: option -> the path given, or None. Every other value of `args` that names an existing file is an input, and so is
-    each of `inputs`.
+    outputs: option -> path, or None. Inputs are `inputs` and all other values of `args` that name an existing file.
     """
     paths = {option: require_output(command, option, path) for option, path in outputs.items() if path is not None}
     own = {option.removeprefix("--").replace("-", "_") for option in outputs}
@@ -66,6 +65,6 @@ def check_outputs(
             if _same(path, known):
                 raise ValueError(f"{command}: {option} and {other} must be different files, got {str(path)!r} for both")
         if os.path.lexists(path) and not overwrite:
-            wanted = "a new file, or --overwrite given"
+            wanted = "a new file, unless --overwrite is given"
             raise ValueError(f"{command}: {option} must be {wanted}: {str(path)!r} exists")
         seen[option] = path

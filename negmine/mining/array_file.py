@@ -1,10 +1,10 @@
-"""A file format for arrays and their description, verified before any of its content is used.
+"""A file format for arrays with metadata. A file is verified before any of its content is used.
 
-    magic | part | part | ... | facts and the table of parts as JSON | length, hash of that JSON | magic
+    magic | part | part | ... | facts (metadata) and the table of parts as JSON | length and hash of that JSON | magic
 
-A part is an array or a sequence of bytes; the table holds its dtype, shape, offset and hash. Reading first checks every size
-against the size of the file, before anything is allocated, and then the hashes. Arrays are returned as private memory maps.
-Nothing in a file is executed.
+A part is an array or a sequence of bytes. The table has the dtype, shape, offset and hash of each part. Reading checks all sizes
+against the size of the file before memory is allocated, and then the hashes. Arrays are returned as private memory maps. Nothing
+in a file is executed.
 """
 
 import hashlib
@@ -50,13 +50,17 @@ def digest_of(pieces: Iterator[Any]) -> str:
 
 
 def array_part(array: np.ndarray) -> tuple[str, tuple[int, ...], Callable[[Write], Any]]:
-    """An array as `write` takes a part."""
+    """An array in the form in which `write` takes a part."""
     dense = np.ascontiguousarray(array)
     return str(dense.dtype), dense.shape, lambda emit: emit(dense.reshape(-1).view(np.uint8).data)
 
 
 def write(op: str, path: str | os.PathLike, kind: str, facts: dict, parts: dict[str, tuple]) -> None:
-    """Write facts and parts: name -> (dtype, shape or None if not known yet, a function that passes bytes to its argument)."""
+    """Write facts and parts.
+
+    parts: name -> (dtype, shape, produce). produce(emit) calls emit with the bytes, piece by piece. A shape of None is set to the
+    number of bytes.
+    """
     table = {}
     with atomic_write(op, path) as file:
         file.write(MAGIC)
@@ -78,7 +82,7 @@ def write(op: str, path: str | os.PathLike, kind: str, facts: dict, parts: dict[
 
 
 def read(op: str, path: str | os.PathLike, kind: str) -> tuple[dict, dict[str, Part]]:
-    """The facts and parts of a file that `write` wrote. Raises ValueError for another kind of file and for a damaged one."""
+    """The facts and parts of a file that `write` wrote. Raises ValueError if the file is damaged or of another kind."""
     path = Path(path)
     if not path.is_file():
         raise refuse(op, "path", "an existing file", str(path))
@@ -87,9 +91,9 @@ def read(op: str, path: str | os.PathLike, kind: str) -> tuple[dict, dict[str, P
             facts, parts = _table(file, os.fstat(file.fileno()).st_size, kind)
             for name, part in parts.items():
                 if digest_of(_pieces(file, part.offset, part.size)) != part.blake2b:
-                    raise ValueError(f"the bytes of {describe(name)} are not those that were written")
+                    raise ValueError(f"{describe(name)} does not match its hash")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, struct.error) as error:
-        raise ValueError(f"{op}: {describe(str(path))} is damaged or is no {kind} file ({cause(error)})") from error
+        raise ValueError(f"{op}: {describe(str(path))} is damaged or is not a {kind} file ({cause(error)})") from error
     return facts, parts
 
 
@@ -101,21 +105,21 @@ def _pieces(file: IO[bytes], offset: int, size: int) -> Iterator[bytes]:
 
 def _table(file: IO[bytes], total: int, kind: str) -> tuple[dict, dict[str, Part]]:
     if total < len(MAGIC) + TAIL.size or file.read(len(MAGIC)) != MAGIC:
-        raise ValueError("it does not begin as one")
+        raise ValueError("its first bytes are wrong")
     file.seek(total - TAIL.size)
     length, digest, magic = TAIL.unpack(file.read(TAIL.size))
     end = total - TAIL.size - length  # where the parts end
     if magic != MAGIC or length > MAX_TABLE_BYTES or end < len(MAGIC):
-        raise ValueError("it does not end as one")
+        raise ValueError("its last bytes are wrong")
     file.seek(end)
     text = file.read(length)
     if hashlib.blake2b(text, digest_size=16).digest() != digest:
-        raise ValueError("its table is not the one that was written")
+        raise ValueError("its table does not match its hash")
     content = parse_json(text, "its table")
     if content["kind"] != kind:
         raise ValueError(f"it is a file of kind {describe(content['kind'])}")
     if not isinstance(content["facts"], dict):
-        raise ValueError("its facts are no JSON object")
+        raise ValueError("its facts are not a JSON object")
     parts = {}
     for name, entry in content["parts"].items():
         part = Part(entry["dtype"], tuple(entry["shape"]), entry["offset"], entry["size"], entry["blake2b"])
@@ -126,14 +130,14 @@ def _table(file: IO[bytes], total: int, kind: str) -> tuple[dict, dict[str, Part
             or not all(type(size) is int and 0 <= size < 2**63 for size in sizes)
         ):
             raise ValueError(
-                f"the table's {describe(name)} has dtype {describe(part.dtype)} and shape {describe(part.shape)}"
+                f"in its table, {describe(name)} has dtype {describe(part.dtype)} and shape {describe(part.shape)}"
             )
         needed = np.dtype(part.dtype).itemsize
         for side in part.shape:
             needed *= side  # Python's ints: no overflow
         if part.size != needed or part.offset < len(MAGIC) or part.offset + part.size > end:
             raise ValueError(
-                f"the table's {describe(name)} needs {needed} bytes at {part.offset}, and the parts end at {end}"
+                f"in its table, {describe(name)} needs {needed} bytes at offset {part.offset}, but the parts end at {end}"
             )
         parts[name] = part
     return content["facts"], parts

@@ -1,8 +1,8 @@
-"""Write a file atomically: a reader, or a crash, sees either the old file or the complete new one.
+"""Write a file atomically: at any time, and after a crash, the path has either the old content or all of the new content.
 
-The content goes to a new file in the same folder, which is flushed to disk and then renamed. Its name is random and it is created
-exclusively, so that neither a link nor a file of another process is ever written to. The new file keeps the permissions of the
-one that it replaces.
+The content is written to a new file in the same folder, which is flushed to disk and then renamed. The new file has a random name
+and is created exclusively, so links and files of other processes are never written to. It gets the permissions of the file that
+it replaces.
 """
 
 import contextlib
@@ -19,16 +19,14 @@ from typing import IO, Any
 from negmine.mining.remote import is_url
 from negmine.ops.checks import describe, refuse
 
-PARTIAL = re.compile(
-    r"\.(.+)\.[0-9a-f]{16}\.partial"
-)  # the name of an unfinished file; the group begins the final name
+PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{16}\.partial")  # an unfinished file; the group is the start of its final name
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
-PIPE_SECONDS = 10.0  # until another process has to open a pipe for reading
+PIPE_SECONDS = 10.0  # how long to wait for another process to open a pipe for reading
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder to disk: a renamed file survives a power cut only after that."""
+    """Flush a folder to disk. Only then does a renamed file survive a power failure."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -37,13 +35,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_stream(path: Path) -> bool:
-    """A pipe, a device, or a name in /dev or /proc, such as /dev/stdout, which at times is a link to a file."""
+    """Whether a path is a pipe, a device, or in /dev or /proc. /dev/stdout, for example, may be a link to a file."""
     is_device = path.absolute().parts[1:2] in (("dev",), ("proc",)) and "shm" not in path.parts
     return path.exists() and (is_device or not (path.is_file() or path.is_dir()))
 
 
 def _mode_of(path: Path) -> int | None:
-    """The permissions of an existing regular file."""
+    """The permissions of an existing regular file; None for anything else."""
     try:
         status = os.lstat(path)
     except OSError:
@@ -52,12 +50,12 @@ def _mode_of(path: Path) -> int | None:
 
 
 def _failure(op: str, path: Path, error: OSError) -> OSError:
-    said = f"{op}: {describe(str(path))} could not be written ({error.strerror}); what was there before is untouched"
+    said = f"{op}: {describe(str(path))} could not be written ({error.strerror}); existing files are unchanged"
     return OSError(error.errno, said)
 
 
 def require_output(op: str, name: str, path: Any) -> Path:
-    """The path of a file that can be written; raises before any work for a missing folder, a folder, or a read-only file."""
+    """The path of a file that can be written. Raises for a folder, a file in a missing folder, and a read-only file."""
     if not isinstance(path, (str, os.PathLike)):
         raise refuse(op, name, "the path of a file", path, TypeError)
     given, path = os.fspath(path), Path(path)
@@ -85,7 +83,7 @@ def require_output(op: str, name: str, path: Any) -> Path:
 
 
 def _open_stream(path: Path) -> int:
-    """The descriptor of a stream; a pipe must find a reader within PIPE_SECONDS."""
+    """Open a stream and return its descriptor. Raises OSError if nothing reads a pipe within PIPE_SECONDS."""
     end = time.monotonic() + PIPE_SECONDS
     while True:
         try:
@@ -100,7 +98,7 @@ def _open_stream(path: Path) -> int:
 
 
 def _open_new(path: Path, mode: int) -> tuple[Path, int]:
-    """A new file beside `path`: its path and its descriptor."""
+    """Create a new file in the folder of `path`; returns its path and its descriptor."""
     while True:
         partial = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.partial")
         try:
@@ -113,8 +111,8 @@ def _open_new(path: Path, mode: int) -> tuple[Path, int]:
 def atomic_write(op: str, path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """A context manager that yields a file to write; the file becomes `path` when the block ends without an error.
 
-    A link is replaced by the file; what it names is left alone. A stream (`is_stream`) is written to directly, because it must
-    not be replaced; a pipe that nothing reads raises OSError.
+    A link is replaced by the file; the target of the link does not change. A stream (`is_stream`) must not be replaced, so it is
+    written to directly. A pipe that nothing reads raises OSError.
     """
     path = require_output(op, "path", path)
     partial = None
@@ -134,7 +132,7 @@ def atomic_write(op: str, path: str | os.PathLike) -> Iterator[IO[bytes]]:
         os.replace(partial, path)
         sync_folder(path.parent)
     except BrokenPipeError:
-        raise  # the reader has gone: the command has an exit code for that
+        raise  # the reader closed the pipe: the command has an exit code for that
     except OSError as error:
         raise _failure(op, path, error) from error
     finally:

@@ -1,7 +1,10 @@
-"""Mines one batch of queries: the ranks of its windows, filters, near duplicates, and a deeper scan where too few rows are left.
+"""Mine one batch of queries: apply filters, take the window of ranks, and remove near duplicates.
 
-source   an ExecutorScan of the whole corpus, an IndexScan of the candidates of an index, or what shares found (shares.py)
-window   (B, W) int64 sort keys, hardest first, NOWHERE past its end; the input of sampling.py
+If too few rows are left, the scan is repeated with more ranks.
+
+source   an ExecutorScan of the whole corpus, an IndexScan of the candidates that an index proposes, or the candidates that
+         shares of a job have found (shares.py)
+window   (B, W) int64 sort keys, hardest first, padded with NOWHERE; sampling.py draws from it
 """
 
 from dataclasses import dataclass, replace
@@ -19,26 +22,30 @@ from negmine.ops import sort_key
 from negmine.options import Select
 
 FILTERS = ("min_score", "max_score", "absolute_margin", "relative_margin")
-DEPTH_FACTOR = 4  # ranks read per kept row where near duplicates are dropped, and the growth when these are not enough
+# With near-duplicate removal, a scan reads this many ranks for each row that is kept. If these are too few, the next scan reads
+# this many times as many.
+DEPTH_FACTOR = 4
 
 
 def nested_filters(select: Select) -> dict[str, Select]:
-    """For each filter of `select`, a Select of it and of the filters before it; what the two drop more than those before is
-    counted under its name."""
+    """For each filter of `select`, a Select with this filter and all before it.
+
+    The number of rows that one Select removes beyond the previous one is counted under the name of its last filter.
+    """
     given = {name: getattr(select, name) for name in FILTERS if getattr(select, name) is not None}
     names = list(given)
     return {name: Select(**{each: given[each] for each in names[: i + 1]}) for i, name in enumerate(names)}
 
 
 def needs_count(select: Select, raw: bool) -> bool:
-    """True if the rows that the filters keep must be counted before the ranks of the window are known."""
+    """Whether the ranks of the window are known only after the rows that pass the filters are counted."""
     by_fraction = isinstance(select.range_min, float) or isinstance(select.range_max, float)
     return by_fraction and select.has_filter and not raw
 
 
 @dataclass(frozen=True)
 class BatchMiner:
-    """Finds the windows of queries; every batch of a run uses the same one."""
+    """Finds the window of each query. All batches of a run share one BatchMiner."""
 
     source: Any
     select: Select
@@ -46,7 +53,7 @@ class BatchMiner:
     num_negatives: int
     strategy: str
     count_skipped: bool
-    excluded: Hidden | RowLists  # documents that each query must not get
+    excluded: Hidden | RowLists  # the documents that may not be negatives of each query
     deduplicator: Deduplicator | None
 
     @property
@@ -55,11 +62,11 @@ class BatchMiner:
 
     @property
     def max_candidates(self) -> int | None:
-        """Members of a window that sampling looks at; None = all."""
+        """How many candidates of a window sampling uses; None means all."""
         return candidates_needed(self.select, self.num_negatives, self.strategy)
 
     def depth(self, size: int) -> int:
-        """The number of ranks read first, of a pool of this size."""
+        """How many ranks the first scan reads from a pool of this size."""
         first, last = self.select.window(torch.tensor([size], device="cpu"))
         return int(self._end(first, last, self._max_ranks))
 
@@ -74,7 +81,10 @@ class BatchMiner:
         return last if max_ranks is None else last.minimum(first + max_ranks)
 
     def window(self, query: Tensor, rows: Tensor, anchor: Tensor | None) -> tuple[Tensor, dict[str, int]]:
-        """query (B, D) with query numbers rows (B,), anchor (B,) -> window (B, W), and the pairs that each filter dropped."""
+        """The windows of a batch, and the number of (query, row) pairs that each filter removed.
+
+        query (B, D), rows (B,): the row numbers of the queries, anchor (B,) -> window (B, W), counts by filter
+        """
         excluded = self.excluded.take(rows.numpy())
         counted_filters = nested_filters(self.select) if self.count_skipped else {}
         if self.raw:
@@ -107,14 +117,14 @@ class BatchMiner:
         max_ranks: int | None,
         counted_filters: list[Select],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Ranks [first, last) of each pool, at most max_ranks of them -> window (B, W), dropped, near-duplicate counts (B, 2)."""
+        """Ranks [first, last) of each pool, at most max_ranks -> window (B, W), removed counts, near-duplicate counts (B, 2)."""
         end = self._end(first, last, max_ranks)
         depth = int(end.max()) if len(end) else 0
         sort_keys, drops = self.source.run(query, excluded, anchor, depth, self.filters, counted_filters)
         window = slice_window(sort_keys, first, end)
         if self.deduplicator is None:
             return window, drops, None
-        has_more = (window != sort_key.NOWHERE).sum(1) == end - first  # (B,) bool: the pool may hold more rows
+        has_more = (window != sort_key.NOWHERE).sum(1) == end - first  # (B,) bool: the pool may have more rows
         window, near = self.deduplicator(window, rows, self.max_candidates)  # (B, W), (B, 2)
         if self.max_candidates is None or max_ranks is None:
             return window, drops, near
@@ -145,7 +155,10 @@ class BatchMiner:
     def _raw_window(
         self, query: Tensor, excluded: RowLists, anchor: Tensor | None, counted_filters: list[Select]
     ) -> tuple[Tensor, Tensor]:
-        """The window (B, W) of raw ranks, without excluded and filtered rows, packed to the left; and what each filter drops."""
+        """The window (B, W) of raw ranks, from which excluded and filtered rows are removed, and the removed counts.
+
+        The remaining rows are moved to the left.
+        """
         B, K = len(query), self.source.num_rows
         size = torch.full((B,), self.source.num_candidates, device=query.device)  # (B,)
         first, last = self.select.window(size)

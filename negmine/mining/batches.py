@@ -22,7 +22,7 @@ OP = "build_batches"
 
 
 class HardBatches(Sampler[list[int]]):
-    """Lists of row numbers, to be passed to a DataLoader as batch_sampler. Made by build_batches."""
+    """A sampler of lists of row numbers, made by build_batches. Pass it to a DataLoader as batch_sampler."""
 
     def __init__(
         self, documents: RowLists, neighbours: RowLists, groups: np.ndarray, size: int, drop_last: bool, seed: int
@@ -103,24 +103,25 @@ def build_batches(
     drop_last: bool = False,
     seed: int = 0,
 ) -> HardBatches:
-    """Batches of mutually hard queries that do not share positives, as a torch Sampler of lists of query numbers.
+    """Make batches of queries that are hard for each other and share no positives, as a torch Sampler.
 
     Parameters
     ----------
     result : MiningResult
-        Its hard negatives say which queries are hard for each other, and its ids and texts which positives are one
-        document.
+        Its hard negatives decide which queries are hard for each other. Its ids and texts decide which positives are the
+        same document.
     batch_size : int
-        Queries of a batch. A last batch, or one whose remaining queries share positives, may be smaller.
+        How many queries a batch has. The last batch, and batches for which no further query without a common positive is
+        left, may be smaller.
     rows : sequence of int, optional
-        The query of each row of the training data, which may have a row for each positive. Batches then hold row numbers,
-        every row once an epoch, and no two rows of one query. Default: one row a query.
+        The query of each row of the training data, for data with one row per positive. Batches then have row numbers. Each
+        row occurs once per epoch, and two rows of one query are never in the same batch. Default: one row per query.
     datasets : sequence, optional
-        A name or a number for each query: a batch holds queries of one data set only.
+        A name or a number for each query. All queries of a batch then have the same one.
     drop_last : bool
-        Leave smaller batches out.
+        Leave out batches that are smaller than batch_size.
     seed : int
-        Of the draw. `set_epoch` draws the batches of another epoch.
+        Seed of the random numbers. `set_epoch` gives each epoch its own batches.
 
     Returns
     -------
@@ -130,7 +131,7 @@ def build_batches(
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit.
+        If an argument is invalid.
 
     Examples
     --------
@@ -149,7 +150,7 @@ def build_batches(
     groups = np.zeros(Q, np.int64)
     if datasets is not None:
         column = Column(OP, "datasets", datasets, "a name or a number for each query")
-        column.require_length(Q, f"{Q} names or numbers, one a query")
+        column.require_length(Q, f"{Q} names or numbers, one per query")
         names: dict[Any, int] = {}
         groups[:] = [names.setdefault(entry, len(names)) for _, block in column.blocks() for entry in block]
     hidden = result.hidden()
@@ -168,7 +169,7 @@ def build_batches(
             raise checks.refuse(OP, "rows", f"numbers of queries, in [0, {Q})", query_of[outside[0]].item())
         rows_of = RowLists.of_pairs(query_of, np.arange(len(query_of)), Q)
         near = neighbours.take(query_of)
-        each = rows_of.take(near.rows)  # the rows of every neighbour
+        each = rows_of.take(near.rows)  # the rows of all neighbours
         ends = np.r_[0, np.cumsum(each.sizes)][near.indptr]
         documents, neighbours, groups = documents.take(query_of), RowLists(ends, each.rows), groups[query_of]
     return HardBatches(documents, neighbours, groups, batch_size, drop_last, seed)

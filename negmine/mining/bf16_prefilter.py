@@ -1,18 +1,19 @@
-"""A faster scan of fp32 or fp16 on processors that multiply bf16 faster: candidates by bf16 scores, then exact scores of these.
+"""A faster scan of fp32 or fp16 vectors on processors with fast bf16 products: bf16 scores find candidates, which are rescored.
 
-The result is bit for bit that of a scan of the vectors as they are stored.
+The result equals that of a scan of the original vectors, bit for bit.
 
-    q', k'      query and row rounded to bf16;  s: the kernel's score of q and k;  a: its score of q' and k'
+    q', k'      the query and the row, rounded to bf16
+    s, a        the kernel's scores: s of q and k, a of q' and k'
     |s - a| <= |q - q'| |k| + |q'| |k - k'| + g (|q| |k| + |q'| |k'|),  g = (D + 16) 2^-23
                 the effect of rounding the vectors (Cauchy-Schwarz), plus twice the error of D fp32 additions in any order
     bound_b     the right side with the largest |k| and |k - k'| of the chunk
     max_score   the largest score that the filters keep
 
-The candidates are the N + EXTRA columns with the largest a, among those with a <= max_score + bound. They are scored as stored,
-and the N hardest with s <= max_score are returned. Every other column has s <= bound + the smallest a of the candidates. Where
-that is less than the N-th score found, no column was missed; and since it is then less than max_score as well, every column
-with a <= max_score + bound but s > max_score is a candidate, so the count of kept rows is exact too. Queries whose scores are
-too close to decide are scanned again as stored.
+The candidates are the N + EXTRA columns with the largest a among those with a <= max_score + bound. Their scores s are computed
+from the original vectors, and the N hardest with s <= max_score are returned. Every other column has s <= bound + the smallest a
+of the candidates. If that is less than the N-th score found, no column was missed. It is then also less than max_score, so every
+column with a <= max_score + bound and s > max_score is a candidate, and the count of kept rows is exact as well. For all other
+queries, the original vectors are scanned.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from negmine.ops.windows import bounded
 from negmine.options import Select
 
 CPU_OPS = {} if compiled.CPU_REFUSAL else compiled.functions("negmine_cpu", "CPU")
-EXTRA = 48  # candidates beyond N, for scores that are nearly equal
+EXTRA = 48  # candidates beyond N, because scores may be nearly equal
 MIN_QUERIES, MIN_ROWS, MIN_DIM = 1024, 16384, 64  # below these, rounding the rows takes as long as it saves
 MAX_RESCANNED = 0.25  # share of the queries; above it the two scans take longer than one
 ROUNDED_ROWS = 2048  # at a time, so that they stay in the cache

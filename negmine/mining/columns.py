@@ -1,7 +1,7 @@
 """Columns of texts, ids and lists, read by position, whatever container holds them.
 
-A label of a pandas index plays no part: entry 0 is the first one. A mapping has no positions, and a string is not a list of its
-characters, so both are refused.
+Labels of a pandas index are ignored: entry 0 is the first entry. Mappings, which have no positions, and single strings raise a
+TypeError.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,25 +13,25 @@ from torch import Tensor
 from negmine.mining.tables import is_stream
 from negmine.ops.checks import describe, refuse, require_stored
 
-TEXTS = "texts, one a row, in a list, an array, or a column of a table"
+TEXTS = "texts, one per row, in a list, an array, or a column of a table"
 BLOCK = 4096  # entries converted to Python objects at a time
 
 
 def _drained(op: str, name: str, stream: Any) -> list:
-    """The entries of a column of a streamed data set, or of its only column of strings."""
+    """All entries of a column of a streamed dataset; of its only column of strings if no column is given."""
     if not hasattr(stream, "column_names"):
         return list(stream)
     rows = iter(stream)
     first: dict[str, Any] = next(rows, {})
     fitting = [key for key, entry in first.items() if isinstance(entry, str)]
     if len(fitting) != 1:
-        wanted = "a streamed data set with one column of strings, or one of its columns"
+        wanted = "a streamed dataset with one column of strings, or one of its columns"
         raise refuse(op, name, wanted, f"columns {', '.join(map(str, first)) or 'of an empty one'}", TypeError)
     return [first[fitting[0]], *(row[fitting[0]] for row in rows)]
 
 
 def is_column(value: Any) -> bool:
-    """True for a container that is read by position; not for a string, a mapping or a scalar."""
+    """Whether a value can be read by position. Strings, mappings and scalars cannot."""
     if isinstance(value, (str, bytes, bytearray, Mapping, set, frozenset)) or getattr(value, "ndim", 1) == 0:
         return False
     return hasattr(value, "__len__") and hasattr(value, "__getitem__")
@@ -82,7 +82,7 @@ class Column:
         return [entry.as_py() if hasattr(entry, "as_py") else entry for entry in found]
 
     def strings(self, rows: np.ndarray) -> list[str]:
-        """The entries of these rows; raises TypeError for one that is not a string."""
+        """The entries of these rows. Raises TypeError if one is not a string."""
         found = self.take(rows)
         for row, entry in zip(rows.tolist(), found, strict=True):
             if not isinstance(entry, str):
@@ -94,7 +94,7 @@ class Column:
             raise refuse(self.op, self.name, wanted, f"{len(self)} in a {type(self.given).__name__}")
 
     def texts(self) -> Iterator[tuple[int, list[str]]]:
-        """(begin, texts) of all blocks; raises TypeError for an entry that is not a string."""
+        """(begin, texts) of all blocks. Raises TypeError for an entry that is not a string."""
         for begin, block in self.blocks():
             for row, entry in enumerate(block, begin):
                 if not isinstance(entry, str):
@@ -123,7 +123,7 @@ def _text_column(op: str, name: str, table: Any) -> str:
 
 
 def split_mapping(op: str, names: tuple[str, str], ids: Any, texts: Any) -> tuple[Any, Any]:
-    """Ids and texts, where texts may be a mapping from ids to texts; `names` are the arguments' names."""
+    """Ids and texts. A mapping from ids to texts is split into both. `names`: the names of the arguments."""
     if not isinstance(texts, Mapping):
         return ids, texts
     if ids is not None:

@@ -1,7 +1,7 @@
-"""Vectors of Arrow, decoded into a temporary file that is memory-mapped and disappears when the process ends.
+"""Decode Arrow vectors into a memory-mapped temporary file, which disappears when the process ends.
 
-A stream is decoded from its start to its end. A file that can be read piece by piece, such as the row groups of Parquet, is
-decoded where its rows are asked for: a process that needs some rows of a large file reads the pieces that hold them, each once.
+A stream is decoded from start to end. Of a file with parts, such as the row groups of Parquet, only the parts with requested rows
+are decoded, each once. A process that needs some rows of a large file reads only those parts.
 """
 
 import os
@@ -18,17 +18,17 @@ DECODED_ROWS = 4096  # decoded at a time
 
 
 def _no_room(op: str, name: str, source: str, error: OSError) -> OSError:
-    where = f"{op}: {name}: no room in {tempfile.gettempdir()!r} for the rows of {source!r}"
-    return OSError(error.errno, f"{where} ({error.strerror}); TMPDIR names another folder")
+    where = f"{op}: {name}: no space left in {tempfile.gettempdir()!r} for the rows of {source!r}"
+    return OSError(error.errno, f"{where} ({error.strerror}); set TMPDIR to another folder")
 
 
 def _uneven(op: str, name: str, source: str, column: str, row: int) -> Exception:
-    wanted = f"lists of one length without gaps in column {column!r}"
+    wanted = f"lists of equal length without nulls in column {column!r}"
     return refuse(op, name, wanted, f"{source} near row {row}")
 
 
 def decoded(op: str, name: str, source: str, column: str, pieces: Iterator[Any]) -> np.ndarray:
-    """(rows, D) of Arrow arrays of lists of floats, as a private memory map. source: what they are of, for errors."""
+    """Arrow arrays of lists of floats as a private memory map (rows, D). source: the file or table that errors name."""
     rows, dim, dtype = 0, 0, np.dtype(np.float32)
     with tempfile.TemporaryFile(prefix="negmine-") as file:
         for lists in pieces:

@@ -1,15 +1,15 @@
-"""Duplicate rows: equal rows of a corpus, and near duplicates among the candidates of a query.
+"""Remove duplicates: equal rows of a corpus, and near duplicates among the candidates of a query.
 
-Exact duplicates are rows of equal values. The row with the lowest number represents them.
+Rows of equal values are duplicates, and the one with the lowest row number is kept.
 
-Near duplicates are found by walking the window of a query, hardest first:
+Near duplicates are found by going through the window of a query, hardest first:
 
     cos(a, b) = a . b / (|a| |b|)                    0 where a norm is 0
     drop row k if cos(k, p) >= t for a positive p of the query, or cos(k, h) >= t for a row h that has been kept already;
     stop after max_kept kept rows
 
-Whether a cosine reaches t must not depend on how many queries are processed together. The rounding of a matrix product depends on
-its shape, so it decides only where it differs from t by more than the rounding error; other cosines are summed in a fixed order.
+Whether a cosine reaches t must not depend on how many queries are processed together, but the rounding of a matrix product does.
+Cosines that differ from t by no more than the rounding error are therefore computed again, in a fixed order of additions.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from negmine.ops import sort_key
 
 
 def first_equal(digests: np.ndarray) -> np.ndarray:
-    """digests (rows, 2) -> (rows,) int64: the lowest row of equal values for each row. About 48 bytes a row while it runs."""
+    """digests (rows, 2) -> (rows,) int64: for each row, the lowest row of equal values. Takes about 48 bytes per row."""
     ascending = np.lexsort((digests[:, 0], digests[:, 1]))  # (rows,), stable: equal rows stay in ascending order
     ranked = digests[ascending]
     is_first = np.ones(len(digests), dtype=bool)  # (rows,) in sorted order
@@ -36,7 +36,7 @@ def first_equal(digests: np.ndarray) -> np.ndarray:
 
 
 def fixed_order_sum(terms: Tensor) -> Tensor:
-    """(..., D) -> (...): the sum, by adding halves repeatedly; the order of additions depends on D only."""
+    """(..., D) -> (...): the sum, by repeatedly adding the two halves. The order of additions depends on D only."""
     terms = F.pad(terms, (0, (1 << max(0, terms.shape[-1] - 1).bit_length()) - terms.shape[-1]))
     while terms.shape[-1] > 1:
         half = terms.shape[-1] // 2
@@ -45,7 +45,7 @@ def fixed_order_sum(terms: Tensor) -> Tensor:
 
 
 def near_pairs(a: Tensor, b: Tensor, threshold: float) -> Tensor:
-    """a (G, M, D), b (G, P, D) float64 -> (G, M, P) bool: cos >= threshold, the same for any G, M, P."""
+    """a (G, M, D), b (G, P, D) float64 -> (G, M, P) bool: cos >= threshold. The result of a pair does not depend on G, M, P."""
     norms = [fixed_order_sum(rows * rows).sqrt() for rows in (a, b)]  # (G, M), (G, P)
     scale = norms[0][:, :, None] * norms[1][:, None, :]  # (G, M, P)
     gap = a @ b.mT - threshold * scale  # (G, M, P)
@@ -65,11 +65,14 @@ class Deduplicator:
     positives: SharedLists
     threshold: float
     dim: int
-    max_bytes: int  # of gathered rows and cosines at a time
+    max_bytes: int  # limit for the gathered rows and cosines
 
     def __call__(self, window: Tensor, rows: Tensor, max_kept: int | None) -> tuple[Tensor, Tensor]:
-        """window (B, W) sort keys of queries rows (B,) -> (B, min(W, max_kept)) sort keys, packed to the left; and (B, 2) int64:
-        how many were dropped because of a positive, and because of a harder row, before the walk stopped."""
+        """Remove near duplicates from the windows (B, W) of the queries with row numbers rows (B,).
+
+        Returns sort keys (B, min(W, max_kept)), moved to the left, and (B, 2) int64: how many rows were removed because they
+        are close to a positive, and because they are close to a harder row. Rows after the last kept one are not counted.
+        """
         B, W = window.shape
         max_kept = W if max_kept is None else min(W, max_kept)
         sizes = self.positives.take(rows.numpy()).sizes
@@ -82,7 +85,7 @@ class Deduplicator:
         return torch.cat(kept), torch.cat(dropped)
 
     def _vectors(self, numbers: Tensor) -> Tensor:
-        """numbers (G, M) int64, -1 = none -> (G, M, D) float64, zeros there."""
+        """numbers (G, M) int64 -> (G, M, D) float64; zeros where the number is -1."""
         flat = numbers.reshape(-1)
         some = flat >= 0
         out = torch.zeros(len(flat), self.dim, dtype=torch.float64, device=numbers.device)

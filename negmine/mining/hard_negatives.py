@@ -1,14 +1,14 @@
-"""mine_hard_negatives: the hardest negatives of each query of a dataset, exact, streamed, in bounded memory.
+"""mine_hard_negatives: the hardest negatives of each query of a dataset, by an exact search in bounded memory.
 
     check    the options and the inputs
-    plan     what is hidden from each query, and the numbers of queries and corpus rows to process at a time
-    run      for each batch of queries, by phases (parts.py) that the holder of the corpus answers (executors.py)
-                 count what the filters keep         only where a window is given by fractions and there are filters
-                 scan the corpus, chunk by chunk     masks (identity.py), filters, ranks (scan.py)
-                 window, near duplicates, sampling   num_negatives rows, hardest first (batch_miner.py, dedup.py, sampling.py)
-                 write the batch to resume_dir       where one is given (resume.py)
+    plan     which documents are hidden from each query, and how many queries and corpus rows to process at a time
+    run      for each batch of queries, in phases (parts.py), which an executor computes from the corpus (executors.py)
+                 count the rows that pass the filters   only if the window is given in fractions and there are filters
+                 scan the corpus, chunk by chunk        masks (identity.py), filters, ranks (scan.py)
+                 window, near duplicates, sampling      num_negatives rows, hardest first (batch_miner.py, dedup.py, sampling.py)
+                 write the batch to resume_dir          if it is given (resume.py)
 
-Neither the (Q, K) scores nor more than one chunk of the corpus are ever in memory.
+The (Q, K) scores are never stored, and at most one chunk of the corpus is in memory at a time.
 """
 
 import contextlib
@@ -52,18 +52,18 @@ OP = "mine_hard_negatives"
 INPUTS = (
     "query_embeddings", "corpus_embeddings", "positives", "exclude", "query_ids", "corpus_ids", "query_texts", "corpus_texts"
 )  # fmt: skip
-# The options that decide which negatives are returned; sizes and recall measurements do not.
+# The options that affect which negatives are returned. Batch sizes and recall measurements do not.
 DECISIVE = (
     "select", "range_mode", "positive_aggregation", "num_negatives", "sampling_strategy", "sampling_temperature", "seed",
     "deduplicate", "near_duplicate_score", "index", "count_skipped",
 )  # fmt: skip
 DESCRIBED = (*DECISIVE, "audit_queries", "min_recall", "max_memory_bytes", "backend")
-SCRATCH_BYTES = 64 << 20  # for near duplicates and for candidates of an index; at most a quarter of max_memory_bytes
+SCRATCH_BYTES = 64 << 20  # memory for near duplicates or for candidates of an index, but at most max_memory_bytes / 4
 AUDIT_K = 100  # the largest k at which recall is measured
 LOW_RECALL = (
     "{}: index {kind!r} finds only {recall:.1%} of the {audit_k} hardest rows of {audit_queries} queries, less than "
-    "min_recall={min_recall}: hard negatives are missing. Search deeper (a NegativeIndex with nprobe or efSearch), "
-    "take another kind, or index='exact'"
+    "min_recall={min_recall}, so hard negatives are missing. Search more of the index (a NegativeIndex with nprobe or efSearch), "
+    "or use another kind, or index='exact'"
 )
 
 
@@ -106,11 +106,11 @@ def mine_hard_negatives(
     backend: str | None = None,
     show_progress_bar: bool = False,
 ) -> MiningResult:
-    """The hardest negatives of each query among all rows of a corpus: exact, streamed, in bounded memory.
+    """Find the hardest negatives of each query among all rows of a corpus, by an exact search in bounded memory.
 
         s_qk   = query_q . corpus_k                                      (raw inner product in fp32, vectors as given)
-        pool_q = documents k that are neither a positive of q, nor excluded for q, nor q's own text, and that pass select's
-                 filters against s_pos = min (max, mean) over q's positives p of s_qp
+        pool_q = documents k that are not a positive of q, not excluded for q and not of the text of q, and that pass the
+                 filters of select with s_pos = min (max, mean) over q's positives p of s_qp
         kept_q = num_negatives of ranks [range_min, range_max) of pool_q by (s descending, k ascending)
 
     Parameters
@@ -119,114 +119,114 @@ def mine_hard_negatives(
         (Q, D) and (K, D): NumPy arrays, tensors, tables, paths of .npy, .safetensors ("file::tensor") or .parquet
         ("file::column") files, or a list of these as shards. float32, float16, or bfloat16; float64 is rounded to float32.
         A shard may also be a function without arguments that returns one of these, such as one that embeds texts; with
-        engine="ray", an actor calls it. Nothing is normalised: give unit rows for cosine.
+        engine="ray", an actor calls it. Rows are not normalised: pass rows of unit norm if scores are to be cosines.
     positives : sequence
-        The positives of each query: one entry a query, a list of lists, or a tuple (indptr, indices). Entries are row
+        The positives of each query: one entry per query, a list of lists, or a tuple (indptr, indices). Entries are row
         numbers of the corpus, or ids if `corpus_ids` is given.
     query_ids, corpus_ids : sequence of int or str, optional
-        One a row. Corpus rows of equal ids are one document; query rows of equal ids are one query and share their
+        One id per row. Corpus rows with equal ids are one document. Query rows with equal ids are one query and share their
         positives.
     query_texts, corpus_texts : sequence of str or mapping, optional
-        One a row, or a mapping from ids to texts. Rows of equal texts are one document or query, after NFC normalisation
-        and with each run of white space as one space; an empty text equals nothing. A document whose text is the query's
-        own is never its negative. Without ids and texts, query rows of equal embeddings are one query.
+        One text per row, or a mapping from ids to texts. Rows with equal texts are one document or one query. Texts are
+        compared after NFC normalisation, with each run of white space replaced by one space; empty texts are never equal. A
+        document with the text of the query is never its negative. Without ids and texts, query rows of equal embeddings are
+        one query.
     exclude : sequence, optional
         Further documents that must not be negatives, in the forms of `positives`.
     select : Select, optional
-        Filters and a window of ranks (not `sample`); default: everything. Equality with a threshold keeps.
+        Filters and a window of ranks, but not `sample`; default: all documents. A score equal to a threshold passes.
     range_mode : str
-        "filtered": the window counts the ranks of what masks and filters leave, as range_min of sentence-transformers.
-        "raw": it counts the ranks of all rows, positives among them, and masks and filters then remove from it, as in
-        FlagEmbedding.
+        "filtered": ranks are counted among the documents that remain after masks and filters. "raw": ranks are counted
+        among all rows, including positives, and masks and filters then remove rows from the window, as in FlagEmbedding.
     positive_aggregation : str
-        "min", "max" or "mean" of a query's positives: the score that margins are measured from. With "min" one weak
-        positive may leave a query with few negatives.
+        Margins are measured from the "min", "max" or "mean" score of a query's positives. With "min", one positive with a low
+        score can leave a query with few negatives.
     num_negatives : int
-        How many negatives a query gets.
+        How many negatives to find for each query.
     sampling_strategy : str
-        "top": the hardest of the window. "random": any of it. "weighted": drawn one by one with probability proportional to
-        exp(s / sampling_temperature). The last two draw from the first 10 num_negatives ranks of the window if range_max is
-        None.
+        "top": the hardest of the window. "random": a random subset of the window. "weighted": drawn one by one with
+        probability proportional to exp(s / sampling_temperature). "random" and "weighted" use the first 10 num_negatives
+        ranks of the window if range_max is None.
     sampling_temperature : float
-        Of "weighted".
+        Temperature of the sampling strategy "weighted".
     seed : int
-        Of the draws. A draw depends on seed and the query's row only.
+        Seed of the random numbers. What is drawn for a query depends on the seed and the query's row only.
     deduplicate : str
-        "exact": rows of equal embeddings are one document, which takes one more pass over the corpus and 48 bytes a row
-        while it runs. It does not see copies of a text whose embeddings differ by rounding: give corpus_texts. "near": a
-        row of the window is dropped if its cosine to a positive of the query, or to a row that was kept before it, is
-        near_duplicate_score or more. "none": neither.
+        "exact": rows of equal embeddings are one document. This takes another pass over the corpus and 48 bytes per row, and
+        does not find copies of a text whose embeddings differ by rounding: pass corpus_texts for that. "near": a row of the
+        window is removed if its cosine to a positive of the query, or to a harder row that is kept, is near_duplicate_score
+        or more. "none": neither.
     rescore : callable, optional
-        Scores pairs of texts: a callable from a list of (query text, document text) to a score each, or an object with
-        predict, such as a cross-encoder. The window of select gives the candidates by embeddings; the filters, margins,
-        order and draw then use the new scores, and so does the result.
+        A second model that scores pairs of texts: a callable from a list of (query text, document text) to one score each,
+        or an object with the method predict, such as a cross-encoder. The embeddings and the window of select choose the
+        candidates. Filters, margins, order, sampling and the result then use the new scores.
     rescore_candidates : int, optional
-        How many candidates of each query are scored; default: 10 num_negatives, or the whole window of select if that is
+        How many candidates of each query are scored again; default: 10 num_negatives, or the window of select if that is
         smaller.
     rescore_batch_size : int
-        Pairs at a time.
+        How many pairs are scored at a time.
     promote : float, optional
         With rescore: a candidate whose score is at most this much below its query's positive becomes a positive.
     near_duplicate_score : float
-        The cosine of deduplicate="near".
+        The cosine from which rows are near duplicates, for deduplicate="near".
     index : str or NegativeIndex
         "exact" scans all rows. A FAISS factory string, or a NegativeIndex of the same rows, proposes candidates, which are
-        then scored exactly, masked and filtered, and asked for again deeper, up to 4,096 a query. What it does not propose
-        is not seen.
+        scored exactly, masked and filtered. If too few remain, the index is asked for more, up to 4,096 per query. Rows that
+        it does not propose are missed.
     audit_queries : int
-        How many queries the recall of an approximate index is measured on. It is in the result's recall.
+        The recall of an approximate index is measured on this many queries, and is the recall of the result.
     min_recall : float
-        Below this recall there is a warning.
+        A warning is given if the recall is lower.
     count_skipped : bool
-        Count what each filter removes. This may take one more scoring pass for each filter.
+        Count how many documents each filter removes. This may take one more scoring pass for each filter.
     batch_size, corpus_chunk_size : int, optional
-        Queries and rows at a time; default: what fits max_memory_bytes.
+        How many queries and corpus rows are processed at a time; default: as many as max_memory_bytes allows.
     max_memory_bytes : int
-        What is held beside the inputs and the result, except a few MiB a thread inside the kernels. A window that reaches
-        deep makes batches small.
+        Limit for the memory used in addition to the inputs and the result, without a few MiB per thread inside the kernels.
+        A window with many ranks makes batches small.
     resume_dir : path, optional
-        A folder where each finished batch is written, completely or not at all. The same call with the same folder resumes
-        an interrupted run and gives the same bits. A folder of a run with other inputs is refused. One process at a time
-        may use it; delete it when it is no longer needed.
+        A folder to which each finished batch is written atomically. The same call with the same folder resumes an
+        interrupted run, with the same result. A folder of a run with other inputs raises an error. Only one process at a time
+        may use the folder. It is not deleted at the end.
     engine : str or callable, optional
         None mines in this process, or in the ranks of process_group. "ray" mines in actors of Ray (pip install
-        negmine[ray]), each of which holds shards of the corpus. A function (plan, phase, queries) -> Part mines by any
-        other engine: see mine_part.
+        negmine[ray]), each of which holds shards of the corpus. For any other engine, pass a function (plan, phase, queries)
+        -> Part: see mine_part.
     engine_options : dict, optional
-        Of "ray": num_cpus, num_gpus, resources and runtime_env of each actor, and num_actors (default: one for each shard).
+        For "ray": num_cpus, num_gpus, resources and runtime_env of each actor, and num_actors (default: one per shard).
     process_group : ProcessGroup, optional
-        Of torch.distributed. Every rank calls with the same arguments except corpus_embeddings: its own rows of the corpus,
-        which is all ranks' rows in rank order. positives, exclude, ids and texts are of all rows. query_embeddings are all
-        queries, or each rank's own if positives has an entry for each query of all ranks. Every rank returns what one
-        process returns for all rows.
+        A process group of torch.distributed whose ranks share the corpus. Each rank passes its own rows as
+        corpus_embeddings; the corpus is the rows of all ranks, in rank order. All other arguments are equal on all ranks, and
+        positives, exclude, ids and texts are those of the whole corpus. query_embeddings are all queries, or the rank's own
+        if positives has an entry for each query of all ranks. Every rank returns the result of one process with all rows.
     device : str or torch.device, optional
-        Where scores are computed; default: where the embeddings are.
+        The device that computes scores; default: the device of the embeddings.
     backend : str, optional
-        None chooses; "cuda", "triton", "cpu" or "reference" insists.
+        "cuda", "triton", "cpu" or "reference"; default: the fastest that works.
     show_progress_bar : bool
-        A line on stderr, with the time left.
+        Show a line on stderr with the time left.
 
     Returns
     -------
     MiningResult
-        indices and scores (Q, num_negatives); -1 and -inf where a query has fewer. Its `skipped` counts each pair of a
-        query and a row that was removed once, under the first of positive, exclude, own_text, equal_to_positive, duplicate
-        and the filters.
+        indices and scores (Q, num_negatives), padded with -1 and -inf for queries with fewer. `skipped` has the number of
+        removed (query, row) pairs by reason. A pair counts once, for the first reason of: positive, exclude, own_text,
+        equal_to_positive, duplicate, and the filters.
 
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit, before any work.
+        If an argument is invalid; raised before any work.
     ImportError
-        For a missing package.
+        If a package is missing.
     OSError
-        For a full disk.
+        If a file cannot be written, for example because the disk is full.
 
     Notes
     -----
-    Equal scores: the lower row first. A NaN score is no candidate. The negatives are the same, bit for bit, for any batch
-    size, chunk size, number of ranks and cut into shards; on the "reference" backend only if sums are exact, and with an
-    approximate index only for one batch size.
+    Of rows with equal scores, the lower row number comes first. A row with a NaN score is never a negative. The result does
+    not depend, bit for bit, on batch size, chunk size, number of ranks and shards; with the "reference" backend only if sums
+    are exact, and with an approximate index only for equal batch sizes.
 
     Examples
     --------
@@ -281,12 +281,13 @@ def mine_hard_negatives(
 
 
 def mine_share(share: int, num_shares: int, arguments: dict[str, Any]) -> Part:
-    """One of num_shares equal shares of a job, counted from 1, by arguments of mine_hard_negatives: a share of the rows, or of
-    the queries (shares.py). merge_parts makes the MiningResult of all shares.
+    """Mine one of num_shares equal shares of a job: a share of the rows, or of the queries (shares.py).
+
+    share: from 1 to num_shares; arguments: of mine_hard_negatives. merge_parts makes a MiningResult of all shares.
     """
     refused = {
-        "rescore": "None where a share of a job is mined: rescore the merged result",
-        "index": "'exact' where a share of a job is mined",
+        "rescore": "None when a share of a job is mined: rescore the merged result",
+        "index": "'exact' when a share of a job is mined",
     }
     for name, wanted in refused.items():
         given = arguments.get(name)
@@ -316,7 +317,7 @@ def _mine(given: dict[str, Any], held: dict[str, Any], share: tuple[int, int] | 
         rescoring = Rescoring.open(OP, options)
         for name, column in (("query_texts", inputs.query_names.texts), ("corpus_texts", inputs.corpus_names.texts)):
             if column is None:
-                raise checks.refuse(OP, name, "given where rescore is", None)
+                raise checks.refuse(OP, name, "given if rescore is", None)
         first_stage = rescoring.first_stage(options)
         plan = _make_plan(first_stage, inputs, positives, exclude)
         if promote is not None:
@@ -330,7 +331,7 @@ def _mine(given: dict[str, Any], held: dict[str, Any], share: tuple[int, int] | 
 
 
 def _result(part: Part, inputs: "_Inputs") -> MiningResult:
-    """The result with ids and texts as they were given."""
+    """The MiningResult, with ids and texts as the user gave them."""
     names: dict[str, Any] = {
         f"{side}_{what}": None if column is None else column.given
         for side, each in (("query", inputs.query_names), ("corpus", inputs.corpus_names))
@@ -343,11 +344,11 @@ def _require_positives(hidden: Hidden, why: str) -> None:
     sizes = hidden.positives.sizes
     if (sizes == 0).any():
         came = f"none for query {int(np.flatnonzero(sizes == 0)[0])}"
-        raise checks.refuse(OP, "positives", f"at least one a query where {why}", came)
+        raise checks.refuse(OP, "positives", f"at least one per query if {why}", came)
 
 
 def check_options(given: dict[str, Any]) -> None:
-    """Raises ValueError or TypeError for the first invalid one among arguments of mine_hard_negatives other than the inputs."""
+    """Check the options of mine_hard_negatives. Raises ValueError or TypeError for the first that is invalid."""
     parameters = inspect.signature(mine_hard_negatives).parameters.values()
     defaults = {
         each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY and each.name not in INPUTS
@@ -357,7 +358,7 @@ def check_options(given: dict[str, Any]) -> None:
 
 
 def _check_options(**options: Any) -> dict[str, Any]:
-    """The options; raises ValueError or TypeError for the first that is invalid."""
+    """The options. Raises ValueError or TypeError for the first that is invalid."""
     select, index = options["select"], options["index"]
     checks.require_options(OP, select=select)
     checks.require_choice(OP, "range_mode", options["range_mode"], ("filtered", "raw"))
@@ -383,38 +384,38 @@ def _check_options(**options: Any) -> dict[str, Any]:
     if options["promote"] is not None:
         checks.require_number(OP, "promote", options["promote"])
         if options["rescore"] is None:
-            raise checks.refuse(OP, "promote", "None where rescore is None", options["promote"])
+            raise checks.refuse(OP, "promote", "None if rescore is None", options["promote"])
     if select.sample is not None:
-        raise checks.refuse(OP, "select", "without sample: num_negatives and sampling_strategy draw", select)
+        raise checks.refuse(OP, "select", "without sample: use num_negatives and sampling_strategy", select)
     if options["range_mode"] == "raw" and select.range_max is None:
-        raise checks.refuse(OP, "select.range_max", "given where range_mode is 'raw'", None)
+        raise checks.refuse(OP, "select.range_max", "given if range_mode is 'raw'", None)
     if not isinstance(index, (str, NegativeIndex)) or index == "":
         raise checks.refuse(OP, "index", "'exact', a FAISS factory string, or a NegativeIndex", index, TypeError)
     if options["process_group"] is not None and getattr(index, "kind", index) != "exact":
-        raise checks.refuse(OP, "index", "'exact' where process_group is given", index)
+        raise checks.refuse(OP, "index", "'exact' if process_group is given", index)
     engine, engine_options = options["engine"], options["engine_options"]
     if engine is not None and engine != "ray" and not callable(engine):
         raise checks.refuse(OP, "engine", "None, 'ray', or a function (plan, phase, queries) -> Part", engine)
     if engine is not None and options["process_group"] is not None:
-        raise checks.refuse(OP, "engine", "None where process_group is given", engine)
+        raise checks.refuse(OP, "engine", "None if process_group is given", engine)
     if engine is not None and getattr(index, "kind", index) != "exact":
-        raise checks.refuse(OP, "index", "'exact' where engine is given", index)
+        raise checks.refuse(OP, "index", "'exact' if engine is given", index)
     if engine_options is not None and (engine != "ray" or not isinstance(engine_options, dict)):
-        raise checks.refuse(OP, "engine_options", "a dict where engine is 'ray', else None", engine_options, TypeError)
+        raise checks.refuse(OP, "engine_options", "a dict if engine is 'ray', else None", engine_options, TypeError)
     if options["resume_dir"] is not None:
         require_folder(OP, "resume_dir", options["resume_dir"])
     return options
 
 
 def _describe(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """The named options as values that JSON can hold."""
+    """The named options as values that can be written as JSON."""
     given = {"select": asdict(options["select"]), "index": getattr(options["index"], "kind", options["index"])}
     return {name: given.get(name, options[name]) for name in names}
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The embeddings, opened and checked, and the ids and texts of their rows."""
+    """The embeddings, opened and checked, with the ids and texts of their rows."""
 
     queries: Any  # Rows, or RankRows
     corpus: Any  # an executor
@@ -444,7 +445,7 @@ def _open_inputs(
     stack: contextlib.ExitStack,
     given: dict[str, Any],
 ) -> _Inputs:
-    """stack: closes what is opened."""
+    """Open and check the inputs. stack: closes them."""
     queries = open_queries(OP, given["query_embeddings"], ranks, given["positives"])
     corpus = open_corpus(options, ranks, stack, queries, given["corpus_embeddings"])
     if queries.dim != corpus.dim:
@@ -461,13 +462,13 @@ def _open_inputs(
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the inputs are mined."""
+    """The plan of a run."""
 
     hidden: Hidden
     exact: bool  # False: an approximate index proposes candidates
     sizes: BatchSizes
     scratch_bytes: int
-    miner: BatchMiner  # without its source and excluded rows, which the run adds
+    miner: BatchMiner  # its source and excluded rows are set by _run
     content: dict[str, str]  # hashes of the inputs, without corpus_embeddings
     parts: MiningPlan
 
@@ -519,7 +520,9 @@ def _make_plan(options: dict[str, Any], inputs: _Inputs, positives: Any, exclude
         deduplicator=deduplicator,
     )
     if not exact and needs_count(select, miner.raw):
-        wanted = "in ranks where select has filters and index is not 'exact', for fractions need every row's score"
+        wanted = (
+            "in ranks if select has filters and index is not 'exact', because fractions need the scores of all rows"
+        )
         raise checks.refuse(OP, "select's range", wanted, (select.range_min, select.range_max))
     dense_mask = not miner.raw and Q > 0 and bool(hidden.sizes.max() > 1)
     pair_bytes = DENSE_BYTES if is_dense else 2 * dense_mask
@@ -532,7 +535,7 @@ def _make_plan(options: dict[str, Any], inputs: _Inputs, positives: Any, exclude
 
 
 def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan, share: tuple[int, int] | None = None) -> Part:
-    """Phase "negatives" of all queries, or of one share of them."""
+    """Mine all queries, or one share of them."""
     queries, corpus, ranks, sizes, miner = inputs.queries, inputs.corpus, inputs.ranks, plan.sizes, plan.miner
     Q, K, device = len(queries), len(corpus), corpus.device
     select, index, seed = options["select"], options["index"], options["seed"]
@@ -552,7 +555,7 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan, share: tuple[int
         hidden = hidden.with_equal_rows(first_equal(digests))
     parts = replace(plan.parts, distinct=hidden.distinct)
     positive_scores = np.empty(Q, np.float32)  # (Q,)
-    given_scores = [np.empty(0, np.float32)]  # of hidden.given
+    given_scores = [np.empty(0, np.float32)]  # the score of each entry of hidden.given
     for begin in range(first, last, MAX_QUERIES):
         numbers = np.arange(begin, min(begin + MAX_QUERIES, last))
         lists, own = hidden.positives.take(numbers), hidden.given.take(numbers)
@@ -624,7 +627,7 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan, share: tuple[int
 def _config(
     options: dict[str, Any], inputs: _Inputs, content: dict[str, str], kernels: str, index: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What the result says of its making."""
+    """The config of the result: arguments, sizes, hashes and versions."""
     return {
         "arguments": _describe(options, DESCRIBED),
         "kernels": kernels,
@@ -644,14 +647,16 @@ def _config(
 
 
 def _shares_rows(options: dict[str, Any], ranks: ProcessRanks) -> bool:
-    """True if a share of a job can be a share of the rows: no rows of different shares are compared, or counted, in between."""
+    """Whether a share of a job can be a share of the rows: no step compares or counts rows of different shares."""
     one_pass = options["deduplicate"] == "none" and not needs_count(options["select"], options["range_mode"] == "raw")
     return one_pass and options["engine"] is None and ranks.size == 1
 
 
 def _run_rows(options: dict[str, Any], inputs: _Inputs, plan: _Plan, share: tuple[int, int]) -> Part:
-    """Phase "candidates": the hardest rows of all queries among a share of the rows. No other rows are read but those of
-    positives, where margins are measured from them, and those of sampled_hash."""
+    """Find the hardest rows of all queries in a share of the rows.
+
+    No other rows are read, except positives if there are margins, and the rows that sampled_hash uses.
+    """
     queries, corpus, miner, hidden = inputs.queries, inputs.corpus, plan.miner, plan.hidden
     Q, K, device, select = len(queries), len(corpus), corpus.device, miner.select
     number, num_shares = share
@@ -741,7 +746,7 @@ def _rows(inputs: _Inputs) -> dict[str, Any]:
 
 
 def _content_hashes(inputs: _Inputs, hidden: Hidden, index: str | NegativeIndex) -> dict[str, str]:
-    """Of all inputs but corpus_embeddings."""
+    """Hashes of all inputs except corpus_embeddings, by name."""
     queries = inputs.queries
     content = {
         "query_embeddings": content_hash(queries.dtype, queries.dim, len(queries), queries.content_sum()),
@@ -758,7 +763,7 @@ def _content_hashes(inputs: _Inputs, hidden: Hidden, index: str | NegativeIndex)
 def _identity(
     options: dict[str, Any], inputs: _Inputs, plan: _Plan, content: dict[str, str], kernels: str
 ) -> dict[str, Any]:
-    """Everything that decides the bits of the result. It must be equal in a run that is resumed."""
+    """All values that affect the result. They must be equal when a run is resumed."""
     identity: dict[str, Any] = {
         "arguments": _describe(options, DECISIVE),
         "content": content,
@@ -768,12 +773,12 @@ def _identity(
         "kernels": kernels,
     }
     if not plan.exact:
-        identity["batch_size"] = plan.sizes.batch  # the answers of an index may depend on the batch
+        identity["batch_size"] = plan.sizes.batch  # what an index finds may depend on the batch
     return identity
 
 
 def _audit_index(options: dict[str, Any], index: NegativeIndex, scan: Scan, queries: Rows, k: int) -> dict[str, Any]:
-    """The recall of an index for a sample of the queries; warns where it is below min_recall."""
+    """Measure the recall of an index on a sample of the queries. Warns if it is below min_recall."""
     sampled = sample_queries(len(queries), options["audit_queries"], options["seed"])
     query = queries.gather(sampled, scan.corpus.device)  # (A, D)
     recall = measure_recall(index, scan, query, k) if len(sampled) else None

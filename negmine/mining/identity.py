@@ -1,11 +1,13 @@
-"""Which corpus rows are one document, which queries are one query, and which documents a query must not get.
+"""Find out which rows are the same document or the same query, and which documents may not be negatives of a query.
 
-    document   rows of equal ids, or of equal texts after NFC and white-space folding, transitively; the lowest row stands for it.
-               An empty text equals nothing. With deduplicate="exact", rows of equal values are one document too.
-    query      rows of equal ids or equal texts; without ids and texts, rows of equal values. They share their positives.
+    document   corpus rows with equal ids, or with equal texts after NFC normalisation and white-space folding, transitively. The
+               lowest row represents the document. Empty texts are never equal. With deduplicate="exact", rows of equal embeddings
+               are the same document too.
+    query      rows with equal ids or equal texts; if neither ids nor texts are given, rows of equal embeddings. They share their
+               positives.
 
-Ids and texts are hashed to 128 bits once, before a scan. A scan sees row numbers only: the rows that stand for documents, and for
-each query the documents to leave out.
+Ids and texts are hashed to 128 bits once, before a scan. A scan uses row numbers only: the rows that represent documents, and the
+documents to leave out for each query.
 """
 
 import hashlib
@@ -22,20 +24,18 @@ from negmine.mining.dedup import first_equal
 from negmine.mining.row_lists import RowLists, SharedLists, parse
 from negmine.ops.checks import describe, refuse
 
-IDS = "ids, one a row: all ints or all strings, in a list, an array, or a column of a table"
-INT_KEY, BLANK_KEY = (
-    1 << 62,
-    1 << 61,
-)  # second words of keys that are no hashes; queries and rows have blanks of their own
-QUERIES = 8192  # counted at a time
+IDS = "one id per row: all ints or all strings, in a list, an array, or a column of a table"
+# A key has two words. These second words mark keys of ints and of empty texts, which are not hashes.
+INT_KEY, BLANK_KEY = 1 << 62, 1 << 61
+QUERIES = 8192  # queries counted at a time
 SHARED = (
-    "{}: {} rows of query_embeddings are equal to others with other positives, and share them; give query_ids or query_texts to "
-    "say which rows are one query"
+    "{}: {} rows of query_embeddings are equal to rows with other positives, so they share these positives; pass query_ids or "
+    "query_texts if they are different queries"
 )
 
 
 def fold(text: str) -> str:
-    """The text by which documents are compared: NFC, with each run of white space as one space."""
+    """The form in which texts are compared: NFC, with each run of white space replaced by one space."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
@@ -44,7 +44,7 @@ def _hash(text: str) -> bytes:
 
 
 def text_keys(column: Column, blank: int) -> np.ndarray:
-    """(rows, 2) uint64: equal for equal texts; a blank text equals nothing, where each column has its own number `blank`."""
+    """(rows, 2) uint64 keys, equal for equal texts. Empty texts get unique keys; columns with different `blank` share none."""
     keys = np.empty((len(column), 2), np.uint64)  # (rows, 2)
     for begin, block in column.texts():
         folded = [fold(text) for text in block]
@@ -58,14 +58,19 @@ def text_keys(column: Column, blank: int) -> np.ndarray:
 def id_keys(
     op: str, name: str, blocks: Any, rows: int, kind: type | None = None, place: str = "row"
 ) -> tuple[np.ndarray, type | None]:
-    """blocks of (begin, ids) -> (rows, 2) uint64, equal for equal ids, and their type; of type `kind` where one is given."""
+    """blocks of (begin, ids) -> keys (rows, 2) uint64, equal for equal ids, and the type of the ids.
+
+    Raises TypeError for ids that are not all of one type, which is `kind` if it is given.
+    """
     keys = np.empty((rows, 2), np.uint64)  # (rows, 2)
     for begin, block in blocks:
         for row, entry in enumerate(block, begin):
             found = str if isinstance(entry, str) else int if is_int(entry) else None
             if found is None or found is not (kind or found):
                 wanted = (
-                    "ints or strings" if kind is None else f"{'strings' if kind is str else 'ints'}, as other ids are"
+                    "ints or strings"
+                    if kind is None
+                    else f"{'strings' if kind is str else 'ints'}, as the other ids are"
                 )
                 raise refuse(
                     op, name, wanted, f"{describe(entry, 60)} ({type(entry).__name__}) in {place} {row}", TypeError
@@ -76,7 +81,7 @@ def id_keys(
             try:
                 part[:, 0] = np.array([int(entry) for entry in block], np.int64).view(np.uint64)
             except OverflowError:
-                came = f"a larger one in rows {begin} to {begin + len(block)}"
+                came = f"a larger int in rows {begin} to {begin + len(block)}"
                 raise refuse(op, name, "ints of at most 64 bits", came) from None
             part[:, 1] = INT_KEY
         else:
@@ -89,7 +94,10 @@ def is_int(value: Any) -> bool:
 
 
 def joined_groups(first: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Two partitions, each (rows,) the lowest row of each row's group -> the finest one that both refine, in the same form."""
+    """Merge the groups of two partitions of the rows wherever they overlap.
+
+    A partition is an array (rows,): for each row, the lowest row of its group. Both arguments and the result have this form.
+    """
     lowest = first.copy()
     while True:
         a, b = lowest, lowest[other]  # (rows,) each: the groups that each row joins
@@ -115,20 +123,20 @@ class Side:
 
     @classmethod
     def open(cls, op: str, names: tuple[str, str], ids: Any, texts: Any, rows: int, blank: int) -> "Side":
-        """`names` are the arguments' names, `rows` the number of embeddings."""
+        """names: the names of the two arguments. rows: the number of embeddings."""
         ids, texts = split_mapping(op, names, ids, texts)
         id_column = None if ids is None else Column(op, names[0], ids, IDS)
         text_column = None if texts is None else Column(op, names[1], texts)
         for column, what in ((id_column, "ids"), (text_column, "texts")):
             if column is not None:
-                column.require_length(rows, f"{rows} {what}, one a row")
+                column.require_length(rows, f"{rows} {what}, one per row")
         keys, kind = (None, None) if id_column is None else id_keys(op, names[0], id_column.blocks(), rows)
         hashed = None if text_column is None else text_keys(text_column, blank)
         return cls(id_column, text_column, keys, hashed, kind)
 
     @classmethod
     def of_texts(cls, op: str, names: tuple[str, str], ids: Any, texts: Any, blank: int) -> "Side":
-        """The side that has as many rows as texts."""
+        """A side with one row for each text."""
         ids, texts = split_mapping(op, names, ids, texts)
         return cls.open(op, names, ids, texts, len(Column(op, names[1], texts)), blank)
 
@@ -136,14 +144,14 @@ class Side:
         return len(self.ids or self.texts or ())
 
     def groups(self) -> np.ndarray | None:
-        """(rows,) int64: the lowest row that is one with each by id or text, transitively; None without ids and texts."""
+        """(rows,) int64: for each row, the lowest row of the same query or document; None if there are neither ids nor texts."""
         parts = [first_equal(keys) for keys in (self.id_keys, self.text_keys) if keys is not None]
         if not parts:
             return None
         return parts[0] if len(parts) == 1 else joined_groups(*parts)
 
     def content(self, ids: str, texts: str) -> dict[str, str]:
-        """Hashes of what is given, by name."""
+        """Hashes of the ids and the texts that were given, by name of the argument."""
         given = {ids: self.id_keys, texts: self.text_keys}
         return {
             name: hashlib.blake2b(keys.tobytes(), digest_size=16).hexdigest()
@@ -153,39 +161,39 @@ class Side:
 
 
 def _matches(keys: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """keys (rows, 2), others (P, 2) -> (P,) int64: the lowest row of equal key, -1 where there is none."""
+    """keys (rows, 2), others (P, 2) -> (P,) int64: the lowest row with an equal key; -1 if there is none."""
     lowest = first_equal(np.concatenate([keys, others]))[len(keys) :]
     return np.where(lowest < len(keys), lowest, -1)
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """What each query must not get."""
+    """The documents that may not be negatives of each query."""
 
-    given: RowLists  # positives as given, each once
-    positives: SharedLists  # of all rows of one query together
+    given: RowLists  # the positives as given, without repetitions
+    positives: SharedLists  # those of all rows of the same query together
     exclude: RowLists
-    own: np.ndarray  # (Q,) int64: the document with the query's own text, -1 = none
-    id_groups: np.ndarray | None  # (K,) int64: the lowest row of equal id, where positives are ids
-    first: np.ndarray | None  # (K,) int64: the lowest row of each row's document; None = each row is its own document
+    own: np.ndarray  # (Q,) int64: the document whose text is the query's; -1 = none
+    id_groups: np.ndarray | None  # (K,) int64: the lowest row with the same id; None if positives are row numbers
+    first: np.ndarray | None  # (K,) int64: the lowest row of the same document; None = no two rows are one document
     rows: int  # K
 
     def documents(self, rows: np.ndarray) -> np.ndarray:
-        """The rows that stand for the documents of `rows`."""
+        """The rows that represent the documents of `rows`."""
         return rows if self.first is None else self.first[rows]
 
     def with_equal_rows(self, lowest: np.ndarray) -> "Hidden":
-        """The same where rows of equal values are one document, too: lowest (K,) int64, the lowest row of equal values."""
+        """The same, with rows of equal values as one document. lowest (K,) int64: the lowest row equal to each row."""
         return replace(self, first=lowest if self.first is None else joined_groups(self.first, lowest))
 
     @property
     def distinct(self) -> np.ndarray | None:
-        """(K,) bool: rows that stand for their document; None where all do."""
+        """(K,) bool: the rows that represent their document; None if all do."""
         return None if self.first is None else self.first == np.arange(self.rows)
 
     @property
     def sizes(self) -> np.ndarray:
-        """(Q,) int64: at most so many documents are hidden from each query."""
+        """(Q,) int64: an upper bound on the number of documents hidden from each query."""
         return self.positives.sizes + self.exclude.sizes + (self.own >= 0)
 
     def take(self, queries: np.ndarray) -> RowLists:
@@ -193,7 +201,7 @@ class Hidden:
         return RowLists.union(*self._parts(queries))
 
     def _parts(self, queries: np.ndarray) -> tuple[RowLists, RowLists, RowLists]:
-        """The documents that are excluded, of the query's own text, and positive."""
+        """The excluded documents, those with the text of the query, and the positives."""
         positives, exclude, own = self.positives.take(queries), self.exclude.take(queries), self.own[queries]
         some = np.flatnonzero(own >= 0)
         count = len(queries)
@@ -204,10 +212,10 @@ class Hidden:
         )
 
     def count(self, first: int, last: int) -> dict[str, int]:
-        """The pairs of queries [first, last) and rows that each reason hides, each pair once, under its first reason."""
+        """How many pairs of a query in [first, last) and a row are hidden for each reason; a pair counts for its first reason."""
         sizes = np.ones(1, np.int64) if self.first is None else np.bincount(self.first, minlength=self.rows)
         id_sizes = None if self.id_groups is None else np.bincount(self.id_groups, minlength=self.rows)
-        spare = 0 if self.first is None else self.rows - int((sizes > 0).sum())  # rows that stand for no document
+        spare = 0 if self.first is None else self.rows - int((sizes > 0).sum())  # rows that do not represent a document
         counts = dict.fromkeys(("positive", "exclude", "own_text", "equal_to_positive", "duplicate"), 0)
         for begin in range(first, last, QUERIES):
             queries = np.arange(begin, min(begin + QUERIES, last))
@@ -246,10 +254,10 @@ def resolve(
     *,
     warn: bool = True,
 ) -> Hidden:
-    """Positives and exclusions in any of their forms, as documents that each query must not get.
+    """Convert positives and exclusions, in any of their forms, to the documents hidden from each query.
 
-    query_digests: gives (Q, 2) uint64 hashes of the values of query_embeddings, by which rows are one query where
-    neither ids nor texts are given; then rows that gain positives are told in a warning.
+    query_digests: returns (Q, 2) uint64 hashes of the rows of query_embeddings. It is called if neither ids nor texts are
+    given; rows with equal hashes are then one query, and a warning is given if that adds positives to some rows.
     """
     known = corpus.id_keys
 

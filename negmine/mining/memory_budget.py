@@ -1,4 +1,4 @@
-"""The numbers of queries and corpus rows to process at a time within a memory budget."""
+"""Choose how many queries and corpus rows to process at a time within a memory budget."""
 
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ def plan_batches(
     chunk: int | None,
     memory: int | None,
 ) -> BatchSizes:
-    """The sizes that fit the memory: half of it for the batch, half for the chunk and its masks."""
+    """The sizes that fit the memory. Half of it is for the batch, and half for the chunk and its masks."""
     query_bytes = queries.row_bytes + CANDIDATE_BYTES * max(depth, 1)
     half = (memory or DEFAULT_MEMORY) // 2
     most = max(1, min(len(queries), MAX_QUERIES, half // query_bytes))

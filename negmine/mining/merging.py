@@ -1,4 +1,4 @@
-"""Joins parts of a phase into one. The order does not matter: the result equals that of one process bit for bit."""
+"""Join the parts of a phase in any order. The result equals that of one process, bit for bit."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,12 +14,12 @@ from negmine.ops import sort_key
 from negmine.ops.checks import describe, refuse
 
 OP = "merge_parts"
-SUMMED = ("num_dropped", "content")  # arrays whose entries for the same number are added
+SUMMED = ("num_dropped", "content")  # arrays whose entries with the same number are added
 SHARES = ("negatives", "candidates")  # phases of shares.py
 SAME = {
     "phase_digest": "of one phase",
     "plan": "of one plan, that is, of the same inputs and arguments",
-    "kernels": "computed by the same kernels and instruction set, for scores to compare bit for bit",
+    "kernels": "computed by the same kernels and instruction set, so that scores are equal bit for bit",
 }
 
 
@@ -54,7 +54,7 @@ def join_parts(parts: Sequence[Part]) -> Part:
 
 
 def _merge(name: str, array: np.ndarray, begins: np.ndarray) -> np.ndarray:
-    """Merge the rows of array (M, ...) that have the same number: group u starts at begins[u]. Returns (U, ...)."""
+    """Merge the rows of array (M, ...) that belong to the same group; group u starts at begins[u]. Returns (U, ...)."""
     if len(begins) == len(array):
         return array
     if name in SUMMED:

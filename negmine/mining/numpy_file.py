@@ -1,8 +1,8 @@
-"""Read arrays from .npy and .npz files, with every size checked against the size of the file before memory is allocated.
+"""Read arrays from .npy and .npz files. All sizes are checked against the size of the file before memory is allocated.
 
-NumPy itself allocates what a header claims, and inflates what an archive holds. Here a member of an archive must hold exactly
-the bytes that its header claims, and all members together inflate to at most MAX_RATIO times the size of the file. Nothing in a
-file is executed: object arrays are refused.
+NumPy itself allocates whatever size a header states, and decompresses without a limit. Here each array must have exactly as many
+bytes as its header states, and all arrays of an archive may decompress to at most MAX_RATIO times the size of the file. Nothing
+in a file is executed: object arrays raise an error.
 """
 
 import os
@@ -16,8 +16,8 @@ import numpy as np
 from negmine.mining.regular_file import cause, open_regular
 from negmine.ops.checks import describe
 
-MAX_RATIO = 100  # of a compressed archive
-FREE_BYTES = 1 << 26  # an archive that inflates to fewer is read whatever its ratio
+MAX_RATIO = 100  # limit for decompressed size / size of the archive
+FREE_BYTES = 1 << 26  # MAX_RATIO applies only to archives that decompress to more bytes than this
 MAX_HEADER = 10_000
 MAX_MEMBERS = 10_000
 
@@ -36,7 +36,7 @@ def _read_array(file: IO[bytes], size: int) -> np.ndarray:
         count *= side  # Python's ints: no overflow
     begin = file.tell()
     if any(side < 0 for side in shape) or not dtype.itemsize or begin + count * dtype.itemsize != size:
-        raise ValueError(f"its header claims {describe(shape)} of {dtype}, and {size - begin:,} bytes follow")
+        raise ValueError(f"its header states shape {describe(shape)} of {dtype}, but {size - begin:,} bytes follow")
     array = np.empty(count, dtype)
     view: np.ndarray = array.view(np.uint8) if count else np.empty(0, np.uint8)
     at = 0
@@ -58,16 +58,16 @@ def read_npy(path: str | os.PathLike) -> np.ndarray:
     with open_regular(path) as file:
         try:
             return _read_array(file, os.fstat(file.fileno()).st_size)
-        except Exception as error:  # the parsers of NumPy, zipfile and zlib raise many kinds
+        except Exception as error:  # the parsers of NumPy, zipfile and zlib raise many types
             raise _problem(path, ".npy file of numbers or strings", error) from error
 
 
 def read_npz(path: str | os.PathLike, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of a .npz file by name: all of them, or those of `names` that it holds."""
+    """The arrays of a .npz file by name: all of them, or those in `names` that exist."""
     with open_regular(path) as file:
         try:
             return _read_members(file, names)
-        except Exception as error:  # the parsers of NumPy, zipfile and zlib raise many kinds
+        except Exception as error:  # the parsers of NumPy, zipfile and zlib raise many types
             raise _problem(path, ".npz file of numbers or strings", error) from error
 
 
@@ -77,7 +77,7 @@ def names_in_npz(path: str | os.PathLike) -> list[str]:
         try:
             with zipfile.ZipFile(file) as archive:
                 return [name.removesuffix(".npy") for name in archive.namelist()]
-        except Exception as error:  # the parsers of NumPy, zipfile and zlib raise many kinds
+        except Exception as error:  # the parsers of NumPy, zipfile and zlib raise many types
             raise _problem(path, ".npz file", error) from error
 
 
@@ -87,18 +87,20 @@ def _read_members(file: IO[bytes], names: Iterable[str] | None) -> dict[str, np.
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if len(members) > MAX_MEMBERS:
-            raise ValueError(f"it holds {len(members):,} arrays, more than {MAX_MEMBERS:,}")
+            raise ValueError(f"it contains {len(members):,} arrays, more than {MAX_MEMBERS:,}")
         by_name: dict[str, Any] = {member.filename.removesuffix(".npy"): member for member in members}
         if len(by_name) != len(members):
-            raise ValueError("it holds two arrays of one name")
+            raise ValueError("it contains two arrays with the same name")
         chosen = {name: member for name, member in by_name.items() if wanted is None or name in wanted}
         inflated = sum(member.file_size for member in chosen.values())
         if inflated > max(FREE_BYTES, size) and inflated > MAX_RATIO * size:
-            raise ValueError(f"{size:,} bytes that claim to hold {inflated:,}")
+            raise ValueError(f"its {size:,} bytes would decompress to {inflated:,}")
         found = {}
         for name, member in chosen.items():
             if member.compress_type == zipfile.ZIP_STORED and member.file_size > size:
-                raise ValueError(f"its {name} claims {member.file_size:,} bytes, more than the file has")
+                raise ValueError(
+                    f"the stated size of its {name}, {member.file_size:,} bytes, is more than the file has"
+                )
             with archive.open(member) as held:
                 found[name] = _read_array(held, member.file_size)
         return found

@@ -1,7 +1,7 @@
-"""Communication between the processes that share a corpus: each holds its own rows, in rank order.
+"""Communication between processes that share a corpus. Each rank has its own rows; the corpus is all rows in rank order.
 
-A single process without a process group is treated as a group of size 1. Ranks exchange the parts that each has computed from its
-rows (parts.py) and merge them all, so that every rank has the same, and rows of queries that one of them holds.
+A single process without a process group counts as a group of size 1. The ranks exchange the parts that they compute from their
+rows (parts.py), and each rank merges all of them, so all ranks have the same result. They also exchange rows of queries.
 """
 
 from collections.abc import Iterator
@@ -18,15 +18,15 @@ from negmine.ops.checks import refuse
 
 
 class ProcessRanks:
-    """The ranks of a torch.distributed process group; of this process alone where group is None.
+    """The ranks of a torch.distributed process group; only this process if group is None.
 
-    Every exchange is agreed on first. A rank that fails between two exchanges joins the next one that the others begin, and
-    tells them there, so that all stop whatever failed: a check, the disk, or memory in the middle of a scan.
+    Before each exchange the ranks report whether they are ready. A rank that has failed since the last exchange reports its
+    error there, so that all ranks stop, whatever the reason: an invalid argument, a full disk, or no memory during a scan.
     """
 
     def __init__(self, op: str, group: Any) -> None:
         self.op, self.rank, self.size = op, 0, 1
-        self._told = False  # this rank's failure, or another's, is known to all
+        self._told = False  # True once all ranks know of an error
         self._group = group
         if self._is_group:
             self._ranks = Ranks(group)
@@ -38,7 +38,7 @@ class ProcessRanks:
         return together and isinstance(self._group, dist.ProcessGroup) and dist.get_rank(self._group) >= 0
 
     def require_group(self) -> None:
-        """Raise TypeError where what was given as a process group is none that this process belongs to."""
+        """Raise TypeError if the argument process_group is not a process group to which this process belongs."""
         if self._group is not None and not self._is_group:
             wanted = (
                 "a process group of torch.distributed, such as torch.distributed.group.WORLD once it is initialised"
@@ -47,7 +47,7 @@ class ProcessRanks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """If the block raises on one rank, raise on all of them, the others naming that rank."""
+        """If the block raises on one rank, raise on all ranks; the errors of the other ranks name that rank."""
         try:
             yield
         except Exception as error:
@@ -70,16 +70,16 @@ class ProcessRanks:
                 raise
 
     def _moved(self, step: str, tensor: Tensor) -> Tensor:
-        """The tensor as it is exchanged; the ranks agree on the step, the dtype and the shape."""
+        """The tensor in the form that is exchanged. Raises unless all ranks have the same step, dtype and shape."""
         self._agree({"step": step, "dtype": tensor.dtype, "shape": tuple(tensor.shape)})
         return tensor.to(self._ranks.device).contiguous()
 
     def counts(self, count: int) -> list[int]:
-        """The number that every rank gives, in rank order."""
+        """The `count` of every rank, in rank order."""
         return [int(part) for part in self.gather(torch.tensor(count, device="cpu"))]
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's tensor, all of one shape, in rank order."""
+        """The tensor of every rank, in rank order. All must have the same shape."""
         if self.size == 1:
             return [tensor]
         return [part.to(tensor.device) for part in self._ranks.gather(self._moved("gather", tensor))]
@@ -102,5 +102,5 @@ class ProcessRanks:
         return moved.to(tensor.device)
 
     def require_same(self, facts: dict[str, Any]) -> None:
-        """Raise ValueError on every rank, naming what differs, unless all ranks state the same."""
+        """Raise ValueError on every rank unless `facts` are equal on all ranks. The message names the difference."""
         self._agree(facts)

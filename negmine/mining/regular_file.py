@@ -1,7 +1,7 @@
-"""Open files for reading: regular files only, and never more of one than was asked for.
+"""Open files for reading: regular files only, with a limit on how many bytes are read.
 
-A pipe would block and a device may have no end, so both are refused. JSON is parsed only up to a number of bytes, because the
-objects that it describes take many times its own memory.
+A pipe would block and a device may never end, so both raise a ValueError. The size of a JSON file is limited, because the
+parsed objects take many times its memory.
 """
 
 import json
@@ -14,29 +14,29 @@ from typing import IO, Any
 from negmine.mining.remote import is_url, open_url
 from negmine.ops.checks import describe
 
-MAX_JSON_BYTES = 1 << 26  # of a file that a user gives; a file of negmine's own allows fewer
+MAX_JSON_BYTES = 1 << 26  # limit for files that a user names; negmine's own files have smaller limits
 
 
 def cause(error: BaseException) -> str:
-    """The message of an error in at most 200 characters, on one line; its type where it has none."""
+    """The message of an error on one line, at most 200 characters; its type if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
 
 
 def open_regular(path: str | os.PathLike) -> IO[bytes]:
-    """An existing regular file, open for reading, or a copy of one in object storage.
+    """Open an existing regular file for reading, or a temporary copy of one in object storage.
 
-    Raises ValueError for anything else, in a sentence that names it.
+    Raises ValueError for anything else; the message names the path.
     """
     if is_url(path):
         return open_url(str(path))
     if not os.path.exists(path):
-        raise ValueError(f"{describe(str(path))} is no file")
+        raise ValueError(f"{describe(str(path))} does not exist")
     try:
-        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not block here
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe must not block
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         said = error.strerror if isinstance(error, OSError) else cause(error)
-        raise ValueError(f"{describe(str(path))} is no file that can be read ({said})") from error
+        raise ValueError(f"{describe(str(path))} cannot be opened ({said})") from error
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
         raise ValueError(f"{describe(str(path))} is not a regular file")
@@ -44,27 +44,27 @@ def open_regular(path: str | os.PathLike) -> IO[bytes]:
 
 
 def read_bytes(path: str | os.PathLike, max_bytes: int) -> bytes:
-    """The content of a file of at most `max_bytes`."""
+    """The content of a file. Raises ValueError if it has more than `max_bytes` bytes."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(max_bytes + 1) if size <= max_bytes else b""
         if size > max_bytes or len(content) > max_bytes:
-            raise ValueError(f"{describe(str(path))} holds {size:,} bytes, more than the {max_bytes:,} that are read")
+            raise ValueError(f"{describe(str(path))} has {size:,} bytes, more than the limit of {max_bytes:,}")
     return content
 
 
 def parse_json(text: bytes | str, where: str, object_hook: Callable | None = None) -> Any:
-    """JSON as Python values; NaN and Infinity, which are not JSON, are refused. `where` begins the message of an error."""
+    """Parse JSON. NaN and Infinity, which are not JSON, raise a ValueError. Error messages start with `where`."""
 
     def constant(word: str) -> Any:
-        raise ValueError(f"{word} is no JSON")
+        raise ValueError(f"{word} is not valid JSON")
 
     try:
         return json.loads(text, parse_constant=constant, object_hook=object_hook)
     except RecursionError as error:
         raise ValueError(f"{where} is nested too deeply") from error
     except ValueError as error:
-        raise ValueError(f"{where} is no JSON ({cause(error)})") from error
+        raise ValueError(f"{where} is not valid JSON ({cause(error)})") from error
 
 
 def read_json(path: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) -> Any:

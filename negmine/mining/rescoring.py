@@ -1,12 +1,12 @@
-"""Rescoring: a slower, better judge, such as a cross-encoder, scores the candidates that embeddings have found.
+"""Rescoring: a slower and better model, such as a cross-encoder, scores the candidates that the embeddings have found.
 
-    candidates      the documents of select's window of ranks, by embeddings
-    scores          the judge's, of (query text, document text) pairs; the query's positives are judged as well
-    promoted        candidates that score s >= s_pos - promote: they become positives
-    negatives       of the rest, what select's filters keep against s_pos, drawn by the sampling strategy, hardest first
+    candidates      the documents in select's window of ranks, by embedding scores
+    scores          the model's scores of (query text, document text) pairs, for candidates and for the query's positives
+    promoted        candidates with s >= s_pos - promote, which become positives
+    negatives       the other candidates that pass the filters of select against s_pos, drawn by the sampling strategy
 
-Pairs are judged in blocks. With a folder each block's scores are a file, written atomically, whose name is a hash of its texts
-and of the judge's scores of the first pairs.
+Pairs are scored in blocks. If there is a folder, the scores of each block are written atomically to a file, whose name is a hash
+of the texts and of the model's scores of the first pairs.
 """
 
 import hashlib
@@ -36,8 +36,8 @@ from negmine.ops.checks import refuse
 from negmine.options import Select
 
 BLOCK_PAIRS = 4096
-PROBED = 8  # pairs whose scores tell one judge from another
-DEPTH = 10  # candidates a negative, where nothing else says how many
+PROBED = 8  # pairs whose scores identify the model
+DEPTH = 10  # default number of candidates per negative
 
 
 def choose(
@@ -50,8 +50,10 @@ def choose(
     seed: int,
     temperature: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """scores, indices and kept (Q, W) -> scores and indices (Q, n): the window of select among what is kept, ranked by score, and
-    n of it."""
+    """Rank the kept candidates by score, take the window of select, and draw n negatives from it.
+
+    scores, indices, kept (Q, W) -> scores and indices (Q, n).
+    """
     keys = sort_key.pack(torch.from_numpy(scores), torch.from_numpy(indices).clamp_min(0))
     keys = keys.masked_fill(~torch.from_numpy(kept), sort_key.NOWHERE).sort(1, descending=True).values
     first, end = select.window(torch.from_numpy(kept.sum(1)))
@@ -64,7 +66,7 @@ def choose(
 
 @dataclass(frozen=True)
 class Rescoring:
-    """A judge, and what is made of its scores."""
+    """Scores candidates with a model and chooses negatives by these scores."""
 
     op: str
     judge: Callable[[list[tuple[str, str]]], Any]
@@ -76,14 +78,14 @@ class Rescoring:
 
     @classmethod
     def open(cls, op: str, options: dict[str, Any]) -> "Rescoring":
-        """From the options of mine_hard_negatives."""
+        """Make a Rescoring from the options of mine_hard_negatives."""
         judge, select, wanted = options["rescore"], options["select"], options["rescore_candidates"]
         predict = getattr(judge, "predict", judge)
         if not callable(predict):
             what = "a callable that scores (query, document) pairs of texts, or an object with predict"
             raise refuse(op, "rescore", what, type(judge).__name__, TypeError)
         if options["process_group"] is not None:
-            raise refuse(op, "rescore", "None where process_group is given", type(judge).__name__)
+            raise refuse(op, "rescore", "None if process_group is given", type(judge).__name__)
         ranks = wanted or DEPTH * options["num_negatives"]
         if isinstance(select.range_max, int) and isinstance(select.range_min, int):
             ranks = min(ranks, select.range_max - select.range_min)
@@ -99,7 +101,7 @@ class Rescoring:
         return options | {"select": window, "num_negatives": self.candidates, "sampling_strategy": "top"}
 
     def run(self, result: MiningResult, hidden: Hidden, options: dict[str, Any]) -> MiningResult:
-        """The result of the first stage, judged."""
+        """Score the candidates in the result of the first stage, and choose the negatives."""
         Q, indices = len(result.indices), result.indices
         texts = (
             Column(self.op, "query_texts", result.query_texts),
@@ -117,7 +119,9 @@ class Rescoring:
         if self.promote is not None:
             promoted = is_candidate & (scores >= anchor[:, None] - np.float32(self.promote))
             K = result.config["corpus_rows"]
-            places = hidden.positives.list_of[:, None] * K + indices  # (Q, W): rows of one query share their positives
+            places = (
+                hidden.positives.list_of[:, None] * K + indices
+            )  # (Q, W): rows of the same query share their positives
             pool = is_candidate & ~np.isin(places, places[promoted])
             skipped["promoted"] = int((is_candidate & ~pool).sum())
             rows = np.nonzero(promoted)
@@ -153,7 +157,7 @@ class Rescoring:
         )
 
     def _judged(self, texts: tuple[Column, Column], queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """queries, rows (P,) -> (P,) fp32 scores."""
+        """The scores (P,) fp32 of the pairs queries, rows (P,)."""
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
         out = np.empty(len(rows), np.float32)
@@ -188,7 +192,7 @@ class Rescoring:
                 except ValueError:
                     pass
                 warnings.warn(
-                    f"{self.op}: {str(path)!r} is damaged: its pairs are scored again", RuntimeWarning, stacklevel=7
+                    f"{self.op}: {str(path)!r} is damaged, so its pairs are scored again", RuntimeWarning, stacklevel=7
                 )
         parts = []
         for at in range(0, len(rows), self.batch_size):

@@ -1,4 +1,4 @@
-"""The HTML page of a MiningResult: negatives found per query, their distance below the positive, and what was dropped."""
+"""The HTML page of a MiningResult: how many negatives each query has, how far below the positive they are, what was removed."""
 
 import html
 import math
@@ -11,7 +11,7 @@ MAX_BARS = 9
 
 
 def shares_found(num_valid: np.ndarray, n: int) -> dict[str, float]:
-    """num_valid (Q,), of n negatives wanted -> the share of the queries that have so many negatives, by their number."""
+    """num_valid (Q,), each at most n -> the share of the queries with each number, or range of numbers, of negatives."""
     edges = np.unique(np.linspace(0, n + 1, min(n + 1, MAX_BARS) + 1).astype(int))  # [low, high) of each bar
     spans = zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
     return {
@@ -23,13 +23,13 @@ def shares_found(num_valid: np.ndarray, n: int) -> dict[str, float]:
 
 
 def score_gaps(scores: np.ndarray, positive_scores: np.ndarray) -> np.ndarray:
-    """scores (Q, n), -inf past the end, positive_scores (Q,) -> positive score minus negative score, for every pair of both."""
+    """scores (Q, n), padded with -inf, positive_scores (Q,) -> for each negative, the positive score minus its score."""
     gaps = (positive_scores[:, None] - np.where(np.isneginf(scores), np.nan, scores).astype(np.float64)).ravel()
     return gaps[np.isfinite(gaps)]
 
 
 def shares_of_gaps(gaps: np.ndarray) -> dict[str, float]:
-    """The share of the negatives by score gap, in round intervals; a single value where all gaps are equal."""
+    """The share of the negatives in each interval of score gaps; one value if all gaps are equal."""
     if not len(gaps) or gaps.min() == gaps.max():
         return {charts.number(float(value)): 1.0 for value in gaps[:1]}
     edges = charts.ticks(float(gaps.min()), float(gaps.max()), MAX_BARS - 2)
@@ -56,17 +56,19 @@ def render(
     """The whole page, from the fields of a MiningResult and its summary."""
     Q, n = scores.shape
     sizes = f"{Q:,} queries, {config['corpus_rows']:,} corpus rows, {config['dimension']} dimensions"
-    dropped = [f"{name}: {count:,} (query, row) pairs dropped." for name, count in skipped.items()]
+    dropped = [f"{name}: {count:,} (query, row) pairs removed." for name, count in skipped.items()]
     gaps = score_gaps(scores, positive_scores)
     above = [f"{np.mean(gaps < 0):.1%} of the negatives score above their query's positive."] if len(gaps) else []
     short = int((num_valid < n).sum())
-    advice = "Nothing here asks for a change."
+    advice = "No change is needed."
     if short:
-        remedies = "a wider select.range_max, a smaller margin, or a larger corpus gives more"
-        advice = f"{short:,} queries have fewer than {n}: {remedies}."
-    plots = _bars("Negatives found", "Share of the queries, by how many they got.", shares_found(num_valid, n))
+        remedies = "a larger select.range_max, a smaller margin, or a larger corpus gives more"
+        advice = f"{short:,} queries have fewer than {n} negatives: {remedies}."
+    plots = _bars("Negatives found", "Share of the queries, by their number of negatives.", shares_found(num_valid, n))
     plots += _bars(
-        "Below the positive", "The positive's score less the negative's: share of the negatives.", shares_of_gaps(gaps)
+        "Distance below the positive",
+        "Share of the negatives, by the positive's score minus the negative's score.",
+        shares_of_gaps(gaps),
     )
     return frame.document(
         "The mined negatives",

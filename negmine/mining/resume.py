@@ -1,11 +1,11 @@
-"""Resuming interrupted runs: each finished batch of queries is written to a folder, atomically.
+"""Resuming interrupted runs: each finished batch of queries is written atomically to a file in a folder.
 
-    run.json                    the identity of the run: arguments, hashes of all inputs, kernels; a different run is refused
-    queries-BEGIN-END.negmine   indices and scores of queries [BEGIN, END), and the number of pairs each filter dropped
-    index                       the approximate index, where the run was given the kind of an index
-    lock                        held by the one process that writes here; the operating system releases it when the process ends
+    run.json                    the identity of the run: arguments, hashes of all inputs, kernels; another run raises an error
+    queries-BEGIN-END.negmine   indices and scores of queries [BEGIN, END), and how many pairs each filter removed
+    index                       the approximate index, if the run builds one
+    lock                        locked by the process that writes here; the operating system unlocks it when the process ends
 
-The negatives of a query do not depend on its batch, so a run can be resumed with other sizes of batches and chunks.
+The negatives of a query do not depend on its batch, so a run can be resumed with other batch and chunk sizes.
 """
 
 import errno
@@ -33,7 +33,7 @@ from negmine.mining.sources import Rows
 from negmine.ops.checks import describe, refuse
 
 FILE_KIND = "mined queries"
-MAX_RUN_BYTES = 1 << 20  # of run.json, which takes a few thousand
+MAX_RUN_BYTES = 1 << 20  # limit for run.json, which takes a few thousand bytes
 PART_NAME = re.compile(r"queries-\d{12}-\d{12}\.negmine")
 OWN_NAME = re.compile(rf"{PART_NAME.pattern}|run\.json|index")  # what a run writes
 
@@ -43,14 +43,14 @@ def _part_name(begin: int, queries: int) -> str:
 
 
 def flatten(value: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of nested dicts, by dotted names."""
+    """The leaves of nested dicts by dotted name: {"a": {"b": 1}} becomes {"a.b": 1}."""
     if isinstance(value, dict):
         return {key: leaf for inner, part in value.items() for key, leaf in flatten(part, f"{name}.{inner}").items()}
     return {name.removeprefix("."): value}
 
 
 def require_folder(op: str, name: str, folder: Any) -> Path:
-    """The path of a folder that exists or can be made."""
+    """The path of a folder that exists or can be created."""
     if not isinstance(folder, (str, os.PathLike)):
         raise refuse(op, name, "the path of a folder", folder, TypeError)
     text = os.fspath(folder)
@@ -59,12 +59,12 @@ def require_folder(op: str, name: str, folder: Any) -> Path:
     path = Path(text)
     above = next((part for part in (path, *path.absolute().parents) if os.path.lexists(part)), path)
     if not above.is_dir():
-        raise refuse(op, name, "the path of a folder", f"{text}, where {above} is no folder")
+        raise refuse(op, name, "the path of a folder", f"{text}, where {above} is not a folder")
     return path
 
 
 def _open_lock(path: Path) -> IO[bytes]:
-    """The lock file, made where it is missing; what is there is neither followed nor emptied."""
+    """Open the lock file, which is created if it is missing. Links are not followed, and an existing file is not emptied."""
     number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
@@ -103,7 +103,7 @@ class ResumeFolder:
         self._lock.close()
 
     def _remove_unfinished(self) -> None:
-        """Remove the unfinished files of a process of this run that was killed while it wrote; nothing else is touched."""
+        """Remove unfinished files, which a process of this run leaves if it is killed while writing. No other file is removed."""
         for path in self.folder.glob(".*.partial"):
             name = PARTIAL.fullmatch(path.name)
             if name and OWN_NAME.fullmatch(name[1]) and stat.S_ISREG(path.lstat().st_mode):
@@ -118,11 +118,11 @@ class ResumeFolder:
         try:
             content = read_json(path, MAX_RUN_BYTES)
             if not isinstance(content, dict):
-                raise ValueError("it holds no JSON object")
+                raise ValueError("it does not contain a JSON object")
             before = flatten(content)
         except (ValueError, RecursionError) as error:
             where = f"{self.op}: resume_dir's {describe(str(path))} is damaged"
-            raise ValueError(f"{where} ({cause(error)}): give a new folder") from error
+            raise ValueError(f"{where} ({cause(error)}): use a new folder") from error
         now = flatten(json.loads(json.dumps(identity)))
         missing = object()
         changed = sorted(
@@ -140,7 +140,7 @@ class ResumeFolder:
             )
 
     def finished_batches(self, Q: int) -> list[tuple[int, np.ndarray, np.ndarray, dict]]:
-        """begin, indices, scores and dropped of each batch, none overlapping; warns of a damaged file and removes it."""
+        """begin, indices, scores and dropped of each finished batch. Damaged files are removed with a warning."""
         found, reached = [], 0
         for path in sorted(self.folder.glob("queries-*.negmine")):
             if not PART_NAME.fullmatch(path.name) or not stat.S_ISREG(path.lstat().st_mode):
@@ -149,7 +149,7 @@ class ResumeFolder:
                 begin, indices, scores, dropped = self._read_part(path, Q)
             except (ValueError, KeyError, TypeError) as error:
                 warnings.warn(
-                    f"{self.op}: {describe(str(path))}: {cause(error)}: its queries are mined anew",
+                    f"{self.op}: {describe(str(path))}: {cause(error)}: its queries are mined again",
                     RuntimeWarning,
                     stacklevel=7,
                 )
@@ -161,10 +161,10 @@ class ResumeFolder:
         return found
 
     def _read_part(self, path: Path, Q: int) -> tuple[int, np.ndarray, np.ndarray, dict]:
-        """A finished batch; raises for one that this run cannot have written."""
+        """Read a finished batch. Raises an error if this run cannot have written it."""
         facts, parts = array_file.read(self.op, path, FILE_KIND)
         if parts.keys() != {"indices", "scores"} or any(len(part.shape) != 2 for part in parts.values()):
-            raise ValueError("it does not hold the indices and scores of queries")
+            raise ValueError("it does not contain the indices and scores of queries")
         indices, scores = (np.array(array_file.map_array(path, parts[name])) for name in ("indices", "scores"))
         begin, dropped = facts["begin"], facts["dropped"]
         shape = (indices.shape[0], self._n)
@@ -172,20 +172,20 @@ class ResumeFolder:
         if indices.shape != shape or scores.shape != shape or not is_inside:
             raise ValueError(f"its indices have shape {indices.shape} from query {describe(begin)}")
         if ((indices < -1) | (indices >= self._rows)).any():
-            raise ValueError("it names rows outside the corpus")
+            raise ValueError("its indices are rows outside the corpus")
         if (indices.dtype, scores.dtype) != (np.int64, np.float32):
             raise ValueError(f"its indices are {indices.dtype} and its scores {scores.dtype}")
         if (scores[indices < 0] != -np.inf).any():
-            raise ValueError("it gives scores to no rows")
+            raise ValueError("it has scores where there is no row")
         ascending = np.sort(indices, axis=1)
         if ((ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] >= 0)).any():
-            raise ValueError("it names a row twice for one query")
+            raise ValueError("it has a row twice for one query")
         if not isinstance(dropped, dict) or dropped.keys() != self._counters:
             raise ValueError(f"its counters are {describe(dropped)}")
         if not all(type(count) is int and 0 <= count <= len(indices) * self._rows for count in dropped.values()):
             raise ValueError(f"its counters count {describe(dropped)}")
         if facts.get("run") != self._run or path.name != _part_name(begin, len(indices)):
-            raise ValueError("another run wrote it")
+            raise ValueError("it was written by another run")
         return begin, indices, scores, dropped
 
     def write(self, begin: int, indices: np.ndarray, scores: np.ndarray, dropped: dict) -> None:
@@ -196,7 +196,7 @@ class ResumeFolder:
 
 
 class RunState:
-    """The results of a run so far, the same on every rank: arrays for all queries, counters, and the resume folder, if any."""
+    """The results of a run so far, equal on all ranks: arrays for all queries, counters, and the resume folder, if any."""
 
     def __init__(self, op: str, ranks: ProcessRanks, Q: int, n: int, corpus_rows: int, counters: list[str]) -> None:
         self.op, self.ranks, self._corpus_rows = op, ranks, corpus_rows
@@ -206,7 +206,7 @@ class RunState:
         self.resume_folder: ResumeFolder | None = None
 
     def open(self, folder: str | os.PathLike, identity: dict) -> ResumeFolder:
-        """Open `folder` and take over the batches of this run that it holds."""
+        """Open `folder` and read the finished batches of this run from it."""
         n = self.indices.shape[1]
         self.resume_folder = ResumeFolder(self.op, folder, identity, n, self._corpus_rows, self.skipped)
         for begin, indices, scores, dropped in self.resume_folder.finished_batches(len(self.is_finished)):
@@ -222,13 +222,13 @@ class RunState:
         self.skipped = dict(zip(self.skipped, shared[3].tolist(), strict=True))
 
     def unfinished(self, batch: int, first: int, last: int) -> list[tuple[int, int]]:
-        """Spans of at most `batch` queries of [first, last) that are not finished."""
+        """The unfinished queries in [first, last), as spans of at most `batch` queries."""
         is_finished = np.r_[True, self.is_finished[first:last], True]
         edges = first + np.flatnonzero(np.diff(is_finished)).reshape(-1, 2)  # begin, end of each gap
         return [(low, min(low + batch, end)) for begin, end in edges.tolist() for low in range(begin, end, batch)]
 
     def record(self, begin: int, scores: Tensor, indices: Tensor, dropped: dict[str, int]) -> None:
-        """Store a finished batch, and write it to the resume folder: scores, indices (B, n) of queries from `begin`."""
+        """Store a finished batch and write it to the resume folder. scores, indices (B, n): of the queries from `begin` on."""
         self._store(begin, indices.numpy(), scores.numpy(), dropped)
         if self.resume_folder is not None:
             self.resume_folder.write(begin, indices.numpy(), scores.numpy(), dropped)
@@ -240,7 +240,7 @@ class RunState:
             self.skipped[name] += count
 
     def build_index(self, rows: Rows, kind: str, seed: int, device: torch.device) -> NegativeIndex:
-        """The index of a run that names its kind, saved in the resume folder because a second build may answer differently."""
+        """Build the index of a run, or load it from the resume folder: a second build might find other rows."""
         path = None if self.resume_folder is None else self.resume_folder.folder / "index"
         if path is not None and os.path.lexists(path):
             index = NegativeIndex.load(path, device=device)

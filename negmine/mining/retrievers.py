@@ -1,11 +1,11 @@
-"""merge_retrievers: the candidates of several retrievers, such as two encoders, or an encoder and BM25, in one result.
+"""merge_retrievers: merge the candidates of several retrievers, such as two encoders, or an encoder and BM25.
 
-    rank_r(k)     place of document k in retriever r's list for a query, from 1
-    "rrf"         score(k) = sum over r that found k of  w_r / (rank_constant + rank_r(k))       (Cormack et al. 2009)
-    "scores"      score(k) = sum over r that found k of  w_r (s_r(k) - min s_r) / (max s_r - min s_r),  w_r if all are equal
-    "round_robin" the retrievers' lists in turn, best first, each document once;  score(k) = 1 / place
+    rank_r(k)     rank of document k in retriever r's list for a query, from 1
+    "rrf"         score(k) = sum over the r that found k of  w_r / (rank_constant + rank_r(k))   (Cormack et al. 2009)
+    "scores"      score(k) = sum over the r that found k of  w_r (s_r(k) - min s_r) / (max s_r - min s_r); w_r if they are equal
+    "round_robin" one document of each list in turn, best first, without repetitions;  score(k) = 1 / rank in the merged list
 
-Equal scores go to the lower row.
+Of documents with equal scores, the one with the lower row number comes first.
 """
 
 from collections.abc import Sequence
@@ -31,43 +31,43 @@ def merge_retrievers(
     rank_constant: float = 60.0,
     exclude: Any = None,
 ) -> MiningResult:
-    """The candidates of several retrievers, such as two encoders, or an encoder and BM25, in one result.
+    """Merge the candidates of several retrievers, such as two encoders, or an encoder and BM25, into one result.
 
-        "rrf"         score(k) = sum over r that found k of  w_r / (rank_constant + rank_r(k)),   ranks from 1
-        "scores"      score(k) = sum over r that found k of  w_r (s_r(k) - min s_r) / (max s_r - min s_r)
-        "round_robin" the retrievers' lists in turn, best first, each document once
+        "rrf"         score(k) = sum over the r that found k of  w_r / (rank_constant + rank_r(k)),   ranks from 1
+        "scores"      score(k) = sum over the r that found k of  w_r (s_r(k) - min s_r) / (max s_r - min s_r)
+        "round_robin" one document of each list in turn, best first, without repetitions
 
     Parameters
     ----------
     retrievers : sequence
-        MiningResults of the same queries, corpus rows and positives. After the first, also pairs (scores, indices) of
-        arrays (Q, k), hardest first, -1 past the end, such as NegativeIndex.search or bm25s return. Positives, the query's
-        own text and copies are removed from these.
+        The first is a MiningResult. The others are MiningResults of the same queries, corpus rows and positives, or pairs
+        (scores, indices) of arrays (Q, k), hardest first and padded with -1, as NegativeIndex.search and bm25s return them.
+        Positives, documents with the text of the query, and duplicates are removed from such pairs.
     method : str
         "rrf" (reciprocal ranks), "scores" (each retriever's scores of a query scaled to [0, 1]) or "round_robin".
     num_negatives : int, optional
-        Of a query; default: as many as the longest list.
+        How many negatives each query gets; default: as many as the longest list has.
     weights : sequence of float, optional
-        Of the retrievers, for "rrf" and "scores"; default: 1 each.
+        One weight per retriever, used by "rrf" and "scores"; default: 1 each.
     rank_constant : float
-        Of "rrf".
+        The constant in the formula of "rrf".
     exclude : sequence, optional
-        Documents to remove from pairs, in the forms of mine_hard_negatives.
+        Documents to remove from such pairs, in any form that mine_hard_negatives takes.
 
     Returns
     -------
     MiningResult
-        Its scores are the merged ones. `sources` (Q, n, retrievers) int32 has the place of each negative in each
-        retriever's list, from 0; -1 where it is not there. positive_scores are NaN.
+        The merged negatives and their merged scores. `sources` (Q, n, retrievers) int32 is the rank of each negative in each
+        retriever's list, from 0; -1 if it is not in the list. positive_scores are NaN.
 
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit.
+        If the retrievers do not belong together, or an option is invalid.
 
     References
     ----------
-    Reciprocal ranks: Cormack et al. 2009.
+    "rrf" (reciprocal rank fusion): Cormack et al. 2009.
 
     Examples
     --------
@@ -99,7 +99,7 @@ def merge_retrievers(
         at, slot = np.nonzero(indices >= 0)
         found = at * K + hidden.documents(indices[at, slot])  # (L,)
         stays = ~np.isin(found, away_pairs)
-        _, once = np.unique(found, return_index=True)  # the first of copies
+        _, once = np.unique(found, return_index=True)  # the first of duplicates
         stays &= np.isin(np.arange(len(found)), once)
         kept = found[stays]
         starts = np.searchsorted(kept // K, kept // K)  # (L,): kept is in order of queries

@@ -1,7 +1,7 @@
-"""Lists of corpus rows, one list per query, in compressed sparse form: the rows of query q are rows[indptr[q] : indptr[q + 1]].
+"""Lists of corpus rows, one per query, in compressed sparse form: the rows of query q are rows[indptr[q] : indptr[q + 1]].
 
-Positives and exclusions are given as one entry per query, as a list of lists, or as the tuple (indptr, indices); `parse` converts
-each of these forms. An entry is a row number, or an id where the corpus has ids.
+Users give positives and exclusions as one entry per query, as a list of lists, or as the tuple (indptr, indices). `parse`
+converts each of these forms. An entry is a row number, or an id if the corpus has ids.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ class RowLists(NamedTuple):
     """Q lists of row numbers."""
 
     indptr: np.ndarray  # (Q + 1,) int64
-    rows: np.ndarray  # (P,) int64, P = entries of all lists together
+    rows: np.ndarray  # (P,) int64; P is the number of entries in all lists
 
     @classmethod
     def empty(cls, queries: int) -> "RowLists":
@@ -39,27 +39,27 @@ class RowLists(NamedTuple):
         return np.repeat(np.arange(len(self.indptr) - 1), self.sizes)
 
     def take(self, queries: np.ndarray) -> "RowLists":
-        """The lists of some queries, in that order."""
+        """The lists of the given queries, in the given order."""
         sizes = self.sizes[queries]
         indptr = np.r_[0, np.cumsum(sizes)]
         at = np.arange(indptr[-1]) - np.repeat(indptr[:-1], sizes) + np.repeat(self.indptr[queries], sizes)
         return RowLists(indptr, self.rows[at])
 
     def padded(self) -> np.ndarray:
-        """(Q, longest) int64, -1 past the end of a list."""
+        """(Q, longest) int64, padded with -1."""
         out = np.full((len(self.sizes), int(self.sizes.max(initial=0))), -1)
         out[self.queries, np.arange(len(self.rows)) - self.indptr[self.queries]] = self.rows
         return out
 
     def union(self, *others: "RowLists") -> "RowLists":
-        """Each query's set of rows in any of the lists, ascending."""
+        """For each query, the rows that are in any of its lists, ascending."""
         lists = (self, *others)
         pairs = np.stack([np.concatenate([part.queries for part in lists]), np.concatenate([p.rows for p in lists])])
         return self.of_pairs(pairs[0], pairs[1], len(self.indptr) - 1)
 
     @staticmethod
     def of_pairs(queries: np.ndarray, rows: np.ndarray, Q: int) -> "RowLists":
-        """queries, rows (P,) -> the set of rows of each query, ascending."""
+        """queries, rows (P,) -> for each query its rows, ascending and without repetitions."""
         pairs = np.stack([queries, rows])  # (2, P)
         pairs = pairs[:, np.lexsort((pairs[1], pairs[0]))]
         new = np.ones(pairs.shape[1], dtype=bool)
@@ -67,21 +67,21 @@ class RowLists(NamedTuple):
         return RowLists(np.r_[0, np.cumsum(np.bincount(pairs[0, new], minlength=Q))], pairs[1, new])
 
     def distinct(self) -> "RowLists":
-        """Each list without its repeated entries, in the order given."""
+        """Each list without repetitions, in the order given."""
         queries = self.queries
-        by_row = np.lexsort((self.rows, queries))  # stable: the first of equal entries stays first
+        by_row = np.lexsort((self.rows, queries))  # stable: equal entries keep their order
         pairs = np.stack([queries, self.rows])[:, by_row]
         new = np.ones(len(self.rows), dtype=bool)
         new[by_row[1:]] = (pairs[:, 1:] != pairs[:, :-1]).any(0)
         return RowLists(np.r_[0, np.cumsum(np.bincount(queries[new], minlength=len(self.sizes)))], self.rows[new])
 
     def reduce(self, values: np.ndarray, how: str) -> np.ndarray:
-        """values (P,) fp32 -> (Q,) fp32: the "min", "max" or "mean" of each list; NaN for an empty list or one with NaN."""
+        """values (P,) fp32 -> (Q,) fp32: the "min", "max" or "mean" of each list; NaN if the list is empty or contains NaN."""
         out = np.full(len(self.indptr) - 1, np.nan, np.float32)  # (Q,)
         some = self.sizes > 0
         if not some.any():
             return out
-        starts = self.indptr[:-1][some]  # reduceat reads up to the next start, and empty lists lie between none
+        starts = self.indptr[:-1][some]  # reduceat reads up to the next start; empty lists have no entries in between
         if how == "mean":
             out[some] = np.add.reduceat(values.astype(np.float64), starts) / self.sizes[some]
         else:
@@ -94,10 +94,10 @@ class RowLists(NamedTuple):
 
 
 class SharedLists(NamedTuple):
-    """Lists that several queries may share."""
+    """Lists of rows, where several queries may have the same list."""
 
     lists: RowLists
-    list_of: np.ndarray  # (Q,) int64: the list of each query
+    list_of: np.ndarray  # (Q,) int64: the number of the list of each query
 
     @property
     def sizes(self) -> np.ndarray:
@@ -105,7 +105,7 @@ class SharedLists(NamedTuple):
         return self.lists.sizes[self.list_of]
 
     def take(self, queries: np.ndarray) -> RowLists:
-        """The lists of some queries, in that order."""
+        """The lists of the given queries, in the given order."""
         return self.lists.take(self.list_of[queries])
 
 
@@ -113,7 +113,7 @@ Lookup = Callable[[str, list], np.ndarray]  # the argument's name and ids (P,) -
 
 
 def whole_numbers(op: str, name: str, value: Any) -> np.ndarray:
-    """A flat sequence of ints as an int64 array."""
+    """Convert a flat sequence of ints to an int64 array. Raises an error for anything else."""
     if isinstance(value, Tensor):
         require_stored(op, name, value)
     require_unmasked(op, name, value)
@@ -124,19 +124,21 @@ def whole_numbers(op: str, name: str, value: Any) -> np.ndarray:
         held = column.block(0, len(column))
     try:
         array = np.asarray(held)
-    except ValueError:  # lists of several lengths
+    except ValueError:  # lists of different lengths
         array = np.empty((0, 0))
     if array.dtype.kind == "O" and array.ndim == 1 and all(type(entry) is int for entry in array):
-        array = np.array([min(max(entry, -1), 2**62) for entry in array], np.int64)  # beyond int64: no row in any case
+        array = np.array(
+            [min(max(entry, -1), 2**62) for entry in array], np.int64
+        )  # too large for int64, so not a row number
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         strings = array.dtype.kind in "US" or (array.size and isinstance(array.flat[0], str))
-        wanted = "row numbers; names of documents need corpus_ids" if strings else "a flat sequence of ints"
+        wanted = "row numbers; to give ids of documents, pass corpus_ids" if strings else "a flat sequence of ints"
         raise refuse(op, name, wanted, value, TypeError)
     return array.astype(np.int64)
 
 
 def _entries(op: str, name: str, value: Any, lookup: Lookup | None) -> np.ndarray:
-    """A flat sequence of row numbers or ids as row numbers."""
+    """Convert a flat sequence of row numbers or ids to row numbers."""
     if lookup is None:
         return whole_numbers(op, name, value)
     column = Column(op, name, value, "a flat sequence of ids")
@@ -144,9 +146,9 @@ def _entries(op: str, name: str, value: Any, lookup: Lookup | None) -> np.ndarra
 
 
 def parse(op: str, name: str, value: Any, Q: int, K: int, lookup: Lookup | None = None) -> RowLists:
-    """The Q lists of rows that `value` holds in any of its forms, each row once; raises for an entry that is no row of K.
+    """Convert `value`, in any of its forms, to Q lists of rows without repetitions.
 
-    Entries are row numbers; ids where `lookup` is given.
+    Entries are ids if `lookup` is given, else row numbers. Raises an error for an entry that is not one of the K rows.
     """
     forms = (
         FORMS.format(entry="row number", more="") if lookup is None else FORMS.format(entry="id", more=" of corpus_ids")
@@ -197,7 +199,7 @@ def parse(op: str, name: str, value: Any, Q: int, K: int, lookup: Lookup | None 
 
 
 def _entry(value: Any, query: int, at: int, flat: int) -> Any:
-    """The entry that was given for a query, at a position of its list."""
+    """The entry at a position of the list given for a query."""
     if isinstance(value, tuple) and len(value) == 2 and all(is_column(part) for part in value):
         return Column("", "", value[1]).block(flat, flat + 1)[0]
     entry = Column("", "", value).block(query, query + 1)[0] if getattr(value, "ndim", 1) == 1 else value[query]

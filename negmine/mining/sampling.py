@@ -1,6 +1,6 @@
 """Sampling strategies: which candidates of a query's window become its negatives.
 
-    window     (B, W) int64 sort keys (negmine/ops/sort_key.py), hardest first, NOWHERE past its end
+    window     (B, W) int64 sort keys (negmine/ops/sort_key.py), hardest first, padded with NOWHERE
     top        the first n
     random     the n with the smallest Philox words: every subset of n is equally likely
     weighted   the n largest of  s / temperature + g,  g = -log(-log u): drawn one by one without replacement, each
@@ -16,18 +16,19 @@ from negmine.ops import philox, sort_key
 from negmine.options import Select
 
 STRATEGIES = ("top", "random", "weighted")
-OPEN_WINDOW_FACTOR = 10  # ranks of an open window per negative drawn, as sentence-transformers derives its range_max
+# If range_max is None, this many ranks of the window are used for each negative drawn, as in sentence-transformers.
+OPEN_WINDOW_FACTOR = 10
 
 
 def candidates_needed(select: Select, n: int, strategy: str) -> int | None:
-    """How many candidates of a window are read: n for "top", else 10 n of an open window and all (None) of a closed one."""
+    """How many candidates of a window are used: n for "top"; otherwise 10 n, or all (None) if range_max is given."""
     if strategy == "top":
         return n
     return OPEN_WINDOW_FACTOR * n if select.range_max is None else None
 
 
 def slice_window(sort_keys: Tensor, first: Tensor, end: Tensor) -> Tensor:
-    """sort_keys (B, depth), ranks [first, end) of each row -> (B, W) padded with NOWHERE."""
+    """sort_keys (B, depth), ranks [first, end) of each row -> (B, W), padded with NOWHERE."""
     width = int((end - first).max().clamp_min(0)) if len(first) else 0
     rank = first[:, None] + torch.arange(width, device=sort_keys.device)  # (B, W)
     inside = rank < end[:, None]
@@ -35,7 +36,7 @@ def slice_window(sort_keys: Tensor, first: Tensor, end: Tensor) -> Tensor:
 
 
 def sample(window: Tensor, n: int, strategy: str, rows: Tensor, seed: int, temperature: float) -> Tensor:
-    """window (B, W) sort keys, rows (B,) int64 global -> (B, n) sort keys, hardest first, NOWHERE past the end."""
+    """window (B, W) sort keys, rows (B,) int64: global query rows -> (B, n) sort keys, hardest first, padded with NOWHERE."""
     if strategy == "top":
         sampled = window[:, :n]
     else:

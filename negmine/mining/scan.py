@@ -1,12 +1,12 @@
-"""An exact scan: score a batch of queries against the corpus, chunk by chunk, keep the hardest rows, count what filters drop.
+"""An exact scan: score a batch of queries against the corpus chunk by chunk, keep the hardest rows, and count removed rows.
 
     sort_keys (B, depth) int64, hardest first: the first `depth` rows of the pool by (score descending, row ascending)
-    dropped (len(counted_filters), B): the rows of the pool that each filter drops
+    dropped (len(counted_filters), B): how many rows of the pool each filter removes
 
 No (B, K) matrix is stored: each chunk is one kernel call, and its hardest rows are merged with those kept so far. A kernel always
 computes a score by the same sequence of operations (kernels/README.md), and sort keys hold global row numbers, so the result does
 not depend on the sizes of chunks and batches. The scores of positives come from the same kernel, with a mask that allows one row
-per query, so that margins compare scores that were rounded alike.
+per query, so that margins compare scores with the same rounding.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from negmine.options import Select
 
 OPS = ("mine_hardest", "count_negatives")  # the ops that a scan calls
 GatherRows = Callable[[np.ndarray], Tensor]  # numbers (M,) -> (M, D)
-PAIRS = 64  # pairs scored by one call, whose cost grows with the square of their number
+PAIRS = 64  # pairs scored by one call; the cost of a call grows with the square of this number
 
 
 def hardest_rows(
@@ -42,8 +42,11 @@ def hardest_rows(
     anchor: Tensor | None,
     want_num_kept: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """scores (B, N) fp32 and index (B, N) of the hardest rows that select's score filters keep, with anchor (B,) fp32; and the
-    number of rows that they keep, (B,) int64, or None unless want_num_kept."""
+    """The hardest rows that pass the score filters of select.
+
+    anchor (B,) fp32: the positive scores that margins are measured from. Returns scores (B, N) fp32, index (B, N), and the
+    number of rows that pass, (B,) int64, or None unless want_num_kept.
+    """
     if ops is not None:
         # Bounds without a limit would only drop NaN scores, which are never candidates.
         if select.has_filter or select.starts_late or select.ends_early:
@@ -59,7 +62,7 @@ def hardest_rows(
 def count_kept(
     ops: Kernels | None, query: Tensor, keys: Tensor, pool: Pool, select: Select, anchor: Tensor | None
 ) -> Tensor:
-    """(B,) int64: the number of rows of the pool that select's score filters keep."""
+    """(B,) int64: how many rows of the pool pass the score filters of select."""
     if ops is not None:
         return ops.count_negatives(query, keys, *bounded(ops, query, keys, pool, select, anchor))
     scores = reference.scores_of(widened(query), widened(keys))  # (B, C)
@@ -73,7 +76,7 @@ def pair_scores(
     query_numbers: np.ndarray,
     row_numbers: np.ndarray,
 ) -> np.ndarray:
-    """query_numbers, row_numbers (P,) -> (P,) fp32: the score of each pair as a scan computes it; NaN where it is NaN."""
+    """query_numbers, row_numbers (P,) -> (P,) fp32: the score of each pair, with the bits that a scan computes."""
     out = np.empty(len(query_numbers), np.float32)  # (P,)
     for begin in range(0, len(out), PAIRS):
         pairs = slice(begin, begin + PAIRS)
@@ -86,7 +89,7 @@ def pair_scores(
 
 @dataclass(frozen=True)
 class Corpus:
-    """The rows of a corpus from first_row on."""
+    """The rows of a corpus from row first_row to the end."""
 
     rows: Rows
     device: torch.device
@@ -102,20 +105,20 @@ class Corpus:
 
 @dataclass
 class Scan:
-    """The exact scan of a corpus; every batch of a run uses the same one."""
+    """The exact scan of a corpus. All batches of a run share one Scan."""
 
     ops: Kernels | None
     corpus: Corpus
     chunk_size: int
     distinct: (
         np.ndarray | None
-    )  # (K,) bool of the whole corpus, False = a copy of a lower row; None = duplicates are kept
+    )  # (K,) bool, of the whole corpus: False = a duplicate of a lower row; None = no duplicates are removed
     advance: Callable[[int], object] = lambda chunks: None  # called after each chunk
     prefilter: Bf16Prefilter = field(default_factory=Bf16Prefilter)
 
     @property
     def num_candidates(self) -> int:
-        """The number of rows, duplicates left out."""
+        """The number of rows that are not duplicates."""
         first = self.corpus.first_row
         return len(self.corpus) if self.distinct is None else int(self.distinct[first : first + len(self.corpus)].sum())
 
@@ -128,8 +131,11 @@ class Scan:
         filters: Select,
         counted_filters: list[Select],
     ) -> tuple[Tensor, Tensor]:
-        """query (B, D), excluded rows of each, anchor (B,) -> sort_keys (B, depth) of what `filters` keep, and dropped
-        (len(counted_filters), B) int64."""
+        """Scan the corpus for a batch.
+
+        query (B, D), excluded: rows to leave out for each query, anchor (B,) -> sort_keys (B, depth) of the rows that pass
+        `filters`, and dropped (len(counted_filters), B) int64.
+        """
         B, device, first = len(query), self.corpus.device, self.corpus.first_row
         by_row = np.argsort(excluded.rows, kind="stable")
         hidden_query, hidden_row = excluded.queries[by_row], excluded.rows[by_row] - first  # (E,) each, rows ascending
@@ -156,7 +162,7 @@ class Scan:
         return sort_keys, self.num_candidates - num_hidden - counts
 
     def pool(self, B: int, begin: int, end: int, queries: np.ndarray, columns: np.ndarray) -> Pool:
-        """The masks of one chunk: ids where no query hides two of its rows, else a mask of pairs (B, C)."""
+        """The masks of one chunk: ids if each query hides at most one of its rows, else a bool mask (B, C)."""
         first, device = self.corpus.first_row, self.corpus.device
         mask = None
         if self.distinct is not None:

@@ -1,7 +1,7 @@
-"""Embeddings as one sequence of rows, whatever holds them: arrays, tensors, files, or a list of those as shards.
+"""Embeddings as one sequence of rows, read from arrays, tensors, files, or a list of these as shards.
 
     rows = Rows.open("mine_hard_negatives", "corpus_embeddings", ["a.npy", "b.npy"])
-    rows.block(begin, end, device)   (C, D): a view where the storage allows it; nothing outside the block is read
+    rows.block(begin, end, device)   (C, D): a view if the storage allows it; only these rows are read
     rows.gather(numbers, device)     (M, D)
 
     "rows.npy"                 memory-mapped
@@ -10,18 +10,18 @@
     "rows.arrow::column"       the same in an Arrow IPC file or stream (.arrow, .feather)
     "rows.lance::column"       the same in a Lance dataset, a folder
     "rows.npz::name"           an array of the file, read into memory; the name may be omitted if there is only one
-    "s3://bucket/rows.npy"     any of these in object storage, copied once: see remote.py
-    a function                 without arguments, that returns one of these
-    a table                    Arrow, pandas, polars or datasets, streamed ones too: see tables.py
+    "s3://bucket/rows.npy"     any of these files in object storage, copied once: see remote.py
+    a table                    of Arrow, pandas, polars or datasets, also streamed: see tables.py
+    a function                 that takes no arguments and returns one of these
 
 float64 rows are rounded to float32 as they are read.
 
-The row number is the position in the concatenation of the shards. Content hashes and the detection of equal rows read the rows
-only, so neither depends on where the shards are cut.
+Rows are numbered through all shards, in order. Content hashes and the detection of equal rows do not depend on how the rows are
+divided into shards.
 
-The rows of Parquet files, Lance datasets and streams cannot be memory-mapped as they are: they are decoded once, into an unnamed
-temporary file, which is memory-mapped and disappears when the process ends. Of a Parquet file or a Lance dataset, only the row
-groups or fragments of rows that are asked for are decoded (decoding.py).
+Parquet files, Lance datasets and streams cannot be memory-mapped. They are decoded once into an unnamed temporary file, which is
+memory-mapped and disappears when the process ends. Of a Parquet file or a Lance dataset, only the row groups or fragments with
+requested rows are decoded (decoding.py).
 """
 
 import bisect
@@ -56,7 +56,7 @@ HASHED_ROWS = 2048  # rows in memory at a time while hashing
 
 
 def open_shard(op: str, name: str, value: Any) -> Shard:
-    """A file as a private memory map, which torch can wrap; an array or a tensor as it is."""
+    """Open one shard: a file becomes a private memory map, which torch can wrap; arrays and tensors are returned unchanged."""
     if isinstance(value, (str, os.PathLike)):
         text, _, inner = str(value).partition("::")
         path, is_remote = Path(text), is_url(text)
@@ -89,7 +89,7 @@ def open_shard(op: str, name: str, value: Any) -> Shard:
 
 
 def _damaged(op: str, name: str, path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{op}: {name} must be a whole {path.suffix} file, got {str(path)!r} ({cause(error)})")
+    return ValueError(f"{op}: {name} must be a complete {path.suffix} file, got {str(path)!r} ({cause(error)})")
 
 
 def _missing_package(op: str, name: str, path: Path, package: str) -> ImportError:
@@ -99,16 +99,18 @@ def _missing_package(op: str, name: str, path: Path, package: str) -> ImportErro
 def _open_npy(op: str, name: str, path: Path, inner: str) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="c", allow_pickle=False)
-    except Exception as error:  # NumPy's parser of a damaged header raises many kinds
+    except Exception as error:  # NumPy's parser raises many types for a damaged header
         raise _damaged(op, name, path, error) from error
 
 
 def _choose_name(op: str, name: str, path: Path, inner: str, fitting: list[str], what: str) -> str:
-    """The name asked for, or the only fitting one."""
+    """The name that was asked for, or the only suitable one."""
     if inner and inner not in fitting:
         raise refuse(op, name, f"the name of {what} of {str(path)!r}: {', '.join(fitting) or 'it has none'}", inner)
     if not inner and len(fitting) != 1:
-        raise refuse(op, name, f"'path::name' where a file holds {what} of other than one name", f"{path}: {fitting}")
+        raise refuse(
+            op, name, f"'path::name' with the name of {what}, unless the file has exactly one", f"{path}: {fitting}"
+        )
     return inner or fitting[0]
 
 
@@ -155,7 +157,7 @@ def _open_parquet(op: str, name: str, path: Path, inner: str) -> DecodedRows:
 
 
 def _open_lance(op: str, name: str, path: Any, inner: str) -> DecodedRows:
-    """path: a folder, or a URL, which lance opens itself."""
+    """path: a folder, or a URL; the package lance opens both."""
     try:
         import lance
     except ImportError as error:
@@ -164,7 +166,7 @@ def _open_lance(op: str, name: str, path: Any, inner: str) -> DecodedRows:
         table = lance.dataset(str(path))
         rows = table.count_rows()
         fitting = [field.name for field in table.schema if is_vector(field.type)]
-    except Exception as error:  # errors of Rust, as several kinds
+    except Exception as error:  # errors from Rust have several types
         raise _damaged(op, name, Path(path), error) from error
     column = _choose_name(op, name, path, inner, fitting, "a column of lists of floats")
 
@@ -204,11 +206,11 @@ def _open_arrow(op: str, name: str, path: Path, inner: str) -> np.ndarray:
 
 
 def _open_stream(op: str, name: str, stream: Any) -> np.ndarray:
-    """The only column of vectors of a streamed data set, read once."""
+    """Read the only column of vectors of a streamed dataset, once."""
     batches = stream.with_format("arrow").iter(batch_size=DECODED_ROWS)
     first = next(batches, None)
     if first is None:
-        raise refuse(op, name, "a data set of 1 row or more", "an empty stream")
+        raise refuse(op, name, "a dataset with at least one row", "an empty stream")
     column = vector_column(op, name, first)
     each = (piece for table in chain([first], batches) for piece in table.column(column).chunks)
     return decoded(op, name, "the stream", column, each)
@@ -241,35 +243,37 @@ def _is_double(shard: Shard) -> bool:
 
 
 def _dtype_of(shard: Shard) -> str:
-    """The dtype in which a shard is read."""
+    """The dtype as which a shard is read."""
     if _is_double(shard):
         return "float32"
     return DTYPES.get(shard.dtype, str(shard.dtype)) if isinstance(shard, Tensor) else str(shard.dtype)
 
 
 def as_tensor(part: Tensor | np.ndarray) -> Tensor:
-    """Rows of a shard as a tensor that kernels take: no copy where the memory is writable, each row is dense, and no number is
-    a float64."""
+    """Rows of a shard as a tensor for the kernels.
+
+    They are copied only if the memory is read-only, a row is not contiguous, or the dtype is float64.
+    """
     if isinstance(part, Tensor):
         return for_kernels(part.float() if _is_double(part) else part)
     if _is_double(part):
-        with np.errstate(over="ignore"):  # infinite in float32, as torch rounds it
+        with np.errstate(over="ignore"):  # too large for float32: infinite, as in torch
             part = part.astype(np.float32)
     return torch.from_numpy(part if part.flags.writeable and part.flags.c_contiguous else np.array(part, order="C"))
 
 
 class Rows:
-    """(rows, D) in one of the kernels' dtypes, held by one or more shards."""
+    """Embeddings (rows, D) in one of the kernels' dtypes, in one or more shards."""
 
     def __init__(self, shards: Sequence[Shard], dim: int, dtype: str) -> None:
         self.shards, self.dim, self.dtype = list(shards), dim, dtype
-        self.starts = [0]  # of each shard, and the end of the last
+        self.starts = [0]  # of each shard, then the total number of rows
         for shard in shards:
             self.starts.append(self.starts[-1] + len(shard))
 
     @classmethod
     def open(cls, op: str, name: str, value: Any) -> "Rows":
-        """Refuses, in a sentence, what is not (rows, D) in one dtype."""
+        """Open embeddings. Raises an error unless all shards are (rows, D) of one dtype."""
         if isinstance(value, Rows):
             return value
         if isinstance(value, (list, tuple)) and not value:
@@ -281,14 +285,14 @@ class Rows:
         for label, source, shard in zip(labels, given, shards, strict=True):
 
             def came(found: Any, source: Any = source) -> Any:
-                """What was found, and in which file."""
+                """What was found and in which file, for an error message."""
                 return f"{found} in {source}" if isinstance(source, (str, os.PathLike)) else found
 
             if _dtype_of(shard) not in DTYPES.values():
                 wanted = "float32, float16, bfloat16 or float64 in native byte order"
                 raise refuse(op, label, wanted, came(_dtype_of(shard)), TypeError)
             if shard.ndim != 2 or shard.shape[1] == 0:
-                raise refuse(op, label, "of shape (rows, D) with D of 1 or more", came(tuple(shard.shape)))
+                raise refuse(op, label, "of shape (rows, D) with D >= 1", came(tuple(shard.shape)))
             if shard.shape[1] != shards[0].shape[1] or _dtype_of(shard) != _dtype_of(shards[0]):
                 wanted = f"of the D and dtype of the first shard, {shards[0].shape[1]} and {_dtype_of(shards[0])}"
                 raise refuse(op, label, wanted, came((shard.shape[1], _dtype_of(shard))))
@@ -299,7 +303,7 @@ class Rows:
 
     @property
     def is_rounded(self) -> bool:
-        """True where float64 rows are read as float32."""
+        """Whether float64 rows are rounded to float32."""
         return any(_is_double(shard) for shard in self.shards)
 
     @property
@@ -308,11 +312,11 @@ class Rows:
 
     @property
     def device(self) -> torch.device | None:
-        """Where the first tensor lives; None where no shard is a tensor."""
+        """The device of the first shard that is a tensor; None if no shard is."""
         return next((shard.device for shard in self.shards if isinstance(shard, Tensor)), None)
 
     def spans(self, size: int) -> Iterator[tuple[int, int]]:
-        """Consecutive (begin, end) of at most `size` rows that cover all rows; none crosses a shard, so none is a copy."""
+        """Consecutive spans (begin, end) of at most `size` rows that cover all rows. Each is in one shard, so none is copied."""
         for start, stop in zip(self.starts, self.starts[1:], strict=False):
             for begin in range(start, stop, size):
                 yield begin, min(begin + size, stop)
@@ -324,15 +328,17 @@ class Rows:
         return Rows(held or [self.shards[0][:0]], self.dim, self.dtype)
 
     def block(self, begin: int, end: int, device: torch.device) -> Tensor:
-        """Rows [begin, end): (end - begin, D); a copy only where they cross shards."""
-        shard = min(bisect.bisect_right(self.starts, begin), len(self.shards)) - 1  # no rows may begin at the end
+        """Rows [begin, end) as (end - begin, D), copied only if they lie in several shards."""
+        shard = (
+            min(bisect.bisect_right(self.starts, begin), len(self.shards)) - 1
+        )  # an empty block may begin at the end
         if end > self.starts[shard + 1]:
             return self.gather(np.arange(begin, end), device)
         start = self.starts[shard]
         return as_tensor(self.shards[shard][begin - start : end - start]).to(device)
 
     def gather(self, numbers: np.ndarray, device: torch.device) -> Tensor:
-        """numbers (M,) int64 -> (M, D), wherever the rows lie."""
+        """numbers (M,) int64 -> (M, D): rows of any shards."""
         shard_of = np.searchsorted(self.starts, numbers, side="right") - 1  # (M,)
         shards = np.unique(shard_of)
         if len(shards) == 1:
@@ -345,16 +351,17 @@ class Rows:
         return out
 
     def _gather_from(self, shard: int, numbers: np.ndarray, device: torch.device) -> Tensor:
-        """numbers (M,) of rows that one shard holds -> (M, D). Torch's own indexing wakes its threads for each few rows."""
+        """numbers (M,) of rows of one shard -> (M, D). Indexing with torch would start its threads for a few rows each time."""
         local, held = numbers - self.starts[shard], self.shards[shard]
         if isinstance(held, Tensor):
             return as_tensor(held.index_select(0, torch.from_numpy(local).to(held.device))).to(device)
         return as_tensor(held[local]).to(device)
 
     def content_sum(self, first_row: int = 0) -> np.ndarray:
-        """(2,) uint64: a hash of each row, times a number that its place in the whole corpus decides, added.
+        """(2,) uint64: the sum of the hashes of the rows, each multiplied by a number derived from its row number.
 
-        Sums of disjoint rows add to the sum of all, so the hash of a corpus does not depend on who holds which rows.
+        The sums of disjoint sets of rows add up to the sum of all rows, so the hash of a corpus does not depend on which process
+        has which rows.
         """
         total = np.zeros(2, np.uint64)
         for begin, end in self.spans(HASHED_ROWS):
@@ -367,11 +374,11 @@ class Rows:
         return total
 
     def content_hash(self) -> str:
-        """One hash of dtype, D and all rows in order."""
+        """One hash of the dtype, D and all rows in order."""
         return content_hash(self.dtype, self.dim, len(self), self.content_sum())
 
     def row_digests(self) -> np.ndarray:
-        """(rows, 2) uint64: a 128-bit hash of each row; 0.0 hashes as -0.0 does, and NaN as itself."""
+        """(rows, 2) uint64: a 128-bit hash of each row. 0.0 and -0.0 have equal hashes, and so have equal bits of NaN."""
         digests = np.empty((len(self), 2), np.uint64)  # (rows, 2)
         for begin, end in self.spans(HASHED_ROWS):
             digests[begin:end] = _digests((self.block(begin, end, torch.device("cpu")).float() + 0.0).numpy())
@@ -385,15 +392,15 @@ def _digests(block: np.ndarray) -> np.ndarray:
 
 
 def content_hash(dtype: str, dim: int, rows: int, total: np.ndarray) -> str:
-    """The hash of rows whose digests add to `total` (2,)."""
+    """The hash of rows whose content_sum is `total` (2,)."""
     return hashlib.blake2b(f"{dtype} {dim} {rows}\n".encode() + total.tobytes(), digest_size=16).hexdigest()
 
 
 def resolve_device(op: str, device: Any, rows: Rows) -> torch.device:
-    """The device asked for, else the one that holds the rows."""
+    """The requested device, else the device of the rows."""
     try:
         where = torch.device(device or rows.device or "cpu")
         torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise refuse(op, "device", f"a device that torch has here ({error})", device) from error
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
+        raise refuse(op, "device", f"a device that torch can use here ({error})", device) from error
     return where

@@ -1,7 +1,7 @@
 """Embeddings in the columns of tables: Arrow, pandas, polars and Hugging Face datasets, without importing what is not in use.
 
-A column of vectors holds lists of D floats, or fixed-size lists. A frame whose columns are all numbers holds one row of D numbers
-in each of its rows. Rows are taken by position: labels of an index play no part.
+A column of vectors contains lists of D floats, or fixed-size lists. If all columns of a frame are numeric, each row is a vector.
+Rows are read by position; labels of an index are ignored.
 """
 
 import sys
@@ -15,7 +15,7 @@ WANTED = "a table with one column of vectors, or one of its columns"
 
 
 def is_vector(kind: Any) -> bool:
-    """True for Arrow's type of lists of floats."""
+    """Whether an Arrow type is a list of floats."""
     from pyarrow import types
 
     is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
@@ -23,7 +23,7 @@ def is_vector(kind: Any) -> bool:
 
 
 def matrix(lists: Any) -> np.ndarray | None:
-    """An Arrow array of lists of floats as (rows, D); None where lists are missing, of unequal length, or hold a null."""
+    """An Arrow array of lists of floats as (rows, D); None if there is a null, or if the lengths differ."""
     from pyarrow import types
 
     values = lists.flatten()
@@ -38,7 +38,7 @@ def matrix(lists: Any) -> np.ndarray | None:
 
 
 def _from_arrow(op: str, name: str, column: Any) -> np.ndarray:
-    """(rows, D) of an Arrow array or chunked array."""
+    """An Arrow array or chunked array as (rows, D)."""
     if not is_vector(column.type):
         raise refuse(op, name, "a column of lists of floats", f"one of {column.type}", TypeError)
     chunks = column.chunks if hasattr(column, "chunks") else [column]
@@ -47,7 +47,7 @@ def _from_arrow(op: str, name: str, column: Any) -> np.ndarray:
     for chunk in chunks:
         part = matrix(chunk)
         if part is None or (len(part) and parts and part.shape[1] != parts[0].shape[1]):
-            raise refuse(op, name, "lists of one length without gaps", f"others near row {begin}")
+            raise refuse(op, name, "lists of equal length without nulls", f"other entries near row {begin}")
         if len(part):
             parts.append(part)
         begin += len(chunk)
@@ -57,7 +57,7 @@ def _from_arrow(op: str, name: str, column: Any) -> np.ndarray:
 
 
 def is_stream(value: Any) -> bool:
-    """True for a data set of Hugging Face that is read from its start to its end, or a column of one."""
+    """Whether a value is a streamed dataset of Hugging Face (IterableDataset), or a column of one."""
     kinds = ("IterableDataset", "IterableColumn")
     return type(value).__module__.partition(".")[0] == "datasets" and type(value).__name__ in kinds
 
@@ -89,7 +89,7 @@ def _from_pandas(op: str, name: str, value: Any) -> np.ndarray:
 
 
 def rows_of(op: str, name: str, value: Any) -> np.ndarray | None:
-    """(rows, D) of a table or a column of a known package; None for any other value."""
+    """A table or a column of a known package as (rows, D); None for any other value."""
     package = type(value).__module__.partition(".")[0]
     if package not in ("pandas", "polars", "pyarrow", "datasets") or package not in sys.modules:
         return None
@@ -108,7 +108,7 @@ def rows_of(op: str, name: str, value: Any) -> np.ndarray | None:
         if not hasattr(value, "__len__") or not hasattr(value, "column_names") or isinstance(value, dict):
             wanted = "one split of a dataset, in memory"
             raise refuse(op, name, wanted, f"a {type(value).__name__}", TypeError)
-        value = value.with_format("arrow")[:]  # selected and shuffled as the dataset is
+        value = value.with_format("arrow")[:]  # with the selection and the order of the dataset
     if hasattr(value, "schema") and hasattr(value, "column"):
         return _from_arrow(op, name, value.column(vector_column(op, name, value)))
     if hasattr(value, "flatten") or hasattr(value, "chunks"):

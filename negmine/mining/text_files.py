@@ -1,10 +1,10 @@
-"""Read text files line by line: UTF-8, plain or compressed by gzip or zstd, with every error naming file and line.
+"""Read UTF-8 text files line by line, plain or compressed by gzip or zstd. Every error names the file and the line.
 
-    read_lines(path)    (line number, text): a line ends with "\\n" or "\\r\\n" only
-    read_jsonl(path)    (line number, value): blank lines are left out
+    read_lines(path)    (line number, text); a line ends with "\\n" or "\\r\\n" only
+    read_jsonl(path)    (line number, value); blank lines are skipped
     read_tsv(path)      (line number, fields)
 
-A byte order mark is removed. What an archive inflates to is limited, and so is the length of a line.
+A byte order mark is removed. The length of a line and the size of a decompressed file are limited.
 """
 
 import codecs
@@ -19,20 +19,23 @@ from negmine.mining.regular_file import cause, open_regular, parse_json
 from negmine.ops.checks import describe
 
 MAX_LINE_BYTES = 1 << 26
-MAX_RATIO = 500  # of a compressed file
-FREE_BYTES = 1 << 26  # a file that inflates to fewer is read whatever its ratio
-ZSTD_PIECE = 1 << 10  # compressed bytes inflated at a time: 32 MiB at most
+MAX_RATIO = 500  # limit for decompressed size / compressed size
+FREE_BYTES = 1 << 26  # MAX_RATIO applies only to files that decompress to more bytes than this
+ZSTD_PIECE = 1 << 10  # compressed bytes read at a time; they decompress to at most 32 MiB
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 GZIP_MAGIC = b"\x1f\x8b"
 
 
 class _Frames(io.RawIOBase):
-    """The content of a file of zstd's frames; zstandard's own reader takes a file that was cut short for a whole one."""
+    """The decompressed content of a zstd file.
+
+    zstandard's own reader does not notice when a file was cut short; this one raises EOFError.
+    """
 
     def __init__(self, file: IO[bytes], decompressor: Any) -> None:
         self._file, self._decompressor = file, decompressor
-        self._frame: Any = None  # that is being read
-        self._ahead, self._made = b"", memoryview(b"")  # compressed bytes, and content, that wait
+        self._frame: Any = None  # the decompressor of the current frame
+        self._ahead, self._made = b"", memoryview(b"")  # compressed and decompressed bytes not yet used
 
     def readable(self) -> bool:
         return True
@@ -42,7 +45,7 @@ class _Frames(io.RawIOBase):
             piece = self._ahead or self._file.read(ZSTD_PIECE)
             if not piece:
                 if self._frame is not None:
-                    raise EOFError("it ends within a frame")
+                    raise EOFError("it ends in the middle of a frame")
                 return 0
             self._frame = self._frame or self._decompressor.decompressobj()
             self._made = memoryview(self._frame.decompress(piece))
@@ -55,7 +58,7 @@ class _Frames(io.RawIOBase):
 
 
 def _decompressed(path: str | os.PathLike, file: IO[bytes]) -> IO[bytes]:
-    """The content of a file, which its first bytes say is compressed or not."""
+    """The content of a file, decompressed if its first bytes are those of a gzip or zstd file."""
     start = file.read(4)
     file.seek(0)
     if start.startswith(GZIP_MAGIC):
@@ -79,7 +82,7 @@ def _byte_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
         while True:
             try:
                 line = content.readline(MAX_LINE_BYTES + 1)
-            except (OSError, EOFError, zlib.error) as error:  # of gzip
+            except (OSError, EOFError, zlib.error) as error:  # raised by gzip
                 raise ValueError(f"{where} is damaged after line {number} ({cause(error)})") from error
             except Exception as error:  # ZstdError is a plain Exception
                 if not is_compressed:
@@ -92,7 +95,7 @@ def _byte_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
             if len(line) > MAX_LINE_BYTES:
                 raise ValueError(f"line {number} of {where} is longer than {MAX_LINE_BYTES:,} bytes")
             if is_compressed and inflated > FREE_BYTES and inflated > MAX_RATIO * size:
-                raise ValueError(f"{where} inflates to more than {MAX_RATIO} times its {size:,} bytes")
+                raise ValueError(f"{where} decompresses to more than {MAX_RATIO} times its {size:,} bytes")
             yield number, line.removesuffix(b"\n").removesuffix(b"\r")
 
 
@@ -102,7 +105,7 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
     for number, line in _byte_lines(path):
         if number == 1:
             if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise ValueError(f"{where} must be in UTF-8, and begins as UTF-16 does")
+                raise ValueError(f"{where} must be in UTF-8, but begins with a UTF-16 byte order mark")
             line = line.removeprefix(codecs.BOM_UTF8)
         try:
             yield number, line.decode()
@@ -112,7 +115,7 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
 
 
 def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of each line of a .jsonl file that is not blank."""
+    """(line number, value) of each line of a .jsonl file; blank lines are skipped."""
     where = describe(str(path))
     for number, line in read_lines(path):
         if line.strip():
@@ -120,7 +123,7 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
 
 
 def read_tsv(path: str | os.PathLike, columns: int) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of each line of a tab-separated file that is not blank; the last field may hold tabs."""
+    """(line number, fields) of each line of a tab-separated file. Blank lines are skipped; the last field may contain tabs."""
     where = describe(str(path))
     for number, line in read_lines(path):
         if line.strip():

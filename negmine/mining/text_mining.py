@@ -1,4 +1,4 @@
-"""from_texts: mines negatives from texts and a model. Texts are embedded in blocks, and mined as arrays or memory-mapped files.
+"""from_texts: mine negatives from texts with a model. The texts are embedded in blocks; rows are arrays or memory-mapped files.
 
 A block has BLOCK_ROWS texts. With cache_dir, each finished block is written atomically to a .npy file. Its name is a hash of
 the texts, the prompt and the model's embeddings of a few texts. An interrupted run therefore resumes at the unfinished block,
@@ -29,7 +29,7 @@ from negmine.ops import checks
 
 OP = "from_texts"
 BLOCK_ROWS = 4096
-PROBED = 8  # texts whose embeddings tell one model from another
+PROBED = 8  # texts whose embeddings identify the model
 METHODS = {
     "queries": ("encode_query", "encode_queries", "encode", "embed"),
     "corpus": ("encode_document", "encode_corpus", "encode", "embed"),
@@ -54,14 +54,14 @@ def from_texts(
     show_progress_bar: bool = False,
     **mining: Any,
 ) -> MiningResult:
-    """Hard negatives of texts: embeds queries and corpus with a model, and mines.
+    """Embed queries and corpus with a model, and mine hard negatives.
 
     Parameters
     ----------
     model : callable or object
-        A callable from a list of texts to their rows (n, D), or an object with encode or embed, such as a
-        SentenceTransformer. A model with encode_query or encode_queries, and encode_document or encode_corpus, embeds each
-        side by its own. It is called with the texts alone.
+        A callable from a list of texts to their rows (n, D), or an object with the method encode or embed, such as a
+        SentenceTransformer. If the object has encode_query or encode_queries, these embed the queries; if it has
+        encode_document or encode_corpus, these embed the corpus. The texts are the only argument.
     queries, corpus : sequence of str or mapping
         The texts, or a mapping from ids to texts.
     positives : sequence
@@ -69,29 +69,27 @@ def from_texts(
     query_ids, corpus_ids : sequence of int or str, optional
         As in mine_hard_negatives.
     query_prompt, corpus_prompt : str
-        Put before each text that is embedded; texts are compared without it.
+        Added before each text for the model. Texts are compared without it.
     encode_batch_size : int
-        Texts that the model is given at a time.
+        How many texts the model embeds at a time.
     normalize : bool
         Divide each row by its norm, so that scores are cosines.
     cache_dir : path, optional
-        A folder that keeps embeddings: an interrupted run resumes, and texts that are embedded already are not embedded
-        again.
+        A folder for embeddings. An interrupted run resumes there, and texts that have been embedded are not embedded again.
     show_progress_bar : bool
-        A line on stderr, with the time left.
+        Show a line on stderr with the time left.
     **mining
         Further arguments of mine_hard_negatives, except process_group.
 
     Returns
     -------
     MiningResult
-        With the texts and the ids.
+        The result of mine_hard_negatives, with the texts and the ids.
 
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit, before any text is embedded, and for a model that does not return one finite row for
-        each text.
+        For invalid arguments, before any text is embedded, and if the model does not return one finite row for each text.
 
     Examples
     --------
@@ -107,7 +105,9 @@ def from_texts(
         if name not in known or name in GIVEN:
             raise TypeError(f"{OP}: {name} must be an argument of from_texts or of mine_hard_negatives, got {name}=")
     if mining.get("process_group") is not None:
-        raise checks.refuse(OP, "process_group", "left out: one process embeds the texts", mining["process_group"])
+        raise checks.refuse(
+            OP, "process_group", "left out, because one process embeds the texts", mining["process_group"]
+        )
     checks.require_count(OP, "encode_batch_size", encode_batch_size)
     checks.require_bool(OP, "normalize", normalize)
     for name, prompt in {"query_prompt": query_prompt, "corpus_prompt": corpus_prompt}.items():
@@ -143,7 +143,7 @@ def from_texts(
 def _encoder(model: Any, side: str) -> Callable[[list[str]], Any]:
     for name in METHODS[side]:
         method = getattr(model, name, None)
-        if callable(method) and not isinstance(model, str):  # a string has encode
+        if callable(method) and not isinstance(model, str):  # a string has a method encode
             return method
     if not callable(model):
         raise checks.refuse(
@@ -154,7 +154,7 @@ def _encoder(model: Any, side: str) -> Callable[[list[str]], Any]:
 
 @dataclass(frozen=True)
 class _Embedder:
-    """Embeds the texts of one side."""
+    """Embeds the texts of the queries or of the corpus."""
 
     side: str
     encode: Callable[[list[str]], Any]
@@ -164,9 +164,9 @@ class _Embedder:
     folder: Path | None
 
     def rows(self, texts: Column, show: bool) -> Any:
-        """(rows, D) fp32: an array, or a list of mapped files."""
+        """(rows, D) fp32: an array, or a list of memory-mapped files if there is a cache folder."""
         if not len(texts):
-            raise checks.refuse(OP, self.side, "1 text or more", "none")
+            raise checks.refuse(OP, self.side, "one text or more", "none")
         blocks = []
         probe = self._encoded(texts.block(0, PROBED), 0).tobytes() if self.folder is not None else b""
         with progress(len(texts), show, f"embedding {self.side}", "texts") as advance:
@@ -175,7 +175,7 @@ class _Embedder:
                 blocks.append(self._block(block, begin, probe, advance))
                 if blocks[-1].shape[1] != blocks[0].shape[1]:
                     came = f"rows of D = {blocks[0].shape[1]} and of D = {blocks[-1].shape[1]}"
-                    raise checks.refuse(OP, "model", "of one D for all texts", came)
+                    raise checks.refuse(OP, "model", "one that returns rows of one D for all texts", came)
         return blocks if self.folder is not None else np.concatenate(blocks)
 
     def _block(self, texts: list[str], begin: int, probe: bytes, advance: Callable[[int], None]) -> np.ndarray:
@@ -195,7 +195,7 @@ class _Embedder:
             parts.append(self._encoded(texts[at : at + self.batch_size], begin + at))
             if parts[-1].shape[1] != parts[0].shape[1]:
                 came = f"rows of D = {parts[0].shape[1]} and of D = {parts[-1].shape[1]}"
-                raise checks.refuse(OP, "model", "of one D for all texts", came)
+                raise checks.refuse(OP, "model", "one that returns rows of one D for all texts", came)
             advance(len(parts[-1]))
         rows = np.concatenate(parts)
         if path is None:
@@ -205,7 +205,7 @@ class _Embedder:
         return np.load(path, mmap_mode="c", allow_pickle=False)
 
     def _encoded(self, texts: list[str], begin: int) -> np.ndarray:
-        """(n, D) fp32 of the texts from row `begin`."""
+        """Embed texts: (n, D) fp32. begin: the row number of the first text, for error messages."""
         with torch.no_grad():
             made = self.encode([self.prompt + text for text in texts])
         rows = _as_rows(made, len(texts))
@@ -213,7 +213,10 @@ class _Embedder:
         if len(bad):
             shown = ", ".join(str(begin + row) for row in bad[:10].tolist()) + (", ..." if len(bad) > 10 else "")
             raise checks.refuse(
-                OP, "model", f"finite for every text of {self.side}", f"NaN or infinity in rows {shown}"
+                OP,
+                "model",
+                f"one that returns finite rows for all texts of {self.side}",
+                f"NaN or infinity in rows {shown}",
             )
         if self.normalize:
             norms = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
@@ -227,7 +230,7 @@ def _as_rows(made: Any, count: int) -> np.ndarray:
     if isinstance(made, dict) or hasattr(made, "keys"):
         keys = ", ".join(map(str, list(made.keys())[:5]))
         raise checks.refuse(
-            OP, "model", f"{wanted}; wrap it in a function that picks one entry", f"a dict of {keys}", TypeError
+            OP, "model", f"{wanted}; wrap it in a function that selects one entry", f"a dict of {keys}", TypeError
         )
     if not isinstance(made, (np.ndarray, Tensor)):
         try:
@@ -237,12 +240,12 @@ def _as_rows(made: Any, count: int) -> np.ndarray:
         made = [row.detach().float().cpu().numpy() if isinstance(row, Tensor) else row for row in made]
     checks.require_unmasked(OP, "model", made)
     is_complex = made.is_complex() if isinstance(made, Tensor) else any(map(np.iscomplexobj, made))
-    if is_complex:  # NumPy would leave the imaginary parts out
+    if is_complex:  # NumPy would drop the imaginary parts
         raise checks.refuse(OP, "model", wanted, "complex numbers", TypeError)
     try:
         rows = made.detach().float().cpu().numpy() if isinstance(made, Tensor) else np.asarray(made, np.float32)
     except (TypeError, ValueError):
-        raise checks.refuse(OP, "model", wanted, f"a {type(made).__name__} of other entries", TypeError) from None
+        raise checks.refuse(OP, "model", wanted, f"a {type(made).__name__} that is not numeric", TypeError) from None
     if rows.ndim != 2 or len(rows) != count or not rows.shape[1]:
         raise checks.refuse(OP, "model", wanted, f"shape {rows.shape}")
     return np.ascontiguousarray(rows, np.float32)
@@ -256,7 +259,7 @@ def _kept(path: Path, rows: int) -> np.ndarray | None:
         kept = np.load(path, mmap_mode="c", allow_pickle=False)
         if kept.dtype == np.float32 and kept.ndim == 2 and len(kept) == rows:
             return kept
-    except Exception:  # NumPy's parser of a damaged header raises many kinds
+    except Exception:  # NumPy's parser raises many types for a damaged header
         pass
-    warnings.warn(f"{OP}: {str(path)!r} is damaged: its texts are embedded again", RuntimeWarning, stacklevel=6)
+    warnings.warn(f"{OP}: {str(path)!r} is damaged, so its texts are embedded again", RuntimeWarning, stacklevel=6)
     return None

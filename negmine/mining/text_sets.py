@@ -1,10 +1,10 @@
-"""Sets of queries and documents with relevance judgements, read from the files of other tools.
+"""Read queries and documents with relevance judgements from the files of other tools.
 
     read_beir(folder, split)              corpus.jsonl, queries.jsonl, qrels/<split>.tsv
     read_msmarco(collection, queries, qrels)    collection.tsv, queries.tsv, qrels.tsv
-    read_training_lines(path)             JSONL of FlagEmbedding, Tevatron or ms-swift
+    read_training_lines(path)             training data of FlagEmbedding, Tevatron or ms-swift, as JSONL
 
-Each file may be plain or compressed by gzip or zstd. Ids stay the strings that they are; errors name file and line.
+Each file may be plain or compressed by gzip or zstd. Ids are strings, as in the files. Errors name the file and the line.
 """
 
 import math
@@ -26,21 +26,21 @@ PREFERRED_SPLITS = ("train", "test", "dev")
 
 @dataclass
 class TextSet:
-    """Queries, documents, and the documents that answer each query."""
+    """Queries, documents, and the relevant documents of each query."""
 
     query_ids: list[str]
     query_texts: list[str]
     corpus_ids: list[str]
-    corpus_titles: list[str] | None  # None: no document has a title
+    corpus_titles: list[str] | None  # None if no document has a title
     corpus_bodies: list[str]
-    positives: list[list[str]]  # ids of documents, a list a query
+    positives: list[list[str]]  # ids of the relevant documents of each query
     files: list[str] = field(default_factory=list)  # paths or URLs of the files that were read
     query_rows: list[int] | None = None  # rows of these queries in the file; None if the file has no other queries
     queries_in_file: int = 0  # with those that no judgement names, which are left out
 
     @property
     def corpus_texts(self) -> list[str]:
-        """Title and body of each document, as retrievers of these data sets embed them."""
+        """Title and body of each document in one text, as retrievers usually embed them."""
         if self.corpus_titles is None:
             return self.corpus_bodies
         pairs = zip(self.corpus_titles, self.corpus_bodies, strict=True)
@@ -63,20 +63,20 @@ def _names_in(folder: str) -> list[str]:
 
 
 def _text(record: Any, name: str, where: str, default: str | None = None) -> str:
-    """A string of a JSON object; ids may be ints."""
+    """The string in a field of a JSON object. Ids may be ints."""
     found = record.get(name, default) if isinstance(record, dict) else None
     if isinstance(found, int) and not isinstance(found, bool) and name in ("_id", "docid", "query_id"):
         found = str(found)
     if found is None and default is not None:
         found = default
     if not isinstance(found, str):
-        raise ValueError(f'{where} must be an object with "{name}", a string, got {describe(found)}')
+        raise ValueError(f'{where} must be an object with a string "{name}", got {describe(found)}')
     return _encodable(found, where)
 
 
 def _encodable(text: str, where: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{where} holds a lone surrogate, which UTF-8 cannot")
+        raise ValueError(f"{where} has an unpaired surrogate, which UTF-8 cannot encode")
     return text
 
 
@@ -94,7 +94,7 @@ class _Documents:
             self.titles.append(title)
             self.bodies.append(body)
         elif (self.titles[row], self.bodies[row]) != (title, body):
-            raise ValueError(f"{where} has the id {describe(name)} of an earlier document with another text")
+            raise ValueError(f"{where} has the id {describe(name)} of an earlier document, but another text")
 
     def text_set(
         self, query_ids: list[str], query_texts: list[str], positives: list[list[str]], **rest: Any
@@ -113,13 +113,13 @@ def _judged(
     positives: dict[str, dict[str, None]] = {}
     for where, query, document in judgements:
         if query not in queries:
-            raise ValueError(f"{where} names the query {describe(query)}, which {describe(files[1])} does not hold")
+            raise ValueError(f"{where} names the query {describe(query)}, which is not in {describe(files[1])}")
         if document not in documents.row_of:
-            came = f"the document {describe(document)}, which {describe(files[0])} does not hold"
+            came = f"the document {describe(document)}, which is not in {describe(files[0])}"
             raise ValueError(f"{where} names {came}")
         positives.setdefault(query, {})[document] = None
     if not positives:
-        raise ValueError(f"{describe(files[2])} holds no relevant pair")
+        raise ValueError(f"{describe(files[2])} has no relevant pair")
     kept = [name for name in queries if name in positives]
     texts, lists = [queries[name] for name in kept], [list(positives[name]) for name in kept]
     rows = [row for row, name in enumerate(queries) if name in positives] if len(kept) < len(queries) else None
@@ -127,7 +127,7 @@ def _judged(
 
 
 def _score(word: str, where: str) -> bool:
-    """True for a relevant pair: a score above 0."""
+    """Whether a pair is relevant: its score is above 0."""
     try:
         score = float(word)
     except ValueError:
@@ -139,7 +139,7 @@ def _score(word: str, where: str) -> bool:
 
 def _new(table: dict[str, str], name: str, text: str, where: str) -> None:
     if name in table and table[name] != text:
-        raise ValueError(f"{where} has the id {describe(name)} of an earlier query with another text")
+        raise ValueError(f"{where} has the id {describe(name)} of an earlier query, but another text")
     table[name] = text
 
 
@@ -170,7 +170,7 @@ def beir_files(folder: str | os.PathLike, split: str | None = None) -> list[str]
 def read_beir(folder: str | os.PathLike, split: str | None = None) -> TextSet:
     """A BEIR folder: corpus.jsonl of {"_id", "title", "text"}, queries.jsonl of {"_id", "text"}, qrels/<split>.tsv.
 
-    Queries without a relevant document in the split are left out; `query_rows` numbers the others.
+    Queries without a relevant document in the split are left out; `query_rows` has the row numbers of the others.
     """
     files = beir_files(folder, split)
     documents, queries = _Documents(), dict[str, str]()
@@ -188,7 +188,8 @@ def read_beir(folder: str | os.PathLike, split: str | None = None) -> TextSet:
 def read_qrels(path: str | os.PathLike) -> Iterator[tuple[str, str, str]]:
     """(where, query id, document id) of each relevant pair of a qrels file.
 
-    BEIR: a header, then query id, document id, score. TREC and MS MARCO: query id, iteration, document id, score.
+    A BEIR file has a header and the columns query id, document id, score. TREC and MS MARCO files have the columns query id,
+    iteration, document id, score.
     """
     columns = 0
     for number, line in read_lines(path):
@@ -202,7 +203,7 @@ def read_qrels(path: str | os.PathLike) -> Iterator[tuple[str, str, str]]:
         columns = columns or len(fields)
         if columns not in (3, 4) or len(fields) != columns:
             raise ValueError(
-                f"{where} must hold query id, document id and score, or these with an iteration, got {describe(line)}"
+                f"{where} must have query id, document id and score, or these with an iteration, got {describe(line)}"
             )
         if _score(fields[-1], where):
             yield where, fields[0], fields[-2]
@@ -211,7 +212,7 @@ def read_qrels(path: str | os.PathLike) -> Iterator[tuple[str, str, str]]:
 def read_msmarco(collection: str | os.PathLike, queries: str | os.PathLike, qrels: str | os.PathLike) -> TextSet:
     """MS MARCO: collection.tsv of id and passage, queries.tsv of id and text, and judgements.
 
-    A collection of documents has id, URL, title and text in a line.
+    Each line of a collection of whole documents has id, URL, title and text.
     """
     files = [_existing(os.fspath(path)) for path in (collection, queries, qrels)]
     documents, texts = _Documents(), dict[str, str]()
@@ -233,7 +234,7 @@ def _is_header(number: int, fields: list[str]) -> bool:
 
 
 def _table(path: str, columns: tuple[int, ...]) -> Iterator[tuple[int, list[str]]]:
-    """Lines of as many fields as the first, which must be one of `columns`."""
+    """(line number, fields). All lines must have as many fields as the first, and that number must be in `columns`."""
     first = 0
     for number, line in read_lines(path):
         if line.strip():
@@ -254,7 +255,7 @@ def _texts(record: dict, name: str, where: str) -> list[str]:
 
 
 def _messages(value: Any, where: str) -> str:
-    """The text of ms-swift's list of messages: one message of the user."""
+    """The text of a list of messages of ms-swift."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"{where} must have lists of messages, got {describe(value)}")
     return "\n".join(_text(message, "content", where) for message in value)
@@ -263,7 +264,7 @@ def _messages(value: Any, where: str) -> str:
 def _passages(
     record: dict, form: str, where: str
 ) -> tuple[str, list[tuple[str, str, str]], list[tuple[str, str, str]]]:
-    """The query, and (id, title, body) of its positives and its negatives; an id of "" is none."""
+    """The query, and (id, title, body) of its positives and of its negatives; the id is "" if there is none."""
     if form == "tevatron":
         sides = []
         for name in ("positive_passages", "negative_passages"):
@@ -294,7 +295,7 @@ def _passages(
 
 
 def form_of(record: Any) -> str | None:
-    """The form of a line of training data, by its names."""
+    """The format of a line of training data, recognised by its field names; None if unknown."""
     if not isinstance(record, dict):
         return None
     if "positive_passages" in record:
@@ -305,10 +306,10 @@ def form_of(record: Any) -> str | None:
 
 
 def read_training_lines(path: str | os.PathLike) -> TextSet:
-    """JSONL of training data in FlagEmbedding's, Tevatron's or ms-swift's form: a query a line; the corpus is all passages.
+    """Read training data of FlagEmbedding, Tevatron or ms-swift: JSONL with one query per line. The corpus is all passages.
 
-    Ids of queries are those of Tevatron's lines, else the numbers of the lines, from 0. Ids of documents are Tevatron's, else
-    "d0", "d1", ... of distinct texts in order of appearance.
+    Ids of queries are those of Tevatron, else line numbers from 0. Ids of documents are those of Tevatron, else "d0", "d1", ...
+    for the distinct texts in order of appearance.
     """
     documents, query_ids, query_texts, positives = _Documents(), list[str](), list[str](), list[list[str]]()
     id_of, queries = dict[str, str](), dict[str, str]()
@@ -318,9 +319,9 @@ def read_training_lines(path: str | os.PathLike) -> TextSet:
         form = form or form_of(record)
         if form is None or form_of(record) != form:
             wanted = (
-                f"in the form of the first line, {form}"
+                f"in the format of the first line, {form}"
                 if form
-                else "in the form of FlagEmbedding, Tevatron or ms-swift"
+                else "in the format of FlagEmbedding, Tevatron or ms-swift"
             )
             raise ValueError(f"{where} must be {wanted}, got {describe(record)}")
         query, *sides = _passages(record, form, where)
@@ -337,7 +338,7 @@ def read_training_lines(path: str | os.PathLike) -> TextSet:
         query_texts.append(query)
         positives.append(list(dict.fromkeys(names[0])))
     if not query_ids:
-        raise refuse("read_training_lines", "path", "a file with one line or more", str(path))
+        raise refuse("read_training_lines", "path", "a file with at least one line", str(path))
     return documents.text_set(
         query_ids, query_texts, positives, files=[os.fspath(path)], queries_in_file=len(query_ids)
     )

@@ -1,15 +1,15 @@
-"""Rows of training data from a MiningResult, in the forms that training programs read.
+"""Rows of training data from a MiningResult, in the formats that training programs read.
 
 flagembedding          {"query", "pos": [texts], "neg": [texts], "pos_scores": [...], "neg_scores": [...]}
 tevatron               {"query_id", "query", "positive_passages": [{"docid", "title", "text"}], "negative_passages": [...]}
 ms-swift               {"messages": [...], "positive_messages": [[...]], "negative_messages": [[...], ...]}
-sentence-transformers  {"anchor", "positive", "negative_1", ..., "negative_n"}: a row for each positive
-distillation           the same, and "label": scores of the positive and the negatives, for losses that distil a teacher
-pylate                 {"query_id", "document_ids", "scores"}: the positives and then the negatives, for PyLate's KDProcessing
+sentence-transformers  {"anchor", "positive", "negative_1", ..., "negative_n"}: one row for each positive
+distillation           the same with "label", the scores of the positive and the negatives, for losses that distil a teacher
+pylate                 {"query_id", "document_ids", "scores"}: the positives, then the negatives, for PyLate's KDProcessing
 
-Documents keep their ids and titles. A title is a field of its own in Tevatron's form, and stands before the text elsewhere. A
-query without a positive or without a negative has no row; where a form has a column for each negative, neither has a query with
-fewer. Such queries are counted.
+Ids and titles of documents are kept. Tevatron's format has a field for titles; in the other formats the title precedes the text.
+A query without a positive or without a negative has no row. In formats with one column per negative, a query with fewer than n
+negatives has no row either. Such queries are counted.
 """
 
 import json
@@ -23,11 +23,11 @@ from negmine.mining.columns import Column
 from negmine.ops.checks import refuse, require_choice
 
 FORMS = ("flagembedding", "tevatron", "ms-swift", "sentence-transformers", "distillation", "pylate")
-FIXED_WIDTH = ("sentence-transformers", "distillation")  # a column for each negative
+FIXED_WIDTH = ("sentence-transformers", "distillation")  # formats with one column per negative
 
 
 class TrainingRows:
-    """The rows of a MiningResult in one form; texts and titles are read by position."""
+    """The rows of a MiningResult in one format. Texts and titles are read by position."""
 
     def __init__(
         self, op: str, result: Any, form: str, query_texts: Any, corpus_texts: Any, corpus_titles: Any
@@ -52,12 +52,12 @@ class TrainingRows:
         }
         self._pair_scores = self._scores_of_positives()  # (P,), or None where one is unknown
         if self._pair_scores is None and form in ("distillation", "pylate"):
-            raise refuse(op, "form", "one without scores where the scores of positives are unknown", form)
+            raise refuse(op, "form", "one without scores, because the scores of some positives are unknown", form)
         short = int(((result.num_valid < result.indices.shape[1])[self.used]).sum())
-        self.short = short  # queries that have a row with fewer negatives than were asked for
+        self.short = short  # queries with a row that has fewer negatives than requested
 
     def _scores_of_positives(self) -> np.ndarray | None:
-        """(P,) fp32, of each positive; None where one that has a row is unknown."""
+        """(P,) fp32, the score of each positive; None if one of them is needed and unknown."""
         result, scores = self.result, self.result.positive_pair_scores
         if scores is None and (result.positives.sizes <= 1).all():
             scores = result.positive_scores[result.positives.queries]
@@ -65,16 +65,16 @@ class TrainingRows:
         return scores if scores is not None and np.isfinite(scores[used]).all() else None
 
     def message(self) -> str:
-        """How many queries are left out, and how many have fewer negatives than were asked for; empty if there are none."""
+        """Says how many queries are left out, and how many have fewer negatives than requested; empty if there are none."""
         parts = [f"{count:,} queries {why} and are left out" for why, count in self.left_out.items() if count]
         if self.short:
             parts.append(f"{self.short:,} queries have fewer than {self.result.indices.shape[1]} negatives")
         if self._pair_scores is None and self.form == "flagembedding":
-            parts.append("scores of positives are unknown: pos_scores and neg_scores are left out")
+            parts.append("the scores of some positives are unknown, so pos_scores and neg_scores are left out")
         return "; ".join(parts)
 
     def warn(self) -> None:
-        """Warn of queries and scores that are left out."""
+        """Warn if queries or scores are left out."""
         if any(self.left_out.values()) or (self._pair_scores is None and self.form == "flagembedding"):
             warnings.warn(f"{self.op}: {self.message()}", UserWarning, stacklevel=3)
 
@@ -89,8 +89,8 @@ class TrainingRows:
                 try:
                     yield json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
                 except UnicodeEncodeError as error:
-                    came = f"a lone surrogate in row {query} of query_texts or in a document of that row"
-                    raise refuse(self.op, "texts", "texts that UTF-8 can hold", came) from error
+                    came = f"an unpaired surrogate in row {query} of query_texts or in a document of that row"
+                    raise refuse(self.op, "texts", "texts that UTF-8 can encode", came) from error
                 except ValueError as error:
                     raise refuse(self.op, "scores", "finite", f"one that is not for query {query}") from error
 
@@ -152,9 +152,9 @@ class TrainingRows:
 def _column(op: str, name: str, given: Any, own: Any, rows: int) -> Column:
     held = own if given is None else given
     if held is None:
-        raise refuse(op, name, "given, here or where the negatives are mined", None, TypeError)
+        raise refuse(op, name, "given, here or when the negatives are mined", None, TypeError)
     column = Column(op, name, held)
-    column.require_length(rows, f"{rows} texts, one a row")
+    column.require_length(rows, f"{rows} texts, one per row")
     return column
 
 
@@ -163,7 +163,7 @@ def _message(text: str) -> list[dict[str, str]]:
 
 
 def _plain(scores: np.ndarray) -> list[float]:
-    """fp32 scores as the shortest decimals that stand for them."""
+    """fp32 scores as the shortest decimals that represent them."""
     return [float(str(score)) for score in scores.astype(np.float32)]
 
 

@@ -1,4 +1,4 @@
-"""What HTML pages are made of.
+"""The building blocks of HTML pages.
 
 frame.py    document, style, lists, cards, tables
 charts.py   plots as inline SVG

@@ -1,8 +1,8 @@
-"""Plots as inline SVG, without a plotting package. Colours come from the CSS classes of frame.py, for light and dark pages.
+"""Draw plots as inline SVG, without a plotting package. The CSS of frame.py sets the colours, for light and dark pages.
 
-curve       a mean with its standard error over the bins of difficulty, and what chance gives
-histogram   rows by count, and what a binomial expects, both on a log scale
-bars        a share for each name, and what chance gives
+curve       mean and standard error by bin of difficulty, with the chance level
+histogram   number of rows by count, and the expectation of a binomial distribution, on a log scale
+bars        one share per name, with the chance level
 """
 
 import html
@@ -17,7 +17,7 @@ ROUND = (1.0, 2.0, 2.5, 5.0, 10.0)  # steps of an axis
 
 
 def number(value: float) -> str:
-    """At most three digits, thousands parted, no trailing zeros."""
+    """A number with at most three digits, separators for thousands, and no trailing zeros."""
     if value == 0 or 1e-4 <= abs(value) < 1e4:
         return f"{value:.3g}"
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.0e}"
@@ -33,7 +33,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 class Plot:
-    """A frame with axes; x and y turn values into places."""
+    """A plot with axes. The methods x and y convert values to coordinates."""
 
     def __init__(self, x: tuple[float, float], y: tuple[float, float], label: str, logarithmic: bool = False) -> None:
         self.x_range, self.y_range, self.logarithmic = x, y, logarithmic
@@ -85,7 +85,7 @@ def _linear_range(values: np.ndarray, from_zero: bool) -> tuple[float, float]:
 
 
 def curve(edges: np.ndarray, mean: np.ndarray, error: np.ndarray, chance: float, label: str) -> str:
-    """Bins stand side by side at equal width, hardest on the left; their bounds are the ticks."""
+    """A curve over bins of equal width, hardest on the left. The ticks are the bounds of the bins."""
     known = np.flatnonzero(np.isfinite(mean))
     if not len(known):
         return ""
@@ -112,7 +112,7 @@ def curve(edges: np.ndarray, mean: np.ndarray, error: np.ndarray, chance: float,
 
 
 def _stairs(plot: Plot, values: np.ndarray) -> list[tuple[float, float]]:
-    """The outline of a histogram; what lies below one row in ten is the floor."""
+    """The outline of a histogram. Values below 0.1 are drawn at 0.1."""
     points = []
     for i, value in enumerate(values):
         points += [(plot.x(i), plot.y(float(value))), (plot.x(i + 1), plot.y(float(value)))]
@@ -120,7 +120,7 @@ def _stairs(plot: Plot, values: np.ndarray) -> list[tuple[float, float]]:
 
 
 def histogram(observed: np.ndarray, expected: np.ndarray, label: str, x_name: str) -> str:
-    """observed, expected (counts,): rows that were counted 0, 1, 2, ... times."""
+    """observed, expected (counts,): the number of rows that were counted 0, 1, 2, ... times."""
     plot = Plot((0, len(observed)), (0.1, 1.6 * float(max(observed.max(), expected.max(), 1.0))), label, True)
     plot.y_axis([10.0**power for power in range(0, math.floor(math.log10(plot.y_range[1])) + 1)], "{:,.0f}")
     for at in ticks(0, max(len(observed) - 1, 1), 8):
@@ -135,7 +135,7 @@ def histogram(observed: np.ndarray, expected: np.ndarray, label: str, x_name: st
 
 
 def bars(names: Sequence[str], shares: Sequence[float], chance: Sequence[float], label: str) -> str:
-    """shares in [0, 1], one bar a name; chance: a mark across each bar, NaN for none."""
+    """shares in [0, 1], one bar per name. chance: the position of a mark across each bar; NaN for no mark."""
     plot = Plot((0, len(names)), (0, max(1e-9, 1.12 * max(shares))), label)
     plot.y_axis(ticks(*plot.y_range), "{:.0%}")
     for i, (name, share, mark) in enumerate(zip(names, shares, chance, strict=True)):

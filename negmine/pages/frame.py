@@ -1,4 +1,4 @@
-"""The frame that HTML pages share: document, style, lists, cards and tables. A page is one file without scripts or requests."""
+"""The parts of HTML pages: document, style, lists, cards and tables. A page is one file without scripts or network requests."""
 
 import html
 from string import Template

@@ -1,7 +1,8 @@
-"""The arithmetic of the report: bins of difficulty, sampled ranks, consistency, overlap and rank correlation.
+"""Compute the figures of the report: bins of difficulty, sampled ranks, consistency, overlap and rank correlation.
 
-edges     (bins + 1,) fractions of a query's pool, 0 = hardest, 1 = easiest; bin i holds ranks [floor(e_i M), floor(e_i+1 M))
-ranks     (B, bins * samples) the ranks looked at, -1 where a bin has no more
+edges     (bins + 1,) fractions of a query's pool of M rows, 0 = hardest, 1 = easiest; bin i has the ranks
+          [floor(e_i M), floor(e_i+1 M))
+ranks     (B, bins * samples) the sampled ranks, padded with -1
 """
 
 import math
@@ -12,19 +13,19 @@ from torch import Tensor
 
 from negmine.ops import philox
 
-EDGES = (0.0, 1e-5, 1e-4, 1e-3, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99, 0.999, 1.0)  # fine at both tails
+EDGES = (0.0, 1e-5, 1e-4, 1e-3, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99, 0.999, 1.0)  # narrow bins at both tails
 
 
 def rank_bounds(edges: tuple[float, ...], size: Tensor) -> Tensor:
-    """size (B,) int64, of each pool -> (B, bins + 1) int64: the rank at which each bin begins, and the end."""
+    """size (B,) int64, the size of each pool -> (B, bins + 1) int64: the first rank of each bin, and the end of the last."""
     return (size[:, None] * torch.tensor(edges, dtype=torch.float64, device="cpu")).floor().long()
 
 
 def sampled_ranks(bounds: Tensor, samples: int, queries: Tensor, seed: int) -> Tensor:
     """bounds (B, bins + 1), queries (B,) global numbers -> (B, bins * samples) distinct ranks of each bin, ascending, then -1.
 
-    A bin of `samples` ranks or fewer is taken whole. A wider one is cut into `samples` strata of equal width, and one rank is
-    drawn from each, by a word counted by (query, bin, stratum): batches do not change it.
+    A bin with at most `samples` ranks is taken completely. A larger bin is divided into `samples` strata of equal width, and
+    one rank is drawn from each. The random number depends on (query, bin, stratum), not on the batch.
     """
     first, width = bounds[:, :-1, None], bounds.diff(dim=1)[:, :, None]  # (B, bins, 1) each
     bins = width.shape[1]
@@ -37,7 +38,7 @@ def sampled_ranks(bounds: Tensor, samples: int, queries: Tensor, seed: int) -> T
 
 
 def bin_means(values: np.ndarray, bins: int) -> np.ndarray:
-    """values (B, bins * samples), NaN where there is none -> (B, bins) means over what is there; NaN where nothing is."""
+    """values (B, bins * samples), NaN = no value -> (B, bins) means without NaN; NaN for a bin without values."""
     values = values.reshape(len(values), bins, -1)
     known = np.isfinite(values)
     counts = known.sum(2)
@@ -46,7 +47,7 @@ def bin_means(values: np.ndarray, bins: int) -> np.ndarray:
 
 
 def over_queries(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """values (Q, bins) with NaN -> mean (bins,) and standard error (bins,) over the queries; NaN below one, and two, of them."""
+    """values (Q, bins), NaN = no value -> mean and standard error (bins,) over queries; NaN for too few values."""
     known = np.isfinite(values)
     n = known.sum(0)
     kept = np.where(known, values, 0.0)
@@ -57,13 +58,13 @@ def over_queries(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def variance_ratio(counts: np.ndarray, draws: float, chance: float) -> float:
-    """Var(c) / (Q a (1 - a)): 1 where each of Q queries picks its share a of the rows by itself, more where they agree."""
+    """Var(c) / (Q a (1 - a)): 1 if each of Q queries chooses a share a of the rows independently, more if they agree."""
     expected = draws * chance * (1.0 - chance)
     return float(counts.astype(np.float64).var() / expected) if expected else math.nan
 
 
 def binomial(draws: int, chance: float, most: int) -> np.ndarray:
-    """(most + 1,) float64: probabilities of 0..most successes in `draws` tries of probability `chance`."""
+    """(most + 1,) float64: probabilities of 0, ..., most successes in `draws` trials of probability `chance`."""
     if chance <= 0.0 or chance >= 1.0:
         certain = 0 if chance <= 0.0 else draws
         return (np.arange(most + 1) == certain).astype(np.float64)
@@ -75,13 +76,13 @@ def binomial(draws: int, chance: float, most: int) -> np.ndarray:
 
 
 def shared(first: Tensor, second: Tensor) -> Tensor:
-    """first, second (B, N) int64, each row distinct apart from -1 -> (B,) int64: numbers that stand in both."""
+    """first, second (B, N) int64, without repetitions in a row except of -1 -> (B,) int64: how many numbers are in both."""
     both = torch.cat([first, second], 1).sort(1).values
     return ((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum(1)
 
 
 def average_ranks(values: Tensor) -> Tensor:
-    """values (B, S) -> (B, S) float64 ascending ranks; equal values share the mean of theirs."""
+    """values (B, S) -> (B, S) float64 ascending ranks; equal values get the mean of their ranks."""
     ordered = values.sort(1).values
     values = values.contiguous()
     low, high = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
@@ -89,6 +90,6 @@ def average_ranks(values: Tensor) -> Tensor:
 
 
 def spearman(first: Tensor, second: Tensor) -> Tensor:
-    """first, second (B, S) -> (B,) float64: correlation of their ranks; NaN where one of them is constant."""
+    """first, second (B, S) -> (B,) float64: the rank correlation; NaN if one of them is constant."""
     x, y = (ranks - ranks.mean(1, keepdim=True) for ranks in (average_ranks(first), average_ranks(second)))
     return (x * y).sum(1) / (x.square().sum(1) * y.square().sum(1)).sqrt()

@@ -1,4 +1,4 @@
-"""Checks of the arguments of hardness_report other than embeddings: bins, classes, similarity measures, texts."""
+"""Check the arguments of hardness_report other than embeddings: bins, classes, similarity measures, texts."""
 
 import itertools
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ def checked_fraction(name: str, value: Any) -> float:
 
 @dataclass(frozen=True)
 class Classes:
-    """Classes of queries and corpus rows, as given (ints or strings) and as codes 0.. that both share."""
+    """Classes of queries and corpus rows, as given (ints or strings) and as codes 0, 1, ... common to both."""
 
     given: tuple[np.ndarray, np.ndarray]  # (Q,), (K,)
     queries: np.ndarray  # (Q,) int64
@@ -40,7 +40,7 @@ class Classes:
 
     @property
     def sizes(self) -> np.ndarray:
-        """Corpus rows of each code."""
+        """How many corpus rows have each code."""
         return np.bincount(self.corpus, minlength=int(self.queries.max(initial=0)) + 1)
 
 
@@ -54,30 +54,30 @@ def checked_classes(query_labels: Any, corpus_labels: Any, Q: int, K: int) -> Cl
         array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
         if array.shape != (rows,) or array.dtype.kind not in "iuU":
             came = f"{array.dtype} of shape {array.shape}"
-            raise refuse(OP, name, f"{rows} ints or strings, one a row", came)
+            raise refuse(OP, name, f"{rows} ints or strings, one per row", came)
         given.append(array)
     if (given[0].dtype.kind == "U") != (given[1].dtype.kind == "U"):
-        raise refuse(OP, "corpus_labels", "of the kind of query_labels", str(given[1].dtype))
+        raise refuse(OP, "corpus_labels", "of the same type as query_labels", str(given[1].dtype))
     _, codes = np.unique(np.concatenate(given), return_inverse=True)
     return Classes((given[0], given[1]), codes[:Q].astype(np.int64), codes[Q:].astype(np.int64))
 
 
 def _by_matrix(name: str, matrix: np.ndarray, classes: Classes | None) -> Measure:
-    """(C, C) similarities, looked up by class."""
+    """A measure that looks up similarities in a (C, C) matrix by class."""
     if classes is None or classes.given[0].dtype.kind == "U":
-        raise refuse(OP, name, "a callable unless query_labels and corpus_labels number its rows", matrix.shape)
+        raise refuse(OP, name, "a callable unless query_labels and corpus_labels are given as ints", matrix.shape)
     of_query, of_row = classes.given
     ends = [int(labels.max(initial=0)) for labels in classes.given] + [
         -int(labels.min(initial=0)) for labels in classes.given
     ]
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or max(ends[:2]) >= len(matrix) or max(ends[2:]) > 0:
-        wanted = "a (C, C) matrix with a row for each label, labels in [0, C)"
+        wanted = "a (C, C) matrix with one row per label, and labels in [0, C)"
         raise refuse(OP, name, wanted, f"shape {matrix.shape} and a largest label of {max(ends[:2])}")
     return lambda queries, rows: matrix[of_query[queries], of_row[rows]]
 
 
 def checked_measures(value: Any, classes: Classes | None) -> dict[str, Measure]:
-    """class_similarity in any of its forms, by name."""
+    """The measures of class_similarity, in any of its forms, by name."""
     if value is None:
         return {}
     measures: dict[str, Measure] = {}
@@ -96,12 +96,14 @@ def checked_measures(value: Any, classes: Classes | None) -> dict[str, Measure]:
 
 
 def measured(name: str, measure: Measure, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """queries, rows (B, R), row -1 = none -> (B, R) float64 similarities, NaN where there is none or none is known."""
+    """queries, rows (B, R), row -1 = none -> (B, R) float64 similarities; NaN if there is no row or the value is unknown."""
     out = np.full(rows.shape, np.nan)
     some = rows >= 0
     values = measure(queries[some], rows[some])
     values = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, np.float64)
     if values.shape != (int(some.sum()),):
-        raise refuse(OP, f"class_similarity {describe(name)}", f"a number for each of {some.sum()} pairs", values.shape)
+        raise refuse(
+            OP, f"class_similarity {describe(name)}", f"one number for each of {some.sum()} pairs", values.shape
+        )
     out[some] = values
     return out

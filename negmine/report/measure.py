@@ -1,11 +1,11 @@
-"""hardness_report: checks, the loop over batches of queries, and the figures.
+"""hardness_report: check the arguments, process the queries in batches, and compute the figures.
 
 for each batch of sampled queries
-    the rows at sampled ranks of every bin       rank_thresholds
-    the hardest and the easiest tail             mine_hardest of the query, and of its negative
-    the positive's rank                          count_negatives
-    the same against an older snapshot           mine_hardest, and scores of some rows
-then the rows nearest to the positives           mine_hardest of corpus rows
+    rows at sampled ranks of each bin            rank_thresholds
+    the hardest and the easiest tail             mine_hardest with the query, and with the negated query
+    the rank of the positive                     count_negatives
+    the same with an older snapshot              mine_hardest, and scores of some rows
+then the nearest rows of each positive           mine_hardest with corpus rows as queries
 """
 
 import os
@@ -42,14 +42,14 @@ from negmine.report.result import HardnessReport
 from negmine.report.suspects import TOP, Suspects, near_duplicates, same_text
 from negmine.version import __version__
 
-MOST_QUERIES = 1024  # beyond them a batch gains nothing
-COMPARED = 1024  # corpus rows whose order is compared between snapshots
-OVERLAPS = (1, 10, 100)  # sizes of hardest sets compared between snapshots, beside the tail
+MOST_QUERIES = 1024  # larger batches are not faster
+COMPARED = 1024  # how many corpus rows are ranked for the comparison of snapshots
+OVERLAPS = (1, 10, 100)  # numbers of hardest rows compared between snapshots, in addition to the tail
 
 
 @dataclass
 class _Run:
-    """The inputs that all batches share, and the results so far."""
+    """The inputs of all batches, and the results so far."""
 
     now: Ranking
     before: Ranking | None
@@ -70,7 +70,7 @@ class _Run:
 
     @property
     def depth(self) -> int:
-        """The longest tail that a query can have."""
+        """The size of the largest tail of any query."""
         return max(1, int(self.tail * len(self.now.corpus)))
 
     @property
@@ -131,13 +131,13 @@ class _Run:
 
 
 def _best_positive(ranking: Ranking, positives: RowLists) -> Tensor:
-    """(Q,) fp32: the largest score of each query's positives, NaN where it has none."""
+    """(Q,) fp32: the highest score of each query's positives; NaN if it has none."""
     pairs = ranking.pair_scores(positives.queries, positives.rows)  # (P,)
     return torch.from_numpy(positives.reduce(pairs, "max")).to(ranking.queries.device)
 
 
 def _consistency(run: _Run, K: int) -> dict[str, np.ndarray]:
-    """How often each row stands in a tail, against queries that choose by themselves."""
+    """How often each row is in a tail, compared with queries that choose independently."""
     Q, chance = len(run.numbers), float(np.concatenate(run.per_query["tail_share"]).mean())
     out: dict[str, np.ndarray] = {"consistency_chance": np.array(chance)}
     for side, counts in (("hard", run.hard_count), ("easy", run.easy_count)):
@@ -179,7 +179,7 @@ def _figures(run: _Run, classes: Classes | None) -> dict[str, np.ndarray]:
 
 
 def _records(run: _Run, pairs: list[tuple], sides: tuple[Side, Side]) -> list[dict[str, Any]]:
-    """(query, positive or -1, row, numbers) as records with their ids and texts, for people."""
+    """Tuples (query, positive or -1, row, numbers) as records with ids and texts."""
     out = []
     for query, positive, row, numbers in pairs:
         record = {"query": int(run.numbers[query]), "positive": positive, "row": row, **numbers}
@@ -195,14 +195,14 @@ def _records(run: _Run, pairs: list[tuple], sides: tuple[Side, Side]) -> list[di
 
 
 def _named(name: str, row: int, side: Side) -> dict[str, Any]:
-    """The id and the text of a row, as far as they are known."""
+    """The id and the text of a row, if they are known."""
     columns = {"id": side.ids, "text": side.texts}
     found = {key: column.take(np.array([row]))[0] for key, column in columns.items() if column is not None}
     return {f"{name}_{key}": value if isinstance(value, str) else int(value) for key, value in found.items()}
 
 
 def _most_frequent(counts: np.ndarray, side: Side) -> list[dict[str, Any]]:
-    """The rows that are in the tail of the most queries."""
+    """The rows that are in the tails of most queries."""
     rows = np.lexsort((np.arange(len(counts)), -counts))[:TOP]
     return [
         {"row": int(row), "queries": int(counts[row])} | _named("row", int(row), side) for row in rows if counts[row]
@@ -238,10 +238,10 @@ def hardness_report(
     page: str | os.PathLike | None = None,
     title: str = "How hard are these negatives?",
 ) -> HardnessReport:
-    """What the negatives of a dataset are like, by difficulty, and which are probably false negatives.
+    """Measure the negatives of a dataset by difficulty, and find likely false negatives.
 
         difficulty of row k for query q = its rank in q's pool by (s descending, k ascending), s_qk = query_q . corpus_k,
-        as a fraction of the pool;   pool_q = rows that are neither a positive of q nor excluded for q
+        as a fraction of the pool;   pool_q = rows that are not a positive of q and not excluded for q
 
     Parameters
     ----------
@@ -252,72 +252,79 @@ def hardness_report(
     exclude : sequence, optional
         As in mine_hard_negatives.
     query_labels, corpus_labels : sequence of int or str, optional
-        A class for each row: gives the share of negatives of the query's own class.
+        The class of each row. With them, the report has the share of negatives of the query's own class.
     class_similarity : array, callable or dict, optional
-        A (C, C) matrix looked up by int labels, a callable (query numbers (M,), corpus rows (M,)) -> (M,), or a dict of
-        those by name. NaN means unknown and is left out.
+        How similar classes are: a (C, C) matrix indexed by int labels, a callable (query numbers (M,), corpus rows (M,)) ->
+        (M,), or a dict of these by name. NaN means unknown and is left out.
     query_ids, corpus_ids : sequence, optional
         As in mine_hard_negatives.
     query_texts, corpus_texts : sequence of str or mapping, optional
-        As in mine_hard_negatives. Suspects are shown with them. The row of a query's own text leaves its pool; copies of a
-        positive stay and are listed.
+        As in mine_hard_negatives. Likely false negatives are listed with their texts. A row with the text of the query is
+        removed from its pool; copies of a positive are kept and listed.
     previous : tuple, optional
-        (query_embeddings, corpus_embeddings) of an older snapshot of the same rows, of any D: gives the drift.
+        (query_embeddings, corpus_embeddings) of the same rows by an older model, of any D. With them, the report shows how
+        much the hardest negatives have changed.
     normalize : bool
-        Divide every row by its norm first, in a copy. Otherwise vectors are used as given.
+        Divide each row by its norm first. Otherwise vectors are used as given.
     edges : sequence of float
         Fractions of the pool that separate the bins of difficulty, rounded down to ranks.
     tail : float
-        The share of the pool that is called hardest, and easiest, when agreement between queries is measured.
+        The share of the pool that counts as hardest, and as easiest, when agreement between queries is measured.
     num_queries : int or None
-        How many queries to look at, drawn by seed; None = all.
+        How many queries to sample; None = all.
     samples_per_bin : int
-        How many ranks to look at in each bin of each query, one from each of so many equal parts. A smaller bin is taken
-        whole.
+        How many ranks to sample in each bin of each query, one from each of this many parts of equal width. Smaller bins are
+        taken completely.
     near_duplicate_score : float
-        A row that scores this or more with a positive is listed as its near duplicate.
+        A row whose score with a positive is at least this is listed as its near duplicate.
     num_suspects : int
-        How many suspects of each kind are listed, at most 3 a query.
+        How many likely false negatives of each kind are listed, at most 3 per query.
     seed : int
-        Of all draws.
+        Seed of the random numbers.
     max_memory_bytes : int, optional
-        What a batch of queries may hold beside inputs and figures (default 1 GiB).
+        Limit for the memory of a batch of queries, without inputs and figures; default: 1 GiB.
     device : str or torch.device, optional
-        Where scores are computed.
+        The device that computes scores; default: the device of the embeddings.
     backend : str, optional
         As in mine_hard_negatives.
     show_progress_bar : bool
-        A line on stderr, with the time left.
+        Show a line on stderr with the time left.
     page : path, optional
-        Where to write the HTML page.
+        The file for the HTML page; default: none is written.
     title : str
         The heading of the page.
 
     Returns
     -------
     HardnessReport
-        Its figures, with bins = len(edges) - 1 and Q' = the queries looked at, are listed in the notes.
+        The report. The notes list its figures.
 
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit, before any work; for rows that are not finite, as they are read.
+        If an argument is invalid, before any work; if a row is not finite, when it is read.
 
     Notes
     -----
-        score_mean, score_error             (bins,) mean score, and its standard error over queries; signed, both tails
-        same_class_mean, _error, _chance    (bins,) share of the query's class; chance = its share of the whole pool
-        similarity/<name>_mean, _error      (bins,); _overall: the mean over the pool, bins weighed by their size
-        positive_rank (Q',)                 1 = first among the pool, 0 = no positive; positive_score (Q',): the best one's
-        hard_count, easy_count (K,)         queries in whose hardest, easiest tail a row stands hard_variance_ratio,
-        easy_...       Var(c) / (Q' a (1 - a)), a = share of a tail: 1 if queries chose by themselves hard_agreement,
-        easy_agreement      (ratio - 1) / (Q' - 1): how far two queries' choices correlate, whatever Q' hard_histogram,
-        hard_expected, ...  rows by count, and what Binomial(Q', a) expects outscoring_rate, outscoring_mean    share of
-        queries with a negative above every positive; how many of the hardest 10 overlap (Q', sizes)                 share
-        of the hardest sets that the snapshots have in common; sizes in overlap_sizes rank_correlation (Q',)
-        Spearman's, over up to 1024 corpus rows
+    The figures, with bins = len(edges) - 1, Q' = the number of sampled queries, and a = the share of a tail:
 
-    In the easiest tail equal scores also go to the lower row. No (Q, K) matrix is made, except by the reference.
+    - score_mean, score_error (bins,): mean score, and its standard error over queries.
+    - same_class_mean, same_class_error (bins,): share of the query's class; same_class_chance: its share of the whole pool.
+    - similarity/<name>_mean, similarity/<name>_error (bins,): mean similarity; similarity/<name>_overall: the mean over the
+      pool, with bins weighted by their size.
+    - positive_rank (Q',): the rank of the best positive in the pool, from 1; 0 if there is none. positive_score (Q',): its
+      score.
+    - hard_count, easy_count (K,): for how many queries a row is in the hardest, or easiest, tail.
+    - hard_variance_ratio, easy_variance_ratio: Var(count) / (Q' a (1 - a)), which is 1 if queries choose independently.
+    - hard_agreement, easy_agreement: (ratio - 1) / (Q' - 1), the correlation between the choices of two queries.
+    - hard_histogram, easy_histogram: how many rows have each count; hard_expected, easy_expected: the same by
+      Binomial(Q', a).
+    - outscoring_rate: share of queries with a negative above every positive; outscoring_mean: how many of the hardest 10 are.
+    - overlap (Q', sizes): share of the hardest rows that both snapshots have; overlap_sizes: how many rows these are.
+    - rank_correlation (Q',): Spearman's correlation between the snapshots, over up to 1,024 corpus rows.
+
+    Of rows with equal scores, the lower row number comes first, also in the easiest tail. No (Q, K) matrix is stored, except by
+    the reference backend.
 
     References
     ----------
@@ -357,7 +364,7 @@ def hardness_report(
         raise checks.refuse(OP, "corpus_embeddings", f"of query_embeddings' D = {queries.dim}", (K, corpus.dim))
     for name, rows in (("query_embeddings", Q), ("corpus_embeddings", K)):
         if rows == 0:
-            raise checks.refuse(OP, name, "of 1 row or more", 0)
+            raise checks.refuse(OP, name, "of at least one row", 0)
     older = _older(previous, Q, K)
     sides = (
         Side.open(OP, ("query_ids", "query_texts"), query_ids, query_texts, Q, 0),
@@ -386,7 +393,9 @@ def hardness_report(
     each += 48 * len(compared) if before is not None else 0
     batch = min(MOST_QUERIES, (max_memory_bytes or DEFAULT_MEMORY) // each)
     if batch < 1:
-        raise checks.refuse(OP, "max_memory_bytes", f"at least {each}, what one query holds", max_memory_bytes)
+        raise checks.refuse(
+            OP, "max_memory_bytes", f"at least {each}, the bytes that one query needs", max_memory_bytes
+        )
 
     run = _Run(
         now, before, numbers, seen, _best_positive(now, kept), bounds, share, samples_per_bin, seed,
@@ -440,7 +449,7 @@ def hardness_report(
 
 
 def _older(previous: Any, Q: int, K: int) -> tuple[Rows, Rows] | None:
-    """The embeddings of the older snapshot, checked against the rows of this one."""
+    """The embeddings of the older snapshot, after checks that they have the same numbers of rows."""
     if previous is None:
         return None
     if not isinstance(previous, (tuple, list)) or len(previous) != 2:
@@ -450,12 +459,12 @@ def _older(previous: Any, Q: int, K: int) -> tuple[Rows, Rows] | None:
     older = Rows.open(OP, "previous[0]", previous[0]), Rows.open(OP, "previous[1]", previous[1])
     if (len(older[0]), len(older[1])) != (Q, K) or older[0].dim != older[1].dim:
         came = [(len(rows), rows.dim) for rows in older]
-        raise checks.refuse(OP, "previous", f"of {Q} queries and {K} corpus rows, with one D", came)
+        raise checks.refuse(OP, "previous", f"of {Q} queries and {K} corpus rows, with the same D", came)
     return older
 
 
 def _closest_positive(ranking: Ranking, positives: RowLists, query: int, row: int) -> int:
-    """The positive of a sampled query that lies nearest to a corpus row."""
+    """The positive of a sampled query that is nearest to a corpus row."""
     rows = positives.rows[positives.indptr[query] : positives.indptr[query + 1]]
     near = (ranking.corpus[torch.from_numpy(rows)].float() @ ranking.corpus[row].float()).argmax()
     return int(rows[int(near)])

@@ -10,13 +10,13 @@ from negmine.report import words
 
 Figures = dict[str, np.ndarray]
 Facts = dict[str, Any]
-RANKS = ((1, 1), (2, 5), (6, 10), (11, 100), (101, None))  # spans of the positive's rank that a bar stands for
+RANKS = ((1, 1), (2, 5), (6, 10), (11, 100), (101, None))  # ranges of the positive's rank, one per bar
 
 
 def _by_difficulty(figures: Figures, facts: Facts) -> str:
     cards = ""
     captions = {
-        "score": "Signed: below zero is opposite, not alike.",
+        "score": "Scores have a sign: below zero, vectors point in opposite directions.",
         "same_class": 'Share of the query\'s own class; <span class="dash">dashed</span>: its share of the pool.',
     }
     measure = 'Mean over the negatives at that difficulty; <span class="dash">dashed</span>: over the whole pool.'
@@ -24,9 +24,9 @@ def _by_difficulty(figures: Figures, facts: Facts) -> str:
         plot = charts.curve(words.bounds(figures), figures[f"{name}_mean"], figures[f"{name}_error"], overall, title)
         cards += frame.card(title[0].upper() + title[1:], captions.get(name, measure), plot)
     return (
-        "<h2>By difficulty</h2><p>Each query ranks its own negatives, hardest first. Bins are narrow at both tails; "
-        "shaded: two standard errors over queries. "
-        f'{facts["arguments"]["samples_per_bin"]} ranks a bin and query were looked at.</p><div class="two">{cards}</div>'
+        "<h2>By difficulty</h2><p>Each query ranks its own negatives, hardest first. Bins are narrow at both tails. "
+        "The shaded band is two standard errors over queries. "
+        f'{facts["arguments"]["samples_per_bin"]} ranks per bin and query were sampled.</p><div class="two">{cards}</div>'
     )
 
 
@@ -37,7 +37,7 @@ def _positives(figures: Figures, facts: Facts) -> str:
     names = [f"{low}" if low == high else f"{low} to {high}" if high else f"over {low - 1}" for low, high in RANKS]
     shares = [float(((rank >= low) & (rank <= (high or rank.max()))).mean()) for low, high in RANKS]
     plot = charts.bars(names, shares, [float("nan")] * len(RANKS), "rank of the best positive")
-    return frame.card("Rank of the best positive", "Share of the queries; 1: it comes before every negative.", plot)
+    return frame.card("Rank of the best positive", "Share of the queries. Rank 1: it is above every negative.", plot)
 
 
 def _consistency(figures: Figures, facts: Facts) -> str:
@@ -49,10 +49,10 @@ def _consistency(figures: Figures, facts: Facts) -> str:
         )
         caption = (
             f"Rows of the corpus by the number of queries that have them among their {word} {tail}; "
-            '<span class="dash">dashed</span>: if every query chose by itself. '
+            '<span class="dash">dashed</span>: if queries chose independently. '
             f"Variance: {figures[f'{side}_variance_ratio']:.3g} times chance."
         )
-        cards += frame.card(f"The same rows for everyone? The {word}", caption, plot)
+        cards += frame.card(f"The {word}: the same rows for all queries?", caption, plot)
         rows = [
             f'<tr><td class="n">{row["queries"]:,}</td>{_name(row)}{_text(row, "row_text")}</tr>'
             for row in facts[f"often_{side}"]
@@ -70,16 +70,16 @@ def _drift(figures: Figures, facts: Facts) -> str:
     names = [f"hardest {n:,}" for n in sizes]
     chance = [float(n / facts["corpus_rows"]) for n in sizes]
     plot = charts.bars(names, [float(share) for share in kept], chance, "overlap with the older snapshot")
-    caption = 'Share of the hardest negatives that both snapshots name; <span class="dash">dashed</span>: by chance.'
+    caption = 'Share of the hardest negatives that both snapshots have; <span class="dash">dashed</span>: by chance.'
     return frame.card("Still hard since the older snapshot", caption, plot)
 
 
 def _pair(cards: str) -> str:
-    return f'<h2>Where the positives stand</h2><div class="two">{cards}</div>' if cards else ""
+    return f'<h2>Ranks of the positives</h2><div class="two">{cards}</div>' if cards else ""
 
 
 def _text(record: dict[str, Any], name: str) -> str:
-    """A cell: the text and the id, as far as they are known, else the row's number."""
+    """A table cell with the text and the id, if they are known, else the row number."""
     kind = name.removesuffix("_text")
     text, key = record.get(name), record.get(f"{kind}_id")
     parts = [] if key is None else [f"<b>{html.escape(str(key))}</b>"]
@@ -88,7 +88,7 @@ def _text(record: dict[str, Any], name: str) -> str:
 
 
 def _name(record: dict[str, Any]) -> str:
-    """A cell: the row's id, else its number."""
+    """A table cell with the id of the row, else its number."""
     key = record.get("row_id")
     return f'<td class="n">{record["row"]:,}</td>' if key is None else f'<td class="text">{html.escape(str(key))}</td>'
 
@@ -113,12 +113,12 @@ def _suspects(figures: Figures, facts: Facts) -> str:
         f"{_text(record, 'row_text')}<td>{_marks(record)}</td></tr>"
         for record in facts["near_duplicates"]
     ]
-    out += frame.table("Rows that all but repeat a positive", f'<th class="n">score</th>{texts}<th></th>', rows)
+    out += frame.table("Near duplicates of positives", f'<th class="n">score</th>{texts}<th></th>', rows)
     if not out:
         return ""
     return (
-        "<h2>Suspects: are these negatives?</h2><p>Largest gap first, at most three a query. Some will be "
-        f"right answers that nobody marked; others are what the encoder has yet to learn.</p>{out}"
+        "<h2>Suspects: are these negatives?</h2><p>Largest gap first, at most three per query. Some are "
+        f"right answers that are not marked as positives; others the encoder has not learned yet.</p>{out}"
     )
 
 

@@ -1,6 +1,6 @@
-"""Queries ranked against a corpus in memory, through the kernels, without a (Q, K) matrix.
+"""Rank the rows of a corpus for queries with the kernels, without a (Q, K) matrix.
 
-A .npy file stays memory-mapped on the CPU; shards are concatenated, and normalize makes a copy.
+On a CPU a .npy file stays memory-mapped. Shards are concatenated, and normalize=True copies the rows.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ BLOCK = 16_384  # rows at a time while norms are computed
 
 
 def _load(op: str, name: str, rows: Rows, numbers: np.ndarray | None, normalize: bool, where: torch.device) -> Tensor:
-    """The rows `numbers`, or all rows, as one (M, D) tensor on `where`; raises ValueError for a row that is not finite."""
+    """The rows `numbers`, or all rows, as one (M, D) tensor on `where`. Raises ValueError for a row that is not finite."""
     if numbers is not None:
         block = rows.gather(numbers, where)
     elif len(rows.shards) == 1:
@@ -47,7 +47,7 @@ def _load(op: str, name: str, rows: Rows, numbers: np.ndarray | None, normalize:
 
 
 def norms(vectors: Tensor) -> tuple[float, float]:
-    """The least and the largest norm of the rows of vectors (M, D)."""
+    """The smallest and the largest norm of the rows of vectors (M, D)."""
     parts = [vectors[begin : begin + BLOCK].float().norm(dim=1) for begin in range(0, len(vectors), BLOCK)]
     every = torch.cat(parts)
     return float(every.min()), float(every.max())
@@ -55,7 +55,7 @@ def norms(vectors: Tensor) -> tuple[float, float]:
 
 @dataclass
 class Ranking:
-    """Queries (Q, D), as sampled, and the corpus (K, D) that they rank."""
+    """The sampled queries (Q, D) and the corpus (K, D)."""
 
     ops: Kernels | None
     queries: Tensor  # (Q, D)
@@ -82,21 +82,21 @@ class Ranking:
 
     @property
     def pair_bytes(self) -> int:
-        """Bytes that one (query, row) pair of a batch costs, beside its mask."""
+        """Bytes of memory per (query, row) pair of a batch, without its mask."""
         return 0 if self.ops is not None else DENSE_BYTES
 
     def pool(self, hidden: RowLists, begin: int, end: int) -> Pool:
-        """The rows that queries [begin, end) may see."""
+        """The pools of queries [begin, end)."""
         own = hidden.take(np.arange(begin, end))
         return self.scan.pool(end - begin, 0, len(self.corpus), own.queries, own.rows)
 
     def hardest(self, query: Tensor, N: int, pool: Pool) -> tuple[Tensor, Tensor]:
-        """query (B, D) -> scores (B, N), rows (B, N): (-inf, -1) past the end."""
+        """query (B, D) -> scores (B, N), rows (B, N), padded with -inf and -1."""
         scores, rows, _ = hardest_rows(self.ops, query, self.corpus, N, pool, Select(), None)
         return scores, rows
 
     def at_ranks(self, query: Tensor, ranks: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
-        """query (B, D), ranks (B, R) int64 -> scores (B, R), rows (B, R) at these ranks; (-inf, -1) past the end."""
+        """query (B, D), ranks (B, R) int64 -> scores (B, R), rows (B, R) at these ranks; -inf and -1 past the end of a pool."""
         if self.ops is not None:
             return sort_key.unpack(self.ops.rank_thresholds(query, self.corpus, ranks, *pool))
         q, k = widened(query), widened(self.corpus)
@@ -108,11 +108,11 @@ class Ranking:
         )
 
     def count_not_above(self, query: Tensor, anchor: Tensor, pool: Pool) -> Tensor:
-        """anchor (B,) fp32 -> (B,) int64: rows of the pool that score the anchor or less."""
+        """anchor (B,) fp32 -> (B,) int64: how many rows of the pool have a score of at most the anchor."""
         return count_kept(self.ops, query, self.corpus, pool, Select(absolute_margin=0.0), anchor)
 
     def pair_scores(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """queries, rows (P,) -> (P,) fp32: the score of each pair, bit for bit as the ranking has it."""
+        """queries, rows (P,) -> (P,) fp32: the score of each pair, bit for bit as in the ranking."""
 
         def vectors(numbers: np.ndarray) -> Tensor:
             return self.queries[torch.from_numpy(numbers).to(self.queries.device)]
@@ -120,6 +120,6 @@ class Ranking:
         return pair_scores(self.ops, vectors, self.scan.corpus.gather, queries, rows)
 
     def nearest(self, rows: np.ndarray, hidden: RowLists, N: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """The N rows nearest to corpus rows [begin, end) of `rows`, without those that `hidden` hides from each."""
+        """The N rows nearest to each of the corpus rows rows[begin:end], without the rows hidden from it."""
         chosen = torch.from_numpy(rows[begin:end]).to(self.corpus.device)
         return self.hardest(self.corpus[chosen], N, self.pool(hidden, begin, end))

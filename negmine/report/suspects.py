@@ -1,4 +1,4 @@
-"""Negatives that may be false: those that outscore every positive, and corpus rows that nearly duplicate a positive."""
+"""Find likely false negatives: negatives that outscore all positives, and near duplicates of positives."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,17 +17,17 @@ MAX_PER_QUERY = 3  # suspects listed for one query
 
 @dataclass
 class Suspects:
-    """The negatives among the hardest TOP of each query that outscore its best positive, worst first."""
+    """The negatives among the hardest TOP of each query that outscore its best positive, largest gap first."""
 
     most: int
     found: list[tuple[float, int, int, float, float]] = field(
         default_factory=list
-    )  # -gap, query, row, score, positive's
+    )  # -gap, query, row, score, score of the positive
     outscoring: list[Tensor] = field(default_factory=list)  # (B,) of the TOP hardest, those above the positive
     margins: list[Tensor] = field(default_factory=list)  # (B, TOP) score - positive's
 
     def batch(self, begin: int, scores: Tensor, rows: Tensor, anchor: Tensor) -> None:
-        """scores, rows (B, TOP), anchor (B,) NaN where there is no positive."""
+        """Add a batch: scores, rows (B, TOP), anchor (B,), the score of the best positive or NaN if there is none."""
         gap = scores - anchor[:, None]  # (B, TOP)
         self.margins.append(torch.nn.functional.pad(gap, (0, TOP - gap.shape[1]), value=-torch.inf))
         self.outscoring.append((gap > 0).sum(1))
@@ -38,7 +38,7 @@ class Suspects:
         self.found = sorted(self.found)[: self.most]
 
     def figures(self) -> dict[str, np.ndarray]:
-        """Over the queries that have a positive."""
+        """The figures, over queries with a positive."""
         margins, above = torch.cat(self.margins), torch.cat(self.outscoring)
         known = ~margins[:, 0].isnan()  # (Q,)
         margins, above = margins[known], above[known].double()
@@ -52,7 +52,7 @@ class Suspects:
 def near_duplicates(
     ranking: Ranking, positives: RowLists, hidden: RowLists, least: float, batch: int, advance: Any
 ) -> list[tuple[float, int, int, int]]:
-    """(-score, query, positive, row) of the rows, of each positive's nearest TOP, that score `least` with it; nearest first."""
+    """(-score, query, positive, row) of rows that score at least `least` with a positive; at most TOP rows of each positive."""
     found = []
     of_pair = positives.queries  # (P,)
     hidden_of_pair = hidden.take(of_pair)
@@ -69,5 +69,5 @@ def near_duplicates(
 
 
 def same_text(first: str | None, second: str | None) -> bool:
-    """Equal but for case, spaces and Unicode composition."""
+    """Whether two texts are equal except for case, spaces and Unicode composition."""
     return first is not None and second is not None and fold(first).casefold() == fold(second).casefold()

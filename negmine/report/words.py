@@ -1,29 +1,29 @@
-"""The text of a report: findings, recommendations, and the table by difficulty.
+"""Write the text of a report: findings, recommendations, and the table by difficulty.
 
-The thresholds at which a sentence changes are judgements; they are the constants below.
+The constants below are the thresholds at which sentences change. They are our judgement.
 """
 
 from typing import Any
 
 import numpy as np
 
-UNIT = 0.01  # norms within this of 1 are unit rows
-CONSISTENT = 0.01  # correlation of two queries' choices
-STALE = 0.5  # share of the hardest tail that two snapshots have in common
-CLEAN_CLASS = 0.05  # share of same-class negatives that a window may start with
-MARGIN = 0.05  # relative margin whose effect is told
+UNIT = 0.01  # rows count as unit rows if their norms differ from 1 by at most this
+CONSISTENT = 0.01  # correlation between two queries' choices
+STALE = 0.5  # share of the hardest tail that both snapshots have
+CLEAN_CLASS = 0.05  # acceptable share of same-class negatives at the start of a window
+MARGIN = 0.05  # relative margin that the advice proposes
 
 Figures = dict[str, np.ndarray]
 Facts = dict[str, Any]
 COPIES = {
-    True: 'corpus_texts=, so that copies of one text are one document; deduplicate="near" drops what is nearly equal, too.',
+    True: 'corpus_texts=, so that copies of one text are one document; deduplicate="near" also removes nearly equal rows.',
     False: 'deduplicate="near" if rows repeat: "exact" does not see copies of a text whose embeddings differ in the last bits. '
     "With corpus_texts= equal texts are one document.",
 }
 
 
 def percent(share: float) -> str:
-    """0.00001 -> 0.001 %, with no more digits than it has."""
+    """A share as a percentage: 0.00001 becomes 0.001 %."""
     return f"{100 * share:.3g} %" if share < 0.9995 or share == 1 else f"{100 * share:.4g} %"
 
 
@@ -36,7 +36,7 @@ def is_unit(facts: Facts) -> bool:
 
 
 def bounds(figures: Figures) -> np.ndarray:
-    """The edges, as they part what was seen: a bin after empty ones begins at 0, since they hold no rank."""
+    """The edges that separate the sampled ranks. A bin after empty bins starts at 0, because empty bins have no rank."""
     edges, known = figures["edges"].copy(), known_bins(figures, "score")
     edges[: known[0] + 1], edges[known[-1] + 1 :] = 0.0, 1.0
     return edges
@@ -48,12 +48,12 @@ def bin_name(figures: Figures, i: int) -> str:
 
 
 def known_bins(figures: Figures, name: str) -> np.ndarray:
-    """Numbers of the bins that hold a value."""
+    """The numbers of the bins that have a value."""
     return np.flatnonzero(np.isfinite(figures[f"{name}_mean"]))
 
 
 def shown(figures: Figures, facts: Facts) -> list[tuple[str, str, float]]:
-    """Figure, title and chance of each curve by difficulty; NaN where chance has no meaning."""
+    """Figure, title and chance level of each curve by difficulty; NaN if there is no chance level."""
     curves = [("score", score_word(facts), float("nan"))]
     if "same_class_mean" in figures:
         curves.append(("same_class", "same class", float(figures["same_class_chance"])))
@@ -63,7 +63,7 @@ def shown(figures: Figures, facts: Facts) -> list[tuple[str, str, float]]:
 
 
 def table(figures: Figures, facts: Facts) -> list[str]:
-    """Lines: a bin of difficulty each, with the mean of every curve."""
+    """The lines of a table: one per bin of difficulty, with the mean of each curve."""
     curves = shown(figures, facts)
     widths = [max(12, len(title)) + 2 for _, title, _ in curves]
     lines = [f"{'hardest ... easiest':<20}"]
@@ -76,7 +76,7 @@ def table(figures: Figures, facts: Facts) -> list[str]:
 
 
 def _tails(figures: Figures, name: str, title: str, overall: float) -> list[str]:
-    """How a curve runs from the hardest to the easiest, and whether the easiest end turns up again."""
+    """Sentences on how a curve goes from hardest to easiest, and whether it rises again at the easiest end."""
     known = known_bins(figures, name)
     if len(known) < 2:
         return []
@@ -92,7 +92,7 @@ def _tails(figures: Figures, name: str, title: str, overall: float) -> list[str]
     if gap > noise:
         sentences[0] += (
             f" Towards the easiest it rises again, {gap:.2g} above the bin {bin_name(figures, int(lowest))} (two standard errors "
-            f"are {noise:.2g}): opposite directions still hold kin."
+            f"are {noise:.2g}): rows in opposite directions can be related."
         )
     elif np.isfinite(noise):
         sentences[0] += " Towards the easiest it does not rise again."
@@ -117,7 +117,7 @@ def findings(figures: Figures, facts: Facts) -> list[str]:
         never = int((figures[f"{side}_count"] == 0).sum())
         sentences.append(
             f"How often a row is among the {counts} {percent(facts['arguments']['tail'])} varies {ratio:.3g} times as much as "
-            f"if queries chose by themselves (their choices correlate at {float(figures[f'{side}_agreement']):.3f}): one row is "
+            f"if queries chose independently (their choices correlate at {float(figures[f'{side}_agreement']):.3f}): one row is "
             f"there for {most:,} of {Q:,} queries, {never:,} rows for none."
         )
     if "overlap" in figures:
@@ -131,7 +131,7 @@ def findings(figures: Figures, facts: Facts) -> list[str]:
 
 
 def _margin_drops(figures: Figures) -> float:
-    """Share of the hardest ten of each query that a relative margin of MARGIN would drop."""
+    """The share of the hardest ten of each query that a relative margin of MARGIN would remove."""
     gap = figures["top_margins"]  # (queries with a positive, 10)
     positive = figures["positive_score"][~np.isnan(figures["positive_score"])]
     real = np.isfinite(gap)
@@ -144,18 +144,18 @@ def advice(figures: Figures, facts: Facts) -> list[str]:
     if not is_unit(facts):
         low, high = (f(norm for pair in facts["norms"] for norm in pair) for f in (min, max))
         sentences.append(
-            f"Rows have norms from {low:.3g} to {high:.3g}, so scores are no cosines: normalize=True makes them so."
+            f"Rows have norms from {low:.3g} to {high:.3g}, so scores are not cosines; normalize=True makes them cosines."
         )
     if facts["has_positives"] and figures["outscoring_rate"] > 0:
         sentences.append(
             f"{percent(float(figures['outscoring_rate']))} of the queries have a negative above every known positive: read the "
-            f"suspects below. If they answer the query, mine with Select(relative_margin={MARGIN}), which would drop "
-            f"{percent(_margin_drops(figures))} of the hardest ten; if they do not, they are what training should see."
+            f"suspects below. If they answer the query, mine with Select(relative_margin={MARGIN}), which would remove "
+            f"{percent(_margin_drops(figures))} of the hardest ten; if they do not, they are useful negatives."
         )
     if figures["near_duplicates"] > 0:
         sentences.append(
             f"{int(figures['near_duplicates']):,} rows score {facts['arguments']['near_duplicate_score']:g} or more with a "
-            f"positive. Give the true ones as positives or exclude=, and mine with {COPIES[facts['has_texts']]}"
+            f"positive. Pass those that are right answers as positives or exclude=, and mine with {COPIES[facts['has_texts']]}"
         )
     if "same_class_mean" in figures:
         rate, chance = figures["same_class_mean"], float(figures["same_class_chance"])
@@ -165,16 +165,17 @@ def advice(figures: Figures, facts: Facts) -> list[str]:
             start = float(figures["edges"][over[-1] + 1])
             skip = f", or leave out the hardest {percent(start)} with Select({start:g}, None)" if start < 1 else ""
             sentences.append(
-                f"If a negative of the query's own class is a false one: {percent(float(rate[known[0]]))} of the hardest are, "
-                f"{percent(chance)} by chance. Mask them by label (query_labels, negative_labels){skip}."
+                f"{percent(float(rate[known[0]]))} of the hardest negatives are of the query's own class; by chance "
+                f"{percent(chance)} would be. If these are false negatives, mask them by label (query_labels, "
+                f"negative_labels){skip}."
             )
     if figures["hard_agreement"] > CONSISTENT:
         sentences.append(
             "Some rows are hard for many queries at once: read the rows listed as hardest most often. If they are boilerplate, "
-            'drop them from the corpus; else sampling_strategy="random" over a window spreads the choice.'
+            'remove them from the corpus; otherwise sampling_strategy="random" over a window selects them less often.'
         )
     if "overlap" in figures:
         kept = float(np.nanmean(figures["overlap"][:, -1]))
-        verdict = "mine again" if kept < STALE else "the mined negatives still serve"
-        sentences.append(f"{percent(kept)} of the hardest tail is what it was: {verdict}.")
-    return sentences or ["Nothing here asks for a change."]
+        verdict = "mine again" if kept < STALE else "the mined negatives are still good"
+        sentences.append(f"{percent(kept)} of the hardest tail is unchanged: {verdict}.")
+    return sentences or ["No change is needed."]
