@@ -8,7 +8,7 @@ import torch
 import negmine
 from negmine import Mix, Negatives, Select, reference
 from negmine.ops import backends, sort_key
-from negmine.ops.pool import Pool, narrow
+from negmine.ops.pool import Pool, narrow, usable
 from negmine.ops.windows import Draw, mixing_draws
 from negmine.selection import Mined
 from tests import compare
@@ -407,3 +407,25 @@ def test_maxsim_is_exact_on_integers(isa, dtype):
         best = (inner == inner.amax(3, keepdim=True)).int().argmax(3)  # the first
         compare.exact("scores", scores, reference.maxsim(q.double(), keys.double()))
         assert torch.equal(index, best + J * torch.arange(K))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("types", ["float32 float32", "bfloat16 bfloat16", "float16 bfloat16"])
+def test_prefix_widths_are_the_sums_of_prefixes(isa, types, masked):
+    """Small integers, so that the scores are those of logsumexp; segments of odd widths, chunks and blocks that end early."""
+    dtypes = [getattr(torch, name) for name in types.split()]
+    scale = torch.tensor(0.2)
+    for seed, (B, K, widths) in enumerate([(3, 7, [5]), (65, 300, [1, 32, 45, 130]), (2, 260, [64, 128, 515])]):
+        D = widths[-1] + 3
+        q, keys = whole(B, D, dtype=dtypes[0], seed=seed), whole(K, D, dtype=dtypes[1], seed=seed + 1)
+        pool = Pool(torch.rand(B, K) < 0.8, **ids(B, K), bias=torch.randn(K)) if masked else Pool()
+        lse, mean, num_kept = torch.ops.negmine_cpu.prefix_logsumexp(q, keys, torch.tensor(widths), scale, True, *pool)
+        for at, width in enumerate(widths):
+            want_lse, _, want_kept, *_ = summed(q[:, :width], keys[:, :width], scale, None, False, pool)
+            torch.testing.assert_close(lse[at], want_lse, rtol=1e-6, atol=1e-6)
+            x = (q[:, :width].double() @ keys[:, :width].double().T) * scale
+            x = x if not masked else (x + pool.bias).masked_fill(~usable(pool, q, keys), -torch.inf)
+            p, prefix = x.softmax(1), keys[:, :width].double()
+            rounding = 2**-7 if types == "bfloat16 bfloat16" else 1e-5  # of weights, and of the part along the query
+            assert ((mean[at, :, :width] - p @ prefix).abs() <= rounding * (p @ prefix.abs()).max()).all()
+            assert torch.equal(num_kept, want_kept) and not mean[at, :, width:].any()

@@ -30,7 +30,7 @@ def usable(device):
     return torch.arange(B, device=device)[:, None] % 3 != torch.arange(K, device=device) % 3
 
 
-def separate_calls(query, positive, keys, own, normalize, **options):
+def separate_calls(query, positive, keys, own, bias, normalize, one_pass, **options):
     """The definition, by a call of info_nce at each width, of ranks [1, 9) of the shared keys' usable columns by the widest."""
 
     def prefix(vectors, width):
@@ -40,36 +40,43 @@ def separate_calls(query, positive, keys, own, normalize, **options):
     mask = kept_by_hand((widest[0].double() @ widest[1].double().T).detach(), usable(keys.device), 1, 9)
     total = 0.0
     for width, weight in zip(WIDTHS, WEIGHTS, strict=True):
-        pools = [Negatives(prefix(keys, width), mask=mask), Negatives(prefix(own, width)), None]
+        pools = [Negatives(prefix(keys, width), mask=mask, bias=bias), Negatives(prefix(own, width)), None]
+        pools = pools[::2] if one_pass else pools
         vectors = prefix(query, width), prefix(positive, width)
         total = total + weight * negmine.info_nce(*vectors, pools, backend="reference", **options)
     return total
 
 
-@pytest.mark.parametrize("normalize", [False, True], ids=["as given", "normalized"])
+@pytest.mark.parametrize("case", ["as given", "normalized", "one pass"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_it_is_a_call_at_each_width(any_backend, dtype, normalize):
+def test_it_is_a_call_at_each_width(any_backend, dtype, case):
     """Several pools, one with a window, with gradients to all of them; a gradient in 16 bits is rounded once."""
     device = device_of(any_backend)
     vectors = [unit(*n, D, dtype=dtype, device=device, seed=i) for i, n in enumerate([(B,), (B,), (K,), (B, M)])]
-    options = {"temperature": 0.3, "decoupled": normalize, "weight": Weight(0.0 if normalize else 0.5)}
+    normalize, one_pass = case == "normalized", case == "one pass"
+    weight = None if one_pass else Weight(0.0 if normalize else 0.5)
 
     def graded(loss, dtype):
+        wide = torch.promote_types(dtype, torch.float32)
         leaves = [v.to(dtype).requires_grad_() for v in vectors]
-        value = loss(*leaves)
-        return value, *torch.autograd.grad(value, leaves)
+        leaves += [torch.linspace(-1, 1, K, dtype=wide, device=device).requires_grad_()]
+        leaves += [torch.tensor(0.3, dtype=wide, requires_grad=True)]
+        value = loss(*leaves[:-1], temperature=leaves[-1], decoupled=normalize, weight=weight)
+        grads = torch.autograd.grad(value, leaves, allow_unused=one_pass)
+        return value, *(grad for grad in grads if grad is not None)
 
-    def fused(query, positive, keys, own):
-        shared = Negatives(keys, mask=usable(device), select=Select(1, 9))
-        pools = [shared, Negatives(own), None]
+    def fused(query, positive, keys, own, bias, **options):
+        shared = Negatives(keys, mask=usable(device), bias=bias, select=Select(1, 9))
+        pools = [shared, None] if one_pass else [shared, Negatives(own), None]
         given = {"widths": WIDTHS, "weights": WEIGHTS, "normalize": normalize, "backend": any_backend}
         return matryoshka(query, positive, pools, **given, **options)
 
-    def dense(*leaves):
-        return separate_calls(*leaves, normalize, **options)
+    def dense(*leaves, **options):
+        return separate_calls(*leaves, normalize, one_pass, **options)
 
     got, truth, plain = graded(fused, dtype), graded(dense, torch.float64), graded(dense, dtype)
-    for name, g, t, p in zip(("loss", "query", "positive", "keys", "own"), got, truth, plain, strict=True):
+    names = ["loss", "query", "positive", "keys", *([] if one_pass else ["own"]), "bias", "temperature"]
+    for name, g, t, p in zip(names, got, truth, plain, strict=True):
         compare.rounded(name, g, t, p, condition=4.0)
 
 
@@ -90,6 +97,30 @@ def test_selection_is_by_the_widest_and_exact_on_integers(any_backend):
         columns = torch.cat([x_positive, x.masked_fill(~mask, -torch.inf)], 1)
         torch.testing.assert_close(rows, columns.logsumexp(1) - x_positive[:, 0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss, stats.losses.sum(0))
+
+
+@pytest.mark.parametrize("column", [0, 5, 15])  # in the first, the second and the third segment
+def test_what_is_hidden_from_a_query_may_hold_anything(any_backend, column):
+    device = device_of(any_backend)
+    q, positive, keys = (unit(n, D, device=device, seed=i) for i, n in enumerate((B, B, K)))
+    mask = torch.ones(B, K, dtype=torch.bool, device=device)
+    mask[:3, 7] = False
+
+    def graded(keys):
+        leaf = q.clone().requires_grad_()
+        rows = matryoshka(
+            leaf, positive, Negatives(keys, mask=mask), widths=WIDTHS, reduction="none", backend=any_backend
+        )
+        rows.sum().backward()
+        return rows.detach(), leaf.grad
+
+    want = graded(keys)
+    for value in torch.nan, torch.inf:
+        broken = keys.clone()
+        broken[7, column] = value
+        rows, grad = graded(broken)
+        torch.testing.assert_close((rows[:3], grad[:3]), (want[0][:3], want[1][:3]))
+        assert rows[3:].isnan().all() or value == torch.inf
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import negmine._ops_cpu  # noqa: F401
 from negmine.ops.registry import OPS, Op, Value, overload
 
 ROOT = Path(__file__).parents[1]
-SIZES = {"B": 3, "K": 20, "D": 8, "M": 6, "R": 3, "N": 5, "S": 2, "G": 4, "I": 3, "J": 6}
+SIZES = {"B": 3, "K": 20, "D": 8, "M": 6, "R": 3, "N": 5, "S": 2, "G": 4, "I": 3, "J": 6, "W": 3}
 NUMBERS = {"pairs": 3, "with_query": 2, "pair_high": 1.0, "query_high": 0.5, "hard": 4, "skip": 1, "seed": 7}
 UNSUPPORTED = ("bias", "guide_query", "guide_keys", "guide_limit")
 DEVICES = {"negmine_cpu": "cpu"} | ({"negmine_cuda": "cuda"} if torch.cuda.is_available() else {})
@@ -41,6 +41,8 @@ def made(value: Value, sizes: dict[str, int], device: str, per_query: bool):
         count = min(shape[1] - 1, K)
         columns[:, :count] = torch.arange(count)
         return columns.to(device)
+    if value.name == "widths":
+        return torch.arange(1, min(sizes["D"], 3) + 1, device=device)
     if value.name == "ranks":
         return (2 * torch.arange(shape[1])).expand(shape).contiguous().to(device)
     if value.name in ("lower", "upper"):
@@ -62,6 +64,7 @@ def arguments(op: Op, device: str, optional: bool = True, per_query: bool = Fals
     given = {}
     for value in op.arguments:
         absent = value.optional and (not optional or value.name in UNSUPPORTED or value.name == "ranks")
+        absent |= op.name == "prefix_logsumexp" and value.name in ("lower", "upper")
         given[value.name] = None if absent else made(value, sizes, device, per_query)
     if not optional and "same_label" in given:
         given["same_label"] = False
@@ -150,6 +153,9 @@ def test_a_guide_is_refused(namespace, name):
         ("logsumexp", {"N": -1}, "logsumexp: N must not be negative, got -1"),
         ("logsumexp", {"num_rows": torch.tensor(1.0)}, "logsumexp: num_rows must be int64, got float32"),
         ("logsumexp", {"num_rows": torch.tensor([1, 2])}, "logsumexp: num_rows must be one number, a tensor of shape"),
+        ("prefix_logsumexp", {"lower": torch.zeros(3).long()}, "prefix_logsumexp: lower and upper are not supported"),
+        ("prefix_logsumexp", {"widths": torch.tensor([2, 2])}, "widths must ascend from 1 to D = 8, got 2 after 2"),
+        ("prefix_logsumexp", {"widths": torch.arange(1, 18)}, "widths must be .W,. with W from 1 to 16, got .17,."),
         ("info_nce", {"ranks": torch.zeros(3, 2).long()}, "info_nce: ranks and synthetic negatives do not go together"),
         ("info_nce", {"positive_key": torch.zeros(2, 8)}, "info_nce: positive_key must have the shape of query"),
         ("info_nce", {"skip": -1}, "info_nce: hard and skip must not be negative, got 4 and -1"),

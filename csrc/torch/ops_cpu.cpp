@@ -76,6 +76,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> logsumexp(
   return {lse, mean, num_kept, num_above, scores, index, sort_keys};
 }
 
+std::tuple<Tensor, Tensor, Tensor> prefix_logsumexp(const Tensor& query, const Tensor& negative_keys,
+                                                    const Tensor& widths, const Tensor& scale, bool want_mean,
+                                                    const PoolArguments& pool) {
+  // Checks.
+  const char* op = "prefix_logsumexp";
+  const Scored in(op, query, negative_keys, pool);
+  checks::require(!pool.lower && !pool.upper, op, ": lower and upper are not supported.");
+  const int64_t W = widths.dim() == 1 ? widths.size(0) : 0;
+  checks::require(W >= 1 && W <= cpu::kMostWidths, op, ": widths must be (W,) with W from 1 to ", cpu::kMostWidths,
+                  ", got ", checks::Shape{widths}, ".");
+  const Tensor asked = checks::vector(op, "widths", widths, ScalarType::Long, W, query);
+  for (int64_t i = 0; i < W; ++i) {
+    const int64_t width = longs(asked)[i], before = i == 0 ? 0 : longs(asked)[i - 1];
+    checks::require(width > before && width <= in.D, op, ": widths must ascend from 1 to D = ", in.D, ", got ", width,
+                    " after ", before, ".");
+  }
+  const Tensor factor = checks::scalar(op, "scale", scale, ScalarType::Float, query);
+  // Outputs.
+  Tensor lse = new_floats(query, {W, in.B});
+  Tensor mean = new_floats(query, {W, want_mean ? in.B : 0, in.D});
+  Tensor num_kept = new_longs(query, {in.B});
+  // Params.
+  auto p = in.params<cpu::LogsumexpParams>();
+  p.scales = W;
+  p.widths = longs(asked);
+  p.scale = floats(factor);
+  p.lse = output<float>(lse);
+  p.mean = want_mean ? output<float>(mean) : nullptr;
+  p.num_kept = output<int64_t>(num_kept);
+  // Run.
+  cpu::logsumexp(p, in.threads());
+  return {lse, mean, num_kept};
+}
+
 // Rows past K, which num_rows says are not there, get zeros.
 float* zero_from(Tensor& grad_keys, const Scored& in) {
   float* out = output<float>(grad_keys);  // (rows, D)
@@ -272,6 +306,7 @@ std::tuple<Tensor, Tensor> maxsim(const Tensor& query, const Tensor& negative_ke
 
 STABLE_TORCH_LIBRARY_IMPL(negmine_cpu, CPU, m) {
   m.impl("logsumexp", boxed<&logsumexp>);
+  m.impl("prefix_logsumexp", boxed<&prefix_logsumexp>);
   m.impl("logsumexp_grad_keys", boxed<&logsumexp_grad_keys>);
   m.impl("softplus_sum", boxed<&softplus_sum>);
   m.impl("softplus_sum_grad_keys", boxed<&softplus_sum_grad_keys>);

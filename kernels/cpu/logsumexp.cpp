@@ -23,23 +23,32 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t split_rows_of(int64_t K) { return std::max(kSplitRows, ceil_div(K, kMostSplits)); }
 
-// LogsumexpStates with their memory.
+// LogsumexpStates (count, S) with their memory.
 class OwnedStates {
  public:
-  OwnedStates(int64_t count, int64_t D, bool with_mean)
-      : floats_(make_buffer<float>(count * (2 + (with_mean ? room_for_mean(D) : 0)) * kLanes)),
-        counts_(make_buffer<int64_t>(count * 2 * kLanes)) {
+  OwnedStates(int64_t count, const LogsumexpParams& p)
+      : floats_(make_buffer<float>(count * floats_of(p))),
+        counts_(make_buffer<int64_t>(count * p.scales * 2 * kLanes)) {
     float* f = floats_.get();
     int64_t* c = counts_.get();
-    for (int64_t i = 0; i < count; ++i, f += 2 * kLanes, c += 2 * kLanes) {
+    for (int64_t i = 0; i < count * p.scales; ++i, f += 2 * kLanes, c += 2 * kLanes) {
       views.push_back({f, f + kLanes, nullptr, c, c + kLanes});
     }
-    for (int64_t i = 0; i < count && with_mean; ++i, f += room_for_mean(D) * kLanes) views[i].mean = f;
+    for (int64_t i = 0; i < count * p.scales && p.mean != nullptr; ++i) {
+      views[i].mean = f;
+      f += room_for_mean(p.width(i % p.scales)) * kLanes;
+    }
   }
 
   std::vector<LogsumexpState> views;
 
  private:
+  static int64_t floats_of(const LogsumexpParams& p) {
+    int64_t rows = 2 * p.scales;
+    for (int64_t s = 0; s < p.scales && p.mean != nullptr; ++s) rows += room_for_mean(p.width(s));
+    return rows * kLanes;
+  }
+
   Buffer<float> floats_;
   Buffer<int64_t> counts_;
 };
@@ -80,12 +89,14 @@ void finish(const LogsumexpParams& p, const Block& block, int64_t scale, const L
         total == 0.0f ? -kInfinity : static_cast<float>(state.shift[lane] + std::log(static_cast<double>(total)));
     if (scale == 0) {
       p.num_kept[b] = state.num_kept[lane];
-      p.num_above[b] = state.num_above[lane];
+      if (p.num_above != nullptr) p.num_above[b] = state.num_above[lane];
     }
     if (p.mean == nullptr) continue;
-    for (int64_t d = 0; d < p.D; ++d) {
+    const int64_t width = p.width(scale);
+    for (int64_t d = 0; d < width; ++d) {
       p.mean[row * p.D + d] = total == 0.0f ? 0.0f : state.mean[d * kLanes + lane] / total;
     }
+    std::fill_n(p.mean + row * p.D + width, p.D - width, 0.0f);
   }
 }
 
@@ -102,14 +113,13 @@ LogsumexpParams at_scales(const LogsumexpParams& p, int64_t first, int64_t count
 }  // namespace
 
 void logsumexp(const LogsumexpParams& p, const Parallel& parallel) {
-  if (p.scales > 2) {
+  if (p.scales > 2 && p.widths == nullptr) {
     logsumexp(at_scales(p, 0, 2), parallel);
     return logsumexp(at_scales(p, 2, p.scales - 2), parallel);
   }
   const Kernels& run = kernels(p.query.dtype, p.negative_keys.dtype);
   const int64_t split_rows = split_rows_of(p.K);
   const int64_t splits = ceil_div(p.K, split_rows), blocks = ceil_div(p.B, kLanes), S = p.scales;
-  const bool with_mean = p.mean != nullptr;
   const auto block_of = [&](int64_t index) {
     Block block{.query = p.query, .negative_keys = p.negative_keys, .D = p.D, .pool = p.pool};
     block.first_query = index * kLanes;
@@ -124,13 +134,16 @@ void logsumexp(const LogsumexpParams& p, const Parallel& parallel) {
   const int64_t most = std::min({run.together, kGroupBytes / block_bytes, tasks / (2 * parallel.threads), blocks});
   const int64_t fewest = ceil_div(blocks, std::max<int64_t>(most, 1));
   const int64_t wanted = fold_along ? ceil_div(fewest, parallel.threads) * parallel.threads : fewest;
-  const int64_t together = std::max<int64_t>(ceil_div(blocks, std::max<int64_t>(wanted, 1)), 1);
+  const int64_t together =
+      p.widths != nullptr ? 1 : std::max<int64_t>(ceil_div(blocks, std::max<int64_t>(wanted, 1)), 1);
   const int64_t groups = ceil_div(blocks, together);
   struct Task {
     Scratch scratch;
     std::vector<Block> group;
   };
-  const auto make_task = [&] { return Task{Scratch(p.query, p.negative_keys, p.D, together), {}}; };
+  const auto make_task = [&] {
+    return Task{Scratch(p.query, p.negative_keys, p.D, p.widths != nullptr ? S : together), {}};
+  };
   // states (blocks of the group, S)
   const auto run_split = [&](Task& task, int64_t group, int64_t split, const LogsumexpState* states) {
     task.group.clear();
@@ -138,6 +151,9 @@ void logsumexp(const LogsumexpParams& p, const Parallel& parallel) {
       task.group.push_back(block_of(b));
       task.group.back().k_begin = split * split_rows;
       task.group.back().k_end = std::min(p.K, (split + 1) * split_rows);
+    }
+    if (p.widths != nullptr) {
+      return run.prefix_logsumexp_range(task.group[0], task.scratch.workspaces.data(), p.widths, S, *p.scale, states);
     }
     run.logsumexp_range(task.group.data(), task.scratch.workspaces.data(), static_cast<int64_t>(task.group.size()),
                         p.scale, S, p.pivot, nullptr, states);
@@ -148,34 +164,32 @@ void logsumexp(const LogsumexpParams& p, const Parallel& parallel) {
       Task task;
       OwnedStates total, part;  // (together, S) each
     };
-    const auto make_folding = [&] {
-      return Folding{make_task(), OwnedStates(together * S, p.D, with_mean), OwnedStates(together * S, p.D, with_mean)};
-    };
+    const auto make_folding = [&] { return Folding{make_task(), OwnedStates(together, p), OwnedStates(together, p)}; };
     for_each_task(parallel, groups, make_folding, [&](Folding& folding, int64_t group) {
       const std::vector<LogsumexpState>& totals = folding.total.views;
-      for (const LogsumexpState& total : totals) clear(total, p.D);
+      for (int64_t i = 0; i < together * S; ++i) clear(totals[i], p.width(i % S));
       const int64_t first = group * together, count = std::min(together, blocks - first);
       for (int64_t split = 0; split < splits; ++split) {
         run_split(folding.task, group, split, folding.part.views.data());
         for (int64_t i = 0; i < count * S; ++i)
-          fold(totals[i], folding.part.views[i], block_of(first + i / S).lanes, p.D);
+          fold(totals[i], folding.part.views[i], block_of(first + i / S).lanes, p.width(i % S));
       }
       for (int64_t i = 0; i < count * S; ++i) finish(p, block_of(first + i / S), i % S, totals[i]);
     });
     return;
   }
-  const OwnedStates parts(splits * blocks * S, p.D, with_mean);  // neighbours in time read the same rows
+  const OwnedStates parts(splits * blocks, p);  // neighbours in time read the same rows
   for_each_task(parallel, splits * groups, make_task, [&](Task& task, int64_t index) {
     const int64_t group = index % groups, split = index / groups;
     run_split(task, group, split, &parts.views[(split * blocks + group * together) * S]);
   });
-  const auto make_total = [&] { return OwnedStates(1, p.D, with_mean); };
+  const auto make_total = [&] { return OwnedStates(1, p); };
   for_each_task(parallel, blocks * S, make_total, [&](OwnedStates& owned, int64_t task) {
     const int64_t b = task / S, s = task % S;
-    const LogsumexpState& total = owned.views[0];
-    clear(total, p.D);
+    const LogsumexpState& total = owned.views[s];
+    clear(total, p.width(s));
     for (int64_t split = 0; split < splits; ++split) {
-      fold(total, parts.views[(split * blocks + b) * S + s], block_of(b).lanes, p.D);
+      fold(total, parts.views[(split * blocks + b) * S + s], block_of(b).lanes, p.width(s));
     }
     finish(p, block_of(b), s, total);
   });
@@ -189,15 +203,14 @@ void logsumexp_mine(const LogsumexpParams& p, const MineHardestParams& mined, co
   if (p.B == 0) return;
   const int64_t split_rows = split_rows_of(p.K);
   MiningGrid grid(mined, parallel, split_rows);
-  const bool with_mean = p.mean != nullptr, whole = grid.splits == 1;  // whole: a task sees all that a block sums
-  const OwnedStates parts(whole ? 0 : ceil_div(p.K, split_rows) * grid.blocks, p.D, with_mean);  // (splits, blocks)
+  const bool whole = grid.splits == 1;  // whole: a task sees all that a block sums
+  const OwnedStates parts(whole ? 0 : ceil_div(p.K, split_rows) * grid.blocks, p);  // (splits, blocks)
   struct Task {
     MiningGrid::Task mining;
     OwnedStates total, part;  // (together) each
   };
   const auto make_task = [&] {
-    return Task{grid.make_task(), OwnedStates(grid.together, p.D, with_mean),
-                OwnedStates(grid.together, p.D, with_mean)};
+    return Task{grid.make_task(), OwnedStates(grid.together, p), OwnedStates(grid.together, p)};
   };
   for_each_task(parallel, grid.tasks(), make_task, [&](Task& task, int64_t index) {
     const int64_t first = grid.first_block(index);
@@ -217,7 +230,7 @@ void logsumexp_mine(const LogsumexpParams& p, const MineHardestParams& mined, co
     }
   });
   grid.join(parallel);
-  const auto make_total = [&] { return OwnedStates(1, p.D, with_mean); };
+  const auto make_total = [&] { return OwnedStates(1, p); };
   for_each_task(parallel, whole ? 0 : grid.blocks, make_total, [&](OwnedStates& owned, int64_t b) {
     const LogsumexpState& total = owned.views[0];
     clear(total, p.D);

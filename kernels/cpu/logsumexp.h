@@ -13,13 +13,17 @@ struct LogsumexpParams {
   Matrix negative_keys;  // (K, D)
   int64_t B = 0, K = 0, D = 0;
   int64_t scales = 1;            // S
-  const float* scale = nullptr;  // (S,)
+  const float* scale = nullptr;  // (S,); () with widths
+  const int64_t* widths =
+      nullptr;                   // (S,) or absent: prefix widths in the place of scales, at most kMostWidths, ascending
   const float* pivot = nullptr;  // (B,) or absent
   Pool pool;
   float* lse = nullptr;          // (S, B)
-  float* mean = nullptr;         // (S, B, D), null where not wanted
+  float* mean = nullptr;         // (S, B, D), null where not wanted; zeros past a width
   int64_t* num_kept = nullptr;   // (B,)
-  int64_t* num_above = nullptr;  // (B,)
+  int64_t* num_above = nullptr;  // (B,), null with widths
+
+  int64_t width(int64_t s) const { return widths == nullptr ? D : widths[s]; }
 };
 
 void logsumexp(const LogsumexpParams& p, const Parallel& parallel);

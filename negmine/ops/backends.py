@@ -28,6 +28,7 @@ from negmine.ops import (  # noqa: F401  each declares its op
     mine_hardest,
     mix_logsumexp,
     mix_negatives,
+    prefix_logsumexp,
     rank_thresholds,
     softplus_sum,
     softplus_sum_grad_keys,

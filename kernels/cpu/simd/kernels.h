@@ -18,6 +18,8 @@ constexpr int64_t kChunk = 128;  // most rows of the queue in one tile
 
 constexpr float kNoShift = -3.40282347e38f;  // the least finite number
 
+constexpr int64_t kMostWidths = 16;  // prefix widths that are summed in one pass
+
 constexpr int64_t kRowChunk = 32;  // rows of one query's own that are scored at one time
 
 // Floats that mixing works in: (kRowChunk + 3, D), where a row is rounded up to the widest vector.
@@ -131,6 +133,10 @@ struct Kernels {
   void (*logsumexp_range)(const Block* blocks, const Workspace* workspaces, int64_t count, const float* scale,
                           int64_t scales, const float* pivot, const Selection* selections,
                           const LogsumexpState* states);
+  // A block against its range, from empty states (count), for each of count <= kMostWidths prefix widths, which ascend:
+  // state i sums by the scores of the first widths[i] elements. Workspaces (count) have the chunk's memory in common.
+  void (*prefix_logsumexp_range)(const Block&, const Workspace* workspaces, const int64_t* widths, int64_t count,
+                                 float scale, const LogsumexpState* states);
   // The sum of exp(scale s + bias - shift) over the columns of keys (size), sort keys; mean (D), or null, gains their
   // rows times that. bias (K,) or null. The rows of `ahead` keys that follow are fetched meanwhile.
   float (*logsumexp_window_row)(const Matrix& negative_keys, int64_t D, const int64_t* keys, int64_t size,

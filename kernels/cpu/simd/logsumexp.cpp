@@ -127,7 +127,8 @@ bool weigh_pairs(const Block& block, const float* scores, const float* bias, int
   weigh<kPairs, sums, kind>(block, scores, bias, count, scale, weights, words, correction, score_sums, state)
 #if defined(NEGMINE_TILES)
   if (kind == kPacked) return NEGMINE_WEIGH(true, kPacked);
-#elif defined(NEGMINE_PAIRS)
+#endif
+#if defined(NEGMINE_PAIRS)
   if (score_sums != nullptr) return NEGMINE_WEIGH(true, kRowsOf);
 #endif
   return kind == kNone ? (NEGMINE_WEIGH(false, kNone)) : (NEGMINE_WEIGH(false, kRowsOf));
@@ -229,6 +230,101 @@ void logsumexp_range(const Block* blocks, const Workspace* workspaces, int64_t c
   for (int64_t b = 0; b < count && with_score_sums; ++b) {
     for (int64_t i = 0; i < scales; ++i)
       restore_score_sum(blocks[b], workspaces[b], score_sums[b][i], states[b * scales + i].mean);
+  }
+}
+
+namespace {
+
+// The elements of every row from `from` on.
+Matrix columns_of(const Matrix& m, int64_t from) {
+  Matrix part = m;
+  part.data = static_cast<const char*>(m.data) + from * (m.dtype == Dtype::kFloat32 ? 4 : 2);
+  return part;
+}
+
+// Adds a tile (count, kLanes) to scores, but for excluded ones. True where a score that would go to one is not finite.
+bool add_tile(const Block& block, int64_t count, const float* tile, bool some_hidden, float* scores) {
+  VI suspect = all(0);
+  for (int64_t lane = 0; lane < vectors_of(block) * kWidth; lane += kWidth) {
+    for (int64_t i = lane; i < count * kLanes; i += kLanes) {
+      const V before = load(scores + i), more = load(tile + i);
+      if (some_hidden) {
+        const VI outside = is_excluded(before);
+        suspect |= outside & (more - more != 0.0f);
+        store(scores + i, outside ? before : before + more);
+      } else {
+        store(scores + i, before + more);
+      }
+    }
+  }
+  return any(suspect);
+}
+
+}  // namespace
+
+// The scores of a width are those of the width before and of the segment between them, so that every element is
+// multiplied once; the mean of each width is a product of its own, because its weights are.
+void prefix_logsumexp_range(const Block& block, const Workspace* workspaces, const int64_t* widths, int64_t count,
+                            float scale, const LogsumexpState* states) {
+  const Tiles tiles;
+  const bool with_mean = states[0].mean != nullptr, with_score_sums = with_mean && in_pairs(block);
+#if defined(NEGMINE_TILES)
+  const bool shifts = false;
+#else
+  const bool shifts = !in_pairs(block);  // rows of floats: a segment is the same row from another element on
+#endif
+  Block segments[kMostWidths], prefixes[kMostWidths];
+  float score_sums[kMostWidths][kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t from = i == 0 ? 0 : widths[i - 1];
+    prefixes[i] = segments[i] = block;
+    prefixes[i].D = widths[i];
+    segments[i].query = columns_of(block.query, from);
+    segments[i].negative_keys = columns_of(block.negative_keys, from);
+    segments[i].D = widths[i] - from;
+    begin_block(segments[i], workspaces[i]);
+    clear(prefixes[i], states[i]);
+  }
+  for (int64_t d = 0; d < (block.D > kLanes ? block.D : kLanes); ++d) workspaces[0].zeros[d] = 0.0f;
+  alignas(64) float scores[kChunk * kLanes];  // (kChunk, kLanes) of the segments so far
+  for (int64_t k = block.k_begin, next = k; k < block.k_end; k = next) {
+    Chunk chunk = load_chunk(block, workspaces[0], &next, shifts);
+    if (shifts) begin_mean(block, workspaces[0], chunk);
+    float biases[kChunk];
+    const float* bias = bias_of(block, workspaces[0], chunk, biases);
+    const auto load_rows = [&](Block of, const Workspace& w) {  // the rows of this chunk
+      int64_t at = k;
+      of.k_end = next;
+      return load_chunk(of, w, &at, true);
+    };
+    const int64_t rows = chunk.count;
+    Hidden hidden;
+    for (int64_t i = 0; i < count; ++i) {
+      const Workspace& w = workspaces[i];
+      Workspace sums = w;
+      sums.tile = scores;
+      if (!shifts) chunk = load_rows(segments[i], w);
+      for (int64_t j = 0; j < rows + kRows && shifts && i > 0; ++j) w.rows[j] += segments[i - 1].D;
+      score_rows(segments[i], i == 0 ? sums : w, chunk, 0, rows, ahead_of(segments[i], w, chunk));
+      if (i == 0) {
+        hidden = apply_masks(block, sums, rows);
+      } else {
+        hidden.suspect |= add_tile(block, rows, w.tile, hidden.some, scores);
+      }
+      if (with_mean && !shifts) {
+        if (i > 0) chunk = load_rows(prefixes[i], w);
+        begin_mean(prefixes[i], w, chunk);
+      }
+      if (with_mean && hidden.suspect) drop_rows(prefixes[i], w, chunk, 0, rows);
+      float correction[kLanes];
+      weigh_tile(block, scores, bias, rows, hidden.some, with_mean ? kRowsOf : kNone, scale, w.scores, 0, correction,
+                 with_score_sums ? score_sums[i] : nullptr, states[i]);
+      if (with_mean) add_mean(prefixes[i], w, chunk, w.scores, correction, states[i].mean);
+    }
+  }
+  for (int64_t i = 0; i < count && with_score_sums; ++i) {
+    begin_block(prefixes[i], workspaces[0]);
+    restore_score_sum(prefixes[i], workspaces[0], score_sums[i], states[i].mean);
   }
 }
 

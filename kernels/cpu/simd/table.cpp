@@ -8,6 +8,7 @@ namespace negmine::cpu::NEGMINE_SIMD {
 
 void logsumexp_range(const Block*, const Workspace*, int64_t, const float*, int64_t, const float*, const Selection*,
                      const LogsumexpState*);
+void prefix_logsumexp_range(const Block&, const Workspace*, const int64_t*, int64_t, float, const LogsumexpState*);
 float logsumexp_window_row(const Matrix&, int64_t, const int64_t*, int64_t, int64_t, float, const float*, float,
                            float*);
 void logsumexp_grad_keys_range(const Block&, const Workspace&, float, const float*, const float*, float*, float*);
@@ -33,6 +34,7 @@ extern const Kernels kKernels = {
     1,
 #endif
     logsumexp_range,
+    prefix_logsumexp_range,
     logsumexp_window_row,
     logsumexp_grad_keys_range,
     softplus_sum_grad_keys_range,
