@@ -2,14 +2,16 @@
 
 The rate is that of the longest queue of the K sweep; the page first shows how well the rate of a short queue foretells the
 long ones, so that a reader knows what such a sum is worth. Mining on several machines is planned in the same way from
-benchmarks/results/mining/<machine>.csv, and every rate and price that was not measured is said to be assumed.
+benchmarks/results/mining/<machine>.csv, and, where results/simulation/<machine>.csv holds rates, by the simulation of
+simulate.py; every rate and price that was not measured is said to be assumed.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import rows as files
+from benchmarks import simulate
 from benchmarks.cases import SWEEP
 from benchmarks.measure import OURS
 from benchmarks.plot import newest
@@ -50,15 +52,17 @@ class Fleet:
     cores: int  # of a node; 0: its rate is that of a GPU
     memory: float  # bytes of a node that may hold rows
     refill: float  # bytes a second at which rows that do not fit are read again, for each batch of queries
+    network: float  # bytes a second that a node receives
     dollars: float  # an hour, of a node
 
 
 FLEETS = [
-    Fleet("one machine of 128 cores, 2 TiB", 1, 128, 1.8 * 2**40, 7e9, 6.0),
-    Fleet("64 nodes of 16 cores, 64 GiB", 64, 16, 56 * 2**30, 1e9, 0.7),
-    Fleet("8 GPUs of 80 GB", 8, 0, 72e9, 50e9, 3.0),
+    Fleet("one machine of 128 cores, 2 TiB", 1, 128, 1.8 * 2**40, 7e9, 1.25e9, 6.0),
+    Fleet("64 nodes of 16 cores, 64 GiB", 64, 16, 56 * 2**30, 1e9, 1.25e9, 0.7),
+    Fleet("8 GPUs of 80 GB", 8, 0, 72e9, 50e9, 50e9, 3.0),
 ]
 GPU_RATE = 1.25e14  # multiply-adds a second with selection
+SLOWEST = 1.1  # how much longer than the others one node scans
 MINING_JOBS = ((1_000_000, 100_000_000), (1_000_000, 1_000_000_000))  # queries, rows
 
 
@@ -83,8 +87,37 @@ def swept_over_k(rows: list[Row], op: str) -> dict[int, Row]:
     return {int(r["K"]): r for r in chosen if r["variant"] == OURS and r["threads"] == threads}
 
 
-def mining(path: Path) -> list[str]:
-    """The lines about mining, from the measured rows of mining in `path`."""
+def simulated(fleet: Fleet, rates: simulate.Rates, Q: int, K: int, again: float, scan: float) -> float:
+    """The seconds of a job. again: of reading what does not fit in memory, of all batches; scan: a multiply-add of a node."""
+    shards = tuple(K * (i + 1) // fleet.nodes - K * i // fleet.nodes for i in range(fleet.nodes))
+    job = simulate.Job(Q, shards, DIMENSION, DEPTH, BATCH, ROW_BYTES)
+    slower = max(scan, again / (Q * DIMENSION * max(shards)))  # rows are read while others are scanned
+    return simulate.on_nodes(replace(rates, scan=slower), job, 1 / fleet.network, SLOWEST if fleet.nodes > 1 else 1.0)
+
+
+def checked(runs: list[dict[str, str]]) -> list[str]:
+    """The lines about how well the simulation predicts runs of this machine."""
+    ratios = [float(run["measured"]) / float(run["predicted"]) for run in runs]
+    within = max(max(ratio, 1 / ratio) for ratio in ratios) - 1
+    lines = [
+        "",
+        "A simulation by discrete events (`benchmarks/simulate.py`) adds what such a sum leaves out: hashes, the scores of "
+        "positives, what every rank does for every query, exchanges, merges, and ranks that wait for the slowest. Its rates "
+        "come from runs of one process, two such runs side by side, and exchanges of bytes. Runs of other kinds, on the two "
+        f"cores of this machine, took up to {within:.0%} more or less than it predicts (load {runs[0]['load']}; spread: "
+        "largest less smallest of repeated runs, of their median):",
+        "",
+        "| run | predicted | measured | measured / predicted | spread |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for run, ratio in zip(runs, ratios, strict=True):
+        seconds = (f"{float(run[name]):.3g} s" for name in ("predicted", "measured"))
+        lines.append(f"| {run['name']} | {' | '.join(seconds)} | {ratio:.2f} | {float(run['spread']):.0%} |")
+    return lines
+
+
+def mining(path: Path, simulation: Path) -> list[str]:
+    """The lines about mining, from the measured rows of mining in `path` and of the simulation, where there are any."""
     rows = [row for row in files.newest(path, "variant", "Q", "K", "D") if row["variant"] == "negmine"]
     longest = max((row for row in rows if int(row["D"]) == MINED_D), key=lambda row: int(row["Q"]))
 
@@ -107,14 +140,26 @@ def mining(path: Path) -> list[str]:
         foretold, measured = work(row) / rate, float(row["cpu_s"])
         cells = [f"{int(row['Q']):,}", f"{int(row['K']):,}", row["D"], f"{foretold:.3g} s", f"{measured:.3g} s"]
         lines.append(f"| {' | '.join(cells)} | {measured / foretold:.2f} |")
+    rates = None
+    if simulation.is_file():
+        rates, runs = simulate.newest_rates(simulation)
+        lines += checked(runs)
+    how = "Time is the larger of arithmetic and of reading rows that do not fit in memory, once for each batch of "
+    if rates is not None:
+        how = (
+            f"Time is simulated; one node scans {SLOWEST:g} times as long as the others. Rows that do not fit in memory are "
+            "read, while others are scanned, once for each batch of "
+        )
     lines += [
         "",
-        f"Jobs with D = {DIMENSION} in bf16, each machine holding a range of rows ([Ray, ranks or parts](mining.md#on-ray)). "
-        "Time is the larger of arithmetic and of reading rows that do not fit in memory, once for each batch of "
+        f"Jobs with D = {DIMENSION} in bf16, each machine holding a range of rows "
+        f"([Ray, ranks or parts](mining.md#on-ray)). {how}"
         f"{BATCH:,} queries. *Assumed*, not measured: that cores keep this rate side by side and for this D; "
         f"{GPU_RATE:.3g} multiply-adds a second of a GPU; memory, the rates at which rows are read again, and prices: "
         + "; ".join(
-            f"{f.what}: {size(f.memory)} a node, {f.refill / 1e9:g} GB/s, {f.dollars:g} $/h a node" for f in FLEETS
+            f"{f.what}: {size(f.memory)} a node, {f.refill / 1e9:g} GB/s, network {f.network / 1e9:g} GB/s, "
+            f"{f.dollars:g} $/h a node"
+            for f in FLEETS
         )
         + ". Traffic is what one node receives (queries) and sends (sort keys and counts).",
         "",
@@ -127,6 +172,9 @@ def mining(path: Path) -> list[str]:
             arithmetic = Q * K * DIMENSION / (fleet.nodes * (fleet.cores * rate if fleet.cores else GPU_RATE))
             again = -(-Q // BATCH) * max(0.0, held - fleet.memory) / fleet.refill
             seconds = max(arithmetic, again)
+            if rates is not None:
+                scan = fleet.nodes * arithmetic / (Q * K * DIMENSION)
+                seconds = simulated(fleet, rates, Q, K, again, scan)
             traffic = Q * (ROW_BYTES + 8 * DEPTH + 8) if fleet.nodes > 1 else 0
             dollars = seconds / 3600 * fleet.nodes * fleet.dollars
             lines.append(
@@ -182,14 +230,14 @@ def page(path: Path) -> str:
             f"| {job.what} | {job.op} | {job.B:,} | {job.K:,} | {job.D} | {span(job.B * job.K * job.D / rate)} "
             f"| {size(job.K * job.D * job.bytes_each)} | {size(4 * job.B * job.K)} |"
         )
-    mined = path.parent / "mining" / path.name
-    return "\n".join([*lines, *(mining(mined) if mined.is_file() else []), ""])
+    mined, simulation = (path.parent / folder / path.name for folder in ("mining", "simulation"))
+    return "\n".join([*lines, *(mining(mined, simulation) if mined.is_file() else []), ""])
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("machine", nargs="?", help="the CSV file's stem (default: the only one)")
-    machine = parser.parse_args().machine
+    machine = parser.parse_args(arguments).machine
     found = [path for path in sorted(RESULTS.glob("*.csv")) if machine in (None, path.stem)]
     if len(found) != 1:
         raise SystemExit(f"name one of {', '.join(path.stem for path in found) or 'no results: run make bench first'}")

@@ -1,6 +1,7 @@
 """The harness itself: it refuses a wrong answer, its peers agree, its rows become pictures, tables and a plan."""
 
 import csv
+import dataclasses
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -11,11 +12,11 @@ import torch.nn.functional as F
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import base, libraries, plan, plot, run
+from benchmarks import base, libraries, plan, plot, run, simulate
 from benchmarks.cases import CASES, SWEEPS, Case, make_inputs, sweep
 from benchmarks.measure import Disagreement, measure, with_isa
 from benchmarks.peers import OPS, disagreement
-from benchmarks.rows import machine_name
+from benchmarks.rows import RESULTS, machine_name, write
 
 TINY = Case("tiny", 4, 1500, 16, "float32", "", tuple(OPS))
 
@@ -221,6 +222,50 @@ def test_the_other_commit_runs_the_same_command(tmp_path):
         command = base.command_of(["--quick", *spelled, "--op", "info_nce"], tmp_path)
         assert command[3:6] == ["--quick", "--op", "info_nce"]
         assert "v1" not in command and str(tmp_path) in command
+
+
+def events(*of):
+    yield from of
+
+
+def test_a_simulation_shares_processors_and_waits_for_the_slowest():
+    node = simulate.Node((1.0, 1.5))  # two at once run 1.5 times as long as one
+    work = lambda seconds: ("work", node, seconds)  # noqa: E731
+    assert simulate.simulate([events(work(3.0))]) == pytest.approx(3)
+    assert simulate.simulate([events(work(3.0)), events(work(1.0))]) == pytest.approx(1.5 + 2)
+    assert simulate.simulate([events(work(1.0)) for _ in range(4)]) == pytest.approx(2 * 1.5)
+    meeting = [events(work(2.0), ("meet", 0, 2), ("sleep", None, 1.0)), events(("meet", 0, 2), work(4.0))]
+    assert simulate.simulate(meeting) == pytest.approx(2 + 4)
+    with pytest.raises(RuntimeError, match="processes wait for others that have ended"):
+        simulate.simulate([events(("meet", 0, 2))])
+
+
+RATES = simulate.Rates(1e-11, 0.01, 1e-9, 1e-6, 5e-5, 1e-8, 1e-3, 1e-9, 1.0)
+
+
+def test_a_simulated_job_takes_as_long_as_its_largest_shard():
+    seconds = [
+        simulate.on_one_machine(RATES, simulate.Job(8192, shards)) for shards in ((120_000, 0), (90_000, 30_000))
+    ]
+    even = simulate.on_one_machine(RATES, simulate.Job(8192, (60_000, 60_000)))
+    scanned = 8192 * 60_000 * 128 * RATES.scan + 60_000 * 512 * RATES.hash
+    assert seconds[0] - even == pytest.approx(scanned, rel=0.02) and seconds[1] - even == pytest.approx(
+        scanned / 2, rel=0.02
+    )
+    slow = simulate.on_nodes(RATES, simulate.Job(8192, (60_000, 60_000)), RATES.byte, 2.0)
+    assert slow - even == pytest.approx(8 * RATES.scan_batch + 8192 * 60_000 * 128 * RATES.scan, rel=0.02)
+
+
+def test_the_planning_page_holds_what_the_simulation_predicts(tmp_path):
+    runs = [{"kind": "run", "name": "two ranks", "predicted": "2.0", "measured": "2.2", "spread": "0.01"}]
+    rates = [{"kind": "rate", "name": name, "measured": value} for name, value in dataclasses.asdict(RATES).items()]
+    about = {"date": "2026-01-01", "load": "0.1"}
+    write(tmp_path / "a.csv", simulate.COLUMNS, [about | row for row in rates + runs])
+    lines = plan.mining(RESULTS / "mining" / "amd-epyc.csv", tmp_path / "a.csv")
+    assert "| two ranks | 2 s | 2.2 s | 1.10 | 1% |" in lines
+    assert any("took up to 10% more or less than it predicts" in line for line in lines)
+    without = plan.mining(RESULTS / "mining" / "amd-epyc.csv", tmp_path / "none.csv")
+    assert len(without) < len(lines) and without[-1] != lines[-1]
 
 
 def test_planning_units():

@@ -134,6 +134,8 @@ options = {"num_actors": 2, "resources": {"shards": 1}}
 got = negmine.mine_hard_negatives(q, c, positives, engine="ray", engine_options=options, batch_size=10)
 same_result(got, want)
 assert len(scans) == 4
+ray.shutdown()
+cluster.shutdown()
 print("the same")
 """
 

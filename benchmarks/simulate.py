@@ -1,0 +1,356 @@
+"""A simulation of mining jobs over several processes, by discrete events, and a check of it on this machine.
+
+    python -m benchmarks.simulate            some minutes on two idle cores: measures, predicts, appends rows to
+                                             results/simulation/<machine>.csv, and writes docs/planning.md from them
+    python -m benchmarks.simulate --quick    small jobs, to see that it runs; nothing is written
+
+The rates come from runs of one process, from two such runs side by side, and from two ranks that only exchange bytes. The runs
+that are predicted are others: ranks that share a job, with even and uneven shards, and one process with other sizes. Every
+measurement is repeated, in turn with the others, and its median counts; the spread is shown, for a busy machine predicts nothing.
+"""
+
+import argparse
+import contextlib
+import os
+import queue
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from benchmarks.rows import RESULTS, append, commit, machine_name
+
+D, DEPTH, BATCH = 128, 5, 1024  # of the measured jobs: width, negatives a query, queries a batch
+SMALL, LARGE = 60_000, 240_000  # rows of the runs that give the rates
+QUERIES = 8192
+PAYLOADS = (64, 1 << 20)  # bytes of the exchanges that give latency and bandwidth
+COLUMNS = ["date", "commit", "torch", "load", "kind", "name", "predicted", "measured", "spread"]
+
+
+# --- simulation ---
+
+
+@dataclass
+class Node:
+    """A machine. busy[n - 1]: how much slower each of n processes that compute at once runs than one alone; its last entry grows
+    with the number of processes beyond."""
+
+    busy: tuple[float, ...] = (1.0,)
+    work: dict[int, float] = field(default_factory=dict)  # process -> seconds left, alone
+
+    def speed(self) -> float:
+        count = len(self.work)
+        slowdown = self.busy[min(count, len(self.busy)) - 1] * max(1.0, count / len(self.busy))
+        return 1 / slowdown
+
+
+Event = tuple[
+    str, Any, float
+]  # ("work", node, seconds alone), ("sleep", None, seconds) or ("meet", name, processes that meet)
+Process = Generator[Event, None, None]
+
+
+def simulate(processes: list[Process]) -> float:
+    """The seconds until the last process ends."""
+    now, nodes, sleeping, meetings = 0.0, {}, {}, defaultdict(list)
+    ready = list(range(len(processes)))
+    while True:
+        while ready:
+            number = ready.pop()
+            try:
+                what, where, amount = next(processes[number])
+            except StopIteration:
+                continue
+            if what == "work":
+                nodes[id(where)] = where
+                where.work[number] = amount
+            elif what == "sleep":
+                sleeping[number] = now + amount
+            else:
+                meetings[where].append(number)
+                if len(meetings[where]) == amount:
+                    ready += meetings.pop(where)
+        ends = [(now + left / node.speed(), number) for node in nodes.values() for number, left in node.work.items()]
+        ends += [(end, number) for number, end in sleeping.items()]
+        if not ends:
+            if meetings:
+                raise RuntimeError(f"processes wait for others that have ended: {dict(meetings)}")
+            return now
+        then, _ = min(ends)
+        for node in nodes.values():
+            done = (then - now) * node.speed() if node.work else 0.0
+            for number in list(node.work):
+                node.work[number] -= done
+                if node.work[number] <= 1e-12 + 1e-9 * then:
+                    del node.work[number]
+                    ready.append(number)
+        for number, end in list(sleeping.items()):
+            if end <= then:
+                del sleeping[number]
+                ready.append(number)
+        now = then
+
+
+# --- a mining job ---
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of one process that computes alone, except `busy`."""
+
+    scan: float  # a multiply-add of a scan
+    scan_batch: float  # a batch of queries, whatever the number of rows
+    hash: float  # a byte of the corpus
+    pair: float  # the score of a positive
+    query: float  # all else, a query: hashes, lists, windows
+    join: float  # a candidate of a part, when parts are merged
+    latency: float  # an exchange between two ranks
+    byte: float  # a byte that a rank receives
+    busy: float  # how much slower each of two processes runs than one alone
+
+
+@dataclass(frozen=True)
+class Job:
+    queries: int
+    shards: tuple[int, ...]  # rows of each rank
+    dim: int = D
+    depth: int = DEPTH
+    batch: int = BATCH
+    row_bytes: int = 4 * D
+
+
+def rank_process(rates: Rates, job: Job, rank: int, node: Node, seconds_a_byte: float, slow: float = 1.0) -> Process:
+    """One rank of a job. slow: how much slower than others it scans."""
+    ranks, rows = len(job.shards), job.shards[rank]
+
+    def exchange(name: Any, bytes_each: float) -> Process:
+        if ranks > 1:
+            yield "meet", name, ranks
+            yield "sleep", None, rates.latency + (ranks - 1) * bytes_each * seconds_a_byte
+
+    yield "work", node, rates.query * job.queries / 2
+    yield "work", node, rates.hash * rows * job.row_bytes
+    yield from exchange("documents", 1000)
+    yield "work", node, rates.pair * job.queries * rows / sum(job.shards)
+    yield from exchange("positives", 12 * job.queries / ranks)
+    for begin in range(0, job.queries, job.batch):
+        count = min(job.batch, job.queries - begin)
+        yield "work", node, slow * (rates.scan_batch * count / job.batch + rates.scan * count * rows * job.dim)
+        yield from exchange(begin, count * 8 * (job.depth + 2))
+        joined = rates.join * ranks * count * job.depth if ranks > 1 else 0.0
+        yield "work", node, joined + rates.query * count / 2
+
+
+def on_one_machine(rates: Rates, job: Job) -> float:
+    """The seconds of ranks that share a machine of two cores."""
+    node = Node((1.0, rates.busy))
+    return simulate([rank_process(rates, job, rank, node, rates.byte) for rank in range(len(job.shards))])
+
+
+def on_nodes(rates: Rates, job: Job, seconds_a_byte: float, slowest: float) -> float:
+    """The seconds of ranks that have a machine each; the first of them scans `slowest` times as long as others."""
+    slow = [slowest, *[1.0] * (len(job.shards) - 1)]
+    return simulate([rank_process(rates, job, r, Node(), seconds_a_byte, slow[r]) for r in range(len(job.shards))])
+
+
+# --- measurements ---
+
+
+def _inputs(job: Job, rank: int) -> tuple[Any, Any, list[int]]:
+    rows = torch.nn.functional.normalize(
+        torch.randn(sum(job.shards), D, generator=torch.Generator().manual_seed(0)), dim=1
+    )
+    first = sum(job.shards[:rank])
+    positives = torch.arange(job.queries) * len(rows) // job.queries
+    queries = torch.nn.functional.normalize(rows[positives] + 0.05 * torch.randn(job.queries, D), dim=1)
+    return queries, rows[first : first + job.shards[rank]].clone(), positives.tolist()
+
+
+def _mine(job: Job, rank: int, group: Any, barrier: Any) -> dict[str, float]:
+    """The seconds of a job and of its phases in this process."""
+    import negmine
+    from negmine.mining.parts import PartMiner
+
+    torch.manual_seed(1)
+    queries, rows, positives = _inputs(job, rank)
+    options = {"num_negatives": DEPTH, "select": negmine.Select(relative_margin=0.05), "batch_size": job.batch}
+    negmine.mine_hard_negatives(queries[:64], torch.randn(2000, D), [0] * 64, **options)  # kernels are chosen
+    seconds: dict[str, float] = defaultdict(float)
+    compute = PartMiner.__call__
+
+    def timed(self: Any, phase: Any, *rest: Any) -> Any:
+        begin = time.perf_counter()
+        part = compute(self, phase, *rest)
+        seconds[phase.name] += time.perf_counter() - begin
+        return part
+
+    PartMiner.__call__ = timed  # type: ignore[method-assign]
+    barrier.wait()
+    begin = time.perf_counter()
+    negmine.mine_hard_negatives(queries, rows, positives, process_group=group, **options)
+    seconds["total"] = time.perf_counter() - begin
+    PartMiner.__call__ = compute  # type: ignore[method-assign]
+    return dict(seconds)
+
+
+def _exchange(group: Any, barrier: Any) -> dict[str, float]:
+    """The seconds of an exchange of each payload, and of merging two parts, a candidate."""
+    import numpy as np
+
+    from negmine.mining.merging import join_parts
+    from negmine.mining.parts import Part
+    from negmine.mining.process_ranks import ProcessRanks
+
+    ranks, seconds = ProcessRanks("simulate", group), {}
+    for size in PAYLOADS:
+        ranks.gather_bytes(bytes(size), "nothing")
+        barrier.wait()
+        begin = time.perf_counter()
+        for _ in range(20):
+            ranks.gather_bytes(bytes(size), "nothing")
+        seconds[str(size)] = (time.perf_counter() - begin) / 20
+    keys = np.sort(np.random.default_rng(0).integers(0, 1 << 40, (BATCH, DEPTH)), axis=1)[:, ::-1]
+    arrays = {"numbers": np.arange(BATCH), "sort_keys": keys.copy(), "num_dropped": np.zeros((BATCH, 1), np.int64)}
+    parts = [Part("scan", "", "", "", DEPTH, np.array([[0, BATCH, i, i + 1]]), arrays, {}) for i in range(2)]
+    begin = time.perf_counter()
+    for _ in range(20):
+        join_parts([Part.from_bytes(part.to_bytes()) for part in parts])
+    seconds["join"] = (time.perf_counter() - begin) / 20 / (2 * BATCH * DEPTH)
+    return seconds
+
+
+def _child(kind: str, job: Job, rank: int, world: int, store: str, barrier: Any, out: Any) -> None:
+    torch.set_num_threads(1)
+    group = None
+    if kind != "alone":
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        group = dist.group.WORLD
+    out.put(
+        _exchange(group, barrier) if kind == "exchange" else _mine(job, rank if kind == "ranks" else 0, group, barrier)
+    )
+    barrier.wait()
+
+
+def measured(kind: str, job: Job, world: int) -> list[dict[str, float]]:
+    """What `world` processes measure at once. kind: "alone" (each a job of its own), "ranks" (they share it) or "exchange"."""
+    context = mp.get_context("spawn")
+    barrier, out = context.Barrier(world), context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        asked = [(kind, job, rank, world, f"{folder}/store", barrier, out) for rank in range(world)]
+        children = [context.Process(target=_child, args=arguments) for arguments in asked]
+        for child in children:
+            child.start()
+        answers: list[dict[str, float]] = []
+        while len(answers) < world:
+            with contextlib.suppress(queue.Empty):
+                answers.append(out.get(timeout=2))
+            if any(child.exitcode for child in children):  # the others wait for it at the barrier
+                for child in children:
+                    child.kill()
+                raise SystemExit("a measured process failed: see its message above")
+        for child in children:
+            child.join()
+    return answers
+
+
+def rates_of(small: list[dict], large: list[dict], pair: list[dict], exchange: list[dict]) -> Rates:
+    """The rates, by medians of repeated measurements."""
+    of = lambda rows, name: statistics.median(row[name] for row in rows)  # noqa: E731
+    batches = QUERIES // BATCH
+    scans = [of(rows, "scan") / batches for rows in (small, large)]
+    unit = (scans[1] - scans[0]) / (BATCH * (LARGE - SMALL) * D)
+    other = of(large, "total") - sum(of(large, name) for name in ("scan", "documents", "positives"))
+    latency = of(exchange, str(PAYLOADS[0]))
+    return Rates(
+        scan=unit,
+        scan_batch=max(0.0, scans[0] - unit * BATCH * SMALL * D),
+        hash=of(large, "documents") / (LARGE * 4 * D),
+        pair=of(large, "positives") / QUERIES,
+        query=other / QUERIES,
+        join=of(exchange, "join"),
+        latency=latency,
+        byte=max(0.0, of(exchange, str(PAYLOADS[1])) - latency) / PAYLOADS[1],
+        busy=max(1.0, of(pair, "total") / of(large, "total")),
+    )
+
+
+def predicted_jobs(scale: int = 1) -> dict[str, Job]:
+    """The runs that are predicted, none of which gives a rate. scale: divides their rows."""
+    jobs = {
+        "one process, other sizes": Job(4096, (450_000,)),
+        "two ranks, even shards": Job(QUERIES, (180_000, 180_000)),
+        "two ranks, shards 1 to 3": Job(QUERIES, (90_000, 270_000)),
+        "two ranks, shards 1 to 9, more queries": Job(2 * QUERIES, (30_000, 270_000)),
+        "two ranks, one without rows": Job(4096, (0, 360_000)),
+    }
+    return {name: replace(job, shards=tuple(rows // scale for rows in job.shards)) for name, job in jobs.items()}
+
+
+def spread(values: list[float]) -> float:
+    return (max(values) - min(values)) / statistics.median(values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    repeat, scale = (1, 10) if args.quick else (args.repeat, 1)
+    sides = [Job(QUERIES, (rows,)) for rows in (SMALL, LARGE)]  # not scaled: rates need runs that last
+    jobs = predicted_jobs(scale)
+    calibration: dict[str, list[dict]] = defaultdict(list)
+    totals: dict[str, list[float]] = defaultdict(list)
+    loads = []
+    for _ in range(repeat):  # all in turn, so that a slow minute slows all alike
+        loads.append(os.getloadavg()[0])
+        calibration["small"] += measured("alone", sides[0], 1)
+        calibration["large"] += measured("alone", sides[1], 1)
+        calibration["pair"] += measured("alone", sides[1], 2)
+        calibration["exchange"] += measured("exchange", sides[0], 2)
+        for name, job in jobs.items():
+            ranks = len(job.shards)
+            answers = measured("ranks" if ranks > 1 else "alone", job, ranks)
+            totals[name].append(max(answer["total"] for answer in answers))
+    rates = rates_of(*(calibration[name] for name in ("small", "large", "pair", "exchange")))
+    about = {"date": datetime.now().isoformat(timespec="seconds"), "commit": commit(), "torch": torch.__version__}
+    about["load"] = f"{statistics.median(loads):.1f}"
+    rows = [about | {"kind": "rate", "name": name, "measured": f"{value:.4g}"} for name, value in asdict(rates).items()]
+    for name, values in totals.items():
+        seconds = (on_one_machine(rates, jobs[name]), statistics.median(values))
+        cells = {"predicted": f"{seconds[0]:.3f}", "measured": f"{seconds[1]:.3f}", "spread": f"{spread(values):.2f}"}
+        rows.append(about | {"kind": "run", "name": name} | cells)
+        print(f"{name:<42} predicted {seconds[0]:7.2f} s, measured {seconds[1]:7.2f} s, {seconds[1] / seconds[0]:.2f}")
+    print(
+        f"load {about['load']} before the runs (about 0 on an idle machine), slowdown of two processes {rates.busy:.2f}"
+    )
+    if args.quick:
+        return
+    path = RESULTS / "simulation" / f"{machine_name('cpu')}.csv"
+    append(path, COLUMNS, rows)
+    print(path)
+    from benchmarks import plan
+
+    plan.main([])
+
+
+def newest_rates(path: Path) -> tuple[Rates, list[dict[str, str]]]:
+    """The rates and the predicted runs of the newest measurement in a file of rows."""
+    from benchmarks.rows import read
+
+    rows = read(path)
+    last = [row for row in rows if row["date"] == rows[-1]["date"]]
+    rates = {row["name"]: float(row["measured"]) for row in last if row["kind"] == "rate"}
+    return Rates(**rates), [row for row in last if row["kind"] == "run"]
+
+
+if __name__ == "__main__":
+    main()
