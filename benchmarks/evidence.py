@@ -41,8 +41,16 @@ def differences(found: dict[str, float], plain: dict[str, float]) -> list[float]
     return [value - plain[seed] for seed, value in found.items() if seed in plain]
 
 
+def by_classes(rows: list[Row]) -> dict[str, list[Row]]:
+    """number of classes -> its rows, in the order of the file."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["classes"], []).append(row)
+    return found
+
+
 def of_images(rows: list[Row], measure: str) -> dict[str, dict[str, float]]:
-    """treatment -> seed -> value."""
+    """treatment -> seed -> value, of rows of one number of classes."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         if row["measure"] == measure:
@@ -82,38 +90,45 @@ def spread(rows: list[Row], measure: str) -> tuple[float, float]:
     return (statistics.fmean(values), float("nan")) if measure.startswith("overlap") else mean_and_half(values)
 
 
-def shares_table(rows: list[Row], prefix: str) -> str:
-    """A line a measure whose name begins so."""
-    lines = ["| measure | seeds or pairs | mean |", "| --- | --- | --- |"]
-    for measure in dict.fromkeys(row["measure"] for row in rows if row["measure"].startswith(prefix)):
-        count = len(of_images(rows, measure)["all"])
-        lines.append(f"| {measure} | {count} | {cell(*spread(rows, measure))} |")
+def shares_table(settings: dict[str, list[Row]], prefix: str) -> str:
+    """One line for each measure whose name starts with `prefix`, and one column for each number of classes."""
+    heads = [f"{classes} classes" for classes in settings]
+    lines = [f"| measure | seeds or pairs | {' | '.join(heads)} |", "| --- " * (2 + len(heads)) + "|"]
+    first = next(iter(settings.values()))
+    for measure in dict.fromkeys(row["measure"] for row in first if row["measure"].startswith(prefix)):
+        count = len(of_images(first, measure)["all"])
+        cells = [cell(*spread(rows, measure)) for rows in settings.values()]
+        lines.append(f"| {measure} | {count} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def tables(images: list[Row], texts: list[Row]) -> str:
-    both = [of_images(images, measure) for measure in ("knn", "probe")]
-    return "\n\n".join(
-        [
-            f"Images, {images[0]['classes']} classes, {images[0]['steps']} steps:",
-            treatments_table(["k-NN", "linear probe"], both),
-            f"Text, {TEXT_STEPS} steps:",
-            treatments_table(["MRR"], [of_texts(texts)]),
-            "Images, the share of a bin of difficulty that is of the query's own class (hardest first):",
-            shares_table(images, "same class"),
-            "Images, the overlap of the hardest 5 % of two seeds:",
-            shares_table(images, "overlap"),
-        ]
-    )
+    settings, parts = by_classes(images), []
+    for classes, rows in settings.items():
+        both = [of_images(rows, measure) for measure in ("knn", "probe")]
+        parts += [f"Images, {classes} classes, {rows[0]['steps']} steps:"]
+        parts += [treatments_table(["k-NN", "linear probe"], both)]
+    parts += [f"Text, {TEXT_STEPS} steps:", treatments_table(["MRR"], [of_texts(texts)])]
+    parts += ["Images, the share of each bin of difficulty (hardest first) that is of the query's own class:"]
+    parts += [shares_table(settings, "same class")]
+    parts += ["Images, the overlap between the hardest 5 % of two seeds:", shares_table(settings, "overlap")]
+    return "\n\n".join(parts)
 
 
 def draw(images: list[Row], texts: list[Row]) -> None:
     from benchmarks.figures import AFTER, BEFORE, plt, save
 
-    figure, panels = plt.subplots(1, 2, figsize=(12, 3), layout="constrained")
-    sources = [("Images: k-NN accuracy", of_images(images, "knn")), ("Text: MRR", of_texts(texts))]
+    settings = by_classes(images)
+    sources = [
+        (f"Images, {classes} classes: k-NN accuracy", of_images(rows, "knn")) for classes, rows in settings.items()
+    ]
+    sources.append(("Text: MRR", of_texts(texts)))
+    heights = [len(found.keys() - {"all", "untrained"}) + 1 for _, found in sources]
+    figure, panels = plt.subplots(
+        len(sources), 1, figsize=(9, 1.6 + 0.38 * sum(heights)), layout="constrained", height_ratios=heights
+    )
     for axes, (title, found) in zip(panels, sources, strict=True):
-        names = [name for name in found if name != "all"]
+        names = [name for name in found if name not in ("all", "untrained")]
         for place, name in enumerate(reversed(names)):
             gaps = differences(found[name], found["all"])
             mean, half = mean_and_half(gaps)
@@ -125,18 +140,19 @@ def draw(images: list[Row], texts: list[Row]) -> None:
         axes.locator_params(axis="x", nbins=6)
         axes.grid(axis="x", alpha=0.25)
         axes.set_title(title)
-        axes.set_xlabel("difference from all negatives, same seed; 95 % intervals")
+    panels[-1].set_xlabel("difference from all negatives with the same seed; 95 % intervals")
     save(figure, IMAGES.parent / "treatments.png")
 
+    rows, classes = next(iter(settings.values())), next(iter(settings))
     figure, panels = plt.subplots(1, 2, figsize=(12, 3), layout="constrained", width_ratios=[2, 1])
     for axes, prefix, title in (
-        (panels[0], "same class", "Share of the query's own class, by bin of difficulty"),
-        (panels[1], "overlap", "Hardest 5 %: overlap of two seeds"),
+        (panels[0], "same class", f"Share of the query's own class by difficulty, {classes} classes"),
+        (panels[1], "overlap", "Overlap of two seeds' hardest 5 %"),
     ):
-        measures = list(dict.fromkeys(row["measure"] for row in images if row["measure"].startswith(prefix)))
+        measures = list(dict.fromkeys(row["measure"] for row in rows if row["measure"].startswith(prefix)))
         names = [measure.removeprefix("same class, ").replace(" to ", " to\n") for measure in measures]
         for place, measure in enumerate(measures):
-            mean, half = spread(images, measure)
+            mean, half = spread(rows, measure)
             axes.bar(place, mean, 0.6, color=BEFORE if " by " in measure else AFTER)
             if half == half:
                 axes.errorbar(place, mean, yerr=half, color="black", capsize=3)

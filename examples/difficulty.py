@@ -6,12 +6,13 @@
     python examples/difficulty.py --quick --csv runs.csv             two treatments, two seeds, 10 steps
 
 Trains MoCo v2 (examples/image_moco.py) on some of each query's negatives only: the hardest 5 %, the easiest 95 %, bins of
-difficulty, all without the hardest 0.1 %, and all without those of the query's own class (an oracle). A run that the CSV file
-holds is not trained again. Then asks of the models trained on all negatives:
+difficulty, all without the hardest 0.1 %, and all without those of the query's own class (an oracle). A run that is in the CSV
+file is not trained again. For comparison the untrained network is evaluated too. Of the models trained on all negatives it
+measures:
 
     same class    the share of the negatives in each bin of difficulty that are of the query's own class
-    overlap       the share of a query's hardest 5 % that are its hardest 5 % for a model of another seed too; what chance gives;
-                  and what chance gives within the classes, where a model knows the class and nothing else
+    overlap       the share of a query's hardest 5 % that are also its hardest 5 % for a model of another seed; the overlap by
+                  chance; and the overlap by chance of models that know the class and nothing else
 """
 
 import argparse
@@ -74,9 +75,7 @@ def consistency(first: Tensor, second: Tensor, images: Images) -> dict[str, floa
     chosen = [torch.zeros(Q, N, dtype=torch.bool).scatter_(1, index[:, :hard], True) for index in (first, second)]
     overlap = (chosen[0] & chosen[1]).sum(1) / hard  # (Q,)
     own = images.train_labels == images.test_labels[:Q, None]  # (Q, N)
-    by_class = torch.zeros(
-        Q
-    )  # expected overlap where each model chooses as many of the class and of the rest, at random
+    by_class = torch.zeros(Q)  # expected overlap if each model chose as many of the class and of the rest at random
     for group in (own, ~own):
         counts = [(part & group).sum(1).double() for part in chosen]
         by_class += (counts[0] * counts[1] / group.sum(1).clamp_min(1) / hard).float()
@@ -131,7 +130,7 @@ def tables(runs: Runs) -> None:
         )
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
         plain = {measure: runs.values(setting, "all", measure) for measure in MEASURES}
-        for treatment in TREATMENTS:
+        for treatment in ("untrained", *TREATMENTS):
             found = {measure: runs.values(setting, treatment, measure) for measure in MEASURES}
             if not found["knn"]:
                 continue
@@ -183,6 +182,7 @@ def main() -> None:
             model, results = train(asked, images, ranks)
             runs.add(key, {measure: results[-1][measure] for measure in MEASURES})
             if treatment == "all":
+                runs.add((*key[:4], "untrained"), {measure: results[0][measure] for measure in MEASURES})
                 index, same = (part.cpu() for part in ranking(model, images, 200 if args.quick else 1000))
                 runs.add(key, same_class(same))
                 for other, earlier in rankings.items():  # those trained by this process
