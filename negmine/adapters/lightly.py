@@ -1,8 +1,8 @@
-"""lightly's contrastive losses by their own signatures, on fused kernels: no (B, K) or (2B, 2B) matrix, no copy of the bank.
+"""lightly's contrastive losses with the same signatures, on fused kernels: no (B, K) or (2B, 2B) matrix, no copy of the bank.
 
     from negmine.adapters.lightly import NTXentLoss       instead of   from lightly.loss import NTXentLoss
 
-lightly itself is not imported. Values and gradients are those of lightly 1.6.0 but for what each docstring names.
+lightly itself is not imported. Values and gradients are those of lightly 1.6.0, except where a docstring says otherwise.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,9 +35,9 @@ def _unit(op: str, out0: Any, out1: Any) -> tuple[Tensor, Tensor]:
 
 
 def _normalized(rows: Tensor) -> Tensor:
-    """Unit rows (B, D), fp32 for 16-bit input, whose gradient is so summed before it is rounded.
+    """Rows divided by their norms (B, D), as fp32 for 16-bit input, so that gradients are summed before they are rounded.
 
-    In fp16 the eps of F.normalize is 0, and the gradient of a row of zeros is past the largest number: there it is 0.
+    The gradient of a row of zeros, which would be too large for fp16, is set to 0 for 16-bit input.
     """
     wide = widened(rows)
     unit = F.normalize(wide, dim=1)
@@ -45,9 +45,9 @@ def _normalized(rows: Tensor) -> Tensor:
 
 
 def _both_views(gathering: Gathering, out0: Tensor, out1: Tensor, **options: Any) -> Tensor:
-    """info_nce of every view against its other view and all views of other images, of all ranks if gathered: (2B,)."""
+    """info_nce (2B,) of each view: its positive is the image's other view, its negatives are all views of other images."""
     views = torch.cat([out0, out1])  # (2B, D)
-    first = gathering.rank * len(out0)  # ranks hold equally many images
+    first = gathering.rank * len(out0)  # all ranks have the same number of images
     image = torch.arange(first, first + len(out0), device=out0.device).repeat(2)  # (2B,)
     options |= {"query_ids": image, "reduction": "none"}
     return gathering.paired(info_nce, views, torch.cat([out1, out0]), Negatives(views, ids=image), options)
@@ -64,14 +64,15 @@ class NTXentLoss(nn.Module):
         0, or (rows, dim). The bank is `memory_bank`, a MoCoQueue. In train mode it takes out1 of each call whose out0
         requires grad.
     gather_distributed : bool
-        Gather what enters the bank from every rank; without a bank, the views of every rank, with gradient.
+        With a bank, each rank stores the rows of all ranks. Without a bank, the views of all ranks are negatives, with
+        gradient.
     backend : str, optional
         As in `info_nce`.
 
     Notes
     -----
-    Differences from lightly: the bank is in state_dict, a batch that reaches past its end wraps around where lightly drops
-    the rest, and it is not copied at every step.
+    Differences from lightly: the bank is in state_dict. A batch that does not fit before the end of the bank continues at its
+    start, where lightly drops the rest. The bank is not copied at each step.
 
     Examples
     --------
@@ -115,7 +116,7 @@ class NTXentLoss(nn.Module):
 
 
 def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:
-    """Weights of the positives: a pair that is still far weighs more.
+    """Weights of the positives: pairs with a low score have larger weights.
 
         w_b = 2 - B softmax over the batch of (out0_b . out1_b / sigma)
 
@@ -156,7 +157,7 @@ class DCLLoss(nn.Module):
     weight_fn : callable, optional
         weight_fn(out0, out1) -> w (B,), called once for each direction.
     gather_distributed : bool
-        Take the negatives of every rank, with gradient.
+        Use the negatives of all ranks, with gradient.
     backend : str, optional
         As in `info_nce`.
 

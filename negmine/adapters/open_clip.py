@@ -1,4 +1,4 @@
-"""open_clip's losses by their own signatures, without their (B, B) matrices.
+"""open_clip's losses with the same signatures, without their (B, B) matrices.
 
     from negmine.adapters.open_clip import ClipLoss       instead of   from open_clip import ClipLoss
 
@@ -31,9 +31,9 @@ def _check_pair(op: str, image_features: Any, text_features: Any) -> None:
 
 
 class _OfAllRanks(torch.autograd.Function):
-    """The loss of the whole batch from the loss of each rank's rows, and gradients as where each rank computes the whole.
+    """Average the losses of the ranks' rows: the loss of the whole batch.
 
-    share: of the gradient of the sum of the ranks' losses that features get.
+    The gradient of each rank's loss is multiplied by `share`, so that features get the gradient that they have in open_clip.
     """
 
     @staticmethod
@@ -47,7 +47,7 @@ class _OfAllRanks(torch.autograd.Function):
 
 
 class _AveragedGradient(torch.autograd.Function):
-    """A number that every rank has; its gradient is the mean over the ranks, divided by `share`."""
+    """A number that is equal on all ranks. Its gradient is averaged over the ranks and divided by `share`."""
 
     @staticmethod
     def forward(ctx: Any, number: Tensor, ranks: Ranks, share: float) -> Tensor:
@@ -70,24 +70,24 @@ class ClipLoss(nn.Module):
     Parameters
     ----------
     local_loss : bool
-        Each rank takes the loss of its own rows against all.
+        Each rank returns the loss of its own rows against the rows of all ranks.
     gather_with_grad : bool
-        Gradients travel back to other ranks. Without it, `local_loss` leaves out the gradient of a pair's other side, as
-        open_clip does.
+        Send gradients back to the other ranks. Without it, `local_loss` leaves out the gradient of the other side of a pair,
+        as in open_clip.
     cache_labels : bool
-        Accepted; there are no labels to cache.
+        Has no effect, because there are no labels to cache.
     rank, world_size : int
-        As in open_clip, on the default process group. All ranks hold equally many rows.
+        As in open_clip, for the default process group. All ranks must have the same number of rows.
     use_horovod : bool
-        Refused.
+        Must be False.
     backend : str, optional
         As in `info_nce`.
 
     Notes
     -----
-    Features are not gathered: those of one other rank are in memory at a time, and each rank computes the share of its own
-    rows. Vectors are used as given; the models of open_clip return unit vectors. A bias that all logits share changes
-    nothing, so its gradient is 0.
+    Features are not gathered. Each rank computes the loss of its own rows, with the features of one other rank in memory at a
+    time. Vectors are used as given; the models of open_clip return unit vectors. logit_bias is common to all logits and does
+    not change the loss, so its gradient is 0.
 
     Examples
     --------
@@ -121,7 +121,7 @@ class ClipLoss(nn.Module):
         return info_nce(query, keys, temperature=temperature, backend=self.backend)
 
     def _over_ranks(self, images: Tensor, texts: Tensor, temperature: float | Tensor) -> Tensor:
-        """The same against the features of all ranks, which pass by."""
+        """The loss against the features of all ranks, which are passed from rank to rank."""
         images, texts = promoted(images, texts)
         ranks, stored = Ranks(), {"images": images.dtype, "texts": texts.dtype}
         kernels = choose("ClipLoss", ("logsumexp", "logsumexp_grad_keys"), self.backend, (images, texts))
@@ -152,13 +152,15 @@ class ClipLoss(nn.Module):
         _check_pair("ClipLoss", image_features, text_features)
         temperature = 1 / checks.require_scalar("ClipLoss", "logit_scale", logit_scale, above=0)
         if self.world_size == 1:
-            # Both ways differentiate both: in fp32, so that each gradient is summed before it is rounded.
+            # Both directions add to the gradients of both arguments: in fp32, so that they are summed before they are rounded.
             images, texts = widened(image_features), widened(text_features)
             loss = (self._one_way(images, texts, temperature) + self._one_way(texts, images, temperature)) / 2
         else:
             loss = self._over_ranks(image_features, text_features, temperature)
         if isinstance(logit_bias, Tensor):
-            loss = loss + 0.0 * logit_bias.sum()  # a parameter without any gradient would stop DistributedDataParallel
+            loss = (
+                loss + 0.0 * logit_bias.sum()
+            )  # DistributedDataParallel raises an error for a parameter without gradient
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -168,17 +170,17 @@ class SigLipLoss(nn.Module):
         loss = mean over b of sum over k of softplus(-z_bk (logit_scale s_bk + logit_bias)),   z = 1 where b = k, else -1
 
     Call it with image_features and text_features (B, D), logit_scale, logit_bias, and perhaps output_dict. Scale and bias
-    are numbers, or 0-d tensors that receive gradient; None is no bias.
+    are numbers, or 0-d tensors that receive gradient. A logit_bias of None is no bias.
 
     Parameters
     ----------
     cache_labels : bool
-        Accepted.
+        Has no effect.
     rank, world_size : int
-        Each rank's images against every rank's texts, gradients included, on the default process group. All ranks hold
-        equally many rows.
+        As in open_clip, for the default process group: each rank's images are compared with the texts of all ranks, with
+        gradient. All ranks must have the same number of rows.
     dist_impl : str, optional
-        Accepted; texts are passed from rank to rank, whatever way open_clip takes.
+        Has no effect: texts are always passed from rank to rank.
     backend : str, optional
         As in `info_nce`.
 
@@ -229,7 +231,7 @@ class SigLipLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _over_ranks(self, images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor) -> Tensor:
-        """The same against the texts of all ranks, which pass by."""
+        """The loss against the texts of all ranks, which are passed from rank to rank."""
         images, texts = promoted(images, texts)
         stored = images.dtype, texts.dtype
         ops = ("softplus_sum", "softplus_sum_grad_keys")
@@ -241,5 +243,5 @@ class SigLipLoss(nn.Module):
 
 
 def _number(value: float | Tensor, vectors: Tensor) -> Tensor:
-    """() in the dtype of the vectors; carries the gradient of a tensor."""
+    """A number or tensor as a 0-d tensor in the dtype of the vectors; a tensor keeps its gradient."""
     return torch.as_tensor(value, dtype=vectors.dtype, device=vectors.device)

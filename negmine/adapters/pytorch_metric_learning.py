@@ -1,9 +1,9 @@
-"""pytorch-metric-learning's shapes: a miner for its losses, and its CrossBatchMemory over a MoCoQueue.
+"""A miner for the losses of pytorch-metric-learning, and its CrossBatchMemory with a MoCoQueue.
 
     from negmine.adapters.pytorch_metric_learning import NegmineMiner, CrossBatchMemory
 
-pytorch-metric-learning itself is not imported: its losses take what these return. Index tuples have as many entries as there are
-pairs, so returning them synchronises with the host; a negmine loss inside CrossBatchMemory needs none.
+pytorch-metric-learning itself is not imported; its losses take what the miner returns. The length of index tuples is the number
+of pairs, so the miner synchronises with the host. A loss of negmine inside CrossBatchMemory needs no index tuples.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ CLASS_OF_MINUS_ONE = -(2**62)  # a label of -1 is a class in pytorch-metric-lear
 
 
 def _classes(labels: Tensor) -> Tensor:
-    """Labels as negmine takes them: all of them classes."""
+    """Labels for negmine, where -1 is replaced, because it would mean unknown."""
     return labels.masked_fill(labels == -1, CLASS_OF_MINUS_ONE) if isinstance(labels, Tensor) else labels
 
 
@@ -34,7 +34,7 @@ LABEL_LOSSES = (TripletLoss, MultiSimilarityLoss, SupConLoss)
 
 
 def require_labels(op: str, name: str, labels: Any, rows: Tensor) -> None:
-    """Whole numbers, one a row."""
+    """Raise an error unless labels are whole numbers, one per row."""
     checks.require_tensor(op, name, labels, rows)
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != rows.shape[:1]:
         raise checks.refuse(op, name, f"whole numbers of shape ({len(rows)},)", labels)
@@ -56,11 +56,11 @@ class NegmineMiner(ScheduledLoss):
     positive, negative, margin, distance, max_positives, num_negatives : optional
         As in `negmine.losses.mine_triplets`.
     normalize_embeddings : bool
-        As of their distances.
+        Normalise the embeddings first, as pytorch-metric-learning's distances do.
     triplets : bool
-        Return (a, p, n), one entry for each triplet: needed where a negative belongs to one of several positives.
+        Return (a, p, n) with one entry per triplet. This is needed if negatives depend on the positive and there are several.
     seed : int
-        Of the draws.
+        Seed of the random numbers.
     backend : str, optional
         As in `info_nce`.
 
@@ -145,14 +145,14 @@ class DistributedLossWrapper(nn.Module):
 
     A call gathers the rows of all ranks, in rank order, stores them on each, and returns the loss of all of them times the
     number of ranks. DistributedDataParallel, which averages, then has the gradient of that loss. Only this rank's rows
-    carry gradient here. What one rank refuses is raised on all.
+    carry gradient here. An error on one rank is raised on all ranks.
 
     Parameters
     ----------
     loss : CrossBatchMemory
-        Of this module.
+        The CrossBatchMemory of this module.
     efficient : bool
-        Refused, as it is there with a memory.
+        Must be False, as in pytorch-metric-learning with a memory.
 
     Examples
     --------
@@ -217,7 +217,7 @@ class CrossBatchMemory(nn.Module):
     -----
     `memory` is the MoCoQueue, empty at first, with labels and ids. All of it is in state_dict, where
     pytorch-metric-learning's pointer and filled flag are not. Embeddings are stored as given: normalise them for cosine
-    scores. An indices_tuple is refused, because the pairs come from the miner.
+    scores. An indices_tuple raises an error, because the pairs come from the miner.
 
     References
     ----------
@@ -243,10 +243,12 @@ class CrossBatchMemory(nn.Module):
             raise checks.refuse(op, "miner", "None with a negmine loss, which mines for itself", type(miner).__name__)
         self.loss, self.miner = loss, miner
         self.memory = MoCoQueue(embedding_size, memory_size, with_ids=True, with_labels=True, random_init=False)
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # rows ever stored: the id of the next
+        self.register_buffer(
+            "seen", torch.zeros((), dtype=torch.int64)
+        )  # the number of rows stored so far, which is the id of the next row
 
     def reset_queue(self) -> None:
-        """Forget what is stored."""
+        """Remove all stored embeddings."""
         self.memory.reset()
         self.seen.zero_()
 
@@ -272,7 +274,7 @@ class CrossBatchMemory(nn.Module):
                 raise checks.refuse(op, "enqueue_mask", f"a bool tensor of shape {tuple(labels.shape)}", enqueue_mask)
             stored, stored_labels = embeddings[enqueue_mask], labels[enqueue_mask]
             embeddings, labels = embeddings[~enqueue_mask], labels[~enqueue_mask]
-        own = torch.full_like(labels, -1)  # an anchor that is not stored has an id that no row has
+        own = torch.full_like(labels, -1)  # an anchor that is not stored gets an id that no row has
         if self.training:
             ids = torch.arange(len(stored), device=embeddings.device) + self.seen
             self.memory.enqueue(stored, ids, stored_labels)
@@ -293,6 +295,6 @@ class CrossBatchMemory(nn.Module):
             indices = (*same.nonzero(as_tuple=True), *(~same).nonzero(as_tuple=True))
         anchor, positive, *rest = indices
         other = own[anchor] != memory_ids[positive]
-        rest = [t[other] for t in rest] if len(rest) == 1 else rest  # of a triplet the negative goes too
+        rest = [t[other] for t in rest] if len(rest) == 1 else rest  # of a removed triplet, remove the negative too
         indices = (anchor[other], positive[other], *rest)
         return self.loss(embeddings, labels, indices, memory.to(embeddings.dtype), memory_labels)

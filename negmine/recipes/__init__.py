@@ -1,12 +1,13 @@
-"""Published treatments of negatives, each as one function that returns the configured loss module.
+"""Published methods for negatives, each as one function that returns the configured loss module.
 
     loss = negmine.recipes.hardest(0.05)
     loss(query, positive_key, queue, query_ids=ids)
 
-Any number may be a schedule: a callable of the step, a 0-d tensor, that returns the value, such as linear(1.0, 0.1, steps); ranks
-take whole(linear(...)), and counts, which fix shapes, do not vary. The module evaluates it at every call. Modules of recipes can
-be pickled, schedules included. Defaults are the papers' own where they suit a queue; a docstring says where they do not. Every
-recipe takes the other keywords of its loss (reduction, seed, backend; those that return InfoNCELoss also return_stats).
+Any number may be a schedule: a callable that takes the step, a 0-d tensor, and returns the value, such as
+linear(1.0, 0.1, steps). The module evaluates it at each call. Use whole(linear(...)) for ranks. Counts determine shapes and
+cannot be schedules. Modules can be pickled, with their schedules. Defaults are those of the papers, unless the docstring says
+otherwise. Each recipe also takes the other keywords of its loss (reduction, seed, backend; and return_stats if it returns
+InfoNCELoss).
 """
 
 from negmine.losses.methods import mixed_inputs

@@ -25,8 +25,8 @@ def qwen3_embedding(margin: Number = 0.1, *, temperature: Temperature = 0.02, **
     Returns
     -------
     MethodLoss
-        The loss, to call with query, positive key, and hard negatives (B, M, D), another pool, or None for none beside the
-        batch. Give query_ids or query_labels that are equal where documents are equal.
+        The loss, to call with query, positive key, and hard negatives (B, M, D), another pool, or None for the batch only.
+        Pass query_ids or query_labels that are equal for equal documents.
 
     References
     ----------
@@ -61,7 +61,7 @@ def gte(*, temperature: Temperature = 0.01, **keywords: Any) -> MethodLoss:
 
     Notes
     -----
-    The paper's third sum includes j = i, so that the positive stands twice in its denominator. Here it stands there once.
+    The paper's third sum includes j = i, so its denominator contains the positive twice. Here it is contained once.
 
     References
     ----------

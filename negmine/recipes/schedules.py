@@ -1,7 +1,7 @@
-"""Schedules: values that move with the step, as objects that can be compared, printed and pickled.
+"""Schedules: values that depend on the step, as objects that can be compared, printed and pickled.
 
-Any number of a recipe may be one, or any other callable of the step. After its last step a schedule stays at `end`. A count of
-negatives fixes shapes and so cannot be one; a rank takes `whole` of one.
+Any number of a recipe may be a schedule, or another callable of the step. After its last step a schedule stays at `end`. Counts
+of negatives determine shapes, so they cannot be schedules. For ranks, use `whole` of a schedule.
 """
 
 import math
@@ -28,7 +28,7 @@ def _check(name: str, numbers: dict[str, Any], counts: dict[str, Any]) -> None:
 
 
 class Schedule(ABC):
-    """A function of the step: a 0-d tensor gives a 0-d float64 tensor on its device, without waiting for it; an int a float."""
+    """A function of the step. A 0-d tensor gives a 0-d float64 tensor on its device, without synchronisation; an int a float."""
 
     def __call__(self, step: Any) -> Any:
         value = self.value(torch.as_tensor(step))
@@ -41,7 +41,7 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class linear(Schedule):
-    """A schedule that moves from `start` to `end` at an even pace, and stays there.
+    """A schedule that goes linearly from `start` to `end` and stays there.
 
         start + (end - start) min(step / steps, 1)
 
@@ -52,7 +52,7 @@ class linear(Schedule):
     end : float
         The last value.
     steps : int
-        When the end is reached.
+        The step at which the end is reached.
 
     Examples
     --------
@@ -73,7 +73,7 @@ class linear(Schedule):
 
 @dataclass(frozen=True)
 class cosine(Schedule):
-    """A schedule that moves from `start` to `end` along half a cosine, and stays there.
+    """A schedule that goes from `start` to `end` along half a cosine and stays there.
 
         end + (start - end) (1 + cos(pi min(step / steps, 1))) / 2
 
@@ -84,7 +84,7 @@ class cosine(Schedule):
     end : float
         The last value.
     steps : int
-        When the end is reached.
+        The step at which the end is reached.
 
     Examples
     --------
@@ -117,7 +117,7 @@ class exponential(Schedule):
     end : float
         The last value.
     decay : float
-        By how much the exponent falls in one unit.
+        How much the exponent decreases in one unit.
     every : int
         How many steps a unit has. Ring's public code decays by 0.1 at each step and is within 1 % of its end after 45
         steps; pass the steps of an epoch for a schedule that lasts a training run.
@@ -143,7 +143,7 @@ class exponential(Schedule):
 
 @dataclass(frozen=True)
 class step(Schedule):
-    """A schedule of equally spaced values from `start` to `end`, each held equally long.
+    """A schedule of equally spaced values from `start` to `end`, each for the same number of steps.
 
     Parameters
     ----------
@@ -152,9 +152,9 @@ class step(Schedule):
     end : float
         The last value.
     steps : int
-        When the last value begins to be held for good.
+        The number of steps for all values together. After them the value stays at `end`.
     levels : int
-        How many values.
+        The number of values.
 
     Notes
     -----
@@ -204,7 +204,7 @@ class whole(Schedule):
 
 @dataclass(frozen=True)
 class after:
-    """`value` with `enabled` False before the step `first`: a warm-up without what it adds, decided on the device.
+    """`value` with `enabled` False before the step `first`, decided on the device: a warm-up without synthetic negatives.
 
     value: a Mix or Kinds, or a schedule of one.
     """
@@ -219,7 +219,7 @@ class after:
 
 @dataclass(frozen=True)
 class Scheduled:
-    """make(**keywords) of the step: the keywords that are schedules evaluated, the others as they are."""
+    """A schedule whose value is make(**keywords), with keywords that are schedules evaluated at the step."""
 
     make: Callable[..., Any]
     keywords: dict[str, Any]
@@ -229,6 +229,6 @@ class Scheduled:
 
 
 def scheduled(make: Callable[..., Any], **keywords: Any) -> Any:
-    """make(**keywords) at once where no keyword is a schedule, so that bad values are refused early; else their schedule."""
+    """make(**keywords), or a schedule of it if a keyword is a schedule. Invalid values at step 0 raise an error at once."""
     made = make(**at_start(keywords))
     return Scheduled(make, keywords) if any(map(callable, keywords.values())) else made

@@ -33,13 +33,13 @@ def mochi(
     with_query : int
         How many mixes of the query with a negative.
     warmup_steps : int
-        Train without them first; the paper does so for 10 to 15 epochs.
+        How many steps to train without them first; 10 to 15 epochs in the paper.
     temperature : float, Tensor or schedule
         Divides the scores; 0.2 as in MoCo v2.
     skip : int
-        Mix none of this many hardest, which are the likeliest false negatives.
+        How many of the hardest are not mixed, because they are the most likely false negatives.
     distinct : bool
-        The two parents of a pair differ.
+        Mix two different negatives in each pair.
     detach : bool
         The synthetic negatives carry no gradient.
     **keywords
@@ -90,13 +90,13 @@ def synco(
     Parameters
     ----------
     hard : int
-        How many of the hardest negatives they are made of.
+        From how many of the hardest negatives the synthetic ones are made.
     interpolated, extrapolated, mixed, noised, graded, signed : int
         How many of each kind; `Kinds` has the formulas.
     sigma, delta, eta : float or schedule
         The sizes of the last three kinds.
     warmup_steps : int
-        Train without them first; the paper does so for 10 epochs.
+        How many steps to train without them first; 10 epochs in the paper.
     temperature : float, Tensor or schedule
         Divides the scores; 0.2 as in MoCo v2.
     **keywords

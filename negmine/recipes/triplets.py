@@ -1,4 +1,4 @@
-"""Published losses of triplets and of mined pairs, each as one function that returns the configured loss module.
+"""Published triplet and pair losses, each as one function that returns the configured loss module.
 
 loss = negmine.recipes.ephn()
 loss(embeddings, embeddings, labels, labels, query_ids=ids, key_ids=ids)      in one batch: ids leave the pair itself out
@@ -28,9 +28,9 @@ def batch_hard(margin: Number = 0.2, *, temperature: Number | None = None, **key
     Parameters
     ----------
     margin : float or schedule
-        Of the hinge.
+        Margin of the hinge.
     temperature : float or schedule, optional
-        Given: the soft margin. `temperature=1.0, margin=0.0` is log(1 + exp(d_p - d_n)).
+        If given, the hinge is replaced by the soft margin. `temperature=1.0, margin=0.0` is log(1 + exp(d_p - d_n)).
     **keywords
         Further arguments of `TripletLoss`, such as reduction, seed or backend.
 
@@ -64,7 +64,7 @@ def facenet(max_positives: int, *, margin: Number = 0.2, **keywords: Any) -> Tri
     max_positives : int
         At least the number of positives of a query.
     margin : float or schedule
-        Of the hinge on squared Euclidean distances.
+        Margin of the hinge on squared Euclidean distances.
     **keywords
         Further arguments of `TripletLoss`, such as reduction, seed or backend.
 
@@ -75,8 +75,8 @@ def facenet(max_positives: int, *, margin: Number = 0.2, **keywords: Any) -> Tri
 
     Notes
     -----
-    Where no negative is farther than the positive, the farthest of all is taken. The mean is over all pairs, those of loss
-    0 included.
+    If no negative is farther than the positive, the farthest negative is used. The mean is over all pairs, including those with
+    a loss of 0.
 
     References
     ----------
@@ -109,7 +109,7 @@ def distance_weighted(
     max_positives : int
         At least the number of positives of a query.
     margin : float or schedule
-        Of the hinge. The paper also has a margin loss with a learned boundary, which is not here.
+        Margin of the hinge. The margin loss of the paper, which has a learned boundary, is not implemented.
     distance : str
         ``"euclidean"``, ``"squared_euclidean"`` or ``"cosine"``.
     **keywords
@@ -159,8 +159,8 @@ def ephn(temperature: Number = 0.1, *, semihard: bool = False, **keywords: Any) 
 
     Notes
     -----
-    The public code drops anchors whose scores are at or below 0 and takes scores above 0.9999 for the sample itself. Here
-    such anchors stay, and ids name the sample itself.
+    The public code leaves out anchors with scores of at most 0, and treats scores above 0.9999 as the sample itself. Here
+    such anchors are kept, and ids identify the sample itself.
 
     References
     ----------
@@ -272,7 +272,7 @@ class SimANSLoss(ScheduledLoss):
         self.kernel, self.options, self.fixed = kernel, options, fixed
 
     def at(self, step: int | Tensor) -> dict[str, Any]:
-        """The numbers of this step, schedules evaluated and checked."""
+        """The options at a step: schedules are evaluated and checked."""
         given, op = at_step(self.options, step), "simans"
         for name in ("num_negatives", "candidates"):
             given[name] = checks.require_count(op, name, given[name])
@@ -329,7 +329,7 @@ class SimANSLoss(ScheduledLoss):
             "simans", query, positive_key, negative_keys, *tags, options=("select",), with_bias=True
         )
         if pool.bias is not None:
-            raise checks.refuse("simans", "negative_keys.bias", "None, for the draw is by score", pool.bias)
+            raise checks.refuse("simans", "negative_keys.bias", "None, because negatives are drawn by score", pool.bias)
         checks.require_positive("simans", positive_key, query)
         draw = {"step": self.count(step, query), "row_offset": row_offset}
         index = self.sample(query, positive_key, negative_keys, **draw, **masks)  # (B, n)
@@ -364,20 +364,20 @@ def simans(
     num_negatives : int
         How many are drawn for each query, without replacement.
     candidates : int
-        From how many of the hardest.
+        From how many of the hardest negatives these are drawn.
     kernel : str
         ``"gaussian"`` is the paper's, ``"laplace"`` the public code's.
     a, b : float or schedule
-        Of the Gaussian. The published values are for inner products of tens; cosines differ by less than 2 and need an `a`
-        of tens to hundreds.
+        Parameters of the Gaussian. The published values are for inner products of the order of 10 to 100; cosines differ by
+        less than 2 and need an `a` of the order of 10 to 1,000.
     tau : float or schedule
-        Of the Laplacian; 3 for MS MARCO.
+        Parameter of the Laplacian; 3 for MS MARCO.
     temperature : float, Tensor or schedule
-        Divides the scores; 1 for inner products of tens.
+        Divides the scores; 1 for inner products of the order of 10 to 100.
     reduction : str
         ``"mean"``, ``"sum"`` or ``"none"``.
     seed : int
-        Of the draws.
+        Seed of the random numbers.
     backend : str, optional
         As in `info_nce`.
 
@@ -388,8 +388,8 @@ def simans(
 
     Notes
     -----
-    The defaults of candidates, num_negatives and a are chosen here. The public code takes the last candidates where s_pos
-    is 0; this does not.
+    The defaults of candidates, num_negatives and a are ours. If s_pos is 0, the public code uses the last candidates; this
+    recipe does not.
 
     References
     ----------
@@ -408,5 +408,5 @@ def simans(
     options = {"num_negatives": num_negatives, "candidates": candidates, "a": a, "b": b, "tau": tau}
     fixed = {"reduction": reduction, "seed": seed, "backend": backend}
     made = SimANSLoss(kernel, options | {"temperature": temperature}, **fixed)
-    made.at(torch.zeros((), dtype=torch.int64, device="cpu"))  # refuses what cannot be meant
+    made.at(torch.zeros((), dtype=torch.int64, device="cpu"))  # raises an error for invalid values
     return made

@@ -16,8 +16,9 @@ def debiased(tau_plus: Number = 0.01, *, temperature: Temperature = 0.5, **keywo
     Parameters
     ----------
     tau_plus : float or schedule
-        The expected share. The paper's 0.1 is a prior for 10 classes in a batch; with a queue of nearly random vectors it
-        puts nearly every row at the floor, and such a row's negatives get no gradient. `clamped` in the statistics tells.
+        The expected share of false negatives. The paper uses 0.1, for batches of 10 classes. With a queue of nearly random
+        vectors, 0.1 clamps nearly all rows to the lower bound, where negatives get no gradient; `clamped` in the statistics
+        shows which.
     temperature : float, Tensor or schedule
         Divides the scores; as in the paper.
     **keywords
@@ -58,11 +59,11 @@ def hcl(
     Parameters
     ----------
     beta : float or schedule
-        The importance exponent; 0 weighs all alike. The public `--anneal down` is `step(1.0, 0.0, steps, 9)`.
+        The importance exponent; 0 gives equal weights. `--anneal down` of the public code is `step(1.0, 0.0, steps, 9)`.
     tau_plus : float or schedule
         As in `debiased`.
     detach : bool
-        Keep the weights out of the gradient; the official code does not.
+        Compute no gradient of the weights; the official code does.
     temperature : float, Tensor or schedule
         Divides the scores; as in the paper.
     **keywords
@@ -141,8 +142,8 @@ def logq(*, corrected: bool = False, temperature: Temperature = 0.05, **keywords
 
     Notes
     -----
-    Two public libraries add the logarithm, which is wrong. Mixed negative sampling is a list of two pools in `info_nce`,
-    each with a bias of its own.
+    Two public libraries add the logarithm instead of subtracting it, which is wrong. For mixed negative sampling, pass a list of
+    two pools to `info_nce`, each with its own bias.
 
     References
     ----------
@@ -200,7 +201,7 @@ def ifm(epsilon: Number = 0.1, alpha: Number = 1.0, *, temperature: Temperature 
     Parameters
     ----------
     epsilon : float or schedule
-        The positive's score is lowered by it and the negatives' are raised.
+        The positive's score is lowered by this, and those of negatives are raised by it.
     alpha : float or schedule
         The weight of the second loss.
     temperature : float, Tensor or schedule
@@ -234,9 +235,9 @@ def dual_temperature(temperature: Temperature = 0.1, temperature_ratio: Number =
     Parameters
     ----------
     temperature : float, Tensor or schedule
-        T_a, within a query: a small one tells its negatives apart.
+        T_a, within a query. A small value separates its negatives more.
     temperature_ratio : float or schedule
-        T_b / T_a: a large T_b keeps the weights of queries close together.
+        T_b / T_a. A large T_b makes the weights of queries more equal.
     **keywords
         Further arguments of `MethodLoss`, such as reduction, seed or backend.
 

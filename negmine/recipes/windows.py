@@ -18,9 +18,9 @@ def hardest(
     Parameters
     ----------
     fraction : float, int or schedule
-        Where the window ends: a fraction of the query's negatives, or a rank if int.
+        The end of the window: a fraction of the query's negatives if float, a rank if int.
     skip : float, int or schedule
-        Where it begins. `skip=0.001` leaves out the hardest 0.1 %.
+        The start of the window. `skip=0.001` leaves out the hardest 0.1 %.
     temperature : float, Tensor or schedule
         Divides the scores; 0.2 as in MoCo v2.
     **keywords
@@ -33,7 +33,7 @@ def hardest(
 
     Notes
     -----
-    The share that is unnecessary depends on the sizes of the classes; the paper's is ImageNet's.
+    Which share is unnecessary depends on the sizes of the classes; the paper's value is for ImageNet.
 
     References
     ----------
@@ -55,7 +55,7 @@ def easiest(fraction: Number = 0.95, *, temperature: Temperature = 0.2, **keywor
     Parameters
     ----------
     fraction : float or schedule
-        How many to keep.
+        The share of the negatives that is kept.
     temperature : float, Tensor or schedule
         Divides the scores; 0.2 as in MoCo v2.
     **keywords
@@ -80,7 +80,7 @@ def easiest(fraction: Number = 0.95, *, temperature: Temperature = 0.2, **keywor
 
 
 def easiest_select(fraction: float) -> Select:
-    """The easiest `fraction` of one step."""
+    """The Select for the easiest `fraction`."""
     return Select(1.0 - fraction, 1.0)
 
 
@@ -102,15 +102,15 @@ def ring(
     Parameters
     ----------
     outer : float or schedule
-        The hardest fraction that is kept. The published schedules move it from 1.0 to 0.1: `linear(1.0, 0.1, steps)`,
+        The hardest fraction that is kept. The published schedules go from 1.0 to 0.1: `linear(1.0, 0.1, steps)`,
         `step(1.0, 0.1, steps)` or `exponential(1.0, 0.1)`.
     inner : float or schedule
-        The fraction that is left out at the hard end.
+        The fraction that is left out at the hardest end.
     inner_of : str
         ``"outer"``: inner is a fraction of the outer window; ``"all"``: of all negatives.
     sample : int, optional
-        Draw this many of the ring for each query; the public NCE form draws 4,095 with replacement. The sum is not
-        rescaled, as there.
+        Draw this many negatives of the ring for each query; the public NCE loss draws 4,095 with replacement. As there, the
+        sum is not rescaled.
     replace : bool
         Draw with replacement.
     temperature : float, Tensor or schedule
@@ -125,8 +125,8 @@ def ring(
 
     Notes
     -----
-    The public code never reaches its exponential schedule, because it reads a configuration key that is never written, nor
-    the "all" form, because of an `x or True`.
+    The public code never uses its exponential schedule, because it reads a configuration key that is never set, and never
+    uses "all", because of an `x or True`.
 
     References
     ----------
@@ -146,22 +146,22 @@ def ring(
 
 
 def ring_select(outer: float, inner: float, inner_of: str, sample: int | None, replace: bool) -> Select:
-    """The ring of one step: the hardest `outer` without its innermost part."""
+    """The Select for a ring: the hardest `outer` without its innermost part."""
     return Select(inner * outer if inner_of == "outer" else inner, outer, sample=sample, replace=replace)
 
 
 def margin_pos(
     margin: Number = 0.05, hardest: Number | None = None, *, temperature: Temperature = 0.02, **keywords: Any
 ) -> InfoNCELoss:
-    """No negative above the positive's score less a margin (NV-Retriever's TopK-MarginPos).
+    """No negative above the positive's score minus a margin (NV-Retriever's TopK-MarginPos).
 
     Parameters
     ----------
     margin : float or schedule
-        Negatives with s > s_pos - margin are dropped. A negative margin is Qwen3-Embedding's mask: -0.1 drops only what is
-        clearly above the positive.
+        Negatives with s > s_pos - margin are removed. A negative margin is the mask of Qwen3-Embedding: -0.1 removes only
+        negatives that are clearly above the positive.
     hardest : int, float or schedule, optional
-        Then keep this many, or this fraction, of the hardest of what is left.
+        If given, keep only this many, or this fraction, of the hardest that remain.
     temperature : float, Tensor or schedule
         Divides the scores; 0.02.
     **keywords
@@ -194,10 +194,10 @@ def perc_pos(
     Parameters
     ----------
     percentage : float or schedule
-        Negatives with s > s_pos - |s_pos| (1 - percentage) are dropped; the absolute value keeps the threshold below a
-        positive whose score is negative.
+        Negatives with s > s_pos - |s_pos| (1 - percentage) are removed. Because of the absolute value, the threshold is below
+        s_pos even if s_pos is negative.
     hardest : int, float or schedule, optional
-        Then keep this many, or this fraction, of the hardest of what is left.
+        If given, keep only this many, or this fraction, of the hardest that remain.
     temperature : float, Tensor or schedule
         Divides the scores; 0.02.
     **keywords
@@ -225,7 +225,7 @@ def perc_pos(
 def gist(
     margin: Number = 0.0, *, relative: bool = False, temperature: Temperature = 0.01, **keywords: Any
 ) -> MethodLoss:
-    """InfoNCE without the negatives that a guide model takes for false ones (GISTEmbed).
+    """InfoNCE without the negatives that a guide model considers false (GISTEmbed).
 
         kept: g_j <= g_pos - margin (|g_pos| if relative)
 
@@ -248,7 +248,7 @@ def gist(
     Notes
     -----
     `negmine.Guide` is the same mask for any loss. sentence-transformers computes g_pos (1 - margin) for its relative
-    margin, which lies above a g_pos below 0.
+    margin, which is above g_pos if g_pos is negative.
 
     References
     ----------
@@ -266,5 +266,5 @@ def gist(
 
 
 def perc_pos_select(percentage: float, hardest: int | float | None) -> Select:
-    """The window below `percentage` of the positive's score at one step."""
+    """The Select for scores below `percentage` of the positive's score."""
     return Select(0, hardest, relative_margin=1.0 - percentage)
