@@ -65,7 +65,8 @@ CASES = [
     (90, "bfloat16", 128, ("mix_negatives", "mix_logsumexp")),
     (90, "bfloat16", 128, ("softplus_sum", "softplus_sum_grad_keys")),
     (80, "bfloat16", 128, ("softplus_sum", "softplus_sum_grad_keys")),
-    (90, "bfloat16", 128, ("gathered_logsumexp", "gathered_grad_keys")),
+    (90, "bfloat16", 128, ("gathered_logsumexp", "gathered_grad_keys", "maxsim")),
+    (80, "bfloat16", 128, ("maxsim",)),
     (90, "bfloat16", 128, ("logsumexp+ids", "logsumexp+labels", "logsumexp+ragged", "logsumexp+num_rows")),
     (80, "bfloat16", 128, ("logsumexp+ids", "logsumexp+labels", "logsumexp+ragged", "logsumexp+num_rows")),
     (
@@ -124,8 +125,9 @@ def call(triton_ops, op: str, dtype: torch.dtype, D: int) -> None:
         "mix_logsumexp": (keys, index, scale, True, *draws),
         "gathered_logsumexp": (keys, index, scale, True),
         "gathered_grad_keys": (index, empty(B, N), K),
+        "maxsim": (keys.view(-1, 128, D), None, empty(K // 128, dtype=torch.int64), True),
     }
-    getattr(triton_ops, op)(query, *arguments[op])
+    getattr(triton_ops, op)(query.view(-1, 32, D) if op == "maxsim" else query, *arguments[op])
 
 
 def record(ops: tuple[str, ...], dtype: torch.dtype, D: int, capability: int) -> list:

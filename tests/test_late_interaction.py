@@ -12,7 +12,7 @@ from negmine.losses import late_interaction, mine_late_interaction
 from negmine.ops import backends
 from tests import compare
 from tests.cases import unit, whole
-from tests.conftest import DEVICE
+from tests.conftest import DEVICE, skip_what_the_interpreter_repeats
 
 B, K, TOKENS, J, D, T = 4, 11, 3, 5, 6, 0.4
 LENGTHS = {
@@ -32,20 +32,6 @@ def small_blocks(monkeypatch):
 
 def functions(name):
     return next(row for row in backends.BACKENDS if row.name == name).functions
-
-
-@pytest.fixture
-def backend(backend):
-    if "maxsim" not in functions(backend):
-        pytest.skip(f"{backend} has no kernel for it yet")
-    return backend
-
-
-@pytest.fixture
-def any_backend(any_backend):
-    if any_backend != "reference" and "maxsim" not in functions(any_backend):
-        pytest.skip(f"{any_backend} has no kernel for it yet")
-    return any_backend
 
 
 def tokens(make=unit, dtype=torch.float64):
@@ -143,7 +129,7 @@ def test_it_is_the_dense_definition(backend, dtype, case):
 
 
 # B, I, K, J, D: fewer lanes than a vector; more than a block; documents longer than a chunk, and of one token; odd widths
-SHAPES = [(2, 3, 5, 4, 16), (3, 33, 4, 7, 6), (2, 2, 3, 150, 5), (3, 40, 70, 1, 8)]
+SHAPES = [(2, 3, 5, 4, 16), (3, 33, 4, 7, 6), (2, 2, 3, 150, 5), (3, 40, 9, 1, 8)]
 
 
 @pytest.mark.parametrize("types", ["float32 float32", "bfloat16 bfloat16", "float16 bfloat16", "float16 float16"])
@@ -153,6 +139,7 @@ def test_maxsim(backend, shape, types):
     maxsim = functions(backend)["maxsim"]
     B, tokens, K, J, D = shape
     dtypes = [getattr(torch, name) for name in types.split()]
+    skip_what_the_interpreter_repeats(backend, dtypes[0])
     query = whole(B, tokens, D + 1, dtype=dtypes[0], device=DEVICE)[..., :D]
     documents = whole(K, J, D + 1, dtype=dtypes[1], device=DEVICE, seed=1)[..., :D]
     lengths = [torch.randint(0, most + 1, (rows,), device=DEVICE) for rows, most in ((B, tokens), (K, J))]

@@ -66,6 +66,7 @@ def arguments():
         "mix_logsumexp": [(q, keys, index, scale, True, *drawn)],
         "gathered_logsumexp": [(q, keys, index, scale, True)],
         "gathered_grad_keys": [(q, index, index * 0.1, K)],
+        "maxsim": [(q[:, None], keys[:12].view(4, 3, D), None, None, False)],
     }  # fmt: skip
 
 

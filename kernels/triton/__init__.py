@@ -9,6 +9,7 @@ from .gathered_logsumexp import gathered_logsumexp
 from .info_nce import info_nce
 from .logsumexp import logsumexp
 from .logsumexp_grad_keys import logsumexp_grad_keys
+from .maxsim import maxsim
 from .mine_hardest import mine_hardest
 from .mix_logsumexp import mix_logsumexp
 from .mix_negatives import mix_negatives
@@ -23,6 +24,7 @@ __all__ = [
     "info_nce",
     "logsumexp",
     "logsumexp_grad_keys",
+    "maxsim",
     "mine_hardest",
     "mix_logsumexp",
     "mix_negatives",

@@ -81,7 +81,7 @@ def late_interaction(
     seed, step, row_offset : int or Tensor
         As in `info_nce`.
     backend : str, optional
-        As in `info_nce`. There are kernels for cpu.
+        As in `info_nce`. There are kernels for cpu and triton.
     return_stats : bool
         Also return InfoNCEStats.
 
