@@ -309,9 +309,8 @@ def main() -> None:
     jobs = predicted_jobs(scale)
     calibration: dict[str, list[dict]] = defaultdict(list)
     totals: dict[str, list[float]] = defaultdict(list)
-    loads = []
+    load = os.getloadavg()[0]  # of others, before the first run
     for _ in range(repeat):  # all in turn, so that a slow minute slows all alike
-        loads.append(os.getloadavg()[0])
         calibration["small"] += measured("alone", sides[0], 1)
         calibration["large"] += measured("alone", sides[1], 1)
         calibration["pair"] += measured("alone", sides[1], 2)
@@ -322,7 +321,7 @@ def main() -> None:
             totals[name].append(max(answer["total"] for answer in answers))
     rates = rates_of(*(calibration[name] for name in ("small", "large", "pair", "exchange")))
     about = {"date": datetime.now().isoformat(timespec="seconds"), "commit": commit(), "torch": torch.__version__}
-    about["load"] = f"{statistics.median(loads):.1f}"
+    about["load"] = f"{load:.1f}"
     rows = [about | {"kind": "rate", "name": name, "measured": f"{value:.4g}"} for name, value in asdict(rates).items()]
     for name, values in totals.items():
         seconds = (on_one_machine(rates, jobs[name]), statistics.median(values))

@@ -78,7 +78,8 @@ def test_shares_merge_to_the_file_of_one_process(name, tmp_path):
     arguments["positives"] = [[ids[row] for row in part] for part in positives]
     shares = []
     for number in (17, *range(4, 17), 3, 1, 2):  # more shares than queries, one of which may be empty
-        mine_share(number, 17, arguments).save(tmp_path / f"{number}.part")
+        of_machine = {"max_memory_bytes": number << 20, "batch_size": number}  # machines may differ
+        mine_share(number, 17, arguments | of_machine).save(tmp_path / f"{number}.part")
         shares.append(Part.load(tmp_path / f"{number}.part"))
     assert shares[0].phase == ("negatives" if name in ("near", "fractions") else "candidates")
     rng = np.random.default_rng(0)

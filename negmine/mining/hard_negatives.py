@@ -57,7 +57,7 @@ DECISIVE = (
     "select", "range_mode", "positive_aggregation", "num_negatives", "sampling_strategy", "sampling_temperature", "seed",
     "deduplicate", "near_duplicate_score", "index", "count_skipped",
 )  # fmt: skip
-DESCRIBED = (*DECISIVE, "audit_queries", "min_recall", "max_memory_bytes", "backend")
+DESCRIBED = (*DECISIVE, "audit_queries", "min_recall", "backend")
 SCRATCH_BYTES = 64 << 20  # memory for near duplicates or for candidates of an index, but at most max_memory_bytes / 4
 AUDIT_K = 100  # the largest k at which recall is measured
 LOW_RECALL = (
