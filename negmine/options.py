@@ -515,7 +515,11 @@ class Guide:
     Notes
     -----
     The comparison is strict, and a NaN masks nothing. The positive itself is never masked. Scores are raw inner products;
-    no gradient flows through them. fp32, bf16, fp16 and float64 mix freely.
+    no gradient flows through them. fp32, bf16, fp16 and float64 mix freely; float64 counts as such where the query of the
+    loss is float64, and is rounded to fp32 elsewhere.
+
+    Kernels compute the scores tile by tile in every pass over shared keys, so no (B, K) mask is stored. For keys (B, M, D)
+    a (B, M) mask is.
 
     References
     ----------

@@ -406,7 +406,7 @@ def mix_negatives(
     checks.require_options(op, mix=mix)
     draw = Draw(*checks.require_draw(op, seed, step, row_offset))
     query, keys = promoted(query, keys)
-    kernels = backends.choose(op, ("mine_hardest", "mix_negatives"), backend, (query, keys))
+    kernels = backends.choose(op, ("mine_hardest", "mix_negatives"), backend, (query, keys), "", pool.extra)
     if kernels is None:
         vectors, parents, coefficients = reference.mix_negatives(
             widened(query), widened(keys), mix, usable(pool, query, keys), seed=seed, step=step, row_offset=row_offset

@@ -53,6 +53,7 @@ MOST = {
     "mask": 2.0,
     "pairs": 4.0,
     "bounds": 4.0,
+    "guide": 5.0,  # a second product, in smaller tiles
 }
 SHARED_BYTES = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # of a block; code for sm_80 also runs on sm_86 and sm_89
 # Scores are compared between passes bit for bit, so all passes must take products by one instruction, which adds up one way.
@@ -84,6 +85,14 @@ CASES = [
     (80, "bfloat16", 256, ("logsumexp", "logsumexp_grad_keys")),
     (90, "bfloat16", 256, ("logsumexp", "logsumexp_grad_keys", "mine_hardest")),
     (100, "bfloat16", 256, ("logsumexp", "logsumexp_grad_keys")),
+    (80, "bfloat16", 128, ("logsumexp+guide", "softplus_sum+guide")),
+    (
+        90,
+        "bfloat16",
+        128,
+        ("logsumexp+guide", "logsumexp_grad_keys+guide", "mine_hardest+guide", "rank_thresholds+guide"),
+    ),
+    (90, "bfloat16", 256, ("info_nce+guide",)),
 ]
 B, N = 1024, 1024
 
@@ -107,6 +116,11 @@ def call(triton_ops, op: str, dtype: torch.dtype, D: int) -> None:
         "pairs": {"negative_mask": empty(B, K, dtype=torch.bool)},
         "num_rows": {"num_rows": empty(dtype=whole)},
         "bias": {"bias": empty(K)},
+        "guide": {
+            "guide_query": empty(B, D, dtype=dtype),
+            "guide_keys": empty(K, D, dtype=dtype),
+            "guide_limit": empty(B),
+        },
         "ragged": {},
     }
     pool = Pool(**{name: x for kind in kinds for name, x in given[kind].items()})

@@ -267,7 +267,7 @@ def test_a_gpu_older_than_the_kernels_is_refused_in_words(monkeypatch, capabilit
     monkeypatch.setattr(backends, "BACKENDS", rows)
     monkeypatch.setattr(backends, "_warned", set())
     for name in (None, "triton", "cuda"):
-        arguments = ("mine_hardest", ("mine_hardest",), name, torch.device("cuda", 0), [torch.bfloat16] * 2, "", False)
+        arguments = ("mine_hardest", ("mine_hardest",), name, torch.device("cuda", 0), [torch.bfloat16] * 2, "", "")
         if runs:
             assert backends._choose(*arguments).has("mine_hardest")
         elif name is None:
@@ -282,13 +282,14 @@ def test_a_gpu_older_than_the_kernels_is_refused_in_words(monkeypatch, capabilit
                 backends._choose(*arguments)
 
 
-def test_a_bias_of_shared_keys_goes_to_a_backend_that_takes_it(monkeypatch):
+@pytest.mark.parametrize("extra", ["bias", "guide"])
+def test_a_bias_or_a_guide_of_shared_keys_goes_to_a_backend_that_takes_it(monkeypatch, extra):
     rows = (Backend("cuda", "cpu", {"count_negatives": min}), Backend("cpu", "cpu", {"count_negatives": max}))
     monkeypatch.setattr(backends, "BACKENDS", (*rows, backends.BACKENDS[-1]))
     rest = torch.device("cpu"), [torch.float32] * 2, ""
-    for biased, want in ((False, min), (True, max)):
-        assert backends._choose("f", ("count_negatives",), None, *rest, biased).count_negatives is want
+    for given, want in (("", min), (extra, max)):
+        assert backends._choose("f", ("count_negatives",), None, *rest, given).count_negatives is want
     with pytest.raises(
-        BackendUnavailable, match=r"^f: backend 'cuda' takes no bias of shared keys; cpu and triton do$"
+        BackendUnavailable, match=rf"^f: backend 'cuda' takes no {extra} of shared keys; cpu and triton do$"
     ):
-        backends._choose("f", ("count_negatives",), "cuda", *rest, True)
+        backends._choose("f", ("count_negatives",), "cuda", *rest, extra)

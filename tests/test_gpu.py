@@ -243,7 +243,9 @@ def test_selection_is_exact_on_any_queue(make, dtype, monkeypatch):
     q, keys = unit(B, D, dtype=dtype, device="cuda", seed=9), make().to(dtype)
     q[: B // 2] = unit(1, D, dtype=dtype, device="cuda")  # half of the queries lie where the structure is
     N = 700
-    every = sort_keys(q, keys, score_tile(q, keys), EVERYTHING).sort(dim=1, descending=True).values  # (B, K)
+    every = (
+        sort_keys(q, keys, score_tile(q, keys, EVERYTHING), EVERYTHING).sort(dim=1, descending=True).values
+    )  # (B, K)
     assert not tiles.is_dense(K, N, 90)
     mined = negmine.mine_hardest(q, keys, N, backend="triton")
     scores, index = sort_key.unpack(every[:, :N])

@@ -10,20 +10,21 @@ PROBE = """
 import sys, torch
 import torch.nn.functional as F
 import negmine
-from negmine import Mix, Select
+from negmine import Guide, Mix, Negatives, Select
 from tests.peak import print_peak
 
 B, K, D = 256, 65536, 128
 q, pos, keys = (F.normalize(torch.randn(n, D), dim=1) for n in (B, B, K))
 labels = torch.arange(K) % 100
 
-def loss(q, backend="cpu", **options):
-    return negmine.info_nce(q, pos[: len(q)], keys, **options, backend=backend)
+def loss(q, backend="cpu", guide=None, **options):
+    return negmine.info_nce(q, pos[: len(q)], Negatives(keys, guide=guide), **options, backend=backend)
 
 CALLS = {
     "info_nce": lambda q: loss(q).backward(),
     "info_nce, window": lambda q: loss(q, select=Select(0.001, 0.05)).backward(),
     "info_nce, easiest 95 %": lambda q: loss(q, select=Select(0.05, 1.0)).backward(),
+    "info_nce, guide": lambda q: loss(q, guide=Guide(q, pos[:len(q)], keys, margin=0.1)).backward(),
     "info_nce, MoCHi": lambda q: loss(q, mix=Mix()).backward(),
     "mine_hardest": lambda q: negmine.mine_hardest(q, keys, 1024, backend="cpu"),
     "rank_thresholds": lambda q: negmine.rank_thresholds(q, keys, [65, 3276, K // 2], backend="cpu"),
@@ -41,7 +42,7 @@ CALLS = {
 print_peak(lambda queries: CALLS[sys.argv[1]](queries.clone().requires_grad_()), q[:2], q)
 """
 OPS = ["info_nce", "info_nce, window", "info_nce, easiest 95 %", "info_nce, MoCHi", "mine_hardest", "rank_thresholds"]
-OPS += ["triplet_loss", "distance_weighted", "multi_similarity", "matryoshka, late_interaction"]
+OPS += ["info_nce, guide", "triplet_loss", "distance_weighted", "multi_similarity", "matryoshka, late_interaction"]
 
 
 @pytest.mark.parametrize("call", OPS)

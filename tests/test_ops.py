@@ -18,7 +18,7 @@ from negmine.ops.registry import OPS, Op, Value, overload
 ROOT = Path(__file__).parents[1]
 SIZES = {"B": 3, "K": 20, "D": 8, "M": 6, "R": 3, "N": 5, "S": 2, "G": 4, "I": 3, "J": 6, "W": 3}
 NUMBERS = {"pairs": 3, "with_query": 2, "pair_high": 1.0, "query_high": 0.5, "hard": 4, "skip": 1, "seed": 7}
-UNSUPPORTED = ("bias", "guide_query", "guide_keys", "guide_limit")
+NOT_ON_CUDA = ("bias", "guide_query", "guide_keys", "guide_limit")
 DEVICES = {"negmine_cpu": "cpu"} | ({"negmine_cuda": "cuda"} if torch.cuda.is_available() else {})
 HERE = [
     (namespace, name)
@@ -63,7 +63,8 @@ def arguments(op: Op, device: str, optional: bool = True, per_query: bool = Fals
     sizes = SIZES | {key: size for key, size in change.items() if key in SIZES}
     given = {}
     for value in op.arguments:
-        absent = value.optional and (not optional or value.name in UNSUPPORTED or value.name == "ranks")
+        refused = device == "cuda" and value.name in NOT_ON_CUDA
+        absent = value.optional and (not optional or refused or value.name == "ranks")
         absent |= op.name == "prefix_logsumexp" and value.name in ("lower", "upper")
         given[value.name] = None if absent else made(value, sizes, device, per_query)
     if not optional and "same_label" in given:
@@ -135,15 +136,6 @@ def test_declarations_and_implementations_load_in_either_order(library_first):
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-@pytest.mark.parametrize(("namespace", "name"), [(space, name) for space, name in HERE if OPS[name].takes_pool])
-def test_a_guide_is_refused(namespace, name):
-    for argument, shape in (("guide_query", ("B", "G")), ("guide_keys", ("K", "G"))):
-        tensor = torch.zeros([SIZES[letter] for letter in shape], device=DEVICES[namespace])
-        given = arguments(OPS[name], DEVICES[namespace]) | {argument: tensor}
-        with pytest.raises(RuntimeError, match=f"{name}: a guide is not supported by this backend"):
-            called(namespace, name, given)
-
-
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -165,6 +157,14 @@ def test_a_guide_is_refused(namespace, name):
         ("mine_gathered", {"N": 0}, "mine_gathered: N must be at least 1, got 0"),
         ("mine_gathered", {"max_score": torch.zeros(4)}, "mine_gathered: max_score must have the shape .3,., got .4,."),
         ("softplus_sum", {"offset": torch.zeros(2)}, "softplus_sum: offset must be one number, a tensor of shape"),
+        (
+            "count_negatives",
+            {"guide_limit": None},
+            "count_negatives: guide_query, guide_keys and guide_limit go together",
+        ),
+        ("count_negatives", {"guide_keys": torch.zeros(19, 4)}, "with B = 3 and K = 20, got .3, 4. and .19, 4."),
+        ("count_negatives", {"guide_query": torch.zeros(3, 5)}, "must be .B, G. and .K, G. with B = 3 and K = 20, got"),
+        ("count_negatives", {"guide_query": torch.zeros(3, 4).double()}, "guide_query must be float32, bfloat16 or"),
     ],
 )
 def test_what_would_corrupt_memory_is_refused_in_words(name, change, message):

@@ -11,6 +11,7 @@ import negmine
 from negmine import FalseNegatives, Guide, Mix, MoCoQueue, Negatives, Select, Weight, reference
 from negmine.ops import backends
 from negmine.ops.negatives import check_negatives
+from negmine.ops.pool import usable
 from tests import compare
 from tests.cases import unit, whole
 from tests.conftest import device_of
@@ -57,7 +58,7 @@ def as_defined(vectors, options, **more):
 
 def insisted(backend):
     """The backend to ask for, None where its kernels take no bias of shared keys."""
-    return backend if backend in backends.TAKE_BIAS else None
+    return backend if backend in backends.TAKE_EXTRAS else None
 
 
 OPTIONS = [
@@ -254,17 +255,21 @@ def test_a_guide_is_its_dense_mask(any_backend, margin, relative):
     g, g_pos, g_keys, g_own = (
         whole(*s, seed=i, device=device) for i, s in enumerate(((B, 3), (B, 3), (K, 3), (B, M, 3)))
     )
-    for vectors, guides, shape in ((keys, g_keys, (B, K)), (own, g_own, (B, M)), (None, None, (B, B))):
+    for vectors, guides in ((keys, g_keys), (own, g_own), (None, None)):
         guide = Guide(g, g_pos, guides, margin=margin, relative=relative)
         want = reference.guide_mask(guide)
         assert 0 < int(want.sum()) < want.numel()
         _, pool = check_negatives("test", query, positive, Negatives(vectors, guide=guide), own_keys=True)
-        given = pool.negative_mask if vectors is not None else pool.negative_mask.expand(shape)
-        compare.exact("mask", given, want)
+        compare.exact(
+            "mask", usable(pool._replace(query_ids=None), query, positive if vectors is None else vectors), want
+        )
         call = {"temperature": 9.0, "reduction": "none", "backend": any_backend}
         by_guide = negmine.info_nce(query, positive, Negatives(vectors, guide=guide), **call)
         by_mask = negmine.info_nce(query, positive, Negatives(vectors, mask=want), **call)
         assert torch.equal(by_guide, by_mask)
+        columns = None if guides is None else guides.double()
+        guide = Guide(g.double(), g_pos.double(), columns, margin=margin, relative=relative)
+        assert torch.equal(negmine.info_nce(query, positive, Negatives(vectors, guide=guide), **call), by_mask)
 
 
 def test_a_guide_is_a_loop():

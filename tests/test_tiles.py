@@ -54,7 +54,12 @@ def test_tiles_are_the_best_instruction_set(emulated):
 
 
 @pytest.mark.parametrize(
-    "tests", [["tests/test_isa.py", "tests/test_isa_shapes.py", "-k", "amxbf16"], ["tests/test_parts.py"]], ids=" ".join
+    "tests",
+    [
+        ["tests/test_isa.py", "tests/test_isa_shapes.py", "tests/test_guide.py", "-k", "amxbf16"],
+        ["tests/test_parts.py"],
+    ],
+    ids=" ".join,
 )
 def test_every_promise_to_an_instruction_set_holds_in_tiles(emulated, tests):
     out = run(emulated, "-m", "pytest", "-n0", "-p", "no:cacheprovider", "-r", "s", *tests)

@@ -80,15 +80,6 @@ def test_opcheck():
             torch.library.opcheck(registry.overload(triton_ops.NAMESPACE, op), args)
 
 
-def test_guides_are_refused():
-    for op, calls in arguments().items():
-        if registry.OPS[op].takes_pool:
-            for part in ("guide_query", "guide_keys", "guide_limit"):
-                args = (*calls[0][: -len(Pool._fields)], *some_pool(**{part: torch.zeros(K, device=DEVICE)}))
-                with pytest.raises(ValueError, match=f"^{op}: a guide is not supported by this backend.$"):
-                    launchers()[op](*args)
-
-
 def test_what_does_not_go_together_is_refused():
     calls = arguments()
     step, pooled = list(calls["info_nce"][0]), list(calls["logsumexp"][0])

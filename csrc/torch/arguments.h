@@ -65,8 +65,6 @@ struct PoolTensors {
     using checks::ScalarType;
     const int64_t B = query.size(0), K = negative_keys.size(0);
     require(K <= INT64_C(0xFFFFFFFF), op, ": negative_keys must have fewer than 2^32 rows, got ", K, ".");
-    require(!given.guide_query && !given.guide_keys && !given.guide_limit, op,
-            ": a guide is not supported by this backend.");
     require(given.query_ids.has_value() == given.negative_ids.has_value(), op,
             ": query_ids and negative_ids go together, got one of them.");
     require(given.query_labels.has_value() == given.negative_labels.has_value(), op,
@@ -93,10 +91,22 @@ struct PoolTensors {
     upper = checks::vector(op, "upper", given.upper, ScalarType::Long, B, query);
     num_rows = checks::scalar(op, "num_rows", given.num_rows, ScalarType::Long, query);
     bias = checks::vector(op, "bias", given.bias, ScalarType::Float, K, query);
+    const bool guided = given.guide_limit.has_value();
+    require(guided == given.guide_query.has_value() && guided == given.guide_keys.has_value(), op,
+            ": guide_query, guide_keys and guide_limit go together, got only some of them.");
+    if (!guided) return;
+    guide_query = checks::matrix(op, "guide_query", *given.guide_query, "(B, G)");
+    guide_keys = checks::matrix(op, "guide_keys", *given.guide_keys, "(K, G)");
+    guide_limit = checks::vector(op, "guide_limit", given.guide_limit, ScalarType::Float, B, query);
+    require(guide_query->size(0) == B && guide_keys->size(0) == K && guide_query->size(1) == guide_keys->size(1), op,
+            ": guide_query and guide_keys must be (B, G) and (K, G) with B = ", B, " and K = ", K, ", got ",
+            checks::Shape{*guide_query}, " and ", checks::Shape{*guide_keys}, ".");
+    require(checks::same_device(*guide_query, query) && checks::same_device(*guide_keys, query), op,
+            ": guide_query and guide_keys must be on the device of query, one is on another.");
   }
 
   checks::OptionalTensor negative_mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, num_rows;
-  checks::OptionalTensor bias;
+  checks::OptionalTensor bias, guide_query, guide_keys, guide_limit;
   bool same_label;
 };
 

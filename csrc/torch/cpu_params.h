@@ -51,6 +51,12 @@ inline cpu::Pool pool_of(const PoolTensors& t) {
   pool.lower = longs(t.lower);
   pool.upper = longs(t.upper);
   pool.bias = checks::floats(t.bias);
+  if (t.guide_limit.has_value()) {
+    pool.guide_query = matrix_of(*t.guide_query);
+    pool.guide_keys = matrix_of(*t.guide_keys);
+    pool.guide_width = t.guide_query->size(1);
+    pool.guide_limit = checks::floats(t.guide_limit);
+  }
   return pool;
 }
 

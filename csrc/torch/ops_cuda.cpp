@@ -58,6 +58,7 @@ struct Scored {
         storage(storage_of(q)) {
     checks::same_width(op, q, keys);
     checks::require(!pool.bias, op, ": bias is not supported by this backend.");
+    checks::require(!pool.guide_limit, op, ": a guide is not supported by this backend.");
     checks::require(storage != cuda::Storage::kFloat32 && storage == storage_of(keys), op,
                     ": query and negative_keys must both be bfloat16 or both float16, got ",
                     checks::dtype_text(q.scalar_type()), " and ", checks::dtype_text(keys.scalar_type()), ".");

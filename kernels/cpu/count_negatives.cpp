@@ -11,7 +11,7 @@ void count_negatives(const CountNegativesParams& p, const Parallel& parallel) {
   const int64_t split_rows = std::max(kLeastSplitRows, ceil_div(p.K, kMostSplits));
   const int64_t splits = ceil_div(p.K, split_rows), blocks = ceil_div(p.B, kLanes);
   const auto counts = make_buffer<int64_t>(splits * blocks * kLanes);  // (splits, blocks, kLanes)
-  const auto make_scratch = [&] { return Scratch(p.query, p.negative_keys, p.D); };
+  const auto make_scratch = [&] { return Scratch(p.query, p.negative_keys, p.D, p.pool); };
   for_each_task(parallel, splits * blocks, make_scratch, [&](Scratch& scratch, int64_t task) {
     Block block{.query = p.query, .negative_keys = p.negative_keys, .D = p.D, .pool = p.pool};
     block.first_query = task % blocks * kLanes;

@@ -142,7 +142,7 @@ void logsumexp(const LogsumexpParams& p, const Parallel& parallel) {
     std::vector<Block> group;
   };
   const auto make_task = [&] {
-    return Task{Scratch(p.query, p.negative_keys, p.D, p.widths != nullptr ? S : together), {}};
+    return Task{Scratch(p.query, p.negative_keys, p.D, p.pool, p.widths != nullptr ? S : together), {}};
   };
   // states (blocks of the group, S)
   const auto run_split = [&](Task& task, int64_t group, int64_t split, const LogsumexpState* states) {

@@ -19,7 +19,7 @@ void logsumexp_grad_keys(const LogsumexpGradKeysParams& p, const Parallel& paral
   };
   const auto make_task = [&] {
     const int64_t panel = kLanes * ceil_div(p.D, kLanes) * kLanes;
-    return Task{Scratch(p.query, p.negative_keys, p.D), make_buffer<float>(run.splits ? panel / 2 * 5 : panel)};
+    return Task{Scratch(p.query, p.negative_keys, p.D, p.pool), make_buffer<float>(run.splits ? panel / 2 * 5 : panel)};
   };
   for_each_task(parallel, ceil_div(p.K, task_rows), make_task, [&](Task& task, int64_t index) {
     Block block{.query = p.query, .negative_keys = p.negative_keys, .D = p.D, .pool = p.pool};

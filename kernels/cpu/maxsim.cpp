@@ -70,7 +70,7 @@ void maxsim(const MaxsimParams& p, const Parallel& parallel) {
     Buffer<int32_t> token;  // (documents, kLanes)
   };
   const auto make_task = [&] {
-    return Task{Scratch(tokens.vectors, p.negative_keys, p.D), make_buffer<float>(documents * kLanes),
+    return Task{Scratch(tokens.vectors, p.negative_keys, p.D, Pool()), make_buffer<float>(documents * kLanes),
                 make_buffer<int32_t>(documents * kLanes)};
   };
   for_each_task(parallel, ceil_div(p.K, documents), make_task, [&](Task& task, int64_t number) {

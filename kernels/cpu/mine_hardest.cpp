@@ -55,7 +55,7 @@ MiningGrid::MiningGrid(const MineHardestParams& params, const Parallel& parallel
 }
 
 MiningGrid::Task MiningGrid::make_task() const {
-  Task task{Scratch(p.query, p.negative_keys, p.D, together), {}, make_buffer<int64_t>(p.N)};
+  Task task{Scratch(p.query, p.negative_keys, p.D, p.pool, together), {}, make_buffer<int64_t>(p.N)};
   for (int64_t i = 0; i < together; ++i) task.selections.emplace_back(block_lanes_, capacity_);
   return task;
 }
@@ -169,7 +169,7 @@ void mine_gathered(const MineHardestParams& p, const int64_t* gathered, int64_t 
     Buffer<char> rows;       // (M, D)
   };
   const auto make_task = [&] {
-    return Task{Scratch(p.query, p.negative_keys, p.D), OwnedSelection(1, capacity_for(p.N, M)),
+    return Task{Scratch(p.query, p.negative_keys, p.D, Pool()), OwnedSelection(1, capacity_for(p.N, M)),
                 make_buffer<int64_t>(p.N), make_buffer<int64_t>(M), make_buffer<char>(M * row_bytes)};
   };
   for_each_task(parallel, p.B, make_task, [&](Task& task, int64_t b) {

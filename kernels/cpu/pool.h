@@ -1,11 +1,14 @@
 // Which columns a row may see: the optional arrays of kernels/README.md, part "Pool". A null pointer is an absent
 // array.
 //
-// A column leaves the pool by the masks (negative_mask, equal ids, equal labels) or by the bounds (lower, upper).
+// A column leaves the pool by the masks (negative_mask, equal ids, equal labels, a guide) or by the bounds (lower,
+// upper). A guide is a second score, guide_query . guide_keys, that hides a column where it is above the query's limit.
 // Bounds are sort keys (sort_key.h), so a window is exact where scores tie. What is summed adds the bias to its logits;
 // ranks, filters and what is mined know nothing of it.
 #pragma once
 #include <cstdint>
+
+#include "kernels/cpu/matrix.h"
 
 namespace negmine::cpu {
 
@@ -21,8 +24,12 @@ struct Pool {
   const int64_t* lower = nullptr;            // (B,) sort keys, keep those >= lower
   const int64_t* upper = nullptr;            // (B,) sort keys, keep those <= upper
   const float* bias = nullptr;               // (K,) added to scale * score
+  Matrix guide_query, guide_keys;            // (B, G), (K, G)
+  int64_t guide_width = 0;                   // G
+  const float* guide_limit = nullptr;        // (B,)
 
   bool bounded() const { return lower != nullptr || upper != nullptr; }
+  bool guided() const { return guide_limit != nullptr; }
 };
 
 }  // namespace negmine::cpu

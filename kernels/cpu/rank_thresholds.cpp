@@ -165,14 +165,14 @@ int64_t columns_of(const Pool& pool, int64_t K) {
 
 void each_ranking(const RankThresholdsParams& p, const Parallel& parallel, const Ranked& finish) {
   const Grid grid(p, parallel);
-  const auto make_scratch = [&] { return Scratch(p.query, p.negative_keys, p.D); };
+  const auto make_scratch = [&] { return Scratch(p.query, p.negative_keys, p.D, p.pool); };
   if (grid.splits == 1) {
     struct Task {
       Scratch scratch;
       std::vector<OwnedSelection> selections;  // (together)
     };
     const auto make_task = [&] {
-      Task task{Scratch(p.query, p.negative_keys, p.D, grid.together), {}};
+      Task task{Scratch(p.query, p.negative_keys, p.D, p.pool, grid.together), {}};
       for (int64_t i = 0; i < grid.together; ++i) task.selections.emplace_back(grid.block_lanes, grid.capacity);
       return task;
     };

@@ -102,8 +102,25 @@ Buffer<T> make_buffer(int64_t count) {
 // Workspaces of `blocks` blocks that go through a range together.
 class Scratch {
  public:
-  Scratch(const Matrix& query, const Matrix& negative_keys, int64_t D, int64_t blocks = 1) : workspaces(blocks) {
-    const bool tiles = kernels(query.dtype, negative_keys.dtype).splits;
+  Scratch(const Matrix& query, const Matrix& negative_keys, int64_t D, const Pool& pool, int64_t blocks = 1)
+      : Scratch(kernels(query.dtype, negative_keys.dtype).splits, query, negative_keys, D, blocks) {
+    if (!pool.guided()) return;
+    guide_.reset(new Scratch(kernels(query.dtype, negative_keys.dtype).splits, pool.guide_query, pool.guide_keys,
+                             pool.guide_width, blocks));
+    for (int64_t i = 0; i < blocks; ++i) {
+      guide_->workspaces[i].index = workspaces[i].index;
+      workspaces[i].guide = &guide_->workspaces[i];
+    }
+  }
+
+  const Workspace& workspace() const { return workspaces[0]; }
+
+  std::vector<Workspace> workspaces;
+
+ private:
+  // tiles: the kernels that use it multiply in parts.
+  Scratch(bool tiles, const Matrix& query, const Matrix& negative_keys, int64_t D, int64_t blocks)
+      : workspaces(blocks) {
     const bool pairs = query.dtype == Dtype::kBFloat16 && negative_keys.dtype == Dtype::kBFloat16;
     constexpr int64_t kTile = 16;  // D is rounded up to whole tiles in what tiles read (simd/tiles.h)
     const int64_t part = tiles ? 3 * room_for_part(pairs ? kLanes : std::max(D, kLanes)) : 0;
@@ -144,11 +161,6 @@ class Scratch {
     lay_out();
   }
 
-  const Workspace& workspace() const { return workspaces[0]; }
-
-  std::vector<Workspace> workspaces;
-
- private:
   // Arrays of whole cache lines, one behind the other.
   struct Room {
     char* memory = nullptr;
@@ -164,6 +176,7 @@ class Scratch {
   };
 
   Buffer<char> memory_;
+  std::unique_ptr<Scratch> guide_;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

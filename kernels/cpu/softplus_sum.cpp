@@ -14,7 +14,7 @@ constexpr int64_t kSplitRows = 4096;  // sums of a split start from zero, so no 
 
 struct Task {
   Task(const SoftplusSumParams& p)
-      : scratch(p.query, p.negative_keys, p.D),
+      : scratch(p.query, p.negative_keys, p.D, p.pool),
         floats(make_buffer<float>((4 + (p.sigmoid_keys != nullptr ? 2 * room_for_mean(p.D) : 0)) * kLanes)),
         counts(make_buffer<int64_t>(2 * kLanes)) {
     float* f = floats.get();

@@ -58,7 +58,7 @@ def count(query: Tensor, negative_keys: Tensor, pool: KernelPool, numbers_only: 
     with_scores = numbers_only or pool.is_bounded
     if not B or not K or not (pool.is_masked or with_scores):
         return torch.full((B,), K, dtype=torch.int64, device=query.device)
-    tile = choose_tile(query, negative_keys)
+    tile = choose_tile(query, negative_keys, pool)
     splits, per_split = tiles.even_splits(B, K, tile, processors(query.device))
     counts = query.new_empty(splits, B, dtype=torch.int32)
     count_negatives_kernel[(-(-B // tile.BLOCK_B), splits)](
@@ -71,4 +71,4 @@ def count(query: Tensor, negative_keys: Tensor, pool: KernelPool, numbers_only: 
 @launcher
 def count_negatives(query: Tensor, negative_keys: Tensor, *pool: Tensor | bool | None) -> Tensor:
     """(B,) int64."""
-    return count(query, negative_keys, kernel_pool("count_negatives", pool), numbers_only=False)
+    return count(query, negative_keys, kernel_pool(pool), numbers_only=False)

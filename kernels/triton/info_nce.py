@@ -118,7 +118,7 @@ def info_nce(
 
     Raises ValueError where ranks come with synthetic negatives.
     """
-    columns = kernel_pool("info_nce", pool)
+    columns = kernel_pool(pool)
     (B, D), K = query.shape, negative_keys.shape[0]
     count = pairs + with_query if hard else 0  # synthetic negatives of a row
     if count and ranks is not None:

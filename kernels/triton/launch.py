@@ -14,6 +14,7 @@ import triton
 
 from . import tiles
 from .pool import KernelPool
+from .score import widens
 
 INTERPRET = triton.knobs.runtime.interpret
 
@@ -50,14 +51,9 @@ def launcher(op: Callable) -> Callable:
     return on_its_device
 
 
-def widens(query: Tensor, negative_keys: Tensor) -> bool:
-    """Whether tiles become fp32 before the product: types differ, or the interpreter would get bf16 wrong."""
-    return INTERPRET or query.dtype != negative_keys.dtype
-
-
-def score_tile(query: Tensor, negative_keys: Tensor) -> tiles.ScoreTile:
+def score_tile(query: Tensor, negative_keys: Tensor, pool: KernelPool) -> tiles.ScoreTile:
     itemsize = 4 if query.dtype != negative_keys.dtype else query.element_size()
-    return tiles.score_tile(query.shape[1], itemsize, capability(query.device))
+    return tiles.score_tile(query.shape[1], itemsize, capability(query.device), pool.guide_query is not None)
 
 
 def score_arguments(query: Tensor, negative_keys: Tensor, tile: tiles.ScoreTile, pool: KernelPool) -> tuple:

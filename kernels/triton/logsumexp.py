@@ -49,7 +49,7 @@ def logsumexp(
 
     Raises ValueError where N > 0 and ranks come together.
     """
-    columns = kernel_pool("logsumexp", pool)
+    columns = kernel_pool(pool)
     if N and ranks is not None:
         raise ValueError("logsumexp: N above 0 and ranks are not supported together.")
     (B, D), S = query.shape, scales.shape[0]

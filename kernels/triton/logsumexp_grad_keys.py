@@ -109,7 +109,7 @@ def grad_keys(
         return negative_keys.new_zeros(K, D, dtype=torch.float32)
     grad = negative_keys.new_empty(K, D, dtype=torch.float32)
     if K:
-        tile = choose_tile(query, negative_keys)
+        tile = choose_tile(query, negative_keys, pool)
         logsumexp_grad_keys_kernel[(-(-K // tile.BLOCK_K), -(-D // tile.SLICE))](
             *score_arguments(query, negative_keys, tile, pool),
             scale, lse.contiguous(), weight.contiguous(), torch.linalg.vector_norm(weight, torch.inf), grad,
@@ -123,4 +123,4 @@ def logsumexp_grad_keys(
     query: Tensor, negative_keys: Tensor, scale: Tensor, lse: Tensor, weight: Tensor, *pool: Tensor | bool | None
 ) -> Tensor:
     """(K, D) fp32."""
-    return grad_keys(query, negative_keys, scale, lse, weight, kernel_pool("logsumexp_grad_keys", pool), sigmoid=False)
+    return grad_keys(query, negative_keys, scale, lse, weight, kernel_pool(pool), sigmoid=False)

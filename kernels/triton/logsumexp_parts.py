@@ -133,9 +133,10 @@ def sums_of_part(
                     pivot, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_MEAN, ALONG, SLICE, STAGES, True, True, False,
                 )  # fmt: skip
     elif HIDES:
+        NARROW: tl.constexpr = BLOCK_K // 2 if pool.guide_query is None else BLOCK_K  # a guide's tile is small enough
         sums = add_columns(
             sums, start, whole, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size, pool, rows, scale,
-            pivot, WIDEN, D, BLOCK_B, BLOCK_K // 2, BLOCK_D, WANT_MEAN, ALONG, SLICE, STAGES, False, True, False,
+            pivot, WIDEN, D, BLOCK_B, NARROW, BLOCK_D, WANT_MEAN, ALONG, SLICE, STAGES, False, True, False,
         )  # fmt: skip
     else:
         sums = add_columns(
@@ -274,7 +275,7 @@ def sum_parts(
 ) -> Parts:
     """The parts of S log-sum-exps, B > 0; scales (S,) or ()."""
     (B, D), K, S = query.shape, negative_keys.shape[0], scales.numel()
-    tile = choose_tile(query, negative_keys)
+    tile = choose_tile(query, negative_keys, pool)
     splits, per_split = tiles.even_splits(B, K, tile, processors(query.device))
     rounds = want_mean and query.dtype == negative_keys.dtype != torch.float32  # probabilities, for the mean
     slices = -(-D // tile.SLICE) if want_mean else 1

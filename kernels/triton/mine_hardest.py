@@ -54,7 +54,7 @@ def mine(query: Tensor, negative_keys: Tensor, N: int, pool: KernelPool) -> tupl
     B, K = query.shape[0], negative_keys.shape[0]
     if not (B and K and N):
         return unpacked(torch.full((B, N), NOWHERE, dtype=torch.int64, device=query.device))
-    tile = score_tile(query, negative_keys)
+    tile = score_tile(query, negative_keys, pool)
     target = capability(query.device)
     dense = tiles.is_dense(K, N, target)
     plan = None if dense else tiles.mining_plan(K, N, target)[0]
@@ -74,7 +74,7 @@ def mine_hardest(
     query: Tensor, negative_keys: Tensor, N: int, want_count: bool, *pool: Tensor | bool | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """scores (B, N) fp32, index (B, N) int64, num_kept (B,) int64 or (0,)."""
-    columns = kernel_pool("mine_hardest", pool)
+    columns = kernel_pool(pool)
     if want_count:
         num_kept = count(query, negative_keys, columns, numbers_only=True)
     else:

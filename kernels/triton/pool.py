@@ -14,6 +14,8 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
+from . import tiles
+from .score import load_whole_rows, score_tile, widens
 from .sort_key import unpack
 
 
@@ -32,12 +34,18 @@ class KernelPool(NamedTuple):
     upper: Tensor | None = None  # (B,) int64 sort keys
     num_rows: Tensor | None = None  # () int64
     bias: Tensor | None = None  # (K,) fp32, added to scale * score where logits are summed
+    guide_query: Tensor | None = None  # (B, G)
+    guide_keys: Tensor | None = None  # (K, G)
+    guide_limit: Tensor | None = None  # (B,) fp32
+    stride_gb: int | None = None  # of the rows of guide_query
+    stride_gk: int | None = None  # of the rows of guide_keys
+    guide_width: tl.constexpr | None = None  # G
+    guide_block: tl.constexpr | None = None  # columns of G in one step
+    guide_widens: tl.constexpr | None = None  # as WIDEN of score.py
 
     @property
     def is_masked(self) -> bool:
-        return any(
-            x is not None for x in (self.key_mask, self.pair_mask, self.query_ids, self.query_labels, self.num_rows)
-        )
+        return self.hides_some_pairs or self.key_mask is not None or self.num_rows is not None
 
     @property
     def is_bounded(self) -> bool:
@@ -46,17 +54,24 @@ class KernelPool(NamedTuple):
     @property
     def hides_pairs(self) -> bool:
         """True where a column may be hidden from some queries and not from others."""
-        return self.is_bounded or any(x is not None for x in (self.pair_mask, self.query_ids, self.query_labels))
+        return self.is_bounded or self.hides_some_pairs
+
+    @property
+    def hides_some_pairs(self) -> bool:
+        """The same, bounds aside."""
+        return any(x is not None for x in (self.pair_mask, self.query_ids, self.query_labels, self.guide_query))
 
     @property
     def hides_by_tags(self) -> bool:
         """True where nothing but equal ids or labels hides pairs, nor a mask columns."""
         tagged = self.query_ids is not None or self.query_labels is not None
-        return tagged and self.pair_mask is self.key_mask is self.same_label is None and not self.is_bounded
+        others = self.pair_mask, self.key_mask, self.same_label, self.guide_query
+        return tagged and all(part is None for part in others) and not self.is_bounded
 
     def of_queries(self, start: int, stop: int) -> "KernelPool":
         """The pool of queries [start, stop): what belongs to queries is cut, what belongs to keys stays."""
-        parts = {name: getattr(self, name) for name in ("pair_mask", "query_ids", "query_labels", "lower", "upper")}
+        of_queries = ("pair_mask", "query_ids", "query_labels", "lower", "upper", "guide_query", "guide_limit")
+        parts = {name: getattr(self, name) for name in of_queries}
         return self._replace(**{name: x[start:stop] for name, x in parts.items() if x is not None})
 
 
@@ -64,18 +79,13 @@ EVERYTHING = KernelPool()
 SAME_LABEL = tl.constexpr(True)
 
 
-def kernel_pool(op: str, pool: tuple) -> KernelPool:
-    """The negmine.ops.pool.Pool that ends the arguments of `op`, as its kernels take it.
-
-    Raises ValueError for a guide, which no kernel reads.
-    """
+def kernel_pool(pool: tuple) -> KernelPool:
+    """The negmine.ops.pool.Pool that ends the arguments of an op, as its kernels take it."""
     (
         mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, num_rows,
         bias, guide_query, guide_keys, guide_limit, same_label,
     ) = pool  # fmt: skip
-    if not (guide_query is guide_keys is guide_limit is None):
-        raise ValueError(f"{op}: a guide is not supported by this backend.")
-    if mask is query_ids is query_labels is lower is upper is num_rows is bias is None:
+    if mask is query_ids is query_labels is lower is upper is num_rows is bias is guide_query is None:
         return EVERYTHING
     key_mask = pair_mask = stride_mb = None
     if mask is not None:
@@ -84,10 +94,23 @@ def kernel_pool(op: str, pool: tuple) -> KernelPool:
             key_mask = mask
         else:
             pair_mask, stride_mb = mask, mask.stride(0)
-    return KernelPool(
+    columns = KernelPool(
         key_mask, pair_mask, stride_mb, _dense(query_ids), _dense(negative_ids), _dense(query_labels), _dense(negative_labels),
         SAME_LABEL if same_label and query_labels is not None else None, _dense(lower), _dense(upper), num_rows, _dense(bias),
     )  # fmt: skip
+    if guide_query is None:
+        return columns
+    G = guide_query.shape[1]
+    return columns._replace(
+        guide_query=guide_query,
+        guide_keys=guide_keys,
+        guide_limit=_dense(guide_limit),
+        stride_gb=guide_query.stride(0),
+        stride_gk=guide_keys.stride(0),
+        guide_width=tl.constexpr(G),
+        guide_block=tl.constexpr(tiles.guide_block(G)),
+        guide_widens=tl.constexpr(widens(guide_query, guide_keys)),
+    )
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -155,6 +178,10 @@ def pool_masks(pool, rows, offs_b, b_ok, offs_k, k_ok):
             allowed = allowed & (labels[:, None] == negative_labels[None, :])
         else:
             allowed = allowed & (labels[:, None] != negative_labels[None, :])
+    if pool.guide_query is not None:
+        s = guide_scores(pool, offs_b, b_ok, offs_k, k_ok)  # (BLOCK_B, BLOCK_K)
+        limit = tl.load(pool.guide_limit + offs_b, mask=b_ok, other=0.0)  # (BLOCK_B,)
+        allowed = allowed & ~(s > limit[:, None])  # a NaN hides nothing
     return allowed
 
 
@@ -179,6 +206,20 @@ def may_hide_pairs(pool, rows, start, stop, BLOCK_K: tl.constexpr):
             tags = folded(tl.load(pool.negative_labels + offs_k, mask=k_ok, other=0))  # (BLOCK_K,)
             hits = tl.maximum(hits, tl.max((tags[:, None] == folded(labels)[None, :]).to(tl.int32)))
     return hits > 0
+
+
+@triton.jit
+def guide_scores(pool, offs_b, b_ok, offs_k, k_ok):
+    """(BLOCK_B, BLOCK_K) fp32: the scores by the guide."""
+    G: tl.constexpr = pool.guide_width
+    BLOCK_G: tl.constexpr = pool.guide_block
+    WIDEN: tl.constexpr = pool.guide_widens
+    query = load_whole_rows(pool.guide_query, offs_b, b_ok, pool.stride_gb, G, BLOCK_G, WIDEN)  # (BLOCK_B, BLOCK_G)
+    keys = load_whole_rows(pool.guide_keys, offs_k, k_ok, pool.stride_gk, G, BLOCK_G, WIDEN)  # (BLOCK_K, BLOCK_G)
+    return score_tile(
+        pool.guide_query, query, offs_b, b_ok, pool.stride_gb, pool.guide_keys, keys, offs_k, k_ok, pool.stride_gk,
+        G, offs_b.shape[0], offs_k.shape[0], BLOCK_G, WIDEN,
+    )  # fmt: skip
 
 
 @triton.jit

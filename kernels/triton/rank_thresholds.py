@@ -65,7 +65,7 @@ def thresholds(query: Tensor, negative_keys: Tensor, ranks: Tensor, pool: Kernel
     B, K, R = query.shape[0], negative_keys.shape[0], ranks.shape[1]
     if not (B and K and R):
         return torch.full((B, R), NOWHERE, dtype=torch.int64, device=query.device)
-    tile = score_tile(query, negative_keys)
+    tile = score_tile(query, negative_keys, pool)
     target = capability(query.device)
     plan, step = None, R
     if tiles.is_sorted(K, R, target):
@@ -91,4 +91,4 @@ def thresholds(query: Tensor, negative_keys: Tensor, ranks: Tensor, pool: Kernel
 @launcher
 def rank_thresholds(query: Tensor, negative_keys: Tensor, ranks: Tensor, *pool: Tensor | bool | None) -> Tensor:
     """sort_keys (B, R) int64."""
-    return thresholds(query, negative_keys, ranks, kernel_pool("rank_thresholds", pool))
+    return thresholds(query, negative_keys, ranks, kernel_pool(pool))

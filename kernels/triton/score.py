@@ -8,8 +8,15 @@ WIDEN turns storage into fp32 right after the load: for queries and keys of diff
 interpreter, whose bf16 product is wrong.
 """
 
+from torch import Tensor
+
 import triton
 import triton.language as tl
+
+
+def widens(query: Tensor, negative_keys: Tensor) -> bool:
+    """Whether tiles become fp32 before the product: types differ, or the interpreter would get bf16 wrong."""
+    return triton.knobs.runtime.interpret or query.dtype != negative_keys.dtype
 
 
 @triton.jit

@@ -124,9 +124,9 @@ def softplus_sum(
     *pool: Tensor | bool | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """total (B,) fp32, sigmoid_keys (B or 0, D) fp32, sigmoid_sum (B,) fp32, num_kept (B,) int64."""
-    columns = kernel_pool("softplus_sum", pool)
+    columns = kernel_pool(pool)
     (B, D), K = query.shape, negative_keys.shape[0]
-    tile = choose_tile(query, negative_keys)
+    tile = choose_tile(query, negative_keys, columns)
     splits, per_split = tiles.even_splits(B, K, tile, processors(query.device))
 
     total = query.new_empty(splits, B, dtype=torch.float32)

@@ -15,5 +15,5 @@ def softplus_sum_grad_keys(
     query: Tensor, negative_keys: Tensor, scale: Tensor, offset: Tensor, weight: Tensor, *pool: Tensor | bool | None
 ) -> Tensor:
     """(K, D) fp32."""
-    columns = kernel_pool("softplus_sum_grad_keys", pool)
+    columns = kernel_pool(pool)
     return grad_keys(query, negative_keys, scale, (-offset).expand(query.shape[0]), weight, columns, sigmoid=True)

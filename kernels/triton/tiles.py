@@ -4,7 +4,8 @@ No autotuning: the same inputs on the same card always run the same code, and a 
 major * 10 + minor; 0 is Triton's interpreter, where tiles are small so that small tests still cross tile borders.
 
 One rule binds the score tile: it must not depend on B, K or the op, for passes that compare scores must compute them
-alike (kernels/README.md). What may differ between ops is how many tiles a program walks and how far it loads ahead.
+alike (kernels/README.md); with a guide, which the pool of each of them then has, it is another one. What may differ between
+ops is how many tiles a program walks and how far it loads ahead.
 """
 
 import functools
@@ -28,13 +29,19 @@ def next_power_of_2(n: int) -> int:
 
 
 @functools.cache
-def score_tile(D: int, itemsize: int, capability: int) -> ScoreTile:
-    """The tile of scores; itemsize is that of the storage type the product is taken in (2 or 4 bytes)."""
+def score_tile(D: int, itemsize: int, capability: int, guided: bool = False) -> ScoreTile:
+    """The tile of scores; itemsize is that of the storage type the product is taken in (2 or 4 bytes).
+
+    guided: the pool has a guide, whose scores are a second tile in registers.
+    """
     padded = max(16, next_power_of_2(D))  # a tensor-core product contracts at least 16
     if capability == INTERPRETER:
         return ScoreTile(16, 32, min(padded, 64), min(padded, 64), 4, 1)
     if itemsize == 4:  # fused multiply-adds: operands live in registers, so short steps of D
         return ScoreTile(64, 64, min(padded, 32), min(padded, 128), 8, 2)
+    if guided:
+        rows = 128 if 90 <= capability < 120 else 64
+        return ScoreTile(rows, 64, min(padded, 128), min(padded, 128), 8, 2)
     if 100 <= capability < 120:  # sm_120 has the older products and the smaller shared memory
         return ScoreTile(128, 64, min(padded, 128), min(padded, 128), 8, 2)
     if capability == 90:
@@ -44,6 +51,11 @@ def score_tile(D: int, itemsize: int, capability: int) -> ScoreTile:
     if padded <= 128:
         return ScoreTile(128, 64, padded, padded, 8, 2)
     return ScoreTile(64, 64, 128, 128, 4, 2)
+
+
+def guide_block(G: int) -> int:
+    """Columns of a guide that one step of its score takes: few, because tiles of the keys are in shared memory beside them."""
+    return min(max(16, next_power_of_2(G)), 32)
 
 
 def splits(B: int, K: int, tile: ScoreTile, processors: int) -> int:

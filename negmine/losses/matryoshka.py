@@ -189,7 +189,7 @@ def _in_one_pass(
         return None
     needed = ("logsumexp", "logsumexp_grad_keys")
     chosen = [
-        choose(OP, needed, backend, (query, positive_key, keys), "prefix_logsumexp", pool.bias is not None)
+        choose(OP, needed, backend, (query, positive_key, keys), "prefix_logsumexp", pool.extra)
         for keys, (_, pool) in zip(every, pools, strict=True)
     ]
     if not all(kernels is not None and kernels.has("prefix_logsumexp") for kernels in chosen):

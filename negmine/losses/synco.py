@@ -169,7 +169,8 @@ def synco(
     scale = scale_of(temperature, query)
     with torch.no_grad():
         kernels = ("mine_hardest", "mix_logsumexp")
-        chosen = backends.choose(op, kernels, pool.get("backend"), (query, positive_key, negative_keys))
+        vectors = query, positive_key, negative_keys
+        chosen = backends.choose(op, kernels, pool.get("backend"), vectors, "", masks.extra)
     chosen, query = narrowed(chosen, query, None, None), x.query  # the same tensor as in the sum over the queue
     with torch.no_grad():
         if chosen is None:

@@ -40,8 +40,8 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORCED = os.environ.get("NEGMINE_BACKEND") or None
 if FORCED is not None and FORCED not in NAMES:
     raise ValueError(f"NEGMINE_BACKEND must be one of {', '.join(NAMES)}, got {FORCED!r}")
-# Backends whose sums over a queue add the pool's bias to the logits.
-TAKE_BIAS = frozenset({"cpu", "triton", "reference"})
+# Backends whose ops over a queue take a pool with a bias or a guide.
+TAKE_EXTRAS = frozenset({"cpu", "triton", "reference"})
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Ops that the cuda backend runs unasked; its others wait for backend="cuda". No CUDA kernel has run on a GPU yet. An op is added
@@ -254,21 +254,21 @@ def choose(
     backend: str | None,
     tensors: tuple[Tensor, ...],
     optional: str = "",
-    biased: bool = False,
+    extra: str = "",
 ) -> Kernels | None:
     """The kernels of `ops` for these tensors; None if the reference runs the call.
 
-    optional is an op that the call does not need; it is included if the backend of the first op has it. biased tells whether the
-    pool has a bias. Raises ValueError for an unknown backend, and BackendUnavailable if the requested one cannot run the call.
+    optional is an op that the call does not need; it is included if the backend of the first op has it. extra is that of the
+    pool. Raises ValueError for an unknown backend, and BackendUnavailable if the requested one cannot run the call.
     """
     device = tensors[0].device
     if torch.compiler.is_compiling():
-        return _choose(caller, ops, backend, device, [t.dtype for t in tensors], optional, biased)
-    kind = (caller, ops, backend, device, *(t.dtype for t in tensors), optional, biased)
+        return _choose(caller, ops, backend, device, [t.dtype for t in tensors], optional, extra)
+    kind = (caller, ops, backend, device, *(t.dtype for t in tensors), optional, extra)
     try:
         return _chosen[kind]
     except (KeyError, TypeError):  # a backend that cannot be hashed raises an error below
-        made = _choose(caller, ops, backend, device, [t.dtype for t in tensors], optional, biased)
+        made = _choose(caller, ops, backend, device, [t.dtype for t in tensors], optional, extra)
         _chosen[kind] = made
         return made
 
@@ -280,7 +280,7 @@ def _choose(
     at: torch.device,
     dtypes: list[torch.dtype],
     optional: str,
-    biased: bool,
+    extra: str,
 ) -> Kernels | None:
     device = at.type
     if backend is not None and backend not in NAMES:
@@ -289,8 +289,8 @@ def _choose(
     if asked == "reference":
         return None
     unfit = [f"{str(dtype).removeprefix('torch.')} input" for dtype in dtypes if dtype not in KERNEL_DTYPES]
-    if biased and asked is not None and asked not in TAKE_BIAS:
-        raise BackendUnavailable(f"{caller}: backend {asked!r} takes no bias of shared keys; cpu and triton do")
+    if extra and asked is not None and asked not in TAKE_EXTRAS:
+        raise BackendUnavailable(f"{caller}: backend {asked!r} takes no {extra} of shared keys; cpu and triton do")
     if unfit:
         dense = unfit[0]
         if asked is not None:
@@ -299,7 +299,7 @@ def _choose(
             )
         _warn_dense(caller, device, dense)
         return None
-    rows = [row for row in BACKENDS if asked in (None, row.name) and (not biased or row.name in TAKE_BIAS)]
+    rows = [row for row in BACKENDS if asked in (None, row.name) and (not extra or row.name in TAKE_EXTRAS)]
     too_old = card_limit(at)
     if too_old:
         rows = []

@@ -1,9 +1,8 @@
-"""Guides: masks the columns that a second model considers false negatives. The mask is computed in pieces."""
+"""Guides: which columns a second model considers false negatives, as a limit of each query and as a dense mask."""
 
 import torch
 from torch import Tensor
 
-from negmine.ops.pool import Pool, pieces
 from negmine.ops.vectors import disable_autocast, widened
 from negmine.options import Guide
 
@@ -17,18 +16,19 @@ def guide_limit(guide: Guide) -> Tensor:
         return score - (score.abs() if guide.relative else 1.0) * guide.margin
 
 
-def guided(pool: Pool, query: Tensor, keys: Tensor, limit: Tensor) -> Pool:
-    """The pool without the columns whose guide score is above limit (B,), for query (B, G) and keys (K, G) or (B, M, G).
+def within_limit(query: Tensor, keys: Tensor, limit: Tensor) -> Tensor:
+    """(B, K) bool: the columns that stay, for query (B, G) and keys (K, G) or (B, M, G). Kernels compute the same in tiles.
 
-    A NaN score, or a NaN limit, masks nothing.
+    A column is masked where its guide score is above limit (B,). A NaN score, or a NaN limit, masks nothing.
     """
     B, K = len(query), keys.shape[-2]
     keep = torch.empty(B, K, dtype=torch.bool, device=query.device)
+    step = max(1, PIECE // max(1, B))
     with torch.no_grad(), disable_autocast(query.device):
         wide = torch.promote_types(torch.promote_types(query.dtype, keys.dtype), torch.float32)
         q = query.to(wide)
-        for part in pieces(B, K, PIECE):
-            n = keys[..., part, :].to(wide)  # (C, G) or (B, C, G)
+        for start in range(0, K, step):
+            n = keys[..., start : start + step, :].to(wide)  # (C, G) or (B, C, G)
             scores = q @ n.T if n.dim() == 2 else torch.einsum("bg,bcg->bc", q, n)  # (B, C)
-            keep[:, part] = ~(scores > limit[:, None])
-    return pool._replace(negative_mask=keep if pool.negative_mask is None else keep & pool.negative_mask)
+            keep[:, start : start + step] = ~(scores > limit[:, None])
+    return keep

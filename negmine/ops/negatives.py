@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from negmine.ops.checks import describe, refuse, require_tensor, require_vectors
-from negmine.ops.guide import guide_limit, guided
+from negmine.ops.guide import guide_limit, within_limit
 from negmine.ops.pool import Pool
-from negmine.ops.vectors import widened
+from negmine.ops.vectors import for_kernels, widened
 from negmine.options import Negatives
 
 UNKNOWN = -1  # an id or label that equals nothing
@@ -160,7 +160,7 @@ def _in_batch(
 def _with_bias_and_guide(
     op: str, query: Tensor, keys: Tensor, pool: Pool, given: Negatives, with_bias: bool, name: str
 ) -> Pool:
-    """The pool with the bias of a Negatives, fp32 or float64, and without the columns that its guide masks."""
+    """The pool with the bias of a Negatives, fp32 or float64, and its guide, which becomes a mask for keys (B, M, D)."""
     own = (len(query), keys.shape[-2])  # (B, K)
     if given.bias is not None:
         require_tensor(op, f"{name}.bias", given.bias, query)
@@ -180,7 +180,13 @@ def _with_bias_and_guide(
     if tuple(columns.shape[:-1]) != tuple(keys.shape[:-1]):
         wanted = f"of shape {(*keys.shape[:-1], guide.query.shape[1])}, a row for each key"
         raise refuse(op, f"{name}.guide.keys", wanted, columns)
-    return guided(pool, guide.query, columns, guide_limit(guide))
+    if keys.dim() == 3:
+        keep = within_limit(guide.query, columns, guide_limit(guide))  # (B, M)
+        return pool._replace(negative_mask=keep if pool.negative_mask is None else keep & pool.negative_mask)
+    parts = [for_kernels(part) for part in (guide.query, columns, guide_limit(guide))]
+    if query.dtype != torch.float64:  # kernels take no float64
+        parts = [part.float() if part.dtype == torch.float64 else part for part in parts]
+    return pool._replace(guide_query=parts[0], guide_keys=parts[1], guide_limit=parts[2])
 
 
 def _tags(op: str, name: str, tags: Any, query: Tensor, shape: tuple[int, ...]) -> Tensor:

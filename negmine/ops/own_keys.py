@@ -134,6 +134,6 @@ def choose_for_keys(
 ) -> Kernels | None:
     """backends.choose, for keys (K, D), or (B, M, D) that are each query's own, and their pool."""
     if keys.dim() == 2:
-        return choose(caller, ops, backend, tensors, optional, pool.bias is not None)
+        return choose(caller, ops, backend, tensors, optional, pool.extra)
     kernels = choose(caller, tuple(dict.fromkeys((*ops, *LIST_OPS))), backend, tensors)
     return None if kernels is None else over_own_keys(kernels)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from negmine.ops import sort_key
+from negmine.ops.guide import within_limit
 
 
 class Pool(NamedTuple):
@@ -20,15 +21,20 @@ class Pool(NamedTuple):
     upper: Tensor | None = None  # (B,) int64 sort keys: keep what is at or below
     num_rows: Tensor | None = None  # () int64: rows of the queue that are valid; None = all
     bias: Tensor | None = None  # (K,) fp32, added to the logits that are summed
-    guide_query: Tensor | None = None  # (B, G); no kernel takes a guide yet
+    guide_query: Tensor | None = None  # (B, G)
     guide_keys: Tensor | None = None  # (K, G)
-    guide_limit: Tensor | None = None  # (B,) fp32
+    guide_limit: Tensor | None = None  # (B,) fp32; guide_query . guide_keys above it = not a negative
     same_label: bool = False  # True: equal labels are what is kept
 
     @property
     def is_everything(self) -> bool:
         """True where every row of the queue is in every query's pool."""
         return all(part is None for part in self[:-1])
+
+    @property
+    def extra(self) -> str:
+        """The part of the pool that not every backend takes: 'guide', 'bias' or ''."""
+        return "guide" if self.guide_query is not None else "bias" if self.bias is not None else ""
 
     @property
     def is_bounded(self) -> bool:
@@ -46,6 +52,9 @@ def usable(pool: Pool, query: Tensor, negative_keys: Tensor) -> Tensor | None:
         if query_tags is not None and negative_tags is not None:
             fits = (query_tags[:, None] == negative_tags) == same  # (B, K)
             dense = fits if dense is None else dense & fits
+    if pool.guide_query is not None and pool.guide_keys is not None and pool.guide_limit is not None:
+        stays = within_limit(pool.guide_query, pool.guide_keys, pool.guide_limit)  # (B, K)
+        dense = stays if dense is None else dense & stays
     return dense
 
 

@@ -16,7 +16,7 @@ void count_range(const Block& block, const Workspace& w, int64_t* count) {
     } else {
       for (int64_t i = 0; i < columns * kLanes; ++i) w.tile[i] = 0.0f;
     }
-    apply_masks(block, w, columns);
+    apply_masks(block, w, chunk, 0, columns);
     if (bounded) apply_bounds(block, w, columns);
     for (int v = 0; v < vectors_of(block); ++v) {
       VI total = all(0);

@@ -38,7 +38,7 @@ struct Block {
   int64_t k_begin = 0, k_end = 0;
 };
 
-// Rows of Workspace::lane_words: an id or a label as two words, a bound as its score and its index.
+// Rows of Workspace::lane_words: an id or a label as two words, a bound as its score and its index, a guide's limit.
 enum LaneWord {
   kIdLow,
   kIdHigh,
@@ -48,6 +48,7 @@ enum LaneWord {
   kLowerIndex,
   kUpperScore,
   kUpperIndex,
+  kGuideLimit,
   kLaneWords
 };
 
@@ -77,11 +78,12 @@ struct Workspace : BlockMemory {
   float* key_parts;  // (kChunk, 3, words) the chunk's rows as simd/parts.h splits them, of room_for_part(D or kLanes)
                      // words
   float* turned;     // (D rounded up to 32, 3, words) the chunk turned, of room_for_part(kChunk) words
-  float* weight_parts;     // (3, words, kLanes) its weights, of as many words
-  int32_t* rows_in_parts;  // (kChunk) as lanes_in_parts
-  uint16_t* padded;        // (kChunk, D rounded up to 32) where rows of bf16 cannot be read where they lie
-  float* row;              // (D) one query as fp32
-  float* zeros;            // (max(D, kLanes))
+  float* weight_parts;               // (3, words, kLanes) its weights, of as many words
+  int32_t* rows_in_parts;            // (kChunk) as lanes_in_parts
+  uint16_t* padded;                  // (kChunk, D rounded up to 32) where rows of bf16 cannot be read where they lie
+  float* row;                        // (D) one query as fp32
+  float* zeros;                      // (max(D, kLanes))
+  const Workspace* guide = nullptr;  // where the pool has a guide: that of its product, with the same index
 };
 
 // Rows of a sum (D, kLanes) of weighted keys: tiles add to whole tiles of it.

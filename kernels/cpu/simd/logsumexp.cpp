@@ -194,7 +194,7 @@ void logsumexp_range(const Block* blocks, const Workspace* workspaces, int64_t c
       for_each_tile(block, chunk, [&](int64_t first, int64_t rows) {
         const Workspace tile = at_row(w, first);
         score_rows(block, tile, chunk, first, rows, share_of(ahead, first, rows, b, count));
-        Hidden hidden = apply_masks(block, tile, rows);
+        Hidden hidden = apply_masks(block, tile, chunk, first, rows);
         if (pivot != nullptr) count_above(block, tile, rows, pivot, states[b * scales].num_above);
         if (block.pool.bounded()) {
           hidden.some = true;
@@ -279,6 +279,8 @@ void prefix_logsumexp_range(const Block& block, const Workspace* workspaces, con
     const int64_t from = i == 0 ? 0 : widths[i - 1];
     prefixes[i] = segments[i] = block;
     prefixes[i].D = widths[i];
+    prefixes[i].pool.guide_limit = nullptr;  // a guide's rows are loaded with those of the first segment
+    if (i > 0) segments[i].pool.guide_limit = nullptr;
     segments[i].query = columns_of(block.query, from);
     segments[i].negative_keys = columns_of(block.negative_keys, from);
     segments[i].D = widths[i] - from;
@@ -307,7 +309,7 @@ void prefix_logsumexp_range(const Block& block, const Workspace* workspaces, con
       for (int64_t j = 0; j < rows + kRows && shifts && i > 0; ++j) w.rows[j] += segments[i - 1].D;
       score_rows(segments[i], i == 0 ? sums : w, chunk, 0, rows, ahead_of(segments[i], w, chunk));
       if (i == 0) {
-        hidden = apply_masks(block, sums, rows);
+        hidden = apply_masks(block, sums, chunk, 0, rows);
       } else {
         hidden.suspect |= add_tile(block, rows, w.tile, hidden.some, scores);
       }

@@ -78,7 +78,7 @@ void grad_keys_range(const Block& block, const Workspace& w, float scale, const 
     const Chunk chunk = load_chunk(block, w, &k, true);
     const int64_t count = chunk.count;
     score_chunk(block, w, chunk);
-    apply_masks(block, w, count);
+    apply_masks(block, w, chunk, 0, count);
     if (block.pool.bounded()) apply_bounds(block, w, count);
     float biases[kChunk] = {};
     bias_of(block, w, chunk, biases);

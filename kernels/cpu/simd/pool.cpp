@@ -74,6 +74,24 @@ Hidden exclude_where(bool equals, const Block& block, const Workspace& w, int64_
   return hidden;
 }
 
+// Excludes the columns whose score by the guide is above the query's limit; a NaN excludes none.
+Hidden exclude_by_guide(const Block& block, const Workspace& w, const Chunk& chunk, int64_t first, int64_t count) {
+  const Workspace& guide = *w.guide;
+  score_rows(guide_of(block), guide, guide_of(chunk), first, count, Ahead{});
+  VI suspect = all(0);
+  for (int v = 0; v < vectors_of(block); ++v) {
+    const V limit = (V)load(w.lane_words + kGuideLimit * kLanes + v * kWidth);
+    for (int64_t j = 0; j < count; ++j) {
+      float* cell = w.tile + j * kLanes + v * kWidth;
+      const VI leaves = load(guide.tile + j * kLanes + v * kWidth) > limit;
+      const V score = load(cell);
+      suspect |= leaves & is_suspect(score);
+      store(cell, leaves ? excluded() : score);
+    }
+  }
+  return {.some = true, .suspect = any(suspect)};
+}
+
 // Excludes what a query's own mask (K) hides of the tile's rows, which lie side by side: 8 of its bytes at a time. True
 // where a score of those is not finite.
 bool exclude_hidden(const uint8_t* mask, int64_t count, float* column) {
@@ -107,11 +125,17 @@ void begin_pool(const Block& block, const Workspace& w) {
     fill_filter(block, pool.query_labels, w.label_filter);
     split_words(block, pool.query_labels, words + kLabelLow * kLanes, words + kLabelHigh * kLanes);
   }
+  if (pool.guided()) {
+    for (int64_t lane = 0; lane < block.lanes; ++lane) {
+      words[kGuideLimit * kLanes + lane] = static_cast<int32_t>(bits_of(pool.guide_limit[block.first_query + lane]));
+    }
+    begin_block(guide_of(block), *w.guide);
+  }
   if (pool.lower != nullptr) split_bound(block, pool.lower, words + kLowerScore * kLanes, words + kLowerIndex * kLanes);
   if (pool.upper != nullptr) split_bound(block, pool.upper, words + kUpperScore * kLanes, words + kUpperIndex * kLanes);
 }
 
-Hidden apply_masks(const Block& block, const Workspace& w, int64_t count) {
+Hidden apply_masks(const Block& block, const Workspace& w, const Chunk& chunk, int64_t first, int64_t count) {
   const Pool& pool = block.pool;
   Hidden hidden;
   const auto join = [&](const Hidden& more) {
@@ -132,6 +156,7 @@ Hidden apply_masks(const Block& block, const Workspace& w, int64_t count) {
     const bool drops = !pool.same_label;
     join(exclude_where(drops, block, w, count, pool.negative_labels, w.label_filter, kLabelLow, kLabelHigh));
   }
+  if (pool.guided()) join(exclude_by_guide(block, w, chunk, first, count));
   return hidden;
 }
 

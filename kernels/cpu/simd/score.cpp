@@ -269,19 +269,12 @@ void begin_block(const Block& block, const Workspace& w) {
   begin_pool(block, w);
 }
 
-Chunk load_chunk(const Block& block, const Workspace& w, int64_t* k, bool rows) {
-  const int64_t most = chunk_rows(block);
-  const uint8_t* mask = block.pool.mask_per_query ? nullptr : block.pool.negative_mask;
-  Chunk chunk;
-  for (; *k < block.k_end && chunk.count < most; ++*k) {
-    if (mask == nullptr || mask[*k] != 0) w.index[chunk.count++] = *k;
-  }
-  if (!rows) return chunk;
+namespace {
+
+// The rows of the queue that w.index (chunk.count) names, as score_rows() takes them.
+void load_rows(const Block& block, const Workspace& w, Chunk& chunk) {
 #if defined(NEGMINE_TILES)
-  if (in_pairs(block)) {
-    place_pairs(block, w, chunk);
-    return chunk;
-  }
+  if (in_pairs(block)) return place_pairs(block, w, chunk);
 #endif
   for (int64_t j = 0; j < chunk.count; ++j) {
 #if defined(NEGMINE_PAIRS) && !defined(NEGMINE_TILES)
@@ -296,6 +289,23 @@ Chunk load_chunk(const Block& block, const Workspace& w, int64_t* k, bool rows) 
 #if defined(NEGMINE_TILES)
   split_keys(block, w, chunk);
 #endif
+}
+
+}  // namespace
+
+Chunk load_chunk(const Block& block, const Workspace& w, int64_t* k, bool rows) {
+  const int64_t most = chunk_rows(block);
+  const uint8_t* mask = block.pool.mask_per_query ? nullptr : block.pool.negative_mask;
+  Chunk chunk;
+  for (; *k < block.k_end && chunk.count < most; ++*k) {
+    if (mask == nullptr || mask[*k] != 0) w.index[chunk.count++] = *k;
+  }
+  if (rows) load_rows(block, w, chunk);
+  if (block.pool.guided()) {
+    Chunk guide = guide_of(chunk);
+    load_rows(guide_of(block), *w.guide, guide);
+    chunk.guide = guide;
+  }
   return chunk;
 }
 

@@ -27,13 +27,17 @@ NEGMINE_INLINE int64_t chunk_rows(const Block& block) {
 #endif
 }
 
-// Rows of the queue that are scored together, in the workspace's rows and index.
-struct Chunk {
-  int64_t count = 0;
-  // For tiles, whole ones of 32 rows: pairs of bf16, or parts. A pointer to the first row, bytes from row to row.
+// Rows as tiles read them, whole tiles of 32: pairs of bf16, or parts. The first row, and bytes from row to row.
+struct TileRows {
   const char* left = nullptr;
   int64_t stride = 0;
   bool in_parts = true;  // every row may be multiplied in parts
+};
+
+// Rows of the queue that are scored together, in the workspace's rows and index.
+struct Chunk : TileRows {
+  int64_t count = 0;
+  TileRows guide;  // the same rows of a guide's keys
 };
 
 // Words of a row that is in pairs, or in whole quads.
@@ -130,12 +134,29 @@ NEGMINE_INLINE VI pair_words(const Block& block, const Workspace& w, int64_t lan
 }
 #endif
 
+// A guide's score as a block and a chunk of its own, without a pool.
+NEGMINE_INLINE Block guide_of(const Block& block) {
+  Block guide{.query = block.pool.guide_query, .negative_keys = block.pool.guide_keys, .D = block.pool.guide_width};
+  guide.first_query = block.first_query;
+  guide.lanes = block.lanes;
+  guide.k_begin = block.k_begin;
+  guide.k_end = block.k_end;
+  return guide;
+}
+
+NEGMINE_INLINE Chunk guide_of(const Chunk& chunk) {
+  Chunk guide{chunk.guide};
+  guide.count = chunk.count;
+  return guide;
+}
+
 // Fills the workspace's q_t and zeros, and its lane_words, for this block.
 void begin_block(const Block& block, const Workspace& w);
 void begin_pool(const Block& block, const Workspace& w);
 
 // The next chunk of rows that the (K,) mask allows, from *k on: w.rows and w.index; *k moves past it. Rows behind a
-// False are never read. Without `rows` only w.index is filled. Blocks that differ in their queries alone share it.
+// False are never read. Without `rows` only w.index and a guide's rows are filled. Blocks that differ in their queries
+// alone share it.
 Chunk load_chunk(const Block& block, const Workspace& w, int64_t* k, bool rows);
 
 // The rows of the queue behind a chunk, as many as a chunk may have.
@@ -191,7 +212,8 @@ struct Hidden {
 };
 
 // Overwrite the scores of columns outside the pool with excluded(). Bounds are applied after masks, and need scores.
-Hidden apply_masks(const Block& block, const Workspace& w, int64_t count);
+// The tile is rows [first, first + count) of the chunk.
+Hidden apply_masks(const Block& block, const Workspace& w, const Chunk& chunk, int64_t first, int64_t count);
 Hidden apply_bounds(const Block& block, const Workspace& w, int64_t count);
 
 // Has add_mean see zeros in place of those of the chunk's rows [first, first + count) that are not finite, for 0 times

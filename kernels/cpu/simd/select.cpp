@@ -100,7 +100,7 @@ void select_range(const Block* blocks, const Workspace* workspaces, int64_t coun
       for_each_tile(block, chunk, [&](int64_t first, int64_t rows) {
         const Workspace tile = at_row(workspaces[b], first);
         score_rows(block, tile, chunk, first, rows, share_of(ahead, first, rows, b, count));
-        apply_masks(block, tile, rows);
+        apply_masks(block, tile, chunk, first, rows);
         if (block.pool.bounded()) apply_bounds(block, tile, rows);
         offer_chunk(block, tile, rows, selections[b]);
       });

@@ -26,7 +26,7 @@ void softplus_sum_range(const Block& block, const Workspace& w, float scale, flo
     float offsets[kChunk];
     const float* bias = bias_of(block, w, chunk, offsets);
     for (int64_t j = 0; j < count; ++j) offsets[j] = bias == nullptr ? offset : offset + bias[j];
-    bool suspect = apply_masks(block, w, count).suspect;
+    bool suspect = apply_masks(block, w, chunk, 0, count).suspect;
     if (block.pool.bounded()) suspect |= apply_bounds(block, w, count).suspect;
     for (int v = 0; v < vectors; ++v) {
       const int64_t lane = v * kWidth;
