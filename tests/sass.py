@@ -37,16 +37,21 @@ def loops(sass: str) -> list[list[str]]:
     return [code[to : i + 1] for i, to in jumps.items() if to < i]
 
 
-def innermost(sass: str) -> list[list[str]]:
-    """The instructions of every innermost loop; of those that multiply, loops that do not are part."""
-    code, jumps = parsed(sass)
-    spans = [(to, i + 1) for i, to in jumps.items() if to < i]
-    multiply = [x for x in spans if with_product([code[slice(*x)]])]
+def spans(code: list[str], jumps: dict[int, int]) -> list[tuple[int, int]]:
+    """First and last instruction of every innermost loop; of those that multiply, loops that do not are part."""
+    every = [(to, i) for i, to in jumps.items() if to < i]
+    multiply = [(a, b) for a, b in every if with_product([code[a : b + 1]])]
 
     def holds(outer: tuple[int, int], some: list[tuple[int, int]]) -> bool:
         return any(outer != x and outer[0] <= x[0] and x[1] <= outer[1] for x in some)
 
-    return [code[slice(*x)] for x in spans if not holds(x, multiply if x in multiply else spans)]
+    return [x for x in every if not holds(x, multiply if x in multiply else every)]
+
+
+def innermost(sass: str) -> list[list[str]]:
+    """The instructions of these loops."""
+    code, jumps = parsed(sass)
+    return [code[a : b + 1] for a, b in spans(code, jumps)]
 
 
 def multiplied(body: list[str]) -> int:
@@ -57,11 +62,11 @@ def multiplied(body: list[str]) -> int:
 
 
 def turns(sass: str) -> list[int]:
-    """Of every loop that multiplies: the fewest instructions that a turn executes, as jumps over rare work are taken."""
+    """Of every innermost loop that multiplies: the fewest instructions of a turn, as jumps over rare work are taken."""
     code, jumps = parsed(sass)
     found = []
-    for end, start in jumps.items():
-        if start > end or not any("MMA" in x for x in code[start : end + 1]):
+    for start, end in spans(code, jumps):
+        if not any("MMA" in x for x in code[start : end + 1]):
             continue
         fewest, ahead = {start: 1}, [start]
         for i in ahead:

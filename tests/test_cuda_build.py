@@ -32,7 +32,7 @@ INSTRUCTIONS_PER_SUMMED_SCORE = {
 # The same of logsumexp_grad_keys, which by pairs takes 32 scores a turn on every card.
 INSTRUCTIONS_PER_GRADED_SCORE = {
     ("80", False): 11.1, ("90a", False): 6.1, ("100", False): 10.3,
-    ("80", True): 15.8, ("90a", True): 12.0, ("100", True): 12.6,
+    ("80", True): 15.8, ("90a", True): 14.1, ("100", True): 12.6,
 }  # fmt: skip
 # The same of the scan of rank_thresholds, by its brackets, for a turn in which no cut moves among columns that tie;
 # by pairs a turn is 32 scores, whatever multiplies.

@@ -208,6 +208,26 @@ def test_masks(kernel, kind, D, want_mean):
     check(kernel, q, keys, 0.05, want_mean, pivot=torch.arange(B).float() - 17, **given)
 
 
+@pytest.mark.parametrize(("D", "dtype"), [(20, torch.bfloat16), (100, torch.float16), (200, torch.bfloat16)], ids=str)
+def test_hidden_columns_may_hold_anything(kernel, D, dtype):
+    """Keys that are not finite reach only those queries that see them."""
+    B, K = 70, 200
+    q, keys = whole(B, D, dtype=dtype), whole(K, D, dtype=dtype, seed=1)
+    spoiled = keys.clone()
+    spoiled[3], spoiled[70:75, 1], spoiled[150:199, ::2] = torch.nan, torch.inf, -torch.inf
+    bad = ~spoiled.isfinite().all(1)  # (K,)
+    even = (torch.arange(B) % 2 == 0)[:, None]  # (B, 1)
+    for given in (
+        {"negative_mask": ~(bad & even)},
+        {"query_ids": torch.arange(B) % 2, "negative_ids": torch.where(bad, 0, 2)},
+    ):
+        pool, hides = pool_of(q, keys, **given), slice(0, B, 2)  # even queries, which see none of them
+        got, want = (kernel(q, each, torch.tensor(0.05), torch.zeros(B), True, pool) for each in (spoiled, keys))
+        for name, a, b in zip(RESULTS, got, want, strict=True):
+            exact(name, a[hides], b[hides])
+        assert "negative_ids" not in given or got[0][1::2].isnan().all()
+
+
 @pytest.mark.parametrize("D", [20, 70, 140])
 def test_same_labels_and_bounds(kernel, D):
     B, K = 9, 300

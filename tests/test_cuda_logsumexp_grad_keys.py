@@ -113,6 +113,26 @@ def check(kernel, q, keys, scale=5.0, weight=None, splits=None, same_label=False
     return got
 
 
+@pytest.mark.parametrize(("D", "dtype"), [(20, torch.bfloat16), (100, torch.float16), (200, torch.bfloat16)], ids=str)
+def test_hidden_queries_may_hold_anything(kernel, D, dtype):
+    """A query that is not finite reaches only the keys that it sees."""
+    B, K = 150, 70
+    q, keys = whole(B, D, dtype=dtype), whole(K, D, dtype=dtype, seed=1)
+    spoiled = q.clone()
+    spoiled[3], spoiled[70, 1], spoiled[149, ::2] = torch.nan, torch.inf, -torch.inf
+    bad = ~spoiled.isfinite().all(1)[:, None]  # (B, 1)
+    even = torch.arange(K) % 2 == 0  # (K,)
+    lse, weight = torch.full((B,), 5.0), torch.linspace(-1, 2, B)
+    for given in (
+        {"negative_mask": ~(bad & even)},
+        {"query_ids": torch.where(bad[:, 0], 0, 2), "negative_ids": torch.arange(K) % 2},
+    ):
+        pool = pool_of(q, keys, **given)
+        got, want = (kernel(each, keys, torch.tensor(0.05), lse, weight, pool) for each in (spoiled, q))
+        exact("grad", got[even], want[even])
+        assert got[~even].isnan().any()
+
+
 def seen_by(kernel, q, keys, inside, splits=None, weight=None, **pool):
     """Who sees whom, exactly: all probabilities 1, so a key's row is a sum of small integers, in any order."""
     weight = torch.arange(len(q)).float() % 7 - 3 if weight is None else weight

@@ -102,7 +102,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
     if constexpr (kLag > 0) wait_for_products(mean);  // only now: tensor cores were at it while the next tile came
   };
+  [[maybe_unused]] bool mended = false;  // pairs that are hidden may hold anything
   const auto use = [&](int begin, ScoresOf<kSixteens>(&s)[kChunks], SharedAddress keys) {
+    if constexpr (kWantMean && kByPair) {
+      if (mended) {
+        if constexpr (kHasWarpgroups) wait_for_products(s);
+        make_finite<kStorage, kSteps, kChunks * kChunk>(keys);
+      }
+    }
     const auto of_row = [&](int r, const auto* values) { return row + 8 * r < B ? values[row + 8 * r] : 0; };
     uint32_t higher[kChunks] = {};
     float sums[kOwn], alongs[kOwn];
@@ -258,10 +265,37 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if constexpr (kSumsLater && kLag == 0) wait_for_products(mean);
   };
   const auto find = [&](int column) { return in.key(column); };
-  stream<kStorage, kSteps, kSixteens, kTwoZeros, Cut::kAtOnce, kLag>(
-      query.held(), shared_memory() + (Cut::kShared ? Cut::kQueryBytes : 0), MappedRows{in.keys, tiles}, blockIdx.y,
-      gridDim.y, in.K, !in.pool.key_mask, find, use, before);
-  if constexpr (kLag > 0) wait_for_products(mean);
+  const auto walk = [&] {
+    stream<kStorage, kSteps, kSixteens, kTwoZeros, Cut::kAtOnce, kLag>(
+        query.held(), shared_memory() + (Cut::kShared ? Cut::kQueryBytes : 0), MappedRows{in.keys, tiles}, blockIdx.y,
+        gridDim.y, in.K, !in.pool.key_mask, find, use, before);
+    if constexpr (kLag > 0) wait_for_products(mean);
+  };
+  if constexpr (kWantMean && kByPair) {
+    // 0 times a hidden key that is not finite is no number: then all of it again, with zeros for what is not finite.
+    while (true) {
+      walk();
+      bool broken = t < kOwn && row + 8 * t < B && !(fabsf(along) <= FLT_MAX);
+#pragma unroll
+      for (int r = 0; r < kOwn; ++r) {
+#pragma unroll
+        for (int d = 0; d < 2 * kSteps; ++d) {
+          const float* two = &mean[d / 4][r / 2][d % 4][r % 2 * 2];
+          broken |= row + 8 * r < B && (!(fabsf(two[0]) <= FLT_MAX) || !(fabsf(two[1]) <= FLT_MAX));
+        }
+      }
+      if (!__syncthreads_or(broken) || mended) break;
+      mended = true;
+      shift = -FLT_MAX, sum = along = 0.0f, num_kept = num_above = 0;
+#pragma unroll
+      for (int d = 0; d < kSteps / 2; ++d) {
+#pragma unroll
+        for (int i = 0; i < kSixteens * 16; ++i) mean[d][i / 16][i / 4 % 4][i % 4] = 0.0f;
+      }
+    }
+  } else {
+    walk();
+  }
 
   if constexpr (!kByPair) {
     num_kept += __shfl_xor_sync(kAllLanes, num_kept, 1);

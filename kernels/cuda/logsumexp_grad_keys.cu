@@ -129,6 +129,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
     if constexpr (kLag > 0) wait_for_products(sums);  // only now: tensor cores were at it while the next tile came
   };
+  [[maybe_unused]] bool mended = false;  // pairs that are hidden may hold anything
   const auto use = [&](int begin, ScoresOf<kSixteens>(&s)[kChunks], SharedAddress queries) {
     const int column = begin + 2 * t;
     // Of 64 rows and 16 queries.
@@ -171,6 +172,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         if (in.pool.upper) bounded(in.pool.upper, is_at_most);
       }
     };
+    const auto mend = [&] {
+      if constexpr (kByPair) {
+        if (mended) make_finite<kStorage, kSteps, kChunks * kChunk>(queries);
+      }
+    };
     if constexpr (kHasWarpgroups) {
       const auto sum_up = [&](int m) {
         begin_sums(sums, m, p[m]);
@@ -198,11 +204,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         }
         if constexpr (!kByPair) sum_up(m);
       }
+      mend();
 #pragma unroll
       for (int m = 0; m < (kByPair ? kSixteens : 0); ++m) sum_up(m);
     } else {
 #pragma unroll
       for (int m = 0; m < kSixteens; ++m) bound(m);
+      mend();
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
 #pragma unroll
@@ -228,10 +236,37 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if constexpr (kHasWarpgroups && kLag == 0) wait_for_products(sums);
   };
   const auto find = [&](int query) { return in.key(query); };
-  stream<kStorage, kSteps, kSixteens, kTwoZeros, kAtOnce, kLag>(
-      keys, shared_memory() + Cut::kKeyBytes, MappedRows{in.keys, tiles}, blockIdx.y, gridDim.y,
-      first < there ? in.K : 0, !in.pool.key_mask, find, use, before);
-  if constexpr (kLag > 0) wait_for_products(sums);
+  const auto walk = [&] {
+    stream<kStorage, kSteps, kSixteens, kTwoZeros, kAtOnce, kLag>(
+        keys, shared_memory() + Cut::kKeyBytes, MappedRows{in.keys, tiles}, blockIdx.y, gridDim.y,
+        first < there ? in.K : 0, !in.pool.key_mask, find, use, before);
+    if constexpr (kLag > 0) wait_for_products(sums);
+  };
+  if constexpr (kByPair) {
+    // 0 times a query that is not finite, hidden from a key, is no number: then all of it again, with zeros there.
+    while (true) {
+      walk();
+      bool broken = false;
+#pragma unroll
+      for (int r = 0; r < kOwn; ++r) {
+        const bool counts = row + 8 * r < K && usable(row + 8 * r);
+#pragma unroll
+        for (int n = 0; n < 2 * kSteps; ++n) {
+          const float* two = &sums[n / 4][r / 2][n % 4][r % 2 * 2];
+          broken |= counts && (!(fabsf(two[0]) <= FLT_MAX) || !(fabsf(two[1]) <= FLT_MAX));
+        }
+      }
+      if (!__syncthreads_or(broken) || mended) break;
+      mended = true;
+#pragma unroll
+      for (int n = 0; n < kSteps / 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < kSixteens * 16; ++i) sums[n][i / 16][i / 4 % 4][i % 4] = 0.0f;
+      }
+    }
+  } else {
+    walk();
+  }
 
   const float back = *terms.back;
   const int D = static_cast<int>(in.keys.D);

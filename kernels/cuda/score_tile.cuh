@@ -257,6 +257,26 @@ __device__ __forceinline__ void load_queries(uint32_t (&query)[kSixteens][kSteps
   __syncthreads();
 }
 
+// Zeros in place of the elements that are not finite in kCount rows from `rows` on, a multiple of 8 within a tile, for
+// a block that has its scores of them and has no product that reads them under way.
+template <Storage kStorage, int kSteps, int kCount>
+__device__ __forceinline__ void make_finite(SharedAddress rows) {
+  constexpr uint32_t kExponent = kStorage == Storage::kBFloat16 ? 0x7F80u : 0x7C00u;
+  constexpr int kWords = kSlabRow / 4;  // of two elements
+  char* first = shared_memory() + (rows - shared_address(shared_memory()));
+  __syncthreads();
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kCount * kWords * (kSteps / 4); i += kThreads) {
+    char* at = first + i / (kCount * kWords) * Tiles<kSteps>::kSlabBytes + i % (kCount * kWords) * 4;
+    uint32_t word = *reinterpret_cast<uint32_t*>(at);
+    if ((word & kExponent) == kExponent) word &= 0xFFFF0000u;
+    if ((word >> 16 & kExponent) == kExponent) word &= 0xFFFFu;
+    *reinterpret_cast<uint32_t*>(at) = word;
+  }
+  if constexpr (kHasWarpgroups) show_to_products();
+  __syncthreads();
+}
+
 // Scores of the warp's queries and the 32 keys from `keys` on, a multiple of 8 within a tile.
 template <Storage kStorage, int kSteps, int kSixteens, class Queries>
 __device__ __forceinline__ void score(ScoresOf<kSixteens>& s, const Queries& query, SharedAddress keys, int lane) {
@@ -314,6 +334,7 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
     if (kMapped && tile < whole) {
       if constexpr (kMapped) {
         copy_tile<kSteps>(shared_address(memory) + stage * kBytes, keys.tiles, tile, barriers + 8 * stage);
+        __syncwarp();  // one lane of a block went its own way, and the next products want all of a warp
       }
     } else if (plain(tile)) {
       load_neighbours<kSteps>(memory + stage * kBytes, keys, tile * int64_t{kKeys});
