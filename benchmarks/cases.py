@@ -14,6 +14,7 @@ from torch import Tensor
 
 from negmine import Negatives
 
+TOKEN_OPS = ("late_interaction", "maxsim")
 QUEUE_OPS = ("info_nce", "window", "mine_hardest", "rank_thresholds", "mochi")
 
 
@@ -46,7 +47,8 @@ CASES = {
         Case("million-bf16", 1024, 1_048_576, 256, "bfloat16", "the same for a large batch"),
         Case("widths", 256, 65536, 256, "float32", "vectors that may be cut off", ("info_nce", "matryoshka")),
         Case("widths-bf16", 256, 65536, 256, "bfloat16", "the same, stored shorter", ("info_nce", "matryoshka")),
-        Case("tokens", 512, 65536, 128, "float32", "16 queries and 512 documents of tokens", ("late_interaction",)),
+        Case("tokens", 512, 65536, 128, "float32", "16 queries and 512 documents of tokens", TOKEN_OPS),
+        Case("tokens-bf16", 512, 65536, 128, "bfloat16", "the same, stored shorter", TOKEN_OPS),
         Case("labels", 64, 2048, 128, "float32", "what pytorch-metric-learning can hold", ("whole_queue",)),
     ]
 }

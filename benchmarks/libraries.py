@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.cases import Inputs
-from benchmarks.peers import Answer, N, finished, in_batch, locked, loss_and_gradient
+from benchmarks.peers import Answer, N, as_tokens, finished, hardest_documents, in_batch, locked, loss_and_gradient
 from benchmarks.stand_ins import stand_ins
 
 ABSENT: dict[str, str] = {}
@@ -189,11 +189,28 @@ def lightly_bank(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
     return lambda _: loss_and_gradient(inputs, lambda query: loss(query, inputs.positive_key))
 
 
+def maxsim_cpu(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
+    """maxsim-cpu's scores, a query at a time."""
+    if on_gpu(inputs) or inputs.keys.dtype != torch.float32:
+        return None
+    package = load("maxsim_cpu")
+    if package is None:
+        return None
+    tokens, _, documents = (each.numpy() for each in as_tokens(inputs, inputs.query))
+
+    def run(_: Inputs) -> Answer:
+        scores = np.stack([package.maxsim_scores(each, documents) for each in tokens])  # (B, K)
+        return hardest_documents(torch.from_numpy(scores))
+
+    return run
+
+
 MAKERS: dict[str, dict[str, Callable[[Inputs], Callable[[Inputs], Answer] | None]]] = {
     "mine_hardest": {
         "FAISS IndexFlatIP": faiss_flat, "usearch exact": usearch_exact,
         "FAISS GpuIndexFlatIP": faiss_gpu, "cuVS brute force": cuvs_exact,
     },
+    "maxsim": {"maxsim-cpu": maxsim_cpu},
     "info_nce": {"xformers attention": xformers_attention},
     "in_batch": {"Inf-CL": partial(inf_cl_loss, way=in_batch)},
     "locked": {"Inf-CL": partial(inf_cl_loss, way=locked), "memeff LiT": memeff_lit},

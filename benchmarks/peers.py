@@ -192,6 +192,21 @@ def eager_late_interaction(inputs: Inputs) -> Answer:
     return loss_and_gradient(inputs, loss_of)
 
 
+def fused_maxsim(inputs: Inputs, backend: str | None = None) -> Answer:
+    tokens, _, documents = as_tokens(inputs, inputs.query)
+    return (negmine.losses.mine_late_interaction(tokens, documents, min(N, len(documents)), backend=backend).scores,)
+
+
+def hardest_documents(scores: Tensor) -> Answer:
+    """The answer of maxsim from the scores of all documents."""
+    return (scores.topk(min(N, scores.shape[1]), dim=1).values,)
+
+
+def eager_maxsim(inputs: Inputs) -> Answer:
+    tokens, _, documents = as_tokens(inputs, inputs.query)
+    return hardest_documents(widened(torch.einsum("bid,kjd->bkij", tokens, documents)).amax(3).sum(2))
+
+
 def fused_mine(inputs: Inputs, backend: str | None = None) -> Answer:
     return negmine.mine_hardest(inputs.query, inputs.negatives, N, query_ids=inputs.query_ids, backend=backend)
 
@@ -342,6 +357,9 @@ OPS = {
     "matryoshka": Op("four prefix widths: loss and gradient", fused_matryoshka, eager_matryoshka, gemms=2),
     "late_interaction": Op(
         "MaxSim of token matrices: loss and gradient", fused_late_interaction, eager_late_interaction, gemms=1
+    ),
+    "maxsim": Op(
+        f"MaxSim of token matrices: the {N} hardest documents", fused_maxsim, eager_maxsim, gemms=1, returns=("scores",)
     ),
     "mochi": Op(
         "MoCHi (1024, 1024, 128): loss and gradient",
