@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+import negmine
+from negmine import Mix, Negatives, Select
+from negmine.losses.info_nce import InfoNCE
 from negmine.ops import backends
 from negmine.ops.pool import Pool
 from negmine.ops.vectors import disable_autocast
@@ -123,3 +126,32 @@ def test_a_column_of_bias_minus_infinity_weighs_nothing(backend):
     with_it = ops["logsumexp"](q, keys, scale[None], None, True, 0, None, *Pool(bias=bias.masked_fill(out, -torch.inf)))
     for a, b in zip(with_it[:2], without[:2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"decoupled": True}, {"select": Select(0.1, 0.6)}, {"mix": Mix(6, 5, 4)}],
+    ids=lambda o: ",".join(o) or "plain",
+)
+def test_info_nce_is_one_op_with_a_bias(backend, options, monkeypatch):
+    """Loss, statistics and every gradient are those of the reference."""
+    calls, forward = [], InfoNCE.forward
+    monkeypatch.setattr(InfoNCE, "forward", lambda ctx, *given: calls.append(1) or forward(ctx, *given))
+    q, keys, bias, _, _ = inputs(backend)
+    positive = unit(B, D, device=q.device, seed=2)
+
+    def run(dtype, name):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, positive, keys, bias, torch.tensor(0.3, device=q.device))]
+        pool = Negatives(leaves[2], bias=leaves[3])
+        call = {"temperature": leaves[4], "reduction": "none", "return_stats": True, "backend": name}
+        rows, stats = negmine.info_nce(leaves[0], leaves[1], pool, seed=2, **options, **call)
+        weight = torch.linspace(0.5, 1, B, device=q.device)
+        return [rows, stats.logsumexp, *torch.autograd.grad((rows * weight).sum(), leaves)], stats
+
+    got, stats = run(torch.float32, backend)
+    assert len(calls) == 1
+    (truth, want), (plain, _) = (run(dtype, "reference") for dtype in (torch.float64, torch.float32))
+    for name, k, t, p in zip(("loss", "lse", "query", "positive", "keys", "bias", "T"), got, truth, plain, strict=True):
+        compare.rounded(name, k.detach(), t.detach(), p.detach(), condition=8.0)
+    for name in ("positive_rank", "num_negatives", "num_empty"):
+        compare.exact(name, getattr(stats, name), getattr(want, name))

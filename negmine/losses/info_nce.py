@@ -362,7 +362,7 @@ class Plan:
     decoupled: bool = False
     draw: Draw = Draw()  # noqa: RUF009  an immutable tuple
     want_stats: bool = False
-    biased: bool = False  # some pool has a bias
+    biased: bool = False  # the positives have a bias
 
     @property
     def mixes(self) -> bool:
@@ -387,8 +387,7 @@ class Plan:
     def for_pool(self, given: Any, number: int) -> "Plan":
         """The plan for one of several pools, or for a pool that sets options of its own."""
         own = {name: option_of(given, name, getattr(self, name)) for name in OPTIONS}
-        biased = self.biased or (isinstance(given, Negatives) and given.bias is not None)
-        return replace(self, **own, draw=self.draw.of_pool(number), biased=biased)
+        return replace(self, **own, draw=self.draw.of_pool(number))
 
     def ops(self, keys: Tensor, bias: Tensor | None) -> tuple[str, ...]:
         """The ops that the call needs if the op info_nce cannot compute it."""
@@ -441,6 +440,8 @@ class Plan:
 
     def _run_one_op(self, kernels: Kernels, batch: Batch, scale: Tensor) -> tuple[Tensor, InfoNCEStats | None]:
         query, positive_key, keys, pool, *_ = batch
+        bias = None if pool.bias is None else pool.bias.float()
+        pool = pool._replace(bias=None)  # a bias changes neither scores nor ranks
         pivot = ranks = None
         hard, skip, draws = 0, 0, NO_DRAWS
         if self.want_stats or self.select is not None:
@@ -453,7 +454,8 @@ class Plan:
         if self.mix is not None and self.mixes:
             hard, skip, draws = self.mix.hard, self.mix.skip, mixing_draws(self.mix, query, self.draw)
         arguments = (pivot if self.want_stats else None, self.decoupled, ranks, hard, skip, *draws)
-        rows, *found = fused(InfoNCE, query, positive_key, keys, scale, kernels, arguments, pool)
+        bias, pool = learned_bias(pool._replace(bias=bias))
+        rows, *found = fused(InfoNCE, query, positive_key, keys, scale, bias, kernels, arguments, pool)
         if not self.want_stats:
             return rows, None
         total, num_kept, num_above, num_mixed = found

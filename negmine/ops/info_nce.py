@@ -3,6 +3,7 @@
 import torch
 
 from negmine.ops.first_derivative import first_derivative_only
+from negmine.ops.logsumexp import grad_bias
 from negmine.ops.pool import narrow
 from negmine.ops.registry import declare
 from negmine.ops.vectors import for_kernels
@@ -29,13 +30,14 @@ class InfoNCE(torch.autograd.Function):
     """The op info_nce: loss of each row (B,), and with a pivot total, num_kept, num_above and num_mixed (B,), without gradient.
 
     The gradients of the rows with respect to query and scale are computed in the forward pass, and that with respect to
-    positive_key is -weight query. The gradient of the keys is a second kernel, which runs only if the keys require grad.
+    positive_key is -weight query. The gradients of the keys and of the bias are second kernels, which run only if those require
+    grad. bias is that of the pool if it requires grad, else None.
     arguments are pivot, decoupled, ranks, hard, skip and the draws, as the op takes them.
     """
 
     @staticmethod
-    def forward(ctx, query, positive_key, negative_keys, scale, kernels, arguments, pool):
-        wants_query, _, wants_keys, wants_scale, *_ = ctx.needs_input_grad
+    def forward(ctx, query, positive_key, negative_keys, scale, bias, kernels, arguments, pool):
+        wants_query, _, wants_keys, wants_scale, wants_bias, *_ = ctx.needs_input_grad
         pivot, *rest = arguments
         q, positive, keys = for_kernels(query), for_kernels(positive_key), for_kernels(negative_keys)
         rows, d_query, d_scale, weight, lse, *counts, sort_keys = kernels.info_nce(
@@ -43,7 +45,7 @@ class InfoNCE(torch.autograd.Function):
         )
         ctx.kernels, ctx.positive_dtype = kernels, positive_key.dtype
         saved = [query, scale, d_query, d_scale, weight, lse]
-        if wants_keys:
+        if wants_keys or wants_bias:
             if sort_keys.shape[1]:
                 pool = narrow(pool, *sort_keys.unbind(1))
             *tensors, ctx.same_label = pool
@@ -58,21 +60,25 @@ class InfoNCE(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, d_rows, *_):
         query, scale, d_query, d_scale, weight, lse, *rest = ctx.saved_tensors
-        wants_query, wants_positive, wants_keys, wants_scale, *_ = ctx.needs_input_grad
+        wants_query, wants_positive, wants_keys, wants_scale, wants_bias, *_ = ctx.needs_input_grad
         if d_rows is None:  # the loss does not contribute to the result
-            return (None,) * 7
-        to_query = to_positive = to_keys = to_scale = None
+            return (None,) * 8
+        to_query = to_positive = to_keys = to_scale = to_bias = None
         if wants_query:  # the product writes it in the dtype of the query
             to_query = torch.mul(d_query, d_rows[:, None], out=torch.empty_like(query))  # (B, D)
-        if wants_positive or wants_keys:
+        if wants_positive or wants_keys or wants_bias:
             factor = d_rows * weight  # (B,)
         if wants_positive:
             to_positive = (-factor[:, None] * query).to(ctx.positive_dtype)  # (B, D)
-        if wants_keys:
+        if wants_keys or wants_bias:
             negative_keys, *tensors = rest
+        if wants_keys:
             q, keys = for_kernels(query), for_kernels(negative_keys)
             to_keys = ctx.kernels.logsumexp_grad_keys(q, keys, scale, lse, factor, *tensors, ctx.same_label)
             to_keys = to_keys.to(negative_keys.dtype)  # (K, D)
         if wants_scale:
             to_scale = (d_rows * d_scale).sum()
-        return to_query, to_positive, to_keys, to_scale, None, None, None
+        if wants_bias:
+            sums = scale[None], lse[None], (factor / scale)[None]  # of one scale
+            to_bias = grad_bias(ctx.kernels, query, negative_keys, *sums, (*tensors, ctx.same_label))  # (K,)
+        return to_query, to_positive, to_keys, to_scale, to_bias, None, None, None
