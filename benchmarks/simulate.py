@@ -113,6 +113,7 @@ class Rates:
     pair: float  # the score of a positive
     query: float  # all else, a query: hashes, lists, windows
     join: float  # a candidate of a part, when parts are merged
+    join_part: float  # a part, whatever its size
     latency: float  # an exchange between two ranks
     byte: float  # a byte that a rank receives
     busy: float  # how much slower each of two processes runs than one alone
@@ -146,7 +147,7 @@ def rank_process(rates: Rates, job: Job, rank: int, node: Node, seconds_a_byte: 
         count = min(job.batch, job.queries - begin)
         yield "work", node, slow * (rates.scan_batch * count / job.batch + rates.scan * count * rows * job.dim)
         yield from exchange(begin, count * 8 * (job.depth + 2))
-        joined = rates.join * ranks * count * job.depth if ranks > 1 else 0.0
+        joined = ranks * (rates.join_part + rates.join * count * job.depth) if ranks > 1 else 0.0
         yield "work", node, joined + rates.query * count / 2
 
 
@@ -203,7 +204,7 @@ def _mine(job: Job, rank: int, group: Any, barrier: Any) -> dict[str, float]:
 
 
 def _exchange(group: Any, barrier: Any) -> dict[str, float]:
-    """The seconds of an exchange of each payload, and of merging two parts, a candidate."""
+    """The seconds of an exchange of each payload, and of merging two small and two large parts."""
     import numpy as np
 
     from negmine.mining.merging import join_parts
@@ -218,13 +219,14 @@ def _exchange(group: Any, barrier: Any) -> dict[str, float]:
         for _ in range(20):
             ranks.gather_bytes(bytes(size), "nothing")
         seconds[str(size)] = (time.perf_counter() - begin) / 20
-    keys = np.sort(np.random.default_rng(0).integers(0, 1 << 40, (BATCH, DEPTH)), axis=1)[:, ::-1]
-    arrays = {"numbers": np.arange(BATCH), "sort_keys": keys.copy(), "num_dropped": np.zeros((BATCH, 1), np.int64)}
-    parts = [Part("scan", "", "", "", DEPTH, np.array([[0, BATCH, i, i + 1]]), arrays, {}) for i in range(2)]
-    begin = time.perf_counter()
-    for _ in range(20):
-        join_parts([Part.from_bytes(part.to_bytes()) for part in parts])
-    seconds["join"] = (time.perf_counter() - begin) / 20 / (2 * BATCH * DEPTH)
+    for count in (BATCH, 8 * BATCH):
+        keys = np.sort(np.random.default_rng(0).integers(0, 1 << 40, (count, DEPTH)), axis=1)[:, ::-1]
+        arrays = {"numbers": np.arange(count), "sort_keys": keys.copy(), "num_dropped": np.zeros((count, 1), np.int64)}
+        parts = [Part("scan", "", "", "", DEPTH, np.array([[0, count, i, i + 1]]), arrays, {}) for i in range(2)]
+        begin = time.perf_counter()
+        for _ in range(20):
+            join_parts([Part.from_bytes(part.to_bytes()) for part in parts])
+        seconds[f"join {count}"] = (time.perf_counter() - begin) / 20
     return seconds
 
 
@@ -270,13 +272,16 @@ def rates_of(small: list[dict], large: list[dict], pair: list[dict], exchange: l
     unit = (scans[1] - scans[0]) / (BATCH * (LARGE - SMALL) * D)
     other = of(large, "total") - sum(of(large, name) for name in ("scan", "documents", "positives"))
     latency = of(exchange, str(PAYLOADS[0]))
+    joins = [of(exchange, f"join {count}") / 2 for count in (BATCH, 8 * BATCH)]  # of one part
+    join = max(0.0, joins[1] - joins[0]) / (7 * BATCH * DEPTH)
     return Rates(
         scan=unit,
         scan_batch=max(0.0, scans[0] - unit * BATCH * SMALL * D),
         hash=of(large, "documents") / (LARGE * 4 * D),
         pair=of(large, "positives") / QUERIES,
         query=other / QUERIES,
-        join=of(exchange, "join"),
+        join=join,
+        join_part=max(0.0, joins[0] - join * BATCH * DEPTH),
         latency=latency,
         byte=max(0.0, of(exchange, str(PAYLOADS[1])) - latency) / PAYLOADS[1],
         busy=max(1.0, of(pair, "total") / of(large, "total")),

@@ -240,7 +240,7 @@ def test_a_simulation_shares_processors_and_waits_for_the_slowest():
         simulate.simulate([events(("meet", 0, 2))])
 
 
-RATES = simulate.Rates(1e-11, 0.01, 1e-9, 1e-6, 5e-5, 1e-8, 1e-3, 1e-9, 1.0)
+RATES = simulate.Rates(1e-11, 0.01, 1e-9, 1e-6, 5e-5, 1e-8, 1e-4, 1e-3, 1e-9, 1.0)
 
 
 def test_a_simulated_job_takes_as_long_as_its_largest_shard():
