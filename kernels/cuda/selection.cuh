@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Pass p, int sort
   for (int run = 2; run <= sorted_size; run *= 2) {
     for (int apart = run / 2; apart > 0; apart /= 2) {
       for (int pair = threadIdx.x; pair < sorted_size / 2; pair += kFinishThreads) {
-        const int a = pair / apart * 2 * apart + pair % apart, b = a + apart;
+        const int a = 2 * pair - (pair & (apart - 1)), b = a + apart;  // apart is a power of 2
         const uint64_t x = sorted[a], y = sorted[b];
         if ((x < y) == ((a & run) == 0)) sorted[a] = y, sorted[b] = x;
       }
