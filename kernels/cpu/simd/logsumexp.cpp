@@ -57,7 +57,9 @@ NEGMINE_INLINE Terms exponentials(const float* scores, [[maybe_unused]] const fl
     return p;
   };
   if constexpr (kWeights == kNone) {
-    for (int64_t j = 0; j < count; ++j) one(j);
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) one(j), one(j + 1), one(j + 2), one(j + 3);
+    for (; j < count; ++j) one(j);
   }
   if constexpr (kWeights == kRowsOf) {
     for (int64_t j = 0; j < count; ++j) store(weights + j * kLanes, one(j));
@@ -65,10 +67,12 @@ NEGMINE_INLINE Terms exponentials(const float* scores, [[maybe_unused]] const fl
 #if defined(NEGMINE_TILES)
   if constexpr (kWeights == kPacked) {
     int64_t j = 0;
-    for (; j + 2 <= count; j += 2) {
+    const auto two = [&](int64_t j) {
       const V first = one(j);
       store(weights + j / 2 * kTilePanel, pack_weights(first, one(j + 1)));
-    }
+    };
+    for (; j + 4 <= count; j += 4) two(j), two(j + 2);
+    if (j + 2 <= count) two(j), j += 2;
     if (j < count) store(weights + j / 2 * kTilePanel, pack_weights(one(j), all(0.0f))), j += 2;
     for (; j % 32 != 0; j += 2) store(weights + j / 2 * kTilePanel, all(0.0f));
   }

@@ -285,7 +285,7 @@ void load_rows(const Block& block, const Workspace& w, Chunk& chunk) {
 #endif
     w.rows[j] = widen_row(block.negative_keys, w.index[j], block.D, w.widened + j * block.D);
   }
-  for (int64_t row = chunk.count; row < chunk.count + kRows; ++row) w.rows[row] = w.zeros;
+  for (int64_t j = chunk.count; j < chunk.count + kRows; ++j) w.rows[j] = w.zeros;
 #if defined(NEGMINE_TILES)
   split_keys(block, w, chunk);
 #endif
@@ -297,9 +297,17 @@ Chunk load_chunk(const Block& block, const Workspace& w, int64_t* k, bool rows) 
   const int64_t most = chunk_rows(block);
   const uint8_t* mask = block.pool.mask_per_query ? nullptr : block.pool.negative_mask;
   Chunk chunk;
-  for (; *k < block.k_end && chunk.count < most; ++*k) {
-    if (mask == nullptr || mask[*k] != 0) w.index[chunk.count++] = *k;
+  int64_t row = *k, count = 0;
+  if (mask == nullptr) {
+    const int64_t last = row + most < block.k_end ? row + most : block.k_end;
+    while (row < last) w.index[count++] = row++;
+  } else {
+    for (; row < block.k_end && count < most; ++row) {
+      if (mask[row] != 0) w.index[count++] = row;
+    }
   }
+  *k = row;
+  chunk.count = count;
   if (rows) load_rows(block, w, chunk);
   if (block.pool.guided()) {
     Chunk guide = guide_of(chunk);

@@ -33,84 +33,111 @@ namespace {
 NEGMINE_INLINE V low_pairs(V a, V b) { return (V)_mm512_maskz_unpacklo_epi16(-1, (__m512i)a, (__m512i)b); }
 NEGMINE_INLINE V high_pairs(V a, V b) { return (V)_mm512_maskz_unpackhi_epi16(-1, (__m512i)a, (__m512i)b); }
 
+// Tiles 4 and 5 = 16 words of rows [0, 16) and [16, 32); 5 only where kTall is 2.
+template <int kTall>
+NEGMINE_INLINE void load_left(const char* words, int64_t stride) {
+  load_tile<4>(words, stride);
+  if constexpr (kTall == 2) load_tile<5>(words + kTile * stride, stride);
+}
+
+// Tiles 0..3 += those rows times 16 words of columns [0, 16) and [16, 32); the latter only where kWide is 2.
+template <int kTall, int kWide>
+NEGMINE_INLINE void add_products(const float* columns) {
+  constexpr int64_t kStride = kTilePanel * sizeof(float);
+  load_tile<6>(columns, kStride);
+  product<0, 4, 6>();
+  if constexpr (kTall == 2) product<2, 5, 6>();
+  if constexpr (kWide == 2) {
+    load_tile<7>(columns + kTile, kStride);
+    product<1, 4, 7>();
+    if constexpr (kTall == 2) product<3, 5, 7>();
+  }
+}
+
+// Bytes [from, to) of each row ahead, as far as it goes.
+NEGMINE_INLINE void fetch(const Ahead& ahead, int64_t from, int64_t to) {
+  for (int64_t at = from; at < to && at < ahead.bytes; at += 64) {
+    const char* next = ahead.first + at;
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < ahead.rows; ++r, next += ahead.stride) __builtin_prefetch(next, 0, 2);
+  }
+}
+
 // Tiles 0..3 = rows [0, 16) and [16, 32) of left x columns [0, 16) and [16, 32) of right; the second rows only where
 // kTall is 2, the second columns only where kWide is 2. Rows ahead are fetched meanwhile, a few lines at each step.
 template <int kTall, int kWide>
-NEGMINE_INLINE void multiply_strip(const Operand& left, const float* right, int64_t T, const Parts& parts,
-                                   const Ahead& ahead) {
-  zero_tile<0>();
-  zero_tile<1>();
-  zero_tile<2>();
-  zero_tile<3>();
-  constexpr int64_t kStride = kTilePanel * sizeof(float), kLine = 64;
-  const int64_t per_step = ahead.bytes > T / kTile * kLine ? 2 * kLine : kLine;  // bytes of each row ahead
-  const int first_pass = parts.left * parts.right == 1 ? 1 : 0;
-  for (int pass = first_pass; pass < 2; ++pass) {  // the products of the first parts last: the others are small
+NEGMINE_INLINE void multiply_strip(const Operand& left, const float* right, int64_t T, const Ahead& ahead) {
+  const int64_t per_step = ahead.bytes > T * 4 ? 8 : 4;  // bytes of a row ahead to a word of T
+  for (int64_t t = 0; t < T; t += kTile) {
+    fetch(ahead, t * per_step, (t + kTile) * per_step);
+    load_left<kTall>(left.first + t * 4, left.stride);
+    add_products<kTall, kWide>(right + t * kTilePanel);
+  }
+}
+
+// The same for operands in parts, or in one. Apart from the loop above, which then keeps what it needs in registers.
+template <int kTall, int kWide>
+__attribute__((noinline)) void multiply_parts(const Operand& left, const float* right, int64_t T, const Parts& parts,
+                                              const Ahead& ahead) {
+  const int64_t per_step = ahead.bytes > T * 4 ? 8 : 4;
+  for (int pass = 0; pass < 2; ++pass) {  // the products of the first parts last: the others are small
     for (int64_t t = 0; t < T; t += kTile) {
-      const int64_t asked = pass == first_pass ? ahead.bytes : 0;
-      for (int64_t at = t / kTile * per_step, end = at + per_step; at < end && at < asked; at += kLine) {
-        const char* next = ahead.first + at;
-        for (int64_t r = 0; r < ahead.rows; ++r, next += ahead.stride) __builtin_prefetch(next, 0, 2);
-      }
+      if (pass == 0) fetch(ahead, t * per_step, (t + kTile) * per_step);
       for (int i = pass == 0 ? parts.left - 1 : 0; i >= 0; --i) {
         const int last = pass == 1 ? 0 : parts.right - 1 < 2 - i ? parts.right - 1 : 2 - i;
         const int first = pass == 0 && i == 0 ? 1 : 0;
         if (last < first) continue;
-        const char* top = left.first + (i * T + t) * 4;
-        load_tile<4>(top, left.stride);
-        if constexpr (kTall == 2) load_tile<5>(top + kTile * left.stride, left.stride);
-        for (int j = last; j >= first; --j) {
-          const float* columns = right + (j * T + t) * kTilePanel;
-          load_tile<6>(columns, kStride);
-          product<0, 4, 6>();
-          if constexpr (kTall == 2) product<2, 5, 6>();
-          if constexpr (kWide == 2) {
-            load_tile<7>(columns + kTile, kStride);
-            product<1, 4, 7>();
-            if constexpr (kTall == 2) product<3, 5, 7>();
-          }
-        }
+        load_left<kTall>(left.first + (i * T + t) * 4, left.stride);
+        for (int j = last; j >= first; --j) add_products<kTall, kWide>(right + (j * T + t) * kTilePanel);
       }
     }
   }
 }
 
-// 32 rows, or 16 where no more than that are left, by 32 columns, or 16 where kWide is 1, into out (32, kLanes).
-template <int kWide>
-NEGMINE_INLINE void multiply_strip_into(const Operand& left, int64_t rows, const float* right, int64_t T, float* out,
+// 32 rows, or 16 where kTall is 1, by 32 columns, or 16 where kWide is 1, into out (32, kLanes).
+template <int kTall, int kWide>
+NEGMINE_INLINE void multiply_strip_into(const Operand& left, const float* right, int64_t T, float* out,
                                         const Ahead& ahead, const Parts& parts) {
   constexpr int64_t kStride = kLanes * sizeof(float);
-  if (rows > kTile) {
-    multiply_strip<2, kWide>(left, right, T, parts, ahead);
-    store_tile<2>(out + kTile * kLanes, kStride);
-    if constexpr (kWide == 2) store_tile<3>(out + kTile * kLanes + kTile, kStride);
+  zero_tile<0>();
+  zero_tile<1>();
+  zero_tile<2>();
+  zero_tile<3>();
+  if (parts.left == 1 && parts.right == 1) {
+    multiply_strip<kTall, kWide>(left, right, T, ahead);
   } else {
-    multiply_strip<1, kWide>(left, right, T, parts, ahead);
+    multiply_parts<kTall, kWide>(left, right, T, parts, ahead);
   }
   store_tile<0>(out, kStride);
   if constexpr (kWide == 2) store_tile<1>(out + kTile, kStride);
+  if constexpr (kTall == 2) store_tile<2>(out + kTile * kLanes, kStride);
+  if constexpr (kTall == 2 && kWide == 2) store_tile<3>(out + kTile * kLanes + kTile, kStride);
+}
+
+// 32 columns of out (rows, kLanes), or 16 where kWide is 1. A function of its own: its arguments fill the registers.
+template <int kWide>
+__attribute__((noinline)) void multiply_columns(const Operand& left, int64_t rows, const float* right, int64_t T,
+                                                float* out, const Ahead& ahead, const Parts& parts) {
+  for (int64_t row = 0; row < rows; row += 2 * kTile) {
+    const Operand strip{left.first + row * left.stride, left.stride};
+    const Ahead some = part_of(ahead, row, 2 * kTile);
+    rows - row > kTile ? multiply_strip_into<2, kWide>(strip, right, T, out + row * kLanes, some, parts)
+                       : multiply_strip_into<1, kWide>(strip, right, T, out + row * kLanes, some, parts);
+  }
 }
 
 template <int kWide>
 NEGMINE_INLINE void add_packed_columns(const Operand& turned, int64_t from, int64_t to, const float* weights,
                                        float* mean) {
-  constexpr int64_t kStride = kLanes * sizeof(float), kPanelStride = kTilePanel * sizeof(float);
+  constexpr int64_t kStride = kLanes * sizeof(float);
   float* below = mean + kTile * kLanes;
   load_tile<0>(mean, kStride);
   load_tile<2>(below, kStride);
   if constexpr (kWide == 2) load_tile<1>(mean + kTile, kStride);
   if constexpr (kWide == 2) load_tile<3>(below + kTile, kStride);
   for (int64_t t = from; t < to; t += kTile) {
-    load_tile<4>(turned.first + t * 4, turned.stride);
-    load_tile<6>(weights + t * kTilePanel, kPanelStride);
-    product<0, 4, 6>();
-    load_tile<5>(turned.first + kTile * turned.stride + t * 4, turned.stride);
-    product<2, 5, 6>();
-    if constexpr (kWide == 2) {
-      load_tile<7>(weights + t * kTilePanel + kTile, kPanelStride);
-      product<1, 4, 7>();
-      product<3, 5, 7>();
-    }
+    load_left<2>(turned.first + t * 4, turned.stride);
+    add_products<2, kWide>(weights + t * kTilePanel);
   }
   store_tile<0>(mean, kStride);
   store_tile<2>(below, kStride);
@@ -122,16 +149,11 @@ NEGMINE_INLINE void add_packed_columns(const Operand& turned, int64_t from, int6
 
 void multiply_in_tiles(const Operand& left, int64_t rows, const float* right, int64_t T, int vectors, float* out,
                        const Ahead& ahead, const Parts& parts) {
-  const int64_t panels = (vectors + 1) / 2;
   for (int v = 0; v < vectors; v += 2) {
     const float* panel = right + panel_at(v * kTile, parts.right * T);
-    for (int64_t row = 0; row < rows; row += 2 * kTile) {
-      const Operand strip{left.first + row * left.stride, left.stride};
-      float* cell = out + row * kLanes + v * kTile;
-      const Ahead some = share_of(ahead, row, 2 * kTile, v / 2, panels);
-      v + 1 < vectors ? multiply_strip_into<2>(strip, rows - row, panel, T, cell, some, parts)
-                      : multiply_strip_into<1>(strip, rows - row, panel, T, cell, some, parts);
-    }
+    const Ahead some = v == 0 ? ahead : Ahead{};
+    v + 1 < vectors ? multiply_columns<2>(left, rows, panel, T, out + v * kTile, some, parts)
+                    : multiply_columns<1>(left, rows, panel, T, out + v * kTile, some, parts);
   }
 }
 
