@@ -11,11 +11,13 @@ import copy
 import multiprocessing
 import pickle
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import negmine
 from negmine import FalseNegatives, InfoNCELoss, Mix, MoCoQueue, Negatives, Select, Weight, recipes
@@ -393,6 +395,48 @@ def test_deterministic_algorithms_have_nothing_to_say(options, recwarn):
     first, second = (loss_and_grad(*tensors, **options) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not [w for w in recwarn if "deterministic" in str(w.message)]
+
+
+class Wanted(TorchDispatchMode):
+    """Which of the arguments want_... of the ops called inside were True."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.wanted = 0, []
+
+    def __torch_dispatch__(self, op, types, arguments=(), options=None):
+        if op.namespace.startswith("negmine"):
+            self.calls += 1
+            names = [argument.name for argument in op._schema.arguments]
+            given = dict(zip(names, arguments, strict=False)) | (options or {})
+            self.wanted += [
+                f"{op}: {name}" for name, value in given.items() if name.startswith("want_") and value is True
+            ]
+        return op(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        negmine.info_nce,
+        partial(negmine.info_nce, weight=Weight(1.0, 0.01)),
+        partial(negmine.info_nce, mix=Mix(6, 5, 4)),
+        negmine.siglip,
+        partial(negmine.info_nce, select=Select(0.02, 0.4)),
+        partial(negmine.sup_con, positives="in"),  # the mean of the positives is a score of "out"
+        partial(negmine.losses.matryoshka, widths=(4, 8)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_loss_without_gradients_asks_for_none(loss, enabled):
+    query, positive, keys = (unit(n, 8, seed=i).requires_grad_() for i, n in enumerate((6, 6, 20)))
+    tags = torch.arange(6) // 2
+    given = (query, positive, tags, tags) if "sup_con" in str(loss) else (query, positive, keys)
+    with torch.set_grad_enabled(enabled), Wanted() as seen:
+        loss(*given)
+    assert seen.calls
+    assert bool(seen.wanted) is enabled
 
 
 @needs_cpu

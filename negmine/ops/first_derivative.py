@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class _Once(torch.autograd.Function):
@@ -63,20 +64,22 @@ class _NoGradient:
 def fused(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply(*arguments), in every context of torch.
 
-    Under torch.compile, the same tensor may be given twice, and tensors need not require grad, neither of which Dynamo supports
-    by itself. The transforms of torch.func raise an error.
+    Without gradients (torch.no_grad, or no tensor that requires one), only what the forward pass returns is computed: torch
+    itself reports needs_input_grad of a tensor that requires grad as True under no_grad too. Under torch.compile, the same
+    tensor may be given twice, which Dynamo does not support by itself. The transforms of torch.func raise an error.
     """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "negmine: torch.func and functorch transforms (grad, vmap, jacrev, ...) take no fused kernel, which is for "
+            "backward(); backend='reference' takes them"
+        )
+    backward = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
+    if not backward and forward_ad._current_level < 0:  # torch refuses forward-mode derivatives by itself
+        return function.forward(_NoGradient(len(arguments)), *arguments)
     if torch.compiler.is_compiling():
-        if not (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)):
-            return function.forward(_NoGradient(len(arguments)), *arguments)
         distinct: list[Any] = []
         for argument in arguments:
             again = isinstance(argument, Tensor) and any(argument is other for other in distinct)
             distinct.append(argument.view_as(argument) if again else argument)
         return function.apply(*distinct)
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "negmine: torch.func and functorch transforms (grad, vmap, jacrev, ...) take no fused kernel, which is for "
-            "backward(); backend='reference' takes them"
-        )
     return function.apply(*arguments)
