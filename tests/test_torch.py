@@ -426,7 +426,7 @@ class Wanted(TorchDispatchMode):
         partial(negmine.sup_con, positives="in"),  # the mean of the positives is a score of "out"
         partial(negmine.losses.matryoshka, widths=(4, 8)),
     ],
-    ids=str,
+    ids=["plain", "weight", "mix", "siglip", "select", "sup_con", "matryoshka"],
 )
 @pytest.mark.parametrize("enabled", [False, True])
 def test_a_loss_without_gradients_asks_for_none(loss, enabled):

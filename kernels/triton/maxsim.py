@@ -14,6 +14,7 @@ import triton.language as tl
 from . import tiles
 from .launch import launcher, processors, widens
 from .launch import score_tile as choose_tile
+from .pool import EVERYTHING
 from .score import load_whole_rows, score_tile
 
 
@@ -82,7 +83,7 @@ def maxsim(
     """scores (B, K) fp32, index (B or 0, I, K) int64."""
     (B, tokens, D), (K, J, _) = query.shape, negative_keys.shape
     q, keys = query.reshape(B * tokens, D), negative_keys.reshape(K * J, D)
-    tile = choose_tile(q, keys)
+    tile = choose_tile(q, keys, EVERYTHING)
     part = min(tile.BLOCK_B, tiles.next_power_of_2(tokens))
     parts = -(-tokens // part)
     scores = query.new_empty(parts, B, K, dtype=torch.float32)
