@@ -1,7 +1,8 @@
 """What a larger job takes, from the rates measured here: writes docs/planning.md from benchmarks/results/<machine>.csv.
 
 The rate is that of the longest queue of the K sweep; the page first shows how well the rate of a short queue foretells the
-long ones, so that a reader knows what such a sum is worth. Mining on several machines is planned in the same way from
+long ones, so that a reader knows what such a sum is worth. A symmetric loss over a very large batch, spread over GPUs as a ring,
+is planned by arithmetic. Mining on several machines is planned in the same way from
 benchmarks/results/mining/<machine>.csv, and, where results/simulation/<machine>.csv holds rates, by the simulation of
 simulate.py; every rate and price that was not measured is said to be assumed.
 """
@@ -63,6 +64,7 @@ FLEETS = [
 ]
 GPU_RATE = 1.25e14  # multiply-adds a second with selection
 SLOWEST = 1.1  # how much longer than the others one node scans
+BATCH_OF_RING, RANKS, RING_D = 1 << 20, 8, 768  # of the symmetric loss over ranks
 MINING_JOBS = ((1_000_000, 100_000_000), (1_000_000, 1_000_000_000))  # queries, rows
 
 
@@ -184,6 +186,36 @@ def mining(path: Path, simulation: Path) -> list[str]:
     return lines
 
 
+def ring(rate: float, machine: str) -> list[str]:
+    """The lines about a symmetric loss over ranks as a ring. rate: multiply-adds a second of a loss and its gradient here."""
+    here = BATCH_OF_RING // RANKS  # pairs of one rank
+    chunk = here * RING_D * 2  # bytes of one rank's features of one side, in bf16
+    work = 2 * 2 * here * BATCH_OF_RING * RING_D  # both directions; the gradient of the keys costs as much as the loss
+    hops = RANKS - 1
+    sent = 2 * (2 * hops * chunk + RANKS * 2 * chunk)  # both directions: keys forward and backward, fp32 gradients home
+    transfer = sent / FLEETS[-1].network
+    return [
+        "",
+        f"## A batch of {BATCH_OF_RING:,} pairs",
+        "",
+        f"The symmetric loss of `adapters.open_clip` as a ring over {RANKS} GPUs, D = {RING_D} in bf16: each rank keeps its own "
+        f"{here:,} pairs and sees the features of one other rank at a time. *Assumed*, not measured: {GPU_RATE:.3g} "
+        "multiply-adds a second of a GPU, each counted for a score and the softmax mean together; "
+        f"{FLEETS[-1].network / 1e9:g} GB/s between GPUs. By the rate measured on `{machine}`, one such machine in the place of "
+        f"each GPU would take {span(work / rate)}.",
+        "",
+        "| what, of one rank and one step | |",
+        "| --- | --- |",
+        f"| multiply-adds | {work:.3g} |",
+        f"| time of arithmetic | {span(work / GPU_RATE)} |",
+        f"| features and gradients sent | {size(sent)} |",
+        f"| time of sending, beside the arithmetic | {span(transfer)} |",
+        f"| features held, own and passing, both sides | {size(2 * 2 * chunk)} |",
+        f"| the same if all ranks' features were gathered | {size(2 * RANKS * chunk)} |",
+        f"| its rows of the matrix of logits in fp32, never stored | {size(4 * here * BATCH_OF_RING)} |",
+    ]
+
+
 def page(path: Path) -> str:
     rows = newest(path)
     last = max(rows, key=lambda row: row["date"])
@@ -230,6 +262,8 @@ def page(path: Path) -> str:
             f"| {job.what} | {job.op} | {job.B:,} | {job.K:,} | {job.D} | {span(job.B * job.K * job.D / rate)} "
             f"| {size(job.K * job.D * job.bytes_each)} | {size(4 * job.B * job.K)} |"
         )
+    K, row = max(curves["info_nce"].items())
+    lines += ring(SWEEP.B * K * SWEEP.D / (float(row["median_ms"]) / 1e3), path.stem)
     mined, simulation = (path.parent / folder / path.name for folder in ("mining", "simulation"))
     return "\n".join([*lines, *(mining(mined, simulation) if mined.is_file() else []), ""])
 
