@@ -298,6 +298,8 @@ OVER_RANKS = {
     "sigmoids": (lambda **g: negmine.SigLIPLoss(5.0, -3.0, **g), {}),
     "SupCon": (lambda **g: negmine.SupConLoss(0.2, **g), "labelled"),
     "SupCon, in": (lambda **g: negmine.SupConLoss(0.2, positives="in", denominator="own_positive", **g), "labelled"),
+    "SupCon, own": (lambda **g: negmine.SupConLoss(0.2, **g), "own"),
+    "SupCon, views": (lambda **g: negmine.SupConLoss(0.2, **g), "views"),
     "triplets": (lambda **g: negmine.TripletLoss(0.5, positive="hard", negative="hardest", **g), "labelled"),
     "multi-similarity": (lambda **g: negmine.MultiSimilarityLoss(**g), "labelled"),
 }
@@ -316,6 +318,8 @@ def gradients(name, rows, world):
     if given == "labelled":
         own = torch.arange(world * B)[rows]
         value = loss(query, query, number % 2, number % 2, query_ids=own, key_ids=own)
+    elif given in ("own", "views"):
+        value = loss(query, None, number % 2) if given == "own" else loss(torch.stack([query, key], 1), None)
     else:
         masks = {tag: number for tag in ("query_ids", "query_labels") if tag in given}
         keys = Negatives(nn.functional.normalize(layer(image + 1), dim=1), ids=number if masks else None)

@@ -477,6 +477,25 @@ def _weighted_score(query: Tensor, keys: Tensor, weights: Tensor, same: Pool) ->
     return (widened(query) * mean).sum(1), allowed.sum(1)
 
 
+def _as_own_keys(
+    query: Tensor, query_labels: Any, masks: dict[str, Any], rank: int
+) -> tuple[Tensor, Any, dict[str, Any]]:
+    """The queries of a call with keys None as rows (B V, D), with labels and masks of rows, and ids that no other rank has."""
+    B, V = query.shape[0], query.shape[1] if query.dim() == 3 else 1
+    first = rank << 40
+    by_pair = [name for name in ("positive_mask", "positive_weights") if masks.get(name) is not None]
+    if query_labels is None and not by_pair:
+        query_labels = first + torch.arange(B, device=query.device)
+    if isinstance(query_labels, Tensor) and query_labels.shape == (B,):
+        query_labels = query_labels.repeat_interleave(V)  # any other shape is refused later
+    own = first + torch.arange(B * V, device=query.device)
+    masks = {**masks, "query_ids": own, "key_ids": own}
+    for name in by_pair:
+        if isinstance(masks[name], Tensor) and len(masks[name]) == B:
+            masks[name] = masks[name].repeat_interleave(V, 0)
+    return query.reshape(B * V, query.shape[-1]), query_labels, masks
+
+
 class SupConLoss(ScheduledLoss):
     """`sup_con` as a module.
 
@@ -488,7 +507,7 @@ class SupConLoss(ScheduledLoss):
         As in `sup_con`.
     gather_distributed : bool
         Take the keys of every rank, with their labels, key_ids and key_mask (K,), and with the right gradient. `query_ids`
-        and `key_ids` must number the whole dataset.
+        and `key_ids` must number the whole dataset. If keys is None, the keys are the queries of all ranks.
     process_group : ProcessGroup, optional
         Of torch.distributed; default: all ranks.
 
@@ -539,6 +558,12 @@ class SupConLoss(ScheduledLoss):
         **masks: Any,
     ) -> Any:
         """masks: positive_mask, positive_weights, query_ids, key_ids, key_mask of sup_con."""
+        extra = any(
+            tags is not None for tags in (key_labels, masks.get("query_ids"), masks.get("key_ids"))
+        )  # is refused
+        if self.gathering.wanted and keys is None and not extra and isinstance(query, Tensor) and query.dim() in (2, 3):
+            query, query_labels, masks = _as_own_keys(query, query_labels, masks, self.gathering.rank)
+            keys, key_labels = query, query_labels
         options = at_step({"temperature": self.temperature, **self.options}, self.count(step, query)) | masks
         return self.gathering.labelled(sup_con, query, keys, query_labels, key_labels, options)
 
