@@ -139,7 +139,7 @@ def call(triton_ops, op: str, dtype: torch.dtype, D: int) -> None:
         "mix_logsumexp": (keys, index, scale, True, *draws),
         "gathered_logsumexp": (keys, index, scale, True),
         "gathered_grad_keys": (index, empty(B, N), K),
-        "maxsim": (keys.view(-1, 128, D), None, empty(K // 128, dtype=torch.int64), True),
+        "maxsim": (keys[: K // 128 * 128].view(-1, 128, D), None, empty(K // 128, dtype=torch.int64), True),
     }
     getattr(triton_ops, op)(query.view(-1, 32, D) if op == "maxsim" else query, *arguments[op])
 
