@@ -118,7 +118,7 @@ def matryoshka(
     pass, so frozen keys may be overwritten before backward.
 
     On the CPU, one pass over shared keys gives the loss and the gradient of the query at up to 16 widths: at 32, 64, 128 and
-    256 in about 1.5 times the time of the last alone. On other backends, for keys of each query's own, and with `weight` or
+    256 in about 1.7 times the time of the last alone. On other backends, for keys of each query's own, and with `weight` or
     `normalize`, every width is a pass over its prefix. With `select`, a (B, K) bool mask and the list of what it keeps are
     stored; with `normalize`, a copy of the keys at each width. The gradient of keys takes a pass for each width, in backward.
 
