@@ -558,10 +558,15 @@ class SupConLoss(ScheduledLoss):
         **masks: Any,
     ) -> Any:
         """masks: positive_mask, positive_weights, query_ids, key_ids, key_mask of sup_con."""
-        extra = any(
-            tags is not None for tags in (key_labels, masks.get("query_ids"), masks.get("key_ids"))
-        )  # is refused
-        if self.gathering.wanted and keys is None and not extra and isinstance(query, Tensor) and query.dim() in (2, 3):
+        # Queries that are their own keys have no tags of keys: a call with both is refused below.
+        tagged = any(tags is not None for tags in (key_labels, masks.get("query_ids"), masks.get("key_ids")))
+        if (
+            self.gathering.wanted
+            and keys is None
+            and not tagged
+            and isinstance(query, Tensor)
+            and query.dim() in (2, 3)
+        ):
             query, query_labels, masks = _as_own_keys(query, query_labels, masks, self.gathering.rank)
             keys, key_labels = query, query_labels
         options = at_step({"temperature": self.temperature, **self.options}, self.count(step, query)) | masks
