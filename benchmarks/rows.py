@@ -51,13 +51,27 @@ def write_between(page: Path, begin: str, text: str) -> None:
     page.write_text("\n".join([before + begin, "", text.strip("\n"), "", END + rest.split(END, 1)[1]]))
 
 
-def machine_name(device: str) -> str:
-    """The GPU's name, or the CPU's model, as a file name."""
+# Generations of Intel's server processors by the model number of family 6, because a virtual machine often names itself
+# "Intel(R) Xeon(R) Processor" alone.
+GENERATIONS = {
+    "85": "skylake",  # Cascade Lake and Cooper Lake have this number too
+    "106": "ice-lake",
+    "143": "sapphire-rapids",
+    "173": "granite-rapids",
+    "207": "emerald-rapids",
+}
+
+
+def machine_name(device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The name of the GPU, or the CPU's model (amd-epyc, intel-xeon-ice-lake), in letters that suit a file name."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        name = found[1] if found else "cpu"
+        fields = dict(re.findall(r"^(.+?)\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE))
+        name = fields.get("model name", "cpu")
+        if fields.get("vendor_id") == "GenuineIntel":
+            name = re.sub(r"\(R\)|\bProcessor\b|\bCPU\b|@.*", " ", name)
+            name += " " + GENERATIONS.get(fields.get("model", ""), "")
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

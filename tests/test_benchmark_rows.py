@@ -53,6 +53,21 @@ def test_a_peer_that_cannot_run_is_left_out_and_said(tiny, capsys):
     assert "left out: hungry cannot run rank_thresholds here: CUDA out of memory." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("vendor", "model", "says", "name"),
+    [
+        ("GenuineIntel", "106", "Intel(R) Xeon(R) Processor @ 2.80GHz", "intel-xeon-ice-lake"),
+        ("GenuineIntel", "143", "Intel(R) Xeon(R) Platinum 8488C", "intel-xeon-platinum-8488c-sapphire-rapids"),
+        ("GenuineIntel", "999", "Intel(R) Xeon(R) CPU @ 2.20GHz", "intel-xeon"),
+        ("AuthenticAMD", "17", "AMD EPYC", "amd-epyc"),
+    ],
+)
+def test_a_file_of_rows_is_named_after_the_processor(vendor, model, says, name, tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"vendor_id\t: {vendor}\nmodel\t\t: {model}\nmodel name\t: {says}\n")
+    assert machine_name("cpu", cpuinfo) == name
+
+
 def test_rows_carry_every_column_and_old_rows_stay(tiny, monkeypatch, tmp_path, capsys):
     name = machine_name("cpu")
     older = run.COLUMNS[: run.COLUMNS.index("driver")]
