@@ -270,9 +270,11 @@ def page(path: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("machine", nargs="?", help="the CSV file's stem (default: the only one)")
+    parser.add_argument("machine", nargs="?", help="the CSV file's stem (default: the one with rows of mining)")
     machine = parser.parse_args(arguments).machine
     found = [path for path in sorted(RESULTS.glob("*.csv")) if machine in (None, path.stem)]
+    if machine is None and len(found) > 1:
+        found = [path for path in found if (RESULTS / "mining" / path.name).is_file()] or found
     if len(found) != 1:
         raise SystemExit(f"name one of {', '.join(path.stem for path in found) or 'no results: run make bench first'}")
     PAGE.parent.mkdir(exist_ok=True)

@@ -214,26 +214,30 @@ def source(path: Path, rows: list[Row]) -> str:
     )
 
 
-def summary(path: Path) -> str:
-    """SHOWN as Markdown: negmine beside plain PyTorch."""
-    rows = most_threads(path)
-    found = {(row["case"], row["op"], row["variant"]): row for row in rows}
+def summary(paths: list[Path]) -> str:
+    """SHOWN as Markdown: a line for each shape, and a column for each machine with negmine beside plain PyTorch."""
+    found = {path: {(row["case"], row["op"], row["variant"]): row for row in most_threads(path)} for path in paths}
     lines = [
-        "| B, K, D | computed | negmine | PyTorch | times faster | extra memory |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| B, K, D | computed | {' | '.join(path.stem for path in paths)} | extra memory |",
+        "| --- " * (3 + len(paths)) + "|",
     ]
-    shown = []
+    shown: dict[Path, list[Row]] = {path: [] for path in paths}
     for case, op, words in SHOWN:
-        ours, plain = (found.get((case, op, variant)) for variant in (OURS, EAGER))
-        if ours is None or plain is None:
-            continue
-        shown += [ours, plain]
-        times = float(plain["median_ms"]) / float(ours["median_ms"])
-        lines.append(
-            f"| {ours['B']}, {int(ours['K']):,}, {ours['D']} {ours['dtype']} | {words} | {ours['median_ms']} ms "
-            f"| {plain['median_ms']} ms | {times:.1f} | {ours['peak_extra_mib']} against {plain['peak_extra_mib']} MiB |"
-        )
-    return "\n".join([*lines, "", f"Medians on {source(path, shown)}."])
+        cells, shape, memory = [], "", ""
+        for path in paths:
+            ours, plain = (found[path].get((case, op, variant)) for variant in (OURS, EAGER))
+            if ours is None or plain is None:
+                cells.append("not measured")
+                continue
+            shown[path] += [ours, plain]
+            times = float(plain["median_ms"]) / float(ours["median_ms"])
+            cells.append(f"{ours['median_ms']} against {plain['median_ms']} ms: {times:.1f} times faster")
+            shape = f"{ours['B']}, {int(ours['K']):,}, {ours['D']} {ours['dtype']}"
+            memory = f"{ours['peak_extra_mib']} against {plain['peak_extra_mib']} MiB"
+        if shape:
+            lines.append(f"| {shape} | {words} | {' | '.join(cells)} | {memory} |")
+    sources = "; ".join(source(path, rows) for path, rows in shown.items() if rows)
+    return "\n".join([*lines, "", f"Times of negmine against plain PyTorch, medians. {sources}."])
 
 
 def table(path: Path) -> str:
@@ -275,7 +279,7 @@ def main() -> None:
     for path in paths:
         print(*draw(path), sep="\n")
     if results == RESULTS:
-        write_between(README, BEGIN, "\n\n".join(summary(path) for path in paths))
+        write_between(README, BEGIN, summary(paths))
         write_between(ALL_ROWS, BEGIN, "\n\n".join(table(path) for path in paths))
 
 
