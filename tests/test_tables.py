@@ -111,10 +111,15 @@ def test_texts_of_a_parquet_file(tmp_path):
     from pyarrow import parquet
 
     words = arrow.array(["a", "b", "a"])
-    parquet.write_table(arrow.table({"text": words.dictionary_encode(), "n": [1, 2, 3]}), tmp_path / "t.parquet")
-    assert (
-        texts(f"{tmp_path}/t.parquet") == ["a", "b", "a"] and labels(f"{tmp_path}/t.parquet::text").tolist()[1] == "b"
-    )
+    columns = {
+        "text": words.dictionary_encode(),
+        "n": [1, 2, 3],
+        "words": [["a"], ["b"], ["c"]],
+        "tokens": [[1], [2], [3]],
+    }
+    parquet.write_table(arrow.table(columns), tmp_path / "t.parquet")
+    assert texts(f"{tmp_path}/t.parquet") == ["a", "b", "a"] == labels(f"{tmp_path}/t.parquet::text")
+    assert labels(f"{tmp_path}/t.parquet::n") == [1, 2, 3]
     with pytest.raises(ValueError, match=r"t.parquet::n' must be a .parquet file with a column of strings"):
         texts(f"{tmp_path}/t.parquet::n")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import negmine
+from negmine.cli import files
 from negmine.cli.main import main
 from negmine.mining import MiningResult
 from negmine.mining.text_sets import read_beir, read_msmarco, read_training_lines
@@ -243,6 +244,32 @@ def test_1i_errors_name_file_and_line(tmp_path, name, content, words):
     (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=words):
         read_beir(folder)
+
+
+NAMED = [{"_id": "007", "text": "tea"}, {"_id": "7", "text": "milk"}]
+
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.json", "list.json", "a.jsonl.gz", "list.json.gz"])
+def test_ids_and_texts_of_json(tmp_path, kind):
+    """The fields are taken, never the JSON itself, in each common form; ids keep their leading zeros."""
+    content = json.dumps(NAMED, indent=1) if kind.startswith("list") else "\n".join(map(json.dumps, NAMED)) + "\n"
+    data = ("\ufeff\n" + content.replace("\n", "\r\n")).encode()
+    (tmp_path / kind).write_bytes(gzip.compress(data) if kind.endswith(".gz") else data)
+    assert files.texts(f"{tmp_path}/{kind}") == ["tea", "milk"]
+    assert files.labels(f"{tmp_path}/{kind}") == ["007", "7"]
+
+
+@pytest.mark.parametrize("read", [files.texts, files.labels])
+def test_entries_that_are_not_one_value_are_refused(tmp_path, read):
+    for name, content, words in (
+        ("a.jsonl", '"b"\n{"title": "c"}\n', r"line 2 of '.*a.jsonl' must be a"),
+        ("a.json", '["b", true]', r"entry 2 of '.*a.json' must be a"),
+        ("collection.tsv", "0\ttea\n", r"'.*collection.tsv' has several fields in a line"),
+        ("c.csv.gz", "id,text\n", r"'.*c.csv.gz' has several fields in a line"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=words):
+            read(f"{tmp_path}/{name}")
 
 
 def test_zstd(tmp_path, monkeypatch):

@@ -1,12 +1,16 @@
 """Read the files that options name. Nothing in a file is executed. Code is imported only for options that take MODULE:NAME.
 
 lists     .npy with one row number per query; .npz with indptr and indices; .json or .jsonl with a number or a list per query
-labels    .npy of ints or strings; a column of strings of a .parquet file ("path::column"); any other file: one per line
-texts     .jsonl, each line a string or an object with "text" or "query"; .parquet as for labels; any other file: one per line
+labels    .npy of ints or strings; JSON of ints, strings or objects with "_id" or "id"; a column of ints or strings of a .parquet
+          file ("path::column"); any other file: one per line
+texts     JSON of strings or objects with "text" or "query"; a column of strings of a .parquet file; any other file: one per line
+
+JSON is .jsonl, one value per line, or .json, which is the same or one list. The fields of a .csv or .tsv file are not read.
 """
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ import numpy as np
 
 from negmine.cli.options import Reader
 from negmine.mining.numpy_file import names_in_npz, read_npy, read_npz
-from negmine.mining.regular_file import cause, open_regular, read_json
+from negmine.mining.regular_file import cause, open_regular, parse_json, read_json
 from negmine.mining.text_files import read_jsonl, read_lines
 
 
@@ -26,6 +30,35 @@ def array(name: str) -> np.ndarray:
 def records(name: str) -> list[Any]:
     """The values in the lines of a .jsonl file; blank lines are skipped."""
     return [record for _, record in read_jsonl(name)]
+
+
+def _kind(name: str) -> str:
+    """The extension of a file name, without that of compression."""
+    return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
+
+
+def _json_values(name: str, field: Callable[[Any], Any], wanted: str) -> list[Any]:
+    """The field of each value of a JSON file: of one list, or of a value per line. Raises ValueError for one without it."""
+    first = next((line.lstrip()[:1] for _, line in read_lines(name) if line.strip()), "")
+    is_list = first == "[" and _kind(name) == ".json"
+    if is_list:
+        whole = parse_json("\n".join(lines(name)), repr(name))
+    values = []
+    for number, value in enumerate(whole, 1) if is_list else read_jsonl(name):
+        values.append(field(value))
+        if values[-1] is None:
+            raise ValueError(f"{'entry' if is_list else 'line'} {number} of {name!r} must be {wanted}")
+    return values
+
+
+def _entries(name: str, field: Callable[[Any], Any], wanted: str) -> list[Any]:
+    """The entries of a JSON file, or the lines of any other file. Raises ValueError for the name of a table of text."""
+    if _kind(name) in (".csv", ".tsv"):
+        instead = ".jsonl, .parquet, or a file with one entry per line"
+        raise ValueError(
+            f"{name!r} has several fields in a line, so its entries must be given in another form: {instead}"
+        )
+    return _json_values(name, field, wanted) if _kind(name) in (".json", ".jsonl") else lines(name)
 
 
 def lists(name: str) -> Any:
@@ -40,7 +73,7 @@ def lists(name: str) -> Any:
         return held["indptr"], held["indices"]
     if kind == ".json":
         return read_json(name)
-    if ".jsonl" in Path(name).suffixes:
+    if _kind(name) == ".jsonl":
         return records(name)
     raise ValueError(f"{name!r} must be a .npy, .npz, .json or .jsonl file")
 
@@ -49,8 +82,8 @@ def lines(name: str) -> list[str]:
     return [line for _, line in read_lines(name)]
 
 
-def _strings_of_table(name: str) -> list[str]:
-    """The strings in a column of a Parquet file: "path::column", or the only column of strings."""
+def _column_of_table(name: str, kinds: tuple[str, ...], wanted: str) -> list[Any]:
+    """A column of a Parquet file, of one of the Arrow types `kinds`: "path::column", or the only such column."""
     path, _, column = name.partition("::")
     open_regular(path).close()
     try:
@@ -60,38 +93,52 @@ def _strings_of_table(name: str) -> list[str]:
         raise ImportError(f"{name!r} needs pyarrow: pip install pyarrow") from error
     try:
         schema = parquet.read_schema(path)
-        kinds = {field.name: getattr(field.type, "value_type", field.type) for field in schema}
-        fitting = [key for key, kind in kinds.items() if str(kind) in ("string", "large_string", "string_view")]
+        types = {field.name: field.type for field in schema}
+        types |= {key: kind.value_type for key, kind in types.items() if pyarrow.types.is_dictionary(kind)}
+        fitting = [key for key, kind in types.items() if str(kind) in kinds]
         if (column and column not in fitting) or (not column and len(fitting) != 1):
-            raise ValueError(f"its columns of strings are {', '.join(fitting) or 'none'}: choose one as path::column")
+            raise ValueError(f"its columns of {wanted} are {', '.join(fitting) or 'none'}: choose one as path::column")
         held = parquet.read_table(path, columns=[column or fitting[0]]).column(0)
-        strings = held.to_pylist()
+        entries = held.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{name!r} must be a .parquet file with a column of strings ({cause(error)})") from error
+        raise ValueError(f"{name!r} must be a .parquet file with a column of {wanted} ({cause(error)})") from error
     if held.null_count:
-        raise ValueError(f"{name!r} must be a column of strings without nulls, got {held.null_count}")
-    return strings
+        raise ValueError(f"{name!r} must be a column of {wanted} without nulls, got {held.null_count}")
+    return entries
+
+
+TEXT, LABEL = 'a string or an object with "text" or "query"', 'an int, a string or an object with "_id" or "id"'
+STRINGS = ("string", "large_string", "string_view")
+INTS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+
+def _text_of(value: Any) -> str | None:
+    value = value.get("text", value.get("query")) if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+def _label_of(value: Any) -> int | str | None:
+    value = value.get("_id", value.get("id")) if isinstance(value, dict) else value
+    return value if isinstance(value, (int, str)) and not isinstance(value, bool) else None
+
+
+def json_texts(name: str) -> list[str]:
+    """The texts of a file of JSON, whatever its name is."""
+    return _json_values(name, _text_of, TEXT)
 
 
 def texts(name: str) -> list[str]:
     if Path(name.partition("::")[0]).suffix == ".parquet":
-        return _strings_of_table(name)
-    if ".jsonl" not in Path(name).suffixes:
-        return lines(name)
-    found = []
-    for number, record in read_jsonl(name):
-        if isinstance(record, dict):
-            record = record.get("text", record.get("query"))
-        if not isinstance(record, str):
-            raise ValueError(f'line {number} of {name!r} must be a string or an object with "text" or "query"')
-        found.append(record)
-    return found
+        return _column_of_table(name, STRINGS, "strings")
+    return _entries(name, _text_of, TEXT)
 
 
-def labels(name: str) -> np.ndarray:
+def labels(name: str) -> Any:
     if Path(name.partition("::")[0]).suffix == ".parquet":
-        return np.array(_strings_of_table(name))
-    return array(name) if Path(name).suffix == ".npy" else np.array(lines(name))
+        return _column_of_table(name, (*STRINGS, *INTS), "ints or strings")
+    if Path(name).suffix == ".npy":
+        return array(name)
+    return _entries(name, _label_of, LABEL)
 
 
 def imported(name: str) -> Any:

@@ -107,7 +107,7 @@ def _read(input_file: str, candidate_pool: str | None) -> tuple[list[dict], list
         if not isinstance(record, dict) or not isinstance(record.get("query"), str):
             raise ValueError(f'record {number} of input_file must be an object with a text "query"')
         seen += _texts_of(record, "pos", number, True) + _texts_of(record, "neg", number, False)
-    texts = seen if candidate_pool is None else files.texts(candidate_pool)
+    texts = seen if candidate_pool is None else files.json_texts(candidate_pool)
     if not data or not texts:
         raise ValueError(f"{'the corpus' if data else 'input_file'} is empty")
     return data, list(dict.fromkeys(texts))
