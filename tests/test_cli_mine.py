@@ -192,5 +192,14 @@ def test_parts_merge_to_the_files_of_one_run(more, folder, capsys):
     }.items():
         assert main([*words, *more]) == 2
         assert said in capsys.readouterr().err
+    for said, more in {  # the files of a merge are checked as those of a run are
+        "--output must end in .jsonl or .parquet": ["--output", "m.jsonl.gz"],
+        "--output must not replace an input": ["--beir", "beir", "--output", "beir/queries.jsonl", "--overwrite"],
+        "give one data set, not --beir and --data": ["--beir", "beir", "--data", "m.jsonl", "--output", "o.jsonl"],
+        "--beir contains --query-texts: leave it out": ["--beir", "beir", "--query-texts", "q.txt", "--output", "o.jsonl"],
+        "--split needs --beir": ["--split", "test", "--output", "o.npz"],
+    }.items():
+        assert main(["merge", *parts, *more]) == 2
+        assert said in capsys.readouterr().err
     assert main(["merge", *parts, "--output", "m.jsonl", "--overwrite"]) == 2
     assert "--output needs --query-texts and --corpus-texts, or a data set" in capsys.readouterr().err

@@ -5,11 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from negmine.cli import files, mine
-from negmine.cli.outputs import add_overwrite, check_outputs
+from negmine.cli.outputs import add_overwrite
 from negmine.mining import Part, merge_parts
 from negmine.mining.merging import SHARES, join_parts, share_names
-from negmine.mining.training_rows import FORMS
-from negmine.ops.checks import require_choice
 
 OP = "negmine merge"
 TEXTS = ("query_texts", "corpus_texts")
@@ -36,14 +34,7 @@ def add(commands: Any) -> None:
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    if not (args.output or args.jsonl):
-        parser.error("give --output or --jsonl, a file for the result")
-    require_choice(OP, "form", args.form, FORMS)
-    wanted = "--jsonl" if args.jsonl else "--output" if mine.is_training_data(args.output) else None
-    has_texts = any(getattr(args, name) for name in mine.DATA_SET) or all(getattr(args, name) for name in TEXTS)
-    if wanted and not has_texts and args.form != "pylate":
-        parser.error(f"{wanted} needs --query-texts and --corpus-texts, or a data set")
-    check_outputs(OP, args, {"--output": args.output, "--jsonl": args.jsonl}, overwrite=args.overwrite)
+    mine.check_files(OP, parser, args)
     joined: list[Part] = []
     for name in args.parts:  # one at a time in memory
         part = Part.load(name)

@@ -190,9 +190,9 @@ def is_training_data(name: str | None) -> bool:
     return name is not None and Path(name).suffix in (".jsonl", ".parquet")
 
 
-def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Check all options that can be checked before a data set is read."""
-    if not (args.output or args.jsonl or args.dry_run):
+def check_files(command: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str | None:
+    """Check the options that name data sets and outputs, for mine and merge. Returns the option for training data, if any."""
+    if not (args.output or args.jsonl or getattr(args, "dry_run", False)):
         parser.error("give --output or --jsonl, a file for the result")
     if args.output and Path(args.output).suffix in OTHER_FORMS:
         forms = ".jsonl or .parquet, for training data, or in .npz, for the MiningResult"
@@ -201,31 +201,39 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if len(sets) > 1:
         parser.error(f"give one data set, not {' and '.join(sets)}")
     for name in IN_DATA_SET if sets else ():
-        if hasattr(args, name):
+        if getattr(args, name, None) is not None:
             parser.error(f"{sets[0]} contains --{name.replace('_', '-')}: leave it out")
     if any((args.collection, args.queries, args.qrels)) and not all((args.collection, args.queries, args.qrels)):
         parser.error("give --collection, --queries and --qrels together")
+    if args.split and not args.beir:
+        parser.error("--split needs --beir")
+    require_choice(command, "form", args.form, FORMS)
+    wanted = "--jsonl" if args.jsonl else "--output" if is_training_data(args.output) else None
+    has_texts = sets or all(getattr(args, name, None) is not None for name in ("query_texts", "corpus_texts"))
+    if wanted and not has_texts and args.form != "pylate":
+        parser.error(f"{wanted} needs --query-texts and --corpus-texts, or a data set")
+    inputs: Iterable[Any] = beir_files(args.beir, args.split) if args.beir else ()
+    outputs = {"--output": args.output, "--jsonl": args.jsonl}
+    check_outputs(command, args, outputs, overwrite=args.overwrite, inputs=inputs)
+    return wanted
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Check all options that can be checked before a data set is read."""
     for name in EMBEDDED if args.model else EMBEDDING:
         if hasattr(args, name):
             when = "cannot be used with" if args.model else "needs"
             parser.error(f"--{name.replace('_', '-')} {when} --model")
-    if args.model and not sets and not (hasattr(args, "query_texts") and hasattr(args, "corpus_texts")):
+    has_set = any(getattr(args, name) for name in DATA_SET)
+    if args.model and not has_set and not (hasattr(args, "query_texts") and hasattr(args, "corpus_texts")):
         parser.error("--model needs --query-texts and --corpus-texts, or a data set")
-    if args.split and not args.beir:
-        parser.error("--split needs --beir")
-    require_choice(OP, "form", args.form, FORMS)
-    wanted = "--jsonl" if args.jsonl else "--output" if is_training_data(args.output) else None
+    wanted = check_files(OP, parser, args)
     if args.part:
         for name in ("model", "jsonl", "dry_run", "rescore"):
             if getattr(args, name, None):
                 parser.error(f"--part cannot be used with --{name.replace('_', '-')}")
         if wanted or not args.output:
             parser.error("--part needs --output, a file for the part, whose name does not end in .jsonl or .parquet")
-    has_texts = sets or (hasattr(args, "query_texts") and hasattr(args, "corpus_texts"))
-    if wanted and not has_texts and args.form != "pylate":
-        parser.error(f"{wanted} needs --query-texts and --corpus-texts, or a data set")
-    inputs: Iterable[Any] = beir_files(args.beir, args.split) if args.beir else ()
-    check_outputs(OP, args, {"--output": args.output, "--jsonl": args.jsonl}, overwrite=args.overwrite, inputs=inputs)
 
 
 def read_data_set(args: argparse.Namespace) -> TextSet | None:
