@@ -2,12 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 import negmine
-from negmine.cli import main
+from negmine.cli import checkout, main
 from negmine.cli.main import parser
 from tests.test_training_files import BODIES, CORPUS, IDS, JOINED, TITLES, K, beir
 
@@ -94,6 +96,16 @@ def test_a_dry_run_writes_nothing(folder, capsys):
         assert words in said
     assert sorted(path for path in folder.rglob("*")) == before
     assert main(["mine", "--beir", "beir", *EMBEDDINGS, "--output", "no/t.jsonl", "--dry-run"]) == 1
+
+
+def test_training_data_on_stdout_is_nothing_else(folder):
+    words = ["mine", "--beir", "beir", *EMBEDDINGS, "--jsonl", "/dev/stdout"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *sys.path])}
+    command = [sys.executable, "-m", "negmine", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "4 lines in /dev/stdout" in done.stderr and "4 queries" in done.stderr
+    rows = [json.loads(line) for line in done.stdout.removesuffix("\n").split("\n")]
+    assert [row["query"] for row in rows] == [f"query {i}" for i in (0, 1, 2, 4)]
 
 
 USAGE = [

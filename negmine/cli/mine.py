@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from negmine.cli import files, flagembedding
 from negmine.cli.options import Reader, add_options, given
 from negmine.cli.outputs import add_overwrite, check_outputs
 from negmine.mining import MiningResult, NegativeIndex, from_texts, mine_hard_negatives
+from negmine.mining.atomic_file import is_stream
 from negmine.mining.hard_negatives import mine_share
 from negmine.mining.memory_budget import DEFAULT_MEMORY
 from negmine.mining.progress import clock
@@ -290,25 +291,25 @@ def run(
 
 
 def write(result: MiningResult, args: argparse.Namespace, texts: TextSet | None) -> None:
-    """Write what --output and --jsonl name, and print the summary."""
-    for name in (args.output, args.jsonl):
+    """Write what --output and --jsonl name, and print the summary: on stderr if an output is a stream, such as /dev/stdout."""
+    outputs = [name for name in (args.output, args.jsonl) if name]
+    file = sys.stderr if any(is_stream(Path(name)) for name in outputs) else sys.stdout
+    for name in outputs:
         if name == args.jsonl or is_training_data(name):
-            _write(result, name, args.form, texts)
-        elif name:
+            _write(result, name, args.form, texts, file)
+        else:
             result.save(name)
-    print(result.summary())
+    print(result.summary(), file=file)
 
 
-def _write(result: MiningResult, name: str | None, form: str, texts: TextSet | None) -> None:
-    """Write training data, and print how many lines were written and how many queries were left out."""
-    if name is None:
-        return
+def _write(result: MiningResult, name: str, form: str, texts: TextSet | None, file: IO[str]) -> None:
+    """Write training data, and print to `file` how many lines were written and how many queries were left out."""
     columns = {} if texts is None else {"corpus_texts": texts.corpus_bodies, "corpus_titles": texts.corpus_titles}
     write = result.to_parquet if Path(name).suffix == ".parquet" else result.to_jsonl
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         lines = write(name, form=form, **columns)
-    print(f"{lines:,} lines in {name}")
+    print(f"{lines:,} lines in {name}", file=file)
     for warning in caught:
         print(f"negmine: {warning.message}", file=sys.stderr)
 
