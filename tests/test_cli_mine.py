@@ -98,6 +98,58 @@ def test_a_dry_run_writes_nothing(folder, capsys):
     assert main(["mine", "--beir", "beir", *EMBEDDINGS, "--output", "no/t.jsonl", "--dry-run"]) == 1
 
 
+REFUSED = [
+    ("--positives short.npy", "positives must be as long as there are queries (5), got '4 entries'"),
+    ("--positives far.npy", "positives must be row numbers of the corpus, in [0, 12), got '99 for query 4'"),
+    ("--positives p.npy --query-ids short.npy", "query_ids must be 5 ids, one per row, got '4 in a ndarray'"),
+    ("--positives p.npy --num-negatives 0", "num_negatives must be an int of 1 or more, got 0"),
+    ("--positives p.npy --rescore embedder:Words", "query_texts must be given if rescore is, got None"),
+    ("--positives none.jsonl --relative-margin 0.1", "positives must be at least one per query if select has a margin"),
+    ("--positives p.npy --query-embeddings c.npy narrow.npy", "query_embeddings[1] must be of the D and dtype"),
+]
+
+
+@pytest.mark.parametrize("words, said", REFUSED, ids=[words for words, _ in REFUSED])
+def test_a_dry_run_refuses_what_a_run_refuses(folder, capsys, words, said):
+    (folder / "embedder.py").write_text(MODEL)
+    (folder / "none.jsonl").write_text("[0]\n[1]\n[]\n[3]\n[4]\n")
+    for name, entries in (("p", [0, 1, 2, 3, 4]), ("short", [0, 1, 2, 3]), ("far", [0, 1, 2, 3, 99])):
+        np.save(f"{name}.npy", np.array(entries))
+    np.save("narrow.npy", CORPUS[:, :3])
+    for more in ([], ["--dry-run"]):
+        assert main(["mine", *EMBEDDINGS, *words.split(), "--output", "r.npz", *more]) == 2
+        assert said in capsys.readouterr().err
+    assert not (folder / "r.npz").exists()
+
+
+def test_a_dry_run_embeds_as_a_run_does(folder, capsys):
+    """A model with a method for each side, whose tensors require gradients; prompts are added."""
+    (folder / "sides.py").write_text(SIDES)
+    words = ["mine", "--beir", "beir", "--model", "sides:model", "--query-prompt", "find: ", "--output", "t.jsonl"]
+    assert main([*words, "--dry-run"]) == 0
+    assert "corpus_embeddings: 12 rows of D = 4" in capsys.readouterr().out
+    assert main(words) == 0
+    (folder / "sides.py").write_text(SIDES.replace("torch.ones", "torch.nan * torch.ones"))
+    command = [sys.executable, "-m", "negmine", *words, "--overwrite", "--dry-run"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (
+        done.returncode == 2 and "finite rows for all texts of queries, got 'NaN or infinity in rows 0" in done.stderr
+    )
+
+
+SIDES = """
+import torch
+class Sides:
+    def encode_queries(self, texts):
+        assert all(text.startswith("find: ") for text in texts)
+        return torch.ones(len(texts), 4).requires_grad_()
+    def encode_corpus(self, texts):
+        return torch.eye(4)[[len(text) % 4 for text in texts]]
+model = Sides()
+"""
+
+
 def test_training_data_on_stdout_is_nothing_else(folder):
     words = ["mine", "--beir", "beir", *EMBEDDINGS, "--jsonl", "/dev/stdout"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *sys.path])}
@@ -208,7 +260,14 @@ def test_parts_merge_to_the_files_of_one_run(more, folder, capsys):
         "--output must end in .jsonl or .parquet": ["--output", "m.jsonl.gz"],
         "--output must not replace an input": ["--beir", "beir", "--output", "beir/queries.jsonl", "--overwrite"],
         "give one data set, not --beir and --data": ["--beir", "beir", "--data", "m.jsonl", "--output", "o.jsonl"],
-        "--beir contains --query-texts: leave it out": ["--beir", "beir", "--query-texts", "q.txt", "--output", "o.jsonl"],
+        "--beir contains --query-texts: leave it out": [
+            "--beir",
+            "beir",
+            "--query-texts",
+            "q.txt",
+            "--output",
+            "o.jsonl",
+        ],
         "--split needs --beir": ["--split", "test", "--output", "o.npz"],
     }.items():
         assert main(["merge", *parts, *more]) == 2

@@ -17,11 +17,13 @@ from negmine.cli.options import Reader, add_options, given
 from negmine.cli.outputs import add_overwrite, check_outputs
 from negmine.mining import MiningResult, NegativeIndex, from_texts, mine_hard_negatives
 from negmine.mining.atomic_file import is_stream
-from negmine.mining.hard_negatives import mine_share
+from negmine.mining.columns import Column
+from negmine.mining.hard_negatives import check_arguments, mine_share
 from negmine.mining.memory_budget import DEFAULT_MEMORY
 from negmine.mining.progress import clock
 from negmine.mining.remote import is_url
 from negmine.mining.sources import Rows
+from negmine.mining.text_mining import Embedder, encoder
 from negmine.mining.text_sets import TextSet, beir_files, read_beir, read_msmarco, read_training_lines
 from negmine.mining.training_rows import FORMS
 from negmine.ops.checks import require_choice
@@ -271,7 +273,7 @@ def run(
     texts = read_data_set(args)
     arguments = _arguments(args, names, texts)
     if args.dry_run:
-        print(_plan(args, arguments, select, texts, model))
+        print(_plan(args, arguments, select, texts, model, given(args, made)))
         return 0
     if args.part:
         number, count = args.part
@@ -315,7 +317,12 @@ def _write(result: MiningResult, name: str, form: str, texts: TextSet | None, fi
 
 
 def _plan(
-    args: argparse.Namespace, arguments: dict[str, Any], select: Select, texts: TextSet | None, model: Any
+    args: argparse.Namespace,
+    arguments: dict[str, Any],
+    select: Select,
+    texts: TextSet | None,
+    model: Any,
+    embedding: dict[str, Any],
 ) -> str:
     """What a run would read and write, and how much memory and time it would take, judging by a small run."""
     said = []
@@ -331,14 +338,16 @@ def _plan(
         most = zip((queries, corpus), (SAMPLED_QUERIES, SAMPLED_ROWS), strict=True)
         sample = [rows.block(0, min(len(rows), count), torch.device("cpu")) for rows, count in most]
     else:
-        columns = [arguments["query_texts"], arguments["corpus_texts"]]
-        sizes = (len(columns[0]), len(columns[1]))
+        columns = {"queries": arguments["query_texts"], "corpus": arguments["corpus_texts"]}
+        sizes = (len(columns["queries"]), len(columns["corpus"]))
         begin = time.monotonic()
-        encode = getattr(model, "encode", getattr(model, "embed", model))
-        sample = [torch.as_tensor(np.asarray(encode(list(column[:SAMPLED_TEXTS])), np.float32)) for column in columns]
+        sample = [_embedded(model, side, texts[:SAMPLED_TEXTS], embedding) for side, texts in columns.items()]
         seconds = (time.monotonic() - begin) * sum(sizes) / sum(map(len, sample))
         rate = f"measured on {sum(map(len, sample)):,} texts"
         said.append(f"embedding {sum(sizes):,} texts: about {clock(seconds)}, {rate}")
+        shapes = zip(EMBEDDED, sizes, sample, strict=True)  # rows that take no memory stand for those of the model
+        arguments |= {name: np.broadcast_to(rows[:1].numpy(), (count, rows.shape[1])) for name, count, rows in shapes}
+    check_arguments(arguments | {"select": select})
     for name, count, rows in zip(EMBEDDED, sizes, sample, strict=True):
         said.append(f"{name}: {count:,} rows of D = {rows.shape[1]}, {str(rows.dtype).removeprefix('torch.')}")
     memory = (arguments.get("max_memory_bytes") or DEFAULT_MEMORY) + 12 * sizes[0] * arguments.get("num_negatives", 3)
@@ -357,6 +366,14 @@ def _plan(
         said.append(f"time: about {clock(seconds)} for an exact search, {rate}")
     said += [f"would write {name}" for name in (args.output, args.jsonl) if name]
     return "\n".join([*said, "nothing was written"])
+
+
+def _embedded(model: Any, side: str, texts: list[str], options: dict[str, Any]) -> torch.Tensor:
+    """The rows of some texts. options: the arguments of from_texts about embedding."""
+    prompt = options.get("query_prompt" if side == "queries" else "corpus_prompt", "")
+    size, normalize = options.get("encode_batch_size", SAMPLED_TEXTS), options.get("normalize", True)
+    embedder = Embedder(side, encoder(model, side), prompt, size, normalize, None)
+    return torch.from_numpy(embedder.rows(Column(OP, side, texts), False))
 
 
 def compat_asked(words: list[str]) -> bool:

@@ -293,41 +293,64 @@ def mine_share(share: int, num_shares: int, arguments: dict[str, Any]) -> Part:
         given = arguments.get(name)
         if given is not None and getattr(given, "kind", given) != "exact":
             raise checks.refuse(OP, name, wanted, given)
+    return _mine(*_split(arguments), (share, num_shares))
+
+
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Check all arguments of mine_hard_negatives, and open the inputs, as a run does before it reads a row of the corpus."""
+    given, held = _split(arguments)
+    _check_options(**given)
+    with contextlib.ExitStack() as stack:
+        _prepared(given | {"engine": None, "engine_options": None}, held, ProcessRanks(OP, None), stack)
+
+
+def _split(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options and the inputs of mine_hard_negatives, with the defaults of those that are not given."""
     parameters = inspect.signature(mine_hard_negatives).parameters.values()
     values = {each.name: arguments.get(each.name, each.default) for each in parameters}
     values["select"] = Select() if values["select"] is None else values["select"]
-    return _mine(values, {name: values.pop(name) for name in INPUTS}, (share, num_shares))
+    held = {name: values.pop(name) for name in INPUTS}
+    return values, held
 
 
 def _mine(given: dict[str, Any], held: dict[str, Any], share: tuple[int, int] | None = None) -> Any:
     """The MiningResult, or the Part of a share of the queries. given: the options; held: the inputs."""
-    rescore, promote = given["rescore"], given["promote"]
     ranks = ProcessRanks(OP, given["process_group"])
     with ranks.together(), contextlib.ExitStack() as stack:
-        options = _check_options(**given)
-        ranks.require_group()
-        positives, exclude = held["positives"], held["exclude"]
-        inputs = _open_inputs(options, ranks, stack, held)
-        if rescore is None:
-            plan = _make_plan(options, inputs, positives, exclude)
+        options, inputs, plan, rescoring = _prepared(given, held, ranks, stack)
+        if rescoring is None:
             if share is not None and _shares_rows(options, ranks):
                 return _run_rows(options, inputs, plan, share)
             part = _run(options, inputs, plan, share)
             return part if share is not None else _result(part, inputs)
-        rescoring = Rescoring.open(OP, options)
-        for name, column in (("query_texts", inputs.query_names.texts), ("corpus_texts", inputs.corpus_names.texts)):
-            if column is None:
-                raise checks.refuse(OP, name, "given if rescore is", None)
         first_stage = rescoring.first_stage(options)
-        plan = _make_plan(first_stage, inputs, positives, exclude)
-        if promote is not None:
-            _require_positives(plan.hidden, "promote is given")
-        elif options["select"].has_margin:
-            _require_positives(plan.hidden, "select has a margin")
         result = rescoring.run(_result(_run(first_stage, inputs, plan), inputs), plan.hidden, options)
+        rescore = given["rescore"]
         judge = getattr(rescore, "__qualname__", type(rescore).__qualname__)
-        arguments = _describe(options, DESCRIBED) | {"rescore": judge, "promote": promote}
+        arguments = _describe(options, DESCRIBED) | {"rescore": judge, "promote": given["promote"]}
         return replace(result, config=result.config | {"arguments": arguments})
+
+
+def _prepared(
+    given: dict[str, Any], held: dict[str, Any], ranks: ProcessRanks, stack: contextlib.ExitStack
+) -> tuple[dict[str, Any], "_Inputs", "_Plan", Rescoring | None]:
+    """The options, the inputs, the plan of the search, and how candidates are scored again. stack: closes the inputs."""
+    options = _check_options(**given)
+    ranks.require_group()
+    inputs = _open_inputs(options, ranks, stack, held)
+    lists = (held["positives"], held["exclude"])
+    if given["rescore"] is None:
+        return options, inputs, _make_plan(options, inputs, *lists), None
+    rescoring = Rescoring.open(OP, options)
+    for name, column in (("query_texts", inputs.query_names.texts), ("corpus_texts", inputs.corpus_names.texts)):
+        if column is None:
+            raise checks.refuse(OP, name, "given if rescore is", None)
+    plan = _make_plan(rescoring.first_stage(options), inputs, *lists)
+    if given["promote"] is not None:
+        _require_positives(plan.hidden, "promote is given")
+    elif options["select"].has_margin:
+        _require_positives(plan.hidden, "select has a margin")
+    return options, inputs, plan, rescoring
 
 
 def _result(part: Part, inputs: "_Inputs") -> MiningResult:

@@ -281,7 +281,7 @@ def resolve(
         if by_value and warn:
             grown = int((united.sizes[list_of] != given.sizes).sum())
             if grown:
-                warnings.warn(SHARED.format(op, grown), UserWarning, stacklevel=6)
+                warnings.warn(SHARED.format(op, grown), UserWarning, stacklevel=7)
     return Hidden(
         given,
         SharedLists(united, list_of),

@@ -115,7 +115,7 @@ def from_texts(
             raise checks.refuse(OP, name, "a string", prompt, TypeError)
     folder = None if cache_dir is None else require_folder(OP, "cache_dir", cache_dir)
     check_options(mining | {"show_progress_bar": show_progress_bar})
-    encoders = [_encoder(model, side) for side in METHODS]
+    encoders = [encoder(model, side) for side in METHODS]
     query_names = Side.of_texts(OP, ("query_ids", "queries"), query_ids, queries, 0)
     corpus_names = Side.of_texts(OP, ("corpus_ids", "corpus"), corpus_ids, corpus, 1)
     Q, K = len(query_names), len(corpus_names)
@@ -127,7 +127,7 @@ def from_texts(
     for side, encode, names, prompt in sides:
         assert names.texts is not None
         rows.append(
-            _Embedder(side, encode, prompt, encode_batch_size, normalize, folder).rows(names.texts, show_progress_bar)
+            Embedder(side, encode, prompt, encode_batch_size, normalize, folder).rows(names.texts, show_progress_bar)
         )
     return mine_hard_negatives(
         *(rows[0], rows[1], positives),
@@ -140,7 +140,8 @@ def from_texts(
     )
 
 
-def _encoder(model: Any, side: str) -> Callable[[list[str]], Any]:
+def encoder(model: Any, side: str) -> Callable[[list[str]], Any]:
+    """The function of a model that embeds the texts of a side, "queries" or "corpus"."""
     for name in METHODS[side]:
         method = getattr(model, name, None)
         if callable(method) and not isinstance(model, str):  # a string has a method encode
@@ -153,7 +154,7 @@ def _encoder(model: Any, side: str) -> Callable[[list[str]], Any]:
 
 
 @dataclass(frozen=True)
-class _Embedder:
+class Embedder:
     """Embeds the texts of the queries or of the corpus."""
 
     side: str
