@@ -213,13 +213,15 @@ class Rescoring:
             made = self.judge(pairs)
         wanted = f"one that returns a number for each of {len(pairs)} pairs"
         try:
-            scores = made.detach().float().cpu().numpy() if isinstance(made, Tensor) else np.asarray(made, np.float32)
+            with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused below
+                is_tensor = isinstance(made, Tensor)
+                scores = made.detach().float().cpu().numpy() if is_tensor else np.asarray(made, np.float32)
         except (TypeError, ValueError):
             raise refuse(self.op, "rescore", wanted, f"a {type(made).__name__}", TypeError) from None
         if scores.shape not in ((len(pairs),), (len(pairs), 1)):
             raise refuse(self.op, "rescore", wanted, f"shape {scores.shape}")
-        bad = np.flatnonzero(np.isnan(scores.reshape(-1)))
+        bad = np.flatnonzero(~np.isfinite(scores.reshape(-1)))
         if len(bad):
-            came = f"NaN for query {queries[bad[0]]} and row {rows[bad[0]]}"
-            raise refuse(self.op, "rescore", "one that returns numbers", came)
+            came = f"{scores.reshape(-1)[bad[0]]} for query {queries[bad[0]]} and row {rows[bad[0]]}"
+            raise refuse(self.op, "rescore", "one that returns finite numbers", came)
         return scores.reshape(-1)

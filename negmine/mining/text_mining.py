@@ -244,7 +244,8 @@ def _as_rows(made: Any, count: int) -> np.ndarray:
     if is_complex:  # NumPy would drop the imaginary parts
         raise checks.refuse(OP, "model", wanted, "complex numbers", TypeError)
     try:
-        rows = made.detach().float().cpu().numpy() if isinstance(made, Tensor) else np.asarray(made, np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused by the caller
+            rows = made.detach().float().cpu().numpy() if isinstance(made, Tensor) else np.asarray(made, np.float32)
     except (TypeError, ValueError):
         raise checks.refuse(OP, "model", wanted, f"a {type(made).__name__} that is not numeric", TypeError) from None
     if rows.ndim != 2 or len(rows) != count or not rows.shape[1]:
