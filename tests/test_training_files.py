@@ -307,10 +307,13 @@ def test_one_id_names_one_query(tmp_path):
 
 
 def test_a_header_of_msmarco_is_no_passage(tmp_path):
-    for name, content in (("c", "pid\tpassage\n0\ta\n"), ("q", "qid\tquery\n5\tb\n"), ("r", "5 0 0 1\n")):
-        (tmp_path / name).write_text(content)
-    found = read_msmarco(*(tmp_path / name for name in "cqr"))
-    assert (found.corpus_ids, found.query_ids, found.positives) == (["0"], ["5"], [["0"]])
+    header = "query-id corpus-id score\n"
+    for begin, judged in (("", ""), ("\ufeff", header), ("\r\n \n", header)):  # a byte order mark, and blank lines
+        contents = ("pid\tpassage\n0\ta\n", "qid\tquery\n5\tb\n", judged + ("5 0 1\n" if judged else "5 0 0 1\n"))
+        for name, content in zip("cqr", contents, strict=True):
+            (tmp_path / name).write_text(begin + content)
+        found = read_msmarco(*(tmp_path / name for name in "cqr"))
+        assert (found.corpus_ids, found.query_ids, found.positives) == (["0"], ["5"], [["0"]])
 
 
 def test_a_judges_scores_are_those_of_the_lines(tmp_path):

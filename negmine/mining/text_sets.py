@@ -197,10 +197,10 @@ def read_qrels(path: str | os.PathLike) -> Iterator[tuple[str, str, str]]:
         fields = line.split("\t") if "\t" in line else line.split()
         if not line.strip():
             continue
-        if number == 1 and fields[-1].strip().lower() in ("score", "relevance"):
-            columns = len(fields)
-            continue
+        is_header = not columns and fields[-1].strip().lower() in ("score", "relevance")
         columns = columns or len(fields)
+        if is_header:
+            continue
         if columns not in (3, 4) or len(fields) != columns:
             raise ValueError(
                 f"{where} must have query id, document id and score, or these with an iteration, got {describe(line)}"
@@ -216,21 +216,21 @@ def read_msmarco(collection: str | os.PathLike, queries: str | os.PathLike, qrel
     """
     files = [_existing(os.fspath(path)) for path in (collection, queries, qrels)]
     documents, texts = _Documents(), dict[str, str]()
-    for number, fields in _table(files[0], (2, 4)):
+    for at, (number, fields) in enumerate(_table(files[0], (2, 4))):
         where = f"line {number} of {describe(files[0])}"
-        if not _is_header(number, fields):
+        if at or not _is_header(fields):
             documents.add(fields[0], fields[2] if len(fields) == 4 else "", fields[-1], where)
-    for number, fields in read_tsv(files[1], 2):
-        if _is_header(number, fields):
+    for at, (number, fields) in enumerate(read_tsv(files[1], 2)):
+        if not at and _is_header(fields):
             continue
         _new(texts, fields[0], fields[1], f"line {number} of {describe(files[1])}")
     return _judged(documents, texts, read_qrels(files[2]), files)
 
 
-def _is_header(number: int, fields: list[str]) -> bool:
-    """True for a first line that names the columns, such as "pid" and "passage"."""
+def _is_header(fields: list[str]) -> bool:
+    """Whether the fields are the names of columns, such as "pid" and "passage"."""
     words = [field.strip().lower() for field in (fields[0], fields[-1])]
-    return number == 1 and words[0] in ID_NAMES and words[1] in TEXT_NAMES
+    return words[0] in ID_NAMES and words[1] in TEXT_NAMES
 
 
 def _table(path: str, columns: tuple[int, ...]) -> Iterator[tuple[int, list[str]]]:
