@@ -67,6 +67,25 @@ def test_1m_any_callable_normalised():
     assert own.skipped["own_text"] == 1 and 5 not in own.indices[12]
 
 
+class Prompted:
+    """As a SentenceTransformer: its own prompt for queries, unless another is given."""
+
+    def __init__(self):
+        self.prompts = {"query": "own: ", "document": ""}
+
+    def encode_query(self, texts, prompt="own: "):
+        return embed([prompt + text for text in texts])
+
+    def encode_document(self, texts, prompt=""):
+        return embed([prompt + text for text in texts])
+
+
+def test_a_prompt_replaces_that_of_the_model():
+    for given, own in (({}, "own: "), ({"query_prompt": "find: "}, "find: ")):
+        want = negmine.mine_hard_negatives(unit(embed([own + text for text in Q])), unit(embed(D)), P)
+        np.testing.assert_array_equal(from_texts(Prompted(), Q, D, P, **given).indices, want.indices)
+
+
 def broken(row, value):
     def model(texts):
         rows = embed(texts)
@@ -95,7 +114,7 @@ def test_1m_what_a_model_returns():
             "wrap it in a function that selects one entry, got 'a dict of dense_vecs'",
         ),
         (lambda texts: [[0.5] * len(text) for text in texts], "got 'a list that is not numeric'"),
-        (lambda texts: (embed(texts) * 1e39).tolist(), "got 'NaN or infinity in rows 0, 1, "),
+        (lambda texts: (embed(texts).astype("f8") * 1e39).tolist(), "got 'NaN or infinity in rows 0, 1, "),
         (lambda texts: embed(texts) * 1j, "got 'complex numbers'"),
         (lambda texts: np.ma.masked_array(embed(texts), mask=embed(texts) > 2), "without masked entries"),
         (lambda texts: embed(texts)[0], "got 'shape (16,)'"),

@@ -372,7 +372,7 @@ def _embedded(model: Any, side: str, texts: list[str], options: dict[str, Any]) 
     """The rows of some texts. options: the arguments of from_texts about embedding."""
     prompt = options.get("query_prompt" if side == "queries" else "corpus_prompt", "")
     size, normalize = options.get("encode_batch_size", SAMPLED_TEXTS), options.get("normalize", True)
-    embedder = Embedder(side, encoder(model, side), prompt, size, normalize, None)
+    embedder = Embedder(side, encoder(model, side, prompt), prompt, size, normalize, None)
     return torch.from_numpy(embedder.rows(Column(OP, side, texts), False))
 
 

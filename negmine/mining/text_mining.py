@@ -61,7 +61,8 @@ def from_texts(
     model : callable or object
         A callable from a list of texts to their rows (n, D), or an object with the method encode or embed, such as a
         SentenceTransformer. If the object has encode_query or encode_queries, these embed the queries; if it has
-        encode_document or encode_corpus, these embed the corpus. The texts are the only argument.
+        encode_document or encode_corpus, these embed the corpus. The texts are the only argument, but for a prompt that is
+        given for an object with `prompts`.
     queries, corpus : sequence of str or mapping
         The texts, or a mapping from ids to texts.
     positives : sequence
@@ -69,7 +70,8 @@ def from_texts(
     query_ids, corpus_ids : sequence of int or str, optional
         As in mine_hard_negatives.
     query_prompt, corpus_prompt : str
-        Added before each text for the model. Texts are compared without it.
+        Added before each text for the model. An object with `prompts`, such as a SentenceTransformer, takes it as the
+        argument prompt, in place of its own. Texts are compared without it.
     encode_batch_size : int
         How many texts the model embeds at a time.
     normalize : bool
@@ -115,7 +117,7 @@ def from_texts(
             raise checks.refuse(OP, name, "a string", prompt, TypeError)
     folder = None if cache_dir is None else require_folder(OP, "cache_dir", cache_dir)
     check_options(mining | {"show_progress_bar": show_progress_bar})
-    encoders = [encoder(model, side) for side in METHODS]
+    encoders = [encoder(model, *each) for each in zip(METHODS, (query_prompt, corpus_prompt), strict=True)]
     query_names = Side.of_texts(OP, ("query_ids", "queries"), query_ids, queries, 0)
     corpus_names = Side.of_texts(OP, ("corpus_ids", "corpus"), corpus_ids, corpus, 1)
     Q, K = len(query_names), len(corpus_names)
@@ -140,17 +142,17 @@ def from_texts(
     )
 
 
-def encoder(model: Any, side: str) -> Callable[[list[str]], Any]:
-    """The function of a model that embeds the texts of a side, "queries" or "corpus"."""
-    for name in METHODS[side]:
-        method = getattr(model, name, None)
-        if callable(method) and not isinstance(model, str):  # a string has a method encode
-            return method
-    if not callable(model):
+def encoder(model: Any, side: str, prompt: str) -> Callable[[list[str]], Any]:
+    """The function of a model that embeds the texts of a side, "queries" or "corpus", each with a prompt."""
+    methods = [getattr(model, name, None) for name in METHODS[side] if not isinstance(model, str)]  # str has encode
+    method = next(filter(callable, methods), model)
+    if not callable(method):
         raise checks.refuse(
             OP, "model", "a callable, or an object with encode or embed", type(model).__name__, TypeError
         )
-    return model
+    if prompt and isinstance(getattr(model, "prompts", None), dict):
+        return lambda texts: method(texts, prompt=prompt)  # in place of the prompt of the model itself
+    return lambda texts: method([prompt + text for text in texts])
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ class Embedder:
     def _encoded(self, texts: list[str], begin: int) -> np.ndarray:
         """Embed texts: (n, D) fp32. begin: the row number of the first text, for error messages."""
         with torch.no_grad():
-            made = self.encode([self.prompt + text for text in texts])
+            made = self.encode(texts)
         rows = _as_rows(made, len(texts))
         bad = np.flatnonzero(~np.isfinite(rows).all(1))
         if len(bad):
