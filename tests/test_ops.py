@@ -4,6 +4,7 @@ Inputs are made from the declarations in negmine/ops, so an op that is added the
 """
 
 import itertools
+import os
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import negmine._ops_cpu  # noqa: F401
-from negmine.ops.registry import OPS, Op, Value, overload
+from negmine.ops.registry import OPS, Op, Value, declare, overload
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"B": 3, "K": 20, "D": 8, "M": 6, "R": 3, "N": 5, "S": 2, "G": 4, "I": 3, "J": 6, "W": 3}
@@ -134,6 +135,52 @@ def test_declarations_and_implementations_load_in_either_order(library_first):
         assert count.tolist() == [5, 5]
     """)
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+IMPORTED_AGAIN = """
+import importlib, sys
+import torch
+
+failed = []
+for module in "negmine.ops.maxsim", "negmine.mining", "negmine.report":
+    for forgets in False, True:
+        sys.modules[module] = None
+        try:
+            import negmine
+        except ImportError:
+            failed.append(sys.modules.pop(module))
+        for name in [name for name in sys.modules if name.split(".")[0] == "negmine" and forgets]:
+            del sys.modules[name]
+import negmine
+for name in [name for name in sys.modules if name.startswith("negmine.ops.")]:
+    importlib.reload(sys.modules[name])
+
+q, keys = torch.eye(2, 3, requires_grad=True), torch.eye(3).roll(1, 0)
+grads = [
+    torch.autograd.grad(negmine.info_nce(q, q.detach(), keys, temperature=1.0, backend=backend), q)[0]
+    for backend in ("reference", "cpu", "triton")
+]
+torch.testing.assert_close(grads[1:], [grads[0]] * 2)
+vectors = torch.empty(2, 3, 4, device="meta")
+assert torch.ops.negmine_cpu.maxsim(vectors, vectors, None, None, True)[1].shape == (2, 3, 2)
+print("done", len(failed))
+"""
+
+
+def test_an_import_that_failed_may_be_tried_again():
+    """After Python's own clean-up, which leaves whole modules, and after one of all modules; and those of ops may be reloaded."""
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", IMPORTED_AGAIN], capture_output=True, text=True, env=env)
+    assert (run.stdout, run.stderr) == ("done 6\n", "")
+
+
+def test_another_version_of_an_op_is_refused_in_words():
+    message = (
+        r"^declare: this process imported a version of negmine before in which negmine_cpu::count_negatives takes or"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        declare("count_negatives(query: vectors[B, D]) -> count: int64[B]", "")
+    assert len(OPS["count_negatives"].arguments) > 1
 
 
 @pytest.mark.parametrize(

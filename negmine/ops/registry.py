@@ -98,11 +98,14 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
-_LIBRARIES = {namespace: torch.library.Library(namespace, "DEF") for namespace in NAMESPACES}
 
 
 def declare(signature: str, meaning: str) -> Op:
-    """The op of a signature, known to torch in every namespace from now on."""
+    """The op of a signature, known to torch in every namespace from now on.
+
+    torch keeps an op until the process ends, so a module that is imported once more, after an import that failed or by
+    importlib.reload, finds its op there and leaves it. Raises RuntimeError where the op was declared otherwise.
+    """
     match = re.fullmatch(r"(\w+)\((.*)\) -> (.*)", signature)
     if match is None:
         raise ValueError(f"declare: signature must be 'name(arguments) -> results', got {signature!r}")
@@ -118,16 +121,24 @@ def declare(signature: str, meaning: str) -> Op:
         "*pool" in inside,
         "*draws" in inside,
     )
+    for namespace in NAMESPACES:
+        known = getattr(getattr(torch.ops, namespace), name, None)
+        if known is None:
+            torch.library.define(f"{namespace}::{name}", op.schema.removeprefix(name))
+            torch.library.register_fake(f"{namespace}::{name}", op.fake)
+        elif known.default._schema != torch._C.parse_schema(f"{namespace}::{op.schema}"):
+            raise RuntimeError(
+                f"declare: this process imported a version of negmine before in which {namespace}::{name} takes or returns "
+                f"something else; start Python again with one version on sys.path, got {op.schema} after {known.default._schema}"
+            )
     OPS[name] = op
-    for namespace, library in _LIBRARIES.items():
-        library.define(op.schema)
-        torch.library.register_fake(f"{namespace}::{name}", op.fake, lib=library)
     return op
 
 
 def implement(namespace: str, name: str, function: Callable[..., Any], device: str) -> None:
-    """Register a Python implementation of a declared op for tensors of a device type."""
-    _LIBRARIES[namespace].impl(name, function, device.upper())
+    """Register a Python implementation of a declared op for tensors of a device type, where it has none yet."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", device.upper()):
+        torch.library.impl(f"{namespace}::{name}", device.upper(), function)
 
 
 def overload(namespace: str, name: str) -> Callable[..., Any]:

@@ -24,14 +24,8 @@ def launchers(devices: tuple[str, ...]) -> dict[str, Callable[..., Any]]:
     module = importlib.import_module("negmine.kernels.triton")
     for name in module.__all__:
         for device in devices:
-            _register(name, getattr(module, name), device)
+            registry.implement(NAMESPACE, name, getattr(module, name), device)
     return {name: _compilable(name, getattr(module, name)) for name in module.__all__}
-
-
-@functools.cache
-def _register(name: str, launch: Callable[..., Any], device: str) -> None:
-    """Once a device type: torch refuses a second implementation."""
-    registry.implement(NAMESPACE, name, launch, device)
 
 
 def _compilable(name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
