@@ -1,5 +1,7 @@
 """merge_retrievers against loops, and what build_batches promises."""
 
+import copy
+import pickle
 import re
 
 import numpy as np
@@ -172,6 +174,11 @@ def test_batches_of_the_rows_of_a_dataset():
     table = Table(anchor=[texts[q] for q in rows], positive=[""] * 80)
     found = sampler(table, batch_size=4, drop_last=False, valid_label_columns=["label"], generator=None, seed=0)
     assert list(found) == made and found.batch_size == 4 and found.drop_last is False
+    assert copy.deepcopy(sampler) is copy.copy(sampler) is sampler
+    saved = pickle.dumps(sampler)  # the trainer does so for each checkpoint
+    assert len(saved) < 200
+    with pytest.raises(ValueError, match="hard_batches: the result is not part of a checkpoint"):
+        pickle.loads(saved)(table, 4)
     with pytest.raises(ValueError, match="hard_batches: dataset must be the text of a query of the result in row 1 of"):
         sampler(Table(anchor=["query 0", "nobody's"]), 4)
     with pytest.raises(TypeError, match=r"hard_batches: dataset must be a datasets\.Dataset, which has a length"):
