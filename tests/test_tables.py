@@ -68,8 +68,13 @@ def test_frames_are_read_by_position():
     pandas = pytest.importorskip("pandas")
     want, label = mine(C), np.arange(30)[::-1]
     series = pandas.Series(list(C), index=label)
-    for corpus in (pandas.DataFrame(C, index=label), series, pandas.DataFrame({"embedding": series})):
+    nullable = pandas.DataFrame(C, index=label).astype("Float32")
+    for corpus in (pandas.DataFrame(C, index=label), nullable, series, pandas.DataFrame({"embedding": series})):
         same_result(mine(corpus), want)
+    with pytest.raises(
+        ValueError, match="corpus_embeddings must be a DataFrame without missing values, got '9 of them"
+    ):
+        mine(nullable.mask(np.arange(240).reshape(30, 8) < 9))
     for bad in (pandas.Series([C[0], C[1, :3]]), pandas.Series(["a"]), pandas.DataFrame({"a": [1.0], "b": ["x"]})):
         with pytest.raises(TypeError, match="corpus_embeddings must be a "):
             mine(bad)
@@ -90,7 +95,10 @@ def test_datasets_are_read_as_they_are_selected():
     rows = rows.cast_column("embedding", datasets.Sequence(datasets.Value("float32")))
     same_result(mine(rows.select(range(29, -1, -1)).select(range(29, -1, -1))), mine(C))
     stream = rows.select(range(30)).to_iterable_dataset()
-    same_result(mine(stream), mine(C))
+    column = rows.select(range(30))["embedding"]
+    numpy, torch = (rows.select(range(30)).with_format(kind)["embedding"] for kind in ("numpy", "torch"))
+    for corpus in (stream, stream["embedding"], column, numpy, torch):
+        same_result(mine(corpus), mine(C))
     for given in (stream, stream["text"]):
         result = negmine.mining.from_texts(encoded, given, [f"d{i}" for i in range(30)], list(range(30)))
         assert result.query_texts == ["t"] * 30

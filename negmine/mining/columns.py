@@ -78,6 +78,8 @@ class Column:
         """The entries of these rows as Python objects."""
         if isinstance(self._held, np.ndarray):
             return self._held[rows].tolist()
+        if type(self._held).__module__.partition(".")[0] == "datasets" and len(rows):
+            return list(self._held[rows.tolist()])  # decoded together; one by one takes 0.1 ms a row
         found = [self._held[row] for row in rows.tolist()]
         return [entry.as_py() if hasattr(entry, "as_py") else entry for entry in found]
 

@@ -40,7 +40,7 @@ from negmine.mining.decoding import DECODED_ROWS, DecodedRows, decoded
 from negmine.mining.numpy_file import names_in_npz, read_npz
 from negmine.mining.regular_file import cause
 from negmine.mining.remote import is_url, local_copy
-from negmine.mining.tables import is_stream, is_vector, rows_of, vector_column
+from negmine.mining.tables import dataset_of, is_stream, is_vector, rows_of, vector_column
 from negmine.ops.checks import refuse, require_stored, require_unmasked
 from negmine.ops.vectors import for_kernels
 
@@ -71,6 +71,7 @@ def open_shard(op: str, name: str, value: Any) -> Shard:
             return reader(op, name, text, inner)
         with local_copy(text) as copy:
             return reader(op, name, copy, inner)
+    value = dataset_of(value)
     if is_stream(value):
         return _open_stream(op, name, value)
     if isinstance(value, DecodedRows):
@@ -207,6 +208,8 @@ def _open_arrow(op: str, name: str, path: Path, inner: str) -> np.ndarray:
 
 def _open_stream(op: str, name: str, stream: Any) -> np.ndarray:
     """Read the only column of vectors of a streamed dataset, once."""
+    if not hasattr(stream, "with_format"):  # a field of a column
+        raise refuse(op, name, "a streamed dataset with a column of vectors, or that column", type(stream).__name__)
     batches = stream.with_format("arrow").iter(batch_size=DECODED_ROWS)
     first = next(batches, None)
     if first is None:

@@ -62,6 +62,14 @@ def is_stream(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] == "datasets" and type(value).__name__ in kinds
 
 
+def dataset_of(value: Any) -> Any:
+    """For a column of a dataset of Hugging Face, the dataset of that column alone; any other value unchanged."""
+    is_column = type(value).__module__.partition(".")[0] == "datasets" and hasattr(value, "column_name")
+    if not is_column or not hasattr(value.source, "select_columns"):
+        return value
+    return value.source.select_columns([value.column_name])
+
+
 def vector_column(op: str, name: str, table: Any) -> str:
     """The name of the only column of vectors of an Arrow table."""
     fitting = [field.name for field in table.schema if is_vector(field.type)]
@@ -72,8 +80,10 @@ def vector_column(op: str, name: str, table: Any) -> str:
 
 
 def _from_pandas(op: str, name: str, value: Any) -> np.ndarray:
-    if value.ndim == 2 and all(isinstance(kind, np.dtype) and kind.kind in "fiu" for kind in value.dtypes):
-        return value.to_numpy()
+    if value.ndim == 2 and all(getattr(kind, "kind", "O") in "fiu" for kind in value.dtypes):
+        if value.isna().any(axis=None) and not all(isinstance(kind, np.dtype) for kind in value.dtypes):
+            raise refuse(op, name, "a DataFrame without missing values", f"{value.isna().to_numpy().sum()} of them")
+        return value.to_numpy(np.result_type(*(getattr(kind, "numpy_dtype", kind) for kind in value.dtypes)))
     if value.ndim == 2:
         if value.shape[1] != 1:
             came = f"a DataFrame with columns {list(value.columns)}"
