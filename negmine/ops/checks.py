@@ -1,6 +1,7 @@
 """Argument checks. Each error is one sentence that names the function, the argument, what was wanted and what came."""
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, TypeVar, cast
@@ -28,7 +29,7 @@ def describe(value: Any, most: int = MAX_DESCRIPTION) -> str:
         if isinstance(value, list) and value and all(isinstance(item, tuple) for item in value[:MAX_DESCRIPTION]):
             text = " or ".join(dict.fromkeys(map(str, value[:MAX_DESCRIPTION])))
         else:
-            text = repr(value)
+            text = re.sub(r"\s*\n\s*", " ", repr(value))  # an array's is on several lines
     except Exception:  # the repr of any class may fail
         text = f"an object of type {type(value).__name__}"
     return text if len(text) <= most else text[: most - 3] + "..."
