@@ -51,6 +51,8 @@ def test_a_beir_folder_becomes_training_data(folder, capsys):
     for line, row in zip(found, want.indices, strict=True):
         assert line["negative_passages"] == [{"docid": IDS[k], "title": TITLES[k], "text": BODIES[k]} for k in row]
     assert "4 lines in t.jsonl" in capsys.readouterr().out
+    assert main(["mine", "--beir", "beir", *EMBEDDINGS, "--output", "T.JSONL", "--form", "tevatron"]) == 0
+    assert lines("T.JSONL") == found
     np.save("q.npy", QUERIES[kept])  # or a row for each judged query
     words = ["mine", "--beir", "beir", "--split", "test", *EMBEDDINGS, "--output", "s.jsonl"]
     assert main([*words, "--form", "sentence-transformers"]) == 0

@@ -249,7 +249,7 @@ def test_1i_errors_name_file_and_line(tmp_path, name, content, words):
 NAMED = [{"_id": "007", "text": "tea"}, {"_id": "7", "text": "milk"}]
 
 
-@pytest.mark.parametrize("kind", ["a.jsonl", "a.json", "list.json", "a.jsonl.gz", "list.json.gz"])
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.json", "A.JSONL", "list.json", "a.jsonl.gz", "list.json.gz"])
 def test_ids_and_texts_of_json(tmp_path, kind):
     """The fields are taken, never the JSON itself, in each common form; ids keep their leading zeros."""
     content = json.dumps(NAMED, indent=1) if kind.startswith("list") else "\n".join(map(json.dumps, NAMED)) + "\n"

@@ -34,7 +34,7 @@ def records(name: str) -> list[Any]:
 
 def _kind(name: str) -> str:
     """The extension of a file name, without that of compression."""
-    return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
+    return Path(name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
 
 
 def _json_values(name: str, field: Callable[[Any], Any], wanted: str) -> list[Any]:
@@ -128,15 +128,15 @@ def json_texts(name: str) -> list[str]:
 
 
 def texts(name: str) -> list[str]:
-    if Path(name.partition("::")[0]).suffix == ".parquet":
+    if _kind(name.partition("::")[0]) == ".parquet":
         return _column_of_table(name, STRINGS, "strings")
     return _entries(name, _text_of, TEXT)
 
 
 def labels(name: str) -> Any:
-    if Path(name.partition("::")[0]).suffix == ".parquet":
+    if _kind(name.partition("::")[0]) == ".parquet":
         return _column_of_table(name, (*STRINGS, *INTS), "ints or strings")
-    if Path(name).suffix == ".npy":
+    if _kind(name) == ".npy":
         return array(name)
     return _entries(name, _label_of, LABEL)
 

@@ -190,14 +190,14 @@ def add(commands: Any, words: Sequence[str] = ()) -> None:
 
 def is_training_data(name: str | None) -> bool:
     """Whether a file name is one for training data."""
-    return name is not None and Path(name).suffix in (".jsonl", ".parquet")
+    return name is not None and Path(name).suffix.lower() in (".jsonl", ".parquet")
 
 
 def check_files(command: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str | None:
     """Check the options that name data sets and outputs, for mine and merge. Returns the option for training data, if any."""
     if not (args.output or args.jsonl or getattr(args, "dry_run", False)):
         parser.error("give --output or --jsonl, a file for the result")
-    if args.output and Path(args.output).suffix in OTHER_FORMS:
+    if args.output and Path(args.output).suffix.lower() in OTHER_FORMS:
         forms = ".jsonl or .parquet, for training data, or in .npz, for the MiningResult"
         parser.error(f"--output must end in {forms}, got {args.output!r}")
     sets = [f"--{name}" for name in DATA_SET if getattr(args, name)]
@@ -307,7 +307,7 @@ def write(result: MiningResult, args: argparse.Namespace, texts: TextSet | None)
 def _write(result: MiningResult, name: str, form: str, texts: TextSet | None, file: IO[str]) -> None:
     """Write training data, and print to `file` how many lines were written and how many queries were left out."""
     columns = {} if texts is None else {"corpus_texts": texts.corpus_bodies, "corpus_titles": texts.corpus_titles}
-    write = result.to_parquet if Path(name).suffix == ".parquet" else result.to_jsonl
+    write = result.to_parquet if Path(name).suffix.lower() == ".parquet" else result.to_jsonl
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         lines = write(name, form=form, **columns)
