@@ -34,9 +34,9 @@ CASES = {
     for case in [
         Case("small", 256, 4096, 128, "float32", "a queue for CIFAR-size runs"),
         Case("moco", 256, 65536, 128, "float32", "MoCo's own shape", (*QUEUE_OPS, "whole_queue")),
-        Case("moco-bf16", 256, 65536, 128, "bfloat16", "MoCo under mixed precision"),
-        Case("moco-bf16-1024", 1024, 65536, 128, "bfloat16", "the same queue for a large batch"),
-        Case("moco-bf16-4096", 4096, 65536, 128, "bfloat16", "and for a very large one"),
+        Case("moco-bf16", 256, 65536, 128, "bfloat16", "MoCo under mixed precision", (*QUEUE_OPS, "whole_queue")),
+        Case("moco-bf16-1024", 1024, 65536, 128, "bfloat16", "the same queue for a large batch", (*QUEUE_OPS, "whole_queue")),
+        Case("moco-bf16-4096", 4096, 65536, 128, "bfloat16", "and for a very large one", (*QUEUE_OPS, "whole_queue")),
         Case("batch-1", 1, 65536, 128, "float32", "one query: search, or a probe in training"),
         Case("simclr", 4096, 4096, 128, "float32", "SimCLR's in-batch negatives", ("in_batch", "locked")),
         Case("clip", 32768, 32768, 512, "bfloat16", "CLIP's batch", ("in_batch", "locked")),

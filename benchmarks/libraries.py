@@ -17,7 +17,16 @@ import numpy as np
 import torch
 
 from benchmarks.cases import Inputs
-from benchmarks.peers import Answer, N, as_tokens, finished, hardest_documents, in_batch, locked, loss_and_gradient
+from benchmarks.peers import (
+    Answer,
+    N,
+    as_tokens,
+    hardest_documents,
+    in_batch,
+    locked,
+    loss_and_gradient,
+    loss_by_attention,
+)
 from benchmarks.stand_ins import stand_ins
 
 ABSENT: dict[str, str] = {}
@@ -34,7 +43,7 @@ def load(module: str) -> ModuleType | None:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        ABSENT[module.split(".")[0]] = f"not installed: {said(error)}"
+        ABSENT[module] = f"not installed: {said(error)}"
         return None
 
 
@@ -120,22 +129,54 @@ def cuvs_exact(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
     return lambda _: dropped(*brute_force.search(index, query, k), inputs)
 
 
+def flash_knn(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
+    """FlashLib's exact search by squared distances, which unit vectors turn into scores."""
+    if not on_gpu(inputs):
+        return None
+    flashlib = load("flashlib.primitives.knn")
+    if flashlib is None:
+        return None
+    k = enough(inputs)
+
+    def run(given: Inputs) -> Answer:
+        distances, index = flashlib.flash_knn(given.query, given.keys, k)  # (B, k) each
+        squares = given.query.float().square().sum(1)[:, None] + given.keys.float().square().sum(1)[index]  # (B, k)
+        scores, order = ((squares - distances) / 2).sort(dim=1, descending=True)  # (B, k) each
+        return dropped(scores, index.gather(1, order), given)
+
+    return run
+
+
 def xformers_attention(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
-    """Attention with the queue as keys and values, which cannot mask by id: see peers.attention_info_nce."""
     if not on_gpu(inputs):
         return None
     fmha = load("xformers.ops.fmha")
     if fmha is None:
         return None
-    query, keys = inputs.query[None, :, None], inputs.keys[None, :, None]  # (1, B, 1, D), (1, K, 1, D)
 
-    def run(_: Inputs) -> Answer:
-        mean, lse = fmha.memory_efficient_attention_forward_requires_grad(
-            query, keys, keys, scale=1 / inputs.temperature
-        )
-        return finished(inputs, mean[0, :, 0].float(), lse[0, 0, : len(inputs.query)].float())  # it may pad rows
+    def attend(query: torch.Tensor, keys: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        query, keys = query[None, :, None], keys[None, :, None]  # (1, B, 1, D), (1, K, 1, D)
+        mean, lse = fmha.memory_efficient_attention_forward_requires_grad(query, keys, keys, scale=scale)
+        return mean[0, :, 0], lse[0, 0, : query.shape[1]].float()  # it may pad rows
 
-    return run
+    return loss_by_attention(attend)
+
+
+def flash_attention(inputs: Inputs, module: str, options: dict[str, Any]) -> Callable[[Inputs], Answer] | None:
+    """A generation of FlashAttention; options: what makes it return its log-sum-exp, and cut the queue as it sees fit. None of
+    them takes fp32."""
+    if not on_gpu(inputs):
+        return None
+    package = load(module)
+    if package is None:
+        return None
+
+    def attend(query: torch.Tensor, keys: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        query, keys = query[None, :, None], keys[None, :, None]  # (1, B, 1, D), (1, K, 1, D)
+        mean, lse, *_ = package.flash_attn_func(query, keys, keys, softmax_scale=scale, **options)
+        return mean[0, :, 0], lse.flatten()  # of (1, 1, B)
+
+    return loss_by_attention(attend)
 
 
 def inf_cl_loss(inputs: Inputs, way: Callable[..., Answer]) -> Callable[[Inputs], Answer] | None:
@@ -208,13 +249,19 @@ def maxsim_cpu(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
 MAKERS: dict[str, dict[str, Callable[[Inputs], Callable[[Inputs], Answer] | None]]] = {
     "mine_hardest": {
         "FAISS IndexFlatIP": faiss_flat, "usearch exact": usearch_exact,
-        "FAISS GpuIndexFlatIP": faiss_gpu, "cuVS brute force": cuvs_exact,
+        "FAISS GpuIndexFlatIP": faiss_gpu, "cuVS brute force": cuvs_exact, "FlashLib": flash_knn,
     },
     "maxsim": {"maxsim-cpu": maxsim_cpu},
-    "info_nce": {"xformers attention": xformers_attention},
     "in_batch": {"Inf-CL": partial(inf_cl_loss, way=in_batch)},
     "locked": {"Inf-CL": partial(inf_cl_loss, way=locked), "memeff LiT": memeff_lit},
-    "whole_queue": {"pytorch-metric-learning": metric_learning, "lightly": lightly_bank},
+    "whole_queue": {
+        "pytorch-metric-learning": metric_learning, "lightly": lightly_bank, "xformers attention": xformers_attention,
+        "FlashAttention-2": partial(flash_attention, module="flash_attn", options={"return_attn_probs": True}),
+        "FlashAttention-3": partial(
+            flash_attention, module="flash_attn_interface", options={"return_attn_probs": True, "num_splits": 0}
+        ),
+        "FlashAttention-4": partial(flash_attention, module="flash_attn.cute", options={"return_lse": True}),
+    },
 }  # fmt: skip
 # They run on streams of their own, or wait for the device: neither goes into a CUDA graph.
 UNCAPTURED = ("FAISS GpuIndexFlatIP", "cuVS brute force")

@@ -277,22 +277,32 @@ def quantile_thresholds(inputs: Inputs) -> Answer:
     return (torch.cat([part.quantile(levels, dim=1, interpolation="nearest").T for part in parts]),)
 
 
-def attention_info_nce(inputs: Inputs) -> Answer:
-    """Attention with keys as values: its log-sum-exp and output are the loss and the gradient. It cannot mask by id."""
-    query, keys = inputs.query[None, None], inputs.keys[None, None]  # (1, 1, B, D), (1, 1, K, D)
-    on_gpu = query.is_cuda
+def attention(query: Tensor, keys: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What F.scaled_dot_product_attention runs where keys are values, with its log-sum-exp: mean (B, D), lse (B,)."""
     aten = torch.ops.aten
-    attend = aten._scaled_dot_product_flash_attention if on_gpu else aten._scaled_dot_product_flash_attention_for_cpu
-    mean, lse, *_ = attend(query, keys, keys, scale=1 / inputs.temperature)
-    return finished(inputs, mean[0, 0].float(), lse.flatten())
+    attend = (
+        aten._scaled_dot_product_flash_attention if query.is_cuda else aten._scaled_dot_product_flash_attention_for_cpu
+    )
+    mean, lse, *_ = attend(query[None, None], keys[None, None], keys[None, None], scale=scale)
+    return mean[0, 0], lse.flatten()
 
 
-def finished(inputs: Inputs, mean: Tensor, lse: Tensor) -> Answer:
-    """The loss and its gradient from what attention returns: mean (B, D) and lse (B,), fp32."""
-    positive = inputs.positive_key.float()
-    x_positive = (inputs.query.float() * positive).sum(dim=1) / inputs.temperature  # (B,)
-    share = torch.sigmoid(lse - x_positive)[:, None] / (inputs.temperature * len(positive))  # (B, 1)
-    return -F.logsigmoid(x_positive - lse).mean(), (share * (mean - positive)).to(inputs.query.dtype)
+def loss_by_attention(attend: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]) -> Callable[[Inputs], Answer]:
+    """InfoNCE without masks and its gradient by attention with the queue as keys and values: the log-sum-exp and the output are
+    what both need, so one forward pass is enough. attend(query, keys, scale) -> mean (B, D), lse (B,)."""
+
+    def run(inputs: Inputs) -> Answer:
+        query = inputs.query.detach().requires_grad_()  # (B, D)
+        unit = F.normalize(query, dim=1)  # (B, D)
+        mean, lse = attend(unit.detach(), inputs.keys, 1 / inputs.temperature)
+        positive = inputs.positive_key.float()  # (B, D)
+        x_positive = (unit.detach().float() * positive).sum(dim=1) / inputs.temperature  # (B,)
+        share = torch.sigmoid(lse - x_positive)[:, None] / (inputs.temperature * len(positive))  # (B, 1)
+        unit.backward((share * (mean.float() - positive)).to(query.dtype))
+        assert query.grad is not None
+        return -F.logsigmoid(x_positive - lse).mean(), query.grad
+
+    return run
 
 
 def eager_mochi(inputs: Inputs, draws: Mixed | None = None) -> Answer:
@@ -334,15 +344,15 @@ def eager_mochi_same_draws(inputs: Inputs, drawn_from: Inputs | None = None) -> 
 
 
 OPS = {
-    "info_nce": Op(
-        "InfoNCE, all negatives: loss and gradient",
-        fused_loss(),
-        eager_info_nce,
-        gemms=2,
-        peers={"attention": attention_info_nce},
-    ),
+    "info_nce": Op("InfoNCE, all negatives: loss and gradient", fused_loss(), eager_info_nce, gemms=2),
     "window": Op("InfoNCE, hardest 0.1 % to 5 %: loss and gradient", fused_loss(select=WINDOW), eager_window, gemms=2),
-    "whole_queue": Op("InfoNCE without masks: loss and gradient", fused_whole_queue, eager_whole_queue, gemms=2),
+    "whole_queue": Op(
+        "InfoNCE without masks: loss and gradient",
+        fused_whole_queue,
+        eager_whole_queue,
+        gemms=2,
+        peers={"attention": loss_by_attention(attention)},
+    ),
     "in_batch": Op("InfoNCE in the batch: loss and both gradients", fused_in_batch, eager_in_batch, gemms=3),
     "locked": Op("InfoNCE in the batch, its keys frozen: loss and gradient", fused_locked, eager_locked, gemms=2),
     "mine_hardest": Op(f"mine_hardest, N = {N}", fused_mine, eager_mine, gemms=1, returns=("scores", "index")),

@@ -86,7 +86,10 @@ def triton_version() -> str:
 
 
 def rows_of(name: str, case: Case, inputs: Inputs, args: argparse.Namespace) -> list[dict[str, object]]:
-    compiled = args.compile is not None and (not args.compile or case.name in args.compile)
+    if args.compile is None:
+        compiled = args.device == "cuda" and not args.no_peers
+    else:
+        compiled = not args.compile or case.name in args.compile
     measured = measure(
         name,
         inputs,
@@ -154,7 +157,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--backend", nargs="+", help="negmine backends to insist on, one variant each")
     parser.add_argument("--isa", nargs="+", default=[], help="also time the CPU kernels held to these: portable avx2")
     parser.add_argument(
-        "--compile", nargs="*", choices=CASES, metavar="CASE", help="also time torch.compile of the plain version"
+        "--compile",
+        nargs="*",
+        choices=CASES,
+        metavar="CASE",
+        help="also time torch.compile of the plain version, in these cases or in all; default: all on a GPU",
     )
     parser.add_argument("--no-peers", action="store_true", help="time negmine and plain PyTorch alone")
     parser.add_argument("--no-tests", action="store_true", help="do not run the kernels' tests first")

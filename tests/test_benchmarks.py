@@ -90,6 +90,24 @@ def attend(query, keys, values, scale):
     return (logits.softmax(1) @ values[0, :, 0])[None, :, None], F.pad(logits.logsumexp(1), (0, 5))[None, None]
 
 
+def flash_attn_func(log_sum_exp, *of_version):
+    """The function of that name in a generation of FlashAttention: which argument asks for the log-sum-exp, and what others there
+    are. (1, rows, 1, D) each -> mean, and lse (1, 1, rows)."""
+
+    def attention(query, keys, values, softmax_scale=None, **options):
+        assert options.pop(log_sum_exp) and set(options) <= set(of_version)
+        mean, lse = attend(query, keys, values, softmax_scale)
+        return mean, lse[..., : query.shape[1]], *[None] * (not of_version)
+
+    return {"flash_attn_func": attention}
+
+
+def squared_distances(query, keys, k):
+    found = torch.cdist(query.double(), keys.double()).square().topk(k, dim=1, largest=False)
+    order = torch.randperm(k)  # it promises none
+    return found.values[:, order].float(), found.indices[:, order].int()
+
+
 STANDINS = {
     "faiss": {"GpuIndexFlatIP": Index, "StandardGpuResources": object},
     "faiss.contrib.torch_utils": {},
@@ -98,14 +116,18 @@ STANDINS = {
         "search": lambda index, query, k: [x.numpy() for x in (query @ index.T).topk(k, dim=1)],
     },
     "xformers.ops.fmha": {"memory_efficient_attention_forward_requires_grad": attend},
+    "flash_attn": flash_attn_func("return_attn_probs"),
+    "flash_attn_interface": flash_attn_func("return_attn_probs", "num_splits"),
+    "flash_attn.cute": flash_attn_func("return_lse", "num_splits"),
+    "flashlib.primitives.knn": {"flash_knn": squared_distances},
     "inf_cl.flash": {
         "cal_flash_loss": lambda q, k, labels, scale, head: F.cross_entropy(scale * q @ k.T, labels, reduction="none")
     },
     "memeff": {"MemoryEfficientLiTLoss": LiT},
 }
 ON_CARDS = {
-    "mine_hardest": ["FAISS GpuIndexFlatIP", "cuVS brute force"],
-    "info_nce": ["xformers attention"],
+    "mine_hardest": ["FAISS GpuIndexFlatIP", "cuVS brute force", "FlashLib"],
+    "whole_queue": ["xformers attention", "FlashAttention-2", "FlashAttention-3", "FlashAttention-4"],
     "in_batch": ["Inf-CL"],
     "locked": ["Inf-CL", "memeff LiT"],
 }
@@ -121,12 +143,10 @@ def test_packages_for_cards_are_called_as_they_are_written(op, monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setitem(sys.modules, name.split(".")[0], sys.modules.get(name.split(".")[0]) or module)
     inputs = tiny_inputs(op)
-    if op == "info_nce":  # attention masks nothing
-        inputs = replace(inputs, negative_ids=torch.full_like(inputs.negative_ids, -1))
     found = libraries.variants(op, inputs)
-    assert list(found) == ON_CARDS[op]
-    for run_package in found.values():
-        assert not disagreement(op, run_package(inputs), OPS[op].eager(inputs), inputs, 2e-4)
+    assert [name for name in found if name in ON_CARDS[op]] == ON_CARDS[op]
+    for name in ON_CARDS[op]:
+        assert not disagreement(op, found[name](inputs), OPS[op].eager(inputs), inputs, 2e-4), name
 
 
 @pytest.mark.parametrize("op", ON_CARDS)
@@ -135,9 +155,23 @@ def test_packages_that_are_not_here_are_named(op, monkeypatch):
     monkeypatch.setattr(libraries, "ABSENT", {})
     for name in STANDINS:
         monkeypatch.setitem(sys.modules, name, None)
-    assert libraries.variants(op, tiny_inputs(op)) == {}
-    assert len(libraries.ABSENT) == len(ON_CARDS[op])
-    assert all(reason.startswith("not installed: ") for reason in libraries.ABSENT.values())
+    assert not set(libraries.variants(op, tiny_inputs(op))) & set(ON_CARDS[op])
+    reasons = [reason for name, reason in libraries.ABSENT.items() if name in STANDINS]
+    assert len(reasons) == len(ON_CARDS[op])
+    assert all(reason.startswith("not installed: ") for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "compiled"),
+    [(["--device", "cuda"], True), (["--device", "cuda", "--no-peers"], False), (["--device", "cpu"], False),
+     (["--device", "cuda", "--compile", "clip"], False), (["--device", "cpu", "--compile"], True)],
+)  # fmt: skip
+def test_torch_compile_is_a_peer_on_a_gpu(arguments, compiled, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run", *arguments])
+    asked = []
+    monkeypatch.setattr(run, "measure", lambda *args, with_compile, **more: asked.append(with_compile) or [])
+    run.rows_of("whole_queue", CASES["moco-bf16"], None, run.arguments())
+    assert asked == [compiled]
 
 
 def test_a_package_that_fails_is_named_and_costs_no_row(monkeypatch):
