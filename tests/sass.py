@@ -3,6 +3,7 @@
 import re
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 
 def show(tool: str, *arguments: object, folder: Path | None = None) -> str:
@@ -61,6 +62,13 @@ def multiplied(body: list[str]) -> int:
     return of_groups + 16 * 8 * 16 * sum("HMMA.16816" in x for x in body)
 
 
+def outside_of_loops(sass: str) -> int:
+    """How many instructions of one kernel are in no loop."""
+    code, jumps = parsed(sass)
+    within = {place for place, to in jumps.items() if to < place for place in range(to, place + 1)}
+    return len(code) - len(within)
+
+
 def turns(sass: str) -> list[int]:
     """Of every innermost loop that multiplies: the fewest instructions of a turn, as jumps over rare work are taken."""
     code, jumps = parsed(sass)
@@ -93,3 +101,34 @@ def from_products_on(every: list[list[str]]) -> list[int]:
     """Instructions of each loop that multiplies by warpgroups, without what comes before its products."""
     starts = [(body, next((i for i, x in enumerate(body) if "WARPGROUP.ARRIVE" in x), None)) for body in every]
     return [len(body) - start for body, start in starts if start is not None]
+
+
+# Scores that one thread takes in a turn of the innermost loop of kernels/cuda: chunks of keys, or whole tiles by warpgroups.
+SCORES_OF_A_TURN = {"80": 32, "90a": 64, "100": 32}
+
+
+class Scoring(NamedTuple):
+    """One of the kernels of kernels/cuda that compute scores, for bf16 and D from 65 to 128."""
+
+    kernel: str  # scan of mine_hardest, rank of rank_thresholds, sum of logsumexp with its mean, grad of logsumexp_grad_keys
+    by_pair: bool  # it asks of every score whether its pool has it
+    brackets: int  # of rank, else 1
+    scores: int  # of a thread in one turn of its innermost loop
+    instructions: int  # of such a turn
+
+
+def scoring(name: str, code: str, capability: str) -> Scoring | None:
+    """What the kernel of this mangled name and machine code is, and how long its innermost loop; None for any other."""
+    many = SCORES_OF_A_TURN[capability]
+    if m := re.search(r"scan_kernel\w*E1ELi8ELb([01])ELi([12])E", name):
+        # Of a turn in which no cut moves among columns that tie.
+        return Scoring("rank", m[1] == "1", int(m[2]), 32 if m[1] == "1" else many, min(turns(code)))
+    if m := re.search(r"scan_kernel\w*E1ELi8ELb([01])E", name):
+        # Without its fetch, of which a turn takes one of three ways.
+        count = from_products_on if capability == "90a" else with_product
+        return Scoring("scan", m[1] == "1", 1, many, min(count(loops(code))))
+    if m := re.search(r"sum_kernel\w*E1ELi8ELb1ELb([01])E", name):
+        return Scoring("sum", m[1] == "1", 1, many, min(turns(code)))
+    if m := re.search(r"grad_kernel\w*E1ELi8ELb([01])E", name):
+        return Scoring("grad", m[1] == "1", 1, 32 if m[1] == "1" else many, min(turns(code)))
+    return None

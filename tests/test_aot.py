@@ -1,31 +1,23 @@
 """Triton kernels compiled ahead of time for GPUs that are not here: they compile, they do not spill, their loops stay short.
 
-Launches are recorded by calling the launchers on meta tensors, with torch answering for the card: so what is compiled is what
-tiles.py would choose there, arguments and all. Each case compiles in a process of its own with a time limit, for a tile that
-is too large can keep the assembler busy for minutes. `python tests/test_aot.py 90 bfloat16 128 logsumexp` prints one case; with
-another Triton first in PYTHONPATH it checks that one.
-
-The gates count machine instructions in the main loop, divided by the scores a thread handles in one turn. An op is named with
-what its pool holds, as "logsumexp+ids"; "ragged" is a queue that ends within a tile. Where ids or labels hide few pairs, the main
-loop is that over tiles without such a pair, together with the search for them.
+Each case compiles in a process of its own with a time limit, for a tile that is too large can keep the assembler busy for
+minutes. `python tests/test_aot.py 90 bfloat16 128 logsumexp` prints one case; with another Triton first in PYTHONPATH it checks
+that one.
 """
 
 import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
-from negmine.ops.pool import Pool
-from tests import sass
+from tests import aot
 
 pytest.importorskip("triton")
+
+from negmine.kernels.triton import tiles
 
 TIME_LIMIT = 120  # seconds for one case
 # Registers kept on the stack around a loop, or once in several tiles, cost nothing that can be measured. One that is spilled in
@@ -56,9 +48,16 @@ MOST = {
     "guide": 5.0,  # a second product, in smaller tiles
 }
 SHARED_BYTES = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # of a block; code for sm_80 also runs on sm_86 and sm_89
+PROCESSOR_BYTES = {
+    80: 164 << 10,
+    90: 228 << 10,
+    100: 228 << 10,
+}  # of shared memory; a KiB of it is lost to each program
 # Scores are compared between passes bit for bit, so all passes must take products by one instruction, which adds up one way.
 # What follows a sum of products in the same kernel takes it too.
 PRODUCT = {80: "HMMA.16816.F32.BF16", 90: "HGMMA.64x16.F32.BF16", 100: "UTCHMMA"}
+# Kernels whose launchers cut the queue into as many parts as the card holds at once.
+SPLIT = ("logsumexp_kernel", "scan_kernel", "softplus_sum_kernel", "count_negatives_kernel", "maxsim_kernel")
 MINING = ("logsumexp", "mine_hardest")
 CASES = [
     (90, "bfloat16", 128, ("info_nce", "logsumexp", "logsumexp_grad_keys", "count_negatives")),
@@ -94,142 +93,12 @@ CASES = [
     ),
     (90, "bfloat16", 256, ("info_nce+guide",)),
 ]
-B, N = 1024, 1024
 
 
-def call(triton_ops, op: str, dtype: torch.dtype, D: int) -> None:
-    """One launcher on meta tensors of the usual sizes."""
-    op, *kinds = op.split("+")
-    K = 65000 if "ragged" in kinds else 65536
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    query, keys, scale = empty(B, D, dtype=dtype), empty(K, D, dtype=dtype), empty()
-    ranks, index, step = empty(B, 2, dtype=torch.int64), empty(B, N, dtype=torch.int64), empty(dtype=torch.int64)
-    whole = torch.int64
-    given = {
-        "ids": {"query_ids": empty(B, dtype=whole), "negative_ids": empty(K, dtype=whole)},
-        "labels": {"query_labels": empty(B, dtype=whole), "negative_labels": empty(K, dtype=whole)},
-        "bounds": {"lower": empty(B, dtype=whole), "upper": empty(B, dtype=whole)},
-        "mask": {"negative_mask": empty(K, dtype=torch.bool)},
-        "pairs": {"negative_mask": empty(B, K, dtype=torch.bool)},
-        "num_rows": {"num_rows": empty(dtype=whole)},
-        "bias": {"bias": empty(K)},
-        "guide": {
-            "guide_query": empty(B, D, dtype=dtype),
-            "guide_keys": empty(K, D, dtype=dtype),
-            "guide_limit": empty(B),
-        },
-        "ragged": {},
-    }
-    pool = Pool(**{name: x for kind in kinds for name, x in given[kind].items()})
-    window = Pool(**given["bounds"])
-    draws = (1024, 128, 0.0, 1.0, 0.0, 0.5, True, empty(4097), 0, step, step)
-    arguments = {
-        "info_nce": (query, keys, scale, None, True, False, None, N, 0, *draws, *pool),
-        "logsumexp": (keys, scale[None], None, True, 0, None, *pool),
-        "logsumexp_grad_keys": (keys, scale, empty(B), empty(B), *pool),
-        "softplus_sum": (keys, scale, scale, True, *pool),
-        "softplus_sum_grad_keys": (keys, scale, scale, empty(B), *pool),
-        "mine_hardest": (keys, N, False, *pool),
-        "rank_thresholds": (keys, ranks, *pool),
-        "count_negatives": (keys, *window),
-        "mix_negatives": (keys, index, *draws),
-        "mix_logsumexp": (keys, index, scale, True, *draws),
-        "gathered_logsumexp": (keys, index, scale, True),
-        "gathered_grad_keys": (index, empty(B, N), K),
-        "maxsim": (keys[: K // 128 * 128].view(-1, 128, D), None, empty(K // 128, dtype=torch.int64), True),
-    }
-    getattr(triton_ops, op)(query.view(-1, 32, D) if op == "maxsim" else query, *arguments[op])
-
-
-def record(ops: tuple[str, ...], dtype: torch.dtype, D: int, capability: int) -> list:
-    """(kernel, arguments by position, arguments by name) of every different launch the ops would make on such a card."""
-    from triton.runtime.jit import JITFunction
-
-    import negmine.kernels.triton as triton_ops
-
-    torch.cuda.get_device_capability = lambda device: divmod(capability, 10)
-    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
-    torch.cuda.current_device = lambda: None
-    launches = {}
-
-    def run(self, *args, grid, warmup, **kwargs):
-        constants = tuple((p.name, x) for p, x in zip(self.params, args, strict=True) if p.is_constexpr)
-        launches.setdefault((self.fn.__name__, constants), (self, args, kwargs))
-
-    JITFunction.run = run
-    for op in ops:
-        call(triton_ops, op, dtype, D)
-    return list(launches.values())
-
-
-def specialise(kernel, args: tuple, kwargs: dict, capability: int) -> tuple[dict, dict, dict, dict, dict]:
-    """Arguments by name, and the types, constants, divisibilities and options by which Triton compiles a kernel for them."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    backend = make_backend(GPUTarget("cuda", capability, 32))
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    values, specialisation, extra = bind(*args, debug=False, **kwargs)
-    options, signature, constants, attributes = kernel._pack_args(backend, kwargs, values, specialisation, extra)
-    return values, signature, constants, attributes, options.__dict__
-
-
-def compile_for(kernel, args: tuple, kwargs: dict, capability: int):
-    """The compiled kernel, its arguments specialised as the launch would have them; and its arguments by name."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    values, signature, constants, attributes, options = specialise(kernel, args, kwargs, capability)
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options), values
-
-
-def inspect(built, rows: int, columns: int, terms: int, warps: int) -> dict:
-    """Registers, stack, spills inside loops, products by instruction (the width that a tile gives them aside), and instructions
-    per score of the shortest loop over tiles, and of the search that decides for it.
-
-    terms: of the products that a score takes part in, its own and that of its weight.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(built.asm["cubin"])
-        usage, code = sass.show("cuobjdump", "-res-usage", cubin), sass.show("nvdisasm", "-c", cubin)
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups())
-    inner = sass.innermost(code)
-    spilled = sum(bool(re.search(r"\b(STL|LDL)\b", x)) for body in inner for x in body)
-    scores = [
-        (len(x), sass.multiplied(x) / (32 * terms) or rows * columns / (32 * warps))
-        for x in inner
-        if sass.with_product([x])
-    ]
-    # Of 256 columns, without products: that for equal ids and labels.
-    searches = [len(x) / (256 * rows / (32 * warps)) for x in inner if sum("ISETP" in y for y in x) > len(x) / 2]
-    return {
-        "registers": registers, "stack": stack, "local": local, "shared": built.metadata.shared,
-        "spills_in_loops": spilled, "products": sorted(sass.products(code)),
-        "per_score": min((n / of for n, of in scores), default=0) + max(searches, default=0),
-    }  # fmt: skip
-
-
-def report(capability: int, dtype: str, D: int, ops: tuple[str, ...]) -> None:
-    """Compiles one case and prints a JSON line per kernel."""
-    for op in ops:
-        for kernel, args, kwargs in record((op,), getattr(torch, dtype), D, capability):
-            built, values = compile_for(kernel, args, kwargs, capability)
-            name = kernel.fn.__name__
-            terms = D + values.get("SLICE", 0)
-            tile = values.get("BLOCK_B", 1), values.get("BLOCK_K", 1)
-            line = inspect(built, *tile, terms, kwargs["num_warps"])
-            if values.get("SIGMOID"):
-                name += ", sigmoid"
-            if brackets := values.get("BRACKETS"):
-                name += f", {brackets} bracket{'s' * (brackets > 1)}"
-            print(json.dumps({"kernel": name, "pool": op.partition("+")[2], **line}), flush=True)
+def fitting(line: dict, capability: int) -> int:
+    """How many programs of a kernel fit on a processor at once, by registers, shared memory and threads."""
+    registers = 256 * -(-line["registers"] // 8) * line["warps"]
+    return min(65536 // registers, PROCESSOR_BYTES[capability] // (line["shared"] + 1024), 64 // line["warps"])
 
 
 @pytest.mark.parametrize(
@@ -251,10 +120,15 @@ def test_compiles_without_spills(capability, dtype, D, ops):
         assert line["shared"] <= SHARED_BYTES[capability], line
         if dtype == "bfloat16":
             assert line["products"] in ([], [PRODUCT[capability]]), line
+        if line["kernel"].partition(",")[0] in SPLIT:
+            itemsize = 4 if dtype == "float32" else 2
+            tile = tiles.score_tile(D, itemsize, capability, "guide" in line["pool"])
+            fits, at_once = fitting(line, capability), tiles.resident(tile, capability)
+            assert at_once == fits if line["kernel"] == "logsumexp_kernel" else at_once <= fits, line
         measured = INSTRUCTIONS_PER_SCORE.get((capability, line["kernel"]))
         if measured and (dtype, D) == ("bfloat16", 128):
             assert line["per_score"] <= MOST.get(line["pool"], HEADROOM) * measured, line
 
 
 if __name__ == "__main__":
-    report(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), tuple(sys.argv[4:]))
+    aot.report(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), tuple(sys.argv[4:]))

@@ -17,7 +17,6 @@ SOURCES = sorted(path.name for path in ROOT.glob("kernels/cuda/*.cu"))
 # Instructions per score in the innermost loop of the scan of mine_hardest, over chunks of keys, for D = 128; 2 of them are
 # products by warps, or a quarter by warpgroups, whose loop is over tiles: without its fetch, of which a turn takes one of
 # three ways. Where the pool goes by pairs (True) a buffer that fills is cleared in the same loop, which few turns run.
-SCORES_OF_A_TURN = {"80": 32, "90a": 64, "100": 32}  # of one thread
 INSTRUCTIONS_PER_SCORE = {
     ("80", False): 9.9, ("90a", False): 7.9, ("100", False): 9.7,
     ("80", True): 21.9, ("90a", True): 23.4, ("100", True): 67.6,
@@ -42,6 +41,12 @@ INSTRUCTIONS_PER_RANKED_SCORE = {
     ("80", True, 1): 17.2, ("90a", True, 1): 15.5, ("100", True, 1): 14.8,
     ("80", True, 2): 20.3, ("90a", True, 2): 18.7, ("100", True, 2): 17.7,
 }  # fmt: skip
+INSTRUCTIONS = {
+    "scan": INSTRUCTIONS_PER_SCORE,
+    "sum": INSTRUCTIONS_PER_SUMMED_SCORE,
+    "grad": INSTRUCTIONS_PER_GRADED_SCORE,
+    "rank": INSTRUCTIONS_PER_RANKED_SCORE,
+}
 HEADROOM = 1.1
 
 
@@ -80,38 +85,21 @@ def test_scores_cost_few_instructions(compiled):
         for name, code in sass.functions(cubin).items():
             used = sass.products(code)
             assert len(used) <= 1, f"{name}: passes compare scores, so all their products must be of one kind: {used}"
-            if m := re.search(r"scan_kernel\w*E1ELi8ELb([01])ELi([12])E", name):  # bf16, D up to 128
-                by_pair, brackets = m[1] == "1", int(m[2])
-                per_score = min(sass.turns(code)) / (32 if by_pair else SCORES_OF_A_TURN[capability])
-                print(
-                    f"sm_{capability}, by pairs {by_pair}: {per_score:.1f} instructions per score, {brackets} brackets"
-                )
-                assert 0 < per_score <= HEADROOM * INSTRUCTIONS_PER_RANKED_SCORE[capability, by_pair, brackets]
-                seen.add((capability, by_pair, brackets))
-            elif m := re.search(r"scan_kernel\w*E1ELi8ELb([01])E", name):  # bf16, D up to 128
-                by_pair = m[1] == "1"
-                count = sass.from_products_on if capability == "90a" else sass.with_product
-                per_score = min(count(sass.loops(code))) / SCORES_OF_A_TURN[capability]
-                print(f"sm_{capability}, by pairs {by_pair}: {per_score:.1f} instructions per score")
-                assert 0 < per_score <= HEADROOM * INSTRUCTIONS_PER_SCORE[capability, by_pair], (capability, by_pair)
-                assert used == {PRODUCTS[capability]}
-                seen.add((capability, by_pair))
-            for kernel, of_which, most in [
-                ("sum", "ELb1", INSTRUCTIONS_PER_SUMMED_SCORE),  # with the mean
-                ("grad", "", INSTRUCTIONS_PER_GRADED_SCORE),
-            ]:
-                if m := re.search(rf"{kernel}_kernel\w*E1ELi8{of_which}ELb([01])E", name):  # bf16, D up to 128
-                    by_pair = m[1] == "1"
-                    scores = 32 if by_pair and kernel == "grad" else SCORES_OF_A_TURN[capability]
-                    per_score = min(sass.turns(code)) / scores
-                    assert sass.products(code) == {PRODUCTS[capability]}, (
-                        "scores and sums of rows are by the same products"
-                    )
-                    assert ("tnspB" in code) == (capability == "90a"), "who transposes the rows that are summed"
-                    halves = code.count("DEPBAR.LE gsb0, 0x1")  # waits that leave the other half's products under way
-                    assert halves == (0 if capability != "90a" else 1 if by_pair and kernel == "grad" else 2)
-                    print(f"sm_{capability}, by pairs {by_pair}: {per_score:.1f} instructions per score of {kernel}")
-                    assert 0 < per_score <= HEADROOM * most[capability, by_pair]
-                    seen.add((capability, by_pair))
+            found = sass.scoring(name, code, capability)
+            if found is None:
+                continue
+            kind = (
+                (capability, found.by_pair, found.brackets) if found.kernel == "rank" else (capability, found.by_pair)
+            )
+            per_score = found.instructions / found.scores
+            print(f"sm_{capability}, {found.kernel}, by pairs {found.by_pair}: {per_score:.1f} instructions per score")
+            assert 0 < per_score <= HEADROOM * INSTRUCTIONS[found.kernel][kind], (name, kind)
+            assert used == {PRODUCTS[capability]}, "scores and sums of rows are by the same products"
+            if found.kernel in ("sum", "grad"):
+                assert ("tnspB" in code) == (capability == "90a"), "who transposes the rows that are summed"
+                halves = code.count("DEPBAR.LE gsb0, 0x1")  # waits that leave the other half's products under way
+                one = found.by_pair and found.kernel == "grad"
+                assert halves == (0 if capability != "90a" else 1 if one else 2)
+            seen.add(kind)
     kernels = 4 if source == "rank_thresholds.cu" else 2
     assert len(seen) == kernels * len(list(target.parent.glob("*.cubin"))), f"found {seen}"

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import negmine
 from negmine import Mix, Select, Weight
 from negmine.ops.pool import Pool
+from tests.aot import runs_on_device
 from tests.cases import ids, negatives, tags, unit
 from tests.conftest import _reason_not_here, interpreted
 
@@ -18,7 +19,6 @@ pytestmark = [
     pytest.mark.skipif(bool(_reason_not_here("triton")), reason=_reason_not_here("triton") or "-"),
     pytest.mark.skipif(not interpreted("triton"), reason="launches are counted where kernels are interpreted"),
 ]
-FREE = ("empty", "empty_like", "new_empty", "empty_strided")  # memory alone
 B, K, D = 20, 200, 16
 
 
@@ -28,9 +28,7 @@ class Counted(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        schema = func._schema
-        views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-        self.count += not views and schema.name.removeprefix("aten::") not in FREE
+        self.count += runs_on_device(func)
         return func(*args, **(kwargs or {}))
 
 

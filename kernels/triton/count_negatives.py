@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .launch import launcher, processors, score_arguments
+from .launch import launcher, programs_at_once, score_arguments
 from .launch import score_tile as choose_tile
 from .pool import KernelPool, kernel_pool, pool_bounds, pool_keys, pool_masks, pool_rows, pool_size
 from .score import load_whole_rows, score_tile
@@ -59,7 +59,7 @@ def count(query: Tensor, negative_keys: Tensor, pool: KernelPool, numbers_only: 
     if not B or not K or not (pool.is_masked or with_scores):
         return torch.full((B,), K, dtype=torch.int64, device=query.device)
     tile = choose_tile(query, negative_keys, pool)
-    splits, per_split = tiles.even_splits(B, K, tile, processors(query.device))
+    splits, per_split = tiles.even_splits(B, K, tile, programs_at_once(query.device, tile))
     counts = query.new_empty(splits, B, dtype=torch.int32)
     count_negatives_kernel[(-(-B // tile.BLOCK_B), splits)](
         *score_arguments(query, negative_keys, tile, pool), counts, per_split, with_scores, tile.num_stages,

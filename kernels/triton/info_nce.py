@@ -147,7 +147,7 @@ def info_nce(
         )  # fmt: skip
         mixed = Mixed(hard_index, hard_index.stride(0), count, lse, mean)
     parts = sum_parts(query, negative_keys, scale, pivot, want_gradient, columns)
-    BLOCK_P, BLOCK_D, num_warps = tiles.merge_block(D)
+    BLOCK_P, BLOCK_D, num_warps = tiles.merge_block(D, parts.splits)
     info_nce_kernel[(B,)](
         parts.buffer, query, query.stride(0), positive_key, positive_key.stride(0), scale, mixed, results,
         B, parts.splits, want_gradient, parts.along, pivot is not None, decoupled, D, BLOCK_P, BLOCK_D,

@@ -36,6 +36,11 @@ def processors(device: torch.device) -> int:
     return 4 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def programs_at_once(device: torch.device, tile: tiles.ScoreTile) -> int:
+    """How many programs over scores the card surely holds at once."""
+    return processors(device) * tiles.resident(tile, capability(device))
+
+
 def launcher(op: Callable) -> Callable:
     """Runs op on the device of its first tensor: Triton launches on the current one."""
     if INTERPRET:

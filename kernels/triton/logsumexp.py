@@ -66,7 +66,7 @@ def logsumexp(
         sort_keys = query.new_empty(B, 0, dtype=torch.int64)
     if B and S:
         parts = sum_parts(query, negative_keys, scales.contiguous(), pivot, want_mean, columns)
-        BLOCK_P, BLOCK_D, num_warps = tiles.merge_block(D)
+        BLOCK_P, BLOCK_D, num_warps = tiles.merge_block(D, parts.splits)
         logsumexp_merge_kernel[(B, S)](
             parts.buffer, query, query.stride(0), lse, mean, num_kept, num_above, B, parts.splits,
             want_mean, parts.along, pivot is not None, D, BLOCK_P, BLOCK_D, num_warps=num_warps, **UNFUSED,

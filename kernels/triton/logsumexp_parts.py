@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .launch import processors, score_arguments
+from .launch import programs_at_once, score_arguments
 from .launch import score_tile as choose_tile
 from .numerics import finite_shift
 from .pool import KernelPool, may_hide_pairs, pool_bias, pool_bounds, pool_keys, pool_masks, pool_rows, pool_size
@@ -276,7 +276,7 @@ def sum_parts(
     """The parts of S log-sum-exps, B > 0; scales (S,) or ()."""
     (B, D), K, S = query.shape, negative_keys.shape[0], scales.numel()
     tile = choose_tile(query, negative_keys, pool)
-    splits, per_split = tiles.even_splits(B, K, tile, processors(query.device))
+    splits, per_split = tiles.even_splits(B, K, tile, programs_at_once(query.device, tile))
     rounds = want_mean and query.dtype == negative_keys.dtype != torch.float32  # probabilities, for the mean
     slices = -(-D // tile.SLICE) if want_mean else 1
     buffer = query.new_empty(S * splits * B * (D + 5 if want_mean else 5), dtype=torch.float32)

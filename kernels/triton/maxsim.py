@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .launch import launcher, processors, widens
+from .launch import launcher, programs_at_once, widens
 from .launch import score_tile as choose_tile
 from .pool import EVERYTHING
 from .score import load_whole_rows, score_tile
@@ -90,7 +90,8 @@ def maxsim(
     index = query.new_empty(B if want_index else 0, tokens, K, dtype=torch.int64)
     if B and K:
         rows = -(-B // (tile.BLOCK_B // part))
-        documents = -(-K // max(1, min(K, 2 * processors(query.device) // (rows * parts))))
+        at_once = programs_at_once(query.device, tile)
+        documents = -(-K // max(1, min(K, at_once // (rows * parts))))
         maxsim_kernel[(rows, -(-K // documents), parts)](
             q, keys, q.stride(0), keys.stride(0), query_lengths, negative_lengths, scores, index if want_index else None,
             B, tokens, K, J, documents,

@@ -16,7 +16,7 @@ from negmine.ops.sort_key import NOWHERE
 
 from . import tiles
 from .extract_columns import any_wanted, lowest_wanted, wanted_by_lane
-from .launch import processors, score_arguments
+from .launch import programs_at_once, score_arguments
 from .pool import KernelPool, pool_bounds, pool_keys, pool_masks, pool_rows, pool_size
 from .score import load_whole_rows, score_tile
 from .sort_key import pack
@@ -104,7 +104,8 @@ def scan(
 ) -> Survivors:  # fmt: skip
     """What lies in the brackets [cut_lo, cut_hi], each (B, BRACKETS) fp32 with one or two brackets; no cut_hi is infinity."""
     B, BRACKETS = cut_lo.shape
-    plan = tiles.scan_plan(B, negative_keys.shape[0], capacity, tile, processors(query.device))
+    at_once = programs_at_once(query.device, tile)
+    plan = tiles.scan_plan(B, negative_keys.shape[0], capacity, tile, at_once)
     buffers = plan.splits * tiles.LANES
     sort_keys = torch.full((B, buffers * plan.capacity), NOWHERE, dtype=torch.int64, device=query.device)
     found = query.new_empty(B, buffers, dtype=torch.int32)

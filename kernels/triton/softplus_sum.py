@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .launch import launcher, processors, score_arguments
+from .launch import launcher, programs_at_once, score_arguments
 from .launch import score_tile as choose_tile
 from .numerics import log1p_unit
 from .pool import kernel_pool, pool_bias, pool_bounds, pool_keys, pool_masks, pool_rows, pool_size
@@ -127,7 +127,7 @@ def softplus_sum(
     columns = kernel_pool(pool)
     (B, D), K = query.shape, negative_keys.shape[0]
     tile = choose_tile(query, negative_keys, columns)
-    splits, per_split = tiles.even_splits(B, K, tile, processors(query.device))
+    splits, per_split = tiles.even_splits(B, K, tile, programs_at_once(query.device, tile))
 
     total = query.new_empty(splits, B, dtype=torch.float32)
     sigmoid_sum = query.new_empty(splits, B, dtype=torch.float32)

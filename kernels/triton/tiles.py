@@ -58,18 +58,30 @@ def guide_block(G: int) -> int:
     return min(max(16, next_power_of_2(G)), 32)
 
 
-def splits(B: int, K: int, tile: ScoreTile, processors: int) -> int:
-    """Into how many parts the queue is cut so that about two programs wait on every processor."""
+def resident(tile: ScoreTile, capability: int) -> int:
+    """How many programs over scores a processor surely holds at once; tests/test_aot.py asks the compiled kernels.
+
+    They take more than 128 registers a thread, or little less: eight warps fill a processor.
+    """
+    if capability == INTERPRETER:
+        return 2
+    if 86 <= capability < 90 or capability >= 120:  # 100 KiB of shared memory for all of them
+        return 1
+    return 8 // tile.num_warps
+
+
+def splits(B: int, K: int, tile: ScoreTile, programs: int) -> int:
+    """Into how many parts the queue is cut so that the card holds all programs at once, and as many as it can."""
     row_tiles = -(-B // tile.BLOCK_B)
     key_tiles = -(-K // tile.BLOCK_K)
-    return max(1, min(2 * processors // max(row_tiles, 1), key_tiles // 2))
+    return max(1, min(programs // max(row_tiles, 1), key_tiles // 2))
 
 
 @functools.lru_cache(1024)
-def even_splits(B: int, K: int, tile: ScoreTile, processors: int) -> tuple[int, int]:
+def even_splits(B: int, K: int, tile: ScoreTile, programs: int) -> tuple[int, int]:
     """How many parts of the queue are summed apart, one at least, and how many tiles each of them takes, one at least."""
     key_tiles = -(-K // tile.BLOCK_K)
-    per_split = max(1, -(-key_tiles // splits(B, K, tile, processors)))
+    per_split = max(1, -(-key_tiles // splits(B, K, tile, programs)))
     return max(1, -(-key_tiles // per_split)), per_split
 
 
@@ -145,9 +157,9 @@ def levels(tile: ScoreTile) -> int:
 
 
 @functools.lru_cache(1024)
-def scan_plan(B: int, K: int, capacity: int, tile: ScoreTile, processors: int) -> ScanPlan:
+def scan_plan(B: int, K: int, capacity: int, tile: ScoreTile, programs: int) -> ScanPlan:
     """Splits for a scan, and room in each private buffer for its share of `capacity` plus six deviations."""
-    parts = min(splits(B, K, tile, processors), max(1, capacity // (8 * LANES)))
+    parts = min(splits(B, K, tile, programs), max(1, capacity // (8 * LANES)))
     share = capacity / (parts * LANES)
     key_tiles = -(-K // tile.BLOCK_K)
     most = -(-key_tiles // parts) * (tile.BLOCK_K // LANES)
@@ -182,7 +194,8 @@ def mix_block(D: int, capability: int) -> tuple[int, int, int]:
 
 
 @functools.cache
-def merge_block(D: int) -> tuple[int, int, int]:
+def merge_block(D: int, splits: int) -> tuple[int, int, int]:
     """(BLOCK_P, BLOCK_D, num_warps): parts of a row that one program adds at once, each over the whole of D."""
     BLOCK_D = next_power_of_2(D)
-    return 8, BLOCK_D, max(1, min(BLOCK_D // 256, 16))
+    BLOCK_P = max(8, min(next_power_of_2(splits), 4096 // BLOCK_D, 32))
+    return BLOCK_P, BLOCK_D, max(1, min(BLOCK_P * BLOCK_D // 1024, 16))

@@ -47,7 +47,7 @@ def _passed(types: tuple, values: tuple) -> list:
 
 
 def _run(kernel, capability: int, *args, grid, warmup=False, **kwargs) -> None:
-    from tests.test_aot import compile_for, specialise
+    from tests.aot import compile_for, specialise
 
     values, signature, constants, attributes, options = specialise(kernel, args, kwargs, capability)
     key = (kernel.fn.__name__, capability, str(signature), str(constants), str(attributes), str(options))

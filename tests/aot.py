@@ -1,0 +1,203 @@
+"""Launches of the Triton kernels on cards that are not here: recorded, compiled ahead of time, and their instructions counted.
+
+Launches are recorded by calling the launchers on meta tensors, with torch answering for the card: so what is compiled is what
+tiles.py would choose there, arguments and all. Instructions are machine instructions of the main loop, divided by the scores a
+thread handles in one turn. An op is named with what its pool holds, as "logsumexp+ids"; "ragged" is a queue that ends within a
+tile. Where ids or labels hide few pairs, the main loop is that over tiles without such a pair, together with the search for them.
+"""
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+from negmine.ops.pool import Pool
+from tests import sass
+
+PROCESSORS = 132  # of the card that torch is made to see
+FREE = ("empty", "empty_like", "new_empty", "empty_strided")  # torch ops that take memory alone
+B, N = 1024, 1024
+
+
+def call(triton_ops, op: str, dtype: torch.dtype, D: int) -> None:
+    """One launcher on meta tensors of the usual sizes."""
+    op, *kinds = op.split("+")
+    K = 65000 if "ragged" in kinds else 65536
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    query, keys, scale = empty(B, D, dtype=dtype), empty(K, D, dtype=dtype), empty()
+    ranks, index, step = empty(B, 2, dtype=torch.int64), empty(B, N, dtype=torch.int64), empty(dtype=torch.int64)
+    whole = torch.int64
+    given = {
+        "ids": {"query_ids": empty(B, dtype=whole), "negative_ids": empty(K, dtype=whole)},
+        "labels": {"query_labels": empty(B, dtype=whole), "negative_labels": empty(K, dtype=whole)},
+        "bounds": {"lower": empty(B, dtype=whole), "upper": empty(B, dtype=whole)},
+        "mask": {"negative_mask": empty(K, dtype=torch.bool)},
+        "pairs": {"negative_mask": empty(B, K, dtype=torch.bool)},
+        "num_rows": {"num_rows": empty(dtype=whole)},
+        "bias": {"bias": empty(K)},
+        "guide": {
+            "guide_query": empty(B, D, dtype=dtype),
+            "guide_keys": empty(K, D, dtype=dtype),
+            "guide_limit": empty(B),
+        },
+        "ragged": {},
+    }
+    pool = Pool(**{name: x for kind in kinds for name, x in given[kind].items()})
+    window = Pool(**given["bounds"])
+    draws = (1024, 128, 0.0, 1.0, 0.0, 0.5, True, empty(4097), 0, step, step)
+    arguments = {
+        "info_nce": (query, keys, scale, None, True, False, None, N, 0, *draws, *pool),
+        "logsumexp": (keys, scale[None], None, True, 0, None, *pool),
+        "logsumexp_grad_keys": (keys, scale, empty(B), empty(B), *pool),
+        "softplus_sum": (keys, scale, scale, True, *pool),
+        "softplus_sum_grad_keys": (keys, scale, scale, empty(B), *pool),
+        "mine_hardest": (keys, N, False, *pool),
+        "rank_thresholds": (keys, ranks, *pool),
+        "count_negatives": (keys, *window),
+        "mix_negatives": (keys, index, *draws),
+        "mix_logsumexp": (keys, index, scale, True, *draws),
+        "gathered_logsumexp": (keys, index, scale, True),
+        "gathered_grad_keys": (index, empty(B, N), K),
+        "maxsim": (keys[: K // 128 * 128].view(-1, 128, D), None, empty(K // 128, dtype=torch.int64), True),
+    }
+    getattr(triton_ops, op)(query.view(-1, 32, D) if op == "maxsim" else query, *arguments[op])
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel as a launcher made it."""
+
+    kernel: Any  # a triton.JITFunction
+    args: tuple
+    kwargs: dict
+    grid: tuple
+
+    @property
+    def key(self) -> tuple:
+        """What the compiler makes a kernel of its own for, but for divisibilities, which follow from the shapes."""
+        constants = tuple((p.name, x) for p, x in zip(self.kernel.params, self.args, strict=True) if p.is_constexpr)
+        return self.kernel.fn.__name__, constants, [x is None for x in _flat(self.args)], str(self.kwargs)
+
+
+def _flat(args: tuple) -> list:
+    return [x for part in args for x in (_flat(part) if isinstance(part, tuple) else [part])]
+
+
+def runs_on_device(func) -> bool:
+    """Whether a torch op takes a launch: it is no view and allocates more than memory."""
+    schema = func._schema
+    views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    return not views and schema.name.removeprefix("aten::") not in FREE
+
+
+def stand_in(capability: int, processors: int = PROCESSORS) -> list[Launch]:
+    """From now on torch answers for such a card, and launches go to the list that is returned."""
+    from triton.runtime.jit import JITFunction
+
+    from negmine.kernels.triton import launch
+
+    torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
+    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=processors)
+    torch.cuda.current_device = lambda: None
+    launch.capability.cache_clear()
+    launch.processors.cache_clear()
+    launches: list[Launch] = []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        launches.append(Launch(self, args, kwargs, grid))
+
+    JITFunction.run = run
+    return launches
+
+
+def record(ops: tuple[str, ...], dtype: torch.dtype, D: int, capability: int) -> list[Launch]:
+    """Every different launch the ops would make on such a card."""
+    import negmine.kernels.triton as triton_ops
+
+    launches = stand_in(capability)
+    for op in ops:
+        call(triton_ops, op, dtype, D)
+    first: dict[str, Launch] = {}
+    for launch in launches:
+        first.setdefault(str(launch.key), launch)
+    return list(first.values())
+
+
+def specialise(kernel, args: tuple, kwargs: dict, capability: int) -> tuple[dict, dict, dict, dict, dict]:
+    """Arguments by name, and the types, constants, divisibilities and options by which Triton compiles a kernel for them."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    values, specialisation, extra = bind(*args, debug=False, **kwargs)
+    options, signature, constants, attributes = kernel._pack_args(backend, kwargs, values, specialisation, extra)
+    return values, signature, constants, attributes, options.__dict__
+
+
+def compile_for(kernel, args: tuple, kwargs: dict, capability: int):
+    """The compiled kernel, its arguments specialised as the launch would have them; and its arguments by name."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    values, signature, constants, attributes, options = specialise(kernel, args, kwargs, capability)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options), values
+
+
+def inspect(built, rows: int, columns: int, terms: int, warps: int) -> dict:
+    """Registers, stack, spills inside loops, products by instruction (the width that a tile gives them aside), and instructions
+    per score of the shortest loop over tiles, and of the search that decides for it; those of the longest innermost loop, and
+    those in no loop.
+
+    terms: of the products that a score takes part in, its own and that of its weight.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(built.asm["cubin"])
+        usage, code = sass.show("cuobjdump", "-res-usage", cubin), sass.show("nvdisasm", "-c", cubin)
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups())
+    inner = sass.innermost(code)
+    spilled = sum(bool(re.search(r"\b(STL|LDL)\b", x)) for body in inner for x in body)
+    scores = [
+        (len(x), sass.multiplied(x) / (32 * terms) or rows * columns / (32 * warps))
+        for x in inner
+        if sass.with_product([x])
+    ]
+    # Of 256 columns, without products: that for equal ids and labels.
+    searches = [len(x) / (256 * rows / (32 * warps)) for x in inner if sum("ISETP" in y for y in x) > len(x) / 2]
+    return {
+        "registers": registers, "stack": stack, "local": local, "shared": built.metadata.shared,
+        "spills_in_loops": spilled, "products": sorted(sass.products(code)),
+        "per_score": min((n / of for n, of in scores), default=0) + max(searches, default=0),
+        "longest_loop": max(map(len, inner), default=0), "outside_of_loops": sass.outside_of_loops(code),
+    }  # fmt: skip
+
+
+def inspect_launch(launch: Launch, capability: int) -> dict:
+    """The kernel of a launch compiled and inspected, with its name."""
+    built, values = compile_for(launch.kernel, launch.args, launch.kwargs, capability)
+    name = launch.kernel.fn.__name__
+    tile = values.get("BLOCK_B", 1), values.get("BLOCK_K", 1)
+    found = inspect(built, *tile, values.get("D", 1) + values.get("SLICE", 0), launch.kwargs["num_warps"])
+    if values.get("SIGMOID"):
+        name += ", sigmoid"
+    if brackets := values.get("BRACKETS"):
+        name += f", {brackets} bracket{'s' * (brackets > 1)}"
+    return {"kernel": name, "warps": launch.kwargs["num_warps"], **found}
+
+
+def report(capability: int, dtype: str, D: int, ops: tuple[str, ...]) -> None:
+    """Compiles one case and prints a JSON line per kernel."""
+    for op in ops:
+        for launch in record((op,), getattr(torch, dtype), D, capability):
+            line = inspect_launch(launch, capability)
+            print(json.dumps({"pool": op.partition("+")[2], **line}), flush=True)
