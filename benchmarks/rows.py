@@ -83,6 +83,7 @@ def commit() -> str:
         ":(exclude)README.md",
         ":(exclude)benchmarks/README.md",
         ":(exclude)docs/planning.md",
+        ":(exclude)docs/gpu.md",
     )
 
     def git(*arguments: str) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import libraries
+from benchmarks import gpu_model, libraries
 from benchmarks.cases import CASES, ON_CPU, ON_GPU, QUICK, SWEEPS, Case, Inputs, make_inputs, sweep
 from benchmarks.measure import OURS, Disagreement, measure
 from benchmarks.peers import OPS
@@ -216,9 +216,13 @@ def main() -> int:
             append(args.results / f"{machine}.csv", COLUMNS, [stamp | row for row in rows])
             measured += rows
             for row in rows:
+                beside = f"{threads} threads"
+                if args.device == "cuda":
+                    expected = gpu_model.predicted(machine, row)
+                    beside = f"predicted {expected} ms" if expected else ""
                 print(
                     f"{case.name:<16}{name:<16}{row['variant']:<24}{row['median_ms']:>8} ms   floor "
-                    f"{row['floor_ms']:>7} ms   +{row['peak_extra_mib']:>7} MiB   {threads} threads",
+                    f"{row['floor_ms']:>7} ms   +{row['peak_extra_mib']:>7} MiB   {beside}",
                     flush=True,
                 )
     print("\n".join(summary(measured)))

@@ -1,0 +1,310 @@
+"""What a call of an op launches on a GPU that is not here: the rows of results/gpu-model/launches.csv, which gpu_model.py reads.
+
+    python -m benchmarks.gpu_trace [--backend triton]
+
+A call is traced on meta tensors, with torch answering for the card, so the launches are those that a card would see. Triton's
+kernels are compiled ahead of time, those of kernels/cuda are taken from the compiled library, and the instructions of their
+loops are counted in the machine code, as the tests of tests/test_aot.py and tests/test_cuda_build.py count them. How often a
+program goes through a loop follows from the arguments of its launch, or, where the data decides, from what is likely.
+"""
+
+import argparse
+import math
+import re
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import peers
+from benchmarks.cases import Case, Inputs
+from benchmarks.gpu_model import BACKENDS, CARDS, FOLDER, OPS, SHAPES, Launch, mixed_bytes
+from benchmarks.rows import read, write
+from negmine.ops import backends
+from negmine.ops.registry import OPS as DECLARED
+from tests import aot, sass
+
+ROOT = Path(__file__).resolve().parents[1]
+HALVINGS = 14  # until an interval of scores holds one of some thousand
+# Kernels of the exact search, whose programs leave at once where a certificate holds.
+IDLE = ("exact_rank_kernel", "exact_collect_kernel")
+# Arguments of which a kernel reads or writes few entries.
+HARDLY_READ = {"scan_kernel": ("survivors_ptr",), "sample_kernel": ("keys_ptr",), "mix_logsumexp_kernel": ("keys_ptr",)}
+# PyTorch's topk of int64 finds the last of the N digit by digit and sorts them: launches, and how often it reads its input.
+TOPK_LAUNCHES, TOPK_READS = 25, 9
+SURVIVORS = 1700  # of a row that a scan keeps for 1,024 hardest, and about as many for two ranks
+CUDA_SAMPLE = {"mine_hardest": 4096, "rank_thresholds": 8192}
+ARCHITECTURES = {80: "80", 90: "90a"}  # of the kernels in kernels/cuda, by compute capability
+
+# Kernels of kernels/cuda that compute no scores to the end, by their mangled names: bf16, D = 128.
+OTHERS = {
+    "merge": r"12merge_kernelIL\w*E1E",
+    "sample": r"13sample_kernelIL\w*E1ELi8E",
+    "cut": r"10cut_kernel",
+    "finish": r"13finish_kernelENS\w*Pass",
+    "brackets": r"15brackets_kernel",
+    "finish ranks": r"13finish_kernelILi2E",
+    "rank_window": r"18rank_window_kernel",
+    "mix_logsumexp": r"20mix_logsumexp_kernelIL\w*4KindE2ELi1ELb0E",
+    "count": r"11mask_kernel",
+}
+
+
+def tensors_in(value: Any) -> Iterable[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from tensors_in(part)
+
+
+def bytes_of(value: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(value))
+
+
+class TorchOps(TorchDispatchMode):
+    """Adds a row for every torch op that runs on the device."""
+
+    def __init__(self, launched: list[Any]) -> None:
+        super().__init__()
+        self.launched = launched
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if aot.runs_on_device(func):
+            name = func._schema.name.removeprefix("aten::")
+            launches, reads = (TOPK_LAUNCHES, TOPK_READS) if name == "topk" else (1, 1)
+            row = {"launches": launches, "bytes": reads * bytes_of(list(args)) + bytes_of(result)}
+            self.launched.append((f"torch {name}", row))
+        return result
+
+
+def turns_of(name: str, at: dict[str, Any]) -> int:
+    """How often a program of a Triton kernel goes through its main loop; at: the arguments by name."""
+    known: dict[str, Callable[[], float]] = {
+        "logsumexp_kernel": lambda: at["tiles_per_split"],
+        "count_negatives_kernel": lambda: at["tiles_per_split"],
+        "scan_kernel": lambda: at["K"] / at["BLOCK_K"] / at["SPLITS"],
+        "sample_quantile_kernel": lambda: HALVINGS,
+        "sample_brackets_kernel": lambda: 2 * at["R"] * HALVINGS,
+        "select_certified_kernel": lambda: (2 + HALVINGS) * math.ceil(at["W"] / at["BLOCK_W"]),
+        "certificate_kernel": lambda: at["BUFFERS"] / at["BLOCK_P"],
+        "info_nce_kernel": lambda: at["SPLITS"] / at["BLOCK_P"],
+        "mix_logsumexp_kernel": lambda: at["draws"].total / at["BLOCK_S"],
+    }
+    return math.ceil(known[name]()) if name in known else 0
+
+
+class Triton:
+    """Rows of the launches of Triton's kernels."""
+
+    def __init__(self, capability: int) -> None:
+        import negmine.kernels.triton as ops
+
+        self.capability = capability
+        self.functions = {name: getattr(ops, name) for name in ops.__all__}
+        self.counts: dict[str, dict] = {}
+
+    def rows(self, launch: aot.Launch) -> list[tuple[str, dict]]:
+        kernel = launch.kernel.fn.__name__
+        programs = math.prod(launch.grid)
+        if kernel in IDLE:
+            return [(kernel, {"programs": programs})]
+        key = str(launch.key)
+        if key not in self.counts:
+            self.counts[key] = aot.inspect_launch(launch, self.capability)
+            print(f"sm_{self.capability} {self.counts[key]}", flush=True)
+        count = self.counts[key]
+        at = dict(zip((p.name for p in launch.kernel.params), launch.args, strict=True))
+        turns, per_turn, warps = turns_of(kernel, at), count["longest_loop"], count["warps"]
+        multiply_adds = exponentials = 0
+        if count["products"]:
+            tile = at["BLOCK_B"] * at["BLOCK_K"]
+            if turns:
+                per_turn = round(count["per_score"] * tile / (32 * warps))
+            sums = kernel == "logsumexp_kernel"
+            scores = programs * max(turns, 1) * tile
+            multiply_adds = scores * at["D"] * (2 if sums else 1)
+            exponentials = scores if sums else 0
+        read = [value for name, value in at.items() if name not in HARDLY_READ.get(kernel, ())]
+        row = {
+            "programs": programs, "warps": warps, "turns": turns, "per_turn": per_turn if turns else 0,
+            "outside": count["outside_of_loops"], "multiply_adds": multiply_adds, "exponentials": exponentials,
+            "bytes": bytes_of(read),
+        }  # fmt: skip
+        if kernel == "mix_logsumexp_kernel":
+            row["gathered"] = mixed_bytes(programs, at["D"])
+        return [(count["kernel"], row)]
+
+
+class Cuda:
+    """Rows of the launches of kernels/cuda, which its ops make as their sources say."""
+
+    def __init__(self, capability: int, processors: int, launched: list[Any]) -> None:
+        self.processors, self.launched = processors, launched
+        self.counts = self.counted(ARCHITECTURES[capability])
+        names = ("count_negatives", "logsumexp", "mine_hardest", "mix_logsumexp", "mix_negatives", "rank_thresholds")
+        self.functions = {name: self.noted(name) for name in names}
+
+    def counted(self, architecture: str) -> dict[str, dict]:
+        """Instructions of each kernel, by its short name; those that score by pairs end in "pairs"."""
+        (library,) = ROOT.glob("negmine/_ops_cuda*.so")
+        found: dict[str, dict] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            sass.show("cuobjdump", "-xelf", f"sm_{architecture}", library, folder=Path(folder))
+            for cubin in Path(folder).glob(f"*sm_{architecture}.cubin"):
+                for mangled, code in sass.functions(cubin).items():
+                    scoring = sass.scoring(mangled, code, architecture)
+                    names = [name for name, pattern in OTHERS.items() if re.search(pattern, mangled)]
+                    row = {
+                        "turn": max(map(len, sass.innermost(code)), default=0),
+                        "outside": sass.outside_of_loops(code),
+                        "scores": 0,
+                    }
+                    if scoring is not None and scoring.brackets == (2 if scoring.kernel == "rank" else 1):
+                        names = [scoring.kernel + " pairs" * scoring.by_pair]
+                        row |= {"turn": scoring.instructions, "scores": scoring.scores}
+                    found |= {name: row for name in names}
+        missing = set(OTHERS) - set(found)
+        if missing:
+            raise SystemExit(
+                f"gpu_trace: {library.name} has no kernel {', '.join(sorted(missing))} for sm_{architecture}"
+            )
+        return found
+
+    def noted(self, op: str) -> Callable:
+        """A function that notes the call and returns what the declaration of the op says."""
+
+        def call(*arguments: Any) -> Any:
+            self.launched.append((op, dict(zip((x.name for x in DECLARED[op].arguments), arguments, strict=True))))
+            return DECLARED[op].fake(*arguments)
+
+        return call
+
+    def row(self, kernel: str, programs: int, warps: int, turns: float = 0, **more: int) -> tuple[str, dict]:
+        count = self.counts[kernel]
+        row = {"programs": programs, "warps": warps, "turns": math.ceil(turns), "outside": count["outside"]}
+        return kernel, row | {"per_turn": count["turn"] if turns else 0} | more
+
+    def scored(self, kernel: str, B: int, K: int, D: int, splits: int, products: int, bytes: int) -> tuple[str, dict]:
+        programs, rows = math.ceil(B / 128) * splits, 128
+        scores = self.counts[kernel]["scores"]  # of a thread in one turn, 128 threads
+        turns = math.ceil(K / splits / 64) * 64 * rows / (128 * scores)
+        all_scores = programs * math.ceil(K / splits / 64) * 64 * rows
+        more = {"multiply_adds": products * D * all_scores, "exponentials": all_scores if products == 2 else 0}
+        return self.row(kernel, programs, 4, turns, bytes=bytes, **more)
+
+    def rows(self, op: str, at: dict[str, Any]) -> list[tuple[str, dict]]:
+        query, keys = at["query"], at["negative_keys"]
+        (B, D), K = query.shape, keys.shape[0]
+        read = bytes_of([query, keys])
+        pairs = " pairs" * any(at.get(x) is not None for x in ("query_ids", "query_labels", "lower", "upper"))
+        splits = max(1, 2 * self.processors // math.ceil(B / 128))
+
+        def selected(kind: str, scan: str, cut: str, finish: str) -> list[tuple[str, dict]]:
+            sample, scan_splits = CUDA_SAMPLE[kind], min(splits, SURVIVORS // 32 + 25)
+            kept = 8 * B * SURVIVORS
+            if kind == "mine_hardest":  # reads survivors, counts their digits, and sorts 1,024 in 55 steps of 2 turns
+                cutting, finishing = HALVINGS, 5 * SURVIVORS / 256 + 2 * 55
+            else:  # histograms; three times a warp reads the buffers of every eighth split
+                cutting, finishing = 2, 3 * math.ceil(scan_splits / 8) * math.ceil(SURVIVORS / (128 * scan_splits))
+            return [
+                self.row("sample", math.ceil(B / 128) * min(splits, sample // 64), 4, multiply_adds=B * sample * D,
+                         bytes=2 * D * (B + sample) + 4 * B * sample),
+                self.row(cut, B, sample // 1024, cutting, bytes=4 * B * sample),
+                self.scored(scan + pairs, B, K, D, scan_splits, 1, read + kept),
+                ("recover", {"programs": math.ceil(B / 128)}),
+                self.row(finish, B, 8, finishing, bytes=kept + 12 * B * 1024),
+            ]  # fmt: skip
+
+        if op == "mine_hardest":
+            return selected(op, "scan", "cut", "finish")
+        if op == "rank_thresholds":
+            return selected(op, "rank", "brackets", "finish ranks")
+        if op == "mix_logsumexp":
+            total = at["pairs"] + at["with_query"]
+            return [
+                self.row(op, B, 8, total / 32, bytes=bytes_of([query, at["hard_index"]]), gathered=mixed_bytes(B, D))
+            ]
+        if op == "count_negatives":
+            return [self.row("count", math.ceil(B / 128) * splits, 4, K / splits / 32), ("add", {"programs": B // 128})]
+        if op != "logsumexp":
+            raise SystemExit(f"gpu_trace: what {op} launches is not known")
+        rows = self.rows("mine_hardest", at) if at["N"] else []
+        if at["ranks"] is not None:
+            rows += [*self.rows("rank_thresholds", at), self.row("rank_window", math.ceil(B / 128), 4)]
+            pairs = " pairs"
+        parts = 4 * splits * B * (D + 5)
+        for _ in range(at["scales"].numel()):
+            rows += [
+                self.scored("sum" + pairs, B, K, D, splits, 2, read + parts),
+                self.row("merge", B, 8, splits / 8, bytes=parts + 4 * B * D),
+            ]
+        return rows
+
+
+def meta_inputs(case: Case, with_ids: bool) -> Inputs:
+    """Inputs of a case that have shapes alone."""
+
+    def empty(dtype: str, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+    vectors = [empty(case.dtype, rows, case.D) for rows in (case.B, case.B, case.K)]
+    ids = [empty("int64", rows) if with_ids else None for rows in (case.B, case.K)]
+    return Inputs(*vectors, *ids)
+
+
+def merged(rows: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
+    """All torch ops as one row, for each waits for memory alone."""
+    kernels = [(name, row) for name, row in rows if not name.startswith("torch ")]
+    of_torch = [row for name, row in rows if name.startswith("torch ")]
+    if not of_torch:
+        return kernels
+    return [*kernels, ("torch", {name: sum(row[name] for row in of_torch) for name in ("launches", "bytes")})]
+
+
+def trace(name: str, backend: str, wanted: tuple[str, ...] = OPS) -> list[Launch]:
+    """The launches of these ops with every shape and kind of pool on a card by a backend."""
+    card = CARDS[name]
+    launched = aot.stand_in(card.capability, card.processors)
+    ops = Triton(card.capability) if backend == "triton" else Cuda(card.capability, card.processors, launched)
+    backends.BACKENDS = (backends.Backend(backend, "meta", ops.functions), backends.Backend("reference", "any"))
+    backends._chosen.clear()
+    found = []
+    for op in wanted:
+        for ids in ("", "ids"):
+            for case in SHAPES:
+                inputs = meta_inputs(case, bool(ids))
+                call = peers.OPS[op].fused
+                call(inputs, backend)  # fills what is kept between calls
+                launched.clear()
+                with TorchOps(launched):
+                    call(inputs, backend)
+                rows: list[tuple[str, dict]] = []
+                for each in list(launched):
+                    if isinstance(each, aot.Launch):
+                        rows += ops.rows(each)
+                    elif each[0].startswith("torch "):
+                        rows.append(each)
+                    else:
+                        rows += ops.rows(*each)
+                found += [Launch(name, backend, op, ids, case.B, kernel, **row) for kernel, row in merged(rows)]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=BACKENDS, help="rows of others are kept")
+    args = parser.parse_args()
+    path = FOLDER / "launches.csv"
+    kept = [launch for launch in map(Launch.of, read(path)) if launch.backend not in args.backend]
+    found = kept + [launch for name in CARDS for backend in args.backend for launch in trace(name, backend)]
+    found.sort(key=lambda launch: (list(CARDS).index(launch.card), BACKENDS.index(launch.backend)))
+    write(path, list(Launch._fields), [launch._asdict() for launch in found])
+
+
+if __name__ == "__main__":
+    main()
