@@ -16,6 +16,7 @@ from negmine import Negatives
 
 TOKEN_OPS = ("late_interaction", "maxsim")
 QUEUE_OPS = ("info_nce", "window", "mine_hardest", "rank_thresholds", "mochi")
+WITH_WHOLE_QUEUE = (*QUEUE_OPS, "whole_queue")
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ CASES = {
     case.name: case
     for case in [
         Case("small", 256, 4096, 128, "float32", "a queue for CIFAR-size runs"),
-        Case("moco", 256, 65536, 128, "float32", "MoCo's own shape", (*QUEUE_OPS, "whole_queue")),
-        Case("moco-bf16", 256, 65536, 128, "bfloat16", "MoCo under mixed precision", (*QUEUE_OPS, "whole_queue")),
-        Case("moco-bf16-1024", 1024, 65536, 128, "bfloat16", "the same queue for a large batch", (*QUEUE_OPS, "whole_queue")),
-        Case("moco-bf16-4096", 4096, 65536, 128, "bfloat16", "and for a very large one", (*QUEUE_OPS, "whole_queue")),
+        Case("moco", 256, 65536, 128, "float32", "MoCo's own shape", WITH_WHOLE_QUEUE),
+        Case("moco-bf16", 256, 65536, 128, "bfloat16", "MoCo under mixed precision", WITH_WHOLE_QUEUE),
+        Case("moco-bf16-1024", 1024, 65536, 128, "bfloat16", "the same queue for a large batch", WITH_WHOLE_QUEUE),
+        Case("moco-bf16-4096", 4096, 65536, 128, "bfloat16", "and for a very large one", WITH_WHOLE_QUEUE),
         Case("batch-1", 1, 65536, 128, "float32", "one query: search, or a probe in training"),
         Case("simclr", 4096, 4096, 128, "float32", "SimCLR's in-batch negatives", ("in_batch", "locked")),
         Case("clip", 32768, 32768, 512, "bfloat16", "CLIP's batch", ("in_batch", "locked")),
