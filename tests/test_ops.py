@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import negmine._ops_cpu  # noqa: F401
+from negmine.ops import compiled
 from negmine.ops.registry import OPS, Op, Value, declare, overload
 
 ROOT = Path(__file__).parents[1]
-SIZES = {"B": 3, "K": 20, "D": 8, "M": 6, "R": 3, "N": 5, "S": 2, "G": 4, "I": 3, "J": 6, "W": 3}
+SIZES = {"B": 3, "K": 20, "D": 8, "M": 6, "R": 3, "N": 5, "S": 2, "G": 4, "I": 3, "J": 6, "W": 3, "C": 8}
 NUMBERS = {"pairs": 3, "with_query": 2, "pair_high": 1.0, "query_high": 0.5, "hard": 4, "skip": 1, "seed": 7}
 NOT_ON_CUDA = ("bias", "guide_query", "guide_keys", "guide_limit")
 DEVICES = {"negmine_cpu": "cpu"} | ({"negmine_cuda": "cuda"} if torch.cuda.is_available() else {})
@@ -25,6 +26,7 @@ HERE = [
     (namespace, name)
     for namespace, name in itertools.product(DEVICES, OPS)
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", DEVICES[namespace].upper())
+    and (name != "mine_hardest_codes" or compiled.isa_for(torch.uint8, torch.uint8))
 ]
 NEGMINE_CPU = torch.ops.negmine_cpu
 
@@ -54,6 +56,8 @@ def made(value: Value, sizes: dict[str, int], device: str, per_query: bool):
         return torch.randint(0, N + 3, shape, device=device)
     if value.kind == "bool":
         return torch.rand(shape, device=device) < 0.8
+    if value.kind == "uint8":
+        return torch.randint(1, 256, shape, dtype=torch.uint8, device=device)
     vectors = torch.bfloat16 if device == "cuda" else torch.float32
     return torch.rand(shape, device=device).to(vectors if value.kind == "vectors" else torch.float32)
 
@@ -202,6 +206,7 @@ def test_another_version_of_an_op_is_refused_in_words():
         ("mix_negatives", {"pairs": -1}, "mix_negatives: pairs and with_query must not be negative, got -1 and 2"),
         ("mix_logsumexp", {"hard_index": torch.full((3, 2), 20)}, "mix_logsumexp: hard_index must hold rows of"),
         ("mine_gathered", {"N": 0}, "mine_gathered: N must be at least 1, got 0"),
+        ("round_to_codes", {"vectors": torch.zeros(3)}, "round_to_codes: vectors must be .M, D., got the shape .3,."),
         ("mine_gathered", {"max_score": torch.zeros(4)}, "mine_gathered: max_score must have the shape .3,., got .4,."),
         ("softplus_sum", {"offset": torch.zeros(2)}, "softplus_sum: offset must be one number, a tensor of shape"),
         (
@@ -291,7 +296,7 @@ def test_rows_past_num_rows_are_never_read(namespace, name, num_rows):
                 given[value.name][..., :rows] if value.name == "negative_mask" else given[value.name][:rows]
             )
     keys = keys.clone()
-    keys[rows:] = torch.nan
+    keys[rows:] = torch.nan if keys.is_floating_point() else 255
     given |= {"negative_keys": keys, "num_rows": torch.tensor(num_rows, device=device)}
     for want, got in zip(
         called(namespace, name, cut | {"num_rows": None}), called(namespace, name, given), strict=True

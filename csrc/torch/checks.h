@@ -47,6 +47,8 @@ inline const char* dtype_text(ScalarType dtype) {
       return "int64";
     case ScalarType::Int:
       return "int32";
+    case ScalarType::Byte:
+      return "uint8";
     case ScalarType::Bool:
       return "bool";
     default:
@@ -125,6 +127,10 @@ inline Tensor new_longs(const Tensor& like, std::initializer_list<int64_t> shape
   return new_empty(like, shape, aoti_torch_dtype_int64());
 }
 
+inline Tensor new_codes(const Tensor& like, int64_t rows, int64_t width) {
+  return new_empty(like, {rows, width}, aoti_torch_dtype_uint8());
+}
+
 inline Tensor new_bytes(const Tensor& like, int64_t bytes) {
   return new_empty(like, {bytes}, aoti_torch_dtype_uint8());
 }
@@ -147,6 +153,15 @@ inline Tensor matrix(const char* op, const char* name, const Tensor& t, const ch
   const ScalarType dtype = t.scalar_type();
   require(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op, ": ", name,
           " must be float32, bfloat16 or float16, got ", dtype_text(dtype), ".");
+  return dense_rows(t);
+}
+
+// A (rows, width) matrix of codes, any row stride.
+inline Tensor codes(const char* op, const char* name, const Tensor& t, const char* wanted) {
+  require(t.dim() == 2 && t.size(1) % 4 == 0, op, ": ", name, " must be ", wanted,
+          " with a width that is a multiple of 4, got the shape ", Shape{t}, ".");
+  require(t.scalar_type() == ScalarType::Byte, op, ": ", name, " must be uint8, got ", dtype_text(t.scalar_type()),
+          ".");
   return dense_rows(t);
 }
 

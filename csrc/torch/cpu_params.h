@@ -32,6 +32,7 @@ inline cpu::Matrix matrix_of(const checks::Tensor& t) {
   return {t.data_ptr(), t.stride(0),
           dtype == ScalarType::Float      ? cpu::Dtype::kFloat32
           : dtype == ScalarType::BFloat16 ? cpu::Dtype::kBFloat16
+          : dtype == ScalarType::Byte     ? cpu::Dtype::kCodes
                                           : cpu::Dtype::kFloat16};
 }
 

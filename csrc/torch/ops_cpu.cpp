@@ -11,6 +11,7 @@
 
 #include "csrc/torch/boxing.h"
 #include "csrc/torch/cpu_params.h"
+#include "kernels/cpu/codes.h"
 #include "kernels/cpu/count_negatives.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/logsumexp.h"
@@ -235,6 +236,66 @@ std::tuple<Tensor, Tensor, Tensor> mine_gathered(const Tensor& query, const Tens
   return {scores, index, num_kept};
 }
 
+std::tuple<Tensor, Tensor, Tensor> round_to_codes(const Tensor& vectors) {
+  // Checks.
+  const Tensor in = checks::matrix("round_to_codes", "vectors", vectors, "(M, D)");
+  // Params.
+  cpu::RoundToCodesParams p;
+  p.vectors = matrix_of(in);
+  p.M = in.size(0);
+  p.D = in.size(1);
+  p.width = (p.D + 3) / 4 * 4;
+  // Outputs.
+  Tensor codes = checks::new_codes(in, p.M, p.width);
+  Tensor scale = new_floats(in, {p.M});
+  Tensor norms = new_floats(in, {2, p.M});
+  p.codes = output<uint8_t>(codes);
+  p.scale = output<float>(scale);
+  p.norm = output<float>(norms);
+  p.error = p.norm + p.M;
+  // Run.
+  cpu::round_to_codes(p, torch_threads(8.0 * static_cast<double>(p.M) * static_cast<double>(p.D)));
+  return {codes, scale, norms};
+}
+
+std::tuple<Tensor, Tensor, Tensor> mine_hardest_codes(const Tensor& query, const Tensor& query_scale,
+                                                      const Tensor& negative_keys, const Tensor& negative_scale,
+                                                      int64_t N, const PoolArguments& pool) {
+  // Checks.
+  const char* op = "mine_hardest_codes";
+  checks::require(cpu::code_kernels() != nullptr, op, ": this processor cannot multiply codes (AVX512-VNNI).");
+  const Tensor codes = checks::codes(op, "query", query, "(B, C)");
+  const Tensor keys = checks::codes(op, "negative_keys", negative_keys, "(K, C)");
+  checks::same_width(op, codes, keys);
+  const PoolTensors given(op, codes, keys, pool);
+  const int64_t B = codes.size(0), rows = keys.size(0);
+  const Tensor of_query = checks::vector(op, "query_scale", query_scale, ScalarType::Float, B, query);
+  const Tensor of_keys = checks::vector(op, "negative_scale", negative_scale, ScalarType::Float, rows, query);
+  checks::require(N >= 0, op, ": N must not be negative, got ", N, ".");
+  // Outputs.
+  Tensor scores = new_floats(query, {B, N});
+  Tensor index = new_longs(query, {B, N});
+  Tensor num_kept = new_longs(query, {B});
+  // Params.
+  cpu::MineHardestParams p;
+  p.query = matrix_of(codes);
+  p.query.scale = floats(of_query);
+  p.negative_keys = matrix_of(keys);
+  p.negative_keys.scale = floats(of_keys);
+  p.B = B;
+  p.K = given.num_rows.has_value() ? std::clamp<int64_t>(*longs(given.num_rows), 0, rows) : rows;
+  p.D = codes.size(1);
+  p.N = N;
+  p.pool = pool_of(given);
+  p.scores = output<float>(scores);
+  p.index = output<int64_t>(index);
+  p.num_kept = output<int64_t>(num_kept);
+  // Run.
+  const double products = static_cast<double>(B) * static_cast<double>(p.K) * static_cast<double>(p.D);
+  cpu::mine_hardest(p, torch_threads(products));
+  return {scores, index, num_kept};
+}
+
 Tensor rank_thresholds(const Tensor& query, const Tensor& negative_keys, const Tensor& ranks,
                        const PoolArguments& pool) {
   // Checks.
@@ -313,6 +374,8 @@ STABLE_TORCH_LIBRARY_IMPL(negmine_cpu, CPU, m) {
   m.impl("maxsim", boxed<&maxsim>);
   m.impl("mine_hardest", boxed<&mine_hardest>);
   m.impl("mine_gathered", boxed<&mine_gathered>);
+  m.impl("mine_hardest_codes", boxed<&mine_hardest_codes>);
+  m.impl("round_to_codes", boxed<&round_to_codes>);
   m.impl("rank_thresholds", boxed<&rank_thresholds>);
   m.impl("count_negatives", boxed<&count_negatives>);
 }
@@ -324,7 +387,7 @@ PyObject* py_isa_for(PyObject*, PyObject* arguments) {
   if (PyArg_ParseTuple(arguments, "ss", &query, &keys) == 0) return nullptr;
   const char* name = cpu::isa_for(query, keys);
   if (name != nullptr) return PyUnicode_FromString(name);
-  PyErr_SetString(PyExc_ValueError, "isa_for: query and keys must be float32, bfloat16 or float16.");
+  PyErr_SetString(PyExc_ValueError, "isa_for: query and keys must be float32, bfloat16 or float16, or both uint8.");
   return nullptr;
 }
 

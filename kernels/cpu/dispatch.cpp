@@ -38,6 +38,9 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+// Of the same sets of instructions as AVX-512's kernels, of which one function uses more (simd/score.cpp).
+bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 // Tiles are 8 KiB more for the system to save at every switch, so it wants to be asked, once a process. It refuses
@@ -150,7 +153,18 @@ std::atomic<const Kernels*> forced{nullptr};
 
 }  // namespace
 
+const Kernels* code_kernels() {
+#if defined(__x86_64__)
+  static const Kernels* const found = has_avx512vnni() ? &avx512::kKernels : nullptr;
+  const Kernels* set = forced.load();
+  return set == nullptr || set == found ? found : nullptr;
+#else
+  return nullptr;
+#endif
+}
+
 const Kernels& kernels(Dtype query, Dtype keys) {
+  if (keys == Dtype::kCodes) return *code_kernels();
   const Kernels* set = forced.load();
   if (set != nullptr) return *set;
   static const Choice choice;
@@ -163,6 +177,7 @@ const char* isa() {
 }
 
 const char* isa_for(const char* query, const char* keys) {
+  if (!std::strcmp(query, "uint8") && !std::strcmp(keys, "uint8")) return code_kernels() ? "avx512vnni" : "";
   const auto type = [](const char* name) {
     constexpr const char* kNames[] = {"float32", "bfloat16", "float16"};  // in the order of Dtype
     return static_cast<int>(

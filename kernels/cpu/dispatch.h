@@ -10,6 +10,9 @@ namespace negmine::cpu {
 const Kernels& kernels(Dtype query, Dtype keys);
 inline const Kernels& kernels(const Block& block) { return kernels(block.query.dtype, block.negative_keys.dtype); }
 
+// What multiplies codes, or null where this processor has no instruction for it or another set is forced.
+const Kernels* code_kernels();
+
 // For functions whose result is the same bits on every instruction set.
 inline const Kernels& kernels() { return kernels(Dtype::kFloat32, Dtype::kFloat32); }
 
@@ -18,7 +21,8 @@ inline const Kernels& kernels() { return kernels(Dtype::kFloat32, Dtype::kFloat3
 bool set_isa(const char* name);
 const char* isa();  // the forced one, or ""
 
-// What runs for storage by name, "float32", "bfloat16" or "float16"; null where there is no such name.
+// What runs for storage by name, "float32", "bfloat16" or "float16"; null where there is no such name. For "uint8",
+// codes: "avx512vnni", or "" where nothing multiplies them.
 const char* isa_for(const char* query, const char* keys);
 
 }  // namespace negmine::cpu

@@ -67,7 +67,7 @@ void logsumexp_window(const LogsumexpParams& p, const int64_t* ranks, int64_t* s
                                     .R = 2,
                                     .ranks = asked.data(),
                                     .pool = p.pool};
-  const int64_t row_bytes = p.D * (p.negative_keys.dtype == Dtype::kFloat32 ? 4 : 2);
+  const int64_t row_bytes = p.D * element_bytes(p.negative_keys.dtype);
   const int64_t stretch = std::max(kRowChunk, kStretchBytes / std::max<int64_t>(row_bytes, 1));
   each_ranking(wanted, parallel, [&](const Block& block, const Selection& selection) {
     std::vector<int64_t> spare;

@@ -28,7 +28,7 @@ struct Tokens {
       for (int64_t i = 0; i < length; ++i) place.push_back(b * p.I + i);
     }
     if (count() == p.B * p.I) return;
-    const int64_t element = p.query.dtype == Dtype::kFloat32 ? 4 : 2;
+    const int64_t element = element_bytes(p.query.dtype);
     copied = make_buffer<char>(count() * p.D * element);
     for (int64_t at = 0; at < count(); ++at) {
       const char* from = static_cast<const char*>(p.query.data) + place[at] * p.query.row_stride * element;

@@ -126,7 +126,8 @@ class Scratch {
     const int64_t part = tiles ? 3 * room_for_part(pairs ? kLanes : std::max(D, kLanes)) : 0;
     const int64_t turned = !tiles ? 0 : (pairs ? 1 : 3) * room_for_part(kChunk) * room_for_mean(D);
     const int64_t weight_parts = tiles && !pairs ? 3 * room_for_part(kChunk) * kLanes : 0;
-    const int64_t widened = negative_keys.dtype == Dtype::kFloat32 ? 0 : kChunk * (D + kTile);
+    const bool in_place = negative_keys.dtype == Dtype::kFloat32 || negative_keys.dtype == Dtype::kCodes;
+    const int64_t widened = in_place ? 0 : kChunk * (D + kTile);
     Room room;
     const auto lay_out = [&] {
       Workspace chunk;

@@ -3,7 +3,7 @@
 hard_negatives.py     mine_hard_negatives: options, plan, loop over batches
 batch_miner.py        one batch: windows of ranks, filters, near duplicates
 scan.py               an exact scan of the corpus through the kernels, chunk by chunk
-bf16_prefilter.py     the same result by way of bf16 products, on processors that have them
+prefilter.py          the same result by way of products of rounded vectors, on processors where these are faster
 index_scan.py         candidates of an approximate index instead of a scan
 sampling.py           which candidates of a window become negatives
 dedup.py              equal rows and near duplicates

@@ -38,7 +38,7 @@ def plan_batches(
     batch = most if batch is None else min(batch, max(1, len(queries)))
     row_bytes = (
         corpus.row_bytes * 3 // 2 + 16 + pair_bytes * batch
-    )  # half as much again for the bf16 copy of bf16_prefilter.py
+    )  # half as much again for the rounded copy of prefilter.py
     most = max(1, min(len(corpus), MAX_ROWS, half // row_bytes))
     chunk = most if chunk is None else min(chunk, max(1, len(corpus)))
     needed = batch * query_bytes + chunk * row_bytes

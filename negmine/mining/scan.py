@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from negmine import reference
-from negmine.mining.bf16_prefilter import Bf16Prefilter
+from negmine.mining.prefilter import Prefilter
 from negmine.mining.row_lists import RowLists
 from negmine.mining.sources import Rows
 from negmine.ops import sort_key
@@ -114,7 +114,7 @@ class Scan:
         np.ndarray | None
     )  # (K,) bool, of the whole corpus: False = a duplicate of a lower row; None = no duplicates are removed
     advance: Callable[[int], object] = lambda chunks: None  # called after each chunk
-    prefilter: Bf16Prefilter = field(default_factory=Bf16Prefilter)
+    prefilter: Prefilter = field(default_factory=Prefilter)
 
     @property
     def num_candidates(self) -> int:

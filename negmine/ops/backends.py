@@ -26,10 +26,12 @@ from negmine.ops import (  # noqa: F401  each declares its op
     maxsim,
     mine_gathered,
     mine_hardest,
+    mine_hardest_codes,
     mix_logsumexp,
     mix_negatives,
     prefix_logsumexp,
     rank_thresholds,
+    round_to_codes,
     softplus_sum,
     softplus_sum_grad_keys,
 )

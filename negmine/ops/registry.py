@@ -10,7 +10,7 @@ table of ops in kernels/README.md. Implementations are registered elsewhere, one
 `negmine_cuda::`, `negmine_triton::`), so that none can replace another: csrc/torch in C++, kernels/triton in Python.
 
     vectors     fp32, bf16 or fp16; the last dimension is contiguous, rows may have any stride
-    fp32, int64, bool, query     the dtype of a tensor; `query` is the dtype of the argument query
+    fp32, int64, uint8, bool, query     the dtype of a tensor; `query` is the dtype of the argument query
     [B, D]      the shape: letters, or for results a Python expression of letters and of arguments
     name?       the tensor may be None
     [K | B, K]  either shape
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 NAMESPACES = ("negmine_cpu", "negmine_cuda", "negmine_triton")
-DTYPES = {"fp32": torch.float32, "int64": torch.int64, "bool": torch.bool}
+DTYPES = {"fp32": torch.float32, "int64": torch.int64, "uint8": torch.uint8, "bool": torch.bool}
 SCALARS = ("int", "float", "bool")
 
 # The arguments that end the list of every op that reads a queue: negmine/ops/pool.py.

@@ -25,6 +25,9 @@ constexpr int64_t kRowChunk = 32;  // rows of one query's own that are scored at
 // Floats that mixing works in: (kRowChunk + 3, D), where a row is rounded up to the widest vector.
 inline int64_t mixing_room(int64_t D) { return (kRowChunk + 3) * (D + 15); }
 
+// Floats that round_to_codes_row works in: a row in whole vectors, and its bytes.
+inline int64_t room_for_codes(int64_t D) { return (D + 15) / 16 * 20; }
+
 // Words of one part of a row (simd/parts.h): pairs of 32 elements of D fill a tile.
 inline int64_t room_for_part(int64_t D) { return (D + 31) / 32 * 16; }
 
@@ -176,6 +179,9 @@ struct Kernels {
   // out (D) = sum over i of weight_i query_{i / M}, for the `count` cells i of `cells`. room (D).
   void (*gathered_grad_keys_row)(const Matrix& query, int64_t D, const int64_t* cells, int64_t count, int64_t M,
                                  const float* weight, float* room, float* out);
+  // codes (D rounded up to a multiple of 4), scale (), norm () and error () of a row. room (room_for_codes(D)).
+  void (*round_to_codes_row)(const Matrix& vectors, int64_t row, int64_t D, float* room, uint8_t* codes, float* scale,
+                             float* norm, float* error);
 };
 
 #if defined(__x86_64__)

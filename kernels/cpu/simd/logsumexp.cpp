@@ -242,7 +242,7 @@ namespace {
 // The elements of every row from `from` on.
 Matrix columns_of(const Matrix& m, int64_t from) {
   Matrix part = m;
-  part.data = static_cast<const char*>(m.data) + from * (m.dtype == Dtype::kFloat32 ? 4 : 2);
+  part.data = static_cast<const char*>(m.data) + from * element_bytes(m.dtype);
   return part;
 }
 

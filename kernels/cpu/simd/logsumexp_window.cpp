@@ -43,9 +43,9 @@ void add_rows(const char* const* rows, const float* x, int64_t count, int64_t D,
 
 float logsumexp_window_row(const Matrix& negative_keys, int64_t D, const int64_t* keys, int64_t size, int64_t ahead,
                            float scale, const float* bias, float shift, float* mean) {
-  const int64_t row_bytes = D * (negative_keys.dtype == Dtype::kFloat32 ? 4 : 2);
+  const int64_t row_bytes = D * element_bytes(negative_keys.dtype);
   const auto row_at = [&](int64_t i) {
-    const int64_t stride = negative_keys.row_stride * (negative_keys.dtype == Dtype::kFloat32 ? 4 : 2);
+    const int64_t stride = negative_keys.row_stride * element_bytes(negative_keys.dtype);
     return static_cast<const char*>(negative_keys.data) + sort_key_index(keys[i]) * stride;
   };
   const auto fetch = [&](int64_t i) {
@@ -78,7 +78,7 @@ float logsumexp_window_row(const Matrix& negative_keys, int64_t D, const int64_t
       case Dtype::kBFloat16:
         add_rows<Dtype::kBFloat16>(rows, x, count, D, mean);
         break;
-      case Dtype::kFloat16:
+      default:
         add_rows<Dtype::kFloat16>(rows, x, count, D, mean);
     }
   }

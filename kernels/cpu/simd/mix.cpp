@@ -142,7 +142,7 @@ struct Mixer {
         return fill<Dtype::kFloat32>(s0, count, mixes);
       case Dtype::kBFloat16:
         return fill<Dtype::kBFloat16>(s0, count, mixes);
-      case Dtype::kFloat16:
+      default:
         return fill<Dtype::kFloat16>(s0, count, mixes);
     }
   }

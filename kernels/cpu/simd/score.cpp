@@ -215,6 +215,103 @@ void transpose_pairs(const Block& block, const Workspace& w, int64_t padded) {
 #endif
 #endif
 
+#if defined(__AVX512F__)
+// Codes (matrix.h) are multiplied as they are, four elements of a row in one step: unsigned bytes of the queue by
+// signed ones of the queries, which are 128 less than their codes, as is each element of the queue less than its byte.
+// So a sum begins with -128 times the sum of the query's.
+
+// sum + the products of four unsigned bytes of each word of a with four signed ones of b. As text, because gcc copies
+// the accumulators of its own function in every step, and because this instruction alone is more than the others here
+// may use: dispatch.cpp asks for it.
+NEGMINE_INLINE void add_products(VI& sum, VI a, VI b) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+
+// Behind a block's words in w.q_t: where the sum of each lane begins, and its scale.
+struct LaneCodes {
+  int32_t* start;  // (kLanes)
+  float* scale;    // (kLanes)
+};
+
+NEGMINE_INLINE LaneCodes lane_codes(const Block& block, const Workspace& w) {
+  float* behind = w.q_t + block.D / 4 * kPanel;
+  return {reinterpret_cast<int32_t*>(behind), behind + kLanes};
+}
+
+// The block's queries in words of four, w.q_t (D / 4, kPanel), zeros in the lanes behind them.
+void transpose_codes(const Block& block, const Workspace& w, int64_t padded) {
+  static_assert(kPanel == kLanes);
+  const LaneCodes lanes = lane_codes(block, w);
+  const uint8_t* first = static_cast<const uint8_t*>(block.query.data) + block.first_query * block.query.row_stride;
+  for (int64_t lane = 0; lane < padded; ++lane) {
+    const uint8_t* q = first + lane * block.query.row_stride;
+    int32_t total = 0;
+    for (int64_t t = 0; t < block.D / 4; ++t) {
+      uint32_t word = 0x80808080u;
+      if (lane < block.lanes) std::memcpy(&word, q + 4 * t, sizeof word);
+      word ^= 0x80808080u;
+      for (int i = 0; i < 4; ++i) total += static_cast<int8_t>(word >> 8 * i & 0xFF);
+      w.q_t[t * kPanel + lane] = float_of(word);
+    }
+    lanes.start[lane] = -128 * total;
+    lanes.scale[lane] = lane < block.lanes ? block.query.scale[block.first_query + lane] : 0.0f;
+  }
+}
+
+// out (kTall, kVec * kWidth) = scales of rows and lanes times a (kTall, T) x b (T, kPanel).
+template <int kTall, int kVec>
+NEGMINE_INLINE void multiply_codes_tile(const float* const* a, const float* b, int64_t T, const LaneCodes& lanes,
+                                        const float* row_scale, float* out, const Ahead& ahead) {
+  VI acc[kTall][kVec];
+  for (int r = 0; r < kTall; ++r) {
+    for (int v = 0; v < kVec; ++v) acc[r][v] = load(lanes.start + v * kWidth);
+  }
+  for (int64_t line = 0; line < T; line += kLine) {
+    const int64_t end = T - line < kLine ? T : line + kLine;
+    ask_for(ahead, line);
+    for (int64_t t = line; t < end; ++t) {
+      VI column[kVec];
+      for (int v = 0; v < kVec; ++v) column[v] = (VI)load(b + t * kPanel + v * kWidth);
+      for (int r = 0; r < kTall; ++r) {
+        const VI x = (VI)all(word_of(a[r], t));
+        for (int v = 0; v < kVec; ++v) add_products(acc[r][v], x, column[v]);
+      }
+    }
+  }
+  for (int r = 0; r < kTall; ++r) {
+    for (int v = 0; v < kVec; ++v) {
+      const V sum = (V)_mm512_maskz_cvtepi32_ps(0xFFFF, (__m512i)acc[r][v]);
+      store(out + r * kLanes + v * kWidth, sum * (row_scale[r] * load(lanes.scale + v * kWidth)));
+    }
+  }
+}
+
+template <int kVec>
+void multiply_codes_panel(const Block& block, const Workspace& w, int64_t first, int64_t count, const Ahead& ahead) {
+  const LaneCodes lanes = lane_codes(block, w);
+  for (int64_t row = 0; row < count; row += kRows) {
+    float scale[kRows];
+    for (int64_t r = 0; r < kRows; ++r) {
+      scale[r] = row + r < count ? block.negative_keys.scale[w.index[row + r]] : 0.0f;
+    }
+    multiply_codes_tile<kRows, kVec>(w.rows + first + row, w.q_t, block.D / 4, lanes, scale, w.tile + row * kLanes,
+                                     part_of(ahead, row, kRows));
+  }
+}
+
+// score_rows() of codes.
+void score_codes(const Block& block, const Workspace& w, int64_t first, int64_t count, const Ahead& ahead) {
+  switch (vectors_of(block)) {
+    case 1:
+      return multiply_codes_panel<1>(block, w, first, count, ahead);
+    case 2:
+      return multiply_codes_panel<2>(block, w, first, count, ahead);
+    case 3:
+      return multiply_codes_panel<3>(block, w, first, count, ahead);
+    default:
+      return multiply_codes_panel<4>(block, w, first, count, ahead);
+  }
+}
+#endif
+
 }  // namespace
 
 __attribute__((noinline)) void multiply(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors,
@@ -230,7 +327,7 @@ __attribute__((noinline)) void multiply(const float* const* a, int64_t rows, con
 Ahead ahead_of(const Block& block, const Workspace& w, const Chunk& chunk) {
   if (chunk.count == 0) return {};
   const Matrix& keys = block.negative_keys;
-  const int64_t element = keys.dtype == Dtype::kFloat32 ? 4 : 2, next = w.index[chunk.count - 1] + 1;
+  const int64_t element = element_bytes(keys.dtype), next = w.index[chunk.count - 1] + 1;
   const int64_t left = block.k_end - next, most = chunk_rows(block);
   return {.first = static_cast<const char*>(keys.data) + next * keys.row_stride * element,
           .rows = left < most ? left : most,
@@ -241,6 +338,9 @@ Ahead ahead_of(const Block& block, const Workspace& w, const Chunk& chunk) {
 void score_rows(const Block& block, const Workspace& w, [[maybe_unused]] const Chunk& chunk, int64_t first,
                 int64_t count, const Ahead& ahead) {
   if (count == 0) return;
+#if defined(__AVX512F__)
+  if (in_codes(block)) return score_codes(block, w, first, count, ahead);
+#endif
 #if defined(NEGMINE_TILES)
   if (!in_pairs(block)) return score_in_parts(block, w, chunk, first, count, ahead);
   const Operand left{chunk.left + first * chunk.stride, chunk.stride};
@@ -255,6 +355,12 @@ void score_rows(const Block& block, const Workspace& w, [[maybe_unused]] const C
 void begin_block(const Block& block, const Workspace& w) {
   const int64_t D = block.D, padded = static_cast<int64_t>(vectors_of(block)) * kWidth;
   for (int64_t d = 0; d < (D > kLanes ? D : kLanes); ++d) w.zeros[d] = 0.0f;
+#if defined(__AVX512F__)
+  if (in_codes(block)) {
+    transpose_codes(block, w, padded);
+    return begin_pool(block, w);
+  }
+#endif
 #if defined(NEGMINE_PAIRS)
   if (in_pairs(block)) transpose_pairs(block, w, padded);
 #endif
@@ -277,6 +383,11 @@ void load_rows(const Block& block, const Workspace& w, Chunk& chunk) {
   if (in_pairs(block)) return place_pairs(block, w, chunk);
 #endif
   for (int64_t j = 0; j < chunk.count; ++j) {
+    if (in_codes(block)) {
+      const uint8_t* first = static_cast<const uint8_t*>(block.negative_keys.data);
+      w.rows[j] = reinterpret_cast<const float*>(first + w.index[j] * block.negative_keys.row_stride);
+      continue;
+    }
 #if defined(NEGMINE_PAIRS) && !defined(NEGMINE_TILES)
     if (in_pairs(block)) {
       w.rows[j] = pair_row(block.negative_keys, w.index[j], block.D, w.padded + j * (block.D + 3));

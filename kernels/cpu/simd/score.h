@@ -18,8 +18,18 @@ NEGMINE_INLINE bool in_pairs([[maybe_unused]] const Block& block) {
 #endif
 }
 
+// Whether rows are codes (matrix.h), four of them a word.
+NEGMINE_INLINE bool in_codes([[maybe_unused]] const Block& block) {
+#if defined(__AVX512F__)
+  return block.negative_keys.dtype == Dtype::kCodes;
+#else
+  return false;
+#endif
+}
+
 // Rows of a chunk: fewer where D is large, so that the chunk stays in the second-level cache.
 NEGMINE_INLINE int64_t chunk_rows(const Block& block) {
+  if (in_codes(block)) return block.D <= 1024 ? 126 : 60;
 #if defined(__AMX_BF16__)
   return block.D <= 256 ? kChunk : block.D <= 512 ? 64 : 32;  // pairs of tiles of 16
 #else

@@ -23,6 +23,7 @@ void mix_logsumexp_row(const Matrix&, const Matrix&, int64_t, const Draws&, int6
 void gathered_logsumexp_row(const Matrix&, const Matrix&, int64_t, const int64_t*, int64_t, int64_t, float, float*,
                             float*, float*, float*);
 void gathered_grad_keys_row(const Matrix&, int64_t, const int64_t*, int64_t, int64_t, const float*, float*, float*);
+void round_to_codes_row(const Matrix&, int64_t, int64_t, float*, uint8_t*, float*, float*, float*);
 
 extern const Kernels kKernels = {
     NEGMINE_TEXT(NEGMINE_SIMD),
@@ -47,6 +48,7 @@ extern const Kernels kKernels = {
     mix_logsumexp_row,
     gathered_logsumexp_row,
     gathered_grad_keys_row,
+    round_to_codes_row,
 };
 
 }  // namespace negmine::cpu::NEGMINE_SIMD
