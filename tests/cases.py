@@ -22,7 +22,7 @@ SHAPES = [
 INTERPRETED_SHAPES = [  # the same reasons, in as few tiles as they take
     *SHAPES[:4],
     (17, 70, 16, 40),
-    (4, 66, 34, 8),
+    (4, 66, 66, 8),
 ]
 WIDE_SHAPES = [  # too slow for an interpreter
     (65, 1000, 16, 100),  # B past a block of 64 queries

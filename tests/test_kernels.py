@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import negmine
-from negmine import Mix, Select, Weight, reference
+from negmine import Mix, Negatives, Select, Weight, reference
 from negmine.ops import backends, sort_key
 from tests import compare
 from tests.cases import DTYPES, MASKS, dense_mask, masks, negatives, pool_of, shapes_for, tags, unit, whole
-from tests.conftest import device_of, skip_what_the_interpreter_repeats
+from tests.conftest import device_of, interpreted, skip_what_the_interpreter_repeats
 
 
 def each_shape(backend):
@@ -122,6 +122,8 @@ SELECTS = [
 @pytest.mark.parametrize("select", SELECTS, ids=repr)
 def test_windows_keep_exactly_what_they_say(backend, select):
     """Integer vectors tie all over: a window bound by score alone would keep too many."""
+    if interpreted(backend) and select in SELECTS[2:6]:
+        pytest.skip("triton: interpreted, where other windows say it: their kernels are the same")
     for B, K, D, N, device, seed in each_shape(backend):
         q, pos = whole(B, D, device=device, seed=seed), whole(B, D, device=device, seed=seed + 2)
         keys = whole(K, D, device=device, seed=seed + 1)
@@ -186,7 +188,7 @@ def gradients(loss, leaves):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options, kind", LOSSES, ids=lambda v: v if isinstance(v, str) else ",".join(v) or "plain")
 def test_loss_and_every_gradient(backend, options, kind, dtype):
-    skip_what_the_interpreter_repeats(backend, dtype)
+    skip_what_the_interpreter_repeats(backend, dtype, kind)
     options = {"temperature": 0.2, **options}
     keywords = {name: value for name, value in options.items() if name != "temperature"}
     names = ("query", "positive_key", "negative_keys", "temperature")
@@ -245,6 +247,18 @@ def test_mixed_vectors_have_the_same_draws_everywhere(backend, mix, dtype):
             compare.rounded(f"coefficients {B, K, D}", got.coefficients, truth[2], truth[2].float())
             if dtype == torch.float32:  # coefficients rounded to a shorter storage would be another mix
                 compare.rounded(f"vectors {B, K, D}", got.vectors, truth[0], plain[0])
+
+
+def test_hidden_keys_have_no_gradient_whatever_a_query_holds(backend):
+    """Those that a mask hides from every query, next to others and a whole tile of them; the others' gradients are NaN."""
+    device = device_of(backend)
+    q, keys = unit(3, 7, device=device), unit(64, 7, device=device, seed=1)
+    q[1, 2] = torch.nan
+    mask = torch.arange(64, device=device) < 20
+    for function in negmine.logsumexp, negmine.losses.softplus_sum:
+        leaf = keys.clone().requires_grad_()
+        function(q, Negatives(leaf, mask=mask), backend=backend).sum().backward()
+        assert not leaf.grad[~mask].any() and bool(leaf.grad[mask].isnan().all())
 
 
 def test_mixed_storage(backend):

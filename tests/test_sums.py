@@ -31,9 +31,7 @@ B, K, D = 4, 60, 6
 @pytest.mark.parametrize("options, kind", CASES, ids=lambda v: v if isinstance(v, str) else ",".join(v) or "plain")
 @pytest.mark.parametrize("op", NUMBERS)
 def test_value_and_every_gradient(backend, op, options, kind, dtype):
-    skip_what_the_interpreter_repeats(backend, dtype)
-    if interpreted(backend) and dtype != torch.float32 and kind != "none":
-        pytest.skip("triton: interpreted, where storage is widened on load, whatever the pool")
+    skip_what_the_interpreter_repeats(backend, dtype, kind)
     for rows, columns, width, _, device, seed in each_shape(backend):
         q, pos, keys = (
             unit(n, width, dtype=dtype, device=device, seed=seed + i) for i, n in enumerate((rows, rows, columns))

@@ -12,8 +12,9 @@ from negmine.ops import registry, sort_key, triton_ops
 from negmine.ops.pool import Pool
 from negmine.options import beta_quantiles
 from tests import compare
-from tests.cases import DTYPES, ids, negatives, tags, unit
+from tests.cases import DTYPES, dense_mask, ids, masks, negatives, pool_of, tags, unit, whole
 from tests.conftest import DEVICE, _reason_not_here, interpreted, skip_what_the_interpreter_repeats
+from tests.queues import queue
 
 pytestmark = pytest.mark.skipif(bool(_reason_not_here("triton")), reason=_reason_not_here("triton") or "-")
 B, K, D = 5, 70, 8
@@ -92,11 +93,12 @@ def test_what_does_not_go_together_is_refused():
 
 @pytest.mark.parametrize("rows", [0, 33, K])
 def test_rows_past_num_rows_are_not_there(rows):
-    """As of a queue cut there; what lies behind holds NaN."""
+    """As of a queue cut there; what lies behind holds NaN, and so does a query, which gives those rows no gradient."""
     for op, calls in arguments().items():
         if not registry.OPS[op].takes_pool:
             continue
         for args in calls:
+            args[0][2, 3] = torch.nan
             names = [value.name for value in registry.OPS[op].arguments]
             at = names.index("negative_keys")
             keys = args[at].clone()
@@ -110,7 +112,7 @@ def test_rows_past_num_rows_are_not_there(rows):
                 if other.shape != one.shape:  # gradients of keys
                     assert bool((one[rows:] == 0).all())
                     one = one[:rows]
-                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=op)
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, equal_nan=True, msg=op)
 
 
 def test_a_step_of_info_nce_is_its_parts():
@@ -218,7 +220,7 @@ def test_a_score_is_the_same_bits_in_every_op(dtype, width):
             assert int(touched.sum()) == rank + 1
 
 
-def test_ranks_at_both_ends_need_no_exact_search(monkeypatch):
+def test_no_rank_of_smooth_scores_needs_an_exact_search(monkeypatch):
     """Regression: the last rank's bracket was empty, for want of sampled keys beyond it: quantile(0) took the slow way."""
     module = importlib.import_module(
         "negmine.kernels.triton.rank_thresholds"
@@ -227,13 +229,60 @@ def test_ranks_at_both_ends_need_no_exact_search(monkeypatch):
     monkeypatch.setattr(
         module, "find_missing", lambda q, keys, missing, *rest: failed.append(int((missing >= 0).sum()))
     )
-    q, keys = unit(16, 16, device=DEVICE), unit(1500 if interpreted("triton") else 20_001, 16, device=DEVICE, seed=1)
+    q, keys = unit(16, 16, device=DEVICE), unit(700 if interpreted("triton") else 20_001, 16, device=DEVICE, seed=1)
     last = len(keys) - 1
-    ranks = torch.tensor([[0, 1, last - 20, last - 1, last]] * 16, device=DEVICE)
+    ranks = torch.tensor([[0, 1, last // 9, last // 2, last - 20, last - 1, last]] * 16, device=DEVICE)
     got = sort_key.unpack(launchers()["rank_thresholds"](q, keys, ranks, *Pool()))[0]
     ends = torch.stack((q @ keys.T).aminmax(dim=1)[::-1], 1)  # (B, 2)
     torch.testing.assert_close(got[:, [0, -1]], ends, rtol=0, atol=1e-6)
     assert failed and sum(failed) == 0
+
+
+@pytest.mark.parametrize(("kind", "room"), [("easy between samples", 1000), ("hard between samples", 6)])
+def test_what_a_sample_misjudges_is_found_exactly(kind, room, monkeypatch):
+    """Cuts that keep too little, and buffers that overflow: the hardest, and the keys at ranks. A row fills one buffer."""
+    from negmine.kernels.triton import exact_search, tiles
+    from negmine.kernels.triton.launch import capability
+
+    failed, plan = [], tiles.scan_plan
+
+    def find(q, keys, missing, *rest):
+        failed.append(int((missing >= 0).sum()))
+        exact_search.find_missing(q, keys, missing, *rest)
+
+    def smaller(*shape):
+        return plan(*shape)._replace(capacity=min(room, plan(*shape).capacity))
+
+    for name in "mine_hardest", "rank_thresholds":
+        monkeypatch.setattr(importlib.import_module(f"negmine.kernels.triton.{name}"), "find_missing", find)
+    monkeypatch.setattr(tiles, "scan_plan", smaller)
+    rows, columns, N = (14, 150, 20) if interpreted("triton") else (130, 20_000, 40)
+    sample = tiles.sample_size(columns, 16, capability(torch.device(DEVICE)))
+    q = whole(rows, 8, device=DEVICE).abs() + 1
+    keys = queue(kind, columns, 8, sample, lambda K, size: torch.arange(size) * K // size).to(DEVICE)
+    given = masks("pairs", rows, columns, DEVICE)
+    given["negative_mask"][3] = torch.tensor([k % 8 < 2 and k in (*range(32), *range(64, 96)) for k in range(columns)])
+    scores, index = reference.mine_hardest(q, keys, columns, dense_mask(q, keys, given))
+    got = launchers()["mine_hardest"](q, keys, N, False, *pool_of(q, keys, given))
+    compare.exact("scores", got[0], scores[:, :N])
+    compare.exact("index", got[1], index[:, :N])
+    ranks = torch.tensor([[N, columns // 3]] * rows, device=DEVICE)
+    want = sort_key.pack(scores, index).masked_fill(index < 0, sort_key.NOWHERE).gather(1, ranks)
+    compare.exact("ranks", launchers()["rank_thresholds"](q, keys, ranks, *pool_of(q, keys, given)), want)
+    assert all(failed)
+
+
+def test_a_certificate_needs_N_found_and_no_full_buffer():
+    """Rows of 40 buffers with room for 5: N found; one fewer; one too many in the first buffer, or in the last; no cut; both."""
+    from negmine.kernels.triton.certificate import certificate
+    from negmine.kernels.triton.scan import Survivors
+
+    N, found = 40, torch.ones(6, 40, dtype=torch.int32, device=DEVICE)
+    found[0, 0], found[0, 1:5], found[1, 7] = 5, 0, 0
+    found[2, 0], found[3, 39], found[4], found[5, 0] = 6, 6, 0, 6
+    cut = torch.tensor([0.0, 0.0, 0.0, 0.0, -torch.inf, -torch.inf], device=DEVICE)[:, None]
+    missing = certificate(Survivors(found, found, None, 5), cut, N)
+    assert missing.tolist() == [[-1], [N - 1], [N - 1], [N - 1], [-1], [N - 1]]
 
 
 @pytest.mark.parametrize("count", [2, 3, 70], ids=lambda R: f"{R} ranks")
