@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import negmine
 from negmine import MoCoQueue, Negatives, Select, Weight
 from negmine.losses import matryoshka
+from negmine.ops.pool import Pool
 from tests import compare
 from tests.cases import unit, whole
 from tests.conftest import device_of
@@ -139,6 +140,18 @@ def test_any_select_keeps_what_it_keeps_at_the_widest(select):
     want = sum(negmine.info_nce(q[:, :w], positive[:, :w], Negatives(keys[:, :w], mask=mask)) for w in (3, 8))
     got = matryoshka(q, positive, keys, widths=(3, 8), select=select, step=3)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+
+
+def test_queries_of_a_long_batch_are_the_queries_alone():
+    """More blocks of queries than the threads take at once, each of which adds up its parts of the queue as it goes."""
+    q, keys = unit(1100, D), unit(K, D, seed=1)
+
+    def sums(query):
+        widths, scale = torch.tensor(WIDTHS), torch.tensor(5.0)
+        return torch.ops.negmine_cpu.prefix_logsumexp(query, keys, widths, scale, True, *Pool())[:2]
+
+    for got, want in zip(sums(q), sums(q[1000:1064]), strict=True):
+        compare.exact("rows", got[:, 1000:1064], want)
 
 
 def test_one_width_is_info_nce_and_a_frozen_queue_may_move_on():

@@ -266,7 +266,7 @@ def test_what_a_sample_misjudges_is_found_exactly(kind, room, monkeypatch):
     got = launchers()["mine_hardest"](q, keys, N, False, *pool_of(q, keys, given))
     compare.exact("scores", got[0], scores[:, :N])
     compare.exact("index", got[1], index[:, :N])
-    ranks = torch.tensor([[N, columns // 3]] * rows, device=DEVICE)
+    ranks = torch.tensor([[N, columns // 2]] * rows, device=DEVICE)
     want = sort_key.pack(scores, index).masked_fill(index < 0, sort_key.NOWHERE).gather(1, ranks)
     compare.exact("ranks", launchers()["rank_thresholds"](q, keys, ranks, *pool_of(q, keys, given)), want)
     assert all(failed)
