@@ -82,7 +82,7 @@ def table(monkeypatch):
     ran = []
     monkeypatch.setattr(backends, "_chosen", {})  # answers of the real table are no answers of this one
 
-    def install(asked_only):
+    def install(by_name_only):
         cpu = next(row for row in backends.BACKENDS if row.name == "cpu").functions
 
         def noted(name, op):
@@ -95,7 +95,7 @@ def table(monkeypatch):
         held, everything = ({op: noted(name, op) for op in ops} for name, ops in (("cuda", HELD), ("triton", cpu)))
         limits = {"mine_hardest": short, "logsumexp": summing, "logsumexp_grad_keys": narrow}
         rows = (
-            Backend("cuda", "cpu", held, asked_only=frozenset(asked_only), limits=limits),
+            Backend("cuda", "cpu", held, by_name_only=frozenset(by_name_only), limits=limits),
             Backend("triton", "cpu", everything),
         )
         monkeypatch.setattr(backends, "BACKENDS", rows)
@@ -246,13 +246,13 @@ def test_a_loss_that_the_cuda_backend_lacks_a_kernel_for_is_refused_in_words(tab
 def test_the_reason_names_an_op_that_waits_to_be_asked():
     cuda = next(row for row in backends.BACKENDS if row.name == "cuda")
     rows = (
-        Backend("cuda", "cuda", {"mine_hardest": min}, asked_only=frozenset({"mine_hardest"})),
+        Backend("cuda", "cuda", {"mine_hardest": min}, by_name_only=frozenset({"mine_hardest"})),
         *backends.BACKENDS[1:],
     )
-    assert cuda.asked_only == set(cuda.functions) - backends.CUDA_UNASKED
+    assert cuda.by_name_only == set(cuda.functions) - backends.CUDA_BY_DEFAULT
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "BACKENDS", rows)
-        assert "cuda runs mine_hardest only where it is asked for by name" in backends.explain("mine_hardest", "cuda")
+        assert "cuda runs mine_hardest only if it is requested by name" in backends.explain("mine_hardest", "cuda")
 
 
 @pytest.mark.parametrize("capability, runs", [((7, 5), False), ((8, 0), True), ((12, 0), True)])
@@ -290,6 +290,7 @@ def test_a_bias_or_a_guide_of_shared_keys_goes_to_a_backend_that_takes_it(monkey
     for given, want in (("", min), (extra, max)):
         assert backends._choose("f", ("count_negatives",), None, *rest, given).count_negatives is want
     with pytest.raises(
-        BackendUnavailable, match=rf"^f: backend 'cuda' takes no {extra} of shared keys; cpu and triton do$"
+        BackendUnavailable,
+        match=rf"^f: backend 'cuda' does not support a {extra} of shared keys; 'cpu' and 'triton' do$",
     ):
         backends._choose("f", ("count_negatives",), "cuda", *rest, extra)

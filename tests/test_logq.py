@@ -142,5 +142,7 @@ def test_refusals():
         recipes.gist()(query, positive, guided, guide_query=query, guide_positive=positive, guide_keys=keys)
     with pytest.raises(ValueError, match=r"FrequencyEstimator: alpha must be a number in \(0, 1\], got 2.0"):
         FrequencyEstimator(8, alpha=2.0)
-    with pytest.raises(ValueError, match=r"FrequencyEstimator: ids must be whole numbers of shape \(n,\), got float32"):
+    with pytest.raises(
+        ValueError, match=r"FrequencyEstimator: ids must be an integer tensor of shape \(n,\), got float32"
+    ):
         FrequencyEstimator(8).update(torch.zeros(3))

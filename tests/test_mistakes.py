@@ -34,7 +34,7 @@ MISTAKES = {
     "another reduction": (lambda: loss(reduction="avg"), "reduction must be 'mean' or 'sum' or 'none'"),
     "labels as floats": (
         lambda: negmine.sup_con(q, k, torch.zeros(B), torch.zeros(K)),
-        "sup_con: query_labels must be a tensor of whole numbers",
+        "sup_con: query_labels must be an integer tensor",
     ),
     "no labels": (
         lambda: negmine.sup_con(q, k),
@@ -45,10 +45,10 @@ MISTAKES = {
         lambda: MoCoQueue(D, K).enqueue(torch.randn(B, 16)),
         "MoCoQueue.enqueue: keys must be of shape (B, D) with the queue's D = 8",
     ),
-    "ids into a queue without": (lambda: MoCoQueue(D, K).enqueue(p, ids=ids), "made without with_ids=True"),
+    "ids into a queue without": (lambda: MoCoQueue(D, K).enqueue(p, ids=ids), "created without with_ids=True"),
     "ids of queries, none of the queue": (
         lambda: loss(negatives=MoCoQueue(D, K), query_ids=ids),
-        "query_ids must be None, for a queue made without with_ids=True",
+        "query_ids must be None, because the queue was created without with_ids=True",
     ),
     "ids of queries, none of the keys": (lambda: loss(query_ids=ids), "as in Negatives(keys, ids=...), got None"),
     "a queue of whole numbers": (lambda: MoCoQueue(D, K, dtype=torch.int8), "dtype must be a floating torch.dtype"),

@@ -383,7 +383,7 @@ def test_two_pools_compile_into_one_graph(options):
 
 q, k = unit(3, 4), unit(7, 4)
 REFUSALS = [
-    ([], ValueError, r"info_nce: negative_keys must be a list of one pool or more, got \[\]"),
+    ([], ValueError, r"info_nce: negative_keys must be a list of at least one pool, got \[\]"),
     ([k, [k]], TypeError, r"info_nce: negative_keys\[1\] must be one pool, got 'list'"),
     ([k, k[:, :2]], ValueError, r"info_nce: negative_keys\[1\] must be of shape \(K, D\)"),
     ([k, "x"], TypeError, r"info_nce: negative_keys\[1\] must be a tensor, a MoCoQueue, a Negatives"),
@@ -393,7 +393,7 @@ REFUSALS = [
     (Negatives(k, bias=torch.ones(7).long()), ValueError, r"negative_keys.bias must be a floating tensor of shape \(7,\)"),
     (Negatives(k[None].expand(3, -1, -1), bias=torch.ones(7)), ValueError, r"bias must be a floating tensor of shape \(3, 7\)"),
     (Negatives(k, guide=Guide(k, k, k)), ValueError, r"negative_keys.guide.query must be of shape \(B, G\) with query's B = 3"),
-    (Negatives(k, guide=Guide(q, q, q)), ValueError, r"negative_keys.guide.keys must be of shape \(7, 4\), a row for each key"),
+    (Negatives(k, guide=Guide(q, q, q)), ValueError, r"negative_keys.guide.keys must be of shape \(7, 4\), one row for each key"),
     (Negatives(k, guide=Guide(q, q, None)), TypeError, r"negative_keys.guide.keys must be a tensor, got None"),
 ]  # fmt: skip
 
@@ -406,11 +406,15 @@ def test_pools_are_refused_in_words(given, error, words):
 
 def test_what_a_function_does_not_read_is_refused():
     ids = torch.arange(3)
-    with pytest.raises(ValueError, match="query_ids must be None, for no pool of negative_keys has ids"):
+    with pytest.raises(ValueError, match="query_ids must be None, because no pool of negative_keys has ids"):
         negmine.info_nce(q, q, [k, k], query_ids=ids)
-    with pytest.raises(ValueError, match=r"siglip: negative_keys\[1\].mix must be None, for siglip takes none"):
+    with pytest.raises(
+        ValueError, match=r"siglip: negative_keys\[1\].mix must be None, because siglip has no option mix"
+    ):
         negmine.siglip(q, q, [k, Negatives(k, mix=Mix())])
-    with pytest.raises(ValueError, match=r"logsumexp: negative_keys\.weight must be None, for logsumexp takes none"):
+    with pytest.raises(
+        ValueError, match=r"logsumexp: negative_keys\.weight must be None, because logsumexp has no option weight"
+    ):
         negmine.logsumexp(q, Negatives(k, weight=Weight()))
     with pytest.raises(ValueError, match=r"quantile: negative_keys\.select must be None"):
         negmine.quantile(q, Negatives(k, select=Select()), 0.5)

@@ -136,7 +136,7 @@ BAD = {
     ),
     "3a enqueue, sharded: labels": (
         lambda bad: sharded_queue().enqueue(unit(2, D), labels=torch.arange(2 + bad)),
-        "labels must be whole numbers of shape (2,)",
+        "labels must be an integer tensor of shape (2,)",
     ),
     "3a mining: no negatives": (lambda bad: mine(bad, num_negatives=0), "num_negatives must be an int of 1 or more"),
     "3a mining: resume_dir": (lambda bad: mine(bad, resume_dir="run"), None),
@@ -156,7 +156,7 @@ BAD = {
     ),
     "3a SigLIPLoss: ids": (
         lambda bad: paired(negmine.SigLIPLoss(**GATHER), bad, query_ids=torch.arange(B + 1)),
-        "query_ids must be whole numbers",
+        "query_ids must be an integer tensor",
     ),
     "3a SupConLoss: keys": (
         lambda bad: labelled(negmine.SupConLoss(**GATHER), bad, keys=None),
@@ -164,7 +164,7 @@ BAD = {
     ),
     "3a TripletLoss: labels": (
         lambda bad: labelled(negmine.TripletLoss(**GATHER), bad, key_labels=torch.ones(B)),
-        "key_labels must be whole numbers",
+        "key_labels must be an integer tensor",
     ),
     "3a MultiSimilarityLoss: labels": (  # seen only once the keys are gathered
         lambda bad: labelled(negmine.MultiSimilarityLoss(**GATHER), bad, query_labels=torch.arange(B + 1)),

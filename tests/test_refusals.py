@@ -63,7 +63,7 @@ REFUSALS = [
         TypeError,
         "negative_keys must be a tensor, a MoCoQueue, a Negatives, or None for in-batch negatives, got 'dict'",
     ),
-    (mine(negatives=None), ValueError, "negative_keys must be given where there is no positive_key, got None"),
+    (mine(negatives=None), ValueError, "negative_keys must be given if there is no positive_key, got None"),
     # scalars
     (loss(temperature=0), ValueError, "temperature must be a number above 0 or a 0-d floating tensor, got 0"),
     (loss(temperature=-1.0), ValueError, "temperature must be a number above 0"),
@@ -120,7 +120,7 @@ REFUSALS = [
     (
         loss(query_ids=ids_b.float(), negatives=own(ids=ids_k)),
         TypeError,
-        "query_ids must be a tensor of whole numbers",
+        "query_ids must be an integer tensor",
     ),
     (loss(query_ids=ids_k, negatives=own(ids=ids_k)), ValueError, "query_ids must be of shape (3,)"),
     (loss(query_ids=ids_b, negatives=own(ids=ids_b)), ValueError, "negative_keys.ids must be of shape (7,)"),
@@ -146,7 +146,7 @@ REFUSALS = [
     (
         loss(negatives=MoCoQueue(D, K), query_ids=ids_b),
         ValueError,
-        "query_ids must be None, for a queue made without with_ids=True",
+        "query_ids must be None, because the queue was created without with_ids=True",
     ),
     # what single functions want
     (
@@ -225,11 +225,11 @@ REFUSALS = [
     (option(MoCoQueue, 4, 8, with_ids=1), TypeError, "with_ids must be True or False"),
     (enqueue(torch.zeros(2, D + 1)), ValueError, "keys must be of shape (B, D) with the queue's D = 4"),
     (enqueue(torch.zeros(2, D).long()), TypeError, "keys must be a floating tensor"),
-    (enqueue(torch.zeros(2, D), ids=torch.zeros(3).long()), ValueError, "ids must be whole numbers of shape (2,)"),
+    (enqueue(torch.zeros(2, D), ids=torch.zeros(3).long()), ValueError, "ids must be an integer tensor of shape (2,)"),
     (
         enqueue(torch.zeros(2, D), labels=torch.zeros(2).long()),
         ValueError,
-        "labels must be None, for a queue made without with_labels=True",
+        "labels must be None, because the queue was created without with_labels=True",
     ),
 ]
 

@@ -265,7 +265,7 @@ def test_what_a_sharded_queue_refuses():
         (ValueError, "K must be at most 4294967295", lambda: ShardedMoCoQueue(D, 2**32)),
         (
             ValueError,
-            "query_ids must be None, for a queue made without",
+            "query_ids must be None, because the queue was created without",
             lambda: queue.info_nce(q, q, query_ids=torch.ones(3)),
         ),
         (ValueError, "select must be without sample", lambda: queue.info_nce(q, q, select=Select(sample=3))),

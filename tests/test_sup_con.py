@@ -157,7 +157,7 @@ REFUSALS = [
     ((q0, k0, None, lk), {}, TypeError, "query_labels must be given, or positive_mask or"),
     ((q0, k0, lb, None), {}, TypeError, "key_labels must be given, or positive_mask or"),
     ((q0, k0, lb, lb), {}, ValueError, "key_labels must be of shape (7,)"),
-    ((q0, k0, lb.float(), lk), {}, TypeError, "query_labels must be a tensor of whole numbers"),
+    ((q0, k0, lb.float(), lk), {}, TypeError, "query_labels must be an integer tensor"),
     ((q0, k0, lb, lk), {"positives": "both"}, ValueError, "positives must be 'out' or 'in', got 'both'"),
     (
         (q0, k0, lb, lk),
@@ -327,7 +327,11 @@ def test_pools_that_are_refused():
     for pools, options, words in [
         ([keys], {}, "keys[0].labels must be given together with query_labels"),
         ([negmine.Negatives(keys, labels=tags)], {"key_mask": tags > 0}, "key_mask must be None where keys are pools"),
-        (negmine.Negatives(keys, labels=tags, bias=tags.float()), {}, "keys.bias must be None, for sup_con takes none"),
+        (
+            negmine.Negatives(keys, labels=tags, bias=tags.float()),
+            {},
+            "keys.bias must be None, because sup_con has no option bias",
+        ),
         (
             [negmine.Negatives(keys, labels=tags), None],
             {},
@@ -336,9 +340,9 @@ def test_pools_that_are_refused():
         (
             negmine.Negatives(keys, labels=tags),
             {"query_ids": tags[:3]},
-            "query_ids must be None, for no pool of keys has ids",
+            "query_ids must be None, because no pool of keys has ids",
         ),
-        ([], {}, "keys must be a list of one pool or more"),
+        ([], {}, "keys must be a list of at least one pool"),
     ]:
         with pytest.raises(ValueError, match=re.escape(words)):
             negmine.sup_con(q, pools, tags[:3], **options)

@@ -37,7 +37,7 @@ def require_labels(op: str, name: str, labels: Any, rows: Tensor) -> None:
     """Raise an error unless labels are whole numbers, one per row."""
     checks.require_tensor(op, name, labels, rows)
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != rows.shape[:1]:
-        raise checks.refuse(op, name, f"whole numbers of shape ({len(rows)},)", labels)
+        raise checks.refuse(op, name, f"an integer tensor of shape ({len(rows)},)", labels)
 
 
 class NegmineMiner(ScheduledLoss):

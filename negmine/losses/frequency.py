@@ -83,7 +83,7 @@ class FrequencyEstimator(nn.Module):
         """The bucket (num_hashes, n) of each of ids (n,) under each hash function."""
         checks.require_tensor("FrequencyEstimator", "ids", ids, self.interval)
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() != 1:
-            raise checks.refuse("FrequencyEstimator", "ids", "whole numbers of shape (n,)", ids)
+            raise checks.refuse("FrequencyEstimator", "ids", "an integer tensor of shape (n,)", ids)
         number = torch.arange(self.num_hashes, device=ids.device)
         word = philox.words(ids.long(), number, philox.STREAM_HASH, self.seed, 0)[0]  # (n, num_hashes)
         bucket = philox.below(word, torch.full_like(word, self.num_buckets))

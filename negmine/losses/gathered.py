@@ -225,7 +225,7 @@ def _require_tags(op: str, name: str, given: Any, like: Tensor, shape: tuple[int
         return
     checks.require_tensor(op, name, given, like)
     if given.is_floating_point() or given.dtype == torch.bool or tuple(given.shape) != shape:
-        raise checks.refuse(op, name, f"whole numbers of shape {shape}", given)
+        raise checks.refuse(op, name, f"an integer tensor of shape {shape}", given)
 
 
 def _distinct(ids: Tensor, own: Tensor) -> Tensor:

@@ -274,7 +274,7 @@ def _checked(
     if given.keys is not None:
         _require_tokens(op, "negative_keys", given.keys, "(K, J, D)", query)
     elif positive_key is None:
-        raise checks.refuse(op, "negative_keys", "given where there is no positive_key", None)
+        raise checks.refuse(op, "negative_keys", "given if there is no positive_key", None)
     documents: Any = positive_key if given.keys is None else given.keys
     # Masks, ids, labels and biases belong to documents. A queue of the first tokens stands in for the documents in the checks.
     first = dataclasses.replace(given, keys=None if given.keys is None else given.keys[:, 0])
@@ -285,7 +285,7 @@ def _checked(
     if positive_key is not None:
         _check_lengths(op, "positive_lengths", positive_lengths, positive_key, query)
     elif positive_lengths is not None:
-        raise checks.refuse(op, "positive_lengths", "None where there is no positive_key", positive_lengths)
+        raise checks.refuse(op, "positive_lengths", "None if there is no positive_key", positive_lengths)
     if given.keys is None:
         if negative_lengths is not None:
             raise checks.refuse(op, "negative_lengths", "None for in-batch negatives", negative_lengths)
@@ -306,7 +306,7 @@ def _check_lengths(op: str, name: str, lengths: Any, of: Tensor, query: Tensor) 
     checks.require_tensor(op, name, lengths, query)
     whole = not lengths.is_floating_point() and not lengths.is_complex() and lengths.dtype != torch.bool
     if not whole or tuple(lengths.shape) != (len(of),):
-        raise checks.refuse(op, name, f"whole numbers of shape ({len(of)},)", lengths)
+        raise checks.refuse(op, name, f"an integer tensor of shape ({len(of)},)", lengths)
 
 
 def _checked_select(op: str, select: Any, query: Tensor, positive_key: Tensor | None) -> Select | None:

@@ -18,7 +18,7 @@ from negmine.ops.first_derivative import fused
 from negmine.ops.negatives import check_negatives, check_pools, option_of, pools_in
 from negmine.ops.own_keys import choose_for_keys
 from negmine.ops.pool import Pool, hide_masked_rows
-from negmine.ops.prefix_logsumexp import MOST_WIDTHS, PrefixLogSumExp
+from negmine.ops.prefix_logsumexp import MAX_WIDTHS, PrefixLogSumExp
 from negmine.ops.vectors import promoted, scale_of, score_of_positive, widened
 from negmine.ops.windows import Draw
 from negmine.options import Negatives, Select, Weight, is_int, is_real
@@ -168,7 +168,7 @@ def matryoshka(
     others = [replace(given, select=None) if isinstance(given, Negatives) else given for given in listed]
     plans = [plan.for_pool(given, number) for number, given in enumerate(others)]
     each = None
-    if not normalize and all(plan.weight is None for plan in plans) and 1 < len(widths) <= MOST_WIDTHS:
+    if not normalize and all(plan.weight is None for plan in plans) and 1 < len(widths) <= MAX_WIDTHS:
         each = _in_one_pass(query, positive_key, pools, widths, decoupled, temperature, backend)
     if each is None:
         made = run_pools(OP, plans, query, positive_key, pools, None, None, temperature, backend, views)

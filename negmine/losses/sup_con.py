@@ -296,7 +296,9 @@ def _each_checked(
             raise checks.refuse(op, name, "a tensor, a MoCoQueue or a Negatives", None)
         for option in ("bias", "guide"):
             if getattr(given, option, None) is not None:
-                raise checks.refuse(op, f"{name}.{option}", f"None, for {op} takes none", getattr(given, option))
+                raise checks.refuse(
+                    op, f"{name}.{option}", f"None, because {op} has no option {option}", getattr(given, option)
+                )
         own_ids = ids if has_tags(given, "ids") else None
         found, others = check_negatives(op, rows, None, given, own_ids, labels, name=name)
         everything = others._replace(query_labels=None, negative_labels=None)

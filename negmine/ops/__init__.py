@@ -1,1 +1,1 @@
-"""The kernel ops: their declarations, the choice of a backend, and code that all of their calls share."""
+"""The kernel ops: their declarations, the choice of a backend, and the code that is shared by their callers."""

@@ -1,7 +1,7 @@
-"""Gradients of 16-bit vectors are summed in fp32 and rounded once, even if several ops of a call contribute to them.
+"""Sums gradients of 16-bit vectors in fp32 and rounds them once, even if several ops of a call contribute to them.
 
-`each_widened` converts each argument to fp32 once, so autograd adds its gradients in fp32 and rounds them in the backward of that
-conversion. The kernels still read the 16-bit storage, which holds the same values.
+`each_widened` converts each argument to fp32 once. Autograd then adds its gradients in fp32 and rounds the sum in the backward of
+that conversion. The kernels still read 16-bit storage: `narrowed` converts the vectors back, which loses nothing.
 """
 
 from collections.abc import Callable
@@ -17,24 +17,24 @@ NAMES = ("query", "positive_key", "negative_keys")
 
 
 def widen_once(kernels: Kernels | None, *vectors: Any) -> tuple[Any, ...]:
-    """Kernels that take the widened vectors, and query, positive_key (or None) and keys after `each_widened`."""
+    """The kernels after `narrowed`, and query, positive_key (or None) and keys after `each_widened`."""
     return narrowed(kernels, *vectors), *each_widened(*vectors)
 
 
 def each_widened(*vectors: Any) -> tuple[Any, ...]:
-    """The vectors, in fp32 if their gradient would be rounded. A tensor that is given twice is converted once."""
-    wide: list[Any] = []
+    """The vectors, in fp32 if their gradient would be rounded to 16 bits. A tensor that is given twice is converted once."""
+    converted: list[Any] = []
     for at, tensor in enumerate(vectors):
-        before = [i for i in range(at) if vectors[i] is tensor]
-        if before:
-            wide.append(wide[before[0]])
+        same = [i for i in range(at) if vectors[i] is tensor]
+        if same:
+            converted.append(converted[same[0]])
         else:
-            wide.append(tensor.float() if tensor is not None and _is_rounded(tensor) else tensor)
-    return tuple(wide)
+            converted.append(tensor.float() if tensor is not None and _is_rounded(tensor) else tensor)
+    return tuple(converted)
 
 
 def narrowed(kernels: Kernels | None, *vectors: Any) -> Any:
-    """Kernels that take query, positive_key (or None) and keys from each_widened. None (the reference) is returned as is."""
+    """Kernels that accept query, positive_key (or None) and keys from `each_widened`. None (the reference) is returned as is."""
     stored = {name: t.dtype for name, t in zip(NAMES, vectors, strict=True) if t is not None and _is_rounded(t)}
     if kernels is None or not stored:
         return kernels
@@ -46,12 +46,12 @@ def _is_rounded(tensor: Tensor) -> bool:
 
 
 def _narrowing(function: Callable[..., Any], op: str, stored: dict[str, torch.dtype]) -> Callable[..., Any]:
-    """The kernel, called with vectors in their storage dtype. gathered_grad_keys is unchanged: its vectors are computed."""
-    like = op.replace("grad_bias", "grad_keys")  # the grad_bias of lists is not declared; it has the same arguments
-    arguments = () if op == "gathered_grad_keys" else OPS[like].arguments
-    places = {at: stored[value.name] for at, value in enumerate(arguments) if value.name in stored}
+    """The kernel, called with vectors in their storage dtype. gathered_grad_keys is unchanged: it gets computed fp32 vectors."""
+    declared = op.replace("grad_bias", "grad_keys")  # *_grad_bias over lists is not declared; it has the same arguments
+    arguments = () if op == "gathered_grad_keys" else OPS[declared].arguments
+    dtypes = {position: stored[value.name] for position, value in enumerate(arguments) if value.name in stored}
 
     def launch(*given: Any) -> Any:
-        return function(*(t.to(places[at]) if at in places else t for at, t in enumerate(given)))
+        return function(*(t.to(dtypes[position]) if position in dtypes else t for position, t in enumerate(given)))
 
-    return launch if places else function
+    return launch if dtypes else function

@@ -1,8 +1,8 @@
 """Chooses the backend of a call from a table that is filled at import.
 
-NEGMINE_BACKEND is read once and sets the backend of every call that does not name one. For a backend that is not available, the
-table holds the reason, and `choose` raises it if that backend is asked for. All ops of a call that compare scores come from the
-same backend, because two backends sum in different orders.
+The environment variable NEGMINE_BACKEND is read once, at import. It sets the backend of every call that does not name one. For a
+backend that is not available, the table holds the reason; `choose` raises an error with this reason if that backend is requested.
+All ops of a call that compare scores come from the same backend, because two backends sum in different orders.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from negmine.ops import (  # noqa: F401  each declares its op
+from negmine.ops import (  # noqa: F401  importing a module declares its op
     compiled,
     count_negatives,
     gathered_grad_keys,
@@ -42,22 +42,20 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORCED = os.environ.get("NEGMINE_BACKEND") or None
 if FORCED is not None and FORCED not in NAMES:
     raise ValueError(f"NEGMINE_BACKEND must be one of {', '.join(NAMES)}, got {FORCED!r}")
-# Backends whose ops over a queue take a pool with a bias or a guide.
+# The backends whose ops over a queue support a bias or a guide.
 TAKE_EXTRAS = frozenset({"cpu", "triton", "reference"})
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Ops that the cuda backend runs unasked; its others wait for backend="cuda". No CUDA kernel has run on a GPU yet. An op is added
-# once rows of benchmarks/results show both backends (benchmarks/run.py --device cuda --backend triton cuda) and cuda is ahead.
-# Calls beyond its limits then run on Triton's kernel.
-CUDA_UNASKED: frozenset[str] = frozenset()
-OLDEST_CARD = (
-    8,
-    0,
-)  # compute capability: kernels/triton and kernels/cuda need the shared memory and the products of Ampere
+# The ops that the cuda backend runs by default. Its other ops run only with backend="cuda". No CUDA kernel has run on a GPU yet.
+# An op is added here once benchmarks/results has rows of both backends (benchmarks/run.py --device cuda --backend triton cuda)
+# and cuda is faster. Calls that exceed the limits of a CUDA kernel then run on Triton's kernel.
+CUDA_BY_DEFAULT: frozenset[str] = frozenset()
+# kernels/triton and kernels/cuda need the shared memory and the matrix products of Ampere.
+MIN_COMPUTE_CAPABILITY = (8, 0)
 
 
 class Kernels:
-    """The functions that run one call, as attributes named by the op. `has` tells whether an op is among them."""
+    """The functions that run one call, as attributes with the names of the ops. `has` tells whether an op is among them."""
 
     def __init__(self, **functions: Callable) -> None:
         self.__dict__.update(functions)
@@ -69,7 +67,7 @@ class Kernels:
         return op in self.__dict__
 
     def queue_size(self, negative_keys: Tensor) -> int:
-        """K of the queue that the ops read."""
+        """The number of rows K of the queue that the ops read."""
         return negative_keys.shape[-2]
 
 
@@ -82,30 +80,30 @@ class Backend:
     """One row of the table."""
 
     name: str
-    device: str  # the torch device type it is the natural choice for, or "any"
+    device: str  # the torch device type that it runs on by default, or "any"
     functions: dict[str, Callable] = field(default_factory=dict)  # by op name
     refusal: str = ""  # the reason if it is not available
-    second_device: str = ""  # a further device type that it supports if asked for by name
-    asked_only: frozenset[str] = frozenset()  # ops that it runs only when asked for by name
-    limits: dict[str, Callable[..., str]] = field(default_factory=dict)  # op -> why it refuses arguments
+    second_device: str = ""  # another device type, supported only if the backend is requested by name
+    by_name_only: frozenset[str] = frozenset()  # ops that run only if the backend is requested by name
+    limits: dict[str, Callable[..., str]] = field(default_factory=dict)  # op -> why it cannot run the given arguments
 
 
 def card_limit(device: torch.device) -> str:
-    """The reason why no kernel runs on this GPU, or "" if they do."""
+    """The reason why the kernels cannot run on this GPU, or "" if they can."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return ""
     found = torch.cuda.get_device_capability(device)
     return (
         ""
-        if found >= OLDEST_CARD
-        else "its kernels need compute capability {}.{}, this GPU has {}.{}".format(*OLDEST_CARD, *found)
+        if found >= MIN_COMPUTE_CAPABILITY
+        else "its kernels need compute capability {}.{}, this GPU has {}.{}".format(*MIN_COMPUTE_CAPABILITY, *found)
     )
 
 
 def scoring_limit(dtypes: tuple[torch.dtype, ...], D: int) -> str:
     """The reason why the cuda backend cannot compute the scores of a call, or "" if it can.
 
-    It takes only 16-bit storage, because TF32 would round fp32 input, and rows that fit into registers.
+    It supports only 16-bit storage, because TF32 products would round fp32 input, and only rows that fit into registers.
     """
     if len(set(dtypes)) != 1 or dtypes[0] not in (torch.bfloat16, torch.float16):
         got = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -116,22 +114,22 @@ def scoring_limit(dtypes: tuple[torch.dtype, ...], D: int) -> str:
 def mining_limit(dtypes: tuple[torch.dtype, ...], K: int, D: int, N: int, asked: bool) -> str:
     """The reason why the mine_hardest of the cuda backend does not run a call, or "" if it does.
 
-    In addition to the limits of scoring, the kept columns must fit into the shared memory of a block. Unless the cuda backend
-    is asked for, short queues are left to Triton.
+    In addition to the limits of scoring, the kept columns must fit into the shared memory of a block. Short queues run on Triton,
+    unless the cuda backend is requested.
     """
     why = scoring_limit(dtypes, D)
     if why:
         return why
     if N > 4096 or K > 2**22 or (N > 2048 and K > 2**19):
         return f"it takes N up to 4096 of K up to {2**19}, or 2048 of {2**22}, got N = {N} of K = {K}"
-    return "" if asked or K > 8192 else f"a queue as short as K = {K} is quicker by whole rows"
+    return "" if asked or K > 8192 else f"Triton's kernel is faster for a queue as short as K = {K}"
 
 
 def ranking_limit(dtypes: tuple[torch.dtype, ...], K: int, D: int) -> str:
     """The reason why the rank_thresholds of the cuda backend does not run a call, or "" if it does.
 
-    In addition to the limits of scoring, the queue must not be too long. Ranks are known only on the device, so memory is
-    reserved for those of a median: a few percent of K columns.
+    In addition to the limits of scoring, the queue must not be too long. The ranks are known only on the device, so memory is
+    reserved for the case that needs most, the median: a few percent of K columns.
     """
     why = scoring_limit(dtypes, D)
     return why or (f"it takes K up to {2**24}, got {K}" if K > 2**24 else "")
@@ -176,8 +174,8 @@ def _cuda_backend() -> Backend:
         "logsumexp_grad_keys": _scoring_limit,
         "count_negatives": _scoring_limit,
     }
-    asked_only = frozenset(found) - CUDA_UNASKED
-    return Backend("cuda", "cuda", found, compiled.CUDA_REFUSAL, asked_only=asked_only, limits=limits)
+    by_name_only = frozenset(found) - CUDA_BY_DEFAULT
+    return Backend("cuda", "cuda", found, compiled.CUDA_REFUSAL, by_name_only=by_name_only, limits=limits)
 
 
 def _triton_backend() -> Backend:
@@ -200,15 +198,12 @@ def _cpu_backend() -> Backend:
 
 # In order of preference. The reference has no kernels: public functions call its dense functions directly.
 BACKENDS = (_cuda_backend(), _triton_backend(), _cpu_backend(), Backend("reference", "any"))
-_chosen: dict[tuple, Kernels | None] = {}  # the choices that were made, by kind of call
+_chosen: dict[tuple, Kernels | None] = {}  # a cache of choices, by kind of call
 _warned: set[str] = set()
 
 
 def explain(op: str, device: str, too_old: str = "", asked: str | None = None) -> str:
-    """The reasons why the backends, or the requested one, do not run `op` on `device`.
-
-    too_old is the result of card_limit.
-    """
+    """The reasons why the backends, or the requested one, do not run `op` on `device`. too_old is the result of card_limit."""
     reasons = []
     for backend in BACKENDS[:-1]:
         if asked not in (None, backend.name):
@@ -221,31 +216,32 @@ def explain(op: str, device: str, too_old: str = "", asked: str | None = None) -
             reasons.append(f"{backend.name}: {too_old}")
         elif op not in backend.functions:
             reasons.append(f"{backend.name} has no kernel for {op}")
-        elif op in backend.asked_only:
-            reasons.append(f"{backend.name} runs {op} only where it is asked for by name")
+        elif op in backend.by_name_only:
+            reasons.append(f"{backend.name} runs {op} only if it is requested by name")
     return "; ".join(reasons)
 
 
 def _runs(backend: Backend, ops: list[str], device: str, by_name: bool) -> bool:
     fits = backend.device == device or (by_name and backend.second_device == device)
-    # An op beyond its limit runs on another backend, which must not happen if its scores are compared with other ops'.
-    free = not backend.asked_only.intersection(ops) and (len(ops) == 1 or not set(backend.limits).intersection(ops))
-    return fits and (by_name or free) and not backend.refusal and all(op in backend.functions for op in ops)
+    # An op with limits may fall back to another backend. That must not happen if its scores are compared with those of other ops.
+    by_default = not backend.by_name_only.intersection(ops)
+    by_default = by_default and (len(ops) == 1 or not set(backend.limits).intersection(ops))
+    return fits and (by_name or by_default) and not backend.refusal and all(op in backend.functions for op in ops)
 
 
 def _function(caller: str, op: str, able: list[Backend], asked: str | None) -> Callable:
-    """The op of the first of these backends whose limits allow the arguments of a call."""
+    """The op of the first of these backends. If the arguments of a call exceed its limits, the second backend runs the call."""
     first = able[0].functions[op]
     limit = able[0].limits.get(op)
     if limit is None:
         return first
-    other = able[1].functions[op] if asked is None and len(able) > 1 else None
+    fallback = able[1].functions[op] if asked is None and len(able) > 1 else None
 
     def launch(*arguments: Any) -> Any:
-        why = limit(*arguments, asked=other is None)
-        if why and other is None:
+        why = limit(*arguments, asked=fallback is None)
+        if why and fallback is None:
             raise BackendUnavailable(f"{caller}: backend {able[0].name!r} cannot run this {op} ({why})")
-        return (other if why and other else first)(*arguments)
+        return (fallback if why and fallback else first)(*arguments)
 
     return launch
 
@@ -258,10 +254,10 @@ def choose(
     optional: str = "",
     extra: str = "",
 ) -> Kernels | None:
-    """The kernels of `ops` for these tensors; None if the reference runs the call.
+    """The kernels of `ops` for these tensors, or None if the reference runs the call.
 
-    optional is an op that the call does not need; it is included if the backend of the first op has it. extra is that of the
-    pool. Raises ValueError for an unknown backend, and BackendUnavailable if the requested one cannot run the call.
+    `optional` names an op that the call can do without; it is included if the backend of the first op has it. `extra` is
+    Pool.extra. Raises ValueError for an unknown backend, and BackendUnavailable if the requested backend cannot run the call.
     """
     device = tensors[0].device
     if torch.compiler.is_compiling():
@@ -269,40 +265,41 @@ def choose(
     kind = (caller, ops, backend, device, *(t.dtype for t in tensors), optional, extra)
     try:
         return _chosen[kind]
-    except (KeyError, TypeError):  # a backend that cannot be hashed raises an error below
-        made = _choose(caller, ops, backend, device, [t.dtype for t in tensors], optional, extra)
-        _chosen[kind] = made
-        return made
+    except (KeyError, TypeError):  # TypeError: an unhashable `backend`, which _choose rejects
+        chosen = _choose(caller, ops, backend, device, [t.dtype for t in tensors], optional, extra)
+        _chosen[kind] = chosen
+        return chosen
 
 
 def _choose(
     caller: str,
     ops: tuple[str, ...],
     backend: str | None,
-    at: torch.device,
+    torch_device: torch.device,
     dtypes: list[torch.dtype],
     optional: str,
     extra: str,
 ) -> Kernels | None:
-    device = at.type
+    device = torch_device.type
     if backend is not None and backend not in NAMES:
         raise ValueError(f"{caller}: backend must be None, {', '.join(map(repr, NAMES))}, got {backend!r}")
     asked = backend or FORCED
     if asked == "reference":
         return None
-    unfit = [f"{str(dtype).removeprefix('torch.')} input" for dtype in dtypes if dtype not in KERNEL_DTYPES]
+    unsupported = [f"{str(dtype).removeprefix('torch.')} input" for dtype in dtypes if dtype not in KERNEL_DTYPES]
     if extra and asked is not None and asked not in TAKE_EXTRAS:
-        raise BackendUnavailable(f"{caller}: backend {asked!r} takes no {extra} of shared keys; cpu and triton do")
-    if unfit:
-        dense = unfit[0]
+        raise BackendUnavailable(
+            f"{caller}: backend {asked!r} does not support a {extra} of shared keys; 'cpu' and 'triton' do"
+        )
+    if unsupported:
         if asked is not None:
             raise BackendUnavailable(
-                f"{caller}: backend {asked!r} has no kernel for {dense}; only the reference defines it"
+                f"{caller}: backend {asked!r} has no kernel for {unsupported[0]}; use backend='reference'"
             )
-        _warn_dense(caller, device, dense)
+        _warn_dense(caller, device, unsupported[0])
         return None
     rows = [row for row in BACKENDS if asked in (None, row.name) and (not extra or row.name in TAKE_EXTRAS)]
-    too_old = card_limit(at)
+    too_old = card_limit(torch_device)
     if too_old:
         rows = []
     scored = [op for op in ops if OPS[op].takes_pool]
@@ -315,19 +312,21 @@ def _choose(
                 chosen[optional] = able[0].functions[optional]
             chosen[op] = _function(caller, op, able, asked)
             continue
-        # Either no backend runs this op, or no backend runs all ops of `together`.
-        lone = (each for each in together if not any(_runs(row, [each], device, asked is not None) for row in rows))
-        lacking = next(lone, op)
-        why = explain(lacking, device, too_old, asked)
+        # Either no backend runs this op, or no backend runs all ops of `together`. The error names an op that no backend runs.
+        missing = (each for each in together if not any(_runs(row, [each], device, asked is not None) for row in rows))
+        first_missing = next(missing, op)
+        why = explain(first_missing, device, too_old, asked)
         if asked is not None:
-            raise BackendUnavailable(f"{caller}: backend {asked!r} cannot run {lacking} on {device} tensors ({why})")
+            raise BackendUnavailable(
+                f"{caller}: backend {asked!r} cannot run {first_missing} on {device} tensors ({why})"
+            )
         _warn_dense(caller, device, why)
         return None
     return Kernels(**chosen)
 
 
 def _warn_dense(caller: str, device: str, why: str) -> None:
-    """Warn, once for each reason, that the dense reference runs a call on a GPU, which is a thousand times slower."""
+    """Warn, once for each reason, that the dense reference runs a call on a GPU. It may be a thousand times slower."""
     message = f"{caller}: the dense reference runs this call on {device} tensors and stores the score matrix ({why})"
     if device != "cpu" and not torch.compiler.is_compiling() and message not in _warned:
         _warned.add(message)

@@ -22,7 +22,10 @@ MAX_DESCRIPTION = 200  # characters
 
 
 def describe(value: Any, most: int = MAX_DESCRIPTION) -> str:
-    """A value in a few words: dtype and shape of a tensor, shapes joined by 'or', else its repr, cut at `most` characters."""
+    """A short description of a value for error messages, at most `most` characters.
+
+    It is the dtype, shape and device of a tensor, the tuples of a list of shapes joined by "or", and else the repr.
+    """
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
     try:
@@ -90,11 +93,10 @@ def require_vectors(
     like_name: str = "query",
 ) -> None:
     """Require a floating tensor with the D and device of `like`. `dims` are the allowed numbers of dimensions."""
-    dense = (
-        type(value) is Tensor and value.layout == torch.strided and not value.is_nested
-    )  # a nested tensor has no shape
+    # Valid input takes few steps, because host time dominates small calls. A nested tensor has no shape.
+    dense = type(value) is Tensor and value.layout == torch.strided and not value.is_nested
     if dense and value.dim() in dims and value.dtype in COMMON_DTYPES:
-        D = value.shape[-1]  # the valid case takes few steps, because host time dominates small calls
+        D = value.shape[-1]
         if D and (like is None or (like.shape[-1] == D and value.device == like.device)):
             return
     require_tensor(op, name, value, like, like_name)
@@ -103,8 +105,8 @@ def require_vectors(
     if value.dim() not in dims or value.shape[-1] == 0:
         raise refuse(op, name, f"of shape {shapes} with D of 1 or more", value)
     if like is not None and value.shape[-1] != like.shape[-1]:
-        of = f"{like_name}'" if like_name.endswith("s") else f"{like_name}'s"
-        raise refuse(op, name, f"of shape {shapes} with {of} D = {like.shape[-1]}", value)
+        possessive = f"{like_name}'" if like_name.endswith("s") else f"{like_name}'s"
+        raise refuse(op, name, f"of shape {shapes} with {possessive} D = {like.shape[-1]}", value)
 
 
 def require_positive(op: str, positive_key: Any, query: Tensor) -> None:
@@ -180,7 +182,7 @@ def require_draw(op: str, seed: Any, step: Any, row_offset: Any) -> tuple[int, A
     """
     numbers = type(seed) is type(step) is type(row_offset) is int
     if numbers and 0 <= seed < 2**32 and 0 <= step < 2**32 and 0 <= row_offset < 2**63:
-        return seed, step, row_offset  # the valid case takes few steps, as in require_vectors
+        return seed, step, row_offset  # valid input takes few steps, as in require_vectors
     seed, step, row_offset = plain(seed), plain(step), plain(row_offset)
     if not is_int(seed) or not 0 <= seed < 2**32:
         raise refuse(op, "seed", "an int in [0, 2**32)", seed)
@@ -199,16 +201,15 @@ def require_bool(op: str, name: str, value: Any) -> None:
 
 
 def whole_numbers(op: str, name: str, value: Any, device: torch.device) -> Tensor:
-    """Ranks as (R,) or (B, R) int64 from an int, a sequence of ints or a tensor of whole numbers."""
+    """Ranks as (R,) or (B, R) int64 from an int, a sequence of ints or an integer tensor."""
     value = plain(value) if not isinstance(value, Tensor) else value
     if is_int(value):
         value = [value]
     if isinstance(value, (list, tuple)):
         value = [plain(v) for v in value]
     if isinstance(value, list) and value and all(is_int(v) and v >= 0 for v in value):
-        return torch.stack(
-            [torch.full((), v, dtype=torch.int64, device=device) for v in value]
-        )  # fills: no copy, no sync
+        # torch.full needs no copy from the host, and so does not synchronise.
+        return torch.stack([torch.full((), v, dtype=torch.int64, device=device) for v in value])
     if (
         isinstance(value, Tensor)
         and not value.is_floating_point()

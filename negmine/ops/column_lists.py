@@ -1,7 +1,7 @@
 """Sums over explicit lists of columns (B, M), one for each query, instead of over a pool with masks and bounds.
 
-`over_lists(kernels)` returns kernels whose sums take Columns instead of a pool: index (B, M) int64, where -1 is no column and a
-column that occurs twice counts twice. The vectors (B, M, D) are gathered in pieces, so they are never all in memory.
+`over_lists(kernels)` returns kernels whose sums take Columns instead of a pool. Its index (B, M) int64 holds -1 for an empty
+entry, and a column that occurs twice counts twice. The vectors (B, M, D) are gathered in pieces, so they are never all in memory.
 """
 
 from functools import partial
@@ -15,11 +15,11 @@ from negmine.ops.backends import Kernels
 from negmine.ops.pool import pieces
 from negmine.ops.vectors import disable_autocast
 
-PIECE = 1 << 20  # numbers of gathered vectors in memory at one time
+PIECE = 1 << 20  # how many numbers of gathered vectors are in memory at one time
 
 
 def flat_rows(negative_keys: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys as one matrix, and the list as rows of it. Keys (B, M, D) become (B M, D)."""
+    """The keys as one matrix, and the lists as row numbers of it. Keys (B, M, D) become (B * M, D)."""
     if negative_keys.dim() == 2:
         return negative_keys, index
     B, M, D = negative_keys.shape
@@ -35,7 +35,7 @@ def gather_rows(keys: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gathered_scores(kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, index: Tensor) -> Tensor:
-    """The scores (B, M) fp32, -inf where the list has no column."""
+    """The scores (B, M) fp32 of the listed columns, -inf for an empty entry."""
     keys, rows = flat_rows(negative_keys, index)
     return kernels.gathered_logsumexp(query, keys, rows, scale, False)[0]
 
@@ -44,15 +44,15 @@ def list_logsumexp(
     kernels: Kernels, query: Tensor, negative_keys: Tensor, scales: Tensor, pivot: Tensor | None, want_mean: bool,
     N: int, ranks: Tensor | None, index: Tensor, bias: Tensor | None, _same_label: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The op logsumexp over lists, without mining and ranks."""
+    """The op logsumexp over lists. N must be 0 and ranks None."""
     keys, rows = flat_rows(negative_keys, index)
-    made = [
+    results = [
         kernels.gathered_logsumexp(query, keys, rows, scale, want_mean and bias is None) for scale in scales.unbind(0)
     ]
-    scores, present = made[0][0], index >= 0  # (B, M) each
+    scores, present = results[0][0], index >= 0  # (B, M) each
     above = torch.zeros_like(present) if pivot is None else present & (scores > pivot[:, None])
     if bias is None:
-        lse, mean = (torch.stack([each[part] for each in made]) for part in (1, 2))
+        lse, mean = (torch.stack([result[part] for result in results]) for part in (1, 2))
     else:
         x = (scales[:, None, None] * scores.masked_fill(~present, 0.0) + bias).masked_fill(
             ~present, -torch.inf
@@ -63,12 +63,12 @@ def list_logsumexp(
         for b in pieces(index.shape[1] * query.shape[1], mean.shape[1], PIECE):
             with disable_autocast(query.device):
                 mean[:, b] = torch.einsum("sbm,bmd->sbd", p[:, b], gather_rows(keys, rows[b], x.dtype))
-    none = scores.new_empty(len(query), 0)
-    return lse, mean, present.sum(1), above.sum(1), none, none.long(), none.long()
+    empty = scores.new_empty(len(query), 0)
+    return lse, mean, present.sum(1), above.sum(1), empty, empty.long(), empty.long()
 
 
 def _logits(kernels: Kernels, query: Tensor, keys: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """scale * s + bias (B, M), 0 where a list has no column."""
+    """scale * s + bias (B, M), 0 for an empty entry."""
     x = scale * kernels.gathered_logsumexp(query, keys, rows, scale, False)[0].masked_fill(rows < 0, 0.0)
     return x if bias is None else x + bias.masked_fill(rows < 0, 0.0)
 
@@ -77,7 +77,7 @@ def list_logsumexp_grad_bias(
     kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, lse: Tensor, weight: Tensor, index: Tensor,
     bias: Tensor | None, _same_label: bool,
 ) -> Tensor:  # fmt: skip
-    """(B, M): weight_b times the softmax of each column of a list."""
+    """weight_b times the softmax probability of each listed column (B, M), 0 for an empty entry."""
     keys, rows = flat_rows(negative_keys, index)
     p = (_logits(kernels, query, keys, rows, scale, bias) - lse[:, None]).exp()  # (B, M)
     return (p * weight[:, None]).masked_fill(index < 0, 0.0)
@@ -111,7 +111,7 @@ def list_softplus_sum_grad_bias(
     kernels: Kernels, query: Tensor, negative_keys: Tensor, scale: Tensor, offset: Tensor, weight: Tensor, index: Tensor,
     bias: Tensor | None, _same_label: bool,
 ) -> Tensor:  # fmt: skip
-    """(B, M): weight_b times the sigmoid of each column of a list."""
+    """weight_b times the sigmoid of each listed column (B, M), 0 for an empty entry."""
     keys, rows = flat_rows(negative_keys, index)
     sigmoid = (_logits(kernels, query, keys, rows, scale, bias) + offset).sigmoid()  # (B, M)
     return (sigmoid * weight[:, None]).masked_fill(index < 0, 0.0)
@@ -129,13 +129,13 @@ def list_softplus_sum_grad_keys(
 class Columns(NamedTuple):
     """The argument that kernels over lists take instead of a Pool."""
 
-    index: Tensor  # type: ignore[assignment]  # (B, M) int64, -1 = no column; hides tuple.index
+    index: Tensor  # type: ignore[assignment]  # (B, M) int64, -1 = empty entry; hides tuple.index
     bias: Tensor | None = None  # (B, M) fp32, added to the logits
     same_label: bool = False
 
 
 def over_lists(kernels: Kernels) -> Kernels:
-    """The sums of `kernels` over the columns in a list."""
+    """Kernels with the sums of `kernels` over lists of columns."""
     return Kernels(**{op: partial(function, kernels) for op, function in LIST_SUMS.items()})
 
 

@@ -4,5 +4,6 @@ from negmine.ops.registry import declare
 
 COUNT_NEGATIVES = declare(
     "count_negatives(query: vectors[B, D], negative_keys: vectors[K, D], *pool) -> count: int64[B]",
-    """Columns in the pool. Without bounds no score is computed, and NaN scores count; with bounds a NaN score does not count.""",
+    """The number of columns in the pool. Without bounds no score is computed, so columns with NaN scores are counted. With bounds
+    they are not counted.""",
 )

@@ -1,8 +1,8 @@
-"""fused applies the autograd function of an op. first_derivative_only decorates its backward, so that second derivatives raise.
+"""`fused` applies the autograd function of an op; `first_derivative_only` makes second derivatives through it raise an error.
 
 torch's once_differentiable raises only if the autograd engine reaches its node. torch.autograd.grad(..., inputs) skips nodes
-that do not lead to an input and would silently return an incomplete second derivative. Here, a node that raises is on the path
-to every input.
+that do not lead to an input and would silently return an incomplete second derivative. `first_derivative_only` puts a node that
+raises on the path to every input.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,7 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
-            "negmine: the kernels know first derivatives, so they cannot differentiate a gradient; "
-            "backend='reference' has derivatives of every order"
+            "negmine: the fused kernels have first derivatives only; use backend='reference' for higher derivatives"
         )
 
 
@@ -36,17 +35,17 @@ def first_derivative_only(backward: Callable) -> Callable:
     def guarded(ctx: Any, *outer: Any) -> Any:
         create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         with torch.no_grad():
-            made = backward(ctx, *outer)
+            gradients = backward(ctx, *outer)
         if not create_graph:
-            return made
+            return gradients
         sources = [t for t in (*outer, *ctx.saved_tensors) if isinstance(t, Tensor) and t.requires_grad]
-        return tuple(_Once.apply(t, *sources) if isinstance(t, Tensor) and sources else t for t in made)
+        return tuple(_Once.apply(t, *sources) if isinstance(t, Tensor) and sources else t for t in gradients)
 
     return guarded
 
 
 class _NoGradient:
-    """The context of a forward pass that needs no gradient."""
+    """A stand-in for the autograd context in a forward pass that needs no gradient."""
 
     def __init__(self, count: int) -> None:
         self.needs_input_grad = (False,) * count
@@ -62,19 +61,19 @@ class _NoGradient:
 
 
 def fused(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """function.apply(*arguments), in every context of torch.
+    """function.apply(*arguments), with three special cases.
 
-    Without gradients (torch.no_grad, or no tensor that requires one), only what the forward pass returns is computed: torch
-    itself reports needs_input_grad of a tensor that requires grad as True under no_grad too. Under torch.compile, the same
-    tensor may be given twice, which Dynamo does not support by itself. The transforms of torch.func raise an error.
+    Under torch.no_grad, or if no tensor requires grad, the forward pass computes no gradient. (torch reports needs_input_grad as
+    True for a tensor that requires grad even under no_grad.) Under torch.compile, the same tensor may be given twice, which
+    Dynamo alone does not support. The transforms of torch.func raise a RuntimeError.
     """
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "negmine: torch.func and functorch transforms (grad, vmap, jacrev, ...) take no fused kernel, which is for "
-            "backward(); backend='reference' takes them"
+            "negmine: the fused kernels do not support the transforms of torch.func (grad, vmap, jacrev, ...); "
+            "use backend='reference'"
         )
     backward = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
-    if not backward and forward_ad._current_level < 0:  # torch refuses forward-mode derivatives by itself
+    if not backward and forward_ad._current_level < 0:  # with forward-mode derivatives, apply raises torch's own error
         return function.forward(_NoGradient(len(arguments)), *arguments)
     if torch.compiler.is_compiling():
         distinct: list[Any] = []

@@ -1,4 +1,4 @@
-"""Guides: which columns a second model considers false negatives, as a limit of each query and as a dense mask."""
+"""Guides: the columns that a second model considers false negatives, as a limit for each query and as a dense mask."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from negmine.ops.vectors import disable_autocast, widened
 from negmine.options import Guide
 
-PIECE = 1 << 22  # scores in memory at one time
+PIECE = 1 << 22  # how many scores are in memory at one time
 
 
 def guide_limit(guide: Guide) -> Tensor:
@@ -17,9 +17,10 @@ def guide_limit(guide: Guide) -> Tensor:
 
 
 def within_limit(query: Tensor, keys: Tensor, limit: Tensor) -> Tensor:
-    """(B, K) bool: the columns that stay, for query (B, G) and keys (K, G) or (B, M, G). Kernels compute the same in tiles.
+    """(B, K) bool: the columns that are not masked, for query (B, G) and keys (K, G) or (B, M, G).
 
-    A column is masked where its guide score is above limit (B,). A NaN score, or a NaN limit, masks nothing.
+    A column is masked if its guide score is above limit (B,). A NaN score or a NaN limit masks nothing. The kernels compute the
+    same, tile by tile.
     """
     B, K = len(query), keys.shape[-2]
     keep = torch.empty(B, K, dtype=torch.bool, device=query.device)

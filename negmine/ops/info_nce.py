@@ -1,4 +1,4 @@
-"""The op info_nce, a whole step of the InfoNCE loss, and the autograd function over it."""
+"""The op info_nce, which computes the InfoNCE loss and its gradients, and its autograd function."""
 
 import torch
 
@@ -14,25 +14,25 @@ INFO_NCE = declare(
     "-> rows: fp32[B], d_query: fp32[B if want_gradient else 0, D], d_scale: fp32[B if want_gradient else 0], weight: fp32[B], "
     "lse: fp32[B], total: fp32[B], num_kept: int64[B], num_above: int64[B], num_mixed: int64[B], "
     "sort_keys: int64[B, 0 if ranks is None else 2]",
-    """x_b = scale * q_b . positive_b. The negatives are those of the pool, between two of its ranks where `ranks` is given, as
-    in logsumexp; and, where hard > 0 and pairs + with_query > 0, the synthetic ones that mix_logsumexp draws from ranks
-    [skip, skip + hard) of the pool. ranks and hard > 0 do not go together.
-    lse_b = log-sum-exp of scale * s + bias over all of them; num_kept, num_above, sort_keys as in logsumexp; num_mixed_b =
-    pairs + with_query where the query has a parent to mix, else 0.
-    rows_b = log(1 + exp(lse_b - x_b)), or lse_b - x_b where decoupled; 0, without gradient, where there is no negative.
-    d_query, d_scale: of rows_b by q_b and by scale.
-    weight_b = scale * d rows_b / d lse_b: what logsumexp_grad_keys takes; the positive's gradient is -weight_b q_b.
-    total_b = log(exp(x_b) + exp(lse_b)), or lse_b where decoupled.""",
+    """x_b = scale * q_b . positive_b. The negatives are the columns of the pool, or those between two of its ranks if `ranks` is
+    given, as in logsumexp. If hard > 0 and pairs + with_query > 0, the synthetic negatives that mix_logsumexp draws from the
+    ranks [skip, skip + hard) of the pool are added. ranks and hard > 0 cannot be combined.
+    lse_b = log-sum-exp of scale * s + bias over all negatives. num_kept, num_above and sort_keys are as in logsumexp.
+    num_mixed_b = pairs + with_query if the query has a negative to mix, else 0.
+    rows_b = log(1 + exp(lse_b - x_b)), or lse_b - x_b if decoupled; 0, without gradient, if there is no negative.
+    d_query and d_scale: the gradients of rows_b with respect to q_b and scale.
+    weight_b = scale * d rows_b / d lse_b, the weight for logsumexp_grad_keys. The gradient of the positive is -weight_b q_b.
+    total_b = log(exp(x_b) + exp(lse_b)), or lse_b if decoupled.""",
 )
 
 
 class InfoNCE(torch.autograd.Function):
-    """The op info_nce: loss of each row (B,), and with a pivot total, num_kept, num_above and num_mixed (B,), without gradient.
+    """The loss of each row (B,). With a pivot, also total, num_kept, num_above and num_mixed (B,), which have no gradient.
 
-    The gradients of the rows with respect to query and scale are computed in the forward pass, and that with respect to
-    positive_key is -weight query. The gradients of the keys and of the bias are second kernels, which run only if those require
-    grad. bias is that of the pool if it requires grad, else None.
-    arguments are pivot, decoupled, ranks, hard, skip and the draws, as the op takes them.
+    The gradients with respect to query and scale are computed in the forward pass. The gradient with respect to positive_key is
+    -weight * query. The gradients of the keys and of the bias are computed in backward by other kernels, only if they are needed.
+    bias is the bias of the pool if it requires grad, else None. arguments are pivot, decoupled, ranks, hard, skip and the draws,
+    in the order of the op.
     """
 
     @staticmethod
@@ -51,7 +51,7 @@ class InfoNCE(torch.autograd.Function):
             *tensors, ctx.same_label = pool
             saved += [negative_keys, *tensors]
         ctx.save_for_backward(*saved)
-        counts = [] if pivot is None else counts  # each output costs a call of autograd
+        counts = [] if pivot is None else counts  # each output costs time in autograd
         ctx.mark_non_differentiable(*counts)
         ctx.set_materialize_grads(False)  # outputs without a gradient get None instead of zeros
         return rows, *counts
@@ -61,10 +61,10 @@ class InfoNCE(torch.autograd.Function):
     def backward(ctx, d_rows, *_):
         query, scale, d_query, d_scale, weight, lse, *rest = ctx.saved_tensors
         wants_query, wants_positive, wants_keys, wants_scale, wants_bias, *_ = ctx.needs_input_grad
-        if d_rows is None:  # the loss does not contribute to the result
+        if d_rows is None:  # the loss does not contribute to what is differentiated
             return (None,) * 8
         to_query = to_positive = to_keys = to_scale = to_bias = None
-        if wants_query:  # the product writes it in the dtype of the query
+        if wants_query:  # the product is written in the dtype of the query
             to_query = torch.mul(d_query, d_rows[:, None], out=torch.empty_like(query))  # (B, D)
         if wants_positive or wants_keys or wants_bias:
             factor = d_rows * weight  # (B,)
@@ -79,6 +79,6 @@ class InfoNCE(torch.autograd.Function):
         if wants_scale:
             to_scale = (d_rows * d_scale).sum()
         if wants_bias:
-            sums = scale[None], lse[None], (factor / scale)[None]  # of one scale
+            sums = scale[None], lse[None], (factor / scale)[None]  # grad_bias takes several scales, here one
             to_bias = grad_bias(ctx.kernels, query, negative_keys, *sums, (*tensors, ctx.same_label))  # (K,)
         return to_query, to_positive, to_keys, to_scale, to_bias, None, None, None

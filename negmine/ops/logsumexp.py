@@ -1,4 +1,4 @@
-"""The op logsumexp, and the autograd functions over it."""
+"""The op logsumexp, and the autograd functions that call it."""
 
 from typing import Any
 
@@ -14,25 +14,25 @@ LOGSUMEXP = declare(
     "logsumexp(query: vectors[B, D], negative_keys: vectors[K, D], scales: fp32[S], pivot?: fp32[B], want_mean: bool, N: int, "
     "ranks?: int64[B, 2], *pool) -> lse: fp32[S, B], mean: fp32[S, B if want_mean else 0, D], num_kept: int64[B], "
     "num_above: int64[B], scores: fp32[B, N], index: int64[B, N], sort_keys: int64[B, 0 if ranks is None else 2]",
-    """lse_sb  = log sum over the pool of exp(x_sbk), x = scale_s * s_bk + bias_k; -inf where the pool is empty.
-    mean_sb = sum over the pool of p_bk n_k, p = exp(x_sbk - lse_sb); zeros where the pool is empty. Where query and
-    keys are bf16, p may be rounded to bf16 in this product.
-    num_kept_b = columns in the pool; num_above_b = columns that the masks allow (bounds aside) with s_bk > pivot_b, zeros
-    where pivot is None.
-    N > 0: scores and index are mine_hardest's, to the bit, of the same pool.
-    ranks: only the columns between the two ranks of the pool, the last included, are summed and kept, to the end of the pool
-    where the last is past it. sort_keys = rank_thresholds(ranks); both INT64_MIN, and nothing summed, where the last rank is
-    below the first, or the first is negative or past the end. Not together with N > 0.
-    A NaN score in a pool without bounds makes lse NaN; else a score of +inf makes lse +inf, and the mean may be NaN.""",
+    """lse_sb  = log sum over the pool of exp(x_sbk), x = scale_s * s_bk + bias_k; -inf if the pool is empty.
+    mean_sb = sum over the pool of p_bk n_k, p = exp(x_sbk - lse_sb); zeros if the pool is empty. If query and keys are bf16, p
+    may be rounded to bf16 in this product.
+    num_kept_b = number of columns in the pool. num_above_b = number of columns that the masks allow (whatever the bounds) with
+    s_bk > pivot_b, zeros if pivot is None.
+    N > 0: scores and index are bit-identical to those of mine_hardest for the same pool.
+    ranks: only the columns between the first and the last rank of the pool, both included, are summed and counted. A last rank
+    past the end of the pool means its end. sort_keys = rank_thresholds(ranks). If the last rank is below the first, or the first
+    is negative or past the end, both sort keys are INT64_MIN and nothing is summed. ranks and N > 0 cannot be combined.
+    A NaN score in a pool without bounds makes lse NaN; otherwise a score of +inf makes lse +inf, and the mean may be NaN.""",
 )
 
 
 class LogSumExp(torch.autograd.Function):
-    """lse (S, B) = log sum over each pool of exp(scale_s * s_bk), with num_kept (B,), num_above (B,) and index (B, N) of the op.
+    """lse (S, B) = log sum over each pool of exp(scale_s * s_bk + bias_k), and num_kept (B,), num_above (B,), index (B, N).
 
     d lse / d query = scale * mean and d lse / d scale = query . mean are computed in the forward pass. d lse / d negative_keys
-    = scale * p_bk query_b and d lse / d bias = p_bk are computed by second kernels, which run only if the keys or the bias
-    require grad. bias is that of the pool if it requires grad, else None. pool is a Pool, or Columns with kernels over lists.
+    = scale * p_bk query_b and d lse / d bias = p_bk are computed in backward by other kernels, only if the keys or the bias
+    require grad. bias is the bias of the pool if it requires grad, else None. pool is a Pool, or Columns for kernels over lists.
     """
 
     @staticmethod
@@ -45,8 +45,8 @@ class LogSumExp(torch.autograd.Function):
             pool = narrow(Pool(*pool), *sort_keys.unbind(1))
         *tensors, ctx.same_label = pool
         ctx.kernels, ctx.width = kernels, len(pool)
-        again = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        ctx.save_for_backward(query, scales, lse, mean, *((negative_keys, *tensors) if again else ()))
+        saves_keys = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        ctx.save_for_backward(query, scales, lse, mean, *((negative_keys, *tensors) if saves_keys else ()))
         ctx.mark_non_differentiable(num_kept, num_above, index)
         return lse, num_kept, num_above, index
 
@@ -73,12 +73,15 @@ class LogSumExp(torch.autograd.Function):
 def grad_bias(
     kernels: Any, query: Tensor, negative_keys: Tensor, scales: Tensor, lse: Tensor, weight: Tensor, pool: tuple
 ) -> Tensor:
-    """The sum over queries of weight_sb p_sbk: (K,) fp32 for a queue, (B, M) for lists and own keys. weight and lse (S, B)."""
+    """The gradient of the bias: the sum over s and, for a queue, over queries of weight_sb p_sbk.
+
+    (K,) fp32 for a queue, (B, M) for lists and for keys (B, M, D). weight and lse are (S, B).
+    """
     q, keys = for_kernels(query), for_kernels(negative_keys)
     parts = zip(scales.unbind(0), lse.unbind(0), weight.unbind(0), strict=True)
     if kernels.has("logsumexp_grad_bias"):
         each = [kernels.logsumexp_grad_bias(q, keys, scale, sums, factor, *pool) for scale, sums, factor in parts]
-    else:  # add a feature that is 1 in queries and 0 in keys; its gradient is the sum
+    else:  # a feature that is 1 in queries and 0 in keys changes no score, and its gradient is the sum
         q, keys = torch.cat([q, torch.ones_like(q[:, :1])], 1), torch.nn.functional.pad(keys, (0, 1))
         each = [
             kernels.logsumexp_grad_keys(q, keys, scale, sums, factor, *pool)[:, -1] for scale, sums, factor in parts
@@ -89,7 +92,7 @@ def grad_bias(
 def grad_keys(
     kernels: Any, query: Tensor, negative_keys: Tensor, scales: Tensor, lse: Tensor, weight: Tensor, pool: tuple
 ) -> Tensor:
-    """The gradient (K, D) of log-sum-exps at several scales, in the dtype of the keys: weight and lse (S, B)."""
+    """The gradient (K, D) of log-sum-exps at several scales, in the dtype of the keys. weight and lse are (S, B)."""
     q, keys = for_kernels(query), for_kernels(negative_keys)
     parts = zip(scales.unbind(0), lse.unbind(0), weight.unbind(0), strict=True)
     each = [kernels.logsumexp_grad_keys(q, keys, scale, sums, factor, *pool) for scale, sums, factor in parts]
@@ -98,7 +101,7 @@ def grad_keys(
 
 
 class MeanScore(torch.autograd.Function):
-    """score_b (B,) = mean over b's pool of s_bk, and num_kept (B,). Computed as the mean of logsumexp at scale 0."""
+    """score_b (B,) = mean over b's pool of s_bk, and num_kept (B,), computed from the mean of logsumexp at scale 0."""
 
     @staticmethod
     def forward(ctx, query, keys, kernels, *pool):

@@ -1,4 +1,4 @@
-"""The op mix_logsumexp, and the autograd functions over synthetic negatives."""
+"""The op mix_logsumexp, and the autograd functions of log-sum-exps over synthetic negatives."""
 
 import torch
 from torch import Tensor
@@ -8,20 +8,21 @@ from negmine.ops.pool import pieces
 from negmine.ops.registry import declare
 from negmine.ops.vectors import for_kernels
 
-PIECE = 1 << 22  # numbers of the mixes that are in memory at one time where gradient flows through them
+PIECE = 1 << 22  # how many numbers of synthetic negatives are in memory at one time if they need gradients
 
 MIX_LOGSUMEXP = declare(
     "mix_logsumexp(query: vectors[B, D], negative_keys: vectors[K, D], hard_index: int64[B, N], scale: fp32[], want_mean: bool, "
     "*draws) -> lse: fp32[B], mean: fp32[B if want_mean else 0, D]",
-    """Log-sum-exp of scale * q_b . h over the S synthetic negatives h of each query, and their softmax mean; (B, S, D) is never
-    stored.""",
+    """The log-sum-exp of scale * q_b . h over the S synthetic negatives h of each query, and their mean, weighted by the softmax.
+    The synthetic negatives (B, S, D) are never stored.""",
 )
 
 
 class MixLogSumExp(torch.autograd.Function):
-    """lse_b (B,) = log sum over the synthetic negatives h of b of exp(scale * query_b . h), the h detached.
+    """lse_b (B,) = log sum over the synthetic negatives h of query b of exp(scale * query_b . h), with detached h.
 
-    The softmax mean of the h is kept from the forward pass: d lse / d query = scale * mean, d lse / d scale = query . mean.
+    d lse / d query = scale * mean and d lse / d scale = query . mean, where mean is the mean of the h weighted by their softmax
+    probabilities. It is computed in the forward pass.
     """
 
     @staticmethod
@@ -45,26 +46,27 @@ class MixLogSumExp(torch.autograd.Function):
 
 
 def _mixed_rows(query: Tensor, keys: Tensor, parents: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For a few queries: mixes h = m / max(||m||, eps) (B, S, D), scores q . h (B, S) and d score / d m (B, S, D)."""
+    """Synthetic negatives h = m / max(||m||, eps) (B, S, D), their scores q . h (B, S) and d score / d m (B, S, D)."""
     q, c = query.float(), coefficients[:, :, None]  # (B, D), (B, S, 1)
-    keys = keys if len(keys) else query.new_zeros(1, query.shape[1])  # parents are -1 then
+    keys = keys if len(keys) else query.new_zeros(1, query.shape[1])  # without keys, all parents are -1
     a, b = (
         torch.where(side[:, :, None] < 0, q[:, None], keys[side.clamp_min(0)].float()) for side in parents.unbind(2)
-    )  # (B, S, D) each; one that is absent reads no key
+    )  # (B, S, D) each; a parent of -1 is the query
     m = c * a + (1 - c) * b
     norm = m.norm(dim=2, keepdim=True)  # (B, S, 1)
     length = norm.clamp_min(1e-12)
     h = m / length
     score = (h * q[:, None]).sum(2)  # (B, S)
-    turned = q[:, None] - torch.where(norm < 1e-12, 0.0, score[:, :, None]) * h
-    return h, score, turned / length
+    gradient = q[:, None] - torch.where(norm < 1e-12, 0.0, score[:, :, None]) * h
+    return h, score, gradient / length
 
 
 class DifferentiatedMixLogSumExp(torch.autograd.Function):
-    """MixLogSumExp with the gradient that flows through the synthetic negatives to the query in them and to the keys.
+    """MixLogSumExp with the gradient through the synthetic negatives, to the keys and to the query that is mixed into them.
 
     d lse / d m_s = scale p_s (q - (q . h_s) h_s) / ||m_s||, of which the first parent receives c_s and the second 1 - c_s.
-    The mixes are made a few queries at a time, at most PIECE numbers of them; keys that require grad make them again in backward.
+    The synthetic negatives are computed for a few queries at a time, at most PIECE numbers. If the keys require grad, they are
+    computed again in backward.
     """
 
     @staticmethod
@@ -78,7 +80,7 @@ class DifferentiatedMixLogSumExp(torch.autograd.Function):
             x = (scale * score).masked_fill(absent[part], -torch.inf)
             lse[part] = x.logsumexp(1) if x.shape[1] else -torch.inf
             p = (x - lse[part, None]).exp().masked_fill(absent[part], 0.0)  # (B, S)
-            inside = p * c * (parents[part, :, 0] < 0)  # (B, S) the query's own share of its mixes
+            inside = p * c * (parents[part, :, 0] < 0)  # (B, S) p times the share of the query in the mix
             d_query[part] = scale * ((p[:, :, None] * h).sum(1) + (inside[:, :, None] * d_m).sum(1))
             d_scale[part] = (p * score).sum(1)
         ctx.kernels = kernels

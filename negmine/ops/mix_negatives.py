@@ -6,5 +6,5 @@ MIX_NEGATIVES = declare(
     "mix_negatives(query: vectors[B, D], negative_keys: vectors[K, D], hard_index: int64[B, N], *draws) "
     "-> vectors: query[B, pairs + with_query, D], parents: int64[B, pairs + with_query, 2], "
     "coefficients: fp32[B, pairs + with_query]",
-    """The S = pairs + with_query synthetic negatives of each query, drawn as the part "Draws" says.""",
+    """The S = pairs + with_query synthetic negatives of each query, drawn as the section "Draws" says.""",
 )

@@ -1,4 +1,4 @@
-"""From what a caller gives as negatives to what kernels take: keys and a Pool, checked in words."""
+"""Checks the `negative_keys` argument of a public function and converts it into what kernels take: keys and a Pool."""
 
 from typing import Any, NamedTuple
 
@@ -13,16 +13,17 @@ from negmine.options import Negatives
 
 UNKNOWN = -1  # an id or label that equals nothing
 NO_MASK = Pool()
-UNEQUAL = -(2**63)  # stands for the unknown tag of a query in kernels: no key has it
+# "Tags" are ids or labels. Kernels get UNEQUAL in place of an unknown tag of a query; it differs from the tag of every key.
+UNEQUAL = -(2**63)
 
 
 class StoredColumns(NamedTuple):
-    """What a queue offers as negatives: all its rows, and how many of them are valid."""
+    """The content of a queue: all its rows, and the number of valid ones."""
 
     keys: Tensor  # (K, D)
     ids: Tensor | None  # (K,) int64
     labels: Tensor | None  # (K,) int64
-    num_rows: Tensor | None  # () int64 on the device, None = all
+    num_rows: Tensor | None  # () int64 on the device, None = all rows are valid
 
 
 def check_negatives(
@@ -38,12 +39,26 @@ def check_negatives(
     with_bias: bool = False,
     name: str = "negative_keys",
 ) -> tuple[Tensor, Pool]:
-    """query (B, D) and negatives of any form -> keys (K, D), or (B, M, D) where own_keys, and the pool of the caller's masks.
+    """Check query (B, D) and negatives in any form. Returns keys (K, D), or (B, M, D), and the pool of the caller's masks.
 
-    negative_keys: a tensor, a queue (an object with stored_columns()), a Negatives, or None for the other rows' positives.
-    options: which of select, mix and weight the caller reads from a Negatives; the others are refused in it. with_bias: the
-    caller sums logits, so that the pool has the bias of a Negatives; without, it only ranks scores, which a bias does not move.
-    name: of the argument. Raises in a sentence where the masks do not fit.
+    Parameters
+    ----------
+    negative_keys
+        A tensor, a queue (an object with stored_columns()), a Negatives, or None for the positives of the other rows.
+    own_keys
+        Whether keys (B, M, D), a list of keys for each query, are allowed.
+    options
+        The options (select, mix, weight) that the caller reads from a Negatives. The others must be None in it.
+    with_bias
+        True if the caller sums logits: the pool then includes the bias of a Negatives. A caller that only ranks scores passes
+        False, because a bias does not change the ranking.
+    name
+        The name of the argument for error messages.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument has a wrong type, shape, dtype or device.
     """
     require_vectors(op, "query", query, "(B, D)", (2,))
     if type(negative_keys) is Tensor and query_ids is None and query_labels is None:
@@ -52,7 +67,7 @@ def check_negatives(
     given = negative_keys if isinstance(negative_keys, Negatives) else Negatives(_as_keys(op, name, negative_keys))
     for option in ("select", "mix", "weight"):
         if option not in options and getattr(given, option) is not None:
-            raise refuse(op, f"{name}.{option}", f"None, for {op} takes none", getattr(given, option))
+            raise refuse(op, f"{name}.{option}", f"None, because {op} has no option {option}", getattr(given, option))
     keys, ids, labels, num_rows = given.keys, given.ids, given.labels, None
     if keys is None:
         keys, pool = _in_batch(op, query, positive_key, given.mask, query_ids, query_labels, name)
@@ -60,7 +75,7 @@ def check_negatives(
     if not isinstance(keys, Tensor):
         stored = _as_keys(op, name, keys).stored_columns()
         keys, num_rows = stored.keys, stored.num_rows
-        # The queue's own tags count only where the query has some; what Negatives says beside a queue comes first.
+        # The tags of the queue are used only if the query has tags. Tags in a Negatives replace those of the queue.
         ids = ids if ids is not None or query_ids is None else stored.ids
         labels = labels if labels is not None or query_labels is None else stored.labels
         for argument, tags, found, option in (
@@ -68,7 +83,7 @@ def check_negatives(
             ("query_labels", query_labels, labels, "with_labels"),
         ):
             if tags is not None and found is None:
-                raise refuse(op, argument, f"None, for a queue made without {option}=True", tags)
+                raise refuse(op, argument, f"None, because the queue was created without {option}=True", tags)
     _require_keys(op, name, keys, query, own_keys)
     names = (f"{name}.mask", f"{name}.ids", f"{name}.labels")
     pool = _pool(op, query, keys, given.mask, query_ids, ids, query_labels, labels, num_rows, names)
@@ -76,15 +91,15 @@ def check_negatives(
 
 
 def option_of(negative_keys: Any, option: str, common: Any) -> Any:
-    """select, mix or weight of a pool: its own, or the one that the call names for all pools."""
+    """select, mix or weight of a pool: its own if it has one, else `common`, the argument of the call."""
     own = getattr(negative_keys, option) if isinstance(negative_keys, Negatives) else None
     return common if own is None else own
 
 
 def pools_in(op: str, negative_keys: list | tuple, name: str = "negative_keys") -> list:
-    """The pools of a list of one or more."""
+    """The pools in a list, which must have at least one and must not be nested."""
     if not negative_keys:
-        raise refuse(op, name, "a list of one pool or more", negative_keys)
+        raise refuse(op, name, "a list of at least one pool", negative_keys)
     for p, given in enumerate(negative_keys):
         if isinstance(given, (list, tuple)):
             raise refuse(op, f"{name}[{p}]", "one pool", type(given).__name__, TypeError)
@@ -100,10 +115,13 @@ def check_pools(
     query_labels: Tensor | None,
     options: tuple[str, ...],
 ) -> list[tuple[Tensor, Pool]]:
-    """check_negatives of several pools. Ids and labels of the queries count in each pool that has some, and one must."""
+    """check_negatives for several pools.
+
+    Ids and labels of the queries are compared in each pool that has ids or labels. At least one pool must have them.
+    """
     for argument, given_tags, kind in (("query_ids", query_ids, "ids"), ("query_labels", query_labels, "labels")):
         if given_tags is not None and not any(has_tags(given, kind) for given in pools):
-            raise refuse(op, argument, f"None, for no pool of negative_keys has {kind}", given_tags)
+            raise refuse(op, argument, f"None, because no pool of negative_keys has {kind}", given_tags)
     checked = []
     for p, given in enumerate(pools):
         name = f"negative_keys[{p}]"
@@ -118,7 +136,7 @@ def check_pools(
 
 
 def has_tags(given: Any, kind: str) -> bool:
-    """True where a pool has ids or labels to compare with the queries'."""
+    """True if a pool has ids or labels (`kind`) to compare with those of the queries."""
     keys = given
     if isinstance(given, Negatives):
         if getattr(given, kind) is not None:
@@ -144,9 +162,9 @@ def _require_keys(op: str, name: str, keys: Tensor, query: Tensor, own_keys: boo
 def _in_batch(
     op: str, query: Tensor, positive_key: Tensor | None, mask: Any, query_ids: Any, query_labels: Any, name: str
 ) -> tuple[Tensor, Pool]:
-    """The batch's positives as keys; the own one, and rows of equal ids or labels, are no negatives."""
+    """The positives of the batch as keys. Each query's own positive, and rows with an equal id or label, are not negatives."""
     if positive_key is None:
-        raise refuse(op, name, "given where there is no positive_key", None)
+        raise refuse(op, name, "given if there is no positive_key", None)
     require_vectors(op, "positive_key", positive_key, "(B, D)", (2,), query)
     own = torch.arange(len(query), device=query.device)  # (B,)
     if query_ids is not None:
@@ -160,7 +178,7 @@ def _in_batch(
 def _with_bias_and_guide(
     op: str, query: Tensor, keys: Tensor, pool: Pool, given: Negatives, with_bias: bool, name: str
 ) -> Pool:
-    """The pool with the bias of a Negatives, fp32 or float64, and its guide, which becomes a mask for keys (B, M, D)."""
+    """Add the bias of a Negatives, in fp32 or float64, and its guide to the pool. For keys (B, M, D) the guide becomes a mask."""
     own = (len(query), keys.shape[-2])  # (B, K)
     if given.bias is not None:
         require_tensor(op, f"{name}.bias", given.bias, query)
@@ -178,13 +196,13 @@ def _with_bias_and_guide(
     require_tensor(op, f"{name}.guide.keys", columns, query)
     require_tensor(op, f"{name}.guide.positive", guide.positive, query)
     if tuple(columns.shape[:-1]) != tuple(keys.shape[:-1]):
-        wanted = f"of shape {(*keys.shape[:-1], guide.query.shape[1])}, a row for each key"
+        wanted = f"of shape {(*keys.shape[:-1], guide.query.shape[1])}, one row for each key"
         raise refuse(op, f"{name}.guide.keys", wanted, columns)
     if keys.dim() == 3:
         keep = within_limit(guide.query, columns, guide_limit(guide))  # (B, M)
         return pool._replace(negative_mask=keep if pool.negative_mask is None else keep & pool.negative_mask)
     parts = [for_kernels(part) for part in (guide.query, columns, guide_limit(guide))]
-    if query.dtype != torch.float64:  # kernels take no float64
+    if query.dtype != torch.float64:  # kernels do not support float64
         parts = [part.float() if part.dtype == torch.float64 else part for part in parts]
     return pool._replace(guide_query=parts[0], guide_keys=parts[1], guide_limit=parts[2])
 
@@ -192,7 +210,7 @@ def _with_bias_and_guide(
 def _tags(op: str, name: str, tags: Any, query: Tensor, shape: tuple[int, ...]) -> Tensor:
     require_tensor(op, name, tags, query)
     if tags.is_floating_point() or tags.is_complex() or tags.dtype == torch.bool:
-        raise refuse(op, name, "a tensor of whole numbers", tags, TypeError)
+        raise refuse(op, name, "an integer tensor", tags, TypeError)
     if tuple(tags.shape) != shape:
         raise refuse(op, name, f"of shape {shape}", tags)
     return tags.long().contiguous()
@@ -201,7 +219,7 @@ def _tags(op: str, name: str, tags: Any, query: Tensor, shape: tuple[int, ...]) 
 def _tag_pair(
     op: str, names: tuple[str, str], query_tags: Any, key_tags: Any, query: Tensor, key_shape: tuple[int, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """A pair of ids or of labels: both or neither, whole numbers, one a query and one a key."""
+    """Check a pair of ids or of labels: both or neither are given, and they are integers, one per query and one per key."""
     if query_tags is None and key_tags is None:
         return None, None
     if query_tags is None or key_tags is None:
@@ -235,7 +253,10 @@ def _pool(
 def check_labelled_keys(
     op: str, query: Any, keys: Any, query_labels: Any, key_labels: Any, query_ids: Any, key_ids: Any, key_mask: Any
 ) -> Pool:
-    """The pool of keys (K, D) of another label than the query's, checked; with same_label=True it is that of equal labels."""
+    """Check the arguments and return the pool of the keys (K, D) whose label differs from the query's.
+
+    With same_label=True it becomes the pool of the keys with an equal label.
+    """
     require_vectors(op, "query", query, "(B, D)", (2,))
     require_vectors(op, "keys", keys, "(K, D)", (2,), query)
     for name, labels in (("query_labels", query_labels), ("key_labels", key_labels)):
@@ -253,6 +274,6 @@ def labelled_pool(
     query_labels: Any,
     key_labels: Any,
 ) -> Pool:
-    """The pool of checked keys (K, D) by their masks and tags, which are checked here; labels may be None."""
+    """Check masks and tags and return their pool. The keys (K, D) have been checked already. The labels may be None."""
     names = ("key_mask", "key_ids", "key_labels")
     return _pool(op, query, keys, key_mask, query_ids, key_ids, query_labels, key_labels, None, names)

@@ -1,4 +1,7 @@
-"""Keys (B, M, D) that are each query's own: `over_own_keys(kernels)` gives kernels that take them in place of a queue (K, D)."""
+"""Kernels for keys (B, M, D), where each query has M keys of its own, instead of a queue (K, D) that all queries share.
+
+`over_own_keys(kernels)` returns such kernels.
+"""
 
 from functools import partial
 from typing import Any
@@ -13,14 +16,14 @@ from negmine.ops.pool import Pool, narrow, usable
 
 
 def _allowed(query: Tensor, negative_keys: Tensor, pool: Pool) -> Tensor:
-    """(B, M) int64: every column that the masks leave, under its own number; -1 elsewhere."""
+    """(B, M) int64: the number of each column that the masks allow, -1 for the others."""
     column = torch.arange(negative_keys.shape[1], device=query.device)  # (M,)
     mask = usable(pool, query, negative_keys)
     return column.expand(negative_keys.shape[:2]) if mask is None else torch.where(mask, column, -1)
 
 
 def _sort_keys(kernels: Kernels, query: Tensor, negative_keys: Tensor, pool: Pool) -> Tensor:
-    """(B, M) int64: the sort key of every column of the pool, NOWHERE elsewhere."""
+    """(B, M) int64: the sort key of each column in the pool, NOWHERE for the others."""
     index = _allowed(query, negative_keys, pool)
     one = torch.ones((), dtype=torch.float32, device=query.device)
     scores = gathered_scores(kernels, query, negative_keys, one, index)  # (B, M)
@@ -29,13 +32,16 @@ def _sort_keys(kernels: Kernels, query: Tensor, negative_keys: Tensor, pool: Poo
     if pool.lower is not None:
         inside = inside & (keys >= pool.lower[:, None]) & (pool.lower != sort_key.NOWHERE)[:, None]
     if pool.upper is not None:
-        # A bound of NaN, the margin below a positive that is NaN, lies above every key and keeps none.
+        # A positive whose score is NaN gives a bound with the score NaN. It is above every sort key and must keep no column.
         inside = inside & (keys <= pool.upper[:, None]) & (pool.upper <= sort_key.TOP)[:, None]
     return keys.masked_fill(~inside, sort_key.NOWHERE)
 
 
 def _columns(kernels: Kernels, query: Tensor, negative_keys: Tensor, pool: Pool) -> Tensor:
-    """(B, M) int64: the columns of the pool, -1 elsewhere; without bounds no score is computed and NaN scores stay."""
+    """(B, M) int64: the number of each column in the pool, -1 for the others.
+
+    Without bounds no score is computed, so columns with a NaN score are in the pool.
+    """
     if not pool.is_bounded:
         return _allowed(query, negative_keys, pool)
     return sort_key.unpack(_sort_keys(kernels, query, negative_keys, pool))[1]
@@ -46,9 +52,9 @@ def _logsumexp(
     N: int, ranks: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     pool = Pool(*rest)
-    found: tuple[Tensor, ...] = ()
+    mined: tuple[Tensor, ...] = ()
     if N:
-        found = _mine_hardest(kernels, query, negative_keys, N, False, *pool)[:2]
+        mined = _mine_hardest(kernels, query, negative_keys, N, False, *pool)[:2]
     bounds: tuple[Tensor, ...] = ()
     if ranks is not None:
         keys = _rank_thresholds(kernels, query, negative_keys, ranks, *pool)  # (B, 2)
@@ -59,15 +65,15 @@ def _logsumexp(
     lse, mean, num_kept, num_above, scores, column, sort_keys = list_logsumexp(
         kernels, query, negative_keys, scales, pivot, want_mean, 0, None, index, pool.bias, False
     )
-    if pivot is not None and pool.is_bounded:  # num_above looks past the bounds
+    if pivot is not None and pool.is_bounded:  # num_above ignores the bounds
         allowed = _allowed(query, negative_keys, pool)
         above = gathered_scores(kernels, query, negative_keys, scales[0], allowed) > pivot[:, None]  # (B, M)
         num_above = ((allowed >= 0) & above).sum(1)
-    return lse, mean, num_kept, num_above, *(found or (scores, column)), *(bounds or (sort_keys,))
+    return lse, mean, num_kept, num_above, *(mined or (scores, column)), *(bounds or (sort_keys,))
 
 
 def _over_columns(op: str, kernels: Kernels, query: Tensor, negative_keys: Tensor, *arguments: Any) -> Any:
-    """A sum over lists, or its gradient, whose list are the columns of the pool that ends `arguments`."""
+    """A sum over the columns of a pool, or its gradient. The pool is the end of `arguments`."""
     numbers, pool = arguments[: -len(Pool._fields)], Pool(*arguments[-len(Pool._fields) :])
     index = _columns(kernels, query, negative_keys, pool)
     return LIST_SUMS[op](kernels, query, negative_keys, *numbers, index, pool.bias, False)
@@ -106,7 +112,7 @@ def _mix_logsumexp(
 
 
 def over_own_keys(kernels: Kernels) -> Kernels:
-    """The kernels of a loss over keys that are each query's own; listed_* stay as they are."""
+    """The kernels of a loss, for keys (B, M, D). The gathered_* kernels are unchanged."""
     functions: dict[str, Any] = {
         "logsumexp": _logsumexp,
         "mine_hardest": _mine_hardest,
@@ -132,7 +138,7 @@ def choose_for_keys(
     pool: Pool,
     optional: str = "",
 ) -> Kernels | None:
-    """backends.choose, for keys (K, D), or (B, M, D) that are each query's own, and their pool."""
+    """backends.choose for keys (K, D) or (B, M, D) and their pool."""
     if keys.dim() == 2:
         return choose(caller, ops, backend, tensors, optional, pool.extra)
     kernels = choose(caller, tuple(dict.fromkeys((*ops, *LIST_OPS))), backend, tensors)

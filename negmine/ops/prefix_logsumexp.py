@@ -1,4 +1,4 @@
-"""The op prefix_logsumexp, log-sum-exps at several prefix widths of the vectors, and the autograd function over it."""
+"""The op prefix_logsumexp, log-sum-exps over prefixes of the vectors at several widths, and its autograd function."""
 
 from collections.abc import Sequence
 
@@ -9,23 +9,23 @@ from negmine.ops.logsumexp import grad_bias, grad_keys
 from negmine.ops.registry import declare
 from negmine.ops.vectors import for_kernels
 
-MOST_WIDTHS = 16
+MAX_WIDTHS = 16
 
 PREFIX_LOGSUMEXP = declare(
     "prefix_logsumexp(query: vectors[B, D], negative_keys: vectors[K, D], widths: int64[W], scale: fp32[], want_mean: bool, "
     "*pool) -> lse: fp32[W, B], mean: fp32[W, B if want_mean else 0, D], num_kept: int64[B]",
-    f"""What logsumexp finds for query[:, :w] and negative_keys[:, :w], at each w of widths, in one pass; zeros in mean past the
-    width. widths ascend from 1 to D, {MOST_WIDTHS} at most. lower and upper are refused. Scores of a width are sums of those of
-    the segments between widths, so their rounding may differ from logsumexp's.""",
+    f"""The results of logsumexp for query[:, :w] and negative_keys[:, :w] at each w of widths, in one pass. mean is 0 beyond the
+    width. widths are ascending, from 1 to D, at most {MAX_WIDTHS}. lower and upper must be None. The scores of a width are sums
+    over the segments between widths, so their rounding may differ from that of logsumexp.""",
 )
 
 
 class PrefixLogSumExp(torch.autograd.Function):
-    """lse (W, B) at each of several widths, with num_kept (B,).
+    """lse (W, B) at each of several widths, and num_kept (B,).
 
-    As in LogSumExp, the gradients of query and scale are computed in the forward pass, and those of the keys and the bias, where
-    they are wanted, by second kernels, at one width after the other. widths: ascending ints. bias: that of the pool if it
-    requires grad, else None.
+    As in LogSumExp, the gradients of query and scale are computed in the forward pass, and those of the keys and the bias in
+    backward by other kernels, at_width width after the other. widths: ascending ints. bias is the bias of the pool if it requires
+    grad, else None.
     """
 
     @staticmethod
@@ -37,8 +37,8 @@ class PrefixLogSumExp(torch.autograd.Function):
         )
         *tensors, ctx.same_label = pool
         ctx.kernels, ctx.width, ctx.widths = kernels, len(pool), widths
-        again = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        ctx.save_for_backward(query, scale, lse, mean, *((negative_keys, *tensors) if again else ()))
+        saves_keys = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        ctx.save_for_backward(query, scale, lse, mean, *((negative_keys, *tensors) if saves_keys else ()))
         ctx.mark_non_differentiable(num_kept)
         return lse, num_kept
 
@@ -64,7 +64,7 @@ class PrefixLogSumExp(torch.autograd.Function):
                     d_keys[:, :width] += grad_keys(ctx.kernels, q, prefix, scale[None], sums, factor, pool)
                 if ctx.needs_input_grad[3]:
                     sums, factor = lse[at : at + 1], d_lse[at : at + 1]
-                    one = grad_bias(ctx.kernels, q, prefix, scale[None], sums, factor, pool)  # (K,)
-                    d_bias = one if d_bias is None else d_bias + one
+                    at_width = grad_bias(ctx.kernels, q, prefix, scale[None], sums, factor, pool)  # (K,)
+                    d_bias = at_width if d_bias is None else d_bias + at_width
             d_keys = None if d_keys is None else d_keys.to(keys.dtype)
         return d_query, d_keys, d_scale, d_bias, None, None, *([None] * ctx.width)

@@ -1,17 +1,18 @@
-"""One declaration per kernel op: name, arguments with their shapes, results with theirs.
+"""One declaration for each kernel op: its name, its arguments and results, and their shapes.
 
 Each file negmine/ops/<op>.py declares its op once, in one string:
 
     declare("gathered_grad_keys(query: vectors[B, D], index: int64[B, M], weight: fp32[B, M], K: int) -> grad_keys: fp32[K, D]",
     ...)
 
-From it come the schema that torch knows the op by, the function that tells torch.compile the shapes of its results, and the
-table of ops in kernels/README.md. Implementations are registered elsewhere, one namespace per backend (`negmine_cpu::`,
-`negmine_cuda::`, `negmine_triton::`), so that none can replace another: csrc/torch in C++, kernels/triton in Python.
+Three things are derived from the declaration: the schema that is registered with torch, the fake implementation that tells
+torch.compile the shapes of the results, and the table of ops in kernels/README.md. The implementations are registered elsewhere:
+csrc/torch in C++, kernels/triton in Python. Each backend has a namespace of its own (`negmine_cpu::`, `negmine_cuda::`,
+`negmine_triton::`), so that no implementation can replace another.
 
     vectors     fp32, bf16 or fp16; the last dimension is contiguous, rows may have any stride
     fp32, int64, uint8, bool, query     the dtype of a tensor; `query` is the dtype of the argument query
-    [B, D]      the shape: letters, or for results a Python expression of letters and of arguments
+    [B, D]      the shape: letters or, for results, Python expressions of the letters and the arguments
     name?       the tensor may be None
     [K | B, K]  either shape
 """
@@ -29,13 +30,13 @@ NAMESPACES = ("negmine_cpu", "negmine_cuda", "negmine_triton")
 DTYPES = {"fp32": torch.float32, "int64": torch.int64, "uint8": torch.uint8, "bool": torch.bool}
 SCALARS = ("int", "float", "bool")
 
-# The arguments that end the list of every op that reads a queue: negmine/ops/pool.py.
+# The last arguments of every op that reads a queue: negmine/ops/pool.py.
 POOL = (
     "negative_mask?: bool[K | B, K], query_ids?: int64[B], negative_ids?: int64[K], query_labels?: int64[B], "
     "negative_labels?: int64[K], lower?: int64[B], upper?: int64[B], num_rows?: int64[], bias?: fp32[K], "
     "guide_query?: vectors[B, G], guide_keys?: vectors[K, G], guide_limit?: fp32[B], same_label: bool"
 )
-# How synthetic negatives are drawn: kernels/README.md, part "Draws".
+# The arguments that determine how synthetic negatives are drawn: kernels/README.md, section "Draws".
 DRAWS = (
     "pairs: int, with_query: int, pair_low: float, pair_high: float, query_low: float, query_high: float, distinct: bool, "
     "quantiles?: fp32[4097], seed: int, step?: int64[], row_offset?: int64[]"
@@ -47,13 +48,13 @@ class Value:
     """One argument or one result of an op."""
 
     name: str
-    kind: str  # vectors, query or a key of DTYPES for tensors, int, float or bool for numbers
-    dims: str | None  # the shape as it is written, None for a number
+    kind: str  # of a tensor: vectors, query or a key of DTYPES; of a number: int, float or bool
+    dims: str | None  # the shape as written in the declaration, None for a number
     optional: bool = False
 
     @property
     def schema(self) -> str:
-        """The argument as torch spells it. An int may come from a shape, and so be symbolic."""
+        """The argument as written in a torch schema. K and N may come from a shape, and so may be symbolic ints."""
         if self.dims is None:
             return f"{'SymInt' if self.kind == 'int' and self.name in ('K', 'N') else self.kind} {self.name}"
         return f"Tensor{'?' if self.optional else ''} {self.name}"
@@ -65,61 +66,61 @@ class Value:
 
 @dataclass(frozen=True)
 class Op:
-    """A declared op: what every backend that has it takes and returns."""
+    """A declared op: the arguments and results that it has in every backend that implements it."""
 
     name: str
     arguments: tuple[Value, ...]
     results: tuple[Value, ...]
-    meaning: str  # what it computes, as kernels/README.md says it
-    sizes: tuple[tuple[CodeType, ...], ...]  # of each result, expressions of letters and arguments
+    meaning: str  # what it computes, as printed in kernels/README.md
+    sizes: tuple[tuple[CodeType, ...], ...]  # of each result: expressions of letters and arguments
     takes_pool: bool
     takes_draws: bool
 
     @property
     def schema(self) -> str:
-        """The schema that torch.library takes."""
+        """The schema of the op for torch.library."""
         results = ", ".join(f"Tensor {value.name}" for value in self.results)
         results = f"({results})" if len(self.results) > 1 else "Tensor"
         return f"{self.name}({', '.join(value.schema for value in self.arguments)}) -> {results}"
 
     def fake(self, *args: Any) -> Any:
-        """Empty results of the right shapes: what torch.compile runs in the place of a kernel."""
+        """Return empty results of the right shapes. torch.compile calls this instead of a kernel while it traces."""
         known: dict[str, Any] = {}
         for value, given in zip(self.arguments, args, strict=True):
             known[value.name] = given
             if value.dims and isinstance(given, Tensor) and "|" not in value.dims:
                 known.update(zip(_split(value.dims), given.shape, strict=True))
         like = args[0]
-        made = [
+        results = [
             like.new_empty([eval(size, {}, known) for size in sizes], dtype=DTYPES.get(value.kind, like.dtype))
             for value, sizes in zip(self.results, self.sizes, strict=True)
         ]
-        return tuple(made) if len(made) > 1 else made[0]
+        return tuple(results) if len(results) > 1 else results[0]
 
 
 OPS: dict[str, Op] = {}
 
 
 def declare(signature: str, meaning: str) -> Op:
-    """The op of a signature, known to torch in every namespace from now on.
+    """Parse a signature and register the op with torch in the namespace of every backend.
 
-    torch keeps an op until the process ends, so a module that is imported once more, after an import that failed or by
-    importlib.reload, finds its op there and leaves it. Raises RuntimeError where the op was declared otherwise.
+    torch keeps an op until the process ends. A module that is imported again, after a failed import or by importlib.reload,
+    finds its op there and does not register it again. Raises RuntimeError if the op has another signature there.
     """
     match = re.fullmatch(r"(\w+)\((.*)\) -> (.*)", signature)
     if match is None:
         raise ValueError(f"declare: signature must be 'name(arguments) -> results', got {signature!r}")
-    name, inside, results = match.groups()
-    expanded = inside.replace("*pool", POOL).replace("*draws", DRAWS)
-    made = _values(results)
+    name, written_arguments, written_results = match.groups()
+    expanded = written_arguments.replace("*pool", POOL).replace("*draws", DRAWS)
+    results = _values(written_results)
     op = Op(
         name,
         _values(expanded),
-        made,
+        results,
         meaning,
-        tuple(tuple(compile(size, name, "eval") for size in _split(value.dims or "")) for value in made),
-        "*pool" in inside,
-        "*draws" in inside,
+        tuple(tuple(compile(size, name, "eval") for size in _split(value.dims or "")) for value in results),
+        "*pool" in written_arguments,
+        "*draws" in written_arguments,
     )
     for namespace in NAMESPACES:
         known = getattr(getattr(torch.ops, namespace), name, None)
@@ -128,8 +129,8 @@ def declare(signature: str, meaning: str) -> Op:
             torch.library.register_fake(f"{namespace}::{name}", op.fake)
         elif known.default._schema != torch._C.parse_schema(f"{namespace}::{op.schema}"):
             raise RuntimeError(
-                f"declare: this process imported a version of negmine before in which {namespace}::{name} takes or returns "
-                f"something else; start Python again with one version on sys.path, got {op.schema} after {known.default._schema}"
+                f"declare: this process imported another version of negmine in which {namespace}::{name} has another signature; "
+                f"start Python again with one version on sys.path, got {op.schema} after {known.default._schema}"
             )
     OPS[name] = op
     return op
@@ -147,15 +148,15 @@ def overload(namespace: str, name: str) -> Callable[..., Any]:
 
 
 def _values(text: str) -> tuple[Value, ...]:
-    made = []
+    values = []
     for part in _split(text):
         match = re.fullmatch(r"(\w+)(\??): (\w+)(?:\[(.*)\])?", part)
         if match is None or (match[4] is None) != (match[3] in SCALARS and "[" not in part):
             raise ValueError(f"declare: an argument must be 'name: kind' or 'name: kind[dims]', got {part!r}")
-        made.append(Value(match[1], match[3], match[4], bool(match[2])))
-    return tuple(made)
+        values.append(Value(match[1], match[3], match[4], bool(match[2])))
+    return tuple(values)
 
 
 def _split(text: str) -> Sequence[str]:
-    """The parts between commas that stand outside of brackets."""
+    """Split at the commas that are outside of brackets."""
     return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]

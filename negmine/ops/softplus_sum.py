@@ -1,4 +1,4 @@
-"""The op softplus_sum, and the autograd function over it."""
+"""The op softplus_sum, and its autograd function."""
 
 from typing import Any
 
@@ -12,19 +12,20 @@ from negmine.ops.vectors import for_kernels
 SOFTPLUS_SUM = declare(
     "softplus_sum(query: vectors[B, D], negative_keys: vectors[K, D], scale: fp32[], offset: fp32[], want_sigmoid_keys: bool, "
     "*pool) -> total: fp32[B], sigmoid_keys: fp32[B if want_sigmoid_keys else 0, D], sigmoid_sum: fp32[B], num_kept: int64[B]",
-    """l_bk = scale * s_bk + offset + bias_k. total_b = sum over the pool of log(1 + exp(l_bk)), 0 where the pool is empty;
+    """l_bk = scale * s_bk + offset + bias_k. total_b = sum over the pool of log(1 + exp(l_bk)), 0 if the pool is empty;
     sigmoid_keys_b = sum over the pool of sigmoid(l_bk) n_k; sigmoid_sum_b = sum over the pool of sigmoid(l_bk);
-    num_kept_b = columns in the pool. Small terms are summed to fp32's relative precision: log(1 + e^l) is about e^l for the
-    many l far below 0.""",
+    num_kept_b = number of columns in the pool. Small terms keep the relative precision of fp32: where l is far below 0,
+    log(1 + e^l) is about e^l and is not rounded to 0.""",
 )
 
 
 class SoftplusSum(torch.autograd.Function):
-    """total_b (B,) = sum over b's pool of log(1 + exp(scale s_bk + offset)).
+    """total_b (B,) = sum over b's pool of log(1 + exp(l_bk)), l_bk = scale * s_bk + offset + bias_k.
 
-    d total / d query = scale * sigmoid_keys, d total / d scale = query . sigmoid_keys, d total / d offset = sigmoid_sum, all
-    known after the forward pass; d total / d negative_keys is a second kernel, run only for keys that require grad, and so is
-    d total / d bias = sigmoid(l_bk). bias: that of the pool where it requires grad, else None.
+    d total / d query = scale * sigmoid_keys, d total / d scale = query . sigmoid_keys and d total / d offset = sigmoid_sum are
+    computed in the forward pass. d total / d negative_keys = scale * sigmoid(l_bk) query_b and d total / d bias = sigmoid(l_bk)
+    are computed in backward by other kernels, only if the keys or the bias require grad. bias is the bias of the pool if it
+    requires grad, else None.
     """
 
     @staticmethod
@@ -67,10 +68,13 @@ class SoftplusSum(torch.autograd.Function):
 def grad_bias(
     kernels: Any, query: Tensor, negative_keys: Tensor, scale: Tensor, offset: Tensor, weight: Tensor, pool: tuple
 ) -> Tensor:
-    """The sum over queries of weight_b sigmoid(l_bk): (K,) fp32 for a queue, (B, M) for lists and own keys. weight (B,)."""
+    """The gradient of the bias: weight_b sigmoid(l_bk), summed over queries for a queue. weight is (B,).
+
+    (K,) fp32 for a queue, (B, M) for lists and for keys (B, M, D).
+    """
     q, keys = for_kernels(query), for_kernels(negative_keys)
     if kernels.has("softplus_sum_grad_bias"):
         return kernels.softplus_sum_grad_bias(q, keys, scale, offset, weight, *pool)
-    # Add a feature that is 1 in queries and 0 in keys. It changes no score, and its gradient is the sum.
+    # A feature that is 1 in queries and 0 in keys changes no score, and its gradient is the sum.
     q, keys = torch.cat([q, torch.ones_like(q[:, :1])], 1), torch.nn.functional.pad(keys, (0, 1))
     return kernels.softplus_sum_grad_keys(q, keys, scale, offset, weight, *pool)[:, -1]

@@ -1,7 +1,8 @@
-"""The Triton launchers by op: called directly, or as the torch ops negmine_triton::* where torch.compile traces the call.
+"""The Triton launchers by op name.
 
-A compiled graph holds one opaque node an op, with the schema and the fake of its declaration. Eager calls go to the launchers
-directly, for a torch op that is registered in Python costs more than a small launch. Nothing here needs the compiled library.
+While torch.compile traces a call, the torch ops negmine_triton::* are called, so that a compiled graph has one opaque node for
+each op, with the schema and the fake of its declaration. Otherwise the launchers are called directly, because a torch op that is
+registered in Python costs more than a small launch. This module does not need the compiled libraries.
 """
 
 import functools
@@ -17,9 +18,9 @@ NAMESPACE = "negmine_triton"
 
 
 def launchers(devices: tuple[str, ...]) -> dict[str, Callable[..., Any]]:
-    """Every op that Triton has a launcher of, registered for the device types: what to call, by name.
+    """Register every Triton launcher for the device types, and return the functions to call, by op name.
 
-    Raises ImportError where Triton is not installed.
+    Raises ImportError if Triton is not installed.
     """
     module = importlib.import_module("negmine.kernels.triton")
     for name in module.__all__:

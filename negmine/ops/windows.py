@@ -1,7 +1,7 @@
-"""What `Select` keeps of each query's pool, as kernels take it: score filters and rank windows as bounds, samples as lists.
+"""Translates `Select` into arguments of kernels: score filters and rank windows become bounds, samples become lists of columns.
 
-A bound is a sort key (negmine/ops/sort_key.py), so a window is exact where scores tie: columns that tie with a bound are kept or
-dropped by their index.
+A bound is a sort key (negmine/ops/sort_key.py), so a window is exact even if scores tie: of the columns whose score equals that
+of a bound, the index decides which are kept.
 """
 
 from typing import Any, NamedTuple
@@ -16,14 +16,17 @@ from negmine.options import Select
 
 
 class Draw(NamedTuple):
-    """The key of random draws: seed and step, and the global index of the first query; the latter two may be () int64 tensors."""
+    """The arguments that determine random draws: seed, step and the global index of the first query.
+
+    step and row_offset may be () int64 tensors.
+    """
 
     seed: int = 0
     step: int | Tensor = 0
     row_offset: int | Tensor = 0
 
     def of_pool(self, number: int) -> "Draw":
-        """The key of the draws of one of several pools: its number stands in the high bits of the row."""
+        """The draws of one of several pools: the number of the pool is put into the high bits of the row."""
         return self._replace(row_offset=self.row_offset + (number << 48)) if number else self
 
     def rows(self, query: Tensor) -> Tensor:
@@ -31,7 +34,7 @@ class Draw(NamedTuple):
         return torch.arange(len(query), device=query.device) + self.row_offset
 
     def on_device(self, query: Tensor) -> tuple[int, Tensor | None, Tensor | None]:
-        """seed, step and row_offset as kernels take them: () int64 tensors on the device of query, None for 0."""
+        """seed, and step and row_offset as kernels take them: () int64 tensors on the device of query, or None for 0."""
         return self.seed, _on_device(self.step, query), _on_device(self.row_offset, query)
 
 
@@ -44,7 +47,7 @@ def _on_device(value: int | Tensor, query: Tensor) -> Tensor | None:
 
 
 def apply_filters(query: Tensor, pool: Pool, select: Select, positive_score: Tensor | None) -> Pool:
-    """The pool narrowed by the score filters of `select`; positive_score (B,) is needed where it has a margin."""
+    """Narrow the pool by the score filters of `select`. positive_score (B,) is needed if `select` has a margin."""
     B = query.shape[0]
     if select.min_score is not None:
         least = torch.zeros(B, dtype=torch.float32, device=query.device) + select.min_score
@@ -56,7 +59,7 @@ def apply_filters(query: Tensor, pool: Pool, select: Select, positive_score: Ten
 
 
 def pool_size(kernels: Kernels, query: Tensor, negative_keys: Tensor, pool: Pool) -> Tensor | int:
-    """Columns in each query's pool: (B,) int64, or one int where every row of the queue is in every pool."""
+    """The number of columns in each query's pool: (B,) int64, or one int if every row of the queue is in every pool."""
     if pool.is_everything:
         return kernels.queue_size(negative_keys)
     if pool._replace(num_rows=None).is_everything and not torch.compiler.is_compiling():
@@ -69,19 +72,19 @@ def window_ranks(
     kernels: Kernels, query: Tensor, negative_keys: Tensor, pool: Pool, select: Select
 ) -> tuple[Tensor | int, Tensor | int]:
     """The ranks [first, end) of a filtered pool that `select` keeps, (B,) int64 each or one int for all rows."""
-    # Only fractions need the pool's size: a rank past the end of a pool has no column, and keeps nothing or everything.
+    # Only fractions need the exact size of the pool. Integer ranks may lie past its end, where there are no columns.
     if select.needs_pool_size:
         return select.window(pool_size(kernels, query, negative_keys, pool))
     return select.window(kernels.queue_size(negative_keys))
 
 
 def stack_ranks(ranks: list[Tensor | int], query: Tensor) -> Tensor:
-    """Ranks, (B,) each or one int for all rows -> (B, R) int64."""
+    """Stack R ranks, each (B,) or one int for all rows, into (B, R) int64."""
     if all(isinstance(rank, int) for rank in ranks) and not torch.compiler.is_compiling():
-        made = torch.empty(len(query), len(ranks), dtype=torch.int64, device=query.device)
+        stacked = torch.empty(len(query), len(ranks), dtype=torch.int64, device=query.device)
         for column, rank in enumerate(ranks):
-            made[:, column] = rank
-        return made
+            stacked[:, column] = rank
+        return stacked
     each = [
         rank.expand(len(query))
         if isinstance(rank, Tensor)
@@ -94,7 +97,7 @@ def stack_ranks(ranks: list[Tensor | int], query: Tensor) -> Tensor:
 def ranks_to_sum(
     kernels: Kernels, query: Tensor, negative_keys: Tensor, pool: Pool, select: Select, positive_score: Tensor | None
 ) -> tuple[Pool, Tensor | None]:
-    """What the op logsumexp takes for `select`: the filtered pool, and the first and last rank (B, 2) of a window, or None."""
+    """The arguments of the op logsumexp for `select`: the filtered pool, and its first and last rank (B, 2) or None."""
     pool = apply_filters(query, pool, select, positive_score)
     if not (select.starts_late or select.ends_early):
         return _without_nan(query, pool, select), None
@@ -105,9 +108,9 @@ def ranks_to_sum(
 def bounded(
     kernels: Kernels, query: Tensor, negative_keys: Tensor, pool: Pool, select: Select, positive_score: Tensor | None
 ) -> Pool:
-    """The pool narrowed to what `select` keeps: its filters and its rank window as two bounds of each row.
+    """Narrow the pool to the columns that `select` keeps: its filters and its rank window become two bounds for each row.
 
-    positive_score (B,) is needed where select has a margin.
+    positive_score (B,) is needed if `select` has a margin.
     """
     pool = apply_filters(query, pool, select, positive_score)
     if not (select.starts_late or select.ends_early):
@@ -119,14 +122,14 @@ def bounded(
 
 
 def _without_nan(query: Tensor, pool: Pool, select: Select) -> Pool:
-    """A filtered pool without bounds by rank: a window of everything keeps no NaN score."""
+    """A filtered pool for a window that keeps all ranks: a lower bound removes NaN scores, which have no rank."""
     if select.has_filter:
         return pool
     return pool._replace(lower=torch.full((len(query),), sort_key.BOTTOM, device=query.device))
 
 
 def sample(kernels: Kernels, query: Tensor, negative_keys: Tensor, window: Pool, select: Select, draw: Draw) -> Tensor:
-    """The sort keys (B, sample) int64 of what select.sample draws from a pool that `bounded` made, NOWHERE past its end."""
+    """Draw select.sample columns from a pool that `bounded` returned: sort keys (B, sample) int64, NOWHERE if it has too few."""
     count = kernels.count_negatives(query, negative_keys, *window)  # (B,)
     most, size = select.widest(negative_keys.shape[-2]), select.sample or 0
     ranks = philox.sample(count, most, size, select.replace, draw.rows(query), draw.seed, draw.step)  # (B, sample)
@@ -146,7 +149,7 @@ _tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
 
 def _table_on_device(table: Tensor, device: torch.device) -> Tensor:
-    """Copied once: a copy from pageable memory can be neither captured in a CUDA graph nor made without waiting."""
+    """The table on the device, copied once: a copy from pageable memory synchronises and cannot be captured in a CUDA graph."""
     key = id(table), device
     if key not in _tables:
         _tables[key] = table, table.to(device)

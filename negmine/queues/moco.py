@@ -196,10 +196,10 @@ class MoCoQueue(nn.Module):
             if given is None:
                 continue
             if stored is None:
-                raise checks.refuse(op, name, f"None, for a queue made without {option}=True", given)
+                raise checks.refuse(op, name, f"None, because the queue was created without {option}=True", given)
             checks.require_tensor(op, name, given, self.queue, "the queue")
             if given.shape != keys.shape[:1] or given.is_floating_point():
-                raise checks.refuse(op, name, f"whole numbers of shape ({len(keys)},)", given)
+                raise checks.refuse(op, name, f"an integer tensor of shape ({len(keys)},)", given)
         columns = [(self.queue, keys.detach().to(self.queue.dtype))]
         for given, stored, _ in tags.values():
             if stored is not None:

@@ -270,7 +270,7 @@ class ShardedMoCoQueue(MoCoQueue):
             ("query_labels", query_labels, self.labels, "with_labels"),
         ):
             if given is not None and stored is None:
-                raise checks.refuse(op, name, f"None, for a queue made without {option}=True", given)
+                raise checks.refuse(op, name, f"None, because the queue was created without {option}=True", given)
         ids = None if query_ids is None else self.ids
         labels = None if query_labels is None else self.labels
         return check_negatives(op, query, None, Negatives(self.keys, ids=ids, labels=labels), query_ids, query_labels)[
