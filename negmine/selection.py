@@ -76,7 +76,7 @@ def check_select(op: str, select: Any, positive_key: Tensor | None, query: Tenso
     if positive_key is not None:
         checks.require_positive(op, positive_key, query)
     elif select is not None and select.has_margin:
-        raise checks.refuse(op, "positive_key", "given where select has a margin", None)
+        raise checks.refuse(op, "positive_key", "given if select has a margin", None)
 
 
 def mine_hardest(

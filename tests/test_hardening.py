@@ -150,10 +150,10 @@ def test_a_queue_of_more_than_two_to_the_31_elements():
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"queue_ptr": torch.tensor([9])}, "queue_ptr must be one whole number from 0 to 8"),
-        ({"queue_ptr": torch.tensor([-1])}, "queue_ptr must be one whole number"),
-        ({"queue_len": torch.tensor([10])}, "queue_len must be one whole number from 0 to 9"),
-        ({"queue_len": torch.tensor([1, 2])}, "queue_len must be one whole number"),
+        ({"queue_ptr": torch.tensor([9])}, "queue_ptr must be an integer from 0 to 8"),
+        ({"queue_ptr": torch.tensor([-1])}, "queue_ptr must be an integer"),
+        ({"queue_len": torch.tensor([10])}, "queue_len must be an integer from 0 to 9"),
+        ({"queue_len": torch.tensor([1, 2])}, "queue_len must be an integer"),
         ({"queue": torch.zeros(8, 4)}, "size mismatch for queue"),
         ({"queue_ids": torch.zeros(3, dtype=torch.long)}, "size mismatch for queue_ids"),
     ],

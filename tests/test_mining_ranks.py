@@ -141,11 +141,11 @@ def test_ranks_mine_what_one_process_mines(world, tmp_path):
             failed = f"RuntimeError: mine_hard_negatives: rank {world - 1} failed, so every rank stops: MemoryError: no memory"
             assert middle.startswith("MemoryError: no memory for" if rank == world - 1 else failed), middle
             own = "ValueError: mine_hard_negatives: corpus_embeddings must be of query_embeddings' D = 20"
-            others = "ValueError: mine_hard_negatives: rank 1 refused its input, so every rank stops: " + own[:60]
+            others = "ValueError: mine_hard_negatives: rank 1 rejected its input, so every rank stops: " + own[:60]
             assert got[rank]["own refusal"].startswith(own if rank == 1 else others)
             assert "but rank 1 gives seed=1 and rank 0 seed=0" in got[rank]["other seed"]
             assert "resume_dir must be the path of a folder, got" in got[rank]["no folder"]
-            assert ("rank 0 refused its input, so every rank stops" in got[rank]["no folder"]) == (rank > 0)
+            assert ("rank 0 rejected its input, so every rank stops" in got[rank]["no folder"]) == (rank > 0)
 
 
 def test_refusals():

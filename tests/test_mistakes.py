@@ -76,7 +76,7 @@ MISTAKES = {
     "a prior of 1": (lambda: Weight(tau_plus=1), "Weight: tau_plus must be a number in [0, 1)"),
     "a margin without a positive": (
         lambda: negmine.mine_hardest(q, k, 5, select=Select(absolute_margin=0.1)),
-        "positive_key must be given where select has a margin",
+        "positive_key must be given if select has a margin",
     ),
     "no negatives wanted": (lambda: negmine.mine_hardest(q, k, 0), "N must be an int of 1 or more"),
     "a quantile in percent": (lambda: negmine.quantile(q, k, 95), "q must be in [0, 1]"),

@@ -203,7 +203,7 @@ BAD = {
     **{
         f"3d load_shards: {name} {value}": (
             lambda bad, change={name: value}: load_shards(bad, **change),
-            f"states: {name} must be one whole number from 0 to",
+            f"states: {name} must be an integer from 0 to",
         )
         for name, value in (
             ("queue_len", torch.tensor([99])),
@@ -217,9 +217,12 @@ BAD = {
     "3d load_shards: range": (lambda bad: load_shards(bad, queue_range=torch.zeros(3)), "states: queue_range must be"),
     "3d load_state_dict: counter": (
         lambda bad: load(bad, queue_ptr=torch.tensor([K])),
-        "queue_ptr must be one whole number from 0 to 23",
+        "queue_ptr must be an integer from 0 to 23",
     ),
-    "3d load_state_dict: range": (lambda bad: load(bad, queue_range=torch.tensor([1, 2, K])), "load_shards takes the"),
+    "3d load_state_dict: range": (
+        lambda bad: load(bad, queue_range=torch.tensor([1, 2, K])),
+        "use load_shards to load",
+    ),
     "3e constructor: K": (lambda bad: MoCoQueue(D, K + bad, **GATHER), None),
     "3e constructor: dtype": (lambda bad: MoCoQueue(D, K, dtype=torch.float16 if bad else None, **GATHER), None),
     "3e constructor, sharded: K": (lambda bad: ShardedMoCoQueue(D, K + bad), None),

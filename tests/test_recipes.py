@@ -225,7 +225,7 @@ REFUSALS = [
     (lambda: negmine.logsumexp(*inputs()[1:], temperature=0), "logsumexp: temperature must be a number above 0"),
     (
         lambda: negmine.logsumexp(*inputs()[1:], select=Select(absolute_margin=0.1)),
-        "logsumexp: positive_key must be given where select has a margin, got None",
+        "logsumexp: positive_key must be given if select has a margin, got None",
     ),
     (lambda: negmine.logsumexp(*inputs()[1:], seed=-1), "logsumexp: seed must be an int in [0, 2**32), got -1"),
 ]

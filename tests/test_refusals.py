@@ -152,7 +152,7 @@ REFUSALS = [
     (
         mine(select=Select(0, 2, absolute_margin=0.1)),
         ValueError,
-        "positive_key must be given where select has a margin",
+        "positive_key must be given if select has a margin",
     ),
     (mine(select=Select(sample=2, replace=True)), ValueError, "select must be without replace"),
     (mine(positive_key=pos[:1]), ValueError, "mine_hardest: positive_key must be of query's shape"),

@@ -205,7 +205,7 @@ def test_ranks_do_what_one_process_does(world, tmp_path):
         said = [rank["refusals"] for rank in got]
         assert "query must be a floating tensor" in said[0]["one rank is wrong"]
         for other in said[1:]:
-            assert "rank 0 refused its input, so every rank stops: TypeError: Sharded" in other["one rank is wrong"]
+            assert "rank 0 rejected its input, so every rank stops: TypeError: Sharded" in other["one rank is wrong"]
         for every in said:
             assert f"but rank {world - 1} gives N=4 and rank 0 N=3" in every["others ask otherwise"]
             assert every["after them all is well"] == ""
@@ -232,7 +232,7 @@ def test_shards_of_any_number_of_ranks_load():
         ([(0, 50)], "cover rows 0 to 101 once"),
         ([(0, 50), (49, K)], "cover rows 0 to 101 once"),
         ([], "cover rows"),
-        ([(0, 50), (50, K, 200)], "must be of a queue of K=101"),
+        ([(0, 50), (50, K, 200)], "for a queue of K = 101"),
     ],
 )
 def test_shards_that_do_not_fit_are_refused(states, said):
@@ -241,12 +241,12 @@ def test_shards_that_do_not_fit_are_refused(states, said):
     with pytest.raises(ValueError, match=said):
         queue.load_shards(shard_of(*state) for state in states)
     other = shard_of(50, K, queue_ptr=torch.tensor([3]))
-    with pytest.raises(ValueError, match="must be of one step"):
+    with pytest.raises(ValueError, match="must have been saved at one step"):
         queue.load_shards([shard_of(0, 50), other])
-    with pytest.raises(ValueError, match="must each hold queue_ids"):
+    with pytest.raises(ValueError, match="each of states must have queue_ids"):
         queue.load_shards([{n: v for n, v in shard_of(0, K).items() if n != "queue_ids"}])
     assert torch.equal(queue.queue, before)
-    with pytest.raises(RuntimeError, match="load_shards takes the states of another number of ranks"):
+    with pytest.raises(RuntimeError, match="use load_shards to load the states of another number"):
         queue.load_state_dict(shard_of(0, 50))
 
 
@@ -254,7 +254,7 @@ def test_a_moco_checkpoint_is_cut():
     queue = ShardedMoCoQueue(D, K, with_ids=True)
     queue.load_state_dict({"queue": unit(K, D, seed=3).T, "queue_ptr": torch.tensor([7])})
     assert torch.equal(queue.queue, unit(K, D, seed=3)) and queue.ids.tolist() == [-1] * K
-    with pytest.raises(ValueError, match="the queue must be whole"):
+    with pytest.raises(ValueError, match="no rank stores the whole queue; load the shards"):
         queue.moco_state_dict()
 
 
@@ -275,7 +275,11 @@ def test_what_a_sharded_queue_refuses():
             lambda: queue.mine_hardest(q, 3, select=Select(absolute_margin=0.1)),
         ),
         (backends.BackendUnavailable, "the reference needs the whole", lambda: queue.info_nce(q.double(), q.double())),
-        (backends.BackendUnavailable, "runs on kernels", lambda: queue.mine_hardest(q, 3, backend="reference")),
+        (
+            backends.BackendUnavailable,
+            "no kernel runs this call",
+            lambda: queue.mine_hardest(q, 3, backend="reference"),
+        ),
         (TypeError, "select must be a negmine.Select", lambda: queue.info_nce(q, q, select=0.5)),
         (ValueError, "ShardedMoCoQueue.enqueue: keys must be of shape", lambda: queue.enqueue(unit(3, D + 1))),
     ]:

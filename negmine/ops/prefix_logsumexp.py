@@ -24,7 +24,7 @@ class PrefixLogSumExp(torch.autograd.Function):
     """lse (W, B) at each of several widths, and num_kept (B,).
 
     As in LogSumExp, the gradients of query and scale are computed in the forward pass, and those of the keys and the bias in
-    backward by other kernels, at_width width after the other. widths: ascending ints. bias is the bias of the pool if it requires
+    backward by other kernels, one width after the other. widths: ascending ints. bias is the bias of the pool if it requires
     grad, else None.
     """
 

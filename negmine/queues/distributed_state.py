@@ -11,27 +11,28 @@ from negmine.queues.sharded import ShardedMoCoQueue
 
 
 def distributed_state_dict(module: nn.Module) -> dict[str, Any]:
-    """The state of a module for torch.distributed.checkpoint: the rows of each `ShardedMoCoQueue` are DTensors.
+    """The state dict of a module for torch.distributed.checkpoint, in which the rows of each `ShardedMoCoQueue` are DTensors.
 
     Parameters
     ----------
     module : nn.Module
-        A sharded queue, or a module that holds such queues, itself sharded by FSDP2 or not.
+        A sharded queue, or a module that contains sharded queues. The module may be sharded by FSDP2.
 
     Returns
     -------
     dict
-        Every entry shares its memory with the module, so that loading fills the module in place, with any number of ranks.
+        The state of the module. Every entry shares its memory with the module, so torch.distributed.checkpoint.load fills the
+        module in place. The number of ranks may differ from that of the run that saved the checkpoint.
 
     Raises
     ------
     TypeError
-        For anything but a module.
+        If `module` is not a module.
 
     Notes
     -----
-    Do not give a plain ``state_dict()`` to torch.distributed.checkpoint where a module has a sharded queue: entries of one
-    name are taken to be equal on all ranks. A `MoCoQueue` is equal on all ranks and needs nothing.
+    Do not pass the plain ``state_dict()`` of a module with a sharded queue to torch.distributed.checkpoint, which assumes that
+    plain tensors are equal on all ranks. A `MoCoQueue` is equal on all ranks and does not need this function.
 
     Examples
     --------
@@ -53,7 +54,7 @@ def distributed_state_dict(module: nn.Module) -> dict[str, Any]:
 
 
 def _distributed(rows: Tensor, queue: ShardedMoCoQueue) -> Tensor:
-    """This rank's rows as a part of the tensor of all rows; without torch.distributed, the rows."""
+    """A DTensor of all rows whose local part is this rank's rows. Without torch.distributed, the rows themselves."""
     if not (dist.is_available() and dist.is_initialized()):
         return rows
     from torch.distributed.device_mesh import DeviceMesh

@@ -15,7 +15,7 @@ from negmine.ops.negatives import StoredColumns
 def check_arguments(
     op: str, dim: Any, K: Any, dtype: Any, with_ids: Any, with_labels: Any, random_init: Any, least: int = 1
 ) -> None:
-    """Raise for the first invalid argument of a queue's constructor. least is the smallest allowed K."""
+    """Raise an error for the first invalid argument of a queue's constructor. `least` is the smallest allowed K."""
     checks.require_count(op, "dim", dim)
     checks.require_count(op, "K", K, least)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -25,45 +25,45 @@ def check_arguments(
 
 
 class MoCoQueue(nn.Module):
-    """A ring buffer of the last K keys, which serve as negatives (MoCo).
+    """A ring buffer of the last K keys, which are used as negatives (MoCo).
 
     Parameters
     ----------
     dim : int
         D, the width of a key.
     K : int
-        How many keys the queue holds.
+        The number of keys that the queue can store.
     dtype : torch.dtype, optional
-        Of the stored keys; default: torch's default dtype. Keys are converted as they enter. The queue takes
-        K * (D * bytes of dtype + 8 with ids + 8 with labels) bytes, and building it less than 16 MiB more.
+        The dtype of the stored keys. The default is torch's default dtype. `enqueue` converts keys to it. The queue needs
+        K * (D * bytes per number + 8 with ids + 8 with labels) bytes, and its constructor at most 16 MiB more.
     with_ids, with_labels : bool
-        Store an int64 id or label with each key; -1 where none was given.
+        Whether to store an int64 id or label with each key; -1 is stored for keys without one.
     random_init : bool
-        Start full of random unit vectors, as MoCo does. False starts empty and grows.
+        True starts with K random unit vectors, as MoCo does. False starts with an empty queue.
     gather_distributed : bool
-        Enqueue the keys of every rank, in rank order, so that the queues of all ranks stay identical. Every rank must make
-        the queue with the same arguments and call `enqueue` in the same order. What one rank refuses is raised on all: at
-        once, or on a GPU by a device assertion, because the host does not wait there.
+        Whether `enqueue` adds the keys of all ranks, in rank order, so that the queues of all ranks stay identical. Every rank
+        must create the queue with the same arguments and call `enqueue` in the same order. If one rank raises an error, all
+        ranks do: at once, or on a GPU by a device assertion, because the host does not wait for the device.
     process_group : ProcessGroup, optional
-        Of torch.distributed; default: all ranks.
+        The process group of torch.distributed for `gather_distributed`. The default is all ranks.
 
     Raises
     ------
     ValueError, TypeError
-        For an invalid argument.
+        If an argument is invalid.
 
     Notes
     -----
-    The losses take the queue itself as `negative_keys`. Enqueueing overwrites rows in place, which is safe between forward
+    Pass the queue itself to the losses as `negative_keys`. Enqueueing overwrites rows in place. This is safe between forward
     and backward of negmine's losses.
 
-    The whole state is in buffers: queue (K, D), queue_ptr (1,), queue_len (1,), queue_ids (K,) and queue_labels (K,).
-    ``load_state_dict`` also takes a MoCo checkpoint, whose queue is (D, K); `moco_state_dict` makes one.
+    The complete state is in buffers: queue (K, D), queue_ptr (1,), queue_len (1,), queue_ids (K,) and queue_labels (K,).
+    ``load_state_dict`` also loads a MoCo checkpoint, whose queue is (D, K); `moco_state_dict` returns one.
 
-    A key that is not finite in the queue's dtype does not enter and takes no row. `num_refused`, a () int64 buffer that is
-    not saved, counts such keys.
+    A key that is not finite in the queue's dtype is not stored. `num_refused`, a () int64 buffer that is not part of the
+    state dict, counts such keys.
 
-    `keys`, `ids`, `labels` and ``len()`` read the length on the host and so wait for the GPU. The losses do not.
+    `keys`, `ids`, `labels` and ``len()`` read the length on the host and so synchronise with the GPU. The losses do not.
 
     References
     ----------
@@ -133,42 +133,53 @@ class MoCoQueue(nn.Module):
 
     @property
     def process_group(self) -> Any:
-        """The process group that was given, or None for the default group."""
+        """The process group that was passed to the constructor, or None for the default group."""
         return self._group.group
 
     @property
     def keys(self) -> Tensor:
-        """The valid rows (len, D), as a view."""
+        """The valid rows (len, D) of the queue, as a view."""
         return self.queue[: self._held]
 
     @property
     def ids(self) -> Tensor | None:
-        """Ids of the valid rows (len,), or None without with_ids."""
+        """The ids (len,) of the valid rows, or None without with_ids."""
         return None if self.queue_ids is None else self.queue_ids[: self._held]
 
     @property
     def labels(self) -> Tensor | None:
-        """Labels of the valid rows (len,), or None without with_labels."""
+        """The labels (len,) of the valid rows, or None without with_labels."""
         return None if self.queue_labels is None else self.queue_labels[: self._held]
 
     @property
     def _held(self) -> int:
-        """The valid rows of a stored tensor."""
+        """The number of valid rows in a stored tensor."""
         return len(self)
 
     def __len__(self) -> int:
         return int(self.queue_len)
 
     def stored_columns(self) -> StoredColumns:
-        """All rows of the queue, their ids and labels, and the number of valid rows, in the form that the losses take."""
+        """All rows of the queue, their ids and labels, and the number of valid rows. The losses call this."""
         return StoredColumns(self.queue, self.queue_ids, self.queue_labels, self.queue_len[0])
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, ids: Tensor | None = None, labels: Tensor | None = None) -> None:
-        """Overwrite the oldest rows with keys (B, D) of any B; of more than K keys the last K stay. NaN and inf stay out.
+        """Add keys to the queue, overwriting the oldest ones.
 
-        ids (B,), labels (B,): whole numbers, with a queue that stores them; -1 is stored where none are given.
-        Raises ValueError or TypeError for input that does not fit.
+        Parameters
+        ----------
+        keys : Tensor (B, D)
+            The keys, of any floating dtype and on the device of the queue. B may differ from call to call; of more than K keys
+            only the last K are stored. Rows that are not finite in the queue's dtype are skipped and counted in `num_refused`.
+        ids, labels : Tensor (B,), optional
+            Integer tensors, for a queue that stores ids or labels. The default stores -1, unknown.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument has a wrong shape, dtype or device, or if the queue does not store ids or labels. With
+            `gather_distributed`, every rank raises an error if one does.
         """
         op = f"{type(self).__name__}.enqueue"
         ranks = Ranks(self.process_group) if self.gather_distributed else None
@@ -189,7 +200,7 @@ class MoCoQueue(nn.Module):
     def _entering(
         self, op: str, keys: Tensor, ids: Tensor | None, labels: Tensor | None
     ) -> list[tuple[Tensor, Tensor]]:
-        """Checked pairs of a stored tensor (K, ...) and the rows (B, ...) that are written to it."""
+        """Check the arguments of `enqueue`. Returns pairs of a stored tensor (K, ...) and the rows (B, ...) to write to it."""
         checks.require_vectors(op, "keys", keys, "(B, D)", (2,), self.queue, "the queue")
         tags = {"ids": (ids, self.queue_ids, "with_ids"), "labels": (labels, self.queue_labels, "with_labels")}
         for name, (given, stored, option) in tags.items():
@@ -208,26 +219,26 @@ class MoCoQueue(nn.Module):
         return columns
 
     def _write(self, columns: list[tuple[Tensor, Tensor]]) -> None:
-        """Write rows over the oldest ones: pairs of a buffer (K, ...) and what enters it, as many rows in each pair."""
+        """Overwrite the oldest rows. columns: pairs of a buffer (K, ...) and the rows to write, as many rows in each pair."""
         finite = columns[0][1].isfinite().all(1)  # (B,)
-        number = finite.cumsum(0)  # (B,) 1 for the first row that is written
+        number = finite.cumsum(0)  # (B,) 1 for the first finite row
         entering = finite.sum()  # ()
         kept = finite & (number > entering - self.K)  # (B,)
-        # The number of kept rows is known only on the device, so the largest possible number is written. Those past the kept
-        # ones are rewritten with the stored values.
+        # The number of kept rows is known only on the device, so min(B, K) rows are always written. The rows after the kept
+        # ones are written with the values that are already stored.
         source = (~kept).byte().argsort(stable=True)[: self.K]  # (min(B, K),) kept rows first
         slot = torch.arange(len(source), device=finite.device)  # (min(B, K),)
-        at = (self.queue_ptr + entering - kept.sum() + slot) % self.K
+        target = (self.queue_ptr + entering - kept.sum() + slot) % self.K
         for stored, rows in columns:
             is_new = (slot < kept.sum()).view(-1, *[1] * (stored.dim() - 1))
-            stored.index_copy_(0, at, torch.where(is_new, rows[source], stored[at]))
+            stored.index_copy_(0, target, torch.where(is_new, rows[source], stored[target]))
         self.queue_ptr.add_(entering).remainder_(self.K)
         self.queue_len.add_(entering).clamp_max_(self.K)
         self.num_refused.add_(len(finite) - entering)
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Empty the queue and set its pointer and num_refused to 0."""
+        """Remove all keys, ids and labels, and set num_refused to 0."""
         for counter in (self.queue_ptr, self.queue_len, self.num_refused):
             counter.zero_()
         for tags in (self.queue_ids, self.queue_labels):
@@ -235,7 +246,18 @@ class MoCoQueue(nn.Module):
                 tags.fill_(-1)
 
     def moco_state_dict(self) -> dict[str, Tensor]:
-        """The queue as MoCo's builder stores it: queue (D, K), queue_ptr (1,). The queue must be full, as MoCo's always is."""
+        """The queue in the format of the published MoCo code.
+
+        Returns
+        -------
+        dict
+            queue (D, K) and queue_ptr (1,), as copies.
+
+        Raises
+        ------
+        ValueError
+            If the queue is not full. The published format cannot express that.
+        """
         if len(self) < self.K:
             raise ValueError(f"MoCoQueue.moco_state_dict: the queue must be full, got {len(self)} of {self.K} rows")
         return {"queue": self.queue.T.clone(), "queue_ptr": self.queue_ptr.clone()}
@@ -250,7 +272,7 @@ class MoCoQueue(nn.Module):
         self._forget_refused()
 
     def _forget_refused(self) -> None:
-        """What was refused is counted from the last loading on; a queue built on the meta device has no counter until then."""
+        """Set num_refused to 0 after loading. A queue that was created on the meta device gets the counter here."""
         if self.num_refused.is_meta:
             self.num_refused = torch.zeros_like(self.num_refused, device=self.queue_ptr.device)
         self.num_refused.zero_()
@@ -266,12 +288,12 @@ def fill_with_unit_vectors(rows: Tensor) -> None:
 
 
 def from_moco(queue: MoCoQueue, state_dict: dict[str, Any], prefix: str) -> None:
-    """Give a MoCo checkpoint, whose queue is (D, K) and always full, a queue's own form."""
+    """Convert a MoCo checkpoint, whose queue is (D, K) and always full, to the state dict of a `MoCoQueue`, in place."""
     stored = state_dict.get(prefix + "queue")
     if stored is None or prefix + "queue_len" in state_dict:
         return
     if tuple(stored.shape) == (queue.dim, queue.K):
-        state_dict[prefix + "queue"] = stored.T.contiguous()  # it may be taken as it is, by assign=True
+        state_dict[prefix + "queue"] = stored.T.contiguous()  # with assign=True this tensor becomes the buffer
     state_dict[prefix + "queue_len"] = torch.full((1,), queue.K, dtype=torch.long)
     for kind in ("queue_ids", "queue_labels"):
         if getattr(queue, kind) is not None:
@@ -290,5 +312,5 @@ def wrong_counter(state_dict: Mapping[str, Any], prefix: str, K: int) -> str:
         )
         if not whole or not 0 <= int(value) <= most:
             came = value.tolist() if isinstance(value, Tensor) and value.numel() == 1 else value
-            return f"{prefix}{name} must be one whole number from 0 to {most}, got {checks.describe(came)}"
+            return f"{prefix}{name} must be an integer from 0 to {most}, got {checks.describe(came)}"
     return ""

@@ -1,4 +1,4 @@
-"""Checkpoints of whole MoCo models: the queue as the published builder stores it, in the state of the module that holds it."""
+"""Checkpoints of MoCo models in the format of the published code, with the queue in the state of its parent module."""
 
 from functools import partial
 from typing import Any
@@ -10,24 +10,24 @@ from negmine.queues.moco import MoCoQueue
 
 
 def moco_checkpoint_hooks(module: nn.Module, name: str = "queue") -> None:
-    """Let a module that holds a `MoCoQueue` load and save checkpoints of the published MoCo code.
+    """Make a module that has a `MoCoQueue` load and save checkpoints in the format of the published MoCo code.
 
-    That code keeps its queue in the module's own buffers, `name` (D, K) and `name`_ptr (1,). With the hooks,
-    ``load_state_dict(strict=True)`` takes such a state as well as the queue's own, and ``state_dict()`` returns the
-    published form, which the unpatched model loads. A queue that stores ids or labels, or is not full yet, has no such form
-    and is saved as its own entries.
+    The published code stores the queue in two buffers of the module: `name` (D, K) and `name`_ptr (1,). With the hooks,
+    ``load_state_dict(strict=True)`` accepts both this format and the format of `MoCoQueue`, and ``state_dict()`` returns the
+    published format, which the original model can load. A queue that stores ids or labels, or that is not full yet, cannot be
+    expressed in the published format and is saved in the format of `MoCoQueue`.
 
     Parameters
     ----------
     module : nn.Module
-        The module that holds the queue. Call this once, in its constructor, after the queue is made.
+        The module that has the queue as an attribute. Call this function once, in its constructor, after creating the queue.
     name : str
-        The queue's name in the module.
+        The name of the attribute.
 
     Raises
     ------
     TypeError
-        Where there is no such queue.
+        If `module` is not a module, or has no MoCoQueue of this name.
 
     Examples
     --------
@@ -39,16 +39,16 @@ def moco_checkpoint_hooks(module: nn.Module, name: str = "queue") -> None:
     """
     op = "moco_checkpoint_hooks"
     if not isinstance(module, nn.Module):
-        raise checks.refuse(op, "module", "the module that holds the queue", type(module).__name__, TypeError)
+        raise checks.refuse(op, "module", "the module that has the queue", type(module).__name__, TypeError)
     queue = getattr(module, name, None) if isinstance(name, str) else None
     if type(queue) is not MoCoQueue:
-        raise checks.refuse(op, "name", "the name of a MoCoQueue in module", name, TypeError)
+        raise checks.refuse(op, "name", "the name of an attribute of module that is a MoCoQueue", name, TypeError)
     module.register_load_state_dict_pre_hook(partial(_before_loading, name))
     module.register_state_dict_post_hook(partial(_after_saving, name))
 
 
 def _before_loading(name: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Convert the two entries of the published builder to those of the queue."""
+    """Rename the two entries of the published format to those of the queue."""
     if prefix + name not in state_dict:
         return
     for old, new in ((name, "queue"), (f"{name}_ptr", "queue_ptr")):
@@ -57,7 +57,7 @@ def _before_loading(name: str, module: nn.Module, state_dict: dict[str, Any], pr
 
 
 def _after_saving(name: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """Convert the entries of the queue to the names and shapes of the published builder, as views."""
+    """Replace the entries of the queue by those of the published format, which are views."""
     queue: MoCoQueue = getattr(module, name)
     own = f"{prefix}{name}."
     if queue.queue_ids is not None or queue.queue_labels is not None or len(queue) < queue.K:

@@ -1,7 +1,7 @@
 """ShardedMoCoQueue: a MoCoQueue whose rows are distributed over the ranks of a process group.
 
-Each rank holds K / W rows, passes its own queries, and gets the losses and negatives that one process with the whole queue would
-compute for them. The communication is in negmine/queues/sharded_ops.py.
+Each of the W ranks stores K / W rows. It passes its own queries and gets the losses and negatives that one process with the whole
+queue would compute for them. The communication is in negmine/queues/sharded_ops.py.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,33 +28,41 @@ from negmine.selection import Mined
 
 ROWS = ("queue", "queue_ids", "queue_labels")  # buffers with one entry for each row
 COUNTERS = ("queue_ptr", "queue_len")
-ROWS_AT_ONCE = 4096  # rows of random_init that one generator draws
+ROWS_AT_ONCE = 4096  # number of rows that random_init draws with one seed
 
 
 class ShardedMoCoQueue(MoCoQueue):
-    """A `MoCoQueue` whose rows are spread over the ranks of a process group, with the results of the whole queue.
+    """A `MoCoQueue` whose rows are distributed over the ranks of a process group.
+
+    Its losses and negatives are those of the whole queue.
 
     Parameters
     ----------
     dim, K, dtype, with_ids, with_labels : optional
-        As in `MoCoQueue`; K is that of the whole queue, at least the number of ranks.
+        As in `MoCoQueue`. K is the size of the whole queue, at least the number of ranks.
     random_init : bool
-        Start full of random unit vectors, drawn from `seed` and the same for any number of ranks. False starts empty.
+        True starts with K random unit vectors, which depend on `seed` but not on the number of ranks. False starts with an
+        empty queue.
     seed : int
-        Of the random vectors.
+        The seed of the random vectors.
     process_group : ProcessGroup, optional
-        Whose ranks share the queue. Without torch.distributed it is a queue of one process.
+        The process group whose ranks store the queue. The default is all ranks, or this process without torch.distributed.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is invalid or differs between ranks. Every rank raises an error if one does.
 
     Notes
     -----
     The constructor, `enqueue`, `info_nce`, `mine_hardest`, ``load_state_dict`` and `load_shards` are collective: every rank
-    calls them in the same order, with the same options. What one rank refuses is raised on all. Batches may differ in size,
-    and may be empty.
+    must call them in the same order, with the same options. If one rank raises an error, all ranks do. Batches may differ in
+    size between ranks, and may be empty.
 
-    Rank r of W holds rows [r C, (r + 1) C), with C = K / W rounded up. ``state_dict`` has these rows under MoCoQueue's
-    names, and queue_range (3,) int64: the first row, the end and K. Rows, ids and labels are no buffers, because
+    Rank r of W stores rows [r C, (r + 1) C), with C = K / W rounded up. ``state_dict`` has these rows under MoCoQueue's
+    names, and queue_range (3,) int64: the first row, the end and K. Rows, ids and labels are not buffers, because
     DistributedDataParallel would overwrite them with those of rank 0. `keys`, `ids` and `labels` are the valid rows of this
-    rank, and ``len()`` is that of the whole queue. For torch.distributed.checkpoint use `distributed_state_dict`.
+    rank, but ``len()`` is the length of the whole queue. Use `distributed_state_dict` with torch.distributed.checkpoint.
 
     Examples
     --------
@@ -86,7 +94,7 @@ class ShardedMoCoQueue(MoCoQueue):
         with ranks.agreement(op) as call:
             check_arguments(op, **arguments, least=ranks.size)
             if K > LAST_INDEX:
-                raise checks.refuse(op, "K", f"at most {LAST_INDEX}, the last index that a place can hold", K)
+                raise checks.refuse(op, "K", f"at most {LAST_INDEX}, because a sort key has 32 bits for an index", K)
             checks.require_draw(op, seed, 0, 0)
             call.facts = {**arguments, "seed": seed}
         rows_each = -(-K // ranks.size)  # the split of torch.chunk and DTensor
@@ -126,10 +134,12 @@ class ShardedMoCoQueue(MoCoQueue):
         return min(max(len(self) - self._first, 0), len(self.queue))
 
     def stored_columns(self) -> Any:
-        raise TypeError(f"{type(self).__name__}: no rank holds the whole queue; call its own info_nce and mine_hardest")
+        raise TypeError(
+            f"{type(self).__name__}: no rank stores the whole queue; call the queue's methods info_nce and mine_hardest"
+        )
 
     def _write(self, columns: list[tuple[Tensor, Tensor]]) -> None:
-        finite = columns[0][1].isfinite().all(1)  # (B,) over the rows of all ranks, so that all ranks decide alike
+        finite = columns[0][1].isfinite().all(1)  # (B,) the rows of all ranks, so all ranks skip the same rows
         columns = [(stored, rows[finite]) for stored, rows in columns]
         entering = len(columns[0][1])
         kept = min(entering, self.K)
@@ -138,10 +148,10 @@ class ShardedMoCoQueue(MoCoQueue):
         before_end = min(kept, self.K - start)
         for stored, rows in columns:
             rows = rows[entering - kept :]
-            for at, part in ((start, rows[:before_end]), (0, rows[before_end:])):
-                low, high = max(at, self._first), min(at + len(part), self._first + len(stored))
+            for begin, part in ((start, rows[:before_end]), (0, rows[before_end:])):
+                low, high = max(begin, self._first), min(begin + len(part), self._first + len(stored))
                 if low < high:
-                    stored[low - self._first : high - self._first] = part[low - at : high - at]
+                    stored[low - self._first : high - self._first] = part[low - begin : high - begin]
         self.queue_ptr.fill_((ptr + entering) % self.K)
         self.queue_len.add_(entering).clamp_max_(self.K)
         self.num_refused.add_(len(finite) - entering)
@@ -161,32 +171,33 @@ class ShardedMoCoQueue(MoCoQueue):
         backend: str | None = None,
         return_stats: bool = False,
     ) -> Any:
-        """`negmine.info_nce` of this rank's queries against the rows of every rank.
+        """`negmine.info_nce` of this rank's queries against the rows of all ranks.
 
         Parameters
         ----------
         query, positive_key : Tensor (b, D)
-            b may differ from rank to rank.
+            The queries and positives of this rank. b may differ between ranks.
         temperature, select, weight, decoupled, reduction, backend, return_stats : optional
-            As in `negmine.info_nce`. ``"mean"`` is over this rank's rows.
+            As in `negmine.info_nce`. ``reduction="mean"`` is the mean over this rank's rows.
         query_ids, query_labels : Tensor (b,), optional
-            For a queue that stores ids or labels: a key of equal id or label is ignored.
+            Integer tensors, for a queue that stores ids or labels: a key with an equal id or label is not a negative.
 
         Returns
         -------
         Tensor () or (b,)
-            This rank's loss, with its gradients; with `return_stats` a pair of it and InfoNCEStats.
+            The loss of this rank. With `return_stats`, a pair of the loss and an InfoNCEStats.
 
         Raises
         ------
         ValueError, TypeError
-            For input that does not fit, and where ranks call differently; on all ranks.
+            If an argument is invalid, or if the ranks make different calls. Every rank raises an error if one does.
 
         Notes
         -----
-        Backward communicates nothing, and the queue may be overwritten before it. Selection is exact, with equal scores
-        ranked by the lower row. The loss agrees with that of one process within rounding. `mix`, `false_negatives`,
-        ``select.sample`` and float64 need the whole queue and are refused.
+        The gradient flows to query, positive_key and temperature. Backward does not communicate, and the queue may be
+        overwritten before it. Selection is exact: of equal scores, the one with the lower row number ranks first. The loss
+        equals that of one process with the whole queue, except for rounding. `mix`, `false_negatives`, ``select.sample`` and
+        float64 need the whole queue and are not supported.
         """
         op = f"{type(self).__name__}.info_nce"
         settings = {
@@ -202,9 +213,8 @@ class ShardedMoCoQueue(MoCoQueue):
             checks.require_vectors(op, "query", query, "(b, D)", (2,), self.queue, "the queue")
             checks.require_positive(op, positive_key, query)
             checks.require_temperature(op, temperature)
-            settings["temperature"] = float(
-                temperature
-            )  # read on the host, which this queue's other exchanges wait for too
+            # Reading the value synchronises with the device, as the other exchanges of this queue do.
+            settings["temperature"] = float(temperature)
             checks.require_options(op, select=select, weight=weight)
             for name, value in (("decoupled", decoupled), ("return_stats", return_stats)):
                 checks.require_bool(op, name, value)
@@ -215,9 +225,8 @@ class ShardedMoCoQueue(MoCoQueue):
         windowed = ("rank_thresholds", "count_negatives", "mine_hardest") if select is not None else ()
         pool, kernels = self._shards(op, query, check, ("logsumexp", *windowed), backend, select, settings, wants)
         plan = Plan(select=select, weight=weight, decoupled=decoupled, want_stats=return_stats)
-        query, positive_key = each_widened(
-            query, positive_key
-        )  # the kernels have the queries of all ranks as they are stored
+        # The kernels have the queries of all ranks already, in their storage dtype.
+        query, positive_key = each_widened(query, positive_key)
         rows, stats = plan.run(kernels, Batch(query, positive_key, self.keys, pool), scale_of(temperature, query))
         loss = reference.reduced(rows, reduction)
         return loss if stats is None else (loss, stats)
@@ -233,13 +242,29 @@ class ShardedMoCoQueue(MoCoQueue):
         query_labels: Tensor | None = None,
         backend: str | None = None,
     ) -> Mined:
-        """`negmine.mine_hardest` of this rank's queries (b, D) over the rows of every rank, exactly.
+        """`negmine.mine_hardest` of this rank's queries over the rows of all ranks. The result is exact.
+
+        Parameters
+        ----------
+        query : Tensor (b, D)
+            The queries of this rank. b may differ between ranks.
+        N : int
+            The number of negatives for each query.
+        positive_key : Tensor (b, D), optional
+            The positives, needed if `select` has a margin.
+        select, query_ids, query_labels, backend : optional
+            As in `negmine.mine_hardest`. ``select.sample`` is not supported.
 
         Returns
         -------
         Mined
-            scores (b, N) float32 and index (b, N) int64 in the whole queue; -inf and -1 where a pool holds fewer. No
-            gradient.
+            scores (b, N) float32 and index (b, N) int64 in the whole queue; -inf and -1 if a pool has fewer than N columns.
+            They have no gradient.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is invalid, or if the ranks make different calls. Every rank raises an error if one does.
         """
         op = f"{type(self).__name__}.mine_hardest"
 
@@ -250,7 +275,7 @@ class ShardedMoCoQueue(MoCoQueue):
             if positive_key is not None:
                 checks.require_positive(op, positive_key, query)
             elif select is not None and select.has_margin:
-                raise checks.refuse(op, "positive_key", "given where select has a margin", None)
+                raise checks.refuse(op, "positive_key", "given if select has a margin", None)
             return self._pool(op, query, query_ids, query_labels)
 
         wanted = ("mine_hardest", "rank_thresholds", "count_negatives")
@@ -288,7 +313,7 @@ class ShardedMoCoQueue(MoCoQueue):
         settings: dict[str, Any],
         wants_mean: bool,
     ) -> tuple[Pool, Any]:
-        """The checked pool and the ops over all ranks. An error on one rank is raised on all ranks."""
+        """The checked pool and the sharded kernels. If one rank raises an error, all ranks do."""
         ranks = Ranks(self.process_group)
         with ranks.agreement(op) as call:
             pool = check()
@@ -297,7 +322,7 @@ class ShardedMoCoQueue(MoCoQueue):
             kernels = backends.choose(op, wanted, backend, (query, self.queue))
             if kernels is None:
                 raise backends.BackendUnavailable(
-                    f"{op}: a sharded queue runs on kernels, and there is none for this call; the reference needs the whole queue"
+                    f"{op}: no kernel runs this call, and the reference backend does not support sharded queues"
                 )
             masks = [name for name, part in pool._asdict().items() if part is not None]
             call.facts = {**settings, "query": query.dtype, "masks": masks}
@@ -308,12 +333,23 @@ class ShardedMoCoQueue(MoCoQueue):
         return pool, ShardedKernels(kernels, merging, for_kernels(query), len(self), self._first)
 
     def load_shards(self, states: Iterable[Mapping[str, Tensor]], prefix: str = "") -> None:
-        """Load the state_dicts of all ranks of an earlier run, of any number of ranks, in any order.
+        """Load a queue from the state dicts of all ranks of an earlier run, which may have had another number of ranks.
 
-        states: mappings as state_dict() gives, one a rank; each is read once, so they may come from torch.load(..., mmap=True).
-        prefix: what stands before "queue" in their names. Every rank of this run loads its own rows.
-        Raises ValueError where they do not make up one queue of this K and D, with the ids and labels that this one stores, and
-        on all ranks if on one.
+        Every rank of this run reads all state dicts and copies its own rows.
+
+        Parameters
+        ----------
+        states : iterable of mappings
+            The results of ``state_dict()`` of all ranks of the earlier run, in any order. Each is used once, so the iterable
+            may load them one after the other, for example with ``torch.load(path, mmap=True)``.
+        prefix : str
+            The part of the names in the state dicts that precedes "queue", for example "model." for "model.queue".
+
+        Raises
+        ------
+        ValueError
+            If the state dicts are not those of one queue with this K and D, saved at one step, with the ids and labels that
+            this queue stores. Every rank raises an error if one does.
         """
         op, ranks = f"{type(self).__name__}.load_shards", Ranks(self.process_group)
         with ranks.agreement(op) as call:
@@ -334,7 +370,7 @@ class ShardedMoCoQueue(MoCoQueue):
         for state in states:
             missing = [n for n in (*fresh, *COUNTERS, "queue_range") if prefix + n not in state]
             if missing:
-                raise ValueError(f"{op}: states must each hold {prefix + missing[0]}, got one with {sorted(state)}")
+                raise ValueError(f"{op}: each of states must have {prefix + missing[0]}, got one with {sorted(state)}")
             wrong = wrong_counter(state, prefix, self.K) or _wrong_range(state[prefix + "queue_range"], self.K)
             if wrong:
                 raise ValueError(f"{op}: states: {wrong}")
@@ -346,7 +382,7 @@ class ShardedMoCoQueue(MoCoQueue):
                     raise checks.refuse(op, f"{prefix}{name} of states", wanted, held)
             own = {name: int(state[prefix + name]) for name in COUNTERS}
             if counters not in ({}, own):
-                raise ValueError(f"{op}: states must be of one step, got {counters} and {own}")
+                raise ValueError(f"{op}: states must have been saved at one step, got {counters} and {own}")
             counters = own
             covered.append((first, end))
             low, high = max(first, self._first), min(end, self._first + len(self.queue))
@@ -358,9 +394,19 @@ class ShardedMoCoQueue(MoCoQueue):
         return fresh, counters
 
     def moco_state_dict(self) -> dict[str, Tensor]:
-        """Refused: no rank holds the whole queue. Load the shards into a world of one, whose state_dict is MoCoQueue's."""
+        """Not supported, because no rank stores the whole queue.
+
+        Call `load_shards` in one process instead. There ``state_dict()``, without queue_range, is the state of a `MoCoQueue`,
+        which has this method.
+
+        Raises
+        ------
+        ValueError
+            Always.
+        """
         raise ValueError(
-            f"{type(self).__name__}.moco_state_dict: the queue must be whole; load_shards into a queue of one rank first"
+            f"{type(self).__name__}.moco_state_dict: no rank stores the whole queue; load the shards into a MoCoQueue in one "
+            "process (docs/sharded.md)"
         )
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
@@ -372,7 +418,10 @@ class ShardedMoCoQueue(MoCoQueue):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        """A shard of the same range, or a whole MoCoQueue, of which this rank takes its rows; on all ranks or on none."""
+        """Load a shard with the same rows, or the state of a MoCoQueue, of which this rank copies its own rows.
+
+        If one rank cannot load its state, no rank does.
+        """
         op, ranks = f"{type(self).__name__}.load_state_dict", Ranks(self.process_group)
         try:
             with ranks.agreement(op) as call:
@@ -397,21 +446,22 @@ class ShardedMoCoQueue(MoCoQueue):
         self._forget_refused()
 
     def _own_rows(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
-        """This rank's rows of a state, by name. Raises ValueError if they do not fit."""
+        """The rows of this rank in a state dict, by name. Raises ValueError if the state dict does not fit this queue."""
         from_moco(self, state_dict, prefix)
         wrong = wrong_counter(state_dict, prefix, self.K)
         if wrong:
             raise ValueError(wrong)
         first, end, K = self._range
         given = {name: state_dict[prefix + name] for name in self.stored if prefix + name in state_dict}
-        of = state_dict.get(prefix + "queue_range")
+        saved_range = state_dict.get(prefix + "queue_range")
         given = {name: rows.to_local() if hasattr(rows, "to_local") else rows for name, rows in given.items()}
-        if of is None:
+        if saved_range is None:
             given = {name: rows[first:end] if len(rows) == K else rows for name, rows in given.items()}
-        elif not isinstance(of, Tensor) or of.tolist() != [first, end, K]:
+        elif not isinstance(saved_range, Tensor) or saved_range.tolist() != [first, end, K]:
+            range_text = checks.describe(saved_range.tolist() if isinstance(saved_range, Tensor) else saved_range)
             raise ValueError(
-                f"{prefix}queue_range: this rank holds rows {first} to {end} of {K}, and the state {checks.describe(of)}: "
-                "load_shards takes the states of another number of ranks"
+                f"{prefix}queue_range must be {[first, end, K]} on this rank, got {range_text}; use load_shards to load "
+                "the states of another number of ranks"
             )
         for name, rows in given.items():
             wanted = getattr(self, name).shape
@@ -429,4 +479,4 @@ def _wrong_range(given: Any, K: int) -> str:
     if whole and 0 <= given[0] <= given[1] <= K and given[2] == K:
         return ""
     came = given.tolist() if isinstance(given, Tensor) and given.numel() == 3 else given
-    return f"queue_range must be of a queue of K={K}: (first row, end, {K}), got {checks.describe(came)}"
+    return f"queue_range must be (first row, end, {K}) for a queue of K = {K}, got {checks.describe(came)}"
