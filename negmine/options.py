@@ -1,7 +1,7 @@
-"""The option objects: Select, Mix, Weight and FalseNegatives say how negatives are treated, Negatives and Guide which there are.
+"""The option objects Select, Mix, Weight and FalseNegatives, and the objects Negatives and Guide that hold tensors.
 
-The first four are frozen dataclasses that hold numbers only, so that the same object serves every batch, device and backend; each
-refuses an invalid value when it is made. Negatives and Guide hold the tensors of one call.
+The first four are frozen dataclasses of numbers, so the same object can be used for every batch, device and backend. Their
+constructors raise an error for an invalid value. Negatives and Guide hold the tensors of one call.
 """
 
 import math
@@ -16,19 +16,18 @@ from torch import Tensor
 
 
 def is_int(value: Any) -> bool:
-    """True for a whole number of 64 bits that is no bool."""
+    """True for an int that fits into 64 bits and is not a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def is_real(value: Any) -> bool:
-    """True for a finite int or float that is no bool."""
-    return (
-        is_int(value) or isinstance(value, float)
-    ) and -math.inf < value < math.inf  # no math.isfinite: Dynamo traces this
+    """True for a finite int or float that is not a bool."""
+    # Comparisons instead of math.isfinite, because Dynamo traces this function.
+    return (is_int(value) or isinstance(value, float)) and -math.inf < value < math.inf
 
 
 def plain(value: Any) -> Any:
-    """A scalar as a Python number or a 0-d tensor; NumPy scalars and tensors of one element are converted."""
+    """Convert a NumPy scalar to a Python number and a tensor of one element to a 0-d tensor. Other values are unchanged."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Tensor) and value.dim() and value.numel() == 1:
@@ -37,12 +36,12 @@ def plain(value: Any) -> Any:
 
 
 def is_scalar(value: Any) -> TypeGuard[Tensor]:
-    """True for a 0-d floating tensor, such as a schedule gives, whose value is the caller's to keep in range."""
+    """True for a 0-d floating tensor, such as a schedule returns. Its value is not checked."""
     return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
 
 
 def plain_fields(options: Any, *names: str) -> None:
-    """The named fields of a frozen dataclass under `plain`."""
+    """Apply `plain` to the named fields of a frozen dataclass."""
     for name in names:
         value = getattr(options, name)
         if isinstance(value, (np.generic, Tensor)):
@@ -59,13 +58,13 @@ QUANTILES = 4096  # intervals of the tabulated Beta quantile function
 
 @cache
 def beta_quantiles(concentration: float) -> Tensor | None:
-    """Quantile function of Beta(concentration, concentration) at 0, 1/4096, ..., 1: (4097,) fp32; None for the uniform case.
+    """The quantile function of Beta(concentration, concentration) at 0, 1/4096, ..., 1: (4097,) fp32, None if it is uniform.
 
-    Interpolated from the distribution function on a grid that is dense at both ends, where the density may diverge.
+    It is interpolated from the distribution function on a grid that is dense at both ends, where the density may diverge.
     """
     if concentration == 1.0:
         return None
-    # x = t^p / (t^p + (1 - t)^p) with p = max(1, 1 / concentration) makes the integrand bounded at both ends.
+    # Substituting x = t^p / (t^p + (1 - t)^p) with p = max(1, 1 / concentration) makes the integrand bounded at both ends.
     power = max(1.0, 1.0 / concentration)
     t = torch.linspace(0.0, 1.0, 400_001, dtype=torch.float64, device="cpu")
     low, high = t**power, (1.0 - t) ** power
@@ -81,48 +80,49 @@ def beta_quantiles(concentration: float) -> Tensor | None:
     span = (mass[right] - mass[right - 1]).clamp_min(torch.finfo(torch.float64).tiny)
     part = ((wanted - mass[right - 1]) / span).clamp(0, 1)
     quantile = x[right - 1] + part * (x[right] - x[right - 1])
-    return (
-        (quantile + 1.0 - quantile.flip(0)) / 2
-    ).float()  # the distribution is symmetric; rounding at the far end is not
+    # The distribution is symmetric, but its rounding near 1 is not.
+    return ((quantile + 1.0 - quantile.flip(0)) / 2).float()
 
 
 @dataclass(frozen=True)
 class Select:
-    """Which of a query's negatives to keep: score filters, then a window of ranks, then a random sample.
+    """The negatives of a query to keep: score filters, then a window of ranks, then a random sample.
 
-        pool    = negatives left by the masks with min_score <= s <= max_score, s <= s_pos - absolute_margin,
+        pool    = the negatives that the masks allow, with min_score <= s <= max_score, s <= s_pos - absolute_margin and
                   s <= s_pos - |s_pos| * relative_margin                                  (s is the raw inner product)
-        window  = ranks [range_min, range_max) of the pool, hardest first; equal scores rank by the lower index
-        kept    = window, or `sample` members of it
+        window  = ranks [range_min, range_max) of the pool, hardest first; of equal scores, the lower index ranks first
+        kept    = the window, or `sample` random members of it
 
-    A float is a fraction of the query's own pool and an int is a rank: ``Select(0, 1.0)`` keeps all, ``Select(0, 1)`` one
-    negative.
+    A float is a fraction of the query's pool, and an int is a rank. For example, ``Select(0, 1.0)`` keeps all negatives, but
+    ``Select(0, 1)`` keeps one.
 
     Parameters
     ----------
     range_min, range_max : int, float or None
-        Ranks if int, fractions if float. Both ends are rounded down, and a window of fractions keeps at least one negative
-        of a pool that has any. ``range_max=None`` is the end of the pool.
+        The first rank of the window and the rank after its last, as ranks (int) or fractions (float). Fractions of the pool
+        are rounded down to ranks, but a window of fractions keeps at least one negative if the pool is not empty. None means
+        the end of the pool.
     min_score, max_score : float, optional
-        Bounds of the raw inner product. Equality keeps.
+        The smallest and the largest score to keep, as raw inner products.
     absolute_margin, relative_margin : float, optional
-        How far below the positive's score a negative must stay. NV-Retriever's MarginPos is ``absolute_margin=0.05`` and
-        its PercPos ``relative_margin=0.05``; Qwen3's mask is ``absolute_margin=-0.1``. The absolute value keeps the
-        threshold below a positive whose score is negative.
+        How far the score of a negative must be below that of the positive. For example, MarginPos of NV-Retriever is
+        ``absolute_margin=0.05``, its PercPos is ``relative_margin=0.05``, and the mask of Qwen3 is ``absolute_margin=-0.1``.
+        With a relative margin the threshold is below the positive's score even if that is negative.
     sample : int, optional
-        How many members of the window to draw for each query. A draw depends on seed, step and the query's global row only.
+        The number of negatives to draw from the window for each query. A draw depends only on seed, step and the global
+        index of the query.
     replace : bool
-        Draw with replacement: a negative drawn twice counts twice.
+        Whether to draw with replacement. A negative that is drawn twice counts twice.
 
     Raises
     ------
     ValueError
-        For an invalid value, such as ``range_max=1.5`` or ``range_min > range_max``.
+        If a value is invalid, such as ``range_max=1.5`` or ``range_min > range_max``.
 
     Notes
     -----
-    Each number but `sample` may be a 0-d tensor, as schedules return: floating for a fraction or a score, int64 for a rank.
-    Its value is not read, so it is not checked. No gradient flows through selection. A NaN score is never kept.
+    Each number except `sample` may be a 0-d tensor, as schedules return: floating for a fraction or a score, int64 for a
+    rank. The value of a tensor is not checked. Selection has no gradient. Negatives with a NaN score are never kept.
 
     References
     ----------
@@ -186,7 +186,7 @@ class Select:
 
     @property
     def has_margin(self) -> bool:
-        """True where the filter needs the positive's score."""
+        """True if the filters need the score of the positive."""
         return self.absolute_margin is not None or self.relative_margin is not None
 
     @property
@@ -195,22 +195,22 @@ class Select:
 
     @property
     def starts_late(self) -> bool:
-        """True where the window leaves out the hardest."""
+        """True if the window may leave out the hardest negatives."""
         return isinstance(self.range_min, Tensor) or self.range_min != 0
 
     @property
     def ends_early(self) -> bool:
-        """True where the window leaves out the easiest; the rank 1 does, the fraction 1.0 does not."""
+        """True if the window may leave out the easiest negatives. It does so for rank 1, but not for the fraction 1.0."""
         high = self.range_max
         return high is not None and (isinstance(high, Tensor) or is_int(high) or high < 1.0)
 
     @property
     def needs_pool_size(self) -> bool:
-        """True where the ranks depend on the size of the pool, or on a tensor."""
+        """True if the ranks depend on the size of the pool or on a tensor."""
         return any(isinstance(bound, (float, Tensor)) for bound in (self.range_min, self.range_max))
 
     def highest_score(self, positive_score: Tensor) -> Tensor:
-        """positive_score (B,) -> (B,): the largest score that the filters keep, +inf where none limits it."""
+        """positive_score (B,) -> (B,): the largest score that the filters keep, +inf if there is no limit."""
         top = torch.full_like(positive_score, math.inf)  # (B,)
         if self.max_score is not None:
             top = top.clamp_max(self.max_score)
@@ -221,9 +221,9 @@ class Select:
         return top
 
     def window(self, count: Any) -> tuple[Any, Any]:
-        """count (B,) int64, the size of each pool -> first, end (B,) int64: ranks [first, end), end <= count.
+        """The ranks [first, end) that are kept of pools with `count` negatives, with end <= count.
 
-        An int instead, the size of every pool, gives ints.
+        count is (B,) int64, and the results are too. An int, the size of all pools, gives ints unless a bound is a tensor.
         """
         if not isinstance(count, Tensor):
             device = next(
@@ -247,12 +247,12 @@ class Select:
         return first, smaller(end, count)
 
     def widest(self, K: int) -> int:
-        """The most negatives that a window of any pool of up to K can hold."""
+        """The largest possible number of negatives in the window of a pool with at most K negatives."""
         low, high = self.range_min, 1.0 if self.range_max is None else self.range_max
         if isinstance(low, Tensor) or isinstance(high, Tensor):
             return K
         if isinstance(low, float) and isinstance(high, float):
-            return min(K, math.ceil(K * (high - low)) + 2)  # both ends are rounded, and one negative stays
+            return min(K, math.ceil(K * (high - low)) + 2)  # both ends are rounded, and at least one negative is kept
         first = 0 if isinstance(low, float) else low
         end = max(math.ceil(K * high), first + 1) if isinstance(high, float) else high
         return max(0, min(K, end) - first)
@@ -265,39 +265,40 @@ def _is_bound(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Mix:
-    """Synthetic negatives of each query, mixed from its hardest ones (MoCHi).
+    """Synthetic negatives for each query, mixed from its hardest negatives (MoCHi).
 
         pairs        h = m / ||m||,  m = c n_a + (1 - c) n_b,   c in pair_range,   a, b drawn from ranks [skip, skip + hard)
-        with_query   h = m / ||m||,  m = c q + (1 - c) n_b,     c in query_range
+        with_query   h = m / ||m||,  m = c q + (1 - c) n_b,     c in query_range,  b drawn from ranks [skip, skip + hard)
 
-    They are added to the negatives of the loss; none is removed.
+    The loss has these negatives in addition to the negatives of the pool.
 
     Parameters
     ----------
     hard : int
-        How many of the hardest negatives are mixed.
+        The number of hardest negatives from which the two parents are drawn.
     pairs, with_query : int
-        How many synthetic negatives of each kind a query gets.
+        The number of synthetic negatives of each kind for a query.
     skip : int
-        Leave out this many of the very hardest, which are the likeliest false negatives.
+        The number of very hardest negatives to leave out, because they are the most likely false negatives.
     pair_range, query_range : tuple of float
         The smallest and the largest coefficient c.
     concentration : float
-        c = low + (high - low) * Beta(concentration, concentration); 1 is uniform.
+        The coefficients are c = low + (high - low) * Beta(concentration, concentration). 1 is the uniform distribution.
     distinct : bool
-        The two parents of a pair differ wherever the query has two to choose from.
+        Whether the two parents of a pair must differ, if the query has at least two negatives.
     detach : bool
-        The synthetic negatives carry no gradient, as in every public implementation. With False, the query and the keys in
-        them do.
+        True treats the synthetic negatives as constants, as the published implementations do. With False, the gradient flows
+        through them to the keys and to the query that is mixed into them.
 
     Raises
     ------
     ValueError
-        For an invalid value.
+        If a value is invalid.
 
     Notes
     -----
-    Parents are mined from the negatives left by the masks, whatever `select` keeps. A query without negatives gets none.
+    The parents are the hardest of all negatives that the masks allow, whatever `select` keeps. A query without negatives gets
+    no synthetic negatives.
 
     References
     ----------
@@ -320,7 +321,7 @@ class Mix:
     concentration: float = 1.0
     distinct: bool = True
     detach: bool = True
-    # The quantile table of the coefficients, (4097,) fp32 or None: made once here, so that a compiled step only reads it.
+    # The quantile table of the coefficients, (4097,) fp32 or None. It is computed here once, so a compiled step only reads it.
     quantiles: Tensor | None = field(init=False, repr=False, compare=False, default=None)
     enabled: Tensor | None = field(init=False, repr=False, compare=False, default=None)  # () bool, None = True
 
@@ -349,39 +350,39 @@ class Mix:
 
     @property
     def total(self) -> int:
-        """S, the synthetic negatives of each query."""
+        """S, the number of synthetic negatives of each query."""
         return self.pairs + self.with_query
 
     def enabled_where(self, condition: Tensor) -> "Mix":
-        """The same, adding nothing where condition () bool is False: a warm-up whose end is known on the device alone."""
-        made = copy(self)
-        object.__setattr__(made, "enabled", condition)
-        return made
+        """A copy that adds no synthetic negatives while condition, a () bool tensor, is False. Schedules use it for a warm-up."""
+        changed = copy(self)
+        object.__setattr__(changed, "enabled", condition)
+        return changed
 
 
 @dataclass(frozen=True)
 class Weight:
-    """How much each negative counts: an importance exponent, and a prior of false negatives.
+    """Weights for negatives: importance weights for hard negatives (HCL), and a correction for false negatives (DCL).
 
         R  = N * sum_j exp((1 + beta) x_j) / sum_j exp(beta x_j)                          x_j = s_j / T, over N kept negatives
-        Ng = max((R - tau_plus * N * exp(x_pos)) / (1 - tau_plus), N * exp(-1 / T))       the floor only where tau_plus > 0
+        Ng = max((R - tau_plus * N * exp(x_pos)) / (1 - tau_plus), N * exp(-1 / T))       the maximum only if tau_plus > 0
         loss = -log(exp(x_pos) / (exp(x_pos) + Ng))
 
     Parameters
     ----------
     beta : float or Tensor
-        0 or more; larger values weigh hard negatives more. beta multiplies s / T.
+        The exponent of the importance weights exp(beta x_j), 0 or more. Larger values give hard negatives more weight.
     tau_plus : float or Tensor
-        In [0, 1): the expected share of false negatives. Start from 1 / number of classes or less. With a queue of nearly
-        random vectors 0.1 puts nearly every row at the floor, and such a row's negatives get no gradient: watch `clamped`
-        in the statistics. The floor assumes unit vectors.
+        The expected fraction of false negatives, in [0, 1). Start with at most 1 / number of classes. If the keys of the
+        queue are nearly random, 0.1 puts almost every row at the lower limit N * exp(-1 / T), where the negatives of the row
+        get no gradient; check `clamped` in the statistics of `info_nce`. The lower limit assumes unit vectors.
     detach : bool
-        Keep the weights exp(beta x) out of the gradient. The official code, and the default, does not.
+        True treats the weights exp(beta x) as constants in the gradient. The default, False, is what the official code does.
 
     Raises
     ------
     ValueError
-        For an invalid value. A 0-d tensor, as schedules return, is not read and so not checked.
+        If a value is invalid. The value of a 0-d tensor, as schedules return, is not checked.
 
     References
     ----------
@@ -411,42 +412,43 @@ class Weight:
 
     @property
     def sharpens(self) -> bool:
-        """True where beta may be above 0."""
+        """True if beta may be above 0."""
         return isinstance(self.beta, Tensor) or self.beta > 0
 
     @property
     def debiases(self) -> bool:
-        """True where tau_plus may be above 0."""
+        """True if tau_plus may be above 0."""
         return isinstance(self.tau_plus, Tensor) or self.tau_plus > 0
 
 
 @dataclass(frozen=True)
 class FalseNegatives:
-    """False negatives, found by further views of the query's own image: removed, or made positives.
+    """False negatives, detected with additional views of the query's image, and then removed or used as positives.
 
         f_j = max (or mean) over views v of support_v . n_j;   F = { j among the query's top_k largest f : f_j > threshold }
 
     Parameters
     ----------
     top_k : int or None
-        How many candidates a query has; None: only the threshold decides.
+        The number of keys with the largest f that may be false negatives. None means all keys.
     threshold : float or None
-        The score above which a candidate is a false negative; None: only the rank decides.
+        The score f above which these keys are false negatives. None means that all of them are.
     mode : str
-        ``"eliminate"``: F leaves the pool and the denominator. ``"attract"``: F leaves the pool and becomes further
-        positives, with loss = -(x_pos + sum_F x_f) / (1 + |F|) + LSE(x_pos, x_F, negatives).
+        ``"eliminate"`` removes F from the pool and from the denominator. ``"attract"`` removes F from the pool and adds it to
+        the positives, with loss = -(x_pos + sum_F x_f) / (1 + |F|) + LSE(x_pos, x_F, negatives).
     reduce : str
-        ``"max"`` or ``"mean"`` over the views. The maximum ignores a view's NaN, the mean does not.
+        ``"max"`` or ``"mean"`` over the views. The maximum ignores NaN scores, the mean does not.
 
     Raises
     ------
     ValueError
-        For an invalid value.
+        If a value is invalid.
 
     Notes
     -----
-    f is a raw inner product and carries no gradient; equal f rank by the lower index. The paper's views come from the key
-    encoder. F is stored as a (B, K) bool mask. ``top_k=None`` scores the queue in pieces, outside the kernels.
+    f is a raw inner product without gradient. Of equal f, the one with the lower index ranks first. In the paper, the views
+    are encoded by the key encoder. F is stored as a (B, K) bool mask. With ``top_k=None`` the queue is scored in pieces by
+    PyTorch instead of the kernels.
 
     References
     ----------
@@ -481,7 +483,7 @@ class FalseNegatives:
             self,
             self.top_k is not None or self.threshold is not None,
             "top_k",
-            "given where threshold is None",
+            "given if threshold is None",
             self.top_k,
         )
         _require(self, self.mode in ("eliminate", "attract"), "mode", "'eliminate' or 'attract'", self.mode)
@@ -490,36 +492,36 @@ class FalseNegatives:
 
 @dataclass(frozen=True, eq=False)
 class Guide:
-    """False negatives, found by a second model: keys that it scores above the positive are masked (GISTEmbed).
+    """False negatives, detected by a second model: keys that it scores higher than the positive are masked (GISTEmbed).
 
         g_j = query . keys_j,   g_pos = query . positive
-        key j is masked where g_j > g_pos - margin, or with `relative` where g_j > g_pos - |g_pos| margin
+        key j is masked if g_j > g_pos - margin, or with `relative` if g_j > g_pos - |g_pos| * margin
 
     Parameters
     ----------
     query, positive : Tensor (B, G)
         The second model's embeddings of the queries and of their positives. G may differ from D.
     keys : Tensor (K, G) or (B, M, G), or None
-        Its embeddings of the keys; (B, M, G) beside keys that are each query's own; None for in-batch negatives, which are
-        `positive`.
+        The second model's embeddings of the negative keys, with a row for each key. None for in-batch negatives, whose
+        embeddings are `positive`.
     margin : float
-        How far below the positive's score a key may come. Negative values mask less.
+        The distance below the positive's score from which on keys are masked. Negative values mask fewer keys.
     relative : bool
-        The margin is a fraction of the positive's score.
+        Whether the margin is a fraction of the absolute value of the positive's score.
 
     Raises
     ------
     TypeError, ValueError
-        For input that does not fit.
+        If an argument has a wrong type, shape, dtype or value.
 
     Notes
     -----
-    The comparison is strict, and a NaN masks nothing. The positive itself is never masked. Scores are raw inner products;
-    no gradient flows through them. fp32, bf16, fp16 and float64 mix freely; float64 counts as such where the query of the
-    loss is float64, and is rounded to fp32 elsewhere.
+    The comparison is strict, and a NaN score masks nothing. The positive itself is never masked. Scores are raw inner
+    products without gradient. fp32, bf16, fp16 and float64 may be mixed; float64 is rounded to fp32 unless the query of the
+    loss is float64.
 
-    Kernels compute the scores tile by tile in every pass over shared keys, so no (B, K) mask is stored. For keys (B, M, D)
-    a (B, M) mask is.
+    For shared keys (K, D) the kernels compute the scores tile by tile in every pass, so no (B, K) mask is stored. For keys
+    (B, M, D) a (B, M) mask is stored.
 
     References
     ----------
@@ -566,33 +568,35 @@ class Guide:
 
 @dataclass(frozen=True, eq=False)
 class Negatives:
-    """One pool of negatives: keys with their ids, labels, mask and bias, and options of their own.
+    """One pool of negatives: keys with their ids, labels, mask, bias and guide, and with options for this pool.
 
-    A plain tensor of keys stands for ``Negatives(keys)``.
+    A tensor of keys means the same as ``Negatives(keys)``.
 
     Parameters
     ----------
     keys : Tensor (K, D) or (B, M, D), MoCoQueue, or None
-        Keys shared by all queries, keys of each query, a queue, or None for in-batch negatives: the positives of the other
-        rows.
+        Keys shared by all queries (K, D), a list of keys for each query (B, M, D), a queue, or None for in-batch negatives:
+        the positives of the other rows.
     ids, labels : Tensor (K,) or (B, M), optional
-        Whole numbers. A key whose id equals the query's (`query_ids` of the loss) is ignored as a negative, and so is one
-        whose label equals the query's. -1 is unknown and equals nothing.
+        Integer tensors. A key is not a negative of a query if its id equals that of the query (`query_ids` of the loss) or
+        its label equals that of the query (`query_labels`). -1 means unknown and is equal to nothing.
     mask : Tensor (K,), (B, K) or (B, M), bool, optional
-        True = usable. A masked key leaves the ranking and the denominator, and may hold anything.
+        False removes a key from the ranking and the denominator. Masked keys may hold any values, NaN included.
     bias : Tensor (K,) or (B, M), floating, optional
-        Added to the logit, score / temperature + bias, and to no score: rankings, margins and the importance of `Weight`
-        leave it out. It carries gradient where it requires it. For in-batch negatives (B,), one for each row's positive.
+        Added to the logits: logit = score / temperature + bias. It does not change scores, rankings, margins or the
+        importance weights of `Weight`. It gets a gradient if it requires grad. For in-batch negatives it is (B,), one element
+        for each positive.
     guide : Guide, optional
         A second model's embeddings, which mask false negatives.
     select, mix, weight : Select, Mix, Weight, optional
-        How this pool is treated; None = as the loss says for all pools. ``Select()``, ``Mix(pairs=0, with_query=0)`` and
-        ``Weight()`` do nothing.
+        The options for this pool. None uses those of the loss. ``Select()``, ``Mix(pairs=0, with_query=0)`` and ``Weight()``
+        switch them off for this pool.
 
     Raises
     ------
-    TypeError
-        For anything but tensors, option objects or None. The losses check shapes and dtypes, which depend on the query.
+    TypeError, ValueError
+        If an argument is not a tensor, an option object or None, or if ids or labels are given without keys. The losses check
+        shapes and dtypes, which depend on the query.
 
     Examples
     --------
@@ -625,5 +629,5 @@ class Negatives:
                 )
         if self.keys is None and (self.ids is not None or self.labels is not None):
             raise ValueError(
-                "Negatives: ids and labels must be None for in-batch negatives, which have the queries' own"
+                "Negatives: ids and labels must be None for in-batch negatives, which have query_ids and query_labels"
             )

@@ -1,6 +1,6 @@
-"""What the loss is made of, as functions: the hardest negatives, scores at ranks and quantiles, synthetic negatives, log-sum-exp.
+"""Public functions for the parts of a loss: hardest negatives, scores at ranks and quantiles, synthetic negatives, log-sum-exp.
 
-None of them stores the (B, K) score matrix.
+None of them stores the (B, K) score matrix, except on the reference backend.
 """
 
 from typing import Any, NamedTuple
@@ -26,14 +26,14 @@ __all__ = ["Mined", "Mixed", "logsumexp", "mine_hardest", "mix_negatives", "quan
 
 
 class Mined(NamedTuple):
-    """What `mine_hardest` returns.
+    """The result of `mine_hardest`.
 
     Attributes
     ----------
     scores : Tensor (B, N) float32
-        Largest first; -inf where a query has fewer candidates.
+        The scores in descending order; -inf at the end if a query has fewer than N candidates.
     index : Tensor (B, N) int64
-        The keys' numbers; -1 where a query has fewer candidates.
+        The row numbers of the keys; -1 at the end if a query has fewer than N candidates.
 
     Examples
     --------
@@ -42,21 +42,21 @@ class Mined(NamedTuple):
     (torch.Size([8, 5]), torch.int64)
     """
 
-    scores: Tensor  # (B, N) fp32, descending, -inf where fewer candidates exist
-    index: Tensor  # type: ignore[assignment]  # (B, N) int64, -1 where fewer exist; hides tuple.index
+    scores: Tensor  # (B, N) fp32
+    index: Tensor  # type: ignore[assignment]  # (B, N) int64; hides tuple.index
 
 
 class Mixed(NamedTuple):
-    """What `mix_negatives` returns: first the pairs, then the mixes with the query.
+    """The result of `mix_negatives`: S = mix.pairs + mix.with_query synthetic negatives for each query, the pairs first.
 
     Attributes
     ----------
     vectors : Tensor (B, S, D)
         The synthetic negatives.
     parents : Tensor (B, S, 2) int64
-        The keys that were mixed; -1 is the query itself, or no parent where the pool is empty.
+        The row numbers of the two keys that were mixed. -1 stands for the query or, if the pool is empty, for no parent.
     coefficients : Tensor (B, S) float32
-        The share of the first parent.
+        The coefficient c of the first parent.
 
     Examples
     --------
@@ -66,12 +66,12 @@ class Mixed(NamedTuple):
     """
 
     vectors: Tensor  # (B, S, D)
-    parents: Tensor  # (B, S, 2) int64, -1 = the query itself, or no parent where the pool is empty
-    coefficients: Tensor  # (B, S) fp32, the share of the first parent
+    parents: Tensor  # (B, S, 2) int64
+    coefficients: Tensor  # (B, S) fp32
 
 
 def check_select(op: str, select: Any, positive_key: Tensor | None, query: Tensor) -> None:
-    """select is a Select or None, and the positive that its margins need is there."""
+    """Require that select is a Select or None, and that positive_key is given if select has a margin."""
     checks.require_options(op, select=select)
     if positive_key is not None:
         checks.require_positive(op, positive_key, query)
@@ -93,43 +93,45 @@ def mine_hardest(
     row_offset: int | Tensor = 0,
     backend: str | None = None,
 ) -> Mined:
-    """The N hardest negatives of each query: the largest inner products, exactly, hardest first.
+    """The N hardest negatives of each query: the keys with the largest inner products. The result is exact.
 
         s_bk = query_b . negative_keys_k;   index_b = the first N keys of b's pool by (s descending, k ascending)
 
     Parameters
     ----------
     query : Tensor (B, D)
-        fp32, bf16 or fp16 (float64 runs on the reference), used as given.
+        fp32, bf16, fp16, or float64 (on the reference backend). The vectors are not normalised.
     negative_keys : Tensor (K, D) or (B, M, D), MoCoQueue, Negatives, or None
-        The keys. None takes the batch's `positive_key`. A bias moves no score, and so no rank.
+        The candidate keys: shared by all queries (K, D), or a list for each query (B, M, D). None uses the rows of
+        `positive_key` of the other queries (in-batch negatives). The bias of a Negatives does not change scores or ranks.
     N : int
-        How many to return.
+        The number of negatives to return for each query.
     positive_key : Tensor (B, D), optional
-        Needed where `select` has a margin, and for in-batch negatives.
+        The positives. Required if `select` has a margin, and for in-batch negatives.
     select : Select, optional
-        Which negatives are candidates. With a window that starts at rank r the result starts there. With `sample` it holds
-        the N hardest of the sample.
+        The negatives that are candidates. If its rank window starts at rank r, the results start at rank r. If it has a
+        `sample`, the results are the N hardest negatives of the sample.
     query_ids, query_labels : Tensor (B,), optional
-        A key of equal id or label is ignored. -1 is unknown and equals nothing.
+        Integer tensors. A key with an equal id or label is not a negative. -1 means unknown and is equal to nothing.
     seed, step, row_offset : int or Tensor
-        The key of the draws of ``select.sample``, and the global number of the first query.
+        They determine the random draws of ``select.sample``. row_offset is the global index of the first query.
     backend : str, optional
-        None chooses; ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"`` insists.
+        ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``. None chooses one automatically.
 
     Returns
     -------
     Mined
-        scores (B, N) float32 and index (B, N) int64; -inf and -1 where a pool holds fewer. No gradient.
+        scores (B, N) float32 and index (B, N) int64, hardest first; -inf and -1 if a query has fewer than N candidates. They
+        have no gradient.
 
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit, before any work.
+        If an argument has a wrong type, shape, dtype, device or value.
 
     Notes
     -----
-    Equal scores rank by the lower index. A NaN score is no candidate.
+    Of equal scores, the one with the lower index ranks first. Keys with a NaN score are left out.
 
     Examples
     --------
@@ -148,7 +150,7 @@ def mine_hardest(
     check_select(op, select, positive_key, query)
     draw = Draw(*checks.require_draw(op, seed, step, row_offset))
     if select is not None and select.replace:
-        raise checks.refuse(op, "select", "without replace: an index is mined once", select)
+        raise checks.refuse(op, "select", "without replace, because every index is returned once", select)
     query, positive_key, keys = promoted(query, positive_key, keys)
     needed = ("mine_hardest",) if select is None else ("mine_hardest", "rank_thresholds", "count_negatives")
     kernels = choose_for_keys(op, needed, backend, (query, keys), keys, pool)
@@ -161,7 +163,7 @@ def mined(
     kernels: Kernels | None, query: Tensor, keys: Tensor, pool: Pool, N: int, select: Select | None,
     anchor: Tensor | None, draw: Draw,
 ) -> Mined:  # fmt: skip
-    """The N hardest of what `select` keeps, without gradient. anchor (B,): the positives' scores, for margins."""
+    """The N hardest of the negatives that `select` keeps, without gradient. anchor (B,): scores of the positives, for margins."""
     if kernels is None:
         q, n = widened(query.detach()), widened(keys.detach())
         allowed = usable(pool, query, keys)
@@ -190,9 +192,9 @@ def rank_thresholds(
     query_labels: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The score at each rank of each query's negatives. Rank 0 is the hardest.
+    """The scores at given ranks of each query's negatives. Rank 0 is the hardest negative.
 
-        threshold_br = entry ranks_r of the scores of b's pool in descending order
+        threshold_br = element ranks_r of the scores of b's pool in descending order
 
     Parameters
     ----------
@@ -201,9 +203,9 @@ def rank_thresholds(
     negative_keys : Tensor, MoCoQueue, Negatives, or None
         As in `mine_hardest`.
     ranks : int, list of int, or Tensor (R,) or (B, R)
-        Ranks from 0, for all queries or for each.
+        0-based ranks, the same for all queries or a row for each.
     positive_key : Tensor (B, D), optional
-        Needed for in-batch negatives.
+        Required for in-batch negatives.
     query_ids, query_labels : Tensor (B,), optional
         As in `mine_hardest`.
     backend : str, optional
@@ -212,12 +214,12 @@ def rank_thresholds(
     Returns
     -------
     Tensor (B, R) float32
-        -inf where the rank is negative or past the end of the pool. No gradient. NaN scores have no rank.
+        The scores, without gradient; -inf for a rank that is negative or past the end of the pool. NaN scores have no rank.
 
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit.
+        If an argument has a wrong type, shape, dtype, device or value.
 
     Examples
     --------
@@ -242,7 +244,7 @@ def rank_thresholds(
 
 
 def _levels(q: Any, device: torch.device) -> Tensor:
-    """q as (R,) float64 from a number, a sequence of numbers or a floating (R,) tensor, all in [0, 1]."""
+    """Convert q, a number, a sequence of numbers or a floating (R,) tensor, in [0, 1], to (R,) float64."""
     if not isinstance(q, Tensor):
         q = [plain(each) for each in q] if isinstance(q, (list, tuple)) else plain(q)
     if is_real(q):
@@ -251,7 +253,7 @@ def _levels(q: Any, device: torch.device) -> Tensor:
         return torch.stack([torch.full((), float(v), dtype=torch.float64, device=device) for v in q])
     if isinstance(q, Tensor) and q.is_floating_point() and q.dim() == 1:
         return q.double()
-    raise checks.refuse("quantile", "q", "in [0, 1]: a number, a sequence of numbers or a floating (R,) tensor", q)
+    raise checks.refuse("quantile", "q", "a number in [0, 1], a sequence of them, or a floating (R,) tensor", q)
 
 
 def quantile(
@@ -264,9 +266,9 @@ def quantile(
     query_labels: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Quantiles of each query's scores, with the linear interpolation of torch.quantile, for any K.
+    """Quantiles of the scores of each query's negatives, with the linear interpolation of torch.quantile, for any K.
 
-        position = q * (M - 1) in the ascending order of b's pool of M;  value = interpolation of its two neighbours
+        position = q * (size of b's pool - 1);   value = linear interpolation of the ascending scores at this position
 
     Parameters
     ----------
@@ -275,10 +277,10 @@ def quantile(
     negative_keys : Tensor, MoCoQueue, Negatives, or None
         As in `mine_hardest`.
     q : float, list of float, or Tensor (R,)
-        In [0, 1]: 5 % of the scores exceed the quantile 0.95. A tensor is not checked, because reading it would
-        synchronise.
+        Levels in [0, 1]. For example, 5 % of the scores are above the quantile 0.95. The values of a tensor are not checked,
+        because reading them would synchronise.
     positive_key : Tensor (B, D), optional
-        Needed for in-batch negatives.
+        Required for in-batch negatives.
     query_ids, query_labels : Tensor (B,), optional
         As in `mine_hardest`.
     backend : str, optional
@@ -287,12 +289,13 @@ def quantile(
     Returns
     -------
     Tensor (B, R) float32
-        NaN for an empty pool, and where a NaN score is reached: NaN ranks below everything. No gradient.
+        The quantiles, without gradient; NaN for an empty pool. A NaN score ranks below all others, so low quantiles of a row
+        with NaN scores are NaN.
 
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit.
+        If an argument has a wrong type, shape, dtype, device or value.
 
     Examples
     --------
@@ -324,12 +327,12 @@ def quantile(
 
 
 def mined_depth(mix: Mix, K: int) -> int:
-    """How many columns to mine so that ranks [skip, skip + hard) of each pool are among them."""
+    """The number of columns to mine so that ranks [skip, skip + hard) of each pool are among them."""
     return min(mix.skip + mix.hard, max(K, mix.skip + 1))
 
 
 def mine_parents(kernels: Kernels, query: Tensor, negative_keys: Tensor, mix: Mix, pool: Pool) -> Tensor:
-    """The columns that synthetic negatives are mixed from: (B, hard) int64, -1 past the pool's end."""
+    """The columns that synthetic negatives are mixed from: (B, hard) int64, -1 past the end of the pool."""
     N = mined_depth(mix, kernels.queue_size(negative_keys))
     return kernels.mine_hardest(query, negative_keys, N, False, *pool)[1][:, mix.skip :].contiguous()
 
@@ -347,46 +350,46 @@ def mix_negatives(
     row_offset: int | Tensor = 0,
     backend: str | None = None,
 ) -> Mixed:
-    """Mix synthetic negatives for each query from its hardest ones (MoCHi). `Mix` has the formulas.
+    """Synthetic negatives for each query, mixed from its hardest negatives (MoCHi). `Mix` has the formulas.
 
-    ``info_nce(mix=..., seed=..., step=...)`` makes exactly these draws.
+    ``info_nce(mix=..., seed=..., step=...)`` uses the same random draws.
 
     Parameters
     ----------
     query : Tensor (B, D)
         As in `mine_hardest`.
     negative_keys : Tensor (K, D), MoCoQueue, Negatives, or None
-        As in `mine_hardest`, but not keys of each query's own.
+        As in `mine_hardest`, except that a list of keys for each query (B, M, D) is not supported.
     mix : Mix
-        How many to mix, and how.
+        The number of synthetic negatives, and how they are mixed.
     positive_key : Tensor (B, D), optional
-        Needed for in-batch negatives.
+        Required for in-batch negatives.
     query_ids, query_labels : Tensor (B,), optional
         As in `mine_hardest`.
     seed : int
-        In [0, 2**32).
+        The seed of the random draws, in [0, 2**32).
     step, row_offset : int or Tensor
-        The number of the step, and the global number of the first query: rank * B in data-parallel training. A tensor is
-        0-d int64 on the device of `query`.
+        The number of the training step, and the global index of the first query (rank * B in data-parallel training). A
+        tensor must be 0-d int64 on the device of `query`.
     backend : str, optional
         As in `mine_hardest`.
 
     Returns
     -------
     Mixed
-        vectors (B, S, D) in the query's dtype, parents (B, S, 2) int64 and coefficients (B, S) float32. With
-        ``mix.detach=False`` the vectors carry gradient to `query` and `negative_keys`. A query without negatives gets zero
-        vectors and parents -1.
+        vectors (B, S, D) in the query's dtype, parents (B, S, 2) int64 and coefficients (B, S) float32. A query without
+        negatives gets zero vectors and parents of -1. With ``mix.detach=False`` the vectors have a gradient with respect to
+        `query` and `negative_keys`.
 
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit.
+        If an argument has a wrong type, shape, dtype, device or value.
 
     Notes
     -----
-    A draw is a function of seed, step, the query's global number and the slot. It does not depend on the backend or the
-    batch split.
+    A draw depends on seed, step, the global index of the query and the number of the synthetic negative, but not on the
+    backend or the batch split.
 
     References
     ----------
@@ -436,47 +439,47 @@ def logsumexp(
     row_offset: int | Tensor = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """Log-sum-exp of each query's logits over its negatives, with gradients: the sum that most contrastive losses are made of.
+    """The log-sum-exp of each query's logits over its negatives, with gradients: a building block for contrastive losses.
 
-        lse_b = log sum over kept k of exp(s_bk / temperature),   s = query . negative_key
+        lse_b = log sum over kept k of exp(s_bk / temperature + bias_k),   s_bk = query_b . negative_keys_k
 
     Parameters
     ----------
     query : Tensor (B, D)
         As in `info_nce`.
-    negative_keys : Tensor, MoCoQueue, Negatives, or None
-        As in `info_nce`.
+    negative_keys : Tensor (K, D) or (B, M, D), MoCoQueue, Negatives, or None
+        As in `info_nce`, but one pool, not a list.
     temperature : float or Tensor
-        A number above 0, or a 0-d floating tensor that receives gradient.
+        A number above 0, or a 0-d floating tensor, which gets a gradient.
     positive_key : Tensor (B, D), optional
-        Needed where `select` has a margin, and for in-batch negatives. For a margin it gets no gradient.
+        The positives. Required if `select` has a margin, and for in-batch negatives. A margin does not give it a gradient.
     select : Select, optional
-        Which negatives to keep.
+        The negatives to keep. The default keeps all.
     query_ids, query_labels : Tensor (B,), optional
-        A key of equal id or label is ignored.
+        Integer tensors. A key with an equal id or label is not a negative. -1 means unknown and is equal to nothing.
     seed, step, row_offset : int or Tensor
-        The key of the draws of ``select.sample``, and the global number of the first query.
+        They determine the random draws of ``select.sample``. row_offset is the global index of the first query.
     backend : str, optional
-        None chooses; ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"`` insists.
+        ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``. None chooses one automatically.
 
     Returns
     -------
     Tensor (B,)
-        float32 (float64 for float64 input). -inf, without gradient, where the pool is empty.
+        float32 (float64 for float64 input); -inf, without gradient, if the pool is empty.
 
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit.
+        If an argument has a wrong type, shape, dtype, device or value.
 
     Notes
     -----
-    Gradients flow to query, negative_keys, temperature and a bias. They are computed in the forward pass, so frozen keys
-    may be overwritten before backward. Selection and masks carry no gradient.
+    Gradients flow to query, negative_keys, temperature and a bias. That of query is computed in the forward pass, so keys
+    that do not require grad may be overwritten before backward. Selection and masks have no gradient.
 
     Examples
     --------
-    InfoNCE as arithmetic on the sum:
+    InfoNCE computed from the log-sum-exp:
 
     >>> query, key = torch.randn(2, 8, 16)
     >>> queue = negmine.MoCoQueue(16, 100)
@@ -493,25 +496,25 @@ def logsumexp(
 
 
 class SummedColumns(NamedTuple):
-    """Which columns a sum over the queue sees: kernels with a pool or a list, or None and the keywords of the reference."""
+    """The columns of a sum over a queue: kernels with a pool or lists, or None with keyword arguments for the reference."""
 
     kernels: Kernels | None
     query: Tensor  # (B, D)
     keys: Tensor  # (K, D) or (B, M, D)
-    pool: tuple[Any, ...]  # a Pool, or Columns with kernels over lists
+    pool: tuple[Any, ...]  # a Pool, or Columns for kernels over lists
     ranks: Tensor | None  # (B, 2): the op logsumexp narrows the pool to these ranks
     dense: dict[str, Any]
-    positive_key: Tensor | None = None  # (B, D); as query and keys, widened where its gradient is rounded
+    positive_key: Tensor | None = None  # (B, D); like query and keys, after each_widened
 
     def logsumexp(self, temperature: float | Tensor) -> Tensor:
-        """(B,): the log-sum-exp of s / temperature over the columns."""
+        """The log-sum-exp (B,) of s / temperature + bias over the columns."""
         if self.kernels is None:
             keys = frozen(self.keys, self.dense["usable"])
             return reference.logsumexp(widened(self.query), keys, temperature, **self.dense)
         return self._summed(temperature)[0][0]
 
     def logsumexp_and_count(self, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-        """The log-sum-exp (B,), and over how many columns it is (B,)."""
+        """The log-sum-exp (B,) and the number of columns in it (B,)."""
         if self.kernels is None:
             pool = {name: value for name, value in self.dense.items() if name != "key_bias"}
             _, times = reference.kept_scores(widened(self.query), widened(self.keys), **pool)  # (B, K)
@@ -526,20 +529,20 @@ class SummedColumns(NamedTuple):
 
 
 def summing_ops(op: str, keys: Any, bias: Tensor | None = None) -> tuple[str, ...]:
-    """The kernels of a sum over keys; their gradient is a kernel of its own, for keys or a bias that require one."""
+    """The names of the kernels for a sum over keys, including the kernel for gradients of the keys or the bias if needed."""
     wanted = keys.requires_grad or (bias is not None and bias.requires_grad)
     return (op, f"{op}_grad_keys") if wanted else (op,)
 
 
 def learned_bias(pool: Any) -> tuple[Tensor | None, Any]:
-    """The bias of a Pool or of Columns where it requires gradient, and the pool with a bias that carries none."""
+    """The bias of a Pool or of Columns if it requires grad, else None; and the pool with a detached bias."""
     if pool.bias is None or not pool.bias.requires_grad:
         return None, pool
     return pool.bias, pool._replace(bias=pool.bias.detach())
 
 
 def gathered_bias(bias: Tensor | None, index: Tensor) -> Tensor | None:
-    """The bias (K,) or (B, M) of the columns that index (B, sample) names, (B, sample); its gradient flows back."""
+    """The bias (B, sample) of the columns index (B, sample), gathered from bias (K,) or (B, M), with its gradient."""
     if bias is None:
         return None
     each = bias.expand(len(index), -1) if bias.dim() == 1 else bias  # (B, K)
@@ -558,9 +561,9 @@ def summed_columns(
     draw: Draw,
     backend: str | None,
 ) -> SummedColumns:
-    """The checked columns of one of the ops `sums`: logsumexp or softplus_sum.
+    """Check the arguments and return the columns for the ops `sums`: logsumexp or softplus_sum.
 
-    Of these, logsumexp alone narrows a pool to ranks by itself.
+    Only the op logsumexp narrows a pool to a window of ranks by itself.
     """
     keys, pool = check_negatives(
         caller, query, positive_key, negative_keys, query_ids, query_labels, own_keys=True, options=("select",),
@@ -586,7 +589,7 @@ def summed_pools(
     draw: Draw,
     backend: str | None,
 ) -> list[SummedColumns]:
-    """summed_columns of several pools, each with the select and the draws that are its own."""
+    """summed_columns for several pools, each with its own select and random draws."""
     pools = check_pools(caller, query, positive_key, negative_keys, query_ids, query_labels, ("select",))
     selects = [option_of(given, "select", select) for given in negative_keys]
     draw = Draw(*checks.require_draw(caller, *draw))
@@ -614,7 +617,7 @@ def _columns_of(
     draw: Draw,
     backend: str | None,
 ) -> SummedColumns:
-    """The columns of one pool. stored: query, positive_key or None, and keys, checked; wide: the same under each_widened."""
+    """The columns of one pool. stored: the checked query, positive_key or None, and keys; wide: the same after each_widened."""
     query, positive_key, keys = stored
     tensors = (query, keys) if positive_key is None else (query, positive_key, keys)
     needed = [name for op in sums for name in summing_ops(op, keys, pool.bias)]
@@ -625,7 +628,7 @@ def _columns_of(
     kernels = narrowed(choose_for_keys(caller, tuple(needed), backend, tensors, keys, pool), *stored)
     query, positive_key, keys = wide
     bias = pool.bias
-    pool = pool._replace(bias=None)  # it moves no score, and so no rank
+    pool = pool._replace(bias=None)  # a bias does not change scores or ranks
     with torch.no_grad():
         anchor = None if positive_key is None else score_of_positive(query, positive_key)  # (B,)
         if kernels is None:

@@ -211,7 +211,7 @@ REFUSALS = [
     # FalseNegatives
     (option(FalseNegatives, 0), ValueError, "top_k must be an int of 1 or more, or None"),
     (option(FalseNegatives, 3, "x"), ValueError, "threshold must be a finite number or None"),
-    (option(FalseNegatives, None, None), ValueError, "top_k must be given where threshold is None"),
+    (option(FalseNegatives, None, None), ValueError, "top_k must be given if threshold is None"),
     (option(FalseNegatives, mode="drop"), ValueError, "mode must be 'eliminate' or 'attract', got 'drop'"),
     (option(FalseNegatives, reduce="sum"), ValueError, "reduce must be 'max' or 'mean'"),
     # InfoNCELoss and MoCoQueue

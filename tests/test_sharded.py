@@ -271,7 +271,7 @@ def test_what_a_sharded_queue_refuses():
         (ValueError, "select must be without sample", lambda: queue.info_nce(q, q, select=Select(sample=3))),
         (
             ValueError,
-            "positive_key must be given where",
+            "positive_key must be given if",
             lambda: queue.mine_hardest(q, 3, select=Select(absolute_margin=0.1)),
         ),
         (backends.BackendUnavailable, "the reference needs the whole", lambda: queue.info_nce(q.double(), q.double())),
