@@ -1,9 +1,9 @@
-"""The definition of every op and loss: dense PyTorch, differentiable by plain autograd, in the dtype of its inputs.
+"""The definition of every op and loss: dense PyTorch code, differentiated by autograd, in the dtype of its inputs.
 
-Nothing here is fast and nothing is checked: the public functions of the package check their input, and the kernels must agree
-with these lines. Options (Select, Mix, ...) are those of negmine/options.py, where the formulas of selection stand.
-Rules: ties go to the lower index; masks apply before filters, filters before ranks, ranks before sampling; a NaN score is no
-candidate; selection is detached.
+The code is not optimised and does not check its arguments. The public functions of the package do that, and the results of the
+kernels must agree with this code. The options (Select, Mix, ...) and the formulas of selection are in negmine/options.py.
+The rules: ties go to the lower index; masks apply before filters, filters before ranks, ranks before sampling; columns with a NaN
+score are not candidates; selection is detached.
 """
 
 from negmine.reference.contrastive import (

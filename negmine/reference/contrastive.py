@@ -1,7 +1,7 @@
-"""The contrastive losses: info_nce and sup_con, and the false negatives that support views find.
+"""The contrastive losses info_nce and sup_con, and the false negatives that support views detect.
 
-query (B, D), positive_key (B, D), negative_keys (K, D) shared by all queries or (B, M, D) each query's own
-usable (B, K) bool: what the masks leave (negmine/ops/pool.py makes it); None = everything
+query (B, D), positive_key (B, D), negative_keys (K, D) shared by all queries or (B, M, D) with M keys for each query
+usable (B, K) bool: the columns that the masks allow (from negmine/ops/pool.py); None = all columns
 """
 
 import math
@@ -17,37 +17,37 @@ from negmine.reference.selection import multiplicity, ranking, row_logsumexp, sc
 
 
 def found_scores(support: Tensor, negative_keys: Tensor, reduce: str) -> Tensor:
-    """support (B, V, D) -> (B, K): the largest (a NaN is passed over) or the mean of the views' scores."""
+    """support (B, V, D) -> (B, K): the maximum (NaN ignored) or the mean of the scores of the views."""
     equation = "bvd,kd->bvk" if negative_keys.dim() == 2 else "bvd,bkd->bvk"
     with disable_autocast(support.device):
         by_view = torch.einsum(equation, support.detach(), negative_keys.detach())  # (B, V, K)
     if reduce == "mean":
         return by_view.mean(1)
-    nothing = by_view.isnan()
-    return by_view.masked_fill(nothing, -torch.inf).amax(1).masked_fill(nothing.all(1), torch.nan)
+    is_nan = by_view.isnan()
+    return by_view.masked_fill(is_nan, -torch.inf).amax(1).masked_fill(is_nan.all(1), torch.nan)
 
 
 def false_negatives_found(
     support: Tensor, negative_keys: Tensor, options: FalseNegatives, usable: Tensor | None
 ) -> Tensor:
-    """support (B, V, D) -> (B, K) bool: the columns that the support views give away."""
+    """support (B, V, D) -> (B, K) bool: the columns that are false negatives by the scores of the support views."""
     found_score = found_scores(support, negative_keys, options.reduce)  # (B, K)
     index, count = ranking(found_score, usable)
     top = index.shape[1] if options.top_k is None else options.top_k
-    among = torch.arange(index.shape[1], device=index.device) < count.clamp_max(top)[:, None]  # (B, K) in rank order
-    found = torch.zeros_like(among).scatter(1, index, among)
+    in_top = torch.arange(index.shape[1], device=index.device) < count.clamp_max(top)[:, None]  # (B, K) in rank order
+    found = torch.zeros_like(in_top).scatter(1, index, in_top)
     return found if options.threshold is None else found & (found_score > options.threshold)
 
 
 def log_weighted_sum(
     lse: Tensor, lse_importance: Tensor, x_positive: Tensor, count: Tensor, temperature: Tensor | float, weight: Weight
 ) -> tuple[Tensor, Tensor]:
-    """log Ng (B,) of Weight's docstring and clamped (B,) bool, for rows that have negatives.
+    """log Ng (B,) of the formula in `Weight`, and clamped (B,) bool, for rows that have negatives.
 
-    lse (B,): LSE of (1 + beta) x; lse_importance (B,): LSE of beta x; count (B,): negatives N.
+    lse (B,): log-sum-exp of (1 + beta) x; lse_importance (B,): log-sum-exp of beta x; count (B,): number of negatives N.
     """
     log_count = count.to(lse.dtype).log()
-    if weight.detach and weight.sharpens:  # the value as it is, the gradient of sum_j w_j exp(x_j) with w held
+    if weight.detach and weight.sharpens:  # the same value, with the gradient of sum_j w_j exp(x_j) for constant w
         log_r = log_count + lse.detach() - lse_importance.detach() + (lse - lse.detach()) / (1 + weight.beta)
     else:
         log_r = log_count + lse - lse_importance
@@ -60,13 +60,13 @@ def log_weighted_sum(
     log_raw = excess.clamp_min(torch.finfo(lse.dtype).tiny).log() + shift
     log_raw = log_raw - ((-tau_plus).log1p() if isinstance(tau_plus, Tensor) else math.log1p(-tau_plus))
     clamped = (excess <= 0) | (log_raw < log_floor)
-    if isinstance(tau_plus, Tensor):  # a schedule may begin or end at 0
+    if isinstance(tau_plus, Tensor):  # a schedule may be 0 at some steps
         return torch.where(tau_plus > 0, torch.where(clamped, log_floor, log_raw), log_r), clamped & (tau_plus > 0)
     return torch.where(clamped, log_floor, log_raw), clamped
 
 
 class Columns(NamedTuple):
-    """One pool of negatives and how it is treated; the fields as in Negatives, its masks as `usable`."""
+    """One pool of negatives and its options. The fields are those of Negatives, with its masks combined in `usable`."""
 
     keys: Tensor  # (K, D) or (B, M, D)
     usable: Tensor | None = None  # (B, K) bool
@@ -88,7 +88,7 @@ def info_nce(
     weight: Weight | None = None,
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each row (B,) and its statistics, over one pool; options: the keywords of info_nce_of_pools."""
+    """The loss of each row (B,) and its statistics for one pool. options: keyword arguments of info_nce_of_pools."""
     pool = Columns(negative_keys, usable, bias, select, mix, weight)
     rows, stats = info_nce_of_pools(query, positive_key, [pool], **options)
     return rows, stats[0]
@@ -108,18 +108,18 @@ def info_nce_of_pools(
     step: int | Tensor = 0,
     row_offset: int | Tensor = 0,
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Loss of each row (B,) and the statistics of each pool.
+    """The loss of each row (B,) and the statistics of each pool.
 
         loss = LSE over {positive unless decoupled, attracted false negatives, kept negatives, synthetic negatives} of x + log w
                - mean of the positive logits,   x = s / temperature + bias, without bias for synthetic negatives
-    The sets are of all pools together; each pool has its own ranks, weights, draws and false negatives. A row without kept or
-    synthetic negatives in any pool has loss 0 and no gradient.
+    The log-sum-exp is over all pools together. Each pool has its own ranks, weights, random draws and false negatives. A row
+    without kept or synthetic negatives in any pool has loss 0 and no gradient.
     """
     positive_score = (query * positive_key).sum(1)  # (B,)
     x_positive = positive_score / temperature  # (B,)
     if positive_bias is not None:
         x_positive = x_positive + positive_bias
-    parts, attracted, in_each, stats = [], [], [], []
+    parts, attracted, has_negative_in_pool, stats = [], [], [], []
     for number, pool in enumerate(pools):
         draw = seed, step, row_offset + (number << 48)
         scores = scores_of(query, pool.keys, pool.usable)  # (B, K)
@@ -129,11 +129,11 @@ def info_nce_of_pools(
         if false_negatives is not None and support is not None:
             found = false_negatives_found(support, pool.keys, false_negatives, usable)
             usable = usable & ~found
-        columns, some, count, clamped = _kept(
+        columns, has_negative, count, clamped = _kept(
             query, pool, scores, logits, positive_score, x_positive, usable, temperature, draw
         )
         parts.append(columns)
-        in_each.append(some)
+        has_negative_in_pool.append(has_negative)
         if false_negatives is not None and false_negatives.mode == "attract":
             attracted.append((found, logits))
         stats.append(
@@ -141,22 +141,22 @@ def info_nce_of_pools(
                 "positive_rank": (usable & (scores > positive_score[:, None])).sum(1),
                 "num_negatives": count,
                 "clamped": clamped,
-                "num_empty": (~some).sum(),
+                "num_empty": (~has_negative).sum(),
             }
         )
 
-    some = torch.stack(in_each).any(0)  # (B,)
+    has_negative = torch.stack(has_negative_in_pool).any(0)  # (B,)
     positives, num_positives = x_positive, torch.ones_like(x_positive)
     for found, logits in attracted:
         positives = positives + logits.masked_fill(~found, 0.0).sum(1)  # (B,)
         num_positives = num_positives + found.sum(1)
         parts = parts if decoupled else [logits.masked_fill(~found, -torch.inf), *parts]
     columns = torch.cat(parts if decoupled else [x_positive[:, None], *parts], 1)
-    finite = columns.masked_fill(~some[:, None], 0.0)  # an empty row must not differentiate LSE of nothing
+    finite = columns.masked_fill(~has_negative[:, None], 0.0)  # the log-sum-exp of an empty row has a NaN gradient
     logsumexp = row_logsumexp(finite) if finite.shape[1] else finite.sum(1)
-    # NaN in a row stays in that row
-    loss = torch.where(some, logsumexp - positives / num_positives, 0.0 * x_positive)
-    total = torch.where(some, logsumexp, -torch.inf if decoupled else x_positive).detach()
+    # torch.where keeps a NaN within its row.
+    loss = torch.where(has_negative, logsumexp - positives / num_positives, 0.0 * x_positive)
+    total = torch.where(has_negative, logsumexp, -torch.inf if decoupled else x_positive).detach()
     return loss, [{"logsumexp": total} | each for each in stats]
 
 
@@ -164,7 +164,8 @@ def _kept(
     query: Tensor, pool: Columns, scores: Tensor, logits: Tensor, positive_score: Tensor, x_positive: Tensor,
     usable: Tensor, temperature: Tensor | float, draw: tuple[int, int | Tensor, int | Tensor],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """What one pool adds to the sum, as logits (B, columns), where it adds anything, N and clamped (B,) each."""
+    """The contribution of one pool to the log-sum-exp: logits (B, columns), and for each row (B,) whether there is any negative,
+    the number of kept negatives, and whether the weight is clamped."""
     select, mix, weight, bias = pool.select, pool.mix, pool.weight, pool.bias
     times = usable.long()  # (B, K)
     if select is not None:
@@ -172,33 +173,35 @@ def _kept(
     repeats = times.to(scores.dtype).log()  # (B, K)
     columns = (logits + repeats).masked_fill(times == 0, -torch.inf)  # (B, K)
     count = times.sum(1)  # (B,)
-    some = count > 0
-    clamped = torch.zeros_like(some)
-    if weight is not None and columns.shape[1]:  # of no columns at all there is no log-sum-exp to differentiate
+    has_negative = count > 0
+    clamped = torch.zeros_like(has_negative)
+    if weight is not None and columns.shape[1]:  # the log-sum-exp of zero columns has no gradient
         sharpened, importance = columns, repeats
         if weight.sharpens:
             importance = weight.beta * scores / temperature + repeats
             sharpened = (1 + weight.beta) * scores / temperature + repeats
             if bias is not None:
-                # log_weighted_sum takes 1 / (1 + beta) of the gradient where the weights are held: all of a bias's is wanted
+                # With detached weights, log_weighted_sum multiplies the gradient by 1 / (1 + beta). That of the bias must not
+                # change, so it is multiplied by 1 + beta first.
                 bias = bias.to(scores.dtype)
                 factor = 1 + weight.beta if weight.detach else 1.0
                 sharpened = sharpened + bias.detach() + factor * (bias - bias.detach())
         sharpened, importance = (
-            x.masked_fill(times == 0, -torch.inf).masked_fill(~some[:, None], 0.0) for x in (sharpened, importance)
+            x.masked_fill(times == 0, -torch.inf).masked_fill(~has_negative[:, None], 0.0)
+            for x in (sharpened, importance)
         )
         log_sum, clamped = log_weighted_sum(
             row_logsumexp(sharpened), row_logsumexp(importance), x_positive, count.clamp_min(1), temperature, weight
         )
-        columns, clamped = log_sum.masked_fill(~some, -torch.inf)[:, None], clamped & some  # (B, 1)
+        columns, clamped = log_sum.masked_fill(~has_negative, -torch.inf)[:, None], clamped & has_negative  # (B, 1)
     if mix is not None and mix.total:
         seed, step, row_offset = draw
         vectors, parents, _ = mix_negatives(query, pool.keys, mix, usable, seed=seed, step=step, row_offset=row_offset)
         x_mixed = scores_of(query, vectors) / temperature  # (B, S)
         absent = parents[:, :, 1] < 0  # (B, S)
         columns = torch.cat([columns, x_mixed.masked_fill(absent, -torch.inf)], 1)
-        some = some | ~absent.all(1)
-    return columns, some, count, clamped
+        has_negative = has_negative | ~absent.all(1)
+    return columns, has_negative, count, clamped
 
 
 def sup_con(
@@ -214,9 +217,10 @@ def sup_con(
     positive_weights: Tensor | None = None,
     usable: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each row (B,) and its statistics, with P = usable keys of the query's label; -1 is unknown.
+    """The loss of each row (B,) and its statistics, with P = the usable keys of the query's label. The label -1 is unknown.
 
-    P may be given by positive_mask (B, K) bool, or by positive_weights (B, K), 0 for a negative, which weigh the means over P.
+    Instead of labels, P may be given by positive_mask (B, K) bool, or by positive_weights (B, K), which are 0 for negatives and
+    are used as weights of the means over P.
 
         "out"  mean over p in P of -log(e^x_p / den_p)         "in"  -log of the mean over p in P of e^x_p / den_p
         den_p: "all" every usable key; "own_positive" the negatives and p; "negatives_only" the negatives
@@ -240,20 +244,22 @@ def sup_con(
     below = lse[:, None].expand_as(x)  # (B, K)
     if denominator == "own_positive":
         below = torch.logaddexp(below, x)
-    some = has_positive & (columns.any(1) | (denominator == "own_positive"))  # (B,)
-    log_ratio = (x - below).masked_fill(~(same & some[:, None]), 0.0 if positives == "out" else -torch.inf)  # (B, K)
+    has_loss = has_positive & (columns.any(1) | (denominator == "own_positive"))  # (B,)
+    log_ratio = (x - below).masked_fill(
+        ~(same & has_loss[:, None]), 0.0 if positives == "out" else -torch.inf
+    )  # (B, K)
     mass = (same if weights is None else weights).sum(1).masked_fill(~has_positive, 1).to(x.dtype)  # (B,)
     if positives == "out":
         loss = -(log_ratio if weights is None else weights * log_ratio).sum(1) / mass
     else:
         terms = log_ratio if weights is None else log_ratio + weights.masked_fill(~same, 1.0).log()  # (B, K)
-        loss = mass.log() - row_logsumexp(terms.masked_fill(~some[:, None], 0.0))
-    stats = {"logsumexp": lse.detach(), "num_positives": same.sum(1), "num_without_positive": (~some).sum()}
-    return loss.masked_fill(~some, 0.0), stats
+        loss = mass.log() - row_logsumexp(terms.masked_fill(~has_loss[:, None], 0.0))
+    stats = {"logsumexp": lse.detach(), "num_positives": same.sum(1), "num_without_positive": (~has_loss).sum()}
+    return loss.masked_fill(~has_loss, 0.0), stats
 
 
 def reduced(rows: Tensor, reduction: str, count: Tensor | int | None = None) -> Tensor:
-    """Losses under a reduction: "mean" divides by `count`, by default of all rows, and is 0 where there are none."""
+    """Reduce the losses of rows. "mean" divides by `count`, by default the number of rows, and is 0 if there are no rows."""
     if reduction == "none":
         return rows
     if reduction == "sum" or len(rows) == 0:

@@ -1,6 +1,6 @@
-"""Late interaction: MaxSim scores of token matrices, and InfoNCE over them.
+"""Late interaction: MaxSim scores of token matrices, and InfoNCE with these scores.
 
-query (B, I, D), positive (B, J, D), documents (K, J, D); lengths: how many of the first tokens count, None = all
+query (B, I, D), positive (B, J, D), documents (K, J, D); lengths: the number of tokens of each matrix, None = all rows
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from negmine.reference.selection import multiplicity
 
 
 def _present(vectors: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Token vectors with zeros past the end of each matrix, and which tokens stand there (rows, tokens)."""
+    """Token vectors with zeros past the length of each matrix, and a mask (rows, tokens) of the tokens past the length."""
     if lengths is None:
         return vectors, None
     absent = torch.arange(vectors.shape[1], device=vectors.device) >= lengths[:, None]
@@ -24,7 +24,7 @@ def _present(vectors: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | 
 def maxsim(
     query: Tensor, documents: Tensor, query_lengths: Tensor | None = None, document_lengths: Tensor | None = None
 ) -> Tensor:
-    """(B, K): the sum over a query's tokens of the largest inner product with a token of the document; -inf without tokens."""
+    """(B, K): sum over the query's tokens of the largest inner product with a document token; -inf if it has no tokens."""
     (query, _), (documents, absent) = _present(query, query_lengths), _present(documents, document_lengths)
     with disable_autocast(query.device):
         inner = torch.einsum("bid,kjd->bkij", query, documents)  # (B, K, I, J)
@@ -35,7 +35,7 @@ def maxsim(
 def maxsim_of_pairs(
     query: Tensor, documents: Tensor, query_lengths: Tensor | None = None, document_lengths: Tensor | None = None
 ) -> Tensor:
-    """(B,): the score of each query and the document of its own row (B, J, D)."""
+    """(B,): the score of each query with the document in the same row of documents (B, J, D)."""
     (query, _), (documents, absent) = _present(query, query_lengths), _present(documents, document_lengths)
     with disable_autocast(query.device):
         inner = torch.einsum("bid,bjd->bij", query, documents)  # (B, I, J)
@@ -60,7 +60,7 @@ def late_interaction(
     step: int | Tensor = 0,
     row_offset: int | Tensor = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss (B,) and statistics of info_nce with MaxSim scores. usable (B, K) bool, bias (K,)."""
+    """The loss (B,) and the statistics of info_nce with MaxSim scores. usable is (B, K) bool, bias is (K,)."""
     if usable is not None:
         documents = torch.where(usable.any(0)[:, None, None], documents, 0.0)
     scores = maxsim(query, documents, query_lengths, document_lengths)  # (B, K)
@@ -73,15 +73,15 @@ def late_interaction(
         kept = multiplicity(scores, positive_score, select, allowed, seed, step, row_offset) > 0
     x, x_positive = scores.masked_fill(~kept, 0.0) / temperature, positive_score / temperature
     x = (x if bias is None else x + bias.to(x.dtype)).masked_fill(~kept, -torch.inf)  # (B, K)
-    some = kept.any(1)  # (B,)
+    has_negative = kept.any(1)  # (B,)
     columns = x if decoupled else torch.cat([x_positive[:, None], x], 1)
-    finite = columns.masked_fill(~some[:, None], 0.0)
+    finite = columns.masked_fill(~has_negative[:, None], 0.0)
     lse = finite.logsumexp(1) if finite.shape[1] else finite.sum(1)
     stats: dict[str, Any] = {
-        "logsumexp": torch.where(some, lse, -torch.inf if decoupled else x_positive).detach(),
+        "logsumexp": torch.where(has_negative, lse, -torch.inf if decoupled else x_positive).detach(),
         "positive_rank": (allowed & (scores > positive_score[:, None])).sum(1),
         "num_negatives": kept.sum(1),
-        "clamped": torch.zeros_like(some),
-        "num_empty": (~some).sum(),
+        "clamped": torch.zeros_like(has_negative),
+        "num_empty": (~has_negative).sum(),
     }
-    return torch.where(some, lse - x_positive, 0.0 * x_positive), stats
+    return torch.where(has_negative, lse - x_positive, 0.0 * x_positive), stats

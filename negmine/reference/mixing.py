@@ -1,4 +1,4 @@
-"""Synthetic negatives: their draws (kernels/README.md, "Draws") and their vectors."""
+"""Synthetic negatives: their random draws (kernels/README.md, "Draws") and their vectors."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,10 @@ from negmine.reference.selection import mine_hardest
 def mix_draws(
     hard_index: Tensor, mix: Mix, dtype: torch.dtype, seed: int, step: int | Tensor, row_offset: int | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """hard_index (B, hard) -> parents (B, S, 2) int64 (-1 = the query), coefficients (B, S); stated in kernels/README.md."""
+    """Draw parents (B, S, 2) int64 (-1 = the query) and coefficients (B, S) from hard_index (B, hard).
+
+    kernels/README.md states how.
+    """
     device = hard_index.device
     hard_index = only_if_enabled(hard_index, mix)
     count = (hard_index >= 0).sum(1, keepdim=True)  # (B, 1)
@@ -35,18 +38,18 @@ def mix_draws(
 
 
 def only_if_enabled(hard_index: Tensor, mix: Mix) -> Tensor:
-    """hard_index (B, hard), or no parents at all (-1) where the mix is not enabled."""
+    """hard_index (B, hard) if the mix is enabled, else -1 everywhere."""
     return hard_index if mix.enabled is None else torch.where(mix.enabled, hard_index, -1)
 
 
 def mixed(query: Tensor, negative_keys: Tensor, parents: Tensor, coefficients: Tensor) -> Tensor:
-    """vectors (B, S, D) of the given parents (B, S, 2) and coefficients (B, S); zeros where there is no second parent."""
+    """Vectors (B, S, D) of the given parents (B, S, 2) and coefficients (B, S); zeros if there is no second parent."""
     if negative_keys.shape[-2] == 0:
         return query.new_zeros(*coefficients.shape, query.shape[1])
-    rows = torch.arange(len(query), device=query.device)[:, None]  # (B, 1), used where the keys are each query's own
+    rows = torch.arange(len(query), device=query.device)[:, None]  # (B, 1), used for keys (B, M, D)
     n_a, n_b = (
-        negative_keys[at] if negative_keys.dim() == 2 else negative_keys[rows, at]
-        for at in parents.clamp_min(0).unbind(2)
+        negative_keys[column] if negative_keys.dim() == 2 else negative_keys[rows, column]
+        for column in parents.clamp_min(0).unbind(2)
     )  # (B, S, D) each
     n_a = torch.where((parents[:, :, :1] >= 0), n_a, query[:, None, :])
     vectors = F.normalize(coefficients[:, :, None] * n_a + (1 - coefficients[:, :, None]) * n_b, dim=2, eps=1e-12)

@@ -1,6 +1,6 @@
-"""Sums over each query's pool: log-sum-exp and the sum of softplus; and over the columns in a list.
+"""Log-sum-exps and sums of softplus over each query's pool, and log-sum-exps over lists of columns.
 
-query (B, D), negative_keys (K, D); usable (B, K) bool or None; positive_score (B,) where select has a margin
+query (B, D), negative_keys (K, D); usable (B, K) bool or None; positive_score (B,), needed if select has a margin
 """
 
 import torch
@@ -21,7 +21,7 @@ def kept_scores(
     select: Select | None,
     draw: Draw,
 ) -> tuple[Tensor, Tensor]:
-    """scores (B, K) and how often each column is kept (B, K) int64; draw = seed, step, row_offset of select.sample."""
+    """scores (B, K) and how often each column is kept (B, K) int64. draw: seed, step and row_offset for select.sample."""
     scores = scores_of(query, negative_keys, usable)  # (B, K)
     if select is not None:
         return scores, multiplicity(scores, positive_score, select, usable, *draw)
@@ -39,15 +39,15 @@ def logsumexp(
     draw: Draw = (0, 0, 0),
     key_bias: Tensor | None = None,
 ) -> Tensor:
-    """(B,): log of the sum over each pool of exp(s / temperature + key_bias); -inf, without gradient, where the pool is empty.
+    """(B,): log of the sum over each pool of exp(s / temperature + key_bias); -inf, without gradient, if the pool is empty.
 
-    key_bias: (K,) or (B, M).
+    key_bias is (K,) or (B, M).
     """
     scores, times = kept_scores(query, negative_keys, usable, positive_score, select, draw)
-    some = (times > 0).any(1)  # (B,)
+    not_empty = (times > 0).any(1)  # (B,)
     logits = scores / temperature if key_bias is None else scores / temperature + key_bias.to(scores.dtype)  # (B, K)
     x = (logits + times.to(scores.dtype).log()).masked_fill(times == 0, -torch.inf)  # (B, K)
-    return row_logsumexp(x.masked_fill(~some[:, None], 0.0)).masked_fill(~some, -torch.inf)
+    return row_logsumexp(x.masked_fill(~not_empty[:, None], 0.0)).masked_fill(~not_empty, -torch.inf)
 
 
 def softplus_sum(
@@ -61,7 +61,7 @@ def softplus_sum(
     draw: Draw = (0, 0, 0),
     key_bias: Tensor | None = None,
 ) -> Tensor:
-    """(B,): sum over each pool of log(1 + exp(scale s + bias + key_bias)), key_bias (K,) or (B, M); 0 where the pool is empty."""
+    """(B,): sum over each pool of log(1 + exp(scale s + bias + key_bias)); 0 if the pool is empty. key_bias: (K,) or (B, M)."""
     scores, times = kept_scores(query, negative_keys, usable, positive_score, select, draw)
     logits = scale * scores + bias  # (B, K)
     each = -F.logsigmoid(-(logits if key_bias is None else logits + key_bias.to(logits.dtype)))  # (B, K)
@@ -71,7 +71,10 @@ def softplus_sum(
 def gathered_logsumexp(
     query: Tensor, negative_keys: Tensor, index: Tensor, scale: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """scores (B, M), log-sum-exp (B,) and softmax mean (B, D) of the columns index (B, M) names; -1 = none, repeats count."""
+    """Scores (B, M) of the listed columns, their log-sum-exp (B,), and the mean of their keys weighted by the softmax (B, D).
+
+    index (B, M): -1 is an empty entry, and a column that occurs twice counts twice.
+    """
     absent = index < 0  # (B, M)
     rows = negative_keys[index.clamp_min(0)].masked_fill(absent[:, :, None], 0.0)  # (B, M, D)
     scores = scores_of(query, rows).masked_fill(absent, -torch.inf)  # (B, M)
@@ -81,6 +84,6 @@ def gathered_logsumexp(
 
 
 def gathered_grad_keys(query: Tensor, index: Tensor, weight: Tensor, K: int) -> Tensor:
-    """(K, D): row k = sum of weight_bm query_b over the cells of index (B, M) that name k; weight (B, M)."""
-    named = index[:, :, None] == torch.arange(K, device=index.device)  # (B, M, K)
-    return torch.einsum("bmk,bd->kd", weight[:, :, None].where(named, 0.0), query)
+    """(K, D): row k = sum of weight_bm query_b over the entries of index (B, M) that are k. weight is (B, M)."""
+    equal = index[:, :, None] == torch.arange(K, device=index.device)  # (B, M, K)
+    return torch.einsum("bmk,bd->kd", weight[:, :, None].where(equal, 0.0), query)

@@ -1,9 +1,10 @@
-"""Triplet mining, the triplet loss and multi-similarity.
+"""Triplet mining, the triplet loss and the multi-similarity loss.
 
-    query (B, D), keys (K, D); same (B, K) bool: usable keys of the query's label, other (B, K) bool: usable keys of another
-    positive (B, P), negative (B, P, N) int64, -1 = none
+    query (B, D), keys (K, D)
+    same (B, K) bool: usable keys with the query's label; other (B, K) bool: usable keys with another label
+    positive (B, P), negative (B, P, N) int64: row numbers of keys, -1 = none
 
-Nearer = larger score; ties go to the lower index; a NaN score is no candidate.
+Nearer means a larger score. Ties go to the lower index. Keys with a NaN score are not candidates.
 """
 
 import torch
@@ -15,7 +16,7 @@ from negmine.reference.selection import ranking, scores_of
 
 
 def distance_of(score: Tensor, distance: str) -> Tensor:
-    """The distance of two vectors by their score of mining_scores: -s, sqrt(2 - 2 s), or 2 - 2 s."""
+    """The distance of two vectors, computed from their score in mining_scores: -s, sqrt(2 - 2 s), or 2 - 2 s."""
     if distance == "cosine":
         return -score
     squared = (2 - 2 * score).clamp_min(0)
@@ -23,9 +24,9 @@ def distance_of(score: Tensor, distance: str) -> Tensor:
 
 
 def mining_scores(query: Tensor, keys: Tensor, distance: str) -> Tensor:
-    """(B, K) without gradient: inner products, or 1 - ||q - k||^2 / 2, which is the inner product of unit vectors.
+    """Scores (B, K) without gradient: inner products, or 1 - ||q - k||^2 / 2, which equals the inner product of unit vectors.
 
-    A row that is not finite has no distance: NaN, and nothing selects it.
+    For rows that are not finite the second is NaN, so they are never selected.
     """
     query, keys = query.detach(), keys.detach()
     if distance == "cosine":
@@ -37,7 +38,7 @@ def mining_scores(query: Tensor, keys: Tensor, distance: str) -> Tensor:
 
 
 def similarities(query: Tensor, keys: Tensor, usable: Tensor, distance: str) -> Tensor:
-    """(B, K) with gradient: inner products, or minus the distances. Pairs that are not usable are 0 and reach no gradient."""
+    """Similarities (B, K) with gradient: inner products or negated distances; 0, without gradient, for pairs not usable."""
     if distance == "cosine":
         return scores_of(query, keys, usable)
     finite = keys.isfinite().all(1)  # (K,), as in scores_of
@@ -47,18 +48,18 @@ def similarities(query: Tensor, keys: Tensor, usable: Tensor, distance: str) -> 
 
 
 def score_farther(score: Tensor, margin: float, distance: str) -> Tensor:
-    """The score of what lies `margin` farther than `score` (nearer where margin < 0; +inf past distance 0)."""
+    """The score at a distance that is larger by `margin` than that of `score`; +inf if that distance is negative."""
     if distance == "cosine":
         return score - margin
     if distance == "squared_euclidean":
         return score - margin / 2
     farther = distance_of(score, distance) + margin
-    moved = torch.where(farther < 0, torch.inf, 1 - farther.square() / 2)
-    return torch.where(score.isinf(), score, moved)
+    result = torch.where(farther < 0, torch.inf, 1 - farther.square() / 2)
+    return torch.where(score.isinf(), score, result)
 
 
 def log_rarity(score: Tensor, D: int) -> Tensor:
-    """log of 1 / q(d), q the density of distances between random unit vectors; -inf from d = 1.4 on, where no loss is left.
+    """log(1 / q(d)), where q is the density of the distance d between random unit vectors. -inf for d of 1.4 or more.
 
     (2 - D) log d - ((D - 3) / 2) log(1 - d^2 / 4),   d = max(sqrt(2 - 2 s), 0.5)      (Wu et al. 2017, arXiv 1706.07567)
     """
@@ -68,7 +69,7 @@ def log_rarity(score: Tensor, D: int) -> Tensor:
 
 
 def chosen(scores: Tensor, allowed: Tensor, count: int, nearest: bool = True) -> tuple[Tensor, Tensor]:
-    """The first `count` allowed columns of each row, nearest or farthest first: scores and index (..., count)."""
+    """The first `count` allowed columns of each row, nearest or farthest first: scores and index (B, count)."""
     index, present = ranking(scores if nearest else -scores, allowed)
     index = torch.nn.functional.pad(index[:, :count], (0, max(0, count - index.shape[1])))
     absent = torch.arange(count, device=index.device) >= present[:, None]  # (B, count)
@@ -92,7 +93,7 @@ def mine_triplets(
     step: int | Tensor = 0,
     row_offset: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scores and index of positives (B, P) and negatives (B, P, N); meaning as negmine.mine_triplets."""
+    """Scores and index of positives (B, P) and negatives (B, P, N). negmine.losses.mine_triplets explains the arguments."""
     scores = mining_scores(query, keys, distance)  # (B, K)
     B, K = scores.shape
     if positive == "semihard":
@@ -126,12 +127,12 @@ def mine_triplets(
     negative_score, negative_index = (t.view(B, P, N) for t in chosen(*flat, N, nearest=negative != "easiest"))
     if negative == "semihard_facenet":
         easiest = [t[:, None].expand(B, P, 1) for t in chosen(scores, other, 1, nearest=False)]
-        none = negative_index[:, :, :1] < 0
+        has_none = negative_index[:, :, :1] < 0
         negative_score = torch.cat(
-            [torch.where(none, easiest[0], negative_score[:, :, :1]), negative_score[:, :, 1:]], 2
+            [torch.where(has_none, easiest[0], negative_score[:, :, :1]), negative_score[:, :, 1:]], 2
         )
         negative_index = torch.cat(
-            [torch.where(none, easiest[1], negative_index[:, :, :1]), negative_index[:, :, 1:]], 2
+            [torch.where(has_none, easiest[1], negative_index[:, :, :1]), negative_index[:, :, 1:]], 2
         )
 
     return positive_score, positive_index, negative_score, negative_index
@@ -147,7 +148,7 @@ def triplet_loss(
     temperature: float | None = None,
     distance: str = "cosine",
 ) -> Tensor:
-    """Loss of each triplet (B, P, N), 0 where there is none.
+    """The loss of each triplet (B, P, N), 0 if there is no triplet.
 
     v = distance(q, p) - distance(q, n) + margin;   max(0, v), or softplus(v / temperature)
     """
@@ -178,21 +179,27 @@ def multi_similarity(
     epsilon: float,
     distance: str = "cosine",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of each row (B,), and how many positives and negatives the mining kept (B,); base is a distance where distance is."""
+    """The loss of each row (B,), and the numbers of positives and negatives that the mining kept (B,).
+
+    base is a similarity for distance="cosine", else a distance.
+    """
     scores = similarities(query, keys, same | other, distance)  # (B, K)
     base = base if distance == "cosine" else -base
     if scores.shape[1] == 0:
         return scores.sum(1), same.sum(1), other.sum(1)
-    held = scores.detach()
-    lowest = held.masked_fill(~same | held.isnan(), torch.inf).amin(1, keepdim=True)  # (B, 1)
-    highest = held.masked_fill(~other | held.isnan(), -torch.inf).amax(1, keepdim=True)  # (B, 1)
-    positives = same & (held < highest + epsilon)  # (B, K)
-    negatives = other & (held > lowest - epsilon)
+    detached = scores.detach()
+    lowest = detached.masked_fill(~same | detached.isnan(), torch.inf).amin(1, keepdim=True)  # (B, 1)
+    highest = detached.masked_fill(~other | detached.isnan(), -torch.inf).amax(1, keepdim=True)  # (B, 1)
+    positives = same & (detached < highest + epsilon)  # (B, K)
+    negatives = other & (detached > lowest - epsilon)
 
-    def smooth(x: Tensor, pool: Tensor) -> Tensor:
+    def log_one_plus_sum_exp(x: Tensor, pool: Tensor) -> Tensor:
         """log(1 + sum over the pool of exp(x)) (B,)."""
         columns = torch.cat([x.masked_fill(~pool, -torch.inf), torch.zeros_like(x[:, :1])], 1)
         return columns.logsumexp(1)
 
-    loss = smooth(-alpha * (scores - base), positives) / alpha + smooth(beta * (scores - base), negatives) / beta
+    loss = (
+        log_one_plus_sum_exp(-alpha * (scores - base), positives) / alpha
+        + log_one_plus_sum_exp(beta * (scores - base), negatives) / beta
+    )
     return loss, positives.sum(1), negatives.sum(1)
