@@ -107,7 +107,7 @@ def encode(rows):
 
 rows = torch.ones(4, 3)
 REFUSALS = [
-    ((torch.sum, encode, rows, 2), ValueError, "inputs must be a list or tuple of one input or more, got 'Tensor'"),
+    ((torch.sum, encode, rows, 2), ValueError, "inputs must be a list or tuple of at least one input, got 'Tensor'"),
     ((torch.sum, [encode], [rows, rows], 2), TypeError, "encoders must be a callable, or one for each of the 2 inputs"),
     ((torch.sum, encode, [rows], 0), ValueError, "chunk_size must be an int of 1 or more, got 0"),
     ((torch.sum, encode, [rows[:0]], 2), ValueError, "inputs[0] must be a tensor (B, ...) or a list"),

@@ -214,7 +214,7 @@ q, docs = torch.ones(3, 2, 4), torch.ones(5, 6, 4)
 REFUSALS = [
     ((q[0], q, docs, {}), ValueError, "late_interaction: query must be of shape (B, I, D)"),
     ((q, docs, docs, {}), ValueError, "positive_key must be of shape (B, J, D) with query's B = 3"),
-    ((q, q, docs[:, :0], {}), ValueError, "negative_keys must be of shape (K, J, D) with one token or more"),
+    ((q, q, docs[:, :0], {}), ValueError, "negative_keys must be of shape (K, J, D) with at least one token"),
     (
         (q, q, docs, {"negative_lengths": torch.ones(3).long()}),
         ValueError,

@@ -131,13 +131,13 @@ def test_several_hashes_tell_items_of_one_bucket_apart():
 def test_refusals():
     query, positive, keys, log_q_pos, log_q = inputs()
     loss = recipes.logq()
-    with pytest.raises(ValueError, match="logq: log_q must be given, but for in-batch negatives, got None"):
+    with pytest.raises(ValueError, match="logq: log_q must be given, except for in-batch negatives, got None"):
         loss(query, positive, keys, positive_log_q=log_q_pos)
     with pytest.raises(ValueError, match=r"logq: positive_log_q must be a floating tensor of shape \(6,\), got"):
         loss(query, positive, keys, positive_log_q=log_q, log_q=log_q)
     with pytest.raises(ValueError, match=r"logq: negative_keys.bias must be a floating tensor of shape \(40,\)"):
         loss(query, positive, keys, positive_log_q=log_q_pos, log_q=log_q_pos)
-    with pytest.raises(ValueError, match=r"gist: negative_keys.guide must be None, for gist makes it"):
+    with pytest.raises(ValueError, match=r"gist: negative_keys.guide must be None, because gist creates it"):
         guided = Negatives(keys, guide=negmine.Guide(query, positive, keys))
         recipes.gist()(query, positive, guided, guide_query=query, guide_positive=positive, guide_keys=keys)
     with pytest.raises(ValueError, match=r"FrequencyEstimator: alpha must be a number in \(0, 1\], got 2.0"):

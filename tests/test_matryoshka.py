@@ -166,10 +166,14 @@ def test_one_width_is_info_nce_and_a_frozen_queue_may_move_on():
 
 q, keys = torch.ones(3, 4), torch.ones(5, 4)
 REFUSALS = [
-    ({"widths": (2, 5)}, ValueError, "matryoshka: widths must be ascending ints from 1 to query's D = 4"),
-    ({"widths": (4, 2)}, ValueError, "matryoshka: widths must be ascending"),
-    ({"widths": ()}, ValueError, "matryoshka: widths must be ascending"),
-    ({"widths": (2, 4), "weights": (1.0,)}, ValueError, "weights must be a finite number for each of the 2 widths"),
+    ({"widths": (2, 5)}, ValueError, "matryoshka: widths must be a list of ascending ints from 1 to query's D = 4"),
+    ({"widths": (4, 2)}, ValueError, "matryoshka: widths must be a list of ascending"),
+    ({"widths": ()}, ValueError, "matryoshka: widths must be a list of ascending"),
+    (
+        {"widths": (2, 4), "weights": (1.0,)},
+        ValueError,
+        "weights must be a list with a finite number for each of the 2 widths",
+    ),
     ({"widths": (2,), "select": Select(sample=2, replace=True)}, ValueError, "select must be without replace"),
     ({"widths": (2,), "normalize": 1}, TypeError, "normalize must be True or False"),
 ]

@@ -38,7 +38,7 @@ MISTAKES = {
     ),
     "no labels": (
         lambda: negmine.sup_con(q, k),
-        "sup_con: query_labels must be given, or positive_mask or positive_weights",
+        "sup_con: query_labels must be given, or else positive_mask or positive_weights",
     ),
     "a queue of another width": (lambda: loss(negatives=MoCoQueue(16, K)), "with query's D = 8, got"),
     "keys of another width": (

@@ -212,7 +212,10 @@ REFUSALS = [
     ),
     (lambda: call(recipes.rince(reduction="avg"), ""), "rince: reduction must be 'mean' or 'sum' or 'none'"),
     (lambda: call(recipes.rince(temperature=0.0), ""), "rince: temperature must be a number above 0"),
-    (lambda: call(recipes.rince(negative_mark=1), ""), "rince: negative_mark is not a keyword; those of the pool are"),
+    (
+        lambda: call(recipes.rince(negative_mark=1), ""),
+        "rince: negative_mark is not a keyword argument; those of the pool are",
+    ),
     (lambda: recipes.mixed_inputs(torch.arange(3)), "mixed_inputs: inputs must be a floating tensor of shape (B, ...)"),
     (lambda: recipes.mixed_inputs(torch.ones(3), concentration=0), "concentration must be a number above 0"),
     (lambda: recipes.i_mix()(*inputs(), share=torch.ones(3), partner=torch.arange(B)), "i_mix: share must be floating"),

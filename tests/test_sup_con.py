@@ -154,8 +154,8 @@ q0, k0, lb, lk = torch.randn(3, 4), torch.randn(7, 4), torch.arange(3), torch.ar
 REFUSALS = [
     ((q0.long(), k0, lb, lk), {}, TypeError, "sup_con: query must be a floating tensor"),
     ((q0, k0[:, :2], lb, lk), {}, ValueError, "keys must be of shape (K, D) with query's D = 4"),
-    ((q0, k0, None, lk), {}, TypeError, "query_labels must be given, or positive_mask or"),
-    ((q0, k0, lb, None), {}, TypeError, "key_labels must be given, or positive_mask or"),
+    ((q0, k0, None, lk), {}, TypeError, "query_labels must be given, or else positive_mask or"),
+    ((q0, k0, lb, None), {}, TypeError, "key_labels must be given, or else positive_mask or"),
     ((q0, k0, lb, lb), {}, ValueError, "key_labels must be of shape (7,)"),
     ((q0, k0, lb.float(), lk), {}, TypeError, "query_labels must be an integer tensor"),
     ((q0, k0, lb, lk), {"positives": "both"}, ValueError, "positives must be 'out' or 'in', got 'both'"),
@@ -267,17 +267,17 @@ def test_views_share_their_masks(any_backend):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({}, "query_labels must be given, or positive_mask or"),
+        ({}, "query_labels must be given, or else positive_mask or"),
         ({"positive_mask": torch.ones(4, 9)}, "positive_mask must be a bool tensor"),
         ({"positive_mask": torch.ones(4, 8) > 0}, r"positive_mask must be of shape \(4, 9\)"),
         ({"positive_weights": torch.ones(4, 9) > 0}, "positive_weights must be a floating tensor"),
         (
             {"positive_mask": torch.ones(4, 9) > 0, "query_labels": torch.arange(4)},
-            "query_labels must be None where positive_mask",
+            "query_labels must be None if positive_mask",
         ),
         (
             {"positive_weights": torch.ones(4, 9), "positive_mask": torch.ones(4, 9) > 0},
-            "positive_weights must be None where positive_mask",
+            "positive_weights must be None if positive_mask",
         ),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
@@ -326,7 +326,11 @@ def test_pools_that_are_refused():
     q, keys, tags = unit(3, 4), unit(5, 4), torch.arange(5)
     for pools, options, words in [
         ([keys], {}, "keys[0].labels must be given together with query_labels"),
-        ([negmine.Negatives(keys, labels=tags)], {"key_mask": tags > 0}, "key_mask must be None where keys are pools"),
+        (
+            [negmine.Negatives(keys, labels=tags)],
+            {"key_mask": tags > 0},
+            "key_mask must be None if keys is a MoCoQueue",
+        ),
         (
             negmine.Negatives(keys, labels=tags, bias=tags.float()),
             {},

@@ -1,4 +1,4 @@
-"""The losses, each a function and its module in one file. negmine.recipes configures them as published methods."""
+"""The losses. Each file has a function and its module. negmine.recipes configures them as published methods."""
 
 from negmine.losses.frequency import FrequencyEstimator
 from negmine.losses.gathered import gathered

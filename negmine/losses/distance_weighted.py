@@ -14,17 +14,17 @@ from negmine.ops.pool import Pool, hide_masked_rows, pieces, pool_of_columns, us
 from negmine.ops.windows import Draw
 from negmine.reference.triplets import log_rarity
 
-PIECE = 1 << 21  # scores in memory at one time
-PIECE_ON_CPU = 1 << 15  # so that a piece stays in the cache during the ten rounds of Philox
+PIECE = 1 << 21  # how many scores are in memory at one time
+PIECE_ON_CPU = 1 << 15  # small enough that a piece stays in the cache during the ten rounds of Philox
 
 
 @torch.no_grad()
 def distance_weighted(
     query: Tensor, keys: Tensor, others: Pool, N: int, draw: Draw, width: int
 ) -> tuple[Tensor, Tensor]:
-    """scores (B, N) fp32 and index (B, N) int64 of the columns sampled from `others`, nearest first, padded with (-inf, -1).
+    """Sample N columns of the pool `others`: scores (B, N) fp32 and index (B, N) int64, nearest first, padded with (-inf, -1).
 
-    width: the dimension D of the vectors. query and keys may have further columns that hold norms.
+    width is the dimension D of the vectors. query and keys may have two more columns with norms.
     """
     q, rows = query.float(), draw.rows(query)  # (B, D), (B,)
     best = torch.full((len(q), N), -torch.inf, dtype=torch.float64, device=q.device)  # (B, N) log p + Gumbel
@@ -39,9 +39,9 @@ def distance_weighted(
         assert allowed is not None  # the pool has labels
         drawn = drawn.masked_fill(~(allowed & (drawn > -torch.inf)), -torch.inf)
         # Columns of earlier pieces come first, so ties go to the lower index.
-        best, at = torch.cat([best, drawn], 1).sort(dim=1, descending=True, stable=True)
-        best, at = best[:, :N], at[:, :N]
-        scores = torch.cat([scores, s], 1).gather(1, at)
-        index = torch.cat([index, columns.expand_as(s)], 1).gather(1, at)
+        best, order = torch.cat([best, drawn], 1).sort(dim=1, descending=True, stable=True)
+        best, order = best[:, :N], order[:, :N]
+        scores = torch.cat([scores, s], 1).gather(1, order)
+        index = torch.cat([index, columns.expand_as(s)], 1).gather(1, order)
     keys_kept = sort_key.pack(scores, index).masked_fill(best == -torch.inf, sort_key.NOWHERE)
     return sort_key.unpack(keys_kept.sort(dim=1, descending=True).values)

@@ -1,4 +1,4 @@
-"""Finds false negatives: the columns that are close to other views of the query's image. No score matrix is stored.
+"""Detects false negatives: the columns that are similar to other views of the query's image. No score matrix is stored.
 
 With top_k, the top_k columns of each view are mined and the lists are merged. This is exact, because a column that is in the
 top_k by its largest score over the views is also in the top_k of the view with that score. With a threshold alone, the queue is
@@ -17,14 +17,14 @@ from negmine.ops.pool import Pool, pieces, usable
 from negmine.ops.vectors import for_kernels, widened
 from negmine.options import FalseNegatives
 
-PIECE = 1 << 22  # scores in memory at one time if there is a threshold but no top_k
+PIECE = 1 << 22  # how many scores are in memory at one time if there is a threshold but no top_k
 
 
 class FoundNegatives(NamedTuple):
     """The false negatives of each query: a mask, and also a list if top_k is set."""
 
     mask: Tensor  # (B, K) bool
-    columns: Tensor | None  # (B, top_k) int64, -1 = none
+    columns: Tensor | None  # (B, top_k) int64, -1 = empty entry
 
 
 def find_false_negatives(
@@ -47,10 +47,10 @@ def find_false_negatives(
         index = index.masked_fill(~(scores > options.threshold), -1)
     if not N:
         return FoundNegatives(torch.zeros(B, K, dtype=torch.bool, device=support.device), index)
-    # The list is hardest first and padded with -1. Padding cells repeat the write of the first column.
-    some, first = index[:, :1] >= 0, index[:, :1].clamp_min(0)  # (B, 1) each
-    at = torch.where(index < 0, first, index)  # (B, N)
-    mask = torch.zeros(B, K, dtype=torch.bool, device=support.device).scatter(1, at, some.expand_as(at))
+    # The list is sorted and padded with -1. An empty entry writes the same value to the first column as the first entry does.
+    has_any, first = index[:, :1] >= 0, index[:, :1].clamp_min(0)  # (B, 1) each
+    column = torch.where(index < 0, first, index)  # (B, N)
+    mask = torch.zeros(B, K, dtype=torch.bool, device=support.device).scatter(1, column, has_any.expand_as(column))
     return FoundNegatives(mask, index)
 
 
@@ -60,8 +60,8 @@ def _merged(mined: list[tuple[Tensor, Tensor]], N: int) -> Tensor:
     if len(mined) > 1:
         keys = keys.sort(dim=1, descending=True).values  # (B, V N)
         column, cell = sort_key.unpack(keys)[1].sort(dim=1, stable=True)  # the best sort key of a column comes first
-        again = torch.nn.functional.pad(column[:, 1:] == column[:, :-1], (1, 0))
-        keys = keys.gather(1, cell).masked_fill(again, sort_key.NOWHERE)
+        is_repeated = torch.nn.functional.pad(column[:, 1:] == column[:, :-1], (1, 0))
+        keys = keys.gather(1, cell).masked_fill(is_repeated, sort_key.NOWHERE)
     return keys.topk(N, dim=1).values
 
 

@@ -1,4 +1,4 @@
-"""FrequencyEstimator: estimates how often each item occurs in a stream of batches, for the logQ correction."""
+"""FrequencyEstimator: estimates the frequency of each item in a stream of batches, for the logQ correction."""
 
 import torch
 from torch import Tensor, nn
@@ -7,36 +7,37 @@ from negmine.ops import checks, philox
 
 
 class FrequencyEstimator(nn.Module):
-    """The probability that a batch holds an item, estimated while batches pass: for the logQ correction.
+    """Estimates the probability that a batch contains an item, from the batches seen so far, for the logQ correction.
 
         at step t, for each item y of the batch:  B[h(y)] = (1 - alpha) B[h(y)] + alpha (t - A[h(y)]),   A[h(y)] = t
         probability of y = 1 / B[h(y)], at most 1
 
-    A holds the step at which a bucket was last seen, and B its mean interval in steps.
+    A[h] is the last step at which an item of bucket h occurred, and B[h] is the mean interval between such steps.
 
     Parameters
     ----------
     num_buckets : int
-        The range of the hash functions h.
+        The number of buckets of the hash functions h.
     alpha : float
-        The learning rate, in (0, 1]: small for a steady stream, larger for one that drifts.
+        The learning rate, in (0, 1]. Use a larger value if the frequencies change over time.
     num_hashes : int
-        Items that share a bucket look more frequent than they are. Of several hashes the longest interval counts.
+        The number of hash functions. Items in the same bucket seem more frequent than they are. With several hash functions,
+        the longest interval is used.
     initial_interval : float
-        The interval of a bucket that was not seen yet.
+        The interval of a bucket that has not occurred yet.
     seed : int
-        Of the hash functions.
+        The seed of the hash functions.
 
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit.
+        If an argument has a wrong type, shape, dtype, device or value.
 
     Notes
     -----
     The state is in buffers: last_step and interval, (num_hashes, num_buckets + 1), and step (). `update` does not
-    synchronise. An id of -1 is unknown: it is not counted, and its log probability is 0. A batch that holds an item twice
-    counts it once.
+    synchronise. An id of -1 is unknown: it is not counted, and its log probability is 0. An item that occurs twice in a batch
+    is counted once.
 
     References
     ----------

@@ -1,13 +1,13 @@
-"""Negatives of all ranks: `gathered`, and the losses with gather_distributed=True.
+"""Negatives of all ranks: the function `gathered`, and gather_distributed=True of the losses.
 
-Each rank passes its own queries and gets the loss of its own rows against the columns of all ranks. The gradient of a gathered
-row is the sum of its gradients from the losses of all ranks. With DistributedDataParallel, which averages gradients, a model
-therefore gets the gradient of the mean of the ranks' losses. This equals the gradient of one process on the whole batch if the
-ranks' batches are of equal size and the reduction is "mean". All ranks must pass the same options. If one rank raises an error,
-all do.
+Each rank passes its own queries and gets the loss of its own rows with the keys of all ranks. The gradient of a gathered row is
+the sum of its gradients from the losses of all ranks. With DistributedDataParallel, which averages gradients, a model therefore
+gets the gradient of the mean of the ranks' losses. This equals the gradient of one process with the whole batch if the batches of
+the ranks are of equal size and the reduction is "mean". All ranks must pass the same options. If one rank raises an error, all
+do.
 
 torch.compile breaks the graph where ranks communicate, because they compare their options on the host. fullgraph=True is
-therefore not possible with more than one rank. Steps do not cause recompilation.
+therefore not possible with more than one rank. A new step does not cause recompilation.
 """
 
 import dataclasses
@@ -24,29 +24,29 @@ from negmine.options import Negatives
 
 
 def gathered(rows: Tensor, *, process_group: Any = None) -> Tensor:
-    """The rows of every rank of a process group, in rank order, with gradient.
+    """The rows of all ranks of a process group, concatenated in rank order, with gradient.
 
     Parameters
     ----------
     rows : Tensor (B, ...)
-        This rank's rows. B may differ from rank to rank, but not on a GPU.
+        The rows of this rank. On a GPU, B must be the same on all ranks.
     process_group : ProcessGroup, optional
-        Of torch.distributed; default: all ranks.
+        The process group of torch.distributed. The default is all ranks.
 
     Returns
     -------
     Tensor (sum of B, ...)
-        In one process, or without torch.distributed, the rows themselves.
+        The rows of all ranks. In one process, or without torch.distributed, the rows themselves.
 
     Raises
     ------
     ValueError, TypeError
-        On all ranks, if one of them refuses its input.
+        If an argument is invalid, or if the ranks make different calls. Every rank raises an error if one does.
 
     Notes
     -----
-    The gradient of a row is the sum of what the losses of all ranks give to it. Backward communicates too, so every rank
-    must call it.
+    The gradient of a row is the sum of its gradients from the losses of all ranks. Backward communicates too, so every rank
+    must run it.
 
     Examples
     --------
@@ -78,7 +78,7 @@ def _kind(value: Any) -> str:
 
 
 class Gathering:
-    """The gather_distributed and process_group of a loss module. It calls losses over the negatives of all ranks."""
+    """The options gather_distributed and process_group of a loss module. It calls a loss with the negatives of all ranks."""
 
     def __init__(self, op: str, gather_distributed: Any, process_group: Any) -> None:
         checks.require_bool(op, "gather_distributed", gather_distributed)
@@ -96,7 +96,7 @@ class Gathering:
     def paired(
         self, loss: Callable[..., Any], query: Any, positive_key: Any, negative_keys: Any, options: dict[str, Any]
     ) -> Any:
-        """loss(query, positive_key, negative_keys, **options) over the negatives of all ranks.
+        """loss(query, positive_key, negative_keys, **options) with the negatives of all ranks.
 
         If negative_keys is None, the negatives are the positives of all ranks, except the query's own positive and those of rows
         with equal query_ids or query_labels. A tensor (K, D) is concatenated with those of the other ranks. A queue, or keys
@@ -146,7 +146,7 @@ class Gathering:
                 fields["ids"] = _distinct(fields["ids"], own)  # unknown ids become distinct
             elif alone:
                 fields["ids"] = own
-            else:  # with ids, they would be compared with the ids of the other pools
+            else:  # a mask, because query_ids would also be compared with the ids of the other pools
                 others = torch.arange(sum(counts), device=own.device) != own[:, None]  # (B, sum of counts)
                 fields["mask"] = others if pool.mask is None else others & pool.mask
             keys = positive_key
@@ -175,7 +175,7 @@ class Gathering:
         key_labels: Any,
         options: dict[str, Any],
     ) -> Any:
-        """loss(query, keys, query_labels, key_labels, **options) over the keys of all ranks.
+        """loss(query, keys, query_labels, key_labels, **options) with the keys of all ranks.
 
         Their labels, key_ids and key_mask (K,) are gathered like the keys.
         """
@@ -197,14 +197,14 @@ class Gathering:
         tags = {name: given if given is None else ranks.gather_rows(given, call.counts) for name, given in tags.items()}
         if isinstance(mask, Tensor) and mask.dim() == 1:
             mask = ranks.gather_rows(mask, call.counts)
-        everyones = ranks.gather_with_gradient(keys, call.counts)
+        all_keys = ranks.gather_with_gradient(keys, call.counts)
         options = {**options, "key_ids": tags["key_ids"], "key_mask": mask}
-        return self._run(ranks, loss, device, query, everyones, query_labels, tags["key_labels"], **options)
+        return self._run(ranks, loss, device, query, all_keys, query_labels, tags["key_labels"], **options)
 
     def _run(
         self, ranks: Ranks, loss: Callable[..., Any], device: torch.device | None, *tensors: Any, **options: Any
     ) -> Any:
-        """The loss of this rank's rows. An error on one rank is raised on all ranks before any backward pass starts."""
+        """The loss of this rank's rows. If one rank raises an error, all do, before any backward pass starts."""
         with ranks.agreement(f"{self.op}, after gathering", device):
             return loss(*tensors, **options)
 
@@ -235,7 +235,7 @@ def _distinct(ids: Tensor, own: Tensor) -> Tensor:
 
 
 def _facts(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that must be equal on all ranks. Tensors with one entry a row, and a temperature tensor, may differ."""
+    """The options that must be equal on all ranks. The values of tensors may differ."""
     return {
         name: "a tensor" if isinstance(value, Tensor) else checks.describe(value)
         for name, value in options.items()

@@ -1,4 +1,4 @@
-"""grad_cache: the training step of a large batch with the memory of a small one (gradient caching)."""
+"""grad_cache: a training step with a large batch that needs the memory of a small batch (gradient caching)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,53 +21,54 @@ def grad_cache(
     *,
     backward: Callable[[Tensor], Any] | None = None,
 ) -> Any:
-    """The loss of a large batch and its gradients, with the encoders' activations of one chunk in memory at a time.
+    """The loss of a large batch and its gradients, while only the activations of one chunk are in memory.
 
-        1. embeddings = encoder(chunk) of every chunk, without gradient, remembering the random state of each
-        2. loss(*embeddings) over the whole batch, and its gradient with respect to the embeddings
-        3. each chunk again, from its random state, with the gradient of its embeddings
+        1. embeddings = encoder(chunk) for every chunk, without gradients; the random state before each chunk is saved
+        2. loss(*embeddings) for the whole batch, and its gradient with respect to the embeddings
+        3. encoder(chunk) again for every chunk, from the saved random state, and backward with the gradient of step 2
 
-    Loss and gradients are those of a step that keeps the graphs of all chunks. It costs a second forward pass. Gradients
-    are added to the ``.grad`` of the parameters, as ``loss.backward()`` would.
+    Loss and gradients equal those of one step that keeps the activations of all chunks. The cost is a second forward pass.
+    Gradients are added to the ``.grad`` of the parameters, as ``loss.backward()`` does.
 
     Parameters
     ----------
     loss : callable
-        Called once as ``loss(*embeddings)``, with one tensor for each of the inputs. Returns a 0-d tensor, or a tuple whose
-        first item is one. It may be any loss of this package, with `gather_distributed` too. Bind what needs no gradient,
-        such as a queue, in it.
+        Called once as ``loss(*embeddings)``, with one tensor for each element of `inputs`. It returns a 0-d tensor, or a
+        tuple whose first element is one. It may be any loss of this package, also with `gather_distributed`. Arguments that
+        need no gradient, such as a queue, can be bound with a lambda or functools.partial.
     encoders : callable or sequence of callables
-        One for all inputs, or one for each. An encoder returns a floating tensor (n, ...) for the n rows that it is given.
+        One encoder for all inputs, or one for each. An encoder returns a floating tensor (n, ...) for n rows.
     inputs : sequence
-        Each is a tensor (B, ...) or a list of B items. A tuple or a mapping of such is passed as several positional or
-        keyword arguments, and what else it holds is passed on as it is. B may differ between inputs.
+        The inputs of the encoders: tensors (B, ...) or lists of B items. A tuple or a mapping of these is passed as several
+        positional or keyword arguments; its other values are passed unchanged. B may differ between inputs.
     chunk_size : int
-        How many rows an encoder is given at a time.
+        The number of rows in a chunk.
     backward : callable, optional
-        Called once with the 0-d loss; default ``loss.backward()``. With a GradScaler: ``lambda loss:
+        Called once with the 0-d loss. The default calls ``loss.backward()``. For a GradScaler pass ``lambda loss:
         scaler.scale(loss).backward()``.
 
     Returns
     -------
     Any
-        What `loss` returned, with the loss detached. Where gradients are disabled, the loss alone.
+        The result of `loss`, in which the loss is detached. If gradients are disabled, `loss` is only evaluated.
 
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit, before any work, and where an encoder returns something else than it should.
+        If an argument is invalid, or if an encoder or `loss` returns something else than described above.
 
     Notes
     -----
-    Dropout repeats: in step 3 a chunk sees the random states of step 1, of the CPU, of the current GPU and of its tensors'
-    GPUs.
+    Dropout is the same in steps 1 and 3, because the random states of the CPU, of the current GPU and of the GPUs of the
+    chunk's tensors are restored.
 
-    Layers that mix the rows of a batch, such as BatchNorm, see chunks, and their running statistics are updated twice.
+    Layers that use statistics of the batch, such as BatchNorm, use those of a chunk, and update their running statistics
+    twice.
 
-    Call it inside of autocast, as you would call the encoders and the loss.
+    Call this function inside of autocast if you would call the encoders and the loss inside of it.
 
-    A DistributedDataParallel encoder synchronises gradients once, at its last chunk. Parameters without a part in that
-    chunk need ``find_unused_parameters=True``. Ranks whose encoders have buffers must have equally many chunks.
+    A DistributedDataParallel encoder synchronises its gradients once, at its last chunk. If a parameter is not used in that
+    chunk, set ``find_unused_parameters=True``. If encoders have buffers, all ranks must have the same number of chunks.
 
     References
     ----------
@@ -92,12 +93,12 @@ def grad_cache(
         for place, (encoder, given) in enumerate(zip(each, inputs, strict=True)):
             chunks = [_rows_of(given, part) for part in parts[place]]
             states.append([])
-            made = []
+            chunk_embeddings = []
             for chunk, part in zip(chunks, parts[place], strict=True):
                 states[-1].append(_random_state(chunk))
-                made.append(_embedding(place, _called(encoder, chunk), part))
-            embeddings.append(torch.cat(made))
-    torch.clear_autocast_cache()  # it holds weights that were cast without a graph
+                chunk_embeddings.append(_embedding(place, _called(encoder, chunk), part))
+            embeddings.append(torch.cat(chunk_embeddings))
+    torch.clear_autocast_cache()  # it has weights that were cast while gradients were disabled
     if not torch.is_grad_enabled():
         return loss(*embeddings)
     leaves = [embedding.requires_grad_() for embedding in embeddings]
@@ -107,14 +108,14 @@ def grad_cache(
         raise checks.refuse(OP, "what loss returns", "a 0-d tensor, or a tuple that begins with one", value, TypeError)
     with disable_autocast(value.device):
         value.backward() if backward is None else backward(value)
-    waiting = {
+    remaining = {
         id(encoder): sum(len(parts[at]) for at, other in enumerate(each) if other is encoder) for encoder in each
     }
     for place, encoder in enumerate(each):
         gradient = leaves[place].grad
         for part, state in zip(parts[place], states[place], strict=True):
-            waiting[id(encoder)] -= 1
-            no_sync = getattr(encoder, "no_sync", nullcontext) if waiting[id(encoder)] else nullcontext
+            remaining[id(encoder)] -= 1
+            no_sync = getattr(encoder, "no_sync", nullcontext) if remaining[id(encoder)] else nullcontext
             with no_sync():
                 _replay(encoder, _rows_of(inputs[place], part), state, None if gradient is None else gradient[part])
     if isinstance(result, tuple):
@@ -125,7 +126,7 @@ def grad_cache(
 
 
 def _replay(encoder: Callable[..., Tensor], chunk: Any, state: tuple, gradient: Tensor | None) -> None:
-    """Encode a chunk again, with a graph and its saved random state, and run its backward pass."""
+    """Encode a chunk again with its saved random state, now with gradients, and run its backward pass."""
     cpu, on_gpus = state
     with torch.random.fork_rng(list(on_gpus)):
         torch.set_rng_state(cpu)
@@ -140,7 +141,7 @@ def _replay(encoder: Callable[..., Tensor], chunk: Any, state: tuple, gradient: 
 
 def _encoders(encoders: Any, inputs: Any) -> list[Callable[..., Tensor]]:
     if not isinstance(inputs, (list, tuple)) or not inputs:
-        raise checks.refuse(OP, "inputs", "a list or tuple of one input or more", type(inputs).__name__)
+        raise checks.refuse(OP, "inputs", "a list or tuple of at least one input", type(inputs).__name__)
     each = list(encoders) if isinstance(encoders, (list, tuple)) else [encoders] * len(inputs)
     if len(each) != len(inputs) or not all(callable(encoder) for encoder in each):
         wanted = f"a callable, or one for each of the {len(inputs)} inputs"
@@ -168,7 +169,7 @@ def _random_state(chunk: Any) -> tuple[Tensor, dict[int, Tensor]]:
 def _count_rows(name: str, given: Any) -> int:
     counts = {len(value) for value in _arguments(given) if _is_rows(value)}
     if len(counts) != 1 or 0 in counts:
-        wanted = "a tensor (B, ...) or a list, or a tuple or mapping of such with one B of 1 or more"
+        wanted = "a tensor (B, ...), a list of B items, or a tuple or mapping of these with the same B of 1 or more"
         came = f"lengths {sorted(counts)}" if counts else type(given).__name__
         raise checks.refuse(OP, name, wanted, came)
     return counts.pop()

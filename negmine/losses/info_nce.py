@@ -1,8 +1,8 @@
-"""InfoNCE over a queue of negatives, with its gradient, without the (B, K) matrix: the function and its module.
+"""InfoNCE over a queue of negatives, with its gradient, without storing the (B, K) matrix: the function and its module.
 
-`info_nce` checks its input, turns the options into a plan, and runs the plan in one of three ways: by the dense reference, by the
-kernel op info_nce, or by several log-sum-exp ops if an option needs more than that op computes. In all of them, everything that
-depends on the queue is computed in the forward pass, so the queue may be overwritten before backward.
+`info_nce` checks its input, turns the options into a plan, and runs the plan in one of three ways: with the dense reference, with
+the kernel op info_nce, or with several log-sum-exp ops if an option needs more than that op computes. In all of them, everything
+that depends on the queue is computed in the forward pass, so the queue may be overwritten before backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,36 +34,26 @@ from negmine.options import FalseNegatives, Mix, Negatives, Select, Weight
 from negmine.reference.selection import row_logsumexp
 from negmine.selection import gathered_bias, learned_bias, mine_parents, mined_depth, summing_ops
 
-NO_DRAWS = (
-    0,
-    0,
-    0.0,
-    0.0,
-    0.0,
-    0.0,
-    False,
-    None,
-    0,
-    None,
-    None,
-)  # the draw arguments of a call without synthetic negatives
+# The draw arguments of a call without synthetic negatives.
+NO_DRAWS = (0, 0, 0.0, 0.0, 0.0, 0.0, False, None, 0, None, None)
 
 
 class InfoNCEStats(NamedTuple):
-    """What `info_nce` returns beside the loss. None of it carries gradient.
+    """The statistics that `info_nce` returns in addition to the loss. They have no gradient.
 
     Attributes
     ----------
     logsumexp : Tensor (B,)
-        Log of the denominator.
+        The logarithm of the denominator.
     positive_rank : Tensor (B,) int64
-        How many valid negatives score above the positive, whatever `select` keeps. 0 is a top-1 hit.
+        The number of valid negatives with a higher score than the positive, whatever `select` keeps. 0 means that the
+        positive ranks first.
     num_negatives : Tensor (B,) int64
-        How many real negatives are in the denominator.
+        The number of negatives in the denominator, without synthetic ones.
     clamped : Tensor (B,) bool
-        True where the floor of `Weight` is active: the negatives of that row get no gradient.
+        True if the lower limit of `Weight` is active, so that the negatives of the row get no gradient.
     num_empty : Tensor () int64
-        How many rows have no negative; their loss is 0.
+        The number of rows without negatives. Their loss is 0.
 
     Examples
     --------
@@ -74,11 +64,11 @@ class InfoNCEStats(NamedTuple):
     [100, 100, 100, 100, 100, 100, 100, 100]
     """
 
-    logsumexp: Tensor  # (B,) log of the denominator
-    positive_rank: Tensor  # (B,) int64: valid negatives above the positive, before select; 0 = top-1
-    num_negatives: Tensor  # (B,) int64: real negatives in the denominator
-    clamped: Tensor  # (B,) bool: the floor of Weight is active, so the row's negatives get no gradient
-    num_empty: Tensor  # () int64: rows without any negative, whose loss is 0
+    logsumexp: Tensor  # (B,)
+    positive_rank: Tensor  # (B,) int64
+    num_negatives: Tensor  # (B,) int64
+    clamped: Tensor  # (B,) bool
+    num_empty: Tensor  # () int64
 
 
 def info_nce(
@@ -103,74 +93,77 @@ def info_nce(
     backend: str | None = None,
     return_stats: bool = False,
 ) -> Any:
-    """InfoNCE of each query against its positive and a pool of negatives, without the (B, K) matrix of logits.
+    """The InfoNCE loss of each query with its positive and a pool of negatives, without storing the (B, K) matrix of logits.
 
         loss_b = -x_b + log(exp(x_b) + sum over kept j of exp(x_bj)),   x = inner product / temperature + bias
 
     Parameters
     ----------
     query : Tensor (B, D)
-        fp32, bf16, fp16 or float64, used as given: normalise it for cosine scores. Carries gradient.
+        fp32, bf16, fp16 or float64. The vectors are not normalised; normalise them for cosine scores. Gets a gradient if it
+        requires grad.
     positive_key : Tensor (B, D)
-        Carries gradient where it requires it.
+        The positive of each query. Gets a gradient if it requires grad.
     negative_keys : Tensor (K, D) or (B, M, D), MoCoQueue, Negatives, None, or a list of these
-        Keys shared by all queries, or each query's own; the valid rows of a queue, whose ids and labels count where
-        `query_ids` or `query_labels` are given; a `Negatives`, with ids, labels, a mask, a bias, a guide and options of its
-        own; None for in-batch negatives, the positives of the other rows. A list is several pools in one denominator.
+        Keys shared by all queries (K, D), or a list of keys for each query (B, M, D). A queue means its valid rows, with its
+        ids and labels if `query_ids` or `query_labels` are given. A `Negatives` has keys with ids, labels, a mask, a bias, a
+        guide and options. None means in-batch negatives: the positives of the other rows. A list is several pools in one
+        denominator.
     temperature : float or Tensor
-        A number above 0, or a 0-d floating tensor that receives gradient. MoCo v1 used 0.07, v2 0.2.
+        A number above 0, or a 0-d floating tensor, which gets a gradient. MoCo v1 used 0.07 and v2 0.2.
     select : Select, optional
-        Which negatives to keep.
+        The negatives to keep. The default keeps all.
     mix : Mix, optional
-        Which synthetic negatives to add.
+        The synthetic negatives to add. The default adds none.
     weight : Weight, optional
-        How much each negative counts.
+        Weights for the negatives. By default all negatives have the same weight.
     positive_bias : Tensor (B,), optional
-        Added to the positive's logit and to no score: margins and `positive_rank` leave it out. Carries gradient where it
-        requires it.
+        Added to the logit of the positive. It does not change scores, margins or `positive_rank`. Gets a gradient if it
+        requires grad.
     false_negatives : FalseNegatives, optional
-        Removes or attracts the negatives that `support` finds.
+        How to detect false negatives with `support`, and whether to remove them or to use them as positives.
     support : Tensor (B, V, D), optional
-        Further views of the queries' images.
+        Embeddings of V additional views of each query's image.
     query_ids, query_labels : Tensor (B,), optional
-        Whole numbers. A key of equal id or label is ignored as a negative. -1 is unknown and equals nothing.
+        Integer tensors. A key with an equal id or label is not a negative. -1 means unknown and is equal to nothing.
     decoupled : bool
-        The positive leaves the denominator (Yeh et al. 2021, arXiv 2110.06848). The loss may then be negative.
+        Whether to leave the positive out of the denominator (Yeh et al. 2021, arXiv 2110.06848). The loss may then be
+        negative.
     reduction : str
         ``"mean"`` over the B rows, ``"sum"`` or ``"none"``.
     seed, step, row_offset : int or Tensor
-        The key of the random draws of `mix` and ``select.sample``, and the global number of the first query. step and
-        row_offset may be 0-d int64 tensors on the device of `query`.
+        They determine the random draws of `mix` and ``select.sample``. row_offset is the global index of the first query.
+        step and row_offset may be 0-d int64 tensors on the device of `query`.
     backend : str, optional
-        None chooses; ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"`` insists.
+        ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``. None chooses one automatically.
     return_stats : bool
-        Also return statistics.
+        Whether to return statistics too.
 
     Returns
     -------
     Tensor () or (B,)
-        The loss: float32, or float64 for float64 input. With `return_stats` a pair of it and InfoNCEStats; for several
-        pools, a list of them, each with the log of the whole denominator and the counts of its pool.
+        The loss: float32, or float64 for float64 input. With `return_stats`, a pair of the loss and an InfoNCEStats. For
+        several pools, a list of InfoNCEStats, each with the counts of its pool and the logarithm of the whole denominator.
 
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit, before any work.
+        If an argument has a wrong type, shape, dtype, device or value.
 
     Notes
     -----
-    Gradients are computed in the forward pass, so frozen keys, such as a queue, may be overwritten before backward.
-    Selection, mixing and masks carry no gradient; weights do unless ``weight.detach``. Second derivatives need
-    ``backend="reference"``.
+    The gradient of the query is computed in the forward pass, so keys that do not require grad, such as a queue, may be
+    overwritten before backward. Selection, mixing and masks have no gradient; weights have one unless ``weight.detach``.
+    Second derivatives need ``backend="reference"``.
 
-    The gradient of the temperature is a mean of differences of scores, which may be close: its rounding error is a few eps of
-    |s| / temperature^2.
+    The gradient of the temperature is a mean of differences between scores that may be nearly equal. Its rounding error is a
+    few eps of |s| / temperature^2.
 
-    A row without negatives has loss 0 and no gradient, and is counted.
+    A row without negatives has loss 0 and no gradient, and is included in the mean.
 
-    With several pools, `select`, `mix` and `weight` apply to each pool that has none of its own, on its own ranks and
-    fractions. The sums of `Weight` add up over the pools, and false negatives are found in each. Each pool draws random
-    numbers of its own; the first draws as a single pool does.
+    With several pools, `select`, `mix` and `weight` apply to each pool that has no option of its own, with ranks and
+    fractions of that pool. The sums Ng of `Weight` are added over the pools, and false negatives are detected in each pool.
+    Each pool has its own random draws; those of the first pool are the same as for a single pool.
 
     References
     ----------
@@ -246,7 +239,7 @@ def run_pools(
     support: Tensor | None, positive_bias: Tensor | None, temperature: float | Tensor, backend: str | None,
     views: Sequence[Callable[[Tensor], Tensor]] = (lambda vectors: vectors,),
 ) -> list[tuple[Tensor, list[InfoNCEStats]]]:  # fmt: skip
-    """Loss (B,) over several pools, and the statistics of each pool if wanted, for each of several views of the vectors."""
+    """For each of several views of the vectors: the loss (B,) over all pools, and the statistics of each pool if wanted."""
     query, positive_key, support, *every = promoted(query, positive_key, support, *(keys for keys, _ in pools))
     batches = [
         Batch(query, positive_key, keys, pool, support, positive_bias)
@@ -263,12 +256,12 @@ def run_pools(
         for batch, keys in zip(batches, every, strict=True)
     ]
     scale = scale_of(temperature, query)
-    made = []
+    results = []
     for view in views:
         q, positive = view(query), view(positive_key)
         seen = [batch._replace(query=q, positive_key=positive, keys=view(batch.keys)) for batch in batches]
-        made.append(_loss_of_pools(plans, chosen, seen, temperature, scale))
-    return made
+        results.append(_loss_of_pools(plans, chosen, seen, temperature, scale))
+    return results
 
 
 def _loss_of_pools(
@@ -344,7 +337,7 @@ class Share(NamedTuple):
     """The contribution of one pool to the loss of each row."""
 
     lse: Tensor  # (B,) of its real and synthetic negatives, -inf if there are none
-    some: Tensor  # (B,) bool: the row has a negative in this pool
+    has_negative: Tensor  # (B,) bool: the row has a negative in this pool
     attracted: _Attracted | None
     num_kept: Tensor  # (B,)
     num_above: Tensor  # (B,)
@@ -362,7 +355,7 @@ class Plan:
     decoupled: bool = False
     draw: Draw = Draw()  # noqa: RUF009  an immutable tuple
     want_stats: bool = False
-    biased: bool = False  # the positives have a bias
+    biased: bool = False  # whether the positives have a bias
 
     @property
     def mixes(self) -> bool:
@@ -417,7 +410,10 @@ class Plan:
         }  # fmt: skip
 
     def run(self, kernels: Kernels, batch: Batch, scale: Tensor) -> tuple[Tensor, InfoNCEStats | None]:
-        """Loss (B,) and, if wanted, statistics from the kernels, as defined by reference.info_nce. scale (): 1 / T."""
+        """The loss (B,) and, if wanted, the statistics, computed by the kernels. scale (): 1 / temperature.
+
+        reference.info_nce defines the results.
+        """
         found = None
         if self.false_negatives is not None:
             batch, found = self.without_false(kernels, batch)
@@ -429,7 +425,7 @@ class Plan:
         return rows, stats[0] if stats else None
 
     def without_false(self, kernels: Kernels, batch: Batch) -> tuple[Batch, FoundNegatives | None]:
-        """The batch without the false negatives that its support views find, and those false negatives."""
+        """The batch without the false negatives that its support views detect, and those false negatives."""
         if self.false_negatives is None or batch.support is None:
             return batch, None
         keys = hide_masked_rows(batch.keys, batch.pool)  # the remaining mask is (B, K)
@@ -476,10 +472,12 @@ class Plan:
             each = gathered_bias(bias, columns.pool.index) if isinstance(columns.pool, Columns) else bias
             columns = columns._replace(pool=columns.pool._replace(bias=each))
         lse, num_kept, num_above, mined, clamped = self._log_sum(columns, query, keys, scale, pivot, positive.logit)
-        if self.samples and self.want_stats:  # the rank is among all negatives, sampled or not
+        if (
+            self.samples and self.want_stats
+        ):  # the rank of the positive is among all negatives, not only those of the sample
             q, n = for_kernels(query), for_kernels(keys)
             num_above = kernels.logsumexp(q, n, scale.detach()[None], pivot, False, 0, None, *pool)[3]
-        some = num_kept > 0  # (B,)
+        has_negative = num_kept > 0  # (B,)
         if self.mix is not None and self.mixes:
             with torch.no_grad():
                 if columns.num_mined:
@@ -488,16 +486,16 @@ class Plan:
                     parents = mine_parents(kernels, for_kernels(query), for_kernels(keys), self.mix, pool)  # (B, hard)
             parents = reference.only_if_enabled(parents, self.mix)
             mixed = mixed_logsumexp(kernels, query, keys, scale, parents, self.mix, self.draw)  # (B,)
-            some = some | (parents >= 0).any(1)
-            lse = torch.logaddexp(lse.masked_fill(~some, 0.0), mixed.masked_fill(~some, 0.0))
-            lse = lse.masked_fill(~some, -torch.inf)
+            has_negative = has_negative | (parents >= 0).any(1)
+            lse = torch.logaddexp(lse.masked_fill(~has_negative, 0.0), mixed.masked_fill(~has_negative, 0.0))
+            lse = lse.masked_fill(~has_negative, -torch.inf)
         attracted = None
         if found is not None and self.attracts:
             attracted = _attracted(kernels, query, keys, scale, bias, found)
-        return Share(lse, some, attracted, num_kept, num_above, clamped)
+        return Share(lse, has_negative, attracted, num_kept, num_above, clamped)
 
     def _columns(self, kernels: Kernels, batch: Batch, positive_score: Tensor) -> _Sum:
-        """The columns that `select` keeps, in the form that the sum takes."""
+        """The columns that `select` keeps, as arguments of the sum."""
         query, _, keys, pool, *_ = batch
         if self.select is None:
             if self.mix is None or not self.mixes or self._is_sharpened:
@@ -526,22 +524,22 @@ class Plan:
             scales = torch.stack([scale * (1.0 + weight.beta), scale * weight.beta]).float()  # (2,)
         if len(scales) == 1 or pool.bias is None:
             sums, num_kept, num_above, mined = fused(LogSumExp, query, keys, scales, bias, *given, *pool)
-        else:  # the importance does not include the bias
+        else:  # the importance weights do not include the bias
             assert weight is not None
-            if bias is not None and weight.detach:  # log_weighted_sum scales its gradient like that of the scores
+            if bias is not None and weight.detach:  # log_weighted_sum multiplies its gradient by 1 / (1 + beta)
                 bias = bias.detach() + (1.0 + weight.beta) * (bias - bias.detach())
             top, num_kept, num_above, mined = fused(LogSumExp, query, keys, scales[:1], bias, *given, *pool)
             low, *_ = fused(LogSumExp, query, keys, scales[1:], None, *given, *pool._replace(bias=None))
             sums = torch.cat([top, low])
-        some = num_kept > 0  # (B,)
+        has_negative = num_kept > 0  # (B,)
         if weight is None:
-            return sums[0], num_kept, num_above, mined, torch.zeros_like(some)
-        importance = sums[1] if self._is_sharpened else num_kept.clamp_min(1).float().log()  # of beta x; LSE of zeros
+            return sums[0], num_kept, num_above, mined, torch.zeros_like(has_negative)
+        importance = sums[1] if self._is_sharpened else num_kept.clamp_min(1).float().log()  # LSE of beta x
         lse, clamped = reference.log_weighted_sum(
-            sums[0].masked_fill(~some, 0.0), importance.masked_fill(~some, 0.0), x_positive, num_kept.clamp_min(1),
-            1.0 / scale, weight,
+            sums[0].masked_fill(~has_negative, 0.0), importance.masked_fill(~has_negative, 0.0), x_positive,
+            num_kept.clamp_min(1), 1.0 / scale, weight,
         )  # fmt: skip
-        return lse.masked_fill(~some, -torch.inf), num_kept, num_above, mined, clamped & some
+        return lse.masked_fill(~has_negative, -torch.inf), num_kept, num_above, mined, clamped & has_negative
 
 
 def positive_of(batch: Batch, scale: Tensor) -> Positive:
@@ -570,40 +568,40 @@ def _attracted(
 def merged(
     shares: list[Share], x_positive: Tensor, decoupled: bool, want_stats: bool
 ) -> tuple[Tensor, list[InfoNCEStats]]:
-    """Loss (B,) from the contributions of all pools, and the statistics of each pool if wanted."""
-    some, lse = shares[0].some, shares[0].lse
+    """The loss (B,) from the contributions of all pools, and the statistics of each pool if wanted."""
+    has_negative, lse = shares[0].has_negative, shares[0].lse
     if len(shares) > 1:
-        some = torch.stack([share.some for share in shares]).any(0)  # (B,)
-        lse = row_logsumexp(torch.stack([share.lse for share in shares], 1).masked_fill(~some[:, None], 0.0))
-        lse = lse.masked_fill(~some, -torch.inf)
+        has_negative = torch.stack([share.has_negative for share in shares]).any(0)  # (B,)
+        lse = row_logsumexp(torch.stack([share.lse for share in shares], 1).masked_fill(~has_negative[:, None], 0.0))
+        lse = lse.masked_fill(~has_negative, -torch.inf)
     attracted = [share.attracted for share in shares if share.attracted is not None]
-    pull = x_positive  # (B,) mean of the positive logits
+    positive_mean = x_positive  # (B,) mean of the positive logits
     if attracted:
-        pull = x_positive + sum(each.total for each in attracted)
-        pull = pull / (1 + sum(each.number for each in attracted))
+        positive_mean = x_positive + sum(each.total for each in attracted)
+        positive_mean = positive_mean / (1 + sum(each.number for each in attracted))
     if decoupled:
-        rows = torch.where(some, lse.masked_fill(~some, 0.0) - pull, 0.0 * x_positive)
+        rows = torch.where(has_negative, lse.masked_fill(~has_negative, 0.0) - positive_mean, 0.0 * x_positive)
         total = lse
     elif not attracted:
-        rows = -F.logsigmoid(x_positive - lse)  # softplus of the difference, which is accurate for small losses
+        rows = -F.logsigmoid(x_positive - lse)  # softplus(lse - x_positive), which is accurate for small losses
         total = torch.logaddexp(x_positive.detach(), lse.detach())
     else:
-        everything = x_positive
+        denominator = x_positive
         for each in attracted:
-            everything = torch.logaddexp(everything, each.lse)
-        everything = torch.logaddexp(everything, lse)  # (B,)
-        rows = torch.where(some, everything - pull, 0.0 * x_positive)
-        total = torch.where(some, everything, x_positive)
+            denominator = torch.logaddexp(denominator, each.lse)
+        denominator = torch.logaddexp(denominator, lse)  # (B,)
+        rows = torch.where(has_negative, denominator - positive_mean, 0.0 * x_positive)
+        total = torch.where(has_negative, denominator, x_positive)
     if not want_stats:
         return rows, []
     total = total.detach()
-    return rows, [InfoNCEStats(total, s.num_above, s.num_kept, s.clamped, (~s.some).sum()) for s in shares]
+    return rows, [InfoNCEStats(total, s.num_above, s.num_kept, s.clamped, (~s.has_negative).sum()) for s in shares]
 
 
 def mixed_logsumexp(
     kernels: Kernels, query: Tensor, keys: Tensor, scale: Tensor, parents: Tensor, mix: Mix, draw: Draw
 ) -> Tensor:
-    """lse (B,) of the synthetic negatives mixed from parents (B, hard)."""
+    """The log-sum-exp (B,) over the synthetic negatives that are mixed from parents (B, hard)."""
     if mix.detach:
         return fused(MixLogSumExp, query, scale, keys.detach(), parents, kernels, mixing_draws(mix, query, draw))
     flat, rows = flat_rows(keys, parents)
@@ -623,16 +621,21 @@ class InfoNCELoss(ScheduledLoss):
     decoupled, reduction, seed, backend, return_stats : optional
         As in `info_nce`.
     gather_distributed : bool
-        Take the negatives of every rank, with the right gradient. In-batch negatives are then the other positives of all
-        ranks, and keys (K, D) are joined to those of the other ranks. A queue is used as it is, and has a
-        `gather_distributed` of its own. `query_ids` must number the whole dataset.
+        Whether to use the negatives of all ranks, with gradients across ranks. In-batch negatives are then the positives of
+        all other rows of all ranks, and keys (K, D) are concatenated over the ranks. A queue is not gathered here, because it
+        has its own `gather_distributed`. `query_ids` must be unique in the whole dataset, not only on one rank.
     process_group : ProcessGroup, optional
-        Of torch.distributed; default: all ranks.
+        The process group of torch.distributed. The default is all ranks.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is invalid.
 
     Notes
     -----
-    In training mode, calls without `step` count themselves in the buffer `step`, so that each draws new random numbers and
-    a resumed run continues.
+    In training mode, calls without `step` are counted in the buffer `step`. Each call then draws new random numbers, and a
+    resumed run continues with the next step.
 
     Examples
     --------
@@ -679,7 +682,7 @@ class InfoNCELoss(ScheduledLoss):
         }
 
     def at(self, step: Tensor) -> dict[str, Any]:
-        """The keywords of info_nce at this step, schedules evaluated."""
+        """The keyword arguments of info_nce at this step, with schedules evaluated."""
         return at_step({"temperature": self.temperature, **self.options}, step) | self.fixed
 
     def forward(
@@ -695,12 +698,17 @@ class InfoNCELoss(ScheduledLoss):
 
         Parameters
         ----------
-        query, positive_key, negative_keys : Tensor
+        query, positive_key, negative_keys
             As in `info_nce`.
         step : int or Tensor, optional
-            The number of the step; default: the module counts.
+            The number of the training step. By default the module counts its calls.
         **masks
-            query_ids, query_labels, support and row_offset of `info_nce`.
+            query_ids, query_labels, positive_bias, support and row_offset of `info_nce`.
+
+        Returns
+        -------
+        Tensor () or (B,)
+            As `info_nce` returns.
         """
         step = self.count(step, query)
         options = {"step": step, **self.at(step), **masks}

@@ -27,8 +27,8 @@ from negmine.options import Negatives, Select
 from negmine.selection import Mined, check_select, learned_bias
 
 OPS = ("maxsim", "gathered_grad_keys")
-PIECE = {"cpu": 1 << 20, "cuda": 1 << 24}  # best tokens in memory at one time
-DOCUMENT_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 18}  # approximate size of a block
+PIECE = {"cpu": 1 << 20, "cuda": 1 << 24}  # how many best tokens are in memory at one time
+DOCUMENT_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 18}  # approximate number of tokens in a block of documents
 
 
 def late_interaction(
@@ -54,26 +54,29 @@ def late_interaction(
     """InfoNCE of queries and documents that are matrices of token vectors, scored by MaxSim (ColBERT).
 
         loss_b = -x_b + log(exp(x_b) + sum over kept k of exp(x_bk)),   x = s / temperature + bias
-        s_bk = sum over tokens i of query b of the largest over tokens j of document k of query_bi . negative_keys_kj
+        s_bk = sum over tokens i of query b of (maximum over tokens j of document k of query_bi . negative_keys_kj)
 
     Parameters
     ----------
     query : Tensor (B, I, D)
-        Token vectors, used as given. Carries gradient.
+        The token vectors of the queries. They are not normalised. Gets a gradient if it requires grad.
     positive_key : Tensor (B, J, D)
-        Likewise.
+        The token vectors of the positive documents. Gets a gradient if it requires grad.
     negative_keys : Tensor (K, J, D), Negatives, or None
-        Documents; their J may differ from the positives'. A `Negatives` of them may have ids, labels, a mask, a bias (K,)
-        or a select. None takes the positives of the other rows. Documents that require grad get one; frozen ones may be
-        overwritten before backward.
+        The token vectors of the negative documents, whose J may differ from that of the positives. A `Negatives` may have ids,
+        labels, a mask, a bias (K,) or a select. None means the positives of the other rows. Documents get a gradient if they
+        require grad; otherwise they may be overwritten before backward.
     query_lengths, positive_lengths : Tensor (B,), optional
-        Whole numbers: how many of the first tokens count; None = all. What stands past them may hold anything.
+        Integer tensors: the number of tokens of each query or document. None means that all rows are tokens. The values of
+        rows past the length are ignored.
     negative_lengths : Tensor (K,), optional
-        Likewise. A document without tokens is no negative; a query without tokens has score 0 with every document.
+        The number of tokens of each negative document. A document without tokens is not a negative. A query without tokens
+        has score 0 with every document.
     temperature : float or Tensor
-        Divides a sum over tokens; other public code averages over the query's tokens. A 0-d tensor receives gradient.
+        Divides the scores, which are sums over tokens. Other implementations divide the sum by the number of query tokens. A
+        0-d tensor gets a gradient.
     select : Select, optional
-        Which negatives to keep. It must not draw with replacement.
+        The negatives to keep. The default keeps all. Its sample must not be drawn with replacement.
     query_ids, query_labels : Tensor (B,), optional
         As in `info_nce`.
     decoupled, reduction : optional
@@ -83,7 +86,7 @@ def late_interaction(
     backend : str, optional
         As in `info_nce`. There are kernels for cpu and triton.
     return_stats : bool
-        Also return InfoNCEStats.
+        Whether to return InfoNCEStats too.
 
     Returns
     -------
@@ -93,13 +96,13 @@ def late_interaction(
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit, before any work.
+        If an argument has a wrong type, shape, dtype, device or value.
 
     Notes
     -----
-    The forward pass scores every pair of tokens once, and twice with `select`. Neither the scores of tokens (B, K, I, J) nor
-    those of documents (B, K) are stored; with `select` the latter are, and a mask. Of equal token scores the first has the
-    gradient. The gradient of documents is summed in fp32 and takes a second pass, in backward.
+    The forward pass computes the score of every pair of tokens once, or twice with `select`. The token scores (B, K, I, J) are
+    never stored. The document scores (B, K) are stored only with `select`, together with a mask. If several tokens have the
+    largest score, the first gets the gradient. The gradient of the documents is summed in fp32, in a second pass in backward.
 
     References
     ----------
@@ -146,7 +149,7 @@ def late_interaction(
     pair = widened(query), frozen(positive_key, None)
     score = reference.maxsim_of_pairs(*pair, query_lengths, positive_lengths)  # (B,)
     pivot, ranked = score.detach(), None
-    if select is not None:  # the positive is ranked among all valid negatives
+    if select is not None:  # the rank of the positive is among all valid negatives
         scored = _Scored(kernels, query.detach(), documents.detach(), query_lengths, negative_lengths)
         scores, allowed = _dense(scored, pool)
         ranked = (allowed & (scores > pivot[:, None])).sum(1)  # (B,)
@@ -179,7 +182,7 @@ def mine_late_interaction(
     row_offset: int | Tensor = 0,
     backend: str | None = None,
 ) -> Mined:
-    """The N hardest documents of each query by MaxSim, exactly, hardest first: `mine_hardest` for matrices of token vectors.
+    """The N hardest documents of each query by MaxSim scores: `mine_hardest` for matrices of token vectors.
 
     Parameters
     ----------
@@ -188,9 +191,9 @@ def mine_late_interaction(
     negative_keys : Tensor (K, J, D), Negatives, or None
         As in `late_interaction`.
     N : int
-        How many to return.
+        The number of documents to return for each query.
     positive_key : Tensor (B, J, D), optional
-        Needed where `select` has a margin, and for in-batch negatives.
+        Required if `select` has a margin, and for in-batch negatives.
     query_lengths, positive_lengths : Tensor (B,), optional
         As in `late_interaction`.
     negative_lengths : Tensor (K,), optional
@@ -207,16 +210,18 @@ def mine_late_interaction(
     Returns
     -------
     Mined
-        scores (B, N) float32 and index (B, N) int64; -inf and -1 where a pool holds fewer. No gradient.
+        scores (B, N) float32 and index (B, N) int64, hardest first; -inf and -1 if a query has fewer than N candidates. They
+        have no gradient.
 
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit, before any work.
+        If an argument has a wrong type, shape, dtype, device or value.
 
     Notes
     -----
-    Equal scores rank by the lower index. A NaN score is no candidate. Scores (B, K) are stored only with `select`.
+    The result is exact. Of equal scores, the one with the lower index ranks first. Documents with a NaN score are left out.
+    Scores (B, K) are stored only with `select`.
 
     Examples
     --------
@@ -297,7 +302,7 @@ def _checked(
 def _require_tokens(op: str, name: str, value: Any, shape: str, like: Tensor | None) -> None:
     checks.require_vectors(op, name, value, shape, (3,), like)
     if value.shape[1] == 0:
-        raise checks.refuse(op, name, f"of shape {shape} with one token or more", value)
+        raise checks.refuse(op, name, f"of shape {shape} with at least one token", value)
 
 
 def _check_lengths(op: str, name: str, lengths: Any, of: Tensor, query: Tensor) -> None:
@@ -312,12 +317,12 @@ def _check_lengths(op: str, name: str, lengths: Any, of: Tensor, query: Tensor) 
 def _checked_select(op: str, select: Any, query: Tensor, positive_key: Tensor | None) -> Select | None:
     check_select(op, select, None if positive_key is None else query[:, 0], query[:, 0])
     if select is not None and select.replace:
-        raise checks.refuse(op, "select", "without replace: a document is kept or it is not", select)
+        raise checks.refuse(op, "select", "without replace, because a document is kept at most once", select)
     return select
 
 
 class _Scored(NamedTuple):
-    """What the passes of a call score."""
+    """The vectors that a call scores, and the kernels for it."""
 
     kernels: Kernels | None  # None: the reference
     query: Tensor  # (B, I, D)
@@ -333,7 +338,7 @@ class _Block(NamedTuple):
     part: slice  # of the documents
     documents: Tensor  # (C, J, D)
     scores: Tensor  # (b, C)
-    token: Tensor  # (b, I, C) the best token among the C J of the block, -1 = none; empty where not wanted
+    token: Tensor  # (b, I, C) the best token among the C * J of the block, -1 = none; empty if not wanted
     allowed: Tensor  # (b, C) bool
 
 
@@ -364,15 +369,17 @@ def _blocks(scored: _Scored, pool: Pool, want_index: bool) -> Iterator[_Block]:
         if kernels is None:
             yield _whole(block, reference.maxsim(query, block, query_lengths, lengths), allowed)
             continue
-        for at in range(0, B, b):
-            rows = slice(at, min(at + b, B))
-            of_query = None if query_lengths is None else query_lengths[rows].long()
-            scores, index = kernels.maxsim(for_kernels(query[rows]), for_kernels(block), of_query, counted, want_index)
+        for first_row in range(0, B, b):
+            rows = slice(first_row, min(first_row + b, B))
+            token_counts = None if query_lengths is None else query_lengths[rows].long()
+            scores, index = kernels.maxsim(
+                for_kernels(query[rows]), for_kernels(block), token_counts, counted, want_index
+            )
             yield _Block(rows, part, block, scores, index, allowed[rows])
 
 
 def _dense(scored: _Scored, pool: Pool) -> tuple[Tensor, Tensor]:
-    """The scores (B, K), and which of them are of the pool (B, K) bool."""
+    """The scores (B, K), and a mask (B, K) bool of the pool."""
     shape = len(scored.query), len(scored.documents)
     with torch.no_grad():
         scores = torch.zeros(shape, dtype=widened(scored.query).dtype, device=scored.query.device)

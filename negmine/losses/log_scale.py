@@ -10,22 +10,27 @@ from negmine.ops import checks
 
 
 class LogScale(nn.Module):
-    """A learned scale of the scores, to use in place of a temperature: 1 / T = min(exp(log_scale), max).
+    """A learned scale of the scores that can be passed as a temperature T: 1 / T = min(exp(log_scale), max).
 
     Parameters
     ----------
     init : float
-        The scale at the start, above 0.
+        The initial scale, above 0.
     max : float or None
-        The largest scale.
+        The largest scale. None means no limit.
+
+    Raises
+    ------
+    ValueError
+        If a value is not above 0, or `init` is above `max`.
 
     Notes
     -----
-    The one parameter is `log_scale`, () fp32: give it to the optimiser, without weight decay. ``scale()`` returns the
-    scale, and calling the module returns the temperature, 1 / scale.
+    The only parameter is `log_scale`, () fp32. Pass it to the optimiser without weight decay. ``scale()`` returns the scale,
+    and calling the module returns the temperature, 1 / scale.
 
-    While log_scale is above log(max), the scale is max, and log_scale gets only gradients that lower it, so that it can
-    come back.
+    If log_scale is above log(max), the scale is max, and log_scale gets a gradient only if a descent step would lower it, so
+    that it can return below the limit.
 
     References
     ----------

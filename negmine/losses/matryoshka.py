@@ -29,12 +29,12 @@ OPTIONS = ("select", "weight")  # options that a Negatives may set for its own p
 
 
 class MatryoshkaStats(NamedTuple):
-    """What `matryoshka` returns beside the loss. It carries no gradient.
+    """The statistics that `matryoshka` returns in addition to the loss. They have no gradient.
 
     Attributes
     ----------
     losses : Tensor (W, B)
-        The loss of each row at each width, without the weights.
+        The unweighted loss of each row at each width.
 
     Examples
     --------
@@ -44,7 +44,7 @@ class MatryoshkaStats(NamedTuple):
     torch.Size([3, 8])
     """
 
-    losses: Tensor  # (W, B) the unweighted loss of each row at each width
+    losses: Tensor  # (W, B)
 
 
 def matryoshka(
@@ -79,18 +79,19 @@ def matryoshka(
     negative_keys : Tensor, MoCoQueue, Negatives, None, or a list of these
         As in `info_nce`; `mix` of a `Negatives` must be None.
     widths : sequence of int
-        From 1 to D, ascending: (64, 128, 256, D), for example.
+        The widths W, ascending, from 1 to D; for example (64, 128, 256, D).
     weights : sequence of float, optional
-        One for each width; default 1.
+        The weight of each width. The default is 1 for all.
     normalize : bool
-        Divide each prefix by its norm, for cosine scores at every width, as sentence-transformers' MatryoshkaLoss does with
-        a loss of cosines.
+        Whether to divide each prefix by its norm, for cosine scores at every width. MatryoshkaLoss of sentence-transformers
+        does this if its inner loss uses cosine scores.
     temperature : float or Tensor
         As in `info_nce`.
     select : Select, optional
-        Which negatives to keep, at all widths, by the scores at the largest. It must not draw with replacement.
+        The negatives to keep at all widths, selected by the scores at the largest width. Its sample must not be drawn with
+        replacement.
     weight : Weight, optional
-        How much each negative counts, by the scores of each width.
+        Weights for the negatives, computed from the scores at each width.
     query_ids, query_labels : Tensor (B,), optional
         As in `info_nce`.
     decoupled, reduction : optional
@@ -100,7 +101,7 @@ def matryoshka(
     backend : str, optional
         As in `info_nce`.
     return_stats : bool
-        Also return MatryoshkaStats.
+        Whether to return MatryoshkaStats too.
 
     Returns
     -------
@@ -110,17 +111,18 @@ def matryoshka(
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit, before any work.
+        If an argument has a wrong type, shape, dtype, device or value.
 
     Notes
     -----
-    Gradients are those of `info_nce`, summed over the widths in fp32 and rounded once. They are computed in the forward
-    pass, so frozen keys may be overwritten before backward.
+    Gradients are those of `info_nce`, summed over the widths in fp32 and rounded once. Those of the query are computed in the
+    forward pass, so keys that do not require grad may be overwritten before backward.
 
-    On the CPU, one pass over shared keys gives the loss and the gradient of the query at up to 16 widths: at 32, 64, 128 and
-    256 in about 1.7 times the time of the last alone. On other backends, for keys of each query's own, and with `weight` or
-    `normalize`, every width is a pass over its prefix. With `select`, a (B, K) bool mask and the list of what it keeps are
-    stored; with `normalize`, a copy of the keys at each width. The gradient of keys takes a pass for each width, in backward.
+    On the CPU, one pass over shared keys computes the loss and the gradient of the query at up to 16 widths. For the widths
+    32, 64, 128 and 256 this takes about 1.7 times as long as the width 256 alone. On other backends, for keys (B, M, D), and
+    with `weight` or `normalize`, there is one pass for each width. With `select`, a (B, K) bool mask and the list of selected
+    keys are stored; with `normalize`, a copy of the keys at each width. The gradient of the keys needs one pass for each
+    width, in backward.
 
     References
     ----------
@@ -156,7 +158,7 @@ def matryoshka(
     for each in selects:
         check_select(OP, each, positive_key, query)
         if each is not None and each.replace:
-            raise checks.refuse(OP, "select", "without replace: a negative is kept or it is not", each)
+            raise checks.refuse(OP, "select", "without replace, because a negative is kept at most once", each)
     if normalize:
         query, positive_key = widened(query), widened(positive_key)
         pools = [(widened(keys), pool) for keys, pool in pools]
@@ -171,8 +173,8 @@ def matryoshka(
     if not normalize and all(plan.weight is None for plan in plans) and 1 < len(widths) <= MAX_WIDTHS:
         each = _in_one_pass(query, positive_key, pools, widths, decoupled, temperature, backend)
     if each is None:
-        made = run_pools(OP, plans, query, positive_key, pools, None, None, temperature, backend, views)
-        each = [rows for rows, _ in made]
+        results = run_pools(OP, plans, query, positive_key, pools, None, None, temperature, backend, views)
+        each = [rows for rows, _ in results]
     rows = sum(factor * loss for factor, loss in zip(weights, each, strict=True))
     assert isinstance(rows, Tensor)
     loss = reference.reduced(rows, reduction)
@@ -183,7 +185,10 @@ def _in_one_pass(
     query: Tensor, positive_key: Tensor, pools: list[tuple[Tensor, Pool]], widths: list[int], decoupled: bool,
     temperature: float | Tensor, backend: str | None,
 ) -> list[Tensor] | None:  # fmt: skip
-    """The loss (B,) at each width, by the op prefix_logsumexp; None if a pool is not shared or its backend lacks the op."""
+    """The loss (B,) at each width, computed by the op prefix_logsumexp.
+
+    None if the keys of a pool are not shared by all queries, or if its backend does not have the op.
+    """
     query, positive_key, *every = promoted(query, positive_key, *(keys for keys, _ in pools))
     if any(keys.dim() == 3 for keys in every):
         return None
@@ -201,9 +206,9 @@ def _in_one_pass(
     for kernels, keys, (_, pool) in zip(chosen, every, pools, strict=True):
         bias, pool = learned_bias(pool)
         lse, num_kept = fused(PrefixLogSumExp, query, keys, scale, bias, tuple(widths), kernels, *pool)  # (W, B), (B,)
-        some, none = num_kept > 0, torch.zeros_like(num_kept)
+        has_negative, zeros = num_kept > 0, torch.zeros_like(num_kept)
         for at, share in enumerate(shares):
-            share.append(Share(lse[at], some, None, num_kept, none, ~some))
+            share.append(Share(lse[at], has_negative, None, num_kept, zeros, ~has_negative))
     scores = [score_of_positive(query[:, :width], positive_key[:, :width]) for width in widths]  # (B,) each
     return [merged(share, score * scale, decoupled, False)[0] for share, score in zip(shares, scores, strict=True)]
 
@@ -213,7 +218,7 @@ def _checked_widths(widths: Any, query: Tensor) -> list[int]:
     given = list(widths) if isinstance(widths, (list, tuple)) else []
     fits = [is_int(width) and 0 < width <= D for width in given]
     if not fits or not all(fits) or any(a >= b for a, b in pairwise(given)):
-        raise checks.refuse(OP, "widths", f"ascending ints from 1 to query's D = {D}, one or more", widths)
+        raise checks.refuse(OP, "widths", f"a list of ascending ints from 1 to query's D = {D}", widths)
     return given
 
 
@@ -221,7 +226,7 @@ def _checked_weights(weights: Any, count: int) -> list[float]:
     if weights is None:
         return [1.0] * count
     if not isinstance(weights, (list, tuple)) or len(weights) != count or not all(map(is_real, weights)):
-        raise checks.refuse(OP, "weights", f"a finite number for each of the {count} widths", weights)
+        raise checks.refuse(OP, "weights", f"a list with a finite number for each of the {count} widths", weights)
     return list(weights)
 
 
@@ -236,7 +241,7 @@ def _kept(
     widest: Callable[[Tensor], Tensor], query: Tensor, positive_key: Tensor, keys: Tensor, pool: Pool, select: Select,
     backend: str | None, draw: Draw,
 ) -> tuple[Tensor, Pool]:  # fmt: skip
-    """The keys, and a pool with a (B, K) mask of the columns that `select` keeps by the widest prefix."""
+    """The keys, and a pool with a (B, K) mask of the columns that `select` keeps by the scores of the widest prefix."""
     K = keys.shape[-2]
     N = max(1, select.widest(K) if select.sample is None else select.sample)
     needed = ("mine_hardest", "rank_thresholds", "count_negatives")

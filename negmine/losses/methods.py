@@ -1,10 +1,10 @@
 """Published losses that are computed from the positive's logit and the negatives' log-sum-exp, as functions and as a module.
 
-Each function takes query (B, D), positive_key (B, D), negative_keys, temperature, numbers of its own, reduction, and in **pool
-the further keyword arguments of `negmine.logsumexp`: select, query_ids, query_labels, seed, step, row_offset and backend. It
-returns the loss, of shape () or (B,), in fp32 (in float64 for float64 input). A row without negatives has loss 0 and no
+Each function takes query (B, D), positive_key (B, D), negative_keys, temperature, hyperparameters of the method, reduction, and
+in **pool the other keyword arguments of `negmine.logsumexp`: select, query_ids, query_labels, seed, step, row_offset and backend.
+It returns the loss, of shape () or (B,), in fp32 (in float64 for float64 input). A row without negatives has loss 0 and no
 gradient. Gradients flow to the query, the positive key, negatives that require grad, and a temperature that is a tensor.
-Invalid input raises ValueError or TypeError before any work.
+Invalid arguments raise ValueError or TypeError.
 
     x_b = s_pos / T,   lse_b = log sum over b's kept negatives of exp(s / T),   InfoNCE = log(1 + exp(lse - x))
 """
@@ -34,21 +34,21 @@ class Logits(NamedTuple):
 
     positive: Tensor  # (B,) s_pos / T
     lse: Tensor  # (B,) 0 if there is no negative
-    some: Tensor  # (B,) bool: the row has a negative
+    has_negative: Tensor  # (B,) bool
     query: Tensor | None = None  # (B, D), in fp32 if its gradient is summed in fp32
 
 
 def draw_of(op: str, pool: dict) -> Draw:
-    """The random key (seed, step, row_offset) among the keyword arguments of a method."""
+    """seed, step and row_offset among the keyword arguments of a method."""
     return Draw(*checks.require_draw(op, *(pool.get(name, 0) for name in Draw._fields)))
 
 
 def columns_of(op: str, query: Tensor, negative_keys: Any, positive_key: Tensor, pool: dict) -> SummedColumns:
-    """The checked columns of negmine.logsumexp, with errors that name `op`. pool holds its further keyword arguments."""
+    """The checked columns of negmine.logsumexp, with errors that name `op`. `pool` has its other keyword arguments."""
     known = (*TAGS, *Draw._fields, "select", "backend")
     for name in pool:
         if name not in known:
-            raise TypeError(f"{op}: {name} is not a keyword; those of the pool are {', '.join(known)}")
+            raise TypeError(f"{op}: {name} is not a keyword argument; those of the pool are {', '.join(known)}")
     return summed_columns(
         op, ("logsumexp",), query, positive_key, negative_keys, pool.get("select"), pool.get("query_ids"),
         pool.get("query_labels"), draw_of(op, pool), pool.get("backend"),
@@ -66,16 +66,16 @@ def logits(
 
 
 def _logits(columns: SummedColumns, lse: Tensor, temperature: float | Tensor) -> Logits:
-    some = lse != -torch.inf  # (B,) NaN counts as a value
+    has_negative = lse != -torch.inf  # (B,) NaN counts as a value
     assert columns.positive_key is not None
     x_positive = score_of_positive(columns.query, columns.positive_key) / temperature
-    return Logits(x_positive, lse.masked_fill(~some, 0.0), some, columns.query)
+    return Logits(x_positive, lse.masked_fill(~has_negative, 0.0), has_negative, columns.query)
 
 
 def reduced(op: str, rows: Tensor, x: Logits, reduction: str) -> Tensor:
     """rows (B,), with 0 for rows without negatives, after the reduction."""
     checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
-    rows = torch.where(x.some, rows, 0.0 * x.positive)  # a NaN in a row affects only that row
+    rows = torch.where(x.has_negative, rows, 0.0 * x.positive)  # a NaN in a row affects only that row
     return reference.reduced(rows, reduction)
 
 
@@ -103,7 +103,7 @@ def hardness_added(
     reduction: str = "mean",
     **pool: Any,
 ) -> Tensor:
-    """InfoNCE with a hardness term in each negative's logit (LLaVE, EmbeddingGemma; sentence-transformers' hardness_mode).
+    """InfoNCE with a hardness term in the logits of negatives (LLaVE, EmbeddingGemma; hardness_mode of sentence-transformers).
 
         loss = log(1 + exp(log sum_j exp(s_j / T + alpha sg[s_j]) - x)),   sg = no gradient
 
@@ -219,7 +219,7 @@ def logq(
     in_batch = negative_keys is None or (isinstance(negative_keys, Negatives) and negative_keys.keys is None)
     if log_q is None:
         if not in_batch:
-            raise checks.refuse(op, "log_q", "given, but for in-batch negatives", None)
+            raise checks.refuse(op, "log_q", "given, except for in-batch negatives", None)
         log_q = positive_log_q
     checks.require_tensor(op, "log_q", log_q, query)
     own = negative_keys if isinstance(negative_keys, Negatives) else Negatives(negative_keys)
@@ -262,7 +262,7 @@ def gist(
     """
     own = negative_keys if isinstance(negative_keys, Negatives) else Negatives(negative_keys)
     if own.guide is not None:
-        raise checks.refuse("gist", "negative_keys.guide", "None, for gist makes it", own.guide)
+        raise checks.refuse("gist", "negative_keys.guide", "None, because gist creates it", own.guide)
     guide = Guide(guide_query, guide_positive, guide_keys, margin=margin, relative=relative)
     x = logits("gist", query, positive_key, dataclasses.replace(own, guide=guide), temperature, pool)
     return reduced("gist", F.softplus(x.lse - x.positive), x, reduction)
@@ -283,18 +283,18 @@ def both_sides(
 
         loss_i = log(1 + exp(log Z_i - s(q_i, d_i) / T)),   d_i the positive of q_i
         Z_i = sum over j != i of m e^(s(q_i, d_j) / T) + m e^(s(q_i, q_j) / T) + m e^(s(d_i, d_j) / T)
-              + m e^(s(d_i, q_j) / T) where document_query, + sum over n in negative_keys of m e^(s(q_i, n) / T)
-        m = 0 where that pair's s > s(q_i, d_i) + margin, else 1
+              + m e^(s(d_i, q_j) / T) if document_query, + sum over n in negative_keys of m e^(s(q_i, n) / T)
+        m = 0 if the score of that pair is above s(q_i, d_i) + margin, else 1
 
-    The other rows of the batch are always negatives. negative_keys are further negatives, such as each query's own hard negatives
-    (B, M, D), or None. With margin=None nothing is masked. query_ids and query_labels belong to the pairs. Rows with equal ids or
-    labels, for example of the same document, are not negatives of each other; ids and labels are also compared with those of
-    negative_keys. If a Negatives has a select, it replaces the mask m.
+    The other rows of the batch are always negatives. negative_keys are additional negatives, such as a list of hard negatives for
+    each query (B, M, D), or None. With margin=None nothing is masked. query_ids and query_labels are those of the pairs. Rows
+    with equal ids or labels, for example of the same document, are not negatives of each other; ids and labels are also compared
+    with those of negative_keys. If a Negatives has a select, it replaces the mask m for its keys.
     """
     op = "both_sides"
     checks.require_bool(op, "document_query", document_query)
     if pool.get("select") is not None:
-        raise checks.refuse(op, "select", "None, for margin makes it", pool["select"])
+        raise checks.refuse(op, "select", "None, because margin determines it", pool["select"])
     checks.require_vectors(op, "query", query, "(B, D)", (2,))
     checks.require_positive(op, positive_key, query)
     temperature = checks.require_temperature(op, temperature)
@@ -306,17 +306,17 @@ def both_sides(
     if ids is not None:
         own = torch.where(ids == UNKNOWN, UNEQUAL + 1 + own, ids.long())
     in_batch = pool | {"query_ids": own}
-    for one, other in ((query, positive_key), (positive_key, query)):
-        columns.append(columns_of(op, one, Negatives(one, ids=own, labels=labels), other, in_batch))
+    for anchor, other in ((query, positive_key), (positive_key, query)):
+        columns.append(columns_of(op, anchor, Negatives(anchor, ids=own, labels=labels), other, in_batch))
     if document_query:
         columns.append(columns_of(op, positive_key, None, query, pool))
     if negative_keys is not None:
         without = {f"query_{tag}": None for tag in ("ids", "labels") if not has_tags(negative_keys, tag)}
         columns.append(columns_of(op, query, negative_keys, positive_key, pool | without))
     sums = torch.stack([each.logsumexp(temperature) for each in columns])  # (pools, B)
-    some = (sums != -torch.inf).any(0)  # (B,)
-    lse = sums.masked_fill(~some, 0.0).logsumexp(0)
-    x = _logits(columns[0], lse.masked_fill(~some, -torch.inf), temperature)
+    has_negative = (sums != -torch.inf).any(0)  # (B,)
+    lse = sums.masked_fill(~has_negative, 0.0).logsumexp(0)
+    x = _logits(columns[0], lse.masked_fill(~has_negative, -torch.inf), temperature)
     return reduced(op, F.softplus(x.lse - x.positive), x, reduction)
 
 
@@ -422,21 +422,27 @@ def mixed_inputs(
     step: int | Tensor = 0,
     row_offset: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The mixed inputs of i-Mix: share x + (1 - share) x[partner].
+    """Mixed inputs for i-Mix: share * inputs + (1 - share) * inputs[partner].
 
     Parameters
     ----------
     inputs : Tensor (B, ...)
-        Floating.
+        The inputs, of a floating dtype.
     concentration : float
-        share = max(l, 1 - l) with l from Beta(concentration, concentration): a row's own input has the larger part.
+        share = max(l, 1 - l) with l drawn from Beta(concentration, concentration), so each row's own input has the larger
+        share.
     seed, step, row_offset : int or Tensor
-        The key of the draws and the global number of the first row. The permutation is within this batch.
+        They determine the random draws. row_offset is the global index of the first row. The permutation is within the batch.
 
     Returns
     -------
     tuple
-        The mixed inputs (B, ...), share (B,) float32 and partner (B,) int64, a permutation.
+        The mixed inputs (B, ...), share (B,) float32, and partner (B,) int64, a permutation of the rows.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument has a wrong type, shape, dtype, device or value.
 
     References
     ----------
@@ -456,20 +462,20 @@ def mixed_inputs(
     seed, step, row_offset = checks.require_draw(op, seed, step, row_offset)
     rows = torch.arange(len(inputs), device=inputs.device) + row_offset  # (B,)
     slot = torch.zeros(1, dtype=torch.int64, device=inputs.device)
-    word, place, *_ = (w[:, 0] for w in philox.words(rows, slot, philox.STREAM_PARTNER, seed, step))  # (B,) each
+    word, sort_word, *_ = (w[:, 0] for w in philox.words(rows, slot, philox.STREAM_PARTNER, seed, step))  # (B,) each
     quantiles = beta_quantiles(float(concentration))
     share = philox.unit(word, None if quantiles is None else quantiles.to(inputs.device))  # (B,)
-    share, partner = share.maximum(1 - share), place.argsort(stable=True)
+    share, partner = share.maximum(1 - share), sort_word.argsort(stable=True)
     across = share.to(inputs.dtype).view(-1, *[1] * (inputs.dim() - 1))  # (B, 1, ...)
     return across * inputs + (1 - across) * inputs[partner], share, partner
 
 
 class MethodLoss(ScheduledLoss):
-    """A function of this file as a module. Numbers are given at construction, tensors and masks in the call.
+    """A function of this file as a module. Hyperparameters are passed to the constructor, tensors and masks to the call.
 
     Any number may be a schedule, that is, a callable of the step (see `negmine.recipes.linear`). In training mode, calls without
-    `step` are counted in the buffer `step`. A number given as an nn.Parameter, or a temperature given as a
-    negmine.losses.LogScale, is learned.
+    `step` are counted in the buffer `step`. A number that is an nn.Parameter, or a temperature that is a negmine.losses.LogScale,
+    is learned.
     """
 
     def __init__(self, method: Callable[..., Tensor], **options: Any) -> None:
@@ -498,7 +504,11 @@ class MethodLoss(ScheduledLoss):
         step: int | Tensor | None = None,
         **masks: Any,
     ) -> Tensor:
-        """masks: query_ids, query_labels and row_offset of negmine.logsumexp, and further arguments of the function."""
+        """The loss of one batch.
+
+        masks: query_ids, query_labels and row_offset of negmine.logsumexp, and other arguments of the function. By default the
+        module counts `step`.
+        """
         step = self.count(step, query)
         return self.method(query, positive_key, negative_keys, step=step, **self.at(step), **masks)
 

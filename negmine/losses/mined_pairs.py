@@ -1,4 +1,4 @@
-"""multi_similarity: the multi-similarity loss over mined pairs, with its gradient, without the (B, K) matrix.
+"""multi_similarity: the multi-similarity loss over mined pairs, with its gradient, without storing the (B, K) matrix.
 
 Mining keeps a pool of positives and a pool of negatives, each with one bound on the score. The two sums of the loss are
 log-sum-exps over these pools, as in info_nce; that of the positives is computed with -query. The dense definition is in
@@ -28,16 +28,16 @@ from negmine.selection import summing_ops
 
 
 class MultiSimilarityStats(NamedTuple):
-    """What `multi_similarity` returns beside the loss. None of it carries gradient.
+    """The statistics that `multi_similarity` returns in addition to the loss. They have no gradient.
 
     Attributes
     ----------
     num_positives : Tensor (B,) int64
-        How many positives the mining keeps.
+        The number of positives that the mining keeps.
     num_negatives : Tensor (B,) int64
-        How many negatives the mining keeps.
+        The number of negatives that the mining keeps.
     num_empty : Tensor () int64
-        How many rows have no pair; their loss is 0.
+        The number of rows without any pair. Their loss is 0.
 
     Examples
     --------
@@ -48,15 +48,15 @@ class MultiSimilarityStats(NamedTuple):
     torch.Size([8])
     """
 
-    num_positives: Tensor  # (B,) int64 kept by the mining
-    num_negatives: Tensor  # (B,) int64 kept by the mining
-    num_empty: Tensor  # () int64: rows without any pair, whose loss is 0
+    num_positives: Tensor  # (B,) int64
+    num_negatives: Tensor  # (B,) int64
+    num_empty: Tensor  # () int64
 
 
 def _check_numbers(op: str, alpha: Any, beta: Any, base: Any, epsilon: Any) -> dict[str, Any]:
     positive = {"alpha": alpha, "beta": beta}
-    made = {name: checks.require_scalar(op, name, value, above=0) for name, value in positive.items()}
-    return made | {
+    numbers = {name: checks.require_scalar(op, name, value, above=0) for name, value in positive.items()}
+    return numbers | {
         name: checks.require_scalar(op, name, value) for name, value in (("base", base), ("epsilon", epsilon))
     }
 
@@ -79,28 +79,29 @@ def multi_similarity(
     backend: str | None = None,
     return_stats: bool = False,
 ) -> Any:
-    """The multi-similarity loss over mined pairs: every kept pair weighs by its exponential.
+    """The multi-similarity loss over mined pairs. Harder pairs get exponentially larger weights in the gradient.
 
-        P = { p of b's label  : s_p - epsilon < max over other labels of s }
-        N = { n of other labels : s_n + epsilon > min over b's label of s }
+        P = { keys p with b's label        : s_p - epsilon < largest s of the keys with other labels }
+        N = { keys n with other labels     : s_n + epsilon > smallest s of the keys with b's label }
         loss_b = log(1 + sum over P of exp(-alpha (s_p - base))) / alpha + log(1 + sum over N of exp(beta (s_n - base))) / beta
 
     Parameters
     ----------
     query : Tensor (B, D)
-        Carries gradient. Unit vectors, for the published constants.
+        The queries. The published constants assume unit vectors. Gets a gradient if it requires grad.
     keys : Tensor (K, D)
-        Carries gradient where it requires it; frozen keys may be overwritten before backward.
+        The keys. They get a gradient if they require grad; otherwise they may be overwritten before backward.
     query_labels : Tensor (B,)
         As in `mine_triplets`.
     key_labels : Tensor (K,)
         As in `mine_triplets`.
     alpha, beta, base, epsilon : float
-        The defaults are pytorch-metric-learning's. The bounds of P and N carry no gradient.
+        The constants of the formulas. The defaults are those of pytorch-metric-learning. The gradient does not flow through
+        the conditions that define P and N.
     distance : str
-        ``"cosine"``: s = inner product. ``"euclidean"``: s = -||q - k||, and ``"squared_euclidean"``: s = -||q - k||^2, of
-        vectors of any norm, with -base in place of base, so that base is a distance. ``"euclidean"`` makes the (B, K)
-        matrix in plain PyTorch on every backend.
+        ``"cosine"``: s = inner product. ``"euclidean"``: s = -||q - k||, and ``"squared_euclidean"``: s = -||q - k||^2, for
+        vectors of any norm, with -base instead of base, so that base is a distance. ``"euclidean"`` stores the (B, K) matrix
+        in PyTorch on every backend.
     query_ids : Tensor (B,), optional
         As in `mine_triplets`.
     key_ids : Tensor (K,), optional
@@ -112,22 +113,22 @@ def multi_similarity(
     backend : str, optional
         As in `info_nce`.
     return_stats : bool
-        Also return MultiSimilarityStats.
+        Whether to return MultiSimilarityStats too.
 
     Returns
     -------
     Tensor () or (B,)
-        The loss: float32, or float64 for float64 input. A row without positives or without negatives keeps no pair: its
-        loss is 0, it has no gradient, and it counts in the mean.
+        The loss: float32, or float64 for float64 input. A row without positives or without negatives has no pairs: it has
+        loss 0 and no gradient, and is included in the mean.
 
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit, before any work.
+        If an argument has a wrong type, shape, dtype, device or value.
 
     Notes
     -----
-    A NaN score is no candidate.
+    Keys with a NaN score are left out.
 
     References
     ----------
@@ -172,26 +173,24 @@ def _from_kernels(
     epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and counts (B,) from the kernels, as defined by reference.multi_similarity."""
-    same, q, held = others._replace(same_label=True), for_kernels(query), for_kernels(keys)
+    same, q, n = others._replace(same_label=True), for_kernels(query), for_kernels(keys)
     with torch.no_grad():
-        highest = kernels.mine_hardest(q, held, 1, False, *others)[0][:, 0]  # (B,) of the negatives
-        lowest = -kernels.mine_hardest(-q, held, 1, False, *same)[0][
-            :, 0
-        ]  # (B,) of the positives, +inf if there is none
+        highest = kernels.mine_hardest(q, n, 1, False, *others)[0][:, 0]  # (B,) of the negatives
+        lowest = -kernels.mine_hardest(-q, n, 1, False, *same)[0][:, 0]  # (B,) of the positives, +inf if there is none
         # The bounds apply to the scores of -query: s < highest + epsilon is the same as -s > -(highest + epsilon).
         positives = with_bounds(same, highest, lower=above_score(-(highest + epsilon)))
         negatives = with_bounds(others, lowest, lower=above_score(lowest - epsilon))
 
-    def smooth(anchor: Tensor, sharpness: float, shift: float, pool: Pool) -> tuple[Tensor, Tensor]:
+    def scaled_log_sum(anchor: Tensor, sharpness: float, shift: float, pool: Pool) -> tuple[Tensor, Tensor]:
         """log(1 + sum over the pool of exp(sharpness (s + shift))) / sharpness (B,), and the size of the pool (B,)."""
         scales = scalar(sharpness, anchor)[None]  # (1,)
         lse, num_kept, *_ = fused(LogSumExp, anchor, keys, scales, None, None, 0, None, kernels, *pool)
-        raised = F.softplus(lse[0].masked_fill(num_kept == 0, 0.0) + sharpness * shift) / sharpness
-        return raised.masked_fill(num_kept == 0, 0.0), num_kept
+        result = F.softplus(lse[0].masked_fill(num_kept == 0, 0.0) + sharpness * shift) / sharpness
+        return result.masked_fill(num_kept == 0, 0.0), num_kept
 
-    pull, num_positives = smooth(-query, alpha, base, positives)
-    push, num_negatives = smooth(query, beta, -base, negatives)
-    return pull + push, num_positives, num_negatives
+    positive_part, num_positives = scaled_log_sum(-query, alpha, base, positives)
+    negative_part, num_negatives = scaled_log_sum(query, beta, -base, negatives)
+    return positive_part + negative_part, num_positives, num_negatives
 
 
 class MultiSimilarityLoss(ScheduledLoss):
@@ -204,10 +203,10 @@ class MultiSimilarityLoss(ScheduledLoss):
     distance, reduction, backend, return_stats : optional
         As in `multi_similarity`.
     gather_distributed : bool
-        Take the keys of every rank, with their labels, key_ids and key_mask (K,), and with the right gradient. `query_ids`
-        and `key_ids` must number the whole dataset.
+        Whether to use the keys of all ranks, with their labels, key_ids and key_mask (K,), and with gradients across ranks.
+        `query_ids` and `key_ids` must be unique in the whole dataset.
     process_group : ProcessGroup, optional
-        Of torch.distributed; default: all ranks.
+        The process group of torch.distributed. The default is all ranks.
 
     Examples
     --------
@@ -258,7 +257,22 @@ class MultiSimilarityLoss(ScheduledLoss):
         step: int | Tensor | None = None,
         **masks: Any,
     ) -> Any:
-        """masks: query_ids, key_ids, key_mask of multi_similarity."""
+        """The loss of one batch.
+
+        Parameters
+        ----------
+        query, keys, query_labels, key_labels
+            As in `multi_similarity`.
+        step : int or Tensor, optional
+            The number of the training step. By default the module counts its calls.
+        **masks
+            query_ids, key_ids and key_mask of `multi_similarity`.
+
+        Returns
+        -------
+        Tensor () or (B,)
+            As `multi_similarity` returns.
+        """
         options = at_step(self.options, self.count(step, query)) | masks
         return self.gathering.labelled(multi_similarity, query, keys, query_labels, key_labels, options)
 

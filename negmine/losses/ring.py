@@ -1,9 +1,8 @@
-"""Sums over the keys of all ranks, which are sent around a ring: a rank holds its own keys and those of one other rank at a time.
+"""Sums over the keys of all ranks, which are sent around a ring. A rank stores its own keys and those of one other rank.
 
 Each rank has as many keys as queries. Key b is the positive of query b and not one of its negatives. The log-sum-exps over the
-keys of each rank, and the softmax means that give the gradient of the queries, are merged in the order in which the keys
-arrive. In backward the keys are sent around the ring again together with their gradients, which end at the rank that owns the
-keys.
+keys of each rank, and the weighted means of keys that give the gradient of the queries, are merged in the order in which the keys
+arrive. In backward, the keys are sent around the ring again together with their gradients, which return to the rank of the keys.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,19 +28,22 @@ def _passing_by(ranks: Ranks, query: Tensor, keys: Tensor) -> Iterator[tuple[Ten
 
 
 def _grad_keys(ranks: Ranks, query: Tensor, keys: Tensor, of_one_rank: Callable[[Tensor, Pool], Tensor]) -> Tensor:
-    """(B, D): the gradient of this rank's keys, summed over all ranks. of_one_rank(keys, pool) is this rank's part."""
-    coming = None
+    """The gradient (B, D) of this rank's keys, summed over all ranks.
+
+    of_one_rank(keys, pool) is the contribution of this rank's queries to the gradient of some keys.
+    """
+    receive = None
     for chunk, pool in _passing_by(ranks, query, keys):
-        here = of_one_rank(chunk, pool)
-        coming = ranks.pass_on(here if coming is None else here + coming(), tag=1)
-    assert coming is not None
-    return coming()
+        own_part = of_one_rank(chunk, pool)
+        receive = ranks.pass_on(own_part if receive is None else own_part + receive(), tag=1)
+    assert receive is not None
+    return receive()
 
 
 class RingLogSumExp(torch.autograd.Function):
-    """lse (B,) of scale * s over the keys of all ranks except the query's own positive.
+    """The log-sum-exp (B,) of scale * s over the keys of all ranks except the query's own positive.
 
-    kernels is None for dense products. query_dtype and keys_dtype are the storage dtypes; keys are sent in keys_dtype.
+    If kernels is None, dense products are used. query_dtype and keys_dtype are the storage dtypes; keys are sent in keys_dtype.
     """
 
     @staticmethod
@@ -120,7 +122,7 @@ def _dense(query: Tensor, keys: Tensor, pool: Pool) -> tuple[Tensor, Tensor, Ten
 
 
 def _log_sum(kernels: Kernels | None, query: Tensor, keys: Tensor, scale: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
-    """lse (B,) and softmax mean (B, D) of the pool."""
+    """The log-sum-exp (B,) over the pool, and the mean of its keys weighted by the softmax (B, D)."""
     if kernels is not None:
         lse, mean, *_ = kernels.logsumexp(query, keys, scale[None], None, True, 0, None, *pool)
         return lse[0], mean[0]

@@ -50,7 +50,7 @@ class ScheduledLoss(nn.Module):
         self._ran_again = True
         if len(self._checkpointed) != 1:
             raise ValueError(
-                f"{type(self).__name__}: step must be given under activation checkpointing where the module is called more "
+                f"{type(self).__name__}: step must be given under activation checkpointing if the module is called more "
                 "than once before the backward pass, got None"
             )
         return self._checkpointed[0]
@@ -62,7 +62,7 @@ class ScheduledLoss(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         step = state_dict.get(prefix + "step")
         if step is not None and not _is_step(step):
-            wanted = "a whole number in [0, 2**32) as a 0-d int64 tensor"
+            wanted = "a 0-d int64 tensor with a value in [0, 2**32)"
             args[-1].append(f"{prefix}step must be {wanted}, got {checks.describe(step)}")
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -79,7 +79,7 @@ def is_recomputed() -> bool:
 
 
 def refuse_recomputation(op: str) -> None:
-    """Raise if activation checkpointing runs a module again whose queue has changed since."""
+    """Raise an error if activation checkpointing runs a module again, because its queue has changed since the forward pass."""
     if not torch.compiler.is_compiling() and is_recomputed():
         raise RuntimeError(f"{op}: a module that owns a queue must be called outside of activation checkpointing")
 

@@ -1,4 +1,4 @@
-"""softplus_sum and siglip: the sigmoid loss over a queue, with its gradients, without the (B, K) matrix."""
+"""softplus_sum and siglip: the sigmoid loss over a queue, with its gradients, without storing the (B, K) matrix."""
 
 from typing import Any
 
@@ -35,9 +35,9 @@ def softplus_sum(
     row_offset: int | Tensor = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """Sum of softplus over each query's negatives, with gradients: the sum that sigmoid losses are made of.
+    """The sum of softplus over each query's negatives, with gradients: a building block for sigmoid losses.
 
-        total_b = sum over kept k of log(1 + exp(scale s_bk + bias)),   s = query . negative_key
+        total_b = sum over kept k of log(1 + exp(scale * s_bk + bias)),   s_bk = query_b . negative_keys_k
 
     Parameters
     ----------
@@ -46,13 +46,13 @@ def softplus_sum(
     negative_keys : Tensor, MoCoQueue, Negatives, or None
         As in `logsumexp`.
     scale, bias : float or Tensor
-        Numbers, or 0-d floating tensors that receive gradient.
+        Numbers, or 0-d floating tensors, which get gradients.
     positive_key : Tensor (B, D), optional
-        Needed where `select` has a margin, and for in-batch negatives.
+        Required if `select` has a margin, and for in-batch negatives.
     select : Select, optional
-        Which negatives to keep.
+        The negatives to keep. The default keeps all.
     query_ids, query_labels : Tensor (B,), optional
-        A key of equal id or label is ignored.
+        A key with an equal id or label is not a negative.
     seed, step, row_offset : int or Tensor
         As in `logsumexp`.
     backend : str, optional
@@ -61,16 +61,17 @@ def softplus_sum(
     Returns
     -------
     Tensor (B,)
-        float32 (float64 for float64 input); 0 where the pool is empty.
+        float32 (float64 for float64 input); 0 if the pool is empty.
 
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit.
+        If an argument has a wrong type, shape, dtype, device or value.
 
     Notes
     -----
-    The gradient is computed in the forward pass, so frozen keys may be overwritten before backward.
+    Gradients flow to query, negative_keys, scale, bias and the bias of a Negatives. That of query is computed in the forward
+    pass, so keys that do not require grad may be overwritten before backward.
 
     Examples
     --------
@@ -85,7 +86,7 @@ def softplus_sum(
 
 
 def _softplus_sum(columns: SummedColumns, scale: float | Tensor, bias: float | Tensor) -> Tensor:
-    """(B,): the sum of softplus over the columns."""
+    """The sum of softplus over the columns (B,)."""
     kernels, query, keys, pool, _, dense, _ = columns
     if kernels is None:
         return reference.softplus_sum(widened(query), frozen(keys, dense["usable"]), scale, bias, **dense)
@@ -110,9 +111,9 @@ def siglip(
     row_offset: int | Tensor = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """The sigmoid loss of each query's positive and a pool of negatives (SigLIP).
+    """The sigmoid loss of each query with its positive and a pool of negatives (SigLIP).
 
-        loss_b = log(1 + exp(-l_pos)) + sum over kept k of log(1 + exp(l_bk)),   l = scale s + bias (+ Negatives.bias)
+        loss_b = log(1 + exp(-l_pos)) + sum over kept k of log(1 + exp(l_bk)),   l = scale * s + bias (+ Negatives.bias)
 
     Parameters
     ----------
@@ -121,14 +122,14 @@ def siglip(
     negative_keys : Tensor, MoCoQueue, Negatives, None, or a list of these
         As in `info_nce`; `mix` and `weight` of a `Negatives` must be None.
     scale, bias : float or Tensor
-        The published code starts at 10 and -10 and learns both, the scale as its logarithm: see `SigLIPLoss`. That start
-        suits a batch. The sum grows with K: against 65,536 negatives start the bias about 8 lower, or the negatives
-        dominate.
+        Numbers, or 0-d floating tensors, which get gradients. The published code starts with 10 and -10 and learns the
+        logarithm of the scale and the bias, as `SigLIPLoss` does. These values are meant for a batch. The sum over negatives
+        grows with K: for 65,536 negatives, start with a bias that is lower by about 8, or the negatives dominate the loss.
     select : Select, optional
-        Which negatives to keep. Each negative adds a term of its own, so dropping easy ones changes the loss by their terms
-        only.
+        The negatives to keep. The default keeps all. Every negative adds its own term to the loss, so removing easy negatives
+        only removes their small terms.
     query_ids, query_labels : Tensor (B,), optional
-        A key of equal id or label is ignored.
+        A key with an equal id or label is not a negative.
     reduction : str
         ``"mean"``, ``"sum"`` or ``"none"``.
     seed, step, row_offset : int or Tensor
@@ -139,17 +140,22 @@ def siglip(
     Returns
     -------
     Tensor () or (B,)
-        The loss: float32, or float64 for float64 input. A row without negatives keeps its positive's term.
+        The loss: float32, or float64 for float64 input. The loss of a row without negatives is the term of its positive.
 
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit.
+        If an argument has a wrong type, shape, dtype, device or value.
+
+    Notes
+    -----
+    Gradients flow to query, positive_key, scale, bias, and to negative keys and their bias if they require grad. Keys that do
+    not require grad may be overwritten before backward.
 
     References
     ----------
     Zhai et al. 2023 (arXiv 2303.15343). The sign of the bias is that of google-research/big_vision
-    trainers/proj/image_text/siglip.py; the paper's printed exponent has the opposite sign.
+    trainers/proj/image_text/siglip.py; the exponent printed in the paper has the opposite sign.
 
     Examples
     --------
@@ -184,20 +190,25 @@ def siglip(
 
 
 class SigLIPLoss(ScheduledLoss):
-    """`siglip` as a module that learns its scale, as a logarithm so that it stays positive, and its bias.
+    """`siglip` as a module with a learned scale and a learned bias. The scale is learned as its logarithm.
 
     Parameters
     ----------
     scale : float or LogScale
-        The scale at the start, or a `negmine.losses.LogScale` with a bound. The parameter is `log_scale`.
+        The initial scale, or a `negmine.losses.LogScale`, which may have a limit. The parameter is `log_scale`.
     bias : float
-        The bias at the start.
+        The initial bias.
     learn : bool
-        False keeps the bias, and a scale given as a number, fixed.
+        False keeps the bias fixed, and the scale too if it is given as a number.
     gather_distributed, process_group : optional
-        The negatives of all ranks, as in `InfoNCELoss`.
+        As in `InfoNCELoss`.
     **options
         select (which may be a schedule), reduction, seed and backend of `siglip`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is invalid.
 
     Examples
     --------
@@ -230,7 +241,7 @@ class SigLIPLoss(ScheduledLoss):
 
     @property
     def log_scale(self) -> nn.Parameter:
-        """The parameter that holds the logarithm of the scale."""
+        """The parameter, () fp32: the logarithm of the scale."""
         return self.scale.log_scale
 
     def forward(
@@ -242,7 +253,22 @@ class SigLIPLoss(ScheduledLoss):
         step: int | Tensor | None = None,
         **masks: Any,
     ) -> Tensor:
-        """masks: query_ids, query_labels, row_offset of siglip."""
+        """The loss of one batch.
+
+        Parameters
+        ----------
+        query, positive_key, negative_keys
+            As in `siglip`.
+        step : int or Tensor, optional
+            The number of the training step. By default the module counts its calls.
+        **masks
+            query_ids, query_labels and row_offset of `siglip`.
+
+        Returns
+        -------
+        Tensor () or (B,)
+            As `siglip` returns.
+        """
         step = self.count(step, query)
         learned = {"scale": self.scale.scale(), "bias": self.bias, "step": step}
         options = learned | at_step(self.options, step) | masks

@@ -1,4 +1,4 @@
-"""sup_con: the supervised contrastive loss over a batch or a queue, with its gradient, without the (B, K) matrix.
+"""sup_con: the supervised contrastive loss over a batch or a queue, with its gradient, without storing the (B, K) matrix.
 
 The denominator is a log-sum-exp over a pool, as in info_nce. The positives are another pool, that of equal labels. Their
 log-sum-exp gives the "in" form of the loss, and the mean of their scores, which is computed as a log-sum-exp at scale 0, gives
@@ -28,16 +28,17 @@ from negmine.selection import summing_ops
 
 
 class SupConStats(NamedTuple):
-    """What `sup_con` returns beside the loss. None of it carries gradient.
+    """The statistics that `sup_con` returns in addition to the loss. They have no gradient.
 
     Attributes
     ----------
     logsumexp : Tensor (B,)
-        Log of the denominator. ``"own_positive"`` has one for each positive; there it is the negatives' alone.
+        The logarithm of the denominator. ``"own_positive"`` has a denominator for each positive; then this is the log-sum-exp
+        of the negatives alone.
     num_positives : Tensor (B,) int64
-        How many keys attract the query.
+        The number of positives of each row.
     num_without_positive : Tensor () int64
-        How many rows have no positive; their loss is 0.
+        The number of rows without a positive, and with ``"negatives_only"`` also of those without a negative. Their loss is 0.
 
     Examples
     --------
@@ -47,15 +48,16 @@ class SupConStats(NamedTuple):
     [3, 3, 3, 3, 3, 3, 3, 3]
     """
 
-    logsumexp: Tensor  # (B,) log of the denominator; with "own_positive", that of the negatives alone
+    logsumexp: Tensor  # (B,)
     num_positives: Tensor  # (B,) int64
-    num_without_positive: Tensor  # () int64: rows whose loss is 0
+    num_without_positive: Tensor  # () int64
 
 
 class OwnPositive(torch.autograd.Function):
-    """The rows (B,) of the loss with one denominator for each positive, and P (B,). lse (B,) is that of the negatives.
+    """The loss of each row (B,) with one denominator for each positive, and the number of positives P (B,).
 
         y_bp = -log(1 + exp(lse_b - x_bp));   "out" -mean over p of y_bp;   "in" log P - log sum over p of exp(y_bp)
+        lse (B,) is the log-sum-exp of the negatives
 
     The queue is processed in pieces of PIECE scores. The gradient of lse_b is the sum of v_bp sigmoid(lse_b - x_bp), where v is
     1 / P or the softmax of y; the gradient of query_b is the same sum with the keys n_p. Both are computed in the forward pass.
@@ -85,8 +87,10 @@ class OwnPositive(torch.autograd.Function):
             share += pull.sum(1)
             with disable_autocast(query.device):
                 mean += pull @ rows
-        some = count.clamp_min(1)
-        loss = -value / some if positives == "out" else (some / torch.where(count > 0, total, 1.0)).log() - top
+        num_or_one = count.clamp_min(1)
+        loss = (
+            -value / num_or_one if positives == "out" else (num_or_one / torch.where(count > 0, total, 1.0)).log() - top
+        )
         norm = torch.where(count > 0, total, 1.0)  # (B,)
         ctx.positives, ctx.width = positives, len(pool)
         *tensors, ctx.same_label = pool
@@ -116,7 +120,7 @@ class OwnPositive(torch.autograd.Function):
         return d_query, d_keys, d_scale, d_loss * share, None, *([None] * ctx.width)
 
 
-PIECE = 1 << 21  # scores in memory at one time with one denominator for each positive
+PIECE = 1 << 21  # how many scores are in memory at one time with one denominator for each positive
 
 
 def _of_piece(q: Tensor, keys: Tensor, scale: Tensor, lse: Tensor, pool: Pool, part: slice) -> tuple[Tensor, ...]:
@@ -148,66 +152,68 @@ def sup_con(
     backend: str | None = None,
     return_stats: bool = False,
 ) -> Any:
-    """Supervised contrastive loss: every key of the query's label attracts (SupCon).
+    """The supervised contrastive loss: all keys with the query's label are positives P_b (SupCon).
 
         "out"  loss_b = mean over p in P_b of -log(exp(x_bp) / den_bp)      x = inner product / temperature
         "in"   loss_b = -log of the mean over p in P_b of exp(x_bp) / den_bp
         den_bp = sum of exp(x_bk) over   "all"             every usable key (the paper)
-                                         "own_positive"    the negatives and p alone (pytorch-metric-learning's NTXent)
+                                         "own_positive"    the negatives and p (NTXent of pytorch-metric-learning)
                                          "negatives_only"  the negatives (decoupled)
 
     Parameters
     ----------
     query : Tensor (B, D) or (B, V, D)
-        V views of each sample share its labels, ids and masks. Carries gradient.
+        One vector or V views of each sample. The views of a sample have the same labels, ids and masks. Gets a gradient if it
+        requires grad.
     keys : Tensor (K, D), MoCoQueue, Negatives, list of these, or None
-        A queue, the batch itself, or both concatenated. Keys that require grad get one; frozen keys may be overwritten
-        before backward. None: the queries themselves, views included, without each view itself. The positives are then
-        those of the query's label, or without labels the other views of its sample (SimCLR); `query_ids` and `key_ids` must
-        be None. A MoCoQueue or a Negatives brings its labels, ids and mask with it; a list of them is as one queue, without
-        joining the keys.
+        A tensor may be a queue, the batch itself, or both concatenated. It gets a gradient if it requires grad; otherwise it
+        may be overwritten before backward. A MoCoQueue or a Negatives is used with its labels, ids and mask. A list of them
+        means the same as their concatenation, which is not computed. None means the queries themselves with all their views,
+        except that a view is not a key of itself. The positives are then the queries with the same label or, without labels,
+        the other views of the same sample (SimCLR), and `query_ids` and `key_ids` must be None.
     query_labels : Tensor (B,), optional
-        Whole numbers; equal labels are positives. -1 is unknown and equals nothing.
+        Integer tensor. Keys with an equal label are positives. -1 means unknown and is equal to nothing.
     key_labels : Tensor (K,), optional
-        A key of label -1 is a negative of every query.
+        The labels of the keys. A key with the label -1 is a negative of every query.
     temperature : float or Tensor
         As in `info_nce`.
     positives : str
-        ``"out"`` or ``"in"``: where the mean over the positives is.
+        ``"out"`` takes the mean over the positives outside of the logarithm, ``"in"`` inside.
     denominator : str
         ``"all"``, ``"own_positive"`` or ``"negatives_only"``.
     positive_mask : Tensor (B, K) bool, optional
-        In place of labels: True = positive. For several labels a sample, for example.
+        The positives (True), instead of labels; for example for samples with several labels.
     positive_weights : Tensor (B, K), optional
-        In place of labels: 0 = negative, above 0 = positive with this weight in the mean. No gradient flows to them.
+        The weights of the positives in the mean, instead of labels. Keys with weight 0 are negatives. The weights get no
+        gradient.
     query_ids : Tensor (B,), optional
-        A key of equal id is the same sample: neither positive nor negative.
+        A key with an equal id is the same sample, and so neither a positive nor a negative.
     key_ids : Tensor (K,), optional
         The ids of the keys.
     key_mask : Tensor (K,) or (B, K) bool, optional
-        True = usable.
+        False means that the key is neither a positive nor a negative.
     reduction : str
         ``"mean"``, ``"sum"`` or ``"none"``.
     backend : str, optional
-        As in `info_nce`. `positive_weights` with ``"in"`` or ``"own_positive"`` run on the reference.
+        As in `info_nce`. `positive_weights` with ``"in"`` or ``"own_positive"`` runs on the reference.
     return_stats : bool
-        Also return SupConStats.
+        Whether to return SupConStats too.
 
     Returns
     -------
     Tensor (), (B,) or (B, V)
-        The loss: float32, or float64 for float64 input. A row without positives has loss 0 and no gradient, and counts in
-        the mean; with ``"negatives_only"`` so has a row without negatives.
+        The loss: float32, or float64 for float64 input. A row without positives, and with ``"negatives_only"`` a row without
+        negatives, has loss 0 and no gradient, and is included in the mean.
 
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit, before any work.
+        If an argument has a wrong type, shape, dtype, device or value.
 
     Notes
     -----
-    ``"in"`` is never above ``"out"`` (Jensen). The public code also multiplies by T / base_temperature, which is 1 by
-    default.
+    The loss with ``"in"`` is never larger than with ``"out"`` (Jensen's inequality). The published code also multiplies the
+    loss by temperature / base_temperature, which is 1 by default.
 
     References
     ----------
@@ -232,7 +238,7 @@ def sup_con(
     query, *every = promoted(each[0].query, *(given.keys for given in each))
     is_dense = weights is not None and (positives == "in" or denominator == "own_positive")
     if is_dense and backend not in (None, "reference"):
-        why = "only the reference takes positive_weights with positives='in' or denominator='own_positive'"
+        why = "only the reference supports positive_weights with positives='in' or denominator='own_positive'"
         raise backends.BackendUnavailable(f"{op}: backend {backend!r} cannot run this call ({why})")
     chosen = [
         backends.choose(op, summing_ops("logsumexp", stored), "reference" if is_dense else backend, (query, stored))
@@ -280,7 +286,7 @@ def _each_checked(
         return [_checked(op, query, keys, query_labels, key_labels, query_ids, *list(by_key.values())[1:])]
     for name, value in by_key.items():
         if value is not None:
-            raise checks.refuse(op, name, "None where keys are pools", value)
+            raise checks.refuse(op, name, "None if keys is a MoCoQueue, a Negatives or a list", value)
     checks.require_vectors(op, "query", query, "(B, D) or (B, V, D)", (2, 3))
     B, V = query.shape[0], query.shape[1] if query.dim() == 3 else 1
     rows = query if query.dim() == 2 else query.reshape(B * V, query.shape[-1])  # (B V, D)
@@ -288,8 +294,8 @@ def _each_checked(
     ids = None if query_ids is None else _of_views(op, "query_ids", query_ids, B, V)
     listed = pools_in(op, keys, "keys") if isinstance(keys, (list, tuple)) else [keys]
     if ids is not None and not any(has_tags(given, "ids") for given in listed):
-        raise checks.refuse(op, "query_ids", "None, for no pool of keys has ids", query_ids)
-    made = []
+        raise checks.refuse(op, "query_ids", "None, because no pool of keys has ids", query_ids)
+    checked = []
     for p, given in enumerate(listed):
         name = f"keys[{p}]" if isinstance(keys, (list, tuple)) else "keys"
         if given is None:
@@ -302,8 +308,8 @@ def _each_checked(
         own_ids = ids if has_tags(given, "ids") else None
         found, others = check_negatives(op, rows, None, given, own_ids, labels, name=name)
         everything = others._replace(query_labels=None, negative_labels=None)
-        made.append(_Given(rows, found, everything, others._replace(same_label=True), others, None))
-    return made
+        checked.append(_Given(rows, found, everything, others._replace(same_label=True), others, None))
+    return checked
 
 
 def _checked(
@@ -317,11 +323,11 @@ def _checked(
     named = [name for name, value in by_pair.items() if value is not None]
     if len(named) + (query_labels is not None or key_labels is not None) > 1:
         name = named[-1] if len(named) > 1 else ("query_labels" if query_labels is not None else "key_labels")
-        raise checks.refuse(op, name, f"None where {named[0]} is given", by_pair.get(name, query_labels))
+        raise checks.refuse(op, name, f"None if {named[0]} is given", by_pair.get(name, query_labels))
     if keys is None:
         for name, value in (("query_ids", query_ids), ("key_ids", key_ids), ("key_labels", key_labels)):
             if value is not None:
-                raise checks.refuse(op, name, "None where keys are the queries themselves", value)
+                raise checks.refuse(op, name, "None if keys is None", value)
         keys, own = rows, torch.arange(B * V, device=query.device)  # (B V,)
         if query_labels is None and not named:
             query_labels = torch.arange(B, device=query.device)
@@ -332,7 +338,7 @@ def _checked(
         if not named:
             for name, value in (("query_labels", query_labels), ("key_labels", key_labels)):
                 if value is None:
-                    raise checks.refuse(op, name, "given, or positive_mask or positive_weights", None, TypeError)
+                    raise checks.refuse(op, name, "given, or else positive_mask or positive_weights", None, TypeError)
                 checks.require_tensor(op, name, value, query)
         query_labels, query_ids = (
             value if value is None else _of_views(op, name, value, B, V)
@@ -450,28 +456,31 @@ def _joined(
         rows, count = _mean_over([-loss for loss, _ in own], [count for _, count in own], positives)
         return -rows.masked_fill(count == 0, 0.0), SupConStats(lse.detach(), count, (count == 0).sum())
     pull, count = _mean_over([part.pull for part in parts], [part.num_positives for part in parts], positives)
-    some = (count > 0) & (num_kept > 0)  # (B,)
-    rows = torch.where(some, lse.masked_fill(~some, 0.0) - pull, 0.0)
-    return rows, SupConStats(lse.detach(), count, (~some).sum())
+    has_loss = (count > 0) & (num_kept > 0)  # (B,)
+    rows = torch.where(has_loss, lse.masked_fill(~has_loss, 0.0) - pull, 0.0)
+    return rows, SupConStats(lse.detach(), count, (~has_loss).sum())
 
 
 def _mean_over(pulls: list[Any], counts: list[Tensor], positives: str) -> tuple[Tensor, Tensor]:
-    """The mean (B,) over all pools of entries or, for "in", the log of the mean of their exponentials; and their number (B,)."""
+    """Combine the means of several pools, weighted by their counts. Returns the combined mean (B,) and the total count (B,).
+
+    For "in", the entries are logarithms of means of exponentials, and so is the result.
+    """
     if len(pulls) == 1:
         return pulls[0], counts[0]
     pull, each = torch.stack(pulls), torch.stack(counts)  # (pools, B)
     count = each.sum(0)  # (B,)
-    some = count.clamp_min(1).to(pull.dtype)
+    num_or_one = count.clamp_min(1).to(pull.dtype)
     if positives == "out":
-        return (pull * each).masked_fill(each == 0, 0.0).sum(0) / some, count
+        return (pull * each).masked_fill(each == 0, 0.0).sum(0) / num_or_one, count
     terms = (pull + each.clamp_min(1).to(pull.dtype).log()).masked_fill(each == 0, -torch.inf)
-    return terms.masked_fill(count == 0, 0.0).logsumexp(0) - some.log(), count
+    return terms.masked_fill(count == 0, 0.0).logsumexp(0) - num_or_one.log(), count
 
 
 def _weighted_score(query: Tensor, keys: Tensor, weights: Tensor, same: Pool) -> tuple[Tensor, Tensor]:
     """The weighted mean score of the positives (B,) and their number (B,), by one product of weights and keys."""
     allowed = usable(same, query, keys)
-    assert allowed is not None  # of positive_weights
+    assert allowed is not None  # the pool has the mask of positive_weights
     kept = weights.float().masked_fill(~allowed, 0.0)  # (B, K)
     share = kept / kept.sum(1, keepdim=True).masked_fill(~allowed.any(1, keepdim=True), 1.0)
     with disable_autocast(query.device):
@@ -482,14 +491,14 @@ def _weighted_score(query: Tensor, keys: Tensor, weights: Tensor, same: Pool) ->
 def _as_own_keys(
     query: Tensor, query_labels: Any, masks: dict[str, Any], rank: int
 ) -> tuple[Tensor, Any, dict[str, Any]]:
-    """The queries of a call with keys None as rows (B V, D), with labels and masks of rows, and ids that no other rank has."""
+    """For a call with keys=None: the queries as rows (B V, D), with the labels and masks of rows, and globally unique ids."""
     B, V = query.shape[0], query.shape[1] if query.dim() == 3 else 1
     first = rank << 40
     by_pair = [name for name in ("positive_mask", "positive_weights") if masks.get(name) is not None]
     if query_labels is None and not by_pair:
         query_labels = first + torch.arange(B, device=query.device)
     if isinstance(query_labels, Tensor) and query_labels.shape == (B,):
-        query_labels = query_labels.repeat_interleave(V)  # any other shape is refused later
+        query_labels = query_labels.repeat_interleave(V)  # any other shape raises an error later
     own = first + torch.arange(B * V, device=query.device)
     masks = {**masks, "query_ids": own, "key_ids": own}
     for name in by_pair:
@@ -508,10 +517,10 @@ class SupConLoss(ScheduledLoss):
     positives, denominator, reduction, backend, return_stats : optional
         As in `sup_con`.
     gather_distributed : bool
-        Take the keys of every rank, with their labels, key_ids and key_mask (K,), and with the right gradient. `query_ids`
-        and `key_ids` must number the whole dataset. If keys is None, the keys are the queries of all ranks.
+        Whether to use the keys of all ranks, with their labels, key_ids and key_mask (K,), and with gradients across ranks.
+        `query_ids` and `key_ids` must be unique in the whole dataset. If keys is None, the keys are the queries of all ranks.
     process_group : ProcessGroup, optional
-        Of torch.distributed; default: all ranks.
+        The process group of torch.distributed. The default is all ranks.
 
     Examples
     --------
@@ -559,8 +568,23 @@ class SupConLoss(ScheduledLoss):
         step: int | Tensor | None = None,
         **masks: Any,
     ) -> Any:
-        """masks: positive_mask, positive_weights, query_ids, key_ids, key_mask of sup_con."""
-        # Queries that are their own keys have no tags of keys: a call with both is refused below.
+        """The loss of one batch.
+
+        Parameters
+        ----------
+        query, keys, query_labels, key_labels
+            As in `sup_con`.
+        step : int or Tensor, optional
+            The number of the training step. By default the module counts its calls.
+        **masks
+            positive_mask, positive_weights, query_ids, key_ids and key_mask of `sup_con`.
+
+        Returns
+        -------
+        Tensor (), (B,) or (B, V)
+            As `sup_con` returns.
+        """
+        # With keys=None, ids and key_labels are not allowed. A call with both raises an error in sup_con.
         tagged = any(tags is not None for tags in (key_labels, masks.get("query_ids"), masks.get("key_ids")))
         if (
             self.gathering.wanted

@@ -1,4 +1,4 @@
-"""SynCo: six kinds of synthetic negatives. The mixing kernel computes four of them; two are made from gathered vectors."""
+"""SynCo: six kinds of synthetic negatives. The mixing kernel computes four of them; two are computed from gathered vectors."""
 
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -25,34 +25,35 @@ from negmine.reference.selection import row_logsumexp
 
 @dataclass(frozen=True)
 class Kinds:
-    """How many synthetic negatives of each kind SynCo makes, from the `hard` hardest n of each query. Each h is scaled to unit
-    length.
+    """The numbers of synthetic negatives of each kind for SynCo.
 
-        interpolated   a q + (1 - a) n          a in [0, 0.5)      MoCHi's mix with the query
-        extrapolated   q + b (n - q)            b in [1, 1.5)      easier than n: it lies beyond n, seen from q
-        mixed          g n_a + (1 - g) n_b      g in [0, 1)        MoCHi's pair; n_a may be n_b
-        noised         n + sigma z              z normal in each of the D directions
+    Each is computed from a negative n, drawn from the `hard` hardest negatives of the query q, and divided by its norm.
+
+        interpolated   a q + (1 - a) n          a in [0, 0.5)      as with_query in MoCHi
+        extrapolated   q + b (n - q)            b in [1, 1.5)      easier than n, because it is farther from q in that direction
+        mixed          g n_a + (1 - g) n_b      g in [0, 1)        as pairs in MoCHi; n_a may be n_b
+        noised         n + sigma z              z standard normal (D,)
         graded         n + delta q              q is the gradient of the score with respect to n
         signed         n + eta sign(q)
 
     Parameters
     ----------
     hard : int
-        How many of the hardest negatives.
+        The number of hardest negatives from which n is drawn.
     interpolated, extrapolated, mixed, noised, graded, signed : int
-        How many of each kind a query gets.
+        The number of synthetic negatives of each kind for a query.
     sigma, delta, eta : float or Tensor
-        The sizes of the last three kinds.
+        The constants of the last three kinds.
 
     Raises
     ------
     ValueError
-        For an invalid value.
+        If a value is invalid.
 
     Notes
     -----
-    Parents and coefficients are uniform. The noised and signed kinds are gathered, (B, noised + signed, D); the others are
-    mixes of two vectors, whose logits are summed without the vectors.
+    Negatives and coefficients are drawn from uniform distributions. The noised and signed vectors (B, noised + signed, D)
+    are stored. The others are mixes of two vectors, whose logits are summed without storing the vectors.
 
     References
     ----------
@@ -89,13 +90,13 @@ class Kinds:
                 raise ValueError(f"Kinds: {name} must be a number of 0 or more, got {value!r}")
 
     def enabled_where(self, condition: Tensor) -> "Kinds":
-        """The same kinds, disabled if condition () bool is False. This allows a warm-up that is decided on the device."""
-        made = copy(self)
-        object.__setattr__(made, "enabled", condition)
-        return made
+        """A copy that adds no synthetic negatives while condition, a () bool tensor, is False. Schedules use it for a warm-up."""
+        changed = copy(self)
+        object.__setattr__(changed, "enabled", condition)
+        return changed
 
     def row_offset(self, name: str, row_offset: int | Tensor) -> int | Tensor:
-        """The row offset of a kind's random draws. Its high bits hold the kind's number, so no two kinds share a draw."""
+        """The row offset for the random draws of a kind. Its high bits are the number of the kind, so that the draws differ."""
         return row_offset + ((COUNTS.index(name) + 1) << 48)
 
 
@@ -104,14 +105,14 @@ PAPER = Kinds()
 
 
 def synco_vectors(query: Tensor, negative_keys: Tensor, index: Tensor, kinds: Kinds, draw: Draw) -> Tensor:
-    """The synthetic negatives (B, S, D) of `kinds`, in order and detached. This function defines every kind.
+    """The synthetic negatives (B, S, D) of all `kinds`, in the order of COUNTS, detached. This function defines the kinds.
 
     index (B, hard) int64 are the hard negatives of each query, padded with -1. A query without hard negatives gets zeros.
     """
     q, keys = query.detach()[:, None], negative_keys.detach()  # (B, 1, D), (K, D)
     seed, step, row_offset = draw
     count = (index >= 0).sum(1, keepdim=True)  # (B, 1)
-    made = []
+    vectors = []
     for name in COUNTS:
         slots = torch.arange(getattr(kinds, name), device=q.device)  # (S,)
         rows = torch.arange(len(q), device=q.device) + kinds.row_offset(name, row_offset)  # (B,)
@@ -132,8 +133,8 @@ def synco_vectors(query: Tensor, negative_keys: Tensor, index: Tensor, kinds: Ki
             h = n + kinds.delta * q
         else:
             h = n + kinds.eta * q.sign()
-        made.append(F.normalize(h, dim=2, eps=1e-12))
-    return torch.cat(made, 1).masked_fill((count == 0)[:, :, None], 0.0)
+        vectors.append(F.normalize(h, dim=2, eps=1e-12))
+    return torch.cat(vectors, 1).masked_fill((count == 0)[:, :, None], 0.0)
 
 
 def synco(
@@ -182,14 +183,14 @@ def synco(
             index = chosen.mine_hardest(q, n, N, False, *masks)[1]
         if kinds.enabled is not None:
             index = torch.where(kinds.enabled, index, -1)
-    sums = [x.lse.masked_fill(~x.some, -torch.inf)]
+    sums = [x.lse.masked_fill(~x.has_negative, -torch.inf)]
     gathered = kinds
     if chosen is not None:
         ranges = {"interpolated": (0.0, 0.5), "extrapolated": (-0.5, 0.0), "mixed": (0.0, 1.0)}
         if not isinstance(kinds.delta, Tensor):  # the kernel takes numbers
             ranges["graded"] = (kinds.delta / (1 + kinds.delta),) * 2
-        none: dict[str, Any] = dict.fromkeys(ranges, 0)
-        gathered = replace(kinds, **none)
+        no_rows: dict[str, Any] = dict.fromkeys(ranges, 0)
+        gathered = replace(kinds, **no_rows)
         for name, low_high in ranges.items():
             counts = (getattr(kinds, name), 0) if name == "mixed" else (0, getattr(kinds, name))
             key = Draw(draw.seed, draw.step, kinds.row_offset(name, draw.row_offset)).on_device(query)
@@ -200,9 +201,9 @@ def synco(
         with torch.no_grad():
             h = synco_vectors(widened(query), widened(negative_keys), index, gathered, draw)  # (B, S, D)
         x_made = (widened(query)[:, None] * h).sum(2) / temperature  # (B, S); autocast would round a matmul
-        nothing = (index < 0).all(1)  # (B,)
-        sums.append(row_logsumexp(x_made.masked_fill(nothing[:, None], 0.0)).masked_fill(nothing, -torch.inf))
+        is_empty = (index < 0).all(1)  # (B,)
+        sums.append(row_logsumexp(x_made.masked_fill(is_empty[:, None], 0.0)).masked_fill(is_empty, -torch.inf))
     parts = torch.stack(sums, 1)  # (B, sums)
-    some = ~(parts == -torch.inf).all(1)  # (B,) NaN counts as a value
-    lse = row_logsumexp(parts.masked_fill(~some[:, None], 0.0))
-    return reduced(op, F.softplus(lse - x.positive), Logits(x.positive, lse, some), reduction)
+    has_negative = ~(parts == -torch.inf).all(1)  # (B,) NaN counts as a value
+    lse = row_logsumexp(parts.masked_fill(~has_negative[:, None], 0.0))
+    return reduced(op, F.softplus(lse - x.positive), Logits(x.positive, lse, has_negative), reduction)

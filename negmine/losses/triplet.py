@@ -1,4 +1,4 @@
-"""triplet_loss: a hinge or a soft margin over mined triplets, and its module.
+"""triplet_loss: a hinge loss or a soft margin loss over mined triplets, and its module.
 
 negmine/losses/triplet_mining.py mines the triplets. The loss of the chosen rows is computed by differentiable PyTorch
 operations, as defined in negmine/reference/triplets.py.
@@ -54,14 +54,14 @@ def triplet_loss(
 
         v = d(query, p) - d(query, n) + margin
         loss = max(0, v)                          temperature=None
-               softplus(v / temperature)          a number: the soft margin; 1 is Hermans et al.'s, with margin=0
+               softplus(v / temperature)          temperature=a number (soft margin; Hermans et al. use 1, with margin=0)
 
     Parameters
     ----------
     query : Tensor (B, D)
-        Carries gradient.
+        Gets a gradient if it requires grad.
     keys : Tensor (K, D)
-        Carries gradient where it requires it.
+        Gets a gradient if it requires grad.
     query_labels : Tensor (B,)
         As in `mine_triplets`.
     key_labels : Tensor (K,)
@@ -69,11 +69,11 @@ def triplet_loss(
     positive, negative : str
         The rules of `mine_triplets`.
     margin : float
-        Of the rule and of the loss.
+        The margin of the mining rule and of the loss.
     temperature : float, optional
-        Given: the soft margin.
+        None for the hinge loss, or the temperature of the soft margin loss.
     distance : str
-        Of the mining and of the loss, as in `mine_triplets`.
+        The distance for mining and for the loss, as in `mine_triplets`.
     max_positives, num_negatives : int
         As in `mine_triplets`.
     query_ids : Tensor (B,), optional
@@ -83,29 +83,29 @@ def triplet_loss(
     key_mask : Tensor (K,) or (B, K) bool, optional
         As in `mine_triplets`.
     reduction : str
-        ``"mean"`` over the triplets that exist, those of loss 0 included, ``"sum"``, or ``"none"``: (B, P, N), 0 where
-        there is no triplet.
+        ``"mean"`` over the triplets that exist, including those with loss 0; ``"sum"``; or ``"none"``, which returns (B, P, N)
+        with 0 for triplets that do not exist.
     seed, step, row_offset : int or Tensor
         As in `mine_triplets`.
     backend : str, optional
         As in `info_nce`.
     return_stats : bool
-        Also return the Triplets.
+        Whether to return the Triplets too.
 
     Returns
     -------
     Tensor () or (B, P, N)
-        The loss: float32, or float64 for float64 input. Without any triplet it is 0. A query with NaN has no triplet.
+        The loss: float32, or float64 for float64 input. It is 0 if there is no triplet. A query with NaN has no triplet.
 
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit, before any work.
+        If an argument has a wrong type, shape, dtype, device or value.
 
     Notes
     -----
-    Gradient flows through the chosen pairs. Only the chosen rows, (B, P, D) and (B, P, N, D), are kept, so frozen keys may
-    be overwritten before backward.
+    The gradient flows through the pairs of the mined triplets. Only their rows, (B, P, D) and (B, P, N, D), are saved, so
+    keys that do not require grad may be overwritten before backward.
 
     Examples
     --------
@@ -121,7 +121,8 @@ def triplet_loss(
     checks.require_bool(op, "return_stats", return_stats)
     query, keys = promoted(query, keys)
     found = triplets_of(op, query, keys, pool, rule, draw, backend)
-    # Keys without grad are gathered and then widened. Keys with grad are widened first, so that gradients add up in fp32.
+    # Keys that require grad are converted to fp32 before they are gathered, so that their gradients are summed in fp32. Others
+    # are gathered first.
     _, query, _, keys = widen_once(None, query, None, keys)
     rows = reference.triplet_loss(
         widened(query),
@@ -150,14 +151,14 @@ class TripletLoss(ScheduledLoss):
     distance, max_positives, num_negatives, reduction, seed, backend, return_stats : optional
         As in `triplet_loss`.
     gather_distributed : bool
-        Take the keys of every rank, with their labels, key_ids and key_mask (K,), and with the right gradient. `query_ids`
-        and `key_ids` must number the whole dataset.
+        Whether to use the keys of all ranks, with their labels, key_ids and key_mask (K,), and with gradients across ranks.
+        `query_ids` and `key_ids` must be unique in the whole dataset.
     process_group : ProcessGroup, optional
-        Of torch.distributed; default: all ranks.
+        The process group of torch.distributed. The default is all ranks.
 
     Notes
     -----
-    In training mode, calls without `step` count themselves in the buffer `step`, so that each draws new random numbers.
+    In training mode, calls without `step` are counted in the buffer `step`, so that each call draws new random numbers.
 
     Examples
     --------
@@ -217,7 +218,22 @@ class TripletLoss(ScheduledLoss):
         step: int | Tensor | None = None,
         **masks: Any,
     ) -> Any:
-        """masks: query_ids, key_ids, key_mask, row_offset of triplet_loss."""
+        """The loss of one batch.
+
+        Parameters
+        ----------
+        query, keys, query_labels, key_labels
+            As in `triplet_loss`.
+        step : int or Tensor, optional
+            The number of the training step. By default the module counts its calls.
+        **masks
+            query_ids, key_ids, key_mask and row_offset of `triplet_loss`.
+
+        Returns
+        -------
+        Tensor () or (B, P, N)
+            As `triplet_loss` returns.
+        """
         step = self.count(step, query)
         options = at_step(self.options, step) | {"step": step} | masks
         return self.gathering.labelled(triplet_loss, query, keys, query_labels, key_labels, options)

@@ -1,8 +1,8 @@
-"""Mines triplets: for every query a positive and the negatives that a published rule selects, without the (B, K) matrix.
+"""Mines triplets: positives and negatives of each query by a published rule, without storing the (B, K) matrix.
 
-The positives are the pool of equal labels. The farthest key of a pool is the nearest one to -query, and "farther than the
-positive" is a bound by sort key (negmine/ops/sort_key.py). Every rule is therefore a few calls of mine_hardest, except the
-sampling in negmine/losses/distance_weighted.py. The dense definition is in negmine/reference/triplets.py.
+The positives are in the pool of equal labels. The farthest key of a pool is the nearest one to -query, and "farther than the
+positive" is a bound by a sort key (negmine/ops/sort_key.py). Every rule is therefore computed by a few calls of mine_hardest,
+except the sampling in negmine/losses/distance_weighted.py. The dense definition is in negmine/reference/triplets.py.
 """
 
 from typing import Any, NamedTuple, cast
@@ -36,22 +36,22 @@ SEVERAL = ("all", "multi_similarity")  # rules that may keep more than one posit
 
 
 class Triplets(NamedTuple):
-    """What `mine_triplets` returns. None of it carries gradient. A triplet (b, p, n) exists where ``negative[b, p, n] >= 0``.
+    """The result of `mine_triplets`, without gradient. A triplet (b, p, n) exists if ``negative[b, p, n] >= 0``.
 
     Attributes
     ----------
     positive : Tensor (B, P) int64
-        -1 where there is none.
+        The row numbers of the positives among the keys, -1 for an empty entry.
     negative : Tensor (B, P, N) int64
-        -1 where there is none.
+        The row numbers of the negatives for each positive, -1 for an empty entry.
     positive_score : Tensor (B, P) float32
-        -inf where there is none.
+        The scores of the positives, -inf for an empty entry.
     negative_score : Tensor (B, P, N) float32
-        -inf where there is none.
+        The scores of the negatives, -inf for an empty entry.
     num_triplets : Tensor () int64
-        How many triplets there are.
+        The number of triplets.
     num_without : Tensor () int64
-        How many queries have no triplet.
+        The number of queries without a triplet.
 
     Examples
     --------
@@ -62,20 +62,20 @@ class Triplets(NamedTuple):
     True
     """
 
-    positive: Tensor  # (B, P) int64, -1 if there is none
-    negative: Tensor  # (B, P, N) int64, -1 if there is none
-    positive_score: Tensor  # (B, P) fp32, -inf if there is none
-    negative_score: Tensor  # (B, P, N) fp32, -inf if there is none
+    positive: Tensor  # (B, P) int64
+    negative: Tensor  # (B, P, N) int64
+    positive_score: Tensor  # (B, P) fp32
+    negative_score: Tensor  # (B, P, N) fp32
     num_triplets: Tensor  # () int64
-    num_without: Tensor  # () int64: queries without any triplet
+    num_without: Tensor  # () int64
 
     def compact(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(anchor, positive, negative), each (T,) int64: the valid triplets. T depends on the data, so this synchronises."""
+        """The triplets that exist: anchor, positive and negative (T,) int64. T depends on the data, so this synchronises."""
         anchor, p, n = (self.negative >= 0).nonzero(as_tuple=True)
         return anchor, self.positive[anchor, p], self.negative[anchor, p, n]
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(a1, p, a2, n), 1-D int64: the sorted distinct pairs that occur in triplets. This synchronises."""
+        """The distinct pairs in triplets, sorted: (anchor, positive, anchor, negative), 1-D int64 each. This synchronises."""
         anchor, p, n = self.compact()
         positives, negatives = (torch.stack([anchor, other]).unique(dim=1) for other in (p, n))
         return positives[0], positives[1], negatives[0], negatives[1]
@@ -99,7 +99,7 @@ def with_bounds(pool: Pool, like: Tensor, lower: Tensor | None = None, upper: Te
 
 
 def _repeated(pool: Pool, P: int) -> Pool:
-    """The pool in which each query is repeated P times: (B * P)."""
+    """The pool of B * P queries, in which each query is repeated P times."""
 
     def repeated(per_query: Tensor | None) -> Tensor | None:
         return None if per_query is None else per_query.repeat_interleave(P, 0)
@@ -169,8 +169,11 @@ def _mined(
     score, index = (t.view(B, P, N) for t in mined[:2])
     if negative == "semihard_facenet":  # if nothing is farther, the easiest negative is used
         easiest_score, easiest_index = (t[:, None] for t in farthest(others, 1))  # (B, 1, 1)
-        none = (index[:, :, :1] < 0) & (torch.arange(N, device=index.device) == 0)  # (B, P, N)
-        score, index = torch.where(none, easiest_score, score), torch.where(none, easiest_index, index)
+        nothing_farther = (index[:, :, :1] < 0) & (torch.arange(N, device=index.device) == 0)  # (B, P, N)
+        score, index = (
+            torch.where(nothing_farther, easiest_score, score),
+            torch.where(nothing_farther, easiest_index, index),
+        )
     return positive_score, positive_index, score, index
 
 
@@ -183,20 +186,21 @@ def check_rule(
     max_positives: Any,
     num_negatives: Any,
 ) -> dict[str, Any]:
-    """The rule in the form that _mined and the reference take. Raises if its parts cannot be combined."""
+    """The checked rule as keyword arguments of the reference. Raises an error if its parts cannot be combined."""
     checks.require_choice(op, "positive", positive, POSITIVES)
     checks.require_choice(op, "negative", negative, NEGATIVES)
     checks.require_choice(op, "distance", distance, DISTANCES)
     margin = checks.require_scalar(op, "margin", margin, least=0)
     if (positive == "multi_similarity") != (negative == "multi_similarity"):
         name, value = ("negative", negative) if positive == "multi_similarity" else ("positive", positive)
-        raise checks.refuse(op, name, "'multi_similarity' where the other is", value)
+        other = "positive" if name == "negative" else "negative"
+        raise checks.refuse(op, name, f"'multi_similarity' if {other} is", value)
     if positive == "semihard" and negative not in ("hardest", "easiest"):
-        raise checks.refuse(op, "negative", "'hardest' or 'easiest' where positive is 'semihard'", negative)
+        raise checks.refuse(op, "negative", "'hardest' or 'easiest' if positive is 'semihard'", negative)
     if positive in SEVERAL:
         max_positives = checks.require_count(op, "max_positives", max_positives)
     elif max_positives is not None:
-        raise checks.refuse(op, "max_positives", f"None where positive is {positive!r}", max_positives)
+        raise checks.refuse(op, "max_positives", f"None if positive is {positive!r}", max_positives)
     num_negatives = checks.require_count(op, "num_negatives", num_negatives)
     return {
         "positive": positive,
@@ -224,7 +228,7 @@ def triplets_of(
     draw: Draw,
     backend: str | None,
 ) -> Triplets:
-    """The triplets of a call whose arguments were checked."""
+    """The triplets for checked arguments."""
     query, keys, width = query.detach(), keys.detach(), query.shape[1]
     vectors = (query, keys) if rule["distance"] == "cosine" else with_norms(query, keys, at_zero=1.0)
     kernels = backends.choose(op, ("mine_hardest",), backend, vectors)
@@ -268,72 +272,75 @@ def mine_triplets(
     row_offset: int | Tensor = 0,
     backend: str | None = None,
 ) -> Triplets:
-    """For every query b its positives p, keys of the same label, and against each the negatives n that a rule keeps.
+    """Positives p of each query, that is, keys with its label, and for each positive the negatives n that a rule selects.
 
-        positive            by score s, larger is nearer; equal scores rank by the lower index
-        "easy"              the nearest                              Xuan et al. 2020
-        "hard"              the farthest                             Hermans et al. 2017
-        "all"               the nearest max_positives
-        "semihard"          the farthest that is nearer than the chosen negative
-        "multi_similarity"  d_p + margin > the least d_n; the farthest max_positives
+        s is the score, d the distance; nearer means a larger s; of equal scores, the lower index is nearer
 
-        negative            the num_negatives nearest of
-        "hardest"           all
-        "easiest"           all, the farthest instead
-        "semihard"          s_n < s_p; none: no triplet              pytorch-metric-learning BatchEasyHardMiner
-        "semihard_facenet"  s_n < s_p; none: the farthest of all     FaceNet; tensorflow/addons triplet_semihard_loss
-        "semihard_band"     0 < d_n - d_p <= margin                  pytorch-metric-learning TripletMarginMiner, "semihard"
-        "violating"         d_n - d_p <= margin                      the same, "all"; with margin=0 its "hard"
-        "multi_similarity"  d_n - margin < the largest d_p           Wang et al. 2019, whose epsilon is margin, published 0.1
-        "distance_weighted" a sample, by 1 / density of d            Wu et al. 2017; d in [0.5, 1.4)
+        positive            selects
+        "easy"              the nearest positive                             Xuan et al. 2020
+        "hard"              the farthest positive                            Hermans et al. 2017
+        "all"               the max_positives nearest positives
+        "semihard"          the farthest positive that is nearer than the selected negative
+        "multi_similarity"  the max_positives farthest with d_p + margin > the smallest d_n
+
+        negative            selects the num_negatives nearest negatives with
+        "hardest"           any d_n
+        "easiest"           any d_n, but selects the farthest
+        "semihard"          s_n < s_p; no triplet if there is none           pytorch-metric-learning BatchEasyHardMiner
+        "semihard_facenet"  s_n < s_p; the farthest if there is none         FaceNet; tensorflow/addons triplet_semihard_loss
+        "semihard_band"     0 < d_n - d_p <= margin                          pytorch-metric-learning TripletMarginMiner "semihard"
+        "violating"         d_n - d_p <= margin                              the same, "all"; with margin=0 its "hard"
+        "multi_similarity"  d_n - margin < the largest d_p                   Wang et al. 2019, where margin is epsilon = 0.1
+        "distance_weighted" a random sample, weighted by 1 / density of d    Wu et al. 2017; d in [0.5, 1.4)
 
     Parameters
     ----------
     query : Tensor (B, D)
-        Used as given.
+        The queries. They are not normalised.
     keys : Tensor (K, D)
         A queue, the batch itself, or both concatenated.
     query_labels : Tensor (B,)
-        Whole numbers; equal labels are positives. -1 is unknown and equals nothing.
+        Integer tensor. Keys with an equal label are positives. -1 means unknown and is equal to nothing.
     key_labels : Tensor (K,)
-        Likewise.
+        The labels of the keys.
     positive, negative : str
         The rules above.
     margin : float
-        In units of the distance.
+        The margin, in units of the distance.
     distance : str
-        ``"cosine"``: d = -inner product. ``"euclidean"``: d = ||q - k||, and ``"squared_euclidean"``: d = ||q - k||^2, of
-        vectors of any norm. The latter two are mined in fp32 copies with two more columns, (K, D + 2), and rounding the
-        squared norms to fp32 is their error. They never select a row that is not finite.
+        ``"cosine"``: d = -inner product. ``"euclidean"``: d = ||q - k||, and ``"squared_euclidean"``: d = ||q - k||^2, for
+        vectors of any norm. The latter two are mined with fp32 copies that have two more columns, (K, D + 2), and are exact
+        except for the rounding of squared norms to fp32. They never select a row that is not finite.
     max_positives : int, optional
-        P; required where `positive` is ``"all"`` or ``"multi_similarity"``. Otherwise P is 1.
+        P, the number of positives of each query. Required if `positive` is ``"all"`` or ``"multi_similarity"``; else P is 1.
     num_negatives : int
-        N.
+        N, the number of negatives for each positive.
     query_ids : Tensor (B,), optional
-        A key of equal id is the same sample, neither positive nor negative. Give both ids where the queries are keys too.
+        A key with an equal id is the same sample, and so neither a positive nor a negative. Pass the ids of both queries and
+        keys if the queries are also among the keys.
     key_ids : Tensor (K,), optional
         The ids of the keys.
     key_mask : Tensor (K,) or (B, K) bool, optional
-        True = usable.
+        False means that the key is neither a positive nor a negative.
     seed, step, row_offset : int or Tensor
-        The key of the draws of ``"distance_weighted"`` and the global number of the first query. One sample a query,
-        without replacement, is shared by its positives.
+        They determine the random draws of ``"distance_weighted"``. row_offset is the global index of the first query. The
+        sample of a query is drawn without replacement, and is the same for all its positives.
     backend : str, optional
         As in `info_nce`.
 
     Returns
     -------
     Triplets
-        No gradient, and no synchronisation with the host.
+        Row numbers and scores, without gradient. The function does not synchronise with the host.
 
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit, before any work.
+        If an argument has a wrong type, shape, dtype, device or value.
 
     Notes
     -----
-    A NaN score is no candidate.
+    Keys with a NaN score are left out.
 
     Examples
     --------

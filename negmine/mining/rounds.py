@@ -128,8 +128,8 @@ def mining_rounds(
     Raises
     ------
     ValueError, TypeError
-        For input that does not fit. What embed or the mining raises on one rank is raised on all; what train_round raises
-        is not.
+        If an argument is invalid. An error of `embed` or of the mining on one rank is raised on all ranks; an error of
+        `train_round` is not.
 
     References
     ----------
