@@ -231,7 +231,7 @@ def test_results_speak_in_ids(tmp_path):
         np.testing.assert_array_equal(again.to_triplets(), result.to_triplets())
     with pytest.raises(ValueError, match="positives must be ids of corpus_ids, got \"'d999' for query 1\""):
         mine(X[:2], C, [["d0"], ["d1", "d999"]], corpus_ids=ids)
-    with pytest.raises(TypeError, match="positives must be strings, as the other ids are, got '0 "):
+    with pytest.raises(TypeError, match="positives must be strings, like the other ids, got '0 "):
         mine(X, C, P.tolist(), corpus_ids=ids)
 
 

@@ -438,7 +438,7 @@ REFUSALS = [
     (call(backend="gpu"), ValueError, "backend must be None"),
     (call(corpus=ROWS_7[:0]), ValueError, "positives must be row numbers of the corpus, in [0, 0)"),
     (call(index=""), TypeError, "index must be 'exact', a FAISS factory string, or a NegativeIndex, got ''"),
-    (call(index=NegativeIndex.build(ROWS_3)), ValueError, "must be the rows that the index holds, 3 of D = 4"),
+    (call(index=NegativeIndex.build(ROWS_3)), ValueError, "must be the rows of the index, 3 of D = 4"),
     (
         call(near_duplicate_score=1.0),
         ValueError,

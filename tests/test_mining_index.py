@@ -203,7 +203,7 @@ def test_a_faiss_file_that_faiss_cannot_read(tmp_path):
     part = {"index": ("uint8", None, index._engine.serialize)}
     facts = {"kind": "Flat", "dim": D, "rows": K + 1, "dtype": "float32", "options": {}}
     array_file.write("x", tmp_path / "index", "NegativeIndex", facts, part)
-    with pytest.raises(ValueError, match="holds 400 rows of D = 16, and its table says 401"):
+    with pytest.raises(ValueError, match="has 400 rows of D = 16, but its header says 401"):
         NegativeIndex.load(tmp_path / "index")
 
 
@@ -309,7 +309,7 @@ REFUSALS = [
     (lambda: _built("IVF4096,Flat"), ValueError, "embeddings must be rows enough to train 'IVF4096,Flat' on"),
     (lambda: _built("Flat", search_options={"nprobe": 3}), ValueError, "search_options must be parameters that"),
     (lambda: _built("Flat", search_options={"nprobe": "3"}), TypeError, "search_options must be a dict of names and numbers"),
-    (lambda: _built(search_options={"nprobe": 3}), ValueError, "left out where kind is 'exact'"),
+    (lambda: _built(search_options={"nprobe": 3}), ValueError, "must be None if kind is 'exact'"),
     (lambda: _built(train_rows=0), ValueError, "train_rows must be an int of 1 or more"),
     (lambda: _built(seed=-1), ValueError, "seed must be"),
     (lambda: _built(device="nowhere"), ValueError, "device must be a device that torch can use here"),
@@ -395,10 +395,10 @@ def test_what_shards_refuse(tmp_path):
     NegativeIndex.build(c[:, :5], "Flat").save(tmp_path / "narrow")
     for said, asked in {
         "load: max_memory_bytes must be at least 15981": lambda: NegativeIndex.load(paths, max_memory_bytes=9000),
-        "load: path must be files of one D and dtype, all 'exact' or none": lambda: NegativeIndex.load(
+        "load: path must be files with the same D and dtype, all or none": lambda: NegativeIndex.load(
             [*paths, tmp_path / "exact"]
         ),
-        "load: path must be files of one D and dtype": lambda: NegativeIndex.load([*paths, tmp_path / "narrow"]),
+        "load: path must be files with the same D and dtype": lambda: NegativeIndex.load([*paths, tmp_path / "narrow"]),
         "load: path must be an existing file, or a list of files": lambda: NegativeIndex.load([]),
         "add: an index of several files takes no rows": lambda: index.add(c),
         "save: an index of several files is saved already": lambda: index.save(tmp_path / "again"),
@@ -452,7 +452,7 @@ def test_resuming_keeps_the_index(tmp_path):
     index = NegativeIndex.build(c, "Flat")
     mine(q, c, list(range(60)), index=index, resume_dir=tmp_path / "other")
     index.add(c)
-    with pytest.raises(ValueError, match="corpus_embeddings must be the rows that the index holds, 800 of D = 16"):
+    with pytest.raises(ValueError, match="corpus_embeddings must be the rows of the index, 800 of D = 16"):
         mine(q, c, list(range(60)), index=index, resume_dir=tmp_path / "other")
     changed = NegativeIndex.build(-c, "Flat")
     with pytest.raises(ValueError, match=r"differs in content\.index"):

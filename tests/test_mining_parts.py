@@ -189,9 +189,9 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path):
     with pytest.raises(TypeError, match=r"engine must be a function that returns the Part .*, got 'NoneType'"):
         negmine.mine_hard_negatives(q, c, positives, engine=lambda *asked: None)
     for said, arguments in {
-        "first_row must be such that all rows": (plan, phase, q, c, 1),
-        f"corpus must be of the plan's D = {D} and float32": (plan, phase, q, c[:, 1:], 0),
-        f"queries must be of the plan's D = {D} and float32": (plan, phase, q.bfloat16(), c, 0),
+        "first_row must be at most": (plan, phase, q, c, 1),
+        f"corpus must be of D = {D} and float32, as the plan says": (plan, phase, q, c[:, 1:], 0),
+        f"queries must be of D = {D} and float32, as the plan says": (plan, phase, q.bfloat16(), c, 0),
         "queries must be at most 40 rows from query 0": (plan, phase, torch.cat([q, q]), c, 0),
         "plan must be a MiningPlan": (phase, plan, q, c, 0),
     }.items():

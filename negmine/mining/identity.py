@@ -1,10 +1,10 @@
-"""Find out which rows are the same document or the same query, and which documents may not be negatives of a query.
+"""Determines which rows are the same document or the same query, and which documents are not allowed as negatives of a query.
 
     document   corpus rows with equal ids, or with equal texts after NFC normalisation and white-space folding, transitively. The
-               lowest row represents the document. Empty texts are never equal. With deduplicate="exact", rows of equal embeddings
-               are the same document too.
-    query      rows with equal ids or equal texts; if neither ids nor texts are given, rows of equal embeddings. They share their
-               positives.
+               lowest row represents the document. Empty texts are never equal. With deduplicate="exact", rows with equal
+               embeddings are the same document too.
+    query      rows with equal ids or equal texts; if neither ids nor texts are given, rows with equal embeddings. The rows of a
+               query share their positives.
 
 Ids and texts are hashed to 128 bits once, before a scan. A scan uses row numbers only: the rows that represent documents, and the
 documents to leave out for each query.
@@ -25,9 +25,9 @@ from negmine.mining.row_lists import RowLists, SharedLists, parse
 from negmine.ops.checks import describe, refuse
 
 IDS = "one id per row: all ints or all strings, in a list, an array, or a column of a table"
-# A key has two words. These second words mark keys of ints and of empty texts, which are not hashes.
+# A key is two 64-bit words. Keys of ints and of empty texts are not hashes; these values of the second word mark them.
 INT_KEY, BLANK_KEY = 1 << 62, 1 << 61
-QUERIES = 8192  # queries counted at a time
+QUERIES = 8192  # how many queries are counted at a time
 SHARED = (
     "{}: {} rows of query_embeddings are equal to rows with other positives, so they share these positives; pass query_ids or "
     "query_texts if they are different queries"
@@ -44,7 +44,7 @@ def _hash(text: str) -> bytes:
 
 
 def text_keys(column: Column, blank: int) -> np.ndarray:
-    """(rows, 2) uint64 keys, equal for equal texts. Empty texts get unique keys; columns with different `blank` share none."""
+    """(rows, 2) uint64 keys, equal for equal texts. Empty texts get unique keys, also across columns with different `blank`."""
     keys = np.empty((len(column), 2), np.uint64)  # (rows, 2)
     for begin, block in column.texts():
         folded = [fold(text) for text in block]
@@ -58,9 +58,9 @@ def text_keys(column: Column, blank: int) -> np.ndarray:
 def id_keys(
     op: str, name: str, blocks: Any, rows: int, kind: type | None = None, place: str = "row"
 ) -> tuple[np.ndarray, type | None]:
-    """blocks of (begin, ids) -> keys (rows, 2) uint64, equal for equal ids, and the type of the ids.
+    """Keys (rows, 2) uint64, equal for equal ids, of blocks of (begin, ids), and the type of the ids.
 
-    Raises TypeError for ids that are not all of one type, which is `kind` if it is given.
+    Raises TypeError unless all ids have the same type, which must be `kind` if that is given.
     """
     keys = np.empty((rows, 2), np.uint64)  # (rows, 2)
     for begin, block in blocks:
@@ -68,9 +68,7 @@ def id_keys(
             found = str if isinstance(entry, str) else int if is_int(entry) else None
             if found is None or found is not (kind or found):
                 wanted = (
-                    "ints or strings"
-                    if kind is None
-                    else f"{'strings' if kind is str else 'ints'}, as the other ids are"
+                    "ints or strings" if kind is None else f"{'strings' if kind is str else 'ints'}, like the other ids"
                 )
                 raise refuse(
                     op, name, wanted, f"{describe(entry, 60)} ({type(entry).__name__}) in {place} {row}", TypeError
@@ -161,21 +159,21 @@ class Side:
 
 
 def _matches(keys: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """keys (rows, 2), others (P, 2) -> (P,) int64: the lowest row with an equal key; -1 if there is none."""
+    """For each of others (P, 2), the lowest row of keys (rows, 2) with an equal key: (P,) int64, -1 if there is none."""
     lowest = first_equal(np.concatenate([keys, others]))[len(keys) :]
     return np.where(lowest < len(keys), lowest, -1)
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """The documents that may not be negatives of each query."""
+    """The documents that are not allowed as negatives of each query."""
 
     given: RowLists  # the positives as given, without repetitions
-    positives: SharedLists  # those of all rows of the same query together
+    positives: SharedLists  # the positives of all rows of the same query
     exclude: RowLists
-    own: np.ndarray  # (Q,) int64: the document whose text is the query's; -1 = none
+    own: np.ndarray  # (Q,) int64: the document whose text equals that of the query; -1 = none
     id_groups: np.ndarray | None  # (K,) int64: the lowest row with the same id; None if positives are row numbers
-    first: np.ndarray | None  # (K,) int64: the lowest row of the same document; None = no two rows are one document
+    first: np.ndarray | None  # (K,) int64: the lowest row of the same document; None = every row is its own document
     rows: int  # K
 
     def documents(self, rows: np.ndarray) -> np.ndarray:
@@ -183,7 +181,7 @@ class Hidden:
         return rows if self.first is None else self.first[rows]
 
     def with_equal_rows(self, lowest: np.ndarray) -> "Hidden":
-        """The same, with rows of equal values as one document. lowest (K,) int64: the lowest row equal to each row."""
+        """A copy in which rows with equal embeddings are one document. lowest (K,) int64: the lowest row equal to each row."""
         return replace(self, first=lowest if self.first is None else joined_groups(self.first, lowest))
 
     @property
@@ -212,7 +210,7 @@ class Hidden:
         )
 
     def count(self, first: int, last: int) -> dict[str, int]:
-        """How many pairs of a query in [first, last) and a row are hidden for each reason; a pair counts for its first reason."""
+        """The number of pairs of a query in [first, last) and a row that are hidden, by reason; only the first reason counts."""
         sizes = np.ones(1, np.int64) if self.first is None else np.bincount(self.first, minlength=self.rows)
         id_sizes = None if self.id_groups is None else np.bincount(self.id_groups, minlength=self.rows)
         spare = 0 if self.first is None else self.rows - int((sizes > 0).sum())  # rows that do not represent a document
@@ -256,8 +254,8 @@ def resolve(
 ) -> Hidden:
     """Convert positives and exclusions, in any of their forms, to the documents hidden from each query.
 
-    query_digests: returns (Q, 2) uint64 hashes of the rows of query_embeddings. It is called if neither ids nor texts are
-    given; rows with equal hashes are then one query, and a warning is given if that adds positives to some rows.
+    query_digests: a function that returns (Q, 2) uint64 hashes of the rows of query_embeddings. It is called if neither ids nor
+    texts are given. Rows with equal hashes are then one query, and a warning is given if this adds positives to some rows.
     """
     known = corpus.id_keys
 

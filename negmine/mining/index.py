@@ -36,9 +36,9 @@ class Found(NamedTuple):
     Attributes
     ----------
     scores : array (Q, k) float32
-        Scores in descending order; -inf where fewer than k rows were found.
+        Scores in descending order; -inf at the end if fewer than k rows were found.
     indices : array (Q, k) int64
-        The rows' numbers; -1 where fewer than k rows were found.
+        The numbers of the rows; -1 at the end if fewer than k rows were found.
 
     Examples
     --------
@@ -48,12 +48,12 @@ class Found(NamedTuple):
     (8, 5)
     """
 
-    scores: np.ndarray  # (Q, k) fp32, descending, -inf past the end
-    indices: np.ndarray  # (Q, k) int64, -1 past the end
+    scores: np.ndarray  # (Q, k) fp32
+    indices: np.ndarray  # (Q, k) int64
 
 
 class NegativeIndex:
-    """An index of rows for exact or approximate search by inner product. Made by `build` or `load`.
+    """An index of rows for exact or approximate search by inner product. Use `build` or `load` to create one.
 
     Examples
     --------
@@ -86,7 +86,7 @@ class NegativeIndex:
         Parameters
         ----------
         embeddings : array, Tensor, path, or a list of these
-            (rows, D), in any form that mine_hard_negatives takes.
+            (rows, D), in any form that `mine_hard_negatives` accepts.
         kind : str
             "exact", a FAISS factory string ("Flat", "IVF4096,Flat", "IVF64,PQ16", "HNSW32"), or "cagra" of cuVS.
         train_rows : int, optional
@@ -96,16 +96,18 @@ class NegativeIndex:
         search_options : dict, optional
             Search options of the index: {"nprobe": 32}, {"efSearch": 128}, or {"itopk_size": 256} for "cagra".
         device : device, optional
-            Where it searches. A FAISS index on "cuda" needs faiss-gpu.
+            The device that searches. A FAISS index on "cuda" needs faiss-gpu.
         backend : str, optional
-            The kernels of an exact index; by default, those that the device supports best.
+            The backend of an exact index. The default chooses one automatically.
         max_memory_bytes : int, optional
-            How much memory one search of an exact index may use beyond the rows, queries and result. The default is 1 GiB.
+            How much memory one search of an exact index may use in addition to the rows, queries and result. The default is
+            1 GiB.
 
         Returns
         -------
         NegativeIndex
-            An exact index reads the rows from the caller's arrays or files. An approximate index holds its own copy in memory.
+            An exact index reads the rows from the given arrays or files whenever it searches. An approximate index has its own
+            copy of the rows in memory.
 
         Raises
         ------
@@ -137,7 +139,7 @@ class NegativeIndex:
 
     @property
     def kind(self) -> str:
-        """The kind that `build` was given."""
+        """The kind of the index, as passed to `build`."""
         return self._engine.kind
 
     @property
@@ -157,12 +159,12 @@ class NegativeIndex:
         return f"NegativeIndex({self.kind!r}, {len(self)} rows, D = {self.dim})"
 
     def add(self, embeddings: Any) -> None:
-        """Append rows. They are numbered from len(index) on.
+        """Append rows. The first of them gets the number len(index).
 
         Parameters
         ----------
         embeddings : array, Tensor, path, or a list of these
-            (rows, D), in any form that mine_hard_negatives takes.
+            (rows, D), in any form that `mine_hard_negatives` accepts.
 
         Raises
         ------
@@ -175,20 +177,20 @@ class NegativeIndex:
         self._engine.add(rows)
 
     def search(self, query_embeddings: Any, k: int) -> Found:
-        """Find the k rows of the largest inner product with each query.
+        """Find the k rows with the largest inner products with each query.
 
         Parameters
         ----------
         query_embeddings : array, Tensor, path, or a list of these
-            (Q, D), in any form that mine_hard_negatives takes.
+            (Q, D), in any form that `mine_hard_negatives` accepts.
         k : int
             How many rows to find for each query.
 
         Returns
         -------
         Found
-            scores and indices (Q, k), in descending order of the scores; -inf and -1 where fewer than k rows were found. An
-            "exact" index orders equal scores by row number. Other kinds return what the index finds, with its own scores.
+            scores and indices (Q, k), in descending order of the scores; -inf and -1 if fewer than k rows were found. An
+            "exact" index orders equal scores by row number. Other kinds return the rows and scores that the index computes.
 
         Raises
         ------
@@ -239,7 +241,7 @@ class NegativeIndex:
         Returns
         -------
         array (B, k) int64
-            Row numbers; -1 where the index finds fewer than k.
+            Row numbers; -1 if the index finds fewer than k rows.
         """
         _, ids = self._engine.search(query, min(k, self._engine.max_k or k))
         by_id = np.argsort(ids, axis=1, kind="stable")
@@ -252,7 +254,7 @@ class NegativeIndex:
     def recall(
         self, query_embeddings: Any, corpus_embeddings: Any, *, k: int = 10, queries: int = 256, seed: int = 0
     ) -> float:
-        """Measure the share of each query's k hardest rows that `search` finds.
+        """Measure the fraction of each query's k hardest rows that `search` finds.
 
         An exact scan finds the hardest rows. A returned row counts as found if its score, computed from the rows, is at least
         the k-th largest.
@@ -260,20 +262,25 @@ class NegativeIndex:
         Parameters
         ----------
         query_embeddings : array, Tensor, path, or a list of these
-            (Q, D), in any form that mine_hard_negatives takes.
+            (Q, D), in any form that `mine_hard_negatives` accepts.
         corpus_embeddings : array, Tensor, path, or a list of these
             The rows that the index was built from.
         k : int
-            How many hardest rows of each query are looked for.
+            The number of hardest rows of each query.
         queries : int
-            How many randomly chosen queries are used.
+            The number of queries to use, chosen at random.
         seed : int
             Seed of that random choice.
 
         Returns
         -------
         float
-            Between 0 and 1.
+            The recall, between 0 and 1.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is not valid.
 
         Examples
         --------
@@ -332,15 +339,16 @@ class NegativeIndex:
         Parameters
         ----------
         path : path, or a list of paths
-            The file. With several files, rows are numbered in the order of the files, and a search finds the best of all. They
-            need not be of one kind, but an exact index goes with exact ones only.
+            The file. With several files, rows are numbered in the order of the files, and a search returns the best rows of
+            all. The files may have different kinds, but either all or none of them must be "exact".
         search_options : dict, optional
             Search options that replace the saved ones.
         device, backend : optional
             As in `build`.
         max_memory_bytes : int, optional
-            As in `build`. With several approximate indexes, the size of those in memory at a time: the others are loaded,
-            searched and dropped in each search. The default is 1 GiB, or the largest if that is larger.
+            As in `build`. For several approximate indexes, the total size of the indexes that are kept in memory; the others
+            are loaded for each search and then released. The default is 1 GiB, or the size of the largest index if that is
+            larger.
 
         Returns
         -------
@@ -376,7 +384,7 @@ class NegativeIndex:
         first = files[0]
         for file in files[1:]:
             if (file.dim, file.dtype) != (first.dim, first.dtype) or (file.kind == "exact") != (first.kind == "exact"):
-                wanted = f"files of one D and dtype, all 'exact' or none: {first} in the first"
+                wanted = f"files with the same D and dtype, all or none of them 'exact' (the first is {first})"
                 raise checks.refuse(op, "path", wanted, f"{file} in {str(file.path)!r}")
         if first.kind == "exact":
             rows = Rows([shard for file in files for shard in file.open_rows().shards], first.dim, first.dtype)
@@ -392,7 +400,7 @@ class NegativeIndex:
         return cls(engine, first.dtype, dict(first.options), max_memory_bytes)
 
     def content_hash(self) -> str:
-        """A hash of the bytes that `save` would store, or of those that the files of shards hold.
+        """A hash of the bytes that `save` would write or, for several files, of the bytes in the files.
 
         Returns
         -------
@@ -407,7 +415,7 @@ class NegativeIndex:
 
 
 class _IndexFile:
-    """A file that `save` wrote: its facts and hashes are checked, and its index is not loaded yet."""
+    """A file that `save` wrote. Its header and hashes are checked; its index is not loaded yet."""
 
     def __init__(self, op: str, path: Any, search_options: dict | None, max_memory_bytes: int | None) -> None:
         self.op, self.path = op, path
@@ -421,7 +429,7 @@ class _IndexFile:
             if self.kind == "exact" and (shape != (self.rows, self.dim) or dtype not in (self.dtype, "uint16")):
                 raise ValueError(f"its rows are {dtype} {shape}, not {self.dtype} {(self.rows, self.dim)}")
         except (KeyError, TypeError, ValueError) as error:
-            what = f"{op}: {str(path)!r} is no NegativeIndex that this version reads"
+            what = f"{op}: {str(path)!r} is not a NegativeIndex that this version can read"
             raise ValueError(f"{what} ({cause(error)})") from error
 
     def __str__(self) -> str:
@@ -445,11 +453,11 @@ class _IndexFile:
             raise ValueError(f"{self.op}: {str(self.path)!r}: {cause(error)}") from error
         if (len(engine), engine.dim) != (self.rows, self.dim):
             what, came = f"{self.op}: {str(self.path)!r}", f"{len(engine)} rows of D = {engine.dim}"
-            raise ValueError(f"{what} holds {came}, and its table says {self.rows} of D = {self.dim}")
+            raise ValueError(f"{what} has {came}, but its header says {self.rows} of D = {self.dim}")
         return engine
 
     def shard(self, where: torch.device) -> IndexShard:
-        """The same, to be opened later."""
+        """The approximate index as a shard that is opened when it is searched."""
         part, facts = self._part, (self.kind, self.dim, self.rows)
         return IndexShard(self.path, *facts, part.size, part.blake2b, lambda: self.open(where))
 
@@ -478,12 +486,12 @@ def _check_arguments(op: str, kind: Any, train_rows: Any, seed: Any, options: An
     if not good or not all(isinstance(name, str) and is_real(value) for name, value in (options or {}).items()):
         raise checks.refuse(op, "search_options", "a dict of names and numbers", options, TypeError)
     if options and kind == "exact":
-        raise checks.refuse(op, "search_options", "left out where kind is 'exact'", options)
+        raise checks.refuse(op, "search_options", "None if kind is 'exact'", options)
 
 
 def require_same_rows(op: str, name: str, index: NegativeIndex, rows: Rows) -> None:
     if (len(rows), rows.dim) != (len(index), index.dim):
-        wanted = f"the rows that the index holds, {len(index)} of D = {index.dim}"
+        wanted = f"the rows of the index, {len(index)} of D = {index.dim}"
         raise checks.refuse(op, name, wanted, (len(rows), rows.dim))
 
 

@@ -3,18 +3,19 @@
 A job is a sequence of phases. A phase computes something from queries and rows of the corpus. It can be computed separately for
 any range of queries and any range of rows:
 
-    phase       what a part holds                                                             how parts are merged
+    phase       content of a part                                                             how parts are merged
     documents   a hash of the rows                                                            added
-    digests     the digest of each row, computed where equal rows count as one document       concatenated
+    digests     a hash of each row, only if equal rows are one document                       concatenated
     positives   the score of each query with each of its positives                            concatenated
-    counts      how many rows each filter drops                                               added
+    counts      the number of rows that each filter removes                                   added
     scan        the sort keys of each query's `depth` hardest rows, and the counts above      the hardest are kept; added
     rows        the vectors of some rows                                                      concatenated
     negatives   the final negatives of a share of the queries                                 concatenated
-    candidates  what a share of the rows answers to "documents", "positives" and "scan"       as these phases are
+    candidates  the content of "documents", "positives" and "scan" for a share of the rows    as in these phases
 
-mine_part computes a part from nothing but its arguments. merge_parts (merging.py) merges parts. A sort key holds a score and the
-row's number in the whole corpus, so no two sort keys are equal, and merging in any order gives the same bits as one process.
+mine_part computes a part. The part depends only on the arguments. merge_parts (shares.py) merges parts. A sort key consists of a
+score and the number of the row in the whole corpus, so no two sort keys are equal, and merging in any order gives the same bits
+as one process.
 
     def engine(plan, phase, queries):
         return merge_parts([mine_part(plan, phase, queries, shard, first_row) for first_row, shard in shards])
@@ -56,9 +57,9 @@ TILES = ("query_begin", "query_end", "row_begin", "row_end")
 
 @dataclass(frozen=True, eq=False)
 class MiningPlan:
-    """What all parts of one mining job share. `mine_hard_negatives` creates it and passes it to its engine.
+    """The settings that all parts of a mining job have in common. `mine_hard_negatives` passes it to its engine.
 
-    It can be pickled, and it holds no rows of the corpus.
+    It can be pickled, and it does not contain rows of the corpus.
 
     Attributes
     ----------
@@ -67,15 +68,16 @@ class MiningPlan:
     corpus_rows : int
         K, the number of rows of the corpus.
     dim : int
-        D.
+        D, the width of a row.
     dtypes : tuple of two str
         The dtypes of the queries and of the corpus.
     backend : str or None
-        The backend that was asked for.
+        The requested backend.
     chunk_size : int
-        How many rows of the corpus one kernel call reads.
+        The number of rows of the corpus that one kernel call reads.
     distinct : array (K,) bool or None
-        True for one row of each document, where rows of equal content are one document; None if all rows are searched.
+        True for the row that represents its document, False for the other rows of the document. None if no two rows are the
+        same document.
 
     Examples
     --------
@@ -113,13 +115,13 @@ class Phase:
     anchor : array (B,) float32, optional
         The score of each query's positives, from which margins are measured.
     depth : int
-        How many of its hardest rows a query keeps.
+        The number of hardest rows to keep for each query.
     filters : Select
         The filters that a row must pass.
     counted_filters : tuple of Select
-        The filters for which the dropped rows are counted.
+        The filters for which the removed rows are counted.
     rows : array (M,) int64, optional
-        The rows whose vectors are wanted, ascending.
+        The numbers of the rows whose vectors are requested, ascending.
 
     Examples
     --------
@@ -158,7 +160,7 @@ class Phase:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The result of a phase for some queries and some rows of the corpus. Made by `mine_part` and `merge_parts`.
+    """The result of a phase for some queries and some rows of the corpus, returned by `mine_part` and `merge_parts`.
 
     Attributes
     ----------
@@ -169,7 +171,7 @@ class Part:
     plan : str
         The digest of its MiningPlan.
     kernels : str
-        The kernels and the instruction set that computed it. Others may round scores differently.
+        The kernels and the instruction set that computed the scores. Other kernels may round differently.
     depth : int
         The depth of its Phase.
     tiles : array (T, 4) int64
@@ -200,7 +202,7 @@ class Part:
     facts: dict[str, Any]
 
     def header(self) -> dict[str, Any]:
-        """All attributes except the arrays, as JSON can hold them."""
+        """All attributes except the arrays, in a form that can be written as JSON."""
         names = ("phase", "phase_digest", "plan", "kernels", "depth", "facts")
         return {"format": FORMAT} | {name: getattr(self, name) for name in names}
 
@@ -295,8 +297,8 @@ class Part:
             raise ValueError(f"its sort keys are not {self.depth} deep")
 
     def require_complete(self, op: str, phase: Phase, plan: MiningPlan) -> None:
-        """Raise ValueError unless this is the part of `phase` and `plan` for all its queries and all rows of the corpus."""
-        wanted = "one that returns the part of all queries and all rows for the phase that it is given"
+        """Raise ValueError unless this is the part of `phase` and `plan` for all queries of the phase and all corpus rows."""
+        wanted = "one that returns the part of all queries and all rows for the given phase"
         if (self.plan, self.phase_digest) != (plan.digest, phase.digest):
             raise refuse(op, "engine", wanted, f"a part of another plan or phase, {self.phase}")
         edges = np.unique(np.r_[0, phase.num_queries, self.tiles[:, :2].ravel()])
@@ -334,11 +336,12 @@ ARRAYS: dict[str, dict[str, tuple[type, int]]] = {
         "pair_scores": (np.float32, 1),
     },
 }
-# Arrays whose length differs from that of "numbers"; it is checked when the result is made.
+# Arrays whose length differs from that of "numbers". Their lengths are checked when the MiningResult is created.
 RAGGED = (
     "positives_rows", "positive_pair_scores", "content", "pair_numbers", "pair_scores", "pair_rows", "excluded_rows", *IDS
 )  # fmt: skip
-# Ids are stored as ints, or as bytes with the size of each id. In "candidates", the first share holds what all have in common.
+# Ids are stored as ints, or as bytes with the size of each id. In "candidates", only the first share has the arrays that are
+# the same for all shares.
 STORED_IDS: dict[str, tuple[type, int]] = {name: (np.uint8 if name.endswith("_bytes") else np.int64, 1) for name in IDS}
 LISTS = [f"{of}_{what}" for of in ("positives", "pair", "excluded") for what in ("sizes", "rows")]
 OPTIONAL: dict[str, dict[str, tuple[type, int]]] = {
@@ -365,7 +368,7 @@ def unpack_ids(name: str, arrays: dict[str, np.ndarray]) -> list | None:
 
 
 def describe_kernels(ops: Kernels | None, device: torch.device, dtypes: Sequence[torch.dtype]) -> str:
-    """The kernels that compute scores and their instruction set, since both affect how scores are rounded."""
+    """The name of the kernels that compute scores and of their instruction set. Both affect how scores are rounded."""
     if ops is None:
         return f"reference on {device.type}"
     isa = f" {compiled.isa_for(*dtypes)}" if device.type == "cpu" else ""
@@ -373,7 +376,7 @@ def describe_kernels(ops: Kernels | None, device: torch.device, dtypes: Sequence
 
 
 class PartMiner:
-    """Computes parts for the range of corpus rows that one process holds."""
+    """Computes parts for a range of corpus rows."""
 
     def __init__(
         self,
@@ -387,9 +390,11 @@ class PartMiner:
         self.plan, self.rows, self.first_row, self.device = plan, rows, first_row, device
         end = first_row + len(rows)
         if not 0 <= first_row <= end <= plan.corpus_rows:
-            raise refuse(op, "first_row", f"such that all rows are of the corpus's {plan.corpus_rows}", first_row)
+            wanted = f"at most {plan.corpus_rows} - {len(rows)}, the rows of the whole corpus minus those of `corpus`"
+            raise refuse(op, "first_row", wanted, first_row)
         if (rows.dim, rows.dtype) != (plan.dim, plan.dtypes[1]):
-            raise refuse(op, "corpus", f"of the plan's D = {plan.dim} and {plan.dtypes[1]}", (rows.dim, rows.dtype))
+            wanted = f"of D = {plan.dim} and {plan.dtypes[1]}, as the plan says"
+            raise refuse(op, "corpus", wanted, (rows.dim, rows.dtype))
         by_name = {name: dtype for dtype, name in DTYPES.items()}
         dtypes = [by_name[name] for name in plan.dtypes]
         examples = [torch.empty(0, plan.dim, dtype=dtype, device=device) for dtype in dtypes]
@@ -398,7 +403,7 @@ class PartMiner:
         self.scan = Scan(self.ops, Corpus(rows, device, first_row), plan.chunk_size, plan.distinct, advance)
 
     def __call__(self, phase: Phase, query: Tensor | None, first_query: int = 0) -> Part:
-        """Compute the part for query (b, D), which holds queries first_query to first_query + b of the phase."""
+        """Compute the part for query (b, D), the queries [first_query, first_query + b) of the phase."""
         queries = (0, 1) if query is None else (first_query, first_query + len(query))
         with torch.no_grad():
             arrays = getattr(self, f"_{phase.name}")(phase, query, *queries)
@@ -424,8 +429,8 @@ class PartMiner:
     def _positives(self, phase: Phase, query: Tensor, begin: int, end: int) -> dict[str, np.ndarray]:
         queries, rows = phase.lists.queries, phase.lists.rows
         last = self.first_row + len(self.rows)
-        here = (queries >= begin) & (queries < end) & (rows >= self.first_row) & (rows < last)
-        numbers = np.flatnonzero(here)  # positions among the pairs of the phase
+        in_tile = (queries >= begin) & (queries < end) & (rows >= self.first_row) & (rows < last)
+        numbers = np.flatnonzero(in_tile)  # positions among the pairs of the phase
         scores = pair_scores(
             self.ops,
             lambda at: query[torch.from_numpy(at).to(query.device)].to(self.device),
@@ -469,17 +474,17 @@ def mine_part(
     plan : MiningPlan
         The plan that `mine_hard_negatives` passed to the engine.
     phase : Phase
-        The phase that it passed.
+        The phase that `mine_hard_negatives` passed to the engine.
     queries : array, Tensor, path, a list of these, or None
-        (b, D), the queries first_query to first_query + b of the phase; None for a phase that needs no queries.
+        (b, D), the queries [first_query, first_query + b) of the phase; None for a phase that needs no queries.
     corpus : array, Tensor, path, or a list of these
-        (C, D), the rows first_row to first_row + C of the corpus. Paths are opened by this call.
+        (C, D), the rows [first_row, first_row + C) of the corpus. Paths are opened by this call.
     first_row : int
         The number in the whole corpus of the first row in `corpus`.
     first_query : int
         The number in the phase of the first query in `queries`.
     device : device, optional
-        Where scores are computed. The default is the device of the queries, or else that of the corpus.
+        The device that computes scores. The default is the device of the queries, or else that of the corpus.
 
     Returns
     -------
@@ -505,18 +510,19 @@ def mine_part(
     op = "mine_part"
     for name, value, kind in (("plan", plan, MiningPlan), ("phase", phase, Phase)):
         if not isinstance(value, kind):
-            raise refuse(op, name, f"a {kind.__name__}, as mine_hard_negatives gives its engine", value, TypeError)
+            raise refuse(op, name, f"a {kind.__name__} that mine_hard_negatives passes to its engine", value, TypeError)
     for name, number in (("first_row", first_row), ("first_query", first_query)):
         require_count(op, name, number, 0)
     rows = Rows.open(op, "corpus", corpus)
     if queries is None:
         return PartMiner(op, plan, rows, first_row, resolve_device(op, device, rows))(phase, None)
-    held = Rows.open(op, "queries", queries)
-    if (held.dim, held.dtype) != (plan.dim, plan.dtypes[0]):
-        raise refuse(op, "queries", f"of the plan's D = {plan.dim} and {plan.dtypes[0]}", (held.dim, held.dtype))
-    if first_query + len(held) > phase.num_queries:
+    query_rows = Rows.open(op, "queries", queries)
+    if (query_rows.dim, query_rows.dtype) != (plan.dim, plan.dtypes[0]):
+        wanted = f"of D = {plan.dim} and {plan.dtypes[0]}, as the plan says"
+        raise refuse(op, "queries", wanted, (query_rows.dim, query_rows.dtype))
+    if first_query + len(query_rows) > phase.num_queries:
         wanted = f"at most {phase.num_queries - first_query} rows from query {first_query} on"
-        raise refuse(op, "queries", wanted, len(held))
-    where = resolve_device(op, device, held if held.device else rows)
+        raise refuse(op, "queries", wanted, len(query_rows))
+    where = resolve_device(op, device, query_rows if query_rows.device else rows)
     miner = PartMiner(op, plan, rows, first_row, where)
-    return miner(phase, held.block(0, len(held), where), first_query)
+    return miner(phase, query_rows.block(0, len(query_rows), where), first_query)

@@ -1,12 +1,12 @@
 """An exact scan: score a batch of queries against the corpus chunk by chunk, keep the hardest rows, and count removed rows.
 
     sort_keys (B, depth) int64, hardest first: the first `depth` rows of the pool by (score descending, row ascending)
-    dropped (len(counted_filters), B): how many rows of the pool each filter removes
+    dropped (len(counted_filters), B): the number of rows of the pool that each filter removes
 
 No (B, K) matrix is stored: each chunk is one kernel call, and its hardest rows are merged with those kept so far. A kernel always
-computes a score by the same sequence of operations (kernels/README.md), and sort keys hold global row numbers, so the result does
-not depend on the sizes of chunks and batches. The scores of positives come from the same kernel, with a mask that allows one row
-per query, so that margins compare scores with the same rounding.
+computes a score by the same sequence of operations (kernels/README.md), and sort keys have global row numbers, so the result does
+not depend on the sizes of chunks and batches. Scores of positives are computed by the same kernel, with a mask that allows one
+row per query, so that margins compare scores with the same rounding.
 """
 
 from collections.abc import Callable
@@ -44,11 +44,11 @@ def hardest_rows(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The hardest rows that pass the score filters of select.
 
-    anchor (B,) fp32: the positive scores that margins are measured from. Returns scores (B, N) fp32, index (B, N), and the
-    number of rows that pass, (B,) int64, or None unless want_num_kept.
+    anchor (B,) fp32: the scores of positives, for margins. Returns scores (B, N) fp32, index (B, N), and the number of rows that
+    pass, (B,) int64, or None unless want_num_kept.
     """
     if ops is not None:
-        # Bounds without a limit would only drop NaN scores, which are never candidates.
+        # Without filters or a window, bounds would only remove NaN scores, which mine_hardest never returns.
         if select.has_filter or select.starts_late or select.ends_early:
             pool = bounded(ops, query, keys, pool, select, anchor)
         if want_num_kept:
@@ -62,7 +62,7 @@ def hardest_rows(
 def count_kept(
     ops: Kernels | None, query: Tensor, keys: Tensor, pool: Pool, select: Select, anchor: Tensor | None
 ) -> Tensor:
-    """(B,) int64: how many rows of the pool pass the score filters of select."""
+    """(B,) int64: the number of rows of the pool that pass the score filters of select."""
     if ops is not None:
         return ops.count_negatives(query, keys, *bounded(ops, query, keys, pool, select, anchor))
     scores = reference.scores_of(widened(query), widened(keys))  # (B, C)
@@ -76,7 +76,7 @@ def pair_scores(
     query_numbers: np.ndarray,
     row_numbers: np.ndarray,
 ) -> np.ndarray:
-    """query_numbers, row_numbers (P,) -> (P,) fp32: the score of each pair, with the bits that a scan computes."""
+    """query_numbers, row_numbers (P,) -> (P,) fp32: the score of each pair, bit-identical to the score in a scan."""
     out = np.empty(len(query_numbers), np.float32)  # (P,)
     for begin in range(0, len(out), PAIRS):
         pairs = slice(begin, begin + PAIRS)
@@ -99,7 +99,7 @@ class Corpus:
         return len(self.rows)
 
     def gather(self, numbers: np.ndarray) -> Tensor:
-        """numbers (M,) int64 of the whole corpus -> (M, D)."""
+        """The rows (M, D) with the given numbers (M,) int64 in the whole corpus."""
         return self.rows.gather(numbers - self.first_row, self.device)
 
 
@@ -110,9 +110,8 @@ class Scan:
     ops: Kernels | None
     corpus: Corpus
     chunk_size: int
-    distinct: (
-        np.ndarray | None
-    )  # (K,) bool, of the whole corpus: False = a duplicate of a lower row; None = no duplicates are removed
+    # (K,) bool of the whole corpus: False = a duplicate of a lower row; None = no duplicates are removed
+    distinct: np.ndarray | None
     advance: Callable[[int], object] = lambda chunks: None  # called after each chunk
     prefilter: Prefilter = field(default_factory=Prefilter)
 
@@ -131,10 +130,10 @@ class Scan:
         filters: Select,
         counted_filters: list[Select],
     ) -> tuple[Tensor, Tensor]:
-        """Scan the corpus for a batch.
+        """Scan the corpus for a batch of queries (B, D).
 
-        query (B, D), excluded: rows to leave out for each query, anchor (B,) -> sort_keys (B, depth) of the rows that pass
-        `filters`, and dropped (len(counted_filters), B) int64.
+        excluded: the rows to leave out for each query. anchor (B,): the scores of positives, for margins. Returns the sort keys
+        (B, depth) of the hardest rows that pass `filters`, and dropped (len(counted_filters), B) int64.
         """
         B, device, first = len(query), self.corpus.device, self.corpus.first_row
         by_row = np.argsort(excluded.rows, kind="stable")
@@ -162,7 +161,7 @@ class Scan:
         return sort_keys, self.num_candidates - num_hidden - counts
 
     def pool(self, B: int, begin: int, end: int, queries: np.ndarray, columns: np.ndarray) -> Pool:
-        """The masks of one chunk: ids if each query hides at most one of its rows, else a bool mask (B, C)."""
+        """The pool of one chunk without the excluded rows: by ids if each query has at most one in it, else by a (B, C) mask."""
         first, device = self.corpus.first_row, self.corpus.device
         mask = None
         if self.distinct is not None:

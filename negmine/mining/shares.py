@@ -1,10 +1,10 @@
-"""Shares of a mining job that no engine runs: each is mined by a process of its own, and merge_parts makes the result of all.
+"""Shares of a mining job: independent processes mine one share each, and merge_parts combines the shares into the result.
 
-share of the rows      phase "candidates": the hardest rows of all queries among the rows of the share. The process reads its
-                       rows, the rows of positives where a margin is measured from them, and SAMPLED_ROWS others, by which
-                       shares of different corpora are told apart.
-share of the queries   phase "negatives": the negatives of some queries among all rows, where rows of different shares must
-                       be compared with each other, or counted, before the scan is complete.
+share of the rows      phase "candidates": the hardest rows of all queries among the rows of the share. The process reads the
+                       rows of its share, the rows of positives if a margin needs them, and SAMPLED_ROWS rows of the whole
+                       corpus, which show whether two shares belong to the same corpus.
+share of the queries   phase "negatives": the final negatives of some queries among all rows. This is used if rows of different
+                       shares must be compared with each other, or counted, before the scan is complete.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from negmine.ops import sort_key
 from negmine.ops.checks import refuse
 from negmine.options import Select
 
-SAMPLED_ROWS = 16  # of the whole corpus, read by every share of the rows
+SAMPLED_ROWS = 16  # number of rows of the whole corpus that every share of the rows reads
 
 
 def merge_parts(parts: Sequence[Part]) -> Part | MiningResult:
@@ -43,12 +43,12 @@ def merge_parts(parts: Sequence[Part]) -> Part | MiningResult:
     Returns
     -------
     Part or MiningResult
-        The merged part; or the MiningResult, once the parts hold every share of a job (`negmine mine --part`).
+        The merged part. If the parts are all shares of a job (`negmine mine --part`), the MiningResult.
 
     Raises
     ------
     ValueError, TypeError
-        If the parts do not belong together or overlap.
+        If the parts belong to different jobs or phases, or overlap.
 
     Examples
     --------
@@ -69,7 +69,7 @@ def merge_parts(parts: Sequence[Part]) -> Part | MiningResult:
 
 
 def result_of(part: Part) -> MiningResult:
-    """The MiningResult of a part that holds the negatives of all queries. It has no texts."""
+    """The MiningResult of a part with the negatives of all queries. It has no texts."""
     arrays, Q = part.arrays, len(part.arrays["numbers"])
     positives = RowLists(np.r_[0, np.cumsum(arrays["positives_sizes"])], arrays["positives_rows"])
     query_rows = arrays["query_rows"]
@@ -90,7 +90,7 @@ def result_of(part: Part) -> MiningResult:
 
 @dataclass(frozen=True)
 class _MergedScan:
-    """The source of a BatchMiner that knows the answer: the hardest rows of a batch of queries, filtered already."""
+    """A source for BatchMiner whose scan is already done: the hardest rows of a batch of queries that passed the filters."""
 
     sort_keys: Tensor  # (B, depth)
     num_rows: int
@@ -105,7 +105,7 @@ class _MergedScan:
         filters: Select,
         counted_filters: list[Select],
     ) -> tuple[Tensor, Tensor]:
-        """As Scan.run; nothing is counted here."""
+        """The result of Scan.run, with zeros as counts."""
         return self.sort_keys[:, :depth], torch.zeros(len(counted_filters), len(query), dtype=torch.int64, device="cpu")
 
 
@@ -122,7 +122,7 @@ def _negatives_of(part: Part) -> Part:
     if covered != K or not np.array_equal(arrays["pair_numbers"], np.arange(len(pairs.rows))):
         raise refuse(OP, "parts", f"of all {K} rows of the corpus", f"{covered} of them")
     select, raw = Select(**options["select"]), options["range_mode"] == "raw"
-    # As hard_negatives.py does it for a run of one process, where the scan comes in between.
+    # The same steps as in hard_negatives.py for one process, except for the scan.
     positive_scores = pairs.reduce(arrays["pair_scores"], options["positive_aggregation"])
     sort_keys = torch.from_numpy(arrays["sort_keys"])
     miner = BatchMiner(
@@ -139,12 +139,12 @@ def _negatives_of(part: Part) -> Part:
     sampled = torch.full((Q, miner.num_negatives), sort_key.NOWHERE)  # (Q, n)
     for begin in range(0, Q, MAX_QUERIES):
         numbers = torch.arange(begin, min(begin + MAX_QUERIES, Q), device="cpu")  # (B,)
-        of_batch = slice(begin, begin + len(numbers))
-        anchor = torch.from_numpy(positive_scores[of_batch]) if select.has_margin else None  # (B,)
-        batch = replace(miner, source=replace(miner.source, sort_keys=sort_keys[of_batch]))
+        batch_rows = slice(begin, begin + len(numbers))
+        anchor = torch.from_numpy(positive_scores[batch_rows]) if select.has_margin else None  # (B,)
+        batch = replace(miner, source=replace(miner.source, sort_keys=sort_keys[batch_rows]))
         window, dropped = batch.window(torch.empty(len(numbers), 0), numbers, anchor)  # (B, W)
         draw = (miner.strategy, numbers, options["seed"], options["sampling_temperature"])
-        sampled[of_batch] = sample(window, miner.num_negatives, *draw)
+        sampled[batch_rows] = sample(window, miner.num_negatives, *draw)
         for name, count in dropped.items() if raw else ():
             skipped[name] += count
     scores, indices = (each.numpy() for each in sort_key.unpack(sampled))
@@ -163,20 +163,20 @@ def _negatives_of(part: Part) -> Part:
 
 
 def places(own: RowLists, lists: RowLists, K: int) -> np.ndarray:
-    """Where each entry of `own` stands in `lists`, which hold all of them."""
-    wanted, held = (part.queries * K + part.rows for part in (own, lists))
-    by_pair = np.argsort(held, kind="stable")
-    return by_pair[np.searchsorted(held[by_pair], wanted)]
+    """The position in `lists` of each entry of `own`. Every entry of `own` occurs in `lists`."""
+    wanted, pairs = (part.queries * K + part.rows for part in (own, lists))
+    by_pair = np.argsort(pairs, kind="stable")
+    return by_pair[np.searchsorted(pairs[by_pair], wanted)]
 
 
 def sampled_hash(rows: Rows) -> str:
-    """A hash of SAMPLED_ROWS rows that are spread over the corpus, by which shares of different corpora are told apart."""
+    """A hash of SAMPLED_ROWS rows that are spread over the corpus. It differs between shares of different corpora."""
     numbers = np.unique(np.linspace(0, max(0, len(rows) - 1), SAMPLED_ROWS).astype(np.int64))[: len(rows)]
     block = rows.gather(numbers, torch.device("cpu")).contiguous() if len(rows) else torch.empty(0)
     return hashlib.blake2b(block.view(torch.uint8).numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def skip_counts(miner: BatchMiner, num_dropped: np.ndarray) -> dict[str, int]:
-    """num_dropped (B, filters) of nested filters -> how many pairs each filter drops, by its name."""
+    """The number of pairs that each filter removes, by its name, from num_dropped (B, filters) of nested filters."""
     totals = [0, *num_dropped.sum(0).tolist()]
     return {name: totals[i + 1] - totals[i] for i, name in enumerate(nested_filters(miner.select))}

@@ -50,9 +50,9 @@ FORMS = (
     "or a table of Arrow, pandas, polars or datasets"
 )
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-LANCE_ROWS = 1 << 16  # of a Lance dataset, decoded together
+LANCE_ROWS = 1 << 16  # how many rows of a Lance dataset are decoded together
 Shard = Tensor | np.ndarray | DecodedRows
-HASHED_ROWS = 2048  # rows in memory at a time while hashing
+HASHED_ROWS = 2048  # how many rows are in memory at a time while hashing
 
 
 def open_shard(op: str, name: str, value: Any) -> Shard:
@@ -105,9 +105,9 @@ def _open_npy(op: str, name: str, path: Path, inner: str) -> np.ndarray:
 
 
 def _choose_name(op: str, name: str, path: Path, inner: str, fitting: list[str], what: str) -> str:
-    """The name that was asked for, or the only suitable one."""
+    """The requested name, or the only suitable one."""
     if inner and inner not in fitting:
-        raise refuse(op, name, f"the name of {what} of {str(path)!r}: {', '.join(fitting) or 'it has none'}", inner)
+        raise refuse(op, name, f"the name of {what} in {str(path)!r}: {', '.join(fitting) or 'it has none'}", inner)
     if not inner and len(fitting) != 1:
         raise refuse(
             op, name, f"'path::name' with the name of {what}, unless the file has exactly one", f"{path}: {fitting}"
@@ -319,7 +319,7 @@ class Rows:
         return next((shard.device for shard in self.shards if isinstance(shard, Tensor)), None)
 
     def spans(self, size: int) -> Iterator[tuple[int, int]]:
-        """Consecutive spans (begin, end) of at most `size` rows that cover all rows. Each is in one shard, so none is copied."""
+        """Consecutive ranges (begin, end) of at most `size` rows that cover all rows. Each is within one shard."""
         for start, stop in zip(self.starts, self.starts[1:], strict=False):
             for begin in range(start, stop, size):
                 yield begin, min(begin + size, stop)
@@ -327,21 +327,20 @@ class Rows:
     def between(self, begin: int, end: int) -> "Rows":
         """Rows [begin, end), without a copy. No other row is read."""
         edges = zip(self.shards, self.starts, self.starts[1:], strict=False)
-        held = [shard[max(begin, a) - a : end - a] for shard, a, b in edges if a < end and begin < b]
-        return Rows(held or [self.shards[0][:0]], self.dim, self.dtype)
+        shards = [shard[max(begin, a) - a : end - a] for shard, a, b in edges if a < end and begin < b]
+        return Rows(shards or [self.shards[0][:0]], self.dim, self.dtype)
 
     def block(self, begin: int, end: int, device: torch.device) -> Tensor:
-        """Rows [begin, end) as (end - begin, D), copied only if they lie in several shards."""
-        shard = (
-            min(bisect.bisect_right(self.starts, begin), len(self.shards)) - 1
-        )  # an empty block may begin at the end
+        """Rows [begin, end) as (end - begin, D), copied only if they are in several shards."""
+        # min, because an empty block may begin after the last row.
+        shard = min(bisect.bisect_right(self.starts, begin), len(self.shards)) - 1
         if end > self.starts[shard + 1]:
             return self.gather(np.arange(begin, end), device)
         start = self.starts[shard]
         return as_tensor(self.shards[shard][begin - start : end - start]).to(device)
 
     def gather(self, numbers: np.ndarray, device: torch.device) -> Tensor:
-        """numbers (M,) int64 -> (M, D): rows of any shards."""
+        """The rows (M, D) with the given numbers (M,) int64, from any shards."""
         shard_of = np.searchsorted(self.starts, numbers, side="right") - 1  # (M,)
         shards = np.unique(shard_of)
         if len(shards) == 1:
@@ -354,11 +353,11 @@ class Rows:
         return out
 
     def _gather_from(self, shard: int, numbers: np.ndarray, device: torch.device) -> Tensor:
-        """numbers (M,) of rows of one shard -> (M, D). Indexing with torch would start its threads for a few rows each time."""
-        local, held = numbers - self.starts[shard], self.shards[shard]
-        if isinstance(held, Tensor):
-            return as_tensor(held.index_select(0, torch.from_numpy(local).to(held.device))).to(device)
-        return as_tensor(held[local]).to(device)
+        """The rows (M, D) with the given numbers (M,), all from one shard."""
+        local, rows = numbers - self.starts[shard], self.shards[shard]
+        if isinstance(rows, Tensor):
+            return as_tensor(rows.index_select(0, torch.from_numpy(local).to(rows.device))).to(device)
+        return as_tensor(rows[local]).to(device)  # NumPy's indexing starts no threads for a few rows, unlike torch's
 
     def content_sum(self, first_row: int = 0) -> np.ndarray:
         """(2,) uint64: the sum of the hashes of the rows, each multiplied by a number derived from its row number.
@@ -377,11 +376,11 @@ class Rows:
         return total
 
     def content_hash(self) -> str:
-        """One hash of the dtype, D and all rows in order."""
+        """A hash of the dtype, D and all rows in their order."""
         return content_hash(self.dtype, self.dim, len(self), self.content_sum())
 
     def row_digests(self) -> np.ndarray:
-        """(rows, 2) uint64: a 128-bit hash of each row. 0.0 and -0.0 have equal hashes, and so have equal bits of NaN."""
+        """(rows, 2) uint64: a 128-bit hash of each row. 0.0 and -0.0 have equal hashes, and so do NaNs with equal bits."""
         digests = np.empty((len(self), 2), np.uint64)  # (rows, 2)
         for begin, end in self.spans(HASHED_ROWS):
             digests[begin:end] = _digests((self.block(begin, end, torch.device("cpu")).float() + 0.0).numpy())
