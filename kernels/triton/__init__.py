@@ -1,6 +1,7 @@
-"""The Triton backend: one launcher per op, each beside its kernel.  __all__ is the list of what it implements.
+"""The Triton backend: one launcher for each op, in the file of its kernel. __all__ lists the ops that are implemented.
 
-Signatures and meaning: kernels/README.md.  Under TRITON_INTERPRET=1, set before import, the launchers take CPU tensors.
+kernels/README.md has the signatures and the meaning of the ops. If TRITON_INTERPRET=1 is set before import, the launchers accept
+CPU tensors.
 """
 
 from .count_negatives import count_negatives

@@ -1,6 +1,6 @@
-"""Whether what a scan kept of a row must hold the N hardest: enough of them found, and no buffer overflowed.
+"""Checks for each row that the columns kept by a scan include the N hardest: at least N were found, and no buffer overflowed.
 
-Rows that fail are told to the fallback by a rank that is still to be found; -1 says that nothing is missing.
+The result is a rank for each row: the rank that the exact search must still find if the check fails, else -1.
 """
 
 import torch
@@ -18,7 +18,7 @@ BLOCK_P = 32
 
 @triton.jit
 def offered(found_ptr, row, ok, BUFFERS, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Of each row: survivors of all its buffers, and the most that any of them was offered; (BLOCK_R,) int32 each."""
+    """For each row: the number of survivors in all its buffers, and the largest number in one of them; (BLOCK_R,) int32 each."""
     total = tl.zeros((BLOCK_R,), tl.int32)
     most = tl.zeros((BLOCK_R,), tl.int32)
     for p0 in range(0, BUFFERS, BLOCK_P):
@@ -44,7 +44,7 @@ def certificate_kernel(
 
 
 def certificate(survivors: Survivors, cut: Tensor, N: int) -> Tensor:
-    """(B, 1) int64: -1 where the survivors at or above cut (B, 1) hold the N hardest, else N - 1, the rank to be found."""
+    """(B, 1) int64: -1 if the survivors at or above cut (B, 1) include the N hardest, else N - 1, the rank to be found."""
     B, buffers = survivors.found.shape
     missing = torch.empty((B, 1), dtype=torch.int64, device=cut.device)
     BLOCK_R = 16 if capability(cut.device) == tiles.INTERPRETER else 4

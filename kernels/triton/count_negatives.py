@@ -1,8 +1,7 @@
-"""count_negatives in Triton: how many columns each query's pool holds.
+"""count_negatives in Triton: the number of columns in each query's pool.
 
-Without bounds only masks are read, no score is computed, and nothing at all is read where nothing is masked. With bounds the
-scores are those of every other op (score.py), so a count agrees with the window it counts. The queue is cut into parts whose
-counts are summed after the kernel.
+Without bounds no score is computed and only masks are read, if there are any. With bounds the scores are computed as in every
+other op (score.py), so the count of a window is exact. The queue is split into parts whose counts are summed after the kernel.
 """
 
 import torch
@@ -24,7 +23,7 @@ def count_negatives_kernel(
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     count_ptr, tiles_per_split, WITH_SCORES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """WITH_SCORES: a NaN score does not count, and there may be bounds."""
+    """WITH_SCORES: scores are computed, columns with NaN scores are not counted, and there may be bounds."""
     split = tl.program_id(1)
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     b_ok = offs_b < B
@@ -53,7 +52,7 @@ def count_negatives_kernel(
 
 
 def count(query: Tensor, negative_keys: Tensor, pool: KernelPool, numbers_only: bool) -> Tensor:
-    """(B,) int64; numbers_only: no NaN score counts, in a pool without bounds either."""
+    """(B,) int64. numbers_only: columns with a NaN score are not counted, even if the pool has no bounds."""
     B, K = query.shape[0], negative_keys.shape[0]
     with_scores = numbers_only or pool.is_bounded
     if not B or not K or not (pool.is_masked or with_scores):

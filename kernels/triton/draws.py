@@ -1,8 +1,9 @@
-"""How a synthetic negative is made, on the device: which two vectors, and how much of the first.
+"""The random draws of synthetic negatives on the device: which two vectors are mixed, and with which coefficient.
 
-The rule is kernels/README.md, "Draws": Philox4x32-10 with counter (row low, row high, slot, 0) and key (seed, step), so a
-draw depends on nothing but its row, slot, seed and step. On the host, kernel_draws turns the eleven draw values into the tuple
-that kernels take. What changes from step to step lies on the device, so that a captured graph draws anew each time.
+The rule is in kernels/README.md, "Draws": Philox4x32-10 with counter (row low, row high, slot, 0) and key (seed, step), so a draw
+depends only on its row, slot, seed and step. On the host, kernel_draws converts the eleven draw arguments into the tuple that
+kernels take. Values that change from step to step are tensors on the device, so that each replay of a captured graph draws new
+numbers.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import triton.language as tl
 
 
 class KernelDraws(NamedTuple):
-    """The draw arguments as kernels take them. No member may be a Python bool: the interpreter of Triton 3.6 fails on one."""
+    """The draw arguments for kernels. No field may be a Python bool, because the interpreter of Triton 3.6 fails on it."""
 
     pairs: int
     total: int  # S = pairs + with_query
@@ -22,7 +23,7 @@ class KernelDraws(NamedTuple):
     pair_high: float
     query_low: float
     query_high: float
-    distinct: tl.constexpr | None  # present: the two parents of a pair differ where there are two
+    distinct: tl.constexpr | None  # not None: the two parents of a pair must differ if there are two
     quantiles: Tensor | None  # (4097,) fp32
     seed: int
     step: Tensor | None  # () int64
@@ -47,7 +48,7 @@ def kernel_draws(
 
 @triton.jit
 def entries(hard_ptr, N):
-    """int64: how many of the N entries of a row of hard_index are columns; the others are -1, at its end."""
+    """int64: the number of columns in a row of hard_index with N entries; the other entries, at its end, are -1."""
     count = tl.zeros((), tl.int64)
     for n0 in range(0, N, 512):
         offs_n = n0 + tl.arange(0, 512)
@@ -64,18 +65,19 @@ def choose(u, n):
 
 @triton.jit
 def interpolate(low, high, fraction):
-    """low + (high - low) * fraction in separate roundings, as the reference has it: a fused multiply-add gives other bits.
+    """low + (high - low) * fraction, where the product is rounded before the sum, as in the reference. A fused multiply-add would
+    give other bits.
 
-    The product of two fp32 is exact in fp64, and a rounding between product and sum is one that no compiler may fuse away.
+    The product of two fp32 is exact in fp64, and the compiler may not remove the conversion back to fp32 before the sum.
     """
     return low + ((high - low).to(tl.float64) * fraction.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
 def draw(draws, b, slot, available, hard_ptr, ok):
-    """first, second (BLOCK_S,) int64 parents, -1 = the query or nobody; coefficient (BLOCK_S,) fp32 of the first.
+    """The parents first and second (BLOCK_S,) int64, -1 = the query or no parent; the coefficient (BLOCK_S,) fp32 of the first.
 
-    hard_ptr: the row of hard_index that belongs to b; available: how many of its entries are columns.
+    hard_ptr: the row of hard_index for query b; available: the number of its entries that are columns.
     """
     row = b
     if draws.row_offset is not None:
@@ -114,7 +116,7 @@ def draw(draws, b, slot, available, hard_ptr, ok):
 
 @triton.jit
 def mix_rows(query, keys_ptr, stride_kk, first, second, coefficient, offs_d, D: tl.constexpr):
-    """(BLOCK_S, BLOCK_D) fp32 unit vectors; zeros where there is no second parent.  query (BLOCK_D,) fp32."""
+    """(BLOCK_S, BLOCK_D) fp32 unit vectors; zeros if there is no second parent. query (BLOCK_D,) fp32."""
     d_ok = (offs_d < D)[None, :]
     ptrs = keys_ptr + first[:, None] * stride_kk + offs_d[None, :]
     n = tl.load(ptrs, mask=(first >= 0)[:, None] & d_ok, other=0.0).to(tl.float32)  # (BLOCK_S, BLOCK_D)

@@ -1,11 +1,11 @@
-"""The exact path for rows whose certificate failed: right for any input, ties, duplicates and clusters included.
+"""The exact search for rows whose check failed. It is correct for any input, including ties, duplicates and clusters.
 
-exact_rank_kernel     the sort key at a missing rank, by bisection on the score with one counting pass over the queue per step,
-                      then one pass that walks the ties of that score in index order. Row tiles without a failed row exit at
-                      once, so the launch costs next to nothing and no one has to ask the device whether it is needed.
+exact_rank_kernel     finds the sort key at a missing rank, by bisection on the score with one counting pass over the queue for
+                      each step, and then one pass over the ties of that score in index order. Tiles without a failed row return
+                      at once, so the launch costs little and the host need not wait for the result of the check.
 exact_collect_kernel  writes the columns at or above a sort key to the front of a failed row's buffer.
 
-Scores come from the same score_tile as in the passes that failed, so sort keys mean the same.
+Scores are computed by the same score_tile as in the earlier passes, so sort keys are comparable.
 """
 
 from torch import Tensor
@@ -57,8 +57,8 @@ def exact_rank_kernel(
     rows = pool_rows(pool, offs_b, b_ok)
     size = pool_size(pool, K)
 
-    # The score at the rank lies in [low, high): more than rank columns are >= low, at most rank are >= high. The first
-    # step counts the whole pool; low is always a score of the row.
+    # The score at the rank is in [low, high): more than `rank` columns are >= low, at most `rank` are >= high. The first
+    # step counts the whole pool. low is always a score of the row.
     low = tl.full((BLOCK_B,), LEAST, tl.int32)
     high = tl.full((BLOCK_B,), 2**31 - 1, tl.int32)
     more = tl.zeros((BLOCK_B,), tl.int32)  # columns >= high
@@ -81,12 +81,12 @@ def exact_rank_kernel(
         low = tl.where(enough, above, low)
         high = tl.where(short, middle, high)
         more = tl.where(short, count, more)
-        # A pool with no more than rank columns has no such rank: its first step comes out short.
+        # A pool with at most `rank` columns does not have this rank. The count of the first step shows it.
         active = active & (low != LEAST) & (high.to(tl.int64) - low > 1)
         middle = (low & high) + ((low ^ high) >> 1)
 
     found = failed & (low != LEAST)
-    ties_before = (rank - more).to(tl.int32)  # how many ties of lower index precede the wanted column
+    ties_before = (rank - more).to(tl.int32)  # how many ties with a lower index precede the wanted column
     seen = tl.zeros((BLOCK_B,), tl.int32)
     index = tl.zeros((BLOCK_B,), tl.int32)
     for k0 in tl.range(0, size, BLOCK_K, num_stages=1):
@@ -148,7 +148,7 @@ def exact_collect_kernel(
 def find_missing(
     query: Tensor, negative_keys: Tensor, missing: Tensor, out: Tensor, tile: tiles.ScoreTile, pool: KernelPool
 ) -> None:
-    """Overwrites out (B, R) int64 with the sort key at each rank in missing (B, R) int64; -1 leaves a cell as it is."""
+    """Overwrites out (B, R) int64 with the sort key at each rank in missing (B, R) int64; -1 leaves an entry unchanged."""
     B, R = missing.shape
     exact_rank_kernel[(-(-B // tile.BLOCK_B), R)](
         *score_arguments(query, negative_keys, tile, pool), missing, out, R, num_warps=tile.num_warps
@@ -159,7 +159,10 @@ def collect_from(
     query: Tensor, negative_keys: Tensor, cut: Tensor, missing: Tensor, survivors: Tensor, tile: tiles.ScoreTile,
     pool: KernelPool,
 ) -> None:  # fmt: skip
-    """Refills survivors (B, W) int64 where missing (B, 1) is a rank: all sort keys >= cut (B, 1) int64, or all at NOWHERE."""
+    """Refills survivors (B, W) int64 of rows whose missing (B, 1) is not -1 with all sort keys >= cut (B, 1) int64.
+
+    A cut of NOWHERE means all columns of the pool.
+    """
     exact_collect_kernel[(-(-query.shape[0] // tile.BLOCK_B),)](
         *score_arguments(query, negative_keys, tile, pool), cut, missing, survivors, survivors.shape[1],
         tiles.LANES, tiles.levels(tile), num_warps=tile.num_warps,

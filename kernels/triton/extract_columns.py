@@ -1,9 +1,9 @@
-"""Taking the few wanted columns out of a tile of scores, with no score changing threads.
+"""Extracts the few wanted columns from a tile of scores without moving scores between threads.
 
-A tile (BLOCK_B, BLOCK_K) is seen as (BLOCK_B, LANES, 2^LEVELS): the tensor core leaves columns 8 g + 2 lane + {0, 1} of a row
-with one lane, so this view costs nothing there (any other layout gives the same columns). One bit per column says which are
-wanted; one 32-bit word holds the bits of a row and lane; and each step takes the lowest wanted column of every word.
-A prefix sum over the tile instead costs two to three times the instructions, for it moves every score.
+A tile (BLOCK_B, BLOCK_K) is viewed as (BLOCK_B, LANES, 2^LEVELS). The result of the tensor core has columns 8 g + 2 lane + {0, 1}
+of a row in one lane, so this view costs nothing (with any other layout, the result is the same). A bit for each column says
+whether it is wanted, a 32-bit word has the bits of a row and a lane, and each step extracts the lowest wanted column of every
+word. A prefix sum over the tile would need two to three times the instructions, because it moves every score.
 """
 
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def wanted_by_lane(wanted, s, LANES: tl.constexpr, LEVELS: tl.constexpr):
-    """(BLOCK_B, LANES, 2^LEVELS) scores, and their words (BLOCK_B, LANES) int32; wanted must not hold NaN scores.
+    """(BLOCK_B, LANES, 2^LEVELS) scores, and their words (BLOCK_B, LANES) int32. Columns with a NaN score must not be wanted.
 
     Bit r of lane l is column 2 LANES (r // 2) + 2 l + r % 2.
     """
@@ -32,7 +32,7 @@ def any_wanted(word):
 
 @triton.jit
 def lowest_wanted(scores, word, LEVELS: tl.constexpr):
-    """Score fp32 and column int32 (BLOCK_B, LANES) of the lowest bit of each word; anything where a word is empty."""
+    """Score fp32 and column int32 (BLOCK_B, LANES) of the lowest bit of each word; undefined if a word is empty."""
     BLOCK_B: tl.constexpr = scores.shape[0]
     LANES: tl.constexpr = scores.shape[1]
     # The exponent of a power of two, as a float, is the number of its bit.

@@ -1,9 +1,9 @@
-"""gathered_grad_keys in Triton: the gradient that the columns of a list give the keys.
+"""gathered_grad_keys in Triton: the gradient of the keys for sums over lists of columns.
 
-The cells (b, m) are sorted by the key they name, in a stable sort, so that each key finds its own in one run. A program owns a
-key and sums its run, BLOCK_S cells at a time: no atomics, and the bits repeat.
+The entries (b, m) are sorted by their key with a stable sort, so that the entries of a key are contiguous. A program sums the
+entries of one key, BLOCK_S at a time. There are no atomics, so the result is deterministic.
 
-    row k = sum over the cells with index_bm = k of weight_bm q_b
+    row k = sum over the entries with index_bm = k of weight_bm q_b
 """
 
 import torch

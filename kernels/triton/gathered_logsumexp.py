@@ -1,6 +1,6 @@
-"""gathered_logsumexp in Triton: scores, log-sum-exp and softmax mean of the columns that a list names for each query.
+"""gathered_logsumexp in Triton: scores, log-sum-exp and mean of the listed columns of each query.
 
-A program owns one query. It gathers BLOCK_S of the listed rows at a time, scores each against the query, and keeps a running
+A program processes one query. It gathers BLOCK_S of the listed rows at a time, computes their scores, and keeps a running
 maximum, sum and mean in the exp2 domain.
 
     scores_bm = q_b . n_index_bm,   lse_b = log sum_m exp(scale * scores_bm),   mean_b = sum_m softmax_m n_index_bm
@@ -39,7 +39,7 @@ def gathered_logsumexp_kernel(
         )  # (BLOCK_S, BLOCK_D)
         s = tl.where(column >= 0, tl.sum(rows * query[None, :], 1), float("-inf"))  # (BLOCK_S,)
         tl.store(scores_ptr + b * M + offs_m, s, mask=offs_m < M)
-        x = tl.where(column >= 0, s * scale, float("-inf"))  # a scale of 0 makes no column of none
+        x = tl.where(column >= 0, s * scale, float("-inf"))  # needed because -inf times a scale of 0 is NaN
         m_new = tl.maximum(m, tl.max(x, 0))
         shift = finite_shift(m_new)
         decay = tl.math.exp2(m - shift)

@@ -1,11 +1,11 @@
-"""info_nce in Triton: the loss of each row and its gradient, finished by the kernel that merges the parts of its log-sum-exp.
+"""info_nce in Triton: the loss of each row and its gradient, computed by the kernel that merges the parts of its log-sum-exp.
 
     x = scale q . positive,   g = lse - x,   row = log(1 + exp(g)),   share = sigmoid(g)        decoupled: row = g, share = 1
     d row / d query = scale share (mean - positive),   d row / d scale = share q . (mean - positive)
 
-lse and mean are those of logsumexp over the pool, or between two of its ranks, joined with the log-sum-exp and the softmax mean
-of synthetic negatives where there are any. A row with no negative at all has loss 0 and no gradient. In PyTorch the same takes
-some twenty small launches, which a small batch waits for. Meaning of the arguments and results: kernels/README.md.
+lse and mean are those of logsumexp over the pool, or between two of its ranks, combined with the log-sum-exp and the mean of
+synthetic negatives if there are any. A row without any negative has loss 0 and no gradient. The same computation in PyTorch needs
+about twenty small launches, which dominate the time of a small batch. kernels/README.md explains the arguments and results.
 """
 
 from typing import NamedTuple
@@ -27,17 +27,17 @@ from .rank_window import rank_window
 
 
 class Mixed(NamedTuple):
-    """The synthetic negatives of each row, as the kernel takes them."""
+    """The synthetic negatives of each row, as an argument of the kernel."""
 
-    hard_index: Tensor  # (B, N) int64, the columns that may be parents
+    hard_index: Tensor  # (B, N) int64, the columns from which parents are drawn
     stride_hb: int
-    count: int  # synthetic negatives of a row that has a parent
+    count: int  # number of synthetic negatives of a row with at least one hard negative
     lse: Tensor  # (B,) fp32
-    mean: Tensor  # (B, D) fp32, where a gradient is wanted
+    mean: Tensor  # (B, D) fp32, only if a gradient is wanted
 
 
 class Results(NamedTuple):
-    """What the op returns, but the sort keys."""
+    """The results of the op except the sort keys."""
 
     rows: Tensor
     d_query: Tensor
@@ -56,7 +56,7 @@ def info_nce_kernel(
     mixed, results, B, SPLITS, WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, HAS_PIVOT: tl.constexpr, DECOUPLED: tl.constexpr,
     D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """mixed: synthetic negatives, None where there are none."""
+    """mixed: the synthetic negatives, or None."""
     LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
     b = tl.program_id(0).to(tl.int64)
@@ -116,11 +116,11 @@ def info_nce(
     """rows (B,), d_query (B or 0, D), d_scale (B or 0,), weight, lse, total (B,) fp32, num_kept, num_above, num_mixed (B,) int64,
     sort_keys (B, 2 or 0) int64.
 
-    Raises ValueError where ranks come with synthetic negatives.
+    Raises ValueError if both ranks and synthetic negatives are given.
     """
     columns = kernel_pool(pool)
     (B, D), K = query.shape, negative_keys.shape[0]
-    count = pairs + with_query if hard else 0  # synthetic negatives of a row
+    count = pairs + with_query if hard else 0  # number of synthetic negatives of a row
     if count and ranks is not None:
         raise ValueError("info_nce: ranks and synthetic negatives (hard above 0) are not supported together.")
     rows = query.new_empty(B, dtype=torch.float32)

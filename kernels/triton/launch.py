@@ -1,7 +1,7 @@
-"""What every launcher does first: see which card it runs on, how products are taken, and how arguments are spelled.
+"""Common code of the launchers: properties of the GPU, the tile of scores, and the common arguments of kernels.
 
-Nothing here waits for the device. A small batch waits for what Python does before a launch, so what depends on the card alone
-is remembered, and kernels take their arguments by position.
+Nothing here waits for the device. The time of a small batch is dominated by Python code before a launch, so properties of the GPU
+are cached, and kernels are called with positional arguments.
 """
 
 import functools
@@ -18,8 +18,8 @@ from .score import widens
 
 INTERPRET = triton.knobs.runtime.interpret
 
-# For kernels that sum products over threads: of a b + c d, one would round a b and fuse c d, its partner the other way:
-# threads that hold one sum would disagree in its last bit, and which of them stores it is left to the hardware.
+# For kernels that sum products over threads. For a b + c d, one thread may round a b and fuse c d, and another thread the
+# reverse. Threads with the same sum would then differ in its last bit, and the hardware decides which of them stores it.
 UNFUSED = {"enable_fp_fusion": False}
 
 
@@ -42,7 +42,7 @@ def programs_at_once(device: torch.device, tile: tiles.ScoreTile) -> int:
 
 
 def launcher(op: Callable) -> Callable:
-    """Runs op on the device of its first tensor: Triton launches on the current one."""
+    """Run op on the device of its first tensor, because Triton launches on the current device."""
     if INTERPRET:
         return op
 
@@ -62,7 +62,7 @@ def score_tile(query: Tensor, negative_keys: Tensor, pool: KernelPool) -> tiles.
 
 
 def score_arguments(query: Tensor, negative_keys: Tensor, tile: tiles.ScoreTile, pool: KernelPool) -> tuple:
-    """The arguments that begin the list of every kernel that scores.
+    """The first arguments of every kernel that computes scores.
 
     query_ptr, keys_ptr, stride_qb, stride_kk, B, K, pool, EVEN_K, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D
     """

@@ -1,7 +1,7 @@
-"""logsumexp in Triton: log-sum-exp over each query's pool at one or several scales, and the softmax mean of its keys.
+"""logsumexp in Triton: log-sum-exp over each query's pool at one or several scales, and the mean of its keys.
 
-The parts of the queue are summed apart (logsumexp_parts.py) and merged here, a row and a scale per program. Of a window of ranks
-the sort keys are found first (rank_window.py). Meaning of the arguments and results: kernels/README.md.
+The parts of the queue are summed separately (logsumexp_parts.py) and merged here, one row and one scale for each program. For a
+window of ranks, its sort keys are found first (rank_window.py). kernels/README.md explains the arguments and results.
 """
 
 import torch
@@ -47,7 +47,7 @@ def logsumexp(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """lse (S, B), mean (S, B or 0, D) fp32, num_kept, num_above (B,) int64, scores, index (B, N), sort_keys (B, 2 or 0) int64.
 
-    Raises ValueError where N > 0 and ranks come together.
+    Raises ValueError if N > 0 and ranks are combined.
     """
     columns = kernel_pool(pool)
     if N and ranks is not None:

@@ -1,13 +1,13 @@
 """logsumexp_grad_keys in Triton: the gradient of weighted log-sum-exps with respect to the keys.
 
-A program owns BLOCK_K keys and a slice of D and walks over all queries: scores and probabilities are made again from the saved
-lse, never stored, and every key row has one owner, so there are no atomics and the bits repeat. Wide embeddings take one
-program per slice of D.
+A program computes BLOCK_K rows of the result, for a slice of D, in a loop over all queries. Scores and probabilities are computed
+again with the saved lse and are never stored. Every row of the result is computed by one program, so there are no atomics and the
+result is deterministic. Wide embeddings are split into slices of D, one program each.
 
     row k = sum_b weight_b p_bk q_b,   p_bk = exp(scale * s_bk - lse_b) inside the pool
 
-Tensor cores take weight_b p_bk in the storage type. fp16 reaches neither the size of a gradient scaler's weights nor the
-smallness of one key's share in a long queue, so weights are first brought to 2^15 at most, and the result back.
+Tensor cores need weight_b p_bk in the storage type. The range of fp16 is too small for the large weights of a gradient scaler
+and for the small probabilities of a long queue, so the weights are scaled to at most 2^15 first, and the result is scaled back.
 """
 
 import torch
@@ -28,8 +28,10 @@ def add_queries(
     WIDEN: tl.constexpr, D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     SIGMOID: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, MENDED: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_K, SLICE): all queries, as the tile's keys weigh them. MENDED: queries of hidden pairs, and those that add nothing,
-    may hold anything."""
+    """(BLOCK_K, SLICE): the sum over all queries for the keys of the tile.
+
+    MENDED: the values of queries that do not contribute, or only have hidden pairs, may be anything, NaN included.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     acc = tl.zeros((BLOCK_K, SLICE), tl.float32)
     for b0 in tl.range(0, B, BLOCK_B, num_stages=STAGES):
@@ -49,7 +51,7 @@ def add_queries(
         if pool.bias is not None:
             x += pool_bias(pool, offs_k, k_ok)[None, :] * LOG2E
         if SIGMOID:
-            p = 1.0 / (1.0 + tl.math.exp2(-x))  # exp2 may overflow to inf: then p is 0
+            p = 1.0 / (1.0 + tl.math.exp2(-x))  # exp2 may overflow to inf; then p is 0
         else:
             p = tl.math.exp2(x)
         if MENDED:

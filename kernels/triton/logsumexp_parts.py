@@ -1,17 +1,17 @@
-"""Log-sum-exp over parts of the queue, and the sum of a row's parts: what logsumexp and info_nce have in common.
+"""Log-sum-exp over parts of the queue, and the merging of the parts of a row. logsumexp and info_nce use this code.
 
-Flash style: a program keeps BLOCK_B queries and walks its part of the queue in tiles, with a running maximum and sums in
-the exp2 domain; the (B, K) scores never exist. The queue is cut into SPLITS parts so that few queries still fill the card;
-`merged` adds the parts of a row in order, so the bits do not depend on timing. Wide embeddings accumulate their mean
-in slices of D, one program each, and score once per slice. Several scales are programs side by side.
+As in FlashAttention, with the keys as values, a program keeps BLOCK_B queries and processes its part of the queue in tiles, with
+a running maximum and running sums in the exp2 domain; the (B, K) scores are never stored. The queue is split into SPLITS parts so
+that a few queries still use the whole GPU. `merged` adds the parts of a row in order, so the result does not depend on timing.
+The mean of wide embeddings is computed in slices of D, one program each; each of them computes the scores again. Each scale has
+its own programs.
 
-Tensor cores take probabilities in the storage type, with 8 or 11 bits. The mean's part along the query, which is the softmax
-mean of the scores and alone decides the gradient of the scale, is therefore summed beside it in fp32 and put right at the end.
+Tensor cores need probabilities in the storage type, with 8 or 11 bits. The component of the mean along the query is the mean of
+the scores, which alone determines the gradient of the scale. It is therefore also summed in fp32, and replaces the rounded
+component at the end.
 
-All parts lie in one buffer of fp32, `cells` = S SPLITS B numbers each: sums of keys (cells, D) where the mean is wanted, then
-maxima, sums, sums along the query, columns kept and columns above the pivot, the last two as the bits of an int32.
-
-Idea: FlashAttention with keys as values.
+All parts are in one buffer of fp32. With `cells` = S * SPLITS * B, it has sums of keys (cells, D) if the mean is wanted, and then
+`cells` numbers each of: maxima, sums, sums along the query, columns kept, columns above the pivot. The last two are int32 bits.
 """
 
 from typing import NamedTuple
@@ -29,8 +29,8 @@ from .numerics import finite_shift
 from .pool import KernelPool, may_hide_pairs, pool_bias, pool_bounds, pool_keys, pool_masks, pool_rows, pool_size
 from .score import any_not_finite, as_stored, load_rows, load_whole_rows, or_zero, score_tile
 
-CHUNK = tl.constexpr(8)  # tiles that are searched for equal ids and labels together
-SEARCH = tl.constexpr(256)  # columns that such a search compares at a time
+CHUNK = tl.constexpr(8)  # how many tiles are searched together for equal ids and labels
+SEARCH = tl.constexpr(256)  # how many columns this search compares at a time
 
 
 @triton.jit
@@ -42,10 +42,10 @@ def add_columns(
 ):  # fmt: skip
     """The running sums with columns [start, stop) added.
 
-    PLAIN: every row sees all of them. WHOLE: they are whole tiles. MENDED: hidden pairs may hold anything.
+    PLAIN: nothing is masked. WHOLE: the columns are whole tiles. MENDED: hidden pairs may hold any values, NaN included.
     """
     m, z, along, num_kept, num_above, acc = sums
-    # No score is below -inf, which the compiler cannot know: masks that depend on scores are computed where the scores lie.
+    # No score is below -inf, but the compiler does not know this. A mask that depends on scores gets the layout of the scores.
     floor = -tl.abs(scale) * float("inf")
     for k0 in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
         offs_k = k0 + tl.arange(0, BLOCK_K)
@@ -55,7 +55,7 @@ def add_columns(
             query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, keys, offs_k, k_ok, stride_kk,
             D, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN,
         )  # (BLOCK_B, BLOCK_K)  # fmt: skip
-        allowed = tl.broadcast_to(k_ok[None, :], (BLOCK_B, BLOCK_K))  # all of them in a plain tile, which costs nothing
+        allowed = tl.broadcast_to(k_ok[None, :], (BLOCK_B, BLOCK_K))  # all True in a whole tile, which costs nothing
         inside = allowed  # (BLOCK_B, BLOCK_K)
         if not PLAIN:
             allowed = pool_masks(pool, rows, offs_b, b_ok, offs_k, k_ok)  # (BLOCK_B, BLOCK_K)
@@ -91,7 +91,7 @@ def add_columns(
 
 @triton.jit
 def no_sums(BLOCK_B: tl.constexpr, SLICE: tl.constexpr):
-    """The running sums over nothing: maxima, sums, sums along the query, columns kept, columns above the pivot, sums of keys."""
+    """The initial running sums: maxima, sums, sums along the query, columns kept, columns above the pivot, sums of keys."""
     m = tl.full((BLOCK_B,), float("-inf"), tl.float32)
     z = tl.zeros((BLOCK_B,), tl.float32)
     along = tl.zeros((BLOCK_B,), tl.float32)
@@ -109,13 +109,13 @@ def sums_of_part(
     WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr,
     HIDES: tl.constexpr, BY_TAGS: tl.constexpr,
 ):  # fmt: skip
-    """The running sums over columns [start, stop). HIDES: there are masks or bounds; BY_TAGS: ids and labels alone.
+    """The running sums over columns [start, stop). HIDES: there are masks or bounds. BY_TAGS: only ids and labels hide pairs.
 
-    Tiles whose masks are read are half as wide, so that registers suffice. Equal ids are rare: a chunk of tiles is searched for
-    them first, and without any its masks are not read.
+    Tiles whose masks are read are half as wide, so that there are enough registers. Equal ids are rare, so a chunk of tiles is
+    searched for them first; if there are none, its masks are not read.
     """
     sums = no_sums(BLOCK_B, SLICE)
-    # Columns past the end of the queue are looked for in its last tile alone, which is added after the loop.
+    # Only the last tile, which is added after the loop, may extend past the end of the queue.
     whole = stop
     if not EVEN_K:
         whole = start + tl.maximum(stop - start, 0) // BLOCK_K * BLOCK_K
@@ -177,7 +177,7 @@ def logsumexp_kernel(
         start, stop, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size, pool, rows, scale, pivot,
         EVEN_K, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_MEAN, ALONG, SLICE, STAGES, HIDES, BY_TAGS,
     )  # fmt: skip
-    if WANT_MEAN and HIDES_PAIRS:  # what is hidden may hold anything, and 0 times that is not 0
+    if WANT_MEAN and HIDES_PAIRS:  # hidden rows may hold NaN, and 0 * NaN is not 0
         broken = any_not_finite(acc, b_ok)
         if ALONG:
             broken = broken | any_not_finite(along[:, None], b_ok)
@@ -212,7 +212,7 @@ def merged(
     WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, HAS_PIVOT: tl.constexpr,
     D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The parts of row b as one: log2 sum_p 2^m_p z_p, mean (BLOCK_D,) = sum_p 2^m_p acc_p over the same sum; counts add up.
+    """The merged parts of row b: log2 sum_p 2^m_p z_p, mean (BLOCK_D,) = sum_p 2^m_p acc_p divided by that sum, and counts.
 
     ALONG: then mean += query (sum_p 2^m_p along_p / sum - query . mean) / |query|^2.
     """
@@ -263,7 +263,7 @@ def merged(
 
 
 class Parts(NamedTuple):
-    """What the parts of the queue say of each row, as a kernel that merges them takes it."""
+    """The sums over parts of the queue for each row, as an argument of the kernel that merges them."""
 
     buffer: Tensor  # fp32
     splits: int
@@ -273,7 +273,7 @@ class Parts(NamedTuple):
 def sum_parts(
     query: Tensor, negative_keys: Tensor, scales: Tensor, pivot: Tensor | None, want_mean: bool, pool: KernelPool
 ) -> Parts:
-    """The parts of S log-sum-exps, B > 0; scales (S,) or ()."""
+    """The sums over parts of the queue for S log-sum-exps. B > 0; scales are (S,) or ()."""
     (B, D), K, S = query.shape, negative_keys.shape[0], scales.numel()
     tile = choose_tile(query, negative_keys, pool)
     splits, per_split = tiles.even_splits(B, K, tile, programs_at_once(query.device, tile))

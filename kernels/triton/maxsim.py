@@ -1,8 +1,8 @@
-"""maxsim in Triton: for each token of a query the largest score with a token of a document, summed over the query's tokens.
+"""maxsim in Triton: for each query token the largest score with a token of a document, summed over the tokens of the query.
 
-A program keeps a tile of query tokens, whole queries where they fit, and goes through its documents one after the other, in
-tiles of tokens. Queries longer than a tile are cut into parts, whose sums are added in order: no atomics. (B, I, K, J) never
-exists. Meaning of the arguments and results: kernels/README.md.
+A program keeps a tile of query tokens, with whole queries if they fit, and processes its documents one after the other, in tiles
+of tokens. Queries longer than a tile are split into parts whose sums are added in order, without atomics. The token scores
+(B, I, K, J) are never stored. kernels/README.md explains the arguments and results.
 """
 
 import torch

@@ -1,12 +1,12 @@
-"""mine_hardest in Triton: the N hardest columns of each query's pool, exact, without the (B, K) scores.
+"""mine_hardest in Triton: the N hardest columns of each query's pool, exact, without storing the (B, K) scores.
 
-    sample   score evenly spaced keys; the cut is a score that nearly always admits at least N columns    (sample*.py)
-    scan     one pass over the queue keeps what reaches the cut, a little more than N columns             (scan.py)
-    check    at least N found and no buffer overflowed, or the cut admits everything: then the N hardest are among them
-    finish   rows that fail are refilled by an exact search; then a top-N of the sort keys kept
+    sample   score evenly spaced keys, and choose a cut: a score that nearly always at least N columns reach    (sample*.py)
+    scan     keep the columns that reach the cut, a little more than N, in one pass over the queue              (scan.py)
+    check    if at least N were found and no buffer overflowed, the N hardest are among them                    (certificate.py)
+    finish   refill rows that fail the check by an exact search, and take the top N of the sort keys            (exact_search.py)
 
-A short queue, or N close to K, skips to the finish with whole rows of sort keys, in chunks of rows. A sort key is a distinct
-int64 (kernels/README.md), so ties resolve themselves: lower index first.
+If the queue is short, or N is close to K, only the last step is done, with the sort keys of all columns, in chunks of rows. Sort
+keys are distinct int64 (kernels/README.md), so ties go to the lower index.
 """
 
 import torch
@@ -30,9 +30,7 @@ def hardest_by_scan(query: Tensor, negative_keys: Tensor, N: int, tile: tiles.Sc
     """(B, N) int64 sort keys, hardest first, through a sample and a scan."""
     plan, sample_rank = tiles.mining_plan(negative_keys.shape[0], N, capability(query.device))
     scores = sample(query, negative_keys, plan.size, tile, pool)  # (B, size)
-    cut = sample_quantile(
-        scores, sample_rank
-    )  # (B, 1), -inf where too little of the pool was sampled to leave anything out
+    cut = sample_quantile(scores, sample_rank)  # (B, 1), -inf if the sample of the pool is too small for a cut
     survivors = scan(query, negative_keys, cut, None, plan.capacity, tile, pool)
 
     missing = certificate(survivors, cut, N)  # (B, 1)

@@ -1,7 +1,7 @@
-"""mix_logsumexp in Triton: log-sum-exp and softmax mean of each query's synthetic negatives, which are never stored.
+"""mix_logsumexp in Triton: log-sum-exp and mean of each query's synthetic negatives, which are never stored.
 
-A program owns one query. It makes the same mixes as mix_negatives (draws.py), BLOCK_S at a time, scores each against the
-query, and keeps a running maximum, sum and mean in the exp2 domain.
+A program processes one query. It computes the same synthetic negatives as mix_negatives (draws.py), BLOCK_S at a time, and their
+scores, and keeps a running maximum, sum and mean in the exp2 domain.
 
     lse_b  = log sum_s exp(scale * q_b . h_bs),   mean_b = sum_s softmax_s h_bs
 """

@@ -1,7 +1,7 @@
-"""mix_negatives in Triton: synthetic negatives, each a normalised mix of two hard negatives or of the query and one.
+"""mix_negatives in Triton: synthetic negatives, each a normalised mix of two hard negatives or of the query and a hard negative.
 
-A program makes BLOCK_S synthetic negatives of one query: it draws their parents and coefficients (draws.py), gathers the
-parents' rows and stores the mixes, their parents and their coefficients. Source: MoCHi (Kalantidis et al. 2020).
+A program computes BLOCK_S synthetic negatives of one query: it draws their parents and coefficients (draws.py), gathers the rows
+of the parents, and stores the vectors, the parents and the coefficients. Source: MoCHi (Kalantidis et al. 2020).
 """
 
 import torch

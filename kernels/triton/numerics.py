@@ -1,4 +1,4 @@
-"""Arithmetic that stays right at the ends of the range of fp32."""
+"""Arithmetic that is accurate at the ends of the range of fp32."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def finite_shift(m):
-    """The maximum to subtract; 0 where it is infinite, so that inf - inf never happens."""
+    """The maximum to subtract from exponents; 0 if it is infinite, so that inf - inf does not occur."""
     return tl.where(tl.abs(m) == float("inf"), 0.0, m)
 
 

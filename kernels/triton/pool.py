@@ -1,10 +1,10 @@
-"""Which columns a row may see: the pool as one kernel argument, and what it says on the device.
+"""The pool, that is, which columns are candidates of each query, as one kernel argument, and its evaluation on the device.
 
-On the host, kernel_pool turns a negmine.ops.pool.Pool into the tuple that kernels take; what is absent is None there, and costs
-a kernel nothing. On the device there are four steps: pool_size says how many rows of the queue exist; pool_rows reads what
-belongs to the queries once; pool_keys says which key rows may be read at all; pool_masks and pool_bounds say, for a tile,
-which columns are allowed and which lie inside the bounds. What sums logits also asks for pool_bias. Meaning: kernels/README.md,
-"Pool".
+On the host, kernel_pool converts a negmine.ops.pool.Pool into the tuple that kernels take. Absent parts are None and cost a
+kernel nothing. On the device there are four steps: pool_size gives the number of valid rows of the queue; pool_rows reads the
+values of the queries once; pool_keys gives the rows of keys that may be read; pool_masks and pool_bounds give, for a tile, the
+columns that the masks allow and those inside the bounds. Kernels that sum logits also call pool_bias. kernels/README.md, section
+"Pool", has the meaning.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from .sort_key import unpack
 
 
 class KernelPool(NamedTuple):
-    """The pool as kernels take it. No member may be a Python bool: the interpreter of Triton 3.6 fails on one."""
+    """The pool for kernels. No field may be a Python bool, because the interpreter of Triton 3.6 fails on it."""
 
     key_mask: Tensor | None = None  # (K,) bool
     pair_mask: Tensor | None = None  # (B, K) bool
@@ -29,7 +29,7 @@ class KernelPool(NamedTuple):
     negative_ids: Tensor | None = None  # (K,) int64
     query_labels: Tensor | None = None  # (B,) int64
     negative_labels: Tensor | None = None  # (K,) int64
-    same_label: tl.constexpr | None = None  # present: equal labels are what is kept
+    same_label: tl.constexpr | None = None  # not None: the columns with equal labels are kept
     lower: Tensor | None = None  # (B,) int64 sort keys
     upper: Tensor | None = None  # (B,) int64 sort keys
     num_rows: Tensor | None = None  # () int64
@@ -53,23 +53,23 @@ class KernelPool(NamedTuple):
 
     @property
     def hides_pairs(self) -> bool:
-        """True where a column may be hidden from some queries and not from others."""
+        """True if a column may be hidden from some queries but not from others."""
         return self.is_bounded or self.hides_some_pairs
 
     @property
     def hides_some_pairs(self) -> bool:
-        """The same, bounds aside."""
+        """The same, without regard to the bounds."""
         return any(x is not None for x in (self.pair_mask, self.query_ids, self.query_labels, self.guide_query))
 
     @property
     def hides_by_tags(self) -> bool:
-        """True where nothing but equal ids or labels hides pairs, nor a mask columns."""
+        """True if only equal ids or labels hide pairs, and no mask hides columns."""
         tagged = self.query_ids is not None or self.query_labels is not None
         others = self.pair_mask, self.key_mask, self.same_label, self.guide_query
         return tagged and all(part is None for part in others) and not self.is_bounded
 
     def of_queries(self, start: int, stop: int) -> "KernelPool":
-        """The pool of queries [start, stop): what belongs to queries is cut, what belongs to keys stays."""
+        """The pool of queries [start, stop): tensors of queries are sliced, tensors of keys are unchanged."""
         of_queries = ("pair_mask", "query_ids", "query_labels", "lower", "upper", "guide_query", "guide_limit")
         parts = {name: getattr(self, name) for name in of_queries}
         return self._replace(**{name: x[start:stop] for name, x in parts.items() if x is not None})
@@ -80,7 +80,7 @@ SAME_LABEL = tl.constexpr(True)
 
 
 def kernel_pool(pool: tuple) -> KernelPool:
-    """The negmine.ops.pool.Pool that ends the arguments of an op, as its kernels take it."""
+    """Convert the last arguments of an op, a negmine.ops.pool.Pool, for its kernels."""
     (
         mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, num_rows,
         bias, guide_query, guide_keys, guide_limit, same_label,
@@ -119,7 +119,7 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 @triton.jit
 def pool_size(pool, K):
-    """int32: how many rows of the queue may be read, of the K that there are."""
+    """int32: how many of the K rows of the queue are valid."""
     size = K
     if pool.num_rows is not None:
         size = tl.minimum(tl.load(pool.num_rows), K).to(tl.int32)
@@ -128,7 +128,7 @@ def pool_size(pool, K):
 
 @triton.jit
 def pool_rows(pool, offs_b, b_ok):
-    """ids, labels (BLOCK_B,) int64 and the two bounds' (score fp32, index int32); zeros where absent."""
+    """ids and labels (BLOCK_B,) int64, and score fp32 and index int32 of the two bounds; zeros if absent."""
     ids = tl.zeros_like(offs_b)  # (BLOCK_B,)
     labels = tl.zeros_like(offs_b)  # (BLOCK_B,)
     lower = tl.zeros_like(offs_b)  # (BLOCK_B,)
@@ -148,9 +148,9 @@ def pool_rows(pool, offs_b, b_ok):
 
 @triton.jit
 def pool_keys(pool, offs_k, size, EVEN_K: tl.constexpr):
-    """(BLOCK_K,) bool: key rows below `size` that a (K,) mask lets be read.
+    """(BLOCK_K,) bool: the rows of keys below `size` that a (K,) mask allows to be read.
 
-    EVEN_K says that no tile passes the size, and makes an unmasked pool a constant that costs nothing per score.
+    EVEN_K: no tile extends past `size`. Without masks, the result is then a constant that costs nothing.
     """
     if EVEN_K:
         k_ok = tl.full(offs_k.shape, 1, tl.int1)
@@ -163,7 +163,7 @@ def pool_keys(pool, offs_k, size, EVEN_K: tl.constexpr):
 
 @triton.jit
 def pool_masks(pool, rows, offs_b, b_ok, offs_k, k_ok):
-    """(BLOCK_B, BLOCK_K) bool: columns the masks allow; of rows past B nothing is promised.  rows: from pool_rows."""
+    """(BLOCK_B, BLOCK_K) bool: the columns that the masks allow; undefined for rows past B. rows: from pool_rows."""
     ids, labels, _, _, _, _ = rows
     allowed = tl.broadcast_to(k_ok[None, :], (offs_b.shape[0], offs_k.shape[0]))  # (BLOCK_B, BLOCK_K)
     if pool.pair_mask is not None:
@@ -187,13 +187,13 @@ def pool_masks(pool, rows, offs_b, b_ok, offs_k, k_ok):
 
 @triton.jit
 def folded(tags):
-    """int32 of int64 tags: equal tags stay equal, and others seldom become so."""
+    """Fold int64 tags into int32: equal tags remain equal, and different tags rarely become equal."""
     return (tags ^ ((tags >> 32) * 0x9E3779B1)).to(tl.int32)
 
 
 @triton.jit
 def may_hide_pairs(pool, rows, start, stop, BLOCK_K: tl.constexpr):
-    """Whether a column of [start, stop) may have an id or a label of these rows: a comparison of 32 bits for each pair."""
+    """Whether a column in [start, stop) may have the id or label of one of these rows, by comparing 32 bits of each pair."""
     ids, labels, _, _, _, _ = rows
     hits = tl.zeros((), tl.int32)
     for k0 in range(start, stop, BLOCK_K):
@@ -210,7 +210,7 @@ def may_hide_pairs(pool, rows, start, stop, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def guide_scores(pool, offs_b, b_ok, offs_k, k_ok):
-    """(BLOCK_B, BLOCK_K) fp32: the scores by the guide."""
+    """(BLOCK_B, BLOCK_K) fp32: the guide's scores."""
     G: tl.constexpr = pool.guide_width
     BLOCK_G: tl.constexpr = pool.guide_block
     WIDEN: tl.constexpr = pool.guide_widens
@@ -224,7 +224,7 @@ def guide_scores(pool, offs_b, b_ok, offs_k, k_ok):
 
 @triton.jit
 def pool_bias(pool, offs_k, k_ok):
-    """(BLOCK_K,) fp32: what is added to the logits of columns, where there is a bias at all."""
+    """(BLOCK_K,) fp32: the bias of the columns, for a pool that has a bias."""
     return tl.load(pool.bias + offs_k, mask=k_ok, other=0.0)
 
 

@@ -1,13 +1,13 @@
-"""rank_thresholds in Triton: the sort key at given ranks of each query's pool, exact, without the (B, K) scores.
+"""rank_thresholds in Triton: the sort key at given ranks of each query's pool, exact, without storing the (B, K) scores.
 
-    sample   score evenly spaced keys; two of them bracket each rank nearly always                        (sample*.py)
-    scan     one pass keeps what lies in the brackets, a few percent, and counts what lies above them     (scan.py)
-    check    the key found lies in its bracket, at or past the columns counted above it                   (select_by_rank.py)
-    finish   the key by its rank among the kept ones; cells that fail are found by an exact search        (exact_search.py)
+    sample   score evenly spaced keys, and choose two scores that bracket each rank nearly always              (sample*.py)
+    scan     keep the columns in the brackets, a few percent, and count those above them, in one pass          (scan.py)
+    check    the sort key is in its bracket, and its rank is not among the columns counted above it            (select_by_rank.py)
+    finish   take the sort key by its rank among the kept ones, or find it by an exact search if the check fails (exact_search.py)
 
-Two ranks share a scan. A short queue is searched in whole rows of sort keys. Many ranks are read off whole rows of scores,
-sorted, which costs the same for any number of them. Ranks stay on the device, so every plan has room for the widest bracket,
-that of a median.
+Two ranks share a scan. For a short queue, the sort keys of all columns are searched. Many ranks are read from the sorted scores
+of all columns, which costs the same for any number of ranks. The ranks are known only on the device, so memory is reserved for
+the widest bracket, that of a median.
 """
 
 import torch

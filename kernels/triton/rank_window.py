@@ -1,8 +1,8 @@
-"""A pool narrowed to the columns between two of its ranks.
+"""Narrows a pool to the columns between two of its ranks.
 
-The sort keys at the ranks become the bounds of the pool: the first bounds it from above, the last from below. A last rank past
-the end of the pool bounds nothing, and a window is empty where its last rank is below its first or where its first is no rank
-of the pool.
+The sort key at the first rank becomes the upper bound of the pool, and that at the last rank the lower bound. A last rank past
+the end of the pool is no bound. A window is empty if its last rank is below its first, or if the pool does not have its first
+rank.
 """
 
 import torch
@@ -17,7 +17,7 @@ from .rank_thresholds import thresholds
 
 @triton.jit(do_not_specialize=["B"])
 def rank_window_kernel(ranks_ptr, sort_keys_ptr, lower_ptr, bounds_ptr, B, BLOCK: tl.constexpr):
-    """bounds (2, B): the lower ones, then the upper ones. sort_keys (B, 2) are both NOWHERE where the window is empty."""
+    """bounds (2, B): the lower bounds, then the upper ones. sort_keys (B, 2) are both NOWHERE if the window is empty."""
     NOWHERE: tl.constexpr = -(2**63)
     BOTTOM: tl.constexpr = -0x7F800001 << 32  # of the score -inf: only NaN is below
     b = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -39,7 +39,7 @@ def rank_window_kernel(ranks_ptr, sort_keys_ptr, lower_ptr, bounds_ptr, B, BLOCK
 
 
 def rank_window(query: Tensor, negative_keys: Tensor, ranks: Tensor, pool: KernelPool) -> tuple[KernelPool, Tensor]:
-    """The pool between ranks (B, 2) int64, the last included; and the sort keys (B, 2) int64 there, NOWHERE where it is empty."""
+    """The pool between ranks (B, 2) int64, both included, and the sort keys (B, 2) int64 there, NOWHERE if it is empty."""
     B = query.shape[0]
     ranks = ranks.contiguous()
     sort_keys = thresholds(query, negative_keys, ranks, pool)  # (B, 2)

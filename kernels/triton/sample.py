@@ -1,6 +1,6 @@
-"""Scores of evenly spaced columns of the queue, or of all columns of a short one, held whole.
+"""The scores of evenly spaced columns of the queue, or the sort keys of all columns of a short queue.
 
-The sample says where a scan should cut (sample_quantiles.py). A short queue is searched in whole rows of sort keys.
+The sample determines the cut of a scan (sample_quantiles.py).
 """
 
 import torch
@@ -25,7 +25,7 @@ def sample_kernel(
     offs_b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     b_ok = offs_b < B
     offs_w = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    # Evenly spaced over the ring, so that old and new keys are sampled alike; past W, past K.
+    # The columns are evenly spaced, so that old and new keys are sampled alike. Entries past W are columns past K.
     offs_k = tl.where(offs_w < W, offs_w.to(tl.int64) * K // W, K)
     k_ok = pool_keys(pool, offs_k, pool_size(pool, K), False)  # (BLOCK_K,)
     query = load_whole_rows(query_ptr, offs_b, b_ok, stride_qb, D, BLOCK_D, WIDEN)  # (BLOCK_B, BLOCK_D)
@@ -47,7 +47,7 @@ def sample_kernel(
 
 
 def sample(query: Tensor, negative_keys: Tensor, W: int, tile: tiles.ScoreTile, pool: KernelPool) -> Tensor:
-    """(B, W) fp32: scores of W evenly spaced columns, or of all of them where W = K; NaN outside the pool."""
+    """(B, W) fp32: scores of W evenly spaced columns, or of all columns if W = K; NaN outside the pool."""
     return _launch(query, negative_keys, query.new_empty(query.shape[0], W, dtype=torch.float32), tile, pool, False)
 
 

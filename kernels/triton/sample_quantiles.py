@@ -1,7 +1,7 @@
-"""Scores at given ranks of each sampled row: where a scan should cut.
+"""The scores at given ranks of each sampled row, which are the cuts of a scan.
 
-The cuts need no exactness, the scan's certificate sees to that. So the row (W,) stays in registers and a cut is found by
-halving an interval of scores until the count above it is right, or no score lies between its ends.
+The cuts need not be exact, because the result of the scan is checked. A row (W,) is kept in registers, and a cut is found by
+halving an interval of scores until the count above it is right or no score lies between its ends.
 """
 
 import torch
@@ -29,8 +29,8 @@ def sampled_rows(scores_ptr, rows, ok, W: tl.constexpr):
 
 @triton.jit
 def cut_at(scores, size, least, most, rank):
-    """(BLOCK_R,) fp32: inf before the first rank, -inf past the last: such a cut leaves out everything, or nothing."""
-    # More than rank scores are >= low; above high there are too few.
+    """(BLOCK_R,) fp32: inf for a negative rank, which keeps nothing; -inf for a rank past the last, which keeps everything."""
+    # More than `rank` scores are >= low, and at most `rank` are above high.
     low = least
     high = most
     middle = 0.5 * low + 0.5 * high
@@ -67,17 +67,18 @@ def sample_brackets_kernel(
         position = tl.minimum(tl.maximum((rank + 1).to(tl.float32) * share, 0.0), W)
         reach = SIGMAS * tl.sqrt(position * (1 - position / W) * (1 - share))
         below = tl.ceil(position + reach + PLACES_BELOW).to(tl.int32) - 1
-        # Few sampled keys above a rank scatter to the safe side, few below it to the other.
+        # If there are few sampled keys above a rank, the deviation is skewed to the safe side; if there are few below, to the
+        # other.
         skew = tl.where(2 * position <= W, PLACES_ABOVE, -PLACES_BELOW)
         above = tl.floor(position - reach + skew).to(tl.int32) - 1
-        # Near the top the places allowed for skew would bring the upper cut below the rank.
+        # Near the top, the places added for the skew would move the upper cut below the rank.
         above = tl.where(position - reach < 1, -1, above)
         tl.store(cut_lo_ptr + rows * R + r, cut_at(scores, size, least, most, below), mask=ok)
         tl.store(cut_hi_ptr + rows * R + r, cut_at(scores, size, least, most, above), mask=ok)
 
 
 def sample_quantile(scores: Tensor, rank: int) -> Tensor:
-    """scores (B, W) fp32 with NaN where there is none, W a power of two -> (B, 1) fp32: the score at the rank, from 0."""
+    """(B, 1) fp32: the score at the 0-based rank of scores (B, W) fp32, where NaN is no score. W is a power of two."""
     B, W = scores.shape
     out = torch.empty((B, 1), dtype=torch.float32, device=scores.device)
     BLOCK_R, _, num_warps = tiles.row_block(W, capability(scores.device))
@@ -86,7 +87,7 @@ def sample_quantile(scores: Tensor, rank: int) -> Tensor:
 
 
 def sample_brackets(scores: Tensor, ranks: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """scores (B, W) as in sample_quantile, ranks (B, R) int64 of K -> cut_lo, cut_hi (B, R) fp32 around the scores there."""
+    """cut_lo and cut_hi (B, R) fp32 that bracket the scores at ranks (B, R) int64 of K, from a sample scores (B, W)."""
     B, W = scores.shape
     cut_lo = torch.empty_like(ranks, dtype=torch.float32)
     cut_hi = torch.empty_like(cut_lo)

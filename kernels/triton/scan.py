@@ -1,8 +1,8 @@
-"""One pass over the queue that keeps the few columns that matter, as sort keys in compact buffers.
+"""One pass over the queue that keeps the columns whose scores are in a bracket, as sort keys in compact buffers.
 
-The sort keys of columns whose score lies in a bracket go to a buffer private to (row, split, lane), so there are no atomics and
-the contents do not depend on timing. The columns above each bracket are counted. The next key tile is loaded before the wanted
-columns are taken out of the scores (extract_columns.py), which hides the memory's latency.
+Each (row, split, lane) has its own buffer, so there are no atomics and the contents do not depend on timing. The columns above
+each bracket are counted. The next tile of keys is loaded before the wanted columns are extracted from the scores
+(extract_columns.py), which hides the latency of the memory.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ def scan_kernel(
     cut_lo_ptr, cut_hi_ptr, survivors_ptr, found_ptr, num_above_ptr, SPLITS, CAPACITY,
     BRACKETS: tl.constexpr, LANES: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """Without cut_hi_ptr brackets have no upper end, and num_above_ptr is not written."""
+    """If cut_hi_ptr is None, the brackets have no upper end and num_above_ptr is not written."""
     split = tl.program_id(1)
     size = pool_size(pool, K)
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -37,7 +37,7 @@ def scan_kernel(
     lane = tl.arange(0, LANES)
     query = load_whole_rows(query_ptr, offs_b, b_ok, stride_qb, D, BLOCK_D, WIDEN)  # (BLOCK_B, BLOCK_D)
     rows = pool_rows(pool, offs_b, b_ok)
-    # Rows past B get NaN cuts, and keep nothing.
+    # Rows past B get NaN cuts, which keep nothing.
     nan = float("nan")
     cuts = offs_b * BRACKETS
     lo_a = tl.load(cut_lo_ptr + cuts, mask=b_ok, other=nan)  # (BLOCK_B,)
@@ -54,7 +54,7 @@ def scan_kernel(
     offs_k = split * BLOCK_K + tl.arange(0, BLOCK_K)
     k_ok = pool_keys(pool, offs_k, size, EVEN_K)  # (BLOCK_K,)
     keys = load_whole_rows(keys_ptr, offs_k, k_ok, stride_kk, D, BLOCK_D, WIDEN)  # (BLOCK_K, BLOCK_D)
-    # Splits take turns at tiles: keys that are close in the ring are often alike, and should not fill one buffer.
+    # Tiles are assigned to splits in turn, because neighbouring keys are often similar and would fill one buffer.
     for k0 in tl.range(split * BLOCK_K, size, SPLITS * BLOCK_K, num_stages=1):
         offs_k = k0 + tl.arange(0, BLOCK_K)
         k_ok = pool_keys(pool, offs_k, size, EVEN_K)  # (BLOCK_K,)
@@ -93,7 +93,7 @@ def scan_kernel(
 
 class Survivors(NamedTuple):
     sort_keys: Tensor  # (B, W) int64, NOWHERE in unused entries
-    found: Tensor  # (B, SPLITS LANES) int32, survivors that each buffer of the row was offered
+    found: Tensor  # (B, SPLITS * LANES) int32, number of survivors for each buffer of the row; more than capacity = overflow
     num_above: Tensor | None  # (SPLITS, B, BRACKETS) int32, columns of the pool above each bracket
     capacity: int  # of one buffer
 
@@ -102,7 +102,7 @@ def scan(
     query: Tensor, negative_keys: Tensor, cut_lo: Tensor, cut_hi: Tensor | None, capacity: int,
     tile: tiles.ScoreTile, pool: KernelPool,
 ) -> Survivors:  # fmt: skip
-    """What lies in the brackets [cut_lo, cut_hi], each (B, BRACKETS) fp32 with one or two brackets; no cut_hi is infinity."""
+    """The columns in the brackets [cut_lo, cut_hi], (B, BRACKETS) fp32 with one or two brackets. cut_hi of None is infinity."""
     B, BRACKETS = cut_lo.shape
     at_once = programs_at_once(query.device, tile)
     plan = tiles.scan_plan(B, negative_keys.shape[0], capacity, tile, at_once)

@@ -1,10 +1,10 @@
-"""The one way this backend computes a score: s_bk = q_b . n_k in fp32, for a tile of rows and columns.
+"""The scores of this backend: s_bk = q_b . n_k in fp32, for a tile of rows and columns.
 
-Every op that compares scores with thresholds found by another pass calls score_tile with the block sizes of
-tiles.score_tile, so the passes agree bit for bit. D is covered by one padded block where it fits (the caller then keeps
-its query tile across columns), otherwise in steps of BLOCK_D.
+Every op that compares scores with thresholds of another pass calls score_tile with the block sizes of tiles.score_tile, so the
+passes agree bit for bit. If D fits into one padded block, the caller keeps its tile of queries for all columns; otherwise D is
+processed in steps of BLOCK_D.
 
-WIDEN turns storage into fp32 right after the load: for queries and keys of different types, and under Triton's
+WIDEN converts vectors to fp32 right after the load. This is needed if queries and keys have different types, and under Triton's
 interpreter, whose bf16 product is wrong.
 """
 
@@ -15,13 +15,13 @@ import triton.language as tl
 
 
 def widens(query: Tensor, negative_keys: Tensor) -> bool:
-    """Whether tiles become fp32 before the product: types differ, or the interpreter would get bf16 wrong."""
+    """Whether tiles are converted to fp32 before the product: if types differ, or for bf16 under the interpreter."""
     return triton.knobs.runtime.interpret or query.dtype != negative_keys.dtype
 
 
 @triton.jit
 def load_rows(ptr, rows, ok, stride, d0, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr):
-    """Columns [d0, d0 + BLOCK_D) of the given rows; rows where ok is False are not read."""
+    """Elements [d0, d0 + BLOCK_D) of the given rows. Rows whose ok is False are not read."""
     offs_d = d0 + tl.arange(0, BLOCK_D)
     ptrs = ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
     if D % BLOCK_D == 0:
@@ -35,7 +35,7 @@ def load_rows(ptr, rows, ok, stride, d0, D: tl.constexpr, BLOCK_D: tl.constexpr,
 
 @triton.jit
 def load_whole_rows(ptr, rows, ok, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr):
-    """The rows in one block where D fits in it; else `rows` back, which score_tile will not look at."""
+    """The rows in one block if D fits into it, else `rows`, which score_tile does not use."""
     if D <= BLOCK_D:
         tile = load_rows(ptr, rows, ok, stride, 0, D, BLOCK_D, WIDEN)  # (rows, BLOCK_D)
     else:
@@ -45,27 +45,27 @@ def load_whole_rows(ptr, rows, ok, stride, D: tl.constexpr, BLOCK_D: tl.constexp
 
 @triton.jit
 def or_zero(rows):
-    """Zeros in place of elements that are not finite, which 0 times a weight would not remove."""
+    """Replace elements that are not finite by zeros, because a weight of 0 times NaN or infinity is not 0."""
     return tl.where(tl.abs(rows) < float("inf"), rows, 0.0)
 
 
 @triton.jit
 def or_nan(p, s):
-    """Weights of rows that or_zero went over: of an infinite score, NaN where it adds anything."""
+    """Weights p for rows after or_zero: NaN for a weight other than 0 whose score is not finite."""
     return tl.where((tl.abs(s) == float("inf")) & (p != 0), float("nan"), p)
 
 
 @triton.jit
 def any_not_finite(x, ok):
-    """Whether a row of x where ok (rows,) holds NaN or an infinity."""
+    """Whether a row of x, among those with ok (rows,), has NaN or an infinity."""
     return tl.max((ok[:, None] & ~(tl.abs(x) < float("inf"))).to(tl.int32)) > 0
 
 
 @triton.jit
 def as_stored(p, query_ptr, keys_ptr):
-    """Probabilities rounded to the storage type before they multiply vectors, as the tensor cores take them.
+    """Round probabilities to the storage type before they are multiplied with vectors, as tensor cores require.
 
-    Under the interpreter, which widens vectors, this alone shows what the rounding does.
+    Under the interpreter, vectors are converted to fp32, so the rounding is done here only.
     """
     if query_ptr.dtype == keys_ptr.dtype:
         p = p.to(keys_ptr.dtype.element_ty)
@@ -78,7 +78,7 @@ def score_tile(
     keys_ptr, keys, offs_k, k_ok, stride_kk,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_B, BLOCK_K) fp32; query and keys come from load_whole_rows."""
+    """The scores (BLOCK_B, BLOCK_K) fp32. query and keys are results of load_whole_rows."""
     if D <= BLOCK_D:
         s = tl.dot(query, tl.trans(keys), input_precision="ieee")  # (BLOCK_B, BLOCK_K)
     else:

@@ -1,11 +1,11 @@
-"""The sort key at a rank of each row, from the compact buffer that a scan left, or from whole rows of a short queue.
+"""The sort key at a rank of each row, from the compact buffers of a scan, or from the sort keys of all columns of a short queue.
 
-What a scan left answers with its certificate: the key lies in its bracket, at or past the columns counted above it, and no
-buffer was too small.
+The result of a scan is checked: the key must be in its bracket, its rank must not be among the columns counted above the bracket,
+and no buffer may have overflowed.
 
-The sort keys of a row (W,) are distinct int64, and the one at a rank is found by bisection on its value, counting. Every step
-moves both ends onto keys of the row, so it ends after about log2(W) steps on smooth scores and never needs more than 64; the row
-comes from cache each time. NOWHERE marks unused entries and is the answer past the end.
+The sort keys of a row (W,) are distinct int64. The key at a rank is found by bisection on its value, with one count in each step.
+Every step moves both ends to keys of the row, so there are about log2(W) steps for smooth scores, and never more than 64. The row
+is in the cache after the first step. NOWHERE marks unused entries, and is the result for a rank past the end.
 """
 
 import torch
@@ -23,7 +23,7 @@ from .sort_key import ordered, unpack
 
 @triton.jit
 def count_from(sort_keys_ptr, row, ok, W, middle, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Of each row: how many keys are >= middle, the smallest of them, and the largest key below it; (BLOCK_R,) each."""
+    """For each row: the number of keys >= middle, the smallest of them, and the largest key below middle; (BLOCK_R,) each."""
     NOWHERE: tl.constexpr = -(2**63)
     END: tl.constexpr = 2**63 - 1
     count = tl.zeros((BLOCK_R,), tl.int32)
@@ -42,11 +42,11 @@ def count_from(sort_keys_ptr, row, ok, W, middle, BLOCK_R: tl.constexpr, BLOCK_W
 
 @triton.jit
 def key_at_rank(sort_keys_ptr, row, ok, W, rank, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
-    """(BLOCK_R,) int64: the sort key at the rank of each row, NOWHERE before the first and past the end."""
+    """(BLOCK_R,) int64: the sort key at the rank of each row, NOWHERE for a negative rank or one past the end."""
     NOWHERE: tl.constexpr = -(2**63)
     count, low, _ = count_from(sort_keys_ptr, row, ok, W, tl.full((BLOCK_R,), NOWHERE + 1, tl.int64), BLOCK_R, BLOCK_W)
     found = (rank >= 0) & (rank < count)
-    # The key lies in [low, high): more than rank keys are >= low, at most rank are >= high.
+    # The key is in [low, high): more than `rank` keys are >= low, at most `rank` are >= high.
     high = tl.where(found, tl.full((BLOCK_R,), 2**63 - 1, tl.int64), low)  # (BLOCK_R,)
     while tl.max((low < high - 1).to(tl.int32), 0) > 0:
         middle = (low & high) + ((low ^ high) >> 1)
@@ -87,11 +87,11 @@ def select_certified_kernel(
         ptrs = num_above_ptr + offs_p.to(tl.int64)[None, :] * CELLS + cell[:, None]  # (BLOCK_R, BLOCK_P)
         part = tl.load(ptrs, mask=ok[:, None] & (offs_p < SPLITS)[None, :], other=0)
         num_above += tl.sum(part.to(tl.int64), 1)
-    # Of the columns above this bracket the scan counted all, and another bracket kept some.
+    # The scan counted all columns above this bracket; some of them may have been kept by the other bracket.
     edge = (ordered(hi).to(tl.int64) << 32) | 0xFFFFFFFF
     num_kept_above, _, _ = count_from(sort_keys_ptr, row, ok, W, edge + 1, BLOCK_R, BLOCK_W)
     sort_key = key_at_rank(sort_keys_ptr, row, ok, W, rank - num_above + num_kept_above, BLOCK_R, BLOCK_W)
-    # Past the end of the pool the score is -inf, which only a bracket without a lower end can show.
+    # Past the end of the pool the score is -inf, which only a bracket without a lower end includes.
     score = tl.where(sort_key == -(2**63), float("-inf"), unpack(sort_key)[0])  # (BLOCK_R,)
     _, most = offered(found_ptr, row, ok, BUFFERS, BLOCK_R, BLOCK_P)
     sure = (most <= CAPACITY) & (score >= lo) & (score <= hi) & (rank >= num_above)
@@ -111,8 +111,10 @@ def select_by_rank(sort_keys: Tensor, ranks: Tensor) -> Tensor:
 
 
 def select_certified(survivors: Survivors, ranks: Tensor, cut_lo: Tensor, cut_hi: Tensor) -> tuple[Tensor, Tensor]:
-    """Of what a scan kept in the brackets [cut_lo, cut_hi] (B, R): the sort keys at ranks (B, R), which count from the hardest of
-    the whole pool; and the ranks that are still to be found, -1 where the key is sure. (B, R) int64 each."""
+    """The sort keys at ranks (B, R) of the whole pool, from the survivors of a scan in the brackets [cut_lo, cut_hi] (B, R).
+
+    The second result has the ranks whose check failed, which must still be found, and -1 for the others. (B, R) int64 each.
+    """
     sort_keys, found, num_above, capacity = survivors
     W, R = sort_keys.shape[1], ranks.shape[1]
     out, missing = torch.empty_like(ranks), torch.empty_like(ranks)

@@ -1,9 +1,10 @@
 """softplus_sum in Triton: the sum of log(1 + exp(scale s + offset)) over each query's pool, and its derivatives.
 
-The walk of logsumexp without its running maximum, for no term outgrows its score: a program keeps BLOCK_B queries and a slice
-of D, goes through its part of the queue in tiles and sums. The parts of a row are added in order, so the bits do not depend
-on timing. (B, K) never exists. Tensor cores take sigmoids in the storage type: as in logsumexp.py, the sigmoid keys' part along
-the query is summed beside it in fp32 and put right at the end. Meaning of the arguments and results: kernels/README.md.
+The algorithm is that of logsumexp without the running maximum, because no term is much larger than its logit: a program keeps
+BLOCK_B queries and a slice of D, and sums its part of the queue in tiles. The parts of a row are added in order, so the result
+does not depend on timing. The (B, K) scores are never stored. Tensor cores need sigmoids in the storage type, so, as in
+logsumexp_parts.py, the component of sigmoid_keys along the query is also summed in fp32 and replaces the rounded component at the
+end. kernels/README.md explains the arguments and results.
 """
 
 import torch
@@ -27,7 +28,7 @@ def add_tiles(
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     WANT_KEYS: tl.constexpr, ALONG: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, MENDED: tl.constexpr,
 ):  # fmt: skip
-    """The sums over columns [start, stop). MENDED: hidden pairs may hold anything."""
+    """The sums over columns [start, stop). MENDED: hidden pairs may hold any values, NaN included."""
     LOG2E: tl.constexpr = 1.4426950408889634
     total = tl.zeros((BLOCK_B,), tl.float32)
     sigmoid_sum = tl.zeros((BLOCK_B,), tl.float32)
@@ -92,7 +93,7 @@ def softplus_sum_kernel(
         start, stop, d0, query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, size, pool, rows, scale, offset,
         EVEN_K, WIDEN, D, BLOCK_B, BLOCK_K, BLOCK_D, WANT_KEYS, ALONG, SLICE, STAGES, False,
     )  # fmt: skip
-    if WANT_KEYS and HIDES_PAIRS:  # what is hidden may hold anything, and 0 times that is not 0
+    if WANT_KEYS and HIDES_PAIRS:  # hidden rows may hold NaN, and 0 * NaN is not 0
         broken = any_not_finite(acc, b_ok)
         if ALONG:
             broken = broken | any_not_finite(along[:, None], b_ok)

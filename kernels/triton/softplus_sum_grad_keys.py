@@ -1,4 +1,4 @@
-"""softplus_sum_grad_keys in Triton: the kernel of logsumexp_grad_keys with a sigmoid in the place of its exponential.
+"""softplus_sum_grad_keys in Triton: the kernel of logsumexp_grad_keys with a sigmoid instead of the exponential.
 
 row k = sum_b weight_b sigmoid(scale s_bk + offset) q_b   inside the pool
 """

@@ -1,8 +1,8 @@
-"""The sort key of a column in a row's ranking as one int64, on the device: the twin of negmine/ops/sort_key.py inside a kernel.
+"""Sort keys on the device: a score and an index in one int64, as in negmine/ops/sort_key.py.
 
     sort_key = (ordered(score) << 32) | (0xFFFFFFFF - index)
 
-Sorts by score, then by index with the lower index first; larger = harder. The rule is stated in kernels/README.md.
+A larger sort key has a larger score or, for equal scores, a lower index. kernels/README.md states the rule.
 """
 
 import torch
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def ordered(score):
-    """fp32 -> int32 that sorts the same way; -0.0 counts as +0.0.  Never INT32_MIN for a number."""
+    """Map fp32 to int32 in the same order, with -0.0 equal to +0.0. The result is never INT32_MIN, except for a NaN."""
     bits = (score + 0.0).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
@@ -27,9 +27,9 @@ def pack(score, index):
 
 @triton.jit
 def unpack(sort_key):
-    """sort key int64 -> score fp32, index int32 (2^31 - 1 where the key ranks below every real index of its score).
+    """sort key int64 -> score fp32, index int32 (2^31 - 1 if the key ranks below every real index of its score).
 
-    INT64_MIN and INT64_MAX give a NaN score, so that a bound made of them keeps nothing.
+    INT64_MIN and INT64_MAX give a NaN score, so a bound with one of these values keeps nothing.
     """
     high = (sort_key >> 32).to(tl.int32)
     score = tl.where(high < 0, high ^ 0x7FFFFFFF, high).to(tl.float32, bitcast=True)

@@ -1,25 +1,25 @@
-"""Block sizes and work splits, chosen by plain functions of shape, storage size and compute capability.
+"""Block sizes and work splits, computed by functions of shape, storage size and compute capability.
 
-No autotuning: the same inputs on the same card always run the same code, and a reader can see which. Capability is
-major * 10 + minor; 0 is Triton's interpreter, where tiles are small so that small tests still cross tile borders.
+There is no autotuning, so the same inputs on the same GPU always run the same code. The capability is major * 10 + minor. For
+Triton's interpreter it is 0; tiles are then small, so that small tests have several tiles.
 
-One rule binds the score tile: it must not depend on B, K or the op, for passes that compare scores must compute them
-alike (kernels/README.md); with a guide, which the pool of each of them then has, it is another one. What may differ between
-ops is how many tiles a program walks and how far it loads ahead.
+The tile of scores must not depend on B, K or the op, because passes that compare scores must compute them in the same way
+(kernels/README.md). It may depend on whether there is a guide, because the pools of all these passes have it. The number of tiles
+of a program and how many tiles it loads in advance may differ between ops.
 """
 
 import functools
 from typing import NamedTuple
 
 INTERPRETER = 0
-SCRATCH_BYTES = 256 << 20  # what the buffers of one mining pass may take; longer batches go in chunks of rows
+SCRATCH_BYTES = 256 << 20  # limit on the buffers of one mining pass; larger batches are processed in chunks of rows
 
 
 class ScoreTile(NamedTuple):
     BLOCK_B: int
     BLOCK_K: int
-    BLOCK_D: int  # D is one padded block where it fits, else steps of this
-    SLICE: int  # columns of D that one program accumulates when keys or queries are summed
+    BLOCK_D: int  # D is one padded block if it fits, else it is processed in steps of this size
+    SLICE: int  # how many elements of D a program accumulates when keys or queries are summed
     num_warps: int
     num_stages: int  # tiles in flight in kernels that sum keys
 
@@ -30,9 +30,9 @@ def next_power_of_2(n: int) -> int:
 
 @functools.cache
 def score_tile(D: int, itemsize: int, capability: int, guided: bool = False) -> ScoreTile:
-    """The tile of scores; itemsize is that of the storage type the product is taken in (2 or 4 bytes).
+    """The tile of scores. itemsize is the size (2 or 4 bytes) of the storage type in which products are computed.
 
-    guided: the pool has a guide, whose scores are a second tile in registers.
+    guided: the pool has a guide, whose scores need a second tile in registers.
     """
     padded = max(16, next_power_of_2(D))  # a tensor-core product contracts at least 16
     if capability == INTERPRETER:
@@ -54,14 +54,14 @@ def score_tile(D: int, itemsize: int, capability: int, guided: bool = False) -> 
 
 
 def guide_block(G: int) -> int:
-    """Columns of a guide that one step of its score takes: few, because tiles of the keys are in shared memory beside them."""
+    """How many elements of G one step of a guide's score uses: few, because tiles of keys are in shared memory too."""
     return min(max(16, next_power_of_2(G)), 32)
 
 
 def resident(tile: ScoreTile, capability: int) -> int:
-    """How many programs over scores a processor surely holds at once; tests/test_aot.py asks the compiled kernels.
+    """A lower limit for the number of programs that a processor runs at once. tests/test_aot.py checks it.
 
-    They take more than 128 registers a thread, or little less: eight warps fill a processor.
+    The programs need about 128 registers per thread or more, so eight warps fill a processor.
     """
     if capability == INTERPRETER:
         return 2
@@ -71,7 +71,7 @@ def resident(tile: ScoreTile, capability: int) -> int:
 
 
 def splits(B: int, K: int, tile: ScoreTile, programs: int) -> int:
-    """Into how many parts the queue is cut so that the card holds all programs at once, and as many as it can."""
+    """The number of parts of the queue, as large as possible while the GPU can run all programs at once."""
     row_tiles = -(-B // tile.BLOCK_B)
     key_tiles = -(-K // tile.BLOCK_K)
     return max(1, min(programs // max(row_tiles, 1), key_tiles // 2))
@@ -79,43 +79,43 @@ def splits(B: int, K: int, tile: ScoreTile, programs: int) -> int:
 
 @functools.lru_cache(1024)
 def even_splits(B: int, K: int, tile: ScoreTile, programs: int) -> tuple[int, int]:
-    """How many parts of the queue are summed apart, one at least, and how many tiles each of them takes, one at least."""
+    """The number of parts of the queue that are summed separately and the number of tiles in each, both at least 1."""
     key_tiles = -(-K // tile.BLOCK_K)
     per_split = max(1, -(-key_tiles // splits(B, K, tile, programs)))
     return max(1, -(-key_tiles // per_split)), per_split
 
 
 class SamplePlan(NamedTuple):
-    """How many keys to sample, and how wide a bracket around a rank must be to hold it nearly always."""
+    """The number of keys to sample, and the room for the survivors of a scan."""
 
-    size: int  # sampled keys, evenly spaced in ring order
-    capacity: int  # survivors of one row that a scan must have room for, with certainty close to one
+    size: int  # number of sampled keys, evenly spaced
+    capacity: int  # number of survivors of one row that a scan needs room for, with a probability close to 1
 
 
-# A rank's position in a sample is hypergeometric. Brackets reach 4.75 standard deviations and a few places beyond it: a row
-# fails with a chance near 1e-6, and is then found exactly by the fallback.
+# The position of a rank in a sample has a hypergeometric distribution. Brackets extend 4.75 standard deviations and a few places
+# beyond it, so a row fails with a probability near 1e-6. The exact search then finds its result.
 SIGMAS, PLACES_BELOW, PLACES_ABOVE = 4.75, 4, 3
 
 
 def deviation(position: float, size: int, K: int) -> float:
-    """Standard deviation of the number of sampled keys above a rank that lies at `position` of the sample on average."""
+    """The standard deviation of the number of sampled keys above a rank whose mean position in the sample is `position`."""
     return max(position * (1 - position / size) * (1 - size / K), 0.0) ** 0.5
 
 
 def _capacity(kept: float, size: int, K: int) -> int:
-    """Keys of the queue that `kept` neighbouring places of the sample stand for, at most."""
+    """An upper limit on the number of keys of the queue between sampled keys that are `kept` places apart."""
     return int(K / size * (kept + SIGMAS * kept**0.5 + PLACES_BELOW)) + 1
 
 
 def sample_size(K: int, share: int, capability: int) -> int:
-    """About K / share keys, a power of two small enough for one row of the sample to sit in registers."""
+    """About K / share keys, as a power of two that is small enough for one row of the sample to fit into registers."""
     least, most = (32, 1024) if capability == INTERPRETER else (2048, 16384)
     return max(least, min(next_power_of_2(K) // share, most))
 
 
 @functools.cache
 def mining_plan(K: int, N: int, capability: int) -> tuple[SamplePlan, int]:
-    """The plan for the N hardest, and the rank in the sample (from 0) whose score nearly always admits at least N."""
+    """The plan for the N hardest, and the 0-based rank in the sample whose score at least N columns nearly always reach."""
     size = sample_size(K, 16, capability)
     position = N * size / K
     rank = int(position + SIGMAS * deviation(position, size, K) + PLACES_BELOW)
@@ -124,20 +124,20 @@ def mining_plan(K: int, N: int, capability: int) -> tuple[SamplePlan, int]:
 
 @functools.cache
 def ranks_plan(K: int, brackets: int, capability: int) -> SamplePlan:
-    """The plan for ranks known only on the device: wide enough for a median, the widest bracket there is."""
+    """The plan for ranks that are known only on the device: it has room for the widest bracket, that of a median."""
     size = sample_size(K, 8, capability)
     kept = 2 * SIGMAS * deviation(size / 2, size, K) + 2 * PLACES_BELOW + 1
     return SamplePlan(size, brackets * _capacity(kept, size, K))
 
 
 def is_dense(K: int, wanted: int, capability: int) -> bool:
-    """Whether to hold whole rows of sort keys instead: a short queue, or so much wanted that survivors would be the queue."""
+    """Whether to store the sort keys of all columns instead: for a short queue, or if most columns would survive a scan."""
     short = 64 if capability == INTERPRETER else 8192
     return short >= K or 4 * wanted >= K
 
 
 def is_sorted(K: int, ranks: int, capability: int) -> bool:
-    """Whether so many ranks are read off sorted rows: one sort for a few dozen scans, or for bisecting a short row as often."""
+    """Whether ranks are read from sorted rows: one sort costs as much as a few dozen scans, or bisections of a short row."""
     if capability == INTERPRETER:
         return ranks > 8
     return ranks > (16 if is_dense(K, 0, capability) else 64)
@@ -145,10 +145,10 @@ def is_sorted(K: int, ranks: int, capability: int) -> bool:
 
 class ScanPlan(NamedTuple):
     splits: int
-    capacity: int  # of one buffer, private to a row, a split and a lane
+    capacity: int  # of one buffer; each row, split and lane has its own
 
 
-LANES = 4  # threads that share a row of the tensor core's result
+LANES = 4  # number of threads that share a row of the tensor core's result
 
 
 def levels(tile: ScoreTile) -> int:
@@ -167,9 +167,9 @@ def scan_plan(B: int, K: int, capacity: int, tile: ScoreTile, programs: int) -> 
 
 
 def rows_at_once(B: int, K: int, plan: SamplePlan | None, tile: ScoreTile) -> int:
-    """Rows per chunk, whole row tiles where one fits, that keep scratch below SCRATCH_BYTES.
+    """The number of rows in a chunk, a multiple of the row tile if one fits, so that buffers stay below SCRATCH_BYTES.
 
-    No plan: whole rows, which take about 32 bytes a column while sort keys are packed, or scores sorted.
+    Without a plan, rows are stored whole, which needs about 32 bytes for each column while sort keys are packed or scores sorted.
     """
     bytes_per_row = 32 * K if plan is None else 4 * plan.size + 16 * plan.capacity
     rows = max(SCRATCH_BYTES // bytes_per_row, 1)
@@ -177,7 +177,7 @@ def rows_at_once(B: int, K: int, plan: SamplePlan | None, tile: ScoreTile) -> in
 
 
 def row_block(width: int, capability: int) -> tuple[int, int, int]:
-    """(BLOCK_R, BLOCK_W, num_warps) to search rows of `width` entries, each one block where it fits in registers."""
+    """(BLOCK_R, BLOCK_W, num_warps) for searching rows of `width` entries. A row is one block if it fits into registers."""
     if capability == INTERPRETER:
         return 16, min(next_power_of_2(width), 1024), 4
     block = max(32, min(next_power_of_2(width), 16384))
@@ -186,7 +186,7 @@ def row_block(width: int, capability: int) -> tuple[int, int, int]:
 
 @functools.cache
 def mix_block(D: int, capability: int) -> tuple[int, int, int]:
-    """(BLOCK_S, BLOCK_D, num_warps): slots mixed at once by one program, each over the whole of D."""
+    """(BLOCK_S, BLOCK_D, num_warps) for mixing: a program computes BLOCK_S synthetic negatives at a time, each with all of D."""
     padded = next_power_of_2(D)
     if capability == INTERPRETER:
         return 8, padded, 4
@@ -195,7 +195,7 @@ def mix_block(D: int, capability: int) -> tuple[int, int, int]:
 
 @functools.cache
 def merge_block(D: int, splits: int) -> tuple[int, int, int]:
-    """(BLOCK_P, BLOCK_D, num_warps): parts of a row that one program adds at once, each over the whole of D."""
+    """(BLOCK_P, BLOCK_D, num_warps) for merging: a program adds BLOCK_P parts of a row at a time, each with all of D."""
     BLOCK_D = next_power_of_2(D)
     BLOCK_P = max(8, min(next_power_of_2(splits), 4096 // BLOCK_D, 32))
     return BLOCK_P, BLOCK_D, max(1, min(BLOCK_P * BLOCK_D // 1024, 16))
