@@ -1,1 +1,1 @@
-"""Benchmarks and the demo of negmine: run from a checkout, never part of the wheel."""
+"""Benchmarks and the demo of negmine. They run from a checkout and are not part of the wheel."""

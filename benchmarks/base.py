@@ -1,7 +1,7 @@
-"""This tree against another commit: both built, timed in turns in processes of their own, compared row by row.
+"""Compares the speed of this tree with another commit: builds both and times them in turns, in separate processes.
 
-A process each, since two builds of one package cannot share one. Turns alternate, so that a neighbour that wakes up meets
-both; the ratio is of the medians over the turns, and the spread between turns stands beside it.
+Two builds of one package need separate processes. Their turns alternate, so that other load on the machine affects both. The
+reported ratio is that of the medians over the turns, together with the spread between turns.
 """
 
 import statistics

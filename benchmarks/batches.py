@@ -1,4 +1,4 @@
-"""Random batches against batches of mutually hard queries, with in-batch negatives alone, on the demo's task.
+"""Compares random batches with batches of mutually hard queries, using only in-batch negatives, on the demo's task.
 
     python -m benchmarks.batches --seeds 0 1 2 --steps 150        trains what has no row yet, and writes the table
     python -m benchmarks.batches --table                          the table again, without training

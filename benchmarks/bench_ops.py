@@ -1,9 +1,9 @@
-"""The table of cases under pytest-benchmark, for who wants its statistics, its JSON and its comparisons:
+"""The benchmark cases for pytest-benchmark, with its statistics, JSON files and comparisons:
 
     python -m pytest benchmarks/bench_ops.py --benchmark-only -k "moco and mine_hardest"
     python -m pytest benchmarks/bench_ops.py --benchmark-only --benchmark-autosave --benchmark-compare
 
-One group an (op, case), its variants side by side; each answers like plain PyTorch in float64 before it is timed.
+Each (op, case) is a group of variants. A variant is timed only if its results agree with PyTorch in float64.
 """
 
 from functools import cache

@@ -1,9 +1,9 @@
 """Named shapes, sweeps of one letter, and inputs that look like embeddings.
 
-A case is (B, K, D, dtype) and the ops that make sense for it. Its vectors are unit norm with a decaying spectrum, and
-each query lies near its positive: scores then spread as trained embeddings' do, a few per cent of the keys hard and the
-rest far: no timing on noise alone. Ids are given, and a few keys share a query's id, so that masking is part of every
-measurement.
+A case is (B, K, D, dtype) and the ops that make sense for it. Its vectors have unit norm and a decaying spectrum, and each
+query is close to its positive. The scores are then distributed like those of trained embeddings: a few percent of the keys
+are hard, the others are far away. Ids are given, and a few keys have the id of a query, so that every measurement includes
+masking.
 """
 
 from dataclasses import dataclass, replace

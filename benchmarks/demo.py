@@ -1,4 +1,4 @@
-"""The demo: train with several choices of hard negatives on real data, and leave a page that shows what happened.
+"""The demo: trains with several choices of hard negatives on real data, and writes a page with the results.
 
     python -m benchmarks.demo                                          six recipes, a few minutes on two cores
     python -m benchmarks.demo --recipes all mochi --steps 500 --out out

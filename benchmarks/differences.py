@@ -1,11 +1,11 @@
-"""Why another miner's negatives differ from negmine's, query by query, by scores in float64. Nothing may be left unexplained.
+"""Explains why the negatives of another miner differ from those of negmine, for each query, by scores in float64.
 
-same         the same rows in the same order
-ties         other rows or another order, at places where the scores are equal up to rounding
-threshold    a row that one of them keeps lies on the margin's threshold, up to rounding
-window       theirs gives up: its window, cut before it filters, ends before the last row of ours
-fewer        both give up: the whole corpus holds no more rows that pass
-unexplained  anything else
+same         both have the same rows in the same order
+ties         rows or their order differ only where scores are equal up to rounding
+threshold    a row that only one of them keeps has a score at the threshold of the margin, up to rounding
+window       the other miner has fewer negatives, because it takes its window before it filters
+fewer        both have fewer negatives, because no more rows of the corpus pass the filters
+unexplained  anything else; no query may be in this class
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Make the tables and pictures of docs/evidence.md from committed rows. Trains nothing.
+"""Writes the tables and figures of docs/evidence.md from committed result rows, without training.
 
     python -m benchmarks.evidence
 

@@ -1,4 +1,4 @@
-"""The demo's three pictures: learning curves, what hard negatives look like, and the time and memory of a step."""
+"""The three figures of the demo: learning curves, properties of hard negatives, and the time and memory of a step."""
 
 from pathlib import Path
 

@@ -1,14 +1,14 @@
-"""What the hardness of negatives looks like: scores, the loss's attention and kinship, by rank among the queue's keys.
+"""Measures properties of negatives by their rank: scores, share of the gradient, and relation to the query in WordNet.
 
-    python -m benchmarks.hardness --out out        negmine.hardness_report on WordNet's nouns, with the taxonomy as the judge
+    python -m benchmarks.hardness --out out        negmine.hardness_report on WordNet's nouns, judged by the taxonomy
 
-`report` is that page. `measure_hardness` is the demo's picture: for a sample of held-out queries against the same K corpus rows
-that the queue starts with:
+`report` writes that page. `measure_hardness` computes the figure of the demo, for a sample of held-out queries and the K corpus
+rows that the queue starts with:
 
-    scores     density of (score - score of the positive), and where the 0.1 % and 5 % thresholds fall
-    attention  share of the negatives' gradient, softmax(score / T) over the negatives, that the hardest r ranks hold
-    kinship    share of the negatives near rank r that are another sense of the same word, a direct hypernym or hyponym,
-               or from the same lexicographer file: how often "harder" means "closer in meaning", or a false negative
+    scores     density of (score - score of the positive), and the thresholds of the hardest 0.1 % and 5 % attention  fraction of
+    the negatives' gradient, softmax(score / T), that comes from the hardest r ranks kinship    fraction of the negatives near
+    rank r that are another sense of the same word, a direct hypernym or hyponym, or from
+               the same lexicographer file, that is, related in meaning or even false negatives
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Time every op on every instruction set that this processor has, and judge the automatic choice: `make bench-isa`.
+"""Times every op on every instruction set of this processor, and checks the automatic choice: `make bench-isa`.
 
     python -m benchmarks.isa                              B = 256, K = 65,536, D = 128; about five minutes on two cores
     python -m benchmarks.isa --storage bf16 --op mine_hardest --seconds 5
 
 For each pair of storage types (queries x queue) and each op, all instruction sets and the automatic choice are timed in turns.
-The exit code is 1 where the automatic choice is more than 10 % behind the best for the ops of a storage pair together: ops
-compare scores bit for bit, so a pair has one instruction set for all of them (kernels/cpu/dispatch.cpp). Rows are appended to
-benchmarks/results/isa/<machine>.csv, in the columns of benchmarks.run.
+The exit code is 1 if the automatic choice is more than 10 % slower than the best instruction set for all ops of a pair together.
+A pair has one instruction set for all ops, because ops compare scores bit for bit (kernels/cpu/dispatch.cpp). Rows are appended
+to benchmarks/results/isa/<machine>.csv, with the columns of benchmarks.run.
 """
 
 import argparse

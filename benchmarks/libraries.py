@@ -1,10 +1,10 @@
-"""What other packages do with the same inputs: each answer is checked before it is timed, like every variant's.
+"""The ops computed by other packages. Like all variants, each is timed only if its results are right.
 
-    variants(op, inputs) -> {name: callable}      the packages that are installed here and do this op
-    ABSENT                                        what was looked for in vain, and why
+    variants(op, inputs) -> {name: callable}      the packages that are installed here and can compute this op
+    ABSENT                                        the packages that are missing, and why
 
-What a package prepares once and keeps (an index over the keys, a filled memory bank) is made here, outside the timing.
-Search packages know no mask per query: they are asked for a few more rows than N, and the query's own are dropped after.
+What a package prepares once and keeps, such as an index over the keys or a filled memory bank, is prepared here and not timed.
+Search packages have no mask for each query: a few more rows than N are requested, and the query's own rows are removed after.
 """
 
 import importlib

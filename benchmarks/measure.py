@@ -1,9 +1,9 @@
-"""Check one op's variants against each other, then time them: what run.py and the demo share.
+"""Checks the variants of an op and then times them. run.py and the demo use this module.
 
-Every variant first answers the same inputs as plain PyTorch in float64; where an answer of negmine differs nothing is
-timed. Another way whose answer differs, or that a device cannot run, is left out, and said. The floors are timed in the same
-rounds as the variants: the matrix products that no method avoids, and a copy of the keys; on a GPU also what the
-products take at the rate of a large one.
+The results of every variant are first compared with PyTorch in float64. If a result of negmine differs, nothing is timed. Any
+other variant whose result differs, or that the device cannot run, is left out with a message. The floors are timed together with
+the variants: the matrix products that every method needs, and a copy of the keys; on a GPU also the time of these products at the
+rate of a large product.
 """
 
 from collections.abc import Callable

@@ -1,15 +1,16 @@
-"""Time dataset mining against sentence-transformers and FAISS on the WordNet task; append rows to results/mining/<machine>.csv.
+"""Times dataset mining with negmine, sentence-transformers and FAISS on WordNet; appends rows to results/mining/<machine>.csv.
 
     python -m benchmarks.mining                                    all variants, 48,339 queries x 117,659 entries, D = 128
     python -m benchmarks.mining --data FOLDER --variants negmine st_torch
                                                                    FOLDER holds corpus.npy, queries.npy, positives.npy
     python -m benchmarks.mining --table                            docs/mining.md's tables from the newest rows; times nothing
 
-Every variant runs in a process of its own, in turns, on embeddings that lie ready: 5 negatives a query, relative_margin 0.05,
-each miner's default depth. `given_up` counts the queries that come out with fewer than 5. `cpu_s` says more than `wall_s` where
-the machine does other work (`load`). `peak_extra_mib` is the resident high-water mark above what was held before the call.
-Where `negmine` runs, every other miner's negatives are compared with its own, and <machine>-differences.csv says for how many
-queries they differ, and why (differences.py). The searches return the 54 or 10 hardest rows of each query.
+Every variant runs in its own process, in turns, on embeddings that are already on disk: 5 negatives for each query,
+relative_margin 0.05, and the default depth of each miner. `given_up` is the number of queries with fewer than 5 negatives. If the
+machine has other load (`load`), `cpu_s` is more reliable than `wall_s`. `peak_extra_mib` is the peak of the resident memory minus
+its value before the call. If `negmine` is among the variants, the negatives of the others are compared with its negatives, and
+<machine>-differences.csv lists for how many queries they differ, and why (differences.py). The search variants return the 54 or
+10 hardest rows of each query.
 """
 
 import argparse

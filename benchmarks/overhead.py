@@ -1,10 +1,10 @@
-"""What a small call costs beside its arithmetic: dispatch, Python and autograd, on one thread.
+"""Measures the overhead of small calls on one thread: dispatch, Python and autograd.
 
     python -m benchmarks.overhead      B = 2, K = 64, D = 16; appends rows to benchmarks/results/overhead/<machine>.csv
 
-Each row is a median of CPU time in microseconds, to which other processes add nothing, and its ratio to plain PyTorch in the
-same run, the matrix form of MoCo's loss:
-cross_entropy(cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / T, zeros).
+Each row has the median CPU time in microseconds, which does not include other processes, and its ratio to PyTorch in the same
+run. The PyTorch code is the matrix form of MoCo's loss: cross_entropy(cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / T,
+zeros).
 """
 
 import argparse

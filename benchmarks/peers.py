@@ -1,13 +1,13 @@
-"""What is timed: each op as negmine runs it and as one would write it plainly in PyTorch.
+"""The ops that are timed, computed by negmine and by PyTorch code.
 
     OPS[name].fused(inputs, backend)   negmine
-    OPS[name].eager(inputs)            PyTorch, the (B, K) score matrix and all
-    OPS[name].peers[peer](inputs)      other ways in PyTorch, timed on a GPU
-    OPS[name].gemms                    matrix products of (B, D) by (D, K) size that no method avoids: the floor
+    OPS[name].eager(inputs)            PyTorch, which stores the (B, K) score matrix
+    OPS[name].peers[peer](inputs)      other implementations in PyTorch, timed on a GPU
+    OPS[name].gemms                    the number of (B, D) by (D, K) products that every method needs: the floor
 
 A training op returns (loss (), gradient of the query (B, D)), a mining op (scores (B, N), index (B, N)), rank_thresholds its
 scores (B, 2) alone.
-`disagreement` says in words how two answers differ: a variant that gives another answer is not timed.
+`disagreement` describes how two results differ. A variant with a different result is not timed.
 """
 
 import math

@@ -1,10 +1,10 @@
-"""What a larger job takes, from the rates measured here: writes docs/planning.md from benchmarks/results/<machine>.csv.
+"""Estimates the time of larger jobs from measured rates: writes docs/planning.md from benchmarks/results/<machine>.csv.
 
-The rate is that of the longest queue of the K sweep; the page first shows how well the rate of a short queue foretells the
-long ones, so that a reader knows what such a sum is worth. A symmetric loss over a very large batch, spread over GPUs as a ring,
-is planned by arithmetic. Mining on several machines is planned in the same way from
-benchmarks/results/mining/<machine>.csv, and, where results/simulation/<machine>.csv holds rates, by the simulation of
-simulate.py; every rate and price that was not measured is said to be assumed.
+The rate is that of the longest queue of the K sweep. The page first shows how well the rate of a short queue predicts the time of
+long ones, so that a reader can judge the estimates. The symmetric loss of a very large batch, distributed over GPUs as a ring, is
+estimated by arithmetic. Mining on several machines is estimated in the same way from benchmarks/results/mining/<machine>.csv and,
+if results/simulation/<machine>.csv has rates, by the simulation of simulate.py. Rates and prices that were not measured are
+marked as assumptions.
 """
 
 import argparse

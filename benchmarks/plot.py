@@ -1,10 +1,10 @@
-"""Draw every benchmarks/results/<machine>.csv, and write the tables of README.md and benchmarks/README.md. Times nothing.
+"""Plots every benchmarks/results/<machine>.csv, and writes the tables of README.md and benchmarks/README.md, without timing.
 
-    <machine>-speed-up.png   how many times faster than plain PyTorch, one dot an op, a case and a peer
-    <machine>-cases.png      one row of bars an op: the time over the floor, and the memory held beyond the inputs
+    <machine>-speed-up.png   the speed-up over PyTorch, one dot for each op, case and peer
+    <machine>-cases.png      a row of bars for each op: the time relative to the floor, and the memory in addition to the inputs
     <machine>-scaling.png    time and memory against K, B and D
 
-Of equal (case, op, variant, threads) the newest row counts; whiskers are the 20 % and 80 % quantiles.
+Of rows with equal (case, op, variant, threads), the newest is used. Whiskers are the 20 % and 80 % quantiles.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Where the time of one call goes on a GPU, by Nsight Compute: python -m benchmarks.profile [--case CASE --op OP] [--out FOLDER]
+"""Profiles one call on a GPU with Nsight Compute: python -m benchmarks.profile [--case CASE --op OP] [--out FOLDER]
 
-Of the rows of this machine in benchmarks/results, the one of negmine that is furthest from its floor is taken, unless --case and
---op name another. profile.txt then holds every kernel launch of one warm call with its time, and for the longest one what
-bounds it: throughputs, occupancy, stalls, instructions, memory.
+By default, the call is that of the row in benchmarks/results, for this machine and negmine, that is furthest from its floor.
+profile.txt lists every kernel launch of one warm call with its time, and for the longest launch its throughputs, occupancy,
+stalls, instructions and memory traffic.
 """
 
 import argparse

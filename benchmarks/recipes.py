@@ -1,4 +1,4 @@
-"""Train every recipe with several seeds on the demo's task, one CSV row a run, and draw what came out.
+"""Trains every recipe with several seeds on the demo's task, writes one CSV row for each run, and plots the results.
 
     python -m benchmarks.recipes --seeds 0 1 2 --steps 500        all of benchmarks.train's RECIPES
     python -m benchmarks.recipes --recipe ring synco --seeds 0    some of them

@@ -1,7 +1,7 @@
-"""The demo's written outputs: results.csv, step_time.csv, results.md, and index.html with everything inlined.
+"""The output files of the demo: results.csv, step_time.csv, results.md, and index.html, which includes everything.
 
-The page shows the table, the pictures, and for a dozen held-out queries drawn at random the hardest negatives of the
-whole corpus before and after training, marked where they may be no negatives at all.
+The page has the table, the figures and, for a dozen random held-out queries, the hardest negatives of the whole corpus before and
+after training. Negatives that may be false negatives are marked.
 """
 
 import base64

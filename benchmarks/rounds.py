@@ -1,10 +1,10 @@
-"""Mining rounds on the WordNet task: the same number of steps on negatives mined once, and mined anew each round.
+"""Mining rounds on the WordNet task: training with negatives mined once, compared with negatives mined again in each round.
 
     python -m benchmarks.rounds                      3 rounds of 60 steps, under three minutes on two cores
     python -m benchmarks.rounds --rounds 5 --keep-old 4
 
-Each batch sees the mined negatives of all its queries and the others' positives, as one shared set of keys; a query's own answer
-is masked by id. Held-out queries are ranked against the whole corpus after every round.
+Both have the same number of steps. The negatives of a batch are the mined negatives of all its queries and the positives of the
+other queries; a query's own positive is masked by id. Held-out queries are ranked against the whole corpus after every round.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Files of rows, one a machine: where they lie, how they are read and added to, and what says where a row comes from."""
+"""Result files with one row for each measurement: their paths, reading, appending, and the columns that describe the machine."""
 
 import csv
 import re

@@ -1,4 +1,4 @@
-"""Time negmine against plain PyTorch and other packages, and append rows to benchmarks/results/<machine>.csv.
+"""Times negmine, PyTorch and other packages, and appends rows to benchmarks/results/<machine>.csv.
 
     python -m benchmarks.run --quick                                    two shapes, under three minutes on two cores
     python -m benchmarks.run --sweep K B D --threads 1 2                one letter varied, the rest held
@@ -6,10 +6,9 @@
     python -m benchmarks.run --device cuda                              every case and peer of a GPU
     python -m benchmarks.run --device cuda --op mine_hardest --case moco-bf16 --compile
 
-The tests of the kernels run first, and a red one stops everything. Then every variant answers the same inputs as plain
-PyTorch in float64; where an answer of negmine differs, nothing of that op and case is timed, and the exit code is 1. So it
-is where an op fails otherwise; the rest is measured all the same. What each column says is in benchmarks/README.md. A short
-table comes last.
+The tests of the kernels run first, and nothing is timed if one fails. Then the results of every variant are compared with PyTorch
+in float64. If a result of negmine differs, that op and case is not timed and the exit code is 1. The exit code is also 1 if an op
+fails in another way; the other ops are still measured. benchmarks/README.md explains the columns. A short table is printed last.
 """
 
 import argparse

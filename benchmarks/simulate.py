@@ -1,12 +1,13 @@
-"""A simulation of mining jobs over several processes, by discrete events, and a check of it on this machine.
+"""A discrete-event simulation of mining jobs over several processes, and its validation on this machine.
 
     python -m benchmarks.simulate            some minutes on two idle cores: measures, predicts, appends rows to
                                              results/simulation/<machine>.csv, and writes docs/planning.md from them
     python -m benchmarks.simulate --quick    small jobs, to see that it runs; nothing is written
 
-The rates come from runs of one process, from two such runs side by side, and from two ranks that only exchange bytes. The runs
-that are predicted are others: ranks that share a job, with even and uneven shards, and one process with other sizes. Every
-measurement is repeated, in turn with the others, and its median counts; the spread is shown, for a busy machine predicts nothing.
+The rates are measured with one process, with two such processes at the same time, and with two ranks that only exchange bytes.
+The simulation is validated with other runs: ranks that share a job, with even and uneven shards, and one process with other
+sizes. Measurements are repeated in turn and their medians are used. The spread is shown, because predictions from a busy machine
+are unreliable.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Imports of other packages' losses without the heavy packages that they import and these parts never call.
+"""Imports losses of other packages without the large packages that they import but do not need for these losses.
 
-lightly imports torchvision, and pytorch-metric-learning scipy and scikit-learn, whatever part is used. Within `stand_ins()` a
-package of the list below is a stand-in whose every attribute is an empty class, installed or not, so that every machine
-tests and times the same; it is forgotten afterwards.
+lightly imports torchvision, and pytorch-metric-learning imports scipy and scikit-learn, whatever part is used. Within
+`stand_ins()`, the packages in the list below are replaced by modules whose attributes are empty classes, even if they are
+installed, so that tests and timings are the same on every machine. The replacements are removed afterwards.
 """
 
 import importlib.machinery

@@ -1,12 +1,13 @@
-"""Time and memory of the sentence-transformers adapter's losses and of the real classes, on embeddings that lie ready.
+"""Time and memory of the losses of the sentence-transformers adapter and of the original classes, on given embeddings.
 
     python -m benchmarks.text_losses             4,096 rows with 4 hard negatives, D = 384
     python -m benchmarks.text_losses --table     docs/adapters.md's table from the newest rows; times nothing
 
-Each (class, loss) runs in a process of its own, once on a small batch and then once on the whole: value and gradients of every
-embedding. The model gives its input back, so that only the loss is timed; cached losses cut mini-batches of 32, GIST's guide has
-the width of the model. `peak_extra_mib` is the resident high-water mark above what was held before. Values must agree.
-sentence-transformers' GISTEmbedLoss is left out: it would hold arrays of (B, B, D), 24 GiB each at this size.
+Each (class, loss) runs in its own process, first on a small batch and then on the whole batch, with the value and the gradients
+of all embeddings. The model returns its input, so that only the loss is timed. Cached losses use mini-batches of 32, and the
+guide of GIST has the width of the model. `peak_extra_mib` is the peak of the resident memory minus its value before. The values
+must agree. GISTEmbedLoss of sentence-transformers is left out, because it would need arrays of (B, B, D), 24 GiB each at this
+size.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Time mining WordNet end to end from texts, stage by stage: a BEIR folder in, a training file out.
+"""Times mining of WordNet from texts, stage by stage, from a BEIR folder to a training file.
 
     pip install wordllama && python -m benchmarks.texts           117,659 entries, 48,339 example sentences
     python -m benchmarks.texts --queries 2000                     fewer sentences; --table writes docs/mining.md's table alone
@@ -8,8 +8,8 @@
     mine     its search: 5 negatives, relative_margin 0.05           floor: the matrix product alone, in fp32
     write    to_jsonl for sentence-transformers                      floor: the same bytes written and flushed
 
-The model is wordllama's static one of 256 dimensions, whose weights come with that package. Every stage runs once, in one
-process, and its floor after it; `load` is that of the machine, with other work on it. Rows go to results/texts/<machine>.csv.
+The model is the static model of wordllama with 256 dimensions, whose weights are part of that package. Every stage runs once, in
+one process, followed by its floor. `load` is the load of the machine. Rows are appended to results/texts/<machine>.csv.
 """
 
 import argparse

@@ -1,10 +1,9 @@
-"""How long and how much memory: interleaved rounds, and the peak above what was there before.
+"""Measures time in interleaved rounds, and the peak of the memory.
 
-Variants take turns, in an order that rotates every round, so that a clock that drifts or a neighbour that wakes up
-meets all of them alike; medians are compared, and the 20 % and 80 % quantiles say how much to believe them. On a GPU
-a round replays a CUDA graph of as many calls as fill a few milliseconds, so that what is timed is the card and not
-the Python that drives it; the L2 cache holds what the last call left there. A call that cannot be captured is timed by
-events around it. Memory is measured in a call of its own, never in a timed one.
+Variants take turns, in an order that rotates in every round, so that a changing clock rate or other load affects all of them. The
+medians are compared; the 20 % and 80 % quantiles show their uncertainty. On a GPU, a round replays a CUDA graph with as many
+calls as take a few milliseconds, so that the time of Python code is not included. The L2 cache is not flushed between calls. A
+call that cannot be captured is timed by events. Memory is measured in a separate call that is not timed.
 """
 
 import ctypes

@@ -1,12 +1,12 @@
-"""The demo's training: a two-tower head on frozen sentence vectors, MoCo-style, one run a recipe.
+"""The training of the demo: a two-tower head on frozen sentence vectors, as in MoCo, one run for each recipe.
 
     query tower   f_q(x) = unit(x + bias + small MLP(x))     trained: AdamW, one cycle
     key tower     f_k: the same shape, an exponential moving average of f_q, without gradient
     negatives     a queue of K = 65,536 past keys, full of real keys from the start; the query's own id is masked
 
-A recipe is an entry of RECIPES: a title, the function that makes the loss, the window of ranks that its negatives lie in,
-and what it is fed beside keys and ids; IN_DEMO are those that the demo trains unless told otherwise. Held-out queries are
-ranked against the whole corpus by the same kernels: the rank of the answer is the number of entries scored above it.
+A recipe is an entry of RECIPES: a title, the function that creates the loss, the window of ranks of its negatives, and the inputs
+that it needs in addition to keys and ids. IN_DEMO lists the recipes that the demo trains by default. Held-out queries are ranked
+against the whole corpus by the same kernels: the rank of the answer is the number of entries with a higher score.
 """
 
 import statistics

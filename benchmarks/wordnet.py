@@ -6,7 +6,7 @@
     task.positives (Q,)   int64, the corpus row of each query
     task.train, task.held_out: query numbers; no held-out answer is the answer of a training query
 
-Texts are read apart (`load_texts`), since only the demo's page shows them.
+Texts are read separately (`load_texts`), because only the demo's page needs them.
 """
 
 import lzma
