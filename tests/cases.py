@@ -1,4 +1,4 @@
-"""Shapes and inputs that the tests share: each shape once, with its reason."""
+"""Shapes and inputs that several tests use. Each shape has a reason."""
 
 import os
 

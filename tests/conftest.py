@@ -1,4 +1,4 @@
-"""What every test runs under: one seed, uninitialised memory filled with NaN, and the list of backends that can run here."""
+"""Fixtures and settings for all tests: one seed, uninitialised memory filled with NaN, and the backends that can run here."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The CUDA sources as C functions that run on the CPU: compiled by g++ against tests/emulator."""
+"""Compiles the CUDA sources with g++ against tests/emulator, as C functions that run on the CPU."""
 
 import ctypes
 import os

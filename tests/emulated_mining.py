@@ -1,4 +1,4 @@
-"""kernels/cuda/mine_hardest.cu under the emulator, called with tensors; by each of the products that its GPUs have."""
+"""Runs kernels/cuda/mine_hardest.cu on tensors under the emulator, with each matrix product of its target GPUs."""
 
 import ctypes
 import functools

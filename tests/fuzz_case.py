@@ -1,4 +1,4 @@
-"""One random call for tests/fuzz.py: shapes, values, layouts, dtypes, masks and options, drawn from (seed, number) alone."""
+"""One random call for tests/fuzz.py: shapes, values, layouts, dtypes, masks and options, drawn from (seed, number)."""
 
 import random
 

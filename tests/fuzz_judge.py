@@ -1,4 +1,4 @@
-"""What the fuzzers judge by: a result agrees with the reference bit for bit, or within the rounding of its scores."""
+"""Comparisons for the fuzzers: a result must equal the reference bit for bit, or within the rounding of its scores."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""A training job over ranks that writes its state after every step and goes on from it, with everything at once.
+"""A training job over several ranks that saves its state after every step and can be resumed, with many features combined.
 
 MoCo with MoCHi, bf16 autocast, accumulation, two moving averages, activation checkpointing and DistributedDataParallel.
 """

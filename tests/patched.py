@@ -1,4 +1,4 @@
-"""Training code in published styles (tests/data/published), and what the patches of examples/patches make of it."""
+"""Training code in published styles (tests/data/published), and the same code after the patches of examples/patches."""
 
 from functools import partial
 from pathlib import Path

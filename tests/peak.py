@@ -1,4 +1,4 @@
-"""What a call holds beyond what was there before it: in a process of its own, whose resident set has a high-water mark."""
+"""Measures the peak memory of a call, in addition to the memory in use before it, in a separate process."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Other packages' losses and miners, without what these parts never call. One that is not installed skips its tests."""
+"""Losses and miners of other packages, imported without the dependencies that they do not need. Missing ones skip their tests."""
 
 import importlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Queues that are hard on kernels that sample."""
+"""Queues that are difficult for kernels that sample."""
 
 import torch
 

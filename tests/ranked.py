@@ -1,4 +1,4 @@
-"""Pools by their places: what ranks and counts of the CUDA backend are compared with."""
+"""Expected ranks and counts of pools, for the tests of the CUDA backend."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Several ranks on this machine, each a process of its own, and what they answer."""
+"""Runs a function on several ranks on this machine, one process each, and collects the results."""
 
 import pickle
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Machine code of compiled kernels, as the tools inside Triton's package print it: which loops there are, and how long."""
+"""Disassembles compiled kernels with the tools of Triton's package: their loops and the number of instructions in them."""
 
 import re
 import subprocess

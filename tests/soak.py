@@ -1,6 +1,6 @@
-"""Training steps without end, in processes that must not grow: python -m tests.soak --steps 10000 [--ranks 2]
+"""A long series of training steps, during which memory must not grow: python -m tests.soak --steps 10000 [--ranks 2]
 
-A step scores a queue, takes a window, mixes, mines and weighs, differentiates, and enqueues. After the first tenth, resident
+A step uses a queue, a window, synthetic negatives, mining, weights, gradients, and enqueue. After the first tenth, resident
 memory may grow by LIMIT_MB in all.
 """
 

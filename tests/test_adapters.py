@@ -1,4 +1,4 @@
-"""The adapters against the packages whose shape they have: same inputs, same values and gradients, or a named bug of theirs."""
+"""The adapters give the same values and gradients as the packages that they replace, except for known bugs of these packages."""
 
 import itertools
 import re

@@ -1,8 +1,7 @@
-"""Triton kernels compiled ahead of time for GPUs that are not here: they compile, they do not spill, their loops stay short.
+"""Triton kernels compiled ahead of time for several GPUs: they compile, do not spill, and have few instructions in their loops.
 
-Each case compiles in a process of its own with a time limit, for a tile that is too large can keep the assembler busy for
-minutes. `python tests/test_aot.py 90 bfloat16 128 logsumexp` prints one case; with another Triton first in PYTHONPATH it checks
-that one.
+Each case compiles in its own process with a time limit, because the assembler may need minutes for a tile that is too large.
+`python tests/test_aot.py 90 bfloat16 128 logsumexp` prints one case; with another Triton first in PYTHONPATH it checks that one.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The rows of the harness: every column, older rows kept, failures that cost the others nothing; and the GPU's profile."""
+"""The result rows of the benchmarks: all columns, older rows are kept, failures do not affect other rows; and the GPU profile."""
 
 import csv
 import sys

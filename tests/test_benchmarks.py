@@ -1,4 +1,4 @@
-"""The harness itself: it refuses a wrong answer, its peers agree, its rows become pictures, tables and a plan."""
+"""The benchmarks: wrong results are rejected, the variants agree, and rows become plots, tables and estimates."""
 
 import csv
 import dataclasses

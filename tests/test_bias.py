@@ -1,4 +1,4 @@
-"""The bias of a pool's columns, op by op: in the logits that are summed, and in nothing that is compared."""
+"""The bias of a pool is added to the logits that each op sums, and does not change scores that are compared."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which backend runs what: the limits of a kernel, and calls whose scores must come from one place. No GPU is asked."""
+"""The choice of backends: limits of kernels, and calls whose scores must come from one backend. No GPU is needed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The command: options in step with signatures, files in and out and every exit code."""
+"""The command line: options agree with the signatures, input and output files, and every exit code."""
 
 import argparse
 import inspect

@@ -1,4 +1,4 @@
-"""Columns by name: the listed ops, samples, negatives that are each query's own, and false negatives, on every backend."""
+"""Ops over lists of columns, samples, keys (B, M, D) and false negatives, on every backend."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The lists of files in CONTRIBUTING.md against the tree: what they name is there, and nothing else has to be touched."""
+"""The lists of files in CONTRIBUTING.md: the files exist, and no other file has to be changed."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""What kernels/cuda compiles to: every file for every target, without a warning or a spill, into few instructions a score."""
+"""Compilation of kernels/cuda: every file and target, without warnings or spills, and the number of instructions per score."""
 
 import re
 import subprocess

@@ -1,8 +1,8 @@
 """mine_hardest of the CUDA backend with and without a GPU.
 
 kernels/cuda/mine_hardest.cu runs on the CPU under tests/emulator, fragments of tensor cores and late copies included. The same
-cases run on a GPU, where there is one, and are small enough for compute-sanitizer. On the CPU a smaller sample sends a short
-queue the way of a long one: cut, scan, certificate, recovery.
+cases run on a GPU, where there is one, and are small enough for compute-sanitizer. On the CPU the sample is smaller, so that a
+short queue takes the path of a long one: cut, scan, check, exact search.
 """
 
 import pytest

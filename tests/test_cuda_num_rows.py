@@ -1,4 +1,4 @@
-"""num_rows in the CUDA kernels, read where they run: rows past it are no candidates and are never read. And rank_window.
+"""num_rows in the CUDA kernels, which read it on the device: rows past it are never candidates and never read. And rank_window.
 
 A queue of K rows, of which num_rows are there and the rest are NaN, gives bit for bit what a queue of num_rows rows gives.
 """

@@ -1,4 +1,4 @@
-"""How the CUDA backend asks tensor cores for scores, on the CPU under tests/emulator: fragments, descriptors, copies."""
+"""How the CUDA backend computes scores with tensor cores, under tests/emulator: fragments, descriptors, copies."""
 
 import ctypes
 import itertools

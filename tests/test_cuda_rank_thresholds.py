@@ -1,7 +1,8 @@
 """rank_thresholds of the CUDA backend with and without a GPU.
 
 kernels/cuda/rank_thresholds.cu runs on the CPU under tests/emulator. The same cases run on a GPU, where
-there is one, and are small enough for compute-sanitizer. On the CPU a smaller sample sends a short queue the way of a long one.
+there is one, and are small enough for compute-sanitizer. On the CPU the sample is smaller, so that a short queue takes the path
+of a long one.
 """
 
 import pytest

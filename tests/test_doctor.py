@@ -1,4 +1,4 @@
-"""python -m negmine.doctor: one line a backend with the truth about it, the build, the versions; it never fails."""
+"""python -m negmine.doctor prints correct lines about the backends, the build and the versions, and never fails."""
 
 import importlib.util
 import os

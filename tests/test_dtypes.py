@@ -1,4 +1,4 @@
-"""Mixed dtypes: float64 in any vector makes the call float64; fp32, bf16 and fp16 mix freely."""
+"""Mixed dtypes: float64 in any vector makes the call float64; fp32, bf16 and fp16 can be mixed."""
 
 import itertools
 

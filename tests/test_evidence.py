@@ -1,4 +1,4 @@
-"""docs/evidence.md holds the tables that the committed rows give."""
+"""docs/evidence.md has the tables that are computed from the committed rows."""
 
 from benchmarks import evidence
 from benchmarks.rows import read

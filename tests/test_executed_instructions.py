@@ -1,4 +1,4 @@
-"""What the AMX kernels execute for a score, counted on any processor with AVX512-BF16: what can be known of their speed there.
+"""The number of instructions that the AMX kernels execute for a score, counted on any processor with AVX512-BF16.
 
 tests/stress/executed_instructions.cpp steps through a call of the kernels as they ship and carries out the tile instructions in
 plain code. Counts are of the next 128 rows of a queue, so that what is done once a call does not count.

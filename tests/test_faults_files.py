@@ -1,4 +1,4 @@
-"""Faults of files found by use, each with its right value: what is deleted, followed, allocated, replaced, half-written."""
+"""Regression tests for faults with files: deleted files, links, allocations, replaced and incomplete files."""
 
 import functools
 import json

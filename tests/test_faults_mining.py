@@ -1,4 +1,4 @@
-"""Faults of mining that were found by use, each with its right value, and its kin in other containers and arguments."""
+"""Regression tests for faults of mining, with the right values, and for related containers and arguments."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Faults that training jobs met with other packages, each tried here: the tests are named after the rows of that list.
+"""Regression tests for faults that training jobs have with other packages. The names of the tests are rows of a list of faults.
 
 2a to 2d   state, graphs and recomputation     2h to 2l   dtypes, rounding, what a scalar may be
 2m to 2o   empty pools, unknown tags, eval     2p to 2s   distances, transforms, views, temperatures

@@ -1,4 +1,4 @@
-"""negmine mine --compat flagembedding against FlagEmbedding's hn_mine.py, written out as a loop."""
+"""negmine mine --compat flagembedding gives the results of FlagEmbedding's hn_mine.py, written as a loop."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The fuzzer in short: a few seconds without a fault, and it sees the faults that it is there for."""
+"""A short run of the fuzzer finds no fault, and the fuzzer detects the faults that it is made for."""
 
 import os
 

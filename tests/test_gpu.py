@@ -1,4 +1,4 @@
-"""What only a card can show: graphs, compiled steps, no waiting, exactness where a certificate fails, repeated bits, far offsets.
+"""Tests that need a GPU: CUDA graphs, compiled steps, no synchronisation, the exact search, determinism, large offsets.
 
 Nothing here runs without a GPU. Each test takes a few seconds on one.
 """

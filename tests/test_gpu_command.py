@@ -1,4 +1,4 @@
-"""build_tools/gpu.py without a GPU: no phase costs another one its turn, time runs out for one alone, the code tells."""
+"""build_tools/gpu.py without a GPU: a failing phase does not stop the others, time limits are per phase, and exit codes."""
 
 import subprocess
 import sys

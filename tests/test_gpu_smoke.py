@@ -1,4 +1,4 @@
-"""build_tools/gpu_smoke.py rehearsed on the CPU: a kernel that hangs, crashes, is wrong or is refused costs its own line."""
+"""build_tools/gpu_smoke.py on the CPU: a kernel that hangs, crashes, is wrong or cannot run affects only its own line."""
 
 import csv
 import sys

@@ -1,4 +1,4 @@
-"""A guide inside the kernels, op by op: what its dense mask gives, bit for bit, and nothing of what it hides comes through."""
+"""A guide in the kernels of every op gives the results of its dense mask, bit for bit, and hidden values have no effect."""
 
 import pytest
 import torch

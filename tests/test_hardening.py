@@ -1,4 +1,4 @@
-"""Long runs, little memory, workers, large offsets, damaged states: what a training run meets sooner or later."""
+"""Long training runs: little memory, worker processes, large offsets, damaged checkpoints."""
 
 import importlib.util
 import mmap

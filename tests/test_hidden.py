@@ -1,4 +1,4 @@
-"""What a mask hides may hold anything, NaN included: values and every gradient are those with zeros there."""
+"""Masked keys may hold any values, NaN included: values and gradients equal those with zeros instead."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Identities and limits of the published formulas, on every backend: options that change nothing, closed forms, extremes."""
+"""Identities and limits of the published formulas, on every backend: options without effect, closed forms, extreme values."""
 
 import math
 

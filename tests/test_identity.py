@@ -1,4 +1,4 @@
-"""Documents and queries by id, text and row, against a slow definition over random inputs; every engine that runs here.
+"""Documents and queries identified by id, text and row, against a slow definition, with every engine that runs here.
 
 Embeddings are small integers, so that scores are exact and the answers must be equal.
 """

@@ -1,4 +1,4 @@
-"""From an sdist to an environment that runs the wheel, and what is said where versions do not fit."""
+"""Installation: from an sdist to an environment that runs the wheel, and the messages for versions that do not match."""
 
 import re
 import sys

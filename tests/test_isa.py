@@ -1,4 +1,4 @@
-"""Every instruction set that this processor has, forced in turn: exact, rounded, and one score whatever the op and the split."""
+"""Every instruction set of this processor: exact and rounded results, and the same scores in every op and split."""
 
 import math
 

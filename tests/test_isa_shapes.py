@@ -1,4 +1,4 @@
-"""The choice of an instruction set, and every class of shape that one sums: each set forced in turn, as in test_isa.py."""
+"""The choice of an instruction set, and shapes of every kind on each instruction set, as in test_isa.py."""
 
 import pytest
 import torch

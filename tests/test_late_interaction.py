@@ -1,4 +1,4 @@
-"""late_interaction and mine_late_interaction: loops in float64, gradcheck, the dense definition, mining, refusals, maxsim."""
+"""late_interaction and mine_late_interaction: loops in float64, gradcheck, the reference, mining, errors, maxsim."""
 
 import re
 import sys

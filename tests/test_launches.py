@@ -1,4 +1,4 @@
-"""What a call launches on Triton: its own kernels, and PyTorch's around them. Small batches wait for these, not for arithmetic.
+"""The launches of a call on Triton: its own kernels, and those of PyTorch. They dominate the time of small batches.
 
 Nothing is computed here: launches are counted and left out, which works because no launcher looks at what a kernel wrote.
 """

@@ -1,4 +1,4 @@
-"""The logQ correction and its frequency estimate, and the guide recipe: against their formulas."""
+"""The logQ correction, its frequency estimator and the guide recipe, against their formulas."""
 
 import math
 

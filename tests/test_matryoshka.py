@@ -1,4 +1,4 @@
-"""matryoshka is the weighted sum of info_nce on prefixes, of the negatives that the widest prefix selects."""
+"""matryoshka is the weighted sum of info_nce on prefixes, with the negatives that the widest prefix selects."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Peak memory of the fused CPU ops at MoCo's shape, in a process of its own: the (B, K) matrix alone would be 64 MB."""
+"""Peak memory of the fused CPU ops at the shape of MoCo, in a separate process. The (B, K) matrix alone would need 64 MB."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Each loss of losses/methods.py, siglip and synco against its published formula, dense and in float64, on every backend."""
+"""The losses of losses/methods.py, siglip and synco against their published formulas, in float64, on every backend."""
 
 import math
 import pickle

@@ -1,4 +1,4 @@
-"""The table of docs/methods.md, walked: every call in it runs on every backend and is what the reference says in float64.
+"""Every call in the table of docs/methods.md runs on every backend and agrees with the reference in float64.
 
 A call is evaluated as it is printed; the test adds the backend and the tensors that a training loop would bring.
 """

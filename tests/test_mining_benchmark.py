@@ -1,4 +1,4 @@
-"""benchmarks.mining: every difference between miners has its reason, and the tables are made from the rows."""
+"""benchmarks.mining: every difference between miners is explained, and the tables are computed from the rows."""
 
 import numpy as np
 import pytest

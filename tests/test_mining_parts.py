@@ -1,4 +1,4 @@
-"""Parts of a mining job, cut by queries and rows and merged by random trees, make the bits of one process; others are refused."""
+"""Parts of a mining job, split by queries and rows and merged in random order, give the bits of one process; errors."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""A corpus held by 1, 2 and 3 processes on gloo: every rank returns, bit for bit, what one process returns for all of it."""
+"""A corpus distributed over 1, 2 and 3 processes on gloo: every rank returns the same bits as one process."""
 
 import pytest
 import torch

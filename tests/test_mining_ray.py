@@ -1,4 +1,4 @@
-"""engine="ray" on a local Ray: the bits of one process, though shards are empty, or a worker or the driver is killed."""
+"""engine="ray" on a local Ray gives the bits of one process, with empty shards or if a worker or the driver is killed."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""MiningResult: index arrays, lines of JSON, the HTML page, files that may be damaged."""
+"""MiningResult: index arrays, JSON lines, the HTML page, and damaged files."""
 
 import json
 import re

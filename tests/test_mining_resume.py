@@ -1,4 +1,4 @@
-"""Resuming interrupted runs: killed at any batch, on a full disk, with damaged files; the resumed run gives the same bits."""
+"""Resuming interrupted runs: after a kill at any batch, a full disk or damaged files, the resumed run gives the same bits."""
 
 import json
 import os

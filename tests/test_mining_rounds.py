@@ -1,4 +1,4 @@
-"""Rounds of mining and training: what is handed over, what is kept, when they stop; a toy model that they improve."""
+"""Rounds of mining and training: arguments, kept negatives, stopping, and a toy model that improves."""
 
 import functools
 import signal

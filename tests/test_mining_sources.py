@@ -1,4 +1,4 @@
-"""Sources of embeddings: .npy, .safetensors and .parquet files, shards, tensors, and files that cannot be read."""
+"""Sources of embeddings: .npy, .safetensors and .parquet files, shards, tensors, and unreadable files."""
 
 import gzip
 import itertools

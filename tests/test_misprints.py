@@ -1,4 +1,4 @@
-"""Published misprints and traps of public code, one test each: the wrong version written out differs, and ours is the right one.
+"""Misprints in papers and errors in public code, one test each: the wrong formula differs from ours, and ours is right.
 
 `right` is the formula in float64, `wrong` what the print or the code does; `told_apart` fails if ours were the wrong one.
 """

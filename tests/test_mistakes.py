@@ -1,4 +1,4 @@
-"""Likely mistakes of a new user: each is answered by one sentence that says what to do next."""
+"""Likely mistakes of new users: each raises an error that says what to do instead."""
 
 import re
 

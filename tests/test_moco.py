@@ -1,4 +1,4 @@
-"""MoCoQueue in MoCo's own form, and the module of its loss. The published builder and its patch: tests/test_patches.py."""
+"""MoCoQueue with the checkpoints of MoCo, and InfoNCELoss. tests/test_patches.py has the published builder and its patch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The table of ops in kernels/README.md says what the declarations in negmine/ops say."""
+"""The table of ops in kernels/README.md agrees with the declarations in negmine/ops."""
 
 from build_tools.op_table import README, op_table, with_table
 from negmine.ops.registry import OPS

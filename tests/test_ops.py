@@ -1,4 +1,4 @@
-"""Every declared op in every namespace that implements it here: opcheck, the fake's shapes and dtypes, identities between ops.
+"""Every declared op in every namespace that implements it: opcheck, shapes and dtypes of the fake, identities between ops.
 
 Inputs are made from the declarations in negmine/ops, so an op that is added there is tested here.
 """

@@ -1,4 +1,4 @@
-"""Options that no kernel sees: kernels against the reference, gradients, refusals."""
+"""Options that are not implemented in kernels: agreement with the reference, gradients, errors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What ships, and the walls of the house.
+"""The contents of the packages, and the boundaries between the parts of the repository.
 
 The contents of the wheel and of the sdist, the link negmine/kernels, what each folder may include, what a
 build refuses, and negmine._C.

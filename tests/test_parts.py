@@ -1,4 +1,4 @@
-"""fp32 and fp16 in AMX tiles, as sums of bf16 (kernels/cpu/simd/parts.h): each bit of a score is what is said there.
+"""fp32 and fp16 in AMX tiles, as sums of bf16: every score has the bits that kernels/cpu/simd/parts.h specifies.
 
 Skipped where the processor has no AMX; tests/test_tiles.py runs this file on emulated tiles.
 """

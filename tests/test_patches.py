@@ -1,4 +1,4 @@
-"""The patches of examples/patches on code in the published style: same losses, gradients, logs and checkpoints."""
+"""The patches of examples/patches on code in published styles: the same losses, gradients, logs and checkpoints."""
 
 import copy
 import re

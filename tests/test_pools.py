@@ -1,4 +1,4 @@
-"""Several pools in one loss, a bias on their logits, and guides: definitions against loops, kernels against definitions."""
+"""Several pools in one loss, a bias on their logits, and guides: the reference against loops, kernels against the reference."""
 
 import itertools
 import math

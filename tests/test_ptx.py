@@ -1,4 +1,4 @@
-"""The machine of tests/ptx does what the PTX ISA says, refuses what a GPU would not forgive, and runs what Triton compiles."""
+"""The interpreter of tests/ptx follows the PTX ISA, reports what would fail on a GPU, and runs the output of Triton."""
 
 import os
 import subprocess

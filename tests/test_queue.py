@@ -1,4 +1,4 @@
-"""MoCoQueue as a ring: any batch size, ids and labels beside the keys, checkpoints, ranks."""
+"""MoCoQueue as a ring buffer: any batch size, ids and labels, checkpoints, several ranks."""
 
 import copy
 import pickle

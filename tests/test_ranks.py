@@ -1,4 +1,4 @@
-"""What ranks do together, at 2 and 3 of them: one bad rank in every collective call, and losses over the negatives of all ranks.
+"""Collective calls with 2 and 3 ranks: invalid arguments on one rank in every call, and losses with the negatives of all ranks.
 
 The ranks are started once for each number of them and run every case of this file one after the other, so that a case also shows
 that the one before it left no rank behind.

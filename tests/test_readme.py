@@ -1,4 +1,4 @@
-"""What the pages say is true: Python blocks run, the diff of existing MoCo code fits the API, names and targets exist.
+"""The code on the pages: Python blocks run, the diff of existing MoCo code fits the API, names and link targets exist.
 
 The blocks of one page run in order in one namespace, as a reader would type them. A diff is read as the code that it leaves:
 it must parse, its `negmine.` names must exist and its calls must fit their signatures.

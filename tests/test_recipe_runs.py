@@ -1,4 +1,4 @@
-"""Every recipe trains on a task of the demo's shape, and the runner of all of them resumes, sorts and tabulates."""
+"""Every recipe trains on a task of the demo's shape; benchmarks.recipes resumes, sorts and writes tables."""
 
 import csv
 import inspect

@@ -1,4 +1,4 @@
-"""Every refusal of the public API: which call, and words that its sentence must hold."""
+"""Every error of the public API: the call, the type of the exception and words of its message."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""hardness_report against loops in float64, its page, its files, its refusals.
+"""hardness_report against loops in float64, its page, its files, its errors.
 
 Integer embeddings make every score exact, so ranks, ties included, are the loop's.
 """

@@ -1,4 +1,4 @@
-"""What hardness_report says of its figures: each sentence at the bound where it changes."""
+"""The sentences of hardness_report about its figures, at the values where a sentence changes."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""merge_retrievers against loops, and what build_batches promises."""
+"""merge_retrievers against loops, and the documented properties of build_batches."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""The rules of meaning that hold across ops, on every backend: rows apart, NaN, overwriting, strides, determinism."""
+"""Rules that hold for all ops, on every backend: independent rows, NaN, overwritten queues, strides, determinism."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The adapter against sentence-transformers itself: one dataset, one model, both miners, every column."""
+"""The adapter for mining against sentence-transformers: the same dataset and model, both miners, every column."""
 
 import random
 import zlib

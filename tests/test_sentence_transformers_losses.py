@@ -1,4 +1,4 @@
-"""sentence-transformers' losses in the adapter, against their dense definition, and against the real classes where installed."""
+"""The losses of the sentence-transformers adapter against their dense definitions and, if installed, the original classes."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""A queue over ranks against one process with the whole queue: on gloo at 1, 2 and 3 ranks, with ragged and empty batches.
+"""A queue distributed over 1, 2 and 3 ranks (gloo) against one process with the whole queue; also uneven and empty batches.
 
 Small integers make every score exact and ties many: what is selected must be the same, bit for bit. Losses, gradients and
 log-sum-exps, whose sums run in another order, keep the rounded rule of tests/compare.py.

@@ -1,4 +1,4 @@
-"""logsumexp and softplus_sum, the sums that methods are built from: every backend against the reference, and the rules."""
+"""logsumexp and softplus_sum on every backend against the reference, and the rules for all ops."""
 
 from functools import partial
 

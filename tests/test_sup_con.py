@@ -1,4 +1,4 @@
-"""sup_con on every backend against the reference: values, every gradient, in-batch and queue forms, refusals."""
+"""sup_con on every backend against the reference: values, all gradients, batches and queues, errors."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""Embeddings in tables: every column type gives the rows that an array of them gives, by position."""
+"""Embeddings in tables: every type of column gives the same rows as an array."""
 
 import re
 import zlib

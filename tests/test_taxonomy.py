@@ -1,4 +1,4 @@
-"""The worked example's judge: hypernym depth and path similarity against searches over the tree, written out."""
+"""The similarity measures of the worked example: hypernym depth and path similarity against searches over the tree."""
 
 from collections import deque
 

@@ -1,4 +1,4 @@
-"""from_texts and rescore=: models and judges that are toys, so that every answer is known."""
+"""from_texts and rescore=, with toy models whose results are known."""
 
 import hashlib
 import os

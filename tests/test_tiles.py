@@ -1,4 +1,4 @@
-"""The AMX kernels, on tiles that are emulated: every processor with AVX512-BF16 can tell whether they are right."""
+"""The AMX kernels with emulated tiles, on every processor with AVX512-BF16."""
 
 import os
 import re

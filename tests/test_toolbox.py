@@ -1,4 +1,4 @@
-"""torch's toolbox on every public op: one graph for any shape, autocast, GradScaler, copies, second derivatives.
+"""PyTorch's features with every public op: one graph for any shape, autocast, GradScaler, copies, second derivatives.
 
 tests/test_torch.py does the same for the losses' options; here each op and each module has its turn.
 

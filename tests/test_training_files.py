@@ -1,4 +1,4 @@
-"""Training data in the forms of other programs, out of a MiningResult and into one: ids, titles and scores pass through."""
+"""Training data in the formats of other programs, from and to a MiningResult, with ids, titles and scores."""
 
 import gzip
 import json

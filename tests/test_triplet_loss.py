@@ -1,4 +1,4 @@
-"""triplet_loss, multi_similarity and their recipes: loops in float64, gradcheck, every backend, refusals."""
+"""triplet_loss, multi_similarity and their recipes: loops in float64, gradcheck, every backend, errors."""
 
 import math
 import pickle

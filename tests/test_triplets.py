@@ -1,4 +1,4 @@
-"""mine_triplets: the reference against loops over every rule, every backend against the reference, and the rules of meaning."""
+"""mine_triplets: the reference against loops for every rule, every backend against the reference, ties and NaN."""
 
 import math
 import re

@@ -1,5 +1,5 @@
-"""What the Triton backend promises beyond tests/test_kernels.py, on a GPU or interpreted: torch ops for torch.compile, one score
-by one sequence of operations, the reference's draws to the bit, fp16's range, grids that no axis limits."""
+"""The Triton backend on a GPU or interpreted, in addition to tests/test_kernels.py: torch ops for torch.compile, identical
+scores in all ops, the reference's random draws bit for bit, the range of fp16, large grids."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""What nvcc and Triton emit, run on the CPU: PTX parsed here, executed by machine.cpp and its neighbours."""
+"""Runs the PTX code of nvcc and Triton on the CPU: it is parsed here and executed by machine.cpp and the files next to it."""
 
 import ctypes
 import hashlib

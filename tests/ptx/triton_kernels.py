@@ -1,4 +1,4 @@
-"""Triton's kernels, compiled for a GPU that is not here, on CPU tensors: every launch runs the PTX that the GPU would get.
+"""Runs Triton's kernels, compiled for a GPU, on CPU tensors: every launch executes the PTX code for that GPU.
 
 `install`, before negmine is imported: a launcher then believes that the tensors are on a card of that compute capability.
 """
