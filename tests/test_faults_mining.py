@@ -192,7 +192,7 @@ def test_1n_corpus_containers():
     ):
         with pytest.raises(TypeError, match=re.escape(words)):
             mine(X, C, P, corpus_texts=refused)
-    with pytest.raises(TypeError, match="corpus_texts must be no mapping where corpus_ids is given"):
+    with pytest.raises(TypeError, match="corpus_texts must be a sequence, not a mapping, if corpus_ids is given"):
         mine(X, C, P, corpus_ids=D, corpus_texts=dict(zip(D, D, strict=True)))
     with pytest.raises(ValueError, match="corpus_texts must be 500 texts, one per row, got '499 in a list'"):
         mine(X, C, P, corpus_texts=D[1:])

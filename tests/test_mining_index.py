@@ -313,7 +313,7 @@ REFUSALS = [
     (lambda: _built(train_rows=0), ValueError, "train_rows must be an int of 1 or more"),
     (lambda: _built(seed=-1), ValueError, "seed must be"),
     (lambda: _built(device="nowhere"), ValueError, "device must be a device that torch can use here"),
-    (lambda: NegativeIndex.build(corpus()[:0]), ValueError, "embeddings must be of 1 row or more, got (0, 16)"),
+    (lambda: NegativeIndex.build(corpus()[:0]), ValueError, "embeddings must be of at least 1 row, got (0, 16)"),
     (lambda: NegativeIndex.build(corpus().long()), TypeError, "embeddings must be float32, float16, bfloat16 or float64"),
     (lambda: _built().add(unit(3, 5)), ValueError, "add: embeddings must be of the index's D = 16, got 5"),
     (lambda: _built().add(corpus().half()), ValueError, "add: embeddings must be of the index's D and dtype"),
@@ -337,7 +337,7 @@ def test_a_gpu_index_says_what_it_lacks():
     if getattr(faiss, "get_num_gpus", lambda: 0)():
         pytest.skip("FAISS sees a GPU")
     index = faiss.index_factory(D, "Flat", faiss.METRIC_INNER_PRODUCT)
-    with pytest.raises(ValueError, match="device must be 'cpu' where FAISS sees no GPU"):
+    with pytest.raises(ValueError, match="device must be 'cpu', because FAISS finds no GPU"):
         engines.FaissEngine("NegativeIndex.build", "Flat", index, {}, torch.device("cuda"))
     limited = NegativeIndex.build(corpus(), "Flat")
     limited._engine.max_k = 5
@@ -400,8 +400,8 @@ def test_what_shards_refuse(tmp_path):
         ),
         "load: path must be files with the same D and dtype": lambda: NegativeIndex.load([*paths, tmp_path / "narrow"]),
         "load: path must be an existing file, or a list of files": lambda: NegativeIndex.load([]),
-        "add: an index of several files takes no rows": lambda: index.add(c),
-        "save: an index of several files is saved already": lambda: index.save(tmp_path / "again"),
+        "add: rows cannot be added to an index of several files": lambda: index.add(c),
+        "save: an index of several files is already saved": lambda: index.save(tmp_path / "again"),
     }.items():
         with pytest.raises(ValueError, match=f"^NegativeIndex.{said}"):
             asked()

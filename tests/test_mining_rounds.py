@@ -243,8 +243,8 @@ def test_a_toy_model_learns_from_rounds():
         ({"process_group": 1}, TypeError, "process_group must be a process group of torch.distributed"),
         ({"embed": 3}, TypeError, "embed must be a callable, got 3"),
         ({"max_age": -1}, ValueError, "max_age must be an int of 0 or more, got -1"),
-        ({"train_round": None}, TypeError, "train_round must be a callable, or None where folder is given"),
-        ({"folder": "x"}, TypeError, "train_round must be a callable, or None where folder is given"),
+        ({"train_round": None}, TypeError, "train_round must be a callable, or None if folder is given"),
+        ({"folder": "x"}, TypeError, "train_round must be a callable, or None if folder is given"),
         ({"folder": 3, "train_round": None}, TypeError, "folder must be the path of a folder, got 3"),
     ],
 )

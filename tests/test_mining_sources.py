@@ -175,7 +175,7 @@ def test_no_room_to_decode(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("made", [torch.Tensor.to_sparse, lambda t: t.to("meta")], ids=["sparse", "meta"])
 def test_a_tensor_without_rows_in_memory_is_refused(made):
-    words = "must be a dense tensor|must be a tensor that holds numbers"
+    words = "must be a dense tensor|must be a tensor with data"
     q, c, positives = torch.from_numpy(Q), torch.from_numpy(C), torch.tensor(POSITIVES)
     for arguments in ((made(q), c, positives), (q, made(c), positives), (q, c, made(positives))):
         with pytest.raises(TypeError, match=words):

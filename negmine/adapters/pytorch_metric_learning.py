@@ -240,7 +240,7 @@ class CrossBatchMemory(nn.Module):
         if not isinstance(loss, nn.Module):
             raise checks.refuse(op, "loss", "a loss module", loss, TypeError)
         if miner is not None and isinstance(loss, LABEL_LOSSES):
-            raise checks.refuse(op, "miner", "None with a negmine loss, which mines for itself", type(miner).__name__)
+            raise checks.refuse(op, "miner", "None with a negmine loss, which has its own mining", type(miner).__name__)
         self.loss, self.miner = loss, miner
         self.memory = MoCoQueue(embedding_size, memory_size, with_ids=True, with_labels=True, random_init=False)
         self.register_buffer(

@@ -129,7 +129,7 @@ def split_mapping(op: str, names: tuple[str, str], ids: Any, texts: Any) -> tupl
     if not isinstance(texts, Mapping):
         return ids, texts
     if ids is not None:
-        raise refuse(op, names[1], f"no mapping where {names[0]} is given", _kind(texts), TypeError)
+        raise refuse(op, names[1], f"a sequence, not a mapping, if {names[0]} is given", _kind(texts), TypeError)
     for key, text in texts.items():
         if not isinstance(text, str):
             raise refuse(

@@ -102,7 +102,7 @@ class FaissEngine:
         self._searched = index
         self._device, self._op = device, op
         if device.type == "cuda" and not getattr(self._faiss, "get_num_gpus", lambda: 0)():
-            raise refuse(op, "device", "'cpu' where FAISS sees no GPU: faiss-gpu is not installed", str(device))
+            raise refuse(op, "device", "'cpu', because FAISS finds no GPU (faiss-gpu is not installed)", str(device))
         for name, value in options.items():
             try:
                 self._faiss.ParameterSpace().set_index_parameter(index, name, value)
@@ -206,7 +206,9 @@ class CagraEngine:
         return self._rows
 
     def add(self, rows: Rows) -> None:
-        raise ValueError("NegativeIndex.add: a 'cagra' index is built once, from all rows: build it anew")
+        raise ValueError(
+            "NegativeIndex.add: a 'cagra' index is built once from all rows and cannot be extended; build a new index"
+        )
 
     def search(self, query: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         options = {"itopk_size": max(64, -(-k // 32) * 32), **self._options}
@@ -242,5 +244,5 @@ def _cagra(op: str, device: torch.device) -> Any:
         wanted = "cuVS installed (pip install cuvs-cu12 or cuvs-cu13), a FAISS factory string, or 'exact'"
         raise ImportError(f"{op}: kind 'cagra' needs {wanted}: {error}") from error
     if device.type != "cuda":
-        raise refuse(op, "device", "a CUDA device where kind is 'cagra'", str(device))
+        raise refuse(op, "device", "a CUDA device if kind is 'cagra'", str(device))
     return cagra

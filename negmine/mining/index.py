@@ -127,7 +127,7 @@ class NegativeIndex:
         options = dict(search_options or {})
         where = resolve_device(op, device, rows)
         if not len(rows):
-            raise checks.refuse(op, "embeddings", "of 1 row or more", (0, rows.dim))
+            raise checks.refuse(op, "embeddings", "of at least 1 row", (0, rows.dim))
         engine: Any
         if kind == "exact":
             engine = ExactEngine(op, rows, where, backend)

@@ -73,10 +73,14 @@ class ShardedEngine:
         return int(self.first_rows[-1])
 
     def add(self, rows: Rows) -> None:
-        raise ValueError("NegativeIndex.add: an index of several files takes no rows: build and load one more file")
+        raise ValueError(
+            "NegativeIndex.add: rows cannot be added to an index of several files; build and load another file"
+        )
 
     def serialize(self, write: Callable) -> None:
-        raise ValueError("NegativeIndex.save: an index of several files is saved already, in these files")
+        raise ValueError(
+            "NegativeIndex.save: an index of several files is already saved in these files, in these files"
+        )
 
     def content_hash(self) -> str:
         """A hash of the contents of all files."""

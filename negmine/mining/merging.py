@@ -26,7 +26,7 @@ SAME = {
 def join_parts(parts: Sequence[Part]) -> Part:
     """Like merge_parts, but always returns a Part, even if it holds every share of a job."""
     if not isinstance(parts, (list, tuple)) or not parts or not all(isinstance(part, Part) for part in parts):
-        raise refuse(OP, "parts", "a list of one Part or more", parts, TypeError)
+        raise refuse(OP, "parts", "a list of at least one Part", parts, TypeError)
     first = parts[0]
     is_share = first.phase in SHARES and all(part.phase == first.phase for part in parts)
     if is_share:

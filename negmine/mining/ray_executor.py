@@ -109,7 +109,7 @@ class RayExecutor:
     def _start(self, corpus: Any, device: Any, options: dict[str, Any]) -> None:
         given = list(corpus) if isinstance(corpus, (list, tuple)) else [corpus]
         if not given:
-            raise refuse(self.op, NAME, "1 shard or more", corpus)
+            raise refuse(self.op, NAME, "at least 1 shard", corpus)
         wanted = options.get("num_actors") or len(given)
         pieces = [piece for shard in given for piece in self._pieces(shard, math.ceil(wanted / len(given)))]
         count = min(wanted, len(pieces))

@@ -176,7 +176,7 @@ class ResumeFolder:
         if (indices.dtype, scores.dtype) != (np.int64, np.float32):
             raise ValueError(f"its indices are {indices.dtype} and its scores {scores.dtype}")
         if (scores[indices < 0] != -np.inf).any():
-            raise ValueError("it has scores where there is no row")
+            raise ValueError("it has scores without rows")
         ascending = np.sort(indices, axis=1)
         if ((ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] >= 0)).any():
             raise ValueError("it has a row twice for one query")

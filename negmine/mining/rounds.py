@@ -154,7 +154,7 @@ def mining_rounds(
         if not callable(embed):
             raise checks.refuse(OP, "embed", "a callable", embed, TypeError)
         if (train_round is None) != (folder is not None) or not (train_round is None or callable(train_round)):
-            wanted = "a callable, or None where folder is given, for another process that trains"
+            wanted = "a callable, or None if folder is given and another process trains"
             raise checks.refuse(OP, "train_round", wanted, train_round, TypeError)
         if mining.get("resume_dir") is not None:
             raise checks.refuse(

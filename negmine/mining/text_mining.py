@@ -169,7 +169,7 @@ class Embedder:
     def rows(self, texts: Column, show: bool) -> Any:
         """(rows, D) fp32: an array, or a list of memory-mapped files if there is a cache folder."""
         if not len(texts):
-            raise checks.refuse(OP, self.side, "one text or more", "none")
+            raise checks.refuse(OP, self.side, "at least one text", "none")
         blocks = []
         probe = self._encoded(texts.block(0, PROBED), 0).tobytes() if self.folder is not None else b""
         with progress(len(texts), show, f"embedding {self.side}", "texts") as advance:

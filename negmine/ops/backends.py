@@ -61,7 +61,7 @@ class Kernels:
         self.__dict__.update(functions)
 
     def __getattr__(self, op: str) -> Callable:
-        raise AttributeError(f"this call was not given the kernel {op}")
+        raise AttributeError(f"this call has no kernel {op}")
 
     def has(self, op: str) -> bool:
         return op in self.__dict__

@@ -63,7 +63,7 @@ def require_stored(op: str, name: str, value: Tensor) -> None:
     """Require a dense tensor that has storage (not on the meta device)."""
     require_tensor(op, name, value)
     if value.is_meta:
-        raise refuse(op, name, "a tensor that holds numbers", "one on the meta device", TypeError)
+        raise refuse(op, name, "a tensor with data", "one on the meta device", TypeError)
 
 
 def require_unmasked(op: str, name: str, value: Any) -> None:

@@ -318,7 +318,9 @@ class ShardedMoCoQueue(MoCoQueue):
         with ranks.agreement(op) as call:
             pool = check()
             if isinstance(select, Select) and select.sample is not None:
-                raise checks.refuse(op, "select", "without sample: a draw needs the whole queue", select)
+                raise checks.refuse(
+                    op, "select", "without sample, because a random sample needs the whole queue", select
+                )
             kernels = backends.choose(op, wanted, backend, (query, self.queue))
             if kernels is None:
                 raise backends.BackendUnavailable(

@@ -109,7 +109,7 @@ class HardnessReport:
                 written = {name: {"dtype": str(a.dtype), "values": _plain(a)} for name, a in self.figures.items()}
                 text = json.dumps(head | {"figures": written}, allow_nan=False).encode()
                 if len(text) > MAX_JSON_BYTES:
-                    wanted = f"a .npz file where the JSON holds more than {MAX_JSON_BYTES:,} bytes"
+                    wanted = f"a .npz file if the JSON has more than {MAX_JSON_BYTES:,} bytes"
                     raise refuse(op, "path", wanted, str(path))
                 file.write(text)
 

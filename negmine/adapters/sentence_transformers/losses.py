@@ -52,7 +52,7 @@ def _unit(rows: Tensor) -> Tensor:
 def _columns(op: str, sentence_features: Iterable[Features]) -> list[Features]:
     made = [dict(features) for features in sentence_features]
     if len(made) < 2:
-        raise checks.refuse(op, "sentence_features", "of two columns or more: anchors and positives", len(made))
+        raise checks.refuse(op, "sentence_features", "at least two columns: anchors and positives", len(made))
     return made
 
 
