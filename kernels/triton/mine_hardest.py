@@ -2,7 +2,8 @@
 
     sample   score evenly spaced keys, and choose a cut: a score that nearly always at least N columns reach    (sample*.py)
     scan     keep the columns that reach the cut, a little more than N, in one pass over the queue              (scan.py)
-    check    if at least N were found and no buffer overflowed, the N hardest are among them                    (certificate.py)
+    check    the N hardest are among the kept columns if at least N were found, or the cut keeps all columns,
+             and no buffer overflowed                                                                           (certificate.py)
     finish   refill rows that fail the check by an exact search, and take the top N of the sort keys            (exact_search.py)
 
 If the queue is short, or N is close to K, only the last step is done, with the sort keys of all columns, in chunks of rows. Sort

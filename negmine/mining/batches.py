@@ -44,12 +44,12 @@ class HardBatches(Sampler[list[int]]):
     def _batches(self) -> list[list[int]]:
         if self._made is None or self._made[0] != self.epoch:
             draw = np.random.default_rng([self.seed, self.epoch])
-            made = [
+            batches = [
                 batch for group in np.unique(self._groups[self._groups >= 0]) for batch in self._of_group(group, draw)
             ]
             if self.drop_last:
-                made = [batch for batch in made if len(batch) == self.batch_size]
-            self._made = (self.epoch, [made[i] for i in draw.permutation(len(made))])
+                batches = [batch for batch in batches if len(batch) == self.batch_size]
+            self._made = (self.epoch, [batches[i] for i in draw.permutation(len(batches))])
         return self._made[1]
 
     def _of_group(self, group: int, draw: np.random.Generator) -> Iterator[list[int]]:

@@ -51,7 +51,7 @@ class IndexShard:
 
 
 class ShardedEngine:
-    """An engine of NegativeIndex made of saved ones."""
+    """An engine of NegativeIndex that consists of several saved indexes."""
 
     def __init__(self, op: str, shards: Sequence[IndexShard], device: torch.device, max_bytes: int | None) -> None:
         self.shards = list(shards)

@@ -283,9 +283,9 @@ class MiningResult:
             from datasets import Dataset
         except ImportError as error:
             raise ImportError(f"{op}: needs the package datasets: pip install datasets") from error
-        made = Dataset.from_list(list(rows))
+        dataset = Dataset.from_list(list(rows))
         rows.warn()
-        return made
+        return dataset
 
     def to_parquet(
         self,

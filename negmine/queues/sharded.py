@@ -345,7 +345,8 @@ class ShardedMoCoQueue(MoCoQueue):
             The results of ``state_dict()`` of all ranks of the earlier run, in any order. Each is used once, so the iterable
             may load them one after the other, for example with ``torch.load(path, mmap=True)``.
         prefix : str
-            The part of the names in the state dicts that precedes "queue", for example "model." for "model.queue".
+            The part of the names in the state dicts before those of the queue's own state dict, for example "queue." for the
+            state of a model whose attribute `queue` is the sharded queue.
 
         Raises
         ------
