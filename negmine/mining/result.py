@@ -44,28 +44,28 @@ QUARTILES = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "max": 1.0}
 
 @dataclass(frozen=True, eq=False)  # arrays cannot be compared by ==
 class MiningResult:
-    """The result of `mine_hard_negatives`, for Q queries and n = num_negatives. Made by mining or by `load`.
+    """The result of `mine_hard_negatives` or `load`, for Q queries and n = num_negatives.
 
     Attributes
     ----------
     indices : array (Q, n) int64
-        Each query's negatives as rows of the corpus, hardest first; -1 where it has fewer than n.
+        The negatives of each query as row numbers of the corpus, hardest first; -1 at the end if it has fewer than n.
     scores : array (Q, n) float32
-        Their scores; -inf where indices is -1.
+        The scores of the negatives; -inf where indices is -1.
     positive_scores : array (Q,) float32
-        Each query's score of its positives, from which margins are measured; NaN if it has no positive.
+        The score of each query's positives, on which margins are based; NaN if it has no positive.
     num_valid : array (Q,) int64
-        How many negatives each query has.
+        The number of negatives of each query.
     positives : RowLists
         The corpus rows of each query's positives, without repetitions.
     skipped : dict
-        How many pairs of query and row each mask and filter removed. A pair is counted for the first one that removes it.
+        The number of pairs of query and row that each mask and filter removed. A pair is counted once, for the first of them.
     config : dict
         Arguments, versions, sizes and content hashes.
     positive_pair_scores : array (P,) float32, optional
         The score of each of the P pairs in positives.
     query_ids, corpus_ids, query_texts, corpus_texts : optional
-        What was given for mining.
+        The ids and texts that were passed to mining.
     query_rows : array (Q,) int64, optional
         For each row of queries, the first row of the same query; None if no two rows are the same query.
     sources : array (Q, n, retrievers) int32, optional

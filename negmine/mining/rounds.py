@@ -47,16 +47,16 @@ class Round:
     Attributes
     ----------
     number : int
-        From 0.
+        The number of the round, from 0.
     result : MiningResult
         The negatives of the round.
     new : float
-        The share of its negatives that the round before did not have; 1.0 in round 0.
+        The fraction of its negatives that were not in the previous round; 1.0 in round 0.
     ages : array (Q, n) int64
-        How many rounds ago each negative was last mined: 0 in this round, more for old ones that were kept; -1 where there is
-        no negative.
+        How many rounds ago each negative was last mined: 0 for this round, more for old negatives that were kept, -1 for an
+        empty entry.
     outcome : Any
-        What train_round returned.
+        The result of train_round.
 
     Examples
     --------
@@ -85,40 +85,41 @@ def mining_rounds(
     folder: str | os.PathLike | None = None,
     **mining: Any,
 ) -> list[Round]:
-    """Alternate mining and training, or mine rounds into a folder beside a process that trains.
+    """Alternate mining and training, or mine rounds and write them to a folder for another process that trains.
 
         for r = 0 .. rounds - 1:
             queries, corpus = embed(r);   result = mine_hard_negatives(queries, corpus, positives, **mining)
-            stop where less than min_new of result's negatives are new and r > 0
+            stop if r > 0 and the fraction of new negatives in result is below min_new
             train_round(r, result), or write the round to `folder`
 
     Parameters
     ----------
     embed : callable
-        embed(r) returns the (Q, D) and (K, D) embeddings of the model as it is now, in any form that mine_hard_negatives
-        takes. A shard of the corpus may be a function without arguments that embeds it; with engine="ray" it is called in the
-        actor that searches the shard. None instead ends the rounds.
+        embed(r) returns the (Q, D) and (K, D) embeddings of the current model, in any form that mine_hard_negatives accepts. A
+        shard of the corpus may be a function without arguments that embeds it; with engine="ray" it is called in the actor
+        that searches the shard. If embed returns None, the rounds end.
     train_round : callable or None
-        train_round(r, result) trains. What it returns is kept in Round.outcome. None where `folder` is given.
+        train_round(r, result) trains the model. Its result is stored in Round.outcome. None if `folder` is given and another
+        process trains.
     positives : sequence
         As in mine_hard_negatives.
     rounds : int
-        How many, those that `folder` holds included.
+        The number of rounds, including those that are already in `folder`.
     keep_old : int
-        Up to this many negatives of the round before that are not among the new ones are added, the hardest by today's
-        scores first, because a negative that was learnt and dropped may be forgotten. They pass today's filters, but need
-        not be in the window. The result then has num_negatives + keep_old columns.
+        How many negatives of the previous round to keep that are not among the new ones, because the model may forget
+        negatives that it no longer sees. The hardest by the current scores are kept. They must pass the current filters, but
+        need not be in the window. The result then has num_negatives + keep_old columns.
     max_age : int, optional
-        A kept negative is dropped when it was last mined more than this many rounds ago. The default is no limit.
+        A kept negative is removed if it was last mined more than this many rounds ago. The default is no limit.
     min_new : float
-        Stop when the share of new negatives is below this; 0 never stops.
+        The rounds stop if the fraction of new negatives is below this value. 0 never stops.
     folder : path, optional
         Each round is written to this folder, completely or not at all, for another process that trains: see `newest_round`.
         An interrupted run resumes after the newest round in the folder. Old rounds may be deleted.
     **mining
-        Further arguments of mine_hard_negatives, such as engine, except resume_dir. seed grows by 1 each round. With
-        process_group embed(r) returns all queries and the rank's own rows of the corpus, and train_round of every rank gets
-        the same result; rank 0 writes to `folder`.
+        Other arguments of mine_hard_negatives, such as engine, except resume_dir. seed is increased by 1 in each round. With
+        process_group, embed(r) returns all queries and this rank's rows of the corpus, and train_round gets the same result
+        on every rank; rank 0 writes to `folder`.
 
     Returns
     -------
