@@ -184,7 +184,7 @@ def forged(path, shape, size, dtype="float32", **facts):
         ((4, 3), 48, {}, r"its rows are float32 \(4, 3\)"),
         ((3, 4), 48, {"rows": 9}, r"its rows are float32 \(3, 4\)"),
         ((3, 4), 48, {"kind": 7}, "kind must be 'exact'"),
-        ((3, 4), 48, {"options": [1]}, "this version reads"),
+        ((3, 4), 48, {"options": [1]}, "this version can read"),
     ],
 )
 def test_sizes_are_checked_before_anything_is_allocated(shape, size, facts, words, tmp_path):
@@ -319,7 +319,7 @@ REFUSALS = [
     (lambda: _built().add(corpus().half()), ValueError, "add: embeddings must be of the index's D and dtype"),
     (lambda: _built().search(unit(3, 5), 4), ValueError, "search: query_embeddings must be of the index's D = 16, got 5"),
     (lambda: _built().search(queries(), 0), ValueError, "search: k must be an int of 1 or more, got 0"),
-    (lambda: _built().recall(queries(), corpus()[1:]), ValueError, "recall: corpus_embeddings must be the rows that the index"),
+    (lambda: _built().recall(queries(), corpus()[1:]), ValueError, "recall: corpus_embeddings must be the rows of the index"),
     (lambda: _built().recall(unit(3, 5), corpus()), ValueError, "recall: query_embeddings must be of the index's D = 16"),
     (lambda: _built().recall(queries(), corpus(), queries=0), ValueError, "recall: queries must be an int of 1 or more"),
 ]  # fmt: skip

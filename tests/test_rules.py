@@ -204,7 +204,7 @@ def test_double_backward_is_refused(backend):
     q, pos, keys = inputs(backend)
     q.requires_grad_()
     grad = torch.autograd.grad(negmine.info_nce(q, pos, keys, backend=backend), q, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="cannot differentiate a gradient"):
+    with pytest.raises(RuntimeError, match="first derivatives only"):
         grad.sum().backward()
 
 

@@ -259,7 +259,7 @@ def test_refused_options(options, words):
 
 def test_refused_features_and_guides():
     model = Model(1)
-    with pytest.raises(ValueError, match="two columns or more: anchors and positives, got 1"):
+    with pytest.raises(ValueError, match="at least two columns: anchors and positives, got 1"):
         ours.MultipleNegativesRankingLoss(model)(columns(0)[:1])
     packed = {"input_ids": torch.ones(1, 9, dtype=torch.long), "cu_seq_lens_q": torch.tensor([0, 4, 9])}
     with pytest.raises(

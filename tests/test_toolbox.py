@@ -136,11 +136,9 @@ def test_a_second_derivative_is_refused_in_words(op):
         assert torch.equal(grad, want)
     for grad in grads:
         for leaf in (q, k):
-            with pytest.raises(
-                RuntimeError, match="cannot differentiate a gradient; backend='reference' has derivatives"
-            ):
+            with pytest.raises(RuntimeError, match="first derivatives only; use backend='reference'"):
                 torch.autograd.grad(grad.square().sum(), leaf, retain_graph=True)
-        with pytest.raises(RuntimeError, match="cannot differentiate a gradient"):
+        with pytest.raises(RuntimeError, match="first derivatives only"):
             grad.square().sum().backward(retain_graph=True)
 
 
@@ -158,7 +156,7 @@ def test_triplets_have_second_derivatives():
 @pytest.mark.parametrize("op", SECOND)
 def test_transforms_of_functions_are_refused_in_words(op):
     q, k = unit(6, D), unit(50, D, seed=1)
-    with pytest.raises(RuntimeError, match="functorch"):
+    with pytest.raises(RuntimeError, match="do not support the transforms"):
         torch.func.grad(lambda q: SECOND[op](q, k))(q)
 
 
