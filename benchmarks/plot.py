@@ -196,7 +196,8 @@ def draw(path: Path) -> list[Path]:
     rows = newest(path)
     named, swept = [row for row in rows if not is_swept(row)], [row for row in rows if is_swept(row)]
     drawn = [draw_speed_up(path, named), draw_cases(path, named)] if named else []
-    return drawn + ([draw_scaling(path, swept)] if swept else [])
+    letters = {row["case"].partition("=")[0] for row in swept}
+    return drawn + ([draw_scaling(path, swept)] if letters == SWEEPS.keys() else [])
 
 
 def most_threads(path: Path) -> list[Row]:
@@ -218,7 +219,7 @@ def summary(paths: list[Path]) -> str:
     """SHOWN as Markdown: a line for each shape, and a column for each machine with negmine beside plain PyTorch."""
     found = {path: {(row["case"], row["op"], row["variant"]): row for row in most_threads(path)} for path in paths}
     lines = [
-        f"| B, K, D | computed | {' | '.join(path.stem for path in paths)} | extra memory |",
+        f"| B, K, D | computed | {' | '.join(f'{path.stem}, ms' for path in paths)} | extra memory |",
         "| --- " * (3 + len(paths)) + "|",
     ]
     shown: dict[Path, list[Row]] = {path: [] for path in paths}
@@ -231,13 +232,14 @@ def summary(paths: list[Path]) -> str:
                 continue
             shown[path] += [ours, plain]
             times = float(plain["median_ms"]) / float(ours["median_ms"])
-            cells.append(f"{ours['median_ms']} against {plain['median_ms']} ms: {times:.1f} times faster")
+            cells.append(f"{ours['median_ms']} against {plain['median_ms']} ({times:.1f}x)")
             shape = f"{ours['B']}, {int(ours['K']):,}, {ours['D']} {ours['dtype']}"
             memory = f"{ours['peak_extra_mib']} against {plain['peak_extra_mib']} MiB"
         if shape:
             lines.append(f"| {shape} | {words} | {' | '.join(cells)} | {memory} |")
     sources = "; ".join(source(path, rows) for path, rows in shown.items() if rows)
-    return "\n".join([*lines, "", f"Times of negmine against plain PyTorch, medians. {sources}."])
+    says = "Median times of negmine against plain PyTorch, and how many times faster negmine is (less than 1x: slower)."
+    return "\n".join([*lines, "", f"{says} Measured on {sources}."])
 
 
 def table(path: Path) -> str:
