@@ -56,6 +56,8 @@ def backend_rows() -> list[tuple[str, str, str]]:
                 verdict += f"; the next ones run {', '.join(missing)}"
             if row.name == "triton" and backends.INTERPRETED:
                 verdict += "; interpreted (TRITON_INTERPRET=1), a thousandfold slower than compiled"
+            elif row.name == "triton" and torch.version.hip:
+                verdict += "; on AMD's GPUs its kernels have been compiled, never run by us"
         rows.append((row.name, row.device, verdict))
     return rows
 
@@ -153,13 +155,14 @@ def version_rows() -> Rows:
     gpus = []
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         major, minor = torch.cuda.get_device_capability(i)
-        gpus.append(f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})")
+        code = torch.cuda.get_device_properties(i).gcnArchName if torch.version.hip else f"sm_{major}{minor}"
+        gpus.append(f"{torch.cuda.get_device_name(i)} ({code})")
     return [
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         (
             "torch",
-            f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} threads"
-            + _too_old("torch", torch.__version__),
+            f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, ROCm {torch.version.hip or 'none'}, "
+            f"{torch.get_num_threads()} threads" + _too_old("torch", torch.__version__),
         ),
         ("triton", (triton := _version_of("triton")) + _too_old("triton", triton)),
         *((name, _version_of(name)) for name in ("numpy", "faiss")),

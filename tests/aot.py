@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 
 from negmine.ops.pool import Pool
-from tests import sass
+from tests import amdgcn, sass
 
 PROCESSORS = 132  # of the card that torch is made to see
+AMD = {94: "gfx942", 110: "gfx1100"}  # by the compute capability that torch gives them
 FREE = ("empty", "empty_like", "new_empty", "empty_strided")  # torch ops that take memory alone
 B, N = 1024, 1024
 
@@ -100,9 +101,10 @@ def stand_in(capability: int, processors: int = PROCESSORS) -> list[Launch]:
     """From now on torch answers for such a card, and launches go to the list that is returned."""
     from triton.runtime.jit import JITFunction
 
-    from negmine.kernels.triton import launch
+    from negmine.kernels.triton import launch, tiles
 
-    torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
+    torch.version.hip = "7.0" if capability >= tiles.AMD else None
+    torch.cuda.get_device_capability = lambda device=None: divmod(capability % tiles.AMD, 10)
     torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=processors)
     torch.cuda.current_device = lambda: None
     launch.capability.cache_clear()
@@ -129,13 +131,24 @@ def record(ops: tuple[str, ...], dtype: torch.dtype, D: int, capability: int) ->
     return list(first.values())
 
 
+def target_of(capability: int):
+    """The target of Triton's compiler: cards of AMD are those from tiles.AMD on."""
+    from triton.backends.compiler import GPUTarget
+
+    from negmine.kernels.triton import tiles
+
+    if capability < tiles.AMD:
+        return GPUTarget("cuda", capability, 32)
+    arch = AMD[capability - tiles.AMD]
+    return GPUTarget("hip", arch, amdgcn.WAVE[arch])
+
+
 def specialise(kernel, args: tuple, kwargs: dict, capability: int) -> tuple[dict, dict, dict, dict, dict]:
     """Arguments by name, and the types, constants, divisibilities and options by which Triton compiles a kernel for them."""
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    backend = make_backend(GPUTarget("cuda", capability, 32))
+    backend = make_backend(target_of(capability))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     values, specialisation, extra = bind(*args, debug=False, **kwargs)
     options, signature, constants, attributes = kernel._pack_args(backend, kwargs, values, specialisation, extra)
@@ -145,12 +158,11 @@ def specialise(kernel, args: tuple, kwargs: dict, capability: int) -> tuple[dict
 def compile_for(kernel, args: tuple, kwargs: dict, capability: int):
     """The compiled kernel, its arguments specialised as the launch would have them; and its arguments by name."""
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     values, signature, constants, attributes, options = specialise(kernel, args, kwargs, capability)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options), values
+    return triton.compile(source, target=target_of(capability), options=options), values
 
 
 def inspect(built, rows: int, columns: int, terms: int, warps: int) -> dict:
@@ -187,7 +199,12 @@ def inspect_launch(launch: Launch, capability: int) -> dict:
     built, values = compile_for(launch.kernel, launch.args, launch.kwargs, capability)
     name = launch.kernel.fn.__name__
     tile = values.get("BLOCK_B", 1), values.get("BLOCK_K", 1)
-    found = inspect(built, *tile, values.get("D", 1) + values.get("SLICE", 0), launch.kwargs["num_warps"])
+    terms = values.get("D", 1) + values.get("SLICE", 0)
+    target = target_of(capability)
+    if target.backend == "hip":
+        found = amdgcn.inspect(built, terms, target.arch)
+    else:
+        found = inspect(built, *tile, terms, launch.kwargs["num_warps"])
     if values.get("SIGMOID"):
         name += ", sigmoid"
     if brackets := values.get("BRACKETS"):

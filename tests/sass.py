@@ -94,7 +94,7 @@ def products(sass: str) -> set[str]:
 
 def with_product(every: list[list[str]]) -> list[int]:
     """Instructions of each loop that multiplies."""
-    return [len(body) for body in every if any(re.search("GMMA|HMMA|UTC.*MMA|FFMA", x) for x in body)]
+    return [len(body) for body in every if any(re.search("GMMA|HMMA|UTC.*MMA|FFMA|v_mfma|v_wmma", x) for x in body)]
 
 
 def from_products_on(every: list[list[str]]) -> list[int]:

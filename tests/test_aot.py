@@ -55,6 +55,14 @@ PROCESSOR_BYTES = {
 # Scores are compared between passes bit for bit, so all passes must take products by one instruction, which adds up one way.
 # What follows a sum of products in the same kernel takes it too.
 PRODUCT = {80: "HMMA.16816.F32.BF16", 90: "HGMMA.64x16.F32.BF16", 100: "UTCHMMA"}
+AMD_PRODUCT = {"gfx942": "v_mfma_f32_32x32x8_bf16", "gfx1100": "v_wmma_f32_16x16x16_bf16"}
+AMD_SHARED_BYTES = 64 << 10
+AMD_INSTRUCTIONS_PER_SCORE = {  # the same, of a lane
+    ("gfx942", "logsumexp_kernel"): 25.7,
+    ("gfx942", "scan_kernel, 1 bracket"): 13.3,
+    ("gfx1100", "logsumexp_kernel"): 33.4,
+    ("gfx1100", "scan_kernel, 1 bracket"): 21.0,
+}
 # Kernels whose launchers cut the queue into as many parts as the card holds at once.
 SPLIT = ("logsumexp_kernel", "scan_kernel", "softplus_sum_kernel", "count_negatives_kernel", "maxsim_kernel")
 MINING = ("logsumexp", "mine_hardest")
@@ -94,6 +102,19 @@ CASES = [
 ]
 
 
+def compiled(capability: int, dtype: str, D: int, ops: tuple[str, ...]) -> list[dict]:
+    """What tests/aot.py reports of a case, from a process of its own."""
+    root = Path(__file__).parents[1]
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), str(root)]))
+    command = [sys.executable, __file__, str(capability), dtype, str(D), *ops]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
+    assert lines
+    return lines
+
+
 def fitting(line: dict, capability: int) -> int:
     """How many programs of a kernel fit on a processor at once, by registers, shared memory and threads."""
     registers = 256 * -(-line["registers"] // 8) * line["warps"]
@@ -104,14 +125,7 @@ def fitting(line: dict, capability: int) -> int:
     ("capability", "dtype", "D", "ops"), CASES, ids=lambda x: "+".join(x) if isinstance(x, tuple) else str(x)
 )
 def test_compiles_without_spills(capability, dtype, D, ops):
-    root = Path(__file__).parents[1]
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), str(root)]))
-    command = [sys.executable, __file__, str(capability), dtype, str(D), *ops]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
-    assert lines
+    lines = compiled(capability, dtype, D, ops)
     for line in lines:
         assert line["local"] == 0, line
         assert line["stack"] <= STACK_BYTES, line
@@ -127,6 +141,18 @@ def test_compiles_without_spills(capability, dtype, D, ops):
         measured = INSTRUCTIONS_PER_SCORE.get((capability, line["kernel"]))
         if measured and (dtype, D) == ("bfloat16", 128):
             assert line["per_score"] <= MOST.get(line["pool"], HEADROOM) * measured, line
+
+
+@pytest.mark.parametrize("ops", [("logsumexp", "logsumexp+ids"), ("mine_hardest",)], ids="+".join)
+@pytest.mark.parametrize("arch", AMD_PRODUCT)
+def test_compiles_for_amd(arch, ops):
+    (capability,) = (tiles.AMD + number for number, name in aot.AMD.items() if name == arch)
+    for line in compiled(capability, "bfloat16", 128, ops):
+        assert line["scratch"] == line["spilled"] == 0, line
+        assert line["shared"] <= AMD_SHARED_BYTES, line
+        assert line["products"] in ([], [AMD_PRODUCT[arch]]), line
+        measured = AMD_INSTRUCTIONS_PER_SCORE.get((arch, line["kernel"]))
+        assert measured is None or 0 < line["per_score"] <= HEADROOM * measured, line
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The choice of backends: limits of kernels, and calls whose scores must come from one backend. No GPU is needed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -280,6 +282,23 @@ def test_a_gpu_older_than_the_kernels_is_refused_in_words(monkeypatch, capabilit
                 BackendUnavailable, match=rf"{name}: its kernels need compute capability 8.0, this GPU has 7.5"
             ):
                 backends._choose(*arguments)
+
+
+@pytest.mark.parametrize(("arch", "refused"), [("gfx942:sramecc+:xnack-", ""), ("gfx1100", ""), ("gfx1030", "gfx1030")])
+def test_triton_takes_the_gpus_of_amd_that_it_is_compiled_for(monkeypatch, arch, refused):
+    """Their tensors are on devices of the type cuda."""
+    monkeypatch.setattr(torch.version, "hip", "7.0", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=arch))
+    monkeypatch.setattr(
+        backends, "BACKENDS", (Backend("triton", "cuda", {"mine_hardest": min}), *backends.BACKENDS[2:])
+    )
+    arguments = ("mine_hardest", ("mine_hardest",), "triton", torch.device("cuda", 0), [torch.bfloat16] * 2, "", "")
+    if refused:
+        with pytest.raises(BackendUnavailable, match=f"gfx942 and gfx1100 among AMD's GPUs, this one is {refused}"):
+            backends._choose(*arguments)
+    else:
+        assert backends._choose(*arguments).has("mine_hardest")
 
 
 @pytest.mark.parametrize("extra", ["bias", "guide"])

@@ -49,6 +49,17 @@ def test_a_verdict_is_what_the_backend_does():
         assert verdict == f"no: {row.refusal}" if row.refusal else verdict.startswith(("works", "loads")), verdict
 
 
+def test_the_kernels_for_amd_are_said_to_be_compiled_alone(monkeypatch):
+    row = backends.Backend("triton", "cuda", dict.fromkeys(backends.OPS, min))
+    monkeypatch.setattr(backends, "BACKENDS", (row,))
+    monkeypatch.setattr(backends, "INTERPRETED", False)
+    monkeypatch.setattr(doctor, "_trial", lambda name, device: "works")
+    monkeypatch.setattr(torch.version, "hip", "7.0", raising=False)
+    assert doctor.backend_rows() == [
+        ("triton", "cuda", "works; on AMD's GPUs its kernels have been compiled, never run by us")
+    ]
+
+
 def test_features_tell_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
     rows = doctor.feature_rows()

@@ -60,6 +60,11 @@ def test_a_torch_of_another_cuda_is_refused_in_words(monkeypatch, built, found, 
     assert re.search(said, compiled._load_cuda())
 
 
+def test_a_torch_for_amd_is_refused_in_words(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0", raising=False)
+    assert "do not run on AMD's GPUs, for which this torch" in compiled._load_cuda()
+
+
 def test_a_compiler_of_another_cuda_is_refused_in_words(monkeypatch, tmp_path):
     nvcc = tmp_path / "bin/nvcc"
     for name in ("bin", "include", "lib64"):

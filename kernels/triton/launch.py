@@ -28,7 +28,7 @@ def capability(device: torch.device) -> int:
     if INTERPRET:
         return tiles.INTERPRETER
     major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return 10 * major + minor + (tiles.AMD if torch.version.hip else 0)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Block sizes and work splits, computed by functions of shape, storage size and compute capability.
 
-There is no autotuning, so the same inputs on the same GPU always run the same code. The capability is major * 10 + minor. For
-Triton's interpreter it is 0; tiles are then small, so that small tests have several tiles.
+There is no autotuning, so the same inputs on the same GPU always run the same code. The capability is major * 10 + minor, with
+AMD added for AMD's GPUs. For Triton's interpreter it is 0; tiles are then small, so that small tests have several tiles.
 
 The tile of scores must not depend on B, K or the op, because passes that compare scores must compute them in the same way
 (kernels/README.md). It may depend on whether there is a guide, because the pools of all these passes have it. The number of tiles
@@ -12,6 +12,7 @@ import functools
 from typing import NamedTuple
 
 INTERPRETER = 0
+AMD = 1000  # torch gives AMD's GPUs a compute capability too: 9.4 to gfx942, 11.0 to gfx1100
 SCRATCH_BYTES = 256 << 20  # limit on the buffers of one mining pass; larger batches are processed in chunks of rows
 
 
@@ -37,6 +38,13 @@ def score_tile(D: int, itemsize: int, capability: int, guided: bool = False) -> 
     padded = max(16, next_power_of_2(D))  # a tensor-core product contracts at least 16
     if capability == INTERPRETER:
         return ScoreTile(16, 32, min(padded, 64), min(padded, 64), 4, 1)
+    if capability >= AMD:
+        # A quarter of BLOCK_K, the narrowest part of a tile that is scored alone, must take the same product as all of it.
+        if itemsize == 4:
+            return ScoreTile(64, 64, min(padded, 32), min(padded, 64), 8, 1)
+        if capability < AMD + 100:  # 64 lanes run together, with up to 512 registers each
+            return ScoreTile(64, 128, min(padded, 128), min(padded, 128), 4, 1)
+        return ScoreTile(64, 64, min(padded, 64), min(padded, 64), 8, 1)
     if itemsize == 4:  # fused multiply-adds: operands live in registers, so short steps of D
         return ScoreTile(64, 64, min(padded, 32), min(padded, 128), 8, 2)
     if guided:
@@ -65,7 +73,7 @@ def resident(tile: ScoreTile, capability: int) -> int:
     """
     if capability == INTERPRETER:
         return 2
-    if 86 <= capability < 90 or capability >= 120:  # 100 KiB of shared memory for all of them
+    if 86 <= capability < 90 or capability >= 120:  # 100 KiB of shared memory for all of them, or an AMD GPU with 64
         return 1
     return 8 // tile.num_warps
 

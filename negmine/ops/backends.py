@@ -52,6 +52,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA_BY_DEFAULT: frozenset[str] = frozenset()
 # kernels/triton and kernels/cuda need the shared memory and the matrix products of Ampere.
 MIN_COMPUTE_CAPABILITY = (8, 0)
+AMD_GPUS = ("gfx942", "gfx1100")  # the AMD GPUs for which tests compile the kernels of Triton; they have run on none
 
 
 class Kernels:
@@ -92,6 +93,10 @@ def card_limit(device: torch.device) -> str:
     """The reason why the kernels cannot run on this GPU, or "" if they can."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return ""
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        known = " and ".join(AMD_GPUS)
+        return "" if name in AMD_GPUS else f"its kernels are compiled for {known} among AMD's GPUs, this one is {name}"
     found = torch.cuda.get_device_capability(device)
     return (
         ""

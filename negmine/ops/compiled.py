@@ -25,6 +25,8 @@ def _load_cuda() -> str:
         built = importlib.import_module("negmine._build_info").CUDA_VERSION
     except ImportError:
         return "negmine was not built: run `make venv` or install a wheel"
+    if torch.version.hip:
+        return f"its kernels do not run on AMD's GPUs, for which this torch {torch.__version__} was built"
     found = torch.version.cuda
     if built is None:
         return "this build of negmine has no CUDA ops (NEGMINE_CUDA=cpu, or no nvcc when it was built)"
