@@ -177,7 +177,7 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path):
             whole,
             high,
         ],
-        "a list of one Part or more": [],
+        "a list of at least one Part": [],
     }
     for said, given in changed.items():
         with pytest.raises((ValueError, TypeError), match=f"^merge_parts: parts must be {said}"):

@@ -79,7 +79,7 @@ MISTAKES = {
         "positive_key must be given if select has a margin",
     ),
     "no negatives wanted": (lambda: negmine.mine_hardest(q, k, 0), "N must be an int of 1 or more"),
-    "a quantile in percent": (lambda: negmine.quantile(q, k, 95), "q must be in [0, 1]"),
+    "a quantile in percent": (lambda: negmine.quantile(q, k, 95), "q must be a number in [0, 1]"),
     "features of another batch": (
         lambda: ClipLoss()(q, p[:2], 1.0),
         "ClipLoss: text_features must be of image_features' shape (4, 8)",

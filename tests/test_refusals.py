@@ -161,8 +161,8 @@ REFUSALS = [
     (lambda: negmine.rank_thresholds(q, keys, 1.5), ValueError, "rank_thresholds: ranks must be 0-based ranks"),
     (lambda: negmine.rank_thresholds(q, keys, [-1]), ValueError, "ranks must be 0-based ranks"),
     (lambda: negmine.rank_thresholds(q, keys, torch.zeros(2, 2, dtype=torch.long)), ValueError, "with query's B = 3"),
-    (lambda: negmine.quantile(q, keys, 95), ValueError, "quantile: q must be in [0, 1]"),
-    (lambda: negmine.quantile(q, keys, []), ValueError, "quantile: q must be in [0, 1]"),
+    (lambda: negmine.quantile(q, keys, 95), ValueError, "quantile: q must be a number in [0, 1]"),
+    (lambda: negmine.quantile(q, keys, []), ValueError, "quantile: q must be a number in [0, 1]"),
     # backends
     (loss(backend="gpu"), ValueError, "backend must be None, 'cuda', 'triton', 'cpu', 'reference', got 'gpu'"),
     (loss(backend="cuda"), backends.BackendUnavailable, "backend 'cuda' cannot run logsumexp on cpu tensors (cuda"),
