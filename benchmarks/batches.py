@@ -25,7 +25,12 @@ from benchmarks.train import TEMPERATURE, evaluate, follow, new_heads, optimizer
 ROWS = RESULTS / "batches" / "wordnet.csv"
 KEY = ("batches", "batch_size", "seed", "steps")
 COLUMNS = [*KEY, *METRICS, "loss", "seconds_to_mine", "negmine", "commit", "torch", "machine", "date"]
-KINDS = {"random": "random", "hard": "mutually hard (`build_batches`)"}
+KINDS = {
+    "random": "random",
+    "hard": "mutually hard (`build_batches`)",
+    "random, hardness added": "random, hardness added to the loss (LLaVE)",
+    "hard, hardness added": "mutually hard, hardness added to the loss",
+}
 NEGATIVES = 20
 BEGIN = "<!-- made by `python -m benchmarks.batches` from benchmarks/results/batches -->"
 
@@ -41,7 +46,7 @@ def mined(task: wordnet.Task) -> negmine.mining.MiningResult:
 
 def batches_of(kind: str, task: wordnet.Task, result: negmine.mining.MiningResult, size: int, seed: int) -> Iterator:
     """Positions in task.train, epoch after epoch; a last small batch is left out."""
-    if kind == "hard":
+    if kind.startswith("hard"):
         hard = negmine.mining.build_batches(result, size, drop_last=True, seed=seed)
         for epoch in itertools.count():
             hard.set_epoch(epoch)
@@ -56,6 +61,9 @@ def train(
     kind: str, task: wordnet.Task, result: negmine.mining.MiningResult, size: int, steps: int, seed: int
 ) -> tuple:
     """Metrics after so many steps, and the mean loss of the last tenth."""
+    loss_of = negmine.InfoNCELoss(TEMPERATURE)
+    if kind.endswith("hardness added"):
+        loss_of = negmine.recipes.hardness_added(temperature=TEMPERATURE)
     query_head, key_head = new_heads(task.corpus.shape[1], seed, task.corpus.device)
     optimizer, schedule = optimizer_of(list(query_head.parameters()), steps)
     losses = []
@@ -66,7 +74,7 @@ def train(
             follow(key_head, query_head)
             positive_key = key_head(task.corpus[answers])  # (B, D)
         query = query_head(task.queries[batch])  # (B, D)
-        loss = negmine.info_nce(query, positive_key, temperature=TEMPERATURE, query_ids=answers)
+        loss = loss_of(query, positive_key, query_ids=answers)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -89,7 +97,7 @@ def run_missing(sizes: list[int], seeds: list[int], steps: int) -> None:
         values = {name: f"{getattr(metrics, name):.5f}" for name in METRICS}
         stamp = {"negmine": negmine.__version__, "commit": commit(), "torch": torch.__version__}
         stamp |= {"machine": machine_name("cpu"), "date": datetime.date.today().isoformat()}
-        mining = f"{seconds:.1f}" if kind == "hard" else ""
+        mining = f"{seconds:.1f}" if kind.startswith("hard") else ""
         row = dict(zip(KEY, key, strict=True)) | values | {"loss": f"{loss:.3f}", "seconds_to_mine": mining} | stamp
         append(ROWS, COLUMNS, [row])
         print({name: row[name] for name in (*KEY, *METRICS, "loss")}, flush=True)

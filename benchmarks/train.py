@@ -85,6 +85,23 @@ def annealed_ring(steps: int, seed: int) -> nn.Module:
     return negmine.recipes.ring(outer, temperature=TEMPERATURE, seed=seed)
 
 
+class MixedWithPositive(nn.Module):
+    """All negatives, and besides them the hardest of `candidates` that are mixed with the positive (MixGCF, in one layer)."""
+
+    def __init__(self, seed: int, candidates: int = 64) -> None:
+        super().__init__()
+        self.seed, self.candidates = seed, candidates
+
+    def forward(self, query: Tensor, positive_key: Tensor, queue: Any, *, query_ids: Tensor, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        drawn = torch.randint(len(queue.queue_ids), (len(query), self.candidates), generator=generator)
+        share = torch.rand(len(query), 1, 1, generator=generator).to(query.device)  # of the positive
+        rows = drawn.to(query.device)  # (B, candidates) of the queue, which is full
+        mixes = share * positive_key[:, None] + (1 - share) * queue.keys[rows]  # (B, candidates, D)
+        hardest = negmine.Negatives(mixes, ids=queue.queue_ids[rows], select=negmine.Select(0, 1))
+        return negmine.info_nce(query, positive_key, [queue, hardest], temperature=TEMPERATURE, query_ids=query_ids)
+
+
 IN_DEMO = {
     "all": configured("all negatives", "moco_v2"),
     "drop01": configured("all without the hardest 0.1 %", "hardest", fraction=1.0, skip=0.001, window=(0.001, 1.0)),
@@ -103,6 +120,9 @@ RECIPES = IN_DEMO | {
     "ring": configured("Ring (0.1, 0.1)", "ring", window=(0.01, 0.1)),
     "ring_annealed": Recipe("Ring, outer 1.0 to 0.1 in half the steps", annealed_ring, (0.01, 0.1)),
     "synco": configured("SynCo, six kinds", "synco", parents=1024),
+    "mixgcf": Recipe(
+        "all, and the hardest of 64 mixed with the positive (MixGCF)", lambda _, seed: MixedWithPositive(seed)
+    ),
     "i_mix": configured("i-Mix", "i_mix", feed="mixed"),
     "debiased": configured("debiased, prior 0.0001", "debiased", tau_plus=1e-4),
     "hcl": configured("HCL, beta 0.5", "hcl", beta=0.5, tau_plus=1e-4),
