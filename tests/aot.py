@@ -57,6 +57,7 @@ def call(triton_ops, op: str, dtype: torch.dtype, D: int) -> None:
         "info_nce": (query, keys, scale, None, True, False, None, N, 0, *draws, *pool),
         "logsumexp": (keys, scale[None], None, True, 0, None, *pool),
         "logsumexp_grad_keys": (keys, scale, empty(B), empty(B), *pool),
+        "prefix_logsumexp": (keys, (D // 8, D // 4, D // 2, D), scale, True, *pool),
         "softplus_sum": (keys, scale, scale, True, *pool),
         "softplus_sum_grad_keys": (keys, scale, scale, empty(B), *pool),
         "mine_hardest": (keys, N, False, *pool),

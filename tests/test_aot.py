@@ -76,6 +76,9 @@ CASES = [
     (80, "bfloat16", 128, ("maxsim",)),
     (90, "bfloat16", 128, ("logsumexp+ids", "logsumexp+labels", "logsumexp+ragged", "logsumexp+num_rows")),
     (80, "bfloat16", 128, ("logsumexp+ids", "logsumexp+labels", "logsumexp+ragged", "logsumexp+num_rows")),
+    (90, "bfloat16", 256, ("prefix_logsumexp", "prefix_logsumexp+guide")),
+    (80, "bfloat16", 256, ("prefix_logsumexp", "prefix_logsumexp+ids", "prefix_logsumexp+ragged")),
+    (90, "float32", 128, ("prefix_logsumexp", "prefix_logsumexp+ids")),
     (
         90,
         "bfloat16",

@@ -65,7 +65,7 @@ def results(ops, q, keys, pool):
         "count_negatives": (),
     }
     if "prefix_logsumexp" in ops and pool.lower is None:
-        calls["prefix_logsumexp"] = (torch.tensor([5, q.shape[1]]), scale, True)
+        calls["prefix_logsumexp"] = ([5, q.shape[1]], scale, True)
     for name, arguments in calls.items():
         made = ops[name](q, *((q,) if name == "info_nce" else ()), keys, *arguments, *pool)
         yield from ((name, part) for part in (made if isinstance(made, tuple) else (made,)))

@@ -419,7 +419,7 @@ def test_prefix_widths_are_the_sums_of_prefixes(isa, types, masked):
         D = widths[-1] + 3
         q, keys = whole(B, D, dtype=dtypes[0], seed=seed), whole(K, D, dtype=dtypes[1], seed=seed + 1)
         pool = Pool(torch.rand(B, K) < 0.8, **ids(B, K), bias=torch.randn(K)) if masked else Pool()
-        lse, mean, num_kept = torch.ops.negmine_cpu.prefix_logsumexp(q, keys, torch.tensor(widths), scale, True, *pool)
+        lse, mean, num_kept = torch.ops.negmine_cpu.prefix_logsumexp(q, keys, widths, scale, True, *pool)
         for at, width in enumerate(widths):
             want_lse, _, want_kept, *_ = summed(q[:, :width], keys[:, :width], scale, None, False, pool)
             torch.testing.assert_close(lse[at], want_lse, rtol=1e-6, atol=1e-6)

@@ -291,3 +291,40 @@ def test_the_pass_that_mines_counts_its_pool(backend, kind):
             compare.exact(f"index {B, K, D, N}", index, want[1])
             everything = ops["mine_hardest"](q, keys, K + 1, False, *inside)[1]  # (B, K + 1)
             compare.exact(f"num_kept {B, K, D, N}", num_kept, (everything >= 0).sum(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["none", "everything"])
+def test_sums_at_prefix_widths(backend, kind, dtype):
+    """Each width is the log-sum-exp over its prefix, its mean zeros past the width; columns are counted once."""
+    skip_what_the_interpreter_repeats(backend, dtype)
+    op = next(row for row in backends.BACKENDS if row.name == backend).functions.get("prefix_logsumexp")
+    if op is None:
+        pytest.skip(f"{backend} has no prefix_logsumexp")
+    for B, K, D, _, device, seed in each_shape(backend):
+        q, keys = (unit(n, D, dtype=dtype, device=device, seed=seed + i) for i, n in enumerate((B, K)))
+        given = masks(kind, B, K, device)
+        allowed = dense_mask(q, keys, given)
+        allowed = torch.ones(B, K, dtype=torch.bool, device=device) if allowed is None else allowed
+        bias = torch.linspace(-1, 1, K, device=device) if given else torch.zeros(K, device=device)
+        pool = pool_of(q, keys, given)._replace(bias=bias if given else None)
+        scale = torch.tensor(5.0, device=device)
+        for widths in ([D], sorted({1, D // 3 + 1, D // 2 + 1, D})):
+            lse, mean, num_kept = op(q, keys, widths, scale, True, *pool)
+            alone, no_mean, _ = op(q, keys, widths, scale, False, *pool)
+            assert no_mean.shape == (len(widths), 0, D)
+            compare.exact("num_kept", num_kept, allowed.sum(1))
+            for at, width in enumerate(widths):
+
+                def dense(cast, q=q[:, :width], keys=keys[:, :width], allowed=allowed, bias=bias):
+                    x = (q.to(cast) @ keys.to(cast).T) * 5 + bias.to(cast)
+                    x = x.masked_fill(~allowed, -torch.inf)
+                    return x.logsumexp(1), x.softmax(1).nan_to_num() @ keys.to(cast)
+
+                truth, plain = dense(torch.float64), dense(torch.float32)
+                compare.rounded(f"lse {B, K, width}", lse[at], truth[0], plain[0], condition=8.0)
+                compare.rounded(f"lse alone {B, K, width}", alone[at], truth[0], plain[0], condition=8.0)
+                rounding = 0.0 if dtype == torch.float32 else float(torch.finfo(dtype).eps)  # of weights
+                near = plain[1].double() + rounding * truth[1].abs().max() if truth[1].numel() else plain[1]
+                compare.rounded(f"mean {B, K, width}", mean[at, :, :width], truth[1], near, condition=8.0)
+                assert not mean[at, :, width:].any()

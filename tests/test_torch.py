@@ -71,7 +71,7 @@ def arguments():
         yield "softplus_sum", (q, keys, scale, -scale, True, *pool)
         yield "softplus_sum_grad_keys", (q, keys.bfloat16(), scale, -scale, torch.ones(B), *pool)
         unbounded = pool._replace(lower=None, upper=None)
-        yield "prefix_logsumexp", (q, keys.bfloat16(), torch.tensor([1, 5]), scale, True, *unbounded)
+        yield "prefix_logsumexp", (q, keys.bfloat16(), [1, 5], scale, True, *unbounded)
         yield "mine_hardest", (q, keys, 9, False, *pool)
         yield "mine_hardest", (q, keys, 9, True, *pool)
         yield "rank_thresholds", (q, keys, torch.tensor([[0, 3, 99]]).repeat(B, 1), *pool)

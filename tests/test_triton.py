@@ -58,6 +58,10 @@ def arguments():
             (q, keys, scales[:1], None, False, 0, ranks, *pool),
         ],
         "logsumexp_grad_keys": [(q, keys, scale, weight, weight, *pool)],
+        "prefix_logsumexp": [
+            (q, keys, [3, D], scale, True, *pool),
+            (q, keys, [1, 2, 5], scale, False, *pool),
+        ],
         "softplus_sum": [(q, keys, scale, -scale, True, *pool), (q, keys, scale, -scale, False, *pool)],
         "softplus_sum_grad_keys": [(q, keys, scale, -scale, weight, *pool)],
         "mine_hardest": [(q, keys, 3, True, *pool), (q, keys, 3, False, *Pool())],

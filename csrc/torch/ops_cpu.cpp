@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#include <vector>
 
 #include "csrc/torch/boxing.h"
 #include "csrc/torch/cpu_params.h"
@@ -78,20 +79,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> logsumexp(
 }
 
 std::tuple<Tensor, Tensor, Tensor> prefix_logsumexp(const Tensor& query, const Tensor& negative_keys,
-                                                    const Tensor& widths, const Tensor& scale, bool want_mean,
-                                                    const PoolArguments& pool) {
+                                                    const std::vector<int64_t>& widths, const Tensor& scale,
+                                                    bool want_mean, const PoolArguments& pool) {
   // Checks.
   const char* op = "prefix_logsumexp";
   const Scored in(op, query, negative_keys, pool);
   checks::require(!pool.lower && !pool.upper, op, ": lower and upper are not supported.");
-  const int64_t W = widths.dim() == 1 ? widths.size(0) : 0;
-  checks::require(W >= 1 && W <= cpu::kMostWidths, op, ": widths must be (W,) with W from 1 to ", cpu::kMostWidths,
-                  ", got ", checks::Shape{widths}, ".");
-  const Tensor asked = checks::vector(op, "widths", widths, ScalarType::Long, W, query);
-  for (int64_t i = 0; i < W; ++i) {
-    const int64_t width = longs(asked)[i], before = i == 0 ? 0 : longs(asked)[i - 1];
-    checks::require(width > before && width <= in.D, op, ": widths must ascend from 1 to D = ", in.D, ", got ", width,
-                    " after ", before, ".");
+  const int64_t W = static_cast<int64_t>(widths.size());
+  checks::require(W >= 1 && W <= cpu::kMostWidths, op, ": widths must be 1 to ", cpu::kMostWidths, " numbers, got ", W,
+                  ".");
+  for (int64_t i = 0, before = 0; i < W; before = widths[i++]) {
+    checks::require(widths[i] > before && widths[i] <= in.D, op, ": widths must ascend from 1 to D = ", in.D, ", got ",
+                    widths[i], " after ", before, ".");
   }
   const Tensor factor = checks::scalar(op, "scale", scale, ScalarType::Float, query);
   // Outputs.
@@ -101,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> prefix_logsumexp(const Tensor& query, const T
   // Params.
   auto p = in.params<cpu::LogsumexpParams>();
   p.scales = W;
-  p.widths = longs(asked);
+  p.widths = widths.data();
   p.scale = floats(factor);
   p.lse = output<float>(lse);
   p.mean = want_mean ? output<float>(mean) : nullptr;

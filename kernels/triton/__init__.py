@@ -15,6 +15,7 @@ from .mine_hardest import mine_hardest
 from .mix_logsumexp import mix_logsumexp
 from .mix_negatives import mix_negatives
 from .rank_thresholds import rank_thresholds
+from .prefix_logsumexp import prefix_logsumexp
 from .softplus_sum import softplus_sum
 from .softplus_sum_grad_keys import softplus_sum_grad_keys
 
@@ -32,4 +33,5 @@ __all__ = [
     "rank_thresholds",
     "softplus_sum",
     "softplus_sum_grad_keys",
+    "prefix_logsumexp",
 ]

@@ -66,7 +66,7 @@ def info_nce_kernel(
     positive = tl.load(positive_ptr + b * stride_pb + offs_d, mask=d_ok, other=0.0).to(tl.float32)  # (BLOCK_D,)
     scale = tl.load(scale_ptr)
     lse, mean, num_kept, num_above = merged(
-        parts_ptr, query, b, 0, tl.num_programs(1), B, SPLITS, WANT_MEAN, ALONG, HAS_PIVOT, D, BLOCK_P, BLOCK_D
+        parts_ptr, query, b, 0, tl.num_programs(1), B, SPLITS, D, WANT_MEAN, ALONG, HAS_PIVOT, D, BLOCK_P, BLOCK_D
     )
     num_mixed = tl.zeros((), tl.int64)
     if mixed is not None:

@@ -29,7 +29,7 @@ def logsumexp_merge_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     query = tl.load(query_ptr + b * stride_qb + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)  # (BLOCK_D,)
     lse, mean, num_kept, num_above = merged(
-        parts_ptr, query, b, scale_index, tl.num_programs(1), B, SPLITS,
+        parts_ptr, query, b, scale_index, tl.num_programs(1), B, SPLITS, D,
         WANT_MEAN, ALONG, HAS_PIVOT, D, BLOCK_P, BLOCK_D,
     )  # fmt: skip
     tl.store(num_kept_ptr + b, num_kept, mask=scale_index == 0)

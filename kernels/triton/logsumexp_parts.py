@@ -208,12 +208,13 @@ def logsumexp_kernel(
 
 @triton.jit
 def merged(
-    parts_ptr, query, b, scale_index, S, B, SPLITS,
+    parts_ptr, query, b, scale_index, S, B, SPLITS, width,
     WANT_MEAN: tl.constexpr, ALONG: tl.constexpr, HAS_PIVOT: tl.constexpr,
     D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The merged parts of row b: log2 sum_p 2^m_p z_p, mean (BLOCK_D,) = sum_p 2^m_p acc_p divided by that sum, and counts.
 
+    Only the first `width` of the D columns of a part are read; query is zeros past them.
     ALONG: then mean += query (sum_p 2^m_p along_p / sum - query . mean) / |query|^2.
     """
     offs_p = tl.arange(0, BLOCK_P)
@@ -249,7 +250,7 @@ def merged(
             counted_above = tl.load(num_above_ptr + part, mask=p_ok, other=0.0).to(tl.int32, bitcast=True)  # (BLOCK_P,)
             num_above += tl.sum(counted_above.to(tl.int64), 0)
         if WANT_MEAN:
-            ok = p_ok[:, None] & (offs_d < D)[None, :]
+            ok = p_ok[:, None] & (offs_d < width)[None, :]
             keys = tl.load(acc_ptr + part[:, None] * D, mask=ok, other=0.0)  # (BLOCK_P, BLOCK_D)
             acc += tl.sum(weight[:, None] * keys, 0)
         if ALONG:

@@ -61,6 +61,59 @@ def score_tile(D: int, itemsize: int, capability: int, guided: bool = False) -> 
     return ScoreTile(64, 64, 128, 128, 4, 2)
 
 
+@functools.cache
+def prefix_tile(D: int, itemsize: int, capability: int, masked: bool) -> tuple[ScoreTile, int]:
+    """The tile of scores at prefix widths, and how many columns of sums of keys one program may have.
+
+    masked: some scores may not count, and which ones stays in registers while one width after the other is summed.
+    """
+    padded = max(16, next_power_of_2(D))
+    if capability == INTERPRETER:
+        return score_tile(D, itemsize, capability), 64
+    if itemsize == 4:
+        return ScoreTile(64, 32, min(padded, 32), min(padded, 128), 8, 2), 64 if masked else 128
+    BLOCK_K, most = (32, 128) if masked else (64, 256)
+    return ScoreTile(64, BLOCK_K, min(padded, 128), min(padded, 256), 8, 2 if capability >= 90 else 1), most
+
+
+class PrefixGroup(NamedTuple):
+    """Widths that one launch sums, each with its segment, which begins at the width before."""
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]  # of the segments
+    widths: tuple[int, ...]
+    blocks: tuple[int, ...]  # columns of the segment that are multiplied in one step
+    columns: tuple[int, ...]  # of the mean that one program sums
+
+
+@functools.lru_cache(1024)
+def prefix_groups(widths: tuple[int, ...], tile: ScoreTile, most: int) -> tuple[tuple[int, PrefixGroup], ...]:
+    """The groups in order, each with the number of its first width, as large as they may be.
+
+    A group of several widths has `most` columns of sums at most, and each is one slice; most = 0: there are no such sums.
+    """
+
+    def summed(width: int) -> int:
+        return min(max(16, next_power_of_2(width)), tile.SLICE)
+
+    groups: list[list[int]] = []
+    for width in widths:
+        together = [*groups[-1], width] if groups else []
+        fits = sum(map(summed, together)) <= most and width <= tile.SLICE
+        if together and (fits or not most):
+            groups[-1] = together
+        else:
+            groups.append([width])
+    made, first = [], 0
+    for group in groups:
+        starts = (0, *group[:-1])
+        lengths = tuple(end - start for start, end in zip(starts, group, strict=True))
+        blocks = tuple(min(max(16, next_power_of_2(length)), tile.BLOCK_D) for length in lengths)
+        made.append((first, PrefixGroup(starts, lengths, tuple(group), blocks, tuple(map(summed, group)))))
+        first += len(group)
+    return tuple(made)
+
+
 def guide_block(G: int) -> int:
     """How many elements of G one step of a guide's score uses: few, because tiles of keys are in shared memory too."""
     return min(max(16, next_power_of_2(G)), 32)

@@ -119,10 +119,10 @@ def matryoshka(
     forward pass, so keys that do not require grad may be overwritten before backward.
 
     On the CPU, one pass over shared keys computes the loss and the gradient of the query at up to 16 widths. For the widths
-    32, 64, 128 and 256 this takes about 1.7 times as long as the width 256 alone. On other backends, for keys (B, M, D), and
-    with `weight` or `normalize`, there is one pass for each width. With `select`, a (B, K) bool mask and the list of selected
-    keys are stored; with `normalize`, a copy of the keys at each width. The gradient of the keys needs one pass for each
-    width, in backward.
+    32, 64, 128 and 256 this takes about 1.7 times as long as the width 256 alone. In Triton, as many widths share a pass as
+    registers allow. For keys (B, M, D), and with `weight` or `normalize`, there is one pass for each width. With `select`, a
+    (B, K) bool mask and the list of selected keys are stored; with `normalize`, a copy of the keys at each width. The
+    gradient of the keys needs one pass for each width, in backward.
 
     References
     ----------

@@ -12,7 +12,7 @@ from negmine.ops.vectors import for_kernels
 MAX_WIDTHS = 16
 
 PREFIX_LOGSUMEXP = declare(
-    "prefix_logsumexp(query: vectors[B, D], negative_keys: vectors[K, D], widths: int64[W], scale: fp32[], want_mean: bool, "
+    "prefix_logsumexp(query: vectors[B, D], negative_keys: vectors[K, D], widths: ints[W], scale: fp32[], want_mean: bool, "
     "*pool) -> lse: fp32[W, B], mean: fp32[W, B if want_mean else 0, D], num_kept: int64[B]",
     f"""The results of logsumexp for query[:, :w] and negative_keys[:, :w] at each w of widths, in one pass. mean is 0 beyond the
     width. widths are ascending, from 1 to D, at most {MAX_WIDTHS}. lower and upper must be None. The scores of a width are sums
@@ -31,9 +31,8 @@ class PrefixLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, negative_keys, scale, bias, widths: Sequence[int], kernels, *pool):
         want_mean = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
-        ends = torch.tensor(widths, dtype=torch.int64, device=query.device)  # (W,)
         lse, mean, num_kept = kernels.prefix_logsumexp(
-            for_kernels(query), for_kernels(negative_keys), ends, scale.detach(), want_mean, *pool
+            for_kernels(query), for_kernels(negative_keys), widths, scale.detach(), want_mean, *pool
         )
         *tensors, ctx.same_label = pool
         ctx.kernels, ctx.width, ctx.widths = kernels, len(pool), widths

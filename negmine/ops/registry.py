@@ -12,6 +12,7 @@ csrc/torch in C++, kernels/triton in Python. Each backend has a namespace of its
 
     vectors     fp32, bf16 or fp16; the last dimension is contiguous, rows may have any stride
     fp32, int64, uint8, bool, query     the dtype of a tensor; `query` is the dtype of the argument query
+    ints        a list of ints, which the host knows
     [B, D]      the shape: letters or, for results, Python expressions of the letters and the arguments
     name?       the tensor may be None
     [K | B, K]  either shape
@@ -48,7 +49,7 @@ class Value:
     """One argument or one result of an op."""
 
     name: str
-    kind: str  # of a tensor: vectors, query or a key of DTYPES; of a number: int, float or bool
+    kind: str  # of a tensor: vectors, query or a key of DTYPES; ints of a list; of a number: int, float or bool
     dims: str | None  # the shape as written in the declaration, None for a number
     optional: bool = False
 
@@ -57,6 +58,8 @@ class Value:
         """The argument as written in a torch schema. K and N may come from a shape, and so may be symbolic ints."""
         if self.dims is None:
             return f"{'SymInt' if self.kind == 'int' and self.name in ('K', 'N') else self.kind} {self.name}"
+        if self.kind == "ints":
+            return f"int[] {self.name}"
         return f"Tensor{'?' if self.optional else ''} {self.name}"
 
     def __str__(self) -> str:
@@ -90,6 +93,8 @@ class Op:
             known[value.name] = given
             if value.dims and isinstance(given, Tensor) and "|" not in value.dims:
                 known.update(zip(_split(value.dims), given.shape, strict=True))
+            elif value.dims and value.kind == "ints":
+                known[value.dims] = len(given)
         like = args[0]
         results = [
             like.new_empty([eval(size, {}, known) for size in sizes], dtype=DTYPES.get(value.kind, like.dtype))
