@@ -529,9 +529,9 @@ class SummedColumns(NamedTuple):
 
 
 def summing_ops(op: str, keys: Any, bias: Tensor | None = None) -> tuple[str, ...]:
-    """The names of the kernels for a sum over keys, including the kernel for gradients of the keys or the bias if needed."""
-    wanted = keys.requires_grad or (bias is not None and bias.requires_grad)
-    return (op, f"{op}_grad_keys") if wanted else (op,)
+    """The names of the kernels for a sum over keys, including those for the gradients of the keys and the bias if needed."""
+    of_keys, of_bias = keys.requires_grad, bias is not None and bias.requires_grad
+    return (op, *[f"{op}_grad_keys"] * of_keys, *[f"{op}_grad_bias"] * of_bias)
 
 
 def learned_bias(pool: Any) -> tuple[Tensor | None, Any]:

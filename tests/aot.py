@@ -60,6 +60,8 @@ def call(triton_ops, op: str, dtype: torch.dtype, D: int) -> None:
         "prefix_logsumexp": (keys, (D // 8, D // 4, D // 2, D), scale, True, *pool),
         "softplus_sum": (keys, scale, scale, True, *pool),
         "softplus_sum_grad_keys": (keys, scale, scale, empty(B), *pool),
+        "logsumexp_grad_bias": (keys, scale, empty(B), empty(B), *pool),
+        "softplus_sum_grad_bias": (keys, scale, scale, empty(B), *pool),
         "mine_hardest": (keys, N, False, *pool),
         "rank_thresholds": (keys, ranks, *pool),
         "count_negatives": (keys, *window),

@@ -33,7 +33,8 @@ def inputs(backend, dtype=torch.float32, kind="pairs"):
 
 
 def dense(q, keys, bias, allowed, scale, offset, weight, cast):
-    """lse, mean, d lse / d keys, softplus sum, sigmoid keys, d softplus sum / d keys, all weighted by `weight` (B,)."""
+    """lse, mean, d lse / d keys and bias, softplus sum, sigmoid keys, d softplus sum / d keys and bias; gradients are weighted by
+    `weight` (B,)."""
     q, keys, bias, scale, offset, weight = (t.to(cast) for t in (q, keys, bias, scale, offset, weight))
     with disable_autocast(q.device):
         x = scale * (q @ keys.T) + bias
@@ -41,8 +42,9 @@ def dense(q, keys, bias, allowed, scale, offset, weight, cast):
         p = (x - lse[:, None]).exp().masked_fill(~allowed, 0.0)
         sigmoid = (x + offset).sigmoid().masked_fill(~allowed, 0.0)
         total = torch.nn.functional.softplus(x + offset, threshold=1e9).masked_fill(~allowed, 0.0).sum(1)
-        each = (p * weight[:, None]).T @ q, (sigmoid * weight[:, None]).T @ q
-        return lse, p @ keys, each[0], total, sigmoid @ keys, each[1]
+        p_weights, weights = p * weight[:, None], sigmoid * weight[:, None]  # (B, K) each
+        of_lse = lse, p @ keys, p_weights.T @ q, p_weights.sum(0)
+        return *of_lse, total, sigmoid @ keys, weights.T @ q, weights.sum(0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -64,9 +66,11 @@ def test_sums_and_gradients(backend, kind, dtype):
         "lse": lse[0],
         "mean": mean[0],
         "logsumexp_grad_keys": ops["logsumexp_grad_keys"](q, keys, scale, lse[0], weight, *pool),
+        "logsumexp_grad_bias": ops["logsumexp_grad_bias"](q, keys, scale, lse[0], weight, *pool),
         "total": total,
         "sigmoid_keys": sigmoid_keys,
         "softplus_sum_grad_keys": ops["softplus_sum_grad_keys"](q, keys, scale, offset, weight, *pool),
+        "softplus_sum_grad_bias": ops["softplus_sum_grad_bias"](q, keys, scale, offset, weight, *pool),
     }
     truth, plain = (
         dense(q, keys, shown, allowed, scale, offset, weight, cast) for cast in (torch.float64, torch.float32)
@@ -80,6 +84,27 @@ def test_sums_and_gradients(backend, kind, dtype):
     compare.rounded("info_nce", rows[4][some], truth[0][some], plain[0][some], condition=8.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", ["info_nce", "siglip"])
+def test_the_gradient_of_a_learned_bias_is_not_rounded_to_16_bits(backend, loss, dtype):
+    """Of every storage it is as right as fp32 sums are: the truth is float64 of the same vectors."""
+    skip_what_the_interpreter_repeats(backend, dtype)
+    ops_of(backend)
+    q, keys, bias, _, _ = inputs(backend, dtype)
+    positive = unit(B, D, dtype=dtype, device=q.device, seed=2)
+
+    def graded(cast, name):
+        leaf = bias.to(torch.promote_types(cast, torch.float32)).requires_grad_()
+        vectors = [t.to(cast) for t in (q, positive)]
+        pool = Negatives(keys.to(cast), bias=leaf)
+        numbers = {"temperature": 0.2} if loss == "info_nce" else {"scale": 5.0, "bias": -2.0}
+        value = getattr(negmine, loss)(*vectors, pool, reduction="sum", backend=name, **numbers)
+        return torch.autograd.grad(value, leaf)[0]
+
+    truth, plain = graded(torch.float64, "reference"), graded(torch.float32, "reference")
+    compare.rounded("d_bias", graded(dtype, backend), truth, plain, condition=8.0)
+
+
 def test_a_bias_of_zeros_changes_no_bit(backend):
     ops = ops_of(backend)
     q, keys, bias, pool, _ = inputs(backend)
@@ -89,6 +114,8 @@ def test_a_bias_of_zeros_changes_no_bit(backend):
         ("logsumexp_grad_keys", (scale, weight, weight)),
         ("softplus_sum", (scale, -scale, True)),
         ("softplus_sum_grad_keys", (scale, -scale, weight)),
+        ("logsumexp_grad_bias", (scale, weight, weight)),
+        ("softplus_sum_grad_bias", (scale, -scale, weight)),
     ):
         made = [ops[name](q, keys, *arguments, *pool._replace(bias=each)) for each in (None, torch.zeros_like(bias))]
         for a, b in zip(*(each if isinstance(each, tuple) else (each,) for each in made), strict=True):

@@ -60,6 +60,8 @@ def results(ops, q, keys, pool):
         "softplus_sum": (scale, -scale, True),
         "logsumexp_grad_keys": (scale, 9 * weight, weight),
         "softplus_sum_grad_keys": (scale, -scale, weight),
+        "logsumexp_grad_bias": (scale, 9 * weight, weight),
+        "softplus_sum_grad_bias": (scale, -scale, weight),
         "mine_hardest": (7, True),
         "rank_thresholds": (torch.arange(0, 2 * len(keys), len(keys) // 4, device=device).repeat(rows, 1),),
         "count_negatives": (),

@@ -17,14 +17,15 @@ B, K, D = 256, 65536, 128
 q, pos, keys = (F.normalize(torch.randn(n, D), dim=1) for n in (B, B, K))
 labels = torch.arange(K) % 100
 
-def loss(q, backend="cpu", guide=None, **options):
-    return negmine.info_nce(q, pos[: len(q)], Negatives(keys, guide=guide), **options, backend=backend)
+def loss(q, backend="cpu", guide=None, bias=None, **options):
+    return negmine.info_nce(q, pos[: len(q)], Negatives(keys, guide=guide, bias=bias), **options, backend=backend)
 
 CALLS = {
     "info_nce": lambda q: loss(q).backward(),
     "info_nce, window": lambda q: loss(q, select=Select(0.001, 0.05)).backward(),
     "info_nce, easiest 95 %": lambda q: loss(q, select=Select(0.05, 1.0)).backward(),
     "info_nce, guide": lambda q: loss(q, guide=Guide(q, pos[:len(q)], keys, margin=0.1)).backward(),
+    "info_nce, learned bias": lambda q: loss(q, bias=torch.zeros(K, requires_grad=True)).backward(),
     "info_nce, MoCHi": lambda q: loss(q, mix=Mix()).backward(),
     "mine_hardest": lambda q: negmine.mine_hardest(q, keys, 1024, backend="cpu"),
     "rank_thresholds": lambda q: negmine.rank_thresholds(q, keys, [65, 3276, K // 2], backend="cpu"),
@@ -42,7 +43,14 @@ CALLS = {
 print_peak(lambda queries: CALLS[sys.argv[1]](queries.clone().requires_grad_()), q[:2], q)
 """
 OPS = ["info_nce", "info_nce, window", "info_nce, easiest 95 %", "info_nce, MoCHi", "mine_hardest", "rank_thresholds"]
-OPS += ["info_nce, guide", "triplet_loss", "distance_weighted", "multi_similarity", "matryoshka, late_interaction"]
+OPS += [
+    "info_nce, guide",
+    "info_nce, learned bias",
+    "triplet_loss",
+    "distance_weighted",
+    "multi_similarity",
+    "matryoshka, late_interaction",
+]
 
 
 @pytest.mark.parametrize("call", OPS)

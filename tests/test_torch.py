@@ -70,6 +70,8 @@ def arguments():
         yield "logsumexp_grad_keys", (q, keys, scale, torch.ones(B), torch.ones(B), *pool)
         yield "softplus_sum", (q, keys, scale, -scale, True, *pool)
         yield "softplus_sum_grad_keys", (q, keys.bfloat16(), scale, -scale, torch.ones(B), *pool)
+        yield "logsumexp_grad_bias", (q, keys, scale, torch.ones(B), torch.ones(B), *pool)
+        yield "softplus_sum_grad_bias", (q, keys.bfloat16(), scale, -scale, torch.ones(B), *pool)
         unbounded = pool._replace(lower=None, upper=None)
         yield "prefix_logsumexp", (q, keys.bfloat16(), [1, 5], scale, True, *unbounded)
         yield "mine_hardest", (q, keys, 9, False, *pool)

@@ -64,6 +64,8 @@ def arguments():
         ],
         "softplus_sum": [(q, keys, scale, -scale, True, *pool), (q, keys, scale, -scale, False, *pool)],
         "softplus_sum_grad_keys": [(q, keys, scale, -scale, weight, *pool)],
+        "logsumexp_grad_bias": [(q, keys, scale, weight, weight, *pool._replace(bias=keys[:, 0].contiguous()))],
+        "softplus_sum_grad_bias": [(q, keys, scale, -scale, weight, *pool)],
         "mine_hardest": [(q, keys, 3, True, *pool), (q, keys, 3, False, *Pool())],
         "rank_thresholds": [(q, keys, ranks, *pool)],
         "count_negatives": [(q, keys, *pool)],

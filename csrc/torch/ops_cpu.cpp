@@ -111,31 +111,41 @@ std::tuple<Tensor, Tensor, Tensor> prefix_logsumexp(const Tensor& query, const T
 }
 
 // Rows past K, which num_rows says are not there, get zeros.
-float* zero_from(Tensor& grad_keys, const Scored& in) {
-  float* out = output<float>(grad_keys);  // (rows, D)
-  std::fill_n(out + in.K * in.D, (in.rows - in.K) * in.D, 0.0f);
+float* zero_from(Tensor& gradient, const Scored& in, int64_t columns) {
+  float* out = output<float>(gradient);  // (rows, columns)
+  std::fill_n(out + in.K * columns, (in.rows - in.K) * columns, 0.0f);
   return out;
 }
 
-Tensor logsumexp_grad_keys(const Tensor& query, const Tensor& negative_keys, const Tensor& scale, const Tensor& lse,
-                           const Tensor& weight, const PoolArguments& pool) {
+// The gradients of keys (rows, D) or of the bias (rows,).
+Tensor logsumexp_grad(const char* op, bool of_keys, const Tensor& query, const Tensor& negative_keys,
+                      const Tensor& scale, const Tensor& lse, const Tensor& weight, const PoolArguments& pool) {
   // Checks.
-  const char* op = "logsumexp_grad_keys";
   const Scored in(op, query, negative_keys, pool);
   const Tensor factor = checks::scalar(op, "scale", scale, ScalarType::Float, query);
   const Tensor sums = checks::vector(op, "lse", lse, ScalarType::Float, in.B, query);
   const Tensor weights = checks::vector(op, "weight", weight, ScalarType::Float, in.B, query);
   // Outputs.
-  Tensor grad_keys = new_floats(query, {in.rows, in.D});
+  Tensor gradient = of_keys ? new_floats(query, {in.rows, in.D}) : new_floats(query, {in.rows});
   // Params.
   auto p = in.params<cpu::LogsumexpGradKeysParams>();
   p.scale = floats(factor);
   p.lse = floats(sums);
   p.weight = floats(weights);
-  p.grad_keys = zero_from(grad_keys, in);
+  (of_keys ? p.grad_keys : p.grad_bias) = zero_from(gradient, in, of_keys ? in.D : 1);
   // Run.
   cpu::logsumexp_grad_keys(p, in.threads());
-  return grad_keys;
+  return gradient;
+}
+
+Tensor logsumexp_grad_keys(const Tensor& query, const Tensor& negative_keys, const Tensor& scale, const Tensor& lse,
+                           const Tensor& weight, const PoolArguments& pool) {
+  return logsumexp_grad("logsumexp_grad_keys", true, query, negative_keys, scale, lse, weight, pool);
+}
+
+Tensor logsumexp_grad_bias(const Tensor& query, const Tensor& negative_keys, const Tensor& scale, const Tensor& lse,
+                           const Tensor& weight, const PoolArguments& pool) {
+  return logsumexp_grad("logsumexp_grad_bias", false, query, negative_keys, scale, lse, weight, pool);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> softplus_sum(const Tensor& query, const Tensor& negative_keys,
@@ -164,24 +174,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softplus_sum(const Tensor& query, con
   return {total, sigmoid_keys, sigmoid_sum, num_kept};
 }
 
-Tensor softplus_sum_grad_keys(const Tensor& query, const Tensor& negative_keys, const Tensor& scale,
-                              const Tensor& offset, const Tensor& weight, const PoolArguments& pool) {
+// The gradients of keys (rows, D) or of the bias (rows,).
+Tensor softplus_sum_grad(const char* op, bool of_keys, const Tensor& query, const Tensor& negative_keys,
+                         const Tensor& scale, const Tensor& offset, const Tensor& weight, const PoolArguments& pool) {
   // Checks.
-  const char* op = "softplus_sum_grad_keys";
   const Scored in(op, query, negative_keys, pool);
   const Tensor factor = checks::scalar(op, "scale", scale, ScalarType::Float, query);
   const Tensor shift = checks::scalar(op, "offset", offset, ScalarType::Float, query);
   const Tensor weights = checks::vector(op, "weight", weight, ScalarType::Float, in.B, query);
   // Outputs.
-  Tensor grad_keys = new_floats(query, {in.rows, in.D});
+  Tensor gradient = of_keys ? new_floats(query, {in.rows, in.D}) : new_floats(query, {in.rows});
   // Params.
   auto p = in.params<cpu::LogsumexpGradKeysParams>();
   p.scale = floats(factor);
   p.weight = floats(weights);
-  p.grad_keys = zero_from(grad_keys, in);
+  (of_keys ? p.grad_keys : p.grad_bias) = zero_from(gradient, in, of_keys ? in.D : 1);
   // Run.
   cpu::softplus_sum_grad_keys(p, floats(shift), in.threads());
-  return grad_keys;
+  return gradient;
+}
+
+Tensor softplus_sum_grad_keys(const Tensor& query, const Tensor& negative_keys, const Tensor& scale,
+                              const Tensor& offset, const Tensor& weight, const PoolArguments& pool) {
+  return softplus_sum_grad("softplus_sum_grad_keys", true, query, negative_keys, scale, offset, weight, pool);
+}
+
+Tensor softplus_sum_grad_bias(const Tensor& query, const Tensor& negative_keys, const Tensor& scale,
+                              const Tensor& offset, const Tensor& weight, const PoolArguments& pool) {
+  return softplus_sum_grad("softplus_sum_grad_bias", false, query, negative_keys, scale, offset, weight, pool);
 }
 
 std::tuple<Tensor, Tensor, Tensor> mine_hardest(const Tensor& query, const Tensor& negative_keys, int64_t N,
@@ -368,8 +388,10 @@ STABLE_TORCH_LIBRARY_IMPL(negmine_cpu, CPU, m) {
   m.impl("logsumexp", boxed<&logsumexp>);
   m.impl("prefix_logsumexp", boxed<&prefix_logsumexp>);
   m.impl("logsumexp_grad_keys", boxed<&logsumexp_grad_keys>);
+  m.impl("logsumexp_grad_bias", boxed<&logsumexp_grad_bias>);
   m.impl("softplus_sum", boxed<&softplus_sum>);
   m.impl("softplus_sum_grad_keys", boxed<&softplus_sum_grad_keys>);
+  m.impl("softplus_sum_grad_bias", boxed<&softplus_sum_grad_bias>);
   m.impl("maxsim", boxed<&maxsim>);
   m.impl("mine_hardest", boxed<&mine_hardest>);
   m.impl("mine_gathered", boxed<&mine_gathered>);

@@ -1,5 +1,6 @@
 // softplus_sum_grad_keys: the gradient of sum_b weight_b total_b / scale with respect to the keys, total_b of
-// softplus_sum. Meaning: kernels/README.md.
+// softplus_sum; softplus_sum_grad_bias: that of sum_b weight_b total_b with respect to the bias. Meaning:
+// kernels/README.md.
 #pragma once
 #include "kernels/cpu/logsumexp_grad_keys.h"
 

@@ -9,14 +9,16 @@ from .gathered_grad_keys import gathered_grad_keys
 from .gathered_logsumexp import gathered_logsumexp
 from .info_nce import info_nce
 from .logsumexp import logsumexp
+from .logsumexp_grad_bias import logsumexp_grad_bias
 from .logsumexp_grad_keys import logsumexp_grad_keys
 from .maxsim import maxsim
 from .mine_hardest import mine_hardest
 from .mix_logsumexp import mix_logsumexp
 from .mix_negatives import mix_negatives
-from .rank_thresholds import rank_thresholds
 from .prefix_logsumexp import prefix_logsumexp
+from .rank_thresholds import rank_thresholds
 from .softplus_sum import softplus_sum
+from .softplus_sum_grad_bias import softplus_sum_grad_bias
 from .softplus_sum_grad_keys import softplus_sum_grad_keys
 
 __all__ = [
@@ -25,13 +27,15 @@ __all__ = [
     "gathered_logsumexp",
     "info_nce",
     "logsumexp",
+    "logsumexp_grad_bias",
     "logsumexp_grad_keys",
     "maxsim",
     "mine_hardest",
     "mix_logsumexp",
     "mix_negatives",
+    "prefix_logsumexp",
     "rank_thresholds",
     "softplus_sum",
+    "softplus_sum_grad_bias",
     "softplus_sum_grad_keys",
-    "prefix_logsumexp",
 ]

@@ -23,6 +23,19 @@ from .score import any_not_finite, as_stored, load_rows, load_whole_rows, or_nan
 
 
 @triton.jit
+def derivative(s, scale, lse, pool, offs_k, k_ok, SIGMOID: tl.constexpr):
+    """exp(x - lse), or its sigmoid, of the logits x of scores; scale and lse (BLOCK_B,) times log2(e)."""
+    x = s * scale - lse[:, None]  # (BLOCK_B, BLOCK_K)
+    if pool.bias is not None:
+        x += pool_bias(pool, offs_k, k_ok)[None, :] * 1.4426950408889634  # log2(e)
+    if SIGMOID:
+        p = 1.0 / (1.0 + tl.math.exp2(-x))  # exp2 may overflow to inf: then p is 0
+    else:
+        p = tl.math.exp2(x)
+    return p
+
+
+@triton.jit
 def add_queries(
     d0, keys, offs_k, k_ok, scale, gain, query_ptr, keys_ptr, stride_qb, stride_kk, lse_ptr, weight_ptr, B, pool,
     WIDEN: tl.constexpr, D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -47,13 +60,7 @@ def add_queries(
         )  # (BLOCK_B, BLOCK_K)  # fmt: skip
         allowed = pool_masks(pool, rows, offs_b, b_ok, offs_k, k_ok)  # (BLOCK_B, BLOCK_K)
         inside = pool_bounds(pool, rows, s, offs_k, allowed)  # (BLOCK_B, BLOCK_K)
-        x = s * scale - lse[:, None]  # (BLOCK_B, BLOCK_K)
-        if pool.bias is not None:
-            x += pool_bias(pool, offs_k, k_ok)[None, :] * LOG2E
-        if SIGMOID:
-            p = 1.0 / (1.0 + tl.math.exp2(-x))  # exp2 may overflow to inf; then p is 0
-        else:
-            p = tl.math.exp2(x)
+        p = derivative(s, scale, lse, pool, offs_k, k_ok, SIGMOID)  # (BLOCK_B, BLOCK_K)
         if MENDED:
             inside = inside & ((weight != 0) & (lse != float("-inf")))[:, None]
             p = or_nan(tl.where(inside, p * weight[:, None], 0.0), s)  # (BLOCK_B, BLOCK_K)

@@ -22,7 +22,7 @@ from negmine.ops.prefix_logsumexp import MAX_WIDTHS, PrefixLogSumExp
 from negmine.ops.vectors import promoted, scale_of, score_of_positive, widened
 from negmine.ops.windows import Draw
 from negmine.options import Negatives, Select, Weight, is_int, is_real
-from negmine.selection import check_select, learned_bias, mined
+from negmine.selection import check_select, learned_bias, mined, summing_ops
 
 OP = "matryoshka"
 OPTIONS = ("select", "weight")  # options that a Negatives may set for its own pool
@@ -192,11 +192,12 @@ def _in_one_pass(
     query, positive_key, *every = promoted(query, positive_key, *(keys for keys, _ in pools))
     if any(keys.dim() == 3 for keys in every):
         return None
-    needed = ("logsumexp", "logsumexp_grad_keys")
     chosen = [
-        choose(OP, needed, backend, (query, positive_key, keys), "prefix_logsumexp", pool.extra)
+        choose(
+            OP, summing_ops("logsumexp", keys, pool.bias), backend, (query, positive_key, keys), "prefix_logsumexp", pool.extra
+        )
         for keys, (_, pool) in zip(every, pools, strict=True)
-    ]
+    ]  # fmt: skip
     if not all(kernels is not None and kernels.has("prefix_logsumexp") for kernels in chosen):
         return None
     chosen = [narrowed(kernels, query, positive_key, keys) for kernels, keys in zip(chosen, every, strict=True)]

@@ -47,8 +47,7 @@ def _is_rounded(tensor: Tensor) -> bool:
 
 def _narrowing(function: Callable[..., Any], op: str, stored: dict[str, torch.dtype]) -> Callable[..., Any]:
     """The kernel, called with vectors in their storage dtype. gathered_grad_keys is unchanged: it gets computed fp32 vectors."""
-    declared = op.replace("grad_bias", "grad_keys")  # *_grad_bias over lists is not declared; it has the same arguments
-    arguments = () if op == "gathered_grad_keys" else OPS[declared].arguments
+    arguments = () if op == "gathered_grad_keys" else OPS[op].arguments
     dtypes = {position: stored[value.name] for position, value in enumerate(arguments) if value.name in stored}
 
     def launch(*given: Any) -> Any:

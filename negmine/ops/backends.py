@@ -22,6 +22,7 @@ from negmine.ops import (  # noqa: F401  importing a module declares its op
     gathered_logsumexp,
     info_nce,
     logsumexp,
+    logsumexp_grad_bias,
     logsumexp_grad_keys,
     maxsim,
     mine_gathered,
@@ -33,6 +34,7 @@ from negmine.ops import (  # noqa: F401  importing a module declares its op
     rank_thresholds,
     round_to_codes,
     softplus_sum,
+    softplus_sum_grad_bias,
     softplus_sum_grad_keys,
 )
 from negmine.ops.registry import OPS

@@ -79,14 +79,8 @@ def grad_bias(
     """
     q, keys = for_kernels(query), for_kernels(negative_keys)
     parts = zip(scales.unbind(0), lse.unbind(0), weight.unbind(0), strict=True)
-    if kernels.has("logsumexp_grad_bias"):
-        each = [kernels.logsumexp_grad_bias(q, keys, scale, sums, factor, *pool) for scale, sums, factor in parts]
-    else:  # a feature that is 1 in queries and 0 in keys changes no score, and its gradient is the sum
-        q, keys = torch.cat([q, torch.ones_like(q[:, :1])], 1), torch.nn.functional.pad(keys, (0, 1))
-        each = [
-            kernels.logsumexp_grad_keys(q, keys, scale, sums, factor, *pool)[:, -1] for scale, sums, factor in parts
-        ]
-    return torch.stack(each).sum(0)
+    each = [kernels.logsumexp_grad_bias(q, keys, scale, sums, factor, *pool) for scale, sums, factor in parts]
+    return each[0] if len(each) == 1 else torch.stack(each).sum(0)
 
 
 def grad_keys(

@@ -1,9 +1,6 @@
 """The op softplus_sum, and its autograd function."""
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from negmine.ops.first_derivative import first_derivative_only
 from negmine.ops.registry import declare
@@ -61,20 +58,6 @@ class SoftplusSum(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             d_offset = (d_total * sigmoid_sum).sum()
         if ctx.needs_input_grad[4]:
-            d_bias = grad_bias(ctx.kernels, query, keys, scale, offset, d_total, pool)
+            q, n = for_kernels(query), for_kernels(keys)
+            d_bias = ctx.kernels.softplus_sum_grad_bias(q, n, scale, offset, d_total, *pool)  # (K,), or (B, M) of lists
         return d_query, d_keys, d_scale, d_offset, d_bias, None, *([None] * ctx.width)
-
-
-def grad_bias(
-    kernels: Any, query: Tensor, negative_keys: Tensor, scale: Tensor, offset: Tensor, weight: Tensor, pool: tuple
-) -> Tensor:
-    """The gradient of the bias: weight_b sigmoid(l_bk), summed over queries for a queue. weight is (B,).
-
-    (K,) fp32 for a queue, (B, M) for lists and for keys (B, M, D).
-    """
-    q, keys = for_kernels(query), for_kernels(negative_keys)
-    if kernels.has("softplus_sum_grad_bias"):
-        return kernels.softplus_sum_grad_bias(q, keys, scale, offset, weight, *pool)
-    # A feature that is 1 in queries and 0 in keys changes no score, and its gradient is the sum.
-    q, keys = torch.cat([q, torch.ones_like(q[:, :1])], 1), torch.nn.functional.pad(keys, (0, 1))
-    return kernels.softplus_sum_grad_keys(q, keys, scale, offset, weight, *pool)[:, -1]

@@ -153,6 +153,11 @@ struct Kernels {
   // The same with sigmoid(scale s + bias - lse) in the place of exp(scale s + bias - lse).
   void (*softplus_sum_grad_keys_range)(const Block&, const Workspace&, float scale, const float* lse,
                                        const float* weight, float* panel, float* out);
+  // Adds the block's share to elements [k_begin, k_end) of out (K), the gradient of the bias; as the two before.
+  void (*logsumexp_grad_bias_range)(const Block&, const Workspace&, float scale, const float* lse, const float* weight,
+                                    float* out);
+  void (*softplus_sum_grad_bias_range)(const Block&, const Workspace&, float scale, const float* lse,
+                                       const float* weight, float* out);
   // The block against its range, from an empty state.
   void (*softplus_sum_range)(const Block&, const Workspace&, float scale, float offset, const SoftplusState&);
   // Offers every column of the one range of blocks (count) to the selection of each, in the order of the queue.

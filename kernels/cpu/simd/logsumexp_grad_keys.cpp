@@ -4,7 +4,8 @@
 // The scores' tile, once its scores are probabilities, is itself the left operand of a product with the block's
 // queries, so the second product is the same multiply() with lanes as the contraction and d across the vector, or with
 // AMX its parts.
-// softplus_sum_grad_keys is the same with sigmoid(x_bk - lse_b), where lse_b = -offset.
+// softplus_sum_grad_keys is the same with sigmoid(x_bk - lse_b), where lse_b = -offset. The gradient of the bias is the
+// sum of the tile's weights over the queries.
 #include "kernels/cpu/simd/parts.h"
 
 namespace negmine::cpu::NEGMINE_SIMD {
@@ -56,33 +57,48 @@ void mark_lost(const Block& block, const Workspace& w, int64_t count, const bool
   }
 }
 
+// Of the queries of a block, 0 past its lanes.
+struct Lanes {
+  Lanes(const Block& block, const float* of_lse, const float* of_weight) {
+    for (int64_t lane = 0; lane < block.lanes; ++lane) {
+      lse[lane] = of_lse[block.first_query + lane];
+      weight[lane] = of_weight[block.first_query + lane];
+    }
+  }
+
+  float lse[kLanes] = {}, weight[kLanes] = {};
+};
+
+// add(count) with the weights of each chunk of the block's range in the place of its scores, after begin_block.
+template <bool kSigmoid, class Add>
+void for_weights(const Block& block, const Workspace& w, float scale, const Lanes& lanes, const Add& add) {
+  for (int64_t k = block.k_begin; k < block.k_end;) {
+    const Chunk chunk = load_chunk(block, w, &k, true);
+    score_chunk(block, w, chunk);
+    apply_masks(block, w, chunk, 0, chunk.count);
+    if (block.pool.bounded()) apply_bounds(block, w, chunk.count);
+    float biases[kChunk] = {};
+    bias_of(block, w, chunk, biases);
+    weigh<kSigmoid>(block, w, chunk.count, scale, biases, lanes.lse, lanes.weight);
+    add(chunk.count);
+  }
+}
+
 template <bool kSigmoid>
 void grad_keys_range(const Block& block, const Workspace& w, float scale, const float* lse, const float* weight,
                      float* panel, float* out) {
   const Tiles tiles;
   begin_block(block, w);
-  float lane_lse[kLanes], lane_weight[kLanes];
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    lane_lse[lane] = lane < block.lanes ? lse[block.first_query + lane] : 0.0f;
-    lane_weight[lane] = lane < block.lanes ? weight[block.first_query + lane] : 0.0f;
-  }
+  const Lanes lanes(block, lse, weight);
   bool lost[kLanes] = {}, some_are_lost = false;
-  pack_queries(block, w, lane_lse, lane_weight, panel, lost);
+  pack_queries(block, w, lanes.lse, lanes.weight, panel, lost);
   for (const bool one : lost) some_are_lost |= one;
 #if defined(NEGMINE_TILES)
   float* split = panel + block.lanes * ((block.D + kPanel - 1) / kPanel * kPanel);
   const bool in_parts = split_panel(block, panel, split);
 #endif
   float product[kRows * kLanes];  // (6, kLanes)
-  for (int64_t k = block.k_begin; k < block.k_end;) {
-    const Chunk chunk = load_chunk(block, w, &k, true);
-    const int64_t count = chunk.count;
-    score_chunk(block, w, chunk);
-    apply_masks(block, w, chunk, 0, count);
-    if (block.pool.bounded()) apply_bounds(block, w, count);
-    float biases[kChunk] = {};
-    bias_of(block, w, chunk, biases);
-    weigh<kSigmoid>(block, w, count, scale, biases, lane_lse, lane_weight);
+  for_weights<kSigmoid>(block, w, scale, lanes, [&](int64_t count) {
     if (some_are_lost) mark_lost(block, w, count, lost);
     int64_t rest[kChunk], left = count;  // rows of the chunk
     for (int64_t j = 0; j < count; ++j) rest[j] = j;
@@ -102,7 +118,22 @@ void grad_keys_range(const Block& block, const Workspace& w, float scale, const 
         }
       }
     }
-  }
+  });
+}
+
+template <bool kSigmoid>
+void grad_bias_range(const Block& block, const Workspace& w, float scale, const float* lse, const float* weight,
+                     float* out) {
+  const Tiles tiles;
+  begin_block(block, w);
+  const Lanes lanes(block, lse, weight);
+  for_weights<kSigmoid>(block, w, scale, lanes, [&](int64_t count) {
+    for (int64_t j = 0; j < count; ++j) {
+      V total = all(0.0f);
+      for (int v = 0; v < vectors_of(block); ++v) total += load(w.tile + j * kLanes + v * kWidth);
+      out[w.index[j]] += sum(total);
+    }
+  });
 }
 
 }  // namespace
@@ -115,6 +146,16 @@ void logsumexp_grad_keys_range(const Block& block, const Workspace& w, float sca
 void softplus_sum_grad_keys_range(const Block& block, const Workspace& w, float scale, const float* lse,
                                   const float* weight, float* panel, float* out) {
   grad_keys_range<true>(block, w, scale, lse, weight, panel, out);
+}
+
+void logsumexp_grad_bias_range(const Block& block, const Workspace& w, float scale, const float* lse,
+                               const float* weight, float* out) {
+  grad_bias_range<false>(block, w, scale, lse, weight, out);
+}
+
+void softplus_sum_grad_bias_range(const Block& block, const Workspace& w, float scale, const float* lse,
+                                  const float* weight, float* out) {
+  grad_bias_range<true>(block, w, scale, lse, weight, out);
 }
 
 }  // namespace negmine::cpu::NEGMINE_SIMD

@@ -13,6 +13,8 @@ float logsumexp_window_row(const Matrix&, int64_t, const int64_t*, int64_t, int6
                            float*);
 void logsumexp_grad_keys_range(const Block&, const Workspace&, float, const float*, const float*, float*, float*);
 void softplus_sum_grad_keys_range(const Block&, const Workspace&, float, const float*, const float*, float*, float*);
+void logsumexp_grad_bias_range(const Block&, const Workspace&, float, const float*, const float*, float*);
+void softplus_sum_grad_bias_range(const Block&, const Workspace&, float, const float*, const float*, float*);
 void softplus_sum_range(const Block&, const Workspace&, float, float, const SoftplusState&);
 void select_range(const Block*, const Workspace*, int64_t, const Selection*);
 int64_t keep_best(int64_t*, int64_t, int64_t);
@@ -39,6 +41,8 @@ extern const Kernels kKernels = {
     logsumexp_window_row,
     logsumexp_grad_keys_range,
     softplus_sum_grad_keys_range,
+    logsumexp_grad_bias_range,
+    softplus_sum_grad_bias_range,
     softplus_sum_range,
     select_range,
     keep_best,
