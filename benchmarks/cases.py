@@ -34,8 +34,8 @@ CASES = {
     case.name: case
     for case in [
         Case("small", 256, 4096, 128, "float32", "a queue for CIFAR-size runs"),
-        Case("moco", 256, 65536, 128, "float32", "MoCo's own shape", WITH_WHOLE_QUEUE),
-        Case("moco-bf16", 256, 65536, 128, "bfloat16", "MoCo under mixed precision", WITH_WHOLE_QUEUE),
+        Case("moco", 256, 65536, 128, "float32", "MoCo's own shape", (*WITH_WHOLE_QUEUE, "guided")),
+        Case("moco-bf16", 256, 65536, 128, "bfloat16", "MoCo under mixed precision", (*WITH_WHOLE_QUEUE, "guided")),
         Case("moco-bf16-1024", 1024, 65536, 128, "bfloat16", "the same queue for a large batch", WITH_WHOLE_QUEUE),
         Case("moco-bf16-4096", 4096, 65536, 128, "bfloat16", "and for a very large one", WITH_WHOLE_QUEUE),
         Case("batch-1", 1, 65536, 128, "float32", "one query: search, or a probe in training"),

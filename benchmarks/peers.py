@@ -25,6 +25,7 @@ from negmine.selection import Mixed
 N = 1024
 WINDOW = negmine.Select(0.001, 0.05)
 MIX = negmine.Mix(hard=1024, pairs=1024, with_query=128)
+GUIDE_MARGIN = 0.1
 # Of the largest entry. negmine keeps scores in fp32 and rounds only what it returns; plain PyTorch rounds every score to the
 # storage dtype before it selects and exponentiates, which costs it far more in the short ones.
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -163,6 +164,38 @@ def eager_matryoshka(inputs: Inputs) -> Answer:
         queries = [query[:, :width] for width in widths_of(inputs)]
         losses = [cross_entropy(q, part, masked_scores(q, part)) for q, part in zip(queries, each, strict=True)]
         return torch.stack(losses).sum()
+
+    return loss_and_gradient(inputs, loss_of)
+
+
+def guide_of(inputs: Inputs) -> tuple[Tensor, ...]:
+    """A guide's embeddings of queries, positives and keys: the first half of the columns stands for them."""
+    return tuple(rows[:, : rows.shape[1] // 2] for rows in (inputs.query, inputs.positive_key, inputs.keys))
+
+
+def fused_guided(inputs: Inputs, backend: str | None = None) -> Answer:
+    guided = replace(inputs.negatives, guide=negmine.Guide(*guide_of(inputs), margin=GUIDE_MARGIN))
+    return loss_and_gradient(
+        inputs,
+        lambda query: negmine.info_nce(
+            query,
+            inputs.positive_key,
+            guided,
+            temperature=inputs.temperature,
+            query_ids=inputs.query_ids,
+            backend=backend,
+        ),
+    )
+
+
+def eager_guided(inputs: Inputs) -> Answer:
+    """What GISTEmbedLoss of sentence-transformers does: the guide's scores of all pairs, and -inf where they are too high."""
+
+    def loss_of(query: Tensor) -> Tensor:
+        guide_query, guide_positive, guide_keys = guide_of(inputs)
+        limit = (widened(guide_query) * widened(guide_positive)).sum(dim=1, keepdim=True) - GUIDE_MARGIN  # (B, 1)
+        is_false = widened(guide_query @ guide_keys.T) > limit  # (B, K)
+        return cross_entropy(query, inputs, masked_scores(query, inputs).masked_fill(is_false, float("-inf")))
 
     return loss_and_gradient(inputs, loss_of)
 
@@ -364,6 +397,7 @@ OPS = {
         returns=("thresholds",),
         peers={"quantile": quantile_thresholds},
     ),
+    "guided": Op("InfoNCE, false negatives masked by a guide: loss and gradient", fused_guided, eager_guided, gemms=2),
     "matryoshka": Op("four prefix widths: loss and gradient", fused_matryoshka, eager_matryoshka, gemms=2),
     "late_interaction": Op(
         "MaxSim of token matrices: loss and gradient", fused_late_interaction, eager_late_interaction, gemms=1
