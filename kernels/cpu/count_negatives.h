@@ -1,4 +1,4 @@
-// count_negatives: the columns of each query's pool. Meaning: kernels/README.md.
+// count_negatives: the number of columns in each query's pool. kernels/README.md explains the arguments and results.
 #pragma once
 #include "kernels/cpu/matrix.h"
 #include "kernels/cpu/parallel.h"

@@ -25,8 +25,8 @@ struct Entry {
 };
 
 #if defined(__x86_64__)
-// All that ISA_FLAGS (build_tools/extensions.py) lets the compiler use: a virtual machine may hide any one of them. Not
-// every compiler knows f16c by name.
+// All features that ISA_FLAGS (build_tools/extensions.py) allows the compiler to use, because a virtual machine may
+// hide any of them. Not every compiler knows the name f16c.
 bool has_avx2() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
@@ -43,9 +43,9 @@ bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnn
 
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
-// Tiles are 8 KiB more for the system to save at every switch, so it wants to be asked, once a process. It refuses
-// where it does not know them. Virtual machines may hide the leaves that describe the tiles, which are the same
-// everywhere.
+// A process must ask the operating system once for permission to use tiles, because they add 8 KiB to the state that is
+// saved at every context switch. Systems that do not support tiles refuse. Virtual machines may hide the CPUID leaves
+// that describe the tiles, but these are the same on all processors.
 bool may_use_tiles() {
 #if defined(NEGMINE_EMULATED_TILES)
   return true;
@@ -86,7 +86,7 @@ const Entry kTable[] = {
 };
 constexpr int kEntries = sizeof kTable / sizeof kTable[0], kDtypes = 3;
 
-// What a processor's maker calls itself, twelve letters; empty where no one can tell.
+// The vendor of the processor as returned by CPUID, twelve letters; empty if it is not available.
 struct Maker {
   char name[13] = {};
 };
@@ -100,9 +100,9 @@ Maker maker_of_this() {
   return maker;
 }
 
-// Where an instruction set is slower than the next one of kTable: of which maker's processors, for which storage. A
-// line holds for every op that scores a queue, because ops compare scores bit for bit. `make bench-isa` measures all of
-// them and fails where a line is missing or wrong. Milliseconds are of the loss and its gradient at B = 256, K =
+// Exceptions: the vendors and storage types for which an instruction set is slower than the next one in kTable. A line
+// applies to every op that scores a queue, because ops compare scores bit for bit. `make bench-isa` measures all of
+// them and fails if a line is missing or wrong. The milliseconds are for the loss and its gradient at B = 256, K =
 // 65,536, D = 128 with ids, on one core of a Xeon with AMX.
 struct Slower {
   const char* maker;
@@ -114,11 +114,15 @@ bool any_storage(Dtype, Dtype) { return true; }
 bool both_float32(Dtype query, Dtype keys) { return query == Dtype::kFloat32 && keys == Dtype::kFloat32; }
 
 const Slower kSlower[] = {
-    // Intel multiplies pairs of bf16 at half the rate of AMD's processors: bf16 takes 119 ms, widened by AVX-512 80 ms.
+    // Intel's processors multiply pairs of bf16 at half the rate of AMD's: bf16 takes 119 ms, and 80 ms with AVX-512,
+    // which
+    // widens it to fp32.
     {"GenuineIntel", "avx512bf16", any_storage},
-    // Six products of bf16 parts: ahead in the loss (41 ms for 50 on two cores), behind in windows and rank_thresholds
-    // (10 %) and in sums of sigmoids (20 %), even over all ops. Fewer products are ahead in every op: fp32 x fp16 62 ms
-    // (78), fp16 60 ms (81), fp32 x bf16 47 ms (76), bf16 21 ms (80).
+    // fp32 needs six products of bf16 parts. It is faster than AVX-512 in the loss (41 ms instead of 50 ms on two
+    // cores),
+    // slower in windows and rank_thresholds (10 %) and in sums of sigmoids (20 %), and equal over all ops. With fewer
+    // products, AMX is faster in every op: fp32 x fp16 62 ms (78), fp16 60 ms (81), fp32 x bf16 47 ms (76), bf16 21 ms
+    // (80).
     {"GenuineIntel", "amxbf16", both_float32},
 };
 
@@ -130,7 +134,7 @@ bool is_slower(const Maker& maker, const Kernels& kernels, Dtype query, Dtype ke
   return false;
 }
 
-// The choice for each pair of storage types, made once.
+// The choice for each pair of storage types, computed once.
 struct Choice {
   Choice() {
     bool supported[kEntries];

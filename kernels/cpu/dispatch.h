@@ -1,6 +1,6 @@
-// Which instruction set runs. By default the fastest for this processor and for the storage of queries and keys: all
-// ops that score a queue ask by storage alone, so that passes which compare scores compute the same bits. A further
-// instruction set is one more line of the table in dispatch.cpp and one more compilation of simd/.
+// The choice of the instruction set. By default it is the fastest for this processor and for the storage types of
+// queries and keys. The choice does not depend on the op, so that passes which compare scores compute the same bits. A
+// new instruction set needs a line in the table in dispatch.cpp and another compilation of simd/.
 #pragma once
 #include "kernels/cpu/matrix.h"
 #include "kernels/cpu/simd/kernels.h"
@@ -10,19 +10,19 @@ namespace negmine::cpu {
 const Kernels& kernels(Dtype query, Dtype keys);
 inline const Kernels& kernels(const Block& block) { return kernels(block.query.dtype, block.negative_keys.dtype); }
 
-// What multiplies codes, or null where this processor has no instruction for it or another set is forced.
+// The kernels that multiply codes; null if this processor has no instruction for it or another set is forced.
 const Kernels* code_kernels();
 
-// For functions whose result is the same bits on every instruction set.
+// For functions whose results have the same bits on every instruction set.
 inline const Kernels& kernels() { return kernels(Dtype::kFloat32, Dtype::kFloat32); }
 
 // Tests and benchmarks force one of "amxbf16", "avx512bf16", "avx512", "avx2", "portable", on ARM "neonbf16", "neon",
-// "portable"; "" is the default choice. False, and no change, where this processor or build lacks it.
+// "portable"; "" is the default choice. Returns false, without a change, if this processor or build does not have it.
 bool set_isa(const char* name);
 const char* isa();  // the forced one, or ""
 
-// What runs for storage by name, "float32", "bfloat16" or "float16"; null where there is no such name. For "uint8",
-// codes: "avx512vnni", or "" where nothing multiplies them.
+// The instruction set for storage types by name, "float32", "bfloat16" or "float16"; null for another name. For
+// "uint8", codes: "avx512vnni", or "" if this processor does not multiply them.
 const char* isa_for(const char* query, const char* keys);
 
 }  // namespace negmine::cpu

@@ -6,7 +6,7 @@ namespace {
 
 int64_t umulhi(uint32_t u, int64_t n) { return static_cast<int64_t>((u * static_cast<uint64_t>(n)) >> 32); }
 
-// Contraction would round once where the reference rounds twice.
+// Contraction to a fused multiply-add would round once, but the reference rounds twice.
 __attribute__((optimize("fp-contract=off"))) float interpolate(float low, float span, float fraction) {
   const float step = span * fraction;
   return low + step;

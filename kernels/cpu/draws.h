@@ -1,8 +1,8 @@
-// How a synthetic negative is drawn: kernels/README.md, part "Draws".
+// The random draws of synthetic negatives: kernels/README.md, section "Draws".
 //
-// Slots [0, pairs) mix two of a query's hard negatives, slots [pairs, pairs + with_query) mix the query with one. The
-// draw depends on (seed, step, row_offset + b, slot) alone. draw() is compiled once, without fused multiply-add, so
-// that every instruction set and the PyTorch reference give the same coefficient bits.
+// Slots [0, pairs) mix two of a query's hard negatives, slots [pairs, pairs + with_query) mix the query with one. A
+// draw depends only on (seed, step, row_offset + b, slot). draw() is compiled once, without fused multiply-add, so that
+// the coefficients have the same bits on every instruction set and in the PyTorch reference.
 #pragma once
 #include <cstdint>
 
@@ -21,17 +21,17 @@ struct Draws {
   int64_t S() const { return pairs + with_query; }
 };
 
-// Draws in arrays, so that vectors write them and none waits for a struct to be put together.
+// Draws as separate arrays instead of an array of structs, so that they can be written by vector instructions.
 struct Drawn {
   int64_t *first, *second;  // rows of the queue; first = -1: the query itself
   float* coefficient;       // of the first parent
 };
 
-// n_b: entries of query b's row of hard_index that are not -1.
+// n_b: the number of entries in query b's row of hard_index that are not -1.
 int64_t count_hard(const Draws& draws, int64_t b);
 
-// Slots [slot, slot + count) of query b, n_b > 0. words (3, count): what kernels/cpu/philox.h makes of the row
-// row_offset + b and the slots under the key (seed, step).
+// Slots [slot, slot + count) of query b, n_b > 0. words (3, count): the random words of kernels/cpu/philox.h for the
+// row row_offset + b and these slots, with the key (seed, step).
 void draw(const Draws& draws, int64_t b, int64_t slot, int64_t count, int64_t n_b, const uint32_t* const words[3],
           const Drawn& out);
 

@@ -1,5 +1,5 @@
-// Gathers the cells (b, m) of each key by counting, in the order of the list, then sums them: one run of keys a task.
-// Every row of the result has one owner and one order of summation, so the bits repeat.
+// Sorts the entries (b, m) by key with a counting sort, which keeps their order, and sums those of each key. A task
+// computes a range of keys. Every row of the result is computed by one task in a fixed order, so it is deterministic.
 #include "kernels/cpu/gathered_grad_keys.h"
 
 #include <algorithm>

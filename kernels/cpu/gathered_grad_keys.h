@@ -1,4 +1,4 @@
-// gathered_grad_keys: the gradient that the columns of a list give the keys. Meaning: kernels/README.md.
+// gathered_grad_keys: the gradient of the keys for sums over lists of columns. Explained in kernels/README.md.
 #pragma once
 #include "kernels/cpu/matrix.h"
 #include "kernels/cpu/parallel.h"

@@ -1,4 +1,4 @@
-// The task grid of gathered_logsumexp: one query a task.
+// The tasks of gathered_logsumexp: one for each query.
 #include "kernels/cpu/gathered_logsumexp.h"
 
 #include "kernels/cpu/dispatch.h"

@@ -1,5 +1,4 @@
-// gathered_logsumexp: scores, log-sum-exp and softmax mean of the columns that a list names for each query. Meaning:
-// kernels/README.md.
+// gathered_logsumexp: scores, log-sum-exp and mean of the listed columns of each query. Explained in kernels/README.md.
 #pragma once
 #include "kernels/cpu/matrix.h"
 #include "kernels/cpu/parallel.h"

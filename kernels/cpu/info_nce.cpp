@@ -1,10 +1,10 @@
-// info_nce, made of logsumexp and mix_logsumexp: the softmax mean of the negatives is written where the gradient
-// belongs, and each row is then finished in place.
+// info_nce calls logsumexp and mix_logsumexp. The mean of the negatives is written to the array of the gradient, and
+// each row is then completed in place.
 //
 //     x = scale q . positive,   gap = lse - x,   row = log(1 + exp(gap)),   share = sigmoid(gap)
 //     d row / d q = scale share (mean - positive),   d row / d scale = share q . (mean - positive)
 //
-// Decoupled: row = gap, share = 1. What is one number a row is double; a sum over D is in fp32.
+// Decoupled: row = gap, share = 1. Numbers of a row are computed in double, sums over D in fp32.
 #include "kernels/cpu/info_nce.h"
 
 #include <algorithm>
@@ -34,7 +34,7 @@ float from_half(uint16_t half) {
   return sign != 0 ? -wide : wide;
 }
 
-// Row `row` of m as fp32: in place where it is stored so, else widened into out (D).
+// Row `row` of m as fp32: a pointer to it if it is stored as fp32, else converted into out (D).
 const float* widen_row(const Matrix& m, int64_t row, int64_t D, float* out) {
   if (m.dtype == Dtype::kFloat32) return static_cast<const float*>(m.data) + row * m.row_stride;
   const uint16_t* in = static_cast<const uint16_t*>(m.data) + row * m.row_stride;
@@ -50,7 +50,7 @@ struct Mixed {
   Buffer<int64_t> hard_index;  // (B, N)
 };
 
-// In 16 chains, which the compiler turns into vectors.
+// The sum has 16 chains, so that the compiler can vectorise it.
 float dot(const float* a, const float* b, int64_t D) {
   constexpr int64_t kChains = 16;
   float sums[kChains] = {};
@@ -80,7 +80,7 @@ LogsumexpParams sum_of(const InfoNceParams& p) {
           .num_above = p.num_above};
 }
 
-// Sums the pool in the pass that mines it, and mixes what was mined.
+// Sums and mines the pool in one pass, and mixes the mined columns.
 Mixed sum_and_mix(const InfoNceParams& p, const Parallel& parallel) {
   const int64_t mined = std::min(p.skip + p.hard, std::max(p.K, p.skip + 1)), hard = mined - p.skip;
   const auto scores = make_buffer<float>(p.B * mined);
@@ -114,7 +114,7 @@ Mixed sum_and_mix(const InfoNceParams& p, const Parallel& parallel) {
   return made;
 }
 
-// Joins the synthetic negatives of row b with the real ones, in lse and, where it is wanted, mean (D).
+// Adds the synthetic negatives of row b to lse and, if it is wanted, mean (D).
 void join(const Mixed& made, int64_t b, int64_t D, float* lse, float* mean) {
   const double real = *lse, synthetic = made.lse[b];
   const double top = real > synthetic || std::isnan(real) ? real : synthetic;  // std::max would lose a NaN
@@ -128,7 +128,7 @@ void join(const Mixed& made, int64_t b, int64_t D, float* lse, float* mean) {
   for (int64_t d = 0; d < D; ++d) mean[d] = keep * mean[d] + add * of_mixed[d];
 }
 
-// Row b, whose lse and mean (in d_query) are those of all its negatives. room (2, D).
+// Computes row b from lse and mean (in d_query) of all its negatives. room (2, D).
 void finish(const InfoNceParams& p, int64_t b, float* room) {
   const float* query = widen_row(p.query, b, p.D, room);                  // (D)
   const float* positive = widen_row(p.positive_key, b, p.D, room + p.D);  // (D)

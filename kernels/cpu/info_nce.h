@@ -1,5 +1,5 @@
-// info_nce: a whole step of the InfoNCE loss: the log-sum-exp of each query's negatives, real and synthetic, and the
-// rows of the loss and their gradient made from it. Meaning: kernels/README.md.
+// info_nce: the log-sum-exp over each query's real and synthetic negatives, the InfoNCE loss of each row, and its
+// gradient. Explained in kernels/README.md.
 #pragma once
 #include "kernels/cpu/draws.h"
 #include "kernels/cpu/matrix.h"

@@ -1,9 +1,10 @@
-// The task grid of logsumexp: groups of blocks of queries by splits of the queue, and the fold of the splits' partial
+// The tasks of logsumexp: groups of blocks of queries by splits of the queue, and the merging of the splits' partial
 // results.
 //
-// Where the queue is split depends on K alone and the partials are folded in order, so the bits of a row depend neither
-// on the number of threads nor on the rows around it. Few blocks: all (group, split) pairs run in parallel and are
-// folded afterwards. Many blocks: each group folds its own splits as it goes, so that memory does not grow with B.
+// The splits depend only on K, and the partial results are merged in order, so the result of a row depends neither on
+// the number of threads nor on the other rows. If there are few blocks, all (group, split) pairs run in parallel and
+// are merged afterwards. If there are many blocks, each group merges its splits one after the other, so that memory
+// does not grow with B.
 #include "kernels/cpu/logsumexp.h"
 
 #include <cmath>
@@ -23,7 +24,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t split_rows_of(int64_t K) { return std::max(kSplitRows, ceil_div(K, kMostSplits)); }
 
-// LogsumexpStates (count, S) with their memory.
+// LogsumexpStates (count, S) and their memory.
 class OwnedStates {
  public:
   OwnedStates(int64_t count, const LogsumexpParams& p)
@@ -60,7 +61,7 @@ void clear(const LogsumexpState& state, int64_t D) {
   if (state.mean != nullptr) std::fill_n(state.mean, D * kLanes, 0.0f);
 }
 
-// into = into joined with part, the part that follows it in the queue, in the first `lanes` lanes
+// Merges `part`, the next part of the queue, into `into`, in the first `lanes` lanes.
 void fold(const LogsumexpState& into, const LogsumexpState& part, int64_t lanes, int64_t D) {
   float keep[kLanes], add[kLanes];
   const auto times = [](float sum, float factor) { return sum == kInfinity ? sum : sum * factor; };
@@ -126,8 +127,8 @@ void logsumexp(const LogsumexpParams& p, const Parallel& parallel) {
     block.lanes = std::min(kLanes, p.B - block.first_query);
     return block;
   };
-  // As many blocks as share a chunk of the queue well, their sums in the second-level cache, but two tasks a thread,
-  // and of few tasks as many for each thread.
+  // The number of blocks that share a chunk of the queue: their sums should fit into the second-level cache, each
+  // thread should have at least two tasks, and if there are few tasks, all threads should have the same number.
   const bool fold_along = blocks >= 4 * parallel.threads;
   const int64_t block_bytes = kLanes * (p.D + 2) * static_cast<int64_t>(sizeof(float)) * 2;
   const int64_t tasks = fold_along ? blocks : blocks * splits;

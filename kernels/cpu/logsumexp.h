@@ -1,5 +1,6 @@
-// logsumexp: log-sum-exp of each query's scores over its pool, and the softmax mean of the keys, its gradient. (B, K)
-// is never stored. Two scales share a pass, and logsumexp_mine mines in it. Meaning: kernels/README.md.
+// logsumexp: log-sum-exp of each query's scores over its pool, and the mean of the keys weighted by the softmax, which
+// is its gradient. The (B, K) scores are never stored. Two scales share a pass, and logsumexp_mine also mines in this
+// pass. Explained in kernels/README.md.
 #pragma once
 #include "kernels/cpu/matrix.h"
 #include "kernels/cpu/mine_hardest.h"
@@ -28,7 +29,7 @@ struct LogsumexpParams {
 
 void logsumexp(const LogsumexpParams& p, const Parallel& parallel);
 
-// Both over the same queries, queue and pool; N of 1 or more. The first scale mines.
+// Both have the same queries, queue and pool. N is at least 1. Mining is done in the pass of the first scale.
 void logsumexp_mine(const LogsumexpParams& p, const MineHardestParams& mined, const Parallel& parallel);
 
 }  // namespace negmine::cpu

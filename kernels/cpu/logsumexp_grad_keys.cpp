@@ -8,7 +8,7 @@
 namespace negmine::cpu {
 
 void logsumexp_grad_keys(const LogsumexpGradKeysParams& p, const Parallel& parallel) {
-  // Long tasks, because each transposes the queries anew; short ones where the queue would not fill the threads.
+  // Tasks are long, because each transposes the queries again, but short enough that all threads have work.
   const int64_t wanted = ceil_div(p.K, 8 * std::max<int64_t>(parallel.threads, 1));
   const int64_t task_rows = std::clamp(ceil_div(wanted, kChunk) * kChunk, kChunk, 8 * kChunk);
   const Kernels& run = kernels(p.query.dtype, p.negative_keys.dtype);

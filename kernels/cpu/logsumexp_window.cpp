@@ -1,7 +1,8 @@
-// The task grid of logsumexp_window: that of rank_thresholds, whose keys hold the scores of the window's columns. What
-// is left is a sum over those keys, and for the mean over the rows they name: a few of a hundred, so that reading them
-// again is cheap beside the product of all. Queries of a block take turns at a stretch of the queue, which then comes
-// from memory once. What is summed, and in what order, depends on the row and on K and D alone.
+// The tasks of logsumexp_window are those of rank_thresholds, whose sort keys contain the scores of the columns in the
+// window. These scores are summed, and for the mean the rows of these columns are read again. A window has a few
+// percent of the columns, so this costs little compared with the product of all columns. All queries of a block use one
+// stretch of the queue before the next, so that it is read from memory once. The terms of a sum and their order depend
+// only on the row, K and D.
 #include "kernels/cpu/logsumexp_window.h"
 
 #include <algorithm>
@@ -23,7 +24,7 @@ constexpr int64_t kLowest = static_cast<int64_t>(-0x7F800001) << 32;  // -inf at
 constexpr int64_t kStretchBytes = 1 << 18;  // of the queue at a time, for the second-level cache
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// A query's window: keys (size) in the order of the queue.
+// The window of a query: keys (size) in the order of the queue.
 struct Window {
   const int64_t* keys;
   int64_t size, at = 0, next = 0;  // summed, and with those of the next stretch

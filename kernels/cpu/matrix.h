@@ -1,9 +1,8 @@
-// The storage of a (rows, D) matrix as the CPU kernels take it: a pointer, a row stride and an element type; D is
-// contiguous.
+// A (rows, D) matrix as an argument of the CPU kernels: a pointer, a row stride and an element type; D is contiguous.
 //
-// Query and keys may be stored in different types; every kernel widens to fp32 before it multiplies. Codes, which
-// mine_hardest_codes alone takes, are bytes with a scale for each row: element = scale * (byte - 128).
-// Nothing in this folder knows torch: csrc/ fills these structs from tensors, csrc/python from raw pointers.
+// Query and keys may have different types. Codes, which only mine_hardest_codes accepts, are bytes with a scale for
+// each row: element = scale * (byte - 128). The code in this folder does not use torch: csrc/torch fills these structs
+// from tensors, csrc/python from raw pointers.
 #pragma once
 #include <cstdint>
 
@@ -13,7 +12,7 @@ enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16, kCodes };
 
 inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kCodes ? 1 : 2; }
 
-constexpr int64_t kLanes = 64;  // queries that travel through a kernel together, one per vector lane
+constexpr int64_t kLanes = 64;  // number of queries in a block, one per vector lane
 
 struct Matrix {
   const void* data = nullptr;  // (rows, D)

@@ -1,5 +1,5 @@
-// The task grid of maxsim: each task owns some documents and goes through the tokens of all queries in order, so that
-// sums need no atomics and their bits do not depend on the grid.
+// The tasks of maxsim: each task processes some documents, in a loop over the tokens of all queries, so that sums need
+// no atomics and do not depend on the number of tasks.
 #include "kernels/cpu/maxsim.h"
 
 #include <cstring>
@@ -19,7 +19,7 @@ int64_t length_of(const int64_t* lengths, int64_t row, int64_t most) {
   return lengths == nullptr ? most : std::clamp<int64_t>(lengths[row], 0, most);
 }
 
-// The tokens of queries that count, side by side: their places in (B I), and their vectors.
+// The tokens of queries without padding: their row numbers in (B I), and their vectors.
 struct Tokens {
   explicit Tokens(const MaxsimParams& p) : vectors(p.query) {
     place.reserve(static_cast<size_t>(p.B * p.I));
@@ -45,7 +45,7 @@ struct Tokens {
   Buffer<char> copied;
 };
 
-// Which tokens of the documents count (K, J); empty where all do.
+// A mask (K, J) of the tokens of documents that are not padding; empty if there is no padding.
 std::vector<uint8_t> present(const MaxsimParams& p) {
   std::vector<uint8_t> mask;
   if (p.negative_lengths == nullptr) return mask;

@@ -1,5 +1,5 @@
 // maxsim: scores of matrices of token vectors, the sum over a query's tokens of the largest inner product with a token
-// of the document. (B, I, K, J) is never stored. Meaning: kernels/README.md.
+// of the document. The token scores (B, I, K, J) are never stored. Explained in kernels/README.md.
 #pragma once
 #include "kernels/cpu/matrix.h"
 #include "kernels/cpu/parallel.h"

@@ -1,6 +1,6 @@
-// The task grid of mine_hardest. Blocks of queries stream the queue and keep about 2 N sort keys each. Where there are
-// fewer blocks than threads the queue is split as well, and the splits' winners compete once more: the answer is exact
-// either way, so the grid may depend on the number of threads.
+// The tasks of mine_hardest. Each block of queries reads the queue once and keeps about 2 N sort keys for each query.
+// If there are fewer blocks than threads, the queue is split as well, and the best keys of all splits are merged. The
+// result is exact in both cases, so the tasks may depend on the number of threads.
 #include "kernels/cpu/mine_hardest.h"
 
 #include <limits>
@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kLeastSplitRows = 4096;
 constexpr int64_t kPartialBytes = 8 << 20;  // most memory for the winners of splits
 
-// The best N of keys (size), which come in the order of the queue, into row b of the outputs. spare (N).
+// Writes the best N of keys (size), which are in the order of the queue, to row b of the outputs. spare (N).
 void write_row(const MineHardestParams& p, int64_t b, int64_t* keys, int64_t size, int64_t* spare) {
   if (size > p.N) kernels().keep_best(keys, size, p.N);
   const int64_t found = std::min(size, p.N);
@@ -45,8 +45,8 @@ MiningGrid::MiningGrid(const MineHardestParams& params, const Parallel& parallel
   const int64_t rows = ceil_div(p.K, std::max<int64_t>(1, std::min(wanted, most)));
   split_rows_ = std::max(unit, ceil_div(rows, unit) * unit);
   splits = std::max<int64_t>(1, ceil_div(p.K, split_rows_));
-  // A sample costs products and saves handling of keys: of few keys there is little to save. (Of codes 100,000 x 384 by
-  // 256 queries take as long with a sample as without for N = 512, and longer for less.)
+  // A sample costs products and saves the handling of keys. It is not worth it if there are few keys. (For codes
+  // 100,000 x 384 and 256 queries, the time with a sample is equal for N = 512, and longer for smaller N.)
   const int64_t row_bytes = p.D * element_bytes(p.negative_keys.dtype);
   const int64_t least = p.negative_keys.dtype == Dtype::kCodes ? 512 : row_bytes / 2;
   sampled_ = worth_sampling(split_rows_ - splits) && p.N >= least && p.N <= split_rows_ / 8;
@@ -156,7 +156,7 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
   grid.join(parallel);
 }
 
-// One query a task: its columns side by side are a queue of their own, which select() scans.
+// One query for each task. Its columns are gathered into a queue, which select() scans.
 void mine_gathered(const MineHardestParams& p, const int64_t* gathered, int64_t M, const float* most,
                    const Parallel& parallel) {
   const int64_t element = element_bytes(p.negative_keys.dtype), row_bytes = p.D * element;

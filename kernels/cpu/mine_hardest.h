@@ -1,5 +1,5 @@
 // mine_hardest: the N hardest columns of each query's pool, hardest first, ties to the lower index, and the size of the
-// pool where it is wanted; mine_gathered ranks the columns that a list names. Meaning: kernels/README.md.
+// pool if it is wanted; mine_gathered: the same for a list of columns. Explained in kernels/README.md.
 #pragma once
 #include <vector>
 
@@ -22,7 +22,8 @@ struct MineHardestParams {
 
 void mine_hardest(const MineHardestParams& p, const Parallel& parallel);
 
-// Its tasks, for an op that does more in the same pass: blocks of queries by splits of the queue. B and N of 1 or more.
+// The tasks of mine_hardest (blocks of queries by splits of the queue), for an op that does more in the same pass. B
+// and N are at least 1.
 class MiningGrid {
  public:
   struct Task {
@@ -31,7 +32,7 @@ class MiningGrid {
     Buffer<int64_t> spare;                   // (N)
   };
 
-  // A split is a multiple of `unit` rows.
+  // The number of rows in a split is a multiple of `unit`.
   MiningGrid(const MineHardestParams& params, const Parallel& parallel, int64_t unit);
 
   int64_t tasks() const { return ceil_div(blocks, together) * splits; }
@@ -44,7 +45,7 @@ class MiningGrid {
   // Task `index` mines its split for its group; `scan` sees the whole of the split once.
   void run(Task& task, int64_t index, const Scan& scan);
 
-  // Once all tasks have run.
+  // Call this after all tasks have run.
   void join(const Parallel& parallel);
 
   const MineHardestParams& p;

@@ -1,4 +1,4 @@
-// The task grid of mix_logsumexp: one query a task.
+// The tasks of mix_logsumexp: one for each query.
 #include "kernels/cpu/mix_logsumexp.h"
 
 #include "kernels/cpu/dispatch.h"

@@ -1,5 +1,5 @@
-// mix_logsumexp: log-sum-exp and softmax mean of each query's synthetic negatives; (B, S, D) is never stored. Meaning:
-// kernels/README.md.
+// mix_logsumexp: log-sum-exp and mean of each query's synthetic negatives (B, S, D), which are never stored. Explained
+// in kernels/README.md.
 #pragma once
 #include "kernels/cpu/draws.h"
 #include "kernels/cpu/matrix.h"

@@ -1,4 +1,4 @@
-// The task grid of mix_negatives: one query a task.
+// The tasks of mix_negatives: one for each query.
 #include "kernels/cpu/mix_negatives.h"
 
 #include "kernels/cpu/dispatch.h"

@@ -1,4 +1,4 @@
-// mix_negatives: S synthetic negatives of each query, their parents and coefficients. Meaning: kernels/README.md.
+// mix_negatives: S synthetic negatives of each query, their parents and coefficients. Explained in kernels/README.md.
 #pragma once
 #include "kernels/cpu/draws.h"
 #include "kernels/cpu/matrix.h"

@@ -1,7 +1,7 @@
-// How a kernel runs on several threads without knowing whose threads they are: the caller passes a `Parallel`.
+// Parallel loops of the kernels. The caller of a kernel passes a `Parallel`, which provides the threads.
 //
-// csrc/torch passes torch's parallel_for, csrc/python a serial loop. Tasks are handed out one by one from a counter, so
-// a slow thread does not hold up the rest. No result depends on which thread ran a task, nor on how many there were.
+// csrc/torch passes torch's parallel_for, csrc/python a serial loop. A counter assigns the tasks one by one, so a slow
+// thread does not delay the others. Results do not depend on which thread runs a task, nor on the number of threads.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -23,9 +23,9 @@ inline Parallel serial() {
           1};
 }
 
-// body(scratch, task) for every task in [0, tasks); make_scratch() once for each thread that takes part. What one of
-// them throws, such as a lack of memory, the caller gets: no exception may leave a thread, and none crosses torch's ABI
-// whole.
+// Calls body(scratch, task) for every task in [0, tasks), and make_scratch() once for each thread. An exception in one
+// of them, such as bad_alloc, is thrown again in the calling thread, because no exception may leave another thread or
+// pass through torch's ABI.
 template <class MakeScratch, class Body>
 void for_each_task(const Parallel& parallel, int64_t tasks, const MakeScratch& make_scratch, const Body& body) {
   struct Context {

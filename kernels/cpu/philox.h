@@ -7,8 +7,8 @@
 
 namespace negmine::cpu {
 
-// The first three words of the counters (row low, row high, slot, 0) for kCount slots from `first` on: a round is one
-// loop over all of them, which compilers turn into vectors.
+// The first three random words of the counters (row low, row high, slot, 0) for kCount slots from `first` on. Each
+// round is a loop over all of them, which compilers vectorise.
 template <int kCount>
 static inline void philox4x32_10(uint64_t row, uint32_t first, uint32_t key0, uint32_t key1,
                                  uint32_t (&word)[3][kCount]) {

@@ -1,10 +1,9 @@
-// Which columns a row may see: the optional arrays of kernels/README.md, part "Pool". A null pointer is an absent
-// array.
+// The pool: the optional arrays of kernels/README.md, section "Pool". A null pointer is an absent array.
 //
-// A column leaves the pool by the masks (negative_mask, equal ids, equal labels, a guide) or by the bounds (lower,
-// upper). A guide is a second score, guide_query . guide_keys, that hides a column where it is above the query's limit.
-// Bounds are sort keys (sort_key.h), so a window is exact where scores tie. What is summed adds the bias to its logits;
-// ranks, filters and what is mined know nothing of it.
+// Columns are removed by masks (negative_mask, equal ids, equal labels, a guide) and by bounds (lower, upper). A guide
+// is a second score, guide_query . guide_keys, which hides a column if it is above the query's limit. Bounds are sort
+// keys (sort_key.h), so a window is exact even if scores tie. The bias is added to logits that are summed, but does not
+// affect ranks, filters and mining.
 #pragma once
 #include <cstdint>
 

@@ -1,9 +1,10 @@
-// The task grid of rank_thresholds: blocks of queries, by splits of the queue where there are fewer blocks than
-// threads. A block brackets its ranks by a sample and keeps what lies between; where the queue is short, or the sample
-// misled, it keeps all sort keys from the nearer end of its pool to its ranks, for fewer queries at a time where those
-// lie deep. Of what a row keeps, few ranks are bisected for, and many are read off a sort. Buffers stay within a few
-// megabytes for each thread, and (B, K) never exists. What is found is exact, so the grid may depend on the number of
-// threads.
+// The tasks of rank_thresholds: blocks of queries, and splits of the queue if there are fewer blocks than threads.
+//
+// A block brackets its ranks by a sample and keeps the sort keys in the brackets. If the queue is short, or a bracket
+// does not contain its ranks, it keeps all sort keys from the nearer end of the pool to the ranks; if that is many, for
+// fewer queries at a time. A few ranks are found among the kept keys by bisection, and many by sorting them. Buffers
+// need a few megabytes for each thread, and the (B, K) scores are never stored. The result is exact, so the tasks may
+// depend on the number of threads.
 #include "kernels/cpu/rank_thresholds.h"
 
 #include <algorithm>
@@ -22,7 +23,7 @@ struct Ranks {
   int64_t first, last;  // first > last: none
 };
 
-// The least and the largest of rows [begin, end)'s ranks that a pool of `columns` can have.
+// The smallest and the largest rank of rows [begin, end) that is inside a pool of `columns` columns.
 Ranks ranks_of(const RankThresholdsParams& p, int64_t begin, int64_t end, int64_t columns) {
   Ranks all{columns, -1};
   for (int64_t i = begin * p.R; i < end * p.R; ++i) {
@@ -33,14 +34,14 @@ Ranks ranks_of(const RankThresholdsParams& p, int64_t begin, int64_t end, int64_
   return all;
 }
 
-// Room to find the ranks of one row in.
+// Buffers for finding the ranks of one row.
 struct Room {
   std::vector<int64_t> slots;  // (R) columns of `ranks`
   std::vector<int64_t> spare;  // (capacity), where rows are sorted
 };
 
-// Bisects for one rank after the other. keys (size): rank num_over + i is the i-th key, best first, or, where lowest,
-// the i-th complement from the end of the ranking.
+// Finds one rank after the other by bisection. keys (size): rank num_over + i is the i-th best key or, for a selection
+// of the lowest, the i-th complement from the end of the ranking.
 void find_each(const RankThresholdsParams& p, int64_t b, const Selection& selection, int64_t lane, Room& room) {
   int64_t* keys = selection.keys + lane * selection.capacity;  // (capacity)
   const int64_t num_candidates = selection.num_candidates[lane], num_over = selection.num_over[lane];
@@ -57,7 +58,7 @@ void find_each(const RankThresholdsParams& p, int64_t b, const Selection& select
   }
 }
 
-// Sorts the row: its cost does not depend on how many ranks there are.
+// Sorts the keys of the row. The cost does not depend on the number of ranks.
 void find_all(const RankThresholdsParams& p, int64_t b, const Selection& selection, int64_t lane, Room& room) {
   int64_t* keys = selection.keys + lane * selection.capacity;  // (capacity)
   const int64_t size = selection.size[lane];
@@ -68,7 +69,7 @@ void find_all(const RankThresholdsParams& p, int64_t b, const Selection& selecti
   for (const int64_t r : room.slots) p.sort_keys[b * p.R + r] = sorted[p.ranks[b * p.R + r] - before];
 }
 
-// The asked ranks of row b, which lie among the lane's keys or past the end of its pool.
+// Writes the sort keys at the ranks of row b, which are among the lane's keys or past the end of its pool.
 void write_row(const RankThresholdsParams& p, int64_t b, const Selection& selection, int64_t lane, Room& room) {
   room.slots.clear();
   for (int64_t r = 0; r < p.R; ++r) {
@@ -95,7 +96,7 @@ struct Grid {
       const Ranks ranks = ranks_of(p, b, b + 1, columns);
       if (ranks.first <= ranks.last) capacity = std::max(capacity, capacity_between(ranks.first, ranks.last, p.K));
     }
-    // As many queries as share a pass over the queue for little memory, and no more than leave work for every thread.
+    // The number of queries that share a pass over the queue: limited by memory, and so that every thread has work.
     const int64_t share = ceil_div(ceil_div(p.B, parallel.threads), kLeastLanes) * kLeastLanes;
     block_lanes = std::min(lanes_in_budget(capacity, kLeastLanes), std::max(share, kLeastLanes));
     blocks = ceil_div(p.B, block_lanes);
@@ -129,7 +130,7 @@ struct Grid {
   bool sampled;
 };
 
-// Without a sample: everything from the nearer end, as many queries at a time as memory allows.
+// Without a sample: keeps everything from the nearer end, for as many queries at a time as memory allows.
 void run_directly(const Grid& grid, Block block, const Workspace& w, const Ranked& finish) {
   const int64_t end = block.first_query + block.lanes;
   const Ranks ranks = ranks_of(grid.p, block.first_query, end, grid.columns);
@@ -144,7 +145,7 @@ void run_directly(const Grid& grid, Block block, const Workspace& w, const Ranke
   }
 }
 
-// Puts what a split found behind what `all` has; false where that is more than surely holds the best.
+// Appends the keys of a split to those of `all`. Returns false if the merged keys may not include the best ones.
 bool join(const Selection& all, const Selection& part, const Block& block) {
   for (int64_t lane = 0; lane < block.lanes; ++lane) {
     if (all.size[lane] + part.size[lane] > all.keep) return false;

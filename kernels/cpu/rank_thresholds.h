@@ -1,4 +1,5 @@
-// rank_thresholds: the sort key at each asked 0-based descending rank of each query's pool. Meaning: kernels/README.md.
+// rank_thresholds: the sort key at the given ranks (0 = highest score) of each query's pool. Explained in
+// kernels/README.md.
 #pragma once
 #include <functional>
 
@@ -20,16 +21,17 @@ struct RankThresholdsParams {
 
 void rank_thresholds(const RankThresholdsParams& p, const Parallel& parallel);
 
-// What became of some queries of a block: every sort key from a lane's least to its largest asked rank is among its
-// keys, as far as those ranks are in its pool, in the order of the queue. Key i, once sorted, has the rank num_over +
-// i; or, where the selection is of the lowest, the keys are complements, and the i-th has the rank num_candidates - 1 -
+// The result for some queries of a block. The keys of a lane include every sort key between the smallest and the
+// largest of its ranks (those inside its pool), in the order of the queue. After sorting, key i has the rank num_over +
+// i. If the selection is of the lowest columns, the keys are complements, and key i has the rank num_candidates - 1 -
 // i.
 using Ranked = std::function<void(const Block&, const Selection&)>;
 
-// Finds the ranks of all queries and hands them on, for an op that does more with them. On any thread.
+// Finds the ranks of all queries and passes them to a function, for an op that does more with them. The function is
+// called on any thread.
 void each_ranking(const RankThresholdsParams& p, const Parallel& parallel, const Ranked& finish);
 
-// Columns that a (K,) mask leaves: no query's pool has more.
+// The number of columns that a (K,) mask allows, which is an upper limit for the size of each pool.
 int64_t columns_of(const Pool& pool, int64_t K);
 
 }  // namespace negmine::cpu

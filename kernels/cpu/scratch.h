@@ -1,5 +1,4 @@
-// The memory one thread works in: every array of a Workspace, cut from one aligned allocation, and room an op asks for
-// besides.
+// The memory of one thread: all arrays of a Workspace in one aligned allocation, and additional buffers of an op.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -25,13 +24,13 @@ class OutOfMemory : public std::bad_alloc {
   std::string sentence_;
 };
 
-// Blocks that this thread has freed, to be used again: a small call would otherwise spend its time in malloc. A few of
-// each power of two of bytes up to kMost, so a thread keeps at most 4 MiB.
+// A cache of freed allocations of this thread, because malloc would dominate the time of small calls. It has a few
+// allocations of each power of two up to kMost bytes, at most 4 MiB for each thread.
 class SpareBlocks {
  public:
   static constexpr size_t kMost = size_t{1} << 20;
 
-  // Bytes that a block has for so many asked for: 64 or more.
+  // The size of the allocation for a number of requested bytes, at least 64.
   static size_t bytes_of(size_t asked) {
     return asked > kMost ? (asked + 63) / 64 * 64 : std::bit_ceil(std::max<size_t>(asked, 64));
   }
@@ -99,7 +98,7 @@ Buffer<T> make_buffer(int64_t count) {
   return Buffer<T>(static_cast<T*>(block), Free{bytes});
 }
 
-// Workspaces of `blocks` blocks that go through a range together.
+// Workspaces of `blocks` blocks that are processed together for a range of the queue.
 class Scratch {
  public:
   Scratch(const Matrix& query, const Matrix& negative_keys, int64_t D, const Pool& pool, int64_t blocks = 1)
@@ -118,7 +117,7 @@ class Scratch {
   std::vector<Workspace> workspaces;
 
  private:
-  // tiles: the kernels that use it multiply in parts.
+  // tiles: whether the kernels multiply in parts.
   Scratch(bool tiles, const Matrix& query, const Matrix& negative_keys, int64_t D, int64_t blocks)
       : workspaces(blocks) {
     const bool pairs = query.dtype == Dtype::kBFloat16 && negative_keys.dtype == Dtype::kBFloat16;
@@ -162,7 +161,7 @@ class Scratch {
     lay_out();
   }
 
-  // Arrays of whole cache lines, one behind the other.
+  // Consecutive arrays, each aligned to cache lines.
   struct Room {
     char* memory = nullptr;
     int64_t size = 0;

@@ -1,4 +1,4 @@
-// Selection by buffers of sort keys, with or without a sampled bracket: see selection.h and simd/select.cpp.
+// Selection with buffers of sort keys, with or without a bracket from a sample: see selection.h and simd/select.cpp.
 #include "kernels/cpu/selection.h"
 
 #include <algorithm>
@@ -19,8 +19,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t piece_rows(int64_t rows) { return std::min(rows / kSampleShare, kMostSampled) / kPieces; }
 
-// Where rank r of `rows` may stand in the sample: its expected position, `sign` times five standard deviations and
-// three away.
+// A limit for the position of rank r of `rows` in the sample: its expected position plus `sign` times (five standard
+// deviations + 3).
 int64_t sample_position(int64_t rank, int64_t rows, double sign) {
   const double sampled = static_cast<double>(kPieces * piece_rows(rows));
   const double expected = static_cast<double>(rank) * sampled / static_cast<double>(rows);

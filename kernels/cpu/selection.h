@@ -1,8 +1,8 @@
 // A Selection (simd/kernels.h) with its memory, and two ways to fill it from a range of the queue.
 //
-// select() keeps the best sort keys seen so far. bracket() first scores a sample of the range, brackets each lane's
-// wanted ranks with a bound and a ceiling so that few columns pass, scans once, and checks by counting that the bracket
-// held: what it returns is exact or refused, never a guess.
+// select() keeps the best sort keys seen so far. bracket() scores a sample of the range and brackets the wanted ranks
+// of each lane by a bound and a ceiling, so that few columns pass. After one scan of the range, held() checks by
+// counting that the bracket contains the wanted ranks. A result that passes the check is exact.
 #pragma once
 #include <functional>
 
@@ -29,51 +29,53 @@ class OwnedSelection {
   Buffer<float> bounds_;
 };
 
-// Offers every column of the range of blocks (count) to their selections, as Kernels::select_range does.
+// Adds all columns of the range to the selections of blocks (count), like Kernels::select_range.
 using Scan = std::function<void(const Block*, const Workspace*, int64_t count, const Selection*)>;
 void scan_range(const Block* blocks, const Workspace* workspaces, int64_t count, const Selection* selections);
 
-// The `keep` best columns of the block's range, or the lowest; columns are counted where asked for.
+// Selects the `keep` best or lowest columns of the block's range, and counts the columns if wanted.
 void select(const Block& block, const Workspace& w, OwnedSelection& selection, int64_t keep, bool lowest, bool counted);
 
-// What a lane's wanted ranks lie between, by a sample of the range.
+// The scores between which the wanted ranks of each lane are expected, from a sample of the range.
 struct Bracket {
   float bound[kLanes], ceiling[kLanes];  // as in Selection
 };
 
-// Places between two ranks in three steps: bracket() scores the sample in the selection's memory, open() empties it for
-// a scan within the bracket, held() tells whether what was found is what was wanted: 0-based descending ranks [first,
-// last] (kLanes each) of the block's range, as far as the lane's pool goes; key i of a lane, once sorted, has the rank
-// num_over + i. A lane with first > last wants nothing.
+// Finds the columns at ranks [first, last] (kLanes each; 0 = highest score) of the block's range in three steps.
+// bracket() scores the sample in the memory of the selection, open() empties it for a scan within the bracket, and
+// held() returns whether all ranks that are inside the lane's pool were found. After sorting, key i of a lane has the
+// rank num_over + i. A lane with first > last needs no columns.
 Bracket bracket(const Block& block, const Workspace& w, OwnedSelection& selection, const int64_t* first,
                 const int64_t* last);
 void open(OwnedSelection& selection, const Bracket& bracket, const Block& block);
 bool held(const Selection& selection, const Block& block, const int64_t* first, const int64_t* last);
 
-// The key at 0-based descending `rank` of keys (size); those up to it stay, in their order, the rest may go.
+// The key at `rank` (0 = largest) of keys (size). The keys up to this rank are kept in their order; the others may be
+// overwritten.
 int64_t key_at(int64_t* keys, int64_t size, int64_t rank);
 
-// Sorts keys (size), which come in the order of the queue, best first, and returns where: keys or spare (size). A radix
-// sort of the scores alone is stable, so ties stay in the order of the index.
+// Sorts keys (size), which are in the order of the queue, best first. Returns where the result is: keys or spare
+// (size). A radix sort by scores alone is sufficient, because it is stable and so leaves ties in the order of the
+// index.
 int64_t* sort_best_first(int64_t* keys, int64_t* spare, int64_t size);
 
-// Whether a range of so many rows is worth sampling.
+// Whether a range with this number of rows is long enough for a sample to save time.
 bool worth_sampling(int64_t rows);
 
-// Keys of buffer space for one query that keeps `keep` of `columns` columns: pruning is rare, and never more than the
-// columns.
+// The size of the buffer for one query that keeps `keep` of `columns` columns: large enough that pruning is rare, and
+// at most `columns`.
 int64_t capacity_for(int64_t keep, int64_t columns);
 
 // The same for a bracket of ranks [first, last] out of `rows` rows.
 int64_t capacity_between(int64_t first, int64_t last, int64_t rows);
 
-// Blocks of queries that share chunks of the queue, where that leaves a group for each thread and their buffers stay
-// within a few megabytes.
+// The number of blocks of queries that share chunks of the queue, such that each thread has a group and the buffers of
+// a group need at most a few megabytes.
 int64_t blocks_together(const Matrix& query, const Matrix& negative_keys, int64_t blocks, int64_t block_lanes,
                         int64_t capacity, const Parallel& parallel);
 
-// Queries in flight so that their buffers stay within a few megabytes: at least `least`, at most kLanes, in sixteens
-// from 16 up.
+// The number of queries that are processed together so that their buffers need at most a few megabytes: at least
+// `least`, at most kLanes, and a multiple of 16 from 16 on.
 int64_t lanes_in_budget(int64_t capacity, int64_t least);
 
 }  // namespace negmine::cpu

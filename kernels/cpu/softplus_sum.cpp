@@ -1,5 +1,5 @@
-// The task grid of softplus_sum: one task a block of queries, which adds the splits of the queue in order, so that the
-// bits of a row depend neither on the number of threads nor on the rows around it.
+// The tasks of softplus_sum: one for each block of queries, which adds the splits of the queue in order, so that the
+// result of a row depends neither on the number of threads nor on the other rows.
 #include "kernels/cpu/softplus_sum.h"
 
 #include <algorithm>

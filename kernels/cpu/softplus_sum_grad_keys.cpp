@@ -1,4 +1,4 @@
-// The grid of logsumexp_grad_keys, with the sigmoid of scale s - lse where lse_b = -offset.
+// Calls logsumexp_grad_keys with sigmoid(scale s - lse), where lse_b = -offset.
 #include "kernels/cpu/softplus_sum_grad_keys.h"
 
 #include <vector>

@@ -1,5 +1,5 @@
-// Rows between their storage type (fp32, bf16, fp16) and fp32. Widening is exact; narrowing rounds to nearest, ties to
-// even.
+// Conversion of rows between their storage type (fp32, bf16, fp16) and fp32. Widening is exact; narrowing rounds to
+// nearest, ties to even.
 #pragma once
 #include "kernels/cpu/matrix.h"
 #include "kernels/cpu/simd/vec.h"
@@ -21,7 +21,7 @@ NEGMINE_INLINE uint32_t bits_of(float x) {
 NEGMINE_INLINE float from_half(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, magnitude = h & 0x7FFF;
   if (magnitude >= 0x7C00) return float_of(sign | 0x7F800000 | (magnitude & 0x3FF) << 13);  // inf, NaN
-  // The half's exponent field read as a float's is 112 too small; multiplying mends subnormals too.
+  // The exponent of a half, read as that of a float, is 112 too small. Multiplying also corrects subnormals.
   return float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));
 }
 
@@ -41,7 +41,7 @@ NEGMINE_INLINE uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-// Row `row` of m as fp32: in place where it is stored so, else widened into out (D).
+// Row `row` of m as fp32: a pointer to it if it is stored as fp32, else converted into out (D).
 NEGMINE_INLINE const float* widen_row(const Matrix& m, int64_t row, int64_t D, float* __restrict__ out) {
   if (m.dtype == Dtype::kFloat32) return static_cast<const float*>(m.data) + row * m.row_stride;
   const uint16_t* __restrict__ in = static_cast<const uint16_t*>(m.data) + row * m.row_stride;

@@ -1,5 +1,4 @@
-// The columns that a list names, one query at a time: their scores and log-sum-exp; and one key at a time: its
-// gradient.
+// Lists of columns: the scores and the log-sum-exp of one query at a time, and the gradient of one key at a time.
 #include "kernels/cpu/simd/convert.h"
 #include "kernels/cpu/simd/running.h"
 

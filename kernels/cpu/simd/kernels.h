@@ -1,10 +1,10 @@
-// What each instruction set provides: a table of functions over one block of queries and one range of the queue.
+// The functions of an instruction set: a table of functions for one block of queries and one range of the queue.
 //
-// A block is up to kLanes queries, one per vector lane, so that every reduction over the queue is a plain vertical
-// vector operation and no query can disturb another. The queue streams past in chunks; a chunk's scores are a (chunk,
-// kLanes) tile. The score of a pair is one chain of fused multiply-adds over d, the same in every function, tile and
-// split; where both sides are bf16 and the processor multiplies those, a chain over pairs of neighbours in d; and where
-// AMX multiplies other storage, what simd/parts.h says.
+// A block has up to kLanes queries, one per vector lane, so that every reduction over the queue is a vertical vector
+// operation and queries do not affect each other. The queue is processed in chunks, whose scores are a (chunk, kLanes)
+// tile. A score is a chain of fused multiply-adds over d, the same in every function, tile and split. If both sides are
+// bf16 and the processor can multiply bf16, it is a chain over pairs of neighbours in d. If AMX multiplies other types,
+// simd/parts.h describes the sum.
 #pragma once
 #include <cstdint>
 
@@ -22,7 +22,7 @@ constexpr int64_t kMostWidths = 16;  // prefix widths that are summed in one pas
 
 constexpr int64_t kRowChunk = 32;  // rows of one query's own that are scored at one time
 
-// Floats that mixing works in: (kRowChunk + 3, D), where a row is rounded up to the widest vector.
+// The number of floats in the buffer of mixing: (kRowChunk + 3, D), with rows rounded up to the widest vector.
 inline int64_t mixing_room(int64_t D) { return (kRowChunk + 3) * (D + 15); }
 
 // Floats that round_to_codes_row works in: a row in whole vectors, and its bytes.
@@ -57,7 +57,7 @@ enum LaneWord {
 
 constexpr int64_t kFilterWords = 64;  // 4096 bits: few ids that no query has pass the filter of 64 queries
 
-// What is kept of a block between chunks.
+// The data of a block that is kept between chunks.
 struct BlockMemory {
   float* q_t;          // (kLanes / panel, D, panel) its queries, transposed; or (.., (D + 1) / 2, ..) pairs and, for
                        // tiles, zeros up to a multiple of 16 of those
@@ -68,8 +68,8 @@ struct BlockMemory {
   uint64_t* label_filter;   // (kFilterWords) likewise of labels
 };
 
-// Memory of one thread, laid out by Scratch (kernels/cpu/scratch.h): of a block, and of a chunk, which several blocks
-// of one call share.
+// The memory of one thread, allocated by Scratch (kernels/cpu/scratch.h): that of a block, and that of a chunk, which
+// several blocks of a call share.
 struct Workspace : BlockMemory {
   float* tile;              // (kChunk, kLanes) scores of rows of a chunk
   float* scores;            // (kChunk, kLanes) room for them, where the tile is needed as it is
@@ -89,11 +89,11 @@ struct Workspace : BlockMemory {
   const Workspace* guide = nullptr;  // where the pool has a guide: that of its product, with the same index
 };
 
-// Rows of a sum (D, kLanes) of weighted keys: tiles add to whole tiles of it.
+// The number of rows of a sum (D, kLanes) of weighted keys, rounded up because AMX adds whole tiles.
 inline int64_t room_for_mean(int64_t D) { return (D + 31) / 32 * 32; }
 
-// Running log-sum-exp of a block over a range: sum_k exp(scale s_k) = exp(shift) sum, sum_k exp(scale s_k) n_k =
-// exp(shift) mean.
+// The running log-sum-exp of a block over a range: sum_k exp(scale s_k) = exp(shift) sum, and sum_k exp(scale s_k) n_k
+// = exp(shift) mean.
 struct LogsumexpState {
   float* shift;  // (kLanes) no score passes it by more than a little (simd/logsumexp.cpp); kNoShift before the first
   float* sum;    // (kLanes)
@@ -110,8 +110,8 @@ struct SoftplusState {
   int64_t* num_kept;    // (kLanes)
 };
 
-// The best `keep` columns of each lane whose scores lie between a bound and a ceiling, in buffers that are pruned when
-// full. Scores are negated where `lowest`.
+// The best `keep` columns of each lane whose scores are between a bound and a ceiling, in buffers that are pruned when
+// full. Scores are negated if `lowest`.
 struct Selection {
   int64_t* keys;            // (kLanes, capacity) sort keys; their complements where lowest
   int64_t* size;            // (kLanes)
@@ -125,32 +125,35 @@ struct Selection {
   bool counted;      // num_candidates and num_over are wanted; else no score is compared with the ceiling
 };
 
-// Drops all but the best `keep` keys of a full lane and raises its bound. In kernels/cpu/selection.cpp, compiled once.
+// Removes all but the best `keep` keys of a full lane and raises its bound. It is in kernels/cpu/selection.cpp and
+// compiled once.
 void prune(const Selection& selection, int64_t lane);
 
 struct Kernels {
   const char* isa;
   bool splits;       // it may multiply in parts: workspaces have the room
   int64_t together;  // blocks that it sums best in one call
-  // Blocks (count) against the one range that they have in common, from empty states (count, scales), for each of the 1
-  // or 2 scales; num_kept and num_above are the first's. The workspaces (count) have the chunk's memory in common.
-  // pivot (B,) or null. Where selections (count) are given, every column of the range is offered to them besides.
+  // Processes blocks (count) with their common range, from empty states (count, scales), for each of the 1 or 2 scales;
+  // num_kept and num_above are written to the states of the first scale. The workspaces (count) share the memory of the
+  // chunk. pivot (B,) or null. If selections (count) are given, every column of the range is also offered to them.
   void (*logsumexp_range)(const Block* blocks, const Workspace* workspaces, int64_t count, const float* scale,
                           int64_t scales, const float* pivot, const Selection* selections,
                           const LogsumexpState* states);
-  // A block against its range, from empty states (count), for each of count <= kMostWidths prefix widths, which ascend:
-  // state i sums by the scores of the first widths[i] elements. Workspaces (count) have the chunk's memory in common.
+  // Processes a block with its range, from empty states (count), for each of count <= kMostWidths ascending prefix
+  // widths: state i uses the scores of the first widths[i] elements. The workspaces (count) share the memory of the
+  // chunk.
   void (*prefix_logsumexp_range)(const Block&, const Workspace* workspaces, const int64_t* widths, int64_t count,
                                  float scale, const LogsumexpState* states);
-  // The sum of exp(scale s + bias - shift) over the columns of keys (size), sort keys; mean (D), or null, gains their
-  // rows times that. bias (K,) or null. The rows of `ahead` keys that follow are fetched meanwhile.
+  // Returns the sum of exp(scale s + bias - shift) over the columns of the sort keys keys (size), and adds their rows,
+  // weighted by these terms, to mean (D), or null. bias (K,) or null. The rows of the `ahead` following keys are
+  // prefetched.
   float (*logsumexp_window_row)(const Matrix& negative_keys, int64_t D, const int64_t* keys, int64_t size,
                                 int64_t ahead, float scale, const float* bias, float shift, float* mean);
   // Adds the block's share to rows [k_begin, k_end) of out (K, D). lse, weight (B,); panel (64, D rounded up to 64),
   // and with parts behind it three halves of that.
   void (*logsumexp_grad_keys_range)(const Block&, const Workspace&, float scale, const float* lse, const float* weight,
                                     float* panel, float* out);
-  // The same with sigmoid(scale s + bias - lse) in the place of exp(scale s + bias - lse).
+  // The same with sigmoid(scale s + bias - lse) instead of exp(scale s + bias - lse).
   void (*softplus_sum_grad_keys_range)(const Block&, const Workspace&, float scale, const float* lse,
                                        const float* weight, float* panel, float* out);
   // Adds the block's share to elements [k_begin, k_end) of out (K), the gradient of the bias; as the two before.
@@ -160,11 +163,13 @@ struct Kernels {
                                        const float* weight, float* out);
   // The block against its range, from an empty state.
   void (*softplus_sum_range)(const Block&, const Workspace&, float scale, float offset, const SoftplusState&);
-  // Offers every column of the one range of blocks (count) to the selection of each, in the order of the queue.
+  // Offers every column of the common range of blocks (count) to the selection of each block, in the order of the
+  // queue.
   void (*select_range)(const Block* blocks, const Workspace* workspaces, int64_t count, const Selection* selections);
-  // keys (size) keep their `keep` < size best, in the order they had; returns the worst of them. Keys differ.
+  // Keeps the `keep` < size best of keys (size), in their order, and returns the worst of these. All keys are
+  // different.
   int64_t (*keep_best)(int64_t* keys, int64_t size, int64_t keep);
-  // count (kLanes): columns in the pool.
+  // count (kLanes): the number of columns in the pool.
   void (*count_range)(const Block&, const Workspace&, int64_t* count);
   // The tokens of a block of queries against documents of J tokens: range [k_begin, k_end) is whole documents. best
   // (documents, kLanes) their largest score, token (documents, kLanes) the first token that has it; -inf and -1 where
@@ -192,7 +197,7 @@ struct Kernels {
 #if defined(__x86_64__)
 namespace amxbf16 {
 extern const Kernels kKernels;
-// Whether a product in tiles is what it should be: processor and system have said yes before, and may be wrong.
+// Tests a product of tiles, because a processor and a system may report support for tiles that does not work.
 bool tiles_are_right();
 }  // namespace amxbf16
 namespace avx512bf16 {

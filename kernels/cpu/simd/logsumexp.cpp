@@ -1,9 +1,9 @@
-// Log-sum-exp of blocks of queries over a range of the queue, and with it the softmax mean of the rows (the gradient
-// with respect to the query). Per chunk, for each block: scores, pool, exponentials, second product.
+// The log-sum-exp of blocks of queries over a range of the queue, and the mean of the rows weighted by the softmax (the
+// gradient with respect to the query). The steps for each chunk and block: scores, pool, exponentials, second product.
 //
-// Exponents are taken from a shift that each query has of its own. It moves only where a score passes it by kFar, to
-// the largest score then, so there is no pass for the maximum, and sums are seldom corrected. What a query sums, and in
-// what order, depends on the range alone, and not on the queries beside it.
+// Each query has its own shift, which is subtracted from its exponents. The shift changes only if a score exceeds it by
+// kFar, and then becomes the largest score. So no pass for the maximum is needed, and sums are rarely rescaled. The
+// terms of a query and their order depend only on the range, and not on the other queries.
 //
 // Sums over a tile start from zero in registers and are then added to the running sums, so that no chain of additions
 // is longer than a chunk.
@@ -20,21 +20,21 @@ constexpr int64_t kTileStride = kTilePanel;  // words of weights from one pair o
 constexpr int64_t kTileStride = kLanes;
 #endif
 
-// What is known of the pairs of a tile: all count, or some may be hidden; then their columns may have a bias as well.
+// The kinds of tiles: no pair is hidden, or some pairs may be hidden; in the latter case, columns may have a bias.
 enum Pairs { kAllCount, kSomeHidden, kBiased };
 
-// What a tile adds to one vector of queries.
+// The contribution of a tile to one vector of queries.
 struct Terms {
   V total, score_sum, farthest;
   VI num_kept;
 };
 
-// What becomes of weights: nothing; rows (count, kLanes); or pairs of rows in a panel (count / 2 rounded up to 16, 32),
-// for blocks of pairs that tiles multiply.
+// How weights are stored: not at all; as rows (count, kLanes); or as pairs of rows in a panel (count / 2 rounded up to
+// 16, 32), for blocks that tiles multiply.
 enum Weights { kNone, kRowsOf, kPacked };
 
-// Of a column of scores (count, kLanes), the weights exp(scale s + bias - shift), 0 outside the pool, and their sum.
-// With kScoreSum also the sum of weights times scores. bias (count), where kBiased.
+// The weights exp(scale s + bias - shift) of a column of scores (count, kLanes), 0 outside the pool, and their sum.
+// With kScoreSum also the sum of weights times scores. bias (count), if kBiased.
 template <Pairs kPairs, bool kScoreSum, Weights kWeights>
 NEGMINE_INLINE Terms exponentials(const float* scores, [[maybe_unused]] const float* bias, int64_t count, float scale,
                                   V shift, float* weights) {
@@ -81,9 +81,9 @@ NEGMINE_INLINE Terms exponentials(const float* scores, [[maybe_unused]] const fl
   return sum;
 }
 
-// Adds a tile of scores (count, kLanes) to the state and writes its weights; correction (kLanes) is what sums before
-// this tile are to be multiplied with. True where that is not 1 everywhere. score_sums (kLanes), where kScoreSum: the
-// running sum of exp(..) s. Packed weights of a panel are `words` words.
+// Adds a tile of scores (count, kLanes) to the state and writes its weights. correction (kLanes) is the factor for the
+// sums before this tile; returns true if it is not 1 everywhere. score_sums (kLanes), if kScoreSum: the running sum of
+// exp(..) s. Packed weights of a panel are `words` words.
 template <Pairs kPairs, bool kScoreSum, Weights kWeights>
 bool weigh(const Block& block, const float* scores, const float* bias, int64_t count, float scale, float* weights,
            [[maybe_unused]] int64_t words, float* correction, float* score_sums, const LogsumexpState& state) {
@@ -123,7 +123,8 @@ bool weigh(const Block& block, const float* scores, const float* bias, int64_t c
   return moved;
 }
 
-// The same for what is known when it runs: score_sums come with a mean of pairs of bf16. bias (count) or null.
+// The same with arguments that are known at run time. score_sums are used for a mean of pairs of bf16. bias (count) or
+// null.
 template <Pairs kPairs>
 bool weigh_pairs(const Block& block, const float* scores, const float* bias, int64_t count, Weights kind, float scale,
                  float* weights, int64_t words, float* correction, float* score_sums, const LogsumexpState& state) {
@@ -266,8 +267,8 @@ bool add_tile(const Block& block, int64_t count, const float* tile, bool some_hi
 
 }  // namespace
 
-// The scores of a width are those of the width before and of the segment between them, so that every element is
-// multiplied once; the mean of each width is a product of its own, because its weights are.
+// The scores of a width are those of the previous width plus those of the segment between them, so that every element
+// is multiplied once. The mean of each width is a separate product, because the weights differ.
 void prefix_logsumexp_range(const Block& block, const Workspace* workspaces, const int64_t* widths, int64_t count,
                             float scale, const LogsumexpState* states) {
   const Tiles tiles;

@@ -11,8 +11,8 @@
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
 
-// panel (D / kPanel, lanes, kPanel): the queries as right operand. A query that adds nothing is zeros, whatever it
-// holds; so is one that is not finite, for 0 times it, where a mask hides a pair, is not 0: then lost[lane].
+// panel (D / kPanel, lanes, kPanel): the queries as right operand. A query that does not contribute is replaced by
+// zeros. So is a query that is not finite, because 0 times it, for a hidden pair, would not be 0; lost[lane] marks it.
 void pack_queries(const Block& block, const Workspace& w, const float* lse, const float* weight, float* panel,
                   bool* lost) {
   for (int64_t lane = 0; lane < block.lanes; ++lane) {
@@ -29,7 +29,8 @@ void pack_queries(const Block& block, const Workspace& w, const float* lse, cons
   }
 }
 
-// Scores of the chunk become weight times the derivative, 0 outside the pool and for a query that adds nothing.
+// Replaces the scores of the chunk by weight times the derivative, 0 outside the pool and for queries that do not
+// contribute.
 template <bool kSigmoid>
 void weigh(const Block& block, const Workspace& w, int64_t count, float scale, const float* bias, const float* lse,
            const float* weight) {
@@ -47,7 +48,7 @@ void weigh(const Block& block, const Workspace& w, int64_t count, float scale, c
   }
 }
 
-// A query that was lost makes a row no number where it adds to it.
+// A query that is not finite makes the rows to which it contributes NaN.
 void mark_lost(const Block& block, const Workspace& w, int64_t count, const bool* lost) {
   for (int64_t lane = 0; lane < block.lanes; ++lane) {
     for (int64_t j = 0; j < count && lost[lane]; ++j) {

@@ -1,4 +1,4 @@
-// Sums over the columns that keys name: exponentials of the scores in the keys, and the rows weighted by them.
+// Sums over the columns of sort keys: the exponentials of their scores, and their rows weighted by these.
 #include "kernels/cpu/simd/convert.h"
 #include "kernels/cpu/simd/kernels.h"
 #include "kernels/cpu/sort_key.h"

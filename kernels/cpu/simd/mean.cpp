@@ -1,15 +1,15 @@
 // The second product of the kernels that sum: rows of the queue weighted by the chunk's tile, lanes across the vector.
 //
-// Where scores come from pairs of bf16, so does this product: weights are rounded to bf16, and rows lie in pairs of
-// rows. The part of the sum along the query, which is the gradient of a scale, is put right at the end by
+// If scores are computed from pairs of bf16, this product is too: weights are rounded to bf16, and two rows are
+// interleaved. The component of the sum along the query, which is the gradient of the scale, is corrected at the end by
 // restore_score_sum.
 #include "kernels/cpu/simd/parts.h"
 
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
 
-// mean (kD, kVec * kWidth) = correction * mean + sum over the chunk of n (count, kD) x p (count, kVec * kWidth); of
-// words that hold two bf16, where kPairs
+// mean (kD, kVec * kWidth) = correction * mean + sum over the chunk of n (count, kD) x p (count, kVec * kWidth). If
+// kPairs, words have two bf16.
 template <int kD, int kVec, bool kPairs>
 NEGMINE_INLINE void mean_tile(const float* const* rows, int64_t d, const float* p, int64_t count,
                               const float* correction, float* mean) {
@@ -66,7 +66,7 @@ void add_weighted(const Block& block, const float* const* rows, int64_t count, c
 }
 
 #if defined(NEGMINE_PAIRS) && !defined(NEGMINE_TILES)
-// Weights (count, kLanes) become (pairs, kLanes), rounded to bf16; the second of an odd last pair is zero.
+// Converts weights (count, kLanes) to (pairs, kLanes), rounded to bf16. An odd last weight is paired with zero.
 void pair_weights(const Block& block, int64_t count, float* weights) {
   for (int64_t j = 0; j < count; j += 2) {
     for (int v = 0; v < vectors_of(block); ++v) {
@@ -77,7 +77,7 @@ void pair_weights(const Block& block, int64_t count, float* weights) {
   }
 }
 
-// Pairs of rows of a chunk, the second of an odd last one zeros: w.widened (pairs, D) words.
+// Interleaves pairs of rows of a chunk: w.widened (pairs, D) words. An odd last row is paired with zeros.
 void pair_rows(const Block& block, const Workspace& w, int64_t count) {
   const int64_t D = block.D;
   for (int64_t j = 0; j < count; j += 2) {

@@ -1,5 +1,5 @@
-// Synthetic negatives of one query, h = m / max(||m||, 1e-12) with m = c first + (1 - c) second, in fp32: written out,
-// or reduced to their log-sum-exp and softmax mean a few at a time, so that the (S, D) vectors never exist together.
+// Synthetic negatives of one query, h = m / max(||m||, 1e-12) with m = c first + (1 - c) second, in fp32. They are
+// written to memory, or their log-sum-exp and mean are computed from a few at a time, so that (S, D) is never stored.
 #include "kernels/cpu/philox.h"
 #include "kernels/cpu/simd/convert.h"
 #include "kernels/cpu/simd/running.h"
@@ -10,14 +10,14 @@ namespace {
 constexpr int64_t kAhead = 8;             // draws between asking for rows and reading them
 constexpr int64_t kRing = 2 * kRowChunk;  // draws that are known
 
-// Some of a query's mixes before they are normalised.
+// Some synthetic negatives of a query before they are normalised.
 struct Mixes {
   const float* row[kRowChunk];           // (kRowChunk) of `pitch`, zeros from D on
   alignas(64) float length[kRowChunk];   // (kRowChunk) at least 1e-12
   alignas(64) float product[kRowChunk];  // (kRowChunk) products with the query
 };
 
-// One query on its way through its draws. room (kRowChunk + 3, D rounded up to vectors).
+// The state of the computation for one query. room (kRowChunk + 3, D rounded up to vectors).
 struct Mixer {
   const Matrix& negative_keys;
   const Draws& draws;
@@ -46,8 +46,8 @@ struct Mixer {
     return mixer;
   }
 
-  // Asks for the rows that slot s mixes: they lie anywhere, and the processor cannot foresee them. The first slot of a
-  // chunk has all of it drawn.
+  // Prefetches the rows that slot s mixes, because the processor cannot predict their random addresses. For the first
+  // slot of a chunk, the parents of the whole chunk are drawn.
   void ask(int64_t s) {
     const int64_t i = s % kRing, left = draws.S() - s;
     if (left <= 0 || n_b == 0) return;
@@ -73,7 +73,8 @@ struct Mixer {
     return static_cast<const char*>(negative_keys.data) + row * negative_keys.row_stride * element;
   }
 
-  // row (pitch) = c * a + (1 - c) * b; the lanes' shares of its squared length and of its product with the query.
+  // row (pitch) = c * a + (1 - c) * b, and for each lane its part of the squared length and of the product with the
+  // query.
   template <Dtype kFirst, Dtype kSecond>
   void mix(const void* a, const void* b, float c, float* row, float* squares, float* products) const {
     const V share = all(c), rest = all(1.0f - c);

@@ -1,27 +1,28 @@
-// Products of fp32 in AMX tiles, which multiply bf16: a number is split into parts that a bf16 holds.
+// Products of fp32 with AMX tiles, which multiply bf16: each number is split into parts that are bf16.
 //
-//     x = x0 + x1 + x2    x0 = x rounded to 8 bits of significand, x1 = x - x0 likewise, x2 what is left
+//     x = x0 + x1 + x2    x0 = x rounded to 8 bits of significand, x1 = (x - x0) rounded in the same way, x2 = the rest
 //     x y ~ x0 y0 + (x0 y1 + x1 y0) + (x0 y2 + x1 y1 + x2 y0)
 //
-// Let 2^e <= |x| < 2^(e + 1). All three are multiples of 2^(e - 23), |x1| <= 2^(e - 8) and |x2| <= 2^(e - 17), so that
-// 8 bits hold x2 too: the split is exact. The three products left out are at most (2^-24 + 2^-34) |x y|: one rounding
-// of fp32, u = 2^-24. Those kept have 16 bits and are exact. A tile sums up to 16 of them in a chain, two chains to
-// each other, and that to the score, for each 32 of D; x0 y0 comes last, when the sum of the others, 2^-7 of the size,
-// has its roundings behind it. So, to first order in u,
+// Let 2^e <= |x| < 2^(e + 1). All three parts are multiples of 2^(e - 23), |x1| <= 2^(e - 8) and |x2| <= 2^(e - 17), so
+// x2 has at most 8 bits too, and the split is exact. The three products that are left out are at most (2^-24 + 2^-34)
+// |x y|, one rounding error u = 2^-24 of fp32. The other products have 16 bits and are exact. For each 32 elements of
+// D, a tile sums up to 16 products in each of two chains, adds the two chains, and adds the result to the score. x0 y0
+// is added last, after the sum of the other products, which is smaller by a factor of 2^-7. So, to first order in u,
 //
 //     |score - q . n| <= (min(ceil(D / 2), 16) + 1.2 + 1.1 ceil(D / 32)) u sum_d |q_d n_d|
 //
-// where chains of fused multiply-adds have min(D, 256) + floor(D / 256): no less from D = 6 to 7,700.
-// fp16 has 11 bits, so two parts, and bf16 is its own: then the products left out are zero, and so are some kept.
+// The factor for chains of fused multiply-adds is min(D, 256) + floor(D / 256), which is not smaller for D from 6 to
+// 7,700. fp16 has 11 bits and so two parts; bf16 has one. Then the products that are left out are zero.
 //
-// A row or a query is split where each element is 0 or in magnitude from 2^-40 to 2^40. Then every part and product is
-// a multiple of 2^-126 or of more, so that no sum has anything to lose to the tiles' way with subnormals, and nothing
-// can overflow. All scores of any other row or query, infinite ones and NaN among them, are chains of fused
-// multiply-adds: the way of a score depends on its own two vectors alone.
+// A row or a query is split only if each element is 0 or has a magnitude from 2^-40 to 2^40. Then every part and
+// product is a multiple of 2^-126, so nothing is lost to subnormals, which tiles treat as zero, and nothing can
+// overflow. All scores of other rows or queries, for example with infinity or NaN, are chains of fused multiply-adds.
+// So the method for a score depends only on its two vectors.
 //
-// The products of weights and rows (weighted_parts.cpp) are made likewise, of rows that are split and weights that need
-// not lie in a range below: times 2^48, the least subnormal among them is a multiple of 2^-101, and what the tiles take
-// for zero then is below 2^-174, a rounding of the least subnormal by far.
+// The products of weights and rows (weighted_parts.cpp) are computed in the same way, for rows that are split. Weights
+// have no lower limit: they are multiplied by 2^48, after which the smallest subnormal is a multiple of 2^-101. Values
+// that the tiles then treat as zero are below 2^-174, which is far less than a rounding error of the smallest
+// subnormal.
 #pragma once
 #include "kernels/cpu/simd/tiles.h"
 
@@ -36,7 +37,8 @@ NEGMINE_INLINE VU every(uint32_t x) { return (VU)all(static_cast<int32_t>(x)); }
 NEGMINE_INLINE VU min(VU a, VU b) { return (VU)_mm512_maskz_min_epu32(0xFFFF, (__m512i)a, (__m512i)b); }
 NEGMINE_INLINE VU max(VU a, VU b) { return (VU)_mm512_maskz_max_epu32(0xFFFF, (__m512i)a, (__m512i)b); }
 
-// The least magnitude seen that is not 0, and the largest: bits without the sign, of the least less 1, where 0 wraps.
+// The smallest nonzero magnitude and the largest magnitude so far, as bits without the sign. 1 is subtracted from the
+// bits for the smallest, so that 0 wraps around and is ignored.
 struct Range {
   VU least = every(0xFFFFFFFF), most = every(0);
 
@@ -46,7 +48,7 @@ struct Range {
     most = max(most, magnitude);
   }
 
-  // -1 where all that a lane has seen is 0 or in magnitude from `from` to `to`; NaN is not.
+  // -1 for lanes in which all values are 0 or have a magnitude from `from` to `to`, else 0. NaN gives 0.
   inline __attribute__((always_inline)) VI within(float from, float to) const {
     return (least >= every(2 * bits_of(from) - 1)) & (most <= every(2 * bits_of(to)));
   }
@@ -71,7 +73,7 @@ NEGMINE_INLINE void for_parts(Dtype dtype, const Body& body) {
   parts == 3 ? body(Count<3>{}) : parts == 2 ? body(Count<2>{}) : body(Count<1>{});
 }
 
-// Of 8 bits of significand, the nearest, halves away from zero.
+// Rounds to 8 bits of significand, halves away from zero.
 NEGMINE_INLINE V rounded(V x) { return (V)(((VU)x + 0x8000) & 0xFFFF0000); }
 
 // Word i of part p to out + p * stride, p < kParts: part p of low_i in its lower half, of high_i in its upper one.
@@ -127,7 +129,7 @@ NEGMINE_INLINE Range split_columns(const float* rows, int64_t D, float factor, f
 // Fills query_parts and lanes_in_parts from q_t.
 void split_queries(const Block& block, const Workspace& w);
 
-// The rows of a chunk in parts, as left operand, and which of them may be multiplied so.
+// Splits the rows of a chunk into parts, as left operand, and determines which of them may be multiplied in parts.
 void split_keys(const Block& block, const Workspace& w, Chunk& chunk);
 
 // score_rows() of score.h where words are not pairs.
@@ -145,8 +147,8 @@ void add_mean_in_parts(const Block& block, const Workspace& w, const Chunk& chun
 // operand; false where one of them may not be split.
 bool split_panel(const Block& block, const float* panel, float* out);
 
-// Adds what the weights w.tile (count, kLanes) make of such a panel to rows of out (K, D). Rows of weights that are not
-// split it names in rest (count) instead; returns how many.
+// Adds the product of the weights w.tile (count, kLanes) and such a panel to rows of out (K, D). Rows of weights that
+// cannot be split are listed in rest (count) instead; returns their number.
 int64_t add_rows_in_parts(const Block& block, const Workspace& w, int64_t count, const float* panel, float* out,
                           int64_t* rest);
 

@@ -1,7 +1,8 @@
-// The pool on a tile of scores: columns outside it are overwritten with excluded(), a NaN of our own.
+// Applies the pool to a tile of scores: the scores of columns outside it are overwritten with excluded(), a special
+// NaN.
 //
-// 64-bit ids and labels are compared as two 32-bit words, an index up to 2^32 - 1 as a signed word with its top bit
-// flipped, so that every test is as wide as a vector of scores.
+// 64-bit ids and labels are compared as two 32-bit words, and an index up to 2^32 - 1 as a signed word with its top bit
+// flipped, so that every comparison uses vectors of the same width as scores.
 #include "kernels/cpu/simd/score.h"
 #include "kernels/cpu/sort_key.h"
 
@@ -44,11 +45,11 @@ NEGMINE_INLINE bool passes(const uint64_t* filter, int64_t value) {
 
 constexpr uint32_t kInfinityBits = 0x7F800000u;
 
-// -1 where a score that nothing has excluded yet is not finite.
+// -1 for scores that are not finite and not excluded yet.
 NEGMINE_INLINE VI is_suspect(V score) { return (score - score != 0.0f) & ~is_excluded(score); }
 
-// Excludes the columns whose value equals the query's, or those whose value differs. Most rows have a value that no
-// query has, as the filter tells.
+// Excludes the columns whose id or label equals that of the query, or those for which it differs. The filter quickly
+// identifies rows whose value no query has, which are the most frequent.
 Hidden exclude_where(bool equals, const Block& block, const Workspace& w, int64_t count, const int64_t* values,
                      const uint64_t* filter, LaneWord low_row, LaneWord high_row) {
   const VI flip = all(equals ? 0 : -1);
@@ -74,7 +75,7 @@ Hidden exclude_where(bool equals, const Block& block, const Workspace& w, int64_
   return hidden;
 }
 
-// Excludes the columns whose score by the guide is above the query's limit; a NaN excludes none.
+// Excludes the columns whose guide score is above the query's limit. A NaN excludes nothing.
 Hidden exclude_by_guide(const Block& block, const Workspace& w, const Chunk& chunk, int64_t first, int64_t count) {
   const Workspace& guide = *w.guide;
   score_rows(guide_of(block), guide, guide_of(chunk), first, count, Ahead{});
@@ -92,8 +93,8 @@ Hidden exclude_by_guide(const Block& block, const Workspace& w, const Chunk& chu
   return {.some = true, .suspect = any(suspect)};
 }
 
-// Excludes what a query's own mask (K) hides of the tile's rows, which lie side by side: 8 of its bytes at a time. True
-// where a score of those is not finite.
+// Excludes the rows of the tile that a query's mask (K,) hides, testing 8 bytes of the mask at a time. The rows must be
+// contiguous. Returns true if the score of an excluded row is not finite.
 bool exclude_hidden(const uint8_t* mask, int64_t count, float* column) {
   const float outside = float_of(kExcludedBits);
   bool suspect = false;

@@ -1,8 +1,8 @@
 // Scores of a chunk of the queue against a block of queries: a register tile of 6 or 12 rows by kPanel queries,
 // sequential over d.
 //
-// The rows are read where they lie (fp32) or widened once per chunk (bf16, fp16); the queries are transposed once per
-// block. With AMX they are multiplied in tiles (tiles.h, parts.h) wherever that is as exact.
+// Rows of fp32 are read in place; rows of bf16 and fp16 are widened once per chunk. Queries are transposed once per
+// block. With AMX they are multiplied in tiles (tiles.h, parts.h) if that is as accurate.
 #include "kernels/cpu/simd/score.h"
 
 #include "kernels/cpu/simd/parts.h"
@@ -14,7 +14,7 @@ constexpr int64_t kChain = 256;  // longest chain of fused multiply-adds; also k
 
 constexpr int64_t kLine = 16;  // words of a cache line
 
-// The cache line from word `line` on of each row ahead.
+// Prefetches the cache line that begins with word `line` of each row ahead.
 NEGMINE_INLINE void ask_for(const Ahead& ahead, int64_t line) {
   if (line * 4 >= ahead.bytes) return;
   const char* next = ahead.first + line * 4;
@@ -101,7 +101,7 @@ constexpr int64_t kTogether = 4;  // elements of a row that one product takes
 constexpr int64_t kTogether = 2;
 #endif
 
-// Row `row` of the queue in pairs or quads: where it lies, or copied to out (D + 3) with zeros behind it.
+// Row `row` of the queue in pairs or quads: a pointer to it, or copied to out (D + 3) with zeros after it.
 NEGMINE_INLINE const float* pair_row(const Matrix& m, int64_t row, int64_t D, uint16_t* out) {
   const uint16_t* in = static_cast<const uint16_t*>(m.data) + row * m.row_stride;
   if (D % kTogether == 0) return reinterpret_cast<const float*>(in);
@@ -177,7 +177,7 @@ void multiply_quads(const float* const* a, int64_t rows, const float* b, int64_t
   }
 }
 
-// The block's queries in quads, zeros behind them.
+// Writes the block's queries in quads, followed by zeros.
 void transpose_pairs(const Block& block, const Workspace& w, int64_t padded) {
   const uint16_t* first = static_cast<const uint16_t*>(block.query.data) + block.first_query * block.query.row_stride;
   for (int64_t lane = 0; lane < padded; ++lane) {
@@ -377,7 +377,7 @@ void begin_block(const Block& block, const Workspace& w) {
 
 namespace {
 
-// The rows of the queue that w.index (chunk.count) names, as score_rows() takes them.
+// Loads the rows of the queue in w.index (chunk.count) for score_rows().
 void load_rows(const Block& block, const Workspace& w, Chunk& chunk) {
 #if defined(NEGMINE_TILES)
   if (in_pairs(block)) return place_pairs(block, w, chunk);

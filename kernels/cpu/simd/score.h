@@ -1,4 +1,4 @@
-// Shared by the kernels of one instruction set: load a chunk of the queue, score it against the block, apply the pool.
+// Common code of the kernels of an instruction set: load a chunk of the queue, compute its scores, apply the pool.
 #pragma once
 #include "kernels/cpu/simd/convert.h"
 #include "kernels/cpu/simd/kernels.h"
@@ -6,10 +6,10 @@
 
 namespace negmine::cpu::NEGMINE_SIMD {
 
-// Vectors that hold the block's lanes; the lanes that pad the last one have zero queries.
+// The number of vectors for the block's lanes. Lanes of padding in the last vector have zero queries.
 NEGMINE_INLINE int vectors_of(const Block& block) { return static_cast<int>((block.lanes + kWidth - 1) / kWidth); }
 
-// Whether scores come from pairs of bf16 neighbours in d, a word each: (D + 1) / 2 words a row.
+// Whether scores are computed from pairs of bf16 neighbours in d. A pair is a word, so a row has (D + 1) / 2 words.
 NEGMINE_INLINE bool in_pairs([[maybe_unused]] const Block& block) {
 #if defined(NEGMINE_PAIRS)
   return block.query.dtype == Dtype::kBFloat16 && block.negative_keys.dtype == Dtype::kBFloat16;
@@ -27,7 +27,7 @@ NEGMINE_INLINE bool in_codes([[maybe_unused]] const Block& block) {
 #endif
 }
 
-// Rows of a chunk: fewer where D is large, so that the chunk stays in the second-level cache.
+// The number of rows in a chunk: smaller if D is large, so that the chunk stays in the second-level cache.
 NEGMINE_INLINE int64_t chunk_rows(const Block& block) {
   if (in_codes(block)) return block.D <= 1024 ? 126 : 60;
 #if defined(__AMX_BF16__)
@@ -37,7 +37,7 @@ NEGMINE_INLINE int64_t chunk_rows(const Block& block) {
 #endif
 }
 
-// Rows as tiles read them, whole tiles of 32: pairs of bf16, or parts. The first row, and bytes from row to row.
+// Rows in the format of tiles, a multiple of 32: pairs of bf16, or parts. The first row, and the bytes between rows.
 struct TileRows {
   const char* left = nullptr;
   int64_t stride = 0;
@@ -50,7 +50,7 @@ struct Chunk : TileRows {
   TileRows guide;  // the same rows of a guide's keys
 };
 
-// Words of a row that is in pairs, or in whole quads.
+// The number of words of a row in pairs, or in whole quads.
 #if defined(NEGMINE_QUADS)
 NEGMINE_INLINE int64_t pair_words_of(int64_t D) { return (D + 3) / 4 * 2; }
 #else
@@ -66,14 +66,14 @@ NEGMINE_INLINE V step(V a, V b, V c) {
   return fma(a, b, c);
 }
 
-// Word t of a row, which need not be aligned where it is a pair.
+// Word t of a row. If it is a pair, it need not be aligned.
 NEGMINE_INLINE float word_of(const float* row, int64_t t) {
   float word;
   std::memcpy(&word, reinterpret_cast<const char*>(row) + t * 4, sizeof word);
   return word;
 }
 
-// Rows of the queue that come next, to be fetched while others are multiplied: none where `rows` is 0.
+// The next rows of the queue, which are prefetched while other rows are multiplied; none if `rows` is 0.
 struct Ahead {
   const char* first = nullptr;
   int64_t rows = 0, stride = 0, bytes = 0;  // from row to row, and of a row
@@ -91,14 +91,14 @@ NEGMINE_INLINE Ahead share_of(const Ahead& ahead, int64_t row, int64_t tall, int
   return part_of(part_of(ahead, row, tall), b * share, share);
 }
 
-// out (rows, kLanes) = a (rows, T) x b (T, 16 * vectors): a by row pointers, readable up to a multiple of 6 rows; b in
-// panels (.., T, kPanel). One chain of fused multiply-adds per 256 of T, chains added in order; of words that are pairs
-// of bf16, a chain per 128 of T, or what AMX makes of 16 (simd/tiles.h). All scores come from here, but for those that
-// AMX multiplies in parts (simd/parts.h).
+// out (rows, kLanes) = a (rows, T) x b (T, 16 * vectors). a has row pointers, readable up to a multiple of 6 rows; b is
+// in panels (.., T, kPanel). There is one chain of fused multiply-adds for each 256 elements of T, and the chains are
+// added in order. For words that are pairs of bf16, it is a chain for each 128 of T, or a sum of 16 by AMX
+// (simd/tiles.h). All scores are computed here, except those that AMX computes in parts (simd/parts.h).
 void multiply(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors, bool pairs, float* out,
               const Ahead& ahead);
 
-// Tiles of full size in this thread while it lives (simd/tiles.h).
+// Configures tiles of full size in this thread during its lifetime (simd/tiles.h).
 #if defined(__AMX_BF16__)
 class Tiles {
  public:
@@ -144,7 +144,7 @@ NEGMINE_INLINE VI pair_words(const Block& block, const Workspace& w, int64_t lan
 }
 #endif
 
-// A guide's score as a block and a chunk of its own, without a pool.
+// The block and the chunk for the scores of a guide, without a pool.
 NEGMINE_INLINE Block guide_of(const Block& block) {
   Block guide{.query = block.pool.guide_query, .negative_keys = block.pool.guide_keys, .D = block.pool.guide_width};
   guide.first_query = block.first_query;
@@ -164,12 +164,12 @@ NEGMINE_INLINE Chunk guide_of(const Chunk& chunk) {
 void begin_block(const Block& block, const Workspace& w);
 void begin_pool(const Block& block, const Workspace& w);
 
-// The next chunk of rows that the (K,) mask allows, from *k on: w.rows and w.index; *k moves past it. Rows behind a
-// False are never read. Without `rows` only w.index and a guide's rows are filled. Blocks that differ in their queries
-// alone share it.
+// Loads the next chunk of rows that the (K,) mask allows, from *k on, into w.rows and w.index, and moves *k past it.
+// Rows that the mask hides are never read. Without `rows`, only w.index and the rows of a guide are filled. Blocks that
+// differ only in their queries share a chunk.
 Chunk load_chunk(const Block& block, const Workspace& w, int64_t* k, bool rows);
 
-// The rows of the queue behind a chunk, as many as a chunk may have.
+// The rows of the queue after a chunk, at most as many as a chunk has.
 Ahead ahead_of(const Block& block, const Workspace& w, const Chunk& chunk);
 
 // w.tile (count, kLanes): the scores of the chunk's rows [first, first + count); first is a multiple of 32.
@@ -180,7 +180,7 @@ NEGMINE_INLINE void score_chunk(const Block& block, const Workspace& w, const Ch
   score_rows(block, w, chunk, 0, chunk.count, ahead_of(block, w, chunk));
 }
 
-// Rows of a chunk that are worked on while their scores are near.
+// The number of rows of a chunk that are processed together, while their scores are in the cache.
 NEGMINE_INLINE int64_t tile_rows([[maybe_unused]] const Block& block) {
 #if defined(__AMX_BF16__)
   if (in_pairs(block)) return 32;
@@ -197,40 +197,41 @@ NEGMINE_INLINE void for_each_tile(const Block& block, const Chunk& chunk, const 
   }
 }
 
-// The workspace of which w.tile is rows of the chunk from `first` on, where a tile begins.
+// A workspace whose w.tile begins with row `first` of the chunk. A tile must begin there.
 NEGMINE_INLINE Workspace at_row(const Workspace& w, int64_t first) {
   Workspace from = w;
   from.index += first;
   return from;
 }
 
-// What add_mean takes of a chunk, made once for all blocks.
+// Prepares a chunk for add_mean, once for all blocks.
 void begin_mean(const Block& block, const Workspace& w, const Chunk& chunk);
 
-// mean (D, kLanes) = correction * mean + sum of the chunk's rows times weights (count, kLanes), which are spent;
-// correction (kLanes).
+// mean (D, kLanes) = correction * mean + sum of the chunk's rows times weights (count, kLanes). The weights are
+// overwritten. correction (kLanes).
 void add_mean(const Block& block, const Workspace& w, const Chunk& chunk, float* weights, const float* correction,
               float* mean);
-// Where add_mean rounds: moves the mean along the query to where query . mean is score_sums (kLanes), which saw no
-// rounding: the gradient of scale is as exact as from fp32. A query of zeros, or a row that is not finite, stays.
+// Corrects the rounding of add_mean: moves the mean along the query so that query . mean = score_sums (kLanes), which
+// was summed in fp32. The gradient of scale is then as accurate as with fp32. The mean is unchanged if the query is
+// zero or something is not finite.
 void restore_score_sum(const Block& block, const Workspace& w, const float* score_sums, float* mean);
 
-// What masks or bounds took out of a tile.
+// Information about the pairs of a tile that masks or bounds exclude.
 struct Hidden {
   bool some = false;     // there may be such a pair
   bool suspect = false;  // a score of such a pair is not finite: its row may hold anything
 };
 
-// Overwrite the scores of columns outside the pool with excluded(). Bounds are applied after masks, and need scores.
+// Overwrites the scores of columns outside the pool with excluded(). Bounds are applied after masks, and need scores.
 // The tile is rows [first, first + count) of the chunk.
 Hidden apply_masks(const Block& block, const Workspace& w, const Chunk& chunk, int64_t first, int64_t count);
 Hidden apply_bounds(const Block& block, const Workspace& w, int64_t count);
 
-// Has add_mean see zeros in place of those of the chunk's rows [first, first + count) that are not finite, for 0 times
-// them is not 0. A weight that is a number then adds nothing, and one that is none still makes the mean none.
+// Makes add_mean use zeros for those of the chunk's rows [first, first + count) that are not finite, because 0 times
+// such a row is not 0. A finite weight then adds nothing, and a NaN weight still makes the mean NaN.
 void drop_rows(const Block& block, const Workspace& w, const Chunk& chunk, int64_t first, int64_t count);
 
-// The chunk's columns' biases, gathered in room (kChunk); null where there are none.
+// The biases of the chunk's columns, gathered into room (kChunk); null if there is no bias.
 NEGMINE_INLINE const float* bias_of(const Block& block, const Workspace& w, const Chunk& chunk, float* room) {
   if (block.pool.bias == nullptr) return nullptr;
   for (int64_t j = 0; j < chunk.count; ++j) room[j] = block.pool.bias[w.index[j]];

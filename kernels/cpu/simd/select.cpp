@@ -1,9 +1,9 @@
-// Offers the columns of a range of the queue to a Selection, and finds the best of a buffer.
+// Offers the columns of a range of the queue to a Selection, and finds the best keys of a buffer.
 //
-// Offering is in two steps, so that no branch waits on a score: vector comparisons write down which cells of a few rows
-// of the tile pass, side by side, and a loop over what was written down appends them. A lane's bound is the score of
-// the worst key it would keep, so what passes is a superset of what is kept; exactness, ties included, comes from the
-// sort keys. Keys stay in the order of the queue.
+// Columns are offered in two steps, so that no branch depends on a single score. Vector comparisons first write a
+// compact list of the cells that pass, for a few rows of the tile. A loop over this list then appends their keys. The
+// bound of a lane is the score of the worst key that it would keep, so more columns may pass than are kept; the result
+// is exact, ties included, because the sort keys decide. Keys are kept in the order of the queue.
 #include "kernels/cpu/simd/score.h"
 #include "kernels/cpu/sort_key.h"
 
@@ -108,7 +108,7 @@ void select_range(const Block* blocks, const Workspace* workspaces, int64_t coun
   }
 }
 
-// Halves the interval in which the worst kept key lies until a count hits `keep`: keys differ, so one does.
+// Halves the interval of the worst kept key until the count is `keep`, which is possible because keys are different.
 int64_t keep_best(int64_t* keys, int64_t size, int64_t keep) {
   int64_t low = keys[0], high = keys[0];  // at least `keep` keys from low on, fewer above high
   for (int64_t i = 1; i < size; ++i) {

@@ -1,6 +1,6 @@
-// Sums of log(1 + exp(scale s + offset)) of a block of queries over a range of the queue, and with them the rows
-// weighted by the sigmoid (the gradient with respect to the query). Per chunk: scores, pool, sigmoids in place of the
-// scores, second product. No term outgrows its score, so there is no running maximum.
+// Sums of log(1 + exp(scale s + offset)) of a block of queries over a range of the queue, and the rows weighted by the
+// sigmoid (the gradient with respect to the query). The steps for each chunk: scores, pool, sigmoids, second product.
+// No term is much larger than its logit, so no running maximum is needed.
 #include "kernels/cpu/simd/score.h"
 
 namespace negmine::cpu::NEGMINE_SIMD {

@@ -1,4 +1,4 @@
-// The functions of this instruction set, as kernels/cpu/dispatch.cpp chooses among them at run time.
+// The table of functions of this instruction set, for the choice at run time in kernels/cpu/dispatch.cpp.
 #include "kernels/cpu/simd/tiles.h"
 
 #define NEGMINE_TEXT_OF(x) #x

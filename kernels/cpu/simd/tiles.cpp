@@ -1,8 +1,8 @@
-// The two products of the kernels in AMX tiles: 2 by 2 accumulators, two tiles of the left operand and two of the
-// right, so that four products wait for four loads. Operands in parts go through the same accumulators.
+// The two products of the kernels with AMX tiles: 2 by 2 accumulators, two tiles of the left operand and two of the
+// right operand, so that there is one load for each product. Operands in parts use the same accumulators.
 //
-// The rows of the queue are the left operand as they lie; the block's queries in pairs, as AVX512-BF16 takes them too,
-// are the right one. For the mean the rows are turned: its contraction runs over the queue.
+// For scores, the rows of the queue are the left operand, read in place, and the block's queries in pairs, as for
+// AVX512-BF16, are the right operand. For the mean, which contracts over the queue, the rows are transposed.
 #include "kernels/cpu/simd/tiles.h"
 
 #if defined(NEGMINE_TILES)
@@ -33,14 +33,14 @@ namespace {
 NEGMINE_INLINE V low_pairs(V a, V b) { return (V)_mm512_maskz_unpacklo_epi16(-1, (__m512i)a, (__m512i)b); }
 NEGMINE_INLINE V high_pairs(V a, V b) { return (V)_mm512_maskz_unpackhi_epi16(-1, (__m512i)a, (__m512i)b); }
 
-// Tiles 4 and 5 = 16 words of rows [0, 16) and [16, 32); 5 only where kTall is 2.
+// Tiles 4 and 5 = 16 words of rows [0, 16) and [16, 32); 5 only if kTall is 2.
 template <int kTall>
 NEGMINE_INLINE void load_left(const char* words, int64_t stride) {
   load_tile<4>(words, stride);
   if constexpr (kTall == 2) load_tile<5>(words + kTile * stride, stride);
 }
 
-// Tiles 0..3 += those rows times 16 words of columns [0, 16) and [16, 32); the latter only where kWide is 2.
+// Tiles 0..3 += those rows times 16 words of columns [0, 16) and [16, 32); the latter only if kWide is 2.
 template <int kTall, int kWide>
 NEGMINE_INLINE void add_products(const float* columns) {
   constexpr int64_t kStride = kTilePanel * sizeof(float);

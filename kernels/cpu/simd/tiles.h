@@ -1,12 +1,12 @@
-// AMX tiles: eight registers of 16 rows by 16 words, and the product of two of them, where the processor has it.
+// AMX tiles: eight registers of 16 rows by 16 words, and the product of two of them.
 //
-// A word is a float or a pair of bf16 neighbours along the contraction. product() adds to an accumulator (16, 16) the
-// left tile (16 rows, 16 words) times the right one (16 words, 16 columns), as TDPBF16PS does: per cell, the first and
-// the second of the pairs are summed apart over the 16 words, then together, then onto the accumulator; subnormals are
-// read and written as zero.
+// A word is a float or a pair of bf16 neighbours along the contraction. product() adds the left tile (16 rows, 16
+// words) times the right tile (16 words, 16 columns) to an accumulator (16, 16), as TDPBF16PS does: for each cell, the
+// products of the first and of the second elements of the pairs are summed separately over the 16 words, the two sums
+// are added, and the result is added to the accumulator. Subnormals are read and written as zero.
 //
-// With NEGMINE_EMULATED_TILES the eight registers are memory and the product is loops: the kernels above them can then
-// be proven right on any processor that has AVX512-BF16.
+// With NEGMINE_EMULATED_TILES the eight registers are in memory and the product is a loop, so that the kernels that use
+// them can be tested on any processor with AVX512-BF16.
 #pragma once
 #include "kernels/cpu/simd/score.h"
 
@@ -82,10 +82,10 @@ NEGMINE_INLINE void product() {
 }
 #endif
 
-// Words of a row that tiles read: T and zeros behind.
+// The number of words of a row that tiles read: T, rounded up with zeros.
 NEGMINE_INLINE int64_t whole_tiles(int64_t T) { return (T + kTile - 1) / kTile * kTile; }
 
-// How many operands of T words lie one behind the other, whose sum is the left factor, and the right one: see parts.h.
+// The numbers of consecutive operands of T words whose sum is the left factor and the right factor: see parts.h.
 struct Parts {
   int left = 1, right = 1;
 };
@@ -105,8 +105,8 @@ NEGMINE_INLINE int64_t panel_at(int64_t lane, int64_t words) {
 }
 
 // out (rows, kLanes) = left (rows, left parts, T) x right (panels, right parts, T, 32), of which `vectors` vectors are
-// wanted. T is a multiple of 16, and whole tiles of rows are read and written. Of left part i and right part j the
-// products with i + j <= 2 are summed, 0 and 0 last.
+// wanted. T is a multiple of 16, and whole tiles of rows are read and written. The products of left part i and right
+// part j with i + j <= 2 are summed, that of parts 0 and 0 last.
 void multiply_in_tiles(const Operand& left, int64_t rows, const float* right, int64_t T, int vectors, float* out,
                        const Ahead& ahead, const Parts& parts = {});
 
@@ -115,19 +115,19 @@ void multiply_in_tiles(const Operand& left, int64_t rows, const float* right, in
 void add_turned(const Block& block, const float* turned, int64_t words, const float* weights, const Parts& parts,
                 float factor, const float* correction, float* mean);
 
-// A chunk of pairs of bf16 as left operand: where it lies, if tiles can read it there, else copied.
+// A chunk of pairs of bf16 as left operand: read in place if tiles can do that, else copied.
 void place_pairs(const Block& block, const Workspace& w, Chunk& chunk);
 
-// That chunk turned: w.turned (room_for_mean(D), words), where word j of row d is element d of rows 2 j and 2 j + 1.
+// The transposed chunk: w.turned (room_for_mean(D), words), where word j of row d is element d of rows 2 j and 2 j + 1.
 void turn_pairs(const Block& block, const Workspace& w, const Chunk& chunk);
 
-// Two rows of weights as pairs, rounded to the nearest bf16, halves up.
+// Two rows of weights as pairs, rounded to the nearest bf16, halves rounded up.
 NEGMINE_INLINE V pack_weights(V first, V second) {
   typedef uint32_t VU __attribute__((vector_size(kWidth * 4)));
   return (V)((((VU)first + 0x8000) >> 16) | (((VU)second + 0x8000) & 0xFFFF0000));
 }
 
-// Rows of weights (count, kLanes) -> pairs (panels, words, 32), zeros in the place of the rows that are none.
+// Converts rows of weights (count, kLanes) to pairs (panels, words, 32), with zeros after the last row.
 void pack_rows(const Block& block, const float* weights, int64_t count, float* pairs);
 
 // mean (D, kLanes) = correction (kLanes) * mean

@@ -1,10 +1,10 @@
-// One vector of fp32 lanes for each instruction set, in GCC vector extensions, so that a kernel is written once.
+// The vector type of each instruction set, in GCC vector extensions, so that a kernel is written once.
 //
-// This folder is compiled several times, with NEGMINE_SIMD = portable, avx2, avx512, avx512bf16 or amxbf16, or on ARM
-// portable, neon or neonbf16, as the namespace. Everything here and in the files beside it is in that namespace or
-// static, and no std template is used: a weak symbol compiled for a wide instruction set could otherwise be linked into
-// code that runs on a narrow one. fma() is explicit: the bits of a score must not depend on what the compiler chooses
-// to contract.
+// This folder is compiled several times, with the namespace NEGMINE_SIMD = portable, avx2, avx512, avx512bf16 or
+// amxbf16, or on ARM portable, neon or neonbf16. Everything in this folder is in that namespace or static, and no std
+// template is used, because a weak symbol compiled for a wide instruction set could otherwise be linked into code that
+// runs on a narrow one. fma() is explicit, because the bits of a score must not depend on the compiler's choice of
+// contractions.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -15,7 +15,7 @@
 #include <arm_neon.h>
 #endif
 
-// Where the processor multiplies pairs of bf16, and on ARM two pairs at a time.
+// Whether the processor multiplies pairs of bf16, and on ARM two pairs at a time.
 #if defined(NEGMINE_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define NEGMINE_PAIRS
 #define NEGMINE_QUADS
@@ -133,8 +133,8 @@ NEGMINE_INLINE void add_to(int64_t* totals, VI counts) {
 #endif
 }
 
-// Writes the lanes of x that `passed` names side by side from out on, and anything up to kWidth words from there;
-// returns the end of what was written.
+// Writes the lanes of x whose `passed` is set contiguously to out, and returns the end of them. Up to kWidth words of
+// out may be overwritten.
 NEGMINE_INLINE int32_t* store_passed(int32_t* out, VI x, uint32_t passed) {
 #if defined(__AVX512F__)
   store(out, (VI)_mm512_maskz_compress_epi32(static_cast<__mmask16>(passed), (__m512i)x));
@@ -205,7 +205,7 @@ NEGMINE_INLINE V odd_quarters(V a, V b) {
   return __builtin_shuffle(a, b, VI{4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31});
 }
 
-// x (16, 16) becomes its transpose: 4 by 4 within the quarters of 4 rows, then the quarters change places.
+// Transposes x (16, 16): 4 by 4 within the quarters of 4 rows, and then the quarters.
 NEGMINE_INLINE void transpose(V (&x)[kWidth]) {
   V fours[16], eights[16];
   for (int i = 0; i < 16; i += 4) {
@@ -228,7 +228,7 @@ NEGMINE_INLINE void transpose(V (&x)[kWidth]) {
   }
 }
 #else
-// x (kWidth, kWidth) becomes its transpose: at each step, quarters of all blocks of 2 step rows change places.
+// Transposes x (kWidth, kWidth): in each step, quarters of all blocks of 2 step rows are exchanged.
 NEGMINE_INLINE void transpose(V (&x)[kWidth]) {
   for (int step = 1; step < kWidth; step *= 2) {
     VI low, high;
@@ -249,8 +249,8 @@ NEGMINE_INLINE void transpose(V (&x)[kWidth]) {
 NEGMINE_INLINE V excluded() { return (V)all(static_cast<int32_t>(kExcludedBits)); }
 NEGMINE_INLINE VI is_excluded(V score) { return (VI)score == all(static_cast<int32_t>(kExcludedBits)); }
 
-// e^x within 2 ulp; 0 where the result would be subnormal, inf above 88.72, NaN for NaN. Cephes' polynomial on |r| <=
-// ln 2 / 2.
+// e^x within 2 ulp; 0 if the result would be subnormal, inf above 88.72, NaN for NaN. The polynomial of Cephes on |r|
+// <= ln 2 / 2.
 NEGMINE_INLINE V exp(V x) {
   const V flushed = all(-87.33654f), highest = all(100.0f), magic = all(0x1.8p23f);
 #if defined(__AVX512F__)
@@ -278,8 +278,8 @@ NEGMINE_INLINE V exp(V x) {
 #endif
 }
 
-// e^x for x that is small or below zero: 0 where the result would be subnormal, NaN for NaN. The relative error is 2
-// ulp and one more for each 1 in |x|, so that of the absolute error little is left where x is far below zero.
+// e^x for x that is small or negative: 0 if the result would be subnormal, NaN for NaN. The relative error is 2 ulp
+// plus 1 ulp for each 1 in |x|, so the absolute error is small if x is far below zero.
 NEGMINE_INLINE V exp_near(V x) {
 #if defined(__AVX512F__)
   // 2^t = 2^f 2^floor(t), f = t - floor(t), which vreduceps finds and vscalefps knows: 2^f is a minimax polynomial.
@@ -312,7 +312,7 @@ NEGMINE_INLINE V log1p_unit(V e) {
   return e * fit;
 }
 
-// 1 / (1 + e^-x), and log(1 + e^x): both from the same exponential, which never overflows.
+// 1 / (1 + e^-x) and log(1 + e^x), both computed from the same exponential, which never overflows.
 struct Logistic {
   V sigmoid, softplus;
 };

@@ -1,4 +1,4 @@
-// Products of weights and rows in bf16 parts: the mean, and rows of the gradient of the keys.
+// Products of weights and rows in bf16 parts, for the mean and for the gradient of the keys.
 #include "kernels/cpu/simd/parts.h"
 
 #if defined(NEGMINE_TILES)
