@@ -18,7 +18,9 @@ PROCESSORS = 6
 def mining_library(product):
     folder = Path(FOLDER.name) / product
     folder.mkdir()
-    return emulate.build("mine_hardest", folder, *PRODUCTS[product])
+    built = emulate.build("mine_hardest", folder, *PRODUCTS[product])
+    built.emulated_terms.restype = ctypes.c_int64
+    return built
 
 
 def plan_of(library, B, K, N, processors=PROCESSORS, least_sample=2048):
@@ -30,7 +32,7 @@ def plan_of(library, B, K, N, processors=PROCESSORS, least_sample=2048):
 
 
 def emulated(product):
-    """mine_hardest by the emulator; what the last call recovered, and the boxes copied so far, are its attributes."""
+    """mine_hardest by the emulator; its attributes: what the last call recovered, and the boxes copied and terms added so far."""
     library = mining_library(product)
 
     def mine_hardest(query, negative_keys, N, pool, least_sample=2048, **changed):
@@ -49,9 +51,10 @@ def emulated(product):
         # What recover says of the rows lies after them, their counts and the cuts.
         buffers = 4 * plan["rows"] * plan["splits"]
         survivors = max(8 * buffers * plan["room"], -(-4 * plan["rows"] * plan["sample"] // 16) * 16)
-        begin = survivors + 4 * (buffers + plan["rows"])
+        begin = survivors + 4 * buffers + 8 * plan["rows"]
         mine_hardest.recovered = workspace[begin : begin + 4 * min(B, plan["rows"])].view(torch.int32)
         return scores, index
 
     mine_hardest.boxes = library.emulated_boxes
+    mine_hardest.terms = library.emulated_terms
     return mine_hardest

@@ -17,6 +17,7 @@ def ranking_library(product):
     folder.mkdir()
     built = emulate.build("rank_thresholds", folder, *PRODUCTS[product])
     built.emulated_missing_at.restype = ctypes.c_int64
+    built.emulated_terms.restype = ctypes.c_int64
     return built
 
 
@@ -29,7 +30,8 @@ def plan_of(library, B, K, R, processors=PROCESSORS, least_sample=2048):
 
 
 def emulated(product):
-    """rank_thresholds by the emulator; `recovered` is which of the last call's last two ranks were, of the last chunk of rows."""
+    """rank_thresholds by the emulator; `recovered` is which of the last call's last two ranks were, of the last chunk of rows,
+    and `terms` how many terms products added so far."""
     library = ranking_library(product)
 
     def rank_thresholds(query, negative_keys, ranks, pool, least_sample=2048, **changed):
@@ -49,4 +51,5 @@ def emulated(product):
         rank_thresholds.recovered = workspace[begin : begin + 4 * cells].view(torch.int32) >= 0
         return places
 
+    rank_thresholds.terms = library.emulated_terms
     return rank_thresholds

@@ -32,12 +32,6 @@ def parsed(sass: str) -> tuple[list[str], dict[int, int]]:
     return code, {i: labels[to] for i, to in jumps if to in labels}
 
 
-def loops(sass: str) -> list[list[str]]:
-    """The instructions of every loop of one kernel: from where a jump back leads to that jump."""
-    code, jumps = parsed(sass)
-    return [code[to : i + 1] for i, to in jumps.items() if to < i]
-
-
 def spans(code: list[str], jumps: dict[int, int]) -> list[tuple[int, int]]:
     """First and last instruction of every innermost loop; of those that multiply, loops that do not are part."""
     every = [(to, i) for i, to in jumps.items() if to < i]
@@ -97,12 +91,6 @@ def with_product(every: list[list[str]]) -> list[int]:
     return [len(body) for body in every if any(re.search("GMMA|HMMA|UTC.*MMA|FFMA|v_mfma|v_wmma", x) for x in body)]
 
 
-def from_products_on(every: list[list[str]]) -> list[int]:
-    """Instructions of each loop that multiplies by warpgroups, without what comes before its products."""
-    starts = [(body, next((i for i, x in enumerate(body) if "WARPGROUP.ARRIVE" in x), None)) for body in every]
-    return [len(body) - start for body, start in starts if start is not None]
-
-
 # Scores that one thread takes in a turn of the innermost loop of kernels/cuda: chunks of keys, or whole tiles by warpgroups.
 SCORES_OF_A_TURN = {"80": 32, "90a": 64, "100": 32}
 
@@ -124,9 +112,8 @@ def scoring(name: str, code: str, capability: str) -> Scoring | None:
         # Of a turn in which no cut moves among columns that tie.
         return Scoring("rank", m[1] == "1", int(m[2]), 32 if m[1] == "1" else many, min(turns(code)))
     if m := re.search(r"scan_kernel\w*E1ELi8ELb([01])E", name):
-        # Without its fetch, of which a turn takes one of three ways.
-        count = from_products_on if capability == "90a" else with_product
-        return Scoring("scan", m[1] == "1", 1, many, min(count(loops(code))))
+        # Of a turn in which no cut moves among columns that tie, and no buffer fills.
+        return Scoring("scan", m[1] == "1", 1, many, min(turns(code)))
     if m := re.search(r"sum_kernel\w*E1ELi8ELb1ELb([01])E", name):
         return Scoring("sum", m[1] == "1", 1, many, min(turns(code)))
     if m := re.search(r"grad_kernel\w*E1ELi8ELb([01])E", name):

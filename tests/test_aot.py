@@ -30,7 +30,7 @@ INSTRUCTIONS_PER_SCORE = {  # measured for bf16, D = 128; scan_kernel takes one 
     (90, "logsumexp_grad_keys_kernel, sigmoid"): 13.0,
     (90, "softplus_sum_kernel"): 24.3,
     (90, "scan_kernel, 1 bracket"): 10.6,
-    (90, "scan_kernel, 2 brackets"): 22.0,
+    (90, "scan_kernel, 2 brackets"): 20.3,
 }
 # What masks may cost, and a queue whose end falls inside a tile: times the instructions of a plain pool. Of ids and labels this
 # is a tile without an equal pair. Bounds and masks of pairs are asked of every score.

@@ -1,7 +1,5 @@
-// Where a scan cuts to catch the sort key at a rank: a bracket around it, from a sample of the row's scores.
-//
-// A cut lies between columns rather than a score, so that it can lie among equal scores. It needs no exactness:
-// what a scan counts says whether a bracket has caught its rank.
+// Where a scan cuts to catch the sort key at a rank: a bracket around it, from a sample of the row's scores. It needs
+// no exactness: what a scan counts says whether a bracket has caught its rank.
 #pragma once
 
 #include <cfloat>
@@ -18,16 +16,6 @@ constexpr int kCellInts = kCellRows * (kCellRows + 1);         // it takes: a ro
 // How far a bracket reaches past the position that its rank has in the sample on average: standard deviations, and
 // positions.
 constexpr float kReach = 4.75f, kPositionsBelow = 4.0f, kPlacesAbove = 3.0f;
-constexpr int32_t kAllColumns = INT32_MAX;
-
-// All columns of a higher score, and of this score those of the columns below `columns`. A NaN has none.
-struct Cut {
-  float score;
-  int32_t columns;
-
-  // The least of them.
-  __device__ uint64_t floor() const { return ((uint64_t{rank(score)} + 1) << 32) - static_cast<uint32_t>(columns); }
-};
 
 __device__ __forceinline__ int at_cell(int cell) { return cell / kCellRows * (kCellRows + 1) + cell % kCellRows; }
 

@@ -1,6 +1,6 @@
 // mine_hardest: what may be among the N hardest is found by one pass over the queue, and proved to be enough.
 //
-//   sample   score evenly spaced columns; the cut is a score that nearly always admits at least N columns
+//   sample   score evenly spaced columns; the cut, which may lie among equal scores, nearly always admits at least N
 //   scan     one pass keeps the columns that reach the cut, a little more than N, in buffers private to a row, a lane
 //            and a split of the queue: no atomics, and the contents do not depend on timing
 //   recover  a row is certain where at least N reached its cut, or the cut admits everything, and no buffer ran over.
@@ -31,18 +31,17 @@ constexpr int64_t kMostScratchBytes = 1 << 30;  // offsets in it are 32 bits
 constexpr double kSigmas = 4.75, kPositionsBelow = 4;
 
 template <Storage kStorage, int kSteps, bool kByPair>
-__global__ void __launch_bounds__(kThreads, kSteps <= 8 ? 3 : 2)
-    scan_kernel(const __grid_constant__ TileMap tiles, Inputs in, Pass p) {
+__global__ void __launch_bounds__(kThreads, 2) scan_kernel(const __grid_constant__ TileMap tiles, Inputs in, Pass p) {
   in.keep_valid_rows();
   uint32_t query[2][kSteps][4];
   load_queries<kSteps>(query, shared_memory(), in.query, p.first + blockIdx.x * int64_t{kRows}, p.B);
   const int t = threadIdx.x % kLanes, row_size = p.splits * kLanes * p.room * 8;  // bytes
   float cut[4];
   uint32_t at[4], lost = 0;  // where the next survivor goes, in bytes
+  int turn = 0;              // the column at which a cut becomes another number
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t row = blockIdx.x * int64_t{kRows} + row_of(i);
-    cut[i] = row < p.rows ? p.cuts[row] : NAN;
     at[i] = static_cast<uint32_t>(row) * row_size + (blockIdx.y * kLanes + t) * p.room * 8;
   }
   const uint32_t start = at[0], limit = start + (p.room - kSlack) * 8;  // of row i, 8 i rows further
@@ -62,6 +61,16 @@ __global__ void __launch_bounds__(kThreads, kSteps <= 8 ? 3 : 2)
     return to;
   };
   const auto use = [&](int column, const Scores& s, SharedAddress) {
+    if (column >= turn) {
+      turn = INT32_MAX;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t row = blockIdx.x * int64_t{kRows} + row_of(i);
+        const Cut own = row < p.rows ? p.cuts[row] : Cut{NAN, 0};
+        cut[i] = own.least_of(column);
+        if (column < own.columns) turn = min(turn, own.columns);
+      }
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t end = limit + 8 * i * row_size;
@@ -101,7 +110,7 @@ __device__ bool certain(const Pass& p, int64_t row) {
     total += static_cast<int64_t>(lanes.x) + lanes.y + lanes.z + lanes.w;
     least = min(least, min(min(lanes.x, lanes.y), min(lanes.z, lanes.w)));
   }
-  return least != kLost && total <= p.capacity && (total >= p.N || p.cuts[row] == -INFINITY);
+  return least != kLost && total <= p.capacity && (total >= p.N || p.cuts[row].is_everything());
 }
 
 template <Storage kStorage, int kSteps>
@@ -182,8 +191,8 @@ struct Layout {
 
 Layout layout_of(const MiningPlan& plan) {
   const int64_t buffers = plan.rows * plan.splits * kLanes;
-  return {std::max(8 * buffers * plan.room, (4 * plan.rows * plan.sample + 15) / 16 * 16), 4 * buffers, 4 * plan.rows,
-          4 * plan.rows};
+  return {std::max(8 * buffers * plan.room, (4 * plan.rows * plan.sample + 15) / 16 * 16), 4 * buffers,
+          plan.rows * static_cast<int64_t>(sizeof(Cut)), 4 * plan.rows};
 }
 
 }  // namespace
@@ -257,7 +266,7 @@ int mine_hardest(const MineHardestParams& params, void* stream) {
         .capacity = static_cast<int32_t>(plan.capacity),
         .survivors = reinterpret_cast<Survivor*>(workspace),
         .found = reinterpret_cast<int32_t*>(workspace + bytes.survivors),
-        .cuts = reinterpret_cast<float*>(workspace + bytes.survivors + bytes.found),
+        .cuts = reinterpret_cast<Cut*>(workspace + bytes.survivors + bytes.found),
         .recovered = reinterpret_cast<int32_t*>(workspace + bytes.survivors + bytes.found + bytes.cuts),
         .scores = params.scores,
         .index = params.index,

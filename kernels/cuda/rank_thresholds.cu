@@ -33,14 +33,6 @@ namespace {
 constexpr int64_t kScratchBytes = 128 << 20;    // a workspace below this is never worth a second chunk
 constexpr int64_t kMostScratchBytes = 1 << 30;  // of several row tiles
 
-// The least score at which column k is of a cut: its score, or the next one.
-__device__ __forceinline__ float least_of(const Cut& cut, int column) {
-  if (column < cut.columns || cut.score != cut.score) return cut.score;
-  const uint32_t bits = __float_as_uint(cut.score);
-  if (cut.score == 0.0f) return __uint_as_float(1u);
-  return __uint_as_float(bits >> 31 ? bits - 1 : bits + 1);  // NaN past infinity
-}
-
 template <Storage kStorage, int kSteps, bool kByPair, int kBrackets>
 __global__ void __launch_bounds__(kThreads, 2)
     scan_kernel(const __grid_constant__ TileMap tiles, Inputs in, Ranking p) {
@@ -74,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int c = 0; c < 2 * kBrackets; ++c) {
           const Cut own = row < p.rows ? p.cuts[row * (2 * kBrackets) + c] : Cut{NAN, 0};
-          cut[i][c] = least_of(own, column);
+          cut[i][c] = own.least_of(column);
           if (column < own.columns) turn = min(turn, own.columns);
         }
       }
@@ -215,8 +207,7 @@ RankingPlan plan_ranking(int64_t B, int64_t K, int64_t R, int64_t processors, in
   const auto cut_rows = [&](int64_t rows, int64_t blocks) {
     plan.rows = std::min(std::max<int64_t>(B, 1), (rows + kRows - 1) / kRows * kRows);
     const int64_t row_tiles = (plan.rows + kRows - 1) / kRows;
-    plan.splits =
-        std::min({blocks * processors / row_tiles, key_tiles / 2, static_cast<int64_t>(likely) / (8 * kLanes)});
+    plan.splits = std::min({blocks * processors / row_tiles, key_tiles / 2, static_cast<int64_t>(likely) / (8 * kLanes)});
     plan.splits = std::max<int64_t>(plan.splits, 1);
     const int64_t all = (key_tiles + plan.splits - 1) / plan.splits * (kKeys / kLanes);
     const double load = likely / static_cast<double>(plan.splits * kLanes);

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4) finish_kernel(Ranking p) {
         int64_t above = shared.counted[merged ? 0 : r];
         if (r == 1 && !merged) above += shared.total[0];  // append_where_odd
         const Cut below = own_cut(r, 1);
-        const bool to_the_end = below.score == -INFINITY && below.columns == kAllColumns;
+        const bool to_the_end = below.is_everything();
         const bool inside = !shared.lost && rank >= above && rank < above + shared.total[r];
         const bool past = !shared.lost && to_the_end && rank >= above + shared.total[r];
         const bool is_missing = rank >= 0 && !inside && !past;

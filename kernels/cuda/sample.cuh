@@ -1,6 +1,7 @@
-// Scores of evenly spaced columns, from which a pass learns where to cut before it reads the queue.
+// Scores of evenly spaced columns, from which a pass learns where to cut before it reads the queue; and what a cut is.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "kernels/cuda/launch.cuh"
@@ -13,6 +14,28 @@ namespace negmine::cuda {
 constexpr int kHeld = 32;          // sampled scores of one thread
 constexpr int kCutThreads = 1024;  // most threads that look for a cut
 constexpr int kMostSampled = kHeld * kCutThreads;
+
+constexpr int32_t kAllColumns = INT32_MAX;
+
+// All columns of a higher score, and of this score those of the columns below `columns`, so that a cut can lie among
+// equal scores. A NaN has none.
+struct Cut {
+  float score;
+  int32_t columns;  // a multiple of kChunk: the scores of a chunk are compared with one number
+
+  // The least of them.
+  __device__ uint64_t floor() const { return ((uint64_t{rank(score)} + 1) << 32) - static_cast<uint32_t>(columns); }
+
+  // The least score at which a column is one of them: the cut's, or the next one.
+  __device__ __forceinline__ float least_of(int column) const {
+    if (column < columns || score != score) return score;
+    const uint32_t bits = __float_as_uint(score);
+    if (score == 0.0f) return __uint_as_float(1u);
+    return __uint_as_float(bits >> 31 ? bits - 1 : bits + 1);  // NaN past infinity
+  }
+
+  __device__ bool is_everything() const { return score == -INFINITY && columns == kAllColumns; }
+};
 
 // Of queries [first, first + rows), fewer than B in all.
 struct Sample {

@@ -22,13 +22,13 @@ struct Pass {
   int32_t sample_rank, splits, room, capacity;
   Survivor* survivors;  // (rows, splits, kLanes, room); its memory is the sample's first
   int32_t* found;       // (rows, splits, kLanes) survivors, or kLost
-  float* cuts;          // (rows,)
+  Cut* cuts;            // (rows,)
   int32_t* recovered;   // (rows,) survivors that were written anew, from the row's first on; or kFromBuffers
   float* scores;        // (B, N)
   int64_t* index;       // (B, N)
 };
 
-// cuts[row] = a score that sample_rank + 1 sampled scores reach, or a few more; -inf where there are not so many. It
+// cuts[row] = a cut of sample_rank + 1 sampled columns, or a few more; of all columns where there are not so many. It
 // needs no exactness: the certificate sees to that. Block = row; a thread holds kHeld of the row's scores.
 __global__ void __launch_bounds__(kCutThreads) cut_kernel(Pool pool, bool by_pair, Sample sample, Pass p, int K) {
   int* partial = reinterpret_cast<int*>(shared_memory());  // (2, 32)
@@ -41,28 +41,50 @@ __global__ void __launch_bounds__(kCutThreads) cut_kernel(Pool pool, bool by_pai
     const int at = threadIdx.x + i * blockDim.x;
     held[i] = at < sample.size ? ranks[at] : 0u;
   }
-  // At least wanted scores are >= low, fewer are >= high.
-  const int wanted = p.sample_rank + 1;
-  uint32_t low = kRankOfMinusInfinity, high = 0xFFFFFFFFu, middle = low;
-  for (int turn = 0; high - low > 1; turn ^= 1) {
+  int turn = 0;
+  // How many of the sample are_in(rank, at) holds for. All threads.
+  const auto count_of = [&](auto are_in) {
     int count = 0;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) count += held[i] >= middle;
+    for (int i = 0; i < kHeld; ++i) count += are_in(held[i], static_cast<int>(threadIdx.x + i * blockDim.x));
     count = sum_over_warp(count);
     if (lane == 0) partial[32 * turn + warp] = count;
     __syncthreads();
     count = 0;
     for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) count += partial[32 * turn + w];
+    turn ^= 1;
+    return count;
+  };
+  // At least wanted scores are >= low, fewer are >= high.
+  const int wanted = p.sample_rank + 1, enough = wanted + wanted / 16;
+  int reached = count_of([](uint32_t rank, int) { return rank >= kRankOfMinusInfinity; });
+  uint32_t low = kRankOfMinusInfinity, high = reached < wanted ? low : 0xFFFFFFFFu;
+  while (reached > enough && high - low > 1) {
+    const uint32_t middle = low + (high - low) / 2;
+    const int count = count_of([&](uint32_t rank, int) { return rank >= middle; });
     if (count < wanted) {
-      if (middle == kRankOfMinusInfinity) break;
       high = middle;
     } else {
-      low = middle;
-      if (count <= wanted + wanted / 16) break;
+      low = middle, reached = count;
     }
-    middle = low + (high - low) / 2;
   }
-  if (threadIdx.x == 0) p.cuts[row] = score_of(low);
+  Cut cut = {score_of(low), kAllColumns};
+  if (reached > enough) {              // of equal scores: the cut lies among their columns
+    int begin = 0, end = sample.size;  // fewer than wanted lie before begin, as many or more before end
+    while (reached > enough && end - begin > 1) {
+      const int middle = (begin + end) / 2;
+      const int count = count_of([&](uint32_t rank, int at) { return rank > low || (rank == low && at < middle); });
+      if (count < wanted) {
+        begin = middle;
+      } else {
+        end = middle, reached = count;
+      }
+    }
+    if (end < sample.size) {
+      cut.columns = static_cast<int32_t>((sample.column_of(K, end) + kChunk - 1) / kChunk * kChunk);
+    }
+  }
+  if (threadIdx.x == 0) p.cuts[row] = cut;
 }
 
 // The bin, of kBins that count sort keys by a digit, in which the one wanted-th from the top lies; and how many lie in

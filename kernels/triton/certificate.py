@@ -12,6 +12,7 @@ import triton.language as tl
 from . import tiles
 from .launch import capability
 from .scan import Survivors
+from .sort_key import EVERYTHING
 
 BLOCK_P = 32
 
@@ -37,14 +38,14 @@ def certificate_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     ok = row < B
     total, most = offered(found_ptr, row, ok, BUFFERS, BLOCK_R, BLOCK_P)
-    everything = tl.load(cut_ptr + row, mask=ok, other=0.0) == float("-inf")
+    everything = tl.load(cut_ptr + row, mask=ok, other=EVERYTHING) == EVERYTHING
     sure = ((total >= N) | everything) & (most <= CAPACITY)
     rank = tl.zeros((BLOCK_R,), tl.int64) + (N - 1)
     tl.store(missing_ptr + row, tl.where(sure, -1, rank), mask=ok)
 
 
 def certificate(survivors: Survivors, cut: Tensor, N: int) -> Tensor:
-    """(B, 1) int64: -1 if the survivors at or above cut (B, 1) include the N hardest, else N - 1, the rank to be found."""
+    """(B, 1) int64: -1 if the survivors at or above cut (B, 1) int64 include the N hardest, else N - 1, the rank to be found."""
     B, buffers = survivors.found.shape
     missing = torch.empty((B, 1), dtype=torch.int64, device=cut.device)
     BLOCK_R = 16 if capability(cut.device) == tiles.INTERPRETER else 4

@@ -1,8 +1,9 @@
 """The exact search for rows whose check failed. It is correct for any input, including ties, duplicates and clusters.
 
-exact_rank_kernel     finds the sort key at a missing rank, by bisection on the score with one counting pass over the queue for
-                      each step, and then one pass over the ties of that score in index order. Tiles without a failed row return
-                      at once, so the launch costs little and the host need not wait for the result of the check.
+exact_rank_kernel     the sort key at a missing rank, by bisection on the score with one counting pass over the queue per step,
+                      at most 32 and few where few scores differ; then one pass that walks the ties of that score in index
+                      order. Row tiles without a failed row exit at once, so the launch costs next to nothing and no one has
+                      to ask the device whether it is needed.
 exact_collect_kernel  writes the columns at or above a sort key to the front of a failed row's buffer.
 
 Scores are computed by the same score_tile as in the earlier passes, so sort keys are comparable.
@@ -57,8 +58,8 @@ def exact_rank_kernel(
     rows = pool_rows(pool, offs_b, b_ok)
     size = pool_size(pool, K)
 
-    # The score at the rank is in [low, high): more than `rank` columns are >= low, at most `rank` are >= high. The first
-    # step counts the whole pool. low is always a score of the row.
+    # The score at the rank lies in [low, high): more than rank columns are >= low, at most rank are >= high. The first
+    # step counts the whole pool; low is always a score of the row, and so is high - 1 once a count fell short.
     low = tl.full((BLOCK_B,), LEAST, tl.int32)
     high = tl.full((BLOCK_B,), 2**31 - 1, tl.int32)
     more = tl.zeros((BLOCK_B,), tl.int32)  # columns >= high
@@ -67,6 +68,7 @@ def exact_rank_kernel(
     while tl.max(active.to(tl.int32), 0) > 0:
         count = tl.zeros((BLOCK_B,), tl.int32)
         above = tl.full((BLOCK_B,), 2**31 - 1, tl.int32)
+        below = tl.full((BLOCK_B,), LEAST, tl.int32)
         for k0 in tl.range(0, size, BLOCK_K, num_stages=1):
             s, ok = pool_scores(
                 query_ptr, query, offs_b, b_ok, stride_qb, keys_ptr, stride_kk, k0 + tl.arange(0, BLOCK_K), size,
@@ -76,10 +78,11 @@ def exact_rank_kernel(
             hit = value >= middle[:, None]
             count += tl.sum(hit.to(tl.int32), 1)
             above = tl.minimum(above, tl.min(tl.where(hit, value, 2**31 - 1), 1))
+            below = tl.maximum(below, tl.max(tl.where(hit, LEAST, value), 1))
         enough = active & (count > rank)
         short = active & (count <= rank)
         low = tl.where(enough, above, low)
-        high = tl.where(short, middle, high)
+        high = tl.where(short, below + 1, high)
         more = tl.where(short, count, more)
         # A pool with at most `rank` columns does not have this rank. The count of the first step shows it.
         active = active & (low != LEAST) & (high.to(tl.int64) - low > 1)

@@ -1,6 +1,6 @@
 """mine_hardest in Triton: the N hardest columns of each query's pool, exact, without storing the (B, K) scores.
 
-    sample   score evenly spaced keys, and choose a cut: a score that nearly always at least N columns reach    (sample*.py)
+    sample   score evenly spaced keys, and choose a cut: a sort key that nearly always N columns or more reach (sample*.py)
     scan     keep the columns that reach the cut, a little more than N, in one pass over the queue              (scan.py)
     check    the N hardest are among the kept columns if at least N were found, or the cut keeps all columns,
              and no buffer overflowed                                                                           (certificate.py)
@@ -31,7 +31,8 @@ def hardest_by_scan(query: Tensor, negative_keys: Tensor, N: int, tile: tiles.Sc
     """(B, N) int64 sort keys, hardest first, through a sample and a scan."""
     plan, sample_rank = tiles.mining_plan(negative_keys.shape[0], N, capability(query.device))
     scores = sample(query, negative_keys, plan.size, tile, pool)  # (B, size)
-    cut = sample_quantile(scores, sample_rank)  # (B, 1), -inf if the sample of the pool is too small for a cut
+    # (B, 1), EVERYTHING where too little of the pool was sampled to leave anything out
+    cut = sample_quantile(scores, sample_rank, negative_keys.shape[0], tile.BLOCK_K)
     survivors = scan(query, negative_keys, cut, None, plan.capacity, tile, pool)
 
     missing = certificate(survivors, cut, N)  # (B, 1)

@@ -34,7 +34,7 @@ def thresholds_by_scan(
     K, R = negative_keys.shape[0], ranks.shape[1]
     plan = tiles.ranks_plan(K, R, capability(query.device))
     scores = sample(query, negative_keys, plan.size, tile, pool)  # (B, size)
-    cut_lo, cut_hi = sample_brackets(scores, ranks, K)
+    cut_lo, cut_hi = sample_brackets(scores, ranks, K, tile.BLOCK_K)
     survivors = scan(query, negative_keys, cut_lo, cut_hi, plan.capacity, tile, pool)
     out, missing = select_certified(survivors, ranks, cut_lo, cut_hi)  # (B, R) each
     find_missing(query, negative_keys, missing, out, tile, pool)

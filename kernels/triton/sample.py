@@ -16,6 +16,15 @@ from .score import load_whole_rows, score_tile
 from .sort_key import pack
 
 
+@triton.jit
+def sampled_column(at, K, W):
+    """int64: the column at a position of a sample of W: one of each of W even parts of the ring, so that old and new keys are
+    sampled alike, and not always the same one, so that no period of the ring is mistaken for all of it."""
+    first = at.to(tl.int64) * K // W
+    width = (at.to(tl.int64) + 1) * K // W - first
+    return first + ((width * ((at.to(tl.int64) * 0x9E3779B9) & 0xFFFFFFFF)) >> 32)
+
+
 @triton.jit(do_not_specialize=["B", "K"])
 def sample_kernel(
     query_ptr, keys_ptr, stride_qb, stride_kk, B, K, pool, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
@@ -25,8 +34,7 @@ def sample_kernel(
     offs_b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     b_ok = offs_b < B
     offs_w = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    # The columns are evenly spaced, so that old and new keys are sampled alike. Entries past W are columns past K.
-    offs_k = tl.where(offs_w < W, offs_w.to(tl.int64) * K // W, K)
+    offs_k = tl.where(offs_w < W, sampled_column(offs_w, K, W), K)  # past W, past K
     k_ok = pool_keys(pool, offs_k, pool_size(pool, K), False)  # (BLOCK_K,)
     query = load_whole_rows(query_ptr, offs_b, b_ok, stride_qb, D, BLOCK_D, WIDEN)  # (BLOCK_B, BLOCK_D)
     keys = load_whole_rows(keys_ptr, offs_k, k_ok, stride_kk, D, BLOCK_D, WIDEN)  # (BLOCK_K, BLOCK_D)

@@ -1,8 +1,10 @@
 """One pass over the queue that keeps the columns whose scores are in a bracket, as sort keys in compact buffers.
 
-Each (row, split, lane) has its own buffer, so there are no atomics and the contents do not depend on timing. The columns above
-each bracket are counted. The next tile of keys is loaded before the wanted columns are extracted from the scores
-(extract_columns.py), which hides the latency of the memory.
+The sort keys of columns that lie in a bracket go to a buffer private to (row, split, lane), so there are no atomics and the
+contents do not depend on timing. The columns above each bracket are counted. The ends of a bracket are cuts
+(sample_quantiles.py), which may lie among equal scores, but only where a tile of keys begins: within a tile a cut is a score and
+costs one comparison. The next key tile is loaded before the wanted columns are taken out of the scores (extract_columns.py),
+which hides the memory's latency.
 """
 
 from typing import NamedTuple
@@ -19,7 +21,26 @@ from .extract_columns import any_wanted, lowest_wanted, wanted_by_lane
 from .launch import programs_at_once, score_arguments
 from .pool import KernelPool, pool_bounds, pool_keys, pool_masks, pool_rows, pool_size
 from .score import load_whole_rows, score_tile
-from .sort_key import pack
+from .sort_key import NOTHING, from_ordered, pack
+
+
+@triton.jit
+def score_cuts(cut_ptr, cells, ok):
+    """Of cuts int64: the least score in tiles before a column, the least score in later tiles, and this column; (BLOCK_B,) each.
+
+    Of rows where ok is False nothing is kept.
+    """
+    cut = tl.load(cut_ptr + cells, mask=ok, other=NOTHING)  # (BLOCK_B,)
+    value = (cut >> 32).to(tl.int32)
+    turn = tl.minimum((1 << 32) - (cut & 0xFFFFFFFF), 0x7FFFFFFF).to(tl.int32)
+    return from_ordered(value), from_ordered(value + 1), turn
+
+
+@triton.jit
+def reaches(s, k0, cuts):
+    """(BLOCK_B, BLOCK_K) bool: the scores of the tile from column k0 on that a cut admits.  cuts: from score_cuts."""
+    before, after, turn = cuts
+    return s >= tl.where(k0 < turn, before, after)[:, None]
 
 
 @triton.jit(do_not_specialize=["B", "K", "SPLITS", "CAPACITY"])
@@ -37,15 +58,13 @@ def scan_kernel(
     lane = tl.arange(0, LANES)
     query = load_whole_rows(query_ptr, offs_b, b_ok, stride_qb, D, BLOCK_D, WIDEN)  # (BLOCK_B, BLOCK_D)
     rows = pool_rows(pool, offs_b, b_ok)
-    # Rows past B get NaN cuts, which keep nothing.
-    nan = float("nan")
     cuts = offs_b * BRACKETS
-    lo_a = tl.load(cut_lo_ptr + cuts, mask=b_ok, other=nan)  # (BLOCK_B,)
+    lo_a = score_cuts(cut_lo_ptr, cuts, b_ok)
     if cut_hi_ptr is not None:
-        hi_a = tl.load(cut_hi_ptr + cuts, mask=b_ok, other=nan)  # (BLOCK_B,)
+        hi_a = score_cuts(cut_hi_ptr, cuts, b_ok)
     if BRACKETS == 2:
-        lo_b = tl.load(cut_lo_ptr + cuts + 1, mask=b_ok, other=nan)  # (BLOCK_B,)
-        hi_b = tl.load(cut_hi_ptr + cuts + 1, mask=b_ok, other=nan)  # (BLOCK_B,)
+        lo_b = score_cuts(cut_lo_ptr, cuts + 1, b_ok)
+        hi_b = score_cuts(cut_hi_ptr, cuts + 1, b_ok)
 
     count = tl.zeros((BLOCK_B, LANES), tl.int32)
     num_above_a = tl.zeros((BLOCK_B,), tl.int32)
@@ -67,13 +86,15 @@ def scan_kernel(
         keys = load_whole_rows(keys_ptr, offs_next, next_ok, stride_kk, D, BLOCK_D, WIDEN)  # (BLOCK_K, BLOCK_D)
         allowed = pool_masks(pool, rows, offs_b, b_ok, offs_k, k_ok)  # (BLOCK_B, BLOCK_K)
         inside = pool_bounds(pool, rows, s, offs_k, allowed)  # (BLOCK_B, BLOCK_K)
-        keep = s >= lo_a[:, None]  # (BLOCK_B, BLOCK_K)
+        keep = reaches(s, k0, lo_a)  # (BLOCK_B, BLOCK_K)
         if cut_hi_ptr is not None:
-            keep = keep & (s <= hi_a[:, None])
-            num_above_a += tl.sum((inside & (s > hi_a[:, None])).to(tl.int32), 1)
+            above = reaches(s, k0, hi_a)  # (BLOCK_B, BLOCK_K)
+            keep = keep & ~above
+            num_above_a += tl.sum((inside & above).to(tl.int32), 1)
         if BRACKETS == 2:
-            keep = keep | ((s >= lo_b[:, None]) & (s <= hi_b[:, None]))
-            num_above_b += tl.sum((inside & (s > hi_b[:, None])).to(tl.int32), 1)
+            above = reaches(s, k0, hi_b)  # (BLOCK_B, BLOCK_K)
+            keep = keep | (reaches(s, k0, lo_b) & ~above)
+            num_above_b += tl.sum((inside & above).to(tl.int32), 1)
 
         scores, word = wanted_by_lane(inside & keep, s, LANES, LEVELS)  # (BLOCK_B, LANES, BITS), (BLOCK_B, LANES)
         while any_wanted(word):
@@ -102,10 +123,10 @@ def scan(
     query: Tensor, negative_keys: Tensor, cut_lo: Tensor, cut_hi: Tensor | None, capacity: int,
     tile: tiles.ScoreTile, pool: KernelPool,
 ) -> Survivors:  # fmt: skip
-    """The columns in the brackets [cut_lo, cut_hi], (B, BRACKETS) fp32 with one or two brackets. cut_hi of None is infinity."""
+    """What lies in the brackets [cut_lo, cut_hi), each (B, BRACKETS) int64 with one or two brackets; no cut_hi is NOTHING."""
     B, BRACKETS = cut_lo.shape
     at_once = programs_at_once(query.device, tile)
-    plan = tiles.scan_plan(B, negative_keys.shape[0], capacity, tile, at_once)
+    plan = tiles.scan_plan(B, negative_keys.shape[0], capacity, BRACKETS, tile, at_once)
     buffers = plan.splits * tiles.LANES
     sort_keys = torch.full((B, buffers * plan.capacity), NOWHERE, dtype=torch.int64, device=query.device)
     found = query.new_empty(B, buffers, dtype=torch.int32)

@@ -18,7 +18,7 @@ from . import tiles
 from .certificate import BLOCK_P, offered
 from .launch import capability
 from .scan import Survivors
-from .sort_key import ordered, unpack
+from .sort_key import EVERYTHING
 
 
 @triton.jit
@@ -79,22 +79,21 @@ def select_certified_kernel(
     ok = cell < CELLS
     row = cell // R
     rank = tl.load(ranks_ptr + cell, mask=ok, other=-1)  # (BLOCK_R,)
-    lo = tl.load(cut_lo_ptr + cell, mask=ok, other=0.0)  # (BLOCK_R,)
-    hi = tl.load(cut_hi_ptr + cell, mask=ok, other=0.0)  # (BLOCK_R,)
+    lo = tl.load(cut_lo_ptr + cell, mask=ok, other=0)  # (BLOCK_R,)
+    hi = tl.load(cut_hi_ptr + cell, mask=ok, other=0)  # (BLOCK_R,)
     num_above = tl.zeros((BLOCK_R,), tl.int64)
     for p0 in range(0, SPLITS, BLOCK_P):
         offs_p = p0 + tl.arange(0, BLOCK_P)
         ptrs = num_above_ptr + offs_p.to(tl.int64)[None, :] * CELLS + cell[:, None]  # (BLOCK_R, BLOCK_P)
         part = tl.load(ptrs, mask=ok[:, None] & (offs_p < SPLITS)[None, :], other=0)
         num_above += tl.sum(part.to(tl.int64), 1)
-    # The scan counted all columns above this bracket; some of them may have been kept by the other bracket.
-    edge = (ordered(hi).to(tl.int64) << 32) | 0xFFFFFFFF
-    num_kept_above, _, _ = count_from(sort_keys_ptr, row, ok, W, edge + 1, BLOCK_R, BLOCK_W)
+    # Of the columns above this bracket the scan counted all, and another bracket kept some.
+    num_kept_above, _, _ = count_from(sort_keys_ptr, row, ok, W, hi, BLOCK_R, BLOCK_W)
     sort_key = key_at_rank(sort_keys_ptr, row, ok, W, rank - num_above + num_kept_above, BLOCK_R, BLOCK_W)
-    # Past the end of the pool the score is -inf, which only a bracket without a lower end includes.
-    score = tl.where(sort_key == -(2**63), float("-inf"), unpack(sort_key)[0])  # (BLOCK_R,)
+    # Past the end of the pool lies no key, which only a bracket without a lower end can show.
+    inside = ((sort_key >= lo) & (sort_key < hi)) | ((sort_key == -(2**63)) & (lo == EVERYTHING))  # (BLOCK_R,)
     _, most = offered(found_ptr, row, ok, BUFFERS, BLOCK_R, BLOCK_P)
-    sure = (most <= CAPACITY) & (score >= lo) & (score <= hi) & (rank >= num_above)
+    sure = (most <= CAPACITY) & inside & (rank >= num_above)
     tl.store(out_ptr + cell, sort_key, mask=ok)
     tl.store(missing_ptr + cell, tl.where(sure, -1, rank), mask=ok)
 
@@ -111,7 +110,7 @@ def select_by_rank(sort_keys: Tensor, ranks: Tensor) -> Tensor:
 
 
 def select_certified(survivors: Survivors, ranks: Tensor, cut_lo: Tensor, cut_hi: Tensor) -> tuple[Tensor, Tensor]:
-    """The sort keys at ranks (B, R) of the whole pool, from the survivors of a scan in the brackets [cut_lo, cut_hi] (B, R).
+    """The sort keys at ranks (B, R) of the whole pool, from the survivors of a scan in the brackets [cut_lo, cut_hi) (B, R).
 
     The second result has the ranks whose check failed, which must still be found, and -1 for the others. (B, R) int64 each.
     """

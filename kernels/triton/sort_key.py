@@ -11,12 +11,22 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
+# Cuts that no number passes, and that every number passes: ordered(inf) + 1 and ordered(-inf), each with all columns.
+NOTHING = tl.constexpr(0x7F800001 << 32)
+EVERYTHING = tl.constexpr(-(0x7F800001 << 32))
+
 
 @triton.jit
 def ordered(score):
     """Map fp32 to int32 in the same order, with -0.0 equal to +0.0. The result is never INT32_MIN, except for a NaN."""
     bits = (score + 0.0).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def from_ordered(value):
+    """int32 -> the fp32 that `ordered` maps to it; NaN past either infinity."""
+    return tl.where(value < 0, value ^ 0x7FFFFFFF, value).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -31,8 +41,7 @@ def unpack(sort_key):
 
     INT64_MIN and INT64_MAX give a NaN score, so a bound with one of these values keeps nothing.
     """
-    high = (sort_key >> 32).to(tl.int32)
-    score = tl.where(high < 0, high ^ 0x7FFFFFFF, high).to(tl.float32, bitcast=True)
+    score = from_ordered((sort_key >> 32).to(tl.int32))
     index = 0xFFFFFFFF - (sort_key & 0xFFFFFFFF)
     return score, tl.minimum(index, 0x7FFFFFFF).to(tl.int32)
 

@@ -218,13 +218,15 @@ def levels(tile: ScoreTile) -> int:
 
 
 @functools.lru_cache(1024)
-def scan_plan(B: int, K: int, capacity: int, tile: ScoreTile, programs: int) -> ScanPlan:
-    """Splits for a scan, and room in each private buffer for its share of `capacity` plus six deviations."""
+def scan_plan(B: int, K: int, capacity: int, brackets: int, tile: ScoreTile, programs: int) -> ScanPlan:
+    """Splits for a scan, and room in each private buffer for its share of `capacity` plus six deviations, or plus a tile for each
+    bracket, which neighbouring columns of one score fill."""
     parts = min(splits(B, K, tile, programs), max(1, capacity // (8 * LANES)))
     share = capacity / (parts * LANES)
     key_tiles = -(-K // tile.BLOCK_K)
-    most = -(-key_tiles // parts) * (tile.BLOCK_K // LANES)
-    return ScanPlan(parts, min(most, int(share + 6 * share**0.5 + 6)))
+    of_tile = tile.BLOCK_K // LANES
+    most = -(-key_tiles // parts) * of_tile
+    return ScanPlan(parts, min(most, int(share + max(6 * share**0.5 + 6, brackets * of_tile))))
 
 
 def rows_at_once(B: int, K: int, plan: SamplePlan | None, tile: ScoreTile) -> int:

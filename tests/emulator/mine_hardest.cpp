@@ -58,6 +58,8 @@ extern "C" int emulated_mine_hardest(int64_t B, int64_t K, int64_t D, int64_t N,
 
 extern "C" int64_t emulated_boxes() { return boxes; }
 
+extern "C" int64_t emulated_terms() { return terms; }
+
 // product (16, 8) fp32 = left (16, 16) times the transpose of right (8, 16), bf16 or fp16, by one warp: fragments are
 // filled by the formulas of ptx.cuh.
 template <Storage kStorage>

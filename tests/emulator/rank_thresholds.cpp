@@ -50,6 +50,8 @@ extern "C" int emulated_rank_thresholds(int64_t B, int64_t K, int64_t D, int64_t
   return rank_thresholds(params, nullptr);
 }
 
+extern "C" int64_t emulated_terms() { return terms; }
+
 // Where the ranks that were recovered last are in the workspace.
 extern "C" int64_t emulated_missing_at(const int64_t* plan) {
   const Layout bytes = layout_of({plan[0], plan[1], plan[2], plan[3], plan[4]});

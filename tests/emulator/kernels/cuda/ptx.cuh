@@ -29,6 +29,8 @@ inline float half_of(uint32_t word, int half, Storage storage) {
                                        : __half2float(__ushort_as_half(bits));
 }
 
+inline int64_t terms = 0;  // that products added so far
+
 // d[i] at D[g + 8 * (i / 2)][2t + i % 2] += the sum over k of A[.][k] B[k][.], in the order of k.
 template <Storage kStorage>
 void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -37,6 +39,7 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   };
   const auto lanes = emulator::exchange(Registers{{a[0], a[1], a[2], a[3]}, {b0, b1}});
   const unsigned g = emulator::lane() / 4, t = emulator::lane() % 4;
+  terms += 4 * 16;
   for (int i = 0; i < 4; ++i) {
     const unsigned row = g + 8 * (i / 2), column = 2 * t + i % 2;
     for (unsigned k = 0; k < 16; ++k) {
