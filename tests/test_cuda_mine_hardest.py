@@ -264,10 +264,12 @@ def test_plan_at_the_goal_shapes(library, B, K):
     assert fitting
     assert plan["sample"] == {65_536: 4096, 1_048_576: 16_384}[K]
     assert plan["sample_rank"] == {65_536: 104, 1_048_576: 38}[K]
-    assert plan["workspace"] <= max(40 << 20, 0.08 * 2 * B * K)
+    assert plan["workspace"] <= max(144 << 20, 0.08 * 2 * B * K)
     assert plan["rows"] * -(-B // plan["rows"]) >= B
     row_tiles = -(-plan["rows"] // 128)
-    assert row_tiles * plan["splits"] >= 120  # blocks for 132 processors
+    if K == 65_536 and B > 256:  # two blocks for each of 132 processors, as far as they divide into whole tiles of rows
+        assert row_tiles * plan["splits"] > 0.95 * 2 * 132
+    assert row_tiles * plan["splits"] >= 120
     expected = (plan["sample_rank"] + 1) * K / plan["sample"]
     assert plan["room"] * 4 * plan["splits"] > 2 * expected > 2 * 1024
 

@@ -26,7 +26,7 @@ namespace negmine::cuda {
 namespace {
 
 constexpr int kFinishExtra = 4 * (kBins + 8);   // bytes of the finish beside its sort keys
-constexpr int64_t kScratchBytes = 40 << 20;     // a workspace below this is never worth a second chunk
+constexpr int64_t kScratchBytes = 144 << 20;    // a workspace below this is never worth a second chunk
 constexpr int64_t kMostScratchBytes = 1 << 30;  // offsets in it are 32 bits
 constexpr double kSigmas = 4.75, kPositionsBelow = 4;
 
@@ -215,11 +215,11 @@ MiningPlan plan_mining(int64_t B, int64_t K, int64_t N, int64_t processors, int6
     likely = std::min(likely, (kept + 2 * std::sqrt(kept)) / share);
   }
   const int64_t key_tiles = (K + kKeys - 1) / kKeys;
-  // `blocks` on each processor. A buffer has room for its likely load and six deviations more.
-  const auto cut_rows = [&](int64_t rows, int64_t blocks) {
+  // Two blocks on each processor. A buffer has room for its likely load and six deviations more.
+  const auto cut_rows = [&](int64_t rows) {
     plan.rows = std::min(std::max<int64_t>(B, 1), (rows + kRows - 1) / kRows * kRows);
     const int64_t row_tiles = (plan.rows + kRows - 1) / kRows;
-    plan.splits = std::min({blocks * processors / row_tiles, key_tiles / 2, plan.capacity / (8 * kLanes)});
+    plan.splits = std::min({2 * processors / row_tiles, key_tiles / 2, plan.capacity / (8 * kLanes)});
     plan.splits = std::max<int64_t>(plan.splits, 1);
     const int64_t all = (key_tiles + plan.splits - 1) / plan.splits * (kKeys / kLanes);
     const double load = likely / static_cast<double>(plan.splits * kLanes);
@@ -228,15 +228,12 @@ MiningPlan plan_mining(int64_t B, int64_t K, int64_t N, int64_t processors, int6
     const Layout bytes = layout_of(plan);
     plan.workspace = bytes.survivors + bytes.found + bytes.cuts + bytes.recovered;
   };
-  // Few chunks come before many blocks.
   const int64_t budget = std::clamp(2 * B * K / 100 * 8, kScratchBytes, kMostScratchBytes);  // 8 % of 16-bit scores
   const int64_t most_chunks = std::max<int64_t>((B + kRows - 1) / kRows, 1);
-  for (int64_t chunks = 1; chunks <= most_chunks; ++chunks) {
-    for (int64_t blocks = 2; blocks >= 1; --blocks) {
-      cut_rows(std::max<int64_t>((B + chunks - 1) / chunks, 1), blocks);
-      if (plan.workspace <= budget) return plan;
-    }
-  }
+  int64_t chunks = 1;
+  do {
+    cut_rows(std::max<int64_t>((B + chunks - 1) / chunks, 1));
+  } while (plan.workspace > budget && ++chunks <= most_chunks);
   return plan;
 }
 
