@@ -350,3 +350,40 @@ def test_more_mixes_than_a_grid_axis_takes():
     index = torch.tensor([[2, 0], [1, -1]], device=DEVICE)
     parents = launchers()["mix_negatives"](q, keys, index, *draws(0, slots))[1]
     assert bool((parents[1, :, 1] == 1).all()) and sorted(parents[0, :, 1].unique().tolist()) == [0, 2]
+
+
+def test_a_rank_takes_few_passes_over_what_a_scan_kept(monkeypatch):
+    """Each pass reads the kept columns of a row from cache: bisection took twelve. Of random scores, and of equal ones."""
+    if not interpreted("triton"):
+        pytest.skip("passes are counted where kernels are interpreted")
+    module = importlib.import_module("negmine.kernels.triton.select_by_rank")
+    passes = []
+
+    def counting(original):
+        def counted(*args):
+            passes.append(1)
+            return original(*args)
+
+        return counted
+
+    for name in ("ends_of", "count_from"):
+        monkeypatch.setattr(module, name, counting(getattr(module, name)))
+    monkeypatch.setattr(
+        module.tiles, "row_block", lambda width, capability: (1, 4096, 4)
+    )  # a row a program, as on a GPU
+    rows, width = 24, 3000
+    generator = torch.Generator().manual_seed(4)
+    used = torch.rand(rows, width, generator=generator) < 0.4
+    index = torch.arange(width).expand(rows, width)
+    ranks = torch.randint(0, 1000, (rows, 1), generator=generator)
+    for name, most, scores in [
+        ("even", 5.0, torch.rand(rows, width, generator=generator) * 0.02 - 0.01),  # around a median
+        ("normal", 8.0, torch.randn(rows, width, generator=generator)),
+        ("equal", 4.5, torch.full((rows, width), 0.25)),
+    ]:
+        keys = torch.where(used, sort_key.pack(scores, index), sort_key.NOWHERE)
+        passes.clear()
+        got = module.select_by_rank(keys, ranks)
+        compare.exact(name, got, keys.sort(1, descending=True).values.gather(1, ranks))
+        print(f"{name}: {len(passes) / rows:.1f} passes a rank")
+        assert len(passes) <= most * rows

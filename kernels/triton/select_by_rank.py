@@ -3,9 +3,11 @@
 The result of a scan is checked: the key must be in its bracket, its rank must not be among the columns counted above the bracket,
 and no buffer may have overflowed.
 
-The sort keys of a row (W,) are distinct int64. The key at a rank is found by bisection on its value, with one count in each step.
-Every step moves both ends to keys of the row, so there are about log2(W) steps for smooth scores, and never more than 64. The row
-is in the cache after the first step. NOWHERE marks unused entries, and is the result for a rank past the end.
+The sort keys of a row (W,) are distinct int64, and the one at a rank is found by counting those at or above a key between two
+ends, which then moves one of the ends onto a key of the row. The row comes from cache each time, so the number of passes over it
+is what counts. The scores of a bracket lie almost evenly, so the key is taken where the rank would lie were they even. Every
+fourth pass halves the interval of keys instead, so that no row takes more than 4 * 64. NOWHERE marks unused entries and is the
+answer past the end.
 """
 
 import torch
@@ -18,7 +20,29 @@ from . import tiles
 from .certificate import BLOCK_P, offered
 from .launch import capability
 from .scan import Survivors
-from .sort_key import EVERYTHING
+from .sort_key import EVERYTHING, from_ordered, ordered
+
+
+@triton.jit
+def ends_of(sort_keys_ptr, row, ok, W, lo, hi, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Of each row: how many keys are >= hi, how many lie in [lo, hi), the smallest and the largest of these; (BLOCK_R,) each."""
+    NOWHERE: tl.constexpr = -(2**63)
+    END: tl.constexpr = 2**63 - 1
+    num_higher = tl.zeros((BLOCK_R,), tl.int32)
+    count = tl.zeros((BLOCK_R,), tl.int32)
+    least = tl.full((BLOCK_R,), END, tl.int64)
+    most = tl.full((BLOCK_R,), NOWHERE, tl.int64)
+    for w0 in range(0, W, BLOCK_W):
+        offs_w = w0 + tl.arange(0, BLOCK_W)
+        ptrs = sort_keys_ptr + row[:, None] * W + offs_w[None, :]
+        sort_keys = tl.load(ptrs, mask=ok[:, None] & (offs_w < W)[None, :], other=NOWHERE)  # (BLOCK_R, BLOCK_W)
+        higher = sort_keys >= hi[:, None]  # (BLOCK_R, BLOCK_W)
+        inside = (sort_keys >= lo[:, None]) & ~higher
+        num_higher += tl.sum(higher.to(tl.int32), 1)
+        count += tl.sum(inside.to(tl.int32), 1)
+        least = tl.minimum(least, tl.min(tl.where(inside, sort_keys, END), 1))
+        most = tl.maximum(most, tl.max(tl.where(inside, sort_keys, NOWHERE), 1))
+    return num_higher, count, least, most
 
 
 @triton.jit
@@ -41,23 +65,43 @@ def count_from(sort_keys_ptr, row, ok, W, middle, BLOCK_R: tl.constexpr, BLOCK_W
 
 
 @triton.jit
-def key_at_rank(sort_keys_ptr, row, ok, W, rank, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
-    """(BLOCK_R,) int64: the sort key at the rank of each row, NOWHERE for a negative rank or one past the end."""
-    NOWHERE: tl.constexpr = -(2**63)
-    count, low, _ = count_from(sort_keys_ptr, row, ok, W, tl.full((BLOCK_R,), NOWHERE + 1, tl.int64), BLOCK_R, BLOCK_W)
-    found = (rank >= 0) & (rank < count)
-    # The key is in [low, high): more than `rank` keys are >= low, at most `rank` are >= high.
-    high = tl.where(found, tl.full((BLOCK_R,), 2**63 - 1, tl.int64), low)  # (BLOCK_R,)
-    while tl.max((low < high - 1).to(tl.int32), 0) > 0:
-        middle = (low & high) + ((low ^ high) >> 1)
-        count, above, below = count_from(sort_keys_ptr, row, ok, W, middle, BLOCK_R, BLOCK_W)
-        going = low < high - 1
-        enough = going & (count > rank)
-        short = going & (count <= rank)
-        exact = (count == rank + 1) | (count == rank)
-        low = tl.where(enough, above, tl.where(short & exact, below, low))
-        high = tl.where(enough & exact, above, tl.where(short, tl.where(exact, below, below + 1), high))
-    return tl.where(found, low, NOWHERE)
+def between(low, high, share):
+    """(BLOCK_R,) int64: the key at a share of the way from low to high, by score, or by index where the scores are equal."""
+    HUGE: tl.constexpr = 3.0e38
+    score_low = tl.maximum(from_ordered((low >> 32).to(tl.int32)), -HUGE)
+    score_high = tl.minimum(from_ordered((high >> 32).to(tl.int32)), HUGE)
+    by_score = ordered(score_low * (1 - share) + score_high * share).to(tl.int64) << 32
+    by_index = low + (share * ((high - low) & 0xFFFFFFFF).to(tl.float32)).to(tl.int64)
+    return tl.where((low >> 32) == (high >> 32), by_index, by_score)
+
+
+@triton.jit
+def key_at_rank(
+    sort_keys_ptr, row, ok, W, rank, num_higher, count, least, most, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    """(BLOCK_R,) int64: the sort key at the rank of each row, of which num_higher lie above `most` and `count` in [least, most];
+    NOWHERE where the rank is not one of these."""
+    found = (rank >= num_higher) & (rank < num_higher + count)
+    # The key lies in [low, high]: more than rank keys are >= low, at most rank are > high.
+    low = tl.where(found, least, 0)  # (BLOCK_R,)
+    high = tl.where(found, most, 0)
+    from_low = num_higher + count  # keys >= low
+    past_high = num_higher  # keys > high
+    turn = 0
+    while tl.max((low < high).to(tl.int32), 0) > 0:
+        wanted = (from_low - rank).to(tl.float32) - 0.5
+        even = between(low, high, wanted / tl.maximum(from_low - past_high, 1).to(tl.float32))
+        half = (low & high) + ((low ^ high) >> 1) + 1  # rounded up
+        middle = tl.where((turn < 3) & (even > low) & (even <= high), even, half)
+        turn = tl.where(turn == 3, 0, turn + 1)
+        num_from, above, below = count_from(sort_keys_ptr, row, ok, W, middle, BLOCK_R, BLOCK_W)
+        enough = (low < high) & (num_from > rank)
+        short = (low < high) & (num_from <= rank)
+        from_low = tl.where(enough, num_from, from_low)
+        past_high = tl.where(short, num_from, past_high)
+        low = tl.where(enough, above, tl.where(short & (num_from == rank), below, low))
+        high = tl.where(short, below, tl.where(enough & (num_from == rank + 1), above, high))
+    return tl.where(found, low, -(2**63))
 
 
 @triton.jit(do_not_specialize=["CELLS", "R"])
@@ -66,8 +110,13 @@ def select_by_rank_kernel(
 ):  # fmt: skip
     cell = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # (BLOCK_R,) of (B, R)
     ok = cell < CELLS
+    row = cell // R
     rank = tl.load(ranks_ptr + cell, mask=ok, other=-1)  # (BLOCK_R,)
-    tl.store(out_ptr + cell, key_at_rank(sort_keys_ptr, cell // R, ok, W, rank, BLOCK_R, BLOCK_W), mask=ok)
+    lo = tl.full((BLOCK_R,), -(2**63) + 1, tl.int64)
+    hi = tl.full((BLOCK_R,), 2**63 - 1, tl.int64)
+    num_higher, count, least, most = ends_of(sort_keys_ptr, row, ok, W, lo, hi, BLOCK_R, BLOCK_W)
+    sort_key = key_at_rank(sort_keys_ptr, row, ok, W, rank, num_higher, count, least, most, BLOCK_R, BLOCK_W)
+    tl.store(out_ptr + cell, sort_key, mask=ok)
 
 
 @triton.jit(do_not_specialize=["CELLS", "R", "SPLITS", "BUFFERS", "CAPACITY"])
@@ -88,12 +137,13 @@ def select_certified_kernel(
         part = tl.load(ptrs, mask=ok[:, None] & (offs_p < SPLITS)[None, :], other=0)
         num_above += tl.sum(part.to(tl.int64), 1)
     # Of the columns above this bracket the scan counted all, and another bracket kept some.
-    num_kept_above, _, _ = count_from(sort_keys_ptr, row, ok, W, hi, BLOCK_R, BLOCK_W)
-    sort_key = key_at_rank(sort_keys_ptr, row, ok, W, rank - num_above + num_kept_above, BLOCK_R, BLOCK_W)
-    # Past the end of the pool lies no key, which only a bracket without a lower end can show.
-    inside = ((sort_key >= lo) & (sort_key < hi)) | ((sort_key == -(2**63)) & (lo == EVERYTHING))  # (BLOCK_R,)
-    _, most = offered(found_ptr, row, ok, BUFFERS, BLOCK_R, BLOCK_P)
-    sure = (most <= CAPACITY) & inside & (rank >= num_above)
+    num_higher, count, least, most = ends_of(sort_keys_ptr, row, ok, W, lo, hi, BLOCK_R, BLOCK_W)
+    among = rank - num_above + num_higher  # (BLOCK_R,) int64
+    sort_key = key_at_rank(sort_keys_ptr, row, ok, W, among, num_higher, count, least, most, BLOCK_R, BLOCK_W)
+    _, most_offered = offered(found_ptr, row, ok, BUFFERS, BLOCK_R, BLOCK_P)
+    # A rank past what lies in the bracket is past the end of the pool where the bracket reaches there.
+    inside = (rank >= num_above) & ((rank < num_above + count) | (lo == EVERYTHING))
+    sure = (most_offered <= CAPACITY) & inside
     tl.store(out_ptr + cell, sort_key, mask=ok)
     tl.store(missing_ptr + cell, tl.where(sure, -1, rank), mask=ok)
 
