@@ -32,7 +32,8 @@ import numpy as np
 
 import negmine
 from negmine.cli import files
-from negmine.mining import MiningResult, array_file
+from negmine.mining import MiningResult, Part, array_file
+from negmine.mining.hard_negatives import mine_share
 from negmine.mining.sources import Rows
 from negmine.mining.text_sets import read_beir, read_msmarco, read_training_lines
 from tests import fuzz
@@ -95,7 +96,7 @@ def parquet(folder: Path) -> None:
     from pyarrow import parquet as writer
 
     vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(CORPUS.reshape(-1)), 8)
-    table = pyarrow.table({"embedding": vectors, "text": [f"text {k}" for k in range(30)]})
+    table = pyarrow.table({"embedding": vectors, "text": [f"text {k}" for k in range(30)], "number": list(range(30))})
     writer.write_table(table, folder / "c.parquet")
     feather.write_feather(table, folder / "c.arrow")
 
@@ -133,6 +134,11 @@ TRAINING = {
 }
 
 
+def part(folder: Path) -> None:
+    given = {"query_embeddings": QUERIES, "corpus_embeddings": CORPUS, "positives": POSITIVES}
+    mine_share(1, 2, given).save(folder / "1.part")
+
+
 def load_report(path: Path) -> Any:
     return len(negmine.report.HardnessReport.load(path).summary())
 
@@ -149,6 +155,7 @@ FORMS: dict[str, Form] = {
     "run part": Form(
         lambda f: mined(resume_dir=f, batch_size=3), "queries-000000000000-000000000003.negmine", resumed, True
     ),
+    "part": Form(part, "1.part", lambda p: Part.load(p).arrays["sort_keys"].tolist(), True),
     "run.json": Form(lambda f: mined(resume_dir=f, batch_size=3), "run.json", resumed, True),
     "lists npy": Form(lambda f: np.save(f / "p.npy", np.arange(6)), "p.npy", lambda p: files.lists(str(p)).tolist()),
     "lists npz": Form(
@@ -160,6 +167,9 @@ FORMS: dict[str, Form] = {
     "lists jsonl": Form(text_file("p.jsonl", lines(*POSITIVES)), "p.jsonl", lambda p: files.lists(str(p))),
     "texts": Form(text_file("t.txt", "eins\nzwei\r\ndrei\n"), "t.txt", lambda p: files.texts(str(p))),
     "texts jsonl": Form(text_file("t.jsonl", lines("a", {"text": "b"})), "t.jsonl", lambda p: files.texts(str(p))),
+    "texts json": Form(text_file("t.json", json.dumps(["a", {"text": "b"}])), "t.json", lambda p: files.texts(str(p))),
+    "labels jsonl": Form(text_file("i.jsonl", lines("a", {"_id": "b"})), "i.jsonl", lambda p: files.labels(str(p))),
+    "labels parquet": Form(parquet, "c.parquet", lambda p: files.labels(f"{p}::number")),
     "texts gz": Form(
         text_file("t.jsonl.gz", gzip.compress(lines("a", {"text": "b"}).encode() * 9)),
         "t.jsonl.gz",
