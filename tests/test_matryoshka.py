@@ -142,8 +142,8 @@ def test_queries_of_a_long_batch_are_the_queries_alone():
     q, keys = unit(1100, D), unit(K, D, seed=1)
 
     def sums(query):
-        widths, scale = torch.tensor(WIDTHS), torch.tensor(5.0)
-        return torch.ops.negmine_cpu.prefix_logsumexp(query, keys, widths, scale, True, *Pool())[:2]
+        scale = torch.tensor(5.0)
+        return torch.ops.negmine_cpu.prefix_logsumexp(query, keys, list(WIDTHS), scale, True, *Pool())[:2]
 
     for got, want in zip(sums(q), sums(q[1000:1064]), strict=True):
         compare.exact("rows", got[:, 1000:1064], want)

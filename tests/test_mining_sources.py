@@ -140,8 +140,8 @@ UNREADABLE = [
         ValueError,
         "must be 'path::name' with the name of a tensor (rows, D)",
     ),
-    ("two.safetensors::c", ValueError, "must be the name of a tensor (rows, D) of"),
-    ("scalars.parquet::id", ValueError, "must be the name of a column of lists of floats of"),
+    ("two.safetensors::c", ValueError, "must be the name of a tensor (rows, D) in"),
+    ("scalars.parquet::id", ValueError, "must be the name of a column of lists of floats in"),
 ]
 
 

@@ -265,7 +265,7 @@ def test_what_a_sample_misjudges_is_found_exactly(kind, room, monkeypatch):
     rows, columns, N = (14, 150, 20) if interpreted("triton") else (130, 20_000, 40)
     sample = tiles.sample_size(columns, 16, capability(torch.device(DEVICE)))
     q = whole(rows, 8, device=DEVICE).abs() + 1
-    keys = queue(kind, columns, 8, sample, lambda K, size: torch.arange(size) * K // size).to(DEVICE)
+    keys = queue(kind, columns, 8, sample).to(DEVICE)
     given = masks("pairs", rows, columns, DEVICE)
     given["negative_mask"][3] = torch.tensor([k % 8 < 2 and k in (*range(32), *range(64, 96)) for k in range(columns)])
     scores, index = reference.mine_hardest(q, keys, columns, dense_mask(q, keys, given))
@@ -282,11 +282,12 @@ def test_a_certificate_needs_N_found_and_no_full_buffer():
     """Rows of 40 buffers with room for 5: N found; one fewer; one too many in the first buffer, or in the last; no cut; both."""
     from negmine.kernels.triton.certificate import certificate
     from negmine.kernels.triton.scan import Survivors
+    from negmine.kernels.triton.sort_key import EVERYTHING
 
     N, found = 40, torch.ones(6, 40, dtype=torch.int32, device=DEVICE)
     found[0, 0], found[0, 1:5], found[1, 7] = 5, 0, 0
     found[2, 0], found[3, 39], found[4], found[5, 0] = 6, 6, 0, 6
-    cut = torch.tensor([0.0, 0.0, 0.0, 0.0, -torch.inf, -torch.inf], device=DEVICE)[:, None]
+    cut = torch.tensor([0, 0, 0, 0, EVERYTHING.value, EVERYTHING.value], device=DEVICE)[:, None]
     missing = certificate(Survivors(found, found, None, 5), cut, N)
     assert missing.tolist() == [[-1], [N - 1], [N - 1], [N - 1], [-1], [N - 1]]
 
