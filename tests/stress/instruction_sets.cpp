@@ -18,6 +18,7 @@
 #include "kernels/cpu/logsumexp.h"
 #include "kernels/cpu/logsumexp_grad_keys.h"
 #include "kernels/cpu/logsumexp_window.h"
+#include "kernels/cpu/maxsim.h"
 #include "kernels/cpu/mine_hardest.h"
 #include "kernels/cpu/mix_logsumexp.h"
 #include "kernels/cpu/mix_negatives.h"
@@ -79,6 +80,8 @@ class Calls {
         random(seed),
         query(c.B, c.D, c.query, random),
         keys(c.K, c.D, c.keys, random),
+        guide_query(c.B, kGuide, c.keys, random),
+        guide_keys(c.K, kGuide, c.query, random),
         mask(c.B * c.K),
         query_ids(c.B),
         key_ids(c.K),
@@ -87,6 +90,8 @@ class Calls {
         ranks(c.B * 2),
         hard(c.B * kHard),
         gathered(c.B * kGathered),
+        lengths(c.K / kTokens),
+        guide_limit(c.B),
         bias(c.K),
         pivot(c.B),
         lse(c.B),
@@ -104,6 +109,8 @@ class Calls {
     for (int64_t& index : hard) index = random() % c.K;
     for (int64_t b = 0; b < c.B; ++b) hard[b * kHard + kHard - 1] = -1;
     for (int64_t& index : gathered) index = static_cast<int64_t>(random() % (c.K + 3)) - 3 < 0 ? -1 : random() % c.K;
+    for (int64_t& length : lengths) length = random() % (kTokens + 2);
+    for (float& x : guide_limit) x = static_cast<float>(random() % 5) - 1.5f;
     for (float& x : bias) x = static_cast<float>(random() % 7) * 0.25f - 1.0f;
     for (float& x : pivot) x = static_cast<float>(random() % 5) - 1.5f;
     for (float& x : lse) x = 4.0f + static_cast<float>(random() % 5);
@@ -118,6 +125,10 @@ class Calls {
     if (kind == "labels") pool.query_labels = query_ids.data(), pool.negative_labels = key_ids.data();
     if (kind == "labels") pool.same_label = true;
     if (kind == "bounds" || kind == "everything") pool.lower = lower.data(), pool.upper = upper.data();
+    if (kind == "guide") {
+      pool.guide_query = guide_query.matrix, pool.guide_keys = guide_keys.matrix;
+      pool.guide_width = kGuide, pool.guide_limit = guide_limit.data();
+    }
     biased = pool;
     if (kind == "everything") biased.bias = bias.data();
   }
@@ -159,7 +170,9 @@ class Calls {
     logsumexp_mine(sum_into("logsumexp with mining", 1), mine_into(9), one);
     logsumexp_between(sum_into("logsumexp between ranks", 1), ranks.data(), f.counts("window", 2 * B), one);
     for (const int64_t N : {int64_t{1}, int64_t{20}, K + 3}) mine_hardest(mine_into(N), one);
-    mine_gathered(mine_into(6), gathered.data(), kGathered, pivot.data(), one);
+    MineHardestParams listed = mine_into(6);
+    listed.pool = Pool();  // which columns a query sees, the list says
+    mine_gathered(listed, gathered.data(), kGathered, pivot.data(), one);
     rank_thresholds({.query = query.matrix,
                      .negative_keys = keys.matrix,
                      .B = B,
@@ -189,7 +202,13 @@ class Calls {
                                  .pool = biased};
     grad.grad_keys = f.sums("logsumexp_grad_keys", K * D);
     logsumexp_grad_keys(grad, one);
+    grad.grad_keys = nullptr;
+    grad.grad_bias = f.sums("logsumexp_grad_bias", K);
+    logsumexp_grad_keys(grad, one);
     const float offset = -1.5f;
+    grad.grad_bias = f.sums("softplus_sum_grad_bias", K);
+    softplus_sum_grad_keys(grad, &offset, one);
+    grad.grad_bias = nullptr;
     grad.grad_keys = f.sums("softplus_sum_grad_keys", K * D);
     softplus_sum_grad_keys(grad, &offset, one);
     softplus_sum({.query = query.matrix,
@@ -205,6 +224,30 @@ class Calls {
                   .sigmoid_sum = f.sums("sigmoid_sum", B),
                   .num_kept = f.counts("softplus num_kept", B)},
                  one);
+    std::vector<int64_t> widths{1};
+    for (const int64_t width : {D / 2, D}) {
+      if (width > widths.back()) widths.push_back(width);
+    }
+    const int64_t W = static_cast<int64_t>(widths.size());
+    LogsumexpParams prefixes = sum_into("prefix_logsumexp", W);
+    prefixes.widths = widths.data();
+    prefixes.pivot = nullptr, prefixes.num_above = nullptr;
+    prefixes.pool.lower = prefixes.pool.upper = nullptr;
+    logsumexp(prefixes, one);
+    const int64_t documents = K / kTokens;
+    for (const int64_t* each : {static_cast<const int64_t*>(nullptr), lengths.data()}) {
+      maxsim({.query = query.matrix,
+              .negative_keys = keys.matrix,
+              .B = 1,
+              .I = B,
+              .K = documents,
+              .J = kTokens,
+              .D = D,
+              .negative_lengths = each,
+              .scores = f.sums("maxsim", documents),
+              .index = f.counts("maxsim index", B * documents)},
+             one);
+    }
     Draws draws{.hard_index = hard.data(), .N = kHard, .pairs = 9, .with_query = 5, .seed = 7, .step = 3};
     std::vector<uint16_t> narrow(B * draws.S() * D);
     void* vectors =
@@ -276,13 +319,13 @@ class Calls {
   }
 
  private:
-  static constexpr int64_t kHard = 12, kGathered = 37;
+  static constexpr int64_t kHard = 12, kGathered = 37, kGuide = 5, kTokens = 7;
   Case c;
   std::mt19937 random;
-  Stored query, keys;
+  Stored query, keys, guide_query, guide_keys;
   std::vector<uint8_t> mask;
-  std::vector<int64_t> query_ids, key_ids, lower, upper, ranks, hard, gathered;
-  std::vector<float> bias, pivot, lse, weight, cell_weight;
+  std::vector<int64_t> query_ids, key_ids, lower, upper, ranks, hard, gathered, lengths;
+  std::vector<float> guide_limit, bias, pivot, lse, weight, cell_weight;
   Pool pool, biased;
 };
 
@@ -306,11 +349,12 @@ int main() {
   const Dtype all[] = {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16};
   for (const Dtype query : all) {
     for (const Dtype keys : all) {
-      for (const char* pool : {"none", "mask", "pairs", "ids", "labels", "bounds", "everything"}) {
+      for (const char* pool : {"none", "mask", "pairs", "ids", "labels", "bounds", "everything", "guide"}) {
         cases.push_back({7, 301, 21, query, keys, pool});
       }
       cases.push_back({66, 700, 16, query, keys, "everything"});
       cases.push_back({20, 260, 33, query, keys, "ids"});
+      cases.push_back({66, 700, 16, query, keys, "guide"});
     }
   }
   for (const Dtype dtype : all) {
