@@ -107,6 +107,10 @@ REFUSED = [
     ("--positives p.npy --num-negatives 0", "num_negatives must be an int of 1 or more, got 0"),
     ("--positives p.npy --rescore embedder:Words", "query_texts must be given if rescore is, got None"),
     ("--positives none.jsonl --relative-margin 0.1", "positives must be at least one per query if select has a margin"),
+    (
+        "--positives p.npy --index IVFlat",
+        "index must be 'exact', 'cagra', or a factory string that FAISS takes for D =",
+    ),
     ("--positives p.npy --query-embeddings c.npy narrow.npy", "query_embeddings[1] must be of the D and dtype"),
 ]
 
@@ -118,6 +122,8 @@ def test_a_dry_run_refuses_what_a_run_refuses(folder, capsys, words, said):
     for name, entries in (("p", [0, 1, 2, 3, 4]), ("short", [0, 1, 2, 3]), ("far", [0, 1, 2, 3, 99])):
         np.save(f"{name}.npy", np.array(entries))
     np.save("narrow.npy", CORPUS[:, :3])
+    if "--index" in words:
+        pytest.importorskip("faiss")
     for more in ([], ["--dry-run"]):
         assert main(["mine", *EMBEDDINGS, *words.split(), "--output", "r.npz", *more]) == 2
         assert said in capsys.readouterr().err

@@ -467,7 +467,7 @@ def test_a_corpus_of_more_rows_than_a_place_can_name_is_refused():
 
 def test_an_unknown_kind_of_index_is_refused():
     pytest.importorskip("faiss")
-    with pytest.raises(ValueError, match="kind must be 'exact', 'cagra', or a factory string that FAISS takes"):
+    with pytest.raises(ValueError, match="index must be 'exact', 'cagra', or a factory string that FAISS takes"):
         call(index="no such kind")()
 
 

@@ -1,5 +1,6 @@
 """The losses of the sentence-transformers adapter against their dense definitions and, if installed, the original classes."""
 
+import copy
 import itertools
 
 import pytest
@@ -294,14 +295,18 @@ def test_the_real_classes(kind, cached):
     texts = [[f"{word} {side}" for word in ("a cat", "the sea", "two lamps", "iron", "my uncle")] for side in "xyz"]
     more = [package.SentenceTransformer(str(path), device="cpu")] if kind == "GISTEmbedLoss" else []
     every = [{}, {"contrast_positives": False, "margin": 0.05}] if more else [RANKINGS[0], *RANKINGS[7:]]
+    exact = copy.deepcopy(model).double()
     for options in every:
         found = []
-        for loss in pair:
-            model.zero_grad()
-            value = loss(model, *more, **options, **({"mini_batch_size": 2} if cached else {}))(
-                [model.preprocess(column) for column in texts], None
+        for loss, encoder in (*((loss, model) for loss in pair), (pair[0], exact)):
+            encoder.zero_grad()
+            guides = [guide.double() if encoder is exact else guide.float() for guide in more]
+            value = loss(encoder, *guides, **options, **({"mini_batch_size": 2} if cached else {}))(
+                [encoder.preprocess(column) for column in texts], None
             )
             value.backward()
-            found.append([value.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-        for got, want in zip(*found, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5 * float(want.abs().max()) + 1e-7)
+            found.append([value.detach(), *(p.grad.clone() for p in encoder.parameters() if p.grad is not None)])
+        for theirs, got, want in zip(*found, strict=True):
+            largest = float(want.abs().max())
+            off, their_off = (float((values - want).abs().max()) for values in (got, theirs))
+            assert off <= 2 * their_off + 1e-6 * largest + 1e-9, options  # fp32 through a model of six layers

@@ -93,6 +93,16 @@ class ExactEngine:
             write(block.view(torch.uint8).numpy().data)
 
 
+def faiss_index(op: str, name: str, kind: str, dim: int) -> Any:
+    """An empty index of FAISS, by its factory string, which is the argument `name` of op."""
+    faiss = _faiss(op)
+    try:
+        return faiss.index_factory(dim, kind, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        wanted = f"'exact', 'cagra', or a factory string that FAISS takes for D = {dim} ({_last_line(error)})"
+        raise refuse(op, name, wanted, kind) from error
+
+
 class FaissEngine:
     """Inner products by any index of FAISS's factory."""
 
@@ -120,12 +130,7 @@ class FaissEngine:
     def build(
         cls, op: str, kind: str, rows: Rows, train_rows: int | None, seed: int, options: dict, device: torch.device
     ) -> "FaissEngine":
-        faiss = _faiss(op)
-        try:
-            index = faiss.index_factory(rows.dim, kind, faiss.METRIC_INNER_PRODUCT)
-        except RuntimeError as error:
-            wanted = f"'exact', 'cagra', or a factory string that FAISS takes for D = {rows.dim} ({_last_line(error)})"
-            raise refuse(op, "kind", wanted, kind) from error
+        index = faiss_index(op, "kind", kind, rows.dim)
         if not index.is_trained:
             try:
                 index.train(training_sample(rows, train_rows, seed))

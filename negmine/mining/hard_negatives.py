@@ -27,6 +27,7 @@ import torch
 
 from negmine.mining.batch_miner import BatchMiner, needs_count, nested_filters
 from negmine.mining.dedup import Deduplicator, first_equal
+from negmine.mining.engines import faiss_index
 from negmine.mining.executors import ExecutorScan, LocalExecutor, open_queries
 from negmine.mining.identity import Hidden, Side, resolve
 from negmine.mining.index import NegativeIndex, measure_recall, require_same_rows, sample_queries
@@ -512,6 +513,8 @@ def _make_plan(options: dict[str, Any], inputs: _Inputs, positives: Any, exclude
         _require_positives(hidden, "select has a margin")
     if isinstance(index, NegativeIndex):
         require_same_rows(OP, "corpus_embeddings", index, corpus.rows)
+    elif index not in ("exact", "cagra"):
+        faiss_index(OP, "index", index, queries.dim)  # refuses what FAISS does not know, before any work
     is_dense = corpus.is_dense(options["backend"], queries.dtype)
     exact = getattr(index, "kind", index) == "exact"
     near = options["deduplicate"] == "near"
