@@ -1,5 +1,8 @@
 """The choice of backends: limits of kernels, and calls whose scores must come from one backend. No GPU is needed."""
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -313,3 +316,15 @@ def test_a_bias_or_a_guide_of_shared_keys_goes_to_a_backend_that_takes_it(monkey
         match=rf"^f: backend 'cuda' does not support a {extra} of shared keys; 'cpu' and 'triton' do$",
     ):
         backends._choose("f", ("count_negatives",), "cuda", *rest, extra)
+
+
+def test_negmine_imports_where_triton_cannot_be_imported():
+    program = (
+        "import sys, torch; sys.modules['triton'] = None; import negmine; from negmine.ops import backends; "
+        "print(*(row.refusal for row in backends.BACKENDS if row.name == 'triton'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("its import failed: ")

@@ -192,9 +192,9 @@ def _triton_backend() -> Backend:
         )
     try:
         module = importlib.import_module("negmine.ops.triton_ops")
+        found = module.launchers(("cuda", "cpu") if INTERPRETED else ("cuda",))
     except ImportError as error:
         return Backend("triton", "cuda", refusal=f"its import failed: {error}")
-    found = module.launchers(("cuda", "cpu") if INTERPRETED else ("cuda",))
     return Backend("triton", "cuda", found, second_device="cpu" if INTERPRETED else "")
 
 
