@@ -305,8 +305,10 @@ def test_the_real_classes(kind, cached):
                 [encoder.preprocess(column) for column in texts], None
             )
             value.backward()
-            found.append([value.detach(), *(p.grad.clone() for p in encoder.parameters() if p.grad is not None)])
-        for theirs, got, want in zip(*found, strict=True):
-            largest = float(want.abs().max())
-            off, their_off = (float((values - want).abs().max()) for values in (got, theirs))
-            assert off <= 2 * their_off + 1e-6 * largest + 1e-9, options  # fp32 through a model of six layers
+            gradients = [p.grad.double().flatten() for p in encoder.parameters() if p.grad is not None]
+            found.append((value.item(), torch.cat(gradients)))
+        theirs, got, want = found
+        assert got[0] == pytest.approx(want[0], rel=1e-4, abs=1e-7), options
+        off, their_off = (float((gradient - want[1]).norm()) for _, gradient in (got, theirs))
+        # Both are rounded to fp32 through a model of six layers; where a loss is small, its logits are rounded differently.
+        assert off <= 3 * their_off <= 1e-3 * float(want[1].norm()) + 1e-7, options
