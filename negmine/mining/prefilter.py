@@ -82,7 +82,7 @@ class Rounding:
     dtypes: tuple[torch.dtype, ...]
     round: Callable[[Tensor], Rounded]
     mine: Callable[[Rounded, Rounded, int, Pool], tuple[Tensor, Tensor, Tensor]]
-    extra: int  # scores may be nearly equal
+    extra: int  # more than 0, because many scores may be nearly equal
 
 
 BF16 = Rounding((torch.float32, torch.float16), round_to_bf16, mine_bf16, 48)
@@ -146,9 +146,11 @@ class Prefilter:
             )  # (B,)
             candidate_pool = pool._replace(upper=sort_key.pack(max_score + bound, 0))
         approximate, index, num_kept = rounding.mine(rounded_query, rounded_keys, N + rounding.extra, candidate_pool)
-        # The N-th of those that pass for sure stands behind those that may not pass, for a descends.
-        unsure = 0 if max_score is None else (approximate > (max_score - bound)[:, None]).sum(1, keepdim=True)
-        last = (unsure + N - 1) * torch.ones(len(query), 1, dtype=torch.int64, device="cpu")
+        # The scores descend: first come the columns that may not pass the filters, then those that certainly pass.
+        highest_sure = torch.full_like(bound, torch.inf) if max_score is None else max_score - bound
+        last = (
+            (approximate > highest_sure[:, None]).sum(1, keepdim=True) + N - 1
+        )  # (B, 1), place of the N-th of the latter
         known = approximate.gather(1, last.clamp_max(approximate.shape[1] - 1))
         least = torch.where(last < approximate.shape[1], known - 2 * bound[:, None], -torch.inf)  # (B, 1)
         columns = torch.where(approximate >= least, index, -1).sort(1).values  # (B, M), -1 first

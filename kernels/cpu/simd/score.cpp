@@ -216,13 +216,13 @@ void transpose_pairs(const Block& block, const Workspace& w, int64_t padded) {
 #endif
 
 #if defined(__AVX512F__)
-// Codes (matrix.h) are multiplied as they are, four elements of a row in one step: unsigned bytes of the queue by
-// signed ones of the queries, which are 128 less than their codes, as is each element of the queue less than its byte.
-// So a sum begins with -128 times the sum of the query's.
+// Codes (matrix.h) are multiplied four elements at a time: the bytes of the queue's rows as unsigned numbers, which are
+// 128 too large, by the queries' elements as signed numbers. Each sum therefore starts at -128 times the sum of the
+// query's elements.
 
-// sum + the products of four unsigned bytes of each word of a with four signed ones of b. As text, because gcc copies
-// the accumulators of its own function in every step, and because this instruction alone is more than the others here
-// may use: dispatch.cpp asks for it.
+// Adds to each word of sum the four products of unsigned bytes of a with signed bytes of b. In assembly, because gcc
+// copies the accumulators in every step of the loop if its intrinsic function is used. AVX512-VNNI is not among the
+// instructions that the other kernels of this instruction set need, so code_kernels() in dispatch.cpp asks for it.
 NEGMINE_INLINE void add_products(VI& sum, VI a, VI b) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 
 // Behind a block's words in w.q_t: where the sum of each lane begins, and its scale.
