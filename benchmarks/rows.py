@@ -51,14 +51,15 @@ def write_between(page: Path, begin: str, text: str) -> None:
     page.write_text("\n".join([before + begin, "", text.strip("\n"), "", END + rest.split(END, 1)[1]]))
 
 
-# Generations of Intel's server processors by the model number of family 6, because a virtual machine often names itself
-# "Intel(R) Xeon(R) Processor" alone.
+# Generations of server processors by family and model number, because a virtual machine often gives a bare name: "AMD EPYC",
+# "Intel(R) Xeon(R) Processor". AMD's processors with AVX-512 are not told apart here: their rows are those of "amd-epyc".
 GENERATIONS = {
-    "85": "skylake",  # Cascade Lake and Cooper Lake have this number too
-    "106": "ice-lake",
-    "143": "sapphire-rapids",
-    "173": "granite-rapids",
-    "207": "emerald-rapids",
+    ("AuthenticAMD", "25", "1"): "zen-3",
+    ("GenuineIntel", "6", "85"): "skylake",  # Cascade Lake and Cooper Lake have this number too
+    ("GenuineIntel", "6", "106"): "ice-lake",
+    ("GenuineIntel", "6", "143"): "sapphire-rapids",
+    ("GenuineIntel", "6", "173"): "granite-rapids",
+    ("GenuineIntel", "6", "207"): "emerald-rapids",
 }
 
 
@@ -68,10 +69,9 @@ def machine_name(device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         name = torch.cuda.get_device_name()
     else:
         fields = dict(re.findall(r"^(.+?)\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE))
-        name = fields.get("model name", "cpu")
-        if fields.get("vendor_id") == "GenuineIntel":
-            name = re.sub(r"\(R\)|\bProcessor\b|\bCPU\b|@.*", " ", name)
-            name += " " + GENERATIONS.get(fields.get("model", ""), "")
+        name = re.sub(r"\(R\)|\bProcessor\b|\bCPU\b|@.*", " ", fields.get("model name", "cpu"))
+        generation = tuple(fields.get(key, "") for key in ("vendor_id", "cpu family", "model"))
+        name += " " + GENERATIONS.get(generation, "")
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -54,17 +54,19 @@ def test_a_peer_that_cannot_run_is_left_out_and_said(tiny, capsys):
 
 
 @pytest.mark.parametrize(
-    ("vendor", "model", "says", "name"),
+    ("vendor", "family", "model", "says", "name"),
     [
-        ("GenuineIntel", "106", "Intel(R) Xeon(R) Processor @ 2.80GHz", "intel-xeon-ice-lake"),
-        ("GenuineIntel", "143", "Intel(R) Xeon(R) Platinum 8488C", "intel-xeon-platinum-8488c-sapphire-rapids"),
-        ("GenuineIntel", "999", "Intel(R) Xeon(R) CPU @ 2.20GHz", "intel-xeon"),
-        ("AuthenticAMD", "17", "AMD EPYC", "amd-epyc"),
+        ("GenuineIntel", "6", "106", "Intel(R) Xeon(R) Processor @ 2.80GHz", "intel-xeon-ice-lake"),
+        ("GenuineIntel", "6", "143", "Intel(R) Xeon(R) Platinum 8488C", "intel-xeon-platinum-8488c-sapphire-rapids"),
+        ("GenuineIntel", "6", "999", "Intel(R) Xeon(R) CPU @ 2.20GHz", "intel-xeon"),
+        ("AuthenticAMD", "25", "1", "AMD EPYC", "amd-epyc-zen-3"),
+        ("AuthenticAMD", "25", "17", "AMD EPYC", "amd-epyc"),
     ],
 )
-def test_a_file_of_rows_is_named_after_the_processor(vendor, model, says, name, tmp_path):
+def test_a_file_of_rows_is_named_after_the_processor(vendor, family, model, says, name, tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(f"vendor_id\t: {vendor}\nmodel\t\t: {model}\nmodel name\t: {says}\n")
+    lines = {"vendor_id": vendor, "cpu family": family, "model": model, "model name": says}
+    cpuinfo.write_text("".join(f"{key}\t: {value}\n" for key, value in lines.items()))
     assert machine_name("cpu", cpuinfo) == name
 
 
