@@ -18,8 +18,8 @@ from benchmarks.peers import OPS, PLAIN_TOLERANCE, TOLERANCE, Answer, disagreeme
 from benchmarks.timing import Timing, interleave, peak_extra_bytes, product_rate
 
 Variants = dict[str, Callable[[Inputs], Answer]]
-OURS, EAGER = "negmine", "eager"
-PLAIN = (EAGER, "eager fp32", "torch.compile")
+OURS, EAGER, EAGER_FP32 = "negmine", "eager", "eager fp32"
+PLAIN = (EAGER, EAGER_FP32, "torch.compile")
 
 
 class Disagreement(Exception):
@@ -74,7 +74,7 @@ def variants_of(
     variants[EAGER] = op.eager
     if inputs.keys.dtype != torch.float32 and not inputs.keys.is_cuda:
         longer = in_float32(inputs)
-        variants["eager fp32"] = lambda _: op.eager(longer)
+        variants[EAGER_FP32] = lambda _: op.eager(longer)
     if with_compile:
         variants["torch.compile"] = torch.compile(op.eager)
     if with_peers:

@@ -292,6 +292,23 @@ def test_a_certificate_needs_N_found_and_no_full_buffer():
     assert missing.tolist() == [[-1], [N - 1], [N - 1], [N - 1], [-1], [N - 1]]
 
 
+def test_a_refilled_buffer_holds_the_columns_of_its_cut_and_nothing_else():
+    """Of the rows that failed; a stale key in any other slot would come out as a hardest negative."""
+    from negmine.kernels.triton.exact_search import collect_from
+    from negmine.kernels.triton.launch import score_tile
+    from negmine.kernels.triton.pool import kernel_pool
+
+    N, width, stale = 7, 40, 2**62  # above the sort key of every score here
+    q, keys, pool = whole(3, 8, device=DEVICE), whole(90, 8, device=DEVICE, seed=1), kernel_pool(Pool())
+    ranked = sort_key.pack(*reference.mine_hardest(q, keys, 90))  # (3, 90) int64, hardest first
+    missing = torch.tensor([[N - 1], [-1], [N - 1]], device=DEVICE)
+    survivors = torch.full((3, width), stale, device=DEVICE)
+    collect_from(q, keys, ranked[:, [N - 1]], missing, survivors, score_tile(q, keys, pool), pool)
+    want = torch.full((3, width), sort_key.NOWHERE, device=DEVICE)
+    want[:, :N], want[1] = ranked[:, :N], stale
+    compare.exact("survivors", survivors.sort(1, descending=True).values, want)
+
+
 @pytest.mark.parametrize("count", [2, 3, 70], ids=lambda R: f"{R} ranks")
 def test_rows_in_chunks_are_the_rows_at_once(count, monkeypatch):
     """A row at a time, where scratch memory has room for no more: each path of ranks, and mining."""
