@@ -21,7 +21,7 @@ from benchmarks.rows import RESULTS, Row
 PAGE = RESULTS.parents[1] / "docs" / "planning.md"
 MINED_D = 384  # the D whose rate of mining is used
 DIMENSION, ROW_BYTES, BATCH, DEPTH = 768, 2 * 768, 8192, 5  # of the mining jobs: bf16 rows, 5 negatives a query
-FORETELLS = 65536  # the K whose rate is tried on the longer queues
+PREDICTS = 65536  # the K whose rate is tried on the longer queues
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ def checked(runs: list[dict[str, str]]) -> list[str]:
     within = max(max(ratio, 1 / ratio) for ratio in ratios) - 1
     lines = [
         "",
-        "A simulation by discrete events (`benchmarks/simulate.py`) adds what such a sum leaves out: hashes, the scores of "
-        "positives, what every rank does for every query, exchanges, merges, and ranks that wait for the slowest. Its rates "
-        "come from runs of one process, two such runs side by side, and exchanges of bytes. Runs of other kinds, on the two "
-        f"cores of this machine, took up to {within:.0%} more or less than it predicts (load {runs[0]['load']}; spread: "
-        "largest less smallest of repeated runs, of their median):",
+        "A discrete-event simulation (`benchmarks/simulate.py`) also includes hashes, the scores of positives, the work that "
+        "every rank does for every query, communication, merges, and waiting for the slowest rank. Its rates come from runs "
+        "of one process, from two such runs at the same time, and from exchanges of bytes. Runs of other kinds, on the two "
+        f"cores of this machine, took up to {within:.0%} more or less than it predicts (load {runs[0]['load']}). The spread "
+        "is the difference between the slowest and the fastest of repeated runs, divided by their median.",
         "",
         "| run | predicted | measured | measured / predicted | spread |",
         "| --- | --- | --- | --- | --- |",
@@ -131,41 +131,46 @@ def mining(path: Path, simulation: Path) -> list[str]:
         "",
         "## Mining on several machines",
         "",
-        f"`mine_hard_negatives` with a margin and `count_skipped`, {DEPTH} negatives a query, made {rate:.3g} multiply-adds a "
-        f"second of a core in its longest run with D = {MINED_D}. What that rate foretells of the other runs, whose fixed costs "
-        "weigh more:",
+        f"In its longest run with D = {MINED_D}, `mine_hard_negatives` with a margin, `count_skipped` and {DEPTH} negatives per "
+        f"query computed {rate:.3g} multiply-adds per second and core. The table compares the times that follow from this rate "
+        "with those of other runs, in which fixed costs matter more.",
         "",
-        "| queries | rows | D | foretold | measured | measured / foretold |",
+        "| queries | rows | D | predicted | measured | measured / predicted |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        foretold, measured = work(row) / rate, float(row["cpu_s"])
-        cells = [f"{int(row['Q']):,}", f"{int(row['K']):,}", row["D"], f"{foretold:.3g} s", f"{measured:.3g} s"]
-        lines.append(f"| {' | '.join(cells)} | {measured / foretold:.2f} |")
+        predicted, measured = work(row) / rate, float(row["cpu_s"])
+        cells = [f"{int(row['Q']):,}", f"{int(row['K']):,}", row["D"], f"{predicted:.3g} s", f"{measured:.3g} s"]
+        lines.append(f"| {' | '.join(cells)} | {measured / predicted:.2f} |")
     rates = None
     if simulation.is_file():
         rates, runs = simulate.newest_rates(simulation)
         lines += checked(runs)
-    how = "Time is the larger of arithmetic and of reading rows that do not fit in memory, once for each batch of "
+    how = (
+        "The time is that of the arithmetic, or of reading rows that do not fit into memory if this takes longer, once for "
+        "each batch of "
+    )
     if rates is not None:
         how = (
-            f"Time is simulated; one node scans {SLOWEST:g} times as long as the others. Rows that do not fit in memory are "
-            "read, while others are scanned, once for each batch of "
+            f"The time is simulated; one node needs {SLOWEST:g} times as long for its scan as the others. Rows that do not fit "
+            "into memory are read while others are scanned, once for each batch of "
         )
     lines += [
         "",
-        f"Jobs with D = {DIMENSION} in bf16, each machine holding a range of rows "
+        f"The next table has jobs with D = {DIMENSION} in bf16. Each machine has a range of rows "
         f"([Ray, ranks or parts](mining.md#on-ray)). {how}"
-        f"{BATCH:,} queries. *Assumed*, not measured: that cores keep this rate side by side and for this D; "
-        f"{GPU_RATE:.3g} multiply-adds a second of a GPU; memory, the rates at which rows are read again, and prices: "
-        + "; ".join(
-            f"{f.what}: {size(f.memory)} a node, {f.refill / 1e9:g} GB/s, network {f.network / 1e9:g} GB/s, "
-            f"{f.dollars:g} $/h a node"
-            for f in FLEETS
-        )
-        + ". Traffic is what one node receives (queries) and sends (sort keys and counts).",
+        f"{BATCH:,} queries. Traffic is what one node receives (queries) and sends (sort keys and counts). These assumptions "
+        "were not measured:",
         "",
-        "| queries | rows | machines | rows a node | arithmetic | read again | time | traffic a node | price |",
+        "- All cores of a machine reach this rate at the same time, and also for this D.",
+        f"- A GPU computes {GPU_RATE:.3g} multiply-adds per second.",
+        *(
+            f"- {f.what[0].upper()}{f.what[1:]}: {size(f.memory)} per node for rows, which are read again at "
+            f"{f.refill / 1e9:g} GB/s, network {f.network / 1e9:g} GB/s, {f.dollars:g} $/h per node."
+            for f in FLEETS
+        ),
+        "",
+        "| queries | rows | machines | rows per node | arithmetic | read again | time | traffic per node | price |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for Q, K in MINING_JOBS:
@@ -198,21 +203,21 @@ def ring(rate: float, machine: str) -> list[str]:
         "",
         f"## A batch of {BATCH_OF_RING:,} pairs",
         "",
-        f"The symmetric loss of `adapters.open_clip` as a ring over {RANKS} GPUs, D = {RING_D} in bf16: each rank keeps its own "
-        f"{here:,} pairs and sees the features of one other rank at a time. *Assumed*, not measured: {GPU_RATE:.3g} "
-        "multiply-adds a second of a GPU, each counted for a score and the softmax mean together; "
-        f"{FLEETS[-1].network / 1e9:g} GB/s between GPUs. By the rate measured on `{machine}`, one such machine in the place of "
-        f"each GPU would take {span(work / rate)}.",
+        f"The symmetric loss of `negmine.adapters.open_clip` on {RANKS} GPUs, with D = {RING_D} in bf16. Each rank keeps its own "
+        f"{here:,} pairs, and the features of the other ranks are sent around a ring. Two rates were *assumed* and not "
+        f"measured: {GPU_RATE:.3g} multiply-adds per second and GPU, where a score and its share of the softmax mean count as "
+        f"one, and {FLEETS[-1].network / 1e9:g} GB/s between GPUs. At the rate measured on `{machine}`, eight such machines "
+        f"in place of the GPUs would need {span(work / rate)}.",
         "",
-        "| what, of one rank and one step | |",
+        "| for one rank and one step | |",
         "| --- | --- |",
         f"| multiply-adds | {work:.3g} |",
-        f"| time of arithmetic | {span(work / GPU_RATE)} |",
+        f"| time of the arithmetic | {span(work / GPU_RATE)} |",
         f"| features and gradients sent | {size(sent)} |",
-        f"| time of sending, beside the arithmetic | {span(transfer)} |",
-        f"| features held, own and passing, both sides | {size(2 * 2 * chunk)} |",
-        f"| the same if all ranks' features were gathered | {size(2 * RANKS * chunk)} |",
-        f"| its rows of the matrix of logits in fp32, never stored | {size(4 * here * BATCH_OF_RING)} |",
+        f"| time of sending, during the arithmetic | {span(transfer)} |",
+        f"| features in memory, of this rank and of one other | {size(2 * 2 * chunk)} |",
+        f"| the same if the features of all ranks were gathered | {size(2 * RANKS * chunk)} |",
+        f"| its rows of the matrix of logits in fp32, which are not stored | {size(4 * here * BATCH_OF_RING)} |",
     ]
 
 
@@ -224,35 +229,35 @@ def page(path: Path) -> str:
     lines = [
         "# Planning",
         "",
-        f"What larger jobs take on `{path.stem}` ({last['threads']} threads, torch {last['torch']}, {last['date'][:10]}), "
-        "by the rates of `benchmarks/results/`. Written by `python -m benchmarks.plan`; measure your own machine with "
-        "`make bench` first.",
+        f"This page estimates the time and memory of larger jobs on `{path.stem}` ({last['threads']} threads, torch "
+        f"{last['torch']}, {last['date'][:10]}) from the measurements in `benchmarks/results/`. It is written by "
+        "`python -m benchmarks.plan`; to get the page for your own machine, run `make bench` first.",
         "",
-        "## How far a rate carries",
+        "## How well a rate predicts longer queues",
         "",
-        f"The time at K = {FORETELLS:,} (B = {SWEEP.B}, D = {SWEEP.D}), multiplied up, against what was measured there:",
+        f"The predicted time is that of K = {PREDICTS:,} (B = {SWEEP.B}, D = {SWEEP.D}), multiplied by K / {PREDICTS:,}.",
         "",
-        "| op | K | foretold | measured | measured / foretold | extra memory |",
+        "| op | K | predicted | measured | measured / predicted | extra memory |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for op, curve in curves.items():
         for K, row in sorted(curve.items()):
-            if K > FORETELLS:
-                foretold = float(curve[FORETELLS]["median_ms"]) * K / FORETELLS
+            if K > PREDICTS:
+                predicted = float(curve[PREDICTS]["median_ms"]) * K / PREDICTS
                 measured = float(row["median_ms"])
                 lines.append(
-                    f"| {op} | {K:,} | {foretold:.3g} ms | {measured:.3g} ms | {measured / foretold:.2f} "
+                    f"| {op} | {K:,} | {predicted:.3g} ms | {measured:.3g} ms | {measured / predicted:.2f} "
                     f"| {row['peak_extra_mib']} MiB |"
                 )
     lines += [
         "",
-        "## What a job takes",
+        "## Estimates for single jobs",
         "",
-        "Time = B K D / rate, the rate that of the longest queue above. The matrix is what eager PyTorch would store; no "
-        "negmine op stores it. Keys that do not fit in memory stream from disk (`mine_hard_negatives`), at the disk's rate "
-        "if that is less.",
+        "The time is B K D / rate, with the rate of the longest queue above. The last column is the size of the (B, K) matrix "
+        "in fp32, which plain PyTorch would store and negmine does not. If keys do not fit into memory, "
+        "`mine_hard_negatives` reads them from disk, and the speed of the disk may limit it.",
         "",
-        "| job | op | B | K | D | time here | keys | the matrix |",
+        "| job | op | B | K | D | time on this machine | keys | (B, K) matrix |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for job in JOBS:

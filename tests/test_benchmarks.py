@@ -208,7 +208,7 @@ def rows(tmp_path, monkeypatch):
     """A CSV of three cases' rows, made by the command itself on a shrunken table."""
     monkeypatch.setitem(CASES, "small", TINY)
     monkeypatch.setattr(run, "QUICK", ["small"])
-    short = {"K": [plan.FORETELLS, 2 * plan.FORETELLS], "B": [1], "D": [8]}
+    short = {"K": [plan.PREDICTS, 2 * plan.PREDICTS], "B": [1], "D": [8]}
     shape = Case("", 1, 1500, 8, "float32", "", ("info_nce", "mine_hardest"))
     monkeypatch.setattr(
         run, "sweep", lambda letter: [replace(shape, name=f"{letter}={v}", **{letter: v}) for v in short[letter]]
