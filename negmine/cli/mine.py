@@ -61,6 +61,12 @@ GROUPS = {
 }  # fmt: skip
 SAMPLED_QUERIES, SAMPLED_ROWS, SAMPLED_TEXTS = 256, 1 << 14, 64  # used by a dry run to measure the speed
 OTHER_FORMS = (".gz", ".zst", ".json", ".csv", ".tsv", ".txt")  # file formats that cannot be written
+USAGE = """\
+negmine mine --beir FOLDER --model MODEL --output FILE [options]
+       negmine mine --collection FILE --queries FILE --qrels FILE --model MODEL --output FILE [options]
+       negmine mine --data JSONL --model MODEL --output FILE [options]
+       negmine mine --query-embeddings FILE --corpus-embeddings FILE --positives FILE --output FILE [options]
+"""
 EXAMPLES = """
 examples, one for each format:
   make training data for sentence-transformers from a BEIR folder and a model
@@ -140,6 +146,7 @@ def add(commands: Any, words: Sequence[str] = ()) -> None:
         "mine",
         help="find the hardest negatives of each query of a dataset",
         description="Run mine_hard_negatives on files and write files. The options are its arguments and the fields of Select.",
+        usage=USAGE,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
