@@ -1,4 +1,4 @@
-"""Shapes of other packages over negmine's ops: one module a package, imported by name and only where it is wanted.
+"""The signatures of other packages, implemented with negmine. There is one module for each package, imported by name:
 
 from negmine.adapters.lightly import NTXentLoss
 """

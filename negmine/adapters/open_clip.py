@@ -31,7 +31,7 @@ def _check_pair(op: str, image_features: Any, text_features: Any) -> None:
 
 
 class _OfAllRanks(torch.autograd.Function):
-    """Average the losses of the ranks' rows: the loss of the whole batch.
+    """Average the losses of the ranks' rows, which gives the loss of the whole batch.
 
     The gradient of each rank's loss is multiplied by `share`, so that features get the gradient that they have in open_clip.
     """
@@ -158,9 +158,8 @@ class ClipLoss(nn.Module):
         else:
             loss = self._over_ranks(image_features, text_features, temperature)
         if isinstance(logit_bias, Tensor):
-            loss = (
-                loss + 0.0 * logit_bias.sum()
-            )  # DistributedDataParallel raises an error for a parameter without gradient
+            # DistributedDataParallel raises an error for a parameter without gradient.
+            loss = loss + 0.0 * logit_bias.sum()
         return {"contrastive_loss": loss} if output_dict else loss
 
 

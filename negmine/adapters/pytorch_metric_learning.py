@@ -243,9 +243,8 @@ class CrossBatchMemory(nn.Module):
             raise checks.refuse(op, "miner", "None with a negmine loss, which has its own mining", type(miner).__name__)
         self.loss, self.miner = loss, miner
         self.memory = MoCoQueue(embedding_size, memory_size, with_ids=True, with_labels=True, random_init=False)
-        self.register_buffer(
-            "seen", torch.zeros((), dtype=torch.int64)
-        )  # the number of rows stored so far, which is the id of the next row
+        # The number of rows stored so far, which is the id of the next row.
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def reset_queue(self) -> None:
         """Remove all stored embeddings."""

@@ -1,4 +1,4 @@
-"""negmine index build, search, recall: a NegativeIndex in a file."""
+"""negmine index build, search, recall: make and use a NegativeIndex in a file."""
 
 import argparse
 from collections.abc import Callable
@@ -22,12 +22,12 @@ READERS = {
 
 
 def add(commands: Any) -> None:
-    """The subcommand and its own."""
-    parser = commands.add_parser("index", help="build, search and judge an index of a corpus")
+    """Add the subcommand with its three steps."""
+    parser = commands.add_parser("index", help="build, search and evaluate an index of a corpus")
     steps = parser.add_subparsers(dest="step", required=True, metavar="step")
 
     built = steps.add_parser(
-        "build", help="index the rows of a corpus", description="NegativeIndex.build, into a file."
+        "build", help="index the rows of a corpus", description="Run NegativeIndex.build and write the index to a file."
     )
     names = add_options(built, NegativeIndex.build, READERS)
     built.add_argument("--output", metavar="FILE", required=True, help="the index")
@@ -35,10 +35,10 @@ def add(commands: Any) -> None:
     built.set_defaults(run=lambda args: _build(args, names))
 
     for name, function, end, description in (
-        ("search", NegativeIndex.search, _search, "the k rows of largest inner product of each query"),
-        ("recall", NegativeIndex.recall, _recall, "the share of the exact answer that the index finds"),
+        ("search", NegativeIndex.search, _search, "find the k rows with the largest inner product for each query"),
+        ("recall", NegativeIndex.recall, _recall, "measure the fraction of the exact result that the index finds"),
     ):
-        step = steps.add_parser(name, help=description, description=f"NegativeIndex.{name} of an index in a file.")
+        step = steps.add_parser(name, help=description, description=f"Run NegativeIndex.{name} on an index in a file.")
         files_help = "what `negmine index build` wrote; several files are the shards of one index, in row order"
         step.add_argument("--index", metavar="FILE", nargs="+", required=True, help=files_help)
         loaded = add_options(step.add_argument_group("loading"), NegativeIndex.load, READERS, ("path",))

@@ -31,10 +31,10 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     merge.add(commands)
     index.add(commands)
     analyze.add(commands)
-    told = commands.add_parser(
+    doctor_parser = commands.add_parser(
         "doctor", help="show what works on this machine, why the rest does not, and what to install"
     )
-    told.set_defaults(run=_doctor)
+    doctor_parser.set_defaults(run=_doctor)
     checkout.add(commands)
     return made
 
@@ -44,13 +44,13 @@ def _doctor(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _told(error: BaseException, code: int, traceback: bool) -> int:
+def _report_error(error: BaseException, code: int, traceback: bool) -> int:
     if traceback:
         raise error
     # In an OSError of negmine, strerror is the whole message; in others, it is the reason, and filename is the file.
     own = isinstance(error, OSError) and error.filename is None and error.strerror
-    said = own or str(error) or type(error).__name__
-    print(said if said.startswith("negmine ") else f"negmine: {said}", file=sys.stderr)
+    message = own or str(error) or type(error).__name__
+    print(message if message.startswith("negmine ") else f"negmine: {message}", file=sys.stderr)
     return code
 
 
@@ -74,11 +74,10 @@ def main(words: Sequence[str] | None = None) -> int:
         print("negmine: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # otherwise Python prints an error again when it exits
+        # Otherwise Python prints an error again when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
     except (ValueError, TypeError) as error:
-        return _told(error, USAGE, traceback)
+        return _report_error(error, USAGE, traceback)
     except Exception as error:  # any other exception is reported in one line
-        return _told(error, FAILED, traceback)
+        return _report_error(error, FAILED, traceback)

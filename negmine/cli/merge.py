@@ -18,8 +18,8 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "merge",
         help="merge the parts of one mining job",
-        description="The file that `negmine mine` without --part would have written, to the byte. Parts of other inputs or "
-        "arguments, parts that are there twice, and parts that are missing are named, and nothing is written.",
+        description="Write the same file, byte for byte, that `negmine mine` without --part would write. If a part is missing, "
+        "is given twice, or was made with other inputs or arguments, an error names it, and nothing is written.",
     )
     parser.add_argument("parts", nargs="+", metavar="PART", help="what `negmine mine --part i/n --output PART` wrote")
     mine.add_data_sets(parser.add_argument_group("texts for training data, from a data set"))

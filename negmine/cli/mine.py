@@ -44,10 +44,7 @@ READERS = {
     "index": Reader(lambda words: _index(words), "KIND|FILE", "+"),
 }
 NO_OPTION = ("select", "process_group")  # the fields of select are options; a process group needs a program
-NO_FIELD = (
-    "sample",
-    "replace",
-)  # not allowed in mine_hard_negatives, which samples by num_negatives and sampling_strategy
+NO_FIELD = ("sample", "replace")  # not allowed in mine_hard_negatives, which has its own arguments for sampling
 DATA_SET = ("beir", "data", "collection")  # options that name a data set with texts, ids and positives
 EMBEDDED = ("query_embeddings", "corpus_embeddings")
 EMBEDDING = ("query_prompt", "corpus_prompt", "encode_batch_size", "normalize", "cache_dir")  # arguments of from_texts
@@ -187,9 +184,8 @@ def add(commands: Any, words: Sequence[str] = ()) -> None:
     )
     parser.instead = "; --beir, --collection or --data gives the positives, and --model the embeddings"
     options = {word.partition("=")[0] for word in words}
-    unneeded = (IN_DATA_SET if options & {f"--{name}" for name in DATA_SET} else ()) + (
-        EMBEDDED if "--model" in options else ()
-    )
+    has_data_set = bool(options & {f"--{name}" for name in DATA_SET})
+    unneeded = (*(IN_DATA_SET if has_data_set else ()), *(EMBEDDED if "--model" in options else ()))
     for action in parser._actions:
         action.required = action.required and action.dest not in unneeded
     parser.set_defaults(run=lambda args: run(parser, args, names, fields, made))
@@ -331,7 +327,7 @@ def _plan(
     model: Any,
     embedding: dict[str, Any],
 ) -> str:
-    """What a run would read and write, and how much memory and time it would take, judging by a small run."""
+    """What a run would read and write, and how much memory and time it would take, estimated by a small run."""
     said = []
     for path in [] if texts is None else texts.files:
         said.append(f"reads {path}" + ("" if is_url(path) else f", {os.path.getsize(path):,} bytes"))
@@ -352,7 +348,7 @@ def _plan(
         seconds = (time.monotonic() - begin) * sum(sizes) / sum(map(len, sample))
         rate = f"measured on {sum(map(len, sample)):,} texts"
         said.append(f"embedding {sum(sizes):,} texts: about {clock(seconds)}, {rate}")
-        shapes = zip(EMBEDDED, sizes, sample, strict=True)  # rows that take no memory stand for those of the model
+        shapes = zip(EMBEDDED, sizes, sample, strict=True)  # rows without memory instead of those of the model
         arguments |= {name: np.broadcast_to(rows[:1].numpy(), (count, rows.shape[1])) for name, count, rows in shapes}
     check_arguments(arguments | {"select": select})
     for name, count, rows in zip(EMBEDDED, sizes, sample, strict=True):

@@ -98,5 +98,5 @@ def hard_batches(result: MiningResult, *, datasets: Any = None) -> QueryBatches:
     if not isinstance(result, MiningResult):
         raise checks.refuse(OP, "result", "a MiningResult", type(result).__name__, TypeError)
     if result.query_texts is None:
-        raise checks.refuse(OP, "result", "mined with query_texts, which the rows of a dataset are found by", None)
+        raise checks.refuse(OP, "result", "mined with query_texts, by which the rows of a dataset are found", None)
     return QueryBatches(result, datasets)

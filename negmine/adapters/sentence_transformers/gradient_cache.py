@@ -28,7 +28,7 @@ def rows_of(op: str, features: Features) -> int:
     per_text = {name: value for name, value in tensors.items() if name != "prompt_length"}
     if first is None or "offsets" in features or any(len(value) != len(first) for value in per_text.values()):
         came = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
-        wanted = "tensors of one row a text (padded, neither packed nor of images), which mini-batches are cut from"
+        wanted = "padded tensors with one row for each text, to split into mini-batches (neither packed nor of images)"
         raise checks.refuse(op, "sentence_features", wanted, came)
     return len(first)
 

@@ -188,13 +188,13 @@ class MultipleNegativesRankingLoss(nn.Module):
         rows = self._of_queries(query, positive, negatives, queries, every, ids, options)
         if not {"doc_to_query", "doc_to_doc"} & set(self.directions):
             return rows.mean()
-        # What positive i sees, with anchor i as its positive, which "doc_to_query" has in its sum too.
-        parts, tags = [], []
+        # The candidates of positive i, whose own positive is anchor i. With "doc_to_query", the sum also includes anchor i.
+        keys, key_ids = [], []
         if "doc_to_query" in self.directions:
-            parts, tags = [queries], [ids]
+            keys, key_ids = [queries], [ids]
         if "doc_to_doc" in self.directions:
-            parts, tags = [*parts, *every], [*tags, ids.repeat(len(every))]
-        pool = Negatives(torch.cat(parts), ids=torch.cat(tags))
+            keys, key_ids = [*keys, *every], [*key_ids, ids.repeat(len(every))]
+        pool = Negatives(torch.cat(keys), ids=torch.cat(key_ids))
         if "doc_to_query" in self.directions:
             back = info_nce(positive, query, pool, reduction="none", **options)  # (B,)
         else:
