@@ -67,12 +67,12 @@ def _items(sentences: list[str]) -> str:
 
 
 def card(title: str, caption: str, plot: str) -> str:
-    """A section with a plot; empty where there is no plot. `caption` is HTML."""
+    """A section with a plot; empty if there is no plot. `caption` is HTML."""
     return f'<section><h3>{html.escape(title)}</h3><p class="soft">{caption}</p>{plot}</section>' if plot else ""
 
 
 def table(title: str, head: str, rows: list[str]) -> str:
-    """A section with a table; empty where there are no rows. `head` and `rows` are HTML."""
+    """A section with a table; empty if there are no rows. `head` and `rows` are HTML."""
     if not rows:
         return ""
     return (

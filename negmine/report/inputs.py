@@ -12,9 +12,8 @@ from negmine.ops.checks import describe, refuse
 from negmine.options import is_real
 
 OP = "hardness_report"
-Measure = Callable[
-    [np.ndarray, np.ndarray], Any
-]  # query numbers (M,), corpus rows (M,) -> (M,) similarities, NaN = unknown
+# query numbers (M,), corpus rows (M,) -> (M,) similarities, NaN = unknown
+Measure = Callable[[np.ndarray, np.ndarray], Any]
 
 
 def checked_edges(edges: Any) -> tuple[float, ...]:

@@ -54,8 +54,8 @@ class _Run:
     now: Ranking
     before: Ranking | None
     numbers: np.ndarray  # (Q,) global numbers of the sampled queries
-    hidden: RowLists  # of the sampled queries
-    anchor: Tensor  # (Q,) fp32 best positive's score, NaN where there is none
+    hidden: RowLists  # the rows outside the pools of the sampled queries
+    anchor: Tensor  # (Q,) fp32 score of the best positive, NaN if there is none
     edges: tuple[float, ...]
     tail: float
     samples: int
@@ -118,16 +118,13 @@ class _Run:
     def drift(self, begin: int, end: int, hard_tail: Tensor) -> None:
         now, before = self.now, self.before
         assert before is not None
-        old = before.hardest(before.queries[begin:end], self.depth, before.pool(self.hidden, begin, end))[
-            1
-        ]  # (B, depth)
+        pool = before.pool(self.hidden, begin, end)
+        _, old = before.hardest(before.queries[begin:end], self.depth, pool)  # (B, depth)
         old = old.masked_fill(hard_tail < 0, -1)
         kept = [(fig.shared(hard_tail[:, :n], old[:, :n]) / (old[:, :n] >= 0).sum(1)).cpu() for n in self.overlap_sizes]
         self.keep("overlap", torch.stack(kept, 1).double())
-        pair = [
-            side.queries[begin:end].double() @ side.corpus[self.compared].double().T for side in (now, before)
-        ]  # (B, S)
-        self.keep("rank_correlation", fig.spearman(*pair))
+        scores = [side.queries[begin:end].double() @ side.corpus[self.compared].double().T for side in (now, before)]
+        self.keep("rank_correlation", fig.spearman(*scores))  # of (B, S) each
 
 
 def _best_positive(ranking: Ranking, positives: RowLists) -> Tensor:
@@ -163,13 +160,10 @@ def _figures(run: _Run, classes: Classes | None) -> dict[str, np.ndarray]:
         weight = share[known].sum()
         out[f"similarity/{name}_overall"] = np.array((mean[known] * share[known]).sum() / weight if weight else np.nan)
     if classes is not None:
-        kin = np.bincount(
-            run.hidden.queries,
-            classes.corpus[run.hidden.rows] == classes.queries[run.numbers[run.hidden.queries]],
-            minlength=len(run.numbers),
-        )  # hidden rows of the query's own class
+        is_own_class = classes.corpus[run.hidden.rows] == classes.queries[run.numbers[run.hidden.queries]]
+        num_hidden = np.bincount(run.hidden.queries, is_own_class, minlength=len(run.numbers))  # of the query's class
         M = len(classes.corpus) - run.hidden.sizes
-        rate = (classes.sizes[classes.queries[run.numbers]] - kin) / np.maximum(M, 1)
+        rate = (classes.sizes[classes.queries[run.numbers]] - num_hidden) / np.maximum(M, 1)
         out["same_class_chance"] = np.array(rate.mean())
     out["positive_rank"], out["positive_score"] = joined["positive_rank"], run.anchor.cpu().numpy()
     for name in ("overlap", "rank_correlation"):
@@ -407,12 +401,12 @@ def hardness_report(
             end = min(begin + batch, len(numbers))
             run.batch(begin, end)
             advance(end - begin)
-        twins = near_duplicates(now, kept, seen, near_duplicate_score, batch, advance)
+        duplicates = near_duplicates(now, kept, seen, near_duplicate_score, batch, advance)
     figures = _figures(run, classes) | _consistency(run, K)
-    figures |= run.suspects.figures() | {"near_duplicates": np.array(len(twins))}
+    figures |= run.suspects.figures() | {"near_duplicates": np.array(len(duplicates))}
     if before is not None:
         figures["overlap_sizes"] = np.array(run.overlap_sizes)
-    closest = [(q, int(now_positive), row, {"score": -score}) for score, q, now_positive, row in twins[:num_suspects]]
+    closest = [(q, int(positive), row, {"score": -score}) for score, q, positive, row in duplicates[:num_suspects]]
     outscoring = [
         (q, _closest_positive(now, kept, q, row), row, {"score": score, "positive_score": positive})
         for _, q, row, score, positive in run.suspects.found

@@ -102,10 +102,8 @@ class Ranking:
         q, k = widened(query), widened(self.corpus)
         scores, rows = reference.mine_hardest(q, k, len(k), usable(pool, query, self.corpus))  # (B, K) each
         column = ranks.clamp(0, len(k) - 1)
-        outside = ranks < 0
-        return scores.gather(1, column).masked_fill(outside, -torch.inf), rows.gather(1, column).masked_fill(
-            outside, -1
-        )
+        scores, rows = scores.gather(1, column), rows.gather(1, column)
+        return scores.masked_fill(ranks < 0, -torch.inf), rows.masked_fill(ranks < 0, -1)
 
     def count_not_above(self, query: Tensor, anchor: Tensor, pool: Pool) -> Tensor:
         """anchor (B,) fp32 -> (B,) int64: how many rows of the pool have a score of at most the anchor."""

@@ -19,12 +19,13 @@ MAX_PER_QUERY = 3  # suspects listed for one query
 class Suspects:
     """The negatives among the hardest TOP of each query that outscore its best positive, largest gap first."""
 
-    most: int
-    found: list[tuple[float, int, int, float, float]] = field(
-        default_factory=list
-    )  # -gap, query, row, score, score of the positive
-    outscoring: list[Tensor] = field(default_factory=list)  # (B,) of the TOP hardest, those above the positive
-    margins: list[Tensor] = field(default_factory=list)  # (B, TOP) score - positive's
+    most: int  # number of suspects to keep
+    # (-gap, query, row, score, score of the positive)
+    found: list[tuple[float, int, int, float, float]] = field(default_factory=list)
+    # (B,) for each batch: how many of the TOP hardest outscore the positive
+    outscoring: list[Tensor] = field(default_factory=list)
+    # (B, TOP) for each batch: score minus the score of the positive
+    margins: list[Tensor] = field(default_factory=list)
 
     def batch(self, begin: int, scores: Tensor, rows: Tensor, anchor: Tensor) -> None:
         """Add a batch: scores, rows (B, TOP), anchor (B,), the score of the best positive or NaN if there is none."""

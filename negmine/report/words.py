@@ -1,6 +1,6 @@
 """Write the text of a report: findings, recommendations, and the table by difficulty.
 
-The constants below are the thresholds at which sentences change. They are our judgement.
+The constants below are the thresholds at which sentences change. We chose them by judgement.
 """
 
 from typing import Any
