@@ -1,10 +1,10 @@
 """Build negmine: the Python package and its extension modules. Its name, dependencies and tools are in pyproject.toml.
 
-NEGMINE_CUDA=auto|cpu|cu130|...   which CUDA; NEGMINE_ARCHES, NEGMINE_NVCC, CUDA_HOME: see build_tools/cuda_toolkit.py
-MAX_JOBS                          compilers at a time; default: the number of cores
+NEGMINE_CUDA=auto|cpu|cu130|...   which CUDA version; NEGMINE_ARCHES, NEGMINE_NVCC, CUDA_HOME: see build_tools/cuda_toolkit.py
+MAX_JOBS                          number of compilers at a time; default: the number of cores
 
-A build folder belongs to one variant and its packages start from nothing, so no stale file reaches a wheel. The objects
-are shared between variants (build_tools/native.py).
+Each variant has its own build folder, which is emptied first, so that no stale file gets into a wheel. Objects are shared between
+variants (build_tools/native.py).
 """
 
 import os
@@ -29,10 +29,10 @@ from build_tools.native import BuildError, compile_all  # noqa: E402
 VERSION = runpy.run_path("negmine/version.py")["__version__"]
 try:
     TOOLKIT = None if "sdist" in sys.argv else chosen_toolkit()
-except BuildError as refusal:
-    raise SystemExit(f"negmine: {refusal}") from None
+except BuildError as error:
+    raise SystemExit(f"negmine: {error}") from None
 VARIANT = TOOLKIT.tag if TOOLKIT else "cpu"
-FULL_VERSION = VERSION if "sdist" in sys.argv else f"{VERSION}+{VARIANT}"  # sources serve every variant
+FULL_VERSION = VERSION if "sdist" in sys.argv else f"{VERSION}+{VARIANT}"  # an sdist is for all variants
 
 
 def build_info() -> str:
@@ -65,7 +65,7 @@ class BuildExtensions(build_ext):
     def run(self) -> None:
         super().run()
         info = Path("negmine" if self.inplace else f"{self.build_lib}/negmine", "_build_info.py")
-        info.write_text(build_info())  # over the one that build_py may have copied from an in-place build
+        info.write_text(build_info())  # replaces the one that build_py may have copied from an in-place build
 
     def build_extensions(self) -> None:
         made = Build(TOOLKIT)
@@ -73,8 +73,8 @@ class BuildExtensions(build_ext):
             compile_all([unit for units in made.units.values() for unit in units])
             for extension in self.extensions:
                 made.link(extension.name, Path(self.get_ext_fullpath(extension.name)))
-        except BuildError as refusal:
-            raise SystemExit(f"negmine: {refusal}") from None
+        except BuildError as error:
+            raise SystemExit(f"negmine: {error}") from None
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
@@ -88,7 +88,7 @@ STABLE = ["negmine._ops_cpu"] + (["negmine._ops_cuda"] if TOOLKIT else [])
 
 setup(
     version=FULL_VERSION,
-    # kernels/ is a room of its own in the checkout and negmine.kernels once installed.
+    # The folder kernels/ of the checkout is installed as negmine.kernels.
     package_dir={"negmine": "negmine", "negmine.kernels": "kernels"},
     packages=[
         *find_packages(include=["negmine", "negmine.*"]),
@@ -96,7 +96,7 @@ setup(
         *(f"negmine.kernels.{package}" for package in find_packages("kernels")),
     ],
     package_data={"negmine": ["py.typed"], "negmine.kernels": ["README.md"]},
-    # build_tools/extensions.py knows the sources; MANIFEST.in puts them into the sdist.
+    # build_tools/extensions.py lists the sources; MANIFEST.in adds them to the sdist.
     ext_modules=[*(Extension(name, [], py_limited_api=True) for name in STABLE), Extension("negmine._C", [])],
     cmdclass={"build": BuildVariant, "build_ext": BuildExtensions},
 )

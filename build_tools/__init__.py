@@ -1,1 +1,1 @@
-"""What setup.py, the Makefile and the packaging tests share: compiling, finding CUDA, checking a wheel."""
+"""Code that setup.py, the Makefile and the packaging tests share: compile, find CUDA, check a wheel."""

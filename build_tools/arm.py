@@ -1,8 +1,8 @@
 """Run the CPU kernels for ARM on an emulator and compare them with the portable ones: python -m build_tools.arm
 
-Builds tests/stress/instruction_sets.cpp with a cross compiler (Debian: g++-aarch64-linux-gnu) and runs it under user-mode
-emulation (qemu-user). Then prints how many instructions a score takes in the inner loop of each instruction set: what can be
-known of the speed without such a processor. On a machine of that kind it needs neither tool.
+It builds tests/stress/instruction_sets.cpp with a cross compiler (Debian: g++-aarch64-linux-gnu) and runs it under user-mode
+emulation (qemu-user). Then it prints how many instructions a score takes in the inner loop of each instruction set, which is the
+only information about speed that can be had without such a processor. On an ARM machine it needs neither tool.
 """
 
 import os
@@ -18,7 +18,7 @@ from .native import BuildError, Unit, compile_all, link
 
 PROGRAM = Path("build/arm/instruction_sets")
 D = 128  # elements of a vector in the table
-# What adds products in the inner loop, and how many products one of them adds in fp32 lanes.
+# The instruction of the inner loop that adds products, and how many products it adds.
 PRODUCTS = {
     "neon": (r"^fmla", 4),
     "neonbf16": (r"^bfmmla", 16),
@@ -52,7 +52,7 @@ def inner_loops(disassembly: str) -> list[list[str]]:
 
 
 def instructions_per_score(objdump: str, unit: Unit, isa: str) -> float:
-    """Of the loop that adds most products at a time."""
+    """The number of instructions for one score, in the loop that adds the most products."""
     pattern, each = PRODUCTS[isa]
     command = [objdump, "-d", "--no-show-raw-insn", str(unit.object)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -66,7 +66,9 @@ def table(objdump: str, units: list[Unit]) -> None:
     for unit in units:
         isa = next((word.split("=")[1] for word in unit.command if word.startswith("-DNEGMINE_SIMD=")), "")
         if unit.source == "kernels/cpu/simd/score.cpp" and isa in PRODUCTS:
-            print(f"{isa:<12}{instructions_per_score(objdump, unit, isa):6.1f} instructions a score of {D} elements")
+            print(
+                f"{isa:<12}{instructions_per_score(objdump, unit, isa):6.1f} instructions for a score of {D} elements"
+            )
 
 
 def main() -> None:
@@ -77,15 +79,15 @@ def main() -> None:
     )
     emulator = [] if here else [tool("qemu-aarch64", "qemu-user"), "-cpu", "max"]
     native = Build(None)
-    made = Build(None)
-    made.cxx = compiler
-    kernels = made.cpu_kernels("aarch64")
+    cross = Build(None)
+    cross.cxx = compiler
+    kernels = cross.cpu_kernels("aarch64")
     units = [*kernels, Unit("tests/stress/instruction_sets.cpp", (*compiler, *CXX_FLAGS))]
     try:
         compile_all(units)
         link([*compiler, "-static"], units, ["-lpthread"], PROGRAM)
-    except BuildError as refusal:
-        raise SystemExit(f"make test-arm: {refusal}") from None
+    except BuildError as error:
+        raise SystemExit(f"make test-arm: {error}") from None
     done = subprocess.run([*emulator, str(PROGRAM)])
     if done.returncode:
         raise SystemExit("make test-arm: an instruction set disagrees with the portable one")

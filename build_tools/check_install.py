@@ -1,9 +1,9 @@
-"""From an sdist to an op that runs, in environments of their own: python -m build_tools.check_install [PYTHON...]
+"""Build, install and run negmine from an sdist, in fresh environments: python -m build_tools.check_install [PYTHON...]
 
-PYTHON: interpreters with torch 2.10 or later, setuptools, wheel and pybind11; default: this one. For each: an sdist of the
-checkout is unpacked elsewhere, a wheel is built from it (NEGMINE_CUDA and the rest as for any build), its contents are
-checked, auditwheel and torch-abi-audit give their views where they are installed, and a fresh environment that sees that
-interpreter's torch installs the wheel and runs it against the reference.
+PYTHON: interpreters with torch 2.10 or later, setuptools, wheel and pybind11; default: this one. For each of them, an sdist of
+the checkout is unpacked in another folder and a wheel is built from it, with NEGMINE_CUDA and the other variables as for any
+build. The contents of the wheel are checked, also by auditwheel and torch-abi-audit if they are installed. Then the wheel is
+installed in a fresh environment that uses the torch of that interpreter, and its results are compared with the reference.
 """
 
 import os
@@ -37,12 +37,12 @@ print(f"torch {torch.__version__}: ops agree with the reference; cuda: {cuda.ref
 """
 
 
-class Refusal(Exception):
-    """What does not hold, in a sentence."""
+class CheckFailed(Exception):
+    """A check failed; the message says which."""
 
 
 def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> str:
-    """What the command prints; a Refusal with its last words where it fails."""
+    """Run a command and return what it prints. Raises CheckFailed with the end of its output if it fails."""
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
@@ -51,15 +51,15 @@ def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> st
         text=True,
     )
     if done.returncode:
-        raise Refusal(f"{' '.join(map(str, command[:4]))} ... failed:\n{(done.stdout + done.stderr)[-3000:]}")
+        raise CheckFailed(f"{' '.join(map(str, command[:4]))} ... failed:\n{(done.stdout + done.stderr)[-3000:]}")
     return done.stdout
 
 
 def make_sdist(folder: Path) -> Path:
-    """The sdist of this checkout, unpacked; with the objects compiled before, which are found by what they were made from."""
+    """Unpack an sdist of this checkout. Objects that are already compiled are copied, and used if they are current."""
     run(sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", folder, "sdist", "--dist-dir", folder)
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
-        archive.extractall(folder, filter="tar")  # with its times: they say whether an object is current
+        archive.extractall(folder, filter="tar")  # keeps the times of files, which tell whether an object is current
     source = next(path.parent for path in folder.glob("*/setup.py"))
     if Path("build/objects").is_dir():
         shutil.copytree("build/objects", source / "build/objects")
@@ -67,15 +67,15 @@ def make_sdist(folder: Path) -> Path:
 
 
 def build_wheel(python: str, source: Path, folder: Path) -> Path:
-    """A wheel from the sdist by that interpreter, its contents as they should be."""
+    """Build a wheel from the sdist with that interpreter, and check its contents."""
     missing = [name for name in NEEDED if not has(python, name)]
     if missing:
-        raise Refusal(f"{python} lacks {', '.join(missing)}, and nothing is installed into it here.")
+        raise CheckFailed(f"{python} does not have {', '.join(missing)}, and this check installs nothing into it.")
     flags = ["--no-build-isolation", "--no-deps", "--quiet", "--wheel-dir", folder]
     run(python, "-m", "pip", "wheel", *flags, source)
     wheel = next(folder.glob("*.whl"))
     if wrong := faults(wheel):
-        raise Refusal(f"{wheel.name}: {'; '.join(wrong)}")
+        raise CheckFailed(f"{wheel.name}: {'; '.join(wrong)}")
     return wheel
 
 
@@ -85,37 +85,37 @@ def has(python: str, module: str) -> bool:
 
 
 def audits(wheel: Path, folder: Path) -> list[str]:
-    """The views of auditwheel and torch-abi-audit, a line each; of neither where they are not installed."""
-    said = []
+    """One line for each of auditwheel and torch-abi-audit that is installed."""
+    lines = []
     tools = Path(sys.executable).parent
     if (tools / "auditwheel").exists():
         shown = " ".join(run(tools / "auditwheel", "show", wheel).split())
         if tag := re.search(r'constrains the platform tag to "(\w+)"', shown):
-            said.append(f"auditwheel: {tag[1]}")
+            lines.append(f"auditwheel: {tag[1]}")
     if (tools / "torch-abi-audit").exists():
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder / "unpacked")
         for library in sorted((folder / "unpacked/negmine").glob("_ops_*.so")):
             shown = run(tools / "torch-abi-audit", library)
             if not re.search(r"Torch ABI:\s+STABLE", shown):
-                raise Refusal(f"torch-abi-audit does not find {library.name} stable:\n{shown}")
-            said.append(f"torch-abi-audit: {shown.strip().splitlines()[-1].strip()}")
-    return said
+                raise CheckFailed(f"torch-abi-audit does not find {library.name} stable:\n{shown}")
+            lines.append(f"torch-abi-audit: {shown.strip().splitlines()[-1].strip()}")
+    return lines
 
 
 def install_and_run(python: str, wheel: Path, folder: Path) -> str:
-    """A fresh environment of that interpreter with the wheel and a path to its torch; what PROGRAM says there."""
+    """Install the wheel in a fresh environment that uses the torch of that interpreter, and run PROGRAM there."""
     run(python, "-m", "venv", "--without-pip", folder / "env")
     second = folder / "env/bin/python"
     site = Path(run(second, "-c", SITES).split()[0])
     (site / "torch_of_the_first.pth").write_text(run(python, "-c", SITES))
-    # That path shows the first environment's packages too: an installed negmine there must not be what runs.
+    # All packages of the first environment can be imported too, but a negmine that is installed there must not be used.
     run(python, "-m", "pip", "--python", second, "install", "--quiet", "--no-deps", "--ignore-installed", wheel)
     return run(second, "-c", f"SITE = {str(folder)!r}\n{PROGRAM}", cwd=folder).strip()
 
 
 def check(python: str, folder: Path) -> list[str]:
-    """All of it for one interpreter; what was found, a line each."""
+    """Do all checks for one interpreter, and return lines about the wheel."""
     wheel = build_wheel(python, make_sdist(folder), folder)
     return [
         f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB",
@@ -129,8 +129,8 @@ def main(pythons: list[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 print(python, *check(python, Path(folder)), sep="\n    ", flush=True)
-            except Refusal as refusal:
-                raise SystemExit(f"check-wheel: {refusal}") from None
+            except CheckFailed as error:
+                raise SystemExit(f"check-wheel: {error}") from None
 
 
 if __name__ == "__main__":

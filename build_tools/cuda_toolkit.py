@@ -1,8 +1,8 @@
-"""Find nvcc and what belongs to it, and decide which CUDA is built.
+"""Find nvcc and its headers and libraries, and decide whether CUDA kernels are built.
 
-NEGMINE_CUDA    auto (default): where nvcc is found; cpu: never; cu130, cu132, ...: that version or a refusal
-NEGMINE_ARCHES  default 80;90a;100; the last plain one is also kept as PTX, for GPUs that came later
-NEGMINE_NVCC    the compiler; else the one of CUDA_HOME, else the one on PATH
+NEGMINE_CUDA    auto (default): build them if nvcc is found; cpu: do not; cu130, cu132, ...: build them with this version, or fail
+NEGMINE_ARCHES  default 80;90a;100; the highest one without a letter is also stored as PTX, for later GPUs
+NEGMINE_NVCC    the compiler; default: that of CUDA_HOME, otherwise the one on PATH
 """
 
 import os
@@ -75,7 +75,7 @@ def inspect(nvcc: str) -> Toolkit:
     for arch in arches:
         if not re.fullmatch(r"\d{2,3}[af]?", arch):
             raise BuildError(f"NEGMINE_ARCHES must be compute capabilities such as 80;90a;100, but contains {arch!r}.")
-    # nvcc on PATH may be a script, so its folder says nothing: the compiler itself knows its root.
+    # nvcc on PATH may be a script, so the toolkit may be in another folder. The compiler itself knows where.
     dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
     top = re.search(r"^#\$ TOP=(.*)$", dryrun, re.M)
     if not top:

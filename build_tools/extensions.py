@@ -1,12 +1,12 @@
-"""The three extension modules: which sources, which flags, which libraries.
+"""The three extension modules: their sources, compiler flags and libraries.
 
-    negmine._ops_cpu    stable-ABI ops over kernels/cpu; their declarations are in negmine/ops
-    negmine._ops_cuda   stable-ABI ops over kernels/cuda; links a stub named libtorch_cuda.so, so it loads where torch
-                        has CUDA and raises ImportError where it has not
-    negmine._C          pybind11; no torch header, no torch library
+    negmine._ops_cpu    ops over kernels/cpu by torch's stable ABI; negmine/ops declares them
+    negmine._ops_cuda   ops over kernels/cuda by torch's stable ABI; it is linked to a stub of libtorch_cuda.so, so that it
+                        loads if torch has CUDA and raises ImportError otherwise
+    negmine._C          pybind11; it uses neither headers nor libraries of torch
 
-The stable ABI (torch 2.10) and the limited API (Python 3.10) of the first two let one binary serve every torch from
-2.10 on. Flags belong to folders, not to extensions: kernels/cpu is compiled once and linked into _ops_cpu and _C.
+Because they use the stable ABI (torch 2.10) and the limited API (Python 3.10), one binary of the first two works with every
+torch from 2.10 on. Flags belong to folders, not to extensions: kernels/cpu is compiled once and linked into _ops_cpu and _C.
 """
 
 import importlib.util
@@ -29,10 +29,14 @@ X86_FLAGS = {
     "avx512bf16": [*AVX512, "-mavx512bf16"],
     "amxbf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
-# gcc schedules for ARM before it has registers for what it schedules, and spills accumulators.
+# Without this flag, gcc schedules for ARM before it allocates registers, and spills accumulators.
 NEON = ["-DNEGMINE_NEON", "-fno-schedule-insns"]
 ARM_FLAGS = {"neon": NEON, "neonbf16": [*NEON, "-march=armv8.2-a+bf16"]}
-ISA_FLAGS = {"x86_64": X86_FLAGS, "aarch64": ARM_FLAGS, "arm64": ARM_FLAGS}  # by machine, beside the portable ones
+ISA_FLAGS = {
+    "x86_64": X86_FLAGS,
+    "aarch64": ARM_FLAGS,
+    "arm64": ARM_FLAGS,
+}  # by machine, in addition to the portable set
 EMULATED_TILES = "-DNEGMINE_EMULATED_TILES"
 CXX_FLAGS = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-fPIC", "-Wall", "-I."]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-DTORCH_STABLE_ONLY", "-DPy_LIMITED_API=0x030A0000"]
@@ -45,12 +49,12 @@ def package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise BuildError(f"The build needs {name}, but this Python has none.")
-    return Path(spec.origin).parent.resolve()  # as the compiler names its headers, whose prefix is mapped away
+    return Path(spec.origin).parent.resolve()  # resolved, as in the names of headers whose prefix is removed
 
 
 @dataclass
 class Build:
-    """Units and link lines of every extension, for one toolkit or none."""
+    """The units and link commands of all extensions, with a CUDA toolkit or without."""
 
     toolkit: Toolkit | None
 
@@ -64,7 +68,8 @@ class Build:
 
     @cached_property
     def pybind11_include(self) -> Path:
-        # torch carries pybind11's headers: they serve where pip's are absent. Never both in one translation unit.
+        # torch contains a copy of pybind11's headers, which is used if pybind11 is not installed. One translation unit must
+        # never include both.
         own = importlib.util.find_spec("pybind11")
         return package_folder("pybind11") / "include" if own else self.torch / "include"
 
@@ -73,11 +78,11 @@ class Build:
         return [f"-I{sysconfig.get_path('include')}"]
 
     def cpu_kernels(self, machine: str = platform.machine()) -> list[Unit]:
-        # Baseline code first: where translation units share an inline function, the linker keeps the first copy, and an
-        # AVX-512 copy must not be the one that every CPU runs.
+        # Baseline code comes first. If translation units share an inline function, the linker keeps the first copy, which must
+        # not be an AVX-512 copy, because every processor runs it.
         once = [Unit(source, (*self.cxx, *CXX_FLAGS)) for source in glob("kernels/cpu/*.cpp")]
         isas = {"portable": [], **ISA_FLAGS.get(machine, {})}
-        if os.environ.get("NEGMINE_EMULATED_TILES") == "1":  # for tests: only what knows of tiles is compiled again
+        if os.environ.get("NEGMINE_EMULATED_TILES") == "1":  # for tests; compiles only the files that use tiles again
             isas["amxbf16"] = [*isas["amxbf16"], EMULATED_TILES]
             once = [
                 Unit(unit.source, (*unit.command, EMULATED_TILES)) if unit.source.endswith("/dispatch.cpp") else unit
@@ -97,7 +102,7 @@ class Build:
 
     def torch_ops(self, cuda: bool) -> list[Unit]:
         torch = [f"-isystem{self.torch}/include", f"-isystem{self.torch}/include/torch/csrc/api/include"]
-        # Headers put their own paths into messages: those of a wheel must not name the machine that built it.
+        # Messages contain the paths of headers. Those of a wheel must not contain paths of the machine that built it.
         torch.append(f"-ffile-prefix-map={self.torch}/=torch/")
         command = [*self.cxx, *CXX_FLAGS, *STABLE_ABI, *self.python_include, *torch]
         if cuda:
@@ -117,7 +122,7 @@ class Build:
 
     @cached_property
     def units(self) -> dict[str, list[Unit]]:
-        """Extension name -> the objects it is linked from."""
+        """The units that each extension is linked from, by its name."""
         kernels = self.cpu_kernels()
         units = {"negmine._ops_cpu": self.torch_ops(cuda=False) + kernels, "negmine._C": self.python_module() + kernels}
         if self.toolkit:
@@ -136,7 +141,7 @@ class Build:
         link(command, self.units[name], libraries, output)
 
     def libtorch_cuda_stub(self) -> Path:
-        """An empty library of that name: the loader then finds torch's own, which a CPU torch at build time has not."""
+        """An empty libtorch_cuda.so to link to, because a CPU build of torch has none. The loader then finds that of torch."""
         folder = Path("build/stub")
         folder.mkdir(parents=True, exist_ok=True)
         library = folder / "libtorch_cuda.so"

@@ -1,18 +1,18 @@
-"""make gpu: on a machine with a GPU, its own Python and no network, everything that needs one, unattended.
+"""make gpu: run everything that needs a GPU, unattended, on a machine with a GPU, its own Python and no network.
 
     python -m build_tools.gpu [PHASE ...] [--out FOLDER] [--minutes 9]
 
-    build      the extensions, in place
-    smoke      every kernel of every backend once, each in a process of its own (build_tools/gpu_smoke.py)
-    pairs      what two backends have, timed side by side: negmine/ops/backends.py chooses between them by these rows
-    test       the tests that run on a GPU, every backend, in shards side by side
-    bench      benchmarks/run.py against its peers, a process a case; rows go to benchmarks/results, and a copy to FOLDER
-    profile    Nsight Compute on the call that is furthest from its floor
-    sanitize   compute-sanitizer's memcheck and racecheck on small tests that together launch every kernel
+    build      build the extensions in place
+    smoke      run each kernel of each backend once, each in a separate process (build_tools/gpu_smoke.py)
+    pairs      time the ops that both Triton and CUDA have; negmine/ops/backends.py chooses between them by these rows
+    test       run the tests that need a GPU, for every backend, in several processes
+    bench      run benchmarks/run.py, one process for each case; rows go to benchmarks/results, with a copy in FOLDER
+    profile    run Nsight Compute on the call that is slowest compared with its lower bound
+    sanitize   run compute-sanitizer's memcheck and racecheck on small tests that together launch every kernel
 
-A phase that fails or takes more than its share of the time loses nothing of the others; the exit code is then 1. What
-each printed is in FOLDER/<phase>.txt, and the last lines say how each went. build comes before any other phase: where it
-is done already, it takes seconds.
+If a phase fails or exceeds its share of the time, the others still run, and the exit code is 1. FOLDER/<phase>.txt has the
+output of each phase, and the last lines show how each ended. build runs before any other phase; if everything is built
+already, it takes seconds.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from pathlib import Path
 
 from .cuda_toolkit import find_nvcc
 
-# Of the minutes; in the order of what a first run on a new card should tell before anything can go wrong.
+# Fractions of the time. On a new GPU, the first phases give the most important results, before anything goes wrong.
 SHARES = {"build": 0.12, "smoke": 0.12, "pairs": 0.14, "test": 0.28, "bench": 0.14, "profile": 0.06, "sanitize": 0.14}
 RESULTS = Path("benchmarks/results")
-TAIL = 25  # lines of a phase's output that are shown where it fails
+TAIL = 25  # lines of a phase's output that are shown if it fails
 Command = list[str]
 
 
@@ -40,7 +40,7 @@ def python(*arguments: str) -> Command:
 
 
 def commands(phase: str, out: Path) -> list[Command]:
-    """What a phase runs; every command is run, also after one that failed."""
+    """The commands of a phase. If one fails, the next still runs."""
     if phase == "build":
         return [python("setup.py", "--quiet", "build_ext", "--inplace")]
     if phase == "smoke":
@@ -67,13 +67,13 @@ def commands(phase: str, out: Path) -> list[Command]:
 
 
 def settings(phase: str, out: Path) -> dict[str, str]:
-    """The environment of a phase: one cache of compiled Triton kernels for all of its processes."""
+    """The environment of a phase. All processes share one cache of compiled Triton kernels."""
     cache = {"TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR") or str(Path("build/triton").absolute())}
     return os.environ | cache | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if phase == "sanitize" else {})
 
 
 def run(command: Command, log: Path, environment: dict[str, str], seconds: float) -> str:
-    """Empty where the command succeeds; in words what went wrong.  What it leaves running past its time is ended."""
+    """Run a command and kill it after its time. Returns what went wrong; empty if it succeeded."""
     if shutil.which(command[0]) is None:
         return f"{command[0]} is not installed"
     with log.open("a") as file:
@@ -93,7 +93,7 @@ def run(command: Command, log: Path, environment: dict[str, str], seconds: float
 
 
 def run_phase(phase: str, out: Path, seconds: float) -> tuple[str, float]:
-    """What went wrong, empty where nothing did; and the seconds it took."""
+    """Run a phase. Returns what went wrong (empty if nothing did), and how many seconds it took."""
     log = out / f"{phase}.txt"
     log.write_text("")
     start = time.monotonic()
@@ -105,14 +105,14 @@ def run_phase(phase: str, out: Path, seconds: float) -> tuple[str, float]:
     return "; ".join(faults), time.monotonic() - start
 
 
-def card() -> str:
-    """The GPU and what drives it."""
+def describe_gpu() -> str:
+    """The GPU, torch and Python. If NEGMINE_ARCHES is not set, kernels are then built only for this GPU."""
     import torch
 
     if not torch.cuda.is_available():
         raise SystemExit(f"make gpu needs a GPU that torch of {sys.executable} can use, and there is none.")
     name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    if find_nvcc() and "NEGMINE_ARCHES" not in os.environ:  # for this card alone: the other targets only cost time
+    if find_nvcc() and "NEGMINE_ARCHES" not in os.environ:  # other targets would only take time
         os.environ["NEGMINE_ARCHES"] = f"{major}{minor}" + ("a" if major == 9 else "")
     return f"{name}, sm_{major}{minor}, torch {torch.__version__}, Python {sys.version.split()[0]}"
 
@@ -125,13 +125,13 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if unknown := sorted(set(args.phase) - set(SHARES)):
         parser.error(f"there is no phase {', '.join(unknown)}; there are {', '.join(SHARES)}")
-    print(card(), flush=True)
+    print(describe_gpu(), flush=True)
     wanted = [phase for phase in SHARES if phase == "build" or not args.phase or phase in args.phase]
     args.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * args.minutes
     lines = []
     for place, phase in enumerate(wanted):
-        # What a phase leaves unused falls to those after it.
+        # Time that a phase does not use goes to the following ones.
         share = SHARES[phase] / sum(SHARES[later] for later in wanted[place:])
         print(f"{phase} ...", flush=True)
         fault, seconds = run_phase(phase, args.out, share * (deadline - time.monotonic()))

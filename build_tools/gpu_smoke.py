@@ -1,17 +1,16 @@
-"""make gpu PHASE=smoke: each kernel of each backend once: whether it runs, whether it is right, and how fast it is about.
+"""make gpu PHASE=smoke: for each kernel of each backend, does it run, is it correct, and roughly how fast is it?
 
     python -m build_tools.gpu_smoke [--out FOLDER] [--seconds 60] [--limit 20] [--device cuda] [--backend cuda triton]
 
-Every check runs in a process of its own, several at a time, so that a kernel that hangs costs its time limit and one
-that poisons its CUDA context or crashes costs one line. A line is printed, and a row is added to FOLDER/smoke.csv, as
-soon as a check ends:
+Each check runs in a separate process, several at a time, so that a kernel that hangs, crashes or breaks its CUDA context does
+not affect the other checks. As soon as a check ends, a line is printed and a row is added to FOLDER/smoke.csv:
 
     PASS  cuda    bfloat16  info_nce, ids              31.2 us graph    2.9 products
 
-Inputs are small whole numbers, whose scores are exact in every storage, so selections must equal the float64
-reference's. Losses and gradients must lie within twice the error of the reference in the same storage. The time is
-that of one forward and backward call, also in units of the matrix product query @ keys.T; the processes share the
-GPU, so read it to a factor of two.
+Inputs are small integers, whose scores are exact in every dtype, so selections must be equal to those of the reference in
+float64. The errors of losses and gradients may be at most twice those of the reference in the same dtype. The time is that of
+one forward and backward call, and is also given as a multiple of the time of the matrix product query @ keys.T. The processes
+share the GPU, so times may be off by a factor of two.
 """
 
 import argparse
@@ -29,7 +28,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-SHAPES = {"cuda": (256, 16_384, 128), "cpu": (8, 512, 16)}  # B, K, D by type of device; the CPU rehearses
+SHAPES = {
+    "cuda": (256, 16_384, 128),
+    "cpu": (8, 512, 16),
+}  # B, K, D by type of device; "cpu" is for tests of this program
 COLUMNS = ("status", "backend", "dtype", "case", "us", "timed", "products", "detail")
 RATES = "rates"  # the check that measures the GPU itself
 Call = Callable[..., list]  # (query, positive_key, keys, ids, backend) -> tensors to compare
@@ -44,9 +46,9 @@ class Check(NamedTuple):
 
 
 class Line(NamedTuple):
-    """What became of a check."""
+    """The result of a check."""
 
-    status: str  # PASS, FAIL, or SKIP where the backend refuses the call in words
+    status: str  # PASS, FAIL, or SKIP if the backend does not support the call
     us: float | None = None
     timed: str = ""
     products: float | None = None
@@ -54,7 +56,7 @@ class Line(NamedTuple):
 
 
 def cases() -> dict[str, Call]:
-    """Public calls that launch every kernel between them, the first to run first."""
+    """Public calls, in the order in which they run, which together launch every kernel."""
     import torch
 
     import negmine
@@ -127,13 +129,13 @@ def cases() -> dict[str, Call]:
 
 
 def checks(names: list[str]) -> list[Check]:
-    """All checks in the order in which they start: the hand-written kernels first, which are the likeliest to hang."""
+    """All checks in the order in which they start. The kernels in CUDA C++ are the most likely to hang, so they come first."""
     found = [Check(name, "bfloat16", case) for name in names for case in cases()]
     return found + [Check(name, "float32", case) for name in names if name != "cuda" for case in cases()]
 
 
 def compare_with_truth(check: Check, device: str) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Compares a call with the float64 reference; returns the call and the matrix product of its scores, to be timed."""
+    """Compare a call with the float64 reference. Returns the call, and the matrix product of its scores, to be timed."""
     import torch
 
     from tests import compare
@@ -157,7 +159,7 @@ def compare_with_truth(check: Check, device: str) -> tuple[Callable[[], object],
 
 
 def measure_gpu(device: str) -> str:
-    """What the card gives: an empty launch, a copy, and matrix products."""
+    """The speed of the GPU for an empty launch, a copy and matrix products."""
     import torch
 
     from benchmarks import timing
@@ -175,7 +177,7 @@ def measure_gpu(device: str) -> str:
 
 
 def run_check(check: Check, device: str) -> Line:
-    """In the child: the check itself."""
+    """Run a check, in the process of its own."""
     from benchmarks import timing
     from negmine.ops.backends import BackendUnavailable
 
@@ -183,20 +185,20 @@ def run_check(check: Check, device: str) -> Line:
         return Line("PASS", detail=measure_gpu(device))
     try:
         call, product = compare_with_truth(check, device)
-    except BackendUnavailable as refusal:
-        return Line("SKIP", detail=str(refusal))
+    except BackendUnavailable as error:
+        return Line("SKIP", detail=str(error))
     times = timing.interleave({"call": call, "product": product}, device, 0.3)
     taken = times["call"]
     return Line("PASS", 1e3 * taken.median, taken.timed, taken.median / times["product"].median)
 
 
 def child(check: Check, device: str) -> list[str]:
-    """The command of the process that runs one check and ends its output with a line of JSON."""
+    """The command of a process that runs one check and prints its result as a last line of JSON."""
     return [sys.executable, "-m", "build_tools.gpu_smoke", "--device", device, "--one", *check]
 
 
 def outcome(check: Check, device: str, limit: float) -> Line:
-    """Runs a check in its own process, which is ended after `limit` seconds."""
+    """Run a check in a separate process, which is killed after `limit` seconds."""
     process = subprocess.Popen(
         child(check, device), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -206,7 +208,7 @@ def outcome(check: Check, device: str, limit: float) -> Line:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        return Line("FAIL", detail=f"ran for more than {limit:.0f} s and was ended")
+        return Line("FAIL", detail=f"ran for more than {limit:.0f} s and was killed")
     lines = printed.strip().splitlines() or ["it printed nothing"]
     if process.returncode < 0:
         return Line("FAIL", detail=f"its process died of {signal.Signals(-process.returncode).name}: {lines[-1]}")
@@ -216,7 +218,7 @@ def outcome(check: Check, device: str, limit: float) -> Line:
 
 
 def results(todo: list[Check], device: str, limit: float, seconds: float, jobs: int) -> Iterator[tuple[Check, Line]]:
-    """Every check with its line, in the order in which they end."""
+    """Run all checks, and yield each with its line when it ends."""
     waiting: queue.SimpleQueue[Check] = queue.SimpleQueue()
     ended: queue.SimpleQueue[tuple[Check, Line]] = queue.SimpleQueue()
     for check in todo:

@@ -1,8 +1,8 @@
 """Build the documentation: python -m build_tools.make_docs
 
 README.md is the first page. docs/*.md and a few pages of other folders follow in the order of NAV, then a reference made from
-the docstrings. They are gathered in build/docs and built into out/docs. A broken link, a page that NAV does not list and a public
-name without a docstring are errors.
+the docstrings. The pages are collected in build/docs, and the site is built in out/docs. It is an error if a link is broken, a
+page is not listed in NAV, or a public name has no docstring.
 """
 
 import importlib
@@ -20,7 +20,7 @@ import mkdocs.config
 import negmine
 
 PAGES = Path("build/docs")
-# The sections in reading order, each with its pages: docs/<name>.md unless ELSEWHERE or REFERENCE has the name.
+# The sections and their pages in reading order. A page is docs/<name>.md unless ELSEWHERE or REFERENCE has the name.
 NAV = {
     "Getting started": ["getting_started", "alternatives"],
     "Tutorials": [
@@ -53,7 +53,8 @@ ELSEWHERE = {
     "security": "SECURITY.md",
     "changelog": "CHANGELOG.md",
 }
-# Title, and the packages whose public names the page describes. "options" are the names of negmine that no package lists.
+# The title of each page, and the packages whose public names it describes. "options" means the classes that negmine exports
+# and no package lists.
 REFERENCE = {
     "reference_options": ("Options", ("options",)),
     "reference_losses": ("Losses", ("losses",)),
@@ -71,10 +72,10 @@ REFERENCE = {
 
 
 def public_names(package: str) -> list[str]:
-    """The public names of a package, each as it is imported: negmine.<name> where negmine itself has it.
+    """The public names of a package, as they are imported: without the package's name if negmine itself exports them.
 
-    A package without __all__ has the names that it defines. Of negmine's own names the classes that no package lists are the
-    options, and such functions belong to the losses.
+    If a package has no __all__, its public names are those that it defines. Of the names that negmine exports and no package
+    lists, classes are "options" and functions belong to "losses".
     """
     if package == "options":
         return [name for name in _unlisted() if isinstance(attrgetter(name)(negmine), type)]
@@ -90,7 +91,7 @@ def public_names(package: str) -> list[str]:
 
 
 def _unlisted() -> list[str]:
-    """The names of negmine that none of its packages lists."""
+    """The names that negmine exports and none of its packages lists."""
     packages = [name for _, several in REFERENCE.values() for name in several if name not in ("options", "recipes")]
     listed = {
         name for package in packages for name in getattr(importlib.import_module(f"negmine.{package}"), "__all__", ())
@@ -100,24 +101,25 @@ def _unlisted() -> list[str]:
 
 
 def entries(packages: tuple[str, ...]) -> list[str]:
-    """The reference's entries of some packages; a name without a docstring is an error."""
+    """The entries of the reference for some packages. A name without a docstring is an error."""
     names = [name for package in packages for name in public_names(package)]
     undocumented = [name for name in names if not attrgetter(name)(negmine).__doc__]
     if undocumented:
         raise SystemExit(f"make docs: without a docstring: {', '.join(undocumented)}")
-    # What an option object computes for the losses is not for users.
+    # The methods of option objects are for the losses, not for users.
     setting = "    options:\n      members: false\n" if packages == ("options",) else ""
     return [f"::: negmine.{name}\n{setting}" for name in names]
 
 
 def sources() -> dict[str, Path]:
-    """Each page that is a file of the repository: its name on the site, and the file."""
+    """The pages that are files of the repository, by their names on the site."""
     made = {page.stem: page for page in sorted(Path("docs").glob("*.md"))}
     return made | {name: Path(path) for name, path in ELSEWHERE.items()}
 
 
 def page(source: Path, names: dict[Path, str]) -> str:
-    """The text of a page. Links to pages lead to the site's, pictures are copied beside it, other files stand as their paths."""
+    """The text of a page. Links to pages are changed to those of the site, pictures are copied, and links to other files become
+    their paths."""
     text = source.read_text()
 
     def link(found: re.Match[str]) -> str:
@@ -139,7 +141,7 @@ def page(source: Path, names: dict[Path, str]) -> str:
 
 
 def gather() -> list[dict]:
-    """Write every page into PAGES; the navigation."""
+    """Write all pages to PAGES, and return the navigation."""
     shutil.rmtree(PAGES, ignore_errors=True)
     PAGES.mkdir(parents=True)
     files = sources()
@@ -169,5 +171,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except mkdocs.exceptions.Abort as refusal:
-        sys.exit(f"make docs: {refusal}")
+    except mkdocs.exceptions.Abort as error:
+        sys.exit(f"make docs: {error}")

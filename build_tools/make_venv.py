@@ -1,7 +1,7 @@
 """Make .venv and install what the other make targets need: python3 -m build_tools.make_venv
 
-A machine's own torch is kept: the environment sees it, and nothing that could replace it is installed. Elsewhere the
-pinned torch is installed. Running it again installs only what is missing.
+If torch is already installed on the machine, the environment uses it, and nothing is installed that could replace it. Otherwise
+the pinned torch is installed. If .venv exists, only missing packages are installed.
 """
 
 import importlib.util
@@ -27,11 +27,12 @@ USE = [
     "clang-format",
 ]
 BENCH = ["pytest-benchmark", "usearch"]
-SEARCH = ["faiss-cpu", "safetensors", "pyarrow"]  # optional for users; the tests read and search with them
+SEARCH = ["faiss-cpu", "safetensors", "pyarrow"]  # optional for users; the tests need them
 DOCS = ["mkdocs", "mkdocs-material", "mkdocstrings-python"]
-# Not in constraints.txt: CUDA builds of torch bring their own Triton, and a pin there would contradict theirs.
+# Not in constraints.txt, because CUDA builds of torch require their own version of Triton.
 TRITON = "triton==3.8.0"
-# Packages whose losses tests/test_adapters.py compares with: 2 MB without what they pull in, which tests/peers.py stands in for.
+# Packages with whose losses tests/test_adapters.py compares. Without their dependencies, which tests/peers.py replaces, they
+# take 2 MB.
 PEERS = ["pytorch-metric-learning", "lightly", "open_clip_torch"]
 
 
@@ -51,7 +52,7 @@ def main() -> None:
     pins = Path("constraints.txt").read_text().splitlines()
     if machine_torch and machine_torch.origin:
         pins = [pin for pin in pins if not pin.startswith(("torch==", "numpy=="))]
-        if not imports("torch"):  # this Python is an environment itself, and environments do not nest
+        if not imports("torch"):  # this Python is itself in an environment, and environments do not nest
             site = ENVIRONMENT / f"lib/python{sysconfig.get_python_version()}/site-packages"
             (site / "machine_torch.pth").write_text(f"{Path(machine_torch.origin).parents[1]}\n")
     constraints = ENVIRONMENT / "constraints.txt"

@@ -1,9 +1,8 @@
 """Compile and link the C++ and CUDA sources.
 
-An object's file name holds a digest of the command that made it, and its depfile lists what it was made from. So one
-source compiled with the same flags is compiled once, whichever extension or build variant asks, a changed flag or
-header is never missed, and a rebuild with nothing to do takes no time. ptxas logs stay beside the objects:
-*.ptxas.txt.
+The file name of an object contains a digest of the command that made it, and its depfile lists the files it was made from. So a
+source is compiled once for all extensions and build variants with the same flags, changes of flags and headers are always
+noticed, and a rebuild without changes takes no time. The ptxas logs are next to the objects, in *.ptxas.txt.
 """
 
 import hashlib
@@ -20,12 +19,12 @@ SPILL = re.compile(r"[1-9]\d* bytes spill|Potential Performance Loss")
 
 
 class BuildError(Exception):
-    """A compiler refused, or the build was asked for something that this machine cannot make."""
+    """A compiler failed, or something was requested that cannot be built on this machine."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One object file to be: a source and the command that compiles it, without its input and outputs."""
+    """A source and the command that compiles it to an object file, without input and outputs."""
 
     source: str
     command: tuple[str, ...]
@@ -44,7 +43,9 @@ class Unit:
         return all(os.path.exists(path) and os.path.getmtime(path) <= made for path in prerequisites)
 
     def compile(self) -> None:
-        temporary = self.object.with_suffix(f".{os.getpid()}.tmp")  # a killed compiler must not leave half an object
+        temporary = self.object.with_suffix(
+            f".{os.getpid()}.tmp"
+        )  # so that a killed compiler does not leave a partial object
         outputs = ["-c", self.source, "-o", str(temporary), "-MD", "-MF", str(self.object.with_suffix(".d"))]
         done = subprocess.run([*self.command, *outputs], capture_output=True, text=True)
         if done.returncode:
@@ -53,7 +54,9 @@ class Unit:
             self.object.with_suffix(".ptxas.txt").write_text(done.stderr)
             if SPILL.search(done.stderr):
                 temporary.unlink()
-                raise BuildError(f"{self.source}: ptxas spills registers or gives up speed:\n{done.stderr}")
+                raise BuildError(
+                    f"{self.source}: ptxas spills registers or warns of a loss of performance:\n{done.stderr}"
+                )
         elif done.stderr:
             print(done.stderr)
         temporary.replace(self.object)
@@ -67,7 +70,7 @@ def jobs() -> int:
 
 
 def compile_all(units: list[Unit]) -> None:
-    """Every unit that is not current, several at a time, each once."""
+    """Compile every unit that is not current, several at a time."""
     OBJECTS.mkdir(parents=True, exist_ok=True)
     todo = [unit for unit in dict.fromkeys(units) if not unit.is_current()]
 
@@ -85,7 +88,7 @@ def compile_all(units: list[Unit]) -> None:
 
 def link(command: list[str], units: list[Unit], libraries: list[str], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    # Through a new file: a process that has the old one mapped keeps it.
+    # The old file is replaced, not overwritten, because a process may have it mapped.
     temporary = output.with_suffix(f".{os.getpid()}.tmp")
     line = [*command, *(str(unit.object) for unit in units), *libraries, "-o", str(temporary)]
     done = subprocess.run(line, capture_output=True, text=True)

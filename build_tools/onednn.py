@@ -1,7 +1,7 @@
-"""Some virtual machines hide part of CPUID, and oneDNN's AMX kernels then die with an illegal instruction.
+"""Avoid oneDNN's AMX kernels on virtual machines that hide part of CPUID, where they fail with an illegal instruction.
 
-ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 avoids them. It slows bf16 products where they work, so it is set only where a product in a
-child process dies.
+ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 avoids them. It makes bf16 products slower on machines where AMX works, so it is set only if
+a product in a child process fails.
 """
 
 import os
@@ -14,7 +14,7 @@ PRODUCT = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); a @ a"
 
 
 def avoid_amx_where_it_dies() -> None:
-    """Set the variable for this process and its children where oneDNN needs it. To be called before the first product."""
+    """Set the variable for this process and its children if oneDNN needs it. Call this before the first product."""
     if NAME in os.environ:
         return
     cpuinfo = Path("/proc/cpuinfo")

@@ -1,9 +1,9 @@
-"""The table of ops in kernels/README.md, made of the declarations in negmine/ops.
+"""The list of ops in kernels/README.md, which is generated from the declarations in negmine/ops.
 
-    python -m build_tools.op_table          write the table
-    python -m build_tools.op_table --check  exit with 1 where the file has another
+    python -m build_tools.op_table          write the list
+    python -m build_tools.op_table --check  exit with 1 if the file has a different list
 
-The declarations say names, arguments, results and meaning; nothing about them is written by hand in kernels/README.md.
+The names, arguments, results and meanings of ops come only from the declarations.
 """
 
 import importlib
@@ -17,15 +17,15 @@ README = Path(__file__).parents[1] / "kernels" / "README.md"
 BEGIN = "<!-- ops: written by python -m build_tools.op_table from negmine/ops -->"
 END = "<!-- end of ops -->"
 WIDTH = 126
-GLUE = "\x00"  # a blank that no line is broken at
+GLUE = "\x00"  # a space at which no line is broken
 
 
 def op_table() -> str:
-    """The ops in the order of their names, as text between the two markers."""
+    """The text between the two markers: the ops sorted by name."""
     import negmine.ops
     from negmine.ops.registry import OPS
 
-    for module in pkgutil.iter_modules(negmine.ops.__path__):  # each declares the op of its name
+    for module in pkgutil.iter_modules(negmine.ops.__path__):  # an op is declared in the module of the same name
         if (Path(negmine.ops.__path__[0]) / f"{module.name}.py").read_text().find("= declare(") >= 0:
             importlib.import_module(f"negmine.ops.{module.name}")
     return "\n\n".join(_entry(OPS[name]) for name in sorted(OPS))
@@ -44,7 +44,7 @@ def _entry(op) -> str:
 
 
 def _wrapped(values: str, indent: int) -> str:
-    """Text in lines, broken after the commas between values only."""
+    """Break text into lines, only after commas between values."""
     glued = re.sub(r"(?<!,) |,(?= [^\[\]]*\])[ ]", lambda found: found[0].replace(" ", GLUE), values)
     lines = textwrap.wrap(
         glued, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * (indent + 4),

@@ -1,9 +1,9 @@
-"""Run the tests in several processes side by side: on a GPU most of their time is the compiler's, which is serial in each.
+"""Run the tests in several processes. On a GPU most of the time is spent in compilers, each of which uses one thread.
 
     python -m build_tools.run_shards [--logs FOLDER] [--] [pytest arguments]
 
-Each process writes FOLDER/<shard>.txt as it goes, so that a test that hangs loses the output of none. pytest-xdist
-does the same where it is installed; a machine with a GPU and no network may have pytest alone.
+Each process writes to FOLDER/<shard>.txt while it runs, so that no output is lost if a test hangs. pytest-xdist does the same,
+but a machine with a GPU and no network may have only pytest.
 """
 
 import argparse
@@ -17,11 +17,11 @@ PASSED = (0, 5)  # 5: pytest found no test for this shard
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--logs", type=Path, default=Path("build/shards"), help="folder of what each shard prints")
+    parser.add_argument("--logs", type=Path, default=Path("build/shards"), help="folder for the output of each shard")
     parser.add_argument("pytest", nargs="*", help="arguments of pytest")
     args = parser.parse_args(arguments)
     shards = max(1, min(12, (os.cpu_count() or 1) - 2))
-    os.environ.setdefault("OMP_NUM_THREADS", "2")  # a shard on every core already
+    os.environ.setdefault("OMP_NUM_THREADS", "2")  # there is a shard for every core
     args.logs.mkdir(parents=True, exist_ok=True)
     logs = [args.logs / f"{shard}.txt" for shard in range(shards)]
     runs = []

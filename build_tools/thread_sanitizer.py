@@ -1,12 +1,11 @@
 """Build tests/stress/threads.cpp with gcc's thread sanitizer and run it: python -m build_tools.thread_sanitizer [ROUNDS]
 
-The kernels are compiled as the extensions compile them, plus -fsanitize=thread. First the program must be caught at a race of its
-own making: a sanitizer that sees nothing would say so of everything.
+The kernels are compiled with the flags of the extensions and -fsanitize=thread. First, the sanitizer must find a deliberate race,
+because a sanitizer that finds nothing would prove nothing.
 """
 
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -29,25 +28,27 @@ def build() -> Path:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    # The sanitizer of older compilers wants the address space where it was; newer kernels move it further.
-    still = [shutil.which("setarch"), platform.machine(), "-R"] if shutil.which("setarch") else []
+    # Newer Linux kernels randomise addresses more than the sanitizer of older compilers supports.
+    without_randomisation = [shutil.which("setarch"), platform.machine(), "-R"] if shutil.which("setarch") else []
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
-    return subprocess.run([*still, str(PROGRAM), *arguments], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [*without_randomisation, str(PROGRAM), *arguments], env=environment, capture_output=True, text=True
+    )
 
 
 def main(arguments: list[str]) -> None:
     try:
         build()
-    except BuildError as refusal:
-        raise SystemExit(f"make threads: {shlex.join(arguments)} {refusal}") from None
+    except BuildError as error:
+        raise SystemExit(f"make threads: {error}") from None
     control = run("1", "race")
     if control.returncode != 66 or "data race" not in control.stderr:
-        raise SystemExit(f"make threads: the sanitizer did not see the race that it is shown:\n{control.stderr}")
+        raise SystemExit(f"make threads: the sanitizer did not find the deliberate race:\n{control.stderr}")
     done = run(*arguments)
     print(done.stdout, done.stderr, sep="", end="")
     if done.returncode:
         raise SystemExit("make threads: a race, or a result that differs between threads")
-    print("no data race; the one it is shown was seen")
+    print("no data race, and the deliberate one was found")
 
 
 if __name__ == "__main__":

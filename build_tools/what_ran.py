@@ -1,4 +1,4 @@
-"""Say in one line what a test run on this machine did not run; with --need MODULE..., insist on modules instead."""
+"""Print one line about what the tests could not run on this machine; with --need MODULE..., require modules instead."""
 
 import importlib.util
 import sys
@@ -13,17 +13,17 @@ def summary() -> str:
 
     if torch.cuda.is_available():
         refusals = [f"{row.name}: {row.refusal}" for row in backends.BACKENDS if row.refusal]
-        return f"Ran on {torch.cuda.get_device_name()}; did not run: {'; '.join(refusals) or 'nothing'}."
-    cuda = "compiled only" if find_nvcc() else "not even compiled (no nvcc)"
+        return f"Ran on {torch.cuda.get_device_name()}. Did not run: {'; '.join(refusals) or 'nothing'}."
+    cuda = "only compiled" if find_nvcc() else "not compiled, because there is no nvcc"
     triton = "interpreted and compiled ahead of time" if importlib.util.find_spec("triton") else "not installed"
-    return f"Did not run, for there is no GPU: cuda: {cuda}; triton: {triton}."
+    return f"Did not run, because there is no GPU: cuda ({cuda}); triton ({triton})."
 
 
 def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--need"]:
         missing = [module for module in arguments[1:] if importlib.util.find_spec(module) is None]
         if missing:
-            raise SystemExit(f"make gpu installs nothing, and {sys.executable} lacks {', '.join(missing)}.")
+            raise SystemExit(f"make gpu installs nothing, and {sys.executable} does not have {', '.join(missing)}.")
     else:
         print(summary())
 

@@ -1,4 +1,4 @@
-"""build_tools/gpu.py without a GPU: a failing phase does not stop the others, time limits are per phase, and exit codes."""
+"""build_tools/gpu.py, tested without a GPU: failing phases, time limits and exit codes."""
 
 import subprocess
 import sys
@@ -18,14 +18,14 @@ def say(code: str = "", *arguments: str) -> list[str]:
 
 @pytest.fixture
 def phases(monkeypatch):
-    """Commands by phase, for a test to fill; those it does not name succeed."""
+    """The commands of phases, set by a test. All other phases succeed."""
     table = {}
-    monkeypatch.setattr(gpu, "card", lambda: "a card")
+    monkeypatch.setattr(gpu, "describe_gpu", lambda: "a GPU")
     monkeypatch.setattr(gpu, "commands", lambda phase, out: table.get(phase, [say("", phase)]))
     return table
 
 
-def test_a_phase_that_fails_loses_nothing_of_the_others(phases, tmp_path, capsys):
+def test_a_failing_phase_does_not_stop_the_others(phases, tmp_path, capsys):
     phases["test"] = [say("sys.exit(3)"), say("", "after a failure")]
     phases["profile"] = [["no-such-profiler"]]
     assert gpu.main(["--out", str(tmp_path)]) == 1
@@ -40,12 +40,12 @@ def test_a_phase_that_fails_loses_nothing_of_the_others(phases, tmp_path, capsys
     assert "was here sanitize" in (tmp_path / "sanitize.txt").read_text()
 
 
-def test_one_phase_alone_comes_after_the_build(phases, tmp_path):
+def test_a_single_phase_runs_after_the_build(phases, tmp_path):
     assert gpu.main(["bench", "--out", str(tmp_path)]) == 0
     assert sorted(path.name for path in tmp_path.glob("*.txt")) == ["bench.txt", "build.txt"]
 
 
-def test_a_phase_without_end_is_ended_with_all_it_started(phases, tmp_path, capsys):
+def test_a_phase_that_exceeds_its_time_is_killed_with_its_children(phases, tmp_path, capsys):
     child = "import subprocess; subprocess.Popen(['sleep', '600']); import time; time.sleep(600)"
     phases["build"] = [say(child)]
     start = time.monotonic()
@@ -54,7 +54,7 @@ def test_a_phase_without_end_is_ended_with_all_it_started(phases, tmp_path, caps
     assert "FAILED: ran out of time" in capsys.readouterr().out
 
 
-def test_what_is_asked_must_exist(phases, tmp_path, capsys):
+def test_an_unknown_phase_is_an_error(phases, tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["tests", "--out", str(tmp_path)])
     assert (
@@ -63,24 +63,24 @@ def test_what_is_asked_must_exist(phases, tmp_path, capsys):
     )
 
 
-def test_without_a_gpu_it_says_so():
+def test_it_reports_that_there_is_no_gpu():
     run = subprocess.run(
         [sys.executable, "-m", "build_tools.gpu"], capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""}
     )
     assert run.returncode == 1 and "needs a GPU that torch" in run.stderr
 
 
-def test_every_command_names_what_exists(tmp_path):
-    """Their arguments are read by the parsers that a GPU machine would give them to."""
+def test_all_commands_and_their_options_exist(tmp_path):
+    """The parser of each program has all options that the phases pass to it."""
     timed = {phase: gpu.commands(phase, tmp_path) for phase in ("bench", "pairs")}
     named = {phase: [command[command.index("--case") + 1] for command in timed[phase]] for phase in timed}
     assert named["bench"] == ON_GPU
     assert named["pairs"] == [case for case in ON_GPU if "mine_hardest" in CASES[case].ops]
-    flags: dict[str, set[str]] = {}  # by module: what all its commands pass
+    flags: dict[str, set[str]] = {}  # by module: the options that its commands pass
     others = [command for phase in ("smoke", "profile", "test") for command in gpu.commands(phase, tmp_path)]
     for command in [*timed["bench"], *timed["pairs"], *others]:
         assert command[1] == "-m"
-        own = command[3 : command.index("--") if "--" in command else None]  # pytest's arguments follow --
+        own = command[3 : command.index("--") if "--" in command else None]  # arguments of pytest follow --
         flags.setdefault(command[2], set()).update(flag for flag in own if flag.startswith("--"))
     for module, passed in flags.items():
         help_of = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
