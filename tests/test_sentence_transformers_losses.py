@@ -264,7 +264,8 @@ def test_refused_features_and_guides():
         ours.MultipleNegativesRankingLoss(model)(columns(0)[:1])
     packed = {"input_ids": torch.ones(1, 9, dtype=torch.long), "cu_seq_lens_q": torch.tensor([0, 4, 9])}
     with pytest.raises(
-        ValueError, match=r"sentence_features must be padded tensors with one row for each text.*got 'input_ids \(1, 9\)"
+        ValueError,
+        match=r"sentence_features must be padded tensors with one row for each text.*got 'input_ids \(1, 9\)",
     ):
         ours.CachedMultipleNegativesRankingLoss(model)([packed, packed])
     with pytest.raises(ValueError, match="mini_batch_num_tokens must be None for features without attention_mask"):
