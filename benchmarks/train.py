@@ -57,9 +57,9 @@ class Recipe:
     window: tuple[float, float] = (0.0, 1.0)  # where its negatives lie, fractions of the ranking, hardest first
     parents: int = 0  # the hardest ranks that synthetic negatives are mixed from
     # What its loss takes beside keys and ids. "labels": the entries' own numbers, so that every key of the query's entry is a
-    # positive. "support": the positive key as the one further view. "mixed": sentence vectors mixed within the batch. "pairs":
-    # the batch's positive keys and its entries' numbers, and no queue. "frequency": how often each entry is drawn, alike for all.
-    # "guide": sentence vectors as the guide's.
+    # positive. "support": the positive key as the one further view. "mixed": sentence vectors mixed within the batch. "reversed":
+    # those mixed with the batch in reverse order. "pairs": the batch's positive keys and its entries' numbers, and no queue.
+    # "frequency": how often each entry is drawn, alike for all. "guide": sentence vectors as the guide's.
     feed: str = ""
 
 
@@ -102,6 +102,25 @@ class MixedWithPositive(nn.Module):
         return negmine.info_nce(query, positive_key, [queue, hardest], temperature=TEMPERATURE, query_ids=query_ids)
 
 
+class TrainedNegatives(nn.Module):
+    """AdCo: the keys that the queue holds at the first step are the memory, which gradient ascent trains from then on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = negmine.recipes.adco(TEMPERATURE)
+        self.register_parameter("memory", None)
+
+    def forward(self, query: Tensor, positive_key: Tensor, queue: Any, *, query_ids: Tensor, step: int) -> Tensor:
+        if self.memory is None:
+            self.memory, self.ids = nn.Parameter(queue.keys.clone()), queue.queue_ids.clone()  # (K, D), (K,)
+            self.ascent = torch.optim.SGD([self.memory], lr=3.0, momentum=0.9, weight_decay=1e-4, maximize=True)
+        else:  # with the gradient of the step before
+            self.ascent.step()
+            self.ascent.zero_grad()
+        memory = negmine.Negatives(F.normalize(self.memory, dim=1), ids=self.ids)
+        return self.loss(query, positive_key, memory, query_ids=query_ids, step=step)
+
+
 IN_DEMO = {
     "all": configured("all negatives", "moco_v2"),
     "drop01": configured("all without the hardest 0.1 %", "hardest", fraction=1.0, skip=0.001, window=(0.001, 1.0)),
@@ -124,6 +143,8 @@ RECIPES = IN_DEMO | {
         "all, and the hardest of 64 mixed with the positive (MixGCF)", lambda _, seed: MixedWithPositive(seed)
     ),
     "i_mix": configured("i-Mix", "i_mix", feed="mixed"),
+    "un_mix": configured("Un-Mix", "un_mix", feed="reversed"),
+    "adco": Recipe("trained negatives (AdCo), memory at T = 0.02", lambda steps, seed: TrainedNegatives()),
     "debiased": configured("debiased, prior 0.0001", "debiased", tau_plus=1e-4),
     "hcl": configured("HCL, beta 0.5", "hcl", beta=0.5, tau_plus=1e-4),
     "hardness_added": configured("hardness added (LLaVE), alpha 9", "hardness_added"),
@@ -260,6 +281,10 @@ def train(name: str, task: Task, steps: int, seed: int, evaluate_at: list[int], 
         if recipe.feed == "guide":
             further |= {"guide_query": task.queries[batch], "guide_positive": task.corpus[answers]}
             further["guide_keys"] = task.corpus[queue.queue_ids]  # (K, D); the queue is full
+        if recipe.feed == "reversed":
+            own = torch.Generator().manual_seed(seed * 1_000_003 + step)  # which leaves the batches as they are
+            further["share"] = share = torch.rand((), generator=own).to(device)
+            further["mixed_query"] = query_head(share * inputs + (1 - share) * inputs.flip(0))
         query = query_head(inputs)  # (B, D)
         if recipe.feed == "labels":
             loss = loss_of(query, torch.cat([positive_key, queue.keys]), answers, torch.cat([answers, queue.ids]))

@@ -43,12 +43,13 @@ from image_tools import (
     probe_accuracy,
 )
 
-# What a recipe is fed beside the query, the key and the queue. The others take these three and the ids; gist and logq, which
-# need a guide's embeddings or how often each item is drawn, are not for this script.
+# What a recipe is fed beside the query, the key and the queue. The others take these three and the ids; gist, logq and adco,
+# which need a guide's embeddings, how often each item is drawn, or trained negatives, are not for this script.
 BY_LABELS = ("sup_con", "ephn", "batch_hard", "facenet", "distance_weighted", "multi_similarity")
 FEEDS = dict.fromkeys(BY_LABELS, "labels") | {
     "vse_plus_plus": "pairs",
     "i_mix": "mixed",
+    "un_mix": "reversed",
     "false_negative_cancellation": "support",
 }
 TIMED_EVERY = 10  # steps; timing one waits for the device
@@ -206,7 +207,12 @@ def train(args: argparse.Namespace, images: Images, ranks: Ranks) -> tuple[MoCo,
                 inputs, seed=args.seed, step=step
             )
         with torch.autocast(device.type, amp, enabled=amp is not None):
+            if feed == "reversed":  # both are queries of one pass
+                further["share"] = share = torch.rand((), device=device)
+                inputs = torch.cat([inputs, share * inputs + (1 - share) * inputs.flip(0)])
             query = F.normalize(query_tower(inputs), dim=1)  # (B, D)
+            if feed == "reversed":
+                query, further["mixed_query"] = query.chunk(2)
             model.follow()
             key = model.keys(augment(images.train[rows]), ranks, step)  # (B, D)
             if feed == "support":  # a third view of each image tells its false negatives

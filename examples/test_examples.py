@@ -122,7 +122,7 @@ def tiny_run(image_moco, *arguments: str):
     return args, Images(*(part[:200] for part in load_idx())), image_moco.Ranks("cpu")
 
 
-OTHER_INPUTS = ("gist", "logq")  # a guide's embeddings, or how often each item is drawn
+OTHER_INPUTS = ("adco", "gist", "logq")  # trained negatives, a guide's embeddings, or how often each item is drawn
 NO_LOSSES = ("Kinds", "cosine", "exponential", "linear", "mixed_inputs", "step", "whole")
 OPTIONS = {
     "distance_weighted": ["max_positives=4"],

@@ -123,6 +123,8 @@ def feed(recipe: str, q: torch.Tensor, pos: torch.Tensor, keys: torch.Tensor) ->
     if recipe == "i_mix":
         share = torch.linspace(0.5, 1, len(q), device=q.device)
         given |= {"share": share, "partner": torch.arange(len(q), device=q.device).flip(0)}
+    if recipe == "un_mix":
+        given |= {"mixed_query": 0.7 * q + 0.3 * q.flip(0), "share": torch.tensor(0.7, device=q.device)}
     if recipe == "logq":
         given |= {
             "positive_log_q": -1.0 - labels.to(q.dtype),

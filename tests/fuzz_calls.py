@@ -316,7 +316,8 @@ NUMBERS = {
 NUMBERS |= {"mochi": {"hard": 9, "pairs": 5, "with_query": 4}, "facenet": {"max_positives": 3}}
 NUMBERS["synco"] = {"hard": 9, "interpolated": 3, "extrapolated": 3, "mixed": 3, "noised": 2, "graded": 2, "signed": 2}
 NUMBERS |= {"distance_weighted": {"max_positives": 3}, "simans": {"num_negatives": 4, "candidates": 9}}
-DRAWN = ("mochi", "synco", "simans", "distance_weighted")  # what a rounding of the scores may draw otherwise
+NUMBERS["mixgcf"] = {"candidates": 9}
+DRAWN = ("mochi", "synco", "simans", "distance_weighted", "mixgcf")  # what a rounding of the scores may draw otherwise
 NAMES = [
     n for n in recipes.__all__ if n not in ("linear", "cosine", "exponential", "step", "whole", "Kinds", "mixed_inputs")
 ]

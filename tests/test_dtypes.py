@@ -27,6 +27,9 @@ CALLS = {
     "multi_similarity": lambda q, p, k: losses.multi_similarity(q, k, labels, key_labels),
     "synco": lambda q, p, k: recipes.synco(6, 2, 2, 2, 2, 2, 2)(q, p, k),
     "rince": lambda q, p, k: recipes.rince()(q, p, k),
+    "un_mix": lambda q, p, k: recipes.un_mix()(q, p, k, mixed_query=p.flip(0), share=0.7),
+    "adco": lambda q, p, k: recipes.adco()(q, p, k),
+    "mixgcf": lambda q, p, k: recipes.mixgcf(8, 2)(q, p, k),
     "simans": lambda q, p, k: recipes.simans(3, candidates=8)(q, p, k),
 }
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

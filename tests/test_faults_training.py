@@ -61,6 +61,8 @@ QUEUE_LOSSES = {
     "mochi": lambda: recipes.mochi(6, 5, 4, warmup_steps=3),
     "synco": lambda: recipes.synco(6, 2, 2, 2, 2, 2, 2, warmup_steps=3),
     "siglip": recipes.siglip,
+    "adco": lambda: recipes.adco(0.1, recipes.linear(0.1, 0.05, 9)),
+    "mixgcf": lambda: recipes.mixgcf(9, 2, temperature=recipes.linear(1.0, 0.5, 9)),
     "simans": lambda: recipes.simans(4, candidates=9, a=recipes.linear(1.0, 2.0, 9)),
     "InfoNCELoss": lambda: InfoNCELoss(recipes.linear(0.5, 0.1, 9), mix=Mix(5, 4, 3)),
     "SigLIPLoss": SigLIPLoss,
@@ -96,6 +98,7 @@ def every_loss():
         return {"share": SHARE[: len(q)], "partner": PARTNER[: len(q)]}
 
     yield "i_mix", recipes.i_mix, lambda loss, q, p, k, **given: loss(q, p, k, **mixed(q), **given)
+    yield "un_mix", recipes.un_mix, lambda loss, q, p, k, **given: loss(q, p, k, mixed_query=p, share=0.7, **given)
     yield "vse_plus_plus", recipes.vse_plus_plus, lambda loss, q, p, k, **given: loss(q, p, **given)
 
 
@@ -228,7 +231,7 @@ def test_2b_enqueue_and_adapters():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["mochi", "ring", "simans", "synco", "distance_weighted"])
+@pytest.mark.parametrize("name", ["mochi", "ring", "simans", "synco", "mixgcf", "distance_weighted"])
 def test_2c_activation_checkpointing(name, reentrant):
     """The backward pass runs the module again: with the draws of the forward pass, and without counting."""
     make, call = {name: (make, call) for name, make, call in every_loss()}[name]
@@ -403,6 +406,10 @@ ROUNDING = {
     "hardness_added": lambda q, p, k, **o: recipes.hardness_added(temperature=0.1, **o)(q, p, k),
     "hardness_added in batch": lambda q, p, k, **o: recipes.hardness_added(temperature=0.1, **o)(q, p),
     "i_mix": lambda q, p, k, **o: recipes.i_mix(**o)(q, p, k, share=SHARE, partner=PARTNER),
+    "un_mix": lambda q, p, k, **o: recipes.un_mix(**o)(q, p, k, mixed_query=k.detach()[:B], share=0.7),
+    "un_mix, itself": lambda q, p, k, **o: recipes.un_mix(**o)(q.detach(), p, p, mixed_query=q, share=0.7),
+    "adco": lambda q, p, k, **o: recipes.adco(**o)(q, p, k),
+    "mixgcf": lambda q, p, k, **o: recipes.mixgcf(9, 2, **o)(q, p, k),
     "ClipLoss": lambda q, p, k, **o: open_clip.ClipLoss(**o)(q, p, torch.tensor(10.0)),
     "SigLipLoss": lambda q, p, k, **o: open_clip.SigLipLoss(**o)(q, p, torch.tensor(10.0), torch.tensor(-5.0)),
     "NTXentLoss": lambda q, p, k, **o: lightly.NTXentLoss(**o)(q, p),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import negmine
 from negmine import Negatives, Select, recipes, reference
 from negmine.losses import methods
+from negmine.losses.mixgcf import mixgcf
 from negmine.losses.synco import COUNTS, PAPER, synco, synco_vectors
 from negmine.ops import philox
 from negmine.recipes import Kinds
@@ -147,6 +148,131 @@ def test_i_mix_is_its_formula(any_backend):
 
 
 @pytest.mark.parametrize("kind", ["none", "everything"])
+def test_un_mix_is_its_formula(any_backend, kind):
+    """Row by row: the mixed query of the row and that of the mirrored row, each against the row's own positive and masks."""
+    device = device_of(any_backend)
+    vectors, given = inputs(device=device), masks(kind, B, K, device)
+    keep = dense_mask(vectors[0], vectors[2], given)
+    keep = torch.ones(B, K, dtype=torch.bool, device=device) if keep is None else keep
+
+    def mixed(leaves):
+        return 0.6 * leaves[0] + 0.4 * leaves[1].roll(1, 0)
+
+    def ours(leaves, T):
+        keywords = {"mixed_query": mixed(leaves), "share": 0.3, "reduction": "none", "backend": any_backend}
+        return methods.un_mix(*leaves[:2], negatives(leaves[2], given), temperature=T, **keywords, **tags(given))
+
+    def dense(leaves, T):
+        q, pos, keys = leaves
+        rows = []
+        for b in range(B):
+            terms = [
+                (1.0, q[b]),
+                (0.3, mixed(leaves)[b]),
+                (0.7, mixed(leaves)[B - 1 - b]),
+            ]
+            columns = [torch.cat([pos[b : b + 1], keys[keep[b]]]) @ v / T for _, v in terms]  # the positive first
+            rows.append(sum(w * (x.logsumexp(0) - x[0]) for (w, _), x in zip(terms, columns, strict=True)))
+        return torch.stack(rows)
+
+    agree("un_mix", ours, dense, 0.2, vectors, 10.0)
+
+
+@pytest.mark.parametrize("kind", ["none", "everything"])
+def test_adco_has_a_temperature_for_each_gradient(any_backend, kind):
+    """The value and the gradients of query and positive at T; the memory's, through its norm, at T_m: the public update."""
+    device = device_of(any_backend)
+    (q, pos, keys), given = inputs(device=device), masks(kind, B, K, device)
+    memory = keys * torch.linspace(0.5, 2, K, device=device)[:, None]
+    T, T_m = 0.2, 0.1
+    leaves = [v.clone().requires_grad_() for v in (q, pos, memory)]
+    unit_rows = negatives(F.normalize(leaves[2], dim=1), given)
+    options = {"temperature": T, "memory_temperature": T_m, "backend": any_backend}
+    loss = methods.adco(leaves[0], leaves[1], unit_rows, **options, **tags(given))
+    got = [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    keep = dense_mask(q, keys, given)
+    keep = torch.ones(B, K, dtype=torch.bool, device=device) if keep is None else keep
+
+    def written_out(dtype):
+        q_, pos_, W = (v.to(dtype) for v in (q, pos, memory))
+        d = W / W.norm(dim=1, keepdim=True)
+        value, d_q, d_pos, g = 0.0, torch.zeros_like(q_), torch.zeros_like(q_), torch.zeros_like(W)
+        for b in range(B):
+            for scale, of_memory in ((T, False), (T_m, True)):
+                x = torch.cat([pos_[b : b + 1], d]) @ q_[b] / scale
+                p = x.masked_fill(~torch.cat([keep[b, :1] | True, keep[b]]), OUT).softmax(0)  # (1 + K,)
+                if of_memory:
+                    along = d @ q_[b]  # the gradient of a unit vector has no part along it
+                    g += p[1:, None] * (q_[b] - along[:, None] * d) / W.norm(dim=1, keepdim=True) / T_m / B
+                else:
+                    value -= p[0].log() / B
+                    d_q[b] = ((p[0] - 1) * pos_[b] + p[1:] @ d) / T / B
+                    d_pos[b] = (p[0] - 1) * q_[b] / T / B
+        return value, d_q, d_pos, g
+
+    for part, k, t, p in zip(
+        ("loss", "d_q", "d_pos", "d_memory"), got, written_out(torch.float64), written_out(q.dtype), strict=True
+    ):
+        compare.rounded(f"adco {part}", k, t, p, 1 / T_m + 10)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("form", ["queue", "own keys"])
+def test_mixgcf_is_its_formula(any_backend, layers, form):
+    """So many draws that every negative is a candidate; all are mixed with the positive, and each layer keeps its hardest mix."""
+    device = device_of(any_backend)
+    vectors, mask = inputs(device=device), torch.rand(B, K, device=device) < 0.7
+    rows = torch.arange(B) + 11
+    word = philox.words(rows, torch.arange(layers), philox.STREAM_PARTNER, 4, 2)[0]
+    share = philox.unit(word, None).to(device)  # (B, layers)
+
+    def ours(leaves, T):
+        q, pos, keys = leaves
+        pool = Negatives(keys if form == "queue" else keys.expand(B, -1, -1), mask=mask)
+        options = {"layers": layers, "temperature": T, "seed": 4, "step": 2, "row_offset": 11, "reduction": "none"}
+        return mixgcf(q, pos, pool, candidates=4000, backend=any_backend, **options)
+
+    def dense(leaves, T):
+        q, pos, keys = leaves
+        losses = []
+        for b in range(B):
+            score = -(q[b] @ pos[b])
+            for of_layer, a in zip(torch.arange(D).chunk(layers), share[b].to(q.dtype), strict=True):
+                mixes = a * pos[b, of_layer] + (1 - a) * keys[mask[b]][:, of_layer]  # (candidates, D / layers)
+                score = score + (mixes @ q[b, of_layer]).max()
+            losses.append(torch.log1p((score / T).exp()))
+        return torch.stack(losses)
+
+    agree("mixgcf", ours, dense, 0.5, vectors, 10.0)
+
+
+def test_mixgcf_draws_its_candidates():
+    """The hardest of 9 draws from 90 has each rank as often as it must, from a queue that is not full and has masked rows too."""
+    q, pos, keys = inputs()
+    q, pos = q[:1].expand(3000, -1), torch.zeros(3000, D)
+    order = (keys @ q[0]).sort(descending=True).values
+    queue = negmine.MoCoQueue(D, 2 * K, with_ids=True, random_init=False)
+    queue.enqueue(keys, ids=torch.arange(K))
+    queue.queue[K:] = torch.nan
+    unknown = torch.full((3000,), -1)
+    for step, columns, given in ((0, keys, {}), (1, queue, {"query_ids": unknown})):
+        loss = mixgcf(q, pos, columns, candidates=9, step=step, reduction="none", **given)
+        gap = loss.expm1().log()  # (1 - a) times the hardest score
+        word = philox.words(torch.arange(3000), torch.arange(1), philox.STREAM_PARTNER, 0, step)[0][:, 0]
+        score = gap / (1 - philox.unit(word, None))
+        rank = (score[:, None] - order).abs().argmin(1)
+        for r in range(3):
+            want = (1 - r / 90) ** 9 - (1 - (r + 1) / 90) ** 9
+            share = float((rank == r).double().mean())
+            assert abs(share - want) < 4 * (want * (1 - want) / 3000) ** 0.5
+    hidden = mixgcf(q, pos, queue, candidates=9, query_ids=torch.full((3000,), 7), reduction="none")
+    assert torch.equal(
+        hidden, mixgcf(q, pos, Negatives(keys, mask=torch.arange(K) != 7), candidates=9, reduction="none")
+    )
+
+
+@pytest.mark.parametrize("kind", ["none", "everything"])
 def test_siglip_is_its_formula(any_backend, kind):
     device = device_of(any_backend)
     vectors, bias = inputs(device=device), -2.0
@@ -245,10 +371,13 @@ CALLS = {
     "siglip": (negmine.siglip, {}),
     "synco": (synco, {"kinds": SMALL}),
     "i_mix": (methods.i_mix, {"share": torch.full((B,), 0.7), "partner": torch.arange(B).flip(0)}),
+    "un_mix": (methods.un_mix, {"mixed_query": unit(B, D, seed=3), "share": torch.tensor(0.7)}),
+    "adco": (methods.adco, {}),
+    "mixgcf": (mixgcf, {"candidates": 30, "layers": 3}),
 }
 
 
-@pytest.mark.parametrize("name", ["rince", "ifm", "siglip", "i_mix"])
+@pytest.mark.parametrize("name", ["rince", "ifm", "siglip", "i_mix", "un_mix", "mixgcf"])
 def test_finite_differences(name):
     """Of the methods that detach nothing; the others' gradients are compared with autograd of the dense formula."""
     function, options = CALLS[name]

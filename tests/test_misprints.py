@@ -12,7 +12,9 @@ import torch.nn.functional as F
 import negmine
 from negmine import FalseNegatives, Negatives, recipes, reference
 from negmine.losses import methods, mine_triplets
+from negmine.losses.mixgcf import mixgcf
 from negmine.losses.synco import synco_vectors
+from negmine.ops import philox
 from negmine.recipes import Kinds
 from tests.cases import unit
 from tests.conftest import device_of
@@ -227,6 +229,43 @@ def test_i_mix_has_the_batch_among_its_columns(case):
     pull = 0.7 * x[range(B), range(B)] + 0.3 * x[range(B), partner.tolist()]
     ours = methods.i_mix(q, pos, keys, share=share, partner=partner, reduction="none", backend=backend)
     told_apart(ours, x.logsumexp(1) - pull, x[:, B:].logsumexp(1) - pull)
+
+
+def test_un_mix_pairs_the_mirrored_mix_with_the_key(case):
+    """The term of 1 - share has the mixed queries in reverse order; in their own order it would pull to the same key twice."""
+    backend, q, pos, keys, s_pos, s = case
+    mixed = F.normalize(q + 0.5 * q.flip(0), dim=1)
+    m_pos, m = (mixed.double() * pos.double()).sum(1), mixed.double() @ keys.double().T
+    r_pos = (mixed.flip(0).double() * pos.double()).sum(1)
+    plain, own, mirrored = (
+        over((n / 0.2).exp().sum(1), p / 0.2) for p, n in ((s_pos, s), (m_pos, m), (r_pos, m.flip(0)))
+    )
+    ours = methods.un_mix(q, pos, keys, mixed_query=mixed, share=0.3, reduction="none", backend=backend)
+    told_apart(ours, plain + 0.3 * own + 0.7 * mirrored, plain + own)
+
+
+@pytest.mark.parametrize("wrong", ["the loss's temperature", "not divided by the norm", "the sum over the batch"])
+def test_adco_updates_its_memory_at_a_temperature_of_its_own(case, wrong):
+    """The public update of the memory, which is normalised on use, at mem_t and not at moco_t, by the mean over the batch."""
+    backend, q, pos, keys, s_pos, s = case
+    memory = (3.0 * keys).requires_grad_()
+    options = {"temperature": 0.5, "memory_temperature": 0.1, "backend": backend}
+    methods.adco(q, pos, F.normalize(memory, dim=1), **options).backward()
+
+    def update(T):
+        p = torch.cat([s_pos[:, None], s], 1).div(T).softmax(1)[:, 1:]  # (B, K)
+        return (p.T @ q.double() / B - (p * s).mean(0)[:, None] * keys.double()) / 3.0 / T
+
+    wrongs = {"the loss's temperature": update(0.5), "not divided by the norm": 3 * update(0.1)}
+    told_apart(memory.grad, update(0.1), wrongs.get(wrong, B * update(0.1)))
+
+
+def test_mixgcf_mixes_a_layer_with_one_share(case):
+    """A share of its own for each candidate would make the hardest mix that of the largest share."""
+    backend, q, pos, keys, s_pos, s = case
+    a = philox.unit(philox.words(torch.arange(B), torch.arange(K), philox.STREAM_PARTNER, 0, 0)[0], None).double()
+    right, wrong = (over((c.to(s) * s_pos[:, None] + (1 - c.to(s)) * s).amax(1).exp(), s_pos) for c in (a[:, :1], a))
+    told_apart(mixgcf(q, pos, keys, candidates=4000, reduction="none", backend=backend), right, wrong)
 
 
 def test_siglip_bias_has_the_sign_of_the_code(case):

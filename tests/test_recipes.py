@@ -220,6 +220,26 @@ REFUSALS = [
     (lambda: recipes.mixed_inputs(torch.ones(3), concentration=0), "concentration must be a number above 0"),
     (lambda: recipes.i_mix()(*inputs(), share=torch.ones(3), partner=torch.arange(B)), "i_mix: share must be floating"),
     (lambda: recipes.i_mix()(*inputs(), share=torch.ones(B), partner=torch.ones(B)), "i_mix: partner must be int64"),
+    (
+        lambda: recipes.un_mix()(*inputs(), mixed_query=torch.ones(3, D), share=0.5),
+        "un_mix: mixed_query must be of query's shape (5, 8)",
+    ),
+    (
+        lambda: recipes.un_mix()(*inputs(), mixed_query=unit(B, D), share=1.5),
+        "un_mix: share must be a number in [0, 1], got 1.5",
+    ),
+    (
+        lambda: recipes.un_mix()(*inputs(), mixed_query=unit(B, D), share=torch.ones(B)),
+        "un_mix: share must be a number of 0 or more, got",
+    ),
+    (lambda: recipes.un_mix(reduction="avg")(*inputs(), mixed_query=unit(B, D), share=0), "un_mix: reduction must be"),
+    (lambda: call(recipes.adco(0.1, 0.0), ""), "adco: memory_temperature must be a number above 0, got 0.0"),
+    (lambda: call(recipes.mixgcf(0), ""), "mixgcf: candidates must be an int of 1 or more, got 0"),
+    (lambda: call(recipes.mixgcf(layers=3), ""), "mixgcf: layers must be a divisor of query's D = 8, got 3"),
+    (
+        lambda: recipes.mixgcf()(*inputs()[:2], Negatives(unit(K, D), select=Select(0, 9))),
+        "mixgcf: negative_keys.select must be None, because mixgcf has no option select",
+    ),
     (lambda: negmine.siglip(*inputs(), scale=torch.ones(2)), "siglip: scale must be a finite number or a 0-d floating"),
     (
         lambda: negmine.losses.softplus_sum(*inputs()[1:], bias=None),

@@ -167,6 +167,7 @@ MODULES = {
     "MultiSimilarityLoss": lambda: negmine.MultiSimilarityLoss(recipes.linear(2.0, 1.0, 4)),
     "SigLIPLoss": lambda: negmine.SigLIPLoss(3.0, -1.0, select=Select(0, 30, sample=9)),
     "synco": lambda: recipes.synco(9, 4, 4, 4, 2, 2, 2, temperature=nn.Parameter(torch.tensor(0.3))),
+    "mixgcf": lambda: recipes.mixgcf(9, 2, temperature=nn.Parameter(torch.tensor(0.3))),
     "simans": lambda: recipes.simans(3, candidates=9, a=30.0, temperature=0.1),
     "vse_plus_plus": lambda: recipes.vse_plus_plus(recipes.linear(0.2, 0.4, 4)),
 }

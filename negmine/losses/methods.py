@@ -21,7 +21,7 @@ from negmine import reference
 from negmine.losses.schedules import ScheduledLoss, at_step
 from negmine.ops import checks, philox
 from negmine.ops.negatives import UNEQUAL, UNKNOWN, has_tags
-from negmine.ops.vectors import score_of_positive, widened
+from negmine.ops.vectors import promoted, score_of_positive, widened
 from negmine.ops.windows import Draw
 from negmine.options import Guide, Negatives, Select, beta_quantiles
 from negmine.selection import SummedColumns, summed_columns
@@ -84,12 +84,12 @@ def with_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
     return x.detach() + (x - x.detach()) * factor
 
 
-def _scaled_gradient_of_keys(negative_keys: Any, factor: Tensor | float) -> Any:
-    """negative_keys of any form, with a gradient of the keys that is multiplied by `factor`."""
+def _with_keys(negative_keys: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """negative_keys of any form, with `change` applied to keys that require grad."""
     if isinstance(negative_keys, Negatives):
-        return dataclasses.replace(negative_keys, keys=_scaled_gradient_of_keys(negative_keys.keys, factor))
+        return dataclasses.replace(negative_keys, keys=_with_keys(negative_keys.keys, change))
     if isinstance(negative_keys, Tensor) and negative_keys.requires_grad:
-        return with_gradient(widened(negative_keys), factor)
+        return change(negative_keys)
     return negative_keys
 
 
@@ -121,7 +121,7 @@ def hardness_added(
     if negative_keys is positive_key:
         negative_keys = positive_key = widened(positive_key)
     query, positive_key = widened(query), widened(positive_key)  # so that each gradient is rounded once
-    keys = _scaled_gradient_of_keys(negative_keys, share)
+    keys = _with_keys(negative_keys, lambda given: with_gradient(widened(given), share))
     x = logits(op, with_gradient(query, share), with_gradient(positive_key, share), keys, sharper, pool)
     x = x._replace(positive=score_of_positive(query, positive_key) / temperature)
     return reduced(op, F.softplus(x.lse - x.positive), x, reduction)
@@ -412,6 +412,83 @@ def i_mix(
     pull = share.to(own.dtype) * own + (1 - share).to(own.dtype) * other  # (B,)
     x = Logits(pull / temperature, lse, torch.ones_like(lse, dtype=torch.bool))
     return reduced(op, x.lse - x.positive, x, reduction)
+
+
+def un_mix(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Any,
+    *,
+    mixed_query: Tensor,
+    share: float | Tensor,
+    temperature: float | Tensor = 0.2,
+    reduction: str = "mean",
+    **pool: Any,
+) -> Tensor:
+    """Un-Mix (Shen et al. 2022, arXiv 2003.05438; szq0214/Un-Mix unmix_c10.py): a batch that is mixed with itself in reverse.
+
+        loss_b = nce(q_b, k_b) + share nce(m_b, k_b) + (1 - share) nce(m_r(b), k_b),   r(b) = B - 1 - b
+        nce(q, k) = log(1 + exp(log sum_j exp(q . n_j / T) - q . k / T))
+
+    mixed_query (B, D) are the embeddings m of share x + (1 - share) x.flip(0), where x are the inputs of query, or of images in
+    which a box is cut from x.flip(0); share is then the rest of the area. share is one number in [0, 1] for the batch. In each
+    term a row has the masks of its positive k_b. The public code for ImageNet has an option for a second temperature, of the
+    mixed terms, and does not use it.
+    """
+    op = "un_mix"
+    checks.require_choice(op, "reduction", reduction, checks.REDUCTIONS)
+    share = checks.require_scalar(op, "share", share, least=0)
+    if not isinstance(share, Tensor) and share > 1:
+        raise checks.refuse(op, "share", "a number in [0, 1]", share)
+    checks.require_vectors(op, "query", query, "(B, D)", (2,))
+    checks.require_positive(op, positive_key, query)
+    checks.require_vectors(op, "mixed_query", mixed_query, "(B, D)", (2,), query)
+    if mixed_query.shape != query.shape:
+        raise checks.refuse(op, "mixed_query", f"of query's shape {tuple(query.shape)}", mixed_query)
+    in_batch = negative_keys is positive_key
+    query, positive_key, mixed_query = promoted(query, positive_key, mixed_query)
+    positive_key, mixed_query = widened(positive_key), widened(mixed_query)  # so that each gradient is rounded once
+    keys = positive_key if in_batch else _with_keys(negative_keys, widened)
+
+    def rows(of: Tensor) -> Tensor:
+        x = logits(op, of, positive_key, keys, temperature, pool)
+        return reduced(op, F.softplus(x.lse - x.positive), x, "none")
+
+    total = rows(query) + share * rows(mixed_query) + (1 - share) * rows(mixed_query.flip(0))
+    return reference.reduced(total, reduction)
+
+
+def adco(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Any,
+    *,
+    temperature: float | Tensor = 0.12,
+    memory_temperature: float | Tensor = 0.02,
+    reduction: str = "mean",
+    **pool: Any,
+) -> Tensor:
+    """AdCo (Hu et al. 2021, arXiv 2011.08435; maple-research-lab/AdCo training/train.py): negatives that are trained too.
+
+        loss = nce(T),   nce(T) = log(1 + exp(log sum_j exp(q . n_j / T) - q . k / T))
+        d loss / d n = d nce(T_m) / d n at T_m = memory_temperature;   the other gradients are those of nce(T)
+
+    negative_keys are F.normalize(memory, dim=1), and an optimiser with maximize=True trains memory (K, D) by gradient ascent. The
+    gradient of a negative is a mean of the queries, weighted by how likely they are to be confused with it:
+
+        d nce(T_m) / d n_j = (1 / B) sum_b p_bj q_b / T_m,   p_b = the softmax of (q_b . k_b, q_b . n_1, ..) / T_m
+
+    The public code also has the positives of the other rows in the denominator. Its parser's default of memory_temperature is
+    0.07, and the commands of its README set 0.02.
+    """
+    op = "adco"
+    memory_temperature = checks.require_scalar(op, "memory_temperature", memory_temperature, above=0)
+    x = logits(op, query, positive_key, _with_keys(negative_keys, Tensor.detach), temperature, pool)
+    if isinstance(negative_keys, Negatives) and negative_keys.bias is not None:
+        negative_keys = dataclasses.replace(negative_keys, bias=negative_keys.bias.detach())
+    adversary = logits(op, query.detach(), positive_key.detach(), negative_keys, memory_temperature, pool)
+    gain = F.softplus(adversary.lse - adversary.positive)  # (B,)
+    return reduced(op, F.softplus(x.lse - x.positive) + (gain - gain.detach()), x, reduction)
 
 
 def mixed_inputs(

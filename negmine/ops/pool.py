@@ -85,6 +85,21 @@ def pool_of_columns(pool: Pool, part: slice) -> Pool:
     )  # fmt: skip
 
 
+def pool_of_lists(pool: Pool, index: Tensor) -> Pool:
+    """The masks of a pool for keys (B, M, D) that are gathered from its queue, or from each query's own keys, at index (B, M)."""
+
+    def listed(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[index] if values.dim() == 1 else values.gather(1, index)
+
+    mask = listed(pool.negative_mask)  # (B, M)
+    if pool.num_rows is not None:
+        mask = index < pool.num_rows if mask is None else mask & (index < pool.num_rows)
+    return pool._replace(
+        negative_mask=mask, negative_ids=listed(pool.negative_ids), negative_labels=listed(pool.negative_labels),
+        num_rows=None, bias=None, guide_keys=None if pool.guide_keys is None else pool.guide_keys[index],
+    )  # fmt: skip
+
+
 def narrow(pool: Pool, first: Tensor | None, last: Tensor | None) -> Pool:
     """Narrow a filtered pool to the columns between two sort keys (B,), those of the first and the last rank of a window.
 

@@ -16,7 +16,7 @@ from negmine.recipes.pools import gte, qwen3_embedding
 from negmine.recipes.positives import false_negative_cancellation, siglip, sup_con
 from negmine.recipes.queue import decoupled, decoupled_weighted, moco_v1, moco_v2
 from negmine.recipes.schedules import cosine, exponential, linear, step, whole
-from negmine.recipes.synthetic import i_mix, mochi, synco
+from negmine.recipes.synthetic import adco, i_mix, mixgcf, mochi, synco, un_mix
 from negmine.recipes.triplets import (
     batch_hard,
     distance_weighted,
@@ -31,6 +31,7 @@ from negmine.recipes.windows import easiest, gist, hardest, margin_pos, perc_pos
 
 __all__ = [
     "Kinds",
+    "adco",
     "batch_hard",
     "cosine",
     "debiased",
@@ -54,6 +55,7 @@ __all__ = [
     "logq",
     "margin_pos",
     "mixed_inputs",
+    "mixgcf",
     "mochi",
     "moco_v1",
     "moco_v2",
@@ -67,6 +69,7 @@ __all__ = [
     "step",
     "sup_con",
     "synco",
+    "un_mix",
     "vse_plus_plus",
     "whole",
 ]

@@ -1,9 +1,10 @@
-"""Negatives and positives that are made: MoCHi, SynCo, i-Mix."""
+"""Negatives and positives that are mixed or trained: MoCHi, SynCo, MixGCF, i-Mix, Un-Mix, AdCo."""
 
 from typing import Any
 
 from negmine.losses import InfoNCELoss, methods
 from negmine.losses.methods import MethodLoss
+from negmine.losses.mixgcf import mixgcf as mixgcf_loss
 from negmine.losses.synco import Kinds
 from negmine.losses.synco import synco as synco_loss
 from negmine.options import Mix
@@ -124,6 +125,48 @@ def synco(
     return MethodLoss(synco_loss, temperature=temperature, kinds=chosen, **keywords)
 
 
+def mixgcf(candidates: int = 64, layers: int = 1, *, temperature: Temperature = 1.0, **keywords: Any) -> MethodLoss:
+    """MixGCF: one synthetic negative, the positive mixed into the hardest of some random negatives.
+
+        loss = log(1 + exp((q . h - q . k) / T)),   h_l = a_l k_l + (1 - a_l) n_l in each layer l,   a_l uniform in [0, 1)
+        n_l: of the candidates' vectors of layer l, the one with the largest q_l . n_l
+
+    Parameters
+    ----------
+    candidates : int
+        How many negatives are drawn for each query, with replacement; 64 in the public code. Those that the masks hide do not
+        count.
+    layers : int
+        Of how many parts of equal width the vectors consist: the embeddings of the layers of a graph network, one after the
+        other, with that of layer 0. The public code has 4, and 1 is for encoders that are not graph networks.
+    temperature : float, Tensor or schedule
+        Divides the scores; at 1 the loss is the paper's, Bayesian personalised ranking.
+    **keywords
+        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    MethodLoss
+        The loss, to call with query, positive key, negatives and masks.
+
+    Notes
+    -----
+    This is the public code's default, which concatenates the layers. If it adds them up, give a query that repeats its sum of
+    layers `layers` times. Its regularizer of the embeddings is left to the optimiser's weight decay.
+
+    References
+    ----------
+    Huang et al. 2021 (KDD; huangtinglin/MixGCF modules/LightGCN.py).
+
+    Examples
+    --------
+    >>> query, key = torch.randn(2, 8, 16)
+    >>> queue = negmine.MoCoQueue(16, 100)
+    >>> loss = negmine.recipes.mixgcf(candidates=20, layers=4)(query, key, queue)
+    """
+    return MethodLoss(mixgcf_loss, temperature=temperature, candidates=candidates, layers=layers, **keywords)
+
+
 def i_mix(*, temperature: Temperature = 0.2, **keywords: Any) -> MethodLoss:
     """i-Mix: virtual labels for mixed inputs.
 
@@ -155,3 +198,84 @@ def i_mix(*, temperature: Temperature = 0.2, **keywords: Any) -> MethodLoss:
     >>> loss = negmine.recipes.i_mix()(encoder(mixed), encoder(images).detach(), queue, share=share, partner=partner)
     """
     return MethodLoss(methods.i_mix, temperature=temperature, **keywords)
+
+
+def un_mix(*, temperature: Temperature = 0.2, **keywords: Any) -> MethodLoss:
+    """Un-Mix: a batch of inputs that is mixed with itself in reverse order.
+
+        loss_b = nce(q_b, k_b) + share nce(m_b, k_b) + (1 - share) nce(m_r(b), k_b),   r(b) = B - 1 - b
+        nce(q, k) = -q . k / T + log(exp(q . k / T) + sum_j exp(q . n_j / T))
+
+    Parameters
+    ----------
+    temperature : float, Tensor or schedule
+        Divides the scores; 0.2 as in MoCo v2.
+    **keywords
+        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    MethodLoss
+        The loss, to call with query, positive key, negatives, masks, and mixed_query= (B, D), the embeddings m of the mixed
+        inputs, and share=, one number for the batch, drawn from Beta(1, 1).
+
+    Notes
+    -----
+    The mixed inputs are share x + (1 - share) x.flip(0), or images in which a box is replaced by that of x.flip(0), where share
+    is the area outside the box divided by the whole area. The public code for CIFAR-10 takes either with probability 0.5. That
+    for ImageNet has an option for the temperature of the mixed terms, and does not use it.
+
+    References
+    ----------
+    Shen et al. 2022 (arXiv 2003.05438; szq0214/Un-Mix unmix_c10.py).
+
+    Examples
+    --------
+    >>> images, encoder = torch.rand(8, 3, 4, 4), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 16))
+    >>> share = torch.rand(())
+    >>> mixed = encoder(share * images + (1 - share) * images.flip(0))
+    >>> query, queue = encoder(images), negmine.MoCoQueue(16, 100)
+    >>> loss = negmine.recipes.un_mix()(query, query.detach(), queue, mixed_query=mixed, share=share)
+    """
+    return MethodLoss(methods.un_mix, temperature=temperature, **keywords)
+
+
+def adco(temperature: Temperature = 0.12, memory_temperature: Temperature = 0.02, **keywords: Any) -> MethodLoss:
+    """AdCo: the negatives are parameters, which are trained to be hard by gradient ascent on the loss.
+
+        loss = -q . k / T + log(exp(q . k / T) + sum_j exp(q . n_j / T))
+        d loss / d n_j = (1 / B) sum_b p_bj q_b / T_m,   p_b = the softmax of (q_b . k_b, q_b . n_1, ..) / T_m
+
+    Parameters
+    ----------
+    temperature : float, Tensor or schedule
+        T, for the loss and the gradients of query and positive key.
+    memory_temperature : float, Tensor or schedule
+        T_m, for the gradient of the negatives. 0.02 is that of the public README's commands; the default of its parser is 0.07.
+    **keywords
+        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+
+    Returns
+    -------
+    MethodLoss
+        The loss, to call with query, positive key and negatives that require grad.
+
+    Notes
+    -----
+    The negatives are F.normalize(memory, dim=1), where memory (K, D) is trained by an optimiser with maximize=True. In the public
+    code memory holds keys of the encoder at first, the optimiser is SGD with a learning rate of 3, momentum 0.9 and weight decay
+    1e-4, and the positives of the other rows are in the denominator too.
+
+    References
+    ----------
+    Hu et al. 2021 (arXiv 2011.08435; maple-research-lab/AdCo training/train.py).
+
+    Examples
+    --------
+    >>> query, key = F.normalize(torch.randn(2, 8, 16), dim=2)
+    >>> memory = torch.nn.Parameter(torch.randn(100, 16))
+    >>> ascent = torch.optim.SGD([memory], lr=3.0, momentum=0.9, weight_decay=1e-4, maximize=True)
+    >>> negmine.recipes.adco()(query, key, F.normalize(memory, dim=1)).backward()
+    >>> ascent.step()
+    """
+    return MethodLoss(methods.adco, temperature=temperature, memory_temperature=memory_temperature, **keywords)
