@@ -85,23 +85,6 @@ def annealed_ring(steps: int, seed: int) -> nn.Module:
     return negmine.recipes.ring(outer, temperature=TEMPERATURE, seed=seed)
 
 
-class MixedWithPositive(nn.Module):
-    """All negatives, and besides them the hardest of `candidates` that are mixed with the positive (MixGCF, in one layer)."""
-
-    def __init__(self, seed: int, candidates: int = 64) -> None:
-        super().__init__()
-        self.seed, self.candidates = seed, candidates
-
-    def forward(self, query: Tensor, positive_key: Tensor, queue: Any, *, query_ids: Tensor, step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        drawn = torch.randint(len(queue.queue_ids), (len(query), self.candidates), generator=generator)
-        share = torch.rand(len(query), 1, 1, generator=generator).to(query.device)  # of the positive
-        rows = drawn.to(query.device)  # (B, candidates) of the queue, which is full
-        mixes = share * positive_key[:, None] + (1 - share) * queue.keys[rows]  # (B, candidates, D)
-        hardest = negmine.Negatives(mixes, ids=queue.queue_ids[rows], select=negmine.Select(0, 1))
-        return negmine.info_nce(query, positive_key, [queue, hardest], temperature=TEMPERATURE, query_ids=query_ids)
-
-
 class TrainedNegatives(nn.Module):
     """AdCo: the keys that the queue holds at the first step are the memory, which gradient ascent trains from then on."""
 
@@ -139,9 +122,7 @@ RECIPES = IN_DEMO | {
     "ring": configured("Ring (0.1, 0.1)", "ring", window=(0.01, 0.1)),
     "ring_annealed": Recipe("Ring, outer 1.0 to 0.1 in half the steps", annealed_ring, (0.01, 0.1)),
     "synco": configured("SynCo, six kinds", "synco", parents=1024),
-    "mixgcf": Recipe(
-        "all, and the hardest of 64 mixed with the positive (MixGCF)", lambda _, seed: MixedWithPositive(seed)
-    ),
+    "mixgcf": configured("the positive mixed into the hardest of 64, alone (MixGCF)", "mixgcf"),
     "i_mix": configured("i-Mix", "i_mix", feed="mixed"),
     "un_mix": configured("Un-Mix", "un_mix", feed="reversed"),
     "adco": Recipe("trained negatives (AdCo), memory at T = 0.02", lambda steps, seed: TrainedNegatives()),
