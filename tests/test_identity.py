@@ -168,3 +168,16 @@ def test_groups_are_joined_along_chains():
         assert joined_groups(*lowest).tolist() == want
     chain = np.arange(1000)  # 0-1, 1-2, 2-3, ...
     assert not joined_groups(chain - chain % 2, np.maximum(0, chain - (chain + 1) % 2)).any()
+
+
+def test_empty_texts_of_the_corpus_are_reported():
+    """Models give the empty text a vector near many queries. Sixteen hashes are there to be mistaken for it."""
+    c = np.eye(18, dtype=np.float32)
+    texts = [f"document {row}" for row in range(18)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mine(c[:2], c, [0, 1], corpus_texts=texts, query_texts=["", " "])
+    texts[5] = texts[7] = " \n"
+    with pytest.warns(UserWarning, match="2 of the 18 texts of the corpus are empty, the first in row 5") as found:
+        mine(c[:2], c, [0, 1], corpus_texts=texts)
+    assert found[0].filename == __file__

@@ -129,9 +129,9 @@ def mine_hard_negatives(
         positives.
     query_texts, corpus_texts : sequence of str or mapping, optional
         One text per row, or a mapping from ids to texts. Rows with equal texts are one document or one query. Texts are
-        compared after NFC normalisation, with each run of white space replaced by one space; empty texts are never equal. A
-        document with the text of the query is never its negative. Without ids and texts, query rows of equal embeddings are
-        one query.
+        compared after NFC normalisation, with each run of white space replaced by one space; empty texts are never equal, and
+        a warning counts those of the corpus. A document with the text of the query is never its negative. Without ids and
+        texts, query rows of equal embeddings are one query.
     exclude : sequence, optional
         Further documents that must not be negatives, in the forms of `positives`.
     select : Select, optional

@@ -33,6 +33,8 @@ SHARED = (
     "query_texts if they are different queries"
 )
 
+EMPTY = "{}: {} of the {:,} texts of the corpus are empty, the first in row {}, and may become negatives; remove them, or name them in exclude"
+
 
 def fold(text: str) -> str:
     """The form in which texts are compared: NFC, with each run of white space replaced by one space."""
@@ -53,6 +55,11 @@ def text_keys(column: Column, blank: int) -> np.ndarray:
         empty = np.flatnonzero([not text for text in folded])
         part[empty, 0], part[empty, 1] = begin + empty, BLANK_KEY + blank
     return keys
+
+
+def is_blank(keys: np.ndarray) -> np.ndarray:
+    """bool (rows,): whether the keys (rows, 2) are those of empty texts."""
+    return keys[:, 1] - np.uint64(BLANK_KEY) <= 1  # wraps around for smaller numbers
 
 
 def id_keys(
@@ -266,6 +273,10 @@ def resolve(
     lookup = None if known is None else row_of
     given = parse(op, "positives", positives, Q, K, lookup)
     excluded = RowLists.empty(Q) if exclude is None else parse(op, "exclude", exclude, Q, K, lookup)
+    if warn and corpus.text_keys is not None:
+        empty = np.flatnonzero(is_blank(corpus.text_keys))
+        if len(empty):
+            warnings.warn(EMPTY.format(op, len(empty), K, empty[0]), UserWarning, stacklevel=7)
     own = np.full(Q, -1)
     if queries.text_keys is not None and corpus.text_keys is not None:
         own = _matches(corpus.text_keys, queries.text_keys)

@@ -121,7 +121,17 @@ def from_texts(
     query_names = Side.of_texts(OP, ("query_ids", "queries"), query_ids, queries, 0)
     corpus_names = Side.of_texts(OP, ("corpus_ids", "corpus"), corpus_ids, corpus, 1)
     Q, K = len(query_names), len(corpus_names)
-    resolve(OP, query_names, corpus_names, positives, mining.get("exclude"), Q, K, lambda: np.empty((0, 2), np.uint64))
+    resolve(
+        OP,
+        query_names,
+        corpus_names,
+        positives,
+        mining.get("exclude"),
+        Q,
+        K,
+        lambda: np.empty((0, 2), np.uint64),
+        warn=False,
+    )
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     rows = []
