@@ -33,7 +33,10 @@ SHARED = (
     "query_texts if they are different queries"
 )
 
-EMPTY = "{}: {} of the {:,} texts of the corpus are empty, the first in row {}, and may become negatives; remove them, or name them in exclude"
+EMPTY = (
+    "{}: {} of the {:,} texts of the corpus are empty, the first in row {}, and may become negatives; remove them, or name them "
+    "in exclude"
+)
 
 
 def fold(text: str) -> str:
