@@ -1,7 +1,7 @@
-"""Compares the speed of this tree with another commit: builds both and times them in turns, in separate processes.
+"""Compare the speed of this tree with that of another commit.
 
-Two builds of one package need separate processes. Their turns alternate, so that other load on the machine affects both. The
-reported ratio is that of the medians over the turns, together with the spread between turns.
+Both are timed in separate processes, in alternating turns, so that other load on the machine affects both. The reported ratio is
+that of the medians over the turns, together with the smallest and the largest ratio of a turn.
 """
 
 import statistics
@@ -20,7 +20,7 @@ Key = tuple[str, str, str, str]
 
 
 def command_of(arguments: list[str], results: Path) -> list[str]:
-    """The same run without --base, its rows going to `results`."""
+    """The command of the same run without --base, which writes its rows to `results`."""
     at = next(place for place, word in enumerate(arguments) if word.startswith("--base"))
     kept = arguments[:at] + arguments[at + (1 if "=" in arguments[at] else 2) :]
     return [sys.executable, "-m", "benchmarks.run", *kept, "--no-tests", "--no-peers", "--results", str(results)]
@@ -36,7 +36,7 @@ def medians(results: Path) -> dict[Key, float]:
 
 
 def compare(reference: str, arguments: list[str]) -> int:
-    """Print one line a row; 1 where the other commit cannot be built or run."""
+    """Print one line for each row. Returns 1 if one of the trees could not be timed."""
     with tempfile.TemporaryDirectory() as folder:
         other = Path(folder) / "base"
         subprocess.run(["git", "worktree", "add", "--detach", str(other), reference], cwd=ROOT, check=True)
@@ -44,7 +44,7 @@ def compare(reference: str, arguments: list[str]) -> int:
             print(f"building {reference}", flush=True)
             build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
             subprocess.run(build, cwd=other, check=True, stdout=subprocess.DEVNULL)
-            # The harness of this tree measures both: the base may have another table of cases, or none.
+            # The benchmarks of this tree measure both trees, because the other commit may have other cases, or none.
             subprocess.run(["rm", "-rf", "benchmarks"], cwd=other, check=True)
             subprocess.run(["cp", "-r", str(ROOT / "benchmarks"), "benchmarks"], cwd=other, check=True)
             taken: dict[str, dict[Key, list[float]]] = {"here": defaultdict(list), "base": defaultdict(list)}

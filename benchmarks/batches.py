@@ -1,11 +1,12 @@
-"""Compares random batches with batches of mutually hard queries, using only in-batch negatives, on the demo's task.
+"""Compare random batches with batches of mutually hard queries, on the task of the demo, with in-batch negatives only.
 
-    python -m benchmarks.batches --seeds 0 1 2 --steps 150        trains what has no row yet, and writes the table
-    python -m benchmarks.batches --table                          the table again, without training
+    python -m benchmarks.batches --seeds 0 1 2 --steps 150        run the trainings that have no row yet, and write the table
+    python -m benchmarks.batches --table                          write the table again, without training
 
 Heads, optimiser and evaluation are those of benchmarks/train.py, without its queue: the negatives of a query are the other
-positives of its batch. Both kinds of batches take every training query once an epoch; `hard` mines NEGATIVES negatives a query
-with the frozen sentence vectors, once, before training, and build_batches groups them. Rows go to results/batches/wordnet.csv.
+positives of its batch. Both kinds of batches contain every training query once in each epoch. For `hard`, NEGATIVES negatives of
+each query are mined once before training, by the frozen sentence vectors, and build_batches groups the queries by them. Rows go
+to results/batches/wordnet.csv.
 """
 
 import argparse
@@ -36,7 +37,7 @@ BEGIN = "<!-- made by `python -m benchmarks.batches` from benchmarks/results/bat
 
 
 def mined(task: wordnet.Task) -> negmine.mining.MiningResult:
-    """Negatives of the training queries among all entries."""
+    """Mine negatives of the training queries among all entries."""
     train = task.train.numpy()
     queries, answers = task.queries.numpy()[train], task.positives.numpy()[train]
     return negmine.mine_hard_negatives(
@@ -45,7 +46,7 @@ def mined(task: wordnet.Task) -> negmine.mining.MiningResult:
 
 
 def batches_of(kind: str, task: wordnet.Task, result: negmine.mining.MiningResult, size: int, seed: int) -> Iterator:
-    """Positions in task.train, epoch after epoch; a last small batch is left out."""
+    """Batches of positions in task.train, without end. The last batch of an epoch is left out if it is smaller."""
     if kind.startswith("hard"):
         hard = negmine.mining.build_batches(result, size, drop_last=True, seed=seed)
         for epoch in itertools.count():
@@ -60,7 +61,7 @@ def batches_of(kind: str, task: wordnet.Task, result: negmine.mining.MiningResul
 def train(
     kind: str, task: wordnet.Task, result: negmine.mining.MiningResult, size: int, steps: int, seed: int
 ) -> tuple:
-    """Metrics after so many steps, and the mean loss of the last tenth."""
+    """Train. Returns the metrics, and the mean loss of the last tenth of the steps."""
     loss_of = negmine.InfoNCELoss(TEMPERATURE)
     if kind.endswith("hardness added"):
         loss_of = negmine.recipes.hardness_added(temperature=TEMPERATURE)

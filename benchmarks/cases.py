@@ -1,4 +1,4 @@
-"""Named shapes, sweeps of one letter, and inputs that look like embeddings.
+"""The cases of the benchmarks, sweeps over B, K and D, and inputs that look like embeddings.
 
 A case is (B, K, D, dtype) and the ops that make sense for it. Its vectors have unit norm and a decaying spectrum, and each
 query is close to its positive. The scores are then distributed like those of trained embeddings: a few percent of the keys
@@ -36,21 +36,29 @@ CASES = {
         Case("small", 256, 4096, 128, "float32", "a queue for CIFAR-size runs"),
         Case("moco", 256, 65536, 128, "float32", "MoCo's own shape", (*WITH_WHOLE_QUEUE, "guided")),
         Case("moco-bf16", 256, 65536, 128, "bfloat16", "MoCo under mixed precision", (*WITH_WHOLE_QUEUE, "guided")),
-        Case("moco-bf16-1024", 1024, 65536, 128, "bfloat16", "the same queue for a large batch", WITH_WHOLE_QUEUE),
-        Case("moco-bf16-4096", 4096, 65536, 128, "bfloat16", "and for a very large one", WITH_WHOLE_QUEUE),
-        Case("batch-1", 1, 65536, 128, "float32", "one query: search, or a probe in training"),
+        Case("moco-bf16-1024", 1024, 65536, 128, "bfloat16", "the same with a large batch", WITH_WHOLE_QUEUE),
+        Case("moco-bf16-4096", 4096, 65536, 128, "bfloat16", "the same with a very large batch", WITH_WHOLE_QUEUE),
+        Case("batch-1", 1, 65536, 128, "float32", "one query, as in search"),
         Case("simclr", 4096, 4096, 128, "float32", "SimCLR's in-batch negatives", ("in_batch", "locked")),
         Case("clip", 32768, 32768, 512, "bfloat16", "CLIP's batch", ("in_batch", "locked")),
         Case("retrieval", 128, 117_659, 384, "float32", "a small sentence encoder against a corpus"),
         Case("retrieval-768", 128, 117_659, 768, "float32", "a base sentence encoder", ("info_nce", "mine_hardest")),
         Case("retrieval-1024", 128, 117_659, 1024, "float32", "a large sentence encoder", ("info_nce", "mine_hardest")),
         Case("million", 64, 1_048_576, 128, "float32", "a queue of a million", ("info_nce", "mine_hardest")),
-        Case("million-bf16", 1024, 1_048_576, 256, "bfloat16", "the same for a large batch"),
-        Case("widths", 256, 65536, 256, "float32", "vectors that may be cut off", ("info_nce", "matryoshka")),
-        Case("widths-bf16", 256, 65536, 256, "bfloat16", "the same, stored shorter", ("info_nce", "matryoshka")),
-        Case("tokens", 512, 65536, 128, "float32", "16 queries and 512 documents of tokens", TOKEN_OPS),
-        Case("tokens-bf16", 512, 65536, 128, "bfloat16", "the same, stored shorter", TOKEN_OPS),
-        Case("labels", 64, 2048, 128, "float32", "what pytorch-metric-learning can hold", ("whole_queue",)),
+        Case("million-bf16", 1024, 1_048_576, 256, "bfloat16", "the same with a large batch"),
+        Case("widths", 256, 65536, 256, "float32", "vectors whose prefixes are used, too", ("info_nce", "matryoshka")),
+        Case("widths-bf16", 256, 65536, 256, "bfloat16", "the same in bf16", ("info_nce", "matryoshka")),
+        Case("tokens", 512, 65536, 128, "float32", "16 queries and 512 documents, as matrices of tokens", TOKEN_OPS),
+        Case("tokens-bf16", 512, 65536, 128, "bfloat16", "the same in bf16", TOKEN_OPS),
+        Case(
+            "labels",
+            64,
+            2048,
+            128,
+            "float32",
+            "a size that fits into memory with pytorch-metric-learning",
+            ("whole_queue",),
+        ),
     ]
 }
 QUICK = ["small", "moco"]
@@ -65,13 +73,13 @@ SWEEPS = {
 
 
 def sweep(letter: str) -> list[Case]:
-    """SWEEP's shape with one letter varied; the cases are named K=4096 and so on."""
+    """The shape of SWEEP with different values of one letter. The cases are named K=4096 and so on."""
     return [replace(SWEEP, name=f"{letter}={value}", **{letter: value}) for value in SWEEPS[letter]]
 
 
 @dataclass
 class Inputs:
-    """What every op is given; `temperature` is the demo's."""
+    """The inputs of all ops. The temperature is that of the demo."""
 
     query: Tensor  # (B, D)
     positive_key: Tensor  # (B, D)

@@ -1,11 +1,11 @@
-"""The demo: trains with several choices of hard negatives on real data, and writes a page with the results.
+"""The demo: train with several choices of hard negatives on real data, and write a page with the results.
 
     python -m benchmarks.demo                                          six recipes, a few minutes on two cores
     python -m benchmarks.demo --recipes all mochi --steps 500 --out out
-    python -m benchmarks.demo --recipe ring --steps 500                any of benchmarks.train's RECIPES
+    python -m benchmarks.demo --recipe ring --steps 500                any of the RECIPES of benchmarks.train
 
-Leaves in --out: index.html (all in one file), results.csv, results.md, step_time.csv, learning_curves.png,
-hardness.png, step_time.png. Held-out queries ask for dictionary entries that were never training positives.
+It writes to --out: index.html (everything in one file), results.csv, results.md, step_time.csv, learning_curves.png,
+hardness.png, step_time.png. The answers of held-out queries are dictionary entries that were never positives in training.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tqdm import tqdm
 import negmine
 from benchmarks import figures, report, wordnet
 from benchmarks.cases import QUEUE_OPS, Inputs
-from benchmarks.hardness import Kin, measure_hardness
+from benchmarks.hardness import Relations, measure_hardness
 from benchmarks.measure import Measured, measure
 from benchmarks.peers import OPS
 from benchmarks.rows import machine_name
@@ -30,7 +30,7 @@ EVALUATIONS = 4
 
 @torch.no_grad()
 def real_inputs(query_head: Head, key_head: Head, task: wordnet.Task, rows: torch.Tensor) -> Inputs:
-    """One batch of held-out queries against the queue's keys, for timing: rows (K,)."""
+    """A batch of held-out queries and the keys of the queue, for timing. rows (K,): the corpus rows in the queue."""
     chosen = task.held_out[:B]  # (B,)
     answers = task.positives[chosen]  # (B,)
     return Inputs(
@@ -94,7 +94,7 @@ def main() -> None:
 
     task = wordnet.load().to(args.device)
     texts = wordnet.load_texts()
-    kin = Kin(task, texts)
+    relations = Relations(task, texts)
     untrained = new_heads(task.corpus.shape[1], args.seed, task.corpus.device)
     before = evaluate(*untrained, task)
     evaluate_at = sorted({round(args.steps * part / EVALUATIONS) for part in range(1, EVALUATIONS + 1)})
@@ -103,18 +103,20 @@ def main() -> None:
 
     rows = queue_rows(task, torch.Generator().manual_seed(args.seed))  # (K,)
     measured = time_ops(real_inputs(shown.query_head, shown.key_head, task, rows), seconds=4.0)
-    hardness = [measure_hardness(*heads, task, rows, kin) for heads in (untrained, (shown.query_head, shown.key_head))]
+    hardness = [
+        measure_hardness(*heads, task, rows, relations) for heads in (untrained, (shown.query_head, shown.key_head))
+    ]
     figures.learning_curves(runs, args.out / "learning_curves.png")
     figures.hardness(*hardness, args.recipes, RECIPES[shown.name].title, args.out / "hardness.png")
     figures.step_time(measured, args.out / "step_time.png")
     conditions = (
         f"One seed ({args.seed}), {args.steps} steps of batch {B}, queue {K:,}, temperature {TEMPERATURE}; "
         f"{len(task.held_out):,} held-out queries, so one standard error of R@1 is about "
-        f"{(before.recall_1 * (1 - before.recall_1) / len(task.held_out)) ** 0.5:.3f}: read small differences as none. "
+        f"{(before.recall_1 * (1 - before.recall_1) / len(task.held_out)) ** 0.5:.3f}; smaller differences mean nothing. "
         f"{machine_name(args.device)}, torch {torch.__version__}, negmine {negmine.__version__}, "
         f"{datetime.date.today().isoformat()}."
     )
-    page = report.write(args.out, runs, shown, untrained, measured, task, texts, kin, args.seed, conditions)
+    page = report.write(args.out, runs, shown, untrained, measured, task, texts, relations, args.seed, conditions)
     print(summary(runs, measured))
     print(f"\n{conditions}\n\n{time.perf_counter() - started:.0f} s in all. The page: {page.resolve()}")
 

@@ -1,4 +1,4 @@
-"""Explains why the negatives of another miner differ from those of negmine, for each query, by scores in float64.
+"""Explain why the negatives of another miner differ from those of negmine, for each query, by scores in float64.
 
 same         both have the same rows in the same order
 ties         rows or their order differ only where scores are equal up to rounding
@@ -13,11 +13,11 @@ import torch
 
 REASONS = ("same", "ties", "threshold", "window", "fewer", "unexplained")
 ROUNDING = 2.0**-20  # of an inner product of unit rows in fp32, summed in any order
-AT_ONCE = 512  # queries whose scores are held together
+AT_ONCE = 512  # queries that are processed at a time
 
 
 def pair_scores(queries: np.ndarray, corpus: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """rows (Q, n), -1 = none -> (Q, n) float64, -inf there."""
+    """rows (Q, n), -1 = none -> scores (Q, n) float64, -inf for none."""
     out = np.full(rows.shape, -np.inf)
     for slot, numbers in enumerate(rows.T):
         for begin in range(0, len(queries), AT_ONCE):
@@ -28,7 +28,7 @@ def pair_scores(queries: np.ndarray, corpus: np.ndarray, rows: np.ndarray) -> np
 
 
 def reachable(queries: np.ndarray, corpus: np.ndarray, scores: np.ndarray, window: int) -> np.ndarray:
-    """scores (Q,) -> (Q,) bool: at most `window` rows of the corpus score above, so that theirs must have seen the row."""
+    """scores (Q,) -> (Q,) bool: whether at most `window` rows have this score or more, so that the other miner saw them."""
     rows = torch.from_numpy(corpus)
     found = []
     for begin in range(0, len(queries), AT_ONCE):
@@ -47,9 +47,10 @@ def explain(
     margin: float,
     window: int,
 ) -> dict[str, int]:
-    """ours, theirs (Q, n) rows, a query given up is all -1 -> how many queries differ for each of REASONS.
+    """ours, theirs (Q, n) rows -> how many queries differ for each of REASONS.
 
-    margin: the relative margin below the positive's score. window: rows that theirs looks at, the positive among them.
+    The rows of a query without a result are -1. margin: the relative margin below the score of the positive. window: how many
+    rows the other miner looks at, including the positive.
     """
     scores, others = (pair_scores(queries, corpus, rows) for rows in (ours, theirs))  # (Q, n) each
     positive = pair_scores(queries, corpus, positives[:, None])  # (Q, 1)

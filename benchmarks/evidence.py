@@ -1,8 +1,8 @@
-"""Writes the tables and figures of docs/evidence.md from committed result rows, without training.
+"""Write the tables and figures of docs/evidence.md from committed result rows, without training.
 
     python -m benchmarks.evidence
 
-Reads benchmarks/results/evidence/fashion_mnist.csv, which `examples/difficulty.py --csv` appends to, and the rows of
+It reads benchmarks/results/evidence/fashion_mnist.csv, which `examples/difficulty.py --csv` appends to, and the rows of
 benchmarks.recipes that answer the same questions on text. Intervals are 95 % by Student's t over seeds.
 """
 
@@ -26,7 +26,7 @@ TEXT_STEPS = "150"
 
 
 def mean_and_half(values: list[float]) -> tuple[float, float]:
-    """The mean and half of its 95 % interval; NaN where the seeds are too few (or more than T_95 knows)."""
+    """The mean, and half the width of its 95 % interval: NaN if T_95 does not have the number of seeds."""
     t = T_95.get(len(values))
     half = t * statistics.stdev(values) / len(values) ** 0.5 if t else float("nan")
     return statistics.fmean(values), half
@@ -37,12 +37,12 @@ def cell(mean: float, half: float, sign: str = "") -> str:
 
 
 def differences(found: dict[str, float], plain: dict[str, float]) -> list[float]:
-    """Of the seeds that both have."""
+    """The differences for the seeds that both have."""
     return [value - plain[seed] for seed, value in found.items() if seed in plain]
 
 
 def by_classes(rows: list[Row]) -> dict[str, list[Row]]:
-    """number of classes -> its rows, in the order of the file."""
+    """The rows by number of classes, in the order of the file."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row["classes"], []).append(row)
@@ -50,7 +50,7 @@ def by_classes(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def of_images(rows: list[Row], measure: str) -> dict[str, dict[str, float]]:
-    """treatment -> seed -> value, of rows of one number of classes."""
+    """treatment -> seed -> value of a measure. All rows have the same number of classes."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         if row["measure"] == measure:
@@ -68,7 +68,7 @@ def of_texts(rows: list[Row]) -> dict[str, dict[str, float]]:
 
 
 def treatments_table(heads: list[str], measures: list[dict[str, dict[str, float]]]) -> str:
-    """A line a treatment: the mean of each measure, and its difference from `all` of the same seeds."""
+    """One line for each treatment: the mean of each measure, and its difference from `all` with the same seeds."""
     names = [column for head in heads for column in (head, f"{head}, difference from all")]
     lines = [f"| negatives | seeds | {' | '.join(names)} |", "| --- " * (2 + len(names)) + "|"]
     for treatment, seeds in measures[0].items():
@@ -85,7 +85,7 @@ def treatments_table(heads: list[str], measures: list[dict[str, dict[str, float]
 
 
 def spread(rows: list[Row], measure: str) -> tuple[float, float]:
-    """mean_and_half over seeds; no interval of overlaps, since pairs of seeds are not independent."""
+    """mean_and_half over seeds. Overlaps have no interval, because pairs of seeds are not independent."""
     values = list(of_images(rows, measure)["all"].values())
     return (statistics.fmean(values), float("nan")) if measure.startswith("overlap") else mean_and_half(values)
 

@@ -70,7 +70,7 @@ def learning_curves(runs: list[Run], path: Path) -> None:
 
 
 def recipe_windows(axes: Axes, names: list[str], measured: Hardness) -> None:
-    """A bar a recipe over the ranks that its loss sees, with their share of all negatives' gradient."""
+    """One bar for each recipe: the ranks that its loss uses, and the share of the gradient of all negatives that they have."""
     held = [0.0, *measured.attention.tolist()]
     for place, name in enumerate(reversed(names)):
         recipe = RECIPES[name]
@@ -84,12 +84,12 @@ def recipe_windows(axes: Axes, names: list[str], measured: Hardness) -> None:
         axes.text(1.1, place + 0.32, text, va="center", fontsize=9, bbox=LABEL)
     axes.set_yticks([])
     axes.set_ylim(-0.4, len(names) - 0.4)
-    axes.set_title("Where each recipe's negatives lie, and what they hold before training")
+    axes.set_title("The ranks that each recipe uses, and their share of the gradient before training")
 
 
 def hardness(before: Hardness, after: Hardness, names: list[str], trained_with: str, path: Path) -> None:
     figure, grid = plt.subplots(2, 2, figsize=(13, 8.6), layout="constrained")
-    (scores, attention), (kinship, windows) = grid
+    (scores, attention), (related, windows) = grid
     middle = (BINS[1:] + BINS[:-1]) / 2
     for measured, colour, label in [(before, BEFORE, "before training"), (after, AFTER, "after")]:
         scores.fill_between(middle, measured.density, color=colour, alpha=0.35, linewidth=0)
@@ -110,24 +110,24 @@ def hardness(before: Hardness, after: Hardness, names: list[str], trained_with: 
     scores.set_ylabel("density, log scale")
     scores.legend(loc="upper left", fontsize=8.5)
 
-    attention.set_title("Who gets the gradient: what the hardest r hold")
+    attention.set_title("Share of the gradient that comes from the hardest r negatives")
     attention.set_ylabel("share of the negatives' gradient")
     attention.set_ylim(0, 1.02)
     attention.legend(loc="lower right")
 
-    for colour, (name, values) in zip([AFTER, ACCENT, "#66a182"], after.kinship.items(), strict=True):
+    for colour, (name, values) in zip([AFTER, ACCENT, "#66a182"], after.related.items(), strict=True):
         known = values > 0
-        kinship.plot(RANKS[known], values[known], color=colour, marker="o", markersize=3, label=name)
-        early = before.kinship[name] > 0
-        kinship.plot(RANKS[early], before.kinship[name][early], color=colour, alpha=0.35, linewidth=1)
-    kinship.set_yscale("log")
-    kinship.set_ylim(1e-5, 1)
-    kinship.set_title("Kinship with the right answer")
-    kinship.set_ylabel("share of the negatives at that rank   (faint: before)")
-    kinship.legend(loc="lower left", fontsize=8.5)
+        related.plot(RANKS[known], values[known], color=colour, marker="o", markersize=3, label=name)
+        early = before.related[name] > 0
+        related.plot(RANKS[early], before.related[name][early], color=colour, alpha=0.35, linewidth=1)
+    related.set_yscale("log")
+    related.set_ylim(1e-5, 1)
+    related.set_title("Relation to the correct answer")
+    related.set_ylabel("share of the negatives at that rank   (faint: before)")
+    related.legend(loc="lower left", fontsize=8.5)
 
     recipe_windows(windows, names, before)
-    for axes in (attention, kinship, windows):
+    for axes in (attention, related, windows):
         axes.set_xscale("log")
         axes.set_xlim(1, K)
         axes.xaxis.set_major_locator(LogLocator())

@@ -1,10 +1,10 @@
-"""The pictures of docs/examples.md: what each example shows when it is run at full length.
+"""Draw the pictures of docs/examples.md, which show the results of complete runs of the examples.
 
     python -m benchmarks.gallery                             draw the pictures from the committed rows
-    python -m benchmarks.gallery --run simclr image_moco     run these examples again first; all take 20 minutes
+    python -m benchmarks.gallery --run simclr image_moco     run these examples again first; all of them take 20 minutes
 
-The rows are in benchmarks/results/gallery/examples.csv, one for each point of a picture; a run replaces the rows of its example.
-sentence_transformers_training and ray_mining need the packages that they name.
+The rows are in benchmarks/results/gallery/examples.csv, one for each point of a picture. A run replaces the rows of its example.
+sentence_transformers_training and ray_mining need the packages of the same names.
 """
 
 import argparse
@@ -32,13 +32,13 @@ FOLDER = RESULTS / "gallery"
 ROWS = FOLDER / "examples.csv"
 COLUMNS = ["date", "commit", "example", "series", "x", "value"]
 Point = tuple[str, float, float]  # series, x, value
-Lines = dict[str, tuple[list[float], list[float]]]  # series -> its x and its values
+Lines = dict[str, tuple[list[float], list[float]]]  # series -> x, values
 
 sys.path.insert(0, str(ROOT / "examples"))
 
 
 def printed(script: str, pattern: str) -> list[float]:
-    """The numbers in what an example prints."""
+    """Run an example, and return the numbers that the pattern finds in its output."""
     done = subprocess.run(
         [sys.executable, f"examples/{script}"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
     )
@@ -55,7 +55,7 @@ def histogram(series: str, scores: np.ndarray) -> Iterator[Point]:
 
 
 def cumulative(series: str, items: Tensor, num_items: int) -> Iterator[Point]:
-    """The share of items among the x most popular ones; item 0 is the most popular."""
+    """Which share of the items are among the x most popular ones. Item 0 is the most popular."""
     counts = torch.bincount(items.flatten(), minlength=num_items).double()
     shares = counts.cumsum(0) / counts.sum()
     for x in np.unique(np.geomspace(1, num_items, 60).astype(int)):

@@ -1,14 +1,14 @@
-"""Measures properties of negatives by their rank: scores, share of the gradient, and relation to the query in WordNet.
+"""Measure properties of negatives by their rank: scores, share of the gradient, and relation to the answer in WordNet.
 
-    python -m benchmarks.hardness --out out        negmine.hardness_report on WordNet's nouns, judged by the taxonomy
+    python -m benchmarks.hardness --out out        negmine.hardness_report for the nouns of WordNet, with its taxonomy
 
 `report` writes that page. `measure_hardness` computes the figure of the demo, for a sample of held-out queries and the K corpus
-rows that the queue starts with:
+rows that are in the queue at the start:
 
-    scores     density of (score - score of the positive), and the thresholds of the hardest 0.1 % and 5 % attention  fraction of
-    the negatives' gradient, softmax(score / T), that comes from the hardest r ranks kinship    fraction of the negatives near
-    rank r that are another sense of the same word, a direct hypernym or hyponym, or from
-               the same lexicographer file, that is, related in meaning or even false negatives
+    scores     the density of (score - score of the positive), and the thresholds of the hardest 0.1 % and 5 %
+    attention  the share of the gradient of the negatives, softmax(score / T), that comes from the hardest r ranks
+    related    the share of the negatives near rank r that are another sense of the same word, a direct hypernym or hyponym, or
+               from the same lexicographer file: they are related in meaning, or even false negatives
 """
 
 import argparse
@@ -35,12 +35,12 @@ class Hardness:
     density: Tensor  # (len(BINS) - 1,) of score - positive's score
     synthetic_density: Tensor  # the same for MoCHi's synthetic negatives
     thresholds: dict[float, float]  # fraction -> mean of (the score at that rank - the positive's)
-    attention: Tensor  # (len(RANKS),) share of the gradient held by the hardest RANKS
-    kinship: dict[str, Tensor]  # name -> (len(RANKS),) share within (previous rank, this rank]
+    attention: Tensor  # (len(RANKS),) share of the gradient that comes from the hardest RANKS
+    related: dict[str, Tensor]  # name -> (len(RANKS),) share within (previous rank, this rank]
 
 
-class Kin:
-    """Which corpus rows are related to a given one."""
+class Relations:
+    """Which corpus rows are related to a given one in WordNet."""
 
     def __init__(self, task: Task, texts: Texts) -> None:
         self.lexname_of = task.lexname_of.tolist()
@@ -58,11 +58,11 @@ class Kin:
     def same_word(self, row: int) -> set[int]:
         return set().union(*(self.rows_of_lemma[lemma.lower()] for lemma in self.texts.lemmas[row])) - {row}
 
-    def next_of_kin(self, row: int) -> set[int]:
+    def direct_relations(self, row: int) -> set[int]:
         return self.broader.get(row, set()) | self.narrower.get(row, set())
 
     def marks(self, answer: int, row: int) -> list[str]:
-        """What makes `row` a doubtful negative for a query whose answer is `answer`."""
+        """Reasons why `row` may be a false negative of a query with this answer."""
         found = []
         if self.texts.glosses[row] == self.texts.glosses[answer]:
             found.append("same gloss")
@@ -81,8 +81,8 @@ def density(relative: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure_hardness(query_head: Head, key_head: Head, task: Task, rows: Tensor, kin: Kin) -> Hardness:
-    """rows (K,): the corpus rows that serve as negatives."""
+def measure_hardness(query_head: Head, key_head: Head, task: Task, rows: Tensor, relations: Relations) -> Hardness:
+    """rows (K,): the corpus rows that are negatives."""
     chosen = task.held_out[:: len(task.held_out) // QUERIES][:QUERIES]  # (B,)
     answers = task.positives[chosen]  # (B,)
     query, keys = query_head(task.queries[chosen]), key_head(task.corpus[rows])  # (B, D), (K, D)
@@ -94,7 +94,7 @@ def measure_hardness(query_head: Head, key_head: Head, task: Task, rows: Tensor,
     synthetic = negmine.mix_negatives(query, negatives, MIX, query_ids=answers).vectors  # (B, S, D)
     synthetic_scores = torch.einsum("bd,bsd->bs", query, synthetic)  # (B, S)
 
-    # The picture shows the whole ranking, which no op returns: here, and only here, the matrix is made and sorted.
+    # The picture shows the whole ranking, which no op returns, so the matrix of scores is stored and sorted here.
     scores = (query @ keys.T).masked_fill(answers[:, None] == rows, float("-inf"))  # (B, K)
     ordered, index = scores.sort(dim=1, descending=True)  # (B, K), (B, K)
     attention = (ordered / TEMPERATURE).softmax(dim=1).cumsum(dim=1).mean(dim=0).cpu()[RANKS - 1]  # (len(RANKS),)
@@ -105,11 +105,11 @@ def measure_hardness(query_head: Head, key_head: Head, task: Task, rows: Tensor,
     width = RANKS.diff(prepend=torch.zeros(1, dtype=torch.long)).double() * len(chosen)  # (len(RANKS),)
 
     def share(relation: list[list[int]]) -> Tensor:
-        """relation: for each query the related corpus rows -> (len(RANKS),) their share in each span of ranks."""
+        """relation: the related corpus rows of each query -> (len(RANKS),) their share in each range of ranks."""
         ranks_found = [
             rank_of[b, column_of[row]].item()
-            for b, related in enumerate(relation)
-            for row in related
+            for b, related_rows in enumerate(relation)
+            for row in related_rows
             if row in column_of
         ]
         span = torch.bucketize(torch.tensor(ranks_found, dtype=torch.long) + 1, RANKS)
@@ -117,24 +117,26 @@ def measure_hardness(query_head: Head, key_head: Head, task: Task, rows: Tensor,
 
     same_file = task.lexname_of[rows[index]] == task.lexname_of[answers][:, None]  # (B, K)
     in_span = torch.bucketize(torch.arange(1, len(rows) + 1), RANKS)  # (K,)
-    kinship = {
+    related = {
         "same lexicographer file": torch.bincount(in_span, same_file.sum(dim=0).cpu().double()) / width,
-        "same word, other sense": share([sorted(kin.same_word(answer)) for answer in answers.tolist()]),
-        "direct hypernym or hyponym": share([sorted(kin.next_of_kin(answer)) for answer in answers.tolist()]),
+        "same word, other sense": share([sorted(relations.same_word(answer)) for answer in answers.tolist()]),
+        "direct hypernym or hyponym": share(
+            [sorted(relations.direct_relations(answer)) for answer in answers.tolist()]
+        ),
     }
     return Hardness(
         density(relative),
         density(synthetic_scores - positive),
         dict(zip(THRESHOLDS, thresholds, strict=True)),
         attention,
-        kinship,
+        related,
     )
 
 
 def report(task: Task, texts: Texts, num_queries: int | None = 512, **options) -> HardnessReport:
-    """The nouns of the task: held-out examples against every noun entry, compared with the answer's place in the taxonomy.
+    """A report about the nouns of the task: held-out queries against all noun entries, with similarities from the taxonomy.
 
-    Only nouns form one tree, so only they are always comparable. Class: the lexicographer file.
+    Only nouns form a single tree, in which any two entries can be compared. The class is the lexicographer file.
     """
     is_noun = torch.tensor([name.startswith("noun.") for name in task.lexnames])[task.lexname_of]  # (K,)
     rows = is_noun.nonzero()[:, 0]  # (nouns,)
@@ -143,7 +145,7 @@ def report(task: Task, texts: Texts, num_queries: int | None = 512, **options) -
     answers, files = task.positives[asked], task.lexname_of.numpy()
     tree = Taxonomy(task.hypernyms, len(task.corpus))
 
-    def judge(which: int):
+    def similarity(which: int):
         return lambda q, k: tree.compare(answers[q].numpy(), rows[k].numpy())[which]
 
     return negmine.hardness_report(
@@ -152,7 +154,7 @@ def report(task: Task, texts: Texts, num_queries: int | None = 512, **options) -
         place[answers],
         query_labels=files[answers],
         corpus_labels=files[rows],
-        class_similarity={"depth of the common hypernym": judge(0), "path similarity": judge(1)},
+        class_similarity={"depth of the common hypernym": similarity(0), "path similarity": similarity(1)},
         query_texts=[
             f"{texts.lemmas[a][0]}: {texts.examples[q]}" for q, a in zip(asked.tolist(), answers, strict=True)
         ],

@@ -1,4 +1,4 @@
-"""Times every op on every instruction set of this processor, and checks the automatic choice: `make bench-isa`.
+"""Time every op on every instruction set of this processor, and check the automatic choice: `make bench-isa`.
 
     python -m benchmarks.isa                              B = 256, K = 65,536, D = 128; about five minutes on two cores
     python -m benchmarks.isa --storage bf16 --op mine_hardest --seconds 5
@@ -35,7 +35,7 @@ STORAGE = {  # of queries and of the queue
     "fp32 x fp16": (torch.float32, torch.float16),
 }
 AUTOMATIC, ISAS = "", ("amxbf16", "avx512bf16", "avx512", "avx2")
-BEHIND = 1.1  # the automatic choice over the best
+BEHIND = 1.1  # how much slower than the best set the automatic choice may be
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def loss_alone(inputs: Inputs, backend: str | None = None) -> Answer:
 
 
 def trained_keys(inputs: Inputs, backend: str | None = None) -> Answer:
-    """InfoNCE whose keys get a gradient too."""
+    """InfoNCE with a gradient of the keys."""
     query, keys = (part.detach().requires_grad_() for part in (inputs.query, inputs.keys))
     loss = negmine.info_nce(query, inputs.positive_key, keys, temperature=inputs.temperature, backend=backend)
     assert isinstance(loss, torch.Tensor)
@@ -90,8 +90,11 @@ def inputs_of(storage: str, case: Case) -> Inputs:
 
 
 def measure(op: str, inputs: Inputs, isas: list[str], seconds: float) -> dict[str, Timing]:
-    """Instruction set, or AUTOMATIC -> timing, all in turns. Each runs twice and the second run counts: a processor takes
-    milliseconds to change between the clocks, and to wake the units, of AVX2, AVX-512 and AMX."""
+    """The timing of each instruction set and of AUTOMATIC, measured in turns.
+
+    Each runs twice in a turn, and only the second run counts, because a processor takes milliseconds to change its clock and to
+    power up its units when it changes between AVX2, AVX-512 and AMX.
+    """
     run = partial(MEASURED[op], backend="cpu")
     variants: dict[str, Callable[[], object]] = {}
     for isa in (AUTOMATIC, *isas):
@@ -101,7 +104,7 @@ def measure(op: str, inputs: Inputs, isas: list[str], seconds: float) -> dict[st
 
 
 def ratio_to_best(measured: dict[str, dict[str, Timing]], isas: list[str], choice: str) -> float:
-    """The chosen instruction set over the one that is best for all ops: geometric means over the ops."""
+    """The time of the chosen instruction set divided by that of the best one for all ops, as geometric means over the ops."""
 
     def mean(isa: str) -> float:
         return math.exp(sum(math.log(timings[isa].median) for timings in measured.values()) / len(measured))

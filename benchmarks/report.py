@@ -13,7 +13,7 @@ from string import Template
 import torch
 
 import negmine
-from benchmarks.hardness import Kin
+from benchmarks.hardness import Relations
 from benchmarks.measure import Measured
 from benchmarks.peers import OPS
 from benchmarks.rows import Row
@@ -114,11 +114,11 @@ def entry(row: int, texts: Texts) -> str:
     return f"<b>{html.escape(', '.join(texts.lemmas[row]))}</b>: {html.escape(texts.glosses[row])}"
 
 
-def mining_column(title: str, mining: Mining, answer: int, texts: Texts, kin: Kin) -> str:
+def mining_column(title: str, mining: Mining, answer: int, texts: Texts, relations: Relations) -> str:
     items = ""
     for row, score in mining.negatives:
         badges = "".join(
-            f'<span class="mark {mark.replace(" ", "-")}">{mark}</span>' for mark in kin.marks(answer, row)
+            f'<span class="mark {mark.replace(" ", "-")}">{mark}</span>' for mark in relations.marks(answer, row)
         )
         above = "above" if score > mining.positive_score else ""
         items += (
@@ -130,14 +130,14 @@ def mining_column(title: str, mining: Mining, answer: int, texts: Texts, kin: Ki
     )
 
 
-def card(chosen: int, before: Mining, after: Mining, task: Task, texts: Texts, kin: Kin) -> str:
+def card(chosen: int, before: Mining, after: Mining, task: Task, texts: Texts, relations: Relations) -> str:
     answer = int(task.positives[chosen])
     return (
         f'<article><p class="query"><b>{html.escape(texts.lemmas[answer][0])}</b>: '
         f"“{html.escape(texts.examples[chosen])}”</p>"
         f'<p class="answer">{entry(answer, texts)}</p><div class="columns">'
-        + mining_column("before", before, answer, texts, kin)
-        + mining_column("after", after, answer, texts, kin)
+        + mining_column("before", before, answer, texts, relations)
+        + mining_column("after", after, answer, texts, relations)
         + "</div></article>"
     )
 
@@ -150,7 +150,7 @@ def write(
     measured: dict[str, list[Measured]],
     task: Task,
     texts: Texts,
-    kin: Kin,
+    relations: Relations,
     seed: int,
     conditions: str,
 ) -> Path:
@@ -166,7 +166,8 @@ def write(
     ]
     before, after = mine(*untrained, task, chosen), mine(shown.query_head, shown.key_head, task, chosen)
     cards = "".join(
-        card(number, *pair, task, texts, kin) for number, *pair in zip(chosen.tolist(), before, after, strict=True)
+        card(number, *pair, task, texts, relations)
+        for number, *pair in zip(chosen.tolist(), before, after, strict=True)
     )
     pictures = {
         name: base64.b64encode((out / f"{name}.png").read_bytes()).decode()
