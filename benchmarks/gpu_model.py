@@ -1,15 +1,17 @@
-"""Times of the GPU ops predicted by arithmetic, from what their launches consist of.
+"""Predict the times of GPU ops from the work of their kernel launches.
 
-    python -m benchmarks.gpu_trace    results/gpu-model/launches.csv, from the compiled kernels, without a GPU; takes minutes
-    python -m benchmarks.gpu_model    results/gpu-model/times.csv and the table of docs/gpu.md, from launches.csv
+    python -m benchmarks.gpu_trace    write results/gpu-model/launches.csv from the compiled kernels, without a GPU; takes minutes
+    python -m benchmarks.gpu_model    write results/gpu-model/times.csv and the table of docs/gpu.md from launches.csv
 
-A row of launches.csv is one launch: programs, warps of each, turns of the main loop, instructions of a turn and outside of it,
-multiply-adds, exponentials, and bytes from memory and gathered from L2.
+A row of launches.csv is one launch: the number of programs (blocks), the warps of each, the iterations of the main loop, the
+instructions of an iteration and outside the loops, the multiply-adds, the exponentials, and the bytes read from memory and
+gathered from L2.
 
-On a processor a launch takes at least as long as the slowest of its units would alone (`low`); where tensor cores and the other
-units take turns, it takes the sum (`high`). Programs are whole: a launch lasts as long as the processor that has the most. Each
-launch adds LAUNCH_US. The floor is the time of the products that no method avoids, at the tensor cores' full rate: F1 for the
-scores, F2 = 2 F1 for scores and gradient. Goals are multiples of the same products at the rate that large ones reach.
+On a multiprocessor, a launch takes at least as long as the slowest of its units needs (`low`). If the tensor cores and the other
+units do not overlap, their times are added (`high`). Programs are not divided, so a launch takes as long as the multiprocessor
+with the most programs. Each launch adds LAUNCH_US. The floor is the time of the matrix products that every method needs, at the
+full rate of the tensor cores: one product for scores, two for scores and gradient. A goal is a multiple of the time of the same
+products at the rate that large products reach.
 """
 
 import argparse
@@ -26,32 +28,33 @@ BEGIN = "<!-- made by `python -m benchmarks.gpu_model` from benchmarks/results/g
 SHAPES = [CASES[name] for name in ("moco-bf16", "moco-bf16-1024", "moco-bf16-4096")]
 OPS = ("info_nce", "window", "mine_hardest", "rank_thresholds", "mochi")
 BACKENDS = ("triton", "cuda")
-LAUNCH_US = 1.3  # of one kernel in a CUDA graph
+LAUNCH_US = 1.3  # time of a kernel launch in a CUDA graph
 
 
 class Card(NamedTuple):
-    """Rates of one GPU: those that its maker states, but for `reached`, `memory` and `gathered`."""
+    """The rates of one GPU as stated by its vendor, except `reached`, `memory` and `gathered`."""
 
     names: tuple[str, ...]  # as they occur in torch.cuda.get_device_name()
     capability: int
     processors: int
     ghz: float
-    multiply_adds: int  # bf16, a clock and processor
-    reached: float  # of these by a large product of the best library
-    memory: float  # bytes a microsecond that a copy reaches
-    gathered: float  # bytes a microsecond of rows from L2, an assumption
+    multiply_adds: int  # in bf16, per clock and multiprocessor
+    reached: float  # fraction of these that a large product of the best library reaches
+    memory: float  # bytes per microsecond that a copy reaches
+    gathered: float  # bytes per microsecond of rows gathered from L2; an assumption
 
-    def us(self, count: float, a_clock: float) -> float:
-        """How long all processors take for as many of what each does a_clock times a clock."""
-        return count / (a_clock * self.processors * 1e3 * self.ghz)
+    def us(self, count: float, per_clock: float) -> float:
+        """The time of `count` operations, of which each multiprocessor does `per_clock` per clock."""
+        return count / (per_clock * self.processors * 1e3 * self.ghz)
 
 
 CARDS = {
     "A100": Card(("A100",), 80, 108, 1.41, 1024, 0.86, 1.7e6, 4.0e6),
     "H100, H200": Card(("H100", "H200"), 90, 132, 1.755, 2048, 0.84, 3.0e6, 5.5e6),
 }
-WARP_INSTRUCTIONS, EXPONENTIALS = 4, 16  # a clock and processor, on both
-# Products of the floor, and the goal as a multiple of them by B. MoCHi's floor has also the rows that are mixed, from L2.
+WARP_INSTRUCTIONS, EXPONENTIALS = 4, 16  # per clock and multiprocessor, for both
+# The number of products in the floor, and the goal as a multiple of them, by B. Reading the rows that MoCHi mixes is added to its
+# goal.
 PRODUCTS = {"info_nce": 2, "window": 1, "mine_hardest": 1, "rank_thresholds": 1, "mochi": 2}
 GOALS = {
     "info_nce": {256: 2.3, 1024: 1.5, 4096: 1.3},
@@ -74,9 +77,9 @@ class Launch(NamedTuple):
     launches: int = 1
     programs: int = 1
     warps: int = 0
-    turns: int = 0
-    per_turn: int = 0  # instructions of a warp in one turn of the main loop
-    outside: int = 0  # and outside of its loops
+    turns: int = 0  # iterations of the main loop
+    per_turn: int = 0  # instructions of a warp in one iteration of the main loop
+    outside: int = 0  # instructions of a warp outside the loops
     multiply_adds: int = 0
     exponentials: int = 0
     bytes: int = 0
@@ -93,10 +96,10 @@ class Time(NamedTuple):
 
 
 def time_of(launch: Launch, card: Card) -> Time:
-    """Microseconds of one row of launches."""
+    """The time of one row of launches, in microseconds."""
     uneven = math.ceil(launch.programs / card.processors) * card.processors / launch.programs
-    of_a_warp = launch.turns * launch.per_turn + launch.outside
-    issue = card.us(launch.programs * launch.warps * of_a_warp, WARP_INSTRUCTIONS)
+    per_warp = launch.turns * launch.per_turn + launch.outside
+    issue = card.us(launch.programs * launch.warps * per_warp, WARP_INSTRUCTIONS)
     tensor = card.us(launch.multiply_adds, card.multiply_adds)
     exponentials = card.us(launch.exponentials, EXPONENTIALS)
     memory = launch.bytes / card.memory + launch.gathered / card.gathered
@@ -106,7 +109,7 @@ def time_of(launch: Launch, card: Card) -> Time:
 
 
 def mixed_bytes(B: int, D: int) -> int:
-    """Bytes of the bf16 rows that MoCHi's mixes of B queries are made from."""
+    """Bytes of the bf16 rows that are read to mix the synthetic negatives of B queries in MoCHi."""
     return 2 * B * D * (2 * MIX.pairs + MIX.with_query)
 
 
@@ -160,7 +163,7 @@ def times(launches: list[Launch]) -> list[dict[str, object]]:
 
 
 def predicted(machine: str, row: dict[str, Any], rows: list[Row] | None = None) -> str:
-    """ "low to high" in ms for a measured row of negmine on a GPU of this name; empty where nothing was predicted."""
+    """ "low to high" in ms for a measured row of negmine on a GPU with this name; empty if there is no prediction."""
     card = next((name for name, card in CARDS.items() if any(each.lower() in machine for each in card.names)), None)
     backend = {"negmine": "triton", "negmine[triton]": "triton", "negmine[cuda]": "cuda"}.get(str(row["variant"]))
     op, ids = ("info_nce", "") if row["op"] == "whole_queue" else (row["op"], "ids")
@@ -175,7 +178,7 @@ def predicted(machine: str, row: dict[str, Any], rows: list[Row] | None = None) 
 
 
 def table(rows: list[Row]) -> str:
-    """A line an op and B, a column of each card, backend and kind of pool."""
+    """One line for each op and B, and one column for each GPU, backend and kind of pool."""
     kinds = [(card, backend, ids) for card in CARDS for backend in BACKENDS for ids in ("", "ids")]
     by_kind = {(row["card"], row["backend"], row["ids"], row["op"], row["B"]): row for row in rows}
     titles = [f"{card}, {backend}{', ids' if ids else ''}" for card, backend, ids in kinds]

@@ -1,11 +1,11 @@
-"""What a call of an op launches on a GPU that is not here: the rows of results/gpu-model/launches.csv, which gpu_model.py reads.
+"""Find out, without a GPU, what kernels an op launches on one, and write results/gpu-model/launches.csv for gpu_model.py.
 
     python -m benchmarks.gpu_trace [--backend triton]
 
-A call is traced on meta tensors, with torch answering for the card, so the launches are those that a card would see. Triton's
-kernels are compiled ahead of time, those of kernels/cuda are taken from the compiled library, and the instructions of their
-loops are counted in the machine code, as the tests of tests/test_aot.py and tests/test_cuda_build.py count them. How often a
-program goes through a loop follows from the arguments of its launch, or, where the data decides, from what is likely.
+A call is traced on meta tensors while torch reports the properties of the GPU, so the launches are those that would happen
+there. Triton kernels are compiled ahead of time, and those of kernels/cuda are taken from the compiled library. The instructions
+of their loops are counted in the machine code, as in tests/test_aot.py and tests/test_cuda_build.py. The number of iterations of
+a loop follows from the arguments of the launch, or, if it depends on the data, is an assumption.
 """
 
 import argparse
@@ -28,19 +28,19 @@ from negmine.ops.registry import OPS as DECLARED
 from tests import aot, sass
 
 ROOT = Path(__file__).resolve().parents[1]
-HALVINGS = 14  # until an interval of scores holds one of some thousand
-CERTIFIED_PASSES = 4.5  # over what a scan kept of a row, until the cut is found: tests/test_triton.py counts them
-# Kernels of the exact search, whose programs leave at once where a certificate holds.
+HALVINGS = 14  # steps of a bisection that finds one of a few thousand scores
+CERTIFIED_PASSES = 4.5  # passes over the survivors of a row until the cut is found; tests/test_triton.py counts them
+# Kernels of the exact search, whose programs return at once if the row is certain.
 IDLE = ("exact_rank_kernel", "exact_collect_kernel")
-# Arguments of which a kernel reads or writes few entries.
+# Arguments of which a kernel reads or writes only a few entries.
 HARDLY_READ = {"scan_kernel": ("survivors_ptr",), "sample_kernel": ("keys_ptr",), "mix_logsumexp_kernel": ("keys_ptr",)}
-# PyTorch's topk of int64 finds the last of the N digit by digit and sorts them: launches, and how often it reads its input.
+# PyTorch's topk of int64 does a radix selection and a sort: the number of launches, and how often it reads its input.
 TOPK_LAUNCHES, TOPK_READS = 25, 9
-SURVIVORS = 1700  # of a row that a scan keeps for 1,024 hardest, and about as many for two ranks
+SURVIVORS = 1700  # columns of a row that a scan keeps for N = 1,024; about as many for two ranks
 CUDA_SAMPLE = {"mine_hardest": 4096, "rank_thresholds": 8192}
-ARCHITECTURES = {80: "80", 90: "90a"}  # of the kernels in kernels/cuda, by compute capability
+ARCHITECTURES = {80: "80", 90: "90a"}  # for which kernels/cuda is compiled, by compute capability
 
-# Kernels of kernels/cuda that compute no scores to the end, by their mangled names: bf16, D = 128.
+# The other kernels of kernels/cuda, which do not compute the scores of the whole queue, by mangled names for bf16 and D = 128.
 OTHERS = {
     "merge": r"12merge_kernelIL\w*E1E",
     "sample": r"13sample_kernelIL\w*E1ELi8E",
@@ -67,7 +67,7 @@ def bytes_of(value: Any) -> int:
 
 
 class TorchOps(TorchDispatchMode):
-    """Adds a row for every torch op that runs on the device."""
+    """Records a row for every torch op that runs on the device."""
 
     def __init__(self, launched: list[Any]) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class TorchOps(TorchDispatchMode):
 
 
 def turns_of(name: str, at: dict[str, Any]) -> int:
-    """How often a program of a Triton kernel goes through its main loop; at: the arguments by name."""
+    """The number of iterations of the main loop in a program of a Triton kernel. at: the arguments by name."""
     known: dict[str, Callable[[], float]] = {
         "logsumexp_kernel": lambda: at["tiles_per_split"],
         "count_negatives_kernel": lambda: at["tiles_per_split"],
@@ -100,7 +100,7 @@ def turns_of(name: str, at: dict[str, Any]) -> int:
 
 
 class Triton:
-    """Rows of the launches of Triton's kernels."""
+    """Makes rows from the launches of Triton kernels."""
 
     def __init__(self, capability: int) -> None:
         import negmine.kernels.triton as ops
@@ -142,16 +142,16 @@ class Triton:
 
 
 class Cuda:
-    """Rows of the launches of kernels/cuda, which its ops make as their sources say."""
+    """Makes rows from the calls of ops in kernels/cuda. The launches of each op are listed here, following its source."""
 
     def __init__(self, capability: int, processors: int, launched: list[Any]) -> None:
         self.processors, self.launched = processors, launched
         self.counts = self.counted(ARCHITECTURES[capability])
         names = ("count_negatives", "logsumexp", "mine_hardest", "mix_logsumexp", "mix_negatives", "rank_thresholds")
-        self.functions = {name: self.noted(name) for name in names}
+        self.functions = {name: self.recorded(name) for name in names}
 
     def counted(self, architecture: str) -> dict[str, dict]:
-        """Instructions of each kernel, by its short name; those that score by pairs end in "pairs"."""
+        """The instructions of each kernel by a short name, which ends in "pairs" if it checks each pair against the pool."""
         (library,) = ROOT.glob("negmine/_ops_cuda*.so")
         found: dict[str, dict] = {}
         with tempfile.TemporaryDirectory() as folder:
@@ -176,8 +176,8 @@ class Cuda:
             )
         return found
 
-    def noted(self, op: str) -> Callable:
-        """A function that notes the call and returns what the declaration of the op says."""
+    def recorded(self, op: str) -> Callable:
+        """A function that records its call and returns empty results of the right shapes."""
 
         def call(*arguments: Any) -> Any:
             self.launched.append((op, dict(zip((x.name for x in DECLARED[op].arguments), arguments, strict=True))))
@@ -192,7 +192,7 @@ class Cuda:
 
     def scored(self, kernel: str, B: int, K: int, D: int, splits: int, products: int, bytes: int) -> tuple[str, dict]:
         programs, rows = math.ceil(B / 128) * splits, 128
-        scores = self.counts[kernel]["scores"]  # of a thread in one turn, 128 threads
+        scores = self.counts[kernel]["scores"]  # of one thread in one iteration; there are 128 threads
         turns = math.ceil(K / splits / 64) * 64 * rows / (128 * scores)
         all_scores = programs * math.ceil(K / splits / 64) * 64 * rows
         more = {"multiply_adds": products * D * all_scores, "exponentials": all_scores if products == 2 else 0}
@@ -208,9 +208,9 @@ class Cuda:
         def selected(kind: str, scan: str, cut: str, finish: str) -> list[tuple[str, dict]]:
             sample, scan_splits = CUDA_SAMPLE[kind], min(splits, SURVIVORS // 32 + 25)
             kept = 8 * B * SURVIVORS
-            if kind == "mine_hardest":  # reads survivors, counts their digits, and sorts 1,024 in 55 steps of 2 turns
+            if kind == "mine_hardest":  # reads survivors, counts digits, and sorts 1,024 in 55 steps of 2 iterations
                 cutting, finishing = HALVINGS, 5 * SURVIVORS / 256 + 2 * 55
-            else:  # histograms; three times a warp reads the buffers of every eighth split
+            else:  # histograms; each warp reads the buffers of every eighth split three times
                 cutting, finishing = 2, 3 * math.ceil(scan_splits / 8) * math.ceil(SURVIVORS / (128 * scan_splits))
             return [
                 self.row("sample", math.ceil(B / 128) * min(splits, sample // 64), 4, multiply_adds=B * sample * D,
@@ -233,7 +233,7 @@ class Cuda:
         if op == "count_negatives":
             return [self.row("count", math.ceil(B / 128) * splits, 4, K / splits / 32), ("add", {"programs": B // 128})]
         if op != "logsumexp":
-            raise SystemExit(f"gpu_trace: what {op} launches is not known")
+            raise SystemExit(f"gpu_trace: the launches of {op} are not known")
         rows = self.rows("mine_hardest", at) if at["N"] else []
         if at["ranks"] is not None:
             rows += [*self.rows("rank_thresholds", at), self.row("rank_window", math.ceil(B / 128), 4)]
@@ -248,7 +248,7 @@ class Cuda:
 
 
 def meta_inputs(case: Case, with_ids: bool) -> Inputs:
-    """Inputs of a case that have shapes alone."""
+    """Inputs of a case that have only shapes."""
 
     def empty(dtype: str, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
@@ -259,7 +259,7 @@ def meta_inputs(case: Case, with_ids: bool) -> Inputs:
 
 
 def merged(rows: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
-    """All torch ops as one row, for each waits for memory alone."""
+    """Merge all torch ops into one row, because each only takes the time of its memory traffic."""
     kernels = [(name, row) for name, row in rows if not name.startswith("torch ")]
     of_torch = [row for name, row in rows if name.startswith("torch ")]
     if not of_torch:
@@ -268,7 +268,7 @@ def merged(rows: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
 
 
 def trace(name: str, backend: str, wanted: tuple[str, ...] = OPS) -> list[Launch]:
-    """The launches of these ops with every shape and kind of pool on a card by a backend."""
+    """The launches of a backend on a GPU, for these ops with every shape and kind of pool."""
     card = CARDS[name]
     launched = aot.stand_in(card.capability, card.processors)
     ops = Triton(card.capability) if backend == "triton" else Cuda(card.capability, card.processors, launched)
@@ -280,7 +280,7 @@ def trace(name: str, backend: str, wanted: tuple[str, ...] = OPS) -> list[Launch
             for case in SHAPES:
                 inputs = meta_inputs(case, bool(ids))
                 call = peers.OPS[op].fused
-                call(inputs, backend)  # fills what is kept between calls
+                call(inputs, backend)  # fills caches
                 launched.clear()
                 with TorchOps(launched):
                     call(inputs, backend)
@@ -298,7 +298,9 @@ def trace(name: str, backend: str, wanted: tuple[str, ...] = OPS) -> list[Launch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=BACKENDS, help="rows of others are kept")
+    parser.add_argument(
+        "--backend", nargs="+", choices=BACKENDS, default=BACKENDS, help="rows of other backends are kept"
+    )
     args = parser.parse_args()
     path = FOLDER / "launches.csv"
     kept = [launch for launch in map(Launch.of, read(path)) if launch.backend not in args.backend]

@@ -1,10 +1,11 @@
-"""The ops computed by other packages. Like all variants, each is timed only if its results are right.
+"""The ops computed by other packages. Like all variants, each is timed only if its results are correct.
 
     variants(op, inputs) -> {name: callable}      the packages that are installed here and can compute this op
     ABSENT                                        the packages that are missing, and why
 
-What a package prepares once and keeps, such as an index over the keys or a filled memory bank, is prepared here and not timed.
-Search packages have no mask for each query: a few more rows than N are requested, and the query's own rows are removed after.
+Objects that a package needs to make only once, such as an index of the keys or a filled memory bank, are made here and not timed.
+Search packages have no masks for each query. They are asked for a few more rows than N, and rows with the id of the query are
+removed afterwards.
 """
 
 import importlib
@@ -30,12 +31,12 @@ from benchmarks.peers import (
 from benchmarks.stand_ins import stand_ins
 
 ABSENT: dict[str, str] = {}
-FAISS_GPU_MOST = 2048  # neighbours of one search
+FAISS_GPU_MOST = 2048  # largest number of neighbours in a search
 PAIRS_LIMIT = 1 << 26  # entries of the (positives, negative pairs) table that one package builds
 
 
-def said(error: Exception) -> str:
-    """Its first line, or its name."""
+def first_line(error: Exception) -> str:
+    """The first line of the message of an error, or the name of its type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -43,7 +44,7 @@ def load(module: str) -> ModuleType | None:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        ABSENT[module] = f"not installed: {said(error)}"
+        ABSENT[module] = f"not installed: {first_line(error)}"
         return None
 
 
@@ -51,8 +52,8 @@ def on_gpu(inputs: Inputs) -> bool:
     return inputs.keys.is_cuda
 
 
-def dropped(scores: Any, index: Any, inputs: Inputs) -> Answer:
-    """The first N of each row that do not share the query's id: scores and index (B, N) of (B, N + more), sorted."""
+def without_own_ids(scores: Any, index: Any, inputs: Inputs) -> Answer:
+    """scores, index (B, N + more), sorted -> (B, N) each: the first N that do not have the id of the query."""
     if isinstance(index, np.ndarray):
         index = index.astype(np.int64)  # torch has no arithmetic for some unsigned types
     device = inputs.keys.device
@@ -62,8 +63,8 @@ def dropped(scores: Any, index: Any, inputs: Inputs) -> Answer:
     return scores.gather(1, first), found.gather(1, first)
 
 
-def enough(inputs: Inputs) -> int:
-    """N and as many rows as share any one query's id, at most K."""
+def num_requested(inputs: Inputs) -> int:
+    """N plus the largest number of rows that have the id of one query, at most K."""
     shared = (inputs.query_ids[:, None] == inputs.negative_ids).sum(dim=1).max().item()
     return min(N + int(shared), len(inputs.keys))
 
@@ -77,8 +78,8 @@ def faiss_flat(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
     faiss.omp_set_num_threads(torch.get_num_threads())
     index = faiss.IndexFlatIP(inputs.keys.shape[1])
     index.add(inputs.keys.numpy())
-    query, k = inputs.query.numpy(), enough(inputs)
-    return lambda _: dropped(*index.search(query, k), inputs)
+    query, k = inputs.query.numpy(), num_requested(inputs)
+    return lambda _: without_own_ids(*index.search(query, k), inputs)
 
 
 def usearch_exact(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
@@ -87,62 +88,66 @@ def usearch_exact(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
     usearch = load("usearch.index")
     if usearch is None or inputs.keys.dtype != torch.float32:
         return None
-    query, keys, k = inputs.query.numpy(), inputs.keys.numpy(), enough(inputs)
+    query, keys, k = inputs.query.numpy(), inputs.keys.numpy(), num_requested(inputs)
 
     def run(_: Inputs) -> Answer:
         found = usearch.search(keys, query, k, usearch.MetricKind.IP, exact=True, threads=torch.get_num_threads())
         index = found.keys.reshape(len(query), -1)  # (B, k); its distance is 1 - inner product
-        return dropped(1 - found.distances.reshape(len(query), -1), index, inputs)
+        return without_own_ids(1 - found.distances.reshape(len(query), -1), index, inputs)
 
     return run
 
 
 def faiss_gpu(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
-    """faiss.GpuIndexFlatIP over the keys in fp32, which is what it stores."""
+    """faiss.GpuIndexFlatIP with the keys in fp32, the dtype that it stores."""
     if not on_gpu(inputs):
         return None
     faiss = load("faiss")
-    if faiss is None or load("faiss.contrib.torch_utils") is None:  # torch tensors for its arguments
+    if faiss is None or load("faiss.contrib.torch_utils") is None:  # it makes faiss accept torch tensors
         return None
     if not hasattr(faiss, "GpuIndexFlatIP"):
-        ABSENT["faiss"] = "this build has no GPU part"
+        ABSENT["faiss"] = "this build has no GPU support"
         return None
     resources = faiss.StandardGpuResources()
     index = faiss.GpuIndexFlatIP(resources, inputs.keys.shape[1])
     index.add(inputs.keys.float())
-    query, k = inputs.query.float(), enough(inputs)
+    query, k = inputs.query.float(), num_requested(inputs)
     if k > FAISS_GPU_MOST:
         ABSENT["faiss GPU"] = f"it finds {FAISS_GPU_MOST} at most, and {k} are wanted"
         return None
-    return lambda _: dropped(*index.search(query, k), inputs)
+    return lambda _: without_own_ids(*index.search(query, k), inputs)
 
 
 def cuvs_exact(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
-    """cuVS brute force over the keys in fp32 or fp16; it has no bf16."""
+    """cuVS brute force with the keys in fp32 or fp16; it does not support bf16."""
     if not on_gpu(inputs):
         return None
     brute_force = load("cuvs.neighbors.brute_force")
     if brute_force is None:
         return None
     kind = torch.float16 if inputs.keys.dtype == torch.float16 else torch.float32
-    index, query, k = brute_force.build(inputs.keys.to(kind), "inner_product"), inputs.query.to(kind), enough(inputs)
-    return lambda _: dropped(*brute_force.search(index, query, k), inputs)
+    index, query, k = (
+        brute_force.build(inputs.keys.to(kind), "inner_product"),
+        inputs.query.to(kind),
+        num_requested(inputs),
+    )
+    return lambda _: without_own_ids(*brute_force.search(index, query, k), inputs)
 
 
 def flash_knn(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
-    """FlashLib's exact search by squared distances, which unit vectors turn into scores."""
+    """FlashLib's exact search by squared distances, which are converted to scores."""
     if not on_gpu(inputs):
         return None
     flashlib = load("flashlib.primitives.knn")
     if flashlib is None:
         return None
-    k = enough(inputs)
+    k = num_requested(inputs)
 
     def run(given: Inputs) -> Answer:
         distances, index = flashlib.flash_knn(given.query, given.keys, k)  # (B, k) each
         squares = given.query.float().square().sum(1)[:, None] + given.keys.float().square().sum(1)[index]  # (B, k)
         scores, order = ((squares - distances) / 2).sort(dim=1, descending=True)  # (B, k) each
-        return dropped(scores, index.gather(1, order), given)
+        return without_own_ids(scores, index.gather(1, order), given)
 
     return run
 
@@ -163,8 +168,10 @@ def xformers_attention(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
 
 
 def flash_attention(inputs: Inputs, module: str, options: dict[str, Any]) -> Callable[[Inputs], Answer] | None:
-    """A generation of FlashAttention; options: what makes it return its log-sum-exp, and cut the queue as it sees fit. None of
-    them takes fp32."""
+    """A version of FlashAttention. The options make it return the log-sum-exp and choose the number of splits of the queue.
+
+    No version supports fp32.
+    """
     if not on_gpu(inputs):
         return None
     package = load(module)
@@ -180,7 +187,7 @@ def flash_attention(inputs: Inputs, module: str, options: dict[str, Any]) -> Cal
 
 
 def inf_cl_loss(inputs: Inputs, way: Callable[..., Answer]) -> Callable[[Inputs], Answer] | None:
-    """Inf-CL's flash loss of the batch's rows; D in heads of at most 256, which must divide it."""
+    """Inf-CL's flash loss of the rows of the batch. D is divided into heads of at most 256 elements."""
     if not on_gpu(inputs):
         return None
     flash = load("inf_cl.flash")
@@ -192,7 +199,7 @@ def inf_cl_loss(inputs: Inputs, way: Callable[..., Answer]) -> Callable[[Inputs]
 
 
 def memeff_lit(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
-    """memeff's LiT loss, its gradient as autograd would have it (stable=False)."""
+    """memeff's LiT loss with the exact gradient (stable=False)."""
     if not on_gpu(inputs):
         return None
     memeff = load("memeff")
@@ -203,7 +210,7 @@ def memeff_lit(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
 
 
 def metric_learning(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
-    """pytorch-metric-learning's NTXentLoss over a reference set, its pairs given: it builds a positives x pairs table."""
+    """pytorch-metric-learning's NTXentLoss with a reference set and given pairs. It builds a (positives, pairs) table."""
     losses = load("pytorch_metric_learning.losses")
     B, K = len(inputs.query), len(inputs.keys)
     if losses is None or B * B * K > PAIRS_LIMIT or inputs.keys.dtype != torch.float32:
@@ -220,8 +227,8 @@ def metric_learning(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
 
 
 def lightly_bank(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
-    """lightly's NTXentLoss with a memory bank of the same keys; each call copies the bank and enqueues, as in training."""
-    with stand_ins():  # it asks for torchvision, which the loss does not use
+    """lightly's NTXentLoss with a memory bank of the same keys. Each call copies the bank and enqueues, as in training."""
+    with stand_ins():  # it imports torchvision, which the loss does not use
         losses = load("lightly.loss")
     if losses is None or inputs.keys.dtype != torch.float32:
         return None
@@ -231,7 +238,7 @@ def lightly_bank(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
 
 
 def maxsim_cpu(inputs: Inputs) -> Callable[[Inputs], Answer] | None:
-    """maxsim-cpu's scores, a query at a time."""
+    """The scores of maxsim-cpu, one query at a time."""
     if on_gpu(inputs) or inputs.keys.dtype != torch.float32:
         return None
     package = load("maxsim_cpu")
@@ -263,18 +270,18 @@ MAKERS: dict[str, dict[str, Callable[[Inputs], Callable[[Inputs], Answer] | None
         "FlashAttention-4": partial(flash_attention, module="flash_attn.cute", options={"return_lse": True}),
     },
 }  # fmt: skip
-# They run on streams of their own, or wait for the device: neither goes into a CUDA graph.
+# These use other streams or wait for the device, so they cannot be captured in a CUDA graph.
 UNCAPTURED = ("FAISS GpuIndexFlatIP", "cuVS brute force")
 
 
 def variants(op: str, inputs: Inputs) -> dict[str, Callable[[Inputs], Answer]]:
-    """The packages that are here and do this op on these inputs."""
+    """The packages that are installed and can compute this op for these inputs."""
     made = {}
     for name, make in MAKERS.get(op, {}).items():
         try:
             run = make(inputs)
-        except Exception as error:  # a package that cannot prepare its index loses no one else's row
-            ABSENT[name] = said(error)
+        except Exception as error:  # one package that fails must not affect the others
+            ABSENT[name] = first_line(error)
         else:
             made |= {} if run is None else {name: run}
     return made

@@ -1,4 +1,4 @@
-"""Checks the variants of an op and then times them. run.py and the demo use this module.
+"""Check the variants of an op and then time them. run.py and the demo use this module.
 
 The results of every variant are first compared with PyTorch in float64. If a result of negmine differs, nothing is timed. Any
 other variant whose result differs, or that the device cannot run, is left out with a message. The floors are timed together with
@@ -23,7 +23,7 @@ PLAIN = (EAGER, EAGER_FP32, "torch.compile")
 
 
 class Disagreement(Exception):
-    """Variants answer the same inputs differently; the message says which and by how much."""
+    """The results of variants differ; the message says which and by how much."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ def rate_of(dtype: torch.dtype, device: str) -> float:
 
 
 def with_isa(run: Callable[[Inputs], Answer], isa: str) -> Callable[[Inputs], Answer]:
-    """The same call held to one instruction set of the CPU kernels; ValueError where this processor lacks it."""
+    """The same call with one instruction set of the CPU kernels. It raises ValueError if the processor does not have it."""
     from negmine import _ops_cpu
 
-    def held(inputs: Inputs) -> Answer:
+    def forced(inputs: Inputs) -> Answer:
         chosen = _ops_cpu.isa()
         if not _ops_cpu.set_isa(isa):
             raise ValueError(f"the CPU kernels have no {isa} here")
@@ -54,7 +54,7 @@ def with_isa(run: Callable[[Inputs], Answer], isa: str) -> Callable[[Inputs], An
         finally:
             _ops_cpu.set_isa(chosen)
 
-    return held
+    return forced
 
 
 def variants_of(
@@ -65,7 +65,7 @@ def variants_of(
     with_compile: bool = False,
     with_peers: bool = False,
 ) -> Variants:
-    """with_peers: the packages installed here, and on a GPU other ways in PyTorch, which are no match on a CPU."""
+    """with_peers: add the packages that are installed, and on a GPU also other PyTorch code, which is too slow on a CPU."""
     op = OPS[name]
     variants: Variants = {
         f"{OURS}[{backend}]" if backend else OURS: partial(op.fused, backend=backend) for backend in backends
@@ -73,8 +73,8 @@ def variants_of(
     variants |= {f"{OURS} ({isa})": with_isa(op.fused, isa) for isa in isas}
     variants[EAGER] = op.eager
     if inputs.keys.dtype != torch.float32 and not inputs.keys.is_cuda:
-        longer = in_float32(inputs)
-        variants[EAGER_FP32] = lambda _: op.eager(longer)
+        widened = in_float32(inputs)
+        variants[EAGER_FP32] = lambda _: op.eager(widened)
     if with_compile:
         variants["torch.compile"] = torch.compile(op.eager)
     if with_peers:
@@ -83,9 +83,9 @@ def variants_of(
 
 
 def check(name: str, variants: Variants, inputs: Inputs) -> list[str]:
-    """Sentences that say which variant answers something else; one that draws at random is checked on given draws.
+    """One sentence for each variant of negmine whose result is wrong. Ops with random draws are checked with given draws.
 
-    A variant of another that cannot run here, or is off by more than it may, leaves `variants`.
+    Other variants that cannot run here, or whose results are wrong, are removed from `variants`.
     """
     op = OPS[name]
     same_draws = op.eager_same_draws and partial(op.eager_same_draws, drawn_from=inputs)
@@ -98,10 +98,10 @@ def check(name: str, variants: Variants, inputs: Inputs) -> list[str]:
         tolerance = (TOLERANCE if is_ours else PLAIN_TOLERANCE)[inputs.query.dtype]
         try:
             found = disagreement(name, run(inputs), truth, inputs, tolerance)
-        except Exception as error:  # whatever a package raises, the others keep their rows
+        except Exception as error:  # one package that fails must not affect the others
             if is_ours:
                 raise
-            print(f"left out: {variant} cannot run {name} here: {libraries.said(error)}")
+            print(f"left out: {variant} cannot run {name} here: {libraries.first_line(error)}")
             del variants[variant]
             continue
         if found and is_ours:
@@ -122,10 +122,10 @@ def measure(
     with_compile: bool = False,
     with_peers: bool = False,
 ) -> list[Measured]:
-    """Time the op `name`; raises Disagreement before any timing where a variant answers something else."""
+    """Time the op `name`. Raises Disagreement before any timing if a result of negmine is wrong."""
     variants = variants_of(name, inputs, backends, isas, with_compile, with_peers)
     if complaints := check(name, variants, inputs):
-        raise Disagreement("not timed, since " + "; ".join(complaints))
+        raise Disagreement("not timed, because " + "; ".join(complaints))
     device = inputs.query.device.type
     calls: dict[str, Callable[[], object]] = {variant: partial(run, inputs) for variant, run in variants.items()}
     calls["gemm"] = lambda: inputs.query @ inputs.keys.T  # (B, K)

@@ -1,16 +1,16 @@
-"""Times dataset mining with negmine, sentence-transformers and FAISS on WordNet; appends rows to results/mining/<machine>.csv.
+"""Time dataset mining with negmine, sentence-transformers and FAISS on WordNet.
 
     python -m benchmarks.mining                                    all variants, 48,339 queries x 117,659 entries, D = 128
     python -m benchmarks.mining --data FOLDER --variants negmine st_torch
-                                                                   FOLDER holds corpus.npy, queries.npy, positives.npy
-    python -m benchmarks.mining --table                            docs/mining.md's tables from the newest rows; times nothing
+                                                                   with corpus.npy, queries.npy and positives.npy of FOLDER
+    python -m benchmarks.mining --table                            write the tables of docs/mining.md from the newest rows
 
-Every variant runs in its own process, in turns, on embeddings that are already on disk: 5 negatives for each query,
-relative_margin 0.05, and the default depth of each miner. `given_up` is the number of queries with fewer than 5 negatives. If the
-machine has other load (`load`), `cpu_s` is more reliable than `wall_s`. `peak_extra_mib` is the peak of the resident memory minus
-its value before the call. If `negmine` is among the variants, the negatives of the others are compared with its negatives, and
-<machine>-differences.csv lists for how many queries they differ, and why (differences.py). The search variants return the 54 or
-10 hardest rows of each query.
+Rows are appended to results/mining/<machine>.csv. Every variant runs in a separate process, in turns, on embeddings that are
+already on disk: 5 negatives for each query, relative_margin 0.05, and the default depth of each miner. `given_up` is the number
+of queries with fewer than 5 negatives. If the machine has other load (`load`), `cpu_s` is more reliable than `wall_s`.
+`peak_extra_mib` is the peak of the resident memory minus its value before the call. If `negmine` is among the variants, the
+negatives of the others are compared with its negatives, and <machine>-differences.csv lists for how many queries they differ,
+and why (differences.py). The search variants return the 54 or 10 hardest rows of each query.
 """
 
 import argparse
@@ -37,13 +37,13 @@ from negmine import NegativeIndex, Select
 from negmine.adapters.sentence_transformers import mine_hard_negatives as adapted
 
 N, MARGIN = 5, 0.05
-WINDOW = 10 * N + 2  # rows that sentence-transformers looks at for a query of one positive
+WINDOW = 10 * N + 2  # rows that sentence-transformers retrieves for a query with one positive
 DOCS = RESULTS.parents[1] / "docs/mining.md"
 BEGIN = "<!-- made by `python -m benchmarks.mining --table` from benchmarks/results/mining -->"
 
 
 class Model:
-    """What sentence-transformers asks of a model; the texts are 'q 17' and 'd 23', the embeddings lie ready."""
+    """A model for sentence-transformers that looks up given embeddings. The texts are 'q 17' and 'd 23'."""
 
     device = torch.device("cpu")
 
@@ -121,12 +121,12 @@ def searched(queries: Vectors, corpus: Vectors, positives: np.ndarray, kind: str
 
 
 def searched_bfloat16(queries: np.ndarray, corpus: np.ndarray, positives: np.ndarray, k: int) -> np.ndarray:
-    """Both stored as bf16, whose products are what is ranked."""
+    """Both are stored in bf16, and ranked by the products of the bf16 vectors."""
     stored = (torch.from_numpy(x).bfloat16() for x in (queries, corpus))
     return searched(*stored, positives, kind="exact", k=k)
 
 
-# Each gives the rows that it finds, (Q, n) int64, all -1 for a query that it gives up.
+# Each returns the rows that it finds, (Q, n) int64; all are -1 for a query without enough negatives.
 VARIANTS: dict[str, tuple[str, Callable[..., np.ndarray]]] = {
     "negmine": ("`mine_hard_negatives`", arrays),
     "negmine_uncounted": ("the same, `count_skipped=False`", lambda *data: arrays(*data, count_skipped=False)),
@@ -139,7 +139,12 @@ VARIANTS: dict[str, tuple[str, Callable[..., np.ndarray]]] = {
     "exact_10": ("search: `NegativeIndex` \"exact\", k = 10", lambda *data: searched(*data, kind="exact", k=10)),
     "flat_ip_10": ("search: FAISS `IndexFlatIP`, k = 10", lambda *data: searched(*data, kind="Flat", k=10)),
 }  # fmt: skip
-MINERS = ("negmine_uncounted", "adapter", "st_torch", "st_faiss")  # whose negatives are compared with negmine's
+MINERS = (
+    "negmine_uncounted",
+    "adapter",
+    "st_torch",
+    "st_faiss",
+)  # their negatives are compared with those of "negmine"
 
 
 def status_mib(field: str) -> float:
@@ -148,10 +153,10 @@ def status_mib(field: str) -> float:
 
 
 def measured(variant: str, folder: Path | None, limit: int | None, answers: Path) -> dict[str, object]:
-    """One call in this process; a small one goes before it, so that imports and thread pools are not its cost."""
+    """Measure one call in this process, after a small call that imports modules and starts threads."""
     run, data = VARIANTS[variant][1], load(folder, limit)
     run(data[0][:32], data[1][:2000], np.arange(32))
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, usage = status_mib("VmRSS"), resource.getrusage(resource.RUSAGE_SELF)
     start = time.perf_counter()
     rows = run(*data)
@@ -165,14 +170,14 @@ def measured(variant: str, folder: Path | None, limit: int | None, answers: Path
 
 
 def tables(path: Path) -> list[str]:
-    """Markdown of a machine's newest run of each size: what each variant costs, and how the miners differ from negmine."""
+    """Markdown tables of the newest run of each size on a machine: costs, and differences of the other miners from negmine."""
     newest: dict[tuple[str, ...], list[Row]] = {}
     for row in sorted(read(path), key=lambda row: row["date"]):
         rows = newest.setdefault(tuple(row[name] for name in ("D", "K", "Q", "variant")), [])
         rows[:] = [other for other in rows if other["date"] == row["date"]] + [row]
-    told = {}
+    differences = {}
     for row in read(path.with_name(f"{path.stem}-differences.csv")):
-        told[tuple(row[name] for name in ("D", "K", "Q", "variant"))] = row
+        differences[tuple(row[name] for name in ("D", "K", "Q", "variant"))] = row
     most = {size: max(int(Q) for *at, Q, _ in newest if (*at,) == size) for size in {key[:2] for key in newest}}
     lines = []
     for (D, K), Q in sorted(most.items(), key=lambda item: int(item[0][0])):
@@ -186,13 +191,13 @@ def tables(path: Path) -> list[str]:
             )
             given_up = f"{int(rows[0]['given_up']):,}"
             lines.append(f"| {VARIANTS[key[3]][0]} | {cpu:.1f} | {wall:.1f} | {peak:,.0f} MiB | {given_up} |")
-        compared = [key for key in keys if key in told]
+        compared = [key for key in keys if key in differences]
         lines += ["", "| against `mine_hard_negatives` | " + " | ".join(REASONS) + " |" * bool(compared)] * bool(
             compared
         )
         lines += ["| --- |" + " --- |" * len(REASONS)] * bool(compared)
         lines += [
-            " | ".join([f"| {VARIANTS[key[3]][0]}", *(f"{int(told[key][name]):,}" for name in REASONS)]) + " |"
+            " | ".join([f"| {VARIANTS[key[3]][0]}", *(f"{int(differences[key][name]):,}" for name in REASONS)]) + " |"
             for key in compared
         ]
         last = max((row for key in keys for row in newest.get(key, ())), key=lambda row: row["date"])
@@ -211,11 +216,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--data", type=Path, help="folder of embeddings (default: benchmarks/data, D = 128)")
-    parser.add_argument("--queries", type=int, help="only the first so many")
+    parser.add_argument("--queries", type=int, help="use only this many queries")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS / "mining", help="folder of the CSV files")
     parser.add_argument(
-        "--alone", type=Path, help="measure the one variant here, print its row, save what it finds there"
+        "--alone", type=Path, help="measure one variant in this process, print its row, and save the rows that it finds"
     )
     parser.add_argument("--table", action="store_true", help="write docs/mining.md's tables from the rows")
     args = parser.parse_args()

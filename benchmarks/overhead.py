@@ -1,4 +1,4 @@
-"""Measures the overhead of small calls on one thread: dispatch, Python and autograd.
+"""Measure the overhead of small calls on one thread: dispatch, Python and autograd.
 
     python -m benchmarks.overhead      B = 2, K = 64, D = 16; appends rows to benchmarks/results/overhead/<machine>.csv
 
@@ -20,7 +20,7 @@ import negmine
 from benchmarks.rows import RESULTS, append, commit, machine_name
 
 B, K, D, TEMPERATURE = 2, 64, 16, 0.07
-CALLS = 50  # in one timed round
+CALLS = 50  # calls in one timed round
 COLUMNS = ["date", "commit", "machine", "torch", "op", "variant", "median_us", "ratio_to_plain", "goal"]
 GOALS = {
     ("info_nce", "forward"): 2.5,
@@ -31,7 +31,7 @@ GOALS = {
 
 
 def variants() -> dict[tuple[str, str], Callable[[], object]]:
-    """Each call by (op, "forward" or "backward"); the latter is forward and backward."""
+    """The calls by (op, "forward" or "backward"); "backward" includes forward."""
     generator = torch.Generator().manual_seed(0)
     q, k, queue = (F.normalize(torch.randn(n, D, generator=generator), dim=1) for n in (B, B, K))
     q.requires_grad_()

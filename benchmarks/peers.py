@@ -3,11 +3,10 @@
     OPS[name].fused(inputs, backend)   negmine
     OPS[name].eager(inputs)            PyTorch, which stores the (B, K) score matrix
     OPS[name].peers[peer](inputs)      other implementations in PyTorch, timed on a GPU
-    OPS[name].gemms                    the number of (B, D) by (D, K) products that every method needs: the floor
+    OPS[name].gemms                    the number of (B, D) by (D, K) products that every method needs; their time is the floor
 
-A training op returns (loss (), gradient of the query (B, D)), a mining op (scores (B, N), index (B, N)), rank_thresholds its
-scores (B, 2) alone.
-`disagreement` describes how two results differ. A variant with a different result is not timed.
+A training op returns (loss (), gradient of the query (B, D)), a mining op (scores (B, N), index (B, N)), and rank_thresholds
+(scores (B, 2),). `disagreement` describes how two results differ. A variant with a different result is not timed.
 """
 
 import math
@@ -26,11 +25,11 @@ N = 1024
 WINDOW = negmine.Select(0.001, 0.05)
 MIX = negmine.Mix(hard=1024, pairs=1024, with_query=128)
 GUIDE_MARGIN = 0.1
-# Of the largest entry. negmine keeps scores in fp32 and rounds only what it returns; plain PyTorch rounds every score to the
-# storage dtype before it selects and exponentiates, which costs it far more in the short ones.
+# Relative to the largest entry. negmine keeps scores in fp32 and rounds only results. Plain PyTorch rounds every score to the
+# storage dtype before it selects and exponentiates, so its errors are much larger in 16-bit dtypes.
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 PLAIN_TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 0.15}
-CHUNK = 2**24  # the most elements that torch.quantile takes
+CHUNK = 2**24  # the largest number of elements that torch.quantile accepts
 Answer = tuple[Tensor, ...]
 
 
@@ -42,7 +41,7 @@ class Op:
     gemms: int
     returns: tuple[str, ...] = ("loss", "gradient")
     peers: dict[str, Callable[[Inputs], Answer]] = field(default_factory=dict)
-    # The plain version given the fused version's random draws, where there are any; what is timed draws its own.
+    # For an op with random draws: `eager` with the draws of `fused`, for the comparison of results. It is not timed.
     eager_same_draws: Callable[..., Answer] | None = None
 
 
@@ -55,7 +54,7 @@ def loss_and_gradient(inputs: Inputs, loss_of: Callable[[Tensor], Tensor]) -> An
 
 
 def fused_loss(**options: object) -> Callable[..., Answer]:
-    """The op that trains with negmine.info_nce and these options."""
+    """A training op: negmine.info_nce with these options."""
 
     def run(inputs: Inputs, backend: str | None = None) -> Answer:
         return loss_and_gradient(
@@ -75,7 +74,7 @@ def fused_loss(**options: object) -> Callable[..., Answer]:
 
 
 def fused_whole_queue(inputs: Inputs, backend: str | None = None) -> Answer:
-    """No masks, the query normalised inside: what packages with a memory bank compute."""
+    """Without masks, and with a normalisation of the query, as packages with a memory bank compute it."""
     return loss_and_gradient(
         inputs,
         lambda query: negmine.info_nce(
@@ -97,7 +96,7 @@ def eager_whole_queue(inputs: Inputs) -> Answer:
 
 
 def in_batch(inputs: Inputs, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Answer:
-    """Every other query's positive is a negative: the gradients of both sides, one after the other (2, B, D)."""
+    """The negatives are the positives of the other queries. The gradients of queries and keys are stacked to (2, B, D)."""
     query, keys = (side.detach().requires_grad_() for side in (inputs.query, inputs.positive_key))  # (B, D) each
     loss = loss_of(query, keys)
     loss.backward()
@@ -106,7 +105,7 @@ def in_batch(inputs: Inputs, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Ans
 
 
 def locked(inputs: Inputs, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Answer:
-    """As in_batch with the positives' encoder frozen: one gradient."""
+    """As in_batch, but the keys are frozen, so only the queries get a gradient."""
     return loss_and_gradient(inputs, lambda query: loss_of(query, inputs.positive_key))
 
 
@@ -136,7 +135,7 @@ def eager_locked(inputs: Inputs) -> Answer:
 
 
 def widths_of(inputs: Inputs) -> tuple[int, ...]:
-    """Four prefix widths, the last all of D."""
+    """Four prefix widths, of which the last is D."""
     return tuple(inputs.keys.shape[1] // part for part in (8, 4, 2, 1))
 
 
@@ -169,7 +168,7 @@ def eager_matryoshka(inputs: Inputs) -> Answer:
 
 
 def guide_of(inputs: Inputs) -> tuple[Tensor, ...]:
-    """A guide's embeddings of queries, positives and keys: the first half of the columns stands for them."""
+    """Embeddings of queries, positives and keys by a guide, for which the first half of the columns is used."""
     return tuple(rows[:, : rows.shape[1] // 2] for rows in (inputs.query, inputs.positive_key, inputs.keys))
 
 
@@ -189,7 +188,7 @@ def fused_guided(inputs: Inputs, backend: str | None = None) -> Answer:
 
 
 def eager_guided(inputs: Inputs) -> Answer:
-    """What GISTEmbedLoss of sentence-transformers does: the guide's scores of all pairs, and -inf where they are too high."""
+    """As in GISTEmbedLoss of sentence-transformers: the guide's scores of all pairs, and -inf where they are too high."""
 
     def loss_of(query: Tensor) -> Tensor:
         guide_query, guide_positive, guide_keys = guide_of(inputs)
@@ -201,7 +200,7 @@ def eager_guided(inputs: Inputs) -> Answer:
 
 
 def as_tokens(inputs: Inputs, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows as tokens: queries and positives of 32, and documents of 128, or of what divides the rows."""
+    """Matrices of tokens: 32 in a query or positive, 128 in a document, or fewer if they do not divide the rows."""
     of_query, of_document = math.gcd(len(query), 32), math.gcd(len(inputs.keys), 128)
     sides = (query, of_query), (inputs.positive_key, of_query), (inputs.keys, of_document)
     query, positive, documents = (rows.unflatten(0, (-1, tokens)) for rows, tokens in sides)
@@ -231,7 +230,7 @@ def fused_maxsim(inputs: Inputs, backend: str | None = None) -> Answer:
 
 
 def hardest_documents(scores: Tensor) -> Answer:
-    """The answer of maxsim from the scores of all documents."""
+    """The result of maxsim from the scores of all documents."""
     return (scores.topk(min(N, scores.shape[1]), dim=1).values,)
 
 
@@ -245,7 +244,7 @@ def fused_mine(inputs: Inputs, backend: str | None = None) -> Answer:
 
 
 def ranks_of(inputs: Inputs) -> list[int]:
-    """The two ends of the window, as ranks of the whole queue."""
+    """The two ends of the window as ranks in the whole queue."""
     return [int(share * len(inputs.keys)) for share in (WINDOW.range_min, WINDOW.range_max)]
 
 
@@ -255,7 +254,7 @@ def fused_thresholds(inputs: Inputs, backend: str | None = None) -> Answer:
 
 
 def widened(x: Tensor) -> Tensor:
-    """fp32 of what is shorter."""
+    """16-bit vectors as fp32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -295,14 +294,14 @@ def eager_mine(inputs: Inputs) -> Answer:
 
 
 def eager_thresholds(inputs: Inputs) -> Answer:
-    """kthvalue, once a rank."""
+    """torch.kthvalue, called once for each rank."""
     scores = masked_scores(inputs.query, inputs)  # (B, K)
-    places = [scores.shape[1] - rank for rank in ranks_of(inputs)]  # from the smallest, from 1
+    places = [scores.shape[1] - rank for rank in ranks_of(inputs)]  # from the smallest score, counted from 1
     return (torch.stack([scores.kthvalue(place, dim=1).values for place in places], dim=1),)
 
 
 def quantile_thresholds(inputs: Inputs) -> Answer:
-    """torch.quantile, as many rows at a time as it takes."""
+    """torch.quantile, with as many rows at a time as it accepts."""
     scores = masked_scores(inputs.query, inputs)  # (B, K)
     last = scores.shape[1] - 1
     levels = torch.stack([torch.full((), (last - rank) / last, device=scores.device) for rank in ranks_of(inputs)])
@@ -311,7 +310,7 @@ def quantile_thresholds(inputs: Inputs) -> Answer:
 
 
 def attention(query: Tensor, keys: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """What F.scaled_dot_product_attention runs where keys are values, with its log-sum-exp: mean (B, D), lse (B,)."""
+    """Attention with the keys as values, by the op of F.scaled_dot_product_attention: mean (B, D), log-sum-exp (B,)."""
     aten = torch.ops.aten
     attend = (
         aten._scaled_dot_product_flash_attention if query.is_cuda else aten._scaled_dot_product_flash_attention_for_cpu
@@ -321,8 +320,11 @@ def attention(query: Tensor, keys: Tensor, scale: float) -> tuple[Tensor, Tensor
 
 
 def loss_by_attention(attend: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]) -> Callable[[Inputs], Answer]:
-    """InfoNCE without masks and its gradient by attention with the queue as keys and values: the log-sum-exp and the output are
-    what both need, so one forward pass is enough. attend(query, keys, scale) -> mean (B, D), lse (B,)."""
+    """InfoNCE without masks, and its gradient, by attention with the queue as keys and values.
+
+    One forward pass of attention is enough, because both can be computed from the log-sum-exp and the output.
+    attend(query, keys, scale) -> mean (B, D), lse (B,).
+    """
 
     def run(inputs: Inputs) -> Answer:
         query = inputs.query.detach().requires_grad_()  # (B, D)
@@ -339,7 +341,7 @@ def loss_by_attention(attend: Callable[[Tensor, Tensor, float], tuple[Tensor, Te
 
 
 def eager_mochi(inputs: Inputs, draws: Mixed | None = None) -> Answer:
-    """MoCHi with its S = pairs + with_query synthetic vectors in memory; `draws`: parents and coefficients to use."""
+    """MoCHi with its S = pairs + with_query synthetic vectors in memory. draws: given parents and coefficients."""
 
     def loss_of(query: Tensor) -> Tensor:
         scores = masked_scores(query, inputs)  # (B, K)
@@ -370,9 +372,9 @@ def eager_mochi(inputs: Inputs, draws: Mixed | None = None) -> Answer:
 
 
 def eager_mochi_same_draws(inputs: Inputs, drawn_from: Inputs | None = None) -> Answer:
-    """drawn_from: the inputs whose parents are drawn; the same numbers stored longer may rank near ties differently."""
-    of = drawn_from or inputs
-    draws = negmine.mix_negatives(of.query, of.negatives, MIX, query_ids=of.query_ids)
+    """drawn_from: the inputs from which parents are drawn, because in another dtype close scores may be ranked differently."""
+    source = drawn_from or inputs
+    draws = negmine.mix_negatives(source.query, source.negatives, MIX, query_ids=source.query_ids)
     return eager_mochi(inputs, draws)
 
 
@@ -416,12 +418,12 @@ OPS = {
 
 
 def disagreement(op: str, answer: Answer, truth: Answer, inputs: Inputs, tolerance: float) -> str:
-    """Empty where the answer is within tolerance of the truth's largest entry; a sentence where it is not."""
+    """A sentence if the answer differs from the truth by more than `tolerance` times the largest entry; otherwise empty."""
     for name, ours, theirs in zip(OPS[op].returns, answer, truth, strict=True):
         if name == "index":
-            # Equal scores may swap places between two ways of adding up: ask what each index is worth instead.
-            worth = masked_scores(inputs.query.float(), in_float32(inputs))  # (B, K)
-            ours, theirs = worth.gather(1, ours), worth.gather(1, theirs)  # (B, N), (B, N)
+            # Columns with almost equal scores may be in another order, so the scores of the columns are compared.
+            scores = masked_scores(inputs.query.float(), in_float32(inputs))  # (B, K)
+            ours, theirs = scores.gather(1, ours), scores.gather(1, theirs)  # (B, N), (B, N)
         worst = (ours.float() - theirs.float()).abs().max().item()
         allowed = tolerance * theirs.float().abs().max().item()
         if not worst <= allowed:
@@ -440,6 +442,9 @@ def in_float32(inputs: Inputs) -> Inputs:
 
 
 def for_truth(inputs: Inputs) -> Inputs:
-    """float64 where a score matrix of it is at most 4 GiB, fp32 beyond: sums over millions of keys lose digits in fp32."""
+    """The inputs in float64, or in fp32 if a float64 score matrix would take more than 4 GiB.
+
+    Sums over millions of keys are less accurate in fp32.
+    """
     fits = len(inputs.query) * len(inputs.keys) * 8 <= 4 << 30
     return stored_as(inputs, torch.float64 if fits else torch.float32)
