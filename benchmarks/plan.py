@@ -1,4 +1,4 @@
-"""Estimates the time of larger jobs from measured rates: writes docs/planning.md from benchmarks/results/<machine>.csv.
+"""Estimate the time of larger jobs from measured rates: write docs/planning.md from benchmarks/results/<machine>.csv.
 
 The rate is that of the longest queue of the K sweep. The page first shows how well the rate of a short queue predicts the time of
 long ones, so that a reader can judge the estimates. The symmetric loss of a very large batch, distributed over GPUs as a ring, is
@@ -19,9 +19,9 @@ from benchmarks.plot import newest
 from benchmarks.rows import RESULTS, Row
 
 PAGE = RESULTS.parents[1] / "docs" / "planning.md"
-MINED_D = 384  # the D whose rate of mining is used
-DIMENSION, ROW_BYTES, BATCH, DEPTH = 768, 2 * 768, 8192, 5  # of the mining jobs: bf16 rows, 5 negatives a query
-PREDICTS = 65536  # the K whose rate is tried on the longer queues
+MINED_D = 384  # the rate of mining is taken from a run with this D
+DIMENSION, ROW_BYTES, BATCH, DEPTH = 768, 2 * 768, 8192, 5  # mining jobs: bf16 rows, 5 negatives per query
+PREDICTS = 65536  # the times of longer queues are predicted from the rate at this K
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Job:
     B: int
     K: int
     D: int
-    bytes_each: int  # of one stored number
+    bytes_each: int  # bytes of one element of the keys
 
 
 JOBS = [
@@ -46,15 +46,15 @@ JOBS = [
 
 @dataclass(frozen=True)
 class Fleet:
-    """Machines that share a corpus by rows. Memory, rates and prices are assumptions."""
+    """Machines (nodes) that each hold a range of the corpus rows. Memory, rates and prices are assumptions."""
 
     what: str
     nodes: int
-    cores: int  # of a node; 0: its rate is that of a GPU
-    memory: float  # bytes of a node that may hold rows
-    refill: float  # bytes a second at which rows that do not fit are read again, for each batch of queries
-    network: float  # bytes a second that a node receives
-    dollars: float  # an hour, of a node
+    cores: int  # cores per node; 0: each node is a GPU with GPU_RATE
+    memory: float  # bytes per node for corpus rows
+    refill: float  # bytes per second; rows that do not fit into memory are read again for every batch of queries
+    network: float  # bytes per second that a node receives
+    dollars: float  # price of a node per hour
 
 
 FLEETS = [
@@ -62,13 +62,13 @@ FLEETS = [
     Fleet("64 nodes of 16 cores, 64 GiB", 64, 16, 56 * 2**30, 1e9, 1.25e9, 0.7),
     Fleet("8 GPUs of 80 GB", 8, 0, 72e9, 50e9, 50e9, 3.0),
 ]
-GPU_RATE = 1.25e14  # multiply-adds a second with selection
-SLOWEST = 1.1  # how much longer than the others one node scans
-BATCH_OF_RING, RANKS, RING_D = 1 << 20, 8, 768  # of the symmetric loss over ranks
+GPU_RATE = 1.25e14  # multiply-adds per second, the selection of negatives included
+SLOWEST = 1.1  # one node needs this many times as long for its scan as the others
+BATCH_OF_RING, RANKS, RING_D = 1 << 20, 8, 768  # the symmetric loss, distributed over ranks as a ring
 MINING_JOBS = ((1_000_000, 100_000_000), (1_000_000, 1_000_000_000))  # queries, rows
 
 
-def span(seconds: float) -> str:
+def duration(seconds: float) -> str:
     for name, size in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {name}"
@@ -83,22 +83,26 @@ def size(count: float) -> str:
 
 
 def swept_over_k(rows: list[Row], op: str) -> dict[int, Row]:
-    """The rows of the K sweep by K, with the most threads."""
+    """Rows of the K sweep, by K; of rows with different numbers of threads, those with the most."""
     threads = max((row["threads"] for row in rows), key=int)
     chosen = [row for row in rows if row["case"].startswith("K=") and row["op"] == op]
     return {int(r["K"]): r for r in chosen if r["variant"] == OURS and r["threads"] == threads}
 
 
 def simulated(fleet: Fleet, rates: simulate.Rates, Q: int, K: int, again: float, scan: float) -> float:
-    """The seconds of a job. again: of reading what does not fit in memory, of all batches; scan: a multiply-add of a node."""
+    """Return the simulated seconds of a job.
+
+    again: seconds in which a node rereads the rows that do not fit into memory, summed over all batches of queries.
+    scan: seconds per multiply-add of one node.
+    """
     shards = tuple(K * (i + 1) // fleet.nodes - K * i // fleet.nodes for i in range(fleet.nodes))
     job = simulate.Job(Q, shards, DIMENSION, DEPTH, BATCH, ROW_BYTES)
-    slower = max(scan, again / (Q * DIMENSION * max(shards)))  # rows are read while others are scanned
+    slower = max(scan, again / (Q * DIMENSION * max(shards)))  # reading and scanning overlap
     return simulate.on_nodes(replace(rates, scan=slower), job, 1 / fleet.network, SLOWEST if fleet.nodes > 1 else 1.0)
 
 
 def checked(runs: list[dict[str, str]]) -> list[str]:
-    """The lines about how well the simulation predicts runs of this machine."""
+    """Markdown lines about how well the simulation predicts runs on this machine."""
     ratios = [float(run["measured"]) / float(run["predicted"]) for run in runs]
     within = max(max(ratio, 1 / ratio) for ratio in ratios) - 1
     lines = [
@@ -119,14 +123,14 @@ def checked(runs: list[dict[str, str]]) -> list[str]:
 
 
 def mining(path: Path, simulation: Path) -> list[str]:
-    """The lines about mining, from the measured rows of mining in `path` and of the simulation, where there are any."""
+    """Markdown lines about mining, from the rows in `path` and, if the file `simulation` exists, from its rates."""
     rows = [row for row in files.newest(path, "variant", "Q", "K", "D") if row["variant"] == "negmine"]
     longest = max((row for row in rows if int(row["D"]) == MINED_D), key=lambda row: int(row["Q"]))
 
     def work(row: Row) -> int:
         return int(row["Q"]) * int(row["K"]) * int(row["D"])
 
-    rate = work(longest) / float(longest["cpu_s"])  # multiply-adds a second of one core
+    rate = work(longest) / float(longest["cpu_s"])  # multiply-adds per second of one core
     lines = [
         "",
         "## Mining on several machines",
@@ -185,39 +189,43 @@ def mining(path: Path, simulation: Path) -> list[str]:
             traffic = Q * (ROW_BYTES + 8 * DEPTH + 8) if fleet.nodes > 1 else 0
             dollars = seconds / 3600 * fleet.nodes * fleet.dollars
             lines.append(
-                f"| {Q:,} | {K:,} | {fleet.what} | {size(held)} | {span(arithmetic)} | {span(again) if again else '-'} "
-                f"| {span(seconds)} | {size(traffic) if traffic else '-'} | {dollars:,.0f} $ |"
+                f"| {Q:,} | {K:,} | {fleet.what} | {size(held)} | {duration(arithmetic)} | {duration(again) if again else '-'} "
+                f"| {duration(seconds)} | {size(traffic) if traffic else '-'} | {dollars:,.0f} $ |"
             )
     return lines
 
 
 def ring(rate: float, machine: str) -> list[str]:
-    """The lines about a symmetric loss over ranks as a ring. rate: multiply-adds a second of a loss and its gradient here."""
-    here = BATCH_OF_RING // RANKS  # pairs of one rank
-    chunk = here * RING_D * 2  # bytes of one rank's features of one side, in bf16
-    work = 2 * 2 * here * BATCH_OF_RING * RING_D  # both directions; the gradient of the keys costs as much as the loss
+    """Markdown lines about a symmetric loss that is distributed over ranks as a ring.
+
+    rate: multiply-adds per second of the loss and its gradient on `machine`.
+    """
+    pairs = BATCH_OF_RING // RANKS  # per rank
+    chunk = pairs * RING_D * 2  # bytes of one rank's features of one side, in bf16
+    work = 2 * 2 * pairs * BATCH_OF_RING * RING_D  # both directions; the gradient of the keys costs as much as the loss
     hops = RANKS - 1
-    sent = 2 * (2 * hops * chunk + RANKS * 2 * chunk)  # both directions: keys forward and backward, fp32 gradients home
+    # Both directions: keys are sent around in forward and in backward, fp32 gradients to the ranks of the keys.
+    sent = 2 * (2 * hops * chunk + RANKS * 2 * chunk)
     transfer = sent / FLEETS[-1].network
     return [
         "",
         f"## A batch of {BATCH_OF_RING:,} pairs",
         "",
         f"The symmetric loss of `negmine.adapters.open_clip` on {RANKS} GPUs, with D = {RING_D} in bf16. Each rank keeps its own "
-        f"{here:,} pairs, and the features of the other ranks are sent around a ring. Two rates were *assumed* and not "
+        f"{pairs:,} pairs, and the features of the other ranks are sent around a ring. Two rates were *assumed* and not "
         f"measured: {GPU_RATE:.3g} multiply-adds per second and GPU, where a score and its share of the softmax mean count as "
         f"one, and {FLEETS[-1].network / 1e9:g} GB/s between GPUs. At the rate measured on `{machine}`, eight such machines "
-        f"in place of the GPUs would need {span(work / rate)}.",
+        f"in place of the GPUs would need {duration(work / rate)}.",
         "",
         "| for one rank and one step | |",
         "| --- | --- |",
         f"| multiply-adds | {work:.3g} |",
-        f"| time of the arithmetic | {span(work / GPU_RATE)} |",
+        f"| time of the arithmetic | {duration(work / GPU_RATE)} |",
         f"| features and gradients sent | {size(sent)} |",
-        f"| time of sending, during the arithmetic | {span(transfer)} |",
+        f"| time of sending, during the arithmetic | {duration(transfer)} |",
         f"| features in memory, of this rank and of one other | {size(2 * 2 * chunk)} |",
         f"| the same if the features of all ranks were gathered | {size(2 * RANKS * chunk)} |",
-        f"| its rows of the matrix of logits in fp32, which are not stored | {size(4 * here * BATCH_OF_RING)} |",
+        f"| its rows of the matrix of logits in fp32, which are not stored | {size(4 * pairs * BATCH_OF_RING)} |",
     ]
 
 
@@ -262,9 +270,9 @@ def page(path: Path) -> str:
     ]
     for job in JOBS:
         K, row = max(curves[job.op].items())
-        rate = SWEEP.B * K * SWEEP.D / (float(row["median_ms"]) / 1e3)  # multiply-adds a second, all else included
+        rate = SWEEP.B * K * SWEEP.D / (float(row["median_ms"]) / 1e3)  # multiply-adds per second of the whole call
         lines.append(
-            f"| {job.what} | {job.op} | {job.B:,} | {job.K:,} | {job.D} | {span(job.B * job.K * job.D / rate)} "
+            f"| {job.what} | {job.op} | {job.B:,} | {job.K:,} | {job.D} | {duration(job.B * job.K * job.D / rate)} "
             f"| {size(job.K * job.D * job.bytes_each)} | {size(4 * job.B * job.K)} |"
         )
     K, row = max(curves["info_nce"].items())
@@ -275,7 +283,9 @@ def page(path: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("machine", nargs="?", help="the CSV file's stem (default: the one with rows of mining)")
+    parser.add_argument(
+        "machine", nargs="?", help="name of a CSV file without .csv (default: the one with rows of mining)"
+    )
     machine = parser.parse_args(arguments).machine
     found = [path for path in sorted(RESULTS.glob("*.csv")) if machine in (None, path.stem)]
     if machine is None and len(found) > 1:

@@ -1,10 +1,10 @@
-"""Plots every benchmarks/results/<machine>.csv, and writes the tables of README.md and benchmarks/README.md, without timing.
+"""Plot every benchmarks/results/<machine>.csv, and write the tables of README.md and benchmarks/README.md, without timing.
 
     <machine>-speed-up.png   the speed-up over PyTorch, one dot for each op, case and peer
     <machine>-cases.png      a row of bars for each op: the time relative to the floor, and the memory in addition to the inputs
     <machine>-scaling.png    time and memory against K, B and D
 
-Of rows with equal (case, op, variant, threads), the newest is used. Whiskers are the 20 % and 80 % quantiles.
+Of rows with the same (case, op, variant, threads), the newest is used. Error bars show the 20 % and 80 % quantiles.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from benchmarks.run import COLUMNS
 
 README = RESULTS.parents[1] / "README.md"
 ALL_ROWS = RESULTS.parent / "README.md"
-SHOWN = (  # what README.md shows: the usual shapes, a wide one, and where little is gained
+SHOWN = (  # in README.md: usual shapes, a large D, and a shape at which negmine gains little
     ("moco", "info_nce", "loss and gradient"),
     ("moco-bf16", "info_nce", "loss and gradient"),
     ("moco-bf16", "mine_hardest", "the hardest 1,024"),
@@ -40,7 +40,7 @@ BEGIN = "<!-- made by `make plots` from benchmarks/results -->"
 def newest(path: Path) -> list[Row]:
     rows = files.newest(path, "case", "op", "variant", "threads")
     if any(set(row) != set(COLUMNS) for row in rows[:1]):
-        raise SystemExit(f"{path}: the header is not benchmarks.run's: measure anew into a new file")
+        raise SystemExit(f"{path}: the columns are not those of benchmarks.run; move the file away and measure again")
     return rows
 
 
@@ -98,29 +98,32 @@ def draw_cases(path: Path, rows: list[Row]) -> Path:
 
 
 def draw_speed_up(path: Path, rows: list[Row]) -> Path:
-    """Under each op a line a shape: negmine at 1, every peer where it stands; right of 1 = negmine is faster."""
-    ours = {line_of(row): float(row["median_ms"]) for row in rows if row["variant"] == OURS}
+    """Draw one line per op and shape, with a dot for each peer at its time divided by that of negmine.
+
+    Negmine is the vertical line at 1, so dots to the right of it are peers that are slower.
+    """
+    ours = {line_key(row): float(row["median_ms"]) for row in rows if row["variant"] == OURS}
     peers = list(dict.fromkeys(row["variant"] for row in rows if not row["variant"].startswith(OURS)))
     threads = {row["threads"] for row in rows}
-    labels: list[str] = []  # from the top: an op, its shapes, the next op
-    places: dict[tuple[str, ...], int] = {}  # line_of(row) -> index in labels
+    labels: list[str] = []  # from top to bottom: an op, its shapes, the next op, ...
+    places: dict[tuple[str, ...], int] = {}  # line_key(row) -> index in labels
     for op in dict.fromkeys(row["op"] for row in rows):
         labels.append(op)
         for row in sorted((row for row in rows if row["op"] == op), key=work):
-            if line_of(row) not in places:
-                places[line_of(row)] = len(labels)
+            if line_key(row) not in places:
+                places[line_key(row)] = len(labels)
                 shape = f"{int(row['B']):,} × {int(row['K']):,} × {row['D']}  {row['dtype']}"
                 labels.append(shape if len(threads) == 1 else f"{shape}, {row['threads']} threads")
     figure, axes = plt.subplots(figsize=(9, 0.22 * len(labels) + 1.4), layout="constrained")
     for line, place in places.items():
-        there = [row for row in rows if line_of(row) == line and row["variant"] in peers and line in ours]
+        there = [row for row in rows if line_key(row) == line and row["variant"] in peers and line in ours]
         before, above = 0.0, False
         for row in sorted(there, key=lambda row: float(row["median_ms"])):
             ratio = float(row["median_ms"]) / ours[line]
             colour = COLOURS[1 + peers.index(row["variant"]) % (len(COLOURS) - 1)]
             axes.plot([1, ratio], [place, place], color=colour, linewidth=1, alpha=0.35)
             axes.plot(ratio, place, "o", color=colour, markersize=5)
-            above = not above or ratio > 1.25 * before  # the labels of close dots lie above and below
+            above = not above or ratio > 1.25 * before  # labels of close dots alternate between above and below
             offset = (3, 3) if above else (3, -9)
             axes.annotate(short(ratio), (ratio, place), offset, textcoords="offset points", fontsize=7)
             before = ratio
@@ -134,8 +137,10 @@ def draw_speed_up(path: Path, rows: list[Row]) -> Path:
             tick.label1.set_fontweight("bold")
             tick.tick1line.set_visible(False)
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    held = f", {threads.pop()} threads" if len(threads) == 1 else ""
-    axes.set_title(f"time of the others / time of negmine, queries × keys × width{held}", loc="left", fontsize=10)
+    threads_text = f", {threads.pop()} threads" if len(threads) == 1 else ""
+    axes.set_title(
+        f"time of the others / time of negmine, queries × keys × width{threads_text}", loc="left", fontsize=10
+    )
     axes.spines[["top", "right"]].set_visible(False)
     handles = [
         plt.Line2D([], [], marker="o", linestyle="", color=COLOURS[1 + turn % (len(COLOURS) - 1)])
@@ -149,7 +154,7 @@ def short(ratio: float) -> str:
     return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
-def line_of(row: Row) -> tuple[str, ...]:
+def line_key(row: Row) -> tuple[str, ...]:
     return row["op"], row["case"], row["threads"]
 
 
@@ -201,14 +206,14 @@ def draw(path: Path) -> list[Path]:
 
 
 def most_threads(path: Path) -> list[Row]:
-    """The newest rows of the named shapes, with as many threads as any row has."""
+    """Newest rows of the named cases (not of the sweeps), measured with the largest number of threads in the file."""
     rows = [row for row in newest(path) if not is_swept(row)]
     threads = max((row["threads"] for row in rows), key=int)
     return [row for row in rows if row["threads"] == threads]
 
 
 def source(path: Path, rows: list[Row]) -> str:
-    """Where and when the rows were measured."""
+    """Text that says where and when the rows were measured."""
     last = max(rows, key=lambda row: row["date"])
     return (
         f"{path.stem}, {last['threads']} threads, torch {last['torch']}, commit {last['commit']}, {last['date'][:10]}"
@@ -216,7 +221,7 @@ def source(path: Path, rows: list[Row]) -> str:
 
 
 def summary(paths: list[Path]) -> str:
-    """SHOWN as Markdown: a line for each shape, and a column for each machine with negmine beside plain PyTorch."""
+    """Markdown table of SHOWN: one line per shape, and per machine one column that compares negmine with plain PyTorch."""
     found = {path: {(row["case"], row["op"], row["variant"]): row for row in most_threads(path)} for path in paths}
     lines = [
         f"| B, K, D | computed | {' | '.join(f'{path.stem}, ms' for path in paths)} | extra memory |",
@@ -248,7 +253,7 @@ def summary(paths: list[Path]) -> str:
 
 
 def table(path: Path) -> str:
-    """Every row as Markdown, negmine beside the others, shapes where it loses included."""
+    """Markdown table of all rows, also of those where negmine is slower than others."""
     rows = most_threads(path)
     found = {(row["case"], row["op"], row["variant"]): row for row in rows}
     lines = [
@@ -282,7 +287,7 @@ def main() -> None:
     results = parser.parse_args().results
     paths = sorted(results.glob("*.csv"), key=lambda path: path.stem)
     if not paths:
-        raise SystemExit(f"there are no rows in {results} to draw: run `make bench` first")
+        raise SystemExit(f"there are no CSV files in {results}: run `make bench` first")
     for path in paths:
         print(*draw(path), sep="\n")
     if results == RESULTS:

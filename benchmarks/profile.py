@@ -1,6 +1,6 @@
-"""Profiles one call on a GPU with Nsight Compute: python -m benchmarks.profile [--case CASE --op OP] [--out FOLDER]
+"""Profile one call on a GPU with Nsight Compute: python -m benchmarks.profile [--case CASE --op OP] [--out FOLDER]
 
-By default, the call is that of the row in benchmarks/results, for this machine and negmine, that is furthest from its floor.
+By default, the call is that of the negmine row of this machine in benchmarks/results whose time is most times its floor.
 profile.txt lists every kernel launch of one warm call with its time, and for the longest launch its throughputs, occupancy,
 stalls, instructions and memory traffic.
 """
@@ -26,7 +26,7 @@ DURATION = "gpu__time_duration.sum"
 
 
 def worst(rows: list[Row]) -> tuple[str, str]:
-    """(case, op) of negmine's newest rows that is the most times its floor."""
+    """Return the (case, op) whose newest row of negmine has the largest time relative to its floor."""
     newest = {(row["case"], row["op"]): row for row in rows if row["variant"].startswith(OURS) and row["rate_floor_ms"]}
     if not newest:
         raise SystemExit("there are no rows of this GPU to choose from: run the benchmarks, or name --case and --op")
@@ -34,14 +34,14 @@ def worst(rows: list[Row]) -> tuple[str, str]:
 
 
 def launches(printed: str) -> list[tuple[str, float]]:
-    """(kernel, microseconds) of each launch, from the CSV of `ncu --page raw --print-units base`."""
+    """Parse the CSV of `ncu --page raw --print-units base` into (kernel, microseconds) for each launch."""
     lines = [line for line in printed.splitlines() if line.startswith('"')]
-    rows = [row for row in csv.DictReader(lines) if row["ID"]]  # the row without an ID holds units
+    rows = [row for row in csv.DictReader(lines) if row["ID"]]  # the row without an ID has the units
     return [(row["Kernel Name"], float(row[DURATION].replace(",", "")) / 1e3) for row in rows]
 
 
 def table(found: list[tuple[str, float]]) -> list[str]:
-    """Launches by kernel, the longest first, with their number and share of the whole."""
+    """Lines of text: for each kernel its time, its share of the total time, and its number of launches; longest first."""
     total = sum(time for _, time in found)
     kernels = {name: [time for other, time in found if other == name] for name, _ in found}
     lines = [f"{total:9.1f} us in {len(found)} launches"]
@@ -51,7 +51,7 @@ def table(found: list[tuple[str, float]]) -> list[str]:
 
 
 def call_once(case: str, op: str) -> None:
-    """One warm call between the profiler's marks."""
+    """Profile only one call, after three calls of warm-up."""
     inputs = make_inputs(CASES[case], "cuda")
     for _ in range(3):
         OPS[op].fused(inputs)
@@ -76,7 +76,9 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES)
     parser.add_argument("--op", choices=OPS)
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder of profile.txt")
-    parser.add_argument("--once", action="store_true", help="make the call; what runs under ncu")
+    parser.add_argument(
+        "--once", action="store_true", help="make the call to be profiled (this is what runs under ncu)"
+    )
     args = parser.parse_args()
     if (args.case is None) != (args.op is None):
         parser.error("--case and --op go together")

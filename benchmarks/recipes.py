@@ -1,11 +1,12 @@
-"""Trains every recipe with several seeds on the demo's task, writes one CSV row for each run, and plots the results.
+"""Train every recipe with several seeds on the demo's task, write one CSV row for each run, and plot the results.
 
     python -m benchmarks.recipes --seeds 0 1 2 --steps 500        all of benchmarks.train's RECIPES
     python -m benchmarks.recipes --recipe ring synco --seeds 0    some of them
-    python -m benchmarks.recipes --draw                           the picture and the table again, without training
+    python -m benchmarks.recipes --draw                           only writes the picture and the table again
 
-Appends to benchmarks/results/recipes/wordnet.csv as each run ends, and skips runs whose (recipe, seed, steps) is already
-there, so that a run cut short goes on where it stopped. Leaves wordnet.png beside it and the table in docs/comparison.md.
+A row is appended to benchmarks/results/recipes/wordnet.csv at the end of each run. Runs whose (recipe, seed, steps) has a row
+are skipped, so an interrupted command can be started again. The picture is wordnet.png beside the rows, and the table is in
+docs/comparison.md.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def row_of(name: str, seed: int, steps: int, metrics: Metrics, ms_per_step: floa
 
 
 def run_missing(task: wordnet.Task, names: list[str], seeds: list[int], steps: int, path: Path) -> None:
-    """Every (recipe, seed) that has no row of this many steps yet."""
+    """Train every (recipe, seed) that has no row with this number of steps."""
     device = task.corpus.device.type
     done = {key_of(row) for row in newest(path, *KEY)}
     for seed in seeds:
@@ -66,7 +67,7 @@ def run_missing(task: wordnet.Task, names: list[str], seeds: list[int], steps: i
 
 
 def summary(rows: list[Row], steps: int) -> list[tuple[str, dict[str, list[float]]]]:
-    """(recipe, metric -> the values of its seeds) of runs of `steps`, best mean MRR first."""
+    """(recipe, {metric: one value per seed}) of the runs with `steps` steps, sorted by mean MRR, best first."""
     names = dict.fromkeys(row["recipe"] for row in rows if int(row["steps"]) == steps and row["recipe"] in RECIPES)
     runs = {name: [row for row in rows if row["recipe"] == name and int(row["steps"]) == steps] for name in names}
     values = {name: {m: [float(row[m]) for row in runs[name]] for m in METRICS} for name in names}
@@ -74,7 +75,7 @@ def summary(rows: list[Row], steps: int) -> list[tuple[str, dict[str, list[float
 
 
 def draw(rows: list[Row], steps: int, path: Path) -> None:
-    """One line a recipe, best on top: a small dot a seed, their range as a bar, a large dot at their mean."""
+    """Plot one line per recipe, best on top: a small dot for each seed, a bar from lowest to highest, a large dot at the mean."""
     ranking = summary(rows, steps)
     start = [float(row["mrr"]) for row in rows if row["recipe"] == START]
     figure, axes = plt.subplots(figsize=(8.5, 1.2 + 0.27 * len(ranking)), layout="constrained")
@@ -94,7 +95,7 @@ def draw(rows: list[Row], steps: int, path: Path) -> None:
 
 
 def table(rows: list[Row], steps: int) -> str:
-    """Markdown: mean and, where there are two seeds or more, standard deviation."""
+    """Markdown table of means and, with two or more seeds, standard deviations."""
 
     def cell(values: list[float]) -> str:
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=ROWS)
-    parser.add_argument("--draw", action="store_true", help="train nothing")
+    parser.add_argument("--draw", action="store_true", help="do not train; only write the picture and the table")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.steps < 2:

@@ -34,16 +34,16 @@ MARKS = {
 
 @dataclass(frozen=True)
 class Mining:
-    """One query's view of the corpus."""
+    """The rank of a query's answer in the corpus, and the query's hardest negatives."""
 
     positive_score: float
-    rank: int  # of the answer, 1 = first
+    rank: int  # of the answer; 1 is the best
     negatives: list[tuple[int, float]]  # (corpus row, score), hardest first
 
 
 @torch.no_grad()
 def mine(query_head: Head, key_head: Head, task: Task, chosen: torch.Tensor) -> list[Mining]:
-    """chosen (B,): query numbers."""
+    """Rank the corpus for the queries whose numbers are in chosen (B,)."""
     corpus, query = key_head(task.corpus), query_head(task.queries[chosen])  # (K, D), (B, D)
     answers = task.positives[chosen]  # (B,)
     negatives = negmine.Negatives(corpus, ids=torch.arange(len(corpus), device=corpus.device))
@@ -97,7 +97,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def html_table(rows: list[Row], best: tuple[str, ...] = ()) -> str:
-    """best: columns whose largest value is set in bold."""
+    """HTML table of the rows; in the columns `best`, the largest value is bold."""
     largest = {name: max(float(row[name]) for row in rows) for name in best}
     head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
     body = ""

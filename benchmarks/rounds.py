@@ -3,8 +3,8 @@
     python -m benchmarks.rounds                      3 rounds of 60 steps, under three minutes on two cores
     python -m benchmarks.rounds --rounds 5 --keep-old 4
 
-Both have the same number of steps. The negatives of a batch are the mined negatives of all its queries and the positives of the
-other queries; a query's own positive is masked by id. Held-out queries are ranked against the whole corpus after every round.
+Both take the same number of steps. The negatives of a batch are the mined negatives of all its queries and the positives of the
+other queries; a query's own positive is masked by id. After every round, held-out queries are ranked against the whole corpus.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from benchmarks.train import TEMPERATURE, B, Metrics, evaluate, follow, new_head
 from negmine import Select
 from negmine.mining import MiningResult, mining_rounds
 
-MINED = 8  # negatives a query
-SKIPPED = 1  # the hardest rank is the one most often unlabelled truth
-EMBEDDED = 8192  # rows at a time
+MINED = 8  # negatives per query
+SKIPPED = 1  # the hardest negative is skipped because it is a false negative most often
+EMBEDDED = 8192  # rows per call of a tower
 
 
 class Trainer:
-    """Two towers, and the two callables of negmine.mining.mining_rounds."""
+    """Two towers, with the methods `embed` and `train` that negmine.mining.mining_rounds calls."""
 
     def __init__(self, task: wordnet.Task, queries: Tensor, steps: int, rounds: int, refresh: bool, seed: int) -> None:
         self.task, self.queries, self.steps, self.refresh = task, queries, steps, refresh
@@ -36,7 +36,7 @@ class Trainer:
 
     @torch.no_grad()
     def embed(self, number: int) -> tuple[Tensor, Tensor]:
-        """Training queries and corpus as the towers make them now, or made them first where negatives are mined once."""
+        """Embed the training queries and the corpus; without `refresh`, return the embeddings of the first call again."""
         if self.first is None or self.refresh:
             rows = (self.task.queries[self.queries], self.task.corpus)
             heads = (self.query_head, self.key_head)
@@ -68,7 +68,7 @@ class Trainer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60, help="of one round")
+    parser.add_argument("--steps", type=int, default=60, help="steps per round")
     parser.add_argument("--queries", type=int, default=5000, help="training queries")
     parser.add_argument("--keep-old", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)

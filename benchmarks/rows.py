@@ -10,11 +10,11 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, str]
-END = "<!-- end -->"  # of what a command writes into a page
+END = "<!-- end -->"  # marks the end of a generated part of a page
 
 
 def read(path: Path) -> list[Row]:
-    """The rows, oldest first; none where there is no file."""
+    """Read the rows, oldest first. A file that does not exist has no rows."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -22,7 +22,7 @@ def read(path: Path) -> list[Row]:
 
 
 def newest(path: Path, *columns: str) -> list[Row]:
-    """The rows, of those that are equal in these columns the newest."""
+    """Read the rows; of rows with the same values in these columns, keep the newest."""
     return list({tuple(row[name] for name in columns): row for row in read(path)}.values())
 
 
@@ -36,23 +36,26 @@ def write(path: Path, columns: list[str], rows: list[dict[str, Any]], mode: str 
 
 
 def append(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
-    """Adds rows to a file. Older rows stay: they are given the columns that have come since, and keep those that have gone."""
+    """Add rows to a file.
+
+    If its columns differ from `columns`, the file is written again with the columns of both, and missing values are empty.
+    """
     old = read(path)
     if old and list(old[0]) == columns:
         write(path, columns, rows, "a")
     else:
-        gone = [name for name in (old[0] if old else ()) if name not in columns]
-        write(path, columns + gone, old + rows)
+        old_only = [name for name in (old[0] if old else ()) if name not in columns]
+        write(path, columns + old_only, old + rows)
 
 
 def write_between(page: Path, begin: str, text: str) -> None:
-    """Puts text between the line `begin` of a page and the next END."""
+    """Replace the text between the line `begin` of a page and the next END."""
     before, rest = page.read_text().split(begin)
     page.write_text("\n".join([before + begin, "", text.strip("\n"), "", END + rest.split(END, 1)[1]]))
 
 
-# Generations of server processors by family and model number, because a virtual machine often gives a bare name: "AMD EPYC",
-# "Intel(R) Xeon(R) Processor". AMD's processors with AVX-512 are not told apart here: their rows are those of "amd-epyc".
+# Generations of server processors by family and model number. Virtual machines often show only "AMD EPYC" or
+# "Intel(R) Xeon(R) Processor" as the name. AMD's processors with AVX-512 are not listed, so their file is amd-epyc.csv.
 GENERATIONS = {
     ("AuthenticAMD", "25", "1"): "zen-3",
     ("GenuineIntel", "6", "85"): "skylake",  # Cascade Lake and Cooper Lake have this number too
@@ -64,7 +67,7 @@ GENERATIONS = {
 
 
 def machine_name(device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The name of the GPU, or the CPU's model (amd-epyc, intel-xeon-ice-lake), in letters that suit a file name."""
+    """The name of the GPU or of the CPU, as part of a file name (amd-epyc, intel-xeon-ice-lake)."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
@@ -76,9 +79,9 @@ def machine_name(device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def commit() -> str:
-    """The commit of the working tree, with "-dirty" where it has changes, apart from what is written from rows."""
+    """The commit of the working tree, with "-dirty" if files differ from it. Result files and generated pages do not count."""
     root = RESULTS.parents[1]
-    written = (
+    generated = (
         ":(exclude)benchmarks/results",
         ":(exclude)README.md",
         ":(exclude)benchmarks/README.md",
@@ -89,5 +92,5 @@ def commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *generated)
     return (git("rev-parse", "--short", "HEAD") or "none") + ("-dirty" if changed else "")

@@ -1,9 +1,9 @@
-"""Times negmine, PyTorch and other packages, and appends rows to benchmarks/results/<machine>.csv.
+"""Time negmine, PyTorch and other packages, and append rows to benchmarks/results/<machine>.csv.
 
     python -m benchmarks.run --quick                                    two shapes, under three minutes on two cores
-    python -m benchmarks.run --sweep K B D --threads 1 2                one letter varied, the rest held
-    python -m benchmarks.run --quick --base v0.1                        this tree against another commit, side by side
-    python -m benchmarks.run --device cuda                              every case and peer of a GPU
+    python -m benchmarks.run --sweep K B D --threads 1 2                vary K, then B, then D; the others are fixed
+    python -m benchmarks.run --quick --base v0.1                        compare the working tree with another commit
+    python -m benchmarks.run --device cuda                              every case and peer on a GPU
     python -m benchmarks.run --device cuda --op mine_hardest --case moco-bf16 --compile
 
 The tests of the kernels run first, and nothing is timed if one fails. Then the results of every variant are compared with PyTorch
@@ -61,7 +61,7 @@ COLUMNS = [
 
 
 def tests_pass(device: str) -> bool:
-    """The kernels' own tests on this device; what they print is shown."""
+    """Run the tests of the kernels on this device."""
     chosen = "cpu and not triton" if device == "cpu" else "triton or cuda"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *TESTS]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
@@ -69,7 +69,7 @@ def tests_pass(device: str) -> bool:
 
 
 def driver() -> str:
-    """The GPU driver's version; empty without one."""
+    """The version of the GPU driver; empty if there is none."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip().split("\n")[0]
@@ -98,7 +98,7 @@ def rows_of(name: str, case: Case, inputs: Inputs, args: argparse.Namespace) -> 
         with_compile=compiled,
         with_peers=not args.no_peers,
     )
-    shortest_scores_mib = 2 * case.B * case.K / 2**20  # a (B, K) matrix of two bytes a score
+    shortest_scores_mib = 2 * case.B * case.K / 2**20  # a (B, K) matrix of scores with two bytes each
     return [
         {
             "threads": torch.get_num_threads(),
@@ -126,7 +126,7 @@ def rows_of(name: str, case: Case, inputs: Inputs, args: argparse.Namespace) -> 
 
 
 def summary(rows: list[dict[str, object]]) -> list[str]:
-    """One line a case and op: negmine over its floor, and over the best of the other ways."""
+    """One line per case and op: negmine's time relative to its floor, and relative to the fastest other variant."""
     lines = [f"{'case':<16}{'op':<16}{'negmine ms':>11}{'/ floor':>9}{'next best':>26}{'faster':>8}{'memory':>9}"]
     for case, name in dict.fromkeys((row["case"], row["op"]) for row in rows):
         own = [row for row in rows if (row["case"], row["op"]) == (case, name)]
@@ -148,26 +148,37 @@ def summary(rows: list[dict[str, object]]) -> list[str]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=f"the cases {', '.join(QUICK)}, about 2 s each op")
+    parser.add_argument("--quick", action="store_true", help=f"only the cases {', '.join(QUICK)}, about 2 s per op")
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
-    parser.add_argument("--case", nargs="+", choices=CASES, help="default: those meant for the device")
-    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=[], help="vary one letter instead of the cases")
+    parser.add_argument("--case", nargs="+", choices=CASES, help="default: the cases that are made for the device")
+    parser.add_argument(
+        "--sweep", nargs="+", choices=SWEEPS, default=[], help="vary one size (K, B or D) instead of the cases"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backend", nargs="+", help="negmine backends to insist on, one variant each")
-    parser.add_argument("--isa", nargs="+", default=[], help="also time the CPU kernels held to these: portable avx2")
+    parser.add_argument("--backend", nargs="+", help="time negmine with each of these backends")
+    parser.add_argument(
+        "--isa",
+        nargs="+",
+        default=[],
+        help="also time the CPU kernels limited to these instruction sets, for example portable avx2",
+    )
     parser.add_argument(
         "--compile",
         nargs="*",
         choices=CASES,
         metavar="CASE",
-        help="also time torch.compile of the plain version, in these cases or in all; default: all on a GPU",
+        help="also time torch.compile of plain PyTorch, in these cases or, without names, in all; default: in all on a GPU",
     )
-    parser.add_argument("--no-peers", action="store_true", help="time negmine and plain PyTorch alone")
+    parser.add_argument("--no-peers", action="store_true", help="time only negmine and plain PyTorch")
     parser.add_argument("--no-tests", action="store_true", help="do not run the kernels' tests first")
     parser.add_argument("--seconds", type=float, help="time spent on each op and case (default 10, quick 2)")
-    parser.add_argument("--threads", type=int, nargs="+", help="repeat all with these numbers of CPU threads")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", help="repeat everything with each of these numbers of CPU threads"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
-    parser.add_argument("--base", metavar="REF", help="time this commit too, in turns, and print the ratios only")
+    parser.add_argument(
+        "--base", metavar="REF", help="also time this commit, in turn with the working tree, and print only the ratios"
+    )
     args = parser.parse_args()
     args.seconds = args.seconds or (2.0 if args.quick else 10.0)
     return args
@@ -176,7 +187,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     if not args.no_tests and not tests_pass(args.device):
-        print("Nothing was timed: a test of the kernels is red.")
+        print("Nothing was timed because a test of the kernels failed.")
         return 1
     if args.base:
         from benchmarks import base
@@ -195,7 +206,7 @@ def main() -> int:
         "driver": driver() if args.device == "cuda" else "",
         "triton": triton_version(),
     }
-    refused = 0
+    failed = 0
     measured: list[dict[str, object]] = []
     for case, threads in itertools.product(cases, args.threads or [torch.get_num_threads()]):
         torch.set_num_threads(threads)
@@ -204,12 +215,12 @@ def main() -> int:
             try:
                 rows = rows_of(name, case, inputs, args)
             except Disagreement as complaint:
-                refused += 1
-                print(f"REFUSED  {case.name}: {complaint}")
+                failed += 1
+                print(f"NOT TIMED  {case.name}: {complaint}")
                 rows = []
-            except Exception:  # one op that fails must not cost the others their rows
-                refused += 1
-                print(f"FAILED   {case.name}: {name}")
+            except Exception:  # the other ops must still be measured
+                failed += 1
+                print(f"FAILED     {case.name}: {name}")
                 traceback.print_exc()
                 rows = []
             append(args.results / f"{machine}.csv", COLUMNS, [stamp | row for row in rows])
@@ -227,8 +238,8 @@ def main() -> int:
     print("\n".join(summary(measured)))
     for package, reason in libraries.ABSENT.items():
         print(f"not timed: {package} ({reason})")
-    print(f"rows appended to {args.results / machine}.csv" + (f"; {refused} refused" if refused else ""))
-    return 1 if refused else 0
+    print(f"rows appended to {args.results / machine}.csv" + (f"; {failed} not measured" if failed else ""))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """A discrete-event simulation of mining jobs over several processes, and its validation on this machine.
 
-    python -m benchmarks.simulate            some minutes on two idle cores: measures, predicts, appends rows to
-                                             results/simulation/<machine>.csv, and writes docs/planning.md from them
-    python -m benchmarks.simulate --quick    small jobs, to see that it runs; nothing is written
+    python -m benchmarks.simulate            measure and predict (some minutes on two idle cores), append rows to
+                                             results/simulation/<machine>.csv, and write docs/planning.md from them
+    python -m benchmarks.simulate --quick    small jobs, to check that it works; nothing is written
 
 The rates are measured with one process, with two such processes at the same time, and with two ranks that only exchange bytes.
 The simulation is validated with other runs: ranks that share a job, with even and uneven shards, and one process with other
-sizes. Measurements are repeated in turn and their medians are used. The spread is shown, because predictions from a busy machine
-are unreliable.
+sizes. Measurements are repeated in turn, and their medians are used. Predictions are unreliable if the machine is busy, so the
+spread of the measurements is shown too.
 """
 
 import argparse
@@ -30,10 +30,10 @@ import torch.multiprocessing as mp
 
 from benchmarks.rows import RESULTS, append, commit, machine_name
 
-D, DEPTH, BATCH = 128, 5, 1024  # of the measured jobs: width, negatives a query, queries a batch
+D, DEPTH, BATCH = 128, 5, 1024  # of the measured jobs: dimension, negatives per query, queries per batch
 SMALL, LARGE = 60_000, 240_000  # rows of the runs that give the rates
 QUERIES = 8192
-PAYLOADS = (64, 1 << 20)  # bytes of the exchanges that give latency and bandwidth
+PAYLOADS = (64, 1 << 20)  # bytes per exchange: small to measure latency, large to measure bandwidth
 COLUMNS = ["date", "commit", "torch", "load", "kind", "name", "predicted", "measured", "spread"]
 
 
@@ -42,11 +42,14 @@ COLUMNS = ["date", "commit", "torch", "load", "kind", "name", "predicted", "meas
 
 @dataclass
 class Node:
-    """A machine. busy[n - 1]: how much slower each of n processes that compute at once runs than one alone; its last entry grows
-    with the number of processes beyond."""
+    """A machine.
+
+    busy[n - 1]: how many times longer each of n processes needs that compute at the same time, compared with one alone. With
+    more processes than entries, the last entry is scaled by their number.
+    """
 
     busy: tuple[float, ...] = (1.0,)
-    work: dict[int, float] = field(default_factory=dict)  # process -> seconds left, alone
+    work: dict[int, float] = field(default_factory=dict)  # process -> seconds that it would still need alone
 
     def speed(self) -> float:
         count = len(self.work)
@@ -54,14 +57,14 @@ class Node:
         return 1 / slowdown
 
 
-Event = tuple[
-    str, Any, float
-]  # ("work", node, seconds alone), ("sleep", None, seconds) or ("meet", name, processes that meet)
+# ("work", node, seconds if alone), ("sleep", None, seconds) or ("meet", name, number of processes): wait until so many processes
+# have reached the meeting of this name.
+Event = tuple[str, Any, float]
 Process = Generator[Event, None, None]
 
 
 def simulate(processes: list[Process]) -> float:
-    """The seconds until the last process ends."""
+    """Run the processes in simulated time, and return the seconds until the last one ends."""
     now, nodes, sleeping, meetings = 0.0, {}, {}, defaultdict(list)
     ready = list(range(len(processes)))
     while True:
@@ -106,18 +109,18 @@ def simulate(processes: list[Process]) -> float:
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of one process that computes alone, except `busy`."""
+    """Seconds that a single process needs for one unit of each kind of work; `busy` is a ratio."""
 
-    scan: float  # a multiply-add of a scan
-    scan_batch: float  # a batch of queries, whatever the number of rows
-    hash: float  # a byte of the corpus
-    pair: float  # the score of a positive
-    query: float  # all else, a query: hashes, lists, windows
-    join: float  # a candidate of a part, when parts are merged
-    join_part: float  # a part, whatever its size
-    latency: float  # an exchange between two ranks
-    byte: float  # a byte that a rank receives
-    busy: float  # how much slower each of two processes runs than one alone
+    scan: float  # per multiply-add of a scan
+    scan_batch: float  # per batch of queries, for any number of rows
+    hash: float  # per byte of the corpus
+    pair: float  # per score of a positive
+    query: float  # per query, for everything else: hashes, lists, windows
+    join: float  # per candidate of a part that is merged
+    join_part: float  # per part that is merged, for any number of candidates
+    latency: float  # per exchange between two ranks
+    byte: float  # per byte that a rank receives
+    busy: float  # how many times longer each of two processes needs than one alone
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class Job:
 
 
 def rank_process(rates: Rates, job: Job, rank: int, node: Node, seconds_a_byte: float, slow: float = 1.0) -> Process:
-    """One rank of a job. slow: how much slower than others it scans."""
+    """One rank of a job. slow: how many times longer its scan takes than that of other ranks."""
     ranks, rows = len(job.shards), job.shards[rank]
 
     def exchange(name: Any, bytes_each: float) -> Process:
@@ -153,13 +156,13 @@ def rank_process(rates: Rates, job: Job, rank: int, node: Node, seconds_a_byte: 
 
 
 def on_one_machine(rates: Rates, job: Job) -> float:
-    """The seconds of ranks that share a machine of two cores."""
+    """Return the seconds of a job whose ranks share one machine with two cores."""
     node = Node((1.0, rates.busy))
     return simulate([rank_process(rates, job, rank, node, rates.byte) for rank in range(len(job.shards))])
 
 
 def on_nodes(rates: Rates, job: Job, seconds_a_byte: float, slowest: float) -> float:
-    """The seconds of ranks that have a machine each; the first of them scans `slowest` times as long as others."""
+    """Return the seconds of a job with one machine per rank; the scan of the first rank takes `slowest` times as long."""
     slow = [slowest, *[1.0] * (len(job.shards) - 1)]
     return simulate([rank_process(rates, job, r, Node(), seconds_a_byte, slow[r]) for r in range(len(job.shards))])
 
@@ -178,14 +181,16 @@ def _inputs(job: Job, rank: int) -> tuple[Any, Any, list[int]]:
 
 
 def _mine(job: Job, rank: int, group: Any, barrier: Any) -> dict[str, float]:
-    """The seconds of a job and of its phases in this process."""
+    """Run this process's share of a job, and return the seconds of the whole job and of its phases."""
     import negmine
     from negmine.mining.parts import PartMiner
 
     torch.manual_seed(1)
     queries, rows, positives = _inputs(job, rank)
     options = {"num_negatives": DEPTH, "select": negmine.Select(relative_margin=0.05), "batch_size": job.batch}
-    negmine.mine_hard_negatives(queries[:64], torch.randn(2000, D), [0] * 64, **options)  # kernels are chosen
+    negmine.mine_hard_negatives(
+        queries[:64], torch.randn(2000, D), [0] * 64, **options
+    )  # the first call chooses the kernels
     seconds: dict[str, float] = defaultdict(float)
     compute = PartMiner.__call__
 
@@ -205,7 +210,7 @@ def _mine(job: Job, rank: int, group: Any, barrier: Any) -> dict[str, float]:
 
 
 def _exchange(group: Any, barrier: Any) -> dict[str, float]:
-    """The seconds of an exchange of each payload, and of merging two small and two large parts."""
+    """Return the seconds of an exchange for each of PAYLOADS, and of merging two small and two large parts."""
     import numpy as np
 
     from negmine.mining.merging import join_parts
@@ -244,7 +249,10 @@ def _child(kind: str, job: Job, rank: int, world: int, store: str, barrier: Any,
 
 
 def measured(kind: str, job: Job, world: int) -> list[dict[str, float]]:
-    """What `world` processes measure at once. kind: "alone" (each a job of its own), "ranks" (they share it) or "exchange"."""
+    """Measure in `world` processes at the same time.
+
+    kind: "alone" (each process runs the job itself), "ranks" (the processes share the job) or "exchange".
+    """
     context = mp.get_context("spawn")
     barrier, out = context.Barrier(world), context.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -266,31 +274,34 @@ def measured(kind: str, job: Job, world: int) -> list[dict[str, float]]:
 
 
 def rates_of(small: list[dict], large: list[dict], pair: list[dict], exchange: list[dict]) -> Rates:
-    """The rates, by medians of repeated measurements."""
-    of = lambda rows, name: statistics.median(row[name] for row in rows)  # noqa: E731
+    """Derive the rates from the medians of repeated measurements."""
+
+    def median(rows: list[dict], name: str) -> float:
+        return statistics.median(row[name] for row in rows)
+
     batches = QUERIES // BATCH
-    scans = [of(rows, "scan") / batches for rows in (small, large)]
+    scans = [median(rows, "scan") / batches for rows in (small, large)]
     unit = (scans[1] - scans[0]) / (BATCH * (LARGE - SMALL) * D)
-    other = of(large, "total") - sum(of(large, name) for name in ("scan", "documents", "positives"))
-    latency = of(exchange, str(PAYLOADS[0]))
-    joins = [of(exchange, f"join {count}") / 2 for count in (BATCH, 8 * BATCH)]  # of one part
+    other = median(large, "total") - sum(median(large, name) for name in ("scan", "documents", "positives"))
+    latency = median(exchange, str(PAYLOADS[0]))
+    joins = [median(exchange, f"join {count}") / 2 for count in (BATCH, 8 * BATCH)]  # per part
     join = max(0.0, joins[1] - joins[0]) / (7 * BATCH * DEPTH)
     return Rates(
         scan=unit,
         scan_batch=max(0.0, scans[0] - unit * BATCH * SMALL * D),
-        hash=of(large, "documents") / (LARGE * 4 * D),
-        pair=of(large, "positives") / QUERIES,
+        hash=median(large, "documents") / (LARGE * 4 * D),
+        pair=median(large, "positives") / QUERIES,
         query=other / QUERIES,
         join=join,
         join_part=max(0.0, joins[0] - join * BATCH * DEPTH),
         latency=latency,
-        byte=max(0.0, of(exchange, str(PAYLOADS[1])) - latency) / PAYLOADS[1],
-        busy=max(1.0, of(pair, "total") / of(large, "total")),
+        byte=max(0.0, median(exchange, str(PAYLOADS[1])) - latency) / PAYLOADS[1],
+        busy=max(1.0, median(pair, "total") / median(large, "total")),
     )
 
 
 def predicted_jobs(scale: int = 1) -> dict[str, Job]:
-    """The runs that are predicted, none of which gives a rate. scale: divides their rows."""
+    """Runs that are predicted and measured, but not used to derive rates. scale: divides the number of rows."""
     jobs = {
         "one process, other sizes": Job(4096, (450_000,)),
         "two ranks, even shards": Job(QUERIES, (180_000, 180_000)),
@@ -311,12 +322,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     repeat, scale = (1, 10) if args.quick else (args.repeat, 1)
-    sides = [Job(QUERIES, (rows,)) for rows in (SMALL, LARGE)]  # not scaled: rates need runs that last
+    sides = [Job(QUERIES, (rows,)) for rows in (SMALL, LARGE)]  # not scaled down, because rates need long runs
     jobs = predicted_jobs(scale)
     calibration: dict[str, list[dict]] = defaultdict(list)
     totals: dict[str, list[float]] = defaultdict(list)
-    load = os.getloadavg()[0]  # of others, before the first run
-    for _ in range(repeat):  # all in turn, so that a slow minute slows all alike
+    load = os.getloadavg()[0]  # of other processes, before the first run
+    for _ in range(repeat):  # all in turn, so that a slow minute affects all of them
         calibration["small"] += measured("alone", sides[0], 1)
         calibration["large"] += measured("alone", sides[1], 1)
         calibration["pair"] += measured("alone", sides[1], 2)
@@ -348,7 +359,7 @@ def main() -> None:
 
 
 def newest_rates(path: Path) -> tuple[Rates, list[dict[str, str]]]:
-    """The rates and the predicted runs of the newest measurement in a file of rows."""
+    """Read the rates and the predicted runs of the newest measurement in a file."""
     from benchmarks.rows import read
 
     rows = read(path)

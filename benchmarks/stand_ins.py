@@ -1,4 +1,4 @@
-"""Imports losses of other packages without the large packages that they import but do not need for these losses.
+"""Import losses of other packages without the large packages that they import but do not need for these losses.
 
 lightly imports torchvision, and pytorch-metric-learning imports scipy and scikit-learn, whatever part is used. Within
 `stand_ins()`, the packages in the list below are replaced by modules whose attributes are empty classes, even if they are
@@ -22,14 +22,14 @@ class _StandIn(types.ModuleType):
 
 
 class _Finder:
-    """Makes a stand-in of any module below these packages."""
+    """Import hook that creates a stand-in for each of these packages and for any module in them."""
 
     def __init__(self, packages: set[str]) -> None:
         self.packages = packages
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
         if name.partition(".")[0] in self.packages:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)  # so that it has modules below it
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)  # so that its submodules can be imported
         return None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:

@@ -1,13 +1,13 @@
 """Time and memory of the losses of the sentence-transformers adapter and of the original classes, on given embeddings.
 
     python -m benchmarks.text_losses             4,096 rows with 4 hard negatives, D = 384
-    python -m benchmarks.text_losses --table     docs/adapters.md's table from the newest rows; times nothing
+    python -m benchmarks.text_losses --table     only writes the table of docs/adapters.md again, from the newest rows
 
 Each (class, loss) runs in its own process, first on a small batch and then on the whole batch, with the value and the gradients
 of all embeddings. The model returns its input, so that only the loss is timed. Cached losses use mini-batches of 32, and the
 guide of GIST has the width of the model. `peak_extra_mib` is the peak of the resident memory minus its value before. The values
-must agree. GISTEmbedLoss of sentence-transformers is left out, because it would need arrays of (B, B, D), 24 GiB each at this
-size.
+of the two packages must agree. GISTEmbedLoss of sentence-transformers is left out, because it would need arrays of (B, B, D), 24
+GiB each at this size.
 """
 
 import argparse
@@ -43,14 +43,14 @@ TITLES = {
     "cached": "`CachedMultipleNegativesRankingLoss`",
     "cached_gist": "`CachedGISTEmbedLoss`, batch of 1,024",
 }
-SMALLER = {"cached_gist": 1024}  # the real class takes the square of the batch times D in elementwise products
+SMALLER = {"cached_gist": 1024}  # because the original class computes elementwise products of (B, B, D) elements
 PLACES = ("negmine", "sentence-transformers")
 PAGE = RESULTS.parents[1] / "docs/adapters.md"
 BEGIN = "<!-- made by `python -m benchmarks.text_losses` from benchmarks/results/text-losses -->"
 
 
 class Given(nn.Module):
-    """Gives back the embeddings that it is given; a guide's are others."""
+    """A model that returns its input as the embeddings, or different embeddings if it is a guide (shift is not 0)."""
 
     max_seq_length = 1
 
@@ -58,7 +58,7 @@ class Given(nn.Module):
         super().__init__()
         self.shift, self.tokenizer = shift, None
 
-    def __getitem__(self, module: int) -> nn.Module:  # the real classes look at a model's first module
+    def __getitem__(self, module: int) -> nn.Module:  # the original classes look at the first module of a model
         return self
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -77,10 +77,10 @@ def classes(place: str) -> Any:
 
 
 def step(place: str, name: str, columns: list[Tensor]) -> float:
-    """The loss, with the gradients of the columns."""
+    """Compute the loss and the gradients of the columns; return the loss."""
     kind, options, _ = LOSSES[name]
     models = [Given(0.0)] + ([Given(0.02)] if "GIST" in kind else [])
-    if len(models) > 1:  # the real class asks for a tokenizer of transformers
+    if len(models) > 1:  # the original class needs a tokenizer of transformers
         from tokenizers import Tokenizer
         from tokenizers import models as kinds
         from transformers import PreTrainedTokenizerFast
@@ -100,7 +100,7 @@ def measured(place: str, name: str, batch: int, dim: int) -> dict[str, Any]:
     columns = [anchors] + [F.normalize(anchors + 0.1 * torch.randn(batch, dim), dim=1) for _ in range(1 + negatives)]
     step(place, name, [column[:64].clone().requires_grad_() for column in columns])
     columns = [column.requires_grad_() for column in columns]
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of the resident memory
     before, start, cpu = status_mib("VmRSS"), time.perf_counter(), time.process_time()
     value = step(place, name, columns)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
@@ -131,8 +131,13 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--dim", type=int, default=384)
-    parser.add_argument("--alone", nargs=2, metavar=("PLACE", "LOSS"), help="measure one here and print its row")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument(
+        "--alone",
+        nargs=2,
+        metavar=("PLACE", "LOSS"),
+        help="measure one loss of one package in this process, and print its row",
+    )
+    parser.add_argument("--table", action="store_true", help="measure nothing; only write the table")
     args = parser.parse_args()
     if args.alone:
         print(json.dumps(measured(*args.alone, args.batch, args.dim)))

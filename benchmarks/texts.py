@@ -1,11 +1,12 @@
-"""Times mining of WordNet from texts, stage by stage, from a BEIR folder to a training file.
+"""Time each stage of mining WordNet from texts, from a BEIR folder to a training file.
 
     pip install wordllama && python -m benchmarks.texts           117,659 entries, 48,339 example sentences
-    python -m benchmarks.texts --queries 2000                     fewer sentences; --table writes docs/mining.md's table alone
+    python -m benchmarks.texts --queries 2000                     fewer sentences
+    python -m benchmarks.texts --table                            only writes the table of docs/mining.md again
 
     read     read_beir of corpus.jsonl, queries.jsonl and qrels      floor: json.loads of the same lines
-    embed    from_texts up to its search                             floor: the model alone on the same texts
-    mine     its search: 5 negatives, relative_margin 0.05           floor: the matrix product alone, in fp32
+    embed    from_texts without its search                           floor: the model alone on the same texts
+    mine     the search: 5 negatives, relative_margin 0.05           floor: the matrix product alone, in fp32
     write    to_jsonl for sentence-transformers                      floor: the same bytes written and flushed
 
 The model is the static model of wordllama with 256 dimensions, whose weights are part of that package. Every stage runs once, in
@@ -44,7 +45,7 @@ COLUMNS = ["date", "commit", "threads", "torch", "model", "Q", "K", "D", "stage"
 
 
 def write_beir(folder: Path, limit: int | None) -> None:
-    """The task as a BEIR folder: entries as "lemmas: gloss", and the sentences that show a lemma."""
+    """Write the task as a BEIR folder. Documents have lemmas as title and the gloss as text; queries are example sentences."""
     texts, task = wordnet.load_texts(), wordnet.load()
     (folder / "qrels").mkdir()
     with (folder / "corpus.jsonl").open("w") as file:
@@ -84,7 +85,7 @@ def rewritten(content: bytes, path: Path) -> None:
 
 
 def measured(embed: Callable[[list[str]], np.ndarray], folder: Path) -> tuple[dict[str, tuple[float, float]], dict]:
-    """Seconds of each stage and of its floor, and the sizes."""
+    """Run all stages; return the seconds of each stage and of its floor, and the sizes."""
     times: dict[str, tuple[float, float]] = {}
     seconds, data = timed(lambda: read_beir(folder))
     times["read"] = seconds, timed(lambda: parsed(folder))[0]
@@ -129,8 +130,10 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--queries", type=int, help="only the first so many")
-    parser.add_argument("--table", action="store_true", help="write docs/mining.md's table from the rows; time nothing")
+    parser.add_argument("--queries", type=int, help="use only the first QUERIES sentences")
+    parser.add_argument(
+        "--table", action="store_true", help="time nothing; only write the table of docs/mining.md from the rows"
+    )
     args = parser.parse_args()
     if not args.table:
         import wordllama

@@ -1,4 +1,4 @@
-"""Measures time in interleaved rounds, and the peak of the memory.
+"""Measure time in interleaved rounds, and the peak of the memory.
 
 Variants take turns, in an order that rotates in every round, so that a changing clock rate or other load affects all of them. The
 medians are compared; the 20 % and 80 % quantiles show their uncertainty. On a GPU, a round replays a CUDA graph with as many
@@ -18,8 +18,8 @@ import torch
 
 Variant = Callable[[], object]
 PAGE = 4096
-GRAPH_MS = 2.0  # a graph holds calls for about this long
-MOST_CALLS = 64
+GRAPH_MS = 2.0  # a graph has as many calls as take about this long, ...
+MOST_CALLS = 64  # ... but at most this many
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Timing:
     q80: float
     rounds: int
     timed: str  # "graph", "events" or "clock"
-    call: float  # one call as Python makes it, launches and all
+    call: float  # one call from Python, including the time of Python code and kernel launches
 
 
 @dataclass(frozen=True)
 class Repeated:
-    """What a round runs, and how many calls of the variant that is."""
+    """What a round runs, and how many calls of the variant it makes."""
 
     run: Variant
     calls: int
@@ -57,7 +57,10 @@ def elapsed_ms(run: Variant, device: str) -> float:
 
 
 def captured(variant: Variant, call_ms: float, pool: tuple[int, int]) -> Repeated:
-    """A CUDA graph of several calls; the call itself where it cannot be captured.  Graphs share a pool, so take turns."""
+    """Capture several calls as a CUDA graph, or return the call itself if it cannot be captured.
+
+    The graphs share a memory pool, so only one may run at a time.
+    """
     calls = min(MOST_CALLS, max(1, math.ceil(GRAPH_MS / call_ms)))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -89,7 +92,7 @@ def interleave(
     max_rounds: int = 200,
     uncaptured: tuple[str, ...] = (),
 ) -> dict[str, Timing]:
-    """Time all variants in turns for about `seconds`, at least `min_rounds` rounds; what comes before is not counted."""
+    """Time all variants in turn for about `seconds` and at least `min_rounds` rounds, after calls that are not counted."""
     names = list(variants)
     for name in names:
         elapsed_ms(variants[name], device)
@@ -124,7 +127,7 @@ def interleave(
 
 
 def product_rate(dtype: torch.dtype, device: str, size: int = 8192) -> float:
-    """FLOP a millisecond of a large square matrix product: what the card gives to one that stores little."""
+    """Return the FLOP per millisecond of a large square matrix product, which reads and writes little per operation."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     for _ in range(3):
         a @ b
@@ -136,10 +139,10 @@ def resident_bytes() -> int:
 
 
 def peak_extra_bytes(variant: Variant, device: str) -> int:
-    """The most memory that one call held beyond what was held before it.
+    """Return the peak of the memory during one call, minus the memory in use before it.
 
-    On a CPU the resident set is sampled by a thread, so what lives for a fraction of a millisecond can be
-    missed: read it to the nearest MiB. On a GPU it is the allocator's own count.
+    On a CPU, a thread samples the resident memory, so memory that is in use for only a fraction of a millisecond can be missed,
+    and the result is exact to about 1 MiB. On a GPU, PyTorch's allocator counts it.
     """
     variant()
     if device != "cpu":
@@ -150,7 +153,7 @@ def peak_extra_bytes(variant: Variant, device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the allocator keeps for reuse would hide what the call needs
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # otherwise the call could use freed memory that is still resident
     before = peak = resident_bytes()
     done = threading.Event()
 

@@ -1,12 +1,12 @@
 """The WordNet retrieval task of benchmarks/data: which synset does an example sentence belong to?
 
     task = wordnet.load()
-    task.corpus    (K, D) fp32 unit rows, one a synset          K = 117,659, D = 128
-    task.queries   (Q, D) fp32 unit rows, one an example        Q = 48,339
+    task.corpus    (K, D) fp32 unit rows, one per synset        K = 117,659, D = 128
+    task.queries   (Q, D) fp32 unit rows, one per example       Q = 48,339
     task.positives (Q,)   int64, the corpus row of each query
-    task.train, task.held_out: query numbers; no held-out answer is the answer of a training query
+    task.train, task.held_out: query numbers; no synset is the answer of both a training query and a held-out query
 
-Texts are read separately (`load_texts`), because only the demo's page needs them.
+Texts are read separately (`load_texts`), because most commands need only the vectors.
 """
 
 import lzma
@@ -47,18 +47,19 @@ class Texts:
 
 
 class Taxonomy:
-    """The tree of hypernyms, and how alike two synsets are by it. Direct and instance hypernyms are both followed.
+    """The graph of hypernyms (direct and instance hypernyms), and measures of how similar two synsets are in it.
 
-    depth       edges from the root to the deepest common ancestor, by its longest path: 0 for the root itself
+    depth       depth of the deepest common ancestor: edges of the longest path from it to a root, so 0 for a root
     similarity  1 / (1 + edges of the shortest path through a common ancestor), as NLTK's path_similarity of nouns
-    NaN where two synsets have no common ancestor.
+
+    Both are NaN if the synsets have no common ancestor. A synset is an ancestor of itself.
     """
 
     def __init__(self, hypernyms: Tensor, synsets: int) -> None:
         parents: list[list[int]] = [[] for _ in range(synsets)]
         for child, parent in hypernyms.tolist():
             parents[child].append(parent)
-        above: list[dict[int, int] | None] = [None] * synsets  # ancestor -> fewest edges, itself among them
+        above: list[dict[int, int] | None] = [None] * synsets  # ancestor -> fewest edges to it
         deepest = np.zeros(synsets, np.int64)  # (K,) longest path to a root
         for start in range(synsets):
             stack = [start]
@@ -83,7 +84,7 @@ class Taxonomy:
     def compare(self, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """first, second (M,) synsets -> depth (M,), similarity (M,) float64."""
         depth, similarity = (np.full(len(first), np.nan) for _ in range(2))
-        edges_to = np.full(len(self.deepest), -1)  # from the one synset to its ancestors
+        edges_to = np.full(len(self.deepest), -1)  # edges from the first synset to each of its ancestors, -1 for others
         order = np.argsort(first, kind="stable")
         for group in np.split(order, np.flatnonzero(np.diff(first[order])) + 1):
             if not len(group):
@@ -97,8 +98,8 @@ class Taxonomy:
             shared = edges_to[common] >= 0
             path = np.minimum.reduceat(np.where(shared, edges_to[common] + self.edges[at], len(edges_to)), ends - sizes)
             lowest = np.maximum.reduceat(np.where(shared, self.deepest[common], -1), ends - sizes)
-            kin = lowest >= 0
-            depth[group[kin]], similarity[group[kin]] = lowest[kin], 1 / (1 + path[kin])
+            related = lowest >= 0
+            depth[group[related]], similarity[group[related]] = lowest[related], 1 / (1 + path[related])
             edges_to[self.ancestors[own]] = -1
         return depth, similarity
 
@@ -111,7 +112,7 @@ def load() -> Task:
         lexname_of = torch.from_numpy(arrays["lexname_of"]).long()  # (K,)
         hypernyms = torch.from_numpy(arrays["hypernyms"]).long()  # (edges, 2)
 
-    # The split has its own fixed seed: a run's --seed changes the training, never what it is measured on.
+    # The split has its own fixed seed, so that runs with different seeds are evaluated on the same queries.
     shuffled = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(1))  # (K,)
     is_held_out = torch.zeros(len(corpus), dtype=torch.bool).index_fill_(0, shuffled[:HELD_OUT_SYNSETS], True)  # (K,)
     asks_held_out = is_held_out[positives]  # (Q,)

@@ -108,7 +108,7 @@ def test_an_op_that_fails_does_not_cost_the_others_their_rows(tiny, monkeypatch,
     monkeypatch.setitem(peers.OPS, "mine_hardest", peers.replace(peers.OPS["mine_hardest"], fused=broken))
     assert benchmark(monkeypatch, tmp_path, "--op", "mine_hardest", "info_nce") == 1
     assert {row["op"] for row in rows_in(tmp_path)[0]} == {"info_nce"}
-    assert "FAILED   tiny: mine_hardest" in capsys.readouterr().out
+    assert "FAILED     tiny: mine_hardest" in capsys.readouterr().out
 
 
 def test_the_summary_takes_the_best_of_each_side():

@@ -237,14 +237,14 @@ def test_rows_become_pictures_tables_and_a_plan(rows, monkeypatch):
     assert "| info_nce | 131,072 |" in page and "100 M texts" in page
 
 
-def test_rows_of_another_header_are_refused(tmp_path):
+def test_a_file_with_other_columns_is_refused(tmp_path):
     old = tmp_path / "old.csv"
     old.write_text("date,case,op,variant,threads\nx,a,b,c,2\n")
-    with pytest.raises(SystemExit, match="header"):
+    with pytest.raises(SystemExit, match="the columns are not those"):
         plot.newest(old)
 
 
-def test_a_red_test_stops_everything(monkeypatch, tmp_path, capsys):
+def test_nothing_is_timed_if_a_kernel_test_fails(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run, "TESTS", [str(tmp_path / "missing.py")])
     monkeypatch.setattr(sys, "argv", ["run", "--quick", "--results", str(tmp_path)])
     assert run.main() == 1
@@ -304,6 +304,6 @@ def test_the_planning_page_holds_what_the_simulation_predicts(tmp_path):
 
 
 def test_planning_units():
-    assert [plan.span(s) for s in (0.5, 3, 600, 10_000, 1e6)] == ["500 ms", "3 s", "10 min", "2.78 h", "11.6 days"]
+    assert [plan.duration(s) for s in (0.5, 3, 600, 10_000, 1e6)] == ["500 ms", "3 s", "10 min", "2.78 h", "11.6 days"]
     assert [plan.size(b) for b in (2**19, 3 * 2**30, 2**41)] == ["0.5 MiB", "3 GiB", "2 TiB"]
     assert torch.get_num_threads() >= 1

@@ -2,11 +2,11 @@
 
     python benchmarks/data/make_wordnet.py SOURCE        # writes wordnet.npz, corpus.tsv.xz, queries.txt.xz here
 
-SOURCE holds corpus.npy (117659, 384) and queries.npy (48339, 384), float16 unit vectors; positives.npy (48339,), the
-corpus row each query belongs to; synsets.jsonl.gz, one WordNet synset a line. Vectors are rotated onto the 128
-leading principal directions of the corpus (not centred: a rotation keeps cosine meaning cosine), brought back to unit
-norm, and rounded to int8 with one scale for everything, which leaves later directions small numbers that compress: 19
-MB in all.
+SOURCE has corpus.npy (117659, 384) and queries.npy (48339, 384), float16 unit vectors; positives.npy (48339,), the corpus row
+of each query's answer; and synsets.jsonl.gz, one WordNet synset per line. Vectors are projected onto the 128 leading principal
+directions of the corpus, without centring, so that their products stay close to the original cosines, and are normalized
+again. They are rounded to int8 with one scale for all directions: the later directions then have small values, which compress
+well. The files have 19 MB together.
 """
 
 import argparse
