@@ -3,11 +3,10 @@
     loss = negmine.recipes.hardest(0.05)
     loss(query, positive_key, queue, query_ids=ids)
 
-Any number may be a schedule: a callable that takes the step, a 0-d tensor, and returns the value, such as
-linear(1.0, 0.1, steps). The module evaluates it at each call. Use whole(linear(...)) for ranks. Counts determine shapes and
-cannot be schedules. Modules can be pickled, with their schedules. Defaults are those of the papers, unless the docstring says
-otherwise. Each recipe also takes the other keywords of its loss (reduction, seed, backend; and return_stats if it returns
-InfoNCELoss).
+Arguments that accept a schedule take a number, or a callable that maps the step, a 0-d tensor, to the number, such as
+linear(1.0, 0.1, steps). The module evaluates it at each call. Use whole(linear(...)) for ranks. Numbers of negatives determine
+shapes and cannot be schedules. Modules can be pickled, with their schedules. Each recipe also takes the other keyword arguments
+of its loss, such as reduction and backend (and return_stats if it returns an InfoNCELoss).
 """
 
 from negmine.losses.methods import mixed_inputs

@@ -1,4 +1,4 @@
-"""Which pairs are negatives: those of the batch on both sides."""
+"""Losses whose negatives are also pairs of two queries and pairs of two documents of the batch."""
 
 from typing import Any
 
@@ -8,25 +8,28 @@ from negmine.recipes.schedules import Number, Temperature
 
 
 def qwen3_embedding(margin: Number = 0.1, *, temperature: Temperature = 0.02, **keywords: Any) -> MethodLoss:
-    """Qwen3-Embedding's loss: in-batch pairs of queries and of documents join the denominator, under a mask.
+    """The loss of Qwen3-Embedding: InfoNCE whose denominator also has pairs of two queries and of two documents, with a mask.
 
-        Z_i = sum over j != i of m e^(s(q_i, d_j) / T) + m e^(s(q_i, q_j) / T) + m e^(s(d_i, d_j) / T) + hard negatives
-        m = 0 where s > s(q_i, d_i) + margin or d_j = d_i, else 1
+        loss_i = -log(e^(s(q_i, d_i) / T) / (e^(s(q_i, d_i) / T) + Z_i))
+        Z_i = sum over j != i of m e^(s(q_i, d_j) / T) + m e^(s(q_i, q_j) / T) + m e^(s(d_i, d_j) / T)
+              + sum over the hard negatives n of m e^(s(q_i, n) / T)
+        m = 0 if the score of the pair is above s(q_i, d_i) + margin, or if d_j = d_i; else 1
 
     Parameters
     ----------
     margin : float or schedule
-        How far above the positive's score a negative may lie; 0.1 in the paper.
+        Negatives that score more than this above the positive are masked. The default is that of the paper.
     temperature : float, Tensor or schedule
-        Divides the scores. The default is ours.
+        The scores are divided by it. The default is not from the paper.
     **keywords
-        Further arguments of the loss: reduction and backend.
+        Other arguments of the loss: reduction and backend.
 
     Returns
     -------
     MethodLoss
-        The loss, to call with query, positive key, and hard negatives (B, M, D), another pool, or None for the batch only.
-        Pass query_ids or query_labels that are equal for equal documents.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, where `negative_keys` are hard negatives (B, M, D),
+        other negatives, or None if there are only those of the batch. If documents may occur twice in a batch, pass
+        ``query_ids`` or ``query_labels`` that are equal for equal documents.
 
     References
     ----------
@@ -42,22 +45,23 @@ def qwen3_embedding(margin: Number = 0.1, *, temperature: Temperature = 0.02, **
 
 
 def gte(*, temperature: Temperature = 0.01, **keywords: Any) -> MethodLoss:
-    """GTE's improved contrastive loss: in-batch pairs of queries, of documents, and of documents with queries.
+    """The improved contrastive loss of GTE: InfoNCE whose denominator has all in-batch pairs of queries and documents.
 
+        loss_i = -log(e^(s(q_i, d_i) / T) / Z_i)
         Z_i = sum over j of e^(s(q_i, d_j) / T) + sum over j != i of e^(s(q_i, q_j) / T)
               + sum over j != i of (e^(s(q_j, d_i) / T) + e^(s(d_i, d_j) / T))
 
     Parameters
     ----------
     temperature : float, Tensor or schedule
-        Divides the scores; 0.01 in the paper.
+        The scores are divided by it. The default is that of the paper.
     **keywords
-        Further arguments of the loss: reduction and backend.
+        Other arguments of the loss: reduction and backend.
 
     Returns
     -------
     MethodLoss
-        The loss, to call as that of `qwen3_embedding`.
+        The loss. Call it like that of `qwen3_embedding`.
 
     Notes
     -----

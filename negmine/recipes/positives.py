@@ -1,4 +1,4 @@
-"""More than one positive: labels, false negatives, and the sigmoid loss that treats each pair alone."""
+"""Losses with several positives (SupCon, false negative cancellation), and the sigmoid loss of single pairs (SigLIP)."""
 
 from typing import Any
 
@@ -9,26 +9,27 @@ from negmine.recipes.schedules import Number, Temperature, scheduled
 
 
 def sup_con(positives: str = "out", *, temperature: Temperature = 0.07, **keywords: Any) -> SupConLoss:
-    """Supervised contrastive loss (SupCon): every key of the query's label attracts.
+    """The supervised contrastive loss (SupCon): all keys with the query's label are positives. `sup_con` has the formula.
 
     Parameters
     ----------
     positives : str
-        ``"out"`` takes the mean over the positives outside the logarithm, which the paper found far better than ``"in"``.
+        ``"out"`` takes the mean over the positives outside of the logarithm, ``"in"`` inside. The paper found ``"out"`` to be
+        far better.
     temperature : float, Tensor or schedule
-        Divides the scores; as in the paper.
+        The scores are divided by it. The default is that of the paper.
     **keywords
-        Further arguments of `SupConLoss`, such as reduction, seed or backend.
+        Other arguments of `SupConLoss`, such as reduction or backend.
 
     Returns
     -------
     SupConLoss
-        The loss, to call with query, keys, query labels and key labels.
+        The loss. Call it as ``loss(query, keys, query_labels, key_labels)``.
 
     Notes
     -----
-    With a queue, give it the current keys and the queue concatenated, as zhangyifei01/MoCo-v2-SupContrast does. A label of
-    -1 is unknown.
+    With a queue, pass the keys of the batch and the queue, as zhangyifei01/MoCo-v2-SupContrast does:
+    ``loss(query, [negmine.Negatives(key, labels=labels), queue], labels)``. A label of -1 means unknown.
 
     References
     ----------
@@ -52,31 +53,34 @@ def false_negative_cancellation(
     temperature: Temperature = 0.1,
     **keywords: Any,
 ) -> InfoNCELoss:
-    """False negatives that further views of the image find are removed, or attract.
+    """False negative cancellation: detects false negatives with additional views, and removes them or uses them as positives.
+
+    `FalseNegatives` has the formulas.
 
     Parameters
     ----------
     top_k : int or None
-        How many candidates each query has; None: only the threshold decides.
+        The number of keys of each query that may be false negatives. None means all keys.
     threshold : float, schedule or None
-        The score above which a candidate is a false negative; None: only the rank decides.
+        The score above which these keys are false negatives. None means that all of them are.
     mode : str
-        ``"eliminate"`` or ``"attract"``.
+        ``"eliminate"`` removes false negatives, ``"attract"`` uses them as positives.
     reduce : str
-        ``"max"`` or ``"mean"`` over the views.
+        Whether the score of a key is the ``"max"`` or the ``"mean"`` over the views.
     temperature : float, Tensor or schedule
-        Divides the scores; as in the paper.
+        The scores are divided by it. The default is that of the paper.
     **keywords
-        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+        Other arguments of `InfoNCELoss`, such as reduction, seed or backend.
 
     Returns
     -------
     InfoNCELoss
-        The loss, to call with support=, views (B, V, D).
+        The loss. Call it as ``loss(query, positive_key, negative_keys, support=views)``, with views (B, V, D).
 
     Notes
     -----
-    The public code only attracts. Elimination, the default here, is the safer one in a queue with one key for each image.
+    The public code has only ``"attract"``. The default here is ``"eliminate"``, because it is safer if the queue has one key for
+    each image.
 
     References
     ----------
@@ -94,25 +98,25 @@ def false_negative_cancellation(
 
 
 def siglip(scale: float = 10.0, bias: float = -10.0, *, learn: bool = True, **keywords: Any) -> SigLIPLoss:
-    """SigLIP with a queue or the batch: a sigmoid for each pair, with learned scale and bias.
+    """SigLIP, over a queue or the batch: a sigmoid for each pair, with a learned scale and a learned bias.
 
         loss = log(1 + exp(-l_pos)) + sum_j log(1 + exp(l_j)),   l = scale s + bias
 
     Parameters
     ----------
     scale : float
-        The scale at the start.
+        The initial scale.
     bias : float
-        The bias at the start. The sum grows with K: against a long queue start lower, at -14 for example.
+        The initial bias. The sum grows with the number of negatives, so start with a lower bias for a long queue, such as -14.
     learn : bool
-        Learn scale (as a logarithm) and bias: give the module's parameters to the optimiser.
+        Whether scale (as its logarithm) and bias are learned. Pass the parameters of the module to the optimiser.
     **keywords
-        Further arguments of `SigLIPLoss`, such as reduction, seed or backend.
+        Other arguments of `SigLIPLoss`, such as reduction, seed or backend.
 
     Returns
     -------
     SigLIPLoss
-        The loss, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""The whole queue as negatives: MoCo, and the loss without the positive in its denominator."""
+"""Losses over the whole queue: MoCo, and decoupled losses, whose denominator does not have the positive."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ def moco_v1(temperature: Temperature = 0.07, **keywords: Any) -> InfoNCELoss:
     Parameters
     ----------
     temperature : float, Tensor or schedule
-        Divides the scores; as in the paper.
+        The scores are divided by it. The default is that of the paper.
     **keywords
-        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+        Other arguments of `InfoNCELoss`, such as reduction, seed or backend.
 
     Returns
     -------
     InfoNCELoss
-        The loss, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     References
     ----------
@@ -38,19 +38,19 @@ def moco_v1(temperature: Temperature = 0.07, **keywords: Any) -> InfoNCELoss:
 
 
 def moco_v2(temperature: Temperature = 0.2, **keywords: Any) -> InfoNCELoss:
-    """MoCo v2: the loss of MoCo at T = 0.2.
+    """MoCo v2: InfoNCE over the whole queue at T = 0.2. `moco_v1` has the formula.
 
     Parameters
     ----------
     temperature : float, Tensor or schedule
-        Divides the scores; `--moco-t 0.2` of the public code.
+        The scores are divided by it. The default is that of the published commands (``--moco-t 0.2``).
     **keywords
-        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+        Other arguments of `InfoNCELoss`, such as reduction, seed or backend.
 
     Returns
     -------
     InfoNCELoss
-        The loss, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     References
     ----------
@@ -66,25 +66,25 @@ def moco_v2(temperature: Temperature = 0.2, **keywords: Any) -> InfoNCELoss:
 
 
 def decoupled(temperature: Temperature = 0.1, **keywords: Any) -> InfoNCELoss:
-    """Decoupled contrastive learning (DCL): the positive leaves the denominator.
+    """Decoupled contrastive learning (DCL): InfoNCE without the positive in the denominator.
 
         loss = -x_pos + log sum_j exp(x_j)
 
     Parameters
     ----------
     temperature : float, Tensor or schedule
-        Divides the scores; as in the paper.
+        The scores are divided by it. The default is that of the paper.
     **keywords
-        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+        Other arguments of `InfoNCELoss`, such as reduction, seed or backend.
 
     Returns
     -------
     InfoNCELoss
-        The loss, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     Notes
     -----
-    The loss may be negative. There is one log-sum-exp over all negatives, as in the paper's formula.
+    The loss may be negative. As in the formula of the paper, there is one log-sum-exp over all negatives.
 
     References
     ----------
@@ -100,7 +100,7 @@ def decoupled(temperature: Temperature = 0.1, **keywords: Any) -> InfoNCELoss:
 
 
 def decoupled_weighted(sigma: Number = 0.5, *, temperature: Temperature = 0.1, **keywords: Any) -> MethodLoss:
-    """Decoupled contrastive learning with weighted positives (DCLW): queries whose positive is still far weigh more.
+    """Decoupled contrastive learning with weighted positives (DCLW): a query has a larger weight if its positive is distant.
 
         loss_b = -w_b x_pos + log sum_j exp(x_j),   w_b = 2 - B softmax over the batch of (s_pos / sigma)
 
@@ -109,19 +109,18 @@ def decoupled_weighted(sigma: Number = 0.5, *, temperature: Temperature = 0.1, *
     sigma : float, Tensor or schedule
         The temperature of the weights.
     temperature : float, Tensor or schedule
-        Divides the scores; as in the paper.
+        The scores are divided by it. The default is that of the paper.
     **keywords
-        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+        Other arguments of the loss: reduction, seed and backend.
 
     Returns
     -------
     MethodLoss
-        The loss, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     Notes
     -----
-    The weights of a batch add up to B and carry no gradient. lightly's DCLLoss adds two log-sum-exps, which is another
-    loss.
+    The weights of a batch add up to B and have no gradient. The DCLLoss of lightly is another loss: it adds two log-sum-exps.
 
     References
     ----------

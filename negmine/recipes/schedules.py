@@ -117,10 +117,10 @@ class exponential(Schedule):
     end : float
         The last value.
     decay : float
-        How much the exponent decreases in one unit.
+        The decay of the exponent in one unit of time.
     every : int
-        How many steps a unit has. Ring's public code decays by 0.1 at each step and is within 1 % of its end after 45
-        steps; pass the steps of an epoch for a schedule that lasts a training run.
+        The number of steps in one unit of time. The public code of Ring decays by 0.1 at each step, so it practically reaches
+        its end after 45 steps. For a schedule that lasts for the whole training, pass the number of steps of an epoch.
 
     Examples
     --------
@@ -152,13 +152,13 @@ class step(Schedule):
     end : float
         The last value.
     steps : int
-        The number of steps for all values together. After them the value stays at `end`.
+        The total number of steps of all values. After them the value stays at `end`.
     levels : int
         The number of values.
 
     Notes
     -----
-    Ring's is `step(1.0, 0.1, steps, 10)`, and HCL's `--anneal down` is `step(beta, 0.0, steps, 9)`.
+    The schedule of Ring is ``step(1.0, 0.1, steps, 10)``, and ``--anneal down`` of HCL is ``step(beta, 0.0, steps, 9)``.
 
     Examples
     --------
@@ -183,12 +183,12 @@ class step(Schedule):
 
 @dataclass(frozen=True)
 class whole(Schedule):
-    """Another schedule, rounded to whole numbers: for the ranks of a window.
+    """A schedule that is rounded to whole numbers, for ranks.
 
     Parameters
     ----------
     schedule : callable
-        A function of the step.
+        The schedule to round.
 
     Examples
     --------

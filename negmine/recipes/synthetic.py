@@ -1,4 +1,4 @@
-"""Negatives and positives that are mixed or trained: MoCHi, SynCo, MixGCF, i-Mix, Un-Mix, AdCo."""
+"""Losses with synthetic negatives (MoCHi, SynCo, MixGCF), mixed inputs (i-Mix, Un-Mix) or trained negatives (AdCo)."""
 
 from typing import Any
 
@@ -23,38 +23,38 @@ def mochi(
     detach: bool = True,
     **keywords: Any,
 ) -> InfoNCELoss:
-    """MoCHi: MoCo v2 with synthetic negatives, mixed from the hardest ones.
+    """MoCHi: MoCo v2 with synthetic negatives, which are mixed from the hardest ones. `Mix` has the formulas.
 
     Parameters
     ----------
     hard : int
-        How many of the hardest negatives are mixed. The counts do not vary with the step, because they fix shapes.
+        The number of hardest negatives from which the synthetic ones are mixed.
     pairs : int
-        How many mixes of two negatives each query gets.
+        The number of mixes of two negatives for each query.
     with_query : int
-        How many mixes of the query with a negative.
+        The number of mixes of the query with a negative.
     warmup_steps : int
-        How many steps to train without them first; 10 to 15 epochs in the paper.
+        The number of steps at the start without synthetic negatives. The paper uses 10 to 15 epochs.
     temperature : float, Tensor or schedule
-        Divides the scores; 0.2 as in MoCo v2.
+        The scores are divided by it. The default is that of MoCo v2.
     skip : int
-        How many of the hardest are not mixed, because they are the most likely false negatives.
+        The number of very hardest negatives that are not mixed, because they are the most likely false negatives.
     distinct : bool
-        Mix two different negatives in each pair.
+        Whether the two negatives of a pair must differ.
     detach : bool
-        The synthetic negatives carry no gradient.
+        Whether synthetic negatives are treated as constants in the gradient.
     **keywords
-        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+        Other arguments of `InfoNCELoss`, such as reduction, seed or backend.
 
     Returns
     -------
     InfoNCELoss
-        The loss, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     Notes
     -----
-    `negmine.Mix` has the formulas. The paper's class oracle is a call with labels: rows of the query's label are left out
-    before mining and from the denominator. There is no official code.
+    For the class oracle of the paper, pass ``query_labels`` in the call, with a queue that has labels: keys with the query's
+    label are then neither mixed nor used as negatives. There is no official code.
 
     References
     ----------
@@ -86,27 +86,27 @@ def synco(
     temperature: Temperature = 0.2,
     **keywords: Any,
 ) -> MethodLoss:
-    """SynCo: MoCo v2 with six kinds of synthetic negatives.
+    """SynCo: MoCo v2 with six kinds of synthetic negatives. `Kinds` has the formulas.
 
     Parameters
     ----------
     hard : int
-        From how many of the hardest negatives the synthetic ones are made.
+        The number of hardest negatives from which the synthetic ones are computed.
     interpolated, extrapolated, mixed, noised, graded, signed : int
-        How many of each kind; `Kinds` has the formulas.
+        The number of synthetic negatives of each kind for a query.
     sigma, delta, eta : float or schedule
-        The sizes of the last three kinds.
+        The constants in the formulas of the last three kinds.
     warmup_steps : int
-        How many steps to train without them first; 10 epochs in the paper.
+        The number of steps at the start without synthetic negatives. The paper uses 10 epochs.
     temperature : float, Tensor or schedule
-        Divides the scores; 0.2 as in MoCo v2.
+        The scores are divided by it. The default is that of MoCo v2.
     **keywords
-        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+        Other arguments of the loss: reduction, seed and backend.
 
     Returns
     -------
     MethodLoss
-        The loss, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     References
     ----------
@@ -168,23 +168,24 @@ def mixgcf(candidates: int = 64, layers: int = 1, *, temperature: Temperature = 
 
 
 def i_mix(*, temperature: Temperature = 0.2, **keywords: Any) -> MethodLoss:
-    """i-Mix: virtual labels for mixed inputs.
+    """i-Mix: each input is mixed with another one of the batch, and the keys of both are positives.
 
         loss_b = share_b ce_b(b) + (1 - share_b) ce_b(partner_b)
-        ce_b(c) = -s(b, key c) / T + log sum over keys of exp(s / T)
+        ce_b(c) = -s(b, key c) / T + log of the sum of exp(s(b, k) / T) over the B positive keys and the negatives k
 
     Parameters
     ----------
     temperature : float, Tensor or schedule
-        Divides the scores; 0.2 as in MoCo v2.
+        The scores are divided by it. The default is that of MoCo v2.
     **keywords
-        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+        Other arguments of the loss: reduction, seed and backend.
 
     Returns
     -------
     MethodLoss
-        The loss, to call with the query of the mixed inputs, the keys of the unmixed ones, and share= and partner= of
-        `mixed_inputs`.
+        The loss. Call it as ``loss(query, positive_keys, negative_keys, share=share, partner=partner)``: the query are the
+        embeddings of the mixed inputs, the positive keys are those of the inputs before mixing, and share and partner are
+        returned by `mixed_inputs`.
 
     References
     ----------

@@ -1,8 +1,8 @@
 """Published triplet and pair losses, each as one function that returns the configured loss module.
 
-loss = negmine.recipes.ephn()
-loss(embeddings, embeddings, labels, labels, query_ids=ids, key_ids=ids)      in one batch: ids leave the pair itself out
-loss(query, queue.keys, labels, queue.labels)                                 against a queue with labels
+    loss = negmine.recipes.ephn()
+    loss(embeddings, embeddings, labels, labels, query_ids=ids, key_ids=ids)   within a batch; a sample is not its own positive
+    loss(query, queue.keys, labels, queue.labels)                              with the keys of a queue that has labels
 """
 
 from typing import Any
@@ -23,26 +23,28 @@ from negmine.selection import mine_hardest
 
 
 def batch_hard(margin: Number = 0.2, *, temperature: Number | None = None, **keywords: Any) -> TripletLoss:
-    """Batch hard triplets: the farthest positive against the nearest negative.
+    """Batch hard triplets: the farthest positive and the nearest negative of each query.
+
+        loss = max(0, d_p - d_n + margin), or with a temperature log(1 + exp((d_p - d_n + margin) / T))
 
     Parameters
     ----------
     margin : float or schedule
-        Margin of the hinge.
+        The margin m between the distances.
     temperature : float or schedule, optional
-        If given, the hinge is replaced by the soft margin. `temperature=1.0, margin=0.0` is log(1 + exp(d_p - d_n)).
+        If given, the soft margin loss is used. The paper uses ``temperature=1.0, margin=0.0``.
     **keywords
-        Further arguments of `TripletLoss`, such as reduction, seed or backend.
+        Other arguments of `TripletLoss`, such as reduction, seed or backend.
 
     Returns
     -------
     TripletLoss
-        The loss, to call with query, keys, query labels and key labels.
+        The loss. Call it as ``loss(query, keys, query_labels, key_labels)``.
 
     Notes
     -----
-    tensorflow/addons has margin=1.0 and distance="squared_euclidean" by default. The mean is over anchors that have a
-    triplet.
+    The defaults of tensorflow/addons are margin=1.0 and distance="squared_euclidean". The mean is taken over the queries that
+    have a triplet.
 
     References
     ----------
@@ -57,26 +59,28 @@ def batch_hard(margin: Number = 0.2, *, temperature: Number | None = None, **key
 
 
 def facenet(max_positives: int, *, margin: Number = 0.2, **keywords: Any) -> TripletLoss:
-    """FaceNet's semi-hard triplets: every positive pair against the nearest negative that is farther than the positive.
+    """The semi-hard triplets of FaceNet: every positive, with the nearest negative that is farther than this positive.
+
+        loss = max(0, d_p - d_n + margin),   d the squared Euclidean distance
 
     Parameters
     ----------
     max_positives : int
-        At least the number of positives of a query.
+        The number of positives to use for each query. To use all, pass the largest number that a query can have.
     margin : float or schedule
-        Margin of the hinge on squared Euclidean distances.
+        The margin between the squared Euclidean distances.
     **keywords
-        Further arguments of `TripletLoss`, such as reduction, seed or backend.
+        Other arguments of `TripletLoss`, such as reduction, seed or backend.
 
     Returns
     -------
     TripletLoss
-        The loss, to call with query, keys, query labels and key labels.
+        The loss. Call it as ``loss(query, keys, query_labels, key_labels)``.
 
     Notes
     -----
-    If no negative is farther than the positive, the farthest negative is used. The mean is over all pairs, including those with
-    a loss of 0.
+    If no negative is farther than the positive, the farthest negative is used. The mean is taken over all positive pairs,
+    including those whose loss is 0.
 
     References
     ----------
@@ -100,29 +104,30 @@ def facenet(max_positives: int, *, margin: Number = 0.2, **keywords: Any) -> Tri
 def distance_weighted(
     max_positives: int, *, margin: Number = 0.2, distance: str = "euclidean", **keywords: Any
 ) -> TripletLoss:
-    """Distance-weighted negatives: every positive pair against a negative drawn evenly over distances.
+    """Distance-weighted sampling: every positive, with a negative that is sampled uniformly over distances.
 
-        w_j ~ 1 / q(d_j),   log q(d) = (D - 2) log d + (D - 3) / 2 log(1 - d^2 / 4),   d = ||query - n_j||
+        loss = max(0, d_p - d_n + margin)
+        probability of n_j ~ 1 / q(d_j),   log q(d) = (D - 2) log d + (D - 3) / 2 log(1 - d^2 / 4),   d = ||query - n_j||
 
     Parameters
     ----------
     max_positives : int
-        At least the number of positives of a query.
+        The number of positives to use for each query. To use all, pass the largest number that a query can have.
     margin : float or schedule
-        Margin of the hinge. The margin loss of the paper, which has a learned boundary, is not implemented.
+        The margin between the distances. The margin loss of the paper, which has a learned boundary, is not implemented.
     distance : str
         ``"euclidean"``, ``"squared_euclidean"`` or ``"cosine"``.
     **keywords
-        Further arguments of `TripletLoss`, such as reduction, seed or backend.
+        Other arguments of `TripletLoss`, such as reduction, seed or backend.
 
     Returns
     -------
     TripletLoss
-        The loss, to call with query, keys, query labels and key labels.
+        The loss. Call it as ``loss(query, keys, query_labels, key_labels)``.
 
     Notes
     -----
-    d is taken as at least 0.5, and a negative of d >= 1.4 is never drawn.
+    For the sampling, distances below 0.5 count as 0.5, and negatives with d >= 1.4 are not drawn.
 
     References
     ----------
@@ -146,21 +151,21 @@ def ephn(temperature: Number = 0.1, *, semihard: bool = False, **keywords: Any) 
     Parameters
     ----------
     temperature : float or schedule
-        Divides the difference of the scores.
+        The difference of the scores is divided by it.
     semihard : bool
-        Take the nearest negative below the positive.
+        Whether to use the hardest of the negatives that score lower than the positive, instead of the hardest of all.
     **keywords
-        Further arguments of `TripletLoss`, such as reduction, seed or backend.
+        Other arguments of `TripletLoss`, such as reduction, seed or backend.
 
     Returns
     -------
     TripletLoss
-        The loss, to call with query, keys, query labels and key labels.
+        The loss. Call it as ``loss(query, keys, query_labels, key_labels)``.
 
     Notes
     -----
-    The public code leaves out anchors with scores of at most 0, and treats scores above 0.9999 as the sample itself. Here
-    such anchors are kept, and ids identify the sample itself.
+    The public code leaves out queries with scores of 0 or less, and assumes that a key with a score above 0.9999 is the query
+    itself. Here no queries are left out, and the query itself is identified by ids.
 
     References
     ----------
@@ -178,7 +183,7 @@ def ephn(temperature: Number = 0.1, *, semihard: bool = False, **keywords: Any) 
 def multi_similarity(
     alpha: Number = 2.0, beta: Number = 50.0, base: Number = 0.5, *, epsilon: Number = 0.1, **keywords: Any
 ) -> MultiSimilarityLoss:
-    """Multi-similarity loss with its mining: every kept pair weighs by its exponential.
+    """The multi-similarity loss with its mining. `multi_similarity` of `negmine.losses` has the formulas.
 
     Parameters
     ----------
@@ -187,12 +192,12 @@ def multi_similarity(
     epsilon : float or schedule
         The margin of the mining.
     **keywords
-        Further arguments of `MultiSimilarityLoss`, such as reduction, seed or backend.
+        Other arguments of `MultiSimilarityLoss`, such as reduction or backend.
 
     Returns
     -------
     MultiSimilarityLoss
-        The loss, to call with query, keys, query labels and key labels.
+        The loss. Call it as ``loss(query, keys, query_labels, key_labels)``.
 
     References
     ----------
@@ -217,7 +222,7 @@ class VSEPlusPlusLoss(ScheduledLoss):
     def forward(
         self, image: Tensor, caption: Tensor, labels: Tensor | None = None, *, step: int | Tensor | None = None
     ) -> Tensor:
-        """image, caption (B, D): rows of equal number belong together. labels (B,): another row of the label is no negative."""
+        """image, caption (B, D): row b of both is a pair. labels (B,): rows with equal labels are not negatives."""
         op = "vse_plus_plus"
         checks.require_vectors(op, "image", image, "(B, D)", (2,))
         checks.require_vectors(op, "caption", caption, "(B, D)", (2,), image, "image")
@@ -234,14 +239,14 @@ class VSEPlusPlusLoss(ScheduledLoss):
 
 
 def vse_plus_plus(margin: Number = 0.2, *, reduction: str = "sum", backend: str | None = None) -> VSEPlusPlusLoss:
-    """VSE++: a hinge on the hardest negative of the batch, in both directions.
+    """VSE++: a hinge loss with the hardest negative of the batch, in both directions.
 
         loss = sum_b max(0, margin + max_n s(i_b, c_n) - s(i_b, c_b)) + sum_b max(0, margin + max_n s(i_n, c_b) - s(i_b, c_b))
 
     Parameters
     ----------
     margin : float or schedule
-        The public code's default is 0, and its scripts set 0.2.
+        The margin between the scores. The default of the public code is 0, but its commands set 0.2.
     reduction : str
         ``"sum"`` over the batch, as in the public code, or ``"mean"``.
     backend : str, optional
@@ -250,7 +255,8 @@ def vse_plus_plus(margin: Number = 0.2, *, reduction: str = "sum", backend: str 
     Returns
     -------
     VSEPlusPlusLoss
-        The loss, to call with image and caption (B, D) and perhaps labels (B,): rows of equal label are no negatives.
+        The loss. Call it as ``loss(image, caption)`` with embeddings (B, D), or as ``loss(image, caption, labels)`` with labels
+        (B,); rows with equal labels are then not negatives of each other.
 
     References
     ----------
@@ -265,7 +271,7 @@ def vse_plus_plus(margin: Number = 0.2, *, reduction: str = "sum", backend: str 
 
 
 class SimANSLoss(ScheduledLoss):
-    """The loss of `simans`. Calls in training mode that name no `step` count themselves in the buffer `step`."""
+    """The loss of `simans`. In training mode, calls without `step` are counted in the buffer `step`."""
 
     def __init__(self, kernel: str, options: dict[str, Any], **fixed: Any) -> None:
         super().__init__()
@@ -354,42 +360,42 @@ def simans(
     seed: int = 0,
     backend: str | None = None,
 ) -> SimANSLoss:
-    """SimANS: negatives drawn near the positive's score.
+    """SimANS: InfoNCE with a random sample of the hardest negatives, which prefers those near the positive's score.
 
-        "gaussian"  p_j ~ exp(-a (s_j - s_pos - b)^2)
-        "laplace"   p_j ~ exp(-tau |s_j - s_pos|)
+        probability of candidate j:   "gaussian"  p_j ~ exp(-a (s_j - s_pos - b)^2)
+                                      "laplace"   p_j ~ exp(-tau |s_j - s_pos|)
 
     Parameters
     ----------
     num_negatives : int
-        How many are drawn for each query, without replacement.
+        The number of negatives to draw for each query, without replacement.
     candidates : int
-        From how many of the hardest negatives these are drawn.
+        The number of hardest negatives from which they are drawn.
     kernel : str
-        ``"gaussian"`` is the paper's, ``"laplace"`` the public code's.
+        ``"gaussian"`` as in the paper, or ``"laplace"`` as in the public code.
     a, b : float or schedule
-        Parameters of the Gaussian. The published values are for inner products of the order of 10 to 100; cosines differ by
-        less than 2 and need an `a` of the order of 10 to 1,000.
+        The parameters of ``"gaussian"``. The published values are for inner products of the order of 10 to 100. Cosines differ
+        by less than 2, so they need an `a` of the order of 10 to 1,000.
     tau : float or schedule
-        Parameter of the Laplacian; 3 for MS MARCO.
+        The parameter of ``"laplace"``. The public code uses 3 for MS MARCO.
     temperature : float, Tensor or schedule
-        Divides the scores; 1 for inner products of the order of 10 to 100.
+        The scores are divided by it. The default is meant for inner products of the order of 10 to 100.
     reduction : str
         ``"mean"``, ``"sum"`` or ``"none"``.
     seed : int
-        Seed of the random numbers.
+        The seed of the random numbers.
     backend : str, optional
         As in `info_nce`.
 
     Returns
     -------
     SimANSLoss
-        The loss, `info_nce` over the drawn negatives, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     Notes
     -----
-    The defaults of candidates, num_negatives and a are ours. If s_pos is 0, the public code uses the last candidates; this
-    recipe does not.
+    The defaults of candidates, num_negatives and a are not from the paper. If s_pos is 0, the public code uses the last
+    candidates; this recipe does not.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""How the negatives weigh: debiased, by hardness, by margin, by temperature."""
+"""Losses with weighted negatives or a modified sum: debiased, HCL, hardness added, logQ, RINCE, IFM, dual temperature."""
 
 from typing import Any
 
@@ -9,25 +9,26 @@ from negmine.recipes.schedules import Number, Temperature, scheduled
 
 
 def debiased(tau_plus: Number = 0.01, *, temperature: Temperature = 0.5, **keywords: Any) -> InfoNCELoss:
-    """Debiased contrastive loss: subtracts the expected share of false negatives.
+    """The debiased contrastive loss: InfoNCE with a sum that is corrected for the expected share of false negatives.
 
-        Ng = max((sum_j exp(x_j) - tau_plus N exp(x_pos)) / (1 - tau_plus), N exp(-1 / T))
+        loss = -log(exp(x_pos) / (exp(x_pos) + Ng))
+        Ng = max((sum_j exp(x_j) - tau_plus N exp(x_pos)) / (1 - tau_plus), N exp(-1 / T))        N negatives, x = s / T
 
     Parameters
     ----------
     tau_plus : float or schedule
-        The expected share of false negatives. The paper uses 0.1, for batches of 10 classes. With a queue of nearly random
-        vectors, 0.1 clamps nearly all rows to the lower bound, where negatives get no gradient; `clamped` in the statistics
-        shows which.
+        The expected share of false negatives. The paper uses 0.1 for batches of 10 classes. If the keys of the queue are
+        nearly random, 0.1 puts almost every row at the lower limit N exp(-1 / T), where the negatives of the row get no
+        gradient. `clamped` in the statistics has these rows.
     temperature : float, Tensor or schedule
-        Divides the scores; as in the paper.
+        The scores are divided by it. The default is that of the paper.
     **keywords
-        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+        Other arguments of `InfoNCELoss`, such as reduction, seed or backend.
 
     Returns
     -------
     InfoNCELoss
-        The loss, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     References
     ----------
@@ -52,27 +53,27 @@ def hcl(
     temperature: Temperature = 0.5,
     **keywords: Any,
 ) -> InfoNCELoss:
-    """Hard negatives by reweighting (HCL): harder negatives count more.
+    """Contrastive learning with hard negatives (HCL): the debiased loss with larger weights for harder negatives.
 
-        w_j = exp(beta x_j) / mean exp(beta x),   x = s / T
+        the loss of `debiased` with sum_j w_j exp(x_j) in place of sum_j exp(x_j),   w_j = exp(beta x_j) / mean exp(beta x)
 
     Parameters
     ----------
     beta : float or schedule
-        The importance exponent; 0 gives equal weights. `--anneal down` of the public code is `step(1.0, 0.0, steps, 9)`.
+        The exponent of the weights; 0 gives equal weights. ``--anneal down`` of the public code is ``step(1.0, 0.0, steps, 9)``.
     tau_plus : float or schedule
         As in `debiased`.
     detach : bool
-        Compute no gradient of the weights; the official code does.
+        Whether weights are treated as constants in the gradient. The default is that of the official code.
     temperature : float, Tensor or schedule
-        Divides the scores; as in the paper.
+        The scores are divided by it. The default is that of the paper.
     **keywords
-        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+        Other arguments of `InfoNCELoss`, such as reduction, seed or backend.
 
     Returns
     -------
     InfoNCELoss
-        The loss, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     References
     ----------
@@ -89,23 +90,23 @@ def hcl(
 
 
 def hardness_added(alpha: Number = 9.0, *, temperature: Temperature = 0.02, **keywords: Any) -> MethodLoss:
-    """Hardness added to each negative's logit (LLaVE, EmbeddingGemma).
+    """InfoNCE with a hardness term that is added to each negative's logit (LLaVE, EmbeddingGemma).
 
         logit_j = s_j / T + alpha sg[s_j]            sg = no gradient
 
     Parameters
     ----------
     alpha : float or schedule
-        LLaVE uses 9 on in-batch negatives, EmbeddingGemma 5 on explicit hard negatives.
+        The factor of the hardness term. LLaVE uses 9 with in-batch negatives, and EmbeddingGemma 5 with explicit hard negatives.
     temperature : float, Tensor or schedule
-        Divides the scores; 0.02.
+        The scores are divided by it.
     **keywords
-        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+        Other arguments of the loss: reduction, seed and backend.
 
     Returns
     -------
     MethodLoss
-        The loss, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     References
     ----------
@@ -121,29 +122,31 @@ def hardness_added(alpha: Number = 9.0, *, temperature: Temperature = 0.02, **ke
 
 
 def logq(*, corrected: bool = False, temperature: Temperature = 0.05, **keywords: Any) -> MethodLoss:
-    """Sampled softmax with the logQ correction: subtracts the log of how often each item is drawn.
+    """Sampled softmax with the logQ correction: subtracts the log of the probability that an item is drawn from its logit.
 
-        logit_j = x_j - log q_j
+        loss = -log(exp(x_pos - log q_pos) / (exp(x_pos - log q_pos) + sum_j exp(x_j - log q_j)))
 
     Parameters
     ----------
     corrected : bool
-        The form for a positive that is not sampled. Its probabilities must be those of a single draw.
+        Whether to take into account that the positive is always present and is not sampled. The probabilities must then be
+        those of a single draw.
     temperature : float, Tensor or schedule
-        Divides the scores; 0.05.
+        The scores are divided by it.
     **keywords
-        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+        Other arguments of the loss: reduction, seed and backend.
 
     Returns
     -------
     MethodLoss
-        The loss, to call with positive_log_q= (B,) and, except for in-batch negatives, log_q= (K,) or (B, M): logs of
-        probabilities, such as those of `negmine.losses.FrequencyEstimator`.
+        The loss. Call it as ``loss(query, positive_key, negative_keys, positive_log_q=..., log_q=...)``, with the logs of the
+        probabilities of the positives (B,) and of the negatives (K,) or (B, M). Leave out log_q for in-batch negatives.
+        `negmine.losses.FrequencyEstimator` estimates such probabilities.
 
     Notes
     -----
     Two public libraries add the logarithm instead of subtracting it, which is wrong. For mixed negative sampling, pass a list of
-    two pools to `info_nce`, each with its own bias.
+    two pools to `info_nce`, each with a bias of -log q.
 
     References
     ----------
@@ -167,18 +170,19 @@ def rince(r: Number = 0.5, lam: Number = 0.01, *, temperature: Temperature = 0.5
     Parameters
     ----------
     r : float or schedule
-        In (0, 1]: near 0 it approaches InfoNCE, 1 is the symmetric exponential loss. The paper calls it q.
+        The exponent, in (0, 1]. As r approaches 0, the loss approaches InfoNCE; r = 1 is the symmetric exponential loss. The
+        paper calls it q.
     lam : float or schedule
         The weight of the denominator.
     temperature : float, Tensor or schedule
-        Divides the scores; 0.5; keep r / T below 88 with unit vectors, because values grow as exp(r / T).
+        The scores are divided by it. Values grow like exp(r / T), so with unit vectors keep r / T below 88.
     **keywords
-        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+        Other arguments of the loss: reduction, seed and backend.
 
     Returns
     -------
     MethodLoss
-        The loss, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     References
     ----------
@@ -194,25 +198,25 @@ def rince(r: Number = 0.5, lam: Number = 0.01, *, temperature: Temperature = 0.5
 
 
 def ifm(epsilon: Number = 0.1, alpha: Number = 1.0, *, temperature: Temperature = 0.2, **keywords: Any) -> MethodLoss:
-    """Implicit feature modification (IFM): InfoNCE averaged with InfoNCE at an additive margin.
+    """Implicit feature modification (IFM): the weighted mean of InfoNCE and of InfoNCE with an additive margin.
 
-        loss = (nce(0) + alpha nce(epsilon)) / (1 + alpha)
+        loss = (nce(0) + alpha nce(epsilon)) / (1 + alpha),   nce(e) = InfoNCE with the scores s_pos - e and s_j + e
 
     Parameters
     ----------
     epsilon : float or schedule
-        The positive's score is lowered by this, and those of negatives are raised by it.
+        The amount by which the score of the positive is lowered and those of the negatives are raised.
     alpha : float or schedule
         The weight of the second loss.
     temperature : float, Tensor or schedule
-        Divides the scores; 0.2.
+        The scores are divided by it.
     **keywords
-        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+        Other arguments of the loss: reduction, seed and backend.
 
     Returns
     -------
     MethodLoss
-        The loss, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     References
     ----------
@@ -228,23 +232,24 @@ def ifm(epsilon: Number = 0.1, alpha: Number = 1.0, *, temperature: Temperature 
 
 
 def dual_temperature(temperature: Temperature = 0.1, temperature_ratio: Number = 10.0, **keywords: Any) -> MethodLoss:
-    """Dual temperature: one temperature within a query, another between queries.
+    """Dual temperature: InfoNCE with one temperature for the negatives of a query, and another for the weights of the queries.
 
-        loss = -sg[(1 - p(T_b)) / (1 - p(T_a))] log p(T_a),   p(T) = the positive's share at T,   sg = no gradient
+        loss = -sg[(1 - p(T_b)) / (1 - p(T_a))] log p(T_a)                                     sg = no gradient
+        p(T) = the softmax probability of the positive at temperature T
 
     Parameters
     ----------
     temperature : float, Tensor or schedule
-        T_a, within a query. A small value separates its negatives more.
+        T_a, the temperature of the loss of a query. With a small value, hard negatives get larger gradients than easy ones.
     temperature_ratio : float or schedule
-        T_b / T_a. A large T_b makes the weights of queries more equal.
+        T_b / T_a. With a large T_b, the weights of the queries are more equal.
     **keywords
-        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+        Other arguments of the loss: reduction, seed and backend.
 
     Returns
     -------
     MethodLoss
-        The loss, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     References
     ----------

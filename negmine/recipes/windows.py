@@ -1,4 +1,4 @@
-"""Which negatives stay: rank windows and limits below the positive."""
+"""InfoNCE with a part of the negatives: windows of ranks, and limits relative to the positive's score."""
 
 from typing import Any
 
@@ -11,33 +11,33 @@ from negmine.recipes.schedules import Number, Temperature, scheduled
 def hardest(
     fraction: Number = 0.05, *, skip: Number = 0.0, temperature: Temperature = 0.2, **keywords: Any
 ) -> InfoNCELoss:
-    """The hardest `fraction` of each query's negatives, without the hardest `skip`.
+    """InfoNCE with the hardest `fraction` of each query's negatives, without the hardest `skip`.
 
-        kept: ranks [floor(skip M), floor(fraction M)) of the M valid negatives
+        kept: ranks [floor(skip M), floor(fraction M)) of the M valid negatives, rank 0 being the hardest
 
     Parameters
     ----------
     fraction : float, int or schedule
-        The end of the window: a fraction of the query's negatives if float, a rank if int.
+        The end of the window: a fraction of the query's negatives (float) or a rank (int).
     skip : float, int or schedule
-        The start of the window. `skip=0.001` leaves out the hardest 0.1 %.
+        The start of the window. For example, ``skip=0.001`` leaves out the hardest 0.1 %.
     temperature : float, Tensor or schedule
-        Divides the scores; 0.2 as in MoCo v2.
+        The scores are divided by it. The default is that of MoCo v2.
     **keywords
-        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+        Other arguments of `InfoNCELoss`, such as reduction, seed or backend.
 
     Returns
     -------
     InfoNCELoss
-        The loss, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     Notes
     -----
-    Which share is unnecessary depends on the sizes of the classes; the paper's value is for ImageNet.
+    The values of the paper are for ImageNet. Which negatives are unnecessary depends on the sizes of the classes.
 
     References
     ----------
-    Cai et al. 2020 (arXiv 2010.06682): the hardest 5 % are nearly sufficient, and the hardest 0.1 % unnecessary.
+    Cai et al. 2020 (arXiv 2010.06682) found that the hardest 5 % are nearly sufficient, and the hardest 0.1 % unnecessary.
 
     Examples
     --------
@@ -50,21 +50,23 @@ def hardest(
 
 
 def easiest(fraction: Number = 0.95, *, temperature: Temperature = 0.2, **keywords: Any) -> InfoNCELoss:
-    """Only the easiest `fraction` of each query's negatives: the control that shows what the hard ones are worth.
+    """InfoNCE with the easiest `fraction` of each query's negatives, for a control experiment without the hard ones.
+
+        kept: ranks [floor((1 - fraction) M), M) of the M valid negatives, rank 0 being the hardest
 
     Parameters
     ----------
     fraction : float or schedule
-        The share of the negatives that is kept.
+        The fraction of the negatives to keep.
     temperature : float, Tensor or schedule
-        Divides the scores; 0.2 as in MoCo v2.
+        The scores are divided by it. The default is that of MoCo v2.
     **keywords
-        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+        Other arguments of `InfoNCELoss`, such as reduction, seed or backend.
 
     Returns
     -------
     InfoNCELoss
-        The loss, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     References
     ----------
@@ -94,39 +96,39 @@ def ring(
     temperature: Temperature = 0.07,
     **keywords: Any,
 ) -> InfoNCELoss:
-    """A ring of difficulty: the hardest `outer`, without the innermost part of those.
+    """InfoNCE with a ring of negatives: the hardest `outer`, without the very hardest of them (Ring).
 
-        kept: ranks [floor(inner outer M), floor(outer M))         inner_of="outer"
+        kept: ranks [floor(inner outer M), floor(outer M))         inner_of="outer";  M valid negatives, rank 0 is the hardest
               ranks [floor(inner M), floor(outer M))               inner_of="all"
 
     Parameters
     ----------
     outer : float or schedule
-        The hardest fraction that is kept. The published schedules go from 1.0 to 0.1: `linear(1.0, 0.1, steps)`,
-        `step(1.0, 0.1, steps)` or `exponential(1.0, 0.1)`.
+        The fraction of negatives at which the ring ends. The published schedules go from 1.0 to 0.1:
+        ``linear(1.0, 0.1, steps)``, ``step(1.0, 0.1, steps)`` or ``exponential(1.0, 0.1)``.
     inner : float or schedule
-        The fraction that is left out at the hardest end.
+        The fraction of the hardest negatives to leave out.
     inner_of : str
-        ``"outer"``: inner is a fraction of the outer window; ``"all"``: of all negatives.
+        Whether `inner` is a fraction of the hardest `outer` (``"outer"``) or of all negatives (``"all"``).
     sample : int, optional
-        Draw this many negatives of the ring for each query; the public NCE loss draws 4,095 with replacement. As there, the
-        sum is not rescaled.
+        The number of negatives to draw from the ring for each query. The published NCE loss draws 4,095 with replacement. As
+        in that code, the sum is not rescaled.
     replace : bool
-        Draw with replacement.
+        Whether to draw with replacement.
     temperature : float, Tensor or schedule
-        Divides the scores; 0.07, as in MoCo v1.
+        The scores are divided by it. The default is that of MoCo v1.
     **keywords
-        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+        Other arguments of `InfoNCELoss`, such as reduction, seed or backend.
 
     Returns
     -------
     InfoNCELoss
-        The loss, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     Notes
     -----
-    The public code never uses its exponential schedule, because it reads a configuration key that is never set, and never
-    uses "all", because of an `x or True`.
+    The public code has the exponential schedule and ``"all"``, but because of errors it never uses them: it reads a
+    configuration key that is never set, and has a condition ``x or True``.
 
     References
     ----------
@@ -153,24 +155,26 @@ def ring_select(outer: float, inner: float, inner_of: str, sample: int | None, r
 def margin_pos(
     margin: Number = 0.05, hardest: Number | None = None, *, temperature: Temperature = 0.02, **keywords: Any
 ) -> InfoNCELoss:
-    """No negative above the positive's score minus a margin (NV-Retriever's TopK-MarginPos).
+    """InfoNCE without negatives above the positive's score minus a margin (TopK-MarginPos of NV-Retriever).
+
+        kept: negatives with s <= s_pos - margin
 
     Parameters
     ----------
     margin : float or schedule
-        Negatives with s > s_pos - margin are removed. A negative margin is the mask of Qwen3-Embedding: -0.1 removes only
-        negatives that are clearly above the positive.
+        The margin. With a negative margin, such as -0.1 in the mask of Qwen3-Embedding, only negatives that are clearly above
+        the positive are removed.
     hardest : int, float or schedule, optional
-        If given, keep only this many, or this fraction, of the hardest that remain.
+        If given, only the hardest of the remaining negatives are kept: this number (int) or this fraction (float) of them.
     temperature : float, Tensor or schedule
-        Divides the scores; 0.02.
+        The scores are divided by it.
     **keywords
-        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+        Other arguments of `InfoNCELoss`, such as reduction, seed or backend.
 
     Returns
     -------
     InfoNCELoss
-        The loss, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     References
     ----------
@@ -189,24 +193,26 @@ def margin_pos(
 def perc_pos(
     percentage: Number = 0.95, hardest: Number | None = None, *, temperature: Temperature = 0.02, **keywords: Any
 ) -> InfoNCELoss:
-    """No negative above a percentage of the positive's score (NV-Retriever's TopK-PercPos).
+    """InfoNCE without negatives above a percentage of the positive's score (TopK-PercPos of NV-Retriever).
+
+        kept: negatives with s <= s_pos - |s_pos| (1 - percentage)
 
     Parameters
     ----------
     percentage : float or schedule
-        Negatives with s > s_pos - |s_pos| (1 - percentage) are removed. Because of the absolute value, the threshold is below
+        The percentage as a fraction; 0.95 means 95 %. Because of the absolute value in the formula, the threshold is below
         s_pos even if s_pos is negative.
     hardest : int, float or schedule, optional
-        If given, keep only this many, or this fraction, of the hardest that remain.
+        If given, only the hardest of the remaining negatives are kept: this number (int) or this fraction (float) of them.
     temperature : float, Tensor or schedule
-        Divides the scores; 0.02.
+        The scores are divided by it.
     **keywords
-        Further arguments of `InfoNCELoss`, such as reduction, seed or backend.
+        Other arguments of `InfoNCELoss`, such as reduction, seed or backend.
 
     Returns
     -------
     InfoNCELoss
-        The loss, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     References
     ----------
@@ -232,18 +238,19 @@ def gist(
     Parameters
     ----------
     margin : float or schedule
-        How far below the guide's score of the positive a negative must stay.
+        How far the guide's score of a negative must be below that of the positive.
     relative : bool
-        The margin is a fraction of that score.
+        Whether the margin is a fraction of the absolute value of the positive's score.
     temperature : float, Tensor or schedule
-        Divides the scores; 0.01, as in sentence-transformers.
+        The scores are divided by it. The default is that of sentence-transformers.
     **keywords
-        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+        Other arguments of the loss: reduction, seed and backend.
 
     Returns
     -------
     MethodLoss
-        The loss, to call with guide_query=, guide_positive= and, except for in-batch negatives, guide_keys=.
+        The loss. Call it as ``loss(query, positive_key, negative_keys, guide_query=..., guide_positive=..., guide_keys=...)``,
+        with the guide's embeddings of the same texts. Leave out guide_keys for in-batch negatives.
 
     Notes
     -----
