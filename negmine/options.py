@@ -5,6 +5,7 @@ constructors raise an error for an invalid value. Negatives and Guide hold the t
 """
 
 import math
+import re
 from copy import copy
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cache
@@ -48,9 +49,55 @@ def plain_fields(options: Any, *names: str) -> None:
             object.__setattr__(options, name, plain(value))
 
 
+MAX_DESCRIPTION = 200  # characters
+
+
+class Phrase(str):
+    """Words in an error message about what was given. `describe` does not quote them, unlike a string that a user gave."""
+
+
+def kind_of(value: Any) -> Phrase:
+    """The type of a value in words."""
+    if value is None:
+        return Phrase("None")
+    if isinstance(value, np.ndarray):
+        return Phrase("a NumPy array")
+    name = type(value).__name__
+    return Phrase(f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}")
+
+
+def not_a_tensor(value: Any) -> Phrase:
+    """The type of a value in words, with advice if torch.as_tensor converts it."""
+    advice = ", which torch.as_tensor converts" if isinstance(value, (list, tuple, np.ndarray)) else ""
+    return Phrase(kind_of(value) + advice)
+
+
+def describe(value: Any, most: int = MAX_DESCRIPTION) -> str:
+    """A short description of a value for error messages, in one line and with at most `most` characters.
+
+    It is the dtype, shape and device of a tensor, the dtype and shape of a NumPy array, the tuples of a list of shapes joined by
+    "or", and else the repr.
+    """
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} array of shape {value.shape}"
+    try:
+        if isinstance(value, Phrase):
+            text = str(value)
+        elif isinstance(value, list) and value and all(isinstance(item, tuple) for item in value[:MAX_DESCRIPTION]):
+            text = " or ".join(dict.fromkeys(map(str, value[:MAX_DESCRIPTION])))
+        else:
+            text = repr(value)
+    except Exception:  # the repr of any class may fail
+        text = f"an object of type {type(value).__name__}"
+    text = re.sub(r"\s*\n\s*", " ", text)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def _require(options: Any, good: bool, name: str, wanted: str, came: Any) -> None:
     if not good:
-        raise ValueError(f"{type(options).__name__}: {name} must be {wanted}, got {came!r}")
+        raise ValueError(f"{type(options).__name__}: {name} must be {wanted}, got {describe(came)}")
 
 
 QUANTILES = 4096  # intervals of the tabulated Beta quantile function
@@ -552,15 +599,17 @@ class Guide:
             if name == "keys" and value is None:
                 continue
             if not isinstance(value, Tensor):
-                raise TypeError(f"Guide: {name} must be a tensor, got {type(value).__name__}")
-            got = f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+                raise TypeError(f"Guide: {name} must be a tensor, got {not_a_tensor(value)}")
             if not value.is_floating_point():
-                raise TypeError(f"Guide: {name} must be a floating tensor, got {got}")
-            if value.dim() not in dims or value.shape[-1] != self.query.shape[-1] or value.shape[-1] == 0:
-                raise ValueError(f"Guide: {name} must be of shape {shapes} with G of 1 or more, query's G, got {got}")
+                raise TypeError(f"Guide: {name} must be a floating tensor, got {describe(value)}")
+            if value.dim() not in dims or value.shape[-1] == 0:
+                raise ValueError(f"Guide: {name} must be of shape {shapes} with G of 1 or more, got {describe(value)}")
+            if value.shape[-1] != self.query.shape[-1]:
+                wanted = f"of shape {shapes} with query's G = {self.query.shape[-1]}"
+                raise ValueError(f"Guide: {name} must be {wanted}, got {describe(value)}")
         if self.positive.shape != self.query.shape:
-            shape = tuple(self.positive.shape)
-            raise ValueError(f"Guide: positive must be of query's shape {tuple(self.query.shape)}, got {shape}")
+            wanted = f"of query's shape {tuple(self.query.shape)}"
+            raise ValueError(f"Guide: positive must be {wanted}, got {describe(self.positive)}")
         plain_fields(self, "margin")
         _require(self, is_scalar(self.margin) or is_real(self.margin), "margin", "a finite number", self.margin)
         _require(self, isinstance(self.relative, bool), "relative", "True or False", self.relative)
@@ -620,13 +669,11 @@ class Negatives:
         for name in ("ids", "labels", "mask", "bias"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Tensor):
-                raise TypeError(f"Negatives: {name} must be a tensor or None, got {type(value).__name__}")
+                raise TypeError(f"Negatives: {name} must be a tensor or None, got {not_a_tensor(value)}")
         for name, kind in (("guide", Guide), ("select", Select), ("mix", Mix), ("weight", Weight)):
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
-                raise TypeError(
-                    f"Negatives: {name} must be a negmine.{kind.__name__} or None, got {type(value).__name__}"
-                )
+                raise TypeError(f"Negatives: {name} must be a negmine.{kind.__name__} or None, got {describe(value)}")
         if self.keys is None and (self.ids is not None or self.labels is not None):
             raise ValueError(
                 "Negatives: ids and labels must be None for in-batch negatives, which have query_ids and query_labels"

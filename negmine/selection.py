@@ -404,9 +404,8 @@ def mix_negatives(
     """
     op = "mix_negatives"
     keys, pool = check_negatives(op, query, positive_key, negative_keys, query_ids, query_labels)
-    if mix is None:
-        raise checks.refuse(op, "mix", "a negmine.Mix", None, TypeError)
-    checks.require_options(op, mix=mix)
+    if not isinstance(mix, Mix):
+        raise checks.refuse(op, "mix", "a negmine.Mix", mix, TypeError)
     draw = Draw(*checks.require_draw(op, seed, step, row_offset))
     query, keys = promoted(query, keys)
     kernels = backends.choose(op, ("mine_hardest", "mix_negatives"), backend, (query, keys), "", pool.extra)

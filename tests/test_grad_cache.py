@@ -107,11 +107,11 @@ def encode(rows):
 
 rows = torch.ones(4, 3)
 REFUSALS = [
-    ((torch.sum, encode, rows, 2), ValueError, "inputs must be a list or tuple of at least one input, got 'Tensor'"),
+    ((torch.sum, encode, rows, 2), ValueError, "inputs must be a list or tuple of at least one input, got a Tensor"),
     ((torch.sum, [encode], [rows, rows], 2), TypeError, "encoders must be a callable, or one for each of the 2 inputs"),
     ((torch.sum, encode, [rows], 0), ValueError, "chunk_size must be an int of 1 or more, got 0"),
     ((torch.sum, encode, [rows[:0]], 2), ValueError, "inputs[0] must be a tensor (B, ...), a list"),
-    ((torch.sum, encode, [(rows, [1])], 2), ValueError, "got 'lengths [1, 4]'"),
+    ((torch.sum, encode, [(rows, [1])], 2), ValueError, "got lengths [1, 4]"),
     ((torch.sum, lambda x: x[:1], [rows], 2), TypeError, "what the encoder of inputs[0] returns must be a floating"),
     ((encode, encode, [rows], 2), TypeError, "what loss returns must be a 0-d tensor"),
 ]

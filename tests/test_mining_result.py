@@ -54,7 +54,7 @@ def test_jsonl(result, tmp_path):
     result.to_jsonl(tmp_path / "t.jsonl", ["p", "q", "r", "s"], texts, form="tevatron")
     line = json.loads((tmp_path / "t.jsonl").read_text(encoding="utf-8").splitlines()[1])
     assert line["query_id"] == "1" and line["negative_passages"] == [{"docid": "3", "title": "", "text": "d"}]
-    with pytest.raises(ValueError, match="to_jsonl: corpus_texts must be 4 texts, one per row, got '3 in a list'"):
+    with pytest.raises(ValueError, match="to_jsonl: corpus_texts must be 4 texts, one per row, got 3"):
         result.to_jsonl(tmp_path / "x", texts, texts[:3])
     with pytest.raises(ValueError, match=r"to_jsonl: form must be 'flagembedding' or 'tevatron' or .*, got 'x'"):
         result.to_jsonl(tmp_path / "x", texts, texts, form="x")

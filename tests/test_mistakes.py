@@ -27,7 +27,10 @@ def mine(query=q, corpus=k, positives=(0, 1, 2, 3), **options):
 
 MISTAKES = {
     "whole numbers as vectors": (lambda: loss(q.int()), "query must be a floating tensor"),
-    "an array as a vector": (lambda: loss(q.numpy()), "query must be a tensor, got 'ndarray'"),
+    "an array as a vector": (
+        lambda: loss(q.numpy()),
+        "query must be a tensor, got a NumPy array, which torch.as_tensor converts",
+    ),
     "keys transposed": (lambda: loss(negatives=k.T), "of shape (K, D) or (B, M, D) with query's D = 8"),
     "one positive for all": (lambda: loss(positive=p[0]), "positive_key must be of shape (B, D)"),
     "temperature 0": (lambda: loss(temperature=0), "temperature must be a number above 0"),
@@ -101,7 +104,10 @@ MISTAKES = {
         "positives must be ids of corpus_ids",
     ),
     "a row beyond the corpus": (lambda: mine(positives=(0, 1, 2, 99)), "row numbers of the corpus, in [0, 20)"),
-    "positives of some queries": (lambda: mine(positives=(0, 1)), "as long as there are queries (4)"),
+    "positives of some queries": (
+        lambda: mine(positives=(0, 1)),
+        "positives must be of 4 entries, one for each query, got 2 entries",
+    ),
     "a corpus of another model": (
         lambda: mine(corpus=torch.randn(K, 9)),
         "corpus_embeddings must be of query_embeddings' D = 8",

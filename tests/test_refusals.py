@@ -37,7 +37,7 @@ def enqueue(*args, **kwargs):
 
 REFUSALS = [
     # vectors
-    (loss(query=[1.0]), TypeError, "info_nce: query must be a tensor, got 'list'"),
+    (loss(query=[1.0]), TypeError, "info_nce: query must be a tensor, got a list, which torch.as_tensor converts"),
     (loss(query=q.long()), TypeError, "query must be a floating tensor"),
     (
         loss(query=q[0]),
@@ -61,7 +61,7 @@ REFUSALS = [
     (
         loss(negatives={"keys": keys}),
         TypeError,
-        "negative_keys must be a tensor, a MoCoQueue, a Negatives, or None for in-batch negatives, got 'dict'",
+        "negative_keys must be a tensor, a MoCoQueue, a Negatives, or None for in-batch negatives, got a dict",
     ),
     (mine(negatives=None), ValueError, "negative_keys must be given if there is no positive_key, got None"),
     # scalars
@@ -136,8 +136,12 @@ REFUSALS = [
         "negative_keys.mask must be on the device of query",
     ),
     # Negatives
-    (option(Negatives, keys, ids=[1]), TypeError, "Negatives: ids must be a tensor or None, got list"),
-    (option(Negatives, keys, mask=True), TypeError, "Negatives: mask must be a tensor or None, got bool"),
+    (
+        option(Negatives, keys, ids=[1]),
+        TypeError,
+        "Negatives: ids must be a tensor or None, got a list, which torch.as_tensor converts",
+    ),
+    (option(Negatives, keys, mask=True), TypeError, "Negatives: mask must be a tensor or None, got a bool"),
     (
         option(Negatives, None, labels=ids_k),
         ValueError,
@@ -157,7 +161,7 @@ REFUSALS = [
     (mine(select=Select(sample=2, replace=True)), ValueError, "select must be without replace"),
     (mine(positive_key=pos[:1]), ValueError, "mine_hardest: positive_key must be of query's shape"),
     (lambda: negmine.mix_negatives(q, keys, None), TypeError, "mix_negatives: mix must be a negmine.Mix, got None"),
-    (lambda: negmine.mix_negatives(q, keys, 3), TypeError, "mix_negatives: mix must be a negmine.Mix or None, got 3"),
+    (lambda: negmine.mix_negatives(q, keys, 3), TypeError, "mix_negatives: mix must be a negmine.Mix, got 3"),
     (lambda: negmine.rank_thresholds(q, keys, 1.5), ValueError, "rank_thresholds: ranks must be 0-based ranks"),
     (lambda: negmine.rank_thresholds(q, keys, [-1]), ValueError, "ranks must be 0-based ranks"),
     (lambda: negmine.rank_thresholds(q, keys, torch.zeros(2, 2, dtype=torch.long)), ValueError, "with query's B = 3"),

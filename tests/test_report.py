@@ -333,7 +333,7 @@ REFUSALS = [
     ({"query_embeddings": [1]}, TypeError, "query_embeddings[0] must be an array, a tensor"),
     ({"query_embeddings": q[:0]}, ValueError, "query_embeddings must be of at least one row, got 0"),
     ({"corpus_embeddings": c[:, :2]}, ValueError, "corpus_embeddings must be of query_embeddings' D = 4"),
-    ({"corpus_embeddings": c * torch.inf}, ValueError, "corpus_embeddings must be finite, got 'NaN or infinity in row 0'"),
+    ({"corpus_embeddings": c * torch.inf}, ValueError, "corpus_embeddings must be finite, got NaN or infinity in row 0"),
     ({"positives": [0, 9, 0]}, ValueError, "positives must be row numbers of the corpus, in [0, 9)"),
     ({"query_labels": [0] * 3}, ValueError, "corpus_labels must be given together"),
     ({**labels, "corpus_labels": [0] * 8}, ValueError, "corpus_labels must be 9 ints or strings"),

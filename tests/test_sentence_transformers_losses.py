@@ -265,13 +265,13 @@ def test_refused_features_and_guides():
     packed = {"input_ids": torch.ones(1, 9, dtype=torch.long), "cu_seq_lens_q": torch.tensor([0, 4, 9])}
     with pytest.raises(
         ValueError,
-        match=r"sentence_features must be padded tensors with one row for each text.*got 'input_ids \(1, 9\)",
+        match=r"sentence_features must be padded tensors with one row for each text.*got input_ids \(1, 9\)",
     ):
         ours.CachedMultipleNegativesRankingLoss(model)([packed, packed])
     with pytest.raises(ValueError, match="mini_batch_num_tokens must be None for features without attention_mask"):
         ids = {"input_ids": torch.ones(2, 9, dtype=torch.long)}
         ours.CachedMultipleNegativesRankingLoss(model, mini_batch_num_tokens=3)([ids, ids])
-    with pytest.raises(ValueError, match="guide must be a module with a tokenizer of transformers, got 'Linear'"):
+    with pytest.raises(ValueError, match="guide must be a module with a tokenizer of transformers, got a Linear"):
         ours.GISTEmbedLoss(model, nn.Linear(2, 2))
     with pytest.raises(ValueError, match="margin_strategy must be 'absolute' or 'relative'"):
         ours.CachedGISTEmbedLoss(model, model, margin_strategy="percent")

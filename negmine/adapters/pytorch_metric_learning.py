@@ -165,7 +165,7 @@ class DistributedLossWrapper(nn.Module):
         super().__init__()
         op = "DistributedLossWrapper"
         if not isinstance(loss, CrossBatchMemory):
-            raise checks.refuse(op, "loss", "a CrossBatchMemory of this module", type(loss).__name__, TypeError)
+            raise checks.refuse(op, "loss", "a CrossBatchMemory of this module", checks.kind_of(loss), TypeError)
         if efficient:
             raise checks.refuse(op, "efficient", "False with a CrossBatchMemory", efficient)
         self.loss = loss
@@ -240,7 +240,9 @@ class CrossBatchMemory(nn.Module):
         if not isinstance(loss, nn.Module):
             raise checks.refuse(op, "loss", "a loss module", loss, TypeError)
         if miner is not None and isinstance(loss, LABEL_LOSSES):
-            raise checks.refuse(op, "miner", "None with a negmine loss, which has its own mining", type(miner).__name__)
+            raise checks.refuse(
+                op, "miner", "None with a negmine loss, which has its own mining", checks.kind_of(miner)
+            )
         self.loss, self.miner = loss, miner
         self.memory = MoCoQueue(embedding_size, memory_size, with_ids=True, with_labels=True, random_init=False)
         # The number of rows stored so far, which is the id of the next row.
@@ -263,7 +265,7 @@ class CrossBatchMemory(nn.Module):
         require_labels(op, "labels", labels, embeddings)
         if indices_tuple is not None:
             raise checks.refuse(
-                op, "indices_tuple", "None: the pairs come from the miner", type(indices_tuple).__name__
+                op, "indices_tuple", "None: the pairs come from the miner", checks.kind_of(indices_tuple)
             )
         refuse_recomputation(op)
         stored, stored_labels = embeddings, labels

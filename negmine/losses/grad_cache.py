@@ -141,11 +141,13 @@ def _replay(encoder: Callable[..., Tensor], chunk: Any, state: tuple, gradient: 
 
 def _encoders(encoders: Any, inputs: Any) -> list[Callable[..., Tensor]]:
     if not isinstance(inputs, (list, tuple)) or not inputs:
-        raise checks.refuse(OP, "inputs", "a list or tuple of at least one input", type(inputs).__name__)
+        raise checks.refuse(OP, "inputs", "a list or tuple of at least one input", checks.kind_of(inputs))
     each = list(encoders) if isinstance(encoders, (list, tuple)) else [encoders] * len(inputs)
     if len(each) != len(inputs) or not all(callable(encoder) for encoder in each):
         wanted = f"a callable, or one for each of the {len(inputs)} inputs"
-        raise checks.refuse(OP, "encoders", wanted, [type(encoder).__name__ for encoder in each], TypeError)
+        raise checks.refuse(
+            OP, "encoders", wanted, checks.Phrase(", ".join(map(checks.kind_of, each)) or "none"), TypeError
+        )
     return each
 
 
@@ -170,7 +172,7 @@ def _count_rows(name: str, given: Any) -> int:
     counts = {len(value) for value in _arguments(given) if _is_rows(value)}
     if len(counts) != 1 or 0 in counts:
         wanted = "a tensor (B, ...), a list of B items, or a tuple or mapping of these with the same B of 1 or more"
-        came = f"lengths {sorted(counts)}" if counts else type(given).__name__
+        came = checks.Phrase(f"lengths {sorted(counts)}") if counts else checks.kind_of(given)
         raise checks.refuse(OP, name, wanted, came)
     return counts.pop()
 

@@ -142,7 +142,7 @@ def build_batches(
     True
     """
     if not isinstance(result, MiningResult):
-        raise checks.refuse(OP, "result", "a MiningResult", type(result).__name__, TypeError)
+        raise checks.refuse(OP, "result", "a MiningResult", checks.kind_of(result), TypeError)
     checks.require_count(OP, "batch_size", batch_size)
     checks.require_bool(OP, "drop_last", drop_last)
     checks.require_draw(OP, seed, 0, 0)

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from negmine.mining.tables import is_stream
-from negmine.ops.checks import describe, refuse, require_stored
+from negmine.ops.checks import Phrase, describe, kind_of, refuse, require_stored
 
 TEXTS = "texts, one per row, in a list, an array, or a column of a table"
 BLOCK = 4096  # entries converted to Python objects at a time
@@ -26,7 +26,7 @@ def _drained(op: str, name: str, stream: Any) -> list:
     fitting = [key for key, entry in first.items() if isinstance(entry, str)]
     if len(fitting) != 1:
         wanted = "a streamed dataset with one column of strings, or one of its columns"
-        raise refuse(op, name, wanted, f"columns {', '.join(map(str, first)) or 'of an empty one'}", TypeError)
+        raise refuse(op, name, wanted, Phrase(f"columns {', '.join(map(str, first)) or 'of an empty one'}"), TypeError)
     return [first[fitting[0]], *(row[fitting[0]] for row in rows)]
 
 
@@ -50,7 +50,7 @@ class Column:
             value = value[_text_column(op, name, value)]
         shape = getattr(value, "shape", None)
         if shape is not None and len(shape) != 1:
-            raise refuse(op, name, wanted, f"a {type(value).__name__} of shape {tuple(shape)}", TypeError)
+            raise refuse(op, name, wanted, Phrase(f"{kind_of(value)} of shape {tuple(shape)}"), TypeError)
         if isinstance(value, Tensor):
             require_stored(op, name, value)
             value = value.detach().cpu().numpy()
@@ -88,29 +88,28 @@ class Column:
         found = self.take(rows)
         for row, entry in zip(rows.tolist(), found, strict=True):
             if not isinstance(entry, str):
-                raise refuse(self.op, self.name, "strings", f"{_kind(entry)} in row {row}", TypeError)
+                raise refuse(self.op, self.name, "strings", Phrase(f"{_kind(entry)} in row {row}"), TypeError)
         return found
 
     def require_length(self, rows: int, wanted: str) -> None:
         if len(self) != rows:
-            raise refuse(self.op, self.name, wanted, f"{len(self)} in a {type(self.given).__name__}")
+            raise refuse(self.op, self.name, wanted, Phrase(len(self)))
 
     def texts(self) -> Iterator[tuple[int, list[str]]]:
         """(begin, texts) of all blocks. Raises TypeError for an entry that is not a string."""
         for begin, block in self.blocks():
             for row, entry in enumerate(block, begin):
                 if not isinstance(entry, str):
-                    came = f"{_kind(entry)} in row {row}"
+                    came = Phrase(f"{_kind(entry)} in row {row}")
                     raise refuse(self.op, self.name, "strings", came, TypeError)
             yield begin, block
 
 
-def _kind(value: Any) -> str:
-    """The type of a value, and the value itself where it is short."""
-    name = type(value).__name__
-    if value is None or isinstance(value, (int, float)):
-        return f"{describe(value, 40)} ({name})"
-    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+def _kind(value: Any) -> Phrase:
+    """The type of a value, and the value itself if it is a number."""
+    if isinstance(value, (int, float)):
+        return Phrase(f"{describe(value, 40)} ({type(value).__name__})")
+    return kind_of(value)
 
 
 def _text_column(op: str, name: str, table: Any) -> str:
@@ -120,7 +119,7 @@ def _text_column(op: str, name: str, table: Any) -> str:
     ]
     if len(fitting) != 1:
         wanted = "a Dataset with one column of strings, or one of its columns"
-        raise refuse(op, name, wanted, f"a Dataset with columns {', '.join(table.column_names)}", TypeError)
+        raise refuse(op, name, wanted, Phrase(f"a Dataset with columns {', '.join(table.column_names)}"), TypeError)
     return fitting[0]
 
 
@@ -133,6 +132,10 @@ def split_mapping(op: str, names: tuple[str, str], ids: Any, texts: Any) -> tupl
     for key, text in texts.items():
         if not isinstance(text, str):
             raise refuse(
-                op, names[1], "a mapping from ids to strings", f"{_kind(text)} for id {describe(key, 60)}", TypeError
+                op,
+                names[1],
+                "a mapping from ids to strings",
+                Phrase(f"{_kind(text)} for id {describe(key, 60)}"),
+                TypeError,
             )
     return list(texts), list(texts.values())

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from negmine.mining.tables import matrix
-from negmine.ops.checks import refuse
+from negmine.ops.checks import Phrase, refuse
 
 DECODED_ROWS = 4096  # decoded at a time
 
@@ -24,7 +24,7 @@ def _no_room(op: str, name: str, source: str, error: OSError) -> OSError:
 
 def _uneven(op: str, name: str, source: str, column: str, row: int) -> Exception:
     wanted = f"lists of equal length without nulls in column {column!r}"
-    return refuse(op, name, wanted, f"{source} near row {row}")
+    return refuse(op, name, wanted, Phrase(f"{source} near row {row}"))
 
 
 def decoded(op: str, name: str, source: str, column: str, pieces: Iterator[Any]) -> np.ndarray:

@@ -20,7 +20,7 @@ from negmine.mining.row_lists import RowLists
 from negmine.mining.scan import OPS, Corpus, Scan
 from negmine.mining.sources import Rows
 from negmine.ops import backends, sort_key
-from negmine.ops.checks import refuse
+from negmine.ops.checks import Phrase, refuse
 from negmine.options import Select
 
 TRAIN_ROWS = 1 << 18  # sampled from the corpus by default
@@ -136,7 +136,7 @@ class FaissEngine:
                 index.train(training_sample(rows, train_rows, seed))
             except RuntimeError as error:
                 wanted = f"rows enough to train {kind!r} on ({_last_line(error)})"
-                raise refuse(op, "embeddings", wanted, f"{len(rows)} rows, train_rows={train_rows}") from error
+                raise refuse(op, "embeddings", wanted, Phrase(f"{len(rows)} rows, train_rows={train_rows}")) from error
         engine = cls(op, kind, index, options, torch.device("cpu"))
         engine.add(rows)
         return engine if device.type == "cpu" else cls(op, kind, index, options, device)

@@ -24,7 +24,7 @@ from negmine.mining.row_lists import RowLists
 from negmine.mining.scan import OPS
 from negmine.mining.sources import DTYPES, Rows
 from negmine.ops import backends
-from negmine.ops.checks import refuse
+from negmine.ops.checks import kind_of, refuse
 from negmine.options import Select
 
 Engine = Callable[[MiningPlan, Phase, Tensor | None], Part]
@@ -85,7 +85,7 @@ class LocalExecutor:
             self.advance(phase.name in ("scan", "counts"))
             if not isinstance(part, Part):
                 wanted = "a function that returns the Part of all queries and rows, as merge_parts makes it"
-                raise refuse(self.op, "engine", wanted, type(part).__name__, TypeError)
+                raise refuse(self.op, "engine", wanted, kind_of(part), TypeError)
         else:
             part = self.miner(plan)(phase, query)
             if self.ranks.size > 1:

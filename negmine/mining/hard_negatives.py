@@ -367,7 +367,7 @@ def _result(part: Part, inputs: "_Inputs") -> MiningResult:
 def _require_positives(hidden: Hidden, why: str) -> None:
     sizes = hidden.positives.sizes
     if (sizes == 0).any():
-        came = f"none for query {int(np.flatnonzero(sizes == 0)[0])}"
+        came = checks.Phrase(f"none for query {int(np.flatnonzero(sizes == 0)[0])}")
         raise checks.refuse(OP, "positives", f"at least one per query if {why}", came)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from negmine.mining.columns import Column, split_mapping
 from negmine.mining.dedup import first_equal
 from negmine.mining.row_lists import RowLists, SharedLists, parse
-from negmine.ops.checks import describe, refuse
+from negmine.ops.checks import Phrase, describe, refuse
 
 IDS = "one id per row: all ints or all strings, in a list, an array, or a column of a table"
 # A key is two 64-bit words. Keys of ints and of empty texts are not hashes; these values of the second word mark them.
@@ -81,7 +81,11 @@ def id_keys(
                     "ints or strings" if kind is None else f"{'strings' if kind is str else 'ints'}, like the other ids"
                 )
                 raise refuse(
-                    op, name, wanted, f"{describe(entry, 60)} ({type(entry).__name__}) in {place} {row}", TypeError
+                    op,
+                    name,
+                    wanted,
+                    Phrase(f"{describe(entry, 60)} ({type(entry).__name__}) in {place} {row}"),
+                    TypeError,
                 )
             kind = found
         part = keys[begin : begin + len(block)]
@@ -89,7 +93,7 @@ def id_keys(
             try:
                 part[:, 0] = np.array([int(entry) for entry in block], np.int64).view(np.uint64)
             except OverflowError:
-                came = f"a larger int in rows {begin} to {begin + len(block)}"
+                came = Phrase(f"a larger int in rows {begin} to {begin + len(block)}")
                 raise refuse(op, name, "ints of at most 64 bits", came) from None
             part[:, 1] = INT_KEY
         else:

@@ -385,7 +385,7 @@ class NegativeIndex:
         for file in files[1:]:
             if (file.dim, file.dtype) != (first.dim, first.dtype) or (file.kind == "exact") != (first.kind == "exact"):
                 wanted = f"files with the same D and dtype, all or none of them 'exact' (the first is {first})"
-                raise checks.refuse(op, "path", wanted, f"{file} in {str(file.path)!r}")
+                raise checks.refuse(op, "path", wanted, checks.Phrase(f"{file} in {str(file.path)!r}"))
         if first.kind == "exact":
             rows = Rows([shard for file in files for shard in file.open_rows().shards], first.dim, first.dtype)
             engine: Any = ExactEngine(op, rows, resolve_device(op, device, rows), backend)

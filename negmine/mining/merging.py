@@ -11,7 +11,7 @@ from negmine.mining.parts import Part
 from negmine.mining.resume import flatten
 from negmine.mining.row_lists import RowLists
 from negmine.ops import sort_key
-from negmine.ops.checks import describe, refuse
+from negmine.ops.checks import Phrase, describe, refuse
 
 OP = "merge_parts"
 SUMMED = ("num_dropped", "content")  # arrays whose entries with the same number are added
@@ -35,7 +35,7 @@ def join_parts(parts: Sequence[Part]) -> Part:
         values = [getattr(part, name) for part in parts]
         other = next((value for value in values if value != values[0]), None)
         if other is not None:
-            raise refuse(OP, "parts", wanted, f"{values[0]} and {other}")
+            raise refuse(OP, "parts", wanted, Phrase(f"{values[0]} and {other}"))
     if len(parts) == 1:
         return first
     tiles = np.concatenate([part.tiles for part in parts])
@@ -76,7 +76,7 @@ def _require_disjoint(phase: str, tiles: np.ndarray) -> None:
         twice = later[(later[:, 0] < end) & (begin < later[:, 1]) & (later[:, 2] < high) & (low < later[:, 3])]
         if len(twice):
             pair = [f"queries {a} to {b} with rows {c} to {d}" for a, b, c, d in ([begin, end, low, high], twice[0])]
-            raise refuse(OP, "parts", f"disjoint in phase {phase}", " and ".join(pair))
+            raise refuse(OP, "parts", f"disjoint in phase {phase}", Phrase(" and ".join(pair)))
 
 
 def _require_one_config(configs: list[dict]) -> None:
@@ -87,7 +87,7 @@ def _require_one_config(configs: list[dict]) -> None:
         differing = [name for name in first | other if first.get(name) != other.get(name)]
         if differing:
             name = differing[0]
-            came = f"{name} {describe(first.get(name), 60)} and {describe(other.get(name), 60)}"
+            came = Phrase(f"{name} {describe(first.get(name), 60)} and {describe(other.get(name), 60)}")
             raise refuse(OP, "parts", "of the same inputs, arguments, kernels and versions", came)
 
 
@@ -98,9 +98,9 @@ def _joined_facts(parts: Sequence[Part]) -> dict[str, Any]:
     double = sorted({share for share in shares if shares.count(share) > 1})
     counts = sorted({part.facts["num_shares"] for part in parts})
     if len(counts) > 1:
-        raise refuse(OP, "parts", "of equally many shares", f"shares of {counts[0]} and of {counts[1]}")
+        raise refuse(OP, "parts", "of equally many shares", Phrase(f"shares of {counts[0]} and of {counts[1]}"))
     if double:
-        raise refuse(OP, "parts", "each share once", f"{share_names(double, facts)} more than once")
+        raise refuse(OP, "parts", "each share once", Phrase(f"{share_names(double, facts)} more than once"))
     skipped = {name: sum(part.facts["skipped"][name] for part in parts) for name in facts["skipped"]}
     return {"shares": shares, "skipped": skipped}
 

@@ -46,7 +46,7 @@ from negmine.mining.scan import OPS, Corpus, Scan, pair_scores
 from negmine.mining.sources import DTYPES, Rows, resolve_device
 from negmine.ops import backends, compiled
 from negmine.ops.backends import Kernels
-from negmine.ops.checks import describe, refuse, require_count
+from negmine.ops.checks import Phrase, describe, refuse, require_count
 from negmine.options import Select
 
 FORMAT = 1
@@ -300,13 +300,13 @@ class Part:
         """Raise ValueError unless this is the part of `phase` and `plan` for all queries of the phase and all corpus rows."""
         wanted = "one that returns the part of all queries and all rows for the given phase"
         if (self.plan, self.phase_digest) != (plan.digest, phase.digest):
-            raise refuse(op, "engine", wanted, f"a part of another plan or phase, {self.phase}")
+            raise refuse(op, "engine", wanted, Phrase(f"a part of another plan or phase, {self.phase}"))
         edges = np.unique(np.r_[0, phase.num_queries, self.tiles[:, :2].ravel()])
         for begin in edges[:-1].tolist():
             over = self.tiles[(self.tiles[:, 0] <= begin) & (begin < self.tiles[:, 1])]
             covered = int((over[:, 3] - over[:, 2]).sum())
             if covered != plan.corpus_rows:
-                came = f"{covered} of the {plan.corpus_rows} rows for query {begin} in phase {phase.name}"
+                came = Phrase(f"{covered} of the {plan.corpus_rows} rows for query {begin} in phase {phase.name}")
                 raise refuse(op, "engine", wanted, came)
 
 

@@ -24,7 +24,7 @@ from negmine.mining.merging import join_parts
 from negmine.mining.parts import MiningPlan, Part, PartMiner, Phase
 from negmine.mining.remote import is_url
 from negmine.mining.sources import Rows, open_shard, resolve_device
-from negmine.ops.checks import refuse, require_count
+from negmine.ops.checks import Phrase, refuse, require_count
 
 NAME = "corpus_embeddings"
 MERGED = 8  # parts joined at a time
@@ -124,7 +124,7 @@ class RayExecutor:
         for i, fact in enumerate(facts):
             if fact[1:3] != facts[0][1:3]:
                 wanted = f"of the D and dtype of the first shard, {facts[0][1]} and {facts[0][2]}"
-                raise refuse(self.op, NAME, wanted, f"{fact[1:3]} in the shards of actor {i}")
+                raise refuse(self.op, NAME, wanted, Phrase(f"{fact[1:3]} in the shards of actor {i}"))
         _, self.dim, self.dtype, _ = facts[0]
         self.is_rounded = any(fact[3] for fact in facts)
         self.row_bytes = self.dim * (4 if self.dtype == "float32" else 2)

@@ -32,7 +32,7 @@ from negmine.mining.result import MiningResult
 from negmine.mining.row_lists import RowLists
 from negmine.mining.sampling import candidates_needed, sample, slice_window
 from negmine.ops import sort_key
-from negmine.ops.checks import refuse
+from negmine.ops.checks import Phrase, kind_of, refuse
 from negmine.options import Select
 
 BLOCK_PAIRS = 4096
@@ -83,9 +83,9 @@ class Rescoring:
         predict = getattr(judge, "predict", judge)
         if not callable(predict):
             what = "a callable that scores (query, document) pairs of texts, or an object with predict"
-            raise refuse(op, "rescore", what, type(judge).__name__, TypeError)
+            raise refuse(op, "rescore", what, kind_of(judge), TypeError)
         if options["process_group"] is not None:
-            raise refuse(op, "rescore", "None if process_group is given", type(judge).__name__)
+            raise refuse(op, "rescore", "None if process_group is given", kind_of(judge))
         ranks = wanted or DEPTH * options["num_negatives"]
         if isinstance(select.range_max, int) and isinstance(select.range_min, int):
             ranks = min(ranks, select.range_max - select.range_min)
@@ -217,11 +217,11 @@ class Rescoring:
                 is_tensor = isinstance(made, Tensor)
                 scores = made.detach().float().cpu().numpy() if is_tensor else np.asarray(made, np.float32)
         except (TypeError, ValueError):
-            raise refuse(self.op, "rescore", wanted, f"a {type(made).__name__}", TypeError) from None
+            raise refuse(self.op, "rescore", wanted, kind_of(made), TypeError) from None
         if scores.shape not in ((len(pairs),), (len(pairs), 1)):
-            raise refuse(self.op, "rescore", wanted, f"shape {scores.shape}")
+            raise refuse(self.op, "rescore", wanted, Phrase(f"shape {scores.shape}"))
         bad = np.flatnonzero(~np.isfinite(scores.reshape(-1)))
         if len(bad):
-            came = f"{scores.reshape(-1)[bad[0]]} for query {queries[bad[0]]} and row {rows[bad[0]]}"
+            came = Phrase(f"{scores.reshape(-1)[bad[0]]} for query {queries[bad[0]]} and row {rows[bad[0]]}")
             raise refuse(self.op, "rescore", "one that returns finite numbers", came)
         return scores.reshape(-1)

@@ -30,7 +30,7 @@ from negmine.mining.process_ranks import ProcessRanks
 from negmine.mining.regular_file import cause, read_json
 from negmine.mining.remote import is_url
 from negmine.mining.sources import Rows
-from negmine.ops.checks import describe, refuse
+from negmine.ops.checks import Phrase, describe, refuse
 
 FILE_KIND = "mined queries"
 MAX_RUN_BYTES = 1 << 20  # limit for run.json, which takes a few thousand bytes
@@ -59,7 +59,7 @@ def require_folder(op: str, name: str, folder: Any) -> Path:
     path = Path(text)
     above = next((part for part in (path, *path.absolute().parents) if os.path.lexists(part)), path)
     if not above.is_dir():
-        raise refuse(op, name, "the path of a folder", f"{text}, where {above} is not a folder")
+        raise refuse(op, name, "the path of a folder", Phrase(f"{text!r}, because {str(above)!r} is not a folder"))
     return path
 
 

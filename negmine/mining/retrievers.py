@@ -160,15 +160,17 @@ def _pair(first: MiningResult, each: Any, name: str) -> tuple[np.ndarray, np.nda
         same = len(each.indices) == Q and each.config["corpus_rows"] == K
         if not same or any(not np.array_equal(a, b) for a, b in zip(each.positives, first.positives, strict=True)):
             wanted = "of the queries, corpus rows and positives of the first"
-            raise checks.refuse(OP, name, wanted, f"{len(each.indices)} queries and {each.config['corpus_rows']} rows")
+            raise checks.refuse(
+                OP, name, wanted, checks.Phrase(f"{len(each.indices)} queries and {each.config['corpus_rows']} rows")
+            )
         return each.scores, each.indices
     if hasattr(each, "documents") and hasattr(each, "scores"):  # of bm25s
         each = (each.scores, each.documents)
     if not isinstance(each, tuple) or len(each) != 2:
-        raise checks.refuse(OP, name, "a MiningResult, or a pair (scores, indices)", type(each).__name__, TypeError)
+        raise checks.refuse(OP, name, "a MiningResult, or a pair (scores, indices)", checks.kind_of(each), TypeError)
     scores, indices = (np.asarray(part) for part in each)
     if indices.ndim != 2 or len(indices) != Q or scores.shape != indices.shape or indices.dtype.kind not in "iu":
-        came = f"{scores.dtype} of shape {scores.shape} and {indices.dtype} of shape {indices.shape}"
+        came = checks.Phrase(f"{scores.dtype} of shape {scores.shape} and {indices.dtype} of shape {indices.shape}")
         raise checks.refuse(OP, name, f"scores and int indices of one shape ({Q}, k)", came)
     if ((indices < -1) | (indices >= K)).any():
         raise checks.refuse(OP, name, f"of corpus rows in [0, {K}), or -1", int(indices.max(initial=-1)))

@@ -159,11 +159,14 @@ def mining_rounds(
             raise checks.refuse(OP, "train_round", wanted, train_round, TypeError)
         if mining.get("resume_dir") is not None:
             raise checks.refuse(
-                OP, "resume_dir", "left out: a folder holds one run, and every round is one", mining["resume_dir"]
+                OP,
+                "resume_dir",
+                "left out, because a folder has one run and each round is a run of its own",
+                mining["resume_dir"],
             )
         if keep_old and mining.get("rescore") is not None:
             raise checks.refuse(
-                OP, "keep_old", "0 where rescore is given: old negatives are scored by their embeddings", keep_old
+                OP, "keep_old", "0 if rescore is given, because old negatives are scored by their embeddings", keep_old
             )
         ranks.require_same({"rounds": rounds, "keep_old": keep_old, "max_age": max_age, "min_new": min_new})
         before = None
@@ -271,7 +274,7 @@ def _write_round(folder: Path, this: Round, before: Round | None) -> None:
         changed = [name for name in was | now if was.get(name) != now.get(name)]
         if changed:
             wanted = "a new one, or that of the same positives and options"
-            raise checks.refuse(OP, "folder", wanted, f"{folder}, which differs in {changed[0]}")
+            raise checks.refuse(OP, "folder", wanted, checks.Phrase(f"{folder}, which differs in {changed[0]}"))
     path, ages_path = _paths(folder, this.number)
     with atomic_write(OP, ages_path) as file:
         np.savez(file, ages=this.ages, new=np.float64(this.new))

@@ -12,9 +12,9 @@ import numpy as np
 from torch import Tensor
 
 from negmine.mining.columns import Column, is_column
-from negmine.ops.checks import describe, refuse, require_stored, require_unmasked
+from negmine.ops.checks import Phrase, describe, refuse, require_stored, require_unmasked
 
-FORMS = "one {entry} a query, a list of lists of {entry}s{more}, or a tuple (indptr, indices)"
+FORMS = "one {entry} per query, a list of lists of {entry}s{more}, or a tuple (indptr, indices)"
 
 
 class RowLists(NamedTuple):
@@ -165,7 +165,7 @@ def parse(op: str, name: str, value: Any, Q: int, K: int, lookup: Lookup | None 
             )
             raise refuse(op, f"{name}'s indptr", wanted, value[0])
     elif len(value) != Q:
-        raise refuse(op, name, f"as long as there are queries ({Q})", f"{len(value)} entries")
+        raise refuse(op, name, f"of {Q} entries, one for each query", Phrase(f"{len(value)} entries"))
     elif getattr(value, "ndim", 1) == 1 and getattr(getattr(value, "dtype", None), "kind", "O") in "iu":
         lists = RowLists(np.arange(Q + 1), _entries(op, name, value, lookup))
     else:
@@ -192,8 +192,8 @@ def parse(op: str, name: str, value: Any, Q: int, K: int, lookup: Lookup | None 
         query = int(np.searchsorted(lists.indptr, outside[0], side="right") - 1)
         if lookup is not None:
             given = _entry(value, query, int(outside[0] - lists.indptr[query]), int(outside[0]))
-            raise refuse(op, name, "ids of corpus_ids", f"{describe(given, 80)} for query {query}")
-        came = f"{lists.rows[outside[0]]} for query {query}"
+            raise refuse(op, name, "ids of corpus_ids", Phrase(f"{describe(given, 80)} for query {query}"))
+        came = Phrase(f"{lists.rows[outside[0]]} for query {query}")
         raise refuse(op, name, f"row numbers of the corpus, in [0, {K})", came)
     return lists.distinct() if (lists.sizes > 1).any() else lists
 

@@ -24,7 +24,7 @@ from negmine.mining.row_lists import RowLists
 from negmine.mining.sampling import sample
 from negmine.mining.sources import Rows, content_hash
 from negmine.ops import sort_key
-from negmine.ops.checks import refuse
+from negmine.ops.checks import Phrase, refuse
 from negmine.options import Select
 
 SAMPLED_ROWS = 16  # number of rows of the whole corpus that every share of the rows reads
@@ -120,7 +120,7 @@ def _negatives_of(part: Part) -> Part:
     given, pairs, excluded = (_lists(arrays, name) for name in ("positives", "pair", "excluded"))
     covered = int((part.tiles[:, 3] - part.tiles[:, 2]).sum())
     if covered != K or not np.array_equal(arrays["pair_numbers"], np.arange(len(pairs.rows))):
-        raise refuse(OP, "parts", f"of all {K} rows of the corpus", f"{covered} of them")
+        raise refuse(OP, "parts", f"of all {K} rows of the corpus", Phrase(f"{covered} of them"))
     select, raw = Select(**options["select"]), options["range_mode"] == "raw"
     # The same steps as in hard_negatives.py for one process, except for the scan.
     positive_scores = pairs.reduce(arrays["pair_scores"], options["positive_aggregation"])

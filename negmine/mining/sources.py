@@ -41,7 +41,7 @@ from negmine.mining.numpy_file import names_in_npz, read_npz
 from negmine.mining.regular_file import cause
 from negmine.mining.remote import is_url, local_copy
 from negmine.mining.tables import dataset_of, is_stream, is_vector, rows_of, vector_column
-from negmine.ops.checks import refuse, require_stored, require_unmasked
+from negmine.ops.checks import Phrase, kind_of, refuse, require_stored, require_unmasked
 from negmine.ops.vectors import for_kernels
 
 WANTED = ".npy, .safetensors or .parquet"
@@ -82,7 +82,7 @@ def open_shard(op: str, name: str, value: Any) -> Shard:
         rows = rows_of(op, name, value)
         if rows is not None:
             return rows
-        raise refuse(op, name, FORMS, type(value).__name__, TypeError)
+        raise refuse(op, name, FORMS, kind_of(value), TypeError)
     if isinstance(value, Tensor):
         require_stored(op, name, value)
     require_unmasked(op, name, value)
@@ -110,7 +110,10 @@ def _choose_name(op: str, name: str, path: Path, inner: str, fitting: list[str],
         raise refuse(op, name, f"the name of {what} in {str(path)!r}: {', '.join(fitting) or 'it has none'}", inner)
     if not inner and len(fitting) != 1:
         raise refuse(
-            op, name, f"'path::name' with the name of {what}, unless the file has exactly one", f"{path}: {fitting}"
+            op,
+            name,
+            f"'path::name' with the name of {what}, unless the file has exactly one",
+            Phrase(f"{path}: {fitting}"),
         )
     return inner or fitting[0]
 
@@ -209,11 +212,11 @@ def _open_arrow(op: str, name: str, path: Path, inner: str) -> np.ndarray:
 def _open_stream(op: str, name: str, stream: Any) -> np.ndarray:
     """Read the only column of vectors of a streamed dataset, once."""
     if not hasattr(stream, "with_format"):  # a field of a column
-        raise refuse(op, name, "a streamed dataset with a column of vectors, or that column", type(stream).__name__)
+        raise refuse(op, name, "a streamed dataset with a column of vectors, or that column", kind_of(stream))
     batches = stream.with_format("arrow").iter(batch_size=DECODED_ROWS)
     first = next(batches, None)
     if first is None:
-        raise refuse(op, name, "a dataset with at least one row", "an empty stream")
+        raise refuse(op, name, "a dataset with at least one row", Phrase("an empty stream"))
     column = vector_column(op, name, first)
     each = (piece for table in chain([first], batches) for piece in table.column(column).chunks)
     return decoded(op, name, "the stream", column, each)
@@ -287,9 +290,9 @@ class Rows:
         shards = [open_shard(op, label, shard) for label, shard in zip(labels, given, strict=True)]
         for label, source, shard in zip(labels, given, shards, strict=True):
 
-            def came(found: Any, source: Any = source) -> Any:
+            def came(found: Any, source: Any = source) -> Phrase:
                 """What was found and in which file, for an error message."""
-                return f"{found} in {source}" if isinstance(source, (str, os.PathLike)) else found
+                return Phrase(f"{found} in {source}" if isinstance(source, (str, os.PathLike)) else found)
 
             if _dtype_of(shard) not in DTYPES.values():
                 wanted = "float32, float16, bfloat16 or float64 in native byte order"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from negmine.ops.checks import refuse
+from negmine.ops.checks import Phrase, kind_of, refuse
 
 WANTED = "a table with one column of vectors, or one of its columns"
 
@@ -40,14 +40,14 @@ def matrix(lists: Any) -> np.ndarray | None:
 def _from_arrow(op: str, name: str, column: Any) -> np.ndarray:
     """An Arrow array or chunked array as (rows, D)."""
     if not is_vector(column.type):
-        raise refuse(op, name, "a column of lists of floats", f"one of {column.type}", TypeError)
+        raise refuse(op, name, "a column of lists of floats", Phrase(f"one of {column.type}"), TypeError)
     chunks = column.chunks if hasattr(column, "chunks") else [column]
     parts: list[np.ndarray] = []
     begin = 0
     for chunk in chunks:
         part = matrix(chunk)
         if part is None or (len(part) and parts and part.shape[1] != parts[0].shape[1]):
-            raise refuse(op, name, "lists of equal length without nulls", f"other entries near row {begin}")
+            raise refuse(op, name, "lists of equal length without nulls", Phrase(f"other entries near row {begin}"))
         if len(part):
             parts.append(part)
         begin += len(chunk)
@@ -74,7 +74,7 @@ def vector_column(op: str, name: str, table: Any) -> str:
     """The name of the only column of vectors of an Arrow table."""
     fitting = [field.name for field in table.schema if is_vector(field.type)]
     if len(fitting) != 1:
-        came = f"columns of vectors {fitting}" if fitting else f"columns {table.schema.names}"
+        came = Phrase(f"columns of vectors {fitting}" if fitting else f"columns {table.schema.names}")
         raise refuse(op, name, WANTED, came, TypeError)
     return fitting[0]
 
@@ -82,19 +82,23 @@ def vector_column(op: str, name: str, table: Any) -> str:
 def _from_pandas(op: str, name: str, value: Any) -> np.ndarray:
     if value.ndim == 2 and all(getattr(kind, "kind", "O") in "fiu" for kind in value.dtypes):
         if value.isna().any(axis=None) and not all(isinstance(kind, np.dtype) for kind in value.dtypes):
-            raise refuse(op, name, "a DataFrame without missing values", f"{value.isna().to_numpy().sum()} of them")
+            raise refuse(
+                op, name, "a DataFrame without missing values", Phrase(f"{value.isna().to_numpy().sum()} of them")
+            )
         return value.to_numpy(np.result_type(*(getattr(kind, "numpy_dtype", kind) for kind in value.dtypes)))
     if value.ndim == 2:
         if value.shape[1] != 1:
-            came = f"a DataFrame with columns {list(value.columns)}"
+            came = Phrase(f"a DataFrame with columns {list(value.columns)}")
             raise refuse(op, name, "a DataFrame of numbers, or a column of vectors", came, TypeError)
         value = value.iloc[:, 0]
     try:
         rows = np.stack([np.asarray(row) for row in value.array])
     except (ValueError, TypeError) as error:
-        raise refuse(op, name, "a column of vectors of one length", f"a Series of {value.dtype}", TypeError) from error
+        raise refuse(
+            op, name, "a column of vectors of one length", Phrase(f"a Series of {value.dtype}"), TypeError
+        ) from error
     if rows.ndim != 2 or rows.dtype.kind != "f":
-        raise refuse(op, name, "a column of vectors of floats", f"a Series of {value.dtype}", TypeError)
+        raise refuse(op, name, "a column of vectors of floats", Phrase(f"a Series of {value.dtype}"), TypeError)
     return rows
 
 
@@ -113,11 +117,11 @@ def rows_of(op: str, name: str, value: Any) -> np.ndarray | None:
         if not hasattr(value, "with_format"):
             if not hasattr(value, "features"):
                 wanted = "a Dataset in memory: take its vectors to an array"
-                raise refuse(op, name, wanted, f"a {type(value).__name__}", TypeError)
+                raise refuse(op, name, wanted, kind_of(value), TypeError)
             return None
         if not hasattr(value, "__len__") or not hasattr(value, "column_names") or isinstance(value, dict):
             wanted = "one split of a dataset, in memory"
-            raise refuse(op, name, wanted, f"a {type(value).__name__}", TypeError)
+            raise refuse(op, name, wanted, kind_of(value), TypeError)
         value = value.with_format("arrow")[:]  # with the selection and the order of the dataset
     if hasattr(value, "schema") and hasattr(value, "column"):
         return _from_arrow(op, name, value.column(vector_column(op, name, value)))

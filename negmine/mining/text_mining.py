@@ -158,7 +158,7 @@ def encoder(model: Any, side: str, prompt: str) -> Callable[[list[str]], Any]:
     method = next(filter(callable, methods), model)
     if not callable(method):
         raise checks.refuse(
-            OP, "model", "a callable, or an object with encode or embed", type(model).__name__, TypeError
+            OP, "model", "a callable, or an object with encode or embed", checks.kind_of(model), TypeError
         )
     if prompt and isinstance(getattr(model, "prompts", None), dict):
         return lambda texts: method(texts, prompt=prompt)  # in place of the prompt of the model itself
@@ -179,7 +179,7 @@ class Embedder:
     def rows(self, texts: Column, show: bool) -> Any:
         """(rows, D) fp32: an array, or a list of memory-mapped files if there is a cache folder."""
         if not len(texts):
-            raise checks.refuse(OP, self.side, "at least one text", "none")
+            raise checks.refuse(OP, self.side, "at least one text", checks.Phrase("none"))
         blocks = []
         probe = self._encoded(texts.block(0, PROBED), 0).tobytes() if self.folder is not None else b""
         with progress(len(texts), show, f"embedding {self.side}", "texts") as advance:
@@ -187,7 +187,7 @@ class Embedder:
                 block = texts.block(begin, min(begin + BLOCK_ROWS, len(texts)))
                 blocks.append(self._block(block, begin, probe, advance))
                 if blocks[-1].shape[1] != blocks[0].shape[1]:
-                    came = f"rows of D = {blocks[0].shape[1]} and of D = {blocks[-1].shape[1]}"
+                    came = checks.Phrase(f"rows of D = {blocks[0].shape[1]} and of D = {blocks[-1].shape[1]}")
                     raise checks.refuse(OP, "model", "one that returns rows of one D for all texts", came)
         return blocks if self.folder is not None else np.concatenate(blocks)
 
@@ -207,7 +207,7 @@ class Embedder:
         for at in range(0, len(texts), self.batch_size):
             parts.append(self._encoded(texts[at : at + self.batch_size], begin + at))
             if parts[-1].shape[1] != parts[0].shape[1]:
-                came = f"rows of D = {parts[0].shape[1]} and of D = {parts[-1].shape[1]}"
+                came = checks.Phrase(f"rows of D = {parts[0].shape[1]} and of D = {parts[-1].shape[1]}")
                 raise checks.refuse(OP, "model", "one that returns rows of one D for all texts", came)
             advance(len(parts[-1]))
         rows = np.concatenate(parts)
@@ -229,7 +229,7 @@ class Embedder:
                 OP,
                 "model",
                 f"one that returns finite rows for all texts of {self.side}",
-                f"NaN or infinity in rows {shown}",
+                checks.Phrase(f"NaN or infinity in rows {shown}"),
             )
         if self.normalize:
             norms = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
@@ -243,25 +243,31 @@ def _as_rows(made: Any, count: int) -> np.ndarray:
     if isinstance(made, dict) or hasattr(made, "keys"):
         keys = ", ".join(map(str, list(made.keys())[:5]))
         raise checks.refuse(
-            OP, "model", f"{wanted}; wrap it in a function that selects one entry", f"a dict of {keys}", TypeError
+            OP,
+            "model",
+            f"{wanted}; wrap it in a function that selects one entry",
+            checks.Phrase(f"a dict of {keys}"),
+            TypeError,
         )
     if not isinstance(made, (np.ndarray, Tensor)):
         try:
             made = list(made)  # a generator, or a list of arrays
         except TypeError:
-            raise checks.refuse(OP, "model", wanted, f"a {type(made).__name__}", TypeError) from None
+            raise checks.refuse(OP, "model", wanted, checks.kind_of(made), TypeError) from None
         made = [row.detach().float().cpu().numpy() if isinstance(row, Tensor) else row for row in made]
     checks.require_unmasked(OP, "model", made)
     is_complex = made.is_complex() if isinstance(made, Tensor) else any(map(np.iscomplexobj, made))
     if is_complex:  # NumPy would drop the imaginary parts
-        raise checks.refuse(OP, "model", wanted, "complex numbers", TypeError)
+        raise checks.refuse(OP, "model", wanted, checks.Phrase("complex numbers"), TypeError)
     try:
         with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused by the caller
             rows = made.detach().float().cpu().numpy() if isinstance(made, Tensor) else np.asarray(made, np.float32)
     except (TypeError, ValueError):
-        raise checks.refuse(OP, "model", wanted, f"a {type(made).__name__} that is not numeric", TypeError) from None
+        raise checks.refuse(
+            OP, "model", wanted, checks.Phrase(f"{checks.kind_of(made)} that is not numeric"), TypeError
+        ) from None
     if rows.ndim != 2 or len(rows) != count or not rows.shape[1]:
-        raise checks.refuse(OP, "model", wanted, f"shape {rows.shape}")
+        raise checks.refuse(OP, "model", wanted, checks.Phrase(f"shape {rows.shape}"))
     return np.ascontiguousarray(rows, np.float32)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from negmine.mining.columns import Column
-from negmine.ops.checks import refuse, require_choice
+from negmine.ops.checks import Phrase, refuse, require_choice
 
 FORMS = ("flagembedding", "tevatron", "ms-swift", "sentence-transformers", "distillation", "pylate")
 FIXED_WIDTH = ("sentence-transformers", "distillation")  # formats with one column per negative
@@ -89,10 +89,10 @@ class TrainingRows:
                 try:
                     yield json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
                 except UnicodeEncodeError as error:
-                    came = f"an unpaired surrogate in row {query} of query_texts or in a document of that row"
+                    came = Phrase(f"an unpaired surrogate in row {query} of query_texts or in a document of that row")
                     raise refuse(self.op, "texts", "texts that UTF-8 can encode", came) from error
                 except ValueError as error:
-                    raise refuse(self.op, "scores", "finite", f"one that is not for query {query}") from error
+                    raise refuse(self.op, "scores", "finite", Phrase(f"one that is not for query {query}")) from error
 
     def _texts(self, rows: np.ndarray) -> list[str]:
         assert self._bodies is not None

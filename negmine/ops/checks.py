@@ -1,7 +1,6 @@
 """Argument checks. Each error is one sentence that names the function, the argument, what was wanted and what came."""
 
 import functools
-import re
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, TypeVar, cast
@@ -9,33 +8,29 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from negmine.options import FalseNegatives, Mix, Select, Weight, is_int, is_real, is_scalar, plain
+from negmine.options import (
+    MAX_DESCRIPTION,
+    FalseNegatives,
+    Mix,
+    Phrase,
+    Select,
+    Weight,
+    describe,
+    is_int,
+    is_real,
+    is_scalar,
+    kind_of,
+    not_a_tensor,
+    plain,
+)
+
+__all__ = ["MAX_DESCRIPTION", "Phrase", "describe", "kind_of", "not_a_tensor"]  # of negmine.options, for other modules
 
 OPTION_TYPES = {"select": Select, "mix": Mix, "weight": Weight, "false_negatives": FalseNegatives}
 SELECT_FIELDS = tuple(field.name for field in fields(Select))
 Function = TypeVar("Function", bound=Callable[..., Any])
 REDUCTIONS = ("mean", "sum", "none")
 COMMON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-MAX_DESCRIPTION = 200  # characters
-
-
-def describe(value: Any, most: int = MAX_DESCRIPTION) -> str:
-    """A short description of a value for error messages, at most `most` characters.
-
-    It is the dtype, shape and device of a tensor, the tuples of a list of shapes joined by "or", and else the repr.
-    """
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
-    try:
-        if isinstance(value, list) and value and all(isinstance(item, tuple) for item in value[:MAX_DESCRIPTION]):
-            text = " or ".join(dict.fromkeys(map(str, value[:MAX_DESCRIPTION])))
-        else:
-            text = re.sub(r"\s*\n\s*", " ", repr(value))  # an array's is on several lines
-    except Exception:  # the repr of any class may fail
-        text = f"an object of type {type(value).__name__}"
-    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def refuse(op: str, name: str, wanted: str, came: Any, error: type[Exception] = ValueError) -> Exception:
@@ -63,22 +58,25 @@ def require_stored(op: str, name: str, value: Tensor) -> None:
     """Require a dense tensor that has storage (not on the meta device)."""
     require_tensor(op, name, value)
     if value.is_meta:
-        raise refuse(op, name, "a tensor with data", "one on the meta device", TypeError)
+        raise refuse(op, name, "a tensor with data", Phrase("one on the meta device"), TypeError)
 
 
 def require_unmasked(op: str, name: str, value: Any) -> None:
     """Reject masked arrays of NumPy with masked entries, since the masked values would be read."""
     masked = getattr(value, "mask", None)
     if type(value).__name__ == "MaskedArray" and masked is not None and masked.any():
-        raise refuse(op, name, "without masked entries: fill or remove them", f"{int(masked.sum())} masked entries")
+        raise refuse(
+            op, name, "without masked entries: fill or remove them", Phrase(f"{int(masked.sum())} masked entries")
+        )
 
 
 def require_tensor(op: str, name: str, value: Any, like: Tensor | None = None, like_name: str = "query") -> None:
     """Require a dense tensor on the device of `like`, which messages call `like_name`."""
     if not isinstance(value, Tensor):
-        raise refuse(op, name, "a tensor", value if value is None else type(value).__name__, TypeError)
+        raise refuse(op, name, "a tensor", not_a_tensor(value), TypeError)
     if value.layout != torch.strided or value.is_nested:
-        raise refuse(op, name, "a dense tensor", "nested" if value.is_nested else str(value.layout), TypeError)
+        came = Phrase("a nested tensor" if value.is_nested else f"a tensor of layout {value.layout}")
+        raise refuse(op, name, "a dense tensor", came, TypeError)
     if like is not None and value.device != like.device:
         raise refuse(op, name, f"on the device of {like_name} ({like.device})", value)
 
@@ -141,7 +139,10 @@ def require_scalar(
 
 def require_temperature(op: str, temperature: Any, name: str = "temperature") -> Any:
     """Require a finite number above 0, or a floating tensor of one element. Returns it like require_scalar."""
-    return require_scalar(op, name, temperature, above=0, wanted="a number above 0 or a 0-d floating tensor")
+    wanted = "a number above 0 or a 0-d floating tensor"
+    if callable(temperature):
+        wanted += " (schedules and LogScale are for modules such as InfoNCELoss)"
+    return require_scalar(op, name, temperature, above=0, wanted=wanted)
 
 
 def require_options(op: str, **options: Any) -> None:
@@ -217,4 +218,5 @@ def whole_numbers(op: str, name: str, value: Any, device: torch.device) -> Tenso
         and value.dim() in (1, 2)
     ):
         return value.long()
-    raise refuse(op, name, "0-based ranks: an int, a sequence of ints, or an int tensor of shape (R,) or (B, R)", value)
+    wanted = "0-based ranks: an int, a sequence of ints, or an int tensor of shape (R,) or (B, R)"
+    raise refuse(op, name, wanted + " (for fractions, use quantile)", value)

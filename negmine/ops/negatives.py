@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from negmine.ops.checks import describe, refuse, require_tensor, require_vectors
+from negmine.ops.checks import Phrase, describe, not_a_tensor, refuse, require_tensor, require_vectors
 from negmine.ops.guide import guide_limit, within_limit
 from negmine.ops.pool import Pool
 from negmine.ops.vectors import for_kernels, widened
 from negmine.options import Negatives
 
+KEYS = "a tensor, a MoCoQueue, a Negatives, or None for in-batch negatives"
 UNKNOWN = -1  # an id or label that equals nothing
 NO_MASK = Pool()
 # "Tags" are ids or labels. Kernels get UNEQUAL in place of an unknown tag of a query; it differs from the tag of every key.
@@ -73,7 +74,9 @@ def check_negatives(
         keys, pool = _in_batch(op, query, positive_key, given.mask, query_ids, query_labels, name)
         return keys, _with_bias_and_guide(op, query, keys, pool, given, with_bias, name)
     if not isinstance(keys, Tensor):
-        stored = _as_keys(op, name, keys).stored_columns()
+        if not hasattr(keys, "stored_columns"):
+            raise refuse(op, f"{name}.keys", "a tensor, a MoCoQueue, or None", not_a_tensor(keys), TypeError)
+        stored = keys.stored_columns()
         keys, num_rows = stored.keys, stored.num_rows
         # The tags of the queue are used only if the query has tags. Tags in a Negatives replace those of the queue.
         ids = ids if ids is not None or query_ids is None else stored.ids
@@ -102,7 +105,7 @@ def pools_in(op: str, negative_keys: list | tuple, name: str = "negative_keys") 
         raise refuse(op, name, "a list of at least one pool", negative_keys)
     for p, given in enumerate(negative_keys):
         if isinstance(given, (list, tuple)):
-            raise refuse(op, f"{name}[{p}]", "one pool", type(given).__name__, TypeError)
+            raise refuse(op, f"{name}[{p}]", KEYS, not_a_tensor(given), TypeError)
     return list(negative_keys)
 
 
@@ -148,8 +151,10 @@ def has_tags(given: Any, kind: str) -> bool:
 def _as_keys(op: str, name: str, value: Any) -> Any:
     if value is None or isinstance(value, Tensor) or hasattr(value, "stored_columns"):
         return value
-    wanted = "a tensor, a MoCoQueue, a Negatives, or None for in-batch negatives"
-    raise refuse(op, name, wanted, type(value).__name__, TypeError)
+    came = not_a_tensor(value)
+    if isinstance(value, (list, tuple)) and any(isinstance(each, (Tensor, Negatives)) for each in value):
+        came = Phrase(f"several pools, but {op} takes one")
+    raise refuse(op, name, KEYS, came, TypeError)
 
 
 def _require_keys(op: str, name: str, keys: Tensor, query: Tensor, own_keys: bool) -> None:

@@ -42,7 +42,7 @@ def distributed_state_dict(module: nn.Module) -> dict[str, Any]:
     torch.Size([100, 16])
     """
     if not isinstance(module, nn.Module):
-        raise checks.refuse("distributed_state_dict", "module", "a module", type(module).__name__, TypeError)
+        raise checks.refuse("distributed_state_dict", "module", "a module", checks.kind_of(module), TypeError)
     state = dict(module.state_dict())
     for path, queue in module.named_modules():
         if isinstance(queue, ShardedMoCoQueue):

@@ -39,7 +39,7 @@ def moco_checkpoint_hooks(module: nn.Module, name: str = "queue") -> None:
     """
     op = "moco_checkpoint_hooks"
     if not isinstance(module, nn.Module):
-        raise checks.refuse(op, "module", "the module that has the queue", type(module).__name__, TypeError)
+        raise checks.refuse(op, "module", "the module that has the queue", checks.kind_of(module), TypeError)
     queue = getattr(module, name, None) if isinstance(name, str) else None
     if type(queue) is not MoCoQueue:
         raise checks.refuse(op, "name", "the name of an attribute of module that is a MoCoQueue", name, TypeError)

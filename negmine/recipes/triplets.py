@@ -1,8 +1,8 @@
 """Published triplet and pair losses, each as one function that returns the configured loss module.
 
-    loss = negmine.recipes.ephn()
-    loss(embeddings, embeddings, labels, labels, query_ids=ids, key_ids=ids)   within a batch; a sample is not its own positive
-    loss(query, queue.keys, labels, queue.labels)                              with the keys of a queue that has labels
+loss = negmine.recipes.ephn()
+loss(embeddings, embeddings, labels, labels, query_ids=ids, key_ids=ids)   within a batch; a sample is not its own positive
+loss(query, queue.keys, labels, queue.labels)                              with the keys of a queue that has labels
 """
 
 from typing import Any

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from negmine.ops.checks import describe, refuse
+from negmine.ops.checks import Phrase, describe, kind_of, refuse
 from negmine.options import is_real
 
 OP = "hardness_report"
@@ -52,11 +52,12 @@ def checked_classes(query_labels: Any, corpus_labels: Any, Q: int, K: int) -> Cl
             raise refuse(OP, name, "given together with the other labels", None)
         array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
         if array.shape != (rows,) or array.dtype.kind not in "iuU":
-            came = f"{array.dtype} of shape {array.shape}"
-            raise refuse(OP, name, f"{rows} ints or strings, one per row", came)
+            raise refuse(OP, name, f"{rows} ints or strings, one per row", array)
         given.append(array)
     if (given[0].dtype.kind == "U") != (given[1].dtype.kind == "U"):
-        raise refuse(OP, "corpus_labels", "of the same type as query_labels", str(given[1].dtype))
+        raise refuse(
+            OP, "corpus_labels", f"of the same type as query_labels ({given[0].dtype})", Phrase(given[1].dtype)
+        )
     _, codes = np.unique(np.concatenate(given), return_inverse=True)
     return Classes((given[0], given[1]), codes[:Q].astype(np.int64), codes[Q:].astype(np.int64))
 
@@ -71,7 +72,7 @@ def _by_matrix(name: str, matrix: np.ndarray, classes: Classes | None) -> Measur
     ]
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or max(ends[:2]) >= len(matrix) or max(ends[2:]) > 0:
         wanted = "a (C, C) matrix with one row per label, and labels in [0, C)"
-        raise refuse(OP, name, wanted, f"shape {matrix.shape} and a largest label of {max(ends[:2])}")
+        raise refuse(OP, name, wanted, Phrase(f"shape {matrix.shape} and a largest label of {max(ends[:2])}"))
     return lambda queries, rows: matrix[of_query[queries], of_row[rows]]
 
 
@@ -87,10 +88,10 @@ def checked_measures(value: Any, classes: Classes | None) -> dict[str, Measure]:
         elif isinstance(measure, (np.ndarray, Tensor, list)):
             matrix = measure.detach().cpu().numpy() if isinstance(measure, Tensor) else np.asarray(measure)
             if matrix.dtype.kind not in "fiub":
-                raise refuse(OP, label, "a matrix of numbers", str(matrix.dtype), TypeError)
+                raise refuse(OP, label, "a matrix of numbers", matrix, TypeError)
             measures[str(name)] = _by_matrix(label, matrix.astype(np.float64), classes)
         else:
-            raise refuse(OP, label, "a (C, C) matrix or a callable", type(measure).__name__, TypeError)
+            raise refuse(OP, label, "a (C, C) matrix or a callable", kind_of(measure), TypeError)
     return measures
 
 

@@ -448,7 +448,7 @@ def _older(previous: Any, Q: int, K: int) -> tuple[Rows, Rows] | None:
         return None
     if not isinstance(previous, (tuple, list)) or len(previous) != 2:
         raise checks.refuse(
-            OP, "previous", "a pair (query_embeddings, corpus_embeddings)", type(previous).__name__, TypeError
+            OP, "previous", "a pair (query_embeddings, corpus_embeddings)", checks.kind_of(previous), TypeError
         )
     older = Rows.open(OP, "previous[0]", previous[0]), Rows.open(OP, "previous[1]", previous[1])
     if (len(older[0]), len(older[1])) != (Q, K) or older[0].dim != older[1].dim:

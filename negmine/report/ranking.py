@@ -39,7 +39,7 @@ def _load(op: str, name: str, rows: Rows, numbers: np.ndarray | None, normalize:
         if len(bad):
             row = begin + int(bad[0])
             raise checks.refuse(
-                op, name, "finite", f"NaN or infinity in row {row if numbers is None else numbers[row]}"
+                op, name, "finite", checks.Phrase(f"NaN or infinity in row {row if numbers is None else numbers[row]}")
             )
         if normalize:
             made[begin : begin + BLOCK] = F.normalize(part, dim=1).to(block.dtype)

@@ -48,7 +48,7 @@ class QueryBatches:
         names = getattr(dataset, "column_names", None)
         if not names or not hasattr(dataset, "__len__"):
             raise checks.refuse(
-                OP, "dataset", "a datasets.Dataset, which has a length", type(dataset).__name__, TypeError
+                OP, "dataset", "a datasets.Dataset, which has a length", checks.kind_of(dataset), TypeError
             )
         rows = []
         for row, text in enumerate(dataset[names[0]]):
@@ -96,7 +96,7 @@ def hard_batches(result: MiningResult, *, datasets: Any = None) -> QueryBatches:
     4
     """
     if not isinstance(result, MiningResult):
-        raise checks.refuse(OP, "result", "a MiningResult", type(result).__name__, TypeError)
+        raise checks.refuse(OP, "result", "a MiningResult", checks.kind_of(result), TypeError)
     if result.query_texts is None:
         raise checks.refuse(OP, "result", "mined with query_texts, by which the rows of a dataset are found", None)
     return QueryBatches(result, datasets)

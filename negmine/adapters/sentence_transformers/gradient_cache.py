@@ -27,7 +27,7 @@ def rows_of(op: str, features: Features) -> int:
         first = next(iter(tensors.values()), None)
     per_text = {name: value for name, value in tensors.items() if name != "prompt_length"}
     if first is None or "offsets" in features or any(len(value) != len(first) for value in per_text.values()):
-        came = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
+        came = checks.Phrase(", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items()) or "none")
         wanted = "padded tensors with one row for each text, to split into mini-batches (neither packed nor of images)"
         raise checks.refuse(op, "sentence_features", wanted, came)
     return len(first)

@@ -420,7 +420,7 @@ class GISTEmbedLoss(nn.Module):
             checks.require_bool(op, name, flag)
         for name, given in (("model", model), ("guide", guide)):
             if not hasattr(getattr(given, "tokenizer", None), "get_vocab"):
-                raise checks.refuse(op, name, "a module with a tokenizer of transformers", type(given).__name__)
+                raise checks.refuse(op, name, "a module with a tokenizer of transformers", checks.kind_of(given))
         self.model, self.guide, self.temperature = model, guide, temperature
         self.margin_strategy, self.margin = margin_strategy, margin
         self.contrast_anchors, self.contrast_positives = contrast_anchors, contrast_positives

@@ -228,7 +228,7 @@ def _columns(dataset: Any, anchor: str | None, positive: str | None) -> tuple[li
     columns = list(getattr(dataset, "column_names", ()))
     if len(columns) < 2 or not len(dataset):
         raise checks.refuse(
-            OP, "dataset", "a datasets.Dataset of 1 row or more and two columns or more", type(dataset).__name__
+            OP, "dataset", "a datasets.Dataset of 1 row or more and two columns or more", checks.kind_of(dataset)
         )
     for name, asked in {"anchor_column_name": anchor, "positive_column_name": positive}.items():
         if asked is not None and asked not in columns:
