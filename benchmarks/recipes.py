@@ -89,7 +89,9 @@ def draw(rows: list[Row], steps: int, path: Path) -> None:
         axes.legend(loc="lower right")
     axes.set_yticks(range(len(ranking)), [RECIPES[name].title for name, _ in reversed(ranking)])
     count = max((len(values["mrr"]) for _, values in ranking), default=0)
-    axes.set_xlabel(f"held-out MRR after {steps} steps; small dots are seeds (at most {count}), bars their range")
+    axes.set_xlabel(
+        f"held-out MRR after {steps} steps; small dots are seeds (at most {count}), bars their range", loc="right"
+    )
     axes.grid(axis="x", alpha=0.25)
     save(figure, path)
 
