@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import negmine
-from negmine import Mix, MoCoQueue, Negatives, Select, Weight
+from negmine import Guide, Mix, MoCoQueue, Negatives, Select, Weight, recipes
 from negmine.adapters.open_clip import ClipLoss
+from negmine.adapters.pytorch_metric_learning import CrossBatchMemory
 from negmine.cli import main
 
 B, K, D = 4, 20, 8
@@ -118,6 +119,105 @@ MISTAKES = {
     "training data without texts": (
         lambda: mine().to_jsonl("train.jsonl"),
         "to_jsonl: query_texts must be given, here or when the negatives are mined",
+    ),
+    "a list of rows as keys": (
+        lambda: loss(negatives=[[0.1] * D] * K),
+        "negative_keys[0] must be a tensor, a MoCoQueue, a Negatives, or None for in-batch negatives, got a list, which torch",
+    ),
+    "several queues where one is taken": (
+        lambda: negmine.mine_hardest(q, [k, k], 3),
+        "negative_keys must be a tensor, a MoCoQueue, a Negatives, or None for in-batch negatives, got several pools, but mine_",
+    ),
+    "negatives in negatives": (
+        lambda: loss(negatives=Negatives(Negatives(k))),
+        "negative_keys.keys must be a tensor, a MoCoQueue, or None, got a Negatives",
+    ),
+    "ids in a list": (
+        lambda: loss(negatives=Negatives(k, ids=torch.arange(K)), query_ids=[1, 2, 3, 4]),
+        "query_ids must be a tensor, got a list, which torch.as_tensor converts",
+    ),
+    "a schedule in a function": (
+        lambda: loss(temperature=recipes.linear(1.0, 0.1, 10)),
+        "temperature must be a number above 0 or a 0-d floating tensor (schedules and LogScale are for modules",
+    ),
+    "a guide of another width": (
+        lambda: Guide(q, p, torch.randn(K, 9)),
+        "Guide: keys must be of shape (K, G) or (B, M, G) with query's G = 8, got float32 tensor of shape (20, 9)",
+    ),
+    "a fraction as a rank": (
+        lambda: negmine.rank_thresholds(q, k, [0.05]),
+        "(for fractions, use quantile), got [0.05]",
+    ),
+    "nothing to mix": (lambda: negmine.mix_negatives(q, k, None), "mix_negatives: mix must be a negmine.Mix, got None"),
+    "one view and no labels": (
+        lambda: negmine.sup_con(q, None),
+        "query_labels must be given if keys is None and query has one view, because no query would have a positive",
+    ),
+    "a recipe as a loss": (
+        lambda: recipes.mochi(q, p, k),
+        "Mix: hard must be an int of 1 or more, got float32 tensor of shape (4, 8) on cpu",
+    ),
+    "the name of a schedule": (lambda: recipes.ring("linear"), "ring: outer must be a finite number or a 0-d floating"),
+    "percent in a word": (lambda: recipes.perc_pos("95%"), "perc_pos: percentage must be a finite number or a 0-d"),
+    "a schedule of ranks": (
+        lambda: recipes.hardest(recipes.linear(100, 10, 1000)),
+        "got 100.0 (use whole for a schedule of ranks)",
+    ),
+    "a schedule of counts": (
+        lambda: recipes.mochi(5, recipes.whole(recipes.linear(8, 4, 1000))),
+        "(numbers of negatives determine shapes and cannot be schedules)",
+    ),
+    "an option of another recipe": (
+        lambda: recipes.rince(gamma=1.0),
+        "rince: there is no argument gamma; its arguments are temperature, r, lam, reduction,",
+    ),
+    "half an option": (
+        lambda: recipes.rince(temperatur=0.1),
+        "rince: there is no argument temperatur; did you mean temp",
+    ),
+    "a word for a number": (
+        lambda: recipes.ifm("small"),
+        "ifm: epsilon must be a finite number or a 0-d floating tensor",
+    ),
+    "the temperature of SigLIP": (
+        lambda: negmine.SigLIPLoss(temperature=0.1),
+        "SigLIPLoss: there is no argument temperature; its arguments are scale, bias, learn",
+    ),
+    "queries of another batch in a recipe": (
+        lambda: recipes.qwen3_embedding()(q, p[:2]),
+        "qwen3_embedding: positive_key must be of query's shape (4, 8)",
+    ),
+    "a loss without labels in a memory": (
+        lambda: CrossBatchMemory(negmine.InfoNCELoss(), D),
+        "CrossBatchMemory: loss must be a TripletLoss, SupConLoss or MultiSimilarityLoss, or a loss of pytorch-metric-learning",
+    ),
+    "a misspelt option": (
+        lambda: mine(num_negative=3),
+        "mine_hard_negatives: there is no argument num_negative; did you mean num_negatives?",
+    ),
+    "an option of another package": (
+        lambda: mine(top_k=3),
+        "mine_hard_negatives: there is no argument top_k; see help(mine_hard_negatives)",
+    ),
+    "a misspelt option with texts": (
+        lambda: negmine.mining.from_texts(len, ["a"], ["b"], [0], num_negs=3),
+        "from_texts: there is no argument num_negs; did you mean num_negatives?",
+    ),
+    "a misspelt option in rounds": (
+        lambda: negmine.mining.mining_rounds(lambda number: 1 / 0, lambda number, result: None, [0], num_negs=3),
+        "mining_rounds: there is no argument num_negs; did you mean num_negatives?",
+    ),
+    "a round of queries only": (
+        lambda: negmine.mining.mining_rounds(lambda number: q, lambda number, result: None, [0, 1, 2, 3]),
+        "embed must be a function that returns (query_embeddings, corpus_embeddings), or None, got one that returns a Tensor",
+    ),
+    "ids of half the corpus": (
+        lambda: mine(corpus_ids=["a", "b"]),
+        "corpus_ids must be 20 ids, one per row, got 2",
+    ),
+    "a table of vectors as positives": (
+        lambda: negmine.mine_hard_negatives(q, k, q.numpy()),
+        "positives[0] must be a flat sequence of ints, got float32 array of shape (8,)",
     ),
     "a file of another kind": (lambda: negmine.mining.MiningResult.load(__file__), "was not written by save"),
 }

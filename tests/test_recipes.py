@@ -214,7 +214,7 @@ REFUSALS = [
     (lambda: call(recipes.rince(temperature=0.0), ""), "rince: temperature must be a number above 0"),
     (
         lambda: call(recipes.rince(negative_mark=1), ""),
-        "rince: negative_mark is not a keyword argument; those of the pool are",
+        "rince: there is no argument negative_mark; its arguments are temperature, r, lam, reduction",
     ),
     (lambda: recipes.mixed_inputs(torch.arange(3)), "mixed_inputs: inputs must be a floating tensor of shape (B, ...)"),
     (lambda: recipes.mixed_inputs(torch.ones(3), concentration=0), "concentration must be a number above 0"),
@@ -319,7 +319,7 @@ def test_ranks_move_in_whole_numbers_and_counts_do_not():
     steps = recipes.whole(recipes.linear(64, 128, 100))
     assert [steps(s) for s in (0, 1, 99, 200)] == [64, 65, 127, 128]
     assert recipes.hardest(steps).at(99)["select"] == Select(0.0, 127)
-    with pytest.raises(ValueError, match="pairs must be an int of 0 or more, got tensor"):
+    with pytest.raises(ValueError, match=r"pairs must be an int of 0 or more, got 0.0 .*cannot be schedules"):
         recipes.mochi(5, recipes.linear(0, 8, 4))
     kinds = recipes.synco(sigma=recipes.linear(0.1, 0.0, 4)).at(1)
     assert kinds["kinds"] == recipes.Kinds(sigma=0.1 * 0.75)

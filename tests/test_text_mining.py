@@ -132,7 +132,7 @@ def test_checks_come_before_the_model():
 
     for change, words in (
         ({"num_negatives": 0}, "num_negatives must be an int of 1 or more"),
-        ({"num_negs": 3}, "num_negs must be an argument of from_texts or of mine_hard_negatives"),
+        ({"num_negs": 3}, "from_texts: there is no argument num_negs; did you mean num_negatives?"),
         ({"range_min": 3}, r"select=Select(range_min=3)"),
         ({"positives": [99] * 12}, "positives must be row numbers of the corpus, in [0, 60), got 99 for query 0"),
         ({"corpus": [*D, None]}, "corpus must be strings, got None in row 60"),

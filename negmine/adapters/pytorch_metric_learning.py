@@ -239,6 +239,9 @@ class CrossBatchMemory(nn.Module):
         op = "CrossBatchMemory"
         if not isinstance(loss, nn.Module):
             raise checks.refuse(op, "loss", "a loss module", loss, TypeError)
+        if isinstance(loss, ScheduledLoss) and not isinstance(loss, LABEL_LOSSES):
+            wanted = "a TripletLoss, SupConLoss or MultiSimilarityLoss, or a loss of pytorch-metric-learning"
+            raise checks.refuse(op, "loss", wanted, checks.kind_of(loss), TypeError)
         if miner is not None and isinstance(loss, LABEL_LOSSES):
             raise checks.refuse(
                 op, "miner", "None with a negmine loss, which has its own mining", checks.kind_of(miner)

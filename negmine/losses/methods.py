@@ -10,6 +10,7 @@ Invalid arguments raise ValueError or TypeError.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from negmine.options import Guide, Negatives, Select, beta_quantiles
 from negmine.selection import SummedColumns, summed_columns
 
 TAGS = ("query_ids", "query_labels")
+POOL = (*TAGS, *Draw._fields, "select", "backend")  # the keyword arguments in **pool
 
 
 class Logits(NamedTuple):
@@ -45,10 +47,7 @@ def draw_of(op: str, pool: dict) -> Draw:
 
 def columns_of(op: str, query: Tensor, negative_keys: Any, positive_key: Tensor, pool: dict) -> SummedColumns:
     """The checked columns of negmine.logsumexp, with errors that name `op`. `pool` has its other keyword arguments."""
-    known = (*TAGS, *Draw._fields, "select", "backend")
-    for name in pool:
-        if name not in known:
-            raise TypeError(f"{op}: {name} is not a keyword argument; those of the pool are {', '.join(known)}")
+    checks.require_known(op, pool, POOL)
     return summed_columns(
         op, ("logsumexp",), query, positive_key, negative_keys, pool.get("select"), pool.get("query_ids"),
         pool.get("query_labels"), draw_of(op, pool), pool.get("backend"),
@@ -291,7 +290,7 @@ def both_sides(
     with equal ids or labels, for example of the same document, are not negatives of each other; ids and labels are also compared
     with those of negative_keys. If a Negatives has a select, it replaces the mask m for its keys.
     """
-    op = "both_sides"
+    op = "gte" if document_query is True else "qwen3_embedding"  # the recipes that configure this function
     checks.require_bool(op, "document_query", document_query)
     if pool.get("select") is not None:
         raise checks.refuse(op, "select", "None, because margin determines it", pool["select"])
@@ -547,16 +546,36 @@ def mixed_inputs(
     return across * inputs + (1 - across) * inputs[partner], share, partner
 
 
+def _check_options(method: Callable[..., Tensor], options: dict[str, Any]) -> None:
+    """Check the names of the options of a function of this file, and the values that are not schedules."""
+    op, parameters = method.__name__, inspect.signature(method).parameters
+    known = [name for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY]
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        known += POOL
+    checks.require_known(op, options, known)
+    for name, value in options.items():
+        if callable(value):  # a schedule or a LogScale
+            continue
+        if name == "temperature":
+            checks.require_temperature(op, value)
+        elif name == "reduction":
+            checks.require_choice(op, name, value, checks.REDUCTIONS)
+        elif value is not None and name in parameters and type(parameters[name].default) is float:
+            checks.require_scalar(op, name, value)
+
+
 class MethodLoss(ScheduledLoss):
     """A function of this file as a module. Hyperparameters are passed to the constructor, tensors and masks to the call.
 
     Any number may be a schedule, that is, a callable of the step (see `negmine.recipes.linear`). In training mode, calls without
     `step` are counted in the buffer `step`. A number that is an nn.Parameter, or a temperature that is a negmine.losses.LogScale,
-    is learned.
+    is learned. The constructor raises ValueError or TypeError for an option that the function does not have, and for an option
+    that is not a number where one is needed; bounds of numbers are checked in the call.
     """
 
     def __init__(self, method: Callable[..., Tensor], **options: Any) -> None:
         super().__init__()
+        _check_options(method, options)
         self.method = method
         self.options = {
             name: value for name, value in options.items() if not isinstance(value, (nn.Parameter, nn.Module))

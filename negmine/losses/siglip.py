@@ -235,6 +235,10 @@ class SigLIPLoss(ScheduledLoss):
             scale = LogScale(checks.require_number("SigLIPLoss", "scale", scale, above=0), None)
             scale.requires_grad_(learn)
         bias = checks.require_scalar("SigLIPLoss", "bias", bias)
+        own = ("scale", "bias", "learn", "gather_distributed", "process_group")
+        checks.require_known("SigLIPLoss", options, (*own, "select", "reduction", "seed", "backend"))
+        if "reduction" in options:
+            checks.require_choice("SigLIPLoss", "reduction", options["reduction"], checks.REDUCTIONS)
         self.scale = scale
         self.bias = nn.Parameter(torch.tensor(float(bias), dtype=torch.float32), requires_grad=learn)
         self.options = options

@@ -170,7 +170,7 @@ def sup_con(
         may be overwritten before backward. A MoCoQueue or a Negatives is used with its labels, ids and mask. A list of them
         means the same as their concatenation, which is not computed. None means the queries themselves with all their views,
         except that a view is not a key of itself. The positives are then the queries with the same label or, without labels,
-        the other views of the same sample (SimCLR), and `query_ids` and `key_ids` must be None.
+        the other views of the same sample (SimCLR; V must be 2 or more). `query_ids` and `key_ids` must be None.
     query_labels : Tensor (B,), optional
         Integer tensor. Keys with an equal label are positives. -1 means unknown and is equal to nothing.
     key_labels : Tensor (K,), optional
@@ -329,6 +329,9 @@ def _checked(
             if value is not None:
                 raise checks.refuse(op, name, "None if keys is None", value)
         keys, own = rows, torch.arange(B * V, device=query.device)  # (B V,)
+        if query_labels is None and not named and V == 1:
+            wanted = "given if keys is None and query has one view, because no query would have a positive"
+            raise checks.refuse(op, "query_labels", wanted, None, TypeError)
         if query_labels is None and not named:
             query_labels = torch.arange(B, device=query.device)
         labels = None if query_labels is None else _of_views(op, "query_labels", query_labels, B, V)
@@ -495,7 +498,7 @@ def _as_own_keys(
     B, V = query.shape[0], query.shape[1] if query.dim() == 3 else 1
     first = rank << 40
     by_pair = [name for name in ("positive_mask", "positive_weights") if masks.get(name) is not None]
-    if query_labels is None and not by_pair:
+    if query_labels is None and not by_pair and V > 1:
         query_labels = first + torch.arange(B, device=query.device)
     if isinstance(query_labels, Tensor) and query_labels.shape == (B,):
         query_labels = query_labels.repeat_interleave(V)  # any other shape raises an error later

@@ -68,7 +68,7 @@ LOW_RECALL = (
 )
 
 
-@checks.refuses_select_fields(OP)
+@checks.refuses_unknown_names(OP)
 def mine_hard_negatives(
     query_embeddings: Any,
     corpus_embeddings: Any,

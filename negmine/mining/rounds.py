@@ -12,6 +12,7 @@ data and the devices belong to the user's callables.
 """
 
 import contextlib
+import inspect
 import os
 import re
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from negmine import reference
 from negmine.mining.atomic_file import atomic_write
 from negmine.mining.executors import open_queries, pair_scores
 from negmine.mining.hard_negatives import OP as MINING
-from negmine.mining.hard_negatives import mine_hard_negatives, open_corpus
+from negmine.mining.hard_negatives import check_options, mine_hard_negatives, open_corpus
 from negmine.mining.identity import Side, resolve
 from negmine.mining.numpy_file import read_npz
 from negmine.mining.process_ranks import ProcessRanks
@@ -37,6 +38,7 @@ from negmine.ops import checks, sort_key
 from negmine.options import Select, is_real
 
 OP = "mining_rounds"
+EMBEDDED = ("query_embeddings", "corpus_embeddings", "positives")
 ROUND = re.compile(r"round-(\d{6,})\.npz")
 
 
@@ -154,6 +156,9 @@ def mining_rounds(
             raise checks.refuse(OP, "min_new", "a share in [0, 1]", min_new)
         if not callable(embed):
             raise checks.refuse(OP, "embed", "a callable", embed, TypeError)
+        known = inspect.signature(mine_hard_negatives).parameters
+        checks.require_known(OP, mining, [name for name in known if name not in EMBEDDED])
+        check_options(mining)
         if (train_round is None) != (folder is not None) or not (train_round is None or callable(train_round)):
             wanted = "a callable, or None if folder is given and another process trains"
             raise checks.refuse(OP, "train_round", wanted, train_round, TypeError)
@@ -197,6 +202,10 @@ def _mine_round(
     """The round; None where the rounds end."""
     with ranks.together():
         embedded = embed(number)
+        if embedded is not None and not (isinstance(embedded, (tuple, list)) and len(embedded) == 2):
+            wanted = "a function that returns (query_embeddings, corpus_embeddings), or None"
+            came = checks.Phrase(f"one that returns {checks.kind_of(embedded)}")
+            raise checks.refuse(OP, "embed", wanted, came, TypeError)
         ranks.require_same({"embed returns None": embedded is None})
     if embedded is None:
         return None

@@ -37,7 +37,7 @@ METHODS = {
 GIVEN = ("query_embeddings", "corpus_embeddings", "positives", "query_texts", "corpus_texts", "query_ids", "corpus_ids")
 
 
-@checks.refuses_select_fields(OP)
+@checks.refuses_unknown_names(OP)
 def from_texts(
     model: Any,
     queries: Any,
@@ -102,10 +102,8 @@ def from_texts(
     >>> result.to_triplets().shape
     (2, 3)
     """
-    known = inspect.signature(mine_hard_negatives).parameters
-    for name in mining:
-        if name not in known or name in GIVEN:
-            raise TypeError(f"{OP}: {name} must be an argument of from_texts or of mine_hard_negatives, got {name}=")
+    known = [name for name in inspect.signature(mine_hard_negatives).parameters if name not in GIVEN]
+    checks.require_known(OP, mining, [*inspect.signature(from_texts).parameters, *known])
     if mining.get("process_group") is not None:
         raise checks.refuse(
             OP, "process_group", "left out, because one process embeds the texts", mining["process_group"]

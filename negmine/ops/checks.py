@@ -1,7 +1,9 @@
 """Argument checks. Each error is one sentence that names the function, the argument, what was wanted and what came."""
 
+import difflib
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar, cast
 
@@ -29,6 +31,7 @@ __all__ = ["MAX_DESCRIPTION", "Phrase", "describe", "kind_of", "not_a_tensor"]  
 OPTION_TYPES = {"select": Select, "mix": Mix, "weight": Weight, "false_negatives": FalseNegatives}
 SELECT_FIELDS = tuple(field.name for field in fields(Select))
 Function = TypeVar("Function", bound=Callable[..., Any])
+MOST_LISTED = 12  # arguments that a message lists
 REDUCTIONS = ("mean", "sum", "none")
 COMMON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -38,20 +41,35 @@ def refuse(op: str, name: str, wanted: str, came: Any, error: type[Exception] = 
     return error(f"{op}: {name} must be {wanted}, got {describe(came)}")
 
 
-def refuses_select_fields(op: str) -> Callable[[Function], Function]:
-    """A decorator that raises a TypeError with advice if a field of Select is passed as an argument of the function."""
+def refuses_unknown_names(op: str) -> Callable[[Function], Function]:
+    """A decorator that raises a TypeError with advice if a keyword is not an argument of the function, or a field of Select."""
 
     def decorate(function: Function) -> Function:
+        parameters = inspect.signature(function).parameters
+        has_others = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
         @functools.wraps(function)
         def checked(*args: Any, **options: Any) -> Any:
             flat = ", ".join(f"{name}={describe(options[name])}" for name in SELECT_FIELDS if name in options)
             if flat:
                 raise TypeError(f"{op}: filters and ranks must be given as select=Select({flat}), got {flat}")
+            if not has_others:
+                require_known(op, options, tuple(parameters))
             return function(*args, **options)
 
         return cast(Function, checked)
 
     return decorate
+
+
+def require_known(op: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise a TypeError that suggests another name for the first name that is not one of the known arguments."""
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            listed = f"its arguments are {', '.join(known)}" if len(known) <= MOST_LISTED else f"see help({op})"
+            advice = f"did you mean {close[0]}?" if close else listed
+            raise TypeError(f"{op}: there is no argument {name}; {advice}")
 
 
 def require_stored(op: str, name: str, value: Tensor) -> None:

@@ -16,6 +16,11 @@ from torch import Tensor
 from negmine.losses.schedules import at_start, at_step
 from negmine.ops import checks
 
+# What to do if the value of a schedule is not what an option needs.
+ADVICE = {
+    "must be a rank (int": "use whole for a schedule of ranks",
+    "must be an int of": "numbers of negatives determine shapes and cannot be schedules",
+}
 Number = float | Tensor | Callable[[Tensor], Tensor]
 Temperature = Number
 
@@ -230,5 +235,22 @@ class Scheduled:
 
 def scheduled(make: Callable[..., Any], **keywords: Any) -> Any:
     """make(**keywords), or a schedule of it if a keyword is a schedule. Invalid values at step 0 raise an error at once."""
-    made = make(**at_start(keywords))
-    return Scheduled(make, keywords) if any(map(callable, keywords.values())) else made
+    schedules = {name for name, value in keywords.items() if callable(value)}
+    if not schedules:
+        return make(**keywords)
+    start = at_start(keywords)
+    numbers = {name: value.item() if name in schedules and is_number(value) else value for name, value in start.items()}
+    try:
+        make(**numbers)  # checks the values of schedules
+        make(**start)  # checks their types: in training they are tensors, whose values are not read
+    except ValueError as error:
+        for wanted, advice in ADVICE.items():
+            if wanted in str(error) and any(f": {name} must be" in str(error) for name in schedules):
+                raise ValueError(f"{error} ({advice})") from None
+        raise
+    return Scheduled(make, keywords)
+
+
+def is_number(value: Any) -> bool:
+    """True for a 0-d tensor that has data."""
+    return isinstance(value, Tensor) and value.dim() == 0 and not value.is_meta

@@ -4,6 +4,7 @@ from typing import Any
 
 from negmine.losses import InfoNCELoss, methods
 from negmine.losses.methods import MethodLoss
+from negmine.ops import checks
 from negmine.options import Select
 from negmine.recipes.schedules import Number, Temperature, scheduled
 
@@ -83,7 +84,7 @@ def easiest(fraction: Number = 0.95, *, temperature: Temperature = 0.2, **keywor
 
 def easiest_select(fraction: float) -> Select:
     """The Select for the easiest `fraction`."""
-    return Select(1.0 - fraction, 1.0)
+    return Select(1.0 - checks.require_scalar("easiest", "fraction", fraction), 1.0)
 
 
 def ring(
@@ -141,14 +142,14 @@ def ring(
     >>> loss_of = negmine.recipes.ring(negmine.recipes.linear(1.0, 0.1, 1000), 0.1)
     >>> loss = loss_of(query, key, queue, step=500)
     """
-    if inner_of not in ("outer", "all"):
-        raise ValueError(f"ring: inner_of must be 'outer' or 'all', got {inner_of!r}")
+    checks.require_choice("ring", "inner_of", inner_of, ("outer", "all"))
     select = scheduled(ring_select, outer=outer, inner=inner, inner_of=inner_of, sample=sample, replace=replace)
     return InfoNCELoss(temperature, select=select, **keywords)
 
 
 def ring_select(outer: float, inner: float, inner_of: str, sample: int | None, replace: bool) -> Select:
     """The Select for a ring: the hardest `outer` without its innermost part."""
+    outer, inner = (checks.require_scalar("ring", name, value) for name, value in (("outer", outer), ("inner", inner)))
     return Select(inner * outer if inner_of == "outer" else inner, outer, sample=sample, replace=replace)
 
 
@@ -274,4 +275,4 @@ def gist(
 
 def perc_pos_select(percentage: float, hardest: int | float | None) -> Select:
     """The Select for scores below `percentage` of the positive's score."""
-    return Select(0, hardest, relative_margin=1.0 - percentage)
+    return Select(0, hardest, relative_margin=1.0 - checks.require_scalar("perc_pos", "percentage", percentage))
