@@ -29,13 +29,13 @@ K = 65_536
 B = 256
 MOMENTUM = 0.99
 LEARNING_RATE = 1e-3
-SIGLIP_BIAS = -18.0  # at -10 the negatives outweigh the positive a thousandfold, and the heads forget what they knew
-WARM_UP = 0.2  # of the steps, without synthetic negatives
+SIGLIP_BIAS = -18.0  # with -10, the loss of the negatives is 1,000 times that of the positive, and the heads get worse
+WARM_UP = 0.2  # fraction of the steps that have no synthetic negatives
 EVALUATION_BLOCK = 512
 
 
 class Head(nn.Module):
-    """x (B, D) -> unit rows (B, D); at the start almost the identity."""
+    """x (B, D) -> unit rows (B, D). It is initialized to almost the identity."""
 
     def __init__(self, dim: int, hidden: int = 768) -> None:
         super().__init__()
@@ -54,20 +54,21 @@ class Head(nn.Module):
 class Recipe:
     title: str
     make: Callable[[int, int], nn.Module]  # (steps of the run, seed) -> the loss
-    window: tuple[float, float] = (0.0, 1.0)  # where its negatives lie, fractions of the ranking, hardest first
-    parents: int = 0  # the hardest ranks that synthetic negatives are mixed from
-    # What its loss takes beside keys and ids. "labels": the entries' own numbers, so that every key of the query's entry is a
-    # positive. "support": the positive key as the one further view. "mixed": sentence vectors mixed within the batch. "reversed":
-    # those mixed with the batch in reverse order. "pairs": the batch's positive keys and its entries' numbers, and no queue.
-    # "frequency": how often each entry is drawn, alike for all. "guide": sentence vectors as the guide's.
+    window: tuple[float, float] = (0.0, 1.0)  # ranks of its negatives, as fractions of the ranking (0: hardest)
+    parents: int = 0  # synthetic negatives are mixed from this many of the hardest negatives
+    # Inputs of the loss other than keys and ids. "labels": the numbers of the entries as labels, so that every key of the
+    # query's entry is a positive. "support": the positive key as the only additional view. "mixed": queries mixed within the
+    # batch. "reversed": queries mixed with those of the batch in reverse order, in addition to the plain ones. "pairs": the
+    # positive keys of the batch and the numbers of their entries, without a queue. "frequency": the sampling probability, which
+    # is the same for all entries. "guide": the sentence vectors as embeddings of the guide.
     feed: str = ""
 
 
-UNSEEDED = ("sup_con", "ephn", "batch_hard", "facenet")  # nothing in them is drawn
+UNSEEDED = ("sup_con", "ephn", "batch_hard", "facenet")  # recipes without random numbers
 
 
 def configured(title: str, name: str, **settings: Any) -> Recipe:
-    """A recipe of negmine.recipes at the demo's temperature, its draws keyed by the run's seed."""
+    """A recipe of negmine.recipes with the temperature of the demo and the seed of the run."""
     parts = ("window", "parents", "feed")
     described = {part: settings.pop(part) for part in parts if part in settings}
     options = {"temperature": TEMPERATURE} | settings
@@ -86,7 +87,7 @@ def annealed_ring(steps: int, seed: int) -> nn.Module:
 
 
 class TrainedNegatives(nn.Module):
-    """AdCo: the keys that the queue holds at the first step are the memory, which gradient ascent trains from then on."""
+    """AdCo: negatives that start as the keys of the queue at the first step, and are then trained by gradient ascent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ class TrainedNegatives(nn.Module):
         if self.memory is None:
             self.memory, self.ids = nn.Parameter(queue.keys.clone()), queue.queue_ids.clone()  # (K, D), (K,)
             self.ascent = torch.optim.SGD([self.memory], lr=3.0, momentum=0.9, weight_decay=1e-4, maximize=True)
-        else:  # with the gradient of the step before
+        else:  # with the gradient of the previous step
             self.ascent.step()
             self.ascent.zero_grad()
         memory = negmine.Negatives(F.normalize(self.memory, dim=1), ids=self.ids)
@@ -166,7 +167,7 @@ RECIPES = IN_DEMO | {
 
 @dataclass(frozen=True)
 class Metrics:
-    """Held-out queries against the whole corpus."""
+    """Results of ranking the whole corpus for the held-out queries."""
 
     recall_1: float
     recall_10: float
@@ -178,8 +179,8 @@ class Run:
     name: str
     query_head: Head
     key_head: Head
-    curve: list[tuple[int, Metrics]]  # (steps done, what the heads reach)
-    ms_per_step: float  # median, evaluation apart
+    curve: list[tuple[int, Metrics]]  # (steps done, metrics)
+    ms_per_step: float  # median, without evaluation
 
 
 @torch.no_grad()
@@ -212,25 +213,25 @@ def new_heads(dim: int, seed: int, device: torch.device) -> tuple[Head, Head]:
 
 
 def optimizer_of(learned: list[nn.Parameter], steps: int) -> tuple[torch.optim.AdamW, OneCycleLR]:
-    """The optimiser, and its rate over so many steps."""
+    """The optimizer, and its learning rate schedule for this number of steps."""
     optimizer = torch.optim.AdamW(learned, LEARNING_RATE, weight_decay=1e-4)
     return optimizer, OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
 
 
 @torch.no_grad()
 def follow(key_head: Head, query_head: Head) -> None:
-    """The key tower comes a little nearer to the query tower (MoCo)."""
+    """Update the key tower, which is a moving average of the query tower (MoCo)."""
     for slow, fast in zip(key_head.parameters(), query_head.parameters(), strict=True):
         slow.lerp_(fast, 1 - MOMENTUM)
 
 
 def queue_rows(task: Task, generator: torch.Generator) -> Tensor:
-    """The corpus rows that fill the queue at the start: (K,)."""
+    """(K,) corpus rows whose keys fill the queue at the start."""
     return torch.randperm(len(task.corpus), generator=generator)[:K].to(task.corpus.device)
 
 
 def train(name: str, task: Task, steps: int, seed: int, evaluate_at: list[int], before: Metrics) -> Run:
-    """Train one recipe; every recipe of a seed sees the same start, the same batches and the same queue entries."""
+    """Train one recipe. All recipes with the same seed have the same initial weights, batches and queue entries."""
     recipe = RECIPES[name]
     device = task.corpus.device
     generator = torch.Generator().manual_seed(seed)
@@ -242,7 +243,7 @@ def train(name: str, task: Task, steps: int, seed: int, evaluate_at: list[int], 
     rows = queue_rows(task, generator)  # (K,)
     queue.enqueue(key_head(task.corpus[rows]), ids=rows)
 
-    uniform = torch.full((), 1 / len(task.corpus), device=device).log()  # of an entry's being drawn
+    uniform = torch.full((), 1 / len(task.corpus), device=device).log()  # log probability that an entry is sampled
     curve, taken = [(0, before)], []
     progress = tqdm(range(steps), desc=f"{recipe.title:<38}", unit="step", mininterval=1.0)
     for step in progress:
@@ -252,27 +253,31 @@ def train(name: str, task: Task, steps: int, seed: int, evaluate_at: list[int], 
         with torch.no_grad():
             follow(key_head, query_head)
             positive_key = key_head(task.corpus[answers])  # (B, D)
-        inputs, further = task.queries[batch], {}  # (B, D)
+        inputs, extra_inputs = task.queries[batch], {}  # (B, D)
         if recipe.feed == "mixed":
-            inputs, further["share"], further["partner"] = negmine.recipes.mixed_inputs(inputs, seed=seed, step=step)
+            inputs, extra_inputs["share"], extra_inputs["partner"] = negmine.recipes.mixed_inputs(
+                inputs, seed=seed, step=step
+            )
         if recipe.feed == "support":
-            further["support"] = positive_key[:, None]  # (B, 1, D)
+            extra_inputs["support"] = positive_key[:, None]  # (B, 1, D)
         if recipe.feed == "frequency":
-            further |= {"positive_log_q": uniform.expand(B), "log_q": uniform.expand(K)}
+            extra_inputs |= {"positive_log_q": uniform.expand(B), "log_q": uniform.expand(K)}
         if recipe.feed == "guide":
-            further |= {"guide_query": task.queries[batch], "guide_positive": task.corpus[answers]}
-            further["guide_keys"] = task.corpus[queue.queue_ids]  # (K, D); the queue is full
+            extra_inputs |= {"guide_query": task.queries[batch], "guide_positive": task.corpus[answers]}
+            extra_inputs["guide_keys"] = task.corpus[queue.queue_ids]  # (K, D); the queue is full
         if recipe.feed == "reversed":
-            own = torch.Generator().manual_seed(seed * 1_000_003 + step)  # which leaves the batches as they are
-            further["share"] = share = torch.rand((), generator=own).to(device)
-            further["mixed_query"] = query_head(share * inputs + (1 - share) * inputs.flip(0))
+            share_generator = torch.Generator().manual_seed(
+                seed * 1_000_003 + step
+            )  # so that the batches stay the same
+            extra_inputs["share"] = share = torch.rand((), generator=share_generator).to(device)
+            extra_inputs["mixed_query"] = query_head(share * inputs + (1 - share) * inputs.flip(0))
         query = query_head(inputs)  # (B, D)
         if recipe.feed == "labels":
             loss = loss_of(query, torch.cat([positive_key, queue.keys]), answers, torch.cat([answers, queue.ids]))
         elif recipe.feed == "pairs":
             loss = loss_of(query, positive_key, answers)
         else:
-            loss = loss_of(query, positive_key, queue, query_ids=answers, **further, step=step)
+            loss = loss_of(query, positive_key, queue, query_ids=answers, **extra_inputs, step=step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
