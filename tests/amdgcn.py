@@ -1,14 +1,14 @@
-"""Assembly of kernels that Triton compiles for AMD GPUs: what they take, and their loops."""
+"""Read the assembly of kernels that Triton compiles for AMD GPUs: resources, loops and matrix instructions."""
 
 import re
 
 from tests import sass
 
-WAVE = {"gfx942": 64, "gfx1100": 32}  # lanes that run together
+WAVE = {"gfx942": 64, "gfx1100": 32}  # lanes of a wavefront
 
 
 def resources(assembly: str) -> dict[str, int]:
-    """Registers of a lane, bytes of scratch memory of a lane, bytes of shared memory of a program, and spilled registers."""
+    """Return registers and scratch bytes per lane, shared bytes per program, and the number of spilled registers."""
     fields = {
         "registers": "vgpr_count",
         "scratch": "private_segment_fixed_size",
@@ -19,7 +19,7 @@ def resources(assembly: str) -> dict[str, int]:
 
 
 def parsed(assembly: str) -> tuple[list[str], dict[int, int]]:
-    """The instructions of one kernel, and where those that jump lead."""
+    """Return the instructions of one kernel, and {index of a jump: index of its target}."""
     labels, code = {}, []
     for line in assembly.splitlines():
         if m := re.match(r"(\.LBB\w+):", line):
@@ -31,7 +31,7 @@ def parsed(assembly: str) -> tuple[list[str], dict[int, int]]:
 
 
 def innermost(assembly: str) -> list[list[str]]:
-    """The instructions of the innermost loops; of those that multiply, loops that do not are part."""
+    """Return the instructions of the innermost loops. See sass.spans."""
     code, jumps = parsed(assembly)
     return [code[a : b + 1] for a, b in sass.spans(code, jumps)]
 
@@ -42,13 +42,13 @@ def products(code: list[str]) -> set[str]:
 
 
 def multiplied(body: list[str]) -> int:
-    """How many products of two numbers a wave makes in these instructions of its matrix cores."""
+    """How many products of two numbers a wavefront computes with the matrix instructions among these."""
     shapes = [m.groups() for x in body if (m := re.match(r"v_(?:mfma|wmma)_f32_(\d+)x(\d+)x(\d+)", x))]
     return sum(int(m) * int(n) * int(k) for m, n, k in shapes)
 
 
 def inspect(built, terms: int, arch: str) -> dict:
-    """What tests/aot.py says of a kernel for a GPU of NVIDIA."""
+    """The same numbers that tests/aot.py reports for kernels of NVIDIA GPUs, as far as they apply."""
     assembly = built.asm["amdgcn"]
     code, _ = parsed(assembly)
     inner = innermost(assembly)
@@ -56,5 +56,5 @@ def inspect(built, terms: int, arch: str) -> dict:
     found = resources(assembly) | {"shared": built.metadata.shared}
     return found | {
         "products": sorted(products(code)),
-        "per_score": min((n / of for n, of in scores), default=0),
+        "per_score": min((instructions / count for instructions, count in scores), default=0),
     }

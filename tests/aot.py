@@ -1,9 +1,10 @@
-"""Launches of the Triton kernels on cards that are not here: recorded, compiled ahead of time, and their instructions counted.
+"""Record the launches of the Triton kernels for GPUs that this machine lacks, compile them, and count their instructions.
 
-Launches are recorded by calling the launchers on meta tensors, with torch answering for the card: so what is compiled is what
-tiles.py would choose there, arguments and all. Instructions are machine instructions of the main loop, divided by the scores a
-thread handles in one turn. An op is named with what its pool holds, as "logsumexp+ids"; "ragged" is a queue that ends within a
-tile. Where ids or labels hide few pairs, the main loop is that over tiles without such a pair, together with the search for them.
+Launches are recorded by calling the launchers on meta tensors, while PyTorch is patched to report the properties of the GPU. So
+the kernels are compiled with the tile sizes and arguments that tiles.py chooses for that GPU. The reported number is the machine
+instructions of the main loop, divided by the scores that one thread computes in an iteration. The name of an op contains the
+fields of its pool, for example "logsumexp+ids"; "ragged" is a queue that ends within a tile. With ids or labels, the main loop is
+the loop over tiles in which no ids or labels are equal, together with the loop that searches for equal ones.
 """
 
 import json
@@ -18,14 +19,14 @@ import torch
 from negmine.ops.pool import Pool
 from tests import amdgcn, sass
 
-PROCESSORS = 132  # of the card that torch is made to see
-AMD = {94: "gfx942", 110: "gfx1100"}  # by the compute capability that torch gives them
-FREE = ("empty", "empty_like", "new_empty", "empty_strided")  # torch ops that take memory alone
+PROCESSORS = 132  # multiprocessors of the GPU
+AMD = {94: "gfx942", 110: "gfx1100"}  # by the compute capability that PyTorch reports for them
+ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided")  # PyTorch ops that launch no kernel
 B, N = 1024, 1024
 
 
 def call(triton_ops, op: str, dtype: torch.dtype, D: int) -> None:
-    """One launcher on meta tensors of the usual sizes."""
+    """Call the launcher of an op with meta tensors of typical sizes."""
     op, *kinds = op.split("+")
     K = 65000 if "ragged" in kinds else 65536
 
@@ -75,7 +76,7 @@ def call(triton_ops, op: str, dtype: torch.dtype, D: int) -> None:
 
 
 class Launch(NamedTuple):
-    """One launch of a kernel as a launcher made it."""
+    """One launch of a kernel: its arguments and grid."""
 
     kernel: Any  # a triton.JITFunction
     args: tuple
@@ -84,7 +85,10 @@ class Launch(NamedTuple):
 
     @property
     def key(self) -> tuple:
-        """What the compiler makes a kernel of its own for, but for divisibilities, which follow from the shapes."""
+        """Launches with different keys need different compiled kernels.
+
+        Triton also compiles for the divisibility of arguments, but that follows from the shapes here.
+        """
         constants = tuple((p.name, x) for p, x in zip(self.kernel.params, self.args, strict=True) if p.is_constexpr)
         return self.kernel.fn.__name__, constants, [x is None for x in _flat(self.args)], str(self.kwargs)
 
@@ -94,14 +98,14 @@ def _flat(args: tuple) -> list:
 
 
 def runs_on_device(func) -> bool:
-    """Whether a torch op takes a launch: it is no view and allocates more than memory."""
+    """Whether a PyTorch op launches a kernel: it is neither a view nor a mere allocation."""
     schema = func._schema
     views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-    return not views and schema.name.removeprefix("aten::") not in FREE
+    return not views and schema.name.removeprefix("aten::") not in ALLOCATIONS
 
 
 def stand_in(capability: int, processors: int = PROCESSORS) -> list[Launch]:
-    """From now on torch answers for such a card, and launches go to the list that is returned."""
+    """Make PyTorch report such a GPU, and append all further launches to the returned list instead of running them."""
     from triton.runtime.jit import JITFunction
 
     from negmine.kernels.triton import launch, tiles
@@ -122,7 +126,7 @@ def stand_in(capability: int, processors: int = PROCESSORS) -> list[Launch]:
 
 
 def record(ops: tuple[str, ...], dtype: torch.dtype, D: int, capability: int) -> list[Launch]:
-    """Every different launch the ops would make on such a card."""
+    """Return every different launch of the ops on such a GPU."""
     import negmine.kernels.triton as triton_ops
 
     launches = stand_in(capability)
@@ -135,7 +139,7 @@ def record(ops: tuple[str, ...], dtype: torch.dtype, D: int, capability: int) ->
 
 
 def target_of(capability: int):
-    """The target of Triton's compiler: cards of AMD are those from tiles.AMD on."""
+    """The target of Triton's compiler. Capabilities from tiles.AMD on stand for GPUs of AMD."""
     from triton.backends.compiler import GPUTarget
 
     from negmine.kernels.triton import tiles
@@ -147,7 +151,7 @@ def target_of(capability: int):
 
 
 def specialise(kernel, args: tuple, kwargs: dict, capability: int) -> tuple[dict, dict, dict, dict, dict]:
-    """Arguments by name, and the types, constants, divisibilities and options by which Triton compiles a kernel for them."""
+    """Return the arguments by name, and the types, constants, divisibilities and options that Triton compiles a kernel with."""
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
@@ -159,7 +163,7 @@ def specialise(kernel, args: tuple, kwargs: dict, capability: int) -> tuple[dict
 
 
 def compile_for(kernel, args: tuple, kwargs: dict, capability: int):
-    """The compiled kernel, its arguments specialised as the launch would have them; and its arguments by name."""
+    """Compile a kernel as this launch would; return it and the arguments by name."""
     import triton
     from triton.compiler import ASTSource
 
@@ -169,11 +173,16 @@ def compile_for(kernel, args: tuple, kwargs: dict, capability: int):
 
 
 def inspect(built, rows: int, columns: int, terms: int, warps: int) -> dict:
-    """Registers, stack, spills inside loops, products by instruction (the width that a tile gives them aside), and instructions
-    per score of the shortest loop over tiles, and of the search that decides for it; those of the longest innermost loop, and
-    those in no loop.
+    """Return what the machine code of a kernel uses.
 
-    terms: of the products that a score takes part in, its own and that of its weight.
+    registers, stack, local, shared   registers, and bytes of memory
+    spills_in_loops                   reads and writes of spilled registers inside innermost loops
+    products                          tensor core instructions, without the width of their tile
+    per_score                         instructions per score of the shortest loop over tiles, plus those of the search for
+                                      equal ids and labels, which decides whether that loop can be used for a tile
+    longest_loop, outside_of_loops    instructions of the longest innermost loop, and of the code outside of loops
+
+    terms: how many products are added for each score: D for the score itself, and more if the score is a weight in a product.
     """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
@@ -187,18 +196,18 @@ def inspect(built, rows: int, columns: int, terms: int, warps: int) -> dict:
         for x in inner
         if sass.with_product([x])
     ]
-    # Of 256 columns, without products: that for equal ids and labels.
+    # The search for equal ids and labels handles 256 columns per iteration. Most of its instructions are comparisons.
     searches = [len(x) / (256 * rows / (32 * warps)) for x in inner if sum("ISETP" in y for y in x) > len(x) / 2]
     return {
         "registers": registers, "stack": stack, "local": local, "shared": built.metadata.shared,
         "spills_in_loops": spilled, "products": sorted(sass.products(code)),
-        "per_score": min((n / of for n, of in scores), default=0) + max(searches, default=0),
+        "per_score": min((instructions / count for instructions, count in scores), default=0) + max(searches, default=0),
         "longest_loop": max(map(len, inner), default=0), "outside_of_loops": sass.outside_of_loops(code),
     }  # fmt: skip
 
 
 def inspect_launch(launch: Launch, capability: int) -> dict:
-    """The kernel of a launch compiled and inspected, with its name."""
+    """Compile and inspect the kernel of a launch."""
     built, values = compile_for(launch.kernel, launch.args, launch.kwargs, capability)
     name = launch.kernel.fn.__name__
     tile = values.get("BLOCK_B", 1), values.get("BLOCK_K", 1)
@@ -216,7 +225,7 @@ def inspect_launch(launch: Launch, capability: int) -> dict:
 
 
 def report(capability: int, dtype: str, D: int, ops: tuple[str, ...]) -> None:
-    """Compiles one case and prints a JSON line per kernel."""
+    """Compile one case, and print a JSON line for each kernel."""
     for op in ops:
         for launch in record((op,), getattr(torch, dtype), D, capability):
             line = inspect_launch(launch, capability)

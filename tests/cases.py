@@ -1,4 +1,4 @@
-"""Shapes and inputs that several tests use. Each shape has a reason."""
+"""Shapes and inputs that several tests use, with the reason for each shape."""
 
 import os
 
@@ -10,23 +10,23 @@ from negmine.ops.negatives import check_negatives
 from negmine.ops.pool import Pool, usable
 from tests.conftest import interpreted
 
-# B, K, D, N                      why; few values of D: a GPU kernel is compiled for each
+# B, K, D, N                      why; few values of D, because a GPU kernel is compiled for each
 SHAPES = [
-    (1, 1, 1, 1),  # ones everywhere
+    (1, 1, 1, 1),  # the smallest sizes
     (0, 9, 7, 3),  # no query
     (3, 5, 7, 9),  # fewer candidates than N, odd D
-    (5, 33, 7, 4),  # K just past a tile
-    (17, 200, 16, 40),  # B past a tile of 16
-    (4, 130, 130, 8),  # D past a power of two
+    (5, 33, 7, 4),  # K slightly larger than a tile
+    (17, 200, 16, 40),  # B slightly larger than a tile of 16
+    (4, 130, 130, 8),  # D slightly larger than a power of two
 ]
-INTERPRETED_SHAPES = [  # the same reasons, in as few tiles as they take
+INTERPRETED_SHAPES = [  # the same reasons, with as few tiles as possible
     *SHAPES[:4],
     (17, 70, 16, 40),
     (4, 66, 66, 8),
 ]
 WIDE_SHAPES = [  # too slow for an interpreter
-    (65, 1000, 16, 100),  # B past a block of 64 queries
-    (3, 300, 1000, 5),  # wide D
+    (65, 1000, 16, 100),  # B slightly larger than a block of 64 queries
+    (3, 300, 1000, 5),  # large D
     (2, 20_000, 16, 1024),  # several splits of the queue
     (130, 700, 128, 700),  # N = K
 ]
@@ -34,7 +34,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def shapes_for(backend: str) -> list[tuple[int, int, int, int]]:
-    """What this backend runs in reasonable time: a Triton kernel on the CPU is interpreted."""
+    """Return the shapes that this backend runs in reasonable time. Triton's kernels are interpreted on the CPU, which is slow."""
     if interpreted(backend):
         return INTERPRETED_SHAPES
     return SHAPES if os.environ.get("NEGMINE_PTX_SHAPES") == "few" else SHAPES + WIDE_SHAPES
@@ -47,13 +47,13 @@ def unit(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", s
 
 
 def whole(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> torch.Tensor:
-    """Random small integers: products and sums are exact in fp32 from any of the storage dtypes, and ties are many."""
+    """Random small integers. Their products and sums are exact in fp32 for every storage dtype, and many scores are equal."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-3, 4, shape, generator=generator).to(dtype).to(device)
 
 
 def ids(B: int, K: int, device: str = "cpu", seed: int = 0) -> dict[str, torch.Tensor]:
-    """query_ids and negative_ids that collide often."""
+    """query_ids and negative_ids, many of which are equal."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "query_ids": torch.randint(0, 4, (B,), generator=generator).to(device),
@@ -62,7 +62,7 @@ def ids(B: int, K: int, device: str = "cpu", seed: int = 0) -> dict[str, torch.T
 
 
 def masks(kind: str, B: int, K: int, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """The mask keywords of one kind: none, ids, labels, columns, pairs or everything."""
+    """Return the mask arguments of one kind: none, ids, labels, columns, pairs or everything."""
     generator = torch.Generator().manual_seed(7)
     columns = {"negative_mask": (torch.rand(K, generator=generator) < 0.7).to(device)}
     pairs = {"negative_mask": (torch.rand(B, K, generator=generator) < 0.7).to(device)}
@@ -79,23 +79,23 @@ def masks(kind: str, B: int, K: int, device: str = "cpu") -> dict[str, torch.Ten
 
 
 def negatives(keys: torch.Tensor, given: dict) -> torch.Tensor | Negatives:
-    """Keys with the ids, labels and mask among the mask keywords of a case, as the public functions take them."""
+    """Keys with the ids, labels and mask among the mask arguments of a case, as the public functions take them."""
     own = {name: given[f"negative_{name}"] for name in ("ids", "labels", "mask") if f"negative_{name}" in given}
     return Negatives(keys, **own) if own else keys
 
 
 def tags(given: dict) -> dict[str, torch.Tensor]:
-    """The query's ids and labels among the mask keywords of a case, as the public functions take them."""
+    """The ids and labels of the queries among the mask arguments of a case, as the public functions take them."""
     return {name: given[name] for name in ("query_ids", "query_labels") if name in given}
 
 
 def pool_of(q: torch.Tensor, keys: torch.Tensor, given: dict) -> Pool:
-    """The pool of the mask keywords of a case, as the kernels take it."""
+    """The mask arguments of a case as a Pool, which the kernels take."""
     return check_negatives("test", q, None, negatives(keys, given), **tags(given), own_keys=True)[1]
 
 
 def dense_mask(q: torch.Tensor, keys: torch.Tensor, given: dict) -> torch.Tensor | None:
-    """The pool of the mask keywords of a case as one dense (B, K) bool, None where nothing is masked."""
+    """The mask arguments of a case as one dense (B, K) mask, or None if nothing is masked."""
     return usable(pool_of(q, keys, given), q, keys)
 
 
@@ -110,7 +110,7 @@ LABELLED = (
 
 
 def feed(recipe: str, q: torch.Tensor, pos: torch.Tensor, keys: torch.Tensor) -> tuple[list, dict]:
-    """What a training loop brings to the loss that the recipe of this name makes: tensors in order, and keywords."""
+    """Return the positional arguments and the keywords with which a training loop calls the loss of this recipe."""
     labels, key_labels = (torch.arange(len(t), device=q.device) % 5 for t in (q, keys))
     if recipe == "vse_plus_plus":
         return [q, pos], {}
@@ -119,7 +119,9 @@ def feed(recipe: str, q: torch.Tensor, pos: torch.Tensor, keys: torch.Tensor) ->
     own = {"ids": torch.arange(len(keys), device=q.device)}
     given = {"query_ids": labels}
     if recipe == "false_negative_cancellation":
-        given["support"] = torch.stack([keys.detach()[: len(q)], pos.detach()], 1)  # a row of the queue is such a view
+        given["support"] = torch.stack(
+            [keys.detach()[: len(q)], pos.detach()], 1
+        )  # a row of the queue, and the positive
     if recipe == "i_mix":
         share = torch.linspace(0.5, 1, len(q), device=q.device)
         given |= {"share": share, "partner": torch.arange(len(q), device=q.device).flip(0)}
@@ -130,12 +132,12 @@ def feed(recipe: str, q: torch.Tensor, pos: torch.Tensor, keys: torch.Tensor) ->
             "positive_log_q": -1.0 - labels.to(q.dtype),
             "log_q": -1.0 - key_labels.to(q.dtype).expand(len(q), -1),
         }
-        keys = keys.expand(len(q), -1, -1)  # each query's own: every backend takes a bias of these
+        keys = keys.expand(len(q), -1, -1)  # keys of each query's own, because every backend takes a bias of these
         own["ids"] = own["ids"].expand(len(q), -1)
     if recipe == "gist":
         given |= {f"guide_{name}": v.detach()[:, :5] for name, v in (("query", q), ("positive", pos), ("keys", keys))}
     if recipe == "mochi":
-        given["query_labels"], own["labels"] = labels, key_labels  # its oracle
+        given["query_labels"], own["labels"] = labels, key_labels  # oracle labels of MoCHi
     return [q, pos, Negatives(keys, **own)], given
 
 

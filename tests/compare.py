@@ -1,9 +1,10 @@
-"""The tolerance policy: one function per kind of claim. A tolerance here is never raised to make a test pass.
+"""The tolerances of the tests: one function for each kind of claim. They are never raised to make a test pass.
 
-exact     small-integer inputs: bit-equal to the reference, ties included.
-rounded   |kernel - truth| <= 2 |plain - truth| + floor per element, truth = reference in float64 of the same rounded inputs,
-          plain = the reference in the tested dtype, floor = a few eps of the output's scale times the condition of the op.
-selected  no index twice, each score right, nothing left out that beats the worst kept by more than rounding.
+exact     For inputs of small integers: bit-equal to the reference, also where scores are equal.
+rounded   |kernel - truth| <= 2 |plain - truth| + floor for each element. truth is the reference in float64 for the same rounded
+          inputs, plain the reference in the tested dtype, floor a few eps of the output's scale times the condition of the op.
+selected  No index occurs twice, each score is right, and no column was left out whose score is greater than that of the worst
+          selected column by more than rounding.
 """
 
 import numpy as np
@@ -26,9 +27,9 @@ def exact(name: str, got: Tensor, want: Tensor) -> None:
 def rounded(
     name: str, kernel: Tensor, truth: Tensor, plain: Tensor, condition: float = 1.0, terms: Tensor | None = None
 ) -> None:
-    """condition: how much the op amplifies a rounding of its inputs, e.g. the largest logit for an exponential.
+    """condition: how much the op amplifies a rounding error of its inputs, e.g. the largest logit for an exponential.
 
-    terms: a tensor of the size of the terms that the output is a difference of, where they may cancel.
+    terms: if the output is a difference of terms that may cancel, a tensor with their magnitude.
     """
     assert kernel.shape == truth.shape, f"{name}: shape {tuple(kernel.shape)}, want {tuple(truth.shape)}"
     if truth.numel() == 0:
@@ -54,7 +55,7 @@ def rounded(
 def selected(
     name: str, scores: Tensor, index: Tensor, truth: Tensor, usable: Tensor | None = None, slack: float = 1e-5
 ) -> None:
-    """scores, index (B, N) of a selection against the true scores (B, K) float64."""
+    """Check scores and index (B, N) of a selection with the true scores (B, K) in float64."""
     allowed = torch.ones_like(truth, dtype=torch.bool) if usable is None else usable
     for b in range(len(truth)):
         kept = index[b][index[b] >= 0]
@@ -74,7 +75,7 @@ def selected(
 
 
 def same_result(got: MiningResult, want: MiningResult) -> None:
-    """Two runs of mine_hard_negatives with one answer, to the bit."""
+    """Check that two results of mine_hard_negatives are bit-identical."""
     for name in ("indices", "scores", "positive_scores", "num_valid"):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name), name)
     assert got.skipped == want.skipped

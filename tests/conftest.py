@@ -2,24 +2,26 @@
 
 import os
 
-# Read when torch is loaded. Workers side by side have more threads than there are cores, and OpenMP's would spin while they
-# wait for one that has none: five times the processor time.
+# OpenMP reads this when torch is loaded. Test workers together have more threads than there are cores, and waiting OpenMP threads
+# would spin, which needs five times the processor time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
 os.environ.setdefault("NEGMINE_POISON_OUTPUTS", "1")  # outputs of the C++ ops start as NaN, see _poisoned_memory
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels then run on CPU tensors, slowly; read at import
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # Triton reads this at import; its kernels then run on CPU tensors, slowly
 
 import pytest
 
 from build_tools.onednn import avoid_amx_where_it_dies
 from negmine.ops import backends
 
-avoid_amx_where_it_dies()  # before the first product
+avoid_amx_where_it_dies()  # must come before the first matrix product
 
-# Small tests that together launch every kernel: what a sanitizer, fifty times slower, should see on a GPU.
+# Small tests that together launch every kernel. They run under a sanitizer on a GPU, which is fifty times slower.
 SANITIZED = ("test_all_equal", "test_strided", "test_info_nce_mixes", "test_masked_rows", "test_hcl")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PTX = os.environ.get(
@@ -36,18 +38,18 @@ def _reason_not_here(name: str) -> str:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """torch.empty returns NaN (or the largest integer), so a kernel that leaves part of an output unwritten is found."""
+    """Make torch.empty return NaN (or the largest integer), to find kernels that leave part of an output unwritten."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    backends._chosen.clear()  # a test that replaces a kernel in the table finds no choice of an earlier test
+    backends._chosen.clear()  # tests replace kernels in the table of backends
     yield
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["cpu", "triton", "cuda"])
 def backend(request):
-    """Every backend but the reference; one that cannot run here is skipped with the reason that it gives users."""
+    """Every backend except the reference. A backend that cannot run here is skipped with the reason that users see."""
     reason = _reason_not_here(request.param)
     if reason:
         pytest.skip(f"{request.param}: {reason}")
@@ -56,7 +58,7 @@ def backend(request):
 
 @pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
 def any_backend(request):
-    """Every backend, the reference included."""
+    """Every backend, including the reference."""
     reason = _reason_not_here(request.param)
     if reason:
         pytest.skip(f"{request.param}: {reason}")
@@ -64,26 +66,31 @@ def any_backend(request):
 
 
 def interpreted(backend: str) -> bool:
-    """True where this backend's kernels run in Triton's interpreter, a thousandfold slower than compiled."""
+    """True if the kernels of this backend run in Triton's interpreter, which is a thousand times slower than compiled code."""
     return backend == "triton" and DEVICE == "cpu" and not PTX
 
 
 def skip_what_the_interpreter_repeats(backend: str, dtype: torch.dtype, kind: str = "none") -> None:
-    """The interpreter widens bf16 and fp16 alike, whatever the mask: one of them, without a mask, says what it can say."""
+    """Skip 16-bit cases that show nothing new in Triton's interpreter.
+
+    It converts bf16 and fp16 to fp32 in the same way for every kind of mask, so bf16 without a mask is enough.
+    """
     if interpreted(backend) and (dtype == torch.float16 or (dtype == torch.bfloat16 and kind != "none")):
-        pytest.skip("triton: interpreted, where storage is widened on load, whatever the pool")
+        pytest.skip("triton: the interpreter converts 16-bit storage to fp32, so this case shows nothing new")
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--shard", default="0/1", help="i/n: run every n-th test, from the i-th; GPU kernels compile side by side"
+        "--shard",
+        default="0/1",
+        help="i/n: run every n-th test from the i-th, so that n processes compile kernels at once",
     )
 
 
-# Files of tests that stand in for a GPU.
+# Test files that simulate a GPU or compile for one.
 GPU_SIM = ("test_aot", "test_cuda_", "test_launches", "test_ptx")
-# Where `make test` runs Triton's interpreter: each kernel against the reference. What the other files and tests ask of it takes
-# minutes, in `make test-gpu-sim`.
+# Tests for which `make test` runs Triton's interpreter: each kernel is compared with the reference. Other tests need minutes in
+# the interpreter, so they are run by `make test-gpu-sim`.
 INTERPRETED = (
     "test_kernels",
     "test_ops",
@@ -95,7 +102,7 @@ INTERPRETED = (
     "test_late_interaction::test_a_nan_token",
     "test_rules::test_strided",
 )
-# What `make smoke` runs: every kernel of the CPU, every definition, every refusal.
+# Tests of `make smoke`: every CPU kernel, every definition and every error.
 SMOKE = (
     "test_contributing", "test_imports", "test_kernels", "test_moco", "test_op_table", "test_ops", "test_queue",
     "test_reference", "test_refusals",
@@ -103,7 +110,7 @@ SMOKE = (
 
 
 def pytest_collection_modifyitems(config, items):
-    """Markers by file and by backend; what needs a GPU waits for one."""
+    """Set markers by file and by backend, and skip tests that need a GPU if there is none."""
     shard, shards = map(int, config.getoption("--shard").split("/"))
     items[:] = items[shard::shards]
     for item in items:
@@ -127,7 +134,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """What the cuda backend refuses, it refuses in words: it has few ops, and a test that asks for another has no case of it."""
+    """Skip tests of ops that the cuda backend does not have: it raises BackendUnavailable with the reason."""
     try:
         return (yield)
     except backends.BackendUnavailable as refusal:
@@ -138,12 +145,12 @@ def pytest_runtest_call(item):
 
 
 def device_of(backend: str) -> str:
-    """Where the tensors of a test of this backend live."""
+    """The device of the tensors in a test of this backend."""
     return "cpu" if backend == "cpu" else DEVICE
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The last lines say what did not run here."""
+    """Print which backends did not run here, and why."""
     for name in ("cuda", "triton", "cpu"):
         reason = _reason_not_here(name)
         if reason:

@@ -1,4 +1,4 @@
-"""Compiles the CUDA sources with g++ against tests/emulator, as C functions that run on the CPU."""
+"""Compile the CUDA sources with g++ and the headers of tests/emulator, as C functions that run on the CPU."""
 
 import ctypes
 import os
@@ -12,26 +12,27 @@ from tests.ptx import cuda_kernels
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["-O1", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-ffp-contract=off", "-shared", "-fPIC",
-         "-fno-gnu-unique"]  # each library has variables of its own  # fmt: skip
-SANITIZERS = os.environ.get("NEGMINE_EMULATOR_SANITIZERS", "undefined")  # what they find aborts
+         "-fno-gnu-unique"]  # so that libraries do not share static variables  # fmt: skip
+SANITIZERS = os.environ.get("NEGMINE_EMULATOR_SANITIZERS", "undefined")  # an error that they find aborts the process
 
-# How the kernels of a source run in a test, and what chooses it: by fibers that know what is documented of each instruction, or,
-# as PTX, by the machine of tests/ptx; in either of their products.
-SM90A, ELSEWHERE = "-D__CUDA_ARCH_FEAT_SM90_ALL", "-DNEGMINE_LAUNCHES_ELSEWHERE"
+# How a test runs the kernels of a source, and the flags for it. "emulated": compiled by g++, with one fiber for each CUDA thread
+# and with each PTX instruction implemented as it is documented. "compiled": compiled by nvcc to PTX, which tests/ptx executes.
+# Each exists for both kinds of matrix products: those of sm_80, and those of sm_90a.
+SM90A, AS_PTX = "-D__CUDA_ARCH_FEAT_SM90_ALL", "-DNEGMINE_LAUNCHES_ELSEWHERE"
 PRODUCTS = {
-    "emulated": (), "emulated_sm90a": (SM90A,), "compiled_sm80": (ELSEWHERE,), "compiled_sm90a": (ELSEWHERE, SM90A),
+    "emulated": (), "emulated_sm90a": (SM90A,), "compiled_sm80": (AS_PTX,), "compiled_sm90a": (AS_PTX, SM90A),
 }  # fmt: skip
 
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def build(source: str, folder: Path, *more: str) -> ctypes.CDLL:
-    """tests/emulator/<source>.cpp as a library in the folder, compiled with more flags where they are given."""
+    """Compile tests/emulator/<source>.cpp, with additional flags `more`, as a library in the folder, and load it."""
     library = folder / f"{source}.so"
     flags = [*FLAGS, *more, f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover", "-Itests/emulator", "-I."]
     subprocess.run(["g++", *flags, f"tests/emulator/{source}.cpp", "-o", str(library)], cwd=ROOT, check=True)
     built = ctypes.CDLL(str(library))
-    if ELSEWHERE in more:
+    if AS_PTX in more:
         cuda_kernels.attach(
             built, library, ROOT / f"tests/emulator/{source}.cpp", "sm_90a" if SM90A in more else "sm_80"
         )
@@ -45,12 +46,12 @@ def pointer(tensor):
 
 
 def pool_of(query, keys, **given):
-    """The pool arguments of an op, from a caller's masks, tags and bounds."""
+    """A Pool of the given masks, ids, labels and bounds, made contiguous."""
     return Pool(**{name: t.contiguous() if isinstance(t, torch.Tensor) else t for name, t in given.items()})
 
 
 def pool_arguments(pool):
-    """The same as the emulated functions take them."""
+    """The fields of a pool as arguments of the emulated C functions."""
     mask, query_ids, negative_ids, query_labels, negative_labels, lower, upper, num_rows, *_, same_label = pool
     key_mask, pair_mask = (mask, None) if mask is None or mask.dim() == 1 else (None, mask)
     return [
@@ -61,7 +62,7 @@ def pool_arguments(pool):
 
 
 def on_gpu(tensor):
-    """A copy with the same strides."""
+    """A copy on the GPU with the same strides."""
     if tensor is None or isinstance(tensor, bool):
         return tensor
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda").copy_(tensor)

@@ -1,4 +1,4 @@
-"""Runs kernels/cuda/mine_hardest.cu on tensors under the emulator, with each matrix product of its target GPUs."""
+"""Run kernels/cuda/mine_hardest.cu on tensors in the emulator, with the matrix products of each target GPU."""
 
 import ctypes
 import functools
@@ -24,7 +24,7 @@ def mining_library(product):
 
 
 def plan_of(library, B, K, N, processors=PROCESSORS, least_sample=2048):
-    """The plan as a dict, and whether a row's finish fits in shared memory."""
+    """Return the plan as a dict, and whether the last step of a row fits into shared memory."""
     names = ("sample", "sample_rank", "capacity", "rows", "splits", "room", "workspace")
     numbers, fitting = (ctypes.c_int64 * len(names))(), ctypes.c_bool()
     library.emulated_plan(*map(ctypes.c_int64, (B, K, N, processors, least_sample)), numbers, ctypes.byref(fitting))
@@ -32,7 +32,12 @@ def plan_of(library, B, K, N, processors=PROCESSORS, least_sample=2048):
 
 
 def emulated(product):
-    """mine_hardest by the emulator; its attributes: what the last call recovered, and the boxes copied and terms added so far."""
+    """Return mine_hardest of the emulator. Attributes of the function:
+
+    recovered  for each row of the last call, whether the exact fallback computed it
+    boxes      a function: how many boxes (tiles of keys) the copy engine of sm_90a has copied so far
+    terms      a function: how many products have been added up for scores so far
+    """
     library = mining_library(product)
 
     def mine_hardest(query, negative_keys, N, pool, least_sample=2048, **changed):
@@ -48,7 +53,7 @@ def emulated(product):
             *map(pointer, (scores, index, workspace)),
         )  # fmt: skip
         assert error == 0
-        # What recover says of the rows lies after them, their counts and the cuts.
+        # The flags of recovered rows follow the survivors, their counts, and the cuts in the workspace.
         buffers = 4 * plan["rows"] * plan["splits"]
         survivors = max(8 * buffers * plan["room"], -(-4 * plan["rows"] * plan["sample"] // 16) * 16)
         begin = survivors + 4 * buffers + 8 * plan["rows"]

@@ -1,4 +1,4 @@
-"""Runs kernels/cuda/rank_thresholds.cu on tensors under the emulator, with each matrix product of its target GPUs."""
+"""Run kernels/cuda/rank_thresholds.cu on tensors in the emulator, with the matrix products of each target GPU."""
 
 import ctypes
 import functools
@@ -22,7 +22,7 @@ def ranking_library(product):
 
 
 def plan_of(library, B, K, R, processors=PROCESSORS, least_sample=2048):
-    """The plan as a dict, and whether offsets in its workspace fit."""
+    """Return the plan as a dict, and whether offsets into its workspace fit their integer type."""
     names = ("sample", "rows", "splits", "room", "workspace")
     numbers, fitting = (ctypes.c_int64 * len(names))(), ctypes.c_bool()
     library.emulated_plan(*map(ctypes.c_int64, (B, K, R, processors, least_sample)), numbers, ctypes.byref(fitting))
@@ -30,8 +30,11 @@ def plan_of(library, B, K, R, processors=PROCESSORS, least_sample=2048):
 
 
 def emulated(product):
-    """rank_thresholds by the emulator; `recovered` is which of the last call's last two ranks were, of the last chunk of rows,
-    and `terms` how many terms products added so far."""
+    """Return rank_thresholds of the emulator. Attributes of the function:
+
+    recovered  which ranks of the last call the exact fallback computed, for the last one or two ranks and the last chunk of rows
+    terms      a function: how many products have been added up for scores so far
+    """
     library = ranking_library(product)
 
     def rank_thresholds(query, negative_keys, ranks, pool, least_sample=2048, **changed):

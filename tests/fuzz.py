@@ -1,11 +1,11 @@
-"""Random calls of every public op on the CPU backend, judged by the reference: python -m tests.fuzz --seconds 60 --seed 0
+"""Compare random calls of every public op on the CPU backend with the reference: python -m tests.fuzz --seconds 60 --seed 0
 
-A call must raise ValueError, TypeError or BackendUnavailable in a sentence, or agree with the reference. On small integers
-(scaled by a power of two) it agrees bit for bit in what it selects, NaN and inf included; on real vectors within the rounding
-of the scores. Huge norms, where fp32 overflows in some order of summation, must only come back.
+A call must raise ValueError, TypeError or BackendUnavailable with a sentence as message, or agree with the reference. For vectors
+of small integers (times a power of two), selections must agree bit for bit, also with NaN and inf; for real vectors, within the
+rounding error of the scores. For vectors whose scores may overflow fp32, it is enough that the call returns.
 
-The calls run in a process of their own, so that a crash is a fault with a number like any other. A fault is printed with the
-command that repeats it: --seed S --case N.
+The calls run in a separate process, so that a crash is reported like other faults. A fault is printed with the options that
+repeat it: --seed S --case N.
 """
 
 import argparse
@@ -28,7 +28,7 @@ REFUSED = (ValueError, TypeError, backends.BackendUnavailable)
 
 
 def run_case(seed: int, number: int) -> str:
-    """'agrees' or 'refused'; raises Fault, or whatever else a call raised."""
+    """Return 'agrees' or 'refused'. Raise Fault if the result is wrong, or the exception of the call if it is unexpected."""
     case = Case(seed, number)
     make, judge = case.draw.choice(KINDS_OF_CALL)
     call, op = make(case)
@@ -38,8 +38,8 @@ def run_case(seed: int, number: int) -> str:
     try:
         result = CALLED[op](**call) if op in CALLED else fuzz_calls.run(op, call)
     except REFUSED as refusal:
-        require(len(str(refusal).split()) > 3, f"{op}: a refusal in no words: {refusal!r}")
-        require(spoiled, f"{op} refuses a call that is right: {refusal}")
+        require(len(str(refusal).split()) > 3, f"{op}: the message of an error is too short: {refusal!r}")
+        require(spoiled, f"{op} refuses a valid call: {refusal}")
         return "refused"
     if not spoiled:
         judge(case, op, call, result)
@@ -47,22 +47,22 @@ def run_case(seed: int, number: int) -> str:
 
 
 def described(seed: int, number: int) -> str:
-    """The call of a case in words."""
+    """Describe the call of a case."""
     case = Case(seed, number)
     make, _ = case.draw.choice(KINDS_OF_CALL)
     call, op = make(case)
-    words = [f"{name}={in_words(value)}" for name, value in case.spoiled(call).items()]
+    words = [f"{name}={summarized(value)}" for name, value in case.spoiled(call).items()]
     return f"{op} on {case.kind} vectors: {', '.join(words)}"
 
 
-def in_words(value) -> str:
+def summarized(value) -> str:
     if isinstance(value, Negatives):
-        return f"Negatives of {in_words(value.keys)}"
+        return f"Negatives of {summarized(value.keys)}"
     return f"{value.dtype} {tuple(value.shape)} strides {value.stride()}" if isinstance(value, Tensor) else f"{value}"
 
 
 def run(seed: int, first: int, seconds: float, only: bool, at, faults) -> None:
-    """Cases from `first` on until the time is up; `at` shows the parent which one runs."""
+    """Run cases from `first` on until the time is up. `at` is shared with the parent and holds the number of the case."""
     warnings.simplefilter("ignore")
     end, counts = time.monotonic() + seconds, {"agrees": 0, "refused": 0}
     while time.monotonic() < end:
@@ -80,7 +80,7 @@ def run(seed: int, first: int, seconds: float, only: bool, at, faults) -> None:
 
 
 def fuzz(seconds: float, seed: int, case: int | None = None, worker_run=None) -> tuple[list[str], dict[str, int]]:
-    """The faults, a sentence each, and how many calls agreed or were refused. worker_run: what takes the place of `run`."""
+    """Return the faults, a sentence for each, and how many calls agreed or were refused. worker_run: replaces `run` in tests."""
     context = multiprocessing.get_context("spawn")
     at, faults = context.Value("q", -1), context.Queue()
     found: list[str] = []

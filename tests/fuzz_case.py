@@ -1,4 +1,4 @@
-"""One random call for tests/fuzz.py: shapes, values, layouts, dtypes, masks and options, drawn from (seed, number)."""
+"""Random shapes, values, layouts, dtypes, masks and options of one call for tests/fuzz.py."""
 
 import random
 
@@ -14,7 +14,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 class Case:
-    """One random call: what it draws depends on (seed, number) alone."""
+    """One random call, which depends only on (seed, number)."""
 
     def __init__(self, seed: int, number: int) -> None:
         self.draw = random.Random(seed * 1_000_003 + number)
@@ -25,7 +25,7 @@ class Case:
         self.D = self.draw.choice(DIMS)
         self.kind = self.draw.choice(KINDS)
         self.exact = self.kind.startswith("whole")
-        # NaN must come through to the loss; what inf - inf leaves depends on the formula.
+        # A NaN in the inputs must reach the loss. With infinities this is not checked, because inf - inf depends on the formula.
         self.specials = [NAN] if self.chance(0.5) else [NAN, INF, -INF]
         self.spreads = self.specials == [NAN] or "special" not in self.kind
 
@@ -33,7 +33,7 @@ class Case:
         return self.draw.random() < p
 
     def vectors(self, *shape: int) -> Tensor:
-        """Values of the case's kind, in one of the dtypes and one of the layouts."""
+        """Random vectors of the kind of this case, with a random dtype and memory layout."""
         kind, generator = self.kind, self.generator
         t = torch.randn(*shape, generator=generator)
         if self.exact or kind == "equal":
@@ -52,7 +52,7 @@ class Case:
         return self.laid_out(t.to(self.draw.choice(DTYPES)))
 
     def laid_out(self, t: Tensor) -> Tensor:
-        """The same values at other strides and offsets."""
+        """The same values with other strides or another offset in memory."""
         n, D = t.shape[-2:]
         layout = self.draw.choice(["plain", "plain", "wide", "every other", "transposed", "late", "one row"])
         if layout == "wide":
@@ -81,7 +81,7 @@ class Case:
         return given
 
     def select(self, margins: bool, replaces: bool = False) -> Select | None:
-        """Filters only on exact scores: on others a column near the bound may fall to either side."""
+        """A random Select. It has filters only if scores are exact; otherwise rounding decides about scores near a bound."""
         if self.chance(0.4):
             return None
         pick, options = self.draw.choice, {}
@@ -112,7 +112,7 @@ class Case:
         return {"seed": pick([0, 2**32 - 1]), "step": pick([0, 7]), "row_offset": pick([0, 3, 2**31 - 1, 2**33 + 1])}
 
     def spoiled(self, call: dict) -> dict:
-        """The call, at times with an argument of a kind that nobody should pass."""
+        """Return the call, sometimes with one argument replaced by an invalid value."""
         if self.chance(0.08):
             name = self.draw.choice(list(call))
             t = torch.zeros(3, 2)

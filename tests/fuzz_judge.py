@@ -20,12 +20,12 @@ def require(good: bool | Tensor, sentence: str) -> None:
 
 
 def double(call: dict) -> dict:
-    """The call in float64 for the reference, leaves anew."""
+    """Return the call for the reference: tensors in float64, detached from the graph of the original call."""
     return {name: widened(value) for name, value in call.items()} | {"backend": "reference"}
 
 
 def widened(value):
-    """A floating tensor, or the keys of Negatives, in float64; anything else as it is."""
+    """Convert a floating tensor, or the keys of Negatives, to float64; return other values unchanged."""
     if isinstance(value, Negatives):
         return replace(value, keys=widened(value.keys))
     if isinstance(value, Tensor) and value.is_floating_point():
@@ -46,7 +46,10 @@ def same(name: str, got: Tensor, want: Tensor) -> None:
 
 
 def near(name: str, got: Tensor, truth: Tensor, plain: Tensor, slack: Tensor | float, spreads: bool = True) -> None:
-    """Where truth and plain are finite, got is, and within slack of truth; where NaN spreads and both are NaN, got is."""
+    """Check `got` where truth (float64) and plain (fp32) are finite: it must be finite too, and close to truth.
+
+    If NaN must propagate (`spreads`), got must also be NaN wherever truth and plain are NaN.
+    """
     require(got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(truth.shape)}")
     g, t, p = (x.detach().double() for x in (got, truth, plain))
     finite = t.isfinite() & p.isfinite()
@@ -57,12 +60,12 @@ def near(name: str, got: Tensor, truth: Tensor, plain: Tensor, slack: Tensor | f
     if worst.numel() and float(worst.max()) > 0:
         at = int(worst.argmax())
         raise Fault(
-            f"{name}: {g.flatten()[at]} truth {t.flatten()[at]} plain {p.flatten()[at]}, past by {worst.max():.3g}"
+            f"{name}: {g.flatten()[at]} truth {t.flatten()[at]} plain {p.flatten()[at]}, too far by {worst.max():.3g}"
         )
 
 
 def rounding(call: dict) -> float:
-    """How far fp32 sums may move a score of this call: a few eps of the largest product of norms."""
+    """How much the rounding of fp32 sums may change a score of this call: a few eps of the largest product of norms."""
     largest = [
         float(call[name].detach().double().nan_to_num(posinf=0, neginf=0).norm(dim=-1).max())
         for name in ("query", "negative_keys", "positive_key")

@@ -1,4 +1,4 @@
-"""Disassembles compiled kernels with the tools of Triton's package: their loops and the number of instructions in them."""
+"""Disassemble compiled kernels with the tools of Triton's package, find their loops, and count instructions."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 def show(tool: str, *arguments: object, folder: Path | None = None) -> str:
-    """What cuobjdump or nvdisasm prints."""
+    """Return the output of cuobjdump or nvdisasm."""
     import triton
 
     command = [Path(triton.__file__).parent / "backends/nvidia/bin" / tool, *map(str, arguments)]
@@ -15,13 +15,13 @@ def show(tool: str, *arguments: object, folder: Path | None = None) -> str:
 
 
 def functions(cubin: Path) -> dict[str, str]:
-    """The machine code of each kernel of a file, by its mangled name."""
+    """Return the machine code of each kernel in a file, by its mangled name."""
     parts = re.split(r"^//-+ \.text\.(\w+) -+$", show("nvdisasm", "-c", cubin), flags=re.M)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def parsed(sass: str) -> tuple[list[str], dict[int, int]]:
-    """The instructions of one kernel, and where those that jump lead."""
+    """Return the instructions of one kernel, and {index of a jump: index of its target}."""
     labels, code = {}, []
     for line in sass.splitlines():
         if m := re.match(r"^\s*(\.L_x_\d+):", line):
@@ -33,7 +33,10 @@ def parsed(sass: str) -> tuple[list[str], dict[int, int]]:
 
 
 def spans(code: list[str], jumps: dict[int, int]) -> list[tuple[int, int]]:
-    """First and last instruction of every innermost loop; of those that multiply, loops that do not are part."""
+    """Return the indices of the first and the last instruction of every innermost loop.
+
+    A loop with matrix products counts as innermost if no loop inside it has matrix products.
+    """
     every = [(to, i) for i, to in jumps.items() if to < i]
     multiply = [(a, b) for a, b in every if with_product([code[a : b + 1]])]
 
@@ -44,27 +47,30 @@ def spans(code: list[str], jumps: dict[int, int]) -> list[tuple[int, int]]:
 
 
 def innermost(sass: str) -> list[list[str]]:
-    """The instructions of these loops."""
+    """Return the instructions of each of these loops."""
     code, jumps = parsed(sass)
     return [code[a : b + 1] for a, b in spans(code, jumps)]
 
 
 def multiplied(body: list[str]) -> int:
-    """How many products of two numbers a warp makes in these instructions of tensor cores."""
+    """How many products of two numbers a warp computes with the tensor core instructions among these."""
     shapes = [m.groups() for x in body if (m := re.search(r"\bHGMMA\.(\d+)x(\d+)x(\d+)", x))]
-    of_groups = sum(int(m) * int(n) * int(k) for m, n, k in shapes) // 4
-    return of_groups + 16 * 8 * 16 * sum("HMMA.16816" in x for x in body)
+    by_warpgroups = sum(int(m) * int(n) * int(k) for m, n, k in shapes) // 4
+    return by_warpgroups + 16 * 8 * 16 * sum("HMMA.16816" in x for x in body)
 
 
 def outside_of_loops(sass: str) -> int:
-    """How many instructions of one kernel are in no loop."""
+    """Return the number of instructions of a kernel that are not in a loop."""
     code, jumps = parsed(sass)
     within = {place for place, to in jumps.items() if to < place for place in range(to, place + 1)}
     return len(code) - len(within)
 
 
-def turns(sass: str) -> list[int]:
-    """Of every innermost loop that multiplies: the fewest instructions of a turn, as jumps over rare work are taken."""
+def shortest_iterations(sass: str) -> list[int]:
+    """Return the number of instructions on the shortest path through one iteration, for each innermost loop with products.
+
+    The shortest path jumps over code that rarely runs.
+    """
     code, jumps = parsed(sass)
     found = []
     for start, end in spans(code, jumps):
@@ -82,40 +88,41 @@ def turns(sass: str) -> list[int]:
 
 
 def products(sass: str) -> set[str]:
-    """The matrix instructions, their tile's width aside."""
+    """Return the tensor core instructions, without the width of their tile."""
     return {re.sub(r"x\d+x", "x", x) for x in re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)[\w.]*", sass)}
 
 
 def with_product(every: list[list[str]]) -> list[int]:
-    """Instructions of each loop that multiplies."""
+    """Return the number of instructions of each loop that has products."""
     return [len(body) for body in every if any(re.search("GMMA|HMMA|UTC.*MMA|FFMA|v_mfma|v_wmma", x) for x in body)]
 
 
-# Scores that one thread takes in a turn of the innermost loop of kernels/cuda: chunks of keys, or whole tiles by warpgroups.
-SCORES_OF_A_TURN = {"80": 32, "90a": 64, "100": 32}
+# Scores that one thread computes in an iteration of the innermost loop of kernels/cuda: for a chunk of keys, or on sm_90a, where
+# warpgroups multiply, for a whole tile.
+SCORES_PER_ITERATION = {"80": 32, "90a": 64, "100": 32}
 
 
 class Scoring(NamedTuple):
     """One of the kernels of kernels/cuda that compute scores, for bf16 and D from 65 to 128."""
 
-    kernel: str  # scan of mine_hardest, rank of rank_thresholds, sum of logsumexp with its mean, grad of logsumexp_grad_keys
-    by_pair: bool  # it asks of every score whether its pool has it
-    brackets: int  # of rank, else 1
-    scores: int  # of a thread in one turn of its innermost loop
-    instructions: int  # of such a turn
+    kernel: str  # "scan": mine_hardest, "rank": rank_thresholds, "sum": logsumexp with its mean, "grad": logsumexp_grad_keys
+    by_pair: bool  # whether it checks for every score whether the pair is in the pool
+    brackets: int  # of "rank"; 1 for the others
+    scores: int  # that one thread computes in an iteration of the innermost loop
+    instructions: int  # of such an iteration
 
 
 def scoring(name: str, code: str, capability: str) -> Scoring | None:
-    """What the kernel of this mangled name and machine code is, and how long its innermost loop; None for any other."""
-    many = SCORES_OF_A_TURN[capability]
+    """Identify the kernel by its mangled name, and count the instructions of its innermost loop. None for other kernels."""
+    many = SCORES_PER_ITERATION[capability]
     if m := re.search(r"scan_kernel\w*E1ELi8ELb([01])ELi([12])E", name):
-        # Of a turn in which no cut moves among columns that tie.
-        return Scoring("rank", m[1] == "1", int(m[2]), 32 if m[1] == "1" else many, min(turns(code)))
+        # The shortest iteration: no cut changes because of equal scores.
+        return Scoring("rank", m[1] == "1", int(m[2]), 32 if m[1] == "1" else many, min(shortest_iterations(code)))
     if m := re.search(r"scan_kernel\w*E1ELi8ELb([01])E", name):
-        # Of a turn in which no cut moves among columns that tie, and no buffer fills.
-        return Scoring("scan", m[1] == "1", 1, many, min(turns(code)))
+        # The shortest iteration: no cut changes because of equal scores, and no buffer becomes full.
+        return Scoring("scan", m[1] == "1", 1, many, min(shortest_iterations(code)))
     if m := re.search(r"sum_kernel\w*E1ELi8ELb1ELb([01])E", name):
-        return Scoring("sum", m[1] == "1", 1, many, min(turns(code)))
+        return Scoring("sum", m[1] == "1", 1, many, min(shortest_iterations(code)))
     if m := re.search(r"grad_kernel\w*E1ELi8ELb([01])E", name):
-        return Scoring("grad", m[1] == "1", 1, 32 if m[1] == "1" else many, min(turns(code)))
+        return Scoring("grad", m[1] == "1", 1, 32 if m[1] == "1" else many, min(shortest_iterations(code)))
     return None
