@@ -1,6 +1,7 @@
-"""The random calls of tests/fuzz.py, and how each is judged: ops, losses, recipes, modules, queues, options, datasets.
+"""The random calls of tests/fuzz.py, and how each result is checked: ops, losses, recipes, modules, queues, options, datasets.
 
-FUZZED and EXCUSED together name everything public: tests/test_fuzz.py compares them with negmine.__all__ and those of its parts.
+FUZZED and EXCUSED together have every public name: tests/test_fuzz.py compares them with negmine.__all__ and __all__ of its
+parts.
 """
 
 import math
@@ -35,12 +36,12 @@ PARTS = (negmine, losses, selection, queues, mining, report)
 
 
 def public(name: str):
-    """The public function of this name, of negmine or of one of its parts."""
+    """Return the public function with this name, of negmine or of one of its parts."""
     return next(getattr(part, name) for part in PARTS if name in part.__all__)
 
 
 def run(op: str, call: dict):
-    """The public function op: masks among the keywords of a case reach it as Negatives."""
+    """Call the public function `op`; masks among the arguments are passed as Negatives."""
     own = {
         name: tensor for name, tensor in call.items() if name in ("negative_ids", "negative_labels", "negative_mask")
     }
@@ -97,12 +98,14 @@ def judge_mixing(case: Case, op: str, call: dict, got) -> None:
     q, keys = (
         call["query"].float(),
         torch.cat([call["negative_keys"].float(), torch.zeros(1, case.D)]),
-    )  # row -1 is zero
+    )  # index -1 is this row of zeros
     a, b = plain.parents.unbind(2)  # (B, S) each
     first, second = torch.where((a < 0)[..., None], q[:, None], keys[a]), keys[b]  # (B, S, D) each
     c = plain.coefficients[..., None]  # (B, S, 1)
     reach = (first.norm(dim=2) + second.norm(dim=2)) / (c * first + (1 - c) * second).norm(dim=2).clamp_min(1e-12)
-    slack = 4 * (EPS * reach + torch.finfo(got.vectors.dtype).eps)[..., None]  # a short mix magnifies its rounding
+    slack = (
+        4 * (EPS * reach + torch.finfo(got.vectors.dtype).eps)[..., None]
+    )  # normalizing a short mix magnifies rounding errors
     near("vectors", got.vectors, plain.vectors, plain.vectors, slack)
 
 
@@ -158,7 +161,7 @@ def judge_loss(case: Case, op: str, call: dict, got) -> None:
     logit = (rounding(call) / temperature + EPS * 16) * (1 + (weight.beta if weight else 0.0))
     values = [tensors(r)[0] for r in (got, truth, plain)]
     rows = case.B if call["reduction"] == "sum" else 1
-    if weight and weight.tau_plus:  # its difference cancels: only where fp32 can say
+    if weight and weight.tau_plus:  # a difference that cancels: compared only where fp32 is precise enough
         if not float((values[1] - values[2]).detach().abs().nan_to_num(0.0).sum()) < 1e-6:
             return
         logit *= 1e3
@@ -169,9 +172,9 @@ def judge_loss(case: Case, op: str, call: dict, got) -> None:
         for name in ("num_negatives", "num_empty", "positive_rank"):
             same(name, getattr(got[1], name), getattr(plain[1], name))
     if logit > 1e-3 or "special" in case.kind or (call.get("mix") and not call["mix"].detach):
-        return  # a short mix magnifies the rounding of what flows through it
+        return  # normalizing a short mix magnifies rounding errors of gradients
     if case.kind == "tiny" and call["select"]:
-        return  # products of bf16 may take terms below 2^-126 as zero: those scores tie, and have the ranks of ties
+        return  # products of bf16 may round terms below 2^-126 to zero, so that different scores become equal
     wants, plains = differentiated(exact, truth), differentiated(call, plain)
     norm = max((float(call[n].detach().double().abs().max()) for n in LEAVES[:3] if call[n].numel()), default=0.0)
     for name, grad in grads.items():
@@ -187,14 +190,14 @@ def judge_loss(case: Case, op: str, call: dict, got) -> None:
 
 
 def ring(case: Case) -> tuple[dict, str]:
-    """Not an op, but public: batches of every kind into a queue."""
+    """MoCoQueue: enqueue batches of every kind."""
     return {"keys": case.vectors(case.B, case.D), "ids": torch.arange(case.B) if case.chance(0.5) else None}, "enqueue"
 
 
 def judge_ring(case: Case, op: str, call: dict, got) -> None:
     K, keys = got.K, call["keys"].to(got.keys.dtype)
     ids = torch.full((case.B,), -1) if call["ids"] is None else call["ids"]
-    finite = keys.isfinite().all(1)  # a row that is not finite takes no slot
+    finite = keys.isfinite().all(1)  # a row that is not finite is not stored
     entered = int(finite.sum())
     kept, ids = keys[finite][-K:], ids[finite][-K:]
     same("keys", got.keys, kept.roll((entered - len(kept)) % K, 0) if len(kept) == K else kept)
@@ -234,7 +237,7 @@ def triplets(case: Case) -> tuple[dict, str]:
 
 
 def judge_triplets(case: Case, op: str, call: dict, got) -> None:
-    """Exact where scores are; elsewhere a column near a bound may fall to either side, and only the labels are certain."""
+    """Compare exactly if scores are exact. Otherwise rounding decides about columns near a bound, and only labels are checked."""
     anchor, p, n = got.compact()
     require(len(anchor) == got.num_triplets, "the count of triplets")
     label = call["query_labels"][anchor]
@@ -293,7 +296,7 @@ def labelled(case: Case) -> tuple[dict, str]:
 
 def judge_labelled(case: Case, op: str, call: dict, got) -> None:
     if not case.exact or "special" in case.kind:
-        return  # on other vectors a column near a bound may fall to either side
+        return  # with other vectors, rounding decides about columns near a bound
     truth, plain = run(op, double(call)), run(op, call | {"backend": "reference"})
     steepness = {"sup_con": 1 / call.get("temperature", 1.0) if op == "sup_con" else 1.0, "multi_similarity": 50.0}
     vectors = {"query": call["query"], "negative_keys": call["keys"]}
@@ -317,14 +320,20 @@ NUMBERS |= {"mochi": {"hard": 9, "pairs": 5, "with_query": 4}, "facenet": {"max_
 NUMBERS["synco"] = {"hard": 9, "interpolated": 3, "extrapolated": 3, "mixed": 3, "noised": 2, "graded": 2, "signed": 2}
 NUMBERS |= {"distance_weighted": {"max_positives": 3}, "simans": {"num_negatives": 4, "candidates": 9}}
 NUMBERS["mixgcf"] = {"candidates": 9}
-DRAWN = ("mochi", "synco", "simans", "distance_weighted", "mixgcf")  # what a rounding of the scores may draw otherwise
+DRAWN = (
+    "mochi",
+    "synco",
+    "simans",
+    "distance_weighted",
+    "mixgcf",
+)  # recipes whose random draws depend on the rounding of scores
 NAMES = [
     n for n in recipes.__all__ if n not in ("linear", "cosine", "exponential", "step", "whole", "Kinds", "mixed_inputs")
 ]
 
 
 def recipe(case: Case) -> tuple[dict, str]:
-    """A published method by its name, on a batch and a queue; steps and offsets as a resumed run has them."""
+    """A recipe by its name, with a batch and a queue, and with any step and row_offset."""
     name = case.draw.choice(NAMES)
     tensors_in_order, given = feed(name, *(case.vectors(n, case.D) for n in (case.B, case.B, max(case.K, case.B))))
     call = dict(zip(("first", "second", "third", "fourth"), tensors_in_order, strict=False))
@@ -332,7 +341,7 @@ def recipe(case: Case) -> tuple[dict, str]:
 
 
 def called_recipe(name, given, backend, step, first, second, third=None, fourth=None):
-    """The recipe's module, called; a refusal where an argument of the call is rubbish."""
+    """Call the module of a recipe. Invalid arguments must raise an error."""
     if name not in NAMES or not isinstance(given, dict):
         raise ValueError(f"no recipe is called {name!r}, and what it is given is a dict")
     loss = getattr(recipes, name)(**NUMBERS.get(name, {}), backend=backend)
@@ -354,7 +363,7 @@ def wide(call: dict) -> dict:
 
 
 def module(case: Case) -> tuple[dict, str]:
-    """The loss modules with random options are their functions."""
+    """The loss modules with random options, compared with the functions."""
     q, pos, keys = (case.vectors(n, case.D) for n in (case.B, case.B, case.K))
     labels = [torch.randint(-1, 4, (n,), generator=case.generator) for n in (case.B, case.K)]
     name = case.draw.choice(["InfoNCELoss", "SupConLoss", "TripletLoss", "MultiSimilarityLoss", "SigLIPLoss"])
@@ -390,14 +399,14 @@ def judge_module(case: Case, op: str, call: dict, got) -> None:
 
 
 def sharded(case: Case) -> tuple[dict, str]:
-    """A world of one: the ring's answers are those of the functions over its rows."""
+    """ShardedMoCoQueue on one rank, compared with the functions over its rows."""
     call = {
         "query": case.vectors(case.B, case.D),
         "keys": case.vectors(case.K, case.D),
         "N": case.draw.randrange(1, 40),
     }
     select = case.select(margins=True)
-    call["select"] = None if select is None or select.sample else select  # a draw needs the whole queue
+    call["select"] = None if select is None or select.sample else select  # sampling needs the whole queue on one rank
     return call | {"positive_key": case.vectors(case.B, case.D)}, "sharded"
 
 
@@ -432,9 +441,11 @@ def dataset(case: Case) -> tuple[dict, str]:
     if case.chance(0.3):
         return {**call, "k": case.draw.choice([1, 7, K + 2])}, "index"
     call["positives"] = torch.randint(0, K, (Q,), generator=case.generator)
-    call["query_ids"] = range(Q)  # equal rows are different queries
+    call["query_ids"] = range(Q)  # so that equal rows count as different queries
     if case.chance(0.2):
-        call |= {name: call[name].nan_to_num(0.0, 0.0, 0.0) for name in list(call)[:2]}  # it refuses what is not finite
+        call |= {
+            name: call[name].nan_to_num(0.0, 0.0, 0.0) for name in list(call)[:2]
+        }  # values that are not finite are refused
         return {**call, "samples_per_bin": 2, "num_queries": case.draw.choice([None, 3])}, "hardness_report"
     select = case.select(margins=True)
     call |= {"num_negatives": case.draw.choice([1, 3, 12]), "batch_size": case.draw.choice([None, 7])}
@@ -443,7 +454,7 @@ def dataset(case: Case) -> tuple[dict, str]:
 
 
 def index(query_embeddings, corpus_embeddings, k, backend):
-    """Built, searched, saved, loaded and searched again."""
+    """Build an index, search it, save it, load it, and search it again."""
     made = negmine.NegativeIndex.build(corpus_embeddings, backend=backend)
     with tempfile.TemporaryDirectory() as folder:
         made.save(Path(folder) / "index.npz")
@@ -488,7 +499,7 @@ def judge_dataset(case: Case, op: str, call: dict, got) -> None:
 
 
 def option(case: Case) -> tuple[dict, str]:
-    """An option made of anything is refused, or is what the ops take."""
+    """An option class with any values: it must raise an error, or ops must accept the option."""
     pick = case.draw.choice
     anything = [
         0,
@@ -525,7 +536,7 @@ def called_option(kind, fields, backend):
     q, keys, name = torch.ones(2, 3), torch.eye(3), {Select: "select", Mix: "mix", Weight: "weight"}.get(kind)
     given = {name: made} if name else {"false_negatives": made, "support": q[:, None]}
     if kind is Mix and max(made.pairs, made.with_query, made.hard, made.skip) > 99:
-        return None  # a right one, of a size that no memory holds
+        return None  # valid, but too large for any memory
     return negmine.info_nce(q, q, keys, **given, backend=backend)
 
 
@@ -539,7 +550,7 @@ KINDS_OF_CALL = [
     (sums, judge_sums), (labelled, judge_labelled), (recipe, judge_recipe), (module, judge_module),
     (sharded, judge_sharded), (dataset, judge_dataset), (option, judge_option),
 ]  # fmt: skip
-# What is called where the name is not that of a public function.
+# What to call for names that are not public functions.
 CALLED = {
     "enqueue": enqueue,
     "recipe": called_recipe,

@@ -1,11 +1,11 @@
-"""Damaged files of every form that the package reads: python -m tests.fuzz_files --seconds 60 --seed 0
+"""Read randomly damaged files of every format: python -m tests.fuzz_files --seconds 60 --seed 0
 
-A file is truncated, its bits are flipped, its numbers grow, its JSON becomes deep or holds huge ints, its members are rebuilt
-with a matching checksum. Reading it must raise an error in a sentence that names the file, or give an answer: where a checksum
-protects the content, the right one. A limit holds for memory and for time.
+Files are damaged in these ways: they are truncated, bits are flipped, numbers become larger, JSON becomes deeply nested or gets
+huge integers, and members of archives are changed with a matching checksum. Reading a file must raise an error that names it in a
+sentence, or return a result; if a checksum protects the content, the result must be right. Memory and time are limited.
 
-The files are read in a process of their own, so that a crash is a fault with a number like any other. A fault is printed with the
-command that repeats it: --seed S --case N.
+The files are read in a separate process, so that a crash is reported like other faults. A fault is printed with the options that
+repeat it: --seed S --case N.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from negmine.mining.text_sets import read_beir, read_msmarco, read_training_line
 from tests import fuzz
 from tests.fuzz_judge import require
 
-MEMORY, SECONDS, LONGEST = 2 << 30, 20, 1500  # bytes above the start, of one file, characters of a message
+MEMORY, SECONDS, LONGEST = 2 << 30, 20, 1500  # limits: additional bytes, seconds per file, characters of a message
 DRAW = np.random.default_rng(0)
 QUERIES, CORPUS = DRAW.standard_normal((6, 8)).astype("f4"), DRAW.standard_normal((30, 8)).astype("f4")
 POSITIVES = [[0], [1, 2], [3], [4], [5], [6]]
@@ -47,12 +47,12 @@ POSITIVES = [[0], [1, 2], [3], [4], [5], [6]]
 
 @dataclass(frozen=True)
 class Form:
-    """A form of file: how a good one is made in a folder, which file of it is damaged, and how it is read."""
+    """A file format: how a valid file is made in a folder, which file is damaged, and how it is read."""
 
     make: Callable[[Path], Any]
     damaged: str
     read: Callable[[Path], Any]
-    protected: bool = False  # by a checksum: what can be read is what was written
+    protected: bool = False  # by a checksum: whatever can be read must be what was written
 
 
 def mined(**options: Any) -> MiningResult:
@@ -212,7 +212,7 @@ def truncated(draw: random.Random, content: bytes) -> bytes:
 
 
 def grown(draw: random.Random, content: bytes) -> bytes:
-    """One number of the text becomes another, at times a huge one."""
+    """Replace one number in the text by another, sometimes a huge one."""
     found = list(re.finditer(rb"\d+", content))
     if not found:
         return flipped(draw, content)
@@ -222,7 +222,7 @@ def grown(draw: random.Random, content: bytes) -> bytes:
 
 
 def spliced(draw: random.Random, content: bytes) -> bytes:
-    """Something else in place of some bytes."""
+    """Replace some bytes by others."""
     new = draw.choice(
         [b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe", b"\x00" * 40, b"\n", b"{}", b"[]", b"\x1f\x8b\x08", b"\t"]
     )
@@ -241,7 +241,7 @@ PLAIN = (flipped, truncated, grown, spliced, zeroed)
 
 
 def resealed(draw: random.Random, content: bytes) -> bytes:
-    """The same within the file's own frame: a member of an archive, or a table with its checksum."""
+    """Damage a member of an archive, or a table, and make the checksum match again."""
     change = draw.choice(PLAIN)
     if content.startswith(b"PK"):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -274,7 +274,7 @@ def out_of_time(*_: Any) -> None:
 
 
 class Files:
-    """Good files of every form, in folders of their own."""
+    """Valid files of every format, each in its own folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.answers = folder, {}
@@ -289,7 +289,7 @@ class Files:
             self.answers[name] = form.read(home / form.damaged)
 
     def run_case(self, seed: int, number: int) -> str:
-        """'agrees' or 'refused'; raises Fault, or whatever else the reader raised."""
+        """Return 'agrees' or 'refused'. Raise Fault, or the exception of the reader if it is unexpected."""
         draw = random.Random(f"{seed} {number}")
         name = draw.choice(sorted(self.answers))
         form, work = FORMS[name], self.folder / "case"
@@ -321,7 +321,7 @@ class Files:
 
 
 def run(seed: int, first: int, seconds: float, only: bool, at: Any, faults: Any) -> None:
-    """Cases from `first` on until the time is up; `at` shows the parent which one runs."""
+    """Run cases from `first` on until the time is up. `at` is shared with the parent and holds the number of the case."""
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGALRM, out_of_time)
     counts = {"agrees": 0, "refused": 0}

@@ -34,12 +34,13 @@ class Encoder(nn.Module):
 
 
 class Job:
-    """The modules of one rank; all but its batches is the same on every rank."""
+    """The modules of one rank. Everything except the batches is the same on all ranks."""
 
     def __init__(self):
         torch.manual_seed(1)
         self.model = Encoder()
-        self.target, self.average = copy.deepcopy(self.model), copy.deepcopy(self.model)  # of keys; for evaluation
+        self.target = copy.deepcopy(self.model)  # moving average for the keys
+        self.average = copy.deepcopy(self.model)  # moving average for evaluation
         self.queue = MoCoQueue(D, K, with_ids=True, gather_distributed=True)
         self.loss = negmine.InfoNCELoss(0.2, mix=Mix(12, 8, 4), seed=3)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.3, momentum=0.9)
@@ -60,8 +61,8 @@ class Job:
 
     def run_step(self):
         rank = dist.get_rank()
-        for part in range(2):  # accumulated
-            number = torch.arange(B) + B * rank + 10 * (self.step % 3)  # ids that collide with older ones
+        for part in range(2):  # two batches whose gradients are accumulated
+            number = torch.arange(B) + B * rank + 10 * (self.step % 3)  # some ids are equal to older ones
             image = unit(B, IN, seed=1000 * rank + 2 * self.step + part)
             with self.net.no_sync() if part == 0 else contextlib.nullcontext():
                 with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -81,13 +82,13 @@ class Job:
 
 
 def run(rank, world, folder, killed):
-    """STEPS steps, from the state in `folder` if there is one; `killed`: this process ends in the middle of step KILLED_AT."""
+    """Run up to step STEPS, from the state in `folder` if there is one. killed: kill this process within step KILLED_AT."""
     job, saved = Job(), Path(folder, "state.pt")
     if saved.exists():
         job.load(torch.load(saved))
     while job.step < STEPS:
         if killed and rank == world - 1 and job.step == KILLED_AT:
-            job.queue.enqueue(unit(B, D))  # the others are in the middle of the step too
+            job.queue.enqueue(unit(B, D))  # a collective, so that the other ranks are in the middle of the step too
             os.kill(os.getpid(), signal.SIGKILL)
         job.run_step()
         if rank == 0:

@@ -12,7 +12,7 @@ IN, DIM, K, B = 10, 8, 48, 4
 
 
 def apply(patch, text):
-    """The text after a unified diff, whose context must fit line by line."""
+    """Apply a unified diff to the text. Its context must match exactly."""
     old, new, at = text.splitlines(), [], 0
     for line in patch.splitlines()[2:]:
         if line.startswith("@@"):
@@ -29,7 +29,7 @@ def apply(patch, text):
 
 
 def published(name, patch=False):
-    """The names that a file defines, before the patch or after it."""
+    """Return the names that a published file defines, after its patch or before it."""
     text = (ROOT / "tests/data/published" / f"{name}.py").read_text()
     if patch:
         text = apply((ROOT / "examples/patches" / f"{name}.patch").read_text(), text)
@@ -48,7 +48,7 @@ def moco(patch=False, seed=0):
 
 
 def batches(steps, rank=0, seed=1):
-    """Two views of B images a step, other ones on each rank."""
+    """For each step, two views of B images, different on each rank."""
     generator = torch.Generator().manual_seed(100 * seed + rank)
     for _ in range(steps):
         image = torch.randn(B, IN, generator=generator)
@@ -56,9 +56,9 @@ def batches(steps, rank=0, seed=1):
 
 
 def teacher_forced(steps, rank=0, wrap=lambda model: model):
-    """The published MoCo and the patched one, which takes over the other's whole state before each step.
+    """Train the published MoCo and the patched one. Before each step, the patched one loads the state of the published one.
 
-    Returns both logs, (loss, acc1, acc5) a step, both queues and pointers after each step, and both models.
+    Return both logs with (loss, acc1, acc5) for each step, both queues and pointers after each step, and both models.
     """
     theirs, ours = moco(), moco(patch=True, seed=5)
     ours.load_state_dict(theirs.state_dict())  # strict

@@ -1,4 +1,4 @@
-"""Measures the peak memory of a call, in addition to the memory in use before it, in a separate process."""
+"""Measure the peak memory of a call in a separate process, minus the memory in use before the call."""
 
 import subprocess
 import sys
@@ -15,16 +15,16 @@ def status_mib(field: str) -> float:
 
 
 def print_peak(call: Callable[[Any], object], small: Any, large: Any) -> None:
-    """The MiB that call(large) holds at its peak; call(small) goes before it, for code pages and thread stacks."""
+    """Print the MiB that call(large) needs at its peak. call(small) runs before it, to load code and start threads."""
     call(small)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of the resident memory
     before = status_mib("VmRSS")
     call(large)
     print(status_mib("VmHWM") - before)
 
 
 def peak_mib(program: str, *words: str) -> float:
-    """What a program that ends in print_peak prints."""
+    """Run a program that ends with print_peak, and return the printed number."""
     run = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     return float(run.stdout)

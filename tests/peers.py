@@ -1,4 +1,4 @@
-"""Losses and miners of other packages, imported without the dependencies that they do not need. Missing ones skip their tests."""
+"""Import losses and miners of other packages without dependencies that they do not need. Skip tests of missing packages."""
 
 import importlib
 import importlib.util
@@ -11,14 +11,14 @@ from benchmarks.stand_ins import stand_ins
 
 
 def peer(module: str) -> types.ModuleType:
-    """A module of a peer; skips where the peer is not installed."""
+    """Import a module of another package, or skip the test if it is not installed."""
     pytest.importorskip(module.partition(".")[0])
     with stand_ins():
         return importlib.import_module(module)
 
 
 def peer_file(package: str, file: str) -> types.ModuleType:
-    """One file of a package whose __init__ would import its models."""
+    """Import one file of a package, without the __init__ that would import its models."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         pytest.skip(f"{package} is not installed")

@@ -1,4 +1,4 @@
-"""Queues that are difficult for kernels that sample."""
+"""Queues that are difficult for kernels that look at a sample of the queue first."""
 
 import torch
 
@@ -23,7 +23,7 @@ def sampled_columns(K, size):
 
 
 def queue(kind, K, D, least_sample, columns=sampled_columns):
-    """Queues on which a sample says little: of integers, so that the answer is exact."""
+    """Queues for which a sample is misleading. They have small integers, so that results are exact."""
     keys = whole(K, D, seed=1)
     sampled = columns(K, least_sample)
     if kind == "all equal":

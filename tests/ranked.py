@@ -10,7 +10,7 @@ LAST = 2**63 - 1
 
 
 def inside_of(places, lower=None, upper=None):
-    """places (B, K) within the bounds; a bound that is no place, whose score is NaN, keeps nothing."""
+    """Which sort keys (B, K) are within the bounds. A bound whose score is NaN keeps nothing."""
     inside = torch.ones_like(places, dtype=torch.bool)
     for bound, sign in ((lower, 1), (upper, -1)):
         if bound is not None:
@@ -21,8 +21,11 @@ def inside_of(places, lower=None, upper=None):
 
 
 def ranking(q, keys, same_label=False, lower=None, upper=None, **given):
-    """(B, K + 1) the places of each row's pool, highest first, NOWHERE past the end; (B,) how many, NaN scores included."""
-    scores = q.float() @ keys.float().T  # (B, K), of small integers exact in any order
+    """Return the sort keys of each row's pool, (B, K + 1), highest first and padded with NOWHERE, and the pools' sizes (B,).
+
+    NaN scores have no sort key, but count.
+    """
+    scores = q.float() @ keys.float().T  # (B, K); small integers, so exact in any order of summation
     allowed = usable(cases.pool_of(q, keys, given)._replace(same_label=same_label), q, keys)
     allowed = torch.ones_like(scores, dtype=torch.bool) if allowed is None else allowed
     places = sort_key.pack(scores, torch.arange(len(keys)))
@@ -34,7 +37,7 @@ def ranking(q, keys, same_label=False, lower=None, upper=None, **given):
 
 
 def some_bounds(q, keys):
-    """lower, upper (B,): ties lie on both sides of each; some name no place, which keeps nothing, some no column."""
+    """Bounds lower and upper (B,), with ties on both sides. Some have a NaN score, keeping nothing; some name no column."""
     table, _ = ranking(q, keys)
     upper, lower = table[:, 7].contiguous(), table[:, 130].contiguous()
     upper[0], lower[1], upper[2], lower[3] = sort_key.NOWHERE, LAST, lower[2] - 1, sort_key.NOWHERE

@@ -1,4 +1,4 @@
-"""Runs a function on several ranks on this machine, one process each, and collects the results."""
+"""Run a function on several ranks, one process each, on this machine, and collect the results."""
 
 import pickle
 from collections.abc import Callable
@@ -14,15 +14,17 @@ import torch.multiprocessing as mp
 def _rank(work: Callable, rank: int, world: int, store: Path, arguments: tuple, out: Any) -> None:
     torch.set_num_threads(1)
     place = {"init_method": f"file://{store}", "rank": rank, "world_size": world}
-    dist.init_process_group("gloo", **place, timeout=timedelta(seconds=120))  # what waits for another rank fails then
-    # By value: a tensor sent as itself lives in memory that its sender takes along when it ends.
+    dist.init_process_group(
+        "gloo", **place, timeout=timedelta(seconds=120)
+    )  # instead of waiting forever for another rank
+    # Sent by value, because a tensor would be in shared memory that disappears when its sender ends.
     out.put((rank, pickle.dumps(work(rank, world, *arguments))))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def kill_ranks(work: Callable, world: int, folder: Path, *arguments: Any) -> None:
-    """Run work(rank, world, *arguments) until the last rank has killed itself, then kill the others, as a launcher does."""
+    """Run work(rank, world, *arguments) until the last rank kills itself; then kill the other ranks, as a launcher does."""
     context = mp.get_context("spawn")
     out = context.Queue()
     ranks = [
@@ -38,7 +40,7 @@ def kill_ranks(work: Callable, world: int, folder: Path, *arguments: Any) -> Non
 
 
 def run_ranks(work: Callable, world: int, folder: Path, *arguments: Any, timeout: float = 300) -> list[Any]:
-    """What work(rank, world, *arguments) returns on each rank of a gloo group that meets in a file of `folder`."""
+    """Return the results of work(rank, world, *arguments) on all ranks of a gloo group, which uses a file in `folder`."""
     context = mp.get_context("spawn")
     out = context.Queue()
     ranks = [

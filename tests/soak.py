@@ -1,4 +1,4 @@
-"""A long series of training steps, during which memory must not grow: python -m tests.soak --steps 10000 [--ranks 2]
+"""Run many training steps, during which memory must not grow: python -m tests.soak --steps 10000 [--ranks 2]
 
 A step uses a queue, a window, synthetic negatives, mining, weights, gradients, and enqueue. After the first tenth, resident
 memory may grow by LIMIT_MB in all.
@@ -37,7 +37,7 @@ def resident_mb() -> float:
 
 
 def one_step(step: int, layer: torch.nn.Linear, queue: MoCoQueue) -> None:
-    images = torch.randn(B - step % 5, D)  # ragged, as the last batch of an epoch is
+    images = torch.randn(B - step % 5, D)  # different batch sizes, as at the end of an epoch
     ids = torch.arange(len(images))
     query, key = (torch.nn.functional.normalize(layer(images), dim=1) for _ in range(2))
     loss = negmine.info_nce(
@@ -54,16 +54,16 @@ def one_step(step: int, layer: torch.nn.Linear, queue: MoCoQueue) -> None:
     if step % 7 == 0:
         negmine.mine_hardest(query, queue, 20)
         negmine.quantile(query, queue, [0.5, 0.99])
-    if step % 50 == 0:  # a refusal leaves nothing behind
+    if step % 50 == 0:  # an error must not leak memory
         with contextlib.suppress(ValueError):
             negmine.info_nce(query, key, queue.keys[:, 1:])
 
 
 def growth_mb(steps: int, step=one_step) -> float:
-    """Megabytes that the process gains between a tenth of the steps and the last."""
+    """Return by how many megabytes the process grows after the first tenth of the steps."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several on busy cores wait for each other most of the time
+    torch.set_num_threads(1)  # on busy cores, several threads wait for each other most of the time
     layer, queue = torch.nn.Linear(D, D), MoCoQueue(D, K, with_ids=True)
     before = 0.0
     for number in range(steps):
@@ -75,7 +75,7 @@ def growth_mb(steps: int, step=one_step) -> float:
 
 
 def growth_of_rank(rank: int, world: int, steps: int) -> tuple[float, list[str]]:
-    """Megabytes that a rank of a job gains between a tenth of the steps and the last, and its queue's hash at ten steps."""
+    """Return by how many megabytes a rank grows after the first tenth of the steps, and hashes of its queue at ten steps."""
     job, before, hashes = long_run.Job(), 0.0, []
     for number in range(steps):
         if number == steps // 10:

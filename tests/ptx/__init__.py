@@ -1,4 +1,4 @@
-"""Runs the PTX code of nvcc and Triton on the CPU: it is parsed here and executed by machine.cpp and the files next to it."""
+"""Run PTX code of nvcc and Triton on the CPU. It is parsed here and executed by machine.cpp and the other C++ files here."""
 
 import ctypes
 import hashlib
@@ -34,7 +34,7 @@ OPERAND = re.compile(r"[\[\]{},|]|[^\s\[\]{},|]+")
 
 @cache
 def machine() -> ctypes.CDLL:
-    """The machine, compiled once and kept in build/ until its sources change."""
+    """The C++ library, compiled once and kept in build/ until its sources change."""
     sources = sorted(HERE.glob("*.cpp"))
     content = b"".join(path.read_bytes() for path in [*sources, HERE / "machine.h"])
     library = HERE.parents[1] / "build" / "ptx" / f"{hashlib.sha256(content).hexdigest()[:16]}.so"
@@ -58,11 +58,11 @@ def machine() -> ctypes.CDLL:
 
 
 class Failure(AssertionError):
-    """What a GPU would not do, or this machine does not know."""
+    """An error of the PTX program, or an instruction that is not implemented here."""
 
 
 def entries(text: str) -> dict[str, str]:
-    """The text of every kernel in a PTX file, by name."""
+    """Return the text of every kernel in a PTX file, by name."""
     found = {}
     for match in re.finditer(r"\.entry\s+([\w$]+)\s*\(", text):
         depth = 0
@@ -75,7 +75,7 @@ def entries(text: str) -> dict[str, str]:
 
 
 def constant(token: str) -> int:
-    """The bits of a literal."""
+    """Return the bits of a literal."""
     if token[:2] in ("0f", "0F", "0d", "0D"):
         return int(token[2:], 16)
     value = int(token.rstrip("U"), 0)
@@ -96,12 +96,13 @@ class Program:
         for line in re.findall(r"\.param([^,)]*)", head):
             kind, name, count = re.search(rf"\.({'|'.join(BYTES)})\b.*?([\w$]+)(?:\[(\d+)\])?\s*$", line).groups()
             size = 1 if kind == "b8" else BYTES[kind]
-            own = re.match(r"\s*\.align\s+(\d+)", line)  # of a struct; `.ptr .align` is that of what it points to
+            # Of a struct; `.ptr .align` is the alignment of the memory that a pointer points to.
+            own = re.match(r"\s*\.align\s+(\d+)", line)
             align = int(own[1]) if own else size
             self.bytes = -(-self.bytes // align) * align
             self.parameters[name] = (self.bytes, size * int(count or 1), kind)
             self.bytes += size * int(count or 1)
-        self.text: list[str] = []  # of each instruction
+        self.text: list[str] = []  # one entry per instruction
         self.names: dict[str, int] = {}
         self.size = self.local = 0
         self.specials: dict[str, int] = {}
@@ -224,7 +225,7 @@ class Program:
             return 1, self.parameters[token][0], 0
         if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?|0[fFdD][0-9a-fA-F]+", token):
             return 1, constant(token), 0
-        if re.fullmatch(r"[\w$]+", token):  # the dynamic shared memory, the one thing outside that kernels name
+        if re.fullmatch(r"[\w$]+", token):  # the dynamic shared memory, the only external name in kernels
             return 1, WINDOW, 0
         raise Failure(f"{self.name}: {token} is not known")
 
@@ -261,9 +262,9 @@ class Program:
         seed: int = 0,
         backwards: bool = False,
     ) -> None:
-        """One launch. ranges: (first, past the last) address of what the kernel may touch in global memory.
+        """Run one launch. ranges: (begin, end) addresses of the global memory that the kernel may access.
 
-        seed: of the order in which warps run; 0 = one after another, as far as a barrier lets each. backwards: so blocks run.
+        seed: random order in which warps run; 0: each warp runs until it waits at a barrier. backwards: run the last block first.
         """
         if len(parameters) != self.bytes:
             raise Failure(f"{self.name} takes {self.bytes} bytes of parameters, not {len(parameters)}")

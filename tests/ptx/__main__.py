@@ -1,4 +1,4 @@
-"""python -m tests.ptx 90 tests/test_kernels.py -k triton: pytest, with Triton's kernels as compiled for sm_90."""
+"""Run pytest with Triton's kernels compiled for sm_90: python -m tests.ptx 90 tests/test_kernels.py -k triton"""
 
 import os
 import sys

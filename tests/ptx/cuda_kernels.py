@@ -1,5 +1,7 @@
-"""kernels/cuda as nvcc compiles it, launched by its own host code: that is built against tests/emulator, and its launches come
-here as the address of a kernel and the bytes of its parameters.
+"""Run the PTX of kernels/cuda with the host code of kernels/cuda.
+
+nvcc compiles the kernels to PTX. The host code is compiled with the headers of tests/emulator, which pass its launches to this
+module, as the address of a kernel and the bytes of its parameters.
 """
 
 import collections
@@ -21,23 +23,25 @@ ROOT = Path(__file__).parents[2]
 LAUNCHER = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p, ctypes.c_int64
 )
-_allowed: collections.deque[tuple[int, int]] = collections.deque(maxlen=40)  # of the tensors that calls were given last
+_allowed: collections.deque[tuple[int, int]] = collections.deque(
+    maxlen=40
+)  # memory ranges of the tensors of recent calls
 
 
 def allow(tensor: torch.Tensor) -> None:
-    """Kernels may touch the tensor's memory."""
+    """Allow kernels to access the memory of a tensor."""
     memory = tensor.untyped_storage()
     _allowed.append((memory.data_ptr(), memory.data_ptr() + memory.nbytes()))
 
 
 def plain(names: list[str]) -> list[str]:
-    """Mangled names as they are written, for g++ and nvcc alike: each has a word of its own for an anonymous namespace."""
+    """Demangle names, without the parts in which g++ and nvcc differ: each has its own word for an anonymous namespace."""
     said = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     return [re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::", "", line) for line in said.splitlines()]
 
 
 def attach(library: ctypes.CDLL, path: Path, source: Path, arch: str) -> None:
-    """Launches of the library, built from `source`, run the PTX of the .cu files that this includes, for a GPU of that kind."""
+    """Make launches of this library, which was built from `source`, run the PTX of the .cu files that `source` includes."""
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("there is no nvcc (NEGMINE_NVCC, CUDA_HOME, PATH)")
@@ -62,10 +66,10 @@ def attach(library: ctypes.CDLL, path: Path, source: Path, arch: str) -> None:
             ranges = [*_allowed, (room, room + bytes_)]
             grid, given = (x, y, 1), ctypes.string_at(parameters, size)
             programs[kernel].run(grid, threads, shared, given, ranges, backwards=bool(backwards))
-        except BaseException:  # nothing may pass through C
+        except BaseException:  # no exception may propagate through C code
             traceback.print_exc(file=sys.stderr)
             return 1  # cudaErrorInvalidValue
         return 0
 
-    library.launcher = LAUNCHER(launch)  # which must live as long as the library
+    library.launcher = LAUNCHER(launch)  # keep it alive as long as the library
     library.emulated_launch_by(library.launcher)

@@ -1,6 +1,6 @@
-"""Runs Triton's kernels, compiled for a GPU, on CPU tensors: every launch executes the PTX code for that GPU.
+"""Run Triton's kernels, compiled for a GPU, on CPU tensors: every launch executes the PTX code for that GPU.
 
-`install`, before negmine is imported: a launcher then believes that the tensors are on a card of that compute capability.
+Call `install` before negmine is imported. Launchers then behave as on a GPU of that compute capability.
 """
 
 import functools
@@ -15,20 +15,20 @@ from tests import ptx
 
 PROCESSORS = 3
 SHARED_BYTES = {80: 99 << 10, 90: 227 << 10}
-SEED = int(os.environ.get("NEGMINE_PTX_SEED", "0"))  # of the order in which warps run
+SEED = int(os.environ.get("NEGMINE_PTX_SEED", "0"))  # random order in which warps run
 
 
 def install(capability: int) -> None:
-    """From now on `kernel[grid](...)` runs on the CPU, as compiled for the capability."""
-    os.environ["TRITON_INTERPRET"] = "0"  # what Triton itself is made of is decorated at import
+    """Make `kernel[grid](...)` run on the CPU, compiled for this compute capability."""
+    os.environ["TRITON_INTERPRET"] = "0"  # Triton decorates its own functions at import
     os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
     import triton
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime.jit import JITFunction
 
     triton.knobs.runtime.interpret = False
-    os.environ["TRITON_INTERPRET"] = "1"  # what negmine reads: Triton takes CPU tensors
-    CUDABackend.make_cubin = lambda *_: b""  # the assembler is slow, and nothing runs its code
+    os.environ["TRITON_INTERPRET"] = "1"  # negmine reads this and passes CPU tensors to Triton
+    CUDABackend.make_cubin = lambda *_: b""  # machine code is not needed, and the assembler is slow
     torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
     torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=PROCESSORS)
     torch.cuda.current_device = lambda: None
@@ -39,7 +39,7 @@ _programs: dict[tuple, tuple[ptx.Program, int, int]] = {}
 
 
 def _passed(types: tuple, values: tuple) -> list:
-    """The values that are no constants, those inside of tuples in their place: the parameters of the compiled kernel."""
+    """Return the arguments that are parameters of the compiled kernel: those that are not constants, with tuples flattened."""
     found = []
     for kind, x in zip(types, values, strict=True):
         found += _passed(kind, x) if isinstance(kind, tuple) else [] if kind == "constexpr" else [x]
@@ -61,7 +61,7 @@ def _run(kernel, capability: int, *args, grid, warmup=False, **kwargs) -> None:
     if shared > SHARED_BYTES[capability]:
         raise ptx.Failure(f"{program.name}: {shared} bytes of shared memory are more than a block has")
     given = _passed(tuple(signature.values()), tuple(values.values()))
-    given += [0] * (len(program.parameters) - len(given))  # scratch memories, which nobody asked for
+    given += [0] * (len(program.parameters) - len(given))  # scratch memory parameters, which are not used
     parameters, ranges = b"", set()
     for x, (offset, size, kind) in zip(given, program.parameters.values(), strict=True):
         if isinstance(x, torch.Tensor):
