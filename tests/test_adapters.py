@@ -19,7 +19,7 @@ B, K, D = 6, 40, 8
 
 
 def same_values_and_gradients(ours, theirs, inputs, condition, stored=torch.float32):
-    """ours(*stored) against theirs(*float64), allowed twice the error that theirs(*stored) makes."""
+    """Compare ours(*stored) with theirs in float64. The error may be twice that of theirs(*stored)."""
     results, inputs = [], [t.detach().to(stored) if t.dim() else t for t in inputs]
     for function, dtype in ((ours, stored), (theirs, torch.float64), (theirs, stored)):
         leaves = [
@@ -34,7 +34,7 @@ def same_values_and_gradients(ours, theirs, inputs, condition, stored=torch.floa
 
 
 def views(n=B, device="cpu", scale=3.0):
-    """Two sets of vectors that are not unit."""
+    """Two sets of vectors that are not normalized."""
     return [scale * unit(n, D, seed=i, device=device) + 0.1 for i in (0, 1)]
 
 
@@ -67,7 +67,7 @@ def test_lightly_weights_and_their_own_function():
 
 
 def banks(rows, temperature=0.1, backend=None):
-    """lightly's loss and ours, whose banks start with the same rows."""
+    """lightly's loss and ours, with memory banks that start with the same rows."""
     theirs = peer("lightly.loss.ntx_ent_loss").NTXentLoss(temperature, (rows, D))
     ours = lightly.NTXentLoss(temperature, (rows, D), backend=backend)
     ours.memory_bank.queue.copy_(theirs.memory_bank.bank)
@@ -86,7 +86,7 @@ def test_lightly_memory_bank_step_by_step(any_backend):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(ours.memory_bank.queue, theirs.memory_bank.bank)
     before = ours.memory_bank.queue.clone()
-    ours(*(t.detach() for t in out))  # evaluation leaves the bank alone, as theirs
+    ours(*(t.detach() for t in out))  # evaluation does not change the bank, as in lightly
     assert torch.equal(before, ours.memory_bank.queue)
 
 
@@ -109,14 +109,14 @@ def test_lightly_of_one_image_and_of_none():
     loss = lightly.DCLWLoss()(*one)
     loss.backward()
     assert float(loss.detach()) == 0 and not bool(one[0].grad.any())
-    assert lightly.DCLLoss()(*views(0)) == lightly.NTXentLoss()(*views(0)) == 0  # as every loss of no rows here
+    assert lightly.DCLLoss()(*views(0)) == lightly.NTXentLoss()(*views(0)) == 0  # the loss of an empty batch is 0
 
 
 # open_clip --------------------------------------------------------------------------------------------------------
 
 
 def test_clip_loss_of_bfloat16(any_backend):
-    """No farther from float64 than theirs is, and the loss itself in fp32."""
+    """Our error is not greater than theirs, and our loss is fp32."""
     device = device_of(any_backend)
     pair = [unit(B, D, seed=i, device=device) for i in (0, 1)]
     scale = torch.tensor(10.0, device=device)
@@ -158,7 +158,7 @@ CLIP = [{"local_loss": local, "gather_with_grad": grad} for local in (False, Tru
 
 
 def clip_rank(rank, world):
-    """One rank: ours and theirs, every combination of flags."""
+    """On one rank: our loss and theirs for every combination of flags."""
     module, place = peer_file("open_clip", "loss.py"), {"rank": rank, "world_size": world}
     cases = [(kind.ClipLoss(**place, **flags), ()) for flags in CLIP for kind in (open_clip, module)]
     for way in ("bidir", "shift", "reduce", "gather"):
@@ -188,7 +188,7 @@ def test_losses_over_ranks_are_theirs(world, tmp_path):
 
 
 def batch(device="cpu", n=24, classes=4):
-    """Vectors that are not unit, with equal ones none; the last class has one member, so no positive."""
+    """Vectors that are not normalized and all different. The last class has one member, which has no positive."""
     labels = torch.arange(n, device=device) % classes
     labels[-1] = classes
     return 2.0 * unit(n, D, device=device, seed=3), labels
@@ -279,7 +279,7 @@ def test_mined_tuples_go_into_their_losses():
     distances = torch.cdist(*(torch.nn.functional.normalize(embeddings),) * 2)
     a, p, n = found.compact()
     violation = (distances[a, p] - distances[a, n] + 0.05).clamp_min(0)
-    want = violation.sum() / (violation > 0).sum()  # their mean is over what violates
+    want = violation.sum() / (violation > 0).sum()  # their mean is over the triplets with a loss above 0
     for triplets in (False, True):
         got = losses.TripletMarginLoss()(embeddings, labels, NegmineMiner(triplets=triplets)(embeddings, labels))
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
@@ -289,7 +289,7 @@ def test_mined_tuples_go_into_their_losses():
 @pytest.mark.parametrize("rows", [7, 16, 18])
 @pytest.mark.parametrize("loss", ["ContrastiveLoss", "MultiSimilarityLoss", "TripletMarginLoss"])
 def test_cross_batch_memory_with_their_losses(loss, rows):
-    """Batches that do and do not divide the memory, past its end: the same loss at every step, with a miner and without."""
+    """The loss of every step is the same with and without a miner, and also when a batch wraps around the end of the memory."""
     module, miners = peer("pytorch_metric_learning.losses"), peer("pytorch_metric_learning.miners")
     for miner in (None, miners.MultiSimilarityMiner()):
         ours = CrossBatchMemory(getattr(module, loss)(), D, 18, miner)
@@ -311,7 +311,7 @@ def test_cross_batch_memory_with_a_mask_of_what_enters():
 
 
 class Recorder(torch.nn.Module):
-    """A loss that keeps the index tuple it was given."""
+    """A loss that stores the index tuple that it is called with."""
 
     def forward(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         self.seen = as_set(*indices_tuple[:2])
@@ -319,7 +319,7 @@ class Recorder(torch.nn.Module):
 
 
 def test_a_batch_of_one_is_not_its_own_positive(monkeypatch):
-    """pytorch-metric-learning takes a batch of one for a wrap around the whole memory and keeps the row's pair with itself."""
+    """pytorch-metric-learning treats a batch of one as if it filled the memory, and keeps the pair of the row with itself."""
     module = peer("pytorch_metric_learning.losses")
     monkeypatch.setattr(module.CrossBatchMemory, "supported_losses", staticmethod(lambda: ["Recorder"]))
     ours, theirs = (kind(Recorder(), D, 8) for kind in (CrossBatchMemory, module.CrossBatchMemory))
@@ -331,7 +331,7 @@ def test_a_batch_of_one_is_not_its_own_positive(monkeypatch):
 
 
 def test_a_loaded_memory_goes_on_where_it_stopped():
-    """pytorch-metric-learning's pointer and filled flag are plain attributes: after loading, its memory starts over."""
+    """In pytorch-metric-learning, the pointer and the flag are plain attributes, so the memory starts again after loading."""
     module = peer("pytorch_metric_learning.losses")
     steps = [(unit(5, D, seed=step), torch.arange(5) % 3) for step in range(3)]
     kinds = {"ours": CrossBatchMemory, "theirs": module.CrossBatchMemory}
@@ -348,7 +348,7 @@ def test_a_loaded_memory_goes_on_where_it_stopped():
 
 
 def test_cross_batch_memory_with_a_negmine_loss(any_backend):
-    """The loss over labels against the memory, the row itself left out, wherever in the memory it lies."""
+    """The loss over the memory does not include the row itself, wherever it is in the memory."""
     device = device_of(any_backend)
     memory = CrossBatchMemory(negmine.MultiSimilarityLoss(backend=any_backend), D, 16).to(device)
     for step in range(3):
@@ -370,7 +370,7 @@ def test_cross_batch_memory_with_a_negmine_loss(any_backend):
 
 
 def test_3g_a_label_of_minus_one_is_a_class(any_backend):
-    """As in pytorch-metric-learning; negmine's own functions take it for unknown."""
+    """As in pytorch-metric-learning; in negmine's own functions, -1 means unknown."""
     theirs = peer("pytorch_metric_learning.miners").BatchHardMiner()
     device = device_of(any_backend)
     embeddings, labels = unit(6, D, device=device), torch.tensor([-1, -1, -1, 2, 2, 2], device=device)

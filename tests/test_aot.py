@@ -1,7 +1,7 @@
 """Triton kernels compiled ahead of time for several GPUs: they compile, do not spill, and have few instructions in their loops.
 
 Each case compiles in its own process with a time limit, because the assembler may need minutes for a tile that is too large.
-`python tests/test_aot.py 90 bfloat16 128 logsumexp` prints one case; with another Triton first in PYTHONPATH it checks that one.
+`python tests/test_aot.py 90 bfloat16 128 logsumexp` prints one case, with whichever Triton is first in PYTHONPATH.
 """
 
 import json
@@ -19,11 +19,11 @@ pytest.importorskip("triton")
 from negmine.kernels.triton import tiles
 
 TIME_LIMIT = 120  # seconds for one case
-# Registers kept on the stack around a loop, or once in several tiles, cost nothing that can be measured. One that is spilled in
-# an innermost loop does.
+# Registers that are saved on the stack outside of innermost loops, or once in several tiles, do not cost measurable time. Spills
+# inside an innermost loop do.
 STACK_BYTES = 32
 HEADROOM = 1.25
-INSTRUCTIONS_PER_SCORE = {  # measured for bf16, D = 128; scan_kernel takes one wanted column out of each word
+INSTRUCTIONS_PER_SCORE = {  # bf16, D = 128; the loop of scan_kernel over selected columns is counted once
     (80, "logsumexp_kernel"): 17.3,
     (90, "logsumexp_kernel"): 10.4,
     (90, "logsumexp_grad_keys_kernel"): 6.9,
@@ -32,8 +32,8 @@ INSTRUCTIONS_PER_SCORE = {  # measured for bf16, D = 128; scan_kernel takes one 
     (90, "scan_kernel, 1 bracket"): 10.6,
     (90, "scan_kernel, 2 brackets"): 20.3,
 }
-# What masks may cost, and a queue whose end falls inside a tile: times the instructions of a plain pool. Of ids and labels this
-# is a tile without an equal pair. Bounds and masks of pairs are asked of every score.
+# Limits for masks, and for a queue that ends within a tile, as a multiple of the instructions for a pool without them. For ids
+# and labels, the limit is for tiles without equal ones. Bounds and pair masks are checked for every score.
 MOST = {
     "": HEADROOM,
     "ids": 1.4,
@@ -44,26 +44,30 @@ MOST = {
     "mask": 2.0,
     "pairs": 4.0,
     "bounds": 4.0,
-    "guide": 5.0,  # a second product, in smaller tiles
+    "guide": 5.0,  # a second matrix product, with smaller tiles
 }
-SHARED_BYTES = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # of a block; code for sm_80 also runs on sm_86 and sm_89
+SHARED_BYTES = {
+    80: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+}  # limit per block; code for sm_80 also runs on sm_86 and sm_89
 PROCESSOR_BYTES = {
     80: 164 << 10,
     90: 228 << 10,
     100: 228 << 10,
-}  # of shared memory; a KiB of it is lost to each program
-# Scores are compared between passes bit for bit, so all passes must take products by one instruction, which adds up one way.
-# What follows a sum of products in the same kernel takes it too.
+}  # bytes of shared memory; each program needs 1 KiB more
+# Scores of different passes are compared bit for bit, so all passes must use the same matrix instruction, which adds products in
+# a fixed order. Other matrix products in the same kernel use it too.
 PRODUCT = {80: "HMMA.16816.F32.BF16", 90: "HGMMA.64x16.F32.BF16", 100: "UTCHMMA"}
 AMD_PRODUCT = {"gfx942": "v_mfma_f32_32x32x8_bf16", "gfx1100": "v_wmma_f32_16x16x16_bf16"}
 AMD_SHARED_BYTES = 64 << 10
-AMD_INSTRUCTIONS_PER_SCORE = {  # the same, of a lane
+AMD_INSTRUCTIONS_PER_SCORE = {  # the same for AMD GPUs, per lane
     ("gfx942", "logsumexp_kernel"): 25.7,
     ("gfx942", "scan_kernel, 1 bracket"): 13.3,
     ("gfx1100", "logsumexp_kernel"): 33.4,
     ("gfx1100", "scan_kernel, 1 bracket"): 21.0,
 }
-# Kernels whose launchers cut the queue into as many parts as the card holds at once.
+# Kernels whose launchers split the queue into as many parts as the GPU runs programs at the same time.
 SPLIT = ("logsumexp_kernel", "scan_kernel", "softplus_sum_kernel", "count_negatives_kernel", "maxsim_kernel")
 MINING = ("logsumexp", "mine_hardest")
 CASES = [
@@ -108,7 +112,7 @@ CASES = [
 
 
 def compiled(capability: int, dtype: str, D: int, ops: tuple[str, ...]) -> list[dict]:
-    """What tests/aot.py reports of a case, from a process of its own."""
+    """Run tests/aot.py for one case in a separate process, and return its report."""
     root = Path(__file__).parents[1]
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), str(root)]))
@@ -121,7 +125,7 @@ def compiled(capability: int, dtype: str, D: int, ops: tuple[str, ...]) -> list[
 
 
 def fitting(line: dict, capability: int) -> int:
-    """How many programs of a kernel fit on a processor at once, by registers, shared memory and threads."""
+    """How many programs of a kernel run on a multiprocessor at once: the limit by registers, shared memory and threads."""
     registers = 256 * -(-line["registers"] // 8) * line["warps"]
     return min(65536 // registers, PROCESSOR_BYTES[capability] // (line["shared"] + 1024), 64 // line["warps"])
 

@@ -22,7 +22,7 @@ TINY = Case("tiny", 4, 1500, 16, "float32", "", tuple(OPS))
 
 
 def tiny_inputs(op, dtype="float32"):
-    """In the batch K is B, and B is large enough that the loss is not about 0."""
+    """For ops on a batch, K = B, and B is large enough that the loss is not close to 0."""
     B, K, D = (64, 64, 8) if op in ("in_batch", "locked") else (4, 1500, 16)
     return make_inputs(Case("tiny", B, K, D, dtype, ""), "cpu")
 
@@ -63,7 +63,7 @@ def test_packages_answer_the_same(name):
 
 
 class Index:
-    """An exact index with the manners of faiss.GpuIndexFlatIP."""
+    """An exact index with the interface of faiss.GpuIndexFlatIP."""
 
     def __init__(self, resources, dim):
         assert dim == 16
@@ -91,8 +91,9 @@ def attend(query, keys, values, scale):
 
 
 def flash_attn_func(log_sum_exp, *of_version):
-    """The function of that name in a generation of FlashAttention: which argument asks for the log-sum-exp, and what others there
-    are. (1, rows, 1, D) each -> mean, and lse (1, 1, rows)."""
+    """Return flash_attn_func as a version of FlashAttention has it: `log_sum_exp` is the argument that asks for the log-sum-exp.
+
+    The function takes queries, keys and values (1, rows, 1, D), and returns the mean and lse (1, 1, rows)."""
 
     def attention(query, keys, values, softmax_scale=None, **options):
         assert options.pop(log_sum_exp) and set(options) <= set(of_version)
@@ -104,7 +105,7 @@ def flash_attn_func(log_sum_exp, *of_version):
 
 def squared_distances(query, keys, k):
     found = torch.cdist(query.double(), keys.double()).square().topk(k, dim=1, largest=False)
-    order = torch.randperm(k)  # it promises none
+    order = torch.randperm(k)  # the order of the results is not specified
     return found.values[:, order].float(), found.indices[:, order].int()
 
 
@@ -135,7 +136,7 @@ ON_CARDS = {
 
 @pytest.mark.parametrize("op", ON_CARDS)
 def test_packages_for_cards_are_called_as_they_are_written(op, monkeypatch):
-    """Stand-ins with the signatures of the packages: what is asked of them is right, and so is what is made of their answer."""
+    """Fakes with the signatures of the packages check that calls and results are correct."""
     monkeypatch.setattr(libraries, "on_gpu", lambda inputs: True)
     for name, content in STANDINS.items():
         module = ModuleType(name)
@@ -205,7 +206,7 @@ def test_sweeps_vary_one_letter():
 
 @pytest.fixture
 def rows(tmp_path, monkeypatch):
-    """A CSV of three cases' rows, made by the command itself on a shrunken table."""
+    """A CSV file with rows of three cases, written by the command with a shortened list of cases."""
     monkeypatch.setitem(CASES, "small", TINY)
     monkeypatch.setattr(run, "QUICK", ["small"])
     short = {"K": [plan.PREDICTS, 2 * plan.PREDICTS], "B": [1], "D": [8]}
@@ -264,7 +265,7 @@ def events(*of):
 
 
 def test_a_simulation_shares_processors_and_waits_for_the_slowest():
-    node = simulate.Node((1.0, 1.5))  # two at once run 1.5 times as long as one
+    node = simulate.Node((1.0, 1.5))  # two processes at once need 1.5 times as long as one
     work = lambda seconds: ("work", node, seconds)  # noqa: E731
     assert simulate.simulate([events(work(3.0))]) == pytest.approx(3)
     assert simulate.simulate([events(work(3.0)), events(work(1.0))]) == pytest.approx(1.5 + 2)

@@ -33,8 +33,10 @@ def inputs(backend, dtype=torch.float32, kind="pairs"):
 
 
 def dense(q, keys, bias, allowed, scale, offset, weight, cast):
-    """lse, mean, d lse / d keys and bias, softplus sum, sigmoid keys, d softplus sum / d keys and bias; gradients are weighted by
-    `weight` (B,)."""
+    """Return lse, mean, d lse / d keys and d bias, softplus sum, sigmoid keys, d softplus sum / d keys and d bias.
+
+    Gradients are weighted by `weight` (B,).
+    """
     q, keys, bias, scale, offset, weight = (t.to(cast) for t in (q, keys, bias, scale, offset, weight))
     with disable_autocast(q.device):
         x = scale * (q @ keys.T) + bias
@@ -77,7 +79,7 @@ def test_sums_and_gradients(backend, kind, dtype):
     )
     rounding = 0.0 if dtype == torch.float32 else float(torch.finfo(dtype).eps)
     for (name, value), a, b in zip(got.items(), truth, plain, strict=True):
-        if value.dim() == 2 and rounding:  # probabilities are rounded to the storage
+        if value.dim() == 2 and rounding:  # probabilities are rounded to the storage dtype
             b = a + rounding * a.abs().max()
         by_row = some if len(a) == B else slice(None)
         compare.rounded(name, value[by_row], a[by_row], b[by_row], condition=8.0)
@@ -87,7 +89,7 @@ def test_sums_and_gradients(backend, kind, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("loss", ["info_nce", "siglip"])
 def test_the_gradient_of_a_learned_bias_is_not_rounded_to_16_bits(backend, loss, dtype):
-    """Of every storage it is as right as fp32 sums are: the truth is float64 of the same vectors."""
+    """For every storage, its error is that of fp32 sums, compared with float64 for the same vectors."""
     skip_what_the_interpreter_repeats(backend, dtype)
     ops_of(backend)
     q, keys, bias, _, _ = inputs(backend, dtype)
@@ -122,7 +124,9 @@ def test_a_bias_of_zeros_changes_no_bit(backend):
             compare.exact(name, b, a)
 
 
-@pytest.mark.parametrize("last", [9, 120])  # of 150: gathered from what ranking found, or summed in another pass
+@pytest.mark.parametrize(
+    "last", [9, 120]
+)  # of 150 ranks: summed over the columns that ranking found, or in another pass
 def test_nothing_that_is_compared_knows_of_it(backend, last):
     ops = ops_of(backend)
     q, keys, bias, pool, allowed = inputs(backend)

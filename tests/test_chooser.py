@@ -63,7 +63,7 @@ def test_what_the_cuda_ranking_takes():
 
 
 def short(query, negative_keys, N, *_, asked):
-    """A limit that answers on any device."""
+    """A function that returns the reason why a kernel cannot run, on any device."""
     return mining_limit((query.dtype, negative_keys.dtype), *negative_keys.shape, N, asked)
 
 
@@ -72,7 +72,7 @@ def narrow(query, negative_keys, *_, asked):
 
 
 def summing(query, negative_keys, scales, pivot, want_mean, N, *_, asked):
-    """A sum that also mines is bound by the limit of mining."""
+    """A sum that also mines has the limit of mining."""
     return short(query, negative_keys, N, asked=asked) if N else narrow(query, negative_keys, asked=asked)
 
 
@@ -83,9 +83,12 @@ HELD = (
 
 @pytest.fixture
 def table(monkeypatch):
-    """A table of two backends that note who ran; the call installs it, with the ops that cuda runs only by name."""
+    """Return a function that installs a table of two backends. They record which one ran.
+
+    Its argument: the ops that cuda runs only if it is asked for by name.
+    """
     ran = []
-    monkeypatch.setattr(backends, "_chosen", {})  # answers of the real table are no answers of this one
+    monkeypatch.setattr(backends, "_chosen", {})  # clear the cache of choices
 
     def install(by_name_only):
         cpu = next(row for row in backends.BACKENDS if row.name == "cpu").functions
@@ -130,7 +133,7 @@ def test_a_timed_op_comes_first_within_its_limits(table):
 
 @pytest.mark.parametrize("backend", [None, "cuda"])
 def test_scores_that_meet_come_from_one_backend(table, backend):
-    """A window's ends are places among a backend's scores: the mining that is bound by them is that backend's too."""
+    """The ends of a window are scores that one backend computed, so the mining between them must run on the same backend."""
     ran = table(HELD)
     call(select=Select(1, 50), backend=backend)
     assert ran == [(backend or "triton", op) for op in ("rank_thresholds", "mine_hardest")]
@@ -140,7 +143,7 @@ def test_scores_that_meet_come_from_one_backend(table, backend):
 
 
 def test_an_op_with_a_limit_does_not_leave_those_beside_it(table):
-    """Unasked, mining may go to the next backend, so a window's ends are not found by this one."""
+    """If mining may run on the next backend, because none was asked for, this backend must not compute the ends of the window."""
     ran = table(())
     call(select=Select(1, 50))
     assert {name for name, _ in ran} == {"triton"}
@@ -178,17 +181,17 @@ def test_what_was_asked_for_and_cannot_run_is_refused_in_words(table):
 def test_the_answer_for_a_kind_of_call_is_kept(table, monkeypatch):
     ran = table(())
     call()
-    monkeypatch.setattr(backends, "BACKENDS", ())  # nothing is looked up again
+    monkeypatch.setattr(backends, "BACKENDS", ())  # a new lookup would fail
     call()
     assert ran == [("cuda", "mine_hardest")] * 2
     with pytest.raises(ValueError, match="backend must be None"):
-        call(backend=["cpu"])  # cannot be hashed, and so not be looked up
+        call(backend=["cpu"])  # cannot be hashed, so it is not in the cache
 
 
 WAITING = set(HELD) - {"mix_negatives"}
 
 
-ROUNDED_ONCE = {"rtol": 2.0**-7, "atol": 1e-6}  # the one op and the composed one each round their gradient to bf16
+ROUNDED_ONCE = {"rtol": 2.0**-7, "atol": 1e-6}  # both ways round the gradient to bf16
 
 
 def loss(dtype=torch.bfloat16, D=8, trained_keys=False, **options):
@@ -204,7 +207,7 @@ def loss(dtype=torch.bfloat16, D=8, trained_keys=False, **options):
     "options", [{}, {"decoupled": True}, {"weight": Weight(1.0, 0.01)}, {"mix": Mix(4, 2, 2)}], ids=str
 )
 def test_a_loss_runs_where_it_is_asked_to(table, options, trained_keys):
-    """In one op where the backend has it; else composed, and what a mix is made of is mined by the sum itself."""
+    """Computed by one op if the backend has it; otherwise by several, where the op of the sum also mines the parents of mixes."""
     ran = table(WAITING)
     gradient = {"logsumexp_grad_keys"} if trained_keys else set()
     unasked = loss(**options, trained_keys=trained_keys)
@@ -289,7 +292,7 @@ def test_a_gpu_older_than_the_kernels_is_refused_in_words(monkeypatch, capabilit
 
 @pytest.mark.parametrize(("arch", "refused"), [("gfx942:sramecc+:xnack-", ""), ("gfx1100", ""), ("gfx1030", "gfx1030")])
 def test_triton_takes_the_gpus_of_amd_that_it_is_compiled_for(monkeypatch, arch, refused):
-    """Their tensors are on devices of the type cuda."""
+    """The device type of tensors on AMD GPUs is cuda."""
     monkeypatch.setattr(torch.version, "hip", "7.0", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=arch))

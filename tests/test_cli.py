@@ -29,7 +29,7 @@ Q, K, D = 6, 40, 8
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Embeddings, positives and texts as files, with the working folder there."""
+    """A folder with embeddings, positives and texts, which is the working directory."""
     q, c = unit(Q, D, seed=1).numpy(), unit(K, D, seed=2).numpy()
     np.save(tmp_path / "q.npy", q)
     np.save(tmp_path / "c.npy", c)
@@ -44,7 +44,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def commands(made: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """Every subcommand by its words."""
+    """Return every subcommand, by its words."""
     found = {}
     for action in made._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -291,7 +291,7 @@ def test_an_interrupt_ends_with_130(folder):
     command = [sys.executable, "-m", "negmine", *words.split()]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
-    def interruptible():  # what is started in the background may have been told to ignore interrupts
+    def interruptible():  # background processes may ignore interrupts
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     with subprocess.Popen(command, **pipes, env=environment, preexec_fn=interruptible) as run:
@@ -333,7 +333,7 @@ def test_progress_tells_what_is_left(capsys, monkeypatch):
 
 
 def run_page(page, folder):
-    """Run every sh block of a page, in order, in an empty folder; python and negmine are this run's. Returns what it prints."""
+    """Run all sh blocks of a page in order in an empty folder, with this Python and this negmine. Return the output."""
     blocks = re.findall(r"^```sh\n(.*?)^```$", (checkout.ROOT / page).read_text(), re.M | re.S)
     here = f'python() {{ "{sys.executable}" "$@"; }}\nnegmine() {{ python -m negmine "$@"; }}\nset -e\n'
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *sys.path])}

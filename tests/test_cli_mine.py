@@ -19,7 +19,7 @@ EMBEDDINGS = ["--query-embeddings", "q.npy", "--corpus-embeddings", "c.npy", "--
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A BEIR folder, the files of MS MARCO, and embeddings; with the working folder there."""
+    """A folder with a BEIR folder, files of MS MARCO, and embeddings, which is the working directory."""
     monkeypatch.chdir(tmp_path)
     beir(tmp_path / "beir")
     np.save("q.npy", QUERIES)
@@ -53,7 +53,7 @@ def test_a_beir_folder_becomes_training_data(folder, capsys):
     assert "4 lines in t.jsonl" in capsys.readouterr().out
     assert main(["mine", "--beir", "beir", *EMBEDDINGS, "--output", "T.JSONL", "--form", "tevatron"]) == 0
     assert lines("T.JSONL") == found
-    np.save("q.npy", QUERIES[kept])  # or a row for each judged query
+    np.save("q.npy", QUERIES[kept])  # alternatively, only rows of queries with judgements
     words = ["mine", "--beir", "beir", "--split", "test", *EMBEDDINGS, "--output", "s.jsonl"]
     assert main([*words, "--form", "sentence-transformers"]) == 0
     assert lines("s.jsonl")[0]["negative_1"] == JOINED[want.indices[0, 0]]
@@ -131,7 +131,7 @@ def test_a_dry_run_refuses_what_a_run_refuses(folder, capsys, words, said):
 
 
 def test_a_dry_run_embeds_as_a_run_does(folder, capsys):
-    """A model with a method for each side, whose tensors require gradients; prompts are added."""
+    """A model with different methods for queries and documents, whose results require gradients; and prompts."""
     (folder / "sides.py").write_text(SIDES)
     words = ["mine", "--beir", "beir", "--model", "sides:model", "--query-prompt", "find: ", "--output", "t.jsonl"]
     assert main([*words, "--dry-run"]) == 0

@@ -22,7 +22,7 @@ def launcher(backend, op):
 
 
 def a_list(B, K, M, device, seed):
-    """Columns in any order, some twice, some absent; the first query has none."""
+    """A list of columns for each query, in any order, with duplicates and gaps; the first query has no columns."""
     index = torch.randint(-1, K, (B, M), generator=torch.Generator().manual_seed(seed)).to(device)
     index[:1] = -1
     return index
@@ -49,7 +49,7 @@ def test_gathered_ops(backend, dtype):
         plain = reference.gathered_logsumexp(q.float(), keys.float(), index, scale)
         for name, k, t, p in zip(("scores", "lse", "mean"), got, truth, plain, strict=True):
             compare.rounded(f"{name} {B, K, M, D}", k, t, p, 5.0)
-        weight = torch.randn(B, M, device=device).masked_fill(index < 0, torch.nan)  # not read where there is no column
+        weight = torch.randn(B, M, device=device).masked_fill(index < 0, torch.nan)  # NaN in gaps must not be read
         got = grad_keys(q, index, weight, K)
         truth = reference.gathered_grad_keys(q.double(), index, weight.double(), K)
         compare.rounded(f"grad_keys {B, K, M, D}", got, truth, truth.float(), 4.0)
@@ -132,7 +132,7 @@ def test_loss_and_every_gradient(backend, options, kind, own, dtype):
         got, stats = run(dtype, negmine.info_nce, given=given, **tags(given), **call)
         truth, want = run(torch.float64, reference.info_nce, usable=allowed)
         plain, _ = run(torch.float32, reference.info_nce, usable=allowed)
-        # Both are differences: the positive's pull less the negatives' push.
+        # Both are differences of a term of the positive and a term of the negatives, which may cancel.
         terms = {"d_query": truth[2], "d_T": (inputs[0].double() * inputs[1]).sum() / T**2}
         for name, k, t, p in zip(("loss", "d_query", "d_positive", "d_keys", "d_T"), got, truth, plain, strict=True):
             if k is not None:
@@ -144,7 +144,7 @@ def test_loss_and_every_gradient(backend, options, kind, own, dtype):
 @pytest.mark.parametrize("replace", [False, True], ids=["once", "replace"])
 @pytest.mark.parametrize("window", [(0, None), (3, 40), (0.1, 0.6), (0.2, 60), (2, 0.5), (0.0, 0.001)], ids=str)
 def test_samples_are_those_of_the_reference(backend, window, replace):
-    """Integer vectors tie all over; the kept columns of both are the same, each as often."""
+    """With integer vectors, many scores are equal; still both keep the same columns, each the same number of times."""
     device = device_of(backend)
     for B, K, D in ((0, 5, 3), (4, 1, 3), (6, 70, 8), *[(66, 9000, 8)] * (not interpreted(backend))):
         if interpreted(backend) and K != 70:
@@ -211,7 +211,7 @@ def test_own_negatives_are_the_shared_ones_repeated(backend):
 
 @pytest.mark.parametrize("select", [Select(8, absolute_margin=-0.5), Select(0, 0.5, relative_margin=0.1)], ids=repr)
 def test_a_margin_below_a_positive_that_is_nan_keeps_nothing(any_backend, select):
-    """Found by the fuzzer: keys of each query's own were all kept."""
+    """Regression: all keys of each query's own were kept."""
     device = device_of(any_backend)
     q, pos, keys = (unit(n, 5, seed=i, device=device) for i, n in enumerate((3, 3, 16)))
     pos[1, 2] = torch.nan
@@ -223,9 +223,9 @@ def test_a_margin_below_a_positive_that_is_nan_keeps_nothing(any_backend, select
 def test_elimination_is_the_mask_of_what_is_found(backend):
     device = device_of(backend)
     q, pos, keys = (whole(n, 8, device=device, seed=n) for n in (5, 5, 40))
-    support = whole(5, 3, 8, device=device, seed=3)  # ties all over
+    support = whole(5, 3, 8, device=device, seed=3)  # many equal scores
     given = masks("columns", 5, 40, device)
-    keys[~given["negative_mask"]] = torch.nan  # a row behind a False may hold anything
+    keys[~given["negative_mask"]] = torch.nan  # masked rows may have any values
     clean = keys.nan_to_num()
     for options in (
         FalseNegatives(3, None),
@@ -293,7 +293,7 @@ def test_the_queue_may_be_overwritten_before_backward(backend, options, own):
 def test_a_query_alone_is_what_it_is_in_a_batch(backend, options):
     device = device_of(backend)
     q, pos, keys = (unit(n, 8, device=device, seed=n) for n in (4, 4, 30))
-    q[3] = torch.nan  # which stays in its row
+    q[3] = torch.nan  # must not affect other rows
     support = unit(4, 2, 8, device=device, seed=3)
 
     def rows(part, offset):
@@ -312,7 +312,7 @@ def test_a_query_alone_is_what_it_is_in_a_batch(backend, options):
 
 
 def test_mixed_vectors_differentiate(backend):
-    """mix_negatives(detach=False): d of a linear function of the vectors, against the reference in float64."""
+    """mix_negatives(detach=False): the gradient of a linear function of the vectors, compared with the reference in float64."""
     device = device_of(backend)
     mix, key = Mix(6, 9, 5, detach=False), {"seed": 3, "step": 1, "row_offset": 8}
     inputs = unit(4, 12, device=device), unit(30, 12, device=device, seed=1)

@@ -11,14 +11,14 @@ PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def listed(kind: str) -> list[str]:
-    """The paths of one list, with their <placeholders>."""
+    """Return the paths of one list, with <placeholders>."""
     text = re.search(rf"<!-- files: {kind} -->\n(.*?)<!-- end -->", PAGE, re.S)
     assert text, f"CONTRIBUTING.md has no list of files for: {kind}"
     return re.findall(r"^- `([^`]+)`", text[1], re.M)
 
 
 def matching(pattern: str) -> list[str]:
-    """Tracked files of a path with <placeholders>."""
+    """Return the tracked files that match a path with <placeholders>."""
     glob = re.sub(r"<\w+>", "*", pattern)
     found = subprocess.run(
         ["git", "ls-files", glob], cwd=ROOT, capture_output=True, text=True, check=True
@@ -27,7 +27,7 @@ def matching(pattern: str) -> list[str]:
 
 
 def naming(word: str, *folders: str) -> set[str]:
-    """Tracked files that name a word."""
+    """Return the tracked files that contain a word."""
     command = ["git", "grep", "-lw", word, "--", *folders]
     return set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split())
 
@@ -52,7 +52,7 @@ def test_a_recipe_is_in_the_listed_files():
 
 @pytest.mark.parametrize("op", ["mine_gathered", "gathered_logsumexp", "count_negatives"])
 def test_an_op_is_declared_and_implemented_in_the_listed_files(op):
-    """What others do with an op is theirs; what makes it an op of a backend is in these files, and its kernel's own folder."""
+    """An op is declared and implemented only in these files and the folder of its kernel. Other files may only call it."""
     places = {pattern.replace("<op>", op) for pattern in listed("op") + listed("backend")}
     wiring = naming(
         op, "negmine/ops/backends.py", "negmine/ops/registry.py", "csrc/torch", "kernels/README.md", "setup.py"

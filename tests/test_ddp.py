@@ -1,4 +1,4 @@
-"""Data-parallel training on gloo: the ranks together do what one process does on the concatenated batch.
+"""Data-parallel training on gloo: the ranks together compute the same as one process with the concatenated batch.
 
     gradient = sum over ranks of (rank's batch / global batch) * gradient of rank's mean loss
 
@@ -22,7 +22,13 @@ from tests.cases import unit
 from tests.ranks import run_ranks
 
 STEPS, IN, D, K = 5, 6, 8, 40
-BATCHES = [[4, 4, 4], [4, 4, 4], [4, 4, 4], [4, 4, 4], [4, 1, 2]]  # of each rank at each step; the last is ragged
+BATCHES = [
+    [4, 4, 4],
+    [4, 4, 4],
+    [4, 4, 4],
+    [4, 4, 4],
+    [4, 1, 2],
+]  # batch sizes of the ranks at each step; different in the last
 OPTIONS = {"plain": {}, "mix": {"mix": Mix(9, 7, 5), "seed": 3}, "select": {"select": Select(0.05, 0.5)}}
 
 
@@ -32,7 +38,7 @@ def encoder():
 
 
 class Trainer:
-    """MoCo on one rank of `world`; rank 0 of a world of 1 given every rank's rows is the single process."""
+    """MoCo on one of several ranks, or in a single process with the rows of all ranks."""
 
     def __init__(self, options, gather):
         self.options, self.step = options, 0
@@ -43,12 +49,12 @@ class Trainer:
         self.optimiser = torch.optim.SGD(self.model.parameters(), lr=0.2, momentum=0.9)
 
     def run(self, steps, rows_of, world):
-        """rows_of(counts) -> the slice of the global batch that is ours. Returns the gradients of every step."""
+        """Return the gradients of every step. rows_of(counts) -> this rank's slice of the global batch."""
         seen = []
         for _ in range(steps):
             counts = BATCHES[self.step][: max(world, 1)]
             image, mine = unit(sum(counts), IN, seed=100 + self.step), rows_of(counts)
-            number = torch.arange(sum(counts)) % 7 + self.step  # ids that collide with those of recent batches
+            number = torch.arange(sum(counts)) % 7 + self.step  # some ids are equal to those of recent batches
             q = nn.functional.normalize(self.net(image[mine]), dim=1)
             with torch.no_grad():
                 k = nn.functional.normalize(self.target(image[mine] * 0.9), dim=1)
@@ -89,8 +95,8 @@ def work(rank, world):
         half = Trainer(options, gather=True)
         half.run(2, rows_of, world)
         resumed = Trainer(options, gather=True)
-        resumed.run(2, rows_of, world)  # DDP lays its buckets anew at the second step: their sums must round alike
-        resumed.queue.enqueue(unit(3, D, seed=rank))  # what a load must overwrite
+        resumed.run(2, rows_of, world)  # DDP rebuilds its buckets at the second step, which changes rounding
+        resumed.queue.enqueue(unit(3, D, seed=rank))  # must be overwritten by loading
         resumed.load(half.state())
         again = resumed.run(STEPS - 2, rows_of, world)
         results[name] = {"gradients": seen, "resumed": again, "queue": dict(straight.queue.state_dict())}
@@ -99,7 +105,7 @@ def work(rank, world):
 
 
 def cached(rank):
-    """The gradients of grad_cache with one encoder for two inputs, and the buckets that were reduced."""
+    """Return the gradients of grad_cache with one encoder for two inputs, and the gradient buckets that DDP reduced."""
     model, reduced = encoder(), []
     net = DistributedDataParallel(model)
 
@@ -138,4 +144,4 @@ def test_ranks_do_what_one_process_does(world, tmp_path):
     for _, (gradients, reduced) in got:
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=2e-6)
-        assert len(reduced) == len(set(reduced)) > 0  # once, at the last of the chunks
+        assert len(reduced) == len(set(reduced)) > 0  # each bucket once, at the last chunk

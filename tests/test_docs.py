@@ -1,4 +1,4 @@
-"""make docs in a temporary folder: every page and every public name is there, and a broken link fails.
+"""make docs in a temporary folder builds every page and every public name, and fails for a broken link.
 
 The code of the pages is run by tests/test_readme.py, and their shell commands by tests/test_cli.py.
 """

@@ -25,7 +25,7 @@ OPTIONS = ("FalseNegatives", "Guide", "Mix", "Negatives", "Select", "Weight")
 
 
 def public(package):
-    """The public names of a package: its __all__, or the classes and functions that it defines."""
+    """Return the public names of a package: __all__, or the classes and functions that it defines."""
     module = importlib.import_module(f"negmine.{package}")
     own = [
         n for n, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__ and n[0] != "_"
@@ -40,7 +40,7 @@ METHODS = [
     if method[0] != "_" and callable(getattr(value, "__func__", value))
 ]
 METRIC_LEARNING = ("CrossBatchMemory", "DistributedLossWrapper", "NegmineMiner")
-FUNCTIONS = ("info_nce", "siglip", "sup_con")  # of negmine; the others are of a package too
+FUNCTIONS = ("info_nce", "siglip", "sup_con")  # functions of negmine that are not also names of its packages
 NAMES = sorted(
     {
         *OPTIONS,
@@ -48,18 +48,18 @@ NAMES = sorted(
         *(f"adapters.pytorch_metric_learning.{name}" for name in METRIC_LEARNING),
         *(name for package in PACKAGES for name in public(package)),
     }
-    - {"mining.NegativeIndex"}  # made by class methods, which are among METHODS
+    - {"mining.NegativeIndex"}  # created by class methods, which are in METHODS
 )
 
 
 def sections(text):
-    """The text under each heading of a NumPy docstring."""
+    """Return the text under each heading of a NumPy docstring."""
     parts = re.split(r"^(\w[\w ]*)\n-{3,}$", text, flags=re.M)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def documented(section):
-    """The names that a section explains, in its order."""
+    """Return the names that a section documents, in order."""
     return [name for names in re.findall(r"^(\w+(?:, \w+)*) : ", section, re.M) for name in names.split(", ")]
 
 

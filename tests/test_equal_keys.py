@@ -1,7 +1,8 @@
-"""What mining and ranks cost on a GPU where many keys are equal, in scores computed: no more than where all keys differ.
+"""On a GPU, mining and ranks compute as many scores if many keys are equal as if all are different.
 
-A cut of a scan may lie among equal scores, so that a row of duplicates keeps as few columns as any other and is scored once.
-Triton's kernels run interpreted, and those in CUDA C++ under tests/emulator.
+The cut of a scan may be between columns with equal scores, so a row with many duplicates keeps as few columns as any other row,
+and its scores are not computed a second time. Triton's kernels run in the interpreter, and the CUDA C++ kernels in
+tests/emulator.
 """
 
 import importlib
@@ -41,7 +42,7 @@ def check(op, q, keys, got):
 
 
 def triton_cost(op, kind, monkeypatch):
-    """Scores that a call computes for each pair of a query and a key."""
+    """Return how many scores a call computes, divided by the number of pairs of a query and a key."""
     ops = importlib.import_module("negmine.kernels.triton")
     count = 0
 
@@ -80,7 +81,7 @@ def cuda_cost(op, kind):
         got = kernel(q, keys, torch.tensor([RANKS] * B), pool_of(q, keys), LEAST_SAMPLE)
     if kind != "random":
         check(op, q, keys, got)
-    return (kernel.terms() - before) / (128 * K * 64)  # a block has 128 queries, padded to a width of 64
+    return (kernel.terms() - before) / (128 * K * 64)  # blocks have 128 queries, and D is padded to 64
 
 
 @pytest.mark.parametrize("op", ["mine_hardest", "rank_thresholds"])
@@ -94,7 +95,7 @@ def test_equal_keys_are_scored_no_more_often_than_others(language, op, monkeypat
         else (lambda kind: cuda_cost(op, kind))
     )
     plain = cost("random")
-    assert 1 < plain < 1.3  # a sample and one pass
+    assert 1 < plain < 1.3  # scores of the sample, and of one pass over the queue
     for kind in KINDS:
         own = cost(kind)
         print(f"{language} {op}, {kind}: {own:.3f} scores a pair, {plain:.3f} of random keys")

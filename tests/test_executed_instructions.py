@@ -1,7 +1,8 @@
 """The number of instructions that the AMX kernels execute for a score, counted on any processor with AVX512-BF16.
 
-tests/stress/executed_instructions.cpp steps through a call of the kernels as they ship and carries out the tile instructions in
-plain code. Counts are of the next 128 rows of a queue, so that what is done once a call does not count.
+tests/stress/executed_instructions.cpp runs a call of the released kernels instruction by instruction, and emulates the tile
+instructions. The counts are the difference between two calls, the second with twice as many keys, so that instructions
+that run once per call do not count.
 """
 
 import platform
@@ -26,7 +27,7 @@ def program(tmp_path_factory):
         pytest.skip("needs the sources, g++ and objdump")
     if platform.machine() != "x86_64" or "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this processor has no AVX512-BF16")
-    kernels = [  # the choice of kernels does not ask the processor for AMX where it is told that tiles are emulated
+    kernels = [  # with emulated tiles, AMX kernels are chosen on any processor
         Unit(unit.source, (*unit.command, EMULATED_TILES)) if unit.source.endswith("/dispatch.cpp") else unit
         for unit in Build(None).cpu_kernels()
     ]
@@ -39,7 +40,7 @@ def program(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def instructions(program):
-    """Address -> kind of the instruction there."""
+    """Return {address: kind of instruction}."""
     text = subprocess.run(["objdump", "-d", "--no-show-raw-insn", program], capture_output=True, text=True, check=True)
     lines = re.findall(r"^\s+([0-9a-f]+):\t(.+)$", text.stdout, re.MULTILINE)
     return {address: kind_of(instruction) for address, instruction in lines}
@@ -56,22 +57,22 @@ def kind_of(instruction: str) -> str:
 def executed(program, instructions, op: str, keys: int) -> Counter:
     command = [program, op, "bf16", "bf16", str(B), str(keys), str(D)]
     off, *lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert float(off) < 1e-5  # of a log-sum-exp of about 9
+    assert float(off) < 1e-5  # the log-sum-exp is about 9
     counts: Counter = Counter()
     for address, count in map(str.split, lines):
         counts[instructions.get(address, "other")] += int(count)
     return counts
 
 
-# These kernels execute 0.96 vector and 0.56 other instructions a score for the log-sum-exp, 1.39 and 0.87 with the gradient.
-# A prototype, whose loops know their sizes when they are compiled and take neither masks nor odd shapes, executes 0.82 vector
-# and 0.27 other instructions for the one, 1.16 and 0.40 for the other, and exactly these tile instructions.
+# For each score, these kernels execute 0.96 vector and 0.56 other instructions for the log-sum-exp, and 1.39 and 0.87 with the
+# gradient. A prototype with compile-time sizes, without masks and odd shapes, executes 0.82 and 0.27 for the log-sum-exp, 1.16
+# and 0.40 with the gradient, and the same tile instructions.
 @pytest.mark.parametrize(
     ("op", "products", "loads", "stores", "vector", "other"),
     [("logsumexp", 16, 16, 4, 1.0, 0.6), ("gradient", 32, 36, 8, 1.45, 0.95)],
 )
 def test_a_score_takes_few_instructions_in_tiles(program, instructions, op, products, loads, stores, vector, other):
-    """Tile instructions are counted for each 32 by 32 scores."""
+    """Tile instructions are counted per 32 x 32 scores, the others per score."""
     more, less = (executed(program, instructions, op, rows) for rows in (2 * K, K))
     counts = {kind: (more[kind] - less[kind]) / (B * K) for kind in more}
     assert [1024 * counts[kind] for kind in ("product", "tile load", "tile store")] == [products, loads, stores]

@@ -30,14 +30,14 @@ TEXTS = [f"query {i}" for i in range(Q)], [f"row {i}" for i in range(K)]
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty folder, and in it."""
+    """An empty folder, which is the working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def inputs(folder):
-    """The words of `negmine mine` on files in the folder."""
+    """Write the input files, and return the arguments of `negmine mine` for them."""
     np.save("q.npy", QUERIES)
     np.save("c.npy", CORPUS)
     np.save("p.npy", np.arange(Q))
@@ -83,7 +83,7 @@ def test_4b_writing_follows_no_link(folder):
 
 
 def bomb(path, claimed):
-    """A .npz file of a few KiB, one of whose arrays inflates to `claimed` bytes."""
+    """Write a .npz file of a few KiB with an array that decompresses to `claimed` bytes."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("indices.npy", "w") as member:
         np.lib.format.write_array_header_1_0(member, {"descr": "<i8", "fortran_order": False, "shape": (claimed // 8,)})
         for _ in range(claimed >> 20):

@@ -23,7 +23,7 @@ PERM = rng.permutation(500)
 def test_1a_copies_of_a_text_with_other_bits():
     nearly = C[:40] * np.float32(1 + 1e-7) + rng.standard_normal((40, 32)).astype("f4") * np.float32(1e-8)
     corpus, texts = np.concatenate([C, nearly]), D + [f" doc  {i}\n" for i in range(40)]
-    assert (mine(X, corpus, P, deduplicate="exact").indices >= 500).any()  # equal values are all that "exact" sees
+    assert (mine(X, corpus, P, deduplicate="exact").indices >= 500).any()  # "exact" finds only equal values
     got = mine(X, corpus, P, num_negatives=99, corpus_texts=texts)
     assert not (got.indices >= 500).any()
     assert got.skipped["equal_to_positive"] == 40 and got.skipped["duplicate"] == 40 * 39
@@ -44,7 +44,7 @@ def test_1b_rows_of_one_query_share_their_positives():
             with pytest.warns(UserWarning, match="2 rows of query_embeddings are equal to rows with other positives"):
                 got = mine(X[[0, 0]].astype("f8"), C, [0, second])
         assert not np.isin(got.indices, [0, second]).any() and got.skipped["positive"] == 4
-        np.testing.assert_allclose(got.positive_scores, X[0] @ C[second], rtol=1e-5)  # the lower of both
+        np.testing.assert_allclose(got.positive_scores, X[0] @ C[second], rtol=1e-5)  # the lower of the two scores
     apart = mine(X[[0, 0]], C, [0, second], query_ids=["a", "b"])
     assert apart.indices[:, 0].tolist() == [second, 0]
 
@@ -168,7 +168,7 @@ def test_1l_refused_values(value):
 
 
 def test_masked_arrays_are_refused():
-    """What lies below a mask is no number of the caller's."""
+    """The values under a mask are not meant as data."""
     masked = np.ma.masked_array(C, mask=C > 1.9)
     with pytest.raises(ValueError, match="corpus_embeddings must be without masked entries"):
         mine(X, np.ma.masked_array(C, mask=C > 0.5), P)
