@@ -1,4 +1,4 @@
-"""Regression tests for faults that training jobs have with other packages. The names of the tests are rows of a list of faults.
+"""Regression tests for faults of other packages in training jobs. The numbers in the names of the tests group these faults:
 
 2a to 2d   state, graphs and recomputation     2h to 2l   dtypes, rounding, what a scalar may be
 2m to 2o   empty pools, unknown tags, eval     2p to 2s   distances, transforms, views, temperatures
@@ -88,7 +88,7 @@ def vectors(step=0):
 
 
 def every_loss():
-    """name -> module and a function (module, query, positive, keys, **step) of each loss module and recipe."""
+    """For each loss module and recipe: its name, the module, and a function (module, query, positive, keys, **step)."""
     for name, make in QUEUE_LOSSES.items():
         yield name, make, lambda loss, q, p, k, **given: loss(q, p, k, **given)
     for name, make in LABEL_LOSSES.items():
@@ -108,7 +108,7 @@ each_loss = pytest.mark.parametrize(
 
 
 def graphs(function, steps=12):
-    """How many graphs 12 steps of function(step number) need, without a break."""
+    """Compile 12 steps of function(step number) without graph breaks, and return the number of graphs."""
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(function, backend=counter, fullgraph=True)
@@ -118,7 +118,7 @@ def graphs(function, steps=12):
 
 
 def test_2a_state_in_buffers():
-    """A copy of the buffers is a copy of the state: DDP's broadcast, an EMA model, and a buffer that is zeroed by hand."""
+    """All state is in buffers, so copying them copies it: DDP's broadcast, an EMA model, and setting a buffer to zero."""
     queue = MoCoQueue(4, 12, random_init=False)
     queue.enqueue(torch.randn(7, 4))
     twin = MoCoQueue(4, 12, random_init=False)
@@ -152,7 +152,7 @@ def test_2a_memory_of_the_adapters_in_buffers():
 
 @each_loss
 def test_2b_one_graph(make, call):
-    """12 steps are one graph: with a gradient, counted by the module; and without one (2d), given as tensors."""
+    """12 steps need one graph: with gradients, where the module counts the steps; and without (2d), where they are tensors."""
     loss = make().train()
     tensors = [vectors(step) for step in range(12)]
 
@@ -178,7 +178,7 @@ def test_2b_one_graph(make, call):
 
 
 def test_2d_without_a_gradient():
-    """sample and replace, false negatives that attract, and Weight, compiled where nothing requires grad."""
+    """Select.sample with replacement, false negatives that attract, and Weight are compiled if nothing requires grad."""
     q, p, k = vectors()
     support = {"false_negatives": FalseNegatives(5, 0.1, mode="attract"), "support": p[:, None]}
     for options in (
@@ -207,7 +207,7 @@ def test_2b_at_most_two_graphs_for_an_integer_step():
 
 
 def test_2b_enqueue_and_adapters():
-    """A queue that grows, fills and turns is one graph, and so are the adapters that return a number."""
+    """A queue that grows, becomes full and wraps around needs one graph; so do the adapters that return a number."""
     queue = MoCoQueue(D, 20, with_ids=True, random_init=False)
     q, p, _ = vectors()
     assert graphs(lambda step: queue.enqueue(q, ids=LABELS)) == 1 and len(queue) == 20
@@ -233,7 +233,7 @@ def test_2b_enqueue_and_adapters():
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["mochi", "ring", "simans", "synco", "mixgcf", "distance_weighted"])
 def test_2c_activation_checkpointing(name, reentrant):
-    """The backward pass runs the module again: with the draws of the forward pass, and without counting."""
+    """The backward pass runs the module again, with the random draws of the forward pass and without counting a step."""
     make, call = {name: (make, call) for name, make, call in every_loss()}[name]
     plain, checked = make(), make()
     q, p, k = vectors()
@@ -260,7 +260,7 @@ def test_2c_two_calls_under_one_checkpoint_ask_for_the_step():
 
 
 def test_2k_a_queue_takes_finite_rows_only(any_backend):
-    """A refused row takes no slot, whatever else enters; ids and labels stay beside their keys."""
+    """A row that is not finite is not stored, and ids and labels stay with their keys."""
     queue = MoCoQueue(2, 5, dtype=torch.float16, with_ids=True, random_init=False).to(device_of(any_backend))
     kept, refused, number = [], 0, 0
     for batch in (3, 2, 7, 0, 1, 12):
@@ -290,7 +290,7 @@ def test_reset_forgets_all_rows():
 
 @pytest.mark.parametrize("kind", [MoCoQueue, ShardedMoCoQueue])
 def test_a_queue_built_on_the_meta_device_is_loaded(kind):
-    """By assign=True, as large models are, and after to_empty, which leaves anything in a counter."""
+    """With assign=True, as for large models, and after to_empty, which leaves counters uninitialized."""
     saved = kind(D, 9, with_ids=True, random_init=False)
     saved.enqueue(vectors()[0], ids=torch.arange(B))
     for assign in (True, False):
@@ -367,7 +367,7 @@ def test_log_scale_learns_and_is_bounded():
     with torch.no_grad():
         scale.log_scale.fill_(9.0)
     assert scale.scale().item() == pytest.approx(3.0) and scale().item() == pytest.approx(1 / 3)
-    for sign in (-1, 1):  # above the bound, only what lowers the scale passes
+    for sign in (-1, 1):  # at the bound, only gradients that lower the scale have an effect
         (gradient,) = torch.autograd.grad(sign * scale.scale(), scale.log_scale)
         assert float(gradient) == pytest.approx(3.0 if sign > 0 else 0.0)
     with pytest.raises(ValueError, match=r"LogScale: init must be at most max=1\.0, got 2\.0"):
@@ -375,7 +375,7 @@ def test_log_scale_learns_and_is_bounded():
 
 
 def sharded(q, p, k, backend):
-    """A ShardedMoCoQueue in one process, against the whole queue on the reference."""
+    """A ShardedMoCoQueue in one process, compared with the reference on the whole queue."""
     if backend == "reference":
         return negmine.info_nce(q, p, k.detach(), backend=backend)
     queue = ShardedMoCoQueue(D, K, dtype=k.dtype, random_init=False)
@@ -419,7 +419,7 @@ ROUNDING = {
 
 @pytest.fixture
 def fp32_weights():
-    """CPU kernels without products of 16-bit numbers."""
+    """Use CPU kernels without products of 16-bit numbers."""
     from negmine import _ops_cpu
 
     before = _ops_cpu.isa()
@@ -432,9 +432,9 @@ def fp32_weights():
 @pytest.mark.parametrize("call", ROUNDING)
 @pytest.mark.parametrize("any_backend", ["cpu", "reference"])
 def test_2i_gradients_are_rounded_once(any_backend, call, dtype, fp32_weights):
-    """Close to its positive a query's gradient is a small difference of two parts, which must not be rounded by themselves.
+    """The gradient of a query close to its positive is a small difference of two parts, which must not be rounded separately.
 
-    Matrix units multiply keys by softmax weights of 16 bits, so this is asked of kernels that keep the weights in fp32.
+    Matrix units use 16-bit softmax weights, so this is tested only for kernels that keep the weights in fp32.
     """
     device = "cpu"
     q, p, k = (unit(n, D, seed=i) for i, n in enumerate((B, B, K)))
@@ -448,18 +448,18 @@ def test_2i_gradients_are_rounded_once(any_backend, call, dtype, fp32_weights):
             error = (got.grad.double() - want.grad).abs()
             allowed = (
                 0.502 * torch.finfo(dtype).eps * want.grad.abs() + 1e-5
-            )  # fp32's error in terms of the size of 1 / T
+            )  # the error of fp32 in terms of size 1 / T
             assert bool((error <= allowed).all()), float((error / allowed).max())
 
 
-PAIRED = {  # adapters, by their query and positive
+PAIRED = {  # adapters that are called with a query and a positive
     "NTXentLoss": lambda: lightly.NTXentLoss(0.5, (20, D)),
     "DCLLoss": lightly.DCLLoss,
     "DCLWLoss": lightly.DCLWLoss,
     "ClipLoss": lambda: lambda q, p: open_clip.ClipLoss()(q, p, torch.tensor(10.0)),
     "SigLipLoss": lambda: lambda q, p: open_clip.SigLipLoss()(q, p, torch.tensor(10.0), torch.tensor(-5.0)),
 }
-MIXES = [  # in which each of three arguments is float64 alone, and each pair of dtypes occurs
+MIXES = [  # each of three arguments is once the only float64, and each pair of dtypes occurs
     (torch.float64, torch.float32, torch.bfloat16),
     (torch.float16, torch.float64, torch.float32),
     (torch.bfloat16, torch.float16, torch.float64),
@@ -469,7 +469,7 @@ MIXES = [  # in which each of three arguments is float64 alone, and each pair of
 
 @pytest.mark.parametrize("name", [*QUEUE_LOSSES, *LABEL_LOSSES, *PAIRED])
 def test_2h_recipes_and_adapters_take_any_pair_of_dtypes(name):
-    """Computed in float64 where one is, and each gradient in its argument's dtype."""
+    """Computed in float64 if any argument is float64; each gradient has the dtype of its argument."""
     for dtypes in MIXES:
         leaves = [t.to(dtype).requires_grad_() for t, dtype in zip(vectors(), dtypes, strict=True)]
         q, p, k = leaves
@@ -485,7 +485,7 @@ def test_2h_recipes_and_adapters_take_any_pair_of_dtypes(name):
 
 
 def test_2n_minus_one_is_unknown_and_equal_to_nothing(any_backend):
-    """An unlabelled query against keys of which some are unlabelled, a queue that is not yet full of labels among them."""
+    """An unlabelled query, and keys of which some are unlabelled, for example in a queue that was filled without labels."""
     device = device_of(any_backend)
     queue = MoCoQueue(D, K, with_labels=True, with_ids=True).to(device)  # random rows of unknown label and id
     queue.enqueue(vectors()[2][:5].to(device), ids=torch.arange(5).to(device), labels=torch.arange(5).to(device))
@@ -509,7 +509,7 @@ def test_2n_minus_one_is_unknown_and_equal_to_nothing(any_backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean"])
 def test_2p_mining_by_the_distance_of_the_loss(any_backend, distance, dtype):
-    """Features of any norm, against the dense definition: batch hard, and multi-similarity with a row that no query sees."""
+    """Features of any norm, compared with the dense definition: batch hard, and multi-similarity with a fully masked row."""
     device = device_of(any_backend)
     labels, key_labels = LABELS.to(device), KEY_LABELS.to(device)
     q, _, k = vectors()
@@ -567,7 +567,7 @@ CLOSE = {
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("call", CLOSE)
 def test_2s_the_temperatures_gradient_where_all_logits_are_close(call, backend):
-    """A mean of differences of scores s near 100: off by a few eps of |s| / T^2, not by the rounding of their log-sum-exp."""
+    """A mean of differences of scores s near 100. Its error is a few eps of |s| / T^2, not that of their log-sum-exp."""
     centre = 10 * unit(1, D, seed=5)
     q, p, k = (centre + 0.01 * t for t in vectors())
     grads = []
@@ -670,7 +670,7 @@ def test_2l_an_adapter_names_its_own_arguments():
 @pytest.mark.parametrize("forced", [None, "reference"])
 @each_loss
 def test_2m_an_empty_pool(make, call, forced, monkeypatch):
-    """No keys at all: every number is finite, and the loss is 0 where its terms are those of the pool."""
+    """Without keys, all results are finite, and the loss is 0 if all its terms come from the pool."""
     monkeypatch.setattr(backends, "FORCED", forced)
     monkeypatch.setitem(globals(), "KEY_LABELS", KEY_LABELS[:0])
     q, p, k = vectors()
@@ -688,7 +688,7 @@ def test_2m_an_empty_pool(make, call, forced, monkeypatch):
 
 @each_loss
 def test_anomaly_detection_and_an_empty_batch(make, call):
-    """No NaN on the way to a gradient, even where it would be masked; a batch of no rows has loss 0."""
+    """No NaN occurs in backward, not even one that is masked later; the loss of an empty batch is 0."""
     with torch.autograd.set_detect_anomaly(True):
         for rows in (B, 0):
             q, p, k = vectors()
@@ -714,7 +714,7 @@ def test_a_default_dtype_of_16_bits_changes_no_number(make, call):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("name", [*QUEUE_LOSSES, *LABEL_LOSSES])
 def test_2r_rows_of_the_queue_may_be_overwritten_before_backward(name, backend, monkeypatch):
-    """The positive is a view of the queue too: the gradient is the one of the rows that the loss was called with."""
+    """The positive may also be a view of the queue: the gradient belongs to the values that the loss was called with."""
     monkeypatch.setattr(backends, "FORCED", backend)
     found = []
     for overwritten in (False, True):

@@ -12,13 +12,13 @@ from negmine.cli import flagembedding, main
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty folder, and in it."""
+    """An empty folder, which is the working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 class Words:
-    """An embedder: some vector of a text's own, so that no scores tie."""
+    """An embedder with a different vector for each text, so that no scores are equal."""
 
     def encode(self, texts):
         draws = [np.random.default_rng(zlib.crc32(text.encode())).standard_normal(8) for text in texts]
@@ -43,7 +43,7 @@ def spoken(seed: int, lines: int = 12) -> list[dict]:
 
 
 def script(data: list[dict], pool: list[str] | None, low: int, high: int) -> list[list[str]]:
-    """What hn_mine.py leaves each query to draw from, in order of score: raw ranks first, then positives and the query go."""
+    """The candidates of hn_mine.py for each query, sorted by score: a range of ranks without positives and the query itself."""
     seen = [text for line in data for text in line["pos"] + line.get("neg", [])] if pool is None else pool
     corpus = list(dict.fromkeys(seen))
     unit_rows = [v / np.linalg.norm(v) for v in model.encode(corpus)["dense_vecs"].astype(np.float32)]
@@ -79,7 +79,7 @@ def test_negatives_are_what_the_script_may_draw(folder, pooled):
         assert {**before, "neg": after["neg"]} == after, "everything else stays"
         assert len(set(after["neg"])) == len(after["neg"]) == 4
         assert set(after["neg"]) <= set(allowed)
-    # All of the window is asked for: exactly what the script finds, and then random texts of the corpus.
+    # As many as the window has: exactly the texts that the script finds, then random texts of the corpus.
     most = max(map(len, drawn_from))
     out = hn_mine(
         folder, data, *EMBEDDER, "--range_for_sampling", f"{low}-{high}", "--negative_number", str(most), *words

@@ -21,7 +21,7 @@ def test_five_seconds_without_a_fault():
 
 
 def nudged(kernel, place):
-    """The kernel with one of its results a little wrong."""
+    """Return the kernel with a small error in one of its results."""
 
     def run(*arguments):
         results = list(kernel(*arguments))

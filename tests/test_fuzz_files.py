@@ -15,7 +15,7 @@ def test_a_few_seconds_without_a_fault():
 
 
 def wrong(form, error):
-    """A reader that lets a raw error through, or ignores a checksum."""
+    """A reader that does not catch an error, or ignores a checksum."""
 
     def read(path):
         try:

@@ -35,7 +35,7 @@ each_miner = pytest.mark.parametrize("miner", ["triton", pytest.param("cuda", ma
 
 @pytest.fixture(autouse=True)
 def _as_users_run():
-    """Without the deterministic mode of the other tests, whose filling of memory would hide a missing write under capture."""
+    """Switch off deterministic mode, which fills new memory and would hide a missing write during capture."""
     torch.use_deterministic_algorithms(False)
 
 
@@ -44,7 +44,7 @@ def tensors(dtype=torch.bfloat16, seed=0):
 
 
 def loss_step(q, pos, keys, **options):
-    """A function of no arguments that steps on these very tensors, and returns the loss and the gradient."""
+    """Return a function without arguments that computes the loss and the gradient of these tensors."""
     given = ids(B, K, "cuda")
 
     def step():
@@ -57,7 +57,7 @@ def loss_step(q, pos, keys, **options):
 
 
 def captured(step):
-    """The step as a CUDA graph, and what it will leave its results in."""
+    """Capture the step as a CUDA graph; return it and the tensors of its results."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -83,10 +83,10 @@ def test_a_loss_step_is_captured_and_replayed_on_new_data(options):
 
 @each_miner
 def test_a_captured_step_is_exact_where_the_certificate_fails(miner):
-    """The fallback is launched always and asks nobody: a graph captured on kind data meets an adversary in replay."""
+    """The exact fallback is always launched. A graph that was captured with easy data is replayed with data that needs it."""
     q, _, keys = tensors()
     graph, out = captured(lambda: negmine.mine_hardest(q, keys, 500, backend=miner))
-    keys.copy_(keys[:1].expand_as(keys))  # all equal: the sample says nothing
+    keys.copy_(keys[:1].expand_as(keys))  # all equal, so the sample is misleading
     graph.replay()
     compare.exact("index", out.index, torch.arange(500, device="cuda").expand(B, 500))
 
@@ -112,7 +112,7 @@ def test_inductor_compiles_a_step_into_one_graph(options, dynamic):
 
 @each_option
 def test_nothing_waits_for_the_device(options):
-    queue = MoCoQueue(D, K, dtype=torch.bfloat16, with_ids=True, random_init=True).cuda()  # full: no dense short cuts
+    queue = MoCoQueue(D, K, dtype=torch.bfloat16, with_ids=True, random_init=True).cuda()  # full from the start
     loss_of = InfoNCELoss(0.2, **options, return_stats=True)
     q, pos, keys = tensors()
     own = torch.arange(B, device="cuda")
@@ -171,7 +171,7 @@ def test_key_gradients_repeat_their_bits():
 
 
 def test_a_side_stream_is_the_one_that_runs():
-    """Launched on another stream than the one that made the inputs late, the kernels would read zeros."""
+    """Inputs are written late on a side stream; kernels on another stream would read zeros."""
     q, _, keys = tensors()
     want = negmine.mine_hardest(q, keys, 50)
     late = torch.zeros_like(keys)
@@ -198,7 +198,7 @@ def test_tensors_on_a_second_card():
 
 
 def clustered(rows):
-    """Forty tight clusters, neighbours in the ring alike: what a class-sorted corpus or a slow encoder leaves in a queue."""
+    """Forty tight clusters of neighbouring rows, as in the queue of a corpus that is sorted by class, or of a slow encoder."""
     centre = unit(40, D, device="cuda").repeat_interleave(rows // 40 + 1, 0)[:rows]
     return F.normalize(centre + 0.01 * torch.randn(rows, D, device="cuda"), dim=1)
 
@@ -214,7 +214,7 @@ QUEUES = {
 
 
 def between_samples():
-    """Keys near the query everywhere but where a sample of 2048 looks: its cut admits far too many."""
+    """Keys are near the query except at the 2,048 columns of the sample, so the cut of the sample keeps far too many."""
     keys = F.normalize(unit(1, D, device="cuda") + 0.05 * torch.randn(K, D, device="cuda"), dim=1)
     keys[sampled_columns(K, 2048).cuda()] *= -1
     return keys
@@ -223,7 +223,7 @@ def between_samples():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("make", QUEUES.values(), ids=QUEUES)
 def test_selection_is_exact_on_any_queue(make, dtype, monkeypatch):
-    """Against whole rows of scores from the same kernel, sorted by torch; and how many rows needed the fallback is known."""
+    """Compared with complete rows of scores of the same kernel, sorted by torch. Also checks how many rows need the fallback."""
     from negmine.kernels.triton import tiles
     from negmine.kernels.triton.launch import score_tile
     from negmine.kernels.triton.pool import EVERYTHING
@@ -239,10 +239,10 @@ def test_selection_is_exact_on_any_queue(make, dtype, monkeypatch):
         return find_missing
 
     for name in ("mine_hardest", "rank_thresholds"):
-        module = importlib.import_module(f"negmine.kernels.triton.{name}")  # the package's attribute is the launcher
+        module = importlib.import_module(f"negmine.kernels.triton.{name}")  # the attribute is the launcher
         monkeypatch.setattr(module, "find_missing", counting(module.find_missing))
     q, keys = unit(B, D, dtype=dtype, device="cuda", seed=9), make().to(dtype)
-    q[: B // 2] = unit(1, D, dtype=dtype, device="cuda")  # half of the queries lie where the structure is
+    q[: B // 2] = unit(1, D, dtype=dtype, device="cuda")  # half of the queries are near the clusters
     N = 700
     every = (
         sort_keys(q, keys, score_tile(q, keys, EVERYTHING), EVERYTHING).sort(dim=1, descending=True).values
@@ -272,9 +272,9 @@ def test_selection_is_exact_on_any_queue(make, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("make", QUEUES.values(), ids=QUEUES)
 def test_the_cuda_selection_is_exact_on_any_queue(make, dtype):
-    """Against its own scores of short parts of the queue, all of which it returns, sorted by torch."""
+    """Compared with its own scores, mined completely from short parts of the queue and sorted by torch."""
     q, keys = unit(B, D, dtype=dtype, device="cuda", seed=9), make().to(dtype)
-    q[: B // 2] = unit(1, D, dtype=dtype, device="cuda")  # half of the queries lie where the structure is
+    q[: B // 2] = unit(1, D, dtype=dtype, device="cuda")  # half of the queries are near the clusters
     every = torch.full((B, K), torch.nan, device="cuda")
     for start in range(0, K, 4096):
         part = negmine.mine_hardest(q, keys[start : start + 4096], len(keys[start : start + 4096]), backend="cuda")
@@ -295,7 +295,7 @@ def test_the_cuda_selection_is_exact_on_any_queue(make, dtype):
 
 
 def test_queries_and_scores_past_two_to_the_31():
-    """B * K and B * W pass 2^31: the last rows are as right as the first."""
+    """B * K and B * W exceed 2^31: the last rows are as right as the first."""
     q, keys = (
         unit(40_000, 16, dtype=torch.bfloat16, device="cuda"),
         unit(65_536, 16, dtype=torch.bfloat16, device="cuda", seed=1),
@@ -308,7 +308,7 @@ def test_queries_and_scores_past_two_to_the_31():
     again = negmine.mine_hardest(q, Negatives(keys, mask=mask), 15)
     compare.exact("masked", again.index[-1], mined.index[-1, 1:])
     rows = negmine.info_nce(q, q, Negatives(keys, mask=mask), reduction="none")
-    # Three queries alone cut the queue into more parts, whose sums round otherwise.
+    # With only three queries, the queue is split into more parts, whose sums are rounded differently.
     truth, plain = (
         negmine.info_nce(
             last, last, Negatives(keys.to(last.dtype), mask=mask[tail]), reduction="none", backend="reference"
@@ -320,7 +320,7 @@ def test_queries_and_scores_past_two_to_the_31():
 
 @each_miner
 def test_a_million_keys(miner):
-    """The least of the spec's long queues: what is found is worth what plain products say."""
+    """A queue of a million keys: the mined scores are those of a plain matrix product."""
     q, keys = (unit(n, 256, dtype=torch.bfloat16, device="cuda", seed=i) for i, n in enumerate((64, 1_048_576)))
     mined = negmine.mine_hardest(q, keys, 1024, backend=miner)
     truth = q.float() @ keys.float().T

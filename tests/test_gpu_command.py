@@ -18,7 +18,7 @@ def say(code: str = "", *arguments: str) -> list[str]:
 
 @pytest.fixture
 def phases(monkeypatch):
-    """The commands of phases, set by a test. All other phases succeed."""
+    """Phases with commands that a test sets. All other phases succeed."""
     table = {}
     monkeypatch.setattr(gpu, "describe_gpu", lambda: "a GPU")
     monkeypatch.setattr(gpu, "commands", lambda phase, out: table.get(phase, [say("", phase)]))

@@ -1,4 +1,4 @@
-"""The predicted times of docs/gpu.md: the arithmetic, the committed rows, the page, and that the rows are of today's kernels."""
+"""The predicted times of docs/gpu.md: the arithmetic, the committed rows, the page, and that the rows match today's kernels."""
 
 import json
 import os
@@ -28,12 +28,12 @@ def times(launch):
 def test_one_launch_by_hand():
     launch = gpu_model.LAUNCH_US
     assert times(BLANK) == Time(launch, launch)
-    # 8 warps with 1,000 instructions on each processor, four of them a clock.
+    # 8 warps with 1,000 instructions on each multiprocessor, which issues four instructions per clock.
     busy = BLANK._replace(programs=132, warps=8, turns=9, per_turn=100, outside=100)
     assert times(busy).low == pytest.approx(launch + 2000 / 1755)
-    # One program more, and one processor has two of them.
+    # With one more program, one multiprocessor runs two of them.
     assert times(busy._replace(programs=133)).low == pytest.approx(launch + 4000 / 1755, rel=1e-6)
-    # 2,048 multiply-adds a clock beside them, or after them.
+    # 2,048 multiply-adds per clock, at the same time (low) or afterwards (high).
     both = busy._replace(multiply_adds=132 * 2048 * 3000)
     assert times(both) == pytest.approx((launch + 3000 / 1755, launch + 5000 / 1755))
     assert times(busy._replace(exponentials=132 * 16 * 3000)).low == pytest.approx(launch + 3000 / 1755)
@@ -86,7 +86,7 @@ def test_a_measured_row_has_its_prediction_beside_it():
 
 @pytest.mark.gpu_sim
 def test_the_launches_are_those_of_the_kernels_as_they_are():
-    """One op is traced and compiled again."""
+    """Trace and compile one op again, and compare with its committed rows."""
     pytest.importorskip("triton")
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", TRACE]
@@ -96,7 +96,7 @@ def test_the_launches_are_those_of_the_kernels_as_they_are():
     rows = [Launch.of(row) for row in read(FOLDER / "launches.csv")]
     kept = [x for x in rows if (x.card, x.backend, x.op) == ("H100, H200", "triton", "info_nce")]
     advice = "run `python -m benchmarks.gpu_trace` and `python -m benchmarks.gpu_model`"
-    counted = ("per_turn", "outside")  # by another version of Triton they may differ a little
+    counted = ("per_turn", "outside")  # these differ slightly between versions of Triton
     assert [x._replace(per_turn=0, outside=0) for x in made] == [x._replace(per_turn=0, outside=0) for x in kept], (
         advice
     )

@@ -18,7 +18,7 @@ FAULTS = {
 
 @pytest.fixture
 def faulty(monkeypatch):
-    """Checks of the backends that FAULTS names run that code in place of a kernel."""
+    """Checks of the backends in FAULTS run the given code instead of a kernel."""
     real = gpu_smoke.child
 
     def child(check, device):

@@ -1,4 +1,4 @@
-"""grad_cache gives the loss and the gradients of the step that keeps every graph. Over ranks: test_ddp.py."""
+"""grad_cache gives the loss and the gradients of a step that keeps all graphs. test_ddp.py tests it on several ranks."""
 
 import re
 
@@ -15,7 +15,7 @@ B, IN, D = 7, 6, 5
 
 
 class Encoder(nn.Module):
-    """Rows and a number that is no row, by keyword."""
+    """Takes rows, and a keyword argument that is not split into chunks."""
 
     def __init__(self, dtype=torch.float64):
         super().__init__()
@@ -36,7 +36,7 @@ def gradients(*modules):
 
 
 def step(how, one_encoder, dtype=torch.float64, autocast=False, scaler=None):
-    """The loss, its statistics and the gradients of one step. how: a chunk size, or "rows" to encode in chunks with graphs."""
+    """Return the loss, its statistics and the gradients of one step. how: a chunk size, or "rows" to keep all graphs."""
     encoders = [Encoder(dtype)] * 2 if one_encoder else [Encoder(dtype), Encoder(dtype)]
     scale = negmine.losses.LogScale(5.0)
     memory = nn.Parameter(unit(9, D, dtype=dtype, seed=4))
@@ -63,19 +63,19 @@ def step(how, one_encoder, dtype=torch.float64, autocast=False, scaler=None):
 
 @pytest.mark.parametrize("one_encoder", [True, False], ids=["one encoder", "two encoders"])
 def test_the_gradients_are_those_of_the_graphs_of_all_chunks(one_encoder):
-    """Dropout included: its masks, and the random state afterwards, are those of one pass over the chunks."""
+    """Also with dropout: its masks and the random state afterwards are the same as for one pass over the chunks."""
     want, got = (step(how, one_encoder) for how in ("graphs", 3))
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
     assert not got[0].requires_grad
 
 
 def test_autocast_and_a_scaled_loss():
-    """Weights that autocast has cast without gradient are cast again: each gets its gradient, scaled as the loss is."""
+    """Weights that autocast has cached without gradient are cast again, so each gets its gradient, scaled like the loss."""
     want = step("graphs", True, torch.float32, autocast=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     got = step(3, True, torch.float32, autocast=True, scaler=scaler)
     assert torch.equal(got[0], want[0])
-    for g, w in zip(got[2], want[2], strict=True):  # in bf16 the order of a sum shows
+    for g, w in zip(got[2], want[2], strict=True):  # in bf16, the order of a sum has an effect
         assert (g / 2**10 - w).norm() <= 0.02 * w.norm()
 
 
@@ -83,7 +83,7 @@ def test_autocast_and_a_scaled_loss():
 def test_any_chunk_size_is_the_step_without_chunks(chunk_size):
     encoder, texts = Encoder().eval(), [list("abcdefg"), inputs()[0]]
 
-    def encode(rows, mark=None):  # texts in a list are rows too
+    def encode(rows, mark=None):  # a list of texts is split into chunks too
         assert mark is None or mark == "document"
         return encoder(rows if isinstance(rows, torch.Tensor) else inputs()[0][[ord(c) - ord("a") for c in rows]])
 
@@ -97,7 +97,7 @@ def test_any_chunk_size_is_the_step_without_chunks(chunk_size):
     with torch.no_grad():
         assert torch.equal(grad_cache(loss, encode, texts, chunk_size), got)
     encoder.requires_grad_(False).zero_grad()
-    grad_cache(loss, encode, texts, chunk_size)  # frozen: nothing to replay
+    grad_cache(loss, encode, texts, chunk_size)  # without gradients, nothing is run again
     assert all(p.grad is None for p in encoder.parameters())
 
 

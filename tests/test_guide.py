@@ -22,7 +22,7 @@ def ops_of(backend):
 
 
 def columns_for(backend):
-    """K: several tiles and a part of one."""
+    """Return K with several tiles and a part of a tile."""
     return 70 if interpreted(backend) else 150
 
 
@@ -31,7 +31,7 @@ def other_tiles(backend):
 
 
 def guided(device, G, dtypes, rows, columns):
-    """A pool with a guide whose scores are whole numbers, many of them at the limit; NaN in one key, in one query, one limit."""
+    """A pool with a guide whose scores are integers, often equal to the limit. One key, one query and one limit are NaN."""
     g = whole(rows, G, dtype=dtypes[0], device=device, seed=20)
     g_keys = whole(columns, G, dtype=dtypes[1], device=device, seed=21)
     limit = whole(rows, device=device, seed=22)
@@ -40,7 +40,7 @@ def guided(device, G, dtypes, rows, columns):
 
 
 def as_mask(pool, q, keys):
-    """The same pool, its guide as a (B, K) mask."""
+    """The same pool with a (B, K) mask instead of the guide."""
     mask = usable(Pool(pool.negative_mask)._replace(**{name: getattr(pool, name) for name in GUIDE}), q, keys)
     assert 0 < int(mask.sum()) < mask.numel()
     return pool._replace(negative_mask=mask, **dict.fromkeys(GUIDE))
@@ -50,7 +50,7 @@ GUIDE = ("guide_query", "guide_keys", "guide_limit")
 
 
 def results(ops, q, keys, pool):
-    """What every op that reads a queue makes of a pool."""
+    """Return the results of all ops that read a queue."""
     rows, device = len(q), q.device
     scale, weight = torch.tensor(0.5, device=device), torch.linspace(0.5, 1.0, rows, device=device)
     pivot, ranks = torch.zeros(rows, device=device), torch.tensor([[2, 9]], device=device).repeat(rows, 1)
@@ -74,8 +74,8 @@ def results(ops, q, keys, pool):
 
 
 def agree(got, want, in_other_tiles, stored=torch.float32):
-    """Every result to the bit, but for the sums of ops that add up in another order where something else is hidden."""
-    slack = 32 * torch.finfo(stored).eps  # weights are rounded to the storage of the vectors
+    """Check that all results are bit-identical, except sums that are added in another order (`in_other_tiles`)."""
+    slack = 32 * torch.finfo(stored).eps  # weights are rounded to the dtype of the vectors
     for (name, a), (_, b) in zip(got, want, strict=True):
         if name in in_other_tiles and a.is_floating_point():
             torch.testing.assert_close(a, b, rtol=slack, atol=slack, equal_nan=True, msg=name)
@@ -104,7 +104,7 @@ def test_every_op_is_that_of_the_dense_mask(backend, kind):
 
 
 def test_what_is_hidden_may_hold_anything(backend):
-    """Keys that the guide hides from every query may, and so may rows of the guide's keys that a (K,) mask hides."""
+    """Keys that the guide hides from all queries, and guide keys that a (K,) mask hides, have no effect."""
     ops, device, K = ops_of(backend), device_of(backend), columns_for(backend)
     q, keys = whole(B, D, device=device), whole(K, D, device=device, seed=1)
     guide = Pool(
@@ -123,7 +123,7 @@ def test_what_is_hidden_may_hold_anything(backend):
 
 @pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES], ids=str)
 def test_any_storage_and_width(backend, dtypes):
-    """Its storage and its width are its own: a narrow one and one of several steps, beside keys of each storage."""
+    """A guide may have another dtype and dimension than the keys."""
     if interpreted(backend) and dtypes != (torch.bfloat16, torch.float16):
         pytest.skip("triton: interpreted, where storage is widened on load, whatever it is")
     ops, device, K = ops_of(backend), device_of(backend), columns_for(backend)
@@ -134,7 +134,7 @@ def test_any_storage_and_width(backend, dtypes):
 
 @pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES], ids=str)
 def test_every_instruction_set(isa, dtypes):
-    """Several blocks of queries, several chunks of keys; each storage of the guide beside each of the queue."""
+    """Several blocks of queries, several chunks of keys, and every pair of dtypes of the guide and the queue."""
     ops = ops_of("cpu")
     for D, G in ((24, 40), (300, 7)):
         q, keys = whole(150, D, dtype=dtypes[0]), whole(300, D, dtype=dtypes[1], seed=1)

@@ -20,7 +20,7 @@ from tests.cases import unit
 cpu = next(row for row in backends.BACKENDS if row.name == "cpu")
 pytestmark = pytest.mark.skipif(bool(cpu.refusal), reason=cpu.refusal)
 
-# argv: B, K, D, N and the megabytes that may still be mapped once the threads are up.
+# argv: B, K, D, N, and the megabytes that may still be allocated after the threads have started.
 STARVED = """
 import resource, sys, torch
 import negmine
@@ -60,14 +60,12 @@ def test_an_output_that_does_not_fit_is_told_with_its_bytes():
 
 
 def test_working_memory_that_does_not_fit_is_told_with_its_bytes():
-    """Thrown on a worker thread, caught by the caller."""
+    """The exception is thrown on a worker thread and caught by the caller."""
     D, lanes = 4_000_000, 64
     for said in starved(2, 2, D, 1, 300):
         found = re.match(r"MemoryError negmine: out of memory: a thread's working memory takes (\d+) bytes", said)
         assert found, said
-        assert int(found[1]) >= 4 * D * lanes, (
-            said
-        )  # the queries alone; what else there is depends on the instruction set
+        assert int(found[1]) >= 4 * D * lanes, said  # bytes of the queries; the rest depends on the instruction set
 
 
 def test_memory_does_not_grow():
@@ -78,15 +76,15 @@ def test_the_soak_sees_a_leak():
     kept = []
 
     def leaking(step, layer, queue):
-        pages = mmap.mmap(-1, 2**18, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # no allocator's reuse can hide them
+        pages = mmap.mmap(-1, 2**18, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # not reused by an allocator
         pages.write(b"x" * 2**18)
-        kept.append(pages)  # 256 KiB a step
+        kept.append(pages)  # 256 KiB per step
 
     assert soak.growth_mb(100, leaking) > soak.LIMIT_MB
 
 
 class Hardest(Dataset):
-    """A data set that mines in its workers."""
+    """A data set that mines in the worker processes of a data loader."""
 
     def __init__(self, keys):
         self.keys = keys
@@ -105,7 +103,7 @@ class Hardest(Dataset):
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_data_loader_workers_mine(start):
     keys = unit(500, 12)
-    negmine.mine_hardest(unit(300, 12), keys, 5, backend="cpu")  # the parent's threads are up
+    negmine.mine_hardest(unit(300, 12), keys, 5, backend="cpu")  # starts the threads of the parent process
     data = Hardest(keys)
     loader = DataLoader(
         data, batch_size=2, num_workers=2 if start == "fork" else 1, multiprocessing_context=start, timeout=60
@@ -124,11 +122,11 @@ def available_gb():
 @pytest.mark.slow
 @pytest.mark.skipif(available_gb() < 8, reason="needs 8 GB of free memory")
 def test_a_queue_of_more_than_two_to_the_31_elements():
-    """bf16, K D = 2^31 + 32,768: rows before, at and after the border are found, read and differentiated."""
+    """bf16, K D = 2^31 + 32,768: rows before, at and after element 2^31 are found, read and differentiated."""
     D, K = 128, 2**24 + 256
     keys = (
         torch.from_numpy(np.zeros(K * D, dtype=np.int16)).view(torch.bfloat16).view(K, D)
-    )  # untouched pages cost nothing
+    )  # pages that are not written need no memory
     rows = torch.tensor([5, 2**23 + 1, 2**24 - 1, 2**24, K - 1])
     keys[rows] = unit(5, D).bfloat16()
     q = unit(5, D).flip(0)
@@ -141,7 +139,7 @@ def test_a_queue_of_more_than_two_to_the_31_elements():
     near = negmine.info_nce(few, q, keys[rows], select=Select(min_score=0.5), backend="cpu")
     near.backward()
     assert torch.equal(loss.detach(), near.detach()) and torch.equal(leaf.grad, few.grad)
-    first = torch.eye(1, D)  # its scores are a column, exactly
+    first = torch.eye(1, D)  # its scores are exactly a column of the keys
     column = torch.cat([keys[rows, 0].float(), torch.zeros(9)]).sort(descending=True).values
     place = negmine.rank_thresholds(first, keys, [0, 3], backend="cpu")[0]
     assert place.tolist() == column[[0, 3]].tolist()

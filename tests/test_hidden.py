@@ -13,11 +13,11 @@ from tests.cases import DTYPES, unit
 from tests.conftest import device_of, interpreted
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, where Triton is interpreted
-B, K, D = 18, 70, 16  # past a tile of 16 queries; several tiles of keys
+B, K, D = 18, 70, 16  # more than a tile of 16 queries; several tiles of keys
 
 
 def pools(device):
-    """Keywords that hide columns 20 .. 34 from all queries, and columns 35 .. 54 from even ones, by kind of mask."""
+    """For each kind of mask, the arguments that hide columns 20 .. 34 from all queries, and 35 .. 54 from even queries."""
     query, column = torch.arange(B, device=device), torch.arange(K, device=device)
     for_all, for_even = (column >= 20) & (column < 35), (column >= 35) & (column < 55)
     hidden = for_all | (for_even & (query % 2 == 0)[:, None])  # (B, K)
@@ -73,7 +73,7 @@ def run(call, q, keys, kind, backend):
 
 
 def skip_most_of(backend, name, kind, dtype):
-    """Interpreted, each call by one kind of mask, and one call in fp32."""
+    """In Triton's interpreter, run each call with one kind of mask, and only one call in fp32."""
     if not interpreted(backend):
         return
     if kind != KINDS[list(CALLS).index(name) % 3] or dtype != (
@@ -94,7 +94,7 @@ def test_2j_hidden_columns_may_hold_anything(any_backend, name, kind, dtype):
     spoiled[20:25], spoiled[25:30, 3], spoiled[30:35, ::2] = torch.nan, torch.inf, -torch.inf
     got, want = (run(CALLS[name], q, each, kind, any_backend) for each in (spoiled, keys))
     for what, a, b in zip(("rows", "d query", "d keys", "d scale"), got, want, strict=True):
-        compare.rounded(what, a, b, b)  # a chunk with a row that is not finite may be multiplied another way
+        compare.rounded(what, a, b, b)  # chunks with rows that are not finite may use other products
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,7 +106,7 @@ def test_2j_a_key_that_one_query_sees_reaches_no_query_that_does_not(any_backend
     spoiled = keys.clone()
     spoiled[36], spoiled[50] = torch.nan, torch.nan
     got, want = (run(CALLS[name], q, each, kind, any_backend) for each in (spoiled, keys))
-    even, odd = slice(0, B, 2), slice(1, B, 2)  # the even ones do not see the column
+    even, odd = slice(0, B, 2), slice(1, B, 2)  # even queries do not see the column
     for what, a, b in zip(("rows", "d query"), got[:2], want[:2], strict=True):
         compare.rounded(what, a[even], b[even], b[even])
         assert bool(a[odd].isnan().all())

@@ -59,7 +59,7 @@ def test_an_option_that_keeps_everything_changes_nothing(any_backend, vectors, o
 
 
 def test_positives_above_and_below_every_negative(any_backend, vectors):
-    """The loss nears 0; or the positive's rank is K, and the loss is the gap."""
+    """The loss is close to 0; or the rank of the positive is K, and the loss is the difference of the logits."""
     q, _, keys = vectors
     for pos, rank in ((q, 0), (-q, K)):
         case = [q, pos, keys]
@@ -84,7 +84,7 @@ def test_the_hardest_alone_and_the_weight_that_goes_to_infinity(any_backend, vec
 
 @pytest.mark.parametrize("weight", [Weight(0.0, 1e-3), Weight(1.0, 1e-3), Weight(2.0)], ids=repr)
 def test_weights_are_finite_where_plain_exponentials_overflow(any_backend, vectors, weight):
-    """At T = 0.01 exp(x) passes fp32 by far: the sums are taken in logarithms."""
+    """At T = 0.01, exp(x) overflows fp32, so the sums must be computed as logarithms."""
     assert math.exp(1 / 0.01) > torch.finfo(torch.float32).max
     options = {"temperature": 0.01, "weight": weight}
     got, truth = rows_and_grads(vectors, any_backend, **options), truth_of(vectors, **options)
@@ -109,7 +109,7 @@ def test_mixes_have_their_closed_forms(any_backend, vectors):
     pairs = slice(0, 60)
     assert bool((a[:, pairs] >= 0).all() & (a[:, 60:] == -1).all())
     assert bool((got[:, 60:] >= s_b[:, 60:] - 1e-6).all())
-    longer = straight[:, pairs] >= 0  # ||m|| <= 1, so that a mix is no easier than the line between its parents
+    longer = straight[:, pairs] >= 0  # ||m|| <= 1, so normalizing a mix can only raise a positive score
     assert bool((got[:, pairs] >= straight[:, pairs] - 1e-6)[longer].all())
 
 
@@ -122,9 +122,9 @@ def test_a_mix_of_a_row_with_itself_is_the_row(any_backend, vectors):
 
 @pytest.mark.parametrize("detach", [True, False])
 def test_opposite_parents_give_nothing_and_nothing_infinite(any_backend, detach):
-    """n_b = -n_a at a share of 1/2, and a negative opposite to the query: m = 0, which no division makes infinite."""
+    """With n_b = -n_a and a share of 1/2, or a negative opposite to the query, the mix is 0. Normalizing it must not give inf."""
     q = torch.eye(2, 4, device=device_of(any_backend))
-    keys = torch.stack([q[0], -q[0]])  # of query 0 also the query and its opposite
+    keys = torch.stack([q[0], -q[0]])  # query 0 and its opposite
     mix = Mix(2, 3, 3, pair_range=(0.5, 0.5), query_range=(0.5, 0.5), detach=detach)
     mixed = negmine.mix_negatives(q, keys, mix, backend=any_backend)
     assert not mixed.vectors[:, :3].any() and bool(mixed.vectors.isfinite().all())

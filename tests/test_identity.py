@@ -1,4 +1,4 @@
-"""Documents and queries identified by id, text and row, against a slow definition, with every engine that runs here.
+"""Documents and queries identified by id, text and row, compared with a slow definition, for every engine that runs here.
 
 Embeddings are small integers, so that scores are exact and the answers must be equal.
 """
@@ -37,7 +37,7 @@ def fold(text):
 
 
 def groups(count, *names):
-    """Sets of rows of equal names, transitively; a name of None equals nothing."""
+    """Group rows that have an id, text or row in common, transitively. None equals nothing."""
     found = [{row} for row in range(count)]
     for each in names:
         for a in range(count):
@@ -50,7 +50,7 @@ def groups(count, *names):
 
 
 def slow(q, c, positives, exclude, ids, texts, select, dedup, n):
-    """(indices, skipped): one (query, row) pair at a time."""
+    """Return (indices, skipped), computed for one (query, row) pair at a time."""
     Q, K = len(q), len(c)
     blank = [[None if t is None else [fold(text) or None for text in t]][0] for t in texts]
     document = groups(K, ids[1], blank[1], [tuple(row) for row in c.tolist()] if dedup else None)
@@ -149,7 +149,7 @@ def test_any_ids_and_texts(engine, tmp_path):
                 for part in sorted((tmp_path / str(seed)).glob("queries-*"))[:1]:
                     part.unlink()
                 got = mine(q, c, positives, **(options | {"batch_size": 3}))
-        if engine == "Flat":  # of equal scores, FAISS may propose others
+        if engine == "Flat":  # among equal scores, FAISS may return others
             want_scores = np.where(want < 0, -np.inf, np.einsum("qd,qnd->qn", q, c[want]))
             np.testing.assert_array_equal(got.scores, want_scores, err_msg=f"seed {seed}")
         else:

@@ -1,7 +1,7 @@
-"""Imports between the parts of negmine run one way, and no modules import each other in a circle.
+"""Parts of negmine import only lower parts, and no modules import each other in a circle.
 
-Imports are read from the source of every module, those inside functions and under TYPE_CHECKING included. What Python does by
-itself, the import of a module's parent packages, does not count.
+Imports are read from the source of every module, including those inside functions and under TYPE_CHECKING. The import of the
+parent packages of a module, which Python does automatically, does not count.
 """
 
 import ast
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "negmine"
-# The parts, lowest first: each imports only itself and what stands before it. Parts of one line are one level, and may import
-# each other where that makes no circle. "negmine" is __init__.py.
+# The parts, lowest first. Each imports only itself and parts of lines before it. Parts in one line are at the same level, and may
+# import each other as long as there is no circle. "negmine" is __init__.py.
 ORDER = [
     {"version"},
     {"options"},
@@ -31,11 +31,11 @@ ORDER = [
     {"cli"},
     {"negmine", "__main__"},
 ]
-COMPILED = {"_C", "_build_info", "_ops_cpu", "_ops_cuda"}  # import no Python module of negmine
+COMPILED = {"_C", "_build_info", "_ops_cpu", "_ops_cuda"}  # compiled modules, which import no Python module of negmine
 
 
 def modules_of(package: Path) -> dict[str, Path]:
-    """Name -> file of every module under a package; a package itself is its __init__.py."""
+    """Return {name: file} of all modules of a package; a package itself is its __init__.py."""
     found = {}
     for folder, _, files in os.walk(package, followlinks=True):
         for file in files:
@@ -47,7 +47,7 @@ def modules_of(package: Path) -> dict[str, Path]:
 
 
 def imports_of(name: str, source: str, modules: dict[str, Path], is_package: bool = False) -> set[str]:
-    """The modules among `modules` that the source of module `name` imports."""
+    """Return those of `modules` that the source of module `name` imports."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -57,7 +57,7 @@ def imports_of(name: str, source: str, modules: dict[str, Path], is_package: boo
             if node.level:
                 parents = name.split(".") + [""] * is_package
                 base = ".".join([*parents[: -node.level], *filter(None, [base])])
-            for alias in node.names:  # a module of a package, or a name that a module holds
+            for alias in node.names:  # a module of a package, or a name in a module
                 full = f"{base}.{alias.name}"
                 names.add(full if full in modules or alias.name in COMPILED else base)
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
@@ -75,12 +75,12 @@ def graph_of(package: Path) -> dict[str, set[str]]:
 
 
 def part_of(name: str) -> str:
-    """The first name below the package, or the package's own."""
+    """Return the part that a module belongs to: the first name below the package, or the package itself."""
     return name.split(".")[min(1, name.count("."))]
 
 
 def against_order(graph: dict[str, set[str]]) -> list[str]:
-    """The imports that run from a lower part to a higher one."""
+    """Return the imports of a higher part by a lower one."""
     rank = {part: i for i, level in enumerate(ORDER) for part in level}
     return [
         f"{name} imports {other}"
@@ -91,7 +91,7 @@ def against_order(graph: dict[str, set[str]]) -> list[str]:
 
 
 def circle_in(graph: dict[str, set[str]]) -> list[str]:
-    """The modules of one circle, in order; empty where there is none."""
+    """Return the modules of one circle in order, or an empty list."""
     finished: set[str] = set()
 
     def visit(name: str, path: list[str]) -> list[str]:
