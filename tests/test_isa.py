@@ -33,7 +33,7 @@ def isa(request):
 
 
 def summed(q, keys, scale, pivot, want_mean, pool, N=0, ranks=None):
-    """The op logsumexp at one scale: lse (B,), mean (B or 0, D), and the rest of what it returns."""
+    """Call the op logsumexp with one scale. Return lse (B,), mean (B or 0, D), and its other results."""
     lse, mean, *rest = torch.ops.negmine_cpu.logsumexp(q, keys, scale[None], pivot, want_mean, N, ranks, *pool)
     return lse[0], mean[0], *rest
 
@@ -81,9 +81,9 @@ def test_losses_and_gradients_are_rounded(isa, dtype, options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("K, D, N", [(20_000, 9, 300), (5_000, 130, 1024)])
 def test_one_score_whatever_the_op_and_the_split(isa, dtype, K, D, N):
-    """Thresholds, counts and minings meet on the same bits; the sampled scan returns what a full ranking holds."""
+    """Thresholds, counts and mining use bit-identical scores, and the scan with a sample returns the same as a full ranking."""
     q, keys = unit(5, D, dtype=dtype), unit(K, D, dtype=dtype, seed=1)
-    ranking = negmine.mine_hardest(q, keys, K, backend="cpu")  # without a sample
+    ranking = negmine.mine_hardest(q, keys, K, backend="cpu")  # mines all columns, so without a sample
     mined = negmine.mine_hardest(q, keys, N, backend="cpu")
     compare.exact("index", mined.index, ranking.index[:, :N])
     compare.exact("scores", mined.scores, ranking.scores[:, :N])
@@ -101,7 +101,7 @@ def test_one_score_whatever_the_op_and_the_split(isa, dtype, K, D, N):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("B, K, D", SHAPES)
 def test_listed_columns_rank_as_in_the_whole_queue(isa, dtype, B, K, D):
-    """To the bit, whatever stands beside them; and the pass that mines counts what count_negatives counts."""
+    """Scores of listed columns are bit-identical in any list, and the op that mines counts the same as count_negatives."""
     q, keys = unit(B, D, dtype=dtype), unit(K, D, dtype=dtype, seed=1)
     keys[K // 2] = torch.nan
     mask = torch.rand(B, K) < 0.4
@@ -123,7 +123,9 @@ def test_listed_columns_rank_as_in_the_whole_queue(isa, dtype, B, K, D):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("B, K, D", [*SHAPES, (600, 5000, 9)])  # the last: a task a block of queries, several splits
+@pytest.mark.parametrize(
+    "B, K, D", [*SHAPES, (600, 5000, 9)]
+)  # the last: one task per block of queries, several splits
 def test_sums_at_several_scales_are_sums_at_each_to_the_bit(isa, dtype, B, K, D):
     q, keys, scales = unit(B, D, dtype=dtype), unit(K, D, dtype=dtype, seed=1), torch.tensor([30.0, 4.0, 0.0])
     pivot = torch.linspace(-0.5, 0.5, B)
@@ -158,12 +160,12 @@ def test_a_sum_that_mines_is_a_sum_and_a_mining_to_the_bit(isa, dtype, B, K, D, 
 
 
 def window_pools(B, K):
-    """Everything; a mask, ids and both bounds; a mask for each query."""
+    """Three pools: all columns; a mask, ids and both bounds; a mask for each query."""
     return Pool(), bounded_pool(B, K), Pool(torch.rand(B, K) < 0.5)
 
 
 def summed_in_two_steps(q, keys, ranks, scale, pivot, pool):
-    """What logsumexp gives between two ranks, from thresholds and a sum in float64: lse, mean, counts and sort keys."""
+    """Compute logsumexp between two ranks from thresholds and a sum in float64: lse, mean, counts and sort keys."""
     bounds = torch.ops.negmine_cpu.rank_thresholds(q, keys, ranks, *pool)  # (B, 2)
     empty = (ranks[:, 0] < 0) | (ranks[:, 1] < ranks[:, 0]) | (bounds[:, 0] == sort_key.NOWHERE)
     bounds[empty] = sort_key.NOWHERE
@@ -190,7 +192,7 @@ def test_a_window_is_thresholds_and_a_sum(isa, dtype, B, K, D):
             for name, k, t in zip(("num_kept", "num_above", "sort_keys"), (*got[2:4], got[6]), want[2:], strict=True):
                 compare.exact(f"{name} {shift}", k, t)
             compare.rounded(f"lse {shift}", got[0], want[0], want[0].float(), condition=9.0)
-            # A sum between bounds may round p to bf16 in the mean; a window is as exact as that.
+            # The mean of a sum between bounds may round p to bf16, and so may the mean of a window.
             window = narrow(pool, *want[4].unbind(1))
             plain = summed(q, keys, scale, None, True, window)[1]
             compare.rounded(f"mean {shift}", got[1], want[1], plain, condition=9.0)
@@ -205,12 +207,12 @@ def test_a_window_where_the_sample_misleads_or_scores_tie_or_are_not_finite(isa)
         [torch.arange(i * K // 8, i * K // 8 + K // 16 // 8) for i in range(8)]
     )  # where samples are taken
     misled = torch.linspace(-0.5, 0.5, K)[:, None]
-    misled[pieces] += 2.0  # hardest of all
+    misled[pieces] += 2.0  # the hardest columns
     ties, broken = whole(K, 1, seed=3).float(), torch.linspace(-1, 1, K)[:, None]
     broken[7], broken[77], broken[777] = torch.nan, -torch.inf, -torch.inf
     q, scale = torch.tensor([[1.0], [0.5], [-1.0], [0.0]]), torch.tensor(3.0)
     for name, keys in (("misled", misled), ("ties", ties), ("not finite", broken)):
-        rows = q if name != "not finite" else q[:2]  # times the others, -inf is inf and NaN
+        rows = q if name != "not finite" else q[:2]  # the other queries would turn -inf into inf and NaN
         for first, last in ((0, 900), (3000, 4000), (19_000, 19_999), (19_990, 30_000)):
             ranks = torch.tensor([[first, last]]).repeat(len(rows), 1)
             got = summed(rows, keys, scale, None, False, Pool(), ranks=ranks)
@@ -222,8 +224,8 @@ def test_a_window_where_the_sample_misleads_or_scores_tie_or_are_not_finite(isa)
 
 
 def test_mining_where_the_sample_misleads(isa):
-    """The sample of each split asks for scores that fewer than N columns reach, or that nearly all do."""
-    K = 80_000  # of which each of two threads samples splits of 20,000
+    """The sample of each split gives a cut that fewer than N columns reach, or that nearly all columns reach."""
+    K = 80_000  # two threads take samples of splits with 20,000 columns each
     sampled = torch.arange(K) % 2500 < 156
     for extra in (2.0, -2.0):
         keys = (torch.linspace(-0.5, 0.5, K) + extra * sampled)[:, None]
@@ -255,7 +257,7 @@ def test_a_window_has_the_same_bits_alone_and_among_others(isa):
 
 
 def test_many_equal_terms_are_not_all_rounded_to_one_side(isa):
-    """The mean of half ones and half minus ones is tanh(scale); a sum of thousands loses the same part of each term."""
+    """The mean of half ones and half minus ones is tanh(scale). A plain sum of thousands of terms would round each term down."""
     q, K = torch.ones(1, 1), 13_400
     keys = (1.0 - 2.0 * (torch.arange(K) % 2))[:, None]
     columns, scale = torch.arange(K)[None], torch.tensor(1.0)
@@ -265,11 +267,11 @@ def test_many_equal_terms_are_not_all_rounded_to_one_side(isa):
         "window": summed(q, keys, scale, None, True, Pool(), ranks=torch.tensor([[0, K]]))[1],
     }
     for name, mean in means.items():
-        assert abs(float(mean) - math.tanh(1.0)) < 1e-5, name  # one by one: 4e-5
+        assert abs(float(mean) - math.tanh(1.0)) < 1e-5, name  # a plain sum has an error of 4e-5
 
 
 def test_subnormals_of_bf16_cost_no_more_than_their_size(isa):
-    """Multiplying pairs of bf16 reads and writes subnormals as zero: 2^-126 a term at most, where the other side is 1."""
+    """Products of pairs of bf16 treat subnormals as zero: an error of at most 2^-126 per term if the other factor is 1."""
     q, keys = torch.ones(2, 6, dtype=torch.bfloat16), torch.full((5, 6), 2.0**-130, dtype=torch.bfloat16)
     keys[1] = 2.0**-120
     mined = negmine.mine_hardest(q, keys, 5, backend="cpu")
@@ -281,7 +283,7 @@ def test_subnormals_of_bf16_cost_no_more_than_their_size(isa):
 
 
 def test_the_temperature_gradient_from_bf16_is_as_exact_as_from_fp32(isa):
-    """Rounding p to bf16 in the mean would cost it four digits: query . mean is restored."""
+    """With p rounded to bf16 in the mean, it would lose four digits, so query . mean is corrected."""
     for B, K, D in [(3, 71, 33), (65, 5000, 128)]:
         q, keys = unit(B, D, dtype=torch.bfloat16), unit(K, D, dtype=torch.bfloat16, seed=1)
         q[0] = 0
@@ -297,7 +299,7 @@ def test_the_temperature_gradient_from_bf16_is_as_exact_as_from_fp32(isa):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_hidden_rows_may_hold_anything(isa, dtype):
-    """Of several blocks of queries and chunks of rows; and a row that only odd queries see leaves the even ones alone."""
+    """For several blocks of queries and chunks of rows. A row that only odd queries see does not affect even queries."""
     for B, K, D in [(17, 129, 33), (130, 300, 64), (65, 700, 300)]:
         q, keys, row = unit(B, D, dtype=dtype), unit(K, D, dtype=dtype, seed=1), torch.arange(K)
         by_ids, by_mask, from_even = row % 5 == 1, row % 5 == 2, row % 50 == 3
@@ -335,9 +337,9 @@ def test_hidden_rows_may_hold_anything(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("B", [5, 300])  # splits folded afterwards, and as they come
+@pytest.mark.parametrize("B", [5, 300])  # splits combined at the end, and one after the other
 def test_a_score_of_infinity_sums_to_infinity(isa, dtype, B):
-    """Wherever the queue holds it; a score of -inf adds nothing, a NaN makes a NaN, and a logit may overflow too."""
+    """At any place in the queue. A score of -inf adds nothing, NaN gives NaN, and a logit may also overflow."""
     K, D, scale = 9000, 3, torch.tensor(9.0)
     q, keys = unit(B, D, dtype=dtype).abs() + 0.1, unit(K, D, dtype=dtype, seed=1)
     q[3] = -q[3]
@@ -357,7 +359,7 @@ def test_a_score_of_infinity_sums_to_infinity(isa, dtype, B):
                     )[0][1],
                     "listed": torch.ops.negmine_cpu.gathered_logsumexp(q, keys, listed, scale, want_mean)[1],
                 }
-                if not nan:  # of which a window keeps none
+                if not nan:  # a window keeps no NaN scores
                     ranks = torch.tensor([[0, K - 1]]).repeat(B, 1)
                     got["window"] = summed(q, keys, scale, None, want_mean, Pool(), ranks=ranks)[0]
                 for name, lse in got.items():
@@ -373,7 +375,7 @@ def test_a_score_of_infinity_sums_to_infinity(isa, dtype, B):
 
 @pytest.mark.parametrize("B, kind", [(1, "random"), (5, "masked"), (17, "ordered"), (40, "ties"), (70, "random")])
 def test_ranks_and_windows_do_not_depend_on_threads(B, kind):
-    """Few blocks of queries are split over the queue; where its hardest lie together, one split finds more than its share."""
+    """With few blocks of queries, the queue is split; if its hardest columns are close together, one split finds most of them."""
     K, D = 20_000, 24
     q, keys = unit(B, D), unit(K, D, seed=1)
     keys = keys[(keys @ q[0]).argsort()] if kind == "ordered" else (keys * 2).round() if kind == "ties" else keys
@@ -399,12 +401,12 @@ def test_ranks_and_windows_do_not_depend_on_threads(B, kind):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_maxsim_is_exact_on_integers(isa, dtype):
-    """Documents of a token, of several chunks, and in between; queries that end within a block."""
+    """Documents with one token, with several chunks, and between; queries that end within a block."""
     for seed, (B, tokens, K, J, D) in enumerate([(3, 33, 70, 1, 5), (2, 4, 3, 300, 33), (5, 17, 9, 20, 64)]):
         q, keys = whole(B, tokens, D, dtype=dtype, seed=seed), whole(K, J, D, dtype=dtype, seed=seed + 1)
         scores, index = torch.ops.negmine_cpu.maxsim(q, keys, None, None, True)
         inner = torch.einsum("bid,kjd->bikj", q.double(), keys.double())
-        best = (inner == inner.amax(3, keepdim=True)).int().argmax(3)  # the first
+        best = (inner == inner.amax(3, keepdim=True)).int().argmax(3)  # the first of equal ones
         compare.exact("scores", scores, reference.maxsim(q.double(), keys.double()))
         assert torch.equal(index, best + J * torch.arange(K))
 
@@ -412,7 +414,7 @@ def test_maxsim_is_exact_on_integers(isa, dtype):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("types", ["float32 float32", "bfloat16 bfloat16", "float16 bfloat16"])
 def test_prefix_widths_are_the_sums_of_prefixes(isa, types, masked):
-    """Small integers, so that the scores are those of logsumexp; segments of odd widths, chunks and blocks that end early."""
+    """Small integers, so scores equal those of logsumexp. Segments have odd widths, and chunks and blocks end early."""
     dtypes = [getattr(torch, name) for name in types.split()]
     scale = torch.tensor(0.2)
     for seed, (B, K, widths) in enumerate([(3, 7, [5]), (65, 300, [1, 32, 45, 130]), (2, 260, [64, 128, 515])]):
@@ -426,6 +428,6 @@ def test_prefix_widths_are_the_sums_of_prefixes(isa, types, masked):
             x = (q[:, :width].double() @ keys[:, :width].double().T) * scale
             x = x if not masked else (x + pool.bias).masked_fill(~usable(pool, q, keys), -torch.inf)
             p, prefix = x.softmax(1), keys[:, :width].double()
-            rounding = 2**-7 if types == "bfloat16 bfloat16" else 1e-5  # of weights, and of the part along the query
+            rounding = 2**-7 if types == "bfloat16 bfloat16" else 1e-5  # of weights, and of the mean along the query
             assert ((mean[at, :, :width] - p @ prefix).abs() <= rounding * (p @ prefix.abs()).max()).all()
             assert torch.equal(num_kept, want_kept) and not mean[at, :, width:].any()

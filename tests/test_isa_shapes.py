@@ -13,7 +13,7 @@ TYPES = [(q, k) for q in DTYPES for k in DTYPES]  # of queries and of the queue
 
 
 def summed(q, keys, scale, pivot, want_mean, pool):
-    """lse (B,), mean (B, D), num_kept and num_above (B,) at one scale."""
+    """Call logsumexp with one scale. Return lse (B,), mean (B, D), num_kept and num_above (B,)."""
     op = torch.ops.negmine_cpu.logsumexp
     lse, mean, num_kept, num_above, *_ = op(q, keys, scale[None], pivot, want_mean, 0, None, *pool)
     return lse[0], mean[0], num_kept, num_above
@@ -44,8 +44,8 @@ def test_the_choice_is_by_storage_and_the_same_for_all_ops(isa, types):
         _ops_cpu.isa_for("float32", "float64")
 
 
-# Rows that tiles read where they lie, and copies: D and K that are multiples of a tile or not; one, some and many blocks
-# of queries; a chunk and several; D that make chunks short.
+# Rows that tiles read directly, and rows that are copied first: D and K that are multiples of a tile or not; one, some and many
+# blocks of queries; one chunk and several; D so large that chunks are short.
 SUMMED = [
     (256, 4096, 128),
     (100, 1000, 96),
@@ -67,7 +67,7 @@ def test_every_class_of_shape_sums_right(isa, types, B, K, D):
 
     assert _ops_cpu.isa_for(*names_of(types)) == isa
     q, wide, scale = unit(B, D, dtype=types[0]), unit(K, D + 3, dtype=types[1], seed=1), torch.tensor(14.0)
-    keys, pivot, tags = wide[:, :D], torch.zeros(B), ids(B, K)  # rows lie apart
+    keys, pivot, tags = wide[:, :D], torch.zeros(B), ids(B, K)  # rows are not contiguous
     hidden = tags["query_ids"][:, None] == tags["negative_ids"]
     scores = q.double() @ keys.double().T
     per_row, per_column = torch.rand(B, K) < 0.7, torch.rand(K) < 0.7
@@ -92,7 +92,7 @@ def test_every_class_of_shape_sums_right(isa, types, B, K, D):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [0.5, 100.0, -60.0])
 def test_a_shift_moves_for_one_query_and_no_other(isa, dtype, scale):
-    """Scores rise along the queue for some queries and fall for others, and a few leap: each sums as it does alone."""
+    """Scores rise along the queue for some queries, fall for others, and jump for a few. Each sum is the same as alone."""
     B, K, D = 70, 9000, 24
     q, keys = unit(B, D, dtype=dtype), unit(K, D, seed=1)
     keys = (keys[(keys @ q[0].float()).argsort()] * torch.linspace(0.1, 1.0, K)[:, None]).to(dtype)

@@ -1,4 +1,4 @@
-"""Every backend against the reference, op by op, through the public functions: the three claims of tests/compare.py."""
+"""Compare every backend with the reference, op by op, through the public functions, with the tolerances of tests/compare.py."""
 
 import itertools
 
@@ -51,14 +51,14 @@ def test_masks_are_exact_on_integers(backend, kind):
 
 @pytest.mark.parametrize("kind", MASKS)
 def test_every_rank_has_its_place(backend, kind):
-    """More ranks than are worth a search each, of whole pools and of ends: places, so ties come by index; NaN has no rank."""
+    """Many ranks, more than are searched one by one. Equal scores are ranked by index, and NaN scores have no rank."""
     find = next(row for row in backends.BACKENDS if row.name == backend).functions.get("rank_thresholds")
     if find is None:
         pytest.skip(f"{backend} has no rank_thresholds")
     for B, K, D, _, device, seed in each_shape(backend):
         q, keys = whole(B, D, device=device, seed=seed), whole(K, D, device=device, seed=seed + 1)
         keys[K // 2] = torch.nan
-        keys[K // 3] = -keys[K // 2]  # a NaN whose bits sort below every number
+        keys[K // 3] = -keys[K // 2]  # a NaN that is below all numbers as a bit pattern
         pool = pool_of(q, keys, masks(kind, B, K, device))
         scores, index = reference.mine_hardest(q, keys, K + 2, dense_mask(q, keys, masks(kind, B, K, device)))
         ranking = sort_key.pack(scores, index).masked_fill(index < 0, sort_key.NOWHERE)  # (B, K + 2)
@@ -79,7 +79,7 @@ def test_quantile_is_torch_quantile(backend):
             allowed = dense_mask(q, keys, given)
             truth = reference.quantile(q.double(), keys.double(), wanted, allowed)
             plain = reference.quantile(q, keys, wanted, allowed)
-            summed = q.abs() @ keys.abs().T  # what a score adds up, of both signs
+            summed = q.abs() @ keys.abs().T  # sums of absolute products, which bound the rounding of scores
             compare.rounded(f"quantile {B, K, D}", got, truth, plain, terms=summed)
 
 
@@ -111,7 +111,7 @@ SELECTS = [
     Select(0.001, 0.3),
     Select(0.05, 1.0),
     Select(2, 9),
-    Select(0, 1),  # the rank 1, which equals the fraction 1.0
+    Select(0, 1),  # rank 1, an integer that is equal to the fraction 1.0
     Select(500, 600),
     Select(max_score=3.0, min_score=-5.0),
     Select(1, 0.5, absolute_margin=1.0),
@@ -121,7 +121,7 @@ SELECTS = [
 
 @pytest.mark.parametrize("select", SELECTS, ids=repr)
 def test_windows_keep_exactly_what_they_say(backend, select):
-    """Integer vectors tie all over: a window bound by score alone would keep too many."""
+    """With integer vectors, many scores are equal, so a window that is bounded only by scores would keep too many columns."""
     if interpreted(backend) and select in SELECTS[2:6]:
         pytest.skip("triton: interpreted, where other windows say it: their kernels are the same")
     for B, K, D, N, device, seed in each_shape(backend):
@@ -156,16 +156,16 @@ LOSSES = [
     ({"weight": Weight(1.0, 0.001), "temperature": 0.5}, "pairs"),
     ({"weight": Weight(0.5, 0.0, detach=True), "select": Select(0, 0.5)}, "none"),
     ({"weight": Weight(0.0, 0.01), "mix": Mix(4, 3, 3)}, "none"),
-    ({"weight": Weight(0.0, 0.9)}, "none"),  # most rows clamped
+    ({"weight": Weight(0.0, 0.9)}, "none"),  # most rows are clamped
     ({"select": Select(0.0, 0.5, sample=6), "seed": 5, "step": 2**32 - 1, "row_offset": 2**33 + 7}, "ids"),
-    ({"select": Select(1, 40, sample=70), "decoupled": True}, "labels"),  # more than a window holds
+    ({"select": Select(1, 40, sample=70), "decoupled": True}, "labels"),  # more samples than columns in the window
     ({"decoupled": True}, "nothing left"),
     ({}, "nothing left"),
 ]
 
 
 def debiasing_condition(inputs, options, allowed):
-    """(R + tau N pos) / (R - tau N pos) at its worst: Weight's difference cancels, and rounding grows by this much."""
+    """The largest (R + tau N pos) / (R - tau N pos): Weight's difference cancels, which magnifies rounding this much."""
     weight = options.get("weight")
     if weight is None or weight.tau_plus == 0:
         return 1.0
@@ -214,8 +214,8 @@ def test_loss_and_every_gradient(backend, options, kind, dtype):
         plain, _ = run(dtype, reference.info_nce, usable=allowed)
         condition = debiasing_condition(inputs, options, allowed) / options["temperature"]  # 1 / T: the largest logit
         for name, k, t, p in zip(("loss", *(f"d_{n}" for n in names)), got, truth, plain, strict=True):
-            # d_query: the positive's pull less the negatives' push; a decoupled loss: of two logits, or next to one.
-            # d_temperature: of the positives' part and the negatives' part.
+            # d_query is a difference of a term of the positive and a term of the negatives; so is a decoupled loss.
+            # d_temperature is a difference of such terms too.
             terms = {
                 "d_query": truth[2],
                 "loss": (inputs[0] * inputs[1]).sum(1) if "decoupled" in options else None,
@@ -245,12 +245,12 @@ def test_mixed_vectors_have_the_same_draws_everywhere(backend, mix, dtype):
             plain = reference.mix_negatives(q, keys, mix, allowed, **key)
             compare.exact(f"parents {B, K, D}", got.parents, truth[1])
             compare.rounded(f"coefficients {B, K, D}", got.coefficients, truth[2], truth[2].float())
-            if dtype == torch.float32:  # coefficients rounded to a shorter storage would be another mix
+            if dtype == torch.float32:  # with 16-bit storage, the coefficients are rounded
                 compare.rounded(f"vectors {B, K, D}", got.vectors, truth[0], plain[0])
 
 
 def test_hidden_keys_have_no_gradient_whatever_a_query_holds(backend):
-    """Those that a mask hides from every query, next to others and a whole tile of them; the others' gradients are NaN."""
+    """Keys that a mask hides from all queries, single ones and a whole tile. The gradients of the other keys are NaN."""
     device = device_of(backend)
     q, keys = unit(3, 7, device=device), unit(64, 7, device=device, seed=1)
     q[1, 2] = torch.nan
@@ -262,7 +262,7 @@ def test_hidden_keys_have_no_gradient_whatever_a_query_holds(backend):
 
 
 def test_mixed_storage(backend):
-    """Queries in fp32 against a queue stored in half the bytes."""
+    """Queries in fp32 and a queue in a 16-bit dtype."""
     device = device_of(backend)
     q, pos, keys = unit(9, 24, device=device), unit(9, 24, device=device, seed=1), unit(70, 24, device=device, seed=2)
     for dtype in DTYPES[1:]:
@@ -276,7 +276,7 @@ def test_mixed_storage(backend):
 
 @pytest.mark.parametrize("kind", MASKS)
 def test_the_pass_that_mines_counts_its_pool(backend, kind):
-    """mine_hardest to the bit, and count_negatives of the same pool; a NaN score is counted by neither."""
+    """mine_hardest with counting finds the same bits, and its counts are those of count_negatives. NaN does not count."""
     ops = next(row for row in backends.BACKENDS if row.name == backend).functions
     for B, K, D, N, device, seed in each_shape(backend):
         q, keys = whole(B, D, device=device, seed=seed), whole(K, D, device=device, seed=seed + 1)
@@ -296,7 +296,7 @@ def test_the_pass_that_mines_counts_its_pool(backend, kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["none", "everything"])
 def test_sums_at_prefix_widths(backend, kind, dtype):
-    """Each width is the log-sum-exp over its prefix, its mean zeros past the width; columns are counted once."""
+    """For each width, the log-sum-exp and the mean of the prefix, with zeros after it. Columns are counted once."""
     skip_what_the_interpreter_repeats(backend, dtype)
     op = next(row for row in backends.BACKENDS if row.name == backend).functions.get("prefix_logsumexp")
     if op is None:
@@ -324,7 +324,7 @@ def test_sums_at_prefix_widths(backend, kind, dtype):
                 truth, plain = dense(torch.float64), dense(torch.float32)
                 compare.rounded(f"lse {B, K, width}", lse[at], truth[0], plain[0], condition=8.0)
                 compare.rounded(f"lse alone {B, K, width}", alone[at], truth[0], plain[0], condition=8.0)
-                rounding = 0.0 if dtype == torch.float32 else float(torch.finfo(dtype).eps)  # of weights
+                rounding = 0.0 if dtype == torch.float32 else float(torch.finfo(dtype).eps)  # rounding of the weights
                 near = plain[1].double() + rounding * truth[1].abs().max() if truth[1].numel() else plain[1]
                 compare.rounded(f"mean {B, K, width}", mean[at, :, :width], truth[1], near, condition=8.0)
                 assert not mean[at, :, width:].any()

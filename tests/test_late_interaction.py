@@ -24,7 +24,7 @@ LENGTHS = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Three documents and two queries in a block."""
+    """Use blocks of three documents and two queries."""
     late = sys.modules[late_interaction.__module__]
     monkeypatch.setattr(late, "DOCUMENT_TOKENS", {DEVICE: 3 * J})
     monkeypatch.setattr(late, "PIECE", {DEVICE: 2 * TOKENS * 3})
@@ -35,7 +35,7 @@ def functions(name):
 
 
 def tokens(make=unit, dtype=torch.float64):
-    """query, positive and documents; what stands past a length is NaN."""
+    """query, positive and documents, with NaN after the length of each."""
     query, positive, documents = (
         make(*shape, dtype=dtype, device=DEVICE, seed=i)
         for i, shape in enumerate([(B, TOKENS, D), (B, J, D), (K, J, D)])
@@ -55,7 +55,7 @@ IDS = torch.tensor([3, 0, 2, 3], device=DEVICE)
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("select", [None, Select(1, 5)])
 def test_the_loss_by_loops(any_backend, select, decoupled):
-    """Small integers, so that kernels have the scores of float64."""
+    """Small integers, so that kernels compute the same scores as float64."""
     dense = any_backend == "reference"
     query, positive, documents = tokens(*((unit, torch.float64) if dense else (whole, torch.float32)))
     bias = torch.linspace(-1, 1, K, dtype=query.dtype, device=DEVICE)
@@ -99,7 +99,7 @@ def test_gradcheck():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["masked", "in_batch", "selected"])
 def test_it_is_the_dense_definition(backend, dtype, case):
-    """Gradients to all arguments, rounded once, with what stands past a length, and whole hidden documents, not even finite."""
+    """Gradients of all arguments, rounded once. Tokens after a length and hidden documents are not finite."""
     vectors = tokens(dtype=dtype)
     vectors[2][7] = torch.nan
     mask = torch.arange(K, device=DEVICE) != 7
@@ -135,7 +135,7 @@ SHAPES = [(2, 3, 5, 4, 16), (3, 33, 4, 7, 6), (2, 2, 3, 150, 5), (3, 40, 9, 1, 8
 @pytest.mark.parametrize("types", ["float32 float32", "bfloat16 bfloat16", "float16 bfloat16", "float16 float16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_maxsim(backend, shape, types):
-    """Scores and first best tokens of small integers, to the bit; what does not count is NaN, and rows have strides."""
+    """Scores and the first best tokens are exact for small integers. Tokens that do not count are NaN, and rows have strides."""
     maxsim = functions(backend)["maxsim"]
     B, tokens, K, J, D = shape
     dtypes = [getattr(torch, name) for name in types.split()]
@@ -160,7 +160,10 @@ def test_maxsim(backend, shape, types):
 
 
 def test_a_nan_token_that_counts_is_in_its_scores_alone(backend):
-    """Of one token or of all, and the best one is some token of the document; a query without tokens has a score of 0."""
+    """A NaN token that counts affects only scores of its own document or query; the best token is then any token.
+
+    A query without tokens has scores of 0.
+    """
     maxsim = functions(backend)["maxsim"]
     query, documents = unit(3, 4, 8, device=DEVICE), unit(5, 6, 8, device=DEVICE, seed=1)
     lengths = torch.tensor([4, 2, 0], device=DEVICE)
@@ -186,7 +189,7 @@ def test_frozen_documents_may_be_overwritten():
     "select", [None, Select(2, 7), Select(0, 0.5, absolute_margin=0.0), Select(sample=3)], ids=repr
 )
 def test_mining_is_exact(select):
-    """Small integers, so that ties are many: they go to the lower index."""
+    """Small integers, so that many scores are equal: the lower index comes first."""
     query, positive, documents = tokens(whole, torch.float32)
     given = Negatives(documents, mask=torch.arange(K, device=DEVICE) != 5)
     mined = mine_late_interaction(query, given, 8, positive_key=positive, **LENGTHS, select=select)

@@ -1,6 +1,6 @@
-"""The launches of a call on Triton: its own kernels, and those of PyTorch. They dominate the time of small batches.
+"""The number of launches of a call on Triton: of its own kernels and of PyTorch's. They dominate the time of small batches.
 
-Nothing is computed here: launches are counted and left out, which works because no launcher looks at what a kernel wrote.
+Launches are only counted and not run. This works because no launcher reads what a kernel wrote.
 """
 
 import pytest
@@ -23,7 +23,7 @@ B, K, D = 20, 200, 16
 
 
 class Counted(TorchDispatchMode):
-    """Counts the torch ops that run on the device, views and allocations aside."""
+    """Count the PyTorch ops that launch a kernel: all except views and allocations."""
 
     count = 0
 
@@ -33,7 +33,7 @@ class Counted(TorchDispatchMode):
 
 
 def training(given=None, **options):
-    """One loss and its gradient; given: the mask keywords of a case."""
+    """Return a function that computes a loss and its gradient. given: mask arguments."""
     q, pos, keys = (unit(n, D, seed=i) for i, n in enumerate((B, B, K)))
     q.requires_grad_()
     columns, options = negatives(keys, given or {}), options | tags(given or {})
@@ -41,7 +41,7 @@ def training(given=None, **options):
 
 
 def step(ranks=None, hard=0, pool=Pool()):  # noqa: B008
-    """One call of the op info_nce."""
+    """Return a function that calls the op info_nce."""
     q, pos, keys = (unit(n, D, seed=i) for i, n in enumerate((B, B, K)))
     draws = (4, 4, 0.0, 1.0, 0.0, 0.5, True, None, 0, None, None)
     scale, ranks = torch.tensor(14.0), None if ranks is None else torch.tensor([ranks] * B)
@@ -49,7 +49,7 @@ def step(ranks=None, hard=0, pool=Pool()):  # noqa: B008
 
 
 def sums():
-    """A log-sum-exp at two scales."""
+    """Return a function that computes a log-sum-exp at two scales."""
     q, keys = unit(B, D), unit(K, D, seed=1)
     return lambda: ops.logsumexp(q, keys, torch.tensor([14.0, 28.0]), None, True, 0, None, *Pool())
 
@@ -60,7 +60,7 @@ def mining(want_count=False):
 
 
 def launches(call, monkeypatch) -> tuple[int, int]:
-    """(kernels, torch ops) of a call."""
+    """Return how many Triton kernels and PyTorch ops a call launches."""
     from triton.runtime.interpreter import GridExecutor
 
     call()
@@ -76,8 +76,8 @@ def launches(call, monkeypatch) -> tuple[int, int]:
     [
         (training(), 2, 5),
         (training(select=Select(0.01, 0.5)), 8, 8),
-        (training(ids(B, K), select=Select(0.01, 0.5)), 9, 20),  # two of them: an id of -1 equals nothing
-        (training(weight=Weight(1.0, 0.01)), 2, 81),  # one of them: the positive that backward reads is a copy
+        (training(ids(B, K), select=Select(0.01, 0.5)), 9, 20),  # two of them because an id of -1 equals nothing
+        (training(weight=Weight(1.0, 0.01)), 2, 81),  # one of them copies the positive for backward
         (training(mix=Mix(8, 4, 4)), 10, 7),
         (step(), 2, 0),
         (step(pool=Pool(**ids(B, K))), 2, 0),
@@ -103,13 +103,13 @@ def launches(call, monkeypatch) -> tuple[int, int]:
     ],
 )
 def test_a_call_launches_no_more_than_this(call, kernels, torch_ops, monkeypatch):
-    """The numbers are what was counted: a change that launches less lowers them, one that launches more has to say so here."""
+    """The limits are the current numbers. Lower them after a change that needs fewer launches; raise them only deliberately."""
     got = launches(call, monkeypatch)
     assert got[0] == kernels
     assert got[1] <= torch_ops
 
 
 def test_a_larger_sample_launches_no_more(monkeypatch):
-    """Regression: every two ranks of select.sample took a scan of the queue and its launches."""
+    """Regression: a scan of the queue was launched for every two ranks of select.sample."""
     few, many = (launches(training(select=Select(0.01, 0.5, sample=n)), monkeypatch) for n in (16, 64))
     assert many == few

@@ -27,7 +27,7 @@ def scores(query, positive, keys):
 
 
 def test_log_q_is_subtracted():
-    """Two public libraries add it, which pushes frequent items away twice as much."""
+    """Two public libraries add it instead, which doubles the bias against frequent items."""
     query, positive, keys, log_q_pos, log_q = inputs()
     x_pos, x = scores(query, positive, keys)
     right, wrong = (
@@ -49,12 +49,12 @@ def test_the_corrected_form_takes_the_positive_for_no_sample():
     x_pos, x = scores(query, positive, keys)
     log_q_negative = (
         log_q.double() - torch.log1p(-log_q_pos.double().exp())[:, None]
-    )  # (B, K) given that it is no positive
+    )  # (B, K) probabilities given that the sample is not the positive
     p = x_pos.exp() / (x_pos.exp() + (x - log_q_negative).exp().mean(1))
     right = (1 - p) * ((x - log_q_negative).logsumexp(1) - x_pos)
     torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-6)
     (gradient,) = torch.autograd.grad(ours.sum(), leaf)
-    # It is the gradient of the softmax whose partition sum is estimated: the positive itself, and the mean over samples.
+    # The gradient of a softmax whose partition sum is estimated by the positive and the mean over samples.
     leaf = query.double().requires_grad_()
     x_pos, x = (leaf * positive.double()).sum(1) / T, leaf @ keys.double().T / T
     columns = torch.cat([x_pos[:, None], x - log_q_negative - math.log(K)], 1)
@@ -64,7 +64,7 @@ def test_the_corrected_form_takes_the_positive_for_no_sample():
 
 @pytest.mark.parametrize("corrected", [False, True])
 def test_in_batch_items_are_their_own_negatives(corrected):
-    """One tensor serves both sides; a Negatives keeps its ids, mask and bias; the row's own item is left out."""
+    """One tensor may be positives and negatives. Negatives keep ids, mask and bias; a row's own item is left out."""
     query, positive, _, log_q, _ = inputs()
     loss = recipes.logq(temperature=T, reduction="none", corrected=corrected)
     items = torch.tensor([3, 3, 5, 7, 8, 9])
@@ -88,11 +88,11 @@ def test_gist_leaves_out_what_the_guide_scores_above_the_positive():
         right = torch.where(kept.any(1), F.softplus(x.masked_fill(~kept, -torch.inf).logsumexp(1) - x_pos), 0.0)
         ours = recipes.gist(margin, relative=relative, temperature=T, reduction="none")(query, positive, keys, **names)
         torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-6)
-    assert bool((g_pos < 0).any())  # where g_pos (1 - margin) would lie above the positive
+    assert bool((g_pos < 0).any())  # then g_pos (1 - margin) would be above the positive
 
 
 def test_frequencies_are_those_of_the_algorithm():
-    """Arrays A and B item by item, an item twice in a batch included."""
+    """Arrays A and B of the paper's algorithm, item by item, also if an item occurs twice in a batch."""
     batches = [[4, 7], [4, 9], [7, 7, 4], [9, 4], [-1, 4], [5, 7]]
     estimator = FrequencyEstimator(1 << 16, alpha=0.3)
     last, interval = {}, {}
@@ -116,7 +116,7 @@ def test_frequencies_find_the_rate_of_a_stream():
     again = FrequencyEstimator(1 << 12, alpha=0.05, num_hashes=2)
     again.load_state_dict(estimator.state_dict())
     compare.exact("state", again.eval()(torch.tensor([1, 2, 3])).exp(), got)
-    assert int(again.step) == 2000  # evaluation counts nothing
+    assert int(again.step) == 2000  # evaluation does not count
 
 
 def test_several_hashes_tell_items_of_one_bucket_apart():

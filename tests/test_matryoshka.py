@@ -18,7 +18,7 @@ B, K, M, D, WIDTHS, WEIGHTS = 5, 41, 6, 16, (3, 8, 16), (0.5, 2.0, 1.0)
 
 
 def kept_by_hand(scores, allowed, first, end):
-    """(B, K) bool: ranks [first, end) of each row's usable columns, ties to the lower index."""
+    """(B, K) bool: ranks [first, end) of each row's usable columns; among equal scores, the lower index comes first."""
     mask = torch.zeros_like(allowed)
     for b in range(len(scores)):
         order = sorted((k for k in range(scores.shape[1]) if allowed[b, k]), key=lambda k: (-float(scores[b, k]), k))
@@ -32,7 +32,7 @@ def usable(device):
 
 
 def separate_calls(query, positive, keys, own, bias, normalize, one_pass, **options):
-    """The definition, by a call of info_nce at each width, of ranks [1, 9) of the shared keys' usable columns by the widest."""
+    """The definition: a call of info_nce at each width, with ranks [1, 9) of the shared keys that the full width selects."""
 
     def prefix(vectors, width):
         return F.normalize(vectors[..., :width], dim=-1) if normalize else vectors[..., :width]
@@ -51,7 +51,7 @@ def separate_calls(query, positive, keys, own, bias, normalize, one_pass, **opti
 @pytest.mark.parametrize("case", ["as given", "normalized", "one pass"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_it_is_a_call_at_each_width(any_backend, dtype, case):
-    """Several pools, one with a window, with gradients to all of them; a gradient in 16 bits is rounded once."""
+    """Several pools, one with a window, with gradients of all of them. 16-bit gradients are rounded once."""
     device = device_of(any_backend)
     vectors = [unit(*n, D, dtype=dtype, device=device, seed=i) for i, n in enumerate([(B,), (B,), (K,), (B, M)])]
     normalize, one_pass = case == "normalized", case == "one pass"
@@ -82,7 +82,7 @@ def test_it_is_a_call_at_each_width(any_backend, dtype, case):
 
 
 def test_selection_is_by_the_widest_and_exact_on_integers(any_backend):
-    """A queue with ids: ties in the widest prefix go to the lower index, whatever the others say."""
+    """A queue with ids: equal scores at the full width are ranked by index, not by scores at other widths."""
     device = device_of(any_backend)
     q, positive, keys = (whole(n, D, device=device, seed=i) for i, n in enumerate((B, B, K)))
     queue = MoCoQueue(D, K, with_ids=True, random_init=False).to(device)
@@ -100,7 +100,7 @@ def test_selection_is_by_the_widest_and_exact_on_integers(any_backend):
     torch.testing.assert_close(loss, stats.losses.sum(0))
 
 
-@pytest.mark.parametrize("column", [0, 5, 15])  # in the first, the second and the third segment
+@pytest.mark.parametrize("column", [0, 5, 15])  # in the first, second and third segment of D
 def test_what_is_hidden_from_a_query_may_hold_anything(any_backend, column):
     device = device_of(any_backend)
     q, positive, keys = (unit(n, D, device=device, seed=i) for i, n in enumerate((B, B, K)))
@@ -138,7 +138,7 @@ def test_any_select_keeps_what_it_keeps_at_the_widest(select):
 
 
 def test_queries_of_a_long_batch_are_the_queries_alone():
-    """More blocks of queries than the threads take at once, each of which adds up its parts of the queue as it goes."""
+    """With more blocks of queries than threads, each block adds up its parts of the queue one after the other."""
     q, keys = unit(1100, D), unit(K, D, seed=1)
 
     def sums(query):

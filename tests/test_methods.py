@@ -74,14 +74,16 @@ def leaves_of(vectors, T, cast):
 
 
 def agree(name, ours, dense, T, vectors, condition):
-    """ours(leaves, T) of a backend against dense(leaves, T) in float64: rows, and gradients to everything."""
+    """Compare ours(leaves, T) of a backend with dense(leaves, T) in float64: loss rows, and all gradients."""
     outputs = []
     for function, cast in ((ours, vectors[0].dtype), (dense, torch.float64), (dense, vectors[0].dtype)):
         leaves, temperature = leaves_of(vectors, T, cast)
         rows = function(leaves, temperature)
         outputs.append([rows, *gradients(rows, [*leaves, temperature])])
     for part, k, t, p in zip(("rows", "d_query", "d_positive", "d_keys", "d_T"), *outputs, strict=True):
-        terms = outputs[1][2] if part == "d_query" else None  # the positive's pull less the negatives' push
+        terms = (
+            outputs[1][2] if part == "d_query" else None
+        )  # a difference of a term of the positive and a term of the negatives
         compare.rounded(f"{name} {part}", k, t, p, condition, terms)
 
 
@@ -92,7 +94,7 @@ def test_method_is_its_formula(any_backend, name, kind):
     device = device_of(any_backend)
     for dtype in (torch.float32, torch.bfloat16):
         if dtype != torch.float32 and (any_backend == "reference" or interpreted(any_backend)):
-            continue  # the reference computes in fp32, and the interpreter widens
+            continue  # the reference computes in fp32, as does the interpreter
         vectors = inputs(dtype, device)
         if kind == "sampled":
             given = {}
@@ -149,7 +151,7 @@ def test_i_mix_is_its_formula(any_backend):
 
 @pytest.mark.parametrize("kind", ["none", "everything"])
 def test_un_mix_is_its_formula(any_backend, kind):
-    """Row by row: the mixed query of the row and that of the mirrored row, each against the row's own positive and masks."""
+    """Row by row: the mixed queries of the row and of the mirrored row, each with the positive and the masks of the row."""
     device = device_of(any_backend)
     vectors, given = inputs(device=device), masks(kind, B, K, device)
     keep = dense_mask(vectors[0], vectors[2], given)
@@ -180,7 +182,7 @@ def test_un_mix_is_its_formula(any_backend, kind):
 
 @pytest.mark.parametrize("kind", ["none", "everything"])
 def test_adco_has_a_temperature_for_each_gradient(any_backend, kind):
-    """The value and the gradients of query and positive at T; the memory's, through its norm, at T_m: the public update."""
+    """The loss and the gradients of query and positive use T; that of the memory, through its normalization, uses T_m."""
     device = device_of(any_backend)
     (q, pos, keys), given = inputs(device=device), masks(kind, B, K, device)
     memory = keys * torch.linspace(0.5, 2, K, device=device)[:, None]
@@ -220,7 +222,7 @@ def test_adco_has_a_temperature_for_each_gradient(any_backend, kind):
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("form", ["queue", "own keys"])
 def test_mixgcf_is_its_formula(any_backend, layers, form):
-    """So many draws that every negative is a candidate; all are mixed with the positive, and each layer keeps its hardest mix."""
+    """With enough draws, all negatives are candidates: all are mixed with the positive, and each layer keeps the hardest mix."""
     device = device_of(any_backend)
     vectors, mask = inputs(device=device), torch.rand(B, K, device=device) < 0.7
     rows = torch.arange(B) + 11
@@ -248,7 +250,7 @@ def test_mixgcf_is_its_formula(any_backend, layers, form):
 
 
 def test_mixgcf_draws_its_candidates():
-    """The hardest of 9 draws from 90 has each rank as often as it must, from a queue that is not full and has masked rows too."""
+    """The hardest of 9 draws from 90 has each rank with the right frequency, in a queue that is not full and has masked rows."""
     q, pos, keys = inputs()
     q, pos = q[:1].expand(3000, -1), torch.zeros(3000, D)
     order = (keys @ q[0]).sort(descending=True).values
@@ -318,7 +320,7 @@ def test_synco_is_its_formula(any_backend, kind):
 
 
 def test_each_kind_of_synco_has_its_closed_form():
-    """Logits of kinds 1, 2, 5 and 6 from scores alone; kind 2 is easier than its source, kind 1 harder, 5 and 6 harder."""
+    """Logits of kinds 1, 2, 5 and 6 follow from scores alone. Kind 2 is easier than its source; 1, 5 and 6 are harder."""
     q, _, keys = (v.double() for v in inputs())
     _, index = reference.mine_hardest(q, keys, SMALL.hard)
     for number, name in enumerate(COUNTS, 1):
@@ -357,7 +359,7 @@ def test_the_normal_noise_is_normal():
 
 
 def test_kinds_do_not_share_draws():
-    """Adding a kind, or members of one, leaves the others' vectors as they are."""
+    """Adding a kind, or more members of a kind, does not change the vectors of the others."""
     q, _, keys = inputs()
     _, index = reference.mine_hardest(q, keys, 20)
     whole = synco_vectors(q, keys, index, SMALL, (0, 0, 0))
@@ -379,7 +381,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", ["rince", "ifm", "siglip", "i_mix", "un_mix", "mixgcf"])
 def test_finite_differences(name):
-    """Of the methods that detach nothing; the others' gradients are compared with autograd of the dense formula."""
+    """For methods that detach nothing. Gradients of the others are compared with autograd of the dense formula."""
     function, options = CALLS[name]
     q, pos, keys = (v.double().requires_grad_() for v in inputs())
     options = {
@@ -402,12 +404,12 @@ def test_empty_rows_nan_rows_and_reductions(any_backend, name):
     rows = function(q, pos, columns, reduction="none", backend=any_backend, **options)
     (gradient,) = torch.autograd.grad(rows.sum(), q)
     assert bool(rows.isfinite().all()) and bool(gradient.isfinite().all())
-    if name not in ("siglip", "i_mix"):  # whose rows keep a term without negatives
+    if name not in ("siglip", "i_mix"):  # their rows have a term that needs no negatives
         assert rows[1] == 0 and not gradient[1].any()
     for reduction, want in (("sum", rows.sum()), ("mean", rows.mean())):
         got = function(q, pos, columns, reduction=reduction, backend=any_backend, **options)
         torch.testing.assert_close(got, want)
-    if name not in ("decoupled_weighted", "i_mix"):  # whose rows see each other
+    if name not in ("decoupled_weighted", "i_mix"):  # their rows depend on each other
         broken = q.detach().clone()
         broken[3] = torch.nan
         spoiled = function(broken, pos, columns, reduction="none", backend=any_backend, **options)

@@ -1,6 +1,6 @@
 """Every call in the table of docs/methods.md runs on every backend and agrees with the reference in float64.
 
-A call is evaluated as it is printed; the test adds the backend and the tensors that a training loop would bring.
+Calls are evaluated as they are printed. The test adds the backend, and the tensors that a training loop passes.
 """
 
 import ast
@@ -24,7 +24,7 @@ TABLE = PAGE.read_text().split("| method | call | paper |")[1].split("\n\n")[0]
 ROWS = [line.split(" | ") for line in TABLE.splitlines()[2:]]
 CALLS = [call for row in ROWS for call in re.findall(r"`([^`]+\))`", row[1])]
 METHODS = [call for call in CALLS if not call.startswith("mixed_inputs")]
-B, K, D, STEP = 4, 1024, 16, 6000  # K: a thousandth is a rank; STEP: past every warm-up of the table
+B, K, D, STEP = 4, 1024, 16, 6000  # K: so that 0.001 is one rank; STEP: after all warm-ups of the table
 GIVEN = {"steps": 2 * STEP, "max_positives": 4, "images": torch.linspace(0, 1, B * 12).view(B, 3, 2, 2)}
 TOOLS = ("linear", "cosine", "exponential", "step", "whole", "Kinds")
 
@@ -34,7 +34,7 @@ def name_of(call):
 
 
 def made(call, backend):
-    """The module of a call of the table."""
+    """Return the module that a call in the table creates."""
     names = {n: partial(getattr(recipes, n), backend=backend) for n in recipes.__all__ if n not in TOOLS}
     return eval(call, {**names, **{n: getattr(recipes, n) for n in TOOLS}, **GIVEN})
 
@@ -62,7 +62,7 @@ def agree(call, backend):
         assert (k is None) == (t is None), f"{call} {part}"
         if t is not None:
             assert t.dtype == torch.float64 and bool(t.any()), f"{call} {part}: nothing to compare"
-            compare.rounded(f"{call} {part}", k, t, p, condition=16.0)  # logits here go up to 1 / T = 50
+            compare.rounded(f"{call} {part}", k, t, p, condition=16.0)  # the largest logit is 1 / T = 50
 
 
 @pytest.mark.parametrize("call", METHODS)
@@ -84,7 +84,7 @@ def test_the_table_holds_every_method():
 
 @pytest.mark.parametrize("op", ["info_nce", "logsumexp", "mine_hardest", "mix_logsumexp", "softplus_sum"])
 def test_a_wrong_kernel_is_seen(monkeypatch, op):
-    """A result a hundredth off, or a column beside the right one, fails at a row at least."""
+    """An error of 1 % in a result, or the column next to the right one, makes at least one row fail."""
     cpu = next(row for row in backends.BACKENDS if row.name == "cpu")
     if cpu.refusal:
         pytest.skip(cpu.refusal)
