@@ -1,7 +1,7 @@
-"""mine_hard_negatives against dense loops: semantics, splits, mistakes of other miners, memory, padding, refusals.
+"""mine_hard_negatives compared with dense loops: semantics, splits, mistakes of other miners, memory, padding, errors.
 
-Integer embeddings make every score exact, so indices, ties included, must be equal to the loop's. Float embeddings must give
-the same bits however batches, chunks and shards are cut.
+With integer embeddings, scores are exact, so the indices must equal those of the loop, also for equal scores. With float
+embeddings, results must be bit-identical for all batch sizes, chunks and shards.
 """
 
 import itertools
@@ -43,7 +43,7 @@ def loop(
     n=3,
     dedup="none",
 ):
-    """(indices, scores, positive_scores) of sampling_strategy="top", one query and one row at a time."""
+    """Return (indices, scores, positive_scores) for sampling_strategy="top", computed for one query and one row at a time."""
     rows, kind = c.tolist(), {}
     first = [kind.setdefault(tuple(row), k) if dedup == "exact" else k for k, row in enumerate(rows)]
     aggregate = {"min": min, "max": max, "mean": lambda s: sum(s) / len(s)}[positive_aggregation]
@@ -207,7 +207,7 @@ def test_margin_of_a_negative_positive_stays_below_it():
 
 def test_positives_take_no_place_of_a_filtered_window():
     c = torch.arange(20, 0, -1.0)[:, None]
-    positives = [list(range(8))]  # the eight hardest
+    positives = [list(range(8))]  # the eight hardest rows
     got = mine(torch.ones(1, 1), c, positives, select=Select(0, 5), num_negatives=5)
     assert got.indices.tolist() == [[8, 9, 10, 11, 12]]
     got = mine(torch.ones(1, 1), c, positives, select=Select(0, 10), range_mode="raw", num_negatives=5)
@@ -232,7 +232,7 @@ def test_small_and_empty_inputs():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_positives_and_candidates_are_scored_alike(dtype):
-    """A copy of the positive scores what the positive scores, to the last bit: equality keeps it, any margin drops it."""
+    """A copy of the positive has exactly the score of the positive: it is kept without a margin, and dropped with any margin."""
     q, c = unit(40, 130, dtype=dtype, seed=1), unit(500, 130, dtype=dtype, seed=2)
     c[260:300] = c[:40]
     positives = list(range(40))
@@ -290,7 +290,7 @@ def test_counters():
 
 
 def test_a_lone_filter_is_counted_by_the_pass_that_mines(monkeypatch):
-    """No other op reads the corpus, and the negatives are those of a run that counts nothing."""
+    """No other op reads the corpus, and the negatives are the same as without counting."""
     cpu = next(row for row in backends.BACKENDS if row.name == "cpu")
     q, c, positives = unit(200, 24, seed=1), unit(900, 24, seed=2), list(range(200))
     dropped = (q @ c.T > (q * c[:200]).sum(1, keepdim=True) - 0.1).fill_diagonal_(False).sum()
@@ -305,7 +305,9 @@ def test_a_lone_filter_is_counted_by_the_pass_that_mines(monkeypatch):
     np.testing.assert_array_equal(counted.indices, uncounted.indices)
     np.testing.assert_array_equal(counted.scores, uncounted.scores)
     assert counted.skipped["absolute_margin"] == int(dropped) > 1000
-    with pytest.raises(AssertionError, match="a pass of its own"):  # two filters: what the first drops is not known
+    with pytest.raises(
+        AssertionError, match="a pass of its own"
+    ):  # with two filters, one pass does not tell how many each drops
         mine(q, c, positives, select=Select(absolute_margin=0.1, max_score=0.5), backend="cpu")
 
 
@@ -326,7 +328,7 @@ def test_counters_of_a_raw_window():
 def test_progress_bar(capsys):
     options = {"batch_size": 2, "corpus_chunk_size": 8, "select": Select(0.1, 0.5, max_score=9.0)}
     got = mine(unit(4, 8), unit(30, 8), [0, 1, 2, 3], show_progress_bar=True, **options)
-    assert "16 of 16 chunks" in capsys.readouterr().err  # 2 batches, 4 chunks, counted and scanned
+    assert "16 of 16 chunks" in capsys.readouterr().err  # 2 batches of 4 chunks, for counting and for the scan
     same_result(mine(unit(4, 8), unit(30, 8), [0, 1, 2, 3], **options), got)
 
 
@@ -358,7 +360,7 @@ print_peak(lambda inputs: negmine.mine_hard_negatives(*inputs, **options), small
 
 
 def test_memory_is_bounded():
-    """The scores alone would be 2.4 GB. Beside the 32 MiB: the kernels' buffers for each thread, and the result."""
+    """All scores would need 2.4 GB. In addition to the 32 MiB, there are buffers of the kernels for each thread, and the result."""
     assert peak_mib(MEMORY_PROBE) < 32 + 16
 
 
@@ -460,7 +462,7 @@ def test_refusals(refused, error, words):
 
 
 def test_a_corpus_of_more_rows_than_a_place_can_name_is_refused():
-    corpus = np.broadcast_to(np.ones((1, 4), np.float32), (2**32, 4))  # one row of memory
+    corpus = np.broadcast_to(np.ones((1, 4), np.float32), (2**32, 4))  # needs the memory of one row
     with pytest.raises(ValueError, match="corpus_embeddings must be of fewer than 4294967295 rows, got 4294967296"):
         negmine.mine_hard_negatives(np.ones((1, 4), np.float32), corpus, [0])
 

@@ -9,7 +9,7 @@ from benchmarks.rows import END, append
 
 WINDOW = 6
 MARGIN = 0.1
-# Scores of rows 0, 1, 2, ... for the query (1, 0): the positive is row 0, so that 0.81 and below pass.
+# Scores of rows 0, 1, 2, ... for the query (1, 0). The positive is row 0, so that the margin keeps rows with 0.81 or less.
 SCORES = [0.9, 0.89, 0.88, 0.87, 0.86, 0.85, 0.81 + 1e-8, 0.7, 0.7 + 1e-8, 0.5, 0.4]
 
 
@@ -30,7 +30,7 @@ def explained(ours, theirs):
         ([7, 9], [6, 7], "threshold"),
         ([7, 9], [-1, -1], "window"),
         ([10, -1], [-1, -1], "fewer"),
-        ([1, 2], [-1, -1], "unexplained"),  # six rows are looked at, and row 2 is the third
+        ([1, 2], [-1, -1], "unexplained"),  # six rows are searched, and row 2 is the third
         ([9, 10], [7, 9], "unexplained"),
         ([-1, -1], [7, 9], "unexplained"),
         ([7, 9], [9, -1], "unexplained"),

@@ -1,4 +1,4 @@
-"""deduplicate="near" against a loop that walks one window at a time, and against itself in other splits."""
+"""deduplicate="near" compared with a loop over one window at a time, and with itself for other splits."""
 
 import itertools
 
@@ -13,11 +13,11 @@ from tests.cases import unit
 from tests.compare import same_result
 
 mine = negmine.mine_hard_negatives
-Q, K, D = 12, 300, 6  # few dimensions: many rows are near
+Q, K, D = 12, 300, 6  # few dimensions, so that many rows are near duplicates
 
 
 def loop(q, c, positives, select, n, threshold, wanted, exclude=()):
-    """indices (Q, n) and the counts of what was dropped, of sampling_strategy="top"."""
+    """Return indices (Q, n) and the counts of dropped rows, for sampling_strategy="top"."""
     q, c = q.double(), c.double()
     cosine = (c @ c.T) / (c.norm(dim=1)[:, None] * c.norm(dim=1))
     out, dropped = [], {"near_positive": 0, "near_negative": 0}
@@ -45,7 +45,7 @@ def loop(q, c, positives, select, n, threshold, wanted, exclude=()):
 @pytest.mark.parametrize("select", [Select(), Select(4), Select(2, 25), Select(absolute_margin=0.2)], ids=str)
 def test_loops(select, threshold):
     q, c = unit(Q, D, seed=1), unit(K, D, seed=2) * (1 + torch.arange(K) % 7)[:, None]
-    c[250:] = c[:50] * 0.5  # equal directions, other lengths
+    c[250:] = c[:50] * 0.5  # the same directions with other norms
     positives = [[b, 30 + b] for b in range(Q)]
     for n in (1, 5, 20):
         got = mine(q, c, positives, select=select, num_negatives=n, deduplicate="near", near_duplicate_score=threshold)
@@ -92,7 +92,7 @@ def test_a_row_of_zeros_is_near_nothing():
 
 
 def test_doubtful_cosines_are_settled_by_one_order_of_additions():
-    """At the threshold itself: the answer of a pair alone is its answer in any company."""
+    """At the threshold, the result for a pair does not depend on the other rows."""
     a = torch.randn(1, 40, 77, dtype=torch.float64)
     alone = fixed_order_sum(a[0, :1] * a[0, 1:2])
     threshold = float(alone / (fixed_order_sum(a[0, 0] ** 2).sqrt() * fixed_order_sum(a[0, 1] ** 2).sqrt()))

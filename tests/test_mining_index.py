@@ -1,4 +1,4 @@
-"""NegativeIndex: exact search against loops, FAISS by factory strings, files that may be damaged, recall, and mining with one."""
+"""NegativeIndex: exact search compared with loops, FAISS factory strings, damaged files, recall, and mining with an index."""
 
 import os
 import re
@@ -103,7 +103,7 @@ def test_mining_by_a_complete_index_is_mining_exactly():
 
 
 def test_filters_come_before_the_cut_of_candidates():
-    """A weak positive hides the hardest hundreds: the search goes deeper until enough are left."""
+    """The margin of a positive with a low score drops hundreds of rows, so the search returns more rows until enough are left."""
     pytest.importorskip("faiss")
     c, q = corpus(), queries(8)
     weakest = (q @ c.T).argsort(dim=1)[:, 20].tolist()
@@ -158,7 +158,7 @@ def test_damaged_files_are_refused_in_words(kind, tmp_path):
             again = NegativeIndex.load(path)
         except ValueError as error:
             assert str(error).startswith("NegativeIndex.load: ")
-        else:  # a byte between parts
+        else:  # one more byte between parts
             assert again.content_hash() == NegativeIndex.build(corpus(), kind).content_hash()
     for text in (b"", good[:-30], good[: len(good) // 2], good[1:], b"not a file of ours", good + b"x"):
         path.write_bytes(text)
@@ -169,7 +169,7 @@ def test_damaged_files_are_refused_in_words(kind, tmp_path):
 
 
 def forged(path, shape, size, dtype="float32", **facts):
-    """A file whose hashes hold and whose table lies."""
+    """Write a file with matching hashes and a wrong table of contents."""
     facts = {"kind": "exact", "dim": 4, "rows": 3, "dtype": "float32", "options": {}} | facts
     array_file.write("x", path, "NegativeIndex", facts, {"index": (dtype, shape, lambda write: write(bytes(size)))})
 
@@ -253,7 +253,7 @@ def test_an_error_while_faiss_writes_comes_out(tmp_path):
 
 
 def test_cagra_through_its_interface(monkeypatch, tmp_path):
-    """No GPU is needed to see what is asked of cuVS: brute force stands in for it."""
+    """The calls of cuVS are checked without a GPU: a fake of its interface searches by brute force."""
 
     class Index:
         def __init__(self, rows):
@@ -351,7 +351,7 @@ CUTS = ((0, 7), (7, 150), (150, 151), (151, K))  # rows of the shards; some hold
 
 
 def shards_of(folder, kinds, c):
-    """The paths of an index for each range of rows."""
+    """Return the paths of indices, one for each range of rows."""
     paths = [folder / f"{i}.index" for i in range(len(CUTS))]
     for path, kind, (begin, end) in zip(paths, kinds, CUTS, strict=True):
         NegativeIndex.build(c[begin:end], kind).save(path)
@@ -363,7 +363,7 @@ def shards_of(folder, kinds, c):
 def test_shards_answer_as_one_index(kinds, is_small, tmp_path, monkeypatch):
     pytest.importorskip("faiss")
     q, c = whole(9, D, seed=1), whole(K, D, seed=2)
-    c[160:260] = c[:100]  # equal scores in different shards
+    c[160:260] = c[:100]  # so that different shards have equal scores
     paths, loads = shards_of(tmp_path, kinds, c), []
     deserialize = engines.FaissEngine.deserialize
     monkeypatch.setattr(engines.FaissEngine, "deserialize", lambda *of: loads.append(1) or deserialize(*of))
@@ -373,7 +373,7 @@ def test_shards_answer_as_one_index(kinds, is_small, tmp_path, monkeypatch):
     kept = 0 if kinds[0] == "exact" else 1 if is_small else 4  # of one row
     assert len(loads) == kept
     want = NegativeIndex.build(c).search(q, K + 5)
-    for k in (1, 20, K + 5):  # FAISS pads what a shard lacks by -1, which is no row of the shard before it
+    for k in (1, 20, K + 5):  # FAISS pads with -1, which must not become a row of the previous shard
         found = index.search(q, k)
         np.testing.assert_array_equal(found.scores, want.scores[:, :k])
         if k == K + 5:

@@ -1,4 +1,4 @@
-"""Parts of a mining job, split by queries and rows and merged in random order, give the bits of one process; errors."""
+"""Parts of a mining job, split by queries and rows and merged in random order, give the same bits as one process; errors."""
 
 import dataclasses
 import itertools
@@ -23,12 +23,12 @@ JOBS = RUNS | {
 
 
 def cut(rng, n, most=4):
-    """Edges of up to `most` spans of [0, n), empty ones among them."""
+    """Return the edges of up to `most` ranges that cover [0, n); some may be empty."""
     return [0, *np.sort(rng.integers(0, n + 1, rng.integers(0, most))).tolist(), n]
 
 
 class AnyTree:
-    """An engine that cuts each phase into tiles, sends parts through their bytes, and merges them by a random tree."""
+    """An engine that splits each phase into tiles, converts parts to bytes and back, and merges them in a random tree."""
 
     def __init__(self, corpus, seed):
         self.corpus, self.rng, self.phases = corpus, np.random.default_rng(seed), set()
@@ -77,8 +77,8 @@ def test_shares_merge_to_the_file_of_one_process(name, tmp_path):
     arguments = {"query_embeddings": q, "corpus_embeddings": c, **named}
     arguments["positives"] = [[ids[row] for row in part] for part in positives]
     shares = []
-    for number in (17, *range(4, 17), 3, 1, 2):  # more shares than queries, one of which may be empty
-        of_machine = {"max_memory_bytes": number << 20, "batch_size": number}  # machines may differ
+    for number in (17, *range(4, 17), 3, 1, 2):  # also more shares than queries, so that some are empty
+        of_machine = {"max_memory_bytes": number << 20, "batch_size": number}  # different on each machine
         mine_share(number, 17, arguments | of_machine).save(tmp_path / f"{number}.part")
         shares.append(Part.load(tmp_path / f"{number}.part"))
     assert shares[0].phase == ("negatives" if name in ("near", "fractions") else "candidates")
@@ -93,7 +93,7 @@ def test_shares_merge_to_the_file_of_one_process(name, tmp_path):
 
 
 class Watched(sources.DecodedRows):
-    """A shard that remembers which of its rows were read, however it is cut."""
+    """A shard that records which of its rows were read."""
 
     def __init__(self, rows):
         self.rows, self.read, self.shape, self.dtype = rows, np.zeros(len(rows), bool), rows.shape, rows.dtype

@@ -1,4 +1,4 @@
-"""Prefilter: the bits of a scan of the vectors as stored on every kind of row, and the error bounds that it relies on."""
+"""The prefilter gives the same bits as a scan of the stored vectors, for every kind of rows, and its error bounds hold."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ ROUNDINGS = [pytest.param(BF16, id="bf16"), pytest.param(CODES, id="codes", mark
 
 @pytest.fixture
 def prefilters(monkeypatch):
-    """Small inputs are prefiltered too; the prefilters that ran."""
+    """Prefilter small inputs too. Yields the list of the prefilters that ran."""
     seen = []
 
     class Watched(Prefilter):
@@ -46,10 +46,10 @@ def prefilters(monkeypatch):
 
 
 def kinds():
-    """name -> queries (B, D), rows (K, D); the positive of query b is row b."""
+    """Yield (name, queries (B, D), rows (K, D)); the positive of query b is row b."""
     q, c = unit(B, D, seed=1), unit(K, D, seed=2)
     yield "unit", q, c
-    yield "near", q, c[:1] + 1e-3 * unit(K, D, seed=3)  # a thousand rows within the rounding of bf16
+    yield "near", q, c[:1] + 1e-3 * unit(K, D, seed=3)  # a thousand rows that bf16 rounding cannot distinguish
     yield "equal", q, c[:5].repeat(K // 5, 1)
     yield "whole", whole(B, D, seed=1), whole(K, D, seed=2)
     yield "large", 1e18 * q, 1e18 * c
@@ -74,7 +74,10 @@ def kinds():
 def test_the_bits_of_a_scan_as_stored(prefilters, monkeypatch, rounding, dtype, name, q, c, select):
     q, c = q.to(dtype), c.to(dtype)
     monkeypatch.setattr(prefilter, "fastest", lambda: rounding)
-    forms = (list(range(B)), [[b, (b + 7) % K, 3] for b in range(B)])  # ids, and a mask of pairs
+    forms = (
+        list(range(B)),
+        [[b, (b + 7) % K, 3] for b in range(B)],
+    )  # one positive: ids; several positives: a mask of pairs
     for positives, how in ((forms[0], "none"), (forms[1], "none"), (forms[0], "exact")):
         options = {"select": select, "num_negatives": 4, "deduplicate": how, "backend": "cpu"}
         got = negmine.mine_hard_negatives(q, c, positives, **options)
@@ -87,13 +90,13 @@ def test_the_bits_of_a_scan_as_stored(prefilters, monkeypatch, rounding, dtype, 
         np.testing.assert_array_equal(got.indices, want.indices)
         np.testing.assert_array_equal(got.scores.view(np.int32), want.scores.view(np.int32))
         assert got.skipped == want.skipped
-    assert name != "unit" or prefilters[0].num_rescanned < B / 2  # and yet most queries need no second scan
+    assert name != "unit" or prefilters[0].num_rescanned < B / 2  # but most queries need no second scan
     assert name != "near" or select != Select() or prefilters[0].num_rescanned > B / 2
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_without_the_bound_rows_are_missed(prefilters, monkeypatch, rounding):
-    """What the test above would see, were the bound too small."""
+    """The test above would find an error bound that is too small."""
     monkeypatch.setattr(prefilter, "fastest", lambda: replace(rounding, extra=1))
     _, q, c = next(kind for kind in kinds() if kind[0] == "near")
     want = negmine.mine_hard_negatives(q, c, list(range(B)), backend="cpu")
@@ -103,7 +106,7 @@ def test_without_the_bound_rows_are_missed(prefilters, monkeypatch, rounding):
 
 
 def scores_of(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """(B, K) as the CPU kernels compute them."""
+    """Return the scores (B, K) that the CPU kernels compute."""
     B, K = len(query), len(keys)
     ranks = torch.arange(K).repeat(B, 1)
     score, index = sort_key.unpack(torch.ops.negmine_cpu.rank_thresholds(query, keys, ranks, *Pool()))
@@ -118,15 +121,15 @@ def rounded_scores(rounding, query: Rounded, keys: Rounded, K: int) -> torch.Ten
 @pytest.mark.parametrize("D", [1, 2, 33, 384, 4096])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_the_bound_holds_where_rounding_is_worst(rounding, D):
-    """Values just off the middle between two neighbours, all off to the same side; against scores in float64 as well."""
+    """All values are slightly above, or all below, the middle between two numbers of the format. Also tested in float64."""
     generator = torch.Generator().manual_seed(D)
     for sign in (1, -1):
         if rounding is BF16:
             ends = 2.0 ** torch.randint(-6, 6, (300, D), generator=generator)
-            rows = ends * (1 + 2.0**-8 + sign * 2.0**-16)  # bf16 has seven bits behind the point
+            rows = ends * (1 + 2.0**-8 + sign * 2.0**-16)  # bf16 has seven fraction bits
         else:
             rows = torch.randint(20, 100, (300, D), generator=generator) + 0.5 + sign * 2.0**-10
-            rows[:, 0] = 127  # so that the step is 1
+            rows[:, 0] = 127  # so that the scale of the codes is 1
         q, k = rows[:100].contiguous(), rows[100:].contiguous()
         rounded = [rounding.round(x) for x in (q, k)]
         bound = prefilter.error_bound(D, *rounded)[:, None]
@@ -134,7 +137,7 @@ def test_the_bound_holds_where_rounding_is_worst(rounding, D):
         assert bool(((exact - found).abs() <= bound).all())
         assert bool(((q.double() @ k.double().T - found).abs() <= bound).all())
         norms = (rounded[0].norm * rounded[1].norm.max())[:, None]
-        assert bool((bound <= (2.0**-6 if rounding is BF16 else 0.1) * norms).all())  # and says something
+        assert bool((bound <= (2.0**-6 if rounding is BF16 else 0.1) * norms).all())  # the bound is not trivially large
         if D > 2:
             assert bool(((exact - found).abs() > 0.1 * bound).any())
 
@@ -143,7 +146,7 @@ def test_the_bound_holds_where_rounding_is_worst(rounding, D):
 @pytest.mark.parametrize("lanes", [1, 16, 17, 40, 64, 130])
 @pytest.mark.parametrize("D", [1, 3, 4, 64, 130, 1100])
 def test_sums_of_codes_are_exact(lanes, D):
-    """Every shape of block against products of the bytes in float64, with a mask and rows that are not whole groups of six."""
+    """Every shape of block, compared with float64 products of the bytes, with a mask and with groups of rows that are not full."""
     codes = [torch.randint(1, 256, (rows, (D + 3) // 4 * 4), dtype=torch.uint8) for rows in (lanes, 131)]
     scales = [torch.rand(len(part)) for part in codes]
     mask = torch.rand(131) < 0.8

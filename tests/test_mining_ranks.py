@@ -1,4 +1,4 @@
-"""A corpus distributed over 1, 2 and 3 processes on gloo: every rank returns the same bits as one process."""
+"""With a corpus distributed over 1, 2 and 3 processes on gloo, every rank returns the same bits as one process."""
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from tests.compare import same_result
 from tests.ranks import run_ranks
 
 Q, K, D = 40, 600, 20
-CUTS = {1: [0, K], 2: [0, 37, K], 3: [0, 250, 250, K]}  # the second of three ranks holds nothing
-QUERY_CUTS = {1: [0, Q], 2: [0, 0, Q], 3: [0, 11, 12, Q]}  # the first of two ranks holds no queries
+CUTS = {1: [0, K], 2: [0, 37, K], 3: [0, 250, 250, K]}  # the second of three ranks has no rows
+QUERY_CUTS = {1: [0, Q], 2: [0, 0, Q], 3: [0, 11, 12, Q]}  # the first of two ranks has no queries
 RUNS = {
     "plain": {"num_negatives": 7},
     "margins": {"select": Select(2, 40, absolute_margin=0.02), "sampling_strategy": "random", "seed": 3},
@@ -33,7 +33,7 @@ RUNS = {
 
 def inputs(dtype=torch.float32):
     q, c = unit(Q, D, dtype=dtype, seed=1), unit(K, D, dtype=dtype, seed=2)
-    c[300:340] = c[:40]  # copies on other ranks
+    c[300:340] = c[:40]  # copies of rows on other ranks
     return q, c, [[b, b + 400] for b in range(Q)], [[500 + b] for b in range(Q)]
 
 
@@ -46,7 +46,7 @@ def _refused(call):
 
 
 def rounds(own, group):
-    """What three rounds hand to training, over the rows `own` of a corpus that moves."""
+    """Return what three rounds pass to training, where this rank has the rows `own` of a corpus that changes in each round."""
     q, _, positives, exclude = inputs()
     call = {"num_negatives": 4, "keep_old": 3, "exclude": exclude, "process_group": group, "select": Select(1, 30)}
     seen = []
@@ -57,7 +57,7 @@ def rounds(own, group):
 
 
 def fails_in_a_scan(fails, *arguments, **options):
-    """Mine; where `fails`, the second batch of a scan meets what is no refusal of an input."""
+    """Mine. If `fails`, the scan of the second batch raises an unexpected exception."""
     run, calls = Scan.run, []
 
     def failing(self, *asked):
@@ -104,7 +104,7 @@ def work(rank, world, folder):
         wrong = unit(5, D + 1) if rank == 1 else own
         results["own refusal"] = _refused(lambda: mine(q, wrong, positives, process_group=group))
         results["other seed"] = _refused(lambda: mine(q, own, positives, seed=rank, process_group=group))
-        options["resume_dir"] = f"{folder}/store" if rank == 0 else f"{folder}/run"  # a file, where a folder must be
+        options["resume_dir"] = f"{folder}/store" if rank == 0 else f"{folder}/run"  # a file instead of a folder
         results["no folder"] = _refused(lambda: mine(q, own, positives, **options))
     return results
 

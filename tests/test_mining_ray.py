@@ -1,4 +1,4 @@
-"""engine="ray" on a local Ray gives the bits of one process, with empty shards or if a worker or the driver is killed."""
+"""engine="ray" on a local Ray gives the same bits as one process, with empty shards or if a worker or the driver is killed."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Paths of three .npy files, the second without rows, and an array: the rows of test_mining_ranks."""
+    """The rows of test_mining_ranks as three .npy files, the second without rows, and an array."""
     folder, rows = tmp_path_factory.mktemp("shards"), inputs()[1].numpy()
     for name, begin, end in (("a", 0, 37), ("b", 37, 37), ("c", 37, 400)):
         np.save(folder / f"{name}.npy", rows[begin:end])

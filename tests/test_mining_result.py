@@ -17,7 +17,7 @@ mine = negmine.mine_hard_negatives
 
 @pytest.fixture
 def result() -> MiningResult:
-    """Four queries: full, two positives and one negative, none left, no positive."""
+    """Four queries: with all negatives; with two positives and one negative; without negatives; without a positive."""
     c = torch.tensor([[4.0], [3.0], [2.0], [1.0]])
     return mine(
         torch.ones(4, 1),
@@ -96,7 +96,7 @@ def test_save_and_load(result, tmp_path):
     np.testing.assert_array_equal(MiningResult.load(path).to_triplets(), result.to_triplets())
     assert [file.name for file in tmp_path.iterdir()] == ["mined.bin"]
     good = path.read_bytes()
-    for at in range(0, len(good), 13):  # flipped bits: refused in words, or harmless
+    for at in range(0, len(good), 13):  # flipped bits: a clear error, or no effect
         path.write_bytes(good[:at] + bytes([good[at] ^ 0x55]) + good[at + 1 :])
         try:
             same_result(MiningResult.load(path), result)

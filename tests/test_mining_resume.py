@@ -73,7 +73,7 @@ negmine.mine_hard_negatives(*inputs(), **OPTIONS, resume_dir=sys.argv[1], batch_
 
 
 def test_killed_runs_go_on(tmp_path):
-    """kill -9 after one batch, then of the run that goes on, then of the next."""
+    """Kill a run after one batch, the resumed run after another, and the next one too."""
     for batches in (1, 3, 2):
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, str(tmp_path), str(batches)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -100,7 +100,7 @@ while True:
 
 
 def test_killed_at_any_moment(tmp_path):
-    """The process writes and removes parts all the time; whatever a kill leaves is whole."""
+    """The process writes and removes files all the time; after a kill, every remaining file is complete."""
     want = mine(*inputs(), **OPTIONS)
     for pause in (0.02, 0.11, 0.23):
         process = subprocess.Popen([sys.executable, "-c", ANYWHERE, str(tmp_path)], stdout=subprocess.PIPE)
@@ -176,7 +176,7 @@ def test_damaged_parts_warn_and_are_mined_anew(tmp_path):
 
 
 def test_overlapping_parts_count_once(tmp_path):
-    """Two folders of one run, merged by hand."""
+    """Two folders of one run, copied into one."""
     want = mine(*inputs(), **OPTIONS, resume_dir=tmp_path / "a", batch_size=8)
     mine(*inputs(), **OPTIONS, resume_dir=tmp_path / "b", batch_size=7)
     for path in parts(tmp_path / "b"):

@@ -23,7 +23,7 @@ POSITIVES = [[b, b + 40] for b in range(Q)]
 
 
 def drifting(number):
-    """Embeddings that move a little each round."""
+    """Embeddings that change slightly in each round."""
     q, c = unit(Q, D, seed=1), unit(K, D, seed=2)
     return q, torch.nn.functional.normalize(c + 0.3 * number * unit(K, D, seed=3 + number), dim=1)
 
@@ -96,7 +96,7 @@ def half_embedded(half, number):
 
 
 def rounds_of_halves(**engine):
-    """Three rounds with old ones kept, over a corpus of two halves that are embedded by whoever holds them."""
+    """Three rounds that keep old negatives, with a corpus of two shards, each embedded by the process that has it."""
     options = {"keep_old": 3, "num_negatives": 4, "select": Select(1, 30)}
     want = mining_rounds(drifting, lambda r, _: r, POSITIVES, **options)
     halves = lambda r: [functools.partial(half_embedded, half, r) for half in range(2)]  # noqa: E731
@@ -149,7 +149,7 @@ def test_a_folder_of_rounds_is_resumed_and_belongs_to_one_job(tmp_path):
     (tmp_path / "round-000003.npz").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"round-000003.npz' is damaged"):
         newest_round(tmp_path)
-    (tmp_path / "round-000003.ages.npz").unlink()  # as when old rounds are deleted while another process reads them
+    (tmp_path / "round-000003.ages.npz").unlink()  # as if another process deleted old rounds
     assert newest_round(tmp_path).number == 2
     ends = mining_rounds(lambda r: None if r == 5 else drifting(r), None, POSITIVES, folder=tmp_path / "b", rounds=9)
     assert len(ends) == 5
@@ -171,9 +171,9 @@ job(sys.argv[1], rounds=4)
 
 
 def test_a_trainer_beside_the_miner_reads_complete_rounds_only(tmp_path):
-    """The miner is killed before each of its files is in place; the trainer polls all the while."""
+    """The miner is killed before each of its files is complete, while the trainer looks for new rounds."""
     want = mining_rounds(drifting, lambda r, _: None, POSITIVES, keep_old=2, rounds=4)
-    seen, kill_at = [], iter((2, 3, 99))  # the result of round 0, the ages of the round after it, never
+    seen, kill_at = [], iter((2, 3, 99))  # kill at the result of round 0, at the ages of the next round, and not at all
     miner, root = None, Path(__file__).parents[1]
     while not seen or seen[-1] < 3:
         if miner is None or miner.poll() is not None:
@@ -199,11 +199,11 @@ def test_rounds_that_bring_nothing_new_stop():
 
 
 def test_a_toy_model_learns_from_rounds():
-    """A linear map must undo a distortion that hides which row answers a query; each round it ranks the answer higher."""
+    """A linear map learns to invert a distortion of the queries; in each round, it ranks the right row higher."""
     torch.manual_seed(0)
     truth = unit(K, D, seed=4)
     noise = torch.randn(K, D) * 1.5
-    seen = torch.cat([truth, noise], 1)  # (K, 2 D): half of what is seen means nothing
+    seen = torch.cat([truth, noise], 1)  # (K, 2 D); half of the dimensions are noise
     asked = torch.cat([truth[:Q] + 0.1 * torch.randn(Q, D), torch.randn(Q, D) * 1.5], 1)
     model = torch.nn.Linear(2 * D, D, bias=False)
     optimiser = torch.optim.Adam(model.parameters(), 0.01)

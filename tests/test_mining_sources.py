@@ -93,7 +93,7 @@ def test_files_of_every_kind_make_one_corpus(tmp_path):
 
 
 def broken(tmp_path, name):
-    """The path of a file that cannot be a shard."""
+    """Return the path of a file that is not a valid shard."""
     path = tmp_path / name.partition("::")[0]
     if name.startswith("garbage"):
         path.write_bytes(b"\x93NUMPY\x01\x00PAR1 not what its name says")
@@ -198,7 +198,7 @@ def stored(name, content):
 
 
 def test_files_in_object_storage(tmp_path, monkeypatch):
-    """The bytes of a URL are those of the file: embeddings, texts, plain or compressed, and what is wrong with them."""
+    """Files are read from URLs like local files: embeddings, texts, compressed or not, and damaged ones."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     rows = unit(20, 4, seed=1).numpy()
     np.save(tmp_path / "rows.npy", rows)
