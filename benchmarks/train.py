@@ -266,9 +266,8 @@ def train(name: str, task: Task, steps: int, seed: int, evaluate_at: list[int], 
             extra_inputs |= {"guide_query": task.queries[batch], "guide_positive": task.corpus[answers]}
             extra_inputs["guide_keys"] = task.corpus[queue.queue_ids]  # (K, D); the queue is full
         if recipe.feed == "reversed":
-            share_generator = torch.Generator().manual_seed(
-                seed * 1_000_003 + step
-            )  # so that the batches stay the same
+            # A separate generator, so that the batches stay the same.
+            share_generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             extra_inputs["share"] = share = torch.rand((), generator=share_generator).to(device)
             extra_inputs["mixed_query"] = query_head(share * inputs + (1 - share) * inputs.flip(0))
         query = query_head(inputs)  # (B, D)

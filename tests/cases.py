@@ -119,9 +119,8 @@ def feed(recipe: str, q: torch.Tensor, pos: torch.Tensor, keys: torch.Tensor) ->
     own = {"ids": torch.arange(len(keys), device=q.device)}
     given = {"query_ids": labels}
     if recipe == "false_negative_cancellation":
-        given["support"] = torch.stack(
-            [keys.detach()[: len(q)], pos.detach()], 1
-        )  # a row of the queue, and the positive
+        # Support views of each query: a row of the queue, and the positive.
+        given["support"] = torch.stack([keys.detach()[: len(q)], pos.detach()], 1)
     if recipe == "i_mix":
         share = torch.linspace(0.5, 1, len(q), device=q.device)
         given |= {"share": share, "partner": torch.arange(len(q), device=q.device).flip(0)}

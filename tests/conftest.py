@@ -10,9 +10,8 @@ import torch
 
 os.environ.setdefault("NEGMINE_POISON_OUTPUTS", "1")  # outputs of the C++ ops start as NaN, see _poisoned_memory
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # Triton reads this at import; its kernels then run on CPU tensors, slowly
+    # Triton reads this at import; its kernels then run on CPU tensors, slowly.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 

@@ -95,17 +95,14 @@ def judge_mixing(case: Case, op: str, call: dict, got) -> None:
     plain = run(op, call | {"backend": "reference"})
     same("parents", got.parents, plain.parents)
     near("coefficients", got.coefficients, plain.coefficients, plain.coefficients, 1e-6)
-    q, keys = (
-        call["query"].float(),
-        torch.cat([call["negative_keys"].float(), torch.zeros(1, case.D)]),
-    )  # index -1 is this row of zeros
+    # The row of zeros is for index -1.
+    q, keys = call["query"].float(), torch.cat([call["negative_keys"].float(), torch.zeros(1, case.D)])
     a, b = plain.parents.unbind(2)  # (B, S) each
     first, second = torch.where((a < 0)[..., None], q[:, None], keys[a]), keys[b]  # (B, S, D) each
     c = plain.coefficients[..., None]  # (B, S, 1)
     reach = (first.norm(dim=2) + second.norm(dim=2)) / (c * first + (1 - c) * second).norm(dim=2).clamp_min(1e-12)
-    slack = (
-        4 * (EPS * reach + torch.finfo(got.vectors.dtype).eps)[..., None]
-    )  # normalizing a short mix magnifies rounding errors
+    # Normalizing a short mix magnifies rounding errors.
+    slack = 4 * (EPS * reach + torch.finfo(got.vectors.dtype).eps)[..., None]
     near("vectors", got.vectors, plain.vectors, plain.vectors, slack)
 
 
@@ -320,13 +317,8 @@ NUMBERS |= {"mochi": {"hard": 9, "pairs": 5, "with_query": 4}, "facenet": {"max_
 NUMBERS["synco"] = {"hard": 9, "interpolated": 3, "extrapolated": 3, "mixed": 3, "noised": 2, "graded": 2, "signed": 2}
 NUMBERS |= {"distance_weighted": {"max_positives": 3}, "simans": {"num_negatives": 4, "candidates": 9}}
 NUMBERS["mixgcf"] = {"candidates": 9}
-DRAWN = (
-    "mochi",
-    "synco",
-    "simans",
-    "distance_weighted",
-    "mixgcf",
-)  # recipes whose random draws depend on the rounding of scores
+# Recipes whose random draws depend on the rounding of scores.
+DRAWN = ("mochi", "synco", "simans", "distance_weighted", "mixgcf")
 NAMES = [
     n for n in recipes.__all__ if n not in ("linear", "cosine", "exponential", "step", "whole", "Kinds", "mixed_inputs")
 ]
@@ -443,9 +435,8 @@ def dataset(case: Case) -> tuple[dict, str]:
     call["positives"] = torch.randint(0, K, (Q,), generator=case.generator)
     call["query_ids"] = range(Q)  # so that equal rows count as different queries
     if case.chance(0.2):
-        call |= {
-            name: call[name].nan_to_num(0.0, 0.0, 0.0) for name in list(call)[:2]
-        }  # values that are not finite are refused
+        # Values that are not finite are refused.
+        call |= {name: call[name].nan_to_num(0.0, 0.0, 0.0) for name in list(call)[:2]}
         return {**call, "samples_per_bin": 2, "num_queries": case.draw.choice([None, 3])}, "hardness_report"
     select = case.select(margins=True)
     call |= {"num_negatives": case.draw.choice([1, 3, 12]), "batch_size": case.draw.choice([None, 7])}

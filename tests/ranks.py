@@ -14,9 +14,8 @@ import torch.multiprocessing as mp
 def _rank(work: Callable, rank: int, world: int, store: Path, arguments: tuple, out: Any) -> None:
     torch.set_num_threads(1)
     place = {"init_method": f"file://{store}", "rank": rank, "world_size": world}
-    dist.init_process_group(
-        "gloo", **place, timeout=timedelta(seconds=120)
-    )  # instead of waiting forever for another rank
+    # The time limit ends a test in which a rank waits for another one forever.
+    dist.init_process_group("gloo", **place, timeout=timedelta(seconds=120))
     # Sent by value, because a tensor would be in shared memory that disappears when its sender ends.
     out.put((rank, pickle.dumps(work(rank, world, *arguments))))
     dist.barrier()

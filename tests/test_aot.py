@@ -46,16 +46,10 @@ MOST = {
     "bounds": 4.0,
     "guide": 5.0,  # a second matrix product, with smaller tiles
 }
-SHARED_BYTES = {
-    80: 99 << 10,
-    90: 227 << 10,
-    100: 227 << 10,
-}  # limit per block; code for sm_80 also runs on sm_86 and sm_89
-PROCESSOR_BYTES = {
-    80: 164 << 10,
-    90: 228 << 10,
-    100: 228 << 10,
-}  # bytes of shared memory; each program needs 1 KiB more
+# Limit per block; code for sm_80 also runs on sm_86 and sm_89.
+SHARED_BYTES = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+# Bytes of shared memory; each program needs 1 KiB more.
+PROCESSOR_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 # Scores of different passes are compared bit for bit, so all passes must use the same matrix instruction, which adds products in
 # a fixed order. Other matrix products in the same kernel use it too.
 PRODUCT = {80: "HMMA.16816.F32.BF16", 90: "HGMMA.64x16.F32.BF16", 100: "UTCHMMA"}

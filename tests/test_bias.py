@@ -124,9 +124,8 @@ def test_a_bias_of_zeros_changes_no_bit(backend):
             compare.exact(name, b, a)
 
 
-@pytest.mark.parametrize(
-    "last", [9, 120]
-)  # of 150 ranks: summed over the columns that ranking found, or in another pass
+# Ranks up to `last` of 150: summed over the columns that ranking found, or in another pass.
+@pytest.mark.parametrize("last", [9, 120])
 def test_nothing_that_is_compared_knows_of_it(backend, last):
     ops = ops_of(backend)
     q, keys, bias, pool, allowed = inputs(backend)

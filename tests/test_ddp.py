@@ -22,13 +22,8 @@ from tests.cases import unit
 from tests.ranks import run_ranks
 
 STEPS, IN, D, K = 5, 6, 8, 40
-BATCHES = [
-    [4, 4, 4],
-    [4, 4, 4],
-    [4, 4, 4],
-    [4, 4, 4],
-    [4, 1, 2],
-]  # batch sizes of the ranks at each step; different in the last
+# The batch sizes of the ranks at each step, which differ at the last step.
+BATCHES = [[4, 4, 4], [4, 4, 4], [4, 4, 4], [4, 4, 4], [4, 1, 2]]
 OPTIONS = {"plain": {}, "mix": {"mix": Mix(9, 7, 5), "seed": 3}, "select": {"select": Select(0.05, 0.5)}}
 
 

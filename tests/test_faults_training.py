@@ -446,9 +446,8 @@ def test_2i_gradients_are_rounded_once(any_backend, call, dtype, fp32_weights):
     for got, want in zip(stored, exact, strict=True):
         if want.grad is not None:
             error = (got.grad.double() - want.grad).abs()
-            allowed = (
-                0.502 * torch.finfo(dtype).eps * want.grad.abs() + 1e-5
-            )  # the error of fp32 in terms of size 1 / T
+            # One rounding, and the error of fp32 in terms of size 1 / T.
+            allowed = 0.502 * torch.finfo(dtype).eps * want.grad.abs() + 1e-5
             assert bool((error <= allowed).all()), float((error / allowed).max())
 
 

@@ -124,9 +124,8 @@ def available_gb():
 def test_a_queue_of_more_than_two_to_the_31_elements():
     """bf16, K D = 2^31 + 32,768: rows before, at and after element 2^31 are found, read and differentiated."""
     D, K = 128, 2**24 + 256
-    keys = (
-        torch.from_numpy(np.zeros(K * D, dtype=np.int16)).view(torch.bfloat16).view(K, D)
-    )  # pages that are not written need no memory
+    # Pages that are not written need no memory.
+    keys = torch.from_numpy(np.zeros(K * D, dtype=np.int16)).view(torch.bfloat16).view(K, D)
     rows = torch.tensor([5, 2**23 + 1, 2**24 - 1, 2**24, K - 1])
     keys[rows] = unit(5, D).bfloat16()
     q = unit(5, D).flip(0)

@@ -123,9 +123,8 @@ def test_listed_columns_rank_as_in_the_whole_queue(isa, dtype, B, K, D):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "B, K, D", [*SHAPES, (600, 5000, 9)]
-)  # the last: one task per block of queries, several splits
+# The last shape: one task per block of queries, and several splits.
+@pytest.mark.parametrize("B, K, D", [*SHAPES, (600, 5000, 9)])
 def test_sums_at_several_scales_are_sums_at_each_to_the_bit(isa, dtype, B, K, D):
     q, keys, scales = unit(B, D, dtype=dtype), unit(K, D, dtype=dtype, seed=1), torch.tensor([30.0, 4.0, 0.0])
     pivot = torch.linspace(-0.5, 0.5, B)

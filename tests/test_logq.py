@@ -47,9 +47,8 @@ def test_the_corrected_form_takes_the_positive_for_no_sample():
     loss = recipes.logq(temperature=T, reduction="none", corrected=True)
     ours = loss(leaf, positive, keys, positive_log_q=log_q_pos, log_q=log_q)
     x_pos, x = scores(query, positive, keys)
-    log_q_negative = (
-        log_q.double() - torch.log1p(-log_q_pos.double().exp())[:, None]
-    )  # (B, K) probabilities given that the sample is not the positive
+    # (B, K) probabilities given that the sample is not the positive.
+    log_q_negative = log_q.double() - torch.log1p(-log_q_pos.double().exp())[:, None]
     p = x_pos.exp() / (x_pos.exp() + (x - log_q_negative).exp().mean(1))
     right = (1 - p) * ((x - log_q_negative).logsumexp(1) - x_pos)
     torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-6)

@@ -81,9 +81,8 @@ def agree(name, ours, dense, T, vectors, condition):
         rows = function(leaves, temperature)
         outputs.append([rows, *gradients(rows, [*leaves, temperature])])
     for part, k, t, p in zip(("rows", "d_query", "d_positive", "d_keys", "d_T"), *outputs, strict=True):
-        terms = (
-            outputs[1][2] if part == "d_query" else None
-        )  # a difference of a term of the positive and a term of the negatives
+        # A difference of a term of the positive and a term of the negatives.
+        terms = outputs[1][2] if part == "d_query" else None
         compare.rounded(f"{name} {part}", k, t, p, condition, terms)
 
 

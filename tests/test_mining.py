@@ -305,9 +305,8 @@ def test_a_lone_filter_is_counted_by_the_pass_that_mines(monkeypatch):
     np.testing.assert_array_equal(counted.indices, uncounted.indices)
     np.testing.assert_array_equal(counted.scores, uncounted.scores)
     assert counted.skipped["absolute_margin"] == int(dropped) > 1000
-    with pytest.raises(
-        AssertionError, match="a pass of its own"
-    ):  # with two filters, one pass does not tell how many each drops
+    # With two filters, one pass does not tell how many each drops.
+    with pytest.raises(AssertionError, match="a pass of its own"):
         mine(q, c, positives, select=Select(absolute_margin=0.1, max_score=0.5), backend="cpu")
 
 
@@ -360,7 +359,7 @@ print_peak(lambda inputs: negmine.mine_hard_negatives(*inputs, **options), small
 
 
 def test_memory_is_bounded():
-    """All scores would need 2.4 GB. In addition to the 32 MiB, there are buffers of the kernels for each thread, and the result."""
+    """All scores would need 2.4 GB. In addition to the 32 MiB, there are the kernels' buffers for each thread, and the result."""
     assert peak_mib(MEMORY_PROBE) < 32 + 16
 
 

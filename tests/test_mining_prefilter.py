@@ -74,10 +74,8 @@ def kinds():
 def test_the_bits_of_a_scan_as_stored(prefilters, monkeypatch, rounding, dtype, name, q, c, select):
     q, c = q.to(dtype), c.to(dtype)
     monkeypatch.setattr(prefilter, "fastest", lambda: rounding)
-    forms = (
-        list(range(B)),
-        [[b, (b + 7) % K, 3] for b in range(B)],
-    )  # one positive: ids; several positives: a mask of pairs
+    # One positive becomes ids, several positives become a mask of pairs.
+    forms = (list(range(B)), [[b, (b + 7) % K, 3] for b in range(B)])
     for positives, how in ((forms[0], "none"), (forms[1], "none"), (forms[0], "exact")):
         options = {"select": select, "num_negatives": 4, "deduplicate": how, "backend": "cpu"}
         got = negmine.mine_hard_negatives(q, c, positives, **options)
@@ -146,7 +144,7 @@ def test_the_bound_holds_where_rounding_is_worst(rounding, D):
 @pytest.mark.parametrize("lanes", [1, 16, 17, 40, 64, 130])
 @pytest.mark.parametrize("D", [1, 3, 4, 64, 130, 1100])
 def test_sums_of_codes_are_exact(lanes, D):
-    """Every shape of block, compared with float64 products of the bytes, with a mask and with groups of rows that are not full."""
+    """Every shape of block, compared with float64 products of the bytes, with a mask and with incomplete groups of rows."""
     codes = [torch.randint(1, 256, (rows, (D + 3) // 4 * 4), dtype=torch.uint8) for rows in (lanes, 131)]
     scales = [torch.rand(len(part)) for part in codes]
     mask = torch.rand(131) < 0.8

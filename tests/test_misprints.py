@@ -1,6 +1,7 @@
-"""Misprints in papers and errors in public code, one test each: the wrong formula differs from ours, and ours is right.
+"""Misprints in papers and errors in public code, with a test for each: our result is that of the right formula.
 
-`right` is the formula in float64, `wrong` what the print or the code does; `told_apart` fails if ours were the wrong one.
+`right` is the correct formula in float64, `wrong` the printed formula or that of the code. `told_apart` checks that our result
+agrees with `right` and that `wrong` gives another result.
 """
 
 import math
@@ -24,14 +25,14 @@ OUT = -torch.inf
 
 
 def told_apart(ours, right, wrong, least=1e-2):
-    """ours agrees with right in fp32's precision, and wrong is at least `least` away, of the largest entry."""
+    """Check that ours equals right within fp32 rounding, and that wrong differs by at least `least` of the largest entry."""
     ours, right, wrong = (x.detach().double().cpu() for x in (ours, right, wrong))
     torch.testing.assert_close(ours, right, rtol=2e-4, atol=2e-5)
     assert (wrong - right).abs().max() > least * right.abs().max(), "the wrong version is not wrong here"
 
 
 def case_of(backend):
-    """backend, query, positive, keys, and in float64 the scores of the positives (B,) and of the keys (B, K)."""
+    """Return the backend, query, positive, keys, and in float64 the scores of positives (B,) and keys (B, K)."""
     q, pos, keys = (unit(n, D, seed=i, device=device_of(backend)) for i, n in enumerate((B, B, K)))
     pos = F.normalize(q + 0.6 * pos, dim=1)
     return backend, q, pos, keys, (q.double() * pos.double()).sum(1), q.double() @ keys.double().T
@@ -56,7 +57,7 @@ def over(Ng, x_pos):
 
 
 def test_debiased_floor_has_the_factor_N(case):
-    """The figure printed with HCL, and copies of it, floor the sum at e^(-1/T); the sum's floor is N e^(-1/T)."""
+    """The figure in the HCL paper, and copies of it, clamp the sum at e^(-1/T); the right limit is N e^(-1/T)."""
     s_pos, s = case[4:]
     T, tau = 0.2, 0.1  # every row is clamped
     raw = ((s / T).exp().sum(1) - tau * K * (s_pos / T).exp()) / (1 - tau)
@@ -71,7 +72,7 @@ def hcl_parts(case, beta, T):
 
 
 def test_hcl_subtracts_the_positive_once(case):
-    """N tau pos belongs to the sum over negatives; inside that sum it is taken N times."""
+    """N tau pos is subtracted from the sum over negatives; inside the sum, it would be subtracted N times."""
     tau, beta = 1e-3, 1.0
     x_pos, _, R = hcl_parts(case, beta, 0.5)
     floor = K * math.exp(-2.0)
@@ -81,14 +82,14 @@ def test_hcl_subtracts_the_positive_once(case):
 
 
 def test_hcl_weight_is_an_exponential_over_its_own_mean(case):
-    """Printed: (beta neg) / mean(neg), a linear weight; the code's is exp(beta x) / mean exp(beta x)."""
+    """Printed: (beta neg) / mean(neg), a linear weight. The code has exp(beta x) / mean exp(beta x)."""
     x_pos, x, R = hcl_parts(case, 2.0, 0.5)
     printed = (2.0 * x.exp() / x.exp().mean(1, keepdim=True) * x.exp()).sum(1)
     told_apart(rows_of(recipes.hcl(2.0, 0.0), case), over(R, x_pos), over(printed, x_pos))
 
 
 def test_hcl_beta_multiplies_the_logit(case):
-    """The code's beta acts on s / T, not on the cosine."""
+    """In the code, beta multiplies s / T, not the cosine."""
     x_pos, x, R = hcl_parts(case, 1.0, 0.2)
     raw = (case[5]).exp()
     wrong = (raw * x.exp()).sum(1) / raw.mean(1)
@@ -104,7 +105,7 @@ def test_hn_nce_is_hcl_without_a_prior(case):
 
 
 def test_mochi_mixes_each_query_with_its_own_hard_set(case):
-    """A public port drops the row's offset, so that every query mixes query 0's hardest."""
+    """A public port omits the offset of the row, so that all queries mix the hardest negatives of query 0."""
     backend, q, _, keys, _, s = case
     mix = recipes.mochi(5, 40, 10).at(0)["mix"]
     mixed = negmine.mix_negatives(q, keys, mix, backend=backend)
@@ -116,7 +117,7 @@ def test_mochi_mixes_each_query_with_its_own_hard_set(case):
 
 
 def test_mochi_query_has_the_smaller_share(case):
-    """m = c q + (1 - c) n with c below 0.5; a README swaps the two, which lets the query dominate."""
+    """m = c q + (1 - c) n with c below 0.5. A README swaps the two, so that the query dominates."""
     backend, q, _, keys, *_ = case
     mixed = negmine.mix_negatives(q, keys, negmine.Mix(5, 0, 200), backend=backend)
     n = keys[mixed.parents[:, :, 1]].double()  # (B, S, D)
@@ -127,7 +128,7 @@ def test_mochi_query_has_the_smaller_share(case):
 
 
 def test_decoupled_is_one_log_sum_exp(case):
-    """lightly adds a log-sum-exp for each half of the negatives; the paper has one over all."""
+    """lightly adds one log-sum-exp for each half of the negatives; the paper has one over all negatives."""
     s_pos, s = (v / 0.1 for v in case[4:])
     right = s.logsumexp(1) - s_pos
     wrong = s[:, : K // 2].logsumexp(1) + s[:, K // 2 :].logsumexp(1) - s_pos
@@ -146,7 +147,7 @@ def test_info_nce_gradient_is_the_decoupled_one_times_one_less_p(case):
 
 
 def test_a_masked_column_weighs_nothing_at_a_small_temperature(case):
-    """A public port masks by adding log(1e-45) = -103, which at T below 0.01 is less than the masked logit."""
+    """A public port masks by adding log(1e-45) = -103, which is not enough for the logits at T below 0.01."""
     s_pos, s = case[4:]
     keep = torch.ones_like(s, dtype=torch.bool).scatter(1, s.topk(K // 2, dim=1).indices, False)
     x = s / 0.005
@@ -157,7 +158,7 @@ def test_a_masked_column_weighs_nothing_at_a_small_temperature(case):
 
 
 def detached_or_not(case, recipe, formula):
-    """Gradients with respect to the query: ours, of formula(detach) with detach, and of formula without."""
+    """Return gradients with respect to the query: ours, that of the formula with detach, and that without."""
     backend, q, pos, keys, *_ = case
     found = []
     leaf = q.clone().requires_grad_()
@@ -180,7 +181,7 @@ def test_decoupled_weights_carry_no_gradient(case):
 
 
 def test_decoupled_weights_are_of_the_batch(case):
-    """The softmax runs over the queries, not over a query's columns; and B multiplies it."""
+    """The softmax is over the queries, not over the columns of a query, and is multiplied by B."""
     s_pos, s = case[4:]
     lse, x = (s / 0.1).logsumexp(1), s_pos / 0.1
     right = lse - (2 - B * (s_pos / 0.5).softmax(0)) * x
@@ -232,7 +233,7 @@ def test_i_mix_has_the_batch_among_its_columns(case):
 
 
 def test_un_mix_pairs_the_mirrored_mix_with_the_key(case):
-    """The term of 1 - share has the mixed queries in reverse order; in their own order it would pull to the same key twice."""
+    """The term of 1 - share has the mixed queries in reverse order; otherwise both terms would attract to the same key."""
     backend, q, pos, keys, s_pos, s = case
     mixed = F.normalize(q + 0.5 * q.flip(0), dim=1)
     m_pos, m = (mixed.double() * pos.double()).sum(1), mixed.double() @ keys.double().T
@@ -246,7 +247,7 @@ def test_un_mix_pairs_the_mirrored_mix_with_the_key(case):
 
 @pytest.mark.parametrize("wrong", ["the loss's temperature", "not divided by the norm", "the sum over the batch"])
 def test_adco_updates_its_memory_at_a_temperature_of_its_own(case, wrong):
-    """The public update of the memory, which is normalised on use, at mem_t and not at moco_t, by the mean over the batch."""
+    """The public update of the memory, which is normalized on use, has temperature mem_t, not moco_t, and a batch mean."""
     backend, q, pos, keys, s_pos, s = case
     memory = (3.0 * keys).requires_grad_()
     options = {"temperature": 0.5, "memory_temperature": 0.1, "backend": backend}
@@ -261,7 +262,7 @@ def test_adco_updates_its_memory_at_a_temperature_of_its_own(case, wrong):
 
 
 def test_mixgcf_mixes_a_layer_with_one_share(case):
-    """A share of its own for each candidate would make the hardest mix that of the largest share."""
+    """With a different share for each candidate, the hardest mix would mostly be that of the largest share."""
     backend, q, pos, keys, s_pos, s = case
     a = philox.unit(philox.words(torch.arange(B), torch.arange(K), philox.STREAM_PARTNER, 0, 0)[0], None).double()
     right, wrong = (over((c.to(s) * s_pos[:, None] + (1 - c.to(s)) * s).amax(1).exp(), s_pos) for c in (a[:, :1], a))
@@ -269,14 +270,14 @@ def test_mixgcf_mixes_a_layer_with_one_share(case):
 
 
 def test_siglip_bias_has_the_sign_of_the_code(case):
-    """Printed: 1 / (1 + exp(z (-t s + b))), which is a logit of t s - b; the code's is t s + b."""
+    """Printed: 1 / (1 + exp(z (-t s + b))), whose logit is t s - b. The code has t s + b."""
     backend, q, pos, keys, s_pos, s = case
     right, wrong = ((-(10 * s_pos + b)).exp().log1p() + (10 * s + b).exp().log1p().sum(1) for b in (-5.0, 5.0))
     told_apart(negmine.siglip(q, pos, keys, bias=-5.0, reduction="none", backend=backend), right, wrong)
 
 
 def test_perc_pos_of_a_negative_positive(case):
-    """p s_pos lies above a positive whose score is below 0, so that harder negatives than the positive stay."""
+    """If s_pos is negative, p s_pos is greater than s_pos, so that negatives harder than the positive would stay."""
     backend, q, pos, keys, s_pos, s = case
     far = (backend, q, -pos, keys, -s_pos, s)
     assert bool((far[4] < 0).all())
@@ -289,7 +290,7 @@ def test_perc_pos_of_a_negative_positive(case):
 
 
 def test_cancelled_negatives_are_never_masked_ones(case):
-    """With top_k above the number of candidates a masked entry could be taken for a false negative, and attract."""
+    """If top_k exceeds the number of candidates, a masked column could become a false negative and attract the query."""
     backend, q, pos, keys, *_ = case
     if backend not in ("reference", "cpu"):
         pytest.skip(f"{backend}: the search for false negatives is the same code")
@@ -303,7 +304,7 @@ def test_cancelled_negatives_are_never_masked_ones(case):
 
 
 def test_synco_switches_are_not_crossed(case):
-    """In the public code n4 = 0 switches kind 5 off and n5 = 0 kind 4."""
+    """In the public code, n4 = 0 switches off kind 5, and n5 = 0 switches off kind 4."""
     _, q, _, keys, *_ = case
     index = reference.mine_hardest(q, keys, 20)[1]
     graded = synco_vectors(q, keys, index, Kinds(20, 0, 0, 0, 0, 9, 0, delta=0.5), (0, 0, 0))
@@ -311,7 +312,7 @@ def test_synco_switches_are_not_crossed(case):
     source = keys[index]  # (B, 20, D)
 
     def along_query(h):
-        """The smallest part of h that leaves the plane of q and any of its possible sources."""
+        """The smallest component of h outside of the plane of q and a possible source, over all sources."""
         n = F.normalize(source + 0.5 * q[:, None], dim=2)  # (B, 20, D)
         return torch.einsum("bsd,bkd->bsk", h, n).amax(2)
 
@@ -319,7 +320,7 @@ def test_synco_switches_are_not_crossed(case):
 
 
 def test_synco_steps_along_the_gradient(case):
-    """A stored version of the public code steps along noise of 1e-5 in the gradient's place: the negatives stay put."""
+    """A version of the public code steps along noise of 1e-5 instead of the gradient, so the negatives hardly change."""
     _, q, _, keys, *_ = case
     index = reference.mine_hardest(q, keys, 1)[1]
     n, delta, epsilon = keys[index[:, 0]].double(), 0.01, 1e-5
@@ -333,7 +334,7 @@ def test_synco_steps_along_the_gradient(case):
 
 
 def test_the_queue_starts_with_unit_rows():
-    """SynCo's public queue is (K, D) and normalised over K: its rows start at a norm of sqrt(D / K)."""
+    """The public queue of SynCo is (K, D) and normalized over K, so the initial norm of its rows is sqrt(D / K)."""
     queue = negmine.MoCoQueue(dim=16, K=4096)
     wrong = F.normalize(torch.randn(4096, 16), dim=0).norm(dim=1)
     torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(4096))
@@ -341,7 +342,7 @@ def test_the_queue_starts_with_unit_rows():
 
 
 def test_the_ring_is_of_the_queue_not_of_the_batch(case):
-    """A public Ball takes the batch size for the size of the bank; and a sort over the batch is not one per query."""
+    """A public implementation uses the batch size as the size of the bank; and it sorts over the batch, not for each query."""
     s_pos, s = (v / 0.07 for v in case[4:])
     inside = s.sort(1, descending=True).values
     right, wrong = (F.softplus(inside[:, int(0.05 * n) : int(0.5 * n)].logsumexp(1) - s_pos) for n in (K, B))
@@ -349,7 +350,7 @@ def test_the_ring_is_of_the_queue_not_of_the_batch(case):
 
 
 def test_sup_con_takes_the_maximum_over_its_own_columns(case):
-    """A row maximum that includes the sample itself makes every other exponential vanish at a small temperature."""
+    """If the maximum of a row includes the sample itself, all other exponentials are 0 at a small temperature."""
     backend, _, _, keys, *_ = case
     vectors, T = keys[:12], 0.002
     labels, ids = torch.arange(12, device=keys.device) // 2, torch.arange(12, device=keys.device)
@@ -364,7 +365,7 @@ def test_sup_con_takes_the_maximum_over_its_own_columns(case):
 
 
 def test_a_masked_row_is_no_parent(case):
-    """A public top-N larger than the number of valid rows returns masked ones, scored -inf, and mixes them."""
+    """If N exceeds the number of valid rows, a public top-N returns masked rows with score -inf, and mixes them."""
     backend, q, _, keys, *_ = case
     keep = torch.arange(K, device=q.device) % 20 == 3  # 4 rows, where 30 are asked for
     mix, columns = negmine.Mix(30, 40, 20), Negatives(keys, mask=keep)
@@ -377,7 +378,7 @@ def test_a_masked_row_is_no_parent(case):
 
 
 def test_facenets_semi_hard_has_no_band(case):
-    """tensorflow/addons documents a margin that bounds the negative; its code takes the nearest beyond the positive."""
+    """tensorflow/addons documents that the margin bounds the negative; its code takes the nearest one beyond the positive."""
     backend, q, _, keys, *_ = case
     labels, key_labels = torch.arange(B, device=q.device), torch.full((K,), 99, device=q.device)
     keys = torch.cat([q, -q[:, [1, 0, *range(2, D)]], keys[:2]])  # the positive at distance 0, negatives well apart
@@ -397,7 +398,7 @@ def test_facenets_semi_hard_has_no_band(case):
 
 
 def test_easy_positives_below_0_stay(case):
-    """The public EPHN code marks "none" by -1 and drops what is at or below 0 with it."""
+    """The public EPHN code marks missing ones by -1, and drops all scores at or below 0."""
     backend, q, *_ = case
     labels, key_labels = torch.zeros(B, dtype=torch.int64, device=q.device), torch.tensor([0, 1, 1], device=q.device)
     far = F.normalize(-q.sum(0), dim=0)
@@ -413,7 +414,7 @@ def test_easy_positives_below_0_stay(case):
 
 
 def test_simans_of_a_positive_at_0_draws_as_any_other(case):
-    """The public code takes the last candidates where the positive's score is exactly 0."""
+    """If the score of the positive is exactly 0, the public code takes the last candidates."""
     backend, _, _, keys, *_ = case
     q = torch.zeros(B, D, device=keys.device)
     q[:, 0] = 1.0
@@ -429,7 +430,7 @@ def test_simans_of_a_positive_at_0_draws_as_any_other(case):
 
 
 def test_the_sum_over_pairs_is_a_sum(case):
-    """VSE++ and SigLIP: VSE++ adds over the batch, SigLIP adds over columns and takes the mean over rows."""
+    """VSE++ adds over the batch; SigLIP adds over columns and takes the mean over rows."""
     backend, q, pos, keys, s_pos, s = case
     both = q.double() @ pos.double().T
     off = both.masked_fill(torch.eye(B, dtype=torch.bool, device=q.device), OUT)
@@ -442,7 +443,7 @@ def test_the_sum_over_pairs_is_a_sum(case):
 
 
 def test_unknown_labels_are_not_one_class(case):
-    """The label queue starts at -1: such rows are negatives of every query, and of a query whose own label is -1 too."""
+    """The label queue starts with -1. Such rows are negatives of all queries, also of queries whose label is -1."""
     backend, q, _, keys, _, s = case
     labels = torch.tensor([0, 0, 1, 1, -1, -1], device=q.device)
     key_labels = torch.where(torch.arange(K, device=q.device) % 4 == 0, torch.arange(K, device=q.device) // 4 % 2, -1)

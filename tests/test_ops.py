@@ -32,14 +32,14 @@ NEGMINE_CPU = torch.ops.negmine_cpu
 
 
 def made(value: Value, sizes: dict[str, int], device: str, per_query: bool):
-    """A tensor or a number for an argument; `per_query` chooses the second of two shapes."""
+    """Make a tensor or a number for an argument. per_query: use the second of its two shapes."""
     B, K, N = sizes["B"], sizes["K"], sizes["N"]
     if value.dims is None:
         numbers = {"int": 0, "float": 0.0, "bool": value.name != "decoupled"}
         return sizes.get(value.name, NUMBERS.get(value.name, numbers[value.kind]))
     dims = value.dims.split("|")[-1 if per_query else 0]
     shape = [sizes[letter] if letter in sizes else int(letter) for letter in dims.replace(",", " ").split()]
-    if value.name == "index" or value.name == "hard_index":  # ascending, padded at the end
+    if value.name == "index" or value.name == "hard_index":  # in ascending order, with padding at the end
         columns = torch.full((B, shape[1]), -1)
         count = min(shape[1] - 1, K)
         columns[:, :count] = torch.arange(count)
@@ -63,7 +63,7 @@ def made(value: Value, sizes: dict[str, int], device: str, per_query: bool):
 
 
 def arguments(op: Op, device: str, optional: bool = True, per_query: bool = False, **change):
-    """Arguments by name: `optional` ones given or None, sizes and numbers and flags as `change` says."""
+    """Make all arguments by name. optional: whether optional ones are given; change: sizes, numbers and flags."""
     torch.manual_seed(1)
     sizes = SIZES | {key: size for key, size in change.items() if key in SIZES}
     given = {}
@@ -79,7 +79,7 @@ def arguments(op: Op, device: str, optional: bool = True, per_query: bool = Fals
 
 
 def variants(op: Op) -> list[dict]:
-    """Changes that cover flags, absent arguments and empty dimensions."""
+    """Return changes that cover flags, missing arguments and empty dimensions."""
     names = {value.name for value in op.arguments}
     all_changes = [{}, {"optional": False}, {"per_query": True}, {"B": 0}, {"K": 0}, {"D": 1}]
     all_changes += [{flag: False} for flag in sorted(names) if flag.startswith("want_")]
@@ -172,7 +172,7 @@ print("done", len(failed))
 
 
 def test_an_import_that_failed_may_be_tried_again():
-    """After Python's own clean-up, which leaves whole modules, and after one of all modules; and those of ops may be reloaded."""
+    """Importing works after Python's own clean-up, which keeps complete modules, after removing all modules, and as a reload."""
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, "-c", IMPORTED_AGAIN], capture_output=True, text=True, env=env)
     assert (run.stdout, run.stderr) == ("done 6\n", "")
@@ -257,7 +257,8 @@ def test_logsumexp_mines_what_mine_hardest_finds():
     assert torch.equal(NEGMINE_CPU.mine_hardest(query, keys, 0, True, *pool(mask))[2], num_kept)
 
 
-@pytest.mark.parametrize("width", [40, 3000, 6000])  # summed by the pass that finds it; by another; to the end
+# Windows that are summed by the pass that finds them, by another pass, and up to the last rank.
+@pytest.mark.parametrize("width", [40, 3000, 6000])
 @pytest.mark.parametrize("scales", [[2.0], [2.0, 1.0, 0.5]])
 def test_logsumexp_between_ranks_is_bounded_by_their_sort_keys(width, scales):
     query, keys, mask = queue()
@@ -323,7 +324,7 @@ def test_info_nce_is_the_loss_and_its_gradient(shape, case, decoupled):
     query, keys, mask = (torch.nn.functional.normalize(t, dim=-1) if t.dim() == 2 else t for t in queue(*shape))
     positive, scale = torch.nn.functional.normalize(torch.randn_like(query), dim=-1), torch.tensor(20.0)
     rows_mask = mask.expand(len(query), -1).clone()
-    rows_mask[1] = False  # no negative
+    rows_mask[1] = False  # a query without negatives
     draws = (4, 3, 0.0, 1.0, 0.0, 0.5, True, None, 7, torch.tensor(2), torch.tensor(11))
     ranks = torch.tensor([[2, 40]] * len(query)) if case == "window" else None
     hard = 10 if case == "mixed" else 0

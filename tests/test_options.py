@@ -12,7 +12,7 @@ from tests.conftest import device_of
 POSITIVE_BIAS = [
     {},
     {"select": Select(0.0, 0.5)},
-    {"select": Select(0, 9, absolute_margin=0.01)},  # the margin is below the score, not below the logit
+    {"select": Select(0, 9, absolute_margin=0.01)},  # the margin is subtracted from the score, not from the logit
     {"mix": Mix(6, 9, 5)},
     {"weight": Weight(1.0, 0.001)},
     {"decoupled": True},

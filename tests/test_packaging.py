@@ -178,7 +178,7 @@ class TestModuleC:
 
 
 def test_whatever_the_compiler_may_use_is_asked_of_the_processor():
-    """One feature left out runs into an illegal instruction where a virtual machine hides that one."""
+    """If a feature is not checked, a virtual machine that hides it runs into an illegal instruction."""
     source = (ROOT / "kernels/cpu/dispatch.cpp").read_text()
     flags = {flag.removeprefix("-m") for flags in X86_FLAGS.values() for flag in flags if "=" not in flag}
     asked = {"f16c": "bit_F16C", "amx-tile": "kTiles", "amx-bf16": "kBFloat16"}  # by number

@@ -31,14 +31,14 @@ def tiles():
 
 
 def scores(q, keys):
-    """(B, K) as the kernels compute them; NaN where a score is no candidate."""
+    """Return the scores (B, K) that the kernels compute, with NaN for columns that are no candidates."""
     K = len(keys)
     found, index, _ = torch.ops.negmine_cpu.mine_hardest(q, keys, K, False, *Pool())
     return torch.full((len(q), K + 1), torch.nan).scatter_(1, torch.where(index < 0, K, index), found)[:, :K]
 
 
 def split(x, most=3):
-    """x (M, D) -> parts, each (M, steps, 2, 16) fp32: the first and the second elements of a tile's words."""
+    """Split x (M, D) into parts, each (M, steps, 2, 16) fp32: the first and the second elements of the words of a tile."""
     steps, parts = -(-x.shape[1] // 32), []
     rest = torch.nn.functional.pad(x.float(), (0, 32 * steps - x.shape[1]))
     for _ in range(min(most, PARTS[x.dtype])):
@@ -49,7 +49,7 @@ def split(x, most=3):
 
 
 def modelled(q, keys, most=2):
-    """(B, K) fp32: the sums of parts.h, one rounding after the other; products of parts i and j with i + j <= most."""
+    """Compute (B, K) scores as parts.h specifies, rounding by rounding, from products of parts i and j with i + j <= most."""
     q_parts, k_parts = split(q), split(keys)
     total = torch.zeros(len(q), len(keys))
     steps = q_parts[0].shape[1]
@@ -78,12 +78,12 @@ def test_a_score_is_the_sum_that_is_said(tiles, types, B, K, D):
     got = scores(q, keys)
     compare.exact(f"{types}", got, modelled(q, keys))
     assert tiles.set_isa("avx512")
-    if D >= 33:  # not what one chain gives
+    if D >= 33:  # different from a single chain of sums
         assert int((scores(q, keys) != got).sum()) > B
 
 
 def awkward(*shape, seed=0):
-    """Numbers of all 24 bits: many halfway between two bf16 or a bit beside that, of either sign and every size split."""
+    """Numbers with 24 bits, of both signs and all magnitudes that are split, often halfway between two bf16 or one bit off."""
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(2**23, (*shape,), generator=generator)
     halves = (
@@ -91,7 +91,8 @@ def awkward(*shape, seed=0):
         + torch.randint(-2, 3, shape, generator=generator)
         + 2**16 * torch.randint(127, shape, generator=generator)
     )
-    below = (2**8 - 1) * 2**7 + torch.randint(-2, 3, shape, generator=generator)  # the largest second and third parts
+    # In these, the second and third parts are as large as possible.
+    below = (2**8 - 1) * 2**7 + torch.randint(-2, 3, shape, generator=generator)
     pick = torch.randint(3, shape, generator=generator)
     mantissa = torch.where(pick == 0, bits, torch.where(pick == 1, halves, below)).double() / 2**23 + 1
     sign = 1 - 2 * torch.randint(2, shape, generator=generator)
@@ -116,8 +117,8 @@ def test_the_error_is_within_its_bound(D):
         return float(((score.double() - truth).abs() / size).max())
 
     assert worst(scores(q, keys)) <= bound(D)
-    if D < 128:  # rounding hides it further on
-        assert worst(modelled(q, keys, most=1)) > bound(D)  # three products would not do
+    if D < 128:  # for larger D, rounding hides the difference
+        assert worst(modelled(q, keys, most=1)) > bound(D)  # three products would not be enough
 
 
 ODD = [torch.inf, -torch.inf, torch.nan, 2.0**-41, -(2.0**-127), 3.3e12, 3.4e38, 2.0**-149]
@@ -144,19 +145,21 @@ def test_what_does_not_split_is_a_chain_and_disturbs_no_other(tiles, types, D):
 
 
 def half_of(bias):
-    """The weight sigmoid(bias) that softplus_sum gives every row where scale is 0: (1,) fp32."""
+    """The weight sigmoid(bias) of every row in softplus_sum with scale 0, (1,) fp32."""
     one, zero = torch.ones(1, 1), torch.tensor(0.0)
     return torch.ops.negmine_cpu.softplus_sum(one, one, zero, bias, True, *Pool())[2]
 
 
-@pytest.mark.parametrize("bias", [-0.7, -60.0, -85.0])  # the last of 2^-123: its parts would be subnormal as they are
+# The last is 2^-123, whose parts would be subnormal without scaling.
+@pytest.mark.parametrize("bias", [-0.7, -60.0, -85.0])
 @pytest.mark.parametrize("K, D", [(5, 3), (96, 40), (97, 1), (300, 130)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_mean_is_within_its_bound(dtype, K, D, bias):
     keys, bias = awkward(K, D).to(dtype), torch.tensor(bias)
     keys[K // 2] = 0.0
     q, p = torch.ones(70, D), half_of(bias).double()
-    for odd in (0.0, 6e4 if dtype == torch.float16 else 3.38e38):  # and where a row does not split: chains of a chunk
+    # Also with a row that is not split, so that a chunk is one chain of sums.
+    for odd in (0.0, 6e4 if dtype == torch.float16 else 3.38e38):
         keys[K // 3, 0] = odd
         got = torch.ops.negmine_cpu.softplus_sum(q, keys, torch.tensor(0.0), bias, True, *Pool())[1].double()
         truth, size = p * keys.double().sum(0), p * keys.double().abs().sum(0)
@@ -169,7 +172,8 @@ def test_a_gradient_of_keys_is_within_its_bound(tiles, dtype, B, D):
     q, keys, zero, bias = awkward(B, D).to(dtype), torch.ones(100, D), torch.tensor(0.0), torch.tensor(-0.7)
     run = torch.ops.negmine_cpu.softplus_sum_grad_keys
     for size, odd in ((1.0, 0.0), (1e-42, 0.0), (1e12, 0.0), (1.0, 6e4 if dtype == torch.float16 else 3.38e38)):
-        weight, q[B // 2, 0] = (awkward(B, seed=2) * size).float(), odd  # subnormal, and too large to split: so is odd
+        # Weights that are subnormal, and weights that are too large to split, like `odd`.
+        weight, q[B // 2, 0] = (awkward(B, seed=2) * size).float(), odd
         got = run(q, keys, zero, bias, weight, *Pool())
         g = (weight * half_of(bias)).double()
         truth, terms = g @ q.double(), g.abs() @ q.double().abs()

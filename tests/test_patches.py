@@ -37,7 +37,7 @@ def test_2f_whole_model_checkpoints_load_strictly_both_ways(prefix):
     back = moco(seed=9)
     whole(back).load_state_dict(whole(ours).state_dict())
     assert torch.equal(back.queue, ours.queue.queue.T) and torch.equal(back.queue_ptr, ours.queue.queue_ptr)
-    twin = copy.deepcopy(ours)  # its hooks are its own
+    twin = copy.deepcopy(ours)  # with hooks of its own
     twin.load_state_dict(theirs.state_dict())
     assert torch.equal(twin.queue.queue, theirs.queue.T) and set(twin.state_dict()) == set(theirs.state_dict())
     assert set(whole(ours).state_dict()) == set(whole(theirs).state_dict())
@@ -83,7 +83,7 @@ def moco_v3(patch):
 
 
 def symmetric(rank=0):
-    """Loss and gradients of both builders on one batch."""
+    """Compare the loss and the gradients of both builders on one batch."""
     results = []
     for patch in (False, True):
         model = moco_v3(patch)

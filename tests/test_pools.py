@@ -1,4 +1,4 @@
-"""Several pools in one loss, a bias on their logits, and guides: the reference against loops, kernels against the reference."""
+"""Several pools in one loss, biases, and guides: the reference compared with loops, and kernels with the reference."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ B, K, M, D, T = 5, 40, 9, 12, 0.5
 
 
 def tensors(device="cpu", dtype=torch.float32):
-    """query, positive, a queue, each query's own keys, and a bias for either."""
+    """query, positive, a queue, keys of each query's own, and a bias for each of the two."""
     shapes = ((B, D), (B, D), (K, D), (B, M, D))
     vectors = [unit(*shape, seed=i, device=device).to(dtype) for i, shape in enumerate(shapes)]
     generator = torch.Generator().manual_seed(9)
@@ -39,7 +39,7 @@ def three_pools(keys, own, bias, own_bias, **more):
 
 
 def as_defined(vectors, options, **more):
-    """The rows that the reference makes of three_pools, and the statistics of each."""
+    """Loss rows of the reference for three_pools, and the statistics of each pool."""
     query, positive, keys, own, bias, own_bias = vectors
     ids = torch.arange(B, device=query.device) % 3
     usable = [
@@ -57,7 +57,7 @@ def as_defined(vectors, options, **more):
 
 
 def insisted(backend):
-    """The backend to ask for, None where its kernels take no bias of shared keys."""
+    """The backend to ask for, or None if its kernels take no bias of shared keys."""
     return backend if backend in backends.TAKE_EXTRAS else None
 
 
@@ -65,7 +65,7 @@ OPTIONS = [
     {},
     {"decoupled": True},
     {"select": Select(0.1, 0.6)},
-    {"select": Select(1, 9, absolute_margin=0.01)},  # below the score, whatever the bias
+    {"select": Select(1, 9, absolute_margin=0.01)},  # compares scores without the bias
     {"select": Select(0, 9, sample=3)},
     {"select": Select(0, 9, sample=20, replace=True)},
     {"mix": Mix(6, 5, 4)},
@@ -111,7 +111,7 @@ def test_three_pools_are_their_definition(backend, options):
 
 
 def test_the_definition_is_a_loop_over_rows_and_pools():
-    """Own ranks, own weights, own counts: everything written out for one row at a time."""
+    """Ranks, weights and counts of each pool, written out for one row at a time."""
     query, positive, keys, own, bias, own_bias = tensors(dtype=torch.float64)
     pools = [
         reference.Columns(keys, None, bias, Select(1, 9), None, Weight(1.0, 0.01)),
@@ -150,7 +150,7 @@ def test_gradients_of_the_definition():
     def loss(query, positive, keys, own, bias, own_bias, temperature):
         queue = Negatives(keys, ids=torch.arange(4), bias=bias, select=Select(0, 0.9), weight=Weight(1.0, 0.01))
         pools = [queue, Negatives(own, bias=own_bias), None]
-        mix = Mix(4, 3, 2, detach=False)  # a detached one has no derivative to compare with
+        mix = Mix(4, 3, 2, detach=False)  # detach=True has no gradient to compare with
         return negmine.info_nce(query, positive, pools, temperature=temperature, mix=mix, query_ids=ids)
 
     temperature = torch.tensor(T, dtype=torch.float64, requires_grad=True)
@@ -168,7 +168,7 @@ def test_a_list_of_one_pool_is_the_pool(any_backend, options):
 
 
 def test_pools_without_options_are_one_pool(any_backend):
-    """Where nothing ranks, where a key stands makes no difference."""
+    """If ranks are not used, it does not matter which pool a key is in."""
     query, positive, keys, *_ = tensors(device_of(any_backend))
     mask = torch.arange(K, device=query.device) % 5 > 0
     call = {"temperature": T, "reduction": "none", "backend": any_backend}
@@ -198,7 +198,7 @@ def test_pools_opt_out_of_what_the_call_says(any_backend):
 
 
 def test_each_pool_draws_by_its_number(any_backend):
-    """Pool 0 draws as a pool alone does; equal pools draw different members and mixes."""
+    """Pool 0 draws the same as a single pool; equal pools draw different samples and mixes."""
     query, positive, keys, *_ = tensors(device_of(any_backend))
     nothing, call = keys[:0], {"reduction": "none", "seed": 5, "backend": any_backend}
     for options in ({"select": Select(sample=6)}, {"mix": Mix(20, 6, 6)}):
@@ -248,7 +248,7 @@ def test_a_bias_of_own_keys_reaches_every_sum(backend):
 
 @pytest.mark.parametrize("margin, relative", [(0.0, False), (2.0, False), (-1.0, False), (0.25, True), (-0.5, True)])
 def test_a_guide_is_its_dense_mask(any_backend, margin, relative):
-    """Bit by bit on whole numbers, where many scores lie on the limit: shared, own and in-batch keys."""
+    """Bit-identical for integers, where many scores equal the limit: for shared, own and in-batch keys."""
     device = device_of(any_backend)
     query, positive, keys = whole(B, D, device=device), whole(B, D, seed=1, device=device), whole(K, D, device=device)
     own = whole(B, M, D, seed=3, device=device)
@@ -286,11 +286,11 @@ def test_a_guide_is_a_loop():
 
 
 def test_a_guide_spares_the_positive_at_every_rank():
-    """Keys gathered from ranks: a public loss protects column b of row b, which is another rank's document at rank 1."""
+    """With keys gathered from ranks, a public loss protects column b of row b, which is a document of another rank on rank 1."""
     ranks, margin = 2, 0.05
     documents = unit(ranks * B, D, seed=1)
     for rank in range(ranks):
-        rows = torch.arange(B) + rank * B  # this rank's rows of the gathered documents
+        rows = torch.arange(B) + rank * B  # rows of this rank's documents
         query = F.normalize(documents[rows] + 0.1 * unit(B, D, seed=2), dim=1)
         guide = Guide(query, documents[rows], documents, margin=margin)
         pool = Negatives(documents, ids=torch.arange(ranks * B), guide=guide)
@@ -300,7 +300,7 @@ def test_a_guide_spares_the_positive_at_every_rank():
         assert bool(loss.isfinite()) and int(stats.num_empty) == 0
         scores = query @ documents.T
         keep = scores <= scores[range(B), rows][:, None] - margin
-        wrong = (scores / 0.05).masked_fill(~keep, -torch.inf)  # the positive masked by its own margin
+        wrong = (scores / 0.05).masked_fill(~keep, -torch.inf)  # the positive is masked by its own margin
         assert bool(wrong[range(B), rows].isinf().all())
         right = F.softplus(wrong.logsumexp(1) - scores[range(B), rows] / 0.05).mean()
         torch.testing.assert_close(loss, right)
@@ -447,7 +447,7 @@ def test_guides_and_pools_refuse_what_cannot_be_meant(make, error, words):
 
 
 def test_a_guide_of_mixed_dtypes_masks_as_the_widest(any_backend):
-    """Small whole numbers: the scores are exact in every dtype."""
+    """With small integers, the scores are exact in every dtype."""
     device = device_of(any_backend)
     q, p, k, guide_q, guide_p, guide_k = (whole(n, 8, device=device, seed=i) for i, n in enumerate((5, 5, 40) * 2))
     losses = [

@@ -1,6 +1,6 @@
-"""Properties of the public ops over random problems, by hypothesis: the CPU kernels against the reference, and identities.
+"""Properties of the public ops with random inputs from hypothesis: the CPU kernels equal the reference, and identities.
 
-An example that once failed stays: as an @example above its test.
+An input that failed once is kept as an @example of its test.
 """
 
 import pytest
@@ -31,7 +31,7 @@ def problems(draw):
     if K and draw(st.booleans()):  # duplicates and constant rows
         keys[: K // 2] = keys[0].clone()
     masks = ids(B, K, seed=seed) if draw(st.booleans()) else {}
-    if masks and draw(st.booleans()):  # unknown ids, which equal nothing
+    if masks and draw(st.booleans()):  # unknown ids, which are equal to nothing
         masks = {name: value - 1 for name, value in masks.items()}
     if draw(st.booleans()):
         masks["negative_mask"] = torch.rand(K, generator=torch.Generator().manual_seed(seed)) < draw(st.floats(0, 1))
@@ -89,7 +89,7 @@ def test_no_pool_has_a_wider_window_than_promised(select, K):
 def test_complementary_windows_add_up(problem, cut):
     q, keys, masks = problem
     if len(keys) * cut < 1:
-        return  # a fraction window keeps at least one: the two overlap
+        return  # the two windows overlap, because a window of fractions keeps at least one
     q, keys = q.float() / 30, keys.float() / 30
     allowed = dense_mask(q, keys, masks)
     if allowed is not None and bool((allowed.sum(1) * cut < 1).any()):
@@ -156,7 +156,7 @@ EMPTY = (whole(3, 2), whole(0, 2), {})
 
 
 def on_both(function, *tensors, **options):
-    """The results of the CPU kernels and of the reference."""
+    """Return the results of the CPU kernels and of the reference."""
     return [function(*tensors, **options, backend=backend) for backend in ("cpu", "reference")]
 
 
@@ -266,7 +266,7 @@ def test_a_ring_holds_the_last_keys(K, batches):
 
 @st.composite
 def pools(draw):
-    """query, positives, and one to three pools in their forms, with masks, ids, biases and options; whole numbers."""
+    """query, positives, and one to three pools of any form, with masks, ids, biases and options; integer vectors."""
     B, D, seed = draw(st.integers(1, 9)), draw(st.sampled_from([2, 5, 16])), draw(st.integers(0, 2**20))
     generator = torch.Generator().manual_seed(seed)
     vectors = [whole(B, D, seed=seed + i) for i in (0, 1)]
@@ -291,7 +291,7 @@ def pools(draw):
 @settings(max_examples=60, deadline=None)
 @given(pools(), st.booleans(), st.sampled_from([None, (1, 2), (2,)]))
 def test_mixtures_of_pools_and_options(problem, decoupled, widths):
-    """The kernels are the reference, in info_nce and, at several widths, in matryoshka; ties are many, and go by one rule."""
+    """Kernels equal the reference in info_nce and, with several widths, in matryoshka, with many equal scores."""
     (q, positive), listed, query_ids = problem
     options = {"temperature": 8.0, "decoupled": decoupled, "query_ids": query_ids, "reduction": "none"}
     loss = negmine.info_nce

@@ -33,7 +33,7 @@ HEAD = """
 
 
 def run(body: str, given: torch.Tensor, threads: int = 64, shared: int = 8192, seed: int = 0) -> torch.Tensor:
-    """What the body leaves where %rd3 points; %rd2 points to the thread's element of `given`, %r3 to its 4 shared bytes."""
+    """Run PTX code; return what it stores at %rd3. %rd2 points to the thread's element of `given`, %r3 to its 4 shared bytes."""
     program = ptx.Program(f"{HEAD}{body}\n  ret;\n}}")
     out = torch.zeros(threads, dtype=torch.int32)
     ranges = [(x.data_ptr(), x.data_ptr() + 4 * x.numel()) for x in (given, out)]
@@ -48,7 +48,7 @@ def unary(instruction: str, given: torch.Tensor) -> torch.Tensor:
 
 
 def test_numbers():
-    """Each against what torch or arithmetic by hand makes of it, on both signs, ties of rounding and numbers that are none."""
+    """Compare each instruction with torch or plain arithmetic, for both signs, halfway cases of rounding, NaN and inf."""
     whole = torch.arange(-32, 32, dtype=torch.int32) * 123_457_891
     assert torch.equal(unary("mul.hi.s32 %r5, %r4, 7;", whole), (whole.long() * 7 >> 32).int())
     unsigned = whole.long() & 0xFFFFFFFF
@@ -95,7 +95,7 @@ def test_lanes_that_part_meet_again():
 
 
 def reversed_within(between: str) -> str:
-    """Every thread stores its number, and loads that of the 64 threads' other end."""
+    """Thread i of 64 stores its number, then loads that of thread 63 - i."""
     return f"""
       xor.b32 %r4, %r1, 252;
       add.s32 %r5, %r2, %r4;
@@ -107,7 +107,7 @@ def reversed_within(between: str) -> str:
 
 
 def copied(before: str, after: str) -> str:
-    """Every thread copies the first 16 bytes of what is given, and stores the first 4 of them."""
+    """Every thread copies the first 16 bytes of the input to shared memory, and stores the first 4 of them."""
     return f"""
       shl.b32 %r4, %r0, 4;
       add.s32 %r5, %r2, %r4;
@@ -121,7 +121,7 @@ def copied(before: str, after: str) -> str:
 
 
 def product(between: str, fence: str, meanwhile: str, stored: str = "fence.proxy.async.shared::cta;") -> str:
-    """A product of 64 rows of shared memory by 8 of them, 128 bytes each, swizzled."""
+    """A matrix product of 64 rows and 8 rows in shared memory, with 128 bytes each, swizzled."""
     return f"""
       st.shared.b32 [%r3], %r0;
       {stored}
@@ -139,7 +139,7 @@ def product(between: str, fence: str, meanwhile: str, stored: str = "fence.proxy
 
 
 def apart(instruction: str) -> str:
-    """The first 7 lanes wait for the others at one place, and these for them at another."""
+    """The first 7 lanes wait at one instruction for the other lanes, which wait for them at another."""
     return f"""
       setp.lt.u32 %p0, %r0, 7;
       @%p0 bra $few;
@@ -186,13 +186,13 @@ def test_what_barriers_and_waits_order(seed):
     )
 
 
-# Every kernel that Triton compiles here, on few shapes; all tests of the backend, on all shapes: `make ptx`.
+# Every kernel of Triton with few shapes. `make ptx` runs all tests of the backend with all shapes.
 ROWS = "triton and (masks_are_exact and everything or plain-none-torch.bfloat16 or everything-torch.bfloat16)"
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_triton_as_compiled(capability, tmp_path):
-    """tests/test_kernels.py in a process whose Triton launches run as PTX for such a GPU."""
+    """Run tests/test_kernels.py in a process where launches of Triton run as PTX for this GPU."""
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "NEGMINE_PTX_SHAPES": "few"}
     command = [sys.executable, "-m", "tests.ptx", str(capability), "-q", "tests/test_kernels.py", "-k", ROWS]

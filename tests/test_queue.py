@@ -14,7 +14,7 @@ from tests.ranks import run_ranks
 
 
 class ListQueue:
-    """The same ring as a Python list."""
+    """The same queue as a Python list."""
 
     def __init__(self, K):
         self.rows, self.ptr, self.K = [None] * K, 0, K
@@ -94,7 +94,7 @@ def test_the_gradient_survives_enqueue():
     assert bool(q.grad.isfinite().all())
 
 
-# Every public function over a queue, as a function of query, positive, negatives, ids of the queries and the backend.
+# Every public function that takes a queue, as a function of query, positive, negatives, ids of the queries, and backend.
 OVER_A_QUEUE = {
     "info_nce": lambda q, p, n, **given: negmine.info_nce(q, p, n, **given),
     "window": lambda q, p, n, **given: negmine.info_nce(q, p, n, select=Select(0.2, 0.7), **given),
@@ -120,10 +120,10 @@ OVER_A_QUEUE = {
 
 @pytest.mark.parametrize("op", OVER_A_QUEUE)
 def test_a_growing_queue_is_its_valid_rows(any_backend, op):
-    """Rows that are not there yet are no candidates and are never read: they hold NaN here, and ids that queries have."""
+    """Rows that are not filled yet are no candidates and are not read. In this test, they are NaN and have ids of queries."""
     device = device_of(any_backend)
     dtype = torch.float64 if any_backend == "reference" else torch.float32
-    for count in (0, 7) if interpreted(any_backend) else (0, 1, 7, 12):  # of 12
+    for count in (0, 7) if interpreted(any_backend) else (0, 1, 7, 12):  # of 12 rows
         queue = MoCoQueue(4, 12, dtype=dtype, with_ids=True, random_init=False).to(device)
         queue.enqueue(unit(count, 4, dtype=dtype, seed=3, device=device), ids=torch.arange(count, device=device) % 3)
         queue.queue[count:] = torch.nan
@@ -142,7 +142,7 @@ def test_a_growing_queue_is_its_valid_rows(any_backend, op):
 def work(rank, world):
     queue = MoCoQueue(2, 9, with_ids=True, random_init=False, gather_distributed=True)
     for step in range(4):
-        count = 2 + (rank + step) % 2  # ragged batches
+        count = 2 + (rank + step) % 2  # different batch sizes
         number = torch.arange(count) + 10 * step + 100 * rank
         queue.enqueue(number[:, None].float().expand(count, 2), ids=number)
     return queue.ids.tolist(), queue.keys[:, 0].tolist()

@@ -23,9 +23,8 @@ ROOT = Path(__file__).parents[2]
 LAUNCHER = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p, ctypes.c_int64
 )
-_allowed: collections.deque[tuple[int, int]] = collections.deque(
-    maxlen=40
-)  # memory ranges of the tensors of recent calls
+# Memory ranges of the tensors of recent calls.
+_allowed: collections.deque[tuple[int, int]] = collections.deque(maxlen=40)
 
 
 def allow(tensor: torch.Tensor) -> None:
