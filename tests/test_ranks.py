@@ -1,7 +1,7 @@
 """Collective calls with 2 and 3 ranks: invalid arguments on one rank in every call, and losses with the negatives of all ranks.
 
-The ranks are started once for each number of them and run every case of this file one after the other, so that a case also shows
-that the one before it left no rank behind.
+For each number of ranks, the processes are started once and run all cases of this file one after the other. So a case also shows
+that the previous one left all ranks in the same state.
 """
 
 import ast
@@ -57,7 +57,7 @@ def sharded_queue(**options):
 
 
 def diverged(bad):
-    """A queue whose counters were changed on one rank alone: an EMA copy, a checkpoint loaded there only."""
+    """A queue whose counters differ on one rank, as after loading a checkpoint only there."""
     queue = shared_queue()
     queue.queue_ptr += bad
     queue.enqueue(unit(2, D))
@@ -126,7 +126,7 @@ def memory_over_ranks():
 
 
 GATHER = {"gather_distributed": True}
-# name: (what is done, where `bad` is true on one rank; part of what that rank says, or None where the ranks only disagree)
+# name: (a function of `bad`, which is true on one rank; part of the error message of that rank, or None if the ranks only differ)
 BAD = {
     "3a enqueue: width": (lambda bad: shared_queue().enqueue(unit(2, D + bad)), "keys must be of shape (B, D)"),
     "3a enqueue: None": (lambda bad: shared_queue().enqueue(None if bad else unit(2, D)), "keys must be a tensor"),
@@ -150,7 +150,7 @@ BAD = {
         lambda bad: paired(negmine.InfoNCELoss(**GATHER), bad, query=torch.arange(4)),
         "query must be a floating tensor",
     ),
-    "3a InfoNCELoss: mask": (  # seen only once the rows are gathered
+    "3a InfoNCELoss: mask": (  # found only after the rows are gathered
         lambda bad: paired(negmine.InfoNCELoss(**GATHER), False, negative_keys=Negatives(None, mask=everyone(bad))),
         "mask must be of shape",
     ),
@@ -166,7 +166,7 @@ BAD = {
         lambda bad: labelled(negmine.TripletLoss(**GATHER), bad, key_labels=torch.ones(B)),
         "key_labels must be an integer tensor",
     ),
-    "3a MultiSimilarityLoss: labels": (  # seen only once the keys are gathered
+    "3a MultiSimilarityLoss: labels": (  # found only after the keys are gathered
         lambda bad: labelled(negmine.MultiSimilarityLoss(**GATHER), bad, query_labels=torch.arange(B + 1)),
         "query_labels must be of shape (4,)",
     ),
@@ -174,7 +174,7 @@ BAD = {
         lambda bad: memory_over_ranks()(unit(B, D), torch.arange(B + bad)),
         "labels must be of shape (4,)",
     ),
-    "3a DistributedLossWrapper: indices": (  # seen only once the rows are gathered
+    "3a DistributedLossWrapper: indices": (  # found only after the rows are gathered
         lambda bad: memory_over_ranks()(unit(B, D), torch.arange(B), (1,) if bad else None),
         "indices_tuple must be None",
     ),
@@ -241,7 +241,7 @@ BAD = {
 
 
 def bad_calls(rank, world, folder):
-    """What each call of BAD raises here where the last rank is bad, and where agreements were made."""
+    """Return the errors on this rank of all calls in BAD, where the last rank is bad, and where ranks checked for agreement."""
     said, sites = {}, set()
     entries = {(Ranks, "agreement"): Ranks.agreement, (ProcessRanks, "together"): ProcessRanks.together}
     assert {name for _, name in entries} == AGREEING
@@ -267,11 +267,11 @@ def bad_calls(rank, world, folder):
     return said, sites
 
 
-AGREEING = {"agreement", "together"}  # of Ranks, and of ProcessRanks
+AGREEING = {"agreement", "together"}  # methods of Ranks and ProcessRanks
 
 
 def agreements():
-    """Where the package makes agreements: (file, function) of every call of an entry of AGREEING."""
+    """Return (file, function) of all calls of AGREEING in the package."""
     found = set()
     for path in PACKAGE.rglob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
@@ -285,7 +285,7 @@ def agreements():
 
 # The negatives of all ranks ---------------------------------------------------------------------------------------
 
-# name: a loss over the batch of every rank, (module, keywords of its call by name from the rows and their ids)
+# name: (module of a loss over the batches of all ranks, names of the arguments of its call)
 OVER_RANKS = {
     "in batch": (lambda **g: negmine.InfoNCELoss(0.2, **g), {}),
     "decoupled": (lambda **g: negmine.recipes.decoupled(0.2, **g), {}),
@@ -309,13 +309,13 @@ OVER_RANKS = {
 
 
 def gradients(name, rows, world):
-    """The loss of these rows of the global batch and its gradient to a layer, averaged over the ranks."""
+    """Return the loss of these rows of the global batch, and the gradient of a layer, averaged over the ranks."""
     make, given = OVER_RANKS[name]
     torch.manual_seed(3)
     layer = nn.Linear(D, D, bias=False)
     loss = make(gather_distributed=dist.is_initialized())
     number = ids(world * B, 0, seed=2)["query_ids"]
-    number[1] = number[B] = -1  # unknown: equal to nothing, but for the own positive
+    number[1] = number[B] = -1  # unknown, so equal to nothing; the row's own positive is known anyway
     image, number = unit(world * B, D, seed=7)[rows], number[rows]
     query, key = (nn.functional.normalize(layer(image * (1 + 0.1 * i)), dim=1) for i in range(2))
     if given == "labelled":
@@ -326,7 +326,7 @@ def gradients(name, rows, world):
     else:
         masks = {tag: number for tag in ("query_ids", "query_labels") if tag in given}
         keys = Negatives(nn.functional.normalize(layer(image + 1), dim=1), ids=number if masks else None)
-        bias = image[:, 0].detach().clone()  # of each key
+        bias = image[:, 0].detach().clone()  # of the keys
         columns = {
             "keys": keys,
             "pools": [None, Negatives(keys.keys, ids=keys.ids, bias=bias), Negatives(None, select=Select(0, 5))],
@@ -344,7 +344,7 @@ def over_ranks(rank, world, folder):
         dist.all_reduce(grad)
         dist.all_reduce(value)
         out[name] = value / world, grad / world
-    # Ragged batches: the sum over the global batch, and a gathered tensor's gradient.
+    # Different batch sizes: the sum over the global batch, and the gradient of a gathered tensor.
     rows = torch.arange(3.0 + rank).requires_grad_()
     (gathered(rows[:, None]).square().sum() * (rank + 1)).backward()
     out["ragged"] = rows.grad
@@ -391,7 +391,8 @@ def models_with_queues(seed=0):
     torch.manual_seed(seed)
     model = nn.Module()
     model.layer = nn.Linear(D, D)
-    model.sharded = ShardedMoCoQueue(D, K + 1, with_ids=True, random_init=False)  # no multiple of the ranks
+    # Not a multiple of the number of ranks.
+    model.sharded = ShardedMoCoQueue(D, K + 1, with_ids=True, random_init=False)
     model.shared = MoCoQueue(D, K, gather_distributed=True)
     return model
 
@@ -406,7 +407,7 @@ def through_a_checkpoint(rank, world, folder):
         fully_shard(given.layer)
         state = negmine.queues.distributed_state_dict(given)
         (checkpoint.load if results else checkpoint.save)(state, checkpoint_id=f"{folder}/checkpoint")
-        given.load_state_dict(state)  # takes distributed tensors too
+        given.load_state_dict(state)  # also accepts distributed tensors
         queue = given.sharded
         whole = given.layer.weight.full_tensor().detach()
         results.append([t.clone() for t in (queue.queue, queue.queue_ids, given.shared.queue, whole, queue.queue_ptr)])
@@ -417,7 +418,7 @@ def through_a_checkpoint(rank, world, folder):
 
 
 def copies(rank, world, folder):
-    """Deep copies of modules that were given a group, as an EMA model makes them, belong to it; pickling them is refused."""
+    """Deep copies of modules with a process group, as for an EMA model, have the same group. Pickling them is an error."""
     group, losses = dist.new_group(list(range(world))), []
     for make in (MoCoQueue, ShardedMoCoQueue):
         queue = make(D, K, process_group=group, **(GATHER if make is MoCoQueue else {}))
@@ -433,7 +434,7 @@ def copies(rank, world, folder):
 
 
 def compiled(rank, world, folder):
-    """Losses of a compiled step and of the step as it is, and how many graphs there are after each step."""
+    """Return losses of a compiled step and of the same step uncompiled, and the number of graphs after each step."""
     torch._dynamo.reset()
     counter, made = CompileCounter(), []
     layer, loss = nn.Linear(D, D), negmine.InfoNCELoss(**GATHER)
@@ -454,7 +455,7 @@ def compiled(rank, world, folder):
 
 
 def of_peers():
-    """name: (ours, theirs), losses of other packages that gather by themselves; those that are installed."""
+    """Return {name: (ours, theirs)} for losses of installed packages that gather over ranks themselves."""
     pairs = {}
     with contextlib.suppress(ImportError):
         import lightly.loss as theirs
@@ -471,7 +472,7 @@ def of_peers():
 
 
 def adapters(rank, world, folder):
-    """Loss and gradient of a few steps, of ours and of theirs."""
+    """Return losses and gradients of a few steps, ours and theirs."""
     out = {}
     for name, pair in of_peers().items():
         for step in range(4):
@@ -486,7 +487,7 @@ def adapters(rank, world, folder):
 
 
 def text_losses(rank, world, folder):
-    """Loss and gradient of a model under DistributedDataParallel, and those of one process on the batch of all ranks."""
+    """Return loss and gradient of a model under DistributedDataParallel, and of one process with the batches of all ranks."""
     every = columns(2, batch=world * B)
     own = [{name: rows[rank * B : (rank + 1) * B] for name, rows in column.items()} for column in every]
     out = {}
@@ -506,7 +507,7 @@ def text_losses(rank, world, folder):
 
 
 def with_memory(rank, world, folder):
-    """Loss and gradient of a negmine loss inside a CrossBatchMemory over the ranks, as the mean over them has it."""
+    """Return the loss of a negmine loss in a CrossBatchMemory over the ranks, and its gradient, averaged over the ranks."""
     loss, out = memory_over_ranks(), []
     for step in range(3):
         rows = unit(B, D, seed=10 * step + rank).requires_grad_()
@@ -542,7 +543,7 @@ def all_cases(rank, world, folder):
 
 @pytest.fixture(params=WORLDS)
 def got(request, tmp_path_factory):
-    """What every rank of a world answers, by case."""
+    """Return the results of all ranks, by case."""
     if request.param not in answers:
         folder = tmp_path_factory.mktemp("ranks")
         answers[request.param] = run_ranks(all_cases, request.param, folder, folder)
@@ -646,14 +647,14 @@ def test_ranks_have_the_losses_of_other_packages(got):
 
 
 def tensors(state):
-    """All tensors of nested dicts and lists, in order."""
+    """Return all tensors in nested dicts and lists, in order."""
     if isinstance(state, torch.Tensor):
         return [state]
     parts = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
     return [tensor for part in parts for tensor in tensors(part)]
 
 
-# Three ranks would add gradients in an order that DistributedDataParallel chooses anew when it starts.
+# Only two ranks, because with three, DistributedDataParallel may add gradients in another order after a restart.
 @pytest.mark.parametrize("got", [2], indirect=True)
 def test_4_ranks_that_are_killed_and_resumed_give_the_same_bits(tmp_path, got):
     world = len(got)

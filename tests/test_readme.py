@@ -1,7 +1,7 @@
-"""The code on the pages: Python blocks run, the diff of existing MoCo code fits the API, names and link targets exist.
+"""The code in README.md and docs: Python blocks run, the diff of MoCo code fits the API, names and link targets exist.
 
-The blocks of one page run in order in one namespace, as a reader would type them. A diff is read as the code that it leaves:
-it must parse, its `negmine.` names must exist and its calls must fit their signatures.
+The blocks of one page run in order in one namespace. The code after a diff must parse, its `negmine.` names must exist, and its
+calls must fit the signatures.
 """
 
 import ast
@@ -21,24 +21,24 @@ PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT)) for
 
 
 def blocks(page: str, language: str) -> list[str]:
-    """The fenced blocks of one language."""
+    """Return the fenced code blocks of one language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
 
 
 def side(diff: str, dropped: str) -> ast.Module:
-    """The code before (`dropped` is '+') or after ('-') a diff."""
+    """Return the code before a diff (`dropped` is '+') or after it ('-')."""
     return ast.parse("\n".join(line[1:] for line in diff.splitlines() if not line.startswith(dropped)))
 
 
 def check_names(tree: ast.Module) -> set[str]:
-    """Every negmine.<name> exists, every call of one binds, every self.queue.<name> is a MoCoQueue's; the names seen."""
+    """Check that negmine.<name> exist, calls fit their signatures, and self.queue.<name> are of MoCoQueue. Return the names."""
     seen = set()
     for node in ast.walk(tree):
         called = node.func if isinstance(node, ast.Call) else node
         if not isinstance(called, ast.Attribute):
             continue
         place = ast.unparse(called)
-        if "(" in place:  # of what a call returns
+        if "(" in place:  # an attribute of the result of a call
             continue
         if place.startswith("negmine."):
             found = negmine
@@ -94,7 +94,7 @@ def test_tables_name_what_exists():
 def test_targets_and_files_exist(page):
     text = (ROOT / page).read_text()
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
-    # A target stands in backticks or begins an indented line.
+    # Make targets are in backticks or at the start of an indented line.
     for target in re.findall(r"(?:`|^ {4})make ([\w-]+)", text, re.M):
         assert target in targets, f"{page}: make {target}"
     for path in re.findall(r"`((?:negmine|kernels|csrc|tests|benchmarks|examples|build_tools|docs)/[\w./]*)`", text):

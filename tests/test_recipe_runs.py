@@ -1,4 +1,4 @@
-"""Every recipe trains on a task of the demo's shape; benchmarks.recipes resumes, sorts and writes tables."""
+"""Every recipe trains on a small task like that of the demo; benchmarks.recipes resumes, sorts and writes tables."""
 
 import csv
 import inspect
@@ -20,7 +20,7 @@ DIM, ENTRIES, QUERIES = 16, 400, 300
 
 @pytest.fixture
 def task(monkeypatch):
-    """Entries are random; a query is its entry turned by one matrix and noise: something to learn."""
+    """Entries are random. A query is its entry times a matrix that is the same for all, plus noise, so it can be learned."""
     monkeypatch.setattr(train, "K", 256)
     monkeypatch.setattr(train, "B", 32)
     generator = torch.Generator().manual_seed(0)
@@ -40,7 +40,7 @@ def test_every_recipe_is_there_by_its_name():
 @pytest.mark.parametrize("name", train.RECIPES)
 def test_every_recipe_learns(task, name):
     before = train.evaluate(*train.new_heads(DIM, 0, torch.device("cpu")), task)
-    steps = {"rince": 200, "siglip": 200}.get(name, 60)  # exponentials and sums that start far from balance
+    steps = {"rince": 200, "siglip": 200}.get(name, 60)  # these start far from the minimum
     run = train.train(name, task, steps, 0, [steps], before)
     assert run.curve[-1][1].mrr > before.mrr + 0.02, (name, before, run.curve[-1])
 
@@ -55,7 +55,7 @@ def test_the_runner_resumes_and_tabulates(task, tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "train", counted)
     runner.run_missing(task, ["all"], [0, 1], 3, path)
-    runner.run_missing(task, ["all", "ring"], [0, 1], 3, path)  # cut short, and started again
+    runner.run_missing(task, ["all", "ring"], [0, 1], 3, path)  # started again after an interruption
     assert trained == ["all", "all", "ring", "ring"]
     with path.open() as file:
         rows = list(csv.DictReader(file))

@@ -76,9 +76,9 @@ def test_recipe_is_its_formula(any_backend, loss, T, formula):
 
 
 def test_a_window_is_not_batch_wide():
-    """Two queries keep different columns: the hardest 5 % of each, not of all pairs."""
+    """Two queries keep different columns: the hardest 5 % of each query, not of all pairs."""
     (q, pos, keys), *_ = logits(0.2)
-    q = torch.cat([q[:1], q[1:] / 10])  # one query would hold all of a batch-wide window
+    q = torch.cat([q[:1], q[1:] / 10])  # a window over all pairs would be entirely in one query
     _, stats = recipes.hardest(return_stats=True)(q, pos, keys)
     assert stats.num_negatives.tolist() == [10] * B
 
@@ -106,7 +106,7 @@ def test_sup_con_recipe():
 
 @pytest.mark.parametrize("name, T", [("qwen3_embedding", 0.02), ("gte", 0.01)])
 def test_both_sides_of_the_batch_are_negatives(any_backend, name, T):
-    """By loops: rows 1 and 3 are one document, row 2's id is unknown; hard negatives of each query, some masked by the margin."""
+    """Compared with loops. Rows 1 and 3 are one document, the id of row 2 is unknown, and the margin masks some negatives."""
     q, pos = (unit(n, D, seed=i).double() for i, n in enumerate((B, B)))
     hard = unit(B, 4, D, seed=2).double()
     hard[0, 1] = q[0]  # above the positive by more than the margin
@@ -143,14 +143,14 @@ def inputs():
 
 
 def call(loss, name):
-    """One call of any recipe's module with what its method asks for."""
+    """Call the module of any recipe with the inputs that it needs."""
     tensors, given = feed(name, *inputs())
     return loss(*tensors, **given)
 
 
 @dataclass(frozen=True)
 class held:
-    """A schedule that does not move."""
+    """A constant schedule."""
 
     value: float
 
@@ -169,7 +169,7 @@ def test_schedules():
 
 
 def test_the_published_step_schedules():
-    """Ring: ten values 1.0, 0.9, .. 0.1, equally long. HCL --anneal down: linspace(beta, 0, 9), a ninth of the run each."""
+    """Ring: 1.0, 0.9, .. 0.1, equally many steps each. HCL --anneal down: linspace(beta, 0, 9), a ninth of the steps each."""
     ring = recipes.step(1.0, 0.1, 100)
     assert [round(ring(s), 12) for s in range(0, 100, 10)] == [round(1 - i / 10, 12) for i in range(10)]
     assert ring(9) == 1.0 and round(ring(10), 12) == 0.9
@@ -178,7 +178,7 @@ def test_the_published_step_schedules():
 
 
 def test_the_published_exponential_schedule_is_over_at_once():
-    """Its decay is per iteration: 0.9 exp(-0.1 step) + 0.1 has gone all but 1 % of its way after 45 of them."""
+    """It decays per iteration: 0.9 exp(-0.1 step) + 0.1 reaches 99 % of its change after 45 iterations."""
     public = recipes.exponential(1.0, 0.1)
     assert [public(s) for s in (0, 7)] == [1.0, 0.1 + 0.9 * math.exp(-0.7)]
     reached = next(s for s in range(1000) if public(s) - 0.1 < 0.01)
@@ -288,7 +288,7 @@ def test_every_recipe_runs_and_is_pickled_with_its_schedules(name):
     values = [call(loss, name).detach() for _ in range(4)]
     assert all(bool(value.isfinite()) for value in values)
     if options.keys() & moving.keys():
-        assert len(set(map(float, values))) > 1  # the schedule moves the loss
+        assert len(set(map(float, values))) > 1  # the schedule changes the loss
     again = pickle.loads(pickle.dumps(make(**options)))
     for value in values:
         assert torch.equal(call(again, name).detach(), value)
@@ -296,7 +296,7 @@ def test_every_recipe_runs_and_is_pickled_with_its_schedules(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_number_of_a_recipe_may_be_a_schedule(name):
-    """One that does not move changes no bit, whichever option it stands for; counts too."""
+    """A constant schedule gives bit-identical results for every option, also for counts."""
     make = getattr(recipes, name)
     fixed = {"max_positives": 3} if "max_positives" in inspect.signature(make).parameters else {}
     want = call(make(**fixed), name)
@@ -306,7 +306,7 @@ def test_every_number_of_a_recipe_may_be_a_schedule(name):
         if isinstance(fixed.get(option, parameter.default), (int, float))
         and not isinstance(parameter.default, bool)
         and option not in ("seed", "warmup_steps")
-        and name != "siglip"  # whose numbers are learned
+        and name != "siglip"  # its numbers are learned
     }
     for option, value in numbers.items():
         assert torch.equal(call(make(**fixed | {option: held(value)}), name), want), option
@@ -344,7 +344,7 @@ def test_a_schedule_of_one_keyword_leaves_the_others():
 
 
 def test_ring_inner_of_outer_and_of_all():
-    """K = 65,536, outer 0.1, inner 0.1: ranks 655 to 6,552 of the published default; inner of all K is another ring."""
+    """K = 65,536, outer 0.1, inner 0.1: ranks 655 to 6,552 in the published default. inner_of="all" differs."""
     first, end = recipes.ring().at(0)["select"].window(torch.tensor([65_536]))
     assert (int(first), int(end), int(end - first)) == (655, 6_553, 5_898)
     first, end = recipes.ring(0.2, 0.05, inner_of="all").at(0)["select"].window(torch.tensor([1000]))
@@ -357,13 +357,13 @@ def test_ring_samples_with_replacement_count_twice():
     q, pos, keys = inputs()
     loss = recipes.ring(0.5, 0.1, sample=400, replace=True, temperature=0.2, return_stats=True)
     _, stats = loss(q, pos, keys)
-    assert stats.num_negatives.tolist() == [400] * B  # more than the 90 members of the ring
+    assert stats.num_negatives.tolist() == [400] * B  # more than the 90 columns of the ring
     _, stats = recipes.ring(0.5, 0.1, sample=30, return_stats=True)(q, pos, keys)
     assert stats.num_negatives.tolist() == [30] * B
 
 
 def test_the_sampled_partition_is_not_rescaled():
-    """The mean over draws of the sum over 30 of 90 members is a third of the ring's sum; no factor of 3 is applied."""
+    """The mean over draws of the sum over 30 of 90 columns is a third of the sum over the ring; it is not multiplied by 3."""
     q, _, keys = inputs()
     ring = Select(0.05, 0.5)
     whole = negmine.logsumexp(q, keys, temperature=1.0, select=ring).exp()
@@ -375,11 +375,11 @@ def test_the_sampled_partition_is_not_rescaled():
 
 
 def test_mochi_oracle_labels_leave_before_mining():
-    """Same-class rows are neither parents nor in the denominator: as if they had never been in the queue."""
+    """Rows of the same class are neither parents nor in the denominator, as if they were not in the queue."""
     q, pos, keys = inputs()
     labels, key_labels = torch.zeros(B, dtype=torch.int64), torch.arange(K) % 2
     same = key_labels == 0
-    keys[same] = q[torch.arange(int(same.sum())) % B]  # the hardest of all are false negatives
+    keys[same] = q[torch.arange(int(same.sum())) % B]  # the hardest rows are false negatives
     loss = recipes.mochi(20, 12, 6)
     columns = Negatives(keys, labels=key_labels)
     got = loss(q, pos, columns, step=3, query_labels=labels)
@@ -401,7 +401,7 @@ def test_mochi_skip_leaves_the_hardest_out_as_parents():
 
 
 def test_debiased_reports_the_clamped_share():
-    """tau_plus = 0.1 at T = 0.2 against near-random rows: every row's negatives lose their gradient, and the statistics tell."""
+    """With tau_plus = 0.1, T = 0.2 and almost random rows, all sums are clamped and have no gradient. Statistics show this."""
     q = unit(B, 128)
     keys = unit(4096, 128, seed=3)
     for tau_plus, clamped in ((0.1, True), (1e-3, False)):

@@ -1,4 +1,4 @@
-"""The reference against loops that a reader can check by eye, in float64, and its gradients by finite differences."""
+"""The reference compared with simple loops in float64, and its gradients with finite differences."""
 
 import math
 
@@ -21,7 +21,7 @@ def vectors(seed=0):
 
 
 def ranked(scores, usable):
-    """Columns of a row, hardest first, by Python's stable sort."""
+    """Return the columns of a row, hardest first, with Python's stable sort."""
     return sorted((k for k in range(len(scores)) if usable[k]), key=lambda k: (-scores[k], k))
 
 
@@ -84,7 +84,7 @@ SELECTS = [
 
 
 def kept_by_loop(scores, positive, usable, select):
-    """The columns that select keeps of one row, by the words of its docstring."""
+    """Return the columns of one row that select keeps, according to its docstring."""
     pool = []
     for k in ranked(scores, usable):
         s = scores[k]
@@ -146,7 +146,7 @@ def test_weights_are_the_published_sums(beta, tau_plus):
 
 
 def test_the_misprints_of_hcl_differ():
-    """The printed pseudo-code weighs by beta * e^x / mean(e^x); the code, and we, weigh by e^(beta x) / mean(e^(beta x))."""
+    """The printed pseudo-code has weights beta * e^x / mean(e^x). The code, and ours, have e^(beta x) / mean(e^(beta x))."""
     q, pos, keys, _ = vectors()
     loss, _ = reference.info_nce(q, pos, keys, temperature=T, weight=Weight(0.5))
     e, positive = (q @ keys.T / T).exp(), ((q * pos).sum(1) / T).exp()
@@ -163,7 +163,7 @@ def test_detached_weights_keep_the_value_and_change_the_gradient():
         grads.append((loss.sum().item(), torch.autograd.grad(loss.sum(), leaf)[0]))
     assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-12)
     x = q @ keys.T / T
-    w = (x.exp() / x.exp().mean(1, keepdim=True)).detach()  # beta = 1, held
+    w = (x.exp() / x.exp().mean(1, keepdim=True)).detach()  # beta = 1, detached
     leaf = q.clone().requires_grad_()
     held = torch.log1p((w * (leaf @ keys.T / T).exp()).sum(1) / ((leaf * pos).sum(1) / T).exp())
     torch.testing.assert_close(grads[1][1], torch.autograd.grad(held.sum(), leaf)[0])
@@ -177,7 +177,7 @@ MIX = Mix(5, 7, 4, skip=1, pair_range=(0.2, 0.9), concentration=2.0)
 def test_mixing_by_hand(mix):
     q, _, keys, usable = vectors()
     usable[1], usable[2] = False, False
-    usable[2, 4] = True  # one parent at most
+    usable[2, 4] = True  # at most one parent
     got, parents, share = reference.mix_negatives(q, keys, mix, usable, seed=11, step=3, row_offset=2**33 + 5)
     table = beta_quantiles(mix.concentration)
     for b in range(B):
@@ -262,7 +262,7 @@ def test_samples_come_from_the_window_and_depend_on_the_key_alone(replace):
     assert replace or int(drawn.max()) == 1
     assert torch.equal(times(), drawn) and not torch.equal(times(step=3), drawn)
     alone = reference.multiplicity(scores[2:3], None, select, usable[2:3], 1, 2, 2)
-    assert torch.equal(alone[0], drawn[2])  # the draw follows the global row, not the batch
+    assert torch.equal(alone[0], drawn[2])  # draws depend on the global row, not on the position in the batch
     loss, stats = reference.info_nce(q, pos, keys, temperature=T, usable=usable, select=select, seed=1, step=2)
     want = ((scores / T).exp() * drawn).sum(1) + ((q * pos).sum(1) / T).exp()
     torch.testing.assert_close(loss, want.log() - (q * pos).sum(1) / T)
@@ -304,7 +304,7 @@ def test_gradients_by_finite_differences(options):
     usable[3] = False
     temperature = torch.tensor(T, dtype=torch.float64)
     if "mix" in options and options["mix"].detach:
-        # Detached mixes move with the inputs but must not be differentiated: hold them by differentiating at fixed h.
+        # Detached mixes depend on the inputs but must not be differentiated, so they are kept fixed for the finite differences.
         h = reference.mix_negatives(q, keys, options["mix"], usable)[0]
 
         def loss_of(q, pos, keys, temperature):

@@ -23,7 +23,7 @@ def mine(query=q, negatives=keys, N=2, **options):
 
 
 def own(**given):
-    """The keys with ids, labels or a mask."""
+    """Negatives with ids, labels or a mask."""
     return Negatives(keys, **given)
 
 
@@ -83,7 +83,7 @@ REFUSALS = [
     (mine(N=0), ValueError, "mine_hardest: N must be an int of 1 or more, got 0"),
     (mine(N=2.0), ValueError, "N must be an int of 1 or more"),
     (mine(N=True), ValueError, "N must be an int of 1 or more"),
-    # options of the wrong kind, and half pairs
+    # options of the wrong type, and pairs of arguments of which one is missing
     (loss(select=0.05), TypeError, "select must be a negmine.Select or None, got 0.05"),
     (loss(mix=1024), TypeError, "mix must be a negmine.Mix or None"),
     (loss(weight=1.0), TypeError, "weight must be a negmine.Weight or None"),
@@ -152,7 +152,7 @@ REFUSALS = [
         ValueError,
         "query_ids must be None, because the queue was created without with_ids=True",
     ),
-    # what single functions want
+    # arguments of single functions
     (
         mine(select=Select(0, 2, absolute_margin=0.1)),
         ValueError,

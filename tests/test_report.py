@@ -1,6 +1,6 @@
-"""hardness_report against loops in float64, its page, its files, its errors.
+"""hardness_report compared with loops in float64; its page, its files and its errors.
 
-Integer embeddings make every score exact, so ranks, ties included, are the loop's.
+With integer embeddings, scores are exact, so ranks equal those of the loop, also for equal scores.
 """
 
 import itertools
@@ -40,7 +40,7 @@ def case():
 
 
 def rankings(case) -> list[list[tuple[float, int]]]:
-    """Each query's pool, (score, row), hardest first, ties to the lower row."""
+    """Return the pool of each query as (score, row), hardest first; among equal scores, the lower row comes first."""
     out = []
     for q, query in enumerate(case["query_embeddings"].double().tolist()):
         hidden = {*case["positives"][q], *case["exclude"][q]}
@@ -211,12 +211,12 @@ print_peak(run, q[:2], q)
 
 
 def test_no_matrix_of_all_pairs():
-    """1,024 queries against 65,536 rows: their scores would be 256 MiB. Beside the budget: kernels' scratch a thread, figures."""
+    """1,024 queries and 65,536 rows, whose scores need 256 MiB. The limit includes buffers of each thread and the figures."""
     assert peak_mib(MEMORY) < 128
 
 
 class Reader(HTMLParser):
-    """Open tags, attributes and text of a page; fails on a tag closed out of turn."""
+    """Collects tags, attributes and text of a page, and checks that tags are closed in the right order."""
 
     VOID = ("meta", "br", "img", "link")
 
@@ -284,7 +284,7 @@ def test_files_give_back_what_was_saved(case, tmp_path, kind):
     back = HardnessReport.load(path)
     assert back.facts == made.facts and back.summary() == made.summary()
     for name, values in made.figures.items():
-        finite = np.where(np.isfinite(values), values, np.nan)  # JSON has one word for what is not finite
+        finite = np.where(np.isfinite(values), values, np.nan)  # JSON has only null for values that are not finite
         np.testing.assert_array_equal(
             back.figures[name]
             if kind == "json"

@@ -12,7 +12,7 @@ EDGES = (0.0, 0.05, 0.3, 0.8, 1.0)
 
 
 def figures_of(mean: list[float], error: float, edges: tuple[float, ...] = EDGES) -> tuple[dict, dict]:
-    """A report's figures and facts with one curve and nothing else of note."""
+    """Figures and facts of a report with one curve and nothing else remarkable."""
     made = negmine.hardness_report(unit(4, 8), unit(60, 8, seed=2), edges=edges)
     figures = dict(made.figures) | {"same_class_mean": np.array(mean), "same_class_error": np.full(len(mean), error)}
     return figures | {"same_class_chance": np.array(0.1), "hard_agreement": np.array(0.0)}, made.facts

@@ -1,4 +1,4 @@
-"""merge_retrievers against loops, and the documented properties of build_batches."""
+"""merge_retrievers compared with loops, and the documented properties of build_batches."""
 
 import copy
 import pickle
@@ -25,7 +25,7 @@ def retrievers(n=8):
 
 
 def loop(lists, hidden, method, n, weights, constant):
-    """lists: of each retriever, the (document, score) pairs of one query, hardest first."""
+    """lists: for each retriever, the (document, score) pairs of one query, hardest first."""
     clean = []
     for pairs in lists:
         seen = {}
@@ -134,7 +134,7 @@ def test_batches_hold_no_positive_of_another_query(tmp_path):
 
 
 def test_batches_are_hard():
-    """Queries around few centres: a batch holds queries of one centre, and those are hard for each other."""
+    """Queries are close to few centres. A batch has queries of one centre, which are hard negatives for each other."""
     centres = unit(10, 16, seed=3).repeat_interleave(8, 0)
     corpus = centres + 0.1 * unit(80, 16, seed=4)
     queries = corpus + 0.05 * unit(80, 16, seed=5)
@@ -144,7 +144,7 @@ def test_batches_are_hard():
 
 
 class Table:
-    """What hard_batches reads of a datasets.Dataset."""
+    """The interface of datasets.Dataset that hard_batches uses."""
 
     def __init__(self, **columns):
         self.columns, self.column_names = columns, list(columns)
@@ -157,7 +157,7 @@ class Table:
 
 
 def test_batches_of_the_rows_of_a_dataset():
-    """A row for each positive, in any order: every row once, no two of one query in a batch, neighbours side by side."""
+    """A row for each positive, in any order: each row once, no two rows of a query in a batch, near rows in one batch."""
     centres = unit(10, 16, seed=3).repeat_interleave(8, 0)
     corpus = centres + 0.1 * unit(80, 16, seed=4)
     texts = [f"query {i}" for i in range(40)]
