@@ -53,7 +53,7 @@ def test_a_bad_query_row_stays_in_its_row(any_backend, options, bad):
     assert torch.equal(clean[2].index[others], spoiled[2].index[others])
     if bad != bad:
         assert bool(spoiled[0][2].isnan())
-        assert bool((spoiled[2].index[2] == -1).all())  # a NaN score is no candidate
+        assert bool((spoiled[2].index[2] == -1).all())  # columns with NaN scores are no candidates
 
 
 def test_masked_rows_may_hold_anything(any_backend):
@@ -103,9 +103,7 @@ def test_strided_inputs(any_backend):
     want = negmine.info_nce(q, pos, keys, backend=any_backend)
     for a, b, c in cases:
         got = negmine.info_nce(a, b, c, backend=any_backend)
-        torch.testing.assert_close(
-            got, want, rtol=1e-6, atol=0
-        )  # the layout may choose another matmul in the reference
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)  # in the reference, matmul may depend on the layout
         assert any_backend == "reference" or torch.equal(got, want)
 
 
@@ -125,9 +123,9 @@ def test_all_equal_and_duplicate_rows_rank_by_index(any_backend):
 def test_a_negative_of_infinite_score_makes_the_loss_infinite(any_backend, options):
     q, pos, keys = inputs(any_backend)
     keys[70, 4] = torch.inf
-    nearer = q[:, 4] > 0  # (B,) the others' score is -inf
+    nearer = q[:, 4] > 0  # (B,); the scores of the other queries are -inf
     rows = negmine.info_nce(q, pos, keys, **options, reduction="none", backend=any_backend)
-    if "select" in options:  # ranks from 2 % on: past the infinite one
+    if "select" in options:  # ranks from 2 % on, without the infinite score
         assert bool(rows.isfinite().all())
         return
     assert torch.equal(rows.isposinf(), nearer) and torch.equal(rows.isfinite(), ~nearer)
@@ -135,7 +133,7 @@ def test_a_negative_of_infinite_score_makes_the_loss_infinite(any_backend, optio
 
 
 def test_huge_norms_and_small_temperatures_stay_right(any_backend):
-    """Regression: a large common offset at T = 0.01 overflows a plain exponential."""
+    """Regression: with a large common offset, a plain exponential overflows at T = 0.01."""
     q, pos, keys = inputs(any_backend)
     for norm, temperature in ((30.0, 0.01), (1.0, 0.01), (1e-3, 0.01)):
         leaf = (q * norm).requires_grad_()
@@ -154,7 +152,7 @@ def test_huge_norms_and_small_temperatures_stay_right(any_backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_a_solved_query_keeps_its_small_gradient(any_backend, dtype):
-    """Regression: p -> 1 computed as (1 - p) in the storage dtype loses the whole gradient."""
+    """Regression: if p is close to 1, computing 1 - p in the storage dtype loses the whole gradient."""
     device = device_of(any_backend)
     q = unit(1, 16, dtype=dtype, device=device)
     keys = -q.repeat(5, 1)

@@ -1,4 +1,4 @@
-"""The adapter for mining against sentence-transformers: the same dataset and model, both miners, every column."""
+"""The mining adapter compared with sentence-transformers: the same dataset and model, both miners, every column."""
 
 import random
 import zlib
@@ -18,7 +18,7 @@ D = 24
 
 
 class Model:
-    """Embeddings by text, as a model with both spellings of encode; nothing is downloaded."""
+    """A model with an embedding for each text and both ways of calling encode; nothing is downloaded."""
 
     device = torch.device("cpu")
 
@@ -59,7 +59,7 @@ class CrossEncoder:
 
 
 def pairs(rows=60):
-    """Anchors 'topic number'; every fifth anchor comes twice, every seventh positive answers two anchors."""
+    """Anchors 'topic number'. Every fifth anchor occurs twice, and every seventh positive belongs to two anchors."""
     rng = random.Random(0)
     anchors = [f"{rng.randrange(9)} {i if i % 5 else i - i % 10}" for i in range(rows)]
     answers = [f"{anchor.split()[0]} {1000 + (i if i % 7 else 0)}" for i, anchor in enumerate(anchors)]
@@ -105,14 +105,14 @@ def equal(want, got):
     ids=str,
 )
 def test_the_same_table(options, output_format, output_scores):
-    """Without filters, or with a depth that the filters do not exhaust, nothing differs."""
+    """Results are equal without filters, or if enough candidates remain after the filters."""
     if "use_faiss" in options:
         pytest.importorskip("faiss")
     equal(*tables({**options, "output_format": output_format, "output_scores": output_scores}))
 
 
 def negatives_of(table):
-    """(anchor, positive) -> its negatives in order, of triplets."""
+    """Return {(anchor, positive): negatives in order} of a table of triplets."""
     out = {}
     for anchor, positive, negative in zip(table["query"], table["answer"], table["negative"], strict=True):
         out.setdefault((anchor, positive), []).append(negative)
@@ -121,7 +121,7 @@ def negatives_of(table):
 
 @pytest.mark.parametrize("use_faiss", [False, True])
 def test_their_window_is_cut_before_the_filters_and_ours_after(use_faiss):
-    """With their own default depth: what they find for a pair are the first of what we find, and where they give up we do not."""
+    """With their default depth, their negatives of a pair are the first of ours, and we also find negatives if they find none."""
     if use_faiss:
         pytest.importorskip("faiss")
     theirs, own = map(negatives_of, tables({"relative_margin": 0.05, "num_negatives": 6, "use_faiss": use_faiss}))

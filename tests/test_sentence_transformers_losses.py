@@ -27,7 +27,7 @@ class Tokenizer:
 
 
 class Model(nn.Module):
-    """Mean of the embeddings of the tokens; writes into the features that it is given, as sentence-transformers' modules do."""
+    """Mean of token embeddings. It writes into the given features, as the modules of sentence-transformers do."""
 
     max_seq_length = 9
 
@@ -53,7 +53,7 @@ class Model(nn.Module):
 
 
 def columns(negatives, seed=0, batch=B):
-    """Features of anchors, positives and `negatives` columns: 2 to 9 tokens a text."""
+    """Features of anchors, positives and `negatives` columns, with 2 to 9 tokens per text."""
     draw = torch.Generator().manual_seed(seed)
     made = []
     for _ in range(2 + negatives):
@@ -64,7 +64,7 @@ def columns(negatives, seed=0, batch=B):
 
 
 def dense_ranking(embeddings, scale, directions, partition_mode, hardness_mode, strength):
-    """MultipleNegativesRankingLoss by its definition."""
+    """The definition of MultipleNegativesRankingLoss."""
     q, *docs = (F.normalize(rows, dim=1) for rows in embeddings)
     own, n = torch.eye(len(q), dtype=torch.bool), len(docs)
     s = q @ torch.cat(docs).T  # (B, n B)
@@ -86,7 +86,7 @@ def dense_ranking(embeddings, scale, directions, partition_mode, hardness_mode, 
 
 
 def dense_gist(embeddings, guides, temperature, strategy, margin, anchors, positives):
-    """GISTEmbedLoss by its definition."""
+    """The definition of GISTEmbedLoss."""
     (a, p, *negatives), (ga, gp, *guide_negatives) = (
         [F.normalize(rows, dim=1) for rows in part] for part in (embeddings, guides)
     )
@@ -104,7 +104,7 @@ def dense_gist(embeddings, guides, temperature, strategy, margin, anchors, posit
 
 
 def same_as_dense(loss, dense, negatives, condition):
-    """Value, and gradient of the model, against dense(embeddings, features) in float64 and fp32."""
+    """Compare the loss and the gradients of the model with dense(embeddings, features) in float64 and fp32."""
     value = loss(columns(negatives), None)
     value.backward()
     found = []
@@ -175,7 +175,7 @@ def test_guided_losses_are_their_definition(options, cached, negatives):
 
 
 def test_a_guide_of_another_vocabulary_reads_decoded_texts():
-    """The texts are the same and the guide's numbers differ by its tokenizer alone: the loss is that of a common tokenizer."""
+    """If only the token numbers of the guide differ, the loss is the same as with a common tokenizer."""
     losses = [ours.GISTEmbedLoss(Model(1), Model(2, shift=shift)) for shift in (0, 1)]
     assert [loss.must_retokenize for loss in losses] == [False, True]
     values = [loss(columns(1), None) for loss in losses]
@@ -187,7 +187,7 @@ def test_a_guide_of_another_vocabulary_reads_decoded_texts():
 
 @pytest.mark.parametrize("kind", ["ranking", "guided"])
 def test_the_second_embedding_repeats_the_random_numbers_of_the_first(kind):
-    """With dropout, the gradient is that of the embeddings that the loss was taken of; scaled as the loss is, and accumulated."""
+    """With dropout, the gradient belongs to the embeddings of which the loss was computed. It is scaled and accumulated."""
     model = Model(1, dropout=0.5)
     extra = {"mini_batch_num_tokens": 15}
     if kind == "ranking":
@@ -280,7 +280,7 @@ def test_refused_features_and_guides():
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("kind", ["MultipleNegativesRankingLoss", "GISTEmbedLoss"])
 def test_the_real_classes(kind, cached):
-    """Same signature; same value and gradient of a real model, whose weights come with a package."""
+    """The same signature, and the same loss and gradients with a real model, whose weights are part of a package."""
     import inspect
 
     package = pytest.importorskip("sentence_transformers")
@@ -311,5 +311,5 @@ def test_the_real_classes(kind, cached):
         theirs, got, want = found
         assert got[0] == pytest.approx(want[0], rel=1e-4, abs=1e-7), options
         off, their_off = (float((gradient - want[1]).norm()) for _, gradient in (got, theirs))
-        # Both are rounded to fp32 through a model of six layers; where a loss is small, its logits are rounded differently.
+        # Both go through six layers in fp32. If a loss is small, its logits are rounded differently.
         assert off <= 3 * their_off <= 1e-3 * float(want[1].norm()) + 1e-7, options

@@ -1,7 +1,7 @@
-"""A queue distributed over 1, 2 and 3 ranks (gloo) against one process with the whole queue; also uneven and empty batches.
+"""A queue distributed over 1, 2 and 3 ranks (gloo), compared with one process; also with uneven and empty batches.
 
-Small integers make every score exact and ties many: what is selected must be the same, bit for bit. Losses, gradients and
-log-sum-exps, whose sums run in another order, keep the rounded rule of tests/compare.py.
+With small integers, scores are exact and many are equal, so selections must be identical. Losses, gradients and log-sum-exps,
+whose sums have another order, are compared with compare.rounded.
 """
 
 import copy
@@ -24,9 +24,10 @@ from tests.ranks import run_ranks
 cpu = next(row for row in backends.BACKENDS if row.name == "cpu")
 pytestmark = pytest.mark.skipif(bool(cpu.refusal), reason=cpu.refusal)
 K, D = 101, 6
-BATCHES = [[4, 1, 3], [0, 5, 2], [7, 7, 7]]  # of each rank at each step
-FILL = {"full": 230, "growing": 41, "one row": 1}  # keys enqueued before: the ring turned, some shards are empty
-AT_ONCE = {"full": 3, "growing": 2, "one row": 1024}  # rounds of few places: several, and jumps
+BATCHES = [[4, 1, 3], [0, 5, 2], [7, 7, 7]]  # batch sizes of the ranks at each step
+# Number of enqueued keys: the ring has wrapped around; some shards are empty.
+FILL = {"full": 230, "growing": 41, "one row": 1}
+AT_ONCE = {"full": 3, "growing": 2, "one row": 1024}  # scores exchanged at once: several small rounds, and one
 SELECTS = {
     "all": None,
     "hardest 5 %": Select(0, 0.05),
@@ -41,12 +42,12 @@ SELECTS = {
 
 
 def selects(fill):
-    """The windows tried on a queue: few where a single row leaves little to choose."""
+    """The windows to test: fewer for a queue with a single row."""
     return list(SELECTS.items())[:: 1 if fill == "full" else 3]
 
 
 def filled(queue, keys):
-    """Enqueue keys in batches of several sizes, with ids and labels that collide."""
+    """Enqueue keys in batches of several sizes, with repeated ids and labels."""
     number = torch.arange(len(keys))
     for start in range(0, len(keys), 23):
         part = slice(start, start + 23)
@@ -62,7 +63,7 @@ def single(fill, dtype=torch.float32):
 
 
 def batch(step, world, make=whole):
-    """The global batch of a step: queries, positives, ids, labels, and where each rank's rows begin."""
+    """The global batch of a step: queries, positives, ids, labels, and the first row of each rank."""
     counts = BATCHES[step][:world]
     tags = ids(sum(counts), 0, seed=step)["query_ids"]
     starts = list(itertools.accumulate(counts, initial=0))
@@ -70,7 +71,7 @@ def batch(step, world, make=whole):
 
 
 def losses(queue, q, pos, tags, **options):
-    """Loss rows, statistics and the gradients to the query, the positive and the temperature."""
+    """Loss rows, statistics, and the gradients of the query, the positive and the temperature."""
     leaves = q.clone().requires_grad_(), pos.clone().requires_grad_(), torch.tensor(0.7).requires_grad_()
     call = dict(
         temperature=leaves[2], reduction="none", return_stats=True, query_ids=tags, query_labels=tags % 5, **options
@@ -120,7 +121,7 @@ def filled_by_ranks(queue, rank, world):
 
 
 def refusals(queue, rank, world):
-    """What one rank's mistake says on every rank; nobody hangs."""
+    """Return the errors that a mistake on one rank raises on all ranks. No rank may hang."""
     q = unit(2, D)
     calls = {
         "one rank is wrong": lambda: queue.mine_hardest(q if rank else q.long(), 3),
@@ -138,13 +139,13 @@ def refusals(queue, rank, world):
 
 
 def concatenated(got, key, place):
-    """The results of all ranks, in rank order."""
+    """Concatenate the results of all ranks in rank order."""
     columns = zip(*((rank[key][place] if place is not None else rank[key]) for rank in got), strict=True)
     return [torch.cat(c) if c[0].dim() else torch.stack(c).sum() for c in columns]
 
 
 def judge(name, made, want, truth, exact):
-    """made, want, truth: what `losses` returns, of the shards, of one process and of the reference in float64."""
+    """Compare results of `losses`: made by the shards, want of one process, truth of the reference in float64."""
     for i in range(2, 5) if exact else (3,):
         compare.exact(f"{name}[{i}]", made[i], want[i])
     for i in (0, 1, 5, 6, 7):
@@ -212,7 +213,7 @@ def test_ranks_do_what_one_process_does(world, tmp_path):
 
 
 def shard_of(first, end, total=K, **changes):
-    """The state of one shard, as another number of ranks would have saved it."""
+    """The state of the shard [first, end), as saved by another number of ranks."""
     queue = single("full")
     state = {name: getattr(queue, name)[first:end] for name in ("queue", "queue_ids", "queue_labels")}
     counters = {"queue_ptr": queue.queue_ptr, "queue_len": queue.queue_len}
@@ -293,7 +294,7 @@ def test_what_a_sharded_queue_refuses():
 
 
 def test_bounds_move_between_ring_and_shard():
-    """A bound before the shard, inside it and past it, ties and infinities included, keeps what it kept."""
+    """A bound before a shard, in it or after it keeps the same columns, also for equal and infinite scores."""
     scores = torch.tensor([-torch.inf, -2.0, -0.0, 0.0, 1.5, torch.inf]).repeat_interleave(8)
     index = torch.arange(8).repeat(6) + 10  # a shard of rows 10 to 17
     places = sort_key.pack(scores, index)
@@ -309,7 +310,7 @@ def test_bounds_move_between_ring_and_shard():
 
 
 class Together(sharded_ops.Merging):
-    """Ranks as threads of this process, which exchange through a list."""
+    """Simulates ranks as threads of this process, which exchange data through a list."""
 
     def __init__(self, rank, counts, board, barrier):
         self.rank, self.counts, self.world, self.want_mean = rank, counts, len(counts), True
@@ -333,7 +334,7 @@ class Together(sharded_ops.Merging):
         return [any(raised) for raised in zip(*self.exchange([bool(flag.any()) for flag in flags]), strict=True)]
 
 
-# Where the hard keys are: nothing that the search assumes, only how fast it is.
+# Where the hard keys are. This may affect the speed of the search, but not its result.
 SPREADS = {
     "even": lambda keys: keys,
     "one hot shard": lambda keys: keys[(keys @ torch.ones(D)).argsort(descending=True)],
@@ -379,7 +380,7 @@ def test_ranks_over_shards_are_exact_wherever_the_hard_keys_are(spread, at_once,
 def test_a_shard_of_infinite_score_makes_the_sum_infinite():
     counts, keys, q = [2, 1], unit(2 * K, D, seed=1), unit(3, D)
     keys[K + 3] = torch.inf * q[1].sign()  # in the second shard
-    q[0], q[2] = q[1] * 0.5, q[1]  # along it too
+    q[0], q[2] = q[1] * 0.5, q[1]  # a positive multiple of it
     board, barrier, got = [None] * 2, threading.Barrier(2), [None] * 2
 
     def work(rank):

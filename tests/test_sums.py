@@ -1,4 +1,4 @@
-"""logsumexp and softplus_sum on every backend against the reference, and the rules for all ops."""
+"""logsumexp and softplus_sum on every backend compared with the reference, and the rules for all ops."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ CASES = [
     ({"select": Select(0, 0.05)}, "ids"),
     ({"select": Select(1, 0.5, absolute_margin=0.02)}, "columns"),
     ({"select": Select(0, 0.5, sample=6)}, "ids"),
-    ({"select": Select(1, 5, sample=7, replace=True)}, "columns"),  # more than a window holds
+    ({"select": Select(1, 5, sample=7, replace=True)}, "columns"),  # more samples than columns in the window
 ]
 KEY = (2**32 - 1, 3, 2**33 + 7)  # seed, step, row_offset of samples
 SUMS = {"logsumexp": negmine.logsumexp, "softplus_sum": negmine.losses.softplus_sum}
@@ -62,7 +62,7 @@ def test_value_and_every_gradient(backend, op, options, kind, dtype):
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 def test_softplus_keeps_its_precision_far_below_zero(isa):
-    """exp(-60) is lost in 1 + exp(-60): log(1 + e) must not be taken of the sum. And far above, softplus(x) = x."""
+    """1 + exp(-60) rounds to 1, so the log of that sum would be 0. For large x, softplus(x) = x."""
     from negmine import _ops_cpu
 
     used = _ops_cpu.isa()
@@ -117,7 +117,7 @@ def test_rows_stand_alone_and_the_queue_may_be_overwritten(any_backend, op):
     q.requires_grad_()
     value = function(q, keys, **options)
     alone = torch.cat([function(q[b : b + 1], keys, **options) for b in range(B)])
-    if any_backend == "reference":  # its matrix product may add up another way for another shape
+    if any_backend == "reference":  # its matrix product may round differently for another shape
         torch.testing.assert_close(alone, value, equal_nan=True)
     else:
         compare.exact("rows alone", value, alone)
@@ -130,7 +130,7 @@ def test_rows_stand_alone_and_the_queue_may_be_overwritten(any_backend, op):
 
 @pytest.mark.parametrize("op", NUMBERS)
 def test_windows_partition_the_pool(any_backend, op):
-    """[0, a) and [a, 1) hold every column once."""
+    """Together, [0, a) and [a, 1) have every column once."""
     device = device_of(any_backend)
     q, keys = unit(B, D, device=device), unit(K, D, seed=1, device=device)
 

@@ -1,4 +1,4 @@
-"""sup_con on every backend against the reference: values, all gradients, batches and queues, errors."""
+"""sup_con on every backend compared with the reference: values, all gradients, batches and queues, errors."""
 
 import functools
 import re
@@ -17,7 +17,7 @@ T = 0.2
 
 
 def labels(B, K, device, seed):
-    """Labels with unknown ones on both sides, and one query label that no key has."""
+    """Labels of queries and keys, some unknown, with one query label that no key has."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randint(-1, 4, (B,), generator=generator)
     q[:1] = 9
@@ -29,7 +29,7 @@ def labels(B, K, device, seed):
 @pytest.mark.parametrize("denominator", ["all", "own_positive", "negatives_only"])
 def test_values_and_gradients(backend, positives, denominator, dtype, monkeypatch):
     skip_what_the_interpreter_repeats(backend, dtype)
-    monkeypatch.setattr(sys.modules["negmine.losses.sup_con"], "PIECE", 300)  # many pieces, also of short queues
+    monkeypatch.setattr(sys.modules["negmine.losses.sup_con"], "PIECE", 300)  # several pieces even for short queues
     device = device_of(backend)
     options = {"positives": positives, "denominator": denominator}
     for seed, (B, K, D, _) in enumerate(shapes_for(backend)):
@@ -49,7 +49,7 @@ def test_values_and_gradients(backend, positives, denominator, dtype, monkeypatc
         truth, want = run(torch.float64, reference.sup_con, usable=allowed)
         plain, _ = run(dtype, reference.sup_con, usable=allowed)
         names = ("loss", "d_query", "d_keys", "d_temperature")
-        # Two gradients are differences of pulls and pushes, whose sizes these are: 1 / T, and the logits / T of all rows.
+        # Two gradients are differences of terms of positives and negatives. The sizes of these terms are 1 / T and the logits / T.
         logits = inputs[0].double() @ inputs[1].double().T / T  # (B, K)
         terms = {"d_query": torch.tensor(1 / T), "d_temperature": logits.abs().mean(1).sum() / T}
         if denominator == "negatives_only":  # the loss itself is a difference of logits
@@ -73,7 +73,7 @@ def test_in_is_at_most_out_and_every_denominator_runs(any_backend):
 
 
 def test_in_batch_form_excludes_the_sample_itself(any_backend):
-    """HobbitLong's form: both views of every image are queries and keys, the own view excluded by id."""
+    """As in HobbitLong's code: both views of all images are queries and keys, and a view is excluded from its own keys by id."""
     device = device_of(any_backend)
     views = unit(10, 8, device=device).requires_grad_()
     classes, own = torch.arange(10, device=device) % 3, torch.arange(10, device=device)
@@ -95,7 +95,7 @@ def test_one_positive_is_info_nce(any_backend):
     device = device_of(any_backend)
     q, pos, keys = (unit(n, 8, device=device, seed=i) for i, n in enumerate((5, 5, 40)))
     own = torch.arange(5, device=device)
-    # One key of the own label; the other queries' positives are negatives here, so they are given to info_nce too.
+    # Each query has one positive. Positives of other queries are negatives here, so info_nce gets them as negatives too.
     columns = torch.cat([pos, keys])
     key_labels = torch.cat([own, torch.full((40,), -1, device=device)])
     got = negmine.sup_con(q, columns, own, key_labels, reduction="none", backend=any_backend)
@@ -132,7 +132,7 @@ def test_it_compiles_into_one_graph(denominator):
 
 
 def test_negatives_far_below_and_above_their_positive(any_backend):
-    """Denominators of one positive each are finite where exp overflows on either side, and behind a mask NaN is not read."""
+    """Denominators with one positive are finite if exp overflows or underflows, and masked NaN is not read."""
     device = device_of(any_backend)
     q, keys = (
         torch.ones(2, 1, device=device, requires_grad=True),
@@ -185,7 +185,7 @@ def test_module_refusals():
 
 
 def simclr(views, temperature):
-    """NT-Xent written out: views (B, V, D), the mean over positives outside of the logarithm."""
+    """The formula of NT-Xent for views (B, V, D), with the mean over positives outside of the logarithm."""
     (b, v, _), flat = views.shape, views.reshape(-1, views.shape[-1])
     x = (flat @ flat.T / temperature).fill_diagonal_(-torch.inf)
     image = torch.arange(b).repeat_interleave(v)
@@ -211,7 +211,7 @@ def test_views_against_themselves_are_simclr(any_backend):
 @pytest.mark.parametrize("positives", ["out", "in"])
 @pytest.mark.parametrize("denominator", ["all", "own_positive", "negatives_only"])
 def test_positives_by_mask_and_by_weight(any_backend, positives, denominator):
-    """A mask of equal labels is the labels; weights of one value are the mask; other weights are a loop."""
+    """A mask equals labels, equal weights equal the mask, and other weights equal a loop."""
     device = device_of(any_backend)
     query, keys = unit(5, 8, device=device), unit(20, 8, device=device, seed=1)
     labels, key_labels = torch.arange(5, device=device) % 3, torch.arange(20, device=device) % 4
@@ -290,7 +290,7 @@ def test_refusals_of_positives(given, said):
 @pytest.mark.parametrize("positives", ["out", "in"])
 @pytest.mark.parametrize("denominator", ["all", "own_positive", "negatives_only"])
 def test_pools_are_one_queue(any_backend, positives, denominator):
-    """The batch, without the own sample, and a queue that is half full, as if joined; rows without positives in some."""
+    """The batch without the sample itself, and a queue that is half full, give the result of one joined queue."""
     device = device_of(any_backend)
     q, batch, older = (unit(n, 8, device=device, seed=i) for i, n in enumerate((5, 5, 30)))
     sample = torch.arange(5, device=device)

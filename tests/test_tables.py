@@ -131,7 +131,7 @@ def test_texts_of_a_parquet_file(tmp_path):
 
 
 class Stream:
-    """What is read of a streamed dataset."""
+    """The interface of a streamed dataset."""
 
     def __init__(self, table):
         self.table, self.column_names = table, table.column_names
@@ -156,7 +156,7 @@ def encoded(texts):
 
 
 def test_streamed_datasets():
-    """Vectors are decoded from it batch by batch, texts are read from its only column of strings."""
+    """Vectors are decoded batch by batch, and texts are read from the only column of strings."""
     arrow = pytest.importorskip("pyarrow")
     words = [f"text {i}" for i in range(30)]
     lists = arrow.array(C.tolist(), arrow.list_(arrow.float32()))

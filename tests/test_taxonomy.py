@@ -1,4 +1,4 @@
-"""The similarity measures of the worked example: hypernym depth and path similarity against searches over the tree."""
+"""The similarity measures of the worked example: hypernym depth and path similarity, compared with a search of the graph."""
 
 from collections import deque
 
@@ -7,13 +7,13 @@ import torch
 
 from benchmarks.wordnet import Taxonomy
 
-# 0 root; 3 hangs below 1 and, by a longer way, below 2 -> 4; 7 has a tree of its own, 8 is alone.
+# 0 is the root. 3 is below 1 and, on a longer path, below 2 -> 4. 7 is in another tree, and 8 is alone.
 EDGES = [(1, 0), (2, 0), (3, 1), (4, 2), (3, 4), (5, 3), (6, 4), (7, 9)]
 SYNSETS = 10
 
 
 def reached(row: int) -> dict[int, int]:
-    """Every ancestor of a row, itself among them, with the fewest edges to it."""
+    """Return {ancestor: fewest edges to it}, including the row itself."""
     found, queue = {row: 0}, deque([row])
     while queue:
         at = queue.popleft()

@@ -28,7 +28,7 @@ def embed(texts):
 
 
 class Model:
-    """Different for each side, without keywords; counts what it embeds."""
+    """Different methods for queries and documents, without keywords. Counts the embedded texts."""
 
     def __init__(self):
         self.seen = []
@@ -68,7 +68,7 @@ def test_1m_any_callable_normalised():
 
 
 class Prompted:
-    """As a SentenceTransformer: its own prompt for queries, unless another is given."""
+    """Like a SentenceTransformer with a prompt for queries, which is used if no other prompt is given."""
 
     def __init__(self):
         self.prompts = {"query": "own: ", "document": ""}
@@ -186,11 +186,12 @@ def test_the_cache_goes_on_where_a_process_was_killed(tmp_path, monkeypatch):
     with pytest.warns(RuntimeWarning, match="is damaged, so its texts are embedded again"):
         again = from_texts(model, Q, D, P, **options)
     np.testing.assert_array_equal(again.scores, want.scores)
-    other = from_texts(lambda texts: -embed(texts)[:, :9], Q, D, P, **options)  # another model finds nothing
+    # Another model finds nothing in the cache.
+    other = from_texts(lambda texts: -embed(texts)[:, :9], Q, D, P, **options)
     assert not np.array_equal(other.scores, want.scores)
 
 
-# A judge scores a document by a table; queries and documents are their numbers.
+# A judge looks up the score of a document in a table. The texts of queries and documents are their numbers.
 
 
 def number(text):

@@ -1,8 +1,8 @@
-"""PyTorch's features with every public op: one graph for any shape, autocast, GradScaler, copies, second derivatives.
+"""Features of PyTorch with every public op and module: dynamic shapes, autocast, GradScaler, copies, second derivatives.
 
-tests/test_torch.py does the same for the losses' options; here each op and each module has its turn.
+tests/test_torch.py tests them with the options of the losses.
 
-The rule of autocast: our ops cast nothing. What an autocast layer hands over, bf16 or fp16, is scored as it is, with fp32 sums.
+Under autocast, our ops cast nothing: bf16 or fp16 vectors from an autocast layer are scored as they are, with fp32 sums.
 """
 
 import copy
@@ -31,7 +31,7 @@ def labels(n):
     return torch.arange(n) % 4
 
 
-# Every public op as a function of query (B, D) and keys (K, D); the first half differentiates.
+# Every public op as a function of query (B, D) and keys (K, D). The first half is differentiable.
 LOSSES = {
     "info_nce": lambda q, k: negmine.info_nce(q, k[: len(q)], k),
     "sup_con": lambda q, k: negmine.sup_con(q, k, labels(len(q)), labels(len(k)), temperature=0.2),
@@ -54,7 +54,7 @@ MINING = {
     "mine_triplets": lambda q, k: negmine.losses.mine_triplets(q, k, labels(len(q)), labels(len(k))).negative,
 }
 OPS = LOSSES | MINING
-IN_PIECES = ("own_positive", "softplus_sum")  # the latter of a sample
+IN_PIECES = ("own_positive", "softplus_sum")  # the latter with a sample
 
 
 def value_and_grads(op, function, q, k):
@@ -63,11 +63,13 @@ def value_and_grads(op, function, q, k):
     return [made.detach(), *(torch.autograd.grad(made, leaves) if op in LOSSES else ())]
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op != "mine_triplets"])  # a part of triplet_loss
+@pytest.mark.parametrize("op", [op for op in OPS if op != "mine_triplets"])  # tested as a part of triplet_loss
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_one_graph_for_every_shape(op):
-    """Compiled once with dynamic shapes: other numbers of queries and keys find the same graph, or where the rows pass in
-    pieces, whose number is a shape, another whole one."""
+    """Compiled once with dynamic shapes: other numbers of queries and keys use the same graph.
+
+    Ops that process rows in pieces may need another complete graph if the number of pieces changes.
+    """
     torch._dynamo.reset()
     compiled = torch.compile(OPS[op], fullgraph=True, dynamic=True, backend="aot_eager")
     value_and_grads(op, compiled, unit(5, D), unit(40, D, seed=1))
@@ -95,7 +97,7 @@ def test_autocast_changes_no_bit(op, half):
 
 
 def test_a_grad_scaler_trains_as_without_one():
-    """Scales are powers of two and gradients fp32: the same weights, bit for bit; an overflow skips the step."""
+    """Scales are powers of two and gradients are fp32, so weights are bit-identical. A step with an overflow is skipped."""
     trained = []
     for scaled in (False, True):
         torch.manual_seed(3)
@@ -121,7 +123,7 @@ def test_a_grad_scaler_trains_as_without_one():
 
 
 SECOND = {
-    **{name: LOSSES[name] for name in LOSSES if name != "triplet_loss"},  # whose second derivatives are below
+    **{name: LOSSES[name] for name in LOSSES if name != "triplet_loss"},  # its second derivatives are tested below
     "weight": lambda q, k: negmine.info_nce(q, k[: len(q)], k, weight=Weight(1.0)),
     "mix": lambda q, k: negmine.info_nce(q, k[: len(q)], k, mix=Mix(8, 6, 4)),
 }
@@ -129,7 +131,7 @@ SECOND = {
 
 @pytest.mark.parametrize("op", SECOND)
 def test_a_second_derivative_is_refused_in_words(op):
-    """On every way to ask for it; a gradient that is only looked at, with its graph, is right."""
+    """For every way to ask for a second derivative. A first gradient with create_graph=True is right."""
     q, k = unit(6, D).requires_grad_(), unit(50, D, seed=1).requires_grad_()
     grads = torch.autograd.grad(SECOND[op](q, k), (q, k), create_graph=True)
     for grad, want in zip(grads, torch.autograd.grad(SECOND[op](q, k), (q, k)), strict=True):
@@ -143,7 +145,7 @@ def test_a_second_derivative_is_refused_in_words(op):
 
 
 def test_triplets_have_second_derivatives():
-    """Their scores are plain arithmetic on the mined rows."""
+    """Because their scores are computed from the mined rows by PyTorch."""
     k, second = unit(50, D, seed=1), []
     for backend in ("cpu", "reference"):
         q = unit(6, D).requires_grad_()
@@ -199,7 +201,7 @@ def test_modules_travel(name, way):
 
 @pytest.mark.parametrize("make", [MoCoQueue, ShardedMoCoQueue])
 def test_a_queue_travels_over_devices_and_dtypes(make):
-    """Parameters may wait on the meta device, and a half queue's state loads into a float one."""
+    """Parameters may be on the meta device first, and the state of an fp16 queue can be loaded into an fp32 queue."""
     queue = make(D, 20, with_ids=True)
     queue.enqueue(unit(7, D), ids=torch.arange(7))
     half = copy.deepcopy(queue).half()

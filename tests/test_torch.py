@@ -1,10 +1,10 @@
 """The ops under torch's own tools: opcheck, torch.compile(fullgraph=True), offsets past 2^31, autocast, loss scaling, copies,
 dtypes, functorch, aliases, threads, fork, and the table of backends.
 
-Autocast: vectors are used as they arrive. A bf16 query from an autocast layer is scored exactly (fp32 sums of bf16 values), the
-loss is fp32 and the query's gradient is bf16, as every op of torch returns it. Nothing else is cast, with or without autocast.
-Fork: a child of a process that has used several threads hangs in torch's own matrix product too (GNU OpenMP), so a child
-sets one thread, as a DataLoader's workers do, or is spawned.
+Autocast: vectors are not cast. A bf16 query from an autocast layer is scored with fp32 sums of bf16 values, the loss is fp32, and
+the gradient of the query is bf16, as for every op of torch.
+Fork: after a process has used several threads, a forked child hangs even in torch's own matrix product (GNU OpenMP). So a child
+must set one thread, as the workers of a DataLoader do, or must be spawned.
 """
 
 import copy
@@ -45,7 +45,7 @@ def cpp_ops():
 
 
 def arguments():
-    """One set of arguments for every compiled op, with and without a pool."""
+    """Arguments for every compiled op, with and without a pool."""
     q, pos, keys, scale = unit(B, D), unit(B, D, seed=2), unit(K, D, seed=1), torch.tensor(5.0)
     tags = ids(B, K)
     bounds = (sort_key.pack(torch.full((B,), -0.5), sort_key.LAST_INDEX), sort_key.pack(torch.full((B,), 0.5), 0))
@@ -97,7 +97,7 @@ def arguments():
 def test_opcheck():
     ops = cpp_ops()
     seen = set()
-    torch.use_deterministic_algorithms(False)  # opcheck compares two runs of ops that it calls by reflection
+    torch.use_deterministic_algorithms(False)  # opcheck runs ops twice and compares the results
     for op, args in arguments():
         torch.library.opcheck(ops[op], args)
         seen.add(op)
@@ -153,7 +153,7 @@ COMPILED_WITH_A_QUEUE = [
 @pytest.mark.parametrize("options", COMPILED_WITH_A_QUEUE, ids=lambda o: ",".join(o) or "plain")
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_a_training_step_with_a_queue_compiles_into_one_graph(options, backend):
-    """Loss and enqueue together, over steps: the queue grows, fills and turns in one graph, and the step is a tensor."""
+    """Loss and enqueue are one graph over many steps, while the queue grows, fills and wraps around. The step is a tensor."""
     if backend is None:
         cpp_ops()
     queue = MoCoQueue(D, 20, with_ids=True, random_init=False)
@@ -213,7 +213,7 @@ def test_mining_compiles_into_one_graph():
 
 
 def test_offsets_past_two_to_the_31(backend):
-    """Rows 2^28 elements apart: row 8 starts 2^31 elements in. Only the pages of the rows are ever touched."""
+    """Rows are 2^28 elements apart, so row 8 starts at element 2^31. Only the memory pages of the rows are used."""
     if device_of(backend) != "cpu":
         storage = torch.empty(2**31 + 64, dtype=torch.float16, device=device_of(backend))
     else:
@@ -230,7 +230,7 @@ def test_offsets_past_two_to_the_31(backend):
         mined = negmine.mine_hardest(q, keys, 9, backend=backend)
         if keys is far:
             want = loss.detach(), leaf.grad, mined
-    # A kernel compiled for another row stride may add in another order.
+    # A kernel compiled for another row stride may add in another order, so results are not bit-identical.
     torch.testing.assert_close(want[0], loss.detach(), rtol=1e-6, atol=0)
     torch.testing.assert_close(want[1], leaf.grad, rtol=1e-5, atol=1e-6)
     assert torch.equal(want[2].index, mined.index)
@@ -287,7 +287,7 @@ def test_autocast_casts_nothing_here(options):
     want, grad = loss_and_grad(q.detach(), pos, keys, **options)
     assert torch.equal(loss.detach(), want) and torch.equal(q.grad, grad)
     exact = q.detach().double(), pos.double(), keys.double()
-    if "mix" not in options:  # the parents would be others
+    if "mix" not in options:  # parents of mixes would differ
         torch.testing.assert_close(want.double(), negmine.info_nce(*exact, **options), rtol=1e-5, atol=1e-5)
 
 
@@ -312,7 +312,7 @@ def test_what_is_scored_outside_kernels_keeps_its_products_under_autocast():
 @needs_cpu
 @each_option
 def test_a_scaled_loss_scales_its_gradient(options):
-    """As GradScaler does: powers of two change no bit of an fp32 gradient, and keep a small fp16 one."""
+    """As with GradScaler: powers of two do not change the bits of an fp32 gradient, and preserve small fp16 gradients."""
     q, pos, keys = inputs()
     for scale in (2.0**16, 2.0**-16):
         leaf = q.clone().requires_grad_()
@@ -324,7 +324,7 @@ def test_a_scaled_loss_scales_its_gradient(options):
     (negmine.info_nce(leaf, half, -half.repeat(5, 1), temperature=0.1, backend="cpu") * 2.0**16).backward()
     exact = half.double().requires_grad_()
     negmine.info_nce(exact, half.double(), -half.double().repeat(5, 1), temperature=0.1).backward()
-    assert float(unscaled.abs().max()) < 1e-6  # below what fp16 holds without loss
+    assert float(unscaled.abs().max()) < 1e-6  # below the smallest normal number of fp16
     torch.testing.assert_close(leaf.grad.double() / 2.0**16, exact.grad, rtol=2e-3, atol=1e-9)
 
 
@@ -367,7 +367,7 @@ def test_queue_state_across_dtypes(stored, loaded):
 
 @needs_cpu
 def test_functorch_is_refused_or_right():
-    """The fused loss is for backward(); torch says so of its transforms, and the reference takes them."""
+    """The fused loss supports backward(); for functorch transforms, torch raises an error. The reference supports them."""
     q, pos, keys = inputs()
 
     def fused(q):
@@ -404,7 +404,7 @@ def test_deterministic_algorithms_have_nothing_to_say(options, recwarn):
 
 
 class Wanted(TorchDispatchMode):
-    """Which of the arguments want_... of the ops called inside were True."""
+    """Records which want_... arguments of the ops called inside were True."""
 
     def __init__(self):
         super().__init__()
@@ -429,7 +429,7 @@ class Wanted(TorchDispatchMode):
         partial(negmine.info_nce, mix=Mix(6, 5, 4)),
         negmine.siglip,
         partial(negmine.info_nce, select=Select(0.02, 0.4)),
-        partial(negmine.sup_con, positives="in"),  # the mean of the positives is a score of "out"
+        partial(negmine.sup_con, positives="in"),  # the scores of positives are computed as for "out"
         partial(negmine.losses.matryoshka, widths=(4, 8)),
     ],
     ids=["plain", "weight", "mix", "siglip", "select", "sup_con", "matryoshka"],
@@ -458,7 +458,7 @@ def test_inference_mode(options):
 @each_option
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_tensor_in_every_place(options, dtype):
-    """In-batch negatives at their barest: query, positive and negatives are one tensor, and all of it is differentiated."""
+    """In-batch negatives where query, positive and negatives are the same tensor, which requires a gradient."""
     x = unit(20, D).to(dtype)
     own = torch.arange(20)
     options = {"temperature": 0.3, "query_ids": own, **options}
@@ -468,7 +468,7 @@ def test_one_tensor_in_every_place(options, dtype):
         negmine.info_nce(leaf, leaf, Negatives(leaf, ids=own), **options, reduction="sum", backend=backend).backward()
         grads.append(leaf.grad.double())
     eps = torch.finfo(dtype).eps
-    # Three terms of size 1 / T, each rounded to the storage, are added in it.
+    # Three terms of size 1 / T are rounded to the storage dtype and added.
     torch.testing.assert_close(*grads, rtol=4 * eps, atol=16 * eps / 0.3)
     detached = x.clone().requires_grad_()
     keys = Negatives(x, ids=own)
@@ -521,7 +521,7 @@ def _forked(out):
 
 @needs_cpu
 def test_a_forked_child_with_one_thread_works():
-    loss_and_grad(unit(70, D), unit(70, D), unit(20_000, D))  # the parent's threads are up
+    loss_and_grad(unit(70, D), unit(70, D), unit(20_000, D))  # starts the threads of the parent
     context = multiprocessing.get_context("fork")
     out = context.SimpleQueue()
     child = context.Process(target=_forked, args=(out,), daemon=True)

@@ -25,7 +25,7 @@ JOINED = [f"{title} {body}".strip() if title else body for title, body in zip(TI
 
 @pytest.fixture
 def result() -> MiningResult:
-    """Four queries: one positive; two; one and a single negative; none."""
+    """Four queries: with one positive; with two; with one and a single negative; without a positive."""
     exclude = [[], [], [IDS[k] for k in range(K) if k not in (2, 5)], []]
     return negmine.mine_hard_negatives(
         CORPUS[:4],
@@ -153,7 +153,7 @@ def test_training_lines_are_read_back(result, tmp_path, form):
 
 
 def beir(folder, ending=""):
-    """A BEIR folder of K documents and five queries, one of them without a judgement."""
+    """A BEIR folder with K documents and five queries, one of which has no judgement."""
     (folder / "qrels").mkdir(parents=True)
     write = (lambda path, text: path.write_bytes(gzip.compress(text.encode()))) if ending else type(folder).write_text
     corpus = [{"_id": IDS[k], "title": TITLES[k], "text": BODIES[k], "metadata": {}} for k in range(K)]
@@ -251,7 +251,7 @@ NAMED = [{"_id": "007", "text": "tea"}, {"_id": "7", "text": "milk"}]
 
 @pytest.mark.parametrize("kind", ["a.jsonl", "a.json", "A.JSONL", "list.json", "a.jsonl.gz", "list.json.gz"])
 def test_ids_and_texts_of_json(tmp_path, kind):
-    """The fields are taken, never the JSON itself, in each common form; ids keep their leading zeros."""
+    """For every common JSON form, the fields are read, not the JSON text. Ids keep leading zeros."""
     content = json.dumps(NAMED, indent=1) if kind.startswith("list") else "\n".join(map(json.dumps, NAMED)) + "\n"
     data = ("\ufeff\n" + content.replace("\n", "\r\n")).encode()
     (tmp_path / kind).write_bytes(gzip.compress(data) if kind.endswith(".gz") else data)
@@ -287,7 +287,7 @@ def test_zstd(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(whole)
     assert read_training_lines(tmp_path / "a.jsonl").query_texts == [str(number) for number in range(4000)]
     stream = zstandard.ZstdCompressor().compressobj()
-    flushed = stream.compress(lines[0]) + stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)  # a whole line, and no end
+    flushed = stream.compress(lines[0]) + stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)  # the stream does not end
     for cut in (whole[:-1], whole[:200], flushed, whole + b"more"):
         (tmp_path / "a.jsonl").write_bytes(cut)
         with pytest.raises(ValueError, match=r"a.jsonl' is damaged after line \d+"):
@@ -295,7 +295,7 @@ def test_zstd(tmp_path, monkeypatch):
 
 
 def test_one_id_names_one_query(tmp_path):
-    """Lines of one query id share their positives: another text below it would hide what is no positive."""
+    """Lines with the same query id share their positives, so another text with this id would mask rows that are no positives."""
     passage = {"docid": "1", "title": "", "text": "b"}
     record = {"query_id": "7", "query": "a", "positive_passages": [passage], "negative_passages": []}
     path = tmp_path / "a.jsonl"
@@ -317,7 +317,7 @@ def test_a_header_of_msmarco_is_no_passage(tmp_path):
 
 
 def test_a_judges_scores_are_those_of_the_lines(tmp_path):
-    """A judge's scores of positives, promoted ones among them, stand beside its scores of negatives."""
+    """The scores of positives, also of promoted ones, are those of the judge, like the scores of negatives."""
 
     def judge(pairs):
         return [float(document.split()[-2]) / 100 for _, document in pairs]
@@ -336,7 +336,7 @@ def test_a_judges_scores_are_those_of_the_lines(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_ms_swift_reads_what_is_written(result, tmp_path):
-    """Its own loader and the inputs of its templates hold the messages that the file has."""
+    """The loader of ms-swift and the inputs of its templates have the messages of the file."""
     dataset = pytest.importorskip("swift.dataset", exc_type=ImportError)
     inputs = pytest.importorskip("swift.template.template_inputs").TemplateInputs
     want = written(result, tmp_path, "ms-swift")

@@ -59,7 +59,7 @@ def test_gradcheck(options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @names
 def test_values_and_gradients(backend, options, dtype):
-    """The triplets that the kernels chose, judged by the definition of their loss."""
+    """The loss of the triplets that the kernels chose is compared with its definition."""
     skip_what_the_interpreter_repeats(backend, dtype)
     device = device_of(backend)
     for seed, (B, K, D, _) in enumerate(shapes_for(backend)[:4]):
@@ -141,7 +141,7 @@ def test_the_module_counts_its_steps():
 
 
 def test_every_option_changes_the_loss():
-    """An option that is read nowhere would pass every other test of this page that leaves it at its default."""
+    """Other tests leave some options at their defaults, and would not notice an option that has no effect."""
     q, keys, both = unit(12, 8), unit(60, 8, seed=1), labels(12, 60)
     ids = torch.arange(12) % 5, torch.arange(60) % 5
     base = {"positive": "all", "max_positives": 3, "negative": "violating", "num_negatives": 3, "margin": 0.2}
@@ -218,7 +218,7 @@ def test_multi_similarity_values_and_gradients(backend, dtype):
 
         def run(cast, chosen, inputs=inputs, both=both):
             leaves = [t.to(cast).detach().requires_grad_() for t in inputs]
-            # A pair on the edge of the mining would differ between precisions; none of these does.
+            # Pairs close to a threshold of mining could differ between precisions; these inputs have none.
             if chosen == "dense":
                 same = (both[0][:, None] == both[1]) & (both[0] >= 0)[:, None]
                 rows = reference.multi_similarity(*leaves, same, ~same, **MS)[0]
@@ -299,7 +299,7 @@ def test_vse_plus_plus_is_both_directions(any_backend):
 
 @pytest.mark.parametrize("kernel", ["gaussian", "laplace"])
 def test_simans_draws_by_its_kernel(kernel):
-    """First draw of many rows: the frequency of every candidate is its published weight."""
+    """In the first draw of many rows, the frequency of each candidate is its published weight."""
     draws, D = 4000, 8
     q, pos, keys = unit(1, D), unit(1, D, seed=2), unit(30, D, seed=1)
     loss = recipes.simans(1, candidates=10, kernel=kernel, a=8.0, b=0.1, tau=6.0, seed=4)
@@ -318,7 +318,7 @@ def test_simans_is_info_nce_over_what_it_drew(any_backend):
     device = device_of(any_backend)
     q, pos, keys = (unit(n, 8, device=device, seed=i) for i, n in enumerate((5, 5, 40)))
     q.requires_grad_()
-    mask = torch.arange(40, device=device) < 6  # fewer left than are drawn
+    mask = torch.arange(40, device=device) < 6  # fewer candidates than draws
     for columns, left in ((keys, 8), (Negatives(keys, mask=mask), 6)):
         loss = recipes.simans(8, candidates=20, temperature=0.1, backend=any_backend)
         index = loss.sample(q.detach(), pos, columns, step=0)
@@ -332,7 +332,7 @@ def test_simans_is_info_nce_over_what_it_drew(any_backend):
     assert loss.state_dict()["step"] == 1
     twin = pickle.loads(pickle.dumps(loss))
     assert twin.step == 1 and torch.equal(twin(q, pos, keys), loss(q, pos, keys))
-    assert loss(q[:0], pos[:0], keys) == 0  # as every loss of no rows
+    assert loss(q[:0], pos[:0], keys) == 0  # the loss of an empty batch is 0
 
 
 def test_everything_compiles_into_one_graph():

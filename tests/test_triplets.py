@@ -1,4 +1,4 @@
-"""mine_triplets: the reference against loops for every rule, every backend against the reference, ties and NaN."""
+"""mine_triplets: the reference compared with loops for every rule, every backend with the reference, ties and NaN."""
 
 import math
 import re
@@ -39,7 +39,7 @@ RULE_NAMES = ["-".join(f"{v}" for v in rule.values()) for rule in RULES]
 
 
 def labels(B, K, device="cpu", seed=0):
-    """Labels with unknown ones on both sides; query 0 has no positive, and where K is small some have no negative."""
+    """Labels of queries and keys, some unknown. Query 0 has no positive, and with a small K some queries have no negative."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randint(-1, 4, (B,), generator=generator)
     q[:1] = 9
@@ -62,7 +62,7 @@ def distance(s, kind):
 
 
 def by_loops(scores, same, other, rule, kind="cosine"):
-    """The docstring of mine_triplets, pair by pair, on one row: the set of (p, n) and the order within it."""
+    """The docstring of mine_triplets as loops over pairs, for one row: the set of (p, n), and their order."""
     margin, found = rule.get("margin", 0.2), []
     pos = sorted((k for k in range(len(scores)) if same[k]), key=lambda k: (-scores[k], k))
     neg = sorted((k for k in range(len(scores)) if other[k]), key=lambda k: (-scores[k], k))
@@ -95,7 +95,7 @@ def by_loops(scores, same, other, rule, kind="cosine"):
 
 
 def dense_pools(B, K, both, masks):
-    """same and other (B, K), pair by pair."""
+    """same and other (B, K), computed for each pair."""
     same, other = torch.zeros(B, K, dtype=torch.bool), torch.zeros(B, K, dtype=torch.bool)
     for b in range(B):
         for k in range(K):
@@ -133,7 +133,7 @@ def test_the_reference_is_the_loop(rule):
 
 
 def of_any_norm(count, D, dtype, seed):
-    """Vectors of norms from 0.5 to 4, whose nearest by inner product is seldom the nearest by distance."""
+    """Vectors with norms from 0.5 to 4, so that the largest inner product is rarely the smallest distance."""
     return (unit(count, D, dtype=torch.float64, seed=seed) * torch.linspace(0.5, 4, count)[:, None]).to(dtype)
 
 
@@ -157,7 +157,7 @@ def test_euclidean_distances(rule, kind, norm):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backends_are_exact_on_integers_by_distance(backend, dtype):
-    """The columns of norms are fp32 beside 16-bit vectors: squared norms up to 1,000 in 16 bits would lose digits."""
+    """With 16-bit vectors, norms are fp32, because 16 bits are not enough for squared norms up to 1,000."""
     device = device_of(backend)
     for seed, rule in enumerate((RULES[4], RULES[8], RULES[10], RULES[12])[: 1 if interpreted(backend) else 4]):
         q, keys = (16 * whole(n, 5, dtype=dtype, device=device, seed=seed + i) for i, n in enumerate((6, 50)))
@@ -188,7 +188,7 @@ def test_backends_are_exact_on_integers(backend, rule, dtype):
 
 @pytest.mark.parametrize("rule", RULES, ids=RULE_NAMES)
 def test_backends_agree_on_unit_vectors(any_backend, rule):
-    """Real scores: what is kept obeys the rule by the true scores, up to rounding, and its score is right."""
+    """With real scores, selected columns obey the rule for the true scores, up to rounding, and their scores are right."""
     device = device_of(any_backend)
     rule = {**rule, "margin": 0.2}
     q, keys = unit(6, 8, device=device), unit(60, 8, device=device, seed=1)
@@ -226,19 +226,19 @@ def test_a_row_alone_is_the_row_in_a_batch(backend):
     for b in range(5):
         row = mine_triplets(q[b : b + 1], keys, both[0][b : b + 1], both[1], **rule, backend=backend)
         assert torch.equal(row.negative[0], whole_batch.negative[b])
-        if not interpreted(backend):  # where NumPy's product depends on the shape of its operands
+        if not interpreted(backend):  # in the interpreter, NumPy's product depends on the shape of its operands
             assert torch.equal(row.negative_score[0], whole_batch.negative_score[b])
 
 
 @pytest.mark.parametrize("rule", [RULES[1], RULES[8]], ids=["one positive", "several"])
 def test_a_copy_of_the_positive_is_not_farther(backend, rule):
-    """The bound is the score of another pass over the keys: it must be the same to the bit."""
+    """The bound is a score from another pass over the keys, which must be bit-identical."""
     if interpreted(backend):
         pytest.skip("triton: interpreted, where a score's last bit depends on the batch around it")
     device = device_of(backend)
     for D in (7, 64, 130):
         q, keys = unit(50, D, device=device, seed=D), unit(80, D, device=device, seed=D + 1)
-        keys = torch.cat([keys, keys])  # every key once as class 0 or 1, and once as the other
+        keys = torch.cat([keys, keys])  # every key twice, once with class 0 and once with class 1
         classes = torch.arange(80, device=device) % 2
         both = torch.zeros(50, dtype=torch.long, device=device), torch.cat([classes, 1 - classes])
         got = mine_triplets(q, keys, *both, **rule, backend=backend)
@@ -270,7 +270,7 @@ def test_pairs_are_those_of_the_triplets():
 
 
 def test_distance_weighted_draws_follow_the_published_weights():
-    """One query, many rows of it: the frequencies are those of 1 / q(d), and nothing past 1.4 is drawn."""
+    """One query, repeated in many rows: the frequencies are those of 1 / q(d), and nothing beyond 1.4 is drawn."""
     D, draws = 8, 4000
     q, keys = unit(1, D).double(), unit(12, D, seed=5).double()
     classes = torch.zeros(draws, dtype=torch.long), torch.arange(12) % 4
@@ -303,7 +303,7 @@ def test_distance_weighted_draws_know_neither_batch_nor_position():
 
 @pytest.mark.parametrize("N_drawn", [1, 6])
 def test_distance_weighted_draws_are_those_of_the_reference(backend, N_drawn, monkeypatch):
-    """Scores are exact, so every draw is the same: whatever the pieces, with ties, masks, NaN rows and too few candidates."""
+    """With exact scores, all draws are the same: for any pieces, with ties, masks, NaN rows and too few candidates."""
     device = device_of(backend)
     rule = {"positive": "all", "max_positives": P, "negative": "distance_weighted", "num_negatives": N_drawn}
     key = {"seed": 2**32 - 1, "step": 9, "row_offset": 2**33 + 5}
@@ -354,7 +354,7 @@ def test_score_farther_inverts_distance():
 
 
 def distance_of_any(s, kind):
-    """Also past the unit sphere's farthest point, where the formulas go on."""
+    """Also for distances larger than any on the unit sphere, where the formulas continue."""
     return -s if kind == "cosine" else (2 - 2 * s).sqrt() if kind == "euclidean" else 2 - 2 * s
 
 

@@ -1,5 +1,5 @@
-"""The Triton backend on a GPU or interpreted, in addition to tests/test_kernels.py: torch ops for torch.compile, identical
-scores in all ops, the reference's random draws bit for bit, the range of fp16, large grids."""
+"""The Triton backend on a GPU or in the interpreter, in addition to tests/test_kernels.py: torch ops for torch.compile, identical
+scores in all ops, the same random draws as the reference, the range of fp16, large grids."""
 
 import importlib
 
@@ -26,7 +26,7 @@ def launchers():
 
 
 def number(x):
-    """A whole number on the device, as an op takes a step, an offset of rows or a count of them."""
+    """An integer tensor on the device, as for a step, a row offset or a number of rows."""
     return torch.tensor(x, device=DEVICE)
 
 
@@ -35,13 +35,13 @@ def draws(pairs=3, with_query=2, seed=7, step=None, row_offset=None, quantiles=N
 
 
 def some_pool(**parts):
-    """A pool of equal labels, ids and a part of the queue."""
+    """A pool with equal labels, ids, and a part of the queue."""
     tags = torch.arange(B, device=DEVICE), torch.arange(K, device=DEVICE)
     return Pool(*(None, *tags, tags[0] % 2, tags[1] % 2), num_rows=number(K - 7), same_label=True)._replace(**parts)
 
 
 def arguments():
-    """One call or two of every op."""
+    """Arguments of one or two calls of every op."""
     q, positive, keys = (unit(n, D, device=DEVICE, seed=i) for i, n in enumerate((B, B, K)))
     scale, weight = torch.tensor(5.0, device=DEVICE), torch.linspace(0.1, 1.0, B, device=DEVICE)
     ranks = torch.tensor([[1, 4]] * B, device=DEVICE)
@@ -78,8 +78,8 @@ def arguments():
 
 
 def test_opcheck():
-    """Of every op: pools of equal labels, both scales of a sum, windows of ranks, mixes."""
-    torch.use_deterministic_algorithms(False)  # opcheck compares two runs of ops that it calls by reflection
+    """For every op: pools of equal labels, sums at two scales, windows of ranks, mixes."""
+    torch.use_deterministic_algorithms(False)  # opcheck runs ops twice and compares the results
     calls = arguments()
     assert set(calls) == set(launchers())
     for op, each in calls.items():
@@ -99,7 +99,7 @@ def test_what_does_not_go_together_is_refused():
 
 @pytest.mark.parametrize("rows", [0, 33, K])
 def test_rows_past_num_rows_are_not_there(rows):
-    """As of a queue cut there; what lies behind holds NaN, and so does a query, which gives those rows no gradient."""
+    """Results are those of a shorter queue. Rows after num_rows are NaN, and so is a query, which gives them no gradients."""
     for op, calls in arguments().items():
         if not registry.OPS[op].takes_pool:
             continue
@@ -122,7 +122,7 @@ def test_rows_past_num_rows_are_not_there(rows):
 
 
 def test_a_step_of_info_nce_is_its_parts():
-    """Two ranks of the pool, and synthetic negatives: to the bit what the other ops give one by one, joined."""
+    """With two ranks of the pool and synthetic negatives, bit-identical to the other ops one after the other."""
     ops = launchers()
     q, positive, keys, scale, pivot, *_ = arguments()["info_nce"][0]
     pool = some_pool(lower=sort_key.pack(torch.full((B,), -0.5, device=DEVICE), sort_key.LAST_INDEX))
@@ -160,7 +160,7 @@ def test_two_scales_are_each_alone():
 
 
 def test_the_step_of_a_draw_is_read_on_the_device():
-    """A graph that was captured draws anew: the same call with another number in the tensor."""
+    """A captured graph draws other samples after the number in the tensor of the step changes."""
     q, keys, index = arguments()["mix_negatives"][0][:3]
     step, row_offset = number(0), number(0)
     drawn = draws(step=step, row_offset=row_offset)
@@ -200,7 +200,7 @@ def test_a_loss_step_compiles_into_one_graph(options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [16, 64, 200], ids=lambda w: f"D={w}")
 def test_a_score_is_the_same_bits_in_every_op(dtype, width):
-    """Real vectors: a threshold found by one pass cuts the other passes exactly where it was found, whatever else they do."""
+    """With real vectors, a threshold that one pass finds separates the same columns in all other passes."""
     skip_what_the_interpreter_repeats("triton", dtype)
     if interpreted("triton") and width > 16:
         pytest.skip("triton: interpreted, where every width adds up in one order")
@@ -218,7 +218,7 @@ def test_a_score_is_the_same_bits_in_every_op(dtype, width):
         compare.exact("count", ops["count_negatives"](q, keys, *pool), ranks[:, column] + 1)
         lse, _, num_kept, *_ = ops["logsumexp"](q, keys, scale[None], None, True, 0, None, *pool)
         compare.exact("num_kept", num_kept, ranks[:, column] + 1)
-        # Of a pool that ends at a rank, the key at that rank has a gradient and the next one has none.
+        # In a pool that ends at a rank, the key at that rank has a gradient and the next one has none.
         if rank + 1 < keys_count and column < 2:
             first = Pool(lower=pool.lower[:1], upper=pool.upper[:1])
             one = ops["logsumexp_grad_keys"](q[:1], keys, scale, lse[0, :1], lse.new_ones(1), *first)
@@ -227,10 +227,9 @@ def test_a_score_is_the_same_bits_in_every_op(dtype, width):
 
 
 def test_no_rank_of_smooth_scores_needs_an_exact_search(monkeypatch):
-    """Regression: the last rank's bracket was empty, for want of sampled keys beyond it: quantile(0) took the slow way."""
-    module = importlib.import_module(
-        "negmine.kernels.triton.rank_thresholds"
-    )  # the package's attribute is the launcher
+    """Regression: quantile(0) was slow, because the bracket of the last rank was empty: no key of the sample is beyond it."""
+    # The attribute of the package is the launcher, not the module.
+    module = importlib.import_module("negmine.kernels.triton.rank_thresholds")
     failed = []
     monkeypatch.setattr(
         module, "find_missing", lambda q, keys, missing, *rest: failed.append(int((missing >= 0).sum()))
@@ -246,7 +245,7 @@ def test_no_rank_of_smooth_scores_needs_an_exact_search(monkeypatch):
 
 @pytest.mark.parametrize(("kind", "room"), [("easy between samples", 1000), ("hard between samples", 6)])
 def test_what_a_sample_misjudges_is_found_exactly(kind, room, monkeypatch):
-    """Cuts that keep too little, and buffers that overflow: the hardest, and the keys at ranks. A row fills one buffer."""
+    """Mining and ranks with cuts that keep too few columns and with buffers that overflow. A row has one buffer."""
     from negmine.kernels.triton import exact_search, tiles
     from negmine.kernels.triton.launch import capability
 
@@ -279,7 +278,7 @@ def test_what_a_sample_misjudges_is_found_exactly(kind, room, monkeypatch):
 
 
 def test_a_certificate_needs_N_found_and_no_full_buffer():
-    """Rows of 40 buffers with room for 5: N found; one fewer; one too many in the first buffer, or in the last; no cut; both."""
+    """Rows with 40 buffers of size 5: N found; one fewer; one too many in the first or the last buffer; no cut; both."""
     from negmine.kernels.triton.certificate import certificate
     from negmine.kernels.triton.scan import Survivors
     from negmine.kernels.triton.sort_key import EVERYTHING
@@ -293,7 +292,7 @@ def test_a_certificate_needs_N_found_and_no_full_buffer():
 
 
 def test_a_refilled_buffer_holds_the_columns_of_its_cut_and_nothing_else():
-    """Of the rows that failed; a stale key in any other slot would come out as a hardest negative."""
+    """For rows that failed. A stale sort key in any other slot would become a hardest negative."""
     from negmine.kernels.triton.exact_search import collect_from
     from negmine.kernels.triton.launch import score_tile
     from negmine.kernels.triton.pool import kernel_pool
@@ -311,7 +310,7 @@ def test_a_refilled_buffer_holds_the_columns_of_its_cut_and_nothing_else():
 
 @pytest.mark.parametrize("count", [2, 3, 70], ids=lambda R: f"{R} ranks")
 def test_rows_in_chunks_are_the_rows_at_once(count, monkeypatch):
-    """A row at a time, where scratch memory has room for no more: each path of ranks, and mining."""
+    """One row at a time, if scratch memory is not enough for more: each way of finding ranks, and mining."""
     q, keys, pool = unit(B, D, device=DEVICE), unit(K, D, device=DEVICE, seed=1), some_pool(same_label=False)
     ranks = torch.arange(count, device=DEVICE).repeat(B, 1)
 
@@ -346,12 +345,12 @@ def test_nan_stays_in_its_mixes():
     q[1, 2] = torch.nan
     vectors, _, _ = launchers()["mix_negatives"](q, keys, index, *draws(2, 3))
     assert bool(vectors[0].isfinite().all()) and bool(vectors[1, :2].isfinite().all())
-    assert bool(vectors[1, 2:].isnan().all())  # all of a vector, as its norm is
+    assert bool(vectors[1, 2:].isnan().all())  # all elements of a vector, because its norm is NaN
 
 
 @pytest.mark.parametrize("size", [2.0**22, 2.0**-30])
 def test_fp16_key_gradients_have_the_range_of_fp32(size):
-    """Regression: probabilities times weights overflow fp16 under a gradient scaler, and vanish for one key of many."""
+    """Regression: probabilities times weights overflow fp16 with a gradient scaler, and underflow for one key of many."""
     q, keys = unit(16, 16, dtype=torch.float16, device=DEVICE), unit(K, 16, dtype=torch.float16, device=DEVICE, seed=1)
     scale, weight = torch.tensor(14.0, device=DEVICE), torch.full((16,), size, device=DEVICE)
     lse = launchers()["logsumexp"](q, keys, scale[None], None, False, 0, None, *Pool())[0][0]
@@ -362,7 +361,7 @@ def test_fp16_key_gradients_have_the_range_of_fp32(size):
 
 
 def test_more_mixes_than_a_grid_axis_takes():
-    """65,535 blocks are the limit of the second axis of a grid."""
+    """The second axis of a grid has at most 65,535 blocks."""
     slots = 70_000 if not interpreted("triton") else 90
     q, keys = unit(2, 5000, device=DEVICE), unit(3, 5000, device=DEVICE, seed=1)
     index = torch.tensor([[2, 0], [1, -1]], device=DEVICE)
@@ -371,7 +370,7 @@ def test_more_mixes_than_a_grid_axis_takes():
 
 
 def test_a_rank_takes_few_passes_over_what_a_scan_kept(monkeypatch):
-    """Each pass reads the kept columns of a row from cache: bisection took twelve. Of random scores, and of equal ones."""
+    """Each pass reads the kept columns of a row from cache; bisection needed twelve passes. For random and for equal scores."""
     if not interpreted("triton"):
         pytest.skip("passes are counted where kernels are interpreted")
     module = importlib.import_module("negmine.kernels.triton.select_by_rank")
@@ -386,9 +385,8 @@ def test_a_rank_takes_few_passes_over_what_a_scan_kept(monkeypatch):
 
     for name in ("ends_of", "count_from"):
         monkeypatch.setattr(module, name, counting(getattr(module, name)))
-    monkeypatch.setattr(
-        module.tiles, "row_block", lambda width, capability: (1, 4096, 4)
-    )  # a row a program, as on a GPU
+    # One row per program, as on a GPU.
+    monkeypatch.setattr(module.tiles, "row_block", lambda width, capability: (1, 4096, 4))
     rows, width = 24, 3000
     generator = torch.Generator().manual_seed(4)
     used = torch.rand(rows, width, generator=generator) < 0.4
