@@ -49,7 +49,7 @@ def test_values_and_gradients(backend, positives, denominator, dtype, monkeypatc
         truth, want = run(torch.float64, reference.sup_con, usable=allowed)
         plain, _ = run(dtype, reference.sup_con, usable=allowed)
         names = ("loss", "d_query", "d_keys", "d_temperature")
-        # Two gradients are differences of terms of positives and negatives. The sizes of these terms are 1 / T and the logits / T.
+        # Two gradients are differences of terms of positives and negatives. Sizes of these terms: 1 / T, and the logits / T.
         logits = inputs[0].double() @ inputs[1].double().T / T  # (B, K)
         terms = {"d_query": torch.tensor(1 / T), "d_temperature": logits.abs().mean(1).sum() / T}
         if denominator == "negatives_only":  # the loss itself is a difference of logits
