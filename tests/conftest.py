@@ -1,6 +1,13 @@
 """Fixtures and settings for all tests: one seed, uninitialised memory filled with NaN, and the backends that can run here."""
 
 import os
+import platform
+
+# NumPy's matrix product, with which Triton's interpreter computes tl.dot, reads this when it is loaded. The OpenBLAS kernels for
+# processors with AVX2 sum a dot product in an order that depends on its place in the tile, so that two passes with other tiles
+# disagree about which keys are in a window. The older kernels have one order, and GPUs have one too.
+if platform.machine() == "x86_64":
+    os.environ.setdefault("OPENBLAS_CORETYPE", "Sandybridge")
 
 # OpenMP reads this when torch is loaded. Test workers together have more threads than there are cores, and waiting OpenMP threads
 # would spin, which needs five times the processor time.
