@@ -1,4 +1,4 @@
-// mine_hardest on NumPy arrays, without torch: arrays -> MineHardestParams, on threads of its own.
+// mine_hardest for NumPy arrays, without torch. The kernel runs on std::threads, one for each core by default.
 //
 // For programs that hold embeddings as NumPy arrays or memory maps (FAISS, data pipelines). Rows may have any stride;
 // an array whose elements are not contiguous within a row is copied.
@@ -19,23 +19,24 @@ namespace py = pybind11;
 namespace negmine::python {
 namespace {
 
+// A cpu::Parallel::run with one thread for each index; the calling thread is the first of them.
 void run_on_threads(int64_t begin, int64_t end, int64_t, cpu::Parallel::Callback callback, void* context) {
-  std::vector<std::thread> helpers;
-  for (int64_t i = begin + 1; i < end; ++i) helpers.emplace_back(callback, i, i + 1, context);
+  std::vector<std::thread> threads;
+  for (int64_t i = begin + 1; i < end; ++i) threads.emplace_back(callback, i, i + 1, context);
   if (begin < end) callback(begin, begin + 1, context);
-  for (std::thread& helper : helpers) helper.join();
+  for (std::thread& thread : threads) thread.join();
 }
 
 cpu::Dtype dtype_of(const char* name, const py::array& array) {
   if (py::isinstance<py::array_t<float>>(array)) return cpu::Dtype::kFloat32;
   if (array.dtype().equal(py::dtype("float16"))) return cpu::Dtype::kFloat16;
-  if (std::string(py::str(array.dtype())) == "bfloat16") return cpu::Dtype::kBFloat16;  // of ml_dtypes
+  if (std::string(py::str(array.dtype())) == "bfloat16") return cpu::Dtype::kBFloat16;  // from ml_dtypes
   throw py::type_error("mine_hardest: " + std::string(name) + " must be float32, float16 or bfloat16, got " +
                        std::string(py::str(array.dtype())) + ".");
 }
 
-// The array with each row contiguous and in whole elements, copied where it is not.
-py::array in_rows(const char* name, const py::array& array) {
+// The array, or a copy of it if its rows are not contiguous or not aligned to whole elements.
+py::array contiguous_rows(const char* name, const py::array& array) {
   if (array.ndim() != 2) {
     throw py::value_error("mine_hardest: " + std::string(name) + " must have 2 dimensions, got " +
                           std::to_string(array.ndim()) + ".");
@@ -56,8 +57,8 @@ std::pair<py::array, py::array> mine_hardest(const py::array& query, const py::a
   // Checks.
   const cpu::Dtype query_dtype = dtype_of("query", query);
   const cpu::Dtype keys_dtype = dtype_of("negative_keys", negative_keys);
-  const py::array q = in_rows("query", query);                     // (B, D)
-  const py::array keys = in_rows("negative_keys", negative_keys);  // (K, D)
+  const py::array q = contiguous_rows("query", query);                     // (B, D)
+  const py::array keys = contiguous_rows("negative_keys", negative_keys);  // (K, D)
   if (q.shape(1) != keys.shape(1)) {
     throw py::value_error("mine_hardest: query and negative_keys must have the same number of columns, got " +
                           std::to_string(q.shape(1)) + " and " + std::to_string(keys.shape(1)) + ".");

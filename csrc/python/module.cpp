@@ -1,5 +1,5 @@
-// negmine._C: what needs neither torch nor a tensor. How this copy was built, what the processor offers, and kernels of
-// kernels/cpu on NumPy arrays. No torch header may be included here: torch carries its own pybind11.
+// negmine._C, the module that does not need torch: how it was built, what the processor supports, and mine_hardest for
+// NumPy arrays. No torch header may be included here, because torch brings its own copy of pybind11.
 #include <pybind11/pybind11.h>
 
 #include "csrc/python/mine_hardest.h"
@@ -21,7 +21,7 @@ py::dict build_info() {
   return info;
 }
 
-// What the processor and the operating system offer together; false for all on a processor that is not x86-64.
+// What both the processor and the operating system support. All are false on a processor that is not x86-64.
 py::dict cpu_features() {
   py::dict features;
 #if defined(__x86_64__)
@@ -47,9 +47,11 @@ py::dict cpu_features() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "negmine without torch: build facts, processor features, kernels on NumPy arrays";
+  m.doc() =
+      "The part of negmine that does not use torch: build information, processor features, kernels for NumPy arrays";
   m.def("build_info", &build_info, "How this module was compiled: cuda_version, cuda_arches, compiler, cxx_standard.");
-  m.def("cpu_features", &cpu_features, "Instruction sets by name -> whether this machine runs them.");
+  m.def("cpu_features", &cpu_features,
+        "A dict from the name of an instruction set to whether this machine supports it.");
   m.def("isa_for", &negmine::cpu::isa_for, py::arg("query"), py::arg("keys"),
         "The instruction set of the CPU kernels for queries and keys of these types: float32, bfloat16 or float16.");
   negmine::python::define_mine_hardest(m);

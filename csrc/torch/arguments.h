@@ -1,5 +1,6 @@
-// The arguments that several ops share, as torch gives them and as checked tensors: the pool and the draws of
-// kernels/README.md. The order is that of POOL and DRAWS in negmine/ops/registry.py.
+// The arguments that several ops share: the pool and the draws of kernels/README.md. Each has two structs, one with the
+// arguments as torch passes them and one with the checked tensors. The order of the arguments is that of POOL and DRAWS
+// in negmine/ops/registry.py.
 #pragma once
 #include "csrc/torch/boxing.h"
 #include "csrc/torch/checks.h"
@@ -56,7 +57,7 @@ struct DrawArguments {
   checks::OptionalTensor step, row_offset;
 };
 
-// The tensors of a pool, checked; holds them while a kernel reads their memory.
+// The checked tensors of a pool. They keep the memory alive that a kernel reads.
 struct PoolTensors {
   PoolTensors(const char* op, const checks::Tensor& query, const checks::Tensor& negative_keys,
               const PoolArguments& given)
@@ -110,7 +111,7 @@ struct PoolTensors {
   bool same_label;
 };
 
-// The tensors of draws, checked; holds them while a kernel reads their memory.
+// The checked tensors of draws. They keep the memory alive that a kernel reads.
 struct DrawTensors {
   DrawTensors(const char* op, const checks::Tensor& query, const DrawArguments& given)
       : quantiles(checks::vector(op, "quantiles", given.quantiles, checks::ScalarType::Float, 4097, query)),

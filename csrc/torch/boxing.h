@@ -1,7 +1,9 @@
-// How torch calls an op's function: TORCH_BOX, and besides it a parameter may be a struct that takes several arguments.
+// Wraps the function of an op so that torch can call it, like torch's TORCH_BOX. In addition, a parameter may be a
+// struct that is made of several arguments.
 //
-// Such a struct has a constant kArguments, how many, and a constructor from ArgumentStack that takes them in the order
-// of the declaration (negmine/ops/registry.py). A call with another number of arguments is refused.
+// Such a struct has a constant kArguments, the number of its arguments, and a constructor that takes them from an
+// ArgumentStack in the order of the declaration (negmine/ops/registry.py). A call with a wrong number of arguments
+// raises an error.
 #pragma once
 #include <torch/csrc/stable/library.h>
 
@@ -31,7 +33,7 @@ class ArgumentStack {
 };
 
 template <class T>
-constexpr uint64_t arguments_of() {
+constexpr uint64_t num_arguments() {
   if constexpr (requires { T::kArguments; }) {
     return T::kArguments;
   } else {
@@ -46,33 +48,33 @@ template <class Result, class... Parameters>
 struct Boxed<Result (*)(Parameters...)> {
   template <Result (*function)(Parameters...)>
   static void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
-    constexpr uint64_t taken = (arguments_of<std::remove_cvref_t<Parameters>>() + ...);
-    checks::require(arguments == taken, "negmine: the op is declared with ", arguments, " arguments, its kernel takes ",
-                    taken, ".");
+    constexpr uint64_t wanted = (num_arguments<std::remove_cvref_t<Parameters>>() + ...);
+    checks::require(arguments == wanted, "negmine: the op is declared with ", arguments,
+                    " arguments, its kernel takes ", wanted, ".");
     ArgumentStack next(stack);
     std::tuple<std::remove_cvref_t<Parameters>...> values{next.take<std::remove_cvref_t<Parameters>>()...};
-    put(stack, results, std::apply(function, values));
+    return_to(stack, results, std::apply(function, values));
   }
 
  private:
-  static void put(StableIValue* stack, uint64_t results, const checks::Tensor& result) {
-    require_results(results, 1);
+  static void return_to(StableIValue* stack, uint64_t declared, const checks::Tensor& result) {
+    require_results(declared, 1);
     stack[0] = torch::stable::detail::from(result);
   }
 
   template <class... Tensors>
-  static void put(StableIValue* stack, uint64_t results, const std::tuple<Tensors...>& made) {
-    require_results(results, sizeof...(Tensors));
-    std::apply([&](const Tensors&... each) { ((*stack++ = torch::stable::detail::from(each)), ...); }, made);
+  static void return_to(StableIValue* stack, uint64_t declared, const std::tuple<Tensors...>& results) {
+    require_results(declared, sizeof...(Tensors));
+    std::apply([&](const Tensors&... each) { ((*stack++ = torch::stable::detail::from(each)), ...); }, results);
   }
 
-  static void require_results(uint64_t declared, uint64_t made) {
-    checks::require(declared == made, "negmine: the op is declared with ", declared, " results, its kernel makes ",
-                    made, ".");
+  static void require_results(uint64_t declared, uint64_t returned) {
+    checks::require(declared == returned, "negmine: the op is declared with ", declared,
+                    " results, its kernel returns ", returned, ".");
   }
 };
 
-// The function of an op as StableLibrary::impl takes it.
+// The wrapped function, which can be passed to StableLibrary::impl.
 template <auto* function>
 constexpr auto boxed = &Boxed<decltype(function)>::template call<function>;
 

@@ -1,9 +1,9 @@
-// What the ops check before they hand out pointers: only what would corrupt memory. The Python functions above the ops
-// check what arguments mean.
+// The checks of tensors in the ops. They reject only what would corrupt memory; the Python functions that call the ops
+// check the meaning of the arguments.
 //
-// Each check is a sentence that names the op, the argument, what was wanted and what came; it is put together only when
-// a check fails. A check returns the tensor to read: the given one where its layout fits, else a contiguous copy.
-// Nothing here depends on the device.
+// A failed check throws a sentence with the names of the op and of the argument, what was wanted and what was passed.
+// The functions return the tensor to read: the argument itself if its layout is suitable, otherwise a contiguous copy.
+// They work for any device.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
@@ -24,7 +24,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Throws the sentence made of `parts` unless `good`.
+// Throws an exception with the concatenated `parts` unless `good`.
 template <class... Parts>
 void require(bool good, const Parts&... parts) {
   if (good) return;
@@ -56,7 +56,7 @@ inline const char* dtype_text(ScalarType dtype) {
   }
 }
 
-// The shape of a tensor, as a sentence says it.
+// Prints the shape of a tensor as Python does, for example (3,) or (2, 4).
 struct Shape {
   const Tensor& of;
 
@@ -67,21 +67,22 @@ struct Shape {
   }
 };
 
-// Tests set NEGMINE_POISON_OUTPUTS to find what a kernel leaves unwritten: outputs then start as NaN and as the largest
-// integer. new_empty() goes around the dispatcher, and so around torch's own fill_uninitialized_memory.
-inline void poison(const Tensor& made, bool longs) {
+// If the tests set NEGMINE_POISON_OUTPUTS, fills new outputs with NaN or the largest integer, so that elements which a
+// kernel does not write are noticed. torch's own fill_uninitialized_memory has no effect on new_empty(), which bypasses
+// the dispatcher.
+inline void poison(const Tensor& output, bool longs) {
   static const bool wanted = std::getenv("NEGMINE_POISON_OUTPUTS") != nullptr;
-  if (!wanted || !made.is_cpu()) return;
-  const int64_t numel = made.numel();
+  if (!wanted || !output.is_cpu()) return;
+  const int64_t numel = output.numel();
   if (longs) {
-    std::fill_n(static_cast<int64_t*>(made.mutable_data_ptr()), numel, INT64_MAX);
+    std::fill_n(static_cast<int64_t*>(output.mutable_data_ptr()), numel, INT64_MAX);
   } else {
-    std::fill_n(static_cast<uint8_t*>(made.mutable_data_ptr()), numel * made.element_size(), uint8_t{0xFF});
+    std::fill_n(static_cast<uint8_t*>(output.mutable_data_ptr()), numel * output.element_size(), uint8_t{0xFF});
   }
 }
 
-// A dense tensor without values on the device of `like`; `dtype` as the functions aoti_torch_dtype_*() say it. Goes
-// around torch's dispatcher: a small call has as many outputs as microseconds.
+// An uninitialised dense tensor on the device of `like`. `dtype` is a result of the functions aoti_torch_dtype_*(). This
+// bypasses torch's dispatcher to save time: a small call takes only about a microsecond for each of its outputs.
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape, int32_t dtype) {
   constexpr size_t kMostDims = 4;
   int64_t strides[kMostDims], stride = 1;
@@ -92,15 +93,15 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape
   int32_t type = 0, index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
-  AtenTensorHandle made = nullptr;
+  AtenTensorHandle handle = nullptr;
   const int64_t dims = static_cast<int64_t>(shape.size());
-  const auto failure = aoti_torch_empty_strided(dims, shape.begin(), strides, dtype, type, index, &made);
+  const auto failure = aoti_torch_empty_strided(dims, shape.begin(), strides, dtype, type, index, &handle);
   if (failure == 0) {
-    Tensor tensor(made);
+    Tensor tensor(handle);
     poison(tensor, dtype == aoti_torch_dtype_int64());
     return tensor;
   }
-  // What torch says of its refusal does not cross the stable ABI.
+  // torch's own error message is not available through the stable ABI.
   std::ostringstream sentence;
   double bytes = dtype == aoti_torch_dtype_int64() ? 8 : dtype == aoti_torch_dtype_float32() ? 4 : like.element_size();
   sentence << "negmine: out of memory: an output of shape (";
@@ -139,8 +140,9 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
 
-inline Tensor in_order(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+// The tensor, or a copy of it, such that the elements of a row (its last dimension) are contiguous.
 inline Tensor dense_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   const bool dense = last < 0 || t.size(last) <= 1 || t.stride(last) == 1;
@@ -165,7 +167,7 @@ inline Tensor codes(const char* op, const char* name, const Tensor& t, const cha
   return dense_rows(t);
 }
 
-// query (B, D) and negative_keys (K, D) agree.
+// Requires that query (B, D) and negative_keys (K, D) have the same D and the same device.
 inline void same_width(const char* op, const Tensor& query, const Tensor& negative_keys) {
   require(query.size(1) == negative_keys.size(1), op, ": query (B, D) and negative_keys (K, D) must share D, got ",
           Shape{query}, " and ", Shape{negative_keys}, ".");
@@ -179,7 +181,7 @@ inline Tensor vector(const char* op, const char* name, const Tensor& t, ScalarTy
   require(t.scalar_type() == dtype, op, ": ", name, " must be ", dtype_text(dtype), ", got ",
           dtype_text(t.scalar_type()), ".");
   require(same_device(t, like), op, ": ", name, " must be on the device of query, it is on another.");
-  return in_order(t);
+  return as_contiguous(t);
 }
 
 inline OptionalTensor vector(const char* op, const char* name, const OptionalTensor& t, ScalarType dtype, int64_t size,
@@ -195,16 +197,16 @@ inline Tensor index_matrix(const char* op, const char* name, const Tensor& t, in
   require(t.scalar_type() == ScalarType::Long, op, ": ", name, " must be int64, got ", dtype_text(t.scalar_type()),
           ".");
   require(same_device(t, like), op, ": ", name, " must be on the device of query, it is on another.");
-  return in_order(t);
+  return as_contiguous(t);
 }
 
-// The scales (S,) of log-sum-exps, one at least.
+// The scales (S,) of log-sum-exps, at least one.
 inline Tensor scales(const char* op, const Tensor& t, const Tensor& like) {
   require(t.dim() == 1 && t.size(0) >= 1, op, ": scales must be (S,) with S of 1 or more, got ", Shape{t}, ".");
   return vector(op, "scales", t, ScalarType::Float, t.size(0), like);
 }
 
-// What a log-sum-exp finds besides: the N hardest, or the columns between two ranks.
+// A log-sum-exp can also find the N hardest columns, or be restricted to a window of ranks, but not both.
 inline void mined_or_ranked(const char* op, int64_t N, bool ranked) {
   require(N >= 0, op, ": N must not be negative, got ", N, ".");
   require(N == 0 || !ranked, op, ": N > 0 and ranks do not go together, got N = ", N, ".");

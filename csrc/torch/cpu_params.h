@@ -1,4 +1,5 @@
-// What the CPU operators share: tensors as the structs of kernels/cpu, and torch's parallel_for as their Parallel.
+// Code that the CPU operators share. It fills the structs of kernels/cpu from tensors, and lets the kernels use torch's
+// parallel_for.
 #pragma once
 #include <torch/csrc/stable/library.h>
 
@@ -16,10 +17,11 @@ T* output(checks::Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// torch's threads, or the calling one alone where `products` multiplications take no longer than waking the others.
+// torch's threads, or only the calling thread if the number of multiplications is so small that starting the other
+// threads would take longer.
 inline cpu::Parallel torch_threads(double products) {
-  constexpr double kLeastProducts = 1 << 18;
-  if (products < kLeastProducts) return cpu::serial();
+  constexpr double kMinProducts = 1 << 18;
+  if (products < kMinProducts) return cpu::serial();
   const auto run = [](int64_t begin, int64_t end, int64_t grain, cpu::Parallel::Callback callback, void* context) {
     torch::stable::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) { callback(from, to, context); });
   };
@@ -61,7 +63,7 @@ inline cpu::Pool pool_of(const PoolTensors& t) {
   return pool;
 }
 
-// The draws of a call; hard_index and N are the caller's to fill in.
+// The draws of a call. The caller sets hard_index and N.
 inline cpu::Draws draws_of(const DrawArguments& given, const DrawTensors& tensors) {
   using checks::longs;
   return {.pairs = given.pairs,
@@ -77,12 +79,12 @@ inline cpu::Draws draws_of(const DrawArguments& given, const DrawTensors& tensor
           .row_offset = tensors.row_offset.has_value() ? *longs(tensors.row_offset) : 0};
 }
 
-// query (B, D), negative_keys (rows, D) and the pool of one call, checked.
+// The checked query (B, D), negative_keys (rows, D) and pool of one call.
 struct Scored {
   checks::Tensor query, negative_keys;
   PoolTensors pool;
   int64_t B, rows, D;
-  int64_t K;  // the first rows, which the kernels see
+  int64_t K;  // the number of valid rows, num_rows; the kernels read only these first rows
 
   Scored(const char* op, const checks::Tensor& q, const checks::Tensor& keys, const PoolArguments& given)
       : query(checks::matrix(op, "query", q, "(B, D)")),
@@ -96,7 +98,7 @@ struct Scored {
     if (pool.num_rows.has_value()) K = std::clamp<int64_t>(*checks::longs(pool.num_rows), 0, rows);
   }
 
-  // The members that every params struct over the queue starts with.
+  // A params struct of any op over the queue, with the members filled that all of these ops have.
   template <class Params>
   Params params() const {
     Params p;
@@ -107,9 +109,9 @@ struct Scored {
     return p;
   }
 
-  // For an op that reads each of the K rows once for each query, and `more` rows.
-  cpu::Parallel threads(int64_t more = 0) const {
-    return torch_threads(static_cast<double>(B) * static_cast<double>(K + more) * static_cast<double>(D));
+  // The threads for an op that multiplies each query with K + more_rows rows.
+  cpu::Parallel threads(int64_t more_rows = 0) const {
+    return torch_threads(static_cast<double>(B) * static_cast<double>(K + more_rows) * static_cast<double>(D));
   }
 };
 

@@ -1,9 +1,9 @@
-// The CPU kernels that walk the queue as torch operators, declared in negmine/ops; ops_cpu_rows.cpp has those that walk
-// one query's own vectors, ops_cpu_info_nce.cpp the whole loss.
+// The CPU kernels that read the whole queue as torch operators, which negmine/ops declares. ops_cpu_rows.cpp has the
+// kernels that read a list of vectors for each query, and ops_cpu_info_nce.cpp the kernel of a whole loss.
 //
-// Tensors become the structs of kernels/cpu and torch's parallel_for becomes their Parallel; there is no arithmetic
-// here. Only torch's stable ABI is used, so one build serves every torch from 2.10 on. The module itself offers
-// isa(), isa_for(query, keys) and set_isa(name).
+// The functions fill the structs of kernels/cpu from tensors and do no arithmetic. Only torch's stable ABI is used, so
+// one build works with every torch from 2.10 on. The Python module has the functions isa(), isa_for(query, keys) and
+// set_isa(name).
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -110,14 +110,14 @@ std::tuple<Tensor, Tensor, Tensor> prefix_logsumexp(const Tensor& query, const T
   return {lse, mean, num_kept};
 }
 
-// Rows past K, which num_rows says are not there, get zeros.
-float* zero_from(Tensor& gradient, const Scored& in, int64_t columns) {
-  float* out = output<float>(gradient);  // (rows, columns)
+// The memory of a gradient (rows, columns), after setting the rows that are not valid (from num_rows on) to zero.
+float* zero_invalid_rows(Tensor& gradient, const Scored& in, int64_t columns) {
+  float* out = output<float>(gradient);
   std::fill_n(out + in.K * columns, (in.rows - in.K) * columns, 0.0f);
   return out;
 }
 
-// The gradients of keys (rows, D) or of the bias (rows,).
+// The gradient with respect to the keys (rows, D), or if not of_keys to the bias (rows,).
 Tensor logsumexp_grad(const char* op, bool of_keys, const Tensor& query, const Tensor& negative_keys,
                       const Tensor& scale, const Tensor& lse, const Tensor& weight, const PoolArguments& pool) {
   // Checks.
@@ -132,7 +132,7 @@ Tensor logsumexp_grad(const char* op, bool of_keys, const Tensor& query, const T
   p.scale = floats(factor);
   p.lse = floats(sums);
   p.weight = floats(weights);
-  (of_keys ? p.grad_keys : p.grad_bias) = zero_from(gradient, in, of_keys ? in.D : 1);
+  (of_keys ? p.grad_keys : p.grad_bias) = zero_invalid_rows(gradient, in, of_keys ? in.D : 1);
   // Run.
   cpu::logsumexp_grad_keys(p, in.threads());
   return gradient;
@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softplus_sum(const Tensor& query, con
   return {total, sigmoid_keys, sigmoid_sum, num_kept};
 }
 
-// The gradients of keys (rows, D) or of the bias (rows,).
+// The gradient with respect to the keys (rows, D), or if not of_keys to the bias (rows,).
 Tensor softplus_sum_grad(const char* op, bool of_keys, const Tensor& query, const Tensor& negative_keys,
                          const Tensor& scale, const Tensor& offset, const Tensor& weight, const PoolArguments& pool) {
   // Checks.
@@ -188,7 +188,7 @@ Tensor softplus_sum_grad(const char* op, bool of_keys, const Tensor& query, cons
   auto p = in.params<cpu::LogsumexpGradKeysParams>();
   p.scale = floats(factor);
   p.weight = floats(weights);
-  (of_keys ? p.grad_keys : p.grad_bias) = zero_from(gradient, in, of_keys ? in.D : 1);
+  (of_keys ? p.grad_keys : p.grad_bias) = zero_invalid_rows(gradient, in, of_keys ? in.D : 1);
   // Run.
   cpu::softplus_sum_grad_keys(p, floats(shift), in.threads());
   return gradient;
@@ -346,7 +346,7 @@ Tensor count_negatives(const Tensor& query, const Tensor& negative_keys, const P
   return count;
 }
 
-// Token vectors (rows, tokens, D) as (rows tokens, D).
+// Token vectors (rows, tokens, D) reshaped to (rows * tokens, D).
 Tensor token_matrix(const char* op, const char* name, const Tensor& t, const char* wanted) {
   checks::require(t.dim() == 3, op, ": ", name, " must be ", wanted, ", got the shape ", checks::Shape{t}, ".");
   return checks::matrix(op, name, torch::stable::reshape(t, {t.size(0) * t.size(1), t.size(2)}), wanted);
@@ -362,8 +362,8 @@ std::tuple<Tensor, Tensor> maxsim(const Tensor& query, const Tensor& negative_ke
   const int64_t B = query.size(0), I = query.size(1), K = negative_keys.size(0), J = negative_keys.size(1);
   checks::require(I >= 1 && J >= 1, op, ": query (B, I, D) and negative_keys (K, J, D) must have tokens, got ",
                   checks::Shape{query}, " and ", checks::Shape{negative_keys}, ".");
-  const OptionalTensor first = checks::vector(op, "query_lengths", query_lengths, ScalarType::Long, B, query);
-  const OptionalTensor second = checks::vector(op, "negative_lengths", negative_lengths, ScalarType::Long, K, query);
+  const OptionalTensor of_query = checks::vector(op, "query_lengths", query_lengths, ScalarType::Long, B, query);
+  const OptionalTensor of_keys = checks::vector(op, "negative_lengths", negative_lengths, ScalarType::Long, K, query);
   // Outputs.
   Tensor scores = new_floats(query, {B, K});
   Tensor index = new_longs(query, {want_index ? B : 0, I, K});
@@ -375,8 +375,8 @@ std::tuple<Tensor, Tensor> maxsim(const Tensor& query, const Tensor& negative_ke
                             K,
                             J,
                             tokens.size(1),
-                            longs(first),
-                            longs(second),
+                            longs(of_query),
+                            longs(of_keys),
                             output<float>(scores),
                             want_index ? output<int64_t>(index) : nullptr};
   // Run.
@@ -419,12 +419,13 @@ PyObject* py_set_isa(PyObject*, PyObject* name) {
 }
 
 PyMethodDef methods[] = {
-    {"isa", py_isa, METH_NOARGS, "The forced instruction set, or '' where each pair of storage types has its own."},
+    {"isa", py_isa, METH_NOARGS,
+     "The instruction set that set_isa() forced, or '' if it is chosen by the storage types."},
     {"isa_for", py_isa_for, METH_VARARGS,
-     "The instruction set for queries and keys that are float32, bfloat16, float16."},
+     "The instruction set for queries and keys with these dtypes: float32, bfloat16 or float16, or both uint8."},
     {"set_isa", py_set_isa, METH_O,
-     "Force amxbf16, avx512bf16, avx512, avx2 or portable; '' chooses by storage again. False where this one is "
-     "lacking."},
+     "Use amxbf16, avx512bf16, avx512, avx2 or portable for all storage types, or with '' choose by storage types "
+     "again. Returns False, and changes nothing, if the processor does not support it."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,5 +1,5 @@
-// info_nce as a torch operator: a whole step of the loss in one call, for batches so small that calls are what they
-// wait for.
+// info_nce as a torch operator: a loss with its gradient in one call. For small batches, the overhead of several calls
+// would dominate.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>

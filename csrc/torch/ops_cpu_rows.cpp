@@ -1,4 +1,5 @@
-// The CPU kernels that walk one query's own vectors as torch operators: synthetic negatives, and columns by name.
+// The CPU kernels that read a list of vectors for each query, as torch operators: synthetic negatives, and lists of
+// columns.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -21,7 +22,8 @@ using checks::OptionalTensor;
 using checks::ScalarType;
 using checks::Tensor;
 
-// query (B, D), negative_keys (K, D) and the draws of one call, checked: the parents index the queue.
+// The checked query (B, D), negative_keys (K, D) and draws of one call. hard_index is checked to hold rows of
+// negative_keys.
 struct Mixed {
   Tensor query, negative_keys, hard_index;
   DrawTensors tensors;
@@ -95,11 +97,11 @@ std::tuple<Tensor, Tensor> mix_logsumexp(const Tensor& query, const Tensor& nega
   return {lse, mean};
 }
 
-double products_of(int64_t B, int64_t M, int64_t D) {
+double num_products(int64_t B, int64_t M, int64_t D) {
   return static_cast<double>(B) * static_cast<double>(M) * static_cast<double>(D);
 }
 
-// A list of columns, each a row of the keys or -1.
+// Requires that every entry of a list of columns is a row of the keys or -1.
 void require_rows(const char* op, const Tensor& index, int64_t K) {
   const int64_t M = index.size(1), *row = longs(index);
   for (int64_t i = 0; i < index.numel(); ++i) {
@@ -136,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> gathered_logsumexp(const Tensor& query, const
                                        output<float>(lse),
                                        want_mean ? output<float>(mean) : nullptr};
   // Run.
-  cpu::gathered_logsumexp(p, torch_threads(products_of(B, M, D)));
+  cpu::gathered_logsumexp(p, torch_threads(num_products(B, M, D)));
   return {scores, lse, mean};
 }
 
@@ -158,7 +160,7 @@ Tensor gathered_grad_keys(const Tensor& query, const Tensor& index, const Tensor
   // Params.
   const cpu::GatheredGradKeysParams p{matrix_of(q), B, K, D, M, longs(listed), floats(flat), output<float>(grad_keys)};
   // Run.
-  cpu::gathered_grad_keys(p, torch_threads(products_of(B, M, D) + products_of(K, 1, D)));
+  cpu::gathered_grad_keys(p, torch_threads(num_products(B, M, D) + num_products(K, 1, D)));
   return grad_keys;
 }
 
