@@ -1,4 +1,4 @@
-// Code that the CUDA operators share: the stream and the device of a call, storage types, and error messages.
+// What the CUDA operators share: the stream and the device of a call, storage, and failures in words.
 #pragma once
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -22,8 +22,8 @@ inline cuda::Storage storage_of(const checks::Tensor& matrix) {
                                          : cuda::Storage::kFloat16;
 }
 
-// Makes the device of `tensor` current. torch's device guard sets only the device of the CUDA runtime that torch is
-// linked with; this library has a CUDA runtime of its own.
+// Makes the device of `tensor` current for launches: a guard of torch speaks to torch's CUDA runtime, and this library
+// is linked with its own, which must agree on the device.
 inline void set_device(const char* op, const checks::Tensor& tensor) {
   checks::require(cudaSetDevice(tensor.get_device_index()) == cudaSuccess, op, ": cuda:", tensor.get_device_index(),
                   " could not be made the current device.");

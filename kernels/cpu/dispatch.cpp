@@ -114,15 +114,14 @@ bool any_storage(Dtype, Dtype) { return true; }
 bool both_float32(Dtype query, Dtype keys) { return query == Dtype::kFloat32 && keys == Dtype::kFloat32; }
 
 const Slower kSlower[] = {
-    // Intel's processors multiply pairs of bf16 at half the rate of AMD's: bf16 takes 119 ms, and 80 ms with AVX-512,
-    // which
-    // widens it to fp32.
+    // Intel's processors multiply pairs of bf16 at half the rate of AMD's: bf16 takes 119 ms, but 80 ms with AVX-512,
+    // which widens it to fp32.
     {"GenuineIntel", "avx512bf16", any_storage},
-    // fp32 needs six products of bf16 parts. It is faster than AVX-512 in the loss (41 ms instead of 50 ms on two
-    // cores),
-    // slower in windows and rank_thresholds (10 %) and in sums of sigmoids (20 %), and equal over all ops. With fewer
-    // products, AMX is faster in every op: fp32 x fp16 62 ms (78), fp16 60 ms (81), fp32 x bf16 47 ms (76), bf16 21 ms
-    // (80).
+    // fp32 needs six products of bf16 parts. Compared with AVX-512, this is faster in the loss (41 ms instead of 50 ms
+    // on two cores), slower in windows and rank_thresholds (10 %) and in sums of sigmoids (20 %), and equal over all
+    // ops.
+    // Other types need fewer products, and AMX is faster than AVX-512 in every op: fp32 x fp16 62 ms (AVX-512: 78),
+    // fp16 60 ms (81), fp32 x bf16 47 ms (76), bf16 21 ms (80).
     {"GenuineIntel", "amxbf16", both_float32},
 };
 

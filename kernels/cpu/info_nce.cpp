@@ -30,7 +30,7 @@ float float_of(uint32_t bits) {
 float from_half(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, magnitude = half & 0x7FFF;
   if (magnitude >= 0x7C00) return float_of(sign | 0x7F800000 | (magnitude & 0x3FF) << 13);  // inf, NaN
-  const float wide = float_of(magnitude << 13) * 0x1p112f;  // the exponent is 112 too small; this mends subnormals too
+  const float wide = float_of(magnitude << 13) * 0x1p112f;  // the exponent is 112 too small; also corrects subnormals
   return sign != 0 ? -wide : wide;
 }
 

@@ -19,7 +19,7 @@ struct InfoNceParams {
   const int64_t* ranks = nullptr;  // (B, 2) or absent
   bool decoupled = false;
   int64_t hard = 0, skip = 0;  // synthetic negatives are mixed from ranks [skip, skip + hard) of the pool
-  Draws draws;                 // hard_index and N aside
+  Draws draws;                 // without hard_index and N, which this op sets
 
   float* rows = nullptr;         // (B,)
   float* d_query = nullptr;      // (B, D), null where no gradient is wanted

@@ -1,5 +1,5 @@
 // logsumexp_grad_keys: the gradient of sum_b weight_b lse_b / scale with respect to the keys; logsumexp_grad_bias: that
-// of sum_b weight_b lse_b with respect to the bias. Meaning: kernels/README.md.
+// of sum_b weight_b lse_b with respect to the bias. Explained in kernels/README.md.
 #pragma once
 #include "kernels/cpu/matrix.h"
 #include "kernels/cpu/parallel.h"
@@ -15,7 +15,7 @@ struct LogsumexpGradKeysParams {
   const float* lse = nullptr;     // (B,)
   const float* weight = nullptr;  // (B,)
   Pool pool;
-  float* grad_keys = nullptr;  // (K, D), or null where only the next is wanted
+  float* grad_keys = nullptr;  // (K, D), or null if only grad_bias is wanted
   float* grad_bias = nullptr;  // (K,), or null
   bool sigmoid = false;        // the derivative is sigmoid(scale s - lse), not exp
 };

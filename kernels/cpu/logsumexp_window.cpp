@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t kNarrow =
     8;  // a window of more than an eighth of the queue is summed faster by another pass over all
-constexpr int64_t kLowest = static_cast<int64_t>(-0x7F800001) << 32;  // -inf at the last index: no sort key is below it
+constexpr int64_t kLowest = static_cast<int64_t>(-0x7F800001) << 32;  // of a score of -inf with the highest index
 constexpr int64_t kStretchBytes = 1 << 18;  // of the queue at a time, for the second-level cache
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -50,14 +50,14 @@ Window narrow(const Selection& selection, int64_t lane, const int64_t* ranks, st
 }  // namespace
 
 void logsumexp_window(const LogsumexpParams& p, const int64_t* ranks, int64_t* sort_keys, const Parallel& parallel) {
-  if (p.pivot != nullptr) {  // whatever the window, counted among all columns
+  if (p.pivot != nullptr) {  // num_above counts all columns, also those outside the window
     LogsumexpParams counted = p;
     counted.mean = nullptr;
     logsumexp(counted, parallel);
   } else {
     std::fill_n(p.num_above, p.B, 0);
   }
-  std::vector<int64_t> asked(ranks, ranks + 2 * p.B);  // (B, 2), the last no further than any pool goes
+  std::vector<int64_t> asked(ranks, ranks + 2 * p.B);  // (B, 2), with last ranks limited to the largest possible pool
   const int64_t columns = columns_of(p.pool, p.K);
   for (int64_t b = 0; b < p.B; ++b) asked[2 * b + 1] = std::min(asked[2 * b + 1], columns - 1);
   const RankThresholdsParams wanted{.query = p.query,

@@ -2,7 +2,7 @@
 //
 // Query and keys may have different types. Codes, which only mine_hardest_codes accepts, are bytes with a scale for
 // each row: element = scale * (byte - 128). The code in this folder does not use torch: csrc/torch fills these structs
-// from tensors, csrc/python from raw pointers.
+// from tensors, csrc/python from NumPy arrays.
 #pragma once
 #include <cstdint>
 

@@ -35,7 +35,7 @@ void write_row(const MineHardestParams& p, int64_t b, int64_t* keys, int64_t siz
 }  // namespace
 
 MiningGrid::MiningGrid(const MineHardestParams& params, const Parallel& parallel, int64_t unit) : p(params) {
-  const int64_t least_lanes = 16;  // the outputs are larger than the buffers of so few
+  const int64_t least_lanes = 16;  // for fewer queries, the outputs are larger than the buffers
   block_lanes_ = lanes_in_budget(capacity_for(p.N, p.K), least_lanes);
   blocks = ceil_div(p.B, block_lanes_);
   together = blocks_together(p.query, p.negative_keys, blocks, block_lanes_, capacity_for(p.N, p.K), parallel);
@@ -102,7 +102,7 @@ void MiningGrid::run(Task& task, int64_t index, const Scan& scan) {
   for (size_t i = 0; i < group.size(); ++i) {
     const Block& block = group[i];
     OwnedSelection& selection = task.selections[i];
-    if (sampled && !held(selection.view, block, first.data(), last.data())) {  // the sample misled
+    if (sampled && !held(selection.view, block, first.data(), last.data())) {  // the bracket was wrong
       select(block, w[i], selection, p.N, false, p.num_kept != nullptr);
     }
     for (int64_t lane = 0; lane < block.lanes; ++lane) {
@@ -140,7 +140,7 @@ void MiningGrid::join(const Parallel& parallel) {
 
 void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
   if (p.B == 0 || (p.N == 0 && p.num_kept == nullptr)) return;
-  if (p.N == 0) {  // counted alone: by mining one
+  if (p.N == 0) {  // only the count is wanted: mines one column
     const auto scores = make_buffer<float>(p.B);
     const auto index = make_buffer<int64_t>(p.B);
     MineHardestParams one = p;
@@ -156,13 +156,13 @@ void mine_hardest(const MineHardestParams& p, const Parallel& parallel) {
   grid.join(parallel);
 }
 
-// One query for each task. Its columns are gathered into a queue, which select() scans.
-void mine_gathered(const MineHardestParams& p, const int64_t* gathered, int64_t M, const float* most,
+// Each task copies the columns of one query into a contiguous matrix, which select() scans.
+void mine_gathered(const MineHardestParams& p, const int64_t* gathered, int64_t M, const float* max_score,
                    const Parallel& parallel) {
   const int64_t element = element_bytes(p.negative_keys.dtype), row_bytes = p.D * element;
   const char* first = static_cast<const char*>(p.negative_keys.data);
   const auto upper = make_buffer<int64_t>(p.B);  // (B,)
-  for (int64_t b = 0; b < p.B && most != nullptr; ++b) upper[b] = pack_sort_key(most[b], 0);
+  for (int64_t b = 0; b < p.B && max_score != nullptr; ++b) upper[b] = pack_sort_key(max_score[b], 0);
   struct Task {
     Scratch scratch;
     OwnedSelection selection;
@@ -177,7 +177,7 @@ void mine_gathered(const MineHardestParams& p, const int64_t* gathered, int64_t 
   for_each_task(parallel, p.B, make_task, [&](Task& task, int64_t b) {
     Block block{.query = p.query, .D = p.D, .first_query = b, .lanes = 1};
     block.negative_keys = {task.rows.get(), p.D, p.negative_keys.dtype};
-    block.pool.upper = most == nullptr ? nullptr : upper.get();
+    block.pool.upper = max_score == nullptr ? nullptr : upper.get();
     for (int64_t m = 0; m < M; ++m) {
       const int64_t column = gathered[b * M + m];
       if (column < 0) continue;

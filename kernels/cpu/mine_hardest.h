@@ -17,7 +17,7 @@ struct MineHardestParams {
   Pool pool;
   float* scores = nullptr;      // (B, N), -inf past the end of the pool
   int64_t* index = nullptr;     // (B, N), -1 past the end of the pool
-  int64_t* num_kept = nullptr;  // (B,) scores in the pool that are no NaN; null = not counted
+  int64_t* num_kept = nullptr;  // (B,) number of scores in the pool that are not NaN; null = not wanted
 };
 
 void mine_hardest(const MineHardestParams& p, const Parallel& parallel);
@@ -57,8 +57,9 @@ class MiningGrid {
   Buffer<int64_t> partials_, partial_sizes_, partial_num_kept_;  // (B, splits, N) where there are several, (B, splits)
 };
 
-// Outputs and shapes as above; no pool.
-void mine_gathered(const MineHardestParams& p, const int64_t* gathered, int64_t M, const float* most,
+// Query b uses only the columns gathered[b] (B, M) and, if max_score (B,) is not null, scores up to max_score[b]. p has
+// no pool.
+void mine_gathered(const MineHardestParams& p, const int64_t* gathered, int64_t M, const float* max_score,
                    const Parallel& parallel);
 
 }  // namespace negmine::cpu

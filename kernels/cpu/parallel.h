@@ -1,7 +1,8 @@
 // Parallel loops of the kernels. The caller of a kernel passes a `Parallel`, which provides the threads.
 //
-// csrc/torch passes torch's parallel_for, csrc/python a serial loop. A counter assigns the tasks one by one, so a slow
-// thread does not delay the others. Results do not depend on which thread runs a task, nor on the number of threads.
+// csrc/torch passes torch's parallel_for, csrc/python its own threads. A counter assigns the tasks one by one, so a
+// slow thread does not delay the others. Results do not depend on which thread runs a task, nor on the number of
+// threads.
 #pragma once
 #include <algorithm>
 #include <atomic>

@@ -43,7 +43,7 @@ class SpareBlocks {
     return nullptr;
   }
 
-  // False where there is no room.
+  // Returns false if there is no room.
   bool keep(void* spare, size_t bytes) {
     if (bytes > kMost) return false;
     for (void*& block : blocks_[std::bit_width(bytes)]) {
@@ -73,7 +73,7 @@ struct Free {
   size_t bytes = 0;
 
   void operator()(void* block) const {
-#if !defined(__SANITIZE_ADDRESS__)  // which is to see every block freed
+#if !defined(__SANITIZE_ADDRESS__)  // the address sanitizer must see every block freed
     if (SpareBlocks::of_this_thread().keep(block, bytes)) return;
 #endif
     std::free(block);
@@ -155,7 +155,7 @@ class Scratch {
         room.take(workspace.label_filter, kFilterWords);
       }
     };
-    lay_out();  // to measure
+    lay_out();  // only measures the size
     memory_ = make_buffer<char>(room.size);
     room.memory = memory_.get();
     lay_out();

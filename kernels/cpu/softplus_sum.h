@@ -1,5 +1,5 @@
 // softplus_sum: the sum of log(1 + exp(scale s + offset)) over each query's pool, and its derivatives. (B, K) is never
-// stored. Meaning: kernels/README.md.
+// stored. Explained in kernels/README.md.
 #pragma once
 #include "kernels/cpu/matrix.h"
 #include "kernels/cpu/parallel.h"

@@ -24,7 +24,7 @@ void round_to_codes_row(const Matrix& vectors, int64_t row, int64_t D, float* ro
   for (int i = 0; i < kWidth; ++i) largest = most[i] > largest ? most[i] : largest;
   const bool usable = largest >= kTiny && largest < __builtin_inff();
   const float step = usable ? largest / 127.0f : 0.0f, steps = usable ? 127.0f / largest : 0.0f;
-  const V magic = all(0x1.8p23f);  // added, it leaves no room for a fraction
+  const V magic = all(0x1.8p23f);  // adding it rounds to an integer
   V errors = all(0.0f);
   for (int64_t d = 0; d < padded; d += kWidth) {
     const V some = load(x + d), nearest = fma(some, all(steps), magic) - magic;
@@ -36,7 +36,7 @@ void round_to_codes_row(const Matrix& vectors, int64_t row, int64_t D, float* ro
   std::memcpy(codes, bytes, static_cast<size_t>((D + 3) / 4 * 4));
   *norm = __builtin_sqrtf(sum(squares));
   *error = largest < __builtin_inff() ? __builtin_sqrtf(sum(errors)) : __builtin_inff();
-  *scale = *norm != *norm ? *norm : step;  // a row that holds NaN has no score
+  *scale = *norm != *norm ? *norm : step;  // NaN if the row holds a NaN, so that it has no score
 }
 
 }  // namespace negmine::cpu::NEGMINE_SIMD

@@ -16,11 +16,11 @@ namespace negmine::cpu {
 
 constexpr int64_t kChunk = 128;  // most rows of the queue in one tile
 
-constexpr float kNoShift = -3.40282347e38f;  // the least finite number
+constexpr float kNoShift = -3.40282347e38f;  // the lowest finite number
 
 constexpr int64_t kMostWidths = 16;  // prefix widths that are summed in one pass
 
-constexpr int64_t kRowChunk = 32;  // rows of one query's own that are scored at one time
+constexpr int64_t kRowChunk = 32;  // rows of one query's list that are scored at a time
 
 // The number of floats in the buffer of mixing: (kRowChunk + 3, D), with rows rounded up to the widest vector.
 inline int64_t mixing_room(int64_t D) { return (kRowChunk + 3) * (D + 15); }
@@ -64,7 +64,7 @@ struct BlockMemory {
   float* query_parts;  // (3, words, kLanes) the same as simd/parts.h splits them
   int32_t* lanes_in_parts;  // (kLanes) -1: the query may be multiplied in parts; 0: it may not
   int32_t* lane_words;      // (kLaneWords, kLanes) ids, labels and bounds of its queries
-  uint64_t* id_filter;      // (kFilterWords) a bit for each remainder of an id among its queries'
+  uint64_t* id_filter;      // (kFilterWords) a bit for each remainder of the ids of its queries
   uint64_t* label_filter;   // (kFilterWords) likewise of labels
 };
 
@@ -75,18 +75,18 @@ struct Workspace : BlockMemory {
   float* scores;            // (kChunk, kLanes) room for them, where the tile is needed as it is
   float* weights[2];        // (kChunk / 2, kLanes) pairs of weights, at each of two scales
   const float** rows;       // (kChunk + 6) the chunk's rows of the queue as they are scored, then rows of zeros
-  const float** mean_rows;  // (kChunk) the same as a mean adds them: see drop_rows
+  const float** mean_rows;  // (kChunk) the rows that a mean adds: see drop_rows
   int64_t* index;           // (kChunk) their rows in the queue
-  float* widened;           // (kChunk, D + 16) where the queue is not stored as fp32
+  float* widened;           // (kChunk, D + 16) if the queue is not stored as fp32
   float* key_parts;  // (kChunk, 3, words) the chunk's rows as simd/parts.h splits them, of room_for_part(D or kLanes)
                      // words
   float* turned;     // (D rounded up to 32, 3, words) the chunk turned, of room_for_part(kChunk) words
   float* weight_parts;               // (3, words, kLanes) its weights, of as many words
   int32_t* rows_in_parts;            // (kChunk) as lanes_in_parts
-  uint16_t* padded;                  // (kChunk, D rounded up to 32) where rows of bf16 cannot be read where they lie
+  uint16_t* padded;                  // (kChunk, D rounded up to 32) if rows of bf16 cannot be read in place
   float* row;                        // (D) one query as fp32
   float* zeros;                      // (max(D, kLanes))
-  const Workspace* guide = nullptr;  // where the pool has a guide: that of its product, with the same index
+  const Workspace* guide = nullptr;  // for the guide's scores, if there is one, with the same index
 };
 
 // The number of rows of a sum (D, kLanes) of weighted keys, rounded up because AMX adds whole tiles.
@@ -95,9 +95,9 @@ inline int64_t room_for_mean(int64_t D) { return (D + 31) / 32 * 32; }
 // The running log-sum-exp of a block over a range: sum_k exp(scale s_k) = exp(shift) sum, and sum_k exp(scale s_k) n_k
 // = exp(shift) mean.
 struct LogsumexpState {
-  float* shift;  // (kLanes) no score passes it by more than a little (simd/logsumexp.cpp); kNoShift before the first
-  float* sum;    // (kLanes)
-  float* mean;   // (room_for_mean(D), kLanes) or null: no mean wanted
+  float* shift;        // (kLanes) no score exceeds it by much (simd/logsumexp.cpp); kNoShift before the first
+  float* sum;          // (kLanes)
+  float* mean;         // (room_for_mean(D), kLanes) or null: no mean wanted
   int64_t* num_kept;   // (kLanes)
   int64_t* num_above;  // (kLanes)
 };
@@ -131,8 +131,8 @@ void prune(const Selection& selection, int64_t lane);
 
 struct Kernels {
   const char* isa;
-  bool splits;       // it may multiply in parts: workspaces have the room
-  int64_t together;  // blocks that it sums best in one call
+  bool splits;       // it may multiply in parts, for which workspaces need memory
+  int64_t together;  // best number of blocks for one call of logsumexp_range
   // Processes blocks (count) with their common range, from empty states (count, scales), for each of the 1 or 2 scales;
   // num_kept and num_above are written to the states of the first scale. The workspaces (count) share the memory of the
   // chunk. pivot (B,) or null. If selections (count) are given, every column of the range is also offered to them.

@@ -25,7 +25,7 @@ void maxsim_range(const Block& block, const Workspace& w, int64_t J, float* best
         VI found = load(token + cell);
         for (int64_t j = from; j < to; ++j) {
           const V score = load(w.tile + j * kLanes + v * kWidth);
-          const VI higher = (score > highest) | (score != score);  // NaN stays: nothing is above it
+          const VI higher = (score > highest) | (score != score);  // a NaN stays, because no score is above it
           highest = higher ? score : highest;
           found = higher ? all(static_cast<int32_t>(w.index[j] - document * J)) : found;
         }

@@ -1,8 +1,8 @@
-// Scores of a chunk of the queue against a block of queries: a register tile of 6 or 12 rows by kPanel queries,
-// sequential over d.
+// Scores of a chunk of the queue and a block of queries. A tile of 6 or 12 rows by kPanel queries is kept in registers,
+// in a loop over d.
 //
 // Rows of fp32 are read in place; rows of bf16 and fp16 are widened once per chunk. Queries are transposed once per
-// block. With AMX they are multiplied in tiles (tiles.h, parts.h) if that is as accurate.
+// block. With AMX, both are multiplied in tiles (tiles.h, parts.h) if that is as accurate.
 #include "kernels/cpu/simd/score.h"
 
 #include "kernels/cpu/simd/parts.h"
@@ -10,20 +10,20 @@
 namespace negmine::cpu::NEGMINE_SIMD {
 namespace {
 
-constexpr int64_t kChain = 256;  // longest chain of fused multiply-adds; also keeps a panel of b close to the processor
+constexpr int64_t kChain = 256;  // longest chain of fused multiply-adds, for which a panel of b fits into the cache
 
 constexpr int64_t kLine = 16;  // words of a cache line
 
-// Prefetches the cache line that begins with word `line` of each row ahead.
-NEGMINE_INLINE void ask_for(const Ahead& ahead, int64_t line) {
+// Prefetches the cache line that begins with word `line`, of each row ahead.
+NEGMINE_INLINE void prefetch_line(const Ahead& ahead, int64_t line) {
   if (line * 4 >= ahead.bytes) return;
   const char* next = ahead.first + line * 4;
   for (int64_t r = 0; r < ahead.rows; ++r, next += ahead.stride) __builtin_prefetch(next, 0, 2);
 }
 
-// out (kTall, kVec * kWidth) [+]= a (kTall, [t0, t1)) x b ([t0, t1), kPanel). Each cache line of the rows that are
-// worked on asks for one of rows ahead: in a burst between chunks the processor would wait for memory instead of
-// multiplying.
+// out (kTall, kVec * kWidth) [+]= a (kTall, [t0, t1)) x b ([t0, t1), kPanel). With each cache line of the rows of a,
+// one line of the rows ahead is prefetched. If they were prefetched all at once between chunks, the processor would
+// wait for memory instead of multiplying.
 template <int kTall, int kVec, bool kPairs>
 NEGMINE_INLINE void multiply_tile(const float* const* a, const float* b, int64_t t0, int64_t t1, float* out,
                                   const Ahead& ahead) {
@@ -35,12 +35,12 @@ NEGMINE_INLINE void multiply_tile(const float* const* a, const float* b, int64_t
   }
   for (int64_t line = t0; line < t1; line += kLine) {
     const int64_t end = t1 - line < kLine ? t1 : line + kLine;
-    ask_for(ahead, line);
+    prefetch_line(ahead, line);
     for (int64_t t = line; t < end; ++t) {
       V column[kVec];  // (kVec * kWidth)
       for (int v = 0; v < kVec; ++v) column[v] = load(b + t * kPanel + v * kWidth);
       for (int r = 0; r < kTall; ++r) {
-        const V x = all(word_of(row[r], t));  // one broadcast at a time: 24 accumulators leave few registers
+        const V x = all(word_of(row[r], t));  // one broadcast at a time, because 24 accumulators leave few registers
         for (int v = 0; v < kVec; ++v) acc[r][v] = step<kPairs>(x, column[v], acc[r][v]);
       }
     }
@@ -56,7 +56,7 @@ NEGMINE_INLINE void multiply_tile(const float* const* a, const float* b, int64_t
 template <int kVec, bool kPairs>
 void multiply_panel(const float* const* a, int64_t rows, const float* b, int64_t T, float* out, const Ahead& ahead) {
   constexpr int64_t kSteps = kPairs ? kChain / 2 : kChain;
-  constexpr int kTall = kVec == 1 ? 2 * kRows : kRows;  // fewer chains side by side would wait for each other
+  constexpr int kTall = kVec == 1 ? 2 * kRows : kRows;  // with fewer chains, each would wait for its own additions
   int64_t t0 = 0;
   do {
     const int64_t t1 = T - t0 > kSteps ? t0 + kSteps : T;
@@ -75,7 +75,7 @@ template <bool kPairs>
 NEGMINE_INLINE void multiply_panels(const float* const* a, int64_t rows, const float* b, int64_t T, int vectors,
                                     float* out, const Ahead& ahead) {
   const Ahead none;
-  bool first = true;  // panel
+  bool first = true;  // only the first panel prefetches
   for (; vectors > 0; vectors -= kVectors, b += T * kPanel, out += kPanel, first = false) {
     const Ahead& fetched = first ? ahead : none;
     switch (vectors) {
@@ -101,7 +101,7 @@ constexpr int64_t kTogether = 4;  // elements of a row that one product takes
 constexpr int64_t kTogether = 2;
 #endif
 
-// Row `row` of the queue in pairs or quads: a pointer to it, or copied to out (D + 3) with zeros after it.
+// Row `row` of the queue in pairs or quads: a pointer to it, or to a copy in out (D + 3) with zeros after it.
 NEGMINE_INLINE const float* pair_row(const Matrix& m, int64_t row, int64_t D, uint16_t* out) {
   const uint16_t* in = static_cast<const uint16_t*>(m.data) + row * m.row_stride;
   if (D % kTogether == 0) return reinterpret_cast<const float*>(in);
@@ -122,7 +122,7 @@ NEGMINE_INLINE void multiply_quads_tile(const float* const* a, const float* b, i
   }
   for (int64_t line = t0; line < t1; line += kLine) {
     const int64_t end = t1 - line < kLine ? t1 : line + kLine;
-    ask_for(ahead, line);
+    prefetch_line(ahead, line);
     for (int64_t t = line; t < end; t += 2) {
       V rows[kTwoRows];
       for (int r = 0; r < kTwoRows; ++r) {
@@ -189,7 +189,7 @@ void transpose_pairs(const Block& block, const Workspace& w, int64_t padded) {
   }
 }
 #else
-// The block's queries as pairs, 16 by 16 words at a time: w.q_t (T, kPanel), or for tiles as they take them.
+// Writes the block's queries as pairs to w.q_t (T, kPanel), or in the layout of tiles; 16 by 16 words at a time.
 void transpose_pairs(const Block& block, const Workspace& w, int64_t padded) {
   static_assert(kPanel == kLanes);
 #if defined(NEGMINE_TILES)
@@ -225,18 +225,18 @@ void transpose_pairs(const Block& block, const Workspace& w, int64_t padded) {
 // instructions that the other kernels of this instruction set need, so code_kernels() in dispatch.cpp asks for it.
 NEGMINE_INLINE void add_products(VI& sum, VI a, VI b) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 
-// Behind a block's words in w.q_t: where the sum of each lane begins, and its scale.
+// The first value of the sum of each lane, and its scale. They are stored after the block's words in w.q_t.
 struct LaneCodes {
   int32_t* start;  // (kLanes)
   float* scale;    // (kLanes)
 };
 
 NEGMINE_INLINE LaneCodes lane_codes(const Block& block, const Workspace& w) {
-  float* behind = w.q_t + block.D / 4 * kPanel;
-  return {reinterpret_cast<int32_t*>(behind), behind + kLanes};
+  float* after_words = w.q_t + block.D / 4 * kPanel;
+  return {reinterpret_cast<int32_t*>(after_words), after_words + kLanes};
 }
 
-// The block's queries in words of four, w.q_t (D / 4, kPanel), zeros in the lanes behind them.
+// Writes the block's queries to w.q_t (D / 4, kPanel), four elements in each word, and zeros to lanes without a query.
 void transpose_codes(const Block& block, const Workspace& w, int64_t padded) {
   static_assert(kPanel == kLanes);
   const LaneCodes lanes = lane_codes(block, w);
@@ -266,7 +266,7 @@ NEGMINE_INLINE void multiply_codes_tile(const float* const* a, const float* b, i
   }
   for (int64_t line = 0; line < T; line += kLine) {
     const int64_t end = T - line < kLine ? T : line + kLine;
-    ask_for(ahead, line);
+    prefetch_line(ahead, line);
     for (int64_t t = line; t < end; ++t) {
       VI column[kVec];
       for (int v = 0; v < kVec; ++v) column[v] = (VI)load(b + t * kPanel + v * kWidth);

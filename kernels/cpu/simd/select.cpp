@@ -14,7 +14,7 @@ constexpr int64_t kBatch = 16;  // rows of a tile whose passing cells are writte
 
 // Appends the sort keys of cells [cell, end) of the tile to their lanes' keys.
 NEGMINE_INLINE void append(const Workspace& w, const Selection& selection, const int32_t* cell, const int32_t* end) {
-  // Copies: the compiler must take every key it stores for a change of the selection.
+  // Local copies, because the compiler must assume that a stored key changes the selection.
   int64_t *const keys = selection.keys, *const sizes = selection.size;
   const int64_t capacity = selection.capacity, flip = selection.lowest ? -1 : 0;
   for (; cell < end; ++cell) {

@@ -43,7 +43,7 @@ constexpr int kVectors = 2;
 constexpr int kThree = kVectors == 4 ? 3 : kVectors;  // of three vectors that are left, those that go side by side
 constexpr int kRows = 6;                              // rows of a register tile
 constexpr int kPanel = kWidth * kVectors;             // columns of a register tile
-constexpr uint32_t kExcludedBits = 0xFFE5ED07u;  // a NaN of our own: the score of a column that is outside the pool
+constexpr uint32_t kExcludedBits = 0xFFE5ED07u;       // a special NaN: the score of a column outside the pool
 
 typedef float V __attribute__((vector_size(kWidth * 4)));
 typedef int32_t VI __attribute__((vector_size(kWidth * 4)));
@@ -159,7 +159,7 @@ NEGMINE_INLINE bool any(VI lanes) {  // each 0 or -1
 #endif
 }
 
-NEGMINE_INLINE V max(V a, V b) { return a > b ? a : b; }  // a NaN in a is passed over
+NEGMINE_INLINE V max(V a, V b) { return a > b ? a : b; }  // ignores a NaN in a
 
 NEGMINE_INLINE V root(V x) {
 #if defined(__AVX512F__)
