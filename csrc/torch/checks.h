@@ -81,8 +81,8 @@ inline void poison(const Tensor& output, bool longs) {
   }
 }
 
-// An uninitialised dense tensor on the device of `like`. `dtype` is a result of the functions aoti_torch_dtype_*(). This
-// bypasses torch's dispatcher to save time: a small call takes only about a microsecond for each of its outputs.
+// An uninitialised dense tensor on the device of `like`. `dtype` is a result of the functions aoti_torch_dtype_*().
+// This bypasses torch's dispatcher to save time: a small call takes only about a microsecond for each of its outputs.
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape, int32_t dtype) {
   constexpr size_t kMostDims = 4;
   int64_t strides[kMostDims], stride = 1;
