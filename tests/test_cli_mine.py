@@ -172,7 +172,11 @@ USAGE = [
     ("--beir nowhere --output t.jsonl", "'nowhere' must be a folder with files in it"),
     ("--beir beir --output t.jsonl.gz", "--output must end in .jsonl or .parquet, for training data, or in .npz"),
     ("--beir beir --output s3://b/t.jsonl", "--output must be the path of a file on this machine"),
-    ("--beir beir --split dev --output t.jsonl", "must be a BEIR folder with qrels/dev.tsv, got test, train"),
+    ("--beir beir --split test --corpus-embeddings q.npy --output t.jsonl", "--corpus-embeddings must be of"),
+    (
+        "--beir beir --split dev --output t.jsonl",
+        "must be a BEIR folder with qrels/dev.tsv, got one with the splits test, train",
+    ),
     ("--collection collection.tsv --output t.jsonl", "give --collection, --queries and --qrels together"),
     ("--beir beir --output beir/corpus.jsonl --overwrite", "--output must not replace an input"),
     ("--beir beir --output beir/qrels/../queries.jsonl --overwrite", "--output must not replace an input"),

@@ -132,7 +132,7 @@ BAD = [
         ("--query_embeddings", "q.npy"),
         "give an embedder or files with embeddings, not both",
     ),
-    ('{"query": "a", "pos": ["b"]}', ("--pooling_method", "cls"), "unrecognized arguments"),
+    ('{"query": "a", "pos": ["b"]}', ("--pooling_method", "cls"), "there is no option --pooling-method"),
 ]
 
 

@@ -249,10 +249,20 @@ COMMANDS = {
     "a word for a number": (
         f"mine {FILES} --num-negatives three",
         2,
-        "argument --num-negatives: invalid int value: 'three'",
+        "negmine mine: --num-negatives must be an int, got 'three' (see negmine mine --help)",
     ),
     "half an option": (f"mine {FILES} --range 5", 2, "--range could match --range-mode, --range-min, --range-max"),
-    "an unknown option": (f"mine {FILES} --output o.npz --top 5", 2, "unrecognized arguments: --top 5"),
+    "a misspelt option": (
+        f"mine {FILES} --output o.npz --num-negative-keys 5",
+        2,
+        "there is no option --num-negative-keys; did you mean --num-negatives?",
+    ),
+    "a percentage": (
+        f"mine {FILES} --output o.npz --max-score 5%",
+        2,
+        "--max-score must be a number or none, got '5%'",
+    ),
+    "an unknown option": (f"mine {FILES} --output o.npz --top 5", 2, "negmine mine: there is no option --top (see"),
     "percent": (f"mine {FILES} --output o.npz --range-max 5.0", 2, "Select: range_max must be a rank"),
     "an unknown backend": (f"mine {FILES} --output o.npz --backend gpu", 2, "backend must be None, 'cuda', 'triton'"),
     "an unknown form": (
@@ -264,7 +274,7 @@ COMMANDS = {
     "a folder that is not there": (
         f"mine {FILES} --output no/o.npz",
         1,
-        "'no/o.npz' could not be written (No such file",
+        "'no/o.npz' could not be written, because 'no' is a folder that does not exist",
     ),
     "an output that exists": (f"mine {FILES} --output p.npy", 2, "negmine mine: --output must"),
     "an input that is not there": (

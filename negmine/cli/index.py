@@ -24,7 +24,7 @@ READERS = {
 def add(commands: Any) -> None:
     """Add the subcommand with its three steps."""
     parser = commands.add_parser("index", help="build, search and evaluate an index of a corpus")
-    steps = parser.add_subparsers(dest="step", required=True, metavar="step")
+    steps = parser.add_subparsers(dest="step", required=True, metavar="build|search|recall")
 
     built = steps.add_parser(
         "build", help="index the rows of a corpus", description="Run NegativeIndex.build and write the index to a file."

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from negmine.cli import files, flagembedding
-from negmine.cli.options import Reader, add_options, given
+from negmine.cli.options import Reader, add_options, given, named
 from negmine.cli.outputs import add_overwrite, check_outputs
 from negmine.mining import MiningResult, NegativeIndex, from_texts, mine_hard_negatives
 from negmine.mining.atomic_file import is_stream
@@ -26,7 +26,7 @@ from negmine.mining.sources import Rows
 from negmine.mining.text_mining import Embedder, encoder
 from negmine.mining.text_sets import TextSet, beir_files, read_beir, read_msmarco, read_training_lines
 from negmine.mining.training_rows import FORMS
-from negmine.ops.checks import require_choice
+from negmine.ops.checks import Phrase, refuse, require_choice
 from negmine.options import Select
 
 OP = "negmine mine"
@@ -182,9 +182,11 @@ def add(commands: Any, words: Sequence[str] = ()) -> None:
         choices=["flagembedding"],
         help="use the options and the output format of another miner; see --compat flagembedding --help",
     )
-    parser.instead = "; --beir, --collection or --data gives the positives, and --model the embeddings"
     options = {word.partition("=")[0] for word in words}
     has_data_set = bool(options & {f"--{name}" for name in DATA_SET})
+    others = [] if has_data_set else ["--beir, --collection or --data gives the positives"]
+    others += [] if "--model" in options else ["--model gives the embeddings"]
+    parser.instead = f"; {', and '.join(others)}"
     unneeded = (*(IN_DATA_SET if has_data_set else ()), *(EMBEDDED if "--model" in options else ()))
     for action in parser._actions:
         action.required = action.required and action.dest not in unneeded
@@ -258,11 +260,20 @@ def _arguments(args: argparse.Namespace, names: list[str], texts: TextSet | None
         return arguments
     arguments |= {"query_ids": texts.query_ids, "corpus_ids": texts.corpus_ids, "positives": texts.positives}
     arguments |= {"query_texts": texts.query_texts, "corpus_texts": texts.corpus_texts}
-    if texts.query_rows is not None and not args.model:
-        rows = Rows.open(OP, "--query-embeddings", arguments["query_embeddings"])
-        if len(rows) == texts.queries_in_file:
-            kept = np.array(texts.query_rows, np.int64)
-            arguments["query_embeddings"] = rows.gather(kept, torch.device("cpu"))
+    if args.model:
+        return arguments
+    rows = Rows.open(OP, "--query-embeddings", arguments["query_embeddings"])
+    if texts.query_rows is not None and len(rows) == texts.queries_in_file:
+        kept = np.array(texts.query_rows, np.int64)
+        arguments["query_embeddings"] = rows.gather(kept, torch.device("cpu"))
+    elif len(rows) != len(texts.query_ids):
+        some = f", or {len(texts.query_ids)} for those with a positive" if texts.query_rows is not None else ""
+        wanted = f"of {texts.queries_in_file} rows, one for each query of the data set{some}"
+        raise refuse(OP, "--query-embeddings", wanted, Phrase(f"{len(rows)} rows"))
+    corpus = Rows.open(OP, "--corpus-embeddings", arguments["corpus_embeddings"])
+    if len(corpus) != len(texts.corpus_ids):
+        wanted = f"of {len(texts.corpus_ids)} rows, one for each document of the data set"
+        raise refuse(OP, "--corpus-embeddings", wanted, Phrase(f"{len(corpus)} rows"))
     return arguments
 
 
@@ -272,7 +283,8 @@ def run(
     """Run the command. names, fields and made: the options of mine_hard_negatives, Select and from_texts."""
     _check(parser, args)
     select = Select(**given(args, fields))
-    model = files.model(args.model) if args.model else None
+    with named("model"):
+        model = files.model(args.model) if args.model else None
     texts = read_data_set(args)
     arguments = _arguments(args, names, texts)
     if args.dry_run:

@@ -7,10 +7,12 @@ Only options that are given are passed to the function, so its defaults apply to
 """
 
 import argparse
+import contextlib
+import difflib
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, get_args
 
@@ -26,14 +28,44 @@ class Reader:
     nargs: int | str | None = None
 
 
+INVALID = re.compile(
+    r"argument (\S+): invalid (\w+)(, or none)? value: (.*)"
+)  # argparse's message for a word of another type
+WANTED = {
+    "int": "an int",
+    "float": "a number",
+    "number": "a rank (an int such as 50) or a fraction (a float such as 0.05)",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that reports errors in one sentence and refers to --help, without printing the usage."""
 
     instead = ""  # added to the message about missing options: what can be given instead
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The parsed options. A subcommand refuses unknown options itself, so that the message names it."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest and self._subparsers is None:
+            self.error(self._unknown(rest[0]))
+        return found, rest
+
+    def _unknown(self, word: str) -> str:
+        """The message about a word that is not an option, with the names of similar options."""
+        if not word.startswith("-"):
+            return f"there must be an option before {word!r}"
+        name, options = word.partition("=")[0], [name for name in self._option_string_actions if name.startswith("--")]
+        stem = name.lstrip("-")
+        similar = [option for option in options if len(stem) > 2 and stem in option]
+        similar = (similar or difflib.get_close_matches(name, options, 2, cutoff=0.75))[:4]
+        return f"there is no option {name}" + (f"; did you mean {' or '.join(similar)}?" if similar else "")
+
     def error(self, message: str) -> NoReturn:
         if message.startswith("the following arguments are required"):
             message += self.instead
+        if found := INVALID.fullmatch(message):
+            option, kind, or_none, word = found.groups()
+            message = f"{option} must be {WANTED.get(kind, kind)}{' or none' if or_none else ''}, got {word}"
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -109,6 +141,15 @@ def add_options(
     return added
 
 
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """Add the name of an option to the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"--{name.replace('_', '-')}: {error}") from error
+
+
 def given(
     args: argparse.Namespace, names: Iterable[str], readers: Mapping[str, Reader] | None = None
 ) -> dict[str, Any]:
@@ -117,5 +158,6 @@ def given(
     for name in names:
         if hasattr(args, name):
             value = getattr(args, name)
-            found[name] = readers[name].read(value) if readers and name in readers else value
+            with named(name):
+                found[name] = readers[name].read(value) if readers and name in readers else value
     return found

@@ -50,8 +50,13 @@ def _mode_of(path: Path) -> int | None:
 
 
 def _failure(op: str, path: Path, error: OSError) -> OSError:
-    said = f"{op}: {describe(str(path))} could not be written ({error.strerror}); existing files are unchanged"
-    return OSError(error.errno, said)
+    why = f" ({error.strerror})"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR) and not path.parent.is_dir():
+        what = "not a folder" if path.parent.exists() else "a folder that does not exist"
+        why = f", because {describe(str(path.parent))} is {what}"
+    elif error.errno == errno.EISDIR:
+        why = ", because it is a folder"
+    return OSError(error.errno, f"{op}: {describe(str(path))} could not be written{why}; existing files are unchanged")
 
 
 def require_output(op: str, name: str, path: Any) -> Path:

@@ -161,9 +161,8 @@ def beir_files(folder: str | os.PathLike, split: str | None = None) -> list[str]
         split = next((name for name in PREFERRED_SPLITS if name in splits), next(iter(splits), None))
     if split not in splits:
         wanted = f"with qrels/{split or 'train'}.tsv"
-        raise ValueError(
-            f"{describe(os.fspath(folder))} must be a BEIR folder {wanted}, got {', '.join(splits) or 'no qrels'}"
-        )
+        came = f"one with the splits {', '.join(splits)}" if splits else "no qrels"
+        raise ValueError(f"{describe(os.fspath(folder))} must be a BEIR folder {wanted}, got {came}")
     return [*found, splits[split]]
 
 
