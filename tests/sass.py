@@ -32,12 +32,36 @@ def parsed(sass: str) -> tuple[list[str], dict[int, int]]:
     return code, {i: labels[to] for i, to in jumps if to in labels}
 
 
+def goes_on(instruction: str) -> bool:
+    """Return whether the instruction after this one may be executed next."""
+    return not re.match(r"(BRA(?!\.DIV|\.CONV)(?!.*P\d)|EXIT|RET)", instruction)
+
+
+def loops(code: list[str], jumps: dict[int, int]) -> list[tuple[int, int]]:
+    """Return the indices of the first and the last instruction of every loop.
+
+    A backward jump closes a loop only if its target leads back to the jump. The compiler places code for diverged lanes at the
+    end of a kernel; that code also ends with a backward jump, but it runs once.
+    """
+
+    def leads(begin: int, end: int) -> bool:
+        seen, ahead = {begin}, [begin]
+        for i in ahead:
+            for j in (i + 1 if goes_on(code[i]) else begin, jumps.get(i, begin)):
+                if j not in seen and j < len(code):
+                    seen.add(j)
+                    ahead.append(j)
+        return end in seen
+
+    return [(to, i) for i, to in jumps.items() if to < i and leads(to, i)]
+
+
 def spans(code: list[str], jumps: dict[int, int]) -> list[tuple[int, int]]:
     """Return the indices of the first and the last instruction of every innermost loop.
 
     A loop with matrix products counts as innermost if no loop inside it has matrix products.
     """
-    every = [(to, i) for i, to in jumps.items() if to < i]
+    every = loops(code, jumps)
     multiply = [(a, b) for a, b in every if with_product([code[a : b + 1]])]
 
     def holds(outer: tuple[int, int], some: list[tuple[int, int]]) -> bool:
@@ -62,7 +86,7 @@ def multiplied(body: list[str]) -> int:
 def outside_of_loops(sass: str) -> int:
     """Return the number of instructions of a kernel that are not in a loop."""
     code, jumps = parsed(sass)
-    within = {place for place, to in jumps.items() if to < place for place in range(to, place + 1)}
+    within = {place for start, end in loops(code, jumps) for place in range(start, end + 1)}
     return len(code) - len(within)
 
 
@@ -78,8 +102,8 @@ def shortest_iterations(sass: str) -> list[int]:
             continue
         fewest, ahead = {start: 1}, [start]
         for i in ahead:
-            goes_on = not re.match(r"((BRA|CALL)(?!.*P\d)|EXIT)", code[i])
-            for j in [i + 1 if goes_on else len(code), jumps.get(i, len(code))]:
+            rare = re.match(r"CALL(?!.*P\d)", code[i])
+            for j in [len(code) if rare or not goes_on(code[i]) else i + 1, jumps.get(i, len(code))]:
                 if j not in fewest and j < len(code):
                     fewest[j] = fewest[i] + 1
                     ahead.append(j)

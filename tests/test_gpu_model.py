@@ -10,6 +10,7 @@ import pytest
 from benchmarks import gpu_model
 from benchmarks.gpu_model import CARDS, FOLDER, SHAPES, Launch, Time
 from benchmarks.rows import END, RESULTS, read
+from tests import sass
 
 H100 = CARDS["H100, H200"]
 BLANK = Launch("H100, H200", "triton", "info_nce", "", 256, "a kernel")
@@ -82,6 +83,17 @@ def test_a_measured_row_has_its_prediction_beside_it():
     for other in ({"variant": "eager"}, {"variant": "negmine[cuda]"}, {"K": 1024}, {"op": "mochi"}):
         assert gpu_model.predicted("nvidia-h200", row | other, rows) == ""
     assert gpu_model.predicted("nvidia-l4", row, rows) == ""
+
+
+def test_a_backward_jump_that_runs_once_is_not_a_loop():
+    """Code for diverged lanes is at the end of a kernel and jumps back."""
+    lines = [
+        "MOV R1, R2", ".L_x_0:", "FADD R1, R1, R1", "@P0 BRA `(.L_x_0)", "BRA.DIV UR4, `(.L_x_2)", ".L_x_1:", "STG [R2], R1",
+        "EXIT", ".L_x_2:", "SHFL.IDX PT, R1, R1, R4", "BRA `(.L_x_1)",
+    ]  # fmt: skip
+    code = "\n".join(line if line.endswith(":") else f"/*0000*/ {line};" for line in lines)
+    assert sass.innermost(code) == [["FADD R1, R1, R1", "@P0 BRA `(.L_x_0)"]]
+    assert sass.outside_of_loops(code) == 6
 
 
 @pytest.mark.gpu_sim
