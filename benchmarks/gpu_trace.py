@@ -43,6 +43,8 @@ ARCHITECTURES = {80: "80", 90: "90a"}  # for which kernels/cuda is compiled, by 
 # The other kernels of kernels/cuda, which do not compute the scores of the whole queue, by mangled names for bf16 and D = 128.
 OTHERS = {
     "merge": r"12merge_kernelIL\w*E1E",
+    "loss": r"11loss_kernelIL\w*E1ELi0E",
+    "mixed loss": r"11loss_kernelIL\w*E1ELi1ELb1E",
     "sample": r"13sample_kernelIL\w*E1ELi8E",
     "cut": r"10cut_kernel",
     "finish": r"13finish_kernelENS\w*Pass",
@@ -147,7 +149,8 @@ class Cuda:
     def __init__(self, capability: int, processors: int, launched: list[Any]) -> None:
         self.processors, self.launched = processors, launched
         self.counts = self.counted(ARCHITECTURES[capability])
-        names = ("count_negatives", "logsumexp", "mine_hardest", "mix_logsumexp", "mix_negatives", "rank_thresholds")
+        ranking = ("count_negatives", "mine_hardest", "rank_thresholds")
+        names = ("info_nce", "logsumexp", "mix_logsumexp", "mix_negatives", *ranking)
         self.functions = {name: self.recorded(name) for name in names}
 
     def counted(self, architecture: str) -> dict[str, dict]:
@@ -232,19 +235,23 @@ class Cuda:
             ]
         if op == "count_negatives":
             return [self.row("count", math.ceil(B / 128) * splits, 4, K / splits / 32), ("add", {"programs": B // 128})]
-        if op != "logsumexp":
+        if op not in ("logsumexp", "info_nce"):
             raise SystemExit(f"gpu_trace: the launches of {op} are not known")
-        rows = self.rows("mine_hardest", at) if at["N"] else []
+        total = at["pairs"] + at["with_query"] if op == "info_nce" and at["hard"] else 0
+        rows = self.rows("mine_hardest", at) if total or at.get("N") else []
         if at["ranks"] is not None:
             rows += [*self.rows("rank_thresholds", at), self.row("rank_window", math.ceil(B / 128), 4)]
             pairs = " pairs"
         parts = 4 * splits * B * (D + 5)
-        for _ in range(at["scales"].numel()):
-            rows += [
-                self.scored("sum" + pairs, B, K, D, splits, 2, read + parts),
-                self.row("merge", B, 8, splits / 8, bytes=parts + 4 * B * D),
-            ]
-        return rows
+        summed = self.scored("sum" + pairs, B, K, D, splits, 2, read + parts)
+        finished = parts + 4 * B * D
+        if op == "logsumexp":
+            return rows + [summed, self.row("merge", B, 8, splits / 8, bytes=finished)] * at["scales"].numel()
+        finished += bytes_of([query, at["positive_key"]])
+        if not total:
+            return [*rows, summed, self.row("loss", B, 8, splits / 8, bytes=finished)]
+        finished += 8 * B * min(at["skip"] + at["hard"], K)
+        return [*rows, summed, self.row("mixed loss", B, 8, total / 32, bytes=finished, gathered=mixed_bytes(B, D))]
 
 
 def meta_inputs(case: Case, with_ids: bool) -> Inputs:

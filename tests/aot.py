@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from negmine.ops.pool import Pool
 from tests import amdgcn, sass
@@ -102,6 +103,16 @@ def runs_on_device(func) -> bool:
     schema = func._schema
     views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
     return not views and schema.name.removeprefix("aten::") not in ALLOCATIONS
+
+
+class OnDevice(TorchDispatchMode):
+    """Count the PyTorch ops that launch a kernel: all except views and allocations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += runs_on_device(func)
+        return func(*args, **(kwargs or {}))
 
 
 def stand_in(capability: int, processors: int = PROCESSORS) -> list[Launch]:

@@ -32,6 +32,7 @@ def build(source: str, folder: Path, *more: str) -> ctypes.CDLL:
     flags = [*FLAGS, *more, f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover", "-Itests/emulator", "-I."]
     subprocess.run(["g++", *flags, f"tests/emulator/{source}.cpp", "-o", str(library)], cwd=ROOT, check=True)
     built = ctypes.CDLL(str(library))
+    built.emulated_launches.restype = ctypes.c_int64
     if AS_PTX in more:
         cuda_kernels.attach(
             built, library, ROOT / f"tests/emulator/{source}.cpp", "sm_90a" if SM90A in more else "sm_80"
@@ -59,6 +60,36 @@ def pool_arguments(pool):
         *map(pointer, (query_ids, negative_ids, query_labels, negative_labels)), ctypes.c_bool(same_label),
         pointer(lower), pointer(upper), pointer(num_rows),
     ]  # fmt: skip
+
+
+class Mixing(ctypes.Structure):
+    """kernels/cuda/mixing.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("B", "N", "D")),
+        *((name, ctypes.c_void_p) for name in ("query", "negative_keys", "hard_index")),
+        *((name, ctypes.c_int64) for name in ("query_stride", "negative_keys_stride", "hard_index_stride")),
+        *((name, ctypes.c_int32) for name in ("query_storage", "negative_keys_storage")),
+        *((name, ctypes.c_int64) for name in ("pairs", "with_query")),
+        *((name, ctypes.c_float) for name in ("pair_low", "pair_high", "query_low", "query_high")),
+        ("distinct", ctypes.c_bool), ("quantiles", ctypes.c_void_p),
+        ("seed", ctypes.c_uint32), ("step", ctypes.c_void_p), ("row_offset", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+def mixing_of(query, negative_keys, hard_index, draws):
+    """Return the structure for the draw arguments of an op. It keeps their tensors alive."""
+    *numbers, quantiles, seed, step, row_offset = draws
+    tensors = query, negative_keys, hard_index
+    mixing = Mixing(
+        *(len(query), hard_index.shape[1], query.shape[1]),
+        *(pointer(tensor).value for tensor in tensors),
+        *(tensor.stride(0) for tensor in tensors),
+        *(STORAGE[query.dtype], STORAGE[negative_keys.dtype], *numbers, pointer(quantiles).value),
+        *(seed, pointer(step).value, pointer(row_offset).value),
+    )
+    mixing.tensors = *tensors, quantiles, step, row_offset
+    return mixing
 
 
 def on_gpu(tensor):

@@ -76,6 +76,10 @@ def summing(query, negative_keys, scales, pivot, want_mean, N, *_, asked):
     return short(query, negative_keys, N, asked=asked) if N else narrow(query, negative_keys, asked=asked)
 
 
+def losing(query, positive_key, negative_keys, *_, asked):
+    return narrow(query, negative_keys, asked=asked)
+
+
 HELD = (
     "mine_hardest", "mix_negatives", "logsumexp", "logsumexp_grad_keys", "rank_thresholds", "count_negatives", "mix_logsumexp",
 )  # fmt: skip
@@ -90,7 +94,7 @@ def table(monkeypatch):
     ran = []
     monkeypatch.setattr(backends, "_chosen", {})  # clear the cache of choices
 
-    def install(by_name_only):
+    def install(by_name_only, held=HELD):
         cpu = next(row for row in backends.BACKENDS if row.name == "cpu").functions
 
         def noted(name, op):
@@ -100,10 +104,10 @@ def table(monkeypatch):
 
             return launch
 
-        held, everything = ({op: noted(name, op) for op in ops} for name, ops in (("cuda", HELD), ("triton", cpu)))
-        limits = {"mine_hardest": short, "logsumexp": summing, "logsumexp_grad_keys": narrow}
+        own, everything = ({op: noted(name, op) for op in ops} for name, ops in (("cuda", held), ("triton", cpu)))
+        limits = {"mine_hardest": short, "logsumexp": summing, "logsumexp_grad_keys": narrow, "info_nce": losing}
         rows = (
-            Backend("cuda", "cpu", held, by_name_only=frozenset(by_name_only), limits=limits),
+            Backend("cuda", "cpu", own, by_name_only=frozenset(by_name_only), limits=limits),
             Backend("triton", "cpu", everything),
         )
         monkeypatch.setattr(backends, "BACKENDS", rows)
@@ -249,6 +253,32 @@ def test_a_loss_that_the_cuda_backend_lacks_a_kernel_for_is_refused_in_words(tab
     with pytest.raises(BackendUnavailable, match=said):
         loss(**options, backend="cuda")
     assert not ran
+
+
+@pytest.mark.parametrize(
+    ("by_name_only", "backend", "expected"),
+    [(WAITING | {"info_nce"}, None, "triton"), (WAITING | {"info_nce"}, "cuda", "cuda"), ((), None, "cuda")],
+    ids=["by name only", "by name", "by default"],
+)
+def test_the_one_op_of_a_loss_runs_where_it_is_first(table, by_name_only, backend, expected):
+    ran = table(by_name_only, held=(*HELD, "info_nce"))
+    loss(backend=backend)
+    assert ran == [(expected, "info_nce")]
+
+
+def test_the_one_op_of_a_loss_is_held_to_its_limit(table):
+    ran = table((), held=(*HELD, "info_nce"))
+    with pytest.raises(BackendUnavailable, match=r"info_nce: backend 'cuda' cannot run this info_nce .*D up to 256"):
+        loss(D=300, backend="cuda")
+    assert not ran
+    loss(D=300)
+    assert ran == [("triton", "info_nce")]
+
+
+def test_the_one_op_waits_to_be_asked_where_the_sum_does_not(table):
+    ran = table({"info_nce"}, held=(*HELD, "info_nce"))
+    loss()
+    assert ran == [("cuda", "logsumexp")]
 
 
 def test_the_reason_names_an_op_that_waits_to_be_asked():

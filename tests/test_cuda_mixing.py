@@ -9,49 +9,17 @@ import ctypes
 import pytest
 import torch
 
-import negmine
 from negmine import Mix, reference
-from negmine.ops import backends, compiled
+from negmine.ops import compiled
 from negmine.ops.windows import Draw, mixing_draws
-from negmine.options import beta_quantiles
 from tests import emulate
 from tests.cases import unit
 from tests.compare import exact, rounded
 from tests.emulate import PRODUCTS, STORAGE, on_gpu, pointer
-from tests.emulated_mining import emulated as mining_by_emulator
-from tests.test_cuda_logsumexp import as_declared, emulated_sum
-
-i64, i32, f32, address = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
 
 
-class Mixing(ctypes.Structure):
-    """kernels/cuda/mixing.h."""
-
-    _fields_ = [
-        *((name, i64) for name in ("B", "N", "D")),
-        *((name, address) for name in ("query", "negative_keys", "hard_index")),
-        *((name, i64) for name in ("query_stride", "negative_keys_stride", "hard_index_stride")),
-        *((name, i32) for name in ("query_storage", "negative_keys_storage")),
-        *((name, i64) for name in ("pairs", "with_query")),
-        *((name, f32) for name in ("pair_low", "pair_high", "query_low", "query_high")),
-        ("distinct", ctypes.c_bool), ("quantiles", address),
-        ("seed", ctypes.c_uint32), ("step", address), ("row_offset", address),
-    ]  # fmt: skip
-
-
-def mixing_of(query, negative_keys, hard_index, mix, seed, step, row_offset):
-    quantiles = beta_quantiles(mix.concentration)
-    place = [torch.tensor(number) for number in (step, row_offset)]
-    mixing = Mixing(
-        *(len(query), hard_index.shape[1], query.shape[1]),
-        *(pointer(tensor).value for tensor in (query, negative_keys, hard_index)),
-        *(tensor.stride(0) for tensor in (query, negative_keys, hard_index)),
-        *(STORAGE[query.dtype], STORAGE[negative_keys.dtype], mix.pairs, mix.with_query),
-        *(*mix.pair_range, *mix.query_range, mix.distinct, pointer(quantiles).value),
-        *(seed, *(pointer(tensor).value for tensor in place)),
-    )
-    mixing.place = place  # alive as long as their addresses
-    return mixing
+def mixing_of(query, negative_keys, hard_index, mix, *draw):
+    return emulate.mixing_of(query, negative_keys, hard_index, mixing_draws(mix, query, Draw(*draw)))
 
 
 class Emulated:
@@ -268,34 +236,3 @@ def test_nan_stays_in_its_row(kernels):
     for got, plain in zip(kernels.mix_logsumexp(query, keys, *rest), want, strict=True):
         exact("the other row", got[0], plain[0])
         assert got[1].isnan().all()
-
-
-def test_a_step_with_synthetic_negatives(emulated, tmp_path, monkeypatch):
-    """info_nce by emulated kernels alone, under the name of their backend, against the reference in float64."""
-    mix = Mix(20, 12, 9)
-    sums = emulate.build("logsumexp", tmp_path)
-    sums.emulated_splits.restype = ctypes.c_int64
-    mined, summed = mining_by_emulator("emulated"), emulated_sum("emulated", sums)
-
-    def mix_logsumexp(query, negative_keys, index, scale, want_mean, *draws):
-        seed, *place = draws[-3:]
-        assert draws[:-3] == mixing_draws(mix, query, Draw())[:-3]
-        return emulated.mix_logsumexp(query, negative_keys, index, scale, want_mean, mix, seed, *map(int, place))
-
-    found = {
-        "mine_hardest": lambda *args: (*mined(*args[:3], args[4:]), None),
-        "logsumexp": as_declared(summed, mined),
-        "mix_logsumexp": mix_logsumexp,
-    }
-    monkeypatch.setattr(backends, "_chosen", {})
-    monkeypatch.setattr(backends, "BACKENDS", (backends.Backend("cuda", "cpu", found), *backends.BACKENDS[1:]))
-    given = [unit(n, 24, dtype=torch.bfloat16, seed=seed) for seed, n in enumerate((9, 9, 90))]
-    outcomes = []
-    for dtype, backend in ((torch.bfloat16, "cuda"), (torch.float64, "reference"), (torch.bfloat16, "reference")):
-        q, pos, keys = (x.clone().to(dtype) for x in given)
-        q.requires_grad_(), pos.requires_grad_()
-        loss = negmine.info_nce(q, pos, keys, temperature=0.1, mix=mix, seed=3, step=4, row_offset=5, backend=backend)
-        loss.backward()
-        outcomes.append((loss.detach(), q.grad, pos.grad))
-    for name, got, truth, plain in zip(("loss", "query", "positive_key"), *outcomes, strict=True):
-        rounded(name, got, truth, plain)

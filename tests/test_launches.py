@@ -5,12 +5,11 @@ Launches are only counted and not run. This works because no launcher reads what
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import negmine
 from negmine import Mix, Select, Weight
 from negmine.ops.pool import Pool
-from tests.aot import runs_on_device
+from tests.aot import OnDevice
 from tests.cases import ids, negatives, tags, unit
 from tests.conftest import _reason_not_here, interpreted
 
@@ -20,16 +19,6 @@ pytestmark = [
     pytest.mark.skipif(not interpreted("triton"), reason="launches are counted where kernels are interpreted"),
 ]
 B, K, D = 20, 200, 16
-
-
-class Counted(TorchDispatchMode):
-    """Count the PyTorch ops that launch a kernel: all except views and allocations."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += runs_on_device(func)
-        return func(*args, **(kwargs or {}))
 
 
 def training(given=None, **options):
@@ -65,7 +54,7 @@ def launches(call, monkeypatch) -> tuple[int, int]:
 
     call()
     kernels = []
-    with monkeypatch.context() as patch, Counted() as torch_ops:
+    with monkeypatch.context() as patch, OnDevice() as torch_ops:
         patch.setattr(GridExecutor, "__call__", lambda self, *args, **kwargs: kernels.append(self.fn))
         call()
     return len(kernels), torch_ops.count

@@ -174,6 +174,15 @@ inline void same_width(const char* op, const Tensor& query, const Tensor& negati
   require(same_device(query, negative_keys), op, ": negative_keys must be on the device of query, it is on another.");
 }
 
+// The positive of each query, (B, D).
+inline Tensor positives(const char* op, const Tensor& positive_key, const Tensor& query) {
+  const Tensor positive = matrix(op, "positive_key", positive_key, "(B, D)");
+  require(positive.size(0) == query.size(0) && positive.size(1) == query.size(1), op,
+          ": positive_key must have the shape of query, got ", Shape{positive}, " and ", Shape{query}, ".");
+  require(same_device(positive, query), op, ": positive_key must be on the device of query, it is on another.");
+  return positive;
+}
+
 // A contiguous (size,) vector of `dtype` on the device of `like`.
 inline Tensor vector(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t size,
                      const Tensor& like) {
@@ -210,6 +219,14 @@ inline Tensor scales(const char* op, const Tensor& t, const Tensor& like) {
 inline void mined_or_ranked(const char* op, int64_t N, bool ranked) {
   require(N >= 0, op, ": N must not be negative, got ", N, ".");
   require(N == 0 || !ranked, op, ": N > 0 and ranks do not go together, got N = ", N, ".");
+}
+
+// Whether S synthetic negatives are mixed from the ranks [skip, skip + hard) of the pool, which has no window then.
+inline bool mixes(const char* op, int64_t hard, int64_t skip, int64_t S, bool ranked) {
+  require(hard >= 0 && skip >= 0, op, ": hard and skip must not be negative, got ", hard, " and ", skip, ".");
+  const bool wanted = hard > 0 && S > 0;
+  require(!wanted || !ranked, op, ": ranks and synthetic negatives do not go together, got hard = ", hard, ".");
+  return wanted;
 }
 
 // The first and the last rank of each query, (B, 2) int64.

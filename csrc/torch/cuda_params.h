@@ -1,9 +1,11 @@
-// What the CUDA operators share: the stream and the device of a call, storage, and failures in words.
+// What the CUDA operators share: the stream and the device of a call, storage, draws, and failures in words.
 #pragma once
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include "csrc/torch/arguments.h"
 #include "csrc/torch/checks.h"
+#include "kernels/cuda/mixing.h"
 #include "kernels/cuda/storage.h"
 
 namespace negmine {
@@ -20,6 +22,33 @@ inline cuda::Storage storage_of(const checks::Tensor& matrix) {
   return dtype == ScalarType::Float      ? cuda::Storage::kFloat32
          : dtype == ScalarType::BFloat16 ? cuda::Storage::kBFloat16
                                          : cuda::Storage::kFloat16;
+}
+
+// query (B, D), negative_keys (K, D) and the draws of a call. What is mined, hard_index and N, is left open.
+inline cuda::Mixing mixing_of(const checks::Tensor& query, const checks::Tensor& negative_keys,
+                              const DrawArguments& given, const DrawTensors& tensors) {
+  return {.B = query.size(0),
+          .N = 0,
+          .D = query.size(1),
+          .query = query.data_ptr(),
+          .negative_keys = negative_keys.data_ptr(),
+          .hard_index = nullptr,
+          .query_stride = query.stride(0),
+          .negative_keys_stride = negative_keys.stride(0),
+          .hard_index_stride = 0,
+          .query_storage = storage_of(query),
+          .negative_keys_storage = storage_of(negative_keys),
+          .pairs = given.pairs,
+          .with_query = given.with_query,
+          .pair_low = static_cast<float>(given.pair_low),
+          .pair_high = static_cast<float>(given.pair_high),
+          .query_low = static_cast<float>(given.query_low),
+          .query_high = static_cast<float>(given.query_high),
+          .distinct = given.distinct,
+          .quantiles = checks::floats(tensors.quantiles),
+          .seed = static_cast<uint32_t>(given.seed),
+          .step = checks::longs(tensors.step),
+          .row_offset = checks::longs(tensors.row_offset)};
 }
 
 // Makes the device of `tensor` current for launches: a guard of torch speaks to torch's CUDA runtime, and this library

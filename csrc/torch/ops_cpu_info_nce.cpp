@@ -26,19 +26,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   // Checks.
   const char* op = "info_nce";
   const Scored in(op, query, negative_keys, pool);
-  const Tensor positive = checks::matrix(op, "positive_key", positive_key, "(B, D)");
-  checks::require(positive.size(0) == in.B && positive.size(1) == in.D, op,
-                  ": positive_key must have the shape of query, got ", checks::Shape{positive}, " and ",
-                  checks::Shape{query}, ".");
-  checks::require(checks::same_device(positive, query), op,
-                  ": positive_key must be on the device of query, it is on another.");
+  const Tensor positive = checks::positives(op, positive_key, query);
   const Tensor factor = checks::scalar(op, "scale", scale, ScalarType::Float, query);
   const OptionalTensor pivots = checks::vector(op, "pivot", pivot, ScalarType::Float, in.B, query);
   const OptionalTensor asked = checks::rank_pairs(op, ranks, in.B, query);
   const DrawTensors draw_tensors(op, query, draws);
-  checks::require(hard >= 0 && skip >= 0, op, ": hard and skip must not be negative, got ", hard, " and ", skip, ".");
-  checks::require(hard == 0 || draws.S() == 0 || !ranks.has_value(), op,
-                  ": ranks and synthetic negatives do not go together, got hard = ", hard, ".");
+  checks::mixes(op, hard, skip, draws.S(), asked.has_value());
   // Outputs.
   const int64_t B = in.B;
   Tensor rows = new_floats(query, {B});

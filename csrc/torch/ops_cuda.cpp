@@ -17,6 +17,7 @@
 #include "csrc/torch/checks.h"
 #include "csrc/torch/cuda_params.h"
 #include "kernels/cuda/count_negatives.h"
+#include "kernels/cuda/info_nce.h"
 #include "kernels/cuda/logsumexp.h"
 #include "kernels/cuda/logsumexp_grad_keys.h"
 #include "kernels/cuda/mine_hardest.h"
@@ -129,6 +130,22 @@ Tensor find_ranks(const char* op, const Scored& in, const Tensor& ranks) {
   return sort_keys;
 }
 
+// Narrows pool to the columns between the two ranks (B, 2) of each row; bounds (2, B) holds them, and is read by
+// launches below, in stream order. Returns the sort keys (B, 2).
+Tensor narrow(const char* op, const Scored& in, const Tensor& ranks, Tensor& bounds, cuda::Pool& pool) {
+  Tensor sort_keys = find_ranks(op, in, ranks);
+  const cuda::RankWindowParams window = {.B = in.B,
+                                         .ranks = longs(ranks),
+                                         .pool_lower = pool.lower,
+                                         .sort_keys = longs_of(sort_keys),
+                                         .lower = longs_of(bounds),
+                                         .upper = longs_of(bounds) + in.B};
+  require_launched(op, cuda::rank_window(window, in.stream));
+  pool.lower = window.lower;
+  pool.upper = window.upper;
+  return sort_keys;
+}
+
 // Counts each pool into count (B,).
 void count_pool(const char* op, const Scored& in, const cuda::Pool& pool, Tensor& count) {
   const cuda::CountingPlan plan = cuda::plan_counting(in.B, in.K, in.processors);
@@ -222,19 +239,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> logsumexp(
 
   // Run.
   if (N > 0) mine(op, in, N, scores, index);
-  Tensor sort_keys = asked.has_value() ? find_ranks(op, in, *asked) : new_longs(in.q, {in.B, 0});
-  Tensor bounds = new_longs(in.q, {2, asked.has_value() ? in.B : 0});  // read by launches below, in stream order
-  if (asked.has_value()) {
-    const cuda::RankWindowParams window = {.B = in.B,
-                                           .ranks = longs(asked),
-                                           .pool_lower = p.pool.lower,
-                                           .sort_keys = longs_of(sort_keys),
-                                           .lower = longs_of(bounds),
-                                           .upper = longs_of(bounds) + in.B};
-    require_launched(op, cuda::rank_window(window, in.stream));
-    p.pool.lower = window.lower;
-    p.pool.upper = window.upper;
-  }
+  Tensor bounds = new_longs(in.q, {2, asked.has_value() ? in.B : 0});
+  Tensor sort_keys = asked.has_value() ? narrow(op, in, *asked, bounds, p.pool) : new_longs(in.q, {in.B, 0});
   for (int64_t s = 0; s < S; ++s) {
     p.scale = floats(factors) + s;
     p.lse = floats_of(lse) + s * in.B;
@@ -242,6 +248,75 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> logsumexp(
     require_launched(op, cuda::logsumexp(p, in.stream));
   }
   return {lse, mean, num_kept, num_above, scores, index, sort_keys};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(
+    const Tensor& query, const Tensor& positive_key, const Tensor& negative_keys, const Tensor& scale,
+    const OptionalTensor& pivot, bool want_gradient, bool decoupled, const OptionalTensor& ranks, int64_t hard,
+    int64_t skip, const DrawArguments& draws, const PoolArguments& pool) {
+  // Checks.
+  const char* op = "info_nce";
+  require_on_gpu(op, query);
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  const Scored in(op, query, negative_keys, pool);
+  const Tensor positive = checks::positives(op, positive_key, in.q);
+  const Tensor factor = checks::scalar(op, "scale", scale, ScalarType::Float, in.q);
+  const OptionalTensor pivots = checks::vector(op, "pivot", pivot, ScalarType::Float, in.B, in.q);
+  const OptionalTensor asked = checks::rank_pairs(op, ranks, in.B, in.q);
+  const DrawTensors draw_tensors(op, in.q, draws);
+  const bool mixes = checks::mixes(op, hard, skip, draws.S(), asked.has_value());
+  const cuda::SummingPlan plan = cuda::plan_summing(in.B, in.K, in.D, want_gradient, in.processors);
+
+  // Outputs.
+  const int64_t B = in.B;
+  Tensor rows = new_floats(in.q, {B});
+  Tensor d_query = new_floats(in.q, {want_gradient ? B : 0, in.D});
+  Tensor d_scale = new_floats(in.q, {want_gradient ? B : 0});
+  Tensor weight = new_floats(in.q, {B});
+  Tensor lse = new_floats(in.q, {B});
+  Tensor total = new_floats(in.q, {B});
+  Tensor num_kept = new_longs(in.q, {B});
+  Tensor num_above = new_longs(in.q, {B});
+  Tensor num_mixed = new_longs(in.q, {B});
+  Tensor workspace = new_bytes(in.q, plan.workspace);
+
+  // Params.
+  cuda::InfoNceParams p = {};
+  p.sum = in.params<cuda::LogSumExpParams>();
+  p.sum.scale = floats(factor);
+  p.sum.pivot = floats(pivots);
+  p.sum.want_mean = want_gradient;
+  p.sum.plan = plan;
+  p.sum.lse = floats_of(lse);
+  p.sum.num_kept = longs_of(num_kept);
+  p.sum.num_above = longs_of(num_above);
+  p.sum.workspace = workspace.mutable_data_ptr();
+  p.positive_key = positive.data_ptr();
+  p.positive_key_stride = positive.stride(0);
+  p.positive_key_storage = storage_of(positive);
+  p.decoupled = decoupled;
+  p.rows = floats_of(rows);
+  p.d_query = floats_of(d_query);
+  p.d_scale = floats_of(d_scale);
+  p.weight = floats_of(weight);
+  p.total = floats_of(total);
+  p.num_mixed = longs_of(num_mixed);
+
+  // Run.
+  const int64_t mined = mixes ? std::min(skip + hard, std::max(in.K, skip + 1)) : 0;
+  Tensor scores = new_floats(in.q, {B, mined});
+  Tensor index = new_longs(in.q, {B, mined});
+  if (mixes) {
+    mine(op, in, mined, scores, index);
+    p.mixing = mixing_of(in.q, in.keys, draws, draw_tensors);
+    p.mixing.N = mined - skip;
+    p.mixing.hard_index = longs(index) + skip;
+    p.mixing.hard_index_stride = mined;
+  }
+  Tensor bounds = new_longs(in.q, {2, asked.has_value() ? B : 0});
+  Tensor sort_keys = asked.has_value() ? narrow(op, in, *asked, bounds, p.sum.pool) : new_longs(in.q, {B, 0});
+  require_launched(op, cuda::info_nce(p, in.stream));
+  return {rows, d_query, d_scale, weight, lse, total, num_kept, num_above, num_mixed, sort_keys};
 }
 
 Tensor logsumexp_grad_keys(const Tensor& query, const Tensor& negative_keys, const Tensor& scale, const Tensor& lse,
@@ -276,6 +351,7 @@ Tensor logsumexp_grad_keys(const Tensor& query, const Tensor& negative_keys, con
 
 STABLE_TORCH_LIBRARY_IMPL(negmine_cuda, CUDA, m) {
   m.impl("count_negatives", boxed<&count_negatives>);
+  m.impl("info_nce", boxed<&info_nce>);
   m.impl("logsumexp", boxed<&logsumexp>);
   m.impl("logsumexp_grad_keys", boxed<&logsumexp_grad_keys>);
   m.impl("mine_hardest", boxed<&mine_hardest>);

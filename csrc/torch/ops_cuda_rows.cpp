@@ -33,30 +33,10 @@ struct Mixed {
         hard_index(checks::index_matrix(op, "hard_index", hard, query.size(0), query)),
         tensors(op, query, given) {
     checks::same_width(op, query, negative_keys);
-    mixing = {
-        .B = query.size(0),
-        .N = hard_index.size(1),
-        .D = query.size(1),
-        .query = query.data_ptr(),
-        .negative_keys = negative_keys.data_ptr(),
-        .hard_index = longs(hard_index),
-        .query_stride = query.stride(0),
-        .negative_keys_stride = negative_keys.stride(0),
-        .hard_index_stride = hard_index.stride(0),
-        .query_storage = storage_of(query),
-        .negative_keys_storage = storage_of(negative_keys),
-        .pairs = given.pairs,
-        .with_query = given.with_query,
-        .pair_low = static_cast<float>(given.pair_low),
-        .pair_high = static_cast<float>(given.pair_high),
-        .query_low = static_cast<float>(given.query_low),
-        .query_high = static_cast<float>(given.query_high),
-        .distinct = given.distinct,
-        .quantiles = floats(tensors.quantiles),
-        .seed = static_cast<uint32_t>(given.seed),
-        .step = longs(tensors.step),
-        .row_offset = longs(tensors.row_offset),
-    };
+    mixing = mixing_of(query, negative_keys, given, tensors);
+    mixing.N = hard_index.size(1);
+    mixing.hard_index = longs(hard_index);
+    mixing.hard_index_stride = hard_index.stride(0);
     set_device(op, query);
   }
 };

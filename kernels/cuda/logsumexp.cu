@@ -321,8 +321,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-int width_of(int64_t D) { return D <= 64 ? 64 : D <= 128 ? 128 : 256; }
-
 int64_t workspace_of(int64_t splits, int64_t B, int64_t D, bool want_mean) {
   return 4 * splits * B * (5 + (want_mean ? width_of(D) : 0));
 }
@@ -352,14 +350,25 @@ cudaError_t sum_of_pool(const Inputs& in, const LogSumExpParams& params, const P
 }
 
 template <Storage kStorage>
-cudaError_t sum_and_merge(const Inputs& in, const LogSumExpParams& params, const Parts& parts, void* stream) {
-  const cudaError_t error = params.want_mean ? sum_of_pool<kStorage, true>(in, params, parts, stream)
-                                             : sum_of_pool<kStorage, false>(in, params, parts, stream);
-  if (error != cudaSuccess) return error;
-  const int splits = static_cast<int>(params.plan.splits), width = width_of(params.D);
-  const int bytes = 4 * ((splits + 3) / 4 * 4 + (params.want_mean ? kMergeWarps * width : 0));
-  return launch(merge_kernel<kStorage>, dim3(static_cast<unsigned>(params.B)), kMergeThreads, bytes, stream, in.query,
-                parts, splits, width, params);
+cudaError_t sum_of_storage(const Inputs& in, const LogSumExpParams& params, const Parts& parts, void* stream) {
+  return params.want_mean ? sum_of_pool<kStorage, true>(in, params, parts, stream)
+                          : sum_of_pool<kStorage, false>(in, params, parts, stream);
+}
+
+// Block = row.
+template <Storage kStorage>
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_kernel(Rows query, Parts parts, int splits, int width, LogSumExpParams out) {
+  float* memory = reinterpret_cast<float*>(shared_memory());
+  const int64_t b = blockIdx.x;
+  const Merged all = merge_parts<kStorage>(query, parts, splits, width, out.want_mean, b, gridDim.x, memory);
+  if (threadIdx.x == 0) {
+    out.lse[b] = (all.top + log2f(all.sum)) * kLn2;
+    out.num_kept[b] = all.num_kept;
+    out.num_above[b] = all.num_above;
+  }
+  if (!out.want_mean || threadIdx.x >= kWarp) return;
+  for (int d = threadIdx.x; d < query.D; d += kWarp) out.mean[b * query.D + d] = memory[mean_at(splits) + d];
 }
 
 template <int kSteps, bool kWantMean>
@@ -383,18 +392,23 @@ SummingPlan plan_summing(int64_t B, int64_t K, int64_t D, bool want_mean, int64_
   return {splits, workspace_of(splits, B, D, want_mean)};
 }
 
-int logsumexp(const LogSumExpParams& params, void* stream) {
-  if (params.B == 0) return cudaSuccess;
+int sum_parts(const LogSumExpParams& params, void* stream) {
   const Inputs in = {rows_of(params.query, params.query_stride, params.D),
                      rows_of(params.negative_keys, params.negative_keys_stride, params.D),
                      static_cast<int32_t>(params.K), params.pool};
-  const int64_t rows = params.plan.splits * params.B;
-  float* mean = static_cast<float*>(params.workspace);  // first, for its alignment
-  float* shift = mean + (params.want_mean ? rows * width_of(params.D) : 0);
-  auto* num_kept = reinterpret_cast<int32_t*>(shift + 3 * rows);
-  const Parts parts = {shift, shift + rows, shift + 2 * rows, num_kept, num_kept + rows, mean};
-  return params.storage == Storage::kBFloat16 ? sum_and_merge<Storage::kBFloat16>(in, params, parts, stream)
-                                              : sum_and_merge<Storage::kFloat16>(in, params, parts, stream);
+  const Parts parts = parts_of(params);
+  return params.storage == Storage::kBFloat16 ? sum_of_storage<Storage::kBFloat16>(in, params, parts, stream)
+                                              : sum_of_storage<Storage::kFloat16>(in, params, parts, stream);
+}
+
+int logsumexp(const LogSumExpParams& params, void* stream) {
+  if (params.B == 0) return cudaSuccess;
+  if (const int error = sum_parts(params, stream)) return error;
+  const int splits = static_cast<int>(params.plan.splits), width = width_of(params.D);
+  const bool is_bf16 = params.storage == Storage::kBFloat16;
+  return launch(is_bf16 ? merge_kernel<Storage::kBFloat16> : merge_kernel<Storage::kFloat16>,
+                dim3(static_cast<unsigned>(params.B)), kMergeThreads, 4 * merge_floats(splits, width, params.want_mean),
+                stream, rows_of(params.query, params.query_stride, params.D), parts_of(params), splits, width, params);
 }
 
 }  // namespace negmine::cuda

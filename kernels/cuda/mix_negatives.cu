@@ -23,14 +23,14 @@ __device__ uint32_t narrow(float value, Storage storage) {
 }
 
 __device__ void store(void* row, Layout layout, int64_t d, int64_t D, const Chunk& chunk) {
-  const float (&v)[kQuad] = chunk.value;
+  const float (&v)[kElements] = chunk.value;
   if (layout.storage == Storage::kFloat32) {
     float* words = static_cast<float*>(row) + d;
     if (layout.in_quads) {
       *reinterpret_cast<float4*>(words) = make_float4(v[0], v[1], v[2], v[3]);
       return;
     }
-    for (int i = 0; i < kQuad && d + i < D; ++i) words[i] = v[i];
+    for (int i = 0; i < kElements && d + i < D; ++i) words[i] = v[i];
     return;
   }
   uint16_t* halves = static_cast<uint16_t*>(row) + d;
@@ -39,7 +39,7 @@ __device__ void store(void* row, Layout layout, int64_t d, int64_t D, const Chun
                                                    narrow(v[2], layout.storage) | narrow(v[3], layout.storage) << 16);
     return;
   }
-  for (int i = 0; i < kQuad && d + i < D; ++i) halves[i] = static_cast<uint16_t>(narrow(v[i], layout.storage));
+  for (int i = 0; i < kElements && d + i < D; ++i) halves[i] = static_cast<uint16_t>(narrow(v[i], layout.storage));
 }
 
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
       out.parents[2 * item] = out.parents[2 * item + 1] = -1;
       out.coefficients[item] = 0.0f;
     }
-    for (int64_t d = kQuad * lane; d < p.D; d += kPass) store(vector, vectors_layout, d, p.D, Chunk{});
+    for (int64_t d = kElements * lane; d < p.D; d += kPass) store(vector, vectors_layout, d, p.D, Chunk{});
     return;
   }
 
@@ -75,15 +75,15 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
   const Row second = key_at(p, layouts.keys, drawn.second);                                                  // (D,)
 
   float squares = 0.0f;
-  for (int64_t d = kQuad * lane; d < p.D; d += kPass) {
+  for (int64_t d = kElements * lane; d < p.D; d += kPass) {
     const Chunk mixed = mix(drawn.coefficient, load(first, d, p.D), load(second, d, p.D));
-    for (int i = 0; i < kQuad; ++i) squares += mixed.value[i] * mixed.value[i];
+    for (int i = 0; i < kElements; ++i) squares += mixed.value[i] * mixed.value[i];
   }
   const float norm = norm_of(over_warp(squares));
 
-  for (int64_t d = kQuad * lane; d < p.D; d += kPass) {
+  for (int64_t d = kElements * lane; d < p.D; d += kPass) {
     Chunk mixed = mix(drawn.coefficient, load(first, d, p.D), load(second, d, p.D));
-    for (int i = 0; i < kQuad; ++i) mixed.value[i] /= norm;
+    for (int i = 0; i < kElements; ++i) mixed.value[i] /= norm;
     store(vector, vectors_layout, d, p.D, mixed);
   }
 }

@@ -13,12 +13,12 @@
 
 namespace negmine::cuda {
 
-constexpr int kQuad = 4;  // consecutive elements of a row that one lane handles
-constexpr int kPass = kQuad * kWarp;
+constexpr int kElements = 4;  // consecutive elements of a row that one lane handles
+constexpr int kPass = kElements * kWarp;
 constexpr float kSmallestNorm = 1e-12f;
 
 struct Chunk {
-  float value[kQuad];
+  float value[kElements];
 };
 
 // How the elements of a row lie in memory. in_quads: its chunks are aligned, and no chunk is cut short.
@@ -39,6 +39,11 @@ __device__ inline float widen(uint32_t bits, Storage storage) {
                                        : __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
+__device__ inline float element_of(const void* row, Storage storage, int64_t d) {
+  if (storage == Storage::kFloat32) return static_cast<const float*>(row)[d];
+  return widen(static_cast<const uint16_t*>(row)[d], storage);
+}
+
 // Elements d .. d + 3 of a row of D, zeros past its end.
 __device__ inline Chunk load(const Row& row, int64_t d, int64_t D) {
   const Layout layout = row.layout;
@@ -49,7 +54,7 @@ __device__ inline Chunk load(const Row& row, int64_t d, int64_t D) {
       const float4 quad = *reinterpret_cast<const float4*>(words);
       return {quad.x, quad.y, quad.z, quad.w};
     }
-    for (int i = 0; i < kQuad; ++i) chunk.value[i] = d + i < D ? words[i] : 0.0f;
+    for (int i = 0; i < kElements; ++i) chunk.value[i] = d + i < D ? words[i] : 0.0f;
     return chunk;
   }
   const uint16_t* halves = static_cast<const uint16_t*>(row.base) + d;
@@ -58,7 +63,7 @@ __device__ inline Chunk load(const Row& row, int64_t d, int64_t D) {
     return {widen(quad.x & 0xFFFFu, layout.storage), widen(quad.x >> 16, layout.storage),
             widen(quad.y & 0xFFFFu, layout.storage), widen(quad.y >> 16, layout.storage)};
   }
-  for (int i = 0; i < kQuad; ++i) chunk.value[i] = d + i < D ? widen(halves[i], layout.storage) : 0.0f;
+  for (int i = 0; i < kElements; ++i) chunk.value[i] = d + i < D ? widen(halves[i], layout.storage) : 0.0f;
   return chunk;
 }
 
@@ -117,7 +122,7 @@ __device__ inline Parents draw(const Mixing& p, int64_t b, int64_t slot, const i
 
 __device__ inline Chunk mix(float coefficient, const Chunk& first, const Chunk& second) {
   Chunk mixed;
-  for (int i = 0; i < kQuad; ++i) {
+  for (int i = 0; i < kElements; ++i) {
     mixed.value[i] = coefficient * first.value[i] + (1.0f - coefficient) * second.value[i];
   }
   return mixed;
@@ -142,8 +147,8 @@ __device__ inline Row key_at(const Mixing& p, Layout layout, int64_t index) {
 }
 
 inline Layout layout_of(const void* base, int64_t stride, int64_t D, Storage storage) {
-  const bool aligned = reinterpret_cast<uintptr_t>(base) % (kQuad * bytes_of(storage)) == 0;
-  return {storage, aligned && D % kQuad == 0 && stride % kQuad == 0};
+  const bool aligned = reinterpret_cast<uintptr_t>(base) % (kElements * bytes_of(storage)) == 0;
+  return {storage, aligned && D % kElements == 0 && stride % kElements == 0};
 }
 
 inline Layouts layouts_of(const Mixing& p) {

@@ -172,10 +172,29 @@ def _summing_limit(
     return (_scoring_limit if ranks is None else _ranking_limit)(query, negative_keys, asked=asked)
 
 
+def _loss_limit(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor,
+    scale: Tensor,
+    pivot: Any,
+    want_gradient: bool,
+    decoupled: bool,
+    ranks: Any,
+    hard: int,
+    skip: int,
+    *_: Any,
+    asked: bool,
+) -> str:
+    mined = min(skip + hard, max(negative_keys.shape[0], skip + 1)) if hard else 0
+    return _summing_limit(query, negative_keys, scale, pivot, want_gradient, mined, ranks, asked=asked)
+
+
 def _cuda_backend() -> Backend:
     found = {} if compiled.CUDA_REFUSAL else compiled.functions("negmine_cuda", "CUDA")
     limits: dict[str, Callable[..., str]] = {
         "mine_hardest": _mining_limit,
+        "info_nce": _loss_limit,
         "logsumexp": _summing_limit,
         "rank_thresholds": _ranking_limit,
         "logsumexp_grad_keys": _scoring_limit,
@@ -315,8 +334,9 @@ def _choose(
         together = scored if OPS[op].takes_pool else [op]
         able = [row for row in rows if _runs(row, together, device, asked is not None)]
         if able:
-            if not chosen and optional in able[0].functions:
-                chosen[optional] = able[0].functions[optional]
+            holders = [row for row in able if optional and _runs(row, [optional], device, asked is not None)]
+            if not chosen and holders[:1] == able[:1]:
+                chosen[optional] = _function(caller, optional, holders, asked)
             chosen[op] = _function(caller, op, able, asked)
             continue
         # Either no backend runs this op, or no backend runs all ops of `together`. The error names an op that no backend runs.

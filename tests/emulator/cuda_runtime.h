@@ -93,6 +93,7 @@ inline unsigned hidden = 0;                   // threads that hide their writes
 inline bool backwards = false;                // the order in which blocks run
 inline std::set<void (*)()> at_end_of_block;  // checks of what the block leaves
 inline int votes[3];                          // of __syncthreads_or: the last, the one under way and the next
+inline int64_t launches = 0;
 
 inline void enter() {
   kernel();
@@ -219,6 +220,9 @@ extern "C" __attribute__((used)) inline void emulated_launch_by(emulator::Launch
 }
 #endif
 
+// Kernels launched so far.
+extern "C" __attribute__((used)) inline int64_t emulated_launches() { return emulator::launches; }
+
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
   return static_cast<size_t>(value) <= emulator::kSharedBytes ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -231,6 +235,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(
       threads % emulator::kWarp != 0 || launch->blockDim.y != 1 || launch->dynamicSmemBytes > emulator::kSharedBytes) {
     return cudaErrorInvalidConfiguration;
   }
+  ++emulator::launches;
 #ifdef NEGMINE_LAUNCHES_ELSEWHERE
   std::vector<char> bytes;
   (emulator::append(bytes, static_cast<Wanted>(arguments)), ...);
