@@ -1,5 +1,6 @@
-// Where a scan cuts to catch the sort key at a rank: a bracket around it, from a sample of the row's scores. It needs
-// no exactness: what a scan counts says whether a bracket has caught its rank.
+// Brackets: two cuts around each wanted rank, chosen from a sample of the row's scores so that the sort key at the rank
+// is nearly always between them. A bracket need not be exact, because the counts of the scan show whether it contains
+// its rank.
 #pragma once
 
 #include <cfloat>
@@ -19,8 +20,7 @@ constexpr float kReach = 4.75f, kPositionsBelow = 4.0f, kPlacesAbove = 3.0f;
 
 __device__ __forceinline__ int at_cell(int cell) { return cell / kCellRows * (kCellRows + 1) + cell % kCellRows; }
 
-// The cell, of kCells with the highest last, in which the wanted-th from the top lies; how many lie in higher cells,
-// and how many in it. One warp; there must be so many.
+// A cell of a histogram, the number of elements in higher cells, and the number of elements in it.
 struct Cell {
   int cell, higher, count;
 };
@@ -48,7 +48,8 @@ __device__ __forceinline__ Cell find_cell(const int* cells, int wanted, int lane
           __shfl_sync(kAllLanes, count, second)};
 }
 
-// Even cells over the scores from the rank `low` to the rank `high`; infinities count as the largest numbers.
+// Cells of equal width over the scores from rank() `low` to rank() `high`. Infinities count as the largest finite
+// numbers.
 struct Grid {
   uint32_t low, high;
   float least, step, per_step;
@@ -62,12 +63,12 @@ struct Grid {
   __device__ int cell_of(uint32_t rank) const {
     return min(static_cast<int>((0.5f * number(rank) - 0.5f * least) * per_step), kCells - 1);
   }
-  // Scores below and above those of a cell.
+  // Scores at the lower and at the upper end of a cell.
   __device__ float below(int cell) const { return cell == 0 ? score_of(low) : fmaf(cell, step, least); }
   __device__ float above(int cell) const { return cell == kCells - 1 ? score_of(high) : fmaf(cell + 1, step, least); }
 };
 
-// What the threads of a row share while they look for its cuts.
+// The shared memory of a block that searches for the cuts of its row.
 struct Search {
   int cells[2][kCellInts];
   unsigned low, high;
@@ -76,7 +77,7 @@ struct Search {
   Cut cuts[4];
 };
 
-// The ranks asked for in a pass: one or two of each row of a (B, R) array, in ascending order.
+// The ranks that one pass finds: one or two for each row of a (B, R) array, in ascending order.
 struct RowRanks {
   const int64_t* ranks;  // of row 0
   int64_t stride;        // R
@@ -84,7 +85,7 @@ struct RowRanks {
 
   struct Of {
     int64_t rank;
-    int column;  // of the two
+    int column;  // 0 or 1: the place of this rank in the array
   };
 
   __device__ Of of(int64_t b, int i) const {
@@ -94,7 +95,7 @@ struct RowRanks {
   }
 };
 
-// use(rank, at) for what there is of the sample of the block's row.
+// Calls use(rank, position) for every score in the sample of the block's row.
 template <class Use>
 __device__ __forceinline__ void each_sampled(const Sample& sample, Use use) {
   const uint32_t* ranks = sample.ranks + static_cast<int64_t>(blockIdx.x) * sample.size;
@@ -104,13 +105,14 @@ __device__ __forceinline__ void each_sampled(const Sample& sample, Use use) {
   }
 }
 
-// The cut at the `wanted`-th sampled column from the top, from 1: with is_low the cut has that column, else it has not,
-// and in both cases it may err by a few more columns to that side. `found` is its cell of `grid`. All threads.
+// A cut next to the wanted-th highest sampled column, counted from 1. The column reaches the cut if is_low, and does
+// not reach it otherwise. In either case the cut may be a few sampled columns further away, which only widens the
+// bracket. `found` is the column's cell of `grid`. All threads must call it.
 __device__ __forceinline__ Cut cut_at(Search& shared, const Sample& sample, int K, Grid grid, Cell found, int wanted,
                                       bool is_low) {
   const int lane = threadIdx.x % kWarp, group = max(sample.size / kCells, 1);
   int* cells = shared.cells[1];
-  // Counts those of the ranks low to high in the cell cell_of(rank, at), and finds the wanted-th.
+  // Counts the sampled scores with a rank() from low to high by cells, and finds the cell of the wanted-th.
   const auto find = [&](uint32_t low, uint32_t high, auto cell_of) {
     for (int i = threadIdx.x; i < kCellInts; i += blockDim.x) cells[i] = 0;
     __syncthreads();
@@ -125,7 +127,7 @@ __device__ __forceinline__ Cut cut_at(Search& shared, const Sample& sample, int 
     __syncthreads();
     return shared.narrower;
   };
-  while (found.count > sample.size / (kCells / 4) + 1) {  // too coarse
+  while (found.count > sample.size / (kCells / 4) + 1) {  // too many columns in the cell: divide it
     wanted -= found.higher;
     __syncthreads();
     if (threadIdx.x == 0) shared.low = 0xFFFFFFFFu, shared.high = 0u;
@@ -139,22 +141,23 @@ __device__ __forceinline__ Cut cut_at(Search& shared, const Sample& sample, int 
     if (lane == 0) atomicMin(&shared.low, low), atomicMax(&shared.high, high);
     __syncthreads();
     low = shared.low, high = shared.high;
-    if (low == high) {  // equal scores: the cut lies among their columns
+    if (low == high) {  // all its scores are equal: divide their columns
       found = find(low, high, [&](uint32_t, int at) { return kCells - 1 - at / group; });
       const int at = (kCells - 1 - found.cell) * group;
       if (!is_low) return {score_of(low), static_cast<int32_t>(sample.column_of(K, at) / kChunk * kChunk)};
       if (at + group >= sample.size) return {score_of(low), kAllColumns};
       return {score_of(low), static_cast<int32_t>((sample.column_of(K, at + group) / kChunk + 1) * kChunk)};
     }
-    if (low == grid.low && high == grid.high) break;  // as narrow as cells become
+    if (low == grid.low && high == grid.high) break;  // cannot be divided further
     grid = Grid(low, high);
     found = find(low, high, [&](uint32_t rank, int) { return grid.cell_of(rank); });
   }
   return is_low ? Cut{grid.below(found.cell), kAllColumns} : Cut{grid.above(found.cell), 0};
 }
 
-// cuts[row] = above and below the least rank, and above and below the other where there are two: each bracket lies
-// below the one before, or has no cuts where that serves both. Block = row.
+// cuts[row] = the upper and the lower cut of the bracket of the smaller rank and, if there are two ranks, of that of
+// the larger rank. If the brackets overlap, the first is extended to contain both ranks, and the second has cuts of
+// NaN. One block for each row.
 __global__ void __launch_bounds__(kCutThreads)
     brackets_kernel(Pool pool, bool by_pair, Sample sample, int K, RowRanks ranks, Cut* cuts) {
   auto& shared = *reinterpret_cast<Search*>(shared_memory());
@@ -180,7 +183,7 @@ __global__ void __launch_bounds__(kCutThreads)
   const Grid grid(shared.low, shared.high);
   each_sampled(sample, [&](uint32_t rank, int) { atomicAdd(&shared.cells[0][at_cell(grid.cell_of(rank))], 1); });
   __syncthreads();
-  // The position in the sample, from 1, of a cut; 0 for none and size + 1 for all.
+  // The position of cut c in the sample, counted from 1; 0 if no columns and size + 1 if all columns reach it.
   const auto position_of = [&](int c) {
     const int64_t rank = ranks.of(sample.first + blockIdx.x, c / 2).rank;
     if (rank < 0) return 0;
@@ -213,9 +216,9 @@ __global__ void __launch_bounds__(kCutThreads)
   if (threadIdx.x > 0) return;
   Cut* own = shared.cuts;
   for (int c = 0; c < count; c += 2) {
-    if (own[c].floor() < own[c + 1].floor()) own[c] = own[c + 1];  // should rounding have crossed them
+    if (own[c].floor() < own[c + 1].floor()) own[c] = own[c + 1];  // rounding exchanged them
   }
-  if (count == 4 && own[1].floor() < own[2].floor()) {  // they overlap
+  if (count == 4 && own[1].floor() < own[2].floor()) {  // the brackets overlap
     if (own[3].floor() < own[1].floor()) own[1] = own[3];
     own[2] = own[3] = none;
   }

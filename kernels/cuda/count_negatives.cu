@@ -1,7 +1,7 @@
-// count_negatives: parts of the queue counted side by side, then added.
+// count_negatives: blocks count the columns in parts of the queue, and the counts of the parts are then added.
 //
-// Without bounds a block reads masks, ids and labels alone; with them it streams the queue as every pass does, so that
-// a count agrees with the window it counts.
+// Without bounds, only masks, ids and labels are read. With bounds, scores are computed by the same code as in all
+// other passes, so that the count agrees with what these passes find inside the bounds.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   store(parts, rows, row, count);
 }
 
-// count[b] = the sum of its parts, of which row 0's are everybody's where there is no other; all rows that are there
-// where there are no parts.
+// count[b] = the sum over the parts of the queue. If parts has one row, it is for all queries. If there are no parts,
+// the pool of every query is all valid rows.
 __global__ void __launch_bounds__(kAddThreads)
     add_kernel(const int32_t* parts, int splits, int rows, int64_t B, Inputs in, int64_t* count) {
   const int64_t b = blockIdx.x * int64_t{kAddThreads} + threadIdx.x;

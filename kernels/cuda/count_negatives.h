@@ -1,8 +1,8 @@
-// count_negatives on CUDA: the columns in each query's pool. With bounds the scores are those of mine_hardest, to the
-// bit, of bf16 or fp16 storage; without them nothing but masks is read. sm_80 and newer.
+// count_negatives on CUDA: the number of columns in each query's pool. Scores are computed only if there are bounds,
+// and are then bit-identical to those of mine_hardest. sm_80 and newer.
 //
-//   query (B, D), negative_keys (K, D)    of one 16-bit storage; any row stride, in elements; D contiguous, D <= 256
-//   count (B,)                            as kernels/README.md says
+//   query (B, D), negative_keys (K, D)    both bf16 or both fp16; any row stride; D contiguous, at most 256
+//   count (B,)                            see kernels/README.md
 #pragma once
 
 #include <cstdint>
@@ -12,10 +12,11 @@
 
 namespace negmine::cuda {
 
-// How the work is cut and what memory it takes: a function of the shape and the card's processors alone.
+// How the work is split and how much workspace it needs. It depends only on the shape and on the number of
+// multiprocessors of the GPU.
 struct CountingPlan {
   int64_t splits;         // parts of the queue
-  int64_t shared_splits;  // the same where all queries see the same columns, and one is counted for all
+  int64_t shared_splits;  // the same if all queries have the same pool, which is then counted only once
   int64_t workspace;      // bytes
 };
 

@@ -1,4 +1,4 @@
-// What every op over the queue gives to its kernels, and how they are launched.
+// The arguments that all ops over the queue pass to their kernels, and the launch of a kernel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,17 +11,17 @@
 
 namespace negmine::cuda {
 
-constexpr int kSharedBytes = 99 << 10;  // that a block may have on every card from sm_80 on
+constexpr int kSharedBytes = 99 << 10;  // shared memory that a block can use on every GPU from sm_80 on
 
 struct Inputs {
   Rows query, keys;
   int32_t K;
   Pool pool;
 
-  // What a kernel over the queue begins with: K becomes the rows that are there.
+  // Reduces K to the number of valid rows. Every kernel over the queue calls this first.
   __device__ __forceinline__ void keep_valid_rows() { K = valid_rows(pool, K); }
 
-  // The row behind a column, -1 where there is none or a (K,) mask shuts it out.
+  // The row of the keys for a column; -1 if it is past the last row or hidden by the (K,) mask.
   __device__ int64_t key(int64_t column) const {
     return column < K && (!pool.key_mask || pool.key_mask[column]) ? column : -1;
   }
@@ -34,7 +34,7 @@ inline Rows rows_of(const void* base, int64_t stride, int64_t D) {
 
 template <class... Wanted, class... Given>
 cudaError_t launch(void (*kernel)(Wanted...), dim3 grid, int threads, int shared, void* stream, Given... arguments) {
-  // The same value at every launch: threads of the host that launch one kernel with other sizes do not disturb each
+  // Always the same value, so that host threads which launch the same kernel with different sizes do not disturb each
   // other.
   cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                            cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);

@@ -1,8 +1,8 @@
-// logsumexp on CUDA: the log-sum-exp of each query's logits over its pool, and the softmax mean of its keys, from bf16
-// or fp16 storage, without the (B, K) scores. sm_80 and newer. The scores are those of mine_hardest, to the bit.
+// logsumexp on CUDA: the log-sum-exp of each query's logits over its pool, and the mean of the keys weighted by the
+// softmax. The (B, K) scores are never stored, and are bit-identical to those of mine_hardest. sm_80 and newer.
 //
-//   query (B, D), negative_keys (K, D)    of one 16-bit storage; any row stride, in elements; D contiguous, D <= 256
-//   lse (B,), mean (B, D), kept (B,), above (B,)    as kernels/README.md says
+//   query (B, D), negative_keys (K, D)    both bf16 or both fp16; any row stride; D contiguous, at most 256
+//   lse (B,), mean (B, D), num_kept (B,), num_above (B,)    see kernels/README.md
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,8 @@
 
 namespace negmine::cuda {
 
-// How the work is cut and what memory it takes: a function of the shape and the card's processors alone.
+// How the work is split and how much workspace it needs. It depends only on the shape and on the number of
+// multiprocessors of the GPU.
 struct SummingPlan {
   int64_t splits;     // parts of the queue
   int64_t workspace;  // bytes

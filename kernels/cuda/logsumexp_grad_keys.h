@@ -1,9 +1,9 @@
-// logsumexp_grad_keys on CUDA: the gradient of weighted log-sum-exps with respect to the keys, from bf16 or fp16
-// storage, without the (B, K) probabilities. sm_80 and newer.
+// logsumexp_grad_keys on CUDA: the gradient of weighted log-sum-exps with respect to the keys. The (B, K) probabilities
+// are never stored. sm_80 and newer.
 //
-//   query (B, D), negative_keys (K, D)    of one 16-bit storage; any row stride, in elements; D contiguous, D <= 256
+//   query (B, D), negative_keys (K, D)    both bf16 or both fp16; any row stride; D contiguous, at most 256
 //   lse (B,), weight (B,)                 of each query
-//   grad_keys (K, D)                      as kernels/README.md says
+//   grad_keys (K, D)                      see kernels/README.md
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@
 
 namespace negmine::cuda {
 
-// How the work is cut and what memory it takes: a function of the shape and the card's processors alone.
+// How the work is split and how much workspace it needs. It depends only on the shape and on the number of
+// multiprocessors of the GPU.
 struct KeysGradPlan {
   int64_t splits;     // parts of the batch
   int64_t workspace;  // bytes

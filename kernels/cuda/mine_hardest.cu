@@ -1,14 +1,17 @@
-// mine_hardest: what may be among the N hardest is found by one pass over the queue, and proved to be enough.
+// mine_hardest: one pass over the queue keeps the columns that may be among the N hardest, and a check proves that the
+// N hardest are among them.
 //
-//   sample   score evenly spaced columns; the cut, which may lie among equal scores, nearly always admits at least N
-//   scan     one pass keeps the columns that reach the cut, a little more than N, in buffers private to a row, a lane
-//            and a split of the queue: no atomics, and the contents do not depend on timing
-//   recover  a row is certain where at least N reached its cut, or the cut admits everything, and no buffer ran over.
-//            The others, where there are any, are done again exactly: the sort key of the N-th is found by its digits,
-//            each by one pass over the queue. Blocks without such a row leave at once, so nobody asks the device.
-//   finish   the N first of a row's survivors, sorted
+//   sample   the scores of evenly spaced columns give a cut (sample.cuh) that at least N columns nearly always reach
+//   scan     one pass over the queue keeps the columns that reach the cut, a little more than N: the survivors. Each
+//            row, lane and split of the queue has its own buffer, so there are no atomic operations, and the contents
+//            do not depend on timing.
+//   recover  a row is certain if at least N columns reached its cut, or all columns reach it, and no buffer overflowed.
+//            For the other rows, if there are any, the search is repeated exactly: the digits of the sort key of the
+//            N-th column are found, with one pass over the queue for each digit. Blocks without such a row return at
+//            once, so the host need not wait to learn whether there are any.
+//   finish   the first N survivors of each row are sorted
 //
-// Every pass takes its scores from score_tile.cuh, so they agree to the bit.
+// Every pass computes its scores with score_tile.cuh, so they are bit-identical.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -25,9 +28,10 @@
 namespace negmine::cuda {
 namespace {
 
-constexpr int kFinishExtra = 4 * (kBins + 8);   // bytes of the finish beside its sort keys
-constexpr int64_t kScratchBytes = 144 << 20;    // a workspace below this is never worth a second chunk
-constexpr int64_t kMostScratchBytes = 1 << 30;  // offsets in it are 32 bits
+constexpr int kFinishExtra = 4 * (kBins + 8);   // shared memory of the finish besides its sort keys, in bytes
+constexpr int64_t kScratchBytes = 144 << 20;    // a workspace up to this size is never divided into chunks
+constexpr int64_t kMostScratchBytes = 1 << 30;  // offsets in it have 32 bits
+// How far the cut is below the expected position of the N-th column in the sample: standard deviations, and positions.
 constexpr double kSigmas = 4.75, kPositionsBelow = 4;
 
 template <Storage kStorage, int kSteps, bool kByPair>
@@ -44,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 2) scan_kernel(const __grid_constant
     const int64_t row = blockIdx.x * int64_t{kRows} + row_of(i);
     at[i] = static_cast<uint32_t>(row) * row_size + (blockIdx.y * kLanes + t) * p.room * 8;
   }
-  const uint32_t start = at[0], limit = start + (p.room - kSlack) * 8;  // of row i, 8 i rows further
+  const uint32_t start = at[0], limit = start + (p.room - kSlack) * 8;  // of row 0 of this lane
   const auto find = [&](int column) { return in.key(column); };
   char* const survivors = reinterpret_cast<char*>(p.survivors);
   // Drops, of what row i kept so far, what the row does not see. Where to go on.
@@ -87,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 2) scan_kernel(const __grid_constant
       }
     }
   };
-  // Splits take turns at tiles: keys that are close in the ring are often alike, and should not fill one buffer.
+  // Splits take tiles in turn, because keys that are close in the queue are often similar and would fill one buffer.
   stream<kStorage, kSteps>(query, shared_memory(), MappedRows{in.keys, tiles}, blockIdx.y, p.splits, in.K,
                            !in.pool.key_mask, find, use);
 #pragma unroll
@@ -100,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 2) scan_kernel(const __grid_constant
   }
 }
 
-// Whether the survivors of a row are certain to hold its N hardest.
+// Whether the survivors of a row are certain to include its N hardest columns.
 __device__ bool certain(const Pass& p, int64_t row) {
   const int4* found = reinterpret_cast<const int4*>(p.found) + row * p.splits;
   int64_t total = 0;
@@ -116,7 +120,7 @@ __device__ bool certain(const Pass& p, int64_t row) {
 template <Storage kStorage, int kSteps>
 __global__ void __launch_bounds__(kThreads, 2)
     recover_kernel(const __grid_constant__ TileMap tiles, Inputs in, Pass p) {
-  const int64_t first = blockIdx.x * int64_t{kRows}, own = first + threadIdx.x;  // a thread keeps one row's books
+  const int64_t first = blockIdx.x * int64_t{kRows}, own = first + threadIdx.x;  // each thread decides about one row
   const bool failed = own < p.rows && !certain(p, own);
   if (own < p.rows) p.recovered[own] = failed ? 0 : kFromBuffers;
   if (!__syncthreads_or(failed)) return;
@@ -147,7 +151,7 @@ int64_t next_power_of_2(int64_t n) {
 
 int64_t finish_bytes(int64_t capacity, int64_t N) { return 8 * (capacity + next_power_of_2(N)) + kFinishExtra; }
 
-// All passes over one chunk of queries.
+// Launches all kernels for one chunk of queries.
 template <Storage kStorage, int kSteps>
 cudaError_t mine(const TileMap& tiles, const Inputs& in, const Sample& sample, const Pass& p, void* stream) {
   const unsigned row_tiles = (p.rows + kRows - 1) / kRows, splits = p.splits;
@@ -184,7 +188,7 @@ cudaError_t mine_at_width(const TileMap& tiles, const Inputs& in, const Sample& 
   return mine<kStorage, 16>(tiles, in, sample, p, stream);
 }
 
-// Bytes of a workspace by its parts, in this order.
+// The sizes in bytes of the parts of the workspace, in this order.
 struct Layout {
   int64_t survivors, found, cuts, recovered;
 };
@@ -200,12 +204,13 @@ Layout layout_of(const MiningPlan& plan) {
 MiningPlan plan_mining(int64_t B, int64_t K, int64_t N, int64_t processors, int64_t least_sample) {
   MiningPlan plan = {};
   plan.capacity = K;
-  double likely = static_cast<double>(K);  // survivors of a row, with a cut two deviations low
+  double likely = static_cast<double>(K);  // survivors of a row whose cut is two standard deviations too low
   if (K > 4 * least_sample) {
     const int64_t most = std::clamp<int64_t>(next_power_of_2(K) / 128, 8 * least_sample, kMostSampled);
     plan.sample = std::clamp<int64_t>(next_power_of_2(K) / 16, least_sample, most);
-    // Where the N-th lies in the sample is hypergeometric: the cut reaches a few deviations past its mean, and a row
-    // may have as many survivors as that many neighbouring places of the sample stand for, at most.
+    // The position of the N-th column in the sample has a hypergeometric distribution. The cut is a few standard
+    // deviations below its mean. The capacity is the number of columns that the sampled columns above the cut stand
+    // for, plus a few standard deviations.
     const double share = static_cast<double>(plan.sample) / static_cast<double>(K);
     const double position = static_cast<double>(N) * share;
     const double deviation = std::sqrt(std::max(position * (1 - position / plan.sample) * (1 - share), 0.0));
@@ -215,7 +220,7 @@ MiningPlan plan_mining(int64_t B, int64_t K, int64_t N, int64_t processors, int6
     likely = std::min(likely, (kept + 2 * std::sqrt(kept)) / share);
   }
   const int64_t key_tiles = (K + kKeys - 1) / kKeys;
-  // Two blocks on each processor. A buffer has room for its likely load and six deviations more.
+  // Two blocks for each multiprocessor. A buffer has room for its likely load plus six standard deviations.
   const auto cut_rows = [&](int64_t rows) {
     plan.rows = std::min(std::max<int64_t>(B, 1), (rows + kRows - 1) / kRows * kRows);
     const int64_t row_tiles = (plan.rows + kRows - 1) / kRows;
@@ -228,7 +233,8 @@ MiningPlan plan_mining(int64_t B, int64_t K, int64_t N, int64_t processors, int6
     const Layout bytes = layout_of(plan);
     plan.workspace = bytes.survivors + bytes.found + bytes.cuts + bytes.recovered;
   };
-  const int64_t budget = std::clamp(2 * B * K / 100 * 8, kScratchBytes, kMostScratchBytes);  // 8 % of 16-bit scores
+  const int64_t budget =
+      std::clamp(2 * B * K / 100 * 8, kScratchBytes, kMostScratchBytes);  // 8 % of a 16-bit score matrix
   const int64_t most_chunks = std::max<int64_t>((B + kRows - 1) / kRows, 1);
   int64_t chunks = 1;
   do {

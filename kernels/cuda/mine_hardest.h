@@ -1,7 +1,7 @@
-// mine_hardest on CUDA: the N hardest columns of each query's pool, exact, from bf16 or fp16 storage, without the
-// (B, K) scores. sm_80 and newer.
+// mine_hardest on CUDA: the N hardest columns of each query's pool, by an exact search. The (B, K) scores are never
+// stored. sm_80 and newer.
 //
-//   query (B, D), negative_keys (K, D)    of one 16-bit storage; any row stride, in elements; D contiguous, D <= 256
+//   query (B, D), negative_keys (K, D)    both bf16 or both fp16; any row stride; D contiguous, at most 256
 //   scores (B, N), index (B, N)           hardest first, ties by index; (-inf, -1) past the end of the pool
 #pragma once
 
@@ -12,21 +12,24 @@
 
 namespace negmine::cuda {
 
-// How the work is cut and what memory it takes: a function of the shape and the card's processors alone.
+// How the work is split and how much workspace it needs. It depends only on the shape and on the number of
+// multiprocessors of the GPU.
+// "Survivors" are the columns that the scan keeps (mine_hardest.cu).
 struct MiningPlan {
-  int64_t sample;       // columns sampled, a power of two; 0: every column is a survivor
-  int64_t sample_rank;  // from 0: the sampled score at this rank nearly always admits at least N columns
-  int64_t capacity;     // survivors of a row that are finished; a row with more is done again
-  int64_t rows;         // queries that share the workspace
-  int64_t splits;       // parts of the queue; a row has 4 * splits buffers
-  int64_t room;         // survivors of one buffer
-  int64_t workspace;    // bytes
+  int64_t sample;  // number of sampled columns, a power of two; 0: no sample, and the scan keeps all columns
+  int64_t
+      sample_rank;   // rank in the sample, from 0, of the cut of the scan, which at least N columns nearly always reach
+  int64_t capacity;  // most survivors of a row that the finish can take; a row with more is recovered
+  int64_t rows;      // queries that are processed at a time
+  int64_t splits;    // parts of the queue; a row has 4 * splits buffers
+  int64_t room;      // most survivors in one buffer
+  int64_t workspace;  // bytes
 };
 
-// least_sample is 2048, or less in tests, where a small queue then goes the way of a long one.
+// Tests pass a smaller least_sample, so that small queues are sampled as long ones are.
 MiningPlan plan_mining(int64_t B, int64_t K, int64_t N, int64_t processors, int64_t least_sample = 2048);
 
-// Whether shared memory holds what finishing a row takes, for D <= 256.
+// Whether the finish of a row fits into shared memory.
 bool fits(const MiningPlan& plan, int64_t N);
 
 struct MineHardestParams {

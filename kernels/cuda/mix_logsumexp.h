@@ -1,6 +1,7 @@
-// mix_logsumexp on CUDA: log-sum-exp and softmax mean of each query's synthetic negatives, which are never stored.
+// mix_logsumexp on CUDA: log-sum-exp over each query's synthetic negatives, which are never stored, and their mean
+// weighted by the softmax.
 //
-//   lse (B,), mean (B, D)    as kernels/README.md says
+//   lse (B,), mean (B, D)    see kernels/README.md
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // mix_negatives on CUDA: S synthetic negatives for each query.
 //
-//   vectors (B, S, D)    storage of the query
+//   vectors (B, S, D)    in the storage type of the query
 //   parents (B, S, 2), coefficients (B, S)
 #pragma once
 

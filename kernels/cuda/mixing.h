@@ -1,8 +1,8 @@
-// What the ops over synthetic negatives are given: normalised mixes of two of a query's N hard negatives or of the
-// query and one of them. Meaning and draws: kernels/README.md.
+// The arguments of the ops over synthetic negatives. A synthetic negative is the normalised mix of two of a query's N
+// hard negatives, or of the query and one of them; kernels/README.md, section "Draws", says how it is drawn.
 //
 //   query (B, D), negative_keys (K, D)    fp32, bf16 or fp16; any row stride, in elements; D contiguous
-//   hard_index (B, N)                     mining order; entries are in [0, K), -1 padded at the end
+//   hard_index (B, N)                     rows of negative_keys in mining order, then -1 to the end
 #pragma once
 
 #include <cstdint>
@@ -22,15 +22,15 @@ struct Mixing {
   Storage query_storage;
   Storage negative_keys_storage;
 
-  // Draws: slots [0, pairs) mix two negatives, slots [pairs, pairs + with_query) mix the query with one.
+  // Slots [0, pairs) mix two negatives, slots [pairs, pairs + with_query) mix the query with one.
   int64_t pairs, with_query;
   float pair_low, pair_high;    // range of the coefficient of the first parent
-  float query_low, query_high;  // the same where the query is the first parent
-  bool distinct;                // the two parents of a pair differ where they can
-  const float* quantiles;       // (4097,) of the coefficient's distribution, or null: uniform
+  float query_low, query_high;  // the same if the first parent is the query
+  bool distinct;                // the two parents of a pair differ, unless there is only one negative
+  const float* quantiles;       // (4097,) of the distribution of the coefficient; null: uniform
   uint32_t seed;
-  const int64_t* step;        // one number, of which the low 32 bits count; null: 0
-  const int64_t* row_offset;  // one number, the global row of query 0; null: 0
+  const int64_t* step;        // one number, of which the low 32 bits are used; null: 0
+  const int64_t* row_offset;  // one number, the row number of query 0 in the global batch; null: 0
 };
 
 }  // namespace negmine::cuda

@@ -1,6 +1,6 @@
-// Philox4x32-10, counter-based: four random words are a function of four counter words and two key words, so a draw
-// does not depend on the launch, the batch split or the backend. kernels/README.md says what the counter and the key
-// hold. Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (the Random123 constants).
+// Philox4x32-10, a counter-based generator: four random words are a function of four counter words and two key words,
+// so a draw does not depend on the launch, the batch split or the backend. kernels/README.md defines the counter and
+// the key. Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (the Random123 constants).
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ __device__ inline Philox philox4x32_10(Philox counter, uint32_t seed, uint32_t s
   return counter;
 }
 
-// A random word -> an integer in [0, bound); 0 where bound is 0.
+// Maps a random word to an integer in [0, bound), or to 0 if bound is 0.
 __device__ inline int64_t below(uint32_t word, int64_t bound) {
   return static_cast<int64_t>((word * static_cast<uint64_t>(bound)) >> 32);
 }

@@ -1,8 +1,9 @@
-// Instructions that CUDA C++ has no word for, from sm_80 on: products of matrix fragments, their loads from shared
-// memory, and copies into it that do not wait. tests/emulator has a file of this name that does the same on a CPU.
+// PTX instructions from sm_80 on for which CUDA C++ has no function: products of matrix fragments, loads of fragments
+// from shared memory, and asynchronous copies into it. tests/emulator has a file of this name with the same functions
+// for the CPU.
 //
-// Fragments of D (16, 8) fp32 += A (16, 16) B (16, 8), by lane, with g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix
-// fragments for mma.m16n8k16"); a register holds two neighbours, the lower half first:
+// The fragments of D (16, 8) fp32 += A (16, 16) B (16, 8) that a lane holds, with g = lane / 4 and t = lane % 4 (PTX
+// ISA, "Matrix fragments for mma.m16n8k16"). A register of a or b holds two elements, the first in its lower half:
 //
 //     a[i]   A[g + 8 * (i % 2)][2t + 8 * (i / 2) + {0, 1}]     i in 0..3
 //     b[i]   B[2t + 8 * i + {0, 1}][g]                         i in 0..1
@@ -15,20 +16,20 @@
 
 namespace negmine::cuda {
 
-// The dynamic shared memory of the block, aligned as the swizzle of ptx_sm90.cuh wants it.
+// The dynamic shared memory of the block, aligned for the swizzle of ptx_sm90.cuh.
 __device__ __forceinline__ char* shared_memory() {
   extern __shared__ __align__(1024) char memory[];
   return memory;
 }
 
-// Where something lies in shared memory, as these instructions take it: numbers of bytes can be added.
+// An address in shared memory as these instructions take it, to which a number of bytes can be added.
 using SharedAddress = uint32_t;
 
 __device__ __forceinline__ SharedAddress shared_address(void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// The address with these bits the other way.
+// The address with these bits inverted.
 __device__ __forceinline__ SharedAddress flipped(SharedAddress address, uint32_t bits) { return address ^ bits; }
 
 // d += A B.
@@ -50,22 +51,22 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], 
   }
 }
 
-// Four matrices of 8 rows of 16 bytes: lane l names row l % 8 of matrix l / 8 and gets, of matrix i, the 4 bytes at
-// 4 * (l % 4) of row l / 4 in fragment[i].
+// Loads four matrices, each of 8 rows of 16 bytes. Lane l passes the address of row l % 8 of matrix l / 8. It gets in
+// fragment[i] the 4 bytes at 4 * (l % 4) of row l / 4 of matrix i.
 __device__ __forceinline__ void load_matrices(uint32_t (&fragment)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
                : "r"(row));
 }
 
-// The same with each matrix transposed: of matrix i, the elements l / 4 of its rows 2 * (l % 4) and the next.
+// The same with each matrix transposed: fragment[i] gets element l / 4 of rows 2 * (l % 4) and 2 * (l % 4) + 1.
 __device__ __forceinline__ void load_transposed(uint32_t (&fragment)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
                : "r"(row));
 }
 
-// Two numbers rounded to the storage, as a register of a fragment.
+// Two numbers rounded to the storage type, in one register of a fragment.
 template <Storage kStorage>
 __device__ __forceinline__ uint32_t pair_of(float low, float high) {
   static_assert(kStorage != Storage::kFloat32);
@@ -78,30 +79,31 @@ __device__ __forceinline__ uint32_t pair_of(float low, float high) {
   return pair;
 }
 
-// 2^exponent to two units in the last place, in one instruction; 0 below 2^-126.
+// 2^exponent with an error of at most 2 ulp, in one instruction; 0 if the result is below 2^-126.
 __device__ __forceinline__ float power_of_2(float exponent) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
   return power;
 }
 
-// 16 aligned bytes, there once wait_for_copies says so; with `present` false nothing is read and zeros are written.
+// Starts to copy 16 aligned bytes, which are there after wait_for_copies(). If not `present`, writes zeros and reads
+// nothing.
 __device__ __forceinline__ void copy_async(SharedAddress to, const char* global, bool present) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(present ? 16 : 0)
                : "memory");
 }
 
-// Ends a group of this thread's copies.
+// Ends a group of this thread's copies: those started since the group before.
 __device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until all but the kNewest latest groups of this thread have arrived.
+// Waits for all groups of copies of this thread except the kNewest latest.
 template <int kNewest>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
 }
 
-// Where score >= cut: writes {score, index} at base + at and moves at 8 bytes on. Predicated and in order: left to
-// itself the compiler holds the addresses of many at once, and spills.
+// If score >= cut, writes {score, index} at base + at and increases `at` by 8 bytes. It is written in PTX because the
+// compiler would keep the addresses of many such writes in registers at once, and spill.
 __device__ __forceinline__ void append_where_reaches(float cut, float score, int index, char* base, uint32_t& at) {
   asm volatile(
       "{\n"
@@ -118,9 +120,9 @@ __device__ __forceinline__ void append_where_reaches(float cut, float score, int
       : "memory");
 }
 
-// The same where score reaches an odd number of cuts: of four cuts, each below the one before, or NaN, those are the
-// two intervals [cut[1], cut[0]) and [cut[3], cut[2]). counted[0] counts what reaches cut[0], and counted[1] what
-// reaches cut[2], less what reaches cut[1] and not cut[0].
+// The same if score reaches an odd number of cuts. The cuts descend, or are NaN, so these are the scores in the
+// intervals [cut[1], cut[0]) and [cut[3], cut[2]). counted[0] counts the scores that reach cut[0], and counted[1] those
+// that reach cut[2] except those in [cut[1], cut[0]).
 template <int kCuts>
 __device__ __forceinline__ void append_where_odd(const float (&cut)[kCuts], float score, int index, char* base,
                                                  uint32_t& at, int (&counted)[kCuts / 2]) {

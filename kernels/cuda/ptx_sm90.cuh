@@ -1,15 +1,16 @@
-// What sm_90a has: products by a warpgroup, four warps, whose second factor lies in shared memory and whose result
-// arrives later; and copies of whole boxes of a matrix, which report to a barrier in shared memory. tests/emulator has
-// a file of this name that does the same on a CPU.
+// PTX instructions of sm_90a: asynchronous products by a warpgroup (four warps) whose right factor is in shared memory
+// (wgmma), and asynchronous copies of boxes of a matrix, whose arrival is signalled by a barrier in shared memory
+// (TMA). tests/emulator has a file of this name with the same functions for the CPU.
 //
 // A product is D (64, 32 kChunks) fp32 += A (64, 16) times the transpose of B (32 kChunks, 16). Warp w of the warpgroup
-// holds rows 16 w to 16 w + 15 of D and, where A is in registers, of A as in ptx.cuh. Of D, with g = lane / 4 and
-// t = lane % 4 (PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16"), which is d[chunk][m][n][i] here:
+// holds rows 16 w to 16 w + 15 of D and, if A is in registers, of A, in fragments as in ptx.cuh. With g = lane / 4 and
+// t = lane % 4 (PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16"), d[chunk][m][n][i] is the element
 //
 //     D[g + 8 * (i / 2)][32 * chunk + 8n + 2t + i % 2]
 //
-// A sum is D (64, 32 kChunks) fp32 += A (64, 16) B (16, 32 kChunks), A in registers, of the same fragments: what weighs
-// 16 rows of a matrix that lie in shared memory as rows, so that the tensor cores transpose them on their way.
+// of the warp's rows. A sum of rows is D (64, 32 kChunks) fp32 += A (64, 16) B (16, 32 kChunks), with A in registers
+// and the same fragments. B is 16 rows of a matrix in shared memory, which the tensor cores transpose when they read
+// them.
 #pragma once
 
 #include <cuda.h>
@@ -25,34 +26,34 @@ namespace negmine::cuda {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr bool kHasWarpgroups = true;
 #else
-constexpr bool kHasWarpgroups = false;  // and nothing below is compiled to code
+constexpr bool kHasWarpgroups = false;  // then no function below is called
 #endif
 
-// An address in the window of shared memory.
+// The address within the shared memory window, as matrix descriptors hold it.
 __device__ __forceinline__ uint32_t window_address(SharedAddress shared) { return shared; }
 
-// What this thread wrote to shared memory is what products find there, once a barrier has been passed, and what it read
-// there was read before a box is copied to it.
+// A proxy fence. After it and a barrier, products read what this thread wrote to shared memory before, and copies of
+// boxes do not overwrite what this thread reads before.
 __device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// A barrier, 8 bytes of shared memory, for one thread that begins copies. Its rounds are counted from 0.
+// Initialises a barrier (8 bytes of shared memory) for copies that one thread starts. Its rounds are numbered from 0.
 __device__ __forceinline__ void start_barrier(SharedAddress barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// The memory may then be used for something else.
+// Afterwards the memory of the barrier may be used for something else.
 __device__ __forceinline__ void end_barrier(SharedAddress barrier) {
   asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// Of the round under way: it ends when so many bytes have come.
+// The current round of the barrier is to end when this number of bytes has arrived.
 __device__ __forceinline__ void expect_bytes(SharedAddress barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Begins to copy the box at (row, column); what lies outside of the matrix comes as zeros. Products find it once the
-// barrier's round has ended.
+// Starts to copy the box at (row, column); elements outside the matrix become zeros. Products can read it after the
+// round of the barrier has ended.
 __device__ __forceinline__ void copy_box(SharedAddress to, const CUtensorMap* map, int row, int column,
                                          SharedAddress barrier) {
   asm volatile(
@@ -62,7 +63,7 @@ __device__ __forceinline__ void copy_box(SharedAddress to, const CUtensorMap* ma
       : "memory");
 }
 
-// Until the round has ended; `odd` is whether its number is.
+// Waits until the round has ended; `odd`: whether its number is odd.
 __device__ __forceinline__ void wait_for_round(SharedAddress barrier, bool odd) {
   asm volatile(
       "{\n"
@@ -75,7 +76,7 @@ __device__ __forceinline__ void wait_for_round(SharedAddress barrier, bool odd) 
       : "memory");
 }
 
-// Before the first product that reads or writes registers which other instructions have written or read.
+// A fence that is needed before the first product that uses registers which other instructions have used.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 #define NEGMINE_BLOCK(access, d)                                                                            \
@@ -97,7 +98,7 @@ __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.syn
 #define NEGMINE_PRODUCT(kind, results, factors, adds, transposes, ...)                                             \
   asm volatile("wgmma.mma_async.sync.aligned." kind " {" results "}, " factors ", " adds ", 1, 1, " transposes ";" \
                : __VA_ARGS__)
-// By the numbers of chunks, and by where A is: its operands follow those of D.
+// By the number of chunks and the place of A, whose operands follow those of D.
 #define NEGMINE_PRODUCTS(types, adds, access)                                                                         \
   if constexpr (kChunks == 1 && kInRegisters) {                                                                       \
     NEGMINE_PRODUCT("m64n32k16.f32." types, NEGMINE_16, "{%16, %17, %18, %19}, %20", adds, "0",                       \
@@ -114,8 +115,9 @@ __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.syn
                     NEGMINE_BLOCK(access, d[1][m]) : "l"(a), "l"(b));                                                 \
   }
 
-// Begins D += A B^T, or, unless kAdds, D = A B^T; D is d[.][m]. A is a fragment in registers or described as B is: see
-// descriptor_of. Nothing may touch D before wait_for_products, nor change what a descriptor names.
+// Starts D += A B^T, or D = A B^T if not kAdds, for D = d[.][m]. A is a fragment in registers, or like B a matrix
+// descriptor (descriptor_of). Until wait_for_products(), D must not be accessed, and the memory of A and B must not
+// change.
 template <Storage kStorage, bool kAdds, int kChunks, int kSixteens, class A>
 __device__ __forceinline__ void multiply_later(float (&d)[kChunks][kSixteens][4][4], int m, const A& a, uint64_t b) {
   static_assert(kStorage != Storage::kFloat32 && (kChunks == 1 || kChunks == 2));
@@ -145,7 +147,8 @@ __device__ __forceinline__ void multiply_later(float (&d)[kChunks][kSixteens][4]
                     "l"(b));                                                                                          \
   }
 
-// Begins D += A B, where B is described as rows_descriptor does; else as multiply_later. Nothing may change A either.
+// Starts D += A B, where B is a rows_descriptor. Until wait_for_products(), D must not be accessed, and neither A nor
+// the memory of B may change.
 template <Storage kStorage, int kChunks, int kSixteens>
 __device__ __forceinline__ void add_rows_later(float (&d)[kChunks][kSixteens][4][4], int m, const uint32_t (&a)[4],
                                                uint64_t b) {
@@ -157,7 +160,8 @@ __device__ __forceinline__ void add_rows_later(float (&d)[kChunks][kSixteens][4]
   }
 }
 
-// begin_products where the first products are sums d[.][m] by a: both named here, so that no write of them comes later.
+// begin_products() before sums of rows. Their d[.][m] and a are operands here, so that the compiler does not move
+// writes to them past the fence.
 template <int kChunks, int kSixteens, int kCount>
 __device__ __forceinline__ void begin_sums(float (&d)[kChunks][kSixteens][4][4], int m, uint32_t (&a)[kCount][4]) {
 #pragma unroll
@@ -168,11 +172,11 @@ __device__ __forceinline__ void begin_sums(float (&d)[kChunks][kSixteens][4][4],
   begin_products();
 }
 
-// Ends a group of products: of those that have begun since the last.
+// Ends a group of products: those started since the group before.
 __device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits for all products but those of the kNewest latest groups. d[.][m] are the results, named here so that no read of
-// them comes earlier.
+// Waits for all products except those of the kNewest latest groups. The results d[.][m] are operands here, so that the
+// compiler does not move reads of them before the wait.
 template <int kNewest, int kChunks, int kSixteens>
 __device__ __forceinline__ void wait_for_products(float (&d)[kChunks][kSixteens][4][4], int m) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kNewest) : "memory");
@@ -180,7 +184,7 @@ __device__ __forceinline__ void wait_for_products(float (&d)[kChunks][kSixteens]
   for (int chunk = 0; chunk < kChunks; ++chunk) asm volatile("" : NEGMINE_BLOCK("+f", d[chunk][m])::"memory");
 }
 
-// Waits for all products; d are the results.
+// Waits for all products, whose results are d.
 template <int kChunks, int kSixteens>
 __device__ __forceinline__ void wait_for_products(float (&d)[kChunks][kSixteens][4][4]) {
   wait_for_products<0>(d, 0);

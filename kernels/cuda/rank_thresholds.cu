@@ -1,16 +1,18 @@
-// rank_thresholds: what may be at a rank is found by one pass over the queue for every two ranks, and proved to be
-// there.
+// rank_thresholds: for every two ranks, one pass over the queue keeps the columns that may be at these ranks, and
+// counts prove that the ranks are among them.
 //
-//   sample   score evenly spaced columns
-//   bracket  two cuts around each rank, which nearly always have its sort key between them (brackets.cuh)
-//   scan     one pass counts what lies above the brackets and keeps what lies in them, in buffers private to a row, a
-//            lane and a split of the queue: no atomics, and the contents do not depend on timing
-//   finish   a rank is certain where no buffer ran over and the count above its bracket and what is in it pass the rank
-//            by; then its sort key is selected among the survivors
-//   recover  the other ranks, where there are any: by the digits of their sort key, each by one pass over the queue.
-//            Blocks without such a row leave at once, so nobody asks the device.
+//   sample   the scores of evenly spaced columns are computed
+//   bracket  two cuts are chosen around each rank, between which its sort key nearly always is (brackets.cuh)
+//   scan     one pass over the queue counts the columns above the brackets and keeps the columns inside: the survivors.
+//            Each row, lane and split of the queue has its own buffer, so there are no atomic operations, and the
+//            contents do not depend on timing.
+//   finish   a rank is certain if no buffer overflowed, at most `rank` columns are above its bracket, and more than
+//            `rank` are above or inside it. Then its sort key is selected among the survivors.
+//   recover  for the other ranks, if there are any, the digits of the sort key are found, with one pass over the queue
+//            for each digit. Blocks without such a row return at once, so the host need not wait to learn whether there
+//            are any.
 //
-// Every pass takes its scores from score_tile.cuh, so they agree to the bit.
+// Every pass computes its scores with score_tile.cuh, so they are bit-identical.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -30,8 +32,8 @@
 namespace negmine::cuda {
 namespace {
 
-constexpr int64_t kScratchBytes = 128 << 20;    // a workspace below this is never worth a second chunk
-constexpr int64_t kMostScratchBytes = 1 << 30;  // of several row tiles
+constexpr int64_t kScratchBytes = 128 << 20;    // a workspace up to this size is never divided into chunks
+constexpr int64_t kMostScratchBytes = 1 << 30;  // unless one tile of rows needs more
 
 template <Storage kStorage, int kSteps, bool kByPair, int kBrackets>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -49,12 +51,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t row = blockIdx.x * int64_t{kRows} + row_of(i);
     at[i] = static_cast<uint32_t>(row) * row_size + (blockIdx.y * kLanes + t) * p.room * 8;
   }
-  const uint32_t start = at[0], limit = start + (p.room - kSlack) * 8;  // of row i, 8 i rows further
+  const uint32_t start = at[0], limit = start + (p.room - kSlack) * 8;  // of row 0 of this lane
   const auto find = [&](int column) { return in.key(column); };
   char* const survivors = reinterpret_cast<char*>(p.survivors);
   const int query_row = static_cast<int>(p.first) + blockIdx.x * kRows + row_of(0), B = static_cast<int>(p.B);
   uint32_t seen = 0xFFFFFFFFu;
-  const auto before = [&](int column) {  // while there are no scores: registers are few
+  const auto before = [&](int column) {  // before scores take up registers
     if constexpr (kByPair) seen = visible<2, true>(in, query_row, B, column + 2 * t);
   };
   const auto use = [&](int column, const Scores& s, SharedAddress) {
@@ -75,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t end = limit + 8 * i * row_size;
-      if (at[i] > end) at[i] = end, lost |= 1u << i;  // no room for what this chunk may add
+      if (at[i] > end) at[i] = end, lost |= 1u << i;  // this chunk may not fit
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         float score = s[i / 2][j / 2][i % 2 * 2 + j % 2];
@@ -84,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   };
-  // Splits take turns at tiles: keys that are close in the ring are often alike, and should not fill one buffer.
+  // Splits take tiles in turn, because keys that are close in the queue are often similar and would fill one buffer.
   constexpr int kAtOnce = kByPair ? 1 : 2;
   stream<kStorage, kSteps, 2, kTwoNaNs, kAtOnce>(query, shared_memory(), MappedRows{in.keys, tiles}, blockIdx.y,
                                                  p.splits, in.K, !in.pool.key_mask, find, use, before);
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <Storage kStorage, int kSteps>
 __global__ void __launch_bounds__(kThreads, 2)
     recover_kernel(const __grid_constant__ TileMap tiles, Inputs in, Ranking p) {
-  const int64_t first = blockIdx.x * int64_t{kRows}, own = first + threadIdx.x;  // a thread keeps one row's books
+  const int64_t first = blockIdx.x * int64_t{kRows}, own = first + threadIdx.x;  // each thread decides about one row
   const int32_t missing = own < p.rows ? p.missing[own * p.ranks.count + blockIdx.y] : -1;
   if (!__syncthreads_or(missing >= 0)) return;
 
@@ -117,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   uint32_t query[2][kSteps][4];
   load_queries<kSteps>(query, shared_memory(), in.query, p.first + first, p.B);
   find_last<kStorage, kSteps>(books, query, tiles, in, p.first + first);
-  // The least of what is wanted.
+  // The lowest of the rank + 1 highest sort keys is the one at the rank.
   auto* lowest = reinterpret_cast<unsigned long long*>(&books.bins[0][0]);  // (kRows,)
   __syncthreads();
   lowest[threadIdx.x] = ~0ull;
@@ -130,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       is_there ? static_cast<int64_t>(uint64_t{lowest[threadIdx.x]} ^ uint64_t{1} << 63) : kNowhere;
 }
 
-// All passes over one chunk of queries and at most two ranks of each.
+// Launches all kernels for one chunk of queries and one or two ranks of each.
 template <Storage kStorage, int kSteps, int kBrackets>
 cudaError_t find_places(const TileMap& tiles, const Inputs& in, const Sample& sample, const Ranking& p, void* stream) {
   const unsigned row_tiles = (p.rows + kRows - 1) / kRows, splits = p.splits;
@@ -175,7 +177,7 @@ cudaError_t find_at_width(const TileMap& tiles, const Inputs& in, const Sample& 
   return find_one_or_two<kStorage, 16>(tiles, in, sample, p, stream);
 }
 
-// Bytes of a workspace by its parts, in this order.
+// The sizes in bytes of the parts of the workspace, in this order.
 struct Layout {
   int64_t survivors, found, cuts, counted, missing;
 };
@@ -192,18 +194,18 @@ RankingPlan plan_ranking(int64_t B, int64_t K, int64_t R, int64_t processors, in
   RankingPlan plan = {};
   double likely = static_cast<double>(K);  // survivors of a row
   if (K > 4 * least_sample) {
-    int64_t eighth = 1;
+    int64_t eighth = 1;  // K / 8, rounded up to a power of two
     while (8 * eighth < K) eighth *= 2;
     plan.sample = std::clamp<int64_t>(eighth, least_sample, kMostSampled);
-    // Ranks are known on the device alone, so there is room for the widest bracket, that of a median.
+    // The ranks are known only on the device, so there is room for the widest bracket, which is that of the median.
     const double share = static_cast<double>(plan.sample) / static_cast<double>(K);
     const double reach = kReach * std::sqrt(plan.sample / 4.0 * (1 - share)) + kPositionsBelow;
-    const double coarse = static_cast<double>(plan.sample / (kCells / 4) + 1);
+    const double coarse = static_cast<double>(plan.sample / (kCells / 4) + 1);  // columns of one cell in cut_at()
     const double kept = static_cast<double>(std::min<int64_t>(R, 2)) * (2 * (reach + coarse) + 1);
     likely = std::min(likely, (kept + 2 * std::sqrt(kept)) / share);
   }
   const int64_t key_tiles = (K + kKeys - 1) / kKeys;
-  // Two blocks on each processor. A buffer has room for its likely load and six deviations more.
+  // Two blocks for each multiprocessor. A buffer has room for its likely load plus six standard deviations.
   const auto cut_rows = [&](int64_t rows) {
     plan.rows = std::min(std::max<int64_t>(B, 1), (rows + kRows - 1) / kRows * kRows);
     const int64_t row_tiles = (plan.rows + kRows - 1) / kRows;
@@ -216,7 +218,7 @@ RankingPlan plan_ranking(int64_t B, int64_t K, int64_t R, int64_t processors, in
     const Layout bytes = layout_of(plan);
     plan.workspace = bytes.survivors + bytes.found + bytes.cuts + bytes.counted + bytes.missing;
   };
-  const int64_t budget = std::clamp(B * K / 2, kScratchBytes, kMostScratchBytes);  // a quarter of 16-bit scores
+  const int64_t budget = std::clamp(B * K / 2, kScratchBytes, kMostScratchBytes);  // a quarter of a 16-bit score matrix
   const int64_t most_chunks = std::max<int64_t>((B + kRows - 1) / kRows, 1);
   int64_t chunks = 1;
   do {

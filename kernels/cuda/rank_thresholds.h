@@ -1,8 +1,8 @@
-// rank_thresholds on CUDA: the sort key at each rank of each query's pool, exact, from bf16 or fp16 storage, without
-// the (B, K) scores. sm_80 and newer. The scores are those of mine_hardest, to the bit.
+// rank_thresholds on CUDA: the exact sort key at each rank of each query's pool. The (B, K) scores are never stored,
+// and are bit-identical to those of mine_hardest. sm_80 and newer.
 //
-//   query (B, D), negative_keys (K, D)    of one 16-bit storage; any row stride, in elements; D contiguous, D <= 256
-//   ranks (B, R), sort_keys (B, R)            as kernels/README.md says
+//   query (B, D), negative_keys (K, D)    both bf16 or both fp16; any row stride; D contiguous, at most 256
+//   ranks (B, R), sort_keys (B, R)        see kernels/README.md
 #pragma once
 
 #include <cstdint>
@@ -12,19 +12,21 @@
 
 namespace negmine::cuda {
 
-// How the work is cut and what memory it takes: a function of the shape and the card's processors alone.
+// How the work is split and how much workspace it needs. It depends only on the shape and on the number of
+// multiprocessors of the GPU.
+// "Survivors" are the columns that the scan keeps (rank_thresholds.cu).
 struct RankingPlan {
-  int64_t sample;     // columns sampled, a power of two; 0: every column is a survivor
-  int64_t rows;       // queries that share the workspace
+  int64_t sample;     // number of sampled columns, a power of two; 0: no sample, and the scan keeps all columns
+  int64_t rows;       // queries that are processed at a time
   int64_t splits;     // parts of the queue; a row has 4 * splits buffers
-  int64_t room;       // survivors of one buffer
+  int64_t room;       // most survivors in one buffer
   int64_t workspace;  // bytes
 };
 
-// least_sample is 2048, or less in tests, where a small queue then goes the way of a long one.
+// Tests pass a smaller least_sample, so that small queues are sampled as long ones are.
 RankingPlan plan_ranking(int64_t B, int64_t K, int64_t R, int64_t processors, int64_t least_sample = 2048);
 
-// Whether the offsets in the workspace fit in 32 bits.
+// Whether offsets in the workspace fit into 32 bits.
 bool fits(const RankingPlan& plan);
 
 struct RankThresholdsParams {

@@ -1,4 +1,4 @@
-// rank_window: a thread a query.
+// rank_window: one thread for each query.
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/launch.cuh"

@@ -1,18 +1,20 @@
-// The bounds of a rank window, from the sort keys of its first and last rank, for a sum over the columns between them.
+// The pool bounds that restrict a sum to the columns between two ranks, computed from the sort keys of these ranks.
 //
-//   ranks, sort_keys (B, 2)    the first and the last; sort_keys as rank_thresholds finds them
-//   pool_lower (B,)            the bound that the pool has, or null; sort_keys have it above them
-//   lower, upper (B,)          bounds of the window
+//   ranks (B, 2)         the first and the last rank of each query
+//   sort_keys (B, 2)     their sort keys, as found by rank_thresholds
+//   pool_lower (B,)      the lower bound of the pool, or null
+//   lower, upper (B,)    the bounds of the window
 //
-// An empty window, whose last rank is below its first or whose first rank has no sort key, gets INT64_MIN for both sort
-// keys and for upper, which keeps nothing. A last rank past the end of the pool bounds nothing.
+// A window is empty if its last rank is below its first, or if its first rank has no sort key. Then both sort keys and
+// upper become INT64_MIN, a bound that no column satisfies. If the last rank is past the end of the pool, the window
+// extends to the end of the pool.
 #pragma once
 
 #include <cstdint>
 
 namespace negmine::cuda {
 
-constexpr int64_t kLowestSortKey = -0x7F800001LL * (1LL << 32);  // -inf at the last index: no column is below it
+constexpr int64_t kLowestSortKey = -0x7F800001LL * (1LL << 32);  // of a score of -inf with the highest index
 
 struct RankWindowParams {
   int64_t B;
@@ -21,7 +23,7 @@ struct RankWindowParams {
   const int64_t* ranks;       // (B, 2)
   const int64_t* pool_lower;  // (B,), or null
 
-  // Changed.
+  // Input and output.
   int64_t* sort_keys;  // (B, 2)
 
   // Outputs.

@@ -1,4 +1,4 @@
-// Selection at ranks within rows: the sort key at each rank, among the survivors of a scan of brackets.
+// Selection of the sort key at each wanted rank among the survivors of the scan of rank_thresholds.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,25 +11,25 @@
 
 namespace negmine::cuda {
 
-constexpr int64_t kNowhere = INT64_MIN;
+constexpr int64_t kNowhere = INT64_MIN;  // the sort key of a rank past the end of the pool
 constexpr int kSelectThreads = 256;
-constexpr int kFew = 512;  // sort keys of which the one at a rank is found by comparing all
+constexpr int kFew = 512;  // this many sort keys, or fewer, are ranked by comparing all pairs
 
-// What the passes over one chunk of queries and their ranks share.
+// The arguments of the kernels for one chunk of queries and one or two ranks of each.
 struct Ranking {
-  int64_t first, B;  // queries [first, B) at most; a row of the workspace is that of query first + row
-  int32_t rows;      // of this chunk
+  int64_t first, B;  // row i of the workspace belongs to query first + i, of B queries in total
+  int32_t rows;      // queries in this chunk
   int32_t splits, room;
   RowRanks ranks;
-  Survivor* survivors;  // (rows, splits, kLanes, room); its memory is the sample's first
-  int32_t* found;       // (rows, splits, kLanes) survivors, or kLost
-  int32_t* counted;     // (rows, splits, brackets), as append_where_odd counts
+  Survivor* survivors;  // (rows, splits, kLanes, room); before the scan, the sample uses this memory
+  int32_t* found;       // (rows, splits, kLanes) number of survivors, or kLost
+  int32_t* counted;     // (rows, splits, brackets), see append_where_odd
   Cut* cuts;            // (rows, 2 brackets)
-  int32_t* missing;     // (rows, brackets) ranks that are to be recovered, in the order of their columns, or -1
-  int64_t* sort_keys;   // (B, R), from the first of these columns on
+  int32_t* missing;     // (rows, brackets) ranks that must be recovered, in the order of the array of ranks, or -1
+  int64_t* sort_keys;   // output (B, R), from the column of the first of these ranks on
 };
 
-// What the threads of a row share while they select. Of each rank, the sort keys [low, low + span) that may be at it.
+// The shared memory of a block that selects. The sort key at each of the two ranks is in [low, low + span).
 struct Selection {
   int cells[2][kCellInts];
   uint64_t low[2], span[2];
@@ -46,7 +46,7 @@ __device__ __forceinline__ int shift_of(uint64_t span) {
   return max(64 - 10 - __clzll(static_cast<int64_t>(span - 1)), 0);
 }
 
-// The sort key at each rank of a row, or that it is missing. Block = row.
+// Writes the sort key at each rank of a row, or marks the rank as missing. One block for each row.
 template <int kBrackets>
 __global__ void __launch_bounds__(kSelectThreads, 4) finish_kernel(Ranking p) {
   auto& shared = *reinterpret_cast<Selection*>(shared_memory());
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4) finish_kernel(Ranking p) {
   for (int i = threadIdx.x; i < p.splits * kBrackets; i += kSelectThreads) {
     atomicAdd(&shared.counted[i % kBrackets], counted[i]);
   }
-  // use(sort_key) for every survivor; four loads are under way at once.
+  // Calls use(sort_key) for every survivor, with four loads in flight.
   const auto each = [&](auto use) {
     for (int split = warp; split < p.splits; split += kWarps) {
       const int4 n = found[split];
@@ -122,13 +122,13 @@ __global__ void __launch_bounds__(kSelectThreads, 4) finish_kernel(Ranking p) {
         const auto [rank, column] = p.ranks.of(p.first + row, r);
         const bool merged = kBrackets == 2 && r == 1 && cuts[2 * r].score != cuts[2 * r].score;
         int64_t above = shared.counted[merged ? 0 : r];
-        if (r == 1 && !merged) above += shared.total[0];  // append_where_odd
+        if (r == 1 && !merged) above += shared.total[0];  // append_where_odd leaves these out
         const Cut below = own_cut(r, 1);
         const bool to_the_end = below.is_everything();
         const bool inside = !shared.lost && rank >= above && rank < above + shared.total[r];
         const bool past = !shared.lost && to_the_end && rank >= above + shared.total[r];
         const bool is_missing = rank >= 0 && !inside && !past;
-        // A rank past INT32_MAX is past all columns, of which there are fewer.
+        // There are fewer than INT32_MAX columns, so a clamped rank is still past the end.
         p.missing[row * int64_t{kBrackets} + column] =
             is_missing ? static_cast<int32_t>(min(rank, int64_t{INT32_MAX - 1})) : -1;
         if (!inside || rank < 0) {
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4) finish_kernel(Ranking p) {
       const int64_t wanted = shared.wanted[r];
       const int shift = shift_of(span);
       const Cell cell = find_cell(shared.cells[r], static_cast<int>(wanted), lane);
-      __syncwarp();  // all lanes have read what the first is to change
+      __syncwarp();  // lane 0 changes what the others have read
       if (lane == 0) {
         const uint64_t begin = static_cast<uint64_t>(cell.cell) << shift;
         shared.wanted[r] = wanted - cell.higher;

@@ -1,4 +1,4 @@
-// Scores of evenly spaced columns, from which a pass learns where to cut before it reads the queue; and what a cut is.
+// Cuts, the thresholds of a scan, and the sample of scores from which they are chosen before the queue is scanned.
 #pragma once
 
 #include <cmath>
@@ -11,40 +11,41 @@
 
 namespace negmine::cuda {
 
-constexpr int kHeld = 32;          // sampled scores of one thread
-constexpr int kCutThreads = 1024;  // most threads that look for a cut
+constexpr int kHeld = 32;          // sampled scores that one thread holds
+constexpr int kCutThreads = 1024;  // most threads that search for a cut
 constexpr int kMostSampled = kHeld * kCutThreads;
 
 constexpr int32_t kAllColumns = INT32_MAX;
 
-// All columns of a higher score, and of this score those of the columns below `columns`, so that a cut can lie among
-// equal scores. A NaN has none.
+// A threshold that is reached by all columns with a higher score, and by the columns below `columns` with the same
+// score, so that a cut can divide columns of equal scores. No column reaches a cut with a NaN score.
 struct Cut {
   float score;
-  int32_t columns;  // a multiple of kChunk: the scores of a chunk are compared with one number
+  int32_t columns;  // a multiple of kChunk, so that all scores of a chunk are compared with the same number
 
-  // The least of them.
+  // The lowest sort key that reaches the cut.
   __device__ uint64_t floor() const { return ((uint64_t{rank(score)} + 1) << 32) - static_cast<uint32_t>(columns); }
 
-  // The least score at which a column is one of them: the cut's, or the next one.
+  // The lowest score with which this column reaches the cut: the score of the cut, or the next larger float.
   __device__ __forceinline__ float least_of(int column) const {
     if (column < columns || score != score) return score;
     const uint32_t bits = __float_as_uint(score);
     if (score == 0.0f) return __uint_as_float(1u);
-    return __uint_as_float(bits >> 31 ? bits - 1 : bits + 1);  // NaN past infinity
+    return __uint_as_float(bits >> 31 ? bits - 1 : bits + 1);  // after infinity comes NaN
   }
 
   __device__ bool is_everything() const { return score == -INFINITY && columns == kAllColumns; }
 };
 
-// Of queries [first, first + rows), fewer than B in all.
+// The sampled scores of queries [first, first + rows).
 struct Sample {
   int64_t first, B;
   int32_t rows, size;
-  uint32_t* ranks;  // (rows, size) of scores, 0 where there is none
+  uint32_t* ranks;  // (rows, size) rank() of the scores; 0: no score
 
-  // The column at a position of the sample: one of each of `size` even parts of the ring, so that old and new keys are
-  // sampled alike, and not always the same one, so that no period of the ring is mistaken for all of it.
+  // The column at a position of the sample. The queue is divided into `size` equal parts, so that old and new keys are
+  // sampled alike, and one column of each part is sampled, at a pseudorandom place, so that a queue with a periodic
+  // order is not misjudged.
   __device__ __forceinline__ int64_t column_of(int K, int at) const {
     const auto begin = [&](int part) { return static_cast<uint64_t>(part) * static_cast<uint32_t>(K) / size; };
     const uint64_t first = begin(at), width = begin(at + 1) - first;
@@ -52,10 +53,10 @@ struct Sample {
   }
 };
 
-// ranks[row][j] = rank of the score of column j K / size, whether or not the row sees it.
+// ranks[row][j] = rank() of the score of column_of(j), whether or not it is in the pool of the row.
 template <Storage kStorage, int kSteps>
 __global__ void __launch_bounds__(kThreads) sample_kernel(Inputs in, Sample p) {
-  const int32_t K = in.K;  // the sample is of all rows, so that its share is known; those that are not there are NaN
+  const int32_t K = in.K;  // invalid rows are sampled as NaN, so that the host knows which share of the rows is sampled
   in.keep_valid_rows();
   uint32_t query[2][kSteps][4];
   const int64_t first = p.first + blockIdx.x * int64_t{kRows};
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Inputs in, Sample p) {
   stream<kStorage, kSteps>(query, shared_memory(), in.keys, blockIdx.y, gridDim.y, p.size, false, find, use);
 }
 
-// Forgets, of the sample of the block's row, the scores that the row does not see. All threads.
+// Removes the scores of columns outside the pool from the sample of the block's row. All threads must call it.
 __device__ __forceinline__ void hide(const Sample& p, const Pool& pool, int K) {
   uint32_t* ranks = p.ranks + static_cast<int64_t>(blockIdx.x) * p.size;
   for (int at = threadIdx.x; at < p.size; at += blockDim.x) {

@@ -1,8 +1,9 @@
-// Scores on sm_90a: keys, and queries where they are left in shared memory, are read by the tensor cores themselves.
+// Scores on sm_90a: the tensor cores read the keys, and also the queries if they are in shared memory, directly from
+// there.
 //
-// Product m of a warpgroup takes rows m of its four warps, 16 of each, so that fragments of queries and of scores are
-// those of score_tile.cuh. A score is the same chain of products whether it comes with 32 keys or with 64. The same
-// tile of keys may be what weights of those queries sum.
+// Product m of a warpgroup takes the m-th 16 rows of each of its four warps, so that the fragments of queries and
+// scores are those of score_tile.cuh. A score is the same sequence of products whether 32 or 64 keys are multiplied at
+// once. The same tile of keys can also be a factor of a weighted sum of keys.
 #pragma once
 
 #include <cstdint>
@@ -20,25 +21,28 @@ __device__ __forceinline__ uint64_t descriptor_of(SharedAddress rows, uint32_t o
          kSwizzle128 << 62;
 }
 
-// The same rows where these are the terms of a sum: 16 keys, each a row of 64 dims in each of the slabs. PTX ISA, part
-// "Canonical layouts", MN-major, swizzle of 128 bytes: ((T, 8, m), (8, k)) : ((1, T, LBO), (8 T, SBO)) with T = 8 of
-// our elements, which CUTLASS (cute, make_gmma_desc) says as well. So element (dim, key), before the swizzle, is
+// The descriptor of 16 such rows that are summed, so that they are transposed: each key has a row of 64 elements in
+// each slab. By the PTX ISA, "Canonical layouts", MN-major with a swizzle of 128 bytes, and by make_gmma_desc of
+// CUTLASS, the layout is ((T, 8, m), (8, k)) : ((1, T, LBO), (8 T, SBO)) with T = 8 elements of 16 bits. So, before the
+// swizzle, element d of a key is at the byte
 //
-//     2 (dim % 64) + dim / 64 * LBO + key % 8 * 128 + key / 8 * SBO
+//     2 (d % 64) + d / 64 * LBO + key % 8 * 128 + key / 8 * SBO
 //
-// bytes on, and a slab's distance is the leading offset, eight rows' distance, as ever, the other.
+// where the leading offset LBO is the distance between slabs, and the stride offset SBO is that between 8 rows and the
+// next 8.
 __device__ __forceinline__ uint64_t rows_descriptor(SharedAddress rows, int slab_bytes) {
   return descriptor_of(rows, slab_bytes);
 }
 
-// What to add to it for the next 16 keys.
+// The difference between the descriptor of 16 keys and that of the next 16.
 constexpr uint64_t kSixteenRows = 16 * 128 >> 4;
 
-// What to add to a descriptor for a step whose slab is slab_offset bytes further: a step is 32 bytes of a row.
+// The difference between the descriptors of step 0 and of another step, which is 32 bytes of a row in a slab that is
+// slab_offset bytes further.
 __device__ __forceinline__ uint64_t advance_of(int slab_offset, int step) { return (slab_offset + step % 4 * 32) >> 4; }
 
-// Begins s[chunk][m][n][i], scores of each 32 keys from `keys` on, a multiple of 32 within a tile: a group of products
-// for each m, in order.
+// Starts to compute the scores s[chunk][m][n][i] of kChunks times 32 keys of a tile, with one group of products for
+// each m in order. `keys` is the address of the first key, whose row in the tile is a multiple of 32.
 template <Storage kStorage, int kSteps, int kChunks, int kSixteens, class Queries>
 __device__ __forceinline__ void begin_scores(float (&s)[kChunks][kSixteens][4][4], const Queries& query,
                                              SharedAddress keys, int slab_bytes) {

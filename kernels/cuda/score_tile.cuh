@@ -1,16 +1,17 @@
-// The one way the CUDA backend computes a score: s_bk = q_b . n_k in fp32, by tensor cores: those of a warp, or on
-// sm_90a, whose binary a GPU of that kind alone takes, those of a warpgroup (score_sm90.cuh).
+// The only code of the CUDA backend that computes scores: s_bk = q_b . n_k in fp32, with the tensor cores. Each warp
+// multiplies with mma.sync. In code compiled for sm_90a, which runs only on GPUs of compute capability 9.0, each
+// warpgroup multiplies with wgmma (score_sm90.cuh).
 //
-// A block keeps 128 queries in registers, 32 a warp, and streams key tiles through a ring in shared memory. D is padded
-// with zeros to 16 * kSteps, a function of D alone, and a score is the chain of its kSteps products in order: the same
-// bits in every pass, tile and split. Rows that are not there, and keys that a (K,) mask shuts out, are NaN, so no
-// comparison ever keeps their scores and no pass pays for testing them. A pass that also sums keys asks for zeros
-// there. It may have 16 queries a warp, or leave them in shared memory, where its sums take the registers: no bit
-// depends on it.
+// A block keeps 128 queries in registers, 32 for each warp, and streams tiles of keys through a ring buffer in shared
+// memory. D is padded with zeros to 16 * kSteps, which depends only on D, and a score is the result of kSteps products
+// in a fixed order, so it has the same bits in every pass, tile and split. Rows past the end, and keys that a (K,) mask
+// hides, are filled with NaN. No comparison accepts the NaN scores, so passes need no test for them. A pass that also
+// sums keys fills them with zeros instead. Because its sums need registers, such a pass may have only 16 queries for
+// each warp, or leave them in shared memory; no score depends on this.
 //
-// A piece is 16 bytes, eight elements; a slab is eight pieces of all 64 rows of a tile, 128 bytes to a row. Piece c of
-// row r lies at place c ^ (r % 8) of its row in its slab: the eight rows that a fragment load reads at once are then in
-// different banks, and the products of sm_90a, which read tiles themselves, know the order as a swizzle of 128 bytes.
+// A piece is 16 bytes, which is eight elements. A slab is eight pieces of all 64 rows of a tile, so 128 bytes of each
+// row. Piece c of row r is at place c ^ (r % 8) of its row in its slab. The eight rows that a load of a fragment reads
+// at once are then in different banks. wgmma and TMA call this order a swizzle of 128 bytes.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +28,7 @@ namespace negmine::cuda {
 constexpr int kThreads = 128;
 constexpr int kRowsPerWarp = 32;
 constexpr int kRows = kThreads / kWarp * kRowsPerWarp;  // queries of a block
-constexpr int kKeys = 64;                               // of a tile
+constexpr int kKeys = 64;                               // keys of a tile
 constexpr int kChunk = 32;                              // keys whose scores a warp holds at once
 constexpr int kSlabRow = 128;                           // bytes of a row in a slab
 constexpr uint32_t kTwoNaNs = 0x7FFF7FFFu;              // in bf16 and in fp16
@@ -35,54 +36,55 @@ constexpr uint32_t kTwoZeros = 0u;
 
 template <int kSteps>
 struct Tiles {
-  static constexpr int kPieces = 2 * kSteps;           // of a row
+  static constexpr int kPieces = 2 * kSteps;           // pieces of a row
   static constexpr int kStages = kSteps <= 8 ? 3 : 2;  // key tiles in shared memory
   static constexpr int kSlabBytes = kKeys * kSlabRow;
   static constexpr int kTileBytes = kPieces / 8 * kSlabBytes;
   static constexpr int kRing = kStages * kTileBytes;
-  static constexpr int kBarriers = 64;  // bytes after the ring, of passes that give a TileMap
-  // Of shared memory; queries pass through it first.
+  static constexpr int kBarriers = 64;  // bytes for barriers after the ring, used with a TileMap
+  // The shared memory, in bytes. Before the ring uses it, queries are loaded through it.
   static constexpr int kBytes = std::max(kRows * 16 * kPieces, kRing + kBarriers);
 };
 
-// Where the copies of sm_90a find the tiles of a matrix (tile_map.h); a parameter of a kernel, __grid_constant__.
+// The tensor map of a matrix for TMA (tile_map.h). It must be a __grid_constant__ parameter of the kernel.
 struct TileMap {
   CUtensorMap map;
   bool usable;
 };
 
-// A matrix of 16-bit elements, D to a row.
+// A matrix of rows with D elements of 16 bits.
 struct Rows {
   const char* base;
   int64_t stride;  // from row to row, in bytes
   int64_t D;
-  bool in_pieces;  // rows begin at multiples of 16 bytes and D is a multiple of 8
+  bool in_pieces;  // rows begin at multiples of 16 bytes, and D is a multiple of 8
 };
 
 struct MappedRows : Rows {
   const TileMap& tiles;
 };
 
-// Scores that a lane holds of its warp's 16 kSixteens rows and a chunk of 32 keys. Of [m][n][i], with g = lane / 4,
-// t = lane % 4: row 16 m + g + 8 (i / 2), key 8 n + 2 t + i % 2.
+// The scores that a lane holds of the 16 kSixteens rows of its warp and a chunk of 32 keys. With g = lane / 4 and
+// t = lane % 4, score [m][n][i] is that of row 16 m + g + 8 (i / 2) of the warp and key 8 n + 2 t + i % 2 of the chunk.
 template <int kSixteens>
 using ScoresOf = float[kSixteens][4][4];
 using Scores = ScoresOf<kRowsPerWarp / 16>;
 
-// The row of the block, of those that a lane holds: i = 2 m + half.
+// The i-th of the rows of the block of which a lane holds scores; i = 2 m and 2 m + 1 are in the m-th 16 of its warp.
 template <int kSixteens = kRowsPerWarp / 16>
 __device__ __forceinline__ int row_of(int i) {
   return threadIdx.x / kWarp * (16 * kSixteens) + 8 * i + threadIdx.x % kWarp / 4;
 }
 
-// Where a piece lies: of one tile of rows after the other.
+// The byte offset of a piece of a row, where tiles of kKeys rows follow each other.
 template <int kSteps>
 __device__ __forceinline__ int offset_of(int row, int piece) {
   return row / kKeys * Tiles<kSteps>::kTileBytes + piece / 8 * Tiles<kSteps>::kSlabBytes + row % kKeys * kSlabRow +
          16 * ((piece ^ row) & 7);
 }
 
-// From a piece to the one of the same place that is `rows` rows, a multiple of 8, and `steps` steps, one of 4, further.
+// The byte offset from a piece to that `rows` rows and `steps` steps further. rows is a multiple of 8 and steps of 4,
+// so that both have the same place in their rows.
 template <int kSteps>
 __device__ constexpr int further(int rows, int steps) {
   return rows * kSlabRow + steps / 4 * Tiles<kSteps>::kSlabBytes;
@@ -92,8 +94,8 @@ __device__ __forceinline__ void store_piece(char* shared, uint32_t a, uint32_t b
   *reinterpret_cast<uint4*>(shared) = make_uint4(a, b, c, d);
 }
 
-// Begins to copy kCount rows of `matrix` into a tile; find(i) is the row of the matrix that becomes row i, -1 for none,
-// which becomes kAbsent.
+// Starts to copy kCount rows of `matrix` into a tile. Row i of the tile is row find(i) of the matrix, or filled with
+// kAbsent if find(i) is -1.
 template <int kSteps, int kCount, uint32_t kAbsent = kTwoNaNs, class Find>
 __device__ __forceinline__ void load_rows(char* tile, const Rows& matrix, Find find) {
   constexpr int kPieces = Tiles<kSteps>::kPieces, kRowsAtOnce = kThreads / kPieces, kTogether = 4;
@@ -104,7 +106,7 @@ __device__ __forceinline__ void load_rows(char* tile, const Rows& matrix, Find f
   for (int row = threadIdx.x / kPieces; row < kCount; row += kRowsAtOnce * kTogether) {
     int64_t source[kTogether];
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) source[i] = find(row + i * kRowsAtOnce);  // may read a mask: all at once
+    for (int i = 0; i < kTogether; ++i) source[i] = find(row + i * kRowsAtOnce);  // may read a mask: the loads overlap
     if (matrix.in_pieces) {
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
@@ -119,7 +121,7 @@ __device__ __forceinline__ void load_rows(char* tile, const Rows& matrix, Find f
       continue;
     }
 #pragma unroll 1
-    for (int i = 0; i < 4 * kTogether; ++i) {  // by words of two elements
+    for (int i = 0; i < 4 * kTogether; ++i) {  // words of two elements
       const int64_t from = find(row + i / 4 * kRowsAtOnce), d = 8 * piece + i % 4 * 2;
       const uint16_t* element = reinterpret_cast<const uint16_t*>(matrix.base + from * matrix.stride) + d;
       uint32_t word = from < 0 ? kAbsent : 0u;
@@ -130,14 +132,15 @@ __device__ __forceinline__ void load_rows(char* tile, const Rows& matrix, Find f
   }
 }
 
-// The same for kKeys neighbouring rows, all there and in pieces.
+// The same for kKeys consecutive rows, none of them past the end, of a matrix that is in_pieces.
 template <int kSteps>
 __device__ __forceinline__ void load_neighbours(char* tile, const Rows& matrix, int64_t first) {
   constexpr int kPieces = Tiles<kSteps>::kPieces, kRowsAtOnce = kThreads / kPieces;
   const int piece = threadIdx.x % kPieces, row = threadIdx.x / kPieces;
   const bool present = 8 * piece < matrix.D;
   const char* from = matrix.base + (first + row) * matrix.stride + (present ? 16 * piece : 0);
-  constexpr int kTurns = kRowsAtOnce % 8 == 0 ? 1 : 2;  // until r % 8 comes again, and places are a constant away
+  constexpr int kTurns =
+      kRowsAtOnce % 8 == 0 ? 1 : 2;  // period of r % 8; addresses this far apart differ by a constant
   static_assert(kTurns * kRowsAtOnce % 8 == 0);
   SharedAddress to[kTurns];
 #pragma unroll
@@ -149,7 +152,7 @@ __device__ __forceinline__ void load_neighbours(char* tile, const Rows& matrix, 
   }
 }
 
-// The same by one thread, which leaves it to the copy engine.
+// The same with TMA: one thread starts the copies.
 template <int kSteps>
 __device__ __forceinline__ void copy_tile(SharedAddress to, const TileMap& map, int tile, SharedAddress barrier) {
   if (threadIdx.x != 0) return;
@@ -160,8 +163,8 @@ __device__ __forceinline__ void copy_tile(SharedAddress to, const TileMap& map, 
   }
 }
 
-// The block's queries in shared memory: tile m has rows m of the warps, 16 of each after the other, which is what one
-// product of a warpgroup takes. find(row) is the row of `matrix` that becomes a row of the block, -1 for none.
+// Loads the block's queries into shared memory. Tile m holds the m-th 16 rows of each warp, warp after warp, which are
+// the rows of one product of a warpgroup. Row i of the block is row find(i) of `matrix`, or NaN if find(i) is -1.
 template <int kSteps, int kSixteens, class Find>
 __device__ __forceinline__ void gather_queries(char* memory, const Rows& matrix, Find find) {
   constexpr int kWarps = kThreads / kWarp;
@@ -175,16 +178,17 @@ __device__ __forceinline__ void gather_queries(char* memory, const Rows& matrix,
   __syncthreads();
 }
 
-// The same from `first` on.
+// The same for consecutive rows from `first` on; B is the number of rows of the matrix.
 template <int kSteps, int kSixteens>
 __device__ __forceinline__ void gather_queries(char* memory, const Rows& matrix, int64_t first, int64_t B) {
   gather_queries<kSteps, kSixteens>(memory, matrix,
                                     [&](int row) { return first + row < B ? first + row : int64_t{-1}; });
 }
 
-// Where a lane loads fragments of step 0 from, within rows that begin at a multiple of 128 bytes: of 16 keys, matrices
-// 0 and 1 are of the first 8 rows and 2 and 3 of the next; of 16 queries, or of keys that are summed, 0 and 1 are of
-// all rows and 2 and 3 of these again.
+// The offset from which a lane loads its part of a fragment of step 0 (load_matrices), relative to the first of 16
+// rows. For keys, matrices 0 and 1 are the two pieces of the first 8 rows, and 2 and 3 those of the next 8. For
+// queries, and for keys that are summed, matrices 0 and 1 are the first piece of the 16 rows, and 2 and 3 the second
+// piece.
 template <int kSteps>
 __device__ __forceinline__ int lane_of_keys() {
   const int lane = threadIdx.x % kWarp;
@@ -197,7 +201,8 @@ __device__ __forceinline__ int lane_of_rows() {
   return offset_of<kSteps>(lane % 16, lane / 16);
 }
 
-// The same of another step: a step is two pieces, whose place has its low three bits from the lane and the step.
+// The same address for another step, which is two pieces further. Places of pieces are an exclusive or with the row, so
+// only bits of the address change.
 template <int kSteps>
 __device__ __forceinline__ SharedAddress at_step(SharedAddress first, int step) {
   return flipped(first, step % 4 * 32) + further<kSteps>(0, step);
@@ -207,18 +212,18 @@ __device__ __forceinline__ SharedAddress at_step(SharedAddress first, int step) 
 template <int kSteps, int kSixteens>
 struct SharedQueries {
   SharedAddress tiles;
-  SharedAddress first;  // where this lane loads the fragment of step 0 from
+  SharedAddress first;  // from which this lane loads its part of the fragment of step 0
 
   __device__ explicit SharedQueries(char* memory)
       : tiles(shared_address(memory)), first(tiles + threadIdx.x / kWarp * (16 * kSlabRow) + lane_of_rows<kSteps>()) {}
 
-  // Of rows m of all warps, for products of a warpgroup.
+  // The descriptor of the m-th 16 rows of all warps, for a product of a warpgroup.
   __device__ uint64_t descriptor(int m, int step) const {
     return descriptor_of(tiles + m * Tiles<kSteps>::kTileBytes) + advance_of(further<kSteps>(0, step), step);
   }
 };
 
-// The fragments of one step, from where the queries are.
+// Gets the fragments of one step of queries, which are in shared memory or in registers.
 template <int kSteps, int kSixteens>
 __device__ __forceinline__ void take(uint32_t (&fragments)[kSixteens][4], const SharedQueries<kSteps, kSixteens>& query,
                                      int step) {
@@ -238,7 +243,7 @@ __device__ __forceinline__ void take(uint32_t (&fragments)[kSixteens][4], const 
   }
 }
 
-// The fragments of this warp's queries, [m][step]; the shared memory is free again.
+// Loads the fragments [m][step] of this warp's queries. Afterwards the shared memory is free for other use.
 template <int kSteps, int kSixteens>
 __device__ __forceinline__ void load_queries(uint32_t (&query)[kSixteens][kSteps][4], char* memory, const Rows& matrix,
                                              int64_t first, int64_t B) {
@@ -257,8 +262,9 @@ __device__ __forceinline__ void load_queries(uint32_t (&query)[kSixteens][kSteps
   __syncthreads();
 }
 
-// Zeros in place of the elements that are not finite in kCount rows from `rows` on, a multiple of 8 within a tile, for
-// a block that has its scores of them and has no product that reads them under way.
+// Replaces elements that are not finite by zeros, in kCount rows of a tile from the address `rows` on, which is that of
+// a row whose number is a multiple of 8. The block must have its scores of these rows, and no product that reads them
+// may be in progress.
 template <Storage kStorage, int kSteps, int kCount>
 __device__ __forceinline__ void make_finite(SharedAddress rows) {
   constexpr uint32_t kExponent = kStorage == Storage::kBFloat16 ? 0x7F80u : 0x7C00u;
@@ -277,7 +283,8 @@ __device__ __forceinline__ void make_finite(SharedAddress rows) {
   __syncthreads();
 }
 
-// Scores of the warp's queries and the 32 keys from `keys` on, a multiple of 8 within a tile.
+// Computes the scores of the warp's queries and 32 keys with mma.sync. `keys` is the address of the first key, whose
+// row in the tile is a multiple of 8.
 template <Storage kStorage, int kSteps, int kSixteens, class Queries>
 __device__ __forceinline__ void score(ScoresOf<kSixteens>& s, const Queries& query, SharedAddress keys, int lane) {
 #pragma unroll
@@ -306,15 +313,20 @@ __device__ __forceinline__ void score(ScoresOf<kSixteens>& s, const Queries& que
   }
 }
 
-// Scores of tiles first, first + stride, ... of the columns [0, count): use(column, scores, keys) for every chunk of
-// 32, in order, with the chunk's keys in shared memory, and before(column), while no scores take registers.
-// find(column) is the row of `keys` behind a column, -1 for none; it is asked of columns past `count` too. is_plain
-// says that every column is the row of its number; such keys may come as MappedRows. A warpgroup holds the scores of
-// kAtOnce chunks at once, 1 or 2; a `use` that takes ScoresOf[chunks at once] gets them so, and by a warpgroup when
-// their products have begun: it waits for them. Its own products may read a tile for kLag turns more.
 struct Nothing {
   __device__ void operator()(int) const {}
 };
+
+// Computes scores of the columns [0, count), of which it takes tiles first, first + stride, and so on. For every chunk
+// of 32 columns in order, it calls before(column), while no scores take up registers, and then use(column, scores,
+// keys), where keys is the address of the chunk's keys in shared memory.
+//
+// find(column) is the row of `keys` for a column, or -1 for none. It is also called for columns past `count`. is_plain:
+// every column is the row with the same number. Only then `keys` may be MappedRows.
+//
+// A warpgroup computes the scores of kAtOnce chunks (1 or 2) at once. If `use` takes ScoresOf[number of chunks], it is
+// called once for all of them. In a warpgroup their products are then still in progress, and `use` must wait for them.
+// Products that `use` starts may read the tile during the following kLag tiles.
 
 template <Storage kStorage, int kSteps, int kSixteens = kRowsPerWarp / 16, uint32_t kAbsent = kTwoNaNs, int kAtOnce = 2,
           int kLag = 0, class Queries, class Keys, class Find, class Use, class Before = Nothing>
@@ -334,7 +346,7 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
     if (kMapped && tile < whole) {
       if constexpr (kMapped) {
         copy_tile<kSteps>(shared_address(memory) + stage * kBytes, keys.tiles, tile, barriers + 8 * stage);
-        __syncwarp();  // one lane of a block went its own way, and the next products want all of a warp
+        __syncwarp();  // one lane diverged, and products need all lanes of a warp
       }
     } else if (plain(tile)) {
       load_neighbours<kSteps>(memory + stage * kBytes, keys, tile * int64_t{kKeys});
@@ -342,7 +354,7 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
       const int column = tile * kKeys;
       load_rows<kSteps, kKeys, kAbsent>(memory + stage * kBytes, keys, [&](int row) { return find(column + row); });
     }
-    end_copies();  // also where there was nothing to copy: groups are counted
+    end_copies();  // also if nothing was copied, because wait_for_copies() counts groups
   };
   [[maybe_unused]] const int lane = lane_of_keys<kSteps>();
   if constexpr (kMapped) {
@@ -353,7 +365,7 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
 #pragma unroll
   for (int ahead = 0; ahead < kAhead; ++ahead) fetch(first + ahead * stride, ahead);
   int stage = 0;
-  bool odd = false;  // whether the round of the stages' barriers is
+  bool odd = false;  // whether the current round of the stages' barriers is odd
   for (int tile = first; tile < tiles; tile += stride) {
     wait_for_copies<kAhead - 1>();
     if (kMapped && tile < whole) {
@@ -361,9 +373,9 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
     } else if constexpr (kHasWarpgroups) {
       show_to_products();
     }
-    __syncthreads();  // the tile is there for all, and all have left the stage that is filled next
+    __syncthreads();  // the tile has arrived for all, and nobody reads the stage that is filled next
     fetch(tile + kAhead * stride, stage <= kLag ? stage + kAhead : stage - 1 - kLag);
-    constexpr int kChunks = kHasWarpgroups ? kAtOnce : 1;  // more would not fit in registers
+    constexpr int kChunks = kHasWarpgroups ? kAtOnce : 1;  // mma.sync has no registers for two
 #pragma unroll 1
     for (int chunk = 0; chunk < kKeys; chunk += kChunks * kChunk) {
       before(tile * kKeys + chunk);
@@ -383,7 +395,7 @@ __device__ __forceinline__ void stream(const Queries& query, char* memory, const
           use(tile * kKeys + chunk + i * kChunk, s[i], chunk_keys + further<kSteps>(i * kChunk, 0));
         }
       }
-      __syncwarp();  // the next products want all lanes of a warp at once, wherever `use` sent them
+      __syncwarp();  // `use` may diverge, and products need all lanes of a warp
     }
     stage = stage == kStages - 1 ? 0 : stage + 1;
     odd ^= stage == 0;

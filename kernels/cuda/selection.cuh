@@ -1,4 +1,5 @@
-// Selection within rows: a cut from a sample of scores, and the N highest sort keys of the survivors of a scan.
+// The kernels of mine_hardest before and after its scan: they choose a cut from a sample of scores, and select the N
+// highest sort keys of the survivors.
 #pragma once
 
 #include <cstdint>
@@ -9,27 +10,28 @@
 
 namespace negmine::cuda {
 
-constexpr int kFinishThreads = 256;  // as many as bins
-constexpr int kDigit = 8;            // bits of a sort key that one step of the finish decides
+constexpr int kFinishThreads = 256;  // one for each bin
+constexpr int kDigit = 8;            // bits of a sort key that one step of the radix selection decides
 constexpr int kBins = 1 << kDigit;
-constexpr int kFromBuffers = -1;  // in place of a count: the row was not recovered
+constexpr int kFromBuffers = -1;  // instead of a number of survivors: the row was not recovered
 
-// What the passes over one chunk of queries share.
+// The arguments of the kernels for one chunk of queries.
 struct Pass {
-  int64_t first, B;  // queries [first, B) at most; a row of the workspace is that of query first + row
-  int32_t rows;      // of this chunk
+  int64_t first, B;  // row i of the workspace belongs to query first + i, of B queries in total
+  int32_t rows;      // queries in this chunk
   int32_t N;
   int32_t sample_rank, splits, room, capacity;
-  Survivor* survivors;  // (rows, splits, kLanes, room); its memory is the sample's first
-  int32_t* found;       // (rows, splits, kLanes) survivors, or kLost
+  Survivor* survivors;  // (rows, splits, kLanes, room); before the scan, the sample uses this memory
+  int32_t* found;       // (rows, splits, kLanes) number of survivors, or kLost
   Cut* cuts;            // (rows,)
-  int32_t* recovered;   // (rows,) survivors that were written anew, from the row's first on; or kFromBuffers
+  int32_t* recovered;   // (rows,) number of survivors that the recovery wrote to the row's buffers, or kFromBuffers
   float* scores;        // (B, N)
   int64_t* index;       // (B, N)
 };
 
-// cuts[row] = a cut of sample_rank + 1 sampled columns, or a few more; of all columns where there are not so many. It
-// needs no exactness: the certificate sees to that. Block = row; a thread holds kHeld of the row's scores.
+// cuts[row] = a cut that sample_rank + 1 sampled columns reach, or a few more; all columns reach it if the sample has
+// fewer. The cut need not be exact, because certain() checks the survivors. One block for each row; each thread holds
+// kHeld of the row's scores.
 __global__ void __launch_bounds__(kCutThreads) cut_kernel(Pool pool, bool by_pair, Sample sample, Pass p, int K) {
   int* partial = reinterpret_cast<int*>(shared_memory());  // (2, 32)
   const int row = blockIdx.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -42,7 +44,7 @@ __global__ void __launch_bounds__(kCutThreads) cut_kernel(Pool pool, bool by_pai
     held[i] = at < sample.size ? ranks[at] : 0u;
   }
   int turn = 0;
-  // How many of the sample are_in(rank, at) holds for. All threads.
+  // The number of sampled scores for which are_in(rank, position) is true. All threads must call it.
   const auto count_of = [&](auto are_in) {
     int count = 0;
 #pragma unroll
@@ -55,7 +57,7 @@ __global__ void __launch_bounds__(kCutThreads) cut_kernel(Pool pool, bool by_pai
     turn ^= 1;
     return count;
   };
-  // At least wanted scores are >= low, fewer are >= high.
+  // Invariant: at least `wanted` ranks are >= low, and fewer are >= high.
   const int wanted = p.sample_rank + 1, enough = wanted + wanted / 16;
   int reached = count_of([](uint32_t rank, int) { return rank >= kRankOfMinusInfinity; });
   uint32_t low = kRankOfMinusInfinity, high = reached < wanted ? low : 0xFFFFFFFFu;
@@ -69,8 +71,8 @@ __global__ void __launch_bounds__(kCutThreads) cut_kernel(Pool pool, bool by_pai
     }
   }
   Cut cut = {score_of(low), kAllColumns};
-  if (reached > enough) {              // of equal scores: the cut lies among their columns
-    int begin = 0, end = sample.size;  // fewer than wanted lie before begin, as many or more before end
+  if (reached > enough) {              // too many scores are equal: divide their columns
+    int begin = 0, end = sample.size;  // fewer than `wanted` are before begin, at least as many before end
     while (reached > enough && end - begin > 1) {
       const int middle = (begin + end) / 2;
       const int count = count_of([&](uint32_t rank, int at) { return rank > low || (rank == low && at < middle); });
@@ -87,12 +89,12 @@ __global__ void __launch_bounds__(kCutThreads) cut_kernel(Pool pool, bool by_pai
   if (threadIdx.x == 0) p.cuts[row] = cut;
 }
 
-// The bin, of kBins that count sort keys by a digit, in which the one wanted-th from the top lies; and how many lie in
-// higher bins. One warp.
+// A bin of sort keys that have the same digit, and the number of sort keys in higher bins.
 struct Bin {
   int digit, higher;
 };
 
+// The bin with the wanted-th highest sort key. bins (kBins,): the number of sort keys by digit. One warp calls it.
 __device__ __forceinline__ Bin find_bin(const int* bins, int wanted, int lane) {
   constexpr int kOwn = kBins / kWarp;
   const int top = kBins - 1 - kOwn * lane;  // lane 0 has the highest bins
@@ -110,10 +112,10 @@ __device__ __forceinline__ Bin find_bin(const int* bins, int wanted, int lane) {
   return {__shfl_sync(kAllLanes, bin.digit, owner), __shfl_sync(kAllLanes, bin.higher, owner)};
 }
 
-// The N first of a row's survivors, in order, into scores and index. Block = row.
+// Writes the first N of a row's survivors, sorted, to scores and index. One block for each row.
 //
-// Survivors are packed into sort keys; the N-th is found by its digits from the highest bit in which they differ; what
-// reaches it is sorted.
+// Survivors are packed into sort keys. The N-th highest is found by radix selection, from the highest bit in which sort
+// keys differ. Those that reach it are sorted.
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Pass p, int sorted_size) {
   uint64_t* sort_keys = reinterpret_cast<uint64_t*>(shared_memory());  // (capacity,)
   uint64_t* sorted = sort_keys + p.capacity;                           // (sorted_size,), a power of two >= N
@@ -151,7 +153,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Pass p, int sort
     if (differs) atomicOr(differing, differs);
     __syncthreads();
     const unsigned high = *differing;
-    const int top = high ? 63 - __clz(static_cast<int>(high)) : 31;  // no sort key differs from another above this bit
+    const int top = high ? 63 - __clz(static_cast<int>(high)) : 31;  // all sort keys are equal above this bit
     uint64_t decided = top == 63 ? 0 : ~uint64_t{0} << (top + 1);
     last = any & decided;
     int wanted = p.N;
@@ -173,7 +175,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Pass p, int sort
       const uint64_t mask = static_cast<uint64_t>(kBins - 1) << shift;
       last = (last & ~mask) | static_cast<uint64_t>(digit) << shift;
       decided |= mask;
-      const bool done = bins[digit] == wanted;  // sort keys differ, so this comes true
+      const bool done = bins[digit] == wanted;  // becomes true, because no two sort keys are equal
       __syncthreads();
       if (done) break;
     }
@@ -183,7 +185,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Pass p, int sort
   }
   __syncthreads();
 
-  // Bitonic, descending; zeros end at the end.
+  // A bitonic sort in descending order; zeros come last.
   for (int run = 2; run <= sorted_size; run *= 2) {
     for (int apart = run / 2; apart > 0; apart /= 2) {
       for (int pair = threadIdx.x; pair < sorted_size / 2; pair += kFinishThreads) {

@@ -1,7 +1,7 @@
-// The sort key of a column, inside a kernel: by score, then by index with the lower index first; larger = harder.
+// Sort keys as kernels use them: a larger sort key has a larger score or, for equal scores, a lower index.
 //
-// Here it is one unsigned word, (rank(score) << 32) | (0xFFFFFFFF - index), whose order is that of the int64 of
-// kernels/README.md. 0 is no sort key: no number has it.
+// They are unsigned, (rank(score) << 32) | (0xFFFFFFFF - index), and order like the int64 sort keys of
+// kernels/README.md, from which they differ in the highest bit. 0 stands for "no sort key".
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace negmine::cuda {
 
 constexpr uint32_t kRankOfMinusInfinity = 0x007FFFFFu;
 
-// Of a number, never of NaN. -0.0 counts as +0.0.
+// An integer that orders like the score, which must not be NaN. -0.0 equals +0.0. No score has the rank 0.
 __device__ inline uint32_t rank(float score) {
   const uint32_t bits = __float_as_uint(__fadd_rn(score, 0.0f));
   return bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -26,8 +26,8 @@ __device__ inline uint64_t pack_sort_key(float score, int32_t index) {
 
 __device__ inline int64_t index_of(uint64_t sort_key) { return 0xFFFFFFFFu - static_cast<uint32_t>(sort_key); }
 
-// A bound of a pool, a sort key as int64, which may name no column: its score is then NaN, and compares with nothing.
-// An index past all columns, of which there are fewer than 2^31, stays one.
+// A lower or upper bound of a pool, unpacked from an int64 sort key. INT64_MIN and INT64_MAX give a NaN score, which no
+// comparison accepts. There are fewer than 2^31 columns, so larger indices are replaced by INT32_MAX.
 struct Bound {
   float score;
   int32_t index;
@@ -40,7 +40,7 @@ __device__ inline Bound bound_of(int64_t sort_key) {
           static_cast<int32_t>(index < INT32_MAX ? index : INT32_MAX)};
 }
 
-// Whether a sort key is not below, or not above, a bound; without a branch.
+// Whether the sort key of score s and column k is at or above, or at or below, a bound. Without branches.
 __device__ __forceinline__ bool is_at_least(const Bound& bound, float s, int32_t k) {
   return (s > bound.score) | ((s == bound.score) & (k <= bound.index));
 }
@@ -49,14 +49,15 @@ __device__ __forceinline__ bool is_at_most(const Bound& bound, float s, int32_t 
   return (s < bound.score) | ((s == bound.score) & (k >= bound.index));
 }
 
-// How many of the queue's K rows are there.
+// The number of valid rows of the queue.
 __device__ __forceinline__ int32_t valid_rows(const Pool& pool, int32_t K) {
   if (!pool.num_rows) return K;
   const int64_t rows = *pool.num_rows;
   return static_cast<int32_t>(rows < 0 ? 0 : rows < K ? rows : K);
 }
 
-// Whether column k, with score s, is in row b's pool as far as pairs decide; key_mask and num_rows are the loader's.
+// Whether column k with score s is in the pool of query b. key_mask and num_rows are not checked here: the code that
+// loads keys applies them.
 __device__ inline bool sees(const Pool& pool, int64_t b, int64_t k, float s) {
   if (pool.pair_mask && !pool.pair_mask[b * pool.pair_mask_stride + k]) return false;
   if (pool.query_ids && pool.query_ids[b] == pool.negative_ids[k]) return false;

@@ -1,4 +1,4 @@
-// How the elements of a matrix are stored.
+// The storage types of matrix elements.
 #pragma once
 
 #include <cstdint>

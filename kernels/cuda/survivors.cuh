@@ -1,4 +1,5 @@
-// What a scan keeps of a row: buffers of survivors, private to a split of the queue and a lane.
+// The survivors of a scan: the columns that it keeps for a row, which is one query. Each lane has a buffer for each of
+// its rows and each split of the queue, so no atomic operations are needed.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,11 +10,11 @@
 
 namespace negmine::cuda {
 
-constexpr int kLanes = 4;                // that share a row, each with buffers of its own
-constexpr int kSlack = kChunk / kLanes;  // survivors that a buffer may receive from one chunk
-constexpr int kLost = -1;                // in place of a count: the buffer was too small
+constexpr int kLanes = 4;                // lanes that hold the scores of one row
+constexpr int kSlack = kChunk / kLanes;  // most survivors that one chunk can add to a buffer
+constexpr int kLost = -1;                // instead of a number of survivors: the buffer was too small
 
-// A survivor: the bits of its score, and its column.
+// The bits of its score, and its column.
 using Survivor = uint2;
 
 __device__ __forceinline__ int sum_over_warp(int value) {

@@ -1,8 +1,8 @@
-// How a GPU of compute capability 9.0 finds the key tiles of score_tile.cuh by itself: a tensor map, made by the
-// driver.
+// The tensor map with which TMA, the copy engine of GPUs of compute capability 9.0, loads the key tiles of
+// score_tile.cuh.
 //
-// The driver's function is asked for by name at run time, so that nothing links to the driver. Where a map cannot be
-// had, threads copy: the same bytes come to the same places.
+// The driver function that creates it is looked up by name at run time, so that the library does not link to the
+// driver. If no tensor map is available, the threads copy the same bytes to the same places.
 #pragma once
 
 #include <cuda.h>
@@ -23,7 +23,7 @@ inline bool has_compute_capability_9_0() {
          minor == 0;
 }
 
-// Of the rows of a matrix: boxes are slabs of tiles.
+// The tensor map of a matrix. One box is one slab of a tile.
 inline TileMap map_tiles(const Rows& matrix, int64_t rows, Storage storage) {
   TileMap tiles = {};
   if (!matrix.in_pieces || rows < kKeys || !has_compute_capability_9_0()) return tiles;

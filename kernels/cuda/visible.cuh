@@ -1,5 +1,5 @@
-// Which of the scores that a lane holds are in the pools of their rows: one bit a score, for passes that use every
-// score.
+// Tells which of a lane's scores belong to the pools of their rows, by one bit for each score. It is for passes that
+// use every score.
 #pragma once
 
 #include <cstdint>
@@ -10,17 +10,18 @@
 
 namespace negmine::cuda {
 
-// Of the scores that a lane holds, the bit of [m][n][i] is 16 m + 4 n + i: that of the row r = 2 m + i / 2 and the
-// column j = 2 n + i % 2 is bit_of(j) moved by shift_of(r).
+// Score [m][n][i] of a lane (ScoresOf in score_tile.cuh) has bit 16 m + 4 n + i. It is the score of the lane's row
+// r = 2 m + i / 2 and column j = 2 n + i % 2, and the bit is bit_of(j) << shift_of(r).
 __device__ constexpr uint32_t bit_of(int j) { return 1u << (j / 2 * 4 + j % 2); }
 __device__ constexpr int shift_of(int r) { return r / 2 * 16 + r % 2 * 2; }
-constexpr uint32_t kRowBits = 0x3333u;
-constexpr int kQuad = 4;  // lanes that share a row
+constexpr uint32_t kRowBits = 0x3333u;  // all columns of row 0
+constexpr int kQuad = 4;                // lanes that hold the scores of the same rows
 
-// One of two, without a branch and without an address.
+// Selects one of two values. It needs no branch, and unlike an index into an array, no local memory.
 __device__ __forceinline__ float either(bool second, float a, float b) { return second ? b : a; }
 
-// The sum over the quad of what its lanes have of the rows 0 to 3, or 0 and 1: of row t, or t % 2, to lane t.
+// Sums the values of each row over the lanes of a quad. The rows are 0 to 3, or 0 and 1. Lane t gets the sum of row t,
+// or of row t % 2.
 __device__ __forceinline__ float of_own_row(float a, float b, float c, float d) {
   const bool upper = threadIdx.x & 2, odd = threadIdx.x & 1;
   const float even_row = either(upper, a, c) + __shfl_xor_sync(kAllLanes, either(upper, c, a), 2);
@@ -34,10 +35,10 @@ __device__ __forceinline__ float of_own_row(float a, float b) {
   return half + __shfl_xor_sync(kAllLanes, half, 2);
 }
 
-// How many bits the quad has of its row t, to lane t; 0 where there is no such row.
+// Counts the bits of each row over the lanes of a quad. Lane t gets the count of row t, or 0 if there is no such row.
 template <int kSixteens>
 __device__ __forceinline__ int count_of_row(uint32_t bits) {
-  uint32_t counts = 0;  // a byte a row: at most 32
+  uint32_t counts = 0;  // one byte for each row, at most 32
 #pragma unroll
   for (int r = 0; r < 2 * kSixteens; ++r) counts |= __popc(bits & kRowBits << shift_of(r)) << 8 * r;
   counts += __shfl_xor_sync(kAllLanes, counts, 1);
@@ -45,9 +46,10 @@ __device__ __forceinline__ int count_of_row(uint32_t bits) {
   return counts >> threadIdx.x % kQuad * 8 & 0xFFu;
 }
 
-// Of a lane's scores of a chunk, the bits of those whose rows may see their columns, bounds aside. `row` is the query
-// of the first score, `column` its column. kByPair: more than a (K,) mask says who sees whom. kOfKeys: rows are keys
-// and columns are queries, as in the tags of `in`; its pair_mask stays (B, K).
+// The bits of those of a lane's scores of a chunk whose columns are in the pools of their rows, except that bounds are
+// not applied. `row` and `column` are those of the lane's first score, and there are B rows. kByPair: pools may differ
+// between rows (Pool::by_pair). kOfKeys: the rows are keys and the columns are queries. The caller has then exchanged
+// the ids and the labels in `in`, but pair_mask is still (B, K).
 template <int kSixteens, bool kByPair, bool kOfKeys = false>
 __device__ __forceinline__ uint32_t visible(const Inputs& in, int row, int B, int column) {
   const auto column_of = [&](int j) { return column + j / 2 * 8 + j % 2; };
@@ -89,7 +91,7 @@ __device__ __forceinline__ uint32_t visible(const Inputs& in, int row, int B, in
   return seen;
 }
 
-// Of the bits `seen`, those of scores inside the bounds of their rows.
+// The bits of `seen` whose scores are inside the bounds of their rows.
 template <int kSixteens>
 __device__ __forceinline__ uint32_t inside_bounds(uint32_t seen, const Pool& pool, const ScoresOf<kSixteens>& s,
                                                   int row, int B, int column) {
@@ -97,7 +99,7 @@ __device__ __forceinline__ uint32_t inside_bounds(uint32_t seen, const Pool& poo
 #pragma unroll
     for (int r = 0; r < 2 * kSixteens; ++r) {
       Bound own = bound_of(row + 8 * r < B ? bounds[row + 8 * r] : 0);
-      own.index -= column;  // 8 columns need no registers
+      own.index -= column;  // compared with constants below, which need no registers
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float score = s[r / 2][j / 2][r % 2 * 2 + j % 2];

@@ -1,4 +1,4 @@
-// What kernels share that may know nothing of scores: a warp, sums over it, and powers of e as powers of 2.
+// Constants and functions of a warp, and of base-2 exponentials.
 #pragma once
 
 namespace negmine::cuda {

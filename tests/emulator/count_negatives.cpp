@@ -1,5 +1,5 @@
-// kernels/cuda/count_negatives.cu behind a C function, for ctypes: the arguments of the op in the order of its params
-// struct, planned for so many processors.
+// A C function with which ctypes calls kernels/cuda/count_negatives.cu: the op, with its arguments in the order of its
+// params struct, planned for a given number of multiprocessors.
 #include "kernels/cuda/count_negatives.cu"
 
 using namespace negmine::cuda;

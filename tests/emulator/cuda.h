@@ -1,5 +1,5 @@
-// The part of the driver that kernels/cuda/tile_map.h asks for: tensor maps of two-dimensional matrices of 16-bit
-// elements, whose boxes come with a swizzle of 128 bytes.
+// The part of the driver API that kernels/cuda/tile_map.h uses: tensor maps of matrices of 16-bit elements, whose boxes
+// are copied with a swizzle of 128 bytes.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct alignas(128) CUtensorMap {  // as in CUDA 13
 };
 static_assert(sizeof(CUtensorMap) == 128);
 
-// Refuses what the driver's documentation does not allow.
+// Returns an error for arguments that the documentation of the driver does not allow.
 inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* base,
                                        const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                                        const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,

@@ -1,4 +1,4 @@
-// bfloat16 for the emulator of cuda_runtime.h: conversions alone, rounding to nearest even.
+// bfloat16 for the emulator of cuda_runtime.h. Only conversions are implemented; they round to nearest even.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// float16 for the emulator of cuda_runtime.h: conversions alone, done by the compiler's own type.
+// float16 for the emulator of cuda_runtime.h. Only conversions are implemented, with the type of the compiler.
 #pragma once
 
 #include <cstring>

@@ -1,11 +1,11 @@
-// A CUDA runtime for kernels that run on the CPU, in tests: one fiber per thread, one block at a time.
+// A CUDA runtime with which tests run kernels on the CPU: one fiber for each thread, one block at a time.
 //
-// Compiling a .cu file with g++ -x c++ and this folder before CUDA's finds wrong indices, lost elements and broken warp
-// exchanges without a GPU. It knows nothing of races and memory order: compute-sanitizer on a GPU does. It covers what
-// the kernels use, launches through cudaLaunchKernelEx included, and no more; a warp whose lanes do not all meet at an
-// exchange aborts. kernels/cuda/ptx.cuh and ptx_sm90.cuh have their twins in this folder. With
-// NEGMINE_LAUNCHES_ELSEWHERE only the host's part runs here, and a launch goes to a function that is given: see
-// tests/ptx/cuda_kernels.py.
+// A .cu file is compiled with g++ -x c++ and this folder before CUDA's in the include path. This finds wrong indices,
+// lost elements and broken warp exchanges without a GPU. It does not find races and wrong memory order, as
+// compute-sanitizer does on a GPU. Only what the kernels use is implemented, including launches by cudaLaunchKernelEx.
+// The program aborts if not all lanes of a warp arrive at an exchange. kernels/cuda/ptx.cuh and ptx_sm90.cuh are
+// replaced by files of the same names in this folder. With NEGMINE_LAUNCHES_ELSEWHERE, only the host code runs here,
+// and launches are passed to a function that the test sets: see tests/ptx/cuda_kernels.py.
 #pragma once
 
 #include <cuda.h>
@@ -60,8 +60,8 @@ namespace emulator {
 
 constexpr unsigned kWarp = 32;
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr size_t kSharedBytes = 99 << 10;  // of a block, on every card from sm_80 on
-constexpr size_t kWords = 3;               // of 64 bits that a lane can offer at once
+constexpr size_t kSharedBytes = 99 << 10;  // that a block can use on every GPU from sm_80 on
+constexpr size_t kWords = 3;               // of 64 bits that a lane can exchange at once
 
 struct Copy {
   char* shared;
@@ -75,24 +75,25 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   bool done = false;
   Waits waits = Waits::kNo;
-  unsigned exchanges = 0;                   // so far; two buffers take turns, so that one meeting each is enough
-  uint64_t offered[2][kWords] = {};         // what it gives to the exchange under way, and gave to the last
-  unsigned ballots = 0;                     // by __syncthreads_or, so far
-  std::vector<std::vector<Copy>> groups{};  // copies under way; the last group is still open
-  bool hides = false;                       // its writes to shared memory from what the tensor cores read there
+  unsigned exchanges = 0;                   // so far; two buffers alternate, so that one meeting for each is enough
+  uint64_t offered[2][kWords] = {};         // its values in the current exchange and in the previous one
+  unsigned ballots = 0;                     // calls of __syncthreads_or so far
+  std::vector<std::vector<Copy>> groups{};  // copies in progress; the last group is still open
+  bool hides = false;                       // it wrote to shared memory without a proxy fence afterwards
 };
 
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
 inline unsigned current = 0;
 inline std::function<void()> kernel;
-inline std::vector<char> room;  // for what the caller of a kernel allocates, where that is not Python
-inline std::unique_ptr<char[], decltype(&std::free)> shared{nullptr, &std::free};  // as large as the launch asked for
+inline std::vector<char> room;  // the workspace of a kernel, unless Python allocates it
+inline std::unique_ptr<char[], decltype(&std::free)> shared{nullptr,
+                                                            &std::free};  // of the size that the launch requests
 inline size_t shared_bytes = 0;
-inline unsigned hidden = 0;                   // threads that hide their writes
-inline bool backwards = false;                // the order in which blocks run
-inline std::set<void (*)()> at_end_of_block;  // checks of what the block leaves
-inline int votes[3];                          // of __syncthreads_or: the last, the one under way and the next
+inline unsigned hidden = 0;                   // number of threads with Fiber::hides
+inline bool backwards = false;                // whether blocks run in reverse order
+inline std::set<void (*)()> at_end_of_block;  // checks that run at the end of each block
+inline int votes[3];                          // of the previous, current and next call of __syncthreads_or
 inline int64_t launches = 0;
 
 inline void enter() {
@@ -106,7 +107,7 @@ inline void resume(unsigned thread) {
   swapcontext(&scheduler, &fibers[thread].context);
 }
 
-// Returns once every lane of the warp, or every thread of the block, has come here.
+// Returns once every lane of the warp, or every thread of the block, has called it.
 inline void meet(Waits whom) {
   const unsigned self = current;
   fibers[self].waits = whom;
@@ -123,7 +124,7 @@ inline void hide(bool hides) {
   fibers[current].hides = hides;
 }
 
-// Until every lane has returned or waits for the block.
+// Runs a warp until every lane has returned or waits for the block.
 inline void run_warp(unsigned begin, unsigned end) {
   while (true) {
     unsigned stopped = 0, waiting = 0;
@@ -159,7 +160,7 @@ inline void run_block(size_t bytes) {
   const auto running = [](const Fiber& fiber) { return !fiber.done; };
   while (std::any_of(fibers.begin(), fibers.end(), running)) {
     for (unsigned begin = 0; begin < fibers.size(); begin += kWarp) run_warp(begin, begin + kWarp);
-    for (Fiber& fiber : fibers) fiber.waits = Waits::kNo;  // whoever has not returned is at the barrier
+    for (Fiber& fiber : fibers) fiber.waits = Waits::kNo;  // all threads that have not returned are at the barrier
   }
   for (const auto check : at_end_of_block) check();
 }
@@ -170,7 +171,7 @@ struct Offers {
   const T& operator[](unsigned lane) const { return of[lane]; }
 };
 
-// What every lane of this thread's warp offers.
+// The values that all lanes of this thread's warp pass.
 template <class T>
 Offers<T> exchange(const T& value) {
   static_assert(sizeof(T) <= sizeof(uint64_t) * kWords);
@@ -201,8 +202,8 @@ struct cudaLaunchConfig_t {
 #ifdef NEGMINE_LAUNCHES_ELSEWHERE
 namespace emulator {
 
-// kernel; grid x, grid y, threads, shared bytes, room, its bytes, backwards; the parameters as a GPU gets them, and
-// their bytes
+// Arguments: the kernel; grid x, grid y, threads, bytes of shared memory, room, its bytes, backwards; the block of
+// parameters of the kernel, and its bytes.
 using Launcher = int (*)(const void*, const int64_t*, const char*, int64_t);
 inline Launcher launcher = nullptr;
 
@@ -294,7 +295,7 @@ inline int __syncthreads_or(int vote) {
   const unsigned turn = emulator::fibers[emulator::current].ballots++;
   emulator::votes[turn % 3] |= vote != 0;
   __syncthreads();
-  emulator::votes[(turn + 2) % 3] = 0;  // of the last, which all have read
+  emulator::votes[(turn + 2) % 3] = 0;  // of the previous call, whose result all threads have read
   return emulator::votes[turn % 3];
 }
 
@@ -331,7 +332,7 @@ inline unsigned __reduce_max_sync(unsigned, unsigned value) {
   return *std::max_element(all.of, all.of + emulator::kWarp);
 }
 
-// One fiber runs at a time.
+// These need no synchronisation, because one fiber runs at a time.
 template <class T>
 T atomicMin(T* place, T value) {
   return std::exchange(*place, std::min(*place, value));
@@ -349,7 +350,7 @@ inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<u
 using std::max;
 using std::min;
 
-// The files that use these are compiled with -ffp-contract=off, so that each rounds on its own.
+// Compiled with -ffp-contract=off, so that each of these operations is rounded.
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }

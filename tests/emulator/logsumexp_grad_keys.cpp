@@ -1,5 +1,5 @@
-// kernels/cuda/logsumexp_grad_keys.cu behind C functions, for ctypes: its splits, and the arguments of the op in the
-// order of its params struct; splits as the caller likes, and blocks in either order.
+// C functions with which ctypes calls kernels/cuda/logsumexp_grad_keys.cu: the planned number of splits; and the op,
+// with its arguments in the order of its params struct, any number of splits, and blocks in either order.
 #include "kernels/cuda/logsumexp_grad_keys.cu"
 
 using namespace negmine::cuda;

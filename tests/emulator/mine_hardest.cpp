@@ -1,5 +1,5 @@
-// kernels/cuda/mine_hardest.cu behind C functions, for ctypes: the arguments of the op in the order of its params
-// struct, its plan, one product of fragments of each kind, and all scores as a pass may ask for them.
+// C functions with which ctypes calls kernels/cuda/mine_hardest.cu: the op, with its arguments in the order of its
+// params struct; its plan; one product of each kind; and the scores of all pairs, with each way to hold queries.
 #include "kernels/cuda/mine_hardest.cu"
 
 using namespace negmine::cuda;
@@ -60,8 +60,8 @@ extern "C" int64_t emulated_boxes() { return boxes; }
 
 extern "C" int64_t emulated_terms() { return terms; }
 
-// product (16, 8) fp32 = left (16, 16) times the transpose of right (8, 16), bf16 or fp16, by one warp: fragments are
-// filled by the formulas of ptx.cuh.
+// product (16, 8) fp32 = left (16, 16) times the transpose of right (8, 16), bf16 or fp16, by one warp. Fragments are
+// filled according to the formulas in ptx.cuh.
 template <Storage kStorage>
 void one_product(const uint16_t* left, const uint16_t* right, float* product) {
   const int g = threadIdx.x / 4, t = threadIdx.x % 4;
@@ -81,8 +81,8 @@ extern "C" int emulated_product(int32_t storage, const uint16_t* left, const uin
                             right, product);
 }
 
-// product (64, 64) fp32 = left (64, 16) times the transpose of right (64, 16), by one warpgroup: fragments are filled
-// by the formulas of ptx_sm90.cuh, and right lies in shared memory as the first 16 columns of a slab.
+// product (64, 64) fp32 = left (64, 16) times the transpose of right (64, 16), by one warpgroup. Fragments are filled
+// according to the formulas in ptx_sm90.cuh, and right is in shared memory as the first 16 columns of a slab.
 template <Storage kStorage>
 void one_warpgroup_product(const uint16_t* left, const uint16_t* right, float* product) {
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -119,8 +119,8 @@ extern "C" int emulated_warpgroup_product(int32_t storage, const uint16_t* left,
                             left, right, product);
 }
 
-// product (64, 32 kChunks) fp32 = left (64, 16) times right (16, 32 kChunks), by one warpgroup: right lies in shared
-// memory as rows `first` to first + 15 of a tile, whose slabs are `apart` bytes apart.
+// product (64, 32 kChunks) fp32 = left (64, 16) times right (16, 32 kChunks), by one warpgroup. right is in shared
+// memory as rows `first` to first + 15 of a tile whose slabs begin every `slab_bytes` bytes.
 template <Storage kStorage, int kChunks>
 void one_sum_of_rows(const uint16_t* left, const uint16_t* right, int first, int apart, float* product) {
   constexpr int kWidth = 32 * kChunks;
@@ -165,7 +165,7 @@ extern "C" int emulated_sum_of_rows(int32_t storage, const uint16_t* left, const
              : start(std::integral_constant<Storage, Storage::kFloat16>());
 }
 
-// scores (B, K) by one block, for B <= 64 kSixteens: as a pass may hold its queries, and take chunks.
+// scores (B, K) by one block, for B <= 64 kSixteens, with each way to hold queries and to take chunks.
 template <Storage kStorage, int kSixteens, bool kShared, int kAtOnce>
 void all_scores(Rows query, Rows keys, int64_t B, int K, float* scores) {
   constexpr int kSteps = 8, kQueryBytes = kSixteens * Tiles<kSteps>::kTileBytes;

@@ -1,4 +1,4 @@
-// kernels/cuda/mix_negatives.cu and mix_logsumexp.cu behind C functions, for ctypes, which knows Mixing as a structure.
+// C functions with which ctypes calls kernels/cuda/mix_negatives.cu and mix_logsumexp.cu. Mixing is a ctypes.Structure.
 #include "kernels/cuda/mix_logsumexp.cu"
 #include "kernels/cuda/mix_negatives.cu"
 

@@ -1,5 +1,5 @@
-// kernels/cuda/rank_thresholds.cu behind C functions, for ctypes: its plan, and the arguments of the op in the order of
-// its params struct.
+// C functions with which ctypes calls kernels/cuda/rank_thresholds.cu: its plan; and the op, with its arguments in the
+// order of its params struct.
 #include "kernels/cuda/rank_thresholds.cu"
 
 using namespace negmine::cuda;
@@ -52,7 +52,7 @@ extern "C" int emulated_rank_thresholds(int64_t B, int64_t K, int64_t D, int64_t
 
 extern "C" int64_t emulated_terms() { return terms; }
 
-// Where the ranks that were recovered last are in the workspace.
+// The offset of Ranking::missing in the workspace.
 extern "C" int64_t emulated_missing_at(const int64_t* plan) {
   const Layout bytes = layout_of({plan[0], plan[1], plan[2], plan[3], plan[4]});
   return bytes.survivors + bytes.found + bytes.cuts + bytes.counted;

@@ -1,4 +1,4 @@
-// kernels/cuda/rank_window.cu behind a C function, for ctypes: the arguments in the order of its params struct.
+// A C function with which ctypes calls kernels/cuda/rank_window.cu: the arguments in the order of its params struct.
 #include "kernels/cuda/rank_window.cu"
 
 using namespace negmine::cuda;

@@ -1,5 +1,5 @@
-// kernels/cuda/ptx.cuh on the CPU: what each instruction is documented to do, lane by lane. Copies arrive as late as
-// they may, when they are waited for, so that a missing wait is seen.
+// kernels/cuda/ptx.cuh for the CPU: each function does, lane by lane, what its instruction is documented to do. Copies
+// arrive as late as possible, when they are waited for, so that a missing wait is noticed.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -29,7 +29,7 @@ inline float half_of(uint32_t word, int half, Storage storage) {
                                        : __half2float(__ushort_as_half(bits));
 }
 
-inline int64_t terms = 0;  // that products added so far
+inline int64_t terms = 0;  // number of terms that products have added so far
 
 // d[i] at D[g + 8 * (i / 2)][2t + i % 2] += the sum over k of A[.][k] B[k][.], in the order of k.
 template <Storage kStorage>
@@ -43,7 +43,7 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   for (int i = 0; i < 4; ++i) {
     const unsigned row = g + 8 * (i / 2), column = 2 * t + i % 2;
     for (unsigned k = 0; k < 16; ++k) {
-      const unsigned pair = k / 2 % 4, half = k % 2;  // the lane of its group that holds k, and where
+      const unsigned pair = k / 2 % 4, half = k % 2;  // the lane of its group that holds k, and the half of the word
       const uint32_t of_a = lanes[row % 8 * 4 + pair].a[row / 8 + k / 8 * 2];
       const uint32_t of_b = lanes[column * 4 + pair].b[k / 8];
       d[i] += half_of(of_a, half, kStorage) * half_of(of_b, half, kStorage);

@@ -1,6 +1,6 @@
-// kernels/cuda/ptx_sm90.cuh on the CPU. A product is computed when it is waited for, of what its descriptor then finds
-// in shared memory, and must find what it found when it began, there and in its registers; until then its result is
-// NaN. The boxes of a round arrive when somebody waits for its end; until then their places hold NaN.
+// kernels/cuda/ptx_sm90.cuh for the CPU. A product is computed when it is waited for. Its operands in shared memory and
+// registers must not have changed since it was started, and until then its result is NaN. The boxes of a round arrive
+// when a thread waits for the end of the round; until then their places hold NaN.
 #pragma once
 
 #include <algorithm>
@@ -49,7 +49,8 @@ struct Products {
   bool may_begin = false;
 };
 
-// By thread; and what the four warps of a warpgroup began, which must be the same products in the same order.
+// The products of each thread; and those that the warps of each warpgroup started, which must be the same in the same
+// order.
 inline std::map<unsigned, Products> products;
 inline std::map<unsigned, std::vector<std::pair<uint64_t, uint64_t>>> began;
 inline std::map<unsigned, size_t> began_by;
@@ -62,8 +63,8 @@ inline void forget_products() {
   products.clear(), began.clear(), began_by.clear();
 }
 
-// What a descriptor says, byte offsets decoded; canonical layouts of a swizzle of 128 bytes alone, from where its
-// pattern of 8 rows of 128 bytes begins.
+// A decoded matrix descriptor, with offsets in bytes. Only canonical layouts with a swizzle of 128 bytes are allowed,
+// which begin where the pattern of 8 rows of 128 bytes begins.
 struct Described {
   uint32_t start, leading, stride;
 
@@ -74,7 +75,7 @@ struct Described {
     if (start & 0x380) emulator::fail("a matrix descriptor begins within the pattern of its swizzle");
   }
 
-  // The element at such an offset from the start, before the swizzle.
+  // The element at this offset from the start, before the swizzle.
   uint16_t element(uint32_t offset) const {
     uint32_t address = start + offset;
     address ^= (address >> 7 & 7) << 4;
@@ -87,7 +88,7 @@ struct Described {
   }
 };
 
-// All 16 elements of a row, in words of two: K-major, ((8, m), (T, 2k)) : ((8 T, SBO), (1, T)).
+// Appends all 16 elements of a row, two in each word: K-major, ((8, m), (T, 2k)) : ((8 T, SBO), (1, T)).
 inline void find_row(std::vector<uint32_t>& words, const Described& matrix, unsigned row) {
   if (matrix.leading != 16) emulator::fail("a matrix descriptor has a leading offset that is not used");
   const uint32_t first = row / 8 * matrix.stride + row % 8 * 128;
@@ -96,7 +97,7 @@ inline void find_row(std::vector<uint32_t>& words, const Described& matrix, unsi
   }
 }
 
-// The same of a column: MN-major, ((T, 8, m), (8, k)) : ((1, T, LBO), (8 T, SBO)).
+// The same for a column: MN-major, ((T, 8, m), (8, k)) : ((1, T, LBO), (8 T, SBO)).
 inline void find_column(std::vector<uint32_t>& words, const Described& matrix, unsigned column) {
   const bool whole = matrix.start % 1024 == 0 && matrix.stride % 1024 == 0 && matrix.leading % 1024 == 0;
   if (!whole || matrix.stride == 0 || matrix.leading == 0) {
@@ -134,7 +135,7 @@ struct Box {
 
 struct Barrier {
   unsigned round = 0;
-  int64_t expected = -1;  // bytes of this round; -1: nobody has said
+  int64_t expected = -1;  // bytes of this round; -1: not known yet
   std::vector<Box> boxes{};
 };
 
@@ -196,7 +197,7 @@ inline void arrive(const Box& box) {
   }
 }
 
-// Fibers run in order, so whoever waits does it after the round has begun, or for ever.
+// Fibers run in order, so a thread waits after the round has begun, or would wait for ever.
 inline void wait_for_round(SharedAddress place, bool odd) {
   Barrier& barrier = barrier_at(place);
   if (barrier.round % 2 != odd) return;
@@ -232,7 +233,7 @@ void begin_product(float (&d)[kChunks][kSixteens][4][4], int m, const A& a, uint
     product.registers = a;
     std::copy_n(a, 4, product.of_registers);
     const auto lanes = emulator::exchange(Fragment{{a[0], a[1], a[2], a[3]}});
-    for (unsigned word = 0; word < 16; ++word) {  // of row g + 8 (word / 8), elements 2 (word % 8) and the next
+    for (unsigned word = 0; word < 16; ++word) {  // elements 2 (word % 8) and the next of row g + 8 (word / 8)
       product.left.push_back(lanes[emulator::lane() / 4 * 4 + word % 4].a[word / 8 + word % 8 / 4 * 2]);
     }
   }
@@ -284,8 +285,7 @@ inline void compute(const Product& product) {
 
 inline void end_products() { products[emulator::current].groups.emplace_back(); }
 
-// Of all groups that have ended but the kNewest latest; `named` says whether a result is one of those that the caller
-// names.
+// Waits for all groups that have ended except the newest ones. named(result): whether the caller waits for this result.
 template <class Named>
 void wait_for_groups(size_t newest, Named named) {
   __syncwarp();
