@@ -28,9 +28,8 @@ class Reader:
     nargs: int | str | None = None
 
 
-INVALID = re.compile(
-    r"argument (\S+): invalid (\w+)(, or none)? value: (.*)"
-)  # argparse's message for a word of another type
+# argparse's message about a word of the wrong type, and what each type is called instead
+INVALID = re.compile(r"argument (\S+): invalid (\w+)(, or none)? value: (.*)")
 WANTED = {
     "int": "an int",
     "float": "a number",
