@@ -84,7 +84,7 @@ def recipe_windows(axes: Axes, names: list[str], measured: Hardness) -> None:
         axes.text(1.1, place + 0.32, text, va="center", fontsize=9, bbox=LABEL)
     axes.set_yticks([])
     axes.set_ylim(-0.4, len(names) - 0.4)
-    axes.set_title("The ranks that each recipe uses, and their share of the gradient before training")
+    axes.set_title("Ranks of each recipe; share of the gradient before training")
 
 
 def hardness(before: Hardness, after: Hardness, names: list[str], trained_with: str, path: Path) -> None:
