@@ -332,23 +332,44 @@ def test_progress_tells_what_is_left(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def run_page(page, folder):
-    """Run all sh blocks of a page in order in an empty folder, with this Python and this negmine. Return the output."""
-    blocks = re.findall(r"^```sh\n(.*?)^```$", (checkout.ROOT / page).read_text(), re.M | re.S)
-    here = f'python() {{ "{sys.executable}" "$@"; }}\nnegmine() {{ python -m negmine "$@"; }}\nset -e\n'
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *sys.path])}
-    command = ["bash", "-c", here + "\n".join(blocks)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run_page(tmp_path, monkeypatch, capfd):
+    """Return a function that runs all sh blocks of a page in order in an empty folder, and returns what they print.
+
+    `python` is this Python, and `negmine` is main() in this process, because importing torch for each command takes seconds.
+    bash sends the arguments of each command as one line and waits for the exit code.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(page):
+        blocks = re.findall(r"^```sh\n(.*?)^```$", (checkout.ROOT / page).read_text(), re.M | re.S)
+        words, send = os.pipe()
+        receive, codes = os.pipe()
+        functions = f"""
+            set -e
+            python() {{ "{sys.executable}" "$@"; }}
+            negmine() {{ local IFS=$'\x1f' code; echo "$*" >&{send}; read -r code <&{receive}; return $code; }}
+        """
+        script = subprocess.Popen(["bash", "-c", functions + "\n".join(blocks)], pass_fds=(send, receive))
+        os.close(send)
+        os.close(receive)
+        with open(words) as asked, open(codes, "w", buffering=1) as answers:
+            for line in asked:
+                print(main(line.rstrip("\n").split("\x1f")), file=answers)
+        printed = capfd.readouterr()
+        assert script.wait() == 0, printed.err
+        return printed.out
+
+    yield run
+    sys.modules.pop("embed", None)  # written by the page
 
 
-def test_the_page_of_the_command_runs(tmp_path):
-    printed = run_page("docs/cli.md", tmp_path)
+def test_the_page_of_the_command_runs(run_page, tmp_path):
+    printed = run_page("docs/cli.md")
     assert {"mined.npz", "mined.jsonl", "train_hn.jsonl", "found.npz", "hardness.html"} <= set(os.listdir(tmp_path))
     assert "recall 1.0000" in printed and len((tmp_path / "train_hn.jsonl").read_text().splitlines()) == 50
 
 
-def test_the_tutorial_of_beir_runs(tmp_path):
-    assert '"anchor": "question 0"' in run_page("docs/tutorial_beir.md", tmp_path)
+def test_the_tutorial_of_beir_runs(run_page, tmp_path):
+    assert '"anchor": "question 0"' in run_page("docs/tutorial_beir.md")
     assert {"train.jsonl", "hardness.html"} <= set(os.listdir(tmp_path))
