@@ -1,8 +1,9 @@
-// The CUDA ops over the queue: tensors -> the params structs of kernels/cuda, on the current stream of the tensors'
-// device. The ops that walk one query's own vectors: ops_cuda_rows.cpp.
+// The CUDA ops over the queue. They check tensors, fill the params structs of kernels/cuda, and launch the kernels on
+// the current stream of the device of the tensors. ops_cuda_rows.cpp has the ops over synthetic negatives.
 //
-// Only torch's stable ABI (2.10) is used. The ops are declared in negmine/ops. Checks here protect memory; the meaning
-// of arguments is checked in Python. What lies on the device, num_rows and ranks among it, is not read here.
+// Only torch's stable ABI (2.10) is used. The ops are declared in negmine/ops. The checks here only prevent invalid
+// memory accesses; Python checks what the arguments mean. Values on the device, such as num_rows and ranks, are not
+// read here.
 #include <Python.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -39,8 +40,8 @@ using checks::Tensor;
 int64_t* longs_of(Tensor& output) { return static_cast<int64_t*>(output.mutable_data_ptr()); }
 float* floats_of(Tensor& output) { return static_cast<float*>(output.mutable_data_ptr()); }
 
-// What every op over the queue is given, checked, and its device made current. Shapes and storage that the kernels do
-// not take are sent to another backend in Python.
+// The arguments that every op over the queue has. The constructor checks them and makes their device current. For
+// shapes and dtypes that these kernels do not support, Python chooses another backend.
 struct Scored {
   Tensor q, keys;  // (B, D), (K, D)
   PoolTensors pool;
@@ -70,7 +71,7 @@ struct Scored {
     stream = current_stream(q);
   }
 
-  // The part that the params of these ops share.
+  // Params of an op, with the fields filled that all these ops have.
   template <class Params>
   Params params() const {
     const OptionalTensor& mask = pool.negative_mask;
@@ -98,7 +99,7 @@ struct Scored {
   }
 };
 
-// Mines into scores and index (B, N).
+// Writes the N hardest columns of each pool to scores and index (B, N).
 void mine(const char* op, const Scored& in, int64_t N, Tensor& scores, Tensor& index) {
   const cuda::MiningPlan plan = cuda::plan_mining(in.B, in.K, N, in.processors);
   checks::require(cuda::fits(plan, N), op, ": N = ", N, " of K = ", in.K,
@@ -113,7 +114,7 @@ void mine(const char* op, const Scored& in, int64_t N, Tensor& scores, Tensor& i
   require_launched(op, cuda::mine_hardest(p, in.stream));
 }
 
-// Finds the sort keys at ranks (B, R).
+// Returns the sort keys (B, R) at ranks (B, R).
 Tensor find_ranks(const char* op, const Scored& in, const Tensor& ranks) {
   const int64_t R = ranks.size(1);
   const cuda::RankingPlan plan = cuda::plan_ranking(in.B, in.K, R, in.processors);
@@ -130,8 +131,8 @@ Tensor find_ranks(const char* op, const Scored& in, const Tensor& ranks) {
   return sort_keys;
 }
 
-// Narrows pool to the columns between the two ranks (B, 2) of each row; bounds (2, B) holds them, and is read by
-// launches below, in stream order. Returns the sort keys (B, 2).
+// Restricts the pool to the columns between the two ranks (B, 2) of each row. The pool then refers to bounds (2, B),
+// which must stay alive until the kernels that use the pool are launched. Returns the sort keys (B, 2).
 Tensor narrow(const char* op, const Scored& in, const Tensor& ranks, Tensor& bounds, cuda::Pool& pool) {
   Tensor sort_keys = find_ranks(op, in, ranks);
   const cuda::RankWindowParams window = {.B = in.B,
@@ -146,7 +147,7 @@ Tensor narrow(const char* op, const Scored& in, const Tensor& ranks, Tensor& bou
   return sort_keys;
 }
 
-// Counts each pool into count (B,).
+// Writes the number of columns of each pool to count (B,).
 void count_pool(const char* op, const Scored& in, const cuda::Pool& pool, Tensor& count) {
   const cuda::CountingPlan plan = cuda::plan_counting(in.B, in.K, in.processors);
   Tensor workspace = new_bytes(in.q, plan.workspace);
@@ -172,12 +173,12 @@ std::tuple<Tensor, Tensor, Tensor> mine_hardest(const Tensor& query, const Tenso
   Tensor num_kept = new_longs(in.q, {want_count ? in.B : 0});
   // Run.
   mine(op, in, N, scores, index);
-  if (want_count) {  // without NaN scores, which a bound leaves out
+  if (want_count) {  // NaN scores do not count, and any bound leaves them out
     cuda::Pool bounded = in.params<cuda::CountNegativesParams>().pool;
     const bool is_bounded = bounded.lower != nullptr || bounded.upper != nullptr;
     Tensor lowest = new_longs(in.q, {is_bounded ? 0 : in.B});
     if (!is_bounded) {
-      torch::stable::fill_(lowest, static_cast<double>(cuda::kLowestSortKey));  // 31 bits and zeros
+      torch::stable::fill_(lowest, static_cast<double>(cuda::kLowestSortKey));  // exact: 31 bits followed by zeros
       bounded.lower = longs_of(lowest);
     }
     count_pool(op, in, bounded, num_kept);

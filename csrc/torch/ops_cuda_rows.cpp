@@ -1,4 +1,4 @@
-// The CUDA ops that walk one query's own vectors: synthetic negatives.
+// The CUDA ops over the synthetic negatives of each query.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -20,8 +20,9 @@ using checks::OptionalTensor;
 using checks::ScalarType;
 using checks::Tensor;
 
-// query (B, D), negative_keys (K, D) and the draws of one call, checked, and its device made current. hard_index must
-// hold rows of negative_keys: a GPU's memory is not read here to see whether it does.
+// The arguments that both ops have: query (B, D), negative_keys (K, D), hard_index (B, N) and the draws. The
+// constructor checks them and makes their device current. It does not check that hard_index contains valid rows of
+// negative_keys, because that would read GPU memory.
 struct Mixed {
   Tensor query, negative_keys, hard_index;
   DrawTensors tensors;

@@ -13,7 +13,7 @@
 namespace negmine::cuda {
 
 constexpr int kCellRows = 32, kCells = kCellRows * kCellRows;  // of a histogram
-constexpr int kCellInts = kCellRows * (kCellRows + 1);         // it takes: a row of lanes reads columns, or rows
+constexpr int kCellInts = kCellRows * (kCellRows + 1);         // its memory: rows are padded against bank conflicts
 // How far a bracket reaches past the position that its rank has in the sample on average: standard deviations, and
 // positions.
 constexpr float kReach = 4.75f, kPositionsBelow = 4.0f, kPlacesAbove = 3.0f;
@@ -190,8 +190,9 @@ __global__ void __launch_bounds__(kCutThreads)
     const float share = static_cast<float>(sample.size) / K;
     const float position = fminf(static_cast<float>(rank + 1) * share, sample.size);
     const float reach = kReach * sqrtf(fmaxf(position * (1.0f - position / sample.size) * (1.0f - share), 0.0f));
-    // Few sampled keys above a rank scatter to the safe side, few below it to the other; and near the top the positions
-    // allowed for skew would bring the upper cut below the rank.
+    // The number of sampled columns above a rank has a skewed distribution. For ranks in the upper half its lower tail
+    // is shorter than that of a normal distribution, so the upper cut can be closer; for the others it is longer. At
+    // the very top, where the closer cut could be below the rank, the bracket has no upper end.
     const float skew = 2.0f * position <= sample.size ? kPlacesAbove : -kPositionsBelow;
     float at = ceilf(position + reach + kPositionsBelow);
     if (c % 2 == 0) at = position - reach < 1.0f ? 0.0f : floorf(position - reach + skew);

@@ -17,7 +17,8 @@ namespace {
 
 constexpr int kAddThreads = 128;
 
-// parts (splits, rows): what a part of the queue has of each row. The rows of a lane, the t-th of a quad's to lane t.
+// Stores the counts of this block's part of the queue in parts (splits, rows). Lane t of a quad has the count of row t
+// of the rows that the quad shares.
 __device__ __forceinline__ void store(int32_t* parts, int rows, int row, int32_t count) {
   const int own = row + 8 * (threadIdx.x % kQuad);
   if (own < rows) parts[blockIdx.y * int64_t{rows} + own] = count;

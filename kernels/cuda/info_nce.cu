@@ -1,10 +1,11 @@
-// info_nce: the sums of logsumexp.cu, then one block for each row, which sums the row's synthetic negatives if there
-// are any (mix_sums.cuh), merges the parts of its log-sum-exp (logsumexp_parts.cuh), and computes loss and gradient:
+// info_nce: the sum kernel of logsumexp.cu, then a kernel with one block for each row. The block sums the row's
+// synthetic negatives, if there are any (mix_sums.cuh), merges the parts of its log-sum-exp (logsumexp_parts.cuh), and
+// computes the loss and the gradient:
 //
 //     x = scale q . positive,   gap = lse - x,   row = log(1 + exp(gap)),   share = sigmoid(gap)
 //     d row / d q = scale share (mean - positive),   d row / d scale = share q . (mean - positive)
 //
-// Decoupled: row = gap, share = 1. A row without a negative has loss 0 and no gradient.
+// If decoupled, row = gap and share = 1. A row without negatives has loss 0 and gradient 0.
 #include <cuda_runtime.h>
 
 #include <cfloat>
@@ -26,7 +27,7 @@ struct NoMixes {
   __device__ float mean(int) const { return 0.0f; }
 };
 
-// log(1 + e) for e in [0, 1], small ones too: the polynomial of kernels/triton/numerics.py.
+// log(1 + e) for e in [0, 1], also accurate for small e; the polynomial of kernels/triton/numerics.py.
 __device__ __forceinline__ float log1p_unit(float e) {
   float y = fmaf(e, 0.005253457929939032f, -0.02958850748836994f);
   y = fmaf(y, e, 0.07836166769266129f);
@@ -38,7 +39,7 @@ __device__ __forceinline__ float log1p_unit(float e) {
   return e * fmaf(y, e, 1.0f);
 }
 
-// kHeld: chunks of a lane while it mixes, 0 where nothing is mixed.
+// kHeld: the number of chunks of a mix that a lane holds (mix_sums.cuh); 0 if there are no synthetic negatives.
 template <Storage kStorage, int kHeld, bool kInQuads>
 __global__ void __launch_bounds__(kMergeThreads, 2)
     loss_kernel(Rows query, Parts parts, int splits, int width, InfoNceParams p, Layouts layouts) {
@@ -67,12 +68,12 @@ __global__ void __launch_bounds__(kMergeThreads, 2)
   const char* positive =
       static_cast<const char*>(p.positive_key) + b * p.positive_key_stride * bytes_of(p.positive_key_storage);
   float* mean = memory + mean_at(splits);
-  float score = 0.0f, along = 0.0f;  // of the query with the positive, and with the mean
+  float score = 0.0f, along = 0.0f;  // query . positive, and query . mean
   for (int d = lane; d < D; d += kWarp) {
     const float q = element<kStorage>(own, d);
     score = fmaf(q, element_of(positive, p.positive_key_storage, d), score);
     if (!want_gradient) continue;
-    mean[d] = share_of_real * mean[d] + share_of_mixes * mixes.mean(d);  // no other lane reads it
+    mean[d] = share_of_real * mean[d] + share_of_mixes * mixes.mean(d);  // only this lane reads mean[d]
     along = fmaf(q, mean[d], along);
   }
   score = over_warp(score), along = over_warp(along);

@@ -1,17 +1,19 @@
-// logsumexp in flash form: scores, their exponentials and the sum of keys that these weigh pass through registers
-// alone.
+// logsumexp, computed as FlashAttention computes attention: the scores, their exponentials and the weighted sum of the
+// keys exist only in registers.
 //
-//   sum      a block keeps a tile of queries and walks its part of the queue. A row's logits are taken relative to a
-//            shift, which follows their maximum and moves only where a lane's powers of 2 add up to more than kMost:
-//            so no maximum is looked for before that, sums are rescaled a few times a queue, and nothing overflows.
-//            Probabilities, rounded to the storage, multiply the same key tile that scored; by a warpgroup while the
-//            next 64 rows' are computed.
-//   merge    the parts of a row added in order, so the bits do not depend on timing
+//   sum      A block keeps a tile of queries and streams its part of the queue. The logits of a row are taken relative
+//            to a shift. The shift becomes the largest logit so far whenever the powers of 2 of one lane add up to more
+//            than kMost, and is not changed otherwise. So the maximum is seldom computed, the sums are rescaled only a
+//            few times for each queue, and nothing overflows. The probabilities are rounded to the storage type and
+//            multiplied by the key tile from which they were computed. A warpgroup does this for 64 rows while it
+//            computes the probabilities of the next 64.
+//   merge    The parts of a row are added in a fixed order, so that the bits do not depend on timing.
 //
-// A probability of 8 or 11 bits is enough for the mean but for its part along the query, which is the softmax mean of
-// the scores and alone decides the gradient of the scale: that is summed beside it in fp32 and put right at the end.
+// Rounding the probabilities to 8 or 11 significant bits is accurate enough for the mean, except in the direction of
+// the query. That component is the softmax mean of the scores, from which the gradient of the scale is computed. So the
+// softmax mean of the scores is also summed in fp32, and the mean is corrected with it at the end (merge_parts).
 //
-// Idea: FlashAttention (Dao et al. 2022) with keys as values; the shift that stays: FlashAttention-4.
+// Sources: FlashAttention (Dao et al. 2022), here with the keys as values; FlashAttention-4 for rescaling seldom.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -31,17 +33,18 @@
 namespace negmine::cuda {
 namespace {
 
-constexpr float kMost = 32768.0f;  // in fp16's range; what a lane's powers of a turn add up to before a shift moves
-constexpr int kBlocks = 2;         // on a processor
+constexpr float kMost = 32768.0f;  // fp16 can represent it; a lane with a larger sum in one step moves the shift
+constexpr int kBlocks = 2;         // for each multiprocessor
 
-// How many queries a block has and where they are: what registers are left beside the mean decides.
+// The number of queries of a block, and whether they are in registers or in shared memory. It depends on the number of
+// registers that the mean leaves.
 template <int kSteps, bool kWantMean>
 struct Cut {
   static constexpr int kSixteens = kWantMean && kSteps > 8 ? 1 : 2;
   static constexpr bool kShared = kWantMean && kSteps >= 8;
-  static constexpr int kAtOnce = 2;  // chunks whose scores a warpgroup holds
+  static constexpr int kAtOnce = 2;  // chunks whose scores a warpgroup computes at once
   static constexpr int kRows = kThreads / kWarp * 16 * kSixteens;
-  static constexpr int kLag = kWantMean && kSteps <= 8;  // turns for which a warpgroup's sums read their tile on
+  static constexpr int kLag = kWantMean && kSteps <= 8;  // see stream(): tiles during which sums may still be computed
   static constexpr int kRing = Tiles<kSteps>::kRing + Tiles<kSteps>::kBarriers;
   static constexpr int kQueryBytes = kRows * 16 * Tiles<kSteps>::kPieces;
   static constexpr int kBytes = kShared ? kQueryBytes + kRing : std::max(kQueryBytes, kRing);
@@ -83,15 +86,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const float scale = *scale_at;
   const bool negated = scale < 0.0f;
   float factor = fabsf(scale) * kLog2E;
-  if (factor < FLT_MIN) factor = FLT_MIN;  // the -inf of what is hidden stays what it is
+  if (factor < FLT_MIN) factor = FLT_MIN;  // 0 would turn the -inf of hidden columns into NaN
 
-  float mean[kWantMean ? kSteps / 2 : 1][kSixteens][4][4] = {};  // as the scores of 32 keys each, of 32 dims each
-  uint32_t p[kSixteens][2 * kChunks][4];                         // (16, 16) of the rows and each 16 keys
-  // Each lane of a quad keeps the books of one of their rows, the t-th: registers are few.
+  float mean[kWantMean ? kSteps / 2 : 1][kSixteens][4][4] = {};  // like scores, with 32 dimensions in place of 32 keys
+  uint32_t p[kSixteens][2 * kChunks][4];                         // probabilities: fragments of 16 rows and 16 keys each
+  // To save registers, lane t of a quad has these values only for row t of the rows that the quad shares.
   float shift = -FLT_MAX, sum = 0.0f, along = 0.0f;
-  int32_t num_kept = 0, num_above = 0;  // where all rows see the same columns, num_kept is of the lane's own columns
+  int32_t num_kept = 0, num_above = 0;  // num_kept counts the lane's own columns if not kByPair
 
-  uint32_t seen[kChunks] = {};  // of the scores of a chunk, those in the pool
+  uint32_t seen[kChunks] = {};  // the bits of the scores of each chunk that are in the pool (visible.cuh)
   bool partial = true;
   const auto before = [&](int column) {
     partial = kByPair || column + kChunks * kChunk > in.K || in.pool.key_mask;
@@ -100,9 +103,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       seen[c] = kSixteens == 2 ? 0xFFFFFFFFu : 0xFFFFu;
       if (partial) seen[c] = visible<kSixteens, kByPair>(in, row, B, column + c * kChunk + 2 * t);
     }
-    if constexpr (kLag > 0) wait_for_products(mean);  // only now: tensor cores were at it while the next tile came
+    if constexpr (kLag > 0) wait_for_products(mean);  // this late, so that they overlap with the wait for the next tile
   };
-  [[maybe_unused]] bool mended = false;  // pairs that are hidden may hold anything
+  [[maybe_unused]] bool mended = false;  // whether this is the repetition with elements that are not finite as zeros
   const auto use = [&](int begin, ScoresOf<kSixteens>(&s)[kChunks], SharedAddress keys) {
     if constexpr (kWantMean && kByPair) {
       if (mended) {
@@ -115,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     float sums[kOwn], alongs[kOwn];
 #pragma unroll
     for (int m = 0; m < kSixteens; ++m) {
-      // Scores of 64 rows arrive while those before are weighed.
+      // Leaves the other products of the warpgroup in progress while these 64 rows are processed.
       if constexpr (kHasWarpgroups) {
         if (kSixteens == 2 && (kWantMean || m == 0)) {
           wait_for_products<1>(s, m);
@@ -123,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           wait_for_products<0>(s, m);
         }
       }
-      // use(c, r, j, a score) for every score of a lane.
+      // Calls use(chunk, row, column, score) for every score of the lane's two rows.
       const auto each = [&](auto use) {
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
@@ -147,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
           for (int r = 2 * m; r < 2 * m + 2; ++r) {
             Bound own = bound_of(of_row(r, bounds));
-            own.index -= begin + 2 * t;  // a lane's columns need no registers
+            own.index -= begin + 2 * t;  // compared with constants below, which need no registers
 #pragma unroll
             for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
@@ -185,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
               const float score = s[k / 2][m][k % 2 * 2 + i / 2][2 * r + c];
               pair[c] = power_of_2(fmaf(score, factor, -shifts[r]));
               sums[2 * m + r] += pair[c];
-              if (!kWantMean || (decltype(some_are_hidden)::value && pair[c] == 0.0f)) continue;  // 0 * -inf: no number
+              if (!kWantMean || (decltype(some_are_hidden)::value && pair[c] == 0.0f)) continue;  // 0 * -inf is NaN
               alongs[2 * m + r] = fmaf(pair[c], score, alongs[2 * m + r]);
             }
             p[m][k][i] = pair_of<kStorage>(pair[0], pair[1]);
@@ -197,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       } else {
         weigh(std::false_type());
       }
-      // No power is larger than the sum of them all.
+      // Compares the sums, because a sum of at most kMost has no term above kMost.
       const bool passes[] = {sums[2 * m] > kMost, sums[2 * m + 1] > kMost};
       if (__ballot_sync(kAllLanes, passes[0] || passes[1])) {
 #pragma unroll
@@ -209,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           });
           most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
           most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
-          const float next = fminf(most * factor, FLT_MAX);  // past an infinity the sums are infinite, the shift is not
+          const float next = fminf(most * factor, FLT_MAX);  // stays finite, so a logit of infinity makes sums infinite
           const bool moves = of_quad && next > shifts[r];
           const float decay = moves ? power_of_2(shifts[r] - next) : 1.0f;
           shifts[r] = moves ? next : shifts[r];
@@ -240,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int k = 0; k < 2 * kChunks; ++k) {
 #pragma unroll
         for (int pair = 0; pair < kSteps; ++pair) {
-          uint32_t value[4];  // of these keys and 8 dims from 16 pair on, and of the next 8 dims
+          uint32_t value[4];  // 16 keys: the 8 dimensions from 16 * pair on, and the next 8
           load_transposed(value, at_step<kSteps>(keys + lane, pair) + further<kSteps>(16 * k, 0));
 #pragma unroll
           for (int m = 0; m < kSixteens; ++m) {
@@ -272,7 +275,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if constexpr (kLag > 0) wait_for_products(mean);
   };
   if constexpr (kWantMean && kByPair) {
-    // 0 times a hidden key that is not finite is no number: then all of it again, with zeros for what is not finite.
+    // A hidden key has weight 0, but 0 times an element that is not finite is NaN. If a result is not finite, all of it
+    // is computed again with zeros in place of such elements.
     while (true) {
       walk();
       bool broken = t < kOwn && row + 8 * t < B && !(fabsf(along) <= FLT_MAX);
@@ -355,7 +359,7 @@ cudaError_t sum_of_storage(const Inputs& in, const LogSumExpParams& params, cons
                           : sum_of_pool<kStorage, false>(in, params, parts, stream);
 }
 
-// Block = row.
+// One block for each row.
 template <Storage kStorage>
 __global__ void __launch_bounds__(kMergeThreads)
     merge_kernel(Rows query, Parts parts, int splits, int width, LogSumExpParams out) {

@@ -1,20 +1,23 @@
-// logsumexp_grad_keys in the form of flash attention's backward pass: a block keeps a tile of keys, walks the queries,
-// and sums those that its keys' probabilities weigh; scores and probabilities pass through registers alone.
+// logsumexp_grad_keys, computed as the backward pass of FlashAttention: a block keeps a tile of keys, streams the
+// queries, and sums them with the weighted probabilities of its keys. Scores and probabilities exist only in registers.
 //
-//   prepare  what each query brings: its shift and its weight
-//   grad     scores again, their probabilities times the weights, and the sums of queries; a key row has one owner
-//   add      the parts of the batch in order, where it is split, so the bits do not depend on timing
+//   prepare  computes the shift and the weight of each query
+//   grad     computes the scores again, their probabilities times the weights, and the weighted sums of queries. Each
+//            row of grad_keys is written by one block for each part of the batch.
+//   add      adds the parts of the batch, if there are several, in a fixed order, so that the bits do not depend on
+//            timing
 //
-// Keys are the rows here and queries the columns, the other way round than in the passes whose lse and bounds come in:
-// the accumulators of the scores are then fragments of the next product. A score has their bits all the same: each
-// element of a product is a sum over the 16 products of its step, which are exact and do not know which factor was
-// the left one, added to what the step before left, and the chain of steps is that of score_tile.cuh.
+// Here the keys are the rows and the queries are the columns, so that the accumulators of the scores are fragments of
+// the next product. In the passes that computed lse and the bounds, the queries are the rows. The scores are
+// bit-identical nevertheless: a step adds 16 products, which are exact and do not depend on the order of the factors,
+// to the result of the step before, and the order of the steps is that of score_tile.cuh.
 //
-// Weighted probabilities are rounded to the storage, and fp16 reaches neither the size of a gradient scaler's weights
-// nor the smallness of one key's share in a long queue. So weights are brought to below 2^15 by a power of 2, which
-// costs no bit, and the sums back: what is below 2^-40 of the largest weight is lost, no more.
+// Weighted probabilities are rounded to the storage type. The range of fp16 includes neither the large weights that a
+// gradient scaler causes nor the small probabilities of a long queue. So the weights are multiplied by a power of 2,
+// which is exact, to bring the largest just below 2^15, and the sums are divided by it. Only weighted probabilities
+// below about 2^-40 times the largest weight are lost.
 //
-// A query of weight 0 or of an empty pool adds nothing, whatever it holds: as if a (B,) mask shut it out.
+// Queries with weight 0 or an empty pool contribute nothing, whatever values they have, as if a (B,) mask hid them.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -35,30 +38,30 @@
 namespace negmine::cuda {
 namespace {
 
-constexpr int kBlocks = 2;  // on a processor
+constexpr int kBlocks = 2;  // for each multiprocessor
 constexpr int kPrepareThreads = 1024, kAddThreads = 256;
-constexpr int kTopExponent = 14;  // of the largest weight
+constexpr int kTopExponent = 14;  // of the largest weight, after scaling
 
 struct Term {
   float shift, weight;  // a probability is 2^(logit + shift) times weight
 };
 
-// What the queries bring; columns past B, to a whole tile, are there and add nothing.
+// What the grad kernel needs of each query. The arrays are padded to whole tiles, and the padding contributes nothing.
 struct Terms {
-  float* back;     // one number: what brings sums back to the size of the weights given
-  int32_t* every;  // one number: whether every query adds something
-  Term* of;        // (B to a whole tile)
-  uint8_t* heard;  // (B to a whole tile), whether a query adds something
+  float* back;     // one number: the factor that reverses the scaling of the weights
+  int32_t* every;  // one number: whether every query contributes
+  Term* of;        // (B, padded)
+  uint8_t* heard;  // (B, padded), whether a query contributes
 };
 
 int64_t columns_of(int64_t B) { return (B + kKeys - 1) / kKeys * kKeys; }
 
 template <int kSteps>
 struct Cut {
-  static constexpr int kSixteens = kSteps > 8 ? 1 : 2;  // what registers are left beside the sums decides
+  static constexpr int kSixteens = kSteps > 8 ? 1 : 2;  // as many as the registers of the sums allow
   static constexpr int kRows = kThreads / kWarp * 16 * kSixteens;
   static constexpr int kKeyBytes = kRows * 16 * Tiles<kSteps>::kPieces;
-  static constexpr int kLag = kSteps <= 8;  // turns for which a warpgroup's sums read their tile on
+  static constexpr int kLag = kSteps <= 8;  // see stream(): tiles during which sums may still be computed
   static constexpr int kBytes = kKeyBytes + Tiles<kSteps>::kRing + Tiles<kSteps>::kBarriers;
   static_assert(kBytes + kLag * Tiles<kSteps>::kTileBytes <= kSharedBytes);
 };
@@ -96,8 +99,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
   if (threadIdx.x == 0) *terms.back = power(exponent - kTopExponent), *terms.every = !some;
 }
 
-// in: rows are keys and columns are queries, its pool's tags, too; of K keys its pool's num_rows are there. key_mask
-// (K,) or null. grad: (gridDim.y, K, D).
+// in: the rows are keys and the columns are queries, and the ids and labels are exchanged accordingly. in.pool.num_rows
+// is still the number of valid rows of the K keys. key_mask: (K,) or null. grad: (gridDim.y, K, D).
 template <Storage kStorage, int kSteps, bool kByPair>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     grad_kernel(const __grid_constant__ TileMap tiles, Inputs in, int K, const uint8_t* key_mask, const float* scale_at,
@@ -117,9 +120,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int t = threadIdx.x % kQuad;
   const float factor = *scale_at * kLog2E;
 
-  float sums[kSteps / 2][kSixteens][4][4] = {};  // as the scores of 32 queries each, of 32 dims each
-  uint32_t p[kSixteens][2 * kChunks][4];         // (16, 16) of the rows and each 16 queries
-  uint32_t seen[kChunks] = {};                   // of the scores of a chunk, those in the pool
+  float sums[kSteps / 2][kSixteens][4][4] = {};  // like scores, with 32 dimensions in place of 32 queries
+  uint32_t p[kSixteens][2 * kChunks][4];         // weighted probabilities: fragments of 16 rows and 16 queries each
+  uint32_t seen[kChunks] = {};                   // the bits of the scores of each chunk that are in the pool
   bool partial = true;
   const auto before = [&](int column) {
     partial = kByPair || column + kChunks * kChunk > in.K || in.pool.key_mask;
@@ -127,17 +130,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int c = 0; c < kChunks && partial; ++c) {
       seen[c] = visible<kSixteens, kByPair, true>(in, row, K, column + c * kChunk + 2 * t);
     }
-    if constexpr (kLag > 0) wait_for_products(sums);  // only now: tensor cores were at it while the next tile came
+    if constexpr (kLag > 0) wait_for_products(sums);  // this late, so that they overlap with the wait for the next tile
   };
-  [[maybe_unused]] bool mended = false;  // pairs that are hidden may hold anything
+  [[maybe_unused]] bool mended = false;  // whether this is the repetition with elements that are not finite as zeros
   const auto use = [&](int begin, ScoresOf<kSixteens>(&s)[kChunks], SharedAddress queries) {
     const int column = begin + 2 * t;
-    // Of 64 rows and 16 queries.
+    // Computes the fragment p[m][k].
     const auto weigh = [&](int m, int k, auto some_are_hidden) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int n = k % 2 * 2 + i / 2, bit = shift_of(2 * m + i % 2) + 4 * n;
-        const float4 two = *reinterpret_cast<const float4*>(terms.of + column + 16 * k + i / 2 * 8);  // neighbours
+        const float4 two = *reinterpret_cast<const float4*>(terms.of + column + 16 * k + i / 2 * 8);  // two Terms
         const float* score = s[k / 2][m][n] + i % 2 * 2;
         float low = power_of_2(fmaf(score[0], factor, two.x)) * two.y;
         float high = power_of_2(fmaf(score[1], factor, two.z)) * two.w;
@@ -189,8 +192,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       };
 #pragma unroll
       for (int m = 0; m < kSixteens; ++m) {
-        // Scores of 64 rows arrive, and sums of 64 go on, while others are weighed; by pair, for which there are fewer
-        // registers, sums come last.
+        // The other scores and sums of the warpgroup remain in progress while these 64 rows are processed. With
+        // kByPair there are fewer free registers, so the sums come after the loop.
         if (kByPair && m == kSixteens - 1) {
           wait_for_products<0>(s, m);
         } else {
@@ -223,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         }
 #pragma unroll
         for (int pair = 0; pair < kSteps; ++pair) {
-          uint32_t value[4];  // of these queries and 8 dims from 16 pair on, and of the next 8 dims
+          uint32_t value[4];  // 16 queries: the 8 dimensions from 16 * pair on, and the next 8
           load_transposed(value, at_step<kSteps>(queries + lane, pair) + further<kSteps>(16 * k, 0));
 #pragma unroll
           for (int m = 0; m < kSixteens; ++m) {
@@ -243,7 +246,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if constexpr (kLag > 0) wait_for_products(sums);
   };
   if constexpr (kByPair) {
-    // 0 times a query that is not finite, hidden from a key, is no number: then all of it again, with zeros there.
+    // A query from which a key is hidden has weight 0 for it, but 0 times an element that is not finite is NaN. If a
+    // result is not finite, all of it is computed again with zeros in place of such elements.
     while (true) {
       walk();
       bool broken = false;
@@ -274,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   for (int r = 0; r < kOwn; ++r) {
     const int k = row + 8 * r;
     if (k >= K) continue;
-    const bool shut_out = !usable(k);  // its sums are no numbers
+    const bool shut_out = !usable(k);  // its scores, and so its sums, are NaN
     float* own = grad + (blockIdx.y * int64_t{K} + k) * D;
 #pragma unroll
     for (int n = 0; n < 2 * kSteps; ++n) {

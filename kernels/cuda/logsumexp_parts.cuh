@@ -1,5 +1,5 @@
-// What the parts of the queue say of the sums of a row, and how they are merged: by logsumexp, and by info_nce, which
-// computes the loss from them.
+// The sums of each row over the parts of the queue, and the function that merges them. logsumexp returns the result;
+// info_nce computes the loss from it.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -17,14 +17,14 @@ namespace negmine::cuda {
 
 constexpr int kMergeThreads = 256, kMergeWarps = kMergeThreads / kWarp;
 
-// What the parts of the queue say of each row: logits in powers of 2.
+// The sums of each row over each part of the queue, with logits to base 2.
 struct Parts {
   float* shift;        // (splits, B)
-  float* sum;          // (splits, B) of 2^(logit - shift)
-  float* along;        // (splits, B) of the same times the score
+  float* sum;          // (splits, B) sum of 2^(logit - shift)
+  float* along;        // (splits, B) sum of 2^(logit - shift) times the score
   int32_t* num_kept;   // (splits, B)
   int32_t* num_above;  // (splits, B)
-  float* mean;         // (splits, B, 16 kSteps) of 2^(logit - shift) times the key
+  float* mean;         // (splits, B, width_of(D)) sum of 2^(logit - shift) times the key
 };
 
 template <Storage kStorage>
@@ -34,10 +34,10 @@ __device__ __forceinline__ float element(const char* row, int d) {
                                         : __half2float(__ushort_as_half(bits));
 }
 
-// Columns of a part's mean.
+// The width of the mean of a part: D, padded.
 inline int width_of(int64_t D) { return D <= 64 ? 64 : D <= 128 ? 128 : 256; }
 
-// The parts in params.workspace; the mean is first, for its alignment.
+// The parts in params.workspace. The mean comes first, because it must be aligned.
 inline Parts parts_of(const LogSumExpParams& params) {
   const int64_t rows = params.plan.splits * params.B;
   float* mean = static_cast<float*>(params.workspace);
@@ -46,24 +46,25 @@ inline Parts parts_of(const LogSumExpParams& params) {
   return {shift, shift + rows, shift + 2 * rows, num_kept, num_kept + rows, mean};
 }
 
-// Enqueues the kernel that writes the parts; logsumexp.cu has it.
+// Enqueues the kernel that writes the parts. Defined in logsumexp.cu.
 int sum_parts(const LogSumExpParams& params, void* stream);
 
-// The first of the numbers of shared memory of merge_parts that hold the mean, and how many it takes.
+// The position of the mean in the shared memory of merge_parts, and the size of this memory; both in floats.
 __host__ __device__ constexpr int mean_at(int splits) { return (splits + 3) / 4 * 4; }
 __host__ __device__ constexpr int merge_floats(int splits, int width, bool want_mean) {
   return mean_at(splits) + (want_mean ? kMergeWarps * width : 0);
 }
 
-// What all parts say of a row: sum of 2^logit = 2^top sum.
+// The merged sums of a row: the sum of 2^logit is 2^top * sum.
 struct Merged {
   float top, sum;
   int64_t num_kept, num_above;
 };
 
-// Adds the parts of row b of B in order. All threads of a block of kMergeThreads; shared memory holds the weights of
-// the parts and, of each warp, the sum of those means that it adds. With want_mean the mean of the row is left in
-// memory[mean_at(splits) + d] for the first warp, whose lanes have the d that are theirs modulo kWarp.
+// Merges the parts of row b of B in a fixed order. All kMergeThreads threads of the block call it. memory: shared,
+// merge_floats() numbers, which hold the weights of the parts and a partial sum of the means for each warp. If
+// want_mean, element d of the mean of the row is in memory[mean_at(splits) + d] afterwards; only lane d % kWarp of the
+// first warp may read it before the threads are synchronised.
 template <Storage kStorage>
 __device__ __forceinline__ Merged merge_parts(const Rows& query, const Parts& parts, int splits, int width,
                                               bool want_mean, int64_t b, int64_t B, float* memory) {
@@ -104,17 +105,17 @@ __device__ __forceinline__ Merged merge_parts(const Rows& query, const Parts& pa
   __syncthreads();
   if (warp > 0) return all;
   const char* own = query.base + b * query.stride;
-  float dot = 0.0f, squares = 0.0f;  // of the query and the mean, and of the query
+  float dot = 0.0f, squares = 0.0f;  // query . mean, and query . query
   for (int d = lane; d < query.D; d += kWarp) {
     float total = 0.0f;
     for (int of = 0; of < kMergeWarps; ++of) total += means[of * width + d];
     total = all.sum == 0.0f ? 0.0f : total / all.sum;
-    means[d] = total;  // no other lane reads it
+    means[d] = total;  // overwrites the first partial sum, which no other lane reads
     const float q = element<kStorage>(own, d);
     dot = fmaf(q, total, dot), squares = fmaf(q, q, squares);
   }
   dot = over_warp(dot), squares = over_warp(squares);
-  // No number of a kept score of -inf, which weighs nothing, times 0: then the mean stays what products say.
+  // `along` can be NaN if a kept score is -inf, because its weight is 0. Then the mean is not corrected.
   const float missing = all.sum == 0.0f || along != along ? 0.0f : along / all.sum - dot;
   const float more = squares == 0.0f ? 0.0f : missing / squares;
   for (int d = lane; d < query.D; d += kWarp) means[d] = fmaf(element<kStorage>(own, d), more, means[d]);

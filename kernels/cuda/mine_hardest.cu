@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, 2) scan_kernel(const __grid_constant
   const int t = threadIdx.x % kLanes, row_size = p.splits * kLanes * p.room * 8;  // bytes
   float cut[4];
   uint32_t at[4], lost = 0;  // where the next survivor goes, in bytes
-  int turn = 0;              // the column at which a cut becomes another number
+  int turn = 0;              // the column from which on a cut is compared with another number (Cut::least_of)
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t row = blockIdx.x * int64_t{kRows} + row_of(i);
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 2) scan_kernel(const __grid_constant
   const uint32_t start = at[0], limit = start + (p.room - kSlack) * 8;  // of row 0 of this lane
   const auto find = [&](int column) { return in.key(column); };
   char* const survivors = reinterpret_cast<char*>(p.survivors);
-  // Drops, of what row i kept so far, what the row does not see. Where to go on.
+  // Removes columns outside the pool of row i from its survivors, which are at [begin, end). Returns the new end.
   const auto only_seen = [&](int i, uint32_t begin, uint32_t end) {
     const int64_t b = p.first + blockIdx.x * int64_t{kRows} + row_of(i);
     uint32_t to = begin;

@@ -16,14 +16,13 @@ namespace negmine::cuda {
 // multiprocessors of the GPU.
 // "Survivors" are the columns that the scan keeps (mine_hardest.cu).
 struct MiningPlan {
-  int64_t sample;  // number of sampled columns, a power of two; 0: no sample, and the scan keeps all columns
-  int64_t
-      sample_rank;   // rank in the sample, from 0, of the cut of the scan, which at least N columns nearly always reach
-  int64_t capacity;  // most survivors of a row that the finish can take; a row with more is recovered
-  int64_t rows;      // queries that are processed at a time
-  int64_t splits;    // parts of the queue; a row has 4 * splits buffers
-  int64_t room;      // most survivors in one buffer
-  int64_t workspace;  // bytes
+  int64_t sample;       // number of sampled columns, a power of two; 0: no sample, and the scan keeps all columns
+  int64_t sample_rank;  // rank of the cut in the sample, from 0; at least N columns nearly always reach the cut
+  int64_t capacity;     // most survivors of a row that the finish can take; a row with more is recovered
+  int64_t rows;         // queries that are processed at a time
+  int64_t splits;       // parts of the queue; a row has 4 * splits buffers
+  int64_t room;         // most survivors in one buffer
+  int64_t workspace;    // bytes
 };
 
 // Tests pass a smaller least_sample, so that small queues are sampled as long ones are.

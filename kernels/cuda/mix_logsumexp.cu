@@ -1,6 +1,6 @@
-// mix_logsumexp: one block sums the synthetic negatives of one query (mix_sums.cuh). Embeddings wider than what a warp
-// holds take one block per slice of them, which reads a whole mix for its norm and score and its slice once more, from
-// cache.
+// mix_logsumexp: one block sums the synthetic negatives of one query (mix_sums.cuh). If D is larger than what a warp
+// can hold in registers, each slice of D has a block. Such a block reads all elements of a mix for its norm and score,
+// and then the elements of its slice again, from cache.
 //
 //   query (B, D), negative_keys (K, D), hard_index (B, N) -> lse (B,), mean (B, D)
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@
 namespace negmine::cuda {
 namespace {
 
-// A block sums a query's mixes, or a slice of D of them.
+// One block for each query or, if kSliced, for each query and slice of D.
 template <Kind kKind, int kHeld, bool kSliced>
 __global__ void __launch_bounds__(kMixThreads, 2) mix_logsumexp_kernel(MixLogSumExpParams out, Layouts layouts) {
   constexpr int kSlice = kHeld * kPass;

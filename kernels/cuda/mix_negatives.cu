@@ -1,8 +1,8 @@
 // mix_negatives: one warp makes one synthetic negative.
 //
-// Every lane draws the same parents from the counter (row, slot), so nothing is exchanged. The warp then reads both
-// parents once to find the norm of their mix and once more, from cache, to write it: no vector is held, so D may be
-// anything.
+// Every lane draws the same parents from the counter (row, slot), so the lanes need not communicate. The warp then
+// reads both parents once to compute the norm of their mix, and again, from cache, to write it. No vector is kept in
+// registers, so D is not limited.
 //
 //   query (B, D), negative_keys (K, D), hard_index (B, N) -> vectors (B, S, D), parents (B, S, 2), coefficients (B, S)
 #include <cuda_bf16.h>

@@ -1,10 +1,10 @@
-// The log-sum-exp and the softmax mean of the synthetic negatives of one query, by one block: its warps take every
-// eighth slot each.
+// The log-sum-exp and the softmax mean of the synthetic negatives of one query, by one block of eight warps. Each warp
+// takes every eighth slot.
 //
-// Each lane draws another slot, a turn ahead of the loads, and the warp then takes slots together, so that several rows
-// are on their way at once. A mix stays in registers while its norm and its score are found, and is added to the mean
-// by the weight of its score: relative to a shift, which follows the largest score and moves only where one passes it
-// by kMixHeadroom. Warps are merged in their order.
+// Each lane of a warp draws one of 32 slots. The warp then mixes a few of these slots together, so that several loads
+// are in flight at once. A mix stays in registers while its norm and its score are computed. It is then added to the
+// mean, weighted by 2^(logit - shift). The shift becomes the largest logit of these slots if that exceeds it by more
+// than kMixHeadroom, and is not changed otherwise. The warps are merged in a fixed order.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -19,9 +19,10 @@
 namespace negmine::cuda {
 
 constexpr int kMixWarps = 8, kMixThreads = kMixWarps * kWarp;
-constexpr float kMixHeadroom = 8.0f;  // a power of 2
+constexpr float kMixHeadroom = 8.0f;  // an exponent of 2
 
-// Rows of one storage that are read four elements at a time have their kernel; all others have one.
+// There is a kernel for each storage type, which reads four elements at a time, and one for all other cases: rows that
+// are not in_quads, or queries and keys of different storage types.
 enum class Kind { kAny, kFloat32, kBFloat16, kFloat16 };
 
 template <Kind kKind>
@@ -33,18 +34,18 @@ __device__ __forceinline__ Layouts known(Layouts layouts) {
   return layouts;
 }
 
-// Numbers of shared memory that sum_mixes takes.
+// The size of the shared memory of sum_mixes, in floats.
 constexpr int mix_floats(int slice) { return kMixWarps * (2 + slice); }
 
-// What the block summed: sum of 2^logit = 2^top total, in every thread.
+// The sums of the block, the same in every thread: the sum of 2^logit is 2^top * total.
 template <int kSlice>
 struct MixSums {
-  bool some;  // there is something to mix
+  bool some;  // whether the query has a negative to mix
   float top, total;
   float weights[kMixWarps];
   const float* means;  // (kMixWarps, kSlice), shared
 
-  // An element of the slice of the mean.
+  // Element `at` of the slice of the mean.
   __device__ float mean(int at) const {
     float all = 0.0f;
 #pragma unroll
@@ -53,19 +54,21 @@ struct MixSums {
   }
 };
 
-// Sums the mixes of query b. kHeld: chunks of a lane, the slice of D from `begin` on whose mean is summed; kSliced:
-// there are more, and a whole mix is read for its norm and score. All threads of a block of kMixThreads;
-// of_warps: shift and sum (2, kMixWarps), means (kMixWarps, kSlice), shared.
+// Sums the mixes of query b. All kMixThreads threads of the block call it.
+//
+// kHeld: the number of chunks of a mix that a lane holds. They are the slice of kHeld * kPass elements, from `begin`
+// on, whose mean is summed. kSliced: D has more elements, which are read for the norm and the score of a mix. of_warps:
+// shared, mix_floats() numbers, for the shifts and sums (2, kMixWarps) and the means (kMixWarps, kSlice).
 template <Kind kKind, int kHeld, bool kSliced>
 __device__ __forceinline__ MixSums<kHeld * kPass> sum_mixes(const Mixing& p, const float* scale_at,
                                                             const Layouts& given, int64_t b, int64_t begin,
                                                             float* of_warps) {
-  constexpr int kTogether = kHeld == 4 ? 2 : 4;  // slots whose mixes are held at once
+  constexpr int kTogether = kHeld == 4 ? 2 : 4;  // slots that are mixed together
   constexpr int kSlice = kHeld * kPass;
   const Layouts layouts = known<kKind>(given);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t D = p.D;
-  const auto S = static_cast<int32_t>(p.pairs + p.with_query);         // csrc/torch refuses more
+  const auto S = static_cast<int32_t>(p.pairs + p.with_query);         // csrc/torch checks that it fits
   const int64_t* hard_index = p.hard_index + b * p.hard_index_stride;  // (N,)
   const int64_t count = count_parents(hard_index, p.N, lane);
   const Row query = query_at(p, layouts.query, b);
@@ -94,7 +97,7 @@ __device__ __forceinline__ MixSums<kHeld * kPass> sum_mixes(const Mixing& p, con
       };
 #pragma unroll
       for (int of = 0; of < kTogether; ++of) {
-        const int32_t first_parent = __shfl_sync(kAllLanes, first_drawn, i + of);  // of fewer than 2^31 columns
+        const int32_t first_parent = __shfl_sync(kAllLanes, first_drawn, i + of);  // there are fewer than 2^31 columns
         const Row second = key_at(p, layouts.keys, __shfl_sync(kAllLanes, second_drawn, i + of));
         const float coefficient = __shfl_sync(kAllLanes, drawn.coefficient, i + of);
         const Row first = first_parent < 0 ? query : key_at(p, layouts.keys, first_parent);

@@ -1,6 +1,6 @@
-// How a synthetic negative is made inside a kernel: parents and coefficient from the counter (row, slot), and the mix
-// of the parents' elements. A lane always owns the same elements and adds them in the same order, whether it loads four
-// at a time or one: the bits of a result depend on its inputs alone.
+// Makes a synthetic negative inside a kernel: draws the parents and the coefficient from the counter (row, slot), and
+// mixes the elements of the parents. Each lane always has the same elements and adds them in the same order, whether it
+// loads four elements at a time or one. So the bits of a result depend only on the inputs.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -13,15 +13,15 @@
 
 namespace negmine::cuda {
 
-constexpr int kElements = 4;  // consecutive elements of a row that one lane handles
-constexpr int kPass = kElements * kWarp;
+constexpr int kElements = 4;              // consecutive elements of a row that one lane handles: a chunk
+constexpr int kPass = kElements * kWarp;  // elements that a warp handles at once
 constexpr float kSmallestNorm = 1e-12f;
 
 struct Chunk {
   float value[kElements];
 };
 
-// How the elements of a row lie in memory. in_quads: its chunks are aligned, and no chunk is cut short.
+// The storage of the elements of a row. in_quads: all chunks are aligned and complete, so each is loaded at once.
 struct Layout {
   Storage storage;
   bool in_quads;
@@ -44,7 +44,7 @@ __device__ inline float element_of(const void* row, Storage storage, int64_t d) 
   return widen(static_cast<const uint16_t*>(row)[d], storage);
 }
 
-// Elements d .. d + 3 of a row of D, zeros past its end.
+// Elements d to d + 3 of a row of D elements, with zeros past its end.
 __device__ inline Chunk load(const Row& row, int64_t d, int64_t D) {
   const Layout layout = row.layout;
   Chunk chunk = {};
@@ -67,7 +67,8 @@ __device__ inline Chunk load(const Row& row, int64_t d, int64_t D) {
   return chunk;
 }
 
-// Entries of a row of N before its padding. The padding is at the end, so 32 lanes search 32 entries at a time.
+// The number of entries of a row of hard_index before its padding. The padding is at the end, so the lanes search for
+// its begin, each at one of 32 entries at a time.
 __device__ inline int64_t count_parents(const int64_t* hard_index, int64_t N, int lane) {
   int64_t low = 0;  // the count is in [low, high]
   int64_t high = N;
@@ -83,11 +84,12 @@ __device__ inline int64_t count_parents(const int64_t* hard_index, int64_t N, in
   return low;
 }
 
-// In separate roundings, as the reference computes it: a fused multiply-add would draw other bits.
+// Each operation is rounded, as in the reference. A fused multiply-add would give a different coefficient.
 __device__ inline float interpolate(float low, float high, float fraction) {
   return __fadd_rn(low, __fmul_rn(__fsub_rn(high, low), fraction));
 }
 
+// The number in [0, 1) that a random word stands for; if there are quantiles, of their distribution.
 __device__ inline float unit(uint32_t word, const float* quantiles) {
   const uint32_t top = word >> 8;
   if (quantiles == nullptr) return static_cast<float>(top) * 0x1p-24f;
@@ -96,14 +98,15 @@ __device__ inline float unit(uint32_t word, const float* quantiles) {
 }
 
 struct Parents {
-  int64_t first, second;  // rows of the queue; first is -1 where it is the query
-  float coefficient;      // of the first
+  int64_t first, second;  // rows of the queue; first is -1 if the first parent is the query
+  float coefficient;      // of the first parent
 };
 
-// One number on the device, 0 for null.
+// The value of an optional number on the device; 0 if null.
 __device__ __forceinline__ int64_t number_at(const int64_t* number) { return number ? *number : 0; }
 
-// hard_index is the row of query b, of which count entries are there: one at least.
+// Draws the parents for a slot of query b. hard_index: the query's row, with `count` entries before the padding, at
+// least one.
 __device__ inline Parents draw(const Mixing& p, int64_t b, int64_t slot, const int64_t* hard_index, int64_t count) {
   const uint64_t row = static_cast<uint64_t>(number_at(p.row_offset) + b);
   const auto step = static_cast<uint32_t>(number_at(p.step));

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   float cut[4][2 * kBrackets];
   int counted[4][kBrackets] = {};
   uint32_t at[4], lost = 0;  // where the next survivor goes, in bytes
-  int turn = 0;              // the column at which a cut becomes another number
+  int turn = 0;              // the column from which on a cut is compared with another number (Cut::least_of)
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t row = blockIdx.x * int64_t{kRows} + row_of(i);

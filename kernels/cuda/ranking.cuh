@@ -33,14 +33,14 @@ struct Ranking {
 struct Selection {
   int cells[2][kCellInts];
   uint64_t low[2], span[2];
-  int64_t wanted[2];  // from 1, counted from the highest of these
-  int few[2];         // these, once all of them are
-  int total[2], counted[2];
+  int64_t wanted[2];         // its position among the survivors in this range, counted from 1, highest first
+  int few[2];                // -1, or, once there are at most kFew survivors in this range, their number
+  int total[2], counted[2];  // the survivors in each bracket, and the sum of Ranking::counted
   unsigned lost;
   uint64_t sort_keys[2][kFew];
 };
 
-// By how many bits offsets below a span are too long for the number of a cell.
+// The number of bits by which an offset below a span is shifted right to give the number of its cell.
 __device__ __forceinline__ int shift_of(uint64_t span) {
   static_assert(kCells == 1 << 10);
   return max(64 - 10 - __clzll(static_cast<int64_t>(span - 1)), 0);

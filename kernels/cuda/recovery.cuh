@@ -1,5 +1,5 @@
-// Rows for which a scan was not enough, done again exactly: a sort key is found by its digits, each by one pass over
-// the queue, whatever the scores are.
+// The exact search for rows in which a scan did not keep enough columns: the digits of a sort key are found one after
+// the other, with one pass over the queue for each. It works for any scores.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +13,12 @@ namespace negmine::cuda {
 constexpr int kRecoverDigit = 5;  // bits of a sort key that one pass decides
 constexpr int kRecoverBins = 1 << kRecoverDigit;
 
-// What is kept of the rows of a block in shared memory, after the tiles. A thread keeps one row's books.
+// The state of the search for the rows of a block, in shared memory after the tiles. Thread i decides about row i.
 struct Recovery {
-  uint64_t last[kRows];               // the digits found so far; at the end what is wanted is >= last
-  int32_t wanted[kRows];              // columns to find among those that have these digits; 0 or less: all is decided
-  int32_t bins[kRows][kRecoverBins];  // of the next digit
-  float scores[kChunk][kThreads];     // that a thread holds of one chunk
+  uint64_t last[kRows];   // the digits found so far, then zeros; at the end, the wanted columns are those >= last
+  int32_t wanted[kRows];  // how many of the columns that start with these digits are wanted; 0 or less: done
+  int32_t bins[kRows][kRecoverBins];  // the number of such columns by their next digit
+  float scores[kChunk][kThreads];     // of one chunk
 
   // Asks for the `count` hardest columns of the thread's row; 0 asks for nothing.
   __device__ void want(int32_t count) {
@@ -27,8 +27,8 @@ struct Recovery {
   }
 };
 
-// use(row, sort_key) for every column in the pool of every row of the block that asks(row, place) for it; the first row
-// is query `first`.
+// Calls use(row, sort_key) for every row of the block and every column in its pool for which asks(row, sort_key) is
+// true. Row 0 is query `first`.
 template <Storage kStorage, int kSteps, class Asks, class Use>
 __device__ __forceinline__ void visit(Recovery& books, const uint32_t (&query)[2][kSteps][4], const TileMap& tiles,
                                       const Inputs& in, int64_t first, Asks asks, Use use) {
@@ -38,7 +38,7 @@ __device__ __forceinline__ void visit(Recovery& books, const uint32_t (&query)[2
       [&](int column, const Scores& s, SharedAddress) {
 #pragma unroll
         for (int j = 0; j < kChunk; ++j) books.scores[j][threadIdx.x] = s[j / 16][j / 4 % 4][j % 4];
-        const int32_t rows = valid_rows(in.pool, in.K);  // read here: the products leave no register for it
+        const int32_t rows = valid_rows(in.pool, in.K);  // read again here, because products leave no register for it
 #pragma unroll 1
         for (int j = 0; j < kChunk; ++j) {
           const float score = books.scores[j][threadIdx.x];
@@ -52,8 +52,8 @@ __device__ __forceinline__ void visit(Recovery& books, const uint32_t (&query)[2
   __syncthreads();
 }
 
-// Narrows books.last until exactly the wanted columns of every row are >= last, and wanted is 0; or, where the pool has
-// no more columns than that, last is 0 and wanted is minus how many it lacks.
+// Finds the books.last of every row with which exactly the wanted number of columns are >= last; then books.wanted is
+// 0. If the pool has too few columns, last is 0, and wanted is minus the number of missing columns.
 template <Storage kStorage, int kSteps>
 __device__ __forceinline__ void find_last(Recovery& books, const uint32_t (&query)[2][kSteps][4], const TileMap& tiles,
                                           const Inputs& in, int64_t first) {
@@ -71,7 +71,7 @@ __device__ __forceinline__ void find_last(Recovery& books, const uint32_t (&quer
       const int* bins = books.bins[threadIdx.x];
       for (; digit > 0 && bins[digit] < wanted; --digit) wanted -= bins[digit];
       books.last[threadIdx.x] = (books.last[threadIdx.x] & ~mask) | static_cast<uint64_t>(digit) << shift;
-      // All of the bin are wanted; or, in the first pass, the whole pool is, and there may be too few.
+      // If the whole bin is wanted, the row is done. Only in the first pass there may be too few columns.
       books.wanted[threadIdx.x] = bins[digit] <= wanted ? bins[digit] - wanted : wanted;
     }
     decided |= mask;
