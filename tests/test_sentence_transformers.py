@@ -197,7 +197,7 @@ def test_the_cache_knows_the_weights(tmp_path):
 def test_old_arguments_and_words(capsys):
     with pytest.warns(DeprecationWarning, match="as_triplets is now output_format"):
         equal(peer(pairs(), Model(), as_triplets=False, verbose=False), ours(pairs(), Model(), as_triplets=False))
-    assert "negatives asked for each" in capsys.readouterr().out
+    assert "negatives requested for each" in capsys.readouterr().out
     with pytest.warns(DeprecationWarning, match="margin is now absolute_margin"):
         ours(pairs(), Model(), margin=0.1, verbose=False)
     with pytest.warns(DeprecationWarning, match="is now output_scores"):

@@ -403,14 +403,14 @@ class MiningResult:
                 cells += "".join(f"{number:>12.4f}" for number in numbers)
             lines.append(cells)
         short, none = int((self.num_valid < n).sum()), int((self.num_valid == 0).sum())
-        lines.append(f"{Q:,} queries, {n} negatives asked for each: {short:,} have fewer, {none:,} of them none")
+        lines.append(f"{Q:,} queries, {n} negatives requested for each: {short:,} have fewer, {none:,} have none")
         dropped = [f"{name} {count:,}" for name, count in self.skipped.items()]
-        where = "in the window" if self.config["arguments"]["range_mode"] == "raw" else "of all"
-        lines.append(f"(query, row) pairs dropped, {where}: " + ", ".join(dropped))
+        where = "the rank window" if self.config["arguments"]["range_mode"] == "raw" else "all pairs"
+        lines.append(f"(query, corpus row) pairs removed from {where}: " + ", ".join(dropped))
         if self.recall is not None:
-            lines.append(f"recall of the index, measured on this run's queries: {self.recall:.1%}")
+            lines.append(f"recall of the index, measured on a sample of the queries: {self.recall:.1%}")
         if short:
-            lines.append("more negatives: a wider select.range_max, a smaller margin, or a larger corpus")
+            lines.append("to get more negatives: a larger select.range_max, a smaller margin, or a larger corpus")
         return "\n".join(lines)
 
     def to_html(self, path: str | os.PathLike) -> None:
