@@ -317,7 +317,8 @@ class Mix:
         pairs        h = m / ||m||,  m = c n_a + (1 - c) n_b,   c in pair_range,   a, b drawn from ranks [skip, skip + hard)
         with_query   h = m / ||m||,  m = c q + (1 - c) n_b,     c in query_range,  b drawn from ranks [skip, skip + hard)
 
-    The loss has these negatives in addition to the negatives of the pool.
+    q is the query, and n_a is its negative at rank a. The loss has the synthetic negatives h in addition to the negatives of
+    the pool.
 
     Parameters
     ----------
@@ -411,9 +412,9 @@ class Mix:
 class Weight:
     """Weights for negatives: importance weights for hard negatives (HCL), and a correction for false negatives (DCL).
 
-        R  = N * sum_j exp((1 + beta) x_j) / sum_j exp(beta x_j)                          x_j = s_j / T, over N kept negatives
+        R  = N * sum_j exp((1 + beta) x_j) / sum_j exp(beta x_j)                          x = score / T, over N kept negatives
         Ng = max((R - tau_plus * N * exp(x_pos)) / (1 - tau_plus), N * exp(-1 / T))       the maximum only if tau_plus > 0
-        loss = -log(exp(x_pos) / (exp(x_pos) + Ng))
+        loss = -log(exp(x_pos) / (exp(x_pos) + Ng))                                       T = temperature
 
     Parameters
     ----------
@@ -472,17 +473,21 @@ class Weight:
 class FalseNegatives:
     """False negatives, detected with additional views of the query's image, and then removed or used as positives.
 
-        f_j = max (or mean) over views v of support_v . n_j;   F = { j among the query's top_k largest f : f_j > threshold }
+        f_j = max (or mean) over v of support_v . key_j         for each key j of the pool
+        F   = the keys j with f_j > threshold among the top_k keys with the largest f
+
+    The loss takes `support` (B, V, D), the embeddings of V additional views of each query. F is found for each query.
 
     Parameters
     ----------
     top_k : int or None
         The number of keys with the largest f that may be false negatives. None means all keys.
-    threshold : float or None
+    threshold : float, Tensor or None
         The score f above which these keys are false negatives. None means that all of them are.
     mode : str
-        ``"eliminate"`` removes F from the pool and from the denominator. ``"attract"`` removes F from the pool and adds it to
-        the positives, with loss = -(x_pos + sum_F x_f) / (1 + |F|) + LSE(x_pos, x_F, negatives).
+        ``"eliminate"`` removes F from the pool and from the denominator. ``"attract"`` removes F from the pool and uses its
+        keys as further positives: loss = -(x_pos + sum over F of x_f) / (1 + |F|) + log(exp(x_pos) + sum over F of exp(x_f) +
+        sum over the negatives of exp(x_j)), with the logits x.
     reduce : str
         ``"max"`` or ``"mean"`` over the views. The maximum ignores NaN scores, the mean does not.
 
@@ -551,10 +556,11 @@ class Guide:
     keys : Tensor (K, G) or (B, M, G), or None
         The second model's embeddings of the negative keys, with a row for each key. None for in-batch negatives, whose
         embeddings are `positive`.
-    margin : float
-        The distance below the positive's score from which on keys are masked. Negative values mask fewer keys.
+    margin : float or Tensor
+        With 0, the keys that score higher than the positive are masked. A larger margin also masks keys that score lower, by
+        less than the margin. A negative margin masks only keys that score higher by more than its absolute value.
     relative : bool
-        Whether the margin is a fraction of the absolute value of the positive's score.
+        Whether the margin is multiplied by the absolute value of the positive's score.
 
     Raises
     ------

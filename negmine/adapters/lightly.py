@@ -61,18 +61,18 @@ class NTXentLoss(nn.Module):
     temperature : float
         Divides the scores.
     memory_bank_size : int or sequence
-        0, or (rows, dim). The bank is `memory_bank`, a MoCoQueue. In train mode it takes out1 of each call whose out0
-        requires grad.
+        0 for no memory bank, or (rows, dim). The bank is the attribute `memory_bank`, a MoCoQueue. In training mode, each
+        call whose out0 requires grad adds its out1 to the bank.
     gather_distributed : bool
-        With a bank, each rank stores the rows of all ranks. Without a bank, the views of all ranks are negatives, with
-        gradient.
+        With a bank, every rank stores the rows of all ranks. Without a bank, the views of all ranks are negatives, and
+        gradients flow across ranks.
     backend : str, optional
         As in `info_nce`.
 
     Notes
     -----
-    Differences from lightly: the bank is in state_dict. A batch that does not fit before the end of the bank continues at its
-    start, where lightly drops the rest. The bank is not copied at each step.
+    Differences from lightly: the bank is part of the state dict. A batch that does not fit before the end of the bank
+    continues at its start, but lightly drops the rest of such a batch. The bank is not copied in each step.
 
     Examples
     --------

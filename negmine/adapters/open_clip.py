@@ -64,16 +64,17 @@ class ClipLoss(nn.Module):
 
         logits = logit_scale * image_features @ text_features.T + logit_bias
 
-    Call it with image_features and text_features (B, D), logit_scale, and perhaps logit_bias and output_dict. logit_scale
-    is a number or a 0-d tensor, which receives gradient. It returns the loss, or ``{"contrastive_loss": loss}``.
+    Call it with image_features and text_features (B, D), logit_scale, and optionally logit_bias and output_dict. logit_scale
+    is a number, or a 0-d tensor, which gets a gradient. It returns the loss or, with output_dict, ``{"contrastive_loss":
+    loss}``.
 
     Parameters
     ----------
     local_loss : bool
-        Each rank returns the loss of its own rows against the rows of all ranks.
+        Whether each rank returns the loss of its own rows against the rows of all ranks, instead of the loss of all rows.
     gather_with_grad : bool
-        Send gradients back to the other ranks. Without it, `local_loss` leaves out the gradient of the other side of a pair,
-        as in open_clip.
+        Whether gradients flow back to the other ranks. Without this, `local_loss` leaves out the gradient of the other side
+        of a pair, as in open_clip.
     cache_labels : bool
         Has no effect, because there are no labels to cache.
     rank, world_size : int
@@ -168,8 +169,8 @@ class SigLipLoss(nn.Module):
 
         loss = mean over b of sum over k of softplus(-z_bk (logit_scale s_bk + logit_bias)),   z = 1 where b = k, else -1
 
-    Call it with image_features and text_features (B, D), logit_scale, logit_bias, and perhaps output_dict. Scale and bias
-    are numbers, or 0-d tensors that receive gradient. A logit_bias of None is no bias.
+    Call it with image_features and text_features (B, D), logit_scale, logit_bias, and optionally output_dict. Scale and bias
+    are numbers, or 0-d tensors, which get gradients. A logit_bias of None means no bias.
 
     Parameters
     ----------

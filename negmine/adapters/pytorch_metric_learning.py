@@ -143,9 +143,9 @@ class NegmineMiner(ScheduledLoss):
 class DistributedLossWrapper(nn.Module):
     """pytorch-metric-learning's DistributedLossWrapper around the `CrossBatchMemory` of this module.
 
-    A call gathers the rows of all ranks, in rank order, stores them on each, and returns the loss of all of them times the
-    number of ranks. DistributedDataParallel, which averages, then has the gradient of that loss. Only this rank's rows
-    carry gradient here. An error on one rank is raised on all ranks.
+    A call gathers the rows of all ranks in rank order, stores them on every rank, and returns the loss of all rows times the
+    number of ranks. Because DistributedDataParallel averages gradients, the model then gets the gradient of the loss of all
+    rows. On each rank, only its own rows have a gradient. If one rank raises an error, all ranks do.
 
     Parameters
     ----------

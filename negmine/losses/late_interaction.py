@@ -67,11 +67,12 @@ def late_interaction(
         labels, a mask, a bias (K,) or a select. None means the positives of the other rows. Documents get a gradient if they
         require grad; otherwise they may be overwritten before backward.
     query_lengths, positive_lengths : Tensor (B,), optional
-        Integer tensors: the number of tokens of each query or document. None means that all rows are tokens. The values of
-        rows past the length are ignored.
+        Integer tensors, for padded queries and positives: the number of tokens of each, at most I or J. The token vectors
+        after the first `length` ones are padding and may hold any values. None means that there is no padding. A query of
+        length 0 has score 0 with every document.
     negative_lengths : Tensor (K,), optional
-        The number of tokens of each negative document. A document without tokens is not a negative. A query without tokens
-        has score 0 with every document.
+        The same for the negative documents. A document of length 0 is not a negative. For in-batch negatives it must be None,
+        and `positive_lengths` applies.
     temperature : float or Tensor
         Divides the scores, which are sums over tokens. Other implementations divide the sum by the number of query tokens. A
         0-d tensor gets a gradient.

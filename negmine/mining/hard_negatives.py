@@ -109,125 +109,130 @@ def mine_hard_negatives(
 ) -> MiningResult:
     """Find the hardest negatives of each query among all rows of a corpus, by an exact search in bounded memory.
 
-        s_qk   = query_q . corpus_k                                      (raw inner product in fp32, vectors as given)
-        pool_q = documents k that are not a positive of q, not excluded for q and not of the text of q, and that pass the
-                 filters of select with s_pos = min (max, mean) over q's positives p of s_qp
-        kept_q = num_negatives of ranks [range_min, range_max) of pool_q by (s descending, k ascending)
+        s_qk   = query_q . corpus_k                                   (raw inner product in fp32; vectors are not normalised)
+        pool_q = documents k that are not a positive of q, are not excluded for q, do not have the text of q, and pass the
+                 filters of select, with s_pos = min (or max, or mean) of s_qp over the positives p of q
+        kept_q = num_negatives of the ranks [range_min, range_max) of pool_q by (s descending, k ascending)
 
     Parameters
     ----------
     query_embeddings, corpus_embeddings : array, Tensor, path, or a list of these
-        (Q, D) and (K, D): NumPy arrays, tensors, tables, paths of .npy, .safetensors ("file::tensor") or .parquet
-        ("file::column") files, or a list of these as shards. float32, float16, or bfloat16; float64 is rounded to float32.
-        A shard may also be a function without arguments that returns one of these, such as one that embeds texts; with
-        engine="ray", an actor calls it. Rows are not normalised: pass rows of unit norm if scores are to be cosines.
+        (Q, D) and (K, D): NumPy arrays, tensors, tables, or paths of .npy, .safetensors ("file::tensor") or .parquet
+        ("file::column") files. A list of these is read as shards. The dtype is float32, float16 or bfloat16; float64 is
+        rounded to float32. A shard may also be a function without arguments that returns one of these, for example one that
+        embeds texts; with engine="ray", an actor calls it. Pass rows of unit norm for cosine scores.
     positives : sequence
-        The positives of each query: one entry per query, a list of lists, or a tuple (indptr, indices). Entries are row
-        numbers of the corpus, or ids if `corpus_ids` is given.
+        The positives of each query: a sequence with one entry per query, a list of lists, or a tuple (indptr, indices) as in
+        a CSR matrix. The entries are row numbers of the corpus, or ids if `corpus_ids` is given.
     query_ids, corpus_ids : sequence of int or str, optional
         One id per row. Corpus rows with equal ids are one document. Query rows with equal ids are one query and share their
         positives.
     query_texts, corpus_texts : sequence of str or mapping, optional
         One text per row, or a mapping from ids to texts. Rows with equal texts are one document or one query. Texts are
-        compared after NFC normalisation, with each run of white space replaced by one space; empty texts are never equal, and
-        a warning counts those of the corpus. A document with the text of the query is never its negative. Without ids and
-        texts, query rows of equal embeddings are one query.
+        compared after NFC normalisation, with each run of white space replaced by one space. Empty texts are never equal; a
+        warning gives the number of empty texts in the corpus. A document with the text of the query is never its negative.
+        Without ids and texts, query rows of equal embeddings are one query.
     exclude : sequence, optional
-        Further documents that must not be negatives, in the forms of `positives`.
+        Other documents that must not be negatives, in the forms of `positives`.
     select : Select, optional
-        Filters and a window of ranks, but not `sample`; default: all documents. A score equal to a threshold passes.
+        Score filters and a window of ranks. Its `sample` must be None. The default keeps all documents. A score equal to a
+        threshold passes.
     range_mode : str
-        "filtered": ranks are counted among the documents that remain after masks and filters. "raw": ranks are counted
-        among all rows, including positives, and masks and filters then remove rows from the window, as in FlagEmbedding.
+        ``"filtered"``: ranks are counted among the documents that remain after masks and filters. ``"raw"``: ranks are
+        counted among all rows, including positives, and masks and filters then remove rows from the window, as in
+        FlagEmbedding.
     positive_aggregation : str
-        Margins are measured from the "min", "max" or "mean" score of a query's positives. With "min", one positive with a low
-        score can leave a query with few negatives.
+        Whether margins are measured from the ``"min"``, ``"max"`` or ``"mean"`` score of a query's positives. With
+        ``"min"``, one positive with a low score can leave a query with few negatives.
     num_negatives : int
-        How many negatives to find for each query.
+        The number of negatives to find for each query.
     sampling_strategy : str
-        "top": the hardest of the window. "random": a random subset of the window. "weighted": drawn one by one with
-        probability proportional to exp(s / sampling_temperature). "random" and "weighted" use the first 10 num_negatives
-        ranks of the window if range_max is None.
+        ``"top"``: the hardest rows of the window. ``"random"``: a random subset of the window. ``"weighted"``: rows are drawn
+        one by one, without replacement, with probability proportional to exp(s / sampling_temperature). If range_max is
+        None, ``"random"`` and ``"weighted"`` use the first 10 * num_negatives ranks of the window.
     sampling_temperature : float
-        Temperature of the sampling strategy "weighted".
+        The temperature of the sampling strategy ``"weighted"``.
     seed : int
-        Seed of the random numbers. What is drawn for a query depends on the seed and the query's row only.
+        The seed of the random numbers. The draws of a query depend only on the seed and on the query's row number.
     deduplicate : str
-        "exact": rows of equal embeddings are one document. This takes another pass over the corpus and 48 bytes per row, and
-        does not find copies of a text whose embeddings differ by rounding: pass corpus_texts for that. "near": a row of the
-        window is removed if its cosine to a positive of the query, or to a harder row that is kept, is near_duplicate_score
-        or more. "none": neither.
+        ``"exact"``: rows with equal embeddings are one document. This takes another pass over the corpus and 48 bytes per
+        row. It does not find copies of a text whose embeddings differ by rounding; pass corpus_texts for those. ``"near"``:
+        a row of the window is removed if its cosine with a positive of the query, or with a harder row that is kept, is at
+        least near_duplicate_score. ``"none"``: neither of these.
     rescore : callable, optional
-        A second model that scores pairs of texts: a callable from a list of (query text, document text) to one score each,
-        or an object with the method predict, such as a cross-encoder. The embeddings and the window of select choose the
-        candidates. Filters, margins, order, sampling and the result then use the new scores.
+        A second model that scores pairs of texts, such as a cross-encoder: a callable that maps a list of (query text,
+        document text) to one score each, or an object with a method `predict` that does so. The embeddings and the window of
+        select choose the candidates. Filters, margins, order, sampling and the result then use the new scores.
     rescore_candidates : int, optional
-        How many candidates of each query are scored again; default: 10 num_negatives, or the window of select if that is
-        smaller.
+        The number of candidates of each query that are scored again. The default is 10 * num_negatives, or the size of the
+        window of select if that is smaller.
     rescore_batch_size : int
-        How many pairs are scored at a time.
+        The number of pairs that are scored at a time.
     promote : float, optional
-        With rescore: a candidate whose score is at most this much below its query's positive becomes a positive.
+        With rescore: a candidate becomes a positive if its score is at least that of the query's positive minus this number.
     near_duplicate_score : float
-        The cosine from which rows are near duplicates, for deduplicate="near".
+        The smallest cosine of near duplicates, for deduplicate="near".
     index : str or NegativeIndex
-        "exact" scans all rows. A FAISS factory string, or a NegativeIndex of the same rows, proposes candidates, which are
-        scored exactly, masked and filtered. If too few remain, the index is asked for more, up to 4,096 per query. Rows that
-        it does not propose are missed.
+        ``"exact"`` scans all rows. A FAISS factory string, or a NegativeIndex of the same rows, proposes candidates, which
+        are then scored exactly, masked and filtered. If too few remain, more candidates are requested, up to 4,096 per
+        query. Rows that the index does not propose are missed.
     audit_queries : int
-        The recall of an approximate index is measured on this many queries, and is the recall of the result.
+        The number of queries with which the recall of an approximate index is measured, for `recall` of the result.
     min_recall : float
-        A warning is given if the recall is lower.
+        A warning is given if the measured recall is lower than this.
     count_skipped : bool
-        Count how many documents each filter removes. This may take one more scoring pass for each filter.
+        Whether to count the documents that each filter removes. This may take one more scoring pass for each filter.
     batch_size, corpus_chunk_size : int, optional
-        How many queries and corpus rows are processed at a time; default: as many as max_memory_bytes allows.
+        The number of queries and of corpus rows that are processed at a time. The default is as many as max_memory_bytes
+        allows.
     max_memory_bytes : int
-        Limit for the memory used in addition to the inputs and the result, without a few MiB per thread inside the kernels.
-        A window with many ranks makes batches small.
+        The most memory to use in addition to the inputs and the result, except for a few MiB per thread in the kernels. With
+        a window of many ranks, batches are small.
     resume_dir : path, optional
-        A folder to which each finished batch is written atomically. The same call with the same folder resumes an
-        interrupted run, with the same result. A folder of a run with other inputs raises an error. Only one process at a time
-        may use the folder. It is not deleted at the end.
+        A folder to which each finished batch is written atomically. After an interruption, the same call with the same
+        folder continues the run and gives the same result. An error is raised if the folder belongs to a run with other
+        inputs. Only one process at a time may use the folder. It is not deleted at the end.
     engine : str or callable, optional
-        None mines in this process, or in the ranks of process_group. "ray" mines in actors of Ray (pip install
-        negmine[ray]), each of which holds shards of the corpus. For any other engine, pass a function (plan, phase, queries)
-        -> Part: see mine_part.
+        None mines in this process, or in the ranks of process_group. ``"ray"`` mines in actors of Ray (pip install
+        negmine[ray]), each of which holds shards of the corpus. For any other engine, pass a function that maps (plan,
+        phase, queries) to a Part; `negmine.mining.mine_part` has an example.
     engine_options : dict, optional
-        For "ray": num_cpus, num_gpus, resources and runtime_env of each actor, and num_actors (default: one per shard).
+        For ``"ray"``: num_cpus, num_gpus, resources and runtime_env of each actor, and num_actors. The default of num_actors
+        is the number of shards.
     process_group : ProcessGroup, optional
         A process group of torch.distributed whose ranks share the corpus. Each rank passes its own rows as
-        corpus_embeddings; the corpus is the rows of all ranks, in rank order. All other arguments are equal on all ranks, and
-        positives, exclude, ids and texts are those of the whole corpus. query_embeddings are all queries, or the rank's own
-        if positives has an entry for each query of all ranks. Every rank returns the result of one process with all rows.
+        corpus_embeddings; the corpus consists of the rows of all ranks, in rank order. All other arguments must be equal on
+        all ranks, and positives, exclude, ids and texts are those of the whole corpus. query_embeddings are all queries, or
+        the queries of this rank if positives has an entry for each query of all ranks. Every rank returns the result that
+        one process with all rows would return.
     device : str or torch.device, optional
-        The device that computes scores; default: the device of the embeddings.
+        The device that computes scores. The default is the device of the embeddings.
     backend : str, optional
-        "cuda", "triton", "cpu" or "reference"; default: the fastest that works.
+        ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``. None chooses one automatically.
     show_progress_bar : bool
-        Show a line on stderr with the time left.
+        Whether to show the progress and the remaining time on stderr.
 
     Returns
     -------
     MiningResult
-        indices and scores (Q, num_negatives), padded with -1 and -inf for queries with fewer. `skipped` has the number of
-        removed (query, row) pairs by reason. A pair counts once, for the first reason of: positive, exclude, own_text,
-        equal_to_positive, duplicate, and the filters.
+        indices and scores (Q, num_negatives), padded with -1 and -inf for queries with fewer negatives. `skipped` has the
+        number of removed (query, row) pairs by reason. A pair is counted once, for the first reason of: positive, exclude,
+        own_text, equal_to_positive, duplicate, and the filters.
 
     Raises
     ------
     ValueError, TypeError
-        If an argument is invalid; raised before any work.
+        If an argument is invalid. This is checked before any work.
     ImportError
-        If a package is missing.
+        If a required package is not installed.
     OSError
         If a file cannot be written, for example because the disk is full.
 
     Notes
     -----
-    Of rows with equal scores, the lower row number comes first. A row with a NaN score is never a negative. The result does
-    not depend, bit for bit, on batch size, chunk size, number of ranks and shards; with the "reference" backend only if sums
-    are exact, and with an approximate index only for equal batch sizes.
+    Of rows with equal scores, the lower row number ranks first. A row with a NaN score is never a negative. The result is the
+    same, bit for bit, for every batch size, chunk size, number of ranks and number of shards. There are two exceptions: the
+    "reference" backend gives equal bits only if its sums are exact, and an approximate index only for equal batch sizes.
 
     Examples
     --------

@@ -59,10 +59,10 @@ def from_texts(
     Parameters
     ----------
     model : callable or object
-        A callable from a list of texts to their rows (n, D), or an object with the method encode or embed, such as a
-        SentenceTransformer. If the object has encode_query or encode_queries, these embed the queries; if it has
-        encode_document or encode_corpus, these embed the corpus. The texts are the only argument, but for a prompt that is
-        given for an object with `prompts`.
+        A callable that maps a list of n texts to their embeddings (n, D), or an object with a method `encode` or `embed`, such
+        as a SentenceTransformer. The method `encode_query` or `encode_queries`, if there is one, embeds the queries, and
+        `encode_document` or `encode_corpus` embeds the corpus. The model gets only the list of texts and, in the case
+        described under `query_prompt`, a prompt.
     queries, corpus : sequence of str or mapping
         The texts, or a mapping from ids to texts.
     positives : sequence
@@ -70,14 +70,16 @@ def from_texts(
     query_ids, corpus_ids : sequence of int or str, optional
         As in mine_hard_negatives.
     query_prompt, corpus_prompt : str
-        Added before each text for the model. An object with `prompts`, such as a SentenceTransformer, takes it as the
-        argument prompt, in place of its own. Texts are compared without it.
+        The text that the model reads before each query or document. A model with an attribute `prompts`, such as a
+        SentenceTransformer, gets it as the argument `prompt`, which replaces the model's own prompt. For other models it is
+        prepended to the text. Texts are compared with each other without it.
     encode_batch_size : int
-        How many texts the model embeds at a time.
+        The number of texts that the model embeds at a time.
     normalize : bool
-        Divide each row by its norm, so that scores are cosines.
+        Whether to divide each row by its norm, so that scores are cosines.
     cache_dir : path, optional
-        A folder for embeddings. An interrupted run resumes there, and texts that have been embedded are not embedded again.
+        A folder for embeddings. Texts whose embeddings are in the folder are not embedded again, so an interrupted run
+        resumes.
     show_progress_bar : bool
         Show a line on stderr with the time left.
     **mining
@@ -91,7 +93,8 @@ def from_texts(
     Raises
     ------
     ValueError, TypeError
-        For invalid arguments, before any text is embedded, and if the model does not return one finite row for each text.
+        If an argument is invalid, which is checked before any text is embedded, or if the model does not return one finite
+        row for each text.
 
     Examples
     --------

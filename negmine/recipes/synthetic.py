@@ -134,25 +134,27 @@ def mixgcf(candidates: int = 64, layers: int = 1, *, temperature: Temperature = 
     Parameters
     ----------
     candidates : int
-        How many negatives are drawn for each query, with replacement; 64 in the public code. Those that the masks hide do not
-        count.
+        The number of negatives to draw for each query, with replacement. The default is that of the public code. Drawn
+        negatives that the masks hide do not count.
     layers : int
-        Of how many parts of equal width the vectors consist: the embeddings of the layers of a graph network, one after the
-        other, with that of layer 0. The public code has 4, and 1 is for encoders that are not graph networks.
+        The number of layers of the graph network. Each vector is the concatenation of the embeddings of all layers,
+        including layer 0, and D must be a multiple of it. The public code uses 4. Use 1 for encoders that are not graph
+        networks.
     temperature : float, Tensor or schedule
-        Divides the scores; at 1 the loss is the paper's, Bayesian personalised ranking.
+        The scores are divided by it. With 1, the loss is Bayesian personalised ranking, as in the paper.
     **keywords
-        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+        Other arguments of the loss: reduction, seed and backend.
 
     Returns
     -------
     MethodLoss
-        The loss, to call with query, positive key, negatives and masks.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with ``query_ids`` or ``query_labels`` if needed.
 
     Notes
     -----
-    This is the public code's default, which concatenates the layers. If it adds them up, give a query that repeats its sum of
-    layers `layers` times. Its regularizer of the embeddings is left to the optimiser's weight decay.
+    By default, the public code concatenates the layers, as described here. It can also add them up; for that variant, pass
+    queries that repeat their sum over the layers `layers` times. The public code adds a penalty on the norms of the
+    embeddings; use the weight decay of the optimiser for it.
 
     References
     ----------
@@ -210,21 +212,21 @@ def un_mix(*, temperature: Temperature = 0.2, **keywords: Any) -> MethodLoss:
     Parameters
     ----------
     temperature : float, Tensor or schedule
-        Divides the scores; 0.2 as in MoCo v2.
+        The scores are divided by it. The default is that of MoCo v2.
     **keywords
-        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+        Other arguments of the loss: reduction, seed and backend.
 
     Returns
     -------
     MethodLoss
-        The loss, to call with query, positive key, negatives, masks, and mixed_query= (B, D), the embeddings m of the mixed
-        inputs, and share=, one number for the batch, drawn from Beta(1, 1).
+        The loss. Call it as ``loss(query, positive_key, negative_keys, mixed_query=m, share=share)``, with the embeddings m
+        (B, D) of the mixed inputs, and one number `share` for the batch, drawn from Beta(1, 1).
 
     Notes
     -----
-    The mixed inputs are share x + (1 - share) x.flip(0), or images in which a box is replaced by that of x.flip(0), where share
-    is the area outside the box divided by the whole area. The public code for CIFAR-10 takes either with probability 0.5. That
-    for ImageNet has an option for the temperature of the mixed terms, and does not use it.
+    The mixed inputs are share x + (1 - share) x.flip(0), or images x in which a box is replaced by the same box of x.flip(0);
+    share is then the fraction of the area outside the box. The public code for CIFAR-10 chooses between the two with
+    probability 0.5. The public code for ImageNet has an option for another temperature in the mixed terms, and does not use it.
 
     References
     ----------
@@ -250,22 +252,23 @@ def adco(temperature: Temperature = 0.12, memory_temperature: Temperature = 0.02
     Parameters
     ----------
     temperature : float, Tensor or schedule
-        T, for the loss and the gradients of query and positive key.
+        T, the temperature of the loss and of the gradients of the query and the positive key.
     memory_temperature : float, Tensor or schedule
-        T_m, for the gradient of the negatives. 0.02 is that of the public README's commands; the default of its parser is 0.07.
+        T_m, the temperature of the gradient of the negatives. The default is the value in the commands of the public README;
+        the default of the public code is 0.07.
     **keywords
-        Further arguments of `MethodLoss`, such as reduction, seed or backend.
+        Other arguments of the loss: reduction, seed and backend.
 
     Returns
     -------
     MethodLoss
-        The loss, to call with query, positive key and negatives that require grad.
+        The loss. Call it as ``loss(query, positive_key, negative_keys)``, with negative keys that require grad.
 
     Notes
     -----
-    The negatives are F.normalize(memory, dim=1), where memory (K, D) is trained by an optimiser with maximize=True. In the public
-    code memory holds keys of the encoder at first, the optimiser is SGD with a learning rate of 3, momentum 0.9 and weight decay
-    1e-4, and the positives of the other rows are in the denominator too.
+    The negatives are F.normalize(memory, dim=1), where memory (K, D) is trained by an optimiser with maximize=True. In the
+    public code, memory is initialised with keys of the encoder, the optimiser is SGD with a learning rate of 3, momentum 0.9
+    and weight decay 1e-4, and the denominator also contains the positives of the other rows.
 
     References
     ----------

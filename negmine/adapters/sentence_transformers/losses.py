@@ -359,27 +359,28 @@ class GISTEmbedLoss(nn.Module):
     Parameters
     ----------
     model : Module
-        A SentenceTransformer, or a module like it with `tokenizer` and `max_seq_length`.
+        A SentenceTransformer, or a similar module with the attributes `tokenizer` and `max_seq_length`.
     guide : Module
-        Another one. If its vocabulary differs, or its max_seq_length is smaller, texts are decoded by the model's tokenizer and
-        encoded by guide.preprocess.
+        The guide model, of the same kind. If its vocabulary differs or its max_seq_length is smaller, texts are decoded by the
+        model's tokenizer and encoded by guide.preprocess.
     temperature : float
-        Divides the cosines.
+        The cosines are divided by it.
     margin_strategy : str
-        "absolute", or "relative" for a margin that is multiplied by the absolute value of the cosine it is subtracted from.
+        "absolute", or "relative": then the margin is multiplied by the absolute value of the guide's cosine of anchor i and
+        positive i.
     margin : float
-        Lowers the limit.
+        The margin in the limit. A larger margin removes more candidates.
     contrast_anchors, contrast_positives : bool
-        As above.
+        Whether anchors are also compared with anchors, and positives with positives.
     gather_across_devices : bool
-        Use the positives and negatives of all ranks as candidates, with gradient.
+        Whether to use the positives and negatives of all ranks as candidates, with gradients across ranks.
     backend : str, optional
         As in `info_nce`.
 
     Notes
     -----
-    Anchor i and positive i are among their own candidates. The guide removes them, unless its cosine of the pair is 1.
-    Source: Solatorio 2024, arXiv 2402.16829, and sentence-transformers 6.2.
+    Anchor i is also compared with itself, and positive i with itself. The guide removes these candidates, unless its cosine of
+    anchor i and positive i is 1. Source: Solatorio 2024, arXiv 2402.16829, and sentence-transformers 6.2.
 
     Examples
     --------
