@@ -21,8 +21,8 @@ SHAPES = [
 ]
 INTERPRETED_SHAPES = [  # the same reasons, with as few tiles as possible
     *SHAPES[:4],
-    (17, 70, 16, 40),
-    (4, 66, 66, 8),
+    (17, 40, 16, 30),
+    (4, 66, 66, 8),  # a queue above 64 keys is scanned
 ]
 WIDE_SHAPES = [  # too slow for an interpreter
     (65, 1000, 16, 100),  # B slightly larger than a block of 64 queries

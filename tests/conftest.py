@@ -79,7 +79,8 @@ def interpreted(backend: str) -> bool:
 def skip_what_the_interpreter_repeats(backend: str, dtype: torch.dtype, kind: str = "none") -> None:
     """Skip 16-bit cases that show nothing new in Triton's interpreter.
 
-    It converts bf16 and fp16 to fp32 in the same way for every kind of mask, so bf16 without a mask is enough.
+    It converts bf16 and fp16 to fp32 in the same way for every kind of mask, so bf16 without a mask is enough. kind: "none", or
+    the mask or option that makes the case differ from another one in bf16.
     """
     if interpreted(backend) and (dtype == torch.float16 or (dtype == torch.bfloat16 and kind != "none")):
         pytest.skip("triton: the interpreter converts 16-bit storage to fp32, so this case shows nothing new")

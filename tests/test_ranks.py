@@ -7,6 +7,7 @@ that the previous one left all ranks in the same state.
 import ast
 import contextlib
 import copy
+import functools
 import itertools
 import pickle
 import sys
@@ -270,6 +271,7 @@ def bad_calls(rank, world, folder):
 AGREEING = {"agreement", "together"}  # methods of Ranks and ProcessRanks
 
 
+@functools.cache
 def agreements():
     """Return (file, function) of all calls of AGREEING in the package."""
     found = set()
@@ -538,7 +540,7 @@ CASES = {
 
 
 def all_cases(rank, world, folder):
-    return {name: case(rank, world, folder) for name, case in CASES.items()}
+    return {name: case(rank, world, folder) for name, case in CASES.items() if name != "compiled" or world == 2}
 
 
 @pytest.fixture(params=WORLDS)
@@ -610,6 +612,7 @@ def test_copies_belong_to_the_group_of_what_they_copy(got):
     assert all(torch.equal(*pair) for answer in got for pair in answer["copies"])
 
 
+@pytest.mark.parametrize("got", [2], indirect=True)  # the graph is the same for any number of ranks
 def test_a_compiled_step_over_ranks_has_the_same_graphs_at_every_step(got):
     for answer in got:
         for number, (ours, plain, count) in enumerate(answer["compiled"]):
