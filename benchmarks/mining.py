@@ -182,7 +182,7 @@ def tables(path: Path) -> list[str]:
     lines = []
     for (D, K), Q in sorted(most.items(), key=lambda item: int(item[0][0])):
         lines += [f"{Q:,} queries, {int(K):,} entries, D = {D}:", "", "| miner | CPU s | wall s | memory above the inputs | "
-                  "queries without enough |", "| --- | --- | --- | --- | --- |"]  # fmt: skip
+                  "queries with too few |", "| --- | --- | --- | --- | --- |"]  # fmt: skip
         keys = [(D, K, str(Q), variant) for variant in VARIANTS]
         for key in (key for key in keys if key in newest):
             rows = newest[key]

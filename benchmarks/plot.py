@@ -247,7 +247,7 @@ def summary(paths: list[Path]) -> str:
     sources = "; ".join(source(path, rows) for path, rows in shown.items() if rows)
     says = (
         "Median times of negmine against plain PyTorch, and how many times faster negmine is (less than 1x: slower). "
-        "From bfloat16, plain PyTorch computes in bfloat16 or in float32, whichever is faster on the machine."
+        "For bfloat16 inputs, plain PyTorch computes in bfloat16 or in float32, whichever is faster on the machine."
     )
     return "\n".join([*lines, "", f"{says} Measured on {sources}."])
 

@@ -113,7 +113,10 @@ def table() -> str:
     lines = []
     for path in sorted((RESULTS / "text-losses").glob("*.csv")):
         newest = {(row["name"], row["place"]): row for row in read(path)}
-        lines += ["| loss | CPU s here | CPU s there | memory here | memory there |", "| --- " * 5 + "|"]
+        lines += [
+            "| loss | CPU s, negmine | CPU s, original | memory, negmine | memory, original |",
+            "| --- " * 5 + "|",
+        ]
         for name, title in TITLES.items():
             both = [newest.get((name, place)) for place in PLACES]
             if all(both):
@@ -121,8 +124,9 @@ def table() -> str:
                 memory = " | ".join(f"{int(row['peak_extra_mib']):,} MiB" for row in both if row)
                 lines.append(f"| {title} | {times} | {memory} |")
         one = newest["ranking", PLACES[0]]
-        lines += ["", f"B = {int(one['B']):,}, {one['negatives']} hard negatives, D = {one['D']}; {path.stem}, {one['threads']} "
-                  f"threads, torch {one['torch']}, commit {one['commit']}, {one['date'][:10]}.", ""]  # fmt: skip
+        threads = "1 thread" if one["threads"] == "1" else f"{one['threads']} threads"
+        lines += ["", f"B = {int(one['B']):,}, {one['negatives']} hard negatives, D = {one['D']}; {path.stem}, {threads}, "
+                  f"torch {one['torch']}, commit {one['commit']}, {one['date'][:10]}.", ""]  # fmt: skip
     return "\n".join(lines)
 
 

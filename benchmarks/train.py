@@ -119,21 +119,21 @@ RECIPES = IN_DEMO | {
     "moco_v1": configured("MoCo v1, T = 0.07", "moco_v1", temperature=0.07),
     "moco_v2": configured("MoCo v2, T = 0.2", "moco_v2", temperature=0.2),
     "hardest": configured("hardest 1 %", "hardest", fraction=0.01, window=(0.0, 0.01)),
-    "easiest": configured("easiest half alone", "easiest", fraction=0.5, window=(0.5, 1.0)),
+    "easiest": configured("only the easiest half", "easiest", fraction=0.5, window=(0.5, 1.0)),
     "ring": configured("Ring (0.1, 0.1)", "ring", window=(0.01, 0.1)),
     "ring_annealed": Recipe("Ring, outer 1.0 to 0.1 in half the steps", annealed_ring, (0.01, 0.1)),
     "synco": configured("SynCo, six kinds", "synco", parents=1024),
-    "mixgcf": configured("the positive mixed into the hardest of 64, alone (MixGCF)", "mixgcf"),
+    "mixgcf": configured("MixGCF, one negative mixed from the hardest of 64", "mixgcf"),
     "i_mix": configured("i-Mix", "i_mix", feed="mixed"),
     "un_mix": configured("Un-Mix", "un_mix", feed="reversed"),
-    "adco": Recipe("trained negatives (AdCo), memory at T = 0.02", lambda steps, seed: TrainedNegatives()),
+    "adco": Recipe("AdCo: trained negatives, memory temperature 0.02", lambda steps, seed: TrainedNegatives()),
     "debiased": configured("debiased, prior 0.0001", "debiased", tau_plus=1e-4),
     "hcl": configured("HCL, beta 0.5", "hcl", beta=0.5, tau_plus=1e-4),
     "hardness_added": configured("hardness added (LLaVE), alpha 9", "hardness_added"),
-    "logq": configured("logQ correction, frequencies alike", "logq", feed="frequency"),
-    "gist": configured("false negatives by the sentence vectors (GIST)", "gist", margin=-0.1, feed="guide"),
-    "qwen3_embedding": configured("pairs of queries and of documents too (Qwen3-Embedding)", "qwen3_embedding"),
-    "gte": configured("the same in both directions, without a mask (GTE)", "gte"),
+    "logq": configured("logQ correction with equal frequencies", "logq", feed="frequency"),
+    "gist": configured("GIST, guided by the fixed embeddings", "gist", margin=-0.1, feed="guide"),
+    "qwen3_embedding": configured("Qwen3-Embedding: also pairs of queries and of documents", "qwen3_embedding"),
+    "gte": configured("GTE: as Qwen3-Embedding, both directions, no mask", "gte"),
     "decoupled": configured("decoupled", "decoupled"),
     "decoupled_weighted": configured("decoupled, weighted positives", "decoupled_weighted"),
     "rince": configured("RINCE, r 0.5, at T = 0.1", "rince", temperature=0.1),
@@ -143,9 +143,9 @@ RECIPES = IN_DEMO | {
         "SigLIP, learned scale and bias",
         lambda steps, seed: negmine.recipes.siglip(1 / TEMPERATURE, SIGLIP_BIAS, seed=seed),
     ),
-    "sup_con": configured("SupCon, keys of one entry attract", "sup_con", feed="labels"),
+    "sup_con": configured("SupCon, keys of the same entry are positives", "sup_con", feed="labels"),
     "false_negative_cancellation": configured(
-        "false negatives above 0.9 cancelled", "false_negative_cancellation", threshold=0.9, feed="support"
+        "false negatives above 0.9 removed", "false_negative_cancellation", threshold=0.9, feed="support"
     ),
     "ephn": configured("EPHN: easy positive, hardest negative", "ephn", feed="labels"),
     "batch_hard": configured("batch hard triplets, margin 0.2", "batch_hard", temperature=None, feed="labels"),
@@ -159,8 +159,8 @@ RECIPES = IN_DEMO | {
     "multi_similarity": Recipe(
         "multi-similarity", lambda steps, seed: negmine.recipes.multi_similarity(), feed="labels"
     ),
-    "simans": configured("SimANS: 15 of 200 near the positive", "simans", a=100.0),
-    "margin_pos": configured("score at most the positive's less 0.05", "margin_pos"),
+    "simans": configured("SimANS: 15 of the hardest 200, near the positive", "simans", a=100.0),
+    "margin_pos": configured("score at most the positive's minus 0.05", "margin_pos"),
     "perc_pos": configured("score at most 95 % of the positive's", "perc_pos"),
 }
 
