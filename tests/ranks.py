@@ -8,17 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-# Each rank is forked from one process, which imports these modules only once. That process computes nothing, so the ranks can use
-# threads, unlike those forked from a process that tests ran in.
-IMPORTED_ONCE = ["torch._dynamo.testing", "torch.distributed.fsdp", "torch.nn.parallel", "negmine"]
-
-
-def _context() -> Any:
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED_ONCE)
-    return context
+from tests import processes
 
 
 def _rank(work: Callable, rank: int, world: int, store: Path, arguments: tuple, out: Any) -> None:
@@ -34,7 +25,7 @@ def _rank(work: Callable, rank: int, world: int, store: Path, arguments: tuple, 
 
 def kill_ranks(work: Callable, world: int, folder: Path, *arguments: Any) -> None:
     """Run work(rank, world, *arguments) until the last rank kills itself; then kill the other ranks, as a launcher does."""
-    context = _context()
+    context = processes.context()
     out = context.Queue()
     ranks = [
         context.Process(target=_rank, args=(work, rank, world, folder / "killed", arguments, out))
@@ -50,7 +41,7 @@ def kill_ranks(work: Callable, world: int, folder: Path, *arguments: Any) -> Non
 
 def run_ranks(work: Callable, world: int, folder: Path, *arguments: Any, timeout: float = 300) -> list[Any]:
     """Return the results of work(rank, world, *arguments) on all ranks of a gloo group, which uses a file in `folder`."""
-    context = _context()
+    context = processes.context()
     out = context.Queue()
     ranks = [
         context.Process(target=_rank, args=(work, rank, world, folder / "store", arguments, out))

@@ -304,21 +304,18 @@ def test_a_queue_built_on_the_meta_device_is_loaded(kind):
         assert torch.equal(queue.keys, saved.keys) and torch.equal(queue.ids, saved.ids)
 
 
-BUILD = """
-import sys, torch
-from negmine import queues
-from tests.peak import print_peak
-made = []
-print_peak(lambda K: made.append(getattr(queues, sys.argv[2])(256, K, dtype=getattr(torch, sys.argv[1]))), 100, 200_000)
-"""
+def building(kind, dtype):
+    """A function that builds a queue of K rows and keeps it, and two numbers of rows."""
+    made = []
+    return lambda K: made.append(kind(256, K, dtype=dtype)), 100, 200_000
 
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "size"),
-    [("MoCoQueue", "float32", 4), ("MoCoQueue", "bfloat16", 2), ("ShardedMoCoQueue", "bfloat16", 2)],
+    [(MoCoQueue, torch.float32, 4), (MoCoQueue, torch.bfloat16, 2), (ShardedMoCoQueue, torch.bfloat16, 2)],
 )
 def test_building_a_queue_holds_one_copy_of_it(kind, dtype, size):
-    assert peak_mib(BUILD, dtype, kind) <= 1.1 * 200_000 * 256 * size / 2**20
+    assert peak_mib(building, kind, dtype) <= 1.1 * 200_000 * 256 * size / 2**20
 
 
 def test_2o_a_module_that_owns_a_queue_enqueues_in_train_mode_only():

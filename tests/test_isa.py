@@ -356,8 +356,9 @@ def test_a_score_of_infinity_sums_to_infinity(isa, dtype, B):
                     "pair": torch.ops.negmine_cpu.logsumexp(
                         q, keys, scale.repeat(2), None, want_mean, 0, None, *Pool()
                     )[0][1],
-                    "listed": torch.ops.negmine_cpu.gathered_logsumexp(q, keys, listed, scale, want_mean)[1],
                 }
+                if B == 5:  # listed columns are not split
+                    got["listed"] = torch.ops.negmine_cpu.gathered_logsumexp(q, keys, listed, scale, want_mean)[1]
                 if not nan:  # a window keeps no NaN scores
                     ranks = torch.tensor([[0, K - 1]]).repeat(B, 1)
                     got["window"] = summed(q, keys, scale, None, want_mean, Pool(), ranks=ranks)[0]

@@ -347,20 +347,17 @@ def test_real_embeddings():
     selected("wordnet", torch.from_numpy(got.scores), torch.from_numpy(got.indices), truth, usable)
 
 
-MEMORY_PROBE = """
-import torch, negmine
-from tests.peak import print_peak
-q, c = torch.randn(4096, 32), torch.randn(150_000, 32)
-options = dict(select=negmine.Select(5, 200, absolute_margin=0.1), sampling_strategy="weighted", num_negatives=20)
-options |= dict(max_memory_bytes=32 << 20, count_skipped=False)
-small, large = (q[:64], c[:5000], list(range(64))), (q, c, [[b, b + 1] for b in range(4096)])
-print_peak(lambda inputs: negmine.mine_hard_negatives(*inputs, **options), small, large)
-"""
+def small_and_large_run():
+    q, c = torch.randn(4096, 32), torch.randn(150_000, 32)
+    options = {"select": Select(5, 200, absolute_margin=0.1), "sampling_strategy": "weighted", "num_negatives": 20}
+    options |= {"max_memory_bytes": 32 << 20, "count_skipped": False}
+    small, large = (q[:64], c[:5000], list(range(64))), (q, c, [[b, b + 1] for b in range(4096)])
+    return lambda inputs: mine(*inputs, **options), small, large
 
 
 def test_memory_is_bounded():
     """All scores would need 2.4 GB. In addition to the 32 MiB, there are the kernels' buffers for each thread, and the result."""
-    assert peak_mib(MEMORY_PROBE) < 32 + 16
+    assert peak_mib(small_and_large_run) < 32 + 16
 
 
 def test_config_says_what_ran():

@@ -9,7 +9,7 @@ import torch
 import negmine
 from negmine import Select
 from negmine.mining.dedup import fixed_order_sum, near_pairs
-from tests.cases import unit
+from tests.cases import DTYPES, unit
 from tests.compare import same_result
 
 mine = negmine.mine_hard_negatives
@@ -55,17 +55,19 @@ def test_loops(select, threshold):
         assert (got.num_valid == (want >= 0).sum(1)).all()
 
 
-@pytest.mark.parametrize("strategy", ["top", "random", "weighted"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+SPLIT = [("top", dtype) for dtype in DTYPES] + [("random", torch.float32), ("weighted", torch.bfloat16)]
+
+
+@pytest.mark.parametrize("strategy, dtype", SPLIT, ids=str)
 def test_any_split_gives_the_same_bits(strategy, dtype):
-    q, c = unit(40, 33, dtype=dtype, seed=1), unit(K, 33, dtype=dtype, seed=2)
+    q, c = unit(Q, 33, dtype=dtype, seed=1), unit(K, 33, dtype=dtype, seed=2)
     c[100:200] = torch.nn.functional.normalize(c[:100].float() + 0.05 * unit(100, 33, seed=3), dim=1).to(dtype)
-    positives = list(range(40))
+    positives = list(range(Q))
     for select, mode in ((Select(2), "filtered"), (Select(0.01, 0.3), "filtered"), (Select(1, 60), "raw")):
         options = {"select": select, "range_mode": mode, "sampling_strategy": strategy, "deduplicate": "near"}
         options |= {"near_duplicate_score": 0.3, "num_negatives": 6, "seed": 2}
         want = mine(q, c, positives, **options)
-        for batch, chunk in ((1, 300), (7, 31), (40, 299)):
+        for batch, chunk in ((1, 300), (7, 31), (Q, 299)):
             same_result(
                 mine(q, [c[:77], c[77:]], positives, batch_size=batch, corpus_chunk_size=chunk, **options), want
             )

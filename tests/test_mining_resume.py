@@ -3,9 +3,8 @@
 import json
 import os
 import re
+import resource
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -14,7 +13,8 @@ import torch
 
 import negmine
 from negmine import Select
-from negmine.mining import array_file, atomic_file
+from negmine.mining import array_file, atomic_file, resume
+from tests import processes
 from tests.cases import unit
 from tests.compare import same_result
 
@@ -54,60 +54,51 @@ def test_any_part_may_be_missing_and_any_batch_goes_on(tmp_path):
         assert got.config["content"] == want.config["content"]
 
 
-KILLED = """
-import sys, torch
-import negmine
-from negmine.mining import resume
-from tests.test_mining_resume import OPTIONS, inputs
-write, left = resume.ResumeFolder.write, [int(sys.argv[2])]
-def slow(*arguments):
-    write(*arguments)
-    left[0] -= 1
-    if not left[0]:
-        print("ready", flush=True)
-        import time
-        time.sleep(60)
-resume.ResumeFolder.write = slow
-negmine.mine_hard_negatives(*inputs(), **OPTIONS, resume_dir=sys.argv[1], batch_size=7)
-"""
+def stops_after(connection, folder, batches):
+    """Mine; say so and wait after this number of batches."""
+    write, left = resume.ResumeFolder.write, [batches]
+
+    def slow(*arguments):
+        write(*arguments)
+        left[0] -= 1
+        if not left[0]:
+            connection.send("ready")
+            time.sleep(60)
+
+    resume.ResumeFolder.write = slow
+    mine(*inputs(), **OPTIONS, resume_dir=folder, batch_size=7)
 
 
 def test_killed_runs_go_on(tmp_path):
     """Kill a run after one batch, the resumed run after another, and the next one too."""
     for batches in (1, 3, 2):
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(tmp_path), str(batches)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        assert process.stdout.readline() == b"ready\n", process.stderr.read()
+        process, connection = processes.started(stops_after, tmp_path, batches)
+        assert connection.recv() == "ready"
         with pytest.raises(ValueError, match="resume_dir must be a folder that no other running process writes to"):
             mine(*inputs(), **OPTIONS, resume_dir=tmp_path)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
     assert len(parts(tmp_path)) == 6
     same_result(mine(*inputs(), **OPTIONS, resume_dir=tmp_path, batch_size=5), mine(*inputs(), **OPTIONS))
 
 
-ANYWHERE = """
-import sys
-import negmine
-from tests.test_mining_resume import OPTIONS, inputs
-print("ready", flush=True)
-while True:
-    negmine.mine_hard_negatives(*inputs(), **OPTIONS, resume_dir=sys.argv[1], batch_size=1)
-    for path in __import__("pathlib").Path(sys.argv[1]).glob("queries-*[05].negmine"):
-        path.unlink()
-"""
+def mines_forever(connection, folder):
+    connection.send("ready")
+    while True:
+        mine(*inputs(), **OPTIONS, resume_dir=folder, batch_size=1)
+        for path in folder.glob("queries-*[05].negmine"):
+            path.unlink()
 
 
 def test_killed_at_any_moment(tmp_path):
     """The process writes and removes files all the time; after a kill, every remaining file is complete."""
     want = mine(*inputs(), **OPTIONS)
     for pause in (0.02, 0.11, 0.23):
-        process = subprocess.Popen([sys.executable, "-c", ANYWHERE, str(tmp_path)], stdout=subprocess.PIPE)
-        assert process.stdout.readline() == b"ready\n"
+        process, connection = processes.started(mines_forever, tmp_path)
+        assert connection.recv() == "ready"
         time.sleep(pause)
         process.kill()
-        process.communicate()
+        process.join()
         same_result(mine(*inputs(), **OPTIONS, resume_dir=tmp_path), want)
         assert not list(tmp_path.glob("*.partial"))
         for path in parts(tmp_path)[::2]:
@@ -133,22 +124,19 @@ def test_a_full_disk_is_said_and_outlived(name, tmp_path, monkeypatch):
     same_result(mine(*inputs(), **OPTIONS, resume_dir=tmp_path, batch_size=9), mine(*inputs(), **OPTIONS))
 
 
-FULL = """
-import resource, signal, sys
-import negmine
-from tests.test_mining_resume import OPTIONS, inputs
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-try:
-    negmine.mine_hard_negatives(*inputs(), **OPTIONS, resume_dir=sys.argv[1], batch_size=int(sys.argv[2]))
-except OSError as error:
-    print(error)
-"""
+def mines_within(file_bytes, folder):
+    """Mine while files may not grow beyond this size, and return the error."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    try:
+        mine(*inputs(), **OPTIONS, resume_dir=folder, batch_size=50)
+    except OSError as error:
+        return str(error)
 
 
 def test_a_file_that_the_system_refuses_to_grow(tmp_path):
-    run = subprocess.run([sys.executable, "-c", FULL, str(tmp_path), "50"], capture_output=True, text=True)
-    assert "could not be written (File too large); existing files are unchanged" in run.stdout, run.stderr
+    error = processes.result_of(mines_within, 2000, tmp_path)
+    assert "could not be written (File too large); existing files are unchanged" in error
     assert {path.name for path in tmp_path.iterdir()} == {"lock", "run.json"}
     same_result(mine(*inputs(), **OPTIONS, resume_dir=tmp_path), mine(*inputs(), **OPTIONS))
 

@@ -1,11 +1,9 @@
 """Rounds of mining and training: arguments, kept negatives, stopping, and a toy model that improves."""
 
 import functools
+import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +11,9 @@ import torch
 
 import negmine
 from negmine import Select
-from negmine.mining import merge_parts, mine_part, mining_rounds, newest_round
+from negmine.mining import atomic_file, merge_parts, mine_part, mining_rounds, newest_round
 from negmine.mining.rounds import new_share
+from tests import processes
 from tests.cases import unit
 from tests.compare import same_result
 
@@ -155,37 +154,36 @@ def test_a_folder_of_rounds_is_resumed_and_belongs_to_one_job(tmp_path):
     assert len(ends) == 5
 
 
-KILLED = """
-import os, signal, sys
-from negmine.mining import atomic_file
-from tests.test_mining_rounds import job
-replace, asked = os.replace, []
-def killing(source, target):
-    asked.append(1)
-    if len(asked) == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-atomic_file.os.replace = killing
-job(sys.argv[1], rounds=4)
-"""
+def killed_at(connection, folder, number):
+    """Mine four rounds; die before the file with this number, counted from 1, is complete."""
+    replace, asked = os.replace, []
+
+    def killing(source, target):
+        asked.append(1)
+        if len(asked) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    atomic_file.os.replace = killing
+    job(folder, rounds=4)
 
 
 def test_a_trainer_beside_the_miner_reads_complete_rounds_only(tmp_path):
     """The miner is killed before each of its files is complete, while the trainer looks for new rounds."""
     want = mining_rounds(drifting, lambda r, _: None, POSITIVES, keep_old=2, rounds=4)
     seen, kill_at = [], iter((2, 3, 99))  # kill at the result of round 0, at the ages of the next round, and not at all
-    miner, root = None, Path(__file__).parents[1]
+    miner = None
     while not seen or seen[-1] < 3:
-        if miner is None or miner.poll() is not None:
-            assert miner is None or miner.returncode == -signal.SIGKILL
-            command = [sys.executable, "-c", KILLED, str(tmp_path), str(next(kill_at))]
-            miner = subprocess.Popen(command, cwd=root)
+        if miner is None or not miner.is_alive():
+            assert miner is None or miner.exitcode == -signal.SIGKILL
+            miner, _ = processes.started(killed_at, tmp_path, next(kill_at))
         newest = newest_round(tmp_path)
         if newest is not None and newest.number not in seen:
             same_result(newest.result, want[newest.number].result)
             seen.append(newest.number)
         time.sleep(0.002)
-    assert miner.wait(60) == 0 and seen == sorted(seen) and next(kill_at, None) is None
+    miner.join(60)
+    assert miner.exitcode == 0 and seen == sorted(seen) and next(kill_at, None) is None
     assert [path.name for path in tmp_path.glob(".*")], "what the killed miner left is no round"
 
 

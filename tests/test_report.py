@@ -197,22 +197,15 @@ def test_normalize_gives_cosines():
     assert words.is_unit(made.facts) and not words.is_unit(raw.facts)
 
 
-MEMORY = """
-import negmine
-from tests.cases import unit
-from tests.peak import print_peak
-q, c = unit(1024, 16), unit(65536, 16, seed=1)
-
-def run(queries):
-    negmine.hardness_report(queries, c, num_queries=None, max_memory_bytes=16 << 20, samples_per_bin=2)
-
-print_peak(run, q[:2], q)
-"""
+def small_and_large_report():
+    q, c = unit(1024, 16), unit(65536, 16, seed=1)
+    options = {"num_queries": None, "max_memory_bytes": 16 << 20, "samples_per_bin": 2}
+    return lambda queries: negmine.hardness_report(queries, c, **options), q[:2], q
 
 
 def test_no_matrix_of_all_pairs():
     """1,024 queries and 65,536 rows, whose scores need 256 MiB. The limit includes buffers of each thread and the figures."""
-    assert peak_mib(MEMORY) < 128
+    assert peak_mib(small_and_large_report) < 128
 
 
 class Reader(HTMLParser):

@@ -1,4 +1,4 @@
-"""The ops under torch's own tools: opcheck, torch.compile(fullgraph=True), offsets past 2^31, autocast, loss scaling, copies,
+"""The ops under torch's own tools: torch.compile(fullgraph=True), offsets past 2^31, autocast, loss scaling, copies,
 dtypes, functorch, aliases, threads, fork, and the table of backends.
 
 Autocast: vectors are not cast. A bf16 query from an autocast layer is scored with fp32 sums of bf16 values, the loss is fp32, and
@@ -21,10 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import negmine
 from negmine import FalseNegatives, InfoNCELoss, Mix, MoCoQueue, Negatives, Select, Weight, recipes
-from negmine.losses.info_nce import NO_DRAWS
-from negmine.ops import backends, compiled, sort_key
-from negmine.ops.pool import Pool
-from negmine.ops.windows import Draw, mixing_draws
+from negmine.ops import backends
 from tests.cases import DTYPES, ids, negatives, tags, unit
 from tests.conftest import device_of
 
@@ -44,83 +41,25 @@ def cpp_ops():
     return cpu.functions
 
 
-def arguments():
-    """Arguments for every compiled op, with and without a pool."""
-    q, pos, keys, scale = unit(B, D), unit(B, D, seed=2), unit(K, D, seed=1), torch.tensor(5.0)
-    tags = ids(B, K)
-    bounds = (sort_key.pack(torch.full((B,), -0.5), sort_key.LAST_INDEX), sort_key.pack(torch.full((B,), 0.5), 0))
-    pools = [
-        Pool(),
-        Pool(torch.rand(B, K) < 0.8, *tags.values(), *tags.values(), *bounds, torch.tensor(K - 7)),
-        Pool(None, None, None, *tags.values(), same_label=True),  # the pool of equal labels
-    ]
-    index = torch.randint(0, K, (B, 6))
-    window, zeros = torch.tensor([[1, 4]]).repeat(B, 1), torch.zeros(B)
-    draws = mixing_draws(Mix(6, 5, 4, concentration=2.0), q, Draw(1, torch.tensor(2), torch.tensor(3)))
-    for pool in pools:
-        yield "info_nce", (q, pos, keys, scale, None, True, False, None, 0, 0, *NO_DRAWS, *pool)
-        yield "info_nce", (q, pos, keys.bfloat16(), scale, zeros, False, True, window, 0, 0, *NO_DRAWS, *pool)
-        yield "info_nce", (q, pos, keys, scale, zeros, True, False, None, 6, 1, *draws, *pool)
-        yield "logsumexp", (q, keys, scale[None], zeros, True, 0, None, *pool)
-        yield "logsumexp", (q, keys.bfloat16(), scale[None], None, False, 0, None, *pool)
-        yield "logsumexp", (q, keys, scale[None], zeros, True, 7, None, *pool)
-        yield "logsumexp", (q, keys, scale[None], zeros, True, 0, window, *pool)
-        yield "logsumexp", (q, keys, torch.stack([scale, 2 * scale]), zeros, True, 0, None, *pool)
-        yield "logsumexp", (q, keys.bfloat16(), torch.stack([scale, 2 * scale]), None, False, 0, None, *pool)
-        yield "logsumexp_grad_keys", (q, keys, scale, torch.ones(B), torch.ones(B), *pool)
-        yield "softplus_sum", (q, keys, scale, -scale, True, *pool)
-        yield "softplus_sum_grad_keys", (q, keys.bfloat16(), scale, -scale, torch.ones(B), *pool)
-        yield "logsumexp_grad_bias", (q, keys, scale, torch.ones(B), torch.ones(B), *pool)
-        yield "softplus_sum_grad_bias", (q, keys.bfloat16(), scale, -scale, torch.ones(B), *pool)
-        unbounded = pool._replace(lower=None, upper=None)
-        yield "prefix_logsumexp", (q, keys.bfloat16(), [1, 5], scale, True, *unbounded)
-        yield "mine_hardest", (q, keys, 9, False, *pool)
-        yield "mine_hardest", (q, keys, 9, True, *pool)
-        yield "rank_thresholds", (q, keys, torch.tensor([[0, 3, 99]]).repeat(B, 1), *pool)
-        yield "count_negatives", (q, keys, *pool)
-    yield "mine_gathered", (q, keys.bfloat16(), index.sort(1).values, 3, None)
-    yield "mine_gathered", (q, keys, index.sort(1).values, 9, zeros)
-    yield "round_to_codes", (keys.bfloat16(),)
-    if compiled.isa_for(torch.uint8, torch.uint8):
-        (q_codes, q_scale, _), (codes, scales, _) = map(torch.ops.negmine_cpu.round_to_codes, (q, keys))
-        yield "mine_hardest_codes", (q_codes, q_scale, codes, scales, 9, *Pool())
-    yield "mix_negatives", (q, keys, index, *draws)
-    yield "mix_logsumexp", (q, keys, index, scale, True, *draws)
-    yield "gathered_logsumexp", (q, keys.bfloat16(), index, scale, True)
-    yield "gathered_logsumexp", (q, keys, index[:, :0], scale, False)
-    yield "gathered_grad_keys", (q, index, torch.ones(index.shape), K)
-    lengths = torch.arange(B) % 3, torch.arange(K // 4) % 5
-    yield "maxsim", (q[:, None], keys[: K // 4 * 4].view(K // 4, 4, -1), None, None, False)
-    yield "maxsim", (q[:, None], keys[: K // 4 * 4].bfloat16().view(K // 4, 4, -1), *lengths, True)
+WITH_ANY_SHAPE = [
+    {},
+    {"select": Select(0.01, 0.5)},
+    {"mix": Mix(6, 5, 4, concentration=2.0)},
+    {"weight": Weight(1.0, 0.01)},
+    {"select": Select(1, 9, sample=5, replace=True)},
+]
+WITH_ONE_SHAPE = [
+    {"select": Select(1, 3)},
+    {"decoupled": True},
+    {"mix": Mix(6, 5, 4, detach=False)},
+    {"false_negatives": FalseNegatives(None, 0.1), "support": unit(B, 2, D, seed=7)},
+]
 
 
-def test_opcheck():
-    ops = cpp_ops()
-    seen = set()
-    torch.use_deterministic_algorithms(False)  # opcheck runs ops twice and compares the results
-    for op, args in arguments():
-        torch.library.opcheck(ops[op], args)
-        seen.add(op)
-    assert seen == set(ops) - (set() if compiled.isa_for(torch.uint8, torch.uint8) else {"mine_hardest_codes"})
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"select": Select(0.01, 0.5)},
-        {"select": Select(1, 3)},
-        {"mix": Mix(6, 5, 4, concentration=2.0)},
-        {"weight": Weight(1.0, 0.01)},
-        {"decoupled": True},
-        {"select": Select(0.0, 0.5, sample=5)},
-        {"select": Select(1, 9, sample=5, replace=True)},
-        {"mix": Mix(6, 5, 4, detach=False)},
-        {"false_negatives": FalseNegatives(3, 0.1, mode="attract"), "support": unit(B, 2, D, seed=7)},
-        {"false_negatives": FalseNegatives(None, 0.1), "support": unit(B, 2, D, seed=7)},
-    ],
-    ids=lambda o: ",".join(o) or "plain",
+    "options, dynamic",
+    [(o, True) for o in WITH_ANY_SHAPE] + [(o, False) for o in WITH_ONE_SHAPE],
+    ids=lambda v: ",".join(v) or "plain" if isinstance(v, dict) else "dynamic" if v else "static",
 )
 def test_a_loss_step_compiles_into_one_graph(options, dynamic):
     cpp_ops()
@@ -150,8 +89,11 @@ COMPILED_WITH_A_QUEUE = [
 ]
 
 
-@pytest.mark.parametrize("options", COMPILED_WITH_A_QUEUE, ids=lambda o: ",".join(o) or "plain")
-@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize(
+    "backend, options",
+    [(None, o) for o in COMPILED_WITH_A_QUEUE] + [("reference", COMPILED_WITH_A_QUEUE[-1])],
+    ids=lambda v: ",".join(v) or "plain" if isinstance(v, dict) else str(v),
+)
 def test_a_training_step_with_a_queue_compiles_into_one_graph(options, backend):
     """Loss and enqueue are one graph over many steps, while the queue grows, fills and wraps around. The step is a tensor."""
     if backend is None:
