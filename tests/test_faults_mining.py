@@ -1,6 +1,7 @@
 """Regression tests for faults of mining, with the right values, and for related containers and arguments."""
 
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -243,3 +244,98 @@ def test_filters_count_each_pair_once():
         and got.skipped["absolute_margin"] == (near & ~above & others).sum()
     )
     assert sum(got.skipped.values()) + got.num_valid.sum() == 40 * 500
+
+
+def broken_inputs():
+    """X and C, in which queries 4 and 30 and rows 2, 100 and 499 contain NaN or infinity. Row 2 is the positive of query 2."""
+    queries, corpus = X.copy(), C.copy()
+    queries[4], queries[30, 7] = np.nan, np.inf
+    corpus[[2, 100], 5], corpus[499] = (np.nan, -np.inf), np.nan
+    return queries, corpus
+
+
+BROKEN_QUERIES = "query_embeddings contain NaN or infinity in 2 of 40 rows, which get no negatives: 4, 30"
+BROKEN_ROWS = "corpus_embeddings contain NaN or infinity in 3 of 500 rows, which are never negatives: 2, 100, 499"
+
+
+def mine_warned(*arguments, **options):
+    """The result, and the messages of its warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = mine(*arguments, **options)
+    assert all(each.filename == __file__ and each.category is UserWarning for each in caught)
+    return result, [str(each.message).removeprefix("mine_hard_negatives: ") for each in caught]
+
+
+@pytest.mark.parametrize("form", ["arrays", "float16", "npy shards", "safetensors", "Flat", "a saved index", "resumed"])
+def test_rows_that_are_not_finite_are_left_out_named_and_counted(form, tmp_path):
+    queries, corpus = broken_inputs()
+    given, options = (queries, corpus), {}
+    if form == "float16":
+        given = (queries.astype("f2"), corpus.astype("f2"))
+    elif form == "npy shards":
+        np.save(tmp_path / "q.npy", queries), np.save(tmp_path / "a.npy", corpus[:90])
+        np.save(tmp_path / "b.npy", corpus[90:])
+        given = (tmp_path / "q.npy", [tmp_path / "a.npy", tmp_path / "b.npy"])
+    elif form == "safetensors":
+        save_file = pytest.importorskip("safetensors.numpy").save_file
+        save_file({"rows": corpus}, tmp_path / "c.safetensors")
+        given = (queries, tmp_path / "c.safetensors")
+    elif form in ("Flat", "a saved index"):
+        pytest.importorskip("faiss")
+        options["index"] = "Flat"
+        if form == "a saved index":
+            negmine.NegativeIndex.build(corpus).save(tmp_path / "index")
+            options["index"] = negmine.NegativeIndex.load(tmp_path / "index")
+    elif form == "resumed":
+        options |= {"resume_dir": tmp_path / "run", "batch_size": 7}
+        mine_warned(*given, P, num_negatives=500, **options)
+        sorted((tmp_path / "run").glob("queries-*"))[1].unlink()
+    got, said = mine_warned(*given, P, num_negatives=500, **options)
+    assert said == [BROKEN_QUERIES, BROKEN_ROWS]
+    assert not np.isin(got.indices, [2, 100, 499]).any() and np.isfinite(got.scores[got.indices >= 0]).all()
+    valid = np.full(40, 500 - 1 - 3)
+    valid[2], valid[[4, 30]] = 500 - 3, 0
+    assert got.num_valid.tolist() == valid.tolist()
+    assert np.flatnonzero(np.isnan(got.positive_scores)).tolist() == [2, 4, 30]
+    assert got.skipped["not_finite"] == 38 * 3 - 1 + 2 * 499
+    assert sum(got.skipped.values()) + got.num_valid.sum() == 40 * 500
+    assert got.config["not_finite"] == {"query_embeddings": 2, "corpus_embeddings": 3}
+    assert "rows that contain NaN or infinity: 2 of query_embeddings, 3 of corpus_embeddings\n" in got.summary()
+
+
+def test_filters_and_fractions_see_finite_rows_only():
+    queries, corpus = broken_inputs()
+    finite = np.setdiff1d(np.arange(500), [2, 100, 499])
+    for select in (Select(absolute_margin=0.5, min_score=-0.2), Select(0.1, 0.5), Select(0.1, 0.5, max_score=0.3)):
+        got, _ = mine_warned(queries, corpus, P, select=select, num_negatives=300)
+        rows, valid = got.indices[8:12], got.num_valid[8:12]
+        want = mine(X[8:12], C[finite], np.arange(8, 12) - 1, select=select, num_negatives=300)
+        np.testing.assert_array_equal(rows, np.where(want.indices < 0, -1, finite[want.indices]))
+        assert (valid == want.num_valid).all() and (valid > 0).all()
+    _, said = mine_warned(X, C, P)
+    assert not said
+
+
+def test_queries_that_are_not_finite_are_not_one_query():
+    queries, corpus = broken_inputs()
+    queries[[8, 9]] = np.nan
+    _, said = mine_warned(queries, corpus, P)
+    assert said == [BROKEN_QUERIES.replace("2 of 40", "4 of 40").replace("4, 30", "4, 8, 9, 30"), BROKEN_ROWS]
+
+
+def test_old_negatives_that_are_no_longer_finite_are_dropped():
+    seen = []
+    broken = C.copy()
+    broken[np.unique(mine(X, C, P, num_negatives=2).indices), 0] = np.inf
+    with pytest.warns(UserWarning, match="corpus_embeddings contain NaN or infinity"):
+        negmine.mining.mining_rounds(
+            lambda r: (X, broken if r else C),
+            lambda r, result: seen.append(result),
+            P,
+            rounds=2,
+            num_negatives=2,
+            keep_old=2,
+        )
+    assert (seen[1].num_valid == 2).all() and np.isfinite(seen[1].scores[:, :2]).all()
+    assert not np.isin(seen[1].indices[:, :2], seen[0].indices).any()

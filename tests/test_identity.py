@@ -1,6 +1,6 @@
 """Documents and queries identified by id, text and row, compared with a slow definition, for every engine that runs here.
 
-Embeddings are small integers, so that scores are exact and the answers must be equal.
+Embeddings are small integers, so that scores are exact and the answers must be equal. Some rows contain NaN or infinity.
 """
 
 import unicodedata
@@ -53,23 +53,25 @@ def slow(q, c, positives, exclude, ids, texts, select, dedup, n):
     """Return (indices, skipped), computed for one (query, row) pair at a time."""
     Q, K = len(q), len(c)
     blank = [[None if t is None else [fold(text) or None for text in t]][0] for t in texts]
-    document = groups(K, ids[1], blank[1], [tuple(row) for row in c.tolist()] if dedup else None)
+    finite = [np.isfinite(rows).all(1).tolist() for rows in (q, c)]
+    document = groups(K, ids[1], blank[1], [(row + 0).tobytes() for row in c] if dedup else None)
     query = groups(Q, ids[0], blank[0])
     if ids[0] is None and texts[0] is None:
-        query = groups(Q, [tuple(row) for row in q.tolist()])
+        query = groups(Q, [(row + 0).tobytes() if good else None for row, good in zip(q, finite[0], strict=True)])
     rows = [
         [{k for k in range(K) if (k if ids[1] is None else ids[1][k]) in named[b]} for b in range(Q)]
         for named in (positives, exclude)
     ]
     first_of = {} if ids[1] is None else {each: ids[1].index(each) for each in ids[1]}
-    skipped = Counter({name: 0 for name in ("positive", "exclude", "own_text", "equal_to_positive", "duplicate")})
+    masks = ("positive", "exclude", "own_text", "equal_to_positive", "duplicate", "not_finite")
+    skipped = Counter({name: 0 for name in masks})
     skipped.update({name: 0 for name in FILTERS if getattr(select, name) is not None})
     indices = []
     for b in range(Q):
         known = set().union(*(rows[0][other] for other in query[b]))
         anchors = {first_of.get(each, each) for other in query[b] for each in positives[other]}
-        scores = [int(np.dot(q[b], c[k])) for k in range(K)]
-        anchor = min((scores[p] for p in anchors), default=None)
+        scores = [float(np.dot(q[b], c[k])) if finite[0][b] and finite[1][k] else np.nan for k in range(K)]
+        anchor = np.min([scores[p] for p in anchors]) if anchors else None
         pool = []
         for k in range(K):
             mates = document[k]
@@ -83,9 +85,11 @@ def slow(q, c, positives, exclude, ids, texts, select, dedup, n):
                 reason = "equal_to_positive"
             elif k != min(mates):
                 reason = "duplicate"
+            elif not (finite[0][b] and finite[1][k]):
+                reason = "not_finite"
             elif select.min_score is not None and scores[k] < select.min_score:
                 reason = "min_score"
-            elif select.absolute_margin is not None and scores[k] > anchor - select.absolute_margin:
+            elif select.absolute_margin is not None and not scores[k] <= anchor - select.absolute_margin:
                 reason = "absolute_margin"
             else:
                 pool.append(k)
@@ -102,6 +106,11 @@ def random_case(seed):
     q, c = (rng.integers(-2, 3, (count, 4)).astype(np.float32) for count in (Q, K))
     if rng.random() < 0.5:
         c[K // 2 :] = c[: K - K // 2]
+    for rows in (q, c):
+        if rng.random() < 0.3:
+            rows[rng.integers(0, len(rows), 1 + len(rows) // 5), rng.integers(4)] = rng.choice(
+                [np.nan, np.inf, -np.inf]
+            )
     kind = rng.integers(3)
     ids = [None, None]
     if rng.random() < 0.6:

@@ -250,7 +250,8 @@ def test_unnormalised_and_broken_rows():
     assert np.isfinite(mine(q, c, [0, 1, 2, 3]).scores).all()
     clean = mine(q, c, [0, 1, 2, 3], select=Select(absolute_margin=1.0))
     c[20], q[3] = torch.nan, torch.nan
-    got = mine(q, c, [0, 1, 2, 3], select=Select(absolute_margin=1.0))
+    with pytest.warns(UserWarning, match="contain NaN or infinity"):
+        got = mine(q, c, [0, 1, 2, 3], select=Select(absolute_margin=1.0))
     assert got.num_valid[3] == 0 and not (got.indices == 20).any() and np.isnan(got.positive_scores[3])
     untouched = ~(clean.indices[:3] == 20).any(1)
     np.testing.assert_array_equal(got.indices[:3][untouched], clean.indices[:3][untouched])
@@ -260,7 +261,8 @@ def test_equal_rows_by_value():
     c = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [2.0, 0.0], [2.0, -0.0], [1.0, 1.0], [2.0, 0.0]])
     got = mine(torch.tensor([[1.0, 1.0]]), c, [1], exclude=[5], num_negatives=6, deduplicate="exact")
     assert got.indices.tolist() == [[4, -1, -1, -1, -1, -1]]
-    assert got.skipped == {"positive": 1, "exclude": 3, "own_text": 0, "equal_to_positive": 1, "duplicate": 0}
+    masks = {"positive": 1, "exclude": 3, "own_text": 0, "equal_to_positive": 1, "duplicate": 0}
+    assert got.skipped == masks | {"not_finite": 0}
 
 
 def test_counters():
@@ -277,6 +279,7 @@ def test_counters():
         "own_text": 0,
         "equal_to_positive": 0,
         "duplicate": 0,
+        "not_finite": 0,
         "min_score": int((pool & (scores < -3)).sum()),
         "absolute_margin": int((pool & (scores >= -3) & (scores > got.positive_scores[:, None] - 2)).sum()),
     }
@@ -286,6 +289,7 @@ def test_counters():
         "own_text",
         "equal_to_positive",
         "duplicate",
+        "not_finite",
     }
 
 
@@ -320,7 +324,7 @@ def test_counters_of_a_raw_window():
         exclude=[6, 19],
     )
     assert got.indices.tolist() == [[5, 7, 8], [5, 6, 7]]
-    masks = {"positive": 3, "exclude": 2, "own_text": 0, "equal_to_positive": 0, "duplicate": 0}
+    masks = {"positive": 3, "exclude": 2, "own_text": 0, "equal_to_positive": 0, "duplicate": 0, "not_finite": 0}
     assert got.skipped == masks | {"max_score": 3 + 2}
 
 
@@ -476,7 +480,9 @@ PADDED = [
     ("an empty corpus", {"corpus": ROWS[:0], "positives": [[]] * 6}, [0] * 6),
     ("a corpus smaller than k", {"corpus": ROWS[:4], "positives": [0, 1, 2, 3, 0, 1]}, [3] * 6),
     ("NaN rows", {"corpus": WITH_NAN, "num_negatives": 40}, [34] * 6),
+    ("rows of infinity", {"corpus": np.where(np.isnan(WITH_NAN), np.inf, ROWS), "num_negatives": 40}, [34] * 6),
     ("a NaN query", {"query": np.concatenate([QUERIES[:5], QUERIES[:1] * np.nan]), "num_negatives": 9}, [9] * 5 + [0]),
+    ("an infinite query", {"query": np.concatenate([QUERIES[:5], QUERIES[:1] * np.inf])}, [7] * 5 + [0]),
     ("no positives", {"positives": [[]] * 6, "num_negatives": 45}, [40] * 6),
     ("everything filtered", {"select": Select(max_score=-9.0)}, [0] * 6),
     ("everything excluded", {"exclude": [list(range(40))] * 6}, [0] * 6),
@@ -484,6 +490,7 @@ PADDED = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*contain NaN or infinity:UserWarning")
 @pytest.mark.parametrize("options,valid", [line[1:] for line in PADDED], ids=[line[0] for line in PADDED])
 @pytest.mark.parametrize("index", ["exact", "Flat"])
 def test_padded_and_counted(options, valid, index):

@@ -92,6 +92,26 @@ def test_shares_merge_to_the_file_of_one_process(name, tmp_path):
     assert MiningResult.load(tmp_path / "merged.npz").corpus_ids[1] == "d\0ö1"
 
 
+@pytest.mark.filterwarnings("ignore:.*contain NaN or infinity:UserWarning")
+@pytest.mark.parametrize("name", ["margins", "fractions", "raw", "exact", "texts", "near", "window"])
+def test_parts_and_shares_agree_on_rows_that_are_not_finite(name, tmp_path):
+    q, c, positives, exclude = inputs(broken=True)
+    job = (JOBS | {"window": {"select": Select(0.01, 0.2)}})[name] | {"exclude": exclude}
+    arguments = {"query_embeddings": q, "corpus_embeddings": c, "positives": positives} | job
+    want = negmine.mine_hard_negatives(**arguments)
+    assert want.skipped["not_finite"] > 3 * 300 and want.config["not_finite"] == {
+        "query_embeddings": 3,
+        "corpus_embeddings": 8,
+    }
+    got = negmine.mine_hard_negatives(**arguments, engine=AnyTree(c, 0), batch_size=17, corpus_chunk_size=50)
+    same_result(got, want)
+    merge_parts([mine_share(number, 3, arguments) for number in (2, 3, 1)]).save(tmp_path / "merged.npz")
+    want.save(tmp_path / "whole.npz")
+    merged, whole = (MiningResult.load(tmp_path / f"{file}.npz") for file in ("merged", "whole"))
+    same_result(merged, whole)
+    assert merged.config == whole.config == got.config
+
+
 class Watched(sources.DecodedRows):
     """A shard that records which of its rows were read."""
 

@@ -65,6 +65,7 @@ def kinds():
     yield "NaN alone", q, without
 
 
+@pytest.mark.filterwarnings("ignore:.*contain NaN or infinity:UserWarning")
 @pytest.mark.parametrize("name, q, c", [pytest.param(*kind, id=kind[0]) for kind in kinds()])
 @pytest.mark.parametrize(
     "select", [Select(), Select(max_score=0.3), Select(absolute_margin=0.1), Select(3, relative_margin=0.05)], ids=str
@@ -79,7 +80,8 @@ def test_the_bits_of_a_scan_as_stored(prefilters, monkeypatch, rounding, dtype, 
     for positives, how in ((forms[0], "none"), (forms[1], "none"), (forms[0], "exact")):
         options = {"select": select, "num_negatives": 4, "deduplicate": how, "backend": "cpu"}
         got = negmine.mine_hard_negatives(q, c, positives, **options)
-        assert prefilters and prefilters[-1].num_queries == B
+        if c.isfinite().any():  # 1e18 is infinite in float16
+            assert prefilters and prefilters[-1].num_queries == B
         with monkeypatch.context() as patch:
             patch.setattr(prefilter, "fastest", lambda: None)
             before = len(prefilters)

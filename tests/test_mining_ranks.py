@@ -31,9 +31,13 @@ RUNS = {
 }
 
 
-def inputs(dtype=torch.float32):
+def inputs(dtype=torch.float32, broken=False):
+    """Queries, corpus, positives and exclusions. broken: some queries and rows contain NaN or infinity."""
     q, c = unit(Q, D, dtype=dtype, seed=1), unit(K, D, dtype=dtype, seed=2)
     c[300:340] = c[:40]  # copies of rows on other ranks
+    if broken:
+        q[[3, 20, 39], 5] = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype)
+        c[[2, 30, 330, 403, 505]], c[[40, 250, 599], 7] = torch.nan, torch.inf
     return q, c, [[b, b + 400] for b in range(Q)], [[500 + b] for b in range(Q)]
 
 
@@ -98,6 +102,13 @@ def work(rank, world, folder):
     for name in ("fractions", "texts"):
         asked = {"process_group": group, "batch_size": 9} | RUNS[name]
         results["own queries", name] = mine(own_queries, own, positives, exclude=exclude, **asked)
+    q, c, positives, exclude = inputs(broken=True)
+    own_queries, broken = (
+        rows[edges[world][rank] : edges[world][rank + 1]] for rows, edges in ((q, QUERY_CUTS), (c, CUTS))
+    )
+    with pytest.warns(UserWarning, match="contain NaN or infinity"):
+        asked = {"process_group": group, "batch_size": 9} | RUNS["margins"]
+        results["not finite"] = mine(own_queries, broken, positives, exclude=exclude, **asked)
     if world > 1:
         asked = {"process_group": group, "index": "exact"}
         results["in the middle"] = _refused(lambda: fails_in_a_scan(rank == world - 1, q, own, positives, **asked))
@@ -118,6 +129,9 @@ def test_ranks_mine_what_one_process_mines(world, tmp_path):
         name: negmine.mine_hard_negatives(q, c, positives, exclude=exclude, **RUNS[name])
         for name in ("fractions", "texts")
     }
+    q, c, positives, exclude = inputs(broken=True)
+    with pytest.warns(UserWarning, match="contain NaN or infinity"):
+        broken = negmine.mine_hard_negatives(q, c, positives, exclude=exclude, **RUNS["margins"])
     for rank in range(world):
         for dtype in (torch.float32, torch.bfloat16):
             q, c, positives, exclude = inputs(dtype)
@@ -136,6 +150,8 @@ def test_ranks_mine_what_one_process_mines(world, tmp_path):
         for name, want in shared.items():
             same_result(got[rank]["own queries", name], want)
             assert got[rank]["own queries", name].config == want.config
+        same_result(got[rank]["not finite"], broken)
+        assert got[rank]["not finite"].config == broken.config
         if world > 1:
             middle = got[rank]["in the middle"]
             failed = f"RuntimeError: mine_hard_negatives: rank {world - 1} failed, so every rank stops: MemoryError: no memory"

@@ -10,6 +10,7 @@ window   (B, W) int64 sort keys, hardest first, padded with NOWHERE; sampling.py
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,6 +55,7 @@ class BatchMiner:
     strategy: str
     count_skipped: bool
     excluded: Hidden | RowLists  # the documents that may not be negatives of each query
+    not_finite_queries: np.ndarray  # (M,): the queries that contain NaN or infinity, which get no negatives
     deduplicator: Deduplicator | None
 
     @property
@@ -100,6 +102,12 @@ class BatchMiner:
             window, drops, near = self._filtered_window(
                 query, rows, excluded, anchor, first, last, self._max_ranks, list(counted_filters.values())
             )
+        broken = np.flatnonzero(np.isin(rows.numpy(), self.not_finite_queries))
+        if len(broken):
+            at = torch.from_numpy(broken).to(window.device)
+            window[at], drops[:, at] = sort_key.NOWHERE, 0
+            if near is not None:
+                near[at] = 0
         totals = [0, *(int(drop.sum()) for drop in drops)]
         dropped = {name: totals[i + 1] - totals[i] for i, name in enumerate(counted_filters)}
         if near is not None:

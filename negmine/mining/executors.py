@@ -177,10 +177,15 @@ class RankRows:
         contents = self.ranks.gather_bytes(self.rows.row_digests().tobytes(), "digests of queries")
         return np.frombuffer(b"".join(contents), np.uint64).reshape(-1, 2)
 
-    def content_sum(self) -> np.ndarray:
-        """As Rows.content_sum."""
-        contents = self.ranks.gather_bytes(self.rows.content_sum(self._first).tobytes(), "hashes of queries")
-        return np.frombuffer(b"".join(contents), np.uint64).reshape(-1, 2).sum(0, dtype=np.uint64)
+    def content(self) -> tuple[np.ndarray, np.ndarray]:
+        """As Rows.content."""
+        own = self.rows.content(self._first)
+        hashes, not_finite = (
+            b"".join(self.ranks.gather_bytes(part.tobytes(), what))
+            for part, what in zip(own, ("hashes of queries", "queries that are not finite"), strict=True)
+        )
+        total = np.frombuffer(hashes, np.uint64).reshape(-1, 2).sum(0, dtype=np.uint64)
+        return total, np.frombuffer(not_finite, np.int64)
 
 
 def open_queries(op: str, value: Any, ranks: ProcessRanks, positives: Any) -> Any:

@@ -29,7 +29,7 @@ from negmine.mining.batch_miner import BatchMiner, needs_count, nested_filters
 from negmine.mining.dedup import Deduplicator, first_equal
 from negmine.mining.engines import faiss_index
 from negmine.mining.executors import ExecutorScan, LocalExecutor, open_queries
-from negmine.mining.identity import Hidden, Side, resolve
+from negmine.mining.identity import Hidden, Side, resolve, warn_not_finite
 from negmine.mining.index import NegativeIndex, measure_recall, require_same_rows, sample_queries
 from negmine.mining.index_scan import IndexScan
 from negmine.mining.memory_budget import DEFAULT_MEMORY, DENSE_BYTES, MAX_QUERIES, BatchSizes, plan_batches
@@ -217,7 +217,7 @@ def mine_hard_negatives(
     MiningResult
         indices and scores (Q, num_negatives), padded with -1 and -inf for queries with fewer negatives. `skipped` has the
         number of removed (query, row) pairs by reason. A pair is counted once, for the first reason of: positive, exclude,
-        own_text, equal_to_positive, duplicate, and the filters.
+        own_text, equal_to_positive, duplicate, not_finite, and the filters.
 
     Raises
     ------
@@ -230,9 +230,11 @@ def mine_hard_negatives(
 
     Notes
     -----
-    Of rows with equal scores, the lower row number ranks first. A row with a NaN score is never a negative. The result is the
-    same, bit for bit, for every batch size, chunk size, number of ranks and number of shards. There are two exceptions: the
-    "reference" backend gives equal bits only if its sums are exact, and an approximate index only for equal batch sizes.
+    Of rows with equal scores, the lower row number ranks first. A row of the corpus that contains NaN or infinity is never a
+    negative, and a query that does gets no negatives. A warning lists such rows, `skipped` counts the pairs as "not_finite",
+    and config["not_finite"] counts the rows. The result is the same, bit for bit, for every batch size, chunk size, number of
+    ranks and number of shards. There are two exceptions: the "reference" backend gives equal bits only if its sums are exact,
+    and an approximate index only for equal batch sizes.
 
     Examples
     --------
@@ -499,7 +501,12 @@ class _Plan:
     scratch_bytes: int
     miner: BatchMiner  # its source and excluded rows are set by _run
     content: dict[str, str]  # hashes of the inputs, without corpus_embeddings
+    not_finite_queries: np.ndarray  # (M,): the queries that contain NaN or infinity
     parts: MiningPlan
+
+    def finite(self, not_finite: np.ndarray) -> Hidden:
+        """The hidden documents of the queries, where not_finite (M,) are the corpus rows that contain NaN or infinity."""
+        return replace(self.hidden, not_finite_queries=self.not_finite_queries, not_finite=not_finite)
 
     @property
     def needs_count(self) -> bool:
@@ -513,7 +520,9 @@ def _make_plan(options: dict[str, Any], inputs: _Inputs, positives: Any, exclude
     if sort_key.LAST_INDEX <= K:
         raise checks.refuse(OP, "corpus_embeddings", f"of fewer than {sort_key.LAST_INDEX} rows", K)
     names = (inputs.query_names, inputs.corpus_names)
-    hidden = resolve(OP, *names, positives, exclude, Q, K, queries.row_digests)
+    total, not_finite = queries.content()
+    warn_not_finite(OP, "query_embeddings", not_finite, Q, 7)
+    hidden = resolve(OP, *names, positives, exclude, Q, K, lambda: _query_digests(queries, not_finite))
     if select.has_margin:
         _require_positives(hidden, "select has a margin")
     if isinstance(index, NegativeIndex):
@@ -524,7 +533,7 @@ def _make_plan(options: dict[str, Any], inputs: _Inputs, positives: Any, exclude
     exact = getattr(index, "kind", index) == "exact"
     near = options["deduplicate"] == "near"
     scratch_bytes = min(SCRATCH_BYTES, memory // 4)
-    content = _content_hashes(inputs, hidden, index)
+    content = _content_hashes(inputs, hidden, index, total)
     described = {"arguments": _describe(options, DECISIVE), "content": content, "queries": Q, "negmine": __version__}
     parts = MiningPlan(
         digest=hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16).hexdigest(),
@@ -548,6 +557,7 @@ def _make_plan(options: dict[str, Any], inputs: _Inputs, positives: Any, exclude
         strategy=options["sampling_strategy"],
         count_skipped=options["count_skipped"],
         excluded=hidden,
+        not_finite_queries=not_finite,
         deduplicator=deduplicator,
     )
     if not exact and needs_count(select, miner.raw):
@@ -562,7 +572,7 @@ def _make_plan(options: dict[str, Any], inputs: _Inputs, positives: Any, exclude
     sizes = plan_batches(OP, queries, corpus, miner.depth(K), pair_bytes, *limits)
     sizes = replace(sizes, batch=min(ranks.counts(sizes.batch)))
     parts = replace(parts, chunk_size=sizes.chunk)
-    return _Plan(hidden, exact, sizes, scratch_bytes, miner, content, parts)
+    return _Plan(hidden, exact, sizes, scratch_bytes, miner, content, not_finite, parts)
 
 
 def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan, share: tuple[int, int] | None = None) -> Part:
@@ -580,7 +590,9 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan, share: tuple[int
     if share is not None:
         identity["share"] = f"{number}/{num_shares}"
 
-    hidden = plan.hidden
+    not_finite = documents.arrays["not_finite"]
+    warn_not_finite(OP, "corpus_embeddings", not_finite, K, 6)
+    hidden = plan.finite(not_finite)
     if options["deduplicate"] == "exact":
         digests = corpus.execute(plan.parts, Phase("digests", RowLists.empty(1)), None).arrays["digests"]
         hidden = hidden.with_equal_rows(first_equal(digests))
@@ -633,7 +645,8 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan, share: tuple[int
             state.record(begin, *sort_key.unpack(sort_keys), dropped)
     if index_facts is not None:
         index_facts["cut_short"] = state.skipped.pop("cut_short")
-    config = _config(options, inputs, content, documents.kernels, index_facts)
+    counts = {"query_embeddings": len(plan.not_finite_queries), "corpus_embeddings": len(not_finite)}
+    config = _config(options, inputs, content, counts, documents.kernels, index_facts)
     given = hidden.given.take(np.arange(first, last))
     arrays = {
         "numbers": np.arange(first, last),
@@ -656,9 +669,14 @@ def _run(options: dict[str, Any], inputs: _Inputs, plan: _Plan, share: tuple[int
 
 
 def _config(
-    options: dict[str, Any], inputs: _Inputs, content: dict[str, str], kernels: str, index: dict[str, Any] | None
+    options: dict[str, Any],
+    inputs: _Inputs,
+    content: dict[str, str],
+    not_finite: dict[str, int],
+    kernels: str,
+    index: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The config of the result: arguments, sizes, hashes and versions."""
+    """The config of the result: arguments, sizes, hashes and versions. not_finite: how many rows contain NaN or infinity."""
     return {
         "arguments": _describe(options, DESCRIBED),
         "kernels": kernels,
@@ -667,6 +685,7 @@ def _config(
         "corpus_rows": len(inputs.corpus),
         "dimension": inputs.queries.dim,
         "rounded_to_float32": [name for name, rows in _rows(inputs).items() if rows.is_rounded],
+        "not_finite": not_finite,
         "content": content,
         "versions": {
             "negmine": __version__,
@@ -693,10 +712,13 @@ def _run_rows(options: dict[str, Any], inputs: _Inputs, plan: _Plan, share: tupl
     number, num_shares = share
     edges = [[count * at // num_shares for at in (number - 1, number)] for count in (Q, K)]
     (first_query, last_query), (first_row, last_row) = edges
-    parts = replace(plan.parts, distinct=hidden.distinct)
     rows = corpus.rows.between(first_row, last_row)
+    document = PartMiner(OP, plan.parts, rows, first_row, device)(Phase("documents", RowLists.empty(1)), None)
+    not_finite = document.arrays["not_finite"]
+    warn_not_finite(OP, "corpus_embeddings", not_finite, K, 6)
+    finite = plan.finite(not_finite)  # without what is not finite in other shares
+    parts = replace(plan.parts, distinct=finite.distinct)
     own = PartMiner(OP, parts, rows, first_row, device, lambda chunks: corpus.advance(chunks))
-    document = own(Phase("documents", RowLists.empty(1)), None)
     content = {"corpus_embeddings": sampled_hash(corpus.rows)} | plan.content
     identity = _identity(options, inputs, plan, content, own.kernels)
     identity |= {"share of the rows": f"{number}/{num_shares}", "own rows": document.arrays["content"].tolist()}
@@ -734,13 +756,15 @@ def _run_rows(options: dict[str, Any], inputs: _Inputs, plan: _Plan, share: tupl
         for begin, end in batches:
             excluded, anchor, of_batch = RowLists.empty(end - begin), None, np.arange(begin, end)
             if not miner.raw:
-                excluded = hidden.take(of_batch)
+                excluded = finite.take(of_batch)
                 anchor = positive_scores[of_batch] if is_early else None
             limits = (
                 (Select(), ()) if miner.raw else (miner.filters, tuple(nested_filters(select)[c] for c in counters))
             )
             phase = Phase("scan", excluded, anchor, depth, *limits)
             arrays = own(phase, queries.block(begin, end, device)).arrays
+            broken = np.isin(of_batch, plan.not_finite_queries)
+            arrays["sort_keys"][broken], arrays["num_dropped"][broken] = sort_key.NOWHERE, 0
             dropped = skip_counts(miner, arrays["num_dropped"]) if counters else {}
             state.record(begin, *sort_key.unpack(torch.from_numpy(arrays["sort_keys"])), dropped)
     indices = torch.from_numpy(state.indices)
@@ -749,6 +773,7 @@ def _run_rows(options: dict[str, Any], inputs: _Inputs, plan: _Plan, share: tupl
         "numbers": np.arange(Q),
         "sort_keys": sort_keys.numpy(),
         "content": document.arrays["content"],
+        "not_finite": not_finite[hidden.documents(not_finite) == not_finite],
         "pair_numbers": np.concatenate(pair_numbers),
         "pair_scores": np.concatenate(pair_scores),
     }
@@ -757,15 +782,18 @@ def _run_rows(options: dict[str, Any], inputs: _Inputs, plan: _Plan, share: tupl
         lists_of = {"positives": hidden.given, "pair": hidden.positives.take(every), "excluded": hidden.take(every)}
         for name, lists in lists_of.items():
             arrays |= {f"{name}_sizes": lists.sizes, f"{name}_rows": lists.rows}
-        arrays["query_rows"] = hidden.positives.list_of
+        arrays |= {"query_rows": hidden.positives.list_of, "not_finite_queries": plan.not_finite_queries}
         for name, column in {"query_ids": inputs.query_names.ids, "corpus_ids": inputs.corpus_names.ids}.items():
             arrays |= {} if column is None else pack_ids(name, column.block(0, len(column)))
     facts = {
         "shares": [number],
         "num_shares": num_shares,
-        "config": _config(options, inputs, content, own.kernels, None),
+        "config": _config(
+            options, inputs, content, {"query_embeddings": len(plan.not_finite_queries)}, own.kernels, None
+        ),
         "skipped": hidden.count(first_query, last_query) | dict.fromkeys(filters, 0) | state.skipped,
         "num_candidates": K if hidden.distinct is None else int(hidden.distinct.sum()),
+        "num_not_finite": len(not_finite),
         "corpus_dtype": corpus.dtype,
     }
     tiles = np.array([[0, Q, first_row, last_row]])
@@ -776,11 +804,18 @@ def _rows(inputs: _Inputs) -> dict[str, Any]:
     return {"query_embeddings": inputs.queries, "corpus_embeddings": inputs.corpus}
 
 
-def _content_hashes(inputs: _Inputs, hidden: Hidden, index: str | NegativeIndex) -> dict[str, str]:
-    """Hashes of all inputs except corpus_embeddings, by name."""
+def _query_digests(queries: Any, not_finite: np.ndarray) -> np.ndarray:
+    """(Q, 2) uint64 hashes, equal for queries with equal embeddings; queries that are not finite equal no other."""
+    digests = np.array(queries.row_digests())
+    digests[not_finite, 0], digests[not_finite, 1] = not_finite, 0
+    return digests
+
+
+def _content_hashes(inputs: _Inputs, hidden: Hidden, index: str | NegativeIndex, total: np.ndarray) -> dict[str, str]:
+    """Hashes of all inputs except corpus_embeddings, by name. total: the sum of the hashes of the queries."""
     queries = inputs.queries
     content = {
-        "query_embeddings": content_hash(queries.dtype, queries.dim, len(queries), queries.content_sum()),
+        "query_embeddings": content_hash(queries.dtype, queries.dim, len(queries), total),
         "positives": hidden.given.content_hash(),
         "exclude": hidden.exclude.content_hash(),
         **inputs.query_names.content("query_ids", "query_texts"),

@@ -14,7 +14,7 @@ import hashlib
 import unicodedata
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,9 @@ EMPTY = (
     "{}: {} of the {:,} texts of the corpus are empty, the first in row {}, and may become negatives; remove them, or name them "
     "in exclude"
 )
+NOT_FINITE = "{}: {} contain NaN or infinity in {:,} of {:,} rows, which {}: {}"
+EFFECTS = {"query_embeddings": "get no negatives", "corpus_embeddings": "are never negatives"}
+SHOWN_ROWS = 10  # row numbers in a message
 
 
 def fold(text: str) -> str:
@@ -189,6 +192,9 @@ class Hidden:
     id_groups: np.ndarray | None  # (K,) int64: the lowest row with the same id; None if positives are row numbers
     first: np.ndarray | None  # (K,) int64: the lowest row of the same document; None = every row is its own document
     rows: int  # K
+    # The rows that contain NaN or infinity, of the queries and of the corpus. They have no negatives, and are none.
+    not_finite_queries: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    not_finite: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     def documents(self, rows: np.ndarray) -> np.ndarray:
         """The rows that represent the documents of `rows`."""
@@ -200,8 +206,13 @@ class Hidden:
 
     @property
     def distinct(self) -> np.ndarray | None:
-        """(K,) bool: the rows that represent their document; None if all do."""
-        return None if self.first is None else self.first == np.arange(self.rows)
+        """(K,) bool: the rows that represent their document and are finite; None if all do."""
+        if self.first is None and not len(self.not_finite):
+            return None
+        every = np.arange(self.rows)
+        distinct = self.documents(every) == every
+        distinct[self.not_finite] = False
+        return distinct
 
     @property
     def sizes(self) -> np.ndarray:
@@ -209,8 +220,9 @@ class Hidden:
         return self.positives.sizes + self.exclude.sizes + (self.own >= 0)
 
     def take(self, queries: np.ndarray) -> RowLists:
-        """The documents hidden from some queries, ascending."""
-        return RowLists.union(*self._parts(queries))
+        """The documents hidden from some queries, ascending, without those that are not finite."""
+        documents = RowLists.union(*self._parts(queries))
+        return documents.without(self.not_finite) if len(self.not_finite) else documents
 
     def _parts(self, queries: np.ndarray) -> tuple[RowLists, RowLists, RowLists]:
         """The excluded documents, those with the text of the query, and the positives."""
@@ -228,7 +240,8 @@ class Hidden:
         sizes = np.ones(1, np.int64) if self.first is None else np.bincount(self.first, minlength=self.rows)
         id_sizes = None if self.id_groups is None else np.bincount(self.id_groups, minlength=self.rows)
         spare = 0 if self.first is None else self.rows - int((sizes > 0).sum())  # rows that do not represent a document
-        counts = dict.fromkeys(("positive", "exclude", "own_text", "equal_to_positive", "duplicate"), 0)
+        broken = self.not_finite[self.documents(self.not_finite) == self.not_finite]  # those that represent a document
+        counts = dict.fromkeys(("positive", "exclude", "own_text", "equal_to_positive", "duplicate", "not_finite"), 0)
         for begin in range(first, last, QUERIES):
             queries = np.arange(begin, min(begin + QUERIES, last))
             positives = self.positives.take(queries)
@@ -251,7 +264,37 @@ class Hidden:
                 counts["duplicate"] -= int((held - 1).sum())
                 seen = np.r_[seen, documents]
             counts["duplicate"] += spare * len(queries)
+            is_broken = np.isin(queries, self.not_finite_queries)
+            counts["not_finite"] += count_not_finite(*divmod(seen, self.rows), is_broken, self.rows - spare, broken)
         return counts
+
+
+def count_not_finite(
+    queries: np.ndarray, documents: np.ndarray, is_broken: np.ndarray, num_documents: int, broken: np.ndarray
+) -> int:
+    """The number of pairs of one of B queries and a document that are not hidden, and of which one is not finite.
+
+    queries, documents (P,): the hidden pairs, without repetitions. is_broken (B,) bool: the queries that are not finite.
+    num_documents: the number of all documents. broken (M,): those that are not finite.
+    """
+    if not is_broken.any() and not len(broken):
+        return 0
+    B = len(is_broken)
+    hidden = np.bincount(queries, minlength=B)
+    broken_hidden = np.bincount(queries[np.isin(documents, broken)], minlength=B)
+    return int(np.where(is_broken, num_documents - hidden, len(broken) - broken_hidden).sum())
+
+
+def warn_not_finite(op: str, name: str, found: np.ndarray, rows: int, stacklevel: int) -> None:
+    """Warn if some of the rows of the argument `name` contain NaN or infinity. found (M,): their numbers, ascending."""
+    if len(found):
+        message = NOT_FINITE.format(op, name, len(found), rows, EFFECTS[name], shown_rows(found))
+        warnings.warn(message, UserWarning, stacklevel)
+
+
+def shown_rows(numbers: np.ndarray) -> str:
+    """The first of some row numbers, for a message."""
+    return ", ".join(map(str, numbers[:SHOWN_ROWS].tolist())) + (", ..." if len(numbers) > SHOWN_ROWS else "")
 
 
 def resolve(

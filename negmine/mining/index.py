@@ -191,6 +191,7 @@ class NegativeIndex:
         Found
             scores and indices (Q, k), in descending order of the scores; -inf and -1 if fewer than k rows were found. An
             "exact" index orders equal scores by row number. Other kinds return the rows and scores that the index computes.
+            Rows that contain infinity may be returned; `mine_hard_negatives` leaves them out.
 
         Raises
         ------

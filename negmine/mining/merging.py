@@ -46,11 +46,12 @@ def join_parts(parts: Sequence[Part]) -> Part:
         return replace(first, tiles=tiles, arrays=joined, facts=facts)
     _require_disjoint(first.phase, tiles)
     arrays = {name: np.concatenate([part.arrays[name] for part in parts]) for name in first.arrays}
+    not_finite = {name: np.sort(arrays.pop(name)) for name in ("not_finite",) if name in arrays}
     by_number = np.argsort(arrays["numbers"], kind="stable")
     numbers = arrays["numbers"][by_number]
     begins = np.flatnonzero(np.r_[True, numbers[1:] != numbers[:-1]][: len(numbers)])  # (U,) starts of the groups
     merged = {name: _merge(name, array[by_number], begins) for name, array in arrays.items()}
-    return replace(first, tiles=tiles, arrays=merged)
+    return replace(first, tiles=tiles, arrays=merged | not_finite)
 
 
 def _merge(name: str, array: np.ndarray, begins: np.ndarray) -> np.ndarray:
@@ -102,7 +103,8 @@ def _joined_facts(parts: Sequence[Part]) -> dict[str, Any]:
     if double:
         raise refuse(OP, "parts", "each share once", Phrase(f"{share_names(double, facts)} more than once"))
     skipped = {name: sum(part.facts["skipped"][name] for part in parts) for name in facts["skipped"]}
-    return {"shares": shares, "skipped": skipped}
+    sums = {name: sum(part.facts[name] for part in parts) for name in ("num_not_finite",) if name in facts}
+    return {"shares": shares, "skipped": skipped} | sums
 
 
 def _concatenated(parts: Sequence[Part], skip: Sequence[str] = ()) -> dict[str, np.ndarray]:

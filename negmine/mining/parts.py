@@ -4,7 +4,7 @@ A job is a sequence of phases. A phase computes something from queries and rows 
 any range of queries and any range of rows:
 
     phase       content of a part                                                             how parts are merged
-    documents   a hash of the rows                                                            added
+    documents   a hash of the rows, and the numbers of those that contain NaN or infinity     added; concatenated
     digests     a hash of each row, only if equal rows are one document                       concatenated
     positives   the score of each query with each of its positives                            concatenated
     counts      the number of rows that each filter removes                                   added
@@ -76,8 +76,8 @@ class MiningPlan:
     chunk_size : int
         The number of rows of the corpus that one kernel call reads.
     distinct : array (K,) bool or None
-        True for the row that represents its document, False for the other rows of the document. None if no two rows are the
-        same document.
+        True for the row that represents its document, False for the other rows of the document and for rows that contain NaN
+        or infinity. None if there are no such rows.
 
     Examples
     --------
@@ -312,7 +312,7 @@ class Part:
 
 # The arrays of each phase's parts: their dtype and their number of dimensions.
 ARRAYS: dict[str, dict[str, tuple[type, int]]] = {
-    "documents": {"numbers": (np.int64, 1), "content": (np.uint64, 2)},
+    "documents": {"numbers": (np.int64, 1), "content": (np.uint64, 2), "not_finite": (np.int64, 1)},
     "digests": {"numbers": (np.int64, 1), "digests": (np.uint64, 2)},
     "positives": {"numbers": (np.int64, 1), "scores": (np.float32, 1)},
     "counts": {"numbers": (np.int64, 1), "num_dropped": (np.int64, 2)},
@@ -332,13 +332,15 @@ ARRAYS: dict[str, dict[str, tuple[type, int]]] = {
         "numbers": (np.int64, 1),
         "sort_keys": (np.int64, 2),
         "content": (np.uint64, 2),
+        "not_finite": (np.int64, 1),
         "pair_numbers": (np.int64, 1),
         "pair_scores": (np.float32, 1),
     },
 }
 # Arrays whose length differs from that of "numbers". Their lengths are checked when the MiningResult is created.
 RAGGED = (
-    "positives_rows", "positive_pair_scores", "content", "pair_numbers", "pair_scores", "pair_rows", "excluded_rows", *IDS
+    "positives_rows", "positive_pair_scores", "content", "pair_numbers", "pair_scores", "pair_rows", "excluded_rows",
+    "not_finite", "not_finite_queries", *IDS
 )  # fmt: skip
 # Ids are stored as ints, or as bytes with the size of each id. In "candidates", only the first share has the arrays that are
 # the same for all shares.
@@ -346,7 +348,7 @@ STORED_IDS: dict[str, tuple[type, int]] = {name: (np.uint8 if name.endswith("_by
 LISTS = [f"{of}_{what}" for of in ("positives", "pair", "excluded") for what in ("sizes", "rows")]
 OPTIONAL: dict[str, dict[str, tuple[type, int]]] = {
     "negatives": STORED_IDS,
-    "candidates": STORED_IDS | {name: (np.int64, 1) for name in (*LISTS, "query_rows")},
+    "candidates": STORED_IDS | {name: (np.int64, 1) for name in (*LISTS, "query_rows", "not_finite_queries")},
 }
 
 
@@ -438,6 +440,7 @@ class PartMiner:
             queries[numbers] - begin,
             rows[numbers] - self.first_row,
         )
+        scores[~np.isfinite(scores)] = np.nan  # no margin can be measured from the score of a row with infinity
         return {"numbers": numbers, "scores": scores}
 
     def _rows(self, phase: Phase, query: Tensor, begin: int, end: int) -> dict[str, np.ndarray]:
@@ -448,7 +451,8 @@ class PartMiner:
         return {"numbers": numbers, "vectors": vectors}
 
     def _documents(self, phase: Phase, query: Tensor, begin: int, end: int) -> dict[str, np.ndarray]:
-        return {"numbers": np.zeros(1, np.int64), "content": self.rows.content_sum(self.first_row)[None]}
+        total, not_finite = self.rows.content(self.first_row)
+        return {"numbers": np.zeros(1, np.int64), "content": total[None], "not_finite": not_finite}
 
     def _digests(self, phase: Phase, query: Tensor, begin: int, end: int) -> dict[str, np.ndarray]:
         numbers = np.arange(self.first_row, self.first_row + len(self.rows))

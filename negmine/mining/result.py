@@ -407,6 +407,10 @@ class MiningResult:
         dropped = [f"{name} {count:,}" for name, count in self.skipped.items()]
         where = "the rank window" if self.config["arguments"]["range_mode"] == "raw" else "all pairs"
         lines.append(f"(query, corpus row) pairs removed from {where}: " + ", ".join(dropped))
+        not_finite = {name: count for name, count in self.config.get("not_finite", {}).items() if count}
+        if not_finite:
+            found = (f"{count:,} of {name}" for name, count in not_finite.items())
+            lines.append(f"rows that contain NaN or infinity: {', '.join(found)}")
         if self.recall is not None:
             lines.append(f"recall of the index, measured on a sample of the queries: {self.recall:.1%}")
         if short:
@@ -628,6 +632,9 @@ def _problem_of_config(config: Any) -> str:
             return f"its config has no {name} of the right type"
     if not isinstance(config["versions"].get("negmine"), str) or "seed" not in config["arguments"]:
         return "its config lacks versions or arguments"
+    not_finite = config.get("not_finite", {})
+    if not isinstance(not_finite, dict) or not all(type(count) is int for count in not_finite.values()):
+        return f"its config has the counts {describe(not_finite)} of rows that contain NaN or infinity"
     recall = (config["index"] or {}).get("recall")
     if recall is not None and not is_real(recall):
         return f"its config has the recall {describe(recall)}"

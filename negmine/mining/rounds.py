@@ -343,7 +343,7 @@ def _add_old_negatives(
         filters = replace(select, range_min=0, range_max=None)
         current = torch.from_numpy(scores)
         kept = reference.filtered(
-            current, torch.from_numpy(result.positive_scores), filters, torch.from_numpy(usable) & ~current.isnan()
+            current, torch.from_numpy(result.positive_scores), filters, torch.from_numpy(usable) & current.isfinite()
         )
         sort_keys = sort_key.pack(current, torch.from_numpy(old).clamp_min(0)).masked_fill(~kept, sort_key.NOWHERE)
         best = sort_keys.sort(dim=1, descending=True)

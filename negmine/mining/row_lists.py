@@ -66,6 +66,12 @@ class RowLists(NamedTuple):
         new[1:] = (pairs[:, 1:] != pairs[:, :-1]).any(0)
         return RowLists(np.r_[0, np.cumsum(np.bincount(pairs[0, new], minlength=Q))], pairs[1, new])
 
+    def without(self, rows: np.ndarray) -> "RowLists":
+        """Each list without the given rows (M,)."""
+        kept = ~np.isin(self.rows, rows)
+        sizes = np.bincount(self.queries[kept], minlength=len(self.sizes))
+        return RowLists(np.r_[0, np.cumsum(sizes)], self.rows[kept])
+
     def distinct(self) -> "RowLists":
         """Each list without repetitions, in the order given."""
         queries = self.queries

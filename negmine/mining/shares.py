@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from negmine.mining.batch_miner import BatchMiner, nested_filters
+from negmine.mining.identity import count_not_finite
 from negmine.mining.memory_budget import MAX_QUERIES
 from negmine.mining.merging import OP, join_parts
 from negmine.mining.parts import IDS, Part, unpack_ids
@@ -117,7 +118,7 @@ def _negatives_of(part: Part) -> Part:
     """The part of phase "negatives" of all queries, from the candidates of all shares of the rows."""
     arrays, facts, config = part.arrays, part.facts, part.facts["config"]
     options, Q, K = config["arguments"], len(arrays["numbers"]), config["corpus_rows"]
-    given, pairs, excluded = (_lists(arrays, name) for name in ("positives", "pair", "excluded"))
+    given, pairs, hidden = (_lists(arrays, name) for name in ("positives", "pair", "excluded"))
     covered = int((part.tiles[:, 3] - part.tiles[:, 2]).sum())
     if covered != K or not np.array_equal(arrays["pair_numbers"], np.arange(len(pairs.rows))):
         raise refuse(OP, "parts", f"of all {K} rows of the corpus", Phrase(f"{covered} of them"))
@@ -125,17 +126,21 @@ def _negatives_of(part: Part) -> Part:
     # The same steps as in hard_negatives.py for one process, except for the scan.
     positive_scores = pairs.reduce(arrays["pair_scores"], options["positive_aggregation"])
     sort_keys = torch.from_numpy(arrays["sort_keys"])
+    broken, broken_queries = arrays["not_finite"], arrays["not_finite_queries"]
     miner = BatchMiner(
-        source=_MergedScan(sort_keys, K, facts["num_candidates"]),
+        source=_MergedScan(sort_keys, K, facts["num_candidates"] - len(broken)),
         select=select,
         raw=raw,
         num_negatives=options["num_negatives"],
         strategy=options["sampling_strategy"],
         count_skipped=options["count_skipped"],
-        excluded=excluded,
+        excluded=hidden.without(broken),
+        not_finite_queries=broken_queries,
         deduplicator=None,
     )
     skipped = dict(facts["skipped"])
+    is_broken = np.isin(np.arange(Q), broken_queries)
+    skipped["not_finite"] = count_not_finite(hidden.queries, hidden.rows, is_broken, facts["num_candidates"], broken)
     sampled = torch.full((Q, miner.num_negatives), sort_key.NOWHERE)  # (Q, n)
     for begin in range(0, Q, MAX_QUERIES):
         numbers = torch.arange(begin, min(begin + MAX_QUERIES, Q), device="cpu")  # (B,)
@@ -149,7 +154,10 @@ def _negatives_of(part: Part) -> Part:
             skipped[name] += count
     scores, indices = (each.numpy() for each in sort_key.unpack(sampled))
     corpus = content_hash(facts["corpus_dtype"], config["dimension"], K, arrays["content"][0])
-    content = config["content"] | {"corpus_embeddings": corpus}
+    config |= {
+        "content": config["content"] | {"corpus_embeddings": corpus},
+        "not_finite": config["not_finite"] | {"corpus_embeddings": facts["num_not_finite"]},
+    }
     kept = ("numbers", "query_rows", "positives_sizes", "positives_rows", *IDS)
     negatives = {
         **{name: arrays[name] for name in kept if name in arrays},
@@ -158,7 +166,7 @@ def _negatives_of(part: Part) -> Part:
         "positive_scores": positive_scores,
         "positive_pair_scores": arrays["pair_scores"][places(given, pairs, K)],
     }
-    facts = facts | {"skipped": skipped, "config": config | {"content": content}}
+    facts = facts | {"skipped": skipped, "config": config}
     return replace(part, phase="negatives", depth=0, arrays=negatives, facts=facts)
 
 

@@ -362,25 +362,26 @@ class Rows:
             return as_tensor(rows.index_select(0, torch.from_numpy(local).to(rows.device))).to(device)
         return as_tensor(rows[local]).to(device)  # NumPy's indexing starts no threads for a few rows, unlike torch's
 
-    def content_sum(self, first_row: int = 0) -> np.ndarray:
-        """(2,) uint64: the sum of the hashes of the rows, each multiplied by a number derived from its row number.
+    def content(self, first_row: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Read all rows once: (2,) uint64, the sum of their hashes, and (M,) int64, the rows that contain NaN or infinity.
 
-        The sums of disjoint sets of rows add up to the sum of all rows, so the hash of a corpus does not depend on which process
-        has which rows.
+        Each hash is multiplied by a number derived from its row number. The sums of disjoint sets of rows add up to the sum of
+        all rows, so the hash of a corpus does not depend on which process has which rows. first_row: the number of the first row.
         """
-        total = np.zeros(2, np.uint64)
+        total, not_finite = np.zeros(2, np.uint64), [np.empty(0, np.int64)]
         for begin, end in self.spans(HASHED_ROWS):
             block = self.block(begin, end, torch.device("cpu")).contiguous()  # (C, D)
+            not_finite.append(first_row + begin + _not_finite(block))
             digests = _digests(block.view(torch.uint8).numpy())
             number = np.arange(first_row + begin, first_row + end, dtype=np.uint64)
             for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
                 number = (number ^ (number >> np.uint64(shift))) * np.uint64(factor)
             total += (digests * (number | np.uint64(1))[:, None]).sum(0, dtype=np.uint64)
-        return total
+        return total, np.concatenate(not_finite)
 
     def content_hash(self) -> str:
         """A hash of the dtype, D and all rows in their order."""
-        return content_hash(self.dtype, self.dim, len(self), self.content_sum())
+        return content_hash(self.dtype, self.dim, len(self), self.content()[0])
 
     def row_digests(self) -> np.ndarray:
         """(rows, 2) uint64: a 128-bit hash of each row. 0.0 and -0.0 have equal hashes, and so do NaNs with equal bits."""
@@ -390,6 +391,15 @@ class Rows:
         return digests
 
 
+def _not_finite(block: Tensor) -> np.ndarray:
+    """block (C, D) -> (M,) int64: the rows that contain NaN or infinity."""
+    sums = block.sum(
+        1, dtype=torch.float32
+    )  # reads the block once; large finite values may overflow, so these are read again
+    suspects = sums.isfinite().logical_not_().nonzero()[:, 0]
+    return suspects[~block[suspects].isfinite().all(1)].numpy()
+
+
 def _digests(block: np.ndarray) -> np.ndarray:
     """(C, 2) uint64: a 128-bit hash of the bytes of each row."""
     joined = b"".join(hashlib.blake2b(row, digest_size=16).digest() for row in block)
@@ -397,7 +407,7 @@ def _digests(block: np.ndarray) -> np.ndarray:
 
 
 def content_hash(dtype: str, dim: int, rows: int, total: np.ndarray) -> str:
-    """The hash of rows whose content_sum is `total` (2,)."""
+    """The hash of rows whose hashes have the sum `total` (2,)."""
     return hashlib.blake2b(f"{dtype} {dim} {rows}\n".encode() + total.tobytes(), digest_size=16).hexdigest()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from negmine.mining.atomic_file import atomic_write
 from negmine.mining.columns import Column
 from negmine.mining.hard_negatives import check_options, mine_hard_negatives
-from negmine.mining.identity import Side, resolve
+from negmine.mining.identity import Side, resolve, shown_rows
 from negmine.mining.progress import progress
 from negmine.mining.result import MiningResult
 from negmine.mining.resume import require_folder
@@ -223,19 +223,19 @@ class Embedder:
         with torch.no_grad():
             made = self.encode(texts)
         rows = _as_rows(made, len(texts))
-        bad = np.flatnonzero(~np.isfinite(rows).all(1))
-        if len(bad):
-            shown = ", ".join(str(begin + row) for row in bad[:10].tolist()) + (", ..." if len(bad) > 10 else "")
-            raise checks.refuse(
-                OP,
-                "model",
-                f"one that returns finite rows for all texts of {self.side}",
-                checks.Phrase(f"NaN or infinity in rows {shown}"),
-            )
+        require_finite(OP, self.side, rows, begin)
         if self.normalize:
             norms = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
             rows = (rows / np.where(norms > 0, norms, 1)).astype(np.float32)
         return rows
+
+
+def require_finite(op: str, side: str, rows: np.ndarray, begin: int = 0) -> None:
+    """Raise ValueError if a model returned NaN or infinity in its rows (n, D) for the texts of a side from number `begin` on."""
+    bad = begin + np.flatnonzero(~np.isfinite(rows).all(1))
+    if len(bad):
+        wanted = f"one that returns finite rows for all texts of {side}"
+        raise checks.refuse(op, "model", wanted, checks.Phrase(f"NaN or infinity in rows {shown_rows(bad)}"))
 
 
 def _as_rows(made: Any, count: int) -> np.ndarray:
