@@ -84,6 +84,25 @@ def test_1h_fields_of_the_old_negatives_are_left_out(folder):
     assert lines("out.jsonl")[0] == {"query": "a", "pos": ["b"], "neg": ["c"], "prompt": "find"}
 
 
+def test_a_warning_is_one_line(folder, capsys):
+    queries, corpus = QUERIES.copy(), CORPUS.copy()
+    queries[1, 2], corpus[7] = np.nan, np.inf
+    np.save("q.npy", queries), np.save("c.npy", corpus)
+    words = ["mine", "--beir", "beir", *EMBEDDINGS, "--output", "t.jsonl"]
+    said = [
+        "negmine: mine_hard_negatives: query_embeddings contain NaN or infinity in 1 of 4 rows, which get no negatives: 1",
+        "negmine: mine_hard_negatives: corpus_embeddings contain NaN or infinity in 1 of 12 rows, which are never negatives: 7",
+    ]
+    for more, warned in ((["--dry-run"], said[:1]), ([], said)):
+        command = [sys.executable, "-m", "negmine", *words, *more]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *sys.path])}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0 and done.stderr.splitlines()[: len(warned)] == warned
+        assert sum("NaN" in line for line in done.stderr.splitlines()) == len(warned)
+    assert "rows that contain NaN or infinity: 1 of query_embeddings, 1 of corpus_embeddings" in done.stdout
+    assert len(lines("t.jsonl")) == 3
+
+
 def test_a_dry_run_writes_nothing(folder, capsys):
     before = sorted(path for path in folder.rglob("*"))
     assert main(["mine", "--beir", "beir", *EMBEDDINGS, "--output", "t.jsonl", "--dry-run"]) == 0

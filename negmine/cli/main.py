@@ -10,7 +10,9 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from negmine import doctor
 from negmine.cli import analyze, checkout, flagembedding, index, merge, mine
@@ -18,6 +20,7 @@ from negmine.cli.options import Parser, spelled
 from negmine.version import __version__
 
 CODES = "0 done, 1 failed, 2 invalid input, 130 interrupted, 141 output pipe closed"
+PYTHONS_FORMAT = warnings.formatwarning
 DONE, FAILED, USAGE, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
 
 
@@ -54,8 +57,25 @@ def _report_error(error: BaseException, code: int, traceback: bool) -> int:
     return code
 
 
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of negmine as one line, like an error; the warnings of other packages as Python shows them."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        return f"negmine: {message}\n"
+    return PYTHONS_FORMAT(message, category, filename, lineno, line)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    warnings.formatwarning = _format_warning
+    try:
+        return _run(words)
+    finally:
+        warnings.formatwarning = PYTHONS_FORMAT
+
+
+def _run(words: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if words is None else words)
     traceback = given[:1] == ["--traceback"]
     rest = spelled(given[traceback:])

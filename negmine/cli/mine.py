@@ -375,7 +375,8 @@ def _plan(
     }
     if all(map(len, sample)):
         begin = time.monotonic()
-        mine_hard_negatives(sample[0], sample[1], [0] * len(sample[0]), **options, select=select)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # about the sample only
+            mine_hard_negatives(sample[0], sample[1], [0] * len(sample[0]), **options, select=select)
         seconds = (time.monotonic() - begin) * sizes[0] * sizes[1] / (len(sample[0]) * len(sample[1]))
         rate = f"measured on {len(sample[0]):,} queries and {len(sample[1]):,} rows"
         said.append(f"time: about {clock(seconds)} for an exact search, {rate}")
