@@ -221,6 +221,22 @@ def test_refusals(options, words):
         ours(pairs(), Model(), verbose=False, **options)
 
 
+def test_an_embedding_that_is_not_finite_is_refused():
+    class Broken(Model):
+        def encode(self, texts, **options):
+            rows = super().encode(texts, **options)
+            rows[[text == texts[-1] for text in texts], 3] = np.nan
+            return rows
+
+        encode_query = encode_document = encode
+
+    last = pairs()["answer"][-1]
+    with pytest.raises(
+        ValueError, match=f"model must be one that returns finite embeddings, got NaN or infinity for '{last}'"
+    ):
+        ours(pairs(), Broken(), verbose=False)
+
+
 def test_a_dataset_that_is_none(monkeypatch):
     for dataset in (Dataset.from_dict({"a": [], "b": []}), Dataset.from_dict({"a": ["x"]}), [("q", "p")]):
         with pytest.raises(

@@ -289,7 +289,12 @@ class _Encoder:
         finally:
             if pool is not None:
                 self.model.stop_multi_process_pool(pool)
-        return np.ascontiguousarray(rows, np.float32)
+        rows = np.ascontiguousarray(rows, np.float32)
+        bad = np.flatnonzero(~np.isfinite(rows).all(1))
+        if len(bad):
+            came = checks.Phrase(f"NaN or infinity for {checks.describe(texts[bad[0]], 80)}")
+            raise checks.refuse(OP, "model", "one that returns finite embeddings", came)
+        return rows
 
 
 def _rescored(
