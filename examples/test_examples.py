@@ -139,7 +139,7 @@ def test_image_moco_takes_any_recipe(image_moco, recipe, monkeypatch):
     assert image_moco.train(*run)[1][-1]["step"] == 4
 
 
-def test_image_moco_goes_on_where_it_stopped(image_moco, monkeypatch, tmp_path):
+def test_image_moco_resumes_from_its_checkpoint(image_moco, monkeypatch, tmp_path):
     arguments = "--recipe", "mochi", "--option", *OPTIONS["mochi"]
     _, whole = image_moco.train(*tiny_run(image_moco, *arguments))
 

@@ -179,7 +179,7 @@ def clip_rank(rank, world):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_losses_over_ranks_are_theirs(world, tmp_path):
+def test_losses_over_ranks_equal_those_of_open_clip(world, tmp_path):
     peer_file("open_clip", "loss.py")
     run_ranks(clip_rank, world, tmp_path)
 
@@ -330,7 +330,7 @@ def test_a_batch_of_one_is_not_its_own_positive(monkeypatch):
         assert theirs.loss.seen == pairs | {(0, step)}
 
 
-def test_a_loaded_memory_goes_on_where_it_stopped():
+def test_a_loaded_memory_continues_at_its_position():
     """In pytorch-metric-learning, the pointer and the flag are plain attributes, so the memory starts again after loading."""
     module = peer("pytorch_metric_learning.losses")
     steps = [(unit(5, D, seed=step), torch.arange(5) % 3) for step in range(3)]

@@ -37,13 +37,13 @@ def rows_in(folder):
 
 
 @pytest.mark.parametrize("name", [name for name, op in peers.OPS.items() if op.peers])
-def test_other_ways_in_pytorch_answer_alike(tiny, name):
+def test_other_pytorch_implementations_agree(tiny, name):
     others = dict(peers.OPS[name].peers)
     assert measure.check(name, others, make_inputs(TINY, "cpu")) == []
     assert set(others) == set(peers.OPS[name].peers), "a peer was left out"
 
 
-def test_a_peer_that_cannot_run_is_left_out_and_said(tiny, capsys):
+def test_a_peer_that_cannot_run_is_left_out_with_a_message(tiny, capsys):
     def hungry(inputs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -101,7 +101,7 @@ def test_a_column_that_has_gone_stays_with_its_rows(tmp_path):
     assert read(tmp_path / "none.csv") == []
 
 
-def test_an_op_that_fails_does_not_cost_the_others_their_rows(tiny, monkeypatch, tmp_path, capsys):
+def test_other_ops_have_rows_if_one_op_fails(tiny, monkeypatch, tmp_path, capsys):
     def broken(inputs, backend=None):
         raise RuntimeError("device-side assert")
 

@@ -53,7 +53,7 @@ def test_a_wrong_answer_is_not_timed(op, monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted(name for makers in libraries.MAKERS.values() for name in makers))
-def test_packages_answer_the_same(name):
+def test_packages_agree(name):
     op = next(op for op, makers in libraries.MAKERS.items() if name in makers)
     inputs = make_inputs(TINY, "cpu")
     answer_of = libraries.MAKERS[op][name](inputs)
@@ -135,7 +135,7 @@ ON_CARDS = {
 
 
 @pytest.mark.parametrize("op", ON_CARDS)
-def test_packages_for_cards_are_called_as_they_are_written(op, monkeypatch):
+def test_gpu_packages_are_called_with_their_signatures(op, monkeypatch):
     """Fakes with the signatures of the packages check that calls and results are correct."""
     monkeypatch.setattr(libraries, "on_gpu", lambda inputs: True)
     for name, content in STANDINS.items():
@@ -175,7 +175,7 @@ def test_torch_compile_is_a_peer_on_a_gpu(arguments, compiled, monkeypatch):
     assert asked == [compiled]
 
 
-def test_a_package_that_fails_is_named_and_costs_no_row(monkeypatch):
+def test_a_package_that_fails_is_reported_and_skipped(monkeypatch):
     def failing(inputs):
         raise AssertionError("no such shape")
 
@@ -187,7 +187,7 @@ def test_a_package_that_fails_is_named_and_costs_no_row(monkeypatch):
     assert libraries.ABSENT == {"unready": "no such shape"}
 
 
-def test_isa_is_given_back():
+def test_with_isa_restores_the_instruction_set():
     from negmine import _ops_cpu
 
     chosen = _ops_cpu.isa()

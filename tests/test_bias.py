@@ -126,7 +126,7 @@ def test_a_bias_of_zeros_changes_no_bit(backend):
 
 # Ranks up to `last` of 150: summed over the columns that ranking found, or in another pass.
 @pytest.mark.parametrize("last", [9, 120])
-def test_nothing_that_is_compared_knows_of_it(backend, last):
+def test_bias_does_not_change_comparisons(backend, last):
     ops = ops_of(backend)
     q, keys, bias, pool, allowed = inputs(backend)
     scale, pivot = torch.tensor(5.0, device=q.device), torch.zeros(B, device=q.device)

@@ -121,7 +121,7 @@ def call(K=9000, dtype=torch.bfloat16, mask=None, **options):
     return negmine.mine_hardest(unit(2, 8, dtype=dtype), keys, 5, **options)
 
 
-def test_an_op_that_no_card_has_timed_waits_to_be_asked(table):
+def test_an_op_without_gpu_timings_runs_only_by_name(table):
     ran = table({"mine_hardest"})
     call()
     call(backend="cuda")
@@ -136,7 +136,7 @@ def test_a_timed_op_comes_first_within_its_limits(table):
 
 
 @pytest.mark.parametrize("backend", [None, "cuda"])
-def test_scores_that_meet_come_from_one_backend(table, backend):
+def test_scores_that_are_compared_come_from_one_backend(table, backend):
     """The ends of a window are scores that one backend computed, so the mining between them must run on the same backend."""
     ran = table(HELD)
     call(select=Select(1, 50), backend=backend)
@@ -153,7 +153,7 @@ def test_an_op_with_a_limit_does_not_leave_those_beside_it(table):
     assert {name for name, _ in ran} == {"triton"}
 
 
-def test_quantiles_and_thresholds_run_where_they_are_asked_to(table):
+def test_quantiles_and_thresholds_run_on_the_requested_backend(table):
     ran = table(HELD)
     q, keys = unit(3, 8, dtype=torch.bfloat16), unit(60, 8, dtype=torch.bfloat16, seed=1)
     masked = Negatives(keys, mask=torch.arange(60) % 3 > 0)
@@ -173,7 +173,7 @@ def test_mixing_takes_what_computes_no_score_from_where_it_is_first(table):
     assert ran == [("triton", "mine_hardest"), ("cuda", "mix_negatives")]
 
 
-def test_what_was_asked_for_and_cannot_run_is_refused_in_words(table):
+def test_a_requested_backend_that_cannot_run_a_call_raises_an_error(table):
     ran = table({"mine_hardest"})
     with pytest.raises(
         BackendUnavailable, match=r"mine_hardest: backend 'cuda' cannot run this mine_hardest .*float32"
@@ -182,7 +182,7 @@ def test_what_was_asked_for_and_cannot_run_is_refused_in_words(table):
     assert not ran
 
 
-def test_the_answer_for_a_kind_of_call_is_kept(table, monkeypatch):
+def test_the_choice_for_a_kind_of_call_is_cached(table, monkeypatch):
     ran = table(())
     call()
     monkeypatch.setattr(backends, "BACKENDS", ())  # a new lookup would fail
@@ -210,7 +210,7 @@ def loss(dtype=torch.bfloat16, D=8, trained_keys=False, **options):
 @pytest.mark.parametrize(
     "options", [{}, {"decoupled": True}, {"weight": Weight(1.0, 0.01)}, {"mix": Mix(4, 2, 2)}], ids=str
 )
-def test_a_loss_runs_where_it_is_asked_to(table, options, trained_keys):
+def test_a_loss_runs_on_the_requested_backend(table, options, trained_keys):
     """Computed by one op if the backend has it; otherwise by several, where the op of the sum also mines the parents of mixes."""
     ran = table(WAITING)
     gradient = {"logsumexp_grad_keys"} if trained_keys else set()
@@ -227,7 +227,7 @@ def test_a_loss_runs_where_it_is_asked_to(table, options, trained_keys):
 
 
 @pytest.mark.parametrize("select", [Select(1, 50), Select(0.1, 0.5)], ids=str)
-def test_a_loss_over_a_window_runs_where_it_is_asked_to(table, select):
+def test_a_loss_over_a_window_runs_on_the_requested_backend(table, select):
     ran = table(WAITING)
     grads = [loss(select=select), loss(select=select, backend="cuda")]
     assert ran == [("triton", "info_nce"), ("cuda", "logsumexp")]
@@ -248,7 +248,7 @@ def test_a_loss_over_a_window_runs_where_it_is_asked_to(table, select):
     ],
     ids=str,
 )
-def test_a_loss_that_the_cuda_backend_lacks_a_kernel_for_is_refused_in_words(table, options, said):
+def test_a_loss_without_a_cuda_kernel_raises_an_error(table, options, said):
     ran = table(WAITING)
     with pytest.raises(BackendUnavailable, match=said):
         loss(**options, backend="cuda")
@@ -275,13 +275,13 @@ def test_the_one_op_of_a_loss_is_held_to_its_limit(table):
     assert ran == [("triton", "info_nce")]
 
 
-def test_the_one_op_waits_to_be_asked_where_the_sum_does_not(table):
+def test_logsumexp_runs_by_default_when_info_nce_runs_only_by_name(table):
     ran = table({"info_nce"}, held=(*HELD, "info_nce"))
     loss()
     assert ran == [("cuda", "logsumexp")]
 
 
-def test_the_reason_names_an_op_that_waits_to_be_asked():
+def test_explain_names_an_op_that_runs_only_by_name():
     cuda = next(row for row in backends.BACKENDS if row.name == "cuda")
     rows = (
         Backend("cuda", "cuda", {"mine_hardest": min}, by_name_only=frozenset({"mine_hardest"})),
@@ -294,7 +294,7 @@ def test_the_reason_names_an_op_that_waits_to_be_asked():
 
 
 @pytest.mark.parametrize("capability, runs", [((7, 5), False), ((8, 0), True), ((12, 0), True)])
-def test_a_gpu_older_than_the_kernels_is_refused_in_words(monkeypatch, capability, runs):
+def test_a_gpu_older_than_the_kernels_raises_an_error(monkeypatch, capability, runs):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     rows = (

@@ -83,7 +83,7 @@ def test_options_are_the_arguments(command, function, left_out):
             assert action.type is str or (types.NoneType in kinds) == action.type.__name__.endswith("or none")
 
 
-def test_words_become_values():
+def test_option_strings_become_values():
     assert options.number("50") == 50 and isinstance(options.number("50"), int)
     assert options.number("0.5") == 0.5 and isinstance(options.number("1e-3"), float)
     assert options.none_or(int)("None") is None and options.none_or(int)("3") == 3
@@ -246,7 +246,7 @@ USAGE = [
 
 
 @pytest.mark.parametrize("words, said", USAGE, ids=[said[:40] for _, said in USAGE])
-def test_what_cannot_be_meant_ends_with_2(folder, words, said, capfd):
+def test_invalid_commands_exit_with_2(folder, words, said, capfd):
     np.savez("bad.npz", x=np.zeros(1))
     (folder / "bad.json").write_text("[1, 2")
     (folder / "bad.jsonl").write_text("[1]\n[2\n")
@@ -256,7 +256,7 @@ def test_what_cannot_be_meant_ends_with_2(folder, words, said, capfd):
     assert said in capfd.readouterr().err
 
 
-def test_a_failure_ends_with_1(folder, capsys, monkeypatch):
+def test_a_failure_exits_with_1(folder, capsys, monkeypatch):
     assert main([*LIST.split(), "p.npy", "--backend", "cuda"]) == 1
     assert capsys.readouterr().err.startswith("negmine: mine_hard_negatives: backend 'cuda'")
     with pytest.raises(backends.BackendUnavailable):
@@ -275,7 +275,7 @@ def test_bench_and_demo_run_from_a_checkout(capfd, monkeypatch, tmp_path):
     assert main(["demo", "--help"]) == 0 and "--recipes" in capfd.readouterr().out
 
 
-def test_help_and_version_end_with_0(capsys):
+def test_help_and_version_exit_with_0(capsys):
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"negmine {negmine.__version__}\n"
     for words in commands(parser()):
         assert words in ("bench", "demo") or main([*words.split(), "--help"]) == 0, words
@@ -284,7 +284,7 @@ def test_help_and_version_end_with_0(capsys):
     assert main(["doctor"]) == 0 and "backends" in capsys.readouterr().out
 
 
-def test_an_interrupt_ends_with_130(folder):
+def test_an_interrupt_exits_with_130(folder):
     (folder / "slow.py").write_text("import time\ndef judge(q, k):\n    print('in', flush=True)\n    time.sleep(100)\n")
     words = "analyze --query-embeddings q.npy --corpus-embeddings c.npy --class-similarity slow:judge"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout.ROOT), *sys.path])}
@@ -312,7 +312,7 @@ def test_an_unread_output_ends_with_141(folder):
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_progress_tells_what_is_left(capsys, monkeypatch):
+def test_progress_shows_the_remaining_time(capsys, monkeypatch):
     assert progress.clock(7) == "0:07" and progress.clock(3723) == "1:02:03"
     assert (
         progress.line("x", 5, 20, "rows", 10.0) == "x [======                  ]  25 %  5 of 20 rows, 0:10, 0:30 left"

@@ -204,7 +204,7 @@ USAGE = [
 
 
 @pytest.mark.parametrize("words, said", USAGE, ids=[said for _, said in USAGE])
-def test_what_does_not_fit_is_refused_before_the_work(folder, capsys, words, said):
+def test_inputs_that_do_not_fit_raise_errors_before_the_work(folder, capsys, words, said):
     assert main(["mine", *EMBEDDINGS, *words.split()]) == 2
     assert said in capsys.readouterr().err
     assert len(os.listdir(folder / "beir")) == 3 and not (folder / "t.jsonl").exists()

@@ -272,7 +272,7 @@ def test_scale_zero_is_a_plain_mean(kernel, given):
 
 
 @pytest.mark.parametrize("slope", [1, 0, -1], ids=["rising", "equal", "falling"])
-def test_maxima_that_move(kernel, slope):
+def test_running_maxima_that_change(kernel, slope):
     """Scores from -120 to 120 along the queue: the shift moves at every chunk, never, or once."""
     K = 640
     q, keys = torch.zeros(3, 8, dtype=torch.bfloat16), torch.zeros(K, 8, dtype=torch.bfloat16)

@@ -124,7 +124,7 @@ def test_brackets_are_of_the_columns_that_a_row_sees(emulated_kernel):
             assert recovered(emulated_kernel) == 0, ranks
 
 
-def test_places_are_those_that_mining_finds():
+def test_sort_keys_are_those_that_mining_finds():
     """To the bit: the two compare places with each other's."""
     q, keys = unit(7, 48, dtype=torch.bfloat16), unit(900, 48, dtype=torch.bfloat16, seed=1)
     for product in PRODUCTS:

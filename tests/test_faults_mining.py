@@ -209,7 +209,7 @@ def test_1q_flat_options():
         mine(X, C, P, range_min=10, relative_margin=0.05)
 
 
-def test_results_speak_in_ids(tmp_path):
+def test_results_use_ids(tmp_path):
     ids, names = [f"d{i}" for i in range(500)], [f"q{i}" for i in range(40)]
     plain = mine(X, C, P)
     got = mine(X, C, ids[:40], query_ids=names, corpus_ids=ids, exclude=[[] for _ in P])

@@ -144,7 +144,7 @@ def test_bad_lines_end_with_2(folder, line, words, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_embeddings_that_do_not_fit_end_with_2(folder, capsys):
+def test_embeddings_of_the_wrong_shape_exit_with_2(folder, capsys):
     (folder / "in.jsonl").write_text('{"query": "a", "pos": ["b"]}')
     np.save("q.npy", np.ones((3, 2), np.float32))
     start = ["mine", "--compat", "flagembedding", "--input_file", "in.jsonl", "--output_file", "o.jsonl"]

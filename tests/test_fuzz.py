@@ -44,7 +44,7 @@ WRONG = [
 
 @pytest.mark.parametrize("op, place", WRONG)
 @pytest.mark.filterwarnings("ignore")
-def test_a_wrong_kernel_is_seen(monkeypatch, op, place):
+def test_a_wrong_kernel_is_detected(monkeypatch, op, place):
     monkeypatch.setitem(cpu.functions, op, nudged(cpu.functions[op], place))
     faults = 0
     for number in range(250):

@@ -29,7 +29,7 @@ def wrong(form, error):
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), ValueError("wrong"), None], ids=["raw", "no sentence", "no checksum"])
-def test_a_wrong_reader_is_seen(tmp_path, monkeypatch, error):
+def test_a_wrong_reader_is_detected(tmp_path, monkeypatch, error):
     monkeypatch.setattr(fuzz_files, "FORMS", {"index": fuzz_files.FORMS["index"]})
     held = fuzz_files.Files(tmp_path)
     monkeypatch.setitem(fuzz_files.FORMS, "index", wrong(fuzz_files.FORMS["index"], error))

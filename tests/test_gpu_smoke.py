@@ -32,7 +32,7 @@ def faulty(monkeypatch):
     monkeypatch.setattr(gpu_smoke, "outcome", within)
 
 
-def test_a_fault_costs_one_line_and_what_was_known_is_kept(faulty, monkeypatch, tmp_path, capsys):
+def test_a_failed_check_prints_one_line_and_keeps_earlier_results(faulty, monkeypatch, tmp_path, capsys):
     sound = [Check("cpu", "bfloat16", "info_nce, ids"), Check("cuda", "bfloat16", "logsumexp")]
     monkeypatch.setattr(gpu_smoke, "checks", lambda names: [*(Check(name, "-", "case") for name in FAULTS), *sound])
     assert gpu_smoke.main(["--out", str(tmp_path), "--device", "cpu", "--limit", "30", "--jobs", "2"]) == 1

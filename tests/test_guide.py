@@ -103,7 +103,7 @@ def test_every_op_is_that_of_the_dense_mask(backend, kind):
     same(ops, q, keys, pool, other_tiles(backend))
 
 
-def test_what_is_hidden_may_hold_anything(backend):
+def test_hidden_values_may_be_anything(backend):
     """Keys that the guide hides from all queries, and guide keys that a (K,) mask hides, have no effect."""
     ops, device, K = ops_of(backend), device_of(backend), columns_for(backend)
     q, keys = whole(B, D, device=device), whole(K, D, device=device, seed=1)

@@ -59,7 +59,7 @@ def test_an_output_that_does_not_fit_is_told_with_its_bytes():
     assert loss == "done", "the process is as good as before"
 
 
-def test_working_memory_that_does_not_fit_is_told_with_its_bytes():
+def test_out_of_memory_errors_give_the_number_of_bytes():
     """The exception is thrown on a worker thread and caught by the caller."""
     D, lanes = 4_000_000, 64
     for said in starved(2, 2, D, 1, 300):
@@ -72,7 +72,7 @@ def test_memory_does_not_grow():
     assert soak.growth_mb(400) <= soak.LIMIT_MB
 
 
-def test_the_soak_sees_a_leak():
+def test_the_soak_test_detects_a_leak():
     kept = []
 
     def leaking(step, layer, queue):

@@ -136,7 +136,7 @@ def test_opposite_parents_give_nothing_and_nothing_infinite(any_backend, detach)
         assert bool(gradient.isfinite().all())
 
 
-def test_a_loss_that_is_dropped_on_the_way_back_has_no_gradient(any_backend, vectors):
+def test_a_loss_without_an_incoming_gradient_has_no_gradient(any_backend, vectors):
     class Drop(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):

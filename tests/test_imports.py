@@ -137,7 +137,7 @@ def test_no_modules_import_each_other_in_a_circle():
         ("from negmine import _C", set()),
     ],
 )
-def test_imports_are_seen_in_every_form(source, wanted):
+def test_imports_of_every_form_are_found(source, wanted):
     names = ("negmine", "negmine.mining", "negmine.mining.index", "negmine.mining.rounds", "negmine.report")
     assert imports_of("negmine.mining.rounds", source, dict.fromkeys(names, Path())) == wanted
 

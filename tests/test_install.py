@@ -53,19 +53,19 @@ def test_a_wheel_that_names_the_machine_that_built_it_is_found(tmp_path):
         (None, "13.0", "this build of negmine has no CUDA ops"),
     ],
 )
-def test_a_torch_of_another_cuda_is_refused_in_words(monkeypatch, built, found, said):
+def test_a_torch_for_another_cuda_version_gives_a_reason(monkeypatch, built, found, said):
     info = pytest.importorskip("negmine._build_info")
     monkeypatch.setattr(info, "CUDA_VERSION", built)
     monkeypatch.setattr(torch.version, "cuda", found)
     assert re.search(said, compiled._load_cuda())
 
 
-def test_a_torch_for_amd_is_refused_in_words(monkeypatch):
+def test_a_torch_for_amd_gives_a_reason(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0", raising=False)
     assert "do not run on AMD's GPUs, for which this torch" in compiled._load_cuda()
 
 
-def test_a_compiler_of_another_cuda_is_refused_in_words(monkeypatch, tmp_path):
+def test_nvcc_of_another_cuda_version_raises_an_error(monkeypatch, tmp_path):
     nvcc = tmp_path / "bin/nvcc"
     for name in ("bin", "include", "lib64"):
         (tmp_path / name).mkdir()

@@ -57,7 +57,7 @@ def test_masks_are_exact_on_integers(backend, kind):
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_every_rank_has_its_place(backend, kind):
+def test_every_rank_has_its_sort_key(backend, kind):
     """Many ranks, more than are searched one by one. Equal scores are ranked by index, and NaN scores have no rank."""
     find = next(row for row in backends.BACKENDS if row.name == backend).functions.get("rank_thresholds")
     if find is None:
@@ -127,7 +127,7 @@ SELECTS = [
 
 
 @pytest.mark.parametrize("select", SELECTS, ids=repr)
-def test_windows_keep_exactly_what_they_say(backend, select):
+def test_windows_keep_exactly_their_ranks(backend, select):
     """With integer vectors, many scores are equal, so a window that is bounded only by scores would keep too many columns."""
     if interpreted(backend) and select in SELECTS[2:6]:
         pytest.skip("triton: interpreted, where other windows say it: their kernels are the same")

@@ -118,7 +118,7 @@ def test_frequencies_find_the_rate_of_a_stream():
     assert int(again.step) == 2000  # evaluation does not count
 
 
-def test_several_hashes_tell_items_of_one_bucket_apart():
+def test_several_hashes_separate_items_of_one_bucket():
     rare, items = torch.tensor([12345]), torch.arange(64)
     crowded, spread = (FrequencyEstimator(128, alpha=0.05, num_hashes=n, seed=3) for n in (1, 4))
     for estimator in (crowded, spread):

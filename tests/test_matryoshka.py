@@ -101,7 +101,7 @@ def test_selection_is_by_the_widest_and_exact_on_integers(any_backend):
 
 
 @pytest.mark.parametrize("column", [0, 5, 15])  # in the first, second and third segment of D
-def test_what_is_hidden_from_a_query_may_hold_anything(any_backend, column):
+def test_values_hidden_from_a_query_may_be_anything(any_backend, column):
     device = device_of(any_backend)
     q, positive, keys = (unit(n, D, device=device, seed=i) for i, n in enumerate((B, B, K)))
     mask = torch.ones(B, K, dtype=torch.bool, device=device)

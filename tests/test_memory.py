@@ -65,5 +65,5 @@ def test_peak_extra_memory(call):
     assert peak_mib(probe, call) <= LIMIT_MIB
 
 
-def test_the_probe_sees_a_stored_matrix():
+def test_the_probe_detects_a_stored_matrix():
     assert peak_mib(probe, "dense") > 64

@@ -83,7 +83,7 @@ def test_the_table_holds_every_method():
 
 
 @pytest.mark.parametrize("op", ["info_nce", "logsumexp", "mine_hardest", "mix_logsumexp", "softplus_sum"])
-def test_a_wrong_kernel_is_seen(monkeypatch, op):
+def test_a_wrong_kernel_is_detected(monkeypatch, op):
     """An error of 1 % in a result, or the column next to the right one, makes at least one row fail."""
     cpu = next(row for row in backends.BACKENDS if row.name == "cpu")
     if cpu.refusal:

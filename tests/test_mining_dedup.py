@@ -105,7 +105,7 @@ def test_doubtful_cosines_are_settled_by_one_order_of_additions():
     torch.testing.assert_close(fixed_order_sum(a), a.sum(-1))
 
 
-def test_memory_bounds_the_walk_and_not_its_result():
+def test_the_memory_limit_does_not_change_the_result():
     q, c = unit(40, 33, seed=1), unit(K, 33, seed=2)
     options = {"deduplicate": "near", "near_duplicate_score": 0.4, "num_negatives": 6, "sampling_strategy": "random"}
     want = mine(q, c, list(range(40)), **options)

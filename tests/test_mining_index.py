@@ -137,7 +137,7 @@ def test_poor_recall_warns_and_is_in_the_result():
 
 
 @pytest.mark.parametrize("kind", ["exact", "Flat"])
-def test_damaged_files_are_refused_in_words(kind, tmp_path):
+def test_damaged_files_raise_errors(kind, tmp_path):
     if kind == "Flat":
         pytest.importorskip("faiss")
     path = tmp_path / "index"
@@ -207,7 +207,7 @@ def test_a_faiss_file_that_faiss_cannot_read(tmp_path):
         NegativeIndex.load(tmp_path / "index")
 
 
-def test_what_is_no_regular_file_is_written_to_and_stays(tmp_path, capfd):
+def test_outputs_that_are_not_regular_files_are_kept(tmp_path, capfd):
     pipe, got = tmp_path / "pipe", []
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
@@ -332,7 +332,7 @@ def test_refusals(refused, error, words):
         refused()
 
 
-def test_a_gpu_index_says_what_it_lacks():
+def test_a_gpu_index_without_faiss_gpu_raises_an_error():
     faiss = pytest.importorskip("faiss")
     if getattr(faiss, "get_num_gpus", lambda: 0)():
         pytest.skip("FAISS sees a GPU")
@@ -360,7 +360,7 @@ def shards_of(folder, kinds, c):
 
 @pytest.mark.parametrize("kinds", [["exact"] * 4, ["Flat"] * 4, ["Flat", "IVF1,Flat", "Flat", "IVF1,Flat"]], ids=str)
 @pytest.mark.parametrize("is_small", [False, True])
-def test_shards_answer_as_one_index(kinds, is_small, tmp_path, monkeypatch):
+def test_shards_give_the_results_of_one_index(kinds, is_small, tmp_path, monkeypatch):
     pytest.importorskip("faiss")
     q, c = whole(9, D, seed=1), whole(K, D, seed=2)
     c[160:260] = c[:100]  # so that different shards have equal scores
@@ -385,7 +385,7 @@ def test_shards_answer_as_one_index(kinds, is_small, tmp_path, monkeypatch):
     assert got.recall == (None if kinds[0] == "exact" else 1.0)
 
 
-def test_what_shards_refuse(tmp_path):
+def test_invalid_calls_of_sharded_indexes_raise_errors(tmp_path):
     pytest.importorskip("faiss")
     c = corpus()
     paths = shards_of(tmp_path, ["Flat"] * 4, c)

@@ -178,7 +178,7 @@ def test_codes_are_the_nearest_integers_at_the_scale_of_a_row(dtype, D):
     assert scale[4].isnan() and norms[0, 4].isnan() and norms[1, 5] == torch.inf
 
 
-def test_it_is_left_where_it_does_not_pay(monkeypatch):
+def test_the_prefilter_is_used_only_where_it_is_faster(monkeypatch):
     monkeypatch.setattr(prefilter, "fastest", lambda: BF16)
     ops = backends.choose("test", ("mine_hardest",), "cpu", (torch.empty(0, 1),))
     q, c, fresh = torch.empty(1024, 64), torch.empty(16384, 64), Prefilter()

@@ -165,7 +165,7 @@ negmine.mine_hard_negatives(q, c, positives, engine="ray", resume_dir=sys.argv[2
 """
 
 
-def test_a_killed_driver_goes_on_where_it_was(cluster, tmp_path):
+def test_a_killed_driver_is_resumed(cluster, tmp_path):
     q, c, positives, _ = inputs()
     address = cluster.get_runtime_context().gcs_address
     command = [sys.executable, "-c", DRIVER, address, str(tmp_path)]
@@ -176,7 +176,7 @@ def test_a_killed_driver_goes_on_where_it_was(cluster, tmp_path):
     same_result(resumed, negmine.mine_hard_negatives(q, c, positives))
 
 
-def test_what_an_actor_refuses_is_raised_in_its_words(cluster, shards, tmp_path):
+def test_errors_of_actors_keep_their_message(cluster, shards, tmp_path):
     q, _, positives, _ = inputs()
     (tmp_path / "x.npy").write_bytes(b"no array")
     np.save(tmp_path / "narrow.npy", np.ones((3, 4), np.float32))
@@ -189,7 +189,7 @@ def test_what_an_actor_refuses_is_raised_in_its_words(cluster, shards, tmp_path)
             negmine.mine_hard_negatives(q, corpus, positives, engine="ray", engine_options=options)
 
 
-def test_without_ray_one_sentence_says_what_to_install(monkeypatch):
+def test_without_ray_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"^mine_hard_negatives: engine 'ray' needs .*pip install negmine\[ray\]"):
         negmine.mine_hard_negatives(*inputs()[:3], engine="ray")

@@ -69,7 +69,7 @@ def stops_after(connection, folder, batches):
     mine(*inputs(), **OPTIONS, resume_dir=folder, batch_size=7)
 
 
-def test_killed_runs_go_on(tmp_path):
+def test_killed_runs_are_resumed(tmp_path):
     """Kill a run after one batch, the resumed run after another, and the next one too."""
     for batches in (1, 3, 2):
         process, connection = processes.started(stops_after, tmp_path, batches)
@@ -106,7 +106,7 @@ def test_killed_at_any_moment(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])
-def test_a_full_disk_is_said_and_outlived(name, tmp_path, monkeypatch):
+def test_a_run_resumes_after_a_full_disk(name, tmp_path, monkeypatch):
     calls, real = [], getattr(os, name)
 
     def full(*arguments):

@@ -4,7 +4,7 @@ from build_tools.op_table import README, op_table, with_table
 from negmine.ops.registry import OPS
 
 
-def test_the_table_is_what_the_declarations_say():
+def test_the_table_matches_the_declarations():
     text = README.read_text()
     assert text == with_table(text, op_table()), "run python -m build_tools.op_table"
 

@@ -102,7 +102,7 @@ def called(namespace: str, name: str, given: dict):
 
 
 @pytest.mark.parametrize(("namespace", "name"), HERE)
-def test_eager_results_are_as_the_fake_says(namespace, name):
+def test_eager_results_match_the_fake(namespace, name):
     op = OPS[name]
     for change in variants(op):
         change = {key: c.to(DEVICES[namespace]) if isinstance(c, torch.Tensor) else c for key, c in change.items()}
@@ -184,7 +184,7 @@ def test_an_import_that_failed_may_be_tried_again():
     assert (run.stdout, run.stderr) == ("done 6\n", "")
 
 
-def test_another_version_of_an_op_is_refused_in_words():
+def test_another_version_of_an_op_raises_an_error():
     message = r"^declare: this process imported another version of negmine in which negmine_cpu::count_negatives has"
     with pytest.raises(RuntimeError, match=message):
         declare("count_negatives(query: vectors[B, D]) -> count: int64[B]", "")
@@ -223,7 +223,7 @@ def test_another_version_of_an_op_is_refused_in_words():
         ("count_negatives", {"guide_query": torch.zeros(3, 4).double()}, "guide_query must be float32, bfloat16 or"),
     ],
 )
-def test_what_would_corrupt_memory_is_refused_in_words(name, change, message):
+def test_arguments_that_would_corrupt_memory_raise_errors(name, change, message):
     with pytest.raises(RuntimeError, match=message):
         called("negmine_cpu", name, arguments(OPS[name], "cpu") | change)
 

@@ -39,7 +39,7 @@ def test_positive_bias(backend, options):
     compare.exact("num_negatives", stats.num_negatives, want["num_negatives"])
 
 
-def test_positive_bias_is_refused_in_words():
+def test_an_invalid_positive_bias_raises_an_error():
     q, keys = unit(3, 4), unit(7, 4)
     with pytest.raises(ValueError, match=r"info_nce: positive_bias must be a floating tensor of shape \(3,\), got"):
         negmine.info_nce(q, q, keys, positive_bias=torch.zeros(7))

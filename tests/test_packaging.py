@@ -78,7 +78,7 @@ def test_kernels_is_a_link_and_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists(), "kernels is the name of another package"
 
 
-def test_the_wall():
+def test_kernels_do_not_include_torch_or_python():
     torch_or_python = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|pybind11|Python\.h)')
     for path in own_files("kernels/cuda", "kernels/cpu"):
         assert not torch_or_python.search(path.read_text()), f"{path} must know neither torch nor Python"
@@ -149,7 +149,7 @@ class TestModuleC:
             ({"N": -1}, ValueError, "N must be at least 0, got -1"),
         ],
     )
-    def test_bad_input_is_refused_in_words(self, change, error, message):
+    def test_bad_input_raises_an_error(self, change, error, message):
         from negmine import _C
 
         good = {"query": np.zeros((2, 3), np.float32), "negative_keys": np.zeros((5, 3), np.float32), "N": 1}
@@ -177,7 +177,7 @@ class TestModuleC:
         assert _C.isa_for("float32", "float32") == "portable" or _C.cpu_features()["avx2"]
 
 
-def test_whatever_the_compiler_may_use_is_asked_of_the_processor():
+def test_every_instruction_set_that_the_compiler_uses_is_checked_at_run_time():
     """If a feature is not checked, a virtual machine that hides it runs into an illegal instruction."""
     source = (ROOT / "kernels/cpu/dispatch.cpp").read_text()
     flags = {flag.removeprefix("-m") for flags in X86_FLAGS.values() for flag in flags if "=" not in flag}

@@ -73,7 +73,7 @@ def bound(D):
 
 @pytest.mark.parametrize("B, K, D", [(1, 1, 1), (3, 7, 5), (17, 129, 33), (65, 300, 130)])
 @pytest.mark.parametrize("types", TYPES, ids=str)
-def test_a_score_is_the_sum_that_is_said(tiles, types, B, K, D):
+def test_scores_equal_the_modelled_sum(tiles, types, B, K, D):
     q, keys = unit(B, D, dtype=types[0]), unit(K, D, dtype=types[1], seed=1)
     got = scores(q, keys)
     compare.exact(f"{types}", got, modelled(q, keys))

@@ -183,7 +183,7 @@ def test_pools_without_options_are_one_pool(any_backend):
     torch.testing.assert_close(negmine.siglip(query, positive, pools, **scale), together)
 
 
-def test_pools_opt_out_of_what_the_call_says(any_backend):
+def test_pools_can_opt_out_of_the_options_of_a_call(any_backend):
     query, positive, keys, own, *_ = tensors(device_of(any_backend))
     common = {"select": Select(0, 3), "mix": Mix(4, 3, 2), "weight": Weight(1.0)}
     neutral = {"select": Select(), "mix": Mix(pairs=0, with_query=0), "weight": Weight()}
@@ -408,12 +408,12 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("given, error, words", REFUSALS, ids=[words for _, _, words in REFUSALS])
-def test_pools_are_refused_in_words(given, error, words):
+def test_invalid_pools_raise_errors(given, error, words):
     with pytest.raises(error, match=words):
         negmine.info_nce(q, q, given)
 
 
-def test_what_a_function_does_not_read_is_refused():
+def test_options_that_a_function_ignores_raise_errors():
     ids = torch.arange(3)
     with pytest.raises(ValueError, match="query_ids must be None, because no pool of negative_keys has ids"):
         negmine.info_nce(q, q, [k, k], query_ids=ids)
@@ -450,7 +450,7 @@ GUIDES = [
 
 
 @pytest.mark.parametrize("make, error, words", GUIDES, ids=[words for _, _, words in GUIDES])
-def test_guides_and_pools_refuse_what_cannot_be_meant(make, error, words):
+def test_invalid_guides_and_pools_raise_errors(make, error, words):
     with pytest.raises(error, match=words):
         make()
 

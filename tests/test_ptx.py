@@ -78,7 +78,7 @@ def test_numbers():
     )
 
 
-def test_lanes_that_part_meet_again():
+def test_diverged_lanes_reconverge():
     body = """
       and.b32 %r4, %r0, 3;
       mov.b32 %r5, 0;

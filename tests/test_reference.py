@@ -110,7 +110,7 @@ def kept_by_loop(scores, positive, usable, select):
 
 @pytest.mark.parametrize("select", SELECTS, ids=repr)
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_info_nce_keeps_what_select_says(select, decoupled):
+def test_info_nce_keeps_what_select_selects(select, decoupled):
     q, pos, keys, usable = vectors()
     usable[2] = False
     loss, stats = reference.info_nce(q, pos, keys, temperature=T, usable=usable, select=select, decoupled=decoupled)

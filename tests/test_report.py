@@ -262,7 +262,7 @@ def test_the_page_is_whole_and_escapes_texts(case, tmp_path):
     )
 
 
-def test_the_least_report_has_a_page(tmp_path):
+def test_the_smallest_report_has_a_page(tmp_path):
     made = negmine.hardness_report(torch.eye(3)[:1], torch.eye(3), page=tmp_path / "p.html")
     assert Reader((tmp_path / "p.html").read_text()).said.count("How hard are these negatives?") == 2
     assert not made.facts["has_positives"] and made.advice() == ["No change is needed."]
@@ -270,7 +270,7 @@ def test_the_least_report_has_a_page(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["json", "npz"])
-def test_files_give_back_what_was_saved(case, tmp_path, kind):
+def test_files_load_what_was_saved(case, tmp_path, kind):
     made = report(case, corpus_texts=["ünï"] * K)
     path = tmp_path / f"report.{kind}"
     made.save(path)
@@ -290,7 +290,7 @@ def test_files_give_back_what_was_saved(case, tmp_path, kind):
         HardnessReport.load(path)
 
 
-def test_files_that_are_none(tmp_path):
+def test_invalid_files_raise_errors(tmp_path):
     for path, said in ((tmp_path / "a.txt", "a .json or .npz file"), (tmp_path / "a.json", "an existing file")):
         with pytest.raises(ValueError, match=said):
             HardnessReport.load(path)

@@ -18,7 +18,7 @@ def figures_of(mean: list[float], error: float, edges: tuple[float, ...] = EDGES
     return figures | {"same_class_chance": np.array(0.1), "hard_agreement": np.array(0.0)}, made.facts
 
 
-def test_the_easiest_end_is_told_as_it_is():
+def test_findings_describe_the_easiest_bin():
     for last, error, said in (
         (0.30, 0.01, "it rises again, 0.25 above the bin 30 % to 80 %"),
         (0.06, 0.01, "does not rise again"),

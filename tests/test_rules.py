@@ -188,7 +188,7 @@ def test_every_optional_argument_changes_the_result(any_backend):
     assert len({float(d) for d in draws}) == 4
 
 
-def test_gradients_only_where_asked(any_backend):
+def test_only_tensors_that_require_grad_get_gradients(any_backend):
     q, pos, keys = inputs(any_backend)
     for wanted in range(3):
         leaves = [t.clone().requires_grad_(i == wanted) for i, t in enumerate((q, pos, keys))]

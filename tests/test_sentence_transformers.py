@@ -183,7 +183,7 @@ def test_random_draws_by_seed():
     )
 
 
-def test_the_cache_knows_the_weights(tmp_path):
+def test_the_cache_depends_on_the_weights(tmp_path):
     options = {"corpus": corpus(), "cache_folder": str(tmp_path), "verbose": False}
     first, again, trained = Model(), Model(), Model(weights=1)
     want = ours(pairs(), first, **options)
@@ -194,7 +194,7 @@ def test_the_cache_knows_the_weights(tmp_path):
     assert ours(pairs(), Model(), query_prompt="q: ", **options)["negative"] != want["negative"]
 
 
-def test_old_arguments_and_words(capsys):
+def test_old_argument_names_warn(capsys):
     with pytest.warns(DeprecationWarning, match="as_triplets is now output_format"):
         equal(peer(pairs(), Model(), as_triplets=False, verbose=False), ours(pairs(), Model(), as_triplets=False))
     assert "negatives requested for each" in capsys.readouterr().out
@@ -237,7 +237,7 @@ def test_an_embedding_that_is_not_finite_is_refused():
         ours(pairs(), Broken(), verbose=False)
 
 
-def test_a_dataset_that_is_none(monkeypatch):
+def test_invalid_datasets_raise_errors(monkeypatch):
     for dataset in (Dataset.from_dict({"a": [], "b": []}), Dataset.from_dict({"a": ["x"]}), [("q", "p")]):
         with pytest.raises(
             ValueError, match=r"dataset must be a datasets.Dataset of 1 row or more and two columns or more"

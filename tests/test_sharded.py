@@ -259,7 +259,7 @@ def test_a_moco_checkpoint_is_cut():
         queue.moco_state_dict()
 
 
-def test_what_a_sharded_queue_refuses():
+def test_invalid_calls_of_a_sharded_queue_raise_errors():
     queue, q = ShardedMoCoQueue(D, 40), unit(3, D)
     for error, said, call in [
         (ValueError, "K must be an int of 1 or more, got 0", lambda: ShardedMoCoQueue(D, 0)),

@@ -43,6 +43,6 @@ def test_every_pair_is_the_search():
         assert s == 1 / (1 + min(ours[row] + theirs[row] for row in common))
 
 
-def test_no_pairs_are_no_answers():
+def test_no_pairs_give_empty_results():
     none = np.empty(0, np.int64)
     assert [len(part) for part in Taxonomy(torch.tensor(EDGES), SYNSETS).compare(none, none)] == [0, 0]

@@ -151,7 +151,7 @@ def test_checks_come_before_the_model():
             from_texts(**{"model": model, "queries": Q, "corpus": D, "positives": P, **change})
 
 
-def test_the_cache_goes_on_where_a_process_was_killed(tmp_path, monkeypatch):
+def test_the_cache_resumes_after_a_process_was_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(text_mining, "BLOCK_ROWS", 16)
     want, model = from_texts(embed, Q, D, P), Model()
 

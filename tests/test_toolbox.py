@@ -130,7 +130,7 @@ SECOND = {
 
 
 @pytest.mark.parametrize("op", SECOND)
-def test_a_second_derivative_is_refused_in_words(op):
+def test_a_second_derivative_raises_an_error(op):
     """For every way to ask for a second derivative. A first gradient with create_graph=True is right."""
     q, k = unit(6, D).requires_grad_(), unit(50, D, seed=1).requires_grad_()
     grads = torch.autograd.grad(SECOND[op](q, k), (q, k), create_graph=True)
@@ -156,7 +156,7 @@ def test_triplets_have_second_derivatives():
 
 
 @pytest.mark.parametrize("op", SECOND)
-def test_transforms_of_functions_are_refused_in_words(op):
+def test_functorch_transforms_raise_an_error(op):
     q, k = unit(6, D), unit(50, D, seed=1)
     with pytest.raises(RuntimeError, match="do not support the transforms"):
         torch.func.grad(lambda q: SECOND[op](q, k))(q)
@@ -185,7 +185,7 @@ def call(module, q, k):
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "state_dict", "double and back"])
 @pytest.mark.parametrize("name", MODULES)
-def test_modules_travel(name, way):
+def test_modules_can_be_pickled_copied_and_moved(name, way):
     module, q, k = MODULES[name](), unit(9, D), unit(60, D, seed=1)
     call(module, q, k)
     twin = MODULES[name]()

@@ -178,7 +178,7 @@ def test_offsets_past_two_to_the_31(backend):
     assert torch.equal(want[2].index, mined.index)
 
 
-def test_the_table_says_why():
+def test_every_backend_has_functions_or_a_reason():
     rows = {row.name: row for row in backends.BACKENDS}
     for name, row in rows.items():
         assert name == "reference" or bool(row.functions) != bool(row.refusal)
@@ -277,7 +277,7 @@ def same_losses(module, twin):
 
 
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-def test_a_copied_loss_goes_on_alike(make):
+def test_a_copied_loss_continues_with_the_same_values(make):
     learned = nn.Parameter(torch.tensor(0.2))
     for loss in (InfoNCELoss(learned, mix=Mix(8, 6, 4, concentration=2.0)), recipes.hardest(0.3), recipes.hcl()):
         loss(*inputs())
@@ -286,7 +286,7 @@ def test_a_copied_loss_goes_on_alike(make):
     assert twin.temperature is not learned and [name for name, _ in twin.named_parameters()] == ["temperature"]
 
 
-def test_a_loaded_loss_goes_on_alike():
+def test_a_loaded_loss_continues_with_the_same_values():
     loss, twin = (InfoNCELoss(0.1, mix=Mix(8, 6, 4)) for _ in range(2))
     loss(*inputs())
     twin.load_state_dict(loss.state_dict())
@@ -337,7 +337,7 @@ def test_vmap_over_mining_is_a_loop():
 
 @needs_cpu
 @each_option
-def test_deterministic_algorithms_have_nothing_to_say(options, recwarn):
+def test_deterministic_algorithms_cause_no_warning(options, recwarn):
     torch.use_deterministic_algorithms(True)
     tensors = inputs()
     first, second = (loss_and_grad(*tensors, **options) for _ in range(2))

@@ -288,7 +288,7 @@ def test_distance_weighted_draws_follow_the_published_weights():
     assert chi_squared < 30  # at most 8 degrees of freedom: beyond the 0.9998 quantile
 
 
-def test_distance_weighted_draws_know_neither_batch_nor_position():
+def test_distance_weighted_draws_do_not_depend_on_batch_or_position():
     q, keys = unit(6, 8), unit(50, 8, seed=1)
     both = torch.zeros(6, dtype=torch.long), torch.arange(50) % 2
     rule = {"negative": "distance_weighted", "num_negatives": 5, "seed": 2, "step": 7}

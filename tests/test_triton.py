@@ -91,7 +91,7 @@ def test_opcheck():
             torch.library.opcheck(registry.overload(triton_ops.NAMESPACE, op), args, test_utils=checks)
 
 
-def test_what_does_not_go_together_is_refused():
+def test_options_that_cannot_be_combined_raise_errors():
     calls = arguments()
     step, pooled = list(calls["info_nce"][0]), list(calls["logsumexp"][0])
     step[7] = pooled[6] = torch.zeros(B, 2, dtype=torch.int64, device=DEVICE)
@@ -152,7 +152,7 @@ def test_a_step_of_info_nce_is_its_parts():
     compare.exact("num_mixed", step[8], torch.where(mined[:, 0] >= 0, 5, 0))
 
 
-def test_two_scales_are_each_alone():
+def test_two_scales_equal_one_call_for_each():
     q, _, keys, *_ = arguments()["info_nce"][0]
     scales = torch.tensor([3.0, 11.0], device=DEVICE)
     both = launchers()["logsumexp"](q, keys, scales, q[:, 0], True, 0, None, *some_pool())
@@ -373,7 +373,7 @@ def test_more_mixes_than_a_grid_axis_takes():
     assert bool((parents[1, :, 1] == 1).all()) and sorted(parents[0, :, 1].unique().tolist()) == [0, 2]
 
 
-def test_a_rank_takes_few_passes_over_what_a_scan_kept(monkeypatch):
+def test_a_rank_takes_few_passes_over_the_kept_columns(monkeypatch):
     """Each pass reads the kept columns of a row from cache; bisection needed twelve passes. For random and for equal scores."""
     if not interpreted("triton"):
         pytest.skip("passes are counted where kernels are interpreted")
