@@ -1,4 +1,4 @@
-// What the CUDA operators share: the stream and the device of a call, storage, draws, and failures in words.
+// Code that the CUDA operators share: the stream and the device of a call, storage types, draws and error messages.
 #pragma once
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -24,7 +24,7 @@ inline cuda::Storage storage_of(const checks::Tensor& matrix) {
                                          : cuda::Storage::kFloat16;
 }
 
-// query (B, D), negative_keys (K, D) and the draws of a call. What is mined, hard_index and N, is left open.
+// The query (B, D), the negative_keys (K, D) and the draws of a call. The caller sets hard_index and N.
 inline cuda::Mixing mixing_of(const checks::Tensor& query, const checks::Tensor& negative_keys,
                               const DrawArguments& given, const DrawTensors& tensors) {
   return {.B = query.size(0),
@@ -51,8 +51,8 @@ inline cuda::Mixing mixing_of(const checks::Tensor& query, const checks::Tensor&
           .row_offset = checks::longs(tensors.row_offset)};
 }
 
-// Makes the device of `tensor` current for launches: a guard of torch speaks to torch's CUDA runtime, and this library
-// is linked with its own, which must agree on the device.
+// Makes the device of `tensor` current for launches. A device guard of torch is not enough: it sets the device of
+// torch's CUDA runtime, but this library is linked statically with a CUDA runtime of its own.
 inline void set_device(const char* op, const checks::Tensor& tensor) {
   checks::require(cudaSetDevice(tensor.get_device_index()) == cudaSuccess, op, ": cuda:", tensor.get_device_index(),
                   " could not be made the current device.");

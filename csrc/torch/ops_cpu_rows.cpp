@@ -22,8 +22,8 @@ using checks::OptionalTensor;
 using checks::ScalarType;
 using checks::Tensor;
 
-// The checked query (B, D), negative_keys (K, D) and draws of one call. hard_index is checked to hold rows of
-// negative_keys.
+// The checked query (B, D), negative_keys (K, D) and draws of one call. Every entry of hard_index is checked to be a
+// row of negative_keys or -1.
 struct Mixed {
   Tensor query, negative_keys, hard_index;
   DrawTensors tensors;

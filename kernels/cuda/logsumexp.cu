@@ -2,11 +2,11 @@
 // keys exist only in registers.
 //
 //   sum      A block keeps a tile of queries and streams its part of the queue. The logits of a row are taken relative
-//            to a shift. The shift becomes the largest logit so far whenever the powers of 2 of one lane add up to more
-//            than kMost, and is not changed otherwise. So the maximum is seldom computed, the sums are rescaled only a
-//            few times for each queue, and nothing overflows. The probabilities are rounded to the storage type and
-//            multiplied by the key tile from which they were computed. A warpgroup does this for 64 rows while it
-//            computes the probabilities of the next 64.
+//            to a shift. If the powers of 2 that a lane computes for the row in one step add up to more than kMost, the
+//            shift is raised to the largest logit of this step; otherwise it does not change. So the maximum is seldom
+//            computed, the sums are rescaled only a few times for each queue, and nothing overflows. The probabilities
+//            are rounded to the storage type and multiplied by the key tile from which they were computed. A warpgroup
+//            does this for 64 rows while it computes the probabilities of the next 64.
 //   merge    The parts of a row are added in a fixed order, so that the bits do not depend on timing.
 //
 // Rounding the probabilities to 8 or 11 significant bits is accurate enough for the mean, except in the direction of
@@ -33,7 +33,7 @@
 namespace negmine::cuda {
 namespace {
 
-constexpr float kMost = 32768.0f;  // fp16 can represent it; a lane with a larger sum in one step moves the shift
+constexpr float kMost = 32768.0f;  // within the range of fp16
 constexpr int kBlocks = 2;         // for each multiprocessor
 
 // The number of queries of a block, and whether they are in registers or in shared memory. It depends on the number of
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
     if constexpr (kLag > 0) wait_for_products(mean);  // this late, so that they overlap with the wait for the next tile
   };
-  [[maybe_unused]] bool mended = false;  // whether this is the repetition with elements that are not finite as zeros
+  [[maybe_unused]] bool mended = false;  // whether key elements that are not finite are replaced by zeros
   const auto use = [&](int begin, ScoresOf<kSixteens>(&s)[kChunks], SharedAddress keys) {
     if constexpr (kWantMean && kByPair) {
       if (mended) {

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
     if constexpr (kLag > 0) wait_for_products(sums);  // this late, so that they overlap with the wait for the next tile
   };
-  [[maybe_unused]] bool mended = false;  // whether this is the repetition with elements that are not finite as zeros
+  [[maybe_unused]] bool mended = false;  // whether query elements that are not finite are replaced by zeros
   const auto use = [&](int begin, ScoresOf<kSixteens>(&s)[kChunks], SharedAddress queries) {
     const int column = begin + 2 * t;
     // Computes the fragment p[m][k].

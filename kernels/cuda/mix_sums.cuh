@@ -56,9 +56,10 @@ struct MixSums {
 
 // Sums the mixes of query b. All kMixThreads threads of the block call it.
 //
-// kHeld: the number of chunks of a mix that a lane holds. They are the slice of kHeld * kPass elements, from `begin`
-// on, whose mean is summed. kSliced: D has more elements, which are read for the norm and the score of a mix. of_warps:
-// shared, mix_floats() numbers, for the shifts and sums (2, kMixWarps) and the means (kMixWarps, kSlice).
+// kHeld: the number of chunks of a mix that a lane holds. A warp so holds the slice of kHeld * kPass elements from
+// `begin` on, of which it computes the mean. kSliced: D is larger than the slice, and the other elements are read for
+// the norm and the score of a mix. of_warps: shared, mix_floats() numbers, for the shifts and sums (2, kMixWarps) and
+// the means (kMixWarps, kSlice).
 template <Kind kKind, int kHeld, bool kSliced>
 __device__ __forceinline__ MixSums<kHeld * kPass> sum_mixes(const Mixing& p, const float* scale_at,
                                                             const Layouts& given, int64_t b, int64_t begin,

@@ -71,7 +71,7 @@ __device__ __forceinline__ void find_last(Recovery& books, const uint32_t (&quer
       const int* bins = books.bins[threadIdx.x];
       for (; digit > 0 && bins[digit] < wanted; --digit) wanted -= bins[digit];
       books.last[threadIdx.x] = (books.last[threadIdx.x] & ~mask) | static_cast<uint64_t>(digit) << shift;
-      // If the whole bin is wanted, the row is done. Only in the first pass there may be too few columns.
+      // If the whole bin is wanted, the row is done. The pool can have too few columns only in the first pass.
       books.wanted[threadIdx.x] = bins[digit] <= wanted ? bins[digit] - wanted : wanted;
     }
     decided |= mask;

@@ -166,8 +166,8 @@ def advice(figures: Figures, facts: Facts) -> list[str]:
             skip = f", or leave out the hardest {percent(start)} with Select({start:g}, None)" if start < 1 else ""
             sentences.append(
                 f"{percent(float(rate[known[0]]))} of the hardest negatives are of the query's own class; by chance "
-                f"{percent(chance)} would be. If these are false negatives, mask them by label (query_labels, "
-                f"negative_labels){skip}."
+                f"{percent(chance)} would be. If these are false negatives, mask them by label (query_labels of the loss, "
+                f"and labels of its Negatives){skip}."
             )
     if figures["hard_agreement"] > CONSISTENT:
         sentences.append(
