@@ -103,6 +103,7 @@ class NTXentLoss(nn.Module):
             self.memory_bank = MoCoQueue(dim, rows, gather_distributed=gather_distributed)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """The loss () of the two views (B, D) of each image, which are normalised. Gradients flow to both."""
         out0, out1 = _unit("NTXentLoss", out0, out1)
         if self.memory_bank is not None:
             refuse_recomputation("NTXentLoss")
@@ -190,6 +191,7 @@ class DCLLoss(nn.Module):
         self.temperature, self.weight_fn, self.backend = temperature, weight_fn, backend
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """The loss () of the two views (B, D) of each image, which are normalised. Gradients flow to both."""
         out0, out1 = _unit(type(self).__name__, out0, out1)
         rows = _both_views(
             self.gathering, out0, out1, temperature=self.temperature, decoupled=True, backend=self.backend

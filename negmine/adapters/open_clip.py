@@ -150,6 +150,7 @@ class ClipLoss(nn.Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
+        """The loss () of B pairs, or a dict of it. image_features, text_features: (B, D), row b of both is a pair."""
         _check_pair("ClipLoss", image_features, text_features)
         temperature = 1 / checks.require_scalar("ClipLoss", "logit_scale", logit_scale, above=0)
         if self.world_size == 1:
@@ -219,6 +220,7 @@ class SigLipLoss(nn.Module):
         logit_bias: float | Tensor | None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
+        """The loss () of B pairs, or a dict of it. image_features, text_features: (B, D), row b of both is a pair."""
         _check_pair("SigLipLoss", image_features, text_features)
         logit_scale = checks.require_scalar("SigLipLoss", "logit_scale", logit_scale)
         if logit_bias is not None:

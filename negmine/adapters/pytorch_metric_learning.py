@@ -114,6 +114,7 @@ class NegmineMiner(ScheduledLoss):
     def forward(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
     ) -> tuple[Tensor, ...]:
+        """Index tuples of embeddings (B, D) with labels (B,) int64, among ref_emb (K, D) with ref_labels (K,) or the batch."""
         op = "NegmineMiner"
         if (ref_emb is None) != (ref_labels is None):
             given, missing = ("ref_emb", "ref_labels") if ref_labels is None else ("ref_labels", "ref_emb")
@@ -173,6 +174,7 @@ class DistributedLossWrapper(nn.Module):
     def forward(
         self, embeddings: Tensor, labels: Tensor, indices_tuple: Any = None, enqueue_mask: Tensor | None = None
     ) -> Any:
+        """The loss of all ranks times their number. The arguments are those of `CrossBatchMemory`, for this rank's rows."""
         op, ranks = "DistributedLossWrapper", Ranks()
         if ranks.size == 1:
             return self.loss(embeddings, labels, indices_tuple, enqueue_mask)
@@ -263,6 +265,7 @@ class CrossBatchMemory(nn.Module):
         indices_tuple: Any = None,
         enqueue_mask: Tensor | None = None,
     ) -> Any:
+        """The loss of embeddings (B, D) with labels (B,) int64 against the memory. indices_tuple must be None."""
         op = "CrossBatchMemory"
         checks.require_vectors(op, "embeddings", embeddings, "(B, D)", (2,), self.memory.queue)
         require_labels(op, "labels", labels, embeddings)

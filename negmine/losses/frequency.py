@@ -92,7 +92,7 @@ class FrequencyEstimator(nn.Module):
 
     @torch.no_grad()
     def update(self, ids: Tensor) -> None:
-        """Count the items of one batch, given by their ids (n,)."""
+        """Count the items of one batch, given by their integer ids (n,)."""
         bucket = self.buckets(ids)  # (num_hashes, n)
         self.step += 1
         passed = (self.step - self.last_step.gather(1, bucket)).to(self.interval.dtype)
@@ -102,12 +102,12 @@ class FrequencyEstimator(nn.Module):
 
     @torch.no_grad()
     def log_probability(self, ids: Tensor) -> Tensor:
-        """(n,) fp32: the log of the probability that a batch contains each of ids (n,). It has no gradient."""
+        """(n,) fp32: the log of the probability that a batch contains each of the integer ids (n,). It has no gradient."""
         interval = self.interval.gather(1, self.buckets(ids)).amax(0)  # (n,)
         return -interval.clamp_min(1.0).log().masked_fill(ids == -1, 0.0)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """log_probability of ids (n,). In training mode, the ids are counted first."""
+        """The `log_probability` (n,) of integer ids (n,). In training mode, they are counted first by `update`."""
         if self.training:
             self.update(ids)
         return self.log_probability(ids)

@@ -208,6 +208,11 @@ class MultiSimilarityLoss(ScheduledLoss):
     process_group : ProcessGroup, optional
         The process group of torch.distributed. The default is all ranks.
 
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is invalid.
+
     Examples
     --------
     >>> loss_of = negmine.MultiSimilarityLoss()

@@ -525,6 +525,11 @@ class SupConLoss(ScheduledLoss):
     process_group : ProcessGroup, optional
         The process group of torch.distributed. The default is all ranks.
 
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is invalid.
+
     Examples
     --------
     >>> loss_of = negmine.SupConLoss(0.1)

@@ -156,6 +156,11 @@ class TripletLoss(ScheduledLoss):
     process_group : ProcessGroup, optional
         The process group of torch.distributed. The default is all ranks.
 
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is invalid.
+
     Notes
     -----
     In training mode, calls without `step` are counted in the buffer `step`, so that each call draws new random numbers.

@@ -6,7 +6,8 @@
 Arguments that accept a schedule take a number, or a callable that maps the step, a 0-d tensor, to the number, such as
 linear(1.0, 0.1, steps). The module evaluates it at each call. Use whole(linear(...)) for ranks. Numbers of negatives determine
 shapes and cannot be schedules. Modules can be pickled, with their schedules. Each recipe also takes the other keyword arguments
-of its loss, such as reduction and backend (and return_stats if it returns an InfoNCELoss).
+of its loss, such as reduction and backend (and return_stats if it returns an InfoNCELoss), and raises ValueError or TypeError if
+an argument is invalid.
 """
 
 from negmine.losses.methods import mixed_inputs

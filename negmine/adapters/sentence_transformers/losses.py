@@ -169,6 +169,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         return config | {"similarity_fct": getattr(self.similarity_fct, "__name__", "cos_sim")}
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
+        """The loss () of the features of the anchors, the positives and each column of negatives."""
         features = _columns(type(self).__name__, sentence_features)
         return self.compute_loss_from_embeddings([self.model(column)["sentence_embedding"] for column in features])
 
@@ -332,6 +333,7 @@ class CachedMultipleNegativesRankingLoss(_Cached, MultipleNegativesRankingLoss):
         self._set_mini_batches(mini_batch_size, mini_batch_num_tokens, show_progress_bar)
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
+        """The loss () of the features of the anchors, the positives and each column of negatives."""
         features = _columns(type(self).__name__, sentence_features)
         ranges = self._ranges(features)
         columns = [embed(self.model, *column) for column in zip(features, ranges, strict=True)]
@@ -450,6 +452,7 @@ class GISTEmbedLoss(nn.Module):
         return _unit(self.guide(features)["sentence_embedding"])
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
+        """The loss () of the features of the anchors, the positives and each column of negatives."""
         features = _columns(type(self).__name__, sentence_features)
         guides = [self._guided(column) for column in features]
         return self._loss([self.model(column)["sentence_embedding"] for column in features], guides)
@@ -546,6 +549,7 @@ class CachedGISTEmbedLoss(_Cached, GISTEmbedLoss):
         self._set_mini_batches(mini_batch_size, mini_batch_num_tokens, show_progress_bar)
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
+        """The loss () of the features of the anchors, the positives and each column of negatives."""
         features = _columns(type(self).__name__, sentence_features)
         guides, columns = [], []
         for column, ranges in zip(features, self._ranges(features), strict=True):
