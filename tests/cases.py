@@ -24,12 +24,16 @@ INTERPRETED_SHAPES = [  # the same reasons, with as few tiles as possible
     (17, 40, 16, 30),
     (4, 66, 66, 8),  # a queue above 64 keys is scanned
 ]
+COMPILED_SHAPES = SHAPES[
+    4:
+]  # for tests/test_ptx.py, where compilation takes most of the time: nearly the same instructions
 WIDE_SHAPES = [  # too slow for an interpreter
     (65, 1000, 16, 100),  # B slightly larger than a block of 64 queries
     (3, 300, 1000, 5),  # large D
     (2, 20_000, 16, 1024),  # several splits of the queue
     (130, 700, 128, 700),  # N = K
 ]
+FEW_SHAPES = os.environ.get("NEGMINE_PTX_SHAPES") == "few"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -37,7 +41,7 @@ def shapes_for(backend: str) -> list[tuple[int, int, int, int]]:
     """Return the shapes that this backend runs in reasonable time. Triton's kernels are interpreted on the CPU, which is slow."""
     if interpreted(backend):
         return INTERPRETED_SHAPES
-    return SHAPES if os.environ.get("NEGMINE_PTX_SHAPES") == "few" else SHAPES + WIDE_SHAPES
+    return COMPILED_SHAPES if FEW_SHAPES else SHAPES + WIDE_SHAPES
 
 
 def unit(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> torch.Tensor:

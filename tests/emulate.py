@@ -1,8 +1,13 @@
 """Compile the CUDA sources with g++ and the headers of tests/emulator, as C functions that run on the CPU."""
 
+import contextlib
 import ctypes
+import fcntl
+import functools
+import hashlib
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,17 +31,35 @@ PRODUCTS = {
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def build(source: str, folder: Path, *more: str) -> ctypes.CDLL:
-    """Compile tests/emulator/<source>.cpp, with additional flags `more`, as a library in the folder, and load it."""
-    library = folder / f"{source}.so"
+@contextlib.contextmanager
+def _one_process_at_a_time(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@functools.cache
+def build(source: str, product: str = "emulated") -> ctypes.CDLL:
+    """Load tests/emulator/<source>.cpp for one of PRODUCTS. Compiled, it is kept in build/ until a source changes."""
+    more = PRODUCTS[product]
     flags = [*FLAGS, *more, f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover", "-Itests/emulator", "-I."]
-    subprocess.run(["g++", *flags, f"tests/emulator/{source}.cpp", "-o", str(library)], cwd=ROOT, check=True)
-    built = ctypes.CDLL(str(library))
-    built.emulated_launches.restype = ctypes.c_int64
-    if AS_PTX in more:
-        cuda_kernels.attach(
-            built, library, ROOT / f"tests/emulator/{source}.cpp", "sm_90a" if SM90A in more else "sm_80"
-        )
+    sources = [path for folder in ("kernels/cuda", "tests/emulator") for path in sorted((ROOT / folder).rglob("*.*"))]
+    content = repr((flags, cuda_kernels.compiler())).encode() + b"".join(path.read_bytes() for path in sources)
+    folder = ROOT / "build" / "emulator" / hashlib.sha256(content).hexdigest()[:16] / source
+    library = folder / f"{product}.so"
+    with _one_process_at_a_time(folder / product):
+        if not library.exists():
+            unfinished = library.with_suffix(".unfinished")
+            command = ["g++", *flags, f"tests/emulator/{source}.cpp", "-o", str(unfinished)]
+            subprocess.run(command, cwd=ROOT, check=True)
+            unfinished.replace(library)
+        built = ctypes.CDLL(str(library))
+        built.emulated_launches.restype = ctypes.c_int64
+        if AS_PTX in more:
+            cuda_kernels.attach(
+                built, library, ROOT / f"tests/emulator/{source}.cpp", "sm_90a" if SM90A in more else "sm_80"
+            )
     return built
 
 

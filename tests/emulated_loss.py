@@ -5,23 +5,14 @@ where a window ends are found by emulated kernels whatever computes the sums: th
 """
 
 import ctypes
-import functools
-from pathlib import Path
 
 import torch
 
 from negmine.ops.pool import Pool
 from tests import emulate, emulated_mining, emulated_ranking
-from tests.emulate import PRODUCTS, STORAGE, pointer, pool_arguments
+from tests.emulate import STORAGE, pointer, pool_arguments
 
 i64 = ctypes.c_int64
-
-
-@functools.cache
-def library(source, product):
-    folder = Path(emulated_mining.FOLDER.name) / f"{source}_{product}"
-    folder.mkdir()
-    return emulate.build(source, folder, *PRODUCTS[product])
 
 
 def narrowed(query, negative_keys, ranks, pool, **plan):
@@ -29,13 +20,13 @@ def narrowed(query, negative_keys, ranks, pool, **plan):
     sort_keys = emulated_ranking.emulated("emulated")(query, negative_keys, ranks, pool, **plan)
     lower, upper = torch.full((len(query),), -9), torch.full((len(query),), -9)
     places = map(pointer, (ranks, pool.lower, sort_keys, lower, upper))
-    assert library("rank_window", "emulated").emulated_rank_window(i64(len(query)), *places) == 0
+    assert emulate.build("rank_window", "emulated").emulated_rank_window(i64(len(query)), *places) == 0
     return pool._replace(lower=lower, upper=upper), sort_keys
 
 
 def emulated(product, splits=2, least_sample=2048, backwards=False):
     """info_nce with the arguments and results of the declared op. `launches()`: how many kernels it launched so far."""
-    built = library("logsumexp", product)
+    built = emulate.build("logsumexp", product)
 
     def info_nce(query, positive_key, negative_keys, scale, pivot, want_gradient, decoupled, ranks, hard, skip, *rest):
         draws, pool = rest[:11], Pool(*rest[11:])
@@ -64,7 +55,7 @@ def emulated(product, splits=2, least_sample=2048, backwards=False):
 
     def launches():
         mining, ranking = emulated_mining.mining_library("emulated"), emulated_ranking.ranking_library("emulated")
-        libraries = built, mining, ranking, library("rank_window", "emulated")
+        libraries = built, mining, ranking, emulate.build("rank_window", "emulated")
         return sum(each.emulated_launches() for each in libraries)
 
     info_nce.launches = launches

@@ -2,23 +2,18 @@
 
 import ctypes
 import functools
-import tempfile
-from pathlib import Path
 
 import torch
 
 from tests import emulate
-from tests.emulate import PRODUCTS, STORAGE, pointer, pool_arguments
+from tests.emulate import STORAGE, pointer, pool_arguments
 
-FOLDER = tempfile.TemporaryDirectory(prefix="negmine-")
 PROCESSORS = 6
 
 
 @functools.cache
 def mining_library(product):
-    folder = Path(FOLDER.name) / product
-    folder.mkdir()
-    built = emulate.build("mine_hardest", folder, *PRODUCTS[product])
+    built = emulate.build("mine_hardest", product)
     built.emulated_terms.restype = ctypes.c_int64
     return built
 

@@ -2,20 +2,17 @@
 
 import ctypes
 import functools
-from pathlib import Path
 
 import torch
 
 from tests import emulate
 from tests.emulate import STORAGE, pointer, pool_arguments
-from tests.emulated_mining import FOLDER, PROCESSORS, PRODUCTS
+from tests.emulated_mining import PROCESSORS
 
 
 @functools.cache
 def ranking_library(product):
-    folder = Path(FOLDER.name) / f"ranking_{product}"
-    folder.mkdir()
-    built = emulate.build("rank_thresholds", folder, *PRODUCTS[product])
+    built = emulate.build("rank_thresholds", product)
     built.emulated_missing_at.restype = ctypes.c_int64
     built.emulated_terms.restype = ctypes.c_int64
     return built

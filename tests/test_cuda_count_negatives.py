@@ -4,7 +4,6 @@ kernels/cuda/count_negatives.cu runs on the CPU under tests/emulator. The same c
 """
 
 import ctypes
-import functools
 
 import pytest
 import torch
@@ -20,21 +19,14 @@ from tests.ranked import ranking, some_bounds
 each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
-@pytest.fixture(scope="module")
-def counting_libraries(tmp_path_factory):
-    return functools.cache(
-        lambda product: emulate.build("count_negatives", tmp_path_factory.mktemp(product), *PRODUCTS[product])
-    )
-
-
 @pytest.fixture(params=[*PRODUCTS, pytest.param("gpu", marks=(pytest.mark.gpu, pytest.mark.sanitized))])
-def count(request, counting_libraries):
+def count(request):
     """count_negatives on CPU tensors, by the emulator or by the GPU."""
 
     def emulated_count(query, negative_keys, pool, processors=PROCESSORS):
         (B, D), K = query.shape, len(negative_keys)
         out = torch.full((B,), -9)
-        error = counting_libraries(request.param).emulated_count_negatives(
+        error = emulate.build("count_negatives", request.param).emulated_count_negatives(
             *map(ctypes.c_int64, (B, K, D)), pointer(query), pointer(negative_keys),
             ctypes.c_int64(query.stride(0)), ctypes.c_int64(negative_keys.stride(0)), STORAGE[query.dtype],
             *pool_arguments(pool), ctypes.c_int64(processors), pointer(out),

@@ -32,8 +32,8 @@ SPLITS = 3
 def emulated_ops(product, **how):
     """The ops of a loss with the arguments and results of their declarations, by the emulator."""
     mined, ranked = emulated_mining.emulated("emulated"), emulated_ranking.emulated("emulated")
-    summed = functools.partial(emulated_sum(product, emulated_loss.library("logsumexp", product)), splits=SPLITS)
-    mixing = emulated_loss.library("mixing", product)
+    summed = functools.partial(emulated_sum(product, emulate.build("logsumexp", product)), splits=SPLITS)
+    mixing = emulate.build("mixing", product)
 
     def logsumexp(query, negative_keys, scales, pivot, want_mean, N, ranks, *pool):
         pool, sort_keys = Pool(*pool), torch.empty(len(query), 0, dtype=torch.int64)

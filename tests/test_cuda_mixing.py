@@ -15,7 +15,7 @@ from negmine.ops.windows import Draw, mixing_draws
 from tests import emulate
 from tests.cases import unit
 from tests.compare import exact, rounded
-from tests.emulate import PRODUCTS, STORAGE, on_gpu, pointer
+from tests.emulate import STORAGE, on_gpu, pointer
 
 
 def mixing_of(query, negative_keys, hard_index, mix, *draw):
@@ -62,13 +62,13 @@ class OnGPU:
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    return Emulated(emulate.build("mixing", tmp_path_factory.mktemp("emulator")))
+def emulated():
+    return Emulated(emulate.build("mixing"))
 
 
 @pytest.fixture(scope="module")
-def compiled_sm80(tmp_path_factory):
-    return Emulated(emulate.build("mixing", tmp_path_factory.mktemp("compiled"), *PRODUCTS["compiled_sm80"]))
+def compiled_sm80():
+    return Emulated(emulate.build("mixing", "compiled_sm80"))
 
 
 @pytest.fixture(

@@ -4,7 +4,6 @@ A queue of K rows, of which num_rows are there and the rest are NaN, gives bit f
 """
 
 import ctypes
-import functools
 
 import pytest
 import torch
@@ -15,14 +14,6 @@ from tests.emulate import PRODUCTS, STORAGE, pointer, pool_arguments, pool_of
 
 B, K, D, SPLITS = 20, 200, 24, 2
 i64 = ctypes.c_int64
-
-
-@pytest.fixture(scope="module")
-def libraries(tmp_path_factory):
-    """A source by each of PRODUCTS, built when it is asked for."""
-    return functools.cache(
-        lambda source, product: emulate.build(source, tmp_path_factory.mktemp(product), *PRODUCTS[product])
-    )
 
 
 def queue(dtype=torch.bfloat16):
@@ -74,8 +65,8 @@ CASES = [("plain", 70), ("masked", 128), ("by_pair", 70), ("plain", 0), ("plain"
 
 
 @each_product
-def test_count_negatives(libraries, product):
-    library = libraries("count_negatives", product)
+def test_count_negatives(product):
+    library = emulate.build("count_negatives", product)
 
     def run(query, keys, pool):
         count = torch.full((B,), -9)
@@ -89,8 +80,8 @@ def test_count_negatives(libraries, product):
 
 
 @each_product
-def test_logsumexp(libraries, product):
-    library = libraries("logsumexp", product)
+def test_logsumexp(product):
+    library = emulate.build("logsumexp", product)
 
     def run(query, keys, pool):
         lse, mean = torch.full((B,), -9.0), torch.full((B, D), -9.0)
@@ -107,8 +98,8 @@ def test_logsumexp(libraries, product):
 
 
 @each_product
-def test_logsumexp_grad_keys(libraries, product):
-    library = libraries("logsumexp_grad_keys", product)
+def test_logsumexp_grad_keys(product):
+    library = emulate.build("logsumexp_grad_keys", product)
 
     def run(query, keys, pool):
         grad_keys, lse, weight, scale = (
@@ -145,7 +136,7 @@ def test_rank_thresholds(product, least_sample):
 
 @pytest.mark.parametrize("product", ["emulated", "compiled_sm80"])
 @pytest.mark.parametrize("with_lower", [False, True])
-def test_rank_window(libraries, product, with_lower):
+def test_rank_window(product, with_lower):
     nowhere, lowest = sort_key.NOWHERE, sort_key.BOTTOM
     ranks = torch.tensor([[0, 5], [3, 2], [-1, 4], [7, 9], [2, 99]] + [[1, 2]] * 200)
     keys = torch.tensor([[90, 50], [60, 70], [nowhere, 40], [nowhere, nowhere], [80, nowhere]] + [[30, 20]] * 200)
@@ -154,7 +145,7 @@ def test_rank_window(libraries, product, with_lower):
     pool_lower = torch.full((205,), 55) if with_lower else None
     lower, upper = torch.full((205,), -9), torch.full((205,), -9)
     places = (ranks, pool_lower, keys, lower, upper)
-    assert libraries("rank_window", product).emulated_rank_window(i64(205), *map(pointer, places)) == 0
+    assert emulate.build("rank_window", product).emulated_rank_window(i64(205), *map(pointer, places)) == 0
     assert torch.equal(keys, want)
     assert torch.equal(upper, want[:, 0])
     assert torch.equal(lower, want[:, 1].clamp_min(55 if with_lower else lowest))

@@ -9,7 +9,7 @@ import negmine
 from negmine import Mix, Negatives, Select, Weight, reference
 from negmine.ops import backends, sort_key
 from tests import compare
-from tests.cases import DTYPES, MASKS, dense_mask, masks, negatives, pool_of, shapes_for, tags, unit, whole
+from tests.cases import DTYPES, FEW_SHAPES, MASKS, dense_mask, masks, negatives, pool_of, shapes_for, tags, unit, whole
 from tests.conftest import device_of, interpreted, skip_what_the_interpreter_repeats
 
 
@@ -319,7 +319,7 @@ def test_sums_at_prefix_widths(backend, kind, dtype):
         bias = torch.linspace(-1, 1, K, device=device) if given else torch.zeros(K, device=device)
         pool = pool_of(q, keys, given)._replace(bias=bias if given else None)
         scale = torch.tensor(5.0, device=device)
-        for widths in ([D], sorted({1, D // 3 + 1, D // 2 + 1, D})):
+        for widths in ([D], sorted({1, D // 3 + 1, D // 2 + 1, D}))[FEW_SHAPES:]:
             lse, mean, num_kept = op(q, keys, widths, scale, True, *pool)
             alone, no_mean, _ = op(q, keys, widths, scale, False, *pool)
             assert no_mean.shape == (len(widths), 0, D)

@@ -46,9 +46,9 @@ WITH_ANY_SHAPE = [
     {"select": Select(0.01, 0.5)},
     {"mix": Mix(6, 5, 4, concentration=2.0)},
     {"weight": Weight(1.0, 0.01)},
-    {"select": Select(1, 9, sample=5, replace=True)},
 ]
 WITH_ONE_SHAPE = [
+    {"select": Select(1, 9, sample=5, replace=True)},
     {"select": Select(1, 3)},
     {"decoupled": True},
     {"mix": Mix(6, 5, 4, detach=False)},

@@ -33,6 +33,13 @@ def allow(tensor: torch.Tensor) -> None:
     _allowed.append((memory.data_ptr(), memory.data_ptr() + memory.nbytes()))
 
 
+def compiler() -> tuple:
+    """What decides the PTX of a kernel."""
+    nvcc = find_nvcc()
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc else ""
+    return version, *NVCC_FLAGS
+
+
 def plain(names: list[str]) -> list[str]:
     """Demangle names, without the parts in which g++ and nvcc differ: each has its own word for an anonymous namespace."""
     said = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
@@ -40,14 +47,21 @@ def plain(names: list[str]) -> list[str]:
 
 
 def attach(library: ctypes.CDLL, path: Path, source: Path, arch: str) -> None:
-    """Make launches of this library, which was built from `source`, run the PTX of the .cu files that `source` includes."""
+    """Make launches of this library, which was built from `source`, run the PTX of the .cu files that `source` includes.
+
+    The PTX is kept beside the library.
+    """
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("there is no nvcc (NEGMINE_NVCC, CUDA_HOME, PATH)")
     texts = {}
     for number, kernels in enumerate(re.findall(r'#include "(kernels/cuda/\w+\.cu)"', source.read_text())):
         target = path.with_suffix(f".{number}.ptx")
-        subprocess.run([nvcc, *NVCC_FLAGS, "-ptx", f"-arch={arch}", kernels, "-o", str(target)], cwd=ROOT, check=True)
+        if not target.exists():
+            unfinished = target.with_suffix(".unfinished")
+            command = [nvcc, *NVCC_FLAGS, "-ptx", f"-arch={arch}", kernels, "-o", str(unfinished)]
+            subprocess.run(command, cwd=ROOT, check=True)
+            unfinished.replace(target)
         found = ptx.entries(target.read_text())
         texts |= zip(plain(list(found)), found.values(), strict=True)
     said = subprocess.run(["nm", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
