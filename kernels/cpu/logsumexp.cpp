@@ -9,6 +9,7 @@
 
 #include <cmath>
 #include <limits>
+#include <numbers>
 #include <vector>
 
 #include "kernels/cpu/dispatch.h"
@@ -67,8 +68,8 @@ void fold(const LogsumexpState& into, const LogsumexpState& part, int64_t lanes,
   const auto times = [](float sum, float factor) { return sum == kInfinity ? sum : sum * factor; };
   for (int64_t lane = 0; lane < lanes; ++lane) {
     const float shift = std::max(into.shift[lane], part.shift[lane]);
-    keep[lane] = std::exp(into.shift[lane] - shift);
-    add[lane] = std::exp(part.shift[lane] - shift);
+    keep[lane] = std::exp2(into.shift[lane] - shift);
+    add[lane] = std::exp2(part.shift[lane] - shift);
     into.shift[lane] = shift;
     into.sum[lane] = times(into.sum[lane], keep[lane]) + times(part.sum[lane], add[lane]);
     into.num_kept[lane] += part.num_kept[lane];
@@ -86,8 +87,8 @@ void finish(const LogsumexpParams& p, const Block& block, int64_t scale, const L
   for (int64_t lane = 0; lane < block.lanes; ++lane) {
     const int64_t b = block.first_query + lane, row = scale * p.B + b;
     const float total = state.sum[lane];
-    p.lse[row] =
-        total == 0.0f ? -kInfinity : static_cast<float>(state.shift[lane] + std::log(static_cast<double>(total)));
+    const double exponent = state.shift[lane] + std::log2(static_cast<double>(total));
+    p.lse[row] = total == 0.0f ? -kInfinity : static_cast<float>(exponent * std::numbers::ln2);
     if (scale == 0) {
       p.num_kept[b] = state.num_kept[lane];
       if (p.num_above != nullptr) p.num_above[b] = state.num_above[lane];

@@ -92,12 +92,13 @@ struct Workspace : BlockMemory {
 // The number of rows of a sum (D, kLanes) of weighted keys, rounded up because AMX adds whole tiles.
 inline int64_t room_for_mean(int64_t D) { return (D + 31) / 32 * 32; }
 
-// The running log-sum-exp of a block over a range: sum_k exp(scale s_k) = exp(shift) sum, and sum_k exp(scale s_k) n_k
-// = exp(shift) mean.
+// The running log-sum-exp of a block over a range: sum_k exp(scale s_k) = 2^shift sum, and sum_k exp(scale s_k) n_k =
+// 2^shift mean.
 struct LogsumexpState {
-  float* shift;        // (kLanes) no score exceeds it by much (simd/logsumexp.cpp); kNoShift before the first
-  float* sum;          // (kLanes)
-  float* mean;         // (room_for_mean(D), kLanes) or null: no mean wanted
+  float* shift;  // (kLanes) no exponent, in units of log 2, exceeds it by much (simd/logsumexp.cpp); kNoShift before
+                 // the first
+  float* sum;    // (kLanes)
+  float* mean;   // (room_for_mean(D), kLanes) or null: no mean wanted
   int64_t* num_kept;   // (kLanes)
   int64_t* num_above;  // (kLanes)
 };

@@ -55,12 +55,11 @@ Hidden exclude_where(bool equals, const Block& block, const Workspace& w, int64_
   const VI flip = all(equals ? 0 : -1);
   const int vectors = vectors_of(block);
   Hidden hidden{.some = !equals};
-  VI suspect = all(0);
+  VI suspect = all(0), left = all(0);
   for (int64_t j = 0; j < count; ++j) {
     const int64_t value = values[w.index[j]];
     const bool may_equal = passes(filter, value);
     if (equals && !may_equal) continue;
-    hidden.some = true;
     for (int v = 0; v < vectors; ++v) {
       const VI low = load(w.lane_words + low_row * kLanes + v * kWidth);
       const VI high = load(w.lane_words + high_row * kLanes + v * kWidth);
@@ -68,9 +67,11 @@ Hidden exclude_where(bool equals, const Block& block, const Workspace& w, int64_
       const VI leaves = ((low == all(low_word(value))) & (high == all(high_word(value)))) ^ flip;
       const V score = load(cell);
       suspect |= leaves & is_suspect(score);
+      left |= leaves;
       store(cell, leaves ? excluded() : score);
     }
   }
+  hidden.some |= any(left);
   hidden.suspect = any(suspect);
   return hidden;
 }

@@ -9,6 +9,8 @@ namespace negmine::cpu::NEGMINE_SIMD {
 // The number of vectors for the block's lanes. Lanes of padding in the last vector have zero queries.
 NEGMINE_INLINE int vectors_of(const Block& block) { return static_cast<int>((block.lanes + kWidth - 1) / kWidth); }
 
+constexpr int64_t kMostTogether = 16;  // blocks in one call
+
 // Whether scores are computed from pairs of bf16 neighbours in d. A pair is a word, so a row has (D + 1) / 2 words.
 NEGMINE_INLINE bool in_pairs([[maybe_unused]] const Block& block) {
 #if defined(NEGMINE_PAIRS)

@@ -115,6 +115,135 @@ void multiply_in_tiles(const Operand& left, int64_t rows, const float* right, in
 void add_turned(const Block& block, const float* turned, int64_t words, const float* weights, const Parts& parts,
                 float factor, const float* correction, float* mean);
 
+constexpr int64_t kWholeTile = 2 * kTile;  // rows that are scored together
+
+struct Yes {
+  static constexpr bool value = true;
+};
+struct No {
+  static constexpr bool value = false;
+};
+
+// The scores of 32 rows by 32 queries into out (32, kLanes), and meanwhile the 32 rows of two vectors of another tile:
+// kPairs pairs of rows at each 16 words of T. With each product, `lines` cache lines from `ahead` on are fetched.
+template <int kPairs, class Pair>
+NEGMINE_INLINE void multiply_beside(const Operand& left, const float* right, int64_t T, float* out, const char* ahead,
+                                    int64_t lines, Pair& pair) {
+  constexpr int64_t kStride = kTilePanel * sizeof(float), kOut = kLanes * sizeof(float);
+  int64_t row = 0;
+  const auto work = [&](int slot) __attribute__((always_inline)) {
+    for (int i = slot * kPairs / 4; i < (slot + 1) * kPairs / 4; ++i, row += 2) pair.two(row);
+  };
+  const auto fetch = [&]() __attribute__((always_inline)) {
+    for (int64_t i = 0; i < lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+  };
+  zero_tile<0>();
+  zero_tile<1>();
+  zero_tile<2>();
+  zero_tile<3>();
+  const auto step = [&](int64_t t, auto works) __attribute__((always_inline)) {
+    load_tile<4>(left.first + t * 4, left.stride);
+    load_tile<6>(right + t * kTilePanel, kStride);
+    product<0, 4, 6>();
+    fetch();
+    if (works.value) work(0);
+    load_tile<7>(right + t * kTilePanel + kTile, kStride);
+    product<1, 4, 7>();
+    fetch();
+    if (works.value) work(1);
+    load_tile<5>(left.first + kTile * left.stride + t * 4, left.stride);
+    product<2, 5, 6>();
+    fetch();
+    if (works.value) work(2);
+    product<3, 5, 7>();
+    fetch();
+    if (works.value) work(3);
+  };
+  int64_t t = 0;
+  for (; t < T && row + 2 * kPairs <= kWholeTile; t += kTile) step(t, Yes{});
+  for (; t < T; t += kTile) step(t, No{});
+  store_tile<0>(out, kOut);
+  store_tile<1>(out + kTile, kOut);
+  store_tile<2>(out + kTile * kLanes, kOut);
+  store_tile<3>(out + kTile * kLanes + kTile, kOut);
+  for (; row < kWholeTile; row += 2) pair.two(row);
+  pair.end(kWholeTile);
+}
+
+template <class Work>
+__attribute__((noinline)) void multiply_columns_beside(const Operand& left, const float* right, int64_t T, float* out,
+                                                       const char* ahead, int64_t lines, Work& work, int64_t lane) {
+  auto pair = work.pair(lane);
+  const int64_t steps = T / kTile;
+  if (steps <= 2) {
+    multiply_beside<8>(left, right, T, out, ahead, lines, pair);
+  } else if (steps <= 4) {
+    multiply_beside<4>(left, right, T, out, ahead, lines, pair);
+  } else if (steps <= 8) {
+    multiply_beside<2>(left, right, T, out, ahead, lines, pair);
+  } else {
+    multiply_beside<1>(left, right, T, out, ahead, lines, pair);
+  }
+  work.finish(lane, pair);
+}
+
+// The rows of the queue after a chunk, as bytes without gaps, and the cache lines of them that are fetched with each
+// product: a share of each of the `blocks` blocks that use the chunk. None if there are gaps.
+struct Following {
+  const char* first = nullptr;
+  int64_t lines = 0;
+};
+
+NEGMINE_INLINE Following following(const Chunk& chunk, const Ahead& ahead, int64_t b, int64_t blocks) {
+  constexpr int64_t kProducts = 4;  // lines of a chunk for each product of a block that has all its lanes
+  if (ahead.rows == 0 || ahead.stride != ahead.bytes || b >= kProducts) return {};
+  const int64_t share = blocks < kProducts ? kProducts / blocks : 1;
+  return {ahead.first + b * share * chunk.count * ahead.bytes / kProducts, share};
+}
+
+// score_rows() of pairs of bf16, and meanwhile the work on another tile of 32 rows, which has work.vectors() vectors.
+template <class Work>
+void score_and(const Block& block, const Workspace& w, const Chunk& chunk, int64_t first, int64_t count,
+               const Following& ahead, Work& work) {
+  const Operand left{chunk.left + first * chunk.stride, chunk.stride};
+  const int64_t T = whole_tiles((block.D + 1) / 2);
+  const int vectors = vectors_of(block);
+  int done = 0;
+  for (int v = 0; v < vectors; v += 2) {
+    const float* panel = w.q_t + panel_at(v * kTile, T);
+    float* out = w.tile + v * kTile;
+    if (count > kTile && v + 1 < vectors && v + 1 < work.vectors()) {
+      multiply_columns_beside(left, panel, T, out, ahead.first + (first / kTile + v / 2) * kTile * T * ahead.lines,
+                              ahead.lines, work, v * kWidth);
+      done = v + 2;
+    } else {
+      multiply_in_tiles(left, count, panel, T, vectors - v < 2 ? 1 : 2, out, Ahead{});
+    }
+  }
+  for (; done < work.vectors(); ++done) work.vector(done * kWidth);
+}
+
+// The workspaces of each block, from each tile of a chunk on. If `turns`, neighbouring tiles have different memory for
+// their scores, so that one can be read while the next is written. They are made once for all chunks, because a load
+// that waits for a store which is not yet in the cache stops the products, too.
+class TilesOfChunk {
+ public:
+  TilesOfChunk(const Workspace* workspaces, int64_t count, bool turns) {
+    for (int64_t b = 0; b < count; ++b) {
+      for (int64_t i = 0; i < kTiles; ++i) {
+        places_[b][i] = at_row(workspaces[b], i * kWholeTile);
+        if (turns && i % 2 == 1) places_[b][i].tile += kWholeTile * kLanes;
+      }
+    }
+  }
+
+  const Workspace& at(int64_t block, int64_t first) const { return places_[block][first / kWholeTile]; }
+
+ private:
+  static constexpr int64_t kTiles = kChunk / kWholeTile;
+  Workspace places_[kMostTogether][kTiles];
+};
+
 // A chunk of pairs of bf16 as left operand: read in place if tiles can do that, else copied.
 void place_pairs(const Block& block, const Workspace& w, Chunk& chunk);
 

@@ -64,16 +64,21 @@ NEGMINE_INLINE V all(float x) { return (V)_mm512_set1_ps(x); }
 NEGMINE_INLINE VI all(int32_t x) { return (VI)_mm512_set1_epi32(x); }
 NEGMINE_INLINE V fma(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 NEGMINE_INLINE uint32_t bits_ge(V a, V b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }
+NEGMINE_INLINE uint32_t bits_not_less(V a, V b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ); }
 #elif defined(__AVX2__)
 NEGMINE_INLINE V all(float x) { return (V)_mm256_set1_ps(x); }
 NEGMINE_INLINE VI all(int32_t x) { return (VI)_mm256_set1_epi32(x); }
 NEGMINE_INLINE V fma(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 NEGMINE_INLINE uint32_t bits_ge(V a, V b) { return static_cast<uint32_t>(_mm256_movemask_ps((__m256)(a >= b))); }
+NEGMINE_INLINE uint32_t bits_not_less(V a, V b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLT_UQ)));
+}
 #elif defined(NEGMINE_NEON)
 NEGMINE_INLINE V all(float x) { return (V)vdupq_n_f32(x); }
 NEGMINE_INLINE VI all(int32_t x) { return (VI)vdupq_n_s32(x); }
 NEGMINE_INLINE V fma(V a, V b, V c) { return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 NEGMINE_INLINE uint32_t bits_ge(V a, V b) { return vaddvq_u32((uint32x4_t)((a >= b) & VI{1, 2, 4, 8})); }
+NEGMINE_INLINE uint32_t bits_not_less(V a, V b) { return vaddvq_u32((uint32x4_t)(~(a < b) & VI{1, 2, 4, 8})); }
 #else
 NEGMINE_INLINE V all(float x) { return V{x, x, x, x}; }
 NEGMINE_INLINE VI all(int32_t x) { return VI{x, x, x, x}; }
@@ -86,6 +91,16 @@ NEGMINE_INLINE uint32_t bits_ge(V a, V b) {
   uint32_t bits = 0;
   for (int i = 0; i < kWidth; ++i) bits |= static_cast<uint32_t>(ge[i] & 1) << i;
   return bits;
+#endif
+}
+NEGMINE_INLINE uint32_t bits_not_less(V a, V b) {
+  const uint32_t every = (1u << kWidth) - 1;
+#if defined(__SSE2__)
+  return every & ~static_cast<uint32_t>(_mm_movemask_ps((__m128)(a < b)));
+#else
+  uint32_t less = 0;
+  for (int i = 0; i < kWidth; ++i) less |= static_cast<uint32_t>(a[i] < b[i]) << i;
+  return every & ~less;
 #endif
 }
 #endif
@@ -121,11 +136,11 @@ NEGMINE_INLINE VI count_up() {
 
 // totals (kWidth) += counts
 NEGMINE_INLINE void add_to(int64_t* totals, VI counts) {
-  int32_t words[kWidth];
+  alignas(64) int32_t words[kWidth];  // a load waits for a store that crosses a cache line
   store(words, counts);
 #if defined(__AVX512F__)  // compilers take the lanes out one by one
   for (int i = 0; i < kWidth; i += 8) {
-    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + i));
+    const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(words + i));
     _mm512_storeu_si512(totals + i, _mm512_loadu_si512(totals + i) + _mm512_maskz_cvtepi32_epi64(0xFF, half));
   }
 #else
@@ -249,8 +264,18 @@ NEGMINE_INLINE void transpose(V (&x)[kWidth]) {
 NEGMINE_INLINE V excluded() { return (V)all(static_cast<int32_t>(kExcludedBits)); }
 NEGMINE_INLINE VI is_excluded(V score) { return (VI)score == all(static_cast<int32_t>(kExcludedBits)); }
 
-// e^x within 2 ulp; 0 if the result would be subnormal, inf above 88.72, NaN for NaN. The polynomial of Cephes on |r|
-// <= ln 2 / 2.
+// e^r for |r| <= ln 2 / 2: the polynomial of Cephes.
+NEGMINE_INLINE V exp_reduced(V r) {
+  V poly = all(1.9875691500e-4f);
+  poly = fma(poly, r, all(1.3981999507e-3f));
+  poly = fma(poly, r, all(8.3334519073e-3f));
+  poly = fma(poly, r, all(4.1665795894e-2f));
+  poly = fma(poly, r, all(1.6666665459e-1f));
+  poly = fma(poly, r, all(5.0000001201e-1f));
+  return fma(poly, r * r, r) + 1.0f;
+}
+
+// e^x within 2 ulp; 0 if the result would be subnormal, inf above 88.72, NaN for NaN.
 NEGMINE_INLINE V exp(V x) {
   const V flushed = all(-87.33654f), highest = all(100.0f), magic = all(0x1.8p23f);
 #if defined(__AVX512F__)
@@ -260,13 +285,7 @@ NEGMINE_INLINE V exp(V x) {
 #endif
   const V n = fma(clamped, all(1.44269504088896341f), magic) - magic;
   const V r = fma(n, all(2.12194440e-4f), fma(n, all(-0.693359375f), clamped));
-  V poly = all(1.9875691500e-4f);
-  poly = fma(poly, r, all(1.3981999507e-3f));
-  poly = fma(poly, r, all(8.3334519073e-3f));
-  poly = fma(poly, r, all(4.1665795894e-2f));
-  poly = fma(poly, r, all(1.6666665459e-1f));
-  poly = fma(poly, r, all(5.0000001201e-1f));
-  poly = fma(poly, r * r, r) + 1.0f;
+  const V poly = exp_reduced(r);
 #if defined(__AVX512F__)
   const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)flushed, _CMP_NLT_UQ);
   return (V)_mm512_maskz_scalef_ps(normal, (__m512)poly, (__m512)n);
@@ -278,12 +297,10 @@ NEGMINE_INLINE V exp(V x) {
 #endif
 }
 
-// e^x for x that is small or negative: 0 if the result would be subnormal, NaN for NaN. The relative error is 2 ulp
-// plus 1 ulp for each 1 in |x|, so the absolute error is small if x is far below zero.
-NEGMINE_INLINE V exp_near(V x) {
+// 2^t within 2 ulp; 0 if the result would be subnormal, inf from 128 on, NaN for NaN.
+NEGMINE_INLINE V exp2(V t) {
 #if defined(__AVX512F__)
   // 2^t = 2^f 2^floor(t), f = t - floor(t), which vreduceps finds and vscalefps knows: 2^f is a minimax polynomial.
-  const V t = x * 1.44269504088896341f;
   const V f = (V)_mm512_maskz_reduce_ps(0xFFFF, (__m512)t, _MM_FROUND_TO_NEG_INF);
   V poly = all(0x1.ec320ap-10f);
   poly = fma(poly, f, all(0x1.26900ep-7f));
@@ -291,10 +308,17 @@ NEGMINE_INLINE V exp_near(V x) {
   poly = fma(poly, f, all(0x1.ebd5a8p-3f));
   poly = fma(poly, f, all(0x1.62e4f6p-1f));
   poly = fma(poly, f, all(0x1.fffffep-1f));
-  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ);
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   return (V)_mm512_maskz_scalef_ps(normal, (__m512)poly, (__m512)t);
 #else
-  return exp(x);
+  const V lowest = all(-160.0f), highest = all(144.0f), magic = all(0x1.8p23f);
+  const V clamped = t > highest ? highest : (t < lowest ? lowest : t);
+  const V n = (clamped + magic) - magic;
+  const V poly = exp_reduced((clamped - n) * 0.693147180559945309f);
+  // Two factors: 2^128 alone is not representable, and t up to 128 needs it.
+  const VI power = __builtin_convertvector(n, VI), half = power >> 1;
+  const V scaled = poly * (V)((half + 127) << 23) * (V)((power - half + 127) << 23);
+  return t < all(-126.0f) ? all(0.0f) : scaled;
 #endif
 }
 
