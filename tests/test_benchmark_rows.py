@@ -87,7 +87,7 @@ def test_rows_carry_every_column_and_old_rows_stay(tiny, monkeypatch, tmp_path, 
     assert str(path) in said and "next best" in said
 
 
-def test_a_column_that_has_gone_stays_with_its_rows(tmp_path):
+def test_removed_columns_stay_in_older_rows(tmp_path):
     path = tmp_path / "deep" / "rows.csv"
     append(path, ["a", "old"], [{"a": 1, "old": 2}])
     append(path, ["a", "new"], [{"a": 1, "new": 3}])

@@ -34,7 +34,7 @@ BF16, FP16, FP32 = (torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.float32,)
         (BF16, 8192, 128, 1024, False, "as short as K = 8192"),
     ],
 )
-def test_what_the_cuda_mining_takes(dtypes, K, D, N, asked, said):
+def test_limits_of_mining_on_cuda(dtypes, K, D, N, asked, said):
     why = mining_limit(dtypes, K, D, N, asked)
     assert said in why
     assert bool(said) == bool(why)
@@ -49,13 +49,13 @@ def test_what_the_cuda_mining_takes(dtypes, K, D, N, asked, said):
         (BF16, 257, "D up to 256, got 257"),
     ],
 )
-def test_what_the_cuda_scores_take(dtypes, D, said):
+def test_limits_of_scoring_on_cuda(dtypes, D, said):
     why = scoring_limit(dtypes, D)
     assert said in why
     assert bool(said) == bool(why)
 
 
-def test_what_the_cuda_ranking_takes():
+def test_limits_of_ranking_on_cuda():
     assert ranking_limit(BF16, 2**24, 256) == ""
     assert "K up to 16777216, got 16777217" in ranking_limit(BF16, 2**24 + 1, 256)
     assert "got float32 and float32" in ranking_limit(FP32, 100, 8)
@@ -146,7 +146,7 @@ def test_scores_that_are_compared_come_from_one_backend(table, backend):
     assert ran == [(backend or "triton", op) for op in ("count_negatives", "rank_thresholds", "mine_hardest")]
 
 
-def test_an_op_with_a_limit_does_not_leave_those_beside_it(table):
+def test_ops_whose_scores_are_compared_fall_back_together(table):
     """If mining may run on the next backend, because none was asked for, this backend must not compute the ends of the window."""
     ran = table(())
     call(select=Select(1, 50))
@@ -167,7 +167,7 @@ def test_quantiles_and_thresholds_run_on_the_requested_backend(table):
         assert ran == [(name, op) for name in ("cuda", "triton") for op in ops]
 
 
-def test_mixing_takes_what_computes_no_score_from_where_it_is_first(table):
+def test_mixing_may_run_on_another_backend_than_mining(table):
     ran = table({"mine_hardest"})
     negmine.mix_negatives(unit(2, 8), unit(30, 8, seed=1), Mix(4, 2, 2))
     assert ran == [("triton", "mine_hardest"), ("cuda", "mix_negatives")]
@@ -260,13 +260,13 @@ def test_a_loss_without_a_cuda_kernel_raises_an_error(table, options, said):
     [(WAITING | {"info_nce"}, None, "triton"), (WAITING | {"info_nce"}, "cuda", "cuda"), ((), None, "cuda")],
     ids=["by name only", "by name", "by default"],
 )
-def test_the_one_op_of_a_loss_runs_where_it_is_first(table, by_name_only, backend, expected):
+def test_info_nce_runs_on_the_first_backend_that_has_it(table, by_name_only, backend, expected):
     ran = table(by_name_only, held=(*HELD, "info_nce"))
     loss(backend=backend)
     assert ran == [(expected, "info_nce")]
 
 
-def test_the_one_op_of_a_loss_is_held_to_its_limit(table):
+def test_info_nce_respects_the_limits_of_the_backend(table):
     ran = table((), held=(*HELD, "info_nce"))
     with pytest.raises(BackendUnavailable, match=r"info_nce: backend 'cuda' cannot run this info_nce .*D up to 256"):
         loss(D=300, backend="cuda")

@@ -55,7 +55,7 @@ def test_a_wrong_kernel_is_detected(monkeypatch, op, place):
     assert faults
 
 
-def test_everything_public_is_fuzzed_or_excused():
+def test_every_public_function_is_fuzzed_or_listed_as_an_exception():
     assert not fuzz_calls.FUZZED & set(fuzz_calls.EXCUSED)
     public = {name for part in fuzz_calls.PARTS for name in part.__all__}
     assert fuzz_calls.FUZZED | set(fuzz_calls.EXCUSED) == public
@@ -69,7 +69,7 @@ def test_everything_public_is_fuzzed_or_excused():
     assert {other.get(name, name) for name in fuzz_calls.FUZZED} - {"recipes"} | set(fuzz_calls.NAMES) <= made
 
 
-def test_a_case_is_its_number():
+def test_a_case_depends_only_on_its_number():
     assert [fuzz.described(3, n) for n in range(20)] == [fuzz.described(3, n) for n in range(20)]
     call = fuzz_calls.loss(Case(3, 4))[0]
     again = fuzz_calls.loss(Case(3, 4))[0]

@@ -293,7 +293,7 @@ def test_counters():
     }
 
 
-def test_a_lone_filter_is_counted_by_the_pass_that_mines(monkeypatch):
+def test_a_single_filter_needs_no_additional_pass(monkeypatch):
     """No other op reads the corpus, and the negatives are the same as without counting."""
     cpu = next(row for row in backends.BACKENDS if row.name == "cpu")
     q, c, positives = unit(200, 24, seed=1), unit(900, 24, seed=2), list(range(200))
@@ -461,7 +461,7 @@ def test_refusals(refused, error, words):
         refused()
 
 
-def test_a_corpus_of_more_rows_than_a_place_can_name_is_refused():
+def test_a_corpus_of_two_to_the_32_rows_raises_an_error():
     corpus = np.broadcast_to(np.ones((1, 4), np.float32), (2**32, 4))  # needs the memory of one row
     with pytest.raises(ValueError, match="corpus_embeddings must be of fewer than 4294967295 rows, got 4294967296"):
         negmine.mine_hard_negatives(np.ones((1, 4), np.float32), corpus, [0])

@@ -93,7 +93,7 @@ def test_a_row_of_zeros_is_near_nothing():
     assert got.indices.tolist() == [[1, 2, 3, 4, 5]]
 
 
-def test_doubtful_cosines_are_settled_by_one_order_of_additions():
+def test_cosines_near_the_threshold_are_summed_in_a_fixed_order():
     """At the threshold, the result for a pair does not depend on the other rows."""
     a = torch.randn(1, 40, 77, dtype=torch.float64)
     alone = fixed_order_sum(a[0, :1] * a[0, 1:2])

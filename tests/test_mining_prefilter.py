@@ -220,7 +220,7 @@ def test_the_rounding_is_that_of_the_fastest_products(monkeypatch, isa, rounding
     assert prefilter.fastest() is rounding
 
 
-def test_what_a_list_must_be():
+def test_invalid_lists_raise_errors():
     q, c, listed = unit(2, 3), unit(5, 3), torch.zeros(2, 1, dtype=torch.int64)
     listed_op = torch.ops.negmine_cpu.mine_gathered
     with pytest.raises(RuntimeError, match="N must be at least 1, got 0"):

@@ -162,7 +162,7 @@ def test_missing_readers_are_named(tmp_path, monkeypatch):
             mine(Q, tmp_path / f"c{suffix}", POSITIVES)
 
 
-def test_no_room_to_decode(tmp_path, monkeypatch):
+def test_a_full_disk_while_decoding_raises_an_error(tmp_path, monkeypatch):
     to_parquet(tmp_path / "c.parquet")
 
     def full(*arguments):

@@ -177,7 +177,7 @@ print("done", len(failed))
 """
 
 
-def test_an_import_that_failed_may_be_tried_again():
+def test_a_failed_import_can_be_repeated():
     """Importing works after Python's own clean-up, which keeps complete modules, after removing all modules, and as a reload."""
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, "-c", IMPORTED_AGAIN], capture_output=True, text=True, env=env)

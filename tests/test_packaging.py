@@ -73,7 +73,7 @@ def test_sdist_holds_what_a_build_reads(tmp_path):
     assert not [name for name in names if name.startswith("negmine/kernels")], "kernels/ is in the sdist twice"
 
 
-def test_kernels_is_a_link_and_no_package():
+def test_negmine_kernels_is_a_link_and_kernels_is_not_a_package():
     assert os.readlink(ROOT / "negmine" / "kernels") == "../kernels"
     assert not (ROOT / "kernels" / "__init__.py").exists(), "kernels is the name of another package"
 
@@ -88,7 +88,7 @@ def test_kernels_do_not_include_torch_or_python():
         assert "__global__" not in path.read_text(), f"{path} must launch nothing"
 
 
-def test_a_cuda_that_is_not_there_is_refused(monkeypatch, tmp_path):
+def test_a_missing_cuda_version_raises_an_error(monkeypatch, tmp_path):
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.1'\n")
     nvcc.chmod(0o755)

@@ -185,7 +185,7 @@ def test_quantile(problem, wanted):
 @quick
 @given(problems(), st.none() | windows(), st.booleans())
 @example(EMPTY, None, True)
-def test_what_a_loss_counts(problem, select, decoupled):
+def test_statistics_of_a_loss_match_the_reference(problem, select, decoupled):
     q, keys, masks = problem
     options = {"select": select, "decoupled": decoupled, "temperature": 5.0, "reduction": "none", "return_stats": True}
     columns = negatives(keys, masks)

@@ -306,7 +306,7 @@ def test_one_id_names_one_query(tmp_path):
         read_training_lines(path)
 
 
-def test_a_header_of_msmarco_is_no_passage(tmp_path):
+def test_headers_of_msmarco_files_are_skipped(tmp_path):
     header = "query-id corpus-id score\n"
     for begin, judged in (("", ""), ("\ufeff", header), ("\r\n \n", header)):  # a byte order mark, and blank lines
         contents = ("pid\tpassage\n0\ta\n", "qid\tquery\n5\tb\n", judged + ("5 0 1\n" if judged else "5 0 0 1\n"))
@@ -316,7 +316,7 @@ def test_a_header_of_msmarco_is_no_passage(tmp_path):
         assert (found.corpus_ids, found.query_ids, found.positives) == (["0"], ["5"], [["0"]])
 
 
-def test_a_judges_scores_are_those_of_the_lines(tmp_path):
+def test_training_lines_have_the_scores_of_the_second_model(tmp_path):
     """The scores of positives, also of promoted ones, are those of the judge, like the scores of negatives."""
 
     def judge(pairs):
