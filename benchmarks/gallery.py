@@ -103,7 +103,9 @@ def run_ray_mining() -> Iterator[Point]:
 
     with TemporaryDirectory() as folder:
         paths, query, positives = ray_mining.write_data(Path(folder), 500_000, 20_000, 8)
-        mined = negmine.mine_hard_negatives(query, paths, positives, 5, select=negmine.Select(relative_margin=0.05))
+        mined = negmine.mine_hard_negatives(
+            query, paths, positives, num_negatives=5, select=negmine.Select(relative_margin=0.05)
+        )
         corpus = np.concatenate([np.load(path) for path in paths])
     others = np.random.default_rng(1).integers(0, len(corpus), len(query))
     yield from histogram("random rows", (query * corpus[others]).sum(1))
