@@ -47,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         paths, query, positives = write_data(Path(folder), rows, queries, args.shards)
         options = {"select": negmine.Select(relative_margin=0.05), "num_negatives": 5}
-        ray.init(address=args.address, log_to_driver=False)
+        ray.init(address=args.address or "local", log_to_driver=False)
 
         began = time.monotonic()
         mined = negmine.mine_hard_negatives(

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 def cluster():
     ray = pytest.importorskip("ray")
     where = {"PYTHONPATH": str(ROOT)}
-    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, runtime_env={"env_vars": where})
+    ray.init("local", num_cpus=2, log_to_driver=False, include_dashboard=False, runtime_env={"env_vars": where})
     yield ray
     ray.shutdown()
 
