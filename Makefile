@@ -32,18 +32,18 @@ demo: venv
 
 # What to run while editing: under a minute.
 smoke: venv
-	$(PY) -m pytest tests -n 2 -m smoke
+	$(PY) -m pytest tests -n 2 --dist worksteal -m smoke
 
 # Every test that says whether the package is right here.
 test: venv
-	$(PY) -m pytest tests -n 2 -m "not gpu_sim"
+	$(PY) -m pytest tests -n 2 --dist worksteal -m "not gpu_sim"
 	@$(PY) -m build_tools.what_ran
 
 # The GPU kernels without a GPU: compiled ahead of time, interpreted at length, and run on the CPU as CUDA source (the emulator) and
 # as the PTX that Triton and nvcc make for two GPUs. SIM=full adds every Triton test as PTX, which takes an hour.
 SIM ?=
 test-gpu-sim: venv
-	$(PY) -m pytest tests -n 2 -m gpu_sim
+	$(PY) -m pytest tests -n 2 --dist worksteal -m gpu_sim
 	$(if $(SIM),$(PY) -m tests.ptx 80 tests/test_kernels.py tests/test_rules.py tests/test_columns.py -k triton)
 	$(if $(SIM),$(PY) -m tests.ptx 90 tests/test_kernels.py tests/test_rules.py tests/test_columns.py -k triton)
 
