@@ -253,3 +253,8 @@ def test_lance_datasets(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lance", None)
     with pytest.raises(ImportError, match="and reading it needs pylance: pip install pylance"):
         Rows.open("mine", "rows", folder)
+
+
+def test_a_file_without_the_rows_of_its_header_is_refused():
+    with pytest.raises(ValueError, match=r"^f: c must be a complete file, got 'a.parquet', which has fewer rows"):
+        decoding.DecodedRows("f", "c", "a.parquet", "v", [0, 3], lambda piece: iter(()))

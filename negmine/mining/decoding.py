@@ -61,7 +61,12 @@ class DecodedRows:
         rows, dim, self.dtype = int(self._starts[-1]), 0, np.dtype(np.float32)
         if rows:
             first = int(np.flatnonzero(~self.is_decoded)[0])
-            part = matrix(next(lists for lists in read(first) if len(lists)))
+            lists = next((lists for lists in read(first) if len(lists)), None)
+            if lists is None:
+                raise ValueError(
+                    f"{op}: {name} must be a complete file, got {source!r}, which has fewer rows than it says"
+                )
+            part = matrix(lists)
             if part is None:
                 raise _uneven(*self._about, 0)
             dim, self.dtype = part.shape[1], part.dtype
